@@ -1,0 +1,37 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAB := $(VENV)/.lab
+DEV := $(VENV)/.dev
+
+.PHONY: demo test lint docs clean
+
+demo: $(LAB)
+	$(BIN)/sinkgd compare --out runs/demo
+
+test: $(DEV) lint docs
+	$(BIN)/pytest
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+docs: $(DEV)
+	$(BIN)/mkdocs build --strict --quiet
+
+# The stamps keep a second `make` from reinstalling; a changed pin or dependency renews them.
+$(LAB): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	touch $@
+
+$(DEV): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,cpu]'
+	touch $@ $(LAB)
+
+clean:
+	rm -rf $(VENV) build dist site runs

@@ -1,0 +1,20 @@
+"""Train large models with no optimizer state: SinkGD and the multi-normalized family."""
+
+from sinkgd.multi_normalize import multi_normalize as multi_normalize
+from sinkgd.multi_normalize import residuals as residuals
+from sinkgd.norms import ColumnNorm as ColumnNorm
+from sinkgd.norms import FrobeniusNorm as FrobeniusNorm
+from sinkgd.norms import Norm as Norm
+from sinkgd.norms import RowNorm as RowNorm
+from sinkgd.norms import SignNorm as SignNorm
+from sinkgd.norms import SpectralNorm as SpectralNorm
+from sinkgd.optim.mngd import MNGD as MNGD
+from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientError
+from sinkgd.optim.partition import describe_param_groups as describe_param_groups
+from sinkgd.optim.partition import param_groups as param_groups
+from sinkgd.optim.sinkgd import SinkGD as SinkGD
+from sinkgd.optim.swan import SWAN as SWAN
+from sinkgd.sinkhorn import sinkhorn_scales as sinkhorn_scales
+from sinkgd.sinkhorn import sr_sinkhorn as sr_sinkhorn
+
+__version__ = "0.1.0"

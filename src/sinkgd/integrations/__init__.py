@@ -1,0 +1,1 @@
+"""Thin adapters to training frameworks, one file a framework."""

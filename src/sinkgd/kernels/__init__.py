@@ -1,0 +1,7 @@
+"""SR-Sinkhorn's backends: one contract (`backend`), its definition (`eager`), the choice."""
+
+from sinkgd.kernels.backend import Backend as Backend
+from sinkgd.kernels.backend import Scales as Scales
+from sinkgd.kernels.registry import BACKENDS as BACKENDS
+from sinkgd.kernels.registry import describe as describe
+from sinkgd.kernels.registry import select as select

@@ -1,0 +1,57 @@
+"""The contract of every backend of SR-Sinkhorn, and the choice among them.
+
+A backend reads a list of gradients into scales, and writes a list of parameters from gradients and
+scales. It is given whole lists so that it may batch small matrices or run all in one launch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Scales(NamedTuple):
+    """The pair for which ``row * grad * col`` is multi-normalized, in float32 or float64."""
+
+    row: Tensor  # r, (..., m, 1)
+    col: Tensor  # c, (..., 1, n)
+
+
+class Backend(Protocol):
+    """What a backend does; `eager` is its definition in plain torch."""
+
+    name: str
+    install: str  # the command that brings it where it is absent
+
+    def missing(self) -> str | None:
+        """Say why it cannot run in this environment, or None where it can."""
+        ...
+
+    def supports(self, device: torch.device) -> bool:
+        """Whether it runs on tensors of ``device``."""
+        ...
+
+    def scales(self, grads: Sequence[Tensor], num_iters: int) -> list[Scales]:
+        """Run ``num_iters`` iterations on each gradient ``(..., m, n)``. Gradients are only read.
+
+        A non-finite entry makes every column scale of its matrix non-finite.
+        """
+        ...
+
+    def update_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        scales: Sequence[Scales],
+        *,
+        keep: float | Tensor,
+        step: float | Tensor,
+        allowed: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Set each parameter to ``keep * param + step * row * grad * col``, rounded once.
+
+        Where ``allowed`` is given, a 0-dim bool a parameter on its device, False leaves the
+        parameter as it is, whatever the gradient holds.
+        """
+        ...

@@ -1,0 +1,45 @@
+"""The table of backends, fastest first, and the choice of one for a device."""
+
+import torch
+
+from sinkgd.kernels.backend import Backend
+from sinkgd.kernels.eager import EagerBackend
+
+BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+
+
+def select(name: str, device: torch.device) -> Backend:
+    """Return the backend called ``name``; for ``"auto"`` the fastest that runs on ``device``.
+
+    Raises:
+        ValueError: If there is no such backend, or it does not run on ``device``.
+        ImportError: If it was asked for and is not installed; the message says how to get it.
+    """
+    if name == "auto":
+        return next(b for b in BACKENDS if b.missing() is None and b.supports(device))
+    for backend in BACKENDS:
+        if backend.name == name:
+            break
+    else:
+        names = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
+        raise ValueError(f"backend must be one of {names}; got {name!r}")
+    reason = backend.missing()
+    if reason is not None:
+        raise ImportError(f"backend {name!r} cannot run here: {reason}; {backend.install}")
+    if not backend.supports(device):
+        raise ValueError(f"backend {name!r} does not run on {device}; use 'auto'")
+    return backend
+
+
+def describe(device: torch.device) -> list[tuple[str, bool, str]]:
+    """List every backend as (name, whether it can run on ``device``, why), fastest first."""
+    rows = []
+    for backend in BACKENDS:
+        reason = backend.missing()
+        if reason is not None:
+            rows.append((backend.name, False, f"{reason}; {backend.install}"))
+        elif not backend.supports(device):
+            rows.append((backend.name, False, f"does not run on {device}"))
+        else:
+            rows.append((backend.name, True, str(backend.__class__.__doc__).splitlines()[0]))
+    return rows

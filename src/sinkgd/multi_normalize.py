@@ -1,0 +1,105 @@
+"""Multi-normalization: let the projections of several norms take turns until all norms hold.
+
+Shapes, everywhere in this file:
+    m: rows, the out_features of an ``nn.Linear`` weight
+    n: columns, its in_features
+    ...: leading batch dimensions, one independent matrix each
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sinkgd.norms import Norm
+
+
+def multi_normalize(
+    grad: Tensor, norms: Sequence[Norm], num_iters: int = 5, *, tol: float | None = None
+) -> Tensor:
+    r"""Project ``grad`` on each norm in turn, ``num_iters`` times over.
+
+    .. math::
+        X \leftarrow P_{g_K}(\dots P_{g_1}(X)), \qquad L \text{ times}
+
+    The last norm of the list holds at the end; the others hold in the limit, as `residuals` tells.
+    With ``[RowNorm(), ColumnNorm()]`` this is `sr_sinkhorn`, by the general and slower way.
+
+    Args:
+        grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified.
+        norms: The norms g₁ … g_K, in the order of their projections.
+        num_iters: Iterations L, at least 1.
+        tol: Stop as soon as every residual of every matrix is at most ``tol``. Measuring it costs a
+            projection on each norm an iteration, and a synchronization on a GPU. None never stops.
+
+    Returns:
+        The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if
+        ``grad`` is. Its root-mean-square is 1. Needs about two matrices of scratch.
+
+    Raises:
+        TypeError: If ``grad`` is complex, integer or sparse.
+        ValueError: If ``grad`` has fewer than two dimensions, ``norms`` is empty, or ``num_iters``
+            is below 1.
+
+    Example:
+        >>> from sinkgd import ColumnNorm, RowNorm
+        >>> grad = torch.tensor([[8.0, 1.0], [-1.0, 2.0]])
+        >>> multi_normalize(grad, [RowNorm(), ColumnNorm()], num_iters=50).square()
+        tensor([[1.8824, 0.1176],
+                [0.1176, 1.8824]])
+
+    References:
+        Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
+        Algorithm 1. https://arxiv.org/abs/2502.06742
+    """
+    check_matrix("multi_normalize", grad)
+    check_num_iters(num_iters)
+    if not norms:
+        raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
+    x = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    for _ in range(num_iters):
+        for norm in norms:
+            x = norm.project(x)
+        if tol is not None and all(bool((r <= tol).all()) for r in residuals(x, norms)):
+            break
+    return x.to(grad.dtype)
+
+
+def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
+    r"""Tell how far each norm is from holding: :math:`\lVert x - P_g(x) \rVert_F / \sqrt{mn}`.
+
+    Args:
+        x: ``(..., m, n)``, e.g. a result of `multi_normalize`.
+        norms: The norms to check.
+
+    Returns:
+        One tensor ``(...,)`` a norm: 0 where the norm holds, the root-mean-square of what its
+        projection would change otherwise.
+
+    Example:
+        >>> from sinkgd import ColumnNorm, RowNorm
+        >>> x = ColumnNorm().project(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+        >>> residuals(x, [RowNorm(), ColumnNorm()])
+        (tensor(0.2611), tensor(0.))
+    """
+    check_matrix("residuals", x)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return tuple((x - norm.project(x)).square().mean(dim=(-2, -1)).sqrt() for norm in norms)
+
+
+def check_matrix(function: str, grad: Tensor) -> None:
+    """Refuse what is not a real, dense matrix or batch of them, in the words of ``function``."""
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"{function} needs a dense tensor, got layout {grad.layout}; use to_dense()"
+        )
+    if not grad.is_floating_point():
+        raise TypeError(f"{function} needs a real floating dtype, got {grad.dtype}")
+    if grad.ndim < 2:
+        raise ValueError(f"{function} needs a matrix, got a tensor of shape {tuple(grad.shape)}")
+
+
+def check_num_iters(num_iters: int) -> None:
+    """Refuse fewer iterations than one."""
+    if num_iters < 1:
+        raise ValueError(f"num_iters must be at least 1, got {num_iters}")

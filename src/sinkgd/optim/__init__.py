@@ -1,0 +1,1 @@
+"""The optimizers, and the choice of an algorithm for each parameter."""

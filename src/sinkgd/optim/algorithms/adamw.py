@@ -1,0 +1,88 @@
+"""AdamW for the parameters that no matrix norm fits; the arithmetic is torch's own."""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, is_finite
+
+# Where torch has the fused kernel: torch/utils/_foreach_utils.py,
+# _get_fused_kernels_supported_devices.
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
+
+
+class AdamW:
+    """Decoupled weight decay and Adam (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101).
+
+    Two numbers of state an entry. One non-finite gradient holds back the whole group.
+    """
+
+    options = MappingProxyType({"betas": (0.9, 0.999), "eps": 1e-8, "fused": None})
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse options out of range; choose the fused kernel where it runs."""
+        del name
+        beta1, beta2 = group["betas"]
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps must be at least 0, got {group['eps']}")
+        if group["fused"] is None:
+            group["fused"] = param.device.type in _FUSED_DEVICES
+
+    def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_AdamWStep":
+        """Check the gradients; AdamW reads them when it writes."""
+        return _AdamWStep(slots, group, context)
+
+
+class _AdamWStep:
+    def __init__(self, slots: Sequence[Slot], group: Group, context: Context) -> None:
+        self.slots, self.group, self.context = slots, group, context
+        self.finite = [is_finite(slot.grad) for slot in slots]
+
+    def write(self, allowed: Sequence[Tensor] | None) -> None:
+        held_back = None if allowed is None else (~torch.stack(list(allowed)).all()).float()
+        fused, grads = self.group["fused"], [slot.grad for slot in self.slots]
+        grad_scale = self.context.loss_scale
+        if not fused:
+            # Only the fused kernel takes these two along on the device.
+            if held_back is not None and bool(held_back):
+                return
+            if grad_scale is not None:
+                grads = [grad / grad_scale for grad in grads]
+            held_back = grad_scale = None
+        states = [
+            _state(self.context.states[slot.param], slot.param, fused=fused) for slot in self.slots
+        ]
+        beta1, beta2 = self.group["betas"]
+        adamw(
+            [slot.param for slot in self.slots],
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=fused,
+            grad_scale=grad_scale,
+            found_inf=held_back,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self.group["lr"],
+            weight_decay=self.group["weight_decay"],
+            eps=self.group["eps"],
+            maximize=self.group["maximize"],
+        )
+
+
+def _state(state: dict[str, Any], param: Tensor, *, fused: bool) -> dict[str, Any]:
+    # Names, shapes and devices as in torch.optim.AdamW, so that its checkpoints load here.
+    if not state:
+        state["step"] = torch.zeros((), device=param.device if fused else "cpu")
+        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    return state

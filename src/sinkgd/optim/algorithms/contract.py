@@ -1,0 +1,81 @@
+"""What an algorithm of a parameter group is: a step in two halves, so that nothing is half done.
+
+`Algorithm.read` looks at every gradient of a group and writes nothing; the optimizer then knows
+whether any gradient is non-finite, and only then `Step.write` changes the parameters.
+"""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+
+class Slot(NamedTuple):
+    """A parameter that has a gradient in this step."""
+
+    name: str  # as the model calls it, or "parameter 3 of group 0"
+    param: Tensor
+    grad: Tensor
+
+
+class Context(NamedTuple):
+    """What the optimizer knows beside the gradients."""
+
+    states: MutableMapping[Tensor, dict[str, Any]]  # Optimizer.state; an entry is made when used
+    loss_scale: Tensor | None  # 0-dim: the gradients are still multiplied by it
+
+
+class Step(Protocol):
+    """A group's step, half done: gradients read, nothing written."""
+
+    @property
+    def finite(self) -> Sequence[Tensor]:
+        """One 0-dim bool a slot: whether its gradient is finite throughout."""
+        ...
+
+    def write(self, allowed: Sequence[Tensor] | None) -> None:
+        """Change the parameters; where ``allowed`` (one 0-dim bool a slot) is False, leave it.
+
+        None allows all.
+        """
+        ...
+
+
+class Algorithm(Protocol):
+    """How a parameter group is updated."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Its group options, with their defaults."""
+        ...
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Raise where ``param``, called ``name``, or an option of ``group`` cannot be handled."""
+        ...
+
+    def read(self, slots: Sequence[Slot], group: Group, context: Context) -> Step:
+        """Read the gradients of ``slots``, all of one group."""
+        ...
+
+
+def decay(group: Group) -> float | Tensor:
+    """Return what decoupled weight decay leaves of a parameter: 1 − lr·λ."""
+    if group["weight_decay"] == 0:
+        return 1.0
+    keep: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+    return keep
+
+
+def descent(group: Group) -> float | Tensor:
+    """Return the factor of the update: −lr, or +lr to maximize."""
+    lr: float | Tensor = group["lr"]
+    return lr if group["maximize"] else -lr
+
+
+def is_finite(grad: Tensor) -> Tensor:
+    """Return a 0-dim bool: whether every entry of ``grad`` is finite. One pass, no scratch."""
+    low, high = torch.aminmax(grad.detach())  # a NaN anywhere makes both NaN
+    return low.isfinite() & high.isfinite()

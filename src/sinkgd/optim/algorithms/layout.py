@@ -1,0 +1,81 @@
+"""How a parameter is seen as matrices: rows the out-features, columns the in-features.
+
+A layout is a plain string, so that it travels in a ``state_dict``:
+    auto: a matrix as it is, three dimensions as a batch of matrices, more as ``flatten``
+    transposed: stored as (in, out), such as the ``Conv1D`` of GPT-2 in ``transformers``
+    flatten: (out, everything else), such as a convolution
+
+``split`` then cuts the rows into matrices of their own, such as a fused query, key and value: a
+number of equal parts, or the parts' sizes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("auto", "transposed", "flatten")
+Split = int | Sequence[int]
+
+
+def matrices(
+    param: Tensor, grad: Tensor, *, layout: str, split: Split
+) -> list[tuple[Tensor, Tensor]]:
+    """View ``param`` as matrices ``(..., m, n)``, and pair each with the same part of ``grad``.
+
+    The matrices share the memory of ``param``; those of ``grad`` may be copies.
+
+    Example:
+        >>> import torch
+        >>> fused = torch.zeros(6, 4)
+        >>> [tuple(w.shape) for w, _ in matrices(fused, fused, layout="auto", split=3)]
+        [(2, 4), (2, 4), (2, 4)]
+    """
+    if layout == "flatten" or (layout == "auto" and param.ndim > 3):
+        order = _columns_in_memory_order(param)
+        whole = param.permute(order).view(param.shape[0], -1)
+        slope = grad.permute(order).reshape(param.shape[0], -1)
+    elif layout == "transposed":
+        whole, slope = param.mT, grad.mT
+    else:
+        whole, slope = param, grad
+    sizes = _split_sizes(whole.shape[-2], split)
+    if len(sizes) == 1:
+        return [(whole, slope)]
+    return list(zip(torch.split(whole, sizes, -2), torch.split(slope, sizes, -2), strict=True))
+
+
+def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None:
+    """Refuse a layout that is unknown or does not fit the parameter ``name``."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if param.ndim < 2:
+        raise ValueError(
+            f"matrix norms update matrices; {name!r} has shape {tuple(param.shape)}. "
+            "Use param_groups(model) to give it to AdamW"
+        )
+    try:
+        matrices(param, param, layout=layout, split=split)
+    except ValueError as error:
+        raise ValueError(f"{name!r} of shape {tuple(param.shape)}: {error}") from None
+    except RuntimeError as error:
+        raise ValueError(
+            f"layout {layout!r} cannot view {name!r} with strides {param.stride()} as a matrix; "
+            "make the parameter contiguous"
+        ) from error
+
+
+def _columns_in_memory_order(param: Tensor) -> list[int]:
+    # The order of columns means nothing to a norm, so take the one that lies in memory: a
+    # channels-last convolution has no other flat view.
+    return [0, *sorted(range(1, param.ndim), key=param.stride, reverse=True)]
+
+
+def _split_sizes(rows: int, split: Split) -> list[int]:
+    if isinstance(split, int):
+        if split < 1 or rows % split:
+            raise ValueError(f"split={split} does not divide {rows} rows into equal parts")
+        return [rows // split] * split
+    if sum(split) != rows or min(split) < 1:
+        raise ValueError(f"split={tuple(split)} adds up to {sum(split)}, not to {rows} rows")
+    return list(split)

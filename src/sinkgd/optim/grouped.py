@@ -1,0 +1,201 @@
+"""One torch optimizer whose parameter groups each name their algorithm.
+
+A step walks down this file: gradients are read, group by group; whatever is non-finite is found;
+only then are parameters written.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sinkgd.optim.algorithms import ALGORITHMS
+from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, Step
+from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
+from sinkgd.optim.routing_check import check_same_routing
+
+# What every group has, whatever its algorithm.
+_COMMON = {"lr", "weight_decay", "maximize", "nonfinite"}
+
+
+class GroupedOptimizer(Optimizer):
+    """Base of the optimizers of this package: everything but the choice of the algorithm.
+
+    Args:
+        params: Tensors, (name, tensor) pairs, or groups of either, as in ``torch.optim``. A group
+            may name its ``algorithm`` and set the options of that algorithm.
+        defaults: Options for the groups that do not set them.
+    """
+
+    default_algorithm: ClassVar[str]
+
+    # torch.amp.GradScaler then hands over its scale and its flag instead of waiting for them.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._guard = NonFiniteGuard()
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled optimizer."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_guard", NonFiniteGuard())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group.
+
+        Args:
+            param_group: ``params`` and, where they differ from the optimizer's, ``algorithm`` and
+                its options.
+
+        Raises:
+            ValueError: If the algorithm is unknown, or an option or a parameter does not fit it.
+            TypeError: If a parameter is complex.
+        """
+        algorithm = _algorithm(param_group.setdefault("algorithm", self.default_algorithm))
+        for option, default in algorithm.options.items():
+            param_group.setdefault(option, self.defaults.get(option, default))
+        foreign = self.defaults.keys() - param_group.keys() - _COMMON
+        super().add_param_group(param_group)
+        for option in foreign:  # options of another algorithm, which torch copied from the defaults
+            del param_group[option]
+        try:
+            _check_group(param_group, len(self.param_groups) - 1, algorithm)
+        except (ImportError, TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Computes the loss again and returns it; called first.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            NonFiniteGradientError: If a gradient holds NaN or infinity and the group's policy is
+                ``"raise"``: before any parameter is written on a CPU, at the next step elsewhere.
+            TypeError: If a gradient is sparse.
+        """
+        self._guard.settle()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Set by torch.amp.GradScaler for the length of this call.
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        overflow: Tensor | None = getattr(self, "found_inf", None)
+        if overflow is not None and overflow.device.type == "cpu":
+            if bool(overflow):
+                return loss
+            overflow = None
+        halves = list(self._read(Context(self.state, scale)))
+        allowed = [self._allowed(half, overflow) for half in halves]
+        for half, flags in zip(halves, allowed, strict=True):
+            half.step.write(flags)
+        return loss
+
+    def skipped(self) -> dict[str, int]:
+        """Return how many updates were left out for a non-finite gradient, by parameter."""
+        return self._guard.skipped()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does; norms as their text, so that no class is pickled."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            if "norms" in group:
+                group["norms"] = tuple(map(repr, group["norms"]))
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: If it was made with another routing: the message names the parameter or the
+                option that differs.
+        """
+        check_same_routing(self.state_dict()["param_groups"], state_dict["param_groups"])
+        norms = [group.get("norms") for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, norms, strict=True):
+            if own is not None:
+                group["norms"] = own
+
+    def _read(self, context: Context) -> Iterator["_Half"]:
+        for index, group in enumerate(self.param_groups):
+            algorithm = _algorithm(group["algorithm"])
+            by_device: dict[torch.device, list[Slot]] = {}
+            for name, param in _named(group, index):
+                if param.grad is None or param.numel() == 0:
+                    continue
+                if param.grad.is_sparse:
+                    raise TypeError(
+                        f"{name!r} has a sparse gradient, which {type(self).__name__} cannot "
+                        "normalize; make it dense, e.g. Embedding(sparse=False)"
+                    )
+                slot = Slot(name, param, param.grad)
+                by_device.setdefault(param.device, []).append(slot)
+            for slots in by_device.values():
+                names = [slot.name for slot in slots]
+                yield _Half(names, group["nonfinite"], algorithm.read(slots, group, context))
+
+    def _allowed(self, half: "_Half", overflow: Tensor | None) -> Sequence[Tensor] | None:
+        finite = half.step.finite
+        if overflow is None:
+            return None if self._guard.all_finite(half.names, finite, half.policy) else finite
+        overflowed = overflow.to(finite[0].device) != 0
+        # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
+        self._guard.all_finite(half.names, [flag | overflowed for flag in finite], half.policy)
+        return [flag & ~overflowed for flag in finite]
+
+
+class _Half(NamedTuple):
+    """The first half of a step: some parameters of one group, on one device."""
+
+    names: list[str]
+    policy: str
+    step: Step
+
+
+def _algorithm(name: str) -> Algorithm:
+    if name not in ALGORITHMS:
+        close = difflib.get_close_matches(str(name), ALGORITHMS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it is one of {', '.join(ALGORITHMS)}"
+        raise ValueError(f"there is no algorithm {name!r}; {hint}")
+    return ALGORITHMS[name]
+
+
+def _named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
+    names = group.get("param_names")
+    for i, param in enumerate(group["params"]):
+        yield (names[i] if names else f"parameter {i} of group {index}"), param
+
+
+def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
+    if not lr >= 0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    if group["nonfinite"] not in POLICIES:
+        raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
+    for name, param in _named(group, index):
+        if not param.is_floating_point():
+            raise TypeError(
+                f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
+            )
+        algorithm.check(name, param, group)

@@ -1,0 +1,73 @@
+"""MNGD: multi-normalized gradient descent with norms of your choice."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sinkgd.norms import Norm
+from sinkgd.optim.grouped import GroupedOptimizer
+
+
+class MNGD(GroupedOptimizer):
+    r"""Descend along the gradient normalized by several norms at once.
+
+    .. math::
+        W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{MultiNorm}(G; g_1 \dots g_K, L)
+
+    The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
+    step. Nothing is remembered from step to step: ``state`` stays empty.
+
+    Args:
+        params: Matrices (two dimensions or more): tensors, (name, tensor) pairs or groups. Vectors
+            are refused; `param_groups` gives them to AdamW.
+        lr: Learning rate η, at least 0; a float or a tensor of one element.
+        norms: The norms g₁ … g_K, in the order of their projections.
+        num_iters: Iterations L, at least 1.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        maximize: Ascend instead.
+        nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
+            parameter as it is, and count it in `skipped`).
+
+    Raises:
+        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        TypeError: If a parameter is not real and floating, or a norm has no ``project``.
+
+    Example:
+        >>> import torch
+        >>> from sinkgd import MNGD, ColumnNorm, RowNorm
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = MNGD([weight], lr=0.1, norms=[RowNorm(), ColumnNorm()])
+        >>> (weight * torch.tensor([[8.0, 1.0], [-1.0, 2.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data.square().mean().sqrt()  # the root-mean-square of the step is lr
+        tensor(0.1000)
+
+    References:
+        Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
+        Algorithm 2. https://arxiv.org/abs/2502.06742
+    """
+
+    default_algorithm = "mngd"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        norms: Sequence[Norm],
+        num_iters: int = 5,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        nonfinite: str = "raise",
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "norms": tuple(norms),
+            "num_iters": num_iters,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "nonfinite": nonfinite,
+        }
+        super().__init__(params, defaults)

@@ -1,0 +1,152 @@
+"""Which parameter gets which algorithm: the paper's recipe as torch parameter groups."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sinkgd.optim.roles import Role, roles
+
+Overrides = Mapping[str, str | Mapping[str, Any]]
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float = 0.02,
+    matrix_lr_scale: float = 0.05,
+    *,
+    matrix_algorithm: str = "sinkgd",
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    overrides: Overrides | None = None,
+) -> list[dict[str, Any]]:
+    """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
+
+    Hidden matrices (linear and convolution weights inside the model's blocks) go to
+    ``matrix_algorithm`` at ``matrix_lr_scale * lr``. Embeddings, the output head, norms, biases,
+    depthwise convolutions, low-rank adapters and whatever is not recognized go to AdamW at ``lr``.
+    The choice is made from module types and places, not from names; tied weights count once. Print
+    `describe_param_groups` to see it.
+
+    Args:
+        model: The model, before or after FSDP2. Frozen parameters are left out.
+        lr: Learning rate of AdamW. The paper uses 0.02.
+        matrix_lr_scale: The paper's α, 0.05: the root-mean-square change of a hidden weight in one
+            step is ``matrix_lr_scale * lr``.
+        matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
+        weight_decay: Decoupled weight decay of all but vectors and scalars. The paper uses none.
+        betas: AdamW's decay rates of the two moments.
+        overrides: From a regular expression, searched in the parameter's name, to an algorithm
+            (``"adamw"``, ``"sinkgd"``, ``"normalize"`` …) or to group options such as
+            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. The first match decides.
+
+    Returns:
+        Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay`` and
+        the options of its algorithm.
+
+    Raises:
+        ValueError: If the model has no trainable parameter, ``lr`` or ``matrix_lr_scale`` is
+            negative, or an override matches no parameter.
+
+    Example:
+        >>> import torch, sinkgd
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> for group in sinkgd.param_groups(model):
+        ...     print(group["algorithm"], group["lr"], len(group["params"]))
+        sinkgd 0.001 2
+        sinkgd 0.001 6
+        adamw 0.02 16
+        >>> optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
+
+    References:
+        Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
+        section 5. https://arxiv.org/abs/2502.06742
+    """
+    for argument, value in (("lr", lr), ("matrix_lr_scale", matrix_lr_scale)):
+        if not value >= 0:
+            raise ValueError(f"{argument} must be at least 0, got {value}")
+    found = roles(model)
+    if not found:
+        raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
+    given = _match(overrides or {}, [name for name, _, _ in found])
+    groups: dict[str, dict[str, Any]] = {}
+    for name, param, role in found:
+        algorithm = given[name].get("algorithm", matrix_algorithm if role.is_matrix else "adamw")
+        options = {"algorithm": algorithm, "lr": lr, "betas": betas}
+        if algorithm != "adamw":
+            options = {"algorithm": algorithm, "lr": matrix_lr_scale * lr, **_layout(role)}
+        options |= {"weight_decay": weight_decay if param.ndim >= 2 else 0.0, **given[name]}
+        group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
+        group["params"].append((name, param))
+    return sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
+
+
+def describe_param_groups(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = None
+) -> str:
+    """Return a table of who goes where and why.
+
+    Parameters that differ by a number in their name alone share a line, counted by ``×``.
+
+    Args:
+        model: The model that the groups were made from.
+        groups: From `param_groups`, or ``optimizer.param_groups``; by default
+            ``param_groups(model)``.
+
+    Example:
+        >>> import torch, sinkgd
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> print(sinkgd.describe_param_groups(model).splitlines()[0])
+        parameter                           shape  algorithm  lr     why
+    """
+    reasons = {param: role.reason for _, param, role in roles(model)}
+    counts: dict[tuple[str, ...], int] = {}
+    for group in param_groups(model) if groups is None else groups:
+        for name, param in _named(group):
+            row = (
+                re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name),
+                "×".join(map(str, param.shape)) or "scalar",
+                str(group["algorithm"]),
+                f"{float(group['lr']):g}",
+                reasons.get(param, "not a trainable parameter of this model"),
+            )
+            counts[row] = counts.get(row, 0) + 1
+    lines: list[Sequence[str]] = [("parameter", "shape", "algorithm", "lr", "why")]
+    for (name, *cells), count in counts.items():
+        lines.append((f"{name} ×{count}" if count > 1 else name, *cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _layout(role: Role) -> dict[str, Any]:
+    return {"layout": role.layout, "split": role.split}
+
+
+def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    unmatched = dict.fromkeys(overrides)
+    for name in names:
+        for pattern, override in overrides.items():
+            if re.search(pattern, name):
+                unmatched.pop(pattern, None)
+                options[name] = (
+                    {"algorithm": override} if isinstance(override, str) else dict(override)
+                )
+                break
+    if unmatched:
+        raise ValueError(
+            f"override {next(iter(unmatched))!r} decides for no parameter; "
+            "see the names in describe_param_groups(model)"
+        )
+    return options
+
+
+def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+    names = group.get("param_names")
+    return zip(names, group["params"], strict=True) if names else group["params"]

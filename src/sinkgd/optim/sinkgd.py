@@ -1,0 +1,74 @@
+"""SinkGD: descend along the SR-Sinkhorn normalization of the gradient, with no state."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sinkgd.optim.grouped import GroupedOptimizer
+
+
+class SinkGD(GroupedOptimizer):
+    r"""Descend along the gradient with its rows and columns normalized in turn.
+
+    .. math::
+        W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{SR-Sinkhorn}(G, L)
+
+    The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
+    step. For the paper's recipe pass the groups of `param_groups`: matrices of the blocks as above,
+    all else by AdamW. Without groups no state is kept at all: matrices as above, vectors and
+    scalars by their own l2 norm, with root-mean-square 1 too.
+
+    Args:
+        params: Groups from `param_groups`, or tensors, or (name, tensor) pairs.
+        lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
+            of one element.
+        sinkhorn_iterations: Iterations L, at least 1. The paper uses 5.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        maximize: Ascend instead.
+        nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
+            parameter as it is, and count it in `skipped`).
+        backend: ``"auto"``, or the name of one of `sinkgd.kernels.BACKENDS`.
+
+    Raises:
+        ValueError: If an option is out of range, or does not fit a parameter; the message names it.
+        TypeError: If a parameter is not real and floating.
+        ImportError: If ``backend`` names one that is not installed.
+
+    Example:
+        >>> import torch
+        >>> from sinkgd import SinkGD
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = SinkGD(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state_dict()["state"]
+        {}
+
+    References:
+        Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
+        Algorithm 4. https://arxiv.org/abs/2502.06742
+    """
+
+    default_algorithm = "stateless"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        sinkhorn_iterations: int = 5,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        nonfinite: str = "raise",
+        backend: str = "auto",
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "sinkhorn_iterations": sinkhorn_iterations,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "nonfinite": nonfinite,
+            "backend": backend,
+        }
+        super().__init__(params, defaults)

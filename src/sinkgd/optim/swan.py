@@ -1,0 +1,75 @@
+"""SWAN: descend along the row-normalized and whitened gradient, with no state."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sinkgd.optim.grouped import GroupedOptimizer
+
+
+class SWAN(GroupedOptimizer):
+    r"""Descend along the gradient with rows of equal length and, then, equal singular values.
+
+    .. math::
+        W \leftarrow (1 - \eta\lambda)\, W - \eta\, (\hat G \hat G^\top)^{-1/2} \hat G \sqrt{n},
+        \qquad \hat G = \sqrt{n}\, Q(G)^{-1} G
+
+    with m ≤ n; on the shorter side otherwise. It is `MNGD` with a `RowNorm` and a `SpectralNorm`.
+    The update has root-mean-square 1. ``state`` stays empty; the whitening costs about
+    ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops a matrix.
+
+    Args:
+        params: Groups of ``param_groups(model, matrix_algorithm="swan")``, or matrices: tensors or
+            (name, tensor) pairs. Vectors are refused.
+        lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
+            of one element.
+        newton_schulz_steps: Steps of the whitening, at least 1.
+        num_iters: How often both projections take turns, at least 1. The paper uses 1.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        maximize: Ascend instead.
+        nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
+            parameter as it is, and count it in `skipped`).
+
+    Raises:
+        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        TypeError: If a parameter is not real and floating.
+
+    Example:
+        >>> import torch
+        >>> from sinkgd import SWAN
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = SWAN([weight], lr=0.1, newton_schulz_steps=20)
+        >>> (weight * torch.tensor([[3.0, 4.0], [0.0, 2.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data @ weight.data.T  # lr² · n · I: equal singular values
+        tensor([[0.0200, 0.0000],
+                [0.0000, 0.0200]])
+
+    References:
+        Ma et al., SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training.
+        https://arxiv.org/abs/2412.13148
+    """
+
+    default_algorithm = "swan"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        newton_schulz_steps: int = 5,
+        *,
+        num_iters: int = 1,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        nonfinite: str = "raise",
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "newton_schulz_steps": newton_schulz_steps,
+            "num_iters": num_iters,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "nonfinite": nonfinite,
+        }
+        super().__init__(params, defaults)

@@ -1,0 +1,97 @@
+"""Square-root Sinkhorn: alternate the row and the column norm until both hold.
+
+Shapes, everywhere in this file:
+    m: rows, the out_features of an ``nn.Linear`` weight
+    n: columns, its in_features
+    ...: leading batch dimensions, one independent matrix each (e.g. experts)
+"""
+
+from torch import Tensor
+
+from sinkgd import kernels
+from sinkgd.kernels import Scales
+from sinkgd.multi_normalize import check_matrix, check_num_iters
+
+
+def sinkhorn_scales(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> Scales:
+    r"""Return the scales ``(r, c)`` for which ``r * grad * c`` is multi-normalized.
+
+    With :math:`S = G \circ G` one iteration is
+
+    .. math::
+        r^2 \leftarrow n / (S c^2), \qquad c^2 \leftarrow m / (S^\top r^2)
+
+    from :math:`c = 1`, so nothing but these two vectors ever changes.
+
+    Args:
+        grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified. Its scale does not
+            matter, from 1e-30 to 1e+30.
+        num_iters: Iterations L, at least 1. The paper uses 5.
+        backend: ``"auto"`` for the fastest that is installed and runs on ``grad``'s device, or the
+            name of one (`sinkgd.kernels.BACKENDS`).
+
+    Returns:
+        r ``(..., m, 1)`` and c ``(..., 1, n)``, float32, or float64 if ``grad`` is. The scale of a
+        zero row or column is 0. A non-finite entry makes scales of its matrix non-finite.
+
+    Raises:
+        TypeError: If ``grad`` is complex, integer or sparse.
+        ValueError: If ``grad`` has fewer than two dimensions, ``num_iters`` is below 1, or
+            ``backend`` is unknown.
+        ImportError: If ``backend`` names one that is not installed.
+
+    Example:
+        >>> import torch
+        >>> r, c = sinkhorn_scales(torch.tensor([[1.0, 10.0], [100.0, 1000.0]]))
+        >>> r.flatten(), c.flatten()  # a matrix of rank one: every entry of r * grad * c is 1
+        (tensor([0.1407, 0.0014]), tensor([7.1063, 0.7106]))
+    """
+    check_matrix("sinkhorn_scales", grad)
+    check_num_iters(num_iters)
+    return kernels.select(backend, grad.device).scales([grad], num_iters)[0]
+
+
+def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> Tensor:
+    r"""Normalize every row of ``grad`` to length √n, then every column to √m, ``num_iters`` times.
+
+    One iteration is
+
+    .. math::
+        X \leftarrow \sqrt{n}\, Q(X)^{-1} X, \qquad X \leftarrow \sqrt{m}\, X R(X)^{-1}
+
+    where the diagonals of :math:`Q(X)` and :math:`R(X)` hold the row and column lengths. The
+    entrywise squares of the iterates are the classic Sinkhorn iterates of ``grad**2``, so a matrix
+    without zeros converges to rows of length √n *and* columns of length √m. The update has
+    root-mean-square 1, as a sign update has, whatever the scale of ``grad``.
+
+    Args:
+        grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified.
+        num_iters: Iterations L, at least 1. The paper uses 5.
+        backend: As for `sinkhorn_scales`.
+
+    Returns:
+        The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if
+        ``grad`` is. Its columns have length √m; its rows approach √n as ``num_iters`` grows. Zero
+        rows and columns stay zero.
+
+    Raises:
+        TypeError: If ``grad`` is complex, integer or sparse.
+        ValueError: If ``grad`` has fewer than two dimensions, or ``num_iters`` is below 1.
+        ImportError: If ``backend`` names one that is not installed.
+
+    Example:
+        >>> import torch
+        >>> update = sr_sinkhorn(torch.tensor([[8.0, 1.0], [-1.0, 2.0]]))
+        >>> update.square().sum(dim=-2)  # the squared column lengths: m
+        tensor([2.0000, 2.0000])
+        >>> update.square().sum(dim=-1)  # the squared row lengths: near n, nearer with num_iters
+        tensor([1.9112, 2.0888])
+
+    References:
+        Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
+        Algorithm 3. https://arxiv.org/abs/2502.06742
+    """
+    check_matrix("sr_sinkhorn", grad)
+    check_num_iters(num_iters)
+    row, col = sinkhorn_scales(grad, num_iters, backend=backend)
+    return (grad.to(row.dtype) * row * col).to(grad.dtype)
