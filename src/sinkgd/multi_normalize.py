@@ -38,8 +38,8 @@ def multi_normalize(
 
     Raises:
         TypeError: If ``grad`` is complex, integer or sparse.
-        ValueError: If ``grad`` has fewer than two dimensions, ``norms`` is empty, or ``num_iters``
-            is below 1.
+        ValueError: If ``grad`` has fewer than two dimensions, ``norms`` is empty, ``num_iters`` is
+            below 1, or ``tol`` below 0.
 
     Example:
         >>> from sinkgd import ColumnNorm, RowNorm
@@ -56,6 +56,8 @@ def multi_normalize(
     check_num_iters(num_iters)
     if not norms:
         raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol must be at least 0, got {tol}")
     x = grad.to(torch.promote_types(grad.dtype, torch.float32))
     for _ in range(num_iters):
         for norm in norms:

@@ -2,7 +2,7 @@
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
-    s, t: powers of two near the largest entry of a row, of a column
+    s, t: powers of two at or below the largest entry of a row, of a column
     S: the squares of the gradient divided by s and t, so that none overflows or vanishes
     r, c: row and column scales; r2, c2: their squares, in the units of S
 """
@@ -47,7 +47,9 @@ class EagerBackend:
         for i, (param, grad, (row, col)) in enumerate(zip(params, grads, scales, strict=True)):
             update = grad.to(row.dtype) * row
             update *= col
-            descend_(param, update, keep=keep, step=step, allowed=allowed[i] if allowed else None)
+            descend_(
+                param, update, keep=keep, step=step, allowed=None if allowed is None else allowed[i]
+            )
 
 
 def sinkhorn(grad: Tensor, num_iters: int) -> Scales:
@@ -60,15 +62,16 @@ def sinkhorn(grad: Tensor, num_iters: int) -> Scales:
             grad.new_ones(*batch, m, 1, dtype=dtype), grad.new_ones(*batch, 1, n, dtype=dtype)
         )
     S = grad.to(dtype).abs()
-    s = _power_of_two_above(S.amax(dim=-1, keepdim=True))
+    s = _power_of_two_below(S.amax(dim=-1, keepdim=True))
     S /= s
-    t = _power_of_two_above(S.amax(dim=-2, keepdim=True))
+    t = _power_of_two_below(S.amax(dim=-2, keepdim=True))
     S /= t
     S *= S
-    c2 = t.square()
-    for _ in range(num_iters):
-        r2 = _divide(n, S @ c2.mT)
-        c2 = _divide(m, r2.mT @ S)
+    r2, c2 = _iterate(S, t.square())
+    for _ in range(num_iters - 1):
+        # Where rows or columns are zero the pair drifts apart by a factor an iteration. A factor on
+        # c2 comes back as its inverse on r2, so it changes no product and keeps both in range.
+        r2, c2 = _iterate(S, c2 / _tilt(r2, c2))
     # A matrix near the end of float32's range would need scales beyond it: they stop there.
     limit = torch.finfo(dtype).max
     return Scales((r2.sqrt() / s).clamp(max=limit), (c2.sqrt() / t).clamp(max=limit))
@@ -97,12 +100,24 @@ def descend_(
         param.copy_(wide)
 
 
-def _power_of_two_above(peak: Tensor) -> Tensor:
-    # x / mantissa(x) is a power of two, exactly; ldexp goes through pow and promises less.
-    power = peak / torch.frexp(peak).mantissa
+def _power_of_two_below(peak: Tensor) -> Tensor:
+    # The mantissa lies in [1/2, 1), so this is a power of two, exactly; ldexp goes through pow and
+    # promises less.
+    power = peak / (2 * torch.frexp(peak).mantissa)
     return torch.where(peak == 0, 1, power).clamp(min=torch.finfo(peak.dtype).tiny)
+
+
+def _iterate(S: Tensor, c2: Tensor) -> tuple[Tensor, Tensor]:
+    m, n = S.shape[-2:]
+    r2 = _divide(n, S @ c2.mT)
+    return r2, _divide(m, r2.mT @ S)
 
 
 def _divide(length: int, sums: Tensor) -> Tensor:
     # A sum is zero for a zero row or column alone; its scale is then zero.
     return torch.where(sums == 0, sums, length / sums)
+
+
+def _tilt(r2: Tensor, c2: Tensor) -> Tensor:
+    row_peak, col_peak = r2.amax(-2, keepdim=True), c2.amax(-1, keepdim=True)
+    return torch.where(row_peak == 0, 1, col_peak / row_peak).sqrt()

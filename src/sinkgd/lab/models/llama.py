@@ -1,0 +1,290 @@
+"""LLaMA: pre-norm transformer blocks with RMSNorm, rotary positions and a SwiGLU MLP.
+
+Parameters carry Hugging Face's names, so ``model.state_dict()`` loads into `transformers`'
+``LlamaForCausalLM`` as it is.
+
+Shapes, everywhere in this file:
+    b: sequences in the batch
+    t: tokens in a sequence
+    h: hidden size
+    a: attention heads, each h/a wide
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A model that cannot be built, or cannot be run on the tokens it was given."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a LLaMA; the defaults are those of the C4 benchmark.
+
+    Raises:
+        ModelError: If a size is not positive, or the heads do not divide the hidden size evenly.
+    """
+
+    vocab_size: int  # tokens
+    hidden_size: int  # h, width of the residual stream
+    intermediate_size: int  # width inside the MLP
+    num_layers: int
+    num_heads: int  # a
+    max_sequence_length: int = 1024  # tokens
+    norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    initializer_std: float = 0.02  # of every linear and embedding weight
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ModelError(f"{name} must be positive, got {value}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ModelError(
+                f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must be an even "
+                "whole number, for rotary positions turn the features of a head in pairs; "
+                "change one of them"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head, h/a."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def linear_parameter_count(self) -> int:
+        """Weights of the blocks' matrices, those that the paper gives to SR-Sinkhorn."""
+        h = self.hidden_size
+        return self.num_layers * (4 * h * h + 3 * h * self.intermediate_size)
+
+    @property
+    def parameter_count(self) -> int:
+        """All weights: the blocks' matrices, embedding and head, and the norms."""
+        embedding_and_head = 2 * self.vocab_size * self.hidden_size
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        return self.linear_parameter_count + embedding_and_head + norms
+
+    def huggingface(self) -> dict[str, Any]:
+        """Return the keyword arguments of the same model's ``transformers.LlamaConfig``."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "max_position_embeddings": self.max_sequence_length,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "initializer_range": self.initializer_std,
+            "tie_word_embeddings": False,
+        }
+
+
+class Llama(nn.Module):
+    """A LLaMA language model.
+
+    Weights are drawn from a generator of the model's own, on the CPU and in float32: a seed means
+    the same weights on every device, and no other random number moves.
+
+    Args:
+        config: The sizes.
+        seed: Seed of the weights.
+
+    Example:
+        >>> config = LlamaConfig(
+        ...     vocab_size=100, hidden_size=16, intermediate_size=40, num_layers=2, num_heads=4
+        ... )
+        >>> Llama(config)(torch.tensor([[5, 7, 11]])).shape
+        torch.Size([1, 3, 100])
+
+        A model made on the meta device has no weights until it is given a device:
+
+        >>> with torch.device("meta"):
+        ...     model = Llama(config)
+        >>> model.to_empty(device="cpu").initialize(seed=0)(torch.tensor([[5]])).shape
+        torch.Size([1, 1, 100])
+    """
+
+    def __init__(self, config: LlamaConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        with torch.device("meta"):  # torch's own init would draw from the global generator
+            self.model = _Body(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if device.type != "meta":
+            self.to_empty(device=device).initialize(seed)
+
+    def initialize(self, seed: int) -> Self:
+        """Draw every weight anew and return the model.
+
+        Linear and embedding weights are normal with the config's standard deviation, norm
+        weights are 1. A weight in bfloat16 is the float32 draw, rounded.
+        """
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        std = self.config.initializer_std
+        with torch.no_grad():
+            for weight in self.parameters():
+                if weight.ndim == 1:
+                    weight.fill_(1.0)
+                else:
+                    draw = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+                    weight.copy_(draw.normal_(0.0, std, generator=generator))
+        return self
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of each next token.
+
+        Args:
+            tokens: Token ids, ``(b, t)``, integers below the vocabulary size.
+
+        Returns:
+            Logits, ``(b, t, vocab_size)``; those at position i see tokens 0 to i.
+
+        Raises:
+            ModelError: If ``tokens`` has another shape, or t is over ``max_sequence_length``.
+        """
+        if tokens.ndim != 2:
+            raise ModelError(f"tokens must have shape (batch, time), got {tuple(tokens.shape)}")
+        limit = self.config.max_sequence_length
+        if tokens.shape[1] > limit:
+            raise ModelError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than the model's "
+                f"max_sequence_length of {limit}; shorten it or build the model with more"
+            )
+        logits: Tensor = self.lm_head(self.model(tokens))
+        return logits
+
+
+class _Body(nn.Module):
+    """Everything below the head: embedding, blocks, last norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotation = _Rotation(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, self.rotation)
+        normalized: Tensor = self.norm(x)
+        return normalized
+
+
+class _Block(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = _SwiGLU(config)
+
+    def forward(self, x: Tensor, rotation: "_Rotation") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        after: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return after
+
+
+class _Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        h = config.hidden_size
+        self.q_proj = nn.Linear(h, h, bias=False)
+        self.k_proj = nn.Linear(h, h, bias=False)
+        self.v_proj = nn.Linear(h, h, bias=False)
+        self.o_proj = nn.Linear(h, h, bias=False)
+
+    def forward(self, x: Tensor, rotation: "_Rotation") -> Tensor:
+        q = rotation(self._heads(self.q_proj(x)))
+        k = rotation(self._heads(self.k_proj(x)))
+        v = self._heads(self.v_proj(x))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Split ``(b, t, h)`` into ``(b, a, t, h/a)``."""
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+
+class _SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        h, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(h, inner, bias=False)
+        self.up_proj = nn.Linear(h, inner, bias=False)
+        self.down_proj = nn.Linear(inner, h, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square, in float32, and scale by a learned weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` of shape ``(..., size)`` normalised, in its own dtype."""
+        wide = x.float()
+        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * inverse_rms).to(x.dtype)
+
+
+class _Rotation(nn.Module):
+    """Rotary positions: at position p, turn the feature pair (i, i + d/2) of a head by p·θ^(-2i/d).
+
+    d is the head size. Pairing feature i with i + d/2 (and not 2i with 2i + 1) is Hugging Face's
+    convention.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._fill(torch.get_default_device())
+
+    def _fill(self, device: torch.device) -> None:
+        d = self.config.head_size
+        exponents = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
+        frequencies = 1.0 / self.config.rope_theta**exponents
+        positions = torch.arange(
+            self.config.max_sequence_length, dtype=torch.float32, device=device
+        )
+        angles = torch.outer(positions, frequencies)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.bfloat16()` would round the tables and `.to_empty()` leave them unset: make them anew,
+        # in float32, wherever the module has gone
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._fill(self.cos.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn queries or keys, ``(b, a, t, d)``; the tables are rounded to their dtype."""
+        t = x.shape[-2]
+        cos, sin = self.cos[:t].to(x.dtype), self.sin[:t].to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

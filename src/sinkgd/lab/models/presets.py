@@ -1,0 +1,93 @@
+"""Presets: the LLaMA sizes of the C4 benchmark, and a nano one for a laptop."""
+
+import difflib
+from dataclasses import replace
+
+from sinkgd.lab.models.llama import Llama, LlamaConfig, ModelError
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+    )
+
+
+# The benchmark is GaLore's (Zhao et al., https://arxiv.org/abs/2403.03507).
+# llama-nano has the blocks of llama-9m: it is for small vocabularies, which the data bring along.
+PRESETS: dict[str, LlamaConfig] = {
+    "llama-nano": _sizes(hidden=128, intermediate=352, layers=4, heads=4),
+    "llama-9m": _sizes(hidden=128, intermediate=352, layers=4, heads=4),
+    "llama-20m": _sizes(hidden=256, intermediate=688, layers=4, heads=4),
+    "llama-35m": _sizes(hidden=384, intermediate=1024, layers=6, heads=8),
+    "llama-60m": _sizes(hidden=512, intermediate=1376, layers=8, heads=8),
+    "llama-130m": _sizes(hidden=768, intermediate=2048, layers=12, heads=12),
+    "llama-350m": _sizes(hidden=1024, intermediate=2736, layers=24, heads=16),
+    "llama-1b": _sizes(hidden=2048, intermediate=5461, layers=24, heads=32),
+    "llama-7b": _sizes(hidden=4096, intermediate=11008, layers=32, heads=32),
+}
+
+
+def preset_config(
+    preset: str, *, vocab_size: int | None = None, max_sequence_length: int | None = None
+) -> LlamaConfig:
+    """Return a preset's sizes.
+
+    Args:
+        preset: A name in `PRESETS`.
+        vocab_size: Tokens in the vocabulary; the preset's own by default.
+        max_sequence_length: Tokens in the longest sequence; the preset's own by default.
+
+    Raises:
+        ModelError: If there is no such preset, or a size is not positive.
+
+    Example:
+        >>> preset_config("llama-60m").parameter_count
+        58073600
+    """
+    if preset not in PRESETS:
+        raise ModelError(_unknown(preset))
+    config = PRESETS[preset]
+    return replace(
+        config,
+        vocab_size=config.vocab_size if vocab_size is None else vocab_size,
+        max_sequence_length=(
+            config.max_sequence_length if max_sequence_length is None else max_sequence_length
+        ),
+    )
+
+
+def build_model(
+    preset: str,
+    *,
+    vocab_size: int | None = None,
+    max_sequence_length: int | None = None,
+    seed: int = 0,
+) -> Llama:
+    """Build a preset's model in float32 on the default device.
+
+    Args:
+        preset: A name in `PRESETS`.
+        vocab_size: Tokens in the vocabulary; the preset's own by default.
+        max_sequence_length: Tokens in the longest sequence; the preset's own by default.
+        seed: Seed of the weights.
+
+    Raises:
+        ModelError: If there is no such preset, or a size is not positive.
+
+    Example:
+        >>> model = build_model("llama-nano", vocab_size=512, max_sequence_length=64)
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        935040
+    """
+    config = preset_config(preset, vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+    return Llama(config, seed=seed)
+
+
+def _unknown(preset: str) -> str:
+    names = ", ".join(PRESETS)
+    nearest = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
+    return f"no preset {preset!r}; did you mean {nearest!r}? There are {names}"

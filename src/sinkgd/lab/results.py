@@ -1,0 +1,221 @@
+"""What a run writes and a page reads: plain records in an append-only JSONL file.
+
+One run is one file. Its first line is a `RunStart`; then come a `TrainStep` for every optimizer
+step, an `Evaluation` now and then, a `Resume` whenever the run went on from a checkpoint, and one
+`RunEnd`. A line is written whole or not at all: one that a killed process left unfinished is cut
+off when the file is next opened for writing, and passed over when it is read.
+
+Units are in the names. ``tokens`` and ``seconds`` count training alone, from the run's first step:
+evaluation, checkpoints and start-up are in ``wall_seconds`` only.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be read, with the file and the line."""
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What the run is: everything needed to run it again."""
+
+    kind: ClassVar[str] = "start"
+    name: str  # unique within a comparison, e.g. "sinkgd-seed0"
+    recipe: str  # the registered recipe of the optimizer, e.g. "adamw-one-lr"
+    seed: int
+    command: str  # a shell command that repeats the run
+    config: dict[str, Any]  # the resolved configuration, tables as nested dicts
+    environment: dict[str, Any]  # versions, commit, device, threads
+    parameters: int  # trainable parameters, tied ones once
+    tokens_per_step: int  # positions in a global batch, padding included
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One optimizer step; ``loss`` is the batch's mean before the step."""
+
+    kind: ClassVar[str] = "step"
+    step: int  # 1 for the first
+    tokens: int  # consumed up to and including this step
+    seconds: float  # of training, up to and including this step
+    loss: float  # nats per token
+    lr: float  # of the first parameter group
+    gradient_norm: float  # global l2 norm, before clipping
+    step_seconds: float
+    optimizer_seconds: float  # of step_seconds, spent in optimizer.step()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The model on held-out text, after ``step`` steps."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    tokens: int
+    seconds: float
+    val_loss: float  # nats per token
+    perplexity: float
+    bits_per_byte: float
+    eval_tokens: int  # targets scored, padding excluded
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The run went on from the checkpoint after ``step``; later records from before are void."""
+
+    kind: ClassVar[str] = "resume"
+    step: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part. ``peak_bytes`` is the process's peak on a CPU, the allocator's on a GPU."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    state_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """How the run ended."""
+
+    kind: ClassVar[str] = "end"
+    status: str  # "finished", "interrupted" or "failed"
+    step: int
+    tokens: int
+    seconds: float
+    wall_seconds: float  # all sittings of the run, everything included
+    memory: Memory
+    message: str = ""  # the reason, where status is "failed"
+
+
+Record = RunStart | TrainStep | Evaluation | Resume | RunEnd
+_KINDS: dict[str, type[Any]] = {
+    record.kind: record for record in (RunStart, TrainStep, Evaluation, Resume, RunEnd)
+}
+
+
+@dataclass
+class Run:
+    """A run as it stands: records that a resume made void are left out."""
+
+    path: Path
+    start: RunStart
+    steps: list[TrainStep] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    end: RunEnd | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step."""
+        return self.end is not None and self.end.status == "finished"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a results file.
+
+        Raises:
+            ResultsError: If the file is missing, empty, or holds a line that is no record.
+        """
+        records = _read_records(path)
+        if not records or not isinstance(records[0], RunStart):
+            raise ResultsError(f"{path} does not begin with a start record; is it a results file?")
+        run = cls(path, records[0])
+        for record in records[1:]:
+            run._add(record)
+        return run
+
+    def _add(self, record: Record) -> None:
+        match record:
+            case TrainStep():
+                self.steps.append(record)
+            case Evaluation():
+                self.evaluations.append(record)
+            case RunEnd():
+                self.end = record
+            case Resume(step):
+                self.steps = [row for row in self.steps if row.step <= step]
+                self.evaluations = [row for row in self.evaluations if row.step <= step]
+                self.end = None
+            case RunStart():
+                raise ResultsError(f"{self.path} holds two start records; one run is one file")
+
+
+def _read_records(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ResultsError(f"no results at {path}; `sinkgd train` writes them") from None
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{path} is no text, so no results file: {error}") from error
+    complete = text[: text.rfind("\n") + 1]
+    return [_parse(line, f"{path}:{i}") for i, line in enumerate(complete.splitlines(), start=1)]
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        fields = json.loads(line)
+        record = _KINDS[fields.pop("kind")]
+        if record is RunEnd:
+            fields["memory"] = Memory(**fields["memory"])
+        parsed: Record = record(**fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResultsError(
+            f"{where} is not a record of this version of sinkgd: {error!r}"
+        ) from error
+    return parsed
+
+
+class ResultsWriter:
+    """Appends records to a results file, each one flushed as a whole line.
+
+    Args:
+        path: The file; it and its folder are made when absent.
+        mirrors: Called with every record after it was written, e.g. a TensorBoard sink.
+    """
+
+    def __init__(self, path: Path, mirrors: tuple[Callable[[Record], None], ...] = ()) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_unfinished_line(path)
+        self.path = path
+        self._mirrors = mirrors
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        line = json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=True)
+        self._file.write(line + "\n")
+        self._file.flush()
+        for mirror in self._mirrors:
+            mirror(record)
+
+    def sync(self) -> None:
+        """Force what was written to the disk; a checkpoint calls it before it is made."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)

@@ -1,0 +1,215 @@
+"""Llama: it is Hugging Face's model, it sees only the past, it is safe in every precision."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from sinkgd.lab.models import Llama, LlamaConfig, ModelError
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_layers": 3,
+    "num_heads": 4,
+    "max_sequence_length": 32,
+}
+
+
+def config(**changes):
+    return LlamaConfig(**{**SIZES, **changes})
+
+
+@pytest.fixture
+def model():
+    return Llama(config(), seed=0)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(97, (2, 29), generator=torch.Generator().manual_seed(1))
+
+
+def huggingface_twin(model: Llama) -> nn.Module:
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    twin = LlamaForCausalLM(HFConfig(**model.config.huggingface())).eval()
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return twin
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rope_theta": 500.0}, {"norm_eps": 1e-2}, {"num_heads": 1}, {"num_heads": 24}],
+    ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()) or "default",
+)
+def test_logits_are_those_of_transformers(changes, tokens):
+    model = Llama(config(initializer_std=0.3, **changes), seed=3)  # .3: attention far from uniform
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(4))
+        ours, theirs = model(tokens), huggingface_twin(model)(tokens).logits
+    # the same float32 operations up to their order: a few roundings of 6e-8, over 3 layers
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_gradients_are_those_of_transformers(model, tokens):
+    twin = huggingface_twin(model)
+    model(tokens).logsumexp(-1).sum().backward()
+    twin(tokens).logits.logsumexp(-1).sum().backward()
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = theirs[name].grad
+        scale = expected.abs().max().item()
+        assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_a_token_changes_no_logits_before_it(model, tokens):
+    changed = tokens.clone()
+    changed[:, 17] = (changed[:, 17] + 1) % 97
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :17], after[:, :17])
+    assert (before[:, 17:] != after[:, 17:]).any(-1).all()
+
+
+def test_sequences_do_not_see_each_other(model, tokens):
+    with torch.no_grad():
+        assert_close(model(tokens)[1:], model(tokens[1:]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_order_of_the_past_matters():
+    model = Llama(config(num_layers=1, initializer_std=0.3))
+    with torch.no_grad():
+        one, other = model(torch.tensor([[5, 7, 11], [7, 5, 11]]))[:, -1]
+    # without positions, a single layer sees the past as a set and the two would agree
+    assert (one - other).abs().max() > 1e-2 * one.abs().max()
+
+
+def test_attention_depends_on_relative_positions_alone():
+    rotation = Llama(config()).model.rotation
+    q, k = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = rotation(q.expand(1, 1, 32, 12)) @ rotation(k.expand(1, 1, 32, 12)).mT
+    for distance in range(32):
+        diagonal = scores[0, 0].diagonal(distance)
+        # the tables are float32: angles up to 32 carry 2e-6 of rounding
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-4)
+    assert scores.std() > 0.1
+
+
+def test_pure_bfloat16_stays_near_float32(model, tokens):
+    with torch.no_grad():
+        expected = model(tokens)
+        low = Llama(config(), seed=0).bfloat16()(tokens)
+    assert low.dtype == torch.bfloat16
+    # 8 bits of mantissa, a dozen roundings in sequence: a few percent of the largest logit
+    assert (low - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["autocast", "pure"])
+def test_a_bfloat16_training_step_is_finite(model, tokens, precision):
+    if precision == "pure":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        logits = model(tokens)
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.ne(0).any(), name
+
+
+def test_norms_compute_in_float32():
+    from sinkgd.lab.models.llama import RMSNorm
+
+    # 300² is over float16's 65504
+    x = torch.full((1, 8), 300.0, dtype=torch.float16)
+    assert_close(RMSNorm(8, 1e-6).half()(x), torch.ones_like(x))
+
+
+def test_the_position_tables_survive_casts_and_moves(model):
+    cos, sin = model.model.rotation.cos.clone(), model.model.rotation.sin.clone()
+    with torch.device("meta"):
+        other = Llama(config())
+    other.bfloat16().to_empty(device="cpu").initialize(seed=0)
+    for rotation in (model.bfloat16().model.rotation, other.model.rotation):
+        assert torch.equal(rotation.cos, cos)
+        assert torch.equal(rotation.sin, sin)
+
+
+def test_the_position_tables_are_not_saved(model):
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_meta_model_holds_no_memory_and_initializes_to_the_same_weights(model, tokens):
+    with torch.device("meta"):
+        meta = Llama(config())
+    assert all(tensor.is_meta for tensor in [*meta.parameters(), *meta.buffers()])
+    real = meta.to_empty(device="cpu").initialize(seed=0)
+    with torch.no_grad():
+        assert torch.equal(real(tokens), model(tokens))
+
+
+def test_a_seed_means_the_same_weights_and_moves_no_other_random_number(model):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    again, other = Llama(config(), seed=0), Llama(config(), seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+        assert "norm" in name or not torch.equal(weight, other.state_dict()[name]), name
+
+
+def test_initial_weights_have_the_configured_spread():
+    model = Llama(config(vocab_size=512, hidden_size=128, intermediate_size=256), seed=0)
+    for name, weight in model.state_dict().items():
+        if "norm" in name:
+            assert weight.eq(1).all(), name
+        else:
+            # 16384 draws or more: the standard error of the spread is below 0.6 %
+            assert_close(weight.std().item(), 0.02, rtol=0.03, atol=0)
+            assert abs(weight.mean()) < 1e-3, name
+
+
+def test_it_learns_a_batch_by_heart(model, tokens):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        logits = model(tokens[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "hidden_size 48 over num_heads 5 must be an even whole number"),
+        ({"num_heads": 16}, "hidden_size 48 over num_heads 16 must be an even whole number"),
+        ({"num_layers": 0}, "num_layers must be positive, got 0"),
+        ({"vocab_size": -1}, "vocab_size must be positive, got -1"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive, got 0.0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ModelError, match=message):
+        config(**changes)
+
+
+def test_a_sequence_over_the_limit_is_refused_with_both_lengths(model):
+    assert model(torch.zeros(1, 32, dtype=torch.long)).shape == (1, 32, 97)
+    with pytest.raises(ModelError, match=r"33 tokens .* max_sequence_length of 32"):
+        model(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_tokens_without_a_batch_are_refused(model):
+    with pytest.raises(ModelError, match=r"shape \(batch, time\), got \(7,\)"):
+        model(torch.zeros(7, dtype=torch.long))

@@ -1,0 +1,78 @@
+"""NaN and infinity never reach a weight, and nobody has to look for where they came from."""
+
+import pytest
+import torch
+from torch import nn
+
+import sinkgd
+
+BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["sinkgd", "swan", "mngd", "normalize", "adamw"])
+
+
+def a_pair(algorithm, bad, policy):
+    """Two parameters in two groups; the gradient of the second has one bad entry."""
+    good, ill = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3, 5))
+    good.grad, ill.grad = torch.randn(4, 3), torch.randn(3, 5)
+    ill.grad[1, 2] = bad
+    groups = [
+        {"params": [("good", good)], "algorithm": algorithm},
+        {"params": [("layers.3.ill", ill)], "algorithm": algorithm, "weight_decay": 0.1},
+    ]
+    norms = [sinkgd.SignNorm(), sinkgd.RowNorm()]
+    return good, ill, sinkgd.MNGD(groups, 0.1, norms=norms, nonfinite=policy)
+
+
+@BAD
+@ALGORITHMS
+def test_raise_names_the_parameter_and_writes_nothing(algorithm, bad):
+    good, ill, optimizer = a_pair(algorithm, bad, "raise")
+    with pytest.raises(sinkgd.NonFiniteGradientError, match=r"gradient of layers\.3\.ill holds"):
+        optimizer.step()
+    assert good.eq(1).all()
+    assert ill.eq(1).all()
+
+
+@BAD
+@ALGORITHMS
+def test_skip_leaves_that_parameter_alone_and_counts(algorithm, bad):
+    good, ill, optimizer = a_pair(algorithm, bad, "skip")
+    optimizer.step()
+    assert good.ne(1).all()
+    assert ill.eq(1).all()
+    optimizer.step()
+    assert optimizer.skipped() == {"layers.3.ill": 2}
+
+
+@BAD
+def test_one_bad_part_of_a_split_parameter_holds_back_all_of_it(bad):
+    fused = nn.Parameter(torch.ones(6, 4))
+    fused.grad = torch.randn(6, 4)
+    fused.grad[5, 0] = bad
+    optimizer = sinkgd.SinkGD(
+        [{"params": [("qkv", fused)], "algorithm": "sinkgd", "split": 3}], nonfinite="skip"
+    )
+    optimizer.step()
+    assert fused.eq(1).all()
+    assert optimizer.skipped() == {"qkv": 1}
+
+
+def test_unnamed_parameters_are_told_by_their_place():
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.full((2, 2), float("nan"))
+    with pytest.raises(sinkgd.NonFiniteGradientError, match="parameter 0 of group 0"):
+        sinkgd.SinkGD([weight]).step()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_error_comes_with_the_next_step_and_the_weight_stays():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU; run this on a machine with CUDA or ROCm")
+    weight = nn.Parameter(torch.ones(4, 3, device="cuda"))
+    optimizer = sinkgd.SinkGD([("w", weight)])
+    weight.grad = torch.full((4, 3), float("nan"), device="cuda")
+    optimizer.step()
+    assert weight.eq(1).all()
+    weight.grad = torch.randn(4, 3, device="cuda")
+    with pytest.raises(sinkgd.NonFiniteGradientError, match="gradient of w holds"):
+        optimizer.step()

@@ -1,0 +1,250 @@
+"""Who goes where is read from the modules, not from their names."""
+
+import pytest
+import torch
+from torch import nn
+
+import sinkgd
+
+
+def where(model, **options):
+    """Return the algorithm of each parameter by name."""
+    return {
+        name: group["algorithm"]
+        for group in sinkgd.param_groups(model, **options)
+        for name, _ in group["params"]
+    }
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.n = nn.LayerNorm(width)
+        self.x = nn.Linear(width, 2 * width)
+        self.y = nn.Linear(2 * width, width)
+
+
+class Model(nn.Module):
+    """Names that say nothing: only types and places are left to go by."""
+
+    def __init__(self, tied=False, depth=2):
+        super().__init__()
+        self.a = nn.Embedding(32, 8)
+        self.b = nn.ModuleList(Block() for _ in range(depth))
+        self.c = nn.Linear(8, 32, bias=False)
+        if tied:
+            self.c.weight = self.a.weight
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_linears_in_blocks_are_matrices_and_all_else_is_not(depth):
+    found = where(Model(depth=depth))
+    matrices = {name for name, algorithm in found.items() if algorithm == "sinkgd"}
+    assert matrices == {f"b.{i}.{x}.weight" for i in range(depth) for x in "xy"}
+    assert len(found) == 2 + 6 * depth
+
+
+def test_a_tied_weight_counts_once_whoever_comes_first():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 32, bias=False)
+            self.blocks = nn.ModuleList([Block()])
+            self.table = nn.Embedding(32, 8)
+            self.table.weight = self.head.weight
+
+    assert where(Model(tied=True))["a.weight"] == "adamw"
+    found = where(HeadFirst())
+    assert found["head.weight"] == "adamw"
+    assert "table.weight" not in found
+
+
+def test_a_linear_tied_to_an_embedding_inside_a_block_is_no_matrix():
+    model = Model()
+    model.b[0].table = nn.Embedding(16, 8)
+    model.b[0].x.weight = model.b[0].table.weight
+    assert where(model)["b.0.x.weight"] == "adamw"
+
+
+def test_frozen_parameters_are_left_out():
+    model = Model()
+    model.a.requires_grad_(False)
+    assert "a.weight" not in where(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
+        sinkgd.param_groups(model)
+
+
+def test_without_blocks_the_last_layer_is_the_head():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert [where(model)[f"{i}.weight"] for i in (0, 2, 4)] == ["sinkgd", "sinkgd", "adamw"]
+
+
+def test_a_model_of_one_layer_has_no_head():
+    assert where(nn.Linear(4, 2)) == {"weight": "sinkgd", "bias": "adamw"}
+
+
+def test_convolutions_flatten_and_depthwise_ones_go_to_adamw():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.full = nn.Conv2d(8, 8, 3)
+            self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+            self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 7), Stage(), Stage())
+    groups = sinkgd.param_groups(model)
+    options = {
+        n: (g["algorithm"], g.get("layout"), g.get("split")) for g in groups for n, _ in g["params"]
+    }
+    assert options["0.weight"][0] == "adamw"  # the stem stands outside the stages
+    assert options["1.full.weight"] == ("sinkgd", "flatten", 1)
+    assert options["1.grouped.weight"] == ("sinkgd", "flatten", 2)
+    assert options["2.depthwise.weight"][0] == "adamw"
+    sinkgd.SinkGD(groups)
+
+
+def test_fused_projections_of_torch_are_split():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    (fused,) = [g for g in sinkgd.param_groups(model) if g.get("split") == 3]
+    assert [name for name, _ in fused["params"]] == [
+        "layers.0.self_attn.in_proj_weight",
+        "layers.1.self_attn.in_proj_weight",
+    ]
+
+
+def test_recurrent_weights_are_split_by_gate():
+    model = nn.ModuleDict({"rnn": nn.LSTM(4, 8), "head": nn.Linear(8, 2)})
+    groups = sinkgd.param_groups(model)
+    assert [n for n, _ in groups[0]["params"]] == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
+    assert groups[0]["split"] == 4
+
+
+def test_expert_weights_are_batches_and_unknown_parameters_go_to_adamw():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 16, 8))
+            self.table = nn.Parameter(torch.randn(16, 8))
+            self.inner = nn.Identity()
+
+    model = nn.ModuleList([Experts(), Experts()])
+    found = where(model)
+    assert found["0.up"] == "sinkgd"
+    assert found["0.table"] == "adamw"
+    assert "Experts is unknown; see overrides" in sinkgd.describe_param_groups(model)
+
+
+def test_a_class_of_ones_own_that_says_out_and_in_features_is_linear():
+    class MyLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 4, 6
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = MyLinear()
+
+    assert set(where(nn.ModuleList([Layer(), Layer()])).values()) == {"sinkgd"}
+
+
+def test_low_rank_adapters_go_to_adamw_and_their_base_does_not():
+    class LoraLinear(nn.Module):  # the shape of PEFT's layers
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Linear(8, 8)
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+
+    found = where(nn.ModuleList([LoraLinear(), LoraLinear()]))
+    assert found["0.lora_A.default.weight"] == found["1.lora_B.default.weight"] == "adamw"
+    assert found["0.base_layer.weight"] == "sinkgd"
+
+
+def test_learning_rates_and_decay_follow_the_recipe():
+    for group in sinkgd.param_groups(Model(), lr=0.1, matrix_lr_scale=0.5, weight_decay=0.01):
+        assert group["lr"] == (0.05 if group["algorithm"] == "sinkgd" else 0.1)
+        for _, param in group["params"]:
+            assert group["weight_decay"] == (0.01 if param.ndim >= 2 else 0.0)
+
+
+def test_overrides_choose_algorithms_and_options_and_the_first_match_decides():
+    overrides = {
+        r"^c\.": "sinkgd",
+        r"b\.0\.x\.weight": {"split": 2, "lr": 0.125},
+        r"b\.0\.x": "normalize",
+        r"^a\.": "sinkgd",
+    }
+    groups = sinkgd.param_groups(Model(), lr=0.02, overrides=overrides)
+    found = {name: group for group in groups for name, _ in group["params"]}
+    assert found["c.weight"]["algorithm"] == "sinkgd"
+    assert found["c.weight"]["lr"] == 0.001
+    assert (found["b.0.x.weight"]["split"], found["b.0.x.weight"]["lr"]) == (2, 0.125)
+    assert found["b.0.x.bias"]["algorithm"] == "normalize"
+    sinkgd.SinkGD(groups)
+
+
+def test_an_override_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"override 'lm_head' decides for no parameter"):
+        sinkgd.param_groups(Model(), overrides={"lm_head": "sinkgd"})
+
+
+@pytest.mark.parametrize("argument", ["lr", "matrix_lr_scale"])
+def test_negative_rates_are_refused(argument):
+    with pytest.raises(ValueError, match=f"{argument} must be at least 0, got -1"):
+        sinkgd.param_groups(Model(), **{argument: -1.0})
+
+
+@pytest.mark.parametrize("algorithm", ["sinkgd", "swan"])
+def test_the_groups_train_a_model(algorithm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = sinkgd.SinkGD(sinkgd.param_groups(model, 0.01, 0.5, matrix_algorithm=algorithm))
+    x = torch.randn(64, 4)
+    y = x.sum(dim=1, keepdim=True)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5
+    matrices = {p for p in model.parameters() if p.ndim == 2} - {model[4].weight}
+    assert not matrices & set(optimizer.state)
+
+
+def test_another_routing_is_refused_on_loading_by_name():
+    model = Model()
+    saved = sinkgd.SinkGD(sinkgd.param_groups(model)).state_dict()
+    other = sinkgd.SinkGD(sinkgd.param_groups(model, overrides={r"b\.1\.y\.weight": "adamw"}))
+    with pytest.raises(
+        ValueError, match=r"'b\.1\.y\.weight' is in group 0 of the checkpoint alone"
+    ):
+        other.load_state_dict(saved)
+    swan = sinkgd.SWAN(sinkgd.param_groups(model, matrix_algorithm="swan"))
+    with pytest.raises(ValueError, match="group 0 has algorithm 'sinkgd' in the checkpoint and"):
+        swan.load_state_dict(saved)
+    with pytest.raises(ValueError, match="2 parameter groups, this optimizer has 1"):
+        sinkgd.SinkGD(model.named_parameters()).load_state_dict(saved)
+
+
+def test_other_norms_are_refused_on_loading():
+    weight = nn.Parameter(torch.ones(2, 2))
+    saved = sinkgd.MNGD([weight], 0.1, norms=[sinkgd.SpectralNorm(5)]).state_dict()
+    with pytest.raises(ValueError, match=r"norms \('SpectralNorm\(num_steps=5\)',\) in the checkp"):
+        sinkgd.MNGD([weight], 0.1, norms=[sinkgd.SpectralNorm(7)]).load_state_dict(saved)
+
+
+def test_the_table_shows_every_parameter_once_with_its_reason():
+    model = Model()
+    table = sinkgd.describe_param_groups(model)
+    assert "b.*.x.weight ×2" in table
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    assert lines["a.weight"].split(None, 4)[1:] == ["32×8", "adamw", "0.02", "embedding"]
+    assert lines["c.weight"].endswith("outside the blocks")
+    optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
+    assert sinkgd.describe_param_groups(model, optimizer.param_groups) == table

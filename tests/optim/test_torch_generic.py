@@ -1,0 +1,303 @@
+"""The checks that torch runs on every optimizer of its own, run on ours.
+
+Modeled on ``TestOptimRenewed`` of pytorch's ``test/test_optim.py``, which loops over
+``torch.testing._internal.common_optimizers.optim_db``; here it loops over our table, each row with
+each of its options, as theirs does.
+"""
+
+import io
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+from torch.testing import assert_close
+
+import sinkgd
+from optimizer_cases import OPTIMIZERS
+
+every_input = pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        pytest.param(case, options, id=f"{case}-{options}")
+        for case in OPTIMIZERS
+        for options in case.options
+    ],
+)
+every = pytest.mark.parametrize("case", OPTIMIZERS, ids=str)
+
+
+def problem(takes_vectors=True, dtype=torch.float32, contiguous=True):
+    """A linear regression: weight (10, 5), bias (10,), input (5,)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(10, 5, generator=generator, dtype=dtype)
+    if not contiguous:
+        weight = torch.stack([weight, weight], dim=-1)[..., 0]
+        assert not weight.is_contiguous()
+    weight = nn.Parameter(weight)
+    bias = nn.Parameter(torch.randn(10, generator=generator, dtype=dtype))
+    x = torch.randn(5, generator=generator, dtype=dtype)
+    params = [weight, bias] if takes_vectors else [weight]
+
+    def closure(optimizer):
+        optimizer.zero_grad()
+        loss = (weight.mv(x) + bias).square().sum()
+        loss.backward()
+        return loss
+
+    return params, closure
+
+
+@every_input
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("tensor_lr", [True, False])
+def test_goes_right_direction(case, options, contiguous, tensor_lr):
+    params, closure = problem(case.takes_vectors, contiguous=contiguous)
+    lr = options.get("lr", 1e-3)
+    optimizer = case.build(params, **{**options, "lr": torch.tensor(lr) if tensor_lr else lr})
+    first = closure(optimizer).item()
+    for _ in range(20):
+        optimizer.step(lambda: closure(optimizer))
+    last = closure(optimizer).item()
+    assert last > first if options.get("maximize") else last < first
+
+
+SCHEDULERS = [
+    lambda o: [StepLR(o, step_size=10, gamma=0.9)],
+    lambda o: [ExponentialLR(o, gamma=0.9), LinearLR(o, start_factor=0.4, total_iters=4)],
+    lambda o: [CosineAnnealingLR(o, T_max=20)],
+    lambda o: [LambdaLR(o, lambda step: 1 / (1 + step))],
+    lambda o: [OneCycleLR(o, max_lr=2e-3, total_steps=30, cycle_momentum=False)],
+    lambda o: [
+        SequentialLR(o, [LinearLR(o, 0.1, total_iters=3), CosineAnnealingLR(o, 20)], milestones=[3])
+    ],
+    lambda o: [ReduceLROnPlateau(o)],
+]
+
+
+@every
+@pytest.mark.parametrize("schedulers", SCHEDULERS, ids=range(len(SCHEDULERS)))
+def test_goes_right_direction_with_schedulers(case, schedulers):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params, lr=1e-3)
+    running = schedulers(optimizer)
+    first = closure(optimizer).item()
+    for _ in range(20):
+        loss = optimizer.step(lambda: closure(optimizer))
+        for scheduler in running:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(loss.detach())
+            else:
+                scheduler.step()
+    assert closure(optimizer).item() < first
+
+
+@every
+def test_param_groups_lr_and_weight_decay(case):
+    frozen, moving = (
+        nn.Parameter(torch.ones(3, 2)),
+        nn.Parameter(torch.ones(3, 2)),
+    )
+    optimizer = case.build([{"params": [frozen], "lr": 0.0}, {"params": [moving]}], lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (frozen * moving).square().sum().backward()
+        optimizer.step()
+    assert frozen.eq(1).all()
+    assert moving.ne(1).all()
+
+
+@every_input
+def test_step_is_noop_when_params_have_no_grad(case, options):
+    params, _ = problem(case.takes_vectors)
+    before = deepcopy(params)
+    case.build(params, **options).step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+@every_input
+def test_step_is_noop_for_zero_grads(case, options):
+    params, _ = problem(case.takes_vectors)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    before = deepcopy(params)
+    optimizer = case.build(params, **options)
+    optimizer.step()
+    keep = 1 - options.get("lr", 1e-3) * options.get("weight_decay", 0)
+    for param, old in zip(params, before, strict=True):
+        assert_close(param, nn.Parameter(old * keep), rtol=1e-6, atol=0)
+
+
+@every_input
+def test_optimizer_can_be_printed(case, options):
+    params, _ = problem(case.takes_vectors)
+    text = str(case.build(params, **options))
+    for option in options:
+        assert option in text
+
+
+@every_input
+@pytest.mark.parametrize("is_named", [True, False])
+def test_state_dict_deterministic(case, options, is_named):
+    def build():
+        params, closure = problem(case.takes_vectors)
+        given = [(f"p{i}", p) for i, p in enumerate(params)] if is_named else params
+        return params, closure, case.build(given, **options)
+
+    params, closure, optimizer = build()
+    for _ in range(3):
+        optimizer.step(lambda: closure(optimizer))
+    other_params, other_closure, other = build()
+    with torch.no_grad():
+        for own, param in zip(other_params, params, strict=True):
+            own.copy_(param)
+    other.load_state_dict(deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        assert optimizer.step(lambda: closure(optimizer)) == other.step(
+            lambda: other_closure(other)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(params, other_params, strict=True))
+    assert str(optimizer.state_dict()) == str(other.state_dict())
+
+
+@every_input
+def test_save_load_equality_with_weights_only(case, options):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params, **options)
+    optimizer.step(lambda: closure(optimizer))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert str(loaded) == str(optimizer.state_dict())
+    case.build(deepcopy(params), **options).load_state_dict(loaded)
+
+
+@every
+def test_can_load_from_and_to_named_state_dict(case):
+    params, closure = problem(case.takes_vectors)
+    named = case.build([(f"p{i}", p) for i, p in enumerate(params)])
+    named.step(lambda: closure(named))
+    plain = case.build(params)
+    plain.load_state_dict(named.state_dict())
+    named.load_state_dict(plain.state_dict())
+    assert named.param_groups[0]["param_names"] == [f"p{i}" for i in range(len(params))]
+
+
+@every
+def test_mixed_dtypes_in_one_group(case):
+    wide = nn.Parameter(torch.ones(3, 4))
+    narrow = nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16))
+    optimizer = case.build([wide, narrow], lr=1e-2)
+    for _ in range(2):
+        wide.grad, narrow.grad = torch.ones(3, 4), torch.ones(3, 4, dtype=torch.bfloat16)
+        optimizer.step()
+    assert_close(narrow.float(), wide.bfloat16().float(), rtol=1e-2, atol=0)
+    assert wide.ne(1).all()
+
+
+@every
+def test_step_and_state_dict_hooks_are_called(case):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+    optimizer.register_state_dict_pre_hook(lambda *_: called.append("state pre"))
+    optimizer.register_state_dict_post_hook(lambda *_: called.append("state post"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: called.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: called.append("load post"))
+    optimizer.step(lambda: closure(optimizer))
+    assert called == ["pre", "post"]
+    saved = optimizer.state_dict()
+    assert called[2:] == ["state pre", "state post"]
+    optimizer.load_state_dict(saved)
+    assert called[-2:] == ["load pre", "load post"]
+
+
+@every
+def test_deepcopy_keeps_what_was_set_on_the_optimizer(case):
+    params, _ = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    optimizer.register_step_post_hook(lambda *_: None)
+    twin = deepcopy(optimizer)
+    assert twin.state_dict().keys() == optimizer.state_dict().keys()
+    assert len(twin.param_groups) == len(optimizer.param_groups)
+    twin.step()
+
+
+@every
+def test_a_loaded_lr_counts(case):
+    params, _ = problem(case.takes_vectors)
+    optimizer = case.build(params, lr=0.5)
+    optimizer.load_state_dict(case.build(params, lr=0.125).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+@every
+def test_duplicate_params_are_refused(case):
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = case.build([weight])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [weight]})
+
+
+def test_an_empty_parameter_list_is_refused():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        sinkgd.SinkGD([])
+
+
+@every
+def test_zero_grad_sets_to_none(case):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    closure(optimizer)
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in params)
+
+
+@every
+def test_grad_scaler_scales_nothing_but_overflow(case):
+    # The gradients stay multiplied by 2**10, which is exact, until the optimizer reads them.
+    def run(scaler):
+        params, _ = problem(case.takes_vectors)
+        optimizer = case.build(params)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = sum(param.square().sum() for param in params)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return params
+
+    scaled = run(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    plain = run(torch.amp.GradScaler("cpu", enabled=False))
+    assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
+
+
+@every
+@pytest.mark.parametrize("unscale_first", [True, False])
+def test_grad_scaler_skips_an_overflow(case, unscale_first):
+    params, _ = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = deepcopy(params)
+    scaler.scale(sum((param * math.inf).sum() for param in params)).backward()
+    if unscale_first:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    assert scaler.get_scale() == 2.0
+    assert optimizer.skipped() == {}

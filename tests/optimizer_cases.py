@@ -1,0 +1,66 @@
+"""The table of optimizers that every generic test loops over. A new method is a new row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sinkgd
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Callable[..., sinkgd.SinkGD | sinkgd.SWAN | sinkgd.MNGD]
+    options: list[dict[str, Any]] = field(default_factory=list)  # each is tried by itself
+    takes_vectors: bool = False
+    has_state: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _mngd(*norms):
+    return lambda params, lr=1e-3, **options: sinkgd.MNGD(params, lr, norms=norms, **options)
+
+
+def _in_groups(build, algorithm):
+    """Give every parameter to one algorithm, whatever the optimizer's own is."""
+
+    def built(params, **options):
+        params = list(params)
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        return build([{"algorithm": algorithm, **group} for group in groups], **options)
+
+    return built
+
+
+COMMON = [
+    {},
+    {"lr": 1e-2},
+    {"weight_decay": 0.1},
+    {"maximize": True},
+    {"weight_decay": 0.1, "maximize": True},
+    {"nonfinite": "skip"},
+]
+
+OPTIMIZERS = [
+    Case("SinkGD", sinkgd.SinkGD, [*COMMON, {"sinkhorn_iterations": 1}], takes_vectors=True),
+    Case("SinkGD-eager", lambda p, **o: sinkgd.SinkGD(p, backend="eager", **o), COMMON, True),
+    Case("SinkGD-matrices", _in_groups(sinkgd.SinkGD, "sinkgd"), COMMON),
+    Case("SinkGD-normalize", _in_groups(sinkgd.SinkGD, "normalize"), COMMON, takes_vectors=True),
+    Case(
+        "SinkGD-adamw",
+        _in_groups(sinkgd.SinkGD, "adamw"),
+        COMMON,
+        takes_vectors=True,
+        has_state=True,
+    ),
+    Case("SWAN", sinkgd.SWAN, [*COMMON, {"newton_schulz_steps": 10}, {"num_iters": 2}]),
+    Case(
+        "MNGD-rows-columns",
+        _mngd(sinkgd.RowNorm(), sinkgd.ColumnNorm()),
+        [*COMMON, {"num_iters": 1}],
+    ),
+    Case("MNGD-sign", _mngd(sinkgd.SignNorm()), COMMON),
+    Case("MNGD-frobenius", _mngd(sinkgd.FrobeniusNorm()), COMMON),
+]
