@@ -198,4 +198,9 @@ def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
             raise TypeError(
                 f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
             )
+        if hasattr(param, "device_mesh"):
+            raise TypeError(
+                f"{name!r} is a DTensor; sharded gradients are not supported yet. "
+                "Use DistributedDataParallel, or a single process"
+            )
         algorithm.check(name, param, group)

@@ -1,0 +1,158 @@
+"""The training loop against a bare one: the same model, fused AdamW, and nothing else.
+
+All contenders take turns in one process, a block of steps each, in an order that rotates, so that
+what else the machine does meets them alike. Figures are medians over the rounds.
+"""
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from sinkgd.lab.results import ResultsWriter
+from sinkgd.lab.train.config import OptimizerConfig, RunConfig
+from sinkgd.lab.train.device import arithmetic, synchronize
+from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.loop import training_steps
+from sinkgd.lab.train.meters import LineMeter
+from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.setup import Job, set_up
+
+BARE = "bare loop, fused AdamW"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One loop's speed over the rounds."""
+
+    name: str
+    tokens_per_second: float  # median
+    slowest: float  # tokens per second
+    fastest: float  # tokens per second
+    of_bare: float  # median over the rounds of the ratio to the bare loop of that round
+
+
+@dataclass(frozen=True)
+class LoopBenchmark:
+    """The result."""
+
+    contenders: tuple[Contender, ...]  # the bare loop first
+    rounds: int
+    steps_per_block: int
+    tokens_per_step: int
+    environment: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result for JSON."""
+        return asdict(self)
+
+
+def bench_loop(
+    config: RunConfig,
+    recipes: Sequence[str],
+    *,
+    rounds: int,
+    steps_per_block: int,
+    say: Callable[[str], None],
+) -> LoopBenchmark:
+    """Time the training loop with each of ``recipes`` against the bare loop.
+
+    Args:
+        config: Model, text and batch; its optimizer and its number of steps are not used.
+        recipes: Names of optimizers.
+        rounds: Blocks of each contender; one more is run first and not counted.
+        steps_per_block: Optimizer steps in a block.
+        say: Told the progress, one line each time.
+
+    Raises:
+        ConfigError: If the configuration cannot run.
+        DataError: If the text is missing, damaged or too small.
+    """
+    steps = (rounds + 1) * steps_per_block
+    jobs = {recipe: _job(config, recipe, steps, say) for recipe in recipes}
+    with TemporaryDirectory() as folder:
+        loops: dict[str, Iterator[object]] = {BARE: _bare_steps(_job(config, "sgd", steps, say))}
+        for recipe, job in jobs.items():
+            loops[f"sinkgd train, {recipe}"] = _recorded_steps(job, Path(folder))
+        device = next(iter(jobs.values())).device
+        seconds = _time_in_turns(loops, rounds, steps_per_block, device, say)
+    tokens = steps_per_block * config.tokens_per_step
+    return LoopBenchmark(
+        contenders=tuple(_summarize(name, seconds, tokens) for name in loops),
+        rounds=rounds,
+        steps_per_block=steps_per_block,
+        tokens_per_step=config.tokens_per_step,
+        environment=describe_environment(device),
+    )
+
+
+def _job(config: RunConfig, recipe: str, steps: int, say: Callable[[str], None]) -> Job:
+    training = replace(config.training, steps=steps)
+    return set_up(
+        resolve(replace(config, training=training, optimizer=OptimizerConfig(recipe=recipe))), say
+    )
+
+
+def _recorded_steps(job: Job, folder: Path) -> Iterator[None]:
+    """Take steps as `sinkgd train` does: with text, schedule, clipping, record and meter."""
+    recipe = job.config.optimizer.recipe
+    every = job.config.logging.print_every_steps
+    meter = LineMeter(recipe, job.config.training.steps, every, io.StringIO())
+    with ResultsWriter(folder / recipe / "run.jsonl", (meter,)) as results:
+        for record in training_steps(job):
+            results.write(record)
+            yield
+
+
+def _bare_steps(job: Job) -> Iterator[None]:
+    """Take steps with nothing but forward, backward and fused AdamW, always on one batch."""
+    model, precision = job.state.model, job.config.training.precision
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch = job.batches.at(0)
+    inputs, targets = batch.inputs.to(job.device), batch.targets.to(job.device).flatten()
+    while True:
+        optimizer.zero_grad()
+        with arithmetic(precision, job.device):
+            logits = model(inputs)
+        loss = cross_entropy(logits.float().flatten(0, 1), targets)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        yield
+
+
+def _time_in_turns(
+    loops: dict[str, Iterator[object]],
+    rounds: int,
+    steps: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Return each loop's seconds a block, one a round."""
+    names = list(loops)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds + 1):
+        say(f"round {i} of {rounds}" if i else "warming up")
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(steps):
+                next(loops[name])
+            synchronize(device)
+            if i:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _summarize(name: str, seconds: dict[str, list[float]], tokens: int) -> Contender:
+    speeds = [tokens / block for block in seconds[name]]
+    ratios = [bare / own for bare, own in zip(seconds[BARE], seconds[name], strict=True)]
+    return Contender(
+        name, statistics.median(speeds), min(speeds), max(speeds), statistics.median(ratios)
+    )

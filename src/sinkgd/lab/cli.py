@@ -1,0 +1,144 @@
+"""`sinkgd`: the program. It finds the command, reads its options, runs it, and words its errors.
+
+A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its options and whose
+``run()`` returns the exit code. It may have a ``defaults(arguments)``, asked before the options are
+read, e.g. to take defaults from a file that one of them names.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol
+
+import sinkgd
+
+# Each command's module is imported only when it runs; `sinkgd --help` needs none.
+COMMANDS = {
+    "compare": ("Compare", "train the same model with several optimizers; table and page"),
+    "train": ("Train", "train one model, or go on with a run that was stopped"),
+    "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
+    "report": ("Report", "table and page of runs that are there already"),
+    "bench": ("Bench", "measure speed, e.g. of the training loop against a bare one"),
+    "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
+}
+
+USAGE = """\
+usage: sinkgd COMMAND [OPTIONS]
+
+Train large models with no optimizer state, and measure what it does.
+
+commands:
+{commands}
+
+options:
+  -h, --help       show this help; `sinkgd COMMAND --help` shows a command's options
+  --version        show the version
+
+examples:
+  sinkgd compare                                          the demo: SinkGD and AdamW on real text
+  sinkgd train --out runs/first --optimizer.recipe swan   one run
+  sinkgd report runs/demo                                 the page of runs made before
+"""
+
+
+class Command(Protocol):
+    """What every command is."""
+
+    def run(self) -> int:
+        """Run the command; return the exit code."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        argv: Arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    match arguments:
+        case [] | ["-h" | "--help"]:
+            sys.stdout.write(_usage())
+            return 0
+        case ["--version"]:
+            sys.stdout.write(f"sinkgd {sinkgd.__version__}\n")
+            return 0
+        case [name, *_] if name not in COMMANDS:
+            return _fail(_unknown(name), code=2)
+    try:
+        return _parse(arguments[0], arguments[1:]).run()
+    except SystemExit as exit_request:  # from the parser, after it wrote help or what is wrong
+        return int(exit_request.code or 0)
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl-C", code=130)
+    except _usage_errors() as error:
+        return _fail(str(error), code=2)
+    except _expected_errors() as error:
+        return _fail(str(error), code=1)
+
+
+def _parse(name: str, arguments: list[str]) -> Command:
+    import tyro
+
+    command = getattr(import_module(f"sinkgd.lab.commands.{name}"), COMMANDS[name][0])
+    default = command.defaults(arguments) if hasattr(command, "defaults") else None
+    parsed: Command = tyro.cli(
+        command,
+        prog=f"sinkgd {name}",
+        args=arguments,
+        default=tyro.MISSING_NONPROP if default is None else default,
+    )
+    return parsed
+
+
+def _usage() -> str:
+    lines = (f"  {name:<9}{summary}" for name, (_, summary) in COMMANDS.items())
+    return USAGE.format(commands="\n".join(lines))
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+    return f"there is no command {name!r}; did you mean {nearest!r}? See `sinkgd --help`"
+
+
+def _fail(message: str, *, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+# Both are asked only when something was raised, so that `sinkgd doctor` never imports the lab.
+
+
+def _usage_errors() -> tuple[type[Exception], ...]:
+    from sinkgd.lab.train import ConfigError, RunFolderError
+
+    return ConfigError, RunFolderError
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from sinkgd import NonFiniteGradientError
+    from sinkgd.lab.data import DataError
+    from sinkgd.lab.models import ModelError
+    from sinkgd.lab.report import ReportError
+    from sinkgd.lab.results import ResultsError
+    from sinkgd.lab.train import CheckpointError, NonFiniteLossError
+
+    return (
+        CheckpointError,
+        DataError,
+        ModelError,
+        NonFiniteGradientError,
+        NonFiniteLossError,
+        OSError,
+        ReportError,
+        ResultsError,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""`sinkgd bench`: measurements of speed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import tyro
+
+from sinkgd.lab.commands.config_option import load_defaults
+from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
+
+if TYPE_CHECKING:
+    from sinkgd.lab.bench import LoopBenchmark
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed.
+
+    loop: tokens a second of the training loop, against the same model in a bare loop with fused
+    AdamW. Leave the machine alone meanwhile.
+
+    For example:
+      sinkgd bench loop
+      sinkgd bench loop --optimizers sinkgd,swan --rounds 11 --out loop.json
+    """
+
+    what: Annotated[Literal["loop"], tyro.conf.Positional]
+    """Measurement to make, a name."""
+
+    optimizers: str = "adamw-one-lr,sinkgd"
+    """Recipes to run in the training loop, names with commas between."""
+
+    rounds: int = 7
+    """Blocks of steps of each loop, a count; figures are medians over them."""
+
+    steps_per_block: int = 5
+    """Length of a block, optimizer steps."""
+
+    out: Path | None = None
+    """JSON file to write, besides the table on the terminal."""
+
+    config: Path | None = None
+    """TOML file with defaults of the options below; one table each."""
+
+    shared: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self:
+        """Return the options where the command line gives none: those of ``--config``."""
+        return cls(what=tyro.MISSING_NONPROP, shared=load_defaults(arguments, SharedConfig))
+
+    def run(self) -> int:
+        """Run the command; returns the exit code.
+
+        Raises:
+            ConfigError: If an option cannot be.
+        """
+        from sinkgd.lab.bench import bench_loop
+        from sinkgd.lab.train.run import print_to_stderr
+
+        for name in ("rounds", "steps_per_block"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        result = bench_loop(
+            replace(RunConfig(), **vars(self.shared)),
+            [name.strip() for name in self.optimizers.split(",")],
+            rounds=self.rounds,
+            steps_per_block=self.steps_per_block,
+            say=print_to_stderr,
+        )
+        _print(result)
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+        return 0
+
+
+def _print(result: "LoopBenchmark") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("")
+    for title in ("tokens/s", "slowest", "fastest", "of bare"):
+        table.add_column(title, justify="right")
+    for row in result.contenders:
+        speeds = (row.tokens_per_second, row.slowest, row.fastest)
+        table.add_row(row.name, *(f"{speed:,.0f}" for speed in speeds), f"{row.of_bare:.1%}")
+    Console().print(table)

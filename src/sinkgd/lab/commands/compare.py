@@ -1,0 +1,134 @@
+"""`sinkgd compare`: the same model, text, order and schedule with several optimizers."""
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Self
+
+import tyro
+
+from sinkgd.lab.commands.config_option import load_defaults
+from sinkgd.lab.commands.fresh_process import run_in_fresh_process
+from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
+from sinkgd.lab.train.config_file import command_line, nearest
+from sinkgd.lab.train.folder import Admission, RunFolder
+from sinkgd.lab.train.resolve import resolve
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train the same model on the same text, in the same order, with several optimizers.
+
+    Each run has a process of its own, one after the other. Then the table is printed and the page
+    written. Without options this is the demo: a nano LLaMA on real text, in about five minutes.
+    Stopped or killed, the same command goes on; runs that are finished are not run again.
+
+    For example:
+      sinkgd compare
+      sinkgd compare --optimizers sinkgd,swan,adamw,adamw-one-lr --seeds 3 --out runs/four
+      sinkgd compare --model.preset llama-60m --data.corpus shards/c4 --training.steps 10000
+    """
+
+    optimizers: str = "sinkgd,adamw"
+    """Recipes to compare, names with commas between: sinkgd, sinkgd-stateless, swan, adamw,
+    adamw-one-lr, sgd."""
+
+    seeds: int = 1
+    """Runs of each recipe, a count; their seeds go up from training.seed."""
+
+    baseline: str | None = None
+    """Recipe that the others are compared with, a name; by default adamw, else adamw-one-lr."""
+
+    out: Path = Path("runs/compare")
+    """Folder of the comparison: one folder a run, and report.html."""
+
+    config: Path | None = None
+    """TOML file with defaults of the options below; one table each."""
+
+    shared: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self:
+        """Return the options where the command line gives none: those of ``--config``."""
+        return cls(shared=load_defaults(arguments, SharedConfig))
+
+    def run(self) -> int:
+        """Run the command; returns the exit code.
+
+        Raises:
+            ConfigError: If an option cannot be, or a run that is there has another configuration.
+        """
+        started = time.perf_counter()
+        runs = self._plan()
+        open_runs = [name for name, config in runs.items() if not self._is_finished(name, config)]
+        for i, name in enumerate(open_runs, start=1):
+            print(f"run {i} of {len(open_runs)}: {name}", flush=True)  # noqa: T201
+            code = self._train(name, runs[name])
+            if code != 0:
+                print("The same command goes on from here.", flush=True)  # noqa: T201
+                return code
+        self._report(list(runs), time.perf_counter() - started)
+        return 0
+
+    def _plan(self) -> dict[str, RunConfig]:
+        """Name every run and check its configuration, before any of them begins."""
+        recipes = [name.strip() for name in self.optimizers.split(",") if name.strip()]
+        if not recipes:
+            raise ConfigError("optimizers is empty; name at least one, e.g. sinkgd,adamw")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds}; it must be at least 1")
+        if self.baseline is not None and self.baseline not in recipes:
+            raise ConfigError(
+                f"baseline is {self.baseline!r}, which is not among the optimizers "
+                f"{', '.join(recipes)}; did you mean {nearest(self.baseline, recipes)!r}?"
+            )
+        first = self.shared.training.seed
+        return {
+            f"{recipe}-seed{seed}": self._run_config(recipe, seed)
+            for seed in range(first, first + self.seeds)
+            for recipe in recipes
+        }
+
+    def _run_config(self, recipe: str, seed: int) -> RunConfig:
+        tables = {**vars(self.shared), "training": replace(self.shared.training, seed=seed)}
+        return resolve(RunConfig(optimizer=OptimizerConfig(recipe=recipe), **tables))
+
+    def _is_finished(self, name: str, config: RunConfig) -> bool:
+        return RunFolder(self.out / name).admit(config, "auto") is Admission.NOTHING
+
+    def _train(self, name: str, config: RunConfig) -> int:
+        return run_in_fresh_process(["train", "--out", str(self.out / name), *command_line(config)])
+
+    def _report(self, names: Sequence[str], seconds: float) -> None:
+        from rich.console import Console
+
+        from sinkgd.lab.report import analyze, default_baseline, summary_table, write_page
+        from sinkgd.lab.results import Run
+
+        runs = [Run.read(RunFolder(self.out / name).results) for name in names]
+        baseline = self.baseline or default_baseline(runs)
+        page = self.out / "report.html"
+        write_page(
+            page,
+            runs,
+            baseline=baseline,
+            title=f"{self.shared.model.preset} on {self.shared.data.corpus}",
+            command=self._command(),
+        )
+        console = Console()
+        console.print(summary_table(analyze(runs, baseline)))
+        console.print(
+            f"\n{seconds / 60:.1f} minutes. The page: {page}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _command(self) -> str:
+        own = {"--optimizers": self.optimizers, "--seeds": self.seeds, "--baseline": self.baseline}
+        options = [part for name, value in own.items() if value for part in (name, str(value))]
+        return shlex.join(
+            ["sinkgd", "compare", "--out", str(self.out), *options, *command_line(self.shared)]
+        )

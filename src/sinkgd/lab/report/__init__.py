@@ -1,0 +1,15 @@
+"""A folder of runs, read and shown: the numbers, the words, the table and the page."""
+
+from sinkgd.lab.report.analysis import Analysis as Analysis
+from sinkgd.lab.report.analysis import Comparison as Comparison
+from sinkgd.lab.report.analysis import analyze as analyze
+from sinkgd.lab.report.analysis import default_baseline as default_baseline
+from sinkgd.lab.report.folder import ReportError as ReportError
+from sinkgd.lab.report.folder import read_runs as read_runs
+from sinkgd.lab.report.page import build_page as build_page
+from sinkgd.lab.report.page import write_page as write_page
+from sinkgd.lab.report.reach import Reach as Reach
+from sinkgd.lab.report.reach import first_reach as first_reach
+from sinkgd.lab.report.summary import RecipeSummary as RecipeSummary
+from sinkgd.lab.report.summary import Spread as Spread
+from sinkgd.lab.report.tables import summary_table as summary_table

@@ -1,0 +1,291 @@
+"""The charts of bars: tokens to reach the baseline, throughput, memory, and the time in a step.
+
+Everywhere a recipe has its own color; what is context rather than the point is soft.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sinkgd.lab.report import quantities
+from sinkgd.lab.report.analysis import Analysis
+from sinkgd.lab.report.charts import SOFT, Chart, Figure, axis, layout
+from sinkgd.lab.report.identity import Identity
+from sinkgd.lab.report.summary import RecipeSummary, Spread
+from sinkgd.lab.results import Memory
+
+Identities = dict[str, Identity]
+
+_MIB = 1024**2
+_ROW = 66  # CSS pixels of a recipe's row: its words, and its bar below them
+_THICKNESS = 0.46  # of a row
+_BELOW = 0.14  # of a row: how far the bar lies below the row's middle
+
+
+def bar_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
+    """Draw those charts for which there are finished runs."""
+    charts = []
+    if analysis.comparisons and len(analysis.recipes) > 1:
+        charts += [_tokens_to_reach(analysis, identities), _throughput(analysis, identities)]
+    if any(recipe.memory for recipe in analysis.recipes):
+        charts += [_memory(analysis, identities), _peak(analysis, identities)]
+    if any(recipe.step_seconds and recipe.optimizer_share for recipe in analysis.recipes):
+        charts.append(_step_time(analysis, identities))
+    return charts
+
+
+def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
+    recipes = [one for one in analysis.recipes if one.finished]
+    spreads = [analysis.comparisons[one.name].token_fraction for one in recipes]
+    means = [100 * spread.mean if spread else 0.0 for spread in spreads]
+    words = [quantities.percent(s.mean) if s else "not reached" for s in spreads]
+    colors = [identities[recipe.name].color for recipe in recipes]
+    seeds = any(spread.count > 1 for spread in spreads if spread)
+    longest = max(100 * spread.high if spread else 0.0 for spread in spreads)
+    return Chart(
+        key="tokens-to-reach",
+        title="Tokens to reach the baseline’s loss",
+        caption="Tokens until the validation loss first equals the baseline’s final one, in % of "
+        "the baseline’s own. Shorter is better."
+        + (" Whiskers: the range over seeds." if seeds else ""),
+        description=_describe("Tokens needed", recipes, words),
+        figure={
+            "data": [_bars(means, colors), _whiskers(spreads)],
+            "layout": _layout(
+                _length_axis("% of the baseline’s tokens", longest),
+                rows=len(recipes),
+                annotations=_words(recipes, identities, words),
+            ),
+        },
+    )
+
+
+def _throughput(analysis: Analysis, identities: Identities) -> Chart:
+    recipes = [one for one in analysis.recipes if one.finished]
+    raw = [one.tokens_per_second.mean if one.tokens_per_second else 0.0 for one in recipes]
+    spreads = [analysis.comparisons[one.name].effective_tokens_per_second for one in recipes]
+    effective = [spread.mean if spread else 0.0 for spread in spreads]
+    words = [
+        f"{quantities.count(speed)} raw, {_effective_words(spread)}"
+        for speed, spread in zip(raw, spreads, strict=True)
+    ]
+    colors = [identities[recipe.name].color for recipe in recipes]
+    half = _THICKNESS / 2
+    return Chart(
+        key="throughput",
+        title="Throughput, raw and effective",
+        caption="Raw: tokens per second of the median step. Effective: the tokens the baseline "
+        "needed in all, divided by the seconds this recipe needs to reach the baseline’s final "
+        "loss.",
+        description=_describe("Tokens per second", recipes, words),
+        figure={
+            "data": [
+                _bars(raw, _tinted(colors, SOFT), below=_BELOW - half / 2, thickness=half),
+                _bars(effective, colors, below=_BELOW + half / 2, thickness=half),
+                _legend_entry("raw", SOFT),
+                _legend_entry("effective", 1.0),
+            ],
+            "layout": _layout(
+                _length_axis("tokens per second", max(raw + effective), tickformat="~s"),
+                rows=len(recipes),
+                barmode="overlay",
+                annotations=_words(recipes, identities, words),
+            ),
+        },
+    )
+
+
+def _effective_words(spread: Spread | None) -> str:
+    return f"{quantities.count(spread.mean)} effective" if spread else "loss not reached"
+
+
+def _memory(analysis: Analysis, identities: Identities) -> Chart:
+    found = [(one, one.memory) for one in analysis.recipes if one.memory]
+    recipes = [recipe for recipe, _ in found]
+    colors = [identities[recipe.name].color for recipe in recipes]
+    parts: tuple[tuple[str, float, Callable[[Memory], int]], ...] = (
+        ("weights", 0.22, lambda memory: memory.weights_bytes),
+        ("gradients", 0.5, lambda memory: memory.gradients_bytes),
+        ("state", 1.0, lambda memory: memory.state_bytes),
+    )
+    held = [sum(part(memory) for _, _, part in parts) for _, memory in found]
+    words = [quantities.size(value) for value in held]
+    return Chart(
+        key="memory",
+        title="Memory by part",
+        caption="What training must hold. State is what the optimizer keeps between steps.",
+        description=_describe("Weights, gradients and state", recipes, words),
+        figure={
+            "data": [
+                *(
+                    _bars([part(memory) / _MIB for _, memory in found], _tinted(colors, tint))
+                    for _, tint, part in parts
+                ),
+                *(_legend_entry(name, tint) for name, tint, _ in parts),
+            ],
+            "layout": _layout(
+                _length_axis("MiB", max(held) / _MIB),
+                rows=len(recipes),
+                barmode="stack",
+                annotations=_words(recipes, identities, words),
+            ),
+        },
+        share=3,
+    )
+
+
+def _peak(analysis: Analysis, identities: Identities) -> Chart:
+    found = [(one, one.memory.peak_bytes) for one in analysis.recipes if one.memory]
+    recipes = [recipe for recipe, _ in found]
+    words = [quantities.size(peak) for _, peak in found]
+    colors = [identities[recipe.name].color for recipe in recipes]
+    return Chart(
+        key="peak-memory",
+        title="Peak memory",
+        caption="The most ever held: by the whole process on a CPU, by the allocator on a GPU.",
+        description=_describe("Peak", recipes, words),
+        figure={
+            "data": [_bars([peak / _MIB for _, peak in found], colors)],
+            "layout": _layout(
+                _length_axis("MiB", max(peak for _, peak in found) / _MIB),
+                rows=len(recipes),
+                annotations=_words(recipes, identities, words),
+            ),
+        },
+        share=3,
+    )
+
+
+def _step_time(analysis: Analysis, identities: Identities) -> Chart:
+    found = [
+        (one, 1000 * one.step_seconds.mean, one.optimizer_share.mean)
+        for one in analysis.recipes
+        if one.step_seconds and one.optimizer_share
+    ]
+    recipes = [recipe for recipe, _, _ in found]
+    colors = [identities[recipe.name].color for recipe in recipes]
+    words = [f"{quantities.percent(s)} of {quantities.duration(t / 1000)}" for _, t, s in found]
+    return Chart(
+        key="step-time",
+        title="Time in a step",
+        caption="The mean step. The optimizer’s share is the time inside optimizer.step(); "
+        "the rest is forward, backward and reading the batch.",
+        description=_describe("The optimizer takes", recipes, words),
+        figure={
+            "data": [
+                _bars([step * share for _, step, share in found], colors),
+                _bars([step * (1 - share) for _, step, share in found], _tinted(colors, SOFT)),
+                _legend_entry("optimizer", 1.0),
+                _legend_entry("the rest", SOFT),
+            ],
+            "layout": _layout(
+                _length_axis("milliseconds", max(step for _, step, _ in found)),
+                rows=len(recipes),
+                barmode="stack",
+                annotations=_words(recipes, identities, words),
+            ),
+        },
+        share=3,
+    )
+
+
+def _layout(x: Figure, *, rows: int, **options: Any) -> Figure:
+    return layout(
+        110 + _ROW * rows, **{"xaxis": x, "yaxis": _rows_axis(rows), "dragmode": False, **options}
+    )
+
+
+def _length_axis(title: str, longest: float, **options: Any) -> Figure:
+    return axis(
+        title, range=[0, 1.03 * (longest or 1.0)], fixedrange=True, **{"nticks": 6, **options}
+    )
+
+
+def _rows_axis(rows: int) -> Figure:
+    """Make an axis whose rows 0, 1, ... go down, without ticks: words stand above the bars."""
+    return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)
+
+
+def _bars(
+    lengths: Sequence[float],
+    colors: Sequence[str],
+    *,
+    below: float = _BELOW,
+    thickness: float = _THICKNESS,
+) -> Figure:
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "x": list(lengths),
+        "y": [row + below for row in range(len(lengths))],
+        "width": thickness,
+        "marker": {"color": list(colors)},
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+
+
+def _whiskers(spreads: Sequence[Spread | None]) -> Figure:
+    """Mark the ranges, in percent, at the ends of the bars that have one."""
+    ranged = [(row, s) for row, s in enumerate(spreads) if s and s.low < s.high]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [100 * s.mean for _, s in ranged],
+        "y": [row + _BELOW for row, _ in ranged],
+        "marker": {"size": 1, "color": "@ink"},
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [100 * (s.high - s.mean) for _, s in ranged],
+            "arrayminus": [100 * (s.mean - s.low) for _, s in ranged],
+            "color": "@ink",
+            "thickness": 1.4,
+            "width": 5,
+        },
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+
+
+def _words(
+    recipes: Sequence[RecipeSummary], identities: Identities, words: Sequence[str]
+) -> list[Figure]:
+    """Write each recipe's name and figures above its bar, where a phone has room for them."""
+    return [
+        {
+            "text": f"<b>{identities[recipe.name].label}</b>  {word}",
+            "xref": "paper",
+            "x": 0,
+            "xanchor": "left",
+            "xshift": -3,
+            "y": row + _BELOW - _THICKNESS / 2,
+            "yanchor": "bottom",
+            "showarrow": False,
+            "align": "left",
+            "bgcolor": "@card",
+            "borderpad": 0,
+            "font": {"color": "@ink", "size": 13.5},
+        }
+        for row, (recipe, word) in enumerate(zip(recipes, words, strict=True))
+    ]
+
+
+def _tinted(colors: Sequence[str], strength: float) -> list[str]:
+    return [f"{color}:{strength}" for color in colors]
+
+
+def _legend_entry(name: str, strength: float) -> Figure:
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "x": [None],
+        "y": [0],
+        "name": name,
+        "marker": {"color": f"@ink:{strength}"},
+        "hoverinfo": "skip",
+    }
+
+
+def _describe(what: str, recipes: Sequence[RecipeSummary], words: Sequence[str]) -> str:
+    each = (f"{recipe.name} {word}" for recipe, word in zip(recipes, words, strict=True))
+    return f"{what}: {'; '.join(each)}."

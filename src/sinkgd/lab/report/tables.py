@@ -1,0 +1,149 @@
+"""The summary table, a column a recipe, a row a measure: one for the terminal and the page."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from sinkgd.lab.report import quantities
+from sinkgd.lab.report.analysis import Analysis, Comparison
+from sinkgd.lab.report.summary import RecipeSummary, Spread
+from sinkgd.lab.results import Memory
+
+NOTHING = "–"
+
+Cell = Callable[[RecipeSummary, Comparison | None], str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure, what it means where the name does not say it, and one cell a recipe."""
+
+    title: str
+    meaning: str
+    cells: tuple[str, ...]
+
+
+def header(analysis: Analysis) -> tuple[str, ...]:
+    """Name the columns: the recipes, the baseline first and marked."""
+    return tuple(
+        f"{recipe.name} (baseline)" if recipe is analysis.baseline else recipe.name
+        for recipe in analysis.recipes
+    )
+
+
+def summary_rows(analysis: Analysis) -> list[Row]:
+    """Write every measure that at least one recipe has."""
+    rows = [
+        Row(
+            title,
+            meaning,
+            tuple(cell(r, analysis.comparisons.get(r.name)) for r in analysis.recipes),
+        )
+        for title, meaning, cell in _MEASURES
+    ]
+    return [row for row in rows if any(cell != NOTHING for cell in row.cells)]
+
+
+def summary_table(analysis: Analysis) -> Table:
+    """Make the table for a terminal."""
+    table = Table(pad_edge=False, header_style="bold", box=None, padding=(0, 3, 0, 0))
+    table.add_column("")
+    for name in header(analysis):
+        # Text, not markup: a name like "[red]" stays a name.
+        table.add_column(Text(name), justify="right")
+    for row in summary_rows(analysis):
+        table.add_row(Text(row.title), *(Text(cell) for cell in row.cells))
+    return table
+
+
+def _memory(part: Callable[[Memory], int]) -> Cell:
+    return lambda r, _: quantities.size(part(r.memory)) if r.memory else NOTHING
+
+
+def _mean(spread: Spread | None, write: Callable[[float], str]) -> str:
+    return write(spread.mean) if spread else NOTHING
+
+
+def _with_range(spread: Spread | None, digits: int) -> str:
+    if spread is None:
+        return NOTHING
+    mean = f"{spread.mean:.{digits}f}"
+    return (
+        mean
+        if spread.count == 1
+        else f"{mean} ±{quantities.NO_BREAK}{(spread.high - spread.low) / 2:.{digits}f}"
+    )
+
+
+def _needed(
+    amount: Callable[[Comparison], Spread | None],
+    write: Callable[[float], str],
+    fraction: Callable[[Comparison], Spread | None] = lambda _: None,
+) -> Cell:
+    """Make the cell of what was needed to reach the baseline's loss, or "not reached"."""
+
+    def cell(_: RecipeSummary, comparison: Comparison | None) -> str:
+        if comparison is None or comparison.runs == 0:
+            return NOTHING
+        needed, share = amount(comparison), fraction(comparison)
+        if needed is None:
+            return "not reached"
+        notes = [quantities.percent(share.mean)] if share else []
+        if comparison.reached_runs < comparison.runs:
+            notes.append(f"{comparison.reached_runs} of {comparison.runs} runs")
+        return f"{write(needed.mean)} ({', '.join(notes)})" if notes else write(needed.mean)
+
+    return cell
+
+
+_MEASURES: tuple[tuple[str, str, Cell], ...] = (
+    ("Runs finished", "", lambda r, _: f"{len(r.finished)} of {len(r.runs)}"),
+    (
+        "Validation loss",
+        "nats per token at the end; ± half the range over seeds",
+        lambda r, _: _with_range(r.val_loss, 3),
+    ),
+    ("Perplexity", "", lambda r, _: _with_range(r.perplexity, 2)),
+    ("Bits per byte", "", lambda r, _: _with_range(r.bits_per_byte, 3)),
+    (
+        "Tokens to reach",
+        "until the baseline’s final loss; in % of the baseline’s tokens",
+        _needed(lambda c: c.tokens, quantities.count, lambda c: c.token_fraction),
+    ),
+    ("Steps to reach", "", _needed(lambda c: c.steps, quantities.count)),
+    (
+        "Time to reach",
+        "of training, evaluations apart",
+        _needed(lambda c: c.seconds, quantities.duration, lambda c: c.time_fraction),
+    ),
+    (
+        "Tokens/s, raw",
+        "of the median step",
+        lambda r, _: _mean(r.tokens_per_second, quantities.count),
+    ),
+    (
+        "Tokens/s, effective",
+        "the baseline’s tokens in all ÷ the seconds to reach its final loss",
+        _needed(lambda c: c.effective_tokens_per_second, quantities.count),
+    ),
+    ("Step", "its mean time", lambda r, _: _mean(r.step_seconds, quantities.duration)),
+    (
+        "Optimizer’s share",
+        "of the time in steps",
+        lambda r, _: _mean(r.optimizer_share, quantities.percent),
+    ),
+    ("Weights", "", _memory(lambda memory: memory.weights_bytes)),
+    ("Gradients", "", _memory(lambda memory: memory.gradients_bytes)),
+    (
+        "Optimizer state",
+        "kept between steps",
+        _memory(lambda memory: memory.state_bytes),
+    ),
+    (
+        "Peak memory",
+        "of the process on a CPU, of the allocator on a GPU",
+        _memory(lambda memory: memory.peak_bytes),
+    ),
+)

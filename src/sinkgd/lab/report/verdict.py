@@ -1,0 +1,192 @@
+"""What the numbers say, in words: a headline, a sentence for each recipe, and what to beware of."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sinkgd.lab.report import quantities
+from sinkgd.lab.report.analysis import Analysis, Comparison
+from sinkgd.lab.report.reach import first_reach
+from sinkgd.lab.report.summary import RecipeSummary, state_of
+from sinkgd.lab.results import Run
+
+_MOST_NAMES = 3  # a list longer than this is counted instead
+_ENDINGS = {"unfinished": "stands unfinished", "interrupted": "was interrupted"}
+_EARLY = 0.98  # of its tokens: a baseline that was as good before this got worse at the end
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The words of a page."""
+
+    headline: str
+    sentences: dict[str, str]  # by recipe
+    cautions: tuple[str, ...]
+
+
+def judge(analysis: Analysis) -> Verdict:
+    """Put an analysis in words."""
+    return Verdict(
+        headline=_headline(analysis),
+        sentences={recipe.name: _sentence(recipe, analysis) for recipe in analysis.recipes},
+        cautions=(
+            *_unequal_conditions(analysis),
+            *_few_seeds(analysis),
+            *_baseline_got_worse(analysis),
+            *_unfinished(analysis.runs),
+        ),
+    )
+
+
+def _headline(analysis: Analysis) -> str:
+    baseline, target = analysis.baseline, analysis.target
+    if baseline is None:
+        return _ranking(analysis.recipes)
+    if target is None:
+        return f"{baseline.name}, the baseline, has no finished run to compare with"
+    outcomes = [(one, analysis.comparisons[one.name]) for one in analysis.candidates]
+    outcomes = [(one, comparison) for one, comparison in outcomes if one.val_loss is not None]
+    if not outcomes:
+        return f"{baseline.name} ended at {quantities.loss(target)}; nothing to compare it with yet"
+    return _standings(baseline, target, outcomes)
+
+
+def _standings(
+    baseline: RecipeSummary, target: float, outcomes: Sequence[tuple[RecipeSummary, Comparison]]
+) -> str:
+    """Name who reached the target, who ended level and who did neither, in this order."""
+    goal = f"{baseline.name}’s final loss of {quantities.loss(target)}"
+    level = [one.name for one, comparison in outcomes if comparison.level]
+    won = [
+        (fraction.mean, one.name, comparison)
+        for one, comparison in outcomes
+        if (fraction := comparison.token_fraction) and not comparison.level
+    ]
+    lost = [one.name for one, c in outcomes if not c.token_fraction and not c.level]
+    clauses = []
+    if won:
+        clauses.append(_reached(sorted(won, key=lambda row: row[:2]), goal))
+    if level:
+        with_whom = "" if won else f" with {baseline.name} at {quantities.loss(target)}"
+        clauses.append(f"{_names(level)} ended level{with_whom}")
+    if lost:
+        clauses.append(f"{_names(lost)} did not reach {'it' if clauses else goal}")
+    return "; ".join(clauses)
+
+
+def _reached(won: Sequence[tuple[float, str, Comparison]], goal: str) -> str:
+    """Name the winners with the fraction of the baseline's tokens, and time, that each took."""
+    percents = _list([quantities.percent(fraction) for fraction, _, _ in won])
+    clause = f"{_list([name for _, name, _ in won])} reached {goal} with {percents} of its tokens"
+    fraction, _, comparison = won[0]
+    if len(won) > 1 or comparison.time_fraction is None:
+        return clause
+    time = comparison.time_fraction.mean
+    joint = "but" if time > 1 >= fraction else "and"
+    clause += f" {joint} {quantities.percent(time)} of its time"
+    if comparison.reached_runs < comparison.runs:
+        clause += f", in {comparison.reached_runs} of {comparison.runs} runs"
+    return clause
+
+
+def _ranking(recipes: Sequence[RecipeSummary]) -> str:
+    ended = sorted((one.val_loss.mean, one.name) for one in recipes if one.val_loss)
+    if not ended:
+        return "No run has finished yet"
+    lowest, name = ended[0]
+    if len(ended) == 1:
+        return f"{name} ended at a validation loss of {quantities.loss(lowest)}"
+    return f"{name} ended lowest, at a validation loss of {quantities.loss(lowest)}"
+
+
+def _sentence(recipe: RecipeSummary, analysis: Analysis) -> str:
+    if recipe.val_loss is None:
+        states = sorted({state_of(run) for run in recipe.runs if not run.finished})
+        return f"No result: {' and '.join(states)}." if states else "No result: never evaluated."
+    if not math.isfinite(recipe.val_loss.mean):
+        return "No result: its final loss is not a finite number."
+    ended = f"ended at {quantities.loss(recipe.val_loss.mean)}"
+    if recipe is analysis.baseline:
+        return f"The baseline {ended}."
+    comparison = analysis.comparisons.get(recipe.name)
+    if comparison is None or analysis.target is None:
+        return f"It {ended}."
+    return f"{_outcome(comparison)} It {ended}, {_difference(recipe, analysis.target)}."
+
+
+def _outcome(comparison: Comparison) -> str:
+    if comparison.level:
+        return "Level with the baseline: no difference beyond the spread of the runs."
+    if comparison.reached_runs == 0:
+        return "Did not reach the baseline’s final loss."
+    if comparison.reached_runs < comparison.runs:
+        reached, runs = comparison.reached_runs, comparison.runs
+        return f"Only {reached} of {runs} runs reached the baseline’s final loss."
+    return "Reached the baseline’s final loss."
+
+
+def _difference(recipe: RecipeSummary, target: float) -> str:
+    if recipe.val_loss is None or abs(recipe.val_loss.mean - target) < 0.0005:
+        return "the same"
+    difference = recipe.val_loss.mean - target
+    return f"{quantities.loss(abs(difference))} {'higher' if difference > 0 else 'lower'}"
+
+
+def _few_seeds(analysis: Analysis) -> list[str]:
+    single = [one.name for one in analysis.recipes if one.seeds == 1]
+    if not single:
+        return []
+    who = "Each recipe" if len(single) == len(analysis.recipes) > 1 else _names(single)
+    verb = "has" if len(single) == 1 or who == "Each recipe" else "have"
+    return [
+        f"{who} {verb} a single seed, so how far seeds differ is unknown: read a small difference "
+        "as a tie, and compare with --seeds 3 before deciding."
+    ]
+
+
+def _baseline_got_worse(analysis: Analysis) -> list[str]:
+    baseline = analysis.baseline
+    for run in baseline.finished if baseline else ():
+        final = run.evaluations[-1].val_loss if run.evaluations else math.nan
+        point = first_reach(run.evaluations, final)
+        if point and run.end and point.tokens < _EARLY * run.end.tokens:
+            share = quantities.percent(point.tokens / run.end.tokens)
+            return [
+                f"{run.start.name} first had its final loss after {share} of its tokens and was no "
+                "better at the end. What others save against its whole run is flattered by that."
+            ]
+    return []
+
+
+def _unequal_conditions(analysis: Analysis) -> list[str]:
+    finished = [run for run in analysis.runs if run.finished]
+    conditions = {
+        "model size": {run.start.parameters for run in finished},
+        "tokens a step": {run.start.tokens_per_step for run in finished},
+        "tokens in all": {run.end.tokens for run in finished if run.end},
+        "tokens of the evaluation": {e.eval_tokens for r in finished for e in r.evaluations[-1:]},
+    }
+    unequal = [name for name, values in conditions.items() if len(values) > 1]
+    return [f"Not like with like: the runs differ in {_names(unequal)}."] if unequal else []
+
+
+def _unfinished(runs: Sequence[Run]) -> list[str]:
+    cautions = []
+    for run in runs:
+        if run.finished:
+            continue
+        step = run.end.step if run.end else run.steps[-1].step if run.steps else 0
+        reason = f": {run.end.message}" if run.end and run.end.message else ""
+        cautions.append(
+            f"{run.start.name} {_ENDINGS.get(state_of(run), state_of(run))} at step {step} and is "
+            f"in no average{reason}"
+        )
+    return cautions
+
+
+def _names(names: Sequence[str]) -> str:
+    return _list(names) if len(names) <= _MOST_NAMES else f"{len(names)} recipes"
+
+
+def _list(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

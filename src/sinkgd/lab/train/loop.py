@@ -1,0 +1,85 @@
+"""The loop, top to bottom: tokens become batches, batches steps, steps records."""
+
+import time
+from collections.abc import Iterator
+
+from sinkgd.lab.data import evaluation_batches
+from sinkgd.lab.results import Evaluation, ResultsWriter, TrainStep
+from sinkgd.lab.train.checkpoint import save_checkpoint
+from sinkgd.lab.train.device import synchronize
+from sinkgd.lab.train.evaluate import evaluate
+from sinkgd.lab.train.folder import RunFolder
+from sinkgd.lab.train.interrupt import Interrupt
+from sinkgd.lab.train.schedule import schedule
+from sinkgd.lab.train.setup import Job
+from sinkgd.lab.train.step import take_step
+
+
+def run_loop(job: Job, folder: RunFolder, results: ResultsWriter, interrupt: Interrupt) -> None:
+    """Train to the last step, or to the end of the step in which an interrupt is received.
+
+    Records go to ``results``, checkpoints to ``folder``; the last thing done is always a
+    checkpoint.
+    """
+    config = job.config
+    for record in training_steps(job):
+        results.write(record)
+        stop = interrupt.received is not None
+        last = record.step == config.training.steps
+        if last or record.step % config.evaluation.every_steps == 0:
+            results.write(_evaluation(job))
+        if last or stop or record.step % config.checkpoint.every_steps == 0:
+            results.sync()  # first, for a checkpoint must not know of a step that results lack
+            job.state.take_stock(job.device)
+            save_checkpoint(folder.checkpoints, job.state, keep=config.checkpoint.keep)
+        if stop:
+            return
+
+
+def training_steps(job: Job) -> Iterator[TrainStep]:
+    """Take the steps that are left, one each time a record is asked for."""
+    state, training = job.state, job.config.training
+    scheduler = schedule(state.optimizer, training, step=state.step)
+    while state.step < training.steps:
+        synchronize(job.device)
+        started = time.perf_counter()
+        lr = state.optimizer.param_groups[0]["lr"]
+        batch = job.batches.at(state.step)
+        result = take_step(
+            state.model, state.optimizer, batch, job.config, job.device, number=state.step + 1
+        )
+        scheduler.step()
+        step_seconds = time.perf_counter() - started
+        state.step += 1
+        state.seconds += step_seconds
+        yield TrainStep(
+            step=state.step,
+            tokens=state.step * job.config.tokens_per_step,
+            seconds=state.seconds,
+            loss=result.loss,
+            lr=lr,
+            gradient_norm=result.gradient_norm,
+            step_seconds=step_seconds,
+            optimizer_seconds=result.optimizer_seconds,
+        )
+
+
+def _evaluation(job: Job) -> Evaluation:
+    training, state = job.config.training, job.state
+    batches = evaluation_batches(
+        job.validation,
+        sequence_length=training.sequence_length,
+        batch_size=training.micro_batch_size or training.batch_size,
+        max_tokens=job.config.evaluation.tokens,
+        packing=job.config.data.packing,
+    )
+    score = evaluate(state.model, batches, precision=training.precision, device=job.device)
+    return Evaluation(
+        step=state.step,
+        tokens=state.step * job.config.tokens_per_step,
+        seconds=state.seconds,
+        val_loss=score.nats_per_token,
+        perplexity=score.perplexity,
+        bits_per_byte=score.bits_per_byte(job.tokens_per_byte),
+        eval_tokens=score.tokens,
+    )

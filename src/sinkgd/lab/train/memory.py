@@ -1,0 +1,54 @@
+"""Bytes by part: weights, gradients, optimizer state, and the peak of them all."""
+
+import resource
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sinkgd.lab.results import Memory
+
+_STATUS = Path("/proc/self/status")
+
+
+def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Memory:
+    """Count the bytes that training holds now; gradients count while they are there."""
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    return Memory(_bytes(parameters), _bytes(gradients), _bytes(states), peak_bytes(device))
+
+
+def largest(first: Memory, second: Memory) -> Memory:
+    """Return the larger of two measurements, part by part."""
+    return Memory(
+        max(first.weights_bytes, second.weights_bytes),
+        max(first.gradients_bytes, second.gradients_bytes),
+        max(first.state_bytes, second.state_bytes),
+        max(first.peak_bytes, second.peak_bytes),
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the allocator's peak on a GPU, else the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # On Linux ru_maxrss survives exec, so a child would report its parent's peak. VmHWM does not.
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    largest_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest_resident if sys.platform == "darwin" else largest_resident * 1024
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

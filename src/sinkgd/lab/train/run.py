@@ -1,0 +1,159 @@
+"""A run in its folder: begin or go on, train, and record how it ended."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+
+from sinkgd.lab.results import ResultsWriter, Resume, RunEnd, RunStart
+from sinkgd.lab.train.checkpoint import latest_whole, load_checkpoint
+from sinkgd.lab.train.config import RunConfig
+from sinkgd.lab.train.config_file import as_tables, command_line, save_config
+from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder
+from sinkgd.lab.train.interrupt import Interrupt
+from sinkgd.lab.train.loop import run_loop
+from sinkgd.lab.train.meters import make_meter
+from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.setup import Job, set_up
+from sinkgd.lab.train.sinks import open_sinks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sitting ended: at the last step, or at the signal that stopped it."""
+
+    step: int
+    signal: Signals | None = None
+
+
+def print_to_stderr(message: str) -> None:
+    """Print a line for a person to read, out of the way of results."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
+def train(
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: ResumePolicy = "auto",
+    say: Callable[[str], None] = print_to_stderr,
+) -> Outcome:
+    """Train a model in a folder of its own; go on there if a run was stopped.
+
+    Args:
+        config: What to train; it is resolved and saved with the run.
+        path: The run's folder. Its name is the run's.
+        resume: What to do where a run has begun, see `RunFolder.admit`.
+        say: Told what a person should know, one line each time.
+
+    Raises:
+        ConfigError: If the configuration cannot run, or differs from that of the run there.
+        RunFolderError: If ``resume`` forbids what the folder holds, or another process is at it.
+        DataError: If the text is missing, damaged or too small.
+        CheckpointError: If a checkpoint cannot be written, or none can be read.
+        NonFiniteLossError: If the loss becomes NaN or infinite.
+    """
+    started = time.perf_counter()
+    config = resolve(config)
+    folder = RunFolder(path)
+    with folder.lock():
+        admission = folder.admit(config, resume)
+        if admission is Admission.NOTHING:
+            say(f"{path} is finished already; nothing to do")
+            return Outcome(config.training.steps)
+        job = set_up(config, say)
+        job.state.clock = started
+        if admission is Admission.GO_ON:
+            _restore(job, folder, say)
+        return _run(job, folder, admission, say)
+
+
+def _run(job: Job, folder: RunFolder, admission: Admission, say: Callable[[str], None]) -> Outcome:
+    start = _describe(job, folder)
+    with ExitStack() as stack:
+        sinks = stack.enter_context(open_sinks(job.config.logging.sinks, folder.path, start))
+        meter = make_meter(
+            start.name,
+            steps=job.config.training.steps,
+            print_every_steps=job.config.logging.print_every_steps,
+        )
+        stack.enter_context(meter)
+        save_config(folder.config, job.config)
+        results = stack.enter_context(ResultsWriter(folder.results, (*sinks, meter)))
+        results.write(start if admission is Admission.BEGIN else Resume(job.state.step))
+        stopped_by = _train_and_record_the_end(job, folder, results)
+    if stopped_by is not None:
+        say(_how_to_go_on(job, folder, stopped_by))
+    return Outcome(job.state.step, stopped_by)
+
+
+def _train_and_record_the_end(
+    job: Job, folder: RunFolder, results: ResultsWriter
+) -> Signals | None:
+    """Return the signal that stopped the run before its last step, or None."""
+    try:
+        with Interrupt() as interrupt:
+            run_loop(job, folder, results, interrupt)
+    except Exception as error:
+        # The disk may be full; the first error is the one to report.
+        with suppress(OSError):
+            results.write(_end(job, "failed", str(error)))
+        raise
+    finished = job.state.step == job.config.training.steps
+    results.write(_end(job, "finished" if finished else "interrupted"))
+    return None if finished else interrupt.received
+
+
+def _describe(job: Job, folder: RunFolder) -> RunStart:
+    return RunStart(
+        name=folder.path.name,
+        recipe=job.config.optimizer.recipe,
+        seed=job.config.training.seed,
+        command=shlex.join(
+            ["sinkgd", "train", "--out", str(folder.path), *command_line(job.config)]
+        ),
+        config=as_tables(job.config),
+        environment=describe_environment(job.device),
+        parameters=job.parameters,
+        tokens_per_step=job.config.tokens_per_step,
+    )
+
+
+def _restore(job: Job, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Take over the latest whole checkpoint; without one the run begins again at step 0."""
+    found = latest_whole(folder.checkpoints)
+    if found is None:
+        say(f"{folder.path} holds no checkpoint yet; beginning again from the first step")
+        return
+    for damage in found.damages:
+        say(f"warning: {damage}; falling back to the checkpoint before")
+    load_checkpoint(found.path, job.state)
+    say(f"going on from {found.path}, step {job.state.step} of {job.config.training.steps}")
+
+
+def _end(job: Job, status: str, message: str = "") -> RunEnd:
+    state = job.state
+    state.take_stock(job.device)
+    return RunEnd(
+        status=status,
+        step=state.step,
+        tokens=state.step * job.config.tokens_per_step,
+        seconds=state.seconds,
+        wall_seconds=state.wall_seconds,
+        memory=state.memory,
+        message=message,
+    )
+
+
+def _how_to_go_on(job: Job, folder: RunFolder, received: Signals) -> str:
+    return (
+        f"stopped by {received.name} after step {job.state.step} of {job.config.training.steps}; "
+        f"everything is saved. Go on with: "
+        f"sinkgd train --config {folder.config} --out {folder.path}"
+    )

