@@ -23,8 +23,10 @@ class SinkGDFactory:
         >>> from sinkgd.integrations.transformers import SinkGDFactory
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = SinkGDFactory()(model, lr=0.02, sinkhorn_iterations=3)
-        >>> [(group["algorithm"], group["lr"]) for group in optimizer.param_groups]
-        [('sinkgd', 0.001), ('adamw', 0.02)]
+        >>> for group in optimizer.param_groups:
+        ...     print(group["algorithm"], group["lr"])
+        sinkgd 0.001
+        adamw 0.02
 
         With the trainer::
 
