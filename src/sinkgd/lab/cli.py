@@ -68,12 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         case [name, *_] if name not in COMMANDS:
             return _fail(_unknown(name), code=2)
+    return _run(arguments[0], arguments[1:])
+
+
+def _run(name: str, arguments: list[str]) -> int:
     try:
-        return _parse(arguments[0], arguments[1:]).run()
+        return _parse(name, arguments).run()
     except SystemExit as exit_request:  # from the parser, after it wrote help or what is wrong
         return int(exit_request.code or 0)
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", code=130)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("sinkgd"):
+            raise
+        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[lab]'", code=1)
     except _usage_errors() as error:
         return _fail(str(error), code=2)
     except _expected_errors() as error:

@@ -133,7 +133,7 @@ def test_all_damaged_is_an_error_that_says_how_to_begin_again(saved):
     folder, _ = saved
     for path in folder.iterdir():
         flip_a_byte(path / "__0_0.distcp")
-    with pytest.raises(CheckpointError, match="no whole checkpoint .* Delete .* begin again"):
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint .* Delete .* begin again"):
         latest_whole(folder)
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(saved, monkeypatch, moment):
 
     monkeypatch.setattr(checkpoint, moment, fill_the_disk)
     train(state, 1)
-    with pytest.raises(CheckpointError, match="step-00000003: .*No space left .*Make room"):
+    with pytest.raises(CheckpointError, match=r"step-00000003: .*No space left .*Make room"):
         save_checkpoint(folder, state, keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 from dataclasses import fields, is_dataclass
 
 from sinkgd.lab.train import config
@@ -10,7 +11,7 @@ from sinkgd.lab.train import config
 def documented_fields(kind: type) -> set[str]:
     """Return the fields of a dataclass that a docstring follows."""
     body = ast.parse(inspect.getsource(kind)).body[0].body
-    pairs = zip(body, body[1:], strict=False)
+    pairs = itertools.pairwise(body)
     return {
         line.target.id
         for line, following in pairs

@@ -71,13 +71,13 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="there is no configuration file .*none.toml"):
+    with pytest.raises(ConfigError, match=r"there is no configuration file .*none.toml"):
         load_config(tmp_path / "none.toml", RunConfig)
 
 
 def test_a_changed_field_is_named_with_both_values(tmp_path):
     changed = replace(UNUSUAL, training=replace(UNUSUAL.training, seed=3))
-    with pytest.raises(ConfigError, match="training.seed was 0 and is now 3"):
+    with pytest.raises(ConfigError, match=r"training.seed was 0 and is now 3"):
         check_unchanged(UNUSUAL, changed, tmp_path)
 
 

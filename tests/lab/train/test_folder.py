@@ -61,7 +61,7 @@ def test_must_asks_for_a_checkpoint(begun):
 
 def test_another_configuration_is_refused(begun):
     changed = replace(CONFIG, training=TrainingConfig(steps=7))
-    with pytest.raises(ConfigError, match="training.steps was 400 and is now 7"):
+    with pytest.raises(ConfigError, match=r"training.steps was 400 and is now 7"):
         begun.admit(changed, "auto")
 
 

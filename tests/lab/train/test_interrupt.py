@@ -1,9 +1,10 @@
-"""The first signal waits, the second does not."""
+"""The first signal waits, a later one does not."""
 
 import signal
 
 import pytest
 
+from sinkgd.lab.train import interrupt as module
 from sinkgd.lab.train.interrupt import Interrupt, exit_code
 
 
@@ -16,10 +17,22 @@ def test_a_signal_is_remembered_and_has_the_shells_exit_code(number, code):
     assert exit_code(number) == code
 
 
-def test_the_second_ctrl_c_acts_at_once():
-    with pytest.raises(KeyboardInterrupt), Interrupt():
+def test_signals_in_a_burst_are_one_wish():
+    handed_on: list[signal.Signals] = []
+    with Interrupt(forward=handed_on.append) as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
+    assert interrupt.received is signal.SIGTERM
+    assert handed_on == [signal.SIGTERM]
+
+
+def test_a_later_ctrl_c_acts_at_once(monkeypatch):
+    monkeypatch.setattr(module, "_SAME_WISH_SECONDS", 0.0)
+    with Interrupt():
         signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_handlers_are_restored():
@@ -27,11 +40,3 @@ def test_handlers_are_restored():
     with Interrupt():
         assert signal.getsignal(signal.SIGTERM) != before[1]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_the_first_signal_is_handed_on_once():
-    handed_on: list[signal.Signals] = []
-    with pytest.raises(KeyboardInterrupt), Interrupt(forward=handed_on.append):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-    assert handed_on == [signal.SIGINT]

@@ -1,7 +1,6 @@
 """Real processes, killed: what `sinkgd train` leaves behind is enough to go on exactly."""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -13,24 +12,31 @@ from pathlib import Path
 import pytest
 
 from sinkgd.lab.results import Run
-from sinkgd.lab.train.config import RunConfig
-from sinkgd.lab.train.config_file import save_config
 
 pytestmark = pytest.mark.slow
 
 STEPS = 40
 CHECKPOINT_EVERY = 7
 
+Curve = tuple[list[tuple], list[tuple]]
 
-@pytest.fixture
-def options(config: RunConfig, tmp_path: Path) -> list[str]:
-    save_config(tmp_path / "run.toml", config)
+
+@pytest.fixture(scope="module")
+def options(shards: Path) -> list[str]:
     return [
-        *("--config", str(tmp_path / "run.toml")),
-        *("--training.steps", str(STEPS)),
-        *("--checkpoint.every-steps", str(CHECKPOINT_EVERY)),
+        *("--data.corpus", str(shards), "--training.threads", "1"),
+        *("--training.steps", str(STEPS), "--checkpoint.every-steps", str(CHECKPOINT_EVERY)),
         *("--training.batch-size", "16", "--training.sequence-length", "32"),
+        *("--evaluation.every-steps", "4", "--evaluation.tokens", "100"),
     ]
+
+
+@pytest.fixture(scope="module")
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    """The curve of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(out, options)
+    return curve(out)
 
 
 def start(out: Path, options: list[str], **popen: object) -> subprocess.Popen[str]:
@@ -56,7 +62,7 @@ def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def curve(out: Path) -> tuple[list[tuple], list[tuple]]:
+def curve(out: Path) -> Curve:
     result = Run.read(out / "run.jsonl")
     assert result.finished
     return (
@@ -65,14 +71,12 @@ def curve(out: Path) -> tuple[list[tuple], list[tuple]]:
     )
 
 
-def test_killed_at_random_steps_the_curve_is_the_same_to_the_bit(options, tmp_path):
+def test_killed_at_random_steps_the_curve_is_the_same_to_the_bit(options, whole, tmp_path):
     seed = time.time_ns()
     draw = random.Random(seed)
-    finish(tmp_path / "whole", options)
     killed = tmp_path / "killed"
     # The first kill is before any checkpoint, the second and third are anywhere.
     steps = [draw.randint(1, 5), *sorted(draw.sample(range(6, STEPS), 2))]
-    print(f"seed {seed}: killed at steps {steps}")
     for step in steps:
         process = start(killed, options)
         wait_for_step(process, killed, step)
@@ -81,13 +85,13 @@ def test_killed_at_random_steps_the_curve_is_the_same_to_the_bit(options, tmp_pa
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     finish(killed, options)
-    assert curve(killed) == curve(tmp_path / "whole")
+    assert curve(killed) == whole, f"seed {seed}, killed at steps {steps}"
     assert '"kind": "resume"' in (killed / "run.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_polite_signal_saves_says_how_to_go_on_and_has_its_exit_code(
-    options, tmp_path, number, code
+    options, whole, tmp_path, number, code
 ):
     out = tmp_path / "stopped"
     process = start(out, options)
@@ -102,11 +106,12 @@ def test_a_polite_signal_saves_says_how_to_go_on_and_has_its_exit_code(
     command = said.strip().rpartition("Go on with: sinkgd train ")[2].split()
     again = [sys.executable, "-m", "sinkgd.lab.cli", "train", *command]
     subprocess.run(again, check=True, capture_output=True, timeout=120)
-    finish(tmp_path / "whole", options)
-    assert curve(out) == curve(tmp_path / "whole")
+    assert curve(out) == whole
 
 
-def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_no_half_checkpoint(options, tmp_path):
+def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_no_half_checkpoint(
+    options, whole, tmp_path
+):
     size_limit = 2 * 2**20  # less than the weights, more than the results
 
     def limit_file_size() -> None:
@@ -119,9 +124,8 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_no_half_checkpoint(opt
     error = said.strip().splitlines()[-1]
     assert error.startswith(f"error: cannot write checkpoint {out}/checkpoints/step-00000007: ")
     assert "Make room there" in error
-    assert os.listdir(out / "checkpoints") == []
+    assert not list((out / "checkpoints").iterdir())
     last = json.loads((out / "run.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert (last["kind"], last["status"]) == ("end", "failed")
     finish(out, options)
-    finish(tmp_path / "whole", options)
-    assert curve(out) == curve(tmp_path / "whole")
+    assert curve(out) == whole

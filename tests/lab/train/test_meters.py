@@ -34,9 +34,9 @@ def lines(records: list[Record], *, steps: int = 10, every: int = 4) -> list[str
 
 def test_lines_come_every_few_steps_and_at_the_last():
     assert lines([step(i) for i in range(1, 11)]) == [
-        "first  step  4/10  loss 2.500  200 tokens/s  0:03 left",
-        "first  step  8/10  loss 2.500  200 tokens/s  0:01 left",
-        "first  step 10/10  loss 2.500  200 tokens/s  0:00 left",
+        "first  step  4/10  loss 2.500  200 tok/s  0:03 left",
+        "first  step  8/10  loss 2.500  200 tok/s  0:01 left",
+        "first  step 10/10  loss 2.500  200 tok/s  0:00 left",
     ]
 
 
@@ -71,7 +71,7 @@ def test_the_bar_shows_the_same_figures(monkeypatch, capfd):
         meter(step(4))
         meter(EVALUATION)
     shown = capfd.readouterr().err
-    for text in ("[red]first", "4/10", "loss 2.500", "200 tokens/s", "0:03 left", "2.250 nats"):
+    for text in ("[red]first", "4/10", "loss 2.500", "200 tok/s", "0:03 left", "val 2.250"):
         assert text in shown
 
 

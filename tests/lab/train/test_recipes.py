@@ -1,4 +1,4 @@
-"""The registry: every recipe is complete, builds what it says, and refuses what it does not take."""
+"""The registry: every recipe is complete, builds what it says, and refuses what it does not."""
 
 from dataclasses import fields
 

@@ -1,14 +1,19 @@
 """A run in its folder: what it writes, that it repeats itself, that it goes on exactly."""
 
 import json
+import math
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from sinkgd.lab.data import DataError
-from sinkgd.lab.models import ModelError
+from sinkgd.lab.data import Batches, DataError, TokenDataset
+from sinkgd.lab.models import ModelError, build_model
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import loop, run
 from sinkgd.lab.train.checkpoint import CheckpointError
@@ -44,20 +49,19 @@ def kinds(path: Path) -> list[str]:
     return [json.loads(line)["kind"] for line in lines]
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
+@contextmanager
+def stopping_at(step: int, sent: signal.Signals = signal.SIGTERM) -> Iterator[None]:
     """Send a signal in the middle of a step."""
 
-    def arrange(step: int, number: signal.Signals = signal.SIGTERM) -> None:
-        def take_step(*arguments, number: int, **options):
-            if number == step:
-                signal.raise_signal(sent)
-            return original(*arguments, number=number, **options)
+    def take_step(*arguments, number: int, **options):
+        if number == step:
+            signal.raise_signal(sent)
+        return original(*arguments, number=number, **options)
 
-        original, sent = loop.take_step, number
-        monkeypatch.setattr(loop, "take_step", take_step)
-
-    return arrange
+    original = loop.take_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", take_step)
+        yield
 
 
 def change(config: RunConfig, table: str, **values: object) -> RunConfig:
@@ -89,6 +93,38 @@ def test_the_records_agree_with_each_other_and_the_model_learns(config, tmp_path
     assert end.memory.peak_bytes > end.memory.weights_bytes
 
 
+def test_the_last_step_is_always_followed_by_an_evaluation_and_a_checkpoint(config, tmp_path):
+    train(change(config, "evaluation", every_steps=5), tmp_path)
+    assert [e.step for e in Run.read(tmp_path / "run.jsonl").evaluations] == [5, 10, 12]
+    checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert checkpoints == ["step-00000010", "step-00000012"]
+
+
+def test_the_curve_is_that_of_a_loop_written_by_hand(config, tmp_path):
+    config = replace(config, optimizer=OptimizerConfig(recipe="adamw-one-lr", lr=0.01))
+    train(config, tmp_path)
+    split = TokenDataset.open(Path(config.data.corpus)).split("train")
+    batches = Batches(split, sequence_length=16, batch_size=4, seed=0)
+    model = build_model("llama-nano", vocab_size=280, max_sequence_length=16, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
+    losses = []
+    for step in range(12):
+        # One step of warm-up, then the cosine over eleven.
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / 11)
+        optimizer.param_groups[0]["lr"] = 0.01 * cosine
+        batch = batches.at(step)
+        loss = nn.functional.cross_entropy(
+            model(batch.inputs).flatten(0, 1), batch.targets.flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # Fused and plain AdamW round differently, and twelve steps make it grow.
+    recorded = [step.loss for step in Run.read(tmp_path / "run.jsonl").steps]
+    assert recorded == pytest.approx(losses, rel=1e-4)
+
+
 def test_the_start_says_what_the_run_is(config, tmp_path):
     train(config, tmp_path / "named")
     start = Run.read(tmp_path / "named" / "run.jsonl").start
@@ -117,31 +153,34 @@ def test_another_seed_gives_another_curve(config, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, stop_at, step, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, step):
     train(config, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", loop.take_step)
-        stop_at(step)
-        said: list[str] = []
+    said: list[str] = []
+    with stopping_at(step):
         outcome = train(config, tmp_path / "stopped", say=said.append)
-        assert outcome == Outcome(step, signal.SIGTERM)
-        assert f"stopped by SIGTERM after step {step} of 12" in said[-1]
-        assert f"--out {tmp_path / 'stopped'}" in said[-1]
-        stop_at(13)
+    assert outcome == Outcome(step, signal.SIGTERM)
+    assert f"stopped by SIGTERM after step {step} of 12" in said[-1]
+    assert f"--out {tmp_path / 'stopped'}" in said[-1]
     assert Run.read(tmp_path / "stopped" / "run.jsonl").end.status == "interrupted"
     assert train(config, tmp_path / "stopped") == Outcome(12)
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
     assert Run.read(tmp_path / "stopped" / "run.jsonl").finished
 
 
+def test_a_signal_in_the_last_step_changes_nothing(config, tmp_path):
+    with stopping_at(12):
+        assert train(config, tmp_path) == Outcome(12)
+    assert Run.read(tmp_path / "run.jsonl").finished
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("precision", ["bf16-autocast", "bf16"])
-def test_every_recipe_goes_on_bit_for_bit(config, tmp_path, stop_at, recipe, precision):
+def test_every_recipe_goes_on_bit_for_bit(config, tmp_path, recipe, precision):
     config = replace(config, optimizer=OptimizerConfig(recipe=recipe))
     config = change(config, "training", precision=precision, steps=4, micro_batch_size=2)
     train(config, tmp_path / "whole")
-    stop_at(2)
-    train(config, tmp_path / "stopped")
+    with stopping_at(2):
+        train(config, tmp_path / "stopped")
     train(config, tmp_path / "stopped")
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
 
@@ -183,10 +222,10 @@ def fail(*_: object, **__: object) -> None:
     raise CheckpointError("no room")
 
 
-def test_a_damaged_last_checkpoint_falls_back_and_says_so(config, tmp_path, stop_at):
+def test_a_damaged_last_checkpoint_falls_back_and_says_so(config, tmp_path):
     train(config, tmp_path / "whole")
-    stop_at(7)
-    train(config, tmp_path / "stopped")
+    with stopping_at(7):
+        train(config, tmp_path / "stopped")
     damaged = tmp_path / "stopped" / "checkpoints" / "step-00000007" / "__0_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     said: list[str] = []
@@ -235,9 +274,9 @@ def test_a_full_disk_does_not_hide_the_first_error(config, tmp_path, monkeypatch
         train(config, tmp_path)
 
 
-def test_logging_may_change_when_a_run_goes_on(config, tmp_path, stop_at):
-    stop_at(3)
-    train(config, tmp_path)
+def test_logging_may_change_when_a_run_goes_on(config, tmp_path):
+    with stopping_at(3):
+        train(config, tmp_path)
     train(replace(config, logging=LoggingConfig(print_every_steps=1)), tmp_path)
     assert load_config(tmp_path / "config.toml", RunConfig).logging.print_every_steps == 1
 
@@ -246,8 +285,8 @@ def test_logging_may_change_when_a_run_goes_on(config, tmp_path, stop_at):
     ("table", "values", "error", "message"),
     [
         ("model", {"preset": "llama-nan"}, ModelError, "did you mean 'llama-nano'"),
-        ("model", {"vocab_size": 299}, ConfigError, "vocab_size is 299, .* has 300 .* at least"),
-        ("data", {"vocab_size": 512}, ConfigError, "data.vocab_size is 512, but .* has 300"),
+        ("model", {"vocab_size": 99}, ConfigError, "vocab_size is 99, .* has 280 .* at least 280"),
+        ("data", {"vocab_size": 512}, ConfigError, "data.vocab_size is 512, but .* has 280"),
         ("data", {"corpus": "/nowhere/text"}, DataError, "/nowhere/text"),
         ("training", {"batch_size": 4096}, DataError, "too little text for one batch"),
     ],

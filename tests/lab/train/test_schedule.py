@@ -1,5 +1,6 @@
 """The learning rate rises linearly, falls as a cosine, and knows its place from the step alone."""
 
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def test_the_cosine_is_half_way_down_in_its_middle_and_ends_at_the_last_step():
 
 def test_the_rate_never_rises_after_the_warm_up():
     falling = factors()[WARMUP - 1 :]
-    assert all(later < earlier for earlier, later in zip(falling, falling[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(falling))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -1,6 +1,7 @@
 """`sinkgd compare`: the same model, text, order and schedule with several optimizers."""
 
 import shlex
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,10 @@ from sinkgd.lab.commands.fresh_process import run_in_fresh_process
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
 from sinkgd.lab.train.config_file import command_line, nearest
 from sinkgd.lab.train.folder import Admission, RunFolder
+from sinkgd.lab.train.interrupt import exit_code
 from sinkgd.lab.train.resolve import resolve
+
+STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ class Compare:
         for i, name in enumerate(open_runs, start=1):
             print(f"run {i} of {len(open_runs)}: {name}", flush=True)  # noqa: T201
             code = self._train(name, runs[name])
-            if code != 0:
+            if code in STOPPED:
                 print("The same command goes on from here.", flush=True)  # noqa: T201
+            if code != 0:
                 return code
         self._report(list(runs), time.perf_counter() - started)
         return 0

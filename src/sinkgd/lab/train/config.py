@@ -33,7 +33,7 @@ class DataConfig:
     corpus: str = "sotu"
     """The embedded corpus 'sotu', text files (a file, folder or glob), or prepared shards."""
     vocab_size: int | None = None
-    """Size of the tokenizer to train, tokens; by default 8192. Prepared shards have their own."""
+    """Most tokens of a tokenizer to train; by default 8192. Prepared shards have their own."""
     packing: Packing = "concat"
     """Rows of a batch: concat (documents end to end) or none (one document, cut and padded)."""
 

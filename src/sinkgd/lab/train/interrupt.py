@@ -1,15 +1,19 @@
 """Ctrl-C and SIGTERM, asked about between steps rather than met in the middle of one."""
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# One wish to stop may arrive as several signals: Linux tells a child once for each thread of a
+# parent that is killed, and a terminal and a supervisor may both pass on the same Ctrl-C.
+_SAME_WISH_SECONDS = 1.0
 
 
 class Interrupt:
-    """While active, the first SIGINT or SIGTERM is only remembered; a second one acts at once.
+    """While active, a first SIGINT or SIGTERM is only remembered; one more, later, acts at once.
 
     Args:
         forward: Handed the first signal too, e.g. to send it on to a child process.
@@ -23,6 +27,7 @@ class Interrupt:
 
     def __init__(self, forward: Callable[[signal.Signals], None] | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
         self._forward = forward
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -31,18 +36,18 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-        if self._forward is not None:
-            self._forward(self.received)
-
-    def _restore(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers = {}
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+            if self._forward is not None:
+                self._forward(self.received)
+        elif now - self._received_at >= _SAME_WISH_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
 
 
 def exit_code(received: signal.Signals) -> int:

@@ -64,6 +64,10 @@ class Pace:
         """Return the seconds of training after ``step``."""
         return (self.steps - step) * (self._step_seconds or 0.0)
 
+    def text(self, step: int) -> str:
+        """Say both after ``step``."""
+        return f"{self.tokens_per_second:,.0f} tok/s  {clock(self.seconds_left(step))} left"
+
 
 def clock(seconds: float) -> str:
     """Write seconds as a clock does.
@@ -90,9 +94,11 @@ class LineMeter:
             case TrainStep():
                 self._pace.add(record)
                 if record.step % self._every == 0 or record.step == self._pace.steps:
-                    self._print(record.step, _step_line(record, self._pace))
+                    text = f"loss {record.loss:.3f}  {self._pace.text(record.step)}"
+                    self._print(record.step, text)
             case Evaluation():
-                self._print(record.step, f"validation {_evaluation_line(record)}")
+                nats, bits = f"{record.val_loss:.3f} nats", f"{record.bits_per_byte:.3f} bits/byte"
+                self._print(record.step, f"validation {nats}, {bits}")
             case Resume():
                 self._print(record.step, "going on")
 
@@ -118,24 +124,29 @@ class BarMeter:
         self._pace = Pace(steps)
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[now]}"),
+            TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[validation]}", style="cyan"),
+            TextColumn("{task.fields[pace]}"),
             console=Console(stderr=True),
+            expand=True,
         )
-        self._task = self._progress.add_task(name, total=steps, now="", validation="")
+        self._task = self._progress.add_task(name, total=steps, loss="", validation="", pace="")
 
     def __call__(self, record: Record) -> None:
         """Move the bar."""
         match record:
             case TrainStep():
                 self._pace.add(record)
-                now = _step_line(record, self._pace)
-                self._progress.update(self._task, completed=record.step, now=now)
+                self._progress.update(
+                    self._task,
+                    completed=record.step,
+                    loss=f"loss {record.loss:.3f}",
+                    pace=self._pace.text(record.step),
+                )
             case Evaluation():
-                validation = f"validation {_evaluation_line(record)}"
-                self._progress.update(self._task, validation=validation)
+                self._progress.update(self._task, validation=f"val {record.val_loss:.3f}")
             case Resume():
                 self._progress.update(self._task, completed=record.step)
 
@@ -145,12 +156,3 @@ class BarMeter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-
-def _step_line(record: TrainStep, pace: Pace) -> str:
-    left = clock(pace.seconds_left(record.step))
-    return f"loss {record.loss:.3f}  {pace.tokens_per_second:,.0f} tokens/s  {left} left"
-
-
-def _evaluation_line(record: Evaluation) -> str:
-    return f"{record.val_loss:.3f} nats, {record.bits_per_byte:.3f} bits/byte"

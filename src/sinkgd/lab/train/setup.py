@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from sinkgd.lab.data import Batches, TokenDataset, TokenSplit, prepared_corpus
-from sinkgd.lab.data.prepare import Progress
+from sinkgd.lab.data import Batches, Progress, TokenDataset, TokenSplit, prepared_corpus
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.checkpoint import TrainingState
@@ -83,7 +83,8 @@ def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
     """Open the shards of the configured text, after making them where they are not yet made.
 
     Raises:
-        ConfigError: If a vocabulary size was given and the folder's tokenizer has another.
+        ConfigError: If a vocabulary size was given and the tokenizer of prepared shards has
+            another.
         DataError: If the corpus is missing or damaged.
     """
     stages_said: set[str] = set()
@@ -97,7 +98,9 @@ def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
     folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report)
     dataset = TokenDataset.open(folder)
     found = dataset.manifest.vocab_size
-    if data.vocab_size not in (None, found):
+    # A tokenizer that was trained here may have fewer tokens than asked, where the text is short.
+    prepared_before = folder == Path(data.corpus)
+    if prepared_before and data.vocab_size not in (None, found):
         raise ConfigError(
             f"data.vocab_size is {data.vocab_size}, but the tokenizer of {folder} has {found} "
             "tokens; leave it out, or run `sinkgd prepare` for another tokenizer"

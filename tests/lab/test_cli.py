@@ -1,0 +1,273 @@
+"""The program: it teaches, it words its errors, it has the right exit codes."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sinkgd
+from sinkgd.lab.cli import COMMANDS, main
+from sinkgd.lab.results import Run
+
+WORDS = ("the", "of", "and", "to", "in", "a", "state", "union", "people", "law", "year", "war")
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch) -> Path:
+    """Text files, and a cache of their own."""
+    monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / "cache"))
+    draw = random.Random(0)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(40):
+        content = " ".join(draw.choice(WORDS) for _ in range(100))
+        (folder / f"{i:02d}.txt").write_text(content, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def small(text: Path) -> list[str]:
+    """Options of a small training."""
+    return [
+        *("--data.corpus", str(text), "--data.vocab-size", "300"),
+        *("--training.steps", "12", "--training.batch-size", "4"),
+        *("--training.sequence-length", "16", "--training.threads", "1"),
+        *("--evaluation.every-steps", "4", "--evaluation.tokens", "100"),
+    ]
+
+
+def program(*arguments: str, **popen: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sinkgd.lab.cli", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+def flat(shown: str) -> str:
+    """Undo the frames and line breaks of a help text."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", shown)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command(capsys, arguments):
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert len(COMMANDS) == 6
+    for name, (_, summary) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", shown, re.MULTILINE)
+
+
+def test_help_imports_nothing_but_the_library():
+    code = (
+        "import sys; from sinkgd.lab.cli import main; main(['--help']);"
+        "heavy = {'tyro', 'rich', 'plotly', 'tokenizers', 'transformers', 'jinja2', 'numba'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sinkgd {sinkgd.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(capsys, command):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: sinkgd {command}" in shown
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "bench"])
+def test_every_option_of_a_run_has_a_help_text(capsys, command):
+    assert main([command, "--help"]) == 0
+    shown = flat(capsys.readouterr().out)
+    assert "--training.sequence-length INT Length of a row of the batch, tokens." in shown
+    assert f"sinkgd {command} " in shown.partition("For example:")[2]
+
+
+def test_an_unknown_command_has_a_nearest_name(capsys):
+    assert main(["trian"]) == 2
+    error = "error: there is no command 'trian'; did you mean 'train'? See `sinkgd --help`\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--optimizer.recipe", "sinkg"], 2, "optimizer.recipe is 'sinkg'; did you mean 'sinkgd'"),
+        (["--training.steps", "0"], 2, "training.steps is 0; it must be at least 1"),
+        (["--training.micro-batch-size", "3"], 2, "micro_batch_size is 3, which does not divide"),
+        (["--config", "none.toml"], 2, "there is no configuration file none.toml"),
+        (["--resume", "must"], 2, "holds no checkpoint to go on from"),
+        (["--model.preset", "lama-nano"], 1, "did you mean 'llama-nano'"),
+        (["--data.corpus", "/nowhere/at/all"], 1, "/nowhere/at/all"),
+        (["--training.batch-size", "100000"], 1, "too little text for one batch"),
+    ],
+)
+def test_an_error_is_one_line_with_its_exit_code(capsys, tmp_path, small, options, code, message):
+    assert main(["train", "--out", str(tmp_path / "run"), *small, *options]) == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_an_unknown_option_is_refused(capsys):
+    assert main(["train", "--training.step", "3"]) == 2
+    assert "--training.steps" in flat(capsys.readouterr().err)
+
+
+def test_a_typo_in_a_file_names_file_and_key(capsys, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nbatchsize = 4\n", encoding="utf-8")
+    assert main(["train", "--config", str(path)]) == 2
+    error = f"{path}: unknown key training.batchsize; did you mean training.batch_size?"
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_options_go_before_the_file(tmp_path, small):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nsteps = 3\nseed = 5\n[optimizer]\nrecipe = 'sgd'\n")
+    arguments = ["train", "--out", str(tmp_path / "run"), f"--config={path}", *small]
+    assert main(arguments) == 0
+    start = Run.read(tmp_path / "run" / "run.jsonl").start
+    assert start.config["training"]["steps"] == 12
+    assert (start.recipe, start.seed) == ("sgd", 5)
+
+
+def test_a_full_disk_in_the_results_is_an_error(capsys, monkeypatch, tmp_path, small):
+    def fill_the_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sinkgd.lab.results.ResultsWriter.write", fill_the_disk)
+    assert main(["train", "--out", str(tmp_path / "run"), *small]) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_ctrl_c_outside_training_has_its_exit_code(capsys, monkeypatch, tmp_path):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sinkgd.lab.train.run.set_up", interrupt)
+    assert main(["train", "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
+def test_doctor_names_the_kernels_and_what_is_absent(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    find_spec = "sinkgd.lab.commands.doctor.importlib.util.find_spec"
+    monkeypatch.setattr(find_spec, lambda name: None if name == "datasets" else object())
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"eager +(will|can) run", shown)
+    assert shown.count("will run") == 1
+    assert re.search(r"c4 .*absent; pip install 'sinkgd\[c4\]'", shown)
+    assert shown.count("absent") == 1
+
+
+def test_bench_writes_its_figures(capsys, tmp_path, small):
+    out = tmp_path / "loop.json"
+    options = ["--rounds", "2", "--steps-per-block", "1", "--out", str(out), "--optimizers", "sgd"]
+    assert main(["bench", "loop", *options, *small]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    bare, ours = result["contenders"]
+    assert (bare["name"], bare["of_bare"]) == ("bare loop, fused AdamW", 1.0)
+    assert ours["name"] == "sinkgd train, sgd"
+    assert 0 < ours["slowest"] <= ours["tokens_per_second"] <= ours["fastest"]
+    assert result["environment"]["threads"] == 1
+    assert "of bare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizers", "sinkgd,adamv"], "optimizer.recipe is 'adamv'; did you mean 'adamw'"),
+        (["--optimizers", ","], "optimizers is empty"),
+        (["--baseline", "adam"], "baseline is 'adam', .* did you mean 'adamw'"),
+        (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+    ],
+)
+def test_a_comparison_is_checked_before_it_begins(capsys, tmp_path, options, message):
+    assert main(["compare", "--out", str(tmp_path / "c"), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_each_optimizer_once(capfd, tmp_path, small):
+    out = tmp_path / "c"
+    arguments = ["compare", "--out", str(out), "--seeds", "2", *small]
+    assert main(arguments) == 0
+    shown = capfd.readouterr().out
+    names = ["sinkgd-seed0", "adamw-seed0", "sinkgd-seed1", "adamw-seed1"]
+    assert re.findall(r"^run . of 4: (.*)$", shown, re.MULTILINE) == names
+    assert "adamw (baseline)" in shown
+    assert str(out / "report.html") in shown
+    results = {name: (out / name / "run.jsonl") for name in names}
+    assert all(Run.read(path).finished for path in results.values())
+    assert "sinkgd compare" in (out / "report.html").read_text(encoding="utf-8")
+
+    before = {name: path.read_bytes() for name, path in results.items()}
+    assert main(arguments) == 0
+    assert "run 1 of" not in capfd.readouterr().out
+    assert {name: path.read_bytes() for name, path in results.items()} == before
+
+    assert main([*arguments, "--training.steps", "13"]) == 2
+    assert "training.steps was 12 and is now 13" in capfd.readouterr().err
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
+    while not (path.exists() and text in path.read_text(encoding="utf-8")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_comparison_goes_on(tmp_path, small, number, code):
+    out = tmp_path / "c"
+    arguments = ["compare", "--out", str(out), *small, "--training.steps", "60"]
+    process = program(*arguments)
+    wait_for(out / "adamw-seed0" / "run.jsonl", '"step": 5', process)
+    process.send_signal(number)
+    shown, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert f"stopped by {number.name}" in said
+    assert "The same command goes on from here." in shown
+    process = program(*arguments)
+    shown, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "run 1 of 1: adamw-seed0" in shown
+    assert "going on from" in said
+    assert Run.read(out / "adamw-seed0" / "run.jsonl").steps[-1].step == 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+def test_a_killed_comparison_stops_its_training_which_saves(tmp_path, small):
+    out = tmp_path / "c"
+    process = program("compare", "--out", str(out), *small, "--training.steps", "2000")
+    results = out / "sinkgd-seed0" / "run.jsonl"
+    wait_for(results, '"step": 5', process)
+    process.kill()
+    process.communicate(timeout=60)  # its output ends when the training has ended too
+    end = Run.read(results).end
+    assert end is not None
+    assert end.status == "interrupted"
+    assert (out / "sinkgd-seed0" / "checkpoints" / f"step-{end.step:08d}").is_dir()
+
+
+@pytest.mark.slow
+def test_a_failed_training_stops_the_comparison_with_its_exit_code(capfd, tmp_path, small):
+    out = tmp_path / "c"
+    assert main(["compare", "--out", str(out), *small, "--training.batch-size", "100000"]) == 1
+    captured = capfd.readouterr()
+    assert "error: too little text" in captured.err
+    assert "run 2 of" not in captured.out
+    assert not (out / "report.html").exists()
