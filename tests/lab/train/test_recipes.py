@@ -1,6 +1,8 @@
 """The registry: every recipe is complete, builds what it says, and refuses what it does not."""
 
+import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
 
+GRID = Path(__file__).parents[3] / "benchmarks/learning_rates/2026-11-22-nano-sotu.jsonl"
 OPTIONS = {field.name for field in fields(OptimizerConfig)} - {"recipe"}
 recipes = pytest.mark.parametrize("name", RECIPES)
 
@@ -90,12 +93,22 @@ def test_the_papers_baseline_has_one_rate_and_no_clipping(model):
     assert resolve_optimizer(OptimizerConfig(recipe="adamw")).clip_norm == 1
 
 
-def test_sinkgds_defaults_are_the_papers():
+def test_sinkgd_is_the_papers_but_for_the_rates():
     options = resolve_optimizer(OptimizerConfig(recipe="sinkgd"))
-    assert options.lr == 0.02
-    assert options.matrix_lr == pytest.approx(0.05 * options.lr)
     assert options.sinkhorn_iterations == 5
     assert options.weight_decay == options.clip_norm == 0
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "adamw", "adamw-one-lr"])
+def test_rates_are_the_best_of_the_recorded_grid_with_as_many_runs_for_each(name):
+    rows = [json.loads(line) for line in GRID.read_text().splitlines()]
+    runs = [row for row in rows if row["recipe"] == name]
+    assert len(runs) == 8
+    assert all(row["finished"] for row in runs)
+    best = min(runs, key=lambda row: row["final"]["val_loss"])["optimizer"]
+    options = resolve_optimizer(OptimizerConfig(recipe=name))
+    assert options.lr == best["lr"]
+    assert options.matrix_lr == best.get("matrix_lr")
 
 
 def test_algorithms_are_those_of_the_recipe(model):
