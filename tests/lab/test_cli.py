@@ -271,3 +271,11 @@ def test_a_failed_training_stops_the_comparison_with_its_exit_code(capfd, tmp_pa
     assert "error: too little text" in captured.err
     assert "run 2 of" not in captured.out
     assert not (out / "report.html").exists()
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = [sys.executable, "-m", "sinkgd.lab.cli", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141

@@ -5,6 +5,7 @@ A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its op
 read, e.g. to take defaults from a file that one of them names.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 where nobody
+        reads the output any more, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     match arguments:
@@ -78,6 +80,9 @@ def _run(name: str, arguments: list[str]) -> int:
         return int(exit_request.code or 0)
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", code=130)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         if str(error.name).startswith("sinkgd"):
             raise

@@ -175,8 +175,8 @@ _TABLE = (
     Recipe(
         "swan",
         "block matrices by row norm and whitening, the rest by AdamW",
-        "one row norm and one whitening: Ma et al. 2024; lr as for sinkgd, matrix_lr not tuned",
-        {"lr": 0.08, "matrix_lr": 0.004, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
+        "one row norm, one whitening: Ma et al. 2024; rates: three runs, benchmarks/learning_rates",
+        {"lr": 0.08, "matrix_lr": 0.002, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _swan,
     ),
     Recipe(
