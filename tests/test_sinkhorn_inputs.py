@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from reference import square_root_sinkhorn
 from sinkgd import sinkhorn_scales, sr_sinkhorn
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 # 25 roundings of 1.2e-7: five iterations of two sums, a root and the products of r, c and G
 FLOAT32 = {"rtol": 3e-6, "atol": 0}
 

@@ -62,10 +62,7 @@ def sinkhorn(grad: Tensor, num_iters: int) -> Scales:
             grad.new_ones(*batch, m, 1, dtype=dtype), grad.new_ones(*batch, 1, n, dtype=dtype)
         )
     S = grad.to(dtype).abs()
-    s = _power_of_two_below(S.amax(dim=-1, keepdim=True))
-    S /= s
-    t = _power_of_two_below(S.amax(dim=-2, keepdim=True))
-    S /= t
+    s, t = level_(S)
     S *= S
     r2, c2 = _iterate(S, t.square())
     for _ in range(num_iters - 1):
@@ -98,6 +95,19 @@ def descend_(
     wide.add_(update.mul_(step))
     if wide is not param:
         param.copy_(wide)
+
+
+def level_(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide ``S`` by powers of two, s a row ``(..., m, 1)`` and t a column; return them.
+
+    ``S`` is not negative. Then every row and column that is not zero has an entry of 1 or more, and
+    none has one of 2 or more.
+    """
+    s = _power_of_two_below(S.amax(dim=-1, keepdim=True))
+    S /= s
+    t = _power_of_two_below(S.amax(dim=-2, keepdim=True))
+    S /= t
+    return s, t
 
 
 def _power_of_two_below(peak: Tensor) -> Tensor:

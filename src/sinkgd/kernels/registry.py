@@ -3,9 +3,10 @@
 import torch
 
 from sinkgd.kernels.backend import Backend
+from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.eager import EagerBackend
 
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), EagerBackend())
 
 
 def select(name: str, device: torch.device) -> Backend:

@@ -1,0 +1,159 @@
+"""Hand tables of matrices to the compiled loops, which run them on torch's threads.
+
+The layout of the tables is the one at the top of `sinkgd.kernels.cpu.loops`.
+"""
+
+import threading
+from array import array
+from functools import cache
+from importlib import import_module
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.backend import Scales
+from sinkgd.kernels.cpu.layout import Layout
+from sinkgd.kernels.cpu.team import torch_team
+
+# The types that the loops read and write, the numbers by which they know them, and their bytes.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+SIZES = (4, 2)
+
+# Up to this many entries a matrix is given whole to one thread: its passes then cost less than the
+# barriers between the threads that would share them.
+WHOLE = 1 << 16
+# Below this many entries in all, waking other threads takes longer than the work.
+ALONE = 1 << 14
+
+_local = threading.local()  # gradients may be read by several Python threads, as backward hooks do
+
+
+class ScalesJob:
+    """A table of gradients to find the scales of."""
+
+    def __init__(self) -> None:
+        self.table = array("q")
+        self.longest = 0
+        self.entries = 0
+
+    def add(
+        self,
+        grad: Tensor,
+        layout: Layout,
+        row: Tensor,
+        col: Tensor,
+        *,
+        dtype: int,
+        given: bool = False,
+    ) -> None:
+        """Add every matrix of ``grad``; its scales go to ``row`` and ``col``, float32, contiguous.
+
+        Where they are ``given``, ``col`` holds the first c², and the scale of a zero sum is zero.
+        """
+        P, Q, ld, turned, offsets = layout
+        size = SIZES[dtype]
+        start, u, v = grad.data_ptr(), row.data_ptr(), col.data_ptr()
+        if turned:
+            u, v = v, u
+        for offset in offsets:
+            at = start + offset * size
+            self.table.extend((at, P, Q, ld * size, dtype, turned, u, v, given, 0))
+            u += 4 * P
+            v += 4 * Q
+        self.longest = max(self.longest, Q)
+        self.entries += P * Q * len(offsets)
+
+    def run(self, num_iters: int) -> list[int]:
+        """Find the scales; return the numbers of the matrices, as added, that failed."""
+        count = len(self.table) // 10
+        if count == 0:
+            return []
+        workers = torch.get_num_threads()
+        stride = 2 * 128 * (4 * self.longest // 128 + 1)  # two vectors; no two threads share a line
+        scratch = _scratch(workers * stride)
+        table, _ = self.table.buffer_info()
+        header = array("q", (table, count, workers, 0, num_iters, scratch, stride, WHOLE))
+        _run(_loops()[0], header, workers if self.entries > ALONE else 1)
+        failed = self.table[9::10]
+        return [i for i, status in enumerate(failed) if status] if any(failed) else []
+
+
+class UpdateJob:
+    """A table of parameters to update."""
+
+    def __init__(self) -> None:
+        self.table = array("q")
+        self.entries = 0
+
+    def add(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        layouts: tuple[Layout, Layout],
+        scales: Scales,
+        allowed: Tensor | None,
+        *,
+        dtypes: tuple[int, int],
+    ) -> None:
+        """Add every matrix of ``param``; ``grad`` is turned as it is."""
+        P, Q, ld, turned, offsets = layouts[0]
+        size, grad_size = SIZES[dtypes[0]], SIZES[dtypes[1]]
+        start, grad_start = param.data_ptr(), grad.data_ptr()
+        u, v = scales.row.data_ptr(), scales.col.data_ptr()
+        if turned:
+            u, v = v, u
+        flag = 0 if allowed is None else allowed.data_ptr()
+        strides = (ld * size, layouts[1].ld * grad_size)
+        for offset, grad_offset in zip(offsets, layouts[1].offsets, strict=True):
+            at, grad_at = start + offset * size, grad_start + grad_offset * grad_size
+            self.table.extend((at, grad_at, P, Q, *strides, *dtypes, u, v, flag))
+            u += 4 * P
+            v += 4 * Q
+        self.entries += P * Q * len(offsets)
+
+    def run(self, keep: float, step: float) -> None:
+        """Set each parameter to ``keep * param + step * row * grad * col``."""
+        count = len(self.table) // 11
+        if count == 0:
+            return
+        workers = torch.get_num_threads()
+        table, _ = self.table.buffer_info()
+        factors = array("d", (keep, step))
+        header = array("q", (table, count, workers, 0, factors.buffer_info()[0]))
+        _run(_loops()[1], header, workers if self.entries > ALONE else 1)
+
+
+def _run(function: int, header: "array[int]", threads: int) -> None:
+    team = torch_team()
+    assert team is not None, "the backend is missing here"
+    team.run(function, header.buffer_info()[0], threads)
+
+
+def _scratch(size: int) -> int:
+    """Return the address of this thread's ``size`` bytes, kept from call to call."""
+    held: Tensor | None = getattr(_local, "scratch", None)
+    if held is None or held.numel() < size:
+        held = _local.scratch = torch.empty(size + 128, dtype=torch.uint8)
+    return (held.data_ptr() + 127) // 128 * 128
+
+
+@cache
+def _loops() -> tuple[int, int]:
+    """Return the addresses of `find_scales` and `take_steps`, compiled or read from the cache."""
+    import numba  # noqa: PLC0415 - optional, and half a second to import
+
+    try:
+        loops = import_module("sinkgd.kernels.cpu.loops")
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        # Neither the package nor the user's cache can be written: compile for this process alone.
+        numba.config.CACHE_DIR = _folder().name
+        loops = import_module("sinkgd.kernels.cpu.loops")
+    return loops.find_scales.address, loops.take_steps.address
+
+
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="sinkgd-")  # removed when the process ends

@@ -1,0 +1,78 @@
+"""How a tensor of matrices lies in memory, as the compiled loops want it: rows of stride one.
+
+Letters, everywhere in this file:
+    P, Q: the rows in memory of one matrix, and their length
+    ld: elements from one row in memory to the next
+"""
+
+from functools import lru_cache
+from itertools import pairwise, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """One batch of matrices, seen as rows in memory."""
+
+    P: int
+    Q: int
+    ld: int
+    turned: bool  # a row in memory is a column of the matrix
+    offsets: tuple[int, ...]  # elements from the tensor's first to each matrix's
+
+
+@lru_cache(maxsize=1024)
+def layout_of(shape: torch.Size, stride: tuple[int, ...]) -> Layout | None:
+    """Return the layout of ``(..., m, n)``, or None where neither rows nor columns are dense."""
+    (m, n), (row_stride, col_stride) = shape[-2:], stride[-2:]
+    offsets = tuple(
+        sum(i * s for i, s in zip(index, stride[:-2], strict=True))
+        for index in product(*map(range, shape[:-2]))
+    )
+    if col_stride == 1 or n == 1:
+        return Layout(m, n, row_stride, False, offsets)
+    if row_stride == 1 or m == 1:
+        return Layout(n, m, col_stride, True, offsets)
+    return None
+
+
+def dense_layout(x: Tensor) -> Layout:
+    """Return the layout of a tensor that is known to have one."""
+    layout = layout_of(x.shape, x.stride())
+    assert layout is not None, f"strides {x.stride()}"
+    return layout
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return ``x``, or a contiguous copy where neither its rows nor its columns are dense."""
+    return x if layout_of(x.shape, x.stride()) is not None else x.contiguous()
+
+
+def aligned(x: Tensor, like: Tensor) -> Tensor:
+    """Return ``x``, or a copy where its matrices do not lie as those of ``like`` do."""
+    if x.stride() == like.stride():
+        return x
+    turned = dense_layout(like).turned
+    layout = layout_of(x.shape, x.stride())
+    if layout is not None and layout.turned == turned:
+        return x
+    return x.mT.contiguous().mT if turned else x.contiguous()
+
+
+@lru_cache(maxsize=1024)
+def may_be_written(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether there is a layout, and no two entries share memory in it."""
+    layout = layout_of(shape, stride)
+    if layout is None or (layout.ld < layout.Q and layout.P > 1):
+        return False
+    apart = (layout.P - 1) * layout.ld + layout.Q  # from a matrix's first entry to beyond its last
+    starts = sorted(layout.offsets)
+    return all(after - before >= apart for before, after in pairwise(starts))
+
+
+def matrix_of(x: Tensor, place: int) -> Tensor:
+    """Return the ``place``-th matrix ``(m, n)`` of a batch ``(..., m, n)``, in reading order."""
+    offset = x.storage_offset() + dense_layout(x).offsets[place]
+    return x.detach().as_strided(x.shape[-2:], x.stride()[-2:], offset)

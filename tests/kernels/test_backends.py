@@ -1,0 +1,324 @@
+"""Every backend gives the paper's scales and the same step, row by row of one table."""
+
+import importlib.util
+import threading
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from reference import sinkhorn_knopp, square_root_sinkhorn
+from sinkgd import kernels, sr_sinkhorn
+from sinkgd.kernels import BACKENDS, registry
+from sinkgd.kernels.cpu import CpuBackend, jobs
+
+# primes, one row, one column, narrow, a whole vector of 16, more than one, shared by the threads
+SHAPES = [(37, 53), (1, 19), (19, 1), (1, 1), (7, 3), (8, 16), (64, 48), (263, 257), (257, 263)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# 25 roundings of 1.2e-7: five iterations of two sums, a root and the products of r, c and G
+FLOAT32 = {"rtol": 3e-6, "atol": 0}
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(params=[backend.name for backend in BACKENDS])
+def backend(request):
+    found = next(backend for backend in BACKENDS if backend.name == request.param)
+    if (reason := found.missing()) is not None:
+        pytest.skip(f"backend {found.name!r}: {reason}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fill whatever is allocated with NaN, so that nothing unwritten is read or returned."""
+    monkeypatch.setattr(jobs, "_local", threading.local())
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2], ids=lambda count: f"{count}-threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def normal(shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def turned(x):
+    return x.mT.contiguous().mT
+
+
+def gapped(x):
+    """The same numbers in rows that lie apart."""
+    return torch.cat([x, torch.full_like(x, torch.nan)], dim=-1)[..., : x.shape[-1]]
+
+
+def scattered(x):
+    """The same numbers with neither rows nor columns dense."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+
+
+LAYOUTS = [torch.clone, turned, gapped, lambda x: gapped(x.mT).mT, scattered]
+LAYOUT_IDS = ["contiguous", "turned", "gapped", "turned-gapped", "scattered"]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
+
+
+def expected_update(grad, num_iters):
+    return sinkhorn_knopp(grad.double() ** 2, num_iters).sqrt() * grad.double().sign()
+
+
+def update_of(grad, scales):
+    return grad.double() * scales.row.double() * scales.col.double()
+
+
+def same_bits(one, other):
+    return all(
+        torch.equal(a, b)
+        for pair in zip(one, other, strict=True)
+        for a, b in zip(*pair, strict=True)
+    )
+
+
+def test_the_table_holds_every_backend():
+    assert [backend.name for backend in BACKENDS] == ["cpu", "eager"]
+
+
+class TestScales:
+    @shapes
+    @dtypes
+    @layouts
+    def test_they_are_the_classic_sinkhorn_iterates(self, backend, threads, shape, dtype, layout):
+        grad = layout(normal(shape, dtype=dtype))
+        for num_iters in (1, 5):
+            scales = backend.scales([grad], num_iters)[0]
+            expected = expected_update(grad, num_iters)
+            assert_close(update_of(grad, scales), expected, **FLOAT32)
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-15, 1e15, 1e20, 1e30])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @layouts
+    def test_they_follow_any_size_of_gradient(self, backend, size, dtype, layout):
+        grad = layout((size * normal((67, 31))).to(dtype))
+        scales = backend.scales([grad], 5)[0]
+        assert_close(update_of(grad, scales), expected_update(grad, 5), **FLOAT32)
+
+    @pytest.mark.parametrize("exponent", [-100, -64, -30, 30, 64, 100])
+    @pytest.mark.parametrize("shape", [(67, 31), (263, 257)], ids=str)
+    @layouts
+    def test_a_power_of_two_changes_no_bit(self, backend, exponent, shape, layout):
+        grad = layout(normal(shape))
+        plain = backend.scales([grad], 5)
+        for row, col in backend.scales([2.0**exponent * grad], 5):
+            assert torch.equal(row * (2.0**exponent * grad) * col, update32(grad, plain[0]))
+
+    @pytest.mark.parametrize("num_iters", [1, 5, 60])
+    @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+    @layouts
+    def test_zero_rows_and_columns_have_scale_zero(self, backend, num_iters, dim, layout):
+        grad = normal((19, 23))
+        grad.index_fill_(dim, torch.tensor([0, 7, 18]), 0)
+        grad = layout(grad)
+        scales = backend.scales([grad], num_iters)[0]
+        zeros = grad.eq(0).all(1 - dim).flatten()
+        assert torch.equal(scales[dim].eq(0).flatten(), zeros)
+        assert not scales[1 - dim].eq(0).any()
+        expected = square_root_sinkhorn(grad, num_iters)
+        assert_close(update_of(grad, scales), expected, rtol=2e-5, atol=0)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+    @pytest.mark.parametrize("shape", [(19, 23), (263, 257)], ids=str)
+    @layouts
+    def test_a_bad_entry_makes_every_column_scale_bad(self, backend, value, shape, layout):
+        grad = normal(shape)
+        grad[-2, 5] = value
+        good = normal(shape, seed=1)
+        bad, untouched = backend.scales([layout(grad), good], 5)
+        assert not bad.col.isfinite().any()
+        assert_close(update_of(good, untouched), expected_update(good, 5), **FLOAT32)
+
+    @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0, 3, 4), (2, 0, 4)], ids=str)
+    def test_empty_matrices_have_finite_scales(self, backend, shape):
+        other = normal((5, 7))
+        empty, scales = backend.scales([torch.empty(shape), other], 5)
+        assert empty.row.shape == (*shape[:-1], 1)
+        assert empty.col.shape == (*shape[:-2], 1, shape[-1])
+        assert empty.row.isfinite().all()
+        assert empty.col.isfinite().all()
+        assert_close(update_of(other, scales), expected_update(other, 5), **FLOAT32)
+
+    @pytest.mark.parametrize("batch", [(3,), (2, 3), (1, 1, 2)], ids=str)
+    @layouts
+    def test_a_batch_is_its_matrices(self, backend, batch, layout):
+        grads = layout(normal((*batch, 41, 29)))
+        grads[0] *= 1e-25  # one of them leaves float32's range
+        scales = backend.scales([grads], 5)[0]
+        expected = torch.stack([expected_update(g, 5) for g in grads.flatten(0, -3)])
+        assert_close(update_of(grads, scales).view_as(expected), expected, **FLOAT32)
+
+    @pytest.mark.parametrize("m", [20_011, 200_003])
+    def test_a_tall_matrix_loses_no_precision(self, backend, m):
+        if backend.name == "eager" and m > 100_000:
+            pytest.skip("torch adds up long columns in one sum: 2e-5 at this height")
+        grad = normal((m, 3))
+        scales = backend.scales([grad], 1)[0]
+        row = (3 / grad.double().square().sum(1, keepdim=True)).sqrt()
+        col = m**0.5 / (row * grad.double()).norm(dim=0, keepdim=True)
+        assert_close(update_of(grad, scales), row * grad.double() * col, **FLOAT32)
+
+    def test_the_gradient_is_only_read(self, backend):
+        grads = [normal((263, 257)), normal((9, 7), dtype=torch.bfloat16), 1e30 * normal((5, 7))]
+        before = [grad.clone() for grad in grads]
+        backend.scales(grads, 5)
+        assert all(torch.equal(*pair) for pair in zip(grads, before, strict=True))
+
+
+def update32(grad, scales):
+    return scales.row * grad * scales.col
+
+
+MIX = [(shape, dtype) for shape in [(37, 53), (263, 257), (3, 20, 30)] for dtype in DTYPES]
+
+
+class TestDeterminism:
+    def test_the_same_gradients_give_the_same_bits_whatever_ran_before(self, backend, threads):
+        grads = [normal(shape, dtype=dtype) for shape, dtype in MIX]
+        first = backend.scales(grads, 5)
+        backend.scales([normal((999, 801), seed=3), torch.full((40, 50), torch.nan)], 2)
+        assert same_bits(backend.scales(grads, 5), first)
+
+    def test_a_matrix_has_the_same_bits_in_any_list(self, backend, threads):
+        grads = [normal(shape, dtype=dtype) for shape, dtype in MIX]
+        together = backend.scales(grads, 5)
+        alone = [backend.scales([grad], 5)[0] for grad in grads]
+        assert same_bits(together, alone)
+
+    def test_bfloat16_has_the_bits_of_the_same_numbers_in_float32(self, backend):
+        for shape in SHAPES:
+            grad = normal(shape, dtype=torch.bfloat16)
+            wide = backend.scales([grad.float()], 5)
+            assert same_bits(backend.scales([grad], 5), wide)
+
+    def test_several_python_threads_do_not_disturb_each_other(self, backend):
+        grads = [[normal((263, 257), seed=4 * i + k) for k in range(2)] for i in range(4)]
+        expected = [backend.scales(pair, 5) for pair in grads]
+        found = [[] for _ in grads]
+
+        def work(i):
+            for _ in range(5):
+                found[i].append(backend.scales(grads[i], 5))
+
+        workers = [threading.Thread(target=work, args=(i,)) for i in range(len(grads))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        for i, runs in enumerate(found):
+            assert len(runs) == 5
+            assert all(same_bits(run, expected[i]) for run in runs)
+
+
+class TestUpdate:
+    @shapes
+    @dtypes
+    @pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+    def test_it_is_keep_times_param_plus_step_times_update(
+        self, backend, threads, shape, dtype, param_dtype
+    ):
+        param, grad = normal(shape, 1, param_dtype), normal(shape, dtype=dtype)
+        scales = backend.scales([grad], 5)
+        kept, moved = 0.875 * param.double(), -0.25 * update_of(grad, scales[0])
+        backend.update_([param], [grad], scales, keep=0.875, step=-0.25)
+        exact = torch.finfo(param_dtype).eps / 2
+        error = (param.double() - (kept + moved)).abs()
+        assert (error <= 1e-6 * (kept.abs() + moved.abs()) + exact * (kept + moved).abs()).all()
+
+    @layouts
+    @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=LAYOUT_IDS)
+    @pytest.mark.parametrize("shape", [(37, 53), (3, 20, 30)], ids=str)
+    def test_strides_change_nothing(self, backend, layout, grad_layout, shape):
+        param, grad = normal(shape, 1), normal(shape)
+        scales = backend.scales([grad], 5)
+        strided = layout(param)
+        backend.update_([param], [grad], scales, keep=0.875, step=-0.25)
+        backend.update_([strided], [grad_layout(grad)], scales, keep=0.875, step=-0.25)
+        assert_close(strided, param, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("keep", [1.0, 0.9])
+    def test_bfloat16_parameters_are_rounded_once_to_the_nearest(self, backend, dtype, keep):
+        grad = normal((301, 263), dtype=dtype)
+        narrow = normal((301, 263), 1, torch.bfloat16)
+        narrow[0, :4] = torch.tensor([torch.nan, torch.inf, 0.0, 3e38])
+        wide = narrow.float()
+        scales = backend.scales([grad], 5)
+        # 2^-9 of a parameter is a tie for many of them
+        for row, col in (scales[0], [torch.ones_like(scales[0].row), scales[0].col.sign()]):
+            backend.update_([narrow], [grad], [(row, col)], keep=keep, step=-(2.0**-9))
+            backend.update_([wide], [grad], [(row, col)], keep=keep, step=-(2.0**-9))
+            assert torch.equal(narrow.nan_to_num(), wide.bfloat16().nan_to_num())
+            assert torch.equal(narrow.isnan(), wide.isnan())
+            wide = narrow.float()
+
+    def test_only_what_is_allowed_changes(self, backend, threads):
+        params = [normal(shape, 1, dtype) for shape, dtype in MIX]
+        grads = [normal(shape, 2, dtype) for shape, dtype in MIX]
+        before = [param.clone() for param in params]
+        allowed = [torch.tensor(i % 2 == 0) for i in range(len(MIX))]
+        for i in range(1, len(MIX), 2):
+            grads[i][..., 0, 0] = torch.nan
+        scales = backend.scales(grads, 5)
+        backend.update_(params, grads, scales, keep=0.9, step=-0.1, allowed=allowed)
+        unchanged = [torch.equal(*pair) for pair in zip(params, before, strict=True)]
+        assert unchanged == [i % 2 == 1 for i in range(len(MIX))]
+        assert all(param.isfinite().all() for param in params)
+
+    def test_numbers_may_be_tensors(self, backend):
+        grad = normal((37, 53))
+        scales = backend.scales([grad], 5)
+        one, other = normal((37, 53), 1), normal((37, 53), 1)
+        backend.update_([one], [grad], scales, keep=0.5, step=-0.25)
+        numbers = {"keep": torch.tensor(0.5), "step": torch.tensor(-0.25)}
+        backend.update_([other], [grad], scales, **numbers)
+        assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+    def test_autograd_learns_that_the_parameter_changed(self, backend):
+        param = normal((5, 7)).requires_grad_()
+        squares = param.square().sum()
+        with torch.no_grad():
+            grad = normal((5, 7), 1)
+            backend.update_([param], [grad], backend.scales([grad], 1), keep=1.0, step=-0.1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            squares.backward()
+
+
+class TestChoice:
+    def test_auto_takes_the_fastest_that_is_there(self, monkeypatch):
+        assert kernels.select("auto", torch.device("cpu")).name == "cpu"
+        assert kernels.select("auto", torch.device("meta")).name == "eager"
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert kernels.select("auto", torch.device("cpu")).name == "eager"
+
+    def test_an_absent_backend_is_refused_with_the_command_that_brings_it(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"'cpu' cannot run here: numba is not installed; "):
+            sr_sinkhorn(torch.eye(4), backend="cpu")
+        with pytest.raises(ImportError, match=r"pip install 'sinkgd\[cpu\]'"):
+            sr_sinkhorn(torch.eye(4), backend="cpu")
+        assert registry.describe(torch.device("cpu"))[0][1] is False
+
+    def test_a_torch_without_openmp_is_named(self, monkeypatch):
+        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)
+        assert "GOMP_parallel" in CpuBackend().missing()
+
+    def test_a_device_it_does_not_run_on_is_named(self):
+        with pytest.raises(ValueError, match="'cpu' does not run on meta; use 'auto'"):
+            sr_sinkhorn(torch.ones(3, 4, device="meta"), backend="cpu")
