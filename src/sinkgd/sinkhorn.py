@@ -95,6 +95,5 @@ def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> T
         Algorithm 3. https://arxiv.org/abs/2502.06742
     """
     check_matrix("sr_sinkhorn", grad)
-    check_num_iters(num_iters)
     row, col = sinkhorn_scales(grad, num_iters, backend=backend)
     return (grad.to(row.dtype) * row * col).to(grad.dtype)

@@ -11,10 +11,12 @@ evaluation, checkpoints and start-up are in ``wall_seconds`` only.
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
+
+RESULTS_FILE = "run.jsonl"  # in the run's folder
 
 
 class ResultsError(ValueError):
@@ -81,6 +83,11 @@ class Memory:
     gradients_bytes: int
     state_bytes: int
     peak_bytes: int
+
+    @classmethod
+    def largest(cls, measured: Sequence[Self]) -> Self:
+        """Return the largest of one or more measurements, part by part."""
+        return cls(*map(max, zip(*map(astuple, measured), strict=True)))
 
 
 @dataclass(frozen=True)

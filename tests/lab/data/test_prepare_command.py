@@ -1,6 +1,7 @@
 """`sinkgd prepare`: from the command line to a folder, and what is said on the way."""
 
 import dataclasses
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import tyro
 
 from sinkgd.lab.commands import prepare
+from sinkgd.lab.commands.compare import Compare
 from sinkgd.lab.commands.prepare import Prepare
 from sinkgd.lab.data import DataError, FolderTakenError, Manifest
 
@@ -30,7 +32,9 @@ def test_a_folder_in_c4s_layout_is_prepared_and_summed_up(c4_folder, out, capsys
     assert said[1].split()[:2] == ["validation", "2"]
     assert said[0].endswith("bytes per token")
     assert said[2].split() == ["vocabulary", str(manifest.vocab_size), "tokens"]
-    assert said[-1] == f"Next:    sinkgd compare --data '{out}'"
+    assert said[-1] == f"Next:    sinkgd compare --data.corpus '{out}'"
+    suggested = tyro.cli(Compare, args=shlex.split(said[-1])[3:])
+    assert suggested.shared.data.corpus == str(out)
 
 
 def test_verify_passes_on_whole_shards_and_names_damaged_ones(c4_folder, out, capsys):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sinkgd.lab.results import Memory
-from sinkgd.lab.train.memory import largest, measure_memory, peak_bytes
+from sinkgd.lab.train.memory import measure_memory, peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_parts_are_counted_from_the_tensors():
 
 
 def test_the_largest_is_taken_part_by_part():
-    assert largest(Memory(1, 5, 2, 9), Memory(4, 3, 2, 10)) == Memory(4, 5, 2, 10)
+    assert Memory.largest([Memory(1, 5, 2, 9), Memory(4, 3, 2, 10)]) == Memory(4, 5, 2, 10)
 
 
 def test_the_peak_covers_a_large_tensor():

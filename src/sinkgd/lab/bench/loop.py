@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from sinkgd.lab.results import ResultsWriter
+from sinkgd.lab.results import RESULTS_FILE, ResultsWriter
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig
 from sinkgd.lab.train.device import arithmetic, synchronize
 from sinkgd.lab.train.environment import describe_environment
@@ -105,7 +105,7 @@ def _recorded_steps(job: Job, folder: Path) -> Iterator[None]:
     recipe = job.config.optimizer.recipe
     every = job.config.logging.print_every_steps
     meter = LineMeter(recipe, job.config.training.steps, every, io.StringIO())
-    with ResultsWriter(folder / recipe / "run.jsonl", (meter,)) as results:
+    with ResultsWriter(folder / recipe / RESULTS_FILE, (meter,)) as results:
         for record in training_steps(job):
             results.write(record)
             yield

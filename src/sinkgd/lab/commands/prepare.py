@@ -76,7 +76,7 @@ class Prepare:
             manifest = prepare(corpus, self.out, tokenizer, progress=report)
         _summarize(console, manifest)
         console.print(f"Written: {self.out}")
-        console.print(f"Next:    sinkgd compare --data {shlex.quote(str(self.out))}")
+        console.print(f"Next:    sinkgd compare --data.corpus {shlex.quote(str(self.out))}")
         return 0
 
     def _corpus(self) -> Corpus:

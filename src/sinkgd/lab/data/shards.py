@@ -29,6 +29,7 @@ from sinkgd.lab.data.manifest import (
     token_dtype,
 )
 from sinkgd.lab.data.tokenizer import Tokenizer
+from sinkgd.lab.disk import sync_folder
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 
@@ -201,14 +202,14 @@ class ShardWriter:
 
     def _rename(self) -> None:
         self._partial.chmod(0o777 & ~_umask())  # mkdtemp's folder is closed to everyone else
-        _sync_folder(self._partial)
+        sync_folder(self._partial)
         try:
             self._partial.rename(self._out)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 refuse_taken(self._out)
             raise
-        _sync_folder(self._out.parent)
+        sync_folder(self._out.parent)
 
     def __enter__(self) -> Self:
         return self
@@ -237,11 +238,3 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

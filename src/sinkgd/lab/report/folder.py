@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from sinkgd.lab.results import Run
-
-RESULTS_FILE = "run.jsonl"
+from sinkgd.lab.results import RESULTS_FILE, Run
 
 
 class ReportError(ValueError):

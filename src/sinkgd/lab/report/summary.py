@@ -93,7 +93,7 @@ def summarize(name: str, runs: Sequence[Run]) -> RecipeSummary:
             statistics.fmean(row.step_seconds for row in run.steps) for run in stepped
         ),
         optimizer_share=Spread.of(_optimizer_share(run) for run in stepped),
-        memory=_largest([end.memory for end in ends]),
+        memory=Memory.largest([end.memory for end in ends]) if ends else None,
     )
 
 
@@ -104,14 +104,3 @@ def _median_tokens_per_second(run: Run) -> float:
 def _optimizer_share(run: Run) -> float:
     whole = math.fsum(row.step_seconds for row in run.steps)
     return math.fsum(row.optimizer_seconds for row in run.steps) / whole
-
-
-def _largest(memories: Sequence[Memory]) -> Memory | None:
-    if not memories:
-        return None
-    return Memory(
-        weights_bytes=max(memory.weights_bytes for memory in memories),
-        gradients_bytes=max(memory.gradients_bytes for memory in memories),
-        state_bytes=max(memory.state_bytes for memory in memories),
-        peak_bytes=max(memory.peak_bytes for memory in memories),
-    )

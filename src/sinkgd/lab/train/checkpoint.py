@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from sinkgd.lab.disk import sync_folder
 from sinkgd.lab.results import Memory
-from sinkgd.lab.train.memory import largest, measure_memory
+from sinkgd.lab.train.memory import measure_memory
 
 CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial"
@@ -60,7 +61,8 @@ class TrainingState:
         now = time.perf_counter()
         self.wall_seconds += now - self.clock
         self.clock = now
-        self.memory = largest(self.memory, measure_memory(self.model, self.optimizer, device))
+        held = measure_memory(self.model, self.optimizer, device)
+        self.memory = Memory.largest([self.memory, held])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state; its tensors are the model's and the optimizer's own."""
@@ -196,20 +198,11 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _move_into_place(partial: Path, path: Path) -> None:
-    _sync_folder(partial)
+    sync_folder(partial)
     if path.exists():  # a damaged one that a resumed run has come to again
         shutil.rmtree(path)
     partial.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a folder's own entries to the disk, which a rename needs to survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _checksum(path: Path) -> str:

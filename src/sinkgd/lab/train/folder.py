@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal
 
-from sinkgd.lab.results import Run
+from sinkgd.lab.results import RESULTS_FILE, Run
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.config_file import check_unchanged, load_config
 
@@ -36,7 +36,7 @@ class RunFolder:
     @property
     def results(self) -> Path:
         """The append-only JSONL file."""
-        return self.path / "run.jsonl"
+        return self.path / RESULTS_FILE
 
     @property
     def config(self) -> Path:

@@ -27,16 +27,6 @@ def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device)
     return Memory(_bytes(parameters), _bytes(gradients), _bytes(states), peak_bytes(device))
 
 
-def largest(first: Memory, second: Memory) -> Memory:
-    """Return the larger of two measurements, part by part."""
-    return Memory(
-        max(first.weights_bytes, second.weights_bytes),
-        max(first.gradients_bytes, second.gradients_bytes),
-        max(first.state_bytes, second.state_bytes),
-        max(first.peak_bytes, second.peak_bytes),
-    )
-
-
 def peak_bytes(device: torch.device) -> int:
     """Return the allocator's peak on a GPU, else the largest resident size of this process."""
     if device.type == "cuda":
