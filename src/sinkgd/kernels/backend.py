@@ -32,10 +32,24 @@ class Backend(Protocol):
         """Whether it runs on tensors of ``device``."""
         ...
 
-    def scales(self, grads: Sequence[Tensor], num_iters: int) -> list[Scales]:
+    def scales(
+        self,
+        grads: Sequence[Tensor],
+        num_iters: int,
+        *,
+        tol: float | None = None,
+        starts: Sequence[Tensor | None] | None = None,
+    ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``. Gradients are only read.
 
         A non-finite entry makes every column scale of its matrix non-finite.
+
+        Where ``tol`` is given, a matrix is left after the first iteration, from its second on, that
+        moves no row scale by more than ``tol``, relative to what it was.
+
+        Where ``starts`` are given, one a gradient or None for ones, iterations begin from these
+        column scales ``(..., 1, n)`` instead of 1: float32 or float64 as the scales are, in (0, 1],
+        contiguous.
         """
         ...
 
@@ -48,10 +62,14 @@ class Backend(Protocol):
         keep: float | Tensor,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once.
 
         Where ``allowed`` is given, a 0-dim bool a parameter on its device, False leaves the
         parameter as it is, whatever the gradient holds.
+
+        Where ``keys`` are given, a 0-dim int64 a parameter on its device, a bfloat16 parameter is
+        rounded up or down at random, by the bits of `sinkgd.kernels.rounding`.
         """
         ...

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels.backend import Scales
+from sinkgd.kernels.rounding import round_to_bfloat16
 
 
 class EagerBackend:
@@ -29,9 +30,20 @@ class EagerBackend:
         """Torch runs on every device."""
         return True
 
-    def scales(self, grads: Sequence[Tensor], num_iters: int) -> list[Scales]:
+    def scales(
+        self,
+        grads: Sequence[Tensor],
+        num_iters: int,
+        *,
+        tol: float | None = None,
+        starts: Sequence[Tensor | None] | None = None,
+    ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
-        return [sinkhorn(grad, num_iters) for grad in grads]
+        begin = [None] * len(grads) if starts is None else starts
+        return [
+            sinkhorn(grad, num_iters, tol=tol, start=start)
+            for grad, start in zip(grads, begin, strict=True)
+        ]
 
     def update_(
         self,
@@ -42,18 +54,29 @@ class EagerBackend:
         keep: float | Tensor,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         for i, (param, grad, (row, col)) in enumerate(zip(params, grads, scales, strict=True)):
             update = grad.to(row.dtype) * row
             update *= col
             descend_(
-                param, update, keep=keep, step=step, allowed=None if allowed is None else allowed[i]
+                param,
+                update,
+                keep=keep,
+                step=step,
+                allowed=None if allowed is None else allowed[i],
+                key=None if keys is None else keys[i],
             )
 
 
-def sinkhorn(grad: Tensor, num_iters: int) -> Scales:
-    """Return the scales of one gradient, or batch of gradients, ``(..., m, n)``."""
+def sinkhorn(
+    grad: Tensor, num_iters: int, *, tol: float | None = None, start: Tensor | None = None
+) -> Scales:
+    """Return the scales of one gradient, or batch of gradients, ``(..., m, n)``.
+
+    On a GPU ``tol`` waits for the device once an iteration.
+    """
     m, n = grad.shape[-2:]
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if grad.numel() == 0:
@@ -64,11 +87,21 @@ def sinkhorn(grad: Tensor, num_iters: int) -> Scales:
     S = grad.to(dtype).abs()
     s, t = level_(S)
     S *= S
-    r2, c2 = _iterate(S, t.square())
+    r2, c2 = _iterate(S, (t if start is None else t * start).square())
+    moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one a matrix
     for _ in range(num_iters - 1):
         # Where rows or columns are zero the pair drifts apart by a factor an iteration. A factor on
         # c2 comes back as its inverse on r2, so it changes no product and keeps both in range.
-        r2, c2 = _iterate(S, c2 / _tilt(r2, c2))
+        tilt = _tilt(r2, c2)
+        last = r2 * tilt
+        found = _iterate(S, c2 / tilt)
+        if tol is None:
+            r2, c2 = found
+            continue
+        r2, c2 = torch.where(moving, found[0], r2), torch.where(moving, found[1], c2)
+        moving = moving & ~_settled(found[0], last, tol)
+        if not bool(moving.any()):
+            break
     # A matrix near the end of float32's range would need scales beyond it: they stop there.
     limit = torch.finfo(dtype).max
     return Scales((r2.sqrt() / s).clamp(max=limit), (c2.sqrt() / t).clamp(max=limit))
@@ -81,11 +114,12 @@ def descend_(
     keep: float | Tensor,
     step: float | Tensor,
     allowed: Tensor | None = None,
+    key: Tensor | None = None,
 ) -> None:
     """Set ``param`` to ``keep * param + step * update``, computed in float32 and rounded once.
 
-    Where ``allowed`` is a False (0-dim, on the parameter's device), ``param`` stays as it is. The
-    memory of ``update`` is used up.
+    Where ``allowed`` is a False (0-dim, on the parameter's device), ``param`` stays as it is. Where
+    there is a ``key``, bfloat16 is rounded stochastically. The memory of ``update`` is used up.
     """
     if allowed is not None:
         keep = torch.where(allowed, keep, 1.0)
@@ -93,6 +127,8 @@ def descend_(
     wide = param.to(torch.promote_types(param.dtype, torch.float32))  # param itself, if it is wide
     wide = wide.mul_(keep) if isinstance(keep, Tensor) or keep != 1 else wide
     wide.add_(update.mul_(step))
+    if key is not None and param.dtype == torch.bfloat16:
+        wide = round_to_bfloat16(wide, key)  # what is bfloat16 already stays, whatever the bits
     if wide is not param:
         param.copy_(wide)
 
@@ -126,6 +162,12 @@ def _iterate(S: Tensor, c2: Tensor) -> tuple[Tensor, Tensor]:
 def _divide(length: int, sums: Tensor) -> Tensor:
     # A sum is zero for a zero row or column alone; its scale is then zero.
     return torch.where(sums == 0, sums, length / sums)
+
+
+def _settled(r2: Tensor, last: Tensor, tol: float) -> Tensor:
+    """Whether no row scale of a matrix moved by more than ``tol``: ``(..., 1, 1)``."""
+    low, high = max(0.0, 1 - tol) ** 2, (1 + tol) ** 2
+    return ((r2 >= low * last) & (r2 <= high * last)).all(dim=-2, keepdim=True)
 
 
 def _tilt(r2: Tensor, c2: Tensor) -> Tensor:

@@ -44,7 +44,14 @@ class CpuBackend:
         """CPUs."""
         return device.type == "cpu"
 
-    def scales(self, grads: Sequence[Tensor], num_iters: int) -> list[Scales]:
+    def scales(
+        self,
+        grads: Sequence[Tensor],
+        num_iters: int,
+        *,
+        tol: float | None = None,
+        starts: Sequence[Tensor | None] | None = None,
+    ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
         results: dict[int, Scales] = {}
         sources: dict[int, Tensor] = {}
@@ -52,7 +59,8 @@ class CpuBackend:
         for i, grad in enumerate(grads):
             source = _readable(grad)
             if source is None:
-                results[i] = sinkhorn(grad, num_iters)
+                start = None if starts is None else starts[i]
+                results[i] = sinkhorn(grad, num_iters, tol=tol, start=start)
             else:
                 sources[i] = source
                 alike.setdefault(source.shape, []).append(i)
@@ -62,12 +70,18 @@ class CpuBackend:
             for i, found in zip(members, _empty_scales(shape, len(members)), strict=True):
                 source = sources[i]
                 layout = dense_layout(source)
-                job.add(source, layout, *found, dtype=DTYPES[source.dtype])
+                start = None if starts is None else starts[i]
+                if start is not None:
+                    torch.mul(start, start, out=found.col)
+                started = start is not None
+                job.add(source, layout, *found, dtype=DTYPES[source.dtype], started=started)
                 owners.extend([i] * len(layout.offsets))
                 results[i] = found
-        for failed in job.run(num_iters):
+        for failed in job.run(num_iters, tol):
             i = owners[failed]
-            _repair(sources[i], results[i], failed - owners.index(i), num_iters)
+            place = failed - owners.index(i)
+            start = None if starts is None else starts[i]
+            _repair(sources[i], results[i], place, num_iters, tol=tol, start=start)
         return [results[i] for i in range(len(grads))]
 
     def update_(
@@ -79,6 +93,7 @@ class CpuBackend:
         keep: float | Tensor,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         job = UpdateJob()
@@ -93,7 +108,8 @@ class CpuBackend:
             source = aligned(grad, param)
             layouts = dense_layout(param), dense_layout(source)
             dtypes = DTYPES[param.dtype], DTYPES[source.dtype]
-            job.add(param, source, layouts, Scales(row, col), flag, dtypes=dtypes)
+            key = None if keys is None else keys[i]
+            job.add(param, source, layouts, Scales(row, col), flag, key, dtypes=dtypes)
             read.append(source)
             written.append(param)
         job.run(float(keep), float(step))
@@ -106,6 +122,7 @@ class CpuBackend:
                 keep=keep,
                 step=step,
                 allowed=None if allowed is None else [allowed[i] for i in others],
+                keys=None if keys is None else [keys[i] for i in others],
             )
 
 
@@ -150,16 +167,29 @@ def _empty_scales(shape: torch.Size, count: int) -> list[Scales]:
     return [Scales(*pair) for pair in zip(row.unbind(), col.unbind(), strict=True)]
 
 
-def _repair(source: Tensor, found: Scales, place: int, num_iters: int) -> None:
+def _repair(
+    source: Tensor,
+    found: Scales,
+    place: int,
+    num_iters: int,
+    *,
+    tol: float | None,
+    start: Tensor | None,
+) -> None:
     """Find the scales of one matrix of ``source`` whose squares left float32's range."""
     matrix = matrix_of(source, place)
     m, n = matrix.shape
-    again = _rescaled(matrix, num_iters) or sinkhorn(matrix, num_iters)
+    begin = None if start is None else start.view(-1, 1, n)[place]
+    again = _rescaled(matrix, num_iters, tol=tol, start=begin)
+    if again is None:
+        again = sinkhorn(matrix, num_iters, tol=tol, start=begin)
     found.row.view(-1, m, 1)[place] = again.row
     found.col.view(-1, 1, n)[place] = again.col
 
 
-def _rescaled(matrix: Tensor, num_iters: int) -> Scales | None:
+def _rescaled(
+    matrix: Tensor, num_iters: int, *, tol: float | None, start: Tensor | None
+) -> Scales | None:
     """Run the loops on a copy scaled by powers of two; None where that fails too.
 
     Powers of two change no rounding, so the bits are those that an unbounded float32 would give.
@@ -168,10 +198,11 @@ def _rescaled(matrix: Tensor, num_iters: int) -> Scales | None:
     s, t = level_(S)
     S = dense(S)
     m, n = S.shape
-    found = Scales(torch.empty(m, 1), t.square().reshape(1, n))
+    first = t if start is None else t * start
+    found = Scales(torch.empty(m, 1), first.square().reshape(1, n))
     job = ScalesJob()
-    job.add(S, dense_layout(S), *found, dtype=DTYPES[S.dtype], given=True)
-    if job.run(num_iters):
+    job.add(S, dense_layout(S), *found, dtype=DTYPES[S.dtype], started=True)
+    if job.run(num_iters, tol):
         return None
     limit = torch.finfo(torch.float32).max
     return Scales((found.row / s).clamp(max=limit), (found.col / t).clamp(max=limit))

@@ -1,24 +1,32 @@
 """Hand tables of matrices to the compiled loops, which run them on torch's threads.
 
-The layout of the tables is the one at the top of `sinkgd.kernels.cpu.loops`.
+The layout of the tables is in `sinkgd.kernels.cpu.tables`.
 """
 
 import threading
 from array import array
 from functools import cache
 from importlib import import_module
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from sinkgd.kernels.backend import Scales
+from sinkgd.kernels.cpu.cache import kept_loops
 from sinkgd.kernels.cpu.layout import Layout
+from sinkgd.kernels.cpu.tables import (
+    BF16,
+    F32,
+    FAILED,
+    GRADIENT_FIELDS,
+    HEADER_FIELDS,
+    UPDATE_FIELDS,
+)
 from sinkgd.kernels.cpu.team import torch_team
 
 # The types that the loops read and write, the numbers by which they know them, and their bytes.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-SIZES = (4, 2)
+DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
+SIZES = {F32: 4, BF16: 2}
 
 # Up to this many entries a matrix is given whole to one thread: its passes then cost less than the
 # barriers between the threads that would share them.
@@ -45,11 +53,11 @@ class ScalesJob:
         col: Tensor,
         *,
         dtype: int,
-        given: bool = False,
+        started: bool = False,
     ) -> None:
         """Add every matrix of ``grad``; its scales go to ``row`` and ``col``, float32, contiguous.
 
-        Where they are ``given``, ``col`` holds the first c², and the scale of a zero sum is zero.
+        Where it is ``started``, ``col`` holds the first c².
         """
         P, Q, ld, turned, offsets = layout
         size = SIZES[dtype]
@@ -58,24 +66,29 @@ class ScalesJob:
             u, v = v, u
         for offset in offsets:
             at = start + offset * size
-            self.table.extend((at, P, Q, ld * size, dtype, turned, u, v, given, 0))
+            self.table.extend((at, P, Q, ld * size, dtype, turned, u, v, started, 0))
             u += 4 * P
             v += 4 * Q
         self.longest = max(self.longest, Q)
         self.entries += P * Q * len(offsets)
 
-    def run(self, num_iters: int) -> list[int]:
+    def run(self, num_iters: int, tol: float | None = None) -> list[int]:
         """Find the scales; return the numbers of the matrices, as added, that failed."""
-        count = len(self.table) // 10
+        count = len(self.table) // GRADIENT_FIELDS
         if count == 0:
             return []
         workers = torch.get_num_threads()
-        stride = 2 * 128 * (4 * self.longest // 128 + 1)  # two vectors; no two threads share a line
+        # Two vectors, each behind what a worker found out; no two threads share a line.
+        stride = 2 * 128 * (4 * self.longest // 128 + 2)
         scratch = _scratch(workers * stride)
         table, _ = self.table.buffer_info()
-        header = array("q", (table, count, workers, 0, num_iters, scratch, stride, WHOLE))
+        quotients = array("d", _quotients(tol))
+        numbers, tested = quotients.buffer_info()[0], tol is not None
+        header = array(
+            "q", (table, count, workers, 0, numbers, num_iters, scratch, stride, WHOLE, tested)
+        )
         _run(_loops()[0], header, workers if self.entries > ALONE else 1)
-        failed = self.table[9::10]
+        failed = self.table[FAILED // 8 :: GRADIENT_FIELDS]
         return [i for i, status in enumerate(failed) if status] if any(failed) else []
 
 
@@ -93,6 +106,7 @@ class UpdateJob:
         layouts: tuple[Layout, Layout],
         scales: Scales,
         allowed: Tensor | None,
+        key: Tensor | None,
         *,
         dtypes: tuple[int, int],
     ) -> None:
@@ -104,17 +118,22 @@ class UpdateJob:
         if turned:
             u, v = v, u
         flag = 0 if allowed is None else allowed.data_ptr()
+        rounding = (0, 0) if key is None else (1, int(key))
+        place = 0
         strides = (ld * size, layouts[1].ld * grad_size)
         for offset, grad_offset in zip(offsets, layouts[1].offsets, strict=True):
             at, grad_at = start + offset * size, grad_start + grad_offset * grad_size
-            self.table.extend((at, grad_at, P, Q, *strides, *dtypes, u, v, flag))
+            self.table.extend(
+                (at, grad_at, P, Q, *strides, *dtypes, turned, u, v, flag, *rounding, place)
+            )
             u += 4 * P
             v += 4 * Q
+            place += P * Q
         self.entries += P * Q * len(offsets)
 
     def run(self, keep: float, step: float) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``."""
-        count = len(self.table) // 11
+        count = len(self.table) // UPDATE_FIELDS
         if count == 0:
             return
         workers = torch.get_num_threads()
@@ -124,9 +143,15 @@ class UpdateJob:
         _run(_loops()[1], header, workers if self.entries > ALONE else 1)
 
 
+def _quotients(tol: float | None) -> tuple[float, float]:
+    """The least and the largest quotient of squared scales that count as no movement."""
+    return (0.0, 0.0) if tol is None else (max(0.0, 1 - tol) ** 2, (1 + tol) ** 2)
+
+
 def _run(function: int, header: "array[int]", threads: int) -> None:
     team = torch_team()
     assert team is not None, "the backend is missing here"
+    header.extend([0] * (HEADER_FIELDS - len(header)))
     team.run(function, header.buffer_info()[0], threads)
 
 
@@ -141,19 +166,7 @@ def _scratch(size: int) -> int:
 @cache
 def _loops() -> tuple[int, int]:
     """Return the addresses of `find_scales` and `take_steps`, compiled or read from the cache."""
-    import numba  # noqa: PLC0415 - optional, and half a second to import
-
-    try:
-        loops = import_module("sinkgd.kernels.cpu.loops")
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        # Neither the package nor the user's cache can be written: compile for this process alone.
-        numba.config.CACHE_DIR = _folder().name
-        loops = import_module("sinkgd.kernels.cpu.loops")
-    return loops.find_scales.address, loops.take_steps.address
-
-
-@cache
-def _folder() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="sinkgd-")  # removed when the process ends
+    with kept_loops():
+        solve = import_module("sinkgd.kernels.cpu.solve")
+        step = import_module("sinkgd.kernels.cpu.step")
+    return solve.find_scales.address, step.take_steps.address

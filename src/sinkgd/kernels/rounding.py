@@ -1,0 +1,72 @@
+"""Stochastic rounding to bfloat16: up or down at random, so that the mean is the number itself.
+
+A bfloat16 is the upper half of a float32. Sixteen random bits are added to the float32, and its
+lower half is cut off: it is rounded up as often as its lower half asks for. The random bits are a
+pure function of a key and of the entry's place, so they do not depend on threads, on blocks or on
+the device, and a step that is repeated rounds alike.
+
+References:
+    The finalizer is "lowbias32", by Chris Wellons, found by a search for the least biased one:
+    https://nullprogram.com/blog/2018/07/31/
+"""
+
+import torch
+from torch import Tensor
+
+# lowbias32: shift, multiply, shift, multiply, shift.
+SHIFTS = (16, 15, 16)
+FACTORS = (0x7FEB352D, 0x846CA68B)
+_WORD = 0xFFFFFFFF
+
+
+def random_bits(shape: torch.Size, key: Tensor) -> Tensor:
+    """Return sixteen random bits an entry, int32 in [0, 65536).
+
+    The entry at place k, counted in reading order over ``shape``, gets the upper half of
+    ``lowbias32((k + low) xor high)``, where ``low`` and ``high`` are the halves of ``key``.
+
+    Args:
+        shape: Of the parameter.
+        key: 0-dim int64, on the parameter's device.
+    """
+    places = torch.arange(shape.numel(), device=key.device)
+    word = ((places + (key & _WORD)) & _WORD) ^ ((key >> 32) & _WORD)
+    for shift, factor in zip(SHIFTS, FACTORS, strict=False):
+        word = ((word ^ (word >> shift)) * factor) & _WORD  # int64 wraps; its low half is right
+    word ^= word >> SHIFTS[2]
+    return (word >> 16).to(torch.int32).view(shape)
+
+
+def round_to_bfloat16(x: Tensor, key: Tensor) -> Tensor:
+    """Round a float32 tensor stochastically; NaN and infinity stay what they are."""
+    bits = x.contiguous().view(torch.int32)
+    rounded = (bits + random_bits(x.shape, key)) & ~0xFFFF
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
+
+
+def keys_of_step(seed: int, step: Tensor, count: int) -> Tensor:
+    """Return ``count`` keys, int64 ``(count,)`` on the device of ``step``.
+
+    Args:
+        seed: Of the run.
+        step: 0-dim int64; nothing waits for it.
+        count: How many parameters want a key.
+    """
+    number = torch.arange(count, device=step.device)
+    return _mix(_mix(_mix(torch.full_like(number, seed)) + step) + number)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """One step of SplitMix64 (Steele et al. 2014), in int64 that wraps."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # without the sign's copies
