@@ -56,8 +56,7 @@ def multi_normalize(
     check_num_iters(num_iters)
     if not norms:
         raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"tol must be at least 0, got {tol}")
+    check_tol(tol)
     x = grad.to(torch.promote_types(grad.dtype, torch.float32))
     for _ in range(num_iters):
         for norm in norms:
@@ -105,3 +104,9 @@ def check_num_iters(num_iters: int) -> None:
     """Refuse fewer iterations than one."""
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+
+
+def check_tol(tol: float | None) -> None:
+    """Refuse a tolerance below 0."""
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol must be at least 0, got {tol}")

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sinkgd import kernels
 from sinkgd.kernels import Scales
-from sinkgd.multi_normalize import check_matrix, check_num_iters
+from sinkgd.multi_normalize import check_matrix, check_num_iters, check_tol
 
 
-def sinkhorn_scales(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> Scales:
+def sinkhorn_scales(
+    grad: Tensor, num_iters: int = 5, *, tol: float | None = None, backend: str = "auto"
+) -> Scales:
     r"""Return the scales ``(r, c)`` for which ``r * grad * c`` is multi-normalized.
 
     With :math:`S = G \circ G` one iteration is
@@ -27,6 +29,9 @@ def sinkhorn_scales(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") 
         grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified. Its scale does not
             matter, from 1e-30 to 1e+30.
         num_iters: Iterations L, at least 1. The paper uses 5.
+        tol: Stop after the first iteration, from the second on, that moves no row scale by more
+            than ``tol``, relative: each matrix by itself. On a GPU the eager backend then waits for
+            the device once an iteration. None never stops early.
         backend: ``"auto"`` for the fastest that is installed and runs on ``grad``'s device, or the
             name of one (`sinkgd.kernels.BACKENDS`).
 
@@ -37,8 +42,8 @@ def sinkhorn_scales(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") 
 
     Raises:
         TypeError: If ``grad`` is complex, integer or sparse.
-        ValueError: If ``grad`` has fewer than two dimensions, ``num_iters`` is below 1, or
-            ``backend`` is unknown.
+        ValueError: If ``grad`` has fewer than two dimensions, ``num_iters`` is below 1, ``tol`` is
+            below 0, or ``backend`` is unknown.
         ImportError: If ``backend`` names one that is not installed.
 
     Example:
@@ -51,7 +56,8 @@ def sinkhorn_scales(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") 
     """
     check_matrix("sinkhorn_scales", grad)
     check_num_iters(num_iters)
-    return kernels.select(backend, grad.device).scales([grad], num_iters)[0]
+    check_tol(tol)
+    return kernels.select(backend, grad.device).scales([grad], num_iters, tol=tol)[0]
 
 
 def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> Tensor:

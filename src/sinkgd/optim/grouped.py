@@ -5,7 +5,7 @@ only then are parameters written.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from sinkgd.optim.algorithms import ALGORITHMS
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, Step
+from sinkgd.optim.algorithms.rounding import count_step
+from sinkgd.optim.algorithms.warm_start import COL_SCALE
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
 from sinkgd.optim.routing_check import check_same_routing
 
@@ -105,6 +107,8 @@ class GroupedOptimizer(Optimizer):
         allowed = [self._allowed(half, overflow) for half in halves]
         for half, flags in zip(halves, allowed, strict=True):
             half.step.write(flags)
+        for group in self.param_groups:
+            count_step(group)
         return loss
 
     def skipped(self) -> dict[str, int]:
@@ -127,17 +131,32 @@ class GroupedOptimizer(Optimizer):
                 option that differs.
         """
         check_same_routing(self.state_dict()["param_groups"], state_dict["param_groups"])
-        norms = [group.get("norms") for group in self.param_groups]
+        own_groups = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, norms, strict=True):
-            if own is not None:
-                group["norms"] = own
+        for group, own in zip(self.param_groups, own_groups, strict=True):
+            for option, value in own.items():
+                group.setdefault(option, value)  # one that the version that saved it did not have
+            if "norms" in own:
+                group["norms"] = own["norms"]
+            if group.get("rounding_step") is not None:
+                group["rounding_step"] = group["rounding_step"].to(group["params"][0].device)
+        self._restore_types(state_dict)
+
+    def _restore_types(self, state_dict: dict[str, Any]) -> None:
+        """Bring our own state to the type it was saved in; torch casts it to the parameter's."""
+        saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own_params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(saved_params, own_params, strict=True):
+            saved = state_dict["state"].get(i, {}).get(COL_SCALE)
+            if saved is not None:
+                self.state[param][COL_SCALE] = saved.to(param.device, copy=True)
 
     def _read(self, context: Context) -> Iterator["_Half"]:
+        first = 0
         for index, group in enumerate(self.param_groups):
             algorithm = _algorithm(group["algorithm"])
             by_device: dict[torch.device, list[Slot]] = {}
-            for name, param in _named(group, index):
+            for number, (name, param) in enumerate(_named(group, index), first):
                 if param.grad is None or param.numel() == 0:
                     continue
                 if param.grad.is_sparse:
@@ -145,20 +164,21 @@ class GroupedOptimizer(Optimizer):
                         f"{name!r} has a sparse gradient, which {type(self).__name__} cannot "
                         "normalize; make it dense, e.g. Embedding(sparse=False)"
                     )
-                slot = Slot(name, param, param.grad)
+                slot = Slot(name, number, param, param.grad)
                 by_device.setdefault(param.device, []).append(slot)
+            first += len(group["params"])
             for slots in by_device.values():
                 names = [slot.name for slot in slots]
                 yield _Half(names, group["nonfinite"], algorithm.read(slots, group, context))
 
-    def _allowed(self, half: "_Half", overflow: Tensor | None) -> Sequence[Tensor] | None:
+    def _allowed(self, half: "_Half", overflow: Tensor | None) -> Tensor | None:
         finite = half.step.finite
         if overflow is None:
             return None if self._guard.all_finite(half.names, finite, half.policy) else finite
-        overflowed = overflow.to(finite[0].device) != 0
+        overflowed = overflow.to(finite.device) != 0
         # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
-        self._guard.all_finite(half.names, [flag | overflowed for flag in finite], half.policy)
-        return [flag & ~overflowed for flag in finite]
+        self._guard.all_finite(half.names, finite | overflowed, half.policy)
+        return finite & ~overflowed
 
 
 class _Half(NamedTuple):

@@ -25,14 +25,13 @@ class NonFiniteGuard:
         self._skipped: Counter[str] = Counter()
         self._in_flight: list[_Flags] = []
 
-    def all_finite(self, names: Sequence[str], finite: Sequence[Tensor], policy: str) -> bool:
+    def all_finite(self, names: Sequence[str], flags: Tensor, policy: str) -> bool:
         """Take the flags of some parameters on one device; return whether all are known to be True.
 
         Raises:
             NonFiniteGradientError: At once, if the policy is ``"raise"`` and the flags of a
                 non-finite gradient are on a CPU.
         """
-        flags = torch.stack(list(finite))
         if flags.device.type == "cpu":
             self._settle(names, flags, policy)
             return bool(flags.all())

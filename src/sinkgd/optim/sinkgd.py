@@ -29,6 +29,14 @@ class SinkGD(GroupedOptimizer):
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter as it is, and count it in `skipped`).
         backend: ``"auto"``, or the name of one of `sinkgd.kernels.BACKENDS`.
+        tol: Leave a matrix as soon as an iteration moves no row scale by more than ``tol``,
+            relative; ``sinkhorn_iterations`` is then the most that are run. Changes the update by
+            about as much. None never stops early.
+        warm_start: Begin from the column scales of the last step, and keep n float32 of state a
+            matrix for it: fewer iterations then come as near to the fixed point.
+        rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
+            so that small updates count in the mean). AdamW groups round as torch does.
+        seed: Of the stochastic rounding; equal seeds draw equal bits.
 
     Raises:
         ValueError: If an option is out of range, or does not fit a parameter; the message names it.
@@ -62,6 +70,10 @@ class SinkGD(GroupedOptimizer):
         maximize: bool = False,
         nonfinite: str = "raise",
         backend: str = "auto",
+        tol: float | None = None,
+        warm_start: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -70,5 +82,9 @@ class SinkGD(GroupedOptimizer):
             "maximize": maximize,
             "nonfinite": nonfinite,
             "backend": backend,
+            "tol": tol,
+            "warm_start": warm_start,
+            "rounding": rounding,
+            "seed": seed,
         }
         super().__init__(params, defaults)

@@ -30,6 +30,9 @@ class SWAN(GroupedOptimizer):
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter as it is, and count it in `skipped`).
+        rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
+            so that small updates count in the mean). AdamW groups round as torch does.
+        seed: Of the stochastic rounding; equal seeds draw equal bits.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
@@ -63,6 +66,8 @@ class SWAN(GroupedOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         nonfinite: str = "raise",
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -71,5 +76,7 @@ class SWAN(GroupedOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "seed": seed,
         }
         super().__init__(params, defaults)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, is_finite
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite
 
 # Where torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
@@ -42,10 +42,10 @@ class AdamW:
 class _AdamWStep:
     def __init__(self, slots: Sequence[Slot], group: Group, context: Context) -> None:
         self.slots, self.group, self.context = slots, group, context
-        self.finite = [is_finite(slot.grad) for slot in slots]
+        self.finite = are_finite([slot.grad for slot in slots])
 
-    def write(self, allowed: Sequence[Tensor] | None) -> None:
-        held_back = None if allowed is None else (~torch.stack(list(allowed)).all()).float()
+    def write(self, allowed: Tensor | None) -> None:
+        held_back = None if allowed is None else (~allowed.all()).float()
         fused, grads = self.group["fused"], [slot.grad for slot in self.slots]
         grad_scale = self.context.loss_scale
         if not fused:

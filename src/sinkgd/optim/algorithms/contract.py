@@ -17,6 +17,7 @@ class Slot(NamedTuple):
     """A parameter that has a gradient in this step."""
 
     name: str  # as the model calls it, or "parameter 3 of group 0"
+    number: int  # its place among all parameters of the optimizer
     param: Tensor
     grad: Tensor
 
@@ -32,12 +33,12 @@ class Step(Protocol):
     """A group's step, half done: gradients read, nothing written."""
 
     @property
-    def finite(self) -> Sequence[Tensor]:
-        """One 0-dim bool a slot: whether its gradient is finite throughout."""
+    def finite(self) -> Tensor:
+        """``(slots,)`` bool: whether the gradient of each slot is finite throughout."""
         ...
 
-    def write(self, allowed: Sequence[Tensor] | None) -> None:
-        """Change the parameters; where ``allowed`` (one 0-dim bool a slot) is False, leave it.
+    def write(self, allowed: Tensor | None) -> None:
+        """Change the parameters; where ``allowed``, ``(slots,)`` bool, is False, leave it.
 
         None allows all.
         """
@@ -75,7 +76,13 @@ def descent(group: Group) -> float | Tensor:
     return lr if group["maximize"] else -lr
 
 
-def is_finite(grad: Tensor) -> Tensor:
-    """Return a 0-dim bool: whether every entry of ``grad`` is finite. One pass, no scratch."""
-    low, high = torch.aminmax(grad.detach())  # a NaN anywhere makes both NaN
-    return low.isfinite() & high.isfinite()
+def are_finite(grads: Sequence[Tensor]) -> Tensor:
+    """Return ``(len(grads),)`` bool: whether every entry of each is finite. No scratch."""
+    if grads[0].device.type == "cpu":
+        # Lengths are the fastest thing that a bad entry shows in; they may also overflow.
+        lengths = torch.stack([length.double() for length in torch._foreach_norm(list(grads))])
+        flags = lengths.isfinite()
+        if bool(flags.all()):
+            return flags
+    extremes = [torch.aminmax(grad.detach()) for grad in grads]  # a NaN anywhere makes both NaN
+    return torch.stack([low.isfinite() & high.isfinite() for low, high in extremes])

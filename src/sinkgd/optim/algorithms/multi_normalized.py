@@ -15,8 +15,9 @@ from torch import Tensor
 from sinkgd.kernels.eager import descend_
 from sinkgd.multi_normalize import check_num_iters, multi_normalize
 from sinkgd.norms import Norm, RowNorm, SpectralNorm
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, decay, descent, is_finite
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite, decay, descent
 from sinkgd.optim.algorithms.layout import check_layout, matrices
+from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class MultiNormalized:
             if not isinstance(norm, Norm):
                 raise TypeError(f"a norm needs a method project(x); {norm!r} has none")
         check_layout(name, param, layout=group["layout"], split=group["split"])
+        check_rounding(name, param, group)
 
     def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_Step":
         """Check the gradients; each is normalized when it is written, so one at a time."""
@@ -52,11 +54,13 @@ class _Step:
         self, slots: Sequence[Slot], group: Group, norms: Sequence[Norm], context: Context
     ) -> None:
         self.slots, self.group, self.norms, self.context = slots, group, norms, context
-        self.finite = [is_finite(slot.grad) for slot in slots]
+        self.finite = are_finite([slot.grad for slot in slots])
 
-    def write(self, allowed: Sequence[Tensor] | None) -> None:
+    def write(self, allowed: Tensor | None) -> None:
         layout, split = self.group["layout"], self.group["split"]
+        keys = draw_keys(self.slots, self.group)
         for i, slot in enumerate(self.slots):
+            entries = 0  # places of the random bits are counted over all parts of a parameter
             for param, grad in matrices(slot.param, slot.grad, layout=layout, split=split):
                 descend_(
                     param,
@@ -64,7 +68,9 @@ class _Step:
                     keep=decay(self.group),
                     step=descent(self.group),
                     allowed=None if allowed is None else allowed[i],
+                    key=None if keys is None else keys[i] + entries,
                 )
+                entries += param.numel()
 
     def _update(self, grad: Tensor) -> Tensor:
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -74,11 +80,17 @@ class _Step:
 
 
 MNGD = MultiNormalized(
-    options={"norms": (), "num_iters": 5, "layout": "auto", "split": 1},
+    options={"norms": (), "num_iters": 5, "layout": "auto", "split": 1, **ROUNDING_OPTIONS},
     norms=lambda group: tuple(group["norms"]),
 )
 
 SWAN = MultiNormalized(
-    options={"newton_schulz_steps": 5, "num_iters": 1, "layout": "auto", "split": 1},
+    options={
+        "newton_schulz_steps": 5,
+        "num_iters": 1,
+        "layout": "auto",
+        "split": 1,
+        **ROUNDING_OPTIONS,
+    },
     norms=lambda group: (RowNorm(), SpectralNorm(group["newton_schulz_steps"])),
 )

@@ -4,23 +4,24 @@ The rule for vectors and scalars where no state at all is wanted; a scalar moves
 """
 
 from collections.abc import Sequence
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from sinkgd.kernels.eager import descend_
 from sinkgd.norms import FrobeniusNorm
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, decay, descent, is_finite
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite, decay, descent
+from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 
 
 class Normalize:
     r"""Update :math:`\sqrt{k}\, g / \lVert g \rVert_2` for k entries: root-mean-square 1."""
 
-    options = MappingProxyType[str, object]({})
+    options = ROUNDING_OPTIONS
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Every shape will do."""
+        """Refuse options out of range; every shape will do."""
+        check_rounding(name, param, group)
 
     def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_NormalizeStep":
         """Check the gradients. The update has no scale, so the loss scale does not matter."""
@@ -31,9 +32,10 @@ class Normalize:
 class _NormalizeStep:
     def __init__(self, slots: Sequence[Slot], group: Group) -> None:
         self.slots, self.group = slots, group
-        self.finite = [is_finite(slot.grad) for slot in slots]
+        self.finite = are_finite([slot.grad for slot in slots])
 
-    def write(self, allowed: Sequence[Tensor] | None) -> None:
+    def write(self, allowed: Tensor | None) -> None:
+        keys = draw_keys(self.slots, self.group)
         for i, slot in enumerate(self.slots):
             grad = slot.grad.to(torch.promote_types(slot.grad.dtype, torch.float32))
             update = FrobeniusNorm().project(grad.reshape(1, -1)).view_as(grad)
@@ -43,4 +45,5 @@ class _NormalizeStep:
                 keep=decay(self.group),
                 step=descent(self.group),
                 allowed=None if allowed is None else allowed[i],
+                key=None if keys is None else keys[i],
             )

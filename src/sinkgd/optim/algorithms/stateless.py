@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, Step
@@ -15,12 +16,13 @@ class Stateless:
     options = Sinkhorn.options
 
     def __init__(self) -> None:
-        self._matrices, self._vectors = Sinkhorn(), Normalize()
+        self._matrices: Algorithm = Sinkhorn()
+        self._vectors: Algorithm = Normalize()
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Check a matrix as `Sinkhorn` does; a vector always fits."""
-        if param.ndim >= 2:
-            self._matrices.check(name, param, group)
+        """Check a matrix as `Sinkhorn` does, a vector as `Normalize` does."""
+        rule = self._matrices if param.ndim >= 2 else self._vectors
+        rule.check(name, param, group)
 
     def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_JointStep":
         """Read matrices and vectors, each by its own rule."""
@@ -39,11 +41,11 @@ class _JointStep:
 
     def __init__(self, parts: Sequence[tuple[list[int], Step]]) -> None:
         self.parts = parts
-        flags = {
-            i: flag for places, step in parts for i, flag in zip(places, step.finite, strict=True)
-        }
-        self.finite = [flags[i] for i in sorted(flags)]
+        places = [place for own, _ in parts for place in own]
+        flags = torch.cat([step.finite for _, step in parts]).unbind()
+        by_place = dict(zip(places, flags, strict=True))
+        self.finite = torch.stack([by_place[place] for place in range(len(places))])
 
-    def write(self, allowed: Sequence[Tensor] | None) -> None:
+    def write(self, allowed: Tensor | None) -> None:
         for places, step in self.parts:
-            step.write(None if allowed is None else [allowed[i] for i in places])
+            step.write(None if allowed is None else torch.stack([allowed[i] for i in places]))

@@ -1,0 +1,55 @@
+"""How updates of bfloat16 parameters are rounded: the options that every stateless algorithm takes.
+
+An update is often smaller than half the distance to the next bfloat16, and rounding to the nearest
+then loses it, step after step. Rounding at random keeps it in the mean.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.rounding import keys_of_step
+from sinkgd.optim.algorithms.contract import Group, Slot
+
+ROUNDINGS = ("nearest", "stochastic")
+
+# ``rounding_step`` counts the steps so far, on the device of the parameters; it is made here and
+# saved with the group, so that a run that goes on draws what it would have drawn.
+ROUNDING_OPTIONS = MappingProxyType[str, object](
+    {"rounding": "nearest", "seed": 0, "rounding_step": None}
+)
+
+
+def check_rounding(name: str, param: Tensor, group: Group) -> None:
+    """Refuse options out of range; begin to count the steps."""
+    if group["rounding"] not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
+    if group["rounding"] == "nearest":
+        return
+    if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 1 << 63:
+        raise ValueError(f"seed must be an integer in [0, 2**63), got {group['seed']!r}")
+    if param.dtype == torch.float16:
+        raise ValueError(
+            f"rounding='stochastic' rounds bfloat16 parameters; {name!r} is float16. "
+            "Use bfloat16 or rounding='nearest'"
+        )
+    if group["rounding_step"] is None:
+        group["rounding_step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+
+
+def draw_keys(slots: Sequence[Slot], group: Group) -> Sequence[Tensor] | None:
+    """Return a key a slot for this step, 0-dim int64; None where rounding is to the nearest."""
+    if group["rounding"] == "nearest":
+        return None
+    step = group["rounding_step"].to(slots[0].param.device)
+    last = max(slot.number for slot in slots)
+    keys = keys_of_step(group["seed"], step, last + 1).unbind()
+    return [keys[slot.number] for slot in slots]
+
+
+def count_step(group: Group) -> None:
+    """Count a step of the group, whose next one draws other keys."""
+    if group.get("rounding_step") is not None:
+        group["rounding_step"].add_(1)
