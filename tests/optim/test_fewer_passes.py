@@ -64,9 +64,9 @@ class TestTol:
         assert_close(update.double(), square_root_sinkhorn(grad, 3), rtol=1e-5, atol=1e-6)
 
     def test_a_tol_below_zero_is_refused(self):
-        with pytest.raises(ValueError, match="tol must be at least 0, got -0.1"):
+        with pytest.raises(ValueError, match=r"tol must be at least 0, got -0\.1"):
             optimizer_of(nn.Parameter(torch.zeros(3, 4)), tol=-0.1)
-        with pytest.raises(ValueError, match="tol must be at least 0, got -0.1"):
+        with pytest.raises(ValueError, match=r"tol must be at least 0, got -0\.1"):
             sinkgd.sinkhorn_scales(torch.ones(3, 4), tol=-0.1)
 
 

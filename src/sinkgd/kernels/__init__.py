@@ -2,6 +2,6 @@
 
 from sinkgd.kernels.backend import Backend as Backend
 from sinkgd.kernels.backend import Scales as Scales
+from sinkgd.kernels.compiled import select as select
 from sinkgd.kernels.registry import BACKENDS as BACKENDS
 from sinkgd.kernels.registry import describe as describe
-from sinkgd.kernels.registry import select as select

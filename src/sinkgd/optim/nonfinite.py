@@ -2,7 +2,9 @@
 
 On a CPU the flags are read at once, before anything is written: ``"raise"`` leaves every parameter
 as it was. On an accelerator nothing waits: the flags stay on the device, where they keep the
-parameter as it is; a copy travels to the host, and the error comes with the next step.
+parameter as it is; a copy travels to the host, and the error comes with the next step. So it is in
+a step that ``torch.compile`` has compiled, which cannot stop half-way; and in one that a CUDA graph
+replays, but there nobody reads the flags, so only the parameters are kept from harm.
 """
 
 from collections import Counter
@@ -32,12 +34,16 @@ class NonFiniteGuard:
             NonFiniteGradientError: At once, if the policy is ``"raise"`` and the flags of a
                 non-finite gradient are on a CPU.
         """
-        if flags.device.type == "cpu":
+        if torch.compiler.is_compiling():
+            self._in_flight.append(_Flags(names, flags, policy))
+        elif flags.device.type == "cpu":
             self._settle(names, flags, policy)
             return bool(flags.all())
-        self._in_flight.append(_Flags(names, flags, policy))
+        elif not (flags.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._in_flight.append(_FlagsUnderWay(names, flags, policy))
         return False
 
+    @torch.compiler.disable
     def settle(self) -> None:
         """Read the flags of the step before, which a device has long since computed.
 
@@ -67,15 +73,24 @@ class NonFiniteGuard:
 
 
 class _Flags:
+    """Flags of a step that nobody has looked at."""
+
+    def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
+        self.names, self.flags, self.policy = names, flags, policy
+
+    def on_host(self) -> Tensor:
+        return self.flags
+
+
+class _FlagsUnderWay(_Flags):
     """Flags on their way from a device to the host."""
 
     def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
-        self.names, self.policy = names, policy
-        self._host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-        self._host.copy_(flags, non_blocking=True)
+        host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+        super().__init__(names, host.copy_(flags, non_blocking=True), policy)
         self._copied = torch.Event(flags.device.type)
         self._copied.record()
 
     def on_host(self) -> Tensor:
         self._copied.synchronize()
-        return self._host
+        return self.flags
