@@ -1,4 +1,4 @@
-"""Stochastic rounding: right in the mean, decided by seed and step, and it goes on as it was saved."""
+"""Stochastic rounding: right in the mean, decided by seed and step, and it goes on as saved."""
 
 import copy
 import io

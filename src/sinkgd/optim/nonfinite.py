@@ -43,7 +43,7 @@ class NonFiniteGuard:
             self._in_flight.append(_FlagsUnderWay(names, flags, policy))
         return False
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def settle(self) -> None:
         """Read the flags of the step before, which a device has long since computed.
 

@@ -12,7 +12,6 @@ They take float32 and bfloat16, in any mix, with dense rows or dense columns. Wh
 
 import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,10 +19,11 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from sinkgd.kernels.backend import Scales
-from sinkgd.kernels.cpu.jobs import DTYPES, ScalesJob, UpdateJob
-from sinkgd.kernels.cpu.layout import aligned, dense, dense_layout, matrix_of, may_be_written
+from sinkgd.kernels.cpu.form import DTYPES, Form, form_of
+from sinkgd.kernels.cpu.jobs import ScalesJob, UpdateJob
 from sinkgd.kernels.cpu.team import torch_team
 from sinkgd.kernels.eager import EagerBackend, level_, sinkhorn
+from sinkgd.kernels.layout import aligned, dense, matrix_of
 
 
 class CpuBackend:
@@ -53,36 +53,31 @@ class CpuBackend:
         starts: Sequence[Tensor | None] | None = None,
     ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
-        results: dict[int, Scales] = {}
-        sources: dict[int, Tensor] = {}
-        alike: dict[torch.Size, list[int]] = {}
-        for i, grad in enumerate(grads):
-            source = _readable(grad)
-            if source is None:
-                start = None if starts is None else starts[i]
-                results[i] = sinkhorn(grad, num_iters, tol=tol, start=start)
-            else:
-                sources[i] = source
-                alike.setdefault(source.shape, []).append(i)
+        sources = [_readable(grad) for grad in grads]
+        found = _room(sources)
         job = ScalesJob()
         owners: list[int] = []  # of every matrix of the job, the gradient
-        for shape, members in alike.items():
-            for i, found in zip(members, _empty_scales(shape, len(members)), strict=True):
-                source = sources[i]
-                layout = dense_layout(source)
-                start = None if starts is None else starts[i]
-                if start is not None:
-                    torch.mul(start, start, out=found.col)
-                started = start is not None
-                job.add(source, layout, *found, dtype=DTYPES[source.dtype], started=started)
-                owners.extend([i] * len(layout.offsets))
-                results[i] = found
+        for i, (grad, source) in enumerate(zip(grads, sources, strict=True)):
+            start = None if starts is None else starts[i]
+            if source is None:
+                found[i] = sinkhorn(grad, num_iters, tol=tol, start=start)
+                continue
+            form = form_of(source)
+            assert form is not None, f"strides {source.stride()}"
+            row, col = found[i]
+            if start is not None:
+                torch.mul(start, start, out=col)
+            job.add(
+                source.data_ptr(), form, row.data_ptr(), col.data_ptr(), started=start is not None
+            )
+            owners.extend([i] * len(form.offsets))
         for failed in job.run(num_iters, tol):
             i = owners[failed]
-            place = failed - owners.index(i)
+            source, place = sources[i], failed - owners.index(i)
+            assert source is not None, "it was not in the job"
             start = None if starts is None else starts[i]
-            _repair(sources[i], results[i], place, num_iters, tol=tol, start=start)
-        return [results[i] for i in range(len(grads))]
+            _repair(source, found[i], place, num_iters, tol=tol, start=start)
+        return found
 
     def update_(
         self,
@@ -102,14 +97,24 @@ class CpuBackend:
         others: list[int] = []
         for i, (param, grad, (row, col)) in enumerate(zip(params, grads, scales, strict=True)):
             flag = None if allowed is None else allowed[i]
-            if not _writable(param, grad, row, col, flag):
+            form = form_of(param)
+            source = (
+                None
+                if form is None
+                else _source_of_update(param, form, grad, Scales(row, col), flag)
+            )
+            if form is None or source is None:
                 others.append(i)
                 continue
-            source = aligned(grad, param)
-            layouts = dense_layout(param), dense_layout(source)
-            dtypes = DTYPES[param.dtype], DTYPES[source.dtype]
-            key = None if keys is None else keys[i]
-            job.add(param, source, layouts, Scales(row, col), flag, key, dtypes=dtypes)
+            source_form = form_of(source)
+            assert source_form is not None, f"strides {source.stride()}"
+            job.add(
+                (param.data_ptr(), source.data_ptr()),
+                (form, source_form),
+                (row.data_ptr(), col.data_ptr()),
+                flag=0 if flag is None else flag.data_ptr(),
+                key=None if keys is None else int(keys[i]),
+            )
             read.append(source)
             written.append(param)
         job.run(float(keep), float(step))
@@ -126,45 +131,54 @@ class CpuBackend:
             )
 
 
-@lru_cache(maxsize=1024)
-def _is_native(kind: type, dtype: torch.dtype, on_cpu: bool, shape: torch.Size) -> bool:
-    # The loops read memory: no subclass may stand behind it.
-    return kind in (Tensor, Parameter) and dtype in DTYPES and on_cpu and 0 not in shape
-
-
-def _native(x: Tensor) -> bool:
-    return _is_native(type(x), x.dtype, x.is_cpu, x.shape)
-
-
 def _readable(grad: Tensor) -> Tensor | None:
     """Return what the loops can read of ``grad``; None where `EagerBackend` must."""
     if grad.requires_grad and torch.is_grad_enabled():
         return None
-    if _native(grad):
-        return dense(grad)
-    if grad.dtype == torch.float16 and type(grad) in (Tensor, Parameter) and grad.numel() > 0:
+    if form_of(grad) is not None:
+        return grad
+    if type(grad) not in (Tensor, Parameter) or not grad.is_cpu or grad.numel() == 0:
+        return None
+    if grad.dtype == torch.float16:
         return dense(grad.float())
-    return None
+    return dense(grad) if grad.dtype in DTYPES else None
 
 
-def _writable(param: Tensor, grad: Tensor, row: Tensor, col: Tensor, flag: Tensor | None) -> bool:
-    return (
-        _native(param)
-        and _native(grad)
+def _source_of_update(
+    param: Tensor, form: Form, grad: Tensor, scales: Scales, flag: Tensor | None
+) -> Tensor | None:
+    """Return what the loops can read of ``grad`` for ``param``; None where `EagerBackend` must."""
+    row, col = scales
+    if not (
+        form.may_be_written
         and param.shape == grad.shape
-        and may_be_written(param.shape, param.stride())
         and row.dtype == col.dtype == torch.float32
         and row.is_contiguous()
         and col.is_contiguous()
         and (flag is None or (flag.dtype == torch.bool and flag.is_cpu))
-    )
+    ):
+        return None
+    own = form_of(grad)
+    if own is not None and own.turned == form.turned:
+        return grad
+    if type(grad) in (Tensor, Parameter) and grad.is_cpu and grad.dtype in DTYPES:
+        return aligned(grad, param)
+    return None
 
 
-def _empty_scales(shape: torch.Size, count: int) -> list[Scales]:
-    """Return room for the scales of ``count`` gradients of one shape."""
-    *batch, m, n = shape
-    row, col = torch.empty(count, *batch, m, 1), torch.empty(count, *batch, 1, n)
-    return [Scales(*pair) for pair in zip(row.unbind(), col.unbind(), strict=True)]
+def _room(sources: Sequence[Tensor | None]) -> list[Scales]:
+    """Return room for the scales of each gradient; for None an empty pair, to be replaced."""
+    alike: dict[torch.Size, list[int]] = {}
+    for i, source in enumerate(sources):
+        alike.setdefault(torch.Size() if source is None else source.shape, []).append(i)
+    others = alike.pop(torch.Size(), [])
+    found = dict.fromkeys(others, Scales(torch.empty(0), torch.empty(0)))
+    for shape, members in alike.items():
+        *batch, m, n = shape
+        rows = torch.empty(len(members), *batch, m, 1).unbind()
+        cols = torch.empty(len(members), *batch, 1, n).unbind()
+        found.update(zip(members, map(Scales, rows, cols), strict=True))
+    return [found[i] for i in range(len(sources))]
 
 
 def _repair(
@@ -197,11 +211,13 @@ def _rescaled(
     S = matrix.to(torch.float32, copy=True).abs_()
     s, t = level_(S)
     S = dense(S)
+    form = form_of(S)
+    assert form is not None, f"strides {S.stride()}"
     m, n = S.shape
     first = t if start is None else t * start
     found = Scales(torch.empty(m, 1), first.square().reshape(1, n))
     job = ScalesJob()
-    job.add(S, dense_layout(S), *found, dtype=DTYPES[S.dtype], started=True)
+    job.add(S.data_ptr(), form, found.row.data_ptr(), found.col.data_ptr(), started=True)
     if job.run(num_iters, tol):
         return None
     limit = torch.finfo(torch.float32).max

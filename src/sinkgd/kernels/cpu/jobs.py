@@ -1,4 +1,4 @@
-"""Hand tables of matrices to the compiled loops, which run them on torch's threads.
+"""Tables of addresses for the compiled loops, which run them on torch's threads.
 
 The layout of the tables is in `sinkgd.kernels.cpu.tables`.
 """
@@ -11,22 +11,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.cpu.cache import kept_loops
-from sinkgd.kernels.cpu.layout import Layout
-from sinkgd.kernels.cpu.tables import (
-    BF16,
-    F32,
-    FAILED,
-    GRADIENT_FIELDS,
-    HEADER_FIELDS,
-    UPDATE_FIELDS,
-)
+from sinkgd.kernels.cpu.form import Form
+from sinkgd.kernels.cpu.tables import FAILED, GRADIENT_FIELDS, HEADER_FIELDS, UPDATE_FIELDS
 from sinkgd.kernels.cpu.team import torch_team
-
-# The types that the loops read and write, the numbers by which they know them, and their bytes.
-DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
-SIZES = {F32: 4, BF16: 2}
 
 # Up to this many entries a matrix is given whole to one thread: its passes then cost less than the
 # barriers between the threads that would share them.
@@ -45,28 +33,16 @@ class ScalesJob:
         self.longest = 0
         self.entries = 0
 
-    def add(
-        self,
-        grad: Tensor,
-        layout: Layout,
-        row: Tensor,
-        col: Tensor,
-        *,
-        dtype: int,
-        started: bool = False,
-    ) -> None:
-        """Add every matrix of ``grad``; its scales go to ``row`` and ``col``, float32, contiguous.
+    def add(self, grad: int, form: Form, row: int, col: int, *, started: bool) -> None:
+        """Add every matrix of the gradient at ``grad``.
 
+        Its scales go to the addresses ``row`` and ``col``, float32, one matrix after the other.
         Where it is ``started``, ``col`` holds the first c².
         """
-        P, Q, ld, turned, offsets = layout
-        size = SIZES[dtype]
-        start, u, v = grad.data_ptr(), row.data_ptr(), col.data_ptr()
-        if turned:
-            u, v = v, u
+        P, Q, ld, dtype, turned, offsets, _ = form
+        u, v = (col, row) if turned else (row, col)
         for offset in offsets:
-            at = start + offset * size
-            self.table.extend((at, P, Q, ld * size, dtype, turned, u, v, started, 0))
+            self.table.extend((grad + offset, P, Q, ld, dtype, turned, u, v, started, 0))
             u += 4 * P
             v += 4 * Q
         self.longest = max(self.longest, Q)
@@ -101,35 +77,37 @@ class UpdateJob:
 
     def add(
         self,
-        param: Tensor,
-        grad: Tensor,
-        layouts: tuple[Layout, Layout],
-        scales: Scales,
-        allowed: Tensor | None,
-        key: Tensor | None,
+        addresses: tuple[int, int],
+        forms: tuple[Form, Form],
+        scales: tuple[int, int],
         *,
-        dtypes: tuple[int, int],
+        flag: int,
+        key: int | None,
     ) -> None:
-        """Add every matrix of ``param``; ``grad`` is turned as it is."""
-        P, Q, ld, turned, offsets = layouts[0]
-        size, grad_size = SIZES[dtypes[0]], SIZES[dtypes[1]]
-        start, grad_start = param.data_ptr(), grad.data_ptr()
-        u, v = scales.row.data_ptr(), scales.col.data_ptr()
-        if turned:
-            u, v = v, u
-        flag = 0 if allowed is None else allowed.data_ptr()
-        rounding = (0, 0) if key is None else (1, int(key))
+        """Add every matrix of a parameter and its gradient, which is turned as it is.
+
+        Args:
+            addresses: Of parameter and gradient.
+            forms: Of parameter and gradient.
+            scales: The addresses of row and column scales.
+            flag: The address of a bool that allows the update, or 0.
+            key: Of stochastic rounding, or None.
+        """
+        P, Q, ld, dtype, turned, offsets, _ = forms[0]
+        _, _, grad_ld, grad_dtype, _, grad_offsets, _ = forms[1]
+        param, grad = addresses
+        u, v = (scales[1], scales[0]) if turned else scales
+        fields = (P, Q, ld, grad_ld, dtype, grad_dtype, turned)
+        rounding = (0, 0) if key is None else (1, key)
         place = 0
-        strides = (ld * size, layouts[1].ld * grad_size)
-        for offset, grad_offset in zip(offsets, layouts[1].offsets, strict=True):
-            at, grad_at = start + offset * size, grad_start + grad_offset * grad_size
+        for offset, grad_offset in zip(offsets, grad_offsets, strict=True):
             self.table.extend(
-                (at, grad_at, P, Q, *strides, *dtypes, turned, u, v, flag, *rounding, place)
+                (param + offset, grad + grad_offset, *fields, u, v, flag, *rounding, place)
             )
             u += 4 * P
             v += 4 * Q
             place += P * Q
-        self.entries += P * Q * len(offsets)
+        self.entries += place
 
     def run(self, keep: float, step: float) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``."""

@@ -31,6 +31,8 @@ def matrices(
         >>> [tuple(w.shape) for w, _ in matrices(fused, fused, layout="auto", split=3)]
         [(2, 4), (2, 4), (2, 4)]
     """
+    if layout == "auto" and split == 1 and param.ndim < 4:  # nearly always
+        return [(param, grad)]
     if layout == "flatten" or (layout == "auto" and param.ndim > 3):
         order = _columns_in_memory_order(param)
         whole = param.permute(order).view(param.shape[0], -1)

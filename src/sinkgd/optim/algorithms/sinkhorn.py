@@ -76,6 +76,11 @@ class _SinkhornStep:
 
     def _finite(self) -> Tensor:
         # A non-finite entry makes every column scale of its matrix non-finite: one tells all.
+        if self.grads[0].is_cpu and not torch.compiler.is_compiling():
+            # Nearly always all are finite, and that is soon seen.
+            flat = [col.view(-1) for _, col in self.scales]
+            if bool(torch.cat(flat).isfinite().all()):
+                return torch.ones(len(self.slots), dtype=torch.bool)
         heads = [col[..., 0].flatten() for _, col in self.scales]
         flags = torch.cat(heads).isfinite()
         if len(flags) == len(self.slots):
