@@ -160,10 +160,8 @@ def _begin(entry, first, team, workers):
 
 
 @compiled
-def _iterate(job, entry, following, first, team, workers, scratch, alone):
+def _iterate(job, entry, first, team, workers, scratch, alone):
     """Iterate as worker ``first``, ``first + team``, … of ``workers``; say whether it failed.
-
-    The last pass fetches the beginning of the ``following`` entry's gradient, if there is one.
 
     What the workers found is read between two barriers at which none of them writes it, so that all
     threads go the same way.
@@ -181,13 +179,9 @@ def _iterate(job, entry, following, first, team, workers, scratch, alone):
         for worker in range(first, workers, team):
             mine = scratch + worker * stride
             begin, end = _share(P, worker, workers, ROWS), _share(P, worker + 1, workers, ROWS)
-            beyond = 0
-            if following != 0 and number == iters - 1:
-                rows = _share(get_int(following + t.P), worker, workers, ROWS)
-                beyond = get_int(following + t.G) + rows * get_int(following + t.LD)
             sweep(
                 entry, mine, mine + stride // 2 + SUMS, begin, end, not turned or number > 0,
-                not last_rows, number % 2 == 0, beyond, length, number > turned, lo,
+                not last_rows, number % 2 == 0, length, number > turned, lo,
                 float32(0) if turned else hi,
             )  # fmt: skip
         _wait(job, team, alone)
@@ -221,11 +215,11 @@ def _iterate(job, entry, following, first, team, workers, scratch, alone):
 
 
 @compiled
-def _solve(job, entry, following, first, team, workers, scratch, alone):
+def _solve(job, entry, first, team, workers, scratch, alone):
     """Find the scales of one matrix."""
     _begin(entry, first, team, workers)
     _wait(job, team, alone)
-    if _iterate(job, entry, following, first, team, workers, scratch, alone):
+    if _iterate(job, entry, first, team, workers, scratch, alone):
         put_int(entry + t.FAILED, 1)
         return
     P, Q, u, v = (
@@ -257,13 +251,12 @@ def find_scales(job):
         entry = table + i * _ENTRY
         if get_int(entry + t.P) * get_int(entry + t.Q) > get_int(job + t.WHOLE):
             shared = True
-            following = entry + _ENTRY if i + 1 < count else 0
-            _solve(job, entry, following, first, team, workers, scratch, False)
+            _solve(job, entry, first, team, workers, scratch, False)
     if shared:
         _barrier(job, team)  # what a worker found about the last one has been read by all
     i = claim(job + t.NEXT)
     while i < count:
         entry = table + i * _ENTRY
         if get_int(entry + t.P) * get_int(entry + t.Q) <= get_int(job + t.WHOLE):
-            _solve(job, entry, 0, 0, 1, 1, scratch + first * stride, True)
+            _solve(job, entry, 0, 1, 1, scratch + first * stride, True)
         i = claim(job + t.NEXT)

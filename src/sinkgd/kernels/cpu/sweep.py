@@ -32,7 +32,6 @@ from sinkgd.kernels.cpu.instructions import (
 )
 
 ROWS = 8  # accumulators enough to hide latency, and as many registers again for the scales
-BEYOND = 1 << 19  # bytes of the next matrix to fetch: half of a usual second-level cache
 PANEL = 64  # blocks of rows added up before they join the column sums: a long sum loses precision
 
 # A sum may have lost n terms of up to 2^-126 (the smallest normal number, where torch flushes
@@ -255,14 +254,12 @@ def _settle_rows(dtype, size, g, ld, Q, u, sums, count, mine, length, floor, kno
 
 @compiled
 def _sweep(
-    dtype, size, entry, mine, panel, first, end, rows, columns, forward, beyond, length, known, lo,
-    hi
-):  # fmt: skip
+    dtype, size, entry, mine, panel, first, end, rows, columns, forward, length, known, lo, hi
+):
     """Pass once over the rows from ``first`` to ``end``: their ``u``, then their share of the sums.
 
     Rows are walked in alternate directions, so that a pass starts on what the last one left in the
-    cache. The end of the pass fetches what is at ``beyond``, if that is not 0, instead of its own
-    rows.
+    cache.
     """
     g, ld, Q = get_int(entry + t.G), get_int(entry + t.LD), get_int(entry + t.Q)
     u, v, sums = get_int(entry + t.U), get_int(entry + t.V), mine + SUMS
@@ -272,9 +269,6 @@ def _sweep(
     row, step = first, ROWS
     if not forward:
         row, step = first + (blocks - 1) * ROWS, -ROWS
-    reach = blocks
-    if beyond != 0:
-        reach -= min(blocks, BEYOND // (ROWS * size * Q))
     found = splat(float32(0))
     if rows and blocks > 0:
         found = _row_sums(dtype, size, g + row * ld, ld, Q, v)
@@ -290,8 +284,6 @@ def _sweep(
             elif moved:
                 put_int(mine + ROWS_MOVED, 1)
         ahead = at + 2 * step * ld
-        if block >= reach:
-            ahead = beyond + (block - reach) * ROWS * size * Q
         if rows and block + 1 < blocks:
             if columns:
                 found = _both_sums(dtype, size, at, ld, Q, scales, panel, v, step * ld, ahead)
@@ -299,7 +291,7 @@ def _sweep(
                 found = _row_sums(dtype, size, at + step * ld, ld, Q, v)
         elif columns:
             _column_sums(dtype, size, at, ld, Q, scales, panel, ahead)
-        if columns and (block + 1) % PANEL == 0:
+        if columns and panel != sums and (block + 1) % PANEL == 0:
             move(panel, sums, Q)
         row += step
     for last in range(first + blocks * ROWS, end):
@@ -311,7 +303,7 @@ def _sweep(
             )
         if columns:
             _add_one_row(dtype, size, at, Q, scale, panel)
-    if columns:
+    if columns and panel != sums:
         move(panel, sums, Q)
 
 
@@ -343,24 +335,30 @@ def _add_one_row(dtype, size, g, Q, u, sums):
 
 
 @compiled
-def sweep(entry, mine, panel, first, end, rows, columns, forward, beyond, length, known, lo, hi):
-    """Run `_sweep` for the gradient's type, from sums of zero."""
+def sweep(entry, mine, panel, first, end, rows, columns, forward, length, known, lo, hi):
+    """Run `_sweep` for the gradient's type, from sums of zero.
+
+    Few rows are added up without a panel.
+    """
     put_int(mine + ZERO_ROWS, 0)
     put_int(mine + ROWS_MOVED, 0)
     put_int(mine + ROWS_FAILED, 0)
     if columns:
         Q = get_int(entry + t.Q)
         fill(mine + SUMS, Q, float32(0))
-        fill(panel, Q, float32(0))
+        if end - first <= PANEL * ROWS:
+            panel = mine + SUMS
+        else:
+            fill(panel, Q, float32(0))
     if get_int(entry + t.DTYPE) == t.BF16:
         _sweep(
-            int16(0), 2, entry, mine, panel, first, end, rows, columns, forward, beyond, length,
-            known, lo, hi,
+            int16(0), 2, entry, mine, panel, first, end, rows, columns, forward, length, known,
+            lo, hi,
         )  # fmt: skip
     else:
         _sweep(
-            float32(0), 4, entry, mine, panel, first, end, rows, columns, forward, beyond, length,
-            known, lo, hi,
+            float32(0), 4, entry, mine, panel, first, end, rows, columns, forward, length, known,
+            lo, hi,
         )  # fmt: skip
 
 
