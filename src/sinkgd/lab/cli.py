@@ -7,19 +7,21 @@ read, e.g. to take defaults from a file that one of them names.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Protocol
 
 import sinkgd
 
-# Each command's module is imported only when it runs; `sinkgd --help` needs none.
-COMMANDS = {
+# Each command's module is imported only when it runs; `sinkgd --help` needs none. A command without
+# a class is a package with commands of its own: its COMMANDS and USAGE are like those here.
+Commands = Mapping[str, tuple[str | None, str]]
+COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
     "train": ("Train", "train one model, or go on with a run that was stopped"),
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
     "report": ("Report", "table and page of runs that are there already"),
-    "bench": ("Bench", "measure speed, e.g. of the training loop against a bare one"),
+    "bench": (None, "measure speed and memory: optimizer steps, kernels, the training loop"),
     "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
 }
 
@@ -63,19 +65,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     match arguments:
         case [] | ["-h" | "--help"]:
-            sys.stdout.write(_usage())
+            sys.stdout.write(_usage(USAGE, COMMANDS))
             return 0
         case ["--version"]:
             sys.stdout.write(f"sinkgd {sinkgd.__version__}\n")
             return 0
         case [name, *_] if name not in COMMANDS:
-            return _fail(_unknown(name), code=2)
-    return _run(arguments[0], arguments[1:])
+            return _fail(_unknown(name, COMMANDS, "sinkgd"), code=2)
+    name, *options = arguments
+    kind, _ = COMMANDS[name]
+    return _run_one_of(name, options) if kind is None else _run(name, kind, options)
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run_one_of(group: str, arguments: list[str]) -> int:
+    """Run a command of a command, such as `sinkgd bench step`."""
+    package = import_module(f"sinkgd.lab.commands.{group}")
+    match arguments:
+        case [] | ["-h" | "--help"]:
+            sys.stdout.write(_usage(package.USAGE, package.COMMANDS))
+            return 0
+        case [name, *_] if name not in package.COMMANDS:
+            return _fail(_unknown(name, package.COMMANDS, f"sinkgd {group}"), code=2)
+    name, *options = arguments
+    return _run(f"{group} {name}", package.COMMANDS[name][0], options)
+
+
+def _run(name: str, kind: str, arguments: list[str]) -> int:
     try:
-        return _parse(name, arguments).run()
+        return _parse(name, kind, arguments).run()
     except SystemExit as exit_request:  # from the parser, after it wrote help or what is wrong
         return int(exit_request.code or 0)
     except KeyboardInterrupt:
@@ -93,10 +110,10 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(str(error), code=1)
 
 
-def _parse(name: str, arguments: list[str]) -> Command:
+def _parse(name: str, kind: str, arguments: list[str]) -> Command:
     import tyro
 
-    command = getattr(import_module(f"sinkgd.lab.commands.{name}"), COMMANDS[name][0])
+    command = getattr(import_module(f"sinkgd.lab.commands.{name.replace(' ', '.')}"), kind)
     default = command.defaults(arguments) if hasattr(command, "defaults") else None
     parsed: Command = tyro.cli(
         command,
@@ -107,16 +124,17 @@ def _parse(name: str, arguments: list[str]) -> Command:
     return parsed
 
 
-def _usage() -> str:
-    lines = (f"  {name:<9}{summary}" for name, (_, summary) in COMMANDS.items())
-    return USAGE.format(commands="\n".join(lines))
+def _usage(usage: str, commands: Commands) -> str:
+    lines = (f"  {name:<9}{summary}" for name, (_, summary) in commands.items())
+    return usage.format(commands="\n".join(lines))
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, commands: Commands, program: str) -> str:
     import difflib
 
-    nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-    return f"there is no command {name!r}; did you mean {nearest!r}? See `sinkgd --help`"
+    nearest = difflib.get_close_matches(name, commands, n=1, cutoff=0.0)[0]
+    kind = "command" if program == "sinkgd" else "measurement"
+    return f"there is no {kind} {name!r}; did you mean {nearest!r}? See `{program} --help`"
 
 
 def _fail(message: str, *, code: int) -> int:

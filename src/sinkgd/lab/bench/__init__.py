@@ -1,5 +1,5 @@
-"""Measurements of speed, each against the floor it is compared with."""
+"""Measurements of speed and memory, each against the floor or the peer it is compared with."""
 
-from sinkgd.lab.bench.loop import Contender as Contender
 from sinkgd.lab.bench.loop import LoopBenchmark as LoopBenchmark
+from sinkgd.lab.bench.loop import LoopSpeed as LoopSpeed
 from sinkgd.lab.bench.loop import bench_loop as bench_loop

@@ -29,7 +29,7 @@ BARE = "bare loop, fused AdamW"
 
 
 @dataclass(frozen=True)
-class Contender:
+class LoopSpeed:
     """One loop's speed over the rounds."""
 
     name: str
@@ -43,7 +43,7 @@ class Contender:
 class LoopBenchmark:
     """The result."""
 
-    contenders: tuple[Contender, ...]  # the bare loop first
+    contenders: tuple[LoopSpeed, ...]  # the bare loop first
     rounds: int
     steps_per_block: int
     tokens_per_step: int
@@ -150,9 +150,9 @@ def _time_in_turns(
     return seconds
 
 
-def _summarize(name: str, seconds: dict[str, list[float]], tokens: int) -> Contender:
+def _summarize(name: str, seconds: dict[str, list[float]], tokens: int) -> LoopSpeed:
     speeds = [tokens / block for block in seconds[name]]
     ratios = [bare / own for bare, own in zip(seconds[BARE], seconds[name], strict=True)]
-    return Contender(
+    return LoopSpeed(
         name, statistics.median(speeds), min(speeds), max(speeds), statistics.median(ratios)
     )

@@ -74,7 +74,9 @@ def _kernels(device: torch.device) -> Rows:
     chosen = kernels.select("auto", device).name
     rows = []
     for name, available, reason in kernels.describe(device):
-        state = "will run" if name == chosen else "can run" if available else "cannot run"
+        state = "can run" if available else "cannot run"
+        if name == chosen:
+            state, reason = "will run", f"The fastest that can. {reason}"
         rows.append((name, state, reason))
     return rows
 

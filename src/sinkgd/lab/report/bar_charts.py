@@ -8,7 +8,7 @@ from typing import Any
 
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis
-from sinkgd.lab.report.charts import SOFT, Chart, Figure, axis, layout
+from sinkgd.lab.report.charts import SOFT, Chart, Figure, axis, layout, row_words, rows_axis
 from sinkgd.lab.report.identity import Identity
 from sinkgd.lab.report.summary import RecipeSummary, Spread
 from sinkgd.lab.results import Memory
@@ -190,7 +190,7 @@ def _step_time(analysis: Analysis, identities: Identities) -> Chart:
 
 def _layout(x: Figure, *, rows: int, **options: Any) -> Figure:
     return layout(
-        110 + _ROW * rows, **{"xaxis": x, "yaxis": _rows_axis(rows), "dragmode": False, **options}
+        110 + _ROW * rows, **{"xaxis": x, "yaxis": rows_axis(rows), "dragmode": False, **options}
     )
 
 
@@ -198,11 +198,6 @@ def _length_axis(title: str, longest: float, **options: Any) -> Figure:
     return axis(
         title, range=[0, 1.03 * (longest or 1.0)], fixedrange=True, **{"nticks": 6, **options}
     )
-
-
-def _rows_axis(rows: int) -> Figure:
-    """Make an axis whose rows 0, 1, ... go down, without ticks: words stand above the bars."""
-    return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)
 
 
 def _bars(
@@ -250,22 +245,9 @@ def _whiskers(spreads: Sequence[Spread | None]) -> Figure:
 def _words(
     recipes: Sequence[RecipeSummary], identities: Identities, words: Sequence[str]
 ) -> list[Figure]:
-    """Write each recipe's name and figures above its bar, where a phone has room for them."""
+    """Write each recipe's name and figures above its bar."""
     return [
-        {
-            "text": f"<b>{identities[recipe.name].label}</b>  {word}",
-            "xref": "paper",
-            "x": 0,
-            "xanchor": "left",
-            "xshift": -3,
-            "y": row + _BELOW - _THICKNESS / 2,
-            "yanchor": "bottom",
-            "showarrow": False,
-            "align": "left",
-            "bgcolor": "@card",
-            "borderpad": 0,
-            "font": {"color": "@ink", "size": 13.5},
-        }
+        row_words(f"<b>{identities[recipe.name].label}</b>  {word}", row + _BELOW - _THICKNESS / 2)
         for row, (recipe, word) in enumerate(zip(recipes, words, strict=True))
     ]
 

@@ -72,3 +72,31 @@ def layout(height: int, **options: Any) -> Figure:
         "uirevision": "keep",  # a change of theme keeps the zoom
         **options,
     }
+
+
+def rows_axis(rows: int) -> Figure:
+    """Make an axis whose rows 0, 1, ... go down, without ticks: words stand above the marks."""
+    return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)
+
+
+def row_words(text: str, y: float) -> Figure:
+    """Write words above what is drawn in a row, where a phone has room for them.
+
+    Args:
+        text: HTML as plotly reads it; what comes from outside is escaped.
+        y: Of the lower edge of the words, on `rows_axis`.
+    """
+    return {
+        "text": text,
+        "xref": "paper",
+        "x": 0,
+        "xanchor": "left",
+        "xshift": -3,
+        "y": y,
+        "yanchor": "bottom",
+        "showarrow": False,
+        "align": "left",
+        "bgcolor": "@card",
+        "borderpad": 0,
+        "font": {"color": "@ink", "size": 13.5},
+    }

@@ -1,34 +1,32 @@
-"""`sinkgd bench`: measurements of speed."""
+"""`sinkgd bench loop`: the training loop against a bare one."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
+from sinkgd.lab.commands.bench.choices import check_at_least_one
 from sinkgd.lab.commands.config_option import load_defaults
-from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
+from sinkgd.lab.train.config import RunConfig, SharedConfig
 
 if TYPE_CHECKING:
     from sinkgd.lab.bench import LoopBenchmark
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Measure speed.
+class Loop:
+    """Measure tokens a second of the training loop.
 
-    loop: tokens a second of the training loop, against the same model in a bare loop with fused
-    AdamW. Leave the machine alone meanwhile.
+    It is compared with the same model in a bare loop with fused AdamW. Leave the machine alone
+    meanwhile.
 
     For example:
       sinkgd bench loop
       sinkgd bench loop --optimizers sinkgd,swan --rounds 11 --out loop.json
     """
-
-    what: Annotated[Literal["loop"], tyro.conf.Positional]
-    """Measurement to make, a name."""
 
     optimizers: str = "adamw-one-lr,sinkgd"
     """Recipes to run in the training loop, names with commas between."""
@@ -50,7 +48,7 @@ class Bench:
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
         """Return the options where the command line gives none: those of ``--config``."""
-        return cls(what=tyro.MISSING_NONPROP, shared=load_defaults(arguments, SharedConfig))
+        return cls(shared=load_defaults(arguments, SharedConfig))
 
     def run(self) -> int:
         """Run the command; returns the exit code.
@@ -62,8 +60,7 @@ class Bench:
         from sinkgd.lab.train.run import print_to_stderr
 
         for name in ("rounds", "steps_per_block"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check_at_least_one(name, getattr(self, name))
         result = bench_loop(
             replace(RunConfig(), **vars(self.shared)),
             [name.strip() for name in self.optimizers.split(",")],

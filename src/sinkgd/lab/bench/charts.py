@@ -1,0 +1,213 @@
+"""Charts of measurements: rows of dots on a logarithmic axis, rows of stacked bars, lines.
+
+A row is named above its marks, so that a phone has room for the words.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sinkgd.lab.bench.quartiles import Quartiles
+from sinkgd.lab.report.charts import Figure, axis, layout, row_words, rows_axis
+
+_ROW = 54  # CSS pixels
+_MARKS = 0.16  # of a row: how far the marks lie below its middle
+_WORDS = 0.12  # of a row: how far the words stand above it
+_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
+_COLORS = 8  # series in page.css beside the gray
+_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Marks of one color."""
+
+    name: str
+    color: int  # its place among the colors and symbols, the same from chart to chart
+    points: dict[int, Quartiles]  # by row
+    floors: dict[int, float] = field(default_factory=dict)  # by row
+
+
+def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) -> Figure:
+    """Draw medians as dots with quartiles as whiskers, floors as strokes, on a logarithmic axis.
+
+    Args:
+        rows: Their names, from the top.
+        series: Their marks.
+        unit: Of the axis.
+        one: What the line at 1 is.
+    """
+    spreads = [spread for one_series in series for spread in one_series.points.values()]
+    values = [end for spread in spreads for end in (spread.lower, spread.upper)]
+    values += [floor for one_series in series for floor in one_series.floors.values()]
+    low, high = min(*values, 0.8), max(*values, 1.25)
+    data = [*map(_marks, series), *(_strokes(s) for s in series if s.floors)]
+    return {
+        "data": data,
+        "layout": layout(
+            150 + _ROW * len(rows) + 22 * (len(series) // 3),
+            xaxis=_log_axis(unit, low / 1.15, high * 1.15),
+            yaxis=rows_axis(len(rows)),
+            margin={"l": 8, "r": 12, "t": 26, "b": 8},
+            dragmode=False,
+            annotations=[
+                *(row_words(f"<b>{html.escape(r)}</b>", i - _WORDS) for i, r in enumerate(rows)),
+                _label_of_one(one),
+            ],
+            shapes=[_line_at_one()],
+        ),
+    }
+
+
+def stacked_bars(
+    rows: Sequence[str], words: Sequence[str], parts: Sequence[tuple[str, float, Sequence[float]]]
+) -> Figure:
+    """Draw a bar a row, its parts one after the other.
+
+    Args:
+        rows: Their names, from the top.
+        words: What is written beside a name.
+        parts: Name, strength of the color and lengths, one a row.
+    """
+    longest = max((sum(lengths) for lengths in zip(*(p[2] for p in parts), strict=True)), default=1)
+    return {
+        "data": [
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": name,
+                "x": list(lengths),
+                "y": [i + _MARKS for i in range(len(rows))],
+                "width": 0.4,
+                "marker": {"color": f"@series-1:{strength}"},
+                "hoverinfo": "skip",
+            }
+            for name, strength, lengths in parts
+        ],
+        "layout": layout(
+            120 + _ROW * len(rows),
+            xaxis=axis("× the parameters", range=[0, 1.03 * (longest or 1)], fixedrange=True),
+            yaxis=rows_axis(len(rows)),
+            barmode="stack",
+            dragmode=False,
+            annotations=[
+                row_words(f"<b>{html.escape(row)}</b>  {word}", i - _WORDS)
+                for i, (row, word) in enumerate(zip(rows, words, strict=True))
+            ],
+        ),
+    }
+
+
+def lines(
+    places: Sequence[float], series: Sequence[tuple[str, Sequence[float]]], *, x: str, y: str
+) -> Figure:
+    """Draw a line a series over places that double, each of which has a tick."""
+    return {
+        "data": [
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": html.escape(name),
+                "x": list(places),
+                "y": list(values),
+                "line": {"color": _color(i), "width": 2},
+                "marker": {"color": _color(i), "symbol": _SYMBOLS[i % len(_SYMBOLS)], "size": 8},
+                "hovertemplate": f"{html.escape(name)}: %{{y:.0%}}<extra></extra>",
+            }
+            for i, (name, values) in enumerate(series)
+        ],
+        "layout": layout(
+            430 + 22 * (len(series) // 2),
+            xaxis=axis(x, type="log", tickvals=list(places), ticktext=[f"{p:g}" for p in places]),
+            yaxis=axis(y, rangemode="tozero", tickformat=".0%"),
+        ),
+    }
+
+
+def _color(place: int) -> str:
+    return f"@series-{place % _COLORS + 1}"
+
+
+def _marks(series: Series) -> Figure:
+    color, spreads = _color(series.color), series.points.values()
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": html.escape(series.name),
+        "x": [spread.median for spread in spreads],
+        "y": [row + _MARKS for row in series.points],
+        "marker": {
+            "color": color,
+            "size": 11,
+            "symbol": _SYMBOLS[series.color % len(_SYMBOLS)],
+        },
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [spread.upper - spread.median for spread in spreads],
+            "arrayminus": [spread.median - spread.lower for spread in spreads],
+            "color": color,
+            "thickness": 1.4,
+            "width": 4,
+        },
+        "hovertemplate": f"{html.escape(series.name)}: %{{x:.3g}}<extra></extra>",
+    }
+
+
+def _strokes(series: Series) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": list(series.floors.values()),
+        "y": [row + _MARKS for row in series.floors],
+        "marker": {
+            "symbol": "line-ns",
+            "size": 17,
+            "line": {"color": _color(series.color), "width": 2.5},
+        },
+        "showlegend": False,
+        "hovertemplate": f"{html.escape(series.name)}, floor: %{{x:.3g}}<extra></extra>",
+    }
+
+
+def _log_axis(title: str, low: float, high: float) -> Figure:
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    if len(ticks) > 7:  # a phone has no room for more
+        ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
+    return axis(
+        title,
+        type="log",
+        range=[math.log10(low), math.log10(high)],
+        fixedrange=True,
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+    )
+
+
+def _line_at_one() -> Figure:
+    return {
+        "type": "line",
+        "xref": "x",
+        "x0": 1,
+        "x1": 1,
+        "yref": "paper",
+        "y0": 0,
+        "y1": 1,
+        "layer": "below",
+        "line": {"color": "@soft", "width": 1.5, "dash": "dot"},
+    }
+
+
+def _label_of_one(text: str) -> Figure:
+    return {
+        "text": html.escape(text),
+        "x": 0,  # the logarithm of 1
+        "xanchor": "left",
+        "xshift": 4,
+        "yref": "paper",
+        "y": 1,
+        "yanchor": "bottom",
+        "showarrow": False,
+        "font": {"color": "@soft", "size": 12},
+    }

@@ -1,0 +1,37 @@
+"""The figures of `sinkgd bench memory` as tables."""
+
+from sinkgd.lab.bench.memory.records import MemoryRecord, MemoryUse
+from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.report.quantities import size
+
+
+def memory_sheets(record: MemoryRecord) -> list[Sheet]:
+    """Make a table for every workload and type."""
+    pairs = [(use.workload, use.dtype) for use in record.uses]
+    pairs += [(row.workload, row.dtype) for row in record.absent]
+    return [_sheet(record, *pair) for pair in dict.fromkeys(pairs)]
+
+
+def _sheet(record: MemoryRecord, workload: str, dtype: str) -> Sheet:
+    uses = [use for use in record.uses if (use.workload, use.dtype) == (workload, dtype)]
+    absent = [row for row in record.absent if (row.workload, row.dtype) == (workload, dtype)]
+    about = ""
+    if uses:
+        about = (
+            f"Parameters: {size(uses[0].parameter_bytes)}. Kept: allocated by the first step and "
+            "not released, less the state. In a step: the most that a later step has allocated at "
+            f"once. The target for kept and in a step together: {size(uses[0].limit_bytes)}."
+        )
+    return Sheet(
+        title=f"{workload}, {dtype}",
+        note=about,
+        columns=("optimizer", "state", "kept", "in a step", "kept + in a step", "of parameters"),
+        rows=tuple(map(_row, uses)),
+        absent=tuple((row.name, row.reason) for row in absent),
+    )
+
+
+def _row(use: MemoryUse) -> tuple[str, ...]:
+    share = (use.state_bytes + use.scratch_bytes) / use.parameter_bytes
+    figures = (use.state_bytes, use.held_bytes, use.transient_bytes, use.scratch_bytes)
+    return (use.title, *map(size, figures), f"{share:.2f}×")

@@ -1,0 +1,155 @@
+"""The figures of `sinkgd bench step` as tables."""
+
+from sinkgd.lab.bench.quartiles import Quartiles
+from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.bench.step.records import StepRecord, TargetResult, Timing, WorkloadTiming
+from sinkgd.lab.report.quantities import NO_BREAK
+
+NOTHING = "–"
+_DIGITS = 3
+
+
+def target_sheet(record: StepRecord) -> Sheet:
+    """Make the table of the targets, those for which everything needed was measured."""
+    judged = [result for result in record.targets if result.measured is not None]
+    return Sheet(
+        title="Targets",
+        note=f"SinkGD with the backend {record.ours}. This run measured {len(judged)} of "
+        f"{len(record.targets)} targets.",
+        columns=("target", "measured", "target", "met", "stretch", "met"),
+        rows=tuple(
+            (
+                result.name,
+                _with_unit(result.measured, result),
+                _bound(result.target, result),
+                _yes_or_no(result.met),
+                _bound(result.stretch, result),
+                _yes_or_no(result.stretch_met),
+            )
+            for result in judged
+        ),
+    )
+
+
+def workload_sheet(workload: WorkloadTiming) -> Sheet:
+    """Make the table of one workload's timings, with those who are absent."""
+    best = next(b for b in workload.bandwidths if b.name == workload.bandwidth)
+    rate = best.bytes_per_second.median / 1e9
+    return Sheet(
+        title=f"{workload.workload}, {workload.dtype}",
+        note=f"{workload.title}: {workload.matrices:,} tensors, {workload.entries / 1e6:,.1f}M "
+        f"entries. Medians and quartiles. Floor: the passes over memory that the method cannot do "
+        f"without, at {rate:.1f} GB/s ({best.name}).",
+        columns=(
+            "optimizer",
+            "ms",
+            "quartiles",
+            "× AdamW",
+            "quartiles",
+            "× floor",
+            "turns",
+            *_small_columns(workload),
+        ),
+        rows=tuple(_timing_row(timing, workload) for timing in workload.timings),
+        absent=tuple((one.title, one.reason) for one in workload.absent),
+    )
+
+
+def bandwidth_sheet(record: StepRecord) -> Sheet:
+    """Make the table of every operation that was tried as a measure of bandwidth."""
+    return Sheet(
+        title="Bandwidth",
+        note="Operations that only pass over the matrices, in the same rounds; the fastest makes "
+        "the floors.",
+        columns=("workload, operation", "GB/s", "quartiles", "fastest"),
+        rows=tuple(
+            (
+                f"{workload.workload} {workload.dtype}: {candidate.name}",
+                f"{candidate.bytes_per_second.median / 1e9:.1f}",
+                _quartiles(candidate.bytes_per_second, 1e-9),
+                "yes" if candidate.name == workload.bandwidth else "",
+            )
+            for workload in record.workloads
+            for candidate in workload.bandwidths
+        ),
+    )
+
+
+def check_sheet(record: StepRecord) -> Sheet:
+    """Make the table of what is no timing of steps, and of what was skipped."""
+    rows = [
+        (
+            f"first call, {call.backend}",
+            f"{max(call.warm_seconds):.2f} s",
+            f"slowest of {len(call.warm_seconds)} processes; {call.cold_seconds:.2f} s with an "
+            "empty cache",
+        )
+        for call in record.first_calls
+    ]
+    rows += [
+        (
+            f"relative error, {row.backend}, {row.workload}",
+            f"{row.relative_error:.1e}",
+            f"of r·c in float32 against float64, L={row.iterations}",
+        )
+        for row in record.accuracies
+    ]
+    rows += [
+        (
+            f"scratch, {use.name}, {use.workload} {use.dtype}",
+            f"{use.scratch_bytes / 1024:,.0f} KiB",
+            f"of at most {use.limit_bytes / 1024:,.0f} KiB; {use.held_bytes / 1024:,.0f} KiB of it "
+            "kept",
+        )
+        for use in record.scratch
+    ]
+    return Sheet(
+        title="Besides",
+        note="",
+        columns=("figure", "value", "what it is"),
+        rows=tuple(rows),
+        absent=tuple((skipped.title, skipped.reason) for skipped in record.skipped),
+    )
+
+
+def _timing_row(timing: Timing, workload: WorkloadTiming) -> tuple[str, ...]:
+    small = 1e6 * timing.step_seconds.median / workload.matrices
+    return (
+        timing.title,
+        f"{1e3 * timing.step_seconds.median:,.2f}",
+        _quartiles(timing.step_seconds, 1e3),
+        f"{timing.of_adamw.median:.2f}",
+        _quartiles(timing.of_adamw, 1),
+        f"{timing.of_floor.median:.2f}" if timing.of_floor else NOTHING,
+        str(sum(turn is not None for turn in timing.seconds)),
+        *((f"{small:.1f}",) if _small_columns(workload) else ()),
+    )
+
+
+def _small_columns(workload: WorkloadTiming) -> tuple[str, ...]:
+    return ("µs a matrix",) if workload.workload == "many-small" else ()
+
+
+def _quartiles(spread: Quartiles, scale: float) -> str:
+    return "–".join(_three_digits(scale * value) for value in (spread.lower, spread.upper))
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _with_unit(value: float | None, result: TargetResult) -> str:
+    if value is None:
+        return NOTHING
+    number = f"{value:.{_DIGITS}g}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.1e}"
+    return f"{number}{NO_BREAK}{result.unit}" if result.unit else number
+
+
+def _bound(value: float | None, result: TargetResult) -> str:
+    if value is None:
+        return ""
+    return f"{'≥' if result.at_least else '≤'}{NO_BREAK}{_with_unit(value, result)}"
+
+
+def _yes_or_no(met: bool | None) -> str:
+    return "" if met is None else "yes" if met else "no"

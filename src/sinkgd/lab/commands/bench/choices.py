@@ -1,0 +1,80 @@
+"""Options of measurements: names with commas between, checked; counts; the device; the command."""
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from sinkgd.lab.train.config import ConfigError, Device
+from sinkgd.lab.train.config_file import nearest
+
+
+def chosen(option: str, value: str, allowed: Iterable[str]) -> tuple[str, ...]:
+    """Split an option's names and check them.
+
+    Args:
+        option: Its name, for the error.
+        value: Names with commas between, or ``all``.
+        allowed: The names there are.
+
+    Raises:
+        ConfigError: If a name is unknown, or there is none.
+    """
+    names = list(allowed)
+    if value == "all":
+        return tuple(names)
+    found = tuple(name for part in value.split(",") if (name := part.strip()))
+    if not found:
+        raise ConfigError(f"{option} is empty; give names of {', '.join(names)}")
+    for name in found:
+        if name not in names:
+            raise ConfigError(f"{option} is {name!r}; did you mean {nearest(name, names)!r}?")
+    return tuple(dict.fromkeys(found))
+
+
+def check_at_least_one(option: str, value: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ConfigError: If it is below.
+    """
+    if value < 1:
+        raise ConfigError(f"{option} is {value}; it must be at least 1")
+
+
+def check_positive(option: str, value: float) -> None:
+    """Refuse times that are not above 0.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not value > 0:
+        raise ConfigError(f"{option} is {value}; it must be above 0")
+
+
+def prepare_device(device: Device, threads: int | None) -> torch.device:
+    """Return the device to measure on, with so many CPU threads set.
+
+    Raises:
+        ConfigError: If CUDA was asked for and there is none, or ``threads`` is below 1.
+    """
+    if threads is not None:
+        check_at_least_one("threads", threads)
+        torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device here; use cpu or auto")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def command_of(measurement: str, options: Any) -> str:
+    """Return the shell command with these options, those that are not at their defaults."""
+    words = ["sinkgd", "bench", measurement]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            words += [f"--{field.name}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,80 @@
+"""`sinkgd bench kernels`: every backend over shapes and types, in bytes a second."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkgd.lab.commands.bench.choices import (
+    check_at_least_one,
+    check_positive,
+    chosen,
+    command_of,
+    prepare_device,
+)
+from sinkgd.lab.train.config import Device
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Time the two halves of a step, scales and update, of each backend over shapes and types.
+
+    Backends and streaming operations take turns on the same matrices, in an order that rotates.
+    Figures are bytes a second and the share of the fastest streaming operation in the same round.
+    Leave the machine alone meanwhile.
+
+    For example:
+      sinkgd bench kernels --out bench
+      sinkgd bench kernels --cases 1024x1024,2048x5461 --dtypes bfloat16
+    """
+
+    cases: str = "all"
+    """Shapes, names with commas between: 64x64 … 4096x4096, 5461x2048, 2048x5461, 32000x256,
+    256x32000, 1009x997, 2000 of 64x64, 16 of 512x512; or all."""
+
+    dtypes: str = "float32,bfloat16"
+    """Types of parameters and gradients, names with commas between."""
+
+    rounds: int = 15
+    """Turns of each operation on each case, a count; figures are medians over them."""
+
+    seconds: float = 1.0
+    """Longest time for an operation on a case; one that needs more has fewer turns, from 3."""
+
+    threads: int | None = None
+    """CPU threads; by default torch's choice, one a core."""
+
+    device: Device = "auto"
+    """Where: cpu, cuda, or auto (cuda where there is one)."""
+
+    out: Path | None = None
+    """Folder for kernels.json, with the seconds of every turn, and kernels.html."""
+
+    def run(self) -> int:
+        """Run the command; returns the exit code.
+
+        Raises:
+            ConfigError: If an option cannot be.
+        """
+        from rich.console import Console
+
+        from sinkgd.lab.bench.kernels import CASES, KernelsPlan, bench_kernels
+        from sinkgd.lab.bench.kernels.sheets import case_sheet
+        from sinkgd.lab.bench.page import kernels_page
+        from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.bench.turns import Pace
+        from sinkgd.lab.bench.workloads import DTYPES
+        from sinkgd.lab.commands.bench.output import write_measurement
+
+        check_at_least_one("rounds", self.rounds)
+        check_positive("seconds", self.seconds)
+        plan = KernelsPlan(
+            cases=chosen("cases", self.cases, CASES),
+            dtypes=chosen("dtypes", self.dtypes, DTYPES),
+            pace=Pace(self.rounds, self.seconds, shortest_turn=1e-3),
+            device=prepare_device(self.device, self.threads),
+            command=command_of("kernels", self),
+        )
+        console = Console()
+        record = bench_kernels(plan, lambda c: console.print(terminal_table(case_sheet(c)), "\n"))
+        if self.out is not None:
+            write_measurement(self.out, "kernels", record, kernels_page(record), console)
+        return 0

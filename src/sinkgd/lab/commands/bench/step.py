@@ -1,0 +1,93 @@
+"""`sinkgd bench step`: one optimizer step on real matrices, against AdamW and the floor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkgd.lab.commands.bench.choices import (
+    check_at_least_one,
+    check_positive,
+    chosen,
+    command_of,
+    prepare_device,
+)
+from sinkgd.lab.train.config import Device
+
+
+@dataclass(frozen=True)
+class Step:
+    """Time one optimizer step on the matrices of real models.
+
+    SinkGD with each backend, AdamW (fused, foreach), SGD, Muon and the public SinkGD loop, plain
+    and compiled, take turns on the same parameters and gradients, in an order that rotates. Each
+    is compared with fused AdamW in the same round, and with its floor: the passes over memory that
+    it cannot do without, at the bandwidth measured in the same rounds. The targets of SinkGD are
+    printed at the end. Leave the machine alone meanwhile.
+
+    For example:
+      sinkgd bench step --out bench
+      sinkgd bench step --workloads llama-60m,llama-1b-layer --dtypes float32 --rounds 31
+      sinkgd bench step --workloads llama-60m --contenders sinkgd-cpu,sgd-fused
+    """
+
+    workloads: str = "all"
+    """Names with commas between: llama-60m, llama-130m, llama-350m, llama-1b-layer, llama-1b,
+    llama-60m-hybrid (the whole model), many-small; first-call, accuracy, scratch; or all."""
+
+    dtypes: str = "float32,bfloat16"
+    """Types of parameters and gradients, names with commas between."""
+
+    contenders: str = "all"
+    """Optimizers beside fused AdamW, names with commas between, e.g. sinkgd-cpu, muon; or all."""
+
+    rounds: int = 15
+    """Turns of each optimizer on each workload, a count; figures are medians over them."""
+
+    seconds: float = 5.0
+    """Longest time for an optimizer on a workload; one that needs more has fewer turns, from 3."""
+
+    threads: int | None = None
+    """CPU threads; by default torch's choice, one a core."""
+
+    device: Device = "auto"
+    """Where: cpu, cuda, or auto (cuda where there is one)."""
+
+    out: Path | None = None
+    """Folder for step.json, with the seconds of every turn, and step.html."""
+
+    def run(self) -> int:
+        """Run the command; returns the exit code.
+
+        Raises:
+            ConfigError: If an option cannot be.
+        """
+        from rich.console import Console
+
+        from sinkgd.lab.bench.contenders import contenders
+        from sinkgd.lab.bench.page import step_page
+        from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.bench.step import CHECKS, Plan, bench_step
+        from sinkgd.lab.bench.step.sheets import check_sheet, target_sheet, workload_sheet
+        from sinkgd.lab.bench.turns import Pace
+        from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS
+        from sinkgd.lab.commands.bench.output import write_measurement
+
+        check_at_least_one("rounds", self.rounds)
+        check_positive("seconds", self.seconds)
+        device = prepare_device(self.device, self.threads)
+        everyone = dict.fromkeys(c.name for w in WORKLOADS.values() for c in contenders(w, device))
+        plan = Plan(
+            workloads=chosen("workloads", self.workloads, [*WORKLOADS, *CHECKS]),
+            dtypes=chosen("dtypes", self.dtypes, DTYPES),
+            contenders=chosen("contenders", self.contenders, everyone),
+            pace=Pace(self.rounds, self.seconds),
+            device=device,
+            command=command_of("step", self),
+        )
+        console = Console()
+        record = bench_step(plan, lambda w: console.print(terminal_table(workload_sheet(w)), "\n"))
+        for sheet in (check_sheet(record), target_sheet(record)):
+            if sheet.rows or sheet.absent:
+                console.print(terminal_table(sheet), "\n")
+        if self.out is not None:
+            write_measurement(self.out, "step", record, step_page(record), console)
+        return 0
