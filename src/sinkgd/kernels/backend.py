@@ -53,6 +53,13 @@ class Backend(Protocol):
         """
         ...
 
+    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return ``(len(tensors),)`` bool, on their device: whether each is finite throughout.
+
+        Of any shape but empty; no scratch, and no wait on a device.
+        """
+        ...
+
     def update_(
         self,
         params: Sequence[Tensor],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinkgd.kernels import registry
 from sinkgd.kernels.backend import Backend, Scales
+from sinkgd.kernels.eager import EagerBackend
 
 
 def select(name: str, device: torch.device) -> Backend:
@@ -53,6 +54,10 @@ class CompiledBackend:
         begin = [None] * len(grads) if starts is None else list(starts)
         found = scales(list(grads), num_iters, self.name, tol, begin)
         return [Scales(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
+
+    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return ``(len(tensors),)`` bool; the compiler can look into this one."""
+        return EagerBackend().are_finite(tensors)
 
     def update_(
         self,

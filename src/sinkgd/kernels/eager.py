@@ -45,6 +45,11 @@ class EagerBackend:
             for grad, start in zip(grads, begin, strict=True)
         ]
 
+    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
+        extremes = [torch.aminmax(x.detach()) for x in tensors]  # a NaN anywhere makes both NaN
+        return torch.stack([low.isfinite() & high.isfinite() for low, high in extremes])
+
     def update_(
         self,
         params: Sequence[Tensor],

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.cpu.form import DTYPES, Form, form_of
-from sinkgd.kernels.cpu.jobs import ScalesJob, UpdateJob
+from sinkgd.kernels.cpu.jobs import LookJob, ScalesJob, UpdateJob
 from sinkgd.kernels.cpu.team import torch_team
 from sinkgd.kernels.eager import EagerBackend, level_, sinkhorn
 from sinkgd.kernels.layout import aligned, dense, matrix_of
@@ -129,6 +129,21 @@ class CpuBackend:
                 allowed=None if allowed is None else [allowed[i] for i in others],
                 keys=None if keys is None else [keys[i] for i in others],
             )
+
+    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
+        flags = [True] * len(tensors)
+        job = LookJob()
+        looked: list[int] = []
+        for i, x in enumerate(tensors):
+            if type(x) in (Tensor, Parameter) and x.dtype in DTYPES and x.is_contiguous():
+                job.add(x.data_ptr(), x.numel(), DTYPES[x.dtype])
+                looked.append(i)
+            else:
+                flags[i] = bool(EagerBackend().are_finite([x]))
+        for i, finite in zip(looked, job.run(), strict=True):
+            flags[i] = finite
+        return torch.tensor(flags)
 
 
 def _readable(grad: Tensor) -> Tensor | None:

@@ -12,7 +12,15 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
-_SOURCES = ("instructions.py", "tables.py", "sweep.py", "solve.py", "step.py", "../rounding.py")
+_SOURCES = (
+    "instructions.py",
+    "tables.py",
+    "sweep.py",
+    "solve.py",
+    "step.py",
+    "look.py",
+    "../rounding.py",
+)
 
 
 @contextmanager

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from sinkgd.kernels.cpu.cache import kept_loops
 from sinkgd.kernels.cpu.form import Form
-from sinkgd.kernels.cpu.tables import FAILED, GRADIENT_FIELDS, HEADER_FIELDS, UPDATE_FIELDS
+from sinkgd.kernels.cpu.tables import (
+    BAD,
+    FAILED,
+    GRADIENT_FIELDS,
+    HEADER_FIELDS,
+    LOOK_FIELDS,
+    UPDATE_FIELDS,
+)
 from sinkgd.kernels.cpu.team import torch_team
 
 # Up to this many entries a matrix is given whole to one thread: its passes then cost less than the
@@ -121,6 +128,30 @@ class UpdateJob:
         _run(_loops()[1], header, workers if self.entries > ALONE else 1)
 
 
+class LookJob:
+    """A table of tensors to look for NaN and infinity in."""
+
+    def __init__(self) -> None:
+        self.table = array("q")
+        self.entries = 0
+
+    def add(self, address: int, entries: int, dtype: int) -> None:
+        """Add a tensor without gaps."""
+        self.table.extend((address, entries, dtype, 0))
+        self.entries += entries
+
+    def run(self) -> list[bool]:
+        """Look; say of each tensor, as added, whether all its entries are finite."""
+        count = len(self.table) // LOOK_FIELDS
+        if count == 0:
+            return []
+        workers = torch.get_num_threads()
+        table, _ = self.table.buffer_info()
+        header = array("q", (table, count, workers, 0))
+        _run(_loops()[2], header, workers if self.entries > ALONE else 1)
+        return [not bad for bad in self.table[BAD // 8 :: LOOK_FIELDS]]
+
+
 def _quotients(tol: float | None) -> tuple[float, float]:
     """The least and the largest quotient of squared scales that count as no movement."""
     return (0.0, 0.0) if tol is None else (max(0.0, 1 - tol) ** 2, (1 + tol) ** 2)
@@ -142,9 +173,10 @@ def _scratch(size: int) -> int:
 
 
 @cache
-def _loops() -> tuple[int, int]:
-    """Return the addresses of `find_scales` and `take_steps`, compiled or read from the cache."""
+def _loops() -> tuple[int, int, int]:
+    """Return the addresses of the jobs' functions, compiled or read from the cache."""
     with kept_loops():
         solve = import_module("sinkgd.kernels.cpu.solve")
         step = import_module("sinkgd.kernels.cpu.step")
-    return solve.find_scales.address, step.take_steps.address
+        look = import_module("sinkgd.kernels.cpu.look")
+    return solve.find_scales.address, step.take_steps.address, look.find_bad.address

@@ -17,6 +17,9 @@ GRADIENT_FIELDS = 10
     0, 120, 8
 )
 UPDATE_FIELDS = 15
+# A tensor X to look through, without gaps. BAD is written by the loops.
+(X, ENTRIES, XDTYPE, BAD) = range(0, 32, 8)
+LOOK_FIELDS = 4
 # The header of a job. NEXT: the next entry to claim. NUMBERS: the address of doubles, for scales
 # the least and the largest quotient of squared scales that count as no movement, for updates the
 # factors of parameter and update.

@@ -7,8 +7,9 @@ whether any gradient is non-finite, and only then `Step.write` changes the param
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+from sinkgd import kernels
 
 Group = dict[str, Any]
 
@@ -77,12 +78,5 @@ def descent(group: Group) -> float | Tensor:
 
 
 def are_finite(grads: Sequence[Tensor]) -> Tensor:
-    """Return ``(len(grads),)`` bool: whether every entry of each is finite. No scratch."""
-    if grads[0].device.type == "cpu":
-        # Lengths are the fastest thing that a bad entry shows in; they may also overflow.
-        lengths = torch.stack([length.double() for length in torch._foreach_norm(list(grads))])
-        flags = lengths.isfinite()
-        if bool(flags.all()):
-            return flags
-    extremes = [torch.aminmax(grad.detach()) for grad in grads]  # a NaN anywhere makes both NaN
-    return torch.stack([low.isfinite() & high.isfinite() for low, high in extremes])
+    """Return ``(len(grads),)`` bool: whether every entry of each is finite."""
+    return kernels.select("auto", grads[0].device).are_finite(grads)
