@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from reference import newton_schulz, polar_factor
 from sinkgd.newton_schulz import orthogonalize
@@ -36,7 +37,7 @@ def test_the_limit_has_orthonormal_rows_or_columns(shape):
 
 
 @shapes
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 9])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 6, 9, 11])
 def test_each_step_is_one_of_the_iteration_on_the_singular_values(shape, num_steps):
     x = normal(shape)
     assert_close(orthogonalize(x, num_steps), newton_schulz(x, num_steps), rtol=0, atol=1e-12)
@@ -83,15 +84,17 @@ def test_the_size_of_the_matrix_does_not_matter(dtype, exponent):
     assert_close(orthogonalize(2.0**exponent * x), orthogonalize(x), rtol=1e-6, atol=1e-7)
 
 
-def test_float32_follows_the_exact_iteration():
-    x = normal((24, 40)).float()
+@pytest.mark.parametrize("shape", [(24, 40), (24, 64), (64, 24)], ids=str)
+def test_float32_follows_the_exact_iteration(shape):
+    x = normal(shape).float()
     # a dozen products of 1e-7 rounding each, on singular values up to 1
     assert_close(orthogonalize(x, 12).double(), newton_schulz(x, 12), rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("columns", [12, 24])
 @pytest.mark.parametrize("num_steps", [5, 40])
-def test_a_singular_matrix_keeps_its_null_space(num_steps):
-    x = normal((8, 3)) @ normal((3, 12), seed=1)
+def test_a_singular_matrix_keeps_its_null_space(num_steps, columns):
+    x = normal((8, 3)) @ normal((3, columns), seed=1)
     result = orthogonalize(x, num_steps)
     values = torch.linalg.svdvals(result)
     # rounding, 1e-16 of the matrix, may have grown by 1.5 a step
@@ -112,6 +115,15 @@ def test_each_matrix_of_a_batch_is_treated_alone(shape):
     x[0, 1], x[1, 0] = 0, 1e12 * x[1, 0]
     one_by_one = torch.stack([orthogonalize(matrix) for matrix in x.flatten(0, 1)])
     assert_close(orthogonalize(x), one_by_one.view_as(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (8, 16), (16, 8), (4, 100)], ids=str)
+def test_the_cost_is_that_of_the_cheaper_way(shape):
+    k, length = min(shape), max(shape)
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(normal(shape), 5)
+    on_matrix, on_gram = 5 * 4 * k**2 * length, 24 * k**3 + 4 * k**2 * length
+    assert counter.get_total_flops() == min(on_matrix, on_gram)
 
 
 def test_the_matrix_is_only_read_and_its_type_kept():

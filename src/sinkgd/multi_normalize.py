@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.norms import Norm
+from sinkgd.newton_schulz import matrix_buffer
+from sinkgd.norms import Norm, is_built_in
 
 
 def multi_normalize(
@@ -26,7 +27,8 @@ def multi_normalize(
     With ``[RowNorm(), ColumnNorm()]`` this is `sr_sinkhorn`, by the general and slower way.
 
     Args:
-        grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified.
+        grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified, and not
+            differentiated.
         norms: The norms g₁ … g_K, in the order of their projections.
         num_iters: Iterations L, at least 1.
         tol: Stop as soon as every residual of every matrix is at most ``tol``. Measuring it costs a
@@ -34,7 +36,8 @@ def multi_normalize(
 
     Returns:
         The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if
-        ``grad`` is. Its root-mean-square is 1. Needs about two matrices of scratch.
+        ``grad`` is. Its root-mean-square is 1. Needs one matrix of scratch beside the result, two
+        with a `SpectralNorm`, and what the norms of your own need.
 
     Raises:
         TypeError: If ``grad`` is complex, integer or sparse.
@@ -57,13 +60,49 @@ def multi_normalize(
     if not norms:
         raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
     check_tol(tol)
-    x = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    x = grad.detach()
+    if grad.dtype != wide:
+        x = matrix_buffer(x, wide).copy_(x)
+    return take_turns(x, norms, num_iters, tol=tol, own=grad.dtype != wide).to(grad.dtype)
+
+
+def take_turns(
+    x: Tensor,
+    norms: Sequence[Norm],
+    num_iters: int,
+    *,
+    tol: float | None = None,
+    own: bool = False,
+) -> Tensor:
+    """Run `multi_normalize` on checked arguments.
+
+    Args:
+        x: ``(..., m, n)``, float32 or float64.
+        norms: As there.
+        num_iters: As there.
+        tol: As there.
+        own: Whether ``x`` is a `matrix_buffer` that may be used up; otherwise it is only read.
+
+    Returns:
+        The update, ``(..., m, n)``. A norm that is not built in may return its argument, and so
+        the update may be ``x`` itself.
+    """
+    result = x if own else None
+    spare: Tensor | None = None
     for _ in range(num_iters):
         for norm in norms:
-            x = norm.project(x)
+            if is_built_in(norm) and x.numel() > 0:
+                result = matrix_buffer(x) if result is None else result
+                spare = matrix_buffer(result) if spare is None else spare
+                x, spare = norm.project_into(x, result, spare)
+                result = x
+            else:
+                x = norm.project(x)
+                result = spare = None  # it may keep what it was given, or what it returned
         if tol is not None and all(bool((r <= tol).all()) for r in residuals(x, norms)):
             break
-    return x.to(grad.dtype)
+    return x
 
 
 def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
@@ -84,8 +123,12 @@ def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
         (tensor(0.2611), tensor(0.))
     """
     check_matrix("residuals", x)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return tuple((x - norm.project(x)).square().mean(dim=(-2, -1)).sqrt() for norm in norms)
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return tuple(_root_mean_square_(norm.project(x) - x) for norm in norms)
+
+
+def _root_mean_square_(x: Tensor) -> Tensor:
+    return x.square_().mean(dim=(-2, -1)).sqrt_()
 
 
 def check_matrix(function: str, grad: Tensor) -> None:

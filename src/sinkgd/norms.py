@@ -12,24 +12,38 @@ Shapes, everywhere in this file:
 
 A zero row, column or matrix has no direction and stays zero; NaN and infinity come out as NaN.
 Projections compute in the dtype they are given; `multi_normalize` hands them float32 or float64.
+They need one matrix of scratch beside the result, the spectral norm two, and no gradient flows
+through them.
 
 References:
     Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
     sections 3.1 and 3.2. https://arxiv.org/abs/2502.06742
 """
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sinkgd.newton_schulz import orthogonalize
+from sinkgd.newton_schulz import (
+    largest_entry,
+    matrix_buffer,
+    or_one,
+    orthogonalize_into,
+    sum_of_matrix,
+)
 
 
 @runtime_checkable
 class Norm(Protocol):
     """What `multi_normalize` needs of a norm; any class with this method is one.
+
+    The optimizers stack matrices of one shape and project them together, so a norm treats leading
+    dimensions as independent matrices: ``project(x)[i]`` is ``project(x[i])``. Count dimensions
+    from the end: ``dim=-1`` is along a row, ``dim=1`` is not.
 
     Example:
         >>> class HeadNorm:
@@ -43,12 +57,35 @@ class Norm(Protocol):
     """
 
     def project(self, x: Tensor) -> Tensor:
-        """Map ``(..., m, n)`` to the same shape, with Frobenius norm √(mn)."""
+        """Map each matrix of ``(..., m, n)``, which is only read, to one of length √(mn)."""
         ...
 
 
+class _BuiltIn(ABC):
+    """A norm that can project in memory it is given."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Project each matrix of ``(..., m, n)``, which is only read."""
+        if x.numel() == 0:
+            return x.clone()
+        return self.project_into(x.detach(), matrix_buffer(x), matrix_buffer(x))[0]
+
+    @abstractmethod
+    def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Project ``x`` in the memory of ``result`` and ``spare``, which is used up.
+
+        Args:
+            x: ``(..., m, n)``, not empty. It may be ``result``; otherwise it is only read.
+            result: A `matrix_buffer` of ``x``.
+            spare: Another one, in the same order of memory.
+
+        Returns:
+            The two buffers, the one with the result first.
+        """
+
+
 @dataclass(frozen=True)
-class RowNorm:
+class RowNorm(_BuiltIn):
     r"""Rows of length √n: :math:`P(x) = \sqrt{n}\, Q(x)^{-1} x`, Q the diagonal of row lengths.
 
     Example:
@@ -57,40 +94,43 @@ class RowNorm:
                 [0.0000, 1.4142]])
     """
 
-    def project(self, x: Tensor) -> Tensor:
-        """Scale every row of ``(..., m, n)`` to length √n."""
-        return _scaled_to_length(x, x.shape[-1] ** 0.5, dim=(-1,))
+    def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale every row to length √n."""
+        return _scale(x, (-1,), result, spare)
 
 
 @dataclass(frozen=True)
-class ColumnNorm:
+class ColumnNorm(_BuiltIn):
     r"""Columns of length √m: :math:`P(x) = \sqrt{m}\, x R(x)^{-1}`, R the column lengths."""
 
-    def project(self, x: Tensor) -> Tensor:
-        """Scale every column of ``(..., m, n)`` to length √m."""
-        return _scaled_to_length(x, x.shape[-2] ** 0.5, dim=(-2,))
+    def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale every column to length √m."""
+        return _scale(x, (-2,), result, spare)
 
 
 @dataclass(frozen=True)
-class FrobeniusNorm:
+class FrobeniusNorm(_BuiltIn):
     r"""The whole matrix to length √(mn): :math:`P(x) = \sqrt{mn}\, x / \lVert x \rVert_F`."""
 
-    def project(self, x: Tensor) -> Tensor:
-        """Scale ``(..., m, n)`` to root-mean-square 1."""
-        return _scaled_to_length(x, (x.shape[-2] * x.shape[-1]) ** 0.5, dim=(-2, -1))
+    def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale every matrix to root-mean-square 1."""
+        return _scale(x, (-2, -1), result, spare)
 
 
 @dataclass(frozen=True)
-class SignNorm:
+class SignNorm(_BuiltIn):
     r"""Entries of size 1: :math:`P(x) = \operatorname{sign}(x)`, of length √(mn) without zeros."""
 
-    def project(self, x: Tensor) -> Tensor:
-        """Replace every entry of ``(..., m, n)`` by its sign."""
-        return torch.where(x.isfinite(), x.sign(), torch.nan)
+    def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace every entry by its sign."""
+        torch.sign(x, out=spare)
+        torch.mul(x, 0, out=result)  # NaN where x is not finite, and 0 elsewhere
+        result += spare
+        return result, spare
 
 
 @dataclass(frozen=True)
-class SpectralNorm:
+class SpectralNorm(_BuiltIn):
     r"""Equal singular values: :math:`P(x) = \sqrt{\max(m, n)}\, U V^\top` for x = USVᵀ.
 
     The polar factor comes from `orthogonalize`, on the shorter side of the matrix, and the result
@@ -107,17 +147,30 @@ class SpectralNorm:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
-    def project(self, x: Tensor) -> Tensor:
-        """Whiten ``(..., m, n)``."""
-        return FrobeniusNorm().project(orthogonalize(x, self.num_steps))
+    def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Whiten every matrix."""
+        result, spare = orthogonalize_into(x, self.num_steps, result, spare)
+        # The largest singular value is at least m^(-1/4): no square that counts is out of range.
+        _stretch(result, (-2, -1), spare)
+        return result, spare
 
 
-def _scaled_to_length(x: Tensor, length: float, dim: tuple[int, ...]) -> Tensor:
-    if x.numel() == 0:
-        return x.clone()
+def is_built_in(norm: Norm) -> TypeGuard[_BuiltIn]:
+    """Whether ``norm`` can `project_into` memory; a subclass may have its own ``project``."""
+    return type(norm) in (RowNorm, ColumnNorm, FrobeniusNorm, SignNorm, SpectralNorm)
+
+
+def _scale(x: Tensor, dim: tuple[int, ...], result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
     # Dividing by the largest entry first keeps the squares in range from 1e-38 to 1e+38.
-    peak = x.abs().amax(dim=dim, keepdim=True)
-    shrunk = x / torch.where(peak == 0, 1, peak)
+    torch.div(x, or_one(largest_entry(x, dim)), out=result)
+    _stretch(result, dim, spare)
+    return result, spare
+
+
+def _stretch(x: Tensor, dim: tuple[int, ...], spare: Tensor) -> None:
+    """Scale ``x`` in place to root-mean-square 1 along ``dim``."""
     # On a CPU this sum is tens of times faster than vector_norm along the rows.
-    squared_length = shrunk.square().sum(dim=dim, keepdim=True)
-    return shrunk * (length / torch.where(squared_length == 0, 1, squared_length).sqrt())
+    squares = torch.mul(x, x, out=spare)
+    total = sum_of_matrix(squares) if len(dim) > 1 else squares.sum(dim=dim, keepdim=True)
+    size = math.prod(x.shape[axis] for axis in dim)
+    x *= size**0.5 / or_one(total).sqrt_()

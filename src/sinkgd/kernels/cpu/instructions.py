@@ -282,6 +282,20 @@ def prefetch(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def anew(typing: Any, number: Any) -> Any:
+    """The same number, from a register that the compiler believes was changed.
+
+    What is computed from it is computed again each time around a loop, where it would otherwise be
+    kept: eight rows a ``ld`` apart then need a few multiples of ``ld``, not a register each.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.asm(ir.FunctionType(_I64, [_I64]), "", "=r,0", args, side_effect=True)
+
+    return int64(int64), generate
+
+
+@intrinsic
 def claim(typing: Any, address: Any) -> Any:
     """Add one to a counter that all threads share, and return what it was."""
 

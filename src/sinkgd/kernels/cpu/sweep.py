@@ -12,6 +12,7 @@ from numba import float32, int16, int64
 from sinkgd.kernels.cpu import tables as t
 from sinkgd.kernels.cpu.instructions import (
     LANES,
+    anew,
     any_below,
     compiled,
     get_float,
@@ -162,14 +163,14 @@ def _both_sums(dtype, size, g, ld, Q, u, sums, v, step, ahead):
     r0, r1, r2, r3, r4, r5, r6, r7 = _eight(u)
     a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = splat(float32(0))
     for j in range(0, full, LANES):
-        at = g + j * size
-        _gather(dtype, at, ld, sums + 4 * j, None, r0, r1, r2, r3, r4, r5, r6, r7)
+        at, apart = g + j * size, anew(ld)
+        _gather(dtype, at, apart, sums + 4 * j, None, r0, r1, r2, r3, r4, r5, r6, r7)
         at += step
         c = load(float32(0), v + 4 * j, None)
         a0, a1, a2, a3, a4, a5, a6, a7 = _weigh(
-            dtype, at, ld, c, None, a0, a1, a2, a3, a4, a5, a6, a7
+            dtype, at, apart, c, None, a0, a1, a2, a3, a4, a5, a6, a7
         )
-        _fetch(ahead + j * size, ld)
+        _fetch(ahead + j * size, apart)
     if full < Q:
         at = g + full * size
         _gather(dtype, at, ld, sums + 4 * full, Q - full, r0, r1, r2, r3, r4, r5, r6, r7)

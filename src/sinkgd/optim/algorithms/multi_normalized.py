@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels.eager import descend_
-from sinkgd.multi_normalize import check_num_iters, multi_normalize
+from sinkgd.multi_normalize import check_num_iters, take_turns
 from sinkgd.norms import Norm, RowNorm, SpectralNorm
+from sinkgd.optim.algorithms.batches import Piece, batches, stacked
 from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite, decay, descent
-from sinkgd.optim.algorithms.layout import check_layout, matrices
+from sinkgd.optim.algorithms.layout import check_layout
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 
 
 @dataclass(frozen=True)
 class MultiNormalized:
-    """Project on each norm in turn; needs about two matrices of scratch, one parameter at a time.
+    """Project on each norm in turn, all matrices of one shape together, as far as `batches` allows.
 
     Args:
         options: The group options, with their defaults.
@@ -45,7 +46,7 @@ class MultiNormalized:
         check_rounding(name, param, group)
 
     def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_Step":
-        """Check the gradients; each is normalized when it is written, so one at a time."""
+        """Check the gradients; batches are normalized one by one, as they are written."""
         return _Step(slots, group, self.norms(group), context)
 
 
@@ -57,26 +58,38 @@ class _Step:
         self.finite = are_finite([slot.grad for slot in slots])
 
     def write(self, allowed: Tensor | None) -> None:
-        layout, split = self.group["layout"], self.group["split"]
         keys = draw_keys(self.slots, self.group)
-        for i, slot in enumerate(self.slots):
-            entries = 0  # places of the random bits are counted over all parts of a parameter
-            for param, grad in matrices(slot.param, slot.grad, layout=layout, split=split):
-                descend_(
-                    param,
-                    self._update(grad),
-                    keep=decay(self.group),
-                    step=descent(self.group),
-                    allowed=None if allowed is None else allowed[i],
-                    key=None if keys is None else keys[i] + entries,
-                )
-                entries += param.numel()
+        for batch in batches(self.slots, layout=self.group["layout"], split=self.group["split"]):
+            self._descend(batch, allowed, keys)  # which lets go of its scratch
 
-    def _update(self, grad: Tensor) -> Tensor:
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    def _descend(
+        self, batch: Sequence[Piece], allowed: Tensor | None, keys: Sequence[Tensor] | None
+    ) -> None:
+        updates = self._update([piece.grad for piece in batch])
+        parts = torch.split(updates, [len(piece.grad) for piece in batch])
+        for piece, update in zip(batch, parts, strict=True):
+            descend_(
+                piece.param,
+                update,
+                keep=decay(self.group),
+                step=descent(self.group),
+                allowed=None if allowed is None else allowed[piece.slot],
+                key=None if keys is None else keys[piece.slot] + piece.first_entry,
+            )
+
+    def _update(self, grads: Sequence[Tensor]) -> Tensor:
+        stack, own = stacked(grads)
         if self.context.loss_scale is not None:
-            wide = wide / self.context.loss_scale  # a norm of the user's may depend on the scale
-        return multi_normalize(wide, self.norms, self.group["num_iters"])
+            # A norm of the user's may depend on the scale.
+            stack = torch.div(stack, self.context.loss_scale, out=stack if own else None)
+        update = take_turns(stack, self.norms, self.group["num_iters"], own=own)
+        if not own and _share_memory(update, stack):  # `descend_` writes to it
+            return update.clone()
+        return update
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 MNGD = MultiNormalized(
