@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 POLICIES = ("raise", "skip")
 
@@ -43,7 +44,7 @@ class NonFiniteGuard:
             self._in_flight.append(_FlagsUnderWay(names, flags, policy))
         return False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # as torch.compiler.disable, which would import the compiler at once
     def settle(self) -> None:
         """Read the flags of the step before, which a device has long since computed.
 
