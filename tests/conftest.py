@@ -1,10 +1,72 @@
 """What tests of every layer share: the backends, each in its turn."""
 
+import importlib
+import math
+import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from sinkgd.kernels import BACKENDS, registry
+from sinkgd.kernels.triton import launch
+
+LARGE = 1 << 15  # entries: many programs
+# Hundreds of iterations.
+LONG = ("test_both_norms_hold_at_the_fixed_point", "test_the_fixed_point_stays")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave repetitions out of triton's interpreter, which is slow; every claim is tested there."""
+    slow = {item for item in items if isinstance(item, pytest.Function) and _repeats(item)}
+    if slow:
+        config.hook.pytest_deselected(items=list(slow))
+        items[:] = [item for item in items if item not in slow]
+
+
+def _repeats(item: pytest.Function) -> bool:
+    """Whether a large matrix or a long run is tried with more than the first of its variations."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return False
+    if "triton" not in (callspec.params.get("backend"), callspec.params.get("every_backend")):
+        return False
+    variations = dict(callspec.indices)
+    long = item.originalname in LONG
+    for name in ("backend", "every_backend", "threads", *(() if long else ("shape",))):
+        variations.pop(name, None)
+    layout = variations.pop("layout", 0)  # contiguous, turned, ..., and one that is copied
+    others = any(variations.values())
+    if long or math.prod(callspec.params.get("shape", ())) > LARGE:
+        return others or layout > 1
+    return others and layout > 3
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[None]:
+    """Run the kernels of the backend ``triton`` on CPU tensors, in triton's interpreter.
+
+    They are imported anew, as triton decides then; in this process they are no longer compiled.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for module, import_anew in (("loops", launch.loops), ("step", launch.step)):
+            sys.modules.pop(f"sinkgd.kernels.triton.{module}", None)
+            import_anew.cache_clear()
+            import_anew()
+    started = launch.launch
+
+    def start(*args: object, **options: object) -> None:
+        with np.errstate(all="ignore"):  # the interpreter's numbers are numpy's, which warns of NaN
+            started(*args, **options)
+
+    runtime = importlib.import_module("triton.runtime.interpreter")
+    with pytest.MonkeyPatch.context() as patch:
+        # A third of its time goes into looking for sums that overflow; a test of the result knows.
+        options = runtime.InterpreterOptions(sanitize_overflow=False)
+        patch.setattr(runtime.interpreter_builder, "options", options)
+        patch.setattr(launch, "launch", start)
+        yield
 
 
 @pytest.fixture(scope="module", params=[backend.name for backend in BACKENDS])
@@ -13,7 +75,10 @@ def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     first = next(backend for backend in BACKENDS if backend.name == request.param)
     if (reason := first.missing()) is not None:
         pytest.skip(f"backend {first.name!r}: {reason}")
+    if first.name == "triton":
+        request.getfixturevalue("interpreter")
     others = tuple(backend for backend in BACKENDS if backend is not first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "BACKENDS", (first, *others))
+        patch.setattr(registry, "BY_NAME_ALONE", frozenset())
         yield first.name

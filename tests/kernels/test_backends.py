@@ -2,6 +2,7 @@
 
 import importlib.util
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch.testing import assert_close
 
 from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd import kernels, sr_sinkhorn
-from sinkgd.kernels import BACKENDS, registry
+from sinkgd.kernels import BACKENDS, Scales, registry
 from sinkgd.kernels.cpu import CpuBackend, jobs
+from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 
 # primes, one row, one column, narrow, a whole vector of 16, more than one, shared by the threads
 SHAPES = [(37, 53), (1, 19), (19, 1), (1, 1), (7, 3), (8, 16), (64, 48), (263, 257), (257, 263)]
@@ -22,11 +24,24 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}"
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@pytest.fixture(params=[backend.name for backend in BACKENDS])
+def pytest_generate_tests(metafunc):
+    """Each backend in its turn; by two numbers of threads, where it has threads."""
+    names = [backend.name for backend in BACKENDS]
+    if "threads" in metafunc.fixturenames:
+        counts = {"triton": (1,)}
+        runs = [(name, count) for name in names for count in counts.get(name, (1, 2))]
+        metafunc.parametrize(("backend", "threads"), runs, indirect=True)
+    elif "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
 def backend(request):
     found = next(backend for backend in BACKENDS if backend.name == request.param)
     if (reason := found.missing()) is not None:
         pytest.skip(f"backend {found.name!r}: {reason}")
+    if found.name == "triton":
+        request.getfixturevalue("interpreter")
     return found
 
 
@@ -40,7 +55,7 @@ def poison(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[1, 2], ids=lambda count: f"{count}-threads")
+@pytest.fixture
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -89,7 +104,7 @@ def same_bits(one, other):
 
 
 def test_the_table_holds_every_backend():
-    assert [backend.name for backend in BACKENDS] == ["cpu", "eager"]
+    assert [backend.name for backend in BACKENDS] == ["cpu", "triton", "eager"]
 
 
 class TestScales:
@@ -185,18 +200,22 @@ def update32(grad, scales):
     return scales.row * grad * scales.col
 
 
-MIX = [(shape, dtype) for shape in [(37, 53), (263, 257), (3, 20, 30)] for dtype in DTYPES]
+def mix(backend):
+    """Shapes and types; the largest has many parts in every backend."""
+    large = (140, 133) if backend.name == "triton" else (263, 257)
+    return [(shape, dtype) for shape in [(37, 53), large, (3, 20, 30)] for dtype in DTYPES]
 
 
 class TestDeterminism:
     def test_the_same_gradients_give_the_same_bits_whatever_ran_before(self, backend, threads):
-        grads = [normal(shape, dtype=dtype) for shape, dtype in MIX]
+        grads = [normal(shape, dtype=dtype) for shape, dtype in mix(backend)]
         first = backend.scales(grads, 5)
-        backend.scales([normal((999, 801), seed=3), torch.full((40, 50), torch.nan)], 2)
+        other = normal((199, 301) if backend.name == "triton" else (999, 801), seed=3)
+        backend.scales([other, torch.full((40, 50), torch.nan)], 2)
         assert same_bits(backend.scales(grads, 5), first)
 
     def test_a_matrix_has_the_same_bits_in_any_list(self, backend, threads):
-        grads = [normal(shape, dtype=dtype) for shape, dtype in MIX]
+        grads = [normal(shape, dtype=dtype) for shape, dtype in mix(backend)]
         together = backend.scales(grads, 5)
         alone = [backend.scales([grad], 5)[0] for grad in grads]
         assert same_bits(together, alone)
@@ -208,7 +227,8 @@ class TestDeterminism:
             assert same_bits(backend.scales([grad], 5), wide)
 
     def test_several_python_threads_do_not_disturb_each_other(self, backend):
-        grads = [[normal((263, 257), seed=4 * i + k) for k in range(2)] for i in range(4)]
+        shape = (37, 53) if backend.name == "triton" else (263, 257)  # one at a time there
+        grads = [[normal(shape, seed=4 * i + k) for k in range(2)] for i in range(4)]
         expected = [backend.scales(pair, 5) for pair in grads]
         found = [[] for _ in grads]
 
@@ -269,16 +289,16 @@ class TestUpdate:
             wide = narrow.float()
 
     def test_only_what_is_allowed_changes(self, backend, threads):
-        params = [normal(shape, 1, dtype) for shape, dtype in MIX]
-        grads = [normal(shape, 2, dtype) for shape, dtype in MIX]
+        params = [normal(shape, 1, dtype) for shape, dtype in mix(backend)]
+        grads = [normal(shape, 2, dtype) for shape, dtype in mix(backend)]
         before = [param.clone() for param in params]
-        allowed = [torch.tensor(i % 2 == 0) for i in range(len(MIX))]
-        for i in range(1, len(MIX), 2):
+        allowed = [torch.tensor(i % 2 == 0) for i in range(len(params))]
+        for i in range(1, len(params), 2):
             grads[i][..., 0, 0] = torch.nan
         scales = backend.scales(grads, 5)
         backend.update_(params, grads, scales, keep=0.9, step=-0.1, allowed=allowed)
         unchanged = [torch.equal(*pair) for pair in zip(params, before, strict=True)]
-        assert unchanged == [i % 2 == 1 for i in range(len(MIX))]
+        assert unchanged == [i % 2 == 1 for i in range(len(params))]
         assert all(param.isfinite().all() for param in params)
 
     def test_numbers_may_be_tensors(self, backend):
@@ -300,6 +320,245 @@ class TestUpdate:
             squares.backward()
 
 
+def heavy_tailed(shape, seed=0):
+    """Rows that keep moving for tens of iterations."""
+    return normal(shape, seed) ** 5
+
+
+def row_scales(grad, num_iters):
+    """r after each iteration, in float64."""
+    S = grad.double() ** 2
+    m, n = S.shape
+    c2, found = torch.ones(n, dtype=torch.float64), []
+    for _ in range(num_iters):
+        r2 = n / (S @ c2)
+        c2 = m / (S.mT @ r2)
+        found.append(r2.sqrt())
+    return found
+
+
+def movements(grad, num_iters):
+    """How far a row moves at most in each iteration from the second on, relatively."""
+    scales = row_scales(grad, num_iters)
+    return [float((after / before - 1).abs().max()) for before, after in pairwise(scales)]
+
+
+class TestTolerance:
+    @pytest.mark.parametrize("stop", [2, 3, 6])
+    @pytest.mark.parametrize("shape", [(37, 53), (19, 7), (140, 133)], ids=str)
+    @pytest.mark.parametrize("layout", [torch.clone, turned], ids=["contiguous", "turned"])
+    def test_a_matrix_is_left_when_no_row_moves_by_more(self, backend, stop, shape, layout):
+        grad = heavy_tailed(shape)
+        moves = movements(grad, stop + 1)
+        assert sorted(moves, reverse=True) == moves
+        assert moves[-1] > 1e-4  # so that one iteration more or less is seen
+        before = moves[stop - 3] if stop > 2 else 4 * moves[0]
+        tol = (before * moves[stop - 2]) ** 0.5
+        grad = layout(grad)
+        scales = backend.scales([grad], 12, tol=tol)[0]
+        assert_close(update_of(grad, scales), expected_update(grad, stop), rtol=1e-5, atol=0)
+        assert same_bits([scales], backend.scales([grad], stop))
+
+    def test_a_row_that_shrinks_and_one_that_grows_count_alike(self, backend):
+        grad = heavy_tailed((37, 53))
+        first, second = row_scales(grad, 2)
+        ratio = second / first
+        shrinks, grows = float(1 - ratio.min()), float(ratio.max() - 1)
+        for tol in (max(shrinks, grows) * 1.01, max(shrinks, grows) * 0.99):
+            stop = 2 if tol > max(shrinks, grows) else 3
+            scales = backend.scales([grad], 3, tol=tol)
+            assert same_bits(scales, backend.scales([grad], stop))
+
+    @pytest.mark.parametrize("shape", [(37, 53), (3, 20, 30)], ids=str)
+    def test_a_tolerance_of_zero_changes_nothing(self, backend, shape):
+        grad = heavy_tailed(shape)
+        assert same_bits(backend.scales([grad], 6, tol=0.0), backend.scales([grad], 6))
+
+    def test_each_matrix_of_a_batch_and_of_a_list_is_left_in_its_turn(self, backend):
+        quick, slow = normal((20, 30)), heavy_tailed((20, 30))
+        tol = movements(slow, 4)[-1] * 1.01
+        alone = [backend.scales([grad], 12, tol=tol)[0] for grad in (quick, slow)]
+        assert not same_bits([alone[0]], backend.scales([quick], 12))
+        assert same_bits([alone[1]], backend.scales([slow], 4))
+        assert same_bits(backend.scales([quick, slow], 12, tol=tol), alone)
+        batch = torch.stack([slow, quick, slow])
+        row, col = backend.scales([batch], 12, tol=tol)[0]
+        for i, scales in enumerate([alone[1], alone[0], alone[1]]):
+            expected = update_of(batch[i], scales)
+            assert_close(
+                batch[i].double() * row[i].double() * col[i].double(), expected, rtol=1e-5, atol=0
+            )
+
+    def test_what_is_bad_or_zero_keeps_no_other_waiting(self, backend):
+        bad, good = normal((20, 30)), heavy_tailed((20, 30))
+        bad[3, 4] = torch.nan
+        tol = movements(good, 4)[-1] * 1.01
+        found = backend.scales([bad, torch.zeros(5, 7), good], 12, tol=tol)
+        assert not found[0].col.isfinite().any()
+        assert found[1].row.eq(0).all()
+        assert found[1].col.eq(0).all()
+        assert same_bits(found[2:], backend.scales([good], 4))
+
+    def test_one_iteration_is_never_cut_short(self, backend):
+        grad = normal((20, 30))
+        assert same_bits(backend.scales([grad], 1, tol=1.0), backend.scales([grad], 1))
+        assert same_bits(backend.scales([grad], 9, tol=9.0), backend.scales([grad], 2))
+
+
+def fixed_point(grad):
+    """The update that no iteration changes, and its column scales with a largest of 1."""
+    S = grad.double() ** 2
+    m, n = S.shape
+    c2 = S.new_ones(n)
+    for _ in range(3000):
+        r2 = n / (S @ c2)
+        c2 = m / (S.mT @ r2)
+    col = c2.sqrt()
+    return r2.sqrt()[:, None] * grad.double() * col, (col / col.max()).to(torch.float32)[None, :]
+
+
+class TestStarts:
+    @layouts
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(37, 53), (140, 33)], ids=str)
+    def test_one_iteration_from_the_fixed_point_is_there(self, backend, dtype, shape, layout):
+        grad = layout((normal(shape) ** 3).to(dtype))
+        expected, start = fixed_point(grad)
+        scales = backend.scales([grad], 1, starts=[start])[0]
+        assert_close(update_of(grad, scales), expected, rtol=1e-5, atol=0)
+        far = backend.scales([grad], 1)[0]
+        assert not torch.isclose(update_of(grad, far), expected, rtol=1e-2, atol=0).all()
+
+    def test_float64_starts_belong_to_float64_gradients(self, backend):
+        grad = normal((37, 53), dtype=torch.float64)
+        expected, start = fixed_point(grad)
+        scales = backend.scales([grad], 1, starts=[start.double()])[0]
+        assert_close(update_of(grad, scales), expected, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("num_iters", [1, 2, 5])
+    def test_they_are_where_the_iteration_begins(self, backend, num_iters):
+        grad, start = normal((37, 53)), normal((1, 53), 1).abs().clamp(1e-3, 1)
+        scales = backend.scales([grad], num_iters, starts=[start])[0]
+        # the paper's iteration does not see the columns' scales but through its first row step
+        assert_close(
+            update_of(grad, scales),
+            expected_update(grad.double() * start, num_iters),
+            rtol=1e-5,
+            atol=0,
+        )
+
+    def test_ones_change_nothing(self, backend):
+        grads = [normal((37, 53)), normal((3, 20, 30))]
+        starts = [torch.ones(1, 53), torch.ones(3, 1, 30)]
+        assert same_bits(backend.scales(grads, 3, starts=starts), backend.scales(grads, 3))
+
+    def test_there_is_one_a_matrix_of_a_batch_and_none_where_there_is_none(self, backend):
+        batch, other = normal((3, 20, 30)) ** 3, normal((20, 30), 5)
+        points = [fixed_point(grad) for grad in batch]
+        starts = [torch.stack([start for _, start in points]), None]
+        found = backend.scales([batch, other], 1, starts=starts)
+        expected = torch.stack([update for update, _ in points])
+        assert_close(update_of(batch, found[0]), expected, rtol=1e-5, atol=0)
+        assert_close(update_of(other, found[1]), expected_update(other, 1), **FLOAT32)
+
+    def test_zero_columns_stay_zero(self, backend):
+        grad = normal((20, 30))
+        grad[:, [0, 7]] = 0
+        start = torch.full((1, 30), 0.25)
+        scales = backend.scales([grad], 3, starts=[start])[0]
+        assert torch.equal(scales.col.eq(0).flatten(), grad.eq(0).all(0))
+        assert_close(update_of(grad, scales), square_root_sinkhorn(grad, 3), rtol=2e-5, atol=0)
+
+    def test_a_tolerance_stops_at_the_second_iteration_from_the_fixed_point(self, backend):
+        grad = normal((37, 53)) ** 3
+        expected, start = fixed_point(grad)
+        scales = backend.scales([grad], 50, tol=1e-4, starts=[start])[0]
+        assert_close(update_of(grad, scales), expected, rtol=1e-5, atol=0)
+
+
+def keys(*values):
+    return list(torch.tensor(values))
+
+
+class TestStochasticRounding:
+    @layouts
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(37, 53), (3, 20, 30), (140, 133)], ids=str)
+    def test_the_bits_are_those_of_the_definition(self, backend, shape, dtype, layout):
+        grad = normal(shape, dtype=dtype)
+        param = layout(normal(shape, 1, torch.bfloat16))
+        wide = param.float()
+        (key,) = keys(-0x123456789ABCDEF)
+        scales = backend.scales([grad], 2)
+        backend.update_([wide], [grad], scales, keep=0.875, step=-0.01)
+        backend.update_([param], [grad], scales, keep=0.875, step=-0.01, keys=[key])
+        assert torch.equal(param, round_to_bfloat16(wide, key))
+
+    def test_each_parameter_has_its_own_key(self, backend):
+        shapes = [(5, 7), (8, 16), (2, 3, 4)]
+        grads = [normal(shape) for shape in shapes]
+        params = [normal(shape, 1, torch.bfloat16) for shape in shapes]
+        wide = [param.float() for param in params]
+        given = keys(1, 2, 1 << 40)
+        scales = backend.scales(grads, 1)
+        backend.update_(wide, grads, scales, keep=1.0, step=-0.01)
+        backend.update_(params, grads, scales, keep=1.0, step=-0.01, keys=given)
+        for param, exact, key in zip(params, wide, given, strict=True):
+            assert torch.equal(param, round_to_bfloat16(exact, key))
+
+    @pytest.mark.parametrize("part", [0.03, 0.3, 0.5, 0.99])
+    def test_the_mean_over_many_keys_is_the_number(self, backend, part):
+        count, shape, unit = 64, (8, 8), 2.0**-7  # 4096 draws; the unit of bfloat16 above 1
+        ones = torch.ones(shape)
+        params = [ones.bfloat16() for _ in range(count)]
+        scales = [Scales(torch.ones(8, 1), torch.ones(1, 8))] * count
+        given = list(keys_of_step(7, torch.tensor(3), count))
+        backend.update_(params, [ones] * count, scales, keep=1.0, step=part * unit, keys=given)
+        ups = (torch.stack(params).double() - 1) / unit
+        assert set(ups.flatten().tolist()) <= {0.0, 1.0}
+        deviation = (part * (1 - part) / ups.numel()) ** 0.5
+        assert abs(float(ups.mean()) - part) < 5 * deviation
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+    def test_other_types_are_rounded_as_ever(self, backend, dtype):
+        grad = normal((37, 53))
+        one, other = normal((37, 53), 1, dtype), normal((37, 53), 1, dtype)
+        scales = backend.scales([grad], 1)
+        backend.update_([one], [grad], scales, keep=0.9, step=-0.1)
+        backend.update_([other], [grad], scales, keep=0.9, step=-0.1, keys=keys(5))
+        assert torch.equal(one, other)
+
+    def test_the_same_key_gives_the_same_bits_and_another_others(self, backend):
+        grad = normal((37, 53))
+        scales = backend.scales([grad], 1)
+        params = [normal((37, 53), 1, torch.bfloat16) for _ in range(3)]
+        for param, key in zip(params, keys(5, 5, 6), strict=True):
+            backend.update_([param], [grad], scales, keep=0.9, step=-0.1, keys=[key])
+        assert torch.equal(params[0], params[1])
+        assert not torch.equal(params[0], params[2])
+
+    def test_what_is_not_finite_stays_what_it_is(self, backend):
+        param = normal((5, 4), 1, torch.bfloat16)
+        param[0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+        ones, (key,) = Scales(torch.ones(5, 1), torch.ones(1, 4)), keys(9)
+        backend.update_([param], [torch.ones(5, 4)], [ones], keep=1.0, step=1e-3, keys=[key])
+        assert param[0, 0].isnan()
+        assert param[0, 1:3].tolist() == [torch.inf, -torch.inf]
+        assert param[0, 3:].isfinite().all()
+        assert param[1:].isfinite().all()
+
+    def test_only_what_is_allowed_is_rounded(self, backend):
+        grads, scales = [normal((5, 7))] * 2, [Scales(torch.ones(5, 1), torch.ones(1, 7))] * 2
+        params = [normal((5, 7), 1, torch.bfloat16) for _ in range(2)]
+        before = params[1].clone()
+        allowed = [torch.tensor(True), torch.tensor(False)]
+        backend.update_(
+            params, grads, scales, keep=0.9, step=-0.1, allowed=allowed, keys=keys(1, 2)
+        )
+        assert not torch.equal(params[0], before)
+        assert torch.equal(params[1], before)
+
+
 class TestChoice:
     def test_auto_takes_the_fastest_that_is_there(self, monkeypatch):
         assert kernels.select("auto", torch.device("cpu")).name == "cpu"
@@ -307,12 +566,20 @@ class TestChoice:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert kernels.select("auto", torch.device("cpu")).name == "eager"
 
+    def test_auto_never_takes_the_interpreter(self, interpreter, monkeypatch):
+        monkeypatch.setattr(CpuBackend, "missing", lambda self: "numba is not installed")
+        assert kernels.select("triton", torch.device("cpu")).name == "triton"
+        assert kernels.select("auto", torch.device("cpu")).name == "eager"
+        assert ("triton", False, "does not run on cpu") in registry.describe(torch.device("cpu"))
+
     def test_an_absent_backend_is_refused_with_the_command_that_brings_it(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ImportError, match=r"'cpu' cannot run here: numba is not installed; "):
             sr_sinkhorn(torch.eye(4), backend="cpu")
         with pytest.raises(ImportError, match=r"pip install 'sinkgd\[cpu\]'"):
             sr_sinkhorn(torch.eye(4), backend="cpu")
+        with pytest.raises(ImportError, match=r"triton is not installed; pip install triton"):
+            sr_sinkhorn(torch.eye(4), backend="triton")
         assert registry.describe(torch.device("cpu"))[0][1] is False
 
     def test_a_torch_without_openmp_is_named(self, monkeypatch):

@@ -5,8 +5,12 @@ import torch
 from sinkgd.kernels.backend import Backend
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.triton import TritonBackend
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), EagerBackend())
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), EagerBackend())
+
+# Backends that "auto" passes over on a type of device: triton's interpreter is there for tests.
+BY_NAME_ALONE = frozenset({("triton", "cpu")})
 
 
 def select(name: str, device: torch.device) -> Backend:
@@ -17,7 +21,13 @@ def select(name: str, device: torch.device) -> Backend:
         ImportError: If it was asked for and is not installed; the message says how to get it.
     """
     if name == "auto":
-        return next(b for b in BACKENDS if b.missing() is None and b.supports(device))
+        return next(
+            backend
+            for backend in BACKENDS
+            if (backend.name, device.type) not in BY_NAME_ALONE
+            and backend.missing() is None
+            and backend.supports(device)
+        )
     for backend in BACKENDS:
         if backend.name == name:
             break
@@ -39,7 +49,7 @@ def describe(device: torch.device) -> list[tuple[str, bool, str]]:
         reason = backend.missing()
         if reason is not None:
             rows.append((backend.name, False, f"{reason}; {backend.install}"))
-        elif not backend.supports(device):
+        elif not backend.supports(device) or (backend.name, device.type) in BY_NAME_ALONE:
             rows.append((backend.name, False, f"does not run on {device}"))
         else:
             rows.append((backend.name, True, str(backend.__class__.__doc__).splitlines()[0]))

@@ -12,6 +12,7 @@ They take float32 and bfloat16, in any mix, with dense rows or dense columns. Wh
 
 import importlib.util
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,21 +63,18 @@ class CpuBackend:
             if source is None:
                 found[i] = sinkhorn(grad, num_iters, tol=tol, start=start)
                 continue
-            form = form_of(source)
-            assert form is not None, f"strides {source.stride()}"
+            x, form = source
             row, col = found[i]
             if start is not None:
                 torch.mul(start, start, out=col)
-            job.add(
-                source.data_ptr(), form, row.data_ptr(), col.data_ptr(), started=start is not None
-            )
+            job.add(x.data_ptr(), form, row.data_ptr(), col.data_ptr(), started=start is not None)
             owners.extend([i] * len(form.offsets))
         for failed in job.run(num_iters, tol):
             i = owners[failed]
             source, place = sources[i], failed - owners.index(i)
             assert source is not None, "it was not in the job"
             start = None if starts is None else starts[i]
-            _repair(source, found[i], place, num_iters, tol=tol, start=start)
+            _repair(source.tensor, found[i], place, num_iters, tol=tol, start=start)
         return found
 
     def update_(
@@ -98,24 +96,21 @@ class CpuBackend:
         for i, (param, grad, (row, col)) in enumerate(zip(params, grads, scales, strict=True)):
             flag = None if allowed is None else allowed[i]
             form = form_of(param)
-            source = (
-                None
-                if form is None
-                else _source_of_update(param, form, grad, Scales(row, col), flag)
-            )
+            source = None
+            if form is not None and _can_write(param, form, row, col, flag):
+                source = _beside(grad, param, form)
             if form is None or source is None:
                 others.append(i)
                 continue
-            source_form = form_of(source)
-            assert source_form is not None, f"strides {source.stride()}"
+            x, source_form = source
             job.add(
-                (param.data_ptr(), source.data_ptr()),
+                (param.data_ptr(), x.data_ptr()),
                 (form, source_form),
                 (row.data_ptr(), col.data_ptr()),
                 flag=0 if flag is None else flag.data_ptr(),
                 key=None if keys is None else int(keys[i]),
             )
-            read.append(source)
+            read.append(x)
             written.append(param)
         job.run(float(keep), float(step))
         increment_version(written)  # what an in-place operation of torch does
@@ -146,46 +141,60 @@ class CpuBackend:
         return torch.tensor(flags)
 
 
-def _readable(grad: Tensor) -> Tensor | None:
+class Source(NamedTuple):
+    """A gradient as the loops read it."""
+
+    tensor: Tensor
+    form: Form
+
+
+def _readable(grad: Tensor) -> Source | None:
     """Return what the loops can read of ``grad``; None where `EagerBackend` must."""
     if grad.requires_grad and torch.is_grad_enabled():
         return None
-    if form_of(grad) is not None:
-        return grad
+    form = form_of(grad)
+    if form is not None:
+        return Source(grad, form)
     if type(grad) not in (Tensor, Parameter) or not grad.is_cpu or grad.numel() == 0:
         return None
     if grad.dtype == torch.float16:
-        return dense(grad.float())
-    return dense(grad) if grad.dtype in DTYPES else None
+        return _with_form(dense(grad.float()))
+    return _with_form(dense(grad)) if grad.dtype in DTYPES else None
 
 
-def _source_of_update(
-    param: Tensor, form: Form, grad: Tensor, scales: Scales, flag: Tensor | None
-) -> Tensor | None:
-    """Return what the loops can read of ``grad`` for ``param``; None where `EagerBackend` must."""
-    row, col = scales
-    if not (
+def _beside(grad: Tensor, param: Tensor, form: Form) -> Source | None:
+    """Return ``grad`` as it is read beside ``param``; None where `EagerBackend` must."""
+    own = form_of(grad)
+    if own is not None and own.turned == form.turned and param.shape == grad.shape:
+        return Source(grad, own)
+    if type(grad) not in (Tensor, Parameter) or not grad.is_cpu or param.shape != grad.shape:
+        return None
+    return _with_form(aligned(grad, param)) if grad.dtype in DTYPES else None
+
+
+def _with_form(x: Tensor) -> Source:
+    form = form_of(x)
+    assert form is not None, f"strides {x.stride()}"
+    return Source(x, form)
+
+
+def _can_write(param: Tensor, form: Form, row: Tensor, col: Tensor, flag: Tensor | None) -> bool:
+    return (
         form.may_be_written
-        and param.shape == grad.shape
+        and not (param.requires_grad and torch.is_grad_enabled())
         and row.dtype == col.dtype == torch.float32
         and row.is_contiguous()
         and col.is_contiguous()
         and (flag is None or (flag.dtype == torch.bool and flag.is_cpu))
-    ):
-        return None
-    own = form_of(grad)
-    if own is not None and own.turned == form.turned:
-        return grad
-    if type(grad) in (Tensor, Parameter) and grad.is_cpu and grad.dtype in DTYPES:
-        return aligned(grad, param)
-    return None
+    )
 
 
-def _room(sources: Sequence[Tensor | None]) -> list[Scales]:
+def _room(sources: Sequence[Source | None]) -> list[Scales]:
     """Return room for the scales of each gradient; for None an empty pair, to be replaced."""
     alike: dict[torch.Size, list[int]] = {}
     for i, source in enumerate(sources):
-        alike.setdefault(torch.Size() if source is None else source.shape, []).append(i)
+        shape = torch.Size() if source is None else source.tensor.shape
+        alike.setdefault(shape, []).append(i)
     others = alike.pop(torch.Size(), [])
     found = dict.fromkeys(others, Scales(torch.empty(0), torch.empty(0)))
     for shape, members in alike.items():
@@ -225,9 +234,7 @@ def _rescaled(
     """
     S = matrix.to(torch.float32, copy=True).abs_()
     s, t = level_(S)
-    S = dense(S)
-    form = form_of(S)
-    assert form is not None, f"strides {S.stride()}"
+    S, form = _with_form(dense(S))
     m, n = S.shape
     first = t if start is None else t * start
     found = Scales(torch.empty(m, 1), first.square().reshape(1, n))

@@ -1,0 +1,262 @@
+"""The backend ``triton``: which tensors the kernels take, and what becomes of the others.
+
+They take float32, bfloat16 and float16, in any mix, with dense rows or dense columns. What else:
+    gradients with other strides, or turned against their parameter: a copy is read
+    float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
+        empty ones: `EagerBackend`
+
+The kernels' speed is not timed.
+"""
+
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from sinkgd.kernels.backend import Scales
+from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.layout import aligned, dense, dense_layout, may_be_written
+from sinkgd.kernels.triton.fields import Addresses
+from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
+from sinkgd.kernels.triton.plan import Destination, Source, plan_of_scales, plan_of_update
+from sinkgd.kernels.triton.tables import Tables, capturing
+from sinkgd.kernels.triton.tiles import AREA
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a GPU reads from its memory at 3 TB/s while the host prepares a launch, about 20 µs: outside
+# of a graph, a bucket that is read faster waits for the host. Not timed.
+LAUNCH_BYTES = 1 << 26
+INTERPRETER_BYTES = 1 << 20
+
+
+class TritonBackend:
+    """Kernels for CUDA and ROCm: a launch half an iteration, whatever the number of matrices."""
+
+    name = "triton"
+    install = "pip install triton"  # on CUDA and ROCm it comes with torch
+
+    def __init__(self) -> None:
+        self._tables = Tables()
+        self._lock = threading.Lock()  # backward hooks may step from several threads
+
+    def missing(self) -> str | None:
+        """Say so where triton is absent; torch brings it on CUDA and ROCm."""
+        return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+    def supports(self, device: torch.device) -> bool:
+        """CUDA from compute capability 8.0, ROCm; CPUs under triton's interpreter, for tests."""
+        if interpreting():
+            return device.type == "cpu"
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return False
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+    def scales(
+        self,
+        grads: Sequence[Tensor],
+        num_iters: int,
+        *,
+        tol: float | None = None,
+        starts: Sequence[Tensor | None] | None = None,
+    ) -> list[Scales]:
+        """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
+        first = [None] * len(grads) if starts is None else starts
+        results: dict[int, Scales] = {}
+        by_device: dict[torch.device, list[int]] = {}
+        for i, grad in enumerate(grads):
+            if _readable(grad, first[i]):
+                by_device.setdefault(grad.device, []).append(i)
+            else:
+                (results[i],) = EagerBackend().scales([grad], num_iters, tol=tol, starts=[first[i]])
+        for device, members in by_device.items():
+            own = [grads[i] for i in members], [first[i] for i in members]
+            with self._lock, _on(device):
+                found = self._scales(*own, num_iters, tol)
+            results.update(zip(members, found, strict=True))
+        return [results[i] for i in range(len(grads))]
+
+    def _scales(
+        self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
+    ) -> list[Scales]:
+        device = grads[0].device
+        sources = [dense(grad) for grad in grads]
+        shapes = tuple(grad.shape for grad in grads)
+        plan = plan_of_scales(tuple(map(_source, sources)), shapes, _room(device))
+        table = self._tables.table(plan.table, device)
+        addresses = (
+            self._tables.addresses(tuple(x.data_ptr() for x in sources), device),
+            self._tables.addresses(tuple(0 if x is None else x.data_ptr() for x in starts), device),
+        )
+        scratch = new_scratch(plan, num_iters, tol, device)
+        for bucket in plan.buckets:
+            find_scales(bucket, scratch, table, addresses, num_iters, tol)
+        flat = scratch.scales[0]
+        return [
+            Scales(_part(flat, row, (*batch, m, 1)), _part(flat, col, (*batch, 1, n)))
+            for (*batch, m, n), row, col in zip(shapes, plan.rows, plan.cols, strict=True)
+        ]
+
+    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
+        return EagerBackend().are_finite(tensors)
+
+    def update_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        scales: Sequence[Scales],
+        *,
+        keep: float | Tensor,
+        step: float | Tensor,
+        allowed: Sequence[Tensor] | None = None,
+        keys: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
+        flags = [None] * len(params) if allowed is None else allowed
+        bits = [None] * len(params) if keys is None else keys
+        others: list[int] = []
+        by_device: dict[torch.device, list[_Write]] = {}
+        for i, given in enumerate(zip(params, grads, scales, flags, bits, strict=True)):
+            if _writable(*given):
+                by_device.setdefault(params[i].device, []).append(_Write(*given))
+            else:
+                others.append(i)
+        for device, writes in by_device.items():
+            with self._lock, _on(device):
+                self._update(writes, (_factor(keep, device), _factor(step, device)), device)
+            increment_version([write.param for write in writes])
+        if others:
+            EagerBackend().update_(
+                [params[i] for i in others],
+                [grads[i] for i in others],
+                [scales[i] for i in others],
+                keep=keep,
+                step=step,
+                allowed=None if allowed is None else [allowed[i] for i in others],
+                keys=None if keys is None else [keys[i] for i in others],
+            )
+
+    def _update(
+        self,
+        writes: "list[_Write]",
+        factors: tuple[float | Tensor, float | Tensor],
+        device: torch.device,
+    ) -> None:
+        sources = [
+            aligned(write.grad, write.param) for write in writes
+        ]  # kept until all is launched
+        destinations = tuple(
+            Destination(_source(write.param), _source(source))
+            for write, source in zip(writes, sources, strict=True)
+        )
+        shapes = tuple(write.param.shape for write in writes)
+        plan = plan_of_update(destinations, shapes, _room(device))
+        table = self._tables.table(plan.table, device)
+        addresses: list[int] = []
+        for write, source, to in zip(writes, sources, destinations, strict=True):
+            sides = write.scales[::-1] if to.param.layout.turned else write.scales
+            read = (write.param, source, *sides, write.allowed, write.key)
+            addresses += Addresses(*(0 if x is None else x.data_ptr() for x in read))
+        rows = self._tables.addresses(tuple(addresses), device)
+        rounding = writes[0].key is not None
+        for bucket in reversed(plan.buckets):  # the gradients that were read last are in the cache
+            update_parameters(bucket, table, rows, factors, rounding=rounding)
+
+
+class _Write(NamedTuple):
+    """A parameter to update."""
+
+    param: Tensor
+    grad: Tensor
+    scales: Scales
+    allowed: Tensor | None
+    key: Tensor | None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in triton's interpreter; settled when they are first imported."""
+    kernels = sys.modules.get("sinkgd.kernels.triton.loops")
+    if kernels is not None:
+        return bool(kernels.INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _room(device: torch.device) -> int:
+    """Return how many bytes of gradients a bucket holds."""
+    if device.type == "cpu":
+        return INTERPRETER_BYTES
+    room = _cached_bytes(device)
+    return room if capturing(device) else max(room, LAUNCH_BYTES)
+
+
+@cache
+def _cached_bytes(device: torch.device) -> int:
+    """Return what stays in the cache between two reads, and gives every processor two tiles."""
+    properties = torch.cuda.get_device_properties(device)
+    tiles = 2 * properties.multi_processor_count
+    return max(properties.L2_cache_size // 2, tiles * AREA * 2)
+
+
+def _factor(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """Return a number as the kernels take it: a tensor of the device is read there."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value if value.device == device else float(value)
+
+
+@lru_cache(maxsize=4096)
+def _is_native(kind: type, dtype: torch.dtype, shape: torch.Size) -> bool:
+    # The kernels read memory: no subclass may stand behind it.
+    whole = len(shape) >= 2 and 0 not in shape and max(shape[-2:]) < 1 << 31
+    return kind in (Tensor, Parameter) and dtype in DTYPES and whole
+
+
+def _native(x: Tensor) -> bool:
+    return _is_native(type(x), x.dtype, x.shape) and not (
+        x.requires_grad and torch.is_grad_enabled()
+    )
+
+
+def _readable(grad: Tensor, start: Tensor | None) -> bool:
+    return _native(grad) and (
+        start is None
+        or (start.dtype == torch.float32 and start.is_contiguous() and start.device == grad.device)
+    )
+
+
+def _writable(
+    param: Tensor, grad: Tensor, scales: Scales, allowed: Tensor | None, key: Tensor | None
+) -> bool:
+    beside = (grad, *scales, *(x for x in (allowed, key) if x is not None))
+    return (
+        _native(param)
+        and _is_native(type(grad), grad.dtype, grad.shape)
+        and param.shape == grad.shape
+        and may_be_written(param.shape, param.stride())
+        and all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in scales)
+        and (allowed is None or allowed.dtype == torch.bool)
+        and (key is None or key.dtype == torch.int64)
+        and all(x.device == param.device for x in beside)
+    )
+
+
+def _part(flat: Tensor, begin: int, shape: tuple[int, ...]) -> Tensor:
+    return flat[begin : begin + prod(shape)].view(shape)
+
+
+def _source(x: Tensor) -> Source:
+    return Source(x.dtype, dense_layout(x), x.data_ptr() % 16 == 0)

@@ -1,0 +1,64 @@
+"""The rows of the tables that the kernels read, all int64.
+
+Letters, everywhere in this package:
+    P, Q: the rows in memory of one matrix, and their length
+    ld: elements from one row in memory to the next
+    u, v: its P and Q scales; r and c, or c and r where a row in memory is a column of the matrix
+    BM, BN: rows and columns in memory of a tile
+"""
+
+from typing import NamedTuple
+
+
+class Matrix(NamedTuple):
+    """A gradient to find the scales of. Places count elements."""
+
+    owner: int  # the tensor, by its place in the list of addresses
+    offset: int  # from the tensor's first entry to the matrix's
+    P: int
+    Q: int
+    ld: int
+    u: int  # where its scales lie among those of all matrices
+    v: int
+    start: int  # where its first column scales lie in the tensor that gives them
+    row_sums: int = 0  # where partial sums of its rows in memory lie, a vector a column of tiles
+    col_sums: int = 0  # and those of its columns, a vector a row of tiles
+    number: int = 0  # of the matrix, from 0
+    unused: int = 0
+
+
+class Program(NamedTuple):
+    """What one program does: a line of tiles."""
+
+    matrix: int  # row of the table of matrices
+    line: int  # the tiles' row where columns are summed, their column where rows are
+    first: int  # tiles of the line
+    beyond: int
+
+
+class Target(NamedTuple):
+    """A parameter's matrix to update. Places count elements."""
+
+    owner: int
+    offset: int  # from the parameter's first entry to the matrix's
+    grad_offset: int
+    P: int
+    Q: int
+    ld: int
+    grad_ld: int
+    u: int  # where its scales lie in their tensors
+    v: int
+    place: int  # of its first entry, counted in reading order over the parameter
+    row_place: int  # what one row in memory adds to the place
+    col_place: int
+
+
+class Addresses(NamedTuple):
+    """What a parameter's update reads and writes; 0 where there is nothing."""
+
+    param: int
+    grad: int
+    u: int
+    v: int
+    allowed: int
+    key: int

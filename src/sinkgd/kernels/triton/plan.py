@@ -1,0 +1,201 @@
+"""The plan of a call: matrices in buckets, and the tables that tell the kernels where they lie.
+
+A plan depends on shapes, strides, types and alignment alone, so steps share it. A bucket is what
+one launch works on: matrices of one type and one shape of tile, so few that their gradients stay in
+the cache from one half of an iteration to the next. A matrix has the same bits in any bucket.
+
+Letters: those of `sinkgd.kernels.triton.fields`.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.layout import Layout
+from sinkgd.kernels.triton.fields import Matrix, Target
+from sinkgd.kernels.triton.tiles import AREA, Tile, lines, reach_of, tile_of
+
+Row = TypeVar("Row")
+
+FLOATS = 4  # in 16 bytes: vectors of scales and sums begin at a multiple of these
+
+
+class Source(NamedTuple):
+    """A gradient as the kernels read it."""
+
+    dtype: torch.dtype
+    layout: Layout
+    aligned: bool  # its first entry, to 16 bytes
+
+
+class Destination(NamedTuple):
+    """A parameter as the kernels write it, and its gradient beside it."""
+
+    param: Source
+    grad: Source
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for."""
+
+    dtypes: tuple[torch.dtype, ...]
+    tile: Tile
+    turned: bool
+    vector: int  # entries of the narrowest type in 16 bytes where loads are that wide, else 1
+
+
+class Part(NamedTuple):
+    """Rows of the plan's table: where they begin, and how many."""
+
+    begin: int
+    rows: int
+
+
+class Bucket(NamedTuple):
+    """What one launch works on."""
+
+    kind: Kind
+    matrices: Part
+    for_rows: Part  # programs that sum rows in memory, walking down; in an update, all there are
+    for_cols: Part  # programs that sum columns, walking along
+
+
+class Plan(NamedTuple):
+    """Buckets, and the sizes of what they share."""
+
+    buckets: tuple[Bucket, ...]
+    table: Tensor  # int64, on the host
+    rows: tuple[int, ...] = ()  # of each tensor, where its row scales begin among all scales
+    cols: tuple[int, ...] = ()
+    scales: int = 0  # entries, of all of them
+    sums: int = 0  # entries, of the partial sums of one bucket
+    matrices: int = 0
+
+
+@lru_cache(maxsize=64)
+def plan_of_scales(sources: tuple[Source, ...], shapes: tuple[torch.Size, ...], room: int) -> Plan:
+    """Plan the iterations on gradients of ``shapes``; a bucket has ``room`` bytes of them."""
+    rows, cols, entries = _places(shapes)
+    found: list[tuple[Kind, int, Matrix]] = []
+    for owner, (source, shape) in enumerate(zip(sources, shapes, strict=True)):
+        P, Q, ld, turned, offsets = source.layout
+        size = source.dtype.itemsize
+        u, v = (cols[owner], rows[owner]) if turned else (rows[owner], cols[owner])
+        for i, offset in enumerate(offsets):
+            vector = _vector(16 // size, (source, offset))
+            kind = Kind((source.dtype,), tile_of(P, Q, _area(vector)), turned, vector)
+            scales = u + i * P, v + i * Q, i * shape[-1]
+            found.append((kind, P * Q * size, Matrix(owner, offset, P, Q, ld, *scales)))
+    table = _Table()
+    buckets, sums, number = [], 0, 0
+    for kind, matrices in _fill(found, room):
+        size = kind.dtypes[0].itemsize
+        placed, for_rows, for_cols, end = [], [], [], 0
+        for i, matrix in enumerate(matrices):
+            tall, wide = kind.tile.counts(matrix.P, matrix.Q)
+            middle = end + wide * _padded(matrix.P)
+            placed.append(matrix._replace(row_sums=end, col_sums=middle, number=number + i))
+            end = middle + tall * _padded(matrix.Q)
+            for_rows.append(lines(i, wide, tall, reach_of(wide, tall, kind.tile.BM, size)))
+            for_cols.append(lines(i, tall, wide, reach_of(tall, wide, kind.tile.BN, size)))
+        parts = table.add(torch.tensor(placed)), table.add(*for_rows), table.add(*for_cols)
+        buckets.append(Bucket(kind, *parts))
+        sums, number = max(sums, end), number + len(placed)
+    return Plan(tuple(buckets), table.joined(), rows, cols, entries, sums, number)
+
+
+@lru_cache(maxsize=64)
+def plan_of_update(
+    destinations: tuple[Destination, ...], shapes: tuple[torch.Size, ...], room: int
+) -> Plan:
+    """Plan the update of parameters of ``shapes``; a bucket has ``room`` bytes of gradients."""
+    found: list[tuple[Kind, int, Target]] = []
+    for owner, (to, shape) in enumerate(zip(destinations, shapes, strict=True)):
+        P, Q, ld, turned, offsets = to.param.layout
+        dtypes = to.param.dtype, to.grad.dtype
+        step = (1, shape[-1]) if turned else (shape[-1], 1)
+        widest = 16 // min(dtype.itemsize for dtype in dtypes)
+        for i, (at, grad_at) in enumerate(zip(offsets, to.grad.layout.offsets, strict=True)):
+            vector = _vector(widest, (to.param, at), (to.grad, grad_at))
+            scales = i * P, i * Q
+            target = Target(
+                owner, at, grad_at, P, Q, ld, to.grad.layout.ld, *scales, i * P * Q, *step
+            )
+            kind = Kind(dtypes, tile_of(P, Q, _area(vector) // 2), turned, vector)
+            found.append((kind, P * Q * dtypes[1].itemsize, target))
+    table = _Table()
+    buckets = []
+    for kind, targets in _fill(found, room):
+        tiles = [lines(i, *kind.tile.counts(to.P, to.Q), 1) for i, to in enumerate(targets)]
+        parts = table.add(torch.tensor(targets)), table.add(*tiles)
+        buckets.append(Bucket(kind, *parts, Part(0, 0)))
+    return Plan(tuple(buckets), table.joined())
+
+
+class _Table:
+    """Rows of int64 of all buckets, one after the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.size = 0
+
+    def add(self, *rows: Tensor) -> Part:
+        part = Part(self.size, sum(len(some) for some in rows))
+        self.parts.extend(some.flatten() for some in rows)
+        self.size += sum(some.numel() for some in rows)
+        return part
+
+    def joined(self) -> Tensor:
+        return torch.cat(self.parts) if self.parts else torch.empty(0, dtype=torch.int64)
+
+
+def _area(vector: int) -> int:
+    """Return the entries of a tile; where loads are narrow, their addresses fill registers."""
+    return AREA if vector > 1 else AREA // 2
+
+
+def _padded(length: int) -> int:
+    return -(-length // FLOATS) * FLOATS
+
+
+def _places(shapes: Iterable[torch.Size]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return where each tensor's row scales begin, its column scales, and the end of all."""
+    rows, cols, end = [], [], 0
+    for *batch, m, n in shapes:
+        rows.append(end)
+        cols.append(end + _padded(prod(batch) * m))
+        end = cols[-1] + _padded(prod(batch) * n)
+    return tuple(rows), tuple(cols), end
+
+
+def _vector(widest: int, *places: tuple[Source, int]) -> int:
+    """Return ``widest`` where loads of so many entries are aligned in every source, else 1.
+
+    A single row in memory is followed by none, so the distance to it does not matter.
+    """
+    aligned = all(
+        source.aligned
+        and offset % widest == 0
+        and source.layout.Q % widest == 0
+        and (source.layout.ld % widest == 0 or source.layout.P == 1)
+        for source, offset in places
+    )
+    return widest if aligned else 1
+
+
+def _fill(found: Iterable[tuple[Kind, int, Row]], room: int) -> list[tuple[Kind, list[Row]]]:
+    """Put rows of one kind together, in order, until they exceed ``room`` bytes."""
+    buckets: list[tuple[Kind, list[Row]]] = []
+    open_: dict[Kind, tuple[list[Row], int]] = {}
+    for kind, size, row in found:
+        rows, filled = open_.get(kind, ([], 0))
+        if not rows or filled + size > room:
+            rows, filled = [], 0
+            buckets.append((kind, rows))
+        rows.append(row)
+        open_[kind] = rows, filled + size
+    return buckets

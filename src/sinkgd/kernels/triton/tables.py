@@ -1,0 +1,71 @@
+"""Tables of int64 on the device, copied there without waiting and kept while they are in use."""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Tables of addresses change where gradients are freed after each step; few sets of them recur.
+KEPT = 1024
+
+
+class _Copy(NamedTuple):
+    there: Tensor
+    host: Tensor
+    pinned: Tensor | None  # what a graph copies from, at every replay
+
+
+class Tables:
+    """Copies of tables by their content, on the stream that reads them."""
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[Hashable, _Copy] = OrderedDict()
+        self._captured: dict[Hashable, _Copy] = {}
+
+    def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return ``values`` on ``device``."""
+        key = values, *_stream(device)
+        found = self._find(key, device)
+        return self._copy(key, torch.tensor(values), device) if found is None else found
+
+    def table(self, host: Tensor, device: torch.device) -> Tensor:
+        """Return a copy of ``host``, which does not change, on ``device``."""
+        key = id(host), *_stream(device)  # it is kept beside the copy, so no other has its id
+        found = self._find(key, device)
+        return self._copy(key, host, device) if found is None else found
+
+    def _find(self, key: Hashable, device: torch.device) -> Tensor | None:
+        copy = self._captured.get(key) or self._recent.get(key)
+        if copy is None:
+            return None
+        if capturing(device):
+            self._captured[key] = copy
+        elif key in self._recent:
+            self._recent.move_to_end(key)
+        return copy.there
+
+    def _copy(self, key: Hashable, host: Tensor, device: torch.device) -> Tensor:
+        there, pinned = host, None
+        if device.type != "cpu":
+            pinned = torch.empty_like(host, pin_memory=True).copy_(host)
+            there = pinned.to(device, non_blocking=True)
+        if capturing(device):
+            self._captured[key] = _Copy(there, host, pinned)
+        else:
+            self._recent[key] = _Copy(there, host, None)
+            if len(self._recent) > KEPT:
+                self._recent.popitem(last=False)
+        return there
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is done on ``device`` goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> tuple[torch.device, int]:
+    # Another stream does not know when a copy has arrived.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return device, stream

@@ -1,0 +1,299 @@
+"""Triton's kernels compiled for GPUs: no register spills, loads of 16 bytes, known shared memory.
+
+This file is also the program that compiles them, in a process of its own: triton's interpreter and
+its compiler do not share one. Compiled kernels are not run here, and nothing is timed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# name: (backend, architecture, threads a warp)
+TARGETS = {
+    "cuda80": ("cuda", 80, 32),
+    "cuda90": ("cuda", 90, 32),
+    "cuda100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# The launches of a call: which side is summed, what the first scales are found from, and whether
+# sums follow.
+HALVES = {
+    "first rows": (True, 0, True),
+    "first columns": (False, 1, True),
+    "second rows": (True, 1, True),
+    "columns": (False, 2, True),
+    "rows": (True, 2, True),
+    "finish of one": (True, 1, False),
+    "finish": (True, 2, False),
+}
+TYPES = ("float32", "bfloat16", "float16")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SQUARE = (512, 512)
+NARROW = [(1 << 20, 8), (1 << 20, 32), (32, 1 << 20), (8, 1 << 20)]
+# Bytes of shared memory of a float32 kernel in the square tile: a vector of scales, or the partial
+# sums of as many rows of threads as a column of the tile is dealt to.
+SHARED = {
+    "cuda": {"first rows": 512, "second rows": 1024, "rows": 1024, "finish": 1024}
+    | {"first columns": 4096, "columns": 4096, "finish of one": 1024, "update": 0},
+    "hip": {"first rows": 512, "second rows": 1024, "rows": 1024, "finish": 1024}
+    | {"first columns": 2048, "columns": 2048, "finish of one": 1024, "update": 0},
+}
+
+
+def half_variants():
+    """Every half in every tile; both layouts, other types and a tolerance in the square tile."""
+    for half in HALVES:
+        for wide in (True, False):
+            for shape in [SQUARE, *NARROW]:
+                yield half, "float32", shape, wide, False, False
+            yield half, "float32", SQUARE, wide, True, False
+            yield half, "bfloat16", SQUARE, wide, False, False
+        yield half, "float16", SQUARE, True, False, False
+        yield half, "float32", SQUARE, True, False, True
+
+
+def update_variants():
+    """Every mix of types in the square tile, every tile in bfloat16, both roundings."""
+    for wide in (True, False):
+        for dtype in TYPES:
+            for grad_dtype in TYPES:
+                yield dtype, grad_dtype, SQUARE, wide, False
+        for shape in [SQUARE, *NARROW]:
+            yield "bfloat16", "bfloat16", shape, wide, True
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def compiled(request):
+    """What the compiler says of every kernel for one target."""
+    return reports("compile_all", request.param)
+
+
+def reports(*command):
+    """What a command of this file writes, run as a program."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, __file__, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_is_compiled(compiled):
+    kernels = [one["kernel"] for one in compiled]
+    assert kernels.count("half_iteration") == len(list(half_variants()))
+    assert kernels.count("update") == len(list(update_variants()))
+
+
+def test_no_register_is_spilled(compiled):
+    assert {one["name"]: one["spilled"] for one in compiled if one["spilled"]} == {}
+
+
+def test_aligned_matrices_are_read_and_written_by_sixteen_bytes_alone(compiled):
+    for one in compiled:
+        assert (one["loads16"], one["stores16"]) == tuple(one["expected16"]), one["name"]
+
+
+def test_shared_memory_is_what_the_sums_of_a_tile_need(compiled):
+    for one in compiled:
+        assert one["shared"] <= 8192, one["name"]
+    square = {one["half"]: one["shared"] for one in compiled if one["plain"]}
+    assert square == SHARED[compiled[0]["backend"]]
+
+
+def test_a_step_compiles_six_kernels_and_one_and_a_later_step_none():
+    first, *others = reports("take_steps")
+    assert first == {"half_iteration": 6, "update": 1}
+    assert others == [first] * 4
+
+
+# In the compiling process -------------------------------------------------------------------------
+
+
+def take_steps():
+    """Launch on a device that is made up, and write how many kernels were compiled so far."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from sinkgd.kernels.triton import TritonBackend, launch
+
+    device = type("Device", (), {})()
+    device.get_current_device = device.get_current_stream = lambda *_: 0
+    device.get_current_target = lambda: GPUTarget(*TARGETS["cuda90"])
+    driver.set_active(device)
+
+    def start(kernel, programs, *arguments, **constants):
+        options = launch.options_of("cuda", 32, wide=True, first=False)
+        kernel.warmup(*arguments, grid=(programs,), **constants, **options)
+
+    launch.launch = start
+    backend, kernels = TritonBackend(), (launch.loops().half_iteration, launch.step().update)
+    for count, num_iters, keep, step in [
+        (1, 3, 0.9, -0.1),
+        (1, 3, 1.0, 1.0),
+        (3, 5, 0.9, 0.0),
+        (16, 16, 0.5, 16.0),
+        (2, 2, 1, 1),
+    ]:
+        grads = [torch.zeros(64, 128) for _ in range(count)]
+        scales = backend.scales(grads, num_iters)
+        backend.update_([grad.clone() for grad in grads], grads, scales, keep=keep, step=step)
+        write({kernel.__name__: len(kernel.device_caches[0][0]) for kernel in kernels})
+
+
+def write(found):
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def compile_all(name):
+    from triton.backends.compiler import GPUTarget
+
+    from sinkgd.kernels.triton import loops, step
+
+    target = GPUTarget(*TARGETS[name])
+    for variant in half_variants():
+        half, dtype, shape, wide, turned, tol = variant
+        rows, origin, sums = HALVES[half]
+        constants = {
+            "DTYPE": loops.DTYPES[torch_type(dtype)],
+            "AXIS": int(rows != turned),
+            "ROWS": rows,
+            "FROM": origin,
+            "SUMS": sums,
+            "TOL": tol,
+            **tile(shape, wide, 1),
+            "VECTOR": 16 // BYTES[dtype] if wide else 1,
+        }
+        report(loops.half_iteration, constants, target, variant, first=half.startswith("first"))
+    for variant in update_variants():
+        dtype, grad_dtype, shape, wide, rounding = variant
+        constants = {
+            "DTYPE": loops.DTYPES[torch_type(dtype)],
+            "GRAD_DTYPE": loops.DTYPES[torch_type(grad_dtype)],
+            "KEEP_IS_STORED": False,
+            "STEP_IS_STORED": rounding,
+            "ROUND": rounding,
+            **tile(shape, wide, 2),
+            "VECTOR": 16 // min(BYTES[dtype], BYTES[grad_dtype]) if wide else 1,
+        }
+        report(step.update, constants, target, variant, first=False)
+
+
+def torch_type(name):
+    import torch
+
+    return getattr(torch, name)
+
+
+def tile(shape, wide, parts):
+    from sinkgd.kernels.triton.tiles import AREA, tile_of
+
+    return tile_of(*shape, AREA // parts // (1 if wide else 2))._asdict()
+
+
+POINTERS = {
+    **dict.fromkeys(["addresses", "starts", "matrices", "targets", "programs"], "*i64"),
+    **dict.fromkeys(["old", "new", "out", "parts"], "*fp32"),
+    **dict.fromkeys(["alive", "earlier", "now", "coming"], "*i32"),
+}
+NUMBERS = {"done": "i32", "low": "fp32", "high": "fp32", "keep": "fp32", "step": "fp32"}
+
+
+def report(kernel, constants, target, variant, *, first):
+    """Compile one kernel and write a line on it."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from sinkgd.kernels.triton import loops
+    from sinkgd.kernels.triton.launch import options_of
+
+    types = {**POINTERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
+    if constants.get("STEP_IS_STORED"):
+        types["step"] = "*fp64"
+    signature = {name: types[name] for name in kernel.arg_names}
+    pointers = [i for i, kind in enumerate(signature.values()) if kind in ("*i64", "*fp32", "*i32")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    wide = constants["VECTOR"] > 1
+    built = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=target,
+        options=options_of(target.backend, target.warp_size, wide=wide, first=first),
+    )
+    half = variant[0] if kernel is loops.half_iteration else "update"
+    write(
+        {
+            "kernel": kernel.__name__,
+            "half": half,
+            "name": " ".join(map(str, variant)),
+            "plain": variant in PLAIN,
+            "backend": target.backend,
+            "expected16": sixteens(constants, wide and "finish" not in half),
+            "shared": built.metadata.shared,
+            **(cuda_facts if target.backend == "cuda" else hip_facts)(built, target),
+        }
+    )
+
+
+# The kernels whose shared memory is listed above.
+PLAIN = [(half, "float32", SQUARE, True, False, False) for half in HALVES]
+PLAIN += [("float32", "float32", SQUARE, True, False)]
+
+
+def sixteens(constants, wide):
+    """How many loads and stores of 16 bytes a thread needs for its part of a tile."""
+    from sinkgd.kernels.triton.tiles import THREADS
+
+    entries = constants["BM"] * constants["BN"] // THREADS if wide else 0
+    size, grad_size = (
+        constants[name].primitive_bitwidth // 8 if name in constants else 0
+        for name in ("DTYPE", "GRAD_DTYPE")
+    )
+    return entries * (size + grad_size) // 16, entries * size // 16 if grad_size else 0
+
+
+def cuda_facts(built, target):
+    """What ptxas says of the PTX; spills are bytes."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(built.asm["ptx"])
+        arch = sm_arch_from_capability(target.arch)
+        command = [get_ptxas(target.arch).path, "-v", f"-arch={arch}", str(source)]
+        command += ["-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled": int(stores) + int(loads),
+        "loads16": built.asm["ptx"].count("ld.global.v4.b32"),
+        "stores16": built.asm["ptx"].count("st.global.v4.b32"),
+    }
+
+
+def hip_facts(built, target):
+    """What the code object's metadata say; spills are registers, and bytes of scratch memory."""
+    code = built.asm["amdgcn"]
+    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1]),
+        "spilled": sum(int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in spills),
+        "loads16": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "stores16": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
+    }
+
+
+if __name__ == "__main__":
+    {"compile_all": compile_all, "take_steps": take_steps}[sys.argv[1]](*sys.argv[2:])
