@@ -16,8 +16,9 @@ class SWAN(GroupedOptimizer):
         \qquad \hat G = \sqrt{n}\, Q(G)^{-1} G
 
     with m ≤ n; on the shorter side otherwise. It is `MNGD` with a `RowNorm` and a `SpectralNorm`.
-    The update has root-mean-square 1. ``state`` stays empty; the whitening costs about
-    ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops a matrix.
+    The update has root-mean-square 1. ``state`` stays empty; the whitening costs at most about
+    ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops a matrix. Matrices of one shape are
+    whitened together.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="swan")``, or matrices: tensors or
