@@ -1,8 +1,9 @@
 """The fastest way found to stream a workload's matrices through this machine.
 
 A floor is bytes divided by a bandwidth, so the bandwidth must be one that the machine reaches:
-several operations that do nothing but pass over the very matrices are timed in the same rounds as
-the optimizers, and the best bytes a second of any of them is taken.
+several operations that do nothing but pass over as many bytes are timed in the same rounds as the
+optimizers, and the best bytes a second of any of them is taken. Reads and the copy pass over one
+tensor of that size, so that calls do not count where matrices are many and small.
 
 A pass is one reading or one writing of all the matrices, whatever the hardware does besides, such
 as reading a line of memory before it is overwritten.
@@ -44,10 +45,10 @@ def probes(device: torch.device) -> tuple[Probe, ...]:
     """Return the operations to try, those of the backend that ``"auto"`` takes included."""
     backend = kernels.select("auto", device)
     return (
-        Probe("torch.sum", 1, lambda p: partial(_each, torch.sum, p.grads)),
-        Probe("torch.dot", 1, lambda p: partial(_each, _dot, p.grads)),
-        Probe("torch.amax of the bits", 1, lambda p: partial(_each, _amax_of_bits, p.grads)),
-        Probe("copy", 2, _copy, copies=1),
+        Probe("torch.sum", 1, lambda p: partial(torch.sum, p.flat_grads), copies=1),
+        Probe("torch.dot", 1, lambda p: partial(torch.dot, p.flat_grads, p.flat_grads), copies=1),
+        Probe("torch.amax of the bits", 1, _amax_of_bits, copies=1),
+        Probe("copy", 2, _copy, copies=2),
         Probe(
             f"{backend.name}: one iteration",
             1,
@@ -83,25 +84,14 @@ def calls(found: Sequence[Probe], problem: Problem) -> Mapping[str, Callable[[],
     return {probe.name: probe.build(problem) for probe in found}
 
 
-def _each(operation: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
-    for tensor in tensors:
-        operation(tensor)
-
-
-def _dot(tensor: Tensor) -> Tensor:
-    flat = tensor.view(-1)
-    return flat.dot(flat)
-
-
-def _amax_of_bits(tensor: Tensor) -> Tensor:
+def _amax_of_bits(problem: Problem) -> Callable[[], object]:
     # Integers of four bytes are compared without conversion, which bfloat16 is not.
-    flat = tensor.view(-1)
-    return (flat.view(torch.int32) if flat.nbytes % 4 == 0 else flat).amax()
+    flat = problem.flat_grads
+    return partial(torch.amax, flat.view(torch.int32) if flat.nbytes % 4 == 0 else flat)
 
 
 def _copy(problem: Problem) -> Callable[[], object]:
-    copies = [torch.empty_like(grad) for grad in problem.grads]
-    return partial(torch._foreach_copy_, copies, problem.grads)
+    return partial(torch.empty_like(problem.flat_grads).copy_, problem.flat_grads)
 
 
 def _update(backend: kernels.Backend, problem: Problem) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +26,11 @@ class Problem:
     def grads(self) -> list[Tensor]:
         """The gradients, in the order of the parameters."""
         return [p.grad for p in self.params if p.grad is not None]
+
+    @cached_property
+    def flat_grads(self) -> Tensor:
+        """A copy of the gradients in one vector; there is one for all who ask."""
+        return torch.cat([grad.flatten() for grad in self.grads])
 
     @property
     def device(self) -> torch.device:

@@ -76,8 +76,9 @@ def _kernels(device: torch.device) -> Rows:
     for name, available, reason in kernels.describe(device):
         state = "can run" if available else "cannot run"
         if name == chosen:
-            state, reason = "will run", f"The fastest that can. {reason}"
-        rows.append((name, state, reason))
+            rows.append((name, "will run", f"The fastest that can. {reason}"))
+        else:
+            rows.append((name, state, reason))
     return rows
 
 
