@@ -8,6 +8,14 @@ from sinkgd.lab.train import interrupt as module
 from sinkgd.lab.train.interrupt import Interrupt, exit_code
 
 
+@pytest.fixture(autouse=True)
+def _pythons_own_handler():
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_remembered_and_has_the_shells_exit_code(number, code):
     with Interrupt() as interrupt:
