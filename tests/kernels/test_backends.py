@@ -359,6 +359,18 @@ class TestTolerance:
         assert_close(update_of(grad, scales), expected_update(grad, stop), rtol=1e-5, atol=0)
         assert same_bits([scales], backend.scales([grad], stop))
 
+    @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+    @pytest.mark.parametrize("layout", [torch.clone, turned], ids=["contiguous", "turned"])
+    def test_zero_rows_and_columns_do_not_keep_it_going(self, backend, dim, layout):
+        live = heavy_tailed((31, 29))
+        zeros = torch.zeros((7, 29) if dim == 0 else (31, 7))
+        grad = torch.cat([zeros, live], dim=dim)
+        moves = movements(live, 5)
+        tol = (moves[-2] * moves[-1]) ** 0.5  # between those of iterations 4 and 5
+        assert same_bits(
+            backend.scales([layout(grad)], 12, tol=tol), backend.scales([layout(grad)], 5)
+        )
+
     def test_a_row_that_shrinks_and_one_that_grows_count_alike(self, backend):
         grad = heavy_tailed((37, 53))
         first, second = row_scales(grad, 2)

@@ -45,7 +45,8 @@ class Backend(Protocol):
         A non-finite entry makes every column scale of its matrix non-finite.
 
         Where ``tol`` is given, a matrix is left after the first iteration, from its second on, that
-        moves no row scale by more than ``tol``, relative to what it was.
+        moves no row scale by more than ``tol``, relative to what it was; a factor common to all,
+        which zero rows and columns bring about, is no movement.
 
         Where ``starts`` are given, one a gradient or None for ones, iterations begin from these
         column scales ``(..., 1, n)`` instead of 1: float32 or float64 as the scales are, in (0, 1],

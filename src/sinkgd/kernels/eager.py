@@ -98,7 +98,7 @@ def sinkhorn(
         # Where rows or columns are zero the pair drifts apart by a factor an iteration. A factor on
         # c2 comes back as its inverse on r2, so it changes no product and keeps both in range.
         tilt = _tilt(r2, c2)
-        last = r2 * tilt
+        last = r2 * tilt * _drift(r2, c2)
         found = _iterate(S, c2 / tilt)
         if tol is None:
             r2, c2 = found
@@ -173,6 +173,15 @@ def _settled(r2: Tensor, last: Tensor, tol: float) -> Tensor:
     """Whether no row scale of a matrix moved by more than ``tol``: ``(..., 1, 1)``."""
     low, high = max(0.0, 1 - tol) ** 2, (1 + tol) ** 2
     return ((r2 >= low * last) & (r2 <= high * last)).all(dim=-2, keepdim=True)
+
+
+def _drift(r2: Tensor, c2: Tensor) -> Tensor:
+    """The factor by which an iteration moves all r2 alike, where rows or columns are zero."""
+    rows, cols = (
+        (r2 != 0).double().mean(-2, keepdim=True),
+        (c2 != 0).double().mean(-1, keepdim=True),
+    )
+    return torch.where(cols == 0, 1, rows / cols).to(r2.dtype)
 
 
 def _tilt(r2: Tensor, c2: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def half_iteration(
             target = tl.where(settled, target, target * share)
         factor = tl.div_rn(target, total)
         if TOL and not ROWS:
-            move = tl.where(done >= 2, factor * share, factor)
+            move = tl.where(done >= 2, factor, tl.div_rn(factor, share))
             moved = valid & (total != 0) & ((move >= low) & (move <= high) == 0)
             if tl.reduce(moved.to(tl.int32), 0, tl.standard._elementwise_max) != 0:
                 tl.store(coming + number, 1)
