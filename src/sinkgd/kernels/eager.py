@@ -171,8 +171,13 @@ def _divide(length: int, sums: Tensor) -> Tensor:
 
 def _settled(r2: Tensor, last: Tensor, tol: float) -> Tensor:
     """Whether no row scale of a matrix moved by more than ``tol``: ``(..., 1, 1)``."""
-    low, high = max(0.0, 1 - tol) ** 2, (1 + tol) ** 2
+    low, high = no_movement(tol)
     return ((r2 >= low * last) & (r2 <= high * last)).all(dim=-2, keepdim=True)
+
+
+def no_movement(tol: float) -> tuple[float, float]:
+    """The least and the largest quotient of squared scales that count as no movement."""
+    return max(0.0, 1 - tol) ** 2, (1 + tol) ** 2
 
 
 def _drift(r2: Tensor, c2: Tensor) -> Tensor:

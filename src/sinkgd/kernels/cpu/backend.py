@@ -5,9 +5,8 @@ They take float32 and bfloat16, in any mix, with dense rows or dense columns. Wh
     float16 gradients: a float32 copy is read for the scales; `EagerBackend` updates
     float64, parameters of other types or strides, tensor subclasses, gradients that autograd
         follows, empty ones: `EagerBackend`
-    a matrix whose squares leave float32's range, or with zero rows or columns: a copy scaled by
-        powers of two is read, as in `sinkgd.kernels.eager`; where that fails too, as with a
-        non-finite entry, `EagerBackend`
+    a matrix whose squares leave float32's range: a copy scaled by powers of two is read, as in
+        `sinkgd.kernels.eager`; where that fails too, as with a non-finite entry, `EagerBackend`
 """
 
 import importlib.util
@@ -75,7 +74,7 @@ class CpuBackend:
             assert source is not None, "it was not in the job"
             start = None if starts is None else starts[i]
             _repair(source.tensor, found[i], place, num_iters, tol=tol, start=start)
-        return found
+        return [found[i] for i in range(len(grads))]
 
     def update_(
         self,
@@ -189,20 +188,19 @@ def _can_write(param: Tensor, form: Form, row: Tensor, col: Tensor, flag: Tensor
     )
 
 
-def _room(sources: Sequence[Source | None]) -> list[Scales]:
-    """Return room for the scales of each gradient; for None an empty pair, to be replaced."""
+def _room(sources: Sequence[Source | None]) -> dict[int, Scales]:
+    """Return room for the scales of every gradient that the loops read, by its place."""
     alike: dict[torch.Size, list[int]] = {}
     for i, source in enumerate(sources):
-        shape = torch.Size() if source is None else source.tensor.shape
-        alike.setdefault(shape, []).append(i)
-    others = alike.pop(torch.Size(), [])
-    found = dict.fromkeys(others, Scales(torch.empty(0), torch.empty(0)))
+        if source is not None:
+            alike.setdefault(source.tensor.shape, []).append(i)
+    found: dict[int, Scales] = {}
     for shape, members in alike.items():
         *batch, m, n = shape
         rows = torch.empty(len(members), *batch, m, 1).unbind()
         cols = torch.empty(len(members), *batch, 1, n).unbind()
         found.update(zip(members, map(Scales, rows, cols), strict=True))
-    return [found[i] for i in range(len(sources))]
+    return found
 
 
 def _repair(

@@ -1,7 +1,8 @@
 """Where the compiled loops are kept between processes.
 
 numba renews what it cached when the file of the cached function changes; it does not look at the
-files of what that function calls. So the folder is named after all the sources.
+files of what that function calls. So the folder is named after all that is here, and after the
+random bits.
 """
 
 import hashlib
@@ -11,16 +12,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-
-_SOURCES = (
-    "instructions.py",
-    "tables.py",
-    "sweep.py",
-    "solve.py",
-    "step.py",
-    "look.py",
-    "../rounding.py",
-)
 
 
 @contextmanager
@@ -43,7 +34,8 @@ def folder() -> Path:
     The new one is for this process alone, and removed when it ends.
     """
     here = Path(__file__).parent
-    digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES))
+    sources = [*sorted(here.glob("*.py")), here.parent / "rounding.py"]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     name = f"sinkgd-{digest.hexdigest()[:16]}"
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     chosen = os.environ.get("NUMBA_CACHE_DIR")

@@ -139,24 +139,18 @@ def splat(typing: Any, value: Any) -> Any:
     return vector(float32), generate
 
 
-@intrinsic
-def times(typing: Any, x: Any, y: Any) -> Any:
-    """The product of two vectors."""
+def _of_two(operation: str) -> Any:
+    @intrinsic
+    def of_two(typing: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, operation)(*args)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fmul(*args)
+        return vector(vector, vector), generate
 
-    return vector(vector, vector), generate
+    return of_two
 
 
-@intrinsic
-def plus(typing: Any, x: Any, y: Any) -> Any:
-    """The sum of two vectors."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fadd(*args)
-
-    return vector(vector, vector), generate
+plus, times, quotient = _of_two("fadd"), _of_two("fmul"), _of_two("fdiv")
 
 
 @intrinsic
@@ -208,16 +202,6 @@ def totals(
         return fold(builder, rows[0], rows[0], 1)
 
     return vector(*[vector] * 8), generate
-
-
-@intrinsic
-def quotient(typing: Any, length: Any, sums: Any) -> Any:
-    """``length / sums``, sixteen times."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fdiv(*args)
-
-    return vector(vector, vector), generate
 
 
 @intrinsic
@@ -297,17 +281,6 @@ def anew(typing: Any, number: Any) -> Any:
 
 @intrinsic
 def claim(typing: Any, address: Any) -> Any:
-    """Add one to a counter that all threads share, and return what it was."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "monotonic")
-
-    return int64(int64), generate
-
-
-@intrinsic
-def join(typing: Any, address: Any) -> Any:
     """Add one to a counter that all threads share, and return what it was.
 
     What this thread wrote before is seen by whoever reads the counter later.

@@ -22,6 +22,7 @@ from sinkgd.kernels.cpu.tables import (
     UPDATE_FIELDS,
 )
 from sinkgd.kernels.cpu.team import torch_team
+from sinkgd.kernels.eager import no_movement
 
 # Up to this many entries a matrix is given whole to one thread: its passes then cost less than the
 # barriers between the threads that would share them.
@@ -57,20 +58,12 @@ class ScalesJob:
 
     def run(self, num_iters: int, tol: float | None = None) -> list[int]:
         """Find the scales; return the numbers of the matrices, as added, that failed."""
-        count = len(self.table) // GRADIENT_FIELDS
-        if count == 0:
-            return []
-        workers = torch.get_num_threads()
         # Two vectors, each behind what a worker found out; no two threads share a line.
         stride = 2 * 128 * (4 * self.longest // 128 + 2)
-        scratch = _scratch(workers * stride)
-        table, _ = self.table.buffer_info()
-        quotients = array("d", _quotients(tol))
-        numbers, tested = quotients.buffer_info()[0], tol is not None
-        header = array(
-            "q", (table, count, workers, 0, numbers, num_iters, scratch, stride, WHOLE, tested)
-        )
-        _run(_loops()[0], header, workers if self.entries > ALONE else 1)
+        scratch = _scratch(torch.get_num_threads() * stride)
+        quotients = array("d", (0.0, 0.0) if tol is None else no_movement(tol))
+        own = (quotients.buffer_info()[0], num_iters, scratch, stride, WHOLE)
+        _run("find_scales", self.table, GRADIENT_FIELDS, self.entries, *own)
         failed = self.table[FAILED // 8 :: GRADIENT_FIELDS]
         return [i for i, status in enumerate(failed) if status] if any(failed) else []
 
@@ -118,14 +111,8 @@ class UpdateJob:
 
     def run(self, keep: float, step: float) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``."""
-        count = len(self.table) // UPDATE_FIELDS
-        if count == 0:
-            return
-        workers = torch.get_num_threads()
-        table, _ = self.table.buffer_info()
         factors = array("d", (keep, step))
-        header = array("q", (table, count, workers, 0, factors.buffer_info()[0]))
-        _run(_loops()[1], header, workers if self.entries > ALONE else 1)
+        _run("take_steps", self.table, UPDATE_FIELDS, self.entries, factors.buffer_info()[0])
 
 
 class LookJob:
@@ -142,26 +129,28 @@ class LookJob:
 
     def run(self) -> list[bool]:
         """Look; say of each tensor, as added, whether all its entries are finite."""
-        count = len(self.table) // LOOK_FIELDS
-        if count == 0:
-            return []
-        workers = torch.get_num_threads()
-        table, _ = self.table.buffer_info()
-        header = array("q", (table, count, workers, 0))
-        _run(_loops()[2], header, workers if self.entries > ALONE else 1)
+        _run("find_bad", self.table, LOOK_FIELDS, self.entries)
         return [not bad for bad in self.table[BAD // 8 :: LOOK_FIELDS]]
 
 
-def _quotients(tol: float | None) -> tuple[float, float]:
-    """The least and the largest quotient of squared scales that count as no movement."""
-    return (0.0, 0.0) if tol is None else (max(0.0, 1 - tol) ** 2, (1 + tol) ** 2)
+def _run(function: str, table: "array[int]", fields: int, entries: int, *own: int) -> None:
+    """Run a compiled function on a table, whose rows have so many ``fields``.
 
-
-def _run(function: int, header: "array[int]", threads: int) -> None:
+    Args:
+        function: Its name.
+        table: What it works on; nothing is run where it is empty.
+        fields: Of a row.
+        entries: Numbers that are read in all.
+        own: The fields of the header after those that all jobs have.
+    """
+    if not table:
+        return
+    workers = torch.get_num_threads()
+    header = array("q", (table.buffer_info()[0], len(table) // fields, workers, 0, *own))
+    header.extend([0] * (HEADER_FIELDS - len(header)))
     team = torch_team()
     assert team is not None, "the backend is missing here"
-    header.extend([0] * (HEADER_FIELDS - len(header)))
-    team.run(function, header.buffer_info()[0], threads)
+    team.run(_loops()[function], header.buffer_info()[0], workers if entries > ALONE else 1)
 
 
 def _scratch(size: int) -> int:
@@ -173,10 +162,15 @@ def _scratch(size: int) -> int:
 
 
 @cache
-def _loops() -> tuple[int, int, int]:
+def _loops() -> dict[str, int]:
     """Return the addresses of the jobs' functions, compiled or read from the cache."""
     with kept_loops():
         solve = import_module("sinkgd.kernels.cpu.solve")
         step = import_module("sinkgd.kernels.cpu.step")
         look = import_module("sinkgd.kernels.cpu.look")
-    return solve.find_scales.address, step.take_steps.address, look.find_bad.address
+    functions = {
+        "find_scales": solve.find_scales,
+        "take_steps": step.take_steps,
+        "find_bad": look.find_bad,
+    }
+    return {name: function.address for name, function in functions.items()}

@@ -22,7 +22,6 @@ from sinkgd.kernels.cpu.instructions import (
     get_int,
     give_way,
     inlined,
-    join,
     load,
     num_threads,
     peek,
@@ -132,7 +131,7 @@ def _barrier(job, team):
     A thread that has waited for some microseconds gives way to others: where there are more threads
     than cores, the one that all wait for may be among them.
     """
-    place = join(job + t.ARRIVED)
+    place = claim(job + t.ARRIVED)
     complete = place - place % team + team
     looks = 0
     while peek(job + t.ARRIVED) < complete:
@@ -168,10 +167,8 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
     """
     P, Q, iters = get_int(entry + t.P), get_int(entry + t.Q), get_int(job + t.ITERS)
     stride, turned = get_int(job + t.STRIDE), get_int(entry + t.TURNED) != 0
-    lo, hi = float32(0), float32(0)
-    if get_int(job + t.TESTED) != 0:
-        lo = float32(get_double(get_int(job + t.NUMBERS)))
-        hi = float32(get_double(get_int(job + t.NUMBERS) + 8))
+    numbers = get_int(job + t.NUMBERS)
+    lo, hi = float32(get_double(numbers)), float32(get_double(numbers + 8))
     settled, live_columns = False, Q
     for number in range(iters + turned):
         last_rows = turned and (number == iters or settled)
@@ -222,12 +219,8 @@ def _solve(job, entry, first, team, workers, scratch, alone):
     if _iterate(job, entry, first, team, workers, scratch, alone):
         put_int(entry + t.FAILED, 1)
         return
-    P, Q, u, v = (
-        get_int(entry + t.P),
-        get_int(entry + t.Q),
-        get_int(entry + t.U),
-        get_int(entry + t.V),
-    )
+    P, Q = get_int(entry + t.P), get_int(entry + t.Q)
+    u, v = get_int(entry + t.U), get_int(entry + t.V)
     for worker in range(first, workers, team):
         low = _share(P, worker, workers, 1)
         _root(u + 4 * low, _share(P, worker + 1, workers, 1) - low)

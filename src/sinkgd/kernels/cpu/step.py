@@ -65,12 +65,8 @@ def _step_rows(w_dtype, w_size, g_dtype, g_size, entry, low, high, keep, step):
 @compiled
 def _step_rows_at_random(g_dtype, g_size, entry, low, high, keep, step):
     """Update the rows from ``low`` to ``high`` of a bfloat16 parameter, rounding at random."""
-    P, Q, u, v = (
-        get_int(entry + t.WP),
-        get_int(entry + t.WQ),
-        get_int(entry + t.WU),
-        get_int(entry + t.WV),
-    )
+    P, Q = get_int(entry + t.WP), get_int(entry + t.WQ)
+    u, v = get_int(entry + t.WU), get_int(entry + t.WV)
     turned, key = get_int(entry + t.WTURNED) != 0, get_int(entry + t.KEY)
     down, along = (1, P) if turned else (Q, 1)  # places from one row in memory to the next, and on
     for row in range(low, high):

@@ -21,9 +21,9 @@ UPDATE_FIELDS = 15
 (X, ENTRIES, XDTYPE, BAD) = range(0, 32, 8)
 LOOK_FIELDS = 4
 # The header of a job. NEXT: the next entry to claim. NUMBERS: the address of doubles, for scales
-# the least and the largest quotient of squared scales that count as no movement, for updates the
-# factors of parameter and update.
-(TABLE, COUNT, WORKERS, NEXT, NUMBERS, ITERS, SCRATCH, STRIDE, WHOLE, TESTED) = range(0, 80, 8)
+# the least and the largest quotient of squared scales that count as no movement (0 where none is
+# looked for), for updates the factors of parameter and update.
+(TABLE, COUNT, WORKERS, NEXT, NUMBERS, ITERS, SCRATCH, STRIDE, WHOLE) = range(0, 72, 8)
 ARRIVED = 256  # how often a thread came to a barrier; on a line of its own
 HEADER_FIELDS = 48
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.kernels.eager import no_movement
 from sinkgd.kernels.triton.plan import Bucket, Plan
 from sinkgd.kernels.triton.tiles import THREADS
 
@@ -66,8 +67,7 @@ def find_scales(
         tol: A matrix whose row scales move by no more than this is left.
     """
     kernels = loops()
-    margin = 0.0 if tol is None else tol
-    bounds = max(0.0, 1 - margin) ** 2, (1 + margin) ** 2
+    bounds = no_movement(0.0 if tol is None else tol)
     origins = (kernels.START, kernels.LENGTHS, kernels.LENGTHS)
     common = {
         "DTYPE": kernels.DTYPES[bucket.kind.dtypes[0]],

@@ -54,7 +54,7 @@ def probes(device: torch.device) -> tuple[Probe, ...]:
             1,
             lambda p: partial(backend.scales, [_as_matrix(grad) for grad in p.grads], 1),
         ),
-        Probe(f"{backend.name}: update", 3, partial(_update, backend)),
+        Probe(f"{backend.name}: update", 3, partial(update_call, backend)),
     )
 
 
@@ -94,7 +94,8 @@ def _copy(problem: Problem) -> Callable[[], object]:
     return partial(torch.empty_like(problem.flat_grads).copy_, problem.flat_grads)
 
 
-def _update(backend: kernels.Backend, problem: Problem) -> Callable[[], object]:
+def update_call(backend: kernels.Backend, problem: Problem) -> Callable[[], object]:
+    """Return a call of the backend's update of all parameters."""
     params = [_as_matrix(param.detach()) for param in problem.params]
     grads = [_as_matrix(grad) for grad in problem.grads]
     scales = backend.scales(grads, 1)

@@ -8,7 +8,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,10 +48,6 @@ class LoopBenchmark:
     steps_per_block: int
     tokens_per_step: int
     environment: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result for JSON."""
-        return asdict(self)
 
 
 def bench_loop(

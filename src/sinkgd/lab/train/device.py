@@ -5,23 +5,26 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from sinkgd.lab.train.config import ConfigError, Precision, TrainingConfig
+from sinkgd.lab.train.config import ConfigError, Device, Precision
 
 
-def select_device(training: TrainingConfig) -> torch.device:
-    """Return the device to train on; ``auto`` takes CUDA where there is one.
+def select_device(device: Device, *, option: str = "training.device") -> torch.device:
+    """Return the device to compute on; ``auto`` takes CUDA where there is one.
+
+    Args:
+        device: As it was asked for.
+        option: By which, for the error.
 
     Raises:
         ConfigError: If CUDA was asked for and there is none.
     """
-    if training.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "training.device is 'cuda', but torch finds no CUDA device here; "
-            "use --training.device cpu or auto"
+            f"{option} is 'cuda', but torch finds no CUDA device here; use --{option} cpu or auto"
         )
-    if training.device == "auto":
+    if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(training.device)
+    return torch.device(device)
 
 
 def set_threads(threads: int | None) -> None:

@@ -51,7 +51,7 @@ def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
     training = config.training
     set_threads(training.threads)
     torch.manual_seed(training.seed)
-    device = select_device(training)
+    device = select_device(training.device)
     dataset = open_dataset(config.data, say)
     manifest = dataset.manifest
     batches = Batches(

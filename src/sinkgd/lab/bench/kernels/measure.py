@@ -8,7 +8,14 @@ import torch
 
 from sinkgd import kernels
 from sinkgd.kernels import Backend
-from sinkgd.lab.bench.bandwidth import bandwidth, calls, fastest, floor_seconds, probes
+from sinkgd.lab.bench.bandwidth import (
+    bandwidth,
+    calls,
+    fastest,
+    floor_seconds,
+    probes,
+    update_call,
+)
 from sinkgd.lab.bench.contenders import backends
 from sinkgd.lab.bench.kernels.cases import CASES
 from sinkgd.lab.bench.kernels.records import CaseTiming, KernelsRecord, KernelTiming
@@ -33,16 +40,10 @@ def _scales(iterations: int) -> Operation:
     return Operation(iterations, lambda backend, p: partial(backend.scales, p.grads, iterations))
 
 
-def _update(backend: Backend, problem: Problem) -> Callable[[], object]:
-    params = [param.detach() for param in problem.params]
-    scales = backend.scales(problem.grads, 1)
-    return partial(backend.update_, params, problem.grads, scales, keep=1.0, step=-1e-4)
-
-
 OPERATIONS = {
     "scales, L=1": _scales(1),
     "scales, L=5": _scales(5),
-    "update": Operation(3, _update),
+    "update": Operation(3, update_call),
 }
 
 

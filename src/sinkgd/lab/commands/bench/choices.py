@@ -9,6 +9,7 @@ import torch
 
 from sinkgd.lab.train.config import ConfigError, Device
 from sinkgd.lab.train.config_file import nearest
+from sinkgd.lab.train.device import select_device, set_threads
 
 
 def chosen(option: str, value: str, allowed: Iterable[str]) -> tuple[str, ...]:
@@ -62,12 +63,8 @@ def prepare_device(device: Device, threads: int | None) -> torch.device:
     """
     if threads is not None:
         check_at_least_one("threads", threads)
-        torch.set_num_threads(threads)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch finds no CUDA device here; use cpu or auto")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    set_threads(threads)
+    return select_device(device, option="device")
 
 
 def command_of(measurement: str, options: Any) -> str:

@@ -1,6 +1,5 @@
 """`sinkgd bench loop`: the training loop against a bare one."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,6 +56,7 @@ class Loop:
             ConfigError: If an option cannot be.
         """
         from sinkgd.lab.bench import bench_loop
+        from sinkgd.lab.bench.record_file import write_record
         from sinkgd.lab.train.run import print_to_stderr
 
         for name in ("rounds", "steps_per_block"):
@@ -70,8 +70,7 @@ class Loop:
         )
         _print(result)
         if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+            write_record(self.out, result)
         return 0
 
 
