@@ -54,6 +54,7 @@ def interpreter() -> Iterator[None]:
             sys.modules.pop(f"sinkgd.kernels.triton.{module}", None)
             import_anew.cache_clear()
             import_anew()
+        importlib.import_module("triton.experimental.gluon")  # at the first launch it is too late
     started = launch.launch
 
     def start(*args: object, **options: object) -> None:

@@ -25,12 +25,26 @@ def a_pair(algorithm, bad, policy):
 
 @BAD
 @ALGORITHMS
-def test_raise_names_the_parameter_and_writes_nothing(algorithm, bad):
+def test_raise_names_the_parameter_and_leaves_it_alone(algorithm, bad):
     good, ill, optimizer = a_pair(algorithm, bad, "raise")
     with pytest.raises(sinkgd.NonFiniteGradientError, match=r"gradient of layers\.3\.ill holds"):
         optimizer.step()
+    assert good.ne(1).all()
+    assert ill.eq(1).all()
+
+
+@BAD
+@ALGORITHMS
+def test_raise_names_every_bad_parameter_of_the_step(algorithm, bad):
+    good, ill, optimizer = a_pair(algorithm, bad, "raise")
+    good.grad[2, 2] = bad
+    with pytest.raises(sinkgd.NonFiniteGradientError, match=r"of good, layers\.3\.ill holds"):
+        optimizer.step()
     assert good.eq(1).all()
     assert ill.eq(1).all()
+    good.grad, ill.grad = torch.randn(4, 3), torch.randn(3, 5)
+    optimizer.step()  # what was said is not said again
+    assert ill.ne(1).all()
 
 
 @BAD

@@ -1,7 +1,8 @@
 """The contract of every backend of SR-Sinkhorn, and the choice among them.
 
 A backend reads a list of gradients into scales, and writes a list of parameters from gradients and
-scales. It is given whole lists so that it may batch small matrices or run all in one launch.
+scales; or it does both at once. It is given whole lists so that it may batch small matrices or run
+all in one launch.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,23 @@ class Scales(NamedTuple):
 
     row: Tensor  # r, (..., m, 1)
     col: Tensor  # c, (..., 1, n)
+
+
+class Matrices(NamedTuple):
+    """Parameters seen as matrices, and what belongs to each matrix: lists of one length."""
+
+    params: Sequence[Tensor]  # (..., m, n)
+    grads: Sequence[Tensor]
+    owners: Sequence[range]  # of each parameter, which of these are it; in order, and all
+    starts: Sequence[Tensor | None] | None = None  # as in `Backend.scales`
+    keys: Sequence[Tensor] | None = None  # as in `Backend.update_`
+
+
+class Descent(NamedTuple):
+    """What a step along normalized gradients leaves behind."""
+
+    finite: Tensor  # (owners,) bool: whether the gradients of each hold finite numbers alone
+    scales: Sequence[Scales]  # one a gradient
 
 
 class Backend(Protocol):
@@ -79,5 +97,22 @@ class Backend(Protocol):
 
         Where ``keys`` are given, a 0-dim int64 a parameter on its device, a bfloat16 parameter is
         rounded up or down at random, by the bits of `sinkgd.kernels.rounding`.
+        """
+        ...
+
+    def descend_(
+        self,
+        matrices: Matrices,
+        num_iters: int,
+        *,
+        keep: float | Tensor,
+        step: float | Tensor,
+        tol: float | None = None,
+        overflow: Tensor | None = None,
+    ) -> Descent:
+        """Do what `scales` and `update_` do, where the gradient is finite.
+
+        The matrices of one owner are written together or, where a gradient of theirs is not finite,
+        not at all. Nothing is written where ``overflow``, a 0-dim bool on their device, is True.
         """
         ...

@@ -14,6 +14,7 @@ from torch import Tensor
 from sinkgd.kernels import registry
 from sinkgd.kernels.backend import Backend, Scales
 from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.two_halves import TwoHalves
 
 
 def select(name: str, device: torch.device) -> Backend:
@@ -26,7 +27,7 @@ def select(name: str, device: torch.device) -> Backend:
     return registry.select(name, device)
 
 
-class CompiledBackend:
+class CompiledBackend(TwoHalves):
     """The operators, which run the backend called ``name``."""
 
     install = "pip install sinkgd"

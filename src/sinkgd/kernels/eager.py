@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.rounding import round_to_bfloat16
+from sinkgd.kernels.two_halves import TwoHalves
 
 
-class EagerBackend:
+class EagerBackend(TwoHalves):
     """Two matrix–vector products an iteration; one float32 matrix of scratch at a time."""
 
     name = "eager"

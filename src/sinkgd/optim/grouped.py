@@ -1,19 +1,19 @@
 """One torch optimizer whose parameter groups each name their algorithm.
 
-A step walks down this file: gradients are read, group by group; whatever is non-finite is found;
-only then are parameters written.
+A step goes group by group: its algorithm updates the parameters, but for those whose gradient is
+not finite, of which the guard hears.
 """
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sinkgd.optim.algorithms import ALGORITHMS
-from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, Step
+from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.algorithms.warm_start import COL_SCALE
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
@@ -88,7 +88,8 @@ class GroupedOptimizer(Optimizer):
 
         Raises:
             NonFiniteGradientError: If a gradient holds NaN or infinity and the group's policy is
-                ``"raise"``: before any parameter is written on a CPU, at the next step elsewhere.
+                ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. Its
+                parameter was left as it was; others were updated.
             TypeError: If a gradient is sparse.
         """
         self._guard.settle()
@@ -103,12 +104,17 @@ class GroupedOptimizer(Optimizer):
             if bool(overflow):
                 return loss
             overflow = None
-        halves = list(self._read(Context(self.state, scale)))
-        allowed = [self._allowed(half, overflow) for half in halves]
-        for half, flags in zip(halves, allowed, strict=True):
-            half.step.write(flags)
+        for index, slots in self._slots():
+            group = self.param_groups[index]
+            flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
+            context = Context(self.state, scale, flag)
+            finite = _algorithm(group["algorithm"]).step(slots, group, context)
+            # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
+            known = finite if flag is None else finite | flag
+            self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
         for group in self.param_groups:
             count_step(group)
+        self._guard.settle_on_host()
         return loss
 
     def skipped(self) -> dict[str, int]:
@@ -151,10 +157,11 @@ class GroupedOptimizer(Optimizer):
             if saved is not None:
                 self.state[param][COL_SCALE] = saved.to(param.device, copy=True)
 
-    def _read(self, context: Context) -> Iterator["_Half"]:
+    def _slots(self) -> list[tuple[int, list[Slot]]]:
+        """List what has a gradient: the number of the group, and its parameters of one device."""
+        found: list[tuple[int, list[Slot]]] = []
         first = 0
         for index, group in enumerate(self.param_groups):
-            algorithm = _algorithm(group["algorithm"])
             by_device: dict[torch.device, list[Slot]] = {}
             for number, (name, param) in enumerate(_named(group, index), first):
                 if param.grad is None or param.numel() == 0:
@@ -167,26 +174,8 @@ class GroupedOptimizer(Optimizer):
                 slot = Slot(name, number, param, param.grad)
                 by_device.setdefault(param.device, []).append(slot)
             first += len(group["params"])
-            for slots in by_device.values():
-                names = [slot.name for slot in slots]
-                yield _Half(names, group["nonfinite"], algorithm.read(slots, group, context))
-
-    def _allowed(self, half: "_Half", overflow: Tensor | None) -> Tensor | None:
-        finite = half.step.finite
-        if overflow is None:
-            return None if self._guard.all_finite(half.names, finite, half.policy) else finite
-        overflowed = overflow.to(finite.device) != 0
-        # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
-        self._guard.all_finite(half.names, finite | overflowed, half.policy)
-        return finite & ~overflowed
-
-
-class _Half(NamedTuple):
-    """The first half of a step: some parameters of one group, on one device."""
-
-    names: list[str]
-    policy: str
-    step: Step
+            found += ((index, slots) for slots in by_device.values())
+        return found
 
 
 def _algorithm(name: str) -> Algorithm:

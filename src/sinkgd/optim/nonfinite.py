@@ -1,10 +1,10 @@
 """What happens to a gradient that holds NaN or infinity: it never reaches a weight.
 
-On a CPU the flags are read at once, before anything is written: ``"raise"`` leaves every parameter
-as it was. On an accelerator nothing waits: the flags stay on the device, where they keep the
-parameter as it is; a copy travels to the host, and the error comes with the next step. So it is in
-a step that ``torch.compile`` has compiled, which cannot stop half-way; and in one that a CUDA graph
-replays, but there nobody reads the flags, so only the parameters are kept from harm.
+Its parameter is left as it was, whatever the policy; others are updated. On a CPU the flags are
+read at the end of the step, and ``"raise"`` raises there. On an accelerator nothing waits: a copy
+of the flags travels to the host, and the error comes with the next step. So it is in a step that
+``torch.compile`` has compiled; in one that a CUDA graph replays nobody reads the flags, so the
+parameters are kept from harm and that is all.
 """
 
 from collections import Counter
@@ -28,21 +28,12 @@ class NonFiniteGuard:
         self._skipped: Counter[str] = Counter()
         self._in_flight: list[_Flags] = []
 
-    def all_finite(self, names: Sequence[str], flags: Tensor, policy: str) -> bool:
-        """Take the flags of some parameters on one device; return whether all are known to be True.
-
-        Raises:
-            NonFiniteGradientError: At once, if the policy is ``"raise"`` and the flags of a
-                non-finite gradient are on a CPU.
-        """
-        if torch.compiler.is_compiling():
+    def take(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
+        """Take the flags of some parameters on one device: False where a gradient is not finite."""
+        if flags.device.type == "cpu" or torch.compiler.is_compiling():
             self._in_flight.append(_Flags(names, flags, policy))
-        elif flags.device.type == "cpu":
-            self._settle(names, flags, policy)
-            return bool(flags.all())
         elif not (flags.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._in_flight.append(_FlagsUnderWay(names, flags, policy))
-        return False
 
     @_disable_dynamo  # as torch.compiler.disable, which would import the compiler at once
     def settle(self) -> None:
@@ -52,25 +43,39 @@ class NonFiniteGuard:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
         """
         in_flight, self._in_flight = self._in_flight, []
-        for flags in in_flight:
-            self._settle(flags.names, flags.on_host(), flags.policy)
+        self._settle(in_flight)
+
+    def settle_on_host(self) -> None:
+        """Read the flags that lie on a CPU, unless a compiler is looking.
+
+        Raises:
+            NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
+        """
+        if torch.compiler.is_compiling():
+            return
+        here = [flags for flags in self._in_flight if type(flags) is _Flags]
+        self._in_flight = [flags for flags in self._in_flight if type(flags) is not _Flags]
+        self._settle(here)
 
     def skipped(self) -> dict[str, int]:
         """Return how many updates of each parameter were skipped so far."""
         self.settle()
         return dict(self._skipped)
 
-    def _settle(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
-        if bool(flags.all()):
-            return
-        bad = [name for name, finite in zip(names, flags.tolist(), strict=True) if not finite]
-        if policy == "raise":
+    def _settle(self, arrived: Sequence["_Flags"]) -> None:
+        fatal: list[str] = []
+        for flags in arrived:
+            bad = flags.bad()
+            if flags.policy == "raise":
+                fatal += bad
+            else:
+                self._skipped.update(bad)
+        if fatal:
             raise NonFiniteGradientError(
-                f"the gradient of {', '.join(bad)} holds NaN or infinity; the parameter was left "
+                f"the gradient of {', '.join(fatal)} holds NaN or infinity; the parameter was left "
                 "as it was. Lower the learning rate or find the operation, or pass "
                 'nonfinite="skip" to leave out such updates and count them in skipped()'
             )
-        self._skipped.update(bad)
 
 
 class _Flags:
@@ -79,8 +84,12 @@ class _Flags:
     def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         self.names, self.flags, self.policy = names, flags, policy
 
-    def on_host(self) -> Tensor:
-        return self.flags
+    def bad(self) -> list[str]:
+        """Name the parameters whose gradient is not finite."""
+        if bool(self.flags.all()):
+            return []
+        pairs = zip(self.names, self.flags.tolist(), strict=True)
+        return [name for name, finite in pairs if not finite]
 
 
 class _FlagsUnderWay(_Flags):
@@ -92,6 +101,6 @@ class _FlagsUnderWay(_Flags):
         self._copied = torch.Event(flags.device.type)
         self._copied.record()
 
-    def on_host(self) -> Tensor:
+    def bad(self) -> list[str]:
         self._copied.synchronize()
-        return self.flags
+        return super().bad()

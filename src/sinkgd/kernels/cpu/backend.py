@@ -11,19 +11,20 @@ They take float32 and bfloat16, in any mix, with dense rows or dense columns. Wh
 
 import importlib.util
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from sinkgd.kernels.backend import Scales
-from sinkgd.kernels.cpu.form import DTYPES, Form, form_of
-from sinkgd.kernels.cpu.jobs import LookJob, ScalesJob, UpdateJob
+from sinkgd.kernels.backend import Descent, Matrices, Scales
+from sinkgd.kernels.cpu.form import DTYPES, Form
+from sinkgd.kernels.cpu.jobs import LookJob, MatricesJob, Write
+from sinkgd.kernels.cpu.reading import Reading
+from sinkgd.kernels.cpu.sources import beside, writable
 from sinkgd.kernels.cpu.team import torch_team
-from sinkgd.kernels.eager import EagerBackend, level_, sinkhorn
-from sinkgd.kernels.layout import aligned, dense, matrix_of
+from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.two_halves import finite_of, of_each
 
 
 class CpuBackend:
@@ -53,28 +54,9 @@ class CpuBackend:
         starts: Sequence[Tensor | None] | None = None,
     ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
-        sources = [_readable(grad) for grad in grads]
-        found = _room(sources)
-        job = ScalesJob()
-        owners: list[int] = []  # of every matrix of the job, the gradient
-        for i, (grad, source) in enumerate(zip(grads, sources, strict=True)):
-            start = None if starts is None else starts[i]
-            if source is None:
-                found[i] = sinkhorn(grad, num_iters, tol=tol, start=start)
-                continue
-            x, form = source
-            row, col = found[i]
-            if start is not None:
-                torch.mul(start, start, out=col)
-            job.add(x.data_ptr(), form, row.data_ptr(), col.data_ptr(), started=start is not None)
-            owners.extend([i] * len(form.offsets))
-        for failed in job.run(num_iters, tol):
-            i = owners[failed]
-            source, place = sources[i], failed - owners.index(i)
-            assert source is not None, "it was not in the job"
-            start = None if starts is None else starts[i]
-            _repair(source.tensor, found[i], place, num_iters, tol=tol, start=start)
-        return [found[i] for i in range(len(grads))]
+        reading = Reading(grads, starts)
+        reading.run(num_iters, tol)
+        return list(reading.room)
 
     def update_(
         self,
@@ -88,30 +70,28 @@ class CpuBackend:
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
-        job = UpdateJob()
+        job = MatricesJob(float(keep), float(step))
         read: list[Tensor] = []  # keeps copies alive until the job is done
         written: list[Tensor] = []
         others: list[int] = []
         for i, (param, grad, (row, col)) in enumerate(zip(params, grads, scales, strict=True)):
             flag = None if allowed is None else allowed[i]
-            form = form_of(param)
-            source = None
-            if form is not None and _can_write(param, form, row, col, flag):
-                source = _beside(grad, param, form)
+            form = writable(param) if _are_usual(row, col, flag) else None
+            source = None if form is None else beside(grad, param, form)
             if form is None or source is None:
                 others.append(i)
                 continue
-            x, source_form = source
-            job.add(
-                (param.data_ptr(), x.data_ptr()),
-                (form, source_form),
-                (row.data_ptr(), col.data_ptr()),
+            write = Write(
+                param.data_ptr(),
+                form,
                 flag=0 if flag is None else flag.data_ptr(),
                 key=None if keys is None else int(keys[i]),
             )
-            read.append(x)
+            scales_at = row.data_ptr(), col.data_ptr()
+            job.add(source.tensor.data_ptr(), source.form, scales_at, write)
+            read.append(source.tensor)
             written.append(param)
-        job.run(float(keep), float(step))
+        job.take_steps()
         increment_version(written)  # what an in-place operation of torch does
         if others:
             EagerBackend().update_(
@@ -123,6 +103,50 @@ class CpuBackend:
                 allowed=None if allowed is None else [allowed[i] for i in others],
                 keys=None if keys is None else [keys[i] for i in others],
             )
+
+    def descend_(
+        self,
+        matrices: Matrices,
+        num_iters: int,
+        *,
+        keep: float | Tensor,
+        step: float | Tensor,
+        tol: float | None = None,
+        overflow: Tensor | None = None,
+    ) -> Descent:
+        """Take the step of a matrix as soon as its scales are known: its gradient is in the cache.
+
+        Only where that matrix is all that its owner has, and nothing else may forbid the step.
+        """
+        params, grads, owners, starts, keys = matrices
+        forbidden = overflow is not None and bool(overflow)
+        alone = {own.start for own in owners if len(own) == 1 and not forbidden}
+        reading = Reading(grads, starts)
+        writes: dict[int, Write] = {}
+        for i, source in enumerate(reading.sources):
+            form = writable(params[i]) if source is not None and i in alone else None
+            if source is not None and form is not None and _fit(form, source.form):
+                key = None if keys is None else int(keys[i])
+                writes[i] = Write(params[i].data_ptr(), form, key=key)
+        factors = float(keep), float(step)
+        failed = reading.run(num_iters, tol, writes=writes, factors=factors)
+        increment_version([params[i] for i in writes])
+        if not failed and len(writes) == len(params):
+            return Descent(torch.ones(len(owners), dtype=torch.bool), reading.room)
+        finite = finite_of(reading.room, owners)
+        if not forbidden:
+            flags = of_each(finite, owners)
+            later = [i for i in range(len(params)) if i in failed or i not in writes]
+            self.update_(
+                [params[i] for i in later],
+                [grads[i] for i in later],
+                [reading.room[i] for i in later],
+                keep=keep,
+                step=step,
+                allowed=[flags[i] for i in later],
+                keys=None if keys is None else [keys[i] for i in later],
+            )
+        return Descent(finite, reading.room)
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
@@ -140,105 +164,15 @@ class CpuBackend:
         return torch.tensor(flags)
 
 
-class Source(NamedTuple):
-    """A gradient as the loops read it."""
-
-    tensor: Tensor
-    form: Form
-
-
-def _readable(grad: Tensor) -> Source | None:
-    """Return what the loops can read of ``grad``; None where `EagerBackend` must."""
-    if grad.requires_grad and torch.is_grad_enabled():
-        return None
-    form = form_of(grad)
-    if form is not None:
-        return Source(grad, form)
-    if type(grad) not in (Tensor, Parameter) or not grad.is_cpu or grad.numel() == 0:
-        return None
-    if grad.dtype == torch.float16:
-        return _with_form(dense(grad.float()))
-    return _with_form(dense(grad)) if grad.dtype in DTYPES else None
-
-
-def _beside(grad: Tensor, param: Tensor, form: Form) -> Source | None:
-    """Return ``grad`` as it is read beside ``param``; None where `EagerBackend` must."""
-    own = form_of(grad)
-    if own is not None and own.turned == form.turned and param.shape == grad.shape:
-        return Source(grad, own)
-    if type(grad) not in (Tensor, Parameter) or not grad.is_cpu or param.shape != grad.shape:
-        return None
-    return _with_form(aligned(grad, param)) if grad.dtype in DTYPES else None
-
-
-def _with_form(x: Tensor) -> Source:
-    form = form_of(x)
-    assert form is not None, f"strides {x.stride()}"
-    return Source(x, form)
-
-
-def _can_write(param: Tensor, form: Form, row: Tensor, col: Tensor, flag: Tensor | None) -> bool:
+def _are_usual(row: Tensor, col: Tensor, flag: Tensor | None) -> bool:
     return (
-        form.may_be_written
-        and not (param.requires_grad and torch.is_grad_enabled())
-        and row.dtype == col.dtype == torch.float32
+        row.dtype == col.dtype == torch.float32
         and row.is_contiguous()
         and col.is_contiguous()
         and (flag is None or (flag.dtype == torch.bool and flag.is_cpu))
     )
 
 
-def _room(sources: Sequence[Source | None]) -> dict[int, Scales]:
-    """Return room for the scales of every gradient that the loops read, by its place."""
-    alike: dict[torch.Size, list[int]] = {}
-    for i, source in enumerate(sources):
-        if source is not None:
-            alike.setdefault(source.tensor.shape, []).append(i)
-    found: dict[int, Scales] = {}
-    for shape, members in alike.items():
-        *batch, m, n = shape
-        rows = torch.empty(len(members), *batch, m, 1).unbind()
-        cols = torch.empty(len(members), *batch, 1, n).unbind()
-        found.update(zip(members, map(Scales, rows, cols), strict=True))
-    return found
-
-
-def _repair(
-    source: Tensor,
-    found: Scales,
-    place: int,
-    num_iters: int,
-    *,
-    tol: float | None,
-    start: Tensor | None,
-) -> None:
-    """Find the scales of one matrix of ``source`` whose squares left float32's range."""
-    matrix = matrix_of(source, place)
-    m, n = matrix.shape
-    begin = None if start is None else start.view(-1, 1, n)[place]
-    again = _rescaled(matrix, num_iters, tol=tol, start=begin)
-    if again is None:
-        again = sinkhorn(matrix, num_iters, tol=tol, start=begin)
-    found.row.view(-1, m, 1)[place] = again.row
-    found.col.view(-1, 1, n)[place] = again.col
-
-
-def _rescaled(
-    matrix: Tensor, num_iters: int, *, tol: float | None, start: Tensor | None
-) -> Scales | None:
-    """Run the loops on a copy scaled by powers of two; None where that fails too.
-
-    Powers of two change no rounding, so the bits are those that an unbounded float32 would give.
-    """
-    S = matrix.to(torch.float32, copy=True).abs_()
-    s, t = level_(S)
-    S, form = _with_form(dense(S))
-    m, n = S.shape
-    first = t if start is None else t * start
-    found = Scales(torch.empty(m, 1), first.square().reshape(1, n))
-    job = ScalesJob()
-    job.add(S.data_ptr(), form, found.row.data_ptr(), found.col.data_ptr(), started=True)
-    if job.run(num_iters, tol):
-        return None
-    limit = torch.finfo(torch.float32).max
-    return Scales((found.row / s).clamp(max=limit), (found.col / t).clamp(max=limit))
+def _fit(param: Form, grad: Form) -> bool:
+    """Whether both hold one matrix, as it lies in memory."""
+    return len(param.offsets) == 1 and param[:2] == grad[:2] and param.turned == grad.turned

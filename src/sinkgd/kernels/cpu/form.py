@@ -24,6 +24,8 @@ class Form(NamedTuple):
     turned: bool  # a row in memory is a column of the matrix
     offsets: tuple[int, ...]  # bytes from the tensor's first entry to each matrix's
     may_be_written: bool  # no two entries share memory
+    rows: int  # of all matrices
+    cols: int
 
 
 def form_of(x: Tensor) -> Form | None:
@@ -43,5 +45,14 @@ def _form(
         return None
     size = dtype.itemsize
     offsets = tuple(offset * size for offset in layout.offsets)
-    may = may_be_written(shape, stride)
-    return Form(layout.P, layout.Q, layout.ld * size, DTYPES[dtype], layout.turned, offsets, may)
+    return Form(
+        P=layout.P,
+        Q=layout.Q,
+        ld=layout.ld * size,
+        dtype=DTYPES[dtype],
+        turned=layout.turned,
+        offsets=offsets,
+        may_be_written=may_be_written(shape, stride),
+        rows=len(offsets) * shape[-2],
+        cols=len(offsets) * shape[-1],
+    )

@@ -7,6 +7,7 @@ import threading
 from array import array
 from functools import cache
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,9 @@ from sinkgd.kernels.cpu.form import Form
 from sinkgd.kernels.cpu.tables import (
     BAD,
     FAILED,
-    GRADIENT_FIELDS,
     HEADER_FIELDS,
     LOOK_FIELDS,
-    UPDATE_FIELDS,
+    MATRIX_FIELDS,
 )
 from sinkgd.kernels.cpu.team import torch_team
 from sinkgd.kernels.eager import no_movement
@@ -33,104 +33,109 @@ ALONE = 1 << 14
 _local = threading.local()  # gradients may be read by several Python threads, as backward hooks do
 
 
-class ScalesJob:
-    """A table of gradients to find the scales of."""
+class Write(NamedTuple):
+    """A parameter, by its address, that lies beside a gradient and is turned as it is."""
 
-    def __init__(self) -> None:
-        self.table = array("q")
+    param: int
+    form: Form
+    flag: int = 0  # the address of a bool that allows the update, or 0
+    key: int | None = None  # of stochastic rounding
+
+
+class MatricesJob:
+    """A table of gradients, to find their scales or to update parameters by them, or both.
+
+    Args:
+        keep: The factor of the parameters.
+        step: The factor of ``row * grad * col``, which is added.
+    """
+
+    def __init__(self, keep: float = 1.0, step: float = 0.0) -> None:
+        self.factors = keep, step
+        self.fields: list[int] = []
         self.longest = 0
-        self.entries = 0
-
-    def add(self, grad: int, form: Form, row: int, col: int, *, started: bool) -> None:
-        """Add every matrix of the gradient at ``grad``.
-
-        Its scales go to the addresses ``row`` and ``col``, float32, one matrix after the other.
-        Where it is ``started``, ``col`` holds the first c².
-        """
-        P, Q, ld, dtype, turned, offsets, _ = form
-        u, v = (col, row) if turned else (row, col)
-        for offset in offsets:
-            self.table.extend((grad + offset, P, Q, ld, dtype, turned, u, v, started, 0))
-            u += 4 * P
-            v += 4 * Q
-        self.longest = max(self.longest, Q)
-        self.entries += P * Q * len(offsets)
-
-    def run(self, num_iters: int, tol: float | None = None) -> list[int]:
-        """Find the scales; return the numbers of the matrices, as added, that failed."""
-        # Two vectors, each behind what a worker found out; no two threads share a line.
-        stride = 2 * 128 * (4 * self.longest // 128 + 2)
-        scratch = _scratch(torch.get_num_threads() * stride)
-        quotients = array("d", (0.0, 0.0) if tol is None else no_movement(tol))
-        own = (quotients.buffer_info()[0], num_iters, scratch, stride, WHOLE)
-        _run("find_scales", self.table, GRADIENT_FIELDS, self.entries, *own)
-        failed = self.table[FAILED // 8 :: GRADIENT_FIELDS]
-        return [i for i, status in enumerate(failed) if status] if any(failed) else []
-
-
-class UpdateJob:
-    """A table of parameters to update."""
-
-    def __init__(self) -> None:
-        self.table = array("q")
         self.entries = 0
 
     def add(
         self,
-        addresses: tuple[int, int],
-        forms: tuple[Form, Form],
+        grad: int,
+        form: Form,
         scales: tuple[int, int],
+        write: Write | None = None,
         *,
-        flag: int,
-        key: int | None,
+        started: bool = False,
     ) -> None:
-        """Add every matrix of a parameter and its gradient, which is turned as it is.
+        """Add every matrix of the gradient at ``grad``.
 
         Args:
-            addresses: Of parameter and gradient.
-            forms: Of parameter and gradient.
-            scales: The addresses of row and column scales.
-            flag: The address of a bool that allows the update, or 0.
-            key: Of stochastic rounding, or None.
+            grad: Its address.
+            form: Its form.
+            scales: The addresses of its row and column scales, float32, those of one matrix after
+                those of the other.
+            write: What is updated by it.
+            started: Whether the column scales hold the first c².
         """
-        P, Q, ld, dtype, turned, offsets, _ = forms[0]
-        _, _, grad_ld, grad_dtype, _, grad_offsets, _ = forms[1]
-        param, grad = addresses
+        P, Q, ld, dtype, turned, offsets = form[:6]
         u, v = (scales[1], scales[0]) if turned else scales
-        fields = (P, Q, ld, grad_ld, dtype, grad_dtype, turned)
-        rounding = (0, 0) if key is None else (1, key)
+        if write is None:
+            params, how = (0,) * len(offsets), (0, 0, 0, 0, 0)
+        else:
+            param, beside, flag, key = write
+            params = tuple(param + offset for offset in beside.offsets)
+            how = (beside.ld, beside.dtype, flag, key is not None, key or 0)
         place = 0
-        for offset, grad_offset in zip(offsets, grad_offsets, strict=True):
-            self.table.extend(
-                (param + offset, grad + grad_offset, *fields, u, v, flag, *rounding, place)
-            )
+        for offset, param in zip(offsets, params, strict=True):
+            self.fields += (
+                grad + offset, P, Q, ld, dtype, turned, u, v, started, 0, param, *how, place,
+            )  # fmt: skip
             u += 4 * P
             v += 4 * Q
             place += P * Q
+        self.longest = max(self.longest, Q)
         self.entries += place
 
-    def run(self, keep: float, step: float) -> None:
-        """Set each parameter to ``keep * param + step * row * grad * col``."""
-        factors = array("d", (keep, step))
-        _run("take_steps", self.table, UPDATE_FIELDS, self.entries, factors.buffer_info()[0])
+    def find_scales(self, num_iters: int, tol: float | None = None) -> list[int]:
+        """Find the scales, then update the parameters, but where no scales were found.
+
+        Returns:
+            The numbers of those matrices, as added.
+        """
+        # Two vectors, each behind what a worker found out; no two threads share a line.
+        stride = 2 * 128 * (4 * self.longest // 128 + 2)
+        scratch = _scratch(torch.get_num_threads() * stride)
+        quotients = (0.0, 0.0) if tol is None else no_movement(tol)
+        table = self._run("find_scales", quotients, num_iters, scratch, stride, WHOLE)
+        failed = table[FAILED // 8 :: MATRIX_FIELDS]
+        return [i for i, status in enumerate(failed) if status] if any(failed) else []
+
+    def take_steps(self) -> None:
+        """Update the parameters by scales that are known."""
+        self._run("take_steps", (0.0, 0.0))
+
+    def _run(self, function: str, quotients: tuple[float, float], *own: int) -> "array[int]":
+        numbers = array("d", (*self.factors, *quotients))
+        table = array("q", self.fields)
+        _run(function, table, MATRIX_FIELDS, self.entries, _address(numbers), *own)
+        return table
 
 
 class LookJob:
     """A table of tensors to look for NaN and infinity in."""
 
     def __init__(self) -> None:
-        self.table = array("q")
+        self.fields: list[int] = []
         self.entries = 0
 
     def add(self, address: int, entries: int, dtype: int) -> None:
         """Add a tensor without gaps."""
-        self.table.extend((address, entries, dtype, 0))
+        self.fields += (address, entries, dtype, 0)
         self.entries += entries
 
     def run(self) -> list[bool]:
         """Look; say of each tensor, as added, whether all its entries are finite."""
-        _run("find_bad", self.table, LOOK_FIELDS, self.entries)
-        return [not bad for bad in self.table[BAD // 8 :: LOOK_FIELDS]]
+        table = array("q", self.fields)
+        _run("find_bad", table, LOOK_FIELDS, self.entries)
+        return [not bad for bad in table[BAD // 8 :: LOOK_FIELDS]]
 
 
 def _run(function: str, table: "array[int]", fields: int, entries: int, *own: int) -> None:
@@ -146,11 +151,15 @@ def _run(function: str, table: "array[int]", fields: int, entries: int, *own: in
     if not table:
         return
     workers = torch.get_num_threads()
-    header = array("q", (table.buffer_info()[0], len(table) // fields, workers, 0, *own))
+    header = array("q", (_address(table), len(table) // fields, workers, 0, *own))
     header.extend([0] * (HEADER_FIELDS - len(header)))
     team = torch_team()
     assert team is not None, "the backend is missing here"
-    team.run(_loops()[function], header.buffer_info()[0], workers if entries > ALONE else 1)
+    team.run(_loops()[function], _address(header), workers if entries > ALONE else 1)
+
+
+def _address(numbers: "array[int] | array[float]") -> int:
+    return numbers.buffer_info()[0]
 
 
 def _scratch(size: int) -> int:

@@ -1,5 +1,8 @@
 """The job ``find_scales``: the scales of a table of gradients, by a team of threads.
 
+Where a parameter lies beside one, it is updated as soon as the scales are known, while the gradient
+is in the cache.
+
 Letters: see `sinkgd.kernels.cpu.tables`. A transposed gradient differs in one thing: its columns
 are rows in memory, so v comes first.
 
@@ -31,6 +34,7 @@ from sinkgd.kernels.cpu.instructions import (
     store,
     thread_num,
 )
+from sinkgd.kernels.cpu.step import step_rows
 from sinkgd.kernels.cpu.sweep import (
     COLUMNS_FAILED,
     COLUMNS_MOVED,
@@ -50,7 +54,7 @@ from sinkgd.kernels.cpu.sweep import (
 )
 
 PATIENCE = 10_000  # looks at a counter, each about a nanosecond
-_ENTRY = 8 * t.GRADIENT_FIELDS
+_ENTRY = 8 * t.MATRIX_FIELDS
 
 
 @inlined
@@ -160,15 +164,17 @@ def _begin(entry, first, team, workers):
 
 @compiled
 def _iterate(job, entry, first, team, workers, scratch, alone):
-    """Iterate as worker ``first``, ``first + team``, … of ``workers``; say whether it failed.
+    """Iterate as worker ``first``, ``first + team``, … of ``workers``.
+
+    Returns how many passes were made; 0 where it failed.
 
     What the workers found is read between two barriers at which none of them writes it, so that all
     threads go the same way.
     """
     P, Q, iters = get_int(entry + t.P), get_int(entry + t.Q), get_int(job + t.ITERS)
     stride, turned = get_int(job + t.STRIDE), get_int(entry + t.TURNED) != 0
-    numbers = get_int(job + t.NUMBERS)
-    lo, hi = float32(get_double(numbers)), float32(get_double(numbers + 8))
+    quotients = get_int(job + t.NUMBERS) + 16
+    lo, hi = float32(get_double(quotients)), float32(get_double(quotients + 8))
     settled, live_columns = False, Q
     for number in range(iters + turned):
         last_rows = turned and (number == iters or settled)
@@ -183,9 +189,9 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
             )  # fmt: skip
         _wait(job, team, alone)
         if _total_of(ROWS_FAILED, scratch, stride, workers) > 0:
-            return True
+            return 0
         if last_rows:
-            return False
+            return number + 1
         live_rows = P
         if number >= turned:
             live_rows -= _total_of(ZERO_ROWS, scratch, stride, workers)
@@ -201,22 +207,23 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
             )  # fmt: skip
         _wait(job, team, alone)
         if _total_of(COLUMNS_FAILED, scratch, stride, workers) > 0:
-            return True
+            return 0
         if last_columns:
-            return False
+            return number + 1
         live_columns = Q - _total_of(ZERO_COLUMNS, scratch, stride, workers)
         if turned:
             settled = number > 0 and hi > 0
             settled = settled and _total_of(COLUMNS_MOVED, scratch, stride, workers) == 0
-    return False
+    return 0
 
 
 @compiled
 def _solve(job, entry, first, team, workers, scratch, alone):
-    """Find the scales of one matrix."""
+    """Find the scales of one matrix, and take its step."""
     _begin(entry, first, team, workers)
     _wait(job, team, alone)
-    if _iterate(job, entry, first, team, workers, scratch, alone):
+    passes = _iterate(job, entry, first, team, workers, scratch, alone)
+    if passes == 0:
         put_int(entry + t.FAILED, 1)
         return
     P, Q = get_int(entry + t.P), get_int(entry + t.Q)
@@ -226,11 +233,18 @@ def _solve(job, entry, first, team, workers, scratch, alone):
         _root(u + 4 * low, _share(P, worker + 1, workers, 1) - low)
         low = _share(Q, worker, workers, 1)
         _root(v + 4 * low, _share(Q, worker + 1, workers, 1) - low)
+    if get_int(entry + t.W) == 0:
+        return
+    _wait(job, team, alone)
+    for worker in range(first, workers, team):
+        # A worker steps along the rows that it has read, those of the last pass's end first.
+        low, high = _share(P, worker, workers, ROWS), _share(P, worker + 1, workers, ROWS)
+        step_rows(entry, low, high, passes % 2 == 0, get_int(job + t.NUMBERS))
 
 
 @cfunc(void(int64), cache=True, error_model="numpy")
 def find_scales(job):
-    """Find the scales of a table of gradients, as one thread of a team.
+    """Find the scales of a table of gradients, and take their steps, as one thread of a team.
 
     Large matrices come first, their rows split over all workers; then each small one goes whole to
     the thread that claims it, without barriers. Which is which depends on the matrix alone, so its

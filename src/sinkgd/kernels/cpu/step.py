@@ -1,6 +1,6 @@
-"""The job ``take_steps``: update a table of parameters from gradients and scales, in one pass.
+"""Update parameters from gradients and scales, in one pass; the job ``take_steps`` does a table.
 
-Letters: see `sinkgd.kernels.cpu.tables`; here u and v are the scales themselves.
+Letters: see `sinkgd.kernels.cpu.tables`.
 """
 
 from numba import cfunc, float32, int16, int64, void
@@ -24,10 +24,10 @@ from sinkgd.kernels.cpu.instructions import (
     times_plus,
 )
 
-BLOCK = 32768  # entries that a thread claims at a time
+BLOCK = 32768  # entries that are updated at a time
 AHEAD = 8192  # bytes that are fetched early: processors stop fetching ahead at each page of 4096
 
-_ENTRY = 8 * t.UPDATE_FIELDS
+_ENTRY = 8 * t.MATRIX_FIELDS
 
 
 @inlined
@@ -39,18 +39,17 @@ def _moved(w_dtype, g_dtype, w, g, v, r, keep, step, count):
 
 
 @compiled
-def _step_rows(w_dtype, w_size, g_dtype, g_size, entry, low, high, keep, step):
+def _step_near(w_dtype, w_size, g_dtype, g_size, entry, low, high, keep, step):
     """Update the rows from ``low`` to ``high``, rounding to the nearest."""
-    Q, u, v = get_int(entry + t.WQ), get_int(entry + t.WU), get_int(entry + t.WV)
+    Q, u, v = get_int(entry + t.Q), get_int(entry + t.U), get_int(entry + t.V)
     full = Q - Q % LANES
     for row in range(low, high):
         w = get_int(entry + t.W) + row * get_int(entry + t.WLD)
-        g = get_int(entry + t.WG) + row * get_int(entry + t.GLD)
+        g = get_int(entry + t.G) + row * get_int(entry + t.LD)
         r = splat(get_float(u + 4 * row))
         for j in range(0, full, LANES):
-            if w_size == 2 or g_size == 2:
-                prefetch(w + j * w_size + AHEAD)
-                prefetch(g + j * g_size + AHEAD)
+            prefetch(w + j * w_size + AHEAD)
+            prefetch(g + j * g_size + AHEAD)
             x = _moved(
                 w_dtype, g_dtype, w + j * w_size, g + j * g_size, v + 4 * j, r, keep, step, None
             )
@@ -63,15 +62,15 @@ def _step_rows(w_dtype, w_size, g_dtype, g_size, entry, low, high, keep, step):
 
 
 @compiled
-def _step_rows_at_random(g_dtype, g_size, entry, low, high, keep, step):
+def _step_at_random(g_dtype, g_size, entry, low, high, keep, step):
     """Update the rows from ``low`` to ``high`` of a bfloat16 parameter, rounding at random."""
-    P, Q = get_int(entry + t.WP), get_int(entry + t.WQ)
-    u, v = get_int(entry + t.WU), get_int(entry + t.WV)
-    turned, key = get_int(entry + t.WTURNED) != 0, get_int(entry + t.KEY)
+    P, Q = get_int(entry + t.P), get_int(entry + t.Q)
+    u, v = get_int(entry + t.U), get_int(entry + t.V)
+    turned, key = get_int(entry + t.TURNED) != 0, get_int(entry + t.KEY)
     down, along = (1, P) if turned else (Q, 1)  # places from one row in memory to the next, and on
     for row in range(low, high):
         w = get_int(entry + t.W) + row * get_int(entry + t.WLD)
-        g = get_int(entry + t.WG) + row * get_int(entry + t.GLD)
+        g = get_int(entry + t.G) + row * get_int(entry + t.LD)
         place = get_int(entry + t.PLACE) + row * down
         r = splat(get_float(u + 4 * row))
         for j in range(0, Q, LANES):
@@ -82,23 +81,41 @@ def _step_rows_at_random(g_dtype, g_size, entry, low, high, keep, step):
             store(int16(0), w + 2 * j, dither(x, place + j * along, along, key), count)
 
 
-@inlined
-def _step(entry, low, high, keep, step):
+@compiled
+def _step(entry, low, high, factors):
     """Update the rows from ``low`` to ``high`` for the types of parameter and gradient."""
-    wide, g_wide = get_int(entry + t.WDTYPE) == t.F32, get_int(entry + t.GDTYPE) == t.F32
+    keep, step = splat(float32(get_double(factors))), splat(float32(get_double(factors + 8)))
+    wide, g_wide = get_int(entry + t.WDTYPE) == t.F32, get_int(entry + t.DTYPE) == t.F32
     if not wide and get_int(entry + t.KEYED) != 0:
         if g_wide:
-            _step_rows_at_random(float32(0), 4, entry, low, high, keep, step)
+            _step_at_random(float32(0), 4, entry, low, high, keep, step)
         else:
-            _step_rows_at_random(int16(0), 2, entry, low, high, keep, step)
+            _step_at_random(int16(0), 2, entry, low, high, keep, step)
     elif wide and g_wide:
-        _step_rows(float32(0), 4, float32(0), 4, entry, low, high, keep, step)
+        _step_near(float32(0), 4, float32(0), 4, entry, low, high, keep, step)
     elif wide:
-        _step_rows(float32(0), 4, int16(0), 2, entry, low, high, keep, step)
+        _step_near(float32(0), 4, int16(0), 2, entry, low, high, keep, step)
     elif g_wide:
-        _step_rows(int16(0), 2, float32(0), 4, entry, low, high, keep, step)
+        _step_near(int16(0), 2, float32(0), 4, entry, low, high, keep, step)
     else:
-        _step_rows(int16(0), 2, int16(0), 2, entry, low, high, keep, step)
+        _step_near(int16(0), 2, int16(0), 2, entry, low, high, keep, step)
+
+
+@inlined
+def _rows_of_a_block(entry):
+    return max(1, BLOCK // max(1, get_int(entry + t.Q)))
+
+
+@compiled
+def step_rows(entry, low, high, forward, factors):
+    """Update the rows from ``low`` to ``high``, block by block in either direction."""
+    rows = _rows_of_a_block(entry)
+    if forward:
+        for begin in range(low, high, rows):
+            _step(entry, begin, min(high, begin + rows), factors)
+    else:
+        for end in range(high, low, -rows):
+            _step(entry, max(low, end - rows), end, factors)
 
 
 @cfunc(void(int64), cache=True, error_model="numpy")
@@ -108,20 +125,17 @@ def take_steps(job):
     The table is walked from its end: the gradients that `find_scales` read last are in the cache.
     """
     table, count = get_int(job + t.TABLE), get_int(job + t.COUNT)
-    factors = get_int(job + t.NUMBERS)
-    keep, step = splat(float32(get_double(factors))), splat(float32(get_double(factors + 8)))
     begin = 0
     mine = claim(job + t.NEXT)
     for i in range(count - 1, -1, -1):
         entry = table + i * _ENTRY
-        P = get_int(entry + t.WP)
-        rows = max(1, BLOCK // max(1, get_int(entry + t.WQ)))
+        P, rows = get_int(entry + t.P), _rows_of_a_block(entry)
         blocks = (P + rows - 1) // rows
         allowed = get_int(entry + t.ALLOWED)
         skip = allowed != 0 and get_byte(allowed) == 0
         while mine < begin + blocks:
             low = (mine - begin) * rows
             if not skip:
-                _step(entry, low, min(P, low + rows), keep, step)
+                _step(entry, low, min(P, low + rows), get_int(job + t.NUMBERS))
             mine = claim(job + t.NEXT)
         begin += blocks

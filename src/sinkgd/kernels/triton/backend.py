@@ -31,6 +31,7 @@ from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parame
 from sinkgd.kernels.triton.plan import Destination, Source, plan_of_scales, plan_of_update
 from sinkgd.kernels.triton.tables import Tables, capturing
 from sinkgd.kernels.triton.tiles import AREA
+from sinkgd.kernels.two_halves import TwoHalves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a GPU reads from its memory at 3 TB/s while the host prepares a launch, about 20 µs: outside
@@ -39,7 +40,7 @@ LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
 
-class TritonBackend:
+class TritonBackend(TwoHalves):
     """Kernels for CUDA and ROCm: a launch half an iteration, whatever the number of matrices."""
 
     name = "triton"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, are_finite
 
 # Where torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
@@ -34,33 +34,23 @@ class AdamW:
         if group["fused"] is None:
             group["fused"] = param.device.type in _FUSED_DEVICES
 
-    def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_AdamWStep":
-        """Check the gradients; AdamW reads them when it writes."""
-        return _AdamWStep(slots, group, context)
-
-
-class _AdamWStep:
-    def __init__(self, slots: Sequence[Slot], group: Group, context: Context) -> None:
-        self.slots, self.group, self.context = slots, group, context
-        self.finite = are_finite([slot.grad for slot in slots])
-
-    def write(self, allowed: Tensor | None) -> None:
-        held_back = None if allowed is None else (~allowed.all()).float()
-        fused, grads = self.group["fused"], [slot.grad for slot in self.slots]
-        grad_scale = self.context.loss_scale
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+        """Look through the gradients, then update as torch does."""
+        finite = are_finite(slots)
+        flags = allowed(finite, context)
+        held_back = None if flags is None else (~flags.all()).float()
+        fused, grads, grad_scale = group["fused"], [slot.grad for slot in slots], context.loss_scale
         if not fused:
             # Only the fused kernel takes these two along on the device.
             if held_back is not None and bool(held_back):
-                return
+                return finite
             if grad_scale is not None:
                 grads = [grad / grad_scale for grad in grads]
             held_back = grad_scale = None
-        states = [
-            _state(self.context.states[slot.param], slot.param, fused=fused) for slot in self.slots
-        ]
-        beta1, beta2 = self.group["betas"]
+        states = [_state(context.states[slot.param], slot.param, fused=fused) for slot in slots]
+        beta1, beta2 = group["betas"]
         adamw(
-            [slot.param for slot in self.slots],
+            [slot.param for slot in slots],
             grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -72,11 +62,12 @@ class _AdamWStep:
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=self.group["lr"],
-            weight_decay=self.group["weight_decay"],
-            eps=self.group["eps"],
-            maximize=self.group["maximize"],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
         )
+        return finite
 
 
 def _state(state: dict[str, Any], param: Tensor, *, fused: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sinkgd.newton_schulz import is_transposed, matrix_buffer
 from sinkgd.optim.algorithms.contract import Slot
-from sinkgd.optim.algorithms.layout import Split, matrices
+from sinkgd.optim.algorithms.layout import Split, matrices_of
 
 # What a batch may use, unless one matrix alone uses more; a larger matrix goes by itself.
 # On a CPU a batch saves calls and wants to stay in cache. On one core of an Intel Xeon (2 MiB of
@@ -77,7 +77,7 @@ def stacked(grads: Sequence[Tensor]) -> tuple[Tensor, bool]:
 def _pieces(slots: Sequence[Slot], layout: str, split: Split) -> Iterator[Piece]:
     for i, slot in enumerate(slots):
         first_entry = 0
-        for whole, slope in matrices(slot.param, slot.grad, layout=layout, split=split):
+        for whole, slope in matrices_of(slot.param, slot.grad, layout=layout, split=split):
             for param, grad in _cut(whole, slope):
                 yield Piece(i, first_entry, param, grad)
                 first_entry += param.numel()

@@ -1,12 +1,9 @@
-"""What an algorithm of a parameter group is: a step in two halves, so that nothing is half done.
-
-`Algorithm.read` looks at every gradient of a group and writes nothing; the optimizer then knows
-whether any gradient is non-finite, and only then `Step.write` changes the parameters.
-"""
+"""What an algorithm of a parameter group is: a step, which never writes what is not finite."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from sinkgd import kernels
@@ -27,23 +24,8 @@ class Context(NamedTuple):
     """What the optimizer knows beside the gradients."""
 
     states: MutableMapping[Tensor, dict[str, Any]]  # Optimizer.state; an entry is made when used
-    loss_scale: Tensor | None  # 0-dim: the gradients are still multiplied by it
-
-
-class Step(Protocol):
-    """A group's step, half done: gradients read, nothing written."""
-
-    @property
-    def finite(self) -> Tensor:
-        """``(slots,)`` bool: whether the gradient of each slot is finite throughout."""
-        ...
-
-    def write(self, allowed: Tensor | None) -> None:
-        """Change the parameters; where ``allowed``, ``(slots,)`` bool, is False, leave it.
-
-        None allows all.
-        """
-        ...
+    loss_scale: Tensor | None = None  # 0-dim: the gradients are still multiplied by it
+    overflow: Tensor | None = None  # 0-dim bool, on an accelerator: nothing may be written
 
 
 class Algorithm(Protocol):
@@ -58,8 +40,13 @@ class Algorithm(Protocol):
         """Raise where ``param``, called ``name``, or an option of ``group`` cannot be handled."""
         ...
 
-    def read(self, slots: Sequence[Slot], group: Group, context: Context) -> Step:
-        """Read the gradients of ``slots``, all of one group."""
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+        """Update the parameters of ``slots``, of one group and on one device.
+
+        Returns:
+            ``(slots,)`` bool, on their device: whether the gradient of each is finite throughout.
+            The parameters of others were left as they were.
+        """
         ...
 
 
@@ -77,6 +64,17 @@ def descent(group: Group) -> float | Tensor:
     return lr if group["maximize"] else -lr
 
 
-def are_finite(grads: Sequence[Tensor]) -> Tensor:
-    """Return ``(len(grads),)`` bool: whether every entry of each is finite."""
-    return kernels.select("auto", grads[0].device).are_finite(grads)
+def are_finite(slots: Sequence[Slot]) -> Tensor:
+    """Return ``(slots,)`` bool: whether every entry of each gradient is finite."""
+    return kernels.select("auto", slots[0].grad.device).are_finite([slot.grad for slot in slots])
+
+
+def allowed(finite: Tensor, context: Context) -> Tensor | None:
+    """Return which parameters may be written, given which gradients are finite: ``(slots,)`` bool.
+
+    None where all may, and that is known without waiting for a device.
+    """
+    if context.overflow is not None:
+        return finite & ~context.overflow
+    here = finite.is_cpu and not torch.compiler.is_compiling()
+    return None if here and bool(finite.all()) else finite

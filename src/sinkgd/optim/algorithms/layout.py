@@ -18,7 +18,7 @@ LAYOUTS = ("auto", "transposed", "flatten")
 Split = int | Sequence[int]
 
 
-def matrices(
+def matrices_of(
     param: Tensor, grad: Tensor, *, layout: str, split: Split
 ) -> list[tuple[Tensor, Tensor]]:
     """View ``param`` as matrices ``(..., m, n)``, and pair each with the same part of ``grad``.
@@ -28,7 +28,7 @@ def matrices(
     Example:
         >>> import torch
         >>> fused = torch.zeros(6, 4)
-        >>> [tuple(w.shape) for w, _ in matrices(fused, fused, layout="auto", split=3)]
+        >>> [tuple(w.shape) for w, _ in matrices_of(fused, fused, layout="auto", split=3)]
         [(2, 4), (2, 4), (2, 4)]
     """
     if layout == "auto" and split == 1 and param.ndim < 4:  # nearly always
@@ -57,7 +57,7 @@ def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None
             "Use param_groups(model) to give it to AdamW"
         )
     try:
-        matrices(param, param, layout=layout, split=split)
+        matrices_of(param, param, layout=layout, split=split)
     except ValueError as error:
         raise ValueError(f"{name!r} of shape {tuple(param.shape)}: {error}") from None
     except RuntimeError as error:

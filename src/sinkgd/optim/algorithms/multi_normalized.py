@@ -16,7 +16,15 @@ from sinkgd.kernels.eager import descend_
 from sinkgd.multi_normalize import check_num_iters, take_turns
 from sinkgd.norms import Norm, RowNorm, SpectralNorm
 from sinkgd.optim.algorithms.batches import Piece, batches, stacked
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite, decay, descent
+from sinkgd.optim.algorithms.contract import (
+    Context,
+    Group,
+    Slot,
+    allowed,
+    are_finite,
+    decay,
+    descent,
+)
 from sinkgd.optim.algorithms.layout import check_layout
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 
@@ -45,44 +53,40 @@ class MultiNormalized:
         check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
 
-    def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_Step":
-        """Check the gradients; batches are normalized one by one, as they are written."""
-        return _Step(slots, group, self.norms(group), context)
-
-
-class _Step:
-    def __init__(
-        self, slots: Sequence[Slot], group: Group, norms: Sequence[Norm], context: Context
-    ) -> None:
-        self.slots, self.group, self.norms, self.context = slots, group, norms, context
-        self.finite = are_finite([slot.grad for slot in slots])
-
-    def write(self, allowed: Tensor | None) -> None:
-        keys = draw_keys(self.slots, self.group)
-        for batch in batches(self.slots, layout=self.group["layout"], split=self.group["split"]):
-            self._descend(batch, allowed, keys)  # which lets go of its scratch
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+        """Look through the gradients; then normalize and write batch by batch."""
+        finite = are_finite(slots)
+        flags, keys = allowed(finite, context), draw_keys(slots, group)
+        for batch in batches(slots, layout=group["layout"], split=group["split"]):
+            self._descend(batch, group, context, flags, keys)  # which lets go of its scratch
+        return finite
 
     def _descend(
-        self, batch: Sequence[Piece], allowed: Tensor | None, keys: Sequence[Tensor] | None
+        self,
+        batch: Sequence[Piece],
+        group: Group,
+        context: Context,
+        flags: Tensor | None,
+        keys: Sequence[Tensor] | None,
     ) -> None:
-        updates = self._update([piece.grad for piece in batch])
+        updates = self._updates([piece.grad for piece in batch], group, context)
         parts = torch.split(updates, [len(piece.grad) for piece in batch])
         for piece, update in zip(batch, parts, strict=True):
             descend_(
                 piece.param,
                 update,
-                keep=decay(self.group),
-                step=descent(self.group),
-                allowed=None if allowed is None else allowed[piece.slot],
+                keep=decay(group),
+                step=descent(group),
+                allowed=None if flags is None else flags[piece.slot],
                 key=None if keys is None else keys[piece.slot] + piece.first_entry,
             )
 
-    def _update(self, grads: Sequence[Tensor]) -> Tensor:
+    def _updates(self, grads: Sequence[Tensor], group: Group, context: Context) -> Tensor:
         stack, own = stacked(grads)
-        if self.context.loss_scale is not None:
+        if context.loss_scale is not None:
             # A norm of the user's may depend on the scale.
-            stack = torch.div(stack, self.context.loss_scale, out=stack if own else None)
-        update = take_turns(stack, self.norms, self.group["num_iters"], own=own)
+            stack = torch.div(stack, context.loss_scale, out=stack if own else None)
+        update = take_turns(stack, self.norms(group), group["num_iters"], own=own)
         if not own and _share_memory(update, stack):  # `descend_` writes to it
             return update.clone()
         return update

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from sinkgd.kernels.eager import descend_
 from sinkgd.norms import FrobeniusNorm
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite, decay, descent
+from sinkgd.optim.algorithms.contract import (
+    Context,
+    Group,
+    Slot,
+    allowed,
+    are_finite,
+    decay,
+    descent,
+)
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 
 
@@ -23,27 +31,19 @@ class Normalize:
         """Refuse options out of range; every shape will do."""
         check_rounding(name, param, group)
 
-    def read(self, slots: Sequence[Slot], group: Group, context: Context) -> "_NormalizeStep":
-        """Check the gradients. The update has no scale, so the loss scale does not matter."""
-        del context
-        return _NormalizeStep(slots, group)
-
-
-class _NormalizeStep:
-    def __init__(self, slots: Sequence[Slot], group: Group) -> None:
-        self.slots, self.group = slots, group
-        self.finite = are_finite([slot.grad for slot in slots])
-
-    def write(self, allowed: Tensor | None) -> None:
-        keys = draw_keys(self.slots, self.group)
-        for i, slot in enumerate(self.slots):
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+        """Normalize and update one by one. The update has no scale, so that of the loss is none."""
+        finite = are_finite(slots)
+        flags, keys = allowed(finite, context), draw_keys(slots, group)
+        for i, slot in enumerate(slots):
             grad = slot.grad.to(torch.promote_types(slot.grad.dtype, torch.float32))
             update = FrobeniusNorm().project(grad.reshape(1, -1)).view_as(grad)
             descend_(
                 slot.param,
                 update,
-                keep=decay(self.group),
-                step=descent(self.group),
-                allowed=None if allowed is None else allowed[i],
+                keep=decay(group),
+                step=descent(group),
+                allowed=None if flags is None else flags[i],
                 key=None if keys is None else keys[i],
             )
+        return finite

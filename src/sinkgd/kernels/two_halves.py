@@ -1,0 +1,59 @@
+"""A descent in two halves, all scales and then all updates: what `Backend.descend_` means."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.backend import Backend, Descent, Matrices, Scales
+
+
+class TwoHalves:
+    """Gives a backend its `Backend.descend_`."""
+
+    def descend_(
+        self: Backend,
+        matrices: Matrices,
+        num_iters: int,
+        *,
+        keep: float | Tensor,
+        step: float | Tensor,
+        tol: float | None = None,
+        overflow: Tensor | None = None,
+    ) -> Descent:
+        """Find all scales, then take all steps."""
+        params, grads, owners, starts, keys = matrices
+        scales = self.scales(grads, num_iters, tol=tol, starts=starts)
+        finite = finite_of(scales, owners)
+        allowed = finite if overflow is None else finite & ~overflow
+        self.update_(
+            params,
+            grads,
+            scales,
+            keep=keep,
+            step=step,
+            allowed=None if overflow is None and _all_here(finite) else of_each(allowed, owners),
+            keys=keys,
+        )
+        return Descent(finite, scales)
+
+
+def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:
+    """Return ``(owners,)`` bool: whether the gradients of each were finite throughout."""
+    # A non-finite entry makes every column scale of its matrix non-finite: one tells all.
+    heads = [col[..., 0].flatten() for _, col in scales]
+    flags = torch.cat(heads).isfinite()
+    if len(flags) == len(owners):
+        return flags
+    sizes = [sum(len(heads[i]) for i in own) for own in owners]
+    return torch.stack([own.all() for own in torch.split(flags, sizes)])
+
+
+def _all_here(finite: Tensor) -> bool:
+    """Whether all are finite and that is known without waiting for a device."""
+    return finite.is_cpu and not torch.compiler.is_compiling() and bool(finite.all())
+
+
+def of_each(allowed: Tensor, owners: Sequence[range]) -> list[Tensor]:
+    """Return the flag of the owner of each gradient."""
+    return [flag for flag, own in zip(allowed.unbind(), owners, strict=True) for _ in own]
