@@ -41,7 +41,6 @@ class Reading:
         """
         writes = writes or {}
         job = MatricesJob(*factors)
-        places: list[tuple[int, int]] = []  # of every matrix of the job: gradient, place in it
         for i, source in enumerate(self.sources):
             if source is None:
                 continue
@@ -51,13 +50,22 @@ class Reading:
                 torch.mul(start, start, out=self.room[i].col)
             scales = self.room.addresses(i)
             job.add(x.data_ptr(), form, scales, writes.get(i), started=start is not None)
-            places += [(i, place) for place in range(len(form.offsets))]
-        failed = [places[number] for number in job.find_scales(num_iters, tol)]
-        for i, place in failed:
-            source = self.sources[i]
-            assert source is not None, "it was not in the job"
-            repair(source.tensor, self.room[i], place, num_iters, tol=tol, start=self.starts[i])
-        others = [i for i, source in enumerate(self.sources) if source is None]
-        for i in others:
+        undone = {i for i, source in enumerate(self.sources) if source is None}
+        for i in undone:
             self.room.put(i, sinkhorn(self.grads[i], num_iters, tol=tol, start=self.starts[i]))
-        return {*others, *(i for i, _ in failed)}
+        for i, x, place in self._matrices(job.find_scales(num_iters, tol)):
+            repair(x, self.room[i], place, num_iters, tol=tol, start=self.starts[i])
+            undone.add(i)
+        return undone
+
+    def _matrices(self, numbers: Sequence[int]) -> list[tuple[int, Tensor, int]]:
+        """Return of matrices of the job the gradient, what is read of it, and their place in it."""
+        if not numbers:
+            return []
+        places = [
+            (i, source.tensor, place)
+            for i, source in enumerate(self.sources)
+            if source is not None
+            for place in range(len(source.form.offsets))
+        ]
+        return [places[number] for number in numbers]
