@@ -1,6 +1,7 @@
 """SR-Sinkhorn's backends: one contract (`backend`), its definition (`eager`), the choice."""
 
 from sinkgd.kernels.backend import Backend as Backend
+from sinkgd.kernels.backend import Descent as Descent
 from sinkgd.kernels.backend import Matrices as Matrices
 from sinkgd.kernels.backend import Scales as Scales
 from sinkgd.kernels.compiled import select as select

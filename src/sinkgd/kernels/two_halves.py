@@ -22,20 +22,34 @@ class TwoHalves:
         overflow: Tensor | None = None,
     ) -> Descent:
         """Find all scales, then take all steps."""
-        params, grads, owners, starts, keys = matrices
-        scales = self.scales(grads, num_iters, tol=tol, starts=starts)
-        finite = finite_of(scales, owners)
-        allowed = finite if overflow is None else finite & ~overflow
-        self.update_(
-            params,
-            grads,
-            scales,
-            keep=keep,
-            step=step,
-            allowed=None if overflow is None and _all_here(finite) else of_each(allowed, owners),
-            keys=keys,
-        )
-        return Descent(finite, scales)
+        scales = self.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
+        descent = Descent(finite_of(scales, matrices.owners), scales)
+        take_steps(self, matrices, descent, keep=keep, step=step, overflow=overflow)
+        return descent
+
+
+def take_steps(
+    backend: Backend,
+    matrices: Matrices,
+    descent: Descent,
+    *,
+    keep: float | Tensor,
+    step: float | Tensor,
+    overflow: Tensor | None = None,
+) -> None:
+    """Update the parameters by scales that are known, but for those of gradients not finite."""
+    finite, scales = descent
+    allowed = finite if overflow is None else finite & ~overflow
+    all_may = overflow is None and _all_here(finite)
+    backend.update_(
+        matrices.params,
+        matrices.grads,
+        scales,
+        keep=keep,
+        step=step,
+        allowed=None if all_may else of_each(allowed, matrices.owners),
+        keys=matrices.keys,
+    )
 
 
 def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:

@@ -207,9 +207,9 @@ def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
             raise TypeError(
                 f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
             )
-        if hasattr(param, "device_mesh"):
+        if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
             raise TypeError(
-                f"{name!r} is a DTensor; sharded gradients are not supported yet. "
-                "Use DistributedDataParallel, or a single process"
+                f"{name!r} lies in flat pieces, of FullyShardedDataParallel or DeepSpeed ZeRO, "
+                "which have neither rows nor columns; shard the model with fully_shard (FSDP2)"
             )
         algorithm.check(name, param, group)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, are_finite
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, are_finite, local
 
 # Where torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
@@ -39,7 +39,8 @@ class AdamW:
         finite = are_finite(slots)
         flags = allowed(finite, context)
         held_back = None if flags is None else (~flags.all()).float()
-        fused, grads, grad_scale = group["fused"], [slot.grad for slot in slots], context.loss_scale
+        fused, grad_scale = group["fused"], context.loss_scale
+        grads = [local(slot.grad) for slot in slots]
         if not fused:
             # Only the fused kernel takes these two along on the device.
             if held_back is not None and bool(held_back):
@@ -50,10 +51,10 @@ class AdamW:
         states = [_state(context.states[slot.param], slot.param, fused=fused) for slot in slots]
         beta1, beta2 = group["betas"]
         adamw(
-            [slot.param for slot in slots],
+            [local(slot.param) for slot in slots],
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=fused,

@@ -1,14 +1,18 @@
 """What an algorithm of a parameter group is: a step, which never writes what is not finite."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from sinkgd import kernels
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 Group = dict[str, Any]
+Kind = TypeVar("Kind")
 
 
 class Slot(NamedTuple):
@@ -50,6 +54,34 @@ class Algorithm(Protocol):
         ...
 
 
+def on_mesh(x: Tensor) -> "TypeGuard[DTensor]":
+    """Whether ``x`` is a DTensor; to find out, torch.distributed is not imported."""
+    return hasattr(x, "device_mesh")
+
+
+def local(x: Tensor) -> Tensor:
+    """Return what this rank holds of ``x``: all of it, unless it is a DTensor."""
+    return x.to_local() if on_mesh(x) else x
+
+
+def step_by(
+    kind_of: Callable[[Slot], Kind],
+    slots: Sequence[Slot],
+    step: Callable[[Kind, list[Slot]], Tensor],
+) -> Tensor:
+    """Take the step of the slots of each kind, and return the flags of all, as they are."""
+    places: dict[Kind, list[int]] = {}
+    for i, slot in enumerate(slots):
+        places.setdefault(kind_of(slot), []).append(i)
+    steps = {kind: step(kind, [slots[i] for i in own]) for kind, own in places.items()}
+    if len(steps) == 1:
+        return next(iter(steps.values()))
+    flags: dict[int, Tensor] = {}
+    for kind, own in places.items():
+        flags.update(zip(own, steps[kind].unbind(), strict=True))
+    return torch.stack([flags[i] for i in range(len(slots))])
+
+
 def decay(group: Group) -> float | Tensor:
     """Return what decoupled weight decay leaves of a parameter: 1 − lr·λ."""
     if group["weight_decay"] == 0:
@@ -65,8 +97,21 @@ def descent(group: Group) -> float | Tensor:
 
 
 def are_finite(slots: Sequence[Slot]) -> Tensor:
-    """Return ``(slots,)`` bool: whether every entry of each gradient is finite."""
-    return kernels.select("auto", slots[0].grad.device).are_finite([slot.grad for slot in slots])
+    """Return ``(slots,)`` bool: whether every entry of each gradient is finite, on all ranks."""
+    all_grads = [slot.grad for slot in slots]
+    grads = [local(grad) for grad in all_grads]
+    flags = torch.ones(len(slots), dtype=torch.bool, device=grads[0].device)
+    full = [i for i, grad in enumerate(grads) if grad.numel() > 0]  # a rank may hold nothing
+    if full:
+        backend = kernels.select("auto", grads[0].device)
+        found = backend.are_finite([grads[i] for i in full])
+        flags = found if len(full) == len(slots) else flags.index_copy(0, torch.tensor(full), found)
+    if not any(on_mesh(grad) for grad in all_grads):
+        return flags
+    from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+
+    groups = [sharded.groups_of(grad) if on_mesh(grad) else () for grad in all_grads]
+    return sharded.agree(flags, groups)
 
 
 def allowed(finite: Tensor, context: Context) -> Tensor | None:

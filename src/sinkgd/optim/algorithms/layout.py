@@ -41,10 +41,18 @@ def matrices_of(
         whole, slope = param.mT, grad.mT
     else:
         whole, slope = param, grad
-    sizes = _split_sizes(whole.shape[-2], split)
+    sizes = sizes_of(whole.shape[-2], split)
     if len(sizes) == 1:
         return [(whole, slope)]
     return list(zip(torch.split(whole, sizes, -2), torch.split(slope, sizes, -2), strict=True))
+
+
+def dims_of(ndim: int, layout: str) -> tuple[list[int], list[int]]:
+    """Return which dimensions of a parameter are rows and which are columns; others are a batch."""
+    if layout == "flatten" or (layout == "auto" and ndim > 3):
+        return [0], list(range(1, ndim))
+    rows, cols = ndim - 2, ndim - 1
+    return ([cols], [rows]) if layout == "transposed" else ([rows], [cols])
 
 
 def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None:
@@ -57,7 +65,8 @@ def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None
             "Use param_groups(model) to give it to AdamW"
         )
     try:
-        matrices_of(param, param, layout=layout, split=split)
+        probe = torch.empty_strided(param.shape, param.stride(), device="meta")  # is no DTensor
+        matrices_of(probe, probe, layout=layout, split=split)
     except ValueError as error:
         raise ValueError(f"{name!r} of shape {tuple(param.shape)}: {error}") from None
     except RuntimeError as error:
@@ -73,7 +82,8 @@ def _columns_in_memory_order(param: Tensor) -> list[int]:
     return [0, *sorted(range(1, param.ndim), key=param.stride, reverse=True)]
 
 
-def _split_sizes(rows: int, split: Split) -> list[int]:
+def sizes_of(rows: int, split: Split) -> list[int]:
+    """Return how many rows each matrix has into which ``split`` cuts them."""
     if isinstance(split, int):
         if split < 1 or rows % split:
             raise ValueError(f"split={split} does not divide {rows} rows into equal parts")

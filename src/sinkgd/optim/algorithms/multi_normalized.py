@@ -24,6 +24,8 @@ from sinkgd.optim.algorithms.contract import (
     are_finite,
     decay,
     descent,
+    local,
+    on_mesh,
 )
 from sinkgd.optim.algorithms.layout import check_layout
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
@@ -50,6 +52,11 @@ class MultiNormalized:
         for norm in norms:
             if not isinstance(norm, Norm):
                 raise TypeError(f"a norm needs a method project(x); {norm!r} has none")
+        if on_mesh(param) and any(hasattr(place, "dim") for place in param.placements):
+            raise TypeError(
+                f"{name!r} is sharded ({param.placements}), and these norms need whole matrices; "
+                "use algorithm='sinkgd', or Replicate it"
+            )
         check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
 
@@ -57,7 +64,8 @@ class MultiNormalized:
         """Look through the gradients; then normalize and write batch by batch."""
         finite = are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
-        for batch in batches(slots, layout=group["layout"], split=group["split"]):
+        here = [slot._replace(param=local(slot.param), grad=local(slot.grad)) for slot in slots]
+        for batch in batches(here, layout=group["layout"], split=group["split"]):
             self._descend(batch, group, context, flags, keys)  # which lets go of its scratch
         return finite
 

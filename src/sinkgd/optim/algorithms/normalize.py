@@ -18,6 +18,8 @@ from sinkgd.optim.algorithms.contract import (
     are_finite,
     decay,
     descent,
+    local,
+    on_mesh,
 )
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 
@@ -35,11 +37,16 @@ class Normalize:
         """Normalize and update one by one. The update has no scale, so that of the loss is none."""
         finite = are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
+        lengths = _lengths_on_mesh(slots)
         for i, slot in enumerate(slots):
-            grad = slot.grad.to(torch.promote_types(slot.grad.dtype, torch.float32))
-            update = FrobeniusNorm().project(grad.reshape(1, -1)).view_as(grad)
+            grad = local(slot.grad)
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            if i in lengths:
+                update = grad * torch.where(lengths[i] == 0, 0, 1 / lengths[i]).to(grad.dtype)
+            else:
+                update = FrobeniusNorm().project(grad.reshape(1, -1)).view_as(grad)
             descend_(
-                slot.param,
+                local(slot.param),
                 update,
                 keep=decay(group),
                 step=descent(group),
@@ -47,3 +54,17 @@ class Normalize:
                 key=None if keys is None else keys[i],
             )
         return finite
+
+
+def _lengths_on_mesh(slots: Sequence[Slot]) -> dict[int, Tensor]:
+    """Return the root-mean-square of gradients that lie in pieces, float64, by their slot."""
+    on_meshes = {i: slot.grad for i, slot in enumerate(slots) if on_mesh(slot.grad)}
+    if not on_meshes:
+        return {}
+    from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+
+    grads = list(on_meshes.values())
+    squares = torch.stack([local(grad).double().square().sum() for grad in grads])
+    total = sharded.add_up(squares, [sharded.groups_of(grad) for grad in grads])
+    sizes = torch.tensor([grad.numel() for grad in grads], device=total.device)
+    return dict(zip(on_meshes, (total / sizes).sqrt().unbind(), strict=True))

@@ -5,15 +5,26 @@ References:
     Algorithm 4. https://arxiv.org/abs/2502.06742
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from sinkgd import kernels
 from sinkgd.multi_normalize import check_num_iters, check_tol
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, decay, descent
-from sinkgd.optim.algorithms.layout import check_layout, matrices_of
+from sinkgd.optim.algorithms.contract import (
+    Context,
+    Group,
+    Slot,
+    allowed,
+    decay,
+    descent,
+    on_mesh,
+    step_by,
+)
+from sinkgd.optim.algorithms.layout import check_layout
+from sinkgd.optim.algorithms.parts import Part, parts_of
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 from sinkgd.optim.algorithms.warm_start import keep_starts, starts_of
 
@@ -43,61 +54,71 @@ class Sinkhorn:
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Descend along all matrices at once. Their updates do not depend on the loss's scale."""
-        matrices = _matrices(slots, group, context)
-        found = kernels.select(group["backend"], slots[0].param.device).descend_(
-            matrices,
-            group["sinkhorn_iterations"],
-            keep=decay(group),
-            step=descent(group),
-            tol=group["tol"],
-            overflow=context.overflow,
-        )
-        if group["warm_start"]:
-            flags = allowed(found.finite, context)
-            for i, (slot, own) in enumerate(zip(slots, matrices.owners, strict=True)):
-                scales = [found.scales[k] for k in own]
-                flag = None if flags is None else flags[i]
-                keep_starts(context.states[slot.param], scales, flag)
-        return found.finite
+
+        def step(_: bool, own: Sequence[Slot]) -> Tensor:
+            return _step(own, group, context)
+
+        return step_by(lambda slot: on_mesh(slot.param), slots, step)
 
 
-def _matrices(slots: Sequence[Slot], group: Group, context: Context) -> kernels.Matrices:
-    params: list[Tensor] = []
-    grads: list[Tensor] = []
-    owners: list[range] = []
-    layout, split = group["layout"], group["split"]
-    for slot in slots:
-        first = len(params)
-        for param, grad in matrices_of(slot.param, slot.grad, layout=layout, split=split):
-            params.append(param)
-            grads.append(grad)
-        owners.append(range(first, len(params)))
-    bare = kernels.Matrices(params, grads, owners)
-    starts, keys = _starts(slots, bare, group, context), _keys(slots, bare, group)
-    return bare._replace(starts=starts, keys=keys)
+def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    """Step along parameters of which all or none lie on a mesh."""
+    parts, owners = parts_of(slots, layout=group["layout"], split=group["split"])
+    matrices = kernels.Matrices(
+        params=[part.param for part in parts],
+        grads=[part.grad for part in parts],
+        owners=owners,
+        starts=_starts(slots, parts, owners, context) if group["warm_start"] else None,
+        keys=_keys(slots, parts, owners, group),
+    )
+    found = _descend_(slots[0].param.device, parts, group)(
+        matrices,
+        group["sinkhorn_iterations"],
+        keep=decay(group),
+        step=descent(group),
+        tol=group["tol"],
+        overflow=context.overflow,
+    )
+    if group["warm_start"]:
+        flags = allowed(found.finite, context)
+        for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
+            scales = [found.scales[k] for k in own]
+            flag = None if flags is None else flags[i]
+            keep_starts(context.states[slot.param], scales, flag)
+    finite: Tensor = found.finite
+    return finite
+
+
+def _descend_(
+    device: torch.device, parts: Sequence[Part], group: Group
+) -> Callable[..., kernels.Descent]:
+    """Return what takes the step of matrices: a backend, or ranks together."""
+    backend = kernels.select(group["backend"], device)
+    places = [part.place for part in parts if part.place is not None]
+    if not places:
+        return backend.descend_
+    from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+
+    return sharded.OnMesh(backend, places).descend_
 
 
 def _starts(
-    slots: Sequence[Slot], matrices: kernels.Matrices, group: Group, context: Context
-) -> list[Tensor | None] | None:
-    if not group["warm_start"]:
-        return None
+    slots: Sequence[Slot], parts: Sequence[Part], owners: Sequence[range], context: Context
+) -> list[Tensor | None]:
     starts: list[Tensor | None] = []
-    for slot, own in zip(slots, matrices.owners, strict=True):
-        starts += starts_of(context.states[slot.param], [matrices.grads[i] for i in own])
+    for slot, own in zip(slots, owners, strict=True):
+        starts += starts_of(context.states[slot.param], [parts[i].grad for i in own])
     return starts
 
 
 def _keys(
-    slots: Sequence[Slot], matrices: kernels.Matrices, group: Group
+    slots: Sequence[Slot], parts: Sequence[Part], owners: Sequence[range], group: Group
 ) -> Sequence[Tensor] | None:
     of_slots = draw_keys(slots, group)
     if of_slots is None:
         return None
-    keys = []
-    for key, own in zip(of_slots, matrices.owners, strict=True):
-        entries = 0  # places of the random bits are counted over all parts of a parameter
-        for i in own:
-            keys.append(key + entries if entries else key)
-            entries += matrices.params[i].numel()
-    return keys
+    keys = [key for key, own in zip(of_slots, owners, strict=True) for _ in own]
+    return [
+        key + part.first_entry if part.first_entry else key
+        for key, part in zip(keys, parts, strict=True)
+    ]

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
+from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, step_by
 from sinkgd.optim.algorithms.normalize import Normalize
 from sinkgd.optim.algorithms.sinkhorn import Sinkhorn
 
@@ -26,13 +25,8 @@ class Stateless:
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Update matrices and vectors, each by its own rule."""
-        are_matrices = [slot.param.ndim >= 2 for slot in slots]
-        if all(are_matrices):
-            return self._matrices.step(slots, group, context)
-        flags: dict[int, Tensor] = {}
-        for kind, rule in ((True, self._matrices), (False, self._vectors)):
-            places = [i for i, is_matrix in enumerate(are_matrices) if is_matrix == kind]
-            if places:
-                own = rule.step([slots[i] for i in places], group, context)
-                flags.update(zip(places, own.unbind(), strict=True))
-        return torch.stack([flags[i] for i in range(len(slots))])
+
+        def rule_of(slot: Slot) -> Algorithm:
+            return self._matrices if slot.param.ndim >= 2 else self._vectors
+
+        return step_by(rule_of, slots, lambda rule, own: rule.step(own, group, context))

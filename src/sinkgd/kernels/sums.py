@@ -1,0 +1,77 @@
+"""Weighted sums of the squares of gradients, for scales that are found together with others.
+
+A matrix that lies in pieces on several devices has row and column sums that no one knows alone.
+Each device gives those of its piece; what they add up to gives the scales. Sums and weights are
+float64, which holds the squares of any float32, so that pieces of any size are added up as they
+are.
+
+Letters, everywhere in this file:
+    m, n: rows and columns of a piece, which may be 0; ...: leading batch dimensions
+    s, t: powers of two at or below the largest entry of a row, of a column
+    S: the squares of the gradient divided by s and t, in float32 or float64
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.eager import level_
+
+
+class EagerSums:
+    """Sums of the squares of some gradients, by a matrix–vector product each.
+
+    One float32 matrix of scratch at a time; what is kept is s and t of each.
+
+    Args:
+        grads: ``(..., m, n)``, on one device.
+    """
+
+    def __init__(self, grads: Sequence[Tensor]) -> None:
+        self.grads = grads
+        self._levels = [_level(grad) for grad in grads]
+
+    def of_rows(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return G² c² of each: ``(..., m, 1)`` from ``(..., 1, n)``, float64."""
+        sums = []
+        for i, weight in enumerate(weights):
+            s, t = self._levels[i]
+            narrow, unit = _narrowed(weight * t * t, self.grads[i].dtype)
+            sums.append((self._squares(i) @ narrow.mT).double() * unit * s * s)
+        return sums
+
+    def of_cols(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return (G²)ᵀ r² of each: ``(..., 1, n)`` from ``(..., m, 1)``, float64."""
+        sums = []
+        for i, weight in enumerate(weights):
+            s, t = self._levels[i]
+            narrow, unit = _narrowed(weight * s * s, self.grads[i].dtype)
+            sums.append((narrow.mT @ self._squares(i)).double() * unit * t * t)
+        return sums
+
+    def _squares(self, i: int) -> Tensor:
+        grad, (s, t) = self.grads[i], self._levels[i]
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        S = grad.to(dtype) / s.to(dtype)
+        S /= t.to(dtype)
+        return S.mul_(S)
+
+
+def _level(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return s ``(..., m, 1)`` and t ``(..., 1, n)``, float64."""
+    *batch, m, n = grad.shape
+    if grad.numel() == 0:
+        one = torch.ones((), dtype=torch.float64, device=grad.device)
+        return one.expand(*batch, m, 1), one.expand(*batch, 1, n)
+    s, t = level_(grad.to(torch.promote_types(grad.dtype, torch.float32)).abs())
+    return s.double(), t.double()
+
+
+def _narrowed(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a weight in units of the largest, as narrow as the squares, and the unit."""
+    if weight.numel() == 0:
+        return weight.to(torch.promote_types(dtype, torch.float32)), weight.new_ones(())
+    unit = weight.amax(dim=(-2, -1), keepdim=True)
+    unit = torch.where(unit == 0, 1, unit)
+    return (weight / unit).to(torch.promote_types(dtype, torch.float32)), unit

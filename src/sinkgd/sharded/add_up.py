@@ -1,0 +1,40 @@
+"""Numbers of which each rank knows its own part, made known to all that hold the others."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sinkgd.sharded.exchange import Asking, Sum, exchange
+
+
+def add_up(numbers: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
+    """Return the sums over ranks of numbers ``(k,)``.
+
+    A collective call of one message a group, and of none where no number has a group.
+
+    Args:
+        numbers: What this rank knows.
+        groups: Of each number, the process groups that it is added up over.
+    """
+    kinds: dict[tuple[ProcessGroup, ...], list[int]] = {}
+    for i, own in enumerate(groups):
+        kinds.setdefault(tuple(own), []).append(i)
+    computations = [_add_up(numbers[members], kind) for kind, members in kinds.items()]
+    order = [group for kind in kinds for group in kind]
+    total = torch.empty_like(numbers)
+    for members, found in zip(kinds.values(), exchange(computations, order), strict=True):
+        total[members] = found
+    return total
+
+
+def agree(flags: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
+    """Return which flags ``(k,)`` are True on every rank; a collective call, as `add_up` is."""
+    return add_up((~flags).double(), groups) == 0
+
+
+def _add_up(numbers: Tensor, groups: Sequence[ProcessGroup]) -> Asking[Tensor]:
+    for group in groups:
+        yield Sum(numbers, group)
+    return numbers

@@ -1,0 +1,48 @@
+"""A step along normalized gradients that lie in pieces: scales together, updates at home."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.backend import Backend, Descent, Matrices
+from sinkgd.kernels.two_halves import take_steps
+from sinkgd.sharded.add_up import agree
+from sinkgd.sharded.place import Place
+from sinkgd.sharded.scales import find_scales
+
+
+class OnMesh:
+    """A backend whose matrices lie in pieces on a mesh.
+
+    Args:
+        backend: What updates this rank's pieces.
+        places: How the matrices lie, in their order.
+    """
+
+    def __init__(self, backend: Backend, places: Sequence[Place]) -> None:
+        self.backend, self.places = backend, places
+
+    def descend_(
+        self,
+        matrices: Matrices,
+        num_iters: int,
+        *,
+        keep: float | Tensor,
+        step: float | Tensor,
+        tol: float | None = None,
+        overflow: Tensor | None = None,
+    ) -> Descent:
+        """Do what `Backend.descend_` does; all ranks learn whether a gradient is finite.
+
+        A collective call, as `find_scales` is.
+        """
+        scales, flags = find_scales(
+            matrices.grads, self.places, num_iters, tol=tol, starts=matrices.starts
+        )
+        finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.owners])
+        # Ranks that hold other matrices of a batch had no part in the sums.
+        finite = agree(finite, [self.places[own.start].batch_groups for own in matrices.owners])
+        descent = Descent(finite, scales)
+        take_steps(self.backend, matrices, descent, keep=keep, step=step, overflow=overflow)
+        return descent
