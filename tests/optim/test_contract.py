@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 from torch.testing import assert_close
 
 import sinkgd
@@ -264,16 +263,3 @@ def test_copies_go_on_as_the_original_would(case):
         w.grad = with_grad(a_matrix(), 7).grad
         o.step()
     assert torch.equal(weight, twin_weight)
-
-
-def test_a_sharded_parameter_is_refused_by_name(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        shards = distribute_tensor(torch.ones(4, 3), mesh)
-        with pytest.raises(TypeError, match="'w' is a DTensor; sharded gradients are not supp"):
-            sinkgd.SinkGD([("w", nn.Parameter(shards))])
-    finally:
-        torch.distributed.destroy_process_group()

@@ -11,10 +11,29 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from sinkgd.optim.algorithms.contract import Slot
+from sinkgd.optim.algorithms.contract import Group, Slot
 from sinkgd.optim.algorithms.layout import Split, dims_of, matrices_of, sizes_of
 from sinkgd.optim.algorithms.parts import Part
 from sinkgd.sharded import Place, place_of, sharded_dims
+
+
+def check_pieces(name: str, param: DTensor, group: Group) -> None:
+    """Refuse a parameter of which this rank's piece cannot be handled."""
+    row_dims, col_dims = dims_of(param.ndim, group["layout"])
+    try:
+        place = place_of(param, row_dims, col_dims)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+    if group["warm_start"] and place.row_groups:
+        raise ValueError(
+            f"warm_start=True keeps the scales of whole rows, and those of {name!r} are sharded "
+            f"({param.placements}); leave it off for this group"
+        )
+    if len(sizes_of(place.rows, group["split"])) > 1 and _first_row(param, row_dims) is None:
+        raise ValueError(
+            f"split={group['split']!r} cannot cut the rows of {name!r}, which several mesh "
+            f"dimensions shard ({param.placements}); keep its parts as parameters of their own"
+        )
 
 
 def pieces_of(slot: Slot, *, layout: str, split: Split) -> list[Part]:
@@ -22,8 +41,7 @@ def pieces_of(slot: Slot, *, layout: str, split: Split) -> list[Part]:
 
     Raises:
         TypeError: If the gradient does not lie as the parameter does.
-        ValueError: If it is a sum that is not added up yet, or ``split`` cuts rows that several
-            mesh dimensions shard.
+        ValueError: If it is a sum that is not added up yet.
     """
     param, grad = slot.param, slot.grad
     if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
@@ -44,11 +62,7 @@ def pieces_of(slot: Slot, *, layout: str, split: Split) -> list[Part]:
     begin = _first_row(param, row_dims)
     if len(sizes) == 1:
         return [Part(own, slope, _first_entry(param, row_dims, place, begin), place)]
-    if begin is None:
-        raise ValueError(
-            f"{slot.name!r} of placements {param.placements}: split={split!r} cannot cut rows that "
-            "several mesh dimensions shard; keep its parts as parameters of their own"
-        )
+    assert begin is not None, "it was checked"
     return _cut(own, slope, place, begin, sizes)
 
 

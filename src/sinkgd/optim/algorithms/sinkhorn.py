@@ -51,6 +51,10 @@ class Sinkhorn:
         kernels.select(group["backend"], param.device)
         check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
+        if on_mesh(param):
+            from sinkgd.optim.algorithms.pieces import check_pieces  # noqa: PLC0415 - see parts_of
+
+            check_pieces(name, param, group)
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Descend along all matrices at once. Their updates do not depend on the loss's scale."""

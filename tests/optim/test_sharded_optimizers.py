@@ -1,0 +1,434 @@
+"""Every optimizer on a mesh: what one process would have done, and what ranks tell each other."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.testing import assert_close
+
+import sinkgd
+from reference import square_root_sinkhorn
+from spawn import on_ranks
+from test_sharded import Messages, distributed, expected_update, normal, sharded
+
+FLOAT32 = {"rtol": 3e-6, "atol": 0}
+ROWS, COLS, ALL = Shard(0), Shard(1), Replicate()
+ON_TWO, ON_FOUR = {}, {}
+
+
+def on_two(function):
+    ON_TWO[function.__name__] = function
+    return function
+
+
+def on_four(function):
+    ON_FOUR[function.__name__] = function
+    return function
+
+
+def run(names):
+    return {name: {**ON_TWO, **ON_FOUR}[name]() for name in names}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What each function returned on each of its ranks."""
+    two, four = on_ranks(2, run, list(ON_TWO)), on_ranks(4, run, list(ON_FOUR))
+    return {
+        name: [of_rank[name] for of_rank in ranks] for ranks in (two, four) for name in ranks[0]
+    }
+
+
+def stepped(matrices, mesh, *, lr=0.125, **options):
+    """Step matrices given as (placements, whole, gradient); return what the parameters are then."""
+    params = [sharded(mesh, *matrix) for matrix in matrices]
+    group = {"params": [(f"w{i}", param) for i, param in enumerate(params)], **options}
+    sinkgd.SinkGD([group], lr=lr).step()
+    return [param.detach().full_tensor() for param in params]
+
+
+# Many matrices at once ----------------------------------------------------------------------------
+
+# A layer of a transformer under FSDP and tensor parallelism: column-wise, row-wise, neither.
+LAYER = [(48, 16), (16, 48), (16, 16), (7, 16)]
+LAYER_PLACEMENTS = [(ROWS, ROWS), (ROWS, COLS), (ROWS, ALL), (ROWS, ALL)]
+
+
+@on_four
+def a_layer():
+    mesh = init_device_mesh("cpu", (2, 2))
+    shapes = LAYER * 3
+    params = [
+        sharded(mesh, placements, torch.zeros(shape), normal(shape, i))
+        for i, (placements, shape) in enumerate(zip(LAYER_PLACEMENTS * 3, shapes, strict=True))
+    ]
+    optimizer = sinkgd.SinkGD([{"params": params, "algorithm": "sinkgd"}], lr=0.125)
+    with Messages() as messages:
+        optimizer.step()
+    return messages.by_dim(mesh), [-param.detach().full_tensor() / 0.125 for param in params]
+
+
+def test_matrices_of_all_placements_share_their_messages(found):
+    for messages, updates in found["a_layer"]:
+        assert messages == {0: 5, 1: 5}
+        for i, update in enumerate(updates):
+            assert_close(update.double(), expected_update(normal(update.shape, i)), **FLOAT32)
+
+
+@on_four
+def opposite_orders():
+    mesh = init_device_mesh("cpu", (2, 2))
+    params = [
+        sharded(mesh, placements, torch.zeros(6, 8), normal((6, 8), i))
+        for i, placements in enumerate([(ROWS, COLS), (COLS, ROWS)])
+    ]
+    with Messages() as messages:
+        sinkgd.SinkGD(params, lr=0.125).step()
+    return messages.by_dim(mesh), [-param.detach().full_tensor() / 0.125 for param in params]
+
+
+def test_where_no_order_suits_all_there_is_one_message_more(found):
+    for messages, updates in found["opposite_orders"]:
+        assert sorted(messages.values()) == [5, 6]
+        for i, update in enumerate(updates):
+            assert_close(update.double(), expected_update(normal((6, 8), i)), **FLOAT32)
+
+
+@on_four
+def several_meshes():
+    wide, deep = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    params = [
+        sharded(wide, (ROWS,), torch.zeros(9, 8), normal((9, 8), 0)),
+        sharded(deep, (ALL, COLS), torch.zeros(9, 8), normal((9, 8), 1)),
+        nn.Parameter(torch.zeros(9, 8)),
+    ]
+    params[2].grad = normal((9, 8), 2)
+    sinkgd.SinkGD(params, lr=0.125).step()
+    return [
+        -(param.full_tensor() if isinstance(param, DTensor) else param).detach() / 0.125
+        for param in params
+    ]
+
+
+def test_one_optimizer_takes_parameters_of_several_meshes(found):
+    for updates in found["several_meshes"]:
+        for i, update in enumerate(updates):
+            assert_close(update.double(), expected_update(normal((9, 8), i)), **FLOAT32)
+
+
+# Any gradient -------------------------------------------------------------------------------------
+
+
+def odd_gradients():
+    plain = normal((12, 10), 5)
+    rows = plain * torch.logspace(-20, 15, 12)[:, None]
+    columns = plain * torch.logspace(-15, 18, 10)
+    holes = plain.clone()
+    holes[[0, 5, 7]] = 0
+    holes[:, [1, 8, 9]] = 0
+    half = plain.clone()
+    half[6:] = 0  # all of what the second rank holds
+    return {
+        "tiny": 1e-30 * plain,
+        "huge": 1e30 * plain,
+        "rows": rows,
+        "columns": columns,
+        "holes": holes,
+        "half": half,
+        "zero": torch.zeros(12, 10),
+        "one": torch.eye(12, 10) * (torch.arange(12) == 3)[:, None],
+        "bfloat16": plain.bfloat16(),
+        "float64": plain.double(),
+    }
+
+
+ITERATIONS = (1, 2, 5, 40)
+
+
+def updates_of_odd_gradients(mesh, placements):
+    return {
+        (name, iterations): -stepped(
+            [(placements, torch.zeros_like(grad), grad)], mesh, sinkhorn_iterations=iterations
+        )[0]
+        / 0.125
+        for name, grad in odd_gradients().items()
+        for iterations in ITERATIONS
+    }
+
+
+@on_two
+def odd_gradients_by_rows():
+    return updates_of_odd_gradients(init_device_mesh("cpu", (2,)), (ROWS,))
+
+
+@on_two
+def odd_gradients_by_columns():
+    return updates_of_odd_gradients(init_device_mesh("cpu", (2,)), (COLS,))
+
+
+@on_four
+def odd_gradients_by_both():
+    return updates_of_odd_gradients(init_device_mesh("cpu", (2, 2)), (ROWS, COLS))
+
+
+@pytest.mark.parametrize("how", ["rows", "columns", "both"])
+@pytest.mark.parametrize("iterations", ITERATIONS)
+@pytest.mark.parametrize("name", list(odd_gradients()))
+def test_size_and_zeros_do_not_matter(found, how, iterations, name):
+    grad = odd_gradients()[name]
+    tolerance = {"rtol": 2**-8, "atol": 0} if name == "bfloat16" else FLOAT32
+    expected = square_root_sinkhorn(grad, iterations)
+    for updates in found[f"odd_gradients_by_{how}"]:
+        assert_close(updates[name, iterations].double(), expected, **tolerance)
+
+
+# Not finite ---------------------------------------------------------------------------------------
+
+
+def bad_steps(mesh, placements, shape=(6, 8)):
+    """One bad entry in the second of three matrices, wherever it is: what happened."""
+    outcomes = []
+    for bad in (float("nan"), float("inf")):
+        for place in ((0, 0), (5, 7), (2, 7)):
+            for iterations in (1, 5):
+                grads = [normal(shape, i) for i in range(3)]
+                grads[1][..., place[0], place[1]] = bad
+                params = [sharded(mesh, placements, torch.ones(shape), grad) for grad in grads]
+                named = [(f"w{i}", param) for i, param in enumerate(params)]
+                optimizer = sinkgd.SinkGD(named, sinkhorn_iterations=iterations)
+                try:
+                    optimizer.step()
+                    said = "nothing"
+                except sinkgd.NonFiniteGradientError as error:
+                    said = str(error)
+                stayed = [bool((param.detach().full_tensor() == 1).all()) for param in params]
+                outcomes.append((said, stayed))
+    return outcomes
+
+
+@on_two
+def bad_by_rows():
+    return bad_steps(init_device_mesh("cpu", (2,)), (ROWS,))
+
+
+@on_two
+def bad_by_columns():
+    return bad_steps(init_device_mesh("cpu", (2,)), (COLS,))
+
+
+@on_two
+def bad_by_experts():
+    return bad_steps(init_device_mesh("cpu", (2,)), (ROWS,), (2, 6, 8))
+
+
+@on_four
+def bad_by_both():
+    return bad_steps(init_device_mesh("cpu", (2, 2)), (ROWS, COLS))
+
+
+@on_four
+def bad_in_an_empty_piece():
+    return bad_steps(init_device_mesh("cpu", (4,)), (ROWS,), (3, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "how", ["by_rows", "by_columns", "by_experts", "by_both", "in_an_empty_piece"]
+)
+def test_every_rank_hears_of_a_bad_entry_and_leaves_that_parameter_alone(found, how):
+    for outcomes in found[f"bad_{how}"]:
+        for said, stayed in outcomes:
+            assert "gradient of w1 holds" in said
+            assert stayed == [False, True, False]
+
+
+# Options ------------------------------------------------------------------------------------------
+
+
+def grads_of_a_walk(shape, steps=3):
+    return [normal(shape, 10 + i) for i in range(steps)]
+
+
+def walk(mesh, placements, shape=(10, 6), dtype=torch.float32, **options):
+    """Take some steps; return the parameter."""
+    whole = normal(shape).to(dtype)
+    param = nn.Parameter(whole if mesh is None else distributed(whole, mesh, placements))
+    optimizer = sinkgd.SinkGD([{"params": [("w", param)], **options}], lr=0.125)
+    for grad in grads_of_a_walk(shape):
+        own = grad.to(dtype)
+        param.grad = own if mesh is None else distributed(own, mesh, placements)
+        optimizer.step()
+    found = param.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+WALKS = {
+    "decay": {"algorithm": "sinkgd", "weight_decay": 0.5},
+    "maximize": {"algorithm": "sinkgd", "maximize": True},
+    "tol": {"algorithm": "sinkgd", "sinkhorn_iterations": 60, "tol": 1e-3},
+    "warm start": {"algorithm": "sinkgd", "warm_start": True, "sinkhorn_iterations": 2},
+    "split": {"algorithm": "sinkgd", "split": (3, 1, 6)},
+    "transposed": {"algorithm": "sinkgd", "layout": "transposed"},
+    "normalize": {"algorithm": "normalize"},
+    "adamw": {"algorithm": "adamw", "weight_decay": 0.1},
+}
+
+
+@on_two
+def walks_by_rows():
+    mesh = init_device_mesh("cpu", (2,))
+    return {name: walk(mesh, (ROWS,), **options) for name, options in WALKS.items()}
+
+
+@on_two
+def walks_by_columns():
+    mesh = init_device_mesh("cpu", (2,))
+    return {
+        name: walk(mesh, (COLS,), **options)
+        for name, options in WALKS.items()
+        if name != "warm start"
+    }
+
+
+@pytest.mark.parametrize("how", ["rows", "columns"])
+@pytest.mark.parametrize("name", WALKS)
+def test_options_mean_what_they_mean_to_one_process(found, how, name):
+    if (how, name) == ("columns", "warm start"):
+        pytest.skip("refused; see below")
+    expected = walk(None, None, **WALKS[name])
+    for walked in found[f"walks_by_{how}"]:
+        assert_close(walked[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@on_two
+def rounded_at_random():
+    mesh = init_device_mesh("cpu", (2,))
+    options = {"algorithm": "sinkgd", "rounding": "stochastic", "seed": 3}
+    by_rows = walk(mesh, (ROWS,), (11, 6), torch.bfloat16, **options)
+    by_columns = walk(mesh, (COLS,), (11, 6), torch.bfloat16, **options)
+    return by_rows, by_columns
+
+
+def test_random_rounding_by_rows_draws_the_bits_of_one_process(found):
+    options = {"algorithm": "sinkgd", "rounding": "stochastic", "seed": 3}
+    expected = walk(None, None, (11, 6), torch.bfloat16, **options)
+    for by_rows, by_columns in found["rounded_at_random"]:
+        # Sums in another order move an update by a few units of float32, a random bit seldom.
+        assert (by_rows != expected).sum() <= 1
+        assert_close(by_columns, expected, rtol=2**-6, atol=2**-6)
+
+
+@on_two
+def pieces_that_look_alike():
+    """Two ranks hold equal numbers; the bits that round them must differ."""
+    mesh = init_device_mesh("cpu", (2,))
+    grad = torch.ones(64, 64)
+    found = []
+    for placements in ((ROWS,), (COLS,)):
+        param = sharded(mesh, placements, torch.ones(64, 64).bfloat16(), grad.bfloat16())
+        group = {"params": [param], "rounding": "stochastic"}
+        sinkgd.SinkGD([group], lr=2.0**-10).step()
+        found.append(param.detach().full_tensor())
+    return found
+
+
+def test_pieces_are_not_rounded_alike(found):
+    for by_rows, by_columns in found["pieces_that_look_alike"]:
+        assert not torch.equal(by_rows[:32], by_rows[32:])
+        assert not torch.equal(by_columns[:, :32], by_columns[:, 32:])
+
+
+@on_two
+def adamw_with_a_bad_piece():
+    mesh = init_device_mesh("cpu", (2,))
+    grad = normal((6, 8))
+    grad[5, 7] = torch.nan
+    param = sharded(mesh, (ROWS,), torch.ones(6, 8), grad)
+    optimizer = sinkgd.SinkGD(
+        [{"params": [("table", param)], "algorithm": "adamw"}], nonfinite="skip"
+    )
+    with Messages() as messages:
+        optimizer.step()
+    return (param.detach().full_tensor() == 1).all(), optimizer.skipped(), messages.by_dim(mesh)
+
+
+def test_adamw_is_held_back_on_every_rank(found):
+    for stayed, skipped, messages in found["adamw_with_a_bad_piece"]:
+        assert stayed
+        assert skipped == {"table": 1}
+        assert messages == {0: 1}
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def error_of(build):
+    try:
+        build()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@on_two
+def refusals():
+    mesh = init_device_mesh("cpu", (2,))
+
+    def with_a_sum_as_gradient():
+        param = sharded(mesh, (ALL,), torch.ones(4, 4), torch.ones(4, 4))
+        param.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+        sinkgd.SinkGD([("w", param)]).step()
+
+    def with_a_gradient_that_lies_otherwise():
+        param = sharded(mesh, (ROWS,), torch.ones(4, 4), torch.ones(4, 4))
+        param.grad = distributed(torch.ones(4, 4), mesh, (COLS,))
+        sinkgd.SinkGD([("w", param)]).step()
+
+    def in_flat_pieces():
+        flat = nn.Parameter(torch.ones(8))
+        _set_fsdp_flattened(flat)  # as FullyShardedDataParallel does, which needs an accelerator
+        sinkgd.SinkGD([("w", flat)])
+
+    def with_zero():
+        param = nn.Parameter(torch.empty(0))
+        param.ds_id = 7
+        sinkgd.SinkGD([("w", param)])
+
+    def swan():
+        param = sharded(mesh, (ROWS,), torch.ones(4, 4), torch.ones(4, 4))
+        sinkgd.SWAN([("w", param)], lr=0.1)
+
+    def warm_start_by_columns():
+        param = sharded(mesh, (COLS,), torch.ones(4, 4), torch.ones(4, 4))
+        sinkgd.SinkGD([{"params": [("w", param)], "warm_start": True}])
+
+    return {
+        build.__name__: error_of(build)
+        for build in (
+            with_a_sum_as_gradient,
+            with_a_gradient_that_lies_otherwise,
+            in_flat_pieces,
+            with_zero,
+            swan,
+            warm_start_by_columns,
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("with_a_sum_as_gradient", "ValueError: the gradient of 'w'.*redistribute"),
+        ("with_a_gradient_that_lies_otherwise", "TypeError: 'w' lies as .*redistribute"),
+        ("in_flat_pieces", "TypeError: 'w' lies in flat pieces.*FSDP2"),
+        ("with_zero", "TypeError: 'w' lies in flat pieces.*FSDP2"),
+        ("swan", "TypeError: 'w' is sharded .*algorithm='sinkgd'"),
+        ("warm_start_by_columns", "ValueError: .*warm_start.*'w'"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(found, what, said):
+    for errors in found["refusals"]:
+        assert re.match(said, errors[what], re.DOTALL)
