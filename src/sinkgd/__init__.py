@@ -12,6 +12,7 @@ from sinkgd.optim.mngd import MNGD as MNGD
 from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientError
 from sinkgd.optim.partition import describe_param_groups as describe_param_groups
 from sinkgd.optim.partition import param_groups as param_groups
+from sinkgd.optim.release import GradientRelease as GradientRelease
 from sinkgd.optim.sinkgd import SinkGD as SinkGD
 from sinkgd.optim.swan import SWAN as SWAN
 from sinkgd.sinkhorn import sinkhorn_scales as sinkhorn_scales

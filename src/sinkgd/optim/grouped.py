@@ -5,7 +5,7 @@ not finite, of which the guard hears.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, ClassVar, overload
 
 import torch
@@ -104,7 +104,30 @@ class GroupedOptimizer(Optimizer):
             if bool(overflow):
                 return loss
             overflow = None
-        for index, slots in self._slots():
+        self._update(self._slots(), scale, overflow)
+        for group in self.param_groups:
+            count_step(group)
+        self._guard.end_step()
+        return loss
+
+    @torch.no_grad()
+    def update(self, params: Iterable[Tensor]) -> None:
+        """Update some parameters alone: a part of a step, which `step` must end.
+
+        Args:
+            params: Of the optimizer's; those without a gradient are left alone.
+        """
+        self._update(self._slots({*params}), None, None)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter with its name, or what errors call it."""
+        for index, group in enumerate(self.param_groups):
+            yield from _named(group, index)
+
+    def _update(
+        self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
+    ) -> None:
+        for index, slots in found:
             group = self.param_groups[index]
             flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
             context = Context(self.state, scale, flag)
@@ -112,10 +135,6 @@ class GroupedOptimizer(Optimizer):
             # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
             known = finite if flag is None else finite | flag
             self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
-        for group in self.param_groups:
-            count_step(group)
-        self._guard.settle_on_host()
-        return loss
 
     def skipped(self) -> dict[str, int]:
         """Return how many updates were left out for a non-finite gradient, by parameter."""
@@ -157,7 +176,7 @@ class GroupedOptimizer(Optimizer):
             if saved is not None:
                 self.state[param][COL_SCALE] = saved.to(param.device, copy=True)
 
-    def _slots(self) -> list[tuple[int, list[Slot]]]:
+    def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
         """List what has a gradient: the number of the group, and its parameters of one device."""
         found: list[tuple[int, list[Slot]]] = []
         first = 0
@@ -165,6 +184,8 @@ class GroupedOptimizer(Optimizer):
             by_device: dict[torch.device, list[Slot]] = {}
             for number, (name, param) in enumerate(_named(group, index), first):
                 if param.grad is None or param.numel() == 0:
+                    continue
+                if only is not None and param not in only:
                     continue
                 if param.grad.is_sparse:
                     raise TypeError(

@@ -26,7 +26,8 @@ class NonFiniteGuard:
 
     def __init__(self) -> None:
         self._skipped: Counter[str] = Counter()
-        self._in_flight: list[_Flags] = []
+        self._in_flight: list[_Flags] = []  # of this step
+        self._earlier: list[_Flags] = []  # of the step before
 
     def take(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         """Take the flags of some parameters on one device: False where a gradient is not finite."""
@@ -42,19 +43,21 @@ class NonFiniteGuard:
         Raises:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
         """
-        in_flight, self._in_flight = self._in_flight, []
-        self._settle(in_flight)
+        earlier, self._earlier = self._earlier, []
+        self._settle(earlier)
 
-    def settle_on_host(self) -> None:
-        """Read the flags that lie on a CPU, unless a compiler is looking.
+    def end_step(self) -> None:
+        """Read the flags that lie on a CPU; leave others, and those in a graph, to the next step.
 
         Raises:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
         """
+        flags, self._in_flight = self._in_flight, []
         if torch.compiler.is_compiling():
+            self._earlier = flags
             return
-        here = [flags for flags in self._in_flight if type(flags) is _Flags]
-        self._in_flight = [flags for flags in self._in_flight if type(flags) is not _Flags]
+        here = [own for own in flags if not isinstance(own, _FlagsUnderWay)]
+        self._earlier = [own for own in flags if isinstance(own, _FlagsUnderWay)]
         self._settle(here)
 
     def skipped(self) -> dict[str, int]:

@@ -1,0 +1,240 @@
+"""Stepping inside backward is the ordinary step, bit for bit, with one gradient at a time."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import sinkgd
+from sinkgd.lab.models.llama import Llama, LlamaConfig
+from spawn import on_ranks
+
+CONFIG = LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=2)
+STEPS = 5
+
+
+def hybrid(model):
+    return sinkgd.SinkGD(sinkgd.param_groups(model, lr=0.02))
+
+
+RECIPES = {
+    "hybrid": hybrid,
+    "stateless": lambda model: sinkgd.SinkGD(model.named_parameters(), lr=3e-3),
+    "swan": lambda model: sinkgd.SWAN(sinkgd.param_groups(model, matrix_algorithm="swan")),
+    "warm": lambda model: sinkgd.SinkGD(
+        sinkgd.param_groups(model), sinkhorn_iterations=2, warm_start=True
+    ),
+    "random rounding": lambda model: sinkgd.SinkGD(
+        model.named_parameters(), lr=3e-3, rounding="stochastic", seed=5
+    ),
+}
+recipes = pytest.mark.parametrize("recipe", RECIPES)
+
+
+def a_model(recipe="hybrid"):
+    return Llama(CONFIG, seed=0).to(torch.bfloat16 if recipe == "random rounding" else None)
+
+
+def micro_batches(step, count):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(CONFIG.vocab_size, (8, 9), generator=generator).chunk(count)
+
+
+def loss_of(model, batch):
+    logits = model(batch[:, :-1])
+    return cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def train(model, recipe, *, released, accumulation=1, watch=None, **options):
+    """Train with a schedule; return the losses."""
+    optimizer = RECIPES[recipe](model)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, STEPS)
+    release = sinkgd.GradientRelease(optimizer, **options) if released else None
+    losses = []
+    for step in range(STEPS):
+        *first, last = micro_batches(step, accumulation)
+        with release.accumulate() if release else nullcontext():
+            for batch in first:
+                loss_of(model, batch).backward()
+        loss = loss_of(model, last)
+        loss.backward()
+        if watch:
+            watch(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def same_weights(one, other):
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@recipes
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("bucket_bytes", [0, 20_000, 1 << 30])
+def test_it_is_the_ordinary_step_bit_for_bit(recipe, accumulation, bucket_bytes):
+    ordinary, released = a_model(recipe), a_model(recipe)
+    losses = train(ordinary, recipe, released=False, accumulation=accumulation)
+    options = {"accumulation": accumulation, "bucket_bytes": bucket_bytes}
+    assert train(released, recipe, released=True, **options) == losses
+    assert same_weights(ordinary, released)
+
+
+def test_no_gradient_is_left_after_backward():
+    def watch(model):
+        assert all(param.grad is None for param in model.parameters())
+
+    train(a_model(), "hybrid", released=True, watch=watch)
+
+
+def test_gradients_are_there_one_at_a_time():
+    model = a_model()
+    held = []
+
+    def count(_):
+        held.append(sum(param.grad is not None for param in model.parameters()))
+
+    for param in model.parameters():  # before those of the release
+        param.register_post_accumulate_grad_hook(count)
+    train(model, "hybrid", released=True)
+    assert set(held) == {1}
+
+
+def test_a_gradient_that_the_last_micro_batch_lacks_is_applied_by_step():
+    weights = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))]
+    optimizer = sinkgd.SinkGD(weights, lr=0.1)
+    release = sinkgd.GradientRelease(optimizer)
+    with release.accumulate():
+        (weights[0].square().sum() + weights[1].sum()).backward()
+    weights[0].square().sum().backward()
+    assert weights[0].ne(1).all()
+    assert weights[1].eq(1).all()
+    optimizer.step()
+    assert weights[1].ne(1).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+def test_a_bad_gradient_is_told_by_step_and_the_next_step_goes_on(bad):
+    good, ill = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = sinkgd.SinkGD([("good", good), ("ill", ill)], lr=0.1)
+    sinkgd.GradientRelease(optimizer)
+    (good.sum() + bad * ill.sum()).backward()
+    with pytest.raises(sinkgd.NonFiniteGradientError, match="gradient of ill holds"):
+        optimizer.step()
+    assert good.ne(1).all()
+    assert ill.eq(1).all()
+    (good.sum() + ill.sum()).backward()
+    optimizer.step()
+    assert ill.ne(1).all()
+
+
+def test_a_second_backward_is_refused_by_name():
+    weight = nn.Parameter(torch.ones(3, 4))
+    sinkgd.GradientRelease(sinkgd.SinkGD([("w", weight)], lr=0.1))
+    loss = (weight * torch.ones(3, 4)).sum()  # had the graph saved the weight, torch would refuse
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"'w' got a second gradient.*release\.accumulate"):
+        loss.backward()
+
+
+def test_tied_weights_are_updated_once():
+    ordinary, released = (nn.Parameter(torch.randn(4, 4, generator=a_seed())) for _ in "ab")
+    for weight, is_released in ((ordinary, False), (released, True)):
+        optimizer = sinkgd.SinkGD([weight], lr=0.1)
+        if is_released:
+            sinkgd.GradientRelease(optimizer)
+        (torch.ones(2, 4) @ weight @ weight.T).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(ordinary, released)
+
+
+def a_seed():
+    return torch.Generator().manual_seed(0)
+
+
+def test_a_scaler_is_refused():
+    weight = nn.Parameter(torch.ones(3, 4))
+    optimizer = sinkgd.SinkGD([weight], lr=0.1)
+    sinkgd.GradientRelease(optimizer)
+    optimizer.grad_scale = torch.ones(())
+    with pytest.raises(TypeError, match="GradScaler"):
+        optimizer.step()
+
+
+def test_other_optimizers_and_sizes_are_refused():
+    weight = nn.Parameter(torch.ones(3, 4))
+    with pytest.raises(TypeError, match="AdamW is none of them"):
+        sinkgd.GradientRelease(torch.optim.AdamW([weight]))
+    with pytest.raises(ValueError, match="bucket_bytes must be at least 0, got -1"):
+        sinkgd.GradientRelease(sinkgd.SinkGD([weight]), bucket_bytes=-1)
+
+
+def test_after_it_is_removed_backward_leaves_gradients():
+    weight = nn.Parameter(torch.ones(3, 4))
+    optimizer = sinkgd.SinkGD([weight], lr=0.1)
+    with sinkgd.GradientRelease(optimizer, bucket_bytes=1 << 30):
+        weight.sum().backward()
+    assert weight.grad is None
+    assert weight.ne(1).all()
+    before = copy.deepcopy(weight)
+    weight.sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight, before)
+
+
+# On ranks -----------------------------------------------------------------------------------------
+
+
+def sharded_model(recipe):
+    model, mesh = a_model(recipe), init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def differences_on_mesh(names):
+    """Train both ways under FSDP2; say of each recipe whether bits are equal."""
+    equal = {}
+    for recipe in names:
+        for accumulation in (1, 2):
+            for bucket_bytes in (0, 1 << 14):
+                ordinary, released = sharded_model(recipe), sharded_model(recipe)
+                losses = train(ordinary, recipe, released=False, accumulation=accumulation)
+                options = {"accumulation": accumulation, "bucket_bytes": bucket_bytes}
+                same_losses = train(released, recipe, released=True, **options) == losses
+                pieces = zip(ordinary.parameters(), released.parameters(), strict=True)
+                same = all(torch.equal(a.to_local(), b.to_local()) for a, b in pieces)
+                equal[recipe, accumulation, bucket_bytes] = same_losses and same
+    return equal
+
+
+def test_under_fsdp2_it_is_the_ordinary_step_bit_for_bit():
+    for equal in on_ranks(2, differences_on_mesh, ["hybrid", "stateless", "random rounding"]):
+        assert equal
+        assert all(equal.values()), equal
+
+
+def said_of_plain_tensors():
+    model = DistributedDataParallel(a_model())
+    optimizer = hybrid(model.module)
+    sinkgd.GradientRelease(optimizer, averaged=True).remove()
+    try:
+        sinkgd.GradientRelease(optimizer)
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_plain_tensors_on_several_ranks_are_refused_by_name():
+    for said in on_ranks(2, said_of_plain_tensors):
+        assert "model.layers.0.self_attn.q_proj.weight" in said
+        assert "fully_shard" in said
