@@ -119,6 +119,22 @@ class GroupedOptimizer(Optimizer):
         """
         self._update(self._slots({*params}), None, None)
 
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make the state that a first step would, so that a checkpoint can be read into it.
+
+        Parameters that have state are left alone. Where there is none, torch's helpers for
+        distributed checkpoints would step along zero gradients, as large as all weights.
+        """
+        for group in self.param_groups:
+            algorithm = _algorithm(group["algorithm"])
+            for param in group["params"]:
+                if param.requires_grad and not self.state.get(param):
+                    state: dict[str, Any] = {}
+                    algorithm.init_state(param, group, state)
+                    if state:
+                        self.state[param] = state
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter with its name, or what errors call it."""
         for index, group in enumerate(self.param_groups):

@@ -56,7 +56,9 @@ def test_every_parameter_is_in_one_group(model, name):
 @recipes
 def test_every_option_reaches_the_optimizer(model, name):
     taken = RECIPES[name].defaults
-    changed = {option: 0.125 for option in taken if option not in ("clip_norm",)}
+    changed = {option: 0.125 for option in taken if option not in ("clip_norm", "rounding")}
+    if "rounding" in taken:
+        changed["rounding"] = "stochastic"
     if "sinkhorn_iterations" in taken:
         changed["sinkhorn_iterations"] = 3
     text = [
@@ -67,6 +69,8 @@ def test_every_option_reaches_the_optimizer(model, name):
     assert any(group["weight_decay"] == 0.125 for group in text)
     if "beta1" in taken:
         assert any(group.get("betas") == (0.125, 0.125) for group in text)
+    if "rounding" in taken:
+        assert any(group.get("rounding") == "stochastic" for group in text)
     if "sinkhorn_iterations" in taken:
         assert any(group.get("sinkhorn_iterations") == 3 for group in text)
 

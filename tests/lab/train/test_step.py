@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
+from sinkgd.lab.train.loss import summed_loss
 from sinkgd.lab.train.resolve import resolve
-from sinkgd.lab.train.step import NonFiniteLossError, summed_loss, take_step
+from sinkgd.lab.train.step import NonFiniteLossError, take_step
 
 CPU = torch.device("cpu")
 VOCAB, ROWS, TOKENS = 64, 6, 16

@@ -16,6 +16,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# From the last hidden states (b, t, h) and the output head to what is asked for.
+Readout = Callable[[Tensor, nn.Module], Tensor]
 
 
 class ModelError(ValueError):
@@ -138,14 +142,17 @@ class Llama(nn.Module):
                     weight.copy_(draw.normal_(0.0, std, generator=generator))
         return self
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, readout: "Readout | None" = None) -> Tensor:
         """Return the logits of each next token.
 
         Args:
             tokens: Token ids, ``(b, t)``, integers below the vocabulary size.
+            readout: What is made of the last hidden states ``(b, t, h)`` and the head; by default
+                the logits, all at once.
 
         Returns:
-            Logits, ``(b, t, vocab_size)``; those at position i see tokens 0 to i.
+            Logits, ``(b, t, vocab_size)``; those at position i see tokens 0 to i. Or what
+            ``readout`` returns.
 
         Raises:
             ModelError: If ``tokens`` has another shape, or t is over ``max_sequence_length``.
@@ -158,7 +165,10 @@ class Llama(nn.Module):
                 f"a sequence of {tokens.shape[1]} tokens is longer than the model's "
                 f"max_sequence_length of {limit}; shorten it or build the model with more"
             )
-        logits: Tensor = self.lm_head(self.model(tokens))
+        hidden: Tensor = self.model(tokens)
+        if readout is not None:
+            return readout(hidden, self.lm_head)
+        logits: Tensor = self.lm_head(hidden)
         return logits
 
 
@@ -171,11 +181,15 @@ class _Body(nn.Module):
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotation = _Rotation(config)
+        self.recompute = False  # keep the input of a block alone, and run it again in backward
 
     def forward(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, self.rotation)
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, self.rotation, use_reentrant=False)
+            else:
+                x = layer(x, self.rotation)
         normalized: Tensor = self.norm(x)
         return normalized
 

@@ -22,12 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -35,6 +30,7 @@ from torch.optim import Optimizer
 from sinkgd.lab.disk import sync_folder
 from sinkgd.lab.results import Memory
 from sinkgd.lab.train.memory import measure_memory
+from sinkgd.lab.train.optimizer_state import load_optimizer_state, optimizer_state
 
 CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial"
@@ -66,10 +62,9 @@ class TrainingState:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state; its tensors are the model's and the optimizer's own."""
-        weights, optimizer = get_state_dict(self.model, self.optimizer)
         return {
-            "model": weights,
-            "optimizer": optimizer,
+            "model": get_model_state_dict(self.model),
+            "optimizer": optimizer_state(self.model, self.optimizer),
             "progress": {
                 "step": self.step,
                 "seconds": self.seconds,
@@ -82,9 +77,7 @@ class TrainingState:
     def load_dict(self, content: dict[str, Any]) -> None:
         """Take over what `as_dict` returned."""
         set_model_state_dict(self.model, content["model"])
-        # Parameters without state are not missing: stateless groups are the point.
-        lenient = StateDictOptions(strict=False)
-        set_optimizer_state_dict(self.model, self.optimizer, content["optimizer"], options=lenient)
+        load_optimizer_state(self.model, self.optimizer, content["optimizer"])
         progress = content["progress"]
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.wall_seconds = progress["wall_seconds"]

@@ -9,6 +9,7 @@ from typing import Literal
 Precision = Literal["float32", "bf16-autocast", "bf16"]
 Packing = Literal["concat", "none"]
 Device = Literal["auto", "cpu", "cuda"]
+Rounding = Literal["nearest", "stochastic"]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -56,6 +57,8 @@ class OptimizerConfig:
     """Decay of AdamW's mean of squared gradients, fraction kept a step."""
     sinkhorn_iterations: int | None = None
     """Row and column normalizations of a matrix in a step, iterations."""
+    rounding: Rounding | None = None
+    """Rounding of updates of bfloat16 weights that have no state: nearest or stochastic."""
     clip_norm: float | None = None
     """Largest l2 norm of the whole gradient, gradient units; 0 clips nothing."""
 
@@ -78,6 +81,14 @@ class TrainingConfig:
     """Learning rate of the last step as a part of the peak, 0 to 1; a cosine leads there."""
     precision: Precision = "bf16-autocast"
     """Arithmetic: float32, bf16-autocast (weights stay float32) or bf16 (weights too)."""
+    release_gradients: bool = False
+    """Step inside backward: each gradient is applied and freed at once. Nothing can be clipped."""
+    recompute_activations: bool = False
+    """Keep the input of each block alone, and run the block again in backward: a third slower."""
+    loss_chunk_tokens: int | None = None
+    """Targets whose logits are held at once, tokens; by default all of a micro-batch."""
+    one_batch: bool = False
+    """Train on the first batch alone, over and over: a check that the loss falls."""
     seed: int = 0
     """Seed of the weights and of the order of the text, a whole number from 0."""
     device: Device = "auto"

@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
 from sinkgd.lab.train.config import ConfigError, Device, Precision
 
@@ -33,9 +32,9 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def cast_weights(model: nn.Module, precision: Precision, device: torch.device) -> None:
-    """Move ``model`` to ``device``, its weights to the type that ``precision`` keeps them in."""
-    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """Return the type in which ``precision`` keeps the weights."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def arithmetic(precision: Precision, device: torch.device) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from torch import nn
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.train.config import Precision
 from sinkgd.lab.train.device import arithmetic
-from sinkgd.lab.train.step import summed_loss
+from sinkgd.lab.train.loss import loss_of
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,24 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, precision: Precision, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    precision: Precision,
+    device: torch.device,
+    chunk_tokens: int | None = None,
 ) -> Score:
-    """Score the model on every target of ``batches``: the mean over tokens, not over batches."""
+    """Score the model on every target of ``batches``: the mean over tokens, not over batches.
+
+    Logits of ``chunk_tokens`` targets are held at once; None holds those of a batch.
+    """
     model.eval()
     nats, tokens = 0.0, 0
     for batch in batches:
         targets = batch.targets.to(device)
         with arithmetic(precision, device):
-            logits = model(batch.inputs.to(device))
-        nats += summed_loss(logits, targets).item()
+            loss = loss_of(model, batch.inputs.to(device), targets, chunk_tokens)
+        nats += loss.item()
         tokens += int((targets != IGNORE_INDEX).sum())
     model.train()
     return Score(nats / tokens, tokens)

@@ -44,9 +44,15 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
         synchronize(job.device)
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
-        batch = job.batches.at(state.step)
+        batch = job.batches.at(0 if training.one_batch else state.step)
         result = take_step(
-            state.model, state.optimizer, batch, job.config, job.device, number=state.step + 1
+            state.model,
+            state.optimizer,
+            batch,
+            job.config,
+            job.device,
+            number=state.step + 1,
+            released=job.released,
         )
         scheduler.step()
         step_seconds = time.perf_counter() - started
@@ -73,7 +79,13 @@ def _evaluation(job: Job) -> Evaluation:
         max_tokens=job.config.evaluation.tokens,
         packing=job.config.data.packing,
     )
-    score = evaluate(state.model, batches, precision=training.precision, device=job.device)
+    score = evaluate(
+        state.model,
+        batches,
+        precision=training.precision,
+        device=job.device,
+        chunk_tokens=training.loss_chunk_tokens,
+    )
     return Evaluation(
         step=state.step,
         tokens=state.step * job.config.tokens_per_step,

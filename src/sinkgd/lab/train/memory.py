@@ -1,5 +1,6 @@
 """Bytes by part: weights, gradients, optimizer state, and the peak of them all."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from sinkgd.lab.results import Memory
 
 _STATUS = Path("/proc/self/status")
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Memory:
@@ -38,6 +40,18 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     largest_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest_resident if sys.platform == "darwin" else largest_resident * 1024
+
+
+def return_freed_memory() -> None:
+    """Let glibc, where it is there, return freed gradients to the system at once.
+
+    By itself it learns to keep freed blocks of up to 32 MiB for later, in pieces that the next
+    gradient does not fit into: a step of llama-1b then held half its weights again. It costs the
+    system's work of handing out clean pages.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

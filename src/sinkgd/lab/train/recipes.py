@@ -16,7 +16,7 @@ import sinkgd
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.config_file import nearest
 
-Options = Mapping[str, float]  # resolved: by name, as many as the recipe's defaults
+Options = Mapping[str, Any]  # resolved: by name, as many as the recipe's defaults
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Recipe:
     source: str  # of the defaults
     defaults: Options  # those fields of `OptimizerConfig` that it takes
     build: Callable[[nn.Module, Options], Optimizer]
+    can_release: bool = False  # whether it can take one gradient at a time, inside backward
 
 
 def resolve_optimizer(options: OptimizerConfig) -> OptimizerConfig:
@@ -110,6 +111,7 @@ def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
         _groups(model, o, "sinkgd"),
         lr=o["lr"],
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        rounding=o["rounding"],
     )
 
 
@@ -118,12 +120,13 @@ def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
         model.named_parameters(),
         lr=o["lr"],
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        rounding=o["rounding"],
         weight_decay=o["weight_decay"],
     )
 
 
 def _swan(model: nn.Module, o: Options) -> Optimizer:
-    return sinkgd.SWAN(_groups(model, o, "swan"), lr=o["lr"])
+    return sinkgd.SWAN(_groups(model, o, "swan"), lr=o["lr"], rounding=o["rounding"])
 
 
 def _adamw(model: nn.Module, o: Options) -> Optimizer:
@@ -161,23 +164,40 @@ _TABLE = (
             "weight_decay": 0.0,
             **_ADAM,
             "sinkhorn_iterations": 5,
+            "rounding": "nearest",
             "clip_norm": 0.0,
         },
         _sinkgd,
+        can_release=True,
     ),
     Recipe(
         "sinkgd-stateless",
         "matrices by SR-Sinkhorn, vectors by their own norm; no state at all",
         "SinkGD's default arguments; not tuned here",
-        {"lr": 1e-3, "weight_decay": 0.0, "sinkhorn_iterations": 5, "clip_norm": 0.0},
+        {
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "sinkhorn_iterations": 5,
+            "rounding": "nearest",
+            "clip_norm": 0.0,
+        },
         _sinkgd_stateless,
+        can_release=True,
     ),
     Recipe(
         "swan",
         "block matrices by row norm and whitening, the rest by AdamW",
         "one row norm, one whitening: Ma et al. 2024; rates: three runs, benchmarks/learning_rates",
-        {"lr": 0.08, "matrix_lr": 0.002, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
+        {
+            "lr": 0.08,
+            "matrix_lr": 0.002,
+            "weight_decay": 0.0,
+            **_ADAM,
+            "rounding": "nearest",
+            "clip_norm": 0.0,
+        },
         _swan,
+        can_release=True,
     ),
     Recipe(
         "adamw",

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from sinkgd.lab.train.config import ConfigError, RunConfig, TrainingConfig
-from sinkgd.lab.train.recipes import resolve_optimizer
+from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, TrainingConfig
+from sinkgd.lab.train.recipes import RECIPES, find_recipe, resolve_optimizer
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -25,6 +25,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "training.batch_size": training.batch_size,
             "training.micro_batch_size": training.micro_batch_size,
             "training.sequence_length": training.sequence_length,
+            "training.loss_chunk_tokens": training.loss_chunk_tokens,
             "training.threads": training.threads,
             "evaluation.every_steps": config.evaluation.every_steps,
             "evaluation.tokens": config.evaluation.tokens,
@@ -36,11 +37,28 @@ def resolve(config: RunConfig) -> RunConfig:
     _check_schedule(training)
     if training.seed < 0:
         raise ConfigError(f"training.seed is {training.seed}; give a whole number from 0 up")
+    optimizer = resolve_optimizer(config.optimizer)
+    if training.release_gradients:
+        _check_release(optimizer)
     return replace(
         config,
-        optimizer=resolve_optimizer(config.optimizer),
+        optimizer=optimizer,
         training=replace(training, micro_batch_size=_micro_batch_size(training)),
     )
+
+
+def _check_release(optimizer: OptimizerConfig) -> None:
+    if not find_recipe(optimizer.recipe).can_release:
+        able = ", ".join(name for name, recipe in RECIPES.items() if recipe.can_release)
+        raise ConfigError(
+            f"training.release_gradients needs an optimizer that can take one gradient at a time; "
+            f"recipe {optimizer.recipe!r} cannot. Those that can: {able}"
+        )
+    if optimizer.clip_norm:
+        raise ConfigError(
+            f"optimizer.clip_norm is {optimizer.clip_norm}, but training.release_gradients frees a "
+            "gradient before the norm of all is known; set one of them to 0"
+        )
 
 
 def _at_least_one(values: dict[str, int | None]) -> None:

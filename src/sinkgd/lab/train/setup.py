@@ -11,8 +11,10 @@ from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.checkpoint import TrainingState
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
-from sinkgd.lab.train.device import cast_weights, select_device, set_threads
+from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
+from sinkgd.lab.train.memory import return_freed_memory
 from sinkgd.lab.train.recipes import build_optimizer
+from sinkgd.lab.train.release import ReleasedSteps
 
 _STAGES = {
     "tokenizer": "training a tokenizer on {} (once; it is cached)",
@@ -30,6 +32,7 @@ class Job:
     validation: TokenSplit
     tokens_per_byte: float  # of the validation text
     state: TrainingState
+    released: ReleasedSteps | None = None  # what steps inside backward, if anything does
 
     @property
     def parameters(self) -> int:
@@ -50,6 +53,8 @@ def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
     """
     training = config.training
     set_threads(training.threads)
+    if training.release_gradients:
+        return_freed_memory()
     torch.manual_seed(training.seed)
     device = select_device(training.device)
     dataset = open_dataset(config.data, say)
@@ -61,13 +66,15 @@ def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
         seed=training.seed,
         packing=config.data.packing,
     )
-    model = build_model(
-        config.model.preset,
-        vocab_size=_vocab_size(config.model, manifest.vocab_size),
-        max_sequence_length=training.sequence_length,
-        seed=training.seed,
-    )
-    cast_weights(model, training.precision, device)
+    with torch.device("meta"):  # weights are drawn one by one, in the type they are kept in
+        model = build_model(
+            config.model.preset,
+            vocab_size=_vocab_size(config.model, manifest.vocab_size),
+            max_sequence_length=training.sequence_length,
+        )
+    model.to(weight_dtype(training.precision)).to_empty(device=device).initialize(training.seed)
+    model.model.recompute = training.recompute_activations
+    optimizer = build_optimizer(model, config.optimizer)
     validation = manifest.splits["validation"]
     return Job(
         config=config,
@@ -75,7 +82,8 @@ def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
         batches=batches,
         validation=dataset.split("validation"),
         tokens_per_byte=validation.tokens / validation.text_bytes,
-        state=TrainingState(model, build_optimizer(model, config.optimizer)),
+        state=TrainingState(model, optimizer),
+        released=ReleasedSteps(optimizer) if training.release_gradients else None,
     )
 
 

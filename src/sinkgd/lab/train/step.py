@@ -8,16 +8,18 @@ Shapes:
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.device import arithmetic, synchronize
+from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.release import ReleasedSteps
 
 
 class NonFiniteLossError(RuntimeError):
@@ -41,6 +43,7 @@ def take_step(
     device: torch.device,
     *,
     number: int,
+    released: ReleasedSteps | None = None,
 ) -> StepResult:
     """Add up the gradients of the micro-batches, clip them, step.
 
@@ -54,13 +57,18 @@ def take_step(
         config: Resolved; its micro-batch size, precision and clipping count here.
         device: Of the model.
         number: Of the step, 1 for the first; an error names it.
+        released: What steps inside backward, if anything does; ``optimizer`` then ends the step.
 
     Raises:
-        NonFiniteLossError: If loss or gradient is not finite; the weights are left as they were.
+        NonFiniteLossError: If loss or gradient is not finite; the weights are left as they were,
+            or, where gradients are released, those whose gradient is not finite.
     """
     optimizer.zero_grad()
-    loss = _accumulate_gradient(model, batch, config, device)
-    norm = _clip_gradient(model, config.optimizer.clip_norm or math.inf)
+    loss = _accumulate_gradient(model, batch, config, device, released)
+    if released is None:
+        norm, update_seconds = _clip_gradient(model, config.optimizer.clip_norm or math.inf), 0.0
+    else:
+        norm, update_seconds = released.measured()
     result_loss, result_norm = torch.stack([loss, norm.float()]).tolist()
     if not (math.isfinite(result_loss) and math.isfinite(result_norm)):
         raise NonFiniteLossError(
@@ -72,36 +80,29 @@ def take_step(
     started = time.perf_counter()
     optimizer.step()
     synchronize(device)
-    return StepResult(result_loss, result_norm, time.perf_counter() - started)
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed cross-entropy in nats, in float32 whatever the logits' type.
-
-    Args:
-        logits: ``(b, t, v)``.
-        targets: ``(b, t)``; where it is `IGNORE_INDEX` nothing is scored.
-    """
-    return cross_entropy(
-        logits.float().flatten(0, 1),
-        targets.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
+    return StepResult(result_loss, result_norm, update_seconds + time.perf_counter() - started)
 
 
 def _accumulate_gradient(
-    model: nn.Module, batch: Batch, config: RunConfig, device: torch.device
+    model: nn.Module,
+    batch: Batch,
+    config: RunConfig,
+    device: torch.device,
+    released: ReleasedSteps | None,
 ) -> Tensor:
+    training = config.training
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     scored = (targets != IGNORE_INDEX).sum()
-    size = config.training.micro_batch_size or len(inputs)
+    size = training.micro_batch_size or len(inputs)
     total = torch.zeros((), device=device)
     for rows in range(0, len(inputs), size):
-        with arithmetic(config.training.precision, device):
-            logits = model(inputs[rows : rows + size])
-        loss = summed_loss(logits, targets[rows : rows + size]) / scored
-        torch.autograd.backward(loss)
+        own = slice(rows, rows + size)
+        with arithmetic(training.precision, device):
+            summed = loss_of(model, inputs[own], targets[own], training.loss_chunk_tokens)
+        loss = summed / scored
+        last = rows + size >= len(inputs)
+        with nullcontext() if released is None or last else released.accumulate():
+            torch.autograd.backward(loss)
         total += loss.detach()
     return total
 

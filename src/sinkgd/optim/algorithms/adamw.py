@@ -1,6 +1,6 @@
 """AdamW for the parameters that no matrix norm fits; the arithmetic is torch's own."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +33,10 @@ class AdamW:
             raise ValueError(f"eps must be at least 0, got {group['eps']}")
         if group["fused"] is None:
             group["fused"] = param.device.type in _FUSED_DEVICES
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Make both moments, zero."""
+        _state(state, param, fused=group["fused"])
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Look through the gradients, then update as torch does."""
@@ -71,7 +75,9 @@ class AdamW:
         return finite
 
 
-def _state(state: dict[str, Any], param: Tensor, *, fused: bool) -> dict[str, Any]:
+def _state(
+    state: MutableMapping[str, Any], param: Tensor, *, fused: bool
+) -> MutableMapping[str, Any]:
     # Names, shapes and devices as in torch.optim.AdamW, so that its checkpoints load here.
     if not state:
         state["step"] = torch.zeros((), device=param.device if fused else "cpu")

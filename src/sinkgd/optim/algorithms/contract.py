@@ -44,6 +44,10 @@ class Algorithm(Protocol):
         """Raise where ``param``, called ``name``, or an option of ``group`` cannot be handled."""
         ...
 
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Make the state that a first step would, as it is before that step."""
+        ...
+
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Update the parameters of ``slots``, of one group and on one device.
 

@@ -5,7 +5,7 @@ References:
     Algorithm 2. https://arxiv.org/abs/2502.06742
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,9 @@ class MultiNormalized:
             )
         check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """There is none."""
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Look through the gradients; then normalize and write batch by batch."""

@@ -3,7 +3,8 @@
 The rule for vectors and scalars where no state at all is wanted; a scalar moves by its sign.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class Normalize:
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range; every shape will do."""
         check_rounding(name, param, group)
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """There is none."""
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Normalize and update one by one. The update has no scale, so that of the loss is none."""

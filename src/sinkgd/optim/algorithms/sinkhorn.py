@@ -5,8 +5,9 @@ References:
     Algorithm 4. https://arxiv.org/abs/2502.06742
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from sinkgd.optim.algorithms.contract import (
 from sinkgd.optim.algorithms.layout import check_layout
 from sinkgd.optim.algorithms.parts import Part, parts_of
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
-from sinkgd.optim.algorithms.warm_start import keep_starts, starts_of
+from sinkgd.optim.algorithms.warm_start import init_starts, keep_starts, starts_of
 
 
 class Sinkhorn:
@@ -55,6 +56,14 @@ class Sinkhorn:
             from sinkgd.optim.algorithms.pieces import check_pieces  # noqa: PLC0415 - see parts_of
 
             check_pieces(name, param, group)
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Make the start of a warm start: ones."""
+        if not group["warm_start"]:
+            return
+        slot = Slot("", 0, param.detach(), param.detach())
+        parts, _ = parts_of([slot], layout=group["layout"], split=group["split"])
+        init_starts(state, [part.grad for part in parts])
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Descend along all matrices at once. Their updates do not depend on the loss's scale."""

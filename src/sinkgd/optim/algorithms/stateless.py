@@ -1,6 +1,7 @@
 """No state for any parameter: matrices by SR-Sinkhorn, vectors and scalars by their own l2 norm."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,11 @@ class Stateless:
         """Check a matrix as `Sinkhorn` does, a vector as `Normalize` does."""
         rule = self._matrices if param.ndim >= 2 else self._vectors
         rule.check(name, param, group)
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Make what `Sinkhorn` keeps of a matrix."""
+        if param.ndim >= 2:
+            self._matrices.init_state(param, group, state)
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Update matrices and vectors, each by its own rule."""
