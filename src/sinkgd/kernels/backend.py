@@ -36,6 +36,21 @@ class Descent(NamedTuple):
     scales: Sequence[Scales]  # one a gradient
 
 
+class Sums(Protocol):
+    """Sums of the squares of some gradients ``(..., m, n)``, to be asked for again and again.
+
+    Weights and sums are flat, float64: those of one gradient after those of the other.
+    """
+
+    def of_rows(self, weights: Tensor) -> Tensor:
+        """Return G² c² of each: of its rows, from weights c² of its columns."""
+        ...
+
+    def of_cols(self, weights: Tensor) -> Tensor:
+        """Return (G²)ᵀ r² of each: of its columns, from weights r² of its rows."""
+        ...
+
+
 class Backend(Protocol):
     """What a backend does; `eager` is its definition in plain torch."""
 
@@ -70,6 +85,10 @@ class Backend(Protocol):
         column scales ``(..., 1, n)`` instead of 1: float32 or float64 as the scales are, in (0, 1],
         contiguous.
         """
+        ...
+
+    def sums(self, grads: Sequence[Tensor]) -> Sums:
+        """Return the sums of the squares of gradients, which may be pieces, and empty."""
         ...
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sinkgd.kernels import registry
 from sinkgd.kernels.backend import Backend, Scales
 from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.two_halves import TwoHalves
 
 
@@ -55,6 +56,10 @@ class CompiledBackend(TwoHalves):
         begin = [None] * len(grads) if starts is None else list(starts)
         found = scales(list(grads), num_iters, self.name, tol, begin)
         return [Scales(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
+
+    def sums(self, grads: Sequence[Tensor]) -> EagerSums:
+        """Return the sums of the squares of gradients, in plain torch."""
+        return EagerSums(grads)
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool; the compiler can look into this one."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels.backend import Scales
+from sinkgd.kernels.level import level_
 from sinkgd.kernels.rounding import round_to_bfloat16
+from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.two_halves import TwoHalves
 
 
@@ -45,6 +47,10 @@ class EagerBackend(TwoHalves):
             sinkhorn(grad, num_iters, tol=tol, start=start)
             for grad, start in zip(grads, begin, strict=True)
         ]
+
+    def sums(self, grads: Sequence[Tensor]) -> EagerSums:
+        """Return the sums of the squares of gradients."""
+        return EagerSums(grads)
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
@@ -137,26 +143,6 @@ def descend_(
         wide = round_to_bfloat16(wide, key)  # what is bfloat16 already stays, whatever the bits
     if wide is not param:
         param.copy_(wide)
-
-
-def level_(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide ``S`` by powers of two, s a row ``(..., m, 1)`` and t a column; return them.
-
-    ``S`` is not negative. Then every row and column that is not zero has an entry of 1 or more, and
-    none has one of 2 or more.
-    """
-    s = _power_of_two_below(S.amax(dim=-1, keepdim=True))
-    S /= s
-    t = _power_of_two_below(S.amax(dim=-2, keepdim=True))
-    S /= t
-    return s, t
-
-
-def _power_of_two_below(peak: Tensor) -> Tensor:
-    # The mantissa lies in [1/2, 1), so this is a power of two, exactly; ldexp goes through pow and
-    # promises less.
-    power = peak / (2 * torch.frexp(peak).mantissa)
-    return torch.where(peak == 0, 1, power).clamp(min=torch.finfo(peak.dtype).tiny)
 
 
 def _iterate(S: Tensor, c2: Tensor) -> tuple[Tensor, Tensor]:

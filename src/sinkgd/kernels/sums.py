@@ -16,13 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.eager import level_
+from sinkgd.kernels.level import level_
 
 
 class EagerSums:
-    """Sums of the squares of some gradients, by a matrix–vector product each.
-
-    One float32 matrix of scratch at a time; what is kept is s and t of each.
+    """A matrix–vector product each. One float32 matrix of scratch at a time; s and t are kept.
 
     Args:
         grads: ``(..., m, n)``, on one device.
@@ -32,23 +30,25 @@ class EagerSums:
         self.grads = grads
         self._levels = [_level(grad) for grad in grads]
 
-    def of_rows(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return G² c² of each: ``(..., m, 1)`` from ``(..., 1, n)``, float64."""
+    def of_rows(self, weights: Tensor) -> Tensor:
+        """Return G² c² of each."""
         sums = []
-        for i, weight in enumerate(weights):
+        lengths = [t.numel() for _, t in self._levels]
+        for i, own in enumerate(torch.split(weights, lengths)):
             s, t = self._levels[i]
-            narrow, unit = _narrowed(weight * t * t, self.grads[i].dtype)
-            sums.append((self._squares(i) @ narrow.mT).double() * unit * s * s)
-        return sums
+            narrow, unit = _narrowed(own.view(t.shape) * t * t, self.grads[i].dtype)
+            sums.append(((self._squares(i) @ narrow.mT).double() * unit * s * s).flatten())
+        return torch.cat(sums)
 
-    def of_cols(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return (G²)ᵀ r² of each: ``(..., 1, n)`` from ``(..., m, 1)``, float64."""
+    def of_cols(self, weights: Tensor) -> Tensor:
+        """Return (G²)ᵀ r² of each."""
         sums = []
-        for i, weight in enumerate(weights):
+        lengths = [s.numel() for s, _ in self._levels]
+        for i, own in enumerate(torch.split(weights, lengths)):
             s, t = self._levels[i]
-            narrow, unit = _narrowed(weight * s * s, self.grads[i].dtype)
-            sums.append((narrow.mT @ self._squares(i)).double() * unit * t * t)
-        return sums
+            narrow, unit = _narrowed(own.view(s.shape) * s * s, self.grads[i].dtype)
+            sums.append(((narrow.mT @ self._squares(i)).double() * unit * t * t).flatten())
+        return torch.cat(sums)
 
     def _squares(self, i: int) -> Tensor:
         grad, (s, t) = self.grads[i], self._levels[i]

@@ -16,7 +16,7 @@ class OnMesh:
     """A backend whose matrices lie in pieces on a mesh.
 
     Args:
-        backend: What updates this rank's pieces.
+        backend: What adds up and updates this rank's pieces.
         places: How the matrices lie, in their order.
     """
 
@@ -38,7 +38,7 @@ class OnMesh:
         A collective call, as `find_scales` is.
         """
         scales, flags = find_scales(
-            matrices.grads, self.places, num_iters, tol=tol, starts=matrices.starts
+            matrices.grads, self.places, self.backend, num_iters, tol=tol, starts=matrices.starts
         )
         finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.owners])
         # Ranks that hold other matrices of a batch had no part in the sums.

@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sinkgd.kernels import Scales
+from sinkgd.kernels import Backend, Scales
 from sinkgd.kernels.eager import no_movement
-from sinkgd.kernels.sums import EagerSums
 from sinkgd.sharded.exchange import Asking, Sum, exchange
 from sinkgd.sharded.place import Place
 
@@ -37,6 +36,7 @@ class Found(NamedTuple):
 def find_scales(
     grads: Sequence[Tensor],
     places: Sequence[Place],
+    backend: Backend,
     num_iters: int,
     *,
     tol: float | None = None,
@@ -52,6 +52,7 @@ def find_scales(
     Args:
         grads: This rank's pieces, ``(..., m, n)``; some may be empty.
         places: How they lie.
+        backend: What adds up this rank's pieces.
         num_iters: Iterations L.
         tol: As in `sinkgd.kernels.Backend.scales`; a device is then waited for.
         starts: As there, this rank's piece.
@@ -65,6 +66,7 @@ def find_scales(
             [grads[i] for i in members],
             [places[i] for i in members],
             [begin[i] for i in members],
+            backend,
             num_iters,
             tol,
         )
@@ -87,12 +89,13 @@ def _iterate(
     grads: Sequence[Tensor],
     places: Sequence[Place],
     starts: Sequence[Tensor | None],
+    backend: Backend,
     num_iters: int,
     tol: float | None,
 ) -> Asking[Found]:
     """Find the scales of matrices whose sums are added up over the same groups."""
     row_groups, col_groups = places[0].kind
-    sums = EagerSums(grads)
+    sums = backend.sums(grads)
     device = grads[0].device
     rows = _Vectors([(*grad.shape[:-1], 1) for grad in grads], device)
     cols = _Vectors([(*grad.shape[:-2], 1, grad.shape[-1]) for grad in grads], device)
@@ -106,7 +109,7 @@ def _iterate(
     live_cols = n
     moving = torch.ones_like(m, dtype=torch.bool)
     for number in range(num_iters):
-        row_sums = torch.cat([rows.join(sums.of_rows(cols.split(c2))), live_cols])
+        row_sums = torch.cat([sums.of_rows(c2), live_cols])
         for group in row_groups:
             yield Sum(row_sums, group)
         row_sums, counted = torch.split(row_sums, [rows.length, len(m)])
@@ -114,7 +117,7 @@ def _iterate(
         moved = rows.count(~((new >= low * last) & (new <= high * last)))
         r2 = new if tol is None else torch.where(rows.spread(moving), new, last)
         live_rows = rows.count((r2 != 0) + 0 * r2)  # not finite where a scale is not
-        col_sums = torch.cat([cols.join(sums.of_cols(rows.split(r2))), live_rows, moved])
+        col_sums = torch.cat([sums.of_cols(r2), live_rows, moved])
         for group in col_groups:
             yield Sum(col_sums, group)
         col_sums, live_rows, moved = torch.split(col_sums, [cols.length, len(m), len(m)])
@@ -155,9 +158,6 @@ class _Vectors:
 
     def ones(self) -> Tensor:
         return torch.ones(self.length, dtype=torch.float64, device=self._owners.device)
-
-    def join(self, vectors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([vector.flatten() for vector in vectors])
 
     def split(self, flat: Tensor) -> list[Tensor]:
         parts = torch.split(flat, [shape.numel() for shape in self.shapes])

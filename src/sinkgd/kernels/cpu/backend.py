@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from sinkgd.kernels.backend import Descent, Matrices, Scales
 from sinkgd.kernels.cpu.form import DTYPES, Form
 from sinkgd.kernels.cpu.jobs import LookJob, MatricesJob, Write
+from sinkgd.kernels.cpu.piece_sums import CpuSums
 from sinkgd.kernels.cpu.reading import Reading
 from sinkgd.kernels.cpu.sources import beside, writable
 from sinkgd.kernels.cpu.team import torch_team
@@ -147,6 +148,10 @@ class CpuBackend:
                 keys=None if keys is None else [keys[i] for i in later],
             )
         return Descent(finite, reading.room)
+
+    def sums(self, grads: Sequence[Tensor]) -> CpuSums:
+        """Return the sums of the squares of gradients."""
+        return CpuSums(grads)
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""

@@ -20,6 +20,7 @@ from sinkgd.kernels.cpu.tables import (
     HEADER_FIELDS,
     LOOK_FIELDS,
     MATRIX_FIELDS,
+    SUMS_FIELDS,
 )
 from sinkgd.kernels.cpu.team import torch_team
 from sinkgd.kernels.eager import no_movement
@@ -119,6 +120,44 @@ class MatricesJob:
         return table
 
 
+class SumsJob:
+    """A table of gradients to add up the squares of, that is kept and run again and again."""
+
+    def __init__(self) -> None:
+        self.fields: list[int] = []
+        self.longest = 0
+        self.entries = 0
+        self._table: array[int] | None = None
+
+    def add(self, grad: int, form: Form, weights: int, sums: int, *, rows: bool) -> None:
+        """Add every matrix of the gradient at ``grad``.
+
+        Args:
+            grad: Its address.
+            form: Its form.
+            weights: The address of float32 weights, those of one matrix after those of the other:
+                of columns for sums of ``rows``, else of rows.
+            sums: The address that the sums go to, alike.
+            rows: Whether rows are added up.
+        """
+        P, Q, ld, dtype, turned, offsets = form[:6]
+        along = rows != turned
+        for offset in offsets:
+            self.fields += (grad + offset, P, Q, ld, dtype, along, weights, sums)
+            weights += 4 * (Q if along else P)
+            sums += 4 * (P if along else Q)
+        self.longest = max(self.longest, Q)
+        self.entries += P * Q * len(offsets)
+
+    def run(self) -> None:
+        """Add up."""
+        if self._table is None:
+            self._table = array("q", self.fields)
+        stride = 128 * (4 * self.longest // 128 + 2)
+        scratch = _scratch(torch.get_num_threads() * stride)
+        _run("add_up", self._table, SUMS_FIELDS, self.entries, 0, 0, scratch, stride)
+
+
 class LookJob:
     """A table of tensors to look for NaN and infinity in."""
 
@@ -177,9 +216,11 @@ def _loops() -> dict[str, int]:
         solve = import_module("sinkgd.kernels.cpu.solve")
         step = import_module("sinkgd.kernels.cpu.step")
         look = import_module("sinkgd.kernels.cpu.look")
+        sums = import_module("sinkgd.kernels.cpu.sums")
     functions = {
         "find_scales": solve.find_scales,
         "take_steps": step.take_steps,
         "find_bad": look.find_bad,
+        "add_up": sums.add_up,
     }
     return {name: function.address for name, function in functions.items()}

@@ -6,8 +6,9 @@ from torch import Tensor
 from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.cpu.jobs import MatricesJob
 from sinkgd.kernels.cpu.sources import with_form
-from sinkgd.kernels.eager import level_, sinkhorn
+from sinkgd.kernels.eager import sinkhorn
 from sinkgd.kernels.layout import dense, matrix_of
+from sinkgd.kernels.level import level_
 
 
 def repair(

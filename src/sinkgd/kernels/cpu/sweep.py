@@ -363,6 +363,37 @@ def sweep(entry, mine, panel, first, end, rows, columns, forward, length, known,
         )  # fmt: skip
 
 
+# All rows, with weights that are given ------------------------------------------------------------
+
+
+@compiled
+def add_along(dtype, size, g, ld, P, Q, v, sums):
+    """Write the sum of every row's squares, each times its ``v``."""
+    full = P - P % ROWS
+    for row in range(0, full, ROWS):
+        found = _row_sums(dtype, size, g + row * ld, ld, Q, v)
+        store(float32(0), sums + 4 * row, found, ROWS)
+    for row in range(full, P):
+        found = _one_row_sum(dtype, size, g + row * ld, Q, v)
+        store(float32(0), sums + 4 * row, found, 1)
+
+
+@compiled
+def add_down(dtype, size, g, ld, P, Q, u, sums, panel):
+    """Write the sum of every column's squares, each times its ``u``."""
+    fill(sums, Q, float32(0))
+    fill(panel, Q, float32(0))
+    full = P - P % ROWS
+    for row in range(0, full, ROWS):
+        at = g + row * ld
+        _column_sums(dtype, size, at, ld, Q, u + 4 * row, panel, at + ROWS * ld)
+        if (row // ROWS + 1) % PANEL == 0:
+            move(panel, sums, Q)
+    for row in range(full, P):
+        _add_one_row(dtype, size, g + row * ld, Q, u + 4 * row, panel)
+    move(panel, sums, Q)
+
+
 # Vectors ------------------------------------------------------------------------------------------
 
 

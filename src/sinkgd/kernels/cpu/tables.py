@@ -21,6 +21,10 @@ MATRIX_FIELDS = 17
 # A tensor X to look through, without gaps. BAD is written by the loops.
 (X, ENTRIES, XDTYPE, BAD) = range(0, 32, 8)
 LOOK_FIELDS = 4
+# A gradient to add up the squares of: along its rows in memory (ALONG) by weights FROM of columns
+# into TO of rows, or down its columns the other way round. SG to SDTYPE as of a matrix.
+(SG, SP, SQ, SLD, SDTYPE, ALONG, FROM, TO) = range(0, 64, 8)
+SUMS_FIELDS = 8
 # The header of a job. NEXT: the next row of the table to claim. NUMBERS: the address of four
 # doubles, the factors of parameter and update, then the least and the largest quotient of squared
 # scales that count as no movement (0 where none is looked for). The rest is for scales alone.

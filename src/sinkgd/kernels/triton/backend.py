@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import aligned, dense, dense_layout, may_be_written
+from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.triton.fields import Addresses
 from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
 from sinkgd.kernels.triton.plan import Destination, Source, plan_of_scales, plan_of_update
@@ -106,6 +107,10 @@ class TritonBackend(TwoHalves):
             Scales(_part(flat, row, (*batch, m, 1)), _part(flat, col, (*batch, 1, n)))
             for (*batch, m, n), row, col in zip(shapes, plan.rows, plan.cols, strict=True)
         ]
+
+    def sums(self, grads: Sequence[Tensor]) -> EagerSums:
+        """Return the sums of the squares of gradients, in plain torch."""
+        return EagerSums(grads)
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
