@@ -84,7 +84,7 @@ class TrainingConfig:
     release_gradients: bool = False
     """Step inside backward: each gradient is applied and freed at once. Nothing can be clipped."""
     recompute_activations: bool = False
-    """Keep the input of each block alone, and run the block again in backward: a third slower."""
+    """Keep the input of each block alone, and run the block again in backward."""
     loss_chunk_tokens: int | None = None
     """Targets whose logits are held at once, tokens; by default all of a micro-batch."""
     one_batch: bool = False
