@@ -146,6 +146,16 @@ def test_a_second_backward_is_refused_by_name():
         loss.backward()
 
 
+def test_frozen_parameters_are_left_alone():
+    weights = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4), requires_grad=False)
+    optimizer = sinkgd.SinkGD(weights, lr=0.1)
+    sinkgd.GradientRelease(optimizer)
+    (weights[0] * weights[1]).sum().backward()
+    optimizer.step()
+    assert weights[0].ne(1).all()
+    assert weights[1].eq(1).all()
+
+
 def test_tied_weights_are_updated_once():
     ordinary, released = (nn.Parameter(torch.randn(4, 4, generator=a_seed())) for _ in "ab")
     for weight, is_released in ((ordinary, False), (released, True)):

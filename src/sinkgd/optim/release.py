@@ -64,7 +64,8 @@ class GradientRelease:
             )
         if bucket_bytes < 0:
             raise ValueError(f"bucket_bytes must be at least 0, got {bucket_bytes}")
-        names = {param: name for name, param in optimizer.named_parameters()}
+        named = optimizer.named_parameters()
+        names = {param: name for name, param in named if param.requires_grad}
         if _ranks() > 1 and not averaged:
             for param, name in names.items():
                 if not on_mesh(param):

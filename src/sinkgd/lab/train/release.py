@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 import sinkgd
 
+_PIECE = 1 << 22  # entries
+
 
 class ReleasedSteps:
     """Lets backward step and free each gradient, after it was measured.
@@ -39,12 +41,20 @@ class ReleasedSteps:
     def _before(self, param: Tensor) -> None:
         assert param.grad is not None, "it was just accumulated"
         # Of micro-batches that add up, the last one is the whole.
-        self._norms[param] = torch.linalg.vector_norm(param.grad, dtype=torch.float32)
+        self._norms[param] = _norm(param.grad)
         self._started = time.perf_counter()
 
     def _after(self, param: Tensor) -> None:
         del param
         self._seconds += time.perf_counter() - self._started
+
+
+def _norm(grad: Tensor) -> Tensor:
+    """Return the l2 norm in float32; torch copies what it reads, so it is given pieces."""
+    parts = torch.split(grad.detach().flatten(), _PIECE)
+    own = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(own))
+    return whole
 
 
 def _hook(params: list[Tensor], function: object) -> None:
