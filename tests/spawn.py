@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from io import BytesIO
+from queue import Empty
 from typing import Any
 
 import torch
@@ -33,13 +34,24 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     ]
     for rank in ranks:
         rank.start()
-    answers = [queue.get(timeout=PATIENCE) for _ in ranks]
+    answers = [_answer(queue, ranks) for _ in ranks]
     for rank in ranks:
         rank.join()
     failures = [failure for _, _, failure in answers if failure]  # the first came first
     assert not failures, "\n".join(failures)
     results = {rank: torch.load(BytesIO(data), weights_only=False) for rank, data, _ in answers}
     return [results[rank] for rank in range(world_size)]
+
+
+def _answer(queue, ranks):
+    """Wait for the next rank to answer, as long as none has died without a word."""
+    for _ in range(PATIENCE):
+        try:
+            return queue.get(timeout=1)
+        except Empty:
+            codes = [rank.exitcode for rank in ranks]
+            assert not any(codes), f"a rank died before it could answer; exit codes {codes}"
+    raise AssertionError(f"no rank answered within {PATIENCE} seconds")
 
 
 def _rank(rank, world_size, port, queue, function, arguments) -> None:
