@@ -137,6 +137,8 @@ class GradientRelease:
                 self._flush()
 
     def _flush(self) -> None:
+        if not self._waiting:
+            return
         self._optimizer.update(self._waiting)
         for param in self._waiting:
             param.grad = None

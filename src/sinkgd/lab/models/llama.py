@@ -142,7 +142,7 @@ class Llama(nn.Module):
                     weight.copy_(draw.normal_(0.0, std, generator=generator))
         return self
 
-    def forward(self, tokens: Tensor, readout: "Readout | None" = None) -> Tensor:
+    def forward(self, tokens: Tensor, readout: Readout | None = None) -> Tensor:
         """Return the logits of each next token.
 
         Args:

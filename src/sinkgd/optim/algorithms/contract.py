@@ -109,7 +109,11 @@ def are_finite(slots: Sequence[Slot]) -> Tensor:
     if full:
         backend = kernels.select("auto", grads[0].device)
         found = backend.are_finite([grads[i] for i in full])
-        flags = found if len(full) == len(slots) else flags.index_copy(0, torch.tensor(full), found)
+        flags = (
+            found
+            if len(full) == len(slots)
+            else flags.index_copy(0, torch.tensor(full, device=flags.device), found)
+        )
     if not any(on_mesh(grad) for grad in all_grads):
         return flags
     from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed

@@ -67,11 +67,9 @@ class Sinkhorn:
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Descend along all matrices at once. Their updates do not depend on the loss's scale."""
-
-        def step(_: bool, own: Sequence[Slot]) -> Tensor:
-            return _step(own, group, context)
-
-        return step_by(lambda slot: on_mesh(slot.param), slots, step)
+        return step_by(
+            lambda slot: on_mesh(slot.param), slots, lambda _, own: _step(own, group, context)
+        )
 
 
 def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
