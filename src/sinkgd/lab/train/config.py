@@ -98,6 +98,18 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the ranks that torchrun starts share the work. May change when a run goes on."""
+
+    dp_replicate: int = 1
+    """Groups of ranks that each hold all weights, a count; each has a part of the batch."""
+    dp_shard: int | None = None
+    """Ranks among which weights and batch are divided (FSDP), a count; by default all there are."""
+    tp: int = 1
+    """Ranks among which each block's matrices and heads are divided, a count."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The evaluation on held-out text."""
 
@@ -134,6 +146,7 @@ class SharedConfig:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -152,4 +165,4 @@ class RunConfig(SharedConfig):
 
 
 # The tables that leave the loss curve alone, so that a run may go on with other values.
-CHANGEABLE_TABLES = frozenset({"checkpoint", "logging"})
+CHANGEABLE_TABLES = frozenset({"mesh", "checkpoint", "logging"})
