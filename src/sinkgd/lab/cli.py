@@ -157,11 +157,12 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from sinkgd.lab.models import ModelError
     from sinkgd.lab.report import ReportError
     from sinkgd.lab.results import ResultsError
-    from sinkgd.lab.train import CheckpointError, NonFiniteLossError
+    from sinkgd.lab.train import CheckpointError, LostRankError, NonFiniteLossError
 
     return (
         CheckpointError,
         DataError,
+        LostRankError,
         ModelError,
         NonFiniteGradientError,
         NonFiniteLossError,

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 RESULTS_FILE = "run.jsonl"  # in the run's folder
 
@@ -179,6 +179,28 @@ def _parse(line: str, where: str) -> Record:
             f"{where} is not a record of this version of sinkgd: {error!r}"
         ) from error
     return parsed
+
+
+class Recorder(Protocol):
+    """Takes the records of a run, one by one."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+        ...
+
+    def sync(self) -> None:
+        """See that what was taken outlives the machine's power."""
+        ...
+
+
+class NoRecords:
+    """Of several processes that train one model, those that leave its results to the first."""
+
+    def write(self, record: Record) -> None:
+        """Leave it to the first."""
+
+    def sync(self) -> None:
+        """Leave it to the first."""
 
 
 class ResultsWriter:

@@ -11,17 +11,11 @@ from torch import nn
 
 from sinkgd.lab.models import build_model
 from sinkgd.lab.results import Memory
-from sinkgd.lab.train import checkpoint
-from sinkgd.lab.train.checkpoint import (
-    CHECKSUMS,
-    CheckpointError,
-    TrainingState,
-    latest_whole,
-    load_checkpoint,
-    save_checkpoint,
-)
+from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
+from sinkgd.lab.train.state import TrainingState
+from sinkgd.lab.train.whole import CHECKSUMS, CheckpointError, latest_whole
 
 TOKENS = torch.arange(32).reshape(2, 16)
 
@@ -50,7 +44,7 @@ def saved(tmp_path) -> tuple[Path, TrainingState]:
     state = new_state()
     for _ in range(2):
         train(state, 1)
-        save_checkpoint(tmp_path, state, keep=2)
+        save_checkpoint(tmp_path, state.as_dict(), keep=2)
     return tmp_path, state
 
 
@@ -59,7 +53,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, recipe):
     state = new_state(recipe)
     train(state, 3)
     state.seconds, state.wall_seconds, state.memory = 1.5, 2.5, Memory(1, 2, 3, 4)
-    path = save_checkpoint(tmp_path, state, keep=1)
+    path = save_checkpoint(tmp_path, state.as_dict(), keep=1)
     resumed = new_state(recipe, seed=1)
     load_checkpoint(path, resumed)
     assert (resumed.step, resumed.seconds, resumed.wall_seconds) == (3, 1.5, 2.5)
@@ -75,14 +69,14 @@ def test_saving_changes_nothing(tmp_path, recipe):
     losses = []
     for _ in range(3):
         losses += train(watched, 1)
-        save_checkpoint(tmp_path, watched, keep=1)
+        save_checkpoint(tmp_path, watched.as_dict(), keep=1)
     assert losses == train(left_alone, 3)
 
 
 def test_the_random_numbers_go_on(tmp_path, saved):
     path, state = saved
     torch.manual_seed(5)
-    written = save_checkpoint(path, state, keep=1)
+    written = save_checkpoint(path, state.as_dict(), keep=1)
     expected = torch.rand(3)
     torch.rand(7)
     load_checkpoint(written, new_state())
@@ -93,7 +87,7 @@ def test_the_last_ones_are_kept(tmp_path):
     state = new_state()
     for _ in range(4):
         train(state, 1)
-        save_checkpoint(tmp_path, state, keep=2)
+        save_checkpoint(tmp_path, state.as_dict(), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
@@ -140,7 +134,7 @@ def test_all_damaged_is_an_error_that_says_how_to_begin_again(saved):
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(saved):
     folder, state = saved
     flip_a_byte(folder / "step-00000002" / "__0_0.distcp")
-    save_checkpoint(folder, state, keep=2)
+    save_checkpoint(folder, state.as_dict(), keep=2)
     found = latest_whole(folder)
     assert found is not None
     assert (found.path.name, found.damages) == ("step-00000002", ())
@@ -152,21 +146,21 @@ def test_half_written_ones_are_passed_over_and_cleared(saved):
     found = latest_whole(folder)
     assert found is not None
     assert found.path.name == "step-00000002"
-    save_checkpoint(folder, state, keep=2)
+    save_checkpoint(folder, state.as_dict(), keep=2)
     assert not (folder / "step-00000003.partial").exists()
 
 
-@pytest.mark.parametrize("moment", ["save", "_write_checksums", "_move_into_place"])
+@pytest.mark.parametrize("moment", ["checkpoint.save", "whole.checksums", "whole.sync_folder"])
 def test_a_full_disk_leaves_no_half_checkpoint(saved, monkeypatch, moment):
     folder, state = saved
 
     def fill_the_disk(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, moment, fill_the_disk)
+    monkeypatch.setattr(f"sinkgd.lab.train.{moment}", fill_the_disk)
     train(state, 1)
     with pytest.raises(CheckpointError, match=r"step-00000003: .*No space left .*Make room"):
-        save_checkpoint(folder, state, keep=1)
+        save_checkpoint(folder, state.as_dict(), keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -179,7 +173,7 @@ def test_the_disk_fills_up_inside_the_writer(saved, monkeypatch):
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.torch.save", fill_the_disk)
     train(state, 1)
     with pytest.raises(CheckpointError, match="No space left on device"):
-        save_checkpoint(folder, state, keep=1)
+        save_checkpoint(folder, state.as_dict(), keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 
 

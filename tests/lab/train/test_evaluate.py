@@ -8,8 +8,9 @@ from torch import nn
 
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.train.evaluate import Score, evaluate
+from sinkgd.lab.train.parallel import Mesh, World
 
-CPU = torch.device("cpu")
+ALONE = Mesh(torch.device("cpu"), World())
 
 
 class Confident(nn.Module):
@@ -20,10 +21,11 @@ class Confident(nn.Module):
         self.p = probability
         self.modes: list[bool] = []
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, readout) -> torch.Tensor:
         self.modes.append(self.training)
         chosen = nn.functional.one_hot(tokens, 4).bool()
-        return torch.where(chosen, math.log(self.p), math.log((1 - self.p) / 3))
+        logits = torch.where(chosen, math.log(self.p), math.log((1 - self.p) / 3))
+        return readout(logits, nn.Identity())
 
 
 def batch(rows: int, scored: int) -> Batch:
@@ -37,7 +39,7 @@ def test_every_target_counts_once_whatever_its_batch():
     wrong = batch(1, 2)
     wrong.targets[wrong.targets == 0] = 3
     model = Confident(0.7)
-    score = evaluate(model, [batch(4, 30), wrong], precision="float32", device=CPU)
+    score = evaluate(model, [batch(4, 30), wrong], precision="float32", mesh=ALONE)
     expected = -(30 * math.log(0.7) + 2 * math.log(0.1)) / 32
     assert score.tokens == 32
     assert score.nats_per_token == pytest.approx(expected, rel=1e-6)

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from sinkgd.lab.data import IGNORE_INDEX
 from sinkgd.lab.models import build_model
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import setup
-from sinkgd.lab.train.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.loss import loss_of
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.run import train
+from sinkgd.lab.train.state import TrainingState
 
 
 def losses(config: RunConfig, path: Path, recipe: str = "sinkgd", **training) -> list[float]:
@@ -149,14 +149,14 @@ def test_a_checkpoint_needs_no_gradients(tmp_path, recipe):
     def refuse(*_):
         raise AssertionError("a checkpoint took a step")
 
-    path = save_checkpoint(tmp_path, new_state(), keep=1)
+    path = save_checkpoint(tmp_path, new_state().as_dict(), keep=1)
     load_checkpoint(path, new_state())
 
 
 def test_tied_weights_are_released_once():
     """A model whose head is its embedding: both gradients are one."""
-    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10, bias=False))
-    model[2].weight = model[0].weight
+    model = build_model("llama-nano", vocab_size=10)
+    model.lm_head.weight = model.model.embed_tokens.weight
     twin = copy.deepcopy(model)
     tokens = torch.arange(10)[None]
     for own, release in ((model, False), (twin, True)):

@@ -14,7 +14,7 @@ from sinkgd.lab.train.config import (
     RunConfig,
     TrainingConfig,
 )
-from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.resolve import check_shares, resolve
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,25 @@ def test_errors_name_field_and_value(change, message):
         resolve(replace(RunConfig(), **change))
 
 
-def test_the_micro_batch_is_the_whole_batch_by_default():
-    assert resolve(RunConfig()).training.micro_batch_size == RunConfig().training.batch_size
+@pytest.mark.parametrize(
+    ("micro_batch_size", "parts", "message"),
+    [
+        (None, 4, "batch_size is 6, which 4 parts of the mesh cannot share; use a multiple of 4"),
+        (
+            2,
+            2,
+            "micro_batch_size is 2, which does not divide a rank's 3 sequences; use one of 1",
+        ),
+    ],
+)
+def test_a_batch_that_ranks_cannot_share_is_refused(micro_batch_size, parts, message):
+    training = TrainingConfig(batch_size=6, micro_batch_size=micro_batch_size)
+    with pytest.raises(ConfigError, match=message):
+        check_shares(training, parts)
+
+
+def test_a_micro_batch_larger_than_a_rank_s_part_is_that_part():
+    check_shares(TrainingConfig(batch_size=6, micro_batch_size=6), parts=3)
 
 
 def test_resolving_twice_changes_nothing():

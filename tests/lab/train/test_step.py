@@ -12,10 +12,11 @@ from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.loss import summed_loss
+from sinkgd.lab.train.parallel import Mesh, World
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.step import NonFiniteLossError, take_step
 
-CPU = torch.device("cpu")
+ALONE = Mesh(torch.device("cpu"), World())
 VOCAB, ROWS, TOKENS = 64, 6, 16
 
 
@@ -51,7 +52,7 @@ def config(micro_batch_size: int = ROWS, clip_norm: float | None = None) -> RunC
 def gradients(model, batch: Batch, run: RunConfig) -> tuple[list[torch.Tensor], float, float]:
     own = copy.deepcopy(model)
     optimizer = torch.optim.SGD(own.parameters(), lr=0.0)
-    result = take_step(own, optimizer, batch, run, CPU, number=1)
+    result = take_step(own, optimizer, batch, run, ALONE, number=1)
     return [p.grad for p in own.parameters()], result.loss, result.gradient_norm
 
 
@@ -104,7 +105,7 @@ def test_a_nan_names_the_step_and_moves_no_weight(model, padded_batch, poison):
     before = copy.deepcopy(own.state_dict())
     optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
     with pytest.raises(NonFiniteLossError, match=r"step 17 has loss .* lower --optimizer.lr"):
-        take_step(own, optimizer, padded_batch, config(), CPU, number=17)
+        take_step(own, optimizer, padded_batch, config(), ALONE, number=17)
     assert_close(own.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -124,7 +125,9 @@ def test_every_precision_trains(model, padded_batch, precision):
     run = config(2)
     run = replace(run, training=replace(run.training, precision=precision))
     optimizer = torch.optim.SGD(own.parameters(), lr=0.5)
-    losses = [take_step(own, optimizer, padded_batch, run, CPU, number=i).loss for i in range(1, 6)]
+    losses = [
+        take_step(own, optimizer, padded_batch, run, ALONE, number=i).loss for i in range(1, 6)
+    ]
     assert losses[-1] < losses[0]
     assert {p.dtype for p in own.parameters()} == {
         torch.bfloat16 if precision == "bf16" else torch.float32

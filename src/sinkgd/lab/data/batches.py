@@ -39,6 +39,24 @@ class Batch:
         """Targets that are scored."""
         return int((self.targets != IGNORE_INDEX).sum())
 
+    def part(self, number: int, parts: int) -> "Batch":
+        """Return one of ``parts`` equal parts; one for which no row is left scores nothing.
+
+        Example:
+            >>> rows = torch.tensor([[1, 2], [3, 4], [5, 6]])
+            >>> second = Batch(rows, rows).part(1, parts=2)
+            >>> second.inputs.tolist(), second.targets.tolist()
+            ([[5, 6], [5, 6]], [[5, 6], [-100, -100]])
+        """
+        rows, size = len(self.inputs), -(-len(self.inputs) // parts)
+        if size * parts == rows:
+            own = slice(number * size, (number + 1) * size)
+            return Batch(self.inputs[own], self.targets[own])
+        wanted = torch.arange(number * size, (number + 1) * size)
+        drawn = wanted.clamp(max=rows - 1)
+        targets = self.targets[drawn].masked_fill((wanted >= rows)[:, None], IGNORE_INDEX)
+        return Batch(self.inputs[drawn], targets)
+
 
 class Batches:
     """The training batches of a split, each found by its step alone.

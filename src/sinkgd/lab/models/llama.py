@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 # From the last hidden states (b, t, h) and the output head to what is asked for.
@@ -129,7 +130,8 @@ class Llama(nn.Module):
         """Draw every weight anew and return the model.
 
         Linear and embedding weights are normal with the config's standard deviation, norm
-        weights are 1. A weight in bfloat16 is the float32 draw, rounded.
+        weights are 1. A weight in bfloat16 is the float32 draw, rounded; of one that lies in pieces
+        on several devices, each has its piece of the whole draw.
         """
         generator = torch.Generator(device="cpu").manual_seed(seed)
         std = self.config.initializer_std
@@ -139,7 +141,11 @@ class Llama(nn.Module):
                     weight.fill_(1.0)
                 else:
                     draw = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-                    weight.copy_(draw.normal_(0.0, std, generator=generator))
+                    draw.normal_(0.0, std, generator=generator)
+                    if isinstance(weight, DTensor):
+                        lie = weight.device_mesh, weight.placements
+                        draw = distribute_tensor(draw, *lie, src_data_rank=None)
+                    weight.copy_(draw)
         return self
 
     def forward(self, tokens: Tensor, readout: Readout | None = None) -> Tensor:

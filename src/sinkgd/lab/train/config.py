@@ -72,7 +72,7 @@ class TrainingConfig:
     batch_size: int = 16
     """Global batch, sequences a step."""
     micro_batch_size: int | None = None
-    """Sequences that go through the model at once; gradients add up to the whole batch."""
+    """Sequences that go through the model at once; by default all that a rank has of a batch."""
     sequence_length: int = 256
     """Length of a row of the batch, tokens."""
     warmup_fraction: float = 0.1
@@ -127,6 +127,8 @@ class CheckpointConfig:
     """Steps between checkpoints, optimizer steps; the last step is always followed by one."""
     keep: int = 2
     """Checkpoints to keep, the latest ones, a count."""
+    asynchronous: bool = False
+    """Write while training goes on, from a copy: memory of weights and state once more."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Where and in what arithmetic a run computes."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,6 +10,8 @@ from sinkgd.lab.train.config import ConfigError, Device, Precision
 
 def select_device(device: Device, *, option: str = "training.device") -> torch.device:
     """Return the device to compute on; ``auto`` takes CUDA where there is one.
+
+    Of several CUDA devices each rank that torchrun starts has its own.
 
     Args:
         device: As it was asked for.
@@ -21,9 +24,13 @@ def select_device(device: Device, *, option: str = "training.device") -> torch.d
         raise ConfigError(
             f"{option} is 'cuda', but torch finds no CUDA device here; use --{option} cpu or auto"
         )
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    return own
 
 
 def set_threads(threads: int | None) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from sinkgd.lab.data import IGNORE_INDEX, Batch
+from sinkgd.lab.data import Batch
 from sinkgd.lab.train.config import Precision
 from sinkgd.lab.train.device import arithmetic
 from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.parallel import Mesh
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,31 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     precision: Precision,
-    device: torch.device,
+    mesh: Mesh,
     chunk_tokens: int | None = None,
 ) -> Score:
     """Score the model on every target of ``batches``: the mean over tokens, not over batches.
 
-    Logits of ``chunk_tokens`` targets are held at once; None holds those of a batch.
+    A collective call: each rank scores its rows of every batch.
+
+    Args:
+        model: Takes tokens ``(b, t)`` to logits ``(b, t, v)``.
+        batches: The same on every rank.
+        precision: In which the model runs.
+        mesh: Where it lies.
+        chunk_tokens: Targets whose logits are held at once; None holds those of a batch.
     """
     model.eval()
     nats, tokens = 0.0, 0
     for batch in batches:
-        targets = batch.targets.to(device)
-        with arithmetic(precision, device):
-            loss = loss_of(model, batch.inputs.to(device), targets, chunk_tokens)
+        own = batch.part(mesh.part, mesh.parts)
+        targets = own.targets.to(mesh.device)
+        with arithmetic(precision, mesh.device):
+            loss = loss_of(model, own.inputs.to(mesh.device), targets, chunk_tokens)
         nats += loss.item()
-        tokens += int((targets != IGNORE_INDEX).sum())
+        tokens += own.target_count
     model.train()
-    return Score(nats / tokens, tokens)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what lies outside the blocks would stay whole until the next backward
+    nats, scored = mesh.total(nats, tokens)
+    return Score(nats / scored, int(scored))

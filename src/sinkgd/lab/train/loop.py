@@ -2,38 +2,42 @@
 
 import time
 from collections.abc import Iterator
+from signal import Signals
 
 from sinkgd.lab.data import evaluation_batches
-from sinkgd.lab.results import Evaluation, ResultsWriter, TrainStep
-from sinkgd.lab.train.checkpoint import save_checkpoint
+from sinkgd.lab.results import Evaluation, Memory, Recorder, TrainStep
 from sinkgd.lab.train.device import synchronize
 from sinkgd.lab.train.evaluate import evaluate
-from sinkgd.lab.train.folder import RunFolder
 from sinkgd.lab.train.interrupt import Interrupt
+from sinkgd.lab.train.saver import Saver
 from sinkgd.lab.train.schedule import schedule
 from sinkgd.lab.train.setup import Job
 from sinkgd.lab.train.step import take_step
 
 
-def run_loop(job: Job, folder: RunFolder, results: ResultsWriter, interrupt: Interrupt) -> None:
-    """Train to the last step, or to the end of the step in which an interrupt is received.
+def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) -> Signals | None:
+    """Train to the last step, or to the end of the step in which any rank is interrupted.
 
-    Records go to ``results``, checkpoints to ``folder``; the last thing done is always a
-    checkpoint.
+    Records go to ``results``, checkpoints to ``saver``; the last thing done is always a checkpoint.
+
+    Returns:
+        The signal that stopped the run on every rank, or None.
     """
-    config = job.config
+    config, world = job.config, job.mesh.world
     for record in training_steps(job):
         results.write(record)
-        stop = interrupt.received is not None
+        stop = world.highest(interrupt.received or 0)
         last = record.step == config.training.steps
         if last or record.step % config.evaluation.every_steps == 0:
             results.write(_evaluation(job))
         if last or stop or record.step % config.checkpoint.every_steps == 0:
             results.sync()  # first, for a checkpoint must not know of a step that results lack
             job.state.take_stock(job.device)
-            save_checkpoint(folder.checkpoints, job.state, keep=config.checkpoint.keep)
+            job.state.memory = Memory.largest(world.from_each(lambda: job.state.memory))
+            saver.save(job.state)
         if stop:
-            return
+            return Signals(stop)
+    return None
 
 
 def training_steps(job: Job) -> Iterator[TrainStep]:
@@ -50,7 +54,7 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
             state.optimizer,
             batch,
             job.config,
-            job.device,
+            job.mesh,
             number=state.step + 1,
             released=job.released,
         )
@@ -83,7 +87,7 @@ def _evaluation(job: Job) -> Evaluation:
         state.model,
         batches,
         precision=training.precision,
-        device=job.device,
+        mesh=job.mesh,
         chunk_tokens=training.loss_chunk_tokens,
     )
     return Evaluation(

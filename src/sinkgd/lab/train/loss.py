@@ -35,28 +35,31 @@ def loss_of(
 ) -> Tensor:
     """Return the summed loss of a model on tokens.
 
+    The loss is made inside the model's forward, so that a model in pieces still has the head whole.
+
     Args:
-        model: Takes tokens ``(b, t)`` to logits ``(b, t, v)``, and a ``readout`` as `Llama` does.
+        model: Called with tokens and a ``readout``, as `Llama` is.
         inputs: ``(b, t)``.
         targets: ``(b, t)``.
         chunk_tokens: Hold the logits of so many targets at once, and compute them again in
             backward; None holds all, and computes them once.
     """
-    if chunk_tokens is None:
-        return summed_loss(model(inputs), targets)
 
     def readout(hidden: Tensor, head: nn.Module) -> Tensor:
-        def loss(states: Tensor, own: Tensor) -> Tensor:
-            return summed_loss(head(states), own)
-
-        pairs = zip(
-            torch.split(hidden.flatten(0, 1), chunk_tokens),
-            torch.split(targets.flatten(), chunk_tokens),
-            strict=True,
-        )
-        return torch.stack(
-            [checkpoint(loss, x[None], own[None], use_reentrant=False) for x, own in pairs]
-        ).sum()
+        if chunk_tokens is None:
+            return summed_loss(head(hidden), targets)
+        return _loss_in_chunks(hidden, targets, head, chunk_tokens)
 
     total: Tensor = model(inputs, readout)
     return total
+
+
+def _loss_in_chunks(hidden: Tensor, targets: Tensor, head: nn.Module, size: int) -> Tensor:
+    def loss(states: Tensor, own: Tensor) -> Tensor:
+        return summed_loss(head(states), own)
+
+    pairs = zip(
+        torch.split(hidden.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True
+    )
+    parts = [checkpoint(loss, x[None], own[None], use_reentrant=False) for x, own in pairs]
+    return torch.stack(parts).sum()

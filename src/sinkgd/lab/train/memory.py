@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sinkgd.lab.results import Memory
+from sinkgd.optim.algorithms.contract import local
 
 _STATUS = Path("/proc/self/status")
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Memory:
-    """Count the bytes that training holds now; gradients count while they are there."""
+    """Count the bytes that this rank holds now; gradients count while they are there."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     states = [
@@ -55,4 +56,4 @@ def return_freed_memory() -> None:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(local(tensor).nbytes for tensor in tensors)

@@ -3,13 +3,11 @@
 import time
 from contextlib import AbstractContextManager
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 import sinkgd
-
-_PIECE = 1 << 22  # entries
+from sinkgd.lab.train.gradient import joint_norm, norm_of
 
 
 class ReleasedSteps:
@@ -33,28 +31,23 @@ class ReleasedSteps:
         return self._release.accumulate()
 
     def measured(self) -> tuple[Tensor, float]:
-        """Return the norm of the whole gradient and the seconds in updates; begin anew."""
-        found = nn.utils.get_total_norm(list(self._norms.values())), self._seconds
+        """Return the norm of the whole gradient and the seconds in updates; begin anew.
+
+        A collective call, where parameters lie in pieces.
+        """
+        found = joint_norm(list(self._norms.values()), list(self._norms)), self._seconds
         self._norms, self._seconds = {}, 0.0
         return found
 
     def _before(self, param: Tensor) -> None:
         assert param.grad is not None, "it was just accumulated"
         # Of micro-batches that add up, the last one is the whole.
-        self._norms[param] = _norm(param.grad)
+        self._norms[param] = norm_of(param.grad)
         self._started = time.perf_counter()
 
     def _after(self, param: Tensor) -> None:
         del param
         self._seconds += time.perf_counter() - self._started
-
-
-def _norm(grad: Tensor) -> Tensor:
-    """Return the l2 norm in float32; torch copies what it reads, so it is given pieces."""
-    parts = torch.split(grad.detach().flatten(), _PIECE)
-    own = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(own))
-    return whole
 
 
 def _hook(params: list[Tensor], function: object) -> None:

@@ -9,9 +9,8 @@ from sinkgd.lab.train.recipes import RECIPES, find_recipe, resolve_optimizer
 def resolve(config: RunConfig) -> RunConfig:
     """Check every value and fill in what follows from others.
 
-    The optimizer's options become the recipe's, the micro-batch the whole batch. What depends on
-    the machine (device, threads) or on the text (vocabulary) stays open: the run's environment
-    records it.
+    The optimizer's options become the recipe's. What depends on the machine (device, threads, mesh)
+    or on the text (vocabulary) stays open: the run's environment records it.
 
     Raises:
         ConfigError: If a value cannot be; the message names the field, the value and the remedy.
@@ -27,6 +26,9 @@ def resolve(config: RunConfig) -> RunConfig:
             "training.sequence_length": training.sequence_length,
             "training.loss_chunk_tokens": training.loss_chunk_tokens,
             "training.threads": training.threads,
+            "mesh.dp_replicate": config.mesh.dp_replicate,
+            "mesh.dp_shard": config.mesh.dp_shard,
+            "mesh.tp": config.mesh.tp,
             "evaluation.every_steps": config.evaluation.every_steps,
             "evaluation.tokens": config.evaluation.tokens,
             "checkpoint.every_steps": config.checkpoint.every_steps,
@@ -40,11 +42,30 @@ def resolve(config: RunConfig) -> RunConfig:
     optimizer = resolve_optimizer(config.optimizer)
     if training.release_gradients:
         _check_release(optimizer)
-    return replace(
-        config,
-        optimizer=optimizer,
-        training=replace(training, micro_batch_size=_micro_batch_size(training)),
-    )
+    check_shares(training, parts=1)
+    return replace(config, optimizer=optimizer)
+
+
+def check_shares(training: TrainingConfig, parts: int) -> None:
+    """Refuse a batch that ``parts`` cannot share, or micro-batches that do not fill a part.
+
+    Raises:
+        ConfigError: With the sizes that would do.
+    """
+    whole, micro = training.batch_size, training.micro_batch_size
+    if whole % parts:
+        raise ConfigError(
+            f"training.batch_size is {whole}, which {parts} parts of the mesh cannot share; "
+            f"use a multiple of {parts}"
+        )
+    part = whole // parts
+    if micro is not None and part % min(micro, part):
+        of = f"training.batch_size {whole}" if parts == 1 else f"a rank's {part} sequences"
+        divisors = ", ".join(str(d) for d in range(1, part + 1) if part % d == 0)
+        raise ConfigError(
+            f"training.micro_batch_size is {micro}, which does not divide {of}; "
+            f"use one of {divisors}"
+        )
 
 
 def _check_release(optimizer: OptimizerConfig) -> None:
@@ -77,15 +98,3 @@ def _check_schedule(training: TrainingConfig) -> None:
         raise ConfigError(
             f"training.final_lr_fraction is {training.final_lr_fraction}; it must be from 0 to 1"
         )
-
-
-def _micro_batch_size(training: TrainingConfig) -> int:
-    whole = training.batch_size
-    size = whole if training.micro_batch_size is None else training.micro_batch_size
-    if whole % size:
-        divisors = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
-        raise ConfigError(
-            f"training.micro_batch_size is {size}, which does not divide training.batch_size "
-            f"{whole}; use one of {divisors}"
-        )
-    return size

@@ -1,26 +1,30 @@
 """A run in its folder: begin or go on, train, and record how it ended."""
 
-import shlex
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
-from sinkgd.lab.results import ResultsWriter, Resume, RunEnd, RunStart
-from sinkgd.lab.train.checkpoint import latest_whole, load_checkpoint
+from sinkgd.lab.results import NoRecords, Recorder, ResultsWriter, Resume, RunEnd, RunStart
+from sinkgd.lab.train.checkpoint import load_checkpoint
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.config_file import as_tables, command_line, save_config
+from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder
 from sinkgd.lab.train.interrupt import Interrupt
+from sinkgd.lab.train.launch import launch_command
 from sinkgd.lab.train.loop import run_loop
 from sinkgd.lab.train.meters import make_meter
+from sinkgd.lab.train.parallel import join_world
 from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.saver import Saver
 from sinkgd.lab.train.setup import Job, set_up
 from sinkgd.lab.train.sinks import open_sinks
+from sinkgd.lab.train.whole import latest_whole
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def train(
 ) -> Outcome:
     """Train a model in a folder of its own; go on there if a run was stopped.
 
+    Under torchrun all its processes train together; the first one keeps the results and speaks.
+
     Args:
         config: What to train; it is resolved and saved with the run.
         path: The run's folder. Its name is the run's.
@@ -58,23 +64,47 @@ def train(
         DataError: If the text is missing, damaged or too small.
         CheckpointError: If a checkpoint cannot be written, or none can be read.
         NonFiniteLossError: If the loss becomes NaN or infinite.
+        LostRankError: If another process died, hangs or failed.
     """
     started = time.perf_counter()
     config = resolve(config)
     folder = RunFolder(path)
-    with folder.lock():
-        admission = folder.admit(config, resume)
-        if admission is Admission.NOTHING:
-            say(f"{path} is finished already; nothing to do")
-            return Outcome(config.training.steps)
-        job = set_up(config, say)
-        job.state.clock = started
-        if admission is Admission.GO_ON:
-            _restore(job, folder, say)
-        return _run(job, folder, admission, say)
+    with ExitStack() as stack:
+        world = stack.enter_context(join_world(select_device(config.training.device)))
+        say = say if world.is_first else _say_nothing
+        try:
+            world.from_first(lambda: stack.enter_context(folder.lock()))
+            admission = world.from_first(lambda: folder.admit(config, resume))
+            if admission is Admission.NOTHING:
+                say(f"{path} is finished already; nothing to do")
+                return Outcome(config.training.steps)
+            job = set_up(config, say, world)
+            job.state.clock = started
+            if admission is Admission.GO_ON:
+                _restore(job, folder, say)
+            return _run(job, folder, admission, say)
+        except Exception as error:  # noqa: BLE001  raised again, or its reason
+            raise world.explain(error) from error.__cause__
+
+
+def _say_nothing(_message: str) -> None:
+    pass
 
 
 def _run(job: Job, folder: RunFolder, admission: Admission, say: Callable[[str], None]) -> Outcome:
+    with ExitStack() as stack:
+        results: Recorder = NoRecords()
+        if job.mesh.world.is_first:
+            results = stack.enter_context(_open_results(job, folder, admission))
+        stopped_by = _train_and_record_the_end(job, folder, results)
+    if stopped_by is not None:
+        say(_how_to_go_on(job, folder, stopped_by))
+    return Outcome(job.state.step, stopped_by)
+
+
+@contextmanager
+def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator[ResultsWriter]:
+    """Open all that results go to, and write what the run begins with."""
     start = _describe(job, folder)
     with ExitStack() as stack:
         sinks = stack.enter_context(open_sinks(job.config.logging.sinks, folder.path, start))
@@ -87,39 +117,42 @@ def _run(job: Job, folder: RunFolder, admission: Admission, say: Callable[[str],
         save_config(folder.config, job.config)
         results = stack.enter_context(ResultsWriter(folder.results, (*sinks, meter)))
         results.write(start if admission is Admission.BEGIN else Resume(job.state.step))
-        stopped_by = _train_and_record_the_end(job, folder, results)
-    if stopped_by is not None:
-        say(_how_to_go_on(job, folder, stopped_by))
-    return Outcome(job.state.step, stopped_by)
+        yield results
 
 
-def _train_and_record_the_end(
-    job: Job, folder: RunFolder, results: ResultsWriter
-) -> Signals | None:
+def _train_and_record_the_end(job: Job, folder: RunFolder, results: Recorder) -> Signals | None:
     """Return the signal that stopped the run before its last step, or None."""
+    config, world = job.config.checkpoint, job.mesh.world
+    if world.watch is not None:
+        world.watch.last_words = lambda reason: results.write(_end(job, "failed", reason))
     try:
-        with Interrupt() as interrupt:
-            run_loop(job, folder, results, interrupt)
-    except Exception as error:
+        with (
+            Interrupt() as interrupt,
+            Saver(
+                folder.checkpoints, world, keep=config.keep, asynchronous=config.asynchronous
+            ) as saver,
+        ):
+            stopped_by = run_loop(job, saver, results, interrupt)
+    except Exception as error:  # noqa: BLE001  raised again, or its reason
+        reason = world.explain(error)
         # The disk may be full; the first error is the one to report.
         with suppress(OSError):
-            results.write(_end(job, "failed", str(error)))
-        raise
+            results.write(_end(job, "failed", str(reason)))
+        raise reason from error.__cause__
     finished = job.state.step == job.config.training.steps
     results.write(_end(job, "finished" if finished else "interrupted"))
-    return None if finished else interrupt.received
+    return None if finished else stopped_by
 
 
 def _describe(job: Job, folder: RunFolder) -> RunStart:
+    options = ["train", "--out", str(folder.path), *command_line(job.config)]
     return RunStart(
         name=folder.path.name,
         recipe=job.config.optimizer.recipe,
         seed=job.config.training.seed,
-        command=shlex.join(
-            ["sinkgd", "train", "--out", str(folder.path), *command_line(job.config)]
-        ),
+        command=launch_command(options),
         config=as_tables(job.config),
-        environment=describe_environment(job.device),
+        environment=describe_environment(job.device) | {"mesh": job.mesh.shape},
         parameters=job.parameters,
         tokens_per_step=job.config.tokens_per_step,
     )
@@ -127,13 +160,14 @@ def _describe(job: Job, folder: RunFolder) -> RunStart:
 
 def _restore(job: Job, folder: RunFolder, say: Callable[[str], None]) -> None:
     """Take over the latest whole checkpoint; without one the run begins again at step 0."""
-    found = latest_whole(folder.checkpoints)
+    world = job.mesh.world
+    found = world.from_first(lambda: latest_whole(folder.checkpoints))
     if found is None:
         say(f"{folder.path} holds no checkpoint yet; beginning again from the first step")
         return
     for damage in found.damages:
         say(f"warning: {damage}; falling back to the checkpoint before")
-    load_checkpoint(found.path, job.state)
+    load_checkpoint(found.path, job.state, world)
     say(f"going on from {found.path}, step {job.state.step} of {job.config.training.steps}")
 
 
@@ -152,8 +186,8 @@ def _end(job: Job, status: str, message: str = "") -> RunEnd:
 
 
 def _how_to_go_on(job: Job, folder: RunFolder, received: Signals) -> str:
+    options = ["train", "--config", str(folder.config), "--out", str(folder.path)]
     return (
         f"stopped by {received.name} after step {job.state.step} of {job.config.training.steps}; "
-        f"everything is saved. Go on with: "
-        f"sinkgd train --config {folder.config} --out {folder.path}"
+        f"everything is saved. Go on with: {launch_command(options)}"
     )

@@ -9,12 +9,14 @@ import torch
 from sinkgd.lab.data import Batches, Progress, TokenDataset, TokenSplit, prepared_corpus
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
-from sinkgd.lab.train.checkpoint import TrainingState
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
 from sinkgd.lab.train.memory import return_freed_memory
+from sinkgd.lab.train.parallel import Mesh, World, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.release import ReleasedSteps
+from sinkgd.lab.train.resolve import check_shares
+from sinkgd.lab.train.state import TrainingState
 
 _STAGES = {
     "tokenizer": "training a tokenizer on {} (once; it is cached)",
@@ -27,7 +29,7 @@ class Job:
     """A run that is ready to train."""
 
     config: RunConfig
-    device: torch.device
+    mesh: Mesh
     batches: Batches
     validation: TokenSplit
     tokens_per_byte: float  # of the validation text
@@ -35,20 +37,26 @@ class Job:
     released: ReleasedSteps | None = None  # what steps inside backward, if anything does
 
     @property
+    def device(self) -> torch.device:
+        """What this rank computes on."""
+        return self.mesh.device
+
+    @property
     def parameters(self) -> int:
         """Trainable parameters, tied ones once."""
         return sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
 
 
-def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
-    """Prepare the text, build the model and the optimizer.
+def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = None) -> Job:
+    """Prepare the text, build the model and the optimizer; a collective call.
 
     Args:
         config: Resolved.
         say: Told of the preparation of a corpus, where there is one to be made.
+        world: The ranks that train together; by default this process is alone.
 
     Raises:
-        ConfigError: If text and model do not fit, or the device is absent.
+        ConfigError: If text, model and mesh do not fit, or the device is absent.
         DataError: If the corpus is missing, damaged or too small.
     """
     training = config.training
@@ -56,7 +64,10 @@ def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
     if training.release_gradients:
         return_freed_memory()
     torch.manual_seed(training.seed)
-    device = select_device(training.device)
+    world = World() if world is None else world
+    mesh = form_mesh(config.mesh, world, select_device(training.device))
+    check_shares(training, mesh.parts)
+    world.from_first(lambda: open_dataset(config.data, say) and None)  # the others find it made
     dataset = open_dataset(config.data, say)
     manifest = dataset.manifest
     batches = Batches(
@@ -65,6 +76,8 @@ def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
         batch_size=training.batch_size,
         seed=training.seed,
         packing=config.data.packing,
+        rank=mesh.part,
+        world_size=mesh.parts,
     )
     with torch.device("meta"):  # weights are drawn one by one, in the type they are kept in
         model = build_model(
@@ -72,13 +85,14 @@ def set_up(config: RunConfig, say: Callable[[str], None]) -> Job:
             vocab_size=_vocab_size(config.model, manifest.vocab_size),
             max_sequence_length=training.sequence_length,
         )
-    model.to(weight_dtype(training.precision)).to_empty(device=device).initialize(training.seed)
+    shard_model(model.to(weight_dtype(training.precision)), mesh)
+    model.to_empty(device=mesh.device).initialize(training.seed)
     model.model.recompute = training.recompute_activations
     optimizer = build_optimizer(model, config.optimizer)
     validation = manifest.splits["validation"]
     return Job(
         config=config,
-        device=device,
+        mesh=mesh,
         batches=batches,
         validation=dataset.split("validation"),
         tokens_per_byte=validation.tokens / validation.text_bytes,

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sinkgd.lab.data import IGNORE_INDEX, Batch
+from sinkgd.lab.data import Batch
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.device import arithmetic, synchronize
+from sinkgd.lab.train.gradient import clip_gradient
 from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.parallel import Mesh
 from sinkgd.lab.train.release import ReleasedSteps
 
 
@@ -40,7 +42,7 @@ def take_step(
     optimizer: Optimizer,
     batch: Batch,
     config: RunConfig,
-    device: torch.device,
+    mesh: Mesh,
     *,
     number: int,
     released: ReleasedSteps | None = None,
@@ -53,9 +55,9 @@ def take_step(
     Args:
         model: Takes tokens ``(b, t)`` to logits ``(b, t, v)``.
         optimizer: Of the model's parameters.
-        batch: The global batch.
+        batch: The global batch, or this rank's part of it.
         config: Resolved; its micro-batch size, precision and clipping count here.
-        device: Of the model.
+        mesh: Where the model lies; a step is collective.
         number: Of the step, 1 for the first; an error names it.
         released: What steps inside backward, if anything does; ``optimizer`` then ends the step.
 
@@ -64,22 +66,23 @@ def take_step(
             or, where gradients are released, those whose gradient is not finite.
     """
     optimizer.zero_grad()
-    loss = _accumulate_gradient(model, batch, config, device, released)
+    loss = _accumulate_gradient(model, batch, config, mesh, released)
     if released is None:
-        norm, update_seconds = _clip_gradient(model, config.optimizer.clip_norm or math.inf), 0.0
+        norm, update_seconds = clip_gradient(model, config.optimizer.clip_norm or math.inf), 0.0
     else:
         norm, update_seconds = released.measured()
-    result_loss, result_norm = torch.stack([loss, norm.float()]).tolist()
+    own_loss, result_norm = torch.stack([loss, norm.float()]).tolist()
+    (result_loss,) = mesh.total(own_loss)
     if not (math.isfinite(result_loss) and math.isfinite(result_norm)):
         raise NonFiniteLossError(
             f"step {number} has loss {result_loss} and gradient norm {result_norm}; training "
             "cannot go on. Start anew in another --out with a lower --optimizer.lr, a longer "
             "--training.warmup-fraction, or --training.precision float32"
         )
-    synchronize(device)
+    synchronize(mesh.device)
     started = time.perf_counter()
     optimizer.step()
-    synchronize(device)
+    synchronize(mesh.device)
     return StepResult(result_loss, result_norm, update_seconds + time.perf_counter() - started)
 
 
@@ -87,13 +90,14 @@ def _accumulate_gradient(
     model: nn.Module,
     batch: Batch,
     config: RunConfig,
-    device: torch.device,
+    mesh: Mesh,
     released: ReleasedSteps | None,
 ) -> Tensor:
-    training = config.training
+    """Return this rank's part of the loss; gradients lie in the parameters, or are gone."""
+    training, device = config.training, mesh.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-    scored = (targets != IGNORE_INDEX).sum()
-    size = training.micro_batch_size or len(inputs)
+    (scored,) = mesh.total(batch.target_count)
+    size = min(training.micro_batch_size or len(inputs), len(inputs))
     total = torch.zeros((), device=device)
     for rows in range(0, len(inputs), size):
         own = slice(rows, rows + size)
@@ -102,15 +106,6 @@ def _accumulate_gradient(
         loss = summed / scored
         last = rows + size >= len(inputs)
         with nullcontext() if released is None or last else released.accumulate():
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss * mesh.parts)  # FSDP2 takes the mean over parts
         total += loss.detach()
     return total
-
-
-def _clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:
-    """Scale the gradient down to ``largest_norm`` if it is longer; return its norm before."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if largest_norm < math.inf:
-        nn.utils.clip_grads_with_norm_(model.parameters(), largest_norm, norm)
-    return norm

@@ -1,0 +1,112 @@
+"""Whole checkpoints: which folders are one, which files of them are damaged.
+
+A checkpoint is a folder ``step-00000100`` that was made under another name and renamed when it was
+whole; ``checksums.json`` in it has the SHA-256 of every other file, for the disk may damage it
+later.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkgd.lab.disk import sync_folder
+
+CHECKSUMS = "checksums.json"
+_PARTIAL = ".partial"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read, with the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The latest whole checkpoint, and why each later one was passed over."""
+
+    path: Path
+    damages: tuple[str, ...]
+
+
+def latest_whole(folder: Path) -> Found | None:
+    """Return the latest checkpoint whose checksums hold; None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: If there are checkpoints, and every one is damaged.
+    """
+    damages: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        damage = find_damage(path)
+        if damage is None:
+            return Found(path, tuple(damages))
+        damages.append(damage)
+    if damages:
+        raise CheckpointError(
+            f"no whole checkpoint in {folder}: {'; '.join(damages)}. "
+            f"Delete {folder} to begin again from the first step"
+        )
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """Compare every file of a checkpoint with its checksum; name the first that differs."""
+    try:
+        sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if _checksum(path / name) != expected:
+                return f"{path / name} is damaged: its checksum differs"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (ValueError, AttributeError) as error:
+        return f"{path / CHECKSUMS} is damaged: {error}"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints, the oldest first; half-written ones are none."""
+    return sorted(p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
+
+
+def begin(path: Path) -> Path:
+    """Make room for a checkpoint and return the folder to write it in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_behind in path.parent.glob(f"*{_PARTIAL}"):
+        shutil.rmtree(left_behind)
+    partial = path.with_name(f"{path.name}{_PARTIAL}")
+    partial.mkdir()
+    return partial
+
+
+def checksums(files: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of files by their names."""
+    return {path.name: _checksum(path) for path in sorted(files)}
+
+
+def finish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> None:
+    """Name a checkpoint that is written, and delete all but the last ``keep``.
+
+    Args:
+        partial: From `begin`.
+        path: The checkpoint's own name.
+        sums: From `checksums`, of all its files.
+        keep: How many checkpoints there may be.
+    """
+    with (partial / CHECKSUMS).open("w", encoding="utf-8") as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(partial)
+    if path.exists():  # a damaged one that a resumed run has come to again
+        shutil.rmtree(path)
+    partial.rename(path)
+    sync_folder(path.parent)
+    for old in checkpoints(path.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
