@@ -1,8 +1,9 @@
-"""``python -m sinkgd.lab`` is the program `sinkgd`."""
+"""``python -m sinkgd.lab`` is the program `sinkgd`, and what torchrun starts."""
 
 import sys
 
 from sinkgd.lab.cli import main
+from sinkgd.lab.train.launch import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))

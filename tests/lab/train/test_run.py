@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.run import Outcome, train
 from sinkgd.lab.train.step import NonFiniteLossError
 from sinkgd.lab.train.whole import CheckpointError
+from stopping import stopping_at
 
 
 def curve(path: Path) -> list[tuple]:
@@ -47,21 +46,6 @@ def curve(path: Path) -> list[tuple]:
 def kinds(path: Path) -> list[str]:
     lines = (path / "run.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["kind"] for line in lines]
-
-
-@contextmanager
-def stopping_at(step: int, sent: signal.Signals = signal.SIGTERM) -> Iterator[None]:
-    """Send a signal in the middle of a step."""
-
-    def take_step(*arguments, number: int, **options):
-        if number == step:
-            signal.raise_signal(sent)
-        return original(*arguments, number=number, **options)
-
-    original = loop.take_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "take_step", take_step)
-        yield
 
 
 def change(config: RunConfig, table: str, **values: object) -> RunConfig:

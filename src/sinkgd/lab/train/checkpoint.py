@@ -40,9 +40,7 @@ def save_checkpoint(
     try:
         partial = world.from_first(lambda: whole.begin(path))
         _write(content, partial, world)
-        own = f"__{world.rank}_*"
-        sums = world.from_each(lambda: whole.checksums(partial.glob(own)))
-        sums.append(whole.checksums([partial / ".metadata"]))
+        sums = world.from_each(lambda: _own_checksums(partial, world))
         every = {name: value for part in sums for name, value in part.items()}
         world.from_first(lambda: whole.finish(partial, path, every, keep=keep))
     except (OSError, CheckpointException) as error:
@@ -84,6 +82,11 @@ def _write(content: Content, folder: Path, world: World) -> None:
             process_group=world.group,
             no_dist=world.size == 1,
         )
+
+
+def _own_checksums(folder: Path, world: World) -> dict[str, str]:
+    files = list(folder.glob(f"__{world.rank}_*"))
+    return whole.checksums([*files, folder / ".metadata"] if world.is_first else files)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,7 +1,8 @@
-"""The shell command that starts a run again, with as many processes as it has now."""
+"""How a run is started, with as many processes as it has now, and how each of them leaves."""
 
 import os
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 
 
@@ -25,3 +26,16 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
     nodes = ["--nnodes", str(ranks // own)] if ranks > own else []
     torchrun = ["torchrun", *nodes, "--nproc-per-node", str(own), "-m", "sinkgd.lab"]
     return shlex.join([*torchrun, *arguments])
+
+
+def leave(code: int) -> int:
+    """Return ``code``; under torchrun, end the process with it at once, after what was written.
+
+    Threads of torch's process groups outlive the main one there. What they still hold of Python
+    they may return to an interpreter that is gone, and abort a run that is finished.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -125,20 +125,19 @@ def _train_and_record_the_end(job: Job, folder: RunFolder, results: Recorder) ->
     config, world = job.config.checkpoint, job.mesh.world
     if world.watch is not None:
         world.watch.last_words = lambda reason: results.write(_end(job, "failed", reason))
-    try:
-        with (
-            Interrupt() as interrupt,
-            Saver(
+    # A signal may come while the end is recorded, too: where a rank is lost torchrun sends it.
+    with Interrupt() as interrupt:
+        try:
+            with Saver(
                 folder.checkpoints, world, keep=config.keep, asynchronous=config.asynchronous
-            ) as saver,
-        ):
-            stopped_by = run_loop(job, saver, results, interrupt)
-    except Exception as error:  # noqa: BLE001  raised again, or its reason
-        reason = world.explain(error)
-        # The disk may be full; the first error is the one to report.
-        with suppress(OSError):
-            results.write(_end(job, "failed", str(reason)))
-        raise reason from error.__cause__
+            ) as saver:
+                stopped_by = run_loop(job, saver, results, interrupt)
+        except Exception as error:  # noqa: BLE001  raised again, or its reason
+            reason = world.explain(error)
+            # The disk may be full; the first error is the one to report.
+            with suppress(OSError):
+                results.write(_end(job, "failed", str(reason)))
+            raise reason from error.__cause__
     finished = job.state.step == job.config.training.steps
     results.write(_end(job, "finished" if finished else "interrupted"))
     return None if finished else stopped_by

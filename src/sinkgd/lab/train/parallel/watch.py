@@ -12,9 +12,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch.distributed import (  # type: ignore[attr-defined]
     DistError,
@@ -26,7 +27,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 BEAT_SECONDS = 2.0  # between two signs of life
 PATIENCE_SECONDS = 20.0  # without one, after which a rank is lost
 GRACE_SECONDS = 5.0  # for the program to end by itself, once a rank is known to be lost
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.05
 _FAILED = "failed: "
 _LEAVING = "leaving"
 
@@ -35,30 +36,53 @@ class LostRankError(RuntimeError):
     """Another rank died, hangs or failed, with its name and the remedy."""
 
 
+@dataclass(frozen=True)
+class Rank:
+    """A rank, for people."""
+
+    number: int
+    host: str
+    process: int
+
+    def __str__(self) -> str:
+        return f"rank {self.number} ({self.host}, process {self.process})"
+
+    def is_gone(self) -> bool:
+        """Whether its process has ended, as far as can be known: on this host."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
 class Watch:
     """Finds lost ranks from a thread of its own, and ends this process if it cannot go on.
 
     Args:
         store: Where signs of life are left, one key a rank; each rank has left its first.
-        rank: This one.
-        names: Of all ranks, for people.
+        own: Number of this rank.
+        ranks: All of them.
     """
 
-    def __init__(self, store: Store, rank: int, names: Sequence[str]) -> None:
+    def __init__(self, store: Store, own: int, ranks: Sequence[Rank]) -> None:
         self.last_words: Callable[[str], None] = lambda _: None  # before this process is ended
-        self._store, self._rank, self._names = store, rank, names
-        self._keys = [_key(other) for other in range(len(names))]
+        self._store, self._own, self._ranks = store, own, ranks
         self._found, self._ended = threading.Event(), threading.Event()
-        self._lost = ""
+        self._lost: LostRankError | None = None
         self._explained: Exception | None = None
         self._thread = threading.Thread(target=self._keep_watch, daemon=True)
 
     @classmethod
-    def of(cls, rank: int, from_each: Callable[[Callable[[], str]], list[str]]) -> Self:
+    def of(cls, own: int, from_each: Callable[[Callable[[], Any]], list[Any]]) -> Self:
         """Watch over the ranks of torchrun, whose store outlives each of them.
 
         Args:
-            rank: This one.
+            own: Number of this rank.
             from_each: Returns what every rank says.
         """
         server = TCPStore(
@@ -68,11 +92,10 @@ class Watch:
             timeout=timedelta(seconds=PATIENCE_SECONDS),
         )
         # The store outlives runs, too: each has keys of its own.
-        (run, *_) = from_each(lambda: uuid.uuid4().hex)
-        store = PrefixStore(f"sinkgd/watch/{run}", server)
-        store.set(_key(rank), "0")
-        names = from_each(lambda: f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
-        return cls(store, rank, names)
+        first, *_ = from_each(lambda: uuid.uuid4().hex)
+        store = PrefixStore(f"sinkgd/watch/{first}", server)
+        store.set(_key(own), "0")
+        return cls(store, own, from_each(lambda: Rank(own, socket.gethostname(), os.getpid())))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -95,27 +118,35 @@ class Watch:
         on which another still waits.
         """
         self._store.add(_LEAVING, 1)
-        while self._store.add(_LEAVING, 0) < len(self._names):
+        while self._store.add(_LEAVING, 0) < len(self._ranks):
             time.sleep(_POLL_SECONDS)
 
     def explain(self, error: Exception) -> Exception:
         """Return the reason for an error: the loss of a rank, where that is what it comes from.
 
-        Broken connections are waited with until the rank behind them is known. Other errors are
+        Where a connection broke, that waits until the rank behind it is known. Other errors are
         this rank's own, and are told to the others.
         """
         if error is self._explained:
             return error
-        self._explained = error
-        if not (type(error) is RuntimeError or isinstance(error, DistError)):
-            self._store.set(_key(self._rank), f"{_FAILED}{error}")
-            return error
-        self._found.wait(PATIENCE_SECONDS + 2 * BEAT_SECONDS)
-        return LostRankError(self._lost) if self._lost else error
+        if type(error) is RuntimeError or isinstance(error, DistError):
+            self._explained = self._behind_broken_connection() or error
+        else:
+            self._explained = error
+            self._store.set(_key(self._own), f"{_FAILED}{error}")
+        return self._explained
+
+    def _behind_broken_connection(self) -> LostRankError | None:
+        last_look = time.monotonic() + PATIENCE_SECONDS + 2 * BEAT_SECONDS
+        while not self._found.wait(_POLL_SECONDS) and time.monotonic() < last_look:
+            for rank in self._ranks:
+                if rank.is_gone():
+                    return _loss(f"{rank} is lost: its process has ended")
+        return self._lost
 
     def _keep_watch(self) -> None:
-        beat, last_seen = 0, {}
-        seen = [""] * len(self._names)
+        seen = [("", time.monotonic())] * len(self._ranks)  # of each rank, and since when
+        beat = 0
         while not self._ended.wait(BEAT_SECONDS):
             beat += 1
             try:
@@ -124,32 +155,45 @@ class Watch:
                 self._end(f"the first node is lost, for its store does not answer: {error}")
                 return
             now = time.monotonic()
-            for rank, sign in enumerate(signs):
-                if sign != seen[rank]:
-                    seen[rank], last_seen[rank] = sign, now
-                if rank != self._rank and sign.startswith(_FAILED):
-                    self._end(f"{self._names[rank]} {sign}")
-                    return
-                if rank != self._rank and now - last_seen[rank] > PATIENCE_SECONDS:
-                    silence = f"it gave no sign of life for {PATIENCE_SECONDS:.0f} seconds"
-                    self._end(f"{self._names[rank]} is lost: {silence}")
-                    return
+            for i, sign in enumerate(signs):
+                if sign != seen[i][0]:
+                    seen[i] = sign, now
+            reason = self._reason(signs, [now - since for _, since in seen])
+            if reason is not None:
+                self._end(reason)
+                return
 
     def _exchange_signs(self, beat: int) -> list[str]:
-        if not self._store.get(_key(self._rank)).decode().startswith(_FAILED):
-            self._store.set(_key(self._rank), str(beat))
-        return [sign.decode() for sign in self._store.multi_get(self._keys)]
+        """Leave a sign, unless this rank failed and said so; return all."""
+        keys = [_key(rank.number) for rank in self._ranks]
+        if self._explained is None:
+            self._store.set(keys[self._own], str(beat))
+        return [sign.decode() for sign in self._store.multi_get(keys)]
+
+    def _reason(self, signs: Sequence[str], silent_seconds: Sequence[float]) -> str | None:
+        for rank, sign, seconds in zip(self._ranks, signs, silent_seconds, strict=True):
+            if rank.number == self._own:
+                continue
+            if sign.startswith(_FAILED):
+                return f"{rank} {sign}"
+            if seconds > PATIENCE_SECONDS:
+                return f"{rank} is lost: it gave no sign of life for {seconds:.0f} seconds"
+        return None
 
     def _end(self, reason: str) -> None:
-        self._lost = (
-            f"{reason}. Steps since the last checkpoint are lost; the same command goes on from it"
-        )
+        self._lost = _loss(reason)
         self._found.set()
         if not self._ended.wait(GRACE_SECONDS):  # a rank that waits for a lost one waits forever
-            self.last_words(self._lost)
+            self.last_words(str(self._lost))
             sys.stderr.write(f"error: {self._lost}\n")
             sys.stderr.flush()
             os._exit(1)
+
+
+def _loss(reason: str) -> LostRankError:
+    return LostRankError(
+        f"{reason}. Steps since the last checkpoint are lost; the same command goes on from it"
+    )
 
 
 def _key(rank: int) -> str:

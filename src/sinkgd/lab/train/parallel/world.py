@@ -93,12 +93,12 @@ def join_world(device: torch.device) -> Iterator[World]:
     Args:
         device: What this rank computes on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    found = dist.is_initialized()
+    if (dist.get_world_size() if found else int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         yield World()
         return
-    found = dist.is_initialized()
     if not found:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _start_process_group(device)
     world = World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
     with Watch.of(world.rank, world.from_each) as watch:
         world.watch = watch
@@ -106,6 +106,19 @@ def join_world(device: torch.device) -> Iterator[World]:
         watch.wait_for_all()
     if not found:
         dist.destroy_process_group()
+
+
+def _start_process_group(device: torch.device) -> None:
+    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    # torchrun's store outlives a restart (torch 2.13), and the addresses of ranks that are gone lie
+    # there: each start has keys of its own.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"start {start}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+    )
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
