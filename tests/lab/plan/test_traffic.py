@@ -112,6 +112,9 @@ def test_muon_gathers_matrices_and_adamw_sends_nothing():
     assert gathered.bytes == 2 * 6_476_005_376
     assert optimizer_traffic(Work(seven), grid, find_method("adamw")) == []
     assert optimizer_traffic(Work(seven), Grid(dp_replicate=8), SINKGD) == []
+    within, across = optimizer_traffic(Work(seven), Grid(dp_shard=4, tp=2), find_method("muon"))
+    assert (within.group, within.bytes) == ("tp", gathered.bytes)
+    assert (across.group, across.bytes) == ("dp_shard", gathered.bytes // 2)
 
 
 def test_fsdp_gathers_blocks_twice_and_reduces_gradients_once():

@@ -114,13 +114,13 @@ def state_bytes(
     """
     total = 0.0
     for weight in weights:
-        if weight.is_matrix:
+        if method.eight_bit:  # the size of the whole decides
+            total += eight_bit_bytes(weight.count) * prod(weight.piece) / weight.count
+        elif weight.is_matrix:
             low = method.low_rank is not None
             m, n = weight.shape if low else weight.piece
             ranks = grid.dp_shard * grid.tp if low else 1
             total += method.state_bytes(m, n, itemsize, min(rank, *weight.shape)) / ranks
-        elif method.eight_bit:
-            total += eight_bit_bytes(prod(weight.piece))
         else:
             total += method.rest * itemsize * prod(weight.piece)
         if method.name == "adamw" or (method.rest and not weight.is_matrix):

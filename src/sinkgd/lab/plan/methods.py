@@ -40,7 +40,7 @@ class Method:
     flops: Callable[[int, int], float] = lambda short, long: 0.0 * short * long  # of its products
 
     def state_bytes(self, m: int, n: int, itemsize: int, r: int) -> float:
-        """Return what a matrix keeps.
+        """Return what a matrix keeps; 8-bit Adam keeps `eight_bit_bytes` instead.
 
         Args:
             m: Rows, of a piece where the state is kept by entry.
@@ -48,8 +48,6 @@ class Method:
             itemsize: Bytes of a weight.
             r: Rank of a projection.
         """
-        if self.eight_bit:
-            return eight_bit_bytes(m * n)
         if self.low_rank is not None:
             return itemsize * self.low_rank(min(m, n), max(m, n), r)
         return itemsize * self.matrix * m * n

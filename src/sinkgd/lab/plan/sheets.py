@@ -39,27 +39,26 @@ def memory_sheet(question: Question, answer: Answer) -> Sheet:
     for one in sorted(answer.methods, key=lambda one: one.memory.peak):
         m = one.memory
         parts = (m.weights, m.state, m.gradients, m.activations, m.loss, m.transit, m.scratch)
-        cells = (*parts, m.peak)
-        yes = "yes" if one.fits else "no"
-        rows.append((_marked(one, question), *map(size, cells), yes, size(m.weights_and_state)))
+        cells = (gib(m.peak), "yes" if one.fits else "no", gib(m.weights_and_state))
+        rows.append((_marked(one, question), *cells, *map(gib, parts)))
     moment = answer.of(question.method.name).memory.moment
     return Sheet(
-        title=f"Memory of a rank: {_described(question)}",
-        note=f"Parts at the moment of the peak, for {question.method.title}: {moment}. In transit: "
-        "whole blocks and gradients that FSDP gathers and reduces. "
-        f"It fits below {size(answer.limit_bytes)}.",
+        title="Memory of a rank, GiB",
+        note=f"{_described(question)}. It fits below {size(answer.limit_bytes)}. Parts at the "
+        f"moment of the peak, for {question.method.title}: {moment}. Logits: with all that the "
+        "loss makes of them. In transit: whole blocks and gradients that FSDP gathers and reduces.",
         columns=(
             "method",
+            "peak",
+            "fits",
+            "weights + state",
             "weights",
             "state",
             "gradients",
             "activations",
-            "logits, loss",
+            "logits",
             "in transit",
             "scratch",
-            "peak",
-            "fits",
-            "weights + state",
         ),
         rows=tuple(rows),
     )
@@ -124,17 +123,17 @@ def ladder_sheet(answer: Answer) -> Sheet:
     rows = []
     for rung in answer.ladder:
         cells = [
-            size(peak) if peak <= answer.limit_bytes else f"({size(peak)})"
+            gib(peak) if peak <= answer.limit_bytes else f"({gib(peak)})"
             for peak in rung.peaks.values()
         ]
-        rows.append((f"{rung.model}, {count(rung.parameters)}", *cells))
+        rows.append((rung.model, *cells))
     undivided = [f"{rung.model}: {rung.reason}" for rung in answer.ladder if rung.reason]
     return Sheet(
-        title="Where each method stops fitting: the peak of a rank",
+        title="Where each method stops fitting: the peak of a rank, GiB",
         note=" ".join(
             ["The same batch, mesh and device; what does not fit is in parentheses.", *undivided]
         ),
-        columns=("model", *(METHODS[name].title for name in METHODS)),
+        columns=("model", *(method.title for method in METHODS.values())),
         rows=tuple(row if len(row) > 1 else (*row, *["–"] * len(METHODS)) for row in rows),
     )
 
@@ -153,6 +152,18 @@ def assumption_sheet(question: Question) -> Sheet:
         *((f"source of {method.title}", method.source) for method in METHODS.values()),
     )
     return Sheet("Assumptions and sources", "", ("what", "value"), rows)
+
+
+def gib(count_bytes: float) -> str:
+    """Write bytes in GiB, without the unit.
+
+    >>> gib(0), gib(2**28), gib(53 * 2**30), gib(1600 * 2**30)
+    ('0', '0.250', '53.0', '1,600')
+    """
+    value = count_bytes / 2**30
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if value < 10 else f"{value:,.{1 if value < 100 else 0}f}"
 
 
 def seconds(value: float) -> str:

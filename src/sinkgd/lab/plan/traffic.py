@@ -77,7 +77,7 @@ def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
     gathers = method.exchange == "matrices"
     rank = usual_rank(work.architecture.hidden_size) if method.name == "apollo" else 1
     what, kind = ("matrices", "all-gather") if gathers else ("projections", "all-reduce")
-    # The nearest ranks first; what they have made whole they then need from the others.
+    # Pieces of rows first, over the slower links; what they make is then gathered in the tp group.
     found = []
     for group, ranks in sharded:
         size = sum(_sent_whole(w, group, gathers, rank) for w in weights)
@@ -108,7 +108,7 @@ def vector_length(weight: Weight, grid: Grid, group: str) -> int:
 
 def _sent_whole(weight: Weight, group: str, gathers: bool, rank: int) -> int:
     if gathers:
-        shape = weight.shape if group == "dp_shard" else weight.divided
+        shape = weight.divided if group == "dp_shard" else weight.shape
         return prod(shape)
     return min(rank, *weight.shape) * max(weight.shape)
 
