@@ -12,6 +12,7 @@ from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 
 NINE = Work(find_architecture("llama-9m"), sequence_length=64, precision="float32")
+FEW_TOKENS = replace(NINE.architecture, vocab_size=64)
 
 
 @pytest.mark.parametrize("recipe", ["sinkgd", "sinkgd-stateless", "swan", "adamw", "sgd"])
@@ -65,7 +66,12 @@ def test_in_transit_are_embedding_head_and_two_blocks_with_their_gradients():
     found = rank_memory(NINE, Grid(dp_shard=8), method)
     block = 4 * 128 * 128 + 3 * 128 * 352 + 2 * 128
     outside = 2 * 32_000 * 128 + 128
-    assert found.transit == 2 * 4 * (outside + 2 * block)
+    assert found.moment == "the embedding"
+    assert found.transit == 4 * outside + 4 * 32_000 * 128
+    without = rank_memory(replace(NINE, architecture=FEW_TOKENS), Grid(dp_shard=8), method)
+    assert without.moment.startswith("backward")
+    few = 64 * 128
+    assert without.transit == 4 * (2 * few + 128 + 2 * block) + 4 * (few + 2 * block)
     assert rank_memory(NINE, Grid(), method).transit == 0
 
 

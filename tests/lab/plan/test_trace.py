@@ -28,9 +28,8 @@ def work(**options):
 @pytest.mark.parametrize("options", SETTINGS, ids=lambda options: "-".join(map(str, options)))
 def test_any_depth_is_on_the_line_through_two_to_the_byte(options):
     base = work(**options)
-    for layers in (7, 12):
-        deep = replace(base, architecture=replace(base.architecture, num_layers=layers))
-        assert trace(deep) == run_on_paper(deep, layers)
+    deep = replace(base, architecture=replace(base.architecture, num_layers=9))
+    assert trace(deep) == run_on_paper(deep, 9)
 
 
 def test_a_block_with_a_head_of_its_own_for_every_query_is_the_labs(monkeypatch):

@@ -14,7 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sinkgd
+from sinkgd.lab.bench.memory.measure import allocations
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method
+from sinkgd.lab.plan.memory import update_scratch
 from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffic
 from sinkgd.lab.plan.weights import weights_of
 
@@ -94,6 +96,9 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape):
     planned = vectors(nine, grid)
     assert len(sent.calls) == sum(one.count for one in planned)
     assert sum(sent.calls) == sum(one.bytes for one in planned)
+    scratch = update_scratch(weights_of(nine, grid), grid, SINKGD, 0, one_by_one=False)
+    used = allocations(optimizer.step, torch.device("cpu")).peak
+    assert 0.8 * scratch < used <= scratch
 
 
 def _on(mesh, weight, places):

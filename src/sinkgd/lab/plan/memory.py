@@ -11,12 +11,15 @@ from typing import Literal
 
 from sinkgd.lab.plan.live import Live
 from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
-from sinkgd.lab.plan.trace import UPDATE, Work, trace
+from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Work, trace
 from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
 
 _FLOAT32 = 4
+# Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 60 to 67
+# measured on llama-9m, 20m and 60m over 16 ranks; tests/lab/plan/test_traffic.py.
+_SHARDED_SCALE = 68
 _TOKEN = 8  # bytes of a token id, and of a target
 
 
@@ -86,7 +89,8 @@ def rank_memory(
         moment="",
         all_gradients=gradients,
     )
-    scratch = update_scratch(weights, method, CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES)
+    batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
+    scratch = update_scratch(weights, grid, method, batch_bytes, one_by_one=released)
     if grid.dp_shard > 1:
         peaks = _sharded(work, weights, base, gradients)
     else:
@@ -128,15 +132,26 @@ def state_bytes(
     return round(total)
 
 
-def update_scratch(weights: Sequence[Weight], method: Method, batch_bytes: int) -> int:
+def update_scratch(
+    weights: Sequence[Weight], grid: Grid, method: Method, batch_bytes: int, *, one_by_one: bool
+) -> int:
     """Return the bytes that the update allocates and gives back.
 
-    SinkGD has the bound that `sinkgd bench memory` checks; a method that makes matrices needs them
-    for the largest one, or SWAN for a batch of small ones.
+    SinkGD needs the scales of all matrices that it updates together; a method that makes matrices
+    needs some for the largest one, or SWAN for a batch of small ones.
+
+    Args:
+        weights: Of the model.
+        grid: The mesh.
+        method: The optimizer.
+        batch_bytes: What a batch of small matrices may use.
+        one_by_one: Whether each matrix is updated by itself.
     """
     matrices = [w for w in weights if w.is_matrix]
     if method.exchange == "vectors":
-        return 2**20 + _FLOAT32 * max(sum(w.divided) for w in matrices)
+        lengths = [w.piece[0] + w.piece[1] for w in matrices]
+        each = _SHARDED_SCALE if grid.dp_shard * grid.tp > 1 else _FLOAT32
+        return each * (max(lengths) if one_by_one else sum(lengths))
     # They work on whole matrices, wherever the pieces lie.
     largest = max(w.count for w in matrices) * _FLOAT32
     batch = batch_bytes // MATRICES_IN_USE if method.name == "swan" else 0
@@ -160,22 +175,28 @@ def _sharded(
 ) -> dict[str, Memory]:
     """Add what FSDP2 holds whole: embedding and head, a block in use, the next one on its way.
 
-    In backward the gradients of these are whole, too, until a block's are reduced from a copy of
-    them. This is the most; it is taken for every moment of forward or backward.
+    In backward the gradients of a block are whole, too, and are then reduced from a copy of them;
+    those of embedding and head are reduced together, at the end. It is the most that can be.
     """
     itemsize = weight_dtype(work.precision).itemsize
     gathered = 2 if work.precision == "bf16-autocast" else itemsize
     outside, block = outside_blocks(weights), largest_block(weights)
-    forward = gathered * (outside + 2 * block)
-    backward = forward + itemsize * (outside + 2 * block)
-    # Its gradients leave a rank's whole blocks as soon as they are there.
+    head = work.architecture.vocab_size * work.architecture.hidden_size // work.tp
+    in_use = gathered * (outside + 2 * block)
+    # A rank's whole gradients leave it as soon as they are there.
     lives = trace(replace(work, release=True, micro_batches=1))
     peaks = {}
     for moment, live in lives.items():
-        one = _at(base, moment, replace(live, gradients=0))
-        if moment != UPDATE:
-            one = replace(one, transit=forward if moment.startswith("forward") else backward)
-        peaks[moment] = replace(one, gradients=gradients)
+        one = replace(_at(base, moment, live), gradients=gradients)
+        if moment == EMBEDDING:
+            # Weights are let go before gradients are copied; the embedding's own is in `live`.
+            one = replace(one, transit=max(gathered, itemsize) * outside + itemsize * head)
+        elif moment.startswith("backward"):
+            one = replace(one, transit=in_use + itemsize * (head + 2 * block))
+        elif moment != UPDATE:  # in the first micro-batch there is no gradient yet
+            kept = gradients if work.micro_batches > 1 else 0
+            one = replace(one, transit=in_use, gradients=kept)
+        peaks[moment] = one
     return peaks
 
 
