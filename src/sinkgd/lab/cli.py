@@ -22,6 +22,7 @@ COMMANDS: Commands = {
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
     "report": ("Report", "table and page of runs that are there already"),
     "bench": (None, "measure speed and memory: optimizer steps, kernels, the training loop"),
+    "plan": ("Plan", "memory, messages, time and cost on paper, for a model that may not fit here"),
     "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
 }
 
@@ -41,6 +42,7 @@ examples:
   sinkgd compare                                          the demo: SinkGD and AdamW on real text
   sinkgd train --out runs/first --optimizer.recipe swan   one run
   sinkgd report runs/demo                                 the page of runs made before
+  sinkgd plan --model llama-3-70b --mesh.dp-shard 8       what it would need, on paper
 """
 
 

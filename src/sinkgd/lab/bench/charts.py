@@ -61,7 +61,11 @@ def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) 
 
 
 def stacked_bars(
-    rows: Sequence[str], words: Sequence[str], parts: Sequence[tuple[str, float, Sequence[float]]]
+    rows: Sequence[str],
+    words: Sequence[str],
+    parts: Sequence[tuple[str, float, Sequence[float]]],
+    *,
+    unit: str = "× the parameters",
 ) -> Figure:
     """Draw a bar a row, its parts one after the other.
 
@@ -69,6 +73,7 @@ def stacked_bars(
         rows: Their names, from the top.
         words: What is written beside a name.
         parts: Name, strength of the color and lengths, one a row.
+        unit: Of the lengths.
     """
     longest = max((sum(lengths) for lengths in zip(*(p[2] for p in parts), strict=True)), default=1)
     return {
@@ -87,7 +92,7 @@ def stacked_bars(
         ],
         "layout": layout(
             120 + _ROW * len(rows),
-            xaxis=axis("× the parameters", range=[0, 1.03 * (longest or 1)], fixedrange=True),
+            xaxis=axis(unit, range=[0, 1.03 * (longest or 1)], fixedrange=True),
             yaxis=rows_axis(len(rows)),
             barmode="stack",
             dragmode=False,

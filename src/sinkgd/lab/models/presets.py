@@ -17,6 +17,7 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConf
 
 
 # The benchmark is GaLore's (Zhao et al., https://arxiv.org/abs/2403.03507).
+# llama-10b is llama-7b with half as many blocks again.
 # llama-nano has the blocks of llama-9m: it is for small vocabularies, which the data bring along.
 PRESETS: dict[str, LlamaConfig] = {
     "llama-nano": _sizes(hidden=128, intermediate=352, layers=4, heads=4),
@@ -28,6 +29,7 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-350m": _sizes(hidden=1024, intermediate=2736, layers=24, heads=16),
     "llama-1b": _sizes(hidden=2048, intermediate=5461, layers=24, heads=32),
     "llama-7b": _sizes(hidden=4096, intermediate=11008, layers=32, heads=32),
+    "llama-10b": _sizes(hidden=4096, intermediate=11008, layers=48, heads=32),
 }
 
 

@@ -1,0 +1,194 @@
+"""`sinkgd plan`: what training would need, on paper."""
+
+import shlex
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinkgd.lab.train.config import ConfigError, MeshConfig, Precision
+
+if TYPE_CHECKING:
+    from sinkgd.lab.plan import Architecture, Question
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what training a model would need: memory by part, messages, time, cost; on paper.
+
+    Nothing is trained or sent. Weights are counted on the real module without memory, activations
+    on a step with fake tensors; every method stands beside the others. Times are estimates at an
+    assumed part of the device's peak.
+
+    For example:
+      sinkgd plan --model llama-7b --optimizer adamw
+      sinkgd plan --model llama-7b --device rtx-4090 --release-gradients --recompute-activations
+      sinkgd plan --model llama-3-405b --mesh.dp-shard 2048 --mesh.tp 8 --recompute-activations
+      sinkgd plan --model path/to/config.json --optimizer muon --out plans/mine
+      sinkgd plan --model llama-60m --optimizer sinkgd --json
+    """
+
+    model: str = "llama-7b"
+    """A preset such as llama-7b, llama-10b; llama-3-8b, llama-3-70b, llama-3-405b; or the path of a
+    Hugging Face config.json."""
+
+    optimizer: str = "sinkgd"
+    """One of sinkgd, sinkgd-stateless, swan, adamw, adamw-8bit, muon, galore, apollo, apollo-mini,
+    sgd; the others stand beside it."""
+
+    device: str = "h100"
+    """Of every rank: h100, h200, b200, a100-80gb, rtx-4090, mi300x."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    batch_size: int = 1
+    """Sequences that a rank, or a tp group, takes at once."""
+
+    micro_batches: int = 1
+    """Such batches whose gradients add up to a step, a count."""
+
+    sequence_length: int = 2048
+    """Length of a sequence, tokens."""
+
+    precision: Precision = "bf16"
+    """Arithmetic: float32, bf16-autocast (weights stay float32) or bf16 (weights too)."""
+
+    release_gradients: bool = False
+    """Step inside backward: each gradient is applied and freed at once, where a method can."""
+
+    recompute_activations: bool = False
+    """Keep the input of each block alone, and run the block again in backward."""
+
+    loss_chunk_tokens: int | None = None
+    """Targets whose logits are held at once, tokens; by default all of a batch."""
+
+    memory_fraction: float = 0.9
+    """Part of a device's memory that training may have, 0 to 1; assumed: the rest is for the
+    driver, libraries and gaps between blocks."""
+
+    mfu: float = 0.4
+    """Part of the device's peak that products reach, 0 to 1; assumed."""
+
+    tokens: float | None = None
+    """Tokens to train on, for days and cost; by default 20 a parameter (Hoffmann et al. 2022)."""
+
+    price_per_gpu_hour: float | None = None
+    """Price of a device, an hour, in any currency; without it no cost is shown."""
+
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    out: Path | None = None
+    """Folder for plan.json and plan.html."""
+
+    def run(self) -> int:
+        """Run the command; returns the exit code.
+
+        Raises:
+            ConfigError: If an option cannot be, or the mesh cannot divide the model.
+            ModelError: If there is no such model, or its config.json has parts that are not known.
+        """
+        import json
+        import sys
+
+        from rich.console import Console
+
+        from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.plan import make_plan
+        from sinkgd.lab.plan.page import plan_page
+        from sinkgd.lab.plan.record import as_json
+        from sinkgd.lab.plan.sheets import headline, plan_sheets
+        from sinkgd.lab.report.shell import write_whole
+
+        question = self._question()
+        answer = make_plan(question)
+        record = as_json(question, answer, self._command())
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        written = []
+        if self.out is not None:
+            page = plan_page(question, answer, self._command())
+            for name, content in (("plan.json", text), ("plan.html", page)):
+                write_whole(self.out / name, content)
+                written.append(self.out / name)
+        if self.json:
+            sys.stdout.write(text)
+            return 0
+        console = Console()
+        for sheet in plan_sheets(question, answer):
+            console.print(terminal_table(sheet), "\n")
+        for line in (headline(question, answer), *(f"written: {path}" for path in written)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return 0
+
+    def _question(self) -> "Question":
+        from sinkgd.lab.plan import (
+            Grid,
+            Question,
+            Work,
+            find_architecture,
+            find_device,
+            find_method,
+        )
+
+        self._check()
+        architecture = find_architecture(self.model)
+        return Question(
+            work=Work(
+                architecture=architecture,
+                batch_size=self.batch_size,
+                micro_batches=self.micro_batches,
+                sequence_length=self.sequence_length,
+                precision=self.precision,
+                release=self.release_gradients,
+                recompute=self.recompute_activations,
+                loss_chunk_tokens=self.loss_chunk_tokens,
+                tp=self.mesh.tp,
+            ),
+            grid=Grid.of(self.mesh),
+            device=find_device(self.device),
+            method=find_method(self.optimizer),
+            usable=self.memory_fraction,
+            mfu=self.mfu,
+            tokens=self._tokens(architecture),
+            price=self.price_per_gpu_hour,
+        )
+
+    def _tokens(self, architecture: "Architecture") -> float:
+        from sinkgd.lab.plan.weights import weights_of
+
+        if self.tokens is not None:
+            return self.tokens
+        return 20.0 * sum(weight.count for weight in weights_of(architecture))
+
+    def _check(self) -> None:
+        for name in ("batch_size", "micro_batches", "sequence_length", "loss_chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name in ("memory_fraction", "mfu"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
+        for name in ("tokens", "price_per_gpu_hour"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; it must be above 0")
+
+    def _command(self) -> str:
+        words = ["sinkgd", "plan"]
+        for option, value, default in self._options():
+            if value == default:
+                continue
+            flag = f"--{option.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+        return shlex.join(words)
+
+    def _options(self) -> list[tuple[str, object, object]]:
+        """List the options with their values and defaults, those of the mesh by their own names."""
+        plain = Plan()
+        return [
+            (f"{f.name}.{own.name}", getattr(self.mesh, own.name), getattr(plain.mesh, own.name))
+            if f.name == "mesh"
+            else (f.name, getattr(self, f.name), getattr(plain, f.name))
+            for f in fields(self)
+            for own in (fields(self.mesh) if f.name == "mesh" else [f])
+        ]

@@ -1,0 +1,15 @@
+"""On paper: the memory, messages, time and cost of training a model that may not fit here."""
+
+from sinkgd.lab.plan.architecture import Architecture as Architecture
+from sinkgd.lab.plan.architecture import find_architecture as find_architecture
+from sinkgd.lab.plan.devices import find_device as find_device
+from sinkgd.lab.plan.memory import Memory as Memory
+from sinkgd.lab.plan.memory import rank_memory as rank_memory
+from sinkgd.lab.plan.methods import METHODS as METHODS
+from sinkgd.lab.plan.methods import find_method as find_method
+from sinkgd.lab.plan.plan import LADDER as LADDER
+from sinkgd.lab.plan.plan import Answer as Answer
+from sinkgd.lab.plan.plan import Question as Question
+from sinkgd.lab.plan.plan import make_plan as make_plan
+from sinkgd.lab.plan.trace import Work as Work
+from sinkgd.lab.plan.weights import Grid as Grid

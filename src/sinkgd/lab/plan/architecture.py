@@ -1,0 +1,171 @@
+"""Architectures that a plan is made for: our presets, published LLaMAs, a ``config.json``."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sinkgd.lab.models import PRESETS, LlamaConfig, ModelError
+from sinkgd.lab.train.config_file import nearest
+
+# Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
+# and value projections have biases: transformers/models/{llama,mistral,qwen2}.
+_FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a LLaMA, which may share keys and values among heads.
+
+    Raises:
+        ModelError: If a size is not positive, or key-value heads do not divide the heads.
+    """
+
+    name: str
+    vocab_size: int  # tokens
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width inside the MLP
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int  # heads of keys and values; each serves as many query heads
+    head_size: int  # features of a head, even
+    tied: bool = False  # the head is the embedding
+    qkv_bias: bool = False
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is int and value <= 0:
+                raise ModelError(f"{self.name}: {name} must be positive, got {value}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"{self.name}: num_kv_heads is {self.num_kv_heads}, which does not divide the "
+                f"{self.num_heads} heads; give a divisor"
+            )
+        if self.head_size % 2:
+            raise ModelError(
+                f"{self.name}: head_size is {self.head_size}; rotary positions turn the features "
+                "of a head in pairs, so give an even one"
+            )
+
+    @classmethod
+    def of_preset(cls, name: str, config: LlamaConfig) -> "Architecture":
+        """Return the architecture of one of the lab's presets."""
+        return cls(
+            name=name,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_heads,
+            head_size=config.head_size,
+            source="sinkgd.lab.models.PRESETS",
+        )
+
+
+def _llama3(name: str, hidden: int, inner: int, layers: int, heads: int) -> Architecture:
+    return Architecture(
+        name=name,
+        vocab_size=128_256,  # the table's 128,000, and 256 special tokens, as the weights have them
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_size=128,
+        source="Llama 3 (https://arxiv.org/abs/2407.21783), table 3",
+    )
+
+
+PUBLISHED: Mapping[str, Architecture] = MappingProxyType(
+    {
+        one.name: one
+        for one in (
+            _llama3("llama-3-8b", hidden=4096, inner=14_336, layers=32, heads=32),
+            _llama3("llama-3-70b", hidden=8192, inner=28_672, layers=80, heads=64),
+            _llama3("llama-3-405b", hidden=16_384, inner=53_248, layers=126, heads=128),
+        )
+    }
+)
+
+
+def find_architecture(model: str) -> Architecture:
+    """Return the architecture that ``--model`` names.
+
+    Args:
+        model: A preset, a published name, or the path of a ``config.json`` or of its folder.
+
+    Raises:
+        ModelError: If it is none of them.
+
+    Example:
+        >>> find_architecture("llama-3-70b").num_kv_heads
+        8
+    """
+    if model in PRESETS:
+        return Architecture.of_preset(model, PRESETS[model])
+    if model in PUBLISHED:
+        return PUBLISHED[model]
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return read_config(path)
+    names = [*PRESETS, *PUBLISHED]
+    raise ModelError(
+        f"model is {model!r}; did you mean {nearest(model, names)!r}? There are "
+        f"{', '.join(names)}, or give the path of a Hugging Face config.json"
+    )
+
+
+def read_config(path: Path) -> Architecture:
+    """Read a Hugging Face ``config.json`` of a LLaMA-like model.
+
+    Raises:
+        ModelError: If it is no JSON object, of another family, lacks a size, or has parts that a
+            plan does not know; nothing is guessed.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object; give a model's config.json")
+    family = str(config.get("model_type"))
+    if family not in _FAMILIES:
+        raise ModelError(
+            f"{path}: model_type is {family!r}; a plan knows the blocks of {', '.join(_FAMILIES)}"
+        )
+    for part in ("attention_bias", "mlp_bias"):
+        if config.get(part):
+            raise ModelError(f"{path}: {part} is true, which a plan does not know; set it to false")
+    hidden, heads = _size(config, "hidden_size", path), _size(config, "num_attention_heads", path)
+    if config.get("head_dim") is None and hidden % heads:
+        raise ModelError(
+            f"{path}: num_attention_heads is {heads}, which does not divide hidden_size {hidden}; "
+            "give head_dim"
+        )
+    return Architecture(
+        name=path.resolve().parent.name if path.name == "config.json" else path.stem,
+        vocab_size=_size(config, "vocab_size", path),
+        hidden_size=hidden,
+        intermediate_size=_size(config, "intermediate_size", path),
+        num_layers=_size(config, "num_hidden_layers", path),
+        num_heads=heads,
+        num_kv_heads=_size(config, "num_key_value_heads", path, default=heads),
+        head_size=_size(config, "head_dim", path, default=hidden // heads),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=_FAMILIES[family],
+        source=path.name,
+    )
+
+
+def _size(config: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int:
+        raise ModelError(f"{path}: {key} must be a whole number, got {value!r}")
+    return value

@@ -1,0 +1,216 @@
+"""Bytes on the first rank at the peak of a step, by part.
+
+The first rank holds the largest pieces. What a step holds besides weights and state is read off a
+step on fake tensors; what FSDP holds while it gathers and reduces is a formula.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from sinkgd.lab.plan.live import Live
+from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
+from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Work, trace
+from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
+from sinkgd.lab.train.device import weight_dtype
+from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
+
+_FLOAT32 = 4
+# Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 60 to 67
+# measured on llama-9m, 20m and 60m over 16 ranks; tests/lab/plan/test_traffic.py.
+_SHARDED_SCALE = 68
+_TOKEN = 8  # bytes of a token id, and of a target
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the first rank. The parts are those of the moment of the peak."""
+
+    weights: int
+    state: int
+    gradients: int  # at the peak
+    activations: int
+    loss: int  # logits, and what is made of them
+    transit: int  # whole blocks and whole gradients that FSDP gathers and reduces
+    scratch: int  # of the update; the batch; rotary tables
+    moment: str
+    all_gradients: int  # that are there when backward ends; the largest one where it is released
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        parts = (self.gradients, self.activations, self.loss, self.transit, self.scratch)
+        return self.weights + self.state + sum(parts)
+
+    @property
+    def weights_and_state(self) -> int:
+        """What the benchmark of GaLore and its followers counts."""
+        return self.weights + self.state
+
+    @property
+    def training(self) -> int:
+        """Weights, gradients and state: what no smaller batch makes smaller."""
+        return self.weights + self.state + self.all_gradients
+
+
+def rank_memory(
+    work: Work,
+    grid: Grid,
+    method: Method,
+    *,
+    rank: int | None = None,
+    device: Literal["cpu", "cuda"] = "cuda",
+) -> Memory:
+    """Return the memory of the first rank.
+
+    Args:
+        work: What it computes; gradients are released if the method can take them one by one.
+        grid: The mesh.
+        method: The optimizer.
+        rank: Of projections; by default as in GaLore's benchmark.
+        device: Where it computes: SWAN takes more small matrices at once on a GPU.
+    """
+    weights = weights_of(work.architecture, grid)
+    itemsize = weight_dtype(work.precision).itemsize
+    released = work.release and method.can_release
+    low_rank = usual_rank(work.architecture.hidden_size) if rank is None else rank
+    largest = max(prod(w.piece) for w in weights) * itemsize
+    whole = sum(prod(w.piece) for w in weights) * itemsize
+    gradients = largest if released and work.micro_batches == 1 else whole
+    base = Memory(
+        weights=whole,
+        state=state_bytes(weights, grid, method, itemsize, low_rank),
+        gradients=0,
+        activations=0,
+        loss=0,
+        transit=0,
+        scratch=_batch_and_tables(work),
+        moment="",
+        all_gradients=gradients,
+    )
+    batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
+    scratch = update_scratch(weights, grid, method, batch_bytes, one_by_one=released)
+    if grid.dp_shard > 1:
+        peaks = _sharded(work, weights, base, gradients)
+    else:
+        peaks = _alone(replace(work, release=released), base)
+    found = [
+        replace(one, scratch=one.scratch + scratch)
+        if moment == UPDATE or (released and "backward" in moment)
+        else one
+        for moment, one in peaks.items()
+    ]
+    return max(found, key=lambda one: one.peak)
+
+
+def state_bytes(
+    weights: Sequence[Weight], grid: Grid, method: Method, itemsize: int, rank: int
+) -> int:
+    """Return the bytes that a method keeps on the first rank.
+
+    Args:
+        weights: Of the model.
+        grid: The mesh.
+        method: The optimizer.
+        itemsize: Bytes of a weight.
+        rank: Of projections. Their state is divided evenly among the ranks.
+    """
+    total = 0.0
+    for weight in weights:
+        if method.eight_bit:  # the size of the whole decides
+            total += eight_bit_bytes(weight.count) * prod(weight.piece) / weight.count
+        elif weight.is_matrix:
+            low = method.low_rank is not None
+            m, n = weight.shape if low else weight.piece
+            ranks = grid.dp_shard * grid.tp if low else 1
+            total += method.state_bytes(m, n, itemsize, min(rank, *weight.shape)) / ranks
+        else:
+            total += method.rest * itemsize * prod(weight.piece)
+        if method.name == "adamw" or (method.rest and not weight.is_matrix):
+            total += _FLOAT32  # the number of the step
+    return round(total)
+
+
+def update_scratch(
+    weights: Sequence[Weight], grid: Grid, method: Method, batch_bytes: int, *, one_by_one: bool
+) -> int:
+    """Return the bytes that the update allocates and gives back.
+
+    SinkGD needs the scales of all matrices that it updates together; a method that makes matrices
+    needs some for the largest one, or SWAN for a batch of small ones.
+
+    Args:
+        weights: Of the model.
+        grid: The mesh.
+        method: The optimizer.
+        batch_bytes: What a batch of small matrices may use.
+        one_by_one: Whether each matrix is updated by itself.
+    """
+    matrices = [w for w in weights if w.is_matrix]
+    if method.exchange == "vectors":
+        lengths = [w.piece[0] + w.piece[1] for w in matrices]
+        each = _SHARDED_SCALE if grid.dp_shard * grid.tp > 1 else _FLOAT32
+        return each * (max(lengths) if one_by_one else sum(lengths))
+    # They work on whole matrices, wherever the pieces lie.
+    largest = max(w.count for w in matrices) * _FLOAT32
+    batch = batch_bytes // MATRICES_IN_USE if method.name == "swan" else 0
+    one_shape = max(_same_shape(matrices).values()) * _FLOAT32
+    return round(method.scratch * max(largest, min(batch, one_shape)))
+
+
+def _same_shape(matrices: Sequence[Weight]) -> Mapping[tuple[int, ...], int]:
+    sizes: dict[tuple[int, ...], int] = {}
+    for weight in matrices:
+        sizes[weight.shape] = sizes.get(weight.shape, 0) + weight.count
+    return sizes
+
+
+def _alone(work: Work, base: Memory) -> dict[str, Memory]:
+    return {moment: _at(base, moment, live) for moment, live in trace(work).items()}
+
+
+def _sharded(
+    work: Work, weights: Sequence[Weight], base: Memory, gradients: int
+) -> dict[str, Memory]:
+    """Add what FSDP2 holds whole: embedding and head, a block in use, the next one on its way.
+
+    In backward the gradients of a block are whole, too, and are then reduced from a copy of them;
+    those of embedding and head are reduced together, at the end. It is the most that can be.
+    """
+    itemsize = weight_dtype(work.precision).itemsize
+    gathered = 2 if work.precision == "bf16-autocast" else itemsize
+    outside, block = outside_blocks(weights), largest_block(weights)
+    head = work.architecture.vocab_size * work.architecture.hidden_size // work.tp
+    in_use = gathered * (outside + 2 * block)
+    # A rank's whole gradients leave it as soon as they are there.
+    lives = trace(replace(work, release=True, micro_batches=1))
+    peaks = {}
+    for moment, live in lives.items():
+        one = replace(_at(base, moment, live), gradients=gradients)
+        if moment == EMBEDDING:
+            # Weights are let go before gradients are copied; the embedding's own is in `live`.
+            one = replace(one, transit=max(gathered, itemsize) * outside + itemsize * head)
+        elif moment.startswith("backward"):
+            one = replace(one, transit=in_use + itemsize * (head + 2 * block))
+        elif moment != UPDATE:  # in the first micro-batch there is no gradient yet
+            kept = gradients if work.micro_batches > 1 else 0
+            one = replace(one, transit=in_use, gradients=kept)
+        peaks[moment] = one
+    return peaks
+
+
+def _at(base: Memory, moment: str, live: Live) -> Memory:
+    return replace(
+        base,
+        moment=moment,
+        gradients=live.gradients,
+        activations=live.activations,
+        loss=live.loss,
+    )
+
+
+def _batch_and_tables(work: Work) -> int:
+    tokens = work.batch_size * work.micro_batches * work.sequence_length
+    tables = _FLOAT32 * work.sequence_length * work.architecture.head_size
+    return 2 * _TOKEN * tokens + tables

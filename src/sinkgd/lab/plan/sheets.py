@@ -1,0 +1,202 @@
+"""A plan as tables, and the sentence that says what it means."""
+
+from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.plan.methods import METHODS
+from sinkgd.lab.plan.plan import Answer, MethodPlan, Question
+from sinkgd.lab.report.quantities import NO_BREAK, count, duration, percent, size
+
+_BASELINE = "adamw"
+
+
+def headline(question: Question, answer: Answer) -> str:
+    """Say whether the optimizer fits, with AdamW's figure beside it."""
+    chosen, baseline = answer.of(question.method.name), answer.of(_BASELINE)
+    what = f"{question.work.architecture.name} with {chosen.title} peaks at {_peak(chosen)}"
+    ranks = question.grid.ranks
+    where = "a rank" if ranks > 1 else "in all"
+    device = f"the {size(answer.limit_bytes)} that an {question.device.title} has for training"
+    verb = "fits into" if chosen.fits else "does not fit into"
+    sentence = f"{what} {where} and {verb} {device}"
+    if chosen.name == _BASELINE:
+        return f"{sentence}; weights, gradients and state are {size(chosen.memory.training)} of it."
+    other = "would fit, too" if baseline.fits else "would not fit"
+    return f"{sentence}; AdamW peaks at {_peak(baseline)} and {other}."
+
+
+def plan_sheets(question: Question, answer: Answer) -> list[Sheet]:
+    """Make all tables."""
+    return [
+        memory_sheet(question, answer),
+        time_sheet(question, answer),
+        *([traffic_sheet(question, answer)] if question.grid.ranks > 1 else []),
+        ladder_sheet(answer),
+    ]
+
+
+def memory_sheet(question: Question, answer: Answer) -> Sheet:
+    """Make the table of memory by part, a method a row."""
+    rows = []
+    for one in sorted(answer.methods, key=lambda one: one.memory.peak):
+        m = one.memory
+        parts = (m.weights, m.state, m.gradients, m.activations, m.loss, m.transit, m.scratch)
+        cells = (gib(m.peak), "yes" if one.fits else "no", gib(m.weights_and_state))
+        rows.append((_marked(one, question), *cells, *map(gib, parts)))
+    moment = answer.of(question.method.name).memory.moment
+    return Sheet(
+        title="Memory of a rank, GiB",
+        note=f"{_described(question)}. It fits below {size(answer.limit_bytes)}. Parts at the "
+        f"moment of the peak, for {question.method.title}: {moment}. Logits: with all that the "
+        "loss makes of them. In transit: whole blocks and gradients that FSDP gathers and reduces.",
+        columns=(
+            "method",
+            "peak",
+            "fits",
+            "weights + state",
+            "weights",
+            "state",
+            "gradients",
+            "activations",
+            "logits",
+            "in transit",
+            "scratch",
+        ),
+        rows=tuple(rows),
+    )
+
+
+def time_sheet(question: Question, answer: Answer) -> Sheet:
+    """Make the table of time and cost, a method a row."""
+    priced = question.price is not None
+    rows = tuple(
+        (
+            _marked(one, question),
+            seconds(one.time.compute),
+            seconds(one.time.sharding + one.time.tensor_parallel),
+            seconds(one.time.update + one.time.optimizer_messages),
+            seconds(one.time.step),
+            count(one.tokens_per_day),
+            f"{one.days:,.3g}" if one.days < 100 else f"{one.days:,.0f}",
+            *([f"{one.cost:,.0f}"] if one.cost is not None else []),
+        )
+        for one in answer.methods
+    )
+    return Sheet(
+        title=f"Time of a step, estimated, on {question.grid.ranks:,} × {question.device.title}",
+        note=f"Assumed: products at {percent(question.mfu)} of the peak, FSDP's messages in the "
+        f"shadow of compute, no latency. Days for {count(question.tokens)} tokens. "
+        "The time says nothing of how many tokens a method needs.",
+        columns=(
+            "method",
+            "compute",
+            "messages",
+            "update",
+            "step",
+            "tokens a day",
+            "days",
+            *(["cost"] if priced else []),
+        ),
+        rows=rows,
+    )
+
+
+def traffic_sheet(question: Question, answer: Answer) -> Sheet:
+    """Make the table of collectives: training's, then each method's own."""
+    rows = []
+    for one in answer.methods:
+        for m in one.messages:
+            if m.optimizer or one.name == question.method.name:
+                who = one.title if m.optimizer else "training"
+                group = f"{m.group} ({m.ranks:,})"
+                cells = (f"{m.count:,}", size(m.bytes), size(m.sent))
+                rows.append((f"{who}: {m.what}", m.kind, group, *cells))
+    rows.sort(key=lambda row: not row[0].startswith("training"))
+    return Sheet(
+        title="Messages of a step",
+        note="Bytes are those of the whole tensors; a rank of a ring sends the last column.",
+        columns=("what", "collective", "group", "messages", "bytes", "a rank sends"),
+        rows=tuple(rows),
+    )
+
+
+def ladder_sheet(answer: Answer) -> Sheet:
+    """Make the table of peaks over models; what does not fit is in parentheses."""
+    rows = []
+    for rung in answer.ladder:
+        cells = [
+            gib(peak) if peak <= answer.limit_bytes else f"({gib(peak)})"
+            for peak in rung.peaks.values()
+        ]
+        rows.append((rung.model, *cells))
+    undivided = [f"{rung.model}: {rung.reason}" for rung in answer.ladder if rung.reason]
+    return Sheet(
+        title="Where each method stops fitting: the peak of a rank, GiB",
+        note=" ".join(
+            ["The same batch, mesh and device; what does not fit is in parentheses.", *undivided]
+        ),
+        columns=("model", *(method.title for method in METHODS.values())),
+        rows=tuple(row if len(row) > 1 else (*row, *["–"] * len(METHODS)) for row in rows),
+    )
+
+
+def assumption_sheet(question: Question) -> Sheet:
+    """Make the table of what was assumed."""
+    device = question.device
+    rows = (
+        ("part of the device's memory for training", percent(question.usable)),
+        ("part of the peak that products reach", percent(question.mfu)),
+        ("peak, dense bfloat16", f"{device.flops / 1e12:,.1f} Tflop/s"),
+        ("memory", f"{size(device.memory_bytes)} at {device.memory_rate / 1e12:.2f} TB/s"),
+        ("link in the node, one way", f"{device.node_rate / 1e9:.0f} GB/s"),
+        ("link between nodes, one way", f"{device.network_rate / 1e9:.1f} GB/s"),
+        *((f"state of {method.title}", method.formula) for method in METHODS.values()),
+        *((f"source of {method.title}", method.source) for method in METHODS.values()),
+    )
+    return Sheet("Assumptions and sources", "", ("what", "value"), rows)
+
+
+def gib(count_bytes: float) -> str:
+    """Write bytes in GiB, without the unit.
+
+    >>> gib(0), gib(2**28), gib(53 * 2**30), gib(1600 * 2**30)
+    ('0', '0.250', '53.0', '1,600')
+    """
+    value = count_bytes / 2**30
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if value < 10 else f"{value:,.{1 if value < 100 else 0}f}"
+
+
+def seconds(value: float) -> str:
+    r"""Write a time, short ones in milliseconds.
+
+    >>> seconds(0.0023), seconds(84.2)
+    ('2.3\xa0ms', '84.2\xa0s')
+    """
+    if value == 0:
+        return "–"
+    return duration(value) if value >= 1 else f"{1e3 * value:.3g}{NO_BREAK}ms"
+
+
+def _peak(one: MethodPlan) -> str:
+    return size(one.memory.peak)
+
+
+def _marked(one: MethodPlan, question: Question) -> str:
+    return f"{one.title} ◂" if one.name == question.method.name else one.title
+
+
+def _described(question: Question) -> str:
+    work, grid = question.work, question.grid
+    words = [f"{work.architecture.name}, {work.precision}"]
+    words.append(f"{work.batch_size} × {work.sequence_length} tokens")
+    if work.micro_batches > 1:
+        words.append(f"{work.micro_batches} micro-batches")
+    if work.release:
+        words.append("gradients released where a method can")
+    if work.recompute:
+        words.append("blocks run again")
+    if work.loss_chunk_tokens is not None:
+        words.append(f"loss by {work.loss_chunk_tokens} tokens")
+    if grid.ranks > 1:
+        words.append(f"{grid.dp_replicate} × {grid.dp_shard} × {grid.tp} ranks")
+    return ", ".join(words)

@@ -1,0 +1,149 @@
+"""A training step on fake tensors: what it holds at each moment, for any number of blocks.
+
+Blocks are alike, so a step with one block more holds at each moment what one with one less did,
+and a fixed number of bytes besides. So steps of `FEW` blocks and of one more are run, and the line
+through both is followed. Moments are told from the end of the forward pass, and from both ends of
+the backward pass: along a line the most is held at one of its ends.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sinkgd.lab.models import Llama
+from sinkgd.lab.plan.architecture import Architecture
+from sinkgd.lab.plan.live import Live, LiveStorages
+from sinkgd.lab.plan.rank_model import rank_model
+from sinkgd.lab.train.config import Precision
+from sinkgd.lab.train.device import arithmetic, weight_dtype
+from sinkgd.lab.train.loss import loss_of
+
+FEW = 4  # blocks: two at each end of the backward pass
+_CPU = torch.device("cpu")
+LOSS, EMBEDDING = "the loss", "the embedding"
+UPDATE = "the update"  # the moment after backward, when gradients are applied
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank computes in a step."""
+
+    architecture: Architecture
+    batch_size: int = 1  # sequences at once
+    micro_batches: int = 1  # whose gradients add up
+    sequence_length: int = 2048  # tokens
+    precision: Precision = "bf16"
+    release: bool = False  # each gradient is freed as soon as it is there, in the last micro-batch
+    recompute: bool = False
+    loss_chunk_tokens: int | None = None
+    tp: int = 1
+
+
+@lru_cache(maxsize=256)
+def trace(work: Work) -> dict[str, Live]:
+    """Return what the rank holds at the peak of each moment of its step."""
+    layers = work.architecture.num_layers
+    if layers <= FEW + 1:
+        return run_on_paper(work, layers)
+    fewer, more = run_on_paper(work, FEW), run_on_paper(work, FEW + 1)
+    return {moment: fewer[moment].further(more[moment], layers - FEW - 1) for moment in fewer}
+
+
+def run_on_paper(work: Work, layers: int) -> dict[str, Live]:
+    """Run the step of a model of so many blocks on fake tensors; return the peaks of its moments.
+
+    Args:
+        work: The step.
+        layers: Blocks; all are run.
+    """
+    model = rank_model(work.architecture, tokens=work.sequence_length, tp=work.tp, layers=layers)
+    with FakeTensorMode():
+        _make_fake(model, weight_dtype(work.precision))
+        model.model.recompute = work.recompute
+        shape = (work.batch_size, work.sequence_length)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=_CPU)
+        live = LiveStorages([*model.parameters(), *model.buffers(), tokens])
+        step = _Step(model, live, work)
+        with live:
+            # Of more than two the second and those after it hold the same.
+            for number in range(min(work.micro_batches, 2), 0, -1):
+                step.last = number == 1
+                step.forward_and_backward(tokens)
+            live.enter(UPDATE)
+    return _named_from_ends(live.peaks, layers)
+
+
+def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the weights on the meta device by fake ones on a CPU; tied ones stay tied."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if weight not in made:
+                made[weight] = nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=_CPU))
+            setattr(module, name, made[weight])
+        for name, table in list(module.named_buffers(recurse=False)):
+            fake = torch.empty(table.shape, dtype=table.dtype, device=_CPU)
+            module.register_buffer(name, fake, persistent=False)
+
+
+class _Step:
+    """Tells the count of storages where a step is, by hooks that hold nothing."""
+
+    def __init__(self, model: Llama, live: LiveStorages, work: Work) -> None:
+        self.last = True  # of the micro-batches
+        self._model, self._live, self._work = model, live, work
+        self._backward = False
+        body = model.model
+        for number, block in enumerate(body.layers):
+            block.register_forward_pre_hook(lambda *_, n=number: self._begin(f"forward {n}"))
+            block.register_forward_hook(lambda _, __, x, n=number: self._watch(x, f"backward {n}"))
+        body.embed_tokens.register_forward_hook(lambda _, __, x: self._watch(x, EMBEDDING))
+        model.lm_head.register_forward_pre_hook(lambda *_: self._begin(LOSS, "loss"))
+        for param in model.parameters():
+            param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+
+    def forward_and_backward(self, tokens: Tensor) -> None:
+        self._backward = False
+        self._live.part = "activations"
+        self._live.enter(EMBEDDING)
+        with arithmetic(self._work.precision, _CPU):
+            summed = loss_of(self._model, tokens, tokens, self._work.loss_chunk_tokens)
+        loss = summed / tokens.numel()
+        self._backward = True
+        torch.autograd.backward(loss)
+
+    def _begin(self, moment: str, part: str = "activations") -> None:
+        if not self._backward:  # where blocks run again nothing new begins
+            self._live.part = part
+            self._live.enter(moment)
+
+    def _watch(self, x: Tensor, moment: str) -> None:
+        """Begin a moment when the gradient of ``x`` is there."""
+        if self._backward or not x.requires_grad:
+            return
+
+        def arrived(_: Tensor) -> None:
+            self._live.part = "activations"
+            self._live.enter(moment)
+
+        x.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _take(self, param: Tensor) -> None:
+        assert param.grad is not None, "it was just accumulated"
+        self._live.is_gradient(param.grad)
+        if self._work.release and self.last:
+            param.grad = None
+
+
+def _named_from_ends(peaks: dict[str, Live], layers: int) -> dict[str, Live]:
+    if layers < FEW:
+        return peaks
+    named = {moment: peaks[moment] for moment in (LOSS, EMBEDDING, UPDATE)}
+    for back in (1, 2):
+        named[f"forward, block {back} from the end"] = peaks[f"forward {layers - back}"]
+        named[f"backward, block {back} from the end"] = peaks[f"backward {layers - back}"]
+        named[f"backward, block {back}"] = peaks[f"backward {back - 1}"]
+    return named

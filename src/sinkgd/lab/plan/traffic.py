@@ -1,0 +1,165 @@
+"""What a rank sends in a step: FSDP's and tensor parallelism's, and the optimizer's own.
+
+Bytes are those of the whole tensor that a collective gathers, reduces or adds up. In a ring a rank
+sends (k − 1)/k of them for a gather or a reduction over k ranks, and twice that for a sum.
+
+Letters, everywhere in this file:
+    m, n: rows and columns of a matrix
+    L: iterations of SR-Sinkhorn
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from sinkgd.lab.plan.methods import ITERATIONS, Method, usual_rank
+from sinkgd.lab.plan.trace import Work
+from sinkgd.lab.plan.weights import Grid, Weight, weights_of
+from sinkgd.lab.train.device import weight_dtype
+
+_FLOAT64 = 8
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Collectives of one kind over one group, in a step."""
+
+    what: str
+    group: str  # dp_replicate, dp_shard or tp
+    kind: str  # all-gather, reduce-scatter or all-reduce
+    count: int
+    bytes: int  # of all of them together
+    ranks: int  # in the group
+    optimizer: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends in a ring."""
+        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.ranks - 1) / self.ranks
+
+
+def training_traffic(work: Work, grid: Grid) -> list[Messages]:
+    """List the collectives of forward and backward, those of all micro-batches."""
+    weights = weights_of(work.architecture, grid)
+    found: list[Messages] = []
+    if grid.dp_shard > 1:
+        found += _fsdp(work, grid, weights)
+    if grid.dp_replicate > 1:
+        size = sum(prod(w.piece) for w in weights) * weight_dtype(work.precision).itemsize
+        units = work.architecture.num_layers + 1
+        n = grid.dp_replicate
+        found.append(Messages("gradients", "dp_replicate", "all-reduce", units, size, n))
+    if grid.tp > 1:
+        found += _tensor_parallel(work, grid)
+    return found
+
+
+def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
+    """List the collectives of the method's step on the matrices of the blocks."""
+    weights = [w for w in weights_of(work.architecture, grid) if w.is_matrix]
+    sharded = [(g, k) for g, k in (("tp", grid.tp), ("dp_shard", grid.dp_shard)) if k > 1]
+    if method.exchange == "nothing" or not sharded:
+        return []
+    if method.exchange == "vectors":
+        return [
+            Messages(
+                "sums of rows and columns",
+                group,
+                "all-reduce",
+                ITERATIONS,
+                ITERATIONS * _FLOAT64 * sum(vector_length(w, grid, group) for w in weights),
+                ranks,
+                optimizer=True,
+            )
+            for group, ranks in sharded
+        ]
+    itemsize = weight_dtype(work.precision).itemsize
+    gathers = method.exchange == "matrices"
+    rank = usual_rank(work.architecture.hidden_size) if method.name == "apollo" else 1
+    what, kind = ("matrices", "all-gather") if gathers else ("projections", "all-reduce")
+    # Pieces of rows first, over the slower links; what they make is then gathered in the tp group.
+    found = []
+    for group, ranks in sharded:
+        size = sum(_sent_whole(w, group, gathers, rank) for w in weights)
+        found.append(
+            Messages(what, group, kind, len(weights), itemsize * size, ranks, optimizer=True)
+        )
+    return found
+
+
+def vector_length(weight: Weight, grid: Grid, group: str) -> int:
+    """Return the numbers of one iteration that a group adds up for a matrix.
+
+    With the sums of n columns travel the numbers of rows that are there, and that still move; with
+    those of m rows the number of columns. As `sinkgd.sharded.scales` does.
+
+    Args:
+        weight: A matrix.
+        grid: The mesh; FSDP divides rows, tensor parallelism rows or columns.
+        group: ``tp`` or ``dp_shard``.
+    """
+    by_columns = weight.divided[1] < weight.shape[1]  # over tp: o_proj and down_proj
+    if group == "tp" and by_columns:
+        return weight.piece[0] + 1
+    if group == "tp" and grid.tp == 1:
+        return 0
+    return weight.divided[1] + 2
+
+
+def _sent_whole(weight: Weight, group: str, gathers: bool, rank: int) -> int:
+    if gathers:
+        shape = weight.divided if group == "dp_shard" else weight.shape
+        return prod(shape)
+    return min(rank, *weight.shape) * max(weight.shape)
+
+
+def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
+    """Blocks are gathered in forward and again in backward; the rest stays in between."""
+    itemsize = weight_dtype(work.precision).itemsize
+    gathered = 2 if work.precision == "bf16-autocast" else itemsize
+    layers, micro, k = work.architecture.num_layers, work.micro_batches, grid.dp_shard
+    # Padded to pieces of one size, as FSDP2 does.
+    blocks = k * sum(prod(w.piece) for w in weights if w.block is not None)
+    outside = k * sum(prod(w.piece) for w in weights if w.block is None)
+    return [
+        Messages(
+            "weights",
+            "dp_shard",
+            "all-gather",
+            micro * (2 * layers + 1),
+            micro * gathered * (2 * blocks + outside),
+            k,
+        ),
+        Messages(
+            "gradients",
+            "dp_shard",
+            "reduce-scatter",
+            micro * (layers + 1),
+            micro * itemsize * (blocks + outside),
+            k,
+        ),
+    ]
+
+
+def _tensor_parallel(work: Work, grid: Grid) -> list[Messages]:
+    """Attention and MLP each gather the tokens and scatter their sums; backward does the opposite.
+
+    Blocks that run again gather and scatter again. Embedding and last norm add one of each; the
+    logits of all tokens of the vocabulary are gathered on every rank.
+    """
+    a, k, micro = work.architecture, grid.tp, work.micro_batches
+    itemsize = 4 if work.precision == "float32" else 2
+    tokens = work.batch_size * work.sequence_length
+    forward = 2 * a.num_layers
+    gathers = micro * (forward * (3 if work.recompute else 2) + 2)
+    hidden = itemsize * tokens * a.hidden_size
+    chunks = 1
+    if work.loss_chunk_tokens is not None:
+        chunks = -(-tokens // work.loss_chunk_tokens)
+    logits = (1 if work.loss_chunk_tokens is None else 2) * itemsize * tokens * a.vocab_size
+    times = micro * chunks * (1 if work.loss_chunk_tokens is None else 2)
+    return [
+        Messages("hidden states", "tp", "all-gather", gathers, gathers * hidden, k),
+        Messages("hidden states", "tp", "reduce-scatter", gathers, gathers * hidden, k),
+        Messages("logits", "tp", "all-gather", times, micro * logits, k),
+    ]

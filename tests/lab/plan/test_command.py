@@ -1,0 +1,96 @@
+"""`sinkgd plan`: one JSON object or tables, a page, and errors that name the option."""
+
+import json
+
+import pytest
+
+from sinkgd.lab.cli import main
+from sinkgd.lab.commands.plan import Plan
+from sinkgd.lab.plan import plan
+from sinkgd.lab.train.config import MeshConfig
+
+QUICK = ["--sequence-length", "64"]
+
+
+@pytest.fixture(autouse=True)
+def short_ladder(monkeypatch):
+    monkeypatch.setattr(plan.make_plan, "__kwdefaults__", {"ladder": ("llama-60m", "llama-3-8b")})
+
+
+def test_json_is_one_object_with_the_published_figure(capsys):
+    assert main(["plan", "--model", "llama-60m", "--optimizer", "sinkgd", "--json", *QUICK]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert f"{record['weights_plus_state_gib']:.3f}" == "0.230"
+    assert record["work"]["precision"] == "bf16"
+    assert record["fits"] is True
+    assert [one["name"] for one in record["methods"]][:2] == ["sinkgd", "sinkgd-stateless"]
+    adamw = next(one for one in record["methods"] if one["name"] == "adamw")
+    assert f"{adamw['weights_plus_state_gib']:.3f}" == "0.325"
+    assert record["cost"] is None
+    assert record["assumed"]["tokens"] == 20 * record["parameters"]
+
+
+def test_the_terminal_says_what_it_means(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    options = ["--model", "llama-7b", "--optimizer", "adamw", "--device", "rtx-4090", *QUICK]
+    assert main(["plan", *options]) == 0
+    shown = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    assert "llama-7b with AdamW peaks at 50.2 GiB in all and does not fit into the 21.6" in shown
+    assert "weights, gradients and state are 50.2 GiB of it." in shown
+    assert "llama-3-8b  (" in shown
+
+
+def test_a_mesh_of_sixteen_thousand_ranks_is_planned_with_cost_and_page(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("COLUMNS", "300")
+    mesh = ["--mesh.dp-replicate", "2", "--mesh.dp-shard", "1024", "--mesh.tp", "8"]
+    options = ["--model", "llama-3-405b", "--price-per-gpu-hour", "2", "--out", str(tmp_path)]
+    assert main(["plan", *options, *mesh, *QUICK]) == 0
+    shown = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    assert "16,384 × H100 SXM" in shown
+    assert "SinkGD: sums of rows and columns" in shown
+    record = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert record["mesh"]["ranks"] == 16_384
+    given = ["--model llama-3-405b", *mesh, *QUICK, f"--price-per-gpu-hour 2.0 --out {tmp_path}"]
+    assert record["command"] == f"sinkgd plan {' '.join(given)}"
+    hours = record["days"] * 24 * 16_384
+    assert record["cost"] == pytest.approx(2 * hours)
+    assert "llama-3-405b with SinkGD" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "lama-7b"], 1, "model is 'lama-7b'; did you mean 'llama-7b'?"),
+        (["--optimizer", "sinkdg"], 2, "optimizer is 'sinkdg'; did you mean 'sinkgd'?"),
+        (["--device", "h300"], 2, "device is 'h300'; did you mean"),
+        (["--batch-size", "0"], 2, "batch_size is 0; it must be at least 1"),
+        (["--mfu", "1.5"], 2, "mfu is 1.5; it must be above 0 and at most 1"),
+        (["--tokens", "0"], 2, "tokens is 0.0; it must be above 0"),
+        (["--mesh.dp-shard", "0"], 2, "mesh.dp_shard is 0; it must be at least 1"),
+        (["--mesh.tp", "3"], 2, "mesh.tp is 3, which does not divide the 32 attention heads"),
+        (
+            ["--optimizer", "adamw", "--release-gradients"],
+            2,
+            "release_gradients needs an optimizer that can take one gradient at a time; 'adamw'",
+        ),
+    ],
+)
+def test_errors_name_the_option_the_value_and_the_remedy(capsys, arguments, code, message):
+    assert main(["plan", *arguments]) == code
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_help_teaches(capsys):
+    assert main(["plan", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "sinkgd plan --model llama-7b --optimizer adamw" in shown.partition("For example:")[2]
+    assert "--mesh.dp-replicate" in shown
+
+
+def test_the_command_repeats_what_was_given():
+    options = Plan(mesh=MeshConfig(tp=2), recompute_activations=True, mfu=0.5)
+    expected = "sinkgd plan --mesh.tp 2 --recompute-activations --mfu 0.5"
+    assert options._command() == expected
+    assert Plan()._command() == "sinkgd plan"

@@ -1,0 +1,132 @@
+"""What a plan says is sent is what the library sends, and what its documents say."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sinkgd
+from sinkgd.lab.bench.memory.measure import allocations
+from sinkgd.lab.plan import Grid, Work, find_architecture, find_method
+from sinkgd.lab.plan.memory import update_scratch
+from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffic
+from sinkgd.lab.plan.weights import weights_of
+
+ROOT = Path(__file__).parents[3]
+SINKGD = find_method("sinkgd")
+
+
+def vectors(architecture, grid):
+    return optimizer_traffic(Work(architecture), grid, SINKGD)
+
+
+def test_two_ranks_send_what_was_measured():
+    record = json.loads((ROOT / "benchmarks/sharded/2026-11-25.json").read_text(encoding="utf-8"))
+    (found,) = vectors(find_architecture("llama-60m"), Grid(dp_shard=record["ranks"]))
+    assert found.count == record["sent"]["sinkgd"]["collectives"]
+    assert found.bytes == record["sent"]["sinkgd"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("model", "printed"),
+    [
+        ("llama-60m", "1.4 MiB"),
+        ("llama-130m", "3.1 MiB"),
+        ("llama-350m", "8.1 MiB"),
+        ("llama-1b", "16 MiB"),
+        ("llama-7b", "43 MiB"),
+        ("llama-3-70b", "238 MiB"),
+    ],
+)
+def test_the_table_of_how_it_works_is_the_plans(model, printed):
+    (found,) = vectors(find_architecture(model), Grid(dp_shard=2))
+    number = float(printed.split()[0])
+    assert found.bytes / 2**20 == pytest.approx(number, abs=0.5 if number > 10 else 0.05)
+    name = "70B" if "70b" in model else model
+    rows = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8").splitlines()
+    assert any(row.startswith(f"| {name}") and f"| {printed} |" in row for row in rows)
+
+
+class Sent(TorchDispatchMode):
+    """Counts the collectives of each group size and their bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "allreduce" in str(func):
+            self.calls += [x.nbytes for x in args[0]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def sixteen_ranks():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("sixteen_ranks")
+@pytest.mark.parametrize("shape", [(2, 8, 1), (2, 2, 4), (1, 4, 4), (1, 1, 16)], ids=str)
+def test_a_step_on_a_mesh_sends_what_the_plan_says(shape):
+    nine = replace(find_architecture("llama-9m"), num_heads=16, num_kv_heads=16, head_size=8)
+    grid = Grid(*shape)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    params = []
+    for weight in weights_of(nine, grid):
+        if weight.is_matrix:
+            columns = weight.divided[1] < weight.shape[1]
+            places = [Replicate(), Shard(0), Shard(1 if columns else 0)]
+            pieces = [_on(mesh, weight, places) for _ in range(2)]
+            param = nn.Parameter(pieces[0])
+            param.grad = pieces[1]
+            params.append(param)
+    optimizer = sinkgd.SinkGD(params, lr=1e-3)
+    with Sent() as sent:
+        optimizer.step()
+    planned = vectors(nine, grid)
+    assert len(sent.calls) == sum(one.count for one in planned)
+    assert sum(sent.calls) == sum(one.bytes for one in planned)
+    scratch = update_scratch(weights_of(nine, grid), grid, SINKGD, 0, one_by_one=False)
+    used = allocations(optimizer.step, torch.device("cpu")).peak
+    assert 0.8 * scratch < used <= scratch
+
+
+def _on(mesh, weight, places):
+    return DTensor.from_local(torch.randn(weight.piece), mesh, places, run_check=False)
+
+
+def test_a_ring_sends_a_sum_twice():
+    gather = Messages("weights", "dp_shard", "all-gather", 1, 800, 8)
+    assert gather.sent == 700
+    assert replace(gather, kind="all-reduce").sent == 1400
+
+
+def test_muon_gathers_matrices_and_adamw_sends_nothing():
+    seven, grid = find_architecture("llama-7b"), Grid(dp_shard=8)
+    (gathered,) = optimizer_traffic(Work(seven), grid, find_method("muon"))
+    assert gathered.bytes == 2 * 6_476_005_376
+    assert optimizer_traffic(Work(seven), grid, find_method("adamw")) == []
+    assert optimizer_traffic(Work(seven), Grid(dp_replicate=8), SINKGD) == []
+    within, across = optimizer_traffic(Work(seven), Grid(dp_shard=4, tp=2), find_method("muon"))
+    assert (within.group, within.bytes) == ("tp", gathered.bytes)
+    assert (across.group, across.bytes) == ("dp_shard", gathered.bytes // 2)
+
+
+def test_fsdp_gathers_blocks_twice_and_reduces_gradients_once():
+    sixty, grid = find_architecture("llama-60m"), Grid(dp_replicate=2, dp_shard=4)
+    gather, reduce, average = training_traffic(Work(sixty), grid)
+    blocks, rest = 25_296_896 + 16 * 512, 2 * 32_000 * 512 + 512
+    assert gather.bytes == 2 * (2 * blocks + rest)
+    assert reduce.bytes == 2 * (blocks + rest)
+    assert average.bytes == reduce.bytes // 4
+    assert (gather.count, reduce.count, average.count) == (17, 9, 9)
