@@ -28,6 +28,7 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-350m": _sizes(hidden=1024, intermediate=2736, layers=24, heads=16),
     "llama-1b": _sizes(hidden=2048, intermediate=5461, layers=24, heads=32),
     "llama-7b": _sizes(hidden=4096, intermediate=11008, layers=32, heads=32),
+    "llama-10b": _sizes(hidden=4096, intermediate=11008, layers=48, heads=32),
 }
 
 
