@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 # From the last hidden states (b, t, h) and the output head to what is asked for.
 Readout = Callable[[Tensor, nn.Module], Tensor]
 
+_PIECE = 1 << 22  # entries, a multiple of 16
+
 
 class ModelError(ValueError):
     """A model that cannot be built, or cannot be run on the tokens it was given."""
@@ -138,8 +140,7 @@ class Llama(nn.Module):
                 if weight.ndim == 1:
                     weight.fill_(1.0)
                 else:
-                    draw = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-                    weight.copy_(draw.normal_(0.0, std, generator=generator))
+                    _draw_normal(weight, std, generator)
         return self
 
     def forward(self, tokens: Tensor, readout: Readout | None = None) -> Tensor:
@@ -170,6 +171,17 @@ class Llama(nn.Module):
             return readout(hidden, self.lm_head)
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+
+def _draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a weight, in float32 pieces of 16 MiB: the numbers are those of one draw."""
+    # torch draws by sixteens; fewer entries, or the last sixteen of an uneven draw, come otherwise,
+    # so the last piece takes them along
+    flat = weight.view(-1)
+    starts = range(0, max(1, len(flat) - 15), _PIECE)
+    for start, end in zip(starts, (*starts[1:], len(flat)), strict=True):
+        draw = torch.empty(end - start, dtype=torch.float32, device="cpu")
+        flat[start:end].copy_(draw.normal_(0.0, std, generator=generator))
 
 
 class _Body(nn.Module):
