@@ -5,14 +5,14 @@ from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.report.quantities import ratio, size
 
 _COLUMNS = (
-    "optimizer, gradients",
+    "optimizer",
     "state",
     "gradients",
     "activations",
     "rest",
     "peak",
-    "less activations",
-    "from outside",
+    "× weights",
+    "outside",
 )
 
 
@@ -44,7 +44,7 @@ def _sheet(memory: TrainingMemory, model: str) -> Sheet:
         title=f"Peak of a training step of {model}, bfloat16{weights}",
         note=f"{settings_in_words(memory)}. Gradients and activations: those alive at the peak; an "
         "activation is what forward leaves allocated for backward. Rest: scratch, and what is "
-        "computed again. Less activations: the peak without them, of the weights. From outside: "
+        "computed again. × weights: the peak less activations, of the weights. Outside: "
         "the peak as the system sees it, from the drawing of the weights on.",
         columns=_COLUMNS,
         rows=tuple(map(_row, uses)),
