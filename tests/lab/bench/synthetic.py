@@ -3,6 +3,12 @@
 from sinkgd.lab.bench.bandwidth import bandwidth
 from sinkgd.lab.bench.kernels.records import CaseTiming, KernelsRecord, KernelTiming
 from sinkgd.lab.bench.memory.records import MemoryRecord, MemoryUse, NotMeasured
+from sinkgd.lab.bench.memory.training import StepSettings
+from sinkgd.lab.bench.memory.training.records import (
+    TrainingMemory,
+    TrainingNotMeasured,
+    TrainingUse,
+)
 from sinkgd.lab.bench.quartiles import quartiles
 from sinkgd.lab.bench.step.measure import summarize_timing
 from sinkgd.lab.bench.step.records import (
@@ -79,7 +85,16 @@ def memory_use(name, *, state=0, held=100, transient=150):
 def memory_record():
     uses = (memory_use("adamw-fused", state=2000), memory_use("sinkgd-cpu"), memory_use("muon"))
     absent = (NotMeasured("compiled-loop", "llama-60m", "float32", "no compiler"),)
-    return MemoryRecord("sinkgd bench memory", ENVIRONMENT, uses, absent)
+    return MemoryRecord("sinkgd bench memory", ENVIRONMENT, uses, absent, training_memory())
+
+
+def training_memory():
+    uses = (
+        TrainingUse("llama-1b", "sinkgd-stateless", True, 1000, 0, 50, 9, 9, 1069, 1100),
+        TrainingUse("llama-1b", "sinkgd-stateless", False, 1000, 0, 1000, 0, 9, 2003, 2100),
+    )
+    absent = (TrainingNotMeasured("llama-1b", "adamw, kept", "it may need 11.8 GiB"),)
+    return TrainingMemory(StepSettings(), uses, absent)
 
 
 def kernels_record():

@@ -12,6 +12,7 @@ from sinkgd.lab.bench.workloads import WORKLOADS, Workload
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.bench import COMMANDS
 from sinkgd.lab.commands.bench.choices import command_of
+from sinkgd.lab.commands.bench.memory import Memory, TrainingSteps
 from sinkgd.lab.commands.bench.step import Step
 
 
@@ -54,6 +55,16 @@ def test_every_measurement_explains_itself_and_has_an_example(capsys, measuremen
         (["step", "--seconds", "0"], "seconds is 0.0; it must be above 0"),
         (["step", "--threads", "0"], "threads is 0; it must be at least 1"),
         (["memory", "--workloads", "accuracy"], "workloads is 'accuracy'; did you mean"),
+        (["step", "--workloads", "none"], "workloads is 'none'; did you mean"),
+        (
+            ["memory", "--training.models", "llama-1c"],
+            "training.models is 'llama-1c'; did you mean 'llama-1b'?",
+        ),
+        (["memory", "--training.batch-size", "0"], "training.batch_size is 0; it must be at"),
+        (
+            ["memory", "--workloads", "none", "--training.models", "none"],
+            "workloads and training.models are both none; choose one of them",
+        ),
         (["kernels", "--cases", "64x65"], "cases is '64x65'; did you mean '64x64'?"),
         (["loop", "--rounds", "0"], "rounds is 0; it must be at least 1"),
     ],
@@ -73,6 +84,10 @@ def test_the_command_repeats_the_options_that_were_given():
     options = Step(workloads="llama-60m", rounds=3)
     assert command_of("step", options) == "sinkgd bench step --workloads llama-60m --rounds 3"
     assert command_of("step", Step()) == "sinkgd bench step"
+    training = TrainingSteps(batch_size=2, recompute=False)
+    assert command_of("memory", Memory(workloads="none", training=training)) == (
+        "sinkgd bench memory --workloads none --training.batch-size 2 --training.no-recompute"
+    )
 
 
 def test_step_writes_its_record_and_its_page(capsys, monkeypatch, tmp_path):
@@ -110,8 +125,10 @@ def test_kernels_writes_its_record_and_its_page(capsys, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_memory_writes_its_record_and_its_page(capsys, tmp_path):
     names = ["--workloads", "many-small", "--contenders", "sgd-fused"]
+    names += ["--training.models", "llama-9m", "--training.recipes", "sgd"]
     assert main(["bench", "memory", *names, "--out", str(tmp_path)]) == 0
     assert "SGD fused" in capsys.readouterr().out
     record = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))
     assert [use["dtype"] for use in record["uses"]] == ["float32"]
+    assert [use["recipe"] for use in record["training"]["uses"]] == ["sgd"]
     assert (tmp_path / "memory.html").exists()

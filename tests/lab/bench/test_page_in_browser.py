@@ -46,7 +46,7 @@ def browser():
 
 
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
-@pytest.mark.parametrize(("name", "charts"), [("step", 2), ("memory", 1), ("kernels", 4)])
+@pytest.mark.parametrize(("name", "charts"), [("step", 2), ("memory", 2), ("kernels", 4)])
 def test_a_page_is_one_request_and_draws_its_charts(browser, tmp_path, name, charts, width, theme):
     path = tmp_path / f"{name}.html"
     write_whole(path, made_page(name))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sinkgd.lab.models import Llama, LlamaConfig, ModelError
+from sinkgd.lab.models import Llama, LlamaConfig, ModelError, llama
 
 SIZES = {
     "vocab_size": 97,
@@ -152,6 +152,14 @@ def test_a_meta_model_holds_no_memory_and_initializes_to_the_same_weights(model,
     real = meta.to_empty(device="cpu").initialize(seed=0)
     with torch.no_grad():
         assert torch.equal(real(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 79, 80, 1000])
+def test_weights_drawn_in_pieces_are_those_drawn_at_once(monkeypatch, rows):
+    monkeypatch.setattr(llama, "_PIECE", 64)
+    model = Llama(config(vocab_size=rows, hidden_size=2, num_heads=1), seed=5)
+    whole = torch.empty(rows, 2).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(model.model.embed_tokens.weight, whole)
 
 
 def test_a_seed_means_the_same_weights_and_moves_no_other_random_number(model):

@@ -24,6 +24,7 @@ def meta_model(preset):
 
 def test_there_are_ten_presets():
     assert len(PRESETS) == 10
+    assert preset_config("llama-10b").parameter_count == 9_976_549_376
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

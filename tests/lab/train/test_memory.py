@@ -1,8 +1,10 @@
 """Bytes are those of the tensors, and the peak is this process's own."""
 
+import platform
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -42,3 +44,27 @@ def test_a_child_does_not_report_its_parents_peak():
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) < held.numel()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone keeps freed blocks")
+def test_freed_blocks_of_2_mib_go_back_to_the_system():
+    """Blocks between them, as the inputs of a model's blocks are, do not hold them."""
+    code = """
+import re, torch
+from pathlib import Path
+from sinkgd.lab.train.memory import return_freed_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+return_freed_memory()
+passing, kept = [], []
+for _ in range(50):
+    passing.append(torch.ones(2 << 20, dtype=torch.uint8))
+    kept.append(torch.ones(64 << 10, dtype=torch.uint8))
+before = resident()
+passing.clear()
+print(before - resident())
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) > 45 * (2 << 20)

@@ -51,10 +51,10 @@ def memory_page(record: MemoryRecord) -> str:
         record,
         _Content(
             title="sinkgd bench memory",
-            headline="What optimizers keep, and what a step allocates.",
+            headline=_memory_headline(record),
             charts=memory_charts(record),
             sheets=memory_sheets(record),
-            footer="Each optimizer was measured in a process of its own.",
+            footer="Each optimizer and each training step was measured in a process of its own.",
         ),
     )
 
@@ -108,6 +108,17 @@ def _step_headline(record: StepRecord) -> str:
                 f"as long as fused AdamW’s, in {workload.dtype}."
             )
     return "Optimizer steps against fused AdamW."
+
+
+def _memory_headline(record: MemoryRecord) -> str:
+    training = record.training
+    if training is None or not training.uses:
+        return "What optimizers keep, and what a step allocates."
+    least = min(training.uses, key=lambda use: use.of_weights)
+    return (
+        f"A training step of {least.model} with {least.recipe} peaks at {least.of_weights:.2f} "
+        "times its weights, beside activations."
+    )
 
 
 def _environment_sheet(environment: Mapping[str, Any]) -> Sheet:

@@ -42,6 +42,10 @@ def _read(kind: Any, value: Any) -> Any:
     if is_dataclass(kind) and isinstance(kind, type):
         kinds = get_type_hints(kind)
         return kind(
-            **{field.name: _read(kinds[field.name], value[field.name]) for field in fields(kind)}
+            **{
+                field.name: _read(kinds[field.name], value[field.name])
+                for field in fields(kind)
+                if field.name in value  # an older record lacks a newer field, which has a default
+            }
         )
     return value

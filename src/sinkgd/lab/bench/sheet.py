@@ -29,7 +29,10 @@ def terminal_table(sheet: Sheet) -> Table:
         padding=(0, 2, 0, 0),
     )
     for i, column in enumerate(sheet.columns):
-        table.add_column(Text(column), justify="right" if i else "left")
+        if i:
+            table.add_column(Text(column), justify="right")
+        else:  # a name that is too long is folded, for its end may be all that tells it apart
+            table.add_column(Text(column), overflow="fold")
     for row in sheet.rows:
         table.add_row(*map(Text, row))
     return table

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 # From the last hidden states (b, t, h) and the output head to what is asked for.
 Readout = Callable[[Tensor, nn.Module], Tensor]
 
+_PIECE = 1 << 22  # entries, a multiple of 16
+
 
 class ModelError(ValueError):
     """A model that cannot be built, or cannot be run on the tokens it was given."""
@@ -139,13 +141,13 @@ class Llama(nn.Module):
             for weight in self.parameters():
                 if weight.ndim == 1:
                     weight.fill_(1.0)
+                elif isinstance(weight, DTensor):
+                    whole = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+                    _draw_normal(whole, std, generator)
+                    lie = weight.device_mesh, weight.placements
+                    weight.copy_(distribute_tensor(whole, *lie, src_data_rank=None))
                 else:
-                    draw = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-                    draw.normal_(0.0, std, generator=generator)
-                    if isinstance(weight, DTensor):
-                        lie = weight.device_mesh, weight.placements
-                        draw = distribute_tensor(draw, *lie, src_data_rank=None)
-                    weight.copy_(draw)
+                    _draw_normal(weight, std, generator)
         return self
 
     def forward(self, tokens: Tensor, readout: Readout | None = None) -> Tensor:
@@ -176,6 +178,17 @@ class Llama(nn.Module):
             return readout(hidden, self.lm_head)
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+
+def _draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a weight, in float32 pieces of 16 MiB: the numbers are those of one draw."""
+    # torch draws by sixteens; fewer entries, or the last sixteen of an uneven draw, come otherwise,
+    # so the last piece takes them along
+    flat = weight.view(-1)
+    starts = range(0, max(1, len(flat) - 15), _PIECE)
+    for start, end in zip(starts, (*starts[1:], len(flat)), strict=True):
+        draw = torch.empty(end - start, dtype=torch.float32, device="cpu")
+        flat[start:end].copy_(draw.normal_(0.0, std, generator=generator))
 
 
 class _Body(nn.Module):

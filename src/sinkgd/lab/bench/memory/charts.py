@@ -1,15 +1,17 @@
-"""The charts of `sinkgd bench memory`: one a workload and type, a bar an optimizer."""
+"""The charts of `sinkgd bench memory`: one a workload and type, one a model."""
 
 from sinkgd.lab.bench.charts import stacked_bars
 from sinkgd.lab.bench.memory.records import MemoryRecord, MemoryUse
+from sinkgd.lab.bench.memory.training.charts import training_charts
 from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.quantities import size
 
 
 def memory_charts(record: MemoryRecord) -> list[Chart]:
-    """Draw what each optimizer keeps and allocates, in sizes of the parameters."""
+    """Draw what optimizers keep and allocate, and the peaks of training, in sizes of weights."""
     pairs = dict.fromkeys((use.workload, use.dtype) for use in record.uses)
-    return [_chart(record, *pair) for pair in pairs]
+    charts = [_chart(record, *pair) for pair in pairs]
+    return charts if record.training is None else [*charts, *training_charts(record.training)]
 
 
 def _chart(record: MemoryRecord, workload: str, dtype: str) -> Chart:

@@ -9,11 +9,8 @@ What does not go through torch's allocator is not seen: code, Python objects, an
 a library such as oneDNN takes from the C library. On CUDA the allocator's own counters are read.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -21,12 +18,11 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from sinkgd.lab.bench.contenders import Contender, contenders
+from sinkgd.lab.bench.memory.fresh_process import in_fresh_process
 from sinkgd.lab.bench.memory.records import MemoryUse
 from sinkgd.lab.bench.problem import Problem, build_problem
 from sinkgd.lab.bench.workloads import WORKLOADS, Workload
 from sinkgd.lab.train.device import synchronize
-
-_STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,7 @@ def measure_in_fresh_process(subject: Subject) -> MemoryUse | str:
     Returns:
         What it uses, or why it cannot run.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_measure_quietly, subject).result()
+    return in_fresh_process(_measure_named, subject)
 
 
 def measure(
@@ -120,10 +115,7 @@ def _cuda_allocations(call: Callable[[], object], device: torch.device) -> Alloc
     return Allocations(kept, torch.cuda.max_memory_allocated(device) - before)
 
 
-def _measure_quietly(subject: Subject) -> MemoryUse | str:
-    # The profiler writes lines to the standard error that no setting turns off. What goes wrong
-    # here is raised in the parent process.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
+def _measure_named(subject: Subject) -> MemoryUse | str:
     torch.set_num_threads(subject.threads)
     workload, device = WORKLOADS[subject.workload], torch.device(subject.device)
     named = {contender.name: contender for contender in contenders(workload, device)}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from sinkgd.lab.bench.memory.training.records import TrainingMemory
+
 
 @dataclass(frozen=True)
 class MemoryUse:
@@ -42,3 +44,4 @@ class MemoryRecord:
     environment: dict[str, Any]
     uses: tuple[MemoryUse, ...]
     absent: tuple[NotMeasured, ...]
+    training: TrainingMemory | None = None  # the peaks of whole steps, where they were measured

@@ -1,15 +1,17 @@
 """The figures of `sinkgd bench memory` as tables."""
 
 from sinkgd.lab.bench.memory.records import MemoryRecord, MemoryUse
+from sinkgd.lab.bench.memory.training.sheets import training_sheets
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.report.quantities import size
 
 
 def memory_sheets(record: MemoryRecord) -> list[Sheet]:
-    """Make a table for every workload and type."""
+    """Make a table for every workload and type, and for every model that was trained."""
     pairs = [(use.workload, use.dtype) for use in record.uses]
     pairs += [(row.workload, row.dtype) for row in record.absent]
-    return [_sheet(record, *pair) for pair in dict.fromkeys(pairs)]
+    sheets = [_sheet(record, *pair) for pair in dict.fromkeys(pairs)]
+    return sheets if record.training is None else [*sheets, *training_sheets(record.training)]
 
 
 def _sheet(record: MemoryRecord, workload: str, dtype: str) -> Sheet:

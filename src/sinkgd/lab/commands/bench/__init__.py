@@ -3,7 +3,10 @@
 # Each measurement's module is imported only when it is made.
 COMMANDS = {
     "step": ("Step", "one optimizer step on real matrices, against AdamW and the memory's floor"),
-    "memory": ("Memory", "what optimizers keep, and what a step allocates"),
+    "memory": (
+        "Memory",
+        "what optimizers keep and allocate, and the peaks of whole training steps",
+    ),
     "kernels": ("Kernels", "every backend over shapes and types, in bytes a second"),
     "loop": ("Loop", "the training loop against a bare one, in tokens a second"),
 }
@@ -22,5 +25,6 @@ options:
 examples:
   sinkgd bench step --out bench                             the targets, tables and a page
   sinkgd bench step --workloads llama-60m --dtypes float32  one of them
+  sinkgd bench memory --workloads none --out bench          peaks of training, release × optimizer
   sinkgd bench loop --optimizers sinkgd,swan --rounds 11    what the training loop costs
 """

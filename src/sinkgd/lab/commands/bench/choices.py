@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ from sinkgd.lab.train.config_file import nearest
 from sinkgd.lab.train.device import select_device, set_threads
 
 
-def chosen(option: str, value: str, allowed: Iterable[str]) -> tuple[str, ...]:
+def chosen(
+    option: str, value: str, allowed: Iterable[str], *, none: bool = False
+) -> tuple[str, ...]:
     """Split an option's names and check them.
 
     Args:
         option: Its name, for the error.
         value: Names with commas between, or ``all``.
         allowed: The names there are.
+        none: Whether ``none`` may be chosen.
 
     Raises:
         ConfigError: If a name is unknown, or there is none.
@@ -26,6 +29,8 @@ def chosen(option: str, value: str, allowed: Iterable[str]) -> tuple[str, ...]:
     names = list(allowed)
     if value == "all":
         return tuple(names)
+    if none and value == "none":
+        return ()
     found = tuple(name for part in value.split(",") if (name := part.strip()))
     if not found:
         raise ConfigError(f"{option} is empty; give names of {', '.join(names)}")
@@ -69,9 +74,17 @@ def prepare_device(device: Device, threads: int | None) -> torch.device:
 
 def command_of(measurement: str, options: Any) -> str:
     """Return the shell command with these options, those that are not at their defaults."""
-    words = ["sinkgd", "bench", measurement]
+    return shlex.join(["sinkgd", "bench", measurement, *_changed(options, "--")])
+
+
+def _changed(options: Any, prefix: str) -> list[str]:
+    words: list[str] = []
     for field in fields(options):
-        value = getattr(options, field.name)
-        if value != field.default:
-            words += [f"--{field.name}", str(value)]
-    return shlex.join(words)
+        value, option = getattr(options, field.name), prefix + field.name.replace("_", "-")
+        if is_dataclass(value):
+            words += _changed(value, f"{option}.")
+        elif value != field.default and isinstance(value, bool):
+            words.append(option if value else f"{prefix}no-{option.removeprefix(prefix)}")
+        elif value != field.default:
+            words += [option, str(value)]
+    return words

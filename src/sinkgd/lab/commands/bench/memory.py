@@ -1,35 +1,108 @@
-"""`sinkgd bench memory`: what optimizers keep, and what a step allocates."""
+"""`sinkgd bench memory`: what optimizers keep and allocate, and the peaks of training steps."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sinkgd.lab.commands.bench.choices import chosen, command_of, prepare_device
-from sinkgd.lab.train.config import Device
+import torch
+
+from sinkgd.lab.commands.bench.choices import (
+    check_at_least_one,
+    chosen,
+    command_of,
+    prepare_device,
+)
+from sinkgd.lab.train.config import ConfigError, Device
+
+if TYPE_CHECKING:
+    from sinkgd.lab.bench.memory.training import TrainingPlan
+
+_RELEASE = {"on": True, "off": False}
+
+
+@dataclass(frozen=True)
+class TrainingSteps:
+    """Whole training steps, weights in bfloat16, on random tokens."""
+
+    models: str = "llama-60m,llama-130m,llama-350m,llama-1b"
+    """Presets to train, names with commas between; all, or none."""
+
+    recipes: str = "sinkgd-stateless,sinkgd,adamw,sgd"
+    """Optimizers as `sinkgd train` has them, names with commas between; or all."""
+
+    release: str = "on,off"
+    """Whether gradients are freed inside backward: on (where the recipe can), off, or on,off."""
+
+    batch_size: int = 1
+    """Sequences that go through the model at once."""
+
+    sequence_length: int = 256
+    """Length of a sequence, tokens."""
+
+    recompute: bool = True
+    """Keep the input of each block alone, and run the block again in backward."""
+
+    loss_chunk_tokens: int = 256
+    """Targets whose logits are held at once, tokens. More than one chunk a step sums gradients of
+    the head, of which three are then there at once."""
+
+    def plan(self, device: torch.device) -> "TrainingPlan | None":
+        """Return what is to be trained; None for no model.
+
+        Raises:
+            ConfigError: If an option cannot be.
+        """
+        from sinkgd.lab.bench.memory.training import StepSettings, TrainingPlan
+        from sinkgd.lab.models import PRESETS
+        from sinkgd.lab.train.recipes import RECIPES
+
+        for name in ("batch_size", "sequence_length", "loss_chunk_tokens"):
+            check_at_least_one(f"training.{name}", getattr(self, name))
+        models = chosen("training.models", self.models, PRESETS, none=True)
+        plan = TrainingPlan(
+            models=models,
+            recipes=chosen("training.recipes", self.recipes, RECIPES),
+            releases=tuple(_RELEASE[n] for n in chosen("training.release", self.release, _RELEASE)),
+            settings=StepSettings(
+                self.batch_size, self.sequence_length, self.recompute, self.loss_chunk_tokens
+            ),
+            device=device,
+        )
+        return plan if models else None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Measure what optimizers keep, and what a step allocates.
+    """Measure what optimizers keep and allocate, and the peaks of whole training steps.
 
-    Each optimizer has a process of its own. State is what it keeps between steps; kept is other
+    First, optimizers on matrices alone. State is what one keeps between steps; kept is other
     memory that its first step leaves allocated; the last is the most that a later step has
-    allocated at once. On a CPU they are counted from the allocator's events, on CUDA from its
-    counters.
+    allocated at once.
+
+    Then, forward, backward and step of whole models, release × optimizer: the peak, and what of it
+    is state, gradients, activations. A model that does not fit into the memory that is free now is
+    listed with what it needs.
+
+    Each measurement has a process of its own. Bytes are counted from the allocator's events, those
+    of optimizers alone on CUDA from its counters; the peak of training is told from outside, too.
 
     For example:
       sinkgd bench memory --out bench
-      sinkgd bench memory --workloads llama-350m --contenders sinkgd-cpu,adamw-fused
+      sinkgd bench memory --training.models none --workloads llama-350m --contenders adamw-fused
+      sinkgd bench memory --workloads none --training.models llama-1b --training.release on
     """
 
     workloads: str = "llama-60m,llama-1b-layer"
     """Names with commas between: llama-60m, llama-130m, llama-350m, llama-1b-layer, llama-1b,
-    llama-60m-hybrid (the whole model), many-small; or all."""
+    llama-60m-hybrid (the whole model), many-small; all, or none."""
 
     dtypes: str = "float32,bfloat16"
     """Types of parameters and gradients, names with commas between."""
 
     contenders: str = "all"
     """Optimizers, names with commas between, e.g. adamw-fused, sinkgd-cpu; or all."""
+
+    training: TrainingSteps = TrainingSteps()
 
     threads: int | None = None
     """CPU threads; by default torch's choice, one a core."""
@@ -59,12 +132,15 @@ class Memory:
         device = prepare_device(self.device, self.threads)
         everyone = dict.fromkeys(c.name for w in WORKLOADS.values() for c in contenders(w, device))
         plan = MemoryPlan(
-            workloads=chosen("workloads", self.workloads, WORKLOADS),
+            workloads=chosen("workloads", self.workloads, WORKLOADS, none=True),
             dtypes=chosen("dtypes", self.dtypes, DTYPES),
             contenders=chosen("contenders", self.contenders, everyone),
             device=device,
             command=command_of("memory", self),
+            training=self.training.plan(device),
         )
+        if not plan.workloads and plan.training is None:
+            raise ConfigError("workloads and training.models are both none; choose one of them")
         record = bench_memory(plan)
         console = Console()
         for sheet in memory_sheets(record):

@@ -1,0 +1,131 @@
+"""A training step to weigh, and its model in training: the lab's own parts, on random tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sinkgd.lab.data import Batch
+from sinkgd.lab.models import Llama, build_model
+from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
+from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.parallel import Mesh, World
+from sinkgd.lab.train.recipes import build_optimizer
+from sinkgd.lab.train.release import ReleasedSteps
+from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.step import take_step
+
+_LR = 1e-4  # memory does not depend on it; random tokens want a low one
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What all cases have in common; by default activations are small."""
+
+    batch_size: int = 1  # sequences, all at once
+    sequence_length: int = 256  # tokens
+    recompute: bool = True  # keep the inputs of blocks alone
+    loss_chunk_tokens: int = 256  # targets whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to weigh, by name, so that it can be told to another process."""
+
+    model: str  # a preset
+    recipe: str
+    release: bool
+    settings: StepSettings
+    device: str
+    threads: int
+    vocab_size: int | None = None  # tokens; by default the preset's
+
+    @property
+    def title(self) -> str:
+        """The recipe, and what becomes of gradients."""
+        return f"{self.recipe}, {'released' if self.release else 'kept'}"
+
+    @property
+    def config(self) -> RunConfig:
+        """The run whose step it is, weights in bfloat16."""
+        settings = self.settings
+        return resolve(
+            RunConfig(
+                optimizer=OptimizerConfig(recipe=self.recipe, lr=_LR),
+                training=TrainingConfig(
+                    batch_size=settings.batch_size,
+                    sequence_length=settings.sequence_length,
+                    precision="bf16",
+                    release_gradients=self.release,
+                    recompute_activations=settings.recompute,
+                    loss_chunk_tokens=settings.loss_chunk_tokens,
+                ),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model in training, on the same tokens in every step."""
+
+    model: Llama
+    optimizer: Optimizer
+    released: ReleasedSteps | None
+    batch: Batch
+    config: RunConfig
+    device: torch.device
+
+    def step(self) -> None:
+        """Take a training step as `sinkgd train` does."""
+        take_step(
+            self.model,
+            self.optimizer,
+            self.batch,
+            self.config,
+            Mesh(self.device, World()),
+            number=1,
+            released=self.released,
+        )
+
+
+def model_on_meta(case: Case) -> Llama:
+    """Return the case's model in its type, without memory."""
+    training = case.config.training
+    with torch.device("meta"):
+        model = build_model(
+            case.model, vocab_size=case.vocab_size, max_sequence_length=training.sequence_length
+        )
+    model.model.recompute = training.recompute_activations
+    return model.to(weight_dtype(training.precision))
+
+
+def build_trainee(case: Case, watch: Callable[[Tensor], None] | None = None) -> Trainee:
+    """Draw the weights and build the optimizer, in the order in which `sinkgd train` does.
+
+    Args:
+        case: What to build.
+        watch: Told of each parameter whose gradient is there, before it is released.
+    """
+    config, device = case.config, torch.device(case.device)
+    model = model_on_meta(case).to_empty(device=device).initialize(config.training.seed)
+    if watch is not None:
+        for param in model.parameters():
+            param.register_post_accumulate_grad_hook(watch)  # type: ignore[no-untyped-call]
+    optimizer = build_optimizer(model, config.optimizer)
+    return Trainee(
+        model=model,
+        optimizer=optimizer,
+        released=ReleasedSteps(optimizer) if case.release else None,
+        batch=_random_batch(case, model.config.vocab_size),
+        config=config,
+        device=device,
+    )
+
+
+def _random_batch(case: Case, vocab_size: int) -> Batch:
+    rows, length = case.settings.batch_size, case.settings.sequence_length
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (rows, length + 1), generator=generator)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())

@@ -1,0 +1,170 @@
+"""The peak of a training step: its parts are counted, and what does not fit is not begun."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from lab.bench.synthetic import memory_record, training_memory
+from lab.report.test_page import Parsed
+from sinkgd.lab.bench.memory import MemoryRecord
+from sinkgd.lab.bench.memory.training import TrainingPlan, bench_training, measure, room, run
+from sinkgd.lab.bench.memory.training.case import Case, StepSettings, build_trainee
+from sinkgd.lab.bench.memory.training.run import cases_of
+from sinkgd.lab.bench.memory.training.timeline import Change, Mark, Peak, peak_of_last_step
+from sinkgd.lab.bench.page import memory_page
+from sinkgd.lab.bench.record_file import read_record, write_record
+from sinkgd.lab.models import preset_config
+
+CPU = torch.device("cpu")
+SETTINGS = StepSettings(sequence_length=32, loss_chunk_tokens=32)
+VOCAB = 512
+WEIGHTS = 2 * preset_config("llama-9m", vocab_size=VOCAB).parameter_count
+LARGEST = 2 * VOCAB * 128
+
+
+def case(recipe="sinkgd-stateless", release=False, **settings):
+    threads = torch.get_num_threads()
+    own = replace(SETTINGS, **settings)
+    return Case("llama-9m", recipe, release, own, "cpu", threads, vocab_size=VOCAB)
+
+
+@cache
+def measured(own):
+    """Measure a case once for all tests, and leave malloc of this process as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "return_freed_memory", lambda: None)
+        return measure.measure_inside(own)
+
+
+def test_gradients_that_are_kept_are_all_there_at_the_peak():
+    use = measured(case())
+    assert use.weights_bytes == use.gradients_bytes == WEIGHTS
+
+
+def test_release_lowers_the_peak_by_all_gradients_but_one_and_a_recomputed_block():
+    kept, released = measured(case()), measured(case(release=True))
+    assert 0 < released.gradients_bytes <= LARGEST
+    block = 32 * (40 * 128 + 20 * 352)  # bytes, of 32 tokens
+    saved = kept.peak_bytes - released.peak_bytes
+    assert WEIGHTS - LARGEST - block < saved < WEIGHTS
+
+
+@pytest.mark.parametrize(("recipe", "copies"), [("adamw", 2), ("sgd", 0), ("sinkgd-stateless", 0)])
+def test_state_is_counted_in_copies_of_the_weights(recipe, copies):
+    use = measured(case(recipe))
+    assert 0 <= use.state_bytes - copies * WEIGHTS < 1000
+    assert use.of_weights == pytest.approx(2 + copies, abs=0.15)
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_parts_add_up_to_the_peak_or_below(release):
+    use = measured(case("sinkgd", release))
+    assert 0 <= use.rest_bytes < WEIGHTS / 2
+    assert 0 <= use.activations_bytes <= use.kept_activations_bytes
+    assert use.peak_bytes == (
+        use.weights_bytes
+        + use.state_bytes
+        + use.gradients_bytes
+        + use.activations_bytes
+        + use.rest_bytes
+    )
+
+
+def test_activations_are_the_inputs_of_the_blocks_or_all_that_they_compute():
+    inputs = 32 * 128 * 2
+    layers, random_state = 4, 5056
+    recomputed = measured(case()).kept_activations_bytes
+    assert layers * inputs <= recomputed < (layers + 6) * inputs + (layers + 1) * random_state
+    assert measured(case(recompute=False)).kept_activations_bytes > 5 * recomputed
+
+
+def test_a_block_is_a_gradient_from_its_allocation_on_and_an_address_is_used_again():
+    events = [
+        Change(1, 10),
+        Mark("step"),
+        Change(2, 5),
+        Change(2, -5),  # not there when backward begins
+        Change(3, 2),
+        Mark("backward"),
+        Change(2, 10),  # the highest level, before the gradient is seen to be one
+        Change(3, -2),
+        Mark("gradient", 2),
+        Change(2, -10),
+        Change(2, 9),  # no gradient
+        Change(99, -1),  # allocated before the recording
+    ]
+    assert peak_of_last_step(events) == Peak(22, gradients=10, activations=2, activations_kept=2)
+
+
+def test_the_last_step_counts_alone():
+    events = [Mark("step"), Mark("backward"), Change(1, 100), Change(1, -100)]
+    events += [Mark("step"), Mark("backward"), Change(1, 3)]
+    assert peak_of_last_step(events).bytes == 3
+
+
+@pytest.mark.slow
+def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
+    use = measure.measure_in_fresh_processes(
+        replace(case(release=True), model="llama-60m", vocab_size=None)
+    )
+    assert not isinstance(use, str), use
+    assert use.peak_bytes == pytest.approx(use.outside_bytes, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [case(), case(release=True), case("adamw"), case("sgd"), case("sinkgd"), case(recompute=False)],
+    ids=lambda own: f"{own.title}, {own.settings.recompute}",
+)
+def test_the_bound_holds_and_is_not_far(monkeypatch, own):
+    monkeypatch.setattr(room, "_PROCESS", 0)
+    assert measured(own).peak_bytes <= room.needed_bytes(own) <= 2 * measured(own).peak_bytes
+
+
+def test_a_model_that_does_not_fit_is_refused_by_name_and_not_begun(monkeypatch):
+    def begun(own):
+        raise AssertionError(own)
+
+    monkeypatch.setattr(run, "measure_in_fresh_processes", begun)
+    monkeypatch.setattr(room, "available_bytes", lambda device: 5 << 30)
+    found = bench_training(TrainingPlan(("llama-1b",), ("adamw",), (True, False), SETTINGS, CPU))
+    assert found.uses == ()
+    (row,) = found.absent
+    assert (row.model, row.title) == ("llama-1b", "adamw, kept")
+    assert row.reason.startswith("it may need 11.")
+    assert row.reason.endswith(" GiB, 5.0 GiB are free")
+
+
+def test_recipes_release_where_they_can():
+    plan = TrainingPlan(("llama-9m",), ("sinkgd", "adamw"), (True, False), SETTINGS, CPU)
+    titles = [own.title for own in cases_of(plan)]
+    assert titles == ["sinkgd, released", "sinkgd, kept", "adamw, kept"]
+
+
+def test_a_case_trains():
+    trainee = build_trainee(case(release=True))
+    before = trainee.model.lm_head.weight.clone()
+    trainee.step()
+    assert not torch.equal(trainee.model.lm_head.weight, before)
+    assert trainee.model.lm_head.weight.grad is None
+
+
+def test_the_page_and_the_record_have_every_case(tmp_path):
+    record = memory_record()
+    write_record(tmp_path / "memory.json", record)
+    assert read_record(tmp_path / "memory.json", MemoryRecord) == record
+    page = Parsed(memory_page(record))
+    assert "training-llama-1b" in {tag.get("id") for _, tag in page.tags}
+    for use in training_memory().uses:
+        assert use.title in page.text
+    assert "not measured: it may need 11.8 GiB" in page.text
+    assert "llama-1b with sinkgd-stateless peaks at 1.06 times its weights" in page.text
+
+
+def test_an_older_record_has_no_training(tmp_path):
+    path = tmp_path / "memory.json"
+    path.write_text('{"command": "c", "environment": {}, "uses": [], "absent": []}')
+    assert read_record(path, MemoryRecord) == MemoryRecord("c", {}, (), ())
+    assert "What optimizers keep" in Parsed(memory_page(read_record(path, MemoryRecord))).text
