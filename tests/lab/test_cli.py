@@ -118,6 +118,12 @@ def test_an_error_is_one_line_with_its_exit_code(capsys, tmp_path, small, option
     assert message in last
 
 
+def test_compare_is_no_rank_of_torchrun(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["compare", "--out", str(tmp_path)]) == 2
+    assert "cannot be one of 2 ranks; start it without torchrun" in capsys.readouterr().err
+
+
 def test_an_unknown_option_is_refused(capsys):
     assert main(["train", "--training.step", "3"]) == 2
     assert "--training.steps" in flat(capsys.readouterr().err)

@@ -85,7 +85,7 @@ CASES = [
 
 def planned(case):
     training = case.config.training
-    size = training.micro_batch_size
+    size = training.micro_batch_size or SEQUENCES
     work = Work(
         replace(find_architecture(case.preset), vocab_size=case.vocab_size),
         batch_size=size,

@@ -119,8 +119,17 @@ def runs(shards, tmp_path_factory) -> Path:
 
     rounds = [
         (4, [*own("hsdp"), *own("fsdp-tp")]),
-        (2, [*own("fsdp"), *own("tp"), other("hsdp", tp=2), other("fsdp-tp")]),
-        (4, [other("fsdp", dp_replicate=2, tp=2), other("tp")]),
+        (
+            2,
+            [
+                *own("fsdp"),
+                *own("tp"),
+                other("fsdp", tp=2),
+                other("hsdp", tp=2),
+                other("fsdp-tp"),
+                other("tp"),
+            ],
+        ),
     ]
     for ranks, jobs in rounds:
         for outcomes in on_ranks(ranks, train_on_ranks, jobs):

@@ -16,6 +16,7 @@ from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, Sha
 from sinkgd.lab.train.config_file import command_line, nearest
 from sinkgd.lab.train.folder import Admission, RunFolder
 from sinkgd.lab.train.interrupt import exit_code
+from sinkgd.lab.train.launch import launched_ranks
 from sinkgd.lab.train.resolve import resolve
 
 STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
@@ -79,6 +80,11 @@ class Compare:
 
     def _plan(self) -> dict[str, RunConfig]:
         """Name every run and check its configuration, before any of them begins."""
+        if launched_ranks() > 1:
+            raise ConfigError(
+                f"compare starts a process for each run and cannot be one of {launched_ranks()} "
+                "ranks; start it without torchrun, or use torchrun with `sinkgd train`"
+            )
         recipes = [name.strip() for name in self.optimizers.split(",") if name.strip()]
         if not recipes:
             raise ConfigError("optimizers is empty; name at least one, e.g. sinkgd,adamw")

@@ -6,6 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 
+def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many processes torchrun started; 1 without it."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
 def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
     """Return how to run ``sinkgd`` with ``arguments``, under torchrun where that runs now.
 
@@ -19,7 +24,7 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
         >>> launch_command(["train"], {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"})
         'torchrun --nnodes 2 --nproc-per-node 4 -m sinkgd.lab train'
     """
-    ranks = int(environment.get("WORLD_SIZE", "1"))
+    ranks = launched_ranks(environment)
     if ranks == 1:
         return shlex.join(["sinkgd", *arguments])
     own = int(environment["LOCAL_WORLD_SIZE"])
@@ -34,7 +39,7 @@ def leave(code: int) -> int:
     Threads of torch's process groups outlive the main one there. What they still hold of Python
     they may return to an interpreter that is gone, and abort a run that is finished.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_ranks() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

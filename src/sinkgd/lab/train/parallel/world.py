@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from sinkgd.lab.train.launch import launched_ranks
 from sinkgd.lab.train.parallel.watch import Watch
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         device: What this rank computes on.
     """
     found = dist.is_initialized()
-    if (dist.get_world_size() if found else int(os.environ.get("WORLD_SIZE", "1"))) == 1:
+    if (dist.get_world_size() if found else launched_ranks()) == 1:
         yield World()
         return
     if not found:
