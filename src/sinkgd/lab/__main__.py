@@ -3,7 +3,7 @@
 import sys
 
 from sinkgd.lab.cli import main
-from sinkgd.lab.train.launch import leave
+from sinkgd.lab.launch import leave
 
 if __name__ == "__main__":
     sys.exit(leave(main()))

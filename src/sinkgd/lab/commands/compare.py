@@ -12,11 +12,11 @@ import tyro
 
 from sinkgd.lab.commands.config_option import load_defaults
 from sinkgd.lab.commands.fresh_process import run_in_fresh_process
+from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
 from sinkgd.lab.train.config_file import command_line, nearest
 from sinkgd.lab.train.folder import Admission, RunFolder
 from sinkgd.lab.train.interrupt import exit_code
-from sinkgd.lab.train.launch import launched_ranks
 from sinkgd.lab.train.resolve import resolve
 
 STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))

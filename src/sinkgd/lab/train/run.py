@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
+from sinkgd.lab.launch import launch_command
 from sinkgd.lab.results import NoRecords, Recorder, ResultsWriter, Resume, RunEnd, RunStart
 from sinkgd.lab.train.checkpoint import load_checkpoint
 from sinkgd.lab.train.config import RunConfig
@@ -16,7 +17,6 @@ from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder
 from sinkgd.lab.train.interrupt import Interrupt
-from sinkgd.lab.train.launch import launch_command
 from sinkgd.lab.train.loop import run_loop
 from sinkgd.lab.train.meters import make_meter
 from sinkgd.lab.train.parallel import join_world

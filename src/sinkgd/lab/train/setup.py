@@ -67,8 +67,7 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
     world = World() if world is None else world
     mesh = form_mesh(config.mesh, world, select_device(training.device))
     check_shares(training, mesh.parts)
-    world.from_first(lambda: open_dataset(config.data, say) and None)  # the others find it made
-    dataset = open_dataset(config.data, say)
+    dataset = world.first_before_others(lambda: open_dataset(config.data, say))
     manifest = dataset.manifest
     batches = Batches(
         dataset.split("train"),

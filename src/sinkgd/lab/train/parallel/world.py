@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from sinkgd.lab.train.launch import launched_ranks
+from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.train.parallel.watch import Watch
 
 T = TypeVar("T")
@@ -50,6 +50,12 @@ class World:
         dist.broadcast_object_list(told, src=0, group=self.group)
         result: T = _settle(told[0])
         return result
+
+    def first_before_others(self, function: Callable[[], T]) -> T:
+        """Call on the first rank, and then on the others, which find what it has made."""
+        made: list[T] = []
+        self.from_first(lambda: made.append(function()))
+        return made[0] if self.is_first else function()
 
     def from_each(self, function: Callable[[], T]) -> list[T]:
         """Call on every rank. All return what each returned, or raise what the first one raised."""
