@@ -1,9 +1,9 @@
 """Train the demo's model on several meshes, and compare each loss curve with that of one process.
 
-    python benchmarks/mesh/curves.py OUT.jsonl
+    python benchmarks/mesh/curves.py OUT.jsonl [RECIPE]
 
 trains llama-nano on the embedded corpus, in float32 and with the demo's batches, for 40 steps with
-sinkgd and with adamw: in one process, and under torchrun with FSDP2 (2 ranks), HSDP (2 × 2) and
+RECIPE (sinkgd): in one process, and under torchrun with FSDP2 (2 ranks), HSDP (2 × 2) and
 FSDP2 × tensor parallelism (2 × 2). Each run on a mesh is stopped by SIGTERM in its midst, and goes
 on from its checkpoint twice: in one process, and on another mesh. Each line of OUT has the largest
 distance, over all steps and evaluations, of a curve from that of one process, in nats.
@@ -75,6 +75,7 @@ def distance(out: Path, reference: Path) -> dict[str, float]:
 
 def main() -> None:
     """Train everywhere."""
+    recipe = sys.argv[2] if len(sys.argv) > 2 else "sinkgd"
     with tempfile.TemporaryDirectory() as temporary, Path(sys.argv[1]).open("w") as file:
 
         def tell(**values: object) -> None:
@@ -85,21 +86,20 @@ def main() -> None:
         example = shlex.join(command("RECIPE", Path("FOLDER"), 2, ["MESH"])[1:])
         environment = describe_environment(select_device("cpu"))
         tell(command=f"python {example}", environment=environment)
-        for recipe in ("sinkgd", "adamw"):
-            alone = folder / f"{recipe}-alone"
-            finish(recipe, alone)
-            tell(recipe=recipe, mesh="one process", **distance(alone, alone))
-            for name, (own, other) in MESHES.items():
-                out = folder / f"{recipe}-{name}"
-                stop(recipe, out, *own)
-                for where, ranks in {"one process": (1, []), "another mesh": other}.items():
-                    copy = folder / f"{recipe}-{name}-{where}"
-                    shutil.copytree(out, copy)
-                    finish(recipe, copy, *ranks)
-                    told = distance(copy, alone)
-                    tell(recipe=recipe, mesh=name, then=f"{where} {shlex.join(ranks[1])}", **told)
-                finish(recipe, out, *own)
-                tell(recipe=recipe, mesh=name, then="the same", **distance(out, alone))
+        alone = folder / f"{recipe}-alone"
+        finish(recipe, alone)
+        tell(recipe=recipe, mesh="one process", **distance(alone, alone))
+        for name, (own, other) in MESHES.items():
+            out = folder / f"{recipe}-{name}"
+            stop(recipe, out, *own)
+            for where, ranks in {"one process": (1, []), "another mesh": other}.items():
+                copy = folder / f"{recipe}-{name}-{where}"
+                shutil.copytree(out, copy)
+                finish(recipe, copy, *ranks)
+                told = distance(copy, alone)
+                tell(recipe=recipe, mesh=name, then=f"{where} {shlex.join(ranks[1])}", **told)
+            finish(recipe, out, *own)
+            tell(recipe=recipe, mesh=name, then="the same", **distance(out, alone))
 
 
 if __name__ == "__main__":

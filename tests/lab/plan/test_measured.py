@@ -18,12 +18,14 @@ from sinkgd.lab.models import build_model
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
 from sinkgd.lab.train.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.parallel import Mesh, World
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.release import ReleasedSteps
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.step import take_step
 
 CPU = torch.device("cpu")
+ALONE = Mesh(CPU, World())
 TOLERANCE = 0.03
 SEQUENCES, TOKENS = 4, 128
 
@@ -112,7 +114,7 @@ def measured(case):
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def step(number):
-        take_step(model, optimizer, batch, config, CPU, number=number, released=released)
+        take_step(model, optimizer, batch, config, ALONE, number=number, released=released)
 
     step(1)
     optimizer.zero_grad()  # the profiler does not tell of releases of what was there before
