@@ -107,7 +107,7 @@ def test_the_last_step_counts_alone():
 @pytest.mark.slow
 def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
     use = measure.measure_in_fresh_processes(
-        replace(case(release=True), model="llama-60m", vocab_size=None)
+        replace(case(release=True), model="llama-20m", vocab_size=None)
     )
     assert not isinstance(use, str), use
     assert use.peak_bytes == pytest.approx(use.outside_bytes, rel=0.2)

@@ -14,7 +14,7 @@ from sinkgd.lab.results import Run
 from sinkgd.lab.train.parallel import LostRankError, watch
 from sinkgd.lab.train.parallel.watch import Rank, Watch
 
-STEPS = 30
+STEPS = 24
 
 
 @pytest.fixture

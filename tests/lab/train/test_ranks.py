@@ -27,7 +27,7 @@ from stopping import stopping_at
 
 pytestmark = pytest.mark.slow
 
-STOPPED = 7
+STEPS, STOPPED = 8, 5
 # Losses are near 5; sums in another order move a weight by a few units of float32 a step.
 TOLERANCE = 5e-5
 
@@ -59,10 +59,10 @@ def base_config(shards: Path) -> RunConfig:
     return RunConfig(
         data=DataConfig(corpus=str(shards)),
         training=TrainingConfig(
-            steps=12, batch_size=4, sequence_length=16, precision="float32", threads=1
+            steps=STEPS, batch_size=4, sequence_length=16, precision="float32", threads=1
         ),
         evaluation=EvaluationConfig(every_steps=4, tokens=100),
-        checkpoint=CheckpointConfig(every_steps=5),
+        checkpoint=CheckpointConfig(every_steps=3),
     )
 
 
@@ -135,7 +135,9 @@ def runs(shards, tmp_path_factory) -> Path:
         for outcomes in on_ranks(ranks, train_on_ranks, jobs):
             for job, outcome in zip(jobs, outcomes, strict=True):
                 # Every rank knows of a signal that one was sent.
-                assert outcome == (Outcome(STOPPED, signal.SIGTERM) if job.stops else Outcome(12))
+                assert outcome == (
+                    Outcome(STOPPED, signal.SIGTERM) if job.stops else Outcome(STEPS)
+                )
     return folder
 
 
@@ -204,7 +206,7 @@ def test_each_rank_holds_and_writes_its_part(runs, alone, kind):
     pieces = RANKS[kind] // mesh_of(kind)["dp_replicate"]
     assert memory.weights_bytes == pytest.approx(whole.weights_bytes / pieces, rel=0.02)
     assert memory.state_bytes == pytest.approx(whole.state_bytes / pieces, rel=0.02, abs=1)
-    files = (runs / kind / "checkpoints" / "step-00000012").glob("*.distcp")
+    files = (runs / kind / "checkpoints" / f"step-{STEPS:08d}").glob("*.distcp")
     written = sum(file.stat().st_size for file in files)
     everything = whole.weights_bytes + whole.state_bytes
     assert everything < written < 1.3 * everything  # each number once, and what names it
