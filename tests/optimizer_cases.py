@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sinkgd
+from sinkgd.optim.grouped import GroupedOptimizer
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
-    build: Callable[..., sinkgd.SinkGD | sinkgd.SWAN | sinkgd.MNGD]
+    build: Callable[..., GroupedOptimizer]
     options: list[dict[str, Any]] = field(default_factory=list)  # each is tried by itself
     takes_vectors: bool = False
     has_state: bool = False
+    keeps_size: bool = False  # of the gradient, where others have root-mean-square 1
 
     def __str__(self) -> str:
         return self.name
@@ -63,4 +65,11 @@ OPTIMIZERS = [
     ),
     Case("MNGD-sign", _mngd(sinkgd.SignNorm()), COMMON),
     Case("MNGD-frobenius", _mngd(sinkgd.FrobeniusNorm()), COMMON),
+    Case(
+        "TemperedSinkGD",
+        lambda p, **o: sinkgd.TemperedSinkGD(p, **{"lr": 1e-3, "weight_decay": 0.0, **o}),
+        [*COMMON, {"tau": 0.5}, {"n_iter": 2}, {"n_iter": 0}, {"eps": 1e-3}],
+        takes_vectors=True,
+        keeps_size=True,
+    ),
 ]

@@ -84,6 +84,21 @@ def newton_schulz(x: Tensor, num_steps: int) -> Tensor:
     return u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ v
 
 
+def tempered(x: Tensor, tau: float, num_iters: int, eps: float) -> Tensor:
+    """Rows, columns, tanh, entry by entry; then the root-mean-square of before."""
+    m, n = x.shape
+    rows = [[float(entry) for entry in row] for row in x.double()]
+    before = math.sqrt(sum(v * v for row in rows for v in row) / (m * n))
+    for _ in range(num_iters):
+        sums = [max(sum(abs(v) for v in row), eps) for row in rows]
+        rows = [[v / total for v in row] for row, total in zip(rows, sums, strict=True)]
+        sums = [max(sum(abs(row[j]) for row in rows), eps) for j in range(n)]
+        rows = [[math.tanh(v / t / tau) for v, t in zip(row, sums, strict=True)] for row in rows]
+    after = math.sqrt(sum(v * v for row in rows for v in row) / (m * n))
+    factor = before / after if after > 0 else 0.0
+    return torch.tensor(rows, dtype=torch.float64) * factor
+
+
 def _rescaled(vector: list[float], length: float) -> list[float]:
     present = math.hypot(*vector)
     return [entry * (length / present) for entry in vector] if present > 0 else vector

@@ -15,7 +15,9 @@ from sinkgd.optim.partition import param_groups as param_groups
 from sinkgd.optim.release import GradientRelease as GradientRelease
 from sinkgd.optim.sinkgd import SinkGD as SinkGD
 from sinkgd.optim.swan import SWAN as SWAN
+from sinkgd.optim.tempered import TemperedSinkGD as TemperedSinkGD
 from sinkgd.sinkhorn import sinkhorn_scales as sinkhorn_scales
 from sinkgd.sinkhorn import sr_sinkhorn as sr_sinkhorn
+from sinkgd.tempered import temper as temper
 
 __version__ = "0.1.0"

@@ -13,6 +13,9 @@ from sinkgd.optim.algorithms import ALGORITHMS
 
 every = pytest.mark.parametrize("case", OPTIMIZERS, ids=str)
 stateless = pytest.mark.parametrize("case", [c for c in OPTIMIZERS if not c.has_state], ids=str)
+unit_size = pytest.mark.parametrize(
+    "case", [c for c in OPTIMIZERS if not (c.has_state or c.keeps_size)], ids=str
+)
 matrices_only = pytest.mark.parametrize(
     "case", [c for c in OPTIMIZERS if not c.takes_vectors], ids=str
 )
@@ -29,7 +32,7 @@ def with_grad(param: nn.Parameter, seed: int = 1) -> nn.Parameter:
 
 
 def test_the_table_covers_every_algorithm():
-    assert len(OPTIMIZERS) == 9
+    assert len(OPTIMIZERS) == 10
     covered = {
         group["algorithm"] for case in OPTIMIZERS for group in case.build([a_matrix()]).param_groups
     }
@@ -107,7 +110,7 @@ def test_each_group_has_its_own_learning_rate(case):
     assert_close(3 * (one.detach() - start), other.detach() - start, rtol=1e-3, atol=1e-6)
 
 
-@stateless
+@unit_size
 def test_lr_is_the_root_mean_square_of_the_step(case):
     weight = with_grad(a_matrix())
     start = weight.detach().clone()

@@ -9,6 +9,7 @@ from sinkgd.optim.algorithms.multi_normalized import MNGD, SWAN
 from sinkgd.optim.algorithms.normalize import Normalize
 from sinkgd.optim.algorithms.sinkhorn import Sinkhorn
 from sinkgd.optim.algorithms.stateless import Stateless
+from sinkgd.optim.algorithms.tempered import Tempered
 
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
     {
@@ -17,6 +18,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
         "mngd": MNGD,
         "normalize": Normalize(),
         "stateless": Stateless(),
+        "tempered": Tempered(),
         "adamw": AdamW(),
     }
 )
