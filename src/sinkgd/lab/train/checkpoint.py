@@ -4,7 +4,6 @@ The files are those of `torch.distributed.checkpoint`. They are written beside, 
 and named when all of them are there.
 """
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ def save_checkpoint(
         every = {name: value for part in sums for name, value in part.items()}
         world.from_first(lambda: whole.finish(partial, path, every, keep=keep))
     except (OSError, CheckpointException) as error:
-        world.from_first(lambda: shutil.rmtree(f"{path}.partial", ignore_errors=True))
+        world.from_first(lambda: whole.abandon(path))
         raise CheckpointError(
             f"cannot write checkpoint {path}: {_reason(error)}. Make room there; "
             "the checkpoints before it are untouched"

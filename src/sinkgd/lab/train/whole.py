@@ -75,9 +75,14 @@ def begin(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_behind in path.parent.glob(f"*{_PARTIAL}"):
         shutil.rmtree(left_behind)
-    partial = path.with_name(f"{path.name}{_PARTIAL}")
+    partial = _partial_of(path)
     partial.mkdir()
     return partial
+
+
+def abandon(path: Path) -> None:
+    """Delete what there is of a checkpoint that could not be finished."""
+    shutil.rmtree(_partial_of(path), ignore_errors=True)
 
 
 def checksums(files: Iterable[Path]) -> dict[str, str]:
@@ -105,6 +110,10 @@ def finish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> Non
     sync_folder(path.parent)
     for old in checkpoints(path.parent)[:-keep]:
         shutil.rmtree(old)
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_PARTIAL}")
 
 
 def _checksum(path: Path) -> str:

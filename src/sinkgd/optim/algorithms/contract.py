@@ -68,6 +68,19 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if on_mesh(x) else x
 
 
+def check_whole(name: str, param: Tensor, needs: str) -> None:
+    """Refuse a parameter that lies in pieces, where ``needs`` says what needs it whole.
+
+    Raises:
+        TypeError: If a mesh dimension shards it.
+    """
+    if on_mesh(param) and any(hasattr(place, "dim") for place in param.placements):
+        raise TypeError(
+            f"{name!r} is sharded ({param.placements}), and {needs} whole matrices; "
+            "use algorithm='sinkgd', or Replicate it"
+        )
+
+
 def step_by(
     kind_of: Callable[[Slot], Kind],
     slots: Sequence[Slot],

@@ -22,10 +22,10 @@ from sinkgd.optim.algorithms.contract import (
     Slot,
     allowed,
     are_finite,
+    check_whole,
     decay,
     descent,
     local,
-    on_mesh,
 )
 from sinkgd.optim.algorithms.layout import check_layout
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
@@ -52,11 +52,7 @@ class MultiNormalized:
         for norm in norms:
             if not isinstance(norm, Norm):
                 raise TypeError(f"a norm needs a method project(x); {norm!r} has none")
-        if on_mesh(param) and any(hasattr(place, "dim") for place in param.placements):
-            raise TypeError(
-                f"{name!r} is sharded ({param.placements}), and these norms need whole matrices; "
-                "use algorithm='sinkgd', or Replicate it"
-            )
+        check_whole(name, param, "these norms need")
         check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
 

@@ -13,10 +13,10 @@ from sinkgd.optim.algorithms.contract import (
     Slot,
     allowed,
     are_finite,
+    check_whole,
     decay,
     descent,
     local,
-    on_mesh,
 )
 from sinkgd.optim.algorithms.layout import check_layout, matrices_of
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
@@ -40,11 +40,7 @@ class Tempered:
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range, and tensors in pieces."""
         check_tempering(group["tau"], group["n_iter"], group["eps"])
-        if on_mesh(param) and any(hasattr(place, "dim") for place in param.placements):
-            raise TypeError(
-                f"{name!r} is sharded ({param.placements}), and the tempered update needs whole "
-                "matrices; use algorithm='sinkgd', or Replicate it"
-            )
+        check_whole(name, param, "the tempered update needs")
         if param.ndim >= 2:
             check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
