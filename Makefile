@@ -10,8 +10,9 @@ DEV := $(VENV)/.dev
 demo: $(LAB)
 	$(BIN)/sinkgd compare --out runs/demo
 
+# Half of the suite waits for processes that it starts: two workers, a file each at a time.
 test: $(DEV) lint docs
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check .

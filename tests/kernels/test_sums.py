@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 from sinkgd.kernels import BACKENDS
 
-FLOAT32 = {"rtol": 1e-6, "atol": 0}
+# Up to 1,100 terms, none negative, in 16 lanes or more: 70 roundings of 2^-24.
+FLOAT32 = {"rtol": 4.2e-6, "atol": 0}
 
 
 @pytest.fixture
