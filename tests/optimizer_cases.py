@@ -57,6 +57,13 @@ OPTIMIZERS = [
         takes_vectors=True,
         has_state=True,
     ),
+    Case(
+        "SinkGD-sage",
+        _in_groups(sinkgd.SinkGD, "sage"),
+        COMMON,
+        takes_vectors=True,
+        has_state=True,
+    ),
     Case("SWAN", sinkgd.SWAN, [*COMMON, {"newton_schulz_steps": 10}, {"num_iters": 2}]),
     Case(
         "MNGD-rows-columns",

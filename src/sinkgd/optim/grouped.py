@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from sinkgd.optim.algorithms import ALGORITHMS
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
 from sinkgd.optim.algorithms.rounding import count_step
-from sinkgd.optim.algorithms.warm_start import COL_SCALE
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
 from sinkgd.optim.routing_check import check_same_routing
 
@@ -184,13 +183,20 @@ class GroupedOptimizer(Optimizer):
         self._restore_types(state_dict)
 
     def _restore_types(self, state_dict: dict[str, Any]) -> None:
-        """Bring our own state to the type it was saved in; torch casts it to the parameter's."""
+        """Bring our own state to the type it was saved in; torch casts it to the parameter's.
+
+        AdamW's stays cast, for its arithmetic is torch's.
+        """
         saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own_params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(saved_params, own_params, strict=True):
-            saved = state_dict["state"].get(i, {}).get(COL_SCALE)
-            if saved is not None:
-                self.state[param][COL_SCALE] = saved.to(param.device, copy=True)
+        own_params = [
+            (group["algorithm"], param) for group in self.param_groups for param in group["params"]
+        ]
+        for i, (algorithm, param) in zip(saved_params, own_params, strict=True):
+            if algorithm == "adamw":
+                continue
+            for key, saved in state_dict["state"].get(i, {}).items():
+                if isinstance(saved, Tensor) and saved.dtype != self.state[param][key].dtype:
+                    self.state[param][key] = saved.to(param.device, copy=True)
 
     def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
         """List what has a gradient: the number of the group, and its parameters of one device."""

@@ -1,0 +1,158 @@
+"""SAGE: the sign of a momentum, damped where a feature's gradient is larger than the others'.
+
+A rule for embeddings and output heads, of which SinkGD's authors leave both to Adam.
+
+Letters, everywhere in this file:
+    n: columns, the features of an embedding
+    s: (n,), the mean absolute value of each column of the gradient; of a vector, of each entry
+    S: (n,), its average over steps
+"""
+
+from collections.abc import MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.eager import descend_
+from sinkgd.optim.algorithms.contract import (
+    Context,
+    Group,
+    Slot,
+    allowed,
+    are_finite,
+    decay,
+    descent,
+    local,
+    on_mesh,
+)
+from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
+
+
+class Sage:
+    r"""Lion's direction, and a factor of at most 1 for each column.
+
+    With β₁, β₂ of ``betas``, and root-mean-squares over the columns,
+
+    .. math::
+        H_j = \min\Bigl(\frac{\mathrm{rms}(\hat S)}{\hat S_j + \epsilon},
+        \frac{\mathrm{rms}(s)}{s_j + \epsilon}, 1\Bigr), \qquad
+        W \leftarrow (1 - \eta\lambda) W - \eta\, \mathrm{sign}(\beta_1 M + (1 - \beta_1) G)\, H
+
+    and then :math:`M \leftarrow \beta_2 M + (1 - \beta_2) G`; :math:`\hat S` is S without the bias
+    of its start at zero. One number of state an entry, in the parameter's type, and n + 1 float32.
+    Rows may be sharded: one message of n numbers a parameter, all parameters' at once.
+
+    References:
+        Lee and Kim, SAGE: Sign-Adaptive Gradient for Memory-Efficient LLM Optimization.
+        https://arxiv.org/abs/2604.07663
+    """
+
+    options = MappingProxyType[str, Any]({"betas": (0.9, 0.99), "eps": 1e-8, **ROUNDING_OPTIONS})
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse options out of range, and scalars, which have no columns."""
+        beta1, beta2 = group["betas"]
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps must be at least 0, got {group['eps']}")
+        if param.ndim == 0:
+            raise ValueError(f"SAGE compares columns, and {name!r} is a scalar; give it to 'adamw'")
+        last = {-1, param.ndim - 1}
+        if on_mesh(param) and any(getattr(p, "dim", None) in last for p in param.placements):
+            raise TypeError(
+                f"SAGE keeps one average of all rows, and the columns of {name!r} are sharded "
+                f"({param.placements}); shard its rows, or give it to 'adamw'"
+            )
+        check_rounding(name, param, group)
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Make the momentum and the average, zero."""
+        del group
+        if state:
+            return
+        device = param.device
+        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state["mean_size"] = torch.zeros(param.shape[-1], device=device)
+        state["weight_seen"] = torch.zeros((), device=device)  # 1 - β₂ to the number of steps
+
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+        """Look through the gradients; then damp and write one by one."""
+        finite = are_finite(slots)
+        flags, keys = allowed(finite, context), draw_keys(slots, group)
+        grads = [_gradient(slot, context) for slot in slots]
+        for slot in slots:
+            self.init_state(slot.param, group, context.states[slot.param])
+        states = [context.states[slot.param] for slot in slots]
+        dampers = _dampers(slots, grads, states, group, flags)
+        for i, (slot, grad, state) in enumerate(zip(slots, grads, states, strict=True)):
+            flag = None if flags is None else flags[i]
+            descend_(
+                local(slot.param),
+                _direction(local(state["exp_avg"]), grad, group["betas"], flag).mul_(dampers[i]),
+                keep=decay(group),
+                step=descent(group),
+                allowed=flag,
+                key=None if keys is None else keys[i],
+            )
+        return finite
+
+
+def _gradient(slot: Slot, context: Context) -> Tensor:
+    grad = local(slot.grad)
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return wide if context.loss_scale is None else wide / context.loss_scale
+
+
+def _direction(
+    momentum: Tensor, grad: Tensor, betas: tuple[float, float], flag: Tensor | None
+) -> Tensor:
+    """Return Lion's direction, and take the gradient into the momentum where ``flag`` allows."""
+    beta1, beta2 = betas
+    wide = momentum.to(grad.dtype)
+    ahead = torch.lerp(wide, grad, 1 - beta2)
+    momentum.copy_(ahead if flag is None else torch.where(flag, ahead, wide))
+    return torch.lerp(wide, grad, 1 - beta1).sign_()
+
+
+def _dampers(
+    slots: Sequence[Slot],
+    grads: Sequence[Tensor],
+    states: Sequence[MutableMapping[str, Any]],
+    group: Group,
+    flags: Tensor | None,
+) -> list[Tensor]:
+    """Return H of each parameter, ``(n,)``, after s went into S where ``flags`` allow."""
+    beta2, eps = group["betas"][1], group["eps"]
+    dampers = []
+    for i, (size, state) in enumerate(zip(_mean_sizes(slots, grads), states, strict=True)):
+        for average, new in ((state["mean_size"], size), (state["weight_seen"], 1.0)):
+            ahead = beta2 * average + (1 - beta2) * new
+            average.copy_(ahead if flags is None else torch.where(flags[i], ahead, average))
+        average = state["mean_size"] / state["weight_seen"].clamp(min=1e-38)  # 0 if nothing went in
+        dampers.append(
+            torch.minimum(_rms(average) / (average + eps), _rms(size) / (size + eps)).clamp(max=1)
+        )
+    return dampers
+
+
+def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return s of each parameter; rows of other ranks cost one message a process group."""
+    sums = [grad.abs().flatten(0, -2).sum(0) if grad.ndim > 1 else grad.abs() for grad in grads]
+    if any(on_mesh(slot.param) for slot in slots):
+        from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+
+        groups = [sharded.groups_of(s.param) if on_mesh(s.param) else () for s in slots]
+        of_numbers = [own for own, total in zip(groups, sums, strict=True) for _ in total]
+        added = sharded.add_up(torch.cat(sums).double(), of_numbers)
+        sums = [own.float() for own in torch.split(added, [len(own) for own in sums])]
+    rows = [slot.param.numel() // slot.param.shape[-1] for slot in slots]
+    return [own / count for own, count in zip(sums, rows, strict=True)]
+
+
+def _rms(x: Tensor) -> Tensor:
+    size = x.amax()  # none is negative; so no square is out of range
+    unit = x / torch.where(size == 0, 1, size)
+    return size * unit.square().mean().sqrt()
