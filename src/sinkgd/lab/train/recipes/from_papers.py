@@ -22,6 +22,7 @@ from sinkgd.lab.train.recipes.racs import Racs
 from sinkgd.lab.train.recipes.resumable import Counted, Projected, published
 from sinkgd.lab.train.recipes.several import Several
 
+_FOREACH = False  # pytorch-optimizer's batches hold the updates of the whole model at once
 _EPS = 1e-6  # Adam's, in the code of GaLore, Fira and APOLLO
 
 
@@ -49,7 +50,7 @@ def _projected(kind: str, model: nn.Module, o: Options) -> Optimizer:
         "projection_type": "std",
     }
     groups = [{**group, **projection} for group in with_rank(matrices, int(o["rank"]))]
-    return Projected(published(kind)([*groups, *rest], betas=betas(o), eps=_EPS))
+    return Projected(published(kind)([*groups, *rest], betas=betas(o), eps=_EPS, foreach=_FOREACH))
 
 
 def _galore(model: nn.Module, o: Options) -> Optimizer:
@@ -97,7 +98,7 @@ def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
             betas=betas(o),
             weight_decay=o["weight_decay"],
             update_proj_gap=int(o["reset_every_steps"]),
-            foreach=True,  # which waits for no number from the device
+            foreach=_FOREACH,
         )
     )
 
@@ -110,12 +111,17 @@ def _adafactor(model: nn.Module, o: Options) -> Optimizer:
         weight_decay=o["weight_decay"],
         relative_step=False,
         scale_parameter=False,
+        foreach=_FOREACH,
     )
 
 
 def _lion(model: nn.Module, o: Options) -> Optimizer:
     return published("Lion")(
-        model.named_parameters(), lr=o["lr"], betas=betas(o), weight_decay=o["weight_decay"]
+        model.named_parameters(),
+        lr=o["lr"],
+        betas=betas(o),
+        weight_decay=o["weight_decay"],
+        foreach=_FOREACH,
     )
 
 

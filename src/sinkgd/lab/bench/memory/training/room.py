@@ -42,10 +42,12 @@ def _state_bytes(model: Llama, case: Case) -> int:
     optimizer = build_optimizer(model, case.config.optimizer)
     if isinstance(optimizer, GroupedOptimizer):
         optimizer.init_state()
-    else:  # torch's make theirs in a step; only the plain one runs without memory
+    else:  # others make theirs in a step
         for group in optimizer.param_groups:
-            if "fused" in group:
+            if "fused" in group:  # torch's, of which only the plain ones run without memory
                 group.update(fused=False, foreach=False)
+            elif "foreach" in group:  # pytorch-optimizer's plain ones read numbers back
+                group["foreach"] = True
         for param in model.parameters():
             param.grad = torch.empty_like(param)
         optimizer.step()
