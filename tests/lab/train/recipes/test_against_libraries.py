@@ -155,6 +155,12 @@ def test_a_package_that_is_absent_is_named_with_the_remedy(monkeypatch):
         resumable.published("GaLore")
 
 
+def test_a_torch_without_muon_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"needs torch 2\.9; this is .* pip install --upgrade"):
+        built(tiny_model(), "muon")
+
+
 def test_recipes_written_here_need_no_package(monkeypatch):
     monkeypatch.setattr("sinkgd.lab.train.recipes.table.find_spec", lambda name: None)
     for recipe in ("apollo", "apollo-mini", "racs", "muon"):

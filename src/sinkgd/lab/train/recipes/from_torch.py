@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.recipes.contract import Options, Recipe, betas, routed
 from sinkgd.lab.train.recipes.several import Several
 
@@ -38,6 +39,11 @@ def _sgd(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _muon(model: nn.Module, o: Options) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optimizer.recipe is 'muon', which needs torch 2.9; this is {torch.__version__}. "
+            "Upgrade it: pip install --upgrade torch"
+        )
     matrices, rest = routed(model, o)
     muon = torch.optim.Muon(
         matrices,

@@ -47,7 +47,7 @@ class Projected(Several):
         """Let the optimizer step with its projectors in place."""
         for group, state in self._projected():
             if "projection" in state:
-                state["projector"] = _projector(group, state.pop("projection"))
+                state["projector"] = self._projector(group, state.pop("projection"))
         loss = super().step(closure)
         for _, state in self._projected():
             if "projector" in state:
@@ -60,17 +60,16 @@ class Projected(Several):
                 if "rank" in group and param in self.state:
                     yield group, self.state[param]
 
-
-def _projector(group: dict[str, Any], projection: Tensor) -> Any:
-    module = importlib.import_module(f"{PYTORCH_OPTIMIZER}.optimizer.utils.galore")
-    projector = module.GaLoreProjector(
-        rank=group["rank"],
-        update_proj_gap=group["update_proj_gap"],
-        scale=group["scale"],
-        projection_type=group["projection_type"],
-    )
-    projector.ortho_matrix = projection
-    return projector
+    def _projector(self, group: dict[str, Any], projection: Tensor) -> Any:
+        module = importlib.import_module(type(self.parts[0]).__module__)
+        projector = module.GaLoreProjector(
+            rank=group["rank"],
+            update_proj_gap=group["update_proj_gap"],
+            scale=group["scale"],
+            projection_type=group["projection_type"],
+        )
+        projector.ortho_matrix = projection
+        return projector
 
 
 class Counted(Several):
