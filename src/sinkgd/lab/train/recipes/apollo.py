@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.lab.train.recipes.contract import check_matrices
+from sinkgd.lab.train.recipes.limiter import excess_of
+
 _PRIME = 1_000_003  # keeps the seeds of matrices apart for as many projections
 
 
@@ -57,7 +60,6 @@ class Apollo(Optimizer):
         https://arxiv.org/abs/2412.05270
     """
 
-    LARGEST_GROWTH = 1.01  # of the update's norm a step: Fira, https://arxiv.org/abs/2410.01623
     FLOOR = 1e-8  # of norms that are divided by, as in the authors' code
 
     def __init__(  # noqa: PLR0913  keyword-only, as in torch.optim
@@ -86,14 +88,7 @@ class Apollo(Optimizer):
             "seed": seed,
         }
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for i, param in enumerate(group["params"]):
-                if param.ndim != 2:
-                    name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
-                    raise ValueError(
-                        f"APOLLO projects matrices; {name!r} has shape {tuple(param.shape)}. "
-                        "Give it to AdamW"
-                    )
+        check_matrices(self.param_groups, "APOLLO projects matrices")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -128,19 +123,12 @@ class Apollo(Optimizer):
         lengths = torch.linalg.vector_norm(low, dim=dim)
         update = grad * (torch.linalg.vector_norm(adam, dim=dim) / (lengths + self.FLOOR))
         update *= math.sqrt(group["scale"])
-        self._limit(update, state)
+        norm = torch.linalg.vector_norm(update)
+        excess = excess_of(norm, state["norm"])
+        state["norm"].copy_(norm / excess)
+        update /= excess
         param.add_(update.T if tall else update, alpha=-_step_size(state, group))
         param.mul_(1 - group["lr"] * group["weight_decay"])
-
-    def _limit(self, update: Tensor, state: dict[str, Any]) -> None:
-        """Let the norm grow by `LARGEST_GROWTH` at most; the first one may be anything."""
-        norm, before = torch.linalg.vector_norm(update), state["norm"]
-        if state["step"] > 1:
-            growth = norm / (before + self.FLOOR)
-            excess = (growth / self.LARGEST_GROWTH).clamp_min(1.0)
-            update /= excess
-            norm = norm / excess
-        before.copy_(norm)
 
 
 def _projection(grad: Tensor, rank: int, seed: int) -> Tensor:

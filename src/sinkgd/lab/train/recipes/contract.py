@@ -57,3 +57,18 @@ def routed(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
 def betas(o: Options) -> tuple[float, float]:
     """Return the decays of both means; those of Adam where the recipe takes none."""
     return o.get("beta1", 0.9), o.get("beta2", 0.999)
+
+
+def check_matrices(groups: Groups, method: str) -> None:
+    """Refuse parameters that are no matrices.
+
+    Raises:
+        ValueError: With the name of the first, after what ``method`` says.
+    """
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if param.ndim != 2:
+                name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+                raise ValueError(
+                    f"{method}; {name!r} has shape {tuple(param.shape)}. Give it to AdamW"
+                )

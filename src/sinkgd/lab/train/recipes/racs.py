@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.lab.train.recipes.contract import check_matrices
+from sinkgd.lab.train.recipes.limiter import excess_of
+
 
 class Racs(Optimizer):
     r"""Descend along the gradient divided by running scales of its rows and columns.
@@ -54,8 +57,6 @@ class Racs(Optimizer):
         with a Low-Rank Extension. https://arxiv.org/abs/2502.07752
     """
 
-    LARGEST_GROWTH = 1.01  # of the update's norm a step: Fira, https://arxiv.org/abs/2410.01623
-
     def __init__(
         self,
         params: Any,
@@ -74,14 +75,7 @@ class Racs(Optimizer):
             "weight_decay": weight_decay,
         }
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for i, param in enumerate(group["params"]):
-                if param.ndim != 2:
-                    name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
-                    raise ValueError(
-                        f"RACS scales rows and columns; {name!r} has shape {tuple(param.shape)}. "
-                        "Give it to AdamW"
-                    )
+        check_matrices(self.param_groups, "RACS scales rows and columns")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -111,9 +105,7 @@ class Racs(Optimizer):
         )
         update = grad.float() * rows.rsqrt()[:, None] * columns.rsqrt()
         norm, before = torch.linalg.vector_norm(update), state["norm"].float()
-        # The first norm may be anything, as may one after a gradient of zero.
-        excess = (norm / before / self.LARGEST_GROWTH).clamp_min(1.0)
-        excess = torch.where(before > 0, excess, 1.0)
+        excess = excess_of(norm, before)
         state["norm"].copy_(norm / excess)
         param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_((update / excess).to(param.dtype), alpha=-group["lr"])
