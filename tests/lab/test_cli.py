@@ -193,7 +193,7 @@ def test_bench_writes_its_figures(capsys, tmp_path, small):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optimizers", "sinkgd,adamv"], "optimizer.recipe is 'adamv'; did you mean 'adamw'"),
+        (["--optimizers", "sinkgd,adanw"], "optimizer.recipe is 'adanw'; did you mean 'adamw'"),
         (["--optimizers", ","], "optimizers is empty"),
         (["--baseline", "adam"], "baseline is 'adam', .* did you mean 'adamw'"),
         (["--seeds", "0"], "seeds is 0; it must be at least 1"),

@@ -16,6 +16,8 @@ from sinkgd.lab.bench.memory.training.timeline import Change, Mark, Peak, peak_o
 from sinkgd.lab.bench.page import memory_page
 from sinkgd.lab.bench.record_file import read_record, write_record
 from sinkgd.lab.models import preset_config
+from sinkgd.lab.train.memory import state_tensors
+from sinkgd.lab.train.recipes import RECIPES
 
 CPU = torch.device("cpu")
 SETTINGS = StepSettings(sequence_length=32, loss_chunk_tokens=32)
@@ -121,6 +123,20 @@ def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
 def test_the_bound_holds_and_is_not_far(monkeypatch, own):
     monkeypatch.setattr(room, "_PROCESS", 0)
     assert measured(own).peak_bytes <= room.needed_bytes(own) <= 2 * measured(own).peak_bytes
+
+
+@pytest.mark.parametrize("recipe", [name for name, r in RECIPES.items() if not r.can_release])
+def test_the_state_of_every_recipe_is_found_without_memory(recipe):
+    own = case(recipe)
+    trainee = build_trainee(own)
+    for param in trainee.model.parameters():
+        param.grad = torch.ones_like(param)
+    trainee.optimizer.step()
+    kept = sum(tensor.nbytes for tensor in state_tensors(trainee.optimizer))
+    found = room._state_bytes(room.model_on_meta(own), own)
+    # The batched Adafactor, which runs without memory, keeps no RMS of a parameter.
+    spare = 2 * len(list(trainee.model.parameters())) if recipe == "adafactor" else 0
+    assert kept - spare == found
 
 
 def test_a_model_that_does_not_fit_is_refused_by_name_and_not_begun(monkeypatch):

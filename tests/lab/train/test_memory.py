@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sinkgd.lab.results import Memory
-from sinkgd.lab.train.memory import measure_memory, peak_bytes
+from sinkgd.lab.train.memory import measure_memory, peak_bytes, state_tensors
 
 CPU = torch.device("cpu")
 
@@ -24,6 +24,13 @@ def test_parts_are_counted_from_the_tensors():
     after = measure_memory(model, optimizer, CPU)
     step_counter = 4
     assert (after.gradients_bytes, after.state_bytes) == (120, 2 * 120 + step_counter)
+
+
+def test_tensors_in_lists_of_the_state_are_counted():
+    matrix = nn.Parameter(torch.ones(3, 5))
+    optimizer = torch.optim.SGD([matrix])
+    optimizer.state[matrix] = {"bases": [torch.ones(3, 3), [], torch.ones(5, 5)], "number": 1}
+    assert sum(tensor.nbytes for tensor in state_tensors(optimizer)) == 4 * (9 + 25)
 
 
 def test_the_largest_is_taken_part_by_part():

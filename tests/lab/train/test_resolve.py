@@ -38,7 +38,7 @@ from sinkgd.lab.train.resolve import check_shares, resolve
         ({"checkpoint": CheckpointConfig(every_steps=0)}, "checkpoint.every_steps is 0"),
         ({"logging": LoggingConfig(print_every_steps=0)}, "logging.print_every_steps is 0"),
         ({"model": ModelConfig(vocab_size=0)}, "model.vocab_size is 0"),
-        ({"optimizer": OptimizerConfig(recipe="adamv")}, "did you mean 'adamw'"),
+        ({"optimizer": OptimizerConfig(recipe="adanw")}, "did you mean 'adamw'"),
     ],
 )
 def test_errors_name_field_and_value(change, message):

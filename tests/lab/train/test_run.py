@@ -157,9 +157,10 @@ def test_a_signal_in_the_last_step_changes_nothing(config, tmp_path):
     assert Run.read(tmp_path / "run.jsonl").finished
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# One of each kind; tests of the recipes have all of them.
+@pytest.mark.parametrize("recipe", ["sinkgd", "sinkgd-stateless", "swan", "adamw", "muon", "fira"])
 @pytest.mark.parametrize("precision", ["bf16-autocast", "bf16"])
-def test_every_recipe_goes_on_bit_for_bit(config, tmp_path, recipe, precision):
+def test_recipes_go_on_bit_for_bit(config, tmp_path, recipe, precision):
     config = replace(config, optimizer=OptimizerConfig(recipe=recipe))
     config = change(config, "training", precision=precision, steps=4, micro_batch_size=2)
     train(config, tmp_path / "whole")

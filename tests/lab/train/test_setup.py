@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sinkgd.lab.train.config import ConfigError, RunConfig
+from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig
 from sinkgd.lab.train.device import select_device
+from sinkgd.lab.train.parallel import World
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import Job, set_up
 
@@ -52,3 +53,9 @@ def test_an_absent_cuda_is_an_error_and_auto_does_without(monkeypatch):
     assert select_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device is 'cuda', but torch finds no CUDA device"):
         select_device("cuda")
+
+
+def test_ranks_are_refused_before_anything_is_done_where_the_recipe_needs_whole_weights(config):
+    resolved = resolve(replace(config, optimizer=OptimizerConfig(recipe="galore")))
+    with pytest.raises(ConfigError, match="'galore', which needs every weight in one piece, but 2"):
+        set_up(resolved, pytest.fail, World(size=2))

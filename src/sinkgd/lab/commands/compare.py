@@ -37,8 +37,8 @@ class Compare:
     """
 
     optimizers: str = "sinkgd,adamw"
-    """Recipes to compare, names with commas between: sinkgd, sinkgd-stateless, swan, adamw,
-    adamw-one-lr, sgd."""
+    """Recipes to compare, names with commas between, e.g. sinkgd,swan,adamw,muon,galore;
+    see docs/lab.md for all of them."""
 
     seeds: int = 1
     """Runs of each recipe, a count; their seeds go up from training.seed."""

@@ -125,9 +125,13 @@ def state_bytes(
             m, n = weight.shape if low else weight.piece
             ranks = grid.dp_shard * grid.tp if low else 1
             total += method.state_bytes(m, n, itemsize, min(rank, *weight.shape)) / ranks
+        elif method.table is not None and len(weight.shape) == 2:
+            ranks = grid.dp_shard * grid.tp
+            total += itemsize * method.table(min(weight.shape), max(weight.shape)) / ranks
         else:
             total += method.rest * itemsize * prod(weight.piece)
-        if method.name == "adamw" or (method.rest and not weight.is_matrix):
+        total += method.scalars * itemsize
+        if method.counted == "all" or (method.counted == "rest" and not weight.is_matrix):
             total += _FLOAT32  # the number of the step
     return round(total)
 
@@ -148,12 +152,12 @@ def update_scratch(
         one_by_one: Whether each matrix is updated by itself.
     """
     matrices = [w for w in weights if w.is_matrix]
-    if method.exchange == "vectors":
+    if method.exchange == "vectors" and not method.scratch:
         lengths = [w.piece[0] + w.piece[1] for w in matrices]
         each = _SHARDED_SCALE if grid.dp_shard * grid.tp > 1 else _FLOAT32
         return each * (max(lengths) if one_by_one else sum(lengths))
     # They work on whole matrices, wherever the pieces lie.
-    largest = max(w.count for w in matrices) * _FLOAT32
+    largest = max(w.count for w in (weights if method.everywhere else matrices)) * _FLOAT32
     batch = batch_bytes // MATRICES_IN_USE if method.name == "swan" else 0
     one_shape = max(_same_shape(matrices).values()) * _FLOAT32
     return round(method.scratch * max(largest, min(batch, one_shape)))

@@ -119,22 +119,24 @@ def traffic_sheet(question: Question, answer: Answer) -> Sheet:
 
 
 def ladder_sheet(answer: Answer) -> Sheet:
-    """Make the table of peaks over models; what does not fit is in parentheses."""
-    rows = []
-    for rung in answer.ladder:
-        cells = [
-            gib(peak) if peak <= answer.limit_bytes else f"({gib(peak)})"
-            for peak in rung.peaks.values()
-        ]
-        rows.append((rung.model, *cells))
+    """Make the table of peaks, a column a model; what does not fit is in parentheses."""
+
+    def cell(peak: int | None) -> str:
+        if peak is None:
+            return "–"
+        return gib(peak) if peak <= answer.limit_bytes else f"({gib(peak)})"
+
     undivided = [f"{rung.model}: {rung.reason}" for rung in answer.ladder if rung.reason]
     return Sheet(
         title="Where each method stops fitting: the peak of a rank, GiB",
         note=" ".join(
             ["The same batch, mesh and device; what does not fit is in parentheses.", *undivided]
         ),
-        columns=("model", *(method.title for method in METHODS.values())),
-        rows=tuple(row if len(row) > 1 else (*row, *["–"] * len(METHODS)) for row in rows),
+        columns=("method", *(rung.model for rung in answer.ladder)),
+        rows=tuple(
+            (method.title, *(cell(rung.peaks.get(name)) for rung in answer.ladder))
+            for name, method in METHODS.items()
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from sinkgd.lab.plan.methods import ITERATIONS, Method, usual_rank
+from sinkgd.lab.plan.methods import Method, usual_rank
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.weights import Grid, Weight, weights_of
 from sinkgd.lab.train.device import weight_dtype
@@ -66,8 +66,8 @@ def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
                 "sums of rows and columns",
                 group,
                 "all-reduce",
-                ITERATIONS,
-                ITERATIONS * _FLOAT64 * sum(vector_length(w, grid, group) for w in weights),
+                method.iterations,
+                method.iterations * _FLOAT64 * sum(vector_length(w, grid, group) for w in weights),
                 ranks,
                 optimizer=True,
             )

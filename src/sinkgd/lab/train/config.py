@@ -44,7 +44,7 @@ class OptimizerConfig:
     """The optimizer. A value that is not given is the recipe's own."""
 
     recipe: str = "sinkgd"
-    """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw, adamw-one-lr."""
+    """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw, muon, galore; see docs/lab.md."""
     lr: float | None = None
     """Peak learning rate, of all that matrix_lr does not cover, weight units a step of RMS 1."""
     matrix_lr: float | None = None
@@ -52,11 +52,27 @@ class OptimizerConfig:
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight a step at learning rate 1."""
     beta1: float | None = None
-    """Decay of AdamW's mean of gradients, fraction kept a step."""
+    """Decay of Adam's (or Lion's) mean of gradients, fraction kept a step."""
     beta2: float | None = None
-    """Decay of AdamW's mean of squared gradients, fraction kept a step."""
+    """Decay of Adam's mean of squared gradients, fraction kept a step."""
     sinkhorn_iterations: int | None = None
     """Row and column normalizations of a matrix in a step, iterations."""
+    newton_schulz_steps: int | None = None
+    """Steps of the iteration that makes singular values equal (SWAN, Muon), a count."""
+    momentum: float | None = None
+    """Decay of the momentum (SGD, Muon), fraction kept a step."""
+    tau: float | None = None
+    """Temperature of the tempered variant, parts of a row's sum; smaller is nearer to signs."""
+    n_iter: int | None = None
+    """Row and column sums divided out by the tempered variant, iterations; 0 divides by a mean."""
+    rank: int | None = None
+    """Rank of projected gradients, a count; 0 is a quarter of the matrix's shorter side."""
+    projection_every_steps: int | None = None
+    """Steps between renewals of a projection (GaLore, Fira, APOLLO) or basis (SOAP), a count."""
+    projection_scale: float | None = None
+    """Factor of a projected update (GaLore, Fira); APOLLO takes its square root."""
+    reset_every_steps: int | None = None
+    """Steps between resets of Adam's means (Stable-SPAM), a count."""
     rounding: Rounding | None = None
     """Rounding of updates of bfloat16 weights that have no state: nearest or stochastic."""
     clip_norm: float | None = None

@@ -22,13 +22,25 @@ def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device)
     """Count the bytes that this rank holds now; gradients count while they are there."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    states = [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]
-    return Memory(_bytes(parameters), _bytes(gradients), _bytes(states), peak_bytes(device))
+    return Memory(
+        _bytes(parameters),
+        _bytes(gradients),
+        _bytes(state_tensors(optimizer)),
+        peak_bytes(device),
+    )
+
+
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """List the tensors that an optimizer keeps, those in lists of its state, too."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    found: list[Tensor] = []
+    while values:
+        value = values.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list):
+            values.extend(value)
+    return found
 
 
 def peak_bytes(device: torch.device) -> int:

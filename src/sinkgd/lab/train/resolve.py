@@ -68,6 +68,20 @@ def check_shares(training: TrainingConfig, parts: int) -> None:
         )
 
 
+def check_ranks(optimizer: OptimizerConfig, ranks: int) -> None:
+    """Refuse several ranks where the recipe needs weights in one piece.
+
+    Raises:
+        ConfigError: With the recipes that would do.
+    """
+    if ranks > 1 and not find_recipe(optimizer.recipe).can_shard:
+        able = ", ".join(name for name, recipe in RECIPES.items() if recipe.can_shard)
+        raise ConfigError(
+            f"optimizer.recipe is {optimizer.recipe!r}, which needs every weight in one piece, but "
+            f"{ranks} ranks would share them; start one process, or use one of {able}"
+        )
+
+
 def _check_release(optimizer: OptimizerConfig) -> None:
     if not find_recipe(optimizer.recipe).can_release:
         able = ", ".join(name for name, recipe in RECIPES.items() if recipe.can_release)

@@ -15,7 +15,7 @@ from sinkgd.lab.train.memory import return_freed_memory
 from sinkgd.lab.train.parallel import Mesh, World, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.release import ReleasedSteps
-from sinkgd.lab.train.resolve import check_shares
+from sinkgd.lab.train.resolve import check_ranks, check_shares
 from sinkgd.lab.train.state import TrainingState
 
 _STAGES = {
@@ -65,6 +65,7 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
         return_freed_memory()
     torch.manual_seed(training.seed)
     world = World() if world is None else world
+    check_ranks(config.optimizer, world.size)
     mesh = form_mesh(config.mesh, world, select_device(training.device))
     check_shares(training, mesh.parts)
     dataset = world.first_before_others(lambda: open_dataset(config.data, say))

@@ -6,11 +6,11 @@ hold at once; the bounds are about twice what is measured.
 """
 
 import torch
-from torch import Tensor
 
 from sinkgd.lab.bench.memory.training.case import Case, model_on_meta
 from sinkgd.lab.bench.problem import available_bytes
 from sinkgd.lab.models import Llama
+from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.optim.grouped import GroupedOptimizer
 
@@ -42,18 +42,16 @@ def _state_bytes(model: Llama, case: Case) -> int:
     optimizer = build_optimizer(model, case.config.optimizer)
     if isinstance(optimizer, GroupedOptimizer):
         optimizer.init_state()
-    else:  # torch's make theirs in a step; only the plain one runs without memory
+    else:  # others make theirs in a step
         for group in optimizer.param_groups:
-            group.update(fused=False, foreach=False)
+            if "fused" in group:  # torch's, of which only the plain ones run without memory
+                group.update(fused=False, foreach=False)
+            elif "foreach" in group:  # pytorch-optimizer's plain ones read numbers back
+                group["foreach"] = True
         for param in model.parameters():
             param.grad = torch.empty_like(param)
         optimizer.step()
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
+    return sum(tensor.nbytes for tensor in state_tensors(optimizer))
 
 
 def _activation_bytes(model: Llama, case: Case) -> int:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import sinkgd
+from lab.train.recipes.tiny import built, tiny_model, train
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
-from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
+from sinkgd.lab.train.recipes import RECIPES, resolve_optimizer
 
-GRID = Path(__file__).parents[3] / "benchmarks/learning_rates/2026-11-22-nano-sotu.jsonl"
+GRID = Path(__file__).parents[4] / "benchmarks/learning_rates/2026-11-22-nano-sotu.jsonl"
 OPTIONS = {field.name for field in fields(OptimizerConfig)} - {"recipe"}
 recipes = pytest.mark.parametrize("name", RECIPES)
 
@@ -22,17 +23,18 @@ def model():
     return build_model("llama-nano", vocab_size=64, max_sequence_length=16)
 
 
-def built(model, recipe: str, **options: float) -> torch.optim.Optimizer:
-    return build_optimizer(model, resolve_optimizer(OptimizerConfig(recipe=recipe, **options)))
-
-
 def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
 
 
 def test_the_table_is_known_in_full():
-    names = ["sinkgd", "sinkgd-stateless", "swan", "adamw", "adamw-one-lr", "sgd"]
-    assert list(RECIPES) == names
+    assert list(RECIPES) == [
+        *("sinkgd", "sinkgd-stateless", "swan", "tempered"),
+        *("rows-only", "columns-only", "frobenius", "sign"),
+        *("adam", "adamw", "adamw-one-lr", "sgd", "sgd-momentum", "muon"),
+        *("galore", "fira", "apollo", "apollo-mini", "racs"),
+        *("stable-spam", "adafactor", "lion", "soap"),
+    ]
 
 
 @recipes
@@ -53,29 +55,47 @@ def test_every_parameter_is_in_one_group(model, name):
     assert len(found) == len(list(model.parameters()))
 
 
-@recipes
-def test_every_option_reaches_the_optimizer(model, name):
-    taken = RECIPES[name].defaults
-    changed = {option: 0.125 for option in taken if option not in ("clip_norm", "rounding")}
-    if "rounding" in taken:
-        changed["rounding"] = "stochastic"
-    if "sinkhorn_iterations" in taken:
-        changed["sinkhorn_iterations"] = 3
-    text = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in built(model, name, **changed).param_groups
-    ]
-    assert all(group["lr"] == 0.125 for group in text)
-    assert any(group["weight_decay"] == 0.125 for group in text)
-    if "beta1" in taken:
-        assert any(group.get("betas") == (0.125, 0.125) for group in text)
-    if "rounding" in taken:
-        assert any(group.get("rounding") == "stochastic" for group in text)
-    if "sinkhorn_iterations" in taken:
-        assert any(group.get("sinkhorn_iterations") == 3 for group in text)
+# Other values than any recipe has; clipping is the trainer's.
+OTHERS = {
+    "lr": 0.0123,
+    "matrix_lr": 0.0234,
+    "weight_decay": 0.5,
+    "beta1": 0.3,
+    "beta2": 0.3,
+    "sinkhorn_iterations": 2,
+    "newton_schulz_steps": 3,
+    "momentum": 0.5,
+    "tau": 0.3,
+    "n_iter": 1,
+    "rank": 2,
+    "projection_every_steps": 2,
+    "projection_scale": 0.5,
+    "reset_every_steps": 3,
+    "rounding": "stochastic",
+}
 
 
-@pytest.mark.parametrize("name", ["sinkgd", "swan", "adamw"])
+def test_every_option_has_another_value():
+    assert set(OTHERS) | {"clip_norm"} == OPTIONS
+
+
+def taken():
+    return [(name, o) for name, r in RECIPES.items() for o in r.defaults if o != "clip_norm"]
+
+
+@pytest.mark.parametrize(("name", "option"), taken())
+def test_every_option_changes_the_training(name, option):
+    dtype = torch.bfloat16 if option == "rounding" else torch.float32
+    models = [tiny_model(dtype=dtype) for _ in range(2)]
+    # At its own rate tempered takes steps that bfloat16 rounds away.
+    rate = {"lr": 0.5} if name == "tempered" and option != "lr" else {}
+    train(models[0], built(models[0], name, **rate), 4)
+    train(models[1], built(models[1], name, **{option: OTHERS[option]}, **rate), 4)
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert not all(torch.equal(own, other) for own, other in pairs)
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if "matrix_lr" in r.defaults])
 def test_block_matrices_have_their_own_rate(model, name):
     found = rates(built(model, name, lr=0.5, matrix_lr=0.25))
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 0.5
@@ -138,6 +158,15 @@ def test_algorithms_are_those_of_the_recipe(model):
         (OptimizerConfig(beta2=1.0), "optimizer.beta2 is 1.0; it must be at least 0 and less"),
         (OptimizerConfig(clip_norm=-1.0), "optimizer.clip_norm is -1.0; it must be at least 0"),
         (OptimizerConfig(sinkhorn_iterations=0), "optimizer.sinkhorn_iterations is 0"),
+        (OptimizerConfig("swan", newton_schulz_steps=0), "newton_schulz_steps is 0; it must be at"),
+        (OptimizerConfig("muon", momentum=1.0), "optimizer.momentum is 1.0; it must be at least 0"),
+        (OptimizerConfig("tempered", tau=0.0), "optimizer.tau is 0.0; it must be positive"),
+        (OptimizerConfig("tempered", n_iter=-1), "optimizer.n_iter is -1; it must be at least 0"),
+        (OptimizerConfig("galore", rank=-1), "optimizer.rank is -1; it must be at least 0"),
+        (OptimizerConfig("fira", projection_scale=0.0), "projection_scale is 0.0; it must be posi"),
+        (OptimizerConfig("soap", projection_every_steps=0), "projection_every_steps is 0; it must"),
+        (OptimizerConfig("stable-spam", reset_every_steps=0), "reset_every_steps is 0; it must be"),
+        (OptimizerConfig("adam", weight_decay=0.1), "weight_decay is 0.1, but recipe 'adam' does"),
     ],
 )
 def test_errors_name_option_and_value(options, message):

@@ -1,0 +1,74 @@
+"""What a recipe is, and how it divides a model between its method and AdamW."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+import sinkgd
+
+Options = Mapping[str, Any]  # resolved: by name, as many as the recipe's defaults
+Groups = list[dict[str, Any]]
+
+PYTORCH_OPTIMIZER = "pytorch_optimizer"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer as it is commonly run."""
+
+    name: str
+    summary: str  # one line
+    source: str  # of the defaults
+    defaults: Options  # those fields of `OptimizerConfig` that it takes
+    build: Callable[[nn.Module, Options], Optimizer]
+    can_shard: bool = False  # whether weights may lie in pieces on several ranks
+    can_release: bool = False  # whether it can take one gradient at a time, inside backward
+    package: str | None = None  # beyond torch, of the extra `experiments`
+
+
+def family_groups(model: nn.Module, o: Options, algorithm: str) -> Groups:
+    """Route by role: block matrices to an algorithm of the library, the rest to AdamW."""
+    return sinkgd.param_groups(
+        model,
+        lr=o["lr"],
+        matrix_lr_scale=o.get("matrix_lr", o["lr"]) / o["lr"],
+        matrix_algorithm=algorithm,
+        weight_decay=o.get("weight_decay", 0.0),
+        betas=betas(o),
+    )
+
+
+def routed(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
+    """Return the groups of block matrices and those of the rest, as optimizers of torch take them.
+
+    The rest is embeddings, output head, norms and biases.
+    """
+    matrices: Groups = []
+    rest: Groups = []
+    for group in family_groups(model, o, "sinkgd"):
+        plain = {key: group[key] for key in ("params", "lr", "weight_decay")}
+        (rest if group["algorithm"] == "adamw" else matrices).append(plain)
+    return matrices, rest
+
+
+def betas(o: Options) -> tuple[float, float]:
+    """Return the decays of both means; those of Adam where the recipe takes none."""
+    return o.get("beta1", 0.9), o.get("beta2", 0.999)
+
+
+def check_matrices(groups: Groups, method: str) -> None:
+    """Refuse parameters that are no matrices.
+
+    Raises:
+        ValueError: With the name of the first, after what ``method`` says.
+    """
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if param.ndim != 2:
+                name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+                raise ValueError(
+                    f"{method}; {name!r} has shape {tuple(param.shape)}. Give it to AdamW"
+                )

@@ -1,0 +1,131 @@
+"""Recipes of this package's own optimizers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+import sinkgd
+from sinkgd.lab.train.recipes.contract import Options, Recipe, family_groups
+from sinkgd.norms import Norm
+
+
+def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.SinkGD(
+        family_groups(model, o, "sinkgd"),
+        lr=o["lr"],
+        sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        rounding=o["rounding"],
+    )
+
+
+def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.SinkGD(
+        model.named_parameters(),
+        lr=o["lr"],
+        sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        rounding=o["rounding"],
+        weight_decay=o["weight_decay"],
+    )
+
+
+def _swan(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.SWAN(
+        family_groups(model, o, "swan"),
+        lr=o["lr"],
+        newton_schulz_steps=int(o["newton_schulz_steps"]),
+        rounding=o["rounding"],
+    )
+
+
+def _tempered(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.TemperedSinkGD(
+        model.named_parameters(),
+        lr=o["lr"],
+        weight_decay=o["weight_decay"],
+        tau=o["tau"],
+        n_iter=int(o["n_iter"]),
+        rounding=o["rounding"],
+    )
+
+
+@dataclass(frozen=True)
+class _OneNorm:
+    norm: Norm
+
+    def __call__(self, model: nn.Module, o: Options) -> Optimizer:
+        return sinkgd.MNGD(
+            family_groups(model, o, "mngd"),
+            lr=o["lr"],
+            norms=[self.norm],
+            num_iters=1,
+            rounding=o["rounding"],
+        )
+
+
+_ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
+_STATELESS: dict[str, Any] = {"rounding": "nearest", "clip_norm": 0.0}
+_SINKGD_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
+
+
+def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
+    build: Callable[[nn.Module, Options], Optimizer] = _OneNorm(norm)
+    return Recipe(
+        name,
+        f"{summary}; block matrices, the rest by AdamW",
+        "one projection, so that updates have RMS 1 as SinkGD's have; SinkGD's rates",
+        {**_SINKGD_RATES, **_STATELESS},
+        build,
+        can_release=True,
+    )
+
+
+FAMILY = (
+    Recipe(
+        "sinkgd",
+        "block matrices by SR-Sinkhorn, the rest by AdamW",
+        "5 iterations: Scetbon et al. 2025, algorithm 4; rates: benchmarks/learning_rates",
+        {**_SINKGD_RATES, "sinkhorn_iterations": 5, **_STATELESS},
+        _sinkgd,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "sinkgd-stateless",
+        "matrices by SR-Sinkhorn, vectors by their own norm; no state at all",
+        "SinkGD's default arguments; not tuned here",
+        {"lr": 1e-3, "weight_decay": 0.0, "sinkhorn_iterations": 5, **_STATELESS},
+        _sinkgd_stateless,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "swan",
+        "block matrices by row norm and whitening, the rest by AdamW",
+        "one row norm, one whitening: Ma et al. 2024; rates: three runs, benchmarks/learning_rates",
+        {
+            "lr": 0.08,
+            "matrix_lr": 0.002,
+            "weight_decay": 0.0,
+            **_ADAM,
+            "newton_schulz_steps": 5,
+            **_STATELESS,
+        },
+        _swan,
+        can_release=True,
+    ),
+    Recipe(
+        "tempered",
+        "all by row and column sums in turn, a tanh, and the gradient's own size",
+        "TemperedSinkGD's default arguments; not tuned here",
+        {"lr": 3e-4, "weight_decay": 0.1, "tau": 0.1, "n_iter": 5, **_STATELESS},
+        _tempered,
+        can_release=True,
+    ),
+    _one_norm("rows-only", "rows of equal length", sinkgd.RowNorm()),
+    _one_norm("columns-only", "columns of equal length", sinkgd.ColumnNorm()),
+    _one_norm("frobenius", "each gradient divided by its own RMS", sinkgd.FrobeniusNorm()),
+    _one_norm("sign", "signs of the gradient", sinkgd.SignNorm()),
+)

@@ -1,0 +1,100 @@
+"""The one registry of optimizers: a table of recipes, each with the source of its values.
+
+A recipe's ``defaults`` are also the list of options that it takes: another one is refused.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sinkgd.lab.train.config import ConfigError, OptimizerConfig
+from sinkgd.lab.train.config_file import nearest
+from sinkgd.lab.train.recipes.contract import Recipe
+from sinkgd.lab.train.recipes.family import FAMILY
+from sinkgd.lab.train.recipes.from_papers import FROM_PAPERS
+from sinkgd.lab.train.recipes.from_torch import FROM_TORCH
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {recipe.name: recipe for recipe in (*FAMILY, *FROM_TORCH, *FROM_PAPERS)}
+)
+
+
+def resolve_optimizer(options: OptimizerConfig) -> OptimizerConfig:
+    """Fill in the recipe's defaults and check every option.
+
+    Raises:
+        ConfigError: If there is no such recipe, its package is not installed, it does not take an
+            option that was given, or an option is out of range.
+    """
+    recipe = find_recipe(options.recipe)
+    if recipe.package is not None and find_spec(recipe.package) is None:
+        raise ConfigError(
+            f"optimizer.recipe is {recipe.name!r}, which needs the package {recipe.package}; "
+            "install it with: pip install 'sinkgd[experiments]'"
+        )
+    for option in fields(options)[1:]:
+        if getattr(options, option.name) is not None and option.name not in recipe.defaults:
+            raise ConfigError(
+                f"optimizer.{option.name} is {getattr(options, option.name)}, but recipe "
+                f"{recipe.name!r} does not take it; it takes {', '.join(recipe.defaults)}"
+            )
+    open_options: dict[str, Any] = {
+        name: value for name, value in recipe.defaults.items() if getattr(options, name) is None
+    }
+    resolved = replace(options, **open_options)
+    _check_ranges(resolved)
+    return resolved
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe called ``name``.
+
+    Raises:
+        ConfigError: If there is none; the message gives the nearest name.
+    """
+    if name not in RECIPES:
+        raise ConfigError(
+            f"optimizer.recipe is {name!r}; did you mean {nearest(name, RECIPES)!r}? "
+            f"There are {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]
+
+
+def build_optimizer(model: nn.Module, options: OptimizerConfig) -> Optimizer:
+    """Build the optimizer of ``model`` from resolved options.
+
+    Each group has its peak learning rate as ``initial_lr`` too, where torch's schedulers look for
+    it when a run goes on.
+    """
+    recipe = find_recipe(options.recipe)
+    taken = {name: getattr(options, name) for name in recipe.defaults}
+    optimizer = recipe.build(model, taken)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def _check_ranges(options: OptimizerConfig) -> None:
+    def check(names: tuple[str, ...], rule: str, holds: Callable[[float], bool]) -> None:
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not holds(value):
+                raise ConfigError(f"optimizer.{name} is {value}; it must be {rule}")
+
+    positive = ("lr", "matrix_lr", "tau", "projection_scale")
+    counts = (
+        "sinkhorn_iterations",
+        "newton_schulz_steps",
+        "projection_every_steps",
+        "reset_every_steps",
+    )
+    decays = ("beta1", "beta2", "momentum")
+    check(positive, "positive", lambda value: value > 0)
+    check(("weight_decay", "clip_norm", "n_iter", "rank"), "at least 0", lambda value: value >= 0)
+    check(decays, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+    check(counts, "at least 1", lambda value: value >= 1)
