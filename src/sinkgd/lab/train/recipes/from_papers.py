@@ -1,6 +1,6 @@
 """Recipes of published methods: pytorch-optimizer's, and two that it has otherwise than published.
 
-Where it differs from a paper or the authors' code (versions 3.5 to 4.1), the row says so.
+Where it differs from a paper or the authors' code (version 4.1.0), the row says so.
 """
 
 from typing import Any
