@@ -299,3 +299,17 @@ def test_text_files_are_prepared_and_said_so(config, tmp_path, monkeypatch):
     said: list[str] = []
     train(replace(config, data=text), tmp_path / "run", say=said.append)
     assert [line.split()[0] for line in said] == ["training", "tokenizing"]
+
+
+def test_after_a_change_of_vocabulary_the_loss_jumps_and_until_then_nothing_differs(
+    config, tmp_path
+):
+    train(config, tmp_path / "plain")
+    train(change(config, "data", shift_at_step=8), tmp_path / "shifted")
+    plain, shifted = (Run.read(tmp_path / name / "run.jsonl") for name in ("plain", "shifted"))
+    losses = [[step.loss for step in result.steps] for result in (plain, shifted)]
+    assert losses[0][:8] == losses[1][:8]
+    assert losses[1][8] > losses[0][8] + 0.05
+    scores = [[e.val_loss for e in result.evaluations] for result in (plain, shifted)]
+    assert scores[0][:2] == scores[1][:2]  # after steps 4 and 8
+    assert scores[1][2] > scores[0][2] + 0.05

@@ -21,5 +21,6 @@ from sinkgd.lab.data.prepare import prepared_corpus as prepared_corpus
 from sinkgd.lab.data.prepare import train_tokenizer as train_tokenizer
 from sinkgd.lab.data.shards import FolderTakenError as FolderTakenError
 from sinkgd.lab.data.shards import ShardWriter as ShardWriter
+from sinkgd.lab.data.shift import VocabularyShift as VocabularyShift
 from sinkgd.lab.data.tokenizer import Tokenizer as Tokenizer
 from sinkgd.lab.data.tokenizer import load_tokenizer as load_tokenizer

@@ -37,6 +37,9 @@ class DataConfig:
     """Most tokens of a tokenizer to train; by default 8192. Prepared shards have their own."""
     packing: Packing = "concat"
     """Rows of a batch: concat (documents end to end) or none (one document, cut and padded)."""
+    shift_at_step: int | None = None
+    """Optimizer steps after which every token gets another's id, to watch the recovery; by default
+    never."""
 
 
 @dataclass(frozen=True)

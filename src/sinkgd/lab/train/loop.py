@@ -49,6 +49,8 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
         batch = job.batches.at(0 if training.one_batch else state.step)
+        if job.shift is not None:
+            batch = job.shift.of_training(batch, state.step)
         result = take_step(
             state.model,
             state.optimizer,
@@ -83,6 +85,8 @@ def _evaluation(job: Job) -> Evaluation:
         max_tokens=job.config.evaluation.tokens,
         packing=job.config.data.packing,
     )
+    if (shift := job.shift) is not None:
+        batches = (shift.of_evaluation(batch, state.step) for batch in batches)
     score = evaluate(
         state.model,
         batches,

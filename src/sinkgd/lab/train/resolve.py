@@ -20,6 +20,7 @@ def resolve(config: RunConfig) -> RunConfig:
         {
             "model.vocab_size": config.model.vocab_size,
             "data.vocab_size": config.data.vocab_size,
+            "data.shift_at_step": config.data.shift_at_step,
             "training.steps": training.steps,
             "training.batch_size": training.batch_size,
             "training.micro_batch_size": training.micro_batch_size,

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 
-from sinkgd.lab.data import Batches, Progress, TokenDataset, TokenSplit, prepared_corpus
+from sinkgd.lab.data import (
+    Batches,
+    Manifest,
+    Progress,
+    TokenDataset,
+    TokenSplit,
+    VocabularyShift,
+    prepared_corpus,
+)
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
@@ -35,6 +43,7 @@ class Job:
     tokens_per_byte: float  # of the validation text
     state: TrainingState
     released: ReleasedSteps | None = None  # what steps inside backward, if anything does
+    shift: VocabularyShift | None = None
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +107,7 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
         tokens_per_byte=validation.tokens / validation.text_bytes,
         state=TrainingState(model, optimizer),
         released=ReleasedSteps(optimizer) if training.release_gradients else None,
+        shift=_shift(config, manifest),
     )
 
 
@@ -128,6 +138,18 @@ def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
             "tokens; leave it out, or run `sinkgd prepare` for another tokenizer"
         )
     return dataset
+
+
+def _shift(config: RunConfig, manifest: Manifest) -> VocabularyShift | None:
+    if config.data.shift_at_step is None:
+        return None
+    special = (manifest.eos_id, manifest.pad_id, manifest.bos_id)
+    return VocabularyShift.drawn(
+        config.data.shift_at_step,
+        vocab_size=manifest.vocab_size,
+        keep={i for i in special if i is not None},
+        seed=config.training.seed,
+    )
 
 
 def _vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
