@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sinkgd.lab.data import Batches, Progress, TokenDataset, TokenSplit, prepared_corpus
+from sinkgd.lab.data import Batches, Manifest, Progress, TokenDataset, TokenSplit, prepared_corpus
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
@@ -81,7 +81,7 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
     with torch.device("meta"):  # weights are drawn one by one, in the type they are kept in
         model = build_model(
             config.model.preset,
-            vocab_size=_vocab_size(config.model, manifest.vocab_size),
+            vocab_size=_vocab_size(config.model, manifest),
             max_sequence_length=training.sequence_length,
         )
     shard_model(model.to(weight_dtype(training.precision)), mesh)
@@ -129,11 +129,17 @@ def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
     return dataset
 
 
-def _vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
-    rows = tokenizer_size if model.vocab_size is None else model.vocab_size
-    if rows < tokenizer_size:
-        raise ConfigError(
-            f"model.vocab_size is {rows}, but the tokenizer has {tokenizer_size} tokens, and each "
-            f"needs a row of the embedding; give at least {tokenizer_size}, or leave it out"
+def _vocab_size(model: ModelConfig, text: Manifest) -> int:
+    rows = text.vocab_size if model.vocab_size is None else model.vocab_size
+    if rows >= text.rows_needed:
+        return rows
+    if text.largest_id is None:
+        why = (
+            f"the tokenizer has {text.vocab_size} tokens, and these shards do not say which of "
+            "them occur; run `sinkgd prepare` again, which records it,"
         )
-    return rows
+    else:
+        why = f"the text has ids up to {text.rows_needed - 1}, and each needs a row;"
+    raise ConfigError(
+        f"model.vocab_size is {rows}, but {why} give at least {text.rows_needed}, or leave it out"
+    )
