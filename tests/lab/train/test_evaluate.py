@@ -48,10 +48,11 @@ def test_every_target_counts_once_whatever_its_batch():
 
 
 def test_perplexity_and_bits_follow_from_nats():
-    score = Score(math.log(16), 10)
+    score = Score(math.log(16), 10, math.log(15))
+    assert score.galore_perplexity == pytest.approx(15)
     assert score.perplexity == pytest.approx(16)
     assert score.bits_per_byte(0.25) == pytest.approx(1.0)
 
 
 def test_a_perplexity_beyond_floats_is_infinite():
-    assert Score(1e4, 1).perplexity == math.inf
+    assert Score(1e4, 1, 1e4).perplexity == math.inf
