@@ -58,6 +58,14 @@ def prepared(folder, train, validation):
     return theirs, TokenDataset.open(folder / "shards")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
     """The tokenizer of transformers, and our shards made with its file; one text in both splits."""

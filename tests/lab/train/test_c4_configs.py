@@ -1,10 +1,13 @@
 """The C4 benchmark's configurations, sizes, memory and schedule, against counts made apart."""
 
 import math
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,6 +66,19 @@ def test_batches_go_through_the_model_and_the_evaluator_as_they_did_there():
         for size in STEPS
     }
     assert found == {"60m": (256, 256), "130m": (128, 256), "350m": (128, 512), "1b": (32, 128)}
+
+
+@sizes
+def test_the_command_in_a_file_gives_the_papers_rates_and_leaves_the_rest(size, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parents[1])
+    lines = (CONFIGS / f"llama-{size}.toml").read_text().splitlines()[1:3]
+    words = shlex.split(" ".join(line.strip("# \\") for line in lines))
+    assert words[:2] == ["sinkgd", "train"]
+    settings = tyro.cli(Train, args=words[2:], default=Train.defaults(words[2:])).settings
+    found = resolve(settings)
+    assert (found.optimizer.lr, found.optimizer.matrix_lr) == (0.02, 0.001)  # 0.02 · 0.05
+    assert (found.optimizer.beta1, found.optimizer.beta2) == (0.9, 0.999)
+    assert replace(found, optimizer=read(size).optimizer) == read(size)
 
 
 @sizes
