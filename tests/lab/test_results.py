@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ from sinkgd.lab.results import (
     TrainStep,
 )
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 START = RunStart(
     name="sinkgd-seed0",
     recipe="sinkgd",
@@ -183,3 +186,18 @@ def test_every_line_is_json_that_names_its_kind(path):
     write(path, START, step(1), evaluation(1), Resume(1), END)
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
     assert kinds == ["start", "step", "evaluation", "resume", "end"]
+
+
+def test_runs_recorded_before_a_field_was_added_are_read():
+    files = sorted((BENCHMARKS / "demo" / "2026-11-22").glob("*.jsonl"))
+    assert len(files) == 2
+    for file in files:
+        found = Run.read(file).evaluations
+        assert found
+        assert {evaluation.galore_perplexity for evaluation in found} == {None}
+
+
+def test_both_perplexities_are_read_back(path):
+    both = replace(evaluation(1), galore_perplexity=2.7)
+    write(path, START, step(1), both)
+    assert Run.read(path).evaluations == [both]

@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 
-from sinkgd.lab.data import DataError, TokenDataset, dataset
+from sinkgd.lab.data import DataError, TokenDataset, Tokenizer, dataset
 
 FILES = [
     "tokenizer.json",
@@ -100,6 +101,7 @@ def edited(folder, edit):
 def test_a_manifest_of_another_shape_is_damaged(folder):
     for edit in (
         lambda fields: fields.pop("vocab_size"),
+        lambda fields: fields.pop("largest_id"),
         lambda fields: fields.update(surprise=1),
         lambda fields: fields["splits"]["train"].pop("tokens"),
         lambda fields: fields.update(files=[]),
@@ -121,9 +123,31 @@ def test_a_manifest_that_counts_otherwise_than_the_files_is_noticed(folder):
 
 
 def test_another_version_of_the_format_is_named(folder):
-    edited(folder, lambda fields: fields.update(format_version=2))
-    with pytest.raises(DataError, match="is of format 2, this sinkgd reads 1"):
+    edited(folder, lambda fields: fields.update(format_version=3))
+    with pytest.raises(DataError, match="is of format 3, this sinkgd reads 2"):
         TokenDataset.open(folder)
+
+
+def test_a_folder_of_the_format_before_is_read_and_needs_a_row_for_every_token(folder):
+    def as_before(fields):
+        fields.pop("largest_id")
+        fields["format_version"] = 1
+
+    tokens = TokenDataset.open(folder).split("train").read(0, 5)
+    edited(folder, as_before)
+    before = TokenDataset.open(folder)
+    assert before.manifest.largest_id is None
+    assert before.manifest.rows_needed == before.manifest.vocab_size
+    assert before.split("train").read(0, 5).tolist() == tokens.tolist()
+
+
+def test_the_largest_id_of_the_text_decides_how_many_rows_are_needed(write_shards, tmp_path):
+    manifest = write_shards([[5, 6], [7]], [[200]]).manifest
+    assert (manifest.largest_id, manifest.rows_needed, manifest.vocab_size) == (200, 201, 258)
+    pads_last = tokenizers.models.WordLevel({"</s>": 1, "a": 0, "<pad>": 9}, unk_token="a")
+    last = Tokenizer(tokenizers.Tokenizer(pads_last), "pads last")
+    manifest = write_shards([[0]], [[0]], tokenizer=last, out=tmp_path / "last").manifest
+    assert (manifest.largest_id, manifest.rows_needed) == (1, 10)  # a row for pads too
 
 
 def test_a_manifest_cannot_point_outside_its_folder(folder):

@@ -33,8 +33,8 @@ def test_concat_has_as_many_rows_as_targets_allow(write_shards, tokens, rows):
 def test_none_gives_each_document_a_row_with_s_minus_1_targets(write_shards):
     split = write_shards([[5, 6, 7], [8], [9, 10, 11, 12, 13]], shard_tokens=4).split("train")
     inputs, targets = gather(split, 4, "none")
-    assert inputs == [[5, 6, 7, EOS], [8, EOS, PAD, PAD], [9, 10, 11, 12]]
-    assert targets == [[6, 7, EOS, X], [EOS, X, X, X], [10, 11, 12, X]]
+    assert inputs == [[5, 6, 7, EOS], [8, EOS, PAD, PAD], [9, 10, 11, EOS]]
+    assert targets == [[6, 7, EOS, X], [EOS, X, X, X], [10, 11, EOS, X]]
 
 
 def test_masks_on_c4s_layout_by_hand(c4_folder, tmp_path, byte_tokenizer):
@@ -43,8 +43,8 @@ def test_masks_on_c4s_layout_by_hand(c4_folder, tmp_path, byte_tokenizer):
     a, b, c, d, e, f, x, y, z = byte_tokenizer.encode_batch(["abcdefxyz"])[0].tolist()
     e1, e2 = byte_tokenizer.encode_batch(["é"])[0].tolist()  # two bytes
     inputs, targets = gather(split, 5, "none")
-    assert inputs == [[a, b, c, d, e], [e1, e2, EOS, PAD, PAD], [x, y, z, EOS, PAD]]
-    assert targets == [[b, c, d, e, X], [e2, EOS, X, X, X], [y, z, EOS, X, X]]
+    assert inputs == [[a, b, c, d, EOS], [e1, e2, EOS, PAD, PAD], [x, y, z, EOS, PAD]]
+    assert targets == [[b, c, d, EOS, X], [e2, EOS, X, X, X], [y, z, EOS, X, X]]
     inputs, targets = gather(split, 7, "concat")
     assert inputs == [[a, b, c, d, e, f, EOS]]
     assert targets == [[b, c, d, e, f, EOS, e1]]

@@ -31,7 +31,9 @@ def test_a_folder_in_c4s_layout_is_prepared_and_summed_up(c4_folder, out, capsys
     assert said[0].split()[:2] == ["train", "3"]
     assert said[1].split()[:2] == ["validation", "2"]
     assert said[0].endswith("bytes per token")
-    assert said[2].split() == ["vocabulary", str(manifest.vocab_size), "tokens"]
+    rows = str(manifest.rows_needed)
+    assert said[2].split()[:3] == ["vocabulary", str(manifest.vocab_size), "tokens,"]
+    assert said[2].split()[3:] == [rows, "rows", "needed"]
     assert said[-1] == f"Next:    sinkgd compare --data.corpus '{out}'"
     suggested = tyro.cli(Compare, args=shlex.split(said[-1])[3:])
     assert suggested.shared.data.corpus == str(out)

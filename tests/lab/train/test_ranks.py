@@ -1,5 +1,6 @@
 """Ranks train what one process trains, save what any number of them can read, and go on exactly."""
 
+import math
 import shutil
 import signal
 from contextlib import nullcontext
@@ -48,6 +49,7 @@ SETTINGS = {
         "optimizer": {"recipe": "adamw"},
         "training": {"batch_size": 8, "micro_batch_size": 1},
         "data": {"packing": "none"},
+        "evaluation": {"batch_size": 6},
     },
     "fsdp-tp": {"mesh": {"tp": 2}, "optimizer": {"recipe": "sinkgd"}},
     "tp": {"mesh": {"tp": 2}, "optimizer": {"recipe": "sinkgd-stateless"}},
@@ -146,7 +148,10 @@ def curve(path: Path) -> tuple[list, list]:
     assert result.finished
     return (
         [(s.step, s.tokens, s.loss, s.lr, s.gradient_norm) for s in result.steps],
-        [(e.step, e.val_loss, e.eval_tokens) for e in result.evaluations],
+        [
+            (e.step, e.val_loss, e.eval_tokens, math.log(e.galore_perplexity))
+            for e in result.evaluations
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,9 @@ def test_the_table_has_every_sink():
 def test_figures_are_named_after_their_fields():
     assert scalars(STEP)["train/loss"] == 2.5
     assert scalars(EVALUATION)["validation/bits_per_byte"] == 0.75
+    assert "validation/galore_perplexity" not in scalars(EVALUATION)  # an old record has none
+    both = replace(EVALUATION, galore_perplexity=9.25)
+    assert scalars(both)["validation/galore_perplexity"] == 9.25
     assert "train/step" not in scalars(STEP)
     assert scalars(Resume(3)) == {}
 

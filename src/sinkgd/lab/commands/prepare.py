@@ -42,7 +42,8 @@ class Prepare:
     """Folder to make; it must not exist, or be empty."""
 
     tokenizer: str = "train"
-    """train: a byte-level BPE on this text; or a tokenizer.json; or a name on the hub."""
+    """train: a byte-level BPE on this text; or a tokenizer.json, or the folder of one; or a name on
+    the hub, such as google-t5/t5-base, the tokenizer of the C4 benchmark."""
 
     vocab_size: int = VOCAB_SIZE
     """Tokens of the tokenizer to train, at least 258."""
@@ -99,7 +100,9 @@ def _summarize(console: Console, manifest: Manifest) -> None:
             f"{name:<11}{entry.documents:>12,} documents {entry.tokens:>15,} tokens"
             f" {entry.bytes_per_token:>7.2f} bytes per token"
         )
-    console.print(f"vocabulary {manifest.vocab_size:>12,} tokens")
+    console.print(
+        f"vocabulary {manifest.vocab_size:>12,} tokens, {manifest.rows_needed:,} rows needed"
+    )
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import numpy as np
 
 from sinkgd.lab.data.documents import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_LARGEST_ID = 1  # the format before, which is read too
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -54,6 +55,7 @@ class Manifest:
     eos_id: int
     pad_id: int
     bos_id: int | None
+    largest_id: int | None  # that occurs in the shards; None where format 1 did not record it
     tokenizer_sha256: str  # of tokenizer.json, hex
     shard_tokens: int
     sources: tuple[str, ...]
@@ -65,6 +67,17 @@ class Manifest:
     def token_dtype(self) -> np.dtype[Any]:
         """The type of the ids in the shards."""
         return token_dtype(self.vocab_size)
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows of an embedding that every id of a batch has one of, tokens.
+
+        A tokenizer may have ids that never occur, as the sentinels of T5's are; where the format
+        did not record which ones do, all count.
+        """
+        if self.largest_id is None:
+            return self.vocab_size
+        return max(self.largest_id, self.pad_id) + 1
 
     @property
     def total_bytes(self) -> int:
@@ -98,7 +111,8 @@ class Manifest:
         try:
             fields = json.loads(content)
             version = fields["format_version"]
-            manifest = cls._from_fields(fields) if version == FORMAT_VERSION else None
+            readable = version in (_WITHOUT_LARGEST_ID, FORMAT_VERSION)
+            manifest = cls._from_fields(fields) if readable else None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path} is damaged ({error!r}); make the folder again with `sinkgd prepare`"
@@ -112,6 +126,8 @@ class Manifest:
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        if fields["format_version"] == _WITHOUT_LARGEST_ID:
+            fields["largest_id"] = None
         fields["sources"] = tuple(fields["sources"])
         fields["splits"] = {name: SplitEntry(**row) for name, row in fields["splits"].items()}
         fields["files"] = {name: FileEntry(**row) for name, row in fields["files"].items()}

@@ -6,8 +6,9 @@ T is the length of a row, the model's sequence length. A target is the token aft
     concat   documents one after the other, an eos between; row k reads tokens kT … kT+T, so no
              position is wasted and, but for the first token and a tail that fills no row, each
              token is a target once
-    none     one document a row, its eos included, cut to T tokens or padded; s tokens give s-1
-             targets, so every row has one at least
+    none     one document a row, its eos included, padded to T tokens; of a longer one the first
+             T-1 tokens and its eos, as T5's tokenizer truncates; s tokens give s-1 targets, so
+             every row has one at least
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -58,7 +59,7 @@ class ConcatRows:
 
 
 class DocumentRows:
-    """Rows of the packing ``none``: row i is the beginning of document i."""
+    """Rows of the packing ``none``: row i is the beginning of document i, and ends with eos."""
 
     def __init__(self, split: TokenSplit, sequence_length: int) -> None:
         self._split, self._length = split, sequence_length
@@ -70,8 +71,10 @@ class DocumentRows:
         targets = np.full_like(inputs, IGNORE_INDEX)
         starts, ends = self._split.offsets[indices], self._split.offsets[indices + 1]
         lengths = np.minimum(ends - starts, self._length)
-        for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-            inputs[i, :length] = self._split.read(start, length)
+        bounds = zip(starts.tolist(), ends.tolist(), lengths.tolist(), strict=True)
+        for i, (start, end, length) in enumerate(bounds):
+            inputs[i, : length - 1] = self._split.read(start, length - 1)
+            inputs[i, length - 1] = self._split.read(end - 1, 1)[0]
             targets[i, : length - 1] = inputs[i, 1:length]
         return PackedRows(inputs, targets)
 

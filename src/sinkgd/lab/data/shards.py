@@ -137,6 +137,7 @@ class ShardWriter:
         refuse_taken(out)
         self._out, self._tokenizer, self._sources = out, tokenizer, sources
         self._shard_tokens = shard_tokens
+        self._largest_id = tokenizer.eos_id
         out.parent.mkdir(parents=True, exist_ok=True)
         self._partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
         dtype = token_dtype(tokenizer.vocab_size)
@@ -159,6 +160,7 @@ class ShardWriter:
             raise DataError(
                 f"token ids must be in [0, {vocab_size}), got {ids.min()} to {ids.max()}"
             )
+        self._largest_id = max(self._largest_id, int(ids.max()))
         self._splits[split].add(np.append(ids, self._tokenizer.eos_id), text_bytes)
 
     def documents(self, split: Split) -> int:
@@ -185,6 +187,7 @@ class ShardWriter:
             eos_id=self._tokenizer.eos_id,
             pad_id=self._tokenizer.pad_id,
             bos_id=self._tokenizer.bos_id,
+            largest_id=self._largest_id,
             tokenizer_sha256=self._tokenizer.sha256,
             shard_tokens=self._shard_tokens,
             sources=self._sources,

@@ -2,7 +2,8 @@
 
 Documents are encoded without the special tokens that a tokenizer would add by itself; the data
 folder ends each document with one end-of-text token instead. Text that happens to contain the
-spelling of a special token is encoded as the ordinary characters it is.
+spelling of a special token is encoded as the ordinary characters it is, except by a unigram model
+that has the spelling among its pieces, as T5's has.
 """
 
 import hashlib

@@ -24,7 +24,8 @@ class ModelConfig:
     preset: str = "llama-nano"
     """Name of the model's sizes, e.g. llama-nano, llama-60m."""
     vocab_size: int | None = None
-    """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has."""
+    """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has. Fewer
+    will do where the text has no id beyond them: 32000 for T5's 32,100."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class DataConfig:
     vocab_size: int | None = None
     """Most tokens of a tokenizer to train; by default 8192. Prepared shards have their own."""
     packing: Packing = "concat"
-    """Rows of a batch: concat (documents end to end) or none (one document, cut and padded)."""
+    """Rows of a batch: concat (documents end to end) or none (one document, cut and padded, its end
+    of text kept)."""
     shift_at_step: int | None = None
     """Optimizer steps after which every token gets another's id, to watch the recovery; by default
     never."""
@@ -136,6 +138,9 @@ class EvaluationConfig:
     """Steps between evaluations, optimizer steps; the last step is always followed by one."""
     tokens: int = 65_536
     """Targets to score each time, tokens; the same ones every time."""
+    batch_size: int | None = None
+    """Sequences whose mean loss galore_perplexity takes as one, all ranks together; by default a
+    micro-batch, or a batch."""
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,13 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
 
 
 def _evaluation(job: Job) -> Evaluation:
-    training, state = job.config.training, job.state
+    training, evaluation, state = job.config.training, job.config.evaluation, job.state
+    micro_batch_size = training.micro_batch_size or training.batch_size
     batches = evaluation_batches(
         job.validation,
         sequence_length=training.sequence_length,
-        batch_size=training.micro_batch_size or training.batch_size,
-        max_tokens=job.config.evaluation.tokens,
+        batch_size=evaluation.batch_size or micro_batch_size,
+        max_tokens=evaluation.tokens,
         packing=job.config.data.packing,
     )
     if (shift := job.shift) is not None:
@@ -92,6 +93,7 @@ def _evaluation(job: Job) -> Evaluation:
         batches,
         precision=training.precision,
         mesh=job.mesh,
+        micro_batch_size=micro_batch_size,
         chunk_tokens=training.loss_chunk_tokens,
     )
     return Evaluation(
@@ -102,4 +104,5 @@ def _evaluation(job: Job) -> Evaluation:
         perplexity=score.perplexity,
         bits_per_byte=score.bits_per_byte(job.tokens_per_byte),
         eval_tokens=score.tokens,
+        galore_perplexity=score.galore_perplexity,
     )

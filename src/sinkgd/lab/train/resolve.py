@@ -32,6 +32,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "mesh.tp": config.mesh.tp,
             "evaluation.every_steps": config.evaluation.every_steps,
             "evaluation.tokens": config.evaluation.tokens,
+            "evaluation.batch_size": config.evaluation.batch_size,
             "checkpoint.every_steps": config.checkpoint.every_steps,
             "checkpoint.keep": config.checkpoint.keep,
             "logging.print_every_steps": config.logging.print_every_steps,

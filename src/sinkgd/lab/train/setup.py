@@ -91,7 +91,7 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
     with torch.device("meta"):  # weights are drawn one by one, in the type they are kept in
         model = build_model(
             config.model.preset,
-            vocab_size=_vocab_size(config.model, manifest.vocab_size),
+            vocab_size=_vocab_size(config.model, manifest),
             max_sequence_length=training.sequence_length,
         )
     shard_model(model.to(weight_dtype(training.precision)), mesh)
@@ -146,17 +146,23 @@ def _shift(config: RunConfig, manifest: Manifest) -> VocabularyShift | None:
     special = (manifest.eos_id, manifest.pad_id, manifest.bos_id)
     return VocabularyShift.drawn(
         config.data.shift_at_step,
-        vocab_size=manifest.vocab_size,
+        vocab_size=manifest.rows_needed,
         keep={i for i in special if i is not None},
         seed=config.training.seed,
     )
 
 
-def _vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
-    rows = tokenizer_size if model.vocab_size is None else model.vocab_size
-    if rows < tokenizer_size:
-        raise ConfigError(
-            f"model.vocab_size is {rows}, but the tokenizer has {tokenizer_size} tokens, and each "
-            f"needs a row of the embedding; give at least {tokenizer_size}, or leave it out"
+def _vocab_size(model: ModelConfig, text: Manifest) -> int:
+    rows = text.vocab_size if model.vocab_size is None else model.vocab_size
+    if rows >= text.rows_needed:
+        return rows
+    if text.largest_id is None:
+        why = (
+            f"the tokenizer has {text.vocab_size} tokens, and these shards do not say which of "
+            "them occur; run `sinkgd prepare` again, which records it,"
         )
-    return rows
+    else:
+        why = f"the text has ids up to {text.rows_needed - 1}, and each needs a row;"
+    raise ConfigError(
+        f"model.vocab_size is {rows}, but {why} give at least {text.rows_needed}, or leave it out"
+    )

@@ -36,7 +36,11 @@ def scalars(record: Record) -> dict[str, float]:
     prefix = {TrainStep: "train", Evaluation: "validation"}.get(type(record))
     if prefix is None:
         return {}
-    return {f"{prefix}/{name}": value for name, value in asdict(record).items() if name != "step"}
+    return {
+        f"{prefix}/{name}": value
+        for name, value in asdict(record).items()
+        if name != "step" and value is not None
+    }
 
 
 def _open_tensorboard(folder: Path, _start: RunStart, closing: ExitStack) -> Sink:
