@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.optim.algorithms import ALGORITHMS
+from sinkgd.optim.algorithms import ALGORITHMS, FORMS
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
+from sinkgd.optim.algorithms.momentum import MOMENTUM
+from sinkgd.optim.algorithms.operator_norm import POWER_VECTOR
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.algorithms.warm_start import COL_SCALE
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
 from sinkgd.optim.routing_check import check_same_routing
+
+# State that has a type of its own, whatever the parameter's.
+_OF_OWN_TYPE = {COL_SCALE, MOMENTUM, POWER_VECTOR}
 
 # What every group has, whatever its algorithm.
 _COMMON = {"lr", "weight_decay", "maximize", "nonfinite"}
@@ -58,6 +63,8 @@ class GroupedOptimizer(Optimizer):
             TypeError: If a parameter is complex.
         """
         algorithm = _algorithm(param_group.setdefault("algorithm", self.default_algorithm))
+        for option, value in FORMS.get(param_group["algorithm"], {}).items():
+            param_group.setdefault(option, value)
         for option, default in algorithm.options.items():
             param_group.setdefault(option, self.defaults.get(option, default))
         foreign = self.defaults.keys() - param_group.keys() - _COMMON
@@ -188,9 +195,9 @@ class GroupedOptimizer(Optimizer):
         saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
         own_params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(saved_params, own_params, strict=True):
-            saved = state_dict["state"].get(i, {}).get(COL_SCALE)
-            if saved is not None:
-                self.state[param][COL_SCALE] = saved.to(param.device, copy=True)
+            for key in _OF_OWN_TYPE & state_dict["state"].get(i, {}).keys():
+                saved = state_dict["state"][i][key]
+                self.state[param][key] = saved.to(param.device, copy=True)
 
     def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
         """List what has a gradient: the number of the group, and its parameters of one device."""
