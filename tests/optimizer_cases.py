@@ -36,6 +36,13 @@ def _in_groups(build, algorithm):
     return built
 
 
+def _with(build, **fixed):
+    return lambda params, **options: build(params, **{**fixed, **options})
+
+
+_matrices = _in_groups(sinkgd.SinkGD, "sinkgd")
+FEW = [{}, {"weight_decay": 0.1, "maximize": True}, {"nonfinite": "skip"}]
+AVERAGES = [*FEW, {"nesterov": True}]
 COMMON = [
     {},
     {"lr": 1e-2},
@@ -64,7 +71,26 @@ OPTIMIZERS = [
         takes_vectors=True,
         has_state=True,
     ),
+    Case("SinkGD-momentum", _with(sinkgd.SinkGD, momentum=0.9), AVERAGES, True, has_state=True),
+    Case(
+        "SinkGD-momentum-after",
+        _with(sinkgd.SinkGD, momentum=0.5, momentum_place="after"),
+        AVERAGES,
+        takes_vectors=True,
+        has_state=True,
+    ),
+    Case("SinkGD-last-row", _with(_matrices, last="row"), [*FEW, {"sinkhorn_iterations": 1}]),
+    Case("SinkGD-half-step-more", _with(_matrices, first="column"), [*FEW, {"last": "row"}]),
+    Case("SinkGD-masked", _with(_matrices, tiny_rows="mask", tiny_row_threshold=0.5), FEW),
+    Case(
+        "SinkGD-pinned",
+        _with(_matrices, operator_norm="muon"),
+        [*FEW, {"operator_norm": "unit"}],
+        has_state=True,
+    ),
+    Case("SinkGD-table", _in_groups(sinkgd.SinkGD, "sinkgd-table"), FEW, has_state=True),
     Case("SWAN", sinkgd.SWAN, [*COMMON, {"newton_schulz_steps": 10}, {"num_iters": 2}]),
+    Case("SWAN-momentum", _with(sinkgd.SWAN, momentum=0.9), AVERAGES, has_state=True),
     Case(
         "MNGD-rows-columns",
         _mngd(sinkgd.RowNorm(), sinkgd.ColumnNorm()),
@@ -72,6 +98,14 @@ OPTIMIZERS = [
     ),
     Case("MNGD-sign", _mngd(sinkgd.SignNorm()), COMMON),
     Case("MNGD-frobenius", _mngd(sinkgd.FrobeniusNorm()), COMMON),
+    Case("SRON", sinkgd.SRON, FEW),
+    Case("SCALE", sinkgd.SCALE, FEW),
+    Case(
+        "SCALE-head",
+        _with(sinkgd.SCALE, momentum=0.9),
+        [*AVERAGES, {"momentum_place": "after"}],
+        has_state=True,
+    ),
     Case(
         "TemperedSinkGD",
         lambda p, **o: sinkgd.TemperedSinkGD(p, **{"lr": 1e-3, "weight_decay": 0.0, **o}),

@@ -13,7 +13,10 @@ from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientEr
 from sinkgd.optim.partition import describe_param_groups as describe_param_groups
 from sinkgd.optim.partition import param_groups as param_groups
 from sinkgd.optim.release import GradientRelease as GradientRelease
+from sinkgd.optim.scale import SCALE as SCALE
+from sinkgd.optim.scale import scale_groups as scale_groups
 from sinkgd.optim.sinkgd import SinkGD as SinkGD
+from sinkgd.optim.sron import SRON as SRON
 from sinkgd.optim.swan import SWAN as SWAN
 from sinkgd.optim.tempered import TemperedSinkGD as TemperedSinkGD
 from sinkgd.sinkhorn import sinkhorn_scales as sinkhorn_scales

@@ -245,6 +245,6 @@ def test_the_table_shows_every_parameter_once_with_its_reason():
     assert "b.*.x.weight ×2" in table
     lines = {line.split()[0]: line for line in table.splitlines()}
     assert lines["a.weight"].split(None, 4)[1:] == ["32×8", "adamw", "0.02", "embedding"]
-    assert lines["c.weight"].endswith("outside the blocks")
+    assert lines["c.weight"].endswith("output head")
     optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
     assert sinkgd.describe_param_groups(model, optimizer.param_groups) == table

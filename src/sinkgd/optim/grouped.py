@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.optim.algorithms import ALGORITHMS
+from sinkgd.optim.algorithms import ALGORITHMS, FORMS
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
@@ -57,6 +57,8 @@ class GroupedOptimizer(Optimizer):
             TypeError: If a parameter is complex.
         """
         algorithm = _algorithm(param_group.setdefault("algorithm", self.default_algorithm))
+        for option, value in FORMS.get(param_group["algorithm"], {}).items():
+            param_group.setdefault(option, value)
         for option, default in algorithm.options.items():
             param_group.setdefault(option, self.defaults.get(option, default))
         foreign = self.defaults.keys() - param_group.keys() - _COMMON

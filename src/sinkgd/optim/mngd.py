@@ -17,7 +17,7 @@ class MNGD(GroupedOptimizer):
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{MultiNorm}(G; g_1 \dots g_K, L)
 
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
-    step. Nothing is remembered from step to step: ``state`` stays empty.
+    step. Without momentum nothing is remembered from step to step: ``state`` stays empty.
 
     Args:
         params: Matrices (two dimensions or more): tensors, (name, tensor) pairs or groups. Vectors
@@ -32,6 +32,11 @@ class MNGD(GroupedOptimizer):
         rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
             so that small updates count in the mean). AdamW groups round as torch does.
         seed: Of the stochastic rounding; equal seeds draw equal bits.
+        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1): B is
+            normalized in the gradient's place. Keeps one float32 an entry. 0 keeps nothing.
+        nesterov: Normalize μB + (1 − μ)G instead.
+        momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
+            and the step goes along it; it is then no longer of root-mean-square 1.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
@@ -66,6 +71,9 @@ class MNGD(GroupedOptimizer):
         nonfinite: str = "raise",
         rounding: str = "nearest",
         seed: int = 0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        momentum_place: str = "before",
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -76,5 +84,8 @@ class MNGD(GroupedOptimizer):
             "nonfinite": nonfinite,
             "rounding": rounding,
             "seed": seed,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "momentum_place": momentum_place,
         }
         super().__init__(params, defaults)

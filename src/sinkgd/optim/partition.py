@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
+from sinkgd.optim.algorithms.layout import dims_of
 from sinkgd.optim.roles import Role, roles
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
@@ -20,6 +22,7 @@ def param_groups(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     overrides: Overrides | None = None,
+    base_width: int | None = None,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
 
@@ -39,7 +42,12 @@ def param_groups(
         betas: AdamW's decay rates of the two moments.
         overrides: From a regular expression, searched in the parameter's name, to an algorithm
             (``"adamw"``, ``"sinkgd"``, ``"normalize"`` …) or to group options such as
-            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. The first match decides.
+            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. The first match decides. For tables
+            there is ``"sinkgd-table"``.
+        base_width: Width that the learning rate was tuned for. That of a hidden matrix is then
+            multiplied by ``base_width / d_in``, d_in its in-features: muP's rule for updates of a
+            given root-mean-square, which keeps the size of what a layer adds to its output. None
+            leaves it, as the paper does.
 
     Returns:
         Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay`` and
@@ -47,7 +55,7 @@ def param_groups(
 
     Raises:
         ValueError: If the model has no trainable parameter, ``lr`` or ``matrix_lr_scale`` is
-            negative, or an override matches no parameter.
+            negative, ``base_width`` is below 1, or an override matches no parameter.
 
     Example:
         >>> import torch, sinkgd
@@ -63,10 +71,14 @@ def param_groups(
     References:
         Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
         section 5. https://arxiv.org/abs/2502.06742
+        Yang et al., Tensor Programs V, table 8 (the width rule). https://arxiv.org/abs/2203.03466
+        That the best learning rate of SinkGD goes with 1 / d_in is a finding of axolotl's.
     """
     for argument, value in (("lr", lr), ("matrix_lr_scale", matrix_lr_scale)):
         if not value >= 0:
             raise ValueError(f"{argument} must be at least 0, got {value}")
+    if base_width is not None and not base_width >= 1:
+        raise ValueError(f"base_width must be at least 1, got {base_width}")
     found = roles(model)
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
@@ -77,6 +89,8 @@ def param_groups(
         options = {"algorithm": algorithm, "lr": lr, "betas": betas}
         if algorithm != "adamw":
             options = {"algorithm": algorithm, "lr": matrix_lr_scale * lr, **_layout(role)}
+            if base_width is not None and role.is_matrix:
+                options["lr"] *= base_width / _in_features(param, role)
         options |= {"weight_decay": weight_decay if param.ndim >= 2 else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
@@ -126,6 +140,11 @@ def describe_param_groups(
 
 def _layout(role: Role) -> dict[str, Any]:
     return {"layout": role.layout, "split": role.split}
+
+
+def _in_features(param: Tensor, role: Role) -> int:
+    _, cols = dims_of(param.ndim, role.layout)
+    return prod(param.shape[dim] for dim in cols)
 
 
 def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,8 @@ from sinkgd.optim.algorithms.layout import Split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Reasons that others ask for.
+EMBEDDING, HEAD = "embedding", "output head"
 _GATES = {"LSTM": 4, "GRU": 3}
 
 
@@ -58,7 +60,7 @@ class _House:
         self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.blocks = set(_block_names(model))
-        self.head = _head(model) or (None if self.blocks else _last_layer(model))
+        self.head = _head(model) or self._last_layer()
 
     def walk(self) -> Iterator[tuple[str, Tensor, Role]]:
         for path, module in self.modules.items():
@@ -67,11 +69,21 @@ class _House:
                     name = f"{path}.{attribute}" if path else attribute
                     yield name, param, self._role(path, module, attribute, param)
 
+    def _last_layer(self) -> nn.Module | None:
+        """Return the last of several layers, unless it is in a block."""
+        layers = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, _CONVOLUTIONS) or hasattr(module, "out_features")
+        ]
+        path, last = layers[-1] if len(layers) > 1 else ("", None)
+        return None if self._in_block(path) else last
+
     def _role(self, path: str, module: nn.Module, attribute: str, param: Tensor) -> Role:
         if isinstance(module, _EMBEDDINGS):
-            return Role(is_matrix=False, reason="embedding")
+            return Role(is_matrix=False, reason=EMBEDDING)
         if module is self.head:
-            return Role(is_matrix=False, reason="output head")
+            return Role(is_matrix=False, reason=HEAD)
         if param.ndim < 2:
             return Role(is_matrix=False, reason="vector" if param.ndim else "scalar")
         if self._is_adapter(path):
@@ -146,12 +158,3 @@ def _head(model: nn.Module) -> nn.Module | None:
     accessor = getattr(model, "get_output_embeddings", None)
     head = accessor() if callable(accessor) else None
     return head if isinstance(head, nn.Module) else None
-
-
-def _last_layer(model: nn.Module) -> nn.Module | None:
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, _CONVOLUTIONS) or hasattr(module, "out_features")
-    ]
-    return layers[-1] if len(layers) > 1 else None

@@ -17,7 +17,9 @@ class SinkGD(GroupedOptimizer):
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
     step. For the paper's recipe pass the groups of `param_groups`: matrices of the blocks as above,
     all else by AdamW. Without groups no state is kept at all: matrices as above, vectors and
-    scalars by their own l2 norm, with root-mean-square 1 too.
+    scalars by their own l2 norm, with root-mean-square 1 too. The options after ``seed`` go beyond
+    the paper; they combine freely, and without them nothing of them is paid for. Vectors know
+    momentum alone.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs.
@@ -37,6 +39,24 @@ class SinkGD(GroupedOptimizer):
         rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
             so that small updates count in the mean). AdamW groups round as torch does.
         seed: Of the stochastic rounding; equal seeds draw equal bits.
+        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1): B is
+            normalized in the gradient's place. Keeps one float32 an entry. 0 keeps nothing.
+        nesterov: Normalize μB + (1 − μ)G instead.
+        momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
+            and the step goes along it; it is then no longer of root-mean-square 1.
+        last: Side of the last half step, ``"column"`` as in the paper, or ``"row"``: iterations are
+            then of columns first. What comes last has its length exactly.
+        first: Side of the first half step. None for the other side than ``last``; the same side
+            puts one half step more in front, 2L + 1 in all.
+        tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
+            take no part, and their update is 0. Costs a copy of the gradient, of a few matrices at
+            a time.
+        tiny_row_threshold: τ: a row is tiny where its l2 norm is below τ times the mean of all
+            rows'.
+        operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
+            estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
+            share, no longer a root-mean-square: with ``"muon"`` the change that an input of
+            root-mean-square 1 can bring about in an output. Keeps n float32 a matrix.
 
     Raises:
         ValueError: If an option is out of range, or does not fit a parameter; the message names it.
@@ -74,6 +94,14 @@ class SinkGD(GroupedOptimizer):
         warm_start: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        momentum_place: str = "before",
+        last: str = "column",
+        first: str | None = None,
+        tiny_rows: str = "keep",
+        tiny_row_threshold: float = 0.01,
+        operator_norm: str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -86,5 +114,13 @@ class SinkGD(GroupedOptimizer):
             "warm_start": warm_start,
             "rounding": rounding,
             "seed": seed,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "momentum_place": momentum_place,
+            "last": last,
+            "first": first,
+            "tiny_rows": tiny_rows,
+            "tiny_row_threshold": tiny_row_threshold,
+            "operator_norm": operator_norm,
         }
         super().__init__(params, defaults)

@@ -16,9 +16,9 @@ class SWAN(GroupedOptimizer):
         \qquad \hat G = \sqrt{n}\, Q(G)^{-1} G
 
     with m ≤ n; on the shorter side otherwise. It is `MNGD` with a `RowNorm` and a `SpectralNorm`.
-    The update has root-mean-square 1. ``state`` stays empty; the whitening costs at most about
-    ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops a matrix. Matrices of one shape are
-    whitened together.
+    The update has root-mean-square 1. Without momentum ``state`` stays empty. The whitening costs
+    at most about ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops a matrix. Matrices of
+    one shape are whitened together.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="swan")``, or matrices: tensors or
@@ -34,6 +34,11 @@ class SWAN(GroupedOptimizer):
         rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
             so that small updates count in the mean). AdamW groups round as torch does.
         seed: Of the stochastic rounding; equal seeds draw equal bits.
+        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1): B is
+            normalized in the gradient's place. Keeps one float32 an entry. 0 keeps nothing.
+        nesterov: Normalize μB + (1 − μ)G instead.
+        momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
+            and the step goes along it; it is then no longer of root-mean-square 1.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
@@ -69,6 +74,9 @@ class SWAN(GroupedOptimizer):
         nonfinite: str = "raise",
         rounding: str = "nearest",
         seed: int = 0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        momentum_place: str = "before",
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -79,5 +87,8 @@ class SWAN(GroupedOptimizer):
             "nonfinite": nonfinite,
             "rounding": rounding,
             "seed": seed,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "momentum_place": momentum_place,
         }
         super().__init__(params, defaults)

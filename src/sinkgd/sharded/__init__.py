@@ -1,6 +1,7 @@
 """SR-Sinkhorn of matrices that lie in pieces on a mesh of devices: only vectors travel."""
 
 from sinkgd.sharded.add_up import add_up as add_up
+from sinkgd.sharded.add_up import add_up_vectors as add_up_vectors
 from sinkgd.sharded.add_up import agree as agree
 from sinkgd.sharded.descend import OnMesh as OnMesh
 from sinkgd.sharded.place import Place as Place

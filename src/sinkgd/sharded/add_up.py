@@ -29,6 +29,23 @@ def add_up(numbers: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
     return total
 
 
+def add_up_vectors(
+    vectors: Sequence[Tensor], groups: Sequence[Sequence[ProcessGroup]]
+) -> list[Tensor]:
+    """Return the sums over ranks of tensors of any shapes, but of one dtype.
+
+    A collective call, as `add_up` is. The vectors are used up.
+
+    Args:
+        vectors: What this rank knows.
+        groups: Of each, the process groups that it is added up over.
+    """
+    flat = [vector.flatten() for vector in vectors]
+    computations = [_add_up(own, of) for own, of in zip(flat, groups, strict=True)]
+    found = exchange(computations, [group for own in groups for group in own])
+    return [total.view(vector.shape) for total, vector in zip(found, vectors, strict=True)]
+
+
 def agree(flags: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
     """Return which flags ``(k,)`` are True on every rank; a collective call, as `add_up` is."""
     return add_up((~flags).double(), groups) == 0

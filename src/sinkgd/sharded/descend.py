@@ -33,16 +33,17 @@ class OnMesh:
         tol: float | None = None,
         overflow: Tensor | None = None,
     ) -> Descent:
-        """Do what `Backend.descend_` does; all ranks learn whether a gradient is finite.
+        """Do what `Backend.descend_` does. A collective call, as `find_scales` is."""
+        found = self.solve(matrices, num_iters, tol=tol)
+        take_steps(self.backend, matrices, found, keep=keep, step=step, overflow=overflow)
+        return found
 
-        A collective call, as `find_scales` is.
-        """
+    def solve(self, matrices: Matrices, num_iters: int, *, tol: float | None = None) -> Descent:
+        """Find the scales, and write nothing; all ranks learn whether a gradient is finite."""
         scales, flags = find_scales(
             matrices.grads, self.places, self.backend, num_iters, tol=tol, starts=matrices.starts
         )
         finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.owners])
         # Ranks that hold other matrices of a batch had no part in the sums.
         finite = agree(finite, [self.places[own.start].batch_groups for own in matrices.owners])
-        descent = Descent(finite, scales)
-        take_steps(self.backend, matrices, descent, keep=keep, step=step, overflow=overflow)
-        return descent
+        return Descent(finite, scales)

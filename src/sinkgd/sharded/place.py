@@ -27,6 +27,10 @@ class Place(NamedTuple):
         """What matrices must have in common to be one computation."""
         return self.row_groups, self.col_groups
 
+    def turned(self) -> "Place":
+        """Return the place of the transpose."""
+        return Place(self.cols, self.rows, self.col_groups, self.row_groups, self.batch_groups)
+
 
 def place_of(x: DTensor, row_dims: Collection[int], col_dims: Collection[int]) -> Place:
     """Return how ``x`` lies, seen as matrices.

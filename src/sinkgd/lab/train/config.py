@@ -10,6 +10,11 @@ Precision = Literal["float32", "bf16-autocast", "bf16"]
 Packing = Literal["concat", "none"]
 Device = Literal["auto", "cpu", "cuda"]
 Rounding = Literal["nearest", "stochastic"]
+MomentumPlace = Literal["before", "after"]
+Side = Literal["row", "column"]
+OperatorNorm = Literal["unit", "muon"]
+Tables = Literal["adamw", "sinkgd", "sinkgd-table", "sage"]
+Whitened = Literal["all", "attention", "mlp"]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -64,8 +69,26 @@ class OptimizerConfig:
     """Row and column normalizations of a matrix in a step, iterations."""
     newton_schulz_steps: int | None = None
     """Steps of the iteration that makes singular values equal (SWAN, Muon), a count."""
+    whitened: Whitened | None = None
+    """Block matrices that SWAN whitens: all, attention or mlp; the others go by SR-Sinkhorn."""
     momentum: float | None = None
-    """Decay of the momentum (SGD, Muon), fraction kept a step."""
+    """Decay of the momentum (SGD, Muon, SCALE's head, SinkGD), fraction kept a step; 0 is none."""
+    nesterov: bool | None = None
+    """Whether SinkGD's momentum looks one step ahead, as Nesterov's does."""
+    momentum_place: MomentumPlace | None = None
+    """Where SinkGD's momentum averages: before the normalization, or after it."""
+    last: Side | None = None
+    """Side that SR-Sinkhorn normalizes last: column, as in the paper, or row."""
+    operator_norm: OperatorNorm | None = None
+    """What the largest singular value of SinkGD's update is pinned to: unit (1) or muon (the root
+    of out- over in-features); by default nothing."""
+    base_width: int | None = None
+    """In-features for which matrix_lr is meant; wider matrices get less in proportion; by default
+    all get the same."""
+    tables: Tables | None = None
+    """Algorithm of embeddings and output head: adamw, sinkgd, sinkgd-table or sage."""
+    tables_lr: float | None = None
+    """Peak learning rate of embeddings and output head; by default lr."""
     tau: float | None = None
     """Temperature of the tempered variant, parts of a row's sum; smaller is nearer to signs."""
     n_iter: int | None = None

@@ -22,6 +22,8 @@ class Slot(NamedTuple):
     number: int  # its place among all parameters of the optimizer
     param: Tensor
     grad: Tensor
+    finite: Tensor | None = None  # 0-dim bool: whether it may count as finite, where that is known
+    is_scratch: bool = False  # whether the gradient may be used up
 
 
 class Context(NamedTuple):
@@ -68,13 +70,18 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if on_mesh(x) else x
 
 
+def in_pieces(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor that a mesh dimension shards."""
+    return on_mesh(x) and any(hasattr(place, "dim") for place in x.placements)
+
+
 def check_whole(name: str, param: Tensor, needs: str) -> None:
     """Refuse a parameter that lies in pieces, where ``needs`` says what needs it whole.
 
     Raises:
         TypeError: If a mesh dimension shards it.
     """
-    if on_mesh(param) and any(hasattr(place, "dim") for place in param.placements):
+    if on_mesh(param) and in_pieces(param):
         raise TypeError(
             f"{name!r} is sharded ({param.placements}), and {needs} whole matrices; "
             "use algorithm='sinkgd', or Replicate it"
@@ -115,6 +122,8 @@ def descent(group: Group) -> float | Tensor:
 
 def are_finite(slots: Sequence[Slot]) -> Tensor:
     """Return ``(slots,)`` bool: whether every entry of each gradient is finite, on all ranks."""
+    if (known := known_flags(slots)) is not None:
+        return known
     all_grads = [slot.grad for slot in slots]
     grads = [local(grad) for grad in all_grads]
     flags = torch.ones(len(slots), dtype=torch.bool, device=grads[0].device)
@@ -133,6 +142,12 @@ def are_finite(slots: Sequence[Slot]) -> Tensor:
 
     groups = [sharded.groups_of(grad) if on_mesh(grad) else () for grad in all_grads]
     return sharded.agree(flags, groups)
+
+
+def known_flags(slots: Sequence[Slot]) -> Tensor | None:
+    """Return ``(slots,)`` bool where somebody has looked through the gradients, None elsewhere."""
+    flags = [slot.finite for slot in slots if slot.finite is not None]
+    return torch.stack(flags) if flags else None
 
 
 def allowed(finite: Tensor, context: Context) -> Tensor | None:

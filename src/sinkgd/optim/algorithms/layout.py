@@ -55,6 +55,18 @@ def dims_of(ndim: int, layout: str) -> tuple[list[int], list[int]]:
     return ([cols], [rows]) if layout == "transposed" else ([rows], [cols])
 
 
+def rows_then_columns(x: Tensor, param: Tensor, layout: str) -> Tensor:
+    """Order the dimensions of ``x`` as those of ``param`` are seen: the batch, rows, columns.
+
+    Columns come in the order in which those of ``param`` lie in memory, as in `matrices_of`.
+    """
+    rows, cols = dims_of(param.ndim, layout)
+    if len(cols) > 1:
+        cols = _columns_in_memory_order(param)[1:]
+    batch = [dim for dim in range(param.ndim) if dim not in (*rows, *cols)]
+    return x.permute(*batch, *rows, *cols)
+
+
 def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None:
     """Refuse a layout that is unknown or does not fit the parameter ``name``."""
     if layout not in LAYOUTS:

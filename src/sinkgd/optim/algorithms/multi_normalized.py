@@ -25,10 +25,14 @@ from sinkgd.optim.algorithms.contract import (
     check_whole,
     decay,
     descent,
+    in_pieces,
     local,
+    on_mesh,
+    step_by,
 )
 from sinkgd.optim.algorithms.layout import check_layout
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
+from sinkgd.optim.algorithms.scalings import are_scalings, step_in_pieces
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,29 @@ class MultiNormalized:
         for norm in norms:
             if not isinstance(norm, Norm):
                 raise TypeError(f"a norm needs a method project(x); {norm!r} has none")
-        check_whole(name, param, "these norms need")
         check_layout(name, param, layout=group["layout"], split=group["split"])
+        if on_mesh(param) and are_scalings(norms):
+            from sinkgd.optim.algorithms.pieces import check_pieces  # noqa: PLC0415 - see parts_of
+
+            check_pieces(name, param, group)
+        else:
+            check_whole(name, param, "these norms need")
         check_rounding(name, param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """There is none."""
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+        """Step along matrices in pieces, and along those that lie whole on this device."""
+
+        def take(are_in_pieces: bool, own: list[Slot]) -> Tensor:
+            if are_in_pieces:
+                return step_in_pieces(own, self.norms(group), group, context)
+            return self._step_whole(own, group, context)
+
+        return step_by(lambda slot: in_pieces(slot.param), slots, take)
+
+    def _step_whole(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Look through the gradients; then normalize and write batch by batch."""
         finite = are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)

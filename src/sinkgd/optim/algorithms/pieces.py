@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from sinkgd.optim.algorithms.contract import Group, Slot
 from sinkgd.optim.algorithms.layout import Split, dims_of, matrices_of, sizes_of
@@ -24,10 +24,12 @@ def check_pieces(name: str, param: DTensor, group: Group) -> None:
         place = place_of(param, row_dims, col_dims)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
-    if group["warm_start"] and place.row_groups:
+    whole = "row" if group.get("last", "column") == "column" else "column"
+    kept = place if whole == "row" else place.turned()
+    if group.get("warm_start") and kept.row_groups:
         raise ValueError(
-            f"warm_start=True keeps the scales of whole rows, and those of {name!r} are sharded "
-            f"({param.placements}); leave it off for this group"
+            f"warm_start=True keeps the scales of whole {whole}s, and those of {name!r} are "
+            f"sharded ({param.placements}); leave it off for this group"
         )
     if len(sizes_of(place.rows, group["split"])) > 1 and _first_row(param, row_dims) is None:
         raise ValueError(
@@ -64,6 +66,56 @@ def pieces_of(slot: Slot, *, layout: str, split: Split) -> list[Part]:
         return [Part(own, slope, _first_entry(param, row_dims, place, begin), place)]
     assert begin is not None, "it was checked"
     return _cut(own, slope, place, begin, sizes)
+
+
+def first_entry_of(param: DTensor, layout: str) -> int:
+    """Return what the first entry of this rank's piece counts as, for random bits."""
+    row_dims, col_dims = dims_of(param.ndim, layout)
+    place = place_of(param, row_dims, col_dims)
+    return _first_entry(param, row_dims, place, _first_row(param, row_dims))
+
+
+def lying_as(param: DTensor, piece: Tensor) -> DTensor:
+    """Return the tensor, placed as ``param`` is, of which this rank holds ``piece``."""
+    return DTensor.from_local(
+        piece,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+def spread_columns(param: DTensor, row_dim: int, numbers: Tensor) -> DTensor:
+    """Cut ``numbers`` as ``param`` is cut, but for dimension ``row_dim``, which stays whole.
+
+    Args:
+        param: Of as many dimensions as ``numbers``.
+        row_dim: The dimension of its rows.
+        numbers: All of them, alike on all ranks.
+    """
+    mesh, placements = param.device_mesh, list(param.placements)
+    dims = sharded_dims(param)
+    # FSDP2's strided shards are cut from those that come later.
+    order = sorted(dims, key=lambda i: (0, i) if isinstance(placements[i], Shard) else (1, -i))
+    piece = numbers
+    for i in order:
+        if dims[i] == row_dim:
+            placements[i] = Replicate()
+            continue
+        size = piece.shape[dims[i]]
+        length = -(-size // mesh.size(i))  # as `torch.chunk` cuts
+        begin = min(size, mesh.get_local_rank(i) * length)
+        piece = piece.narrow(dims[i], begin, min(size - begin, length))
+    return DTensor.from_local(
+        piece.contiguous(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=numbers.shape,
+        stride=numbers.stride(),
+    )
 
 
 def _cut(param: Tensor, grad: Tensor, place: Place, begin: int, sizes: Sequence[int]) -> list[Part]:

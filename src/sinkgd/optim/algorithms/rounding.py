@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sinkgd.kernels.rounding import keys_of_step
 from sinkgd.optim.algorithms.contract import Group, Slot
+from sinkgd.optim.algorithms.parts import Part
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -47,6 +48,20 @@ def draw_keys(slots: Sequence[Slot], group: Group) -> Sequence[Tensor] | None:
     last = max(slot.number for slot in slots)
     keys = keys_of_step(group["seed"], step, last + 1).unbind()
     return [keys[slot.number] for slot in slots]
+
+
+def keys_of_parts(
+    slots: Sequence[Slot], parts: Sequence[Part], owners: Sequence[range], group: Group
+) -> Sequence[Tensor] | None:
+    """Return a key a part for this step; None where rounding is to the nearest."""
+    of_slots = draw_keys(slots, group)
+    if of_slots is None:
+        return None
+    keys = [key for key, own in zip(of_slots, owners, strict=True) for _ in own]
+    return [
+        key + part.first_entry if part.first_entry else key
+        for key, part in zip(keys, parts, strict=True)
+    ]
 
 
 def count_step(group: Group) -> None:

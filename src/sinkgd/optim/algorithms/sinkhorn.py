@@ -18,20 +18,35 @@ from sinkgd.optim.algorithms.contract import (
     Context,
     Group,
     Slot,
-    allowed,
     decay,
     descent,
+    known_flags,
     on_mesh,
     step_by,
 )
+from sinkgd.optim.algorithms.few_at_a_time import few_at_a_time
 from sinkgd.optim.algorithms.layout import check_layout
+from sinkgd.optim.algorithms.operator_norm import init_vectors
 from sinkgd.optim.algorithms.parts import Part, parts_of
-from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
-from sinkgd.optim.algorithms.warm_start import init_starts, keep_starts, starts_of
+from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, keys_of_parts
+from sinkgd.optim.algorithms.stages import (
+    STAGE_OPTIONS,
+    asks_for_stages,
+    check_stages,
+    step_in_stages,
+)
+from sinkgd.optim.algorithms.warm_start import (
+    init_starts,
+    keep_starts_of_slots,
+    starts_of_slots,
+)
 
 
 class Sinkhorn:
-    """Matrices by SR-Sinkhorn. No state, unless ``warm_start``; the scratch of the backend."""
+    """Matrices by SR-Sinkhorn. No state, and the scratch of the backend; options may add to both.
+
+    ``warm_start`` keeps n float32 a matrix, m with ``last="row"``; ``operator_norm`` keeps n.
+    """
 
     options = MappingProxyType(
         {
@@ -41,6 +56,7 @@ class Sinkhorn:
             "split": 1,
             "tol": None,
             "warm_start": False,
+            **STAGE_OPTIONS,
             **ROUNDING_OPTIONS,
         }
     )
@@ -49,6 +65,7 @@ class Sinkhorn:
         """Refuse what is no matrix, options out of range, and a backend unknown or absent."""
         check_num_iters(group["sinkhorn_iterations"])
         check_tol(group["tol"])
+        check_stages(group)
         kernels.select(group["backend"], param.device)
         check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
@@ -58,18 +75,29 @@ class Sinkhorn:
             check_pieces(name, param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make the start of a warm start: ones."""
-        if not group["warm_start"]:
+        """Make the start of a warm start, ones, and that of a power iteration."""
+        if not (group["warm_start"] or group["operator_norm"]):
             return
         slot = Slot("", 0, param.detach(), param.detach())
         parts, _ = parts_of([slot], layout=group["layout"], split=group["split"])
-        init_starts(state, [part.grad for part in parts])
+        if group["warm_start"]:
+            is_turned = group["last"] == "row"
+            init_starts(state, [part.grad.mT if is_turned else part.grad for part in parts])
+        if group["operator_norm"]:
+            init_vectors(state, slot.param, group["layout"], len(parts))
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Descend along all matrices at once. Their updates do not depend on the loss's scale."""
-        return step_by(
-            lambda slot: on_mesh(slot.param), slots, lambda _, own: _step(own, group, context)
-        )
+        in_stages = asks_for_stages(group) or known_flags(slots) is not None
+        step = step_in_stages if in_stages else _step
+
+        def take(some: Sequence[Slot]) -> Tensor:
+            return step_by(
+                lambda slot: on_mesh(slot.param), some, lambda _, own: step(own, group, context)
+            )
+
+        copies = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
+        return few_at_a_time(slots, take) if copies else take(slots)
 
 
 def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
@@ -79,9 +107,10 @@ def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         params=[part.param for part in parts],
         grads=[part.grad for part in parts],
         owners=owners,
-        starts=_starts(slots, parts, owners, context) if group["warm_start"] else None,
-        keys=_keys(slots, parts, owners, group),
+        keys=keys_of_parts(slots, parts, owners, group),
     )
+    if group["warm_start"]:
+        matrices = matrices._replace(starts=starts_of_slots(slots, matrices.grads, owners, context))
     found = _descend_(slots[0].param.device, parts, group)(
         matrices,
         group["sinkhorn_iterations"],
@@ -91,11 +120,7 @@ def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         overflow=context.overflow,
     )
     if group["warm_start"]:
-        flags = allowed(found.finite, context)
-        for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
-            scales = [found.scales[k] for k in own]
-            flag = None if flags is None else flags[i]
-            keep_starts(context.states[slot.param], scales, flag)
+        keep_starts_of_slots(slots, owners, found, context)
     finite: Tensor = found.finite
     return finite
 
@@ -111,25 +136,3 @@ def _descend_(
     from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
     return sharded.OnMesh(backend, places).descend_
-
-
-def _starts(
-    slots: Sequence[Slot], parts: Sequence[Part], owners: Sequence[range], context: Context
-) -> list[Tensor | None]:
-    starts: list[Tensor | None] = []
-    for slot, own in zip(slots, owners, strict=True):
-        starts += starts_of(context.states[slot.param], [parts[i].grad for i in own])
-    return starts
-
-
-def _keys(
-    slots: Sequence[Slot], parts: Sequence[Part], owners: Sequence[range], group: Group
-) -> Sequence[Tensor] | None:
-    of_slots = draw_keys(slots, group)
-    if of_slots is None:
-        return None
-    keys = [key for key, own in zip(of_slots, owners, strict=True) for _ in own]
-    return [
-        key + part.first_entry if part.first_entry else key
-        for key, part in zip(keys, parts, strict=True)
-    ]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkgd.kernels import Scales
+from sinkgd.kernels import Descent, Scales
+from sinkgd.optim.algorithms.contract import Context, Slot, allowed
 
 COL_SCALE = "col_scale"
 # The smallest start, in units of the largest. Its square times that of an entry stays in float32.
@@ -47,6 +48,26 @@ def keep_starts(
     if allowed is not None:
         found = torch.where(allowed, found, state[COL_SCALE])
     state[COL_SCALE].copy_(found)
+
+
+def starts_of_slots(
+    slots: Sequence[Slot], grads: Sequence[Tensor], owners: Sequence[range], context: Context
+) -> list[Tensor | None]:
+    """Return where the iterations of each matrix of some parameters begin."""
+    starts: list[Tensor | None] = []
+    for slot, own in zip(slots, owners, strict=True):
+        starts += starts_of(context.states[slot.param], [grads[i] for i in own])
+    return starts
+
+
+def keep_starts_of_slots(
+    slots: Sequence[Slot], owners: Sequence[range], found: Descent, context: Context
+) -> None:
+    """Keep what a step found, for the next one, where gradients are finite."""
+    flags = allowed(found.finite, context)
+    for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
+        flag = None if flags is None else flags[i]
+        keep_starts(context.states[slot.param], [found.scales[k] for k in own], flag)
 
 
 def _start(col: Tensor) -> Tensor:

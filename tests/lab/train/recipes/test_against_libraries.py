@@ -47,6 +47,18 @@ def swan(model):
     ]
 
 
+def scale(model):
+    parts = roles(model)
+    embedding, head = parts["tables"]
+    head_group = {"params": [head], "momentum": 0.9}
+    turned = {"params": [embedding], "layout": "transposed"}
+    groups = [{"params": parts["matrices"]}, turned, head_group]
+    return [
+        sinkgd.MNGD(groups, lr=1e-3, norms=[sinkgd.RowNorm()], num_iters=1),
+        torch.optim.AdamW(parts["vectors"], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0),
+    ]
+
+
 def adamw(model):
     groups = [{"params": roles(model)["matrices"], "lr": 3e-3}, {"params": rest(model)}]
     return [torch.optim.AdamW(groups, lr=0.08, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -92,6 +104,7 @@ BY_HAND = {
     "sinkgd-stateless": by_torch(sinkgd.SinkGD, lr=1e-3, sinkhorn_iterations=5),
     "swan": swan,
     "tempered": by_torch(sinkgd.TemperedSinkGD, lr=3e-4, weight_decay=0.1, tau=0.1, n_iter=5),
+    "scale": scale,
     "rows-only": normed(sinkgd.RowNorm()),
     "columns-only": normed(sinkgd.ColumnNorm()),
     "frobenius": normed(sinkgd.FrobeniusNorm()),

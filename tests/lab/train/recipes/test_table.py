@@ -29,7 +29,7 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 def test_the_table_is_known_in_full():
     assert list(RECIPES) == [
-        *("sinkgd", "sinkgd-stateless", "swan", "tempered"),
+        *("sinkgd", "sinkgd-stateless", "swan", "tempered", "scale"),
         *("rows-only", "columns-only", "frobenius", "sign"),
         *("adam", "adamw", "adamw-one-lr", "sgd", "sgd-momentum", "muon"),
         *("galore", "fira", "apollo", "apollo-mini", "racs"),
@@ -64,7 +64,15 @@ OTHERS = {
     "beta2": 0.3,
     "sinkhorn_iterations": 2,
     "newton_schulz_steps": 3,
+    "whitened": "mlp",
     "momentum": 0.5,
+    "nesterov": True,
+    "momentum_place": "after",
+    "last": "row",
+    "operator_norm": "muon",
+    "base_width": 64,
+    "tables": "sinkgd",
+    "tables_lr": 0.0345,
     "tau": 0.3,
     "n_iter": 1,
     "rank": 2,
@@ -72,6 +80,11 @@ OTHERS = {
     "projection_scale": 0.5,
     "reset_every_steps": 3,
     "rounding": "stochastic",
+}
+# What an option needs beside it to mean something.
+WITH = {
+    "nesterov": {"momentum": 0.5},
+    "momentum_place": {"momentum": 0.5},
 }
 
 
@@ -87,10 +100,11 @@ def taken():
 def test_every_option_changes_the_training(name, option):
     dtype = torch.bfloat16 if option == "rounding" else torch.float32
     models = [tiny_model(dtype=dtype) for _ in range(2)]
-    # At its own rate tempered takes steps that bfloat16 rounds away.
-    rate = {"lr": 0.5} if name == "tempered" and option != "lr" else {}
-    train(models[0], built(models[0], name, **rate), 4)
-    train(models[1], built(models[1], name, **{option: OTHERS[option]}, **rate), 4)
+    both = WITH.get(option, {})
+    if name == "tempered" and option != "lr":  # bfloat16 would round the steps of its own rate away
+        both = {"lr": 0.5}
+    train(models[0], built(models[0], name, **both), 4)
+    train(models[1], built(models[1], name, **{option: OTHERS[option]}, **both), 4)
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     assert not all(torch.equal(own, other) for own, other in pairs)
 
@@ -144,6 +158,37 @@ def test_algorithms_are_those_of_the_recipe(model):
     assert isinstance(built(model, "sinkgd-stateless"), sinkgd.SinkGD)
 
 
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    return {name: group for group in optimizer.param_groups for name in group["param_names"]}
+
+
+@pytest.mark.parametrize("tables", ["sinkgd", "sinkgd-table", "sage"])
+def test_embedding_and_head_may_have_an_algorithm_and_a_rate_of_their_own(model, tables):
+    found = groups_of(built(model, "sinkgd", tables=tables, tables_lr=0.5, lr=0.25, momentum=0.5))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert (found[name]["algorithm"], found[name]["lr"]) == (tables, 0.5)
+        assert found[name].get("momentum") == {"sinkgd": 0.0, "sinkgd-table": 0.95}.get(tables)
+    assert (found["model.norm.weight"]["algorithm"], found["model.norm.weight"]["lr"]) == (
+        "adamw",
+        0.25,
+    )
+    assert found["model.layers.0.mlp.up_proj.weight"]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(("whitened", "spared"), [("attention", "mlp"), ("mlp", "self_attn")])
+def test_swan_may_whiten_a_part_of_a_block(model, whitened, spared):
+    found = groups_of(built(model, "swan", whitened=whitened))
+    for name, group in found.items():
+        if ".layers." in name and group["algorithm"] != "adamw":
+            assert group["algorithm"] == ("sinkgd" if f".{spared}." in name else "swan")
+
+
+def test_wider_matrices_get_less_with_a_base_width(model):
+    found = groups_of(built(model, "sinkgd", base_width=128, matrix_lr=0.01))
+    assert found["model.layers.0.mlp.up_proj.weight"]["lr"] == pytest.approx(0.01)
+    assert found["model.layers.0.mlp.down_proj.weight"]["lr"] == pytest.approx(0.01 * 128 / 352)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -158,6 +203,8 @@ def test_algorithms_are_those_of_the_recipe(model):
         (OptimizerConfig(beta2=1.0), "optimizer.beta2 is 1.0; it must be at least 0 and less"),
         (OptimizerConfig(clip_norm=-1.0), "optimizer.clip_norm is -1.0; it must be at least 0"),
         (OptimizerConfig(sinkhorn_iterations=0), "optimizer.sinkhorn_iterations is 0"),
+        (OptimizerConfig(base_width=0), "optimizer.base_width is 0; it must be at least 1"),
+        (OptimizerConfig(tables_lr=0.0), "optimizer.tables_lr is 0.0; it must be positive"),
         (OptimizerConfig("swan", newton_schulz_steps=0), "newton_schulz_steps is 0; it must be at"),
         (OptimizerConfig("muon", momentum=1.0), "optimizer.momentum is 1.0; it must be at least 0"),
         (OptimizerConfig("tempered", tau=0.0), "optimizer.tau is 0.0; it must be positive"),

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sinkgd
+from sinkgd.optim.partition import Overrides
 
 Options = Mapping[str, Any]  # resolved: by name, as many as the recipe's defaults
 Groups = list[dict[str, Any]]
@@ -29,7 +30,9 @@ class Recipe:
     package: str | None = None  # beyond torch, of the extra `experiments`
 
 
-def family_groups(model: nn.Module, o: Options, algorithm: str) -> Groups:
+def family_groups(
+    model: nn.Module, o: Options, algorithm: str, overrides: Overrides | None = None
+) -> Groups:
     """Route by role: block matrices to an algorithm of the library, the rest to AdamW."""
     return sinkgd.param_groups(
         model,
@@ -38,6 +41,8 @@ def family_groups(model: nn.Module, o: Options, algorithm: str) -> Groups:
         matrix_algorithm=algorithm,
         weight_decay=o.get("weight_decay", 0.0),
         betas=betas(o),
+        overrides=overrides,
+        base_width=o.get("base_width"),
     )
 
 

@@ -1,5 +1,6 @@
 """Recipes of this package's own optimizers."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,17 +9,39 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sinkgd
-from sinkgd.lab.train.recipes.contract import Options, Recipe, family_groups
+from sinkgd.lab.train.recipes.contract import Options, Recipe, betas, family_groups
 from sinkgd.norms import Norm
+from sinkgd.optim.partition import Overrides
+from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
 def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
     return sinkgd.SinkGD(
-        family_groups(model, o, "sinkgd"),
+        family_groups(model, o, "sinkgd", _of_tables(model, o)),
         lr=o["lr"],
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
         rounding=o["rounding"],
+        momentum=o["momentum"],
+        nesterov=o["nesterov"],
+        momentum_place=o["momentum_place"],
+        last=o["last"],
+        operator_norm=o["operator_norm"],
     )
+
+
+def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
+    """Give embeddings and output head to the algorithm that is asked for."""
+    lr = o["lr"] if o["tables_lr"] is None else o["tables_lr"]
+    if o["tables"] == "adamw" and lr == o["lr"]:
+        return None
+    own = {"algorithm": o["tables"], "lr": lr}
+    if o["tables"] == "sinkgd":  # what block matrices do beside SR-Sinkhorn is not asked of tables
+        own |= {"momentum": 0.0, "operator_norm": None, "last": "column"}
+    return {
+        f"^{re.escape(name)}$": own
+        for name, _, role in roles(model)
+        if role.reason in (EMBEDDING, HEAD)
+    }
 
 
 def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
@@ -31,13 +54,26 @@ def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
     )
 
 
+# Names of the modules of a block, in the models of this laboratory.
+_SPARED = {"all": None, "attention": r"\.mlp\.", "mlp": r"\.(self_)?attn\."}
+
+
 def _swan(model: nn.Module, o: Options) -> Optimizer:
+    spared = _SPARED[o["whitened"]]
+    by_sinkhorn = None if spared is None else {spared: "sinkgd"}
     return sinkgd.SWAN(
-        family_groups(model, o, "swan"),
+        family_groups(model, o, "swan", by_sinkhorn),
         lr=o["lr"],
         newton_schulz_steps=int(o["newton_schulz_steps"]),
         rounding=o["rounding"],
     )
+
+
+def _scale(model: nn.Module, o: Options) -> Optimizer:
+    groups = sinkgd.scale_groups(
+        model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
+    )
+    return sinkgd.SCALE(groups, lr=o["lr"], rounding=o["rounding"])
 
 
 def _tempered(model: nn.Module, o: Options) -> Optimizer:
@@ -67,6 +103,16 @@ class _OneNorm:
 
 _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
 _STATELESS: dict[str, Any] = {"rounding": "nearest", "clip_norm": 0.0}
+_BEYOND_THE_PAPER: dict[str, Any] = {
+    "momentum": 0.0,
+    "nesterov": False,
+    "momentum_place": "before",
+    "last": "column",
+    "operator_norm": None,
+    "base_width": None,
+    "tables": "adamw",
+    "tables_lr": None,
+}
 _SINKGD_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
 
 
@@ -87,7 +133,7 @@ FAMILY = (
         "sinkgd",
         "block matrices by SR-Sinkhorn, the rest by AdamW",
         "5 iterations: Scetbon et al. 2025, algorithm 4; rates: benchmarks/learning_rates",
-        {**_SINKGD_RATES, "sinkhorn_iterations": 5, **_STATELESS},
+        {**_SINKGD_RATES, "sinkhorn_iterations": 5, **_BEYOND_THE_PAPER, **_STATELESS},
         _sinkgd,
         can_shard=True,
         can_release=True,
@@ -111,6 +157,7 @@ FAMILY = (
             "weight_decay": 0.0,
             **_ADAM,
             "newton_schulz_steps": 5,
+            "whitened": "all",
             **_STATELESS,
         },
         _swan,
@@ -122,6 +169,15 @@ FAMILY = (
         "TemperedSinkGD's default arguments; not tuned here",
         {"lr": 3e-4, "weight_decay": 0.1, "tau": 0.1, "n_iter": 5, **_STATELESS},
         _tempered,
+        can_release=True,
+    ),
+    Recipe(
+        "scale",
+        "matrices and tables by rows of equal length, the head's momentum; vectors by AdamW",
+        "Glentis et al. 2025, https://arxiv.org/abs/2506.16659: 1e-3, momentum .9; not tuned here",
+        {"lr": 1e-3, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "momentum": 0.9}
+        | _STATELESS,
+        _scale,
         can_release=True,
     ),
     _one_norm("rows-only", "rows of equal length", sinkgd.RowNorm()),

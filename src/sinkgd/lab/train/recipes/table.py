@@ -86,12 +86,13 @@ def _check_ranges(options: OptimizerConfig) -> None:
             if value is not None and not holds(value):
                 raise ConfigError(f"optimizer.{name} is {value}; it must be {rule}")
 
-    positive = ("lr", "matrix_lr", "tau", "projection_scale")
+    positive = ("lr", "matrix_lr", "tables_lr", "tau", "projection_scale")
     counts = (
         "sinkhorn_iterations",
         "newton_schulz_steps",
         "projection_every_steps",
         "reset_every_steps",
+        "base_width",
     )
     decays = ("beta1", "beta2", "momentum")
     check(positive, "positive", lambda value: value > 0)

@@ -1,0 +1,146 @@
+"""A step of SR-Sinkhorn with options, stage by stage; without any, a backend takes it at once.
+
+    gradient → [without tiny rows] → [turned] → [from a half step] → scales → [pinned] → update
+
+Momentum is around it: before the first stage, or after the last.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from sinkgd import kernels
+from sinkgd.kernels.two_halves import finite_of, take_steps
+from sinkgd.optim.algorithms.contract import (
+    Context,
+    Group,
+    Slot,
+    allowed,
+    decay,
+    descent,
+    known_flags,
+)
+from sinkgd.optim.algorithms.half_steps import (
+    HALF_STEP_OPTIONS,
+    check_half_steps,
+    has_half_step_more,
+    starts_after_half_step,
+)
+from sinkgd.optim.algorithms.operator_norm import (
+    OPERATOR_NORM_OPTIONS,
+    check_operator_norm,
+    keep_vectors,
+    pin,
+    vectors_of,
+)
+from sinkgd.optim.algorithms.parts import Part, parts_of
+from sinkgd.optim.algorithms.rounding import keys_of_parts
+from sinkgd.optim.algorithms.tiny_rows import (
+    TINY_ROW_OPTIONS,
+    check_tiny_rows,
+    without_tiny_rows,
+)
+from sinkgd.optim.algorithms.warm_start import keep_starts_of_slots, starts_of_slots
+
+STAGE_OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {**HALF_STEP_OPTIONS, **TINY_ROW_OPTIONS, **OPERATOR_NORM_OPTIONS}
+)
+
+
+def check_stages(group: Group) -> None:
+    """Refuse options out of range."""
+    check_half_steps(group)
+    check_tiny_rows(group)
+    check_operator_norm(group)
+
+
+def asks_for_stages(group: Group) -> bool:
+    """Whether an option needs more than what a backend does at once."""
+    return (
+        group["last"] == "row"
+        or has_half_step_more(group)
+        or group["tiny_rows"] == "mask"
+        or group["operator_norm"] is not None
+    )
+
+
+def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    """Step along parameters of which all or none lie on a mesh."""
+    backend = kernels.select(group["backend"], slots[0].param.device)
+    parts, owners = parts_of(slots, layout=group["layout"], split=group["split"])
+    if group["tiny_rows"] == "mask":
+        in_place = all(slot.is_scratch for slot in slots)
+        parts = without_tiny_rows(parts, group["tiny_row_threshold"], backend, in_place=in_place)
+    is_turned = group["last"] == "row"
+    seen = [part.turned() for part in parts] if is_turned else parts
+    matrices = kernels.Matrices(
+        params=[part.param for part in seen],
+        grads=[part.grad for part in seen],
+        owners=owners,
+        keys=keys_of_parts(slots, parts, owners, group),
+    )
+    if has_half_step_more(group):
+        matrices = matrices._replace(starts=starts_after_half_step(seen, backend))
+    elif group["warm_start"]:
+        matrices = matrices._replace(starts=starts_of_slots(slots, matrices.grads, owners, context))
+    found = _solve(matrices, seen, backend, group)
+    if (known := known_flags(slots)) is not None:
+        found = found._replace(finite=found.finite & known)
+    if group["warm_start"]:
+        keep_starts_of_slots(slots, owners, found, context)
+    if group["operator_norm"] is not None:
+        found = _pinned(slots, parts, owners, found, group, context)
+    take_steps(
+        backend,
+        matrices,
+        found,
+        keep=decay(group),
+        step=descent(group),
+        overflow=context.overflow,
+    )
+    return found.finite
+
+
+def _solve(
+    matrices: kernels.Matrices, parts: Sequence[Part], backend: kernels.Backend, group: Group
+) -> kernels.Descent:
+    num_iters, tol = group["sinkhorn_iterations"], group["tol"]
+    places = [part.place for part in parts if part.place is not None]
+    if places:
+        from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+
+        return sharded.OnMesh(backend, places).solve(matrices, num_iters, tol=tol)
+    scales = backend.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
+    return kernels.Descent(finite_of(scales, matrices.owners), scales)
+
+
+def _pinned(
+    slots: Sequence[Slot],
+    parts: Sequence[Part],
+    owners: Sequence[range],
+    found: kernels.Descent,
+    group: Group,
+    context: Context,
+) -> kernels.Descent:
+    """Bring the updates to the operator norm that is asked for, and keep the vectors of it."""
+    is_turned = group["last"] == "row"
+    layout, flags = group["layout"], allowed(found.finite, context)
+    scales = [_turned(own) for own in found.scales] if is_turned else found.scales
+    vectors: list[Tensor] = []
+    for slot, own in zip(slots, owners, strict=True):
+        vectors += vectors_of(context.states[slot.param], slot.param, layout, len(own))
+    pinned = pin(parts, scales, vectors, group)
+    for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
+        new = [pinned.vectors[k] for k in own]
+        flag = None if flags is None else flags[i]
+        keep_vectors(context.states[slot.param], slot.param, layout, new, flag)
+    return found._replace(
+        scales=[_turned(own) for own in pinned.scales] if is_turned else pinned.scales
+    )
+
+
+def _turned(scales: kernels.Scales) -> kernels.Scales:
+    """Return the scales of the transpose."""
+    return kernels.Scales(scales.col.mT, scales.row.mT)
