@@ -6,7 +6,7 @@ import pytest
 
 from lab.report.synthetic import write_run
 from lab.report.test_page import HOSTILE, Parsed, build
-from sinkgd.lab.report import published_block
+from sinkgd.lab.report import calculator_block, published_block
 from sinkgd.lab.report.published import (
     LARGEST,
     LONGER,
@@ -19,6 +19,7 @@ from sinkgd.lab.report.published import (
     memory_gib,
 )
 from sinkgd.lab.report.published_charts import memory_charts, spread_out
+from sinkgd.lab.report.shell import render
 
 # Rows of the papers' tables, method by method, from 60M to 1.3B.
 PRINTED = """
@@ -53,6 +54,14 @@ def test_every_row_has_a_paper_and_says_who_ran_it():
     assert all(re.fullmatch(r"\d{4}\.\d{5}", row.source.arxiv) for row in ROWS)
     assert len({row.source.arxiv for row in ROWS}) == 7
     assert len({row.key for row in ROWS}) == 13
+    origins = {row.key: row.origin.arxiv for row in ROWS if row.origin}
+    assert origins == {
+        "adam-sinkgd": "1412.6980",
+        "adam-galore": "1412.6980",
+        "adam-tuned": "1412.6980",
+        "muon": "2502.16982",
+        "stable-spam": "2502.17055",
+    }
     others = {row.key for row in ROWS if row.provenance is Provenance.OTHERS}
     assert others == {"adam-sinkgd", "adam-tuned", "muon", "stable-spam"}
     assert [row.key for row in ROWS if row.provenance is Provenance.CITED] == ["adam-galore"]
@@ -93,7 +102,9 @@ def test_only_the_lowest_of_a_size_is_marked_and_a_plot_is_not_trusted_to_its_di
 
 def test_a_chart_a_size_has_a_name_for_every_point():
     charts = memory_charts()
-    assert [chart.title for chart in charts] == ["60M", "130M", "350M", "1.3B"]
+    assert [chart.title for chart in charts] == [
+        f"{size}, published" for size in ("60M", "130M", "350M", "1.3B")
+    ]
     for chart, points in zip(charts, (10, 9, 10, 10), strict=True):
         assert len(chart.figure["data"][0]["x"]) == points
         assert len(chart.figure["layout"]["annotations"]) == points
@@ -146,3 +157,26 @@ def test_a_hostile_preset_stays_text(tmp_path):
     page = build([run])
     assert "alert(1)</script>" not in page
     assert HOSTILE in Parsed(page).text
+
+
+def test_any_page_takes_the_blocks_with_one_call_each(tmp_path):
+    template = tmp_path / "other.html"
+    template.write_text(
+        '{% extends "shell.html" %}'
+        '{% from "published.html" import published_section %}'
+        '{% from "calculator.html" import calculator_section %}'
+        "{% block main %}{{ published_section(published) }}{{ calculator_section(calculator) }}"
+        "{% endblock %}"
+    )
+    published = published_block([])
+    page = render(
+        template,
+        title="T",
+        charts=published.charts,
+        filters={},
+        published=published,
+        calculator=calculator_block(),
+    )
+    ids = {tag.get("id") for _, tag in Parsed(page).tags}
+    assert {"published-title", "published-llama-1b", "calculator"} <= ids
+    assert "SinkGD takes 3.02 h instead of 9.24 h" in Parsed(page).text

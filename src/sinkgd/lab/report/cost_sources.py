@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from sinkgd.lab.devices import DEVICES, DeviceSheet
 from sinkgd.lab.models import PRESETS
@@ -87,7 +87,7 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
     choices = []
     own = _baseline_run(analysis)
     if own is not None and own.end is not None and own.end.tokens > 0:
-        title = f"{_setting(own, 'model', 'preset')}, as on this page"
+        title = f"{_preset(own)}, as on this page"
         sizes = float(own.start.parameters), float(own.end.tokens)
         choices.append(
             ModelChoice("page", title, *sizes, "measured", "measured", "as trained here")
@@ -117,7 +117,7 @@ def measured_speed(analysis: Analysis | None) -> SpeedSource | None:
     if run is None or speed is None:
         return None
     device = run.start.environment.get("device", "an unnamed device")
-    note = f"{_setting(run, 'model', 'preset')} on {device}"
+    note = f"{_preset(run)} on {device}"
     return SpeedSource("measured", "measured here", speed.mean / _ranks(run), "measured", note)
 
 
@@ -235,9 +235,8 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
     return analysis.baseline.finished[0]
 
 
-def _setting(run: Run, table: str, key: str) -> Any:
-    found = run.start.config.get(table, {})
-    return found.get(key, "an unnamed model") if isinstance(found, Mapping) else found
+def _preset(run: Run) -> str:
+    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
 
 
 def _ranks(run: Run) -> int:

@@ -39,6 +39,7 @@ class Source:
         return f"https://arxiv.org/abs/{self.arxiv}"
 
 
+ADAM = Source("Adam: A Method for Stochastic Optimization", "1412.6980")
 SINKGD = Source(
     "Gradient Multi-Normalization for Stateless and Scalable LLM Training", "2502.06742"
 )
@@ -141,9 +142,10 @@ class Row:
     method: str
     note: str  # what sets it apart from rows of the same method
     provenance: Provenance
-    source: Source
+    source: Source  # of the figures
     values: tuple[Value | None, ...]
     state: State | None  # None where it depends on a rank
+    origin: Source | None = None  # of the method, where the figures are of another paper
 
 
 def _values(*perplexities: float) -> tuple[Value, ...]:
@@ -161,11 +163,11 @@ _SINKGD_VALUES = (
 
 ROWS = (
     Row("adam-sinkgd", "Adam", "run by SinkGD’s authors", _OTHERS, SINKGD,
-        _values(33.94, 25.03, 19.24, 16.44), State.MOMENTS),
+        _values(33.94, 25.03, 19.24, 16.44), State.MOMENTS, ADAM),
     Row("adam-galore", "Adam", "GaLore’s, as SinkGD’s authors cite it", _CITED, GALORE,
-        _values(34.06, 25.08, 18.80, 15.56), State.MOMENTS),
+        _values(34.06, 25.08, 18.80, 15.56), State.MOMENTS, ADAM),
     Row("adam-tuned", "Adam", "tuned by SCALE’s authors", _OTHERS, SCALE,
-        _values(30.05, 23.13, 18.77, 16.52), State.MOMENTS),
+        _values(30.05, 23.13, 18.77, 16.52), State.MOMENTS, ADAM),
     Row("galore", "GaLore", "", _OWN, GALORE, _values(34.88, 25.36, 18.95, 15.64), None),
     Row("fira", "Fira", "", _OWN, FIRA, _values(31.06, 22.73, 17.03, 14.31), None),
     Row("apollo-mini", "APOLLO-Mini", "", _OWN, APOLLO,
@@ -176,9 +178,9 @@ ROWS = (
     Row("racs", "RACS", "", _OWN, RACS,
         _values(30.25, 22.67, 16.51, 13.52), State.NONE_IN_BLOCKS),
     Row("muon", "Muon", "run by SCALE’s authors", _OTHERS, SCALE,
-        _values(28.86, 22.20, 16.70, 14.18), State.MATRIX_MOMENTUM),
+        _values(28.86, 22.20, 16.70, 14.18), State.MATRIX_MOMENTUM, MUON),
     Row("stable-spam", "Stable-SPAM", "run by SCALE’s authors", _OTHERS, SCALE,
-        _values(28.77, 22.20, 16.80, 13.97), State.MOMENTS),
+        _values(28.77, 22.20, 16.80, 13.97), State.MOMENTS, STABLE_SPAM),
     Row("scale", "SCALE", "", _OWN, SCALE,
         _values(30.81, 22.57, 16.32, 14.25), State.HEAD_MOMENTUM),
     Row("sinkgd", "SinkGD", "", _OWN, SINKGD, _SINKGD_VALUES, State.NONE_IN_BLOCKS),

@@ -48,7 +48,8 @@ class PublishedRow:
     method: str
     note: str
     provenance: Provenance
-    source: Source
+    source: Source  # of the figures
+    origin: Source | None  # of the method, where it is another paper
     cells: tuple[Cell | None, ...]  # in the order of the sizes
 
 
@@ -109,7 +110,7 @@ def _row(row: Row, lowest: Sequence[float]) -> PublishedRow:
         None if value is None else Cell(_written(value), _reaches(value, low), value.from_plot)
         for value, low in zip(row.values, lowest, strict=True)
     )
-    return PublishedRow(row.method, row.note, row.provenance, row.source, cells)
+    return PublishedRow(row.method, row.note, row.provenance, row.source, row.origin, cells)
 
 
 def _reaches(value: Value, lowest: float) -> bool:

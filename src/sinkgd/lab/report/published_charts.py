@@ -51,8 +51,8 @@ def _chart(size: Size, column: int) -> Chart:
     memories = [group[0].memory for group in groups]
     return Chart(
         key=f"published-{size.preset}",
-        title=size.name,
-        caption="Published perplexity against GiB of weights and state. Lower left is better.",
+        title=f"{size.name}, published",
+        caption="Perplexity against GiB of weights and state. Lower left is better.",
         description="; ".join(point.words for point in points),
         figure={
             "data": [_marks(points)],
