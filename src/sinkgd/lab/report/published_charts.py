@@ -61,7 +61,7 @@ def _chart(size: Size, column: int) -> Chart:
                 xaxis=axis(
                     "GiB, weights and state",
                     type="log",
-                    range=[math.log10(memories[0] / 1.17), math.log10(memories[-1] * 1.85)],
+                    range=[math.log10(memories[0] / 1.17), math.log10(memories[-1] * 1.75)],
                     tickvals=_apart(memories),
                     ticktext=[f"{value:.2f}" for value in _apart(memories)],
                     tickangle=0,
@@ -162,7 +162,7 @@ def _start(cluster: Sequence[float], least: float) -> float:
 
 def _name(point: _Point, moved: float, side: Side) -> Figure:
     strong = point.color == "@series-1"
-    across = {"left": -13, "right": 13}.get(side, 0)
+    across = {"left": -10, "right": 10}.get(side, 0)
     upright = {"above": -18, "below": 19}.get(side, round(moved, 1))
     return {
         "text": f"<b>{point.label}</b>" if strong else point.label,
@@ -179,7 +179,7 @@ def _name(point: _Point, moved: float, side: Side) -> Figure:
         "arrowcolor": "@rule",
         "standoff": 6,
         "borderpad": 0,
-        "font": {"size": 11.5, "color": point.color if strong else "@ink"},
+        "font": {"size": 11, "color": point.color if strong else "@ink"},
     }
 
 
