@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
+from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.models import PRESETS, ModelError
 from sinkgd.lab.plan import METHODS, Grid, find_architecture, find_device, find_method
-from sinkgd.lab.plan.devices import DEVICES
 from sinkgd.lab.plan.weights import weights_of
 from sinkgd.lab.train.config import ConfigError
 

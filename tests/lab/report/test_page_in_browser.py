@@ -27,6 +27,10 @@ CHARTS = {
     "memory",
     "peak-memory",
     "step-time",
+    "published-llama-60m",
+    "published-llama-130m",
+    "published-llama-350m",
+    "published-llama-1b",
 }
 INK = "#memory .annotation text"
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -34,7 +38,8 @@ HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 # How many marks of data each chart holds, by its id, and how large its drawing is.
 DRAWN = """() => Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) => {
     const { width, height } = chart.querySelector(".main-svg").getBoundingClientRect();
-    const marks = chart.querySelectorAll(".scatterlayer .js-line, .barlayer .point path");
+    const kinds = [".scatterlayer .js-line", ".scatterlayer .point", ".barlayer .point path"];
+    const marks = chart.querySelectorAll(kinds.join());
     const painted = [...marks].filter((mark) => mark.getAttribute("d")?.length > 8);
     return [chart.id, { width, height, marks: painted.length }];
 }))"""
@@ -91,7 +96,7 @@ def visit(browser, address):
         visit.page.on("dialog", lambda dialog: visit.messages.append(dialog.message))
         visit.page.on("request", lambda request: visit.requests.append(request.url))
         visit.page.goto(address)
-        visit.page.wait_for_function("document.querySelectorAll('.main-svg').length >= 14")
+        visit.page.wait_for_function("document.querySelectorAll('.main-svg').length >= 22")
         return visit
 
     yield opened

@@ -1,8 +1,8 @@
 """On paper: the memory, messages, time and cost of training a model that may not fit here."""
 
+from sinkgd.lab.devices import find_device as find_device
 from sinkgd.lab.plan.architecture import Architecture as Architecture
 from sinkgd.lab.plan.architecture import find_architecture as find_architecture
-from sinkgd.lab.plan.devices import find_device as find_device
 from sinkgd.lab.plan.memory import Memory as Memory
 from sinkgd.lab.plan.memory import rank_memory as rank_memory
 from sinkgd.lab.plan.methods import METHODS as METHODS

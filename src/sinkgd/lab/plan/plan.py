@@ -4,20 +4,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sinkgd.lab.devices import DeviceSheet
 from sinkgd.lab.plan.architecture import PUBLISHED, Architecture, find_architecture
-from sinkgd.lab.plan.devices import DeviceSheet
 from sinkgd.lab.plan.memory import Memory, rank_memory
 from sinkgd.lab.plan.methods import METHODS, Method
 from sinkgd.lab.plan.speed import StepTime, step_time
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffic
 from sinkgd.lab.plan.weights import Grid, weights_of
+from sinkgd.lab.report.cost import gpu_hours
 from sinkgd.lab.train.config import ConfigError
 
 # From small to large: where each method stops fitting is looked for among these.
 LADDER = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llama-10b", *PUBLISHED)
 
-_HOUR, _DAY = 3600, 86_400
+_DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ def _method_plan(question: Question, method: Method) -> MethodPlan:
     time = step_time(work, grid, method, question.device, messages, mfu=question.mfu)
     tokens = work.batch_size * work.micro_batches * work.sequence_length * grid.batches
     tokens_per_day = tokens * _DAY / time.step
-    days = question.tokens / tokens_per_day
-    hours = days * _DAY / _HOUR * grid.ranks
+    hours = gpu_hours(question.tokens, tokens / time.step / grid.ranks)
     return MethodPlan(
         name=method.name,
         title=method.title,
@@ -121,7 +121,7 @@ def _method_plan(question: Question, method: Method) -> MethodPlan:
         messages=tuple(messages),
         time=time,
         tokens_per_day=tokens_per_day,
-        days=days,
+        days=question.tokens / tokens_per_day,
         cost=None if question.price is None else question.price * hours,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from sinkgd.lab.plan.devices import DeviceSheet
+from sinkgd.lab.devices import DeviceSheet
 from sinkgd.lab.plan.methods import Method
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.traffic import Messages

@@ -6,9 +6,11 @@ from pathlib import Path
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis, analyze
 from sinkgd.lab.report.bar_charts import bar_charts
+from sinkgd.lab.report.calculator import calculator_block
 from sinkgd.lab.report.cards import cards
 from sinkgd.lab.report.identity import identify
 from sinkgd.lab.report.loss_charts import loss_chart
+from sinkgd.lab.report.published_block import published_block
 from sinkgd.lab.report.settings import compare_settings
 from sinkgd.lab.report.shell import render, write_whole
 from sinkgd.lab.report.summary import state_of
@@ -66,10 +68,14 @@ def _render(analysis: Analysis, title: str, command: str) -> str:
         loss_chart(analysis, identities, "seconds"),
         *bar_charts(analysis, identities),
     ]
+    published = published_block(analysis.runs)
     return render(
         _TEMPLATE,
         title=title,
-        charts=charts,
+        charts=[*charts, *published.charts],
+        measured_charts=charts,
+        published=published,
+        calculator=calculator_block(analysis),
         filters=_FILTERS,
         command=command,
         analysis=analysis,

@@ -50,10 +50,14 @@ def render(
         charts=charts,
         figures={chart.key: chart.figure for chart in charts},
         plotly=get_plotlyjs(),
-        css=(_FOLDER / "page.css").read_text(encoding="utf-8"),
-        javascript=(_FOLDER / "page.js").read_text(encoding="utf-8"),
+        css=_read("page.css", "blocks.css"),
+        javascript=_read("page.js", "cost.js"),
         **content,
     )
+
+
+def _read(*names: str) -> str:
+    return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
 def write_whole(path: Path, page: str) -> None:

@@ -1,0 +1,234 @@
+"""The cost calculator as a block of a page: its fields with their sources, and what they give.
+
+A field's figure is measured on the page, published, assumed, or the reader's own; its badge says
+which. The browser computes anew when a field changes; the figures at first are computed here.
+"""
+
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Context, Decimal
+from typing import Literal
+
+from sinkgd.lab.devices import DEVICES, DeviceSheet
+from sinkgd.lab.report.analysis import Analysis
+from sinkgd.lab.report.cost import (
+    Change,
+    Cost,
+    Machine,
+    assumed_speed,
+    changed_cost,
+    run_cost,
+)
+from sinkgd.lab.report.cost_sources import (
+    Candidate,
+    Kind,
+    ModelChoice,
+    SpeedSource,
+    candidates,
+    device_of,
+    measured_speed,
+    model_choices,
+    published_speed,
+    usual_model,
+)
+
+GPUS = 8
+PRICE = 2.0  # USD a GPU and hour
+MFU = 0.4  # as in `sinkgd plan`
+
+Unit = Literal["h", "GPU-h", "USD", "kWh"]
+
+
+def amount(value: float) -> str:
+    """Write a number with three digits, four places and thousands apart; as `cost.js` does.
+
+    >>> amount(0.012345), amount(123456.0), amount(2.0), amount(-1225), amount(-0.00001)
+    ('0.0123', '123,000', '2', '−1,230', '0')
+    """
+    rounded = Context(prec=3, rounding=ROUND_HALF_UP).plus(Decimal(value))
+    if abs(rounded) < 1:
+        rounded = rounded.quantize(Decimal("0.0001"), ROUND_HALF_UP)
+    text = f"{rounded:,f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text.replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Write a difference.
+
+    >>> signed(12.0), signed(-3.5), signed(0.0)
+    ('+12', '−3.5', '0')
+    """
+    return f"+{amount(value)}" if value > 0 else amount(value)
+
+
+def plain(value: float) -> str:
+    """Write a number into a field: six digits, without an exponent.
+
+    >>> plain(0.4), plain(1339.08), plain(1e15)
+    ('0.4', '1339.08', '1000000000000000')
+    """
+    return _written(f"{value:.6g}")
+
+
+def short(value: float) -> str:
+    """Write a number that was divided into a field: four digits.
+
+    >>> short(100 / 2.8), short(49256.4)
+    ('35.71', '49260')
+    """
+    return _written(f"{value:.4g}")
+
+
+def _written(digits: str) -> str:
+    text = f"{Decimal(digits):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def words_of(kind: Kind) -> str:
+    """Write a badge."""
+    return {"measured": "measured here", "own": "your own"}.get(kind, kind)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A line of the result, as numbers and as words."""
+
+    key: str  # of `Cost`
+    title: str
+    unit: Unit
+    baseline: float
+    candidate: float
+
+    @property
+    def difference(self) -> float:
+        """What the candidate takes more."""
+        return self.candidate - self.baseline
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The figures of the fields, in the units of `cost`."""
+
+    device: DeviceSheet
+    machine: Machine
+    model: ModelChoice
+    speed: SpeedSource
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class CalculatorBlock:
+    """What ``calculator.html`` shows."""
+
+    inputs: Inputs  # at first
+    baseline: str
+    devices: tuple[DeviceSheet, ...]
+    models: tuple[ModelChoice, ...]
+    speeds: tuple[SpeedSource, ...]
+    candidates: tuple[Candidate, ...]
+    outcomes: tuple[Outcome, ...]
+    caution: str  # where the page's runs have no candidate to offer
+    mfu: float = MFU
+
+    # The template writes with these; a page needs no filters of its own.
+    amount = staticmethod(amount)
+    signed = staticmethod(signed)
+    plain = staticmethod(plain)
+    short = staticmethod(short)
+    badge = staticmethod(words_of)
+
+    @property
+    def sentence(self) -> str:
+        """The result in words."""
+        time, _, money, _ = self.outcomes
+        name = self.inputs.candidate.name
+        return (
+            f"{name} takes {amount(time.candidate)} h instead of {amount(time.baseline)} h, and "
+            f"{amount(money.candidate)} USD instead of {amount(money.baseline)} USD."
+        )
+
+
+def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
+    """Fill the calculator in: with what ``analysis`` measured where it did, else what is published.
+
+    The candidate is the one that needed the fewest seconds to the baseline's loss. The speed is
+    measured only where a device of the table was; else the GPU is assumed to reach a part of its
+    peak.
+
+    Args:
+        analysis: Of the page's runs; None where there are none.
+
+    Example:
+        >>> block = calculator_block()
+        >>> block.baseline, block.inputs.candidate.title
+        ('Adam', 'SinkGD, published at 1.3B')
+    """
+    device = device_of(analysis) or DEVICES["h100"]
+    models = model_choices(analysis)
+    model = usual_model(models, analysis)
+    assumed = SpeedSource(
+        "assumed",
+        "a part of the peak",
+        assumed_speed(device.flops, MFU, model.parameters),
+        "assumed",
+        "part of the peak × FLOP/s ÷ 6N",
+    )
+    measured = measured_speed(analysis)
+    speeds = tuple(one for one in (measured, assumed, published_speed()) if one is not None)
+    found = candidates(analysis)
+    inputs = Inputs(
+        device=device,
+        machine=Machine(GPUS, PRICE, device.watts),
+        model=model,
+        speed=measured if measured and device_of(analysis) else assumed,
+        candidate=found[0],
+    )
+    baseline = analysis.baseline.name if analysis and analysis.baseline else "Adam"
+    return CalculatorBlock(
+        inputs=inputs,
+        baseline=baseline,
+        devices=tuple(DEVICES.values()),
+        models=models,
+        speeds=speeds,
+        candidates=found,
+        outcomes=outcomes(inputs),
+        caution=_caution(analysis, found),
+    )
+
+
+def _caution(analysis: Analysis | None, found: tuple[Candidate, ...]) -> str:
+    compared = analysis is not None and analysis.baseline is not None and analysis.candidates
+    if compared and not any(one.tokens_kind == "measured" for one in found):
+        return (
+            "No recipe of this page reached the baseline’s loss, so none is offered as a "
+            "candidate; what is chosen is published, and was not found here."
+        )
+    return ""
+
+
+def outcomes(inputs: Inputs) -> tuple[Outcome, ...]:
+    """Compute what both methods take, from the figures as the fields show them.
+
+    Args:
+        inputs: The figures of the fields.
+    """
+    tokens = 1e9 * float(plain(inputs.model.tokens / 1e9))
+    speed = float(short(inputs.speed.value))
+    fraction = float(short(100 * inputs.candidate.token_fraction)) / 100
+    change = Change(fraction, float(short(inputs.candidate.step_speedup)))
+    one = run_cost(inputs.machine, tokens, speed)
+    other = changed_cost(inputs.machine, tokens, speed, change)
+
+    def line(key: str, title: str, unit: Unit) -> Outcome:
+        return Outcome(key, title, unit, _of(one, key), _of(other, key))
+
+    return (
+        line("hours", "Time", "h"),
+        line("gpu_hours", "GPU time", "GPU-h"),
+        line("usd", "Money", "USD"),
+        line("kwh", "Energy of the GPUs", "kWh"),
+    )
+
+
+def _of(cost: Cost, key: str) -> float:
+    return float(getattr(cost, key))

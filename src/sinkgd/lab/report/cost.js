@@ -1,0 +1,108 @@
+// The cost calculator: the formulas of cost.py, computed anew whenever a field changes.
+"use strict";
+
+(() => {
+  const form = document.getElementById("calculator");
+  if (form === null) return;
+  const fields = form.elements;
+  const BADGES = { measured: "measured here", published: "published", assumed: "assumed", own: "your own" };
+
+  const cost = (machine, tokens, speed) => {
+    const gpuHours = tokens / (3600 * speed);
+    return {
+      hours: gpuHours / machine.gpus,
+      gpu_hours: gpuHours,
+      usd: gpuHours * machine.price,
+      kwh: (gpuHours * machine.watts) / 1000,
+    };
+  };
+  const assumedSpeed = (flops, mfu, parameters) => (mfu * flops) / (6 * parameters);
+
+  const amount = (value) => {
+    const text = Number(value.toPrecision(3)).toLocaleString("en-US", { maximumFractionDigits: 4 });
+    return text === "-0" ? "0" : text.replace("-", "−");
+  };
+  const signed = (value) => (value > 0 ? "+" : "") + amount(value);
+
+  const chosen = (name) => fields[name].selectedOptions[0].dataset;
+  const number = (name) => fields[name].valueAsNumber * Number(fields[name].dataset.scale);
+  const put = (name, value, kind) => {
+    fields[name].value = value;
+    mark(name, kind);
+  };
+  const mark = (name, kind) => {
+    const badge = form.querySelector(`[data-for="${name}"]`);
+    badge.dataset.kind = kind;
+    badge.textContent = BADGES[kind];
+  };
+  const cite = (name) => {
+    form.querySelector(`[data-source="${name}"]`).textContent = chosen(name).note;
+  };
+
+  const assumeSpeed = () => {
+    if (fields["speed-source"].value !== "assumed") return;
+    const speed = assumedSpeed(Number(chosen("device").flops), number("mfu"), number("parameters"));
+    if (Number.isFinite(speed) && speed > 0) put("speed", Number(speed.toPrecision(4)), "assumed");
+  };
+
+  // What follows from a choice; each may be typed over.
+  const choices = {
+    device: ({ watts }) => put("watts", watts, "published"),
+    model: ({ parameters, parametersKind, tokens, tokensKind }) => {
+      put("parameters", parameters, parametersKind);
+      put("tokens", tokens, tokensKind);
+    },
+    "speed-source": ({ speed, kind }) => {
+      if (speed === undefined) mark("speed", kind);
+      else put("speed", speed, kind);
+    },
+    candidate: ({ fraction, fractionKind, speedup, speedupKind }) => {
+      if (fraction === undefined) return ["fraction", "speedup"].forEach((name) => mark(name, "own"));
+      put("fraction", fraction, fractionKind);
+      put("speedup", speedup, speedupKind);
+    },
+  };
+
+  const show = () => {
+    const inputs = [...form.querySelectorAll("input")];
+    for (const input of inputs) input.setAttribute("aria-invalid", String(!input.validity.valid));
+    const valid = inputs.every((input) => input.validity.valid);
+    const machine = { gpus: number("gpus"), price: number("price"), watts: number("watts") };
+    const [tokens, speed] = [number("tokens"), number("speed")];
+    const name = chosen("candidate").name;
+    const baseline = cost(machine, tokens, speed);
+    const candidate = cost(machine, tokens * number("fraction"), speed * number("speedup"));
+    for (const row of form.querySelectorAll("[data-outcome]")) {
+      const key = row.dataset.outcome;
+      const values = [baseline[key], candidate[key], candidate[key] - baseline[key]];
+      row.querySelectorAll("td").forEach((cell, i) => {
+        cell.dataset.value = valid ? values[i] : "";
+        cell.textContent = valid ? (i === 2 ? signed : amount)(values[i]) : "–";
+      });
+    }
+    const part = valid ? candidate.hours / baseline.hours : 1;
+    form.querySelector('[data-bar="baseline"]').style.setProperty("--part", Math.min(1, 1 / part));
+    form.querySelector('[data-bar="candidate"]').style.setProperty("--part", Math.min(1, part));
+    form.querySelector("th[data-name]").textContent = name;
+    form.querySelector("output").textContent = valid
+      ? `${name} takes ${amount(candidate.hours)} h instead of ${amount(baseline.hours)} h, and ` +
+        `${amount(candidate.usd)} USD instead of ${amount(baseline.usd)} USD.`
+      : "A field has no figure that could be computed with.";
+  };
+
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("input", ({ target }) => {
+    const { name } = target;
+    if (name in choices) {
+      choices[name](chosen(name));
+    } else {
+      mark(name, "own");
+      if (name === "speed") fields["speed-source"].value = "own";
+      if (name === "fraction" || name === "speedup") fields.candidate.value = "own";
+    }
+    assumeSpeed();
+    ["model", "speed-source", "candidate"].forEach(cite);
+    show();
+  });
+  show();
+})();

@@ -1,0 +1,149 @@
+"""What a training run costs: hours, money and energy, from its tokens and the speed of a GPU.
+
+Letters, everywhere in this file:
+    N: parameters of the model
+    T: tokens to train on
+    v: tokens that one GPU takes in a second
+    G: GPUs
+
+`cost.js` computes the same in the browser; a test holds both together.
+"""
+
+import math
+from dataclasses import dataclass
+
+_SECONDS = 3600  # in an hour
+_FLOPS_A_WEIGHT = 6  # and token: two forward, four backward
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that train.
+
+    Raises:
+        ValueError: If there is no GPU, or a figure is negative or not finite.
+    """
+
+    gpus: int
+    price: float  # USD a GPU and hour
+    watts: float  # of a GPU
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"gpus is {self.gpus}; give at least 1")
+        for name in ("price", "watts"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; give a number that is not negative")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes."""
+
+    hours: float
+    gpu_hours: float
+    usd: float
+    kwh: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changes where another method takes the baseline's place.
+
+    Raises:
+        ValueError: If a factor is not positive and finite.
+    """
+
+    token_fraction: float  # of the baseline's tokens, to the same loss
+    step_speedup: float  # tokens a second, of the baseline's
+
+    def __post_init__(self) -> None:
+        _check_positive(token_fraction=self.token_fraction, step_speedup=self.step_speedup)
+
+
+def assumed_speed(flops: float, mfu: float, parameters: float) -> float:
+    r"""Return the tokens a second of a GPU whose products reach a part of its peak.
+
+    .. math:: v = \mathrm{mfu} \cdot \mathrm{flops} / (6 N)
+
+    Args:
+        flops: Of the GPU, its peak a second.
+        mfu: The part of the peak that a step reaches, attention and waiting left out.
+        parameters: N.
+
+    Raises:
+        ValueError: If one is not positive and finite.
+
+    Example:
+        >>> assumed_speed(600e12, 0.5, 1e9)
+        50000.0
+    """
+    _check_positive(flops=flops, mfu=mfu, parameters=parameters)
+    return mfu * flops / (_FLOPS_A_WEIGHT * parameters)
+
+
+def gpu_hours(tokens: float, speed: float) -> float:
+    r"""Return the hours of one GPU, :math:`T / (3600 v)`.
+
+    Args:
+        tokens: T, to train on.
+        speed: v, tokens a second of a GPU.
+
+    Raises:
+        ValueError: If one is not positive and finite.
+
+    Example:
+        >>> gpu_hours(7.2e9, 1000.0)
+        2000.0
+    """
+    _check_positive(tokens=tokens, speed=speed)
+    return tokens / (_SECONDS * speed)
+
+
+def run_cost(machine: Machine, tokens: float, speed: float) -> Cost:
+    r"""Return what a run takes.
+
+    With :math:`h = T / (3600 v)` hours of a GPU it lasts :math:`h / G` hours, and takes
+    :math:`h \cdot \mathrm{price}` and :math:`h \cdot \mathrm{watts} / 1000` kWh.
+
+    Args:
+        machine: G GPUs, their price and power.
+        tokens: T, to train on.
+        speed: v, tokens a second of a GPU.
+
+    Raises:
+        ValueError: If tokens or speed are not positive and finite.
+
+    Example:
+        >>> run_cost(Machine(8, price=2.0, watts=700.0), 7.2e9, 1000.0)
+        Cost(hours=250.0, gpu_hours=2000.0, usd=4000.0, kwh=1400.0)
+    """
+    hours = gpu_hours(tokens, speed)
+    return Cost(hours / machine.gpus, hours, hours * machine.price, hours * machine.watts / 1000)
+
+
+def changed_cost(machine: Machine, tokens: float, speed: float, change: Change) -> Cost:
+    """Return what the run takes with the method that is compared with the baseline.
+
+    Args:
+        machine: The same GPUs.
+        tokens: T, of the baseline.
+        speed: v, of the baseline.
+        change: The part of the tokens, and how much faster a step is.
+
+    Raises:
+        ValueError: If tokens or speed are not positive and finite.
+
+    Example:
+        >>> change = Change(token_fraction=0.5, step_speedup=1.25)
+        >>> changed_cost(Machine(8, price=2.0, watts=700.0), 7.2e9, 1000.0, change).usd
+        1600.0
+    """
+    return run_cost(machine, tokens * change.token_fraction, speed * change.step_speedup)
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; give a positive number")

@@ -1,0 +1,248 @@
+"""Where the calculator's figures come from: the page's runs, papers, data sheets, assumptions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from sinkgd.lab.devices import DEVICES, DeviceSheet
+from sinkgd.lab.models import PRESETS
+from sinkgd.lab.report import quantities
+from sinkgd.lab.report.analysis import Analysis, Comparison
+from sinkgd.lab.report.published import (
+    LARGEST,
+    SINKGD,
+    SIZES,
+    SPEEDUPS,
+    THROUGHPUT,
+    THROUGHPUT_GPUS,
+    TOKEN_FRACTION,
+)
+from sinkgd.lab.report.summary import RecipeSummary
+from sinkgd.lab.results import Run
+
+Kind = Literal["measured", "published", "assumed", "own"]
+_PUBLISHED: Kind = "published"
+_ASSUMED: Kind = "assumed"
+
+_ENOUGH = 20  # tokens a parameter: Hoffmann et al., https://arxiv.org/abs/2203.15556
+# Published at 1.3B alone.
+_STEP_SPEEDUP = THROUGHPUT["SinkGD"] / THROUGHPUT["Adam"]
+
+
+# Words in ``torch.cuda.get_device_name()``, e.g. "NVIDIA A100-SXM4-80GB"; other boards are slower.
+_TORCH_WORDS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "h100": frozenset({"H100"}),
+        "h200": frozenset({"H200"}),
+        "b200": frozenset({"B200"}),
+        "a100-80gb": frozenset({"A100", "80GB"}),
+        "rtx-4090": frozenset({"RTX", "4090"}),
+        "mi300x": frozenset({"MI300X"}),
+    }
+)
+_OTHER_BOARDS = frozenset({"PCIE", "NVL", "LAPTOP", "D"})
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model and how long it is trained."""
+
+    key: str
+    title: str
+    parameters: float
+    tokens: float
+    parameters_kind: Kind
+    tokens_kind: Kind
+    note: str
+
+
+@dataclass(frozen=True)
+class SpeedSource:
+    """A speed of the baseline: tokens a second of one GPU."""
+
+    key: str
+    title: str
+    value: float
+    kind: Kind
+    note: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What changes with a method: the tokens that it needs, and the speed of its steps."""
+
+    title: str
+    name: str  # in the result
+    token_fraction: float  # of the baseline's
+    step_speedup: float  # tokens a second, of the baseline's
+    tokens_kind: Kind
+    speed_kind: Kind
+    note: str
+
+
+def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
+    """List the page's own model, if there is one, and the presets of the benchmark and beyond."""
+    published = {size.preset: size for size in (*SIZES, LARGEST)}
+    choices = []
+    own = _baseline_run(analysis)
+    if own is not None and own.end is not None and own.end.tokens > 0:
+        title = f"{_preset(own)}, as on this page"
+        sizes = float(own.start.parameters), float(own.end.tokens)
+        choices.append(
+            ModelChoice("page", title, *sizes, "measured", "measured", "as trained here")
+        )
+    for name, config in PRESETS.items():
+        count = float(config.parameter_count)
+        if name in published:
+            tokens, kind, note = float(published[name].tokens), _PUBLISHED, "GaLore’s benchmark"
+        else:
+            tokens, kind, note = _ENOUGH * count, _ASSUMED, f"{_ENOUGH} tokens a parameter"
+        if name != "llama-nano":  # its parameters depend on the vocabulary
+            choices.append(ModelChoice(name, name, count, tokens, _PUBLISHED, kind, note))
+    return tuple(choices)
+
+
+def usual_model(models: tuple[ModelChoice, ...], analysis: Analysis | None) -> ModelChoice:
+    """Choose the model to begin with: the page's where its device is known, else llama-1b."""
+    if models[0].key == "page" and device_of(analysis) is not None:
+        return models[0]
+    return next(model for model in models if model.key == "llama-1b")
+
+
+def measured_speed(analysis: Analysis | None) -> SpeedSource | None:
+    """Return the baseline's speed on this page, of one of its ranks."""
+    run = _baseline_run(analysis)
+    speed = analysis.baseline.tokens_per_second if analysis and analysis.baseline else None
+    if run is None or speed is None:
+        return None
+    device = run.start.environment.get("device", "an unnamed device")
+    note = f"{_preset(run)} on {device}"
+    return SpeedSource("measured", "measured here", speed.mean / _ranks(run), "measured", note)
+
+
+def published_speed() -> SpeedSource:
+    """Return Adam's, at 1.3B."""
+    return SpeedSource(
+        "published",
+        "published, Adam at 1.3B",
+        THROUGHPUT["Adam"] / THROUGHPUT_GPUS,
+        "published",
+        f"arXiv {SINKGD.arxiv}, on {THROUGHPUT_GPUS} A100",
+    )
+
+
+def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
+    """List what may take the baseline's place: measured ones by their time, then published ones."""
+    paper = f"arXiv {SINKGD.arxiv}"
+    against_adam = [one for one in reversed(SPEEDUPS) if one.against == "Adam"]
+    published = [
+        Candidate(
+            f"SinkGD, published at {one.size}",
+            "SinkGD",
+            1 / one.steps,
+            _STEP_SPEEDUP,
+            "published",
+            "published",
+            f"{paper}: Adam takes {one.steps:g}× the steps"
+            + ("" if one.size == "1.3B" else "; a step’s speed is 1.3B’s"),
+        )
+        for one in against_adam
+    ]
+    return (
+        *_measured(analysis),
+        *published,
+        Candidate(
+            "SinkGD, published in the abstract",
+            "SinkGD",
+            TOKEN_FRACTION,
+            _STEP_SPEEDUP,
+            "published",
+            "published",
+            f"{paper}, NeurIPS version; a step’s speed is 1.3B’s",
+        ),
+        Candidate(
+            "no gain",
+            "candidate",
+            1.0,
+            1.0,
+            _ASSUMED,
+            _ASSUMED,
+            "if the baseline is tuned as well",
+        ),
+    )
+
+
+def _measured(analysis: Analysis | None) -> list[Candidate]:
+    if analysis is None or analysis.baseline is None:
+        return []
+    found = []
+    for recipe in analysis.candidates:
+        comparison = analysis.comparisons.get(recipe.name)
+        speedup = _speedup(recipe, analysis.baseline)
+        if comparison is None or comparison.token_fraction is None or speedup is None:
+            continue
+        fraction = comparison.token_fraction.mean
+        if fraction > 0:
+            found.append(
+                Candidate(
+                    f"{recipe.name}, measured here",
+                    recipe.name,
+                    fraction,
+                    speedup,
+                    "measured",
+                    "measured",
+                    _caveat(recipe, comparison),
+                )
+            )
+    return sorted(found, key=lambda one: (one.token_fraction / one.step_speedup, one.name))
+
+
+def _speedup(recipe: RecipeSummary, baseline: RecipeSummary) -> float | None:
+    if recipe.tokens_per_second is None or baseline.tokens_per_second is None:
+        return None
+    return recipe.tokens_per_second.mean / baseline.tokens_per_second.mean
+
+
+def _caveat(recipe: RecipeSummary, comparison: Comparison) -> str:
+    """Say what a measured gain rests on."""
+    run = recipe.finished[0]
+    words = [f"at {quantities.count(run.start.parameters)} parameters"]
+    if comparison.reached_runs < comparison.runs:
+        words.append(f"in {comparison.reached_runs} of {comparison.runs} runs")
+    elif comparison.runs > 1:
+        words.append(f"{comparison.runs} runs")
+    else:
+        words.append("a single run")
+    if comparison.level:
+        words.append("level at the end")
+    return f"{', '.join(words)}; at another size nobody knows"
+
+
+def device_of(analysis: Analysis | None) -> DeviceSheet | None:
+    """Find the device of the baseline's runs in the table, by the name that torch gives it."""
+    run = _baseline_run(analysis)
+    name = str(run.start.environment.get("device", "")) if run else ""
+    words = set(name.upper().replace("-", " ").split())
+    if words & _OTHER_BOARDS:
+        return None
+    return next((DEVICES[key] for key, needed in _TORCH_WORDS.items() if needed <= words), None)
+
+
+def _baseline_run(analysis: Analysis | None) -> Run | None:
+    if analysis is None or analysis.baseline is None or not analysis.baseline.finished:
+        return None
+    return analysis.baseline.finished[0]
+
+
+def _preset(run: Run) -> str:
+    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
+
+
+def _ranks(run: Run) -> int:
+    """Return how many ranks shared a run; one where its configuration does not say."""
+    mesh = run.start.config.get("mesh", {})
+    ranks = 1
+    for dimension in ("dp_replicate", "dp_shard", "tp"):
+        ranks *= mesh.get(dimension) or 1
+    return ranks

@@ -1,0 +1,151 @@
+"""The calculator in Chromium: the same figures as Python's, badges that follow, no jumps."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from lab.report.synthetic import write_likely_run
+from lab.report.test_page_in_browser import ARGUMENTS
+from sinkgd.lab.report import analyze, calculator_block, write_page
+from sinkgd.lab.report.calculator import amount, signed
+from sinkgd.lab.report.cost import Change, Machine, assumed_speed, changed_cost, run_cost
+
+pytestmark = pytest.mark.browser
+
+# gpus, price, watts, parameters M, tokens B, part of the peak %, tokens to the same loss %, speed ×
+CASES = [
+    (8, 2.0, 700, 1339.08, 13.1072, 40, 36, 1.094),
+    (1, 0.0, 450, 58.0736, 1.31072, 12.5, 100, 1.0),
+    (1024, 3.75, 1000, 405_853, 15_600, 38, 135, 0.87),
+    (3, 1.11, 0, 0.935, 0.002, 99, 5, 12),
+]
+FIELDS = ("gpus", "price", "watts", "parameters", "tokens", "mfu", "fraction", "speedup")
+KEYS = ("hours", "gpu_hours", "usd", "kwh")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [write_likely_run(folder, recipe, 0, steps=200) for recipe in ("adamw", "sinkgd")]
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Chromium is missing: the page is NOT tested; apt-get install chromium")
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_page(path, runs, baseline="adamw", title="T", command="C")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 390, "height": 900})
+        page.goto(path.as_uri())
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def form(page):
+    """The calculator as it is at first."""
+    page.reload()
+    return page.locator("#calculator")
+
+
+def put(form, **fields):
+    for name, value in fields.items():
+        form.locator(f"[name={name}]").fill(str(value))
+
+
+def choose(form, name, label):
+    form.locator(f"[name={name}]").select_option(label=label)
+
+
+def shown(form, attribute):
+    return {
+        row.get_attribute("data-outcome"): [
+            cell.text_content() if attribute is None else float(cell.get_attribute(attribute))
+            for cell in row.locator("td").all()
+        ]
+        for row in form.locator("[data-outcome]").all()
+    }
+
+
+def badge(form, name):
+    return form.locator(f"[data-for={name}]").text_content()
+
+
+def test_at_first_the_browser_shows_what_python_wrote(form, runs):
+    block = calculator_block(analyze(runs, "adamw"))
+    for one in block.outcomes:
+        words = [amount(one.baseline), amount(one.candidate), signed(one.difference)]
+        assert shown(form, None)[one.key] == words
+    assert form.locator("output").text_content() == block.sentence
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_browser_computes_what_python_does(form, case):
+    put(form, **dict(zip(FIELDS, case, strict=True)))
+    gpus, price, watts, parameters, tokens, mfu, fraction, speedup = case
+    speed = float(form.locator("[name=speed]").input_value())
+    assert speed == pytest.approx(assumed_speed(989.4e12, mfu / 100, parameters * 1e6), rel=5e-4)
+
+    given = Machine(gpus, price, watts), tokens * 1e9, speed
+    baseline, candidate = run_cost(*given), changed_cost(*given, Change(fraction / 100, speedup))
+    numbers, words = shown(form, "data-value"), shown(form, None)
+    for key in KEYS:
+        expected = [getattr(baseline, key), getattr(candidate, key)]
+        expected.append(expected[1] - expected[0])
+        assert numbers[key] == pytest.approx(expected, rel=1e-12)
+        assert words[key] == [amount(expected[0]), amount(expected[1]), signed(expected[2])]
+
+
+def test_a_figure_that_is_typed_is_the_readers_own(form):
+    assert badge(form, "fraction") == "measured here"
+    put(form, fraction=50, price=3, speed=1234)
+    assert [badge(form, name) for name in ("fraction", "price", "speed")] == ["your own"] * 3
+    assert form.locator("[name=candidate]").input_value() == "own"
+    assert form.locator("[name=speed-source]").input_value() == "own"
+    put(form, mfu=80)
+    assert form.locator("[name=speed]").input_value() == "1234"  # own figures stay
+
+
+def test_a_choice_brings_its_figures_and_their_badges(form):
+    choose(form, "candidate", "SinkGD, published at 350M")
+    assert form.locator("[name=fraction]").input_value() == "41.67"
+    assert badge(form, "fraction") == badge(form, "speedup") == "published"
+    assert "arXiv 2502.06742" in form.locator("[data-source=candidate]").text_content()
+
+    choose(form, "model", "llama-10b")
+    assert [badge(form, name) for name in ("parameters", "tokens")] == ["published", "assumed"]
+    choose(form, "device", "B200 SXM")
+    assert form.locator("[name=watts]").input_value() == "1000"
+
+    choose(form, "speed-source", "measured here")
+    assert badge(form, "speed") == "measured here"
+    choose(form, "speed-source", "a part of the peak")
+    assert badge(form, "speed") == "assumed"
+
+
+@pytest.mark.parametrize(("name", "value"), [("tokens", ""), ("gpus", "1.5"), ("speed", "-3")])
+def test_a_field_that_cannot_be_leaves_no_figure_behind(form, name, value):
+    put(form, **{name: value})
+    assert form.locator(f"[name={name}]").get_attribute("aria-invalid") == "true"
+    assert {word for words in shown(form, None).values() for word in words} == {"–"}
+    assert "no figure" in form.locator("output").text_content()
+
+
+def test_nothing_moves_when_figures_change_and_everything_can_be_reached_by_keys(form, page):
+    boxes = "form => [...form.querySelectorAll('fieldset, input, table')].map(n => n.offsetTop)"
+    before = form.evaluate(boxes)
+    put(form, tokens=0.002, price=3, fraction=50)
+    choose(form, "speed-source", "published, Adam at 1.3B")
+    assert form.evaluate(boxes) == before
+
+    form.locator("[name=device]").focus()
+    reached = []
+    for _ in range(13):
+        reached.append(page.evaluate("document.activeElement.name"))
+        page.keyboard.press("Tab")
+    selects = {"device", "model", "speed-source", "candidate"}
+    assert set(reached) == {*FIELDS, "speed", *selects}
