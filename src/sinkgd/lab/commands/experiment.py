@@ -247,7 +247,7 @@ def _write_report(record: "StudyRecord", folder: Path) -> None:
     from sinkgd.lab.bench.sheet import terminal_table
     from sinkgd.lab.experiments.page import study_page
     from sinkgd.lab.experiments.results import StudyResults
-    from sinkgd.lab.experiments.sheets import arms_sheet
+    from sinkgd.lab.experiments.sheets import short_sheet
     from sinkgd.lab.report.shell import write_whole
 
     study = find_study(record.plan["study"])
@@ -255,8 +255,8 @@ def _write_report(record: "StudyRecord", folder: Path) -> None:
     verdict = study.judge(results)
     path = folder / "report.html"
     write_whole(path, study_page(study, record, results, verdict))
+    Console().print(terminal_table(short_sheet(results)), "\n")
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(terminal_table(arms_sheet(results)), "\n")
     for line in (verdict.headline, *verdict.sentences):
         console.print(line)
     for line in verdict.cautions:

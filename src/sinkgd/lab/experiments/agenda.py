@@ -66,6 +66,10 @@ class Agenda:
                     return task
                 # It was killed between the record and the search's own file.
                 self._tuning.tell(arm, point, self.record.runs[task.name].loss)
+            # The record is what counts: a point that only the search remembers is run again.
+            for task in self.plan.tuning_tasks(arm):
+                if task.name not in self._begun:
+                    return task
         return None
 
     def _next_of_a_seed(self) -> Task | None:

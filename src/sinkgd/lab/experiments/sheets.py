@@ -37,6 +37,18 @@ def arms_sheet(results: StudyResults) -> Sheet:
     )
 
 
+def short_sheet(results: StudyResults) -> Sheet:
+    """Make the table of arms with what a terminal has room for."""
+    whole = arms_sheet(results)
+    kept = (0, 1, 2, 3, 6, 9)
+    return Sheet(
+        title=whole.title,
+        note="± half the range over seeds; losses in nats per token.",
+        columns=tuple(whole.columns[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in whole.rows),
+    )
+
+
 def _arm_row(results: StudyResults, one: ArmResults, seconds: float | None) -> tuple[str, ...]:
     summary = summarize(one.arm.name, [result.run for result in one.seeds])
     at_seconds = results.loss_after(one, seconds) if seconds else None

@@ -37,7 +37,10 @@ class Tuning:
         return self._searches[arm.name].next_point()
 
     def tell(self, arm: Arm, point: Point, loss: float) -> None:
-        """Take the final validation loss of a point that was handed out; infinite if it failed."""
+        """Take the final validation loss of a point, infinite if it failed.
+
+        What was told in an earlier sitting is left as it was.
+        """
         self._searches[arm.name].tell(point, loss)
 
     def __enter__(self) -> Self:
@@ -85,7 +88,9 @@ class _Search:
         return point
 
     def tell(self, point: Point, loss: float) -> None:
-        self._study.tell(self._handed_out.pop(point_name(point)), loss)
+        trial = self._handed_out.pop(point_name(point), None)
+        if trial is not None:
+            self._study.tell(trial, loss)
 
 
 class _AskedGrid(GridSampler):  # type: ignore[misc]  # optuna is read without its types

@@ -1,6 +1,6 @@
 """How many iterations of SR-Sinkhorn a step needs."""
 
-from sinkgd.lab.experiments.results import StudyResults
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
     MACHINE,
     PAPER_SINKGD_GRID,
@@ -36,16 +36,7 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
-    level = level_with(results, best, results.candidates)
-    enough = min([best, *level], key=lambda one: one.arm.value or 0)
-    if len(results.candidates) == 1:
-        headline = f"{ended(best)}; no other number of iterations has a result."
-    elif len(level) == len(results.candidates) - 1:
-        headline = f"{enough.arm.name} is enough: no number of iterations ends better than it."
-    elif enough is best:
-        headline = f"{ended(best)}, lower than every other number of iterations."
-    else:
-        headline = f"{enough.arm.name} is enough: it is level with {best.arm.name}, the lowest."
+    headline = _headline(results, best)
     fewest = min(results.candidates, key=lambda one: one.arm.value or 0)
     sentences = [f"{ended(best)}, the lowest of {names(results.candidates)}."]
     if best is not fewest:
@@ -53,6 +44,23 @@ def judge(results: StudyResults) -> Verdict:
         sentences.append(compared(fewest.arm.name, difference, best.arm.name))
     sentences += against_controls(results, best)
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _headline(results: StudyResults, best: ArmResults) -> str:
+    if len(results.candidates) == 1:
+        return f"{ended(best)}; no other number of iterations has a result."
+    level = level_with(results, best, results.candidates)
+    if not level:
+        return f"{ended(best)}, lower than every other number of iterations."
+    enough = min([best, *level], key=lambda one: one.arm.value or 0)
+    if len(level) == len(results.candidates) - 1:
+        return (
+            f"{enough.arm.name} is enough: no number of iterations ends lower, beyond the spread "
+            "of seeds."
+        )
+    if enough is best:
+        return f"{best.arm.name} is enough: more iterations end no lower."
+    return f"{enough.arm.name} is enough: it is level with {best.arm.name}, the lowest."
 
 
 ITERATIONS = Study(
