@@ -58,7 +58,7 @@ def flat(shown: str) -> str:
 def test_help_lists_every_command(capsys, arguments):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     for name, (_, summary) in COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(summary)}$", shown, re.MULTILINE)
 

@@ -19,12 +19,15 @@ Commands = Mapping[str, tuple[str | None, str]]
 COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
     "train": ("Train", "train one model, or go on with a run that was stopped"),
+    "experiment": ("Experiment", "run a study: tune alike, repeat with seeds, judge, write a page"),
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
     "report": ("Report", "table and page of runs that are there already"),
     "bench": (None, "measure speed and memory: optimizer steps, kernels, the training loop"),
     "plan": ("Plan", "memory, messages, time and cost on paper, for a model that may not fit here"),
     "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
 }
+
+_EXPERIMENTS = ("optuna", "pytorch_optimizer")  # packages of the extra of that name
 
 USAGE = """\
 usage: sinkgd COMMAND [OPTIONS]
@@ -41,6 +44,7 @@ options:
 examples:
   sinkgd compare                                          the demo: SinkGD and AdamW on real text
   sinkgd train --out runs/first --optimizer.recipe swan   one run
+  sinkgd experiment iterations                            a study with its verdict
   sinkgd report runs/demo                                 the page of runs made before
   sinkgd plan --model llama-3-70b --mesh.dp-shard 8       what it would need, on paper
 """
@@ -105,7 +109,8 @@ def _run(name: str, kind: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("sinkgd"):
             raise
-        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[lab]'", code=1)
+        extra = "experiments" if error.name in _EXPERIMENTS else "lab"
+        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=1)
     except _usage_errors() as error:
         return _fail(str(error), code=2)
     except _expected_errors() as error:
@@ -127,7 +132,7 @@ def _parse(name: str, kind: str, arguments: list[str]) -> Command:
 
 
 def _usage(usage: str, commands: Commands) -> str:
-    lines = (f"  {name:<9}{summary}" for name, (_, summary) in commands.items())
+    lines = (f"  {name:<12}{summary}" for name, (_, summary) in commands.items())
     return usage.format(commands="\n".join(lines))
 
 
@@ -156,6 +161,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
 def _expected_errors() -> tuple[type[Exception], ...]:
     from sinkgd import NonFiniteGradientError
     from sinkgd.lab.data import DataError
+    from sinkgd.lab.experiments.study import StudyError
     from sinkgd.lab.models import ModelError
     from sinkgd.lab.report import ReportError
     from sinkgd.lab.results import ResultsError
@@ -171,6 +177,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         OSError,
         ReportError,
         ResultsError,
+        StudyError,
     )
 
 

@@ -13,7 +13,8 @@ class Report:
     """Print the table of a folder of runs and write its page."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder that `sinkgd compare` or `sinkgd train` wrote: */run.jsonl or run.jsonl."""
+    """Folder that `sinkgd compare`, `train` or `experiment` wrote: */run.jsonl, run.jsonl or
+    study.jsonl."""
 
     baseline: str | None = None
     """Recipe that the others are compared with, a name; by default adamw, else adamw-one-lr, else
@@ -29,6 +30,12 @@ class Report:
             ReportError: If the folder holds no runs, or none of the baseline's recipe.
             ResultsError: If a results file is damaged.
         """
+        from sinkgd.lab.commands.experiment import report_study
+        from sinkgd.lab.experiments.record import STUDY_FILE
+
+        if (self.folder / STUDY_FILE).exists():
+            return report_study(self.folder)
+
         from rich.console import Console
 
         from sinkgd.lab.report import (

@@ -7,7 +7,7 @@ its tokens, by definition.
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sinkgd.lab.report.folder import ReportError
@@ -58,28 +58,35 @@ class Analysis:
         return tuple(run for recipe in self.recipes for run in recipe.runs)
 
 
-def analyze(runs: Sequence[Run], baseline: str | None) -> Analysis:
+def recipe_of(run: Run) -> str:
+    """Return the name of a run's recipe."""
+    return run.start.recipe
+
+
+def analyze(
+    runs: Sequence[Run], baseline: str | None, *, group: Callable[[Run], str] = recipe_of
+) -> Analysis:
     """Group ``runs`` by recipe, average their seeds and compare each recipe with the baseline.
 
     Args:
         runs: In any order; unfinished and failed ones too.
         baseline: A recipe's name, or None to compare with nothing.
+        group: The name under which a run is averaged with others: its recipe's, unless they differ
+            in something else.
 
     Raises:
         ReportError: If there are no runs, or none of the baseline's recipe.
     """
     if not runs:
         raise ReportError("there are no runs to report; `sinkgd compare` makes some")
-    names = sorted({run.start.recipe for run in runs}, key=lambda name: (name != baseline, name))
+    names = sorted({group(run) for run in runs}, key=lambda name: (name != baseline, name))
     if baseline is not None and baseline not in names:
         nearest = difflib.get_close_matches(baseline, names, n=1, cutoff=0.0)[0]
         raise ReportError(
             f"baseline {baseline!r} has no run; the recipes here are {', '.join(names)}. "
             f"Did you mean {nearest!r}?"
         )
-    recipes = tuple(
-        summarize(name, [run for run in runs if run.start.recipe == name]) for name in names
-    )
+    recipes = tuple(summarize(name, [run for run in runs if group(run) == name]) for name in names)
     reference = recipes[0] if baseline is not None else None
     if (
         reference is None

@@ -1,0 +1,284 @@
+"""`sinkgd experiment`: a study, from its question to its page."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
+
+import tyro
+
+from sinkgd.lab.experiments.selection import numbers, select_arms
+from sinkgd.lab.experiments.studies import STUDIES, find_study
+from sinkgd.lab.experiments.study import Scale
+from sinkgd.lab.launch import launched_ranks
+from sinkgd.lab.train.config import ConfigError, SharedConfig
+from sinkgd.lab.train.config_file import command_line, differences
+
+if TYPE_CHECKING:
+    from sinkgd.lab.experiments.plan import StudyPlan
+    from sinkgd.lab.experiments.record import StudyRecord
+
+_AXES = ("iterations", "alpha", "tau", "batch")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Run a study: tune every arm alike, train each with several seeds, judge, write a page.
+
+    Every run is a `sinkgd train` folder. Stopped or killed, the same command goes on. study.jsonl
+    holds all that page and verdict are made from.
+    """
+
+    name: tyro.conf.Positional[str] = ""
+    """The study; without one they are listed."""
+
+    scale: Scale = "machine"
+    """machine: two cores, at most 40 minutes; paper: the benchmark's sizes, for GPUs."""
+
+    data: Path | None = None
+    """Corpus: prepared shards, text files or files in C4's layout; by default the study's own."""
+
+    out: Path | None = None
+    """Folder of the study; by default runs/NAME, or runs/NAME-paper."""
+
+    seeds: int | None = None
+    """Reported runs of each arm, a count; their seeds go up from training.seed."""
+
+    jobs: int | None = None
+    """Trainings at a time, a count; each has its share of the cores. By default one for each core
+    at machine scale, else one."""
+
+    tune: bool = True
+    """Search each arm's grid first, with a seed of its own; otherwise arms run as they are."""
+
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train nothing: build every arm's model without weights, and show sizes and memory."""
+
+    report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train nothing: make page and verdict again from the study.jsonl in --out."""
+
+    iterations: str | None = None
+    """For iterations: numbers of SR-Sinkhorn's iterations to try, with commas between."""
+
+    alpha: str | None = None
+    """For alpha: values of α to try, with commas between."""
+
+    tau: str | None = None
+    """For studies along τ: its values, with commas between."""
+
+    batch: str | None = None
+    """For batch: sizes of the batch to try, sequences, with commas between."""
+
+    lr: str | None = None
+    """Learning rates to try in every arm, with commas between; one fixes it."""
+
+    optimizer: str | None = None
+    """Only the arms of these recipes, names with commas between."""
+
+    shared: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self:
+        """Return the options where the command line gives none: those of the study at its scale."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--scale", default="machine")
+        try:
+            scale = parser.parse_known_args(arguments)[0].scale
+        except argparse.ArgumentError:  # no value: the parser of all options words it better
+            scale = "machine"
+        study = STUDIES.get(arguments[0]) if arguments else None
+        if study is None or scale not in study.settings:
+            return cls()
+        return cls(shared=study.settings[scale].shared)
+
+    def run(self) -> int:
+        """Run the command; returns the exit code.
+
+        Raises:
+            ConfigError: If an option cannot be, or the study in the folder has another plan.
+            StudyError: If a run fails.
+            ResultsError: If there is no study to report.
+        """
+        if not self.name:
+            sys.stdout.write(studies_text())
+            return 0
+        find_study(self.name)
+        if self.report:
+            return report_study(self._folder())
+        plan = self._plan()
+        if self.dry_run:
+            return _dry_run(plan)
+        return self._train(plan)
+
+    def _plan(self) -> "StudyPlan":
+        """Put the options together, and check every run before the first begins."""
+        from sinkgd.lab.experiments.plan import plan_of
+
+        if launched_ranks() > 1:
+            raise ConfigError(
+                f"experiment starts a process for each run and cannot be one of {launched_ranks()} "
+                "ranks; start it without torchrun"
+            )
+        for option in ("seeds", "jobs"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ConfigError(f"{option} is {value}; it must be at least 1")
+        study = find_study(self.name)
+        recipes = [word.strip() for word in (self.optimizer or "").split(",") if word.strip()]
+        arms = select_arms(
+            study,
+            self.scale,
+            axis={option: numbers(option, getattr(self, option)) for option in _AXES},
+            rates=numbers("lr", self.lr),
+            recipes=recipes,
+        )
+        shared = self._shared_config()
+        first = shared.training.seed
+        count = study.settings[self.scale].seeds if self.seeds is None else self.seeds
+        seeds = tuple(range(first, first + count))
+        plan = plan_of(study, self.scale, shared=shared, arms=arms, seeds=seeds, tune=self.tune)
+        plan.check()
+        return plan
+
+    def _shared_config(self) -> SharedConfig:
+        """Return what all arms share: the corpus of --data, and each job's share of the cores."""
+        shared = self.shared
+        if self.data is not None:
+            data = replace(shared.data, corpus=str(self.data))
+            if (self.data / "manifest.json").exists():  # shards have a vocabulary of their own
+                data = replace(data, vocab_size=None)
+            shared = replace(shared, data=data)
+        if shared.training.threads is None and self._jobs() > 1:
+            threads = max(1, (os.cpu_count() or 1) // self._jobs())
+            shared = replace(shared, training=replace(shared.training, threads=threads))
+        return shared
+
+    def _jobs(self) -> int:
+        if self.jobs is not None:
+            return self.jobs
+        return (os.cpu_count() or 1) if self.scale == "machine" else 1
+
+    def _folder(self) -> Path:
+        default = self.name if self.scale == "machine" else f"{self.name}-{self.scale}"
+        return Path("runs") / default if self.out is None else self.out
+
+    def _train(self, plan: "StudyPlan") -> int:
+        from sinkgd.lab.experiments.engine import run_study
+        from sinkgd.lab.train.interrupt import exit_code
+
+        folder = self._folder()
+        outcome = run_study(plan, folder, jobs=self._jobs(), command=self._command(), say=_say)
+        if outcome.record.runs:
+            _write_report(outcome.record, folder)
+        if outcome.signal is not None:
+            _say(
+                f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
+                "All is saved, and the same command goes on from here."
+            )
+            return exit_code(outcome.signal)
+        return 0
+
+    def _command(self) -> str:
+        """Return a command that repeats the study."""
+        words = ["sinkgd", "experiment", self.name]
+        plain = type(self)()
+        for option in ("scale", "data", "out", "seeds", "jobs", *_AXES, "lr", "optimizer"):
+            value = getattr(self, option)
+            if value != getattr(plain, option):
+                words += [f"--{option}", str(value)]
+        if not self.tune:
+            words.append("--no-tune")
+        default = find_study(self.name).settings[self.scale].shared
+        changed = {name for name, _, _ in differences(default, self.shared)}
+        return shlex.join([*words, *_options_of(self.shared, changed)])
+
+
+def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
+    """Return the options that give the named fields; a study's own values need none."""
+    words: list[str] = []
+    for name in sorted(names):
+        table, _, key = name.partition(".")
+        only = replace(
+            getattr(SharedConfig(), table), **{key: getattr(getattr(config, table), key)}
+        )
+        given = command_line(replace(SharedConfig(), **{table: only}))
+        value = getattr(getattr(config, table), key)
+        words += given or [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def studies_text() -> str:
+    """Return one line a study with its question."""
+    width = max(map(len, STUDIES))
+    lines = [f"  {name:<{width}}  {study.question}" for name, study in STUDIES.items()]
+    example = next(iter(STUDIES))
+    return "\n".join(
+        [
+            "usage: sinkgd experiment NAME [OPTIONS]",
+            "",
+            "studies:",
+            *lines,
+            "",
+            f"`sinkgd experiment {example} --help` shows the options; `--dry-run` shows the plan.",
+            "",
+        ]
+    )
+
+
+def report_study(folder: Path) -> int:
+    """Make page and verdict again from ``study.jsonl`` alone; return the exit code.
+
+    Raises:
+        ResultsError: If there is no study, or it is damaged.
+    """
+    from sinkgd.lab.experiments.record import STUDY_FILE, StudyRecord
+
+    _write_report(StudyRecord.read(folder / STUDY_FILE), folder)
+    return 0
+
+
+def _write_report(record: "StudyRecord", folder: Path) -> None:
+    from rich.console import Console
+
+    from sinkgd.lab.bench.sheet import terminal_table
+    from sinkgd.lab.experiments.page import study_page
+    from sinkgd.lab.experiments.results import StudyResults
+    from sinkgd.lab.experiments.sheets import short_sheet
+    from sinkgd.lab.report.shell import write_whole
+
+    study = find_study(record.plan["study"])
+    results = StudyResults.of(record)
+    verdict = study.judge(results)
+    path = folder / "report.html"
+    write_whole(path, study_page(study, record, results, verdict))
+    Console().print(terminal_table(short_sheet(results)), "\n")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for line in (verdict.headline, *verdict.sentences):
+        console.print(line)
+    for line in verdict.cautions:
+        console.print(f"Caution: {line}")
+    console.print(f"\npage: {path}")
+
+
+def _dry_run(plan: "StudyPlan") -> int:
+    from rich.console import Console
+
+    from sinkgd.lab.bench.sheet import terminal_table
+    from sinkgd.lab.experiments.dry_run import dry_run_sheet
+
+    Console().print(terminal_table(dry_run_sheet(plan)))
+    return 0
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
+Experiment.__doc__ = f"""{Experiment.__doc__}
+    Studies:
+""" + "\n".join(f"      {name}: {study.question}" for name, study in STUDIES.items())

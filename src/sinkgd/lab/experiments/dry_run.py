@@ -1,0 +1,131 @@
+"""A study without training: every arm built as far as it can be without its weights.
+
+The model is built on the meta device and run there, forward and backward, on one row; then the
+optimizer is built. With a nano model in the place of its own, each arm also takes one real step.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.experiments.plan import StudyPlan, Task
+from sinkgd.lab.models import build_model
+from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
+from sinkgd.lab.plan.memory import rank_memory
+from sinkgd.lab.report.quantities import count, size
+from sinkgd.lab.train.config import RunConfig
+from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.recipes import build_optimizer
+
+UNKNOWN = "–"
+# Recipes that `sinkgd plan` knows by another name.
+_METHOD_OF = {"adamw-one-lr": "adamw"}
+_SMALL = {"vocab_size": 64, "max_sequence_length": 8}  # of the model that takes a real step
+
+
+@dataclass(frozen=True)
+class DryArm:
+    """What an arm would be."""
+
+    name: str
+    runs: int  # tuning and seeds
+    parameters: int
+    groups: int  # of the optimizer
+    tokens: int  # of one run
+    memory_bytes: int | None  # at the peak of a step; None where `sinkgd plan` has no such method
+
+
+def dry_run(plan: StudyPlan) -> list[DryArm]:
+    """Build every arm of a study.
+
+    Raises:
+        ConfigError: If an option cannot be.
+        ModelError: If there is no such model.
+    """
+    arms = []
+    for arm, task in zip(plan.arms, plan.first_tasks(), strict=True):
+        runs = len(plan.tuning_tasks(arm)) + len(plan.seeds)
+        arms.append(_dry_arm(plan, task, runs))
+    return arms
+
+
+def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
+    config = plan.config(task)
+    training = config.training
+    with torch.device("meta"):
+        model = build_model(
+            config.model.preset,
+            vocab_size=config.model.vocab_size or config.data.vocab_size,
+            max_sequence_length=training.sequence_length,
+        ).to(weight_dtype(training.precision))
+        tokens = torch.zeros(1, training.sequence_length, dtype=torch.long)
+    loss_of(model, tokens, tokens, training.loss_chunk_tokens).backward()  # type: ignore[no-untyped-call]
+    optimizer = build_optimizer(model, config.optimizer)
+    _take_a_small_step(config)
+    return DryArm(
+        name=task.arm.name,
+        runs=runs,
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        groups=len(optimizer.param_groups),
+        tokens=training.steps * config.tokens_per_step,
+        memory_bytes=_planned_peak(config),
+    )
+
+
+def _take_a_small_step(config: RunConfig) -> None:
+    """Let the arm's optimizer step once, for real, on the smallest model."""
+    model: nn.Module = build_model("llama-nano", **_SMALL)
+    optimizer = build_optimizer(model, config.optimizer)
+    tokens = torch.arange(8).unsqueeze(0)
+    loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def _planned_peak(config: RunConfig) -> int | None:
+    name = _METHOD_OF.get(config.optimizer.recipe, config.optimizer.recipe)
+    if name not in METHODS:
+        return None
+    training = config.training
+    micro = training.micro_batch_size or training.batch_size
+    architecture = find_architecture(config.model.preset)
+    vocab_size = config.model.vocab_size or config.data.vocab_size
+    if vocab_size is not None:
+        architecture = replace(architecture, vocab_size=vocab_size)
+    work = Work(
+        architecture=architecture,
+        batch_size=micro,
+        micro_batches=training.batch_size // micro,
+        sequence_length=training.sequence_length,
+        precision=training.precision,
+        release=training.release_gradients,
+        recompute=training.recompute_activations,
+        loss_chunk_tokens=training.loss_chunk_tokens,
+    )
+    return rank_memory(work, Grid(), METHODS[name]).peak
+
+
+def dry_run_sheet(plan: StudyPlan) -> Sheet:
+    """Make the table of a dry run."""
+    arms = dry_run(plan)
+    total = sum(arm.runs * arm.tokens for arm in arms)
+    return Sheet(
+        title=f"{plan.study}, {plan.scale} scale: {plan.runs} runs",
+        note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
+        f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, by `sinkgd plan`; "
+        f"{UNKNOWN} where it has no such method.",
+        columns=("arm", "runs", "parameters", "groups", "tokens a run", "memory"),
+        rows=tuple(
+            (
+                arm.name,
+                str(arm.runs),
+                count(arm.parameters),
+                str(arm.groups),
+                count(arm.tokens),
+                UNKNOWN if arm.memory_bytes is None else size(arm.memory_bytes),
+            )
+            for arm in arms
+        ),
+    )

@@ -1,0 +1,95 @@
+"""The page of a study: question and verdict, charts, tables, how it was made; one file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.experiments.charts import final_chart, grid_chart
+from sinkgd.lab.experiments.record import StudyRecord
+from sinkgd.lab.experiments.results import StudyResults
+from sinkgd.lab.experiments.sheets import arms_sheet, effort_sheet, grid_sheet, reach_sheets
+from sinkgd.lab.experiments.study import Study
+from sinkgd.lab.experiments.verdict import Verdict
+from sinkgd.lab.report.bar_charts import bar_charts
+from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.identity import identify
+from sinkgd.lab.report.loss_charts import loss_chart
+from sinkgd.lab.report.shell import render
+
+_TEMPLATE = Path(__file__).parent / "study.html"
+
+
+def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict: Verdict) -> str:
+    """Make the page.
+
+    Args:
+        study: Gives the question.
+        record: What stands in ``study.jsonl``, and nothing else.
+        results: Of the record.
+        verdict: Of the results.
+    """
+    grids = grid_sheet(results)
+    return render(
+        _TEMPLATE,
+        title=f"Study {study.name}, {results.plan['scale']} scale",
+        charts=_charts(study, results),
+        filters={},
+        study=study,
+        verdict=verdict,
+        sheets=[arms_sheet(results), *reach_sheets(results)],
+        details=[
+            *([grids] if grids.rows else []),
+            effort_sheet(record),
+            _table("Configuration that all arms share", results.plan["shared"]),
+            _table("Arms as they were asked for", results.plan["arms"]),
+            _table("Environment", record.sittings[-1].environment if record.sittings else {}),
+        ],
+        command=record.command,
+        schedule=_schedule(results.plan),
+    )
+
+
+def _charts(study: Study, results: StudyResults) -> list[Chart]:
+    if not results.runs:
+        return []
+    baseline = next((one.arm.name for one in results.controls if not one.diverged), None)
+    analysis = results.analysis(baseline)
+    everyone = {one.arm.name for one in results.arms}
+    identities = identify(analysis)
+    charts = [
+        final_chart(results, study.axis, identities),
+        loss_chart(analysis, identities, "tokens"),
+        loss_chart(analysis, identities, "seconds"),
+        *bar_charts(analysis, identities),
+    ]
+    # An arm of which only the grid is there has no looks yet.
+    grids = grid_chart(results, identities) if everyone <= set(identities) else None
+    return charts + ([grids] if grids else [])
+
+
+def _schedule(plan: Mapping[str, Any]) -> str:
+    training = plan["shared"]["training"]
+    return (
+        f"{training['steps']} steps of {training['batch_size']} × {training['sequence_length']} "
+        f"tokens unless an arm says otherwise; warm-up over {training['warmup_fraction']:.0%} of "
+        f"the steps, then a cosine to {training['final_lr_fraction']:.0%}. Seeds "
+        f"{', '.join(map(str, plan['seeds']))}: the same text, order and weights for every arm; "
+        f"tuning with seed {plan['tuning_seed']}."
+    )
+
+
+def _table(title: str, content: Mapping[str, Any]) -> Sheet:
+    return Sheet(title, "", ("setting", "value"), tuple(_rows(content)))
+
+
+def _rows(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            rows += _rows(value, f"{prefix}{key}.")
+        elif value is not None and value not in ({}, [], False):
+            text = value if isinstance(value, str) else json.dumps(value)
+            rows.append((f"{prefix}{key}", text))
+    return rows

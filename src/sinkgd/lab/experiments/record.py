@@ -1,0 +1,218 @@
+"""`study.jsonl`: all that a study has found, in few enough bytes to be committed.
+
+Its first line is the plan; then comes a line for every run that ended, and one for every sitting.
+Page and verdict follow from it alone. A training curve is thinned: one step for every evaluation,
+which has the mean loss and the mean times of the steps since the evaluation before.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from sinkgd.lab.results import (
+    Evaluation,
+    Memory,
+    ResultsError,
+    Run,
+    RunEnd,
+    RunStart,
+    TrainStep,
+)
+
+STUDY_FILE = "study.jsonl"  # in the study's folder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that ended, finished or failed."""
+
+    arm: str
+    tuning: bool
+    point: Mapping[str, float]  # the tuned values; empty where nothing is tuned
+    run: Run  # thinned
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        return self.run.start.name
+
+    @property
+    def seed(self) -> int:
+        """Of the run's weights and order of text."""
+        return self.run.start.seed
+
+    @property
+    def loss(self) -> float:
+        """The final validation loss, nats per token; infinite where the run diverged."""
+        if not self.run.finished or not self.run.evaluations:
+            return float("inf")
+        last = self.run.evaluations[-1].val_loss
+        return last if last == last else float("inf")  # noqa: PLR0124  NaN
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """One process's work at a study; its overhead follows from it."""
+
+    jobs: int
+    runs: int  # that ended in it
+    wall_seconds: float
+    runs_wall_seconds: float  # added up over those runs, in this sitting
+    idle_seconds: float  # added up over jobs that had nothing to do while others ran
+    environment: Mapping[str, Any]
+
+    @property
+    def overhead(self) -> float | None:
+        """Return the time of jobs that no run used, as a part of what the runs took."""
+        if self.runs_wall_seconds <= 0:
+            return None
+        held = self.jobs * self.wall_seconds - self.idle_seconds
+        return held / self.runs_wall_seconds - 1
+
+
+@dataclass
+class StudyRecord:
+    """What stands in a study's file."""
+
+    plan: dict[str, Any]  # as of `StudyPlan.as_json`
+    command: str  # that began it
+    runs: dict[str, RunResult] = field(default_factory=dict)  # by name
+    sittings: list[Sitting] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a study's file; a last line that a killed process left unfinished is passed over.
+
+        Raises:
+            ResultsError: If the file is missing, or holds a line that is no record.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ResultsError(f"no study at {path}; `sinkgd experiment` makes one") from None
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        record: Self | None = None
+        for i, line in enumerate(whole, start=1):
+            try:
+                content = json.loads(line)
+                if record is None:
+                    record = cls(content["plan"], content["command"])
+                elif content["kind"] == "run":
+                    result = _run_from_json(content, path)
+                    record.runs[result.name] = result
+                else:
+                    record.sittings.append(Sitting(**_without_kind(content)))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ResultsError(
+                    f"{path}:{i} is not a record of this version of sinkgd: {error!r}"
+                ) from error
+        if record is None:
+            raise ResultsError(f"{path} is empty; delete it and run the study again")
+        return record
+
+
+class StudyWriter:
+    """Appends to a study's file, each line whole and on the disk before the next run begins.
+
+    Args:
+        path: The file. One that a killed process left with half a line is cut.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
+        self._file = path.open("a", encoding="utf-8")
+
+    def begin(self, plan: Mapping[str, Any], command: str) -> None:
+        """Write the first line."""
+        self._write({"kind": "plan", "command": command, "plan": plan})
+
+    def add_run(self, result: RunResult) -> None:
+        """Write a run that ended."""
+        self._write(_run_as_json(result))
+
+    def add_sitting(self, sitting: Sitting) -> None:
+        """Write how long this process took, and what of it the runs took."""
+        self._write({"kind": "sitting", **asdict(sitting)})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(content, separators=(",", ":")) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def thinned(run: Run) -> Run:
+    """Keep one step for every evaluation, with the means over the steps since the one before."""
+    steps, rest = [], run.steps
+    for evaluation in run.evaluations:
+        count = sum(1 for step in rest if step.step <= evaluation.step)
+        if count:
+            steps.append(_mean_step(rest[:count]))
+        rest = rest[count:]
+    return Run(run.path, run.start, steps, run.evaluations, run.end)
+
+
+def _mean_step(steps: Sequence[TrainStep]) -> TrainStep:
+    last = steps[-1]
+    return TrainStep(
+        step=last.step,
+        tokens=last.tokens,
+        seconds=last.seconds,
+        loss=statistics.fmean(step.loss for step in steps),
+        lr=last.lr,
+        gradient_norm=statistics.fmean(step.gradient_norm for step in steps),
+        step_seconds=statistics.fmean(step.step_seconds for step in steps),
+        optimizer_seconds=statistics.fmean(step.optimizer_seconds for step in steps),
+    )
+
+
+def _run_as_json(result: RunResult) -> dict[str, Any]:
+    """Write a run; tables of figures are lists of rows, the environment stands with sittings."""
+    run = result.run
+    start = {key: value for key, value in asdict(run.start).items() if key != "environment"}
+    return {
+        "kind": "run",
+        "arm": result.arm,
+        "tuning": result.tuning,
+        "point": dict(result.point),
+        "start": start,
+        "steps": [_rounded(row) for row in run.steps],
+        "evaluations": [_rounded(row) for row in run.evaluations],
+        "end": asdict(run.end) if run.end else None,
+    }
+
+
+def _rounded(record: TrainStep | Evaluation) -> list[float]:
+    """Return the fields; all but losses are kept to six digits, which no clock is better than."""
+    return [
+        value if isinstance(value, int) or name.endswith("loss") else float(f"{value:.6g}")
+        for name, value in zip(vars(record), astuple(record), strict=True)
+    ]
+
+
+def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
+    end = content["end"]
+    if end is not None:
+        end = RunEnd(**{**end, "memory": Memory(**end["memory"])})
+    run = Run(
+        path,
+        RunStart(**content["start"], environment={}),
+        [TrainStep(*row) for row in content["steps"]],
+        [Evaluation(*row) for row in content["evaluations"]],
+        end,
+    )
+    return RunResult(content["arm"], content["tuning"], content["point"], run)
+
+
+def _without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "kind"}

@@ -1,0 +1,101 @@
+"""Options of the command line that change a study's arms."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sinkgd.lab.experiments.study import Arm, Scale, Study
+from sinkgd.lab.train.config import ConfigError
+from sinkgd.lab.train.config_file import nearest
+
+LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
+
+
+def select_arms(
+    study: Study,
+    scale: Scale,
+    *,
+    axis: Mapping[str, Sequence[float]],
+    rates: Sequence[float] = (),
+    recipes: Sequence[str] = (),
+) -> tuple[Arm, ...]:
+    """Return a study's arms as options change them.
+
+    Args:
+        study: The study.
+        scale: At which.
+        axis: By option, the places on the study's axis in the place of its own; empty ones are not
+            asked for.
+        rates: To try for ``optimizer.lr``. A rate of matrices that the study fixes beside it keeps
+            its ratio.
+        recipes: Keep the arms of these alone.
+
+    Raises:
+        ConfigError: If an option does not fit the study.
+    """
+    arms = study.settings[scale].arms
+    for option, values in axis.items():
+        if values:
+            arms = _at(study, scale, option, values)
+    if rates:
+        arms = tuple(_with_rates(arm, tuple(rates)) for arm in arms)
+    if recipes:
+        arms = _only(arms, recipes)
+    return arms
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Read numbers with commas between them; none of None.
+
+    Raises:
+        ConfigError: If one of them is no number, or not above 0.
+
+    Example:
+        >>> numbers("lr", "0.01,0.02")
+        (0.01, 0.02)
+    """
+    if text is None:
+        return ()
+    try:
+        values = tuple(float(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        values = ()
+    if not values or not all(value > 0 for value in values):
+        raise ConfigError(f"{option} is {text!r}; give numbers above 0, with commas between them")
+    return values
+
+
+def _at(study: Study, scale: Scale, option: str, values: Sequence[float]) -> tuple[Arm, ...]:
+    setting = study.settings[scale]
+    if study.axis is None or study.axis.option != option or setting.at is None:
+        has = f"its axis is --{study.axis.option}" if study.axis else "it has no axis of numbers"
+        raise ConfigError(f"study {study.name!r} does not take --{option}; {has}")
+    off_axis = tuple(arm for arm in setting.arms if arm.value is None)
+    return (*(arm for value in values for arm in setting.at(value)), *off_axis)
+
+
+def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
+    overrides: dict[str, Any] = dict(arm.overrides)
+    if LR in arm.tuned:
+        if len(rates) == 1:
+            overrides[LR] = rates[0]
+        return replace(arm, overrides=overrides, tuned={**arm.tuned, LR: rates})
+    if len(rates) > 1:
+        raise ConfigError(
+            f"lr is {', '.join(f'{rate:g}' for rate in rates)}, but arm {arm.name!r} does not tune "
+            "it; give one"
+        )
+    if LR in overrides and MATRIX_LR in overrides:
+        overrides[MATRIX_LR] *= rates[0] / overrides[LR]
+    return replace(arm, overrides={**overrides, LR: rates[0]})
+
+
+def _only(arms: tuple[Arm, ...], recipes: Sequence[str]) -> tuple[Arm, ...]:
+    known = dict.fromkeys(str(arm.overrides["optimizer.recipe"]) for arm in arms)
+    for recipe in recipes:
+        if recipe not in known:
+            raise ConfigError(
+                f"optimizer is {recipe!r}, which no arm of the study has; did you mean "
+                f"{nearest(recipe, known)!r}? There are {', '.join(known)}"
+            )
+    return tuple(arm for arm in arms if arm.overrides["optimizer.recipe"] in recipes)

@@ -1,0 +1,157 @@
+"""The tables of a study: arms, targets reached, grids, cost of the sittings."""
+
+import math
+
+from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.experiments.record import StudyRecord
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study import point_name
+from sinkgd.lab.report.quantities import NO_BREAK, count, duration, loss, percent, size
+from sinkgd.lab.report.summary import Spread, summarize
+
+NOTHING = "–"
+
+
+def arms_sheet(results: StudyResults) -> Sheet:
+    """Make the table of arms: final losses at equal tokens and at equal seconds, speed, memory."""
+    seconds = results.equal_seconds
+    after = f"loss after {duration(seconds)}" if seconds else "loss at equal seconds"
+    return Sheet(
+        title="Arms",
+        note="Losses are validation losses in nats per token, ± half the range over seeds. Equal "
+        "seconds are those of the fastest arm; the schedules of slower ones were not over by then. "
+        "Effective tokens a second stand in the table of what was needed.",
+        columns=(
+            "arm",
+            "seeds",
+            "final loss",
+            after,
+            "tokens",
+            "training",
+            "step",
+            "optimizer",
+            "tokens/s",
+            "state",
+        ),
+        rows=tuple(_arm_row(results, one, seconds) for one in results.arms),
+    )
+
+
+def short_sheet(results: StudyResults) -> Sheet:
+    """Make the table of arms with what a terminal has room for."""
+    whole = arms_sheet(results)
+    kept = (0, 1, 2, 3, 6, 9)
+    return Sheet(
+        title=whole.title,
+        note="± half the range over seeds; losses in nats per token.",
+        columns=tuple(whole.columns[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in whole.rows),
+    )
+
+
+def _arm_row(results: StudyResults, one: ArmResults, seconds: float | None) -> tuple[str, ...]:
+    summary = summarize(one.arm.name, [result.run for result in one.seeds])
+    at_seconds = results.loss_after(one, seconds) if seconds else None
+
+    def mean(spread: Spread | None, write: object = count) -> str:
+        assert callable(write)
+        return str(write(spread.mean)) if spread else NOTHING
+
+    diverged = f" ({one.diverged} diverged)" if one.diverged else ""
+    return (
+        f"{one.arm.name} (control)" if one.arm.control else one.arm.name,
+        f"{len(one.seeds)}{diverged}",
+        _with_range(summary.val_loss),
+        _with_range(at_seconds),
+        mean(summary.tokens),
+        mean(summary.seconds, duration),
+        mean(summary.step_seconds, duration),
+        mean(summary.optimizer_share, percent),
+        mean(summary.tokens_per_second),
+        size(summary.memory.state_bytes) if summary.memory else NOTHING,
+    )
+
+
+def _with_range(spread: Spread | None) -> str:
+    if spread is None:
+        return NOTHING
+    if spread.count == 1:
+        return loss(spread.mean)
+    return f"{loss(spread.mean)} ±{NO_BREAK}{(spread.high - spread.low) / 2:.3f}"
+
+
+def reach_sheets(results: StudyResults) -> list[Sheet]:
+    """Make a table for each control: what every arm needed to reach its final loss."""
+    return [_reach_sheet(results, control) for control in results.controls if not control.diverged]
+
+
+def _reach_sheet(results: StudyResults, control: ArmResults) -> Sheet:
+    name = control.arm.name
+    analysis = results.analysis(name)
+    rows = []
+    for recipe in analysis.recipes:
+        comparison = analysis.comparisons.get(recipe.name)
+        if comparison is None or recipe.name == name:
+            continue
+        if comparison.tokens is None or comparison.seconds is None:
+            rows.append((recipe.name, "not reached", *([NOTHING] * 5)))
+            continue
+        fraction, time = comparison.token_fraction, comparison.time_fraction
+        effective = comparison.effective_tokens_per_second
+        rows.append(
+            (
+                recipe.name,
+                count(comparison.tokens.mean),
+                percent(fraction.mean) if fraction else NOTHING,
+                duration(comparison.seconds.mean),
+                percent(time.mean) if time else NOTHING,
+                count(effective.mean) if effective else NOTHING,
+                f"{comparison.reached_runs} of {comparison.runs}",
+            )
+        )
+    target = NOTHING if analysis.target is None else loss(analysis.target)
+    return Sheet(
+        title=f"To reach {name}’s final loss, {target}",
+        note=f"Percentages are of what {name} took in all. Effective: its tokens, divided by the "
+        "seconds an arm needs to reach its final loss.",
+        columns=("arm", "tokens", "of all", "time", "of all", "effective tokens/s", "runs"),
+        rows=tuple(rows),
+    )
+
+
+def grid_sheet(results: StudyResults) -> Sheet:
+    """Make the table of every point that was tuned."""
+    rows = []
+    for one in results.arms:
+        for result in sorted(one.grid, key=lambda r: list(r.point.values())):
+            chosen = result.point == one.chosen
+            words = loss(result.loss) if math.isfinite(result.loss) else "diverged"
+            point = point_name(result.point).replace("-", ", ")
+            rows.append((one.arm.name, point, words, "chosen" if chosen else ""))
+    return Sheet(
+        title="Every point of the grids",
+        note=f"One run each, with seed {results.plan['tuning_seed']}, which no reported run has.",
+        columns=("arm", "point", "loss", ""),
+        rows=tuple(rows),
+    )
+
+
+def effort_sheet(record: StudyRecord) -> Sheet:
+    """Make the table of sittings: what the study took beside its trainings."""
+    return Sheet(
+        title="Sittings",
+        note="Overhead: the time of jobs that no training used, as a part of what the trainings "
+        "took; jobs that had nothing left to begin are apart.",
+        columns=("sitting", "jobs", "runs", "took", "trainings, added up", "overhead"),
+        rows=tuple(
+            (
+                str(i),
+                str(one.jobs),
+                str(one.runs),
+                duration(one.wall_seconds),
+                duration(one.runs_wall_seconds),
+                NOTHING if one.overhead is None else f"{100 * one.overhead:.1f} %",
+            )
+            for i, one in enumerate(record.sittings, start=1)
+        ),
+    )

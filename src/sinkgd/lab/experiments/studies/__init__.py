@@ -1,0 +1,30 @@
+"""The studies: one file each, and the table of them all."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from sinkgd.lab.experiments.studies.ablation import ABLATION
+from sinkgd.lab.experiments.studies.alpha import ALPHA
+from sinkgd.lab.experiments.studies.batch import BATCH
+from sinkgd.lab.experiments.studies.iterations import ITERATIONS
+from sinkgd.lab.experiments.study import Study
+from sinkgd.lab.train.config import ConfigError
+from sinkgd.lab.train.config_file import nearest
+
+_TABLE = (ITERATIONS, ALPHA, ABLATION, BATCH)
+
+STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})
+
+
+def find_study(name: str) -> Study:
+    """Return the study called ``name``.
+
+    Raises:
+        ConfigError: If there is none; the nearest name is given.
+    """
+    if name not in STUDIES:
+        raise ConfigError(
+            f"there is no study {name!r}; did you mean {nearest(name, STUDIES)!r}? "
+            f"There are {', '.join(STUDIES)}"
+        )
+    return STUDIES[name]

@@ -1,0 +1,69 @@
+"""Which part of the normalization does the work, at equal size of the update."""
+
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
+from sinkgd.lab.experiments.studies.common import (
+    MACHINE,
+    PAPER_SINKGD_GRID,
+    SINKGD_GRID,
+    controls,
+    paper,
+    paper_controls,
+)
+from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
+from sinkgd.lab.experiments.verdict import (
+    Verdict,
+    against_controls,
+    cautions,
+    compared,
+    ended,
+    level_with,
+    names,
+    ranked,
+    unfinished,
+)
+
+BOTH = "sinkgd"
+# Every one of them gives a matrix an update of RMS 1, so their rates mean the same.
+RECIPES = (BOTH, "rows-only", "columns-only", "frobenius", "sign", "swan")
+
+
+def arms_with(grid: Grid) -> tuple[Arm, ...]:
+    """Return an arm for every normalization."""
+    return tuple(Arm(recipe, {"optimizer.recipe": recipe}, grid) for recipe in RECIPES)
+
+
+def judge(results: StudyResults) -> Verdict:
+    """Say whether rows and columns together beat each normalization alone."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    best = ranked(results.candidates)[0]
+    level = level_with(results, best, results.candidates)
+    headline = f"{ended(best)}, the lowest"
+    headline += f"; level with it: {names(level)}." if level else " beyond the spread of seeds."
+    both = results.arm(BOTH)
+    others = [one for one in results.candidates if one is not both]
+    sentences = _beside(results, both, others) if both is not None else []
+    sentences += against_controls(results, best)
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _beside(results: StudyResults, both: ArmResults, others: list[ArmResults]) -> list[str]:
+    """Compare every other normalization with rows and columns together."""
+    return [
+        compared(one.arm.name, results.difference(one, both), both.arm.name)
+        for one in ranked(others)
+    ]
+
+
+ABLATION = Study(
+    name="ablation",
+    question="Rows, columns, both, Frobenius, sign or whitening: which normalization does the "
+    "work?",
+    background="All give a matrix an update of RMS 1. SCALE and SRON keep rows alone; SWAN "
+    "whitens, at the price of products of matrices.",
+    settings={
+        "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID), *controls())),
+        "paper": Setting(paper("llama-60m"), (*arms_with(PAPER_SINKGD_GRID), *paper_controls())),
+    },
+    judge=judge,
+)

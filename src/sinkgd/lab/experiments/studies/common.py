@@ -1,0 +1,76 @@
+"""What the studies share: both scales, and the controls, with grids of equal size.
+
+The paper's scale is the benchmark of Zhao et al. 2024 (GaLore), which Scetbon et al. 2025 keep:
+C4, rows of 256 tokens that are cut or padded, 512 rows a step, weights in bfloat16.
+"""
+
+from sinkgd.lab.experiments.study import Arm, Grid
+from sinkgd.lab.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    SharedConfig,
+    TrainingConfig,
+)
+
+# About 50 s of one core a run: llama-nano on 491,520 tokens of the embedded corpus.
+MACHINE = SharedConfig(
+    model=ModelConfig(preset="llama-nano"),
+    data=DataConfig(vocab_size=2048),
+    training=TrainingConfig(
+        steps=240, batch_size=16, sequence_length=128, precision="float32", device="cpu"
+    ),
+    evaluation=EvaluationConfig(every_steps=24, tokens=16_384),
+    checkpoint=CheckpointConfig(every_steps=60, keep=1),
+    logging=LoggingConfig(print_every_steps=60),
+)
+
+_STEPS = {"llama-60m": 10_000, "llama-130m": 20_000, "llama-350m": 60_000, "llama-1b": 100_000}
+_MICRO_BATCH = {"llama-60m": 256, "llama-130m": 128, "llama-350m": 128, "llama-1b": 32}
+
+
+def paper(preset: str = "llama-60m") -> SharedConfig:
+    """Return the benchmark's configuration for one of its models."""
+    return SharedConfig(
+        model=ModelConfig(preset=preset),
+        data=DataConfig(corpus="shards/c4", packing="none"),
+        training=TrainingConfig(
+            steps=_STEPS[preset],
+            batch_size=512,
+            micro_batch_size=_MICRO_BATCH[preset],
+            sequence_length=256,
+            precision="bf16",
+            device="auto",
+        ),
+        evaluation=EvaluationConfig(every_steps=1000, tokens=10_000_000),
+        checkpoint=CheckpointConfig(every_steps=1000, keep=1),
+        logging=LoggingConfig(print_every_steps=100),
+    )
+
+
+LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
+
+# Six points each. Centres: benchmarks/learning_rates.
+SINKGD_GRID: Grid = {LR: (0.04, 0.08), MATRIX_LR: (0.0005, 0.001, 0.002)}
+ADAMW_GRID: Grid = {LR: (0.04, 0.08), MATRIX_LR: (0.0015, 0.003, 0.006)}
+ONE_LR_GRID: Grid = {LR: (0.001, 0.002, 0.003, 0.004, 0.006, 0.012)}
+
+# The benchmark's own rates for AdamW are 1e-2 to 1e-4 (Zhao et al. 2024, appendix C).
+PAPER_SINKGD_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.0005, 0.001, 0.002)}
+PAPER_ADAMW_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.0005, 0.001, 0.003)}
+PAPER_ONE_LR_GRID: Grid = {LR: (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01)}
+
+
+def controls(adamw: Grid = ADAMW_GRID, one_lr: Grid = ONE_LR_GRID) -> tuple[Arm, ...]:
+    """Return the fair AdamW, and the papers' AdamW, with grids of equal size."""
+    return (
+        Arm("adamw", {"optimizer.recipe": "adamw"}, adamw, control=True),
+        Arm("adamw-one-lr", {"optimizer.recipe": "adamw-one-lr"}, one_lr, control=True),
+    )
+
+
+def paper_controls() -> tuple[Arm, ...]:
+    """Return the same at the paper's scale."""
+    return controls(PAPER_ADAMW_GRID, PAPER_ONE_LR_GRID)

@@ -1,0 +1,176 @@
+"""The words of a study, made from its numbers alone: what judges share.
+
+A difference is said where its 95 % interval over paired seeds leaves out zero; else arms are level.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sinkgd.lab.experiments.paired import Difference
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
+from sinkgd.lab.report.quantities import count, loss
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says; all of it plain sentences."""
+
+    headline: str
+    sentences: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+def unfinished(results: StudyResults) -> Verdict | None:
+    """Return the verdict of a study in which no candidate has a result yet; None if one has."""
+    if results.candidates:
+        return None
+    return Verdict("No arm has a result yet.", (), tuple(cautions(results)))
+
+
+def ranked(arms: Sequence[ArmResults]) -> list[ArmResults]:
+    """Sort arms by their mean loss, the lowest first."""
+    return sorted(arms, key=lambda one: math.inf if one.loss is None else one.loss)
+
+
+def level_with(
+    results: StudyResults, one: ArmResults, arms: Sequence[ArmResults]
+) -> list[ArmResults]:
+    """List those of ``arms`` that the seeds do not tell from ``one``."""
+    return [other for other in arms if other is not one and results.difference(other, one).level]
+
+
+def ended(one: ArmResults) -> str:
+    """Name an arm with its loss.
+
+    A seed that diverged makes the mean infinite; then that is said.
+    """
+    if one.loss is None:
+        return f"{one.arm.name} has no result"
+    if one.diverged:
+        return f"{one.arm.name} diverged in {one.diverged} of {len(one.seeds)} seeds"
+    return f"{one.arm.name} ended at {loss(one.loss)}"
+
+
+def compared(name: str, difference: Difference, other: str) -> str:
+    """Say how two arms stand.
+
+    >>> compared("L5", Difference(-0.02, 0.01, 3), "adamw")
+    'L5 ended 0.020 ± 0.010 lower than adamw.'
+    >>> compared("L5", Difference(-0.02, 0.05, 3), "adamw")
+    'L5 is level with adamw: the difference is -0.020 ± 0.050.'
+    """
+    if not math.isfinite(difference.mean):
+        better = difference.mean < 0
+        return f"{other if better else name} diverged and {name if better else other} did not."
+    if difference.count == 1:
+        return f"{name} ended {difference.mean:+.3f} from {other}, on a single seed."
+    size = f"{abs(difference.mean):.3f} ± {difference.half_width:.3f}"
+    if difference.level:
+        return (
+            f"{name} is level with {other}: the difference is "
+            f"{difference.mean:+.3f} ± {difference.half_width:.3f}."
+        )
+    return f"{name} ended {size} {'lower' if difference.lower else 'higher'} than {other}."
+
+
+def against_controls(results: StudyResults, one: ArmResults) -> list[str]:
+    """Compare an arm with every control at equal tokens, and at equal seconds."""
+    sentences = [
+        compared(one.arm.name, results.difference(one, control), control.arm.name)
+        for control in results.controls
+    ]
+    return [*sentences, *_at_equal_seconds(results, one)]
+
+
+def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
+    seconds = results.equal_seconds
+    if seconds is None or not results.controls:
+        return []
+    found = [(a, results.loss_after(a, seconds)) for a in (one, *results.controls)]
+    words = [f"{arm.arm.name} {loss(spread.mean)}" for arm, spread in found if spread]
+    return [f"At equal seconds, those of the fastest arm: {', '.join(words)}."] if words else []
+
+
+def names(arms: Sequence[ArmResults]) -> str:
+    """List arms in words.
+
+    They are named, however many there are: each is a row of the table.
+    """
+    words = [one.arm.name for one in arms]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def cautions(results: StudyResults) -> list[str]:
+    """List what to beware of, whatever the question."""
+    return [
+        *_small_scale(results),
+        *_few_seeds(results),
+        *_unequal_effort(results),
+        *_edges(results),
+        *_diverged(results),
+        *_missing(results),
+    ]
+
+
+def _small_scale(results: StudyResults) -> list[str]:
+    if results.plan["scale"] != "machine" or not results.runs:
+        return []
+    run = results.runs[0]
+    tokens = run.end.tokens if run.end else 0
+    return [
+        f"Machine scale: {results.plan['shared']['model']['preset']} with "
+        f"{count(run.start.parameters)} parameters on {count(tokens)} tokens. It shows that the "
+        "comparison works, and a direction; it does not show what happens at 60M and above."
+    ]
+
+
+def _few_seeds(results: StudyResults) -> list[str]:
+    seeds = len(results.plan["seeds"])
+    if seeds >= 3:
+        return []
+    what = "A single seed" if seeds == 1 else "Two seeds"
+    return [f"{what} cannot tell a small difference from chance; use --seeds 3 or more."]
+
+
+def _unequal_effort(results: StudyResults) -> list[str]:
+    if not results.plan["tune"]:
+        return ["Nothing was tuned (--no-tune): every arm ran at its own default rates."]
+    tuned = [one for one in results.arms if one.arm.tuned]
+    fixed = [one for one in results.arms if not one.arm.tuned]
+    if not tuned or not fixed:
+        return []
+    points = len(tuned[0].arm.points())
+    verb = "has" if len(fixed) == 1 else "have"
+    return [
+        f"{names(fixed)} {verb} rates that the question fixes; the other arms had {points} points "
+        "tuned each."
+    ]
+
+
+def _edges(results: StudyResults) -> list[str]:
+    return [
+        f"The best of {one.arm.name}’s grid is at its edge ({', '.join(one.edges)}): a wider grid "
+        "may lower its loss."
+        for one in results.arms
+        if one.edges
+    ]
+
+
+def _diverged(results: StudyResults) -> list[str]:
+    found = [
+        f"{one.arm.name} diverged in {one.diverged} of {len(one.seeds)} seeds."
+        for one in results.arms
+        if one.diverged
+    ]
+    lost = [one for one in results.arms if one.grid and one.chosen is None]
+    return found + [f"{one.arm.name} diverged at every point of its grid." for one in lost]
+
+
+def _missing(results: StudyResults) -> list[str]:
+    seeds = len(results.plan["seeds"])
+    missing = [one.arm.name for one in results.arms if len(one.seeds) < seeds]
+    if not missing:
+        return []
+    verb = "has" if len(missing) == 1 else "have"
+    return [f"Not finished: {', '.join(missing)} {verb} not run every seed yet."]

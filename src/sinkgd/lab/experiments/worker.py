@@ -1,0 +1,106 @@
+"""A training in a process of its own, forked from one that has imported all that it needs.
+
+So every run has the memory, the threads and the random state of a fresh `sinkgd train`, to the
+bit, and torch is imported once a study. What is forked has computed nothing, so it has no threads
+of torch's that a fork would lose.
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from threading import Thread
+
+from sinkgd import NonFiniteGradientError
+from sinkgd.lab.data import DataError
+from sinkgd.lab.models import ModelError
+from sinkgd.lab.train import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteLossError,
+    RunConfig,
+    RunFolder,
+    RunFolderError,
+    train,
+)
+from sinkgd.lab.train.interrupt import exit_code
+
+DIVERGED = 3  # exit code of a run whose loss or gradient was no finite number
+_STOPPED = {exit_code(number) for number in (signal.SIGINT, signal.SIGTERM)}
+_PATIENCE_SECONDS = 30.0  # for the process of a killed study to save and let go of its run
+
+
+def start_training(config: RunConfig, folder: Path, *, plain: bool) -> ForkServerProcess:
+    """Begin a run, or go on with it.
+
+    Args:
+        config: Resolved.
+        folder: Of the run.
+        plain: Whether progress is lines even in a terminal, where several runs would draw bars.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_work, args=(config, folder, plain), name=folder.name)
+    process.start()
+    return process
+
+
+def was_stopped(code: int | None) -> bool:
+    """Whether an exit code says that a signal asked the run to stop."""
+    return code in _STOPPED or code in (-signal.SIGINT, -signal.SIGTERM)
+
+
+def _work(config: RunConfig, folder: Path, plain: bool) -> None:
+    Thread(target=_stop_with_parent, daemon=True).start()
+    if plain:
+        sys.stderr = _PlainStream(os.dup(2))
+    sys.exit(_train(config, folder))
+
+
+def _train(config: RunConfig, folder: Path) -> int:
+    try:
+        _wait_until_free(RunFolder(folder))
+        outcome = train(config, folder)
+    except KeyboardInterrupt:  # before the first step
+        return exit_code(signal.SIGINT)
+    except (NonFiniteLossError, NonFiniteGradientError) as error:
+        sys.stderr.write(f"{folder.name} diverged: {error}\n")
+        return DIVERGED
+    except (CheckpointError, ConfigError, DataError, ModelError, OSError, RunFolderError) as error:
+        sys.stderr.write(f"error: {folder.name}: {error}\n")
+        return 1
+    return 0 if outcome.signal is None else exit_code(outcome.signal)
+
+
+def _wait_until_free(folder: RunFolder) -> None:
+    """Wait for a process whose study was killed; it ends its step and saves."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with folder.lock():
+                return
+        except RunFolderError:
+            time.sleep(0.05)
+
+
+def _stop_with_parent() -> None:
+    """Ask this process to stop, and save, once the study's process is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _PlainStream(io.TextIOWrapper):
+    """Standard error as it would be in a log."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(os.fdopen(descriptor, "wb"), encoding="utf-8", line_buffering=True)
+
+    def isatty(self) -> bool:
+        return False

@@ -1,0 +1,43 @@
+"""Every study can be built, at both scales."""
+
+import pytest
+
+from sinkgd.lab.cli import main
+from sinkgd.lab.experiments.studies import STUDIES
+from sinkgd.lab.train import RECIPES
+
+
+def missing_recipes(study, scale):
+    arms = STUDIES[study].settings[scale].arms
+    return {str(arm.overrides["optimizer.recipe"]) for arm in arms} - set(RECIPES)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("scale", ["machine", "paper"])
+def test_every_study_is_built_without_training(capsys, study, scale):
+    if missing := missing_recipes(study, scale):
+        pytest.skip(f"no such recipes: {', '.join(sorted(missing))}")
+    assert main(["experiment", study, "--scale", scale, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for arm in STUDIES[study].settings[scale].arms:
+        assert arm.name in shown
+    if scale == "paper" and study == "alpha":
+        assert "58.1M" in shown  # llama-60m as published
+        assert "1.31B" in shown  # 10,000 steps of 131,072 tokens
+
+
+def test_without_a_name_every_study_is_listed_with_its_question(capsys):
+    assert main(["experiment"]) == 0
+    shown = capsys.readouterr().out
+    for name, study in STUDIES.items():
+        assert f"  {name}" in shown
+        assert study.question in shown
+
+
+def test_an_error_is_one_line(capsys):
+    assert main(["experiment", "iteratons"]) == 2
+    assert "did you mean 'iterations'" in capsys.readouterr().err
+    assert main(["experiment", "iterations", "--tau", "0.1"]) == 2
+    assert "its axis is --iterations" in capsys.readouterr().err
+    assert main(["experiment", "iterations", "--report", "--out", "/nowhere"]) == 1
+    assert "no study at /nowhere/study.jsonl" in capsys.readouterr().err

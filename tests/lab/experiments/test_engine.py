@@ -1,0 +1,167 @@
+"""The engine on a study of seconds: every arm tuned alike, nothing done twice, nothing forgotten."""
+
+import fcntl
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from lab.experiments.conftest import ARMS, small_plan
+from sinkgd.lab.experiments import engine
+from sinkgd.lab.experiments.engine import run_study
+from sinkgd.lab.experiments.page import study_page
+from sinkgd.lab.experiments.record import StudyRecord
+from sinkgd.lab.experiments.results import StudyResults
+from sinkgd.lab.experiments.studies import find_study
+from sinkgd.lab.experiments.study import Arm, StudyError
+from sinkgd.lab.results import Run
+from sinkgd.lab.train import ConfigError, RunFolderError, train
+
+said: list[str] = []
+
+
+def run(plan, folder, jobs=2):
+    return run_study(plan, folder, jobs=jobs, command="sinkgd experiment", say=said.append)
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """The folder of a study that nothing stopped."""
+    folder = tmp_path_factory.mktemp("study")
+    outcome = run(small_plan(shards), folder)
+    assert outcome.left == 0
+    assert outcome.signal is None
+    return folder
+
+
+@pytest.fixture
+def record(finished):
+    return StudyRecord.read(finished / "study.jsonl")
+
+
+def test_every_arm_is_tuned_on_its_whole_grid_and_then_run_with_every_seed(record):
+    names = [f"{arm.name}-{rest}" for arm in ARMS for rest in
+             ("tune-lr0.01", "tune-lr0.04", "seed0", "seed1")]  # fmt: skip
+    assert sorted(record.runs) == sorted(names)
+    assert all(result.run.finished for result in record.runs.values())
+    tuning_seeds = {result.seed for result in record.runs.values() if result.tuning}
+    assert tuning_seeds == {1000}
+
+
+def test_seeds_run_at_the_best_point_of_the_grid(record):
+    for arm in ARMS:
+        grid = [r for r in record.runs.values() if r.arm == arm.name and r.tuning]
+        best = min(grid, key=lambda result: result.loss)
+        for seed in (0, 1):
+            used = record.runs[f"{arm.name}-seed{seed}"].run.start.config["optimizer"]["lr"]
+            assert used == best.point["optimizer.lr"]
+
+
+def test_a_run_of_a_study_is_that_of_sinkgd_train_to_the_bit(finished, record, plan, tmp_path):
+    arm = ARMS[0]
+    point = record.runs["sinkgd-L2-seed1"].point
+    task = plan.seed_task(arm, point, 1)
+    train(plan.config(task), tmp_path / "alone", say=said.append)
+    alone = Run.read(tmp_path / "alone" / "run.jsonl")
+    within = Run.read(finished / "runs" / task.name / "run.jsonl")
+    assert [s.loss for s in within.steps] == [s.loss for s in alone.steps]
+    assert [e.val_loss for e in within.evaluations] == [e.val_loss for e in alone.evaluations]
+    kept = record.runs[task.name].run
+    assert [e.val_loss for e in kept.evaluations] == [e.val_loss for e in alone.evaluations]
+
+
+def test_what_is_finished_is_not_run_again(finished, plan, monkeypatch):
+    monkeypatch.setattr(engine, "start_training", lambda *_, **__: pytest.fail("run again"))
+    before = (finished / "study.jsonl").read_bytes()
+    assert run(plan, finished).left == 0
+    assert (finished / "study.jsonl").read_bytes() == before
+
+
+def test_a_run_that_ended_before_it_was_written_down_is_written_down(
+    finished, plan, tmp_path, monkeypatch
+):
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    path = folder / "study.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if '"kind":"run"' not in line][:1]
+    path.write_text("".join(kept) + '{"kind":"ru', encoding="utf-8")
+    monkeypatch.setattr(engine, "start_training", lambda *_, **__: pytest.fail("run again"))
+    run(plan, folder)
+    again, first = StudyRecord.read(path), StudyRecord.read(finished / "study.jsonl")
+    assert {n: r.loss for n, r in again.runs.items()} == {n: r.loss for n, r in first.runs.items()}
+
+
+def test_page_and_verdict_need_the_record_alone(finished, tmp_path):
+    shutil.copy(finished / "study.jsonl", tmp_path)
+    record = StudyRecord.read(tmp_path / "study.jsonl")
+    study, results = find_study("iterations"), StudyResults.of(record)
+    page = study_page(study, record, results, study.judge(results))
+    for name in ("sinkgd-L2", "adamw", "Every point of the grids", "lr0.04"):
+        assert name in page
+    assert (tmp_path / "study.jsonl").stat().st_size < 4096 * len(record.runs)
+
+
+def test_the_time_of_the_runs_and_of_the_study_are_recorded(record):
+    (sitting,) = record.sittings
+    assert sitting.runs == len(record.runs)
+    ends = [result.run.end.wall_seconds for result in record.runs.values()]
+    assert sitting.runs_wall_seconds == pytest.approx(sum(ends))
+    assert sitting.wall_seconds > sum(ends) / 2
+
+
+def test_checkpoints_of_finished_runs_are_gone(finished):
+    assert not list(finished.glob("runs/*/checkpoints"))
+    assert len(list(finished.glob("runs/*/run.jsonl"))) == 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        (lambda p: replace(p, seeds=(0, 1, 2)), "seeds was [0, 1] and is now [0, 1, 2]"),
+        (lambda p: replace(p, tune=False), "tune was True and is now False"),
+        (lambda p: replace(p, arms=ARMS[:1]), "arms.adamw.overrides.optimizer.recipe was 'adamw'"),
+        (
+            lambda p: replace(
+                p, shared=replace(p.shared, training=replace(p.shared.training, steps=7))
+            ),
+            "shared.training.steps was 6 and is now 7",
+        ),
+    ],
+)
+def test_a_study_with_other_options_is_refused(finished, plan, changed, field):
+    with pytest.raises(ConfigError, match="has other options") as error:
+        run(changed(plan), finished)
+    assert field in str(error.value)
+
+
+def test_what_leaves_the_losses_alone_may_change(finished, plan):
+    logging = replace(plan.shared.logging, print_every_steps=1)
+    assert run(replace(plan, shared=replace(plan.shared, logging=logging)), finished).left == 0
+
+
+def test_a_folder_that_another_process_is_at_is_refused(finished, plan):
+    with (finished / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunFolderError, match="another process is at the study"):
+            run(plan, finished)
+
+
+def test_a_run_that_fails_ends_the_study_with_its_name(shards, tmp_path):
+    arm = Arm("odd", {"optimizer.recipe": "sinkgd", "training.sequence_length": 100_000})
+    with pytest.raises(StudyError, match="run odd-seed0 ended with exit code 1"):
+        run(small_plan(shards, arms=(arm,), seeds=(0,)), tmp_path, jobs=1)
+
+
+def test_a_run_that_diverges_is_a_result(shards, tmp_path):
+    grid = {"optimizer.lr": (0.01, 1e30)}
+    arm = Arm("wild", {"optimizer.recipe": "sgd", "optimizer.clip_norm": 0.0}, grid)
+    plan = small_plan(shards, arms=(arm,), seeds=(0,))
+    record = run(plan, tmp_path).record
+    assert record.runs["wild-tune-lr1e+30"].loss == float("inf")
+    assert record.runs["wild-seed0"].run.finished
+    again = StudyRecord.read(tmp_path / "study.jsonl")
+    assert again.runs["wild-tune-lr1e+30"].loss == float("inf")
+    lines = (tmp_path / "study.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line)["kind"] in ("plan", "run", "sitting") for line in lines)

@@ -1,0 +1,103 @@
+"""A study whose processes are killed: the same command goes on, and ends where it would have."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sinkgd.lab.experiments.record import StudyRecord
+
+pytestmark = pytest.mark.slow
+
+RUNS = 3  # a grid of two points, one seed
+
+
+def command(out: Path, shards: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "sinkgd.lab.cli", "experiment", "iterations", "--out", str(out)),
+        *("--iterations", "2", "--optimizer", "sinkgd", "--seeds", "1", "--jobs", "2"),
+        *("--data", str(shards), "--lr", "0.04"),
+        *("--training.threads", "1", "--training.batch-size", "4"),
+        *("--training.steps", "30", "--training.sequence-length", "16"),
+        *("--evaluation.every-steps", "10", "--evaluation.tokens", "100"),
+        *("--checkpoint.every-steps", "7", "--logging.print-every-steps", "1"),
+    ]
+
+
+def start(out: Path, shards: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(out, shards), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(out: Path, shards: Path) -> str:
+    process = start(out, shards)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def losses(out: Path) -> dict[str, list[float]]:
+    record = StudyRecord.read(out / "study.jsonl")
+    return {name: [e.val_loss for e in r.run.evaluations] for name, r in record.runs.items()}
+
+
+def steps_in(out: Path) -> int:
+    files = list(out.glob("runs/*/run.jsonl"))
+    return sum(path.read_text(encoding="utf-8").count('"kind": "step"') for path in files)
+
+
+def wait_for_steps(process: subprocess.Popen[str], out: Path, steps: int) -> None:
+    while steps_in(out) < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """The losses of a study that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(out, shards)
+    found = losses(out)
+    assert len(found) == RUNS + 1  # matrix_lr has three values, lr one
+    return found
+
+
+@pytest.mark.parametrize("all_processes", [True, False], ids=["group", "alone"])
+def test_killed_at_random_moments_the_losses_are_the_same_to_the_bit(
+    shards, whole, tmp_path, all_processes
+):
+    seed = time.time_ns()
+    draw = random.Random(seed)
+    out = tmp_path / "killed"
+    for steps in sorted(draw.sample(range(1, 100), 2)):
+        process = start(out, shards)
+        wait_for_steps(process, out, steps)
+        time.sleep(draw.random() * 0.3)
+        if all_processes:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+    said = finish(out, shards)
+    assert losses(out) == whole, f"seed {seed}\n{said}"
+
+
+def test_a_polite_signal_saves_and_the_same_command_goes_on(shards, whole, tmp_path):
+    out = tmp_path / "stopped"
+    process = start(out, shards)
+    wait_for_steps(process, out, 10)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "stopped by SIGTERM; " in said
+    assert "the same command goes on from here" in said
+    assert steps_in(out) < 30 * (RUNS + 1)
+    finish(out, shards)
+    assert losses(out) == whole

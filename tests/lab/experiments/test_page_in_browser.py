@@ -1,0 +1,68 @@
+"""A study's page in Chromium, from the disk: one request, charts drawn, no wider than a phone."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from lab.bench.test_page_in_browser import CUT_OFF, MARKS
+from lab.experiments.made_up import made_up_record
+from lab.report.test_page_in_browser import ARGUMENTS
+from sinkgd.lab.experiments.page import study_page
+from sinkgd.lab.experiments.results import StudyResults
+from sinkgd.lab.experiments.studies import STUDIES
+from sinkgd.lab.report.shell import write_whole
+
+pytestmark = pytest.mark.browser
+
+LOSSES = {
+    "iterations": {
+        **{f"L{count}": [4.2 - 0.02 * count, 4.21 - 0.02 * count] for count in (1, 3, 5, 10)},
+        **{"adamw": [4.1, 4.12], "adamw-one-lr": [4.3, 4.32]},
+    },
+    "ablation": {"sinkgd": [4.0, 4.1], "sign": [4.1, 4.2], "adamw": [4.1, float("inf")]},
+}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Chromium is missing: the page is NOT tested; apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_page_is_one_request_and_draws_its_charts(browser, tmp_path, name, width, theme):
+    study = STUDIES[name]
+    record = made_up_record(study, LOSSES[name])
+    results = StudyResults.of(record)
+    verdict = study.judge(results)
+    path = tmp_path / f"{name}.html"
+    write_whole(path, study_page(study, record, results, verdict))
+    said, requests = [], []
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_function(
+        "[...document.querySelectorAll('.chart')].every((c) => c.querySelector('.main-svg'))"
+    )
+    assert said == []
+    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+    keys = page.evaluate("[...document.querySelectorAll('.chart')].map((c) => c.id)")
+    assert {"final", "loss-tokens", "loss-seconds", "grids", "memory"} <= set(keys)
+    assert min(page.evaluate(MARKS)) >= 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT_OFF) == []
+    assert page.locator("h1").inner_text() == verdict.headline
+    shown = page.locator("main").inner_text()
+    assert study.question in shown
+    for sentence in (*verdict.sentences, *verdict.cautions):
+        assert sentence in shown
+    page.close()

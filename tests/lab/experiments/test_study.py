@@ -1,0 +1,107 @@
+"""Studies as data: arms are told apart, tuned alike, and every option is checked at once."""
+
+import pytest
+
+from sinkgd.lab.experiments.paired import Difference
+from sinkgd.lab.experiments.plan import plan_of
+from sinkgd.lab.experiments.selection import numbers, select_arms
+from sinkgd.lab.experiments.studies import STUDIES, find_study
+from sinkgd.lab.experiments.study import Arm, check_arms, override
+from sinkgd.lab.train import RECIPES, ConfigError, RunConfig
+
+LR = "optimizer.lr"
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=str)
+@pytest.mark.parametrize("scale", ["machine", "paper"])
+def test_every_arm_of_every_study_is_a_configuration(study, scale):
+    plan = plan_of(study, scale)
+    missing = {str(arm.overrides["optimizer.recipe"]) for arm in plan.arms} - set(RECIPES)
+    if missing:
+        pytest.skip(f"no such recipes: {', '.join(sorted(missing))}")
+    plan.check()
+    assert study.question.endswith("?")
+    assert len(plan.seeds) >= 3
+
+
+def test_a_machine_study_fits_forty_minutes_at_fifty_core_seconds_a_run():
+    for study in STUDIES.values():
+        assert plan_of(study, "machine").runs * 50 / 2 < 40 * 60, study.name
+
+
+def test_both_adamws_are_among_the_controls():
+    for study in STUDIES.values():
+        for setting in study.settings.values():
+            recipes = {arm.overrides["optimizer.recipe"] for arm in setting.arms if arm.control}
+            assert recipes >= {"adamw", "adamw-one-lr"}, study.name
+
+
+def test_arms_with_grids_of_unequal_size_are_refused():
+    arms = (Arm("a", {}, {LR: (1.0, 2.0)}), Arm("b", {}, {LR: (1.0,)}))
+    with pytest.raises(ConfigError, match=r"not tuned alike: .* a 2, b 1; give each as many"):
+        check_arms("odd", arms)
+    with pytest.raises(ConfigError, match="more than one arm called a"):
+        check_arms("odd", (arms[0], arms[0]))
+
+
+def test_an_override_of_an_unknown_option_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"'optimizer.lrr'.*did you mean 'optimizer.lr'"):
+        override(RunConfig(), {"optimizer.lrr": 1})
+
+
+def test_seeds_pair_up_across_arms_and_are_not_that_of_tuning():
+    plan = plan_of(find_study("iterations"), "machine")
+    a, b = (plan.config(plan.seed_task(arm, {}, 1)) for arm in plan.arms[:2])
+    assert a.training == b.training
+    assert a.data == b.data
+    with pytest.raises(ConfigError, match="seed 1000 is that of tuning"):
+        plan_of(find_study("iterations"), "machine", seeds=(999, 1000)).check()
+
+
+def test_the_axis_rates_and_recipes_can_be_chosen():
+    study = find_study("iterations")
+    arms = select_arms(study, "machine", axis={"iterations": (2, 7)})
+    assert [arm.name for arm in arms] == ["L2", "L7", "adamw", "adamw-one-lr"]
+    arms = select_arms(study, "machine", axis={}, rates=(0.5,), recipes=["sinkgd", "adamw"])
+    assert {arm.overrides[LR] for arm in arms} == {0.5}
+    assert {len(arm.points()) for arm in arms} == {3}
+    alpha = select_arms(find_study("alpha"), "machine", axis={}, rates=(0.04,))[0]
+    assert alpha.overrides["optimizer.matrix_lr"] == pytest.approx(0.01 * 0.04)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": {"alpha": (0.1,)}}, "study 'iterations' does not take --alpha; its axis is"),
+        ({"axis": {}, "recipes": ["sinkdg"]}, "did you mean 'sinkgd'"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        select_arms(find_study("iterations"), "machine", **options)
+
+
+def test_numbers_must_be_numbers():
+    for text in ("a", "1,b", "0", "-1", ""):
+        with pytest.raises(ConfigError, match="iterations is "):
+            numbers("iterations", text)
+
+
+def test_an_unknown_study_has_a_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean 'iterations'"):
+        find_study("iteration")
+
+
+def test_a_difference_is_students_interval_over_pairs():
+    # Worked by hand: d = 0.1, 0.2, 0.3; mean 0.2, standard deviation 0.1, t(2) = 4.303.
+    first, second = {0: 1.1, 1: 2.2, 2: 3.3}, {0: 1.0, 1: 2.0, 2: 3.0}
+    difference = Difference.of(first, second)
+    assert difference.mean == pytest.approx(0.2)
+    assert difference.half_width == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert difference.level
+    assert Difference.of({0: 1.0, 5: 9.0}, {0: 1.0, 7: 0.0}).count == 1
+    assert Difference.of({0: 2.0, 1: 2.1}, {0: 2.0, 1: 2.1}).level
+    inf = float("inf")
+    assert Difference.of({0: inf, 1: 2.0}, {0: 1.0, 1: 1.0}).higher
+    assert Difference.of({0: 1.0, 1: 1.0}, {0: 1.0, 1: inf}).lower
+    assert Difference.of({0: inf, 1: inf}, {0: inf, 1: inf}).level

@@ -1,0 +1,151 @@
+"""Each judge on made-up results: every outcome has its words."""
+
+import pytest
+
+from lab.experiments.made_up import made_up
+from sinkgd.lab.experiments.studies import STUDIES
+
+INF = float("inf")
+NOISE = (0.000, 0.004, -0.003)
+
+
+def near(mean):
+    """Three seeds with a small common spread."""
+    return [mean + noise for noise in NOISE]
+
+
+def apart(mean):
+    """Three seeds that differ from `near` in no common direction."""
+    return [mean + noise for noise in (0.02, -0.03, 0.01)]
+
+
+def judge(name, losses, **options):
+    return STUDIES[name].judge(made_up(STUDIES[name], losses, **options))
+
+
+ITERATIONS = [
+    (
+        {"L1": near(4.30), "L3": near(4.20), "L5": near(4.10)},
+        "L5 ended at 4.100, lower than every other number of iterations.",
+    ),
+    (
+        {"L1": near(4.30), "L5": near(4.10), "L10": apart(4.11)},
+        "L5 is enough: more iterations end no lower.",
+    ),
+    (
+        {"L1": near(4.30), "L3": apart(4.101), "L5": near(4.1)},
+        "L3 is enough: it is level with L5, the lowest.",
+    ),
+    (
+        {"L1": apart(4.101), "L3": near(4.1)},
+        "L1 is enough: no number of iterations ends lower, beyond the spread of seeds.",
+    ),
+    ({"L1": near(4.3)}, "L1 ended at 4.300; no other number of iterations has a result."),
+    ({"adamw": near(4.3)}, "No arm has a result yet."),
+]
+
+
+@pytest.mark.parametrize(("losses", "headline"), ITERATIONS)
+def test_iterations(losses, headline):
+    assert judge("iterations", losses).headline == headline
+
+
+def test_the_best_is_compared_with_every_control_at_equal_tokens_and_seconds():
+    losses = {"L1": near(4.1), "L5": near(4.0), "adamw": near(4.05), "adamw-one-lr": apart(4.0)}
+    said = judge("iterations", losses, step_seconds={"L5": 2.0}).sentences
+    assert "L5 ended 0.050 ± 0.000 lower than adamw." in said
+    assert any(one.startswith("L5 is level with adamw-one-lr: the difference is") for one in said)
+    # After 100 of its 200 seconds L5 has done 50 of its 100 steps.
+    assert any("At equal seconds" in one and "L5 4.600, adamw 4.050" in one for one in said)
+
+
+@pytest.mark.parametrize(
+    ("losses", "headline", "sentence"),
+    [
+        (
+            {"alpha0.025": near(4.1), "alpha0.05": near(4.0), "alpha0.1": near(4.2)},
+            "alpha0.05 ended at 4.000, the lowest.",
+            "That is the published value.",
+        ),
+        (
+            {"alpha0.025": near(4.0), "alpha0.05": near(4.1), "alpha0.1": near(4.2)},
+            "alpha0.025 ended at 4.000, the lowest.",
+            "alpha0.05 ended 0.100 ± 0.000 higher than alpha0.025.",
+        ),
+        (
+            {"alpha0.025": near(4.0), "alpha0.05": apart(4.001), "alpha0.1": near(4.2)},
+            "alpha0.025 ended at 4.000, the lowest; level with it: alpha0.05.",
+            "alpha0.05 is level with alpha0.025: the difference is +0.001 ± 0.073.",
+        ),
+    ],
+)
+def test_alpha(losses, headline, sentence):
+    verdict = judge("alpha", losses)
+    assert verdict.headline == headline
+    assert sentence in verdict.sentences
+    at_edge = any("edge of what was tried" in caution for caution in verdict.cautions)
+    assert at_edge == ("alpha0.025 ended" in headline)
+
+
+def test_ablation_compares_each_normalization_with_both():
+    losses = {"sinkgd": near(4.0), "rows-only": near(4.1), "sign": apart(4.001)}
+    verdict = judge("ablation", losses)
+    assert verdict.headline == "sinkgd ended at 4.000, the lowest; level with it: sign."
+    assert "rows-only ended 0.100 ± 0.000 higher than sinkgd." in verdict.sentences
+    alone = judge("ablation", {"swan": near(3.9), "sinkgd": near(4.0)})
+    assert alone.headline == "swan ended at 3.900, the lowest beyond the spread of seeds."
+    assert "swan ended 0.100 ± 0.000 lower than sinkgd." in alone.sentences
+
+
+@pytest.mark.parametrize(
+    ("adamw", "headline"),
+    [
+        ((4.1, 4.1), "SinkGD ends lower than the fair AdamW at a batch of 8, 32 sequences."),
+        (
+            (4.1, 3.9),
+            "SinkGD ends lower than the fair AdamW at a batch of 8 and ends higher than the fair "
+            "AdamW at a batch of 32 sequences.",
+        ),
+        (
+            (4.1, None),
+            "SinkGD ends lower than the fair AdamW at a batch of 8 sequences, level elsewhere.",
+        ),
+        ((None, None), "SinkGD and the fair AdamW are level at every batch that has results."),
+    ],
+)
+def test_batch(adamw, headline):
+    losses = {}
+    for size, mean in zip((8, 32), adamw, strict=True):
+        losses[f"sinkgd-batch{size}"] = near(4.0)
+        losses[f"adamw-batch{size}"] = apart(4.0) if mean is None else near(mean)
+    assert judge("batch", losses).headline == headline
+
+
+def test_a_batch_without_its_control_says_so():
+    verdict = judge("batch", {"sinkgd-batch8": near(4.0)})
+    assert verdict.headline == "No batch has a result of both SinkGD and AdamW yet."
+
+
+def cautions(losses, **options):
+    return " ".join(judge("iterations", losses, **options).cautions)
+
+
+def test_a_best_point_at_the_edge_of_its_grid_is_a_caution():
+    assert "L5’s grid is at its edge" in cautions({"L5": near(4.0)}, best={"L5": 0})
+    # Points 0 to 5 are 2 rates times 3 of matrices: only the latter has a middle.
+    assert "optimizer.matrix_lr" not in cautions({"L5": near(4.0)}, best={"L5": 1})
+
+
+def test_few_seeds_no_tuning_divergence_and_missing_seeds_are_cautions():
+    assert "A single seed" in cautions({"L1": [4.0], "L5": [4.1]})
+    assert "Two seeds" in cautions({"L1": [4.0, 4.1]})
+    assert "Nothing was tuned" in cautions({"L1": near(4.0)}, tune=False)
+    assert "L1 diverged in 1 of 3 seeds." in cautions({"L1": [4.0, INF, 4.1], "L5": near(4.0)})
+    assert "Not finished: L5 has not run every seed" in cautions({"L1": near(4.0), "L5": [4.0]})
+    assert "Machine scale: llama-nano" in cautions({"L1": near(4.0)})
+
+
+def test_an_arm_that_diverged_is_not_the_best():
+    verdict = judge("iterations", {"L1": [4.0, INF, 4.0], "L5": near(4.2), "adamw": [INF] * 3})
+    assert verdict.headline.startswith("L5 ended at 4.2")
+    assert "adamw diverged and L5 did not." in verdict.sentences
