@@ -35,11 +35,12 @@ def final_chart(results: StudyResults, along: Axis | None, identities: Identitie
 
 
 def _along(arms: Sequence[ArmResults], along: Axis, identities: Identities) -> Figure:
-    """Join arms of one recipe that have a place on the axis; the others are level lines."""
+    """Join arms of one series that have a place on the axis; the others are level lines."""
     lines: dict[str, list[ArmResults]] = {}
     for one in arms:
         if one.arm.value is not None:
-            lines.setdefault(str(one.arm.overrides["optimizer.recipe"]), []).append(one)
+            series = one.arm.series or str(one.arm.overrides["optimizer.recipe"])
+            lines.setdefault(series, []).append(one)
     data = [trace for recipe, line in lines.items() for trace in _line(recipe, line, identities)]
     levels = [one for one in arms if one.arm.value is None and one.loss is not None]
     values = sorted({one.arm.value for line in lines.values() for one in line if one.arm.value})

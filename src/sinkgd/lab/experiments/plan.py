@@ -156,13 +156,21 @@ def _arm_as_json(arm: Arm) -> dict[str, Any]:
         "tuned": {name: list(values) for name, values in arm.tuned.items()},
         "value": arm.value,
         "control": arm.control,
+        "series": arm.series,
     }
 
 
 def arm_from_json(name: str, content: Mapping[str, Any]) -> Arm:
     """Return an arm that `StudyPlan.as_json` wrote."""
     tuned = {field: tuple(values) for field, values in content["tuned"].items()}
-    return Arm(name, content["overrides"], tuned, content["value"], content["control"])
+    return Arm(
+        name,
+        content["overrides"],
+        tuned,
+        content["value"],
+        content["control"],
+        content.get("series", ""),
+    )
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

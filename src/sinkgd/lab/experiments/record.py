@@ -192,10 +192,12 @@ def _run_as_json(result: RunResult) -> dict[str, Any]:
     }
 
 
-def _rounded(record: TrainStep | Evaluation) -> list[float]:
+def _rounded(record: TrainStep | Evaluation) -> list[float | None]:
     """Return the fields; all but losses are kept to six digits, which no clock is better than."""
     return [
-        value if isinstance(value, int) or name.endswith("loss") else float(f"{value:.6g}")
+        value
+        if value is None or isinstance(value, int) or name.endswith("loss")
+        else float(f"{value:.6g}")
         for name, value in zip(vars(record), astuple(record), strict=True)
     ]
 

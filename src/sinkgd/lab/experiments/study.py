@@ -45,6 +45,7 @@ class Arm:
     tuned: Grid = field(default_factory=dict)  # the product is searched; empty: nothing is tuned
     value: float | None = None  # place on the study's axis
     control: bool = False  # another arms are compared with
+    series: str = ""  # what joins arms along the axis; by default the recipe
 
     def points(self) -> tuple[dict[str, float], ...]:
         """List the points of the grid; none where nothing is tuned."""

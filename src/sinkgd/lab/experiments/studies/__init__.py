@@ -7,11 +7,30 @@ from sinkgd.lab.experiments.studies.ablation import ABLATION
 from sinkgd.lab.experiments.studies.alpha import ALPHA
 from sinkgd.lab.experiments.studies.batch import BATCH
 from sinkgd.lab.experiments.studies.iterations import ITERATIONS
+from sinkgd.lab.experiments.studies.momentum import MOMENTUM
+from sinkgd.lab.experiments.studies.pareto import PARETO
+from sinkgd.lab.experiments.studies.shift import SHIFT
+from sinkgd.lab.experiments.studies.spectral import SPECTRAL
+from sinkgd.lab.experiments.studies.table1 import TABLE1
+from sinkgd.lab.experiments.studies.tables import TABLES
+from sinkgd.lab.experiments.studies.width import WIDTH
 from sinkgd.lab.experiments.study import Study
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.config_file import nearest
 
-_TABLE = (ITERATIONS, ALPHA, ABLATION, BATCH)
+_TABLE = (
+    TABLE1,
+    ITERATIONS,
+    ALPHA,
+    ABLATION,
+    BATCH,
+    TABLES,
+    MOMENTUM,
+    WIDTH,
+    SPECTRAL,
+    SHIFT,
+    PARETO,
+)
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})
 

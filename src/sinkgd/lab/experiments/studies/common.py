@@ -63,12 +63,21 @@ PAPER_ADAMW_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.0005, 0.001, 0.003)}
 PAPER_ONE_LR_GRID: Grid = {LR: (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01)}
 
 
+MUON_GRID: Grid = {LR: (0.04, 0.08), MATRIX_LR: (0.005, 0.01, 0.02)}
+PAPER_MUON_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.001, 0.005, 0.01)}
+
+
 def controls(adamw: Grid = ADAMW_GRID, one_lr: Grid = ONE_LR_GRID) -> tuple[Arm, ...]:
     """Return the fair AdamW, and the papers' AdamW, with grids of equal size."""
     return (
         Arm("adamw", {"optimizer.recipe": "adamw"}, adamw, control=True),
         Arm("adamw-one-lr", {"optimizer.recipe": "adamw-one-lr"}, one_lr, control=True),
     )
+
+
+def muon(grid: Grid = MUON_GRID) -> Arm:
+    """Return Muon, which keeps a number for every entry of a matrix, with its grid."""
+    return Arm("muon", {"optimizer.recipe": "muon"}, grid, control=True)
 
 
 def paper_controls() -> tuple[Arm, ...]:

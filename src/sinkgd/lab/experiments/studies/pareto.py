@@ -1,0 +1,99 @@
+"""Which methods are on the front of memory against loss."""
+
+from collections.abc import Mapping, Sequence
+
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
+from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, paper
+from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
+from sinkgd.lab.experiments.verdict import Verdict, cautions, ranked, unfinished
+from sinkgd.lab.report.quantities import size
+
+L = "optimizer.sinkhorn_iterations"
+CONTROLS = ("adamw", "adamw-one-lr")
+# Six points each. SinkGD's are L × α.
+GRIDS: Mapping[str, Grid] = {
+    "sinkgd": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "sinkgd-stateless": {L: (1, 5), LR: (0.0005, 0.001, 0.002)},
+    "swan": {LR: (0.04, 0.08), MATRIX_LR: (0.001, 0.002, 0.004)},
+    "scale": {LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)},
+    "muon": {LR: (0.04, 0.08), MATRIX_LR: (0.005, 0.01, 0.02)},
+    "apollo-mini": {LR: (0.02, 0.08), MATRIX_LR: (0.005, 0.01, 0.02)},
+    "adamw": {LR: (0.04, 0.08), MATRIX_LR: (0.0015, 0.003, 0.006)},
+    "adamw-one-lr": {LR: (0.001, 0.002, 0.003, 0.004, 0.006, 0.012)},
+}
+PAPER_GRIDS: Mapping[str, Grid] = {
+    "sinkgd": {L: (1, 3, 5), LR: (0.02,), MATRIX_LR: (0.0005, 0.001)},
+    "sinkgd-stateless": {L: (1, 5), LR: (0.0005, 0.001, 0.002)},
+    "swan": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)},
+    "scale": {LR: (0.0003, 0.0005, 0.001, 0.002, 0.004, 0.008)},
+    "muon": {LR: (0.01, 0.02), MATRIX_LR: (0.001, 0.005, 0.01)},
+    "apollo-mini": {LR: (0.01, 0.02), MATRIX_LR: (0.005, 0.01, 0.02)},
+    "adamw": {LR: (0.01, 0.02), MATRIX_LR: (0.0005, 0.001, 0.003)},
+    "adamw-one-lr": {LR: (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01)},
+}
+
+
+def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
+    """Return an arm for every method."""
+    return tuple(
+        Arm(recipe, {"optimizer.recipe": recipe}, grid, control=recipe in CONTROLS)
+        for recipe, grid in grids.items()
+    )
+
+
+def state_bytes(one: ArmResults) -> int:
+    """Return what the optimizer keeps, counted at the end of a run."""
+    return max(result.run.end.memory.state_bytes for result in one.seeds if result.run.end)
+
+
+def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]:
+    """List the arms that none beats in one of memory and loss without being behind in the other.
+
+    A loss counts as lower where the seeds tell it; so arms that are level may both stay.
+    """
+
+    def beaten(one: ArmResults, other: ArmResults) -> bool:
+        difference = results.difference(other, one)
+        less = state_bytes(other) < state_bytes(one)
+        no_more = state_bytes(other) <= state_bytes(one)
+        return (difference.lower and no_more) or (difference.level and less)
+
+    whole = [one for one in arms if not one.diverged]
+    return [one for one in whole if not any(beaten(one, other) for other in whole)]
+
+
+def judge(results: StudyResults) -> Verdict:
+    """Name the front, and for each method off it who is better and smaller."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    arms = [*results.candidates, *results.controls]
+    best = sorted(front(results, arms), key=state_bytes)
+    words = [f"{one.arm.name} ({_size(one)})" for one in best]
+    headline = f"On the front of state against loss: {', '.join(words)}."
+    off = [one for one in ranked(arms) if one not in best and one.loss is not None]
+    sentences = [f"{one.arm.name} is off it: {_size(one)}." for one in off]
+    sinkgd = results.arm("sinkgd")
+    if sinkgd is not None and sinkgd.chosen is not None and MATRIX_LR in sinkgd.chosen:
+        point = sinkgd.chosen
+        sentences.append(
+            f"The best L × α of SinkGD: L = {point.get(L, 5):g}, rate of matrices "
+            f"{point[MATRIX_LR]:g}."
+        )
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _size(one: ArmResults) -> str:
+    return f"{size(state_bytes(one))}, {one.loss:.3f}"
+
+
+PARETO = Study(
+    name="pareto",
+    question="Which methods give the lowest loss for the memory that they keep?",
+    background="State is counted in bytes after the last step. SinkGD’s L and α are searched "
+    "together, as many points as any other method has.",
+    settings={
+        "machine": Setting(MACHINE, arms_of(GRIDS)),
+        "paper": Setting(paper("llama-350m"), arms_of(PAPER_GRIDS)),
+    },
+    judge=judge,
+)

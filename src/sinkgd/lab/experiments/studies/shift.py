@@ -1,0 +1,130 @@
+"""How fast each method recovers when every token gets another's number in mid-training."""
+
+from dataclasses import replace
+
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
+from sinkgd.lab.experiments.studies.common import (
+    LR,
+    MACHINE,
+    MATRIX_LR,
+    MUON_GRID,
+    PAPER_ADAMW_GRID,
+    PAPER_MUON_GRID,
+    PAPER_ONE_LR_GRID,
+    PAPER_SINKGD_GRID,
+    SINKGD_GRID,
+    controls,
+    muon,
+    paper,
+)
+from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
+from sinkgd.lab.experiments.verdict import (
+    Verdict,
+    against_controls,
+    cautions,
+    ended,
+    names,
+    ranked,
+    unfinished,
+)
+from sinkgd.lab.report import Spread, first_reach
+from sinkgd.lab.report.quantities import count
+from sinkgd.lab.results import Run
+from sinkgd.lab.train.config import SharedConfig
+
+SWAN_GRID: Grid = {LR: (0.04, 0.08), MATRIX_LR: (0.001, 0.002, 0.004)}
+PAPER_SWAN_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.001, 0.002, 0.004)}
+
+
+def shifted(shared: SharedConfig) -> SharedConfig:
+    """Return a configuration whose vocabulary changes after 40 % of the steps.
+
+    Evaluations are so frequent that a recovery can be read off between two of them.
+    """
+    steps = shared.training.steps
+    return replace(
+        shared,
+        data=replace(shared.data, shift_at_step=2 * steps // 5),
+        evaluation=replace(shared.evaluation, every_steps=steps // 30),
+    )
+
+
+def recovery(run: Run) -> float | None:
+    """Return the tokens from the change to where the loss is back at what it was before.
+
+    Returns:
+        Tokens, or None if it never is.
+    """
+    at = int(run.start.config["data"]["shift_at_step"])
+    before = [e for e in run.evaluations if e.step <= at]
+    after = [e for e in run.evaluations if e.step > at]
+    if not before or not after:
+        return None
+    point = first_reach(after, before[-1].val_loss)
+    return None if point is None else point.tokens - before[-1].tokens
+
+
+def _recoveries(one: ArmResults) -> list[float]:
+    found = [recovery(result.run) for result in one.seeds]
+    return [tokens for tokens in found if tokens is not None]
+
+
+def judge(results: StudyResults) -> Verdict:
+    """Rank by recovery: first those that recover in every seed, by the tokens they need."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    arms = [*results.candidates, *results.controls]
+    whole = [one for one in arms if len(_recoveries(one)) == len(one.seeds)]
+    means = {one.arm.name: Spread.of(_recoveries(one)) for one in whole}
+    order = sorted(whole, key=lambda one: spread.mean if (spread := means[one.arm.name]) else 0.0)
+    best = ranked(results.candidates)[0]
+    if order and (fastest := means[order[0].arm.name]):
+        headline = (
+            f"{order[0].arm.name} is the first to be back at the loss before the change, "
+            f"after {count(round(fastest.mean))} tokens."
+        )
+    else:
+        headline = "No method is back at the loss before the change in every seed."
+    sentences = [_words(one) for one in (*order, *(one for one in arms if one not in whole))]
+    sentences += [f"{ended(best)}, the lowest of {names(results.candidates)}."]
+    sentences += against_controls(results, best)
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _words(one: ArmResults) -> str:
+    spread, total = Spread.of(found := _recoveries(one)), len(one.seeds)
+    if spread is None:
+        return f"{one.arm.name} did not come back."
+    tokens = f"after {count(round(spread.low))} to {count(round(spread.high))} tokens"
+    where = "" if len(found) == total else f" in {len(found)} of {total} seeds"
+    return f"{one.arm.name} came back {tokens}{where}."
+
+
+def _candidates(sinkgd: Grid, swan: Grid) -> tuple[Arm, ...]:
+    return (
+        Arm("sinkgd", {"optimizer.recipe": "sinkgd"}, sinkgd),
+        Arm("swan", {"optimizer.recipe": "swan"}, swan),
+    )
+
+
+SHIFT = Study(
+    name="shift",
+    question="How fast does each method recover from a sudden change of vocabulary?",
+    background="From one step to the next all token ids are permuted: embedding and head are wrong "
+    "at once, the blocks are not. A method without state has no averages of a past that is over.",
+    settings={
+        "machine": Setting(
+            shifted(MACHINE),
+            (*_candidates(SINKGD_GRID, SWAN_GRID), *controls(), muon(MUON_GRID)),
+        ),
+        "paper": Setting(
+            shifted(paper("llama-60m")),
+            (
+                *_candidates(PAPER_SINKGD_GRID, PAPER_SWAN_GRID),
+                *controls(PAPER_ADAMW_GRID, PAPER_ONE_LR_GRID),
+                muon(PAPER_MUON_GRID),
+            ),
+        ),
+    },
+    judge=judge,
+)

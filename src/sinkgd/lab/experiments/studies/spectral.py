@@ -1,0 +1,106 @@
+"""How much of whitening's gain is left when less of it is done."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
+from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, controls, muon, paper
+from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
+from sinkgd.lab.experiments.verdict import (
+    Verdict,
+    against_controls,
+    cautions,
+    ended,
+    ranked,
+    unfinished,
+)
+from sinkgd.lab.report.quantities import percent
+
+NONE, WHOLE = "sinkgd", "swan-5"
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    NONE: {"recipe": "sinkgd"},
+    "rows-only": {"recipe": "rows-only"},  # (GGᵀ)^(-1/2) with its diagonal in the place of GGᵀ
+    "pinned": {"recipe": "sinkgd", "operator_norm": "muon"},
+    "swan-1": {"recipe": "swan", "newton_schulz_steps": 1},
+    "swan-2": {"recipe": "swan", "newton_schulz_steps": 2},
+    "swan-3": {"recipe": "swan", "newton_schulz_steps": 3},
+    WHOLE: {"recipe": "swan", "newton_schulz_steps": 5},
+    "swan-attention": {"recipe": "swan", "whitened": "attention"},
+    "swan-mlp": {"recipe": "swan", "whitened": "mlp"},
+}
+# Four points each. A pinned rate counts in singular values, not in root-mean-squares.
+RATES = (0.001, 0.002, 0.004, 0.008)
+PINNED_RATES = (0.004, 0.008, 0.016, 0.032)
+ADAMW_RATES = (0.0015, 0.003, 0.006, 0.012)
+ONE_RATES = (0.001, 0.002, 0.004, 0.008)
+MUON_RATES = (0.005, 0.01, 0.02, 0.04)
+
+
+def setting(lr: float) -> tuple[Arm, ...]:
+    """Return every amount of whitening, and the controls, with ``lr`` on everything else."""
+
+    def grid(rates: tuple[float, ...]) -> Grid:
+        return {LR: (lr,), MATRIX_LR: rates}
+
+    arms = tuple(
+        Arm(
+            name,
+            {f"optimizer.{key}": x for key, x in way.items()},
+            grid(PINNED_RATES if "operator_norm" in way else RATES),
+        )
+        for name, way in WAYS.items()
+    )
+    return (*arms, *controls(grid(ADAMW_RATES), {LR: ONE_RATES}), muon(grid(MUON_RATES)))
+
+
+def judge(results: StudyResults) -> Verdict:
+    """Say what part of SWAN's gain over SinkGD each way keeps, and what it costs."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    none, whole = results.arm(NONE), results.arm(WHOLE)
+    if none is None or whole is None:
+        best = ranked(results.candidates)[0]
+        return Verdict(f"{ended(best)}; {NONE} and {WHOLE} are not both there.", (), ())
+    gain = results.difference(whole, none)
+    if not gain.lower:
+        headline = f"There is no gain to keep: {ended(whole)}, and {ended(none)}."
+        return Verdict(headline, tuple(_costs(results)), tuple(cautions(results)))
+    others = [one for one in ranked(results.candidates) if one not in (none, whole)]
+    parts = [(one, results.difference(one, none).mean / gain.mean) for one in others]
+    enough = [one for one, part in parts if results.difference(one, whole).level]
+    cheapest = min([*enough, whole], key=_optimizer_seconds)
+    headline = f"Whitening lowers the loss by {-gain.mean:.3f} ± {gain.half_width:.3f}"
+    headline += f"; {cheapest.arm.name} keeps all of it at the least cost."
+    kept = [f"{one.arm.name} {percent(part)}" for one, part in parts]
+    sentences = [f"What is kept of the gain: {', '.join(kept)}.", *_costs(results)]
+    sentences += against_controls(results, whole)
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _optimizer_seconds(one: ArmResults) -> float:
+    """Return what a step of the optimizer takes, a median over all steps of all seeds."""
+    steps = [s.optimizer_seconds for result in one.seeds for s in result.run.steps]
+    return sorted(steps)[len(steps) // 2] if steps else float("inf")
+
+
+def _costs(results: StudyResults) -> list[str]:
+    costs = [
+        f"{one.arm.name} {1000 * seconds:.1f}"
+        for one in results.candidates
+        if (seconds := _optimizer_seconds(one)) < float("inf")
+    ]
+    return [f"Milliseconds of the optimizer in a step: {', '.join(costs)}."] if costs else []
+
+
+SPECTRAL = Study(
+    name="spectral",
+    question="How much of whitening’s gain is left with fewer steps, on fewer layers, or at O(mn)?",
+    background="SWAN whitens after it normalizes rows, and is stateless too. Its products of "
+    "matrices cost O(m²n); row norms are its diagonal, and a pinned operator norm its largest "
+    "singular value alone.",
+    settings={
+        "machine": Setting(MACHINE, setting(0.08)),
+        "paper": Setting(paper("llama-130m"), setting(0.02)),
+    },
+    judge=judge,
+)

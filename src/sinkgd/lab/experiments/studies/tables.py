@@ -1,0 +1,89 @@
+"""What embeddings and the output head should go by: the part that SinkGD leaves to Adam."""
+
+from sinkgd.lab.experiments.results import StudyResults
+from sinkgd.lab.experiments.studies.common import (
+    LR,
+    MACHINE,
+    MATRIX_LR,
+    controls,
+    paper,
+    paper_controls,
+)
+from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
+from sinkgd.lab.experiments.verdict import (
+    Verdict,
+    against_controls,
+    cautions,
+    compared,
+    ended,
+    level_with,
+    names,
+    ranked,
+    unfinished,
+)
+
+ADAM = "adamw-tables"
+RATE = "optimizer.tables_lr"
+# Six rates for each. Adam's and SAGE's entries move by at most lr, the others' by lr in the mean.
+GRIDS: dict[str, Grid] = {
+    "adamw": {RATE: (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)},
+    "sinkgd": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
+    "sinkgd-table": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
+    "sage": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
+}
+KEPT = {"adamw": 2, "sinkgd": 0, "sinkgd-table": 1, "sage": 1}  # numbers an entry
+
+
+def arms_with(lr: float) -> tuple[Arm, ...]:
+    """Return SinkGD on hidden matrices, with each algorithm on the tables.
+
+    Args:
+        lr: Of vectors, which AdamW keeps in all arms.
+    """
+    return tuple(
+        Arm(
+            f"{algorithm}-tables",
+            {
+                "optimizer.recipe": "sinkgd",
+                "optimizer.tables": algorithm,
+                LR: lr,
+                MATRIX_LR: 0.001,
+            },
+            grid,
+        )
+        for algorithm, grid in GRIDS.items()
+    )
+
+
+def judge(results: StudyResults) -> Verdict:
+    """Say which rule is best, and whether one that keeps less is level with Adam."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    order = ranked(results.candidates)
+    best, adam = order[0], results.arm(ADAM)
+    level = level_with(results, best, results.candidates)
+    headline = f"{ended(best)}, the lowest"
+    headline += f"; level with it: {names(level)}." if level else "."
+    sentences = []
+    if adam is not None:
+        for one in order:
+            if one is not adam:
+                sentences.append(compared(one.arm.name, results.difference(one, adam), ADAM))
+    kept = ", ".join(f"{name} {count}" for name, count in KEPT.items())
+    sentences.append(f"Numbers kept for every entry of a table: {kept}.")
+    sentences += against_controls(results, best)
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+TABLES = Study(
+    name="tables",
+    question="What should embeddings and the output head go by?",
+    background="SinkGD’s authors leave them to Adam. DeepSeek is reported to use a variant of "
+    "Sinkhorn for exactly these tables; SAGE’s authors find that plain SinkGD fails there, and "
+    "give a rule of their own.",
+    settings={
+        "machine": Setting(MACHINE, (*arms_with(0.08), *controls())),
+        "paper": Setting(paper("llama-60m"), (*arms_with(0.02), *paper_controls())),
+    },
+    judge=judge,
+)
