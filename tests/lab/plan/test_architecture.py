@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from sinkgd.lab.models import PRESETS, ModelError
+from sinkgd.lab.models import ModelError
 from sinkgd.lab.plan import METHODS, Grid, find_architecture, find_device, find_method
+from sinkgd.lab.plan.architecture import PRESETS
 from sinkgd.lab.plan.devices import DEVICES
 from sinkgd.lab.plan.weights import weights_of
 from sinkgd.lab.train.config import ConfigError
@@ -36,6 +37,12 @@ def test_a_preset_has_the_weights_of_its_formula(model):
     assert sum(w.count for w in weights) == PRESETS[model].parameter_count
     matrices = sum(w.count for w in weights if w.is_matrix)
     assert matrices == PRESETS[model].linear_parameter_count
+
+
+@pytest.mark.parametrize("model", ["gpt2-124m", "lens-nano"])
+def test_presets_of_other_blocks_are_refused(model):
+    with pytest.raises(ModelError, match=f"'{model}', whose blocks a plan does not know; .*llama-"):
+        find_architecture(model)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sinkgd.lab.models import PRESETS, LlamaConfig, ModelError
+from sinkgd.lab.models import PRESETS as EVERY_PRESET
+from sinkgd.lab.models import LlamaConfig, ModelError
 from sinkgd.lab.train.config_file import nearest
 
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
 # and value projections have biases: transformers/models/{llama,mistral,qwen2}.
 _FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
+
+PRESETS: Mapping[str, LlamaConfig] = MappingProxyType(
+    {name: sizes for name, sizes in EVERY_PRESET.items() if isinstance(sizes, LlamaConfig)}
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,11 @@ def find_architecture(model: str) -> Architecture:
         return Architecture.of_preset(model, PRESETS[model])
     if model in PUBLISHED:
         return PUBLISHED[model]
+    if model in EVERY_PRESET:
+        raise ModelError(
+            f"model is {model!r}, whose blocks a plan does not know; it knows those of "
+            f"{', '.join([*PRESETS, *PUBLISHED])}"
+        )
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"

@@ -22,7 +22,7 @@ class ModelConfig:
     """The model."""
 
     preset: str = "llama-nano"
-    """Name of the model's sizes, e.g. llama-nano, llama-60m."""
+    """Name of the model's sizes, e.g. llama-nano, llama-60m, gpt2-124m, lens-121m."""
     vocab_size: int | None = None
     """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has."""
 

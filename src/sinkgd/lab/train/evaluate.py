@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sinkgd.lab.data import Batch
+from sinkgd.lab.models import LanguageModel
 from sinkgd.lab.train.config import Precision
 from sinkgd.lab.train.device import arithmetic
 from sinkgd.lab.train.loss import loss_of
@@ -65,8 +66,32 @@ def evaluate(
             loss = loss_of(model, own.inputs.to(mesh.device), targets, chunk_tokens)
         nats += loss.item()
         tokens += own.target_count
+    _back_to_training(model)
+    nats, scored = mesh.total(nats, tokens)
+    return Score(nats / scored, int(scored))
+
+
+def measure_statistics(
+    model: LanguageModel, tokens: Tensor, *, precision: Precision, mesh: Mesh
+) -> dict[str, float]:
+    """Return what the model says of its inner workings on some tokens; nothing, if it says nothing.
+
+    A collective call: each rank measures the same on the same tokens.
+
+    Args:
+        model: In training.
+        tokens: ``(b, t)``, the same on every rank; padding counts as text.
+        precision: In which the model runs.
+        mesh: Where it lies.
+    """
+    model.eval()
+    with arithmetic(precision, mesh.device):
+        values = model.statistics(tokens.to(mesh.device))
+    _back_to_training(model)
+    return values
+
+
+def _back_to_training(model: nn.Module) -> None:
     model.train()
     if isinstance(model, FSDPModule):
         model.reshard()  # what lies outside the blocks would stay whole until the next backward
-    nats, scored = mesh.total(nats, tokens)
-    return Score(nats / scored, int(scored))
