@@ -170,6 +170,20 @@ def test_keys_and_values_start_with_the_spectrum_of_gpt2s_draw():
         assert whole.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_a_seed_means_the_same_weights_for_any_number_of_threads():
+    sizes = LensConfig(23, 128, 1, 4, key_value_rank=21, context_rank=21)
+    threads, models = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            models.append(Lens(sizes, seed=3))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for name, weight in models[0].state_dict().items():
+        assert torch.equal(weight, models[1].state_dict()[name]), name
+
+
 @pytest.fixture
 def gpt2():
     gpt2 = GPT2(GPT2Config(**SIZES), seed=7)

@@ -6,6 +6,9 @@ Letters, everywhere in this file:
     r: rank
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +57,8 @@ class Factors(nn.Module):
             weight: ``(m, n)``, as an ``nn.Linear`` stores it.
         """
         rank = self.down.out_features
-        u, sigma, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        with _one_thread():
+            u, sigma, v = torch.linalg.svd(weight.float(), full_matrices=False)
         root = sigma[:rank].sqrt()
         set_whole(self.up.weight, u[:, :rank] * root)
         set_whole(self.down.weight, root.unsqueeze(1) * v[:rank])
@@ -63,3 +67,14 @@ class Factors(nn.Module):
         """Return ``(..., m)`` of ``(..., n)``."""
         out: Tensor = self.up(self.down(x))
         return out
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute alone: LAPACK's sums, and so a seed's weights, depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
