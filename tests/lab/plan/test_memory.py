@@ -45,6 +45,13 @@ def test_projected_states_are_the_papers_formulas(method, numbers):
         assert find_method(method).state_bytes(*shape, 2, 2) == 2 * numbers
 
 
+def test_options_of_sinkgd_keep_float32_whatever_the_weights():
+    for itemsize in (2, 4):
+        assert find_method("sinkgd-momentum").state_bytes(4, 10, itemsize, 1) == 4 * 40
+        assert find_method("sinkgd-pinned").state_bytes(4, 10, itemsize, 1) == 4 * 10
+        assert find_method("sron").state_bytes(4, 10, itemsize, 1) == 0
+
+
 def test_eight_bit_adam_keeps_small_tensors_in_float32():
     assert eight_bit_bytes(4095) == 8 * 4095
     assert eight_bit_bytes(4096) == 2 * 4096 + 2 * 4 * 16

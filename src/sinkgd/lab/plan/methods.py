@@ -14,6 +14,7 @@ from typing import Literal
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.config_file import nearest
 
+_FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 
 # What ranks tell each other about the matrices of which they hold pieces.
@@ -29,6 +30,8 @@ class Method:
     formula: str  # of the state
     source: str
     matrix: float = 0.0  # numbers that an entry of a matrix keeps
+    column: float = 0.0  # float32 that a column of a matrix keeps
+    wide: bool = False  # what an entry of a matrix keeps is float32, whatever the weight's
     rest: float = 2.0  # that an entry outside of the matrices keeps
     # Numbers for a whole matrix instead, from its shorter and its longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
@@ -50,7 +53,8 @@ class Method:
         """
         if self.low_rank is not None:
             return itemsize * self.low_rank(min(m, n), max(m, n), r)
-        return itemsize * self.matrix * m * n
+        size = max(itemsize, _FLOAT32) if self.wide else itemsize
+        return size * self.matrix * m * n + _FLOAT32 * self.column * n
 
 
 def eight_bit_bytes(entries: int) -> float:
@@ -88,6 +92,38 @@ _TABLE = (
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3,
+    ),
+    Method(
+        "sinkgd-momentum",
+        "SinkGD, momentum",
+        "1 float32 an entry of matrices, 2 of embedding, head, norms",
+        "sinkgd.SinkGD(momentum=...)",
+        matrix=1.0,
+        wide=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 9,  # the gradient is looked through, copied and averaged
+        scratch=1.0,
+    ),
+    Method(
+        "sinkgd-pinned",
+        "SinkGD, operator norm",
+        "n float32 a matrix, 2 an entry of embedding, head, norms",
+        "sinkgd.SinkGD(operator_norm=...)",
+        column=1.0,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 5,  # two products with a vector
+    ),
+    Method(
+        "sron",
+        "SRON",
+        "2 an entry of embedding, head, norms",
+        "Wen et al., https://openreview.net/forum?id=BtQLBWr6zI",
+        can_release=True,
+        exchange="vectors",
+        passes=5,
+        scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
     ),
     Method(
         "swan",
