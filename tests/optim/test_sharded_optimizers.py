@@ -11,7 +11,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing import assert_close
 
 import sinkgd
-from reference import square_root_sinkhorn
+from reference import (
+    column_projection,
+    frobenius_projection,
+    row_projection,
+    sign_projection,
+    square_root_sinkhorn,
+)
 from spawn import on_ranks
 from test_sharded import Messages, distributed, expected_update, normal, sharded
 
@@ -360,6 +366,123 @@ def test_adamw_is_held_back_on_every_rank(found):
         assert stayed
         assert skipped == {"table": 1}
         assert messages == {0: 1}
+
+
+# Several norms ------------------------------------------------------------------------------------
+
+PROJECTIONS = {
+    "row": (sinkgd.RowNorm(), row_projection),
+    "column": (sinkgd.ColumnNorm(), column_projection),
+    "frobenius": (sinkgd.FrobeniusNorm(), frobenius_projection),
+    "sign": (sinkgd.SignNorm(), sign_projection),
+}
+TURNS = ["row", "column", "frobenius", "sign", "row column", "sign row", "column frobenius"]
+# Messages over rows and over columns, of two rounds, and one that tells what is not finite.
+TURN_MESSAGES = {
+    "row": (1, 3),
+    "column": (3, 1),
+    "frobenius": (3, 3),
+    "sign": (1, 1),
+    "row column": (3, 3),
+    "sign row": (1, 3),
+    "column frobenius": (5, 3),
+}
+
+
+def updates_of_turns(mesh, placements):
+    found = {}
+    for turns in TURNS:
+        norms = [PROJECTIONS[name][0] for name in turns.split()]
+        for name in ("tiny", "huge", "holes", "half", "zero", "bfloat16"):
+            grad = odd_gradients()[name]
+            param = sharded(mesh, placements, torch.zeros_like(grad), grad)
+            with Messages() as messages:
+                sinkgd.MNGD([param], 0.125, norms, 2).step()
+            update = -param.detach().full_tensor() / 0.125
+            found[turns, name] = update, [name for name, _ in messages.counts.elements()]
+    return found
+
+
+@on_two
+def turns_by_rows():
+    return updates_of_turns(init_device_mesh("cpu", (2,)), (ROWS,))
+
+
+@on_two
+def turns_by_columns():
+    return updates_of_turns(init_device_mesh("cpu", (2,)), (COLS,))
+
+
+@on_four
+def turns_by_both():
+    return updates_of_turns(init_device_mesh("cpu", (2, 2)), (ROWS, COLS))
+
+
+@pytest.mark.parametrize("how", ["rows", "columns", "both"])
+@pytest.mark.parametrize("turns", TURNS)
+def test_norms_that_scale_take_their_turns_in_pieces(found, how, turns):
+    over_rows, over_columns = TURN_MESSAGES[turns]
+    told = {"rows": over_rows, "columns": over_columns, "both": over_rows + over_columns}
+    for updates in found[f"turns_by_{how}"]:
+        for (own, name), (update, messages) in updates.items():
+            if own != turns:
+                continue
+            expected = odd_gradients()[name]
+            for projection in turns.split() * 2:
+                expected = PROJECTIONS[projection][1](expected)
+            tolerance = {"rtol": 2**-8, "atol": 0} if name == "bfloat16" else FLOAT32
+            assert_close(update.double(), expected.double(), **tolerance)
+            assert len(messages) == told[how]
+            assert all("allreduce_" in message for message in messages)
+
+
+def scale_walk(lying):
+    """Three steps of SCALE: a hidden matrix, a table, and a head with momentum."""
+    params = [nn.Parameter(lying(normal(shape, 9))) for shape in ((8, 6), (11, 6), (11, 6))]
+    groups = [
+        {"params": [("hidden", params[0])]},
+        {"params": [("table", params[1])], "layout": "transposed"},
+        {"params": [("head", params[2])], "momentum": 0.9},
+    ]
+    optimizer = sinkgd.SCALE(groups, lr=0.125)
+    for step in range(3):
+        for i, param in enumerate(params):
+            param.grad = lying(normal(param.shape, 3 * step + i))
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@on_two
+def scale_by_rows_and_columns():
+    mesh = init_device_mesh("cpu", (2,))
+    return [
+        [param.full_tensor() for param in scale_walk(lambda x, p=p: distributed(x, mesh, (p,)))]
+        for p in (ROWS, COLS)
+    ]
+
+
+def test_scale_takes_the_steps_of_one_process(found):
+    expected = scale_walk(lambda whole: whole)
+    for ways in found["scale_by_rows_and_columns"]:
+        for walked in ways:
+            for weight, whole in zip(walked, expected, strict=True):
+                assert_close(weight, whole, rtol=1e-5, atol=1e-6)
+
+
+@on_two
+def bad_piece_of_a_norm():
+    mesh = init_device_mesh("cpu", (2,))
+    grad = normal((6, 8))
+    grad[5, 7] = torch.nan
+    param = sharded(mesh, (ROWS,), torch.ones(6, 8), grad)
+    optimizer = sinkgd.SRON([("w", param)], nonfinite="skip", momentum=0.9)
+    optimizer.step()
+    kept = optimizer.state[param]["momentum_buffer"].full_tensor()
+    return bool((param.detach().full_tensor() == 1).all()), bool(kept.eq(0).all())
+
+
+def test_a_bad_piece_holds_back_the_weight_and_the_average_on_every_rank(found):
+    assert found["bad_piece_of_a_norm"] == [(True, True)] * 2
 
 
 # What is refused ----------------------------------------------------------------------------------

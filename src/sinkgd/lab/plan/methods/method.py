@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+_FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 
 # What ranks tell each other about the matrices of which they hold pieces.
@@ -25,6 +26,8 @@ class Method:
     formula: str  # of the state
     source: str
     matrix: float = 0.0  # numbers that an entry of a matrix keeps
+    column: float = 0.0  # float32 that a column of a matrix keeps
+    wide: bool = False  # what an entry of a matrix keeps is float32, whatever the weight's
     rest: float = 2.0  # that an entry outside of the matrices keeps
     # Numbers for a whole matrix instead, from its shorter and its longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
@@ -52,7 +55,8 @@ class Method:
         """
         if self.low_rank is not None:
             return itemsize * self.low_rank(min(m, n), max(m, n), r)
-        return itemsize * self.matrix * m * n
+        size = max(itemsize, _FLOAT32) if self.wide else itemsize
+        return size * self.matrix * m * n + _FLOAT32 * self.column * n
 
 
 def eight_bit_bytes(entries: int) -> float:
