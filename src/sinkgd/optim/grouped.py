@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.optim.algorithms import ALGORITHMS
+from sinkgd.optim.algorithms import ALGORITHMS, NEEDS_ALL_GRADIENTS
+from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
+from sinkgd.optim.algorithms.resets import RESETS
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.algorithms.warm_start import COL_SCALE
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
@@ -116,8 +118,26 @@ class GroupedOptimizer(Optimizer):
 
         Args:
             params: Of the optimizer's; those without a gradient are left alone.
+
+        Raises:
+            TypeError: If a group needs all its gradients at once.
         """
+        self.check_one_by_one()
         self._update(self._slots({*params}), None, None)
+
+    def check_one_by_one(self) -> None:
+        """Refuse groups whose parameters cannot be updated one by one.
+
+        Raises:
+            TypeError: If a group needs all its gradients at once.
+        """
+        for index, group in enumerate(self.param_groups):
+            if group["algorithm"] in NEEDS_ALL_GRADIENTS:
+                raise TypeError(
+                    f"group {index} has algorithm={group['algorithm']!r}, whose step needs the "
+                    "norm of all gradients of the group, and here they come one by one; use "
+                    "algorithm='spam' or 'adamw' for it, or step without GradientRelease"
+                )
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -179,8 +199,9 @@ class GroupedOptimizer(Optimizer):
                 group.setdefault(option, value)  # one that the version that saved it did not have
             if "norms" in own:
                 group["norms"] = own["norms"]
-            if group.get("rounding_step") is not None:
-                group["rounding_step"] = group["rounding_step"].to(group["params"][0].device)
+            for option in ("rounding_step", NORM_HISTORY):
+                if group.get(option) is not None:
+                    group[option] = group[option].to(group["params"][0].device)
         self._restore_types(state_dict)
 
     def _restore_types(self, state_dict: dict[str, Any]) -> None:
@@ -188,9 +209,12 @@ class GroupedOptimizer(Optimizer):
         saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
         own_params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(saved_params, own_params, strict=True):
-            saved = state_dict["state"].get(i, {}).get(COL_SCALE)
-            if saved is not None:
-                self.state[param][COL_SCALE] = saved.to(param.device, copy=True)
+            saved = state_dict["state"].get(i, {})
+            if COL_SCALE in saved:
+                self.state[param][COL_SCALE] = saved[COL_SCALE].to(param.device, copy=True)
+            if RESETS in saved:
+                device = self.state[param]["step"].device
+                self.state[param][RESETS] = saved[RESETS].to(device, copy=True)
 
     def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
         """List what has a gradient: the number of the group, and its parameters of one device."""
