@@ -265,6 +265,9 @@ def walk(mesh, placements, shape=(10, 6), dtype=torch.float32, **options):
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
+# Something is cut, and the third step is the first after a reset.
+YOUNG = {"reset_interval": 2, "warmup_steps": 2, "theta": 2.0, "clip_delay": 1}
+
 WALKS = {
     "decay": {"algorithm": "sinkgd", "weight_decay": 0.5},
     "maximize": {"algorithm": "sinkgd", "maximize": True},
@@ -274,6 +277,12 @@ WALKS = {
     "transposed": {"algorithm": "sinkgd", "layout": "transposed"},
     "normalize": {"algorithm": "normalize"},
     "adamw": {"algorithm": "adamw", "weight_decay": 0.1},
+    "tempered": {"algorithm": "tempered", "weight_decay": 0.1},
+    "tempered split": {"algorithm": "tempered", "split": (3, 1, 6)},
+    "tempered transposed": {"algorithm": "tempered", "layout": "transposed"},
+    "tempered at once": {"algorithm": "tempered", "n_iter": 0},
+    "spam": {"algorithm": "spam", "weight_decay": 0.1, **YOUNG},
+    "adamw-spam": {"algorithm": "adamw-spam", "weight_decay": 0.1, **YOUNG},
 }
 
 

@@ -24,7 +24,7 @@ def check_pieces(name: str, param: DTensor, group: Group) -> None:
         place = place_of(param, row_dims, col_dims)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
-    if group["warm_start"] and place.row_groups:
+    if group.get("warm_start") and place.row_groups:
         raise ValueError(
             f"warm_start=True keeps the scales of whole rows, and those of {name!r} are sharded "
             f"({param.placements}); leave it off for this group"
