@@ -54,11 +54,7 @@ RECIPES = {
         sinkgd.param_groups(model, lr=0.02), sinkhorn_iterations=2, warm_start=True
     ),
     "tempered": lambda model: sinkgd.TemperedSinkGD(model.named_parameters(), lr=0.5),
-    # They reset in the tenth step, and are in the warm-up after it when they are saved.
-    "spam": lambda model: sinkgd.SPAM(
-        model.named_parameters(), lr=0.01, reset_interval=9, warmup_steps=6, clip_delay=3, theta=50
-    ),
-    # All norms of the last two steps are below the mean of those before, so z is that of a rise.
+    # It resets in the tenth step, and is in the warm-up after it when it is saved.
     "adamw-spam": lambda model: sinkgd.AdamWSPAM(
         model.named_parameters(), lr=0.01, reset_interval=9, warmup_steps=6, norm_window=10
     ),

@@ -127,8 +127,8 @@ def state_bytes(
             total += method.state_bytes(m, n, itemsize, min(rank, *weight.shape)) / ranks
         else:
             total += method.rest * itemsize * prod(weight.piece)
-        if method.name == "adamw" or (method.rest and not weight.is_matrix):
-            total += _FLOAT32  # the number of the step
+        # The number of the step, and what else is counted.
+        total += _FLOAT32 * (method.counts or bool(method.rest and not weight.is_matrix))
     return round(total)
 
 
@@ -152,6 +152,8 @@ def update_scratch(
         lengths = [w.piece[0] + w.piece[1] for w in matrices]
         each = _SHARDED_SCALE if grid.dp_shard * grid.tp > 1 else _FLOAT32
         return each * (max(lengths) if one_by_one else sum(lengths))
+    if method.exchange == "nothing":  # each works on its piece, of whatever is not a matrix, too
+        return round(method.scratch * max(prod(w.piece) for w in weights) * _FLOAT32)
     # They work on whole matrices, wherever the pieces lie.
     largest = max(w.count for w in matrices) * _FLOAT32
     batch = batch_bytes // MATRICES_IN_USE if method.name == "swan" else 0

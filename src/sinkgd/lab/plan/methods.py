@@ -32,6 +32,7 @@ class Method:
     rest: float = 2.0  # that an entry outside of the matrices keeps
     # Numbers for a whole matrix instead, from its shorter and its longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
+    counts: int = 0  # float32 numbers that each parameter keeps, matrices among them
     eight_bit: bool = False  # both moments in 8 bits, of all entries
     can_release: bool = False  # in `sinkgd.lab.train.recipes`, or as published
     exchange: Exchange = "nothing"
@@ -106,6 +107,29 @@ _TABLE = (
         "2 an entry",
         "torch.optim.AdamW; https://arxiv.org/abs/1711.05101",
         matrix=2.0,
+        counts=1,
+    ),
+    Method(
+        "adamw-spam",
+        "AdamWSPAM",
+        "3 an entry",
+        "sinkgd.AdamWSPAM; torch.optim.AdamW with amsgrad=True",
+        matrix=3.0,
+        rest=3.0,
+        counts=2,  # steps and resets
+        passes=12,  # AMSGrad's 9, the norm's 1, the clipped copy's 2
+        scratch=1.0,
+    ),
+    Method(
+        "spam",
+        "SPAM",
+        "2 an entry",
+        "Huang et al. 2025, https://arxiv.org/abs/2501.06842",
+        matrix=2.0,
+        counts=2,
+        can_release=True,
+        passes=20,  # AdamW's 7; what is cut: sinkgd.optim.algorithms.resets.cut_spikes
+        scratch=3.0,  # the limit, its negative and the cut gradient
     ),
     Method(
         "adamw-8bit",
