@@ -271,6 +271,9 @@ def walk(mesh, placements, shape=(10, 6), dtype=torch.float32, **options):
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
+# Something is cut, and the third step is the first after a reset.
+YOUNG = {"reset_interval": 2, "warmup_steps": 2, "theta": 2.0, "clip_delay": 1}
+
 WALKS = {
     "decay": {"algorithm": "sinkgd", "weight_decay": 0.5},
     "maximize": {"algorithm": "sinkgd", "maximize": True},
@@ -280,6 +283,12 @@ WALKS = {
     "transposed": {"algorithm": "sinkgd", "layout": "transposed"},
     "normalize": {"algorithm": "normalize"},
     "adamw": {"algorithm": "adamw", "weight_decay": 0.1},
+    "tempered": {"algorithm": "tempered", "weight_decay": 0.1},
+    "tempered split": {"algorithm": "tempered", "split": (3, 1, 6)},
+    "tempered transposed": {"algorithm": "tempered", "layout": "transposed"},
+    "tempered at once": {"algorithm": "tempered", "n_iter": 0},
+    "spam": {"algorithm": "spam", "weight_decay": 0.1, **YOUNG},
+    "adamw-spam": {"algorithm": "adamw-spam", "weight_decay": 0.1, **YOUNG},
 }
 
 
@@ -307,6 +316,36 @@ def test_options_mean_what_they_mean_to_one_process(found, how, name):
     expected = walk(None, None, **WALKS[name])
     for walked in found[f"walks_by_{how}"]:
         assert_close(walked[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def spiking_walk(mesh, placements, spike_z):
+    """Let the norm spike in the last but one of 14 steps; return the parameter and its norms."""
+    whole = normal((10, 6))
+    param = nn.Parameter(whole if mesh is None else distributed(whole, mesh, placements))
+    optimizer = sinkgd.AdamWSPAM([("w", param)], lr=0.125, spike_z=spike_z)
+    for step in range(14):
+        grad = normal((10, 6), 10 + step) * (10 if step == 12 else 1)
+        param.grad = grad if mesh is None else distributed(grad, mesh, placements)
+        optimizer.step()
+    found = param.detach()
+    norms = optimizer.param_groups[0]["norm_history"]
+    return found.full_tensor() if isinstance(found, DTensor) else found, norms
+
+
+@on_two
+def spikes():
+    mesh = init_device_mesh("cpu", (2,))
+    return [spiking_walk(mesh, placements, 3.0) for placements in ((ROWS,), (COLS,), (ALL,))]
+
+
+def test_ranks_agree_on_the_norm_of_all_pieces_and_on_its_spikes(found):
+    expected, norms = spiking_walk(None, None, 3.0)
+    unmoved, _ = spiking_walk(None, None, torch.inf)
+    assert not torch.allclose(expected, unmoved, rtol=1e-3, atol=1e-3)
+    for walks in found["spikes"]:
+        for param, own_norms in walks:
+            assert_close(param, expected, rtol=1e-5, atol=1e-6)
+            assert_close(own_norms, norms, rtol=1e-6, atol=0, equal_nan=True)
 
 
 @on_two

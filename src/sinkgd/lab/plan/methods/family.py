@@ -71,4 +71,30 @@ FAMILY = (
         scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
         flops=_whitening,
     ),
+    Method(
+        "spam",
+        "SPAM",
+        "2 an entry",
+        "Huang et al. 2025, https://arxiv.org/abs/2501.06842",
+        matrix=2.0,
+        counted="all",
+        counts=2,  # steps and resets
+        everywhere=True,
+        can_release=True,
+        passes=20,  # AdamW's 7; what is cut: sinkgd.optim.algorithms.resets.cut_spikes
+        scratch=3.0,  # the limit, its negative and the cut gradient
+    ),
+    Method(
+        "adamw-spam",
+        "AdamWSPAM",
+        "3 an entry",
+        "sinkgd.AdamWSPAM; torch.optim.AdamW with amsgrad=True",
+        matrix=3.0,
+        rest=3.0,
+        counted="all",
+        counts=2,
+        everywhere=True,
+        passes=12,  # AMSGrad's 9, the norm's 1, the clipped copy's 2
+        scratch=1.0,
+    ),
 )

@@ -34,7 +34,8 @@ class Method:
     # Numbers for a whole embedding or head instead, from its shorter and its longer side.
     table: Callable[[int, int], float] | None = None
     scalars: int = 0  # numbers of every parameter besides
-    counted: Literal["all", "rest", "none"] = "rest"  # what has the number of its step, in float32
+    counted: Literal["all", "rest", "none"] = "rest"  # which parameters count steps
+    counts: int = 1  # float32 that each of them counts with
     eight_bit: bool = False  # both moments in 8 bits, of all entries
     can_release: bool = False  # in `sinkgd.lab.train.recipes`, or as published
     exchange: Exchange = "nothing"
