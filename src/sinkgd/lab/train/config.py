@@ -100,7 +100,7 @@ class OptimizerConfig:
     projection_scale: float | None = None
     """Factor of a projected update (GaLore, Fira); APOLLO takes its square root."""
     reset_every_steps: int | None = None
-    """Steps between resets of Adam's means (Stable-SPAM), a count."""
+    """Steps between resets of Adam's means (SPAM, Stable-SPAM), a count."""
     rounding: Rounding | None = None
     """Rounding of updates of bfloat16 weights that have no state: nearest or stochastic."""
     clip_norm: float | None = None
