@@ -52,6 +52,9 @@ COMMON = [
     {"nonfinite": "skip"},
 ]
 
+# Resets, warm-ups and cut spikes within the few steps of a test.
+YOUNG = {"reset_interval": 6, "warmup_steps": 2, "theta": 2.0, "clip_delay": 1}
+
 OPTIMIZERS = [
     Case("SinkGD", sinkgd.SinkGD, [*COMMON, {"sinkhorn_iterations": 1}], takes_vectors=True),
     Case("SinkGD-eager", lambda p, **o: sinkgd.SinkGD(p, backend="eager", **o), COMMON, True),
@@ -112,5 +115,19 @@ OPTIMIZERS = [
         [*COMMON, {"tau": 0.5}, {"n_iter": 2}, {"n_iter": 0}, {"eps": 1e-3}],
         takes_vectors=True,
         keeps_size=True,
+    ),
+    Case(
+        "SPAM",
+        sinkgd.SPAM,
+        [*COMMON, {"betas": (0.8, 0.9)}, YOUNG, {"theta": None}],
+        takes_vectors=True,
+        has_state=True,
+    ),
+    Case(
+        "AdamWSPAM",
+        sinkgd.AdamWSPAM,
+        [*COMMON, {"max_norm": 0.1}, {**YOUNG, "theta": 50.0}, {"norm_window": 10, "spike_z": 0.5}],
+        takes_vectors=True,
+        has_state=True,
     ),
 ]

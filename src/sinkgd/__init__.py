@@ -8,6 +8,7 @@ from sinkgd.norms import Norm as Norm
 from sinkgd.norms import RowNorm as RowNorm
 from sinkgd.norms import SignNorm as SignNorm
 from sinkgd.norms import SpectralNorm as SpectralNorm
+from sinkgd.optim.adamw_spam import AdamWSPAM as AdamWSPAM
 from sinkgd.optim.mngd import MNGD as MNGD
 from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientError
 from sinkgd.optim.partition import describe_param_groups as describe_param_groups
@@ -16,6 +17,7 @@ from sinkgd.optim.release import GradientRelease as GradientRelease
 from sinkgd.optim.scale import SCALE as SCALE
 from sinkgd.optim.scale import scale_groups as scale_groups
 from sinkgd.optim.sinkgd import SinkGD as SinkGD
+from sinkgd.optim.spam import SPAM as SPAM
 from sinkgd.optim.sron import SRON as SRON
 from sinkgd.optim.swan import SWAN as SWAN
 from sinkgd.optim.tempered import TemperedSinkGD as TemperedSinkGD

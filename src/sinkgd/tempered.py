@@ -11,6 +11,8 @@ Shapes, everywhere in this file:
 """
 
 import math
+from collections.abc import Generator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,16 +58,43 @@ def temper(
                 [-1.9613,  6.1504]])
     """
     check_tempering(tau, num_iters, eps)
+    steps = tempering(grad, tau, num_iters, eps=eps)
+    try:
+        sums = next(steps)
+        while True:
+            sums = steps.send(sums.numbers)
+    except StopIteration as end:
+        update: Tensor = end.value
+        return update.to(grad.dtype)
+
+
+class Sums(NamedTuple):
+    """Sums over what is at hand of a matrix or vector, which may be a piece of it."""
+
+    numbers: Tensor
+    over: Literal["row", "column", "all"]  # what they are the sums of, entry by entry
+
+
+def tempering(
+    grad: Tensor, tau: float, num_iters: int, *, eps: float
+) -> Generator[Sums, Tensor, Tensor]:
+    """Temper a gradient, or a piece of one: the definition of `temper`, which asks for its sums.
+
+    Yields:
+        Sums over the piece, `Sums`; to be sent back as those over the whole.
+
+    Returns:
+        The update of the piece, in float32 or float64.
+    """
     v = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if num_iters == 0:
-        update = v / (_mean(v.abs()) + eps)
-    elif v.ndim >= 2:
-        update = _temper_matrices(v, tau, num_iters, eps)
-    elif v.ndim == 1:
-        update = torch.tanh(v / v.abs().sum().clamp(min=eps) / tau)
-    else:
-        update = torch.tanh(v / tau)
-    return update.to(grad.dtype)
+        return v / ((yield from _mean_size(v)) + eps)
+    if v.ndim >= 2:
+        return (yield from _temper_matrices(v, tau, num_iters, eps))
+    if v.ndim == 1:
+        total = yield Sums(v.abs().sum(), "all")
+        return torch.tanh(v / total.clamp(min=eps) / tau)
+    return torch.tanh(v / tau)
 
 
 def check_tempering(tau: float, num_iters: int, eps: float) -> None:
@@ -82,19 +111,34 @@ def check_tempering(tau: float, num_iters: int, eps: float) -> None:
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
 
 
-def _temper_matrices(grad: Tensor, tau: float, num_iters: int, eps: float) -> Tensor:
+def _temper_matrices(
+    grad: Tensor, tau: float, num_iters: int, eps: float
+) -> Generator[Sums, Tensor, Tensor]:
     v = grad
     for _ in range(num_iters):
-        v = v / v.abs().sum(-1, keepdim=True).clamp_(min=eps)
-        v /= v.abs().sum(-2, keepdim=True).clamp_(min=eps)
+        row_sums = yield Sums(v.abs().sum(-1, keepdim=True), "row")
+        v = v / row_sums.clamp(min=eps)
+        column_sums = yield Sums(v.abs().sum(-2, keepdim=True), "column")
+        v /= column_sums.clamp(min=eps)
         v = (v / tau).tanh_()
-    # A tanh is at most 1, so its squares are in range; those of the gradient may not be.
-    size = _mean(v.square()).sqrt()
-    peak = grad.abs().amax((-2, -1), keepdim=True)
-    own = peak * _mean((grad / torch.where(peak == 0, 1, peak)).square()).sqrt()
-    return v.mul_(own / torch.where(size == 0, 1, size))
+    squares = yield Sums(torch.stack([_squares(grad), _squares(v)]), "all")
+    own, now = squares.unbind()
+    return v.mul_((own / torch.where(now == 0, 1, now)).sqrt().to(v.dtype))
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Return the mean of each matrix, or of a vector."""
-    return x.mean((-2, -1), keepdim=True) if x.ndim >= 2 else x.mean()
+def _squares(x: Tensor) -> Tensor:
+    """Return the sum of squares of each matrix, float64 ``(..., 1, 1)``."""
+    if x.numel() == 0:
+        return x.new_zeros((*x.shape[:-2], 1, 1), dtype=torch.float64)
+    # Those of a gradient in float32 may be out of its range.
+    peak = x.abs().amax((-2, -1), keepdim=True)
+    squares = (x / torch.where(peak == 0, 1, peak)).square().sum((-2, -1), keepdim=True)
+    return squares.double() * peak.double().square()
+
+
+def _mean_size(v: Tensor) -> Generator[Sums, Tensor, Tensor]:
+    """Return the mean size of the entries of each matrix, or of a vector."""
+    sizes = v.abs().sum((-2, -1), keepdim=True) if v.ndim >= 2 else v.abs().sum()
+    count = v.shape[-2:].numel() if v.ndim >= 2 else v.numel()
+    sums = yield Sums(torch.stack([sizes, torch.full_like(sizes, count)]), "all")
+    return sums[0] / sums[1]

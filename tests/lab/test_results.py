@@ -10,6 +10,7 @@ import pytest
 from sinkgd.lab.results import (
     Evaluation,
     Memory,
+    ModelStatistics,
     ResultsError,
     ResultsWriter,
     Resume,
@@ -37,6 +38,10 @@ def step(number: int, loss: float = 1.0) -> TrainStep:
     return TrainStep(number, 4 * number, float(number), loss, 0.1, 1.0, 1.0, 0.5)
 
 
+def statistics(number: int) -> ModelStatistics:
+    return ModelStatistics(number, {"attention_entropy/mean": 0.5 * number})
+
+
 def evaluation(number: int) -> Evaluation:
     return Evaluation(number, 4 * number, float(number), 1.0, math.e, 0.5, 16)
 
@@ -53,9 +58,9 @@ def write(path, *records):
 
 
 def test_what_was_written_is_read_back(path):
-    write(path, START, step(1), step(2), evaluation(2), END)
+    write(path, START, step(1), step(2), evaluation(2), statistics(2), END)
     run = Run.read(path)
-    assert run == Run(path, START, [step(1), step(2)], [evaluation(2)], END)
+    assert run == Run(path, START, [step(1), step(2)], [evaluation(2)], END, [statistics(2)])
     assert run.finished
 
 
@@ -117,11 +122,13 @@ def test_a_file_that_is_one_unfinished_line_is_begun_anew(path):
 
 def test_a_resume_makes_the_later_records_void(path):
     interrupted = RunEnd("interrupted", 3, 12, 3.0, 3.0, Memory(1, 2, 3, 4))
-    write(path, START, step(1), evaluation(1), step(2), step(3), evaluation(3), interrupted)
+    write(path, START, step(1), evaluation(1), statistics(1), step(2), step(3), evaluation(3))
+    write(path, statistics(3), interrupted)
     write(path, Resume(1), step(2, loss=0.5))
     run = Run.read(path)
     assert run.steps == [step(1), step(2, loss=0.5)]
     assert run.evaluations == [evaluation(1)]
+    assert run.statistics == [statistics(1)]
     assert run.end is None
 
 

@@ -248,3 +248,44 @@ def test_the_table_shows_every_parameter_once_with_its_reason():
     assert lines["c.weight"].endswith("output head")
     optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
     assert sinkgd.describe_param_groups(model, optimizer.param_groups) == table
+
+
+def test_a_width_divides_the_learning_rate_of_hidden_matrices_by_their_inputs():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+            self.kernel = nn.Conv2d(4, 6, 3)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 8)
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    groups = sinkgd.param_groups(Net(), 0.02, 0.05, base_width=16, overrides={"1.up": {"lr": 7.0}})
+    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    assert rates["blocks.0.up.weight"] == pytest.approx(0.001 * 16 / 8)
+    assert rates["blocks.0.down.weight"] == pytest.approx(0.001 * 16 / 32)
+    assert rates["blocks.0.kernel.weight"] == pytest.approx(0.001 * 16 / 36)
+    assert rates["blocks.1.up.weight"] == 7.0
+    assert rates["table.weight"] == rates["blocks.0.up.bias"] == 0.02
+
+
+def test_a_width_counts_the_inputs_of_a_transposed_linear():
+    class Conv1D(nn.Module):  # as in transformers: (in, out)
+        def __init__(self, out, inputs):
+            super().__init__()
+            self.nf, self.weight = out, nn.Parameter(torch.zeros(inputs, out))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(Conv1D(5, 8), Conv1D(8, 5)) for _ in range(2))
+    groups = sinkgd.param_groups(model, 1.0, 1.0, base_width=8)
+    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    assert rates["blocks.0.0.weight"] == pytest.approx(1.0)
+    assert rates["blocks.0.1.weight"] == pytest.approx(8 / 5)
+
+
+def test_a_width_below_one_is_refused():
+    with pytest.raises(ValueError, match="base_width must be at least 1, got 0"):
+        sinkgd.param_groups(nn.Linear(2, 2), base_width=0)

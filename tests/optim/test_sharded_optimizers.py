@@ -11,7 +11,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing import assert_close
 
 import sinkgd
-from reference import square_root_sinkhorn
+from reference import (
+    column_projection,
+    frobenius_projection,
+    row_projection,
+    sign_projection,
+    square_root_sinkhorn,
+)
 from spawn import on_ranks
 from test_sharded import Messages, distributed, expected_update, normal, sharded
 
@@ -265,6 +271,9 @@ def walk(mesh, placements, shape=(10, 6), dtype=torch.float32, **options):
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
+# Something is cut, and the third step is the first after a reset.
+YOUNG = {"reset_interval": 2, "warmup_steps": 2, "theta": 2.0, "clip_delay": 1}
+
 WALKS = {
     "decay": {"algorithm": "sinkgd", "weight_decay": 0.5},
     "maximize": {"algorithm": "sinkgd", "maximize": True},
@@ -274,6 +283,12 @@ WALKS = {
     "transposed": {"algorithm": "sinkgd", "layout": "transposed"},
     "normalize": {"algorithm": "normalize"},
     "adamw": {"algorithm": "adamw", "weight_decay": 0.1},
+    "tempered": {"algorithm": "tempered", "weight_decay": 0.1},
+    "tempered split": {"algorithm": "tempered", "split": (3, 1, 6)},
+    "tempered transposed": {"algorithm": "tempered", "layout": "transposed"},
+    "tempered at once": {"algorithm": "tempered", "n_iter": 0},
+    "spam": {"algorithm": "spam", "weight_decay": 0.1, **YOUNG},
+    "adamw-spam": {"algorithm": "adamw-spam", "weight_decay": 0.1, **YOUNG},
 }
 
 
@@ -301,6 +316,36 @@ def test_options_mean_what_they_mean_to_one_process(found, how, name):
     expected = walk(None, None, **WALKS[name])
     for walked in found[f"walks_by_{how}"]:
         assert_close(walked[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def spiking_walk(mesh, placements, spike_z):
+    """Let the norm spike in the last but one of 14 steps; return the parameter and its norms."""
+    whole = normal((10, 6))
+    param = nn.Parameter(whole if mesh is None else distributed(whole, mesh, placements))
+    optimizer = sinkgd.AdamWSPAM([("w", param)], lr=0.125, spike_z=spike_z)
+    for step in range(14):
+        grad = normal((10, 6), 10 + step) * (10 if step == 12 else 1)
+        param.grad = grad if mesh is None else distributed(grad, mesh, placements)
+        optimizer.step()
+    found = param.detach()
+    norms = optimizer.param_groups[0]["norm_history"]
+    return found.full_tensor() if isinstance(found, DTensor) else found, norms
+
+
+@on_two
+def spikes():
+    mesh = init_device_mesh("cpu", (2,))
+    return [spiking_walk(mesh, placements, 3.0) for placements in ((ROWS,), (COLS,), (ALL,))]
+
+
+def test_ranks_agree_on_the_norm_of_all_pieces_and_on_its_spikes(found):
+    expected, norms = spiking_walk(None, None, 3.0)
+    unmoved, _ = spiking_walk(None, None, torch.inf)
+    assert not torch.allclose(expected, unmoved, rtol=1e-3, atol=1e-3)
+    for walks in found["spikes"]:
+        for param, own_norms in walks:
+            assert_close(param, expected, rtol=1e-5, atol=1e-6)
+            assert_close(own_norms, norms, rtol=1e-6, atol=0, equal_nan=True)
 
 
 @on_two
@@ -360,6 +405,123 @@ def test_adamw_is_held_back_on_every_rank(found):
         assert stayed
         assert skipped == {"table": 1}
         assert messages == {0: 1}
+
+
+# Several norms ------------------------------------------------------------------------------------
+
+PROJECTIONS = {
+    "row": (sinkgd.RowNorm(), row_projection),
+    "column": (sinkgd.ColumnNorm(), column_projection),
+    "frobenius": (sinkgd.FrobeniusNorm(), frobenius_projection),
+    "sign": (sinkgd.SignNorm(), sign_projection),
+}
+TURNS = ["row", "column", "frobenius", "sign", "row column", "sign row", "column frobenius"]
+# Messages over rows and over columns, of two rounds, and one that tells what is not finite.
+TURN_MESSAGES = {
+    "row": (1, 3),
+    "column": (3, 1),
+    "frobenius": (3, 3),
+    "sign": (1, 1),
+    "row column": (3, 3),
+    "sign row": (1, 3),
+    "column frobenius": (5, 3),
+}
+
+
+def updates_of_turns(mesh, placements):
+    found = {}
+    for turns in TURNS:
+        norms = [PROJECTIONS[name][0] for name in turns.split()]
+        for name in ("tiny", "huge", "holes", "half", "zero", "bfloat16"):
+            grad = odd_gradients()[name]
+            param = sharded(mesh, placements, torch.zeros_like(grad), grad)
+            with Messages() as messages:
+                sinkgd.MNGD([param], 0.125, norms, 2).step()
+            update = -param.detach().full_tensor() / 0.125
+            found[turns, name] = update, [name for name, _ in messages.counts.elements()]
+    return found
+
+
+@on_two
+def turns_by_rows():
+    return updates_of_turns(init_device_mesh("cpu", (2,)), (ROWS,))
+
+
+@on_two
+def turns_by_columns():
+    return updates_of_turns(init_device_mesh("cpu", (2,)), (COLS,))
+
+
+@on_four
+def turns_by_both():
+    return updates_of_turns(init_device_mesh("cpu", (2, 2)), (ROWS, COLS))
+
+
+@pytest.mark.parametrize("how", ["rows", "columns", "both"])
+@pytest.mark.parametrize("turns", TURNS)
+def test_norms_that_scale_take_their_turns_in_pieces(found, how, turns):
+    over_rows, over_columns = TURN_MESSAGES[turns]
+    told = {"rows": over_rows, "columns": over_columns, "both": over_rows + over_columns}
+    for updates in found[f"turns_by_{how}"]:
+        for (own, name), (update, messages) in updates.items():
+            if own != turns:
+                continue
+            expected = odd_gradients()[name]
+            for projection in turns.split() * 2:
+                expected = PROJECTIONS[projection][1](expected)
+            tolerance = {"rtol": 2**-8, "atol": 0} if name == "bfloat16" else FLOAT32
+            assert_close(update.double(), expected.double(), **tolerance)
+            assert len(messages) == told[how]
+            assert all("allreduce_" in message for message in messages)
+
+
+def scale_walk(lying):
+    """Three steps of SCALE: a hidden matrix, a table, and a head with momentum."""
+    params = [nn.Parameter(lying(normal(shape, 9))) for shape in ((8, 6), (11, 6), (11, 6))]
+    groups = [
+        {"params": [("hidden", params[0])]},
+        {"params": [("table", params[1])], "layout": "transposed"},
+        {"params": [("head", params[2])], "momentum": 0.9},
+    ]
+    optimizer = sinkgd.SCALE(groups, lr=0.125)
+    for step in range(3):
+        for i, param in enumerate(params):
+            param.grad = lying(normal(param.shape, 3 * step + i))
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@on_two
+def scale_by_rows_and_columns():
+    mesh = init_device_mesh("cpu", (2,))
+    return [
+        [param.full_tensor() for param in scale_walk(lambda x, p=p: distributed(x, mesh, (p,)))]
+        for p in (ROWS, COLS)
+    ]
+
+
+def test_scale_takes_the_steps_of_one_process(found):
+    expected = scale_walk(lambda whole: whole)
+    for ways in found["scale_by_rows_and_columns"]:
+        for walked in ways:
+            for weight, whole in zip(walked, expected, strict=True):
+                assert_close(weight, whole, rtol=1e-5, atol=1e-6)
+
+
+@on_two
+def bad_piece_of_a_norm():
+    mesh = init_device_mesh("cpu", (2,))
+    grad = normal((6, 8))
+    grad[5, 7] = torch.nan
+    param = sharded(mesh, (ROWS,), torch.ones(6, 8), grad)
+    optimizer = sinkgd.SRON([("w", param)], nonfinite="skip", momentum=0.9)
+    optimizer.step()
+    kept = optimizer.state[param]["momentum_buffer"].full_tensor()
+    return bool((param.detach().full_tensor() == 1).all()), bool(kept.eq(0).all())
+
+
+def test_a_bad_piece_holds_back_the_weight_and_the_average_on_every_rank(found):
+    assert found["bad_piece_of_a_norm"] == [(True, True)] * 2
 
 
 # What is refused ----------------------------------------------------------------------------------

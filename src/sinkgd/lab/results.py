@@ -1,9 +1,10 @@
 """What a run writes and a page reads: plain records in an append-only JSONL file.
 
 One run is one file. Its first line is a `RunStart`; then come a `TrainStep` for every optimizer
-step, an `Evaluation` now and then, a `Resume` whenever the run went on from a checkpoint, and one
-`RunEnd`. A line is written whole or not at all: one that a killed process left unfinished is cut
-off when the file is next opened for writing, and passed over when it is read.
+step, an `Evaluation` now and then, followed by the `ModelStatistics` of a model that has some, a
+`Resume` whenever the run went on from a checkpoint, and one `RunEnd`. A line is written whole or
+not at all: one that a killed process left unfinished is cut off when the file is next opened for
+writing, and passed over when it is read.
 
 Units are in the names. ``tokens`` and ``seconds`` count training alone, from the run's first step:
 evaluation, checkpoints and start-up are in ``wall_seconds`` only.
@@ -69,6 +70,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ModelStatistics:
+    """Figures of the model's inner workings on held-out text, after ``step`` steps."""
+
+    kind: ClassVar[str] = "statistics"
+    step: int
+    values: dict[str, float]  # by names of the model's own, e.g. "attention_entropy/mean", nats
+
+
+@dataclass(frozen=True)
 class Resume:
     """The run went on from the checkpoint after ``step``; later records from before are void."""
 
@@ -105,9 +115,10 @@ class RunEnd:
     message: str = ""  # the reason, where status is "failed"
 
 
-Record = RunStart | TrainStep | Evaluation | Resume | RunEnd
+Record = RunStart | TrainStep | Evaluation | ModelStatistics | Resume | RunEnd
 _KINDS: dict[str, type[Any]] = {
-    record.kind: record for record in (RunStart, TrainStep, Evaluation, Resume, RunEnd)
+    record.kind: record
+    for record in (RunStart, TrainStep, Evaluation, ModelStatistics, Resume, RunEnd)
 }
 
 
@@ -120,6 +131,7 @@ class Run:
     steps: list[TrainStep] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     end: RunEnd | None = None
+    statistics: list[ModelStatistics] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -147,11 +159,14 @@ class Run:
                 self.steps.append(record)
             case Evaluation():
                 self.evaluations.append(record)
+            case ModelStatistics():
+                self.statistics.append(record)
             case RunEnd():
                 self.end = record
             case Resume(step):
                 self.steps = [row for row in self.steps if row.step <= step]
                 self.evaluations = [row for row in self.evaluations if row.step <= step]
+                self.statistics = [row for row in self.statistics if row.step <= step]
                 self.end = None
             case RunStart():
                 raise ResultsError(f"{self.path} holds two start records; one run is one file")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.optim.algorithms import ALGORITHMS, FORMS
+from sinkgd.optim.algorithms import ALGORITHMS, FORMS, NEEDS_ALL_GRADIENTS
+from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
@@ -20,6 +21,9 @@ from sinkgd.optim.routing_check import check_same_routing
 
 # What every group has, whatever its algorithm.
 _COMMON = {"lr", "weight_decay", "maximize", "nonfinite"}
+
+# State that torch's AdamW works on: where and in which type is its business.
+_TORCHS_OWN = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 class GroupedOptimizer(Optimizer):
@@ -117,8 +121,26 @@ class GroupedOptimizer(Optimizer):
 
         Args:
             params: Of the optimizer's; those without a gradient are left alone.
+
+        Raises:
+            TypeError: If a group needs all its gradients at once.
         """
+        self.check_one_by_one()
         self._update(self._slots({*params}), None, None)
+
+    def check_one_by_one(self) -> None:
+        """Refuse groups whose parameters cannot be updated one by one.
+
+        Raises:
+            TypeError: If a group needs all its gradients at once.
+        """
+        for index, group in enumerate(self.param_groups):
+            if group["algorithm"] in NEEDS_ALL_GRADIENTS:
+                raise TypeError(
+                    f"group {index} has algorithm={group['algorithm']!r}, whose step needs the "
+                    "norm of all gradients of the group, and here they come one by one; use "
+                    "algorithm='spam' or 'adamw' for it, or step without GradientRelease"
+                )
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -180,25 +202,20 @@ class GroupedOptimizer(Optimizer):
                 group.setdefault(option, value)  # one that the version that saved it did not have
             if "norms" in own:
                 group["norms"] = own["norms"]
-            if group.get("rounding_step") is not None:
-                group["rounding_step"] = group["rounding_step"].to(group["params"][0].device)
+            for option in ("rounding_step", NORM_HISTORY):
+                if group.get(option) is not None:
+                    group[option] = group[option].to(group["params"][0].device)
         self._restore_types(state_dict)
 
     def _restore_types(self, state_dict: dict[str, Any]) -> None:
-        """Bring our own state to the type it was saved in; torch casts it to the parameter's.
-
-        AdamW's stays cast, for its arithmetic is torch's.
-        """
+        """Bring our own state to the type it was saved in; torch casts it to the parameter's."""
         saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own_params = [
-            (group["algorithm"], param) for group in self.param_groups for param in group["params"]
-        ]
-        for i, (algorithm, param) in zip(saved_params, own_params, strict=True):
-            if algorithm == "adamw":
-                continue
+        own_params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(saved_params, own_params, strict=True):
+            own = self.state[param]
             for key, saved in state_dict["state"].get(i, {}).items():
-                if isinstance(saved, Tensor) and saved.dtype != self.state[param][key].dtype:
-                    self.state[param][key] = saved.to(param.device, copy=True)
+                if key not in _TORCHS_OWN and isinstance(saved, Tensor):
+                    own[key] = saved.to(own.get("step", param).device, copy=True)
 
     def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
         """List what has a gradient: the number of the group, and its parameters of one device."""

@@ -30,15 +30,16 @@ class GradientRelease:
     mesh every bucket costs its own messages; larger buckets need fewer.
 
     Args:
-        optimizer: `SinkGD`, `SWAN` or `MNGD`.
+        optimizer: One of this package; not one with groups of ``"adamw-spam"``, whose step needs
+            the norm of all gradients.
         bucket_bytes: Gradients wait until there are so many bytes of them, on this rank, and are
             then taken together. 0 waits for none.
         averaged: Whether gradients of plain tensors are the same on all ranks when backward has
             made them, as under tensor parallelism. DistributedDataParallel averages them later.
 
     Raises:
-        TypeError: If ``optimizer`` is none of ours, or holds plain tensors on several ranks and
-            ``averaged`` is False.
+        TypeError: If ``optimizer`` is none of ours, needs all gradients at once, or holds plain
+            tensors on several ranks and ``averaged`` is False.
 
     Example:
         >>> import torch, sinkgd
@@ -64,6 +65,7 @@ class GradientRelease:
             )
         if bucket_bytes < 0:
             raise ValueError(f"bucket_bytes must be at least 0, got {bucket_bytes}")
+        optimizer.check_one_by_one()
         named = optimizer.named_parameters()
         names = {param: name for name, param in named if param.requires_grad}
         if _ranks() > 1 and not averaged:

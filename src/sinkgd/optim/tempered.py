@@ -18,11 +18,13 @@ class TemperedSinkGD(GroupedOptimizer):
     with T of `sinkgd.temper`. It is not the paper's method: sums of absolute values take the place
     of lengths, and the step stays proportional to the gradient, so that clipping and the scale of
     the loss matter as they do to SGD. ``state`` stays empty; two matrices of scratch are needed
-    for the largest matrix.
+    for the largest matrix. Of parameters in pieces ranks tell each other sums, two vectors an
+    iteration and two numbers for each matrix, all in one message; each needs a float32 copy of all
+    its pieces then.
 
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape. Matrices are taken
-            as such, vectors and scalars as `sinkgd.temper` says.
+            as such, vectors and scalars as `sinkgd.temper` says; whole or sharded.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
             of one element.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
@@ -37,7 +39,7 @@ class TemperedSinkGD(GroupedOptimizer):
 
     Raises:
         ValueError: If an option is out of range; the message names it.
-        TypeError: If a parameter is not real and floating, or sharded.
+        TypeError: If a parameter is not real and floating.
 
     Example:
         >>> import torch

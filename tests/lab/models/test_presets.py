@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
-from sinkgd.lab.models import PRESETS, ModelError, build_model, preset_config
+import sinkgd
+from sinkgd.lab.models import LLAMAS, PRESETS, ModelError, build_model, preset_config
 
 # millions of parameters, in all and in the blocks' matrices, as the benchmark reports them
 PUBLISHED = {
@@ -22,8 +22,10 @@ def meta_model(preset):
         return build_model(preset)
 
 
-def test_there_are_ten_presets():
-    assert len(PRESETS) == 10
+def test_there_are_eleven_llamas_and_two_of_each_other_kind():
+    assert len(LLAMAS) == 11
+    others = set(PRESETS) - set(LLAMAS)
+    assert others == {"gpt2-nano", "gpt2-124m", "lens-nano", "lens-121m"}
     assert preset_config("llama-10b").parameter_count == 9_976_549_376
 
 
@@ -38,12 +40,17 @@ def test_sizes_are_the_published_ones(preset):
 def test_the_formula_counts_what_the_model_has(preset):
     model, config = meta_model(preset), preset_config(preset)
     assert sum(p.numel() for p in model.parameters()) == config.parameter_count
-    blocks = model.get_submodule("model.layers")
-    linear = sum(layer.weight.numel() for layer in blocks.modules() if isinstance(layer, nn.Linear))
+    groups = [g for g in sinkgd.param_groups(model) if g["algorithm"] == "sinkgd"]
+    linear = sum(weight.numel() for group in groups for _, weight in group["params"])
     assert linear == config.linear_parameter_count
 
 
 @every_preset
+def test_every_preset_is_as_deep_as_it_says(preset):
+    assert len(meta_model(preset).blocks) == preset_config(preset).num_layers
+
+
+@pytest.mark.parametrize("preset", LLAMAS)
 def test_the_model_is_as_deep_and_wide_as_its_preset(preset):
     config, state = preset_config(preset), meta_model(preset).state_dict()
     assert state["lm_head.weight"].shape == (32_000, config.hidden_size)

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from sinkgd.lab.devices import DEVICES
-from sinkgd.lab.models import PRESETS, ModelError
+from sinkgd.lab.models import LLAMAS, ModelError
 from sinkgd.lab.plan import METHODS, Grid, find_architecture, find_device, find_method
 from sinkgd.lab.plan.weights import weights_of
 from sinkgd.lab.train.config import ConfigError
@@ -30,12 +30,18 @@ def written(tmp_path, family, **changes):
     return str(path)
 
 
-@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("model", LLAMAS)
 def test_a_preset_has_the_weights_of_its_formula(model):
     weights = weights_of(find_architecture(model))
-    assert sum(w.count for w in weights) == PRESETS[model].parameter_count
+    assert sum(w.count for w in weights) == LLAMAS[model].parameter_count
     matrices = sum(w.count for w in weights if w.is_matrix)
-    assert matrices == PRESETS[model].linear_parameter_count
+    assert matrices == LLAMAS[model].linear_parameter_count
+
+
+@pytest.mark.parametrize("model", ["gpt2-124m", "lens-nano"])
+def test_presets_of_other_blocks_are_refused(model):
+    with pytest.raises(ModelError, match=f"'{model}', whose blocks a plan does not know; .*llama-"):
+        find_architecture(model)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_names_are_met_with_the_nearest_ones():
         find_method("galor")
     with pytest.raises(ConfigError, match="device is 'h10'; did you mean 'h100'"):
         find_device("h10")
-    assert (len(METHODS), len(DEVICES)) == (18, 6)
+    assert (len(METHODS), len(DEVICES)) == (23, 6)
 
 
 def test_pieces_of_all_ranks_cover_a_model_once():

@@ -20,19 +20,39 @@ FEW_TOKENS = replace(NINE.architecture, vocab_size=64)
 SMALL = replace(NINE.architecture, vocab_size=600, num_layers=2)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name in RECIPES])
-def test_state_is_what_the_recipe_keeps_after_a_step(name):
+def planned_state(name):
+    return rank_memory(replace(NINE, architecture=SMALL), Grid(), find_method(name)).state
+
+
+def kept_after_a_step(options):
     model = Llama(replace(PRESETS["llama-9m"], vocab_size=600, num_layers=2))
-    optimizer = build_optimizer(model, resolve_optimizer(OptimizerConfig(recipe=name)))
+    optimizer = build_optimizer(model, resolve_optimizer(options))
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    kept = sum(tensor.nbytes for tensor in state_tensors(optimizer))
-    assert rank_memory(replace(NINE, architecture=SMALL), Grid(), find_method(name)).state == kept
+    return sum(tensor.nbytes for tensor in state_tensors(optimizer))
 
 
-def test_every_method_but_8_bit_adam_is_a_recipe():
-    assert [name for name in METHODS if name not in RECIPES] == ["adamw-8bit"]
+@pytest.mark.parametrize("name", [name for name in METHODS if name in RECIPES])
+def test_state_is_what_the_recipe_keeps_after_a_step(name):
+    assert planned_state(name) == kept_after_a_step(OptimizerConfig(recipe=name))
+
+
+def test_every_method_but_8_bit_adam_is_a_recipe_or_one_with_an_option():
+    others = [name for name in METHODS if name not in RECIPES]
+    assert others == ["sinkgd-momentum", "sinkgd-pinned", "sron", "adamw-8bit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "options"),
+    [
+        ("sinkgd-momentum", "sinkgd", {"momentum": 0.9}),
+        ("sinkgd-pinned", "sinkgd", {"operator_norm": "muon"}),
+        ("sron", "rows-only", {}),
+    ],
+)
+def test_state_of_an_option_is_what_it_keeps_after_a_step(name, recipe, options):
+    assert planned_state(name) == kept_after_a_step(OptimizerConfig(recipe=recipe, **options))
 
 
 def test_soap_has_no_basis_for_a_long_side():
@@ -47,6 +67,13 @@ def test_soap_has_no_basis_for_a_long_side():
 def test_projected_states_are_the_papers_formulas(method, numbers):
     for shape in ((4, 10), (10, 4)):
         assert find_method(method).state_bytes(*shape, 2, 2) == 2 * numbers
+
+
+def test_options_of_sinkgd_keep_float32_whatever_the_weights():
+    for itemsize in (2, 4):
+        assert find_method("sinkgd-momentum").state_bytes(4, 10, itemsize, 1) == 4 * 40
+        assert find_method("sinkgd-pinned").state_bytes(4, 10, itemsize, 1) == 4 * 10
+        assert find_method("sron").state_bytes(4, 10, itemsize, 1) == 0
 
 
 def test_eight_bit_adam_keeps_small_tensors_in_float32():

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from sinkgd.lab.results import Evaluation, Resume, RunStart, TrainStep
+from sinkgd.lab.results import Evaluation, ModelStatistics, Resume, RunStart, TrainStep
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.sinks import SINKS, open_sinks, scalars
 
 START = RunStart("first", "sgd", 0, "sinkgd train", {"a": {"b": 1}}, {}, 1, 1)
 STEP = TrainStep(3, 300, 1.5, 2.5, 0.1, 1.0, 0.5, 0.1)
 EVALUATION = Evaluation(3, 300, 1.5, 2.25, 9.5, 0.75, 1000)
+STATISTICS = ModelStatistics(3, {"attention_entropy/mean": 1.25})
 
 
 def test_the_table_has_every_sink():
@@ -25,6 +26,7 @@ def test_figures_are_named_after_their_fields():
     assert "validation/galore_perplexity" not in scalars(EVALUATION)  # an old record has none
     both = replace(EVALUATION, galore_perplexity=9.25)
     assert scalars(both)["validation/galore_perplexity"] == 9.25
+    assert scalars(STATISTICS) == {"model/attention_entropy/mean": 1.25}
     assert "train/step" not in scalars(STEP)
     assert scalars(Resume(3)) == {}
 
@@ -33,7 +35,7 @@ def test_tensorboard_files_hold_the_figures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with open_sinks(("tensorboard",), tmp_path, START) as sinks:
-        for record in (START, STEP, EVALUATION):
+        for record in (START, STEP, EVALUATION, STATISTICS):
             sinks[0](record)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -41,6 +43,8 @@ def test_tensorboard_files_hold_the_figures(tmp_path):
     (validation,) = events.Scalars("validation/val_loss")
     assert (loss.step, loss.value) == (3, 2.5)
     assert (validation.step, validation.value) == (3, 2.25)
+    (entropy,) = events.Scalars("model/attention_entropy/mean")
+    assert (entropy.step, entropy.value) == (3, 1.25)
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

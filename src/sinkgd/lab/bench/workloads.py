@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from sinkgd.lab.models import Llama, preset_config
+from sinkgd.lab.models import LanguageModel, build_model
 
 Shape = tuple[int, ...]
 
@@ -36,14 +36,14 @@ def matrix_shapes(preset: str, layers: int | None = None) -> tuple[Shape, ...]:
     """Return the shapes (m, n) of the linear weights inside a preset's blocks.
 
     Args:
-        preset: A name in `sinkgd.lab.models.PRESETS`.
+        preset: A LLaMA in `sinkgd.lab.models.PRESETS`.
         layers: Count only the first so many blocks; all by default.
 
     Example:
         >>> matrix_shapes("llama-1b", layers=1)[-3:]
         ((5461, 2048), (5461, 2048), (2048, 5461))
     """
-    blocks = _on_meta(preset).model.layers[:layers]
+    blocks = _on_meta(preset).blocks[:layers]
     return tuple(
         tuple(module.weight.shape) for module in blocks.modules() if isinstance(module, nn.Linear)
     )
@@ -55,9 +55,9 @@ def parameter_shapes(preset: str) -> tuple[Shape, ...]:
     return tuple(tuple(parameter.shape) for parameter in _on_meta(preset).parameters())
 
 
-def _on_meta(preset: str) -> Llama:
+def _on_meta(preset: str) -> LanguageModel:
     with torch.device("meta"):
-        return Llama(preset_config(preset))
+        return build_model(preset)
 
 
 def _many_small() -> tuple[Shape, ...]:

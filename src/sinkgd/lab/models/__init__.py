@@ -1,8 +1,17 @@
 """Models: plain torch modules with Hugging Face's weight names, and their presets."""
 
+from sinkgd.lab.models.contract import LanguageModel as LanguageModel
+from sinkgd.lab.models.contract import ModelError as ModelError
+from sinkgd.lab.models.contract import Sizes as Sizes
+from sinkgd.lab.models.gpt2 import GPT2 as GPT2
+from sinkgd.lab.models.gpt2 import GPT2Config as GPT2Config
+from sinkgd.lab.models.lens import Lens as Lens
+from sinkgd.lab.models.lens import LensConfig as LensConfig
+from sinkgd.lab.models.lens import lens_from_gpt2 as lens_from_gpt2
 from sinkgd.lab.models.llama import Llama as Llama
 from sinkgd.lab.models.llama import LlamaConfig as LlamaConfig
-from sinkgd.lab.models.llama import ModelError as ModelError
+from sinkgd.lab.models.presets import LLAMAS as LLAMAS
 from sinkgd.lab.models.presets import PRESETS as PRESETS
+from sinkgd.lab.models.presets import ModelSizes as ModelSizes
 from sinkgd.lab.models.presets import build_model as build_model
 from sinkgd.lab.models.presets import preset_config as preset_config

@@ -16,17 +16,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-# From the last hidden states (b, t, h) and the output head to what is asked for.
-Readout = Callable[[Tensor, nn.Module], Tensor]
-
-_PIECE = 1 << 22  # entries, a multiple of 16
-
-
-class ModelError(ValueError):
-    """A model that cannot be built, or cannot be run on the tokens it was given."""
+from sinkgd.lab.models.contract import LanguageModel, ModelError, check_positive, materialize
+from sinkgd.lab.models.draw import draw_normal
 
 
 @dataclass(frozen=True)
@@ -48,9 +41,7 @@ class LlamaConfig:
     initializer_std: float = 0.02  # of every linear and embedding weight
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ModelError(f"{name} must be positive, got {value}")
+        check_positive(self)
         if self.hidden_size % (2 * self.num_heads):
             raise ModelError(
                 f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must be an even "
@@ -93,7 +84,7 @@ class LlamaConfig:
         }
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """A LLaMA language model.
 
     Weights are drawn from a generator of the model's own, on the CPU and in float32: a seed means
@@ -118,15 +109,29 @@ class Llama(nn.Module):
         torch.Size([1, 1, 100])
     """
 
+    config: LlamaConfig
+
     def __init__(self, config: LlamaConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        device = torch.get_default_device()
         with torch.device("meta"):  # torch's own init would draw from the global generator
             self.model = _Body(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if device.type != "meta":
-            self.to_empty(device=device).initialize(seed)
+        materialize(self, torch.get_default_device(), seed)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in their order."""
+        return self.model.layers
+
+    @property
+    def recompute(self) -> bool:
+        """Whether only the input of a block is kept, and the block run again in backward."""
+        return self.model.recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.model.recompute = value
 
     def initialize(self, seed: int) -> Self:
         """Draw every weight anew and return the model.
@@ -141,54 +146,14 @@ class Llama(nn.Module):
             for weight in self.parameters():
                 if weight.ndim == 1:
                     weight.fill_(1.0)
-                elif isinstance(weight, DTensor):
-                    whole = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
-                    _draw_normal(whole, std, generator)
-                    lie = weight.device_mesh, weight.placements
-                    weight.copy_(distribute_tensor(whole, *lie, src_data_rank=None))
                 else:
-                    _draw_normal(weight, std, generator)
+                    draw_normal(weight, std, generator)
         return self
 
-    def forward(self, tokens: Tensor, readout: Readout | None = None) -> Tensor:
-        """Return the logits of each next token.
-
-        Args:
-            tokens: Token ids, ``(b, t)``, integers below the vocabulary size.
-            readout: What is made of the last hidden states ``(b, t, h)`` and the head; by default
-                the logits, all at once.
-
-        Returns:
-            Logits, ``(b, t, vocab_size)``; those at position i see tokens 0 to i. Or what
-            ``readout`` returns.
-
-        Raises:
-            ModelError: If ``tokens`` has another shape, or t is over ``max_sequence_length``.
-        """
-        if tokens.ndim != 2:
-            raise ModelError(f"tokens must have shape (batch, time), got {tuple(tokens.shape)}")
-        limit = self.config.max_sequence_length
-        if tokens.shape[1] > limit:
-            raise ModelError(
-                f"a sequence of {tokens.shape[1]} tokens is longer than the model's "
-                f"max_sequence_length of {limit}; shorten it or build the model with more"
-            )
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Return what the head reads, ``(b, t, h)``, of tokens ``(b, t)``."""
         hidden: Tensor = self.model(tokens)
-        if readout is not None:
-            return readout(hidden, self.lm_head)
-        logits: Tensor = self.lm_head(hidden)
-        return logits
-
-
-def _draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a weight, in float32 pieces of 16 MiB: the numbers are those of one draw."""
-    # torch draws by sixteens; fewer entries, or the last sixteen of an uneven draw, come otherwise,
-    # so the last piece takes them along
-    flat = weight.view(-1)
-    starts = range(0, max(1, len(flat) - 15), _PIECE)
-    for start, end in zip(starts, (*starts[1:], len(flat)), strict=True):
-        draw = torch.empty(end - start, dtype=torch.float32, device="cpu")
-        flat[start:end].copy_(draw.normal_(0.0, std, generator=generator))
+        return hidden
 
 
 class _Body(nn.Module):

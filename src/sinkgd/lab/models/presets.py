@@ -1,9 +1,14 @@
-"""Presets: the LLaMA sizes of the C4 benchmark, and a nano one for a laptop."""
+"""Presets: the LLaMA sizes of the C4 benchmark, GPT-2, Lens, and nano ones for a laptop."""
 
 import difflib
 from dataclasses import replace
 
-from sinkgd.lab.models.llama import Llama, LlamaConfig, ModelError
+from sinkgd.lab.models.contract import LanguageModel, ModelError
+from sinkgd.lab.models.gpt2 import GPT2, GPT2Config
+from sinkgd.lab.models.lens import Lens, LensConfig
+from sinkgd.lab.models.llama import Llama, LlamaConfig
+
+ModelSizes = LlamaConfig | GPT2Config | LensConfig
 
 
 def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
@@ -19,7 +24,8 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConf
 # The benchmark is GaLore's (Zhao et al., https://arxiv.org/abs/2403.03507).
 # llama-10b is llama-7b with half as many blocks again.
 # llama-nano has the blocks of llama-9m: it is for small vocabularies, which the data bring along.
-PRESETS: dict[str, LlamaConfig] = {
+LLAMAS: dict[str, LlamaConfig] = {
+    "llama-nano-64": _sizes(hidden=64, intermediate=176, layers=4, heads=4),
     "llama-nano": _sizes(hidden=128, intermediate=352, layers=4, heads=4),
     "llama-9m": _sizes(hidden=128, intermediate=352, layers=4, heads=4),
     "llama-20m": _sizes(hidden=256, intermediate=688, layers=4, heads=4),
@@ -31,11 +37,27 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-7b": _sizes(hidden=4096, intermediate=11008, layers=32, heads=32),
     "llama-10b": _sizes(hidden=4096, intermediate=11008, layers=48, heads=32),
 }
+# GPT-2's vocabulary of 50,257 is rounded up to a multiple of 64, as is common.
+# A nano Lens has a sixth of its width as ranks, as lens-121m has.
+PRESETS: dict[str, ModelSizes] = {
+    **LLAMAS,
+    "gpt2-nano": GPT2Config(vocab_size=50_304, hidden_size=128, num_layers=4, num_heads=4),
+    "gpt2-124m": GPT2Config(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12),
+    "lens-nano": LensConfig(
+        vocab_size=50_304,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        key_value_rank=21,
+        context_rank=21,
+    ),
+    "lens-121m": LensConfig(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12),
+}
 
 
 def preset_config(
     preset: str, *, vocab_size: int | None = None, max_sequence_length: int | None = None
-) -> LlamaConfig:
+) -> ModelSizes:
     """Return a preset's sizes.
 
     Args:
@@ -68,7 +90,7 @@ def build_model(
     vocab_size: int | None = None,
     max_sequence_length: int | None = None,
     seed: int = 0,
-) -> Llama:
+) -> LanguageModel:
     """Build a preset's model in float32 on the default device.
 
     Args:
@@ -86,7 +108,13 @@ def build_model(
         935040
     """
     config = preset_config(preset, vocab_size=vocab_size, max_sequence_length=max_sequence_length)
-    return Llama(config, seed=seed)
+    match config:
+        case LlamaConfig():
+            return Llama(config, seed=seed)
+        case GPT2Config():
+            return GPT2(config, seed=seed)
+        case LensConfig():
+            return Lens(config, seed=seed)
 
 
 def _unknown(preset: str) -> str:

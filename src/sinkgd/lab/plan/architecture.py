@@ -7,7 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sinkgd.lab.models import PRESETS, LlamaConfig, ModelError
+from sinkgd.lab.models import LLAMAS, LlamaConfig, ModelError
+from sinkgd.lab.models import PRESETS as EVERY_PRESET
 from sinkgd.lab.train.config_file import nearest
 
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
@@ -105,16 +106,21 @@ def find_architecture(model: str) -> Architecture:
         >>> find_architecture("llama-3-70b").num_kv_heads
         8
     """
-    if model in PRESETS:
-        return Architecture.of_preset(model, PRESETS[model])
+    if model in LLAMAS:
+        return Architecture.of_preset(model, LLAMAS[model])
     if model in PUBLISHED:
         return PUBLISHED[model]
+    if model in EVERY_PRESET:
+        raise ModelError(
+            f"model is {model!r}, whose blocks a plan does not know; it knows those of "
+            f"{', '.join([*LLAMAS, *PUBLISHED])}"
+        )
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
         return read_config(path)
-    names = [*PRESETS, *PUBLISHED]
+    names = [*LLAMAS, *PUBLISHED]
     raise ModelError(
         f"model is {model!r}; did you mean {nearest(model, names)!r}? There are "
         f"{', '.join(names)}, or give the path of a Hugging Face config.json"

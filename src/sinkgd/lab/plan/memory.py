@@ -132,7 +132,7 @@ def state_bytes(
             total += method.rest * itemsize * prod(weight.piece)
         total += method.scalars * itemsize
         if method.counted == "all" or (method.counted == "rest" and not weight.is_matrix):
-            total += _FLOAT32  # the number of the step
+            total += _FLOAT32 * method.counts
     return round(total)
 
 

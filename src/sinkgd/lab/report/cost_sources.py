@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from sinkgd.lab.devices import DEVICES, DeviceSheet
-from sinkgd.lab.models import PRESETS
+from sinkgd.lab.models import LLAMAS
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis, Comparison
 from sinkgd.lab.report.published import (
@@ -92,13 +92,13 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
         choices.append(
             ModelChoice("page", title, *sizes, "measured", "measured", "as trained here")
         )
-    for name, config in PRESETS.items():
+    for name, config in LLAMAS.items():
         count = float(config.parameter_count)
         if name in published:
             tokens, kind, note = float(published[name].tokens), _PUBLISHED, "GaLore’s benchmark"
         else:
             tokens, kind, note = _ENOUGH * count, _ASSUMED, f"{_ENOUGH} tokens a parameter"
-        if name != "llama-nano":  # its parameters depend on the vocabulary
+        if not name.startswith("llama-nano"):  # its parameters depend on the vocabulary
             choices.append(ModelChoice(name, name, count, tokens, _PUBLISHED, kind, note))
     return tuple(choices)
 

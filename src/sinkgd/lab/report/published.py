@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from sinkgd.lab.models import PRESETS, LlamaConfig
+from sinkgd.lab.models import LLAMAS, LlamaConfig
 
 TOKENS_PER_STEP = 131_072  # 512 sequences of 256
 _GIB = 2**30
@@ -72,7 +72,7 @@ class Size:
     @property
     def config(self) -> LlamaConfig:
         """The sizes of the model."""
-        return PRESETS[self.preset]
+        return LLAMAS[self.preset]
 
     @property
     def tokens(self) -> int:

@@ -27,7 +27,7 @@ class ModelConfig:
     """The model."""
 
     preset: str = "llama-nano"
-    """Name of the model's sizes, e.g. llama-nano, llama-60m."""
+    """Name of the model's sizes, e.g. llama-nano, llama-60m, gpt2-124m, lens-121m."""
     vocab_size: int | None = None
     """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has. Fewer
     will do where the text has no id beyond them: 32000 for T5's 32,100."""
@@ -100,7 +100,7 @@ class OptimizerConfig:
     projection_scale: float | None = None
     """Factor of a projected update (GaLore, Fira); APOLLO takes its square root."""
     reset_every_steps: int | None = None
-    """Steps between resets of Adam's means (Stable-SPAM), a count."""
+    """Steps between resets of Adam's means (SPAM, Stable-SPAM), a count."""
     rounding: Rounding | None = None
     """Rounding of updates of bfloat16 weights that have no state: nearest or stochastic."""
     clip_norm: float | None = None

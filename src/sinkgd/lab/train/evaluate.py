@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sinkgd.lab.data import Batch
+from sinkgd.lab.models import LanguageModel
 from sinkgd.lab.train.config import Precision
 from sinkgd.lab.train.device import arithmetic
 from sinkgd.lab.train.loss import loss_of
@@ -111,12 +112,30 @@ def evaluate(
         nats.append(loss)
         tokens.append(own.target_count)
         rows.append(len(batch.inputs))
-    model.train()
-    if isinstance(model, FSDPModule):
-        model.reshard()  # what lies outside the blocks would stay whole until the next backward
+    _back_to_training(model)
     sums = mesh.total(*nats, *tokens)
     nats, tokens = sums[: len(rows)], [int(count) for count in sums[len(rows) :]]
     return Score(sum(nats) / sum(tokens), sum(tokens), galore_mean(nats, tokens, rows))
+
+
+def measure_statistics(
+    model: LanguageModel, tokens: Tensor, *, precision: Precision, mesh: Mesh
+) -> dict[str, float]:
+    """Return what the model says of its inner workings on some tokens; nothing, if it says nothing.
+
+    A collective call: each rank measures the same on the same tokens.
+
+    Args:
+        model: In training.
+        tokens: ``(b, t)``, the same on every rank; padding counts as text.
+        precision: In which the model runs.
+        mesh: Where it lies.
+    """
+    model.eval()
+    with arithmetic(precision, mesh.device):
+        values = model.statistics(tokens.to(mesh.device))
+    _back_to_training(model)
+    return values
 
 
 def _split(batch: Batch, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,3 +144,9 @@ def _split(batch: Batch, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _exponential(nats: float) -> float:
     return math.exp(nats) if nats < 709 else math.inf
+
+
+def _back_to_training(model: nn.Module) -> None:
+    model.train()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what lies outside the blocks would stay whole until the next backward

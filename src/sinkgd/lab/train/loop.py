@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 from signal import Signals
 
-from sinkgd.lab.data import evaluation_batches
-from sinkgd.lab.results import Evaluation, Memory, Recorder, TrainStep
+from sinkgd.lab.data import Batch, evaluation_batches
+from sinkgd.lab.results import Evaluation, Memory, ModelStatistics, Recorder, TrainStep
 from sinkgd.lab.train.device import synchronize
-from sinkgd.lab.train.evaluate import evaluate
+from sinkgd.lab.train.evaluate import evaluate, measure_statistics
 from sinkgd.lab.train.interrupt import Interrupt
 from sinkgd.lab.train.saver import Saver
 from sinkgd.lab.train.schedule import schedule
@@ -29,7 +29,7 @@ def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) ->
         stop = world.highest(interrupt.received or 0)
         last = record.step == config.training.steps
         if last or record.step % config.evaluation.every_steps == 0:
-            results.write(_evaluation(job))
+            _evaluate(job, results)
         if last or stop or record.step % config.checkpoint.every_steps == 0:
             results.sync()  # first, for a checkpoint must not know of a step that results lack
             job.state.take_stock(job.device)
@@ -48,6 +48,7 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
         synchronize(job.device)
         started = time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
+        state.model.at_step(state.step, training.steps)
         batch = job.batches.at(0 if training.one_batch else state.step)
         if job.shift is not None:
             batch = job.shift.of_training(batch, state.step)
@@ -76,24 +77,42 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
         )
 
 
-def _evaluation(job: Job) -> Evaluation:
-    training, evaluation, state = job.config.training, job.config.evaluation, job.state
-    micro_batch_size = training.micro_batch_size or training.batch_size
+def _evaluate(job: Job, results: Recorder) -> None:
+    """Score the model as it is after the steps taken, and record what it says of itself."""
+    state, training = job.state, job.config.training
+    state.model.at_step(state.step, training.steps)
+    results.write(_evaluation(job))
+    first = next(_held_out(job))
+    values = measure_statistics(
+        state.model, first.inputs, precision=training.precision, mesh=job.mesh
+    )
+    if values:
+        results.write(ModelStatistics(state.step, values))
+
+
+def _held_out(job: Job) -> Iterator[Batch]:
+    """Yield the batches of held-out text, as they are scored after the steps taken."""
+    training, evaluation = job.config.training, job.config.evaluation
     batches = evaluation_batches(
         job.validation,
         sequence_length=training.sequence_length,
-        batch_size=evaluation.batch_size or micro_batch_size,
+        batch_size=evaluation.batch_size or training.micro_batch_size or training.batch_size,
         max_tokens=evaluation.tokens,
         packing=job.config.data.packing,
     )
-    if (shift := job.shift) is not None:
-        batches = (shift.of_evaluation(batch, state.step) for batch in batches)
+    if (shift := job.shift) is None:
+        return batches
+    return (shift.of_evaluation(batch, job.state.step) for batch in batches)
+
+
+def _evaluation(job: Job) -> Evaluation:
+    training, state = job.config.training, job.state
     score = evaluate(
         state.model,
-        batches,
+        _held_out(job),
         precision=training.precision,
         mesh=job.mesh,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=training.micro_batch_size or training.batch_size,
         chunk_tokens=training.loss_chunk_tokens,
     )
     return Evaluation(

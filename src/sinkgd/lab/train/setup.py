@@ -96,7 +96,7 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
         )
     shard_model(model.to(weight_dtype(training.precision)), mesh)
     model.to_empty(device=mesh.device).initialize(training.seed)
-    model.model.recompute = training.recompute_activations
+    model.recompute = training.recompute_activations
     optimizer = build_optimizer(model, config.optimizer)
     validation = manifest.splits["validation"]
     return Job(

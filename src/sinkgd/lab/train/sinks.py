@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from sinkgd.lab.results import Evaluation, Record, RunStart, TrainStep
+from sinkgd.lab.results import Evaluation, ModelStatistics, Record, RunStart, TrainStep
 from sinkgd.lab.train.config import ConfigError, SinkName
 
 Sink = Callable[[Record], None]
@@ -32,7 +32,9 @@ def open_sinks(names: tuple[SinkName, ...], folder: Path, start: RunStart) -> It
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """Return a record's figures under ``train/`` or ``validation/``; none for other records."""
+    """Return a record's figures under ``train/``, ``validation/`` or ``model/``, if it has any."""
+    if isinstance(record, ModelStatistics):
+        return {f"model/{name}": value for name, value in record.values.items()}
     prefix = {TrainStep: "train", Evaluation: "validation"}.get(type(record))
     if prefix is None:
         return {}
@@ -51,7 +53,7 @@ def _open_tensorboard(folder: Path, _start: RunStart, closing: ExitStack) -> Sin
 
     def write(record: Record) -> None:
         for name, value in scalars(record).items():
-            assert isinstance(record, TrainStep | Evaluation)
+            assert isinstance(record, TrainStep | Evaluation | ModelStatistics)
             writer.add_scalar(name, value, record.step)
 
     return write
@@ -72,7 +74,7 @@ def _logging_sink(package: ModuleType, start: RunStart, closing: ExitStack, **op
 
     def write(record: Record) -> None:
         if figures := scalars(record):
-            assert isinstance(record, TrainStep | Evaluation)
+            assert isinstance(record, TrainStep | Evaluation | ModelStatistics)
             package.log(figures, step=record.step)
 
     return write

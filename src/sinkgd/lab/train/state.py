@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim import Optimizer
 
+from sinkgd.lab.models import LanguageModel
 from sinkgd.lab.results import Memory
 from sinkgd.lab.train.memory import measure_memory
 from sinkgd.lab.train.optimizer_state import load_optimizer_state, optimizer_state
@@ -18,7 +18,7 @@ from sinkgd.lab.train.optimizer_state import load_optimizer_state, optimizer_sta
 class TrainingState:
     """The model, the optimizer and the progress of a run; of weights in pieces, this rank's."""
 
-    model: nn.Module
+    model: LanguageModel
     optimizer: Optimizer
     step: int = 0  # steps taken
     seconds: float = 0.0  # of training

@@ -5,12 +5,14 @@ from types import MappingProxyType
 from typing import Any
 
 from sinkgd.optim.algorithms.adamw import AdamW
+from sinkgd.optim.algorithms.adamw_spam import AdamWSpam
 from sinkgd.optim.algorithms.contract import Algorithm
 from sinkgd.optim.algorithms.momentum import WithMomentum
 from sinkgd.optim.algorithms.multi_normalized import MNGD, SWAN
 from sinkgd.optim.algorithms.normalize import Normalize
 from sinkgd.optim.algorithms.sage import Sage
 from sinkgd.optim.algorithms.sinkhorn import Sinkhorn
+from sinkgd.optim.algorithms.spam import Spam
 from sinkgd.optim.algorithms.stateless import Stateless
 from sinkgd.optim.algorithms.tempered import Tempered
 
@@ -25,6 +27,8 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
         "tempered": Tempered(),
         "sage": Sage(),
         "adamw": AdamW(),
+        "spam": Spam(),
+        "adamw-spam": AdamWSpam(),
     }
 )
 
@@ -46,3 +50,6 @@ FORMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         )
     }
 )
+
+# Their step looks at all gradients of a group at once, so it cannot be taken one by one.
+NEEDS_ALL_GRADIENTS = frozenset({"adamw-spam"})

@@ -14,6 +14,8 @@ from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, are_
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
+ADAMW_OPTIONS = MappingProxyType[str, object]({"betas": (0.9, 0.999), "eps": 1e-8, "fused": None})
+
 
 class AdamW:
     """Decoupled weight decay and Adam (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101).
@@ -21,66 +23,105 @@ class AdamW:
     Two numbers of state an entry. One non-finite gradient holds back the whole group.
     """
 
-    options = MappingProxyType({"betas": (0.9, 0.999), "eps": 1e-8, "fused": None})
+    options = ADAMW_OPTIONS
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range; choose the fused kernel where it runs."""
         del name
-        beta1, beta2 = group["betas"]
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
-        if not group["eps"] >= 0:
-            raise ValueError(f"eps must be at least 0, got {group['eps']}")
-        if group["fused"] is None:
-            group["fused"] = param.device.type in _FUSED_DEVICES
+        check_adamw(param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Make both moments, zero."""
-        _state(state, param, fused=group["fused"])
+        init_moments(state, param, fused=group["fused"])
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Look through the gradients, then update as torch does."""
         finite = are_finite(slots)
         flags = allowed(finite, context)
-        held_back = None if flags is None else (~flags.all()).float()
-        fused, grad_scale = group["fused"], context.loss_scale
-        grads = [local(slot.grad) for slot in slots]
-        if not fused:
-            # Only the fused kernel takes these two along on the device.
-            if held_back is not None and bool(held_back):
-                return finite
-            if grad_scale is not None:
-                grads = [grad / grad_scale for grad in grads]
-            held_back = grad_scale = None
-        states = [_state(context.states[slot.param], slot.param, fused=fused) for slot in slots]
-        beta1, beta2 = group["betas"]
-        adamw(
+        states = [context.states[slot.param] for slot in slots]
+        for slot, state in zip(slots, states, strict=True):
+            init_moments(state, slot.param, fused=group["fused"])
+        descend_by_adamw_(
             [local(slot.param) for slot in slots],
-            grads,
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=fused,
-            grad_scale=grad_scale,
-            found_inf=held_back,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
+            [local(slot.grad) for slot in slots],
+            states,
+            group,
             lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
+            held_back=None if flags is None else ~flags.all(),
+            grad_scale=context.loss_scale,
         )
         return finite
 
 
-def _state(
-    state: MutableMapping[str, Any], param: Tensor, *, fused: bool
-) -> MutableMapping[str, Any]:
+def check_adamw(param: Tensor, group: Group) -> None:
+    """Refuse options of AdamW out of range; choose its fused kernel where it runs."""
+    beta1, beta2 = group["betas"]
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps must be at least 0, got {group['eps']}")
+    if group["fused"] is None:
+        group["fused"] = param.device.type in _FUSED_DEVICES
+
+
+def descend_by_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: Sequence[MutableMapping[str, Any]],
+    group: Group,
+    *,
+    lr: float | Tensor,
+    held_back: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Take torch's AdamW step of this rank's pieces; AMSGrad's where the states have its maximum.
+
+    Args:
+        params: Written to.
+        grads: Of the parameters' dtype; left as they are.
+        states: From `init_moments`.
+        group: Whose ``betas``, ``eps``, ``weight_decay``, ``maximize`` and ``fused`` are taken.
+        lr: Learning rate.
+        held_back: 0-dim bool: whether nothing may be written.
+        grad_scale: 0-dim: what the gradients are still multiplied by.
+    """
+    fused = group["fused"]
+    if not fused:
+        # Only the fused kernel takes these two along on the device.
+        if held_back is not None and bool(held_back):
+            return
+        if grad_scale is not None:
+            grads = [grad / grad_scale for grad in grads]
+        held_back = grad_scale = None
+    beta1, beta2 = group["betas"]
+    maxima = [local(state["max_exp_avg_sq"]) for state in states if "max_exp_avg_sq" in state]
+    adamw(
+        params,
+        grads,
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
+        maxima,
+        [state["step"] for state in states],
+        fused=fused,
+        grad_scale=grad_scale,
+        found_inf=None if held_back is None else held_back.float(),
+        amsgrad=bool(maxima),
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+
+
+def init_moments(
+    state: MutableMapping[str, Any], param: Tensor, *, fused: bool, amsgrad: bool = False
+) -> None:
+    """Make the moments of a parameter, zero, where there are none."""
     # Names, shapes and devices as in torch.optim.AdamW, so that its checkpoints load here.
-    if not state:
-        state["step"] = torch.zeros((), device=param.device if fused else "cpu")
-        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    return state
+    if state:
+        return
+    state["step"] = torch.zeros((), device=param.device if fused else "cpu")
+    for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
+        state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -43,17 +43,25 @@ def has_half_step_more(group: Group) -> bool:
 def starts_after_half_step(parts: Sequence[Part], backend: Backend) -> list[Tensor]:
     """Return column scales ``(..., 1, n)`` that bring the columns of each part to one length.
 
-    They are in units of the largest possible, as `Backend.scales` wants them; columns more than
-    2**40 times shorter than the whole matrix count as no shorter than that. One reading of the
+    The largest is at most 1 and at least 1/√n, as `Backend.scales` wants them. Columns that are
+    more than 2**40 times shorter than the whole matrix count as no shorter. One reading of the
     gradients, and one message a process group.
     """
     turned = [part.turned() for part in parts]
     lengths = row_lengths(turned, backend)  # (..., n, 1)
-    totals = over_rows([own.square().sum(-2, keepdim=True) for own in lengths], turned)
+    sums = over_rows([_squares_and_inverse_squares(own) for own in lengths], turned)
     starts = []
-    for part, length, total in zip(parts, lengths, totals, strict=True):
-        start = SMALLEST * total.sqrt() / length
+    for part, length, own in zip(parts, lengths, sums, strict=True):
+        total, inverse = own[..., :1].sqrt(), own[..., 1:].rsqrt()  # the second near the shortest
+        start = torch.maximum(inverse.where(inverse.isfinite(), 0), SMALLEST * total) / length
         start = torch.where(length == 0, 1, start.clamp(max=1))
         dtype = torch.promote_types(part.grad.dtype, torch.float32)
         starts.append(start.mT.to(dtype).contiguous())
     return starts
+
+
+def _squares_and_inverse_squares(lengths: Tensor) -> Tensor:
+    """Return the sums of both over ``(..., n, 1)``, without zeros: ``(..., 1, 2)``."""
+    squares = lengths.square()
+    inverse = torch.where(squares == 0, 0, 1 / squares)
+    return torch.cat([squares, inverse], dim=-1).sum(-2, keepdim=True)

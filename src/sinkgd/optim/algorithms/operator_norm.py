@@ -39,7 +39,7 @@ OPERATOR_NORM_OPTIONS = MappingProxyType[str, object]({"operator_norm": None})
 
 # No column is ever lost to v: its entries stay above this share of their root-mean-square. What
 # that adds to v is at most as long, and changes the estimate by its square.
-SMALLEST_SHARE = 2.0**-10
+SMALLEST_SHARE = 2.0**-16
 
 
 def check_operator_norm(group: Group) -> None:

@@ -1,9 +1,10 @@
 """Descent along the tempered gradient, matrices, vectors and scalars by one rule. No state."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sinkgd.kernels.eager import descend_
@@ -13,14 +14,18 @@ from sinkgd.optim.algorithms.contract import (
     Slot,
     allowed,
     are_finite,
-    check_whole,
     decay,
     descent,
     local,
+    on_mesh,
 )
-from sinkgd.optim.algorithms.layout import check_layout, matrices_of
+from sinkgd.optim.algorithms.layout import check_layout
+from sinkgd.optim.algorithms.parts import Part, parts_of
 from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, draw_keys
 from sinkgd.tempered import EPS, NUM_ITERS, TAU, check_tempering, temper
+
+if TYPE_CHECKING:
+    from sinkgd.sharded import Asking, Spread
 
 
 class Tempered:
@@ -38,39 +43,87 @@ class Tempered:
     )
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range, and tensors in pieces."""
+        """Refuse options out of range, and pieces that cannot be handled."""
         check_tempering(group["tau"], group["n_iter"], group["eps"])
-        check_whole(name, param, "the tempered update needs")
-        if param.ndim >= 2:
-            check_layout(name, param, layout=group["layout"], split=group["split"])
         check_rounding(name, param, group)
+        if param.ndim < 2:
+            return
+        check_layout(name, param, layout=group["layout"], split=group["split"])
+        if on_mesh(param):
+            from sinkgd.optim.algorithms.pieces import check_pieces  # noqa: PLC0415 - see parts_of
+
+            check_pieces(name, param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """There is none."""
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
-        """Look through the gradients; then temper and write one by one."""
+        """Look through the gradients; then temper and write, those on a mesh side by side."""
         finite = are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
+
+        def write_(i: int, part: Part, update: Tensor) -> None:
+            descend_(
+                part.param,
+                update,
+                keep=decay(group),
+                step=descent(group),
+                allowed=None if flags is None else flags[i],
+                key=None if keys is None else keys[i] + part.first_entry,
+            )
+
+        in_pieces: list[tuple[int, Part]] = []
         for i, slot in enumerate(slots):
-            first_entry = 0
-            for param, grad in _parts(slot, group):
-                wide = grad if context.loss_scale is None else grad.float() / context.loss_scale
-                update = temper(wide.float(), group["tau"], group["n_iter"], eps=group["eps"])
-                descend_(
-                    param,
-                    update,
-                    keep=decay(group),
-                    step=descent(group),
-                    allowed=None if flags is None else flags[i],
-                    key=None if keys is None else keys[i] + first_entry,
-                )
-                first_entry += param.numel()
+            for part in _parts(slot, group):
+                if on_mesh(slot.param):
+                    in_pieces.append((i, part))
+                else:
+                    wide = _unscaled(part.grad, context)
+                    write_(i, part, temper(wide, group["tau"], group["n_iter"], eps=group["eps"]))
+        if in_pieces:
+            _step_in_pieces(slots, in_pieces, group, context, write_)
         return finite
 
 
-def _parts(slot: Slot, group: Group) -> list[tuple[Tensor, Tensor]]:
-    param, grad = local(slot.param), local(slot.grad)
-    if param.ndim < 2:
-        return [(param, grad)]
-    return matrices_of(param, grad, layout=group["layout"], split=group["split"])
+def _step_in_pieces(
+    slots: Sequence[Slot],
+    parts: Sequence[tuple[int, Part]],
+    group: Group,
+    context: Context,
+    write_: Callable[[int, Part, Tensor], None],
+) -> None:
+    """Temper pieces of matrices and vectors together with the ranks that hold the others.
+
+    A float32 copy of each piece is held until the last sum is known. A collective call.
+    """
+    from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+
+    def spread_of(slot: Slot, part: Part) -> "Spread":
+        if part.place is not None:
+            return sharded.spread_of(part.place)
+        assert on_mesh(slot.grad), "its parameter is"
+        return sharded.Spread(all=sharded.groups_of(slot.grad))
+
+    def step(i: int, part: Part, spread: "Spread") -> "Asking[None]":
+        wide = _unscaled(part.grad, context)
+        update = yield from sharded.temper_piece(
+            wide, spread, group["tau"], group["n_iter"], eps=group["eps"]
+        )
+        write_(i, part, update)
+
+    spreads = [spread_of(slots[i], part) for i, part in parts]
+    order = [over for kind in zip(*spreads, strict=True) for groups in kind for over in groups]
+    computations = [step(*own, spread) for own, spread in zip(parts, spreads, strict=True)]
+    sharded.exchange(computations, order)
+
+
+def _parts(slot: Slot, group: Group) -> list[Part]:
+    if slot.param.ndim < 2:
+        return [Part(local(slot.param), local(slot.grad), 0)]
+    return parts_of([slot], layout=group["layout"], split=group["split"]).parts
+
+
+def _unscaled(grad: Tensor, context: Context) -> Tensor:
+    """Return a gradient in float32 or wider, without the scale of the loss."""
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return wide if context.loss_scale is None else wide / context.loss_scale

@@ -104,6 +104,19 @@ BY_HAND = {
     "sinkgd-stateless": by_torch(sinkgd.SinkGD, lr=1e-3, sinkhorn_iterations=5),
     "swan": swan,
     "tempered": by_torch(sinkgd.TemperedSinkGD, lr=3e-4, weight_decay=0.1, tau=0.1, n_iter=5),
+    "spam": by_torch(
+        sinkgd.SPAM, lr=1e-3, theta=5000.0, reset_interval=500, warmup_steps=150, clip_delay=20
+    ),
+    "adamw-spam": by_torch(
+        sinkgd.AdamWSPAM,
+        lr=6e-4,
+        weight_decay=0.1,
+        max_norm=1.0,
+        spike_z=2.0,
+        norm_window=100,
+        reset_interval=1000,
+        warmup_steps=100,
+    ),
     "scale": scale,
     "rows-only": normed(sinkgd.RowNorm()),
     "columns-only": normed(sinkgd.ColumnNorm()),

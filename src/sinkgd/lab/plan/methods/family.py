@@ -29,6 +29,38 @@ FAMILY = (
         passes=ITERATIONS + 3,
     ),
     Method(
+        "sinkgd-momentum",
+        "SinkGD, momentum",
+        "1 float32 an entry of matrices, 2 of embedding, head, norms",
+        "sinkgd.SinkGD(momentum=...)",
+        matrix=1.0,
+        wide=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 9,  # the gradient is looked through, copied and averaged
+        scratch=1.0,
+    ),
+    Method(
+        "sinkgd-pinned",
+        "SinkGD, operator norm",
+        "n float32 a matrix, 2 an entry of embedding, head, norms",
+        "sinkgd.SinkGD(operator_norm=...)",
+        column=1.0,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 5,  # two products with a vector
+    ),
+    Method(
+        "sron",
+        "SRON",
+        "2 an entry of embedding, head, norms",
+        "Wen et al., https://openreview.net/forum?id=BtQLBWr6zI",
+        can_release=True,
+        exchange="vectors",
+        passes=5,
+        scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
+    ),
+    Method(
         "swan",
         "SWAN",
         "2 an entry of embedding, head, norms",
@@ -38,5 +70,31 @@ FAMILY = (
         passes=5,
         scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
         flops=_whitening,
+    ),
+    Method(
+        "spam",
+        "SPAM",
+        "2 an entry",
+        "Huang et al. 2025, https://arxiv.org/abs/2501.06842",
+        matrix=2.0,
+        counted="all",
+        counts=2,  # steps and resets
+        everywhere=True,
+        can_release=True,
+        passes=20,  # AdamW's 7; what is cut: sinkgd.optim.algorithms.resets.cut_spikes
+        scratch=3.0,  # the limit, its negative and the cut gradient
+    ),
+    Method(
+        "adamw-spam",
+        "AdamWSPAM",
+        "3 an entry",
+        "sinkgd.AdamWSPAM; torch.optim.AdamW with amsgrad=True",
+        matrix=3.0,
+        rest=3.0,
+        counted="all",
+        counts=2,
+        everywhere=True,
+        passes=12,  # AMSGrad's 9, the norm's 1, the clipped copy's 2
+        scratch=1.0,
     ),
 )

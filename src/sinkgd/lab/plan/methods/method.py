@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+_FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 
 # What ranks tell each other about the matrices of which they hold pieces.
@@ -25,13 +26,16 @@ class Method:
     formula: str  # of the state
     source: str
     matrix: float = 0.0  # numbers that an entry of a matrix keeps
+    column: float = 0.0  # float32 that a column of a matrix keeps
+    wide: bool = False  # what an entry of a matrix keeps is float32, whatever the weight's
     rest: float = 2.0  # that an entry outside of the matrices keeps
     # Numbers for a whole matrix instead, from its shorter and its longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
     # Numbers for a whole embedding or head instead, from its shorter and its longer side.
     table: Callable[[int, int], float] | None = None
     scalars: int = 0  # numbers of every parameter besides
-    counted: Literal["all", "rest", "none"] = "rest"  # what has the number of its step, in float32
+    counted: Literal["all", "rest", "none"] = "rest"  # which parameters count steps
+    counts: int = 1  # float32 that each of them counts with
     eight_bit: bool = False  # both moments in 8 bits, of all entries
     can_release: bool = False  # in `sinkgd.lab.train.recipes`, or as published
     exchange: Exchange = "nothing"
@@ -52,7 +56,8 @@ class Method:
         """
         if self.low_rank is not None:
             return itemsize * self.low_rank(min(m, n), max(m, n), r)
-        return itemsize * self.matrix * m * n
+        size = max(itemsize, _FLOAT32) if self.wide else itemsize
+        return size * self.matrix * m * n + _FLOAT32 * self.column * n
 
 
 def eight_bit_bytes(entries: int) -> float:

@@ -1,4 +1,6 @@
-"""A LLaMA in pieces: tensor parallelism first, then FSDP2, which divides what the first leaves.
+"""A model in pieces: tensor parallelism first, then FSDP2, which divides what the first leaves.
+
+FSDP2 divides any model; tensor parallelism knows the blocks of a LLaMA.
 
 Shapes, everywhere in this file:
     b: sequences in the batch
@@ -22,14 +24,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from sinkgd.lab.models import Llama
+from sinkgd.lab.models import LanguageModel, Llama
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.parallel.mesh import Mesh
 
 _TOKENS = Shard(1)  # of (b, t, h)
 
 
-def shard_model(model: Llama, mesh: Mesh) -> None:
+def shard_model(model: LanguageModel, mesh: Mesh) -> None:
     """Divide a model among the ranks, in place; a process that is alone keeps it whole.
 
     Args:
@@ -37,14 +39,19 @@ def shard_model(model: Llama, mesh: Mesh) -> None:
         mesh: Which ranks share what.
 
     Raises:
-        ConfigError: If heads or tokens cannot be divided by tp.
+        ConfigError: If heads or tokens cannot be divided by tp, or tp does not know the model.
     """
     if mesh.grid is None:
         return
     if mesh.grid["tp"].size() > 1:
+        if not isinstance(model, Llama):
+            raise ConfigError(
+                f"mesh.tp is {mesh.grid['tp'].size()}, but only a LLaMA can be divided so, and the "
+                f"model is a {type(model).__name__}; use mesh.tp 1 and mesh.dp_shard"
+            )
         _check_divisible(model, mesh.grid["tp"].size())
         _divide_matrices(model, mesh.grid["tp"])
-    for layer in model.model.layers:
+    for layer in model.blocks:
         fully_shard(layer, mesh=mesh.data)
     fully_shard(model, mesh=mesh.data)
 

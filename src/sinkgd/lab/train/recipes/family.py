@@ -87,6 +87,26 @@ def _tempered(model: nn.Module, o: Options) -> Optimizer:
     )
 
 
+def _spam(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.SPAM(
+        model.named_parameters(),
+        lr=o["lr"],
+        betas=betas(o),
+        weight_decay=o["weight_decay"],
+        reset_interval=int(o["reset_every_steps"]),
+    )
+
+
+def _adamw_spam(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.AdamWSPAM(
+        model.named_parameters(),
+        lr=o["lr"],
+        betas=betas(o),
+        weight_decay=o["weight_decay"],
+        reset_interval=int(o["reset_every_steps"]),
+    )
+
+
 @dataclass(frozen=True)
 class _OneNorm:
     norm: Norm
@@ -169,7 +189,40 @@ FAMILY = (
         "TemperedSinkGD's default arguments; not tuned here",
         {"lr": 3e-4, "weight_decay": 0.1, "tau": 0.1, "n_iter": 5, **_STATELESS},
         _tempered,
+        can_shard=True,
         can_release=True,
+    ),
+    Recipe(
+        "spam",
+        "all by Adam with spikes cut off, its moments reset now and then",
+        "Huang et al. 2025, https://arxiv.org/abs/2501.06842: theta 5000, resets every 500 steps, "
+        "150 of warm-up after each; adam's rate; not tuned here",
+        {
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "reset_every_steps": 500,
+            "clip_norm": 0.0,
+        },
+        _spam,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "adamw-spam",
+        "all by AMSGrad's AdamW, clipped at 1, whose moments shrink at a spike and are reset",
+        "the control of the tempered variant's ablation (Lens L6): lr, decay and resets as there",
+        {
+            "lr": 6e-4,
+            "weight_decay": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "reset_every_steps": 1000,
+            "clip_norm": 0.0,
+        },
+        _adamw_spam,
+        can_shard=True,
     ),
     Recipe(
         "scale",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sinkgd.lab.data import Batch
-from sinkgd.lab.models import Llama, build_model
+from sinkgd.lab.models import LanguageModel, build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.lab.train.parallel import Mesh, World
@@ -70,7 +70,7 @@ class Case:
 class Trainee:
     """A model in training, on the same tokens in every step."""
 
-    model: Llama
+    model: LanguageModel
     optimizer: Optimizer
     released: ReleasedSteps | None
     batch: Batch
@@ -90,14 +90,14 @@ class Trainee:
         )
 
 
-def model_on_meta(case: Case) -> Llama:
+def model_on_meta(case: Case) -> LanguageModel:
     """Return the case's model in its type, without memory."""
     training = case.config.training
     with torch.device("meta"):
         model = build_model(
             case.model, vocab_size=case.vocab_size, max_sequence_length=training.sequence_length
         )
-    model.model.recompute = training.recompute_activations
+    model.recompute = training.recompute_activations
     return model.to(weight_dtype(training.precision))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from sinkgd.lab.bench.memory.training.case import Case, model_on_meta
 from sinkgd.lab.bench.problem import available_bytes
-from sinkgd.lab.models import Llama
+from sinkgd.lab.models import LanguageModel
 from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.optim.grouped import GroupedOptimizer
@@ -38,7 +38,7 @@ def needed_bytes(case: Case) -> int:
     return int(_SPARE * parts) + _PROCESS
 
 
-def _state_bytes(model: Llama, case: Case) -> int:
+def _state_bytes(model: LanguageModel, case: Case) -> int:
     optimizer = build_optimizer(model, case.config.optimizer)
     if isinstance(optimizer, GroupedOptimizer):
         optimizer.init_state()
@@ -54,7 +54,7 @@ def _state_bytes(model: Llama, case: Case) -> int:
     return sum(tensor.nbytes for tensor in state_tensors(optimizer))
 
 
-def _activation_bytes(model: Llama, case: Case) -> int:
+def _activation_bytes(model: LanguageModel, case: Case) -> int:
     settings, sizes = case.settings, model.config
     tokens = settings.batch_size * settings.sequence_length
     block = _BYTES_PER_HIDDEN * sizes.hidden_size + _BYTES_PER_INNER * sizes.intermediate_size

@@ -1,0 +1,124 @@
+r"""Attention whose logits are a mixture of three, each head with gates of its own.
+
+With :math:`S = QK^\top/\sqrt D` over all tokens, before the causal mask, the logits of a head are
+
+.. math::
+    w_{std}\, S + w_{rec}\, S^\top + w_{disc}\, d, \qquad
+    d_j = \langle k_j, u \rangle - \tfrac1t \sum_l \langle k_l, u \rangle
+
+with :math:`w = \mathrm{softmax}` of three learned gates and a learned direction u. Reciprocity,
+:math:`S^\top_{ij} = q_j \cdot k_i/\sqrt D`, asks what token j seeks in token i. Discoverability, d,
+is how readily token j is found by anyone.
+
+The future stays unseen. For j ≤ i the transpose reads the query of j and the key of i alone. The
+mean in d does run over later tokens, too, but it is the same number for every j, and a softmax over
+j does not know of it. So it is left out here; the rest is one product of wider queries and keys,
+
+.. math::
+    \big[\, w_{std}\, q_i + \sqrt D\, w_{disc}\, u,\;\; w_{rec}\, k_i \,\big] \cdot
+    \big[\, k_j,\;\; q_j \,\big] / \sqrt D
+
+so that the usual attention kernels serve.
+
+Shapes, everywhere in this file:
+    b: sequences in the batch
+    t: tokens in a sequence
+    h: hidden size
+    a: attention heads
+    d: features of a head, D in the formulas
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from sinkgd.lab.models.draw import draw_normal, set_whole
+from sinkgd.lab.models.figures import Figures, attention_entropy, reciprocity
+from sinkgd.lab.models.gpt2.conv1d import Conv1D
+from sinkgd.lab.models.gpt2.frame import FrameConfig
+from sinkgd.lab.models.lens.factors import Factors
+
+# Of standard, reciprocity, discoverability: a softmax of 0.76, 0.15 and 0.09.
+_GATES = (2.2, 0.6, 0.1)
+_KINDS = ("standard", "reciprocity", "discoverability")
+_DIRECTION_STD = 0.02
+
+
+class LensAttention(nn.Module):
+    """Causal multi-head self-attention with mixed logits and factored keys and values.
+
+    Args:
+        config: The sizes.
+        rank: Of the maps to keys and to values.
+    """
+
+    def __init__(self, config: FrameConfig, rank: int) -> None:
+        super().__init__()
+        h, std = config.hidden_size, config.initializer_std
+        self.head_size = config.head_size
+        self.query = Conv1D(h, h, std)
+        self.key = Factors(h, h, rank, std, from_svd=True)
+        self.value = Factors(h, h, rank, std, from_svd=True)
+        self.c_proj = Conv1D(h, h, config.residual_std)
+        # vectors, which weight decay spares: all heads' standard gates first; head after head
+        self.gates = nn.Parameter(torch.empty(len(_GATES) * config.num_heads))
+        self.direction = nn.Parameter(torch.empty(h))
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw the directions and set the gates; the other weights are their modules' own."""
+        heads = self.gates.numel() // len(_GATES)
+        set_whole(self.gates, torch.tensor(_GATES).repeat_interleave(heads))
+        draw_normal(self.direction, _DIRECTION_STD, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(b, t, h)`` of the normalized hidden states ``(b, t, h)``."""
+        q, k = self._heads(self.query(x)), self._heads(self.key(x))
+        v = self._heads(self.value(x))
+        queries, keys = self._widened(q, k)
+        # fused kernels want values as wide as queries and keys
+        values = pad(v, (0, self.head_size))
+        scale = self.head_size**-0.5
+        mixed = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+        out: Tensor = self.c_proj(mixed[..., : self.head_size].transpose(1, 2).flatten(2))
+        return out
+
+    def mixture(self) -> Tensor:
+        """Return the weights of standard, reciprocity and discoverability, ``(3, a)``, float32."""
+        return torch.softmax(self.gates.float().view(len(_GATES), -1), 0)
+
+    def figures(self, x: Tensor) -> Figures:
+        """Return what each head does with the normalized hidden states ``(b, t, h)``.
+
+        Returns:
+            ``attention_entropy`` in nats and ``reciprocity``, the correlation of S and its
+            transpose, both means over the sequences; ``gate_standard``, ``gate_reciprocity`` and
+            ``gate_discoverability``, the mixture. Each is ``(a,)``.
+        """
+        entropies, correlations = [], []
+        for row in torch.split(x, 1):  # one sequence at a time, for logits are t×t
+            q, k = self._heads(self.query(row)), self._heads(self.key(row))
+            queries, keys = self._widened(q, k)
+            entropies.append(attention_entropy(queries @ keys.mT / self.head_size**0.5))
+            correlations.append(reciprocity(q @ k.mT))
+        mixture = zip(_KINDS, self.mixture(), strict=True)
+        return {
+            "attention_entropy": torch.cat(entropies).mean(0),
+            "reciprocity": torch.cat(correlations).mean(0),
+            **{f"gate_{kind}": weights for kind, weights in mixture},
+        }
+
+    def _widened(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys ``(b, a, t, 2d)`` whose products are the mixed logits times √d.
+
+        Args:
+            q: Queries, ``(b, a, t, d)``.
+            k: Keys, ``(b, a, t, d)``.
+        """
+        standard, reciprocal, discoverable = self.mixture()[..., None, None]
+        found = self.head_size**0.5 * discoverable * self.direction.view(-1, 1, self.head_size)
+        queries = torch.cat((standard * q + found, reciprocal * k), dim=-1)
+        return queries.to(q.dtype), torch.cat((k, q), dim=-1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Split ``(b, t, h)`` into ``(b, a, t, d)``."""
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)

@@ -1,0 +1,216 @@
+"""Lens L6: GPT-2's frame around blocks that mix attention logits and anneal the way past attention.
+
+What a Lens shares with GPT-2 has GPT-2's names and layouts.
+
+Shapes, everywhere in this file:
+    b: sequences in the batch
+    t: tokens in a sequence
+    h: hidden size
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sinkgd.lab.models.contract import ModelError
+from sinkgd.lab.models.figures import Figures
+from sinkgd.lab.models.gpt2 import GPT2
+from sinkgd.lab.models.gpt2.frame import Frame, FrameConfig
+from sinkgd.lab.models.lens.attention import LensAttention
+from sinkgd.lab.models.lens.mlp import LensMLP
+
+_ROUTE_START = 2.2  # logit of the share of attention before it is annealed: 0.90
+
+
+@dataclass(frozen=True)
+class LensConfig(FrameConfig):
+    """The sizes of a Lens, and the schedule of its route.
+
+    Raises:
+        ModelError: If a rank does not fit the hidden size, or the schedule is not in order.
+
+    Example:
+        >>> lens = LensConfig(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12)
+        >>> lens.parameter_count
+        120928188
+    """
+
+    key_value_rank: int = 128  # of the maps to keys and to values
+    context_rank: int = 128  # of the map from attention's output into the MLP
+    route_shift: float = -3.2  # what is added to the route's logit in the end
+    anneal_start: float = 2000 / 10_400  # part of the run's steps after which it is added linearly
+    anneal_end: float = 10_000 / 10_400  # part of the run's steps after which it is added whole
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("key_value_rank", "context_rank"):
+            rank = getattr(self, name)
+            if not 0 < rank <= self.hidden_size:
+                raise ModelError(
+                    f"{name} must be from 1 to hidden_size {self.hidden_size}, got {rank}"
+                )
+        if not 0 <= self.anneal_start < self.anneal_end:
+            raise ModelError(
+                f"anneal_start must be at least 0 and before anneal_end, got {self.anneal_start} "
+                f"and {self.anneal_end}"
+            )
+
+    @property
+    def linear_parameter_count(self) -> int:
+        """Weights of the blocks' matrices."""
+        h, inner = self.hidden_size, self.intermediate_size
+        factors = self.key_value_rank * 4 * h + self.context_rank * (h + inner)
+        return self.num_layers * (2 * h * h + 2 * h * inner + factors)
+
+    @property
+    def parameter_count(self) -> int:
+        """All weights, the head once: matrices, vectors, gates and directions, and the frame."""
+        h = self.hidden_size
+        vectors = (
+            2 * h + (self.intermediate_size + h) + 4 * h
+        )  # biases of attention, MLP, two norms
+        gates = 3 * self.num_heads + h + 1
+        return (
+            self.linear_parameter_count
+            + self.num_layers * (vectors + gates)
+            + self.frame_parameter_count
+        )
+
+    def attention_share(self, step: int, steps: int) -> float:
+        r"""Return the share g of attention in what a block adds; the rest is the MLP's.
+
+        .. math::
+            g = \sigma(2.2 + \text{shift} \cdot \mathrm{clamp}_{[0, 1]}(p)), \qquad
+            p = \frac{\text{step}/\text{steps} - \text{start}}{\text{end} - \text{start}}
+
+        Args:
+            step: Optimizer steps taken so far.
+            steps: Optimizer steps of the whole run.
+
+        Example:
+            >>> lens = LensConfig(vocab_size=9, hidden_size=128, num_layers=1, num_heads=1)
+            >>> [round(lens.attention_share(step, 10_400), 3) for step in (0, 2000, 6000, 10_000)]
+            [0.9, 0.9, 0.646, 0.269]
+        """
+        progress = (step / steps - self.anneal_start) / (self.anneal_end - self.anneal_start)
+        shift = self.route_shift * min(max(progress, 0.0), 1.0)
+        return 1 / (1 + math.exp(-(_ROUTE_START + shift)))
+
+
+class Lens(Frame):
+    """A Lens L6 language model.
+
+    Its route follows the run: `at_step` tells it how far the run is. Until then it is at the start.
+
+    Args:
+        config: The sizes.
+        seed: Seed of the weights. Maps to keys and values begin as the best approximation, of their
+            rank, of GPT-2's draw.
+
+    Example:
+        >>> config = LensConfig(
+        ...     vocab_size=100,
+        ...     hidden_size=16,
+        ...     num_layers=2,
+        ...     num_heads=4,
+        ...     key_value_rank=4,
+        ...     context_rank=4,
+        ... )
+        >>> model = Lens(config)
+        >>> model.at_step(50, steps=100)
+        >>> model(torch.tensor([[5, 7, 11]])).shape
+        torch.Size([1, 3, 100])
+    """
+
+    config: LensConfig
+
+    def __init__(self, config: LensConfig, *, seed: int = 0) -> None:
+        super().__init__(config, seed=seed)
+        self.attention_share = config.attention_share(0, 1)
+
+    def make_block(self) -> nn.Module:
+        """Return a block with mixed attention, context in its MLP, and a route between both."""
+        return _Block(self.config)
+
+    def block_arguments(self) -> tuple[float]:
+        """Return the share of attention."""
+        return (self.attention_share,)
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Anneal the route; see `LensConfig.attention_share`.
+
+        Args:
+            step: Optimizer steps taken so far, 0 before the first.
+            steps: Optimizer steps of the whole run.
+        """
+        self.attention_share = self.config.attention_share(step, steps)
+
+    def statistics(self, tokens: Tensor) -> dict[str, float]:
+        """Return the figures of attention, gates and contexts, and ``"attention_share"``."""
+        return {**super().statistics(tokens), "attention_share": self.attention_share}
+
+
+class _Block(nn.Module):
+    """``x + g·attention + (1-g)·mlp``, where the MLP reads the norm of ``x + attention``."""
+
+    def __init__(self, config: LensConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.attn = LensAttention(config, config.key_value_rank)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = LensMLP(config, config.context_rank)
+
+    def forward(self, x: Tensor, attention_share: float) -> Tensor:
+        attention: Tensor = self.attn(self.ln_1(x))
+        out: Tensor = self.mlp(self.ln_2(x + attention), attention)
+        return x + attention_share * attention + (1 - attention_share) * out
+
+    def figures(self, x: Tensor) -> Figures:
+        """Return the figures of attention, and ``context_share``, of a block's input."""
+        return {**self.attn.figures(self.ln_1(x)), "context_share": self.mlp.share()}
+
+
+def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
+    """Build a Lens that begins with the weights of a GPT-2.
+
+    Keys and values become the best approximation of their rank. GPT-2's bias of keys is left out:
+    in standard attention it shifts all logits of a query alike. That of values passes through
+    attention unchanged, so it goes into the bias of the output. The context of the MLP, the gates
+    and the directions are drawn.
+
+    Args:
+        gpt2: In memory, on any device.
+        config: Of the same vocabulary, width, depth, heads and length.
+        seed: Of what GPT-2 does not have.
+
+    Raises:
+        ModelError: If a size differs.
+    """
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length"):
+        theirs, ours = getattr(gpt2.config, name), getattr(config, name)
+        if theirs != ours:
+            raise ModelError(f"{name} is {theirs} in the GPT-2 and {ours} in config; use {theirs}")
+    lens = Lens(config, seed=seed)
+    # all but the fused projection is there under the same name
+    lens.load_state_dict(
+        {name: x for name, x in gpt2.state_dict().items() if ".c_attn." not in name}, strict=False
+    )
+    for block, source in zip(lens.blocks, gpt2.blocks, strict=True):
+        fused = source.get_submodule("attn.c_attn")
+        _take_projections(block.get_submodule("attn"), *fused.parameters())
+    return lens
+
+
+@torch.no_grad()
+def _take_projections(attention: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Cut GPT-2's fused projection, ``(h, 3h)`` and ``(3h,)``, into a Lens's three."""
+    assert isinstance(attention, LensAttention)
+    query, key, value = weight.chunk(3, dim=1)
+    query_bias, _, value_bias = bias.chunk(3)
+    attention.query.weight.copy_(query)
+    attention.query.bias.copy_(query_bias)
+    attention.key.approximate(key.mT)
+    attention.value.approximate(value.mT)
+    attention.c_proj.bias.add_(value_bias @ attention.c_proj.weight)

@@ -1,0 +1,80 @@
+"""The options of SinkGD restated in float64. It shares no code with the library.
+
+Letters, everywhere in this file:
+    G: a gradient; D: what is normalized; X: the update
+    B: an average; v: the vector of a power iteration
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference import column_projection, row_projection
+
+
+@dataclass
+class Expected:
+    """One matrix under the options of a group, step after step."""
+
+    weight: Tensor
+    lr: float = 1.0
+    sinkhorn_iterations: int = 5
+    momentum: float = 0.0
+    nesterov: bool = False
+    momentum_place: str = "before"
+    last: str = "column"
+    first: str | None = None
+    tiny_rows: str = "keep"
+    tiny_row_threshold: float = 0.01
+    operator_norm: str | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def step(self, G: Tensor) -> Tensor:
+        """Return the update X of a step along ``G``, and take the step."""
+        G = G.double()
+        if self.momentum and self.momentum_place == "before":
+            G = self._averaged(G)
+        X = self._pinned(self._normalized(self._masked(G)))
+        if self.momentum and self.momentum_place == "after":
+            X = self._averaged(X)
+        self.weight = self.weight.double() - self.lr * X
+        return X
+
+    def _averaged(self, x: Tensor) -> Tensor:
+        mu, B = self.momentum, self.kept.get("B", torch.zeros_like(x))
+        self.kept["B"] = B = mu * B + (1 - mu) * x
+        return mu * B + (1 - mu) * x if self.nesterov else B
+
+    def _masked(self, D: Tensor) -> Tensor:
+        if self.tiny_rows == "keep":
+            return D
+        lengths = [math.hypot(*row) for row in D.tolist()]
+        mean = sum(lengths) / len(lengths)
+        kept = [length >= self.tiny_row_threshold * mean for length in lengths]
+        return torch.diag(torch.tensor(kept, dtype=torch.float64)) @ D
+
+    def _normalized(self, D: Tensor) -> Tensor:
+        halves = {"row": row_projection, "column": column_projection}
+        other = "row" if self.last == "column" else "column"
+        order = [other, self.last] * self.sinkhorn_iterations
+        if self.first == self.last:
+            order = [self.last, *order]
+        for side in order:
+            D = halves[side](D)
+        return D
+
+    def _pinned(self, X: Tensor) -> Tensor:
+        if self.operator_norm is None:
+            return X
+        m, n = X.shape
+        v = self.kept.get("v", torch.tensor([math.sin(j) for j in range(1, n + 1)]).double())
+        u = X @ v
+        w = X.T @ u
+        if not X.any():
+            return X
+        sigma = max(w.norm() / u.norm(), math.sqrt(m if self.last == "column" else n))
+        self.kept["v"] = w / w.norm()
+        return X * ((math.sqrt(m / n) if self.operator_norm == "muon" else 1.0) / sigma)
