@@ -18,9 +18,7 @@ def made_up_run(
     name: str, seed: int, loss: float, *, recipe: str = "sinkgd", step_seconds: float = 1.0
 ) -> Run:
     """Four evaluations, 25 steps apart, that fall to ``loss``; no finite loss: it failed."""
-    at = [
-        {"step": s, "tokens": s * TOKENS, "seconds": s * step_seconds} for s in (25, 50, 75, 100)
-    ]
+    at = [{"step": s, "tokens": s * TOKENS, "seconds": s * step_seconds} for s in (25, 50, 75, 100)]
     values = [loss + gap for gap in (1.5, 0.6, 0.2, 0.0)]
     steps = [
         TrainStep(**row, loss=v + 0.1, lr=0.1, gradient_norm=1.0, step_seconds=step_seconds,

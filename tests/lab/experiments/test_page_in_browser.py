@@ -18,7 +18,8 @@ pytestmark = pytest.mark.browser
 LOSSES = {
     "iterations": {
         **{f"L{count}": [4.2 - 0.02 * count, 4.21 - 0.02 * count] for count in (1, 3, 5, 10)},
-        **{"adamw": [4.1, 4.12], "adamw-one-lr": [4.3, 4.32]},
+        "adamw": [4.1, 4.12],
+        "adamw-one-lr": [4.3, 4.32],
     },
     "ablation": {"sinkgd": [4.0, 4.1], "sign": [4.1, 4.2], "adamw": [4.1, float("inf")]},
 }

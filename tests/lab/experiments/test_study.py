@@ -64,7 +64,7 @@ def test_the_axis_rates_and_recipes_can_be_chosen():
     assert [arm.name for arm in arms] == ["L2", "L7", "adamw", "adamw-one-lr"]
     arms = select_arms(study, "machine", axis={}, rates=(0.5,), recipes=["sinkgd", "adamw"])
     assert {arm.overrides[LR] for arm in arms} == {0.5}
-    assert {len(arm.points()) for arm in arms} == {3}
+    assert {len(arm.points()) for arm in arms} == {6}
     alpha = select_arms(find_study("alpha"), "machine", axis={}, rates=(0.04,))[0]
     assert alpha.overrides["optimizer.matrix_lr"] == pytest.approx(0.01 * 0.04)
 
