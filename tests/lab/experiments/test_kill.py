@@ -75,14 +75,14 @@ def whole(shards, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("all_processes", [True, False], ids=["group", "alone"])
+@pytest.mark.parametrize(("all_processes", "kills"), [(True, 2), (False, 1)], ids=["group", "one"])
 def test_killed_at_random_moments_the_losses_are_the_same_to_the_bit(
-    shards, whole, tmp_path, all_processes
+    shards, whole, tmp_path, all_processes, kills
 ):
     seed = time.time_ns()
     draw = random.Random(seed)
     out = tmp_path / "killed"
-    for steps in sorted(draw.sample(range(1, 80), 2)):
+    for steps in sorted(draw.sample(range(1, 80), kills)):
         process = start(out, shards)
         wait_for_steps(process, out, steps)
         time.sleep(draw.random() * 0.3)

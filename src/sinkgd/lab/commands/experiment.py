@@ -130,14 +130,15 @@ class Experiment:
                 raise ConfigError(f"{option} is {value}; it must be at least 1")
         study = find_study(self.name)
         recipes = [word.strip() for word in (self.optimizer or "").split(",") if word.strip()]
+        shared = self._shared_config()
         arms = select_arms(
             study,
             self.scale,
+            shared,
             axis={option: numbers(option, getattr(self, option)) for option in _AXES},
             rates=numbers("lr", self.lr),
             recipes=recipes,
         )
-        shared = self._shared_config()
         first = shared.training.seed
         count = study.settings[self.scale].seeds if self.seeds is None else self.seeds
         seeds = tuple(range(first, first + count))
