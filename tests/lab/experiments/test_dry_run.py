@@ -1,9 +1,14 @@
 """Every study can be built, at both scales."""
 
+from dataclasses import replace
+
 import pytest
+import tyro
 
 from sinkgd.lab.cli import main
+from sinkgd.lab.commands.experiment import Experiment
 from sinkgd.lab.experiments.studies import STUDIES
+from sinkgd.lab.experiments.studies.common import paper
 from sinkgd.lab.train import RECIPES
 
 
@@ -41,3 +46,26 @@ def test_an_error_is_one_line(capsys):
     assert "its axis is --iterations" in capsys.readouterr().err
     assert main(["experiment", "iterations", "--report", "--out", "/nowhere"]) == 1
     assert "no study at /nowhere/study.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["iterations", "--scale", "paper"],
+        ["--scale", "paper", "iterations"],
+        ["--no-tune", "iterations", "--scale", "paper", "--out", "alpha"],
+        ["--out", "alpha", "iterations", "--scale", "paper"],
+    ],
+)
+def test_the_studys_own_values_are_the_defaults_wherever_its_name_stands(arguments):
+    assert Experiment.defaults(arguments).shared == paper("llama-130m")
+
+
+def test_the_command_on_the_page_repeats_the_study():
+    given = replace(Experiment.defaults(["batch"]), name="batch", seeds=4, lr="0.01", tune=False)
+    training = replace(given.shared.training, device="auto", threads=2)
+    given = replace(given, shared=replace(given.shared, training=training))
+    words = given._command().split()
+    assert words[:3] == ["sinkgd", "experiment", "batch"]
+    again = tyro.cli(Experiment, args=words[2:], default=Experiment.defaults(words[2:]))
+    assert again == given

@@ -1,4 +1,4 @@
-"""The engine on a study of seconds: every arm tuned alike, nothing done twice, nothing forgotten."""
+"""The engine on a study of seconds: arms tuned alike, nothing done twice, nothing forgotten."""
 
 import fcntl
 import json

@@ -1,5 +1,7 @@
 """Studies as data: arms are told apart, tuned alike, and every option is checked at once."""
 
+from dataclasses import replace
+
 import pytest
 
 from sinkgd.lab.experiments.paired import Difference
@@ -12,7 +14,12 @@ from sinkgd.lab.train import RECIPES, ConfigError, RunConfig
 LR = "optimizer.lr"
 
 
-@pytest.mark.parametrize("study", STUDIES.values(), ids=str)
+def selected(study, shared=None, **options):
+    shared = study.settings["machine"].shared if shared is None else shared
+    return select_arms(study, "machine", shared, **options)
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=list(STUDIES))
 @pytest.mark.parametrize("scale", ["machine", "paper"])
 def test_every_arm_of_every_study_is_a_configuration(study, scale):
     plan = plan_of(study, scale)
@@ -60,13 +67,32 @@ def test_seeds_pair_up_across_arms_and_are_not_that_of_tuning():
 
 def test_the_axis_rates_and_recipes_can_be_chosen():
     study = find_study("iterations")
-    arms = select_arms(study, "machine", axis={"iterations": (2, 7)})
+    arms = selected(study, axis={"iterations": (2, 7)})
     assert [arm.name for arm in arms] == ["L2", "L7", "adamw", "adamw-one-lr"]
-    arms = select_arms(study, "machine", axis={}, rates=(0.5,), recipes=["sinkgd", "adamw"])
+    arms = selected(study, axis={}, rates=(0.5,), recipes=["sinkgd", "adamw"])
     assert {arm.overrides[LR] for arm in arms} == {0.5}
-    assert {len(arm.points()) for arm in arms} == {3}
-    alpha = select_arms(find_study("alpha"), "machine", axis={}, rates=(0.04,))[0]
+    assert {len(arm.points()) for arm in arms} == {6}
+    alpha = selected(find_study("alpha"), axis={}, rates=(0.04,))[0]
     assert alpha.overrides["optimizer.matrix_lr"] == pytest.approx(0.01 * 0.04)
+
+
+def test_a_larger_batch_takes_fewer_steps_of_the_tokens_that_options_give():
+    study = find_study("batch")
+    shared = study.settings["machine"].shared
+    shared = replace(shared, training=replace(shared.training, steps=100, batch_size=8))
+    arms = selected(study, shared, axis={"batch": (4, 16)})
+    sizes = {(a.overrides["training.batch_size"], a.overrides["training.steps"]) for a in arms}
+    assert sizes == {(4, 200), (16, 50)}
+
+
+def test_an_option_that_would_do_nothing_is_refused():
+    study = find_study("ablation")
+    setting = study.settings["machine"]
+    arm = Arm("long", {"training.steps": 9})
+    odd = replace(study, settings={"machine": replace(setting, arms=(arm,))})
+    shared = replace(setting.shared, training=replace(setting.shared.training, steps=7))
+    with pytest.raises(ConfigError, match=r"training\.steps is 7, but the study gives it to long"):
+        selected(odd, shared, axis={})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +104,7 @@ def test_the_axis_rates_and_recipes_can_be_chosen():
 )
 def test_an_option_that_does_not_fit_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        select_arms(find_study("iterations"), "machine", **options)
+        selected(find_study("iterations"), **options)
 
 
 def test_numbers_must_be_numbers():

@@ -41,7 +41,7 @@ ITERATIONS = [
         "L1 is enough: no number of iterations ends lower, beyond the spread of seeds.",
     ),
     ({"L1": near(4.3)}, "L1 ended at 4.300; no other number of iterations has a result."),
-    ({"adamw": near(4.3)}, "No arm has a result yet."),
+    ({"adamw": near(4.3)}, "No arm that the question is about has a result yet."),
 ]
 
 
@@ -131,9 +131,11 @@ def cautions(losses, **options):
 
 
 def test_a_best_point_at_the_edge_of_its_grid_is_a_caution():
-    assert "L5’s grid is at its edge" in cautions({"L5": near(4.0)}, best={"L5": 0})
-    # Points 0 to 5 are 2 rates times 3 of matrices: only the latter has a middle.
-    assert "optimizer.matrix_lr" not in cautions({"L5": near(4.0)}, best={"L5": 1})
+    losses = {"L1": near(4.1), "L5": near(4.0)}
+    at_edge = "at its edge for L5 (optimizer.matrix_lr = 0.00025): a wider grid may lower"
+    assert at_edge in cautions(losses, best={"L5": 0})
+    assert "L5 (optimizer.matrix_lr = 0.008)" in cautions(losses, best={"L5": 5})
+    assert "edge" not in cautions(losses)  # a rate with one value was not searched
 
 
 def test_few_seeds_no_tuning_divergence_and_missing_seeds_are_cautions():

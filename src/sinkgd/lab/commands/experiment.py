@@ -13,7 +13,7 @@ import tyro
 
 from sinkgd.lab.experiments.selection import numbers, select_arms
 from sinkgd.lab.experiments.studies import STUDIES, find_study
-from sinkgd.lab.experiments.study import Scale
+from sinkgd.lab.experiments.study import Scale, Study
 from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.train.config import ConfigError, SharedConfig
 from sinkgd.lab.train.config_file import command_line, differences
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sinkgd.lab.experiments.record import StudyRecord
 
 _AXES = ("iterations", "alpha", "tau", "batch")
+_FLAGS = ("--tune", "--no-tune", "--dry-run", "--report")  # options without a value
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Experiment:
             scale = parser.parse_known_args(arguments)[0].scale
         except argparse.ArgumentError:  # no value: the parser of all options words it better
             scale = "machine"
-        study = STUDIES.get(arguments[0]) if arguments else None
+        study = _study_among(arguments)
         if study is None or scale not in study.settings:
             return cls()
         return cls(shared=study.settings[scale].shared)
@@ -129,14 +130,15 @@ class Experiment:
                 raise ConfigError(f"{option} is {value}; it must be at least 1")
         study = find_study(self.name)
         recipes = [word.strip() for word in (self.optimizer or "").split(",") if word.strip()]
+        shared = self._shared_config()
         arms = select_arms(
             study,
             self.scale,
+            shared,
             axis={option: numbers(option, getattr(self, option)) for option in _AXES},
             rates=numbers("lr", self.lr),
             recipes=recipes,
         )
-        shared = self._shared_config()
         first = shared.training.seed
         count = study.settings[self.scale].seeds if self.seeds is None else self.seeds
         seeds = tuple(range(first, first + count))
@@ -195,6 +197,14 @@ class Experiment:
         default = find_study(self.name).settings[self.scale].shared
         changed = {name for name, _, _ in differences(default, self.shared)}
         return shlex.join([*words, *_options_of(self.shared, changed)])
+
+
+def _study_among(arguments: Sequence[str]) -> Study | None:
+    """Find the study's name where it is no option's value."""
+    for before, word in zip(["--tune", *arguments], arguments, strict=False):
+        if word in STUDIES and (before in _FLAGS or not before.startswith("-")):
+            return STUDIES[word]
+    return None
 
 
 def _options_of(config: SharedConfig, names: set[str]) -> list[str]:

@@ -5,6 +5,7 @@ optimizer is built. With a nano model in the place of its own, each arm also tak
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from sinkgd.lab.models import build_model
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
 from sinkgd.lab.plan.memory import rank_memory
 from sinkgd.lab.report.quantities import count, size
-from sinkgd.lab.train.config import RunConfig
+from sinkgd.lab.train.config import Precision, RunConfig
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.lab.train.loss import loss_of
 from sinkgd.lab.train.recipes import build_optimizer
@@ -55,14 +56,12 @@ def dry_run(plan: StudyPlan) -> list[DryArm]:
 def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
     config = plan.config(task)
     training = config.training
-    with torch.device("meta"):
-        model = build_model(
-            config.model.preset,
-            vocab_size=config.model.vocab_size or config.data.vocab_size,
-            max_sequence_length=training.sequence_length,
-        ).to(weight_dtype(training.precision))
-        tokens = torch.zeros(1, training.sequence_length, dtype=torch.long)
-    loss_of(model, tokens, tokens, training.loss_chunk_tokens).backward()  # type: ignore[no-untyped-call]
+    model = _run_on_meta(
+        config.model.preset,
+        config.model.vocab_size or config.data.vocab_size,
+        training.sequence_length,
+        training.precision,
+    )
     optimizer = build_optimizer(model, config.optimizer)
     _take_a_small_step(config)
     return DryArm(
@@ -73,6 +72,19 @@ def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
         tokens=training.steps * config.tokens_per_step,
         memory_bytes=_planned_peak(config),
     )
+
+
+@lru_cache(maxsize=8)
+def _run_on_meta(
+    preset: str, vocab_size: int | None, sequence_length: int, precision: Precision
+) -> nn.Module:
+    """Build a model without weights, and run it forward and backward on one row."""
+    with torch.device("meta"):
+        model = build_model(preset, vocab_size=vocab_size, max_sequence_length=sequence_length)
+        tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+    model.to(weight_dtype(precision))
+    loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
+    return model
 
 
 def _take_a_small_step(config: RunConfig) -> None:

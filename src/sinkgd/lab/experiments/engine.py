@@ -28,7 +28,13 @@ from sinkgd.lab.experiments.record import (
 )
 from sinkgd.lab.experiments.study import StudyError
 from sinkgd.lab.experiments.tuning import TUNING_FILE, Tuning
-from sinkgd.lab.experiments.worker import DIVERGED, start_training, was_stopped
+from sinkgd.lab.experiments.worker import (
+    DIVERGED,
+    UNTOLD,
+    start_training,
+    wait_until_free,
+    was_stopped,
+)
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import RunFolder, RunFolderError
 from sinkgd.lab.train.device import select_device
@@ -130,7 +136,7 @@ class _Engine:
             wait([one.process.sentinel for one in self.running])
             self.idle_seconds += free * (time.perf_counter() - waited)
             for one in [one for one in self.running if not one.process.is_alive()]:
-                self._end(one)
+                self._end(one, stopping=interrupt.received is not None)
 
     def _begin(self, task: Task) -> None:
         config = self.agenda.plan.config(task)
@@ -143,11 +149,13 @@ class _Engine:
         process = start_training(config, folder.path, plain=self.jobs > 1)
         self.running.append(_Running(task, process, time.perf_counter(), fresh))
 
-    def _end(self, one: _Running) -> None:
+    def _end(self, one: _Running, *, stopping: bool) -> None:
         self.running.remove(one)
         one.process.join()
         code = one.process.exitcode
-        if was_stopped(code):
+        folder = RunFolder(self.folder / one.task.name)
+        if was_stopped(code) or (stopping and code == UNTOLD):
+            wait_until_free(folder)
             return
         if code not in (0, DIVERGED):
             self._stop_others()
@@ -155,7 +163,7 @@ class _Engine:
                 f"run {one.task.name} ended with exit code {code}; what it said stands above. "
                 "All that is finished is kept, and the same command goes on"
             )
-        result = self._write_down(one.task, RunFolder(self.folder / one.task.name))
+        result = self._write_down(one.task, folder)
         self.ended += 1
         end = result.run.end
         bare = end.wall_seconds if end and one.fresh else time.perf_counter() - one.began

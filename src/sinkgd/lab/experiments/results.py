@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sinkgd.lab.experiments.paired import Difference
@@ -93,13 +93,16 @@ class StudyResults:
         return tuple(result.run for one in self.arms for result in one.seeds)
 
     def analysis(self, baseline: str | None) -> Analysis:
-        """Analyze the reported runs, arms in the place of recipes.
+        """Analyze the reported runs, arms in the place of recipes: the baseline, then their order.
 
         Args:
             baseline: An arm's name, or None to compare with nothing.
         """
         arms = {result.name: one.arm.name for one in self.arms for result in one.seeds}
-        return analyze(self.runs, baseline, group=lambda run: arms[run.start.name])
+        found = analyze(self.runs, baseline, group=lambda run: arms[run.start.name])
+        order = [baseline, *(one.arm.name for one in self.arms)]
+        recipes = sorted(found.recipes, key=lambda recipe: order.index(recipe.name))
+        return replace(found, recipes=tuple(recipes))
 
     @property
     def equal_seconds(self) -> float | None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sinkgd.lab.experiments.study import Arm, Scale, Study
-from sinkgd.lab.train.config import ConfigError
-from sinkgd.lab.train.config_file import nearest
+from sinkgd.lab.experiments.study import Arm, Scale, Setting, Study
+from sinkgd.lab.train.config import ConfigError, SharedConfig
+from sinkgd.lab.train.config_file import differences, nearest
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
 
@@ -14,6 +14,7 @@ LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
 def select_arms(
     study: Study,
     scale: Scale,
+    shared: SharedConfig,
     *,
     axis: Mapping[str, Sequence[float]],
     rates: Sequence[float] = (),
@@ -24,6 +25,7 @@ def select_arms(
     Args:
         study: The study.
         scale: At which.
+        shared: The configuration that options gave.
         axis: By option, the places on the study's axis in the place of its own; empty ones are not
             asked for.
         rates: To try for ``optimizer.lr``. A rate of matrices that the study fixes beside it keeps
@@ -33,10 +35,14 @@ def select_arms(
     Raises:
         ConfigError: If an option does not fit the study.
     """
-    arms = study.settings[scale].arms
-    for option, values in axis.items():
-        if values:
-            arms = _at(study, scale, option, values)
+    setting = study.settings[scale]
+    places = _places(study, setting, axis)
+    arms = setting.arms
+    if setting.at is not None:
+        off_axis = tuple(arm for arm in arms if arm.value is None)
+        arms = (*(arm for place in places for arm in setting.at(place, shared)), *off_axis)
+    else:
+        _check_effective(setting, shared)
     if rates:
         arms = tuple(_with_rates(arm, tuple(rates)) for arm in arms)
     if recipes:
@@ -65,13 +71,27 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
     return values
 
 
-def _at(study: Study, scale: Scale, option: str, values: Sequence[float]) -> tuple[Arm, ...]:
-    setting = study.settings[scale]
-    if study.axis is None or study.axis.option != option or setting.at is None:
-        has = f"its axis is --{study.axis.option}" if study.axis else "it has no axis of numbers"
-        raise ConfigError(f"study {study.name!r} does not take --{option}; {has}")
-    off_axis = tuple(arm for arm in setting.arms if arm.value is None)
-    return (*(arm for value in values for arm in setting.at(value)), *off_axis)
+def _places(study: Study, setting: Setting, axis: Mapping[str, Sequence[float]]) -> Sequence[float]:
+    """Return the places on the axis that were asked for, else the study's own."""
+    asked = {option: values for option, values in axis.items() if values}
+    for option in asked:
+        if study.axis is None or study.axis.option != option or setting.at is None:
+            has = (
+                f"its axis is --{study.axis.option}" if study.axis else "it has no axis of numbers"
+            )
+            raise ConfigError(f"study {study.name!r} does not take --{option}; {has}")
+    own = dict.fromkeys(arm.value for arm in setting.arms if arm.value is not None)
+    return next(iter(asked.values()), list(own))
+
+
+def _check_effective(setting: Setting, shared: SharedConfig) -> None:
+    """Refuse an option that arms give a value of their own, so that it would do nothing."""
+    for name, _, value in differences(setting.shared, shared):
+        owners = [arm.name for arm in setting.arms if name in arm.overrides]
+        if owners:
+            raise ConfigError(
+                f"{name} is {value!r}, but the study gives it to {', '.join(owners)}; leave it out"
+            )
 
 
 def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:

@@ -85,7 +85,9 @@ class Setting:
 
     shared: SharedConfig
     arms: tuple[Arm, ...]  # in the order of the page; controls among them
-    at: Callable[[float], tuple[Arm, ...]] | None = None  # the arms at another place on the axis
+    # The arms at a place on the axis, for a shared configuration. Where it is given, options may
+    # change both; ``arms`` are then made anew.
+    at: Callable[[float, SharedConfig], tuple[Arm, ...]] | None = None
     seeds: int = 3
 
 

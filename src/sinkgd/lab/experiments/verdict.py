@@ -25,7 +25,9 @@ def unfinished(results: StudyResults) -> Verdict | None:
     """Return the verdict of a study in which no candidate has a result yet; None if one has."""
     if results.candidates:
         return None
-    return Verdict("No arm has a result yet.", (), tuple(cautions(results)))
+    return Verdict(
+        "No arm that the question is about has a result yet.", (), tuple(cautions(results))
+    )
 
 
 def ranked(arms: Sequence[ArmResults]) -> list[ArmResults]:
@@ -149,11 +151,12 @@ def _unequal_effort(results: StudyResults) -> list[str]:
 
 
 def _edges(results: StudyResults) -> list[str]:
+    found = [f"{one.arm.name} ({', '.join(one.edges)})" for one in results.arms if one.edges]
+    if not found:
+        return []
     return [
-        f"The best of {one.arm.name}’s grid is at its edge ({', '.join(one.edges)}): a wider grid "
-        "may lower its loss."
-        for one in results.arms
-        if one.edges
+        f"The best of the grid is at its edge for {', '.join(found)}: a wider grid may lower the "
+        "loss."
     ]
 
 

@@ -31,8 +31,11 @@ from sinkgd.lab.train import (
 from sinkgd.lab.train.interrupt import exit_code
 
 DIVERGED = 3  # exit code of a run whose loss or gradient was no finite number
+# What multiprocessing says where the process that forks died, too, and cannot tell: a SIGTERM to
+# the whole group ends it.
+UNTOLD = 255
 _STOPPED = {exit_code(number) for number in (signal.SIGINT, signal.SIGTERM)}
-_PATIENCE_SECONDS = 30.0  # for the process of a killed study to save and let go of its run
+_PATIENCE_SECONDS = 30.0
 
 
 def start_training(config: RunConfig, folder: Path, *, plain: bool) -> ForkServerProcess:
@@ -64,7 +67,7 @@ def _work(config: RunConfig, folder: Path, plain: bool) -> None:
 
 def _train(config: RunConfig, folder: Path) -> int:
     try:
-        _wait_until_free(RunFolder(folder))
+        wait_until_free(RunFolder(folder))
         outcome = train(config, folder)
     except KeyboardInterrupt:  # before the first step
         return exit_code(signal.SIGINT)
@@ -77,8 +80,8 @@ def _train(config: RunConfig, folder: Path) -> int:
     return 0 if outcome.signal is None else exit_code(outcome.signal)
 
 
-def _wait_until_free(folder: RunFolder) -> None:
-    """Wait for a process whose study was killed; it ends its step and saves."""
+def wait_until_free(folder: RunFolder) -> None:
+    """Wait, half a minute at most, for a process that was told to stop: it still saves."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:

@@ -64,8 +64,8 @@ ALPHA = Study(
     background="Scetbon et al. 2025 take α = 0.05 at lr 0.02. Here α is the only thing that is "
     "searched for SinkGD; each AdamW has as many points of its own.",
     settings={
-        "machine": Setting(MACHINE, _ARMS, at=lambda value: (arm_with(value),)),
-        "paper": Setting(paper("llama-60m"), _ARMS, at=lambda value: (arm_with(value),)),
+        "machine": Setting(MACHINE, _ARMS, at=lambda value, _: (arm_with(value),)),
+        "paper": Setting(paper("llama-60m"), _ARMS, at=lambda value, _: (arm_with(value),)),
     },
     judge=judge,
     axis=Axis("alpha", "α", log=True),

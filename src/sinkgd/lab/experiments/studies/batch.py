@@ -85,7 +85,7 @@ def _recipe(one: ArmResults) -> str:
 
 def _setting(shared: SharedConfig, sizes: tuple[int, ...], grids: dict[str, Grid]) -> Setting:
     arms = tuple(arm for size in sizes for arm in arms_at(size, shared, grids))
-    return Setting(shared, arms, at=lambda value: arms_at(value, shared, grids))
+    return Setting(shared, arms, at=lambda value, given: arms_at(value, given, grids))
 
 
 BATCH = Study(

@@ -72,12 +72,12 @@ ITERATIONS = Study(
         "machine": Setting(
             MACHINE,
             (*map(arm_with, ITERATION_COUNTS), *controls()),
-            at=lambda value: (arm_with(value),),
+            at=lambda value, _: (arm_with(value),),
         ),
         "paper": Setting(
             paper("llama-130m"),
             (*(arm_with(n, PAPER_SINKGD_GRID) for n in ITERATION_COUNTS), *paper_controls()),
-            at=lambda value: (arm_with(value, PAPER_SINKGD_GRID),),
+            at=lambda value, _: (arm_with(value, PAPER_SINKGD_GRID),),
         ),
     },
     judge=judge,
