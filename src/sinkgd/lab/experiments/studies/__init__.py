@@ -7,6 +7,7 @@ from sinkgd.lab.experiments.studies.ablation import ABLATION
 from sinkgd.lab.experiments.studies.alpha import ALPHA
 from sinkgd.lab.experiments.studies.batch import BATCH
 from sinkgd.lab.experiments.studies.iterations import ITERATIONS
+from sinkgd.lab.experiments.studies.lens import LENS
 from sinkgd.lab.experiments.studies.momentum import MOMENTUM
 from sinkgd.lab.experiments.studies.pareto import PARETO
 from sinkgd.lab.experiments.studies.shift import SHIFT
@@ -20,6 +21,7 @@ from sinkgd.lab.train.config_file import nearest
 
 _TABLE = (
     TABLE1,
+    LENS,
     ITERATIONS,
     ALPHA,
     ABLATION,

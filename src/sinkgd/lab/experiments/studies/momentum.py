@@ -9,6 +9,8 @@ from sinkgd.lab.experiments.studies.common import (
     MACHINE,
     MATRIX_LR,
     PAPER_MUON_GRID,
+    PAPER_SINKGD_GRID,
+    SINKGD_GRID,
     controls,
     muon,
     paper,
@@ -34,10 +36,8 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "after-0.9": {"momentum": 0.9, "momentum_place": "after"},
 }
 # Averages of updates are shorter than updates, so that their best rate may be higher.
-GRID: Grid = {LR: (0.04, 0.08), MATRIX_LR: (0.0005, 0.001, 0.002)}
-PAPER_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.0005, 0.001, 0.002)}
-AFTER_GRID: Grid = {LR: (0.04, 0.08), MATRIX_LR: (0.001, 0.002, 0.004)}
-PAPER_AFTER_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.001, 0.002, 0.004)}
+AFTER_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
+PAPER_AFTER_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
 def arms_with(grid: Grid, after: Grid) -> tuple[Arm, ...]:
@@ -79,14 +79,18 @@ def judge(results: StudyResults) -> Verdict:
 MOMENTUM = Study(
     name="momentum",
     question="Does momentum help SinkGD, and before or after the normalization?",
-    background="The paper has none. Methods that normalize momentum by rows or columns (RMNP, Mano, "
-    "Nora) and Sinkhorn on DeepSeek’s tables have it before; averages of normalized updates are "
-    "momentum after.",
+    background="The paper has none. Methods that normalize momentum by rows or columns (RMNP, "
+    "Mano, Nora) and Sinkhorn on DeepSeek’s tables have it before; averages of normalized "
+    "updates are momentum after.",
     settings={
-        "machine": Setting(MACHINE, (*arms_with(GRID, AFTER_GRID), *controls(), muon())),
+        "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID, AFTER_GRID), *controls(), muon())),
         "paper": Setting(
             paper("llama-60m"),
-            (*arms_with(PAPER_GRID, PAPER_AFTER_GRID), *paper_controls(), muon(PAPER_MUON_GRID)),
+            (
+                *arms_with(PAPER_SINKGD_GRID, PAPER_AFTER_GRID),
+                *paper_controls(),
+                muon(PAPER_MUON_GRID),
+            ),
         ),
     },
     judge=judge,

@@ -3,7 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, paper
+from sinkgd.lab.experiments.studies.common import (
+    ADAMW_GRID,
+    LR,
+    MACHINE,
+    MATRIX_LR,
+    MUON_GRID,
+    ONE_LR_GRID,
+    PAPER_ADAMW_GRID,
+    PAPER_MUON_GRID,
+    PAPER_ONE_LR_GRID,
+    PAPER_SWAN_GRID,
+    SWAN_GRID,
+    paper,
+)
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, ranked, unfinished
 from sinkgd.lab.report.quantities import size
@@ -14,22 +27,22 @@ CONTROLS = ("adamw", "adamw-one-lr")
 GRIDS: Mapping[str, Grid] = {
     "sinkgd": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "sinkgd-stateless": {L: (1, 5), LR: (0.0005, 0.001, 0.002)},
-    "swan": {LR: (0.04, 0.08), MATRIX_LR: (0.001, 0.002, 0.004)},
+    "swan": SWAN_GRID,
     "scale": {LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)},
-    "muon": {LR: (0.04, 0.08), MATRIX_LR: (0.005, 0.01, 0.02)},
-    "apollo-mini": {LR: (0.02, 0.08), MATRIX_LR: (0.005, 0.01, 0.02)},
-    "adamw": {LR: (0.04, 0.08), MATRIX_LR: (0.0015, 0.003, 0.006)},
-    "adamw-one-lr": {LR: (0.001, 0.002, 0.003, 0.004, 0.006, 0.012)},
+    "muon": MUON_GRID,
+    "apollo-mini": {LR: (0.08,), MATRIX_LR: (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)},
+    "adamw": ADAMW_GRID,
+    "adamw-one-lr": ONE_LR_GRID,
 }
 PAPER_GRIDS: Mapping[str, Grid] = {
     "sinkgd": {L: (1, 3, 5), LR: (0.02,), MATRIX_LR: (0.0005, 0.001)},
     "sinkgd-stateless": {L: (1, 5), LR: (0.0005, 0.001, 0.002)},
-    "swan": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)},
-    "scale": {LR: (0.0003, 0.0005, 0.001, 0.002, 0.004, 0.008)},
-    "muon": {LR: (0.01, 0.02), MATRIX_LR: (0.001, 0.005, 0.01)},
-    "apollo-mini": {LR: (0.01, 0.02), MATRIX_LR: (0.005, 0.01, 0.02)},
-    "adamw": {LR: (0.01, 0.02), MATRIX_LR: (0.0005, 0.001, 0.003)},
-    "adamw-one-lr": {LR: (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01)},
+    "swan": PAPER_SWAN_GRID,
+    "scale": {LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)},
+    "muon": PAPER_MUON_GRID,
+    "apollo-mini": {LR: (0.02,), MATRIX_LR: (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)},
+    "adamw": PAPER_ADAMW_GRID,
+    "adamw-one-lr": PAPER_ONE_LR_GRID,
 }
 
 

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
-    LR,
     MACHINE,
-    MATRIX_LR,
     MUON_GRID,
     PAPER_ADAMW_GRID,
     PAPER_MUON_GRID,
     PAPER_ONE_LR_GRID,
     PAPER_SINKGD_GRID,
+    PAPER_SWAN_GRID,
     SINKGD_GRID,
+    SWAN_GRID,
     controls,
     muon,
     paper,
@@ -31,9 +31,6 @@ from sinkgd.lab.report import Spread, first_reach
 from sinkgd.lab.report.quantities import count
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig
-
-SWAN_GRID: Grid = {LR: (0.04, 0.08), MATRIX_LR: (0.001, 0.002, 0.004)}
-PAPER_SWAN_GRID: Grid = {LR: (0.01, 0.02), MATRIX_LR: (0.001, 0.002, 0.004)}
 
 
 def shifted(shared: SharedConfig) -> SharedConfig:

@@ -66,9 +66,8 @@ def judge(results: StudyResults) -> Verdict:
     headline += f"; level with it: {names(level)}." if level else "."
     sentences = []
     if adam is not None:
-        for one in order:
-            if one is not adam:
-                sentences.append(compared(one.arm.name, results.difference(one, adam), ADAM))
+        others = [one for one in order if one is not adam]
+        sentences += [compared(one.arm.name, results.difference(one, adam), ADAM) for one in others]
     kept = ", ".join(f"{name} {count}" for name, count in KEPT.items())
     sentences.append(f"Numbers kept for every entry of a table: {kept}.")
     sentences += against_controls(results, best)
