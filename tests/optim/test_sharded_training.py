@@ -53,6 +53,14 @@ RECIPES = {
     "warm": lambda model: sinkgd.SinkGD(
         sinkgd.param_groups(model, lr=0.02), sinkhorn_iterations=2, warm_start=True
     ),
+    "options": lambda model: sinkgd.SinkGD(
+        sinkgd.param_groups(
+            model, 0.02, overrides={"embed|head": {"algorithm": "sinkgd-table", "lr": 0.02}}
+        ),
+        momentum=0.9,
+        operator_norm="muon",
+        sinkhorn_iterations=2,
+    ),
 }
 
 
