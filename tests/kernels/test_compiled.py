@@ -92,7 +92,14 @@ def test_a_compiled_step_is_the_plain_step(kind):
 
 
 @pytest.mark.parametrize(
-    "options", [{"tol": 0.1}, {"warm_start": True}, {"nonfinite": "skip"}, {"backend": "eager"}]
+    "options",
+    [
+        {"tol": 0.1},
+        {"warm_start": True},
+        {"nonfinite": "skip"},
+        {"backend": "eager"},
+        {"momentum": 0.9, "nesterov": True, "tiny_rows": "mask", "operator_norm": "muon"},
+    ],
 )
 def test_its_options_hold_there_too(options):
     compiled = walk("sinkgd-stateless", "aot_eager", **options)

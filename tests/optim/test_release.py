@@ -30,6 +30,13 @@ RECIPES = {
     "warm": lambda model: sinkgd.SinkGD(
         sinkgd.param_groups(model), sinkhorn_iterations=2, warm_start=True
     ),
+    "options": lambda model: sinkgd.SinkGD(
+        sinkgd.param_groups(model, overrides={"embed|lm_head": "sinkgd-table"}),
+        momentum=0.9,
+        momentum_place="after",
+        operator_norm="muon",
+    ),
+    "scale": lambda model: sinkgd.SCALE(sinkgd.scale_groups(model)),
     "random rounding": lambda model: sinkgd.SinkGD(
         model.named_parameters(), lr=3e-3, rounding="stochastic", seed=5
     ),
@@ -228,7 +235,9 @@ def differences_on_mesh(names):
 
 
 def test_under_fsdp2_it_is_the_ordinary_step_bit_for_bit():
-    for equal in on_ranks(2, differences_on_mesh, ["hybrid", "stateless", "random rounding"]):
+    for equal in on_ranks(
+        2, differences_on_mesh, ["hybrid", "stateless", "options", "scale", "random rounding"]
+    ):
         assert equal
         assert all(equal.values()), equal
 

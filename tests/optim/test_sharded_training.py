@@ -58,6 +58,14 @@ RECIPES = {
     "adamw-spam": lambda model: sinkgd.AdamWSPAM(
         model.named_parameters(), lr=0.01, reset_interval=9, warmup_steps=6, norm_window=10
     ),
+    "options": lambda model: sinkgd.SinkGD(
+        sinkgd.param_groups(
+            model, 0.02, overrides={"embed|head": {"algorithm": "sinkgd-table", "lr": 0.02}}
+        ),
+        momentum=0.9,
+        operator_norm="muon",
+        sinkhorn_iterations=2,
+    ),
 }
 
 

@@ -19,6 +19,10 @@ class MNGD(GroupedOptimizer):
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
     step. Without momentum nothing is remembered from step to step: ``state`` stays empty.
 
+    Matrices may lie in pieces on a mesh of devices where all norms are row, column, Frobenius or
+    sign norms: each of them in turn then costs at most a message a process group, and one more
+    tells what is not finite. Other norms need whole matrices.
+
     Args:
         params: Matrices (two dimensions or more): tensors, (name, tensor) pairs or groups. Vectors
             are refused; `param_groups` gives them to AdamW.

@@ -17,9 +17,19 @@ class SinkGD(GroupedOptimizer):
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
     step. For the paper's recipe pass the groups of `param_groups`: matrices of the blocks as above,
     all else by AdamW. Without groups no state is kept at all: matrices as above, vectors and
-    scalars by their own l2 norm, with root-mean-square 1 too. The options after ``seed`` go beyond
-    the paper; they combine freely, and without them nothing of them is paid for. Vectors know
-    momentum alone.
+    scalars by their own l2 norm, with root-mean-square 1 too.
+
+    The options after ``seed`` go beyond the paper and combine freely; a group may set its own.
+    Without them nothing of them is paid for. Of a gradient come, in turn: its momentum, the rows
+    that are left out, the half steps, the size, and the momentum of the update. Vectors know
+    momentum alone. The algorithm ``"sinkgd-table"`` is a set of them, reported for embedding and
+    head of DeepSeek-V4.1 by secondary sources: Nesterov's momentum of 0.95, tiny rows left out,
+    2L + 1 half steps from rows to rows; they multiply its learning rate by 0.18. A user writes
+    ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", "lr": ...}})``.
+
+    On a mesh of devices a step costs L messages a process group, whatever the options; and one
+    more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, and one for
+    ``operator_norm``, or two over a group that shards columns. No matrix is sent.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs.
