@@ -104,7 +104,7 @@ def test_page_and_verdict_need_the_record_alone(finished, tmp_path, capsys, comm
     for sentence in (verdict.headline, *verdict.sentences, *verdict.cautions):
         assert sentence in said
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for name in ("sinkgd-L2", "adamw", "Every point of the grids", "lr0.04"):
+    for name in ("sinkgd-L2", "adamw", "Every point of the grids", "lr 0.04"):
         assert name in page
     assert (tmp_path / "study.jsonl").stat().st_size < 4096 * len(record.runs)
 
