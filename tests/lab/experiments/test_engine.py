@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from lab.experiments.conftest import ARMS, small_plan
+from sinkgd.lab.cli import main
 from sinkgd.lab.experiments import engine
 from sinkgd.lab.experiments.engine import run_study
-from sinkgd.lab.experiments.page import study_page
 from sinkgd.lab.experiments.record import StudyRecord
 from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies import find_study
@@ -93,12 +93,18 @@ def test_a_run_that_ended_before_it_was_written_down_is_written_down(
     assert {n: r.loss for n, r in again.runs.items()} == {n: r.loss for n, r in first.runs.items()}
 
 
-def test_page_and_verdict_need_the_record_alone(finished, tmp_path):
+@pytest.mark.parametrize("command", [["report"], ["experiment", "iterations", "--report", "--out"]])
+def test_page_and_verdict_need_the_record_alone(finished, tmp_path, capsys, command):
     shutil.copy(finished / "study.jsonl", tmp_path)
     record = StudyRecord.read(tmp_path / "study.jsonl")
-    study, results = find_study("iterations"), StudyResults.of(record)
-    page = study_page(study, record, results, study.judge(results))
-    for name in ("sinkgd-L2", "adamw", "Every point of the grids", "lr0.04"):
+    assert main([*command, str(tmp_path)]) == 0
+    study = find_study("iterations")
+    verdict = study.judge(StudyResults.of(record))
+    said = capsys.readouterr().out
+    for sentence in (verdict.headline, *verdict.sentences, *verdict.cautions):
+        assert sentence in said
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("sinkgd-L2", "adamw", "Every point of the grids", "lr 0.04"):
         assert name in page
     assert (tmp_path / "study.jsonl").stat().st_size < 4096 * len(record.runs)
 

@@ -197,3 +197,11 @@ def test_an_empty_folder_is_refused_with_the_remedy(tmp_path):
         read_runs(tmp_path)
     with pytest.raises(ReportError, match="is no folder"):
         read_runs(tmp_path / "absent")
+
+
+def test_runs_can_be_grouped_by_something_else_than_their_recipe(tmp_path):
+    runs = [write_run(tmp_path, "sinkgd", {10: loss}, name=name) for name, loss in
+            (("a-0", 4.0), ("a-1", 4.2), ("b-0", 5.0))]  # fmt: skip
+    analysis = analyze(runs, "b", group=lambda run: run.start.name[0])
+    assert [(one.name, len(one.runs)) for one in analysis.recipes] == [("b", 1), ("a", 2)]
+    assert analysis.comparisons["a"].reached_runs == 2

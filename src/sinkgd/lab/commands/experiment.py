@@ -128,6 +128,9 @@ class Experiment:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"{option} is {value}; it must be at least 1")
+        rates = numbers("lr", self.lr)
+        if len(rates) > 1 and not self.tune:
+            raise ConfigError(f"lr is {self.lr!r}, but --no-tune tries no rates; give one")
         study = find_study(self.name)
         recipes = [word.strip() for word in (self.optimizer or "").split(",") if word.strip()]
         shared = self._shared_config()
@@ -136,7 +139,7 @@ class Experiment:
             self.scale,
             shared,
             axis={option: numbers(option, getattr(self, option)) for option in _AXES},
-            rates=numbers("lr", self.lr),
+            rates=rates,
             recipes=recipes,
         )
         first = shared.training.seed
@@ -222,9 +225,14 @@ def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
 
 
 def studies_text() -> str:
-    """Return one line a study with its question."""
+    """Return one line a study, with its question and how many trainings it is."""
+    from sinkgd.lab.experiments.plan import plan_of
+
     width = max(map(len, STUDIES))
-    lines = [f"  {name:<{width}}  {study.question}" for name, study in STUDIES.items()]
+    lines = [
+        f"  {name:<{width}}  {study.question} ({plan_of(study, 'machine').runs} runs)"
+        for name, study in STUDIES.items()
+    ]
     example = next(iter(STUDIES))
     return "\n".join(
         [

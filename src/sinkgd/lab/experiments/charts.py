@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.study import Axis, point_name
+from sinkgd.lab.experiments.study import Axis, point_words
 from sinkgd.lab.report.charts import Chart, Figure, axis, layout, row_words, rows_axis
 from sinkgd.lab.report.identity import Identity
 from sinkgd.lab.report.quantities import loss
@@ -172,8 +172,7 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
         return None
     data = [_grid_row(row, one, identities[one.arm.name]) for row, one in enumerate(arms)]
     words = [
-        f"{identities[one.arm.name].label}</b>  best at "
-        f"{point_name(one.chosen or {}).replace('-', ', ')}"
+        f"{identities[one.arm.name].label}</b>  best at {point_words(one.chosen or {})}"
         for one in arms
     ]
     return Chart(
@@ -211,7 +210,7 @@ def _grid_row(row: int, one: ArmResults, look: Identity) -> Figure:
         },
         "showlegend": False,
         "hovertext": [
-            f"{html.escape(point_name(result.point))}<br>{loss(result.loss)}" for result in finite
+            f"{html.escape(point_words(result.point))}<br>{loss(result.loss)}" for result in finite
         ],
         "hoverinfo": "text",
     }

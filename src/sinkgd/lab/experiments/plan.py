@@ -1,7 +1,7 @@
 """A study made ready: every run of it, named and resolved, before the first of them begins."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sinkgd.lab.experiments.study import NOTHING, Arm, Point, Scale, Study, check_arms, point_name
@@ -75,7 +75,8 @@ class StudyPlan:
         """
         if not self.arms:
             raise ConfigError(f"study {self.study!r} has no arms left; name other --optimizer")
-        check_arms(self.study, self.arms)
+        untuned = tuple(replace(arm, tuned=NOTHING) for arm in self.arms)
+        check_arms(self.study, self.arms if self.tune else untuned)
         if self.tuning_seed in self.seeds:
             raise ConfigError(
                 f"seed {self.tuning_seed} is that of tuning and cannot be reported, too; "

@@ -5,7 +5,7 @@ import math
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.experiments.record import StudyRecord
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.study import point_name
+from sinkgd.lab.experiments.study import point_words
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, loss, percent, size
 from sinkgd.lab.report.summary import Spread, summarize
 
@@ -126,7 +126,7 @@ def grid_sheet(results: StudyResults) -> Sheet:
         for result in sorted(one.grid, key=lambda r: list(r.point.values())):
             chosen = result.point == one.chosen
             words = loss(result.loss) if math.isfinite(result.loss) else "diverged"
-            point = point_name(result.point).replace("-", ", ")
+            point = point_words(result.point)
             rows.append((one.arm.name, point, words, "chosen" if chosen else ""))
     return Sheet(
         title="Every point of the grids",

@@ -166,6 +166,15 @@ def point_name(point: Point) -> str:
     return "-".join(f"{name.rpartition('.')[2]}{value:g}" for name, value in point.items())
 
 
+def point_words(point: Point) -> str:
+    """Write a point for a reader.
+
+    >>> point_words({"optimizer.lr": 0.02, "optimizer.matrix_lr": 1e-05})
+    'lr 0.02, matrix_lr 1e-05'
+    """
+    return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in point.items())
+
+
 def edges(arm: Arm, chosen: Point) -> list[str]:
     """Name the fields whose best value is the first or last that was tried, of at least two.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sinkgd.lab.experiments.paired import Difference
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.report.quantities import count, loss
+from sinkgd.lab.report.quantities import count, duration, loss
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
         return []
     found = [(a, results.loss_after(a, seconds)) for a in (one, *results.controls)]
     words = [f"{arm.arm.name} {loss(spread.mean)}" for arm, spread in found if spread]
-    return [f"At equal seconds, those of the fastest arm: {', '.join(words)}."] if words else []
+    after = f"At equal seconds, after the {duration(seconds)} of the fastest arm"
+    return [f"{after}: {', '.join(words)}."] if words else []
 
 
 def names(arms: Sequence[ArmResults]) -> str:
