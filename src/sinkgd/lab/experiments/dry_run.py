@@ -12,7 +12,7 @@ from torch import nn
 
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.experiments.plan import StudyPlan, Task
-from sinkgd.lab.models import build_model
+from sinkgd.lab.models import LLAMAS, build_model
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
 from sinkgd.lab.plan.memory import rank_memory
 from sinkgd.lab.report.quantities import count, size
@@ -36,7 +36,7 @@ class DryArm:
     parameters: int
     groups: int  # of the optimizer
     tokens: int  # of one run
-    memory_bytes: int | None  # at the peak of a step; None where `sinkgd plan` has no such method
+    memory_bytes: int | None  # at the peak of a step; None where `sinkgd plan` cannot tell
 
 
 def dry_run(plan: StudyPlan) -> list[DryArm]:
@@ -88,8 +88,9 @@ def _run_on_meta(
 
 
 def _take_a_small_step(config: RunConfig) -> None:
-    """Let the arm's optimizer step once, for real, on the smallest model."""
-    model: nn.Module = build_model("llama-nano", **_SMALL)
+    """Let the arm's optimizer step once, for real, on the smallest model of the family."""
+    family = config.model.preset.partition("-")[0]
+    model: nn.Module = build_model(f"{family}-nano", **_SMALL)
     optimizer = build_optimizer(model, config.optimizer)
     tokens = torch.arange(8).unsqueeze(0)
     loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
@@ -98,7 +99,11 @@ def _take_a_small_step(config: RunConfig) -> None:
 
 def _planned_peak(config: RunConfig) -> int | None:
     name = _METHOD_OF.get(config.optimizer.recipe, config.optimizer.recipe)
-    if name not in METHODS:
+    if config.optimizer.operator_norm is not None:
+        name = f"{name}-pinned"
+    elif name == "sinkgd" and config.optimizer.momentum:
+        name = f"{name}-momentum"
+    if name not in METHODS or config.model.preset not in LLAMAS:
         return None
     training = config.training
     micro = training.micro_batch_size or training.batch_size
@@ -127,7 +132,7 @@ def dry_run_sheet(plan: StudyPlan) -> Sheet:
         title=f"{plan.study}, {plan.scale} scale: {plan.runs} runs",
         note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
         f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, by `sinkgd plan`; "
-        f"{UNKNOWN} where it has no such method.",
+        f"{UNKNOWN} where it cannot tell.",
         columns=("arm", "runs", "parameters", "groups", "tokens a run", "memory"),
         rows=tuple(
             (
