@@ -12,6 +12,8 @@ from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.sheets import arms_sheet, effort_sheet, grid_sheet, reach_sheets
 from sinkgd.lab.experiments.study import Study
 from sinkgd.lab.experiments.verdict import Verdict
+from sinkgd.lab.report import calculator_block, published_block
+from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.identity import identify
@@ -31,10 +33,16 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
         verdict: Of the results.
     """
     grids = grid_sheet(results)
+    analysis = _analysis(results)
+    charts = [] if analysis is None else _charts(study, results, analysis)
+    published = published_block(results.runs)
     return render(
         _TEMPLATE,
         title=f"Study {study.name}, {results.plan['scale']} scale",
-        charts=_charts(study, results),
+        charts=[*charts, *published.charts],
+        own_charts=charts,
+        published=published,
+        calculator=calculator_block(analysis),
         filters={},
         study=study,
         verdict=verdict,
@@ -51,11 +59,15 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
     )
 
 
-def _charts(study: Study, results: StudyResults) -> list[Chart]:
+def _analysis(results: StudyResults) -> Analysis | None:
+    """Compare the arms with the first control that did not diverge; None without a run."""
     if not results.runs:
-        return []
+        return None
     baseline = next((one.arm.name for one in results.controls if not one.diverged), None)
-    analysis = results.analysis(baseline)
+    return results.analysis(baseline)
+
+
+def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Chart]:
     everyone = {one.arm.name for one in results.arms}
     identities = identify(analysis)
     charts = [

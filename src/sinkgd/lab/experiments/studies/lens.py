@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE
+from sinkgd.lab.experiments.studies.common import LR, MACHINE, controls, paper_controls
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, ended, ranked, unfinished
 from sinkgd.lab.results import Evaluation, Run
@@ -192,9 +192,9 @@ LENS = Study(
     settings={
         "machine": Setting(
             replace(MACHINE, model=ModelConfig(preset="lens-nano")),
-            arms(ADAM_GRID, TEMPERED_GRID),
+            (*arms(ADAM_GRID, TEMPERED_GRID), *controls()),
         ),
-        "paper": Setting(_PAPER, arms(PAPER_ADAM_GRID, PAPER_TEMPERED_GRID)),
+        "paper": Setting(_PAPER, (*arms(PAPER_ADAM_GRID, PAPER_TEMPERED_GRID), *paper_controls())),
     },
     judge=judge,
 )

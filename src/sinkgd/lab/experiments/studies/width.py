@@ -49,6 +49,24 @@ def arms_at(presets: Mapping[str, int], lr: float) -> tuple[Arm, ...]:
     )
 
 
+def adamws(preset: str, width: int, lr: float) -> tuple[Arm, ...]:
+    """Return both AdamWs at one width: where SinkGD stands, while rules are compared."""
+    grids = {
+        "adamw": {LR: (lr,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
+        "adamw-one-lr": {LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
+    }
+    return tuple(
+        Arm(
+            f"{recipe}-{width}",
+            {"model.preset": preset, "optimizer.recipe": recipe},
+            grid,
+            value=float(width),
+            control=True,
+        )
+        for recipe, grid in grids.items()
+    )
+
+
 def exponent(found: Sequence[tuple[float, float]]) -> float | None:
     """Fit p to pairs of d and the best rate, by least squares of their logarithms.
 
@@ -119,8 +137,10 @@ WIDTH = Study(
     background="Axolotl reports that raw SinkGD’s best rate falls as 1/d_in, as Adam’s does, and "
     "that pinning the operator norm to √(d_out/d_in) makes it independent of the width.",
     settings={
-        "machine": Setting(_MACHINE, arms_at(WIDTHS, 0.08)),
-        "paper": Setting(paper("llama-60m"), arms_at(PAPER_WIDTHS, 0.02)),
+        "machine": Setting(_MACHINE, (*arms_at(WIDTHS, 0.08), *adamws("llama-nano", 128, 0.08))),
+        "paper": Setting(
+            paper("llama-60m"), (*arms_at(PAPER_WIDTHS, 0.02), *adamws("llama-60m", 512, 0.02))
+        ),
     },
     judge=judge,
     axis=Axis("width", "hidden size, d", log=True),
