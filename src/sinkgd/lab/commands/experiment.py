@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
+from sinkgd.lab.commands.study_report import report_study, show_fits, write_report
 from sinkgd.lab.experiments.selection import numbers, select_arms
-from sinkgd.lab.experiments.studies import STUDIES, find_study
+from sinkgd.lab.experiments.studies import STUDIES, find_study, scale
 from sinkgd.lab.experiments.study import Scale, Study
 from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.train.config import ConfigError, SharedConfig
@@ -20,7 +21,6 @@ from sinkgd.lab.train.config_file import command_line, differences
 
 if TYPE_CHECKING:
     from sinkgd.lab.experiments.plan import StudyPlan
-    from sinkgd.lab.experiments.record import StudyRecord
 
 _AXES = ("iterations", "alpha", "tau", "batch")
 _FLAGS = ("--tune", "--no-tune", "--dry-run", "--report")  # options without a value
@@ -107,9 +107,12 @@ class Experiment:
         if not self.name:
             sys.stdout.write(studies_text())
             return 0
-        find_study(self.name)
+        if self.name != scale.NAME:
+            find_study(self.name)
         if self.report:
             return report_study(self._folder())
+        if self.name == scale.NAME:
+            return self._on_paper()
         plan = self._plan()
         if self.dry_run:
             return _dry_run(plan)
@@ -178,13 +181,25 @@ class Experiment:
         folder = self._folder()
         outcome = run_study(plan, folder, jobs=self._jobs(), command=self._command(), say=_say)
         if outcome.record.runs:
-            _write_report(outcome.record, folder)
+            write_report(outcome.record, folder)
         if outcome.signal is not None:
             _say(
                 f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
                 "All is saved, and the same command goes on from here."
             )
             return exit_code(outcome.signal)
+        return 0
+
+    def _on_paper(self) -> int:
+        """Plan what trains nowhere near here; a dry run writes nothing."""
+        from sinkgd.lab.experiments import on_paper
+
+        folder = self._folder()
+        command = shlex.join(["sinkgd", "experiment", self.name, "--out", str(folder)])
+        fits = on_paper.run_on_paper(_say)
+        if not self.dry_run:
+            on_paper.write_fits(folder, fits, command)
+        show_fits(fits, command, None if self.dry_run else folder)
         return 0
 
     def _command(self) -> str:
@@ -233,6 +248,7 @@ def studies_text() -> str:
         f"  {name:<{width}}  {study.question} ({plan_of(study, 'machine').runs} runs)"
         for name, study in STUDIES.items()
     ]
+    lines.append(f"  {scale.NAME:<{width}}  {scale.QUESTION} (on paper: no runs)")
     example = next(iter(STUDIES))
     return "\n".join(
         [
@@ -245,41 +261,6 @@ def studies_text() -> str:
             "",
         ]
     )
-
-
-def report_study(folder: Path) -> int:
-    """Make page and verdict again from ``study.jsonl`` alone; return the exit code.
-
-    Raises:
-        ResultsError: If there is no study, or it is damaged.
-    """
-    from sinkgd.lab.experiments.record import STUDY_FILE, StudyRecord
-
-    _write_report(StudyRecord.read(folder / STUDY_FILE), folder)
-    return 0
-
-
-def _write_report(record: "StudyRecord", folder: Path) -> None:
-    from rich.console import Console
-
-    from sinkgd.lab.bench.sheet import terminal_table
-    from sinkgd.lab.experiments.page import study_page
-    from sinkgd.lab.experiments.results import StudyResults
-    from sinkgd.lab.experiments.sheets import short_sheet
-    from sinkgd.lab.report.shell import write_whole
-
-    study = find_study(record.plan["study"])
-    results = StudyResults.of(record)
-    verdict = study.judge(results)
-    path = folder / "report.html"
-    write_whole(path, study_page(study, record, results, verdict))
-    Console().print(terminal_table(short_sheet(results)), "\n")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    for line in (verdict.headline, *verdict.sentences):
-        console.print(line)
-    for line in verdict.cautions:
-        console.print(f"Caution: {line}")
-    console.print(f"\npage: {path}")
 
 
 def _dry_run(plan: "StudyPlan") -> int:
@@ -299,4 +280,10 @@ def _say(message: str) -> None:
 
 Experiment.__doc__ = f"""{Experiment.__doc__}
     Studies:
-""" + "\n".join(f"      {name}: {study.question}" for name, study in STUDIES.items())
+""" + "\n".join(
+    f"      {name}: {question}"
+    for name, question in [
+        *((name, study.question) for name, study in STUDIES.items()),
+        (scale.NAME, scale.QUESTION),
+    ]
+)

@@ -30,7 +30,7 @@ class Report:
             ReportError: If the folder holds no runs, or none of the baseline's recipe.
             ResultsError: If a results file is damaged.
         """
-        from sinkgd.lab.commands.experiment import report_study
+        from sinkgd.lab.commands.study_report import report_study
         from sinkgd.lab.experiments.record import STUDY_FILE
 
         if (self.folder / STUDY_FILE).exists():

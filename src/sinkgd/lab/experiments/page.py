@@ -1,15 +1,17 @@
 """The page of a study: question and verdict, charts, tables, how it was made; one file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.experiments.charts import final_chart, grid_chart
+from sinkgd.lab.experiments.on_paper import Fit, fits_sheet
 from sinkgd.lab.experiments.record import StudyRecord
 from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.sheets import arms_sheet, effort_sheet, grid_sheet, reach_sheets
+from sinkgd.lab.experiments.studies import scale
 from sinkgd.lab.experiments.study import Study
 from sinkgd.lab.experiments.verdict import Verdict
 from sinkgd.lab.report import calculator_block, published_block
@@ -56,6 +58,32 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
         ],
         command=record.command,
         schedule=_schedule(results.plan),
+    )
+
+
+def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
+    """Make the page of the study that is on paper.
+
+    Args:
+        fits: As of `run_on_paper`.
+        verdict: Of the fits.
+        command: That repeats it.
+    """
+    published = published_block(())
+    return render(
+        _TEMPLATE,
+        title=f"Study {scale.NAME}, on paper",
+        charts=list(published.charts),
+        own_charts=[],
+        published=published,
+        calculator=calculator_block(None),
+        filters={},
+        study={"question": scale.QUESTION, "background": scale.BACKGROUND},
+        verdict=verdict,
+        sheets=[fits_sheet(model, fits) for model in dict.fromkeys(fit.model for fit in fits)],
+        details=[],
+        command=command,
+        schedule="",
     )
 
 

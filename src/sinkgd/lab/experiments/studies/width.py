@@ -12,7 +12,7 @@ from typing import Any
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, paper
-from sinkgd.lab.experiments.study import Arm, Axis, Setting, Study
+from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, unfinished
 
 RAW, BY_WIDTH, PINNED = "raw", "by-width", "pinned"
@@ -51,7 +51,7 @@ def arms_at(presets: Mapping[str, int], lr: float) -> tuple[Arm, ...]:
 
 def adamws(preset: str, width: int, lr: float) -> tuple[Arm, ...]:
     """Return both AdamWs at one width: where SinkGD stands, while rules are compared."""
-    grids = {
+    grids: dict[str, Grid] = {
         "adamw": {LR: (lr,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
         "adamw-one-lr": {LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
     }
