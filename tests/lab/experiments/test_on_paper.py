@@ -17,6 +17,7 @@ from sinkgd.lab.experiments.on_paper import (
     read_fits,
     write_fits,
 )
+from sinkgd.lab.experiments.studies import scale
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
 from sinkgd.lab.results import ResultsError
 
@@ -114,6 +115,9 @@ def test_the_command_plans_writes_and_shows_again(tmp_path, monkeypatch, capsys)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "1/2 of AdamW’s devices can be enough (llama-10b)" in page
     assert len(read_fits(out / "study.jsonl")[1]) == 2
+    text = (out / "verdict.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {scale.QUESTION}\n\n**Without state, 1/2 of AdamW’s devices")
+    assert "| AdamW | 2 | " in text
 
 
 def test_every_method_of_the_study_is_one_of_the_plan():

@@ -1,0 +1,14 @@
+"""The documents list every study with its question."""
+
+from pathlib import Path
+
+from sinkgd.lab.experiments.studies import STUDIES, scale
+
+DOCS = Path(__file__).parents[3] / "docs/experiments.md"
+
+
+def test_every_study_is_in_the_documents_with_its_question():
+    text = DOCS.read_text(encoding="utf-8").replace("'", "’")
+    questions = {name: study.question for name, study in STUDIES.items()}
+    for name, question in {**questions, scale.NAME: scale.QUESTION}.items():
+        assert f"| `{name}` | {question} |" in text
