@@ -212,9 +212,9 @@ class GroupedOptimizer(Optimizer):
         saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
         own_params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(saved_params, own_params, strict=True):
-            own = self.state[param]
             for key, saved in state_dict["state"].get(i, {}).items():
                 if key not in _TORCHS_OWN and isinstance(saved, Tensor):
+                    own = self.state[param]
                     own[key] = saved.to(own.get("step", param).device, copy=True)
 
     def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
