@@ -29,7 +29,7 @@ def test_help_lists_every_measurement(capsys, arguments):
     shown = capsys.readouterr().out
     assert set(COMMANDS) == {"step", "memory", "kernels", "loop"}
     for name, (_, summary) in COMMANDS.items():
-        assert f"  {name:<9}{summary}\n" in shown
+        assert f"  {name:<12}{summary}\n" in shown
 
 
 @pytest.mark.parametrize("measurement", COMMANDS)

@@ -128,4 +128,6 @@ def test_several_ranks_are_refused_by_name_where_weights_must_be_whole(recipe):
 def test_the_recipes_that_take_pieces_are_known():
     able = [name for name, recipe in RECIPES.items() if recipe.can_shard]
     torchs = ["adam", "adamw", "adamw-one-lr", "sgd", "sgd-momentum"]
-    assert able == ["sinkgd", "sinkgd-stateless", *torchs]
+    spam = ["tempered", "spam", "adamw-spam"]
+    norms = ["scale", "rows-only", "columns-only", "frobenius", "sign"]
+    assert able == ["sinkgd", "sinkgd-stateless", *spam, *norms, *torchs]

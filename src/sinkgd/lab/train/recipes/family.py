@@ -144,6 +144,7 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
         "one projection, so that updates have RMS 1 as SinkGD's have; SinkGD's rates",
         {**_SINKGD_RATES, **_STATELESS},
         build,
+        can_shard=True,
         can_release=True,
     )
 
@@ -231,6 +232,7 @@ FAMILY = (
         {"lr": 1e-3, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "momentum": 0.9}
         | _STATELESS,
         _scale,
+        can_shard=True,
         can_release=True,
     ),
     _one_norm("rows-only", "rows of equal length", sinkgd.RowNorm()),
