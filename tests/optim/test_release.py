@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -41,7 +42,6 @@ RECIPES = {
         model.named_parameters(), lr=3e-3, rounding="stochastic", seed=5
     ),
 }
-recipes = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def a_model(recipe="hybrid"):
@@ -85,9 +85,13 @@ def same_weights(one, other):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@recipes
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("bucket_bytes", [0, 20_000, 1 << 30])
+@pytest.mark.parametrize(
+    ("recipe", "accumulation", "bucket_bytes"),
+    [
+        *product(["hybrid"], (1, 4), (0, 20_000, 1 << 30)),
+        *product([name for name in RECIPES if name != "hybrid"], (4,), (0, 20_000)),
+    ],
+)
 def test_it_is_the_ordinary_step_bit_for_bit(recipe, accumulation, bucket_bytes):
     ordinary, released = a_model(recipe), a_model(recipe)
     losses = train(ordinary, recipe, released=False, accumulation=accumulation)
@@ -222,15 +226,15 @@ def differences_on_mesh(names):
     """Train both ways under FSDP2; say of each recipe whether bits are equal."""
     equal = {}
     for recipe in names:
-        for accumulation in (1, 2):
-            for bucket_bytes in (0, 1 << 14):
-                ordinary, released = sharded_model(recipe), sharded_model(recipe)
-                losses = train(ordinary, recipe, released=False, accumulation=accumulation)
-                options = {"accumulation": accumulation, "bucket_bytes": bucket_bytes}
-                same_losses = train(released, recipe, released=True, **options) == losses
-                pieces = zip(ordinary.parameters(), released.parameters(), strict=True)
-                same = all(torch.equal(a.to_local(), b.to_local()) for a, b in pieces)
-                equal[recipe, accumulation, bucket_bytes] = same_losses and same
+        every = product((1, 2), (0, 1 << 14)) if recipe == "hybrid" else [(2, 1 << 14)]
+        for accumulation, bucket_bytes in every:
+            ordinary, released = sharded_model(recipe), sharded_model(recipe)
+            losses = train(ordinary, recipe, released=False, accumulation=accumulation)
+            options = {"accumulation": accumulation, "bucket_bytes": bucket_bytes}
+            same_losses = train(released, recipe, released=True, **options) == losses
+            pieces = zip(ordinary.parameters(), released.parameters(), strict=True)
+            same = all(torch.equal(a.to_local(), b.to_local()) for a, b in pieces)
+            equal[recipe, accumulation, bucket_bytes] = same_losses and same
     return equal
 
 
