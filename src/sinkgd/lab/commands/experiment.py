@@ -13,7 +13,8 @@ import tyro
 
 from sinkgd.lab.commands.study_report import report_study, show_fits, write_report
 from sinkgd.lab.experiments.selection import numbers, select_arms
-from sinkgd.lab.experiments.studies import STUDIES, find_study, scale
+from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
+from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
 from sinkgd.lab.experiments.study import Scale, Study
 from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.train.config import ConfigError, SharedConfig
@@ -107,11 +108,11 @@ class Experiment:
         if not self.name:
             sys.stdout.write(studies_text())
             return 0
-        if self.name != scale.NAME:
+        if self.name != ON_PAPER:
             find_study(self.name)
         if self.report:
             return report_study(self._folder())
-        if self.name == scale.NAME:
+        if self.name == ON_PAPER:
             return self._on_paper()
         plan = self._plan()
         if self.dry_run:
@@ -243,12 +244,12 @@ def studies_text() -> str:
     """Return one line a study, with its question and how many trainings it is."""
     from sinkgd.lab.experiments.plan import plan_of
 
-    width = max(map(len, STUDIES))
+    width = max(map(len, QUESTIONS))
+    runs = {name: f"{plan_of(study, 'machine').runs} runs" for name, study in STUDIES.items()}
     lines = [
-        f"  {name:<{width}}  {study.question} ({plan_of(study, 'machine').runs} runs)"
-        for name, study in STUDIES.items()
+        f"  {name:<{width}}  {question} ({runs.get(name, 'on paper: no runs')})"
+        for name, question in QUESTIONS.items()
     ]
-    lines.append(f"  {scale.NAME:<{width}}  {scale.QUESTION} (on paper: no runs)")
     example = next(iter(STUDIES))
     return "\n".join(
         [
@@ -280,10 +281,4 @@ def _say(message: str) -> None:
 
 Experiment.__doc__ = f"""{Experiment.__doc__}
     Studies:
-""" + "\n".join(
-    f"      {name}: {question}"
-    for name, question in [
-        *((name, study.question) for name, study in STUDIES.items()),
-        (scale.NAME, scale.QUESTION),
-    ]
-)
+""" + "\n".join(f"      {name}: {question}" for name, question in QUESTIONS.items())

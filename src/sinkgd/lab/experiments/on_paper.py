@@ -25,6 +25,7 @@ from sinkgd.lab.plan import (
     make_plan,
     rank_memory,
 )
+from sinkgd.lab.report.cost import gpu_hours
 from sinkgd.lab.report.quantities import count, size
 from sinkgd.lab.results import ResultsError
 
@@ -63,7 +64,7 @@ class Fit:
     @property
     def device_hours(self) -> float:
         """Hours of devices, all together, for `TOKENS`."""
-        return TOKENS / self.tokens_per_device_second / 3600
+        return gpu_hours(TOKENS, self.tokens_per_device_second)
 
 
 def fewest_devices(model: str, method: str, ranks: Sequence[int] = RANKS) -> Fit:

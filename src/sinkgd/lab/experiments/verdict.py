@@ -54,6 +54,18 @@ def ended(one: ArmResults) -> str:
     return f"{one.arm.name} ended at {loss(one.loss)}"
 
 
+def lowest(results: StudyResults, best: ArmResults, *, alone: str = ".") -> str:
+    """Say which candidate ended lowest and who is level with it, a headline.
+
+    Args:
+        results: Of the study.
+        best: The candidate with the lowest mean loss.
+        alone: How the headline ends where nobody is level.
+    """
+    level = level_with(results, best, results.candidates)
+    return f"{ended(best)}, the lowest" + (f"; level with it: {names(level)}." if level else alone)
+
+
 def compared(name: str, difference: Difference, other: str) -> str:
     """Say how two arms stand.
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sinkgd.lab.models import LLAMAS, LlamaConfig, ModelError
-from sinkgd.lab.models import PRESETS as EVERY_PRESET
+from sinkgd.lab.models import LLAMAS, PRESETS, LlamaConfig, ModelError
 from sinkgd.lab.train.config_file import nearest
 
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
@@ -110,7 +109,7 @@ def find_architecture(model: str) -> Architecture:
         return Architecture.of_preset(model, LLAMAS[model])
     if model in PUBLISHED:
         return PUBLISHED[model]
-    if model in EVERY_PRESET:
+    if model in PRESETS:
         raise ModelError(
             f"model is {model!r}, whose blocks a plan does not know; it knows those of "
             f"{', '.join([*LLAMAS, *PUBLISHED])}"

@@ -55,13 +55,18 @@ class AdamW:
 
 def check_adamw(param: Tensor, group: Group) -> None:
     """Refuse options of AdamW out of range; choose its fused kernel where it runs."""
+    check_averages(group)
+    if group["fused"] is None:
+        group["fused"] = param.device.type in _FUSED_DEVICES
+
+
+def check_averages(group: Group) -> None:
+    """Refuse ``betas`` and ``eps`` out of range."""
     beta1, beta2 = group["betas"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
     if not group["eps"] >= 0:
         raise ValueError(f"eps must be at least 0, got {group['eps']}")
-    if group["fused"] is None:
-        group["fused"] = param.device.type in _FUSED_DEVICES
 
 
 def descend_by_adamw_(

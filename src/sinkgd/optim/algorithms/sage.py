@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels.eager import descend_
+from sinkgd.optim.algorithms.adamw import check_averages
 from sinkgd.optim.algorithms.contract import (
     Context,
     Group,
@@ -53,11 +54,7 @@ class Sage:
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range, and scalars, which have no columns."""
-        beta1, beta2 = group["betas"]
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
-        if not group["eps"] >= 0:
-            raise ValueError(f"eps must be at least 0, got {group['eps']}")
+        check_averages(group)
         if param.ndim == 0:
             raise ValueError(f"SAGE compares columns, and {name!r} is a scalar; give it to 'adamw'")
         last = {-1, param.ndim - 1}
@@ -145,9 +142,8 @@ def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> list[Tensor]:
         from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
         groups = [sharded.groups_of(s.param) if on_mesh(s.param) else () for s in slots]
-        of_numbers = [own for own, total in zip(groups, sums, strict=True) for _ in total]
-        added = sharded.add_up(torch.cat(sums).double(), of_numbers)
-        sums = [own.float() for own in torch.split(added, [len(own) for own in sums])]
+        added = sharded.add_up_vectors([own.double() for own in sums], groups)
+        sums = [own.float() for own in added]
     rows = [slot.param.numel() // slot.param.shape[-1] for slot in slots]
     return [own / count for own, count in zip(sums, rows, strict=True)]
 

@@ -10,6 +10,7 @@ from sinkgd.lab.experiments.studies.iterations import ITERATIONS
 from sinkgd.lab.experiments.studies.lens import LENS
 from sinkgd.lab.experiments.studies.momentum import MOMENTUM
 from sinkgd.lab.experiments.studies.pareto import PARETO
+from sinkgd.lab.experiments.studies.scale import NAME, QUESTION
 from sinkgd.lab.experiments.studies.shift import SHIFT
 from sinkgd.lab.experiments.studies.spectral import SPECTRAL
 from sinkgd.lab.experiments.studies.table1 import TABLE1
@@ -36,6 +37,11 @@ _TABLE = (
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})
 
+# Of every study, the one on paper among them.
+QUESTIONS: Mapping[str, str] = MappingProxyType(
+    {**{study.name: study.question for study in _TABLE}, NAME: QUESTION}
+)
+
 
 def find_study(name: str) -> Study:
     """Return the study called ``name``.
@@ -45,7 +51,7 @@ def find_study(name: str) -> Study:
     """
     if name not in STUDIES:
         raise ConfigError(
-            f"there is no study {name!r}; did you mean {nearest(name, STUDIES)!r}? "
-            f"There are {', '.join(STUDIES)}"
+            f"there is no study {name!r}; did you mean {nearest(name, QUESTIONS)!r}? "
+            f"There are {', '.join(QUESTIONS)}"
         )
     return STUDIES[name]

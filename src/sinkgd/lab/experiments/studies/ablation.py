@@ -15,9 +15,7 @@ from sinkgd.lab.experiments.verdict import (
     against_controls,
     cautions,
     compared,
-    ended,
-    level_with,
-    names,
+    lowest,
     ranked,
     unfinished,
 )
@@ -37,9 +35,7 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
-    level = level_with(results, best, results.candidates)
-    headline = f"{ended(best)}, the lowest"
-    headline += f"; level with it: {names(level)}." if level else " beyond the spread of seeds."
+    headline = lowest(results, best, alone=" beyond the spread of seeds.")
     both = results.arm(BOTH)
     others = [one for one in results.candidates if one is not both]
     sentences = _beside(results, both, others) if both is not None else []

@@ -8,9 +8,7 @@ from sinkgd.lab.experiments.verdict import (
     against_controls,
     cautions,
     compared,
-    ended,
-    level_with,
-    names,
+    lowest,
     ranked,
     unfinished,
 )
@@ -35,10 +33,8 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
-    level = level_with(results, best, results.candidates)
     values = [one.arm.value for one in results.candidates]
-    headline = f"{ended(best)}, the lowest"
-    headline += f"; level with it: {names(level)}." if level else "."
+    headline = lowest(results, best)
     sentences = []
     published = next((one for one in results.candidates if one.arm.value == PUBLISHED), None)
     if published is not None and published is not best:

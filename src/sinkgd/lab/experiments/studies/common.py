@@ -5,6 +5,7 @@ C4, rows of 256 tokens that are cut or padded, 512 rows a step, weights in bfloa
 """
 
 from sinkgd.lab.experiments.study import Arm, Grid
+from sinkgd.lab.report.published import SIZES
 from sinkgd.lab.train.config import (
     CheckpointConfig,
     DataConfig,
@@ -27,7 +28,7 @@ MACHINE = SharedConfig(
     logging=LoggingConfig(print_every_steps=60),
 )
 
-_STEPS = {"llama-60m": 10_000, "llama-130m": 20_000, "llama-350m": 60_000, "llama-1b": 100_000}
+_STEPS = {size.preset: size.steps for size in SIZES}
 _MICRO_BATCH = {"llama-60m": 256, "llama-130m": 128, "llama-350m": 128, "llama-1b": 32}
 
 

@@ -11,9 +11,7 @@ from sinkgd.lab.experiments.verdict import (
     against_controls,
     cautions,
     compared,
-    ended,
-    level_with,
-    names,
+    lowest,
     ranked,
     unfinished,
 )
@@ -84,9 +82,7 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
-    level = level_with(results, best, results.candidates)
-    headline = f"{ended(best)}, the lowest"
-    headline += f"; level with it: {names(level)}." if level else " beyond the spread of seeds."
+    headline = lowest(results, best, alone=" beyond the spread of seeds.")
     sentences = [
         sentence
         for control in results.controls

@@ -15,9 +15,7 @@ from sinkgd.lab.experiments.verdict import (
     against_controls,
     cautions,
     compared,
-    ended,
-    level_with,
-    names,
+    lowest,
     ranked,
     unfinished,
 )
@@ -61,9 +59,7 @@ def judge(results: StudyResults) -> Verdict:
         return nothing
     order = ranked(results.candidates)
     best, adam = order[0], results.arm(ADAM)
-    level = level_with(results, best, results.candidates)
-    headline = f"{ended(best)}, the lowest"
-    headline += f"; level with it: {names(level)}." if level else "."
+    headline = lowest(results, best)
     sentences = []
     if adam is not None:
         others = [one for one in order if one is not adam]

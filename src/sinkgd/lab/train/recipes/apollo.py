@@ -6,20 +6,19 @@ Letters, everywhere in this file:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from sinkgd.lab.train.recipes.contract import check_matrices
 from sinkgd.lab.train.recipes.limiter import excess_of
+from sinkgd.lab.train.recipes.one_by_one import OneByOne
 
 _PRIME = 1_000_003  # keeps the seeds of matrices apart for as many projections
 
 
-class Apollo(Optimizer):
+class Apollo(OneByOne):
     r"""Descend along the gradient, each channel scaled as Adam scales its projection.
 
     .. math::
@@ -87,23 +86,7 @@ class Apollo(Optimizer):
             "weight_decay": weight_decay,
             "seed": seed,
         }
-        super().__init__(params, defaults)
-        check_matrices(self.param_groups, "APOLLO projects matrices")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every matrix that has a gradient; return what ``closure`` did."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        number = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                number += 1
-                if param.grad is not None:
-                    self._descend(param, param.grad, group, number)
-        return loss
+        super().__init__(params, defaults, "APOLLO projects matrices")
 
     def _descend(self, param: Tensor, grad: Tensor, group: Mapping[str, Any], number: int) -> None:
         state = self.state[param]

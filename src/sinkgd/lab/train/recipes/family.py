@@ -87,24 +87,18 @@ def _tempered(model: nn.Module, o: Options) -> Optimizer:
     )
 
 
-def _spam(model: nn.Module, o: Options) -> Optimizer:
-    return sinkgd.SPAM(
-        model.named_parameters(),
-        lr=o["lr"],
-        betas=betas(o),
-        weight_decay=o["weight_decay"],
-        reset_interval=int(o["reset_every_steps"]),
-    )
+@dataclass(frozen=True)
+class _WithResets:
+    kind: type[sinkgd.SPAM] | type[sinkgd.AdamWSPAM]
 
-
-def _adamw_spam(model: nn.Module, o: Options) -> Optimizer:
-    return sinkgd.AdamWSPAM(
-        model.named_parameters(),
-        lr=o["lr"],
-        betas=betas(o),
-        weight_decay=o["weight_decay"],
-        reset_interval=int(o["reset_every_steps"]),
-    )
+    def __call__(self, model: nn.Module, o: Options) -> Optimizer:
+        return self.kind(
+            model.named_parameters(),
+            lr=o["lr"],
+            betas=betas(o),
+            weight_decay=o["weight_decay"],
+            reset_interval=int(o["reset_every_steps"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -206,7 +200,7 @@ FAMILY = (
             "reset_every_steps": 500,
             "clip_norm": 0.0,
         },
-        _spam,
+        _WithResets(sinkgd.SPAM),
         can_shard=True,
         can_release=True,
     ),
@@ -222,7 +216,7 @@ FAMILY = (
             "reset_every_steps": 1000,
             "clip_norm": 0.0,
         },
-        _adamw_spam,
+        _WithResets(sinkgd.AdamWSPAM),
         can_shard=True,
     ),
     Recipe(

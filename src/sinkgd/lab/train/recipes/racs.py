@@ -5,18 +5,17 @@ Letters, everywhere in this file:
     q, s: scales of its rows and of its columns
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from sinkgd.lab.train.recipes.contract import check_matrices
 from sinkgd.lab.train.recipes.limiter import excess_of
+from sinkgd.lab.train.recipes.one_by_one import OneByOne
 
 
-class Racs(Optimizer):
+class Racs(OneByOne):
     r"""Descend along the gradient divided by running scales of its rows and columns.
 
     .. math::
@@ -74,23 +73,9 @@ class Racs(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
         }
-        super().__init__(params, defaults)
-        check_matrices(self.param_groups, "RACS scales rows and columns")
+        super().__init__(params, defaults, "RACS scales rows and columns")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every matrix that has a gradient; return what ``closure`` did."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._descend(param, param.grad, group)
-        return loss
-
-    def _descend(self, param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
+    def _descend(self, param: Tensor, grad: Tensor, group: Mapping[str, Any], _: int) -> None:
         state = self.state[param]
         if not state:
             state["row_scale"] = grad.new_zeros(grad.shape[0])
