@@ -100,29 +100,29 @@ def test_ablation_compares_each_normalization_with_both():
 @pytest.mark.parametrize(
     ("adamw", "headline"),
     [
-        ((4.1, 4.1), "SinkGD ends lower than the fair AdamW at a batch of 8, 32 sequences."),
+        ((4.1, 4.1), "SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences."),
         (
             (4.1, 3.9),
-            "SinkGD ends lower than the fair AdamW at a batch of 8 and ends higher than the fair "
-            "AdamW at a batch of 32 sequences.",
+            "SinkGD ends lower than the fair AdamW at a batch of 4 and ends higher than the fair "
+            "AdamW at a batch of 16 sequences.",
         ),
         (
             (4.1, None),
-            "SinkGD ends lower than the fair AdamW at a batch of 8 sequences, level elsewhere.",
+            "SinkGD ends lower than the fair AdamW at a batch of 4 sequences, level elsewhere.",
         ),
         ((None, None), "SinkGD and the fair AdamW are level at every batch that has results."),
     ],
 )
 def test_batch(adamw, headline):
     losses = {}
-    for size, mean in zip((8, 32), adamw, strict=True):
+    for size, mean in zip((4, 16), adamw, strict=True):
         losses[f"sinkgd-batch{size}"] = near(4.0)
         losses[f"adamw-batch{size}"] = apart(4.0) if mean is None else near(mean)
     assert judge("batch", losses).headline == headline
 
 
 def test_a_batch_without_its_control_says_so():
-    verdict = judge("batch", {"sinkgd-batch8": near(4.0)})
+    verdict = judge("batch", {"sinkgd-batch4": near(4.0)})
     assert verdict.headline == "No batch has a result of both SinkGD and AdamW yet."
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sinkgd.lab.experiments.plan import StudyPlan
 
 _AXES = ("iterations", "alpha", "tau", "batch")
-_FLAGS = ("--tune", "--no-tune", "--dry-run", "--report")  # options without a value
+# Options without a value.
+_FLAGS = ("--tune", "--no-tune", "--reuse", "--no-reuse", "--dry-run", "--report")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Experiment:
 
     tune: bool = True
     """Search each arm's grid first, with a seed of its own; otherwise arms run as they are."""
+
+    reuse: bool = True
+    """Take over runs of the studies beside --out that have the same configuration, on this machine
+    and with as many jobs; otherwise every run is trained."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: build every arm's model without weights, and show sizes and memory."""
@@ -180,7 +185,14 @@ class Experiment:
         from sinkgd.lab.train.interrupt import exit_code
 
         folder = self._folder()
-        outcome = run_study(plan, folder, jobs=self._jobs(), command=self._command(), say=_say)
+        outcome = run_study(
+            plan,
+            folder,
+            jobs=self._jobs(),
+            command=self._command(),
+            say=_say,
+            reuse=self.reuse,
+        )
         if outcome.record.runs:
             write_report(outcome.record, folder)
         if outcome.signal is not None:
@@ -211,8 +223,7 @@ class Experiment:
             value = getattr(self, option)
             if value != getattr(plain, option):
                 words += [f"--{option}", str(value)]
-        if not self.tune:
-            words.append("--no-tune")
+        words += [f"--no-{flag}" for flag in ("tune", "reuse") if not getattr(self, flag)]
         default = find_study(self.name).settings[self.scale].shared
         changed = {name for name, _, _ in differences(default, self.shared)}
         return shlex.join([*words, *_options_of(self.shared, changed)])

@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from signal import SIGTERM, Signals
+from typing import Any
 
 from sinkgd.lab.experiments.agenda import Agenda
 from sinkgd.lab.experiments.plan import StudyPlan, Task, check_same_plan
@@ -26,6 +27,7 @@ from sinkgd.lab.experiments.record import (
     StudyWriter,
     thinned,
 )
+from sinkgd.lab.experiments.reuse import Shelf
 from sinkgd.lab.experiments.study import StudyError
 from sinkgd.lab.experiments.tuning import TUNING_FILE, Tuning
 from sinkgd.lab.experiments.worker import (
@@ -58,7 +60,9 @@ class Outcome:
     signal: Signals | None = None
 
 
-def run_study(plan: StudyPlan, folder: Path, *, jobs: int, command: str, say: Say) -> Outcome:
+def run_study(
+    plan: StudyPlan, folder: Path, *, jobs: int, command: str, say: Say, reuse: bool = True
+) -> Outcome:
     """Run what is left of a study.
 
     Args:
@@ -67,6 +71,7 @@ def run_study(plan: StudyPlan, folder: Path, *, jobs: int, command: str, say: Sa
         jobs: Trainings at a time, a count.
         command: That repeats the study.
         say: Told of every run, one line each time.
+        reuse: Whether runs of studies beside ``folder`` are taken over where they are the same.
 
     Raises:
         ConfigError: If the study there has another plan; each field that differs is named.
@@ -83,11 +88,15 @@ def run_study(plan: StudyPlan, folder: Path, *, jobs: int, command: str, say: Sa
         agenda = Agenda(plan, record, tuning)
         if agenda.left:
             _prepare_text(plan, say)
-        engine = _Engine(agenda, writer, folder / RUNS_FOLDER, jobs, say)
+        environment = _environment(plan)
+        shelf = Shelf({})
+        if agenda.left and reuse:
+            shelf = Shelf.beside(folder, jobs=jobs, environment=environment, say=say)
+        engine = _Engine(agenda, writer, shelf, folder / RUNS_FOLDER, jobs, say)
         with Interrupt(forward=engine.send) as interrupt:
             engine.work(interrupt)
         if engine.ended:
-            sitting = engine.sitting(plan, time.perf_counter() - started)
+            sitting = engine.sitting(environment, time.perf_counter() - started)
             writer.add_sitting(sitting)
             record.sittings.append(sitting)
     return Outcome(record, agenda.left, interrupt.received if agenda.left else None)
@@ -107,6 +116,7 @@ class _Engine:
 
     agenda: Agenda
     writer: StudyWriter
+    shelf: Shelf  # runs that need no training
     folder: Path  # of the runs
     jobs: int
     say: Say
@@ -140,11 +150,16 @@ class _Engine:
 
     def _begin(self, task: Task) -> None:
         config = self.agenda.plan.config(task)
+        lent = self.shelf.find(task, config)
+        if lent is not None:
+            self.say(f"{self._count(task)}, from study {lent.study}")
+            self._keep(task, lent)
+            return
         folder = RunFolder(self.folder / task.name)
         if folder.admit(config, "auto") is Admission.NOTHING:  # killed before it was written down
             self._write_down(task, folder)
             return
-        self.say(f"run {self.agenda.begun} of {self.agenda.plan.runs}: {task.name}{self._eta()}")
+        self.say(f"{self._count(task)}{self._eta()}")
         fresh = not folder.results.exists()
         process = start_training(config, folder.path, plain=self.jobs > 1)
         self.running.append(_Running(task, process, time.perf_counter(), fresh))
@@ -172,15 +187,21 @@ class _Engine:
     def _write_down(self, task: Task, folder: RunFolder) -> RunResult:
         run = thinned(Run.read(folder.results))
         result = RunResult(task.arm.name, task.tuning, task.point, run)
-        self.writer.add_run(result)
-        self.agenda.finish(task, result)
+        self._keep(task, result)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return result
+
+    def _keep(self, task: Task, result: RunResult) -> None:
+        self.writer.add_run(result)
+        self.agenda.finish(task, result)
 
     def _stop_others(self) -> None:
         self.send(SIGTERM)
         for one in self.running:
             one.process.join()
+
+    def _count(self, task: Task) -> str:
+        return f"run {self.agenda.begun} of {self.agenda.plan.runs}: {task.name}"
 
     def _eta(self) -> str:
         seconds = self.agenda.mean_seconds
@@ -188,10 +209,8 @@ class _Engine:
             return ""
         return f", about {clock(seconds * self.agenda.left / self.jobs)} left"
 
-    def sitting(self, plan: StudyPlan, wall_seconds: float) -> Sitting:
+    def sitting(self, environment: dict[str, Any], wall_seconds: float) -> Sitting:
         """Sum up this process's work."""
-        environment = describe_environment(select_device(plan.shared.training.device))
-        environment["threads"] = plan.shared.training.threads or environment["threads"]
         return Sitting(
             jobs=self.jobs,
             runs=self.ended,
@@ -200,6 +219,13 @@ class _Engine:
             idle_seconds=self.idle_seconds,
             environment=environment,
         )
+
+
+def _environment(plan: StudyPlan) -> dict[str, Any]:
+    """Describe what the runs run in."""
+    environment = describe_environment(select_device(plan.shared.training.device))
+    environment["threads"] = plan.shared.training.threads or environment["threads"]
+    return environment
 
 
 def _kill(pid: int, number: Signals) -> None:

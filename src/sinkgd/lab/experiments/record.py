@@ -34,6 +34,7 @@ class RunResult:
     tuning: bool
     point: Mapping[str, float]  # the tuned values; empty where nothing is tuned
     run: Run  # thinned
+    study: str = ""  # that trained it, where it was another than this one
 
     @property
     def name(self) -> str:
@@ -189,6 +190,7 @@ def _run_as_json(result: RunResult) -> dict[str, Any]:
         "steps": [_rounded(row) for row in run.steps],
         "evaluations": [_rounded(row) for row in run.evaluations],
         "end": asdict(run.end) if run.end else None,
+        **({"study": result.study} if result.study else {}),
     }
 
 
@@ -213,7 +215,8 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
         [Evaluation(*row) for row in content["evaluations"]],
         end,
     )
-    return RunResult(content["arm"], content["tuning"], content["point"], run)
+    study = content.get("study", "")
+    return RunResult(content["arm"], content["tuning"], content["point"], run, study)
 
 
 def _without_kind(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The tables of a study: arms, targets reached, grids, cost of the sittings."""
 
 import math
+from collections import Counter
 
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.experiments.record import StudyRecord
@@ -141,7 +142,7 @@ def effort_sheet(record: StudyRecord) -> Sheet:
     return Sheet(
         title="Sittings",
         note="Overhead: the time of jobs that no training used, as a part of what the trainings "
-        "took; jobs that had nothing left to begin are apart.",
+        f"took; jobs that had nothing left to begin are apart.{_lent(record)}",
         columns=("sitting", "jobs", "runs", "took", "trainings, added up", "overhead"),
         rows=tuple(
             (
@@ -154,4 +155,16 @@ def effort_sheet(record: StudyRecord) -> Sheet:
             )
             for i, one in enumerate(record.sittings, start=1)
         ),
+    )
+
+
+def _lent(record: StudyRecord) -> str:
+    """Say which runs other studies have made."""
+    counts = Counter(result.study for result in record.runs.values() if result.study)
+    if not counts:
+        return ""
+    listed = ", ".join(f"{number} of {study}" for study, number in counts.items())
+    return (
+        f" Of the {len(record.runs)} runs, {sum(counts.values())} were made by other studies with "
+        f"the same configuration ({listed}); their time is counted there."
     )

@@ -7,14 +7,14 @@ from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, unfinish
 from sinkgd.lab.train.config import SharedConfig
 
 CANDIDATE = "sinkgd"
-SIZES = (8, 32, 128)  # sequences
+SIZES = (4, 16, 64)  # sequences
 PAPER_SIZES = (128, 512, 2048)
 
 # Four points each, for every size of the batch.
 GRIDS: dict[str, Grid] = {
     CANDIDATE: {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
     "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012)},
-    "adamw-one-lr": {LR: (0.001, 0.002, 0.004, 0.008)},
+    "adamw-one-lr": {LR: (0.0015, 0.003, 0.006, 0.012)},
 }
 PAPER_GRIDS: dict[str, Grid] = {
     CANDIDATE: {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},

@@ -32,11 +32,12 @@ GRIDS: dict[str, Grid] = {
 KEPT = {"adamw": 2, "sinkgd": 0, "sinkgd-table": 1, "sage": 1}  # numbers an entry
 
 
-def arms_with(lr: float) -> tuple[Arm, ...]:
+def arms_with(lr: float, matrix_lr: float) -> tuple[Arm, ...]:
     """Return SinkGD on hidden matrices, with each algorithm on the tables.
 
     Args:
         lr: Of vectors, which AdamW keeps in all arms.
+        matrix_lr: Of hidden matrices, which SinkGD keeps in all arms.
     """
     return tuple(
         Arm(
@@ -45,7 +46,7 @@ def arms_with(lr: float) -> tuple[Arm, ...]:
                 "optimizer.recipe": "sinkgd",
                 "optimizer.tables": algorithm,
                 LR: lr,
-                MATRIX_LR: 0.001,
+                MATRIX_LR: matrix_lr,
             },
             grid,
         )
@@ -77,8 +78,8 @@ TABLES = Study(
     "Sinkhorn for exactly these tables; SAGE’s authors find that plain SinkGD fails there, and "
     "give a rule of their own.",
     settings={
-        "machine": Setting(MACHINE, (*arms_with(0.08), *controls())),
-        "paper": Setting(paper("llama-60m"), (*arms_with(0.02), *paper_controls())),
+        "machine": Setting(MACHINE, (*arms_with(0.08, 0.002), *controls())),
+        "paper": Setting(paper("llama-60m"), (*arms_with(0.02, 0.001), *paper_controls())),
     },
     judge=judge,
 )

@@ -1,0 +1,84 @@
+"""Runs that the studies side by side have in common, so that each of them is trained once.
+
+On one machine a run follows from its configuration to the bit. Its seconds do not, so a study's
+runs are lent only to one with as many jobs, in an equal environment.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from sinkgd.lab.experiments.on_paper import is_on_paper
+from sinkgd.lab.experiments.plan import Task
+from sinkgd.lab.experiments.record import STUDY_FILE, RunResult, StudyRecord
+from sinkgd.lab.results import ResultsError
+from sinkgd.lab.train.config import RunConfig
+from sinkgd.lab.train.config_file import as_tables
+
+# Of an environment, what losses and seconds follow from.
+_EQUAL = ("sinkgd", "torch", "cpu", "cores", "threads", "device")
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Finished runs, by their configurations."""
+
+    results: Mapping[str, RunResult]
+
+    @classmethod
+    def beside(
+        cls, folder: Path, *, jobs: int, environment: Mapping[str, Any], say: Callable[[str], None]
+    ) -> Self:
+        """Collect what the studies beside one have trained.
+
+        Args:
+            folder: Of the study; its neighbours are read.
+            jobs: Trainings at a time, a count.
+            environment: Of this process, as `describe_environment` gives it.
+            say: Told of a neighbour that cannot be read.
+        """
+        found: dict[str, RunResult] = {}
+        for path in sorted(folder.absolute().parent.glob(f"*/{STUDY_FILE}")):
+            if path.parent == folder.absolute() or is_on_paper(path):
+                continue
+            try:
+                record = StudyRecord.read(path)
+            except ResultsError as error:
+                say(f"no run of a study beside this one is used: {error}")
+                continue
+            if _alike(record, jobs, environment):
+                for result in record.runs.values():
+                    if result.run.finished and not result.study:
+                        lent = replace(result, study=record.plan["study"])
+                        found[_key(result.run.start.config)] = lent
+        return cls(found)
+
+    def find(self, task: Task, config: RunConfig) -> RunResult | None:
+        """Return the result of a run that was trained elsewhere; None if it was not.
+
+        Args:
+            task: The run that is to be made.
+            config: Of the run, resolved.
+        """
+        result = self.results.get(_key(as_tables(config)))
+        if result is None:
+            return None
+        start = replace(result.run.start, name=task.name)
+        return RunResult(
+            task.arm.name, task.tuning, task.point, replace(result.run, start=start), result.study
+        )
+
+
+def _alike(record: StudyRecord, jobs: int, environment: Mapping[str, Any]) -> bool:
+    """Whether every sitting of a study was like this one; one that was killed is unknown."""
+    return bool(record.sittings) and all(
+        sitting.jobs == jobs
+        and all(sitting.environment.get(name) == environment.get(name) for name in _EQUAL)
+        for sitting in record.sittings
+    )
+
+
+def _key(tables: Mapping[str, Any]) -> str:
+    return json.dumps(tables, sort_keys=True)

@@ -1,0 +1,127 @@
+"""Studies side by side train what they have in common once."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from lab.experiments.conftest import ARMS, small_plan
+from sinkgd.lab.experiments import engine
+from sinkgd.lab.experiments.engine import run_study
+from sinkgd.lab.experiments.record import StudyRecord
+from sinkgd.lab.experiments.reuse import Shelf
+from sinkgd.lab.experiments.sheets import effort_sheet
+
+
+@pytest.fixture(scope="module")
+def studies(shards, tmp_path_factory):
+    """A folder with two finished studies; the second has an arm that the first has not."""
+    folder = tmp_path_factory.mktemp("studies")
+    run(small_plan(shards, arms=ARMS[:1]), folder / "first")
+    run(small_plan(shards), folder / "second")
+    return folder
+
+
+@pytest.fixture
+def first(studies, tmp_path):
+    """A copy of the first, with room beside it."""
+    return shutil.copytree(studies / "first", tmp_path / "first")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the runs that are trained, as they begin."""
+    names = []
+    start = engine.start_training
+
+    def noted(config, folder, *, plain):
+        names.append(folder.name)
+        return start(config, folder, plain=plain)
+
+    monkeypatch.setattr(engine, "start_training", noted)
+    return names
+
+
+def run(plan, folder, **options):
+    given = {"jobs": 2, "command": "sinkgd experiment", "say": lambda _: None, **options}
+    return run_study(plan, folder, **given).record
+
+
+def shelf_beside(folder, environment=None, jobs=2, say=pytest.fail):
+    """What a study in ``folder`` could take over, by default from studies as they were made."""
+    if environment is None:
+        neighbour = next(iter(folder.parent.glob("*/study.jsonl")))
+        environment = StudyRecord.read(neighbour).sittings[0].environment
+    return Shelf.beside(folder, jobs=jobs, environment=environment, say=say)
+
+
+def test_what_a_neighbour_has_trained_is_taken_over(studies):
+    before = StudyRecord.read(studies / "first" / "study.jsonl").runs
+    record = StudyRecord.read(studies / "second" / "study.jsonl")
+    assert len(before) == 4
+    assert len(record.runs) == 8
+    for name, new in record.runs.items():
+        assert new.study == ("iterations" if name in before else "")
+    for name, old in before.items():
+        new = record.runs[name]
+        assert (new.arm, new.tuning, new.point) == (old.arm, old.tuning, old.point)
+        assert new.run.evaluations == old.run.evaluations
+    assert not (studies / "second" / "runs" / "sinkgd-L2-seed0").exists()
+    (sitting,) = record.sittings
+    assert sitting.runs == 4
+    assert "Of the 8 runs, 4 were made by other studies" in effort_sheet(record).note
+
+
+def test_an_arm_of_another_name_takes_over_what_has_its_configuration(shards, first, trained):
+    renamed = replace(ARMS[0], name="two-iterations")
+    record = run(small_plan(shards, arms=(renamed,)), first.parent / "second")
+    assert trained == []
+    assert record.runs["two-iterations-seed0"].name == "two-iterations-seed0"
+    assert record.runs["two-iterations-seed0"].arm == "two-iterations"
+    assert record.sittings == []
+
+
+def test_what_was_taken_over_is_not_handed_on(studies, tmp_path):
+    shutil.copytree(studies / "second", tmp_path / "second")
+    shelf = shelf_beside(tmp_path / "third")
+    assert {result.arm for result in shelf.results.values()} == {"adamw"}
+
+
+def test_nothing_is_taken_over_where_that_is_not_asked(shards, first, trained):
+    run(small_plan(shards, arms=ARMS[:1]), first.parent / "second", reuse=False)
+    assert len(trained) == 4
+
+
+def test_nothing_is_taken_over_from_a_study_with_other_jobs(first):
+    assert len(shelf_beside(first.parent / "new").results) == 4
+    assert not shelf_beside(first.parent / "new", jobs=1).results
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu", "cores", "threads", "device", "sinkgd"])
+def test_nothing_is_taken_over_from_another_environment(first, name):
+    sitting = StudyRecord.read(first / "study.jsonl").sittings[0]
+    other = {**sitting.environment, name: "another"}
+    assert not shelf_beside(first.parent / "new", other).results
+
+
+def test_a_study_that_was_killed_lends_nothing(first):
+    """Nothing says in which environment its runs ran."""
+    path = first / "study.jsonl"
+    environment = StudyRecord.read(path).sittings[0].environment
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["kind"] != "sitting"]
+    path.write_text("".join(kept), encoding="utf-8")
+    assert not shelf_beside(first.parent / "new", environment).results
+
+
+def test_a_neighbour_that_cannot_be_read_is_named(first):
+    said = []
+    (first / "study.jsonl").write_text('{"kind":"odd"}\n', encoding="utf-8")
+    shelf_beside(first.parent / "new", {}, say=said.append)
+    assert "first/study.jsonl:1 is not a record" in said[0]
+
+
+def test_a_study_on_paper_is_passed_over(first):
+    (first / "study.jsonl").write_text('{"kind": "paper"}\n', encoding="utf-8")
+    assert not shelf_beside(first.parent / "new", {}).results
