@@ -1,6 +1,7 @@
 """Every study can be built, at both scales."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tyro
@@ -9,6 +10,10 @@ from sinkgd.lab.cli import main
 from sinkgd.lab.commands.experiment import Experiment
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.common import paper
+from sinkgd.lab.train.config import SharedConfig
+from sinkgd.lab.train.config_file import load_config
+
+BENCHMARK_FILES = Path(__file__).parents[3] / "benchmarks" / "c4"
 
 # Those at machine scale are run; two of them stand for all.
 BUILT = [*((name, "paper") for name in STUDIES), ("iterations", "machine"), ("lens", "machine")]
@@ -55,8 +60,24 @@ def test_the_studys_own_values_are_the_defaults_wherever_its_name_stands(argumen
     assert Experiment.defaults(arguments).shared == paper("llama-130m")
 
 
-def test_the_command_on_the_page_repeats_the_study():
-    given = replace(Experiment.defaults(["batch"]), name="batch", seeds=4, lr="0.01", tune=False)
+@pytest.mark.parametrize("preset", ["llama-60m", "llama-130m", "llama-350m", "llama-1b"])
+def test_the_papers_scale_is_the_benchmark_for_each_of_its_models(preset):
+    """The studies and ``sinkgd train`` with the benchmark's own files run the same."""
+    arguments = ["table1", "--scale", "paper", "--model.preset", preset]
+    shared = Experiment.defaults(arguments).shared
+    written = load_config(BENCHMARK_FILES / f"{preset}.toml", SharedConfig)
+    for table in ("model", "data", "training", "mesh", "evaluation"):
+        assert getattr(shared, table) == getattr(written, table)
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--scale", "paper", "--model.preset", "llama-350m"], ["--no-reuse"]]
+)
+def test_the_command_on_the_page_repeats_the_study(options):
+    given = tyro.cli(
+        Experiment, args=["batch", *options], default=Experiment.defaults(["batch", *options])
+    )
+    given = replace(given, seeds=4, lr="0.01", tune=False)
     training = replace(given.shared.training, device="auto", threads=2)
     given = replace(given, shared=replace(given.shared, training=training))
     words = given._command().split()

@@ -90,17 +90,21 @@ class Experiment:
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
-        """Return the options where the command line gives none: those of the study at its scale."""
+        """Return the options where the command line gives none.
+
+        They are those of the study at its scale, for the model that is asked for.
+        """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--scale", default="machine")
+        parser.add_argument("--model.preset", dest="preset", default="")
         try:
-            scale = parser.parse_known_args(arguments)[0].scale
+            given = parser.parse_known_args(arguments)[0]
         except argparse.ArgumentError:  # no value: the parser of all options words it better
-            scale = "machine"
-        study = _study_among(arguments)
-        if study is None or scale not in study.settings:
             return cls()
-        return cls(shared=study.settings[scale].shared)
+        study = _study_among(arguments)
+        if study is None or given.scale not in study.settings:
+            return cls()
+        return cls(shared=study.settings[given.scale].of_model(given.preset))
 
     def run(self) -> int:
         """Run the command; returns the exit code.
@@ -224,8 +228,11 @@ class Experiment:
             if value != getattr(plain, option):
                 words += [f"--{option}", str(value)]
         words += [f"--no-{flag}" for flag in ("tune", "reuse") if not getattr(self, flag)]
-        default = find_study(self.name).settings[self.scale].shared
-        changed = {name for name, _, _ in differences(default, self.shared)}
+        setting = find_study(self.name).settings[self.scale]
+        preset = self.shared.model.preset
+        changed = {name for name, _, _ in differences(setting.of_model(preset), self.shared)}
+        if preset != setting.shared.model.preset:
+            changed.add("model.preset")
         return shlex.join([*words, *_options_of(self.shared, changed)])
 
 

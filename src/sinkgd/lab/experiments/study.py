@@ -89,6 +89,11 @@ class Setting:
     # change both; ``arms`` are then made anew.
     at: Callable[[float, SharedConfig], tuple[Arm, ...]] | None = None
     seeds: int = 3
+    models: Mapping[str, SharedConfig] = field(default_factory=dict)  # what is shared, by preset
+
+    def of_model(self, preset: str) -> SharedConfig:
+        """Return what all arms share where the model is ``preset``; batch and steps follow it."""
+        return self.models.get(preset, self.shared)
 
 
 @dataclass(frozen=True)

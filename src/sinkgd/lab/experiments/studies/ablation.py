@@ -2,11 +2,11 @@
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
+    BENCHMARK,
     MACHINE,
     PAPER_SINKGD_GRID,
     SINKGD_GRID,
     controls,
-    paper,
     paper_controls,
 )
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
@@ -59,7 +59,11 @@ ABLATION = Study(
     "whitens, at the price of products of matrices.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID), *controls())),
-        "paper": Setting(paper("llama-60m"), (*arms_with(PAPER_SINKGD_GRID), *paper_controls())),
+        "paper": Setting(
+            BENCHMARK["llama-60m"],
+            (*arms_with(PAPER_SINKGD_GRID), *paper_controls()),
+            models=BENCHMARK,
+        ),
     },
     judge=judge,
 )

@@ -1,7 +1,7 @@
 """How large the matrices' rate may be beside that of everything else."""
 
 from sinkgd.lab.experiments.results import StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, controls, paper
+from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR, controls
 from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import (
     Verdict,
@@ -61,7 +61,12 @@ ALPHA = Study(
     "searched for SinkGD; each AdamW has as many points of its own.",
     settings={
         "machine": Setting(MACHINE, _ARMS, at=lambda value, _: (arm_with(value),)),
-        "paper": Setting(paper("llama-60m"), _ARMS, at=lambda value, _: (arm_with(value),)),
+        "paper": Setting(
+            BENCHMARK["llama-60m"],
+            _ARMS,
+            at=lambda value, _: (arm_with(value),),
+            models=BENCHMARK,
+        ),
     },
     judge=judge,
     axis=Axis("alpha", "α", log=True),

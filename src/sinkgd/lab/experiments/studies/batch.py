@@ -1,8 +1,10 @@
 """Whether SinkGD holds against AdamW as the batch grows, each with rates tuned for it."""
 
+from collections.abc import Mapping
+
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, paper
-from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
+from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
+from sinkgd.lab.experiments.study import NOTHING, Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, unfinished
 from sinkgd.lab.train.config import SharedConfig
 
@@ -83,9 +85,16 @@ def _recipe(one: ArmResults) -> str:
     return str(one.arm.overrides["optimizer.recipe"])
 
 
-def _setting(shared: SharedConfig, sizes: tuple[int, ...], grids: dict[str, Grid]) -> Setting:
+def _setting(
+    shared: SharedConfig,
+    sizes: tuple[int, ...],
+    grids: dict[str, Grid],
+    models: Mapping[str, SharedConfig] = NOTHING,
+) -> Setting:
     arms = tuple(arm for size in sizes for arm in arms_at(size, shared, grids))
-    return Setting(shared, arms, at=lambda value, given: arms_at(value, given, grids))
+    return Setting(
+        shared, arms, at=lambda value, given: arms_at(value, given, grids), models=models
+    )
 
 
 BATCH = Study(
@@ -95,7 +104,7 @@ BATCH = Study(
     "arm sees the same number of tokens; a larger batch takes fewer steps.",
     settings={
         "machine": _setting(MACHINE, SIZES, GRIDS),
-        "paper": _setting(paper("llama-60m"), PAPER_SIZES, PAPER_GRIDS),
+        "paper": _setting(BENCHMARK["llama-60m"], PAPER_SIZES, PAPER_GRIDS, BENCHMARK),
     },
     judge=judge,
     axis=Axis("batch", "batch, sequences", log=True),

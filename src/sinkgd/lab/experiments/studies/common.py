@@ -30,12 +30,14 @@ MACHINE = SharedConfig(
 
 _STEPS = {size.preset: size.steps for size in SIZES}
 _MICRO_BATCH = {"llama-60m": 256, "llama-130m": 128, "llama-350m": 128, "llama-1b": 32}
+# Of GaLore's evaluator, all its devices together: galore_perplexity depends on it.
+_EVALUATION_BATCH = {"llama-60m": 256, "llama-130m": 256, "llama-350m": 512, "llama-1b": 128}
 
 
 def paper(preset: str = "llama-60m") -> SharedConfig:
-    """Return the benchmark's configuration for one of its models."""
+    """Return the benchmark's configuration for one of its models, as in ``benchmarks/c4``."""
     return SharedConfig(
-        model=ModelConfig(preset=preset),
+        model=ModelConfig(preset=preset, vocab_size=32_000),  # of T5's 32,100, all that texts have
         data=DataConfig(corpus="shards/c4", packing="none"),
         training=TrainingConfig(
             steps=_STEPS[preset],
@@ -45,11 +47,15 @@ def paper(preset: str = "llama-60m") -> SharedConfig:
             precision="bf16",
             device="auto",
         ),
-        evaluation=EvaluationConfig(every_steps=1000, tokens=10_000_000),
+        evaluation=EvaluationConfig(
+            every_steps=1000, tokens=10_000_000, batch_size=_EVALUATION_BATCH[preset]
+        ),
         checkpoint=CheckpointConfig(every_steps=1000, keep=1),
         logging=LoggingConfig(print_every_steps=100),
     )
 
+
+BENCHMARK = {preset: paper(preset) for preset in _STEPS}
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
 

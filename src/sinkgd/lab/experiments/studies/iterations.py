@@ -2,11 +2,11 @@
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
+    BENCHMARK,
     MACHINE,
     PAPER_SINKGD_GRID,
     SINKGD_GRID,
     controls,
-    paper,
     paper_controls,
 )
 from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
@@ -75,9 +75,10 @@ ITERATIONS = Study(
             at=lambda value, _: (arm_with(value),),
         ),
         "paper": Setting(
-            paper("llama-130m"),
+            BENCHMARK["llama-130m"],
             (*(arm_with(n, PAPER_SINKGD_GRID) for n in ITERATION_COUNTS), *paper_controls()),
             at=lambda value, _: (arm_with(value, PAPER_SINKGD_GRID),),
+            models=BENCHMARK,
         ),
     },
     judge=judge,

@@ -5,6 +5,7 @@ from typing import Any
 
 from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies.common import (
+    BENCHMARK,
     LR,
     MACHINE,
     MATRIX_LR,
@@ -13,7 +14,6 @@ from sinkgd.lab.experiments.studies.common import (
     SINKGD_GRID,
     controls,
     muon,
-    paper,
     paper_controls,
 )
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
@@ -85,12 +85,13 @@ MOMENTUM = Study(
     settings={
         "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID, AFTER_GRID), *controls(), muon())),
         "paper": Setting(
-            paper("llama-60m"),
+            BENCHMARK["llama-60m"],
             (
                 *arms_with(PAPER_SINKGD_GRID, PAPER_AFTER_GRID),
                 *paper_controls(),
                 muon(PAPER_MUON_GRID),
             ),
+            models=BENCHMARK,
         ),
     },
     judge=judge,

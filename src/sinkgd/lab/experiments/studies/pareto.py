@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
     ADAMW_GRID,
+    BENCHMARK,
     LR,
     MACHINE,
     MATRIX_LR,
@@ -15,7 +16,6 @@ from sinkgd.lab.experiments.studies.common import (
     PAPER_ONE_LR_GRID,
     PAPER_SWAN_GRID,
     SWAN_GRID,
-    paper,
 )
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, ranked, unfinished
@@ -106,7 +106,7 @@ PARETO = Study(
     "together, as many points as any other method has.",
     settings={
         "machine": Setting(MACHINE, arms_of(GRIDS)),
-        "paper": Setting(paper("llama-350m"), arms_of(PAPER_GRIDS)),
+        "paper": Setting(BENCHMARK["llama-350m"], arms_of(PAPER_GRIDS), models=BENCHMARK),
     },
     judge=judge,
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
+    BENCHMARK,
     MACHINE,
     MUON_GRID,
     PAPER_ADAMW_GRID,
@@ -15,7 +16,6 @@ from sinkgd.lab.experiments.studies.common import (
     SWAN_GRID,
     controls,
     muon,
-    paper,
 )
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import (
@@ -115,12 +115,13 @@ SHIFT = Study(
             (*_candidates(SINKGD_GRID, SWAN_GRID), *controls(), muon(MUON_GRID)),
         ),
         "paper": Setting(
-            shifted(paper("llama-60m")),
+            shifted(BENCHMARK["llama-60m"]),
             (
                 *_candidates(PAPER_SINKGD_GRID, PAPER_SWAN_GRID),
                 *controls(PAPER_ADAMW_GRID, PAPER_ONE_LR_GRID),
                 muon(PAPER_MUON_GRID),
             ),
+            models={preset: shifted(shared) for preset, shared in BENCHMARK.items()},
         ),
     },
     judge=judge,

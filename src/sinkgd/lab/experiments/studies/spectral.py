@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, controls, muon, paper
+from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR, controls, muon
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import (
     Verdict,
@@ -100,7 +100,7 @@ SPECTRAL = Study(
     "singular value alone.",
     settings={
         "machine": Setting(MACHINE, setting(0.08)),
-        "paper": Setting(paper("llama-130m"), setting(0.02)),
+        "paper": Setting(BENCHMARK["llama-130m"], setting(0.02), models=BENCHMARK),
     },
     judge=judge,
 )

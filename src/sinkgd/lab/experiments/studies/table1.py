@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, paper
+from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import (
     Verdict,
@@ -129,7 +129,7 @@ TABLE1 = Study(
     "paper’s scale --model.preset llama-130m, llama-350m and llama-1b give the other columns.",
     settings={
         "machine": Setting(MACHINE, arms_of(GRIDS)),
-        "paper": Setting(paper("llama-60m"), arms_of(PAPER_GRIDS)),
+        "paper": Setting(BENCHMARK["llama-60m"], arms_of(PAPER_GRIDS), models=BENCHMARK),
     },
     judge=judge,
 )

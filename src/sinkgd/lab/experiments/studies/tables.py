@@ -2,11 +2,11 @@
 
 from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies.common import (
+    BENCHMARK,
     LR,
     MACHINE,
     MATRIX_LR,
     controls,
-    paper,
     paper_controls,
 )
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
@@ -79,7 +79,11 @@ TABLES = Study(
     "give a rule of their own.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(0.08, 0.002), *controls())),
-        "paper": Setting(paper("llama-60m"), (*arms_with(0.02, 0.001), *paper_controls())),
+        "paper": Setting(
+            BENCHMARK["llama-60m"],
+            (*arms_with(0.02, 0.001), *paper_controls()),
+            models=BENCHMARK,
+        ),
     },
     judge=judge,
 )

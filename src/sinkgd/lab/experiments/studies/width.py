@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE, MATRIX_LR, paper
+from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, unfinished
 
@@ -139,7 +139,7 @@ WIDTH = Study(
     settings={
         "machine": Setting(_MACHINE, (*arms_at(WIDTHS, 0.08), *adamws("llama-nano", 128, 0.08))),
         "paper": Setting(
-            paper("llama-60m"), (*arms_at(PAPER_WIDTHS, 0.02), *adamws("llama-60m", 512, 0.02))
+            BENCHMARK["llama-60m"], (*arms_at(PAPER_WIDTHS, 0.02), *adamws("llama-60m", 512, 0.02))
         ),
     },
     judge=judge,
