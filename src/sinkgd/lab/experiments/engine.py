@@ -25,10 +25,10 @@ from sinkgd.lab.experiments.record import (
     Sitting,
     StudyRecord,
     StudyWriter,
-    thinned,
 )
 from sinkgd.lab.experiments.reuse import Shelf
 from sinkgd.lab.experiments.study import StudyError
+from sinkgd.lab.experiments.thinning import thinned
 from sinkgd.lab.experiments.tuning import TUNING_FILE, Tuning
 from sinkgd.lab.experiments.worker import (
     DIVERGED,

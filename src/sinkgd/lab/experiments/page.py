@@ -19,6 +19,7 @@ from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.identity import identify
+from sinkgd.lab.report.inner_charts import inner_charts
 from sinkgd.lab.report.loss_charts import loss_chart
 from sinkgd.lab.report.shell import render
 
@@ -103,6 +104,7 @@ def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Cha
         loss_chart(analysis, identities, "tokens"),
         loss_chart(analysis, identities, "seconds"),
         *bar_charts(analysis, identities),
+        *inner_charts(analysis, identities),
     ]
     # An arm of which only the grid is there has no looks yet.
     grids = grid_chart(results, identities) if everyone <= set(identities) else None

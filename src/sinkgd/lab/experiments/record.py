@@ -1,13 +1,11 @@
 """`study.jsonl`: all that a study has found, in few enough bytes to be committed.
 
 Its first line is the plan; then comes a line for every run that ended, and one for every sitting.
-Page and verdict follow from it alone. A training curve is thinned: one step for every evaluation,
-which has the mean loss and the mean times of the steps since the evaluation before.
+Page and verdict follow from it alone. Runs are thinned before they are kept.
 """
 
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Self
 from sinkgd.lab.results import (
     Evaluation,
     Memory,
+    ModelStatistics,
     ResultsError,
     Run,
     RunEnd,
@@ -152,31 +151,6 @@ class StudyWriter:
         os.fsync(self._file.fileno())
 
 
-def thinned(run: Run) -> Run:
-    """Keep one step for every evaluation, with the means over the steps since the one before."""
-    steps, rest = [], run.steps
-    for evaluation in run.evaluations:
-        count = sum(1 for step in rest if step.step <= evaluation.step)
-        if count:
-            steps.append(_mean_step(rest[:count]))
-        rest = rest[count:]
-    return Run(run.path, run.start, steps, run.evaluations, run.end)
-
-
-def _mean_step(steps: Sequence[TrainStep]) -> TrainStep:
-    last = steps[-1]
-    return TrainStep(
-        step=last.step,
-        tokens=last.tokens,
-        seconds=last.seconds,
-        loss=statistics.fmean(step.loss for step in steps),
-        lr=last.lr,
-        gradient_norm=statistics.fmean(step.gradient_norm for step in steps),
-        step_seconds=statistics.fmean(step.step_seconds for step in steps),
-        optimizer_seconds=statistics.fmean(step.optimizer_seconds for step in steps),
-    )
-
-
 def _run_as_json(result: RunResult) -> dict[str, Any]:
     """Write a run; tables of figures are lists of rows, the environment stands with sittings."""
     run = result.run
@@ -189,9 +163,26 @@ def _run_as_json(result: RunResult) -> dict[str, Any]:
         "start": start,
         "steps": [_rounded(row) for row in run.steps],
         "evaluations": [_rounded(row) for row in run.evaluations],
+        **({"statistics": _inner_as_json(run.statistics)} if run.statistics else {}),
         "end": asdict(run.end) if run.end else None,
         **({"study": result.study} if result.study else {}),
     }
+
+
+def _inner_as_json(inner: Sequence[ModelStatistics]) -> dict[str, Any]:
+    """Write a model's statistics: the names, and a row of step and values for each record."""
+    return {
+        "names": list(inner[0].values),
+        "rows": [[one.step, *one.values.values()] for one in inner],
+    }
+
+
+def _inner_from_json(content: Mapping[str, Any]) -> list[ModelStatistics]:
+    names = content["names"]
+    return [
+        ModelStatistics(step, dict(zip(names, values, strict=True)))
+        for step, *values in content["rows"]
+    ]
 
 
 def _rounded(record: TrainStep | Evaluation) -> list[float | None]:
@@ -214,6 +205,7 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
         [TrainStep(*row) for row in content["steps"]],
         [Evaluation(*row) for row in content["evaluations"]],
         end,
+        _inner_from_json(content["statistics"]) if "statistics" in content else [],
     )
     study = content.get("study", "")
     return RunResult(content["arm"], content["tuning"], content["point"], run, study)

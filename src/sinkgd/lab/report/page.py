@@ -9,6 +9,7 @@ from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.calculator import calculator_block
 from sinkgd.lab.report.cards import cards
 from sinkgd.lab.report.identity import identify
+from sinkgd.lab.report.inner_charts import inner_charts
 from sinkgd.lab.report.loss_charts import loss_chart
 from sinkgd.lab.report.published_block import published_block
 from sinkgd.lab.report.settings import compare_settings
@@ -67,6 +68,7 @@ def _render(analysis: Analysis, title: str, command: str) -> str:
         loss_chart(analysis, identities, "tokens"),
         loss_chart(analysis, identities, "seconds"),
         *bar_charts(analysis, identities),
+        *inner_charts(analysis, identities),
     ]
     published = published_block(analysis.runs)
     return render(

@@ -191,7 +191,12 @@ LENS = Study(
     "and each has as many rates to choose from, their 6e-4 among them.",
     settings={
         "machine": Setting(
-            replace(MACHINE, model=ModelConfig(preset="lens-nano")),
+            # Many evaluations on little text: curves whose roughness can be told.
+            replace(
+                MACHINE,
+                model=ModelConfig(preset="lens-nano"),
+                evaluation=EvaluationConfig(every_steps=8, tokens=8192),
+            ),
             (*arms(ADAM_GRID, TEMPERED_GRID), *controls()),
         ),
         "paper": Setting(_PAPER, (*arms(PAPER_ADAM_GRID, PAPER_TEMPERED_GRID), *paper_controls())),
