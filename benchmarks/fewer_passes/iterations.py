@@ -105,7 +105,7 @@ def error(
     backend = select(name, grad.device)
     row, col = backend.scales([grad], num_iters, starts=[start])[0]
     lengths = (row * grad * col).norm(dim=1) / grad.shape[1] ** 0.5
-    return (lengths[lengths > 0] - 1).abs().max().item()
+    return float((lengths[lengths > 0] - 1).abs().max())
 
 
 def _summary(look: dict[str, object]) -> str:
@@ -126,9 +126,7 @@ def _val_loss(job: Job) -> float:
         max_tokens=config.evaluation.tokens,
         packing=config.data.packing,
     )
-    score = evaluate(
-        job.state.model, batches, precision=config.training.precision, device=job.device
-    )
+    score = evaluate(job.state.model, batches, precision=config.training.precision, mesh=job.mesh)
     return score.nats_per_token
 
 

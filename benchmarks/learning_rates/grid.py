@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sinkgd.lab.results import Run
 
@@ -53,7 +54,7 @@ def train(folder: Path, recipe: str, lr: float, matrix_lr: float | None) -> Path
     return out / "run.jsonl"
 
 
-def record(path: Path) -> dict[str, object]:
+def record(path: Path) -> dict[str, Any]:
     """Return one run as a line of the grid's record: its options, loss and environment."""
     run = Run.read(path)
     return {

@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -25,14 +26,14 @@ from sinkgd.lab.train.environment import describe_environment
 ROUNDS, LR, ITERATIONS = 9, 1e-4, 5
 
 
-class Sent(TorchDispatchMode):
+class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts collectives and the bytes that are given to them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.collectives, self.bytes = 0, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in {"c10d", "_c10d_functional"} and "wait" not in str(func):
             self.collectives += 1
             given = args[0] if isinstance(args[0], list | tuple) else [args[0]]
@@ -47,12 +48,16 @@ def shapes(preset: str) -> list[tuple[int, int]]:
     return ([(h, h)] * 4 + [(inner, h)] * 2 + [(h, inner)]) * c.num_layers
 
 
+def gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    """Return the gradient of each parameter; all have one."""
+    return [param.grad for param in params if param.grad is not None]
+
+
 @torch.no_grad()
 def chain(params: list[nn.Parameter]) -> None:
     """Normalize rows and columns as most public code does, and let DTensor find the messages."""
-    for param in params:
-        x = param.grad
-        m, n = x.shape
+    for param, grad in zip(params, gradients(params), strict=True):
+        x, (m, n) = grad, grad.shape
         for _ in range(ITERATIONS):
             x = x * (n**0.5 / torch.linalg.vector_norm(x, dim=1, keepdim=True))
             x = x * (m**0.5 / torch.linalg.vector_norm(x, dim=0, keepdim=True))
@@ -61,7 +66,7 @@ def chain(params: list[nn.Parameter]) -> None:
 
 def measure(function: Callable[[], object]) -> dict[str, int]:
     """Count the collectives of a step, and the bytes that our own are given."""
-    with CommDebugMode() as seen, Sent() as sent:
+    with CommDebugMode() as seen, Sent() as sent:  # type: ignore[no-untyped-call]
         function()
     return {"collectives": seen.get_total_counts() or sent.collectives, "bytes": sent.bytes}
 
@@ -77,7 +82,10 @@ def main() -> None:
         param.grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
         params.append(param)
     optimizer = sinkgd.SinkGD(params, lr=LR, sinkhorn_iterations=ITERATIONS)
-    contenders = {"sinkgd": optimizer.step, "chain": lambda: chain(params)}
+    contenders: dict[str, Callable[[], object]] = {
+        "sinkgd": optimizer.step,
+        "chain": lambda: chain(params),
+    }
     sent = {name: measure(step) for name, step in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
@@ -94,7 +102,7 @@ def main() -> None:
             "environment": describe_environment(torch.device("cpu")),
             "ranks": dist.get_world_size(),
             "matrices": len(params),
-            "gradient_bytes": sum(param.grad.nbytes for param in params),
+            "gradient_bytes": sum(grad.nbytes for grad in gradients(params)),
             "sent": sent,
             "seconds": seconds,
             "times_faster": medians["chain"] / medians["sinkgd"],

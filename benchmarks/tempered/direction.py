@@ -48,7 +48,7 @@ def main(out: Path, corpus: str | None) -> None:
     def look(*_: object) -> None:
         step = job.state.step + 1
         if step in CLOSE_LOOKS:
-            rows = [measure(param.grad) for param in matrices.values()]
+            rows = [measure(p.grad) for p in matrices.values() if p.grad is not None]
             found = {key: _spread([row[key] for row in rows]) for key in rows[0]}
             line = {"step": step, "matrices": len(rows), **found}
             with out.open("a", encoding="utf-8") as file:

@@ -26,7 +26,7 @@ CONTROLS = ("adamw", "adamw-one-lr")
 # Six points each. SinkGD's are L × α.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    "sinkgd-stateless": {L: (1, 5), LR: (0.0005, 0.001, 0.002)},
+    "sinkgd-stateless": {L: (1, 5), LR: (0.001, 0.002, 0.004)},
     "swan": SWAN_GRID,
     "scale": {LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)},
     "muon": MUON_GRID,

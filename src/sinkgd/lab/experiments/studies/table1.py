@@ -23,7 +23,7 @@ PINNED = "sinkgd-pinned"
 # Three points each, around the recipe's own rate, or its paper's.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    PINNED: {LR: (0.08,), MATRIX_LR: (0.008, 0.016, 0.032)},
+    PINNED: {LR: (0.08,), MATRIX_LR: (0.08, 0.16, 0.32)},
     "swan": {LR: (0.08,), MATRIX_LR: (0.002, 0.004, 0.008)},
     "scale": {LR: (0.001, 0.002, 0.004)},
     "racs": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
@@ -41,7 +41,7 @@ GRIDS: Mapping[str, Grid] = {
 # GaLore's grid for Adam is 1e-2 to 1e-4 (Zhao et al. 2024, appendix C); three points each here.
 PAPER_GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    PINNED: {LR: (0.02,), MATRIX_LR: (0.004, 0.008, 0.016)},
+    PINNED: {LR: (0.02,), MATRIX_LR: (0.04, 0.08, 0.16)},
     "swan": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "scale": {LR: (0.0005, 0.001, 0.002)},
     "racs": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},

@@ -21,7 +21,7 @@ PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 
 # Five rates, each twice the one before. A pinned rate counts in singular values.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
-PINNED_RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
+PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
 
 
 def rules(base_width: int) -> Mapping[str, Mapping[str, Any]]:
