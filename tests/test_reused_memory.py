@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from allocations import peak_bytes
 from sinkgd import (
     ColumnNorm,
+    DeflatedNorm,
     FrobeniusNorm,
     RowNorm,
     SignNorm,
@@ -21,6 +22,7 @@ NORMS = {
     "frobenius": FrobeniusNorm(),
     "sign": SignNorm(),
     "spectral": SpectralNorm(),
+    "deflated": DeflatedNorm(2),
 }
 LISTS = {
     **{name: [norm] for name, norm in NORMS.items()},

@@ -3,6 +3,7 @@
 from sinkgd.multi_normalize import multi_normalize as multi_normalize
 from sinkgd.multi_normalize import residuals as residuals
 from sinkgd.norms import ColumnNorm as ColumnNorm
+from sinkgd.norms import DeflatedNorm as DeflatedNorm
 from sinkgd.norms import FrobeniusNorm as FrobeniusNorm
 from sinkgd.norms import Norm as Norm
 from sinkgd.norms import RowNorm as RowNorm

@@ -28,6 +28,7 @@ from typing import Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
+from sinkgd.deflation import check_rank, deflate_into
 from sinkgd.newton_schulz import (
     largest_entry,
     matrix_buffer,
@@ -155,9 +156,35 @@ class SpectralNorm(_BuiltIn):
         return result, spare
 
 
+@dataclass(frozen=True)
+class DeflatedNorm(_BuiltIn):
+    r"""No singular value that stands out: :math:`P(x) \propto` `deflate` of x, of length √(mn).
+
+    The k leading singular values become the root-mean-square of the others. That is no projection
+    of a norm, but near `SpectralNorm`'s, and takes the products of a matrix with k vectors where
+    that takes products of matrices: about 10 k flops an entry in place of 20 min(m, n).
+
+    Args:
+        rank: Directions k, at least 1.
+    """
+
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+
+    def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower what stands out, and scale the whole."""
+        deflate_into(x, self.rank, result, spare)
+        return _scale(result, (-2, -1), result, spare)
+
+
 def is_built_in(norm: Norm) -> TypeGuard[_BuiltIn]:
     """Whether ``norm`` can `project_into` memory; a subclass may have its own ``project``."""
-    return type(norm) in (RowNorm, ColumnNorm, FrobeniusNorm, SignNorm, SpectralNorm)
+    return type(norm) in _BUILT_IN
+
+
+_BUILT_IN = (RowNorm, ColumnNorm, FrobeniusNorm, SignNorm, SpectralNorm, DeflatedNorm)
 
 
 def _scale(x: Tensor, dim: tuple[int, ...], result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ CASES = {
         lr=0.1,
         norms=[
             sinkgd.SpectralNorm(),
+            sinkgd.DeflatedNorm(2),
             sinkgd.FrobeniusNorm(),
             sinkgd.RowNorm(),
             sinkgd.ColumnNorm(),

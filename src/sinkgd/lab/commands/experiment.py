@@ -59,8 +59,8 @@ class Experiment:
     """Search each arm's grid first, with a seed of its own; otherwise arms run as they are."""
 
     reuse: bool = True
-    """Take over runs of the studies beside --out that have the same configuration, on this machine
-    and with as many jobs; otherwise every run is trained."""
+    """Take over runs of grids from the studies beside --out, made on this machine with the same
+    configuration; otherwise every run is trained."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: build every arm's model without weights, and show sizes and memory."""

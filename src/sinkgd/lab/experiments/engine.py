@@ -71,7 +71,8 @@ def run_study(
         jobs: Trainings at a time, a count.
         command: That repeats the study.
         say: Told of every run, one line each time.
-        reuse: Whether runs of studies beside ``folder`` are taken over where they are the same.
+        reuse: Whether runs of the grids of studies beside ``folder`` are taken over where they are
+            the same.
 
     Raises:
         ConfigError: If the study there has another plan; each field that differs is named.
@@ -91,7 +92,7 @@ def run_study(
         environment = _environment(plan)
         shelf = Shelf({})
         if agenda.left and reuse:
-            shelf = Shelf.beside(folder, jobs=jobs, environment=environment, say=say)
+            shelf = Shelf.beside(folder, environment, say)
         engine = _Engine(agenda, writer, shelf, folder / RUNS_FOLDER, jobs, say)
         with Interrupt(forward=engine.send) as interrupt:
             engine.work(interrupt)

@@ -1,7 +1,8 @@
-"""Runs that the studies side by side have in common, so that each of them is trained once.
+"""Runs of grids that the studies side by side have in common, so that each is trained once.
 
-On one machine a run follows from its configuration to the bit. Its seconds do not, so a study's
-runs are lent only to one with as many jobs, in an equal environment.
+In one environment a run's losses follow from its configuration to the bit, and of a grid's runs
+losses are all that counts. Reported runs have seconds, too, which follow from what else the machine
+does; so a study trains its own, side by side.
 """
 
 import json
@@ -17,25 +18,24 @@ from sinkgd.lab.results import ResultsError
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.config_file import as_tables
 
-# Of an environment, what losses and seconds follow from.
-_EQUAL = ("sinkgd", "torch", "cpu", "cores", "threads", "device")
+# Of an environment, what losses follow from.
+_EQUAL = ("sinkgd", "torch", "cpu", "threads", "device")
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """Finished runs, by their configurations."""
+    """Finished runs of grids, by their configurations."""
 
     results: Mapping[str, RunResult]
 
     @classmethod
     def beside(
-        cls, folder: Path, *, jobs: int, environment: Mapping[str, Any], say: Callable[[str], None]
+        cls, folder: Path, environment: Mapping[str, Any], say: Callable[[str], None]
     ) -> Self:
         """Collect what the studies beside one have trained.
 
         Args:
             folder: Of the study; its neighbours are read.
-            jobs: Trainings at a time, a count.
             environment: Of this process, as `describe_environment` gives it.
             say: Told of a neighbour that cannot be read.
         """
@@ -48,22 +48,25 @@ class Shelf:
             except ResultsError as error:
                 say(f"no run of a study beside this one is used: {error}")
                 continue
-            if _alike(record, jobs, environment):
+            if _alike(record, environment):
                 for result in record.runs.values():
-                    if result.run.finished and not result.study:
+                    if result.tuning and result.run.finished and not result.study:
                         lent = replace(result, study=record.plan["study"])
                         found[_key(result.run.start.config)] = lent
         return cls(found)
 
     def find(self, task: Task, config: RunConfig) -> RunResult | None:
-        """Return the result of a run that was trained elsewhere; None if it was not.
+        """Return the result of a run that was trained elsewhere.
 
         Args:
             task: The run that is to be made.
             config: Of the run, resolved.
+
+        Returns:
+            The result under the task's names; None of a reported run, and where there is none.
         """
         result = self.results.get(_key(as_tables(config)))
-        if result is None:
+        if result is None or not task.tuning:
             return None
         start = replace(result.run.start, name=task.name)
         return RunResult(
@@ -71,12 +74,12 @@ class Shelf:
         )
 
 
-def _alike(record: StudyRecord, jobs: int, environment: Mapping[str, Any]) -> bool:
+def _alike(record: StudyRecord, environment: Mapping[str, Any]) -> bool:
     """Whether every sitting of a study was like this one; one that was killed is unknown."""
     return bool(record.sittings) and all(
-        sitting.jobs == jobs
-        and all(sitting.environment.get(name) == environment.get(name) for name in _EQUAL)
+        sitting.environment.get(name) == environment.get(name)
         for sitting in record.sittings
+        for name in _EQUAL
     )
 
 

@@ -94,7 +94,8 @@ class OptimizerConfig:
     n_iter: int | None = None
     """Row and column sums divided out by the tempered variant, iterations; 0 divides by a mean."""
     rank: int | None = None
-    """Rank of projected gradients, a count; 0 is a quarter of the matrix's shorter side."""
+    """Rank of projected gradients, a count; 0 is a quarter of the matrix's shorter side. Or the
+    directions that `deflated` lowers."""
     projection_every_steps: int | None = None
     """Steps between renewals of a projection (GaLore, Fira, APOLLO) or basis (SOAP), a count."""
     projection_scale: float | None = None

@@ -25,6 +25,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "swan-2": {"recipe": "swan", "newton_schulz_steps": 2},
     "swan-3": {"recipe": "swan", "newton_schulz_steps": 3},
     WHOLE: {"recipe": "swan", "newton_schulz_steps": 5},
+    "deflated": {"recipe": "deflated"},
     "swan-attention": {"recipe": "swan", "whitened": "attention"},
     "swan-mlp": {"recipe": "swan", "whitened": "mlp"},
 }

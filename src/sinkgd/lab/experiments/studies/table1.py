@@ -25,6 +25,7 @@ GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     PINNED: {LR: (0.08,), MATRIX_LR: (0.08, 0.16, 0.32)},
     "swan": {LR: (0.08,), MATRIX_LR: (0.002, 0.004, 0.008)},
+    "deflated": {LR: (0.08,), MATRIX_LR: (0.002, 0.004, 0.008)},
     "scale": {LR: (0.001, 0.002, 0.004)},
     "racs": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "apollo-mini": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02)},
@@ -43,6 +44,7 @@ PAPER_GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     PINNED: {LR: (0.02,), MATRIX_LR: (0.04, 0.08, 0.16)},
     "swan": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
+    "deflated": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "scale": {LR: (0.0005, 0.001, 0.002)},
     "racs": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "apollo-mini": {LR: (0.005, 0.01, 0.02)},
@@ -57,8 +59,14 @@ PAPER_GRIDS: Mapping[str, Grid] = {
     "muon": {LR: (0.02,), MATRIX_LR: (0.001, 0.005, 0.01)},
 }
 # Those that keep nothing the size of a hidden matrix.
-WITHOUT_STATE = ("sinkgd", PINNED, "swan", "scale", "racs")
-AT_MN = ("sinkgd", PINNED, "scale", "racs")  # of these, those without products of matrices
+WITHOUT_STATE = ("sinkgd", PINNED, "swan", "deflated", "scale", "racs")
+AT_MN = (
+    "sinkgd",
+    PINNED,
+    "deflated",
+    "scale",
+    "racs",
+)  # of these, those without products of matrices
 
 
 def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:

@@ -7,6 +7,10 @@ def _whitening(short: int, long: int) -> float:
     return 5 * 4.0 * short**2 * long  # `sinkgd.SWAN`'s docstring
 
 
+def _deflation(short: int, long: int) -> float:
+    return 10.0 * 8 * short * long  # `sinkgd.deflation.deflate`'s docstring, of 8 directions
+
+
 FAMILY = (
     Method(
         "sinkgd",
@@ -70,6 +74,17 @@ FAMILY = (
         passes=5,
         scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
         flops=_whitening,
+    ),
+    Method(
+        "deflated",
+        "MNGD of rows and deflation",
+        "2 an entry of embedding, head, norms",
+        "sinkgd.DeflatedNorm; no paper",
+        can_release=True,
+        exchange="matrices",
+        passes=14,  # rows 3, deflation 9, the step 2
+        scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
+        flops=_deflation,
     ),
     Method(
         "spam",

@@ -69,6 +69,16 @@ def _swan(model: nn.Module, o: Options) -> Optimizer:
     )
 
 
+def _deflated(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.MNGD(
+        family_groups(model, o, "mngd"),
+        lr=o["lr"],
+        norms=[sinkgd.RowNorm(), sinkgd.DeflatedNorm(int(o["rank"]))],
+        num_iters=1,
+        rounding=o["rounding"],
+    )
+
+
 def _scale(model: nn.Module, o: Options) -> Optimizer:
     groups = sinkgd.scale_groups(
         model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
@@ -176,6 +186,14 @@ FAMILY = (
             **_STATELESS,
         },
         _swan,
+        can_release=True,
+    ),
+    Recipe(
+        "deflated",
+        "block matrices by row norm and lower leading singular values, the rest by AdamW",
+        "8 directions and SWAN's rates: benchmarks/studies/table1-long",
+        {"lr": 0.08, "matrix_lr": 0.002, "weight_decay": 0.0, **_ADAM, "rank": 8, **_STATELESS},
+        _deflated,
         can_release=True,
     ),
     Recipe(
