@@ -106,4 +106,4 @@ def _block(X: Tensor, k: int) -> Tensor:
     """Return Ω, ``(l, k)``: entries of all signs without a pattern, the same at every step."""
     count = X.shape[-1] * k
     places = torch.arange(1, count + 1, dtype=torch.float64, device=X.device)
-    return (_IRRATIONAL * places.square()).sin().to(X.dtype).view(-1, k)
+    return places.square_().mul_(_IRRATIONAL).sin_().to(X.dtype).view(-1, k)
