@@ -191,7 +191,7 @@ FAMILY = (
     Recipe(
         "deflated",
         "block matrices by row norm and lower leading singular values, the rest by AdamW",
-        "8 directions and SWAN's rates: benchmarks/studies/table1-long",
+        "8 directions, and SWAN's rates: benchmarks/studies/spectral",
         {"lr": 0.08, "matrix_lr": 0.002, "weight_decay": 0.0, **_ADAM, "rank": 8, **_STATELESS},
         _deflated,
         can_release=True,
