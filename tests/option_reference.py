@@ -29,6 +29,7 @@ class Expected:
     first: str | None = None
     tiny_rows: str = "keep"
     tiny_row_threshold: float = 0.01
+    deflated_rank: int = 0
     operator_norm: str | None = None
     kept: dict[str, Any] = field(default_factory=dict)
 
@@ -37,7 +38,7 @@ class Expected:
         G = G.double()
         if self.momentum and self.momentum_place == "before":
             G = self._averaged(G)
-        X = self._pinned(self._normalized(self._masked(G)))
+        X = self._pinned(self._deflated(self._normalized(self._masked(G))))
         if self.momentum and self.momentum_place == "after":
             X = self._averaged(X)
         self.weight = self.weight.double() - self.lr * X
@@ -65,6 +66,22 @@ class Expected:
         for side in order:
             D = halves[side](D)
         return D
+
+    def _deflated(self, X: Tensor) -> Tensor:
+        m, n = X.shape
+        k = min(self.deflated_rank, m - 1, n - 1)
+        if k < 1 or not X.any():
+            return X
+        angles = [0.6180339887498949 * t * t for t in range(1, self.deflated_rank * n + 1)]
+        block = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
+        Q, _ = torch.linalg.qr(X @ block.view(self.deflated_rank, n)[:k].T)
+        Q, _ = torch.linalg.qr(X @ (X.T @ Q))
+        B = Q.T @ X
+        level = math.sqrt(max(X.norm() ** 2 - B.norm() ** 2, 0) / (min(m, n) - k))
+        level = max(level, 2.0**-10 * max(row.norm() for row in B))
+        kept = torch.tensor([min(1.0, level / row.norm()) if row.any() else 1.0 for row in B])
+        X = X - Q @ torch.diag(1 - kept.double()) @ B
+        return X * (math.sqrt(m * n) / X.norm())
 
     def _pinned(self, X: Tensor) -> Tensor:
         if self.operator_norm is None:

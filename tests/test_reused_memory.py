@@ -44,7 +44,7 @@ def normal(shape, transposed=False):
 
 def allowance(x, norms):
     """One matrix beside the result, two with a spectral norm, and a few vectors, in bytes."""
-    matrices = 3 if any(isinstance(norm, SpectralNorm) for norm in norms) else 2
+    matrices = 3 if any(isinstance(norm, SpectralNorm | DeflatedNorm) for norm in norms) else 2
     directions = sum(norm.rank for norm in norms if isinstance(norm, DeflatedNorm))
     vectors = (6 + 8 * directions) * x.numel() // min(x.shape[-2:])
     return 4 * (matrices * x.numel() + vectors)

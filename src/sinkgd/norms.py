@@ -12,7 +12,7 @@ Shapes, everywhere in this file:
 
 A zero row, column or matrix has no direction and stays zero; NaN and infinity come out as NaN.
 Projections compute in the dtype they are given; `multi_normalize` hands them float32 or float64.
-They need one matrix of scratch beside the result, the spectral norm two, and no gradient flows
+They need one matrix of scratch beside the result, spectral and deflated two, and no gradient flows
 through them.
 
 References:
@@ -28,7 +28,7 @@ from typing import Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import check_rank, deflate_into
+from sinkgd.deflation import check_rank, deflate_whole_
 from sinkgd.newton_schulz import (
     largest_entry,
     matrix_buffer,
@@ -175,7 +175,8 @@ class DeflatedNorm(_BuiltIn):
 
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Lower what stands out, and scale the whole."""
-        deflate_into(x, self.rank, result, spare)
+        torch.div(x, or_one(largest_entry(x, (-2, -1))), out=result)
+        deflate_whole_(result, self.rank)
         return _scale(result, (-2, -1), result, spare)
 
 

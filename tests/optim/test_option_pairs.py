@@ -25,6 +25,7 @@ OPTIONS = {
     "first column": {"first": "column"},
     "table": {"first": "row", "last": "row"},
     "mask": {"tiny_rows": "mask", "tiny_row_threshold": 0.8},
+    "deflated": {"deflated_rank": 2},
     "unit": {"operator_norm": "unit"},
     "muon": {"operator_norm": "muon"},
     "warm start": {"warm_start": True},
@@ -115,7 +116,7 @@ def whole():
 
 
 def test_the_table_is_complete():
-    assert (len(OPTIONS), len(PAIRS)) == (15, 101)
+    assert (len(OPTIONS), len(PAIRS)) == (16, 116)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -188,6 +189,7 @@ MORE_MESSAGES = {
     "first column": (1, 1),
     "table": (1, 1),
     "mask": (1, 1),
+    "deflated": (5, 4),
     "unit": (1, 2),
     "muon": (1, 2),
 }

@@ -24,6 +24,7 @@ OPTIONS = {
     "first and last row": {"first": "row", "last": "row"},
     "first row, which it is anyhow": {"first": "row"},
     "masked": {"tiny_rows": "mask", "tiny_row_threshold": 0.5},
+    "deflated": {"deflated_rank": 2},
     "unit": {"operator_norm": "unit"},
     "muon": {"operator_norm": "muon"},
 }

@@ -21,15 +21,16 @@ class SinkGD(GroupedOptimizer):
 
     The options after ``seed`` go beyond the paper and combine freely; a group may set its own.
     Without them nothing of them is paid for. Of a gradient come, in turn: its momentum, the rows
-    that are left out, the half steps, the size, and the momentum of the update. Vectors know
-    momentum alone. The algorithm ``"sinkgd-table"`` is a set of them, reported for embedding and
+    that are left out, the half steps, the deflation, the size, and the momentum of the update.
+    Vectors know momentum alone. The algorithm ``"sinkgd-table"`` is a set of them, reported for embedding and
     head of DeepSeek-V4.1 by secondary sources: Nesterov's momentum of 0.95, tiny rows left out,
     2L + 1 half steps from rows to rows; they multiply its learning rate by 0.18. A user writes
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", "lr": ...}})``.
 
     On a mesh of devices a step costs L messages a process group, whatever the options; and one
-    more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, and one for
-    ``operator_norm``, or two over a group that shards columns. No matrix is sent.
+    more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, five for
+    ``deflated_rank``, and one for ``operator_norm``; over a group that shards columns four and two.
+    No matrix is sent.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs.
@@ -63,6 +64,10 @@ class SinkGD(GroupedOptimizer):
             a time.
         tiny_row_threshold: τ: a row is tiny where its l2 norm is below τ times the mean of all
             rows'.
+        deflated_rank: Directions k whose singular values, the update's largest, are lowered to the
+            root-mean-square of the others; 0 leaves them. A whitening of what stands out, for about
+            10 k flops an entry. Keeps nothing; costs a copy of the gradient, of a few matrices at a
+            time.
         operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
             estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
             share, no longer a root-mean-square: with ``"muon"`` the change that an input of
@@ -111,6 +116,7 @@ class SinkGD(GroupedOptimizer):
         first: str | None = None,
         tiny_rows: str = "keep",
         tiny_row_threshold: float = 0.01,
+        deflated_rank: int = 0,
         operator_norm: str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -131,6 +137,7 @@ class SinkGD(GroupedOptimizer):
             "first": first,
             "tiny_rows": tiny_rows,
             "tiny_row_threshold": tiny_row_threshold,
+            "deflated_rank": deflated_rank,
             "operator_norm": operator_norm,
         }
         super().__init__(params, defaults)

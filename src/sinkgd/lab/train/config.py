@@ -82,6 +82,9 @@ class OptimizerConfig:
     operator_norm: OperatorNorm | None = None
     """What the largest singular value of SinkGD's update is pinned to: unit (1) or muon (the root
     of out- over in-features); by default nothing."""
+    deflated_rank: int | None = None
+    """Leading singular values of an update that are lowered to the others, a count; 0 leaves
+    them."""
     base_width: int | None = None
     """In-features for which matrix_lr is meant; wider matrices get less in proportion; by default
     all get the same."""
@@ -94,8 +97,7 @@ class OptimizerConfig:
     n_iter: int | None = None
     """Row and column sums divided out by the tempered variant, iterations; 0 divides by a mean."""
     rank: int | None = None
-    """Rank of projected gradients, a count; 0 is a quarter of the matrix's shorter side. Or the
-    directions that `deflated` lowers."""
+    """Rank of projected gradients, a count; 0 is a quarter of the matrix's shorter side."""
     projection_every_steps: int | None = None
     """Steps between renewals of a projection (GaLore, Fira, APOLLO) or basis (SOAP), a count."""
     projection_scale: float | None = None

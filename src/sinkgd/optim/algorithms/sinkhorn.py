@@ -96,7 +96,8 @@ class Sinkhorn:
                 lambda slot: on_mesh(slot.param), some, lambda _, own: step(own, group, context)
             )
 
-        copies = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
+        masks = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
+        copies = masks or group["deflated_rank"] > 0
         return few_at_a_time(slots, take) if copies else take(slots)
 
 

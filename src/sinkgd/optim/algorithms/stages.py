@@ -1,6 +1,7 @@
 """A step of SR-Sinkhorn with options, stage by stage; without any, a backend takes it at once.
 
-    gradient → [without tiny rows] → [turned] → [from a half step] → scales → [pinned] → update
+    gradient → [without tiny rows] → [turned] → [from a half step] → scales → [deflated] → [pinned]
+    → update
 
 Momentum is around it: before the first stage, or after the last.
 """
@@ -21,6 +22,12 @@ from sinkgd.optim.algorithms.contract import (
     decay,
     descent,
     known_flags,
+)
+from sinkgd.optim.algorithms.deflated import (
+    DEFLATION_OPTIONS,
+    blocks_of,
+    check_deflation,
+    deflate_parts,
 )
 from sinkgd.optim.algorithms.half_steps import (
     HALF_STEP_OPTIONS,
@@ -45,7 +52,7 @@ from sinkgd.optim.algorithms.tiny_rows import (
 from sinkgd.optim.algorithms.warm_start import keep_starts_of_slots, starts_of_slots
 
 STAGE_OPTIONS: Mapping[str, Any] = MappingProxyType(
-    {**HALF_STEP_OPTIONS, **TINY_ROW_OPTIONS, **OPERATOR_NORM_OPTIONS}
+    {**HALF_STEP_OPTIONS, **TINY_ROW_OPTIONS, **DEFLATION_OPTIONS, **OPERATOR_NORM_OPTIONS}
 )
 
 
@@ -53,6 +60,7 @@ def check_stages(group: Group) -> None:
     """Refuse options out of range."""
     check_half_steps(group)
     check_tiny_rows(group)
+    check_deflation(group)
     check_operator_norm(group)
 
 
@@ -62,6 +70,7 @@ def asks_for_stages(group: Group) -> bool:
         group["last"] == "row"
         or has_half_step_more(group)
         or group["tiny_rows"] == "mask"
+        or group["deflated_rank"] > 0
         or group["operator_norm"] is not None
     )
 
@@ -90,6 +99,10 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
         found = found._replace(finite=found.finite & known)
     if group["warm_start"]:
         keep_starts_of_slots(slots, owners, found, context)
+    if group["deflated_rank"]:
+        parts, found = _deflated(slots, parts, owners, found, group)
+        seen = [part.turned() for part in parts] if is_turned else parts
+        matrices = matrices._replace(grads=[part.grad for part in seen])
     if group["operator_norm"] is not None:
         found = _pinned(slots, parts, owners, found, group, context)
     take_steps(
@@ -114,6 +127,21 @@ def _solve(
         return sharded.OnMesh(backend, places).solve(matrices, num_iters, tol=tol)
     scales = backend.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
     return kernels.Descent(finite_of(scales, matrices.owners), scales)
+
+
+def _deflated(
+    slots: Sequence[Slot],
+    parts: Sequence[Part],
+    owners: Sequence[range],
+    found: kernels.Descent,
+    group: Group,
+) -> tuple[list[Part], kernels.Descent]:
+    """Lower the leading singular values of the updates."""
+    is_turned = group["last"] == "row"
+    scales = [_turned(own) for own in found.scales] if is_turned else found.scales
+    parts, scales = deflate_parts(parts, scales, blocks_of(slots, owners, group))
+    scales = [_turned(own) for own in scales] if is_turned else scales
+    return parts, found._replace(scales=scales)
 
 
 def _pinned(

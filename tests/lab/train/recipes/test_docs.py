@@ -30,7 +30,7 @@ def test_every_recipe_is_in_the_documents_with_its_values_and_their_source():
 
 def test_values_of_zero_are_what_the_documents_say_they_are():
     zeros = {name for r in RECIPES.values() for name, value in r.defaults.items() if value == 0}
-    assert zeros == {"weight_decay", "clip_norm", "rank", "momentum", "nesterov"}
+    assert zeros == {"weight_decay", "clip_norm", "rank", "momentum", "nesterov", "deflated_rank"}
 
 
 def test_options_that_are_off_are_listed_with_their_values():

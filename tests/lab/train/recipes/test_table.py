@@ -78,6 +78,7 @@ OTHERS = {
     "nesterov": True,
     "momentum_place": "after",
     "last": "row",
+    "deflated_rank": 3,
     "operator_norm": "muon",
     "base_width": 64,
     "tables": "sinkgd",

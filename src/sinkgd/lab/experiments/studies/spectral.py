@@ -10,6 +10,7 @@ from sinkgd.lab.experiments.verdict import (
     Verdict,
     against_controls,
     cautions,
+    compared,
     ended,
     ranked,
     unfinished,
@@ -69,13 +70,18 @@ def judge(results: StudyResults) -> Verdict:
         return Verdict(headline, tuple(_costs(results)), tuple(cautions(results)))
     others = [one for one in ranked(results.candidates) if one not in (none, whole)]
     parts = [(one, results.difference(one, none).mean / gain.mean) for one in others]
-    enough = [one for one, part in parts if results.difference(one, whole).level]
+    enough = [one for one, _ in parts if not results.difference(one, whole).higher]
     cheapest = min([*enough, whole], key=_optimizer_seconds)
     headline = f"Whitening lowers the loss by {-gain.mean:.3f} ± {gain.half_width:.3f}"
     headline += f"; {cheapest.arm.name} keeps all of it at the least cost."
     kept = [f"{one.arm.name} {percent(part)}" for one, part in parts]
     sentences = [f"What is kept of the gain: {', '.join(kept)}.", *_costs(results)]
-    sentences += against_controls(results, whole)
+    sentences += [
+        compared(one.arm.name, difference, WHOLE)
+        for one in others
+        if (difference := results.difference(one, whole)).lower
+    ]
+    sentences += against_controls(results, ranked(results.candidates)[0])
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
 

@@ -77,13 +77,13 @@ FAMILY = (
     ),
     Method(
         "deflated",
-        "MNGD of rows and deflation",
+        "SinkGD, deflated",
         "2 an entry of embedding, head, norms",
-        "sinkgd.DeflatedNorm; no paper",
+        "sinkgd.SinkGD(deflated_rank=8); no paper",
         can_release=True,
-        exchange="matrices",
-        passes=14,  # rows 3, deflation 9, the step 2
-        scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
+        exchange="vectors",
+        passes=ITERATIONS + 3 + 12,  # a copy of X 3, its square 1, five products 5, less B 3
+        scratch=2.0,  # X, and what is taken from it
         flops=_deflation,
     ),
     Method(

@@ -25,6 +25,7 @@ def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
         nesterov=o["nesterov"],
         momentum_place=o["momentum_place"],
         last=o["last"],
+        deflated_rank=int(o["deflated_rank"]),
         operator_norm=o["operator_norm"],
     )
 
@@ -65,16 +66,6 @@ def _swan(model: nn.Module, o: Options) -> Optimizer:
         family_groups(model, o, "swan", by_sinkhorn),
         lr=o["lr"],
         newton_schulz_steps=int(o["newton_schulz_steps"]),
-        rounding=o["rounding"],
-    )
-
-
-def _deflated(model: nn.Module, o: Options) -> Optimizer:
-    return sinkgd.MNGD(
-        family_groups(model, o, "mngd"),
-        lr=o["lr"],
-        norms=[sinkgd.RowNorm(), sinkgd.DeflatedNorm(int(o["rank"]))],
-        num_iters=1,
         rounding=o["rounding"],
     )
 
@@ -132,6 +123,7 @@ _BEYOND_THE_PAPER: dict[str, Any] = {
     "nesterov": False,
     "momentum_place": "before",
     "last": "column",
+    "deflated_rank": 0,
     "operator_norm": None,
     "base_width": None,
     "tables": "adamw",
@@ -190,10 +182,18 @@ FAMILY = (
     ),
     Recipe(
         "deflated",
-        "block matrices by row norm and lower leading singular values, the rest by AdamW",
-        "8 directions, and SWAN's rates: benchmarks/studies/spectral",
-        {"lr": 0.08, "matrix_lr": 0.002, "weight_decay": 0.0, **_ADAM, "rank": 8, **_STATELESS},
-        _deflated,
+        "as sinkgd, with the leading singular values of updates lowered to the others",
+        "8 directions; rate: benchmarks/studies/spectral",
+        {
+            **_SINKGD_RATES,
+            "matrix_lr": 0.004,
+            "sinkhorn_iterations": 5,
+            **_BEYOND_THE_PAPER,
+            "deflated_rank": 8,
+            **_STATELESS,
+        },
+        _sinkgd,
+        can_shard=True,
         can_release=True,
     ),
     Recipe(
