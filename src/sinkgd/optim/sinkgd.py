@@ -22,10 +22,10 @@ class SinkGD(GroupedOptimizer):
     The options after ``seed`` go beyond the paper and combine freely; a group may set its own.
     Without them nothing of them is paid for. Of a gradient come, in turn: its momentum, the rows
     that are left out, the half steps, the deflation, the size, and the momentum of the update.
-    Vectors know momentum alone. The algorithm ``"sinkgd-table"`` is a set of them, reported for embedding and
-    head of DeepSeek-V4.1 by secondary sources: Nesterov's momentum of 0.95, tiny rows left out,
-    2L + 1 half steps from rows to rows; they multiply its learning rate by 0.18. A user writes
-    ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", "lr": ...}})``.
+    Vectors know momentum alone. The algorithm ``"sinkgd-table"`` is a set of them, reported for
+    embedding and head of DeepSeek-V4.1 by secondary sources: Nesterov's momentum of 0.95, tiny rows
+    left out, 2L + 1 half steps from rows to rows; they multiply its learning rate by 0.18. A user
+    writes ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh of devices a step costs L messages a process group, whatever the options; and one
     more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, five for
