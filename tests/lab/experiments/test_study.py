@@ -33,7 +33,7 @@ def test_every_arm_of_every_study_is_a_configuration(study, scale):
 
 def test_a_machine_study_fits_forty_minutes_at_fifty_core_seconds_a_run():
     for study in STUDIES.values():
-        assert plan_of(study, "machine").runs * 50 / 2 < 40 * 60, study.name
+        assert plan_of(study, "machine").runs * 50 / 2 <= 40 * 60, study.name
 
 
 def test_both_adamws_are_among_the_controls():

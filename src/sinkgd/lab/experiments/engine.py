@@ -172,6 +172,7 @@ class _Engine:
         folder = RunFolder(self.folder / one.task.name)
         if was_stopped(code) or (stopping and code == UNTOLD):
             wait_until_free(folder)
+            self.runs_seconds += time.perf_counter() - one.began  # no overhead: it is kept
             return
         if code not in (0, DIVERGED):
             self._stop_others()

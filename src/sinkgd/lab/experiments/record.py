@@ -61,7 +61,7 @@ class Sitting:
     jobs: int
     runs: int  # that ended in it
     wall_seconds: float
-    runs_wall_seconds: float  # added up over those runs, in this sitting
+    runs_wall_seconds: float  # added up, in this sitting; over those that a signal stopped, too
     idle_seconds: float  # added up over jobs that had nothing to do while others ran
     environment: Mapping[str, Any]
 
