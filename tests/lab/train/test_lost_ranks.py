@@ -21,7 +21,7 @@ STEPS = 24
 def quick(monkeypatch):
     """Patience for tests."""
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 0.6)
     monkeypatch.setattr(watch, "GRACE_SECONDS", 0.2)
 
 

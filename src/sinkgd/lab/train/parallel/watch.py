@@ -137,7 +137,8 @@ class Watch:
         return self._explained
 
     def _behind_broken_connection(self) -> LostRankError | None:
-        last_look = time.monotonic() + PATIENCE_SECONDS + 2 * BEAT_SECONDS
+        # The thread that looks may itself be late where a machine is busy.
+        last_look = time.monotonic() + 1.5 * PATIENCE_SECONDS + 2 * BEAT_SECONDS
         while not self._found.wait(_POLL_SECONDS) and time.monotonic() < last_look:
             for rank in self._ranks:
                 if rank.is_gone():
