@@ -66,8 +66,8 @@ class SinkGD(GroupedOptimizer):
             rows'.
         deflated_rank: Directions k whose singular values, the update's largest, are lowered to the
             root-mean-square of the others; 0 leaves them. A whitening of what stands out, for about
-            10 k flops an entry. Keeps nothing; costs a copy of the gradient, of a few matrices at a
-            time.
+            10 k flops an entry. Keeps nothing; costs a float32 copy of the gradient, of a few
+            matrices at a time, on a mesh of all that this rank holds.
         operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
             estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
             share, no longer a root-mean-square: with ``"muon"`` the change that an input of

@@ -1,8 +1,8 @@
 """Updates whose leading singular values are lowered to the others', without state.
 
 The update X = r G c is made, a few matrices at a time, and deflated where it lies; what follows
-then sees X as a gradient, with scales that bring it back to root-mean-square 1. On a mesh k vectors
-a matrix are added up, five times and a few numbers beside them, and no matrix.
+then sees X as a gradient, with scales that bring it back to root-mean-square 1. On a mesh k numbers
+a row and k a column are added up, never a matrix.
 """
 
 from collections.abc import Sequence
