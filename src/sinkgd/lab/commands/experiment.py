@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
+from sinkgd.lab.commands.study_list import studies_text
 from sinkgd.lab.commands.study_report import report_study, show_fits, write_report
 from sinkgd.lab.experiments.selection import numbers, select_arms
 from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
@@ -256,30 +257,6 @@ def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
         value = getattr(getattr(config, table), key)
         words += given or [f"--{name.replace('_', '-')}", str(value)]
     return words
-
-
-def studies_text() -> str:
-    """Return one line a study, with its question and how many trainings it is."""
-    from sinkgd.lab.experiments.plan import plan_of
-
-    width = max(map(len, QUESTIONS))
-    runs = {name: f"{plan_of(study, 'machine').runs} runs" for name, study in STUDIES.items()}
-    lines = [
-        f"  {name:<{width}}  {question} ({runs.get(name, 'on paper: no runs')})"
-        for name, question in QUESTIONS.items()
-    ]
-    example = next(iter(STUDIES))
-    return "\n".join(
-        [
-            "usage: sinkgd experiment NAME [OPTIONS]",
-            "",
-            "studies:",
-            *lines,
-            "",
-            f"`sinkgd experiment {example} --help` shows the options; `--dry-run` shows the plan.",
-            "",
-        ]
-    )
 
 
 def _dry_run(plan: "StudyPlan") -> int:

@@ -16,11 +16,9 @@ from sinkgd.lab.experiments.study import Study
 from sinkgd.lab.experiments.verdict import Verdict
 from sinkgd.lab.report import calculator_block, published_block
 from sinkgd.lab.report.analysis import Analysis
-from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.inner_charts import inner_charts
-from sinkgd.lab.report.loss_charts import loss_chart
+from sinkgd.lab.report.measured_charts import measured_charts
 from sinkgd.lab.report.shell import render
 
 _TEMPLATE = Path(__file__).parent / "study.html"
@@ -101,10 +99,7 @@ def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Cha
     identities = identify(analysis)
     charts = [
         final_chart(results, study.axis, identities),
-        loss_chart(analysis, identities, "tokens"),
-        loss_chart(analysis, identities, "seconds"),
-        *bar_charts(analysis, identities),
-        *inner_charts(analysis, identities),
+        *measured_charts(analysis, identities),
     ]
     # An arm of which only the grid is there has no looks yet.
     grids = grid_chart(results, identities) if everyone <= set(identities) else None

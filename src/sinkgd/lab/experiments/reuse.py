@@ -65,8 +65,8 @@ class Shelf:
         Returns:
             The result under the task's names; None of a reported run, and where there is none.
         """
-        result = self.results.get(_key(as_tables(config)))
-        if result is None or not task.tuning:
+        result = self.results.get(_key(as_tables(config))) if task.tuning else None
+        if result is None:
             return None
         start = replace(result.run.start, name=task.name)
         return RunResult(

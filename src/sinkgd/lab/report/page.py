@@ -5,12 +5,10 @@ from pathlib import Path
 
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis, analyze
-from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.calculator import calculator_block
 from sinkgd.lab.report.cards import cards
 from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.inner_charts import inner_charts
-from sinkgd.lab.report.loss_charts import loss_chart
+from sinkgd.lab.report.measured_charts import measured_charts
 from sinkgd.lab.report.published_block import published_block
 from sinkgd.lab.report.settings import compare_settings
 from sinkgd.lab.report.shell import render, write_whole
@@ -64,12 +62,7 @@ def write_page(
 def _render(analysis: Analysis, title: str, command: str) -> str:
     identities = identify(analysis)
     verdict = judge(analysis)
-    charts = [
-        loss_chart(analysis, identities, "tokens"),
-        loss_chart(analysis, identities, "seconds"),
-        *bar_charts(analysis, identities),
-        *inner_charts(analysis, identities),
-    ]
+    charts = measured_charts(analysis, identities)
     published = published_block(analysis.runs)
     return render(
         _TEMPLATE,

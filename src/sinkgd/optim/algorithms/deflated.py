@@ -35,19 +35,13 @@ def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> l
     for slot, own in zip(slots, owners, strict=True):
         param, layout = slot.param, group["layout"]
         (row_dim,), cols = dims_of(param.ndim, layout)
-        sizes = [param.shape[dim] for dim in cols]
-        # One block for all matrices of a parameter: k by n, spread along the others.
-        block = fixed_block((group["deflated_rank"], *sizes), param.device)
-        shape = [1] * param.ndim
-        shape[row_dim] = group["deflated_rank"]
-        for dim in cols:
-            shape[dim] = param.shape[dim]
-        batch = [d for d in range(param.ndim) if d != row_dim and d not in cols]
-        order = sorted(range(len(cols) + 1), key=lambda i: [row_dim, *cols][i])
-        whole = block.permute(order).view(shape)
-        whole = whole.expand(
-            [param.shape[d] if d in batch else shape[d] for d in range(param.ndim)]
-        )
+        # One block, k by n, for all matrices of a parameter: spread along the other dimensions.
+        sizes = {row_dim: group["deflated_rank"], **{dim: param.shape[dim] for dim in cols}}
+        block = fixed_block(list(sizes.values()), param.device)
+        in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
+        dims = range(param.ndim)
+        whole = in_order.view([sizes.get(dim, 1) for dim in dims])
+        whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
         piece = local(spread_columns(param, row_dim, whole.contiguous()))
         view = rows_then_columns(piece, local(param), layout)
         blocks += [view.flatten(view.ndim - len(cols)).mT] * len(own)

@@ -137,11 +137,9 @@ def _deflated(
     group: Group,
 ) -> tuple[list[Part], kernels.Descent]:
     """Lower the leading singular values of the updates."""
-    is_turned = group["last"] == "row"
-    scales = [_turned(own) for own in found.scales] if is_turned else found.scales
+    scales = _other_way_round(found.scales, group)
     parts, scales = deflate_parts(parts, scales, blocks_of(slots, owners, group))
-    scales = [_turned(own) for own in scales] if is_turned else scales
-    return parts, found._replace(scales=scales)
+    return parts, found._replace(scales=_other_way_round(scales, group))
 
 
 def _pinned(
@@ -153,9 +151,8 @@ def _pinned(
     context: Context,
 ) -> kernels.Descent:
     """Bring the updates to the operator norm that is asked for, and keep the vectors of it."""
-    is_turned = group["last"] == "row"
     layout, flags = group["layout"], allowed(found.finite, context)
-    scales = [_turned(own) for own in found.scales] if is_turned else found.scales
+    scales = _other_way_round(found.scales, group)
     vectors: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):
         vectors += vectors_of(context.states[slot.param], slot.param, layout, len(own))
@@ -164,11 +161,11 @@ def _pinned(
         new = [pinned.vectors[k] for k in own]
         flag = None if flags is None else flags[i]
         keep_vectors(context.states[slot.param], slot.param, layout, new, flag)
-    return found._replace(
-        scales=[_turned(own) for own in pinned.scales] if is_turned else pinned.scales
-    )
+    return found._replace(scales=_other_way_round(pinned.scales, group))
 
 
-def _turned(scales: kernels.Scales) -> kernels.Scales:
-    """Return the scales of the transpose."""
-    return kernels.Scales(scales.col.mT, scales.row.mT)
+def _other_way_round(scales: Sequence[kernels.Scales], group: Group) -> list[kernels.Scales]:
+    """Return scales as matrices are, of what is as backends see them, or the other way round."""
+    if group["last"] != "row":
+        return list(scales)
+    return [kernels.Scales(own.col.mT, own.row.mT) for own in scales]

@@ -60,13 +60,8 @@ PAPER_GRIDS: Mapping[str, Grid] = {
 }
 # Those that keep nothing the size of a hidden matrix.
 WITHOUT_STATE = ("sinkgd", PINNED, "swan", "deflated", "scale", "racs")
-AT_MN = (
-    "sinkgd",
-    PINNED,
-    "deflated",
-    "scale",
-    "racs",
-)  # of these, those without products of matrices
+# Of these, those without products of matrices.
+AT_MN = ("sinkgd", PINNED, "deflated", "scale", "racs")
 
 
 def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
