@@ -96,7 +96,8 @@ def deflate_(
     """Lower the leading singular values of matrices that may lie in pieces, in place.
 
     Args:
-        xs: Matrices, or this rank's pieces of them, in float32 or float64.
+        xs: Matrices, or this rank's pieces of them, in float32 or float64; each as `matrix_buffer`
+            makes them.
         blocks: Ω of each, ``(..., n, k)`` float64: its rows for the columns that this rank has.
         shapes: m and n of the whole matrices; k is less than both.
         over_rows: Adds up what ranks found along their pieces of columns.
@@ -105,7 +106,8 @@ def deflate_(
     Returns:
         The square of the Frobenius norm of each that is left, ``(..., 1, 1)`` float64.
     """
-    squares = [x.square().sum(-1, keepdim=True).double().sum(-2, keepdim=True) for x in xs]
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True).double() for x in xs]
+    squares = [norm.square().sum(-2, keepdim=True) for norm in norms]
     wholes = over_columns(over_rows(squares))
     basis = _orthonormal(over_columns(_products(xs, blocks)), over_rows)
     ahead = over_rows(_products([x.mT for x in xs], basis))
@@ -119,7 +121,7 @@ def deflate_(
         rest = (whole - length.sum(-1, keepdim=True)).clamp_(min=0) / (min(m, n) - q.shape[-1])
         level = torch.maximum(rest, LEAST_LEVEL**2 * length.amax(-1, keepdim=True))
         gone = (1 - (level / or_one(length)).sqrt_()).clamp_(min=0)  # 1 - ℓ / b
-        x.sub_((q * gone).to(x.dtype) @ b.mT.to(x.dtype))
+        _take_away_(x, (q * gone).to(x.dtype), b.to(x.dtype))
         left.append(whole - (length * (1 - (1 - gone).square())).sum(-1, keepdim=True))
     return left
 
@@ -149,6 +151,12 @@ def _orthonormal(vectors: Sequence[Tensor], over_rows: Sum) -> list[Tensor]:
         unit = y / size.sqrt()
         found.append(torch.linalg.solve_triangular(factor.mT, unit, upper=True, left=False))
     return found
+
+
+def _take_away_(x: Tensor, left: Tensor, right: Tensor) -> None:
+    """Subtract the matrices ``left @ right.mT``, without making them."""
+    own, left, right = (y.unsqueeze(0).flatten(0, -3) for y in (x, left, right))
+    own.baddbmm_(left, right.mT, alpha=-1)
 
 
 def _as_they_are(numbers: list[Tensor]) -> list[Tensor]:

@@ -1,11 +1,12 @@
 """Updates whose leading singular values are lowered to the others', without state.
 
-The update X = r G c is made, a few matrices at a time, and deflated where it lies; what follows
-then sees X as a gradient, with scales that bring it back to root-mean-square 1. On a mesh k numbers
-a row and k a column are added up, never a matrix.
+The updates X = r G c are made, a few matrices at a time and those of one shape in one tensor, and
+deflated where they lie; what follows then sees X as a gradient, with scales that bring it back to
+root-mean-square 1. On a mesh k numbers a row and k a column are added up, never a matrix.
 """
 
 from collections.abc import Sequence
+from math import prod
 from types import MappingProxyType
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sinkgd.deflation import deflate_, fixed_block
 from sinkgd.kernels import Scales
-from sinkgd.newton_schulz import or_one
+from sinkgd.newton_schulz import is_transposed, matrix_buffer, or_one
 from sinkgd.optim.algorithms.across import over_columns, over_rows
 from sinkgd.optim.algorithms.contract import Group, Slot, local
 from sinkgd.optim.algorithms.layout import dims_of, rows_then_columns
@@ -31,13 +32,17 @@ def check_deflation(group: Group) -> None:
 
 def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[Tensor]:
     """Return Ω of every part, ``(..., n, k)`` float64: of the columns that this rank has."""
+    made: dict[tuple[int, ...], Tensor] = {}
     blocks: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):
         param, layout = slot.param, group["layout"]
         (row_dim,), cols = dims_of(param.ndim, layout)
         # One block, k by n, for all matrices of a parameter: spread along the other dimensions.
         sizes = {row_dim: group["deflated_rank"], **{dim: param.shape[dim] for dim in cols}}
-        block = fixed_block(list(sizes.values()), param.device)
+        shape = tuple(sizes.values())
+        block = made.get(shape)
+        if block is None:
+            block = made[shape] = fixed_block(shape, param.device)
         in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
         dims = range(param.ndim)
         whole = in_order.view([sizes.get(dim, 1) for dim in dims])
@@ -59,28 +64,50 @@ def deflate_parts(
         blocks: Ω of each, as `blocks_of` returns them.
     """
     found_parts, found_scales = list(parts), list(scales)
-    able = [i for i, part in enumerate(parts) if min(part.shape) > 1]
-    if not able:
+    stacks = _alike(parts)
+    if not stacks:
         return found_parts, found_scales
-    own = [parts[i] for i in able]
-    updates = [_update(parts[i].grad, scales[i]) for i in able]
+    firsts = [parts[own[0]] for own in stacks]
+    updates = [_updates([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks]
     squares = deflate_(
         updates,
-        [blocks[i][..., : min(parts[i].shape) - 1] for i in able],
-        [part.shape for part in own],
-        lambda numbers: over_rows(numbers, own),
-        lambda numbers: over_columns(numbers, own),
+        [
+            torch.stack([blocks[i][..., : min(first.shape) - 1] for i in own])
+            for own, first in zip(stacks, firsts, strict=True)
+        ],
+        [first.shape for first in firsts],
+        lambda numbers: over_rows(numbers, firsts),
+        lambda numbers: over_columns(numbers, firsts),
     )
-    for i, update, square in zip(able, updates, squares, strict=True):
-        m, n = parts[i].shape
-        stretch = (m * n / or_one(square)).sqrt_().to(update.dtype)
-        row, col = (torch.ones_like(x, dtype=update.dtype) for x in scales[i])
-        found_parts[i] = parts[i]._replace(grad=update)
-        found_scales[i] = Scales(row * stretch, col)
+    for own, first, update, square in zip(stacks, firsts, updates, squares, strict=True):
+        stretch = (prod(first.shape) / or_one(square)).sqrt_().to(update.dtype)
+        rows = stretch.expand(*update.shape[:-1], 1).contiguous()
+        cols = update.new_ones(*update.shape[:-2], 1, update.shape[-1])
+        for i, *its in zip(own, update, rows, cols, strict=True):
+            found_parts[i] = parts[i]._replace(grad=its[0])
+            found_scales[i] = Scales(*its[1:])
     return found_parts, found_scales
 
 
-def _update(grad: Tensor, scales: Scales) -> Tensor:
-    """Return r G c in float32, or in float64 for float64."""
-    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    return wide * scales.row * scales.col
+def _alike(parts: Sequence[Part]) -> list[list[int]]:
+    """List, by their places in ``parts``, the matrices that lie alike, to be taken together.
+
+    A matrix in pieces stays alone, so that all ranks send the same in the same order. One with a
+    single row or column has nothing to lower, and is left out.
+    """
+    stacks: dict[tuple[object, ...], list[int]] = {}
+    for i, part in enumerate(parts):
+        if min(part.shape) > 1:
+            kind = (part.grad.shape, part.grad.dtype, is_transposed(part.grad))
+            stacks.setdefault(kind if part.place is None else (i,), []).append(i)
+    return list(stacks.values())
+
+
+def _updates(grads: Sequence[Tensor], scales: Sequence[Scales]) -> Tensor:
+    """Return r G c of matrices that lie alike, ``(s, ..., m, n)``, in float32 or wider."""
+    first = grads[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    stack = matrix_buffer(first.expand(len(grads), *first.shape), dtype)
+    for update, grad, own in zip(stack, grads, scales, strict=True):
+        torch.mul(grad, own.row.to(dtype), out=update).mul_(own.col)
+    return stack
