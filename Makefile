@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAB := $(VENV)/.lab
 DEV := $(VENV)/.dev
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: $(LAB)
 	$(BIN)/sinkgd compare --out runs/demo
@@ -14,6 +14,10 @@ demo: $(LAB)
 # that wait sleep, for the workers share the cores.
 test: $(DEV) lint docs
 	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# What `make test` skips: whole trainings, killed and resumed, on several ranks, or compiled.
+test-slow: $(DEV)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile -m slow
 
 lint: $(DEV)
 	$(BIN)/ruff check .

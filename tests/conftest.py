@@ -17,15 +17,22 @@ LONG = ("test_both_norms_hold_at_the_fixed_point", "test_the_fixed_point_stays")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave repetitions out of triton's interpreter, which is slow; every claim is tested there."""
-    slow = {item for item in items if isinstance(item, pytest.Function) and _repeats(item)}
-    if slow:
-        config.hook.pytest_deselected(items=list(slow))
-        items[:] = [item for item in items if item not in slow]
+    """Leave out repetitions in triton's interpreter, and slow tests where ``-m`` names none."""
+    repeated = {item for item in items if isinstance(item, pytest.Function) and _repeats(item)}
+    if repeated:
+        config.hook.pytest_deselected(items=list(repeated))
+        items[:] = [item for item in items if item not in repeated]
+    if "slow" not in config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; `make test-slow` runs it"))
 
 
 def _repeats(item: pytest.Function) -> bool:
-    """Whether a large matrix or a long run is tried with more than the first of its variations."""
+    """Whether a large matrix or a long run is tried with more than the first of its variations.
+
+    The interpreter is slow; every claim is tested there, once.
+    """
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return False

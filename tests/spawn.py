@@ -6,14 +6,22 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from io import BytesIO
+from multiprocessing import get_context
 from queue import Empty
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 PATIENCE = 240  # seconds
+# Imported once, by the process that ranks are forked from; each would take seconds over them. The
+# first step of a DTensor imports the compiler.
+PRELOADED = (
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "sinkgd",
+)
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -26,7 +34,8 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
     queue = context.Queue()
     ranks = [
         context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments))

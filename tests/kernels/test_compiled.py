@@ -98,7 +98,10 @@ def test_a_compiled_step_is_the_plain_step(kind):
         {"warm_start": True},
         {"nonfinite": "skip"},
         {"backend": "eager"},
-        {"momentum": 0.9, "nesterov": True, "tiny_rows": "mask", "operator_norm": "muon"},
+        pytest.param(
+            {"momentum": 0.9, "nesterov": True, "tiny_rows": "mask", "operator_norm": "muon"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_its_options_hold_there_too(options):
@@ -114,12 +117,15 @@ def graphs(kind, lrs, *, tensor_lr):
     return counter.frame_count
 
 
-@pytest.mark.parametrize("kind", ["sinkgd", "sinkgd-stateless"])
+@pytest.mark.parametrize(
+    "kind", ["sinkgd", pytest.param("sinkgd-stateless", marks=pytest.mark.slow)]
+)
 def test_a_new_tensor_learning_rate_needs_no_new_graph(kind):
     steady = graphs(kind, (0.1, 0.1), tensor_lr=True)  # the first step makes AdamW's state
     assert graphs(kind, (0.1, 0.05, 0.02, 0.01), tensor_lr=True) == steady
 
 
+@pytest.mark.slow
 def test_a_float_learning_rate_needs_new_graphs_once():
     once = graphs("sinkgd-stateless", (0.1, 0.05), tensor_lr=False)
     assert graphs("sinkgd-stateless", (0.1, 0.05, 0.02, 0.01), tensor_lr=False) == once
