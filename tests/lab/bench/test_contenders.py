@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from option_reference import Expected
 from reference import square_root_sinkhorn
 from sinkgd.lab.bench import contenders as table
 from sinkgd.lab.bench import public_loops
@@ -78,9 +79,24 @@ def test_muon_steps_are_as_large_as_adamws():
         assert 0.1 < found.square().mean().sqrt() < 0.4  # 0.2, and Newton–Schulz is not exact
 
 
+def test_the_deflated_step_is_the_oracles():
+    moved, grads = step("deflated", "float32")
+    for found, grad in zip(moved, grads, strict=True):
+        expected = Expected(torch.zeros_like(grad), deflated_rank=table.RANK).step(grad)
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_swan_makes_singular_values_nearly_equal():
+    moved, _ = step("swan", "float32")
+    for found in moved:
+        sizes = torch.linalg.svdvals(found)
+        assert sizes.max() < 1.6 * sizes.min()
+        assert_close(found.square().mean(), torch.tensor(1.0).double(), rtol=1e-3, atol=0)
+
+
 def test_adamw_comes_first_and_every_backend_has_its_rows():
     assert NAMES[0] == ADAMW
-    assert len(NAMES) == len(set(NAMES)) == 6 + 2 * len(table.backends(CPU))
+    assert len(NAMES) == len(set(NAMES)) == 8 + 2 * len(table.backends(CPU))
 
 
 def test_a_backend_that_does_not_run_says_why(monkeypatch):

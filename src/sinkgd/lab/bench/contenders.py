@@ -24,6 +24,7 @@ from sinkgd.lab.bench.workloads import Workload
 
 ADAMW = "adamw-fused"  # what the others are compared with
 ITERATIONS = (5, 1)  # L of our rows; the public loops run the first
+RANK = 8  # of the deflated row
 LR = 1e-3
 _ADAMW_PASSES, _SGD_PASSES = 7, 3
 
@@ -79,6 +80,7 @@ def contenders(workload: Workload, device: torch.device) -> list[Contender]:
             absent=compiler_missing,
         ),
         *_sinkgds(device),
+        *_whitened(),
     ]
 
 
@@ -135,6 +137,26 @@ def _sinkgds(device: torch.device) -> Iterator[Contender]:
                 slow=backend == "eager",
                 absent=_constant(reason),
             )
+
+
+def _whitened() -> tuple[Contender, ...]:
+    """Return those that bring singular values together: a few of them, or all."""
+    return (
+        Contender(
+            "deflated",
+            f"SinkGD deflated, {RANK} directions",
+            lambda p: sinkgd.SinkGD(_matrix_groups(p), lr=LR, deflated_rank=RANK),
+            copies=1,
+            slow=True,
+        ),
+        Contender(
+            "swan",
+            "SWAN",
+            lambda p: sinkgd.SWAN([{"params": p.params, "algorithm": "swan"}], lr=LR),
+            copies=2,
+            slow=True,
+        ),
+    )
 
 
 def _hybrids(device: torch.device) -> Iterator[Contender]:
