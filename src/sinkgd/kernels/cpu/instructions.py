@@ -9,11 +9,9 @@ told.
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import add_symbol
 from numba import float32, float64, int16, int64, njit, types, void
 from numba.extending import intrinsic, models, register_model
 
-from sinkgd.kernels.cpu.team import torch_team
 from sinkgd.kernels.rounding import FACTORS, SHIFTS
 
 LANES = 16
@@ -21,17 +19,6 @@ LANES = 16
 _I64, _I32, _I16, _I8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 _F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
-
-# Before the loops that call them are linked: a name that is not known then ends the process.
-_team = torch_team()
-if _team is None:
-    raise ImportError("torch's OpenMP runtime has no GOMP_parallel")
-for _name, _address in _team.symbols.items():
-    add_symbol(_name, _address)
-
-thread_num = types.ExternalFunction("sinkgd_thread_num", types.int32())
-num_threads = types.ExternalFunction("sinkgd_num_threads", types.int32())
-give_way = types.ExternalFunction("sinkgd_yield", types.int32())
 
 inlined = njit(forceinline=True, error_model="numpy")
 compiled = njit(error_model="numpy")
@@ -275,31 +262,6 @@ def anew(typing: Any, number: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.asm(ir.FunctionType(_I64, [_I64]), "", "=r,0", args, side_effect=True)
-
-    return int64(int64), generate
-
-
-@intrinsic
-def claim(typing: Any, address: Any) -> Any:
-    """Add one to a counter that all threads share, and return what it was.
-
-    What this thread wrote before is seen by whoever reads the counter later.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "seq_cst")
-
-    return int64(int64), generate
-
-
-@intrinsic
-def peek(typing: Any, address: Any) -> Any:
-    """Read a counter that all threads share."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.load_atomic(pointer, "seq_cst", 8)
 
     return int64(int64), generate
 

@@ -8,7 +8,6 @@ from numba import cfunc, float32, int16, int64, void
 from sinkgd.kernels.cpu import tables as t
 from sinkgd.kernels.cpu.instructions import (
     LANES,
-    claim,
     compiled,
     get_int,
     inlined,
@@ -20,6 +19,7 @@ from sinkgd.kernels.cpu.instructions import (
     times_plus,
     total,
 )
+from sinkgd.kernels.cpu.threads import claim
 
 BLOCK = 65536  # entries that a thread claims at a time
 AHEAD = 8192  # bytes that are fetched early

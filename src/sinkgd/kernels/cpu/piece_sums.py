@@ -13,7 +13,7 @@ from sinkgd.kernels.cpu.jobs import SumsJob
 from sinkgd.kernels.cpu.sources import readable
 from sinkgd.kernels.sums import EagerSums
 
-# A sum may have lost terms of up to 2^-126, each times its weight; see `FLOOR` in `sweep`.
+# A sum may have lost terms of up to 2^-126, each times its weight; see `FLOOR` in `invert`.
 _FLOOR = 2.0**-100
 _SMALLEST = 2.0**-126
 

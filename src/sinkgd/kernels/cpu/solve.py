@@ -16,42 +16,37 @@ import math
 from numba import cfunc, float32, int16, int64, void
 
 from sinkgd.kernels.cpu import tables as t
+from sinkgd.kernels.cpu.eight_rows import ROWS
 from sinkgd.kernels.cpu.instructions import (
     LANES,
-    claim,
     compiled,
     get_double,
     get_float,
     get_int,
-    give_way,
     inlined,
     load,
-    num_threads,
-    peek,
     plus,
     put_float,
     put_int,
     store,
-    thread_num,
 )
-from sinkgd.kernels.cpu.step import step_rows
-from sinkgd.kernels.cpu.sweep import (
+from sinkgd.kernels.cpu.invert import (
     COLUMNS_FAILED,
     COLUMNS_MOVED,
     FLOOR,
-    ROWS,
     ROWS_FAILED,
     ROWS_MOVED,
     SUMS,
     ZERO_COLUMNS,
     ZERO_ROWS,
-    fill,
     invert,
     invert_one,
     is_empty,
-    sum_of,
-    sweep,
 )
+from sinkgd.kernels.cpu.step import step_rows
+from sinkgd.kernels.cpu.sweep import sweep
+from sinkgd.kernels.cpu.threads import claim, give_way, num_threads, peek, thread_num
+from sinkgd.kernels.cpu.vectors import fill, sum_of
 
 PATIENCE = 10_000  # looks at a counter, each about a nanosecond
 _ENTRY = 8 * t.MATRIX_FIELDS

@@ -8,7 +8,6 @@ from numba import cfunc, float32, int16, int64, void
 from sinkgd.kernels.cpu import tables as t
 from sinkgd.kernels.cpu.instructions import (
     LANES,
-    claim,
     compiled,
     dither,
     get_byte,
@@ -23,6 +22,7 @@ from sinkgd.kernels.cpu.instructions import (
     times,
     times_plus,
 )
+from sinkgd.kernels.cpu.threads import claim
 
 BLOCK = 32768  # entries that are updated at a time
 AHEAD = 8192  # bytes that are fetched early: processors stop fetching ahead at each page of 4096
