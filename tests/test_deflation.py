@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from sinkgd import DeflatedNorm, RowNorm, multi_normalize
 from sinkgd.deflation import LEAST_LEVEL, deflate
+from sinkgd.optim.algorithms.deflated import STACKED_ENTRIES
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (7, 11)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
@@ -150,3 +151,20 @@ def test_a_rank_that_leaves_nothing_to_do_is_refused(rank):
         DeflatedNorm(rank)
     with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
         deflate(torch.ones(2, 2), rank)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (128, 352), (512, 512), (37, 100)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_small_matrix_has_the_same_bits_in_any_stack(shape, threads):
+    """So that a step has the same bits whoever is beside it."""
+    assert shape[0] * shape[1] <= STACKED_ENTRIES
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(9, *shape, generator=torch.Generator().manual_seed(0))
+        together = deflate(x, 8)
+        assert all(
+            torch.equal(deflate(own[None], 8)[0], y) for own, y in zip(x, together, strict=True)
+        )
+    finally:
+        torch.set_num_threads(before)

@@ -101,6 +101,17 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape):
     assert 0.8 * scratch < used <= scratch
 
 
+def test_the_copies_of_a_deflated_step_are_planned():
+    weights = weights_of(find_architecture("llama-60m"), Grid())
+    params = [nn.Parameter(torch.randn(weight.shape)) for weight in weights if weight.is_matrix]
+    for param in params:
+        param.grad = torch.randn(param.shape)
+    optimizer = sinkgd.SinkGD(params, lr=1e-3, deflated_rank=8)
+    scratch = update_scratch(weights, Grid(), find_method("deflated"), 0, one_by_one=False)
+    used = allocations(optimizer.step, torch.device("cpu")).peak
+    assert 0.8 * used < scratch <= used
+
+
 def _on(mesh, weight, places):
     return DTensor.from_local(torch.randn(weight.piece), mesh, places, run_check=False)
 

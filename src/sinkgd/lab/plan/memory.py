@@ -15,6 +15,7 @@ from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Work, trace
 from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
+from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES, SCRATCH_BYTES
 
 _FLOAT32 = 4
 # Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 60 to 67
@@ -141,8 +142,9 @@ def update_scratch(
 ) -> int:
     """Return the bytes that the update allocates and gives back.
 
-    SinkGD needs the scales of all matrices that it updates together; a method that makes matrices
-    needs some for the largest one, or SWAN for a batch of small ones.
+    SinkGD needs the scales of all matrices that it updates together, deflated also a copy of some;
+    a method that makes matrices needs some for the largest one, or SWAN for a batch of small ones.
+    What deflation needs for its directions is not counted: a tenth of the copies, for llama-60m.
 
     Args:
         weights: Of the model.
@@ -153,9 +155,15 @@ def update_scratch(
     """
     matrices = [w for w in weights if w.is_matrix]
     if method.exchange == "vectors" and not method.scratch:
+        is_sharded = grid.dp_shard * grid.tp > 1
         lengths = [w.piece[0] + w.piece[1] for w in matrices]
-        each = _SHARDED_SCALE if grid.dp_shard * grid.tp > 1 else _FLOAT32
-        return each * (max(lengths) if one_by_one else sum(lengths))
+        scales = _SHARDED_SCALE if is_sharded else _FLOAT32
+        found = scales * (max(lengths) if one_by_one else sum(lengths))
+        if method.few_at_a_time:
+            room = 0 if one_by_one else MESH_SCRATCH_BYTES if is_sharded else SCRATCH_BYTES
+            copies = [_FLOAT32 * prod(w.piece) for w in matrices]
+            found += max(*copies, min(sum(copies), room))
+        return found
     # They work on whole matrices, wherever the pieces lie.
     largest = max(w.count for w in (weights if method.everywhere else matrices)) * _FLOAT32
     batch = batch_bytes // MATRICES_IN_USE if method.name == "swan" else 0

@@ -1,6 +1,7 @@
 """What an algorithm of a parameter group is: a step, which never writes what is not finite."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
@@ -68,6 +69,16 @@ def on_mesh(x: Tensor) -> "TypeGuard[DTensor]":
 def local(x: Tensor) -> Tensor:
     """Return what this rank holds of ``x``: all of it, unless it is a DTensor."""
     return x.to_local() if on_mesh(x) else x
+
+
+def most_held(x: Tensor) -> int:
+    """Return how many entries of ``x`` a rank holds at most: all ranks return the same."""
+    sizes = list(x.shape)
+    if on_mesh(x):
+        for place, ranks in zip(x.placements, x.device_mesh.shape, strict=True):
+            if (dim := getattr(place, "dim", None)) is not None:
+                sizes[dim] = -(-sizes[dim] // ranks)
+    return prod(sizes)
 
 
 def in_pieces(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Updates whose leading singular values are lowered to the others', without state.
 
-The updates X = r G c are made, a few matrices at a time and those of one shape in one tensor, and
-deflated where they lie; what follows then sees X as a gradient, with scales that bring it back to
-root-mean-square 1. On a mesh k numbers a row and k a column are added up, never a matrix.
+The updates X = r G c are made, a few matrices at a time and small ones of one shape in one tensor,
+and deflated where they lie; what follows then sees X as a gradient, with scales that bring it back
+to root-mean-square 1. On a mesh k numbers a row and k a column are added up, never a matrix.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,10 @@ from sinkgd.optim.algorithms.across import over_columns, over_rows
 from sinkgd.optim.algorithms.contract import Group, Slot, local
 from sinkgd.optim.algorithms.layout import dims_of, rows_then_columns
 from sinkgd.optim.algorithms.parts import Part, spread_columns
+
+# A larger matrix goes alone: it keeps the threads busy by itself, as many small ones do together.
+# Products of a stack of larger ones would also have other bits than theirs alone.
+STACKED_ENTRIES = 1 << 18
 
 DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})
 
@@ -99,7 +103,8 @@ def _alike(parts: Sequence[Part]) -> list[list[int]]:
     for i, part in enumerate(parts):
         if min(part.shape) > 1:
             kind = (part.grad.shape, part.grad.dtype, is_transposed(part.grad))
-            stacks.setdefault(kind if part.place is None else (i,), []).append(i)
+            alone = part.place is not None or part.grad.numel() > STACKED_ENTRIES
+            stacks.setdefault((i,) if alone else kind, []).append(i)
     return list(stacks.values())
 
 

@@ -82,8 +82,8 @@ FAMILY = (
         "sinkgd.SinkGD(deflated_rank=8); no paper",
         can_release=True,
         exchange="vectors",
-        passes=ITERATIONS + 3 + 12,  # a copy of X 3, its square 1, five products 5, less B 3
-        scratch=2.0,  # X, and what is taken from it
+        passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
+        few_at_a_time=True,
         flops=_deflation,
     ),
     Method(

@@ -42,6 +42,7 @@ class Method:
     iterations: int = ITERATIONS  # of an exchange of vectors
     passes: int = 7  # readings and writings of a matrix in a step
     scratch: float = 0.0  # matrices in float32 while one is updated, the largest that there is
+    few_at_a_time: bool = False  # a float32 of every entry of some matrices, beside them
     everywhere: bool = False  # embedding and head are updated as matrices are
     flops: Callable[[int, int], float] = lambda short, long: 0.0 * short * long  # of its products
 
