@@ -4,8 +4,9 @@ Run ``python benchmarks/tempered/direction.py OUT.jsonl [CORPUS]`` from the root
 with ``sinkgd[lab]`` installed; without a corpus it takes the embedded one. It trains the machine
 scale's Lens L6 with its control, AdamWSPAM, one thread, and writes at some steps for every matrix
 of the blocks: the cosine of the gradient and of each variant's update, those of the variants among
-each other, and the cosine of the gradient and of SinkGD's update. Last it says what is left of each
-when only the size differs: the root-mean-square of an update beside that of the gradient.
+each other, and the cosine of the gradient and of SinkGD's update; then sizes: the root-mean-square
+of an update beside that of the gradient, and of the gradient itself, whose spread over matrices and
+steps is that of the tempered steps, where SinkGD's all have root-mean-square 1.
 """
 
 import json
@@ -74,6 +75,7 @@ def measure(grad: Tensor) -> dict[str, float]:
     found["cos(SinkGD, gradient)"] = cosine(sr_sinkhorn(grad), grad)
     for name, update in updates.items():
         found[f"rms({name}) / rms(gradient)"] = (update.norm() / grad.norm()).item()
+    found["rms(gradient)"] = grad.square().mean().sqrt().item()
     return found
 
 
