@@ -115,7 +115,7 @@ class Compare:
     def _report(self, names: Sequence[str], seconds: float) -> None:
         from rich.console import Console
 
-        from sinkgd.lab.report import analyze, default_baseline, summary_table, write_page
+        from sinkgd.lab.report import analyze, default_baseline, summary_tables, write_page
         from sinkgd.lab.results import Run
 
         runs = [Run.read(RunFolder(self.out / name).results) for name in names]
@@ -129,7 +129,7 @@ class Compare:
             command=self._command(),
         )
         console = Console()
-        console.print(summary_table(analyze(runs, baseline)))
+        console.print(summary_tables(analyze(runs, baseline), console.width))
         console.print(
             f"\n{seconds / 60:.1f} minutes. The page: {page}",
             markup=False,

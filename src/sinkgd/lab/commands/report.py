@@ -42,14 +42,14 @@ class Report:
             analyze,
             default_baseline,
             read_runs,
-            summary_table,
+            summary_tables,
             write_page,
         )
 
         runs = read_runs(self.folder)
         baseline = self.baseline or default_baseline(runs)
         console = Console()
-        console.print(summary_table(analyze(runs, baseline)))
+        console.print(summary_tables(analyze(runs, baseline), console.width))
         path = self.out or self.folder / "report.html"
         write_page(
             path,

@@ -1,8 +1,10 @@
 """The summary table, a column a recipe, a row a measure: one for the terminal and the page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +14,7 @@ from sinkgd.lab.report.summary import RecipeSummary, Spread
 from sinkgd.lab.results import Memory
 
 NOTHING = "–"
+_APART = 3  # characters between columns of a terminal
 
 Cell = Callable[[RecipeSummary, Comparison | None], str]
 
@@ -46,16 +49,40 @@ def summary_rows(analysis: Analysis) -> list[Row]:
     return [row for row in rows if any(cell != NOTHING for cell in row.cells)]
 
 
-def summary_table(analysis: Analysis) -> Table:
-    """Make the table for a terminal."""
-    table = Table(pad_edge=False, header_style="bold", box=None, padding=(0, 3, 0, 0))
+def summary_tables(analysis: Analysis, width: int) -> Group:
+    """Make the table for a terminal: several, one below the other, where it has too many columns.
+
+    Args:
+        analysis: The recipes. The baseline leads every table.
+        width: Of the terminal, characters.
+    """
+    rows = summary_rows(analysis)
+    columns = [(name, *(row.cells[i] for row in rows)) for i, name in enumerate(header(analysis))]
+    titles = ("", *(row.title for row in rows))
+    lead = columns[: analysis.baseline is not None]
+    tables: list[Table] = []
+    chosen = list(lead)
+    for column in columns[len(lead) :]:
+        if len(chosen) > len(lead) and _width([titles, *chosen, column]) > width:
+            tables.append(_table(titles, chosen))
+            chosen = list(lead)
+        chosen.append(column)
+    return Group(*(part for table in tables for part in (table, "")), _table(titles, chosen))
+
+
+def _table(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
+    table = Table(pad_edge=False, header_style="bold", box=None, padding=(0, _APART, 0, 0))
     table.add_column("")
-    for name in header(analysis):
+    for name, *_ in columns:
         # Text, not markup: a name like "[red]" stays a name.
         table.add_column(Text(name), justify="right")
-    for row in summary_rows(analysis):
-        table.add_row(Text(row.title), *(Text(cell) for cell in row.cells))
+    for title, *cells in list(zip(titles, *columns, strict=True))[1:]:
+        table.add_row(Text(title), *(Text(cell) for cell in cells))
     return table
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(max(cell_len(cell) for cell in column) for column in columns) + _APART * len(columns)
 
 
 def _memory(part: Callable[[Memory], int]) -> Cell:
