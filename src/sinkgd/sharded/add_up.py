@@ -1,6 +1,6 @@
 """Numbers of which each rank knows its own part, made known to all that hold the others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def add_up(numbers: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
     for i, own in enumerate(groups):
         kinds.setdefault(tuple(own), []).append(i)
     computations = [_add_up(numbers[members], kind) for kind, members in kinds.items()]
-    order = [group for kind in kinds for group in kind]
+    order = _longest_first(kinds)
     total = torch.empty_like(numbers)
     for members, found in zip(kinds.values(), exchange(computations, order), strict=True):
         total[members] = found
@@ -42,13 +42,18 @@ def add_up_vectors(
     """
     flat = [vector.flatten() for vector in vectors]
     computations = [_add_up(own, of) for own, of in zip(flat, groups, strict=True)]
-    found = exchange(computations, [group for own in groups for group in own])
+    found = exchange(computations, _longest_first(groups))
     return [total.view(vector.shape) for total, vector in zip(found, vectors, strict=True)]
 
 
 def agree(flags: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
     """Return which flags ``(k,)`` are True on every rank; a collective call, as `add_up` is."""
     return add_up((~flags).double(), groups) == 0
+
+
+def _longest_first(groups: Iterable[Sequence[ProcessGroup]]) -> list[ProcessGroup]:
+    """Return an order of groups in which what asks for a part of them does not go ahead alone."""
+    return [group for own in sorted(groups, key=len, reverse=True) for group in own]
 
 
 def _add_up(numbers: Tensor, groups: Sequence[ProcessGroup]) -> Asking[Tensor]:

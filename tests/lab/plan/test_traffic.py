@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[3]
 SINKGD = find_method("sinkgd")
 
 
-def vectors(architecture, grid):
-    return optimizer_traffic(Work(architecture), grid, SINKGD)
+def vectors(architecture, grid, method=SINKGD):
+    return optimizer_traffic(Work(architecture), grid, method)
 
 
 def test_two_ranks_send_what_was_measured():
@@ -77,7 +77,10 @@ def sixteen_ranks():
 
 @pytest.mark.usefixtures("sixteen_ranks")
 @pytest.mark.parametrize("shape", [(2, 8, 1), (2, 2, 4), (1, 4, 4), (1, 1, 16)], ids=str)
-def test_a_step_on_a_mesh_sends_what_the_plan_says(shape):
+@pytest.mark.parametrize("deflated_rank", [0, 8])
+def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, deflated_rank, monkeypatch):
+    for module in ("sinkgd.optim.algorithms.few_at_a_time", "sinkgd.lab.plan.traffic"):
+        monkeypatch.setattr(f"{module}.MESH_SCRATCH_BYTES", 100_000)  # several rounds
     nine = replace(find_architecture("llama-9m"), num_heads=16, num_kv_heads=16, head_size=8)
     grid = Grid(*shape)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
@@ -90,12 +93,15 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape):
             param = nn.Parameter(pieces[0])
             param.grad = pieces[1]
             params.append(param)
-    optimizer = sinkgd.SinkGD(params, lr=1e-3)
+    optimizer = sinkgd.SinkGD(params, lr=1e-3, deflated_rank=deflated_rank)
     with Sent() as sent:
         optimizer.step()
-    planned = vectors(nine, grid)
+    planned = vectors(nine, grid, find_method("deflated") if deflated_rank else SINKGD)
     assert len(sent.calls) == sum(one.count for one in planned)
     assert sum(sent.calls) == sum(one.bytes for one in planned)
+    if deflated_rank:
+        assert len(sent.calls) > 2 * (5 + 9)
+        return
     scratch = update_scratch(weights_of(nine, grid), grid, SINKGD, 0, one_by_one=False)
     used = allocations(optimizer.step, torch.device("cpu")).peak
     assert 0.8 * scratch < used <= scratch

@@ -159,7 +159,7 @@ def update_scratch(
         lengths = [w.piece[0] + w.piece[1] for w in matrices]
         scales = _SHARDED_SCALE if is_sharded else _FLOAT32
         found = scales * (max(lengths) if one_by_one else sum(lengths))
-        if method.few_at_a_time:
+        if method.directions:
             room = 0 if one_by_one else MESH_SCRATCH_BYTES if is_sharded else SCRATCH_BYTES
             copies = [_FLOAT32 * prod(w.piece) for w in matrices]
             found += max(*copies, min(sum(copies), room))

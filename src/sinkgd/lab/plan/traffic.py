@@ -6,6 +6,7 @@ sends (k − 1)/k of them for a gather or a reduction over k ranks, and twice th
 Letters, everywhere in this file:
     m, n: rows and columns of a matrix
     L: iterations of SR-Sinkhorn
+    k: directions that are deflated
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from sinkgd.lab.plan.methods import Method, usual_rank
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.weights import Grid, Weight, weights_of
 from sinkgd.lab.train.device import weight_dtype
+from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES
 
 _FLOAT64 = 8
 
@@ -66,8 +68,7 @@ def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
                 "sums of rows and columns",
                 group,
                 "all-reduce",
-                method.iterations,
-                method.iterations * _FLOAT64 * sum(vector_length(w, grid, group) for w in weights),
+                *_of_vectors(weights, grid, method, group),
                 ranks,
                 optimizer=True,
             )
@@ -87,6 +88,45 @@ def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
     return found
 
 
+def _of_vectors(
+    weights: Sequence[Weight], grid: Grid, method: Method, group: str
+) -> tuple[int, int]:
+    """Return how many messages a group needs for sums of rows and columns, and their bytes."""
+    count = numbers = 0
+    for some in _rounds(weights) if method.directions else [list(weights)]:
+        by_columns = [w for w in some if _is_cut_by_columns(w, group)]
+        by_rows = [w for w in some if w not in by_columns]
+        count += method.iterations
+        numbers += method.iterations * sum(vector_length(w, grid, group) for w in some)
+        if method.directions:  # as `sinkgd.deflation.deflate_` adds up
+            count += 5 * bool(by_rows) + 4 * bool(by_columns)
+            for w in by_rows:
+                k = min(method.directions, min(w.shape) - 1)
+                numbers += 1 + 2 * k * k + 2 * k * w.divided[1]
+            for w in by_columns:
+                k = min(method.directions, min(w.shape) - 1)
+                numbers += 1 + 2 * k * w.piece[0] + k
+    return count, _FLOAT64 * numbers
+
+
+def _rounds(weights: Sequence[Weight]) -> list[list[Weight]]:
+    """Cut matrices into those that are copied together, as `few_at_a_time` does."""
+    rounds: list[list[Weight]] = []
+    room = 0
+    for weight in weights:
+        size = 4 * prod(weight.piece)
+        if size > room or not rounds:
+            rounds.append([])
+            room = MESH_SCRATCH_BYTES
+        rounds[-1].append(weight)
+        room -= size
+    return rounds
+
+
+def _is_cut_by_columns(weight: Weight, group: str) -> bool:
+    return group == "tp" and weight.divided[1] < weight.shape[1]  # o_proj and down_proj
+
+
 def vector_length(weight: Weight, grid: Grid, group: str) -> int:
     """Return the numbers of one iteration that a group adds up for a matrix.
 
@@ -98,8 +138,7 @@ def vector_length(weight: Weight, grid: Grid, group: str) -> int:
         grid: The mesh; FSDP divides rows, tensor parallelism rows or columns.
         group: ``tp`` or ``dp_shard``.
     """
-    by_columns = weight.divided[1] < weight.shape[1]  # over tp: o_proj and down_proj
-    if group == "tp" and by_columns:
+    if _is_cut_by_columns(weight, group):
         return weight.piece[0] + 1
     if group == "tp" and grid.tp == 1:
         return 0

@@ -83,7 +83,7 @@ FAMILY = (
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
-        few_at_a_time=True,
+        directions=8,
         flops=_deflation,
     ),
     Method(

@@ -4,6 +4,7 @@ Letters, everywhere in this file:
     m, n: the sides of a matrix, rows and columns
     r: the rank of a projection
     L: iterations of SR-Sinkhorn
+    k: directions whose singular values are lowered
 """
 
 from collections.abc import Callable
@@ -42,7 +43,9 @@ class Method:
     iterations: int = ITERATIONS  # of an exchange of vectors
     passes: int = 7  # readings and writings of a matrix in a step
     scratch: float = 0.0  # matrices in float32 while one is updated, the largest that there is
-    few_at_a_time: bool = False  # a float32 of every entry of some matrices, beside them
+    directions: int = (
+        0  # k that are deflated, in a copy of the gradient of a few matrices at a time
+    )
     everywhere: bool = False  # embedding and head are updated as matrices are
     flops: Callable[[int, int], float] = lambda short, long: 0.0 * short * long  # of its products
 
