@@ -17,7 +17,7 @@ from sinkgd.lab.plan.methods import Method, usual_rank
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.weights import Grid, Weight, weights_of
 from sinkgd.lab.train.device import weight_dtype
-from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES
+from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES, cut
 
 _FLOAT64 = 8
 
@@ -92,8 +92,11 @@ def _of_vectors(
     weights: Sequence[Weight], grid: Grid, method: Method, group: str
 ) -> tuple[int, int]:
     """Return how many messages a group needs for sums of rows and columns, and their bytes."""
+    runs = [slice(len(weights))]
+    if method.directions:
+        runs = cut([4 * prod(w.piece) for w in weights], MESH_SCRATCH_BYTES)
     count = numbers = 0
-    for some in _rounds(weights) if method.directions else [list(weights)]:
+    for some in map(weights.__getitem__, runs):
         by_columns = [w for w in some if _is_cut_by_columns(w, group)]
         by_rows = [w for w in some if w not in by_columns]
         count += method.iterations
@@ -107,20 +110,6 @@ def _of_vectors(
                 k = min(method.directions, min(w.shape) - 1)
                 numbers += 1 + 2 * k * w.piece[0] + k
     return count, _FLOAT64 * numbers
-
-
-def _rounds(weights: Sequence[Weight]) -> list[list[Weight]]:
-    """Cut matrices into those that are copied together, as `few_at_a_time` does."""
-    rounds: list[list[Weight]] = []
-    room = 0
-    for weight in weights:
-        size = 4 * prod(weight.piece)
-        if size > room or not rounds:
-            rounds.append([])
-            room = MESH_SCRATCH_BYTES
-        rounds[-1].append(weight)
-        room -= size
-    return rounds
 
 
 def _is_cut_by_columns(weight: Weight, group: str) -> bool:

@@ -87,9 +87,9 @@ def deflate_parts(
         stretch = (prod(first.shape) / or_one(square)).sqrt_().to(update.dtype)
         rows = stretch.expand(*update.shape[:-1], 1).contiguous()
         cols = update.new_ones(*update.shape[:-2], 1, update.shape[-1])
-        for i, *its in zip(own, update, rows, cols, strict=True):
-            found_parts[i] = parts[i]._replace(grad=its[0])
-            found_scales[i] = Scales(*its[1:])
+        for i, x, row, col in zip(own, update, rows, cols, strict=True):
+            found_parts[i] = parts[i]._replace(grad=x)
+            found_scales[i] = Scales(row, col)
     return found_parts, found_scales
 
 

@@ -19,13 +19,20 @@ def few_at_a_time(slots: Sequence[Slot], step: Callable[[Sequence[Slot]], Tensor
     All ranks of a mesh take the same ones together, whatever they hold of them.
     """
     limit = MESH_SCRATCH_BYTES if any(on_mesh(slot.param) for slot in slots) else SCRATCH_BYTES
-    runs: list[list[Slot]] = []
-    room = 0
-    for slot in slots:
-        size = 4 * most_held(slot.param)
-        if size > room or not runs:
-            runs.append([])
-            room = limit
-        runs[-1].append(slot)
-        room -= size
-    return torch.cat([step(run) for run in runs])
+    runs = cut([4 * most_held(slot.param) for slot in slots], limit)
+    return torch.cat([step(slots[run]) for run in runs])
+
+
+def cut(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Cut a sequence into runs whose sizes add up to no more than ``limit``, or of one member.
+
+    >>> cut([3, 4, 9, 1, 1, 5], limit=7)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 6, None)]
+    """
+    begins, total = [0], 0
+    for i, size in enumerate(sizes):
+        if total + size > limit and i > begins[-1]:
+            begins.append(i)
+            total = 0
+        total += size
+    return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(sizes)], strict=True)]
