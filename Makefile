@@ -4,20 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAB := $(VENV)/.lab
 DEV := $(VENV)/.dev
+# Half of the suite waits for processes that it starts: two workers, a file each at a time. Threads
+# that wait sleep, for the workers share the cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-slow lint docs clean
 
 demo: $(LAB)
 	$(BIN)/sinkgd compare --out runs/demo
 
-# Half of the suite waits for processes that it starts: two workers, a file each at a time. Threads
-# that wait sleep, for the workers share the cores.
 test: $(DEV) lint docs
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
 
 # What `make test` skips: whole trainings, killed and resumed, on several ranks, or compiled.
 test-slow: $(DEV)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile -m slow
+	$(PYTEST) -m slow
 
 lint: $(DEV)
 	$(BIN)/ruff check .

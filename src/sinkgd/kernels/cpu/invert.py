@@ -28,6 +28,7 @@ SMALLEST = float32(2.0**-126)
 
 # What a worker finds out, at these bytes of its scratch; its column sums and their panel follow.
 (ZERO_ROWS, ROWS_MOVED, ROWS_FAILED, ZERO_COLUMNS, COLUMNS_MOVED, COLUMNS_FAILED) = range(0, 48, 8)
+_MOVED, _FAILED = ROWS_MOVED - ZERO_ROWS, ROWS_FAILED - ZERO_ROWS  # of columns, too
 _EIGHT = 64
 SUMS = 128
 
@@ -51,19 +52,21 @@ def invert(sums, address, count, length, floor, tested, low, high):
 
 
 @compiled
-def invert_one(address, value, length, floor, tested, low, high, empty):
-    """What `invert` does for one sum; a sum of zero is well where the row is known ``empty``.
+def settle(found, address, value, length, floor, tested, low, high, empty):
+    """Do what `invert` does for one sum; a sum of zero is well where the row is known ``empty``.
 
-    Returns whether it failed, whether it moved, and whether the sum is a zero.
+    ``found``: where zeros are counted; whether one moved, and whether one failed, stand behind it.
     """
     if value == 0 and empty:
         put_float(address, float32(0))
-        return False, False, True
+        put_int(found, get_int(found) + 1)
+        return
     last, scale = get_float(address), length / value
     put_float(address, scale)
-    well = value >= floor and scale >= SMALLEST  # a NaN is not
-    moved = not (tested and low * last <= scale <= high * last)
-    return not well, moved, False
+    if not (tested and low * last <= scale <= high * last):
+        put_int(found + _MOVED, 1)
+    if not (value >= floor and scale >= SMALLEST):  # a NaN is not
+        put_int(found + _FAILED, 1)
 
 
 @compiled
@@ -89,10 +92,4 @@ def settle_rows(dtype, size, g, ld, Q, u, sums, count, mine, length, floor, know
         empty = value == 0 and (
             get_float(at) == 0 if known else is_empty(dtype, size, g + row * ld, size, Q)
         )
-        failed, moved, zero = invert_one(at, value, length, floor, tested, lo, hi, empty)
-        if failed:
-            put_int(mine + ROWS_FAILED, 1)
-        if moved:
-            put_int(mine + ROWS_MOVED, 1)
-        if zero:
-            put_int(mine + ZERO_ROWS, get_int(mine + ZERO_ROWS) + 1)
+        settle(mine + ZERO_ROWS, at, value, length, floor, tested, lo, hi, empty)

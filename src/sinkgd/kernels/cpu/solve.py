@@ -40,8 +40,8 @@ from sinkgd.kernels.cpu.invert import (
     ZERO_COLUMNS,
     ZERO_ROWS,
     invert,
-    invert_one,
     is_empty,
+    settle,
 )
 from sinkgd.kernels.cpu.step import step_rows
 from sinkgd.kernels.cpu.sweep import sweep
@@ -87,13 +87,7 @@ def _settle_columns(entry, mine, j, count, column, length, floor, known, tested,
             empty = is_empty(int16(0), 2, g + 2 * (j + i), ld, P)
         elif value == 0:
             empty = is_empty(float32(0), 4, g + 4 * (j + i), ld, P)
-        failed, moved, zero = invert_one(at, value, length, floor, tested, lo, hi, empty)
-        if failed:
-            put_int(mine + COLUMNS_FAILED, 1)
-        if moved:
-            put_int(mine + COLUMNS_MOVED, 1)
-        if zero:
-            put_int(mine + ZERO_COLUMNS, get_int(mine + ZERO_COLUMNS) + 1)
+        settle(mine + ZERO_COLUMNS, at, value, length, floor, tested, lo, hi, empty)
 
 
 @compiled

@@ -152,7 +152,7 @@ def _whitened() -> tuple[Contender, ...]:
         Contender(
             "swan",
             "SWAN",
-            lambda p: sinkgd.SWAN([{"params": p.params, "algorithm": "swan"}], lr=LR),
+            lambda p: sinkgd.SWAN(p.params, lr=LR),
             copies=2,
             slow=True,
         ),

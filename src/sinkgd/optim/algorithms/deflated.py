@@ -69,8 +69,6 @@ def deflate_parts(
     """
     found_parts, found_scales = list(parts), list(scales)
     stacks = _alike(parts)
-    if not stacks:
-        return found_parts, found_scales
     firsts = [parts[own[0]] for own in stacks]
     updates = [_updates([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks]
     squares = deflate_(
