@@ -121,6 +121,22 @@ def test_batch(adamw, headline):
     assert judge("batch", losses).headline == headline
 
 
+def test_deflated_has_a_standing_of_its_own_over_batches():
+    losses = {}
+    for size in (4, 16):
+        losses |= {
+            f"sinkgd-batch{size}": apart(4.0),
+            f"deflated-batch{size}": near(3.9),
+            f"adamw-batch{size}": near(4.0),
+        }
+    verdict = judge("batch", losses)
+    assert verdict.headline == (
+        "SinkGD and the fair AdamW are level at every batch that has results. "
+        "Deflated SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences."
+    )
+    assert "deflated-batch4 ended 0.100 ± 0.000 lower than adamw-batch4." in verdict.sentences
+
+
 def test_a_batch_without_its_control_says_so():
     verdict = judge("batch", {"sinkgd-batch4": near(4.0)})
     assert verdict.headline == "No batch has a result of both SinkGD and AdamW yet."

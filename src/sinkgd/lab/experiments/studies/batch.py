@@ -1,6 +1,6 @@
-"""Whether SinkGD holds against AdamW as the batch grows, each with rates tuned for it."""
+"""Whether SinkGD, plain and deflated, holds against AdamW as the batch grows, each tuned for it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
@@ -8,25 +8,32 @@ from sinkgd.lab.experiments.study import NOTHING, Arm, Axis, Grid, Setting, Stud
 from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, unfinished
 from sinkgd.lab.train.config import SharedConfig
 
-CANDIDATE = "sinkgd"
+# What a sentence calls each.
+CANDIDATES = {"sinkgd": "SinkGD", "deflated": "Deflated SinkGD"}
+CONTROL, ONE_LR = "adamw", "adamw-one-lr"
 SIZES = (4, 16, 64)  # sequences
 PAPER_SIZES = (128, 512, 2048)
 
-# Four points each, for every size of the batch.
+# Four points each, for every size of the batch; AdamW with one rate for all is at one size only.
 GRIDS: dict[str, Grid] = {
-    CANDIDATE: {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
-    "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012)},
-    "adamw-one-lr": {LR: (0.0015, 0.003, 0.006, 0.012)},
+    "sinkgd": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
+    "deflated": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
+    CONTROL: {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012)},
+    ONE_LR: {LR: (0.0015, 0.003, 0.006, 0.012)},
 }
 PAPER_GRIDS: dict[str, Grid] = {
-    CANDIDATE: {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
-    "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
-    "adamw-one-lr": {LR: (0.0005, 0.001, 0.002, 0.004)},
+    "sinkgd": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
+    "deflated": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
+    CONTROL: {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
+    ONE_LR: {LR: (0.0005, 0.001, 0.002, 0.004)},
 }
 
 
 def arms_at(size: float, shared: SharedConfig, grids: dict[str, Grid]) -> tuple[Arm, ...]:
-    """Return the recipes with a batch of ``size`` sequences, on the tokens of ``shared``."""
+    """Return the recipes with a batch of ``size`` sequences, on the tokens of ``shared``.
+
+    ``adamw-one-lr`` is among them where ``size`` is the batch of ``shared``.
+    """
     training = shared.training
     steps = round(training.steps * training.batch_size / size)
     overrides = {
@@ -43,38 +50,51 @@ def arms_at(size: float, shared: SharedConfig, grids: dict[str, Grid]) -> tuple[
             {"optimizer.recipe": recipe, **overrides},
             grid,
             value=float(size),
-            control=recipe != CANDIDATE,
+            control=recipe not in CANDIDATES,
         )
         for recipe, grid in grids.items()
+        if recipe != ONE_LR or size == training.batch_size
     )
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Compare at every size, and say whether SinkGD's standing changes with it."""
+    """Compare at every size, and say whether each candidate's standing changes with it."""
     if (nothing := unfinished(results)) is not None:
         return nothing
-    sentences, standings = [], []
-    for one in results.candidates:
-        for control in _at_the_same_size(results, one):
-            difference = results.difference(one, control)
-            sentences.append(compared(one.arm.name, difference, control.arm.name))
-            if _recipe(control) == "adamw":
-                standings.append((one.arm.value or 0.0, difference))
+    sentences = [
+        compared(one.arm.name, results.difference(one, control), control.arm.name)
+        for one in results.candidates
+        for control in _at_the_same_size(results, one)
+    ]
+    headline = " ".join(
+        _standing(results, name, [one for one in results.candidates if _recipe(one) == recipe])
+        for recipe, name in CANDIDATES.items()
+        if any(_recipe(one) == recipe for one in results.candidates)
+    )
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> str:
+    """Say where one candidate stands beside the fair AdamW, over all sizes."""
+    standings = [
+        (one.arm.value or 0.0, results.difference(one, control))
+        for one in sizes
+        for control in _at_the_same_size(results, one)
+        if _recipe(control) == CONTROL
+    ]
+    if not standings:
+        return f"No batch has a result of both {name} and AdamW yet."
     lower = [f"{size:g}" for size, difference in standings if difference.lower]
     higher = [f"{size:g}" for size, difference in standings if difference.higher]
-    if not standings:
-        headline = "No batch has a result of both SinkGD and AdamW yet."
-    elif not lower and not higher:
-        headline = "SinkGD and the fair AdamW are level at every batch that has results."
-    else:
-        parts = [
-            f"ends {word} than the fair AdamW at a batch of {', '.join(sizes)}"
-            for word, sizes in (("lower", lower), ("higher", higher))
-            if sizes
-        ]
-        rest = len(standings) - len(lower) - len(higher)
-        headline = f"SinkGD {' and '.join(parts)} sequences{', level elsewhere' if rest else ''}."
-    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+    if not lower and not higher:
+        return f"{name} and the fair AdamW are level at every batch that has results."
+    parts = [
+        f"ends {word} than the fair AdamW at a batch of {', '.join(found)}"
+        for word, found in (("lower", lower), ("higher", higher))
+        if found
+    ]
+    rest = len(standings) - len(lower) - len(higher)
+    return f"{name} {' and '.join(parts)} sequences{', level elsewhere' if rest else ''}."
 
 
 def _at_the_same_size(results: StudyResults, one: ArmResults) -> list[ArmResults]:
