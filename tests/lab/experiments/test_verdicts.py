@@ -65,7 +65,7 @@ def test_the_best_is_compared_with_every_control_at_equal_tokens_and_seconds():
         (
             {"alpha0.025": near(4.1), "alpha0.05": near(4.0), "alpha0.1": near(4.2)},
             "alpha0.05 ended at 4.000, the lowest.",
-            "That is the published value.",
+            "The best α of sinkgd is the published value.",
         ),
         (
             {"alpha0.025": near(4.0), "alpha0.05": near(4.1), "alpha0.1": near(4.2)},
@@ -85,6 +85,27 @@ def test_alpha(losses, headline, sentence):
     assert sentence in verdict.sentences
     at_edge = any("edge of what was tried" in caution for caution in verdict.cautions)
     assert at_edge == ("alpha0.025 ended" in headline)
+
+
+def test_alpha_is_judged_for_plain_and_deflated_each():
+    losses = {
+        "alpha0.025": near(4.1),
+        "alpha0.05": near(4.0),
+        "alpha0.1": near(4.2),
+        "deflated-alpha0.025": near(4.0),
+        "deflated-alpha0.05": near(3.9),
+        "deflated-alpha0.1": near(3.8),
+    }
+    verdict = judge("alpha", losses)
+    assert verdict.headline == "deflated-alpha0.1 ended at 3.800, the lowest."
+    assert verdict.sentences[:2] == (
+        "The best α of sinkgd is the published value.",
+        "deflated-alpha0.05 ended 0.100 ± 0.000 higher than deflated-alpha0.1.",
+    )
+    edges = [one for one in verdict.cautions if "edge of what was tried" in one]
+    assert edges == [
+        "The best α is at the edge of what was tried: deflated-alpha0.1. Try more with --alpha."
+    ]
 
 
 def test_ablation_compares_each_normalization_with_both():

@@ -1,6 +1,9 @@
 """How large the matrices' rate may be beside that of everything else."""
 
-from sinkgd.lab.experiments.results import StudyResults
+from collections.abc import Sequence
+from itertools import chain
+
+from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR, controls
 from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import (
@@ -13,58 +16,75 @@ from sinkgd.lab.experiments.verdict import (
     unfinished,
 )
 
-ALPHAS = (0.01, 0.025, 0.05, 0.1)
+ALPHAS = (0.01, 0.025, 0.05, 0.1, 0.2)
 PUBLISHED = 0.05  # Scetbon et al. 2025, algorithm 4
 RATE = 0.02  # of everything else: the same
+RECIPES = {"sinkgd": "", "deflated": "deflated-"}  # with what their arms' names begin
 
-# Four points each: as many as there are values of α.
-_ADAMW: Grid = {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.003, 0.006)}
-_ONE_LR: Grid = {LR: (0.001, 0.002, 0.004, 0.008)}
+# Five points each: as many as there are values of α.
+_ADAMW: Grid = {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.003, 0.006, 0.012)}
+_ONE_LR: Grid = {LR: (0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
-def arm_with(alpha: float) -> Arm:
-    """Return SinkGD with matrices at α times the published rate of everything else."""
-    overrides = {"optimizer.recipe": "sinkgd", LR: RATE, MATRIX_LR: alpha * RATE}
-    return Arm(f"alpha{alpha:g}", overrides, value=alpha)
+def arms_with(alpha: float) -> tuple[Arm, ...]:
+    """Return SinkGD and deflated SinkGD with matrices at α times the rate of everything else."""
+    rates = {LR: RATE, MATRIX_LR: alpha * RATE}
+    return tuple(
+        Arm(f"{prefix}alpha{alpha:g}", {"optimizer.recipe": recipe, **rates}, value=alpha)
+        for recipe, prefix in RECIPES.items()
+    )
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say which α ended lowest, and where the published one stands."""
+    """Say which α ended lowest, with either recipe, and where the published one stands."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
-    values = [one.arm.value for one in results.candidates]
-    headline = lowest(results, best)
-    sentences = []
-    published = next((one for one in results.candidates if one.arm.value == PUBLISHED), None)
-    if published is not None and published is not best:
-        difference = results.difference(published, best)
-        sentences.append(compared(published.arm.name, difference, best.arm.name))
-    elif published is best:
-        sentences.append("That is the published value.")
+    sentences: list[str] = []
     warnings = cautions(results)
-    if len(values) > 1 and best.arm.value in (values[0], values[-1]):
-        warnings.append(
-            f"The best α is at the edge of what was tried: {best.arm.value:g}. Try more with "
-            "--alpha."
-        )
+    for recipe in RECIPES:
+        own = [a for a in results.candidates if a.arm.overrides["optimizer.recipe"] == recipe]
+        if own:
+            sentences += _beside_the_published(results, recipe, ranked(own))
+            warnings += _at_an_edge(own)
     sentences += against_controls(results, best)
-    return Verdict(headline, tuple(sentences), tuple(warnings))
+    return Verdict(lowest(results, best), tuple(sentences), tuple(warnings))
 
 
-_ARMS = (*map(arm_with, ALPHAS), *controls(_ADAMW, _ONE_LR))
+def _beside_the_published(
+    results: StudyResults, recipe: str, own: Sequence[ArmResults]
+) -> list[str]:
+    """Compare the published α of one recipe with its best, the first of ``own``."""
+    published = next((one for one in own if one.arm.value == PUBLISHED), None)
+    if published is None:
+        return []
+    if published is own[0]:
+        return [f"The best α of {recipe} is the published value."]
+    return [compared(published.arm.name, results.difference(published, own[0]), own[0].arm.name)]
+
+
+def _at_an_edge(own: Sequence[ArmResults]) -> list[str]:
+    values = sorted(one.arm.value for one in own if one.arm.value is not None)
+    best = ranked(own)[0].arm
+    if len(values) < 2 or best.value not in (values[0], values[-1]):
+        return []
+    return [f"The best α is at the edge of what was tried: {best.name}. Try more with --alpha."]
+
+
+_ARMS = (*chain.from_iterable(map(arms_with, ALPHAS)), *controls(_ADAMW, _ONE_LR))
 
 ALPHA = Study(
     name="alpha",
-    question="What α, the matrices’ rate beside that of everything else, is best at lr 0.02?",
+    question="What α, the matrices’ rate beside that of everything else, is best at lr 0.02, "
+    "plain and deflated?",
     background="Scetbon et al. 2025 take α = 0.05 at lr 0.02. Here α is the only thing that is "
-    "searched for SinkGD; each AdamW has as many points of its own.",
+    "searched for SinkGD, plain and deflated; each AdamW has as many points of its own.",
     settings={
-        "machine": Setting(MACHINE, _ARMS, at=lambda value, _: (arm_with(value),)),
+        "machine": Setting(MACHINE, _ARMS, at=lambda value, _: arms_with(value)),
         "paper": Setting(
             BENCHMARK["llama-60m"],
             _ARMS,
-            at=lambda value, _: (arm_with(value),),
+            at=lambda value, _: arms_with(value),
             models=BENCHMARK,
         ),
     },
