@@ -156,6 +156,7 @@ def test_deflated_has_a_standing_of_its_own_over_batches():
         "Deflated SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences."
     )
     assert "deflated-batch4 ended 0.100 ± 0.000 lower than adamw-batch4." in verdict.sentences
+    assert any("lower than sinkgd-batch16." in one for one in verdict.sentences)
 
 
 def test_a_batch_without_its_control_says_so():

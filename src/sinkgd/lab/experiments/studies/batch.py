@@ -8,21 +8,21 @@ from sinkgd.lab.experiments.study import NOTHING, Arm, Axis, Grid, Setting, Stud
 from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, unfinished
 from sinkgd.lab.train.config import SharedConfig
 
-# What a sentence calls each.
-CANDIDATES = {"sinkgd": "SinkGD", "deflated": "Deflated SinkGD"}
+PLAIN = "sinkgd"
+CANDIDATES = {PLAIN: "SinkGD", "deflated": "Deflated SinkGD"}  # what sentences call them
 CONTROL, ONE_LR = "adamw", "adamw-one-lr"
 SIZES = (4, 16, 64)  # sequences
 PAPER_SIZES = (128, 512, 2048)
 
 # Four points each, for every size of the batch; AdamW with one rate for all is at one size only.
 GRIDS: dict[str, Grid] = {
-    "sinkgd": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
+    PLAIN: {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
     "deflated": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
     CONTROL: {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012)},
     ONE_LR: {LR: (0.0015, 0.003, 0.006, 0.012)},
 }
 PAPER_GRIDS: dict[str, Grid] = {
-    "sinkgd": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
+    PLAIN: {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
     "deflated": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
     CONTROL: {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
     ONE_LR: {LR: (0.0005, 0.001, 0.002, 0.004)},
@@ -62,9 +62,9 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     sentences = [
-        compared(one.arm.name, results.difference(one, control), control.arm.name)
+        compared(one.arm.name, results.difference(one, other), other.arm.name)
         for one in results.candidates
-        for control in _at_the_same_size(results, one)
+        for other in (*_plain_beside(results, one), *_at_the_same_size(results, one))
     ]
     headline = " ".join(
         _standing(results, name, [one for one in results.candidates if _recipe(one) == recipe])
@@ -95,6 +95,17 @@ def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> 
     ]
     rest = len(standings) - len(lower) - len(higher)
     return f"{name} {' and '.join(parts)} sequences{', level elsewhere' if rest else ''}."
+
+
+def _plain_beside(results: StudyResults, one: ArmResults) -> list[ArmResults]:
+    """Return plain SinkGD at the same size, unless ``one`` is plain itself."""
+    if _recipe(one) == PLAIN:
+        return []
+    return [
+        other
+        for other in results.candidates
+        if _recipe(other) == PLAIN and other.arm.value == one.arm.value
+    ]
 
 
 def _at_the_same_size(results: StudyResults, one: ArmResults) -> list[ArmResults]:
