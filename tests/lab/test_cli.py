@@ -208,7 +208,8 @@ def test_a_comparison_is_checked_before_it_begins(capsys, tmp_path, options, mes
 @pytest.mark.slow
 def test_a_comparison_trains_each_optimizer_once(capfd, tmp_path, small):
     out = tmp_path / "c"
-    arguments = ["compare", "--out", str(out), "--seeds", "2", *small]
+    two = ["--optimizers", "sinkgd,adamw", "--seeds", "2"]
+    arguments = ["compare", "--out", str(out), *two, *small]
     assert main(arguments) == 0
     shown = capfd.readouterr().out
     names = ["sinkgd-seed0", "adamw-seed0", "sinkgd-seed1", "adamw-seed1"]
@@ -259,14 +260,14 @@ def test_a_stopped_comparison_goes_on(tmp_path, small, number, code):
 def test_a_killed_comparison_stops_its_training_which_saves(tmp_path, small):
     out = tmp_path / "c"
     process = program("compare", "--out", str(out), *small, "--training.steps", "2000")
-    results = out / "sinkgd-seed0" / "run.jsonl"
+    results = out / "deflated-seed0" / "run.jsonl"
     wait_for(results, '"step": 5', process)
     process.kill()
     process.communicate(timeout=60)  # its output ends when the training has ended too
     end = Run.read(results).end
     assert end is not None
     assert end.status == "interrupted"
-    assert (out / "sinkgd-seed0" / "checkpoints" / f"step-{end.step:08d}").is_dir()
+    assert (out / "deflated-seed0" / "checkpoints" / f"step-{end.step:08d}").is_dir()
 
 
 @pytest.mark.slow

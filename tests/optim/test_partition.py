@@ -198,6 +198,19 @@ def test_negative_rates_are_refused(argument):
         sinkgd.param_groups(Model(), **{argument: -1.0})
 
 
+def test_hidden_matrices_are_deflated_unless_the_paper_is_asked_for():
+    def ranks(**options):
+        groups = sinkgd.param_groups(Model(), overrides={r"^c\.": "sinkgd"}, **options)
+        return {(group["algorithm"], group.get("deflated_rank")) for group in groups}
+
+    assert ranks() == {("sinkgd", 8), ("adamw", None)}
+    assert ranks(deflated_rank=0) == {("sinkgd", 0), ("adamw", None)}
+    assert ranks(matrix_algorithm="swan") == {("swan", None), ("sinkgd", 8), ("adamw", None)}
+    with pytest.raises(ValueError, match="deflated_rank must be a whole number of at least 0"):
+        sinkgd.SinkGD(sinkgd.param_groups(Model(), deflated_rank=-1))
+    assert "sinkgd, deflated 8" in sinkgd.describe_param_groups(Model())
+
+
 @pytest.mark.parametrize("algorithm", ["sinkgd", "swan"])
 def test_the_groups_train_a_model(algorithm):
     torch.manual_seed(0)

@@ -8,7 +8,15 @@ from sinkgd.optim.partition import param_groups
 from sinkgd.optim.sinkgd import SinkGD
 
 # The arguments that go to param_groups; all others are SinkGD's.
-_ROUTING = ("lr", "matrix_lr_scale", "weight_decay", "betas", "overrides")
+_ROUTING = (
+    "lr",
+    "matrix_lr_scale",
+    "deflated_rank",
+    "weight_decay",
+    "betas",
+    "overrides",
+    "base_width",
+)
 
 
 class SinkGDFactory:
@@ -43,9 +51,8 @@ class SinkGDFactory:
 
         Args:
             model: The model to train.
-            **kwargs: ``lr``, ``matrix_lr_scale``, ``weight_decay``, ``betas`` and ``overrides`` of
-                `param_groups`; ``sinkhorn_iterations``, ``maximize``, ``nonfinite`` and ``backend``
-                of `SinkGD`.
+            **kwargs: ``lr``, ``matrix_lr_scale``, ``deflated_rank``, ``weight_decay``, ``betas``,
+                ``overrides`` and ``base_width`` of `param_groups`; all others are of `SinkGD`.
 
         Raises:
             TypeError: If an argument belongs to neither.

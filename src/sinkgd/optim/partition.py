@@ -1,4 +1,4 @@
-"""Which parameter gets which algorithm: the paper's recipe as torch parameter groups."""
+"""Which parameter gets which algorithm: the default recipe as torch parameter groups."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,9 @@ from sinkgd.optim.roles import Role, roles
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
+# Directions of the default recipe: docs/choose.md has the studies that speak for it.
+DEFLATED_RANK = 8
+
 
 def param_groups(
     model: nn.Module,
@@ -19,6 +22,7 @@ def param_groups(
     matrix_lr_scale: float = 0.05,
     *,
     matrix_algorithm: str = "sinkgd",
+    deflated_rank: int = DEFLATED_RANK,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     overrides: Overrides | None = None,
@@ -38,6 +42,8 @@ def param_groups(
         matrix_lr_scale: The paper's α, 0.05: the root-mean-square change of a hidden weight in one
             step is ``matrix_lr_scale * lr``.
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
+        deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
+            docs/choose.md has the studies that speak for 8. 0 is the paper's: SR-Sinkhorn alone.
         weight_decay: Decoupled weight decay of all but vectors and scalars. The paper uses none.
         betas: AdamW's decay rates of the two moments.
         overrides: From a regular expression, searched in the parameter's name, to an algorithm
@@ -91,6 +97,8 @@ def param_groups(
             options = {"algorithm": algorithm, "lr": matrix_lr_scale * lr, **_layout(role)}
             if base_width is not None and role.is_matrix:
                 options["lr"] *= base_width / _in_features(param, role)
+        if algorithm == "sinkgd":
+            options["deflated_rank"] = deflated_rank
         options |= {"weight_decay": weight_decay if param.ndim >= 2 else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
@@ -123,7 +131,7 @@ def describe_param_groups(
             row = (
                 re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name),
                 "×".join(map(str, param.shape)) or "scalar",
-                str(group["algorithm"]),
+                _words(group),
                 f"{float(group['lr']):g}",
                 reasons.get(param, "not a trainable parameter of this model"),
             )
@@ -136,6 +144,12 @@ def describe_param_groups(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def _words(group: Mapping[str, Any]) -> str:
+    """Name a group's algorithm, and its deflation."""
+    rank = group.get("deflated_rank")
+    return f"{group['algorithm']}, deflated {rank}" if rank else str(group["algorithm"])
 
 
 def _layout(role: Role) -> dict[str, Any]:

@@ -15,17 +15,18 @@ class SinkGD(GroupedOptimizer):
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{SR-Sinkhorn}(G, L)
 
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
-    step. For the paper's recipe pass the groups of `param_groups`: matrices of the blocks as above,
-    all else by AdamW. Without groups no state is kept at all: matrices as above, vectors and
-    scalars by their own l2 norm, with root-mean-square 1 too.
+    step. Pass the groups of `param_groups` for the recommended recipe: matrices of the blocks as
+    above and deflated, all else by AdamW. Without groups no state is kept at all: matrices as
+    above, vectors and scalars by their own l2 norm, with root-mean-square 1 too.
 
-    The options after ``seed`` go beyond the paper and combine freely; a group may set its own.
-    Without them nothing of them is paid for. Of a gradient come, in turn: its momentum, the rows
-    that are left out, the half steps, the deflation, the size, and the momentum of the update.
-    Vectors know momentum alone. The algorithm ``"sinkgd-table"`` is a set of them, reported for
-    embedding and head of DeepSeek-V4.1 by secondary sources: Nesterov's momentum of 0.95, tiny rows
-    left out, 2L + 1 half steps from rows to rows; they multiply its learning rate by 0.18. A user
-    writes ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
+    The options after ``seed`` go beyond the paper and combine freely. A group may set its own:
+    `param_groups` sets ``deflated_rank``. What is off costs nothing. Of a gradient come, in turn:
+    its momentum, the rows that are left out, the half steps, the deflation, the size, and the
+    momentum of the update. Vectors know momentum alone. The algorithm ``"sinkgd-table"`` is a set
+    of options, reported for embedding and head of DeepSeek-V4.1 by secondary sources: Nesterov's
+    momentum of 0.95, tiny rows left out, 2L + 1 half steps from rows to rows; they multiply its
+    learning rate by 0.18. A user writes ``param_groups(model, overrides={"embed|head":
+    {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh of devices a step costs L messages a process group, whatever the options; and one
     more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, five for

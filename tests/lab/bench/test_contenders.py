@@ -12,6 +12,7 @@ from sinkgd.lab.bench.contenders import ADAMW, LR, contenders, our_name
 from sinkgd.lab.bench.problem import Problem, build_problem
 from sinkgd.lab.bench.workloads import Workload
 from sinkgd.lab.models import PRESETS, Llama
+from sinkgd.optim.partition import DEFLATED_RANK
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny", "tiny", lambda: ((6, 4), (5, 7)))
@@ -82,7 +83,7 @@ def test_muon_steps_are_as_large_as_adamws():
 def test_the_deflated_step_is_the_oracles():
     moved, grads = step("deflated", "float32")
     for found, grad in zip(moved, grads, strict=True):
-        expected = Expected(torch.zeros_like(grad), deflated_rank=table.RANK).step(grad)
+        expected = Expected(torch.zeros_like(grad), deflated_rank=DEFLATED_RANK).step(grad)
         assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

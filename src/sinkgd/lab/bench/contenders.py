@@ -21,10 +21,10 @@ from sinkgd.lab.bench.public_loops import (
     naive_update,
 )
 from sinkgd.lab.bench.workloads import Workload
+from sinkgd.optim.partition import DEFLATED_RANK
 
 ADAMW = "adamw-fused"  # what the others are compared with
 ITERATIONS = (5, 1)  # L of our rows; the public loops run the first
-RANK = 8  # of the deflated row
 LR = 1e-3
 _ADAMW_PASSES, _SGD_PASSES = 7, 3
 
@@ -144,8 +144,8 @@ def _whitened() -> tuple[Contender, ...]:
     return (
         Contender(
             "deflated",
-            f"SinkGD deflated, {RANK} directions",
-            lambda p: sinkgd.SinkGD(_matrix_groups(p), lr=LR, deflated_rank=RANK),
+            f"SinkGD deflated, {DEFLATED_RANK} directions",
+            lambda p: sinkgd.SinkGD(_matrix_groups(p), lr=LR, deflated_rank=DEFLATED_RANK),
             copies=1,
             slow=True,
         ),
@@ -190,7 +190,7 @@ def _matrix_groups(problem: Problem) -> list[dict[str, object]]:
 
 def _hybrid_groups(problem: Problem) -> list[dict[str, object]]:
     assert problem.model is not None, "the hybrid needs a model to split"
-    return sinkgd.param_groups(problem.model, lr=LR)
+    return sinkgd.param_groups(problem.model, lr=LR, deflated_rank=0)
 
 
 def _hybrid_floor(problem: Problem) -> int:

@@ -27,7 +27,7 @@ class Compare:
     """Train the same model on the same text, in the same order, with several optimizers.
 
     Each run has a process of its own, one after the other. Then the table is printed and the page
-    written. Without options this is the demo: a nano LLaMA on real text, in about five minutes.
+    written. Without options this is the demo: a nano LLaMA on real text, in about ten minutes.
     Stopped or killed, the same command goes on; runs that are finished are not run again.
 
     For example:
@@ -36,8 +36,8 @@ class Compare:
       sinkgd compare --model.preset llama-60m --data.corpus shards/c4 --training.steps 10000
     """
 
-    optimizers: str = "sinkgd,adamw"
-    """Recipes to compare, names with commas between, e.g. sinkgd,swan,adamw,muon,galore;
+    optimizers: str = "deflated,sinkgd,adamw"
+    """Recipes to compare, names with commas between, e.g. deflated,sinkgd,swan,adamw,muon;
     see docs/lab.md for all of them."""
 
     seeds: int = 1
@@ -87,7 +87,7 @@ class Compare:
             )
         recipes = [name.strip() for name in self.optimizers.split(",") if name.strip()]
         if not recipes:
-            raise ConfigError("optimizers is empty; name at least one, e.g. sinkgd,adamw")
+            raise ConfigError("optimizers is empty; name at least one, e.g. deflated,adamw")
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}; it must be at least 1")
         if self.baseline is not None and self.baseline not in recipes:

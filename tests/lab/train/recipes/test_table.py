@@ -166,15 +166,18 @@ def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, dict]:
 
 @pytest.mark.parametrize("tables", ["sinkgd", "sinkgd-table", "sage"])
 def test_embedding_and_head_may_have_an_algorithm_and_a_rate_of_their_own(model, tables):
-    found = groups_of(built(model, "sinkgd", tables=tables, tables_lr=0.5, lr=0.25, momentum=0.5))
+    own = {"tables": tables, "tables_lr": 0.5}
+    found = groups_of(built(model, "deflated", **own, lr=0.25, momentum=0.5))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert (found[name]["algorithm"], found[name]["lr"]) == (tables, 0.5)
         assert found[name].get("momentum") == {"sinkgd": 0.0, "sinkgd-table": 0.95}.get(tables)
+        assert not found[name].get("deflated_rank")
     assert (found["model.norm.weight"]["algorithm"], found["model.norm.weight"]["lr"]) == (
         "adamw",
         0.25,
     )
-    assert found["model.layers.0.mlp.up_proj.weight"]["momentum"] == 0.5
+    matrix = found["model.layers.0.mlp.up_proj.weight"]
+    assert (matrix["momentum"], matrix["deflated_rank"]) == (0.5, 8)
 
 
 @pytest.mark.parametrize(("whitened", "spared"), [("attention", "mlp"), ("mlp", "self_attn")])

@@ -1,6 +1,7 @@
 """This package's own methods."""
 
 from sinkgd.lab.plan.methods.method import ITERATIONS, Method
+from sinkgd.optim.partition import DEFLATED_RANK
 
 
 def _whitening(short: int, long: int) -> float:
@@ -8,7 +9,7 @@ def _whitening(short: int, long: int) -> float:
 
 
 def _deflation(short: int, long: int) -> float:
-    return 10.0 * 8 * short * long  # `sinkgd.deflation.deflate`'s docstring, of 8 directions
+    return 10.0 * DEFLATED_RANK * short * long  # `sinkgd.deflation.deflate`'s docstring
 
 
 FAMILY = (
@@ -79,11 +80,11 @@ FAMILY = (
         "deflated",
         "SinkGD, deflated",
         "2 an entry of embedding, head, norms",
-        "sinkgd.SinkGD(deflated_rank=8); no paper",
+        f"sinkgd.SinkGD(deflated_rank={DEFLATED_RANK}); no paper",
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
-        directions=8,
+        directions=DEFLATED_RANK,
         flops=_deflation,
     ),
     Method(

@@ -39,6 +39,7 @@ def family_groups(
         lr=o["lr"],
         matrix_lr_scale=o.get("matrix_lr", o["lr"]) / o["lr"],
         matrix_algorithm=algorithm,
+        deflated_rank=int(o.get("deflated_rank", 0)),
         weight_decay=o.get("weight_decay", 0.0),
         betas=betas(o),
         overrides=overrides,

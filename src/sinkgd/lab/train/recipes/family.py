@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.lab.train.recipes.contract import Options, Recipe, betas, family_groups
 from sinkgd.norms import Norm
-from sinkgd.optim.partition import Overrides
+from sinkgd.optim.partition import DEFLATED_RANK, Overrides
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
@@ -25,7 +25,6 @@ def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
         nesterov=o["nesterov"],
         momentum_place=o["momentum_place"],
         last=o["last"],
-        deflated_rank=int(o["deflated_rank"]),
         operator_norm=o["operator_norm"],
     )
 
@@ -37,7 +36,7 @@ def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
         return None
     own = {"algorithm": o["tables"], "lr": lr}
     if o["tables"] == "sinkgd":  # what block matrices do beside SR-Sinkhorn is not asked of tables
-        own |= {"momentum": 0.0, "operator_norm": None, "last": "column"}
+        own |= {"momentum": 0.0, "operator_norm": None, "last": "column", "deflated_rank": 0}
     return {
         f"^{re.escape(name)}$": own
         for name, _, role in roles(model)
@@ -189,7 +188,7 @@ FAMILY = (
             "matrix_lr": 0.004,
             "sinkhorn_iterations": 5,
             **_BEYOND_THE_PAPER,
-            "deflated_rank": 8,
+            "deflated_rank": DEFLATED_RANK,
             **_STATELESS,
         },
         _sinkgd,
