@@ -145,8 +145,8 @@ def _orthonormal(vectors: Sequence[Tensor], over_rows: Sum) -> list[Tensor]:
     grams = over_rows([y.mT @ y for y in vectors])
     found = []
     for y, gram in zip(vectors, grams, strict=True):
-        size = or_one(gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None])
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        size = or_one((gram * eye).sum((-2, -1), keepdim=True))  # the trace
         factor = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L
         unit = y / size.sqrt()
         found.append(torch.linalg.solve_triangular(factor.mT, unit, upper=True, left=False))

@@ -110,6 +110,7 @@ def test_the_curve_is_that_of_a_loop_written_by_hand(config, tmp_path):
 
 
 def test_the_start_says_what_the_run_is(config, tmp_path):
+    config = replace(config, optimizer=OptimizerConfig(recipe="sinkgd"))
     train(config, tmp_path / "named")
     start = Run.read(tmp_path / "named" / "run.jsonl").start
     assert (start.name, start.recipe, start.seed) == ("named", "sinkgd", 0)
