@@ -208,6 +208,11 @@ def test_hidden_matrices_are_deflated_unless_the_paper_is_asked_for():
     assert ranks(matrix_algorithm="swan") == {("swan", None), ("sinkgd", 8), ("adamw", None)}
     with pytest.raises(ValueError, match="deflated_rank must be a whole number of at least 0"):
         sinkgd.SinkGD(sinkgd.param_groups(Model(), deflated_rank=-1))
+    with pytest.raises(
+        ValueError, match=r"=4 reaches no group.* param_groups\(model, deflated_rank"
+    ):
+        sinkgd.SinkGD(sinkgd.param_groups(Model()), deflated_rank=4)
+    sinkgd.SinkGD(sinkgd.param_groups(Model(), deflated_rank=4), deflated_rank=4)
     assert "sinkgd, deflated 8" in sinkgd.describe_param_groups(Model())
 
 

@@ -1,5 +1,6 @@
 """SinkGD: descend along the SR-Sinkhorn normalization of the gradient, with no state."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -68,7 +69,8 @@ class SinkGD(GroupedOptimizer):
         deflated_rank: Directions k whose singular values, the update's largest, are lowered to the
             root-mean-square of the others; 0 leaves them. A whitening of what stands out, for about
             10 k flops an entry. Keeps nothing; costs a float32 copy of the gradient, of a few
-            matrices at a time: 64 MiB, on a mesh 256 MiB, unless one alone is larger.
+            matrices at a time: 64 MiB, on a mesh 256 MiB, unless one alone is larger. Groups of
+            `param_groups` set their own.
         operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
             estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
             share, no longer a root-mean-square: with ``"muon"`` the change that an input of
@@ -142,3 +144,14 @@ class SinkGD(GroupedOptimizer):
             "operator_norm": operator_norm,
         }
         super().__init__(params, defaults)
+        _check_reached(deflated_rank, self.param_groups)
+
+
+def _check_reached(deflated_rank: int, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a rank that no group goes by."""
+    ranks = {group["deflated_rank"] for group in groups if "deflated_rank" in group}
+    if deflated_rank and ranks and deflated_rank not in ranks:
+        raise ValueError(
+            f"deflated_rank={deflated_rank} reaches no group, for each sets its own. "
+            f"Say param_groups(model, deflated_rank={deflated_rank})"
+        )
