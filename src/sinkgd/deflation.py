@@ -146,7 +146,8 @@ def _orthonormal(vectors: Sequence[Tensor], over_rows: Sum) -> list[Tensor]:
     found = []
     for y, gram in zip(vectors, grams, strict=True):
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        size = or_one((gram * eye).sum((-2, -1), keepdim=True))  # the trace
+        # The trace; inductor warns of a view of the diagonal.
+        size = or_one((gram * eye).sum((-2, -1), keepdim=True))
         factor = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L
         unit = y / size.sqrt()
         found.append(torch.linalg.solve_triangular(factor.mT, unit, upper=True, left=False))

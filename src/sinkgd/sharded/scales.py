@@ -102,10 +102,7 @@ def _iterate(
     m = rows.of_matrices([place.rows for place in places])
     n = rows.of_matrices([place.cols for place in places])
     low, high = no_movement(0.0 if tol is None else tol)
-    r2, c2 = rows.ones(), cols.ones()
-    for own, start in zip(cols.split(c2), starts, strict=True):
-        if start is not None:
-            own.copy_(start.double().square())
+    r2, c2 = rows.ones(), _started(cols, starts)
     live_cols = n
     moving = torch.ones_like(m, dtype=torch.bool)
     for number in range(num_iters):
@@ -132,6 +129,15 @@ def _iterate(
     found = zip(rows.split(r2), cols.split(c2), strict=True)
     scales = [_scales(*pair, grad.dtype) for pair, grad in zip(found, grads, strict=True)]
     return Found(scales, rows.all_of(live_rows.isfinite()))
+
+
+def _started(cols: "_Vectors", starts: Sequence[Tensor | None]) -> Tensor:
+    """Return the squares of the column scales to begin from, 1 where none are given."""
+    c2 = cols.ones()
+    for own, start in zip(cols.split(c2), starts, strict=True):
+        if start is not None:
+            own.copy_(start.double().square())
+    return c2
 
 
 class _Vectors:

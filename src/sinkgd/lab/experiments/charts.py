@@ -39,7 +39,7 @@ def _along(arms: Sequence[ArmResults], along: Axis, identities: Identities) -> F
     lines: dict[str, list[ArmResults]] = {}
     for one in arms:
         if one.arm.value is not None:
-            series = one.arm.series or str(one.arm.overrides["optimizer.recipe"])
+            series = one.arm.series or one.arm.recipe
             lines.setdefault(series, []).append(one)
     data = [trace for recipe, line in lines.items() for trace in _line(recipe, line, identities)]
     levels = [one for one in arms if one.arm.value is None and one.loss is not None]

@@ -111,11 +111,11 @@ def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
 
 
 def _only(arms: tuple[Arm, ...], recipes: Sequence[str]) -> tuple[Arm, ...]:
-    known = dict.fromkeys(str(arm.overrides["optimizer.recipe"]) for arm in arms)
+    known = dict.fromkeys(arm.recipe for arm in arms)
     for recipe in recipes:
         if recipe not in known:
             raise ConfigError(
                 f"optimizer is {recipe!r}, which no arm of the study has; did you mean "
                 f"{nearest(recipe, known)!r}? There are {', '.join(known)}"
             )
-    return tuple(arm for arm in arms if arm.overrides["optimizer.recipe"] in recipes)
+    return tuple(arm for arm in arms if arm.recipe in recipes)

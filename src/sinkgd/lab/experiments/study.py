@@ -47,6 +47,11 @@ class Arm:
     control: bool = False  # another arms are compared with
     series: str = ""  # what joins arms along the axis; by default the recipe
 
+    @property
+    def recipe(self) -> str:
+        """Name of the optimizer's recipe."""
+        return str(self.overrides["optimizer.recipe"])
+
     def points(self) -> tuple[dict[str, float], ...]:
         """List the points of the grid; none where nothing is tuned."""
         if not self.tuned:

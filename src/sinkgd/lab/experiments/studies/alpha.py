@@ -1,7 +1,6 @@
 """How large the matrices' rate may be beside that of everything else."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR, controls
@@ -43,35 +42,34 @@ def judge(results: StudyResults) -> Verdict:
     sentences: list[str] = []
     warnings = cautions(results)
     for recipe in RECIPES:
-        own = [a for a in results.candidates if a.arm.overrides["optimizer.recipe"] == recipe]
+        own = ranked([one for one in results.candidates if one.arm.recipe == recipe])
         if own:
-            sentences += _beside_the_published(results, recipe, ranked(own))
+            sentences += _beside_the_published(results, own)
             warnings += _at_an_edge(own)
     sentences += against_controls(results, best)
     return Verdict(lowest(results, best), tuple(sentences), tuple(warnings))
 
 
-def _beside_the_published(
-    results: StudyResults, recipe: str, own: Sequence[ArmResults]
-) -> list[str]:
+def _beside_the_published(results: StudyResults, own: Sequence[ArmResults]) -> list[str]:
     """Compare the published α of one recipe with its best, the first of ``own``."""
     published = next((one for one in own if one.arm.value == PUBLISHED), None)
     if published is None:
         return []
     if published is own[0]:
-        return [f"The best α of {recipe} is the published value."]
+        return [f"The best α of {published.arm.recipe} is the published value."]
     return [compared(published.arm.name, results.difference(published, own[0]), own[0].arm.name)]
 
 
 def _at_an_edge(own: Sequence[ArmResults]) -> list[str]:
-    values = sorted(one.arm.value for one in own if one.arm.value is not None)
-    best = ranked(own)[0].arm
-    if len(values) < 2 or best.value not in (values[0], values[-1]):
+    """Caution where the best α, the first of ``own``, has nothing tried on one side of it."""
+    best = own[0].arm
+    values = [one.arm.value for one in own if one.arm.value is not None]
+    if len(values) < 2 or best.value not in (min(values), max(values)):
         return []
     return [f"The best α is at the edge of what was tried: {best.name}. Try more with --alpha."]
 
 
-_ARMS = (*chain.from_iterable(map(arms_with, ALPHAS)), *controls(_ADAMW, _ONE_LR))
+_ARMS = (*(arm for alpha in ALPHAS for arm in arms_with(alpha)), *controls(_ADAMW, _ONE_LR))
 
 ALPHA = Study(
     name="alpha",

@@ -64,12 +64,12 @@ def judge(results: StudyResults) -> Verdict:
     sentences = [
         compared(one.arm.name, results.difference(one, other), other.arm.name)
         for one in results.candidates
-        for other in (*_plain_beside(results, one), *_at_the_same_size(results, one))
+        for other in _beside(results, one)
     ]
     headline = " ".join(
-        _standing(results, name, [one for one in results.candidates if _recipe(one) == recipe])
+        _standing(results, name, own)
         for recipe, name in CANDIDATES.items()
-        if any(_recipe(one) == recipe for one in results.candidates)
+        if (own := [one for one in results.candidates if one.arm.recipe == recipe])
     )
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
@@ -79,8 +79,8 @@ def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> 
     standings = [
         (one.arm.value or 0.0, results.difference(one, control))
         for one in sizes
-        for control in _at_the_same_size(results, one)
-        if _recipe(control) == CONTROL
+        for control in _beside(results, one)
+        if control.arm.recipe == CONTROL
     ]
     if not standings:
         return f"No batch has a result of both {name} and AdamW yet."
@@ -97,23 +97,14 @@ def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> 
     return f"{name} {' and '.join(parts)} sequences{', level elsewhere' if rest else ''}."
 
 
-def _plain_beside(results: StudyResults, one: ArmResults) -> list[ArmResults]:
-    """Return plain SinkGD at the same size, unless ``one`` is plain itself."""
-    if _recipe(one) == PLAIN:
-        return []
+def _beside(results: StudyResults, one: ArmResults) -> list[ArmResults]:
+    """List what a candidate is compared with at its size: plain SinkGD and the controls."""
+    plain = [other for other in results.candidates if other.arm.recipe == PLAIN]
     return [
         other
-        for other in results.candidates
-        if _recipe(other) == PLAIN and other.arm.value == one.arm.value
+        for other in (*plain, *results.controls)
+        if other is not one and other.arm.value == one.arm.value
     ]
-
-
-def _at_the_same_size(results: StudyResults, one: ArmResults) -> list[ArmResults]:
-    return [control for control in results.controls if control.arm.value == one.arm.value]
-
-
-def _recipe(one: ArmResults) -> str:
-    return str(one.arm.overrides["optimizer.recipe"])
 
 
 def _setting(
