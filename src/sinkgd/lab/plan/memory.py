@@ -18,9 +18,9 @@ from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRIC
 from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES, SCRATCH_BYTES
 
 _FLOAT32 = 4
-# Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 60 to 67
+# Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 51 to 58
 # measured on llama-9m, 20m and 60m over 16 ranks; tests/lab/plan/test_traffic.py.
-_SHARDED_SCALE = 68
+_SHARDED_SCALE = 59
 _TOKEN = 8  # bytes of a token id, and of a target
 
 
