@@ -1,12 +1,19 @@
-r"""Lower a matrix's leading singular values to the others', for a few readings of the matrix.
+r"""Lower a matrix's leading singular values to the others', in two readings of the matrix.
 
-No singular value is computed. Two rounds of a block power iteration, from a fixed block Ω, find an
-orthonormal basis Q of k leading directions. In it the leading part of the matrix is B = Qᵀ X, whose
-rows are nearly orthogonal and nearly as long as singular values:
+No singular value is computed. From a fixed block Ω, a reading finds :math:`X^\top X \Omega`, and
+the next one what X makes of its directions V, and of these in turn. That is two rounds of a block
+power iteration, and as :math:`B = X^\top Q` follows from :math:`X^\top Z`, no third reading is
+needed:
 
 .. math::
-    Q = \mathrm{orth}(X \Omega), \quad Q \leftarrow \mathrm{orth}(X X^\top Q), \qquad
-    B = Q^\top X, \qquad X \leftarrow X - Q\, \mathrm{diag}(1 - \ell / b)\, B
+    V = \mathrm{orth}(X^\top X \Omega), \qquad Z = X V, \qquad C = X^\top Z, \qquad
+    Z = Q R, \qquad B = C R^{-1}
+
+Q is an orthonormal basis of k leading directions. In it the leading part of the matrix is B, whose
+columns are nearly orthogonal and nearly as long as singular values;
+
+.. math::
+    X \leftarrow X - Q\, \mathrm{diag}(1 - \ell / b)\, B^\top
 
 brings those of a length b above ℓ to ℓ, the root-mean-square of the other singular values,
 
@@ -20,22 +27,98 @@ Letters, everywhere in this file:
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 
-Sum = Callable[[list[Tensor]], list[Tensor]]  # of float64 numbers, one tensor a matrix
+Sum = Callable[[list[Tensor]], list[Tensor]]  # of float64 numbers, in place or not
 
-# Nothing is lowered to less than this part of the longest row of B: where a matrix has no more than
-# k directions, the others are rounding errors, and must not come to count.
+# Nothing is lowered to less than this part of the longest column of B: where a matrix has no more
+# than k directions, the others are rounding errors, and must not come to count.
 LEAST_LEVEL = 2.0**-10
-# Added to the products of k vectors, relative, so that they have a Cholesky factor in any case.
+# Added to products of k vectors, relative to their trace, so that these have a Cholesky factor in
+# any case.
 _RIDGE = 2.0**-48
+# A direction of Z that is shorter than this part of all together is not lowered, as what B has for
+# it are rounding errors: 2^-24 of the longest, times 2^13, are below the least level.
+_SHORTEST = 2.0**-13
 # The golden ratio's fraction is far from all fractions, so that the sines of its multiples by the
 # squares 1, 4, 9, … repeat nothing.
 _IRRATIONAL = 0.6180339887498949
+
+
+class LowRank(NamedTuple):
+    """A matrix of low rank, ``left @ right.mT``."""
+
+    left: Tensor  # (..., m, k)
+    right: Tensor  # (..., n, k)
+
+    @property
+    def mT(self) -> "LowRank":  # noqa: N802 - as of a tensor
+        """The same with rows and columns exchanged."""
+        return LowRank(self.right, self.left)
+
+
+class Leading(NamedTuple):
+    """What deflation takes away from a matrix, and what it leaves."""
+
+    taken: LowRank  # float64
+    square: Tensor  # of the Frobenius norm of the rest, (..., 1, 1) float64
+
+
+class Products(Protocol):
+    """Products of some X ``(..., m, n)`` with k vectors each, to be asked for again and again.
+
+    What is given and returned is float64, one tensor for each X.
+    """
+
+    def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return X V of each V ``(..., n, k)``."""
+        ...
+
+    def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return Xᵀ Y of each Y ``(..., m, k)``."""
+        ...
+
+    def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return X V and Xᵀ X V of each V ``(..., n, k)``."""
+        ...
+
+    def squares(self) -> list[Tensor]:
+        """Return the square of each Frobenius norm, ``(..., 1, 1)``; known once X and Xᵀ were."""
+        ...
+
+
+class StoredProducts:
+    """Products of matrices that are there, by torch.
+
+    Args:
+        xs: ``(..., m, n)``, float32 or float64, each as `matrix_buffer` makes them.
+    """
+
+    def __init__(self, xs: Sequence[Tensor]) -> None:
+        self.xs = xs
+
+    def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return X V of each."""
+        return [(x @ v.to(x.dtype)).double() for x, v in zip(self.xs, blocks, strict=True)]
+
+    def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return Xᵀ Y of each."""
+        return [(x.mT @ y.to(x.dtype)).double() for x, y in zip(self.xs, blocks, strict=True)]
+
+    def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return X V and Xᵀ X V of each."""
+        rows = self.of_rows(blocks)
+        return rows, self.of_cols(rows)
+
+    def squares(self) -> list[Tensor]:
+        """Return the square of each Frobenius norm."""
+        norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True).double() for x in self.xs]
+        return [norm.square().sum(-2, keepdim=True) for norm in norms]
 
 
 def deflate(x: Tensor, rank: int) -> Tensor:
@@ -65,7 +148,7 @@ def deflate(x: Tensor, rank: int) -> Tensor:
     result = matrix_buffer(x)
     size = or_one(largest_entry(x.detach(), (-2, -1)))
     torch.div(x.detach(), size, out=result)
-    deflate_whole_(result, rank)
+    deflate_(result, rank)
     return result.mul_(size)
 
 
@@ -75,55 +158,54 @@ def check_rank(rank: int) -> None:
         raise ValueError(f"rank must be at least 1, got {rank}")
 
 
-def deflate_whole_(x: Tensor, rank: int) -> None:
+def deflate_(x: Tensor, rank: int) -> None:
     """Lower the leading singular values of each matrix of ``(..., m, n)``, not empty, in place.
 
-    Its entries are to be of a size whose square is in range.
+    Its entries are to be of a size whose square is in range; it is as `matrix_buffer` makes it.
     """
     m, n = x.shape[-2:]
     k = min(rank, m - 1, n - 1)
     if k > 0:
-        deflate_([x], [fixed_block((n, k), x.device)], [(m, n)], _as_they_are, _as_they_are)
+        block = fixed_block((n, k), x.device).expand(*x.shape[:-2], n, k)
+        ((taken, _),) = find_leading(StoredProducts([x]), [block], [(m, n)], _as_they_are)
+        take_away_(x, taken)
 
 
-def deflate_(
-    xs: Sequence[Tensor],
+def find_leading(
+    products: Products,
     blocks: Sequence[Tensor],
     shapes: Sequence[tuple[int, int]],
     over_rows: Sum,
-    over_columns: Sum,
-) -> list[Tensor]:
-    """Lower the leading singular values of matrices that may lie in pieces, in place.
+    over_columns: Sum | None = None,
+) -> list[Leading]:
+    """Find what lowers the leading singular values of matrices that may lie in pieces.
 
     Args:
-        xs: Matrices, or this rank's pieces of them, in float32 or float64; each as `matrix_buffer`
-            makes them.
+        products: Of the matrices, or this rank's pieces of them, in a size whose square is in
+            range.
         blocks: Ω of each, ``(..., n, k)`` float64: its rows for the columns that this rank has.
         shapes: m and n of the whole matrices; k is less than both.
         over_rows: Adds up what ranks found along their pieces of columns.
-        over_columns: Adds up what they found along their pieces of rows.
-
-    Returns:
-        The square of the Frobenius norm of each that is left, ``(..., 1, 1)`` float64.
+        over_columns: Adds up what they found along their pieces of rows; None where rows are whole.
     """
-    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True).double() for x in xs]
-    squares = [norm.square().sum(-2, keepdim=True) for norm in norms]
-    wholes = over_columns(over_rows(squares))
-    basis = _orthonormal(over_columns(_products(xs, blocks)), over_rows)
-    ahead = over_rows(_products([x.mT for x in xs], basis))
-    basis = _orthonormal(over_columns(_products(xs, ahead)), over_rows)
-    rows = over_rows(_products([x.mT for x in xs], basis))  # of B, as columns: (..., n, k)
-    lengths = over_columns([b.square().sum(-2, keepdim=True) for b in rows])  # b², (..., 1, k)
-    left = []
-    for x, q, b, length, whole, (m, n) in zip(
-        xs, basis, rows, lengths, wholes, shapes, strict=True
-    ):
-        rest = (whole - length.sum(-1, keepdim=True)).clamp_(min=0) / (min(m, n) - q.shape[-1])
-        level = torch.maximum(rest, LEAST_LEVEL**2 * length.amax(-1, keepdim=True))
-        gone = (1 - (level / or_one(length)).sqrt_()).clamp_(min=0)  # 1 - ℓ / b
-        _take_away_(x, (q * gone).to(x.dtype), b.to(x.dtype))
-        left.append(whole - (length * (1 - (1 - gone).square())).sum(-1, keepdim=True))
-    return left
+    _, ahead = _of_both(products, blocks, over_columns)
+    ahead, squares = _halves(over_rows([*ahead, *products.squares()]))
+    grams = [y.mT @ y for y in ahead]
+    if over_columns is not None:
+        grams, squares = _halves(over_columns([*grams, *squares]))
+    basis = [_divided(y, _root(gram)) for y, gram in zip(ahead, grams, strict=True)]
+    rows, columns = _of_both(products, basis, over_columns)
+    columns, grams = _halves(over_rows([*columns, *(z.mT @ z for z in rows)]))
+    roots = [_root(gram) for gram in grams]
+    left = [_divided(z, root) for z, root in zip(rows, roots, strict=True)]
+    right = [_divided(c, root) * _is_known(root) for c, root in zip(columns, roots, strict=True)]
+    lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
+    if over_columns is not None:
+        lengths = over_columns(lengths)
+    return [
+        _lowering(LowRank(q, b), length, square, min(shape))
+        for q, b, length, square, shape in zip(left, right, lengths, squares, shapes, strict=True)
+    ]
 
 
 def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:
@@ -132,32 +214,67 @@ def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:
     return places.square_().mul_(_IRRATIONAL).sin_().view(*shape)
 
 
-def _products(xs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Multiply each matrix with k vectors, in its own dtype; return float64."""
-    return [(x @ own.to(x.dtype)).double() for x, own in zip(xs, vectors, strict=True)]
+def take_away_(x: Tensor, taken: LowRank) -> None:
+    """Subtract a matrix of low rank from ``(..., m, n)``, without making it."""
+    left, right = (y.to(x.dtype) for y in taken)
+    own, left, right = (y.unsqueeze(0).flatten(0, -3) for y in (x, left, right))
+    own.baddbmm_(left, right.mT, alpha=-1)
 
 
-def _orthonormal(vectors: Sequence[Tensor], over_rows: Sum) -> list[Tensor]:
-    """Return orthonormal vectors that span the same, by Cholesky's decomposition of products.
+def _of_both(
+    products: Products, blocks: Sequence[Tensor], over_columns: Sum | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return X V of this rank's rows, and its part of Xᵀ X V."""
+    if over_columns is None:
+        return products.of_both(blocks)
+    rows = over_columns(products.of_rows(blocks))
+    return rows, products.of_cols(rows)
 
-    Where there are fewer directions than vectors, some come out shorter than 1.
+
+def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what travelled in one message, of all matrices one number and then the other."""
+    half = len(numbers) // 2
+    return numbers[:half], numbers[half:]
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return R, upper triangular, with RᵀR the products ``(..., k, k)`` of k vectors.
+
+    Where these have fewer directions, what is divided by R comes out shorter than 1 along others.
     """
-    grams = over_rows([y.mT @ y for y in vectors])
-    found = []
-    for y, gram in zip(vectors, grams, strict=True):
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        # The trace; inductor warns of a view of the diagonal.
-        size = or_one((gram * eye).sum((-2, -1), keepdim=True))
-        factor = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L
-        unit = y / size.sqrt()
-        found.append(torch.linalg.solve_triangular(factor.mT, unit, upper=True, left=False))
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # The trace; inductor warns of a view of the diagonal.
+    size = or_one((gram * eye).sum((-2, -1), keepdim=True))
+    lower: Tensor = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L
+    return lower.mT * size.sqrt()
+
+
+def _is_known(root: Tensor) -> Tensor:
+    """Say which directions are longer than rounding errors, ``(..., 1, k)`` of bool."""
+    lengths: Tensor = torch.diagonal_copy(root, dim1=-2, dim2=-1).unsqueeze(-2)
+    known: Tensor = lengths > _SHORTEST * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
+    return known
+
+
+def _divided(y: Tensor, root: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.solve_triangular(root, y, upper=True, left=False)
     return found
 
 
-def _take_away_(x: Tensor, left: Tensor, right: Tensor) -> None:
-    """Subtract the matrices ``left @ right.mT``, without making them."""
-    own, left, right = (y.unsqueeze(0).flatten(0, -3) for y in (x, left, right))
-    own.baddbmm_(left, right.mT, alpha=-1)
+def _lowering(found: LowRank, length: Tensor, square: Tensor, shorter: int) -> Leading:
+    """Return what brings directions of lengths b down to those of the rest.
+
+    Args:
+        found: Q and B.
+        length: b², ``(..., 1, k)``.
+        square: Of the Frobenius norm of X, ``(..., 1, 1)``.
+        shorter: min(m, n).
+    """
+    rest = (square - length.sum(-1, keepdim=True)).clamp_(min=0) / (shorter - length.shape[-1])
+    level = torch.maximum(rest, LEAST_LEVEL**2 * length.amax(-1, keepdim=True))
+    gone = (1 - (level / or_one(length)).sqrt_()).clamp_(min=0)  # 1 - ℓ / b
+    left = square - (length * (1 - (1 - gone).square())).sum(-1, keepdim=True)
+    return Leading(LowRank(found.left * gone, found.right), left)
 
 
 def _as_they_are(numbers: list[Tensor]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from typing import Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import check_rank, deflate_whole_
+from sinkgd.deflation import check_rank, deflate_
 from sinkgd.newton_schulz import (
     largest_entry,
     matrix_buffer,
@@ -176,7 +176,7 @@ class DeflatedNorm(_BuiltIn):
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Lower what stands out, and scale the whole."""
         torch.div(x, or_one(largest_entry(x, (-2, -1))), out=result)
-        deflate_whole_(result, self.rank)
+        deflate_(result, self.rank)
         return _scale(result, (-2, -1), result, spare)
 
 

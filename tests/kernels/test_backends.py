@@ -282,8 +282,8 @@ class TestUpdate:
         scales = backend.scales([grad], 5)
         # 2^-9 of a parameter is a tie for many of them
         for row, col in (scales[0], [torch.ones_like(scales[0].row), scales[0].col.sign()]):
-            backend.update_([narrow], [grad], [(row, col)], keep=keep, step=-(2.0**-9))
-            backend.update_([wide], [grad], [(row, col)], keep=keep, step=-(2.0**-9))
+            backend.update_([narrow], [grad], [Scales(row, col)], keep=keep, step=-(2.0**-9))
+            backend.update_([wide], [grad], [Scales(row, col)], keep=keep, step=-(2.0**-9))
             assert torch.equal(narrow.nan_to_num(), wide.bfloat16().nan_to_num())
             assert torch.equal(narrow.isnan(), wide.isnan())
             wide = narrow.float()

@@ -11,12 +11,32 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sinkgd.deflation import LowRank, Products
+
 
 class Scales(NamedTuple):
     """The pair for which ``row * grad * col`` is multi-normalized, in float32 or float64."""
 
     row: Tensor  # r, (..., m, 1)
     col: Tensor  # c, (..., 1, n)
+
+    @property
+    def mT(self) -> "Scales":  # noqa: N802 - as of a tensor
+        """Those of the matrix with rows and columns exchanged."""
+        return Scales(self.col.mT, self.row.mT)
+
+
+class Lowered(NamedTuple):
+    """Scales, and what is to be taken away from ``row * grad * col``."""
+
+    row: Tensor  # (..., m, 1)
+    col: Tensor  # (..., 1, n)
+    taken: LowRank  # (..., m, n), float32 or float64
+
+    @property
+    def mT(self) -> "Lowered":  # noqa: N802 - as of a tensor
+        """The same of the matrix with rows and columns exchanged."""
+        return Lowered(self.col.mT, self.row.mT, self.taken.mT)
 
 
 class Matrices(NamedTuple):
@@ -27,6 +47,13 @@ class Matrices(NamedTuple):
     owners: Sequence[range]  # of each parameter, which of these are it; in order, and all
     starts: Sequence[Tensor | None] | None = None  # as in `Backend.scales`
     keys: Sequence[Tensor] | None = None  # as in `Backend.update_`
+
+
+class Stack(NamedTuple):
+    """Gradients of one shape and dtype that lie alike in memory; together ``(s, ..., m, n)``."""
+
+    grads: Sequence[Tensor]  # s of them, (..., m, n)
+    scales: Sequence[Scales]
 
 
 class Descent(NamedTuple):
@@ -91,6 +118,10 @@ class Backend(Protocol):
         """Return the sums of the squares of gradients, which may be pieces, and empty."""
         ...
 
+    def products(self, stacks: Sequence[Stack]) -> Products:
+        """Return the products of the updates ``row * grad * col`` of each stack."""
+        ...
+
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool, on their device: whether each is finite throughout.
 
@@ -102,7 +133,7 @@ class Backend(Protocol):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales],
+        scales: Sequence[Scales | Lowered],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -110,6 +141,8 @@ class Backend(Protocol):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once.
+
+        Of `Lowered` scales what is taken is subtracted from ``row * grad * col``.
 
         Where ``allowed`` is given, a 0-dim bool a parameter on its device, False leaves the
         parameter as it is, whatever the gradient holds.

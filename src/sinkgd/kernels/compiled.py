@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sinkgd.deflation import StoredProducts
 from sinkgd.kernels import registry
-from sinkgd.kernels.backend import Backend, Scales
+from sinkgd.kernels.backend import Backend, Lowered, Scales, Stack
 from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.two_halves import TwoHalves
 
@@ -61,6 +63,10 @@ class CompiledBackend(TwoHalves):
         """Return the sums of the squares of gradients, in plain torch."""
         return EagerSums(grads)
 
+    def products(self, stacks: Sequence[Stack]) -> StoredProducts:
+        """Return the products of updates; the compiler can look into these."""
+        return eager_products(stacks)
+
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool; the compiler can look into this one."""
         return EagerBackend().are_finite(tensors)
@@ -69,7 +75,7 @@ class CompiledBackend(TwoHalves):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales],
+        scales: Sequence[Scales | Lowered],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -77,11 +83,12 @@ class CompiledBackend(TwoHalves):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
+        grads, pairs = nothing_to_take(grads, scales)
         update_(
             list(params),
             list(grads),
-            [row for row, _ in scales],
-            [col for _, col in scales],
+            [row for row, _ in pairs],
+            [col for _, col in pairs],
             _as_tensor(keep),
             _as_tensor(step),
             self.name,

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.backend import Scales
+from sinkgd.deflation import StoredProducts
+from sinkgd.kernels.backend import Lowered, Scales, Stack
 from sinkgd.kernels.level import level_
+from sinkgd.kernels.products import eager_products, made
 from sinkgd.kernels.rounding import round_to_bfloat16
 from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.two_halves import TwoHalves
@@ -52,6 +54,10 @@ class EagerBackend(TwoHalves):
         """Return the sums of the squares of gradients."""
         return EagerSums(grads)
 
+    def products(self, stacks: Sequence[Stack]) -> StoredProducts:
+        """Return the products of updates, of which copies are made."""
+        return eager_products(stacks)
+
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
         extremes = [torch.aminmax(x.detach()) for x in tensors]  # a NaN anywhere makes both NaN
@@ -61,7 +67,7 @@ class EagerBackend(TwoHalves):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales],
+        scales: Sequence[Scales | Lowered],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -69,12 +75,10 @@ class EagerBackend(TwoHalves):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
-        for i, (param, grad, (row, col)) in enumerate(zip(params, grads, scales, strict=True)):
-            update = grad.to(row.dtype) * row
-            update *= col
+        for i, (param, grad, own) in enumerate(zip(params, grads, scales, strict=True)):
             descend_(
                 param,
-                update,
+                made(grad, own),
                 keep=keep,
                 step=step,
                 allowed=None if allowed is None else allowed[i],

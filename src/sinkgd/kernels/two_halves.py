@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.backend import Backend, Descent, Matrices, Scales
+from sinkgd.kernels.backend import Backend, Descent, Lowered, Matrices, Scales
 
 
 class TwoHalves:
@@ -24,21 +24,21 @@ class TwoHalves:
         """Find all scales, then take all steps."""
         scales = self.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
         descent = Descent(finite_of(scales, matrices.owners), scales)
-        take_steps(self, matrices, descent, keep=keep, step=step, overflow=overflow)
+        take_steps(self, matrices, *descent, keep=keep, step=step, overflow=overflow)
         return descent
 
 
 def take_steps(
     backend: Backend,
     matrices: Matrices,
-    descent: Descent,
+    finite: Tensor,
+    scales: Sequence[Scales | Lowered],
     *,
     keep: float | Tensor,
     step: float | Tensor,
     overflow: Tensor | None = None,
 ) -> None:
     """Update the parameters by scales that are known, but for those of gradients not finite."""
-    finite, scales = descent
     allowed = finite if overflow is None else finite & ~overflow
     all_may = overflow is None and _all_here(finite)
     backend.update_(

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from sinkgd.kernels.backend import Descent, Matrices, Scales
+from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Stack
 from sinkgd.kernels.cpu.form import DTYPES, Form
 from sinkgd.kernels.cpu.jobs import LookJob, MatricesJob, Write
 from sinkgd.kernels.cpu.piece_sums import CpuSums
+from sinkgd.kernels.cpu.products import CpuProducts, beside_rows
 from sinkgd.kernels.cpu.reading import Reading
 from sinkgd.kernels.cpu.sources import beside, writable
 from sinkgd.kernels.cpu.team import torch_team
@@ -63,7 +64,7 @@ class CpuBackend:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales],
+        scales: Sequence[Scales | Lowered],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -75,9 +76,9 @@ class CpuBackend:
         read: list[Tensor] = []  # keeps copies alive until the job is done
         written: list[Tensor] = []
         others: list[int] = []
-        for i, (param, grad, (row, col)) in enumerate(zip(params, grads, scales, strict=True)):
+        for i, (param, grad, own) in enumerate(zip(params, grads, scales, strict=True)):
             flag = None if allowed is None else allowed[i]
-            form = writable(param) if _are_usual(row, col, flag) else None
+            form = writable(param) if _are_usual(own, flag) else None
             source = None if form is None else beside(grad, param, form)
             if form is None or source is None:
                 others.append(i)
@@ -88,7 +89,12 @@ class CpuBackend:
                 flag=0 if flag is None else flag.data_ptr(),
                 key=None if keys is None else int(keys[i]),
             )
-            scales_at = row.data_ptr(), col.data_ptr()
+            if isinstance(own, Lowered):
+                left, right = beside_rows(own.taken.mT if form.turned else own.taken)
+                width, at = left.shape[-1], (left.data_ptr(), right.data_ptr())
+                write = write._replace(width=width, left=at[0], right=at[1])
+                read += (left, right)
+            scales_at = own.row.data_ptr(), own.col.data_ptr()
             job.add(source.tensor.data_ptr(), source.form, scales_at, write)
             read.append(source.tensor)
             written.append(param)
@@ -153,6 +159,10 @@ class CpuBackend:
         """Return the sums of the squares of gradients."""
         return CpuSums(grads)
 
+    def products(self, stacks: Sequence[Stack]) -> CpuProducts:
+        """Return the products of updates, straight from the gradients."""
+        return CpuProducts(stacks)
+
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
         flags = [True] * len(tensors)
@@ -169,12 +179,9 @@ class CpuBackend:
         return torch.tensor(flags)
 
 
-def _are_usual(row: Tensor, col: Tensor, flag: Tensor | None) -> bool:
-    return (
-        row.dtype == col.dtype == torch.float32
-        and row.is_contiguous()
-        and col.is_contiguous()
-        and (flag is None or (flag.dtype == torch.bool and flag.is_cpu))
+def _are_usual(scales: Scales | Lowered, flag: Tensor | None) -> bool:
+    return all(x.dtype == torch.float32 and x.is_contiguous() for x in scales[:2]) and (
+        flag is None or (flag.dtype == torch.bool and flag.is_cpu)
     )
 
 

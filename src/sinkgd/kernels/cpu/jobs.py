@@ -20,7 +20,9 @@ from sinkgd.kernels.cpu.tables import (
     HEADER_FIELDS,
     LOOK_FIELDS,
     MATRIX_FIELDS,
+    PRODUCT_FIELDS,
     SUMS_FIELDS,
+    VECTORS,
 )
 from sinkgd.kernels.cpu.team import torch_team
 from sinkgd.kernels.eager import no_movement
@@ -41,6 +43,19 @@ class Write(NamedTuple):
     form: Form
     flag: int = 0  # the address of a bool that allows the update, or 0
     key: int | None = None  # of stochastic rounding
+    width: int = 0  # of what is taken away, numbers a row in memory
+    left: int = 0  # the addresses of what `beside_rows` returns
+    right: int = 0
+
+
+class Vectors(NamedTuple):
+    """What a matrix is multiplied with and what comes of it, by addresses; 0 where it is absent."""
+
+    blocks: int  # of eight vectors each
+    wide: int  # vectors along the rows in memory, each without gaps
+    tall: int  # all numbers of a row in memory beside each other: the product with these, or given
+    down: int  # the product of the transpose with what is in ``tall``; lies as ``wide``
+    squares: int  # the sum of squares of every row in memory; where there is ``wide``
 
 
 class MatricesJob:
@@ -80,17 +95,21 @@ class MatricesJob:
         u, v = (scales[1], scales[0]) if turned else scales
         if write is None:
             params, how = (0,) * len(offsets), (0, 0, 0, 0, 0)
+            width = left = right = 0
         else:
-            param, beside, flag, key = write
+            param, beside, flag, key, width, left, right = write
             params = tuple(param + offset for offset in beside.offsets)
             how = (beside.ld, beside.dtype, flag, key is not None, key or 0)
         place = 0
         for offset, param in zip(offsets, params, strict=True):
             self.fields += (
                 grad + offset, P, Q, ld, dtype, turned, u, v, started, 0, param, *how, place,
+                width // VECTORS, left, right,
             )  # fmt: skip
             u += 4 * P
             v += 4 * Q
+            left += 4 * P * width
+            right += 4 * width * Q
             place += P * Q
         self.longest = max(self.longest, Q)
         self.entries += place
@@ -158,6 +177,41 @@ class SumsJob:
         _run("add_up", self._table, SUMS_FIELDS, self.entries, 0, 0, scratch, stride)
 
 
+class ProductsJob:
+    """A table of updates X = row * grad * col to multiply with a few vectors, in one reading."""
+
+    def __init__(self) -> None:
+        self.fields: list[int] = []
+        self.longest = 0
+        self.entries = 0
+
+    def add(
+        self, grad: int, form: Form, scales: tuple[int, int], vectors: Vectors, *, place: int
+    ) -> None:
+        """Add one matrix of the gradient at ``grad``.
+
+        Args:
+            grad: The address of the gradient.
+            form: Its form.
+            scales: The addresses of the row and column scales of this matrix, float32.
+            vectors: What it is multiplied with, and where the products go.
+            place: Which matrix of the gradient it is.
+        """
+        P, Q, ld, dtype, turned, offsets = form[:6]
+        u, v = (scales[1], scales[0]) if turned else scales
+        self.fields += (grad + offsets[place], P, Q, ld, dtype, u, v, *vectors)
+        self.longest = max(self.longest, VECTORS * vectors.blocks * Q if vectors.down else 0)
+        self.entries += P * Q
+
+    def run(self) -> None:
+        """Multiply."""
+        # Two pieces for sums that take turns; no two threads share a line.
+        stride = 2 * 128 * (4 * self.longest // 128 + 2)
+        scratch = _scratch(torch.get_num_threads() * stride)
+        table = array("q", self.fields)
+        _run("multiply", table, PRODUCT_FIELDS, self.entries, 0, 0, scratch, stride, WHOLE)
+
+
 class LookJob:
     """A table of tensors to look for NaN and infinity in."""
 
@@ -217,10 +271,12 @@ def _loops() -> dict[str, int]:
         step = import_module("sinkgd.kernels.cpu.step")
         look = import_module("sinkgd.kernels.cpu.look")
         sums = import_module("sinkgd.kernels.cpu.sums")
+        products = import_module("sinkgd.kernels.cpu.multiply")
     functions = {
         "find_scales": solve.find_scales,
         "take_steps": step.take_steps,
         "find_bad": look.find_bad,
         "add_up": sums.add_up,
+        "multiply": products.multiply,
     }
     return {name: function.address for name, function in functions.items()}

@@ -45,18 +45,10 @@ from sinkgd.kernels.cpu.invert import (
 )
 from sinkgd.kernels.cpu.step import step_rows
 from sinkgd.kernels.cpu.sweep import sweep
-from sinkgd.kernels.cpu.threads import claim, give_way, num_threads, peek, thread_num
+from sinkgd.kernels.cpu.threads import barrier, claim, num_threads, share, thread_num
 from sinkgd.kernels.cpu.vectors import fill, sum_of
 
-PATIENCE = 10_000  # looks at a counter, each about a nanosecond
 _ENTRY = 8 * t.MATRIX_FIELDS
-
-
-@inlined
-def _share(count, worker, workers, unit):
-    """Where a worker's part of ``count`` begins, in whole units; parts differ by at most one."""
-    units = (count + unit - 1) // unit
-    return min(count, unit * (units * worker // workers))
 
 
 @compiled
@@ -100,7 +92,7 @@ def _reduce(entry, worker, workers, scratch, stride, length, known, lo, hi):
     floor = float32(FLOOR) * (float32(P) + sum_of(get_int(entry + t.U), P))
     tested = known and hi > 0
     sums = scratch + SUMS
-    low, high = _share(Q, worker, workers, LANES), _share(Q, worker + 1, workers, LANES)
+    low, high = share(Q, worker, workers, LANES), share(Q, worker + 1, workers, LANES)
     for j in range(low, high, LANES):
         count = min(LANES, high - j)
         column = load(float32(0), sums + 4 * j, count)
@@ -117,26 +109,10 @@ def _reduce(entry, worker, workers, scratch, stride, length, known, lo, hi):
             put_int(mine + COLUMNS_MOVED, 1)
 
 
-@compiled
-def _barrier(job, team):
-    """Wait until every thread of the team is here.
-
-    A thread that has waited for some microseconds gives way to others: where there are more threads
-    than cores, the one that all wait for may be among them.
-    """
-    place = claim(job + t.ARRIVED)
-    complete = place - place % team + team
-    looks = 0
-    while peek(job + t.ARRIVED) < complete:
-        looks += 1
-        if looks > PATIENCE:
-            give_way()
-
-
 @inlined
 def _wait(job, team, alone):
     if not alone:
-        _barrier(job, team)
+        barrier(job, team)
 
 
 @compiled
@@ -147,8 +123,8 @@ def _begin(entry, first, team, workers):
         start = get_int(entry + (t.U if turned else t.V))
         count = get_int(entry + (t.P if turned else t.Q))
         for worker in range(first, workers, team):
-            low = _share(count, worker, workers, 1)
-            fill(start + 4 * low, _share(count, worker + 1, workers, 1) - low, float32(1))
+            low = share(count, worker, workers, 1)
+            fill(start + 4 * low, share(count, worker + 1, workers, 1) - low, float32(1))
 
 
 @compiled
@@ -170,7 +146,7 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
         length = float32(Q if last_rows else live_columns)
         for worker in range(first, workers, team):
             mine = scratch + worker * stride
-            begin, end = _share(P, worker, workers, ROWS), _share(P, worker + 1, workers, ROWS)
+            begin, end = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
             sweep(
                 entry, mine, mine + stride // 2 + SUMS, begin, end, not turned or number > 0,
                 not last_rows, number % 2 == 0, length, number > turned, lo,
@@ -218,16 +194,16 @@ def _solve(job, entry, first, team, workers, scratch, alone):
     P, Q = get_int(entry + t.P), get_int(entry + t.Q)
     u, v = get_int(entry + t.U), get_int(entry + t.V)
     for worker in range(first, workers, team):
-        low = _share(P, worker, workers, 1)
-        _root(u + 4 * low, _share(P, worker + 1, workers, 1) - low)
-        low = _share(Q, worker, workers, 1)
-        _root(v + 4 * low, _share(Q, worker + 1, workers, 1) - low)
+        low = share(P, worker, workers, 1)
+        _root(u + 4 * low, share(P, worker + 1, workers, 1) - low)
+        low = share(Q, worker, workers, 1)
+        _root(v + 4 * low, share(Q, worker + 1, workers, 1) - low)
     if get_int(entry + t.W) == 0:
         return
     _wait(job, team, alone)
     for worker in range(first, workers, team):
         # A worker steps along the rows that it has read, those of the last pass's end first.
-        low, high = _share(P, worker, workers, ROWS), _share(P, worker + 1, workers, ROWS)
+        low, high = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
         step_rows(entry, low, high, passes % 2 == 0, get_int(job + t.NUMBERS))
 
 
@@ -249,7 +225,7 @@ def find_scales(job):
             shared = True
             _solve(job, entry, first, team, workers, scratch, False)
     if shared:
-        _barrier(job, team)  # what a worker found about the last one has been read by all
+        barrier(job, team)  # what a worker found about the last one has been read by all
     i = claim(job + t.NEXT)
     while i < count:
         entry = table + i * _ENTRY

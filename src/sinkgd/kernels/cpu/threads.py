@@ -1,4 +1,4 @@
-"""What the compiled loops know of other threads: their number, and counters that all share."""
+"""What the compiled loops know of other threads: their number, shared counters, a barrier."""
 
 from typing import Any
 
@@ -7,7 +7,11 @@ from llvmlite.binding import add_symbol
 from numba import int64, types
 from numba.extending import intrinsic
 
+from sinkgd.kernels.cpu import tables as t
+from sinkgd.kernels.cpu.instructions import compiled, inlined
 from sinkgd.kernels.cpu.team import torch_team
+
+PATIENCE = 10_000  # looks at a counter, each about a nanosecond
 
 _I64 = ir.IntType(64)
 
@@ -46,3 +50,26 @@ def peek(typing: Any, address: Any) -> Any:
         return builder.load_atomic(pointer, "seq_cst", 8)
 
     return int64(int64), generate
+
+
+@inlined
+def share(count, worker, workers, unit):
+    """Where a worker's part of ``count`` begins, in whole units; parts differ by at most one."""
+    units = (count + unit - 1) // unit
+    return min(count, unit * (units * worker // workers))
+
+
+@compiled
+def barrier(job, team):
+    """Wait until every thread of the team is here.
+
+    A thread that has waited for some microseconds gives way to others: where there are more threads
+    than cores, the one that all wait for may be among them.
+    """
+    place = claim(job + t.ARRIVED)
+    complete = place - place % team + team
+    looks = 0
+    while peek(job + t.ARRIVED) < complete:
+        looks += 1
+        if looks > PATIENCE:
+            give_way()

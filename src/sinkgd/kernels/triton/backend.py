@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from sinkgd.kernels.backend import Scales
+from sinkgd.deflation import StoredProducts
+from sinkgd.kernels.backend import Lowered, Scales, Stack
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import aligned, dense, dense_layout, may_be_written
+from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.triton.fields import Addresses
 from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
@@ -112,6 +114,10 @@ class TritonBackend(TwoHalves):
         """Return the sums of the squares of gradients, in plain torch."""
         return EagerSums(grads)
 
+    def products(self, stacks: Sequence[Stack]) -> StoredProducts:
+        """Return the products of updates, of which copies are made, in plain torch."""
+        return eager_products(stacks)
+
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
         return EagerBackend().are_finite(tensors)
@@ -120,7 +126,7 @@ class TritonBackend(TwoHalves):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales],
+        scales: Sequence[Scales | Lowered],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -128,11 +134,12 @@ class TritonBackend(TwoHalves):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
+        grads, pairs = nothing_to_take(grads, scales)
         flags = [None] * len(params) if allowed is None else allowed
         bits = [None] * len(params) if keys is None else keys
         others: list[int] = []
         by_device: dict[torch.device, list[_Write]] = {}
-        for i, given in enumerate(zip(params, grads, scales, flags, bits, strict=True)):
+        for i, given in enumerate(zip(params, grads, pairs, flags, bits, strict=True)):
             if _writable(*given):
                 by_device.setdefault(params[i].device, []).append(_Write(*given))
             else:
@@ -145,7 +152,7 @@ class TritonBackend(TwoHalves):
             EagerBackend().update_(
                 [params[i] for i in others],
                 [grads[i] for i in others],
-                [scales[i] for i in others],
+                [pairs[i] for i in others],
                 keep=keep,
                 step=step,
                 allowed=None if allowed is None else [allowed[i] for i in others],

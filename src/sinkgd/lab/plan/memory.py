@@ -15,12 +15,15 @@ from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Work, trace
 from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
-from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES, SCRATCH_BYTES
+from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES, SCRATCH_BYTES, cut
 
 _FLOAT32 = 4
 # Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 51 to 58
 # measured on llama-9m, 20m and 60m over 16 ranks; tests/lab/plan/test_traffic.py.
 _SHARDED_SCALE = 59
+# Bytes a row or column that deflation uses at once for a direction, float64 the more part: 44
+# measured on llama-60m; same file.
+_DIRECTION = 46
 _TOKEN = 8  # bytes of a token id, and of a target
 
 
@@ -90,8 +93,7 @@ def rank_memory(
         moment="",
         all_gradients=gradients,
     )
-    batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
-    scratch = update_scratch(weights, grid, method, batch_bytes, one_by_one=released)
+    scratch = update_scratch(weights, grid, method, device=device, one_by_one=released)
     if grid.dp_shard > 1:
         peaks = _sharded(work, weights, base, gradients)
     else:
@@ -138,19 +140,24 @@ def state_bytes(
 
 
 def update_scratch(
-    weights: Sequence[Weight], grid: Grid, method: Method, batch_bytes: int, *, one_by_one: bool
+    weights: Sequence[Weight],
+    grid: Grid,
+    method: Method,
+    *,
+    device: Literal["cpu", "cuda"],
+    one_by_one: bool,
 ) -> int:
     """Return the bytes that the update allocates and gives back.
 
-    SinkGD needs the scales of all matrices that it updates together, deflated also a copy of some;
-    a method that makes matrices needs some for the largest one, or SWAN for a batch of small ones.
-    What deflation needs for its directions is not counted: a tenth of the copies, for llama-60m.
+    SinkGD needs the scales of all matrices that it updates together, deflated also the directions
+    of some, and on a GPU copies of these; a method that makes matrices needs some for the largest
+    one, or SWAN for a batch of small ones.
 
     Args:
         weights: Of the model.
         grid: The mesh.
         method: The optimizer.
-        batch_bytes: What a batch of small matrices may use.
+        device: Where it computes.
         one_by_one: Whether each matrix is updated by itself.
     """
     matrices = [w for w in weights if w.is_matrix]
@@ -161,14 +168,26 @@ def update_scratch(
         found = scales * (max(lengths) if one_by_one else sum(lengths))
         if method.directions:
             room = 0 if one_by_one else MESH_SCRATCH_BYTES if is_sharded else SCRATCH_BYTES
-            copies = [_FLOAT32 * prod(w.piece) for w in matrices]
-            found += max(*copies, min(sum(copies), room))
+            found += _deflation_scratch(matrices, method.directions, room, copies=device != "cpu")
         return found
     # They work on whole matrices, wherever the pieces lie.
     largest = max(w.count for w in (weights if method.everywhere else matrices)) * _FLOAT32
+    batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
     batch = batch_bytes // MATRICES_IN_USE if method.name == "swan" else 0
     one_shape = max(_same_shape(matrices).values()) * _FLOAT32
     return round(method.scratch * max(largest, min(batch, one_shape)))
+
+
+def _deflation_scratch(
+    matrices: Sequence[Weight], directions: int, room: int, *, copies: bool
+) -> int:
+    """Return what deflation needs for a few matrices at a time, as `few_at_a_time` has them."""
+    sizes = [_FLOAT32 * prod(w.piece) for w in matrices]
+    needs = [
+        (size if copies else 0) + _DIRECTION * directions * sum(w.piece)
+        for size, w in zip(sizes, matrices, strict=True)
+    ]
+    return max(sum(needs[run]) for run in cut(sizes, room))
 
 
 def _same_shape(matrices: Sequence[Weight]) -> Mapping[tuple[int, ...], int]:

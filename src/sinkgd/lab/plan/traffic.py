@@ -101,20 +101,20 @@ def _of_vectors(
         numbers += method.iterations * sum(vector_length(w, grid, group) for w in some)
         if method.directions:
             ways = {_is_cut_by_columns(w, group) for w in some}
-            count += 5 * (False in ways) + 4 * (True in ways)
+            count += 2 * (False in ways) + 4 * (True in ways)
             numbers += sum(_deflation_length(w, group, method.directions) for w in some)
     return count, _FLOAT64 * numbers
 
 
 def _deflation_length(weight: Weight, group: str, directions: int) -> int:
-    """Return the numbers that deflation adds up for a matrix, as `sinkgd.deflation.deflate_` does.
+    """Return the numbers that `sinkgd.deflation.find_leading` adds up for a matrix.
 
-    Over columns in messages of 1, mk, mk and k; over rows of 1, kk, nk, kk and nk.
+    Over columns in messages of mk, kk + 1, mk and k; over rows of nk + 1 and nk + kk.
     """
     k = min(directions, min(weight.shape) - 1)
     if _is_cut_by_columns(weight, group):
-        return 1 + 2 * k * weight.piece[0] + k
-    return 1 + 2 * k * k + 2 * k * weight.divided[1]
+        return 1 + 2 * k * weight.piece[0] + k * k + k
+    return 1 + 2 * k * weight.divided[1] + k * k
 
 
 def _is_cut_by_columns(weight: Weight, group: str) -> bool:

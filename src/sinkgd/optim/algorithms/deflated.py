@@ -1,8 +1,8 @@
 """Updates whose leading singular values are lowered to the others', without state.
 
-The updates X = r G c are made, a few matrices at a time and small ones of one shape in one tensor,
-and deflated where they lie; what follows then sees X as a gradient, with scales that bring it back
-to root-mean-square 1. On a mesh k numbers a row and k a column are added up, never a matrix.
+Of an update X = r G c a backend takes products with k vectors, of small matrices of one shape
+together. What comes of it are scales of root-mean-square 1, and k directions to be taken away when
+the parameter is written. On a mesh k numbers a row and k a column are added up, never a matrix.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import deflate_, fixed_block
-from sinkgd.kernels import Scales
-from sinkgd.newton_schulz import is_transposed, matrix_buffer, or_one
+from sinkgd.deflation import LowRank, find_leading, fixed_block
+from sinkgd.kernels import Backend, Lowered, Scales, Stack
+from sinkgd.kernels.products import nothing_to_take
+from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.optim.algorithms.across import over_columns, over_rows
 from sinkgd.optim.algorithms.contract import Group, Slot, local
 from sinkgd.optim.algorithms.layout import dims_of, rows_then_columns
@@ -58,37 +59,57 @@ def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> l
 
 
 def deflate_parts(
-    parts: Sequence[Part], scales: Sequence[Scales], blocks: Sequence[Tensor]
-) -> tuple[list[Part], list[Scales]]:
-    """Return the deflated updates, as gradients, with scales of root-mean-square 1.
+    parts: Sequence[Part],
+    scales: Sequence[Scales],
+    blocks: Sequence[Tensor],
+    backend: Backend,
+) -> list[Scales | Lowered]:
+    """Return scales of deflated updates, of root-mean-square 1.
 
     Args:
         parts: The gradients, rows the out-features.
         scales: For which ``row * grad * col`` is normalized.
         blocks: Ω of each, as `blocks_of` returns them.
+        backend: What multiplies the updates of this rank's pieces.
     """
-    found_parts, found_scales = list(parts), list(scales)
+    found = list[Scales | Lowered](scales)
     stacks = _alike(parts)
     firsts = [parts[own[0]] for own in stacks]
-    updates = [_updates([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks]
-    squares = deflate_(
-        updates,
+    is_whole = not any(part.place and part.place.row_groups for part in firsts)
+    directions = find_leading(
+        backend.products(
+            [Stack([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks]
+        ),
         [
             torch.stack([blocks[i][..., : min(first.shape) - 1] for i in own])
             for own, first in zip(stacks, firsts, strict=True)
         ],
         [first.shape for first in firsts],
-        lambda numbers: over_rows(numbers, firsts),
-        lambda numbers: over_columns(numbers, firsts),
+        lambda numbers: over_rows(numbers, _each(firsts, numbers)),
+        None if is_whole else lambda numbers: over_columns(numbers, _each(firsts, numbers)),
     )
-    for own, first, update, square in zip(stacks, firsts, updates, squares, strict=True):
-        stretch = (prod(first.shape) / or_one(square)).sqrt_().to(update.dtype)
-        rows = stretch.expand(*update.shape[:-1], 1).contiguous()
-        cols = update.new_ones(*update.shape[:-2], 1, update.shape[-1])
-        for i, x, row, col in zip(own, update, rows, cols, strict=True):
-            found_parts[i] = parts[i]._replace(grad=x)
-            found_scales[i] = Scales(row, col)
-    return found_parts, found_scales
+    for own, first, (away, square) in zip(stacks, firsts, directions, strict=True):
+        dtype = scales[own[0]].row.dtype
+        stretch = (prod(first.shape) / or_one(square)).sqrt_()
+        left = (away.left * stretch).to(dtype)
+        right = away.right.mT.to(dtype).contiguous().mT  # a direction beside the other
+        for i, factor, *pair in zip(own, stretch.to(dtype), left, right, strict=True):
+            row, col = scales[i]
+            found[i] = Lowered(row * factor, col, LowRank(*pair))
+    return found
+
+
+def with_scales_alone(
+    parts: Sequence[Part], scales: Sequence[Scales | Lowered]
+) -> tuple[list[Part], list[Scales]]:
+    """Return updates that are lowered as gradients, for what reads them again, and their scales."""
+    grads, pairs = nothing_to_take([part.grad for part in parts], scales)
+    return [part._replace(grad=grad) for part, grad in zip(parts, grads, strict=True)], pairs
+
+
+def _each(parts: Sequence[Part], numbers: Sequence[Tensor]) -> list[Part]:
+    """Return the part of each number, where parts have as many each, one after the other."""
+    return [*parts] * (len(numbers) // len(parts)) if parts else []
 
 
 def _alike(parts: Sequence[Part]) -> list[list[int]]:
@@ -104,13 +125,3 @@ def _alike(parts: Sequence[Part]) -> list[list[int]]:
             alone = part.place is not None or part.grad.numel() > STACKED_ENTRIES
             stacks.setdefault((i,) if alone else kind, []).append(i)
     return list(stacks.values())
-
-
-def _updates(grads: Sequence[Tensor], scales: Sequence[Scales]) -> Tensor:
-    """Return r G c of matrices that lie alike, ``(s, ..., m, n)``, in float32 or wider."""
-    first = grads[0]
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    stack = matrix_buffer(first.expand(len(grads), *first.shape), dtype)
-    for update, grad, own in zip(stack, grads, scales, strict=True):
-        torch.mul(grad, own.row.to(dtype), out=update).mul_(own.col)
-    return stack

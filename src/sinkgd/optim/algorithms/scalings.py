@@ -52,7 +52,8 @@ def step_in_pieces(
     take_steps(
         backend,
         matrices,
-        kernels.Descent(finite, turns.scales()),
+        finite,
+        turns.scales(),
         keep=decay(group),
         step=descent(group),
         overflow=context.overflow,

@@ -28,6 +28,7 @@ from sinkgd.optim.algorithms.deflated import (
     blocks_of,
     check_deflation,
     deflate_parts,
+    with_scales_alone,
 )
 from sinkgd.optim.algorithms.half_steps import (
     HALF_STEP_OPTIONS,
@@ -99,16 +100,21 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
         found = found._replace(finite=found.finite & known)
     if group["warm_start"]:
         keep_starts_of_slots(slots, owners, found, context)
+    # From here on scales are seen as matrices are.
+    scales = [own.mT for own in found.scales] if is_turned else list(found.scales)
+    lowered: list[kernels.Scales | kernels.Lowered] = [*scales]
     if group["deflated_rank"]:
-        parts, found = _deflated(slots, parts, owners, found, group)
-        seen = [part.turned() for part in parts] if is_turned else parts
-        matrices = matrices._replace(grads=[part.grad for part in seen])
+        lowered = deflate_parts(parts, scales, blocks_of(slots, owners, group), backend)
     if group["operator_norm"] is not None:
-        found = _pinned(slots, parts, owners, found, group, context)
+        parts, scales = with_scales_alone(parts, lowered)
+        pinned = _pinned(slots, parts, owners, found._replace(scales=scales), group, context)
+        lowered = [*pinned]
+        seen = [part.turned() for part in parts] if is_turned else parts
     take_steps(
         backend,
-        matrices,
-        found,
+        matrices._replace(grads=[part.grad for part in seen]),
+        found.finite,
+        [own.mT for own in lowered] if is_turned else lowered,
         keep=decay(group),
         step=descent(group),
         overflow=context.overflow,
@@ -129,19 +135,6 @@ def _solve(
     return kernels.Descent(finite_of(scales, matrices.owners), scales)
 
 
-def _deflated(
-    slots: Sequence[Slot],
-    parts: Sequence[Part],
-    owners: Sequence[range],
-    found: kernels.Descent,
-    group: Group,
-) -> tuple[list[Part], kernels.Descent]:
-    """Lower the leading singular values of the updates."""
-    scales = _other_way_round(found.scales, group)
-    parts, scales = deflate_parts(parts, scales, blocks_of(slots, owners, group))
-    return parts, found._replace(scales=_other_way_round(scales, group))
-
-
 def _pinned(
     slots: Sequence[Slot],
     parts: Sequence[Part],
@@ -149,23 +142,15 @@ def _pinned(
     found: kernels.Descent,
     group: Group,
     context: Context,
-) -> kernels.Descent:
+) -> list[kernels.Scales]:
     """Bring the updates to the operator norm that is asked for, and keep the vectors of it."""
     layout, flags = group["layout"], allowed(found.finite, context)
-    scales = _other_way_round(found.scales, group)
     vectors: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):
         vectors += vectors_of(context.states[slot.param], slot.param, layout, len(own))
-    pinned = pin(parts, scales, vectors, group)
+    pinned = pin(parts, found.scales, vectors, group)
     for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
         new = [pinned.vectors[k] for k in own]
         flag = None if flags is None else flags[i]
         keep_vectors(context.states[slot.param], slot.param, layout, new, flag)
-    return found._replace(scales=_other_way_round(pinned.scales, group))
-
-
-def _other_way_round(scales: Sequence[kernels.Scales], group: Group) -> list[kernels.Scales]:
-    """Return scales as matrices are, of what is as backends see them, or the other way round."""
-    if group["last"] != "row":
-        return list(scales)
-    return [kernels.Scales(own.col.mT, own.row.mT) for own in scales]
+    return pinned.scales
