@@ -242,8 +242,7 @@ def _root(gram: Tensor) -> Tensor:
 
     Where these have fewer directions, what is divided by R comes out shorter than 1 along others.
     """
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # The trace; inductor warns of a view of the diagonal.
+    eye = _identity(gram)
     size = or_one((gram * eye).sum((-2, -1), keepdim=True))
     lower: Tensor = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L
     return lower.mT * size.sqrt()
@@ -251,9 +250,14 @@ def _root(gram: Tensor) -> Tensor:
 
 def _is_known(root: Tensor) -> Tensor:
     """Say which directions are longer than rounding errors, ``(..., 1, k)`` of bool."""
-    lengths: Tensor = torch.diagonal_copy(root, dim1=-2, dim2=-1).unsqueeze(-2)
+    lengths = (root * _identity(root)).sum(-2, keepdim=True)
     known: Tensor = lengths > _SHORTEST * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
     return known
+
+
+def _identity(like: Tensor) -> Tensor:
+    # What is multiplied by it is diagonal; inductor warns of a view of the diagonal.
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _divided(y: Tensor, root: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ MORE_MESSAGES = {
     "first column": (1, 1),
     "table": (1, 1),
     "mask": (1, 1),
-    "deflated": (5, 4),
+    "deflated": (2, 4),
     "unit": (1, 2),
     "muon": (1, 2),
 }

@@ -31,7 +31,8 @@ def nothing_to_take(
 
     Each of them takes a float32 copy.
     """
-    found_grads, found_scales = list[Tensor](), list[Scales]()
+    found_grads: list[Tensor] = []
+    found_scales: list[Scales] = []
     for grad, own in zip(grads, scales, strict=True):
         if isinstance(own, Lowered):
             found_grads.append(made(grad, own))

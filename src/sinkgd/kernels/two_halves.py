@@ -24,7 +24,9 @@ class TwoHalves:
         """Find all scales, then take all steps."""
         scales = self.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
         descent = Descent(finite_of(scales, matrices.owners), scales)
-        take_steps(self, matrices, *descent, keep=keep, step=step, overflow=overflow)
+        take_steps(
+            self, matrices, descent.finite, descent.scales, keep=keep, step=step, overflow=overflow
+        )
         return descent
 
 

@@ -35,7 +35,15 @@ class OnMesh:
     ) -> Descent:
         """Do what `Backend.descend_` does. A collective call, as `find_scales` is."""
         found = self.solve(matrices, num_iters, tol=tol)
-        take_steps(self.backend, matrices, *found, keep=keep, step=step, overflow=overflow)
+        take_steps(
+            self.backend,
+            matrices,
+            found.finite,
+            found.scales,
+            keep=keep,
+            step=step,
+            overflow=overflow,
+        )
         return found
 
     def solve(self, matrices: Matrices, num_iters: int, *, tol: float | None = None) -> Descent:

@@ -72,7 +72,7 @@ def deflate_parts(
         blocks: Ω of each, as `blocks_of` returns them.
         backend: What multiplies the updates of this rank's pieces.
     """
-    found = list[Scales | Lowered](scales)
+    found: list[Scales | Lowered] = [*scales]
     stacks = _alike(parts)
     firsts = [parts[own[0]] for own in stacks]
     is_whole = not any(part.place and part.place.row_groups for part in firsts)
