@@ -40,7 +40,8 @@ def param_groups(
         model: The model, before or after FSDP2. Frozen parameters are left out.
         lr: Learning rate of AdamW. The paper uses 0.02.
         matrix_lr_scale: The paper's α, 0.05: the root-mean-square change of a hidden weight in one
-            step is ``matrix_lr_scale * lr``.
+            step is ``matrix_lr_scale * lr``. Deflated models of width 128 ended lower with 0.1, at
+            the same ``lr`` (docs/experiments.md, study alpha).
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
         deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
             docs/choose.md has the studies that speak for 8. 0 is the paper's: SR-Sinkhorn alone.
