@@ -193,12 +193,12 @@ def find_leading(
     grams = [y.mT @ y for y in ahead]
     if over_columns is not None:
         grams, squares = _halves(over_columns([*grams, *squares]))
-    basis = [_divided(y, _root(gram)) for y, gram in zip(ahead, grams, strict=True)]
+    basis = [y @ _root(gram).inverse for y, gram in zip(ahead, grams, strict=True)]
     rows, columns = _of_both(products, basis, over_columns)
     columns, grams = _halves(over_rows([*columns, *(z.mT @ z for z in rows)]))
     roots = [_root(gram) for gram in grams]
-    left = [_divided(z, root) for z, root in zip(rows, roots, strict=True)]
-    right = [_divided(c, root) * _is_known(root) for c, root in zip(columns, roots, strict=True)]
+    left = [z @ root.inverse for z, root in zip(rows, roots, strict=True)]
+    right = [c @ (root.inverse * root.known) for c, root in zip(columns, roots, strict=True)]
     lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
     if over_columns is not None:
         lengths = over_columns(lengths)
@@ -215,7 +215,7 @@ def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def take_away_(x: Tensor, taken: LowRank) -> None:
-    """Subtract a matrix of low rank from ``(..., m, n)``, without making it."""
+    """Subtract a matrix of low rank from ``(..., m, n)``, as `matrix_buffer` makes it."""
     left, right = (y.to(x.dtype) for y in taken)
     own, left, right = (y.unsqueeze(0).flatten(0, -3) for y in (x, left, right))
     own.baddbmm_(left, right.mT, alpha=-1)
@@ -237,32 +237,26 @@ def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return numbers[:half], numbers[half:]
 
 
-def _root(gram: Tensor) -> Tensor:
-    """Return R, upper triangular, with RᵀR the products ``(..., k, k)`` of k vectors.
+class _Root(NamedTuple):
+    """Of R, upper triangular, with RᵀR the products of k vectors."""
 
-    Where these have fewer directions, what is divided by R comes out shorter than 1 along others.
+    inverse: Tensor  # (..., k, k)
+    known: Tensor  # (..., 1, k) bool: which directions are longer than rounding errors
+
+
+def _root(gram: Tensor) -> _Root:
+    """Find R of products ``(..., k, k)``.
+
+    Where the vectors have fewer directions, what is divided by R comes out shorter than 1 along
+    others.
     """
-    eye = _identity(gram)
-    size = or_one((gram * eye).sum((-2, -1), keepdim=True))
-    lower: Tensor = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L
-    return lower.mT * size.sqrt()
-
-
-def _is_known(root: Tensor) -> Tensor:
-    """Say which directions are longer than rounding errors, ``(..., 1, k)`` of bool."""
-    lengths = (root * _identity(root)).sum(-2, keepdim=True)
-    known: Tensor = lengths > _SHORTEST * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
-    return known
-
-
-def _identity(like: Tensor) -> Tensor:
     # What is multiplied by it is diagonal; inductor warns of a view of the diagonal.
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _divided(y: Tensor, root: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.solve_triangular(root, y, upper=True, left=False)
-    return found
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    size = or_one((gram * eye).sum((-2, -1), keepdim=True))
+    root = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L.mT
+    lengths = (root * eye).sum(-2, keepdim=True)  # their squares add up to 1, or less
+    inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=True)
+    return _Root(inverse / size.sqrt(), lengths > _SHORTEST)
 
 
 def _lowering(found: LowRank, length: Tensor, square: Tensor, shorter: int) -> Leading:
