@@ -30,9 +30,9 @@ class SinkGD(GroupedOptimizer):
     {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh of devices a step costs L messages a process group, whatever the options; and one
-    more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, five for
+    more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, two for
     ``deflated_rank``, and one for ``operator_norm``; over a group that shards columns four and two.
-    No matrix is sent. What copies gradients sends its messages anew for every 256 MiB of copies.
+    No matrix is sent. What may copy gradients sends its messages anew for every 256 MiB of them.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs.
@@ -67,10 +67,10 @@ class SinkGD(GroupedOptimizer):
         tiny_row_threshold: τ: a row is tiny where its l2 norm is below τ times the mean of all
             rows'.
         deflated_rank: Directions k whose singular values, the update's largest, are lowered to the
-            root-mean-square of the others; 0 leaves them. A whitening of what stands out, for about
-            10 k flops an entry. Keeps nothing; costs a float32 copy of the gradient, of a few
-            matrices at a time: 64 MiB, on a mesh 256 MiB, unless one alone is larger. Groups of
-            `param_groups` set their own.
+            root-mean-square of the others; 0 leaves them. A whitening of what stands out, for two
+            readings and about 10 k flops an entry. Keeps nothing. Backends but ``cpu`` make float32
+            copies of gradients for it, of a few matrices at a time: 64 MiB, on a mesh 256 MiB,
+            unless one alone is larger. Groups of `param_groups` set their own.
         operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
             estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
             share, no longer a root-mean-square: with ``"muon"`` the change that an input of

@@ -43,7 +43,7 @@ class Method:
     iterations: int = ITERATIONS  # of an exchange of vectors
     passes: int = 7  # readings and writings of a matrix in a step
     scratch: float = 0.0  # matrices in float32 while one is updated, the largest that there is
-    directions: int = 0  # k that are deflated, in copies of a few gradients at a time
+    directions: int = 0  # k that are deflated, for a few gradients at a time
     everywhere: bool = False  # embedding and head are updated as matrices are
     flops: Callable[[int, int], float] = lambda short, long: 0.0 * short * long  # of its products
 
