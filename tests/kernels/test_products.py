@@ -104,6 +104,14 @@ class TestProducts:
         v = normal((2, 53, 3), 1).double()
         near(backend.products([stack]).of_both([v])[1][0], x.mT @ (x @ v))
 
+    def test_gradients_of_a_stack_may_have_gaps_in_all_directions(self, backend):
+        """One whose columns lie beside each other, and one that is copied before it is read."""
+        stack, x = stack_of((2, (), 37, 53))
+        stack.grads[0], stack.grads[1] = turned(stack.grads[0]), scattered(stack.grads[1].mT).mT
+        assert all(grad.stride(0) < grad.stride(1) for grad in stack.grads)
+        v = normal((2, 53, 3), 1).double()
+        near(backend.products([stack]).of_both([v])[1][0], x.mT @ (x @ v))
+
     def test_stacks_do_not_know_of_each_other(self, backend):
         stacks = [
             stack_of(shape, layout, dtype, seed=9 * i)[0]

@@ -65,7 +65,10 @@ def _gather(sums, stride, workers, result, low, high):
 
 @compiled
 def _multiply_together(job, entry, first, team, scratch):
-    """Multiply as worker ``first``, ``first + team``, …, each with sums of its own."""
+    """Multiply as worker ``first``, ``first + team``, …, each with sums of its own in the scratch.
+
+    Return whether these were used: others may still read them.
+    """
     P, workers, stride = get_int(entry + t.MP), get_int(job + t.WORKERS), get_int(job + t.STRIDE)
     result = get_int(entry + t.DOWN)
     count = t.VECTORS * get_int(entry + t.BLOCKS) * get_int(entry + t.MQ)
@@ -76,11 +79,12 @@ def _multiply_together(job, entry, first, team, scratch):
         low, high = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
         _multiply(entry, low, high, sums)
     if result == 0:
-        return
+        return False
     barrier(job, team)
     for worker in range(first, workers, team):
         low, high = share(count, worker, workers, LANES), share(count, worker + 1, workers, LANES)
         _gather(scratch, stride, workers, result, low, high)
+    return True
 
 
 @cfunc(void(int64), cache=True, error_model="numpy")
@@ -96,9 +100,9 @@ def multiply(job):
     for i in range(count):
         entry = table + i * _ENTRY
         if get_int(entry + t.MP) * get_int(entry + t.MQ) > get_int(job + t.WHOLE):
-            half = get_int(job + t.STRIDE) // 2
-            _multiply_together(job, entry, first, team, get_int(job + t.SCRATCH) + turn * half)
-            turn = 1 - turn
+            scratch = get_int(job + t.SCRATCH) + turn * get_int(job + t.STRIDE) // 2
+            if _multiply_together(job, entry, first, team, scratch):
+                turn = 1 - turn
     i = claim(job + t.NEXT)
     while i < count:
         entry = table + i * _ENTRY

@@ -25,7 +25,7 @@ class CpuProducts:
     """
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
-        found = [_read(stack) for stack in stacks]
+        found = [_as_they_lie(stack) for stack in stacks]
         self._read = {i: own for i, own in enumerate(found) if own is not None}
         self._made = {
             i: eager_products([stack]) for i, stack in enumerate(stacks) if found[i] is None
@@ -158,11 +158,13 @@ class _Read:
         self.squares = torch.empty(self.count, P)
 
 
-def _read(stack: Stack) -> _Read | None:
+def _as_they_lie(stack: Stack) -> _Read | None:
     """Return a stack as the loops read it; None where they cannot."""
     sources = [readable(grad) for grad in stack.grads]
     usual = all(x.dtype == torch.float32 and x.is_contiguous() for own in stack.scales for x in own)
     kept = [source for source in sources if source is not None]
-    if not usual or len(kept) < len(sources):
+    # A copy of what has gaps everywhere may lie another way than its neighbors do.
+    alike = len({source.form.turned for source in kept}) == 1
+    if not usual or not alike or len(kept) < len(sources):
         return None
     return _Read(kept, stack.scales)
