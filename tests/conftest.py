@@ -3,12 +3,15 @@
 import importlib
 import math
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from sinkgd.kernels import BACKENDS, registry
+from sinkgd.kernels.cpu import jobs
 from sinkgd.kernels.triton import launch
 
 LARGE = 1 << 15  # entries: many programs
@@ -90,3 +93,13 @@ def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         patch.setattr(registry, "BACKENDS", (first, *others))
         patch.setattr(registry, "BY_NAME_ALONE", frozenset())
         yield first.name
+
+
+@pytest.fixture
+def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill whatever is allocated with NaN, so that nothing unwritten is read or returned."""
+    monkeypatch.setattr(jobs, "_local", threading.local())
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

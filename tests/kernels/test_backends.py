@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from layouts import gapped, scattered, turned
 from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd import kernels, sr_sinkhorn
 from sinkgd.kernels import BACKENDS, Scales, registry
-from sinkgd.kernels.cpu import CpuBackend, jobs
+from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 # primes, one row, one column, narrow, a whole vector of 16, more than one, shared by the threads
 SHAPES = [(37, 53), (1, 19), (19, 1), (1, 1), (7, 3), (8, 16), (64, 48), (263, 257), (257, 263)]
@@ -45,16 +48,6 @@ def backend(request):
     return found
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fill whatever is allocated with NaN, so that nothing unwritten is read or returned."""
-    monkeypatch.setattr(jobs, "_local", threading.local())
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def threads(request):
     before = torch.get_num_threads()
@@ -66,20 +59,6 @@ def threads(request):
 def normal(shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def turned(x):
-    return x.mT.contiguous().mT
-
-
-def gapped(x):
-    """The same numbers in rows that lie apart."""
-    return torch.cat([x, torch.full_like(x, torch.nan)], dim=-1)[..., : x.shape[-1]]
-
-
-def scattered(x):
-    """The same numbers with neither rows nor columns dense."""
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
 
 LAYOUTS = [torch.clone, turned, gapped, lambda x: gapped(x.mT).mT, scattered]

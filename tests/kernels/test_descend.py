@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from layouts import scattered, turned
 from sinkgd.kernels import BACKENDS, Matrices
 from sinkgd.kernels.rounding import keys_of_step
 
@@ -17,14 +18,6 @@ def backend(every_backend):
 def normal(shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype)
-
-
-def turned(x):
-    return x.mT.contiguous().mT
-
-
-def scattered(x):
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
 
 # Alone and in batches, small and shared by the threads, as they lie in memory and not.

@@ -1,14 +1,15 @@
 """Every backend multiplies updates with a few vectors, and takes some away, as float64 does."""
 
-import threading
-
 import pytest
 import torch
 
+from layouts import gapped, scattered, turned
 from sinkgd.deflation import LowRank
 from sinkgd.kernels import BACKENDS, Lowered, Scales, Stack
-from sinkgd.kernels.cpu import CpuBackend, jobs
+from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 # (stack, batch, m, n): odd, one row, one column, whole vectors of 16, shared by the threads
 SHAPES = [
@@ -29,30 +30,9 @@ def backend(every_backend):
     return next(backend for backend in BACKENDS if backend.name == every_backend)
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fill whatever is allocated with NaN, so that nothing unwritten is read or returned."""
-    monkeypatch.setattr(jobs, "_local", threading.local())
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def normal(shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def turned(x):
-    return x.mT.contiguous().mT
-
-
-def gapped(x):
-    return torch.cat([x, torch.full_like(x, torch.nan)], dim=-1)[..., : x.shape[-1]]
-
-
-def scattered(x):
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
 
 LAYOUTS = {"rows": torch.clone, "turned": turned, "gapped": gapped, "scattered": scattered}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from layouts import scattered, turned
 from sinkgd.kernels import BACKENDS
 
 # Up to 1,100 terms, none negative, in 16 lanes or more: 70 roundings of 2^-24.
@@ -17,14 +18,6 @@ def backend(every_backend):
 
 def normal(shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def turned(x):
-    return x.mT.contiguous().mT
-
-
-def scattered(x):
-    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
 
 HOLES = normal((9, 20), 7)
