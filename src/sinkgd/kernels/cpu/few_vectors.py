@@ -34,10 +34,12 @@ def _entries(dtype, g, r, c, count):
 
 @inlined
 def _add_two(
-    x, y, w, apart, count,
-    a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7,
+    dtype, g, ld, r, s, c, w, apart, count,
+    p, q, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7,
 ):  # fmt: skip
-    """Add 16 columns of two rows, each times eight vectors, to the 16 sums."""
+    """Add 16 columns of two rows: their squares, and what eight vectors make of them."""
+    x, y = _entries(dtype, g, r, c, count), _entries(dtype, g + ld, s, c, count)
+    p, q = times_plus(x, x, p), times_plus(y, y, q)
     v = load(float32(0), w, count)
     a0, b0 = times_plus(x, v, a0), times_plus(y, v, b0)
     v = load(float32(0), w + apart, count)
@@ -54,7 +56,7 @@ def _add_two(
     a6, b6 = times_plus(x, v, a6), times_plus(y, v, b6)
     v = load(float32(0), w + 7 * apart, count)
     a7, b7 = times_plus(x, v, a7), times_plus(y, v, b7)
-    return a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7
+    return p, q, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7
 
 
 @inlined
@@ -84,22 +86,15 @@ def along(dtype, size, g, ld, Q, u, next_u, v, wide, apart, tall, next_tall, squ
     p = q = splat(float32(0))
     for j in range(0, full, LANES):
         c = load(float32(0), v + 4 * j, None)
-        x = _entries(dtype, g + j * size, r, c, None)
-        y = _entries(dtype, g + ld + j * size, s, c, None)
-        p, q = times_plus(x, x, p), times_plus(y, y, q)
-        a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7 = _add_two(
-            x, y, wide + 4 * j, apart, None,
-            a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7,
+        p, q, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7 = _add_two(
+            dtype, g + j * size, ld, r, s, c, wide + 4 * j, apart, None,
+            p, q, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7,
         )  # fmt: skip
     if full < Q:
-        count = Q - full
-        c = load(float32(0), v + 4 * full, count)
-        x = _entries(dtype, g + full * size, r, c, count)
-        y = _entries(dtype, g + ld + full * size, s, c, count)
-        p, q = times_plus(x, x, p), times_plus(y, y, q)
-        a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7 = _add_two(
-            x, y, wide + 4 * full, apart, count,
-            a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7,
+        c = load(float32(0), v + 4 * full, Q - full)
+        p, q, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7 = _add_two(
+            dtype, g + full * size, ld, r, s, c, wide + 4 * full, apart, Q - full,
+            p, q, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7,
         )  # fmt: skip
     store(float32(0), tall, totals(a0, a1, a2, a3, a4, a5, a6, a7), VECTORS)
     store(float32(0), next_tall, totals(b0, b1, b2, b3, b4, b5, b6, b7), VECTORS)
