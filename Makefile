@@ -27,7 +27,7 @@ lint: $(DEV)
 	$(BIN)/lint-imports --no-cache
 
 docs: $(DEV)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The stamps keep a second `make` from reinstalling; a changed pin or dependency renews them.
 $(LAB): pyproject.toml constraints.txt

@@ -137,7 +137,7 @@ def deflate(x: Tensor, rank: int) -> Tensor:
     Raises:
         ValueError: If ``rank`` is below 1.
 
-    Example:
+    Examples:
         >>> x = deflate(torch.diag(torch.tensor([300.0, 20.0, 1.0, 1.0, 1.0])), rank=2)
         >>> torch.linalg.svdvals(x).round(decimals=1)
         tensor([1., 1., 1., 1., 1.])

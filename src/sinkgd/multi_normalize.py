@@ -44,7 +44,7 @@ def multi_normalize(
         ValueError: If ``grad`` has fewer than two dimensions, ``norms`` is empty, ``num_iters`` is
             below 1, or ``tol`` below 0.
 
-    Example:
+    Examples:
         >>> from sinkgd import ColumnNorm, RowNorm
         >>> grad = torch.tensor([[8.0, 1.0], [-1.0, 2.0]])
         >>> multi_normalize(grad, [RowNorm(), ColumnNorm()], num_iters=50).square()
@@ -116,7 +116,7 @@ def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
         One tensor ``(...,)`` a norm: 0 where the norm holds, the root-mean-square of what its
         projection would change otherwise.
 
-    Example:
+    Examples:
         >>> from sinkgd import ColumnNorm, RowNorm
         >>> x = ColumnNorm().project(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
         >>> residuals(x, [RowNorm(), ColumnNorm()])

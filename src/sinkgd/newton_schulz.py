@@ -51,7 +51,7 @@ def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
     Raises:
         ValueError: If ``num_steps`` is below 1.
 
-    Example:
+    Examples:
         >>> orthogonalize(torch.diag(torch.tensor([3.0, 4.0])), num_steps=10)
         tensor([[1., 0.],
                 [0., 1.]])

@@ -46,7 +46,7 @@ class Norm(Protocol):
     dimensions as independent matrices: ``project(x)[i]`` is ``project(x[i])``. Count dimensions
     from the end: ``dim=-1`` is along a row, ``dim=1`` is not.
 
-    Example:
+    Examples:
         >>> class HeadNorm:
         ...     '''Every attention head, 64 rows of a query weight, to root-mean-square 1.'''
         ...
@@ -89,7 +89,7 @@ class _BuiltIn(ABC):
 class RowNorm(_BuiltIn):
     r"""Rows of length √n: :math:`P(x) = \sqrt{n}\, Q(x)^{-1} x`, Q the diagonal of row lengths.
 
-    Example:
+    Examples:
         >>> RowNorm().project(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
         tensor([[0.8485, 1.1314],
                 [0.0000, 1.4142]])

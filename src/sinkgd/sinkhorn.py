@@ -46,7 +46,7 @@ def sinkhorn_scales(
             below 0, or ``backend`` is unknown.
         ImportError: If ``backend`` names one that is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> grad = torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
         >>> r, c = sinkhorn_scales(grad)
@@ -88,7 +88,7 @@ def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> T
         ValueError: If ``grad`` has fewer than two dimensions, or ``num_iters`` is below 1.
         ImportError: If ``backend`` names one that is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> update = sr_sinkhorn(torch.tensor([[8.0, 1.0], [-1.0, 2.0]]))
         >>> update.square().sum(dim=-2).round(decimals=4)  # the squared column lengths: m

@@ -49,7 +49,7 @@ def temper(
     Raises:
         ValueError: If an option is out of range.
 
-    Example:
+    Examples:
         >>> temper(torch.tensor([[8.0, 1.0], [-1.0, 2.0]]))  # so few entries: all beyond tau
         tensor([[ 4.1833,  4.1833],
                 [-4.1833,  4.1833]])

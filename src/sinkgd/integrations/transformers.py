@@ -26,7 +26,7 @@ class SinkGDFactory:
     trained, and its learning rate scheduler scales every group. ``TrainingArguments.learning_rate``
     and ``weight_decay`` are not used: pass ``lr`` and ``weight_decay`` here.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from sinkgd.integrations.transformers import SinkGDFactory
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

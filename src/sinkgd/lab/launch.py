@@ -18,7 +18,7 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
         arguments: After the program's name.
         environment: In which torchrun says how many processes there are.
 
-    Example:
+    Examples:
         >>> launch_command(["train", "--out", "runs/my run"], {})
         "sinkgd train --out 'runs/my run'"
         >>> launch_command(["train"], {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"})

@@ -55,7 +55,7 @@ class AdamWSPAM(GroupedOptimizer):
         ValueError: If an option is out of range, or a group lies on several devices.
         TypeError: If a parameter is not real and floating.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sinkgd import AdamWSPAM
         >>> model = torch.nn.Linear(4, 3)

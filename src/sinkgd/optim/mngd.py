@@ -46,7 +46,7 @@ class MNGD(GroupedOptimizer):
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
         TypeError: If a parameter is not real and floating, or a norm has no ``project``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sinkgd import MNGD, ColumnNorm, RowNorm
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))

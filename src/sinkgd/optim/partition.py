@@ -64,7 +64,7 @@ def param_groups(
         ValueError: If the model has no trainable parameter, ``lr`` or ``matrix_lr_scale`` is
             negative, ``base_width`` is below 1, or an override matches no parameter.
 
-    Example:
+    Examples:
         >>> import torch, sinkgd
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -118,7 +118,7 @@ def describe_param_groups(
         groups: From `param_groups`, or ``optimizer.param_groups``; by default
             ``param_groups(model)``.
 
-    Example:
+    Examples:
         >>> import torch, sinkgd
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)

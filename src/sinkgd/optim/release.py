@@ -41,7 +41,7 @@ class GradientRelease:
         TypeError: If ``optimizer`` is none of ours, needs all gradients at once, or holds plain
             tensors on several ranks and ``averaged`` is False.
 
-    Example:
+    Examples:
         >>> import torch, sinkgd
         >>> model = torch.nn.Linear(4, 4)
         >>> optimizer = sinkgd.SinkGD(model.parameters(), lr=1e-3)

@@ -34,7 +34,7 @@ class SCALE(MNGD):
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
         TypeError: If a parameter is not real and floating.
 
-    Example:
+    Examples:
         >>> import torch, sinkgd
         >>> layers = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 7)
         >>> model = torch.nn.Sequential(*layers)

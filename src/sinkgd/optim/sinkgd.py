@@ -81,7 +81,7 @@ class SinkGD(GroupedOptimizer):
         TypeError: If a parameter is not real and floating.
         ImportError: If ``backend`` names one that is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sinkgd import SinkGD
         >>> model = torch.nn.Linear(4, 3)

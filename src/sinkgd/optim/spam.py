@@ -44,7 +44,7 @@ class SPAM(GroupedOptimizer):
         ValueError: If an option is out of range; the message names it.
         TypeError: If a parameter is not real and floating.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sinkgd import SPAM
         >>> weight = torch.nn.Parameter(torch.zeros(3))

@@ -29,7 +29,7 @@ class SRON(MNGD):
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
         TypeError: If a parameter is not real and floating.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sinkgd import SRON
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))

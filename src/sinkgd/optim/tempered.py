@@ -41,7 +41,7 @@ class TemperedSinkGD(GroupedOptimizer):
         ValueError: If an option is out of range; the message names it.
         TypeError: If a parameter is not real and floating.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sinkgd import TemperedSinkGD
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))

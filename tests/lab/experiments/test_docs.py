@@ -11,4 +11,5 @@ def test_every_study_is_in_the_documents_with_its_question():
     text = DOCS.read_text(encoding="utf-8").replace("'", "’")
     assert len(QUESTIONS) == 13
     for name, question in QUESTIONS.items():
-        assert f"| `{name}` | {question} |" in text
+        link = f"[`{name}`](../benchmarks/studies/{name}/verdict.md)"
+        assert f"| {link} | {question} |" in text or f"| `{name}` | {question} |" in text

@@ -39,7 +39,7 @@ def matrix_shapes(preset: str, layers: int | None = None) -> tuple[Shape, ...]:
         preset: A LLaMA in `sinkgd.lab.models.PRESETS`.
         layers: Count only the first so many blocks; all by default.
 
-    Example:
+    Examples:
         >>> matrix_shapes("llama-1b", layers=1)[-3:]
         ((5461, 2048), (5461, 2048), (2048, 5461))
     """

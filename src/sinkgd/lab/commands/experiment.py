@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import tyro
 
 from sinkgd.lab.commands.study_list import studies_text
-from sinkgd.lab.commands.study_report import report_study, show_fits, write_report
+from sinkgd.lab.commands.study_report import PAGE_FILE, report_study, show_fits, write_report
 from sinkgd.lab.experiments.selection import numbers, select_arms
 from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
@@ -199,7 +199,7 @@ class Experiment:
             reuse=self.reuse,
         )
         if outcome.record.runs:
-            write_report(outcome.record, folder)
+            write_report(outcome.record, folder / PAGE_FILE)
         if outcome.signal is not None:
             _say(
                 f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
@@ -217,7 +217,7 @@ class Experiment:
         fits = on_paper.run_on_paper(_say)
         if not self.dry_run:
             on_paper.write_fits(folder, fits, command)
-        show_fits(fits, command, None if self.dry_run else folder)
+        show_fits(fits, command, None if self.dry_run else folder / PAGE_FILE)
         return 0
 
     def _command(self) -> str:

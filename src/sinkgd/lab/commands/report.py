@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from sinkgd.lab.train.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Report:
@@ -18,46 +20,61 @@ class Report:
 
     baseline: str | None = None
     """Recipe that the others are compared with, a name; by default adamw, else adamw-one-lr, else
-    none."""
+    none. A study compares its arms with its controls."""
 
     out: Path | None = None
-    """HTML file to write; by default report.html in the folder."""
+    """HTML file to write; by default report.html in the folder. A study's verdict.md goes beside
+    it."""
+
+    cdn: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Let the page take plotly.js from cdn.plot.ly: 0.3 MB instead of 5, for repositories and web
+    sites. The browser checks the file's hash; without a network the page has no charts."""
 
     def run(self) -> int:
         """Run the command; returns the exit code.
 
         Raises:
+            ConfigError: If a baseline is given for a study.
             ReportError: If the folder holds no runs, or none of the baseline's recipe.
             ResultsError: If a results file is damaged.
         """
         from sinkgd.lab.commands.study_report import report_study
         from sinkgd.lab.experiments.record import STUDY_FILE
 
-        if (self.folder / STUDY_FILE).exists():
-            return report_study(self.folder)
+        if not (self.folder / STUDY_FILE).exists():
+            return self._report_runs()
+        if self.baseline is not None:
+            raise ConfigError(
+                f"baseline is {self.baseline!r}, but {self.folder} holds a study, which compares "
+                "its arms with its controls; leave the option out"
+            )
+        return report_study(self.folder, self.out, cdn=self.cdn)
 
+    def _report_runs(self) -> int:
         from rich.console import Console
 
         from sinkgd.lab.report import (
             analyze,
+            build_page,
             default_baseline,
             read_runs,
             summary_tables,
-            write_page,
         )
+        from sinkgd.lab.report.cdn import from_cdn
+        from sinkgd.lab.report.shell import write_whole
 
         runs = read_runs(self.folder)
         baseline = self.baseline or default_baseline(runs)
         console = Console()
         console.print(summary_tables(analyze(runs, baseline), console.width))
         path = self.out or self.folder / "report.html"
-        write_page(
-            path,
+        page = build_page(
             runs,
             baseline=baseline,
             title=f"Report of {self.folder.resolve().name}",
             command=self._command(baseline),
         )
+        write_whole(path, from_cdn(page) if self.cdn else page)
         console.print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)
         return 0
 

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from sinkgd.lab.experiments.record import StudyRecord
     from sinkgd.lab.experiments.verdict import Verdict
 
+PAGE_FILE = "report.html"
 
-def report_study(folder: Path) -> int:
+
+def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -> int:
     """Make page and verdict again from ``study.jsonl`` alone; return the exit code.
+
+    Args:
+        folder: Has the study.
+        page: Where the page goes, the verdict beside it; by default ``report.html`` in the folder.
+        cdn: Let the page take plotly.js from its CDN.
 
     Raises:
         ResultsError: If there is no study, or it is damaged.
@@ -23,16 +30,17 @@ def report_study(folder: Path) -> int:
     from sinkgd.lab.experiments.record import STUDY_FILE, StudyRecord
 
     path = folder / STUDY_FILE
+    page = page or folder / PAGE_FILE
     if is_on_paper(path):
         command, fits = read_fits(path)
-        show_fits(fits, command, folder)
+        show_fits(fits, command, page, cdn=cdn)
     else:
-        write_report(StudyRecord.read(path), folder)
+        write_report(StudyRecord.read(path), page, cdn=cdn)
     return 0
 
 
-def write_report(record: "StudyRecord", folder: Path) -> None:
-    """Print the table and the verdict of a study, and write its pages."""
+def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
+    """Print the table and the verdict of a study, and write its page and the verdict beside it."""
     from sinkgd.lab.experiments.markdown import as_markdown
     from sinkgd.lab.experiments.page import study_page
     from sinkgd.lab.experiments.results import StudyResults
@@ -44,14 +52,15 @@ def write_report(record: "StudyRecord", folder: Path) -> None:
     _print([short_sheet(results)], verdict)
     sheets = [arms_sheet(results), *reach_sheets(results)]
     _write(
-        folder,
+        page,
         study_page(study, record, results, verdict),
         as_markdown(study.question, verdict, sheets, record.command),
+        cdn=cdn,
     )
 
 
-def show_fits(fits: "Sequence[Fit]", command: str, folder: Path | None) -> None:
-    """Print the tables and the verdict of a study on paper, and write its pages into ``folder``."""
+def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bool = False) -> None:
+    """Print the tables and the verdict of a study on paper, and write its page, where asked to."""
     from sinkgd.lab.experiments import on_paper
     from sinkgd.lab.experiments.markdown import as_markdown
     from sinkgd.lab.experiments.page import paper_page
@@ -60,21 +69,21 @@ def show_fits(fits: "Sequence[Fit]", command: str, folder: Path | None) -> None:
     models = dict.fromkeys(fit.model for fit in fits)
     sheets = [on_paper.fits_sheet(model, fits) for model in models]
     _print(sheets, verdict)
-    if folder is not None:
+    if page is not None:
         text = as_markdown(scale.QUESTION, verdict, sheets, command)
-        _write(folder, paper_page(fits, verdict, command), text)
+        _write(page, paper_page(fits, verdict, command), text, cdn=cdn)
 
 
-def _write(folder: Path, page: str, text: str) -> None:
-    """Write the page, and the same in a text that is small enough to be kept."""
+def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
+    """Write the page, and the same as a text beside it."""
     from rich.console import Console
 
     from sinkgd.lab.experiments.markdown import VERDICT_FILE
+    from sinkgd.lab.report.cdn import from_cdn
     from sinkgd.lab.report.shell import write_whole
 
-    path = folder / "report.html"
-    write_whole(path, page)
-    write_whole(folder / VERDICT_FILE, text)
+    write_whole(path, from_cdn(page) if cdn else page)
+    write_whole(path.with_name(VERDICT_FILE), text)
     Console(soft_wrap=True, highlight=False, markup=False).print(f"\npage: {path}")
 
 

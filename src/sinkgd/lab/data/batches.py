@@ -42,7 +42,7 @@ class Batch:
     def part(self, number: int, parts: int) -> "Batch":
         """Return one of ``parts`` equal parts; one for which no row is left scores nothing.
 
-        Example:
+        Examples:
             >>> rows = torch.tensor([[1, 2], [3, 4], [5, 6]])
             >>> second = Batch(rows, rows).part(1, parts=2)
             >>> second.inputs.tolist(), second.targets.tolist()

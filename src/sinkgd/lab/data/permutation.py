@@ -30,7 +30,7 @@ def permute(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> N
         seed: At least 0.
         epoch: At least 0; every epoch has a permutation of its own.
 
-    Example:
+    Examples:
         >>> permute(np.arange(7), 7, seed=0, epoch=0)
         array([4, 6, 0, 2, 1, 3, 5])
     """

@@ -37,7 +37,7 @@ class VocabularyShift:
             keep: Ids that stay what they are, such as that of the end of a document.
             seed: Equal seeds draw equal permutations.
 
-        Example:
+        Examples:
             >>> shift = VocabularyShift.drawn(100, vocab_size=6, keep={0}, seed=0)
             >>> sorted(shift.new_ids.tolist()), shift.new_ids[0].item()
             ([0, 1, 2, 3, 4, 5], 0)

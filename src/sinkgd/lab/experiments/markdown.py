@@ -17,7 +17,7 @@ def as_markdown(question: str, verdict: Verdict, sheets: Sequence[Sheet], comman
         sheets: Tables of them.
         command: That repeats the study.
 
-    Example:
+    Examples:
         >>> verdict = Verdict("Yes.", ("A beats B.",), ("One seed.",))
         >>> sheet = Sheet("Arms", "", ("arm", "loss"), (("A", "4.0"),))
         >>> print(as_markdown("Does it?", verdict, [sheet], "sinkgd experiment it"))

@@ -29,7 +29,7 @@ class Difference:
     def of(cls, first: Mapping[int, float], second: Mapping[int, float]) -> Self:
         """Compare losses by seed; seeds that only one of them has are left out.
 
-        Example:
+        Examples:
             >>> d = Difference.of({0: 4.0, 1: 4.1, 2: 4.2}, {0: 4.2, 1: 4.3, 2: 4.5})
             >>> f"{d.mean:.3f} ± {d.half_width:.3f}", d.lower, d.higher
             ('-0.233 ± 0.143', True, False)

@@ -56,7 +56,7 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
     Raises:
         ConfigError: If one of them is no number, or not above 0.
 
-    Example:
+    Examples:
         >>> numbers("lr", "0.01,0.02")
         (0.01, 0.02)
     """

@@ -34,7 +34,7 @@ class StudyError(RuntimeError):
 class Arm:
     """One way to train: what sets it apart, and what is tuned in it.
 
-    Example:
+    Examples:
         >>> arm = Arm("L5", {"optimizer.recipe": "sinkgd"}, {"optimizer.lr": (0.04, 0.08)})
         >>> arm.points()
         ({'optimizer.lr': 0.04}, {'optimizer.lr': 0.08})
@@ -146,7 +146,7 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: If there is no such field; the nearest name is given.
 
-    Example:
+    Examples:
         >>> override(RunConfig(), {"training.steps": 7}).training.steps
         7
     """
@@ -188,7 +188,7 @@ def point_words(point: Point) -> str:
 def edges(arm: Arm, chosen: Point) -> list[str]:
     """Name the fields whose best value is the first or last that was tried, of at least two.
 
-    Example:
+    Examples:
         >>> arm = Arm("a", {}, {"optimizer.lr": (0.1, 0.2, 0.4)})
         >>> edges(arm, {"optimizer.lr": 0.4}), edges(arm, {"optimizer.lr": 0.2})
         (['optimizer.lr = 0.4'], [])

@@ -28,7 +28,7 @@ def attention_entropy(logits: Tensor) -> Tensor:
     Returns:
         Nats, ``(...)``, in float32.
 
-    Example:
+    Examples:
         >>> attention_entropy(torch.zeros(2, 2))  # half of ln 2: the first query has no choice
         tensor(0.3466)
     """
@@ -52,7 +52,7 @@ def reciprocity(scores: Tensor) -> Tensor:
     Returns:
         ``(...)``, from -1 to 1, in float32.
 
-    Example:
+    Examples:
         >>> reciprocity(torch.tensor([[0.0, 1, 2], [1, 0, 3], [2, 3, 0]]))
         tensor(1.0000)
     """
@@ -69,7 +69,7 @@ def summarize(blocks: Sequence[Figures]) -> dict[str, float]:
     Args:
         blocks: The figures of each block, under the same names.
 
-    Example:
+    Examples:
         >>> summary = summarize([{"gate": torch.tensor([0.0, 1.0])}, {"gate": torch.tensor([5.0])}])
         >>> summary["gate/block_0"], summary["gate/min"], summary["gate/mean"], summary["gate/max"]
         (0.5, 0.0, 2.0, 5.0)

@@ -94,7 +94,7 @@ class Llama(LanguageModel):
         config: The sizes.
         seed: Seed of the weights.
 
-    Example:
+    Examples:
         >>> config = LlamaConfig(
         ...     vocab_size=100, hidden_size=16, intermediate_size=40, num_layers=2, num_heads=4
         ... )

@@ -68,7 +68,7 @@ def preset_config(
     Raises:
         ModelError: If there is no such preset, or a size is not positive.
 
-    Example:
+    Examples:
         >>> preset_config("llama-60m").parameter_count
         58073600
     """
@@ -102,7 +102,7 @@ def build_model(
     Raises:
         ModelError: If there is no such preset, or a size is not positive.
 
-    Example:
+    Examples:
         >>> model = build_model("llama-nano", vocab_size=512, max_sequence_length=64)
         >>> sum(parameter.numel() for parameter in model.parameters())
         935040

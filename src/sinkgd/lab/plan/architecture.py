@@ -101,7 +101,7 @@ def find_architecture(model: str) -> Architecture:
     Raises:
         ModelError: If it is none of them.
 
-    Example:
+    Examples:
         >>> find_architecture("llama-3-70b").num_kv_heads
         8
     """

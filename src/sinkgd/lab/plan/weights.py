@@ -76,7 +76,7 @@ class Grid:
 def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight, ...]:
     """List the weights of a model, from the module itself on the meta device; tied ones once.
 
-    Example:
+    Examples:
         >>> from sinkgd.lab.plan.architecture import find_architecture
         >>> weights = weights_of(find_architecture("llama-60m"))
         >>> sum(w.count for w in weights), sum(w.count for w in weights if w.is_matrix)

@@ -158,7 +158,7 @@ def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
     Args:
         analysis: Of the page's runs; None where there are none.
 
-    Example:
+    Examples:
         >>> block = calculator_block()
         >>> block.baseline, block.inputs.candidate.title
         ('Adam', 'SinkGD, published at 1.3B')

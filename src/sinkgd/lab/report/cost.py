@@ -75,7 +75,7 @@ def assumed_speed(flops: float, mfu: float, parameters: float) -> float:
     Raises:
         ValueError: If one is not positive and finite.
 
-    Example:
+    Examples:
         >>> assumed_speed(600e12, 0.5, 1e9)
         50000.0
     """
@@ -93,7 +93,7 @@ def gpu_hours(tokens: float, speed: float) -> float:
     Raises:
         ValueError: If one is not positive and finite.
 
-    Example:
+    Examples:
         >>> gpu_hours(7.2e9, 1000.0)
         2000.0
     """
@@ -115,7 +115,7 @@ def run_cost(machine: Machine, tokens: float, speed: float) -> Cost:
     Raises:
         ValueError: If tokens or speed are not positive and finite.
 
-    Example:
+    Examples:
         >>> run_cost(Machine(8, price=2.0, watts=700.0), 7.2e9, 1000.0)
         Cost(hours=250.0, gpu_hours=2000.0, usd=4000.0, kwh=1400.0)
     """
@@ -135,7 +135,7 @@ def changed_cost(machine: Machine, tokens: float, speed: float, change: Change) 
     Raises:
         ValueError: If tokens or speed are not positive and finite.
 
-    Example:
+    Examples:
         >>> change = Change(token_fraction=0.5, step_speedup=1.25)
         >>> changed_cost(Machine(8, price=2.0, watts=700.0), 7.2e9, 1000.0, change).usd
         1600.0

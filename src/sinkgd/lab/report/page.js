@@ -33,6 +33,14 @@
   };
 
   const draw = () => {
+    if (!window.Plotly) {
+      for (const key of Object.keys(figures)) {
+        document.getElementById(key).textContent =
+          "This chart needs plotly.js from cdn.plot.ly, which could not be loaded. The tables have its numbers; " +
+          "sinkgd report, without --cdn, makes a page that needs no network.";
+      }
+      return;
+    }
     // A finger scrolls the page; only a mouse draws a box to zoom.
     const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
     const family = getComputedStyle(document.body).fontFamily;

@@ -113,7 +113,7 @@ def memory_gib(size: Size, state: State) -> float:
         size: The model.
         state: What the method keeps.
 
-    Example:
+    Examples:
         >>> round(memory_gib(SIZES[-1], State.MOMENTS), 3)
         7.483
     """

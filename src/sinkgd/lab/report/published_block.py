@@ -83,7 +83,7 @@ def published_block(runs: Sequence[Run]) -> PublishedBlock:
         runs: Of the page. Those of a model that the benchmark has get a row in the table; of the
             others it is said why they have none.
 
-    Example:
+    Examples:
         >>> [column.size for column in published_block([]).columns]
         ['60M', '130M', '350M', '1.3B']
     """

@@ -29,7 +29,7 @@ def first_reach(evaluations: Sequence[Evaluation], target: float) -> Reach | Non
     Returns:
         The point, or None if no evaluation is at or below the target.
 
-    Example:
+    Examples:
         >>> before = Evaluation(10, 100, 1.0, 5.0, 148.4, 1.8, 64)
         >>> after = Evaluation(20, 200, 3.0, 4.0, 54.6, 1.4, 64)
         >>> first_reach([before, after], 4.25)

@@ -50,7 +50,7 @@ def as_tables(config: RunConfig) -> dict[str, Any]:
 def command_line(config: SharedConfig) -> list[str]:
     """Return the options of a command that give ``config``, those that differ from its defaults.
 
-    Example:
+    Examples:
         >>> from sinkgd.lab.train.config import OptimizerConfig
         >>> command_line(RunConfig(optimizer=OptimizerConfig(recipe="adamw", lr=0.01)))
         ['--optimizer.recipe', 'adamw', '--optimizer.lr', '0.01']

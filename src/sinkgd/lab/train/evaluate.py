@@ -59,7 +59,7 @@ def galore_mean(nats: Sequence[float], tokens: Sequence[int], rows: Sequence[int
         tokens: Targets of each batch, at least one.
         rows: Sequences of each batch; the first is whole.
 
-    Example:
+    Examples:
         >>> galore_mean(nats=[30.0, 10.0], tokens=[10, 5], rows=[4, 4])  # (3 + 2) / (2 + 1)
         1.6666666666666667
 

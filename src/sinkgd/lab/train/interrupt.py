@@ -18,7 +18,7 @@ class Interrupt:
     Args:
         forward: Handed the first signal too, e.g. to send it on to a child process.
 
-    Example:
+    Examples:
         >>> with Interrupt() as interrupt:
         ...     signal.raise_signal(signal.SIGTERM)
         ...     interrupt.received

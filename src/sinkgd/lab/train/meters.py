@@ -72,7 +72,7 @@ class Pace:
 def clock(seconds: float) -> str:
     """Write seconds as a clock does.
 
-    Example:
+    Examples:
         >>> clock(75), clock(3723)
         ('1:15', '1:02:03')
     """

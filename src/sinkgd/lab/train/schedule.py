@@ -28,7 +28,7 @@ def lr_factor(
         warmup_fraction: Part of the steps with a rising rate, 0 to 1.
         final_lr_fraction: The last step's part of the peak, 0 to 1.
 
-    Example:
+    Examples:
         >>> [round(lr_factor(step, steps=10, warmup_fraction=0.2), 3) for step in (0, 1, 5, 9)]
         [0.5, 1.0, 0.55, 0.1]
     """

@@ -25,7 +25,7 @@ def matrices_of(
 
     The matrices share the memory of ``param``; those of ``grad`` may be copies.
 
-    Example:
+    Examples:
         >>> import torch
         >>> fused = torch.zeros(6, 4)
         >>> [tuple(w.shape) for w, _ in matrices_of(fused, fused, layout="auto", split=3)]

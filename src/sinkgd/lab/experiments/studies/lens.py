@@ -70,7 +70,7 @@ def roughness(run: Run) -> float | None:
     Returns:
         Nats, or None with fewer than three losses there.
 
-    Example:
+    Examples:
         >>> second_differences([4.0, 3.0, 2.0]), second_differences([4.0, 3.0, 4.0])
         ([0.0], [2.0])
     """

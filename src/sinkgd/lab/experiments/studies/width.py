@@ -73,7 +73,7 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
     Returns:
         p, or None with fewer than two widths.
 
-    Example:
+    Examples:
         >>> exponent([(64, 0.004), (128, 0.002), (256, 0.001)])
         -1.0
     """

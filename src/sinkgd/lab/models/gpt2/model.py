@@ -25,7 +25,7 @@ from sinkgd.lab.models.gpt2.frame import Frame, FrameConfig
 class GPT2Config(FrameConfig):
     """The sizes of a GPT-2.
 
-    Example:
+    Examples:
         >>> small = GPT2Config(vocab_size=50_257, hidden_size=768, num_layers=12, num_heads=12)
         >>> small.parameter_count
         124439808
@@ -70,7 +70,7 @@ class GPT2(Frame):
         config: The sizes.
         seed: Seed of the weights.
 
-    Example:
+    Examples:
         >>> config = GPT2Config(vocab_size=100, hidden_size=16, num_layers=2, num_heads=4)
         >>> GPT2(config)(torch.tensor([[5, 7, 11]])).shape
         torch.Size([1, 3, 100])

@@ -31,7 +31,7 @@ class LensConfig(FrameConfig):
     Raises:
         ModelError: If a rank does not fit the hidden size, or the schedule is not in order.
 
-    Example:
+    Examples:
         >>> lens = LensConfig(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12)
         >>> lens.parameter_count
         120928188
@@ -89,7 +89,7 @@ class LensConfig(FrameConfig):
             step: Optimizer steps taken so far.
             steps: Optimizer steps of the whole run.
 
-        Example:
+        Examples:
             >>> lens = LensConfig(vocab_size=9, hidden_size=128, num_layers=1, num_heads=1)
             >>> [round(lens.attention_share(step, 10_400), 3) for step in (0, 2000, 6000, 10_000)]
             [0.9, 0.9, 0.646, 0.269]
@@ -109,7 +109,7 @@ class Lens(Frame):
         seed: Seed of the weights. Maps to keys and values begin as the best approximation, of their
             rank, of GPT-2's draw.
 
-    Example:
+    Examples:
         >>> config = LensConfig(
         ...     vocab_size=100,
         ...     hidden_size=16,

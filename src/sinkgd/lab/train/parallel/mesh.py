@@ -80,7 +80,7 @@ def mesh_shape(config: MeshConfig, ranks: int) -> tuple[int, int, int]:
     Raises:
         ConfigError: If they do not multiply to ``ranks``.
 
-    Example:
+    Examples:
         >>> mesh_shape(MeshConfig(dp_replicate=2, tp=2), ranks=8)
         (2, 2, 2)
     """

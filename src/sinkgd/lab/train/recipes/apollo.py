@@ -46,7 +46,7 @@ class Apollo(OneByOne):
     Raises:
         ValueError: If a parameter is no matrix; the message names it.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.ones(2, 8))
         >>> optimizer = Apollo([weight], lr=0.1, rank=1)
         >>> weight.square().sum().backward()

@@ -18,7 +18,7 @@ def excess_of(norm: Tensor, before: Tensor) -> Tensor:
         norm: Of the update.
         before: Of the last one, after it was divided; after zero, any norm is allowed.
 
-    Example:
+    Examples:
         >>> excess_of(torch.tensor(3.0), torch.tensor(1.0)) * LARGEST_GROWTH
         tensor(3.)
     """

@@ -42,7 +42,7 @@ class Racs(OneByOne):
     Raises:
         ValueError: If a parameter is no matrix; the message names it.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.ones(2, 3))
         >>> optimizer = Racs([weight], lr=0.1, beta=0.0)
         >>> weight.square().sum().backward()

@@ -19,7 +19,7 @@ class Several(Optimizer):
     Raises:
         ValueError: If a parameter is in two of them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> matrix, bias = torch.nn.Linear(2, 2).parameters()
         >>> both = Several([torch.optim.Muon([matrix]), torch.optim.AdamW([bias], lr=0.1)])

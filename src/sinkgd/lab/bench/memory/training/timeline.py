@@ -59,7 +59,7 @@ class _Block:
 def peak_of_last_step(events: Sequence[Event]) -> Peak:
     """Find the peak, and what it consists of.
 
-    Example:
+    Examples:
         Weights of 100 bytes; a step keeps an activation of 7, and makes a gradient of 100.
 
         >>> begin, step, backward = Change(1, 100), Mark("step"), Mark("backward")

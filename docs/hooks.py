@@ -1,0 +1,30 @@
+"""The site shows the pages of recorded studies, which lie outside of ``docs``.
+
+In the repository a study's link leads to its verdict, which reads well there; on the site, to its
+page.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+_VERDICT = re.compile(r"\(\.\./benchmarks/studies/([\w-]+)/verdict\.md\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages, as ``studies/NAME.html``."""
+    records = Path(config.docs_dir).parent / "benchmarks/studies"
+    for page in sorted(records.glob("*/report.html")):
+        address = f"studies/{page.parent.name}.html"
+        files.append(File.generated(config, address, abs_src_path=str(page)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Let links to verdicts lead to the pages."""
+    up = "../" * page.file.src_uri.count("/")
+    return _VERDICT.sub(rf"({up}studies/\1.html)", markdown)

@@ -1,0 +1,24 @@
+"""The documents build without a warning, and every recorded study's page is on the site."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_has_every_study(tmp_path):
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = (site / "experiments.html").read_text(encoding="utf-8")
+    records = sorted(path.name for path in (ROOT / "benchmarks/studies").iterdir())
+    assert len(records) > 11
+    for name in records:
+        assert f'href="studies/{name}.html"' in table
+        kept = ROOT / "benchmarks/studies" / name / "report.html"
+        assert (site / "studies" / f"{name}.html").read_bytes() == kept.read_bytes()
