@@ -186,7 +186,9 @@ def point_words(point: Point) -> str:
 
 
 def edges(arm: Arm, chosen: Point) -> list[str]:
-    """Name the fields whose best value is the first or last that was tried, of at least two.
+    """Name the fields whose best value is the first or last that was tried, of at least three.
+
+    Of two values either is at an edge, which says nothing.
 
     Examples:
         >>> arm = Arm("a", {}, {"optimizer.lr": (0.1, 0.2, 0.4)})
@@ -196,6 +198,6 @@ def edges(arm: Arm, chosen: Point) -> list[str]:
     found = []
     for name, values in arm.tuned.items():
         value = chosen.get(name, math.nan)
-        if len(values) > 1 and value in (min(values), max(values)):
+        if len(values) > 2 and value in (min(values), max(values)):
             found.append(f"{name} = {value:g}")
     return found

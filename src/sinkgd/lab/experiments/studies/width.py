@@ -1,4 +1,4 @@
-"""How the best rate of matrices moves with the width of the model, under three rules.
+"""How the best rate of matrices moves with the width of the model, under four rules.
 
 Letters:
     d: the hidden size
@@ -15,7 +15,7 @@ from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX
 from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, unfinished
 
-RAW, BY_WIDTH, PINNED = "raw", "by-width", "pinned"
+RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "deflated"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
 PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 
@@ -25,11 +25,12 @@ PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
 
 
 def rules(base_width: int) -> Mapping[str, Mapping[str, Any]]:
-    """Return the options of every rule; all agree at ``base_width``, pinned but for its unit."""
+    """Return the options of every rule; raw and by width agree at ``base_width``."""
     return {
         RAW: {},
         BY_WIDTH: {"optimizer.base_width": base_width},
         PINNED: {"optimizer.operator_norm": "muon"},
+        DEFLATED: {"optimizer.recipe": "deflated"},
     }
 
 
@@ -96,7 +97,7 @@ def judge(results: StudyResults) -> Verdict:
         return nothing
     by_rule = {
         rule: [one for one in results.candidates if one.arm.series == rule]
-        for rule in (RAW, BY_WIDTH, PINNED)
+        for rule in (RAW, BY_WIDTH, PINNED, DEFLATED)
     }
     found = {rule: _best_rates(arms) for rule, arms in by_rule.items()}
     exponents = {rule: p for rule, pairs in found.items() if (p := exponent(pairs)) is not None}
@@ -129,13 +130,14 @@ def _at_the_largest(results: StudyResults) -> list[str]:
     return [f"Final losses at {largest:g}: {', '.join(ended)}."]
 
 
-_MACHINE = replace(MACHINE, training=replace(MACHINE.training, steps=160))
+_MACHINE = replace(MACHINE, training=replace(MACHINE.training, steps=120))
 
 WIDTH = Study(
     name="width",
     question="Does the best rate of matrices move with the width, and does a rule stop it?",
     background="Axolotl reports that raw SinkGD’s best rate falls as 1/d_in, as Adam’s does, and "
-    "that pinning the operator norm to √(d_out/d_in) makes it independent of the width.",
+    "that pinning the operator norm to √(d_out/d_in) makes it independent of the width. Deflation "
+    "bounds that norm in its own way, and is our default.",
     settings={
         "machine": Setting(_MACHINE, (*arms_at(WIDTHS, 0.08), *adamws("llama-nano", 128, 0.08))),
         "paper": Setting(
