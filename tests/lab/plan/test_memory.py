@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sinkgd.lab.bench.memory.measure import allocations
 from sinkgd.lab.models.llama import Llama
 from sinkgd.lab.models.presets import PRESETS
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture, find_method, rank_memory
+from sinkgd.lab.plan.memory import update_scratch
 from sinkgd.lab.plan.methods import eight_bit_bytes
+from sinkgd.lab.plan.weights import weights_of
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
@@ -40,7 +43,7 @@ def test_state_is_what_the_recipe_keeps_after_a_step(name):
 
 def test_every_method_but_8_bit_adam_is_a_recipe_or_one_with_an_option():
     others = [name for name in METHODS if name not in RECIPES]
-    assert others == ["sinkgd-momentum", "sinkgd-pinned", "sron", "adamw-8bit"]
+    assert others == ["sinkgd-momentum", "sinkgd-pinned", "sinkgd-table", "sron", "adamw-8bit"]
 
 
 @pytest.mark.parametrize(
@@ -48,11 +51,41 @@ def test_every_method_but_8_bit_adam_is_a_recipe_or_one_with_an_option():
     [
         ("sinkgd-momentum", "sinkgd", {"momentum": 0.9}),
         ("sinkgd-pinned", "sinkgd", {"operator_norm": "muon"}),
+        ("sinkgd-table", "sinkgd", {"tables": "sinkgd-table"}),
         ("sron", "rows-only", {}),
     ],
 )
 def test_state_of_an_option_is_what_it_keeps_after_a_step(name, recipe, options):
     assert planned_state(name) == kept_after_a_step(OptimizerConfig(recipe=recipe, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "vocab_size"),
+    [
+        ("sron", {"recipe": "rows-only"}, 600),
+        ("sron", {"recipe": "rows-only"}, 100_000),
+        ("scale", {"recipe": "scale"}, 600),
+        ("scale", {"recipe": "scale"}, 100_000),
+        ("sinkgd-table", {"recipe": "sinkgd", "tables": "sinkgd-table"}, 100_000),
+    ],
+)
+def test_scratch_is_what_a_step_takes(name, options, vocab_size):
+    sizes = {"vocab_size": vocab_size, "num_layers": 2}
+    model = Llama(replace(PRESETS["llama-9m"], **sizes))
+    optimizer = build_optimizer(model, resolve_optimizer(OptimizerConfig(**options)))
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    used = allocations(optimizer.step, torch.device("cpu")).peak
+    weights = weights_of(replace(NINE.architecture, **sizes))
+    planned = update_scratch(weights, Grid(), find_method(name), device="cpu", one_by_one=False)
+    assert planned == pytest.approx(used, rel=0.03)
+
+
+def test_only_the_head_keeps_what_is_the_heads():
+    scale = find_method("scale")
+    assert scale.table_bytes(600, 128, 2, is_head=True) == 4 * 600 * 128
+    assert scale.table_bytes(600, 128, 2, is_head=False) == 0
 
 
 def test_soap_has_no_basis_for_a_long_side():

@@ -75,17 +75,11 @@ def sixteen_ranks():
     dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("sixteen_ranks")
-@pytest.mark.parametrize("shape", [(2, 8, 1), (2, 2, 4), (1, 4, 4), (1, 1, 16)], ids=str)
-@pytest.mark.parametrize("deflated_rank", [0, 8])
-def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, deflated_rank, monkeypatch):
-    for module in ("sinkgd.optim.algorithms.few_at_a_time", "sinkgd.lab.plan.traffic"):
-        monkeypatch.setattr(f"{module}.MESH_SCRATCH_BYTES", 100_000)  # several rounds
-    nine = replace(find_architecture("llama-9m"), num_heads=16, num_kv_heads=16, head_size=8)
-    grid = Grid(*shape)
+def step_on_a_mesh(architecture, shape, make):
+    """Return an optimizer of a model's matrices, which lie on a mesh with gradients, unstepped."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
     params = []
-    for weight in weights_of(nine, grid):
+    for weight in weights_of(architecture, Grid(*shape)):
         if weight.is_matrix:
             columns = weight.divided[1] < weight.shape[1]
             places = [Replicate(), Shard(0), Shard(1 if columns else 0)]
@@ -93,16 +87,34 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, deflated_rank, monkeyp
             param = nn.Parameter(pieces[0])
             param.grad = pieces[1]
             params.append(param)
-    optimizer = sinkgd.SinkGD(params, lr=1e-3, deflated_rank=deflated_rank)
+    return make(params)
+
+
+MADE_BY = {
+    "sinkgd": lambda params: sinkgd.SinkGD(params, lr=1e-3),
+    "deflated": lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=8),
+    "sron": lambda params: sinkgd.SRON(params, lr=1e-3),
+}
+
+
+@pytest.mark.usefixtures("sixteen_ranks")
+@pytest.mark.parametrize("shape", [(2, 8, 1), (2, 2, 4), (1, 4, 4), (1, 1, 16)], ids=str)
+@pytest.mark.parametrize("name", MADE_BY)
+def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
+    for module in ("sinkgd.optim.algorithms.few_at_a_time", "sinkgd.lab.plan.traffic"):
+        monkeypatch.setattr(f"{module}.MESH_SCRATCH_BYTES", 100_000)  # several rounds
+    nine = replace(find_architecture("llama-9m"), num_heads=16, num_kv_heads=16, head_size=8)
+    grid, method = Grid(*shape), find_method(name)
+    optimizer = step_on_a_mesh(nine, shape, MADE_BY[name])
     with Sent() as sent:
         optimizer.step()
-    planned = vectors(nine, grid, find_method("deflated") if deflated_rank else SINKGD)
+    planned = vectors(nine, grid, method)
     assert len(sent.calls) == sum(one.count for one in planned)
     assert sum(sent.calls) == sum(one.bytes for one in planned)
-    if deflated_rank:
+    if name == "deflated":
         assert len(sent.calls) > 2 * (5 + 6)
         return
-    scratch = update_scratch(weights_of(nine, grid), grid, SINKGD, device="cpu", one_by_one=False)
+    scratch = update_scratch(weights_of(nine, grid), grid, method, device="cpu", one_by_one=False)
     used = allocations(optimizer.step, torch.device("cpu")).peak
     assert 0.8 * scratch < used <= scratch
 

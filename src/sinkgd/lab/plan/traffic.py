@@ -62,10 +62,11 @@ def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
     sharded = [(g, k) for g, k in (("tp", grid.tp), ("dp_shard", grid.dp_shard)) if k > 1]
     if method.exchange == "nothing" or not sharded:
         return []
-    if method.exchange == "vectors":
+    if method.exchange in ("vectors", "rows"):
+        what = "sums of rows" if method.exchange == "rows" else "sums of rows and columns"
         return [
             Messages(
-                "sums of rows and columns",
+                what,
                 group,
                 "all-reduce",
                 *_of_vectors(weights, grid, method, group),
@@ -92,6 +93,8 @@ def _of_vectors(
     weights: Sequence[Weight], grid: Grid, method: Method, group: str
 ) -> tuple[int, int]:
     """Return how many messages a group needs for sums of rows and columns, and their bytes."""
+    if method.exchange == "rows":
+        return _of_rows(weights, group)
     runs = [slice(len(weights))]
     if method.directions:
         runs = cut([4 * prod(w.piece) for w in weights], MESH_SCRATCH_BYTES)
@@ -104,6 +107,12 @@ def _of_vectors(
             count += 2 * (False in ways) + 4 * (True in ways)
             numbers += sum(_deflation_length(w, group, method.directions) for w in some)
     return count, _FLOAT64 * numbers
+
+
+def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
+    """Return the same for sums of rows, once; first ranks tell whether their pieces are finite."""
+    cut_rows = [w.piece[0] for w in weights if _is_cut_by_columns(w, group)]
+    return 1 + bool(cut_rows), _FLOAT64 * (len(weights) + sum(cut_rows))
 
 
 def _deflation_length(weight: Weight, group: str, directions: int) -> int:

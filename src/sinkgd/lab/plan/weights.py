@@ -34,6 +34,16 @@ class Weight:
         """Entries of the whole."""
         return prod(self.shape)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it is an embedding or an output head."""
+        return len(self.shape) == 2 and not self.is_matrix
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is an output head, and no embedding at once."""
+        return self.name == "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Grid:

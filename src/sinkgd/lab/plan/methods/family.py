@@ -56,14 +56,45 @@ FAMILY = (
         passes=ITERATIONS + 5,  # two products with a vector
     ),
     Method(
+        "sinkgd-table",
+        "SinkGD, table mode",
+        "1 float32 an entry of embedding and head, 2 of norms",
+        'sinkgd.param_groups(..., overrides=...) with the algorithm "sinkgd-table"',
+        table=lambda short, long: float(short * long),
+        wide=True,
+        counted="vectors",
+        everywhere=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3,
+        scratch=2.0,  # a table's direction, and what that is made of
+    ),
+    Method(
         "sron",
         "SRON",
         "2 an entry of embedding, head, norms",
         "Wen et al., https://openreview.net/forum?id=BtQLBWr6zI",
         can_release=True,
-        exchange="vectors",
+        exchange="rows",
         passes=5,
-        scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
+        scratch=2.0,  # the update and what it is made of
+        batched=True,
+    ),
+    Method(
+        "scale",
+        "SCALE",
+        "1 float32 an entry of the head, 2 of norms",
+        "Glentis et al. 2025, https://arxiv.org/abs/2506.16659",
+        table=lambda short, long: float(short * long),
+        wide=True,
+        head_alone=True,
+        counted="vectors",
+        everywhere=True,
+        can_release=True,
+        exchange="rows",
+        passes=5,
+        scratch=2.0,  # as SRON's
+        batched=True,
     ),
     Method(
         "swan",
@@ -74,6 +105,7 @@ FAMILY = (
         exchange="matrices",
         passes=5,
         scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
+        batched=True,
         flops=_whitening,
     ),
     Method(
