@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.study import Axis, point_words
+from sinkgd.lab.experiments.study import Axis, Point, point_words
 from sinkgd.lab.report.charts import Chart, Figure, axis, layout, row_words, rows_axis
 from sinkgd.lab.report.identity import Identity
 from sinkgd.lab.report.quantities import loss
@@ -14,6 +14,7 @@ from sinkgd.lab.report.quantities import loss
 Identities = dict[str, Identity]
 
 _ROW = 54  # CSS pixels
+_LETTERS = 40  # that a phone has room for
 _BELOW = 0.16  # of a row: how far its marks lie below its middle
 
 
@@ -76,7 +77,7 @@ def _line(recipe: str, line: Sequence[ArmResults], identities: Identities) -> li
             "y": means,
             "line": {"color": look.color, "width": 2.4},
             "marker": {"color": look.color, "symbol": look.symbol, "size": 10},
-            "error_y": _whiskers(means, spread, look),
+            "error_y": whiskers(means, spread, look),
             "hovertext": [f"{html.escape(one.arm.name)}<br>{loss(one.loss or 0)}" for one in line],
             "hoverinfo": "text",
         },
@@ -96,9 +97,10 @@ def _dots(x: Sequence[float | None], y: Sequence[float], look: Identity) -> Figu
     }
 
 
-def _whiskers(
+def whiskers(
     means: Sequence[float | None], spread: Sequence[tuple[float, float]], look: Identity
 ) -> Figure:
+    """Make the error bars of means, from the lowest to the highest of each one's seeds."""
     pairs = [(mean or 0.0, low, high) for mean, (low, high) in zip(means, spread, strict=True)]
     return {
         "type": "data",
@@ -136,7 +138,6 @@ def _by_arm(arms: Sequence[ArmResults], identities: Identities) -> Figure:
     data = []
     for row, one in enumerate(arms):
         look, values = identities[one.arm.name], list(one.losses.values())
-        whiskers = _whiskers([one.loss], [(min(values), max(values))], look)
         data.append(_dots(values, [row + _BELOW] * len(values), look))
         data.append(
             {
@@ -145,7 +146,7 @@ def _by_arm(arms: Sequence[ArmResults], identities: Identities) -> Figure:
                 "x": [one.loss],
                 "y": [row + _BELOW],
                 "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
-                "error_x": whiskers,
+                "error_x": whiskers([one.loss], [(min(values), max(values))], look),
                 "showlegend": False,
                 "hovertemplate": f"{look.label}: %{{x:.3f}}<extra></extra>",
             }
@@ -171,17 +172,14 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
     if not arms:
         return None
     data = [_grid_row(row, one, identities[one.arm.name]) for row, one in enumerate(arms)]
-    words = [
-        f"{identities[one.arm.name].label}</b>  best at {point_words(one.chosen or {})}"
-        for one in arms
-    ]
+    words = [(identities[one.arm.name].label, point_words(_searched(one))) for one in arms]
     return Chart(
         key="grids",
         title="The grids",
         caption="Final loss of every point that was tried, one run each, with a seed that no "
-        "reported run has. The large mark is the point that was chosen. Diverged points are in the "
-        "table.",
-        description=f"{len(arms)} grids; {'; '.join(word.replace('</b>', '') for word in words)}.",
+        "reported run has. The large mark is the point that was chosen, whose values are named. "
+        "Diverged points are in the table.",
+        description=f"{len(arms)} grids; {'; '.join(': '.join(pair) for pair in words)}.",
         figure={
             "data": data,
             "layout": layout(
@@ -189,11 +187,23 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
                 xaxis=axis("nats per token", fixedrange=True),
                 yaxis=rows_axis(len(arms)),
                 dragmode=False,
-                annotations=[row_words(f"<b>{text}", i) for i, text in enumerate(words)],
+                annotations=[row_words(_in_a_row(*pair), i) for i, pair in enumerate(words)],
             ),
         },
         share=1,
     )
+
+
+def _in_a_row(name: str, point: str) -> str:
+    """Write an arm and its point, in two lines where a phone has no room for one."""
+    between = "<br>" if len(name) + len(point) > _LETTERS else "  "
+    return f"<b>{name}</b>{between}{point}"
+
+
+def _searched(one: ArmResults) -> Point:
+    """Return the chosen values of what was tried at more than one."""
+    chosen = one.chosen or {}
+    return {name: value for name, value in chosen.items() if len(one.arm.tuned[name]) > 1}
 
 
 def _grid_row(row: int, one: ArmResults, look: Identity) -> Figure:

@@ -97,13 +97,13 @@ def _analysis(results: StudyResults) -> Analysis | None:
 def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Chart]:
     everyone = {one.arm.name for one in results.arms}
     identities = identify(analysis)
-    charts = [
-        final_chart(results, study.axis, identities),
-        *measured_charts(analysis, identities),
-    ]
-    # An arm of which only the grid is there has no looks yet.
-    grids = grid_chart(results, identities) if everyone <= set(identities) else None
-    return charts + ([grids] if grids else [])
+    final = final_chart(results, study.axis, identities)
+    measured = measured_charts(analysis, identities)
+    if not everyone <= set(identities):  # an arm of which only the grid is there has no looks yet
+        return [final, *measured]
+    own = study.chart(results, identities) if study.chart else None
+    charts = [own, final, *measured, grid_chart(results, identities)]
+    return [chart for chart in charts if chart is not None]
 
 
 def _schedule(plan: Mapping[str, Any]) -> str:

@@ -15,8 +15,10 @@ from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
 from sinkgd.lab.train.config_file import nearest
 
 if TYPE_CHECKING:
+    from sinkgd.lab.experiments.charts import Identities
     from sinkgd.lab.experiments.results import StudyResults
     from sinkgd.lab.experiments.verdict import Verdict
+    from sinkgd.lab.report.charts import Chart
 
 Scale = Literal["machine", "paper"]
 Overrides = Mapping[str, Any]  # dotted names of a `RunConfig`'s fields, with their values
@@ -115,6 +117,7 @@ class Study:
     settings: Mapping[Scale, Setting]
     judge: "Callable[[StudyResults], Verdict]"
     axis: Axis | None = None
+    chart: "Callable[[StudyResults, Identities], Chart | None] | None" = None  # the question's own
 
     def __post_init__(self) -> None:
         for setting in self.settings.values():

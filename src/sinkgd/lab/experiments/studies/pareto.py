@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from sinkgd.lab.experiments.charts import Identities
+from sinkgd.lab.experiments.own_charts import state_chart
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
     ADAMW_GRID,
@@ -19,6 +21,7 @@ from sinkgd.lab.experiments.studies.common import (
 )
 from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, ranked, unfinished
+from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.quantities import size
 
 L = "optimizer.sinkhorn_iterations"
@@ -97,6 +100,16 @@ def judge(results: StudyResults) -> Verdict:
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
 
+def chart(results: StudyResults, identities: Identities) -> Chart | None:
+    """Draw state against loss; None before every seed of some arm has ended well."""
+    arms = [one for one in results.arms if one.seeds and not one.diverged]
+    if not arms:
+        return None
+    kept = {one.arm.name: state_bytes(one) for one in arms}
+    best = sorted(front(results, arms), key=state_bytes)
+    return state_chart(arms, kept, best, identities)
+
+
 def _size(one: ArmResults) -> str:
     return f"{size(state_bytes(one))}, {one.loss:.3f}"
 
@@ -111,4 +124,5 @@ PARETO = Study(
         "paper": Setting(BENCHMARK["llama-350m"], arms_of(PAPER_GRIDS), models=BENCHMARK),
     },
     judge=judge,
+    chart=chart,
 )

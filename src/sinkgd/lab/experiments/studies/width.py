@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sinkgd.lab.experiments.charts import Identities
+from sinkgd.lab.experiments.own_charts import best_rates_chart
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, unfinished
+from sinkgd.lab.report.charts import Chart
 
 RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "deflated"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
@@ -87,20 +90,31 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
     return round(covariance / sum((a - mean_x) ** 2 for a in x), 12)
 
 
-def _best_rates(arms: Sequence[ArmResults]) -> list[tuple[float, float]]:
-    return [(one.arm.value or 0.0, one.chosen[MATRIX_LR]) for one in arms if one.chosen is not None]
+def _best_rates(results: StudyResults) -> dict[str, list[tuple[ArmResults, float, float]]]:
+    """Return every rule's arms with the width and the best rate of each."""
+    return {
+        rule: [
+            (one, one.arm.value or 0.0, one.chosen[MATRIX_LR])
+            for one in results.candidates
+            if one.arm.series == rule and one.chosen is not None
+        ]
+        for rule in (RAW, BY_WIDTH, PINNED, DEFLATED)
+    }
+
+
+def _exponents(found: Mapping[str, Sequence[tuple[ArmResults, float, float]]]) -> dict[str, float]:
+    fits = {
+        rule: exponent([(width, rate) for _, width, rate in line]) for rule, line in found.items()
+    }
+    return {rule: p for rule, p in fits.items() if p is not None}
 
 
 def judge(results: StudyResults) -> Verdict:
     """Say for which rule the best rate stays, and which rule ends lowest at the largest width."""
     if (nothing := unfinished(results)) is not None:
         return nothing
-    by_rule = {
-        rule: [one for one in results.candidates if one.arm.series == rule]
-        for rule in (RAW, BY_WIDTH, PINNED, DEFLATED)
-    }
-    found = {rule: _best_rates(arms) for rule, arms in by_rule.items()}
-    exponents = {rule: p for rule, pairs in found.items() if (p := exponent(pairs)) is not None}
+    found = _best_rates(results)
+    exponents = _exponents(found)
     if not exponents:
         return Verdict("No rule has a best rate at two widths yet.", (), tuple(cautions(results)))
     stays = min(exponents, key=lambda rule: abs(exponents[rule]))
@@ -109,13 +123,23 @@ def judge(results: StudyResults) -> Verdict:
     )
     if RAW in exponents and stays != RAW:
         headline += f", raw with d^{exponents[RAW]:.2f}"
-    sentences = [_rates(rule, pairs, exponents) for rule, pairs in found.items() if pairs]
+    sentences = [_rates(rule, line, exponents) for rule, line in found.items() if line]
     sentences += _at_the_largest(results)
     return Verdict(f"{headline}.", tuple(sentences), tuple(cautions(results)))
 
 
-def _rates(rule: str, pairs: Sequence[tuple[float, float]], exponents: Mapping[str, float]) -> str:
-    words = ", ".join(f"{rate:g} at {width:g}" for width, rate in pairs)
+def chart(results: StudyResults, identities: Identities) -> Chart | None:
+    """Draw the best rates by width; None before a grid has ended."""
+    found = _best_rates(results)
+    if not any(found.values()):
+        return None
+    return best_rates_chart(found, _exponents(found), identities)
+
+
+def _rates(
+    rule: str, line: Sequence[tuple[ArmResults, float, float]], exponents: Mapping[str, float]
+) -> str:
+    words = ", ".join(f"{rate:g} at {width:g}" for _, width, rate in line)
     fit = f": lr ∝ d^{exponents[rule]:.2f}" if rule in exponents else ""
     return f"Best rates of {rule}: {words}{fit}. Rates are a factor of two apart."
 
@@ -145,5 +169,6 @@ WIDTH = Study(
         ),
     },
     judge=judge,
+    chart=chart,
     axis=Axis("width", "hidden size, d", log=True),
 )
