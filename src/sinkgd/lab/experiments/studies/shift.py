@@ -5,8 +5,9 @@ from dataclasses import replace
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
     BENCHMARK,
+    LR,
     MACHINE,
-    MUON_GRID,
+    MATRIX_LR,
     PAPER_ADAMW_GRID,
     PAPER_MUON_GRID,
     PAPER_ONE_LR_GRID,
@@ -31,6 +32,10 @@ from sinkgd.lab.report import Spread, first_reach
 from sinkgd.lab.report.quantities import count
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig
+
+# Matrices want a lower rate here than where nothing changes.
+ADAMW_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0001875, 0.000375, 0.00075, 0.0015, 0.003, 0.006)}
+MUON_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02)}
 
 
 def shifted(shared: SharedConfig) -> SharedConfig:
@@ -101,6 +106,7 @@ def _candidates(sinkgd: Grid, swan: Grid) -> tuple[Arm, ...]:
     return (
         Arm("sinkgd", {"optimizer.recipe": "sinkgd"}, sinkgd),
         Arm("swan", {"optimizer.recipe": "swan"}, swan),
+        Arm("deflated", {"optimizer.recipe": "deflated"}, swan),
     )
 
 
@@ -112,7 +118,7 @@ SHIFT = Study(
     settings={
         "machine": Setting(
             shifted(MACHINE),
-            (*_candidates(SINKGD_GRID, SWAN_GRID), *controls(), muon(MUON_GRID)),
+            (*_candidates(SINKGD_GRID, SWAN_GRID), *controls(ADAMW_GRID), muon(MUON_GRID)),
         ),
         "paper": Setting(
             shifted(BENCHMARK["llama-60m"]),
