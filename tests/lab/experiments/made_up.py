@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sinkgd.lab.experiments.plan import plan_of
@@ -70,6 +71,8 @@ def made_up_record(
         for seed, value in enumerate(losses[arm.name]):
             name = f"{arm.name}-seed{seed}"
             run = made_up_run(name, seed, value, recipe=recipe, step_seconds=pace)
+            data = asdict(plan.config(plan.seed_task(arm, {}, seed)).data)
+            run = replace(run, start=replace(run.start, config=run.start.config | {"data": data}))
             record.runs[name] = RunResult(arm.name, False, {}, run)
     record.sittings.append(SITTING)
     return record

@@ -135,35 +135,54 @@ def _level_words(one: ArmResults, identities: Identities, place: int) -> Figure:
 
 
 def _by_arm(arms: Sequence[ArmResults], identities: Identities) -> Figure:
+    rows = [(one.arm.name, list(one.losses.values()), loss(one.loss or 0)) for one in arms]
+    return rows_figure(rows, axis("nats per token", fixedrange=True), identities)
+
+
+def rows_figure(
+    rows: Sequence[tuple[str, Sequence[float], str]], along: Figure, identities: Identities
+) -> Figure:
+    """Draw an arm a row: every seed, and their mean with its range.
+
+    Args:
+        rows: Names of arms, a value a seed that has one, and words that stand above.
+        along: The axis of the values.
+        identities: How arms are recognized.
+    """
     data = []
-    for row, one in enumerate(arms):
-        look, values = identities[one.arm.name], list(one.losses.values())
-        data.append(_dots(values, [row + _BELOW] * len(values), look))
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [one.loss],
-                "y": [row + _BELOW],
-                "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
-                "error_x": whiskers([one.loss], [(min(values), max(values))], look),
-                "showlegend": False,
-                "hovertemplate": f"{look.label}: %{{x:.3f}}<extra></extra>",
-            }
-        )
+    for row, (name, values, _) in enumerate(rows):
+        if values:
+            data += _seeds_and_mean(row + _BELOW, values, identities[name])
     return {
         "data": data,
         "layout": layout(
-            110 + _ROW * len(arms),
-            xaxis=axis("nats per token", fixedrange=True),
-            yaxis=rows_axis(len(arms)),
+            110 + _ROW * len(rows),
+            xaxis=along,
+            yaxis=rows_axis(len(rows)),
             dragmode=False,
             annotations=[
-                row_words(f"<b>{identities[one.arm.name].label}</b>  {loss(one.loss or 0)}", i)
-                for i, one in enumerate(arms)
+                row_words(f"<b>{identities[name].label}</b>  {words}", i)
+                for i, (name, _, words) in enumerate(rows)
             ],
         ),
     }
+
+
+def _seeds_and_mean(y: float, values: Sequence[float], look: Identity) -> list[Figure]:
+    mean = sum(values) / len(values)
+    return [
+        _dots(values, [y] * len(values), look),
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [mean],
+            "y": [y],
+            "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
+            "error_x": whiskers([mean], [(min(values), max(values))], look),
+            "showlegend": False,
+            "hovertemplate": f"{look.label}: %{{x:.4~g}}<extra></extra>",
+        },
+    ]
 
 
 def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:

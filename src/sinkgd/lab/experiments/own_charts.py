@@ -1,10 +1,10 @@
-"""Charts that one question has and no other: state against loss, and the best rate by width."""
+"""Charts that one question has and no other: of state, of best rates, and of a recovery."""
 
 import html
 import math
 from collections.abc import Mapping, Sequence
 
-from sinkgd.lab.experiments.charts import Identities, whiskers
+from sinkgd.lab.experiments.charts import Identities, rows_figure, whiskers
 from sinkgd.lab.experiments.results import ArmResults
 from sinkgd.lab.report.charts import Chart, Figure, axis, layout
 from sinkgd.lab.report.quantities import loss, size
@@ -130,3 +130,24 @@ def _rates_line(
         "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
         "hovertemplate": f"{html.escape(rule)} at %{{x:g}}: %{{y:g}}<extra></extra>",
     }
+
+
+def recovery_chart(
+    rows: Sequence[tuple[str, Sequence[float], str]], identities: Identities
+) -> Chart:
+    """Draw how many tokens each arm needed after a change, an arm a row.
+
+    Args:
+        rows: Names of arms, the tokens of every seed that came back, and what to say of them.
+        identities: How arms are recognized.
+    """
+    along = axis("tokens after the change", rangemode="tozero", tickformat="~s", fixedrange=True)
+    return Chart(
+        key="recovery",
+        title="Tokens until the loss is back",
+        caption="From the change of vocabulary to where the validation loss is back at the last "
+        "value before it: every seed that came back, and their mean with its range.",
+        description=f"{'; '.join(f'{name}: {words}' for name, _, words in rows)}.",
+        figure=rows_figure(rows, along, identities),
+        share=1,
+    )

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from sinkgd.lab.experiments.charts import Identities
+from sinkgd.lab.experiments.own_charts import recovery_chart
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import (
     BENCHMARK,
@@ -29,6 +31,7 @@ from sinkgd.lab.experiments.verdict import (
     unfinished,
 )
 from sinkgd.lab.report import Spread, first_reach
+from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.quantities import count
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig
@@ -93,6 +96,21 @@ def judge(results: StudyResults) -> Verdict:
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
 
+def chart(results: StudyResults, identities: Identities) -> Chart | None:
+    """Draw every arm's recovery; None before a run has ended."""
+    arms = [one for one in (*results.candidates, *results.controls) if one.seeds]
+    if not arms:
+        return None
+    rows = [(one.arm.name, _recoveries(one), _in_short(one)) for one in arms]
+    return recovery_chart(rows, identities)
+
+
+def _in_short(one: ArmResults) -> str:
+    found, total = _recoveries(one), len(one.seeds)
+    mean = count(round(sum(found) / len(found))) if found else "not back"
+    return mean if len(found) in (0, total) else f"{mean}, in {len(found)} of {total} seeds"
+
+
 def _words(one: ArmResults) -> str:
     spread, total = Spread.of(found := _recoveries(one)), len(one.seeds)
     if spread is None:
@@ -131,4 +149,5 @@ SHIFT = Study(
         ),
     },
     judge=judge,
+    chart=chart,
 )
