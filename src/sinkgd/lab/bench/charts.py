@@ -52,7 +52,7 @@ def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) 
             margin={"l": 8, "r": 12, "t": 26, "b": 8},
             dragmode=False,
             annotations=[
-                *(row_words(f"<b>{html.escape(r)}</b>", i - _WORDS) for i, r in enumerate(rows)),
+                *(row_words(html.escape(r), "", i - _WORDS) for i, r in enumerate(rows)),
                 _label_of_one(one),
             ],
             shapes=[_line_at_one()],
@@ -97,7 +97,7 @@ def stacked_bars(
             barmode="stack",
             dragmode=False,
             annotations=[
-                row_words(f"<b>{html.escape(row)}</b>  {word}", i - _WORDS)
+                row_words(html.escape(row), word, i - _WORDS)
                 for i, (row, word) in enumerate(zip(rows, words, strict=True))
             ],
         ),

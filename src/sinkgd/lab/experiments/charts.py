@@ -14,7 +14,6 @@ from sinkgd.lab.report.quantities import loss
 Identities = dict[str, Identity]
 
 _ROW = 54  # CSS pixels
-_LETTERS = 40  # that a phone has room for
 _BELOW = 0.16  # of a row: how far its marks lie below its middle
 
 
@@ -161,7 +160,7 @@ def rows_figure(
             yaxis=rows_axis(len(rows)),
             dragmode=False,
             annotations=[
-                row_words(f"<b>{identities[name].label}</b>  {words}", i)
+                row_words(identities[name].label, words, i)
                 for i, (name, _, words) in enumerate(rows)
             ],
         ),
@@ -206,17 +205,11 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
                 xaxis=axis("nats per token", fixedrange=True),
                 yaxis=rows_axis(len(arms)),
                 dragmode=False,
-                annotations=[row_words(_in_a_row(*pair), i) for i, pair in enumerate(words)],
+                annotations=[row_words(*pair, i) for i, pair in enumerate(words)],
             ),
         },
         share=1,
     )
-
-
-def _in_a_row(name: str, point: str) -> str:
-    """Write an arm and its point, in two lines where a phone has no room for one."""
-    between = "<br>" if len(name) + len(point) > _LETTERS else "  "
-    return f"<b>{name}</b>{between}{point}"
 
 
 def _searched(one: ArmResults) -> Point:

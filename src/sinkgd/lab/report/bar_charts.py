@@ -247,7 +247,7 @@ def _words(
 ) -> list[Figure]:
     """Write each recipe's name and figures above its bar."""
     return [
-        row_words(f"<b>{identities[recipe.name].label}</b>  {word}", row + _BELOW - _THICKNESS / 2)
+        row_words(identities[recipe.name].label, word, row + _BELOW - _THICKNESS / 2)
         for row, (recipe, word) in enumerate(zip(recipes, words, strict=True))
     ]
 

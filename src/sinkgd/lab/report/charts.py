@@ -12,6 +12,7 @@ Figure = dict[str, Any]
 
 SOFT = 0.38  # tint of the part of a bar that is context
 CLEAR = "rgba(0,0,0,0)"
+_LETTERS = 40  # in a row that a phone has room for
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,16 @@ def rows_axis(rows: int) -> Figure:
     return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)
 
 
-def row_words(text: str, y: float) -> Figure:
-    """Write words above what is drawn in a row, where a phone has room for them.
+def row_words(name: str, words: str, y: float) -> Figure:
+    """Write words above what is drawn in a row, in two lines where a phone has no room for one.
 
     Args:
-        text: HTML as plotly reads it; what comes from outside is escaped.
+        name: Of the row, in bold: HTML as plotly reads it; what comes from outside is escaped.
+        words: That follow it, the same; may be empty.
         y: Of the lower edge of the words, on `rows_axis`.
     """
+    between = "<br>" if len(name) + len(words) > _LETTERS else "  "
+    text = f"<b>{name}</b>{between if words else ''}{words}"
     return {
         "text": text,
         "xref": "paper",

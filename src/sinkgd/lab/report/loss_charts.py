@@ -5,7 +5,8 @@ from typing import Any
 
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis
-from sinkgd.lab.report.charts import CLEAR, Chart, Figure, axis, layout
+from sinkgd.lab.report.charts import Chart, Figure, axis, layout
+from sinkgd.lab.report.crossings import MOST_ARROWS, crossed, level, marks
 from sinkgd.lab.report.curves import (
     Axis,
     Curve,
@@ -18,21 +19,23 @@ from sinkgd.lab.report.summary import RecipeSummary
 from sinkgd.lab.results import Run
 
 _VIEW_BEGINS = 0.15  # of the x axis: the first plunge would flatten everything after it
-_LATE = 0.6  # of the baseline's x: a crossing after it leaves no room for words on its right
+_CROWD = 8  # recipes; of more the means alone are drawn
 _HEIGHT = 470
 
 
 def loss_chart(analysis: Analysis, identities: dict[str, Identity], along: Axis) -> Chart:
     """Draw the losses of every run, the baseline's final loss and who crossed it where."""
     scale, unit = _x_unit(analysis, along)
-    curves = _Traces(along, scale)
+    curves = _Traces(along, scale, means_alone=_means_alone(analysis))
     for recipe in analysis.recipes:
         curves.add(recipe, identities[recipe.name])
     where = {"tokens": "tokens", "seconds": "time of training"}[along]
+    view = _view(curves.drawn)
+    top = view[1] if view else None
     return Chart(
         key=f"loss-{along}",
         title=f"Validation loss against {where}",
-        caption=_caption(analysis),
+        caption=_caption(analysis, along),
         description=_description(analysis, where),
         figure={
             "data": curves.traces,
@@ -41,10 +44,10 @@ def loss_chart(analysis: Analysis, identities: dict[str, Identity], along: Axis)
                 xaxis=axis(
                     unit, rangemode="tozero", tickformat="~s" if along == "tokens" else "~g"
                 ),
-                yaxis=axis("nats per token", range=_view(curves.drawn)),
+                yaxis=axis("nats per token", range=view),
                 hovermode="closest",
-                shapes=_level(analysis),
-                annotations=_marks(analysis, identities, along, scale),
+                shapes=level(analysis),
+                annotations=marks(analysis, identities, along, scale=scale, top=top),
             ),
         },
         share=1,
@@ -54,19 +57,24 @@ def loss_chart(analysis: Analysis, identities: dict[str, Identity], along: Axis)
 class _Traces:
     """Collects the plotly traces of one chart, and the curves they draw."""
 
-    def __init__(self, along: Axis, scale: float) -> None:
+    def __init__(self, along: Axis, scale: float, *, means_alone: bool) -> None:
         self.along = along
         self.scale = scale
+        self.means_alone = means_alone
         self.traces: list[Figure] = []
         self.drawn: list[Curve] = []
 
     def add(self, recipe: RecipeSummary, identity: Identity) -> None:
-        for run in recipe.runs:
-            curve = training_curve(run, self.along)
-            self._line(curve, recipe, identity, line={"width": 1}, opacity=0.4, hoverinfo="skip")
         averaged = len(recipe.finished) > 1
+        if not self.means_alone:
+            for run in recipe.runs:
+                curve = training_curve(run, self.along)
+                self._line(
+                    curve, recipe, identity, line={"width": 1}, opacity=0.4, hoverinfo="skip"
+                )
         for run in recipe.runs:
-            self._validation(run, recipe, identity, thin=averaged and run.finished)
+            if not (self.means_alone and averaged and run.finished):
+                self._validation(run, recipe, identity, thin=averaged and run.finished)
         if averaged:
             curve = mean_validation_curve(recipe.finished, self.along)
             self._bold(curve, recipe, identity, f"mean of {len(recipe.finished)} runs")
@@ -165,80 +173,23 @@ def _view(curves: Sequence[Curve]) -> list[float] | None:
     return [low - margin, high + margin]
 
 
-def _level(analysis: Analysis) -> list[Figure]:
-    if analysis.target is None:
-        return []
-    line = {"color": "@soft", "width": 1.4, "dash": "dot"}
-    ends = {"x0": 0, "x1": 1, "y0": analysis.target, "y1": analysis.target}
-    return [{"type": "line", "xref": "paper", **ends, "line": line, "layer": "below"}]
+def _means_alone(analysis: Analysis) -> bool:
+    return len(analysis.recipes) > _CROWD
 
 
-def _marks(
-    analysis: Analysis, identities: dict[str, Identity], along: Axis, scale: float
-) -> list[Figure]:
-    """Label the baseline's level, and with an arrow each point where a recipe crossed it."""
-    if analysis.baseline is None or analysis.target is None:
-        return []
-    name = identities[analysis.baseline.name].label
-    marks: list[Figure] = [
-        {
-            "text": f"{name}’s final loss, {quantities.loss(analysis.target)}",
-            "xref": "paper",
-            "x": 0.005,
-            "y": analysis.target,
-            "xanchor": "left",
-            "yanchor": "top",
-            "showarrow": False,
-            "font": {"color": "@soft", "size": 12.5},
-        }
-    ]
-    crossings = [
-        (point.mean, fraction.mean, recipe.name)
-        for recipe in analysis.candidates
-        if (point := getattr(analysis.comparisons[recipe.name], along))
-        and (fraction := _fraction(analysis, recipe.name, along))
-    ]
-    # Words to the left of their arrows, the first crossing lowest: no arrow cuts another's words.
-    # Where all crossings are early there is room only to the right, and the order is turned.
-    side = "right" if max((row[1] for row in crossings), default=0.0) > _LATE else "left"
-    for place, (x, fraction, recipe) in enumerate(sorted(crossings, reverse=side == "left")):
-        words = f"<b>{identities[recipe].label}</b> {quantities.percent(fraction)}"
-        mark = _crossing(words, identities[recipe].color, x / scale, analysis.target)
-        marks.append({**mark, "xanchor": side, "ay": -(110 + 34 * place)})
-    return marks
-
-
-def _crossing(words: str, color: str, x: float, y: float) -> Figure:
-    """Point down at (x, y) with an arrow."""
-    return {
-        "text": words,
-        "x": x,
-        "y": y,
-        "ax": 0,
-        "font": {"color": color, "size": 14},
-        "bgcolor": "@card",
-        "bordercolor": CLEAR,
-        "arrowcolor": color,
-        "arrowhead": 2,
-        "arrowwidth": 1.4,
-        "standoff": 3,
-    }
-
-
-def _fraction(analysis: Analysis, recipe: str, along: Axis) -> Any:
-    comparison = analysis.comparisons[recipe]
-    return comparison.token_fraction if along == "tokens" else comparison.time_fraction
-
-
-def _caption(analysis: Analysis) -> str:
+def _caption(analysis: Analysis, along: Axis) -> str:
     parts = ["Marked lines: held-out text, one mark per evaluation."]
     if any(len(recipe.finished) > 1 for recipe in analysis.recipes):
-        parts.append("Bold is the mean over seeds, thin is each seed.")
-    parts.append("Faint: training loss, smoothed.")
+        thin = "." if _means_alone(analysis) else ", thin is each seed."
+        parts.append(f"Bold is the mean over seeds{thin}")
+    if not _means_alone(analysis):
+        parts.append("Faint: training loss, smoothed.")
     if any(not run.finished for run in analysis.runs):
         parts.append("Dashed: a run that did not finish.")
     if analysis.target is not None:
-        parts.append("Arrows: where a recipe first reached the dotted level.")
+        crowd = len(crossed(analysis, along)) > MOST_ARROWS
+        who = f"the first {MOST_ARROWS}" if crowd else "a recipe first"
+        parts.append(f"Arrows: where {who} reached the dotted level.")
     return " ".join(parts)
 
 
