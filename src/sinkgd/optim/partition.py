@@ -54,7 +54,8 @@ def param_groups(
         base_width: Width that the learning rate was tuned for. That of a hidden matrix is then
             multiplied by ``base_width / d_in``, d_in its in-features: muP's rule for updates of a
             given root-mean-square, which keeps the size of what a layer adds to its output. None
-            leaves it, as the paper does.
+            leaves it, as the paper does. Of plain SinkGD at widths d of 64 to 256 the largest
+            good rate went with d^-1.5 without it, d^-0.5 with it (docs/experiments.md, `width`).
 
     Returns:
         Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay`` and

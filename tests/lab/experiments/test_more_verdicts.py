@@ -128,12 +128,15 @@ def test_width_names_the_rule_whose_rate_stays():
     best = {"raw-64": 3, "raw-256": 1, "pinned-64": 2, "pinned-256": 2}
     verdict = judge("width", losses, best=best)
     assert verdict.headline == (
-        "The best rate depends least on the width with pinned: lr ∝ d^0.00, raw with d^-1.00."
+        "The largest good rate depends least on the width with pinned: lr ∝ d^0.00, "
+        "raw with d^-1.00."
     )
-    assert verdict.sentences[0].startswith("Best rates of raw: 0.004 at 64, 0.001 at 256")
+    assert verdict.sentences[0] == (
+        "raw is good up to 0.004 at 64, 0.001 at 256: lr ∝ d^-1.00; best at 0.004, 0.001."
+    )
     assert "Final losses at 256: raw 4.000, pinned 4.000." in verdict.sentences
     alone = judge("width", {"raw-64": near(4.0)})
-    assert alone.headline == "No rule has a best rate at two widths yet."
+    assert alone.headline == "No rule has rates at two widths yet."
 
 
 # Shift --------------------------------------------------------------------------------------------

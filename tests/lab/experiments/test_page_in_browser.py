@@ -26,7 +26,7 @@ LOSSES = {
     "shift": {"deflated": [4.2, 4.3], "adamw": [4.1, 4.2]},
     "width": {f"raw-{width}": [4.2, 4.3] for width in (64, 128)} | {"adamw-128": [4.1, 4.2]},
 }
-OWN = {"pareto": {"state-loss"}, "shift": {"recovery"}, "width": {"best-rates"}}
+OWN = {"pareto": {"state-loss"}, "shift": {"recovery"}, "width": {"valley-raw"}}
 
 
 @pytest.fixture(scope="module")

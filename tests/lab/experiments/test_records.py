@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 
 from sinkgd.lab.cli import main
+from sinkgd.lab.experiments.studies import QUESTIONS
 
 RECORDS = Path(__file__).parents[3] / "benchmarks/studies"
+
+
+def test_every_study_has_a_record():
+    assert set(QUESTIONS) <= {path.name for path in RECORDS.iterdir()}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECORDS.iterdir()))

@@ -1,15 +1,16 @@
-"""Charts that one question has and no other: of state, of best rates, and of a recovery."""
+"""Charts that one question has and no other: of state, of rates, and of a recovery."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
 from sinkgd.lab.experiments.charts import Identities, rows_figure, whiskers
 from sinkgd.lab.experiments.results import ArmResults
 from sinkgd.lab.report.charts import Chart, Figure, axis, layout
+from sinkgd.lab.report.identity import Identity
 from sinkgd.lab.report.quantities import loss, size
 
 _MIB = 1024**2
+_VALLEY = 0.3  # nats above the floors of valleys that are shown
 
 
 def state_chart(
@@ -77,58 +78,56 @@ def _place(one: ArmResults, kept: int, identities: Identities) -> Figure:
     }
 
 
-def best_rates_chart(
-    found: Mapping[str, Sequence[tuple[ArmResults, float, float]]],
-    exponents: Mapping[str, float],
-    identities: Identities,
+def valley_chart(
+    series: str, arms: Sequence[ArmResults], field: str, identities: Identities
 ) -> Chart:
-    """Draw the best rate against the width, a line a rule, both by factors of two.
+    """Draw the final losses of a grid against its rate, a line an arm.
 
     Args:
-        found: By rule, its arms with the width and the best rate of each.
-        exponents: p of lr ∝ d^p, by rule, where there are two widths.
+        series: What the arms share.
+        arms: With a tuned point at least.
+        field: The option that was tuned.
         identities: How arms are recognized.
     """
-    fits = [f"{rule} d^{p:.2f}" for rule, p in exponents.items()]
-    widths = sorted({width for line in found.values() for _, width, _ in line})
+    valleys = {one.arm.name: _valley(one, field) for one in arms}
+    lowest = [min(value for _, value in valley) for valley in valleys.values()]
+    words = [
+        f"{name}: {', '.join(f'{rate:g} {loss(value)}' for rate, value in valley)}"
+        for name, valley in valleys.items()
+    ]
+    option, rates = field.rpartition(".")[2], sorted({r for v in valleys.values() for r, _ in v})
     return Chart(
-        key="best-rates",
-        title="Best rate of matrices by width",
-        caption="The rate whose run ended lowest, of five that lie a factor of two apart. A level "
-        "line is a rate that carries over from a small model to a large one.",
-        description=f"The best rate follows {', '.join(fits) or 'nothing yet'}.",
+        key=f"valley-{series}",
+        title=f"Loss by rate: {series}",
+        caption=f"Final loss of every point of the grid against {option}, one run each. What ends "
+        "far above is left out.",
+        description=f"{'; '.join(words)}.",
         figure={
-            "data": [_rates_line(rule, line, identities) for rule, line in found.items() if line],
+            "data": [_valley_line(valley, identities[name]) for name, valley in valleys.items()],
             "layout": layout(
-                400,
-                xaxis=axis(
-                    "hidden size, d",
-                    type="log",
-                    tickvals=widths,
-                    ticktext=[f"{width:g}" for width in widths],
-                    range=[math.log10(widths[0]) - 0.12, math.log10(widths[-1]) + 0.12],
-                ),
-                yaxis=axis("best rate", type="log", dtick=math.log10(2), tickformat="~g"),
+                380,
+                xaxis=axis(option, type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]),
+                yaxis=axis("nats per token", range=[min(lowest) - 0.02, max(lowest) + _VALLEY]),
                 hovermode="closest",
             ),
         },
-        share=1,
     )
 
 
-def _rates_line(
-    rule: str, line: Sequence[tuple[ArmResults, float, float]], identities: Identities
-) -> Figure:
-    look = identities[line[0][0].arm.name]
+def _valley(one: ArmResults, field: str) -> list[tuple[float, float]]:
+    return sorted((r.point[field], r.loss) for r in one.grid if math.isfinite(r.loss))
+
+
+def _valley_line(valley: Sequence[tuple[float, float]], look: Identity) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": html.escape(rule),
-        "x": [width for _, width, _ in line],
-        "y": [rate for _, _, rate in line],
-        "line": {"color": look.color, "width": 2.4},
-        "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
-        "hovertemplate": f"{html.escape(rule)} at %{{x:g}}: %{{y:g}}<extra></extra>",
+        "name": look.label,
+        "x": [rate for rate, _ in valley],
+        "y": [value for _, value in valley],
+        "line": {"color": look.color, "width": 2.2},
+        "marker": {"color": look.color, "symbol": look.symbol, "size": 8},
+        "hovertemplate": f"{look.label} at %{{x:g}}: %{{y:.3f}}<extra></extra>",
     }
 
 

@@ -101,9 +101,9 @@ def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Cha
     measured = measured_charts(analysis, identities)
     if not everyone <= set(identities):  # an arm of which only the grid is there has no looks yet
         return [final, *measured]
-    own = study.chart(results, identities) if study.chart else None
-    charts = [own, final, *measured, grid_chart(results, identities)]
-    return [chart for chart in charts if chart is not None]
+    own = study.charts(results, identities) if study.charts else []
+    grids = grid_chart(results, identities)
+    return [*own, final, *measured, *([grids] if grids else [])]
 
 
 def _schedule(plan: Mapping[str, Any]) -> str:

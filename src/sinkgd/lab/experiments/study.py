@@ -117,7 +117,7 @@ class Study:
     settings: Mapping[Scale, Setting]
     judge: "Callable[[StudyResults], Verdict]"
     axis: Axis | None = None
-    chart: "Callable[[StudyResults, Identities], Chart | None] | None" = None  # the question's own
+    charts: "Callable[[StudyResults, Identities], list[Chart]] | None" = None  # the question's own
 
     def __post_init__(self) -> None:
         for setting in self.settings.values():

@@ -133,10 +133,13 @@ def _small_scale(results: StudyResults) -> list[str]:
         return []
     run = results.runs[0]
     tokens = run.end.tokens if run.end else 0
+    sizes = sorted({one.start.parameters for one in results.runs})
+    models = f"{results.plan['shared']['model']['preset']} with {count(sizes[0])} parameters"
+    if count(sizes[0]) != count(sizes[-1]):
+        models = f"models of {count(sizes[0])} to {count(sizes[-1])} parameters"
     return [
-        f"Machine scale: {results.plan['shared']['model']['preset']} with "
-        f"{count(run.start.parameters)} parameters on {count(tokens)} tokens. It shows that the "
-        "comparison works, and a direction; it does not show what happens at 60M and above."
+        f"Machine scale: {models} on {count(tokens)} tokens. It shows that the comparison works, "
+        "and a direction; it does not show what happens at 60M and above."
     ]
 
 

@@ -100,14 +100,12 @@ def judge(results: StudyResults) -> Verdict:
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
 
-def chart(results: StudyResults, identities: Identities) -> Chart | None:
-    """Draw state against loss; None before every seed of some arm has ended well."""
+def charts(results: StudyResults, identities: Identities) -> list[Chart]:
+    """Draw state against loss, of the arms that ended well."""
     arms = [one for one in results.arms if one.seeds and not one.diverged]
-    if not arms:
-        return None
     kept = {one.arm.name: state_bytes(one) for one in arms}
     best = sorted(front(results, arms), key=state_bytes)
-    return state_chart(arms, kept, best, identities)
+    return [state_chart(arms, kept, best, identities)]
 
 
 def _size(one: ArmResults) -> str:
@@ -124,5 +122,5 @@ PARETO = Study(
         "paper": Setting(BENCHMARK["llama-350m"], arms_of(PAPER_GRIDS), models=BENCHMARK),
     },
     judge=judge,
-    chart=chart,
+    charts=charts,
 )

@@ -96,13 +96,11 @@ def judge(results: StudyResults) -> Verdict:
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
 
-def chart(results: StudyResults, identities: Identities) -> Chart | None:
-    """Draw every arm's recovery; None before a run has ended."""
+def charts(results: StudyResults, identities: Identities) -> list[Chart]:
+    """Draw every arm's recovery."""
     arms = [one for one in (*results.candidates, *results.controls) if one.seeds]
-    if not arms:
-        return None
     rows = [(one.arm.name, _recoveries(one), _in_short(one)) for one in arms]
-    return recovery_chart(rows, identities)
+    return [recovery_chart(rows, identities)]
 
 
 def _in_short(one: ArmResults) -> str:
@@ -149,5 +147,5 @@ SHIFT = Study(
         ),
     },
     judge=judge,
-    chart=chart,
+    charts=charts,
 )

@@ -1,8 +1,11 @@
-"""How the best rate of matrices moves with the width of the model, under four rules.
+"""How good rates of matrices move with the width of the model, under four rules.
+
+Below a certain rate the loss hardly depends on it, above it training breaks. So the best rate of a
+grid is in part chance, and the largest that is still good says more.
 
 Letters:
     d: the hidden size
-    p: the exponent of the best rate's dependence on it, lr ∝ d^p
+    p: the exponent of the largest good rate's dependence on it, lr ∝ d^p
 """
 
 import math
@@ -11,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from sinkgd.lab.experiments.charts import Identities
-from sinkgd.lab.experiments.own_charts import best_rates_chart
+from sinkgd.lab.experiments.own_charts import valley_chart
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
@@ -25,6 +28,7 @@ PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 # Five rates, each twice the one before. A pinned rate counts in singular values.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
+TOLERANCE = 0.05  # nats above the lowest loss of its grid at which a rate is good
 
 
 def rules(base_width: int) -> Mapping[str, Mapping[str, Any]]:
@@ -72,7 +76,7 @@ def adamws(preset: str, width: int, lr: float) -> tuple[Arm, ...]:
 
 
 def exponent(found: Sequence[tuple[float, float]]) -> float | None:
-    """Fit p to pairs of d and the best rate, by least squares of their logarithms.
+    """Fit p to pairs of d and a rate, by least squares of their logarithms.
 
     Returns:
         p, or None with fewer than two widths.
@@ -90,58 +94,66 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
     return round(covariance / sum((a - mean_x) ** 2 for a in x), 12)
 
 
-def _best_rates(results: StudyResults) -> dict[str, list[tuple[ArmResults, float, float]]]:
-    """Return every rule's arms with the width and the best rate of each."""
+def good_up_to(one: ArmResults) -> float | None:
+    """Return the largest rate that was tried and is good; None without a finite loss."""
+    losses = {result.point[MATRIX_LR]: result.loss for result in one.grid}
+    lowest = min(losses.values(), default=math.inf)
+    if not math.isfinite(lowest):
+        return None
+    return max(rate for rate, loss in losses.items() if loss <= lowest + TOLERANCE)
+
+
+def _by_rule(results: StudyResults) -> dict[str, list[ArmResults]]:
+    """Return every rule's arms whose grids are there, from the narrowest to the widest."""
+    tuned = [one for one in results.candidates if good_up_to(one) is not None]
     return {
-        rule: [
-            (one, one.arm.value or 0.0, one.chosen[MATRIX_LR])
-            for one in results.candidates
-            if one.arm.series == rule and one.chosen is not None
-        ]
+        rule: arms
         for rule in (RAW, BY_WIDTH, PINNED, DEFLATED)
+        if (arms := [one for one in tuned if one.arm.series == rule])
     }
-
-
-def _exponents(found: Mapping[str, Sequence[tuple[ArmResults, float, float]]]) -> dict[str, float]:
-    fits = {
-        rule: exponent([(width, rate) for _, width, rate in line]) for rule, line in found.items()
-    }
-    return {rule: p for rule, p in fits.items() if p is not None}
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say for which rule the best rate stays, and which rule ends lowest at the largest width."""
+    """Say for which rule the largest good rate stays, and which ends lowest when wide."""
     if (nothing := unfinished(results)) is not None:
         return nothing
-    found = _best_rates(results)
-    exponents = _exponents(found)
+    found = _by_rule(results)
+    fits = {
+        rule: exponent([(one.arm.value or 0.0, good_up_to(one) or 0.0) for one in arms])
+        for rule, arms in found.items()
+    }
+    exponents = {rule: p for rule, p in fits.items() if p is not None}
     if not exponents:
-        return Verdict("No rule has a best rate at two widths yet.", (), tuple(cautions(results)))
-    stays = min(exponents, key=lambda rule: abs(exponents[rule]))
+        return Verdict("No rule has rates at two widths yet.", (), tuple(cautions(results)))
+    least = min(abs(p) for p in exponents.values())
+    stay = [rule for rule, p in exponents.items() if abs(p) == least]
     headline = (
-        f"The best rate depends least on the width with {stays}: lr ∝ d^{exponents[stays]:.2f}"
+        f"The largest good rate depends least on the width with {' and '.join(stay)}: "
+        f"lr ∝ d^{exponents[stay[0]]:.2f}"
     )
-    if RAW in exponents and stays != RAW:
+    if RAW in exponents and RAW not in stay:
         headline += f", raw with d^{exponents[RAW]:.2f}"
-    sentences = [_rates(rule, line, exponents) for rule, line in found.items() if line]
+    sentences = [_rates(rule, arms, exponents.get(rule)) for rule, arms in found.items()]
+    sentences.append(
+        f"Good is a rate that ends within {TOLERANCE:g} nats of the lowest of its grid; rates are "
+        "a factor of two apart."
+    )
     sentences += _at_the_largest(results)
     return Verdict(f"{headline}.", tuple(sentences), tuple(cautions(results)))
 
 
-def chart(results: StudyResults, identities: Identities) -> Chart | None:
-    """Draw the best rates by width; None before a grid has ended."""
-    found = _best_rates(results)
-    if not any(found.values()):
-        return None
-    return best_rates_chart(found, _exponents(found), identities)
+def charts(results: StudyResults, identities: Identities) -> list[Chart]:
+    """Draw loss against rate at every width, a chart a rule."""
+    return [
+        valley_chart(rule, arms, MATRIX_LR, identities) for rule, arms in _by_rule(results).items()
+    ]
 
 
-def _rates(
-    rule: str, line: Sequence[tuple[ArmResults, float, float]], exponents: Mapping[str, float]
-) -> str:
-    words = ", ".join(f"{rate:g} at {width:g}" for _, width, rate in line)
-    fit = f": lr ∝ d^{exponents[rule]:.2f}" if rule in exponents else ""
-    return f"Best rates of {rule}: {words}{fit}. Rates are a factor of two apart."
+def _rates(rule: str, arms: Sequence[ArmResults], p: float | None) -> str:
+    good = ", ".join(f"{good_up_to(one):g} at {one.arm.value:g}" for one in arms)
+    best = ", ".join(f"{one.chosen[MATRIX_LR]:g}" for one in arms if one.chosen)
+    fit = f": lr ∝ d^{p:.2f}" if p is not None else ""
+    return f"{rule} is good up to {good}{fit}; best at {best}."
 
 
 def _at_the_largest(results: StudyResults) -> list[str]:
@@ -169,6 +181,6 @@ WIDTH = Study(
         ),
     },
     judge=judge,
-    chart=chart,
+    charts=charts,
     axis=Axis("width", "hidden size, d", log=True),
 )
