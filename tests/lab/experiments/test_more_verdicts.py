@@ -1,16 +1,17 @@
 """The judges of the studies of options, methods and models, on made-up results."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from lab.experiments.made_up import made_up
+from lab.experiments.made_up import made_up, made_up_run
 from lab.experiments.test_verdicts import apart, judge, near
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.lens import roughness
 from sinkgd.lab.experiments.studies.pareto import front
 from sinkgd.lab.experiments.studies.shift import recovery
-from sinkgd.lab.experiments.studies.width import PAPER_WIDTHS, WIDTHS, exponent
+from sinkgd.lab.experiments.studies.width import PAPER_WIDTHS, WIDTHS, exponent, good_up_to
 from sinkgd.lab.models import preset_config
 from sinkgd.lab.results import Evaluation, Memory, Run
 
@@ -121,6 +122,24 @@ def test_widths_are_those_of_the_presets():
 )
 def test_the_exponent_is_the_slope_of_logarithms(pairs, p):
     assert exponent(pairs) == p
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        ([4.04, 4.01, 4.0, 4.03, 5.0], 0.004),
+        ([4.0, 4.06, 4.04, 4.06, 5.0], 0.002),
+        ([4.0, 4.2, 4.3, math.inf, math.inf], 0.0005),
+        ([math.inf] * 5, None),
+    ],
+)
+def test_a_rate_is_good_as_long_as_the_loss_is_near_the_lowest(losses, rate):
+    (one,) = made_up(STUDIES["width"], {"raw-64": near(4.0)}).arms
+    grid = [
+        replace(result, run=made_up_run("a", 1000, loss))
+        for result, loss in zip(one.grid, losses, strict=True)
+    ]
+    assert good_up_to(replace(one, grid=tuple(grid))) == rate
 
 
 def test_width_names_the_rule_whose_rate_stays():
