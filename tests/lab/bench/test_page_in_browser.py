@@ -1,12 +1,8 @@
 """The pages in Chromium, from the disk: one request, charts drawn, nothing wider than a phone."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from lab.bench.synthetic import kernels_record, memory_record, step_record, workload
-from lab.report.test_page_in_browser import ARGUMENTS
 from sinkgd.lab.bench.page import kernels_page, memory_page, step_page
 from sinkgd.lab.bench.step.targets import evaluate
 from sinkgd.lab.report.shell import write_whole
@@ -32,17 +28,6 @@ def made_page(name):
         return kernels_page(kernels_record())
     record = step_record(workload(), workload("llama-60m"), workload("llama-60m", "bfloat16"))
     return step_page(step_record(*record.workloads, targets=evaluate(record)))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is missing: the pages are NOT tested; apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])

@@ -1,13 +1,9 @@
 """A study's page in Chromium, from the disk: one request, charts drawn, no wider than a phone."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from lab.bench.test_page_in_browser import CUT_OFF, MARKS
 from lab.experiments.made_up import made_up_record
-from lab.report.test_page_in_browser import ARGUMENTS
 from sinkgd.lab.experiments.page import study_page
 from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies import STUDIES
@@ -27,17 +23,6 @@ LOSSES = {
     "width": {f"raw-{width}": [4.2, 4.3] for width in (64, 128)} | {"adamw-128": [4.1, 4.2]},
 }
 OWN = {"pareto": {"state-loss"}, "shift": {"recovery"}, "width": {"valley-raw"}}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is missing: the page is NOT tested; apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])

@@ -1,28 +1,14 @@
 """The pages of the recorded studies in Chromium: whatever was found has room, on a phone too."""
 
-import shutil
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from lab.bench.test_page_in_browser import CUT_OFF
-from lab.report.test_page_in_browser import ARGUMENTS
 from sinkgd.lab.cli import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 RECORDS = Path(__file__).parents[3] / "benchmarks/studies"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is missing: the pages are NOT tested; apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECORDS.iterdir()))

@@ -1,12 +1,8 @@
 """The page of a plan in Chromium: one request, both charts drawn, nothing wider than a phone."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from lab.bench.test_page_in_browser import CUT_OFF, MARKS
-from lab.report.test_page_in_browser import ARGUMENTS
 from sinkgd.lab.plan import Grid, Question, Work, find_architecture, find_device, find_method
 from sinkgd.lab.plan.page import plan_page
 from sinkgd.lab.plan.plan import make_plan
@@ -16,10 +12,7 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
-def test_the_page_is_one_request_and_draws_its_charts(tmp_path, width, theme):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is missing: the page is NOT tested; apt-get install chromium")
+def test_the_page_is_one_request_and_draws_its_charts(browser, tmp_path, width, theme):
     question = Question(
         Work(find_architecture("llama-60m"), sequence_length=64),
         Grid(dp_shard=8),
@@ -34,17 +27,15 @@ def test_the_page_is_one_request_and_draws_its_charts(tmp_path, width, theme):
     answer = make_plan(question, ladder=["llama-60m", "llama-130m"])
     write_whole(path, plan_page(question, answer, "sinkgd plan <b>"))
     said, requests = [], []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_function("document.querySelectorAll('.main-svg').length >= 4")
-        assert said == []
-        assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
-        assert min(page.evaluate(MARKS)) >= 30
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate(CUT_OFF) == []
-        browser.close()
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelectorAll('.main-svg').length >= 4")
+    assert said == []
+    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+    assert min(page.evaluate(MARKS)) >= 30
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT_OFF) == []
+    page.close()

@@ -1,12 +1,8 @@
 """The calculator in Chromium: the same figures as Python's, badges that follow, no jumps."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from lab.report.synthetic import write_likely_run
-from lab.report.test_page_in_browser import ARGUMENTS
 from sinkgd.lab.report import analyze, calculator_block, write_page
 from sinkgd.lab.report.calculator import amount, signed
 from sinkgd.lab.report.cost import Change, Machine, assumed_speed, changed_cost, run_cost
@@ -31,18 +27,12 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(runs, tmp_path_factory):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is missing: the page is NOT tested; apt-get install chromium")
+def page(browser, runs, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_page(path, runs, baseline="adamw", title="T", command="C")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 390, "height": 900})
-        page.goto(path.as_uri())
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(path.as_uri())
+    return page
 
 
 @pytest.fixture

@@ -1,13 +1,9 @@
 """A page that takes plotly.js from its CDN, in Chromium: the right file, a wrong one, and none."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
 
 from lab.report.synthetic import write_likely_run
-from lab.report.test_page_in_browser import ARGUMENTS
 from sinkgd.lab.report import build_page
 from sinkgd.lab.report.cdn import from_cdn
 
@@ -15,17 +11,6 @@ pytestmark = pytest.mark.browser
 CHARTS = "[...document.querySelectorAll('.chart')]"
 DRAWN = f"{CHARTS}.every((chart) => chart.querySelector('.main-svg'))"
 UNDRAWN = f"{CHARTS}.every((chart) => chart.innerText.includes('--cdn'))"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is missing: the page is NOT tested; apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """The page in Chromium, from the disk: wide and narrow, light and dark, drawn and silent."""
 
-import shutil
 from dataclasses import dataclass, field
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from lab.report.synthetic import write_likely_run, write_run
 from sinkgd.lab.report import write_page
@@ -13,12 +12,6 @@ pytestmark = pytest.mark.browser
 
 WIDTHS = (1280, 390)
 THEMES = ("light", "dark")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--no-first-run",
-)
 CHARTS = {
     "loss-tokens",
     "loss-seconds",
@@ -52,17 +45,6 @@ class Visit:
     page: Page
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is missing: the page is NOT tested; apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

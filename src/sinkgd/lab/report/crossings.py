@@ -8,9 +8,8 @@ from sinkgd.lab.report.identity import Identity
 from sinkgd.lab.report.summary import Spread
 
 MOST_ARROWS = 4  # that have room, on a phone too; bars show everyone
-_MIDDLE = (
-    0.5  # of the baseline's x: before it words stand on an arrow's right, after it on its left
-)
+# Of the baseline's x: before it words stand on an arrow's right, after it on its left.
+_MIDDLE = 0.5
 
 
 def level(analysis: Analysis) -> list[Figure]:

@@ -104,9 +104,11 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
 
 
 def _in_short(one: ArmResults) -> str:
-    found, total = _recoveries(one), len(one.seeds)
-    mean = count(round(sum(found) / len(found))) if found else "not back"
-    return mean if len(found) in (0, total) else f"{mean}, in {len(found)} of {total} seeds"
+    spread, total = Spread.of(_recoveries(one)), len(one.seeds)
+    if spread is None:
+        return "not back"
+    where = "" if spread.count == total else f", in {spread.count} of {total} seeds"
+    return f"{count(round(spread.mean))}{where}"
 
 
 def _words(one: ArmResults) -> str:

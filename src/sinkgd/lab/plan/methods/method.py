@@ -72,8 +72,12 @@ class Method:
 
     def counts_steps(self, *, is_matrix: bool, is_table: bool) -> bool:
         """Whether a parameter of this kind counts its steps."""
-        kinds = {"all": True, "rest": not is_matrix, "none": False}
-        return kinds.get(self.counted, not (is_matrix or is_table))
+        return {
+            "all": True,
+            "rest": not is_matrix,
+            "vectors": not (is_matrix or is_table),
+            "none": False,
+        }[self.counted]
 
     def _size(self, itemsize: int) -> int:
         return max(itemsize, _FLOAT32) if self.wide else itemsize
