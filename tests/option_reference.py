@@ -72,15 +72,17 @@ class Expected:
         k = min(self.deflated_rank, m - 1, n - 1)
         if k < 1 or not X.any():
             return X
-        angles = [0.6180339887498949 * t * t for t in range(1, self.deflated_rank * n + 1)]
+        directions = self.deflated_rank + 1
+        angles = [0.6180339887498949 * t * t for t in range(1, directions * n + 1)]
         block = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
-        Q, _ = torch.linalg.qr(X @ block.view(self.deflated_rank, n)[:k].T)
+        Q, _ = torch.linalg.qr(X @ block.view(directions, n)[: k + 1].T)
         Q, _ = torch.linalg.qr(X @ (X.T @ Q))
         B = Q.T @ X
-        level = math.sqrt(max(X.norm() ** 2 - B.norm() ** 2, 0) / (min(m, n) - k))
-        level = max(level, 2.0**-10 * max(row.norm() for row in B))
-        kept = torch.tensor([min(1.0, level / row.norm()) if row.any() else 1.0 for row in B])
-        X = X - Q @ torch.diag(1 - kept.double()) @ B
+        lengths = [float(row.norm()) for row in B]
+        others = math.sqrt(max(X.norm() ** 2 - B[:k].norm() ** 2, 0) / (min(m, n) - k))
+        level = max(lengths[k], others, 2.0**-6 * max(lengths))
+        kept = torch.tensor([min(1.0, level / b) if b else 1.0 for b in lengths[:k]])
+        X = X - Q[:, :k] @ torch.diag(1 - kept.double()) @ B[:k]
         return X * (math.sqrt(m * n) / X.norm())
 
     def _pinned(self, X: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Deflation: leading singular values become the root-mean-square of the others, by an oracle."""
+"""Deflation: leading singular values are lowered to the next one, against numpy's decomposition."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from sinkgd import DeflatedNorm, RowNorm, multi_normalize
 from sinkgd.deflation import LEAST_LEVEL, deflate
 from sinkgd.optim.algorithms.deflated import STACKED_ENTRIES
+from sinkgd.optim.partition import DEFLATED_RANK
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (7, 11)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
@@ -19,7 +20,7 @@ def oracle(x, rank):
     """The definition, by numpy's decomposition into singular values."""
     u, sizes, v = np.linalg.svd(x.numpy().astype(np.float64), full_matrices=False)
     k = min(rank, len(sizes) - 1)
-    level = max(np.sqrt(np.mean(sizes[k:] ** 2)), LEAST_LEVEL * sizes[0])
+    level = max(sizes[k], LEAST_LEVEL * sizes[0])
     sizes[:k] = np.minimum(sizes[:k], level)
     return torch.from_numpy((u * sizes) @ v)
 
@@ -40,10 +41,46 @@ def standing_out(shape, rank, by, seed=0):
     return with_singular_values(shape, [*(by ** np.arange(rank, 0, -1)), *others], seed)
 
 
+# A block power iteration of two rounds mixes directions of similar size. The columns of B are then
+# not quite orthogonal, and singular values differ from the columns' lengths: of 3,000 such matrices
+# the worst direction ended at 0.39 of the level, the median at 0.90.
+MIXED = 1 / 3
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 24),
+    st.integers(10, 40),
+    st.integers(10, 40),
+    st.integers(0, 999),
+)
+def test_whatever_rank_a_matrix_has_no_direction_falls_below_the_next(k, rank, m, n, seed):
+    random = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(m, rank, generator=random), torch.randn(rank, n, generator=random)
+    x = left.double() @ right.double()
+    before, after = torch.linalg.svdvals(x), torch.linalg.svdvals(deflate(x, k))
+    assert (after <= before * (1 + 1e-9) + 1e-12 * before[0]).all()
+    directions = min(k, rank - 1)
+    level = max(before[k], LEAST_LEVEL * before[0])
+    assert (after[: directions + 1] >= MIXED * level.clamp(max=before[directions])).all()
+
+
+@pytest.mark.parametrize("rank", range(1, 13))
+def test_a_direction_that_appears_changes_little_at_first(rank):
+    """Continuity in the rank: a further direction of size ε moves the update by a multiple of ε."""
+    norm = DeflatedNorm(4)
+    random = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(20, rank + 1, generator=random).double() for _ in range(2))
+    before = norm.project(left[:, :-1] @ right[:, :-1].T)
+    for size in (1e-3, 1e-6, 1e-9):
+        after = norm.project(left[:, :-1] @ right[:, :-1].T + size * left[:, -1:] @ right[:, -1:].T)
+        assert (after - before).norm() < 100 * size * before.norm()
+
+
 @shapes
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_what_stands_out_is_lowered_to_the_others(shape, rank):
-    """Of three, two stand out so far that they end at the least level."""
+def test_what_stands_out_is_lowered_to_the_next(shape, rank):
+    """Those that stand out by more than 2^6 end at the least level."""
     x = standing_out(shape, rank, by=1e3)
     expected = oracle(x, rank)
     error = torch.linalg.matrix_norm(deflate(x, rank) - expected, 2)
@@ -56,18 +93,17 @@ def test_of_any_matrix_no_direction_grows_and_the_rest_is_kept(m, n, rank, seed)
     y = deflate(x, rank)
     before, after = torch.linalg.svdvals(x), torch.linalg.svdvals(y)
     assert (after <= before * (1 + 1e-12)).all()
-    assert after.norm() >= oracle(x, rank).norm() * (1 - 1e-9)  # no less than exact deflation
     k = min(rank, min(m, n) - 1)
     assert torch.linalg.svdvals(x - y)[k:].max() <= 1e-12 * before[0]
 
 
 def test_it_comes_near_the_exact_one_on_a_spectrum_like_a_gradients():
     x = with_singular_values((128, 352), 1 / np.arange(1, 129))
-    exact, found = oracle(x, 8), deflate(x, 8)
+    exact, found = oracle(x, 15), deflate(x, 15)
     cosine = torch.nn.functional.cosine_similarity(exact.flatten(), found.flatten(), dim=0)
     raw = torch.nn.functional.cosine_similarity(exact.flatten(), x.flatten(), dim=0)
-    assert raw < 0.5
-    assert cosine > 0.9
+    assert raw < 0.65
+    assert cosine > 0.95
 
 
 def test_how_it_lies_in_memory_does_not_matter():
@@ -162,9 +198,10 @@ def test_a_small_matrix_has_the_same_bits_in_any_stack(shape, threads):
     torch.set_num_threads(threads)
     try:
         x = torch.randn(9, *shape, generator=torch.Generator().manual_seed(0))
-        together = deflate(x, 8)
+        together = deflate(x, DEFLATED_RANK)
         assert all(
-            torch.equal(deflate(own[None], 8)[0], y) for own, y in zip(x, together, strict=True)
+            torch.equal(deflate(own[None], DEFLATED_RANK)[0], y)
+            for own, y in zip(x, together, strict=True)
         )
     finally:
         torch.set_num_threads(before)

@@ -1,28 +1,35 @@
-r"""Lower a matrix's leading singular values to the others', in two readings of the matrix.
+r"""Lower a matrix's leading singular values to the next one, in two readings of the matrix.
 
-No singular value is computed. From a fixed block Ω, a reading finds :math:`X^\top X \Omega`, and
-the next one what X makes of its directions V, and of these in turn. That is two rounds of a block
-power iteration, and as :math:`B = X^\top Q` follows from :math:`X^\top Z`, no third reading is
-needed:
+No singular value is computed. A block power iteration finds k + 1 orthonormal directions. From a
+fixed block Ω, the first reading finds :math:`X^\top X \Omega`, and the second one the products with
+its directions V and with their images. As :math:`B = X^\top Q` follows from :math:`X^\top Z`, no
+third reading is needed:
 
 .. math::
     V = \mathrm{orth}(X^\top X \Omega), \qquad Z = X V, \qquad C = X^\top Z, \qquad
     Z = Q R, \qquad B = C R^{-1}
 
-Q is an orthonormal basis of k leading directions. In it the leading part of the matrix is B, whose
-columns are nearly orthogonal and nearly as long as singular values;
+The columns of B are nearly orthogonal, and their lengths :math:`b_1, …, b_{k+1}` are close to the
+leading singular values where these are well apart, and within a factor of 3 where they are not. The
+first k directions are lowered to the level ℓ of the next one:
 
 .. math::
-    X \leftarrow X - Q\, \mathrm{diag}(1 - \ell / b)\, B^\top
+    X \leftarrow X - \sum_{i \le k} \max(0, 1 - \ell / b_i)\, q_i b_i^\top, \qquad
+    \ell^2 = \max\left(b_{k+1}^2,\;
+    \frac{\lVert X \rVert_F^2 - \sum_{i \le k} b_i^2}{\min(m, n) - k},\;
+    (2^{-6} \max_i b_i)^2\right)
 
-brings those of a length b above ℓ to ℓ, the root-mean-square of the other singular values,
+Each term has a reason:
 
-.. math::
-    \ell^2 = \frac{\lVert X \rVert_F^2 - \lVert B \rVert_F^2}{\min(m, n) - k}.
+- :math:`b_{k+1}` keeps the order of the directions: no leading one falls below the next.
+- The second term is the mean square of the other singular values, which the largest of them is
+  never below. It counts where Ω happens to miss the next direction.
+- The third term counts where X has no more than k directions. The other directions then consist of
+  rounding errors, which must not be amplified.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
-    k: directions, fewer than either side
+    k: the directions that are lowered, fewer than either side
 """
 
 import math
@@ -36,15 +43,15 @@ from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 
 Sum = Callable[[list[Tensor]], list[Tensor]]  # of float64 numbers, in place or not
 
-# Nothing is lowered to less than this part of the longest column of B: where a matrix has no more
-# than k directions, the others are rounding errors, and must not come to count.
-LEAST_LEVEL = 2.0**-10
+# No direction is lowered below this part of the longest one. Gradients in bfloat16 have rounding
+# errors of 2^-9 an entry, whose energy stays below 1 % of the update's at this level.
+LEAST_LEVEL = 2.0**-6
 # Added to products of k vectors, relative to their trace, so that these have a Cholesky factor in
 # any case.
 _RIDGE = 2.0**-48
-# A direction of Z that is shorter than this part of all together is not lowered, as what B has for
-# it are rounding errors: 2^-24 of the longest, times 2^13, are below the least level.
-_SHORTEST = 2.0**-13
+# A direction of Z below this part of Z's Frobenius norm counts as zero: it is far below the least
+# level, and float32 products know its column of B to 2^-24 · 2^9 of the longest at best.
+_SHORTEST = 2.0**-9
 # The golden ratio's fraction is far from all fractions, so that the sines of its multiples by the
 # squares 1, 4, 9, … repeat nothing.
 _IRRATIONAL = 0.6180339887498949
@@ -63,10 +70,10 @@ class LowRank(NamedTuple):
 
 
 class Leading(NamedTuple):
-    """What deflation takes away from a matrix, and what it leaves."""
+    """The part of a matrix that deflation subtracts, and the size of what remains."""
 
     taken: LowRank  # float64
-    square: Tensor  # of the Frobenius norm of the rest, (..., 1, 1) float64
+    square: Tensor  # of the Frobenius norm of what remains, (..., 1, 1) float64
 
 
 class Products(Protocol):
@@ -122,23 +129,25 @@ class StoredProducts:
 
 
 def deflate(x: Tensor, rank: int) -> Tensor:
-    """Lower the ``rank`` leading singular values of ``x`` to the root-mean-square of the others.
+    """Lower the ``rank`` leading singular values of ``x`` to the one that follows them.
 
-    It takes about 10 kmn flops for k = ``rank``; whitening takes 4 min(m, n) mn for each
+    It takes about 10 kmn flops for k = ``rank`` + 1; whitening takes 4 min(m, n) mn for each
     Newton–Schulz step.
 
     Args:
         x: ``(..., m, n)``, float32 or wider. Not modified, and not differentiated.
-        rank: Directions k, at least 1. Where a side is no longer, all but one are lowered.
+        rank: Directions k to lower, at least 1. A matrix with no more than k rows or columns has
+            all but one of its directions lowered.
 
     Returns:
-        ``(..., m, n)``. A zero matrix stays zero. Needs two matrices of scratch.
+        ``(..., m, n)``. No singular value grows, and none falls below 2^-6 of the largest unless it
+        was below before. A zero matrix stays zero. Needs two matrices of scratch.
 
     Raises:
         ValueError: If ``rank`` is below 1.
 
     Examples:
-        >>> x = deflate(torch.diag(torch.tensor([300.0, 20.0, 1.0, 1.0, 1.0])), rank=2)
+        >>> x = deflate(torch.diag(torch.tensor([30.0, 20.0, 1.0, 1.0, 1.0])), rank=2)
         >>> torch.linalg.svdvals(x).round(decimals=1)
         tensor([1., 1., 1., 1., 1.])
     """
@@ -166,7 +175,7 @@ def deflate_(x: Tensor, rank: int) -> None:
     m, n = x.shape[-2:]
     k = min(rank, m - 1, n - 1)
     if k > 0:
-        block = fixed_block((n, k), x.device).expand(*x.shape[:-2], n, k)
+        block = fixed_block((n, k + 1), x.device).expand(*x.shape[:-2], n, k + 1)
         ((taken, _),) = find_leading(StoredProducts([x]), [block], [(m, n)], _as_they_are)
         take_away_(x, taken)
 
@@ -183,7 +192,7 @@ def find_leading(
     Args:
         products: Of the matrices, or this rank's pieces of them, in a size whose square is in
             range.
-        blocks: Ω of each, ``(..., n, k)`` float64: its rows for the columns that this rank has.
+        blocks: Ω of each, ``(..., n, k + 1)`` float64: its rows for the columns that this rank has.
         shapes: m and n of the whole matrices; k is less than both.
         over_rows: Adds up what ranks found along their pieces of columns.
         over_columns: Adds up what they found along their pieces of rows; None where rows are whole.
@@ -259,20 +268,22 @@ def _root(gram: Tensor) -> _Root:
     return _Root(inverse / size.sqrt(), lengths > _SHORTEST)
 
 
-def _lowering(found: LowRank, length: Tensor, square: Tensor, shorter: int) -> Leading:
-    """Return what brings directions of lengths b down to those of the rest.
+def _lowering(found: LowRank, lengths: Tensor, square: Tensor, shorter: int) -> Leading:
+    """Return what brings the leading directions down to the level of the next one.
 
     Args:
-        found: Q and B.
-        length: b², ``(..., 1, k)``.
+        found: Q and B, of k + 1 directions.
+        lengths: b², ``(..., 1, k + 1)``.
         square: Of the Frobenius norm of X, ``(..., 1, 1)``.
         shorter: min(m, n).
     """
-    rest = (square - length.sum(-1, keepdim=True)).clamp_(min=0) / (shorter - length.shape[-1])
-    level = torch.maximum(rest, LEAST_LEVEL**2 * length.amax(-1, keepdim=True))
-    gone = (1 - (level / or_one(length)).sqrt_()).clamp_(min=0)  # 1 - ℓ / b
-    left = square - (length * (1 - (1 - gone).square())).sum(-1, keepdim=True)
-    return Leading(LowRank(found.left * gone, found.right), left)
+    leading, following = lengths[..., :-1], lengths[..., -1:]
+    others = (square - leading.sum(-1, keepdim=True)).clamp_(min=0)
+    level = torch.maximum(following, others / (shorter - leading.shape[-1]))
+    level = torch.maximum(level, LEAST_LEVEL**2 * lengths.amax(-1, keepdim=True))
+    kept = (level / or_one(leading)).sqrt_().clamp_(max=1)  # ℓ / b
+    taken = LowRank(found.left[..., :-1] * (1 - kept), found.right[..., :-1])
+    return Leading(taken, others + (leading * kept.square()).sum(-1, keepdim=True))
 
 
 def _as_they_are(numbers: list[Tensor]) -> list[Tensor]:

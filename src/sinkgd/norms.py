@@ -160,9 +160,9 @@ class SpectralNorm(_BuiltIn):
 class DeflatedNorm(_BuiltIn):
     r"""No singular value that stands out: :math:`P(x) \propto` `deflate` of x, of length √(mn).
 
-    The k leading singular values become the root-mean-square of the others. That is no projection
-    of a norm, but near `SpectralNorm`'s, and takes the products of a matrix with k vectors where
-    that takes products of matrices: about 10 k flops an entry in place of 20 min(m, n).
+    The k leading singular values are lowered to the next one. This is not the projection of a norm,
+    but it is close to `SpectralNorm`'s and cheaper: it multiplies the matrix with k + 1 vectors,
+    about 10 (k + 1) flops an entry, where whitening takes about 20 min(m, n).
 
     Args:
         rank: Directions k, at least 1.

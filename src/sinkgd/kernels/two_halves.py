@@ -59,10 +59,19 @@ def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:
     # A non-finite entry makes every column scale of its matrix non-finite: one tells all.
     heads = [col[..., 0].flatten() for _, col in scales]
     flags = torch.cat(heads).isfinite()
-    if len(flags) == len(owners):
+    return _all_of(flags, [sum(len(heads[i]) for i in own) for own in owners])
+
+
+def by_owner(flags: Sequence[Tensor], owners: Sequence[range]) -> Tensor:
+    """Return ``(owners,)`` bool: whether all matrices of each owner have a True flag, 0-dim."""
+    return _all_of(torch.stack([*flags]), [len(own) for own in owners])
+
+
+def _all_of(flags: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Reduce consecutive runs of ``flags`` to one flag each."""
+    if len(flags) == len(sizes):
         return flags
-    sizes = [sum(len(heads[i]) for i in own) for own in owners]
-    return torch.stack([own.all() for own in torch.split(flags, sizes)])
+    return torch.stack([own.all() for own in torch.split(flags, list(sizes))])
 
 
 def _all_here(finite: Tensor) -> bool:

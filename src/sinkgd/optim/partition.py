@@ -13,7 +13,7 @@ from sinkgd.optim.roles import Role, roles
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
 # Directions of the default recipe: docs/choose.md has the studies that speak for it.
-DEFLATED_RANK = 8
+DEFLATED_RANK = 15
 
 
 def param_groups(

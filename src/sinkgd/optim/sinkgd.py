@@ -67,10 +67,10 @@ class SinkGD(GroupedOptimizer):
         tiny_row_threshold: τ: a row is tiny where its l2 norm is below τ times the mean of all
             rows'.
         deflated_rank: Directions k whose singular values, the update's largest, are lowered to the
-            root-mean-square of the others; 0 leaves them. A whitening of what stands out, for two
-            readings and about 10 k flops an entry. Keeps nothing. Backends but ``cpu`` make float32
-            copies of gradients for it, of a few matrices at a time: 64 MiB, on a mesh 256 MiB,
-            unless one alone is larger. Groups of `param_groups` set their own.
+            next one; 0 leaves them. A whitening of what stands out, for two more readings of the
+            gradient and about 10 k flops an entry. Keeps no state. Backends other than ``cpu`` make
+            float32 copies of the gradients, 64 MiB of them at a time (on a mesh 256 MiB) unless one
+            alone is larger. Groups of `param_groups` set their own.
         operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
             estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
             share, no longer a root-mean-square: with ``"muon"`` the change that an input of

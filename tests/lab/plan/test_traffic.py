@@ -92,7 +92,7 @@ def step_on_a_mesh(architecture, shape, make):
 
 MADE_BY = {
     "sinkgd": lambda params: sinkgd.SinkGD(params, lr=1e-3),
-    "deflated": lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=8),
+    "deflated": lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15),
     "sron": lambda params: sinkgd.SRON(params, lr=1e-3),
 }
 
@@ -126,7 +126,7 @@ def test_the_scratch_of_a_deflated_step_is_planned(backend, device):
     params = [nn.Parameter(torch.randn(weight.shape)) for weight in weights if weight.is_matrix]
     for param in params:
         param.grad = torch.randn(param.shape)
-    optimizer = sinkgd.SinkGD(params, lr=1e-3, deflated_rank=8, backend=backend)
+    optimizer = sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15, backend=backend)
     optimizer.step()
     deflated = find_method("deflated")
     scratch = update_scratch(weights, Grid(), deflated, device=device, one_by_one=False)

@@ -118,9 +118,10 @@ def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
 def _deflation_length(weight: Weight, group: str, directions: int) -> int:
     """Return the numbers that `sinkgd.deflation.find_leading` adds up for a matrix.
 
-    Over columns in messages of mk, kk + 1, mk and k; over rows of nk + 1 and nk + kk.
+    With k directions followed, one more than are lowered: over columns in messages of mk, kk + 1,
+    mk and k numbers; over rows of nk + 1 and nk + kk.
     """
-    k = min(directions, min(weight.shape) - 1)
+    k = min(directions + 1, *weight.shape)
     if _is_cut_by_columns(weight, group):
         return 1 + 2 * k * weight.piece[0] + k * k + k
     return 1 + 2 * k * weight.divided[1] + k * k

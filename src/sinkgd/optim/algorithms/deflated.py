@@ -1,18 +1,20 @@
-"""Updates whose leading singular values are lowered to the others', without state.
+"""Updates whose leading singular values are lowered to the next one, without state.
 
-Of an update X = r G c a backend takes products with k vectors, of small matrices of one shape
-together. What comes of it are scales of root-mean-square 1, and k directions to be taken away when
-the parameter is written. On a mesh k numbers a row and k a column are added up, never a matrix.
+A backend multiplies the update X = r G c with k + 1 vectors; small matrices of one shape are taken
+together. The result is a pair of scales of root-mean-square 1 and k directions that the update
+subtracts as it writes the parameter. On a mesh k + 1 numbers a row and a column are summed across
+ranks, never a matrix.
 """
 
 from collections.abc import Sequence
 from math import prod
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import LowRank, find_leading, fixed_block
+from sinkgd.deflation import Leading, LowRank, find_leading, fixed_block
 from sinkgd.kernels import Backend, Lowered, Scales, Stack
 from sinkgd.kernels.products import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
@@ -36,14 +38,14 @@ def check_deflation(group: Group) -> None:
 
 
 def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[Tensor]:
-    """Return Ω of every part, ``(..., n, k)`` float64: of the columns that this rank has."""
+    """Return Ω of every part, ``(..., n, k + 1)`` float64: the rows of this rank's columns."""
     made: dict[tuple[int, ...], Tensor] = {}
     blocks: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):
         param, layout = slot.param, group["layout"]
         (row_dim,), cols = dims_of(param.ndim, layout)
-        # One block, k by n, for all matrices of a parameter: spread along the other dimensions.
-        sizes = {row_dim: group["deflated_rank"], **{dim: param.shape[dim] for dim in cols}}
+        # One block, k + 1 by n, for all matrices of a parameter: spread along the other dimensions.
+        sizes = {row_dim: group["deflated_rank"] + 1, **{dim: param.shape[dim] for dim in cols}}
         shape = tuple(sizes.values())
         block = made.get(shape)
         if block is None:
@@ -58,12 +60,19 @@ def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> l
     return blocks
 
 
+class Deflated(NamedTuple):
+    """Deflated updates, one for each part."""
+
+    scales: list[Scales | Lowered]
+    finite: list[Tensor]  # 0-dim bool each: whether the update is finite; equal on all ranks
+
+
 def deflate_parts(
     parts: Sequence[Part],
     scales: Sequence[Scales],
     blocks: Sequence[Tensor],
     backend: Backend,
-) -> list[Scales | Lowered]:
+) -> Deflated:
     """Return scales of deflated updates, of root-mean-square 1.
 
     Args:
@@ -73,6 +82,8 @@ def deflate_parts(
         backend: What multiplies the updates of this rank's pieces.
     """
     found: list[Scales | Lowered] = [*scales]
+    finite = [torch.ones((), dtype=torch.bool, device=part.grad.device) for part in parts[:1]]
+    finite *= len(parts)
     stacks = _alike(parts)
     firsts = [parts[own[0]] for own in stacks]
     is_whole = not any(part.place and part.place.row_groups for part in firsts)
@@ -81,22 +92,44 @@ def deflate_parts(
             [Stack([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks]
         ),
         [
-            torch.stack([blocks[i][..., : min(first.shape) - 1] for i in own])
+            torch.stack([blocks[i][..., : min(first.shape)] for i in own])
             for own, first in zip(stacks, firsts, strict=True)
         ],
         [first.shape for first in firsts],
         lambda numbers: over_rows(numbers, _each(firsts, numbers)),
         None if is_whole else lambda numbers: over_columns(numbers, _each(firsts, numbers)),
     )
-    for own, first, (away, square) in zip(stacks, firsts, directions, strict=True):
-        dtype = scales[own[0]].row.dtype
-        stretch = (prod(first.shape) / or_one(square)).sqrt_()
-        left = (away.left * stretch).to(dtype)
-        right = away.right.mT.to(dtype).contiguous().mT  # a direction beside the other
-        for i, factor, *pair in zip(own, stretch.to(dtype), left, right, strict=True):
-            row, col = scales[i]
-            found[i] = Lowered(row * factor, col, LowRank(*pair))
-    return found
+    for own, first, leading in zip(stacks, firsts, directions, strict=True):
+        lowered, flags = _stretched([scales[i] for i in own], prod(first.shape), leading)
+        for i, one, flag in zip(own, lowered, flags.unbind(), strict=True):
+            found[i], finite[i] = one, flag
+    return Deflated(found, finite)
+
+
+def _stretched(
+    scales: Sequence[Scales], entries: int, leading: Leading
+) -> tuple[list[Lowered], Tensor]:
+    """Bring the updates of a stack to root-mean-square 1, and say which of them are finite.
+
+    The factor goes into the row scales. Where it would overflow one of them, as rows of 1e-38 have
+    scales near the largest float, it goes into the column scales.
+    """
+    stretch = (entries / or_one(leading.square)).sqrt_()
+    left = leading.taken.left * stretch
+    rows, cols = (torch.stack(own) for own in zip(*scales, strict=True))
+    factor = stretch.to(rows.dtype)
+    fits = (rows.amax(-2, keepdim=True) * factor).isfinite()
+    rows = rows * torch.where(fits, factor, 1)
+    cols = cols * torch.where(fits, 1, factor)
+    cols = cols.clamp(max=torch.finfo(cols.dtype).max)
+    left = left.to(rows.dtype)
+    right = leading.taken.right.mT.to(rows.dtype).contiguous().mT  # one direction after the other
+    flags = stretch.isfinite().flatten(1).all(-1)
+    lowered = [
+        Lowered(row, col, LowRank(*pair))
+        for row, col, *pair in zip(rows, cols, left, right, strict=True)
+    ]
+    return lowered, flags
 
 
 def with_scales_alone(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sinkgd import kernels
-from sinkgd.kernels.two_halves import finite_of, take_steps
+from sinkgd.kernels.two_halves import by_owner, finite_of, take_steps
 from sinkgd.optim.algorithms.contract import (
     Context,
     Group,
@@ -104,7 +104,8 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
     scales = [own.mT for own in found.scales] if is_turned else list(found.scales)
     lowered: list[kernels.Scales | kernels.Lowered] = [*scales]
     if group["deflated_rank"]:
-        lowered = deflate_parts(parts, scales, blocks_of(slots, owners, group), backend)
+        lowered, flags = deflate_parts(parts, scales, blocks_of(slots, owners, group), backend)
+        found = found._replace(finite=found.finite & by_owner(flags, owners))
     if group["operator_norm"] is not None:
         parts, scales = with_scales_alone(parts, lowered)
         pinned = _pinned(slots, parts, owners, found._replace(scales=scales), group, context)

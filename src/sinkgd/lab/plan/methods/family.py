@@ -9,7 +9,7 @@ def _whitening(short: int, long: int) -> float:
 
 
 def _deflation(short: int, long: int) -> float:
-    return 10.0 * DEFLATED_RANK * short * long  # `sinkgd.deflation.deflate`'s docstring
+    return 10.0 * (DEFLATED_RANK + 1) * short * long  # `sinkgd.deflation.deflate`'s docstring
 
 
 FAMILY = (
