@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.layout import dims_of
-from sinkgd.optim.roles import Role, roles
+from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
@@ -45,7 +45,10 @@ def param_groups(
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
         deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
             docs/choose.md has the studies that speak for 8. 0 is the paper's: SR-Sinkhorn alone.
-        weight_decay: Decoupled weight decay of all but vectors and scalars. The paper uses none.
+        weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
+            scalars. Their learning rate, by which decay is multiplied, is 20 times that of hidden
+            matrices, and decay would also shrink the rows of words that do not occur. An override
+            may set it. The paper uses none.
         betas: AdamW's decay rates of the two moments.
         overrides: From a regular expression, searched in the parameter's name, to an algorithm
             (``"adamw"``, ``"sinkgd"``, ``"normalize"`` …) or to group options such as
@@ -101,7 +104,8 @@ def param_groups(
                 options["lr"] *= base_width / _in_features(param, role)
         if algorithm == "sinkgd":
             options["deflated_rank"] = deflated_rank
-        options |= {"weight_decay": weight_decay if param.ndim >= 2 else 0.0, **given[name]}
+        is_decayed = param.ndim >= 2 and role.reason not in (EMBEDDING, HEAD)
+        options |= {"weight_decay": weight_decay if is_decayed else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
     return sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))

@@ -72,7 +72,7 @@ def scale_groups(
         model: The model, before or after FSDP2. Frozen parameters are left out.
         lr: Learning rate. The paper uses 1e-3 from 60M to 350M parameters.
         momentum: Decay rate μ of the head's average. The paper uses 0.9.
-        weight_decay: Decoupled weight decay of all but vectors and scalars. The paper uses none.
+        weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.
         betas: AdamW's decay rates of the two moments.
         overrides: As for `param_groups`; they go first.
 
