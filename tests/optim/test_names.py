@@ -66,6 +66,16 @@ def test_state_is_loaded_across_wrappers(saved, loaded):
     assert len(other.state) == len(one.state)
 
 
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("groups_of", [sinkgd.param_groups, sinkgd.scale_groups])
+def test_overrides_find_parameters_in_wrappers(groups_of, wrapped):
+    overrides = {r"^2\.weight$": "normalize", r"^1\.0\.bias$": {"lr": 0.5}}
+    groups = groups_of(WRAPPED[wrapped](), overrides=overrides)
+    found = {name: group for group in groups for name, _ in group["params"]}
+    assert {name[-8:] for name in found if found[name]["algorithm"] == "normalize"} == {"2.weight"}
+    assert {name[-4:] for name in found if found[name]["lr"] == 0.5} == {"bias"}
+
+
 def test_another_order_is_still_refused():
     one, other = optimizer_of(model()), optimizer_of(model())
     saved = one.state_dict()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.layout import dims_of
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
+from sinkgd.optim.routing_check import without_wrappers
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
@@ -50,8 +51,9 @@ def param_groups(
             matrices, and decay would also shrink the rows of words that do not occur. An override
             may set it. The paper uses none.
         betas: AdamW's decay rates of the two moments.
-        overrides: From a regular expression, searched in the parameter's name, to an algorithm
-            (``"adamw"``, ``"sinkgd"``, ``"normalize"`` …) or to group options such as
+        overrides: From a regular expression, searched in the parameter's name, with and without
+            the prefixes of wrappers such as torch.compile, to an algorithm (``"adamw"``,
+            ``"sinkgd"``, ``"normalize"`` …) or to group options such as
             ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. The first match decides. For tables
             there is ``"sinkgd-table"``.
         base_width: Width that the learning rate was tuned for. That of a hidden matrix is then
@@ -167,12 +169,17 @@ def _in_features(param: Tensor, role: Role) -> int:
     return prod(param.shape[dim] for dim in cols)
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether an override is for a parameter, whose name may have prefixes of wrappers."""
+    return any(re.search(pattern, own) for own in (name, without_wrappers(name)))
+
+
 def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     unmatched = dict.fromkeys(overrides)
     for name in names:
         for pattern, override in overrides.items():
-            if re.search(pattern, name):
+            if matches(pattern, name):
                 unmatched.pop(pattern, None)
                 options[name] = (
                     {"algorithm": override} if isinstance(override, str) else dict(override)

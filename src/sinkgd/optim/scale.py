@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
 from sinkgd.optim.mngd import MNGD
-from sinkgd.optim.partition import Overrides, param_groups
+from sinkgd.optim.partition import Overrides, matches, param_groups
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
@@ -88,7 +88,7 @@ def scale_groups(
     }
     routes = dict(overrides or {})
     for name, param, role in roles(model):
-        is_free = not any(re.search(pattern, name) for pattern in overrides or {})
+        is_free = not any(matches(pattern, name) for pattern in overrides or {})
         if is_free and role.reason in own and param.ndim == 2:
             routes[f"^{re.escape(name)}$"] = own[role.reason]
     return param_groups(
