@@ -115,7 +115,8 @@ def descend_by_adamw_(
             grads = [grad / grad_scale for grad in grads]
         held_back = grad_scale = None
     written = params
-    if fused:
+    moments = [local(state[name]) for state in states for name in MOMENTS if name in state]
+    if fused and not all(x.is_contiguous() for x in (*params, *grads, *moments)):
         params = [_dense(param) for param in params]
         grads = [_lying_as(param, grad) for param, grad in zip(params, grads, strict=True)]
         for param, state in zip(params, states, strict=True):
