@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from sinkgd.optim.roles import roles
 
 
 def where(model, **options):
@@ -164,11 +165,33 @@ def test_low_rank_adapters_go_to_adamw_and_their_base_does_not():
     assert found["0.base_layer.weight"] == "sinkgd"
 
 
-def test_learning_rates_and_decay_follow_the_recipe():
-    for group in sinkgd.param_groups(Model(), lr=0.1, matrix_lr_scale=0.5, weight_decay=0.01):
+class WithTables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        blocks = (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2))
+        self.layers = nn.ModuleList(blocks)
+        self.head = nn.Linear(4, 7)
+
+
+@pytest.mark.parametrize("model", [Model, WithTables])
+def test_learning_rates_and_decay_follow_the_recipe(model):
+    made = model()
+    reasons = {name: role.reason for name, _, role in roles(made)}
+    for group in sinkgd.param_groups(made, lr=0.1, matrix_lr_scale=0.5, weight_decay=0.01):
         assert group["lr"] == (0.05 if group["algorithm"] == "sinkgd" else 0.1)
-        for _, param in group["params"]:
-            assert group["weight_decay"] == (0.01 if param.ndim >= 2 else 0.0)
+        for name, param in group["params"]:
+            is_decayed = param.ndim >= 2 and reasons[name] not in {"embedding", "output head"}
+            assert group["weight_decay"] == (0.01 if is_decayed else 0.0), name
+
+
+def test_an_override_decays_an_embedding():
+    overrides = {"^embed": {"weight_decay": 0.5}}
+    groups = sinkgd.param_groups(WithTables(), weight_decay=0.01, overrides=overrides)
+    decays = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    assert decays["embed.weight"] == 0.5
+    assert decays["head.weight"] == 0.0
+    assert decays["layers.0.0.weight"] == 0.01
 
 
 def test_overrides_choose_algorithms_and_options_and_the_first_match_decides():

@@ -227,6 +227,128 @@ def test_step_and_state_dict_hooks_are_called(case):
 
 
 @every
+def test_state_dict_post_hooks_see_what_is_returned(case):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    optimizer.step(lambda: closure(optimizer))
+    seen = []
+    for prepend in (True, False):
+        optimizer.register_state_dict_post_hook(
+            lambda _, state_dict: seen.append(str(state_dict)), prepend=prepend
+        )
+    returned = optimizer.state_dict()
+    assert seen == [str(returned)] * 2
+
+
+@every
+def test_a_load_pre_hook_can_migrate_any_dict(case):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    optimizer.step(lambda: closure(optimizer))
+    saved = optimizer.state_dict()
+    foreign = {"theirs": [{"of another time": group} for group in saved["param_groups"]]}
+
+    def migrate(_, state_dict):
+        groups = [group["of another time"] for group in state_dict["theirs"]]
+        return {"state": saved["state"], "param_groups": groups}
+
+    other = case.build(deepcopy(params))
+    other.register_load_state_dict_pre_hook(migrate)
+    other.load_state_dict(foreign)
+    assert str(other.state_dict()) == str(saved)
+
+
+@every
+def test_load_post_hooks_see_the_finished_optimizer(case):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    optimizer.step(lambda: closure(optimizer))
+    other = case.build(deepcopy(params))
+    seen = []
+    for prepend in (True, False):
+        other.register_load_state_dict_post_hook(
+            lambda own: seen.append(str((own.param_groups, own.state_dict()))), prepend=prepend
+        )
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [str((other.param_groups, other.state_dict()))] * 2
+
+
+@every
+def test_loading_leaves_the_saved_optimizer_alone(case):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    optimizer.step(lambda: closure(optimizer))
+    before = str(optimizer.state_dict())
+    other_params, other_closure = problem(case.takes_vectors)
+    other = case.build(other_params)
+    other.load_state_dict(optimizer.state_dict())
+    other.step(lambda: other_closure(other))
+    assert str(optimizer.state_dict()) == before
+
+
+@every
+@pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
+def test_a_learning_rate_of_one_element_has_any_shape(case, shape):
+    def run(lr):
+        params, closure = problem(case.takes_vectors)
+        optimizer = case.build(params, lr=lr, weight_decay=0.1)
+        for _ in range(8):
+            optimizer.step(lambda: closure(optimizer))
+        return params
+
+    shaped, plain = run(torch.full(shape, 0.01)), run(torch.tensor(0.01))
+    assert all(torch.equal(a, b) for a, b in zip(shaped, plain, strict=True))
+
+
+@every_input
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_step_count_that_is_a_number_is_loaded(case, options, kind):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params, **options)
+    for _ in range(3):
+        optimizer.step(lambda: closure(optimizer))
+    saved = deepcopy(optimizer.state_dict())
+    for own in saved["state"].values():
+        for key in own.keys() & {"step", "resets"}:
+            own[key] = kind(own[key])
+    other_params, other_closure = problem(case.takes_vectors)
+    with torch.no_grad():
+        for own, param in zip(other_params, params, strict=True):
+            own.copy_(param)
+    other = case.build(other_params, **options)
+    other.load_state_dict(saved)
+    for _ in range(8):
+        optimizer.step(lambda: closure(optimizer))
+        other.step(lambda: other_closure(other))
+    assert all(torch.equal(a, b) for a, b in zip(params, other_params, strict=True))
+
+
+WARM = [{}, {"warm_start": True}, {"warm_start": True, "last": "row"}, {"momentum": 0.9}]
+with_empty = pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        pytest.param(case, options, id=f"{case}-{options}")
+        for case in OPTIMIZERS
+        for options in (WARM if case.name == "SinkGD-matrices" else [{}])
+    ],
+)
+
+
+@with_empty
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
+def test_parameters_without_entries_have_state_and_steps(case, options, shape):
+    # Such is a rank's piece of a parameter with fewer rows than ranks.
+    full, empty = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(shape))
+    optimizer = case.build([full, empty], **options)
+    optimizer.init_state()
+    for _ in range(2):
+        full.grad, empty.grad = torch.ones_like(full), torch.ones_like(empty)
+        optimizer.step()
+    case.build([full, empty], **options).load_state_dict(optimizer.state_dict())
+    assert full.ne(1).all()
+
+
+@every
 def test_deepcopy_keeps_what_was_set_on_the_optimizer(case):
     params, _ = problem(case.takes_vectors)
     optimizer = case.build(params)
@@ -267,12 +389,17 @@ def test_zero_grad_sets_to_none(case):
     assert all(param.grad is None for param in params)
 
 
+in_step_or_before = pytest.mark.parametrize("in_step", [True, False])
+
+
 @every
-def test_grad_scaler_scales_nothing_but_overflow(case):
+@in_step_or_before
+def test_grad_scaler_scales_nothing_but_overflow(case, in_step):
     # The gradients stay multiplied by 2**10, which is exact, until the optimizer reads them.
     def run(scaler):
         params, _ = problem(case.takes_vectors)
         optimizer = case.build(params)
+        optimizer._step_supports_amp_scaling = in_step
         for _ in range(3):
             optimizer.zero_grad()
             loss = sum(param.square().sum() for param in params)
@@ -287,10 +414,12 @@ def test_grad_scaler_scales_nothing_but_overflow(case):
 
 
 @every
+@in_step_or_before
 @pytest.mark.parametrize("unscale_first", [True, False])
-def test_grad_scaler_skips_an_overflow(case, unscale_first):
+def test_grad_scaler_skips_an_overflow(case, unscale_first, in_step):
     params, _ = problem(case.takes_vectors)
     optimizer = case.build(params)
+    optimizer._step_supports_amp_scaling = in_step
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = deepcopy(params)
     scaler.scale(sum((param * math.inf).sum() for param in params)).backward()
@@ -301,3 +430,47 @@ def test_grad_scaler_skips_an_overflow(case, unscale_first):
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     assert scaler.get_scale() == 2.0
     assert optimizer.skipped() == {}
+
+
+# What torch.amp.GradScaler and Lightning look at --------------------------------------------------
+
+
+def refuses_to_clip(optimizer):
+    """Whether Lightning refuses to clip, as MixedPrecision.clip_gradients of its plugins asks."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@every
+def test_lightning_clips_under_mixed_precision(case):
+    params, _ = problem(case.takes_vectors)
+    assert not refuses_to_clip(case.build(params))
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_a_group_that_asks_for_the_fused_kernel_takes_the_scale_as_torchs_adamw_does(fused):
+    params, _ = problem()
+    optimizer = sinkgd.SinkGD([{"params": params, "algorithm": "adamw", "fused": fused}])
+    reference = torch.optim.AdamW(deepcopy(params), fused=fused)
+    assert refuses_to_clip(optimizer) == refuses_to_clip(reference)
+
+
+@every
+@in_step_or_before
+def test_a_scaled_gradient_is_clipped_as_a_plain_one(case, in_step):
+    # Gradients are powers of two times the plain ones, so the bits are equal.
+    def run(scaler):
+        params, _ = problem(case.takes_vectors)
+        optimizer = case.build(params)
+        optimizer._step_supports_amp_scaling = in_step
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(sum(param.square().sum() for param in params)).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(params, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        return params
+
+    scaled = run(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    plain = run(torch.amp.GradScaler("cpu", enabled=False))
+    assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))

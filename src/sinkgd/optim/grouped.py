@@ -14,16 +14,21 @@ from torch.optim import Optimizer
 
 from sinkgd.optim.algorithms import ALGORITHMS, FORMS, NEEDS_ALL_GRADIENTS
 from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
-from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot
+from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, are_zero
 from sinkgd.optim.algorithms.rounding import count_step
+from sinkgd.optim.exchanged import Met, are_same, meet, named, newcomers, unnamed
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
 from sinkgd.optim.routing_check import check_same_routing
+from sinkgd.optim.saved_state import (
+    adopt_adamw,
+    from_saved_form,
+    restore_types,
+    saved_options,
+    to_saved_form,
+)
 
 # What every group has, whatever its algorithm.
 _COMMON = {"lr", "weight_decay", "maximize", "nonfinite"}
-
-# State that torch's AdamW works on: where and in which type is its business.
-_TORCHS_OWN = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 class GroupedOptimizer(Optimizer):
@@ -37,20 +42,34 @@ class GroupedOptimizer(Optimizer):
 
     default_algorithm: ClassVar[str]
 
-    # torch.amp.GradScaler then hands over its scale and its flag instead of waiting for them.
-    _step_supports_amp_scaling = True
-
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._guard = NonFiniteGuard()
+        self._met: list[Met] = []
         super().__init__(params, defaults)
+        self._add_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled optimizer."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_guard", NonFiniteGuard())
+        if "_guard" not in self.__dict__:
+            self._guard = NonFiniteGuard()
+            self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
+            self._add_hooks()
+
+    def _add_hooks(self) -> None:
+        """Make our changes of state dicts hooks, which users' hooks can precede and follow."""
+        self._saved_hook = self.register_state_dict_post_hook(to_saved_form)
+        kind: Any = type(self)  # torch passes the optimizer to a hook
+        self._load_hooks = (
+            self.register_load_state_dict_pre_hook(kind._before_load),
+            self.register_load_state_dict_post_hook(kind._after_load),
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group.
+
+        With ``fused=True``, torch.amp.GradScaler hands its scale over to `step`, as it does to
+        torch's fused AdamW, instead of dividing gradients itself and waiting for the device.
 
         Args:
             param_group: ``params`` and, where they differ from the optimizer's, ``algorithm`` and
@@ -66,6 +85,8 @@ class GroupedOptimizer(Optimizer):
         for option, default in algorithm.options.items():
             param_group.setdefault(option, self.defaults.get(option, default))
         foreign = self.defaults.keys() - param_group.keys() - _COMMON
+        self._name_alike(param_group)
+        asks_for_fused = param_group.get("fused") is True
         super().add_param_group(param_group)
         for option in foreign:  # options of another algorithm, which torch copied from the defaults
             del param_group[option]
@@ -74,6 +95,25 @@ class GroupedOptimizer(Optimizer):
         except (ImportError, TypeError, ValueError):
             self.param_groups.pop()
             raise
+        if asks_for_fused:
+            # Of the instance, as torch sets it: Lightning refuses to clip where it is True.
+            self._step_supports_amp_scaling = True
+        self._met.append(meet(param_group, len(self.param_groups) - 1))
+
+    def _name_alike(self, param_group: dict[str, Any]) -> None:
+        """Name the parameters of groups without names if others have names; torch wants all."""
+        params = param_group["params"]
+        if isinstance(params, Set) or not self.param_groups:  # torch refuses a set
+            return
+        params = [params] if isinstance(params, Tensor) else list(params)
+        param_group["params"] = params
+        has_names = any(isinstance(param, tuple) for param in params)
+        if "param_names" in self.param_groups[0] and not has_names:
+            index = len(self.param_groups)
+            param_group["params"] = [(unnamed(i, index), param) for i, param in enumerate(params)]
+        elif has_names and "param_names" not in self.param_groups[0]:
+            for index, group in enumerate(self.param_groups):
+                group["param_names"] = [unnamed(i, index) for i in range(len(group["params"]))]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -95,9 +135,13 @@ class GroupedOptimizer(Optimizer):
             NonFiniteGradientError: If a gradient holds NaN or infinity and the group's policy is
                 ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. Its
                 parameter was left as it was; others were updated.
-            TypeError: If a gradient is sparse.
+            TypeError: If a gradient is sparse, or a trainer has exchanged a parameter for a flat
+                piece.
         """
         self._guard.settle()
+        if closure is None and self.is_probed():
+            self.init_state()
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -116,17 +160,24 @@ class GroupedOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
-    def update(self, params: Iterable[Tensor]) -> None:
+    def update(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Update some parameters alone: a part of a step, which `step` must end.
 
         Args:
-            params: Of the optimizer's; those without a gradient are left alone.
+            params: Those that are not the optimizer's or have no gradient are left alone.
+
+        Returns:
+            The parameters whose gradients were used.
 
         Raises:
             TypeError: If a group needs all its gradients at once.
         """
         self.check_one_by_one()
-        self._update(self._slots({*params}), None, None)
+        only = {*params}
+        found = self._slots(only)
+        self._update(found, None, None)
+        empty = [param for param in only if param.numel() == 0]
+        return [*(slot.param for _, slots in found for slot in slots), *empty]
 
     def check_one_by_one(self) -> None:
         """Refuse groups whose parameters cannot be updated one by one.
@@ -143,25 +194,41 @@ class GroupedOptimizer(Optimizer):
                 )
 
     @torch.no_grad()
+    def is_probed(self) -> bool:
+        """Whether a step now would only be torch's probe for state, which must change nothing else.
+
+        While ``state`` is empty, torch's helpers for distributed checkpoints call ``step()`` with
+        every learning rate and every gradient zero. `step` then calls `init_state` instead.
+        """
+        if self.state or torch.compiler.is_compiling():
+            return False
+        if not all(_is_known_to_be_zero(group["lr"]) for group in self.param_groups):
+            return False
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        grads = [param.grad for param in params if param.grad is not None]
+        return 0 < len(grads) == len(params) and are_zero(grads)
+
+    @torch.no_grad()
     def init_state(self) -> None:
         """Make the state that a first step would, so that a checkpoint can be read into it.
 
-        Parameters that have state are left alone. Where there is none, torch's helpers for
-        distributed checkpoints would step along zero gradients, as large as all weights.
+        Parameters that have state are left alone. One of which nothing is kept has an empty entry
+        in ``state`` from then on, and torch's helpers for distributed checkpoints no longer probe:
+        to step along zero gradients takes as much memory as all weights.
         """
+        self._check_exchanged()
         for group in self.param_groups:
             algorithm = _algorithm(group["algorithm"])
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
                     state: dict[str, Any] = {}
                     algorithm.init_state(param, group, state)
-                    if state:
-                        self.state[param] = state
+                    self.state[param] = state
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter with its name, or what errors call it."""
         for index, group in enumerate(self.param_groups):
-            yield from _named(group, index)
+            yield from named(group, index)
 
     def _update(
         self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
@@ -181,49 +248,66 @@ class GroupedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; norms as their text, so that no class is pickled."""
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            if "norms" in group:
-                group["norms"] = tuple(map(repr, group["norms"]))
-        return state_dict
+        self._optimizer_state_dict_post_hooks.move_to_end(self._saved_hook.id, last=False)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
 
+        Where every group has ``algorithm="adamw"``, the state of ``torch.optim.AdamW`` is loaded,
+        too.
+
         Raises:
-            ValueError: If it was made with another routing: the message names the parameter or the
-                option that differs.
+            ValueError: If it was made with another routing, or by an optimizer whose state cannot
+                be used: the message names the parameter or the option that differs.
         """
-        check_same_routing(self.state_dict()["param_groups"], state_dict["param_groups"])
-        own_groups = [dict(group) for group in self.param_groups]
+        before, after = self._load_hooks
+        self._optimizer_load_state_dict_pre_hooks.move_to_end(before.id)
+        self._optimizer_load_state_dict_post_hooks.move_to_end(after.id, last=False)
         super().load_state_dict(state_dict)
+
+    def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check and complete what users' hooks made of a state dict."""
+        own = [saved_options(group) for group in self.param_groups]
+        groups = adopt_adamw(own, state_dict["param_groups"])
+        check_same_routing(own, groups)
+        state = from_saved_form(state_dict["state"])
+        loaded = {**state_dict, "state": state, "param_groups": groups}
+        self._loading = loaded, [dict(group) for group in self.param_groups], self.state
+        return loaded
+
+    def _after_load(self) -> None:
+        """Restore what the version that saved the state did not have, and what is ours alone."""
+        loaded, own_groups, own_state = self._loading
+        del self._loading
         for group, own in zip(self.param_groups, own_groups, strict=True):
             for option, value in own.items():
-                group.setdefault(option, value)  # one that the version that saved it did not have
-            if "norms" in own:
-                group["norms"] = own["norms"]
+                group.setdefault(option, value)
+            for option in ("norms", "param_names"):
+                if option in own:
+                    group[option] = own[option]
             for option in ("rounding_step", NORM_HISTORY):
                 if group.get(option) is not None:
                     group[option] = group[option].to(group["params"][0].device)
-        self._restore_types(state_dict)
+        restore_types(self, loaded, own_state)
 
-    def _restore_types(self, state_dict: dict[str, Any]) -> None:
-        """Bring our own state to the type it was saved in; torch casts it to the parameter's."""
-        saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own_params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(saved_params, own_params, strict=True):
-            for key, saved in state_dict["state"].get(i, {}).items():
-                if key not in _TORCHS_OWN and isinstance(saved, Tensor):
-                    own = self.state[param]
-                    own[key] = saved.to(own.get("step", param).device, copy=True)
+    def _check_exchanged(self) -> None:
+        """Check the parameters that came without `add_param_group`."""
+        if torch.compiler.is_compiling() or are_same(self.param_groups, self._met):
+            return
+        for index, name, param in newcomers(self.param_groups, self._met):
+            group = self.param_groups[index]
+            _check_param(name, param, group, _algorithm(group["algorithm"]))
+        self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
 
     def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
         """List what has a gradient: the number of the group, and its parameters of one device."""
+        self._check_exchanged()
         found: list[tuple[int, list[Slot]]] = []
         first = 0
         for index, group in enumerate(self.param_groups):
             by_device: dict[torch.device, list[Slot]] = {}
-            for number, (name, param) in enumerate(_named(group, index), first):
+            for number, (name, param) in enumerate(named(group, index), first):
                 if param.grad is None or param.numel() == 0:
                     continue
                 if only is not None and param not in only:
@@ -248,10 +332,9 @@ def _algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def _named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
-    names = group.get("param_names")
-    for i, param in enumerate(group["params"]):
-        yield (names[i] if names else f"parameter {i} of group {index}"), param
+def _is_known_to_be_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is zero, as far as that is known without waiting for a device."""
+    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.is_cpu else False
 
 
 def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
@@ -264,14 +347,18 @@ def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     if group["nonfinite"] not in POLICIES:
         raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
-    for name, param in _named(group, index):
-        if not param.is_floating_point():
-            raise TypeError(
-                f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
-            )
-        if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
-            raise TypeError(
-                f"{name!r} lies in flat pieces, of FullyShardedDataParallel or DeepSpeed ZeRO, "
-                "which have neither rows nor columns; shard the model with fully_shard (FSDP2)"
-            )
-        algorithm.check(name, param, group)
+    for name, param in named(group, index):
+        _check_param(name, param, group, algorithm)
+
+
+def _check_param(name: str, param: Tensor, group: Group, algorithm: Algorithm) -> None:
+    if not param.is_floating_point():
+        raise TypeError(
+            f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
+        )
+    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
+        raise TypeError(
+            f"{name!r} lies in flat pieces, of FullyShardedDataParallel or DeepSpeed ZeRO, "
+            "which have neither rows nor columns; shard the model with fully_shard (FSDP2)"
+        )
+    algorithm.check(name, param, group)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.layout import dims_of
-from sinkgd.optim.roles import Role, roles
+from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
+from sinkgd.optim.routing_check import without_wrappers
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
@@ -45,10 +46,14 @@ def param_groups(
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
         deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
             docs/choose.md has the studies that speak for 8. 0 is the paper's: SR-Sinkhorn alone.
-        weight_decay: Decoupled weight decay of all but vectors and scalars. The paper uses none.
+        weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
+            scalars. Their learning rate, by which decay is multiplied, is 20 times that of hidden
+            matrices, and decay would also shrink the rows of words that do not occur. An override
+            may set it. The paper uses none.
         betas: AdamW's decay rates of the two moments.
-        overrides: From a regular expression, searched in the parameter's name, to an algorithm
-            (``"adamw"``, ``"sinkgd"``, ``"normalize"`` …) or to group options such as
+        overrides: From a regular expression, searched in the parameter's name, with and without
+            the prefixes of wrappers such as torch.compile, to an algorithm (``"adamw"``,
+            ``"sinkgd"``, ``"normalize"`` …) or to group options such as
             ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. The first match decides. For tables
             there is ``"sinkgd-table"``.
         base_width: Width that the learning rate was tuned for. That of a hidden matrix is then
@@ -101,7 +106,8 @@ def param_groups(
                 options["lr"] *= base_width / _in_features(param, role)
         if algorithm == "sinkgd":
             options["deflated_rank"] = deflated_rank
-        options |= {"weight_decay": weight_decay if param.ndim >= 2 else 0.0, **given[name]}
+        is_decayed = param.ndim >= 2 and role.reason not in (EMBEDDING, HEAD)
+        options |= {"weight_decay": weight_decay if is_decayed else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
     return sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
@@ -163,12 +169,17 @@ def _in_features(param: Tensor, role: Role) -> int:
     return prod(param.shape[dim] for dim in cols)
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether an override is for a parameter, whose name may have prefixes of wrappers."""
+    return any(re.search(pattern, own) for own in (name, without_wrappers(name)))
+
+
 def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     unmatched = dict.fromkeys(overrides)
     for name in names:
         for pattern, override in overrides.items():
-            if re.search(pattern, name):
+            if matches(pattern, name):
                 unmatched.pop(pattern, None)
                 options[name] = (
                     {"algorithm": override} if isinstance(override, str) else dict(override)

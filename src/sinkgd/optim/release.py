@@ -1,7 +1,7 @@
-"""The step inside backward: each gradient is applied as soon as it is there, and freed.
+"""The step inside backward: each gradient is applied as soon as it is complete, and freed.
 
-What training then holds is weights, activations and the one gradient that is being made. A step
-along normalized gradients needs no other gradient than its own: clipping by a global norm and loss
+Training then holds weights, activations and the one gradient that is being computed. A step along
+normalized gradients needs no other gradient than its own: clipping by a global norm and loss
 scaling would change nothing for it.
 """
 
@@ -13,18 +13,28 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sinkgd.optim.algorithms.contract import local, on_mesh
 from sinkgd.optim.grouped import GroupedOptimizer
+
+# The keys are the parameters whose gradients are released.
+_RELEASED = WeakIdKeyDictionary()
 
 
 class GradientRelease:
     """Let ``loss.backward()`` update the parameters of an optimizer, and free their gradients.
 
-    The training loop stays as it is. ``optimizer.step()`` then ends the step: it updates what is
-    left, and raises what was found. Learning rates are read while backward runs, so a scheduler
-    that steps after the optimizer works as ever. The result is that of the ordinary step, bit for
-    bit; a non-finite gradient holds back its own parameter alone, in an AdamW group, too.
+    The training loop stays as it is. ``optimizer.step()`` then ends the step: it updates the
+    parameters whose gradients remain, frees those, and raises what was found. Learning rates are
+    read while backward runs, so a scheduler that steps after the optimizer works as ever. The
+    result is that of the ordinary step, bit for bit; a non-finite gradient holds back its own
+    parameter alone, in an AdamW group, too.
+
+    Parameters may be added, frozen or unfrozen at any time. A new one keeps its gradient until the
+    first ``step()``, and is released from then on.
 
     Under FSDP2 gradients come here after they were reduced, so all of it works there as well. On a
     mesh every bucket costs its own messages; larger buckets need fewer.
@@ -40,6 +50,8 @@ class GradientRelease:
     Raises:
         TypeError: If ``optimizer`` is none of ours, needs all gradients at once, or holds plain
             tensors on several ranks and ``averaged`` is False.
+        ValueError: If ``bucket_bytes`` is negative, or another `GradientRelease` already has a
+            parameter of ``optimizer``.
 
     Examples:
         >>> import torch, sinkgd
@@ -66,34 +78,22 @@ class GradientRelease:
         if bucket_bytes < 0:
             raise ValueError(f"bucket_bytes must be at least 0, got {bucket_bytes}")
         optimizer.check_one_by_one()
-        named = optimizer.named_parameters()
-        names = {param: name for name, param in named if param.requires_grad}
-        if _ranks() > 1 and not averaged:
-            for param, name in names.items():
-                if not on_mesh(param):
-                    raise TypeError(
-                        f"{name!r} is a plain tensor on one of {_ranks()} ranks; "
-                        "DistributedDataParallel averages its gradient only after it would be "
-                        "applied here. Use fully_shard (FSDP2), or pass averaged=True if every "
-                        "rank has the same gradient, as under tensor parallelism"
-                    )
         self._optimizer = optimizer
-        self._names = names
         self._bucket_bytes = bucket_bytes
+        self._averaged = averaged
         self._accumulating = False
         self._lock = threading.Lock()
-        self._waiting: list[Tensor] = []
+        self._names: dict[Tensor, str] = {}
+        self._param_hooks: dict[Tensor, RemovableHandle] = {}
+        self._waiting: dict[Tensor, None] = {}  # in the order in which gradients came
         self._waiting_bytes = 0
-        self._taken: set[Tensor] = set()
-        hooks = [
-            param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
-            for param in names
-        ]
-        self._hooks = [
-            *hooks,
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._applied: set[Tensor] = set()  # in this step
+        self._running: set[int] = set()  # calls of backward that applied a gradient
+        self._follow_parameters()
+        self._step_hook = optimizer.register_step_pre_hook(self._before_step)
+        # GradScaler.step then reaches `_before_step`, which refuses it, instead of an assertion.
+        self._supported_scaling = getattr(optimizer, "_step_supports_amp_scaling", False)
+        optimizer._step_supports_amp_scaling = True
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -104,11 +104,19 @@ class GradientRelease:
         finally:
             self._accumulating = before
 
+    def reset(self) -> None:
+        """Give up the current step, after an exception in backward, and free all gradients.
+
+        Updates that backward had already made remain.
+        """
+        self._begin_step()
+        for param in self._names:
+            param.grad = None
+
     def remove(self) -> None:
-        """Leave backward alone again, after what waits."""
+        """Apply the gradients that wait, and leave those of later backward calls alone."""
         self._flush()
-        for hook in self._hooks:
-            hook.remove()
+        self._remove_hooks()
 
     def __enter__(self) -> Self:
         return self
@@ -119,45 +127,161 @@ class GradientRelease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave backward alone again."""
-        self.remove()
+        """Leave backward alone again; after an exception, do not apply the gradients that wait."""
+        if error is None:
+            self.remove()
+        else:
+            self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        self._step_hook.remove()
+        for param in [*self._param_hooks]:
+            self._unwatch(param)
+        self._optimizer._step_supports_amp_scaling = self._supported_scaling
+
+    def _follow_parameters(self) -> None:
+        """Watch the parameters that the optimizer has now, and no others."""
+        names = {param: name for name, param in self._optimizer.named_parameters()}
+        for param, name in names.items():
+            if param.requires_grad and param not in self._param_hooks:
+                self._check(param, name)
+        for param in self._param_hooks.keys() - names.keys():
+            self._unwatch(param)
+        for param in names:
+            if param.requires_grad and param not in self._param_hooks:
+                hook = param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+                self._param_hooks[param] = hook
+                _RELEASED[param] = True
+        self._names = names
+
+    def _unwatch(self, param: Tensor) -> None:
+        self._param_hooks.pop(param).remove()
+        del _RELEASED[param]
+
+    def _check(self, param: Tensor, name: str) -> None:
+        if param in _RELEASED:
+            raise ValueError(
+                f"the gradient of {name!r} is released by another GradientRelease, and can be "
+                "applied and freed only once; call remove() of the other one first"
+            )
+        if _ranks() > 1 and not self._averaged and not on_mesh(param):
+            raise TypeError(
+                f"{name!r} is a plain tensor on one of {_ranks()} ranks; "
+                "DistributedDataParallel averages its gradient only after it would be "
+                "applied here. Use fully_shard (FSDP2), or pass averaged=True if every "
+                "rank has the same gradient, as under tensor parallelism"
+            )
 
     def _take(self, param: Tensor) -> None:
-        if self._accumulating or param.grad is None:
+        """Apply a gradient that backward has completed, or let it wait for others."""
+        if param.grad is None:
             return
         with self._lock:  # backward has a thread for each device
-            if param in self._taken:
-                raise RuntimeError(
-                    f"{self._names[param]!r} got a second gradient in one step, after the first "
-                    "was applied: backward ran twice. Run all micro-batches but the last inside "
-                    "`with release.accumulate():`, and do not retain the graph"
-                )
-            self._taken.add(param)
-            self._waiting.append(param)
-            self._waiting_bytes += local(param.grad).nbytes
+            if param in self._applied:
+                raise RuntimeError(self._second_gradient(param))
+            if self._accumulating:
+                return
+            if param not in self._waiting:
+                self._waiting[param] = None
+                self._waiting_bytes += local(param.grad).nbytes
             if self._waiting_bytes >= self._bucket_bytes:
+                self._watch_backward()
                 self._flush()
 
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        self._optimizer.update(self._waiting)
-        for param in self._waiting:
-            param.grad = None
-        self._waiting, self._waiting_bytes = [], 0
+    def _watch_backward(self) -> None:
+        """Note that backward applies gradients, until it ends; an exception leaves the note."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._running:
+            self._running.add(task)
+            engine = Variable._execution_engine
+            engine.queue_callback(lambda: self._running.discard(task))
 
-    def _before_step(self, optimizer: Any, args: object, kwargs: object) -> None:
-        del args, kwargs
-        if getattr(optimizer, "grad_scale", None) is not None:
+    def _flush(self) -> None:
+        """Apply the gradients that wait."""
+        waiting = list(self._waiting)
+        self._waiting, self._waiting_bytes = {}, 0
+        if waiting:
+            self._apply(waiting)
+
+    def _apply(self, params: list[Tensor]) -> None:
+        """Update parameters and free their gradients; skip those that have left the optimizer."""
+        updated = self._optimizer.update(params)
+        self._applied.update(updated)
+        for param in updated:
+            param.grad = None
+
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if hasattr(optimizer, "found_inf") or getattr(optimizer, "grad_scale", None) is not None:
             raise TypeError(
                 "a GradScaler looks at all gradients after backward, and they are gone by then; "
                 "train in bfloat16, or without GradientRelease"
             )
-        self._after_step()
+        if optimizer.is_probed():  # which makes state, and is no step
+            return None
+        self._follow_parameters()
+        self._check_backward_ended()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._end_backward()
+            return None
+        if self._applied:
+            raise RuntimeError(
+                f"the gradient of {self._name(next(iter(self._applied)))} was applied before "
+                "step(closure) was called, whose closure would apply a second one in the same "
+                "step. Call backward in the closure alone, or step() without a closure"
+            )
 
-    def _after_step(self, *_: object) -> None:
-        self._flush()
-        self._taken = set()
+        def and_end_backward() -> Any:
+            loss = closure()
+            self._check_backward_ended()
+            self._end_backward()
+            return loss
+
+        return (args[0], and_end_backward), {}
+
+    @torch.no_grad()
+    def _end_backward(self) -> None:
+        """Apply every gradient that remains: of early micro-batches, and of new parameters."""
+        remaining = [p for _, p in self._optimizer.named_parameters() if p.grad is not None]
+        for param in remaining:
+            if param in self._applied:
+                raise RuntimeError(self._second_gradient(param))
+        if remaining:
+            self._apply(remaining)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._waiting, self._waiting_bytes = {}, 0
+        self._applied, self._running = set(), set()
+
+    def _check_backward_ended(self) -> None:
+        if self._running:
+            raise RuntimeError(
+                f"backward raised before it ended, and had already updated {len(self._applied)} "
+                f"parameters, such as {self._name(next(iter(self._applied)))}. Call "
+                "release.reset() to give up this step and keep these updates, or load a "
+                "checkpoint to undo them"
+            )
+
+    def _second_gradient(self, param: Tensor) -> str:
+        said = f"{self._name(param)} got a second gradient in one step, after the first was applied"
+        if self._running - {torch._C._current_graph_task_id()}:
+            return (
+                f"{said}: another backward has not ended. If it raised an exception, call "
+                "release.reset() to give up its step; if it belongs to activation checkpointing, "
+                "pass use_reentrant=False"
+            )
+        return (
+            f"{said}: backward ran twice. Run all micro-batches but the last inside "
+            "`with release.accumulate():`, do not retain the graph, and detach what the loss of "
+            "another model reaches"
+        )
+
+    def _name(self, param: Tensor) -> str:
+        name = self._names.get(param)
+        return "a removed parameter" if name is None else repr(name)
 
 
 def _ranks() -> int:

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
 from sinkgd.optim.mngd import MNGD
-from sinkgd.optim.partition import Overrides, param_groups
+from sinkgd.optim.partition import Overrides, matches, param_groups
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
@@ -72,7 +72,7 @@ def scale_groups(
         model: The model, before or after FSDP2. Frozen parameters are left out.
         lr: Learning rate. The paper uses 1e-3 from 60M to 350M parameters.
         momentum: Decay rate μ of the head's average. The paper uses 0.9.
-        weight_decay: Decoupled weight decay of all but vectors and scalars. The paper uses none.
+        weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.
         betas: AdamW's decay rates of the two moments.
         overrides: As for `param_groups`; they go first.
 
@@ -88,7 +88,7 @@ def scale_groups(
     }
     routes = dict(overrides or {})
     for name, param, role in roles(model):
-        is_free = not any(re.search(pattern, name) for pattern in overrides or {})
+        is_free = not any(matches(pattern, name) for pattern in overrides or {})
         if is_free and role.reason in own and param.ndim == 2:
             routes[f"^{re.escape(name)}$"] = own[role.reason]
     return param_groups(

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.saved_state import without_placeholders
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     names = _names(model, optimizer)
     content = optimizer.state_dict()
     return {
-        "state": {names[i]: state for i, state in content["state"].items()},
+        "state": {names[i]: state for i, state in without_placeholders(content["state"]).items()},
         "param_groups": [
             {**group, "params": [names[i] for i in group["params"]]}
             for group in content["param_groups"]

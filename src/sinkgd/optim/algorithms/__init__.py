@@ -53,3 +53,6 @@ FORMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 # Their step looks at all gradients of a group at once, so it cannot be taken one by one.
 NEEDS_ALL_GRADIENTS = frozenset({"adamw-spam"})
+
+# They treat every entry by itself, so a flat piece of a parameter is as good as the whole.
+ELEMENTWISE = frozenset({"adamw", "spam"})

@@ -8,11 +8,23 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, are_finite, local
+from sinkgd.optim.algorithms.contract import (
+    Context,
+    Group,
+    Slot,
+    allowed,
+    are_finite,
+    learning_rate,
+    local,
+)
+from sinkgd.optim.algorithms.layout import are_dense, lie_alike
+from sinkgd.optim.algorithms.parts import lying_as
 
 # Where torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 ADAMW_OPTIONS = MappingProxyType[str, object]({"betas": (0.9, 0.999), "eps": 1e-8, "fused": None})
 
@@ -46,7 +58,7 @@ class AdamW:
             [local(slot.grad) for slot in slots],
             states,
             group,
-            lr=group["lr"],
+            lr=learning_rate(group),
             held_back=None if flags is None else ~flags.all(),
             grad_scale=context.loss_scale,
         )
@@ -81,6 +93,10 @@ def descend_by_adamw_(
 ) -> None:
     """Take torch's AdamW step of this rank's pieces; AMSGrad's where the states have its maximum.
 
+    The fused kernel walks through memory and does not look at strides. What it is given is
+    therefore dense, and lies as the parameter does: gradients and parameters are copied where they
+    do not, and moments are laid out anew, once.
+
     Args:
         params: Written to.
         grads: Of the parameters' dtype; left as they are.
@@ -98,6 +114,13 @@ def descend_by_adamw_(
         if grad_scale is not None:
             grads = [grad / grad_scale for grad in grads]
         held_back = grad_scale = None
+    written = params
+    moments = [local(state[name]) for state in states for name in MOMENTS if name in state]
+    if fused and not all(x.is_contiguous() for x in (*params, *grads, *moments)):
+        params = [_dense(param) for param in params]
+        grads = [_lying_as(param, grad) for param, grad in zip(params, grads, strict=True)]
+        for param, state in zip(params, states, strict=True):
+            _lay_out_moments(state, param)
     beta1, beta2 = group["betas"]
     maxima = [local(state["max_exp_avg_sq"]) for state in states if "max_exp_avg_sq" in state]
     adamw(
@@ -118,6 +141,30 @@ def descend_by_adamw_(
         eps=group["eps"],
         maximize=group["maximize"],
     )
+    for own, param in zip(written, params, strict=True):
+        if own is not param:
+            own.copy_(param)
+
+
+def _dense(param: Tensor) -> Tensor:
+    """Return a parameter itself if its entries fill a stretch of memory, and a copy if not."""
+    if are_dense(param):
+        return param
+    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(param)
+
+
+def _lying_as(param: Tensor, x: Tensor) -> Tensor:
+    """Return ``x`` itself if its entries lie in memory as the parameter's do, and a copy if not."""
+    if lie_alike(param, x):
+        return x
+    return torch.empty_like(param, dtype=x.dtype, memory_format=torch.preserve_format).copy_(x)
+
+
+def _lay_out_moments(state: MutableMapping[str, Any], param: Tensor) -> None:
+    """Copy moments to the parameter's order in memory where they have another."""
+    for name in MOMENTS:
+        if name in state and not lie_alike(param, local(state[name])):
+            state[name] = lying_as(state[name], _lying_as(param, local(state[name])))
 
 
 def init_moments(

@@ -117,17 +117,23 @@ def step_by(
     return torch.stack([flags[i] for i in range(len(slots))])
 
 
+def learning_rate(group: Group) -> float | Tensor:
+    """Return the learning rate: a number, or a tensor without dimensions."""
+    lr: float | Tensor = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
 def decay(group: Group) -> float | Tensor:
     """Return what decoupled weight decay leaves of a parameter: 1 − lr·λ."""
     if group["weight_decay"] == 0:
         return 1.0
-    keep: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+    keep: float | Tensor = 1 - learning_rate(group) * group["weight_decay"]
     return keep
 
 
 def descent(group: Group) -> float | Tensor:
     """Return the factor of the update: −lr, or +lr to maximize."""
-    lr: float | Tensor = group["lr"]
+    lr = learning_rate(group)
     return lr if group["maximize"] else -lr
 
 
@@ -153,6 +159,17 @@ def are_finite(slots: Sequence[Slot]) -> Tensor:
 
     groups = [sharded.groups_of(grad) if on_mesh(grad) else () for grad in all_grads]
     return sharded.agree(flags, groups)
+
+
+def are_zero(grads: Sequence[Tensor]) -> bool:
+    """Whether every entry of all gradients is zero, on all ranks. Waits for their device."""
+    device = grads[0].device
+    flags = torch.stack([~local(grad).any().to(device) for grad in grads])
+    if any(on_mesh(grad) for grad in grads):
+        from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+
+        flags = sharded.agree(flags, [sharded.groups_of(x) if on_mesh(x) else () for x in grads])
+    return bool(flags.all())
 
 
 def known_flags(slots: Sequence[Slot]) -> Tensor | None:

@@ -103,3 +103,51 @@ def sizes_of(rows: int, split: Split) -> list[int]:
     if sum(split) != rows or min(split) < 1:
         raise ValueError(f"split={tuple(split)} adds up to {sum(split)}, not to {rows} rows")
     return list(split)
+
+
+def columns_to_memory(x: Tensor, param: Tensor, layout: str) -> Tensor:
+    """Order columns ``(..., n)`` of a parameter, in the order of its dimensions, as in memory."""
+    order = _column_order(param, layout)
+    if order == sorted(order):
+        return x
+    sizes = [param.shape[dim] for dim in sorted(order)]
+    return _permuted(x, sizes, [dim - 1 for dim in order])
+
+
+def columns_from_memory(x: Tensor, param: Tensor, layout: str) -> Tensor:
+    """Order columns ``(..., n)`` that are as in memory in the order of the dimensions."""
+    order = _column_order(param, layout)
+    if order == sorted(order):
+        return x
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return _permuted(x, [param.shape[dim] for dim in order], places)
+
+
+def _column_order(param: Tensor, layout: str) -> list[int]:
+    _, cols = dims_of(param.ndim, layout)
+    return _columns_in_memory_order(param)[1:] if len(cols) > 1 else cols
+
+
+def _permuted(x: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
+    batch = x.ndim - 1
+    dims = [*range(batch), *(batch + dim for dim in order)]
+    return x.view(*x.shape[:-1], *sizes).permute(dims).flatten(batch)
+
+
+def are_dense(x: Tensor) -> bool:
+    """Whether the entries of ``x`` fill a stretch of memory, each once, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def lie_alike(x: Tensor, y: Tensor) -> bool:
+    """Whether the entries of two tensors of one shape lie in memory in the same order and gaps."""
+    return x.stride() == y.stride() or all(
+        size < 2 or one == other
+        for size, one, other in zip(x.shape, x.stride(), y.stride(), strict=True)
+    )

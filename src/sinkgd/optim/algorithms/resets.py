@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkgd.optim.algorithms.adamw import ADAMW_OPTIONS, check_adamw, init_moments
-from sinkgd.optim.algorithms.contract import Group, local
+from sinkgd.optim.algorithms.adamw import ADAMW_OPTIONS, MOMENTS, check_adamw, init_moments
+from sinkgd.optim.algorithms.contract import Group, learning_rate, local
 
 # How often the moments of a parameter have begun anew. Its place in the state is kept by name.
 RESETS = "resets"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def options_of(*, theta: float | None, reset_interval: int, warmup_steps: int) -> Mapping[str, Any]:
@@ -67,7 +66,7 @@ def reset_(state: MutableMapping[str, Any], group: Group) -> None:
     if is_known(due) and not bool(due):
         return
     state[RESETS].add_(due)
-    for name in ("step", *_MOMENTS):
+    for name in ("step", *MOMENTS):
         if name in state:
             own = local(state[name])
             own.masked_fill_(due.to(own.device), 0)
@@ -79,15 +78,14 @@ def warmed(state: Mapping[str, Any], group: Group) -> float | Tensor:
     .. math::
         \eta\, \frac{1 - \cos(\pi (t + 1) / (W + 1))}{2}, \qquad t < W
     """
-    lr, length, t = group["lr"], group["warmup_steps"], state["step"]
+    lr, length, t = learning_rate(group), group["warmup_steps"], state["step"]
     # The kernels of accelerators take a learning rate in float32 alone.
     t = t.to(torch.float64 if t.is_cpu else torch.float32)
     share = (1 - torch.cos(math.pi * (t + 1) / (length + 1))) / 2
     factor = torch.where((state[RESETS] > 0) & (t < length), share, 1)
     if is_known(factor) and factor == 1:
-        rate: float | Tensor = lr
-        return rate
-    return factor * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
+        return lr
+    return factor * lr
 
 
 def cut_spikes(grad: Tensor, state: Mapping[str, Any], group: Group) -> Tensor:

@@ -82,7 +82,8 @@ class Sinkhorn:
         parts, _ = parts_of([slot], layout=group["layout"], split=group["split"])
         if group["warm_start"]:
             is_turned = group["last"] == "row"
-            init_starts(state, [part.grad.mT if is_turned else part.grad for part in parts])
+            grads = [part.grad.mT if is_turned else part.grad for part in parts]
+            init_starts(state, grads, slot.param.device)
         if group["operator_norm"]:
             init_vectors(state, slot.param, group["layout"], len(parts))
 
@@ -111,7 +112,9 @@ def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         keys=keys_of_parts(slots, parts, owners, group),
     )
     if group["warm_start"]:
-        matrices = matrices._replace(starts=starts_of_slots(slots, matrices.grads, owners, context))
+        matrices = matrices._replace(
+            starts=starts_of_slots(slots, matrices.grads, owners, group, context)
+        )
     found = _descend_(slots[0].param.device, parts, group)(
         matrices,
         group["sinkhorn_iterations"],
@@ -121,7 +124,7 @@ def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         overflow=context.overflow,
     )
     if group["warm_start"]:
-        keep_starts_of_slots(slots, owners, found, context)
+        keep_starts_of_slots(slots, owners, found, group, context)
     finite: Tensor = found.finite
     return finite
 

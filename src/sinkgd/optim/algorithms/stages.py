@@ -94,12 +94,14 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
     if has_half_step_more(group):
         matrices = matrices._replace(starts=starts_after_half_step(seen, backend))
     elif group["warm_start"]:
-        matrices = matrices._replace(starts=starts_of_slots(slots, matrices.grads, owners, context))
+        matrices = matrices._replace(
+            starts=starts_of_slots(slots, matrices.grads, owners, group, context)
+        )
     found = _solve(matrices, seen, backend, group)
     if (known := known_flags(slots)) is not None:
         found = found._replace(finite=found.finite & known)
     if group["warm_start"]:
-        keep_starts_of_slots(slots, owners, found, context)
+        keep_starts_of_slots(slots, owners, found, group, context)
     # From here on scales are seen as matrices are.
     scales = [own.mT for own in found.scales] if is_turned else list(found.scales)
     lowered: list[kernels.Scales | kernels.Lowered] = [*scales]

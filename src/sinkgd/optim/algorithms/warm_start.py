@@ -2,18 +2,20 @@
 
 The scales of a gradient are close to those of the step before. One vector a parameter is kept,
 ``state[param]["col_scale"]``: float32, the n column scales of each of its matrices, one after the
-other. It is a starting point and no average: iterated long enough, every start ends at the same
-update.
+other, in the order of the parameter's dimensions. It is a starting point and no average: iterated
+long enough, every start ends at the same update.
 """
 
 from collections.abc import MutableMapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinkgd.kernels import Descent, Scales
-from sinkgd.optim.algorithms.contract import Context, Slot, allowed
+from sinkgd.kernels import Descent
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, local
+from sinkgd.optim.algorithms.layout import columns_from_memory, columns_to_memory
 
 COL_SCALE = "col_scale"
 # The smallest start, in units of the largest. Its square times that of an entry stays in float32.
@@ -32,17 +34,19 @@ def starts_of(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> list[
     ]
 
 
-def init_starts(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> None:
+def init_starts(
+    state: MutableMapping[str, Any], grads: Sequence[Tensor], device: torch.device
+) -> None:
     """Begin the iterations of each matrix of a parameter from ones, as without a start."""
-    entries = sum(grad[..., 0, :].numel() for grad in grads)
-    state[COL_SCALE] = torch.ones(entries, device=grads[0].device)
+    entries = sum(prod(grad.shape[:-2]) * grad.shape[-1] for grad in grads)
+    state[COL_SCALE] = torch.ones(entries, dtype=torch.float32, device=device)
 
 
 def keep_starts(
-    state: MutableMapping[str, Any], scales: Sequence[Scales], allowed: Tensor | None
+    state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tensor | None
 ) -> None:
     """Keep the column scales of each matrix of a parameter; not where ``allowed`` is False."""
-    found = torch.cat([_start(col).flatten() for _, col in scales])
+    found = torch.cat([_start(col).flatten() for col in cols])
     if COL_SCALE not in state:
         state[COL_SCALE] = torch.ones_like(found)
     if allowed is not None:
@@ -51,23 +55,39 @@ def keep_starts(
 
 
 def starts_of_slots(
-    slots: Sequence[Slot], grads: Sequence[Tensor], owners: Sequence[range], context: Context
+    slots: Sequence[Slot],
+    grads: Sequence[Tensor],
+    owners: Sequence[range],
+    group: Group,
+    context: Context,
 ) -> list[Tensor | None]:
     """Return where the iterations of each matrix of some parameters begin."""
     starts: list[Tensor | None] = []
     for slot, own in zip(slots, owners, strict=True):
-        starts += starts_of(context.states[slot.param], [grads[i] for i in own])
+        found = starts_of(context.states[slot.param], [grads[i] for i in own])
+        if group["last"] == "column":
+            param, layout = local(slot.param), group["layout"]
+            found = [x if x is None else columns_to_memory(x, param, layout) for x in found]
+        starts += found
     return starts
 
 
 def keep_starts_of_slots(
-    slots: Sequence[Slot], owners: Sequence[range], found: Descent, context: Context
+    slots: Sequence[Slot],
+    owners: Sequence[range],
+    found: Descent,
+    group: Group,
+    context: Context,
 ) -> None:
     """Keep what a step found, for the next one, where gradients are finite."""
     flags = allowed(found.finite, context)
     for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
         flag = None if flags is None else flags[i]
-        keep_starts(context.states[slot.param], [found.scales[k] for k in own], flag)
+        cols = [found.scales[k].col for k in own]
+        if group["last"] == "column":
+            param, layout = local(slot.param), group["layout"]
+            cols = [columns_from_memory(col, param, layout) for col in cols]
+        keep_starts(context.states[slot.param], cols, flag)
 
 
 def _start(col: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Parameters that a trainer exchanges after the optimizer was made.
+
+accelerate exchanges them for FSDP2's DTensors of the same shape, which works. DeepSpeed ZeRO-1 and
+ZeRO-2 exchange all parameters of a group for one flat piece, which has neither rows nor columns.
+"""
+
+from collections.abc import Iterator, Sequence
+from operator import is_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinkgd.optim.algorithms import ELEMENTWISE
+from sinkgd.optim.algorithms.contract import Group
+
+
+class Met(NamedTuple):
+    """The parameters that a group had when they were last checked."""
+
+    params: list[Tensor]
+    names: list[str]
+    shapes: list[torch.Size]
+
+
+def meet(group: Group, index: int) -> Met:
+    """Return what to remember of a group whose parameters were checked."""
+    names, params = zip(*named(group, index), strict=True) if group["params"] else ((), ())
+    return Met([*params], [*names], [param.shape for param in params])
+
+
+def named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a group with their names, or with what errors call them."""
+    names = group.get("param_names") or ()
+    for i, param in enumerate(group["params"]):
+        yield (names[i] if i < len(names) else unnamed(i, index)), param
+
+
+def unnamed(i: int, index: int) -> str:
+    """Return what errors call parameter ``i`` of group ``index`` where it has no name."""
+    return f"parameter {i} of group {index}"
+
+
+def are_same(groups: Sequence[Group], met: Sequence[Met]) -> bool:
+    """Whether the groups hold the very parameters that were checked."""
+    return len(groups) == len(met) and all(
+        len(group["params"]) == len(before.params) and all(map(is_, group["params"], before.params))
+        for group, before in zip(groups, met, strict=True)
+    )
+
+
+def newcomers(groups: Sequence[Group], met: Sequence[Met]) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield the parameters that have not been checked: index of the group, name and parameter.
+
+    Raises:
+        TypeError: If one has another shape than the parameter that it replaces.
+    """
+    known = {param for before in met for param in before.params}
+    for index, group in enumerate(groups):
+        new = [(name, param) for name, param in named(group, index) if param not in known]
+        if new and index < len(met) and group["algorithm"] not in ELEMENTWISE:
+            _check_shapes(group["params"], met[index], known)
+        for name, param in new:
+            yield index, name, param
+
+
+def _check_shapes(params: Sequence[Tensor], before: Met, known: set[Tensor]) -> None:
+    """Refuse parameters that replace others of another shape."""
+    current = {*params}
+    gone = [i for i, param in enumerate(before.params) if param not in current]
+    rest = [param for param in params if param not in known]
+    for place, i in enumerate(gone):
+        in_place = len(params) == len(before.params) and params[i] not in known
+        new = params[i] if in_place else rest[min(place, len(rest) - 1)]
+        if new.shape != before.shapes[i]:
+            raise TypeError(
+                f"{before.names[i]!r} had shape {tuple(before.shapes[i])} when its group was added "
+                f"and was exchanged for a tensor of shape {tuple(new.shape)}. DeepSpeed ZeRO-1 and "
+                "ZeRO-2 exchange parameters for flat pieces, which have neither rows nor columns; "
+                "shard the model with fully_shard (FSDP2), or give the group algorithm='adamw'"
+            )
