@@ -146,13 +146,8 @@ class _House:
         if self._is_adapter(path):
             return Role(is_matrix=False, reason="low-rank adapter")
         role = _hidden_matrix(module, attribute, param)
-        if role is None:
-            kind = type(module).__name__
-            return Role(is_matrix=False, reason=f"{kind} is unknown; see overrides")
         if role.is_matrix and self.blocks and not self._in_block(path):
             return Role(is_matrix=False, reason="outside the blocks")
-        if role.is_matrix and param.ndim == 2 and 1 in param.shape:
-            return Role(is_matrix=False, reason="a single row or column")
         return role
 
     def _seen_through(
@@ -201,8 +196,9 @@ def _unwrapped(place: _Place) -> list[_Place]:
         if name not in children or (name == "module" and not _is_data_parallel(module)):
             continue
         copies = [name]
-        if name == "original_module" and isinstance(children.get("modules_to_save"), nn.ModuleDict):
-            copies += [f"modules_to_save.{adapter}" for adapter in module.modules_to_save]
+        saved = children.get("modules_to_save")
+        if name == "original_module" and isinstance(saved, nn.ModuleDict):
+            copies += [f"modules_to_save.{adapter}" for adapter in saved]
         return [inner for copy in copies for inner in _unwrapped(place.child(copy))]
     return [place]
 
@@ -251,7 +247,18 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return [place.module for place in _unwrapped(_Place("", head))]
 
 
-def _hidden_matrix(module: nn.Module, attribute: str, param: Tensor) -> Role | None:
+def _hidden_matrix(module: nn.Module, attribute: str, param: Tensor) -> Role:
+    """Return the role of a parameter of two dimensions or more, wherever its module stands."""
+    role = _by_type(module, attribute, param)
+    if role is None:
+        kind = type(module).__name__
+        return Role(is_matrix=False, reason=f"{kind} is unknown; see overrides")
+    if role.is_matrix and param.ndim == 2 and 1 in param.shape:
+        return Role(is_matrix=False, reason="a single row or column")
+    return role
+
+
+def _by_type(module: nn.Module, attribute: str, param: Tensor) -> Role | None:
     if isinstance(module, nn.MultiheadAttention):
         return _of_attention(attribute)
     if isinstance(module, nn.RNNBase):
