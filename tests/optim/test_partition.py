@@ -139,15 +139,15 @@ def test_expert_weights_are_batches_and_unknown_parameters_go_to_adamw():
 
 def test_a_class_of_ones_own_that_says_out_and_in_features_is_linear():
     class MyLinear(nn.Module):
-        def __init__(self):
+        def __init__(self, width, length):
             super().__init__()
-            self.in_features, self.out_features = 4, 6
-            self.weight = nn.Parameter(torch.randn(6, 4))
+            self.in_features, self.out_features = width, length
+            self.weight = nn.Parameter(torch.randn(length, width))
 
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.proj = MyLinear()
+            self.up, self.down = MyLinear(4, 6), MyLinear(6, 4)
 
     assert set(where(nn.ModuleList([Layer(), Layer()])).values()) == {"sinkgd"}
 

@@ -1,14 +1,19 @@
 """What each parameter of a model is for, read from the types and the places of its modules.
 
-Names are not looked at. A *block* is a module with children of its own that stands in a
-``ModuleList``, a ``ModuleDict`` or, with a twin, in a ``Sequential``: a transformer's layers, the
-stages of a ResNet. Linear weights inside blocks are the hidden matrices; those outside are the
-model's input and output projections.
+Names of parameters are not looked at. A *block* is a module with children of its own that stands in
+a ``ModuleList``, a ``ModuleDict`` or, with a twin, in a ``Sequential``: a transformer's layers, the
+stages of a ResNet. Linear weights inside blocks are the hidden matrices. Those outside are the
+model's input and output projections. A list of output heads is not a list of blocks.
+
+Wrappers (``torch.compile``, activation checkpointing, DDP, PEFT's layers) and parametrizations are
+seen through: a parameter has the role that it would have without them.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,9 +21,23 @@ from sinkgd.optim.algorithms.layout import Split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # Reasons that others ask for.
 EMBEDDING, HEAD = "embedding", "output head"
-_GATES = {"LSTM": 4, "GRU": 3}
+
+# Where wrappers keep the module that they wrap: torch.compile, activation checkpointing, FSDP1,
+# DataParallel and DistributedDataParallel, PEFT's layers, PEFT's ``modules_to_save``.
+_WRAPPED = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "module",
+    "base_layer",
+    "original_module",
+)
+_WRAPPER_OF_MODULE = ("DataParallel", "DistributedDataParallel")  # "module" is a common name
+# torch.nn.utils.parametrize keeps what a parameter is made from below this child.
+_PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,17 @@ class Role:
     reason: str
     layout: str = "auto"
     split: Split = 1
+
+
+class _Place(NamedTuple):
+    """A module, and where it stands in the model."""
+
+    path: str
+    module: nn.Module
+
+    def child(self, name: str) -> "_Place":
+        path = f"{self.path}.{name}" if self.path else name
+        return _Place(path, self.module.get_submodule(name))
 
 
 def roles(model: nn.Module) -> list[tuple[str, Tensor, Role]]:
@@ -57,10 +87,11 @@ class _House:
     """The modules of a model, with what has to be known before a parameter's role can be told."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.blocks = set(_block_names(model))
-        self.head = _head(model) or self._last_layer()
+        places = list(_places(_Place("", model)))
+        self.read = _widths_that_are_read(places)
+        self.blocks = {block.path for place in places for block in self._blocks_in(place)}
+        self.heads = _heads(model) or self._last_layer(places)
 
     def walk(self) -> Iterator[tuple[str, Tensor, Role]]:
         for path, module in self.modules.items():
@@ -69,32 +100,79 @@ class _House:
                     name = f"{path}.{attribute}" if path else attribute
                     yield name, param, self._role(path, module, attribute, param)
 
-    def _last_layer(self) -> nn.Module | None:
+    def _blocks_in(self, place: _Place) -> Iterator[_Place]:
+        """Yield the children of a container that are blocks."""
+        composite = [child for child in _children(place) if any(_children(_unwrapped(child)[0]))]
+        if isinstance(place.module, nn.Sequential):
+            twins = Counter(type(_unwrapped(child)[0].module) for child in composite)
+            composite = [c for c in composite if twins[type(_unwrapped(c)[0].module)] > 1]
+        elif not isinstance(place.module, nn.ModuleList | nn.ModuleDict):
+            return
+        yield from (child for child in composite if not self._ends_in_a_head(child))
+
+    def _ends_in_a_head(self, child: _Place) -> bool:
+        """Whether a member of a list is an output head, such as Medusa's or DETR's for boxes.
+
+        It has no normalization, and no module of the model reads as many features as its last
+        linear returns.
+        """
+        inside = [place.module for place in _places(child)]
+        linears = [module for module in inside if hasattr(module, "out_features")]
+        if not linears or any(map(_is_normalization, inside)):
+            return False
+        return linears[-1].out_features not in self.read
+
+    def _last_layer(self, places: list[_Place]) -> list[nn.Module]:
         """Return the last of several layers, unless it is in a block."""
         layers = [
-            (path, module)
-            for path, module in self.model.named_modules()
-            if isinstance(module, _CONVOLUTIONS) or hasattr(module, "out_features")
+            place
+            for place in places
+            if isinstance(place.module, _CONVOLUTIONS) or hasattr(place.module, "out_features")
         ]
-        path, last = layers[-1] if len(layers) > 1 else ("", None)
-        return None if self._in_block(path) else last
+        if len(layers) < 2 or self._in_block(layers[-1].path):
+            return []
+        return [layers[-1].module]
 
     def _role(self, path: str, module: nn.Module, attribute: str, param: Tensor) -> Role:
+        path, module, attribute, is_gain = self._seen_through(path, module, attribute)
         if isinstance(module, _EMBEDDINGS):
             return Role(is_matrix=False, reason=EMBEDDING)
-        if module is self.head:
+        if any(module is head for head in self.heads):
             return Role(is_matrix=False, reason=HEAD)
         if param.ndim < 2:
             return Role(is_matrix=False, reason="vector" if param.ndim else "scalar")
+        if is_gain:
+            return Role(is_matrix=False, reason="gain of a weight norm")
         if self._is_adapter(path):
             return Role(is_matrix=False, reason="low-rank adapter")
         role = _hidden_matrix(module, attribute, param)
-        if role is None:
-            kind = type(module).__name__
-            return Role(is_matrix=False, reason=f"{kind} is unknown; see overrides")
         if role.is_matrix and self.blocks and not self._in_block(path):
             return Role(is_matrix=False, reason="outside the blocks")
         return role
+
+    def _seen_through(
+        self, path: str, module: nn.Module, attribute: str
+    ) -> tuple[str, nn.Module, str, bool]:
+        """Return the module and the attribute that a parameter makes, and whether it is a gain.
+
+        A parametrized weight is made from what lies in ``parametrizations.weight``: an original of
+        its shape or, with a weight norm, a gain and a direction. The older `weight_norm` and
+        `spectral_norm` of ``torch.nn.utils`` keep theirs beside it.
+        """
+        if match := _PARAMETRIZED.search(path):
+            owner = path[: match.start()]
+            is_gain = attribute == "original0"
+            return owner, self.modules[owner], match[1], is_gain
+        if isinstance(module, nn.ParameterList | nn.ParameterDict):
+            owner, _, name = path.rpartition(".")
+            return owner, self.modules[owner], name, False
+        stem, _, suffix = attribute.rpartition("_")
+        own = dict(module.named_parameters(recurse=False))
+        if suffix in ("g", "v") and f"{stem}_g" in own and f"{stem}_v" in own:
+            return path, module, stem, suffix == "g"
+        if suffix == "orig" and hasattr(module, f"{stem}_u"):
+            return path, module, stem, False
+        return path, module, attribute, False
 
     def _in_block(self, path: str) -> bool:
         return any(path == block or path.startswith(f"{block}.") for block in self.blocks)
@@ -110,51 +188,124 @@ class _House:
         return False
 
 
-def _hidden_matrix(module: nn.Module, attribute: str, param: Tensor) -> Role | None:
-    kind = type(module).__name__
+def _unwrapped(place: _Place) -> list[_Place]:
+    """Return what a wrapper wraps, in every copy that it keeps; any other module itself."""
+    module = place.module
+    children = dict(module.named_children())
+    for name in _WRAPPED:
+        if name not in children or (name == "module" and not _is_data_parallel(module)):
+            continue
+        copies = [name]
+        saved = children.get("modules_to_save")
+        if name == "original_module" and isinstance(saved, nn.ModuleDict):
+            copies += [f"modules_to_save.{adapter}" for adapter in saved]
+        return [inner for copy in copies for inner in _unwrapped(place.child(copy))]
+    return [place]
+
+
+def _is_data_parallel(module: nn.Module) -> bool:
+    return any(kind.__name__ in _WRAPPER_OF_MODULE for kind in type(module).__mro__)
+
+
+def _children(place: _Place) -> Iterator[_Place]:
+    """Yield the children of a module that is no wrapper, but for its parametrizations."""
+    for name, _ in place.module.named_children():
+        if name != "parametrizations":
+            yield place.child(name)
+
+
+def _places(place: _Place) -> Iterator[_Place]:
+    """Yield every module below ``place`` that is no wrapper, each path once, in their order."""
+    for inner in _unwrapped(place):
+        yield inner
+        for child in _children(inner):
+            yield from _places(child)
+
+
+def _is_normalization(module: nn.Module) -> bool:
+    """Whether a module has parameters, none with two dimensions, and no children: a norm's gain."""
+    params = list(module.parameters(recurse=False))
+    return bool(params) and all(p.ndim < 2 for p in params) and not any(module.children())
+
+
+def _widths_that_are_read(places: list[_Place]) -> set[int]:
+    """Return the numbers of features that linears, convolutions and norms of a model take."""
+    widths = set()
+    for _, module in places:
+        widths |= {getattr(module, name, 0) for name in ("in_features", "in_channels")}
+        if _is_normalization(module):
+            widths |= {param.numel() for param in module.parameters(recurse=False)}
+    return widths - {0, 1}
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    # The accessor that transformers' models share; a plain module has none.
+    accessor = getattr(model, "get_output_embeddings", None)
+    head = accessor() if callable(accessor) else None
+    if not isinstance(head, nn.Module):
+        return []
+    return [place.module for place in _unwrapped(_Place("", head))]
+
+
+def _hidden_matrix(module: nn.Module, attribute: str, param: Tensor) -> Role:
+    """Return the role of a parameter of two dimensions or more, wherever its module stands."""
+    role = _by_type(module, attribute, param)
+    if role is None:
+        kind = type(module).__name__
+        return Role(is_matrix=False, reason=f"{kind} is unknown; see overrides")
+    if role.is_matrix and param.ndim == 2 and 1 in param.shape:
+        return Role(is_matrix=False, reason="a single row or column")
+    return role
+
+
+def _by_type(module: nn.Module, attribute: str, param: Tensor) -> Role | None:
     if isinstance(module, nn.MultiheadAttention):
-        fused = attribute == "in_proj_weight"
-        reason = "fused query, key and value" if fused else "attention projection"
-        return Role(is_matrix=True, reason=reason, split=3 if fused else 1)
+        return _of_attention(attribute)
     if isinstance(module, nn.RNNBase):
-        split = _GATES.get(kind.removeprefix("FSDP"), 1)
-        return Role(
-            is_matrix=True, reason=f"{split} gates" if split > 1 else "recurrent", split=split
-        )
+        return _of_recurrent(module, attribute)
     if isinstance(module, _CONVOLUTIONS):
-        if module.in_channels == module.groups:
-            return Role(is_matrix=False, reason="depthwise convolution")
-        return Role(is_matrix=True, reason="convolution", layout="flatten", split=module.groups)
-    if hasattr(module, "nf") and kind.removeprefix("FSDP") == "Conv1D":  # transformers, GPT-2
+        return _of_convolution(module, attribute)
+    if hasattr(module, "nf") and type(module).__name__.removeprefix("FSDP") == "Conv1D":
+        # transformers' linear of GPT-2
         fused = param.shape[1] == 3 * param.shape[0]
-        reason = (
-            "fused query, key and value, stored (in, out)" if fused else "linear, stored (in, out)"
-        )
+        kind = "fused query, key and value" if fused else "linear"
+        reason = f"{kind}, stored (in, out)"
         return Role(is_matrix=True, reason=reason, layout="transposed", split=3 if fused else 1)
     if param.shape == (getattr(module, "out_features", None), getattr(module, "in_features", None)):
         return Role(is_matrix=True, reason="linear")
-    if param.ndim == 3 and min(param.shape) > 1:
+    if param.ndim == 3 and min(param.shape) > 1 and not _is_stock(module):
         return Role(is_matrix=True, reason="batch of matrices, such as experts")
     return None
 
 
-def _block_names(model: nn.Module) -> Iterator[str]:
-    for path, module in model.named_modules():
-        composite = {
-            name: child for name, child in module.named_children() if any(child.children())
-        }
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            chosen = list(composite)
-        elif isinstance(module, nn.Sequential):
-            twins = Counter(type(child) for child in composite.values())
-            chosen = [name for name, child in composite.items() if twins[type(child)] > 1]
-        else:
-            chosen = []
-        yield from (f"{path}.{name}" if path else name for name in chosen)
+def _of_attention(attribute: str) -> Role | None:
+    if attribute in ("bias_k", "bias_v"):
+        return Role(is_matrix=False, reason="bias")
+    fused = attribute == "in_proj_weight"
+    reason = "fused query, key and value" if fused else "attention projection"
+    return Role(is_matrix=True, reason=reason, split=3 if fused else 1)
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    # The accessor that transformers' models share; a plain module has none.
-    accessor = getattr(model, "get_output_embeddings", None)
-    head = accessor() if callable(accessor) else None
-    return head if isinstance(head, nn.Module) else None
+def _of_recurrent(module: nn.RNNBase, attribute: str) -> Role | None:
+    if attribute.startswith("weight_hr"):  # of an LSTM with proj_size
+        return Role(is_matrix=True, reason="recurrent projection")
+    gates = 4 if isinstance(module, nn.LSTM) else 3 if isinstance(module, nn.GRU) else 1
+    reason = f"{gates} gates" if gates > 1 else "recurrent"
+    return Role(is_matrix=True, reason=reason, split=gates)
+
+
+def _of_convolution(module: nn.modules.conv._ConvNd, attribute: str) -> Role | None:
+    if attribute != "weight":
+        return None
+    if module.in_channels == module.groups:
+        return Role(is_matrix=False, reason="depthwise convolution")
+    return Role(is_matrix=True, reason="convolution", layout="flatten", split=module.groups)
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether a module is one of torch.nn's layers, or a class made from one."""
+    return any(
+        kind.__module__.startswith("torch.nn.modules.") and not issubclass(kind, _CONTAINERS)
+        for kind in type(module).__mro__
+        if kind is not nn.Module
+    )

@@ -13,7 +13,7 @@ import tyro
 
 from sinkgd.lab.commands.study_list import studies_text
 from sinkgd.lab.commands.study_report import PAGE_FILE, report_study, show_fits, write_report
-from sinkgd.lab.experiments.selection import numbers, select_arms
+from sinkgd.lab.experiments.selection import STEP_OPTIONS, numbers, select_arms, select_step
 from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
 from sinkgd.lab.experiments.study import Scale, Study
@@ -87,6 +87,19 @@ class Experiment:
     optimizer: str | None = None
     """Only the arms of these recipes, names with commas between."""
 
+    step: str | None = None
+    """Only this arm and the controls, such as S2 of the study lens. The options --optimizer.tau,
+    --optimizer.iterations and --optimizer.lr change this arm; a rate that is given is not tuned."""
+
+    step_tau: Annotated[float | None, tyro.conf.arg(name="optimizer.tau")] = None
+    """Temperature τ of the arm of --step."""
+
+    step_iterations: Annotated[int | None, tyro.conf.arg(name="optimizer.iterations")] = None
+    """Iterations of the arm of --step."""
+
+    step_lr: Annotated[float | None, tyro.conf.arg(name="optimizer.lr")] = None
+    """Learning rate of the arm of --step."""
+
     shared: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
 
     @classmethod
@@ -156,12 +169,18 @@ class Experiment:
             rates=rates,
             recipes=recipes,
         )
+        arms = select_step(arms, self.step, self._step_options())
         first = shared.training.seed
         count = study.settings[self.scale].seeds if self.seeds is None else self.seeds
         seeds = tuple(range(first, first + count))
         plan = plan_of(study, self.scale, shared=shared, arms=arms, seeds=seeds, tune=self.tune)
         plan.check()
         return plan
+
+    def _step_options(self) -> dict[str, float]:
+        """Return the options that change the arm of --step, by their names on the command line."""
+        given = {name: getattr(self, f"step_{name}") for name in STEP_OPTIONS}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _shared_config(self) -> SharedConfig:
         """Return what all arms share: the corpus of --data, and each job's share of the cores."""
@@ -228,6 +247,10 @@ class Experiment:
             value = getattr(self, option)
             if value != getattr(plain, option):
                 words += [f"--{option}", str(value)]
+        if self.step is not None:
+            words += ["--step", self.step]
+        for name, value in self._step_options().items():
+            words += [f"--optimizer.{name}", str(value)]
         words += [f"--no-{flag}" for flag in ("tune", "reuse") if not getattr(self, flag)]
         setting = find_study(self.name).settings[self.scale]
         preset = self.shared.model.preset

@@ -2,13 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from sinkgd.lab.experiments.study import Arm, Scale, Setting, Study
 from sinkgd.lab.train.config import ConfigError, SharedConfig
 from sinkgd.lab.train.config_file import differences, nearest
+from sinkgd.lab.train.recipes import find_recipe
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
+# What --optimizer.NAME changes in the arm of --step: the first of these options that it has.
+STEP_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"tau": ("tau",), "iterations": ("n_iter", "sinkhorn_iterations"), "lr": ("lr",)}
+)
 
 
 def select_arms(
@@ -48,6 +54,52 @@ def select_arms(
     if recipes:
         arms = _only(arms, recipes)
     return arms
+
+
+def select_step(
+    arms: Sequence[Arm], step: str | None, options: Mapping[str, float]
+) -> tuple[Arm, ...]:
+    """Keep one arm beside the controls, and change its options.
+
+    Args:
+        arms: Of the study.
+        step: The arm's name; None keeps all arms.
+        options: By `STEP_OPTIONS`, the values that the arm takes in the place of its own.
+
+    Raises:
+        ConfigError: If there is no such arm, if it does not have one of the options, or if options
+            are given without a step.
+    """
+    if step is None:
+        if options:
+            name = next(iter(options))
+            raise ConfigError(f"--optimizer.{name} changes one arm of the study; name it by --step")
+        return tuple(arms)
+    by_name = {arm.name: arm for arm in arms}
+    if step not in by_name:
+        raise ConfigError(
+            f"step is {step!r}; did you mean {nearest(step, by_name)!r}? "
+            f"There are {', '.join(by_name)}"
+        )
+    changed = _with_options(by_name[step], options)
+    return tuple(
+        changed if arm.name == step else arm for arm in arms if arm.control or arm.name == step
+    )
+
+
+def _with_options(arm: Arm, options: Mapping[str, float]) -> Arm:
+    known = find_recipe(arm.recipe).defaults
+    overrides, tuned = dict(arm.overrides), dict(arm.tuned)
+    for name, value in options.items():
+        fields = [field for field in STEP_OPTIONS[name] if field in known]
+        if not fields:
+            raise ConfigError(
+                f"optimizer.{name} is {value:g}, but arm {arm.name!r} trains with {arm.recipe!r}, "
+                f"which has no such option; it has {', '.join(known)}"
+            )
+        overrides[f"optimizer.{fields[0]}"] = value
+        tuned.pop(f"optimizer.{fields[0]}", None)
+    return replace(arm, overrides=overrides, tuned=tuned)
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...]:
