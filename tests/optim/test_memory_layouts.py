@@ -84,8 +84,6 @@ def run(param, optimizer, lie, grads):
 @every
 @every_layout
 def test_updates_are_those_of_contiguous_memory(case, shape, param, grad, saved):
-    if case.name == "SinkGD-deflated" and grad is expanded:
-        pytest.skip("a gradient of rank one has no second direction to lower the first to")
     grads = [grad(random(seed, shape)).contiguous() for seed in range(5)]
     start = random(9, shape)
     expected = nn.Parameter(start.clone())
@@ -101,7 +99,9 @@ def test_updates_are_those_of_contiguous_memory(case, shape, param, grad, saved)
     kept = {key: x.clone() for key, x in one.state[first].items()} if one.state else {}
     run(second, other, grad, grads[2:])
 
-    assert_close(second.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    # An expanded gradient has rank one. Deflation then scales rounding errors by up to 2^6.
+    atol = 1e-4 if case.name == "SinkGD-deflated" and grad is expanded else 1e-5
+    assert_close(second.detach(), expected.detach(), rtol=1e-4, atol=atol)
     assert memory_of(second).isnan().sum() == gaps, "a neighbor was written"
     assert second.stride() == param(start).stride()
     for key, x in kept.items():
