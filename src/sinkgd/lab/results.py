@@ -17,6 +17,8 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from sinkgd.lab.disk import parse_json
+
 RESULTS_FILE = "run.jsonl"  # in the run's folder
 
 
@@ -185,7 +187,7 @@ def _read_records(path: Path) -> list[Record]:
 
 def _parse(line: str, where: str) -> Record:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         record = _KINDS[fields.pop("kind")]
         if record is RunEnd:
             fields["memory"] = Memory(**fields["memory"])

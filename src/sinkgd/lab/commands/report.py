@@ -53,6 +53,7 @@ class Report:
     def _report_runs(self) -> int:
         from rich.console import Console
 
+        from sinkgd.lab.disk import write_whole
         from sinkgd.lab.report import (
             analyze,
             build_page,
@@ -61,7 +62,6 @@ class Report:
             summary_tables,
         )
         from sinkgd.lab.report.cdn import from_cdn
-        from sinkgd.lab.report.shell import write_whole
 
         runs = read_runs(self.folder)
         baseline = self.baseline or default_baseline(runs)

@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from sinkgd.lab.data.documents import DataError
+from sinkgd.lab.disk import parse_json
 
 FORMAT_VERSION = 2
 _WITHOUT_LARGEST_ID = 1  # the format before, which is read too
@@ -109,7 +110,7 @@ class Manifest:
                 "make one with `sinkgd prepare`"
             ) from None
         try:
-            fields = json.loads(content)
+            fields = parse_json(content)
             version = fields["format_version"]
             readable = version in (_WITHOUT_LARGEST_ID, FORMAT_VERSION)
             manifest = cls._from_fields(fields) if readable else None

@@ -11,6 +11,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from sinkgd.lab.disk import parse_json
 from sinkgd.lab.results import (
     Evaluation,
     Memory,
@@ -98,7 +99,7 @@ class StudyRecord:
         record: Self | None = None
         for i, line in enumerate(whole, start=1):
             try:
-                content = json.loads(line)
+                content = parse_json(line)
                 if record is None:
                     record = cls(content["plan"], content["command"])
                 elif content["kind"] == "run":

@@ -1,12 +1,12 @@
 """Architectures that a plan is made for: our presets, published LLaMAs, a ``config.json``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sinkgd.lab.disk import parse_json
 from sinkgd.lab.models import LLAMAS, PRESETS, LlamaConfig, ModelError
 from sinkgd.lab.train.config_file import nearest
 
@@ -134,7 +134,7 @@ def read_config(path: Path) -> Architecture:
             plan does not know; nothing is guessed.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except ValueError as error:
         raise ModelError(f"{path} is no JSON file: {error}") from error
     if not isinstance(config, dict):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tomli_w
 
+from sinkgd.lab.disk import write_whole
 from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, SharedConfig
 
 Table = TypeVar("Table")
@@ -23,20 +24,28 @@ def load_config(path: Path, kind: type[Table]) -> Table:
         kind: `RunConfig`, or another dataclass whose fields are tables.
 
     Raises:
-        ConfigError: If the file is missing or no TOML, or a key is unknown or of another type.
+        ConfigError: If the file is missing, empty or no TOML, or a key is unknown or of another
+            type.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8-sig")
+        content = tomllib.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"there is no configuration file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give the configuration file in it") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is no TOML file: its brackets are nested too deeply") from None
+    except ValueError as error:
         raise ConfigError(f"{path} is no TOML file: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"{path} is empty; give a configuration file, or leave the option out")
     return _read_table(kind, content, path, prefix="")
 
 
 def save_config(path: Path, config: RunConfig) -> None:
     """Write ``config`` as TOML; fields that are None are left out."""
-    path.write_text(tomli_w.dumps(as_tables(config)), encoding="utf-8")
+    write_whole(path, tomli_w.dumps(as_tables(config)))
 
 
 def as_tables(config: RunConfig) -> dict[str, Any]:
