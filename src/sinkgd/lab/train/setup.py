@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -14,6 +13,7 @@ from sinkgd.lab.data import (
     TokenSplit,
     VocabularyShift,
     prepared_corpus,
+    shards_at,
 )
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
@@ -127,11 +127,11 @@ def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
             say(_STAGES[progress.stage].format(data.corpus))
 
     vocab_size = VOCAB_SIZE if data.vocab_size is None else data.vocab_size
-    folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report)
+    folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report, say=say)
     dataset = TokenDataset.open(folder)
     found = dataset.manifest.vocab_size
     # A tokenizer that was trained here may have fewer tokens than asked, where the text is short.
-    prepared_before = folder == Path(data.corpus)
+    prepared_before = shards_at(data.corpus) is not None
     if prepared_before and data.vocab_size not in (None, found):
         raise ConfigError(
             f"data.vocab_size is {data.vocab_size}, but the tokenizer of {folder} has {found} "
