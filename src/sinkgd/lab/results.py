@@ -39,6 +39,9 @@ class RunStart:
     environment: dict[str, Any]  # versions, commit, device, threads
     parameters: int  # trainable parameters, tied ones once
     tokens_per_step: int  # positions in a global batch, padding included
+    # What the numbers follow from besides the configuration: hashes of the data and the optimizer's
+    # groups, the model's sizes; empty where an older version wrote the record.
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ A folder holds
     validation-...          the same for validation
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +85,16 @@ class Manifest:
     def total_bytes(self) -> int:
         """Size of all files but the manifest."""
         return sum(entry.size_bytes for entry in self.files.values())
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash of the tokens, the documents' bounds and the tokenizer, hex.
+
+        The same for shards that were moved, or made again from the same text.
+        """
+        about = {"sources", "largest_id", "format_version"}
+        content = {key: value for key, value in asdict(self).items() if key not in about}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
     def shard_files(self, split: str) -> list[str]:
         """Names of a split's shards, in order."""

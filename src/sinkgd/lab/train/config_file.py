@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tomli_w
 
 from sinkgd.lab.disk import write_whole
-from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, SharedConfig
+from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
 
 Table = TypeVar("Table")
 
@@ -40,7 +40,21 @@ def load_config(path: Path, kind: type[Table]) -> Table:
         raise ConfigError(f"{path} is no TOML file: {error}") from error
     if not text.strip():
         raise ConfigError(f"{path} is empty; give a configuration file, or leave the option out")
-    return _read_table(kind, content, path, prefix="")
+    return read_tables(content, kind, path)
+
+
+def read_tables(content: Mapping[str, Any], kind: type[Table], source: Path) -> Table:
+    """Read nested tables into ``kind``, a dataclass of dataclasses; what is absent has its default.
+
+    Args:
+        content: From a TOML file, or as `as_tables` returns it.
+        kind: `RunConfig`, or another dataclass whose fields are tables.
+        source: Where they were read, for errors.
+
+    Raises:
+        ConfigError: If a key is unknown or of another type.
+    """
+    return _read_table(kind, content, source, prefix="")
 
 
 def save_config(path: Path, config: RunConfig) -> None:
@@ -79,24 +93,6 @@ def differences(old: SharedConfig, new: SharedConfig) -> Iterator[tuple[str, Any
             values = getattr(before, field.name), getattr(after, field.name)
             if values[0] != values[1]:
                 yield (f"{table.name}.{field.name}", *values)
-
-
-def check_unchanged(saved: RunConfig, config: RunConfig, folder: Path) -> None:
-    """Refuse to go on with a run whose configuration has changed.
-
-    Raises:
-        ConfigError: If a field differs outside `CHANGEABLE_TABLES`; it is named.
-    """
-    changes = [
-        f"{name} was {old!r} and is now {new!r}"
-        for name, old, new in differences(saved, config)
-        if name.partition(".")[0] not in CHANGEABLE_TABLES
-    ]
-    if changes:
-        raise ConfigError(
-            f"the run in {folder} has another configuration: {'; '.join(changes)}. "
-            "Give the former values, or another --out"
-        )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
