@@ -147,6 +147,7 @@ def test_a_relative_corpus_elsewhere_is_an_error_that_says_where_it_looked(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     os.chdir(elsewhere)
+    capsys.readouterr()
     options = ["--config", str(here / "run" / "config.toml"), "--out", str(here / "run")]
     assert main(["train", *options, "--data.corpus", "shards"]) == 2
     said = capsys.readouterr().err
