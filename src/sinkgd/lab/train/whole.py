@@ -85,7 +85,7 @@ def begin(path: Path) -> Path:
     """Make room for a checkpoint and return the folder to write it in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_behind in path.parent.glob(f"step-*{_PARTIAL}"):
-        _remove(left_behind)
+        _clear(left_behind)
     partial = _partial_of(path)
     partial.mkdir()
     return partial
@@ -115,20 +115,19 @@ def finish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> Non
         file.flush()
         os.fsync(file.fileno())
     sync_folder(partial)
-    if path.exists():  # damaged, and a resumed run has come to its step again
-        _remove(path)
+    _clear(path)  # damaged, and a resumed run has come to its step again
     partial.rename(path)
     sync_folder(path.parent)
     for old in checkpoints(path.parent)[:-keep]:
-        _remove(old)
+        _clear(old)
 
 
-def _remove(path: Path) -> None:
-    """Delete what has a checkpoint's name, also where it is a file and so no checkpoint."""
+def _clear(path: Path) -> None:
+    """Delete the folder at ``path``; a file there is no checkpoint of ours and is moved aside."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink()
+    elif path.exists() or path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.aside"))
 
 
 def _partial_of(path: Path) -> Path:
