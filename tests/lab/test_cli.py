@@ -94,8 +94,9 @@ def test_every_option_of_a_run_has_a_help_text(capsys, command):
 
 def test_an_unknown_command_has_a_nearest_name(capsys):
     assert main(["trian"]) == 2
-    error = "error: there is no command 'trian'; did you mean 'train'? See `sinkgd --help`\n"
-    assert capsys.readouterr().err == error
+    known = ", ".join(COMMANDS)
+    error = f"there is no command 'trian'; did you mean 'train'? There are {known}."
+    assert capsys.readouterr().err == f"error: {error} See `sinkgd --help`\n"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_bench_writes_its_figures(capsys, tmp_path, small):
         (["--optimizers", "sinkgd,adanw"], "optimizer.recipe is 'adanw'; did you mean 'adamw'"),
         (["--optimizers", ","], "optimizers is empty"),
         (["--baseline", "adam"], "baseline is 'adam', .* did you mean 'adamw'"),
-        (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["--seeds", "0"], "seeds is 0; it must be from 1 to 1000"),
     ],
 )
 def test_a_comparison_is_checked_before_it_begins(capsys, tmp_path, options, message):

@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Protocol
 
 import sinkgd
+from sinkgd.lab.limits import NumberError, check_numbers
+from sinkgd.lab.names import suggest
 from sinkgd.lab.terminal import make_readable
 
 # Each command's module is imported only when it runs; `sinkgd --help` needs none. A command without
@@ -129,7 +131,9 @@ def _run_one_of(group: str, arguments: list[str]) -> int:
 
 def _run(name: str, kind: str, arguments: list[str]) -> int:
     try:
-        return _parse(name, kind, arguments).run()
+        command = _parse(name, kind, arguments)
+        check_numbers(command)
+        return command.run()
     except SystemExit as exit_request:  # from the parser, after it wrote help or what is wrong
         return int(exit_request.code or 0)
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
@@ -154,7 +158,7 @@ def _code_of(error: Exception) -> int | None:
         return 1
     if isinstance(error, OSError):
         return 2 if error.errno in _PATH_ERRORS else 1
-    if isinstance(error, _usage_errors()):
+    if isinstance(error, _usage_errors()) or _is_too_large(error):
         return 2
     if isinstance(error, (*_failures(), MemoryError)) or _is_out_of_memory(error):
         return 1
@@ -166,7 +170,14 @@ def _words_of(error: Exception) -> str:
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         first = (str(error).splitlines() or ["an allocation failed"])[0]
         return f"out of memory: {first}; train a smaller model or batch"
+    if _is_too_large(error):
+        return f"too large: {str(error).splitlines()[0]}; give smaller sizes"
     return " ".join(str(error).splitlines()) or repr(error)
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether sizes that were asked for have a product that no tensor can have."""
+    return type(error) is RuntimeError and "overflow" in str(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -211,11 +222,8 @@ def _usage(usage: str, commands: Commands) -> str:
 
 
 def _unknown(name: str, commands: Commands, program: str) -> str:
-    import difflib
-
-    nearest = difflib.get_close_matches(name, commands, n=1, cutoff=0.0)[0]
     kind = "command" if program == "sinkgd" else "measurement"
-    return f"there is no {kind} {name!r}; did you mean {nearest!r}? See `{program} --help`"
+    return f"there is no {kind} {name!r}; {suggest(name, commands)}. See `{program} --help`"
 
 
 def _fail(message: str, *, code: int) -> int:
@@ -234,7 +242,15 @@ def _usage_errors() -> tuple[type[Exception], ...]:
     from sinkgd.lab.results import ResultsError
     from sinkgd.lab.train import ConfigError, RunFolderError
 
-    return ConfigError, DataError, ModelError, ReportError, ResultsError, RunFolderError
+    return (
+        ConfigError,
+        DataError,
+        ModelError,
+        NumberError,
+        ReportError,
+        ResultsError,
+        RunFolderError,
+    )
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -13,12 +13,14 @@ import tyro
 from sinkgd.lab.commands.config_option import load_defaults
 from sinkgd.lab.commands.fresh_process import run_in_fresh_process
 from sinkgd.lab.launch import launched_ranks
+from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
-from sinkgd.lab.train.config_file import command_line, nearest
+from sinkgd.lab.train.config_file import command_line
 from sinkgd.lab.train.folder import Admission, RunFolder
 from sinkgd.lab.train.interrupt import exit_code
 from sinkgd.lab.train.resolve import resolve
 
+_MOST_SEEDS = 1000
 STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
 
 
@@ -91,12 +93,12 @@ class Compare:
         recipes = [name.strip() for name in self.optimizers.split(",") if name.strip()]
         if not recipes:
             raise ConfigError("optimizers is empty; name at least one, e.g. deflated,adamw")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; it must be at least 1")
+        if not 1 <= self.seeds <= _MOST_SEEDS:
+            raise ConfigError(f"seeds is {self.seeds}; it must be from 1 to {_MOST_SEEDS}")
         if self.baseline is not None and self.baseline not in recipes:
             raise ConfigError(
-                f"baseline is {self.baseline!r}, which is not among the optimizers "
-                f"{', '.join(recipes)}; did you mean {nearest(self.baseline, recipes)!r}?"
+                f"baseline is {self.baseline!r}, which is not among the optimizers; "
+                f"{suggest(self.baseline, recipes)}"
             )
         first = self.shared.training.seed
         return {

