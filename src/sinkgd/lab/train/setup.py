@@ -21,7 +21,7 @@ from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
-from sinkgd.lab.train.device import check_threads, select_device, set_threads, weight_dtype
+from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
 from sinkgd.lab.train.folder import RunFolder
 from sinkgd.lab.train.identity import check_content, check_data, content_of, knows_its_text
 from sinkgd.lab.train.memory import return_freed_memory
@@ -83,7 +83,6 @@ def set_up(
         DataError: If the corpus is missing, damaged or too small.
     """
     training = config.training
-    check_threads(training.threads)
     set_threads(training.threads)
     if training.release_gradients:
         return_freed_memory()
