@@ -5,6 +5,7 @@ A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its op
 read, e.g. to take defaults from a file that one of them names.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from importlib import import_module
 from typing import Protocol
 
 import sinkgd
+from sinkgd.lab.limits import NumberError, check_numbers
+from sinkgd.lab.names import suggest
+from sinkgd.lab.terminal import make_readable
 
 # Each command's module is imported only when it runs; `sinkgd --help` needs none. A command without
 # a class is a package with commands of its own: its COMMANDS and USAGE are like those here.
@@ -27,6 +31,22 @@ COMMANDS: Commands = {
     "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
 }
 
+# What a path can be wrong by; other errors of the disk end a run.
+_PATH_ERRORS = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _EXPERIMENTS = ("optuna", "pytorch_optimizer")  # packages of the extra of that name
 
 USAGE = """\
@@ -65,10 +85,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 where nobody
-        reads the output any more, 143 after SIGTERM.
+        The exit code: 0, 1 for a run that failed, 2 for what the user gave and can mend, 130 after
+        Ctrl-C, 141 where nobody reads the output any more, 143 after SIGTERM.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    make_readable()
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl-C", code=130)
+
+
+def _main(arguments: list[str]) -> int:
+    if (unreadable := _first_unreadable(arguments)) is not None:
+        return _fail(
+            f"the argument {unreadable!r} is not {_encoding()} text; rename the file, or set the "
+            "locale that it was named in",
+            code=2,
+        )
     match arguments:
         case [] | ["-h" | "--help"]:
             sys.stdout.write(_usage(USAGE, COMMANDS))
@@ -98,11 +131,11 @@ def _run_one_of(group: str, arguments: list[str]) -> int:
 
 def _run(name: str, kind: str, arguments: list[str]) -> int:
     try:
-        return _parse(name, kind, arguments).run()
+        command = _parse(name, kind, arguments)
+        check_numbers(command)
+        return command.run()
     except SystemExit as exit_request:  # from the parser, after it wrote help or what is wrong
         return int(exit_request.code or 0)
-    except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C", code=130)
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -110,11 +143,63 @@ def _run(name: str, kind: str, arguments: list[str]) -> int:
         if str(error.name).startswith("sinkgd"):
             raise
         extra = "experiments" if error.name in _EXPERIMENTS else "lab"
-        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=1)
-    except _usage_errors() as error:
-        return _fail(str(error), code=2)
-    except _expected_errors() as error:
-        return _fail(str(error), code=1)
+        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=2)
+    except Exception as error:  # one that nobody expects is raised again
+        code = _code_of(error)
+        if code is None:
+            raise
+        return _fail(_words_of(error), code=code)
+
+
+def _code_of(error: Exception) -> int | None:
+    """Return 2 for what the user gave and can mend, 1 for a run that failed, None for a fault."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _FULL:
+        return 1
+    if isinstance(error, OSError):
+        return 2 if error.errno in _PATH_ERRORS else 1
+    if isinstance(error, _usage_errors()) or _is_too_large(error):
+        return 2
+    if isinstance(error, (*_failures(), MemoryError)) or _is_out_of_memory(error):
+        return 1
+    return None
+
+
+def _words_of(error: Exception) -> str:
+    """Return an error in one line."""
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        first = (str(error).splitlines() or ["an allocation failed"])[0]
+        return f"out of memory: {first}; train a smaller model or batch"
+    if _is_too_large(error):
+        return f"too large: {str(error).splitlines()[0]}; give smaller sizes"
+    return " ".join(str(error).splitlines()) or repr(error)
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether sizes that were asked for have a product that no tensor can have."""
+    return type(error) is RuntimeError and "overflow" in str(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        type(error) is RuntimeError and "can't allocate memory" in str(error)
+    )
+
+
+def _first_unreadable(arguments: Sequence[str]) -> str | None:
+    """Return the first argument whose bytes are no text; it could not be written to any record."""
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            return argument
+    return None
+
+
+def _encoding() -> str:
+    return sys.getfilesystemencoding().upper()
 
 
 def _parse(name: str, kind: str, arguments: list[str]) -> Command:
@@ -137,11 +222,8 @@ def _usage(usage: str, commands: Commands) -> str:
 
 
 def _unknown(name: str, commands: Commands, program: str) -> str:
-    import difflib
-
-    nearest = difflib.get_close_matches(name, commands, n=1, cutoff=0.0)[0]
     kind = "command" if program == "sinkgd" else "measurement"
-    return f"there is no {kind} {name!r}; did you mean {nearest!r}? See `{program} --help`"
+    return f"there is no {kind} {name!r}; {suggest(name, commands)}. See `{program} --help`"
 
 
 def _fail(message: str, *, code: int) -> int:
@@ -153,30 +235,35 @@ def _fail(message: str, *, code: int) -> int:
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:
-    from sinkgd.lab.train import ConfigError, RunFolderError
-
-    return ConfigError, RunFolderError
-
-
-def _expected_errors() -> tuple[type[Exception], ...]:
-    from sinkgd import NonFiniteGradientError
+    """List the errors of what the user gave: options, names, files, folders."""
     from sinkgd.lab.data import DataError
-    from sinkgd.lab.experiments.study import StudyError
     from sinkgd.lab.models import ModelError
     from sinkgd.lab.report import ReportError
     from sinkgd.lab.results import ResultsError
+    from sinkgd.lab.train import ConfigError, RunFolderError
+
+    return (
+        ConfigError,
+        DataError,
+        ModelError,
+        NumberError,
+        ReportError,
+        ResultsError,
+        RunFolderError,
+    )
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """List the errors of runs that had begun."""
+    from sinkgd import NonFiniteGradientError
+    from sinkgd.lab.experiments.study import StudyError
     from sinkgd.lab.train import CheckpointError, LostRankError, NonFiniteLossError
 
     return (
         CheckpointError,
-        DataError,
         LostRankError,
-        ModelError,
         NonFiniteGradientError,
         NonFiniteLossError,
-        OSError,
-        ReportError,
-        ResultsError,
         StudyError,
     )
 

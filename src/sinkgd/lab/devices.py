@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.lab.train.config_file import nearest
 
 _GIB = 2**30
 
@@ -57,8 +57,5 @@ def find_device(name: str) -> DeviceSheet:
         ConfigError: If the table has none; the message gives the nearest name.
     """
     if name not in DEVICES:
-        raise ConfigError(
-            f"device is {name!r}; did you mean {nearest(name, DEVICES)!r}? "
-            f"There are {', '.join(DEVICES)}"
-        )
+        raise ConfigError(f"device is {name!r}; {suggest(name, DEVICES)}")
     return DEVICES[name]

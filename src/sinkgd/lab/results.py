@@ -13,9 +13,13 @@ evaluation, checkpoints and start-up are in ``wall_seconds`` only.
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from types import UnionType
+from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
+
+from sinkgd.lab.disk import parse_json
 
 RESULTS_FILE = "run.jsonl"  # in the run's folder
 
@@ -37,6 +41,9 @@ class RunStart:
     environment: dict[str, Any]  # versions, commit, device, threads
     parameters: int  # trainable parameters, tied ones once
     tokens_per_step: int  # positions in a global batch, padding included
+    # What the numbers follow from besides the configuration: hashes of the data and the optimizer's
+    # groups, the model's sizes; empty where an older version wrote the record.
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class RunEnd:
     message: str = ""  # the reason, where status is "failed"
 
 
+Checked = TypeVar("Checked")
 Record = RunStart | TrainStep | Evaluation | ModelStatistics | Resume | RunEnd
 _KINDS: dict[str, type[Any]] = {
     record.kind: record
@@ -175,7 +183,7 @@ class Run:
 def _read_records(path: Path) -> list[Record]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ResultsError(f"no results at {path}; `sinkgd train` writes them") from None
     except UnicodeDecodeError as error:
         raise ResultsError(f"{path} is no text, so no results file: {error}") from error
@@ -185,16 +193,47 @@ def _read_records(path: Path) -> list[Record]:
 
 def _parse(line: str, where: str) -> Record:
     try:
-        fields = json.loads(line)
-        record = _KINDS[fields.pop("kind")]
+        values = parse_json(line)
+        record = _KINDS[values.pop("kind")]
         if record is RunEnd:
-            fields["memory"] = Memory(**fields["memory"])
-        parsed: Record = record(**fields)
+            values["memory"] = checked(Memory(**values["memory"]))
+        parsed: Record = checked(record(**values))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ResultsError(
             f"{where} is not a record of this version of sinkgd: {error!r}"
         ) from error
     return parsed
+
+
+def checked(record: Checked) -> Checked:
+    """Return a record whose fields have the types that its class says.
+
+    Raises:
+        TypeError: With the first field that has not.
+
+    Examples:
+        >>> checked(Resume("three"))
+        Traceback (most recent call last):
+            ...
+        TypeError: step is 'three' in a record 'Resume'
+    """
+    kind: Any = type(record)
+    for name, kinds in _types_of(kind):
+        if not isinstance(value := getattr(record, name), kinds):
+            raise TypeError(f"{name} is {value!r:.80} in a record {kind.__name__!r}")
+    return record
+
+
+@cache
+def _types_of(kind: type[Any]) -> tuple[tuple[str, tuple[type, ...]], ...]:
+    """List the fields of a record with the types of their values; a whole number is a float too."""
+    hints = get_type_hints(kind)
+    found = []
+    for one in fields(kind):
+        members = get_args(hint) if isinstance(hint := hints[one.name], UnionType) else (hint,)
+        plain = tuple(get_origin(member) or member for member in members)
+        found.append((one.name, (*plain, int) if float in plain else plain))
+    return tuple(found)
 
 
 class Recorder(Protocol):

@@ -5,7 +5,7 @@ import pytest
 from lab.bench.synthetic import kernels_record, memory_record, step_record, workload
 from sinkgd.lab.bench.page import kernels_page, memory_page, step_page
 from sinkgd.lab.bench.step.targets import evaluate
-from sinkgd.lab.report.shell import write_whole
+from sinkgd.lab.disk import write_whole
 
 pytestmark = pytest.mark.browser
 

@@ -1,6 +1,7 @@
 """`sinkgd prepare`: from the command line to a folder, and what is said on the way."""
 
 import dataclasses
+import json
 import shlex
 import sys
 from types import SimpleNamespace
@@ -47,6 +48,32 @@ def test_verify_passes_on_whole_shards_and_names_damaged_ones(c4_folder, out, ca
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DataError, match=r"train-00000\.bin is damaged"):
         parse("--out", out, "--verify").run()
+
+
+@pytest.mark.parametrize("field", ["content", "a field"])
+def test_the_text_may_have_another_name(tmp_path, out, field):
+    lines = "".join(json.dumps({field: f"text {i}", "text": 7}) + "\n" for i in range(30))
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    options = ("--out", out, "--vocab-size", 260)
+    with pytest.raises(DataError, match=f"no string under \"text\".*'{field}'.*--text-field NAME"):
+        parse(tmp_path / "a.jsonl", *options).run()
+    assert parse(tmp_path / "a.jsonl", *options, "--text-field", field).run() == 0
+    assert Manifest.read(out).splits["train"].documents == 29
+
+
+def test_what_a_folder_has_besides_is_named(c4_folder, out, capsys):
+    (c4_folder / "README.md").touch()
+    assert parse(c4_folder, "--out", out, "--vocab-size", 260).run() == 0
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "left out, for their names end in none of .txt, .jsonl, .json, .parquet:"
+    )
+    assert said.endswith(f"{c4_folder / 'README.md'}\n")
+
+
+def test_c4_has_its_own_field(out):
+    with pytest.raises(DataError, match="--text-field is 'x', but --c4 reads C4"):
+        parse("--c4", 5, "--text-field", "x", "--out", out).run()
 
 
 def test_a_tokenizer_is_taken_from_a_file(c4_folder, out, tmp_path):

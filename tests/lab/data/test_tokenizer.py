@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sinkgd.lab.data import DataError, TokenDataset, Tokenizer, load_tokenizer
+from sinkgd.lab.data.tokenizer import _without_endless_words
 
 TEXTS = ["the cat sat on the mat, the dog on the log; " * 20, "naïve café ☃"]
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -121,3 +123,39 @@ def test_a_hub_name_without_a_connection_says_what_to_do(tmp_path):
     run = subprocess.run(command, env=offline, capture_output=True, text=True, check=True)
     assert "the tokenizer 'google-t5/t5-base' cannot be loaded from the hub" in run.stdout
     assert "or give the path of a tokenizer.json" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="<unk>"),
+        tokenizers.models.WordPiece({"</s>": 0, "a": 1}, unk_token="<unk>"),
+        tokenizers.models.Unigram([("</s>", 0.0), ("a", -1.0)], unk_id=None),
+    ],
+    ids=["word-level", "word-piece", "unigram"],
+)
+def test_a_text_that_a_tokenizer_cannot_encode_is_an_error_that_names_it(model):
+    tokenizer = Tokenizer(tokenizers.Tokenizer(model), "theirs.json")
+    with pytest.raises(DataError, match=r"theirs\.json cannot encode this text: .* unknown token"):
+        tokenizer.encode_batch(["zzz"])
+
+
+@pytest.mark.timeout(40)  # uncut, these take minutes, as training is quadratic in a word
+@pytest.mark.parametrize("letters", ["abcdefgh", "0123456789abcdef", "字典語文學書", "€½¾≤≥±×÷"])
+def test_a_word_without_an_end_is_learned_from_quickly(letters):
+    draw = random.Random(0)
+    word = "".join(draw.choice(letters) for _ in range(400_000))
+    tokenizer = Tokenizer.train([f"{word} and words"], vocab_size=2000)
+    assert tokenizer.decode(tokenizer.encode_batch([word])[0]) == word
+
+
+@given(text=texts)
+def test_cutting_endless_words_loses_nothing(text):
+    for content in (text, text * 300, "x" * 1000 + text, text + "x" * 257):
+        pieces = _without_endless_words(content)
+        assert "".join(pieces) == content
+        assert all(len(word) <= 257 for piece in pieces for word in piece.split())
+
+
+def test_words_of_a_language_are_not_cut():
+    assert _without_endless_words("a" * 256 + " b") == ["a" * 256 + " b"]

@@ -41,9 +41,9 @@ def test_without_a_name_every_study_is_listed_with_its_question(capsys):
 def test_an_error_is_one_line(capsys):
     assert main(["experiment", "iteratons"]) == 2
     assert "did you mean 'iterations'" in capsys.readouterr().err
-    assert main(["experiment", "iterations", "--tau", "0.1"]) == 2
+    assert main(["experiment", "iterations", "--alpha", "0.1"]) == 2
     assert "its axis is --iterations" in capsys.readouterr().err
-    assert main(["experiment", "iterations", "--report", "--out", "/nowhere"]) == 1
+    assert main(["experiment", "iterations", "--report", "--out", "/nowhere"]) == 2
     assert "no study at /nowhere/study.jsonl" in capsys.readouterr().err
 
 

@@ -4,10 +4,10 @@ import pytest
 
 from lab.bench.test_page_in_browser import CUT_OFF, MARKS
 from lab.experiments.made_up import made_up_record
+from sinkgd.lab.disk import write_whole
 from sinkgd.lab.experiments.page import study_page
 from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies import STUDIES
-from sinkgd.lab.report.shell import write_whole
 
 pytestmark = pytest.mark.browser
 

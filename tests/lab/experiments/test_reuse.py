@@ -1,5 +1,6 @@
 """Studies side by side train what they have in common once."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from sinkgd.lab.experiments.engine import run_study
 from sinkgd.lab.experiments.record import StudyRecord
 from sinkgd.lab.experiments.reuse import Shelf
 from sinkgd.lab.experiments.sheets import effort_sheet
+from sinkgd.lab.train.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,51 @@ def test_a_neighbour_that_cannot_be_read_is_named(first):
 def test_a_study_on_paper_is_passed_over(first):
     (first / "study.jsonl").write_text('{"kind": "paper"}\n', encoding="utf-8")
     assert not shelf_beside(first.parent / "new", {}).results
+
+
+def write_text_again(shards, folder):
+    """Copy shards, with one token of the training text changed."""
+    copy = folder / shards.name
+    shutil.copytree(shards, copy)
+    shard = copy / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[:2], content[2:4] = content[2:4], content[:2]
+    assert content != shard.read_bytes()
+    shard.write_bytes(content)
+    manifest = json.loads((copy / "manifest.json").read_text("utf-8"))
+    manifest["files"][shard.name]["sha256"] = hashlib.sha256(content).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return copy
+
+
+def test_the_same_text_at_another_place_is_the_same(shards, first, trained, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "elsewhere")
+    run(small_plan(copy, arms=ARMS[:1], seeds=(0,)), first.parent / "second")
+    assert trained == ["sinkgd-L2-seed0"]
+
+
+def test_another_text_at_the_same_place_is_trained_on(shards, first, trained, tmp_path):
+    lines = (first / "study.jsonl").read_text("utf-8")
+    other = write_text_again(shards, tmp_path / "other")
+    (first / "study.jsonl").write_text(lines.replace(str(shards), str(other)), encoding="utf-8")
+    run(small_plan(other, arms=ARMS[:1], seeds=(0,)), first.parent / "second")
+    assert len(trained) == 3
+
+
+def test_a_neighbour_that_did_not_record_its_text_is_not_used(shards, first, trained):
+    rows = [json.loads(line) for line in (first / "study.jsonl").read_text("utf-8").splitlines()]
+    for row in rows:
+        row.get("start", {}).pop("inputs", None)
+    (first / "study.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(small_plan(shards, arms=ARMS[:1], seeds=(0,)), first.parent / "second")
+    assert len(trained) == 3
+
+
+def test_a_study_does_not_go_on_with_another_text(shards, first, trained, tmp_path):
+    lines = (first / "study.jsonl").read_text("utf-8").splitlines(keepends=True)
+    other = write_text_again(shards, tmp_path / "other")
+    left = "".join(lines[:-2]).replace(str(shards), str(other))  # one run and the sitting are gone
+    (first / "study.jsonl").write_text(left, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"trained on data with the hash .* now has the hash"):
+        run(small_plan(other, arms=ARMS[:1]), first)
+    assert trained == []

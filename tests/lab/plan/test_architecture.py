@@ -75,12 +75,15 @@ def test_a_config_has_the_weights_of_the_module_of_transformers(tmp_path, family
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; a plan knows the blocks of llama, mistral"),
-        ({"hidden_size": None}, "hidden_size must be a whole number, got None"),
+        ({"hidden_size": None}, "hidden_size must be a whole number from 1 .*, got None"),
         ({"num_key_value_heads": 3}, "num_kv_heads is 3, which does not divide the 4 heads"),
         ({"attention_bias": True}, "attention_bias is true, which a plan does not know"),
         ({"head_dim": None, "hidden_size": 50}, "num_attention_heads is 4, which does not divide"),
         ({"head_dim": 7}, "head_size is 7; rotary positions turn"),
-        ({"num_hidden_layers": 0}, "num_layers must be positive, got 0"),
+        (
+            {"num_hidden_layers": 0},
+            "num_hidden_layers must be .* from 1 to 10000, got 0",
+        ),
     ],
 )
 def test_a_config_that_is_not_known_is_refused(tmp_path, changes, message):

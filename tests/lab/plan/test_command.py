@@ -64,7 +64,7 @@ def test_a_mesh_of_sixteen_thousand_ranks_is_planned_with_cost_and_page(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--model", "lama-7b"], 1, "model is 'lama-7b'; did you mean 'llama-7b'?"),
+        (["--model", "lama-7b"], 2, "model is 'lama-7b'; did you mean 'llama-7b'?"),
         (["--optimizer", "sinkdg"], 2, "optimizer is 'sinkdg'; did you mean 'sinkgd'?"),
         (["--device", "h300"], 2, "device is 'h300'; did you mean"),
         (["--batch-size", "0"], 2, "batch_size is 0; it must be at least 1"),

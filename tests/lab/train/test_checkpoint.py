@@ -15,7 +15,7 @@ from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 from sinkgd.lab.train.state import TrainingState
-from sinkgd.lab.train.whole import CHECKSUMS, CheckpointError, latest_whole
+from sinkgd.lab.train.whole import CHECKSUMS, CheckpointError, checkpoints, latest_whole
 
 # One of each kind; tests of the recipes have all of them.
 KINDS = ("sinkgd", "sinkgd-stateless", "swan", "adamw", "sgd", "muon", "galore", "stable-spam")
@@ -150,6 +150,56 @@ def test_half_written_ones_are_passed_over_and_cleared(saved):
     assert found.path.name == "step-00000002"
     save_checkpoint(folder, state.as_dict(), keep=2)
     assert not (folder / "step-00000003.partial").exists()
+
+
+def a_file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def a_broken_link(path: Path) -> None:
+    path.symlink_to(path.parent / "nowhere")
+
+
+def an_empty_folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [a_file, a_broken_link, an_empty_folder])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-00000003",
+        "step-00000003.partial",
+        "step-00000009",
+        "step-1",
+        "step-\u0663\u0663\u0663\u0663\u0663\u0663\u0663\u0663",
+        "step-",
+        "step-x",
+    ],
+)
+def test_what_only_has_the_name_of_a_checkpoint_is_none(saved, name, make):
+    folder, state = saved
+    make(folder / name)
+    found = latest_whole(folder)
+    assert found is not None
+    assert found.path.name == "step-00000002"
+    train(state, 1)
+    save_checkpoint(folder, state.as_dict(), keep=2)
+    found = latest_whole(folder)
+    assert found is not None
+    assert found.path.name == "step-00000003"
+    if make is a_file:  # it is somebody's, so it is still there
+        assert "mine" in [path.read_text() for path in folder.iterdir() if path.is_file()]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (99_999_999, 100_000_000, 5):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-00000005",
+        "step-99999999",
+        "step-100000000",
+    ]
 
 
 @pytest.mark.parametrize("moment", ["checkpoint.save", "whole.checksums", "whole.sync_folder"])

@@ -15,7 +15,8 @@ from sinkgd.lab.train.config import (
     RunConfig,
     TrainingConfig,
 )
-from sinkgd.lab.train.config_file import check_unchanged, command_line, load_config, save_config
+from sinkgd.lab.train.config_file import command_line, load_config, save_config
+from sinkgd.lab.train.identity import check_unchanged
 
 UNUSUAL = RunConfig(
     optimizer=OptimizerConfig(recipe="adamw", lr=0.5, clip_norm=2.0),
@@ -78,9 +79,9 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_changed_field_is_named_with_both_values(tmp_path):
     changed = replace(UNUSUAL, training=replace(UNUSUAL.training, seed=3))
     with pytest.raises(ConfigError, match=r"training.seed was 0 and is now 3"):
-        check_unchanged(UNUSUAL, changed, tmp_path)
+        check_unchanged(UNUSUAL, changed, tmp_path, text_by_content=False)
 
 
 def test_logging_and_checkpoints_may_change(tmp_path):
     changed = replace(UNUSUAL, logging=LoggingConfig(), checkpoint=CheckpointConfig(keep=9))
-    check_unchanged(UNUSUAL, changed, tmp_path)
+    check_unchanged(UNUSUAL, changed, tmp_path, text_by_content=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from sinkgd.lab.disk import parse_json, write_whole
 from sinkgd.lab.results import ResultsError
 
 Record = TypeVar("Record")
@@ -13,9 +14,7 @@ Record = TypeVar("Record")
 
 def write_record(path: Path, record: Any) -> None:
     """Write a dataclass as JSON; the folder is made when absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(record), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
@@ -25,7 +24,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         ResultsError: If the file is no JSON, or holds another kind of record.
     """
     try:
-        record: Record = _read(kind, json.loads(path.read_text(encoding="utf-8")))
+        record: Record = _read(kind, parse_json(path.read_bytes()))
     except (ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{path} holds no {kind.__name__}: {error!r}") from error
     return record

@@ -3,7 +3,7 @@
 import shlex
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Self
@@ -13,12 +13,14 @@ import tyro
 from sinkgd.lab.commands.config_option import load_defaults
 from sinkgd.lab.commands.fresh_process import run_in_fresh_process
 from sinkgd.lab.launch import launched_ranks
+from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
-from sinkgd.lab.train.config_file import command_line, nearest
+from sinkgd.lab.train.config_file import command_line
 from sinkgd.lab.train.folder import Admission, RunFolder
 from sinkgd.lab.train.interrupt import exit_code
 from sinkgd.lab.train.resolve import resolve
 
+_MOST_SEEDS = 1000
 STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
 
 
@@ -68,7 +70,10 @@ class Compare:
         started = time.perf_counter()
         runs = self._plan()
         open_runs = [name for name, config in runs.items() if not self._is_finished(name, config)]
+        if not open_runs:
+            self._check_text(runs, finished=True)
         for i, name in enumerate(open_runs, start=1):
+            self._check_text(runs, finished=False)
             print(f"run {i} of {len(open_runs)}: {name}", flush=True)  # noqa: T201
             code = self._train(name, runs[name])
             if code in STOPPED:
@@ -88,12 +93,12 @@ class Compare:
         recipes = [name.strip() for name in self.optimizers.split(",") if name.strip()]
         if not recipes:
             raise ConfigError("optimizers is empty; name at least one, e.g. deflated,adamw")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; it must be at least 1")
+        if not 1 <= self.seeds <= _MOST_SEEDS:
+            raise ConfigError(f"seeds is {self.seeds}; it must be from 1 to {_MOST_SEEDS}")
         if self.baseline is not None and self.baseline not in recipes:
             raise ConfigError(
-                f"baseline is {self.baseline!r}, which is not among the optimizers "
-                f"{', '.join(recipes)}; did you mean {nearest(self.baseline, recipes)!r}?"
+                f"baseline is {self.baseline!r}, which is not among the optimizers; "
+                f"{suggest(self.baseline, recipes)}"
             )
         first = self.shared.training.seed
         return {
@@ -108,6 +113,33 @@ class Compare:
 
     def _is_finished(self, name: str, config: RunConfig) -> bool:
         return RunFolder(self.out / name).admit(config, "auto") is Admission.NOTHING
+
+    def _check_text(self, runs: Mapping[str, RunConfig], *, finished: bool) -> None:
+        """Refuse runs that were trained on another text than the one that is there now.
+
+        Raises:
+            ConfigError: With the hashes of both.
+            DataError: If the text is gone, and there are runs to train.
+        """
+        from sinkgd.lab.data import DataError
+        from sinkgd.lab.train.identity import check_data, knows_its_text
+        from sinkgd.lab.train.run import print_to_stderr
+        from sinkgd.lab.train.setup import open_dataset
+
+        folders = [RunFolder(self.out / name) for name in runs]
+        starts = [folder.start() for folder in folders if folder.has_begun()]
+        known = [start for start in starts if knows_its_text(start)]
+        if not known:
+            return
+        corpus = self.shared.data.corpus
+        try:
+            dataset = open_dataset(self.shared.data, print_to_stderr)
+        except DataError:
+            if finished and all(start.config["data"]["corpus"] == corpus for start in known):
+                return  # nothing is left to train, so the text is not missed
+            raise
+        for start in known:
+            check_data(start, dataset.manifest, corpus)
 
     def _train(self, name: str, config: RunConfig) -> int:
         return run_in_fresh_process(["train", "--out", str(self.out / name), *command_line(config)])

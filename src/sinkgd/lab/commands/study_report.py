@@ -78,9 +78,9 @@ def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
     """Write the page, and the same as a text beside it."""
     from rich.console import Console
 
+    from sinkgd.lab.disk import write_whole
     from sinkgd.lab.experiments.markdown import VERDICT_FILE
     from sinkgd.lab.report.cdn import from_cdn
-    from sinkgd.lab.report.shell import write_whole
 
     write_whole(path, from_cdn(page) if cdn else page)
     write_whole(path.with_name(VERDICT_FILE), text)

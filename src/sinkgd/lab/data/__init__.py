@@ -18,6 +18,7 @@ from sinkgd.lab.data.packing import Packing as Packing
 from sinkgd.lab.data.prepare import Progress as Progress
 from sinkgd.lab.data.prepare import prepare as prepare
 from sinkgd.lab.data.prepare import prepared_corpus as prepared_corpus
+from sinkgd.lab.data.prepare import shards_at as shards_at
 from sinkgd.lab.data.prepare import train_tokenizer as train_tokenizer
 from sinkgd.lab.data.shards import FolderTakenError as FolderTakenError
 from sinkgd.lab.data.shards import ShardWriter as ShardWriter

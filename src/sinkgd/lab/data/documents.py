@@ -1,62 +1,105 @@
 """Documents: the texts that files hold, one string each.
 
-What a file is, by the end of its name (a further ``.gz`` is unpacked on the way):
+What a file is, by the end of its name, in lower or upper case:
     .txt            one document, the whole file, byte for byte
     .jsonl, .json   one JSON object a line, its document under "text": the layout of C4
+    .parquet        one document a row, in the column "text"
 
-A document of nothing but white space is passed over; a file without any other is an error.
+The first three may be compressed, with a further ``.gz`` or ``.zst``. A document of nothing but
+white space is passed over; a file without any other is an error.
 """
 
 import glob
 import gzip
 import importlib.util
-import json
+import io
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, cast
+from types import ModuleType
+from typing import IO, NamedTuple, cast
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
+from sinkgd.lab.disk import parse_json
+
+_TEXT, _LINES, _PARQUET = ".txt", (".jsonl", ".json"), ".parquet"
+_COMPRESSED = (".gz", ".zst")
+SUFFIXES = (_TEXT, *_LINES, _PARQUET)
+KINDS = f"{', '.join(SUFFIXES)}, all but the last also with {' or '.join(_COMPRESSED)}"
 EMBEDDED = "sotu"
+TEXT_FIELD = "text"  # C4's, and most others'
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file or the value, and the remedy."""
 
 
-def find_files(sources: Sequence[str]) -> list[Path]:
-    """List the files that ``sources`` stand for, each once, in an order that is always the same.
+class FoundFiles(NamedTuple):
+    """What sources stand for."""
+
+    files: list[Path]  # each once, in an order that is always the same
+    left_out: list[Path]  # files of folders that are of no known kind; hidden files are not listed
+
+
+def find_files(sources: Sequence[str]) -> FoundFiles:
+    """List the files that ``sources`` stand for.
 
     Args:
         sources: Files, folders (searched throughout), globs, or ``"sotu"``, the embedded corpus.
 
     Raises:
-        DataError: If a source matches nothing, or a file is of no known kind.
+        DataError: If a source matches nothing, or a named file is of no known kind.
     """
     if not sources:
         raise DataError("no sources given; name files, folders or globs, or 'sotu'")
-    return list(dict.fromkeys(file for source in sources for file in _files_of(source)))
+    found = [_files_of(source) for source in sources]
+    return FoundFiles(
+        list(dict.fromkeys(file for one in found for file in one.files)),
+        list(dict.fromkeys(file for one in found for file in one.left_out)),
+    )
 
 
-def _files_of(source: str) -> list[Path]:
+def _files_of(source: str) -> FoundFiles:
     if source == EMBEDDED:
-        return _embedded_files()
-    path = Path(source).expanduser()
+        return FoundFiles(_embedded_files(), [])
+    path = expanded(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _is_known(file) and file.is_file())
-        if not files:
-            raise DataError(f"the folder {source} holds no file ending in {', '.join(SUFFIXES)}")
-        return files
+        return _files_in(path, source)
     files = [path] if path.is_file() else _matches(path)
     if not files:
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise DataError(
-            f"nothing found at {source!r}; give a file, a folder, a glob in quotes, "
+            f"nothing found at {source!r}{where}; give a file, a folder, a glob in quotes, "
             f"or {EMBEDDED!r} for the embedded corpus"
         )
     for file in files:
-        if not _is_known(file):
-            raise DataError(f"{file} is of no known kind; names end in {', '.join(SUFFIXES)}")
-    return files
+        if kind_of(file) is None:
+            raise DataError(f"{file} is of no known kind; names end in {KINDS}")
+    return FoundFiles(files, [])
+
+
+def _files_in(folder: Path, source: str) -> FoundFiles:
+    visible = (file for file in folder.rglob("*") if not file.name.startswith("."))
+    files = sorted(file for file in visible if file.is_file())
+    known = [file for file in files if kind_of(file) is not None]
+    if not known:
+        raise DataError(f"the folder {source} holds no file ending in {KINDS}")
+    return FoundFiles(known, [file for file in files if kind_of(file) is None])
+
+
+def expanded(source: str) -> Path:
+    """Return ``source`` as a path, ``~`` replaced by the home folder.
+
+    Raises:
+        DataError: If it cannot be a path.
+    """
+    if not source:
+        raise DataError("the name of the text is empty; give a file, a folder, a glob or 'sotu'")
+    if "\0" in source:
+        raise DataError(f"{source!r} is no path: it holds a NUL character")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # ~somebody, who is not known here
+        raise DataError(f"nothing found at {source!r}: {error}; give a path without ~") from error
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -64,8 +107,19 @@ def _matches(pattern: Path) -> list[Path]:
     return sorted(path for path in map(Path, names) if path.is_file())
 
 
-def _is_known(file: Path) -> bool:
-    return file.name.endswith(SUFFIXES) and not file.name.startswith(".")
+def kind_of(file: Path) -> str | None:
+    """Return the suffix that says what a file is, in lower case; None of a file of another kind.
+
+    Examples:
+        >>> kind_of(Path("A.JSONL.gz")), kind_of(Path("notes.md"))
+        ('.jsonl', None)
+    """
+    name = file.name.lower()
+    for compression in _COMPRESSED:
+        if name.endswith(compression):
+            name = name.removesuffix(compression)
+            return next((kind for kind in (_TEXT, *_LINES) if name.endswith(kind)), None)
+    return next((kind for kind in SUFFIXES if name.endswith(kind)), None)
 
 
 def _embedded_files() -> list[Path]:
@@ -79,60 +133,129 @@ def _embedded_files() -> list[Path]:
     return files
 
 
-def read_documents(file: Path) -> Iterator[str]:
+def read_documents(file: Path, text_field: str = TEXT_FIELD) -> Iterator[str]:
     """Yield the documents of one file, as lazily as its kind allows.
 
+    Args:
+        file: From `find_files`.
+        text_field: Key or column that holds the document, in JSON lines and Parquet files.
+
     Raises:
-        DataError: If the file holds no document, is a broken gzip file, is not UTF-8, or has a
-            line without a JSON object and its "text"; the message gives the line.
+        DataError: If the file holds no document, is broken, is not UTF-8, or has a line or row
+            without its text; the message gives the line or the row. Or if what unpacks it is not
+            installed.
     """
     empty = True
-    try:
-        with _open(file) as stream:
-            is_text = file.name.removesuffix(".gz").endswith(".txt")
-            for text in _whole(stream, file) if is_text else _lines(stream, file):
-                if text and not text.isspace():
-                    empty = False
-                    yield text
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file} is no whole gzip file ({error}); fetch it again") from error
+    for text in _texts(file, text_field):
+        if text and not text.isspace():
+            empty = False
+            yield text
     if empty:
         raise DataError(f"{file} holds no text; remove it or name other sources")
 
 
+def _texts(file: Path, text_field: str) -> Iterator[str]:
+    kind = kind_of(file)
+    if kind == _PARQUET:
+        yield from _rows(file, text_field)
+        return
+    try:
+        with _open(file) as stream:
+            if kind == _TEXT:
+                yield _whole(stream, file)
+            else:
+                yield from _lines(stream, file, text_field)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file} is no whole gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        if error.errno is not None or not _is_zst(file):
+            raise
+        raise DataError(f"{file} is no whole zst file ({error}); fetch it again") from error
+
+
+def _is_zst(file: Path) -> bool:
+    return file.name.lower().endswith(".zst")
+
+
 def _open(file: Path) -> IO[bytes]:
-    if file.suffix == ".gz":
+    if file.name.lower().endswith(".gz"):
         return cast("IO[bytes]", gzip.open(file, "rb"))
+    if _is_zst(file):
+        unpacked = _pyarrow("", file).CompressedInputStream(str(file), "zstd")
+        return io.BufferedReader(unpacked)
     return file.open("rb")
 
 
-def _whole(stream: IO[bytes], file: Path) -> Iterator[str]:
+def _pyarrow(module: str, file: Path) -> ModuleType:
+    try:
+        return importlib.import_module(f"pyarrow{module}")
+    except ImportError as error:
+        raise DataError(
+            f"{file} needs the package pyarrow; `pip install 'sinkgd[parquet]'`"
+        ) from error
+
+
+def _whole(stream: IO[bytes], file: Path) -> str:
     content = stream.read()
     try:
-        yield content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{file}:{line} is not UTF-8 ({error.reason}); convert the file") from error
 
 
-def _lines(stream: IO[bytes], file: Path) -> Iterator[str]:
+def _lines(stream: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
     for number, line in enumerate(stream, start=1):
         if not line.isspace():
-            yield _text_of(line, f"{file}:{number}")
+            yield _text_of(line, f"{file}:{number}", text_field)
 
 
-def _text_of(line: bytes, where: str) -> str:
+def _text_of(line: bytes, where: str, text_field: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise DataError(
             f"{where} is not a JSON object on one line ({error}); correct or remove the line"
         ) from error
-    text = row.get("text") if isinstance(row, dict) else None
+    text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise DataError(f'{where} has no string under "text"; each line needs {{"text": "..."}}')
+        keys = ", ".join(map(repr, row)) if isinstance(row, dict) and row else "none"
+        raise DataError(
+            f'{where} has no string under "{text_field}"; each line needs '
+            f'{{"{text_field}": "..."}}. Its keys: {keys:.200}. '
+            "`sinkgd prepare --text-field NAME` reads another"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"{where} holds half a surrogate pair; correct or remove it") from error
     return text
+
+
+def _rows(file: Path, text_field: str) -> Iterator[str]:
+    parquet = _pyarrow(".parquet", file)
+    try:
+        with parquet.ParquetFile(file) as table:
+            columns = table.schema_arrow.names
+            if text_field not in columns:
+                raise DataError(
+                    f"{file} has no column {text_field!r}, only {', '.join(map(repr, columns))}; "
+                    "`sinkgd prepare --text-field NAME` reads another"
+                )
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if not isinstance(text, str):
+                        raise DataError(
+                            f"{file}, row {number}: {text_field!r} is {text!r:.80}, which is no "
+                            "string; correct or remove the row"
+                        )
+                    yield text
+    except DataError:
+        raise
+    except (ValueError, NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file} is no whole Parquet file ({reason}); fetch it again") from error

@@ -10,6 +10,7 @@ A folder holds
     validation-...          the same for validation
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from sinkgd.lab.data.documents import DataError
+from sinkgd.lab.disk import parse_json
 
 FORMAT_VERSION = 2
 _WITHOUT_LARGEST_ID = 1  # the format before, which is read too
@@ -84,6 +86,16 @@ class Manifest:
         """Size of all files but the manifest."""
         return sum(entry.size_bytes for entry in self.files.values())
 
+    @property
+    def content_sha256(self) -> str:
+        """Hash of the tokens, the documents' bounds and the tokenizer, hex.
+
+        The same for shards that were moved, or made again from the same text.
+        """
+        about = {"sources", "largest_id", "format_version"}
+        content = {key: value for key, value in asdict(self).items() if key not in about}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
     def shard_files(self, split: str) -> list[str]:
         """Names of a split's shards, in order."""
         count = -(-self.splits[split].tokens // self.shard_tokens)
@@ -109,7 +121,7 @@ class Manifest:
                 "make one with `sinkgd prepare`"
             ) from None
         try:
-            fields = json.loads(content)
+            fields = parse_json(content)
             version = fields["format_version"]
             readable = version in (_WITHOUT_LARGEST_ID, FORMAT_VERSION)
             manifest = cls._from_fields(fields) if readable else None

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from sinkgd.lab.data.corpus import SPLITS, Corpus, Document, open_corpus
-from sinkgd.lab.data.documents import EMBEDDED, DataError
+from sinkgd.lab.data.documents import EMBEDDED, DataError, expanded
 from sinkgd.lab.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, offsets_file
 from sinkgd.lab.data.shards import SHARD_TOKENS, FolderTakenError, ShardWriter, refuse_taken
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer
@@ -31,6 +31,10 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def ignore(_message: str) -> None:
+    """Take a message that nobody wants to read."""
 
 
 def train_tokenizer(
@@ -81,6 +85,7 @@ def prepared_corpus(
     *,
     vocab_size: int = VOCAB_SIZE,
     progress: ProgressCallback | None = None,
+    say: Callable[[str], None] = ignore,
 ) -> Path:
     """Return a folder of shards for ``source``, made on first use and cached.
 
@@ -93,14 +98,17 @@ def prepared_corpus(
             them; or a folder that `prepare` made, which is returned as it is.
         vocab_size: Of the tokenizer to train.
         progress: Called after every document.
+        say: Told which files of a folder are left out.
 
     Raises:
         DataError: If there is no text at ``source``, or shards without their manifest.
     """
-    if _holds_shards(Path(source)):
-        Manifest.read(Path(source))
-        return Path(source)
+    if (shards := shards_at(source)) is not None:
+        Manifest.read(shards)
+        return shards
     corpus = open_corpus([str(source)])
+    if (note := corpus.note_on_left_out()) is not None:
+        say(note)
     key = f"{FORMAT_VERSION} {vocab_size} {corpus.fingerprint()}"
     name = re.sub(r"[^\w-]+", "", Path(source).stem) or "corpus"
     folder = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -115,9 +123,13 @@ def prepared_corpus(
     return folder
 
 
-def _holds_shards(folder: Path) -> bool:
+def shards_at(source: str | Path) -> Path | None:
+    """Return the folder that ``source`` names if it holds shards; None if it names a text."""
+    if str(source) == EMBEDDED:
+        return None
+    folder = expanded(str(source))
     marks = (MANIFEST_FILE, offsets_file("train"), offsets_file("validation"))
-    return any((folder / name).exists() for name in marks)
+    return folder if any((folder / name).exists() for name in marks) else None
 
 
 def cache_folder() -> Path:

@@ -7,6 +7,7 @@ that has the spelling among its pieces, as T5's has.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from sinkgd.lab.data.documents import DataError
 
 VOCAB_SIZE = 8192
 EOS, PAD = "<eos>", "<pad>"
+_LONGEST_WORD = 256  # characters that a tokenizer learns from at once
+_ENDLESS_WORD = re.compile(rf"(\S{{{_LONGEST_WORD}}})(?=\S)")
 SMALLEST_VOCAB = 256 + 2  # every byte, EOS and PAD
 
 # What published tokenizers call them, ours first.
@@ -51,7 +54,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        self._backend = backend
+        self._backend, self._name = backend, name
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         eos_id, pad_id, self.bos_id = map(self._id_of, (_EOS_NAMES, _PAD_NAMES, _BOS_NAMES))
         if eos_id is None:
@@ -88,7 +91,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer=trainer)
+        pieces = (piece for text in texts for piece in _without_endless_words(text))
+        backend.train_from_iterator(pieces, trainer=trainer)
         return cls(backend, "trained here")
 
     @classmethod
@@ -97,7 +101,7 @@ class Tokenizer:
         path = file / "tokenizer.json" if file.is_dir() else file
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"no tokenizer at {path}; give a tokenizer.json") from None
         try:
             backend = tokenizers.Tokenizer.from_buffer(content)
@@ -128,13 +132,32 @@ class Tokenizer:
         return hashlib.sha256(self.json).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Encode texts on all cores; no special token is added."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Encode texts on all cores; no special token is added.
+
+        Raises:
+            DataError: If the tokenizer has no token for a part of a text.
+        """
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:  # the library's panics are no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"the tokenizer {self._name} cannot encode this text: {error}; give its model an "
+                "unknown token that is in its vocabulary, or use another tokenizer"
+            ) from error
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids, special tokens left out."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _without_endless_words(text: str) -> list[str]:
+    """Cut words that no language has, such as encoded files: training is quadratic in a word."""
+    if _ENDLESS_WORD.search(text) is None:
+        return [text]
+    return _ENDLESS_WORD.split(text)
 
 
 def is_tokenizer_path(name: str) -> bool:

@@ -5,12 +5,13 @@ trainings did since their last checkpoints, and the same command goes on.
 """
 
 import fcntl
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -39,9 +40,11 @@ from sinkgd.lab.experiments.worker import (
 )
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import RunFolder, RunFolderError
+from sinkgd.lab.train.config import DataConfig
 from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission
+from sinkgd.lab.train.identity import check_sha256, knows_its_text
 from sinkgd.lab.train.interrupt import Interrupt
 from sinkgd.lab.train.meters import clock
 from sinkgd.lab.train.setup import open_dataset
@@ -87,13 +90,15 @@ def run_study(
         tuned = [arm for arm in plan.arms if plan.is_tuned(arm)]
         tuning = stack.enter_context(Tuning(folder / TUNING_FILE, tuned))
         agenda = Agenda(plan, record, tuning)
+        texts: dict[DataConfig, str] = {}
         if agenda.left:
-            _prepare_text(plan, say)
+            texts = _prepare_text(plan, say)
+            _check_texts(record, texts)
         environment = _environment(plan)
         shelf = Shelf({})
         if agenda.left and reuse:
             shelf = Shelf.beside(folder, environment, say)
-        engine = _Engine(agenda, writer, shelf, folder / RUNS_FOLDER, jobs, say)
+        engine = _Engine(agenda, texts, writer, shelf, folder / RUNS_FOLDER, jobs, say)
         with Interrupt(forward=engine.send) as interrupt:
             engine.work(interrupt)
         if engine.ended:
@@ -116,6 +121,7 @@ class _Engine:
     """Trainings side by side."""
 
     agenda: Agenda
+    texts: Mapping[DataConfig, str]  # hashes of what runs are trained on
     writer: StudyWriter
     shelf: Shelf  # runs that need no training
     folder: Path  # of the runs
@@ -151,13 +157,15 @@ class _Engine:
 
     def _begin(self, task: Task) -> None:
         config = self.agenda.plan.config(task)
-        lent = self.shelf.find(task, config)
+        text = self.texts[config.data]
+        lent = self.shelf.find(task, config, text)
         if lent is not None:
             self.say(f"{self._count(task)}, from study {lent.study}")
             self._keep(task, lent)
             return
         folder = RunFolder(self.folder / task.name)
         if folder.admit(config, "auto") is Admission.NOTHING:  # killed before it was written down
+            check_sha256(folder.start(), text, config.data.corpus)
             self._write_down(task, folder)
             return
         self.say(f"{self._count(task)}{self._eta()}")
@@ -270,8 +278,29 @@ def _open(
     return record, writer
 
 
-def _prepare_text(plan: StudyPlan, say: Say) -> None:
-    """Make the shards before the runs, which would all begin with it."""
+def _prepare_text(plan: StudyPlan, say: Say) -> dict[DataConfig, str]:
+    """Make the shards before the runs, which would all begin with it; return their hashes."""
     configs = [plan.config(task) for task in plan.first_tasks()]
-    for data in dict.fromkeys(config.data for config in configs):
-        open_dataset(data, say)
+    return {
+        data: open_dataset(data, say).manifest.content_sha256
+        for data in dict.fromkeys(config.data for config in configs)
+    }
+
+
+def _check_texts(record: StudyRecord, texts: Mapping[DataConfig, str]) -> None:
+    """Refuse to go on with a study whose runs were trained on another text.
+
+    Raises:
+        ConfigError: With both hashes.
+    """
+    known = {_plain(data): (data.corpus, sha256) for data, sha256 in texts.items()}
+    for result in record.runs.values():
+        start = result.run.start
+        if knows_its_text(start) and (found := known.get(_plain(start.config["data"]))) is not None:
+            check_sha256(start, found[1], found[0])
+
+
+def _plain(data: DataConfig | Mapping[str, Any]) -> str:
+    table = data if isinstance(data, Mapping) else asdict(data)
+    given = {key: value for key, value in table.items() if value is not None}
+    return json.dumps(given, sort_keys=True)

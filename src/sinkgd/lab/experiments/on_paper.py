@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.disk import parse_json
 from sinkgd.lab.experiments.record import STUDY_FILE
 from sinkgd.lab.experiments.studies.scale import NAME
 from sinkgd.lab.experiments.verdict import Verdict
@@ -191,7 +192,7 @@ def is_on_paper(path: Path) -> bool:
     """Whether a study's file is one of these."""
     if not path.exists():
         return False
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return '"kind": "paper"' in file.readline()
 
 
@@ -202,7 +203,7 @@ def read_fits(path: Path) -> tuple[str, list[Fit]]:
         ResultsError: If the file is missing, or holds a line that is no record.
     """
     try:
-        asked, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        asked, *lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return asked["command"], [Fit(**_without_kind(line)) for line in lines]
     except FileNotFoundError:
         raise ResultsError(f"no study at {path}; `sinkgd experiment {NAME}` makes one") from None

@@ -11,6 +11,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from sinkgd.lab.disk import parse_json
 from sinkgd.lab.results import (
     Evaluation,
     Memory,
@@ -20,6 +21,7 @@ from sinkgd.lab.results import (
     RunEnd,
     RunStart,
     TrainStep,
+    checked,
 )
 
 STUDY_FILE = "study.jsonl"  # in the study's folder
@@ -52,6 +54,19 @@ class RunResult:
             return float("inf")
         last = self.run.evaluations[-1].val_loss
         return last if last == last else float("inf")  # noqa: PLR0124  NaN
+
+
+# Of a plan's first line, what pages and verdicts read; see `StudyPlan.as_json`.
+_PLAN = {
+    "study": str,
+    "scale": str,
+    "seeds": list,
+    "tune": bool,
+    "tuning_seed": int,
+    "shared": dict,
+    "arms": dict,
+}
+_ARM = ("overrides", "tuned", "value", "control")
 
 
 @dataclass(frozen=True)
@@ -92,21 +107,24 @@ class StudyRecord:
         """
         try:
             text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except UnicodeDecodeError as error:
+            raise ResultsError(f"{path} is no text, so no study's file: {error}") from error
+        except (FileNotFoundError, NotADirectoryError):
             raise ResultsError(f"no study at {path}; `sinkgd experiment` makes one") from None
         whole = text[: text.rfind("\n") + 1].splitlines()
         record: Self | None = None
         for i, line in enumerate(whole, start=1):
             try:
-                content = json.loads(line)
+                content = parse_json(line)
                 if record is None:
+                    _check_plan(content["plan"])
                     record = cls(content["plan"], content["command"])
                 elif content["kind"] == "run":
                     result = _run_from_json(content, path)
                     record.runs[result.name] = result
                 else:
                     record.sittings.append(Sitting(**_without_kind(content)))
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ResultsError(
                     f"{path}:{i} is not a record of this version of sinkgd: {error!r}"
                 ) from error
@@ -149,6 +167,15 @@ class StudyWriter:
         self._file.write(json.dumps(content, separators=(",", ":")) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _check_plan(plan: Mapping[str, Any]) -> None:
+    """Raise KeyError or TypeError unless a plan has the parts that pages and verdicts read."""
+    for key, kind in _PLAN.items():
+        if not isinstance(plan[key], kind):
+            raise TypeError(f"{key} is {plan[key]!r:.80}")
+    read = [arm[key] for arm in plan["arms"].values() for key in _ARM]
+    read += [plan["shared"]["model"]["preset"], plan["shared"]["training"]["steps"]]
 
 
 def _run_as_json(result: RunResult) -> dict[str, Any]:
@@ -198,12 +225,12 @@ def _rounded(record: TrainStep | Evaluation) -> list[float | None]:
 def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
     end = content["end"]
     if end is not None:
-        end = RunEnd(**{**end, "memory": Memory(**end["memory"])})
+        end = checked(RunEnd(**{**end, "memory": checked(Memory(**end["memory"]))}))
     run = Run(
         path,
-        RunStart(**content["start"], environment={}),
-        [TrainStep(*row) for row in content["steps"]],
-        [Evaluation(*row) for row in content["evaluations"]],
+        checked(RunStart(**content["start"], environment={})),
+        [checked(TrainStep(*row)) for row in content["steps"]],
+        [checked(Evaluation(*row)) for row in content["evaluations"]],
         end,
         _inner_from_json(content["statistics"]) if "statistics" in content else [],
     )

@@ -17,6 +17,7 @@ from sinkgd.lab.experiments.record import STUDY_FILE, RunResult, StudyRecord
 from sinkgd.lab.results import ResultsError
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.config_file import as_tables
+from sinkgd.lab.train.identity import DATA, knows_its_text
 
 # Of an environment, what losses follow from.
 _EQUAL = ("sinkgd", "torch", "cpu", "threads", "device")
@@ -50,22 +51,29 @@ class Shelf:
                 continue
             if _alike(record, environment):
                 for result in record.runs.values():
-                    if result.tuning and result.run.finished and not result.study:
+                    if (
+                        result.tuning
+                        and result.run.finished
+                        and not result.study
+                        and knows_its_text(result.run.start)
+                    ):
                         lent = replace(result, study=record.plan["study"])
-                        found[_key(result.run.start.config)] = lent
+                        found[_key(result.run.start.config, _text(result))] = lent
         return cls(found)
 
-    def find(self, task: Task, config: RunConfig) -> RunResult | None:
+    def find(self, task: Task, config: RunConfig, text_sha256: str) -> RunResult | None:
         """Return the result of a run that was trained elsewhere.
 
         Args:
             task: The run that is to be made.
             config: Of the run, resolved.
+            text_sha256: Of the shards that it would be trained on.
 
         Returns:
             The result under the task's names; None of a reported run, and where there is none.
         """
-        result = self.results.get(_key(as_tables(config))) if task.tuning else None
+        key = _key(as_tables(config), text_sha256)
+        result = self.results.get(key) if task.tuning else None
         if result is None:
             return None
         start = replace(result.run.start, name=task.name)
@@ -83,5 +91,11 @@ def _alike(record: StudyRecord, environment: Mapping[str, Any]) -> bool:
     )
 
 
-def _key(tables: Mapping[str, Any]) -> str:
-    return json.dumps(tables, sort_keys=True)
+def _text(result: RunResult) -> str:
+    return str(result.run.start.inputs[DATA])
+
+
+def _key(tables: Mapping[str, Any], text_sha256: str) -> str:
+    """Return what two runs are the same by: the text counts by its content, not by its path."""
+    data = {**tables["data"], "corpus": text_sha256}
+    return json.dumps({**tables, "data": data}, sort_keys=True)

@@ -6,8 +6,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sinkgd.lab.experiments.study import Arm, Scale, Setting, Study
+from sinkgd.lab.limits import LARGEST_COUNT
+from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, SharedConfig
-from sinkgd.lab.train.config_file import differences, nearest
+from sinkgd.lab.train.config_file import differences
 from sinkgd.lab.train.recipes import find_recipe
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
@@ -15,6 +17,9 @@ LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
 STEP_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"tau": ("tau",), "iterations": ("n_iter", "sinkhorn_iterations"), "lr": ("lr",)}
 )
+
+
+_COUNTS = ("iterations", "batch")  # axes of whole numbers
 
 
 def select_arms(
@@ -77,10 +82,7 @@ def select_step(
         return tuple(arms)
     by_name = {arm.name: arm for arm in arms}
     if step not in by_name:
-        raise ConfigError(
-            f"step is {step!r}; did you mean {nearest(step, by_name)!r}? "
-            f"There are {', '.join(by_name)}"
-        )
+        raise ConfigError(f"step is {step!r}; {suggest(step, by_name)}")
     changed = _with_options(by_name[step], options)
     return tuple(
         changed if arm.name == step else arm for arm in arms if arm.control or arm.name == step
@@ -106,7 +108,8 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
     """Read numbers with commas between them; none of None.
 
     Raises:
-        ConfigError: If one of them is no number, or not above 0.
+        ConfigError: If one of them is no number, is not above 0 or too large, or has a fraction
+            where the option counts something.
 
     Examples:
         >>> numbers("lr", "0.01,0.02")
@@ -118,8 +121,12 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
         values = tuple(float(word) for word in text.split(",") if word.strip())
     except ValueError:
         values = ()
-    if not values or not all(value > 0 for value in values):
-        raise ConfigError(f"{option} is {text!r}; give numbers above 0, with commas between them")
+    counts = option in _COUNTS
+    kind = "whole numbers" if counts else "numbers"
+    if not values or not all(0 < value <= LARGEST_COUNT for value in values):
+        raise ConfigError(f"{option} is {text!r}; give {kind} above 0, with commas between them")
+    if counts and not all(value.is_integer() for value in values):
+        raise ConfigError(f"{option} is {text!r}; give {kind}, with commas between them")
     return values
 
 
@@ -167,7 +174,6 @@ def _only(arms: tuple[Arm, ...], recipes: Sequence[str]) -> tuple[Arm, ...]:
     for recipe in recipes:
         if recipe not in known:
             raise ConfigError(
-                f"optimizer is {recipe!r}, which no arm of the study has; did you mean "
-                f"{nearest(recipe, known)!r}? There are {', '.join(known)}"
+                f"optimizer is {recipe!r}, which no arm of the study has; {suggest(recipe, known)}"
             )
     return tuple(arm for arm in arms if arm.recipe in recipes)

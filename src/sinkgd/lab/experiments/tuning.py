@@ -10,10 +10,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import optuna
+from optuna.exceptions import OptunaError
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from sinkgd.lab.experiments.study import Arm, Point, point_name
+from sinkgd.lab.results import ResultsError
 
 TUNING_FILE = "tuning.db"  # in the study's folder
 
@@ -26,11 +29,20 @@ class Tuning:
     Args:
         path: The SQLite file; it is made when absent.
         arms: Those that are tuned.
+
+    Raises:
+        ResultsError: If the file is no such database.
     """
 
     def __init__(self, path: Path, arms: Sequence[Arm]) -> None:
-        self._storage = optuna.storages.RDBStorage(f"sqlite:///{path.absolute()}")
-        self._searches = {arm.name: _Search(self._storage, arm) for arm in arms}
+        try:
+            self._storage = optuna.storages.RDBStorage(f"sqlite:///{path.absolute()}")
+            self._searches = {arm.name: _Search(self._storage, arm) for arm in arms}
+        except (OptunaError, SQLAlchemyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ResultsError(
+                f"{path} is damaged: {reason}. Delete it; the runs that ended stand in study.jsonl"
+            ) from error
 
     def next_point(self, arm: Arm) -> Point | None:
         """Return a point that was not handed out in this sitting and not told; None at the end."""

@@ -1,12 +1,12 @@
 """Presets: the LLaMA sizes of the C4 benchmark, GPT-2, Lens, and nano ones for a laptop."""
 
-import difflib
 from dataclasses import replace
 
 from sinkgd.lab.models.contract import LanguageModel, ModelError
 from sinkgd.lab.models.gpt2 import GPT2, GPT2Config
 from sinkgd.lab.models.lens import Lens, LensConfig
 from sinkgd.lab.models.llama import Llama, LlamaConfig
+from sinkgd.lab.names import suggest
 
 ModelSizes = LlamaConfig | GPT2Config | LensConfig
 
@@ -73,7 +73,7 @@ def preset_config(
         58073600
     """
     if preset not in PRESETS:
-        raise ModelError(_unknown(preset))
+        raise ModelError(f"model.preset is {preset!r}; {suggest(preset, PRESETS)}")
     config = PRESETS[preset]
     return replace(
         config,
@@ -115,9 +115,3 @@ def build_model(
             return GPT2(config, seed=seed)
         case LensConfig():
             return Lens(config, seed=seed)
-
-
-def _unknown(preset: str) -> str:
-    names = ", ".join(PRESETS)
-    nearest = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
-    return f"no preset {preset!r}; did you mean {nearest!r}? There are {names}"

@@ -1,17 +1,19 @@
 """Architectures that a plan is made for: our presets, published LLaMAs, a ``config.json``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sinkgd.lab.disk import parse_json
+from sinkgd.lab.limits import LARGEST_COUNT
 from sinkgd.lab.models import LLAMAS, PRESETS, LlamaConfig, ModelError
-from sinkgd.lab.train.config_file import nearest
+from sinkgd.lab.names import suggest
 
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
 # and value projections have biases: transformers/models/{llama,mistral,qwen2}.
+_MOST_LAYERS = 10_000  # each is built, without weights
 _FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
 
 
@@ -116,13 +118,16 @@ def find_architecture(model: str) -> Architecture:
         )
     path = Path(model)
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the folder {path} holds no config.json")
         path = path / "config.json"
     if path.is_file():
         return read_config(path)
-    names = [*LLAMAS, *PUBLISHED]
+    if path.suffix == ".json" or path.name != model:
+        raise ModelError(f"there is no file {path}; give the path of a Hugging Face config.json")
     raise ModelError(
-        f"model is {model!r}; did you mean {nearest(model, names)!r}? There are "
-        f"{', '.join(names)}, or give the path of a Hugging Face config.json"
+        f"model is {model!r}; {suggest(model, [*LLAMAS, *PUBLISHED])}, or give the path of a "
+        "Hugging Face config.json"
     )
 
 
@@ -134,7 +139,7 @@ def read_config(path: Path) -> Architecture:
             plan does not know; nothing is guessed.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except ValueError as error:
         raise ModelError(f"{path} is no JSON file: {error}") from error
     if not isinstance(config, dict):
@@ -158,7 +163,7 @@ def read_config(path: Path) -> Architecture:
         vocab_size=_size(config, "vocab_size", path),
         hidden_size=hidden,
         intermediate_size=_size(config, "intermediate_size", path),
-        num_layers=_size(config, "num_hidden_layers", path),
+        num_layers=_size(config, "num_hidden_layers", path, most=_MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=_size(config, "num_key_value_heads", path, default=heads),
         head_size=_size(config, "head_dim", path, default=hidden // heads),
@@ -168,9 +173,18 @@ def read_config(path: Path) -> Architecture:
     )
 
 
-def _size(config: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
+def _size(
+    config: Mapping[str, Any],
+    key: str,
+    path: Path,
+    default: int | None = None,
+    *,
+    most: int = LARGEST_COUNT,
+) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if type(value) is not int:
-        raise ModelError(f"{path}: {key} must be a whole number, got {value!r}")
+    if type(value) is not int or not 0 < value <= most:
+        raise ModelError(
+            f"{path}: {key} must be a whole number from 1 to {most}, got {value!r:.80}"
+        )
     return value

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sinkgd.lab.disk import write_whole
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis, analyze
 from sinkgd.lab.report.calculator import calculator_block
@@ -11,7 +12,7 @@ from sinkgd.lab.report.identity import identify
 from sinkgd.lab.report.measured_charts import measured_charts
 from sinkgd.lab.report.published_block import published_block
 from sinkgd.lab.report.settings import compare_settings
-from sinkgd.lab.report.shell import render, write_whole
+from sinkgd.lab.report.shell import render
 from sinkgd.lab.report.summary import state_of
 from sinkgd.lab.report.tables import header, summary_rows
 from sinkgd.lab.report.verdict import judge

@@ -4,8 +4,6 @@ A template that extends ``shell.html`` gives the content. Every string is escape
 Figures and plotly.js are inlined, and a content security policy forbids the page to load anything.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,17 +56,3 @@ def render(
 
 def _read(*names: str) -> str:
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
-
-
-def write_whole(path: Path, page: str) -> None:
-    """Put a page at ``path`` in one move: no reader sees half of it. Its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-        temporary.chmod(0o644)  # mkstemp's files are for their owner alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,12 +12,13 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sinkgd.lab.train import whole
 from sinkgd.lab.train.parallel import World
+from sinkgd.lab.train.safe_reader import SafePlanner, SafeReader, UnsafeCheckpointError
 from sinkgd.lab.train.state import TrainingState
 from sinkgd.lab.train.whole import CheckpointError
 
@@ -56,15 +57,30 @@ def load_checkpoint(path: Path, state: TrainingState, world: World | None = None
 
     Raises:
         CheckpointError: If it belongs to another model or optimizer.
+        UnsafeCheckpointError: If loading it could run code.
     """
     world = World() if world is None else world
     content = state.as_dict()
     try:
         with _quiet(world):
-            reader = FileSystemReader(path)
-            load(content, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
+            reader = SafeReader(path)
+            reader.read_metadata()  # what is refused here has a message of its own
+            load(
+                content,
+                storage_reader=reader,
+                planner=SafePlanner(),
+                process_group=world.group,
+                no_dist=world.size == 1,
+            )
         state.load_dict(content)
+    except CheckpointError:
+        raise
     except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        if (unsafe := _unsafe_cause(error)) is not None:
+            raise UnsafeCheckpointError(
+                f"{path} is refused: {unsafe}. Do not use it unless you trust its source; give "
+                "another --out"
+            ) from error
         raise CheckpointError(
             f"{path} does not fit this model and optimizer: {_reason(error)}. "
             "Give the configuration that wrote it, or another --out"
@@ -94,6 +110,11 @@ def _reason(error: BaseException) -> str:
         causes = [cause for cause, _ in error.failures.values()]
         return "; ".join(_reason(cause) for cause in causes)
     return str(error) or repr(error)
+
+
+def _unsafe_cause(error: BaseException) -> UnsafeCheckpointError | None:
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    return next((cause for cause in causes if isinstance(cause, UnsafeCheckpointError)), None)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tomli_w
 
-from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, SharedConfig
+from sinkgd.lab.disk import write_whole
+from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
 
 Table = TypeVar("Table")
 
@@ -23,20 +24,42 @@ def load_config(path: Path, kind: type[Table]) -> Table:
         kind: `RunConfig`, or another dataclass whose fields are tables.
 
     Raises:
-        ConfigError: If the file is missing or no TOML, or a key is unknown or of another type.
+        ConfigError: If the file is missing, empty or no TOML, or a key is unknown or of another
+            type.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8-sig")
+        content = tomllib.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"there is no configuration file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give the configuration file in it") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is no TOML file: its brackets are nested too deeply") from None
+    except ValueError as error:
         raise ConfigError(f"{path} is no TOML file: {error}") from error
-    return _read_table(kind, content, path, prefix="")
+    if not text.strip():
+        raise ConfigError(f"{path} is empty; give a configuration file, or leave the option out")
+    return read_tables(content, kind, path)
+
+
+def read_tables(content: Mapping[str, Any], kind: type[Table], source: Path) -> Table:
+    """Read nested tables into ``kind``, a dataclass of dataclasses; what is absent has its default.
+
+    Args:
+        content: From a TOML file, or as `as_tables` returns it.
+        kind: `RunConfig`, or another dataclass whose fields are tables.
+        source: Where they were read, for errors.
+
+    Raises:
+        ConfigError: If a key is unknown or of another type.
+    """
+    return _read_table(kind, content, source, prefix="")
 
 
 def save_config(path: Path, config: RunConfig) -> None:
     """Write ``config`` as TOML; fields that are None are left out."""
-    path.write_text(tomli_w.dumps(as_tables(config)), encoding="utf-8")
+    write_whole(path, tomli_w.dumps(as_tables(config)))
 
 
 def as_tables(config: RunConfig) -> dict[str, Any]:
@@ -70,24 +93,6 @@ def differences(old: SharedConfig, new: SharedConfig) -> Iterator[tuple[str, Any
             values = getattr(before, field.name), getattr(after, field.name)
             if values[0] != values[1]:
                 yield (f"{table.name}.{field.name}", *values)
-
-
-def check_unchanged(saved: RunConfig, config: RunConfig, folder: Path) -> None:
-    """Refuse to go on with a run whose configuration has changed.
-
-    Raises:
-        ConfigError: If a field differs outside `CHANGEABLE_TABLES`; it is named.
-    """
-    changes = [
-        f"{name} was {old!r} and is now {new!r}"
-        for name, old, new in differences(saved, config)
-        if name.partition(".")[0] not in CHANGEABLE_TABLES
-    ]
-    if changes:
-        raise ConfigError(
-            f"the run in {folder} has another configuration: {'; '.join(changes)}. "
-            "Give the former values, or another --out"
-        )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

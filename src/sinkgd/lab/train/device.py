@@ -7,6 +7,8 @@ import torch
 
 from sinkgd.lab.train.config import ConfigError, Device, Precision
 
+_MOST_THREADS_PER_CORE = 16
+
 
 def select_device(device: Device, *, option: str = "training.device") -> torch.device:
     """Return the device to compute on; ``auto`` takes CUDA where there is one.
@@ -31,6 +33,24 @@ def select_device(device: Device, *, option: str = "training.device") -> torch.d
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(own)
     return own
+
+
+def check_threads(threads: int | None, *, option: str = "training.threads") -> None:
+    """Refuse so many CPU threads that the system may not start them.
+
+    Args:
+        threads: As they were asked for.
+        option: By which, for the error.
+
+    Raises:
+        ConfigError: With the most that may be.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= _MOST_THREADS_PER_CORE * cores:
+        raise ConfigError(
+            f"{option} is {threads}; this machine has {cores} cores, so give from 1 to "
+            f"{_MOST_THREADS_PER_CORE * cores}"
+        )
 
 
 def set_threads(threads: int | None) -> None:

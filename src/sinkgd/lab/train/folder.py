@@ -8,9 +8,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal
 
-from sinkgd.lab.results import RESULTS_FILE, Run
+from sinkgd.lab.results import RESULTS_FILE, Run, RunStart
 from sinkgd.lab.train.config import RunConfig
-from sinkgd.lab.train.config_file import check_unchanged, load_config
+from sinkgd.lab.train.config_file import read_tables
+from sinkgd.lab.train.identity import check_unchanged, knows_its_text
 
 ResumePolicy = Literal["auto", "never", "must"]
 
@@ -51,6 +52,8 @@ class RunFolder:
     def admit(self, config: RunConfig, resume: ResumePolicy) -> Admission:
         """Decide what a run with ``config`` has to do here.
 
+        The text may have another path; `sinkgd.lab.train.identity` compares its content.
+
         Args:
             config: Resolved.
             resume: ``"auto"`` goes on where a run has begun, ``"must"`` asks for a checkpoint,
@@ -64,15 +67,21 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds no checkpoint to go on from; use --resume auto to begin"
             )
-        if not self._has_begun():
+        if not self.has_begun():
             return Admission.BEGIN
         if resume == "never":
             raise RunFolderError(
                 f"{self.path} already holds a run; give another --out, delete it, or use "
                 "--resume auto to go on with it"
             )
-        check_unchanged(load_config(self.config, RunConfig), config, self.path)
-        return Admission.NOTHING if Run.read(self.results).finished else Admission.GO_ON
+        run = Run.read(self.results)
+        saved = read_tables(run.start.config, RunConfig, self.results)
+        check_unchanged(saved, config, self.path, text_by_content=knows_its_text(run.start))
+        return Admission.NOTHING if run.finished else Admission.GO_ON
+
+    def start(self) -> RunStart:
+        """Return what the run here was begun as."""
+        return Run.read(self.results).start
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -92,7 +101,7 @@ class RunFolder:
                 ) from None
             yield
 
-    def _has_begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether there is at least one whole line of results."""
         if not self.results.exists():
             return False

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+from sinkgd.lab.models import preset_config
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, TrainingConfig
+from sinkgd.lab.train.device import check_threads
 from sinkgd.lab.train.recipes import RECIPES, find_recipe, resolve_optimizer
 
 
@@ -14,8 +16,11 @@ def resolve(config: RunConfig) -> RunConfig:
 
     Raises:
         ConfigError: If a value cannot be; the message names the field, the value and the remedy.
+        ModelError: If there is no such preset.
     """
     training = config.training
+    preset_config(config.model.preset)
+    check_threads(training.threads)
     _at_least_one(
         {
             "model.vocab_size": config.model.vocab_size,
@@ -26,7 +31,6 @@ def resolve(config: RunConfig) -> RunConfig:
             "training.micro_batch_size": training.micro_batch_size,
             "training.sequence_length": training.sequence_length,
             "training.loss_chunk_tokens": training.loss_chunk_tokens,
-            "training.threads": training.threads,
             "mesh.dp_replicate": config.mesh.dp_replicate,
             "mesh.dp_shard": config.mesh.dp_shard,
             "mesh.tp": config.mesh.tp,

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 from sinkgd.lab.launch import launch_command
 from sinkgd.lab.results import NoRecords, Recorder, ResultsWriter, Resume, RunEnd, RunStart
@@ -16,13 +17,14 @@ from sinkgd.lab.train.config_file import as_tables, command_line, save_config
 from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder
+from sinkgd.lab.train.identity import notes_on_environment, with_absolute_corpus
 from sinkgd.lab.train.interrupt import Interrupt
 from sinkgd.lab.train.loop import run_loop
 from sinkgd.lab.train.meters import make_meter
 from sinkgd.lab.train.parallel import join_world
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.saver import Saver
-from sinkgd.lab.train.setup import Job, set_up
+from sinkgd.lab.train.setup import Job, check_finished, set_up
 from sinkgd.lab.train.sinks import open_sinks
 from sinkgd.lab.train.whole import latest_whole
 
@@ -59,7 +61,8 @@ def train(
         say: Told what a person should know, one line each time.
 
     Raises:
-        ConfigError: If the configuration cannot run, or differs from that of the run there.
+        ConfigError: If the configuration cannot run, or the configuration, text or model of the
+            run there differs.
         RunFolderError: If ``resume`` forbids what the folder holds, or another process is at it.
         DataError: If the text is missing, damaged or too small.
         CheckpointError: If a checkpoint cannot be written, or none can be read.
@@ -76,11 +79,15 @@ def train(
             world.from_first(lambda: stack.enter_context(folder.lock()))
             admission = world.from_first(lambda: folder.admit(config, resume))
             if admission is Admission.NOTHING:
+                world.from_first(lambda: check_finished(folder, config, say))
                 say(f"{path} is finished already; nothing to do")
                 return Outcome(config.training.steps)
-            job = set_up(config, say, world)
+            begun = world.from_first(folder.start) if admission is Admission.GO_ON else None
+            job = set_up(config, say, world, begun=begun)
             job.state.clock = started
-            if admission is Admission.GO_ON:
+            if begun is not None:
+                for note in notes_on_environment(begun, _environment(job)):
+                    say(note)
                 _restore(job, folder, say)
             return _run(job, folder, admission, say)
         except Exception as error:  # noqa: BLE001  raised again, or its reason
@@ -114,7 +121,7 @@ def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator
             print_every_steps=job.config.logging.print_every_steps,
         )
         stack.enter_context(meter)
-        save_config(folder.config, job.config)
+        save_config(folder.config, with_absolute_corpus(job.config))
         results = stack.enter_context(ResultsWriter(folder.results, (*sinks, meter)))
         results.write(start if admission is Admission.BEGIN else Resume(job.state.step))
         yield results
@@ -151,10 +158,15 @@ def _describe(job: Job, folder: RunFolder) -> RunStart:
         seed=job.config.training.seed,
         command=launch_command(options),
         config=as_tables(job.config),
-        environment=describe_environment(job.device) | {"mesh": job.mesh.shape},
+        environment=_environment(job),
         parameters=job.parameters,
         tokens_per_step=job.config.tokens_per_step,
+        inputs=dict(job.content),
     )
+
+
+def _environment(job: Job) -> dict[str, Any]:
+    return describe_environment(job.device) | {"mesh": job.mesh.shape}
 
 
 def _restore(job: Job, folder: RunFolder, say: Callable[[str], None]) -> None:

@@ -1,24 +1,29 @@
 """From a configuration to all that training needs: text, model, optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from sinkgd.lab.data import (
     Batches,
+    DataError,
     Manifest,
     Progress,
     TokenDataset,
     TokenSplit,
     VocabularyShift,
     prepared_corpus,
+    shards_at,
 )
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import build_model
+from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
+from sinkgd.lab.train.folder import RunFolder
+from sinkgd.lab.train.identity import check_content, check_data, content_of, knows_its_text
 from sinkgd.lab.train.memory import return_freed_memory
 from sinkgd.lab.train.parallel import Mesh, World, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
@@ -42,6 +47,7 @@ class Job:
     validation: TokenSplit
     tokens_per_byte: float  # of the validation text
     state: TrainingState
+    content: Mapping[str, Any]  # what the run is compared by when it goes on
     released: ReleasedSteps | None = None  # what steps inside backward, if anything does
     shift: VocabularyShift | None = None
 
@@ -56,16 +62,24 @@ class Job:
         return sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
 
 
-def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = None) -> Job:
+def set_up(
+    config: RunConfig,
+    say: Callable[[str], None],
+    world: World | None = None,
+    *,
+    begun: RunStart | None = None,
+) -> Job:
     """Prepare the text, build the model and the optimizer; a collective call.
 
     Args:
         config: Resolved.
         say: Told of the preparation of a corpus, where there is one to be made.
         world: The ranks that train together; by default this process is alone.
+        begun: Of the run that goes on, to be compared with; by default a run begins.
 
     Raises:
-        ConfigError: If text, model and mesh do not fit, or the device is absent.
+        ConfigError: If text, model and mesh do not fit, the device is absent, or the run that goes
+            on had another text, model or recipe.
         DataError: If the corpus is missing, damaged or too small.
     """
     training = config.training
@@ -79,6 +93,8 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
     check_shares(training, mesh.parts)
     dataset = world.first_before_others(lambda: open_dataset(config.data, say))
     manifest = dataset.manifest
+    if begun is not None:
+        check_data(begun, manifest, config.data.corpus)
     batches = Batches(
         dataset.split("train"),
         sequence_length=training.sequence_length,
@@ -98,6 +114,9 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
     model.to_empty(device=mesh.device).initialize(training.seed)
     model.recompute = training.recompute_activations
     optimizer = build_optimizer(model, config.optimizer)
+    content = content_of(manifest, model, optimizer)
+    if begun is not None:
+        check_content(begun, content)
     validation = manifest.splits["validation"]
     return Job(
         config=config,
@@ -106,9 +125,30 @@ def set_up(config: RunConfig, say: Callable[[str], None], world: World | None = 
         validation=dataset.split("validation"),
         tokens_per_byte=validation.tokens / validation.text_bytes,
         state=TrainingState(model, optimizer),
+        content=content,
         released=ReleasedSteps(optimizer) if training.release_gradients else None,
         shift=_shift(config, manifest),
     )
+
+
+def check_finished(folder: RunFolder, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Refuse a configuration whose text is not the one that a finished run was trained on.
+
+    Text that is gone is not missed.
+
+    Raises:
+        ConfigError: With both hashes.
+    """
+    start = folder.start()
+    if not knows_its_text(start):
+        return
+    try:
+        dataset = open_dataset(config.data, say)
+    except DataError:
+        if config.data.corpus == start.config["data"]["corpus"]:
+            return
+        raise
+    check_data(start, dataset.manifest, config.data.corpus)
 
 
 def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
@@ -127,11 +167,11 @@ def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
             say(_STAGES[progress.stage].format(data.corpus))
 
     vocab_size = VOCAB_SIZE if data.vocab_size is None else data.vocab_size
-    folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report)
+    folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report, say=say)
     dataset = TokenDataset.open(folder)
     found = dataset.manifest.vocab_size
     # A tokenizer that was trained here may have fewer tokens than asked, where the text is short.
-    prepared_before = folder == Path(data.corpus)
+    prepared_before = shards_at(data.corpus) is not None
     if prepared_before and data.vocab_size not in (None, found):
         raise ConfigError(
             f"data.vocab_size is {data.vocab_size}, but the tokenizer of {folder} has {found} "

@@ -8,15 +8,18 @@ later.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkgd.lab.disk import sync_folder
+from sinkgd.lab.disk import parse_json, sync_folder
 
 CHECKSUMS = "checksums.json"
+METADATA = ".metadata"  # of torch's writer
 _PARTIAL = ".partial"
+_NAME = re.compile(r"step-([0-9]{8,})")
 
 
 class CheckpointError(RuntimeError):
@@ -54,27 +57,35 @@ def latest_whole(folder: Path) -> Found | None:
 def find_damage(path: Path) -> str | None:
     """Compare every file of a checkpoint with its checksum; name the first that differs."""
     try:
-        sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        sums = parse_json((path / CHECKSUMS).read_bytes())
+        if METADATA not in sums:
+            return f"{path / CHECKSUMS} is damaged: it lacks {METADATA}"
         for name, expected in sums.items():
+            if name != Path(name).name:
+                return f"{path / CHECKSUMS} is damaged: {name!r} lies outside of the checkpoint"
             if _checksum(path / name) != expected:
                 return f"{path / name} is damaged: its checksum differs"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
-    except (ValueError, AttributeError) as error:
+    except IsADirectoryError as error:
+        return f"{error.filename} is a folder instead of a file"
+    except (ValueError, AttributeError, TypeError) as error:
         return f"{path / CHECKSUMS} is damaged: {error}"
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints, the oldest first; half-written ones are none."""
-    return sorted(p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
+    """List the checkpoints' folders by their steps; half-written ones are none."""
+    found = {path: _NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def begin(path: Path) -> Path:
     """Make room for a checkpoint and return the folder to write it in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in path.parent.glob(f"*{_PARTIAL}"):
-        shutil.rmtree(left_behind)
+    for left_behind in path.parent.glob(f"step-*{_PARTIAL}"):
+        _clear(left_behind)
     partial = _partial_of(path)
     partial.mkdir()
     return partial
@@ -104,12 +115,19 @@ def finish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> Non
         file.flush()
         os.fsync(file.fileno())
     sync_folder(partial)
-    if path.exists():  # a damaged one that a resumed run has come to again
-        shutil.rmtree(path)
+    _clear(path)  # damaged, and a resumed run has come to its step again
     partial.rename(path)
     sync_folder(path.parent)
     for old in checkpoints(path.parent)[:-keep]:
-        shutil.rmtree(old)
+        _clear(old)
+
+
+def _clear(path: Path) -> None:
+    """Delete the folder at ``path``; a file there is no checkpoint of ours and is moved aside."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.aside"))
 
 
 def _partial_of(path: Path) -> Path:

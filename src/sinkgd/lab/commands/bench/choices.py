@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, Device
-from sinkgd.lab.train.config_file import nearest
-from sinkgd.lab.train.device import select_device, set_threads
+from sinkgd.lab.train.device import check_threads, select_device, set_threads
 
 
 def chosen(
@@ -36,7 +36,7 @@ def chosen(
         raise ConfigError(f"{option} is empty; give names of {', '.join(names)}")
     for name in found:
         if name not in names:
-            raise ConfigError(f"{option} is {name!r}; did you mean {nearest(name, names)!r}?")
+            raise ConfigError(f"{option} is {name!r}; {suggest(name, names)}, all")
     return tuple(dict.fromkeys(found))
 
 
@@ -66,8 +66,7 @@ def prepare_device(device: Device, threads: int | None) -> torch.device:
     Raises:
         ConfigError: If CUDA was asked for and there is none, or ``threads`` is below 1.
     """
-    if threads is not None:
-        check_at_least_one("threads", threads)
+    check_threads(threads, option="threads")
     set_threads(threads)
     return select_device(device, option="device")
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from sinkgd.lab.bench.record_file import write_record
-from sinkgd.lab.report.shell import write_whole
+from sinkgd.lab.disk import write_whole
 
 
 def write_measurement(folder: Path, name: str, record: Any, page: str, console: Console) -> None:

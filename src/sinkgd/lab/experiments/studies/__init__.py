@@ -17,8 +17,8 @@ from sinkgd.lab.experiments.studies.table1 import TABLE1
 from sinkgd.lab.experiments.studies.tables import TABLES
 from sinkgd.lab.experiments.studies.width import WIDTH
 from sinkgd.lab.experiments.study import Study
+from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.lab.train.config_file import nearest
 
 _TABLE = (
     TABLE1,
@@ -50,8 +50,5 @@ def find_study(name: str) -> Study:
         ConfigError: If there is none; the nearest name is given.
     """
     if name not in STUDIES:
-        raise ConfigError(
-            f"there is no study {name!r}; did you mean {nearest(name, QUESTIONS)!r}? "
-            f"There are {', '.join(QUESTIONS)}"
-        )
+        raise ConfigError(f"there is no study {name!r}; {suggest(name, QUESTIONS)}")
     return STUDIES[name]

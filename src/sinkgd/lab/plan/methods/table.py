@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from sinkgd.lab.names import suggest
 from sinkgd.lab.plan.methods.baselines import BASELINES
 from sinkgd.lab.plan.methods.family import FAMILY
 from sinkgd.lab.plan.methods.method import Method
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.lab.train.config_file import nearest
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {method.name: method for method in (*FAMILY, *BASELINES)}
@@ -21,8 +21,5 @@ def find_method(name: str) -> Method:
         ConfigError: If there is none; the message gives the nearest name.
     """
     if name not in METHODS:
-        raise ConfigError(
-            f"optimizer is {name!r}; did you mean {nearest(name, METHODS)!r}? "
-            f"There are {', '.join(METHODS)}"
-        )
+        raise ConfigError(f"optimizer is {name!r}; {suggest(name, METHODS)}")
     return METHODS[name]

