@@ -35,7 +35,7 @@ def starts_of(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> list[
 def init_starts(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> None:
     """Begin the iterations of each matrix of a parameter from ones, as without a start."""
     entries = sum(grad[..., 0, :].numel() for grad in grads)
-    state[COL_SCALE] = torch.ones(entries, device=grads[0].device)
+    state[COL_SCALE] = torch.ones(entries, dtype=torch.float32, device=grads[0].device)
 
 
 def keep_starts(
