@@ -99,7 +99,11 @@ class CompiledBackend(TwoHalves):
 
 def _as_tensor(value: float | Tensor) -> Tensor:
     # A product stays symbolic where the number may change; torch.tensor() would fix it.
-    return value if isinstance(value, Tensor) else torch.ones((), dtype=torch.float64) * value
+    return (
+        value
+        if isinstance(value, Tensor)
+        else torch.ones((), dtype=torch.float64, device="cpu") * value
+    )
 
 
 def _as_number(value: Tensor) -> float | Tensor:

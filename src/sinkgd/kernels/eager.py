@@ -138,6 +138,9 @@ def descend_(
     there is a ``key``, bfloat16 is rounded stochastically. The memory of ``update`` is used up.
     """
     if allowed is not None:
+        if not isinstance(keep, Tensor):  # of two numbers, torch would make the default dtype
+            wide_dtype = torch.promote_types(param.dtype, torch.float32)
+            keep = torch.full_like(allowed, keep, dtype=wide_dtype)
         keep = torch.where(allowed, keep, 1.0)
         update = torch.where(allowed, update, 0.0)
     wide = param.to(torch.promote_types(param.dtype, torch.float32))  # param itself, if it is wide

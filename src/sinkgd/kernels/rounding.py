@@ -29,7 +29,7 @@ def random_bits(shape: torch.Size, key: Tensor) -> Tensor:
         shape: Of the parameter.
         key: 0-dim int64, on the parameter's device.
     """
-    places = torch.arange(shape.numel(), device=key.device)
+    places = torch.arange(shape.numel(), dtype=torch.int64, device=key.device)
     word = ((places + (key & _WORD)) & _WORD) ^ ((key >> 32) & _WORD)
     for shift, factor in zip(SHIFTS, FACTORS, strict=False):
         word = ((word ^ (word >> shift)) * factor) & _WORD  # int64 wraps; its low half is right
@@ -52,7 +52,7 @@ def keys_of_step(seed: int, step: Tensor, count: int) -> Tensor:
         step: 0-dim int64; nothing waits for it.
         count: How many parameters want a key.
     """
-    number = torch.arange(count, device=step.device)
+    number = torch.arange(count, dtype=torch.int64, device=step.device)
     return _mix(_mix(_mix(torch.full_like(number, seed)) + step) + number)
 
 

@@ -99,7 +99,7 @@ class _FlagsUnderWay(_Flags):
     """Flags on their way from a device to the host."""
 
     def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
-        host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+        host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
         super().__init__(names, host.copy_(flags, non_blocking=True), policy)
         self._copied = torch.Event(flags.device.type)
         self._copied.record()

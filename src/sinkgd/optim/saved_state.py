@@ -67,7 +67,7 @@ def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
     """Return the ``state`` of a state dict with numbers as tensors, as old torch saved steps."""
     return {
         key: {
-            name: torch.tensor(float(value), dtype=torch.float32)
+            name: torch.tensor(float(value), dtype=torch.float32, device="cpu")
             if isinstance(value, (int, float))
             else value
             for name, value in own.items()

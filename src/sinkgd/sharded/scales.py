@@ -157,8 +157,8 @@ class _Vectors:
             for length in [shape[-2:].numel()] * count
         ]
         self.length = sum(lengths)
-        owners = torch.arange(len(lengths)).repeat_interleave(
-            torch.tensor(lengths, dtype=torch.int64)
+        owners = torch.arange(len(lengths), dtype=torch.int64, device="cpu").repeat_interleave(
+            torch.tensor(lengths, dtype=torch.int64, device="cpu")
         )
         self._owners = owners.to(device)  # of each entry, its matrix
 
@@ -171,8 +171,10 @@ class _Vectors:
 
     def of_matrices(self, numbers: Sequence[int]) -> Tensor:
         """Give every matrix of each batch the number of the batch."""
-        flat = torch.tensor(numbers, dtype=torch.float64)
-        return flat.repeat_interleave(torch.tensor(self.counts)).to(self._owners.device)
+        flat = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return flat.repeat_interleave(
+            torch.tensor(self.counts, dtype=torch.int64, device="cpu")
+        ).to(self._owners.device)
 
     def spread(self, numbers: Tensor) -> Tensor:
         """Give every entry the number of its matrix."""

@@ -139,7 +139,7 @@ class CpuBackend:
         failed = reading.run(num_iters, tol, writes=writes, factors=factors)
         increment_version([params[i] for i in writes])
         if not failed and len(writes) == len(params):
-            return Descent(torch.ones(len(owners), dtype=torch.bool), reading.room)
+            return Descent(torch.ones(len(owners), dtype=torch.bool, device="cpu"), reading.room)
         finite = finite_of(reading.room, owners)
         if not forbidden:
             flags = of_each(finite, owners)
@@ -169,14 +169,19 @@ class CpuBackend:
         job = LookJob()
         looked: list[int] = []
         for i, x in enumerate(tensors):
-            if type(x) in (Tensor, Parameter) and x.dtype in DTYPES and x.is_contiguous():
+            if (
+                type(x) in (Tensor, Parameter)
+                and x.dtype in DTYPES
+                and x.is_cpu
+                and x.is_contiguous()
+            ):
                 job.add(x.data_ptr(), x.numel(), DTYPES[x.dtype])
                 looked.append(i)
             else:
                 flags[i] = bool(EagerBackend().are_finite([x]))
         for i, finite in zip(looked, job.run(), strict=True):
             flags[i] = finite
-        return torch.tensor(flags)
+        return torch.tensor(flags, dtype=torch.bool, device="cpu")
 
 
 def _are_usual(scales: Scales | Lowered, flag: Tensor | None) -> bool:

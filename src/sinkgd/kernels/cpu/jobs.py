@@ -251,6 +251,22 @@ def _run(function: str, table: "array[int]", fields: int, entries: int, *own: in
     team.run(_loops()[function], _address(header), workers if entries > ALONE else 1)
 
 
+def float32_address(x: Tensor) -> int:
+    """Return where the numbers of ``x`` begin, after a check that the loops may use them as theirs.
+
+    The loops read and write float32 without gaps, by address, and would overrun any other buffer.
+
+    Raises:
+        TypeError: If ``x`` is not contiguous float32 on a CPU.
+    """
+    if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+        raise TypeError(
+            f"the compiled loops need contiguous float32 on a CPU; got {x.dtype} on {x.device} "
+            f"of shape {tuple(x.shape)} and strides {x.stride()}"
+        )
+    return x.data_ptr()
+
+
 def _address(numbers: "array[int] | array[float]") -> int:
     return numbers.buffer_info()[0]
 
@@ -259,7 +275,7 @@ def _scratch(size: int) -> int:
     """Return the address of this thread's ``size`` bytes, kept from call to call."""
     held: Tensor | None = getattr(_local, "scratch", None)
     if held is None or held.numel() < size:
-        held = _local.scratch = torch.empty(size + 128, dtype=torch.uint8)
+        held = _local.scratch = torch.empty(size + 128, dtype=torch.uint8, device="cpu")
     return (held.data_ptr() + 127) // 128 * 128
 
 

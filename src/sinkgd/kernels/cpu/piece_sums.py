@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.cpu.jobs import SumsJob
+from sinkgd.kernels.cpu.jobs import SumsJob, float32_address
 from sinkgd.kernels.cpu.sources import readable
 from sinkgd.kernels.sums import EagerSums
 
@@ -34,8 +34,8 @@ class CpuSums:
         for i, source in enumerate(self._sources):
             if source is None:
                 self._leave(i)
-        self._of_rows = torch.zeros(sum(self._rows))
-        self._of_cols = torch.zeros(sum(self._cols))
+        self._of_rows = torch.zeros(sum(self._rows), dtype=torch.float32, device="cpu")
+        self._of_cols = torch.zeros(sum(self._cols), dtype=torch.float32, device="cpu")
         self._along = self._job(self._of_cols, self._cols, self._of_rows, self._rows, rows=True)
         self._down = self._job(self._of_rows, self._rows, self._of_cols, self._cols, rows=False)
 
@@ -57,7 +57,7 @@ class CpuSums:
         self, weights: Tensor, counts: list[int], sums: Tensor, places: list[int], *, rows: bool
     ) -> SumsJob:
         job = SumsJob()
-        at, to = weights.data_ptr(), sums.data_ptr()
+        at, to = float32_address(weights), float32_address(sums)
         for source, count, place in zip(self._sources, counts, places, strict=True):
             if source is not None:
                 job.add(source.tensor.data_ptr(), source.form, at, to, rows=rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sinkgd.deflation import LowRank, StoredProducts
 from sinkgd.kernels.backend import Scales, Stack
-from sinkgd.kernels.cpu.jobs import ProductsJob, Vectors
+from sinkgd.kernels.cpu.jobs import ProductsJob, Vectors, float32_address
 from sinkgd.kernels.cpu.sources import Source, readable
 from sinkgd.kernels.cpu.tables import VECTORS
 from sinkgd.kernels.products import eager_products
@@ -152,10 +152,12 @@ class _Read:
             return
         P, Q, width = self.form.P, self.form.Q, -(-k // VECTORS) * VECTORS
         self.k = k
-        self.tall = torch.zeros(self.count, P, width)
-        self.wide = torch.zeros(self.count, width, Q)
-        self.down = torch.empty(self.count, width, Q)
-        self.squares = torch.empty(self.count, P)
+        self.tall = torch.zeros(self.count, P, width, dtype=torch.float32, device="cpu")
+        self.wide = torch.zeros(self.count, width, Q, dtype=torch.float32, device="cpu")
+        self.down = torch.empty(self.count, width, Q, dtype=torch.float32, device="cpu")
+        self.squares = torch.empty(self.count, P, dtype=torch.float32, device="cpu")
+        for buffer in (self.tall, self.wide, self.down, self.squares):
+            float32_address(buffer)
 
 
 def _as_they_lie(stack: Stack) -> _Read | None:

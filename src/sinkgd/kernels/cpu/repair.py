@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels.backend import Scales
-from sinkgd.kernels.cpu.jobs import MatricesJob
+from sinkgd.kernels.cpu.jobs import MatricesJob, float32_address
 from sinkgd.kernels.cpu.sources import with_form
 from sinkgd.kernels.eager import sinkhorn
 from sinkgd.kernels.layout import dense, matrix_of
@@ -46,9 +46,13 @@ def _rescaled(
     S, form = with_form(dense(S))
     m, n = S.shape
     first = t if start is None else t * start
-    found = Scales(torch.empty(m, 1), first.square().reshape(1, n))
+    found = Scales(
+        torch.empty(m, 1, dtype=torch.float32, device="cpu"), first.square().reshape(1, n)
+    )
     job = MatricesJob()
-    job.add(S.data_ptr(), form, (found.row.data_ptr(), found.col.data_ptr()), started=True)
+    job.add(
+        S.data_ptr(), form, (float32_address(found.row), float32_address(found.col)), started=True
+    )
     if job.find_scales(num_iters, tol):
         return None
     limit = torch.finfo(torch.float32).max

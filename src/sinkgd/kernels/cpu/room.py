@@ -8,6 +8,7 @@ from torch import Size, Tensor
 
 from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.cpu.form import Form
+from sinkgd.kernels.cpu.jobs import float32_address
 
 
 class Room(Sequence[Scales]):
@@ -27,8 +28,8 @@ class Room(Sequence[Scales]):
             rows, cols = (0, 0) if form is None else (form.rows, form.cols)
             self._begins.append((end, end + rows))
             end += rows + cols
-        self._flat = torch.empty(end)
-        self._base = self._flat.data_ptr()
+        self._flat = torch.empty(end, dtype=torch.float32, device="cpu")
+        self._base = float32_address(self._flat)
 
     def addresses(self, i: int) -> tuple[int, int]:
         """Return where the row and the column scales of gradient ``i`` begin."""

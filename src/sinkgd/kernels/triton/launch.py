@@ -37,8 +37,8 @@ class Scratch(NamedTuple):
 
 def new_scratch(plan: Plan, num_iters: int, tol: float | None, device: torch.device) -> Scratch:
     """Make room for the scales of ``plan``."""
-    scales = torch.empty(2, plan.scales, device=device)
-    sums = torch.empty(plan.sums, device=device)
+    scales = torch.empty(2, plan.scales, dtype=torch.float32, device=device)
+    sums = torch.empty(plan.sums, dtype=torch.float32, device=device)
     alive = torch.zeros(2 * plan.matrices, dtype=torch.int32, device=device)
     moved = None
     if tol is not None:

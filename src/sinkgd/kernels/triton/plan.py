@@ -102,7 +102,11 @@ def plan_of_scales(sources: tuple[Source, ...], shapes: tuple[torch.Size, ...], 
             end = middle + tall * _padded(matrix.Q)
             for_rows.append(lines(i, wide, tall, reach_of(wide, tall, kind.tile.BM, size)))
             for_cols.append(lines(i, tall, wide, reach_of(tall, wide, kind.tile.BN, size)))
-        parts = table.add(torch.tensor(placed)), table.add(*for_rows), table.add(*for_cols)
+        parts = (
+            table.add(torch.tensor(placed, dtype=torch.int64, device="cpu")),
+            table.add(*for_rows),
+            table.add(*for_cols),
+        )
         buckets.append(Bucket(kind, *parts))
         sums, number = max(sums, end), number + len(placed)
     return Plan(tuple(buckets), table.joined(), rows, cols, entries, sums, number)
@@ -131,7 +135,7 @@ def plan_of_update(
     buckets = []
     for kind, targets in _fill(found, room):
         tiles = [lines(i, *kind.tile.counts(to.P, to.Q), 1) for i, to in enumerate(targets)]
-        parts = table.add(torch.tensor(targets)), table.add(*tiles)
+        parts = table.add(torch.tensor(targets, dtype=torch.int64, device="cpu")), table.add(*tiles)
         buckets.append(Bucket(kind, *parts, Part(0, 0)))
     return Plan(tuple(buckets), table.joined())
 
@@ -150,7 +154,9 @@ class _Table:
         return part
 
     def joined(self) -> Tensor:
-        return torch.cat(self.parts) if self.parts else torch.empty(0, dtype=torch.int64)
+        return (
+            torch.cat(self.parts) if self.parts else torch.empty(0, dtype=torch.int64, device="cpu")
+        )
 
 
 def _area(vector: int) -> int:

@@ -28,7 +28,11 @@ class Tables:
         """Return ``values`` on ``device``."""
         key = values, *_stream(device)
         found = self._find(key, device)
-        return self._copy(key, torch.tensor(values), device) if found is None else found
+        return (
+            self._copy(key, torch.tensor(values, dtype=torch.int64, device="cpu"), device)
+            if found is None
+            else found
+        )
 
     def table(self, host: Tensor, device: torch.device) -> Tensor:
         """Return a copy of ``host``, which does not change, on ``device``."""

@@ -38,7 +38,8 @@ def tile_of(P: int, Q: int, area: int) -> Tile:
 
 def lines(matrix: int, count: int, tiles: int, reach: int) -> Tensor:
     """Deal ``count`` lines of ``tiles`` each to programs of ``reach`` tiles: rows of `Program`."""
-    line, first = torch.arange(count), torch.arange(0, tiles, reach)
+    line = torch.arange(count, dtype=torch.int64, device="cpu")
+    first = torch.arange(0, tiles, reach, dtype=torch.int64, device="cpu")
     line, first = line.repeat(len(first)), first.repeat_interleave(count)
     return torch.stack(
         [torch.full_like(line, matrix), line, first, (first + reach).clamp(max=tiles)], dim=1

@@ -63,7 +63,11 @@ def random_problem(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.de
     """Make parameters of these shapes, and gradients whose rows and columns differ in size."""
     generator = torch.Generator(device).manual_seed(0)
     params = [
-        nn.Parameter(torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype))
+        nn.Parameter(
+            torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+            .mul_(0.02)
+            .to(dtype)
+        )
         for shape in shapes
     ]
     _give_gradients(params, generator)
@@ -84,10 +88,14 @@ def available_bytes(device: torch.device) -> int | None:
 
 def _give_gradients(params: Sequence[nn.Parameter], generator: torch.Generator) -> None:
     for param in params:
-        entries = torch.randn(param.shape, generator=generator, device=param.device).mul_(1e-3)
+        entries = torch.randn(
+            param.shape, generator=generator, dtype=torch.float32, device=param.device
+        ).mul_(1e-3)
         for axis in range(param.ndim):
             size = [1] * param.ndim
             size[axis] = param.shape[axis]
-            sizes = torch.randn(size, generator=generator, device=param.device).mul_(_SPREAD)
+            sizes = torch.randn(
+                size, generator=generator, dtype=torch.float32, device=param.device
+            ).mul_(_SPREAD)
             entries.mul_(sizes.exp_())
         param.grad = entries.to(param.dtype)

@@ -66,7 +66,9 @@ class PublicSinkGD(Optimizer):
     def __init__(self, params: Iterable[Tensor], update: Update, lr: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr})
         self.update = update
-        self.lr = torch.tensor(lr)  # on the CPU, so that reading it never waits for a GPU
+        self.lr = torch.tensor(
+            lr, dtype=torch.float32, device="cpu"
+        )  # on the CPU, so that reading it never waits for a GPU
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -81,9 +83,11 @@ class PublicSinkGD(Optimizer):
 @cache
 def compiler_missing() -> str | None:
     """Say why ``torch.compile`` cannot make the compiled loop here; None where it can."""
-    probe = torch.ones(2, 2)
+    probe = torch.ones(2, 2, dtype=torch.float32, device="cpu")
     try:
-        compiled_update(1)(probe.clone(), probe, torch.tensor(0.1))
+        compiled_update(1)(
+            probe.clone(), probe, torch.tensor(0.1, dtype=torch.float32, device="cpu")
+        )
     except RuntimeError as error:  # what dynamo and inductor raise; the compiler's words are in it
         words = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"torch.compile failed: {words[0]} {words[1] if len(words) > 1 else ''}".strip()

@@ -52,7 +52,7 @@ class Batch:
         if size * parts == rows:
             own = slice(number * size, (number + 1) * size)
             return Batch(self.inputs[own], self.targets[own])
-        wanted = torch.arange(number * size, (number + 1) * size)
+        wanted = torch.arange(number * size, (number + 1) * size, dtype=torch.int64, device="cpu")
         drawn = wanted.clamp(max=rows - 1)
         targets = self.targets[drawn].masked_fill((wanted >= rows)[:, None], IGNORE_INDEX)
         return Batch(self.inputs[drawn], targets)
@@ -146,7 +146,7 @@ def evaluation_batches(
 def _within_budget(rows: Rows, batch_size: int, max_tokens: int) -> Iterator[Batch]:
     remaining = max_tokens
     for first in range(0, rows.count, batch_size):
-        packed = rows.gather(np.arange(first, min(first + batch_size, rows.count)))
+        packed = rows.gather(np.arange(first, min(first + batch_size, rows.count), dtype=np.int64))
         scored = (packed.targets != IGNORE_INDEX).cumsum().reshape(packed.targets.shape)
         packed.targets[scored > remaining] = IGNORE_INDEX
         remaining -= int(scored[-1, -1])

@@ -42,9 +42,11 @@ class VocabularyShift:
             >>> sorted(shift.new_ids.tolist()), shift.new_ids[0].item()
             ([0, 1, 2, 3, 4, 5], 0)
         """
-        moved = torch.tensor([i for i in range(vocab_size) if i not in keep], dtype=torch.int64)
-        order = torch.randperm(len(moved), generator=torch.Generator().manual_seed(seed))
-        new_ids = torch.arange(vocab_size)
+        others = [i for i in range(vocab_size) if i not in keep]
+        moved = torch.tensor(others, dtype=torch.int64, device="cpu")
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        order = torch.randperm(len(moved), generator=generator, dtype=torch.int64, device="cpu")
+        new_ids = torch.arange(vocab_size, dtype=torch.int64, device="cpu")
         new_ids[moved] = moved[order]
         return cls(at_step, new_ids)
 

@@ -81,7 +81,7 @@ def _run_on_meta(
     """Build a model without weights, and run it forward and backward on one row."""
     with torch.device("meta"):
         model = build_model(preset, vocab_size=vocab_size, max_sequence_length=sequence_length)
-        tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+        tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device="meta")
     model.to(weight_dtype(precision))
     loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
     return model
@@ -92,7 +92,7 @@ def _take_a_small_step(config: RunConfig) -> None:
     family = config.model.preset.partition("-")[0]
     model: nn.Module = build_model(f"{family}-nano", **_SMALL)
     optimizer = build_optimizer(model, config.optimizer)
-    tokens = torch.arange(8).unsqueeze(0)
+    tokens = torch.arange(8, dtype=torch.int64, device="cpu").unsqueeze(0)
     loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 

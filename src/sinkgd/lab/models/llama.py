@@ -116,7 +116,9 @@ class Llama(LanguageModel):
         self.config = config
         with torch.device("meta"):  # torch's own init would draw from the global generator
             self.model = _Body(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(
+                config.hidden_size, config.vocab_size, bias=False, dtype=torch.float32
+            )
         materialize(self, torch.get_default_device(), seed)
 
     @property
@@ -161,7 +163,7 @@ class _Body(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=torch.float32)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotation = _Rotation(config)
@@ -199,10 +201,10 @@ class _Attention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         h = config.hidden_size
-        self.q_proj = nn.Linear(h, h, bias=False)
-        self.k_proj = nn.Linear(h, h, bias=False)
-        self.v_proj = nn.Linear(h, h, bias=False)
-        self.o_proj = nn.Linear(h, h, bias=False)
+        self.q_proj = nn.Linear(h, h, bias=False, dtype=torch.float32)
+        self.k_proj = nn.Linear(h, h, bias=False, dtype=torch.float32)
+        self.v_proj = nn.Linear(h, h, bias=False, dtype=torch.float32)
+        self.o_proj = nn.Linear(h, h, bias=False, dtype=torch.float32)
 
     def forward(self, x: Tensor, rotation: "_Rotation") -> Tensor:
         q = rotation(self._heads(self.q_proj(x)))
@@ -223,9 +225,9 @@ class _SwiGLU(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         h, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(h, inner, bias=False)
-        self.up_proj = nn.Linear(h, inner, bias=False)
-        self.down_proj = nn.Linear(inner, h, bias=False)
+        self.gate_proj = nn.Linear(h, inner, bias=False, dtype=torch.float32)
+        self.up_proj = nn.Linear(h, inner, bias=False, dtype=torch.float32)
+        self.down_proj = nn.Linear(inner, h, bias=False, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -237,7 +239,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

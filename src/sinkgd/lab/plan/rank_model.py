@@ -109,10 +109,10 @@ class _Attention(nn.Module):
         h, bias = a.hidden_size, a.qkv_bias
         queries, keys = a.num_heads // tp * a.head_size, a.num_kv_heads // tp * a.head_size
         self.head_size, self.grouped = a.head_size, a.num_kv_heads < a.num_heads
-        self.q_proj = nn.Linear(h, queries, bias=bias)
-        self.k_proj = nn.Linear(h, keys, bias=bias)
-        self.v_proj = nn.Linear(h, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, h, bias=False)
+        self.q_proj = nn.Linear(h, queries, bias=bias, dtype=torch.float32)
+        self.k_proj = nn.Linear(h, keys, bias=bias, dtype=torch.float32)
+        self.v_proj = nn.Linear(h, keys, bias=bias, dtype=torch.float32)
+        self.o_proj = nn.Linear(queries, h, bias=False, dtype=torch.float32)
         self.gather, self.scatter = _Moved(1, tp), _Moved(1, 1, tp)
 
     def forward(self, x: Tensor, rotation: nn.Module) -> Tensor:
@@ -132,9 +132,9 @@ def _divided_mlp(mlp: nn.Module, a: Architecture, tp: int) -> nn.Module:
     if tp == 1:
         return mlp
     inner = -(-a.intermediate_size // tp)
-    mlp.gate_proj = nn.Linear(a.hidden_size, inner, bias=False)
-    mlp.up_proj = nn.Linear(a.hidden_size, inner, bias=False)
-    mlp.down_proj = nn.Linear(inner, a.hidden_size, bias=False)
+    mlp.gate_proj = nn.Linear(a.hidden_size, inner, bias=False, dtype=torch.float32)
+    mlp.up_proj = nn.Linear(a.hidden_size, inner, bias=False, dtype=torch.float32)
+    mlp.down_proj = nn.Linear(inner, a.hidden_size, bias=False, dtype=torch.float32)
     return nn.Sequential(_Moved(1, tp), mlp, _Moved(1, 1, tp))
 
 
@@ -142,7 +142,7 @@ class _DividedEmbedding(nn.Embedding):
     """Some rows of the table: all tokens' vectors, then those of this rank's tokens."""
 
     def __init__(self, rows: int, width: int, tp: int) -> None:
-        super().__init__(rows, width)
+        super().__init__(rows, width, dtype=torch.float32)
         self.scatter = _Moved(1, 1, tp)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class _DividedHead(nn.Linear):
     """Logits of some tokens of the vocabulary, then of all."""
 
     def __init__(self, width: int, rows: int, vocab_size: int) -> None:
-        super().__init__(width, rows, bias=False)
+        super().__init__(width, rows, bias=False, dtype=torch.float32)
         self.vocab_size = vocab_size
 
     def forward(self, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _accumulate_gradient(
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     (scored,) = mesh.total(batch.target_count)
     size = min(training.micro_batch_size or len(inputs), len(inputs))
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     for rows in range(0, len(inputs), size):
         own = slice(rows, rows + size)
         with arithmetic(training.precision, device):

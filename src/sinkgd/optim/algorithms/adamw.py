@@ -174,6 +174,6 @@ def init_moments(
     # Names, shapes and devices as in torch.optim.AdamW, so that its checkpoints load here.
     if state:
         return
-    state["step"] = torch.zeros((), device=param.device if fused else "cpu")
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
     for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
         state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

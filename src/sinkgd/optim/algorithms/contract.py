@@ -151,7 +151,9 @@ def are_finite(slots: Sequence[Slot]) -> Tensor:
         flags = (
             found
             if len(full) == len(slots)
-            else flags.index_copy(0, torch.tensor(full, device=flags.device), found)
+            else flags.index_copy(
+                0, torch.tensor(full, dtype=torch.int64, device=flags.device), found
+            )
         )
     if not any(on_mesh(grad) for grad in all_grads):
         return flags

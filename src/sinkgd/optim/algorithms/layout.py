@@ -77,7 +77,9 @@ def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None
             "Use param_groups(model) to give it to AdamW"
         )
     try:
-        probe = torch.empty_strided(param.shape, param.stride(), device="meta")  # is no DTensor
+        probe = torch.empty_strided(
+            param.shape, param.stride(), dtype=param.dtype, device="meta"
+        )  # is no DTensor
         matrices_of(probe, probe, layout=layout, split=split)
     except ValueError as error:
         raise ValueError(f"{name!r} of shape {tuple(param.shape)}: {error}") from None

@@ -72,8 +72,9 @@ class Sage:
             return
         device = param.device
         state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        state["mean_size"] = torch.zeros(param.shape[-1], device=device)
-        state["weight_seen"] = torch.zeros((), device=device)  # 1 - β₂ to the number of steps
+        state["mean_size"] = torch.zeros(param.shape[-1], dtype=torch.float32, device=device)
+        # 1 - β₂ to the number of steps
+        state["weight_seen"] = torch.zeros((), dtype=torch.float32, device=device)
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Look through the gradients; then damp and write one by one."""

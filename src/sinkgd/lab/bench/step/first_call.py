@@ -19,7 +19,7 @@ WARM_PROCESSES = 3
 _PROGRAM = """\
 import sys, time, torch, sinkgd
 backend, device = sys.argv[1:]
-grad = torch.randn(256, 256, device=device)
+grad = torch.randn(256, 256, dtype=torch.float32, device=device)
 started = time.perf_counter()
 sinkgd.sinkhorn_scales(grad, backend=backend).col.sum().item()
 print(time.perf_counter() - started)

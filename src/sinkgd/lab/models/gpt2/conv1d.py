@@ -22,8 +22,8 @@ class Conv1D(nn.Module):
     def __init__(self, nf: int, nx: int, std: float) -> None:
         super().__init__()
         self.nf, self.nx, self.std = nf, nx, std
-        self.weight = nn.Parameter(torch.empty(nx, nf))
-        self.bias = nn.Parameter(torch.empty(nf))
+        self.weight = nn.Parameter(torch.empty(nx, nf, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(nf, dtype=torch.float32))
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw the weight; the bias is 0."""

@@ -100,7 +100,9 @@ class Frame(LanguageModel):
         self.config = config
         with torch.device("meta"):  # torch's own init would draw from the global generator
             self.transformer = _Body(config, self.make_block)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(
+                config.hidden_size, config.vocab_size, bias=False, dtype=torch.float32
+            )
         self._tie()
         materialize(self, torch.get_default_device(), seed)
 
@@ -189,14 +191,14 @@ class _Body(nn.Module):
 
     def __init__(self, config: FrameConfig, make_block: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.wpe = nn.Embedding(config.max_sequence_length, config.hidden_size)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size, dtype=torch.float32)
+        self.wpe = nn.Embedding(config.max_sequence_length, config.hidden_size, dtype=torch.float32)
         self.h = nn.ModuleList(make_block() for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.ln_f = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=torch.float32)
         self.recompute = False
 
     def forward(self, tokens: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device)
         x: Tensor = self.wte(tokens) + self.wpe(positions)
         for block in self.h:
             if self.recompute and self.training:

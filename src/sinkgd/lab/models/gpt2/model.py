@@ -89,9 +89,9 @@ class GPT2(Frame):
 class _Block(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.ln_1 = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=torch.float32)
         self.attn = _Attention(config)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=torch.float32)
         self.mlp = _MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:

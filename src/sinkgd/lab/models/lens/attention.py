@@ -61,13 +61,14 @@ class LensAttention(nn.Module):
         self.value = Factors(h, h, rank, std, from_svd=True)
         self.c_proj = Conv1D(h, h, config.residual_std)
         # vectors, which weight decay spares: all heads' standard gates first; head after head
-        self.gates = nn.Parameter(torch.empty(len(_GATES) * config.num_heads))
-        self.direction = nn.Parameter(torch.empty(h))
+        self.gates = nn.Parameter(torch.empty(len(_GATES) * config.num_heads, dtype=torch.float32))
+        self.direction = nn.Parameter(torch.empty(h, dtype=torch.float32))
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw the directions and set the gates; the other weights are their modules' own."""
         heads = self.gates.numel() // len(_GATES)
-        set_whole(self.gates, torch.tensor(_GATES).repeat_interleave(heads))
+        gates = torch.tensor(_GATES, dtype=torch.float32, device="cpu")
+        set_whole(self.gates, gates.repeat_interleave(heads))
         draw_normal(self.direction, _DIRECTION_STD, generator)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,14 +30,16 @@ class Factors(nn.Module):
         self, out_features: int, in_features: int, rank: int, std: float, *, from_svd: bool
     ) -> None:
         super().__init__()
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=False)
+        self.down = nn.Linear(in_features, rank, bias=False, dtype=torch.float32)
+        self.up = nn.Linear(rank, out_features, bias=False, dtype=torch.float32)
         self.std, self.from_svd = std, from_svd
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw the weights."""
         if self.from_svd:
-            whole = torch.empty(self.up.out_features, self.down.in_features, device="cpu")
+            whole = torch.empty(
+                self.up.out_features, self.down.in_features, dtype=torch.float32, device="cpu"
+            )
             draw_normal(whole, self.std, generator)
             self.approximate(whole)
         else:

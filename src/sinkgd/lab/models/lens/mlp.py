@@ -30,7 +30,8 @@ class LensMLP(nn.Module):
         h, inner, std = config.hidden_size, config.intermediate_size, config.initializer_std
         self.c_fc = Conv1D(inner, h, std)
         self.context = Factors(inner, h, rank, std, from_svd=False)
-        self.context_share = nn.Parameter(torch.empty(1))  # FSDP divides no scalars
+        # One number in a vector, as FSDP divides no scalars.
+        self.context_share = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.c_proj = Conv1D(h, inner, config.residual_std)
 
     def draw(self, generator: torch.Generator) -> None:

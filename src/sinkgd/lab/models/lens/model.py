@@ -157,9 +157,9 @@ class _Block(nn.Module):
 
     def __init__(self, config: LensConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.ln_1 = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=torch.float32)
         self.attn = LensAttention(config, config.key_value_rank)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=torch.float32)
         self.mlp = LensMLP(config, config.context_rank)
 
     def forward(self, x: Tensor, attention_share: float) -> Tensor:

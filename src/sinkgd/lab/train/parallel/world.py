@@ -84,7 +84,7 @@ class World:
         return error if self.watch is None else self.watch.explain(error)
 
     def _reduce(self, numbers: Any, operation: dist.ReduceOp.RedOpType) -> list[float]:
-        values = torch.tensor(numbers, dtype=torch.float64)
+        values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if self.group is not None:
             dist.all_reduce(values, operation, group=self.group)
         found: list[float] = values.tolist()

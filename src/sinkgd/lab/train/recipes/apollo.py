@@ -95,7 +95,7 @@ class Apollo(OneByOne):
             grad = grad.T
         if not state:
             shape = (group["rank"], grad.shape[1])
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = grad.new_zeros(shape), grad.new_zeros(shape)
             state["norm"] = grad.new_zeros(())
         period = int(state["step"]) // group["projection_every_steps"]

@@ -126,6 +126,8 @@ def build_trainee(case: Case, watch: Callable[[Tensor], None] | None = None) -> 
 
 def _random_batch(case: Case, vocab_size: int) -> Batch:
     rows, length = case.settings.batch_size, case.settings.sequence_length
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (rows, length + 1), generator=generator)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    tokens = torch.randint(
+        vocab_size, (rows, length + 1), generator=generator, dtype=torch.int64, device="cpu"
+    )
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
