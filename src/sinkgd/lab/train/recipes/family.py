@@ -18,7 +18,6 @@ from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
     return sinkgd.SinkGD(
         family_groups(model, o, "sinkgd", _of_tables(model, o)),
-        lr=o["lr"],
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
         rounding=o["rounding"],
         momentum=o["momentum"],
@@ -63,7 +62,6 @@ def _swan(model: nn.Module, o: Options) -> Optimizer:
     by_sinkhorn = None if spared is None else {spared: "sinkgd"}
     return sinkgd.SWAN(
         family_groups(model, o, "swan", by_sinkhorn),
-        lr=o["lr"],
         newton_schulz_steps=int(o["newton_schulz_steps"]),
         rounding=o["rounding"],
     )
@@ -73,7 +71,7 @@ def _scale(model: nn.Module, o: Options) -> Optimizer:
     groups = sinkgd.scale_groups(
         model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
     )
-    return sinkgd.SCALE(groups, lr=o["lr"], rounding=o["rounding"])
+    return sinkgd.SCALE(groups, rounding=o["rounding"])
 
 
 def _tempered(model: nn.Module, o: Options) -> Optimizer:
@@ -108,7 +106,6 @@ class _OneNorm:
     def __call__(self, model: nn.Module, o: Options) -> Optimizer:
         return sinkgd.MNGD(
             family_groups(model, o, "mngd"),
-            lr=o["lr"],
             norms=[self.norm],
             num_iters=1,
             rounding=o["rounding"],
