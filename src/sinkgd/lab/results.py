@@ -17,6 +17,8 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from sinkgd.lab.naming import NAMING, start_now
+
 RESULTS_FILE = "run.jsonl"  # in the run's folder
 
 
@@ -37,6 +39,7 @@ class RunStart:
     environment: dict[str, Any]  # versions, commit, device, threads
     parameters: int  # trainable parameters, tied ones once
     tokens_per_step: int  # positions in a global batch, padding included
+    naming: int = NAMING  # of recipes, see `sinkgd.lab.naming`
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,8 @@ def _parse(line: str, where: str) -> Record:
         record = _KINDS[fields.pop("kind")]
         if record is RunEnd:
             fields["memory"] = Memory(**fields["memory"])
+        if record is RunStart:
+            fields = start_now(fields)
         parsed: Record = record(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ResultsError(

@@ -11,6 +11,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from sinkgd.lab.naming import NAMING, command_now, name_now, plan_now, start_now
 from sinkgd.lab.results import (
     Evaluation,
     Memory,
@@ -100,7 +101,9 @@ class StudyRecord:
             try:
                 content = json.loads(line)
                 if record is None:
-                    record = cls(content["plan"], content["command"])
+                    naming = content.get("naming", 1)
+                    plan = plan_now(content["plan"], naming)
+                    record = cls(plan, command_now(content["command"], naming))
                 elif content["kind"] == "run":
                     result = _run_from_json(content, path)
                     record.runs[result.name] = result
@@ -131,7 +134,7 @@ class StudyWriter:
 
     def begin(self, plan: Mapping[str, Any], command: str) -> None:
         """Write the first line."""
-        self._write({"kind": "plan", "command": command, "plan": plan})
+        self._write({"kind": "plan", "naming": NAMING, "command": command, "plan": plan})
 
     def add_run(self, result: RunResult) -> None:
         """Write a run that ended."""
@@ -201,14 +204,15 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
         end = RunEnd(**{**end, "memory": Memory(**end["memory"])})
     run = Run(
         path,
-        RunStart(**content["start"], environment={}),
+        RunStart(**start_now(content["start"]), environment={}),
         [TrainStep(*row) for row in content["steps"]],
         [Evaluation(*row) for row in content["evaluations"]],
         end,
         _inner_from_json(content["statistics"]) if "statistics" in content else [],
     )
     study = content.get("study", "")
-    return RunResult(content["arm"], content["tuning"], content["point"], run, study)
+    arm = name_now(content["arm"], content["start"].get("naming", 1))
+    return RunResult(arm, content["tuning"], content["point"], run, study)
 
 
 def _without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
