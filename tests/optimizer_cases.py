@@ -36,6 +36,15 @@ def _in_groups(build, algorithm):
     return built
 
 
+def optimizer_of(params, algorithm, **options):
+    """Build an optimizer that gives every parameter, or every group, to one algorithm."""
+    if algorithm == "mngd":
+        build = _with(sinkgd.MNGD, norms=[sinkgd.SignNorm(), sinkgd.RowNorm()])
+    else:
+        build = sinkgd.SinkGD
+    return _in_groups(build, algorithm)(params, **options)
+
+
 def _with(build, **fixed):
     return lambda params, **options: build(params, **{**fixed, **options})
 

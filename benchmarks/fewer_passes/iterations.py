@@ -55,9 +55,8 @@ def run(options: dict[str, object], *, look: bool) -> dict[str, object]:
     """Train the demo's model once; return its loss and, with ``look``, the iterations counted."""
     base = RunConfig()
     training = replace(base.training, threads=1)
-    job = set_up(
-        resolve(replace(base, training=training, optimizer=OptimizerConfig(recipe="sinkgd"))), print
-    )
+    optimizer = OptimizerConfig(recipe="sinkgd-paper")
+    job = set_up(resolve(replace(base, training=training, optimizer=optimizer)), print)
     groups = [g for g in job.state.optimizer.param_groups if g["algorithm"] == "sinkgd"]
     for group in groups:
         group.update(options)

@@ -17,7 +17,7 @@ from sinkgd.lab.results import Run
 
 # recipe: (lr, matrix_lr) of each run; None where the recipe has one rate for all
 GRID: dict[str, list[tuple[float, float | None]]] = {
-    "sinkgd": [
+    "sinkgd-paper": [
         (0.01, 1e-3),
         (0.02, 1e-3),
         (0.04, 1e-3),

@@ -143,10 +143,10 @@ def check_matrix(function: str, grad: Tensor) -> None:
         raise ValueError(f"{function} needs a matrix, got a tensor of shape {tuple(grad.shape)}")
 
 
-def check_num_iters(num_iters: int) -> None:
-    """Refuse fewer iterations than one."""
+def check_num_iters(num_iters: int, argument: str = "num_iters") -> None:
+    """Refuse fewer iterations than one; ``argument`` is what the caller calls them."""
     if num_iters < 1:
-        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+        raise ValueError(f"{argument} must be at least 1, got {num_iters}")
 
 
 def check_tol(tol: float | None) -> None:

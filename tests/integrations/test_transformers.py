@@ -1,5 +1,7 @@
 """The real Trainer trains real LLaMA and GPT-2 models with the factory."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -140,3 +142,87 @@ def test_an_optimizer_can_be_handed_over_too(tmp_path):
 def test_an_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="learning_rate"):
         SinkGDFactory()(llama(), learning_rate=0.1)
+
+
+def rates(optimizer):
+    return {group["algorithm"]: group["lr"] for group in optimizer.param_groups}
+
+
+def arguments(tmp_path, **options):
+    return transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("is_keyword", [True, False])
+def test_training_arguments_give_what_the_arguments_lack(tmp_path, is_keyword):
+    args = arguments(tmp_path, learning_rate=0.5, weight_decay=0.25)
+
+    def build(**options):
+        if is_keyword:  # as {"training_args": args} among the Trainer's optimizer kwargs
+            return SinkGDFactory()(llama(), training_args=args, **options)
+        return SinkGDFactory()(llama(), args, **options)  # as axolotl does
+
+    assert rates(build()) == {"sinkgd": 0.025 * 0.5, "adamw": 0.5}
+    assert {group["weight_decay"] for group in build().param_groups} == {0.25, 0.0}
+    assert build().defaults["lr"] == 0.5
+    assert rates(build(lr=0.125)) == {"sinkgd": 0.025 * 0.125, "adamw": 0.125}
+    assert {group["weight_decay"] for group in build(weight_decay=0.0).param_groups} == {0.0}
+
+
+def test_without_training_arguments_the_rates_are_those_of_param_groups():
+    expected = sinkgd.SinkGD(sinkgd.param_groups(llama()))
+    assert rates(SinkGDFactory()(llama())) == rates(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "option"), [("adam_beta1", "betas"), ("adam_beta2", "betas"), ("adam_epsilon", "eps")]
+)
+def test_an_adam_option_of_training_arguments_is_refused_by_name(tmp_path, field, option):
+    args = arguments(tmp_path, **{field: 0.5})
+    with pytest.raises(
+        ValueError, match=rf"training_args.{field}=0.5 has no effect.*give {option}"
+    ):
+        SinkGDFactory()(llama(), args)
+    SinkGDFactory()(llama(), args, **{option: (0.8, 0.9) if option == "betas" else 1e-6})
+
+
+STRINGS = {
+    "lr": ("0.5", 0.5),
+    "weight_decay": ("1e-1", 0.1),
+    "betas": ("(0.8, 0.9)", (0.8, 0.9)),
+    "eps": ("1e-6", 1e-6),
+    "deflated_rank": ("2", 2),
+    "sinkhorn_iterations": ("3", 3),
+    "momentum": ("0.5", 0.5),
+    "warm_start": ("true", True),
+    "tol": ("1e-3", 1e-3),
+    "maximize": ("True", True),
+    "rounding": ("stochastic", "stochastic"),
+    "backend": ("eager", "eager"),
+    "operator_norm": ("muon", "muon"),
+    "first": ("None", None),
+    "nonfinite": ("skip", "skip"),
+}
+
+
+@pytest.mark.parametrize("option", STRINGS)
+def test_strings_are_read_as_their_values(option):
+    text, value = STRINGS[option]
+    optimizer = SinkGDFactory()(llama(), **{option: text})
+    found = [group[option] for group in optimizer.param_groups if option in group]
+    assert value in found
+
+
+def test_every_argument_of_the_optimizer_may_be_a_string():
+    model = llama()
+    plain = SinkGDFactory()(model)
+    for name, parameter in inspect.signature(sinkgd.SinkGD).parameters.items():
+        if name != "params":
+            optimizer = SinkGDFactory()(model, **{name: str(parameter.default)})
+            for own, expected in zip(optimizer.param_groups, plain.param_groups, strict=True):
+                assert own.get(name) == expected.get(name)
+
+
+@pytest.mark.parametrize("option", ["lr", "betas", "sinkhorn_iterations", "eps"])
+def test_a_string_that_is_no_value_is_refused_by_name(option):
+    with pytest.raises(ValueError, match=f"{option} must be a number.*got 'fast'"):
+        SinkGDFactory()(llama(), **{option: "fast"})

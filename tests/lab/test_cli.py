@@ -261,14 +261,14 @@ def test_a_stopped_comparison_goes_on(tmp_path, small, number, code):
 def test_a_killed_comparison_stops_its_training_which_saves(tmp_path, small):
     out = tmp_path / "c"
     process = program("compare", "--out", str(out), *small, "--training.steps", "2000")
-    results = out / "deflated-seed0" / "run.jsonl"
+    results = out / "sinkgd-seed0" / "run.jsonl"
     wait_for(results, '"step": 5', process)
     process.kill()
     process.communicate(timeout=60)  # its output ends when the training has ended too
     end = Run.read(results).end
     assert end is not None
     assert end.status == "interrupted"
-    assert (out / "deflated-seed0" / "checkpoints" / f"step-{end.step:08d}").is_dir()
+    assert (out / "sinkgd-seed0" / "checkpoints" / f"step-{end.step:08d}").is_dir()
 
 
 @pytest.mark.slow

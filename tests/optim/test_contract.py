@@ -195,7 +195,7 @@ def test_a_refused_group_leaves_no_trace():
     optimizer = sinkgd.SinkGD([a_matrix()])
     with pytest.raises(ValueError, match="did you mean 'sinkgd'"):
         optimizer.add_param_group({"params": [a_matrix(1)], "algorithm": "sinkdg"})
-    with pytest.raises(ValueError, match="num_iters must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="sinkhorn_iterations must be at least 1, got 0"):
         optimizer.add_param_group({"params": [a_matrix(1)], "sinkhorn_iterations": 0})
     assert len(optimizer.param_groups) == 1
 

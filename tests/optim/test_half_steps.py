@@ -31,11 +31,11 @@ def test_its_steps_are_those_of_the_form():
 
 
 def test_defaults_of_the_optimizer_do_not_change_the_form_and_a_group_does():
-    weight = nn.Parameter(torch.zeros(9, 14))
-    group = sinkgd.SinkGD(
-        [{"params": [weight], "algorithm": "sinkgd-table", "first": None}], momentum=0.5
-    ).param_groups[0]
+    form, plain = nn.Parameter(torch.zeros(9, 14)), nn.Parameter(torch.zeros(9, 14))
+    groups = [{"params": [form], "algorithm": "sinkgd-table", "first": None}, {"params": [plain]}]
+    group, other = sinkgd.SinkGD(groups, momentum=0.5).param_groups
     assert (group["momentum"], group["first"], group["last"]) == (0.95, None, "row")
+    assert other["momentum"] == 0.5
 
 
 def test_param_groups_route_embedding_and_head_to_it():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from optimizer_cases import optimizer_of
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["sinkgd", "swan", "mngd", "normalize", "adamw"])
@@ -16,11 +17,10 @@ def a_pair(algorithm, bad, policy):
     good.grad, ill.grad = torch.randn(4, 3), torch.randn(3, 5)
     ill.grad[1, 2] = bad
     groups = [
-        {"params": [("good", good)], "algorithm": algorithm},
-        {"params": [("layers.3.ill", ill)], "algorithm": algorithm, "weight_decay": 0.1},
+        {"params": [("good", good)]},
+        {"params": [("layers.3.ill", ill)], "weight_decay": 0.1},
     ]
-    norms = [sinkgd.SignNorm(), sinkgd.RowNorm()]
-    return good, ill, sinkgd.MNGD(groups, 0.1, norms=norms, nonfinite=policy)
+    return good, ill, optimizer_of(groups, algorithm, lr=0.1, nonfinite=policy)
 
 
 @BAD

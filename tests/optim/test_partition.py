@@ -204,7 +204,7 @@ def test_overrides_choose_algorithms_and_options_and_the_first_match_decides():
     groups = sinkgd.param_groups(Model(), lr=0.02, overrides=overrides)
     found = {name: group for group in groups for name, _ in group["params"]}
     assert found["c.weight"]["algorithm"] == "sinkgd"
-    assert found["c.weight"]["lr"] == 0.001
+    assert found["c.weight"]["lr"] == 0.0005
     assert (found["b.0.x.weight"]["split"], found["b.0.x.weight"]["lr"]) == (2, 0.125)
     assert found["b.0.x.bias"]["algorithm"] == "normalize"
     sinkgd.SinkGD(groups)
@@ -232,7 +232,7 @@ def test_hidden_matrices_are_deflated_unless_the_paper_is_asked_for():
     with pytest.raises(ValueError, match="deflated_rank must be a whole number of at least 0"):
         sinkgd.SinkGD(sinkgd.param_groups(Model(), deflated_rank=-1))
     with pytest.raises(
-        ValueError, match=r"=4 reaches no group.* param_groups\(model, deflated_rank"
+        ValueError, match=r"=4 has no effect.* param_groups\(model, deflated_rank=4"
     ):
         sinkgd.SinkGD(sinkgd.param_groups(Model()), deflated_rank=4)
     sinkgd.SinkGD(sinkgd.param_groups(Model(), deflated_rank=4), deflated_rank=4)
@@ -285,7 +285,7 @@ def test_the_table_shows_every_parameter_once_with_its_reason():
     table = sinkgd.describe_param_groups(model)
     assert "b.*.x.weight ×2" in table
     lines = {line.split()[0]: line for line in table.splitlines()}
-    assert lines["a.weight"].split(None, 4)[1:] == ["32×8", "adamw", "0.02", "embedding"]
+    assert lines["a.weight"].split(None, 4)[1:] == ["32×8", "adamw", "0.08", "embedding"]
     assert lines["c.weight"].endswith("output head")
     optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
     assert sinkgd.describe_param_groups(model, optimizer.param_groups) == table

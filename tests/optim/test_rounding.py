@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from optimizer_cases import optimizer_of
 from sinkgd.kernels.rounding import keys_of_step, random_bits, round_to_bfloat16
 
 STATELESS = ["sinkgd", "swan", "mngd", "normalize", "stateless"]
@@ -15,9 +16,7 @@ every = pytest.mark.parametrize("algorithm", STATELESS)
 
 
 def build(params, algorithm, **options):
-    groups = [{"params": list(params), "algorithm": algorithm}]
-    options = {"rounding": "stochastic", **options}
-    return sinkgd.MNGD(groups, options.pop("lr", 1e-3), norms=[sinkgd.SignNorm()], **options)
+    return optimizer_of(params, algorithm, **{"rounding": "stochastic", **options})
 
 
 def a_weight(seed=0, shape=(24, 40), dtype=torch.bfloat16):

@@ -20,6 +20,7 @@ from types import UnionType
 from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from sinkgd.lab.disk import parse_json
+from sinkgd.lab.naming import NAMING, start_now
 
 RESULTS_FILE = "run.jsonl"  # in the run's folder
 
@@ -44,6 +45,7 @@ class RunStart:
     # What the numbers follow from besides the configuration: hashes of the data and the optimizer's
     # groups, the model's sizes; empty where an older version wrote the record.
     inputs: dict[str, Any] = field(default_factory=dict)
+    naming: int = NAMING  # of recipes, see `sinkgd.lab.naming`
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ def _parse(line: str, where: str) -> Record:
         record = _KINDS[values.pop("kind")]
         if record is RunEnd:
             values["memory"] = checked(Memory(**values["memory"]))
+        if record is RunStart:
+            values = start_now(values)
         parsed: Record = checked(record(**values))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ResultsError(

@@ -36,10 +36,10 @@ class AdamWSPAM(GroupedOptimizer):
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape, whole or sharded.
             Those of a group are on one device, or one on each rank.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
-            of one element.
+            of one element. Default: 1e-3.
         betas: Decay of the first and the second moment a step, in [0, 1).
         eps: Added to the root of the second moment, at least 0.
-        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         max_norm: To which a longer gradient is clipped, positive; infinity clips none.
         spike_z: z, positive: standard deviations above the mean from which on a norm is a spike.
         norm_window: Norms that are remembered, at least 10.
@@ -75,10 +75,10 @@ class AdamWSPAM(GroupedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         *,
         max_norm: float = 1.0,
         spike_z: float = 2.0,
@@ -90,7 +90,7 @@ class AdamWSPAM(GroupedOptimizer):
         maximize: bool = False,
         nonfinite: str = "raise",
     ) -> None:
-        defaults: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -105,4 +105,4 @@ class AdamWSPAM(GroupedOptimizer):
             "maximize": maximize,
             "nonfinite": nonfinite,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments)

@@ -4,18 +4,30 @@ A step goes group by group: its algorithm updates the parameters, but for those 
 not finite, of which the guard hears.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from numbers import Real
+from types import MappingProxyType
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.optim.algorithms import ALGORITHMS, FORMS, NEEDS_ALL_GRADIENTS
+from sinkgd.optim.algorithms import FORMS, NEEDS_ALL_GRADIENTS
 from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, are_zero
 from sinkgd.optim.algorithms.rounding import count_step
+from sinkgd.optim.arguments import (
+    COMMON,
+    as_groups,
+    check_keys,
+    check_momentum,
+    check_runs,
+    equal,
+    find_algorithm,
+    resolve,
+    settle,
+)
 from sinkgd.optim.exchanged import Met, are_same, meet, named, newcomers, unnamed
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
 from sinkgd.optim.routing_check import check_same_routing
@@ -27,30 +39,56 @@ from sinkgd.optim.saved_state import (
     to_saved_form,
 )
 
-# What every group has, whatever its algorithm.
-_COMMON = {"lr", "weight_decay", "maximize", "nonfinite"}
-
 
 class GroupedOptimizer(Optimizer):
     """Base of the optimizers of this package: everything but the choice of the algorithm.
 
+    A constructor argument is the default of the groups that do not set the option. An argument that
+    was passed and that no group takes up is an error, unless it equals what all groups have:
+    ``SinkGD(param_groups(model), lr=1e-3)`` is refused, since `param_groups` sets every rate.
+    A group may hold the options of its own algorithm only.
+
+    ``defaults`` agrees with the groups. Where every group sets ``lr``, ``defaults["lr"]`` is the
+    largest rate, so that schedulers which read it scale every group as they scale AdamW's.
+    ``defaults`` names ``momentum`` only where the optimizer has momentum, as torch's OneCycleLR and
+    CyclicLR look there.
+
     Args:
         params: Tensors, (name, tensor) pairs, or groups of either, as in ``torch.optim``. A group
             may name its ``algorithm`` and set the options of that algorithm.
-        defaults: Options for the groups that do not set them.
+        arguments: The constructor's arguments, by name.
+
+    Raises:
+        TypeError: If ``params`` is a model or no iterable.
+        ValueError: If an argument or an option has no effect or is out of range, or no group runs
+            the optimizer's own algorithm.
     """
 
     default_algorithm: ClassVar[str]
+    # Arguments that param_groups sets too: None says that they were not passed.
+    none_means: ClassVar[Mapping[str, Any]] = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0})
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         self._guard = NonFiniteGuard()
+        self._has_momentum: list[bool] = []
         self._met: list[Met] = []
-        super().__init__(params, defaults)
+        name = type(self).__name__
+        groups = as_groups(params, name, self.default_algorithm)
+        own = [dict(group) for group in groups if isinstance(group, dict)]
+        defaults, passed = resolve(arguments, self.none_means, self.default_algorithm)
+        super().__init__(groups, defaults)
+        check_runs(name, self.default_algorithm, own)
+        self.defaults = settle(defaults, passed, own)
+        if isinstance(self.defaults["lr"], Tensor):
+            self.defaults["lr"] = self.defaults["lr"].clone()
+        if not self.defaults.get("momentum"):
+            self.defaults.pop("momentum", None)
         self._add_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled optimizer."""
+        """Restore a copied or unpickled optimizer; torch calls it at the end of loading, too."""
         super().__setstate__(state)
+        self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         if "_guard" not in self.__dict__:
             self._guard = NonFiniteGuard()
             self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
@@ -79,12 +117,16 @@ class GroupedOptimizer(Optimizer):
             ValueError: If the algorithm is unknown, or an option or a parameter does not fit it.
             TypeError: If a parameter is complex.
         """
-        algorithm = _algorithm(param_group.setdefault("algorithm", self.default_algorithm))
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a group must be a dict, got {type(param_group).__name__}")
+        algorithm = find_algorithm(param_group.setdefault("algorithm", self.default_algorithm))
+        check_keys(param_group, len(self.param_groups))
         for option, value in FORMS.get(param_group["algorithm"], {}).items():
             param_group.setdefault(option, value)
         for option, default in algorithm.options.items():
-            param_group.setdefault(option, self.defaults.get(option, default))
-        foreign = self.defaults.keys() - param_group.keys() - _COMMON
+            param_group.setdefault(option, self._default(option, default))
+        foreign = self.defaults.keys() - param_group.keys() - COMMON.keys() - {"lr", "weight_decay"}
+        self._own_lr(param_group)
         self._name_alike(param_group)
         asks_for_fused = param_group.get("fused") is True
         super().add_param_group(param_group)
@@ -98,6 +140,7 @@ class GroupedOptimizer(Optimizer):
         if asks_for_fused:
             # Of the instance, as torch sets it: Lightning refuses to clip where it is True.
             self._step_supports_amp_scaling = True
+        self._has_momentum.append(bool(param_group.get("momentum")))
         self._met.append(meet(param_group, len(self.param_groups) - 1))
 
     def _name_alike(self, param_group: dict[str, Any]) -> None:
@@ -114,6 +157,27 @@ class GroupedOptimizer(Optimizer):
         elif has_names and "param_names" not in self.param_groups[0]:
             for index, group in enumerate(self.param_groups):
                 group["param_names"] = [unnamed(i, index) for i in range(len(group["params"]))]
+
+    def _default(self, option: str, default: Any) -> Any:
+        """Return what a group has of an option that it does not set.
+
+        It is the optimizer's if that was passed, otherwise the ``default`` of the group's
+        algorithm: SWAN's one iteration is not the default of a group of MNGD.
+        """
+        if option not in self.defaults:
+            return default
+        value = self.defaults[option]
+        documented = {**find_algorithm(self.default_algorithm).options, **self.none_means}
+        was_passed = option not in documented or not equal(value, documented[option])
+        return value if was_passed else default
+
+    def _own_lr(self, param_group: dict[str, Any]) -> None:
+        """Give a group its own tensor: a scheduler that writes in place would count twice."""
+        lr = param_group.get("lr", self.defaults["lr"])
+        others = [group["lr"] for group in self.param_groups]
+        if isinstance(lr, Tensor) and others:
+            shared = any(lr is other for other in (*others, self.defaults["lr"]))
+            param_group["lr"] = lr.clone() if shared else lr
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -218,7 +282,7 @@ class GroupedOptimizer(Optimizer):
         """
         self._check_exchanged()
         for group in self.param_groups:
-            algorithm = _algorithm(group["algorithm"])
+            algorithm = find_algorithm(group["algorithm"])
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
                     state: dict[str, Any] = {}
@@ -233,11 +297,12 @@ class GroupedOptimizer(Optimizer):
     def _update(
         self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
     ) -> None:
+        check_momentum(self.param_groups, self._has_momentum)
         for index, slots in found:
             group = self.param_groups[index]
             flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
             context = Context(self.state, scale, flag)
-            finite = _algorithm(group["algorithm"]).step(slots, group, context)
+            finite = find_algorithm(group["algorithm"]).step(slots, group, context)
             # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
             known = finite if flag is None else finite | flag
             self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
@@ -297,7 +362,7 @@ class GroupedOptimizer(Optimizer):
             return
         for index, name, param in newcomers(self.param_groups, self._met):
             group = self.param_groups[index]
-            _check_param(name, param, group, _algorithm(group["algorithm"]))
+            _check_param(name, param, group, find_algorithm(group["algorithm"]))
         self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
 
     def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
@@ -324,14 +389,6 @@ class GroupedOptimizer(Optimizer):
         return found
 
 
-def _algorithm(name: str) -> Algorithm:
-    if name not in ALGORITHMS:
-        close = difflib.get_close_matches(str(name), ALGORITHMS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it is one of {', '.join(ALGORITHMS)}"
-        raise ValueError(f"there is no algorithm {name!r}; {hint}")
-    return ALGORITHMS[name]
-
-
 def _is_known_to_be_zero(lr: float | Tensor) -> bool:
     """Whether a learning rate is zero, as far as that is known without waiting for a device."""
     return bool(lr == 0) if not isinstance(lr, Tensor) or lr.is_cpu else False
@@ -339,6 +396,9 @@ def _is_known_to_be_zero(lr: float | Tensor) -> bool:
 
 def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
     lr, weight_decay = group["lr"], group["weight_decay"]
+    for option in ("lr", "weight_decay"):
+        if not isinstance(group[option], Real | Tensor):
+            raise TypeError(f"{option} must be a number, got {group[option]!r}")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
     if not lr >= 0:

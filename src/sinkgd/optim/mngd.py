@@ -24,12 +24,14 @@ class MNGD(GroupedOptimizer):
     tells what is not finite. Other norms need whole matrices.
 
     Args:
-        params: Matrices (two dimensions or more): tensors, (name, tensor) pairs or groups. Vectors
-            are refused; `param_groups` gives them to AdamW.
-        lr: Learning rate η, at least 0; a float or a tensor of one element.
-        norms: The norms g₁ … g_K, in the order of their projections.
+        params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or
+            (name, tensor) pairs. Vectors are refused.
+        lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
+            of one element. Default: 1e-3.
+        norms: The norms g₁ … g_K, in the order of their projections; at least one for the groups
+            that do not set their own.
         num_iters: Iterations L, at least 1.
-        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter as it is, and count it in `skipped`).
@@ -66,11 +68,11 @@ class MNGD(GroupedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
-        norms: Sequence[Norm],
+        lr: float | Tensor | None = None,
+        norms: Sequence[Norm] = (),
         num_iters: int = 5,
         *,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         maximize: bool = False,
         nonfinite: str = "raise",
         rounding: str = "nearest",
@@ -79,7 +81,7 @@ class MNGD(GroupedOptimizer):
         nesterov: bool = False,
         momentum_place: str = "before",
     ) -> None:
-        defaults: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "lr": lr,
             "norms": tuple(norms),
             "num_iters": num_iters,
@@ -92,4 +94,4 @@ class MNGD(GroupedOptimizer):
             "nesterov": nesterov,
             "momentum_place": momentum_place,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments)

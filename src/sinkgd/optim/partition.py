@@ -1,31 +1,36 @@
 """Which parameter gets which algorithm: the default recipe as torch parameter groups."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.layout import dims_of
+from sinkgd.optim.arguments import options_of
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
-# Directions of the default recipe: docs/choose.md has the studies that speak for it.
+# The default recipe, measured in the setting of study table1 on a LLaMA of 1.3M parameters:
+# benchmarks/deflation has the runs. 0.002 was the best rate of matrices among 0.001 to 0.004.
+LR = 0.08
+MATRIX_LR_SCALE = 0.025
+BETAS = (0.9, 0.95)
 DEFLATED_RANK = 15
 
 
 def param_groups(
     model: nn.Module,
-    lr: float = 0.02,
-    matrix_lr_scale: float = 0.05,
+    lr: float | Tensor = LR,
+    matrix_lr_scale: float = MATRIX_LR_SCALE,
     *,
     matrix_algorithm: str = "sinkgd",
     deflated_rank: int = DEFLATED_RANK,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float, float] = BETAS,
     overrides: Overrides | None = None,
     base_width: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -39,18 +44,24 @@ def param_groups(
 
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out.
-        lr: Learning rate of AdamW. The paper uses 0.02.
-        matrix_lr_scale: The paper's α, 0.05: the root-mean-square change of a hidden weight in one
-            step is ``matrix_lr_scale * lr``. Deflated models of width 128 ended lower with 0.1, at
-            the same ``lr`` (docs/experiments.md, study alpha).
+        lr: Learning rate of AdamW, a float or a tensor of one element. 0.08 is what study table1
+            measured with, at 1.3M parameters and width 128, trained from scratch. The paper uses
+            0.02 for models of 60M to 1.3B parameters.
+        matrix_lr_scale: The paper's α: the root-mean-square change of a hidden weight in one step
+            is ``matrix_lr_scale * lr``. With ``lr=0.08`` the default gives 0.002, the best of four
+            rates of the default recipe in the setting of study table1 (benchmarks/deflation). The
+            paper uses 0.05 with its ``lr`` of 0.02, which is 0.001. Wider models bear less: with
+            the deflation of that time the largest good rate fell from 0.008 at width 64 to 0.002 at
+            width 256 (study width, docs/experiments.md).
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
         deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
-            docs/choose.md has the studies that speak for 8. 0 is the paper's: SR-Sinkhorn alone.
+            benchmarks/deflation compares ranks. 0 is the paper's: SR-Sinkhorn alone.
         weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
-            scalars. Their learning rate, by which decay is multiplied, is 20 times that of hidden
+            scalars. Their learning rate, by which decay is multiplied, is 40 times that of hidden
             matrices, and decay would also shrink the rows of words that do not occur. An override
             may set it. The paper uses none.
-        betas: AdamW's decay rates of the two moments.
+        betas: AdamW's decay rates of the two moments. (0.9, 0.95) is what study table1 measured
+            with.
         overrides: From a regular expression, searched in the parameter's name, with and without
             the prefixes of wrappers such as torch.compile, to an algorithm (``"adamw"``,
             ``"sinkgd"``, ``"normalize"`` …) or to group options such as
@@ -67,8 +78,10 @@ def param_groups(
         the options of its algorithm.
 
     Raises:
+        TypeError: If ``model`` is no ``nn.Module``.
         ValueError: If the model has no trainable parameter, ``lr`` or ``matrix_lr_scale`` is
-            negative, ``base_width`` is below 1, or an override matches no parameter.
+            negative, ``base_width`` is below 1, an override matches no parameter, an algorithm is
+            unknown, or ``deflated_rank`` is given and no group runs ``"sinkgd"``.
 
     Examples:
         >>> import torch, sinkgd
@@ -76,9 +89,9 @@ def param_groups(
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         >>> for group in sinkgd.param_groups(model):
         ...     print(group["algorithm"], group["lr"], len(group["params"]))
-        sinkgd 0.001 2
-        sinkgd 0.001 6
-        adamw 0.02 16
+        sinkgd 0.002 2
+        sinkgd 0.002 6
+        adamw 0.08 16
         >>> optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
 
     References:
@@ -87,6 +100,7 @@ def param_groups(
         Yang et al., Tensor Programs V, table 8 (the width rule). https://arxiv.org/abs/2203.03466
         That the best learning rate of SinkGD goes with 1 / d_in is a finding of axolotl's.
     """
+    check_model(model, "param_groups")
     for argument, value in (("lr", lr), ("matrix_lr_scale", matrix_lr_scale)):
         if not value >= 0:
             raise ValueError(f"{argument} must be at least 0, got {value}")
@@ -101,7 +115,8 @@ def param_groups(
         algorithm = given[name].get("algorithm", matrix_algorithm if role.is_matrix else "adamw")
         options = {"algorithm": algorithm, "lr": lr, "betas": betas}
         if algorithm != "adamw":
-            options = {"algorithm": algorithm, "lr": matrix_lr_scale * lr, **_layout(role)}
+            options = {"algorithm": algorithm, "lr": matrix_lr_scale * lr}
+            options |= _layout(role, options_of(algorithm))
             if base_width is not None and role.is_matrix:
                 options["lr"] *= base_width / _in_features(param, role)
         if algorithm == "sinkgd":
@@ -110,7 +125,25 @@ def param_groups(
         options |= {"weight_decay": weight_decay if is_decayed else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
+    if deflated_rank not in (0, DEFLATED_RANK) and "sinkgd" not in _algorithms(groups.values()):
+        raise ValueError(
+            f"deflated_rank={deflated_rank} has no effect: no group runs 'sinkgd', the groups run "
+            f"{', '.join(map(repr, _algorithms(groups.values())))}. Leave it out"
+        )
     return sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
+
+
+def check_model(model: object, function: str) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        TypeError: With the call of ``function`` that is meant.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function} takes the model itself, an nn.Module, got {type(model).__name__}; write "
+            f"{function}(model). Its parameters alone do not tell which of them are hidden matrices"
+        )
 
 
 def describe_param_groups(
@@ -132,6 +165,7 @@ def describe_param_groups(
         >>> print(sinkgd.describe_param_groups(model).splitlines()[0])
         parameter                           shape  algorithm  lr     why
     """
+    check_model(model, "describe_param_groups")
     reasons = {param: role.reason for _, param, role in roles(model)}
     counts: dict[tuple[str, ...], int] = {}
     for group in param_groups(model) if groups is None else groups:
@@ -160,8 +194,14 @@ def _words(group: Mapping[str, Any]) -> str:
     return f"{group['algorithm']}, deflated {rank}" if rank else str(group["algorithm"])
 
 
-def _layout(role: Role) -> dict[str, Any]:
-    return {"layout": role.layout, "split": role.split}
+def _layout(role: Role, taken: Set[str]) -> dict[str, Any]:
+    """Return how the parameter is seen as matrices, for an algorithm that takes these options."""
+    seen = {"layout": role.layout, "split": role.split}
+    return {option: value for option, value in seen.items() if option in taken}
+
+
+def _algorithms(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(group["algorithm"]) for group in groups))
 
 
 def _in_features(param: Tensor, role: Role) -> int:

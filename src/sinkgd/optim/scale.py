@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
 from sinkgd.optim.mngd import MNGD
-from sinkgd.optim.partition import Overrides, matches, param_groups
+from sinkgd.optim.partition import Overrides, check_model, matches, param_groups
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
@@ -27,7 +27,7 @@ class SCALE(MNGD):
         params: Groups of `scale_groups`. Matrices by themselves, tensors or (name, tensor) pairs,
             have no momentum unless ``momentum`` is given. Vectors are refused.
         lr: Learning rate η of the groups that do not set their own, at least 0: the
-            root-mean-square change of a weight in one step.
+            root-mean-square change of a weight in one step. Default: 1e-3.
         **options: The keyword options of `MNGD`.
 
     Raises:
@@ -49,7 +49,7 @@ class SCALE(MNGD):
         https://arxiv.org/abs/2506.16659
     """
 
-    def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **options: Any) -> None:
+    def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
         super().__init__(params, lr, [RowNorm()], 1, **options)
 
 
@@ -80,8 +80,9 @@ def scale_groups(
         Groups of (name, parameter) pairs.
 
     Raises:
-        ValueError: As `param_groups` does.
+        TypeError, ValueError: As `param_groups` does.
     """
+    check_model(model, "scale_groups")
     own: dict[str, Any] = {
         EMBEDDING: {"algorithm": "mngd", "layout": "transposed"},
         HEAD: {"algorithm": "mngd", "momentum": momentum},

@@ -1,6 +1,6 @@
 """SinkGD: descend along the SR-Sinkhorn normalization of the gradient, with no state."""
 
-from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -35,11 +35,12 @@ class SinkGD(GroupedOptimizer):
     No matrix is sent. What may copy gradients sends its messages anew for every 256 MiB of them.
 
     Args:
-        params: Groups from `param_groups`, or tensors, or (name, tensor) pairs.
+        params: Groups from `param_groups`, or tensors, or (name, tensor) pairs. Groups may name any
+            algorithm. An argument below that no group takes up is an error.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
-            of one element.
+            of one element. Default: 1e-3.
         sinkhorn_iterations: Iterations L, at least 1. The paper uses 5.
-        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter as it is, and count it in `skipped`).
@@ -71,14 +72,16 @@ class SinkGD(GroupedOptimizer):
             gradient and about 10 k flops an entry. Keeps no state. Backends other than ``cpu`` make
             float32 copies of the gradients, 64 MiB of them at a time (on a mesh 256 MiB) unless one
             alone is larger. Groups of `param_groups` set their own.
+            Default: 0.
         operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
             estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
             share, no longer a root-mean-square: with ``"muon"`` the change that an input of
             root-mean-square 1 can bring about in an output. Keeps n float32 a matrix.
 
     Raises:
-        ValueError: If an option is out of range, or does not fit a parameter; the message names it.
-        TypeError: If a parameter is not real and floating.
+        ValueError: If an option is out of range, does not fit a parameter, or has no effect because
+            every group sets it; the message names it.
+        TypeError: If ``params`` is a model, or a parameter is not real and floating.
         ImportError: If ``backend`` names one that is not installed.
 
     Examples:
@@ -97,14 +100,15 @@ class SinkGD(GroupedOptimizer):
     """
 
     default_algorithm = "stateless"
+    none_means = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0, "deflated_rank": 0})
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         sinkhorn_iterations: int = 5,
         *,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         maximize: bool = False,
         nonfinite: str = "raise",
         backend: str = "auto",
@@ -119,10 +123,10 @@ class SinkGD(GroupedOptimizer):
         first: str | None = None,
         tiny_rows: str = "keep",
         tiny_row_threshold: float = 0.01,
-        deflated_rank: int = 0,
+        deflated_rank: int | None = None,
         operator_norm: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "lr": lr,
             "sinkhorn_iterations": sinkhorn_iterations,
             "weight_decay": weight_decay,
@@ -143,15 +147,4 @@ class SinkGD(GroupedOptimizer):
             "deflated_rank": deflated_rank,
             "operator_norm": operator_norm,
         }
-        super().__init__(params, defaults)
-        _check_reached(deflated_rank, self.param_groups)
-
-
-def _check_reached(deflated_rank: int, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse a rank that no group goes by."""
-    ranks = {group["deflated_rank"] for group in groups if "deflated_rank" in group}
-    if deflated_rank and ranks and deflated_rank not in ranks:
-        raise ValueError(
-            f"deflated_rank={deflated_rank} reaches no group, for each sets its own. "
-            f"Say param_groups(model, deflated_rank={deflated_rank})"
-        )
+        super().__init__(params, arguments)

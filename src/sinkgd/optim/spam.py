@@ -28,10 +28,10 @@ class SPAM(GroupedOptimizer):
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape, whole or sharded.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
-            of one element.
+            of one element. Default: 1e-3.
         betas: Decay of the first and the second moment a step, in [0, 1).
         eps: Added to the root of the second moment, at least 0.
-        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         theta: Threshold θ, positive, in units of v; None cuts nothing.
         clip_delay: Steps of young moments in which nothing is cut, at least 0.
         reset_interval: Steps between resets, at least 1.
@@ -68,10 +68,10 @@ class SPAM(GroupedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         *,
         theta: float | None = 5000.0,
         clip_delay: int = 20,
@@ -80,7 +80,7 @@ class SPAM(GroupedOptimizer):
         maximize: bool = False,
         nonfinite: str = "raise",
     ) -> None:
-        defaults: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -92,4 +92,4 @@ class SPAM(GroupedOptimizer):
             "maximize": maximize,
             "nonfinite": nonfinite,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments)

@@ -22,7 +22,8 @@ class SRON(MNGD):
         params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or
             (name, tensor) pairs. Vectors are refused.
         lr: Learning rate η of the groups that do not set their own, at least 0: the
-            root-mean-square change of a weight in one step. The paper's α is a part of it.
+            root-mean-square change of a weight in one step. The paper's α is a part of it. Default:
+            1e-3.
         **options: The keyword options of `MNGD`.
 
     Raises:
@@ -44,5 +45,5 @@ class SRON(MNGD):
         https://openreview.net/forum?id=BtQLBWr6zI
     """
 
-    def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **options: Any) -> None:
+    def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
         super().__init__(params, lr, [RowNorm()], 1, **options)

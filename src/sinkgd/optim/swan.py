@@ -24,10 +24,10 @@ class SWAN(GroupedOptimizer):
         params: Groups of ``param_groups(model, matrix_algorithm="swan")``, or matrices: tensors or
             (name, tensor) pairs. Vectors are refused.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
-            of one element.
+            of one element. Default: 1e-3.
         newton_schulz_steps: Steps of the whitening, at least 1.
         num_iters: How often both projections take turns, at least 1. The paper uses 1.
-        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter as it is, and count it in `skipped`).
@@ -65,11 +65,11 @@ class SWAN(GroupedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         newton_schulz_steps: int = 5,
         *,
         num_iters: int = 1,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         maximize: bool = False,
         nonfinite: str = "raise",
         rounding: str = "nearest",
@@ -78,7 +78,7 @@ class SWAN(GroupedOptimizer):
         nesterov: bool = False,
         momentum_place: str = "before",
     ) -> None:
-        defaults: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "lr": lr,
             "newton_schulz_steps": newton_schulz_steps,
             "num_iters": num_iters,
@@ -91,4 +91,4 @@ class SWAN(GroupedOptimizer):
             "nesterov": nesterov,
             "momentum_place": momentum_place,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments)

@@ -1,5 +1,6 @@
 """TemperedSinkGD: descend along row- and column-normalized, squashed gradients, with no state."""
 
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +27,8 @@ class TemperedSinkGD(GroupedOptimizer):
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape. Matrices are taken
             as such, vectors and scalars as `sinkgd.temper` says; whole or sharded.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
-            of one element.
-        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``.
+            of one element. Default: 3e-4.
+        weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.1.
         tau: Temperature τ, positive.
         n_iter: Iterations, at least 0; 0 divides by the mean size of the entries.
         eps: Floor on a sum of absolute values, at least 0.
@@ -53,12 +54,13 @@ class TemperedSinkGD(GroupedOptimizer):
     """
 
     default_algorithm = "tempered"
+    none_means = MappingProxyType({"lr": 3e-4, "weight_decay": 0.1})
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        weight_decay: float = 0.1,
+        lr: float | Tensor | None = None,
+        weight_decay: float | None = None,
         tau: float = TAU,
         n_iter: int = NUM_ITERS,
         eps: float = EPS,
@@ -68,7 +70,7 @@ class TemperedSinkGD(GroupedOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        defaults: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "tau": tau,
@@ -79,4 +81,4 @@ class TemperedSinkGD(GroupedOptimizer):
             "rounding": rounding,
             "seed": seed,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments)

@@ -73,7 +73,7 @@ def test_tables_name_the_best_rule_and_who_is_level_with_it():
 
 def test_what_is_kept_of_whitenings_gain_is_a_part_of_it():
     losses = {
-        "sinkgd": near(4.0),
+        "sinkgd-paper": near(4.0),
         "swan-5": near(3.8),
         "swan-2": apart(3.8),
         "pinned": near(3.9),
@@ -89,18 +89,18 @@ def test_what_is_kept_of_whitenings_gain_is_a_part_of_it():
         "What is kept of the gain: swan-2 100\xa0%, pinned 50\xa0%, rows-only -25\xa0%."
     )
     costs = next(s for s in verdict.sentences if s.startswith("Milliseconds"))
-    assert "sinkgd 200.0" in costs  # a fifth of a second
+    assert "sinkgd-paper 200.0" in costs  # a fifth of a second
     assert "swan-5 600.0" in costs
 
 
 def test_without_a_gain_there_is_nothing_to_keep():
-    verdict = judge("spectral", {"sinkgd": near(4.0), "swan-5": apart(4.0)})
+    verdict = judge("spectral", {"sinkgd-paper": near(4.0), "swan-5": apart(4.0)})
     assert verdict.headline.startswith("There is no gain to keep: swan-5 ended at 4.000")
 
 
 def test_without_both_ends_the_gain_is_unknown():
     headline = judge("spectral", {"swan-2": near(4.0)}).headline
-    assert headline == "swan-2 ended at 4.000; sinkgd and swan-5 are not both there."
+    assert headline == "swan-2 ended at 4.000; sinkgd-paper and swan-5 are not both there."
 
 
 # Width --------------------------------------------------------------------------------------------
@@ -217,20 +217,20 @@ def weighed(sizes):
 
 def test_the_front_has_whom_none_beats_in_memory_or_loss():
     losses = {
-        "sinkgd": near(4.0),
+        "sinkgd-paper": near(4.0),
         "sinkgd-stateless": near(4.4),
         "swan": near(3.9),
         "muon": near(3.8),
         "adamw": apart(3.9),
     }
-    sizes = {"sinkgd": 10, "sinkgd-stateless": 0, "swan": 10, "muon": 30, "adamw": 40}
+    sizes = {"sinkgd-paper": 10, "sinkgd-stateless": 0, "swan": 10, "muon": 30, "adamw": 40}
     results = with_runs(made_up(STUDIES["pareto"], losses), weighed(sizes))
     arms = [*results.candidates, *results.controls]
     assert [one.arm.name for one in front(results, arms)] == ["sinkgd-stateless", "swan", "muon"]
     verdict = STUDIES["pareto"].judge(results)
     assert verdict.headline.startswith("On the front of state against loss: sinkgd-stateless (0")
     assert any(one.startswith("adamw is off it") for one in verdict.sentences)
-    assert any(one.startswith("The best L × α of SinkGD: L = 1") for one in verdict.sentences)
+    assert any(one.startswith("The best L × α of sinkgd-paper: L = 1") for one in verdict.sentences)
 
 
 # Table 1 ------------------------------------------------------------------------------------------

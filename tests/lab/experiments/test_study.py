@@ -81,7 +81,7 @@ def test_the_axis_rates_and_recipes_can_be_chosen():
     study = find_study("iterations")
     arms = selected(study, axis={"iterations": (2, 7)})
     assert [arm.name for arm in arms] == ["L2", "L7", "adamw", "adamw-one-lr"]
-    arms = selected(study, axis={}, rates=(0.5,), recipes=["sinkgd", "adamw"])
+    arms = selected(study, axis={}, rates=(0.5,), recipes=["sinkgd-paper", "adamw"])
     assert {arm.overrides[LR] for arm in arms} == {0.5}
     assert {len(arm.points()) for arm in arms} == {6}
     alpha = selected(find_study("alpha"), axis={}, rates=(0.04,))[0]
@@ -111,7 +111,8 @@ def test_an_option_that_would_do_nothing_is_refused():
     ("options", "message"),
     [
         ({"axis": {"alpha": (0.1,)}}, "study 'iterations' does not take --alpha; its axis is"),
-        ({"axis": {}, "recipes": ["sinkdg"]}, "did you mean 'sinkgd'"),
+        ({"axis": {}, "recipes": ["sinkdg-paper"]}, "did you mean 'sinkgd-paper'"),
+        ({"axis": {}, "recipes": ["deflated"]}, "'deflated'; it is called 'sinkgd' now"),
     ],
 )
 def test_an_option_that_does_not_fit_is_refused(options, message):

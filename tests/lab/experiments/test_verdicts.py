@@ -63,19 +63,33 @@ def test_the_best_is_compared_with_every_control_at_equal_tokens_and_seconds():
     ("losses", "headline", "sentence"),
     [
         (
-            {"alpha0.025": near(4.1), "alpha0.05": near(4.0), "alpha0.1": near(4.2)},
-            "alpha0.05 ended at 4.000, the lowest.",
-            "The best α of sinkgd is the published value.",
+            {
+                "sinkgd-paper-alpha0.025": near(4.1),
+                "sinkgd-paper-alpha0.05": near(4.0),
+                "sinkgd-paper-alpha0.1": near(4.2),
+            },
+            "sinkgd-paper-alpha0.05 ended at 4.000, the lowest.",
+            "The best α of sinkgd-paper is the published value.",
         ),
         (
-            {"alpha0.025": near(4.0), "alpha0.05": near(4.1), "alpha0.1": near(4.2)},
-            "alpha0.025 ended at 4.000, the lowest.",
-            "alpha0.05 ended 0.100 ± 0.000 higher than alpha0.025.",
+            {
+                "sinkgd-paper-alpha0.025": near(4.0),
+                "sinkgd-paper-alpha0.05": near(4.1),
+                "sinkgd-paper-alpha0.1": near(4.2),
+            },
+            "sinkgd-paper-alpha0.025 ended at 4.000, the lowest.",
+            "sinkgd-paper-alpha0.05 ended 0.100 ± 0.000 higher than sinkgd-paper-alpha0.025.",
         ),
         (
-            {"alpha0.025": near(4.0), "alpha0.05": apart(4.001), "alpha0.1": near(4.2)},
-            "alpha0.025 ended at 4.000, the lowest; level with it: alpha0.05.",
-            "alpha0.05 is level with alpha0.025: the difference is +0.001 ± 0.073.",
+            {
+                "sinkgd-paper-alpha0.025": near(4.0),
+                "sinkgd-paper-alpha0.05": apart(4.001),
+                "sinkgd-paper-alpha0.1": near(4.2),
+            },
+            "sinkgd-paper-alpha0.025 ended at 4.000, the lowest; level with it: "
+            "sinkgd-paper-alpha0.05.",
+            "sinkgd-paper-alpha0.05 is level with sinkgd-paper-alpha0.025: the difference is "
+            "+0.001 ± 0.073.",
         ),
     ],
 )
@@ -84,84 +98,91 @@ def test_alpha(losses, headline, sentence):
     assert verdict.headline == headline
     assert sentence in verdict.sentences
     at_edge = any("edge of what was tried" in caution for caution in verdict.cautions)
-    assert at_edge == ("alpha0.025 ended" in headline)
+    assert at_edge == ("sinkgd-paper-alpha0.025 ended" in headline)
 
 
-def test_alpha_is_judged_for_plain_and_deflated_each():
+def test_alpha_is_judged_for_each_recipe():
     losses = {
-        "alpha0.025": near(4.1),
-        "alpha0.05": near(4.0),
-        "alpha0.1": near(4.2),
-        "deflated-alpha0.025": near(4.0),
-        "deflated-alpha0.05": near(3.9),
-        "deflated-alpha0.1": near(3.8),
+        "sinkgd-paper-alpha0.025": near(4.1),
+        "sinkgd-paper-alpha0.05": near(4.0),
+        "sinkgd-paper-alpha0.1": near(4.2),
+        "sinkgd-alpha0.025": near(4.0),
+        "sinkgd-alpha0.05": near(3.9),
+        "sinkgd-alpha0.1": near(3.8),
     }
     verdict = judge("alpha", losses)
-    assert verdict.headline == "deflated-alpha0.1 ended at 3.800, the lowest."
+    assert verdict.headline == "sinkgd-alpha0.1 ended at 3.800, the lowest."
     assert verdict.sentences[:2] == (
-        "The best α of sinkgd is the published value.",
-        "deflated-alpha0.05 ended 0.100 ± 0.000 higher than deflated-alpha0.1.",
+        "The best α of sinkgd-paper is the published value.",
+        "sinkgd-alpha0.05 ended 0.100 ± 0.000 higher than sinkgd-alpha0.1.",
     )
     edges = [one for one in verdict.cautions if "edge of what was tried" in one]
     assert edges == [
-        "The best α is at the edge of what was tried: deflated-alpha0.1. Try more with --alpha."
+        "The best α is at the edge of what was tried: sinkgd-alpha0.1. Try more with --alpha."
     ]
 
 
 def test_ablation_compares_each_normalization_with_both():
-    losses = {"sinkgd": near(4.0), "rows-only": near(4.1), "sign": apart(4.001)}
+    losses = {"sinkgd-paper": near(4.0), "rows-only": near(4.1), "sign": apart(4.001)}
     verdict = judge("ablation", losses)
-    assert verdict.headline == "sinkgd ended at 4.000, the lowest; level with it: sign."
-    assert "rows-only ended 0.100 ± 0.000 higher than sinkgd." in verdict.sentences
-    alone = judge("ablation", {"swan": near(3.9), "sinkgd": near(4.0)})
+    assert verdict.headline == "sinkgd-paper ended at 4.000, the lowest; level with it: sign."
+    assert "rows-only ended 0.100 ± 0.000 higher than sinkgd-paper." in verdict.sentences
+    alone = judge("ablation", {"swan": near(3.9), "sinkgd-paper": near(4.0)})
     assert alone.headline == "swan ended at 3.900, the lowest beyond the spread of seeds."
-    assert "swan ended 0.100 ± 0.000 lower than sinkgd." in alone.sentences
+    assert "swan ended 0.100 ± 0.000 lower than sinkgd-paper." in alone.sentences
 
 
 @pytest.mark.parametrize(
     ("adamw", "headline"),
     [
-        ((4.1, 4.1), "SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences."),
+        (
+            (4.1, 4.1),
+            "SinkGD as in the paper ends lower than the fair AdamW at a batch of 4, 16 sequences.",
+        ),
         (
             (4.1, 3.9),
-            "SinkGD ends lower than the fair AdamW at a batch of 4 and ends higher than the fair "
-            "AdamW at a batch of 16 sequences.",
+            "SinkGD as in the paper ends lower than the fair AdamW at a batch of 4 and ends higher "
+            "than the fair AdamW at a batch of 16 sequences.",
         ),
         (
             (4.1, None),
-            "SinkGD ends lower than the fair AdamW at a batch of 4 sequences, level elsewhere.",
+            "SinkGD as in the paper ends lower than the fair AdamW at a batch of 4 sequences, "
+            "level elsewhere.",
         ),
-        ((None, None), "SinkGD and the fair AdamW are level at every batch that has results."),
+        (
+            (None, None),
+            "SinkGD as in the paper and the fair AdamW are level at every batch that has results.",
+        ),
     ],
 )
 def test_batch(adamw, headline):
     losses = {}
     for size, mean in zip((4, 16), adamw, strict=True):
-        losses[f"sinkgd-batch{size}"] = near(4.0)
+        losses[f"sinkgd-paper-batch{size}"] = near(4.0)
         losses[f"adamw-batch{size}"] = apart(4.0) if mean is None else near(mean)
     assert judge("batch", losses).headline == headline
 
 
-def test_deflated_has_a_standing_of_its_own_over_batches():
+def test_each_recipe_has_a_standing_of_its_own_over_batches():
     losses = {}
     for size in (4, 16):
         losses |= {
-            f"sinkgd-batch{size}": apart(4.0),
-            f"deflated-batch{size}": near(3.9),
+            f"sinkgd-paper-batch{size}": apart(4.0),
+            f"sinkgd-batch{size}": near(3.9),
             f"adamw-batch{size}": near(4.0),
         }
     verdict = judge("batch", losses)
     assert verdict.headline == (
-        "SinkGD and the fair AdamW are level at every batch that has results. "
-        "Deflated SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences."
+        "SinkGD as in the paper and the fair AdamW are level at every batch that has results. "
+        "SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences."
     )
-    assert "deflated-batch4 ended 0.100 ± 0.000 lower than adamw-batch4." in verdict.sentences
-    assert any("lower than sinkgd-batch16." in one for one in verdict.sentences)
+    assert "sinkgd-batch4 ended 0.100 ± 0.000 lower than adamw-batch4." in verdict.sentences
+    assert any("lower than sinkgd-paper-batch16." in one for one in verdict.sentences)
 
 
 def test_a_batch_without_its_control_says_so():
-    verdict = judge("batch", {"sinkgd-batch4": near(4.0)})
-    assert verdict.headline == "No batch has a result of both SinkGD and AdamW yet."
+    verdict = judge("batch", {"sinkgd-paper-batch4": near(4.0)})
+    assert verdict.headline == "No batch has a result of both SinkGD as in the paper and AdamW yet."
 
 
 def cautions(losses, **options):

@@ -23,7 +23,7 @@ def test_json_is_one_object_with_the_published_figure(capsys):
     assert f"{record['weights_plus_state_gib']:.3f}" == "0.230"
     assert record["work"]["precision"] == "bf16"
     assert record["fits"] is True
-    assert [one["name"] for one in record["methods"]][:2] == ["sinkgd", "sinkgd-stateless"]
+    assert [one["name"] for one in record["methods"]][:2] == ["sinkgd", "sinkgd-paper"]
     adamw = next(one for one in record["methods"] if one["name"] == "adamw")
     assert f"{adamw['weights_plus_state_gib']:.3f}" == "0.325"
     assert record["cost"] is None

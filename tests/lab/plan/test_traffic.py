@@ -21,7 +21,7 @@ from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffi
 from sinkgd.lab.plan.weights import weights_of
 
 ROOT = Path(__file__).parents[3]
-SINKGD = find_method("sinkgd")
+SINKGD = find_method("sinkgd-paper")
 
 
 def vectors(architecture, grid, method=SINKGD):
@@ -91,8 +91,8 @@ def step_on_a_mesh(architecture, shape, make):
 
 
 MADE_BY = {
-    "sinkgd": lambda params: sinkgd.SinkGD(params, lr=1e-3),
-    "deflated": lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15),
+    "sinkgd-paper": lambda params: sinkgd.SinkGD(params, lr=1e-3),
+    "sinkgd": lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15),
     "sron": lambda params: sinkgd.SRON(params, lr=1e-3),
 }
 
@@ -111,7 +111,7 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
     planned = vectors(nine, grid, method)
     assert len(sent.calls) == sum(one.count for one in planned)
     assert sum(sent.calls) == sum(one.bytes for one in planned)
-    if name == "deflated":
+    if name == "sinkgd":
         assert len(sent.calls) > 2 * (5 + 6)
         return
     scratch = update_scratch(weights_of(nine, grid), grid, method, device="cpu", one_by_one=False)
@@ -128,7 +128,7 @@ def test_the_scratch_of_a_deflated_step_is_planned(backend, device):
         param.grad = torch.randn(param.shape)
     optimizer = sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15, backend=backend)
     optimizer.step()
-    deflated = find_method("deflated")
+    deflated = find_method("sinkgd")
     scratch = update_scratch(weights, Grid(), deflated, device=device, one_by_one=False)
     used = allocations(optimizer.step, torch.device("cpu")).peak
     assert 0.8 * scratch < used <= scratch

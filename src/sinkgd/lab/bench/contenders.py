@@ -145,7 +145,7 @@ def _whitened() -> tuple[Contender, ...]:
         Contender(
             "deflated",
             f"SinkGD deflated, {DEFLATED_RANK} directions",
-            lambda p: sinkgd.SinkGD(_matrix_groups(p), lr=LR, deflated_rank=DEFLATED_RANK),
+            lambda p: sinkgd.SinkGD(_matrix_groups(p), deflated_rank=DEFLATED_RANK),
             floor_bytes=_passes(ITERATIONS[0] + _DEFLATION_PASSES + _SGD_PASSES),
         ),
         Contender(
@@ -179,12 +179,12 @@ def _builder(
     groups: Callable[[Problem], list[dict[str, object]]], backend: str, iterations: int
 ) -> Callable[[Problem], Optimizer]:
     return lambda problem: sinkgd.SinkGD(
-        groups(problem), lr=LR, sinkhorn_iterations=iterations, backend=backend
+        groups(problem), sinkhorn_iterations=iterations, backend=backend
     )
 
 
 def _matrix_groups(problem: Problem) -> list[dict[str, object]]:
-    return [{"params": problem.params, "algorithm": "sinkgd"}]
+    return [{"params": problem.params, "algorithm": "sinkgd", "lr": LR}]
 
 
 def _hybrid_groups(problem: Problem) -> list[dict[str, object]]:

@@ -38,8 +38,8 @@ class Compare:
       sinkgd compare --model.preset llama-60m --data.corpus shards/c4 --training.steps 10000
     """
 
-    optimizers: str = "deflated,sinkgd,adamw"
-    """Recipes to compare, names with commas between, e.g. deflated,sinkgd,swan,adamw,muon;
+    optimizers: str = "sinkgd,sinkgd-paper,adamw"
+    """Recipes to compare, names with commas between, e.g. sinkgd,sinkgd-paper,swan,adamw,muon;
     see docs/lab.md for all of them."""
 
     seeds: int = 1
@@ -92,7 +92,7 @@ class Compare:
             )
         recipes = [name.strip() for name in self.optimizers.split(",") if name.strip()]
         if not recipes:
-            raise ConfigError("optimizers is empty; name at least one, e.g. deflated,adamw")
+            raise ConfigError("optimizers is empty; name at least one, e.g. sinkgd,adamw")
         if not 1 <= self.seeds <= _MOST_SEEDS:
             raise ConfigError(f"seeds is {self.seeds}; it must be from 1 to {_MOST_SEEDS}")
         if self.baseline is not None and self.baseline not in recipes:

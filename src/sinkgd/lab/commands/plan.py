@@ -32,8 +32,8 @@ class Plan:
     Hugging Face config.json."""
 
     optimizer: str = "sinkgd"
-    """One of sinkgd, sinkgd-stateless, swan, adamw, adamw-8bit, muon, galore, apollo, apollo-mini,
-    sgd; the others stand beside it."""
+    """One of sinkgd, sinkgd-paper, sinkgd-stateless, swan, adamw, adamw-8bit, muon, galore, apollo,
+    apollo-mini, sgd; the others stand beside it."""
 
     device: str = "h100"
     """Of every rank: h100, h200, b200, a100-80gb, rtx-4090, mi300x."""

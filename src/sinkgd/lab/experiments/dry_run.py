@@ -100,9 +100,9 @@ def _take_a_small_step(config: RunConfig) -> None:
 def _planned_peak(config: RunConfig) -> int | None:
     name = _METHOD_OF.get(config.optimizer.recipe, config.optimizer.recipe)
     if config.optimizer.operator_norm is not None:
-        name = f"{name}-pinned"
-    elif name == "sinkgd" and config.optimizer.momentum:
-        name = f"{name}-momentum"
+        name = "sinkgd-pinned"
+    elif name == "sinkgd-paper" and config.optimizer.momentum:
+        name = "sinkgd-momentum"
     if name not in METHODS or config.model.preset not in LLAMAS:
         return None
     training = config.training

@@ -16,6 +16,7 @@ from sinkgd.lab.disk import parse_json
 from sinkgd.lab.experiments.record import STUDY_FILE
 from sinkgd.lab.experiments.studies.scale import NAME
 from sinkgd.lab.experiments.verdict import Verdict
+from sinkgd.lab.naming import NAMING, command_now, recipe_now
 from sinkgd.lab.plan import (
     Grid,
     Question,
@@ -33,6 +34,7 @@ from sinkgd.lab.results import ResultsError
 MODELS = ("llama-10b", "llama-3-70b", "llama-3-405b")
 METHODS = (
     "sinkgd",
+    "sinkgd-paper",
     "sinkgd-stateless",
     "sinkgd-pinned",
     "swan",
@@ -179,7 +181,8 @@ def fits_sheet(model: str, fits: Sequence[Fit]) -> Sheet:
 
 def write_fits(folder: Path, fits: Sequence[Fit], command: str) -> None:
     """Write ``study.jsonl`` in one move: what was asked, then a line for every model and method."""
-    asked: dict[str, Any] = {"kind": "paper", "study": NAME, "command": command}
+    asked: dict[str, Any] = {"kind": "paper", "study": NAME, "naming": NAMING}
+    asked["command"] = command
     asked |= {"device": asdict(find_device(DEVICE)), "usable": USABLE, "mfu": MFU, "tokens": TOKENS}
     lines = [asked, *({"kind": "fit", **asdict(fit)} for fit in fits)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,11 +207,20 @@ def read_fits(path: Path) -> tuple[str, list[Fit]]:
     """
     try:
         asked, *lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return asked["command"], [Fit(**_without_kind(line)) for line in lines]
+        naming = asked.get("naming", 1)
+        command = command_now(asked["command"], naming)
+        return command, [_fit_now(_without_kind(line), naming) for line in lines]
     except FileNotFoundError:
         raise ResultsError(f"no study at {path}; `sinkgd experiment {NAME}` makes one") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ResultsError(f"{path} is no study on paper of this version: {error!r}") from error
+
+
+def _fit_now(fields: dict[str, Any], naming: int) -> Fit:
+    """Read a fit; its method is called as it is called now."""
+    method = recipe_now(fields["method"], naming)
+    renamed = {} if method == fields["method"] else {"title": find_method(method).title}
+    return Fit(**{**fields, "method": method, **renamed})
 
 
 def _without_kind(line: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sinkgd.lab.disk import parse_json
+from sinkgd.lab.naming import NAMING, command_now, name_now, plan_now, start_now
 from sinkgd.lab.results import (
     Evaluation,
     Memory,
@@ -118,7 +119,9 @@ class StudyRecord:
                 content = parse_json(line)
                 if record is None:
                     _check_plan(content["plan"])
-                    record = cls(content["plan"], content["command"])
+                    naming = content.get("naming", 1)
+                    plan = plan_now(content["plan"], naming)
+                    record = cls(plan, command_now(content["command"], naming))
                 elif content["kind"] == "run":
                     result = _run_from_json(content, path)
                     record.runs[result.name] = result
@@ -149,7 +152,7 @@ class StudyWriter:
 
     def begin(self, plan: Mapping[str, Any], command: str) -> None:
         """Write the first line."""
-        self._write({"kind": "plan", "command": command, "plan": plan})
+        self._write({"kind": "plan", "naming": NAMING, "command": command, "plan": plan})
 
     def add_run(self, result: RunResult) -> None:
         """Write a run that ended."""
@@ -228,14 +231,15 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
         end = checked(RunEnd(**{**end, "memory": checked(Memory(**end["memory"]))}))
     run = Run(
         path,
-        checked(RunStart(**content["start"], environment={})),
+        checked(RunStart(**start_now(content["start"]), environment={})),
         [checked(TrainStep(*row)) for row in content["steps"]],
         [checked(Evaluation(*row)) for row in content["evaluations"]],
         end,
         _inner_from_json(content["statistics"]) if "statistics" in content else [],
     )
     study = content.get("study", "")
-    return RunResult(content["arm"], content["tuning"], content["point"], run, study)
+    arm = name_now(content["arm"], content["start"].get("naming", 1))
+    return RunResult(arm, content["tuning"], content["point"], run, study)
 
 
 def _without_kind(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from sinkgd.lab.experiments.study import Arm, Scale, Setting, Study
 from sinkgd.lab.limits import LARGEST_COUNT
 from sinkgd.lab.names import suggest
+from sinkgd.lab.naming import GONE
 from sinkgd.lab.train.config import ConfigError, SharedConfig
 from sinkgd.lab.train.config_file import differences
 from sinkgd.lab.train.recipes import find_recipe
@@ -172,6 +173,8 @@ def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
 def _only(arms: tuple[Arm, ...], recipes: Sequence[str]) -> tuple[Arm, ...]:
     known = dict.fromkeys(arm.recipe for arm in arms)
     for recipe in recipes:
+        if recipe in GONE:
+            raise ConfigError(f"optimizer is {recipe!r}; it is called {GONE[recipe]!r} now")
         if recipe not in known:
             raise ConfigError(
                 f"optimizer is {recipe!r}, which no arm of the study has; {suggest(recipe, known)}"

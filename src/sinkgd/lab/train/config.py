@@ -53,7 +53,7 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer. A value that is not given is the recipe's own."""
 
-    recipe: str = "deflated"
+    recipe: str = "sinkgd"
     """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw, muon, galore; see docs/lab.md."""
     lr: float | None = None
     """Peak learning rate, of all that matrix_lr does not cover, weight units a step of RMS 1."""

@@ -50,6 +50,8 @@ class MultiNormalized:
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse what is no matrix, and norms that are none."""
         check_num_iters(group["num_iters"])
+        if "newton_schulz_steps" in self.options:
+            check_num_iters(group["newton_schulz_steps"], "newton_schulz_steps")
         norms = self.norms(group)
         if not norms:
             raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")

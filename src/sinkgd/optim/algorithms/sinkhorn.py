@@ -63,7 +63,7 @@ class Sinkhorn:
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse what is no matrix, options out of range, and a backend unknown or absent."""
-        check_num_iters(group["sinkhorn_iterations"])
+        check_num_iters(group["sinkhorn_iterations"], "sinkhorn_iterations")
         check_tol(group["tol"])
         check_stages(group)
         kernels.select(group["backend"], param.device)

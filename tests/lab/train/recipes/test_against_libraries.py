@@ -100,7 +100,7 @@ def soap(model):
 
 
 BY_HAND = {
-    "sinkgd": normed(sinkgd.RowNorm(), sinkgd.ColumnNorm(), num_iters=5),
+    "sinkgd-paper": normed(sinkgd.RowNorm(), sinkgd.ColumnNorm(), num_iters=5),
     "sinkgd-stateless": by_torch(sinkgd.SinkGD, lr=1e-3, sinkhorn_iterations=5),
     "swan": swan,
     "tempered": by_torch(sinkgd.TemperedSinkGD, lr=3e-4, weight_decay=0.1, tau=0.1, n_iter=5),

@@ -130,4 +130,4 @@ def test_the_recipes_that_take_pieces_are_known():
     torchs = ["adam", "adamw", "adamw-one-lr", "sgd", "sgd-momentum"]
     spam = ["tempered", "spam", "adamw-spam"]
     norms = ["scale", "rows-only", "columns-only", "frobenius", "sign"]
-    assert able == ["sinkgd", "sinkgd-stateless", "deflated", *spam, *norms, *torchs]
+    assert able == ["sinkgd", "sinkgd-paper", "sinkgd-stateless", *spam, *norms, *torchs]

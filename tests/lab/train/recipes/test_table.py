@@ -10,6 +10,7 @@ import torch
 import sinkgd
 from lab.train.recipes.tiny import built, tiny_model, train
 from sinkgd.lab.models import build_model
+from sinkgd.lab.naming import recipe_now
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, resolve_optimizer
 
@@ -29,7 +30,7 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 def test_the_table_is_known_in_full():
     assert list(RECIPES) == [
-        *("sinkgd", "sinkgd-stateless", "swan", "deflated", "tempered"),
+        *("sinkgd", "sinkgd-paper", "sinkgd-stateless", "swan", "tempered"),
         *("spam", "adamw-spam", "scale"),
         *("rows-only", "columns-only", "frobenius", "sign"),
         *("adam", "adamw", "adamw-one-lr", "sgd", "sgd-momentum", "muon"),
@@ -133,16 +134,17 @@ def test_the_papers_baseline_has_one_rate_and_no_clipping(model):
     assert resolve_optimizer(OptimizerConfig(recipe="adamw")).clip_norm == 1
 
 
-def test_sinkgd_is_the_papers_but_for_the_rates():
-    options = resolve_optimizer(OptimizerConfig(recipe="sinkgd"))
+def test_sinkgd_paper_is_the_papers_but_for_the_rates():
+    options = resolve_optimizer(OptimizerConfig(recipe="sinkgd-paper"))
+    assert options.deflated_rank == 0
     assert options.sinkhorn_iterations == 5
     assert options.weight_decay == options.clip_norm == 0
 
 
-@pytest.mark.parametrize("name", ["sinkgd", "adamw", "adamw-one-lr"])
+@pytest.mark.parametrize("name", ["sinkgd-paper", "adamw", "adamw-one-lr"])
 def test_rates_are_the_best_of_the_recorded_grid_with_as_many_runs_for_each(name):
     rows = [json.loads(line) for line in GRID.read_text().splitlines()]
-    runs = [row for row in rows if row["recipe"] == name]
+    runs = [row for row in rows if recipe_now(row["recipe"], 1) == name]
     assert len(runs) == 8
     assert all(row["finished"] for row in runs)
     best = min(runs, key=lambda row: row["final"]["val_loss"])["optimizer"]
@@ -167,7 +169,7 @@ def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, dict]:
 @pytest.mark.parametrize("tables", ["sinkgd", "sinkgd-table", "sage"])
 def test_embedding_and_head_may_have_an_algorithm_and_a_rate_of_their_own(model, tables):
     own = {"tables": tables, "tables_lr": 0.5}
-    found = groups_of(built(model, "deflated", **own, lr=0.25, momentum=0.5))
+    found = groups_of(built(model, "sinkgd", **own, lr=0.25, momentum=0.5))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert (found[name]["algorithm"], found[name]["lr"]) == (tables, 0.5)
         assert found[name].get("momentum") == {"sinkgd": 0.0, "sinkgd-table": 0.95}.get(tables)
@@ -177,7 +179,7 @@ def test_embedding_and_head_may_have_an_algorithm_and_a_rate_of_their_own(model,
         0.25,
     )
     matrix = found["model.layers.0.mlp.up_proj.weight"]
-    assert (matrix["momentum"], matrix["deflated_rank"]) == (0.5, 8)
+    assert (matrix["momentum"], matrix["deflated_rank"]) == (0.5, 15)
 
 
 @pytest.mark.parametrize(("whitened", "spared"), [("attention", "mlp"), ("mlp", "self_attn")])

@@ -18,7 +18,7 @@ from sinkgd.lab.experiments.verdict import (
 ALPHAS = (0.01, 0.025, 0.05, 0.1, 0.2)
 PUBLISHED = 0.05  # Scetbon et al. 2025, algorithm 4
 RATE = 0.02  # of everything else: the same
-RECIPES = {"sinkgd": "", "deflated": "deflated-"}  # with what their arms' names begin
+RECIPES = ("sinkgd-paper", "sinkgd")  # their arms' names begin with them
 
 # Five points each: as many as there are values of α.
 _ADAMW: Grid = {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.003, 0.006, 0.012)}
@@ -26,11 +26,11 @@ _ONE_LR: Grid = {LR: (0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
 def arms_with(alpha: float) -> tuple[Arm, ...]:
-    """Return SinkGD and deflated SinkGD with matrices at α times the rate of everything else."""
+    """Return both SinkGDs with matrices at α times the rate of everything else."""
     rates = {LR: RATE, MATRIX_LR: alpha * RATE}
     return tuple(
-        Arm(f"{prefix}alpha{alpha:g}", {"optimizer.recipe": recipe, **rates}, value=alpha)
-        for recipe, prefix in RECIPES.items()
+        Arm(f"{recipe}-alpha{alpha:g}", {"optimizer.recipe": recipe, **rates}, value=alpha)
+        for recipe in RECIPES
     )
 
 
@@ -74,9 +74,10 @@ _ARMS = (*(arm for alpha in ALPHAS for arm in arms_with(alpha)), *controls(_ADAM
 ALPHA = Study(
     name="alpha",
     question="What α, the matrices’ rate beside that of everything else, is best at lr 0.02, "
-    "plain and deflated?",
+    "as in the paper and with deflation?",
     background="Scetbon et al. 2025 take α = 0.05 at lr 0.02. Here α is the only thing that is "
-    "searched for SinkGD, plain and deflated; each AdamW has as many points of its own.",
+    "searched for SinkGD, as in the paper and with deflation; each AdamW has as many points of "
+    "its own.",
     settings={
         "machine": Setting(MACHINE, _ARMS, at=lambda value, _: arms_with(value)),
         "paper": Setting(

@@ -1,4 +1,4 @@
-"""Whether SinkGD, plain and deflated, holds against AdamW as the batch grows, each tuned for it."""
+"""Whether SinkGD, with deflation and as in the paper, holds against AdamW as the batch grows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +8,8 @@ from sinkgd.lab.experiments.study import NOTHING, Arm, Axis, Grid, Setting, Stud
 from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, unfinished
 from sinkgd.lab.train.config import SharedConfig
 
-PLAIN = "sinkgd"
-CANDIDATES = {PLAIN: "SinkGD", "deflated": "Deflated SinkGD"}  # what sentences call them
+PLAIN = "sinkgd-paper"
+CANDIDATES = {PLAIN: "SinkGD as in the paper", "sinkgd": "SinkGD"}  # what sentences call them
 CONTROL, ONE_LR = "adamw", "adamw-one-lr"
 SIZES = (4, 16, 64)  # sequences
 PAPER_SIZES = (128, 512, 2048)
@@ -17,13 +17,13 @@ PAPER_SIZES = (128, 512, 2048)
 # Four points each, for every size of the batch; AdamW with one rate for all is at one size only.
 GRIDS: dict[str, Grid] = {
     PLAIN: {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
-    "deflated": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
+    "sinkgd": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
     CONTROL: {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012)},
     ONE_LR: {LR: (0.0015, 0.003, 0.006, 0.012)},
 }
 PAPER_GRIDS: dict[str, Grid] = {
     PLAIN: {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
-    "deflated": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
+    "sinkgd": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
     CONTROL: {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
     ONE_LR: {LR: (0.0005, 0.001, 0.002, 0.004)},
 }
@@ -98,7 +98,7 @@ def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> 
 
 
 def _beside(results: StudyResults, one: ArmResults) -> list[ArmResults]:
-    """List what a candidate is compared with at its size: plain SinkGD and the controls."""
+    """List what a candidate is compared with at its size: the paper's SinkGD and the controls."""
     plain = [other for other in results.candidates if other.arm.recipe == PLAIN]
     return [
         other
@@ -122,8 +122,8 @@ def _setting(
 BATCH = Study(
     name="batch",
     question="Does SinkGD hold against AdamW as the batch grows?",
-    background="Two independent reports find plain SinkGD behind AdamW at larger batches. Every "
-    "arm sees the same number of tokens; a larger batch takes fewer steps.",
+    background="Two independent reports find the paper’s SinkGD behind AdamW at larger batches. "
+    "Every arm sees the same number of tokens; a larger batch takes fewer steps.",
     settings={
         "machine": _setting(MACHINE, SIZES, GRIDS),
         "paper": _setting(BENCHMARK["llama-60m"], PAPER_SIZES, PAPER_GRIDS, BENCHMARK),

@@ -27,7 +27,10 @@ ITERATION_COUNTS = (1, 3, 5, 10)
 
 def arm_with(iterations: float, grid: Grid = SINKGD_GRID) -> Arm:
     """Return SinkGD with so many iterations."""
-    overrides = {"optimizer.recipe": "sinkgd", "optimizer.sinkhorn_iterations": int(iterations)}
+    overrides = {
+        "optimizer.recipe": "sinkgd-paper",
+        "optimizer.sinkhorn_iterations": int(iterations),
+    }
     return Arm(f"L{iterations:g}", overrides, grid, value=float(iterations))
 
 

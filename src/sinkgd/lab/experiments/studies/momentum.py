@@ -41,11 +41,14 @@ PAPER_AFTER_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 
 
 
 def arms_with(grid: Grid, after: Grid) -> tuple[Arm, ...]:
-    """Return SinkGD without momentum and with it, in every way."""
+    """Return SinkGD as in the paper without momentum and with it, in every way."""
     return tuple(
         Arm(
             name,
-            {"optimizer.recipe": "sinkgd", **{f"optimizer.{key}": x for key, x in way.items()}},
+            {
+                "optimizer.recipe": "sinkgd-paper",
+                **{f"optimizer.{key}": x for key, x in way.items()},
+            },
             after if "momentum_place" in way else grid,
         )
         for name, way in WAYS.items()

@@ -26,12 +26,12 @@ from sinkgd.lab.report.quantities import size
 
 L = "optimizer.sinkhorn_iterations"
 CONTROLS = ("adamw", "adamw-one-lr")
-# Six points each. SinkGD's are L × α.
+# Six points each. Those of sinkgd-paper are L × α.
 GRIDS: Mapping[str, Grid] = {
-    "sinkgd": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "sinkgd-paper": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "sinkgd-stateless": {L: (1, 5), LR: (0.001, 0.002, 0.004)},
     "swan": SWAN_GRID,
-    "deflated": SWAN_GRID,
+    "sinkgd": SWAN_GRID,
     "scale": {LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)},
     "muon": MUON_GRID,
     "apollo-mini": {LR: (0.08,), MATRIX_LR: (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)},
@@ -39,10 +39,10 @@ GRIDS: Mapping[str, Grid] = {
     "adamw-one-lr": ONE_LR_GRID,
 }
 PAPER_GRIDS: Mapping[str, Grid] = {
-    "sinkgd": {L: (1, 3, 5), LR: (0.02,), MATRIX_LR: (0.0005, 0.001)},
+    "sinkgd-paper": {L: (1, 3, 5), LR: (0.02,), MATRIX_LR: (0.0005, 0.001)},
     "sinkgd-stateless": {L: (1, 5), LR: (0.0005, 0.001, 0.002)},
     "swan": PAPER_SWAN_GRID,
-    "deflated": PAPER_SWAN_GRID,
+    "sinkgd": PAPER_SWAN_GRID,
     "scale": {LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)},
     "muon": PAPER_MUON_GRID,
     "apollo-mini": {LR: (0.02,), MATRIX_LR: (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)},
@@ -90,11 +90,11 @@ def judge(results: StudyResults) -> Verdict:
     headline = f"On the front of state against loss: {', '.join(words)}."
     off = [one for one in ranked(arms) if one not in best and one.loss is not None]
     sentences = [f"{one.arm.name} is off it: {_size(one)}." for one in off]
-    sinkgd = results.arm("sinkgd")
-    if sinkgd is not None and sinkgd.chosen is not None and MATRIX_LR in sinkgd.chosen:
-        point = sinkgd.chosen
+    paper = results.arm("sinkgd-paper")
+    if paper is not None and paper.chosen is not None and MATRIX_LR in paper.chosen:
+        point = paper.chosen
         sentences.append(
-            f"The best L × α of SinkGD: L = {point.get(L, 5):g}, rate of matrices "
+            f"The best L × α of sinkgd-paper: L = {point.get(L, 5):g}, rate of matrices "
             f"{point[MATRIX_LR]:g}."
         )
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
@@ -115,8 +115,8 @@ def _size(one: ArmResults) -> str:
 PARETO = Study(
     name="pareto",
     question="Which methods give the lowest loss for the memory that they keep?",
-    background="State is counted in bytes after the last step. SinkGD’s L and α are searched "
-    "together, as many points as any other method has.",
+    background="State is counted in bytes after the last step. L and α of sinkgd-paper are "
+    "searched together, as many points as any other method has.",
     settings={
         "machine": Setting(MACHINE, arms_of(GRIDS)),
         "paper": Setting(BENCHMARK["llama-350m"], arms_of(PAPER_GRIDS), models=BENCHMARK),

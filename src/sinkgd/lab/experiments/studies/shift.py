@@ -122,9 +122,9 @@ def _words(one: ArmResults) -> str:
 
 def _candidates(sinkgd: Grid, swan: Grid) -> tuple[Arm, ...]:
     return (
-        Arm("sinkgd", {"optimizer.recipe": "sinkgd"}, sinkgd),
+        Arm("sinkgd-paper", {"optimizer.recipe": "sinkgd-paper"}, sinkgd),
         Arm("swan", {"optimizer.recipe": "swan"}, swan),
-        Arm("deflated", {"optimizer.recipe": "deflated"}, swan),
+        Arm("sinkgd", {"optimizer.recipe": "sinkgd"}, swan),
     )
 
 

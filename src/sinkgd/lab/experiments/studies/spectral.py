@@ -17,16 +17,16 @@ from sinkgd.lab.experiments.verdict import (
 )
 from sinkgd.lab.report.quantities import percent
 
-NONE, WHOLE = "sinkgd", "swan-5"
+NONE, WHOLE = "sinkgd-paper", "swan-5"
 WAYS: Mapping[str, Mapping[str, Any]] = {
-    NONE: {"recipe": "sinkgd"},
+    NONE: {"recipe": "sinkgd-paper"},
     "rows-only": {"recipe": "rows-only"},  # (GGᵀ)^(-1/2) with its diagonal in the place of GGᵀ
-    "pinned": {"recipe": "sinkgd", "operator_norm": "muon"},
+    "pinned": {"recipe": "sinkgd-paper", "operator_norm": "muon"},
     "swan-1": {"recipe": "swan", "newton_schulz_steps": 1},
     "swan-2": {"recipe": "swan", "newton_schulz_steps": 2},
     "swan-3": {"recipe": "swan", "newton_schulz_steps": 3},
     WHOLE: {"recipe": "swan", "newton_schulz_steps": 5},
-    "deflated": {"recipe": "deflated"},
+    "sinkgd": {"recipe": "sinkgd"},
     "swan-attention": {"recipe": "swan", "whitened": "attention"},
     "swan-mlp": {"recipe": "swan", "whitened": "mlp"},
 }

@@ -43,7 +43,7 @@ def arms_with(lr: float, matrix_lr: float) -> tuple[Arm, ...]:
         Arm(
             f"{algorithm}-tables",
             {
-                "optimizer.recipe": "sinkgd",
+                "optimizer.recipe": "sinkgd-paper",
                 "optimizer.tables": algorithm,
                 LR: lr,
                 MATRIX_LR: matrix_lr,
@@ -75,8 +75,8 @@ TABLES = Study(
     name="tables",
     question="What should embeddings and the output head go by?",
     background="SinkGD’s authors leave them to Adam. DeepSeek is reported to use a variant of "
-    "Sinkhorn for exactly these tables; SAGE’s authors find that plain SinkGD fails there, and "
-    "give a rule of their own.",
+    "Sinkhorn for exactly these tables; SAGE’s authors find that the paper’s SinkGD fails there, "
+    "and give a rule of their own.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(0.08, 0.002), *controls())),
         "paper": Setting(

@@ -21,7 +21,7 @@ from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
 from sinkgd.lab.experiments.verdict import Verdict, cautions, unfinished
 from sinkgd.lab.report.charts import Chart
 
-RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "deflated"
+RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "sinkgd"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
 PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 
@@ -37,7 +37,7 @@ def rules(base_width: int) -> Mapping[str, Mapping[str, Any]]:
         RAW: {},
         BY_WIDTH: {"optimizer.base_width": base_width},
         PINNED: {"optimizer.operator_norm": "muon"},
-        DEFLATED: {"optimizer.recipe": "deflated"},
+        DEFLATED: {"optimizer.recipe": "sinkgd"},
     }
 
 
@@ -47,7 +47,7 @@ def arms_at(presets: Mapping[str, int], lr: float) -> tuple[Arm, ...]:
     return tuple(
         Arm(
             f"{rule}-{width}",
-            {"model.preset": preset, "optimizer.recipe": "sinkgd", LR: lr, **options},
+            {"model.preset": preset, "optimizer.recipe": "sinkgd-paper", LR: lr, **options},
             {MATRIX_LR: PINNED_RATES if rule == PINNED else RATES},
             value=float(width),
             series=rule,

@@ -17,6 +17,17 @@ FAMILY = (
         "sinkgd",
         "SinkGD",
         "2 an entry of embedding, head, norms",
+        f"sinkgd.SinkGD(param_groups(model)), {DEFLATED_RANK} directions deflated; no paper",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
+        directions=DEFLATED_RANK,
+        flops=_deflation,
+    ),
+    Method(
+        "sinkgd-paper",
+        "SinkGD as in the paper",
+        "2 an entry of embedding, head, norms",
         "Scetbon et al. 2025, https://arxiv.org/abs/2502.06742",
         can_release=True,
         exchange="vectors",
@@ -37,7 +48,7 @@ FAMILY = (
         "sinkgd-momentum",
         "SinkGD, momentum",
         "1 float32 an entry of matrices, 2 of embedding, head, norms",
-        "sinkgd.SinkGD(momentum=...)",
+        "sinkgd.SinkGD(momentum=...), without deflation",
         matrix=1.0,
         wide=True,
         can_release=True,
@@ -49,7 +60,7 @@ FAMILY = (
         "sinkgd-pinned",
         "SinkGD, operator norm",
         "n float32 a matrix, 2 an entry of embedding, head, norms",
-        "sinkgd.SinkGD(operator_norm=...)",
+        "sinkgd.SinkGD(operator_norm=...), without deflation",
         column=1.0,
         can_release=True,
         exchange="vectors",
@@ -107,17 +118,6 @@ FAMILY = (
         scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
         batched=True,
         flops=_whitening,
-    ),
-    Method(
-        "deflated",
-        "SinkGD, deflated",
-        "2 an entry of embedding, head, norms",
-        f"sinkgd.SinkGD(deflated_rank={DEFLATED_RANK}); no paper",
-        can_release=True,
-        exchange="vectors",
-        passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
-        directions=DEFLATED_RANK,
-        flops=_deflation,
     ),
     Method(
         "spam",

@@ -11,14 +11,13 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.lab.train.recipes.contract import Options, Recipe, betas, family_groups
 from sinkgd.norms import Norm
-from sinkgd.optim.partition import DEFLATED_RANK, Overrides
+from sinkgd.optim.partition import BETAS, DEFLATED_RANK, LR, MATRIX_LR_SCALE, Overrides
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
 def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
     return sinkgd.SinkGD(
         family_groups(model, o, "sinkgd", _of_tables(model, o)),
-        lr=o["lr"],
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
         rounding=o["rounding"],
         momentum=o["momentum"],
@@ -63,7 +62,6 @@ def _swan(model: nn.Module, o: Options) -> Optimizer:
     by_sinkhorn = None if spared is None else {spared: "sinkgd"}
     return sinkgd.SWAN(
         family_groups(model, o, "swan", by_sinkhorn),
-        lr=o["lr"],
         newton_schulz_steps=int(o["newton_schulz_steps"]),
         rounding=o["rounding"],
     )
@@ -73,7 +71,7 @@ def _scale(model: nn.Module, o: Options) -> Optimizer:
     groups = sinkgd.scale_groups(
         model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
     )
-    return sinkgd.SCALE(groups, lr=o["lr"], rounding=o["rounding"])
+    return sinkgd.SCALE(groups, rounding=o["rounding"])
 
 
 def _tempered(model: nn.Module, o: Options) -> Optimizer:
@@ -108,7 +106,6 @@ class _OneNorm:
     def __call__(self, model: nn.Module, o: Options) -> Optimizer:
         return sinkgd.MNGD(
             family_groups(model, o, "mngd"),
-            lr=o["lr"],
             norms=[self.norm],
             num_iters=1,
             rounding=o["rounding"],
@@ -128,7 +125,8 @@ _BEYOND_THE_PAPER: dict[str, Any] = {
     "tables": "adamw",
     "tables_lr": None,
 }
-_SINKGD_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
+# SinkGD as in the paper, without deflation.
+_PAPERS_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
 
 
 def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
@@ -136,8 +134,8 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
     return Recipe(
         name,
         f"{summary}; block matrices, the rest by AdamW",
-        "one projection, so that updates have RMS 1 as SinkGD's have; SinkGD's rates",
-        {**_SINKGD_RATES, **_STATELESS},
+        "one projection, so that updates have RMS 1 as SinkGD's have; sinkgd-paper's rates",
+        {**_PAPERS_RATES, **_STATELESS},
         build,
         can_shard=True,
         can_release=True,
@@ -147,9 +145,28 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
 FAMILY = (
     Recipe(
         "sinkgd",
-        "block matrices by SR-Sinkhorn, the rest by AdamW",
+        "block matrices by SR-Sinkhorn with deflation, the rest by AdamW: the default",
+        "SinkGD(param_groups(model)), its defaults; rates: benchmarks/deflation",
+        {
+            "lr": LR,
+            "matrix_lr": MATRIX_LR_SCALE * LR,
+            "weight_decay": 0.0,
+            "beta1": BETAS[0],
+            "beta2": BETAS[1],
+            "sinkhorn_iterations": 5,
+            **_BEYOND_THE_PAPER,
+            "deflated_rank": DEFLATED_RANK,
+            **_STATELESS,
+        },
+        _sinkgd,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "sinkgd-paper",
+        "block matrices by SR-Sinkhorn alone, as in the paper, the rest by AdamW",
         "5 iterations: Scetbon et al. 2025, algorithm 4; rates: benchmarks/learning_rates",
-        {**_SINKGD_RATES, "sinkhorn_iterations": 5, **_BEYOND_THE_PAPER, **_STATELESS},
+        {**_PAPERS_RATES, "sinkhorn_iterations": 5, **_BEYOND_THE_PAPER, **_STATELESS},
         _sinkgd,
         can_shard=True,
         can_release=True,
@@ -177,22 +194,6 @@ FAMILY = (
             **_STATELESS,
         },
         _swan,
-        can_release=True,
-    ),
-    Recipe(
-        "deflated",
-        "as sinkgd, with the leading singular values of updates lowered to the others",
-        "8 directions; rate: benchmarks/studies/spectral",
-        {
-            **_SINKGD_RATES,
-            "matrix_lr": 0.004,
-            "sinkhorn_iterations": 5,
-            **_BEYOND_THE_PAPER,
-            "deflated_rank": DEFLATED_RANK,
-            **_STATELESS,
-        },
-        _sinkgd,
-        can_shard=True,
         can_release=True,
     ),
     Recipe(

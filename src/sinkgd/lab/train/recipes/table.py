@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sinkgd.lab.names import suggest
+from sinkgd.lab.naming import GONE
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes.contract import Recipe
 from sinkgd.lab.train.recipes.family import FAMILY
@@ -57,6 +58,8 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: If there is none; the message gives the nearest name.
     """
+    if name in GONE:
+        raise ConfigError(f"optimizer.recipe is {name!r}; it is called {GONE[name]!r} now")
     if name not in RECIPES:
         raise ConfigError(f"optimizer.recipe is {name!r}; {suggest(name, RECIPES)}")
     return RECIPES[name]

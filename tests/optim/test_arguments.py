@@ -1,0 +1,260 @@
+"""A constructor argument takes effect or is refused, whatever the optimizer and the option."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import sinkgd
+from sinkgd.optim.algorithms import ALGORITHMS
+
+NORMS = (sinkgd.RowNorm(),)
+CLASSES = {
+    "SinkGD": sinkgd.SinkGD,
+    "SWAN": sinkgd.SWAN,
+    "MNGD": sinkgd.MNGD,
+    "SRON": sinkgd.SRON,
+    "SCALE": sinkgd.SCALE,
+    "TemperedSinkGD": sinkgd.TemperedSinkGD,
+    "SPAM": sinkgd.SPAM,
+    "AdamWSPAM": sinkgd.AdamWSPAM,
+}
+# Of each option: two values that are valid, the second of them no default, and one out of range.
+VALUES = {
+    "lr": (0.5, 0.25, -1.0),
+    "weight_decay": (0.5, 0.25, -1.0),
+    "maximize": (False, True, None),
+    "nonfinite": ("raise", "skip", "ignore"),
+    "sinkhorn_iterations": (3, 4, 0),
+    "backend": ("auto", "eager", "none"),
+    "tol": (0.25, 0.5, -1.0),
+    "warm_start": (False, True, None),
+    "rounding": ("nearest", "stochastic", "up"),
+    "seed": (3, 4, -1),
+    "momentum": (0.25, 0.5, 1.5),
+    "nesterov": (False, True, None),
+    "momentum_place": ("before", "after", "middle"),
+    "last": ("column", "row", "rows"),
+    "first": (None, "row", "rows"),
+    "tiny_rows": ("keep", "mask", "drop"),
+    "tiny_row_threshold": (0.25, 0.5, -1.0),
+    "deflated_rank": (2, 1, -1),
+    "operator_norm": (None, "muon", "spectral"),
+    "newton_schulz_steps": (3, 4, 0),
+    "num_iters": (3, 4, 0),
+    "norms": ((sinkgd.RowNorm(),), (sinkgd.SignNorm(),), ()),
+    "tau": (0.25, 0.5, 0.0),
+    "n_iter": (3, 4, -1),
+    "eps": (0.25, 0.5, -1.0),
+    "betas": ((0.25, 0.5), (0.5, 0.75), (1.5, 0.5)),
+    "theta": (30.0, 40.0, -1.0),
+    "clip_delay": (3, 4, -1),
+    "reset_interval": (30, 40, 0),
+    "warmup_steps": (3, 4, -1),
+    "max_norm": (0.25, 0.5, 0.0),
+    "spike_z": (0.25, 0.5, 0.0),
+    "norm_window": (30, 40, 2),
+}
+NEEDS = {"nesterov": {"momentum": 0.5}, "seed": {"rounding": "stochastic"}}
+
+
+def options_of(kind):
+    """Return the arguments of a class but ``params``, with their defaults."""
+    parameters = inspect.signature(kind).parameters
+    if "options" in parameters:  # SRON and SCALE, which pass the rest on
+        fixed = {"norms", "num_iters"}
+        inner = inspect.signature(sinkgd.MNGD).parameters
+        parameters = {k: v for k, v in inner.items() if k not in fixed}
+    return {name: p.default for name, p in parameters.items() if name not in ("self", "params")}
+
+
+CASES = [(name, option) for name, kind in CLASSES.items() for option in options_of(kind)]
+every_class = pytest.mark.parametrize("name", CLASSES)
+every_option = pytest.mark.parametrize(("name", "option"), CASES)
+
+
+def build(name, groups, **options):
+    if name == "MNGD":
+        options.setdefault("norms", NORMS)
+    return CLASSES[name](groups, **options)
+
+
+def matrix():
+    return nn.Parameter(torch.ones(4, 3))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))) for _ in range(2)
+        )
+        self.head = nn.Linear(4, 2)
+
+
+def test_the_table_has_every_argument_of_every_class():
+    assert {option for _, option in CASES} == set(VALUES)
+
+
+@every_option
+def test_the_default_in_the_signature_is_the_one_in_effect(name, option):
+    optimizer = build(name, [matrix()], **NEEDS.get(option, {}))
+    default = options_of(CLASSES[name])[option]
+    if option == "norms":  # a default of none, which is refused
+        return
+    if default is None:
+        default = optimizer.none_means.get(option)
+    assert optimizer.param_groups[0][option] == default
+    if option != "momentum":
+        assert optimizer.defaults[option] == default
+
+
+@every_option
+def test_an_argument_reaches_the_groups_that_do_not_set_it(name, option):
+    own, passed, _ = VALUES[option]
+    fixed = NEEDS.get(option, {})
+    groups = [{"params": [matrix()], option: own}, {"params": [matrix()]}]
+    optimizer = build(name, groups, **{**fixed, option: passed})
+    assert [group[option] for group in optimizer.param_groups] == [own, passed]
+    optimizer.add_param_group({"params": [matrix()]})
+    assert optimizer.param_groups[2][option] == passed
+
+
+@every_option
+def test_an_argument_that_every_group_sets_is_refused_with_the_remedy(name, option):
+    own, passed, _ = VALUES[option]
+    groups = [{"params": [matrix()], **NEEDS.get(option, {}), option: own} for _ in range(2)]
+    with pytest.raises(ValueError, match=f"^{option}=.* has no effect: every group sets") as caught:
+        build(name, groups, **{option: passed})
+    assert "leave it out" in str(caught.value)
+    assert repr(passed) in str(caught.value)
+
+
+@every_option
+def test_an_argument_that_all_groups_agree_with_is_taken(name, option):
+    _, passed, _ = VALUES[option]
+    fixed = NEEDS.get(option, {})
+    groups = [{"params": [matrix()], **fixed, option: passed} for _ in range(2)]
+    assert build(name, groups, **{option: passed}).defaults[option] == passed
+
+
+@every_option
+def test_an_option_that_no_group_takes_is_refused(name, option):
+    groups = [{"params": [matrix()], "algorithm": "adamw"}]
+    options = {option: VALUES[option][1]}
+    adamws = {"lr", "weight_decay", "maximize", "nonfinite", "eps", "betas"}
+    if name == "MNGD" and option != "norms":
+        options["norms"] = ()
+    if name in ("SRON", "SCALE"):  # their norms are options that no group takes
+        with pytest.raises(ValueError, match="has no effect: the groups run 'adamw'"):
+            CLASSES[name](groups, **options)
+    elif option in adamws:
+        assert CLASSES[name](groups, **options).param_groups[0][option] == VALUES[option][1]
+    else:
+        with pytest.raises(ValueError, match=f"^{option}=.* has no effect: the groups run 'adamw'"):
+            CLASSES[name](groups, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [case for case in CASES if VALUES[case[1]][2] is not None]
+)
+def test_a_value_out_of_range_is_refused_under_its_own_name(name, option):
+    bad = VALUES[option][2]
+    with pytest.raises(ValueError, match=rf"\b{option}\b"):
+        build(name, [matrix()], **NEEDS.get(option, {}) | {option: bad})
+
+
+@every_class
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_a_rate_that_is_no_number_is_refused(name, option):
+    with pytest.raises(TypeError, match=f"{option} must be a number, got '0.1'"):
+        build(name, [matrix()], **{option: "0.1"})
+
+
+@every_class
+def test_an_argument_of_param_groups_is_named_in_the_remedy(name):
+    algorithm = CLASSES[name].default_algorithm
+    algorithm = "sinkgd" if algorithm == "stateless" else algorithm
+    groups = sinkgd.param_groups(Model(), matrix_algorithm=algorithm)
+    with pytest.raises(ValueError, match=r"pass it to param_groups\(model, lr=0.001\)"):
+        build(name, groups, lr=0.001)
+
+
+@every_class
+def test_a_model_is_refused_with_the_right_call(name):
+    with pytest.raises(TypeError, match=rf"params is a model, Model; write {name}\(param_groups\("):
+        build(name, Model())
+
+
+@every_class
+@pytest.mark.parametrize("params", [None, 3, "weights", {"params": []}, torch.ones(2)], ids=str)
+def test_what_is_no_list_of_parameters_is_refused(name, params):
+    with pytest.raises(TypeError, match=r"params must be a list of groups, tensors or"):
+        build(name, params)
+
+
+@pytest.mark.parametrize("function", ["param_groups", "scale_groups", "describe_param_groups"])
+def test_parameters_instead_of_a_model_are_refused_with_the_right_call(function):
+    for wrong in (Model().parameters(), list(Model().parameters()), None):
+        with pytest.raises(TypeError, match=rf"{function} takes the model itself.*{function}\(mod"):
+            getattr(sinkgd, function)(wrong)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "SinkGD"])
+def test_groups_of_another_algorithm_are_refused_with_the_right_call(name):
+    algorithm = CLASSES[name].default_algorithm
+    with pytest.raises(ValueError, match=rf"{name} would .*matrix_algorithm='{algorithm}'"):
+        build(name, sinkgd.param_groups(Model()))
+    build(name, sinkgd.param_groups(Model(), matrix_algorithm=algorithm))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_misspelled_key_of_a_group_is_refused(algorithm):
+    optimizer = sinkgd.SinkGD([matrix()])
+    for option in {"lr", "weight_decay", *ALGORITHMS[algorithm].options} - {
+        "rounding_step",
+        "norm_history",
+    }:
+        group = {"params": [matrix()], "algorithm": algorithm, option + "s": 1}
+        with pytest.raises(ValueError, match=f"sets {option}s=1, .*did you mean '{option}'"):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_option_of_another_algorithm_in_a_group_is_refused(algorithm):
+    every = {option for other in ALGORITHMS.values() for option in other.options}
+    for option in sorted(every - set(ALGORITHMS[algorithm].options)):
+        group = {"params": [matrix()], "algorithm": algorithm, option: 1}
+        with pytest.raises(ValueError, match=f"sets {option}=1, which algorithm '{algorithm}' doe"):
+            sinkgd.SinkGD([group])
+
+
+@every_class
+def test_keys_that_torch_schedulers_and_trainers_add_are_kept(name):
+    first = build(name, [{"params": [("w", matrix())], "name": "matrices", "lr_scale": 0.5}])
+    torch.optim.lr_scheduler.StepLR(first, 3)
+    torch.optim.lr_scheduler.CyclicLR(first, 0.1, 0.2, cycle_momentum=False)
+    torch.optim.lr_scheduler.OneCycleLR(first, 0.1, 10, cycle_momentum=False)
+    torch.optim.swa_utils.SWALR(first, 0.1)
+    again = copy.deepcopy(first.param_groups)
+    second = build(name, again)
+    assert second.param_groups[0]["name"] == "matrices"
+    second.add_param_group({"params": [("v", matrix())], "lr": 0.5})  # as a trainer unfreezes
+    assert second.param_groups[1]["lr"] == 0.5
+
+
+def test_a_group_of_another_algorithm_keeps_that_algorithms_defaults():
+    adamw = {"params": [matrix()], "algorithm": "adamw"}
+    optimizer = sinkgd.SPAM([{"params": [matrix()]}, adamw], eps=1e-3)
+    assert [group["eps"] for group in optimizer.param_groups] == [1e-3, 1e-3]
+    mngd = {"params": [matrix()], "algorithm": "mngd", "norms": NORMS}
+    swan = sinkgd.SWAN([{"params": [matrix()]}, mngd])
+    assert [group["num_iters"] for group in swan.param_groups] == [1, 5]
+
+
+def test_deflation_is_refused_where_the_groups_know_none():
+    with pytest.raises(ValueError, match="deflated_rank=4 has no effect: no group runs 'sinkgd'"):
+        sinkgd.param_groups(Model(), matrix_algorithm="swan", deflated_rank=4)
