@@ -2,17 +2,26 @@
 
 In the repository a study's link leads to its verdict, which reads well there; on the site, to its
 page.
+
+Formulas become MathML while the site is built, so a browser shows them without a script.
 """
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 _VERDICT = re.compile(r"\(\.\./benchmarks/studies/([\w-]+)/verdict\.md\)")
+
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>',
+    re.DOTALL,
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -28,3 +37,16 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Let links to verdicts lead to the pages."""
     up = "../" * page.file.src_uri.count("/")
     return _VERDICT.sub(rf"({up}studies/\1.html)", markdown)
+
+
+def _mathml(formula: re.Match[str]) -> str:
+    tag, opening, latex = formula.groups()
+    display = "block" if opening == "[" else "inline"
+    return (
+        f'<{tag} class="formula">{convert(html.unescape(latex).strip(), display=display)}</{tag}>'
+    )
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn the formulas that arithmatex marked into MathML."""
+    return _FORMULA.sub(_mathml, content)
