@@ -59,7 +59,7 @@ def build(case, options):
     model = Model(case.takes_vectors, torch.bfloat16 if is_rounded else torch.float32)
     try:
         return model, case.build(list(model.parameters()), **options)
-    except TypeError:
+    except (TypeError, ValueError):
         assert is_rounded, "every other option is the method's"
         return None, None
 
@@ -139,7 +139,7 @@ RECIPES = {
     "momentum": lambda model: sinkgd.SinkGD(sinkgd.param_groups(model), momentum=0.9),
     "swan": lambda model: sinkgd.SWAN(sinkgd.param_groups(model, matrix_algorithm="swan")),
     "mngd": lambda model: sinkgd.MNGD(
-        sinkgd.param_groups(model, matrix_algorithm="mngd"), 1e-3, norms=[sinkgd.RowNorm()]
+        sinkgd.param_groups(model, matrix_algorithm="mngd"), norms=[sinkgd.RowNorm()]
     ),
     "scale": lambda model: sinkgd.SCALE(sinkgd.scale_groups(model)),
     "tempered": lambda model: sinkgd.TemperedSinkGD(model.parameters()),
