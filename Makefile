@@ -11,7 +11,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
 .PHONY: demo test test-slow lint docs clean
 
 demo: $(LAB)
-	$(BIN)/sinkgd compare --out runs/demo
+	$(BIN)/sinkgd compare --training.steps 220 --out runs/demo
 
 test: $(DEV) lint docs
 	$(PYTEST)

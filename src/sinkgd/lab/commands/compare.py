@@ -29,7 +29,8 @@ class Compare:
     """Train the same model on the same text, in the same order, with several optimizers.
 
     Each run has a process of its own, one after the other. Then the table is printed and the page
-    written. Without options this is the demo: a nano LLaMA on real text, in about ten minutes.
+    written. Without options it trains a nano LLaMA on real text for about ten minutes on two cores;
+    `make demo` does the same with fewer steps.
     Stopped or killed, the same command goes on; runs that are finished are not run again.
 
     For example:
