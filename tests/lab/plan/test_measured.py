@@ -79,8 +79,8 @@ CASES = [
     Case("llama-60m", "sinkgd", "bf16", RELEASE | RECOMPUTE | CHUNKS),
     # With few tokens in the vocabulary it is the blocks that need the most.
     Case("llama-9m", "adamw", "float32", CHUNKS, vocab_size=512),
-    Case("llama-20m", "sinkgd", "bf16", RELEASE | CHUNKS, vocab_size=512),
-    Case("llama-20m", "sinkgd", "bf16", RELEASE | RECOMPUTE | CHUNKS, vocab_size=512),
+    Case("llama-20m", "sinkgd-paper", "bf16", RELEASE | CHUNKS, vocab_size=512),
+    Case("llama-20m", "sinkgd-paper", "bf16", RELEASE | RECOMPUTE | CHUNKS, vocab_size=512),
     Case("llama-20m", "adamw", "bf16-autocast", RECOMPUTE, vocab_size=512),
 ]
 

@@ -23,9 +23,9 @@ _FLOAT32 = 4
 _SHARDED_SCALE = 59
 # The same of row norms alone: 24 to 27 measured on llama-9m over 16 ranks; same file.
 _SHARDED_ROWS = 27
-# Bytes a row or column that deflation uses at once for a direction, float64 the more part: 44
-# measured on llama-60m; same file.
-_DIRECTION = 46
+# Bytes a row or column that deflation uses at once for each direction that it follows, one more
+# than it lowers; most of them float64. 42 were measured on llama-60m; same file.
+_DIRECTION = 44
 _TOKEN = 8  # bytes of a token id, and of a target
 
 
@@ -189,7 +189,7 @@ def _deflation_scratch(
     """Return what deflation needs for a few matrices at a time, as `few_at_a_time` has them."""
     sizes = [_FLOAT32 * prod(w.piece) for w in matrices]
     needs = [
-        (size if copies else 0) + _DIRECTION * directions * sum(w.piece)
+        (size if copies else 0) + _DIRECTION * (directions + 1) * sum(w.piece)
         for size, w in zip(sizes, matrices, strict=True)
     ]
     return max(sum(needs[run]) for run in cut(sizes, room))
