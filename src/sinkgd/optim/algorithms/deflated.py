@@ -118,7 +118,8 @@ def _stretched(
     left = leading.taken.left * stretch
     rows, cols = (torch.stack(own) for own in zip(*scales, strict=True))
     factor = stretch.to(rows.dtype)
-    fits = (rows.amax(-2, keepdim=True) * factor).isfinite()
+    held = rows.shape[-2] > 0  # a rank may hold no row
+    fits = (rows.amax(-2, keepdim=True) * factor).isfinite() if held else factor.isfinite()
     rows = rows * torch.where(fits, factor, 1)
     cols = cols * torch.where(fits, 1, factor)
     cols = cols.clamp(max=torch.finfo(cols.dtype).max)
