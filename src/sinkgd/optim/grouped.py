@@ -26,6 +26,7 @@ from sinkgd.optim.saved_state import (
     saved_options,
     to_saved_form,
 )
+from sinkgd.precision import in_full_precision
 
 # What every group has, whatever its algorithm.
 _COMMON = {"lr", "weight_decay", "maximize", "nonfinite"}
@@ -230,6 +231,7 @@ class GroupedOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             yield from named(group, index)
 
+    @in_full_precision
     def _update(
         self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
     ) -> None:
