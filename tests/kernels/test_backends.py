@@ -1,7 +1,9 @@
 """Every backend gives the paper's scales and the same step, row by row of one table."""
 
 import importlib.util
+import shutil
 import threading
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -14,6 +16,8 @@ from sinkgd import kernels, sr_sinkhorn
 from sinkgd.kernels import BACKENDS, Scales, registry
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
+from sinkgd.kernels.triton import TritonBackend
+from sinkgd.kernels.triton import backend as triton_backend
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -558,7 +562,7 @@ class TestChoice:
         assert kernels.select("auto", torch.device("cpu")).name == "eager"
 
     def test_auto_never_takes_the_interpreter(self, interpreter, monkeypatch):
-        monkeypatch.setattr(CpuBackend, "missing", lambda self: "numba is not installed")
+        monkeypatch.setattr(CpuBackend, "supports", lambda self, device: False)
         assert kernels.select("triton", torch.device("cpu")).name == "triton"
         assert kernels.select("auto", torch.device("cpu")).name == "eager"
         assert ("triton", False, "does not run on cpu") in registry.describe(torch.device("cpu"))
@@ -572,6 +576,49 @@ class TestChoice:
         with pytest.raises(ImportError, match=r"triton is not installed; pip install triton"):
             sr_sinkhorn(torch.eye(4), backend="triton")
         assert registry.describe(torch.device("cpu"))[0][1] is False
+
+    @pytest.mark.parametrize(
+        ("found", "compiler", "takes"),
+        [(None, None, "eager"), ("/usr/bin/gcc", None, "triton"), (None, "nvcc", "triton")],
+    )
+    def test_triton_needs_a_compiler_and_auto_says_so_once(
+        self, monkeypatch, found, compiler, takes
+    ):
+        device = torch.device("cuda", 0)
+        find_spec = importlib.util.find_spec
+        spec = find_spec("torch")
+        present = lambda name: spec if name == "triton" else find_spec(name)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", present)
+        monkeypatch.setattr(TritonBackend, "supports", lambda self, device: device.type == "cuda")
+        monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+        monkeypatch.setattr(shutil, "which", lambda name, path=None: found)
+        monkeypatch.delenv("CC", raising=False)
+        if compiler is not None:
+            monkeypatch.setenv("CC", compiler)
+        triton_backend._has_compiler.cache_clear()
+        registry._warn_once.cache_clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            chosen = [kernels.select("auto", device).name for _ in range(2)]
+        assert chosen == [takes] * 2
+        rows = {name: (runs, why) for name, runs, why in registry.describe(device)}
+        if takes == "eager":
+            (once,) = said
+            assert "'triton' cannot run here: triton finds no C compiler" in str(once.message)
+            assert rows["triton"] == (False, TritonBackend().missing())
+            with pytest.raises(ImportError, match="no C compiler for its launchers; install gcc"):
+                kernels.select("triton", device)
+        else:
+            assert not said
+            assert rows["triton"][0]
+        triton_backend._has_compiler.cache_clear()
+
+    def test_auto_says_once_why_it_passes_over_the_loops(self, monkeypatch):
+        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)
+        registry._warn_once.cache_clear()
+        with pytest.warns(RuntimeWarning, match="'cpu' cannot run here: .*GOMP_parallel"):
+            assert kernels.select("auto", torch.device("cpu")).name == "eager"
+        assert kernels.select("auto", torch.device("cpu")).name == "eager"
 
     def test_a_torch_without_openmp_is_named(self, monkeypatch):
         monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)

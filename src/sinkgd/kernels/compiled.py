@@ -34,6 +34,7 @@ def select(name: str, device: torch.device) -> Backend:
 class CompiledBackend(TwoHalves):
     """The operators, which run the backend called ``name``."""
 
+    package = "torch"
     install = "pip install sinkgd"
 
     def __init__(self, name: str) -> None:

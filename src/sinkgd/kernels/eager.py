@@ -25,6 +25,7 @@ class EagerBackend(TwoHalves):
     """Two matrix–vector products an iteration; one float32 matrix of scratch at a time."""
 
     name = "eager"
+    package = "torch"
     install = "pip install sinkgd"
 
     def missing(self) -> str | None:

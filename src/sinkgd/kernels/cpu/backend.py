@@ -33,6 +33,7 @@ class CpuBackend:
     """Compiled loops on torch's own threads: one pass over a gradient an iteration, no copy."""
 
     name = "cpu"
+    package = "numba"
     install = "pip install 'sinkgd[cpu]'"
 
     def missing(self) -> str | None:
