@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from layouts import gapped, scattered, turned
 from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd import kernels, sr_sinkhorn
-from sinkgd.kernels import BACKENDS, Scales, registry
+from sinkgd.deflation import LowRank
+from sinkgd.kernels import BACKENDS, Lowered, Scales, registry
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 from sinkgd.kernels.triton import TritonBackend
@@ -324,6 +325,35 @@ def movements(grad, num_iters):
     """How far a row moves at most in each iteration from the second on, relatively."""
     scales = row_scales(grad, num_iters)
     return [float((after / before - 1).abs().max()) for before, after in pairwise(scales)]
+
+
+class TestSizes:
+    """Kernels read memory by the shape of a parameter, so what lies beside it must have its own."""
+
+    @pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7)])
+    @pytest.mark.parametrize("change", ["fewer rows", "fewer columns", "one", "other batch"])
+    @pytest.mark.parametrize("lowered", [False, True])
+    def test_scales_of_another_size_are_refused(self, backend, shape, change, lowered):
+        *batch, m, n = shape
+        row, col = {
+            "fewer rows": ((*batch, m - 1, 1), (*batch, 1, n)),
+            "fewer columns": ((*batch, m, 1), (*batch, 1, n - 1)),
+            "one": ((*batch, 1, 1), (*batch, 1, 1)),
+            "other batch": ((2, m, 1), (2, 1, n)),
+        }[change]
+        own = Scales(torch.ones(row), torch.ones(col))
+        if lowered:
+            taken = LowRank(torch.zeros(*batch, m, 1), torch.zeros(*batch, n, 1))
+            own = Lowered(*own, taken)
+        param = torch.ones(shape)
+        with pytest.raises(ValueError, match=r"scales of shapes .* do not fit a parameter of"):
+            backend.update_([param], [torch.ones(shape)], [own], keep=1.0, step=1.0)
+        assert param.eq(1).all()
+
+    @pytest.mark.parametrize("start", [(1, 6), (1, 1), (7,), (2, 1, 7)])
+    def test_starts_of_another_size_are_refused(self, backend, start):
+        with pytest.raises(ValueError, match=r"starts of shape .* do not fit a gradient of"):
+            backend.scales([torch.ones(5, 7)], 1, starts=[torch.ones(start)])
 
 
 class TestTolerance:

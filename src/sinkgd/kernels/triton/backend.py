@@ -27,7 +27,14 @@ from torch.nn import Parameter
 from sinkgd.deflation import StoredProducts
 from sinkgd.kernels.backend import Lowered, Scales, Stack
 from sinkgd.kernels.eager import EagerBackend
-from sinkgd.kernels.layout import aligned, dense, dense_layout, may_be_written
+from sinkgd.kernels.layout import (
+    aligned,
+    check_scales,
+    check_start,
+    dense,
+    dense_layout,
+    may_be_written,
+)
 from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.triton.fields import Addresses
@@ -84,6 +91,7 @@ class TritonBackend(TwoHalves):
         results: dict[int, Scales] = {}
         by_device: dict[torch.device, list[int]] = {}
         for i, grad in enumerate(grads):
+            check_start(grad, first[i])
             if _readable(grad, first[i]):
                 by_device.setdefault(grad.device, []).append(i)
             else:
@@ -140,6 +148,8 @@ class TritonBackend(TwoHalves):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
+        for param, own in zip(params, scales, strict=True):
+            check_scales(param, own.row, own.col)
         grads, pairs = nothing_to_take(grads, scales)
         flags = [None] * len(params) if allowed is None else allowed
         bits = [None] * len(params) if keys is None else keys
