@@ -34,18 +34,30 @@ def assert_alike(found: dict[str, str], expected: dict[str, str]) -> None:
     assert not other, f"{len(other)} of {len(found)} differ: {dict(list(other.items())[:10])}"
 
 
-@pytest.mark.parametrize("default", DEFAULTS)
-@pytest.mark.parametrize("kind", ["library", "counts", "compiled", "triton", "lab"])
+# A walk takes several seconds; these stand for all in the fast part of the suite.
+FAST = {("library", "bfloat16"), ("library", "meta"), ("counts", "bfloat16")}
+
+
+def _combinations():
+    return [
+        pytest.param(kind, default, marks=() if (kind, default) in FAST else pytest.mark.slow)
+        for kind in ("library", "counts", "compiled", "triton", "lab")
+        for default in DEFAULTS
+    ]
+
+
+@pytest.mark.parametrize(("kind", "default"), _combinations())
 def test_a_default_changes_no_bit(kind, default):
     assert_alike(bits(kind, default), bits(kind))
 
 
-@pytest.mark.parametrize("kind", ["library", "counts", "lab"])
+@pytest.mark.parametrize("kind", ["library", "counts", pytest.param("lab", marks=pytest.mark.slow)])
 def test_without_a_default_nothing_fails(kind):
     failed = {name: bits for name, bits in bits(kind).items() if ": " in bits}
     assert not failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("default", DEFAULTS)
 def test_no_write_leaves_its_buffer(default):
     """glibc and Python look at the guards of every block, and end the process where one broke."""

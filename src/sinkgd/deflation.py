@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
+from sinkgd.precision import in_full_precision
 
 Sum = Callable[[list[Tensor]], list[Tensor]]  # of float64 numbers, in place or not
 
@@ -128,6 +129,7 @@ class StoredProducts:
         return [norm.square().sum(-2, keepdim=True) for norm in norms]
 
 
+@in_full_precision
 def deflate(x: Tensor, rank: int) -> Tensor:
     """Lower the ``rank`` leading singular values of ``x`` to the one that follows them.
 

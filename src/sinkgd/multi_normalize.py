@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sinkgd.newton_schulz import matrix_buffer
 from sinkgd.norms import Norm, is_built_in
+from sinkgd.precision import in_full_precision
 
 
+@in_full_precision
 def multi_normalize(
     grad: Tensor, norms: Sequence[Norm], num_iters: int = 5, *, tol: float | None = None
 ) -> Tensor:
@@ -105,6 +107,7 @@ def take_turns(
     return x
 
 
+@in_full_precision
 def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
     r"""Tell how far each norm is from holding: :math:`\lVert x - P_g(x) \rVert_F / \sqrt{mn}`.
 

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from sinkgd.precision import in_full_precision
+
 # Where one side is at least twice the other, several steps are taken on the gram matrix at once: a
 # step costs 6 k³ flops there and 4 k² max(m, n) on the matrix. From 1.5 times on that is less; from
 # twice on the scratch is no larger either.
@@ -24,6 +26,7 @@ OBLONG = 2
 STEPS_AT_ONCE = 5
 
 
+@in_full_precision
 def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
     r"""Push every singular value of ``x`` towards 1 and keep its singular vectors.
 

@@ -36,6 +36,7 @@ from sinkgd.newton_schulz import (
     orthogonalize_into,
     sum_of_matrix,
 )
+from sinkgd.precision import in_full_precision
 
 
 @runtime_checkable
@@ -65,6 +66,7 @@ class Norm(Protocol):
 class _BuiltIn(ABC):
     """A norm that can project in memory it is given."""
 
+    @in_full_precision
     def project(self, x: Tensor) -> Tensor:
         """Project each matrix of ``(..., m, n)``, which is only read."""
         if x.numel() == 0:

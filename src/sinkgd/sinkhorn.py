@@ -11,8 +11,10 @@ from torch import Tensor
 from sinkgd import kernels
 from sinkgd.kernels import Scales
 from sinkgd.multi_normalize import check_matrix, check_num_iters, check_tol
+from sinkgd.precision import in_full_precision
 
 
+@in_full_precision
 def sinkhorn_scales(
     grad: Tensor, num_iters: int = 5, *, tol: float | None = None, backend: str = "auto"
 ) -> Scales:
@@ -60,6 +62,7 @@ def sinkhorn_scales(
     return kernels.select(backend, grad.device).scales([grad], num_iters, tol=tol)[0]
 
 
+@in_full_precision
 def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> Tensor:
     r"""Normalize every row of ``grad`` to length √n, then every column to √m, ``num_iters`` times.
 

@@ -17,9 +17,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.precision import in_full_precision
+
 TAU, NUM_ITERS, EPS = 0.1, 5, 1e-8
 
 
+@in_full_precision
 def temper(
     grad: Tensor, tau: float = TAU, num_iters: int = NUM_ITERS, *, eps: float = EPS
 ) -> Tensor:

@@ -1,7 +1,9 @@
 """Every backend gives the paper's scales and the same step, row by row of one table."""
 
 import importlib.util
+import shutil
 import threading
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -11,9 +13,12 @@ from torch.testing import assert_close
 from layouts import gapped, scattered, turned
 from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd import kernels, sr_sinkhorn
-from sinkgd.kernels import BACKENDS, Scales, registry
+from sinkgd.deflation import LowRank
+from sinkgd.kernels import BACKENDS, Lowered, Scales, registry
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
+from sinkgd.kernels.triton import TritonBackend
+from sinkgd.kernels.triton import backend as triton_backend
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -322,6 +327,35 @@ def movements(grad, num_iters):
     return [float((after / before - 1).abs().max()) for before, after in pairwise(scales)]
 
 
+class TestSizes:
+    """Kernels read memory by the shape of a parameter, so what lies beside it must have its own."""
+
+    @pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7)])
+    @pytest.mark.parametrize("change", ["fewer rows", "fewer columns", "one", "other batch"])
+    @pytest.mark.parametrize("lowered", [False, True])
+    def test_scales_of_another_size_are_refused(self, backend, shape, change, lowered):
+        *batch, m, n = shape
+        row, col = {
+            "fewer rows": ((*batch, m - 1, 1), (*batch, 1, n)),
+            "fewer columns": ((*batch, m, 1), (*batch, 1, n - 1)),
+            "one": ((*batch, 1, 1), (*batch, 1, 1)),
+            "other batch": ((2, m, 1), (2, 1, n)),
+        }[change]
+        own = Scales(torch.ones(row), torch.ones(col))
+        if lowered:
+            taken = LowRank(torch.zeros(*batch, m, 1), torch.zeros(*batch, n, 1))
+            own = Lowered(*own, taken)
+        param = torch.ones(shape)
+        with pytest.raises(ValueError, match=r"scales of shapes .* do not fit a parameter of"):
+            backend.update_([param], [torch.ones(shape)], [own], keep=1.0, step=1.0)
+        assert param.eq(1).all()
+
+    @pytest.mark.parametrize("start", [(1, 6), (1, 1), (7,), (2, 1, 7)])
+    def test_starts_of_another_size_are_refused(self, backend, start):
+        with pytest.raises(ValueError, match=r"starts of shape .* do not fit a gradient of"):
+            backend.scales([torch.ones(5, 7)], 1, starts=[torch.ones(start)])
+
+
 class TestTolerance:
     @pytest.mark.parametrize("stop", [2, 3, 6])
     @pytest.mark.parametrize("shape", [(37, 53), (19, 7), (140, 133)], ids=str)
@@ -558,7 +592,7 @@ class TestChoice:
         assert kernels.select("auto", torch.device("cpu")).name == "eager"
 
     def test_auto_never_takes_the_interpreter(self, interpreter, monkeypatch):
-        monkeypatch.setattr(CpuBackend, "missing", lambda self: "numba is not installed")
+        monkeypatch.setattr(CpuBackend, "supports", lambda self, device: False)
         assert kernels.select("triton", torch.device("cpu")).name == "triton"
         assert kernels.select("auto", torch.device("cpu")).name == "eager"
         assert ("triton", False, "does not run on cpu") in registry.describe(torch.device("cpu"))
@@ -572,6 +606,49 @@ class TestChoice:
         with pytest.raises(ImportError, match=r"triton is not installed; pip install triton"):
             sr_sinkhorn(torch.eye(4), backend="triton")
         assert registry.describe(torch.device("cpu"))[0][1] is False
+
+    @pytest.mark.parametrize(
+        ("found", "compiler", "takes"),
+        [(None, None, "eager"), ("/usr/bin/gcc", None, "triton"), (None, "nvcc", "triton")],
+    )
+    def test_triton_needs_a_compiler_and_auto_says_so_once(
+        self, monkeypatch, found, compiler, takes
+    ):
+        device = torch.device("cuda", 0)
+        find_spec = importlib.util.find_spec
+        spec = find_spec("torch")
+        present = lambda name: spec if name == "triton" else find_spec(name)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", present)
+        monkeypatch.setattr(TritonBackend, "supports", lambda self, device: device.type == "cuda")
+        monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+        monkeypatch.setattr(shutil, "which", lambda name, path=None: found)
+        monkeypatch.delenv("CC", raising=False)
+        if compiler is not None:
+            monkeypatch.setenv("CC", compiler)
+        triton_backend._has_compiler.cache_clear()
+        registry._warn_once.cache_clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            chosen = [kernels.select("auto", device).name for _ in range(2)]
+        assert chosen == [takes] * 2
+        rows = {name: (runs, why) for name, runs, why in registry.describe(device)}
+        if takes == "eager":
+            (once,) = said
+            assert "'triton' cannot run here: triton finds no C compiler" in str(once.message)
+            assert rows["triton"] == (False, TritonBackend().missing())
+            with pytest.raises(ImportError, match="no C compiler for its launchers; install gcc"):
+                kernels.select("triton", device)
+        else:
+            assert not said
+            assert rows["triton"][0]
+        triton_backend._has_compiler.cache_clear()
+
+    def test_auto_says_once_why_it_passes_over_the_loops(self, monkeypatch):
+        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)
+        registry._warn_once.cache_clear()
+        with pytest.warns(RuntimeWarning, match="'cpu' cannot run here: .*GOMP_parallel"):
+            assert kernels.select("auto", torch.device("cpu")).name == "eager"
+        assert kernels.select("auto", torch.device("cpu")).name == "eager"
 
     def test_a_torch_without_openmp_is_named(self, monkeypatch):
         monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)

@@ -11,7 +11,7 @@ from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd.kernels import Scales
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
-from sinkgd.kernels.triton import TritonBackend, launch
+from sinkgd.kernels.triton import TritonBackend, launch, tables
 from sinkgd.kernels.triton import backend as module
 from sinkgd.kernels.triton.plan import Source, plan_of_scales
 from sinkgd.kernels.triton.tables import Tables
@@ -124,6 +124,46 @@ class TestTables:
         copies.clear()
         backend.scales([grads[1]], 1)
         assert [table.tolist() for table in copies] == [[grads[1].data_ptr()]]
+
+
+class TestTablesOfGraphs:
+    CPU = torch.device("cpu")
+
+    @pytest.fixture
+    def capture(self, monkeypatch):
+        """Switch what `capturing` says."""
+        return lambda on: monkeypatch.setattr(tables, "capturing", lambda device: on)
+
+    def ask(self, kept, kind, host):
+        if kind == "table":
+            return kept.table(host, self.CPU)
+        return kept.addresses(tuple(host.tolist()), self.CPU)
+
+    @pytest.mark.parametrize("kind", ["table", "addresses"])
+    def test_no_graph_reads_what_the_replay_of_another_fills(self, capture, monkeypatch, kind):
+        copied = []
+        copy = Tables._copy
+        monkeypatch.setattr(Tables, "_copy", lambda *args: copied.append(args) or copy(*args))
+        kept, host = Tables(), torch.tensor([1, 2])
+        for made in (1, 2):
+            capture(True)
+            self.ask(kept, kind, host)
+            assert len(copied) == made
+        capture(False)
+        self.ask(kept, kind, host)
+        assert len(copied) == 3
+
+    @pytest.mark.parametrize("kind", ["table", "addresses"])
+    def test_a_graph_reads_a_copy_from_before_it_and_keeps_it(self, capture, monkeypatch, kind):
+        monkeypatch.setattr(tables, "KEPT", 1)
+        kept, host = Tables(), torch.tensor([1, 2])
+        capture(False)
+        before = self.ask(kept, kind, host)
+        capture(True)
+        assert self.ask(kept, kind, host) is before
+        capture(False)
+        self.ask(kept, kind, torch.tensor([3, 4]))
+        assert any(copy.there is before for copy in kept._captured)
 
 
 class TestNumbers:

@@ -1,11 +1,14 @@
 """NaN and infinity never reach a weight, and nobody has to look for where they came from."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import sinkgd
 from optimizer_cases import optimizer_of
+from sinkgd.optim import nonfinite
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["sinkgd", "swan", "mngd", "normalize", "adamw"])
@@ -90,3 +93,53 @@ def test_on_a_gpu_the_error_comes_with_the_next_step_and_the_weight_stays():
     weight.grad = torch.randn(4, 3, device="cuda")
     with pytest.raises(sinkgd.NonFiniteGradientError, match="gradient of w holds"):
         optimizer.step()
+
+
+class TestOfAnAccelerator:
+    """The way of flags to the host, on a device that is made up."""
+
+    DEVICE = torch.device("cuda", 1)
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        calls = []
+
+        class Event:
+            def __init__(self, device):
+                calls.append(("event", torch.device(device)))
+
+            def record(self, stream=None):
+                calls.append(("record", stream))
+
+            def synchronize(self):
+                calls.append(("wait",))
+
+        host = SimpleNamespace(copy_=lambda flags, non_blocking: torch.tensor([False]))
+        monkeypatch.setattr(nonfinite.torch, "empty", lambda *_, **__: host)
+        monkeypatch.setattr(nonfinite.torch, "Event", Event)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"of {device}")
+        return calls
+
+    def take(self, guard):
+        flags = SimpleNamespace(shape=(1,), device=self.DEVICE, is_cuda=True)
+        guard.take(["w"], flags, "raise")
+        guard.end_step()
+
+    def test_nothing_waits_while_a_graph_is_captured_and_nothing_is_lost(self, calls, monkeypatch):
+        guard = nonfinite.NonFiniteGuard()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        self.take(guard)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            guard.settle()
+            self.take(guard)
+        assert guard.skipped() == {}
+        assert ("wait",) not in calls
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        with pytest.raises(sinkgd.NonFiniteGradientError, match="gradient of w holds"):
+            guard.settle()
+
+    def test_the_event_is_of_the_flags_device_and_stream(self, calls, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        self.take(nonfinite.NonFiniteGuard())
+        assert calls == [("event", self.DEVICE), ("record", "of cuda:1")]

@@ -82,6 +82,7 @@ class Backend(Protocol):
     """What a backend does; `eager` is its definition in plain torch."""
 
     name: str
+    package: str  # that it runs on
     install: str  # the command that brings it where it is absent
 
     def missing(self) -> str | None:

@@ -18,6 +18,7 @@ from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.two_halves import TwoHalves
+from sinkgd.precision import in_full_precision
 
 
 def select(name: str, device: torch.device) -> Backend:
@@ -33,6 +34,7 @@ def select(name: str, device: torch.device) -> Backend:
 class CompiledBackend(TwoHalves):
     """The operators, which run the backend called ``name``."""
 
+    package = "torch"
     install = "pip install sinkgd"
 
     def __init__(self, name: str) -> None:
@@ -120,7 +122,8 @@ def scales(
 ) -> list[Tensor]:
     """Return row and column scales of each gradient, in turns."""
     chosen = registry.select(backend, grads[0].device)
-    found = chosen.scales(grads, num_iters, tol=tol, starts=starts)
+    run = in_full_precision(chosen.scales)
+    found = run(grads, num_iters, tol=tol, starts=starts)
     return [scale.clone() for pair in found for scale in pair]  # results may not share memory
 
 
@@ -158,7 +161,7 @@ def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
     """
     chosen = registry.select(backend, params[0].device)
     pairs = [Scales(*pair) for pair in zip(rows, cols, strict=True)]
-    chosen.update_(
+    in_full_precision(chosen.update_)(
         params,
         grads,
         pairs,

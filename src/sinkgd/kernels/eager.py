@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sinkgd.deflation import StoredProducts
 from sinkgd.kernels.backend import Lowered, Scales, Stack
+from sinkgd.kernels.layout import check_scales, check_start
 from sinkgd.kernels.level import level_
 from sinkgd.kernels.products import eager_products, made
 from sinkgd.kernels.rounding import round_to_bfloat16
@@ -25,6 +26,7 @@ class EagerBackend(TwoHalves):
     """Two matrix–vector products an iteration; one float32 matrix of scratch at a time."""
 
     name = "eager"
+    package = "torch"
     install = "pip install sinkgd"
 
     def missing(self) -> str | None:
@@ -45,6 +47,8 @@ class EagerBackend(TwoHalves):
     ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
         begin = [None] * len(grads) if starts is None else starts
+        for grad, start in zip(grads, begin, strict=True):
+            check_start(grad, start)
         return [
             sinkhorn(grad, num_iters, tol=tol, start=start)
             for grad, start in zip(grads, begin, strict=True)
@@ -76,6 +80,7 @@ class EagerBackend(TwoHalves):
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         for i, (param, grad, own) in enumerate(zip(params, grads, scales, strict=True)):
+            check_scales(param, own.row, own.col)
             descend_(
                 param,
                 made(grad, own),

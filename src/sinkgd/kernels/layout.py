@@ -72,6 +72,33 @@ def may_be_written(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return all(after - before >= apart for before, after in pairwise(starts))
 
 
+def check_scales(param: Tensor, row: Tensor, col: Tensor) -> None:
+    """Refuse scales that are not those of ``param``: kernels read memory by its shape.
+
+    Raises:
+        ValueError: With the shapes.
+    """
+    shape = param.shape
+    if row.shape != (*shape[:-1], 1) or col.shape != (*shape[:-2], 1, shape[-1]):
+        raise ValueError(
+            f"scales of shapes {tuple(row.shape)} and {tuple(col.shape)} do not fit a parameter of "
+            f"shape {tuple(shape)}; they must have the shapes (..., m, 1) and (..., 1, n)"
+        )
+
+
+def check_start(grad: Tensor, start: Tensor | None) -> None:
+    """Refuse column scales to begin from that are not those of ``grad``.
+
+    Raises:
+        ValueError: With the shapes.
+    """
+    if start is not None and start.shape != (*grad.shape[:-2], 1, grad.shape[-1]):
+        raise ValueError(
+            f"starts of shape {tuple(start.shape)} do not fit a gradient of shape "
+            f"{tuple(grad.shape)}; they must have the shape (..., 1, n)"
+        )
+
+
 def matrix_of(x: Tensor, place: int) -> Tensor:
     """Return the ``place``-th matrix ``(m, n)`` of a batch ``(..., m, n)``, in reading order."""
     offset = x.storage_offset() + dense_layout(x).offsets[place]

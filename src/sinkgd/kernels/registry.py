@@ -1,5 +1,9 @@
 """The table of backends, fastest first, and the choice of one for a device."""
 
+import importlib.util
+import warnings
+from functools import cache
+
 import torch
 
 from sinkgd.kernels.backend import Backend
@@ -16,18 +20,14 @@ BY_NAME_ALONE = frozenset({("triton", "cpu")})
 def select(name: str, device: torch.device) -> Backend:
     """Return the backend called ``name``; for ``"auto"`` the fastest that runs on ``device``.
 
+    A warning says once why ``"auto"`` passes over a backend that is installed for ``device``.
+
     Raises:
         ValueError: If there is no such backend, or it does not run on ``device``.
         ImportError: If it was asked for and is not installed; the message says how to get it.
     """
     if name == "auto":
-        return next(
-            backend
-            for backend in BACKENDS
-            if (backend.name, device.type) not in BY_NAME_ALONE
-            and backend.missing() is None
-            and backend.supports(device)
-        )
+        return next(backend for backend in BACKENDS if _takes(backend, device))
     for backend in BACKENDS:
         if backend.name == name:
             break
@@ -36,7 +36,7 @@ def select(name: str, device: torch.device) -> Backend:
         raise ValueError(f"backend must be one of {names}; got {name!r}")
     reason = backend.missing()
     if reason is not None:
-        raise ImportError(f"backend {name!r} cannot run here: {reason}; {backend.install}")
+        raise ImportError(f"backend {name!r} cannot run here: {_with_remedy(backend, reason)}")
     if not backend.supports(device):
         raise ValueError(f"backend {name!r} does not run on {device}; use 'auto'")
     return backend
@@ -48,9 +48,37 @@ def describe(device: torch.device) -> list[tuple[str, bool, str]]:
     for backend in BACKENDS:
         reason = backend.missing()
         if reason is not None:
-            rows.append((backend.name, False, f"{reason}; {backend.install}"))
+            rows.append((backend.name, False, _with_remedy(backend, reason)))
         elif not backend.supports(device) or (backend.name, device.type) in BY_NAME_ALONE:
             rows.append((backend.name, False, f"does not run on {device}"))
         else:
             rows.append((backend.name, True, str(backend.__class__.__doc__).splitlines()[0]))
     return rows
+
+
+def _takes(backend: Backend, device: torch.device) -> bool:
+    """Whether ``"auto"`` takes a backend for ``device``."""
+    if (backend.name, device.type) in BY_NAME_ALONE or not backend.supports(device):
+        return False
+    reason = backend.missing()
+    if reason is not None and _is_installed(backend):
+        _warn_once(backend.name, reason)
+    return reason is None
+
+
+@cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(
+        f"backend {name!r} cannot run here: {reason}. A slower one takes its place; name it, e.g. "
+        "backend='eager', to be told no more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _is_installed(backend: Backend) -> bool:
+    return importlib.util.find_spec(backend.package) is not None
+
+
+def _with_remedy(backend: Backend, reason: str) -> str:
+    return reason if _is_installed(backend) else f"{reason}; {backend.install}"

@@ -38,6 +38,7 @@ from sinkgd.optim.saved_state import (
     saved_options,
     to_saved_form,
 )
+from sinkgd.precision import in_full_precision
 
 
 class GroupedOptimizer(Optimizer):
@@ -294,6 +295,7 @@ class GroupedOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             yield from named(group, index)
 
+    @in_full_precision
     def _update(
         self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
     ) -> None:

@@ -33,7 +33,7 @@ class NonFiniteGuard:
         """Take the flags of some parameters on one device: False where a gradient is not finite."""
         if flags.device.type == "cpu" or torch.compiler.is_compiling():
             self._in_flight.append(_Flags(names, flags, policy))
-        elif not (flags.is_cuda and torch.cuda.is_current_stream_capturing()):
+        elif not _capturing(flags.device):
             self._in_flight.append(_FlagsUnderWay(names, flags, policy))
 
     @_disable_dynamo  # as torch.compiler.disable, which would import the compiler at once
@@ -43,8 +43,11 @@ class NonFiniteGuard:
         Raises:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
         """
-        earlier, self._earlier = self._earlier, []
-        self._settle(earlier)
+        # To wait for a device while a CUDA graph captures its work would end the capture.
+        later = [own for own in self._earlier if _capturing(own.device)]
+        ready = [own for own in self._earlier if own not in later]
+        self._earlier = later
+        self._settle(ready)
 
     def end_step(self) -> None:
         """Read the flags that lie on a CPU; leave others, and those in a graph, to the next step.
@@ -54,10 +57,10 @@ class NonFiniteGuard:
         """
         flags, self._in_flight = self._in_flight, []
         if torch.compiler.is_compiling():
-            self._earlier = flags
+            self._earlier = self._earlier + flags
             return
         here = [own for own in flags if not isinstance(own, _FlagsUnderWay)]
-        self._earlier = [own for own in flags if isinstance(own, _FlagsUnderWay)]
+        self._earlier += (own for own in flags if isinstance(own, _FlagsUnderWay))
         self._settle(here)
 
     def skipped(self) -> dict[str, int]:
@@ -81,11 +84,16 @@ class NonFiniteGuard:
             )
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class _Flags:
     """Flags of a step that nobody has looked at."""
 
     def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         self.names, self.flags, self.policy = names, flags, policy
+        self.device = flags.device
 
     def bad(self) -> list[str]:
         """Name the parameters whose gradient is not finite."""
@@ -101,8 +109,9 @@ class _FlagsUnderWay(_Flags):
     def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
         super().__init__(names, host.copy_(flags, non_blocking=True), policy)
-        self._copied = torch.Event(flags.device.type)
-        self._copied.record()
+        self.device = flags.device
+        self._copied = torch.Event(flags.device)
+        self._copied.record(torch.accelerator.current_stream(flags.device))
 
     def bad(self) -> list[str]:
         self._copied.synchronize()

@@ -26,6 +26,7 @@ from sinkgd.kernels.cpu.reading import Reading
 from sinkgd.kernels.cpu.sources import beside, writable
 from sinkgd.kernels.cpu.team import torch_team
 from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.layout import check_scales
 from sinkgd.kernels.two_halves import finite_of, of_each
 
 
@@ -33,6 +34,7 @@ class CpuBackend:
     """Compiled loops on torch's own threads: one pass over a gradient an iteration, no copy."""
 
     name = "cpu"
+    package = "numba"
     install = "pip install 'sinkgd[cpu]'"
 
     def missing(self) -> str | None:
@@ -77,6 +79,7 @@ class CpuBackend:
         written: list[Tensor] = []
         others: list[int] = []
         for i, (param, grad, own) in enumerate(zip(params, grads, scales, strict=True)):
+            check_scales(param, own.row, own.col)
             flag = None if allowed is None else allowed[i]
             form = writable(param) if _are_usual(own, flag) else None
             source = None if form is None else beside(grad, param, form)

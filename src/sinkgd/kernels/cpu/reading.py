@@ -10,6 +10,7 @@ from sinkgd.kernels.cpu.repair import repair
 from sinkgd.kernels.cpu.room import Room
 from sinkgd.kernels.cpu.sources import readable
 from sinkgd.kernels.eager import sinkhorn
+from sinkgd.kernels.layout import check_start
 
 
 class Reading:
@@ -23,6 +24,8 @@ class Reading:
     def __init__(self, grads: Sequence[Tensor], starts: Sequence[Tensor | None] | None) -> None:
         self.grads = grads
         self.starts = [None] * len(grads) if starts is None else starts
+        for grad, start in zip(grads, self.starts, strict=True):
+            check_start(grad, start)
         self.sources = [readable(grad) for grad in grads]
         self.room = Room([source and source.form for source in self.sources], grads)
 

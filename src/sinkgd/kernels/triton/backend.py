@@ -10,6 +10,7 @@ The kernels' speed is not timed.
 
 import importlib.util
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,7 +27,14 @@ from torch.nn import Parameter
 from sinkgd.deflation import StoredProducts
 from sinkgd.kernels.backend import Lowered, Scales, Stack
 from sinkgd.kernels.eager import EagerBackend
-from sinkgd.kernels.layout import aligned, dense, dense_layout, may_be_written
+from sinkgd.kernels.layout import (
+    aligned,
+    check_scales,
+    check_start,
+    dense,
+    dense_layout,
+    may_be_written,
+)
 from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.triton.fields import Addresses
@@ -47,6 +55,7 @@ class TritonBackend(TwoHalves):
     """Kernels for CUDA and ROCm: a launch half an iteration, whatever the number of matrices."""
 
     name = "triton"
+    package = "triton"
     install = "pip install triton"  # on CUDA and ROCm it comes with torch
 
     def __init__(self) -> None:
@@ -54,8 +63,12 @@ class TritonBackend(TwoHalves):
         self._lock = threading.Lock()  # backward hooks may step from several threads
 
     def missing(self) -> str | None:
-        """Say so where triton is absent; torch brings it on CUDA and ROCm."""
-        return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+        """Say what is absent: triton, which torch brings on CUDA and ROCm, or a C compiler."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not interpreting() and not _has_compiler(os.environ.get("CC"), os.environ.get("PATH")):
+            return "triton finds no C compiler for its launchers; install gcc or clang, or set CC"
+        return None
 
     def supports(self, device: torch.device) -> bool:
         """CUDA from compute capability 8.0, ROCm; CPUs under triton's interpreter, for tests."""
@@ -78,6 +91,7 @@ class TritonBackend(TwoHalves):
         results: dict[int, Scales] = {}
         by_device: dict[torch.device, list[int]] = {}
         for i, grad in enumerate(grads):
+            check_start(grad, first[i])
             if _readable(grad, first[i]):
                 by_device.setdefault(grad.device, []).append(i)
             else:
@@ -134,6 +148,8 @@ class TritonBackend(TwoHalves):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
+        for param, own in zip(params, scales, strict=True):
+            check_scales(param, own.row, own.col)
         grads, pairs = nothing_to_take(grads, scales)
         flags = [None] * len(params) if allowed is None else allowed
         bits = [None] * len(params) if keys is None else keys
@@ -202,6 +218,11 @@ def interpreting() -> bool:
     if kernels is not None:
         return bool(kernels.INTERPRETED)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _has_compiler(named: str | None, path: str | None) -> bool:
+    return named is not None or any(shutil.which(name, path=path) for name in ("gcc", "clang"))
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -22,7 +22,8 @@ class Tables:
 
     def __init__(self) -> None:
         self._recent: OrderedDict[Hashable, _Copy] = OrderedDict()
-        self._captured: dict[Hashable, _Copy] = {}
+        # A graph reads its tables at every replay, and nobody says when it is gone.
+        self._captured: list[_Copy] = []
 
     def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
         """Return ``values`` on ``device``."""
@@ -41,13 +42,13 @@ class Tables:
         return self._copy(key, host, device) if found is None else found
 
     def _find(self, key: Hashable, device: torch.device) -> Tensor | None:
-        copy = self._captured.get(key) or self._recent.get(key)
+        # A copy that was captured is filled by the replay of its graph, so no other may read it.
+        copy = self._recent.get(key)
         if copy is None:
             return None
+        self._recent.move_to_end(key)
         if capturing(device):
-            self._captured[key] = copy
-        elif key in self._recent:
-            self._recent.move_to_end(key)
+            self._captured.append(copy)
         return copy.there
 
     def _copy(self, key: Hashable, host: Tensor, device: torch.device) -> Tensor:
@@ -56,7 +57,7 @@ class Tables:
             pinned = torch.empty_like(host, pin_memory=True).copy_(host)
             there = pinned.to(device, non_blocking=True)
         if capturing(device):
-            self._captured[key] = _Copy(there, host, pinned)
+            self._captured.append(_Copy(there, host, pinned))
         else:
             self._recent[key] = _Copy(there, host, None)
             if len(self._recent) > KEPT:
