@@ -12,12 +12,13 @@ import pytest
 
 from sinkgd.lab.cli import main
 from sinkgd.lab.data import Manifest, Tokenizer, open_corpus, prepare, train_tokenizer
-from sinkgd.lab.models import PRESETS
+from sinkgd.lab.models import PRESETS, build_model
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import identity
-from sinkgd.lab.train.config import ConfigError, DataConfig, RunConfig
+from sinkgd.lab.train.config import ConfigError, DataConfig, OptimizerConfig, RunConfig
 from sinkgd.lab.train.config_file import load_config
 from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
 from sinkgd.lab.train.run import train
 from stopping import stopping_at
 
@@ -262,3 +263,20 @@ def test_the_hash_of_the_data_is_of_its_content(here):
     assert replace(first, sources=("elsewhere",)).content_sha256 == first.content_sha256
     for field, value in {"eos_id": 5, "pad_id": 5, "vocab_size": 999, "shard_tokens": 7}.items():
         assert replace(first, **{field: value}).content_sha256 != first.content_sha256
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_equal_to_itself_and_to_no_other(here, recipe):
+    def content(name: str, **options: float) -> dict[str, object]:
+        model = build_model("llama-nano", vocab_size=64, max_sequence_length=16)
+        taken = resolve_optimizer(OptimizerConfig(recipe=name, **options))
+        manifest = Manifest.read(here / "shards")
+        return identity.content_of(manifest, model, build_optimizer(model, taken))
+
+    first = content(recipe)
+    assert content(recipe) == first
+    assert json.loads(json.dumps(first)) == first
+    assert content(recipe, lr=0.123)["optimizer"] != first["optimizer"]
+    alike = {name for name in RECIPES if content(name) == first}
+    # Fira's and GaLore's groups are alike; the names of the recipes tell them apart.
+    assert alike <= ({"galore", "fira"} if recipe in ("galore", "fira") else {recipe})

@@ -69,7 +69,7 @@ def content_of(manifest: Manifest, model: LanguageModel, optimizer: Optimizer) -
     """Return what a run is compared by, as plain values."""
     return {
         DATA: manifest.content_sha256,
-        MODEL: _plain({"class": type(model).__name__, **vars(model.config)}),
+        MODEL: _plain({"kind": type(model.config).__name__, **vars(model.config)}),
         OPTIMIZER: _groups_sha256(model, optimizer),
     }
 
@@ -170,9 +170,9 @@ def _groups_sha256(model: nn.Module, optimizer: Optimizer) -> str:
         {
             "names": sorted(names[param] for param in group["params"]),
             "options": {
-                key: value
+                key: str(value)
                 for key, value in group.items()
-                if key not in _HOW and isinstance(value, bool | int | float | str)
+                if key not in _HOW and isinstance(value, bool | int | float | str | tuple)
             },
         }
         for group in optimizer.param_groups
