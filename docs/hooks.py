@@ -1,7 +1,7 @@
 """The site shows the pages of recorded studies, which lie outside of ``docs``.
 
 In the repository a study's link leads to its verdict, which reads well there; on the site, to its
-page.
+page. Other records are not on the site, so their links become paths.
 
 Formulas become MathML while the site is built, so a browser shows them without a script.
 """
@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 _VERDICT = re.compile(r"\(\.\./benchmarks/studies/([\w-]+)/verdict\.md\)")
+_RECORD = re.compile(r"\[([^\]]+)\]\(\.\./(benchmarks/[^)]+)\)")
 
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>',
@@ -34,9 +35,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Let links to verdicts lead to the pages."""
+    """Let links to verdicts lead to the pages, and turn links to other records into paths."""
     up = "../" * page.file.src_uri.count("/")
-    return _VERDICT.sub(rf"({up}studies/\1.html)", markdown)
+    with_studies = _VERDICT.sub(rf"({up}studies/\1.html)", markdown)
+    return _RECORD.sub(r"\1 (`\2`)", with_studies)
 
 
 def _mathml(formula: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Train large models with no optimizer state: SinkGD and the multi-normalized family."""
+"""Optimizers without state for hidden matrices: SinkGD and the multi-normalized family."""
 
 from sinkgd.multi_normalize import multi_normalize as multi_normalize
 from sinkgd.multi_normalize import residuals as residuals

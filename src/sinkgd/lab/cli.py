@@ -52,7 +52,7 @@ _EXPERIMENTS = ("optuna", "pytorch_optimizer")  # packages of the extra of that 
 USAGE = """\
 usage: sinkgd COMMAND [OPTIONS]
 
-Train large models with no optimizer state, and measure what it does.
+Train models with optimizers that keep no state for hidden matrices, and compare them.
 
 commands:
 {commands}

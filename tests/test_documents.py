@@ -1,0 +1,264 @@
+"""README and docs: blocks run, commands are read, links lead to files, numbers are recorded."""
+
+import json
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECORDED = ROOT / "benchmarks/demo/2026-11-26/deflated-seed0.jsonl"
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+
+
+class Snippet(NamedTuple):
+    """A piece of a page, and where it begins."""
+
+    place: str
+    text: str
+
+
+def snippets(*languages):
+    """List the fenced blocks of all pages in one of the languages."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for fence in FENCE.finditer(text):
+            line = text.count("\n", 0, fence.start()) + 1
+            if fence[1] in languages:
+                found.append(Snippet(f"{page.name}:{line}", fence[2]))
+    return found
+
+
+def commands():
+    """List the `sinkgd` command lines of all pages, in blocks and in running text."""
+    lines = []
+    for place, block in snippets("bash"):
+        lines += [Snippet(place, line) for line in block.replace("\\\n", " ").splitlines()]
+    for page in PAGES:
+        prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+        lines += [Snippet(page.name, " ".join(code.split())) for code in INLINE.findall(prose)]
+    program = re.compile(r"(?:sinkgd|torchrun .* -m sinkgd\.lab) (?!COMMAND)(?=\w|-)(.*)")
+    found = ((place, program.fullmatch(line.strip())) for place, line in lines)
+    return list(dict.fromkeys(Snippet(place, match[1]) for place, match in found if match))
+
+
+def parameters(found):
+    return [pytest.param(s.text, id=f"{s.place}-{i}") for i, s in enumerate(found)]
+
+
+@pytest.fixture
+def folder_after_a_demo(tmp_path, monkeypatch):
+    """A working directory in which `make demo` has run, and which has a file of options."""
+    recorded = tmp_path / "runs/demo/sinkgd-seed0/run.jsonl"
+    recorded.parent.mkdir(parents=True)
+    recorded.write_bytes(RECORDED.read_bytes())
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "run.toml").write_text("[training]\nsteps = 2\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def as_one_rank(monkeypatch):
+    """The environment that torchrun gives to the only rank of a run; port 0 is any free one."""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in (rank | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_every_block_has_a_known_language():
+    known = ("python", "bash", "text")
+    assert snippets("", "py", "toml", "sh", "console") == []
+    fences = sum(page.read_text(encoding="utf-8").count("\n```") for page in PAGES)
+    assert 2 * len(snippets(*known)) == fences
+
+
+@pytest.mark.parametrize("block", parameters(snippets("python")))
+@pytest.mark.usefixtures("folder_after_a_demo", "as_one_rank")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*pin_memory")
+def test_every_python_block_runs_by_itself(block):
+    if "transformers" in block:
+        pytest.importorskip("transformers", reason="pip install '.[transformers]'")
+    exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("line", parameters(commands()))
+@pytest.mark.usefixtures("folder_after_a_demo")
+def test_every_command_line_is_read(line, monkeypatch, capsys):
+    cli = pytest.importorskip("sinkgd.lab.cli")
+    recipes = import_module("sinkgd.lab.train.recipes").RECIPES
+    arguments = shlex.split(line, comments=True)
+    read = []
+    if arguments and arguments[0] in cli.COMMANDS:
+        module, name = arguments[0], cli.COMMANDS[arguments[0]][0]
+        if name is None and len(arguments) > 1:
+            name = import_module(f"sinkgd.lab.commands.{module}").COMMANDS[arguments[1]][0]
+            module = f"{module}.{arguments[1]}"
+        if name is not None:
+            command = getattr(import_module(f"sinkgd.lab.commands.{module}"), name)
+            monkeypatch.setattr(command, "run", lambda self: read.append(self) or 0)
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    for command in read:
+        named = getattr(command, "optimizers", None) or ""
+        assert set(named.split(",")) - {""} <= set(recipes)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose)
+    gone = [link for link in links if ":" not in link and not (page.parent / link).exists()]
+    assert gone == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_installs_from_a_registry_that_lacks_the_package(page):
+    assert not re.search(r"pip\s+install\s+['\"]?sinkgd", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_names_a_recipe_deflated(page):
+    """The recipe is `sinkgd`; `deflated` remains a contender of `sinkgd bench step`."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"`deflated`|(?:recipe|optimizers?)[ =]\S*\bdeflated\b", text)
+
+
+def table_after(page, heading):
+    """Return a table as {first cell: other cells}, without backticks and bold."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    body = text[text.index(heading) :].split("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in body.splitlines()]
+    cells = [[cell.strip().strip("*`") for cell in row] for row in rows]
+    return {row[0]: row[1:] for row in cells if not set(row[0]) <= set("-") or not row[0]}
+
+
+def test_the_demo_of_the_readme_is_the_recorded_one(tmp_path, capsys, monkeypatch):
+    results = import_module("sinkgd.lab.results")
+    monkeypatch.setenv("COLUMNS", "200")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (link,) = set(re.findall(r"\((benchmarks/demo/[\d-]+)\)", readme))
+    runs = {}
+    for file in (ROOT / link).glob("*.jsonl"):
+        run = results.Run.read(file)
+        runs[run.start.recipe] = run
+    table = table_after("README.md", "| | `sinkgd` | `adamw`")
+    names = table[""]
+    assert sorted(names) == sorted(runs)
+    losses = [f"{runs[name].evaluations[-1].val_loss:.3f}" for name in names]
+    assert table["final validation loss, nats per token"] == losses
+    memory = [runs[name].end.memory for name in names]
+    assert table["optimizer state, MiB"] == [f"{m.state_bytes / 2**20:.1f}" for m in memory]
+    peaks = [f"{m.peak_bytes / 2**30:.2f}" for m in memory]
+    assert table["peak memory of the process, GiB"] == peaks
+
+    page = str(tmp_path / "page.html")
+    assert import_module("sinkgd.lab.cli").main(["report", str(ROOT / link), "--out", page]) == 0
+    printed = capsys.readouterr().out.replace("\xa0", " ").replace("adamw (baseline)", "adamw")
+    rows = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
+    report = {row[0]: row[1:] for row in rows}
+    order = [rows[0].index(name) for name in names]
+    quoted = {"tokens to reach": "Tokens to reach", "time to reach": "Time to reach"}
+    for ours, theirs in quoted.items():
+        parts = [re.sub(r".*\((.*)\)", r"\1", report[theirs][place]) for place in order]
+        assert table[f"{ours} AdamW's final loss"] == parts
+    assert table["tokens per second"] == [report["Tokens/s, raw"][place] for place in order]
+
+
+ROWS = {
+    "SinkGD with deflation, older rule": ("2026-11-26-deflated", "deflated"),
+    "SinkGD without deflation": ("2026-11-25-llama", "sinkgd-cpu"),
+    "SGD, fused": ("2026-11-25-llama", "sgd-fused"),
+    "a naive SinkGD loop": ("2026-11-25-llama", "naive-loop"),
+    "Muon": ("2026-11-25-llama", "muon"),
+}
+COLUMNS = [(w, d) for w in ("llama-1b-layer", "llama-60m") for d in ("float32", "bfloat16")]
+
+
+def of_fused_adamw(record, contender):
+    """Return the medians of the ratios, round by round, from the seconds that were recorded."""
+    rounds = json.loads((ROOT / f"benchmarks/step/{record}.json").read_text(encoding="utf-8"))
+    ratios = []
+    for workload, dtype in COLUMNS:
+        (timings,) = (
+            {timing["name"]: timing["seconds"] for timing in one["timings"]}
+            for one in rounds["workloads"]
+            if (one["workload"], one["dtype"]) == (workload, dtype)
+        )
+        pairs = zip(timings[contender], timings["adamw-fused"], strict=True)
+        ratios.append(f"{median(ours / adamw for ours, adamw in pairs if ours is not None):.2f}")
+    return ratios
+
+
+def test_the_speeds_of_the_readme_are_the_recorded_ones():
+    table = table_after("README.md", "| × fused AdamW")
+    assert len(table) == len(ROWS) + 1
+    for row, (record, contender) in ROWS.items():
+        assert table[row] == of_fused_adamw(record, contender)
+
+
+def test_the_losses_of_the_readme_are_those_of_the_verdicts():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    quoted = {
+        "table1": ["sinkgd", "swan", "adamw", "muon", "sinkgd-paper", "adamw-one-lr"],
+        "table1-long": ["sinkgd", "adamw"],
+        "pareto": ["sinkgd", "sinkgd-stateless", "adamw-one-lr"],
+    }
+    for study, arms in quoted.items():
+        verdict = (ROOT / f"benchmarks/studies/{study}/verdict.md").read_text(encoding="utf-8")
+        for arm in arms:
+            loss = re.search(rf"^\| {arm}(?: \(control\))? \| 3 \| (.*?) \|", verdict, re.MULTILINE)
+            assert loss is not None
+            shown = loss[1].replace("\xa0", " ")
+            assert (shown.split()[0] if study == "pareto" else shown) in readme
+
+
+def test_the_rule_of_deflation_is_quoted_as_recorded():
+    losses = []
+    for seed in range(3):
+        name = f"benchmarks/deflation/next-15-rate-0.002-seed-{seed}.jsonl"
+        run = import_module("sinkgd.lab.results").Run.read(ROOT / name)
+        losses.append(run.evaluations[-1].val_loss)
+    quoted = f"{mean(losses):.3f} ± {(max(losses) - min(losses)) / 2:.3f}"
+    pages = ["README.md", "docs/choose.md", "docs/experiments.md"]
+    assert all(quoted in (ROOT / page).read_text(encoding="utf-8") for page in pages)
+
+
+def test_the_large_model_of_the_readme_is_the_recorded_one():
+    record = ROOT / "benchmarks/large/2026-11-25-llama-7b.jsonl"
+    run = import_module("sinkgd.lab.results").Run.read(record)
+    seconds = [step.seconds for step in run.steps]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    memory = run.end.memory
+    weights, peak = (size / 2**30 for size in (memory.weights_bytes, memory.peak_bytes))
+    step = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+    assert f"{run.start.parameters / 1e9:.2f} billion parameters" in readme
+    assert f"Weights take {weights:.2f} GiB, the peak is {peak:.2f} GiB" in readme
+    assert f"a step of {run.start.tokens_per_step} tokens takes {step:.0f} seconds" in readme
+
+
+def test_the_messages_of_the_default_are_those_of_the_plan(capsys):
+    cli = import_module("sinkgd.lab.cli")
+    assert cli.main(["plan", "--model", "llama-3-70b", "--mesh.dp-shard", "8", "--json"]) == 0
+    methods = {m["name"]: m for m in json.loads(capsys.readouterr().out)["methods"]}
+    sent = {}
+    for name in ("sinkgd", "sinkgd-paper"):
+        (own,) = (m for m in methods[name]["messages"] if m["optimizer"])
+        sent[name] = f"{own['count']:,}", own["bytes"]
+    gib, mib = sent["sinkgd"][1] / 2**30, sent["sinkgd-paper"][1] / 2**20
+    for page in ("README.md", "docs/use.md"):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert f"{sent['sinkgd'][0]} all-reduces of {gib:.2f} GiB in all" in text
+        assert f"{sent['sinkgd-paper'][0]} of {mib:.0f} MiB" in text
+    for page in ("docs/many-devices.md", "docs/how-it-works.md"):
+        assert sent["sinkgd"][0] in (ROOT / page).read_text(encoding="utf-8")
