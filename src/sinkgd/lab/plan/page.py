@@ -30,6 +30,7 @@ class _Content:
     footer: str = "Memory is counted on fake tensors; time is an estimate. Nothing was trained."
     first: Sequence[Sheet] = ()
     details: Sequence[Sheet] = ()
+    cautions: Sequence[str] = ()
 
 
 def plan_page(question: Question, answer: Answer, command: str) -> str:
