@@ -20,6 +20,14 @@ CUT_OFF = """() => [...document.querySelectorAll(".chart")].flatMap((chart) => {
     }).map((text) => `${chart.id}: ${text.textContent}`);
 })"""
 
+CUT_TABLES = """() => {
+    for (const details of document.querySelectorAll("details")) details.open = true;
+    return [...document.querySelectorAll(".scroll")]
+        .filter((frame) => frame.querySelector(".sheet"))
+        .filter((frame) => frame.scrollWidth > frame.clientWidth + 1)
+        .map((frame) => `${frame.ariaLabel}: ${frame.scrollWidth} in ${frame.clientWidth}`);
+}"""
+
 
 def made_page(name):
     if name == "memory":
@@ -50,4 +58,5 @@ def test_a_page_is_one_request_and_draws_its_charts(browser, tmp_path, name, cha
     assert min(marks) >= 3
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate(CUT_TABLES) == []
     page.close()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.bench.test_page_in_browser import CUT_OFF, MARKS
+from lab.bench.test_page_in_browser import CUT_OFF, CUT_TABLES, MARKS
 from lab.experiments.made_up import made_up_record
 from sinkgd.lab.disk import write_whole
 from sinkgd.lab.experiments.page import study_page
@@ -17,9 +17,9 @@ LOSSES = {
         "adamw": [4.1, 4.12],
         "adamw-one-lr": [4.3, 4.32],
     },
-    "ablation": {"sinkgd": [4.0, 4.1], "sign": [4.1, 4.2], "adamw": [4.1, float("inf")]},
-    "pareto": {"sinkgd": [4.2, 4.3], "deflated": [4.1, 4.15], "adamw": [4.1, float("inf")]},
-    "shift": {"deflated": [4.2, 4.3], "adamw": [4.1, 4.2]},
+    "ablation": {"sinkgd-paper": [4.0, 4.1], "sign": [4.1, 4.2], "adamw": [4.1, float("inf")]},
+    "pareto": {"sinkgd-paper": [4.2, 4.3], "sinkgd": [4.1, 4.15], "adamw": [4.1, float("inf")]},
+    "shift": {"sinkgd": [4.2, 4.3], "adamw": [4.1, 4.2]},
     "width": {f"raw-{width}": [4.2, 4.3] for width in (64, 128)} | {"adamw-128": [4.1, 4.2]},
 }
 OWN = {"pareto": {"state-loss"}, "shift": {"recovery"}, "width": {"valley-raw"}}
@@ -51,6 +51,7 @@ def test_the_page_is_one_request_and_draws_its_charts(browser, tmp_path, name, w
     assert min(page.evaluate(MARKS)) >= 2
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate(CUT_TABLES) == []
     assert page.locator("h1").inner_text() == verdict.headline
     shown = page.locator("main").inner_text()
     assert study.question in shown

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.bench.test_page_in_browser import CUT_OFF
+from lab.bench.test_page_in_browser import CUT_OFF, CUT_TABLES
 from sinkgd.lab.cli import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -25,4 +25,5 @@ def test_nothing_is_cut_off(browser, tmp_path, name):
         assert said == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(CUT_OFF) == []
+        assert page.evaluate(CUT_TABLES) == []
         page.close()

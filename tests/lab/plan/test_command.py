@@ -6,7 +6,8 @@ import pytest
 
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.plan import Plan
-from sinkgd.lab.plan import plan
+from sinkgd.lab.plan import METHODS, plan
+from sinkgd.lab.plan.plan import USUAL_METHODS
 from sinkgd.lab.train.config import MeshConfig
 
 QUICK = ["--sequence-length", "64"]
@@ -14,7 +15,11 @@ QUICK = ["--sequence-length", "64"]
 
 @pytest.fixture(autouse=True)
 def short_ladder(monkeypatch):
-    monkeypatch.setattr(plan.make_plan, "__kwdefaults__", {"ladder": ("llama-60m", "llama-3-8b")})
+    monkeypatch.setattr(
+        plan.make_plan,
+        "__kwdefaults__",
+        plan.make_plan.__kwdefaults__ | {"ladder": ("llama-60m", "llama-3-8b")},
+    )
 
 
 def test_json_is_one_object_with_the_published_figure(capsys):
@@ -96,3 +101,39 @@ def test_the_command_repeats_what_was_given():
     expected = "sinkgd plan --mesh.tp 2 --recompute-activations --mfu 0.5"
     assert options._command() == expected
     assert Plan()._command() == "sinkgd plan"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("every", [[], ["--all"]])
+def test_the_answer_comes_first_and_no_table_is_wider_than_the_terminal(
+    capsys, monkeypatch, width, every
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+    options = ["--model", "llama-7b", "--device", "rtx-4090", "--mesh.dp-shard", "2"]
+    assert main(["plan", *options, *every, *QUICK]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    first = " ".join(line.strip() for line in lines[:5])
+    assert "llama-7b with SinkGD FITS on 2 × RTX 4090; it needs at least 2, AdamW 4." in first
+    assert "Methods that fit on 2 × RTX 4090: SinkGD; SinkGD as in the paper" in first
+    assert max(map(len, lines[:-1])) <= width  # the last line is prose, which terminals wrap
+    peaks = [line for line in lines if line.startswith("GaLore ")]
+    assert bool(peaks) == bool(every)
+    assert f"({len(METHODS) if every else 6}/{len(METHODS) if every else 6})" in shown.err
+
+
+def test_the_asked_method_is_shown_though_it_is_none_of_the_six(capsys):
+    assert main(["plan", "--model", "llama-60m", "--optimizer", "galore", "--json", *QUICK]) == 0
+    names = [one["name"] for one in json.loads(capsys.readouterr().out)["methods"]]
+    assert set(names) == {*USUAL_METHODS, "galore"}
+
+
+@pytest.mark.parametrize("method", ["sinkgd", "adamw"])
+def test_it_fits_on_the_fewest_devices_and_on_no_fewer(capsys, method):
+    def plan_on(shards):
+        options = ["--model", "llama-7b", "--device", "rtx-4090", "--optimizer", method, "--json"]
+        assert main(["plan", *options, "--mesh.dp-shard", str(shards), *QUICK]) == 0
+        return json.loads(capsys.readouterr().out)["fits"]
+
+    fewest = {"sinkgd": 2, "adamw": 4}[method]
+    assert (plan_on(fewest), plan_on(fewest // 2)) == (True, False)

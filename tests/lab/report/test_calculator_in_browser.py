@@ -2,10 +2,19 @@
 
 import pytest
 
-from lab.report.synthetic import write_likely_run
+from lab.report.synthetic import write_likely_run, write_run
+from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.report import analyze, calculator_block, write_page
 from sinkgd.lab.report.calculator import amount, signed
-from sinkgd.lab.report.cost import Change, Machine, assumed_speed, changed_cost, run_cost
+from sinkgd.lab.report.cost import (
+    STATE_RULES,
+    Change,
+    Machine,
+    assumed_speed,
+    changed_cost,
+    devices_needed,
+    run_cost,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -70,7 +79,12 @@ def test_at_first_the_browser_shows_what_python_wrote(form, runs):
     for one in block.outcomes:
         words = [amount(one.baseline), amount(one.candidate), signed(one.difference)]
         assert shown(form, None)[one.key] == words
-    assert form.locator("output").text_content() == block.sentence
+    assert form.locator("output[name=cost]").text_content() == block.sentence
+    assert form.locator("output[name=memory]").text_content() == block.memory_sentence
+    for one in block.memory:
+        cells = form.locator(f"tr[data-memory='{one.rule.method}'] td").all_text_contents()
+        assert cells[0] == amount(one.gib)
+        assert cells[2] == f"{one.devices:,}"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,18 +125,70 @@ def test_a_choice_brings_its_figures_and_their_badges(form):
     choose(form, "device", "B200 SXM")
     assert form.locator("[name=watts]").input_value() == "1000"
 
-    choose(form, "speed-source", "measured here")
-    assert badge(form, "speed") == "measured here"
-    choose(form, "speed-source", "a part of the peak")
-    assert badge(form, "speed") == "assumed"
+    assert (form.locator("[name=price]").input_value(), badge(form, "price")) == ("4", "assumed")
 
 
-@pytest.mark.parametrize(("name", "value"), [("tokens", ""), ("gpus", "1.5"), ("speed", "-3")])
-def test_a_field_that_cannot_be_leaves_no_figure_behind(form, name, value):
+def test_a_speed_of_a_cpu_is_not_offered_for_a_gpu(form):
+    sources = form.locator("[name=speed-source] option").all_text_contents()
+    assert "measured here" not in sources
+    assert (badge(form, "fraction"), badge(form, "speedup")) == ("measured here", "assumed")
+    assert form.locator("[name=speedup]").input_value() == "1"
+
+
+@pytest.mark.parametrize(("device", "offered"), [("H100 SXM", True), ("B200 SXM", False)])
+def test_a_measured_speed_stays_with_its_device(browser, tmp_path, device, offered):
+    runs = [
+        write_run(tmp_path, name, {10: 4.0, 20: 3.0 + i},
+                  environment={"device": "NVIDIA H100 80GB HBM3"})
+        for i, name in enumerate(("sinkgd", "adamw"))
+    ]  # fmt: skip
+    write_page(tmp_path / "page.html", runs, baseline="adamw", title="T", command="C")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    form = page.locator("#calculator")
+    assert form.locator("[name=speed-source]").input_value() == "measured"
+    choose(form, "device", device)
+    measured = form.locator("[name=speed-source]").input_value() == "measured"
+    assert (measured, badge(form, "speed") == "measured here") == (offered, offered)
+    page.close()
+
+
+@pytest.mark.parametrize("parameters", [7000, 70_000, 405_000])
+@pytest.mark.parametrize("device", ["h100", "rtx-4090", "mi300x"])
+def test_memory_and_devices_are_pythons(form, parameters, device):
+    form.locator("[name=device]").select_option(device)
+    put(form, parameters=parameters, share=80)
+    rows = [
+        form.locator(f"tr[data-memory='{rule.method}'] td").all_text_contents()
+        for rule in STATE_RULES
+    ]
+    held = [rule.memory_bytes(1e6 * parameters, 0.8) for rule in STATE_RULES]
+    assert [row[0] for row in rows] == [amount(value / 2**30) for value in held]
+    memory = DEVICES[device].memory_bytes
+    assert [row[2] for row in rows] == [f"{devices_needed(value, memory):,}" for value in held]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("tokens", "", "“tokens” has no number; give one."),
+        ("gpus", "1.5", "“GPUs” is 1.5; give a whole number."),
+        ("gpus", "0", "“GPUs” is 0; give at least 1."),
+        ("speed", "-3", "“tokens/s of a GPU” is -3; give a number above 0."),
+        ("price", "-1", "“price of a GPU” is -1 USD/h; give 0 or more."),
+        ("mfu", "101", "“part of the peak” is 101 %; give at most 100."),
+        ("share", "100.5", "“in hidden matrices” is 100.5 %; give at most 100."),
+    ],
+)
+def test_a_field_that_cannot_be_is_named_and_leaves_no_figure(form, name, value, words):
     put(form, **{name: value})
     assert form.locator(f"[name={name}]").get_attribute("aria-invalid") == "true"
     assert {word for words in shown(form, None).values() for word in words} == {"–"}
-    assert "no figure" in form.locator("output").text_content()
+    assert form.locator(".problem").text_content() == words
+    if name == "mfu":  # no speed is computed from a share that cannot be
+        assert form.locator("[name=speed]").input_value() == "49260"
+    assert set(form.locator("tr[data-memory] td").all_text_contents()) == {"–"}
+    assert form.locator("output").all_text_contents() == ["", ""]
 
 
 def test_nothing_moves_when_figures_change_and_everything_can_be_reached_by_keys(form, page):
@@ -134,8 +200,8 @@ def test_nothing_moves_when_figures_change_and_everything_can_be_reached_by_keys
 
     form.locator("[name=device]").focus()
     reached = []
-    for _ in range(13):
+    for _ in range(14):
         reached.append(page.evaluate("document.activeElement.name"))
         page.keyboard.press("Tab")
     selects = {"device", "model", "speed-source", "candidate"}
-    assert set(reached) == {*FIELDS, "speed", *selects}
+    assert set(reached) == {*FIELDS, "share", "speed", *selects}

@@ -8,12 +8,14 @@ from lab.report.synthetic import write_run
 from lab.report.test_page import HOSTILE, Parsed, build
 from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.report import analyze, calculator_block
-from sinkgd.lab.report.calculator import amount, plain, short, signed
+from sinkgd.lab.report.calculator import PRICES, amount, plain, short, signed
 from sinkgd.lab.report.cost import (
+    STATE_RULES,
     Change,
     Machine,
     assumed_speed,
     changed_cost,
+    devices_needed,
     gpu_hours,
     run_cost,
 )
@@ -84,9 +86,9 @@ def test_without_runs_everything_is_published_or_assumed():
 def test_the_fastest_that_reached_the_baseline_is_the_candidate(tmp_path):
     losses = {10: 5.0, 20: 4.0}
     runs = [
-        write_run(tmp_path, "adamw", losses),
-        write_run(tmp_path, "few-tokens", {10: 4.0, 20: 3.0}, step_seconds=4.0),
-        write_run(tmp_path, "fast", {15: 4.0, 20: 3.5}, step_seconds=0.5),
+        write_run(tmp_path, "adamw", losses, **H100),
+        write_run(tmp_path, "few-tokens", {10: 4.0, 20: 3.0}, step_seconds=4.0, **H100),
+        write_run(tmp_path, "fast", {15: 4.0, 20: 3.5}, step_seconds=0.5, **H100),
         write_run(tmp_path, "never", {20: 4.5}),
     ]
     block = calculator_block(analyze(runs, "adamw"))
@@ -96,7 +98,7 @@ def test_the_fastest_that_reached_the_baseline_is_the_candidate(tmp_path):
     assert measured[0].token_fraction == pytest.approx(0.75)
     assert measured[0].step_speedup == pytest.approx(2.0)
     assert (block.baseline, block.caution) == ("adamw", "")
-    assert block.inputs.speed.kind == "assumed"  # the page's device is not in the table
+    assert block.inputs.speed.kind == "measured"
 
 
 def test_where_nobody_reached_the_baseline_the_page_says_so(tmp_path):
@@ -151,7 +153,7 @@ def test_the_page_has_the_calculator_with_a_badge_for_every_field(tmp_path):
     inputs = [tag["name"] for name, tag in page.tags if name == "input"]
     badges = [tag["data-for"] for _, tag in page.tags if "data-for" in tag]
     assert inputs == badges
-    assert len(inputs) == 9
+    assert len(inputs) == 10
     kinds = {tag["data-kind"] for _, tag in page.tags if "data-for" in tag}
     assert kinds <= {"measured", "published", "assumed"}
     labels = {tag["for"] for name, tag in page.tags if name == "label"}
@@ -167,3 +169,36 @@ def test_the_blocks_are_small_and_hostile_names_stay_text(tmp_path):
     begin = raw.index('<section class="published"')
     assert raw.index('<section class="details"') - begin < 40_000  # bytes of both blocks
     assert len(raw) - len(page.scripts[1]) < 160_000  # beside plotly
+
+
+def test_no_speed_of_a_cpu_enters_the_price_of_a_gpu(tmp_path):
+    runs = [
+        write_run(tmp_path, "adamw", {10: 5.0, 20: 4.0}),
+        write_run(tmp_path, "fast", {15: 4.0, 20: 3.5}, step_seconds=0.5),
+    ]
+    block = calculator_block(analyze(runs, "adamw"))
+    assert {one.kind for one in block.speeds} == {"assumed", "published"}
+    candidate = block.inputs.candidate
+    assert (candidate.tokens_kind, candidate.speed_kind) == ("measured", "assumed")
+    assert candidate.step_speedup == 1.0
+
+
+def test_memory_by_method_is_what_one_computes_by_hand():
+    # 1e9 parameters, 80 % of them in hidden matrices, bfloat16: 2 + 2 bytes and the state.
+    held = {rule.method: rule.memory_bytes(1e9, 0.8) for rule in STATE_RULES}
+    assert held == pytest.approx(
+        {"AdamW": 8e9, "Muon": 6.4e9, "SinkGD": 4.8e9, "SinkGD, stateless": 4e9}
+    )
+    assert [devices_needed(value, 5e9) for value in held.values()] == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.01, math.nan])
+def test_a_share_above_the_whole_is_refused(share):
+    with pytest.raises(ValueError, match="matrix_share is"):
+        STATE_RULES[0].memory_bytes(1e9, share)
+    with pytest.raises(ValueError, match="mfu is"):
+        assumed_speed(1e12, share if share != -0.1 else 1.5, 1e9)
+
+
+def test_every_device_has_a_price():
+    assert set(PRICES) == set(DEVICES)

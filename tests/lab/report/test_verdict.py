@@ -56,7 +56,8 @@ def test_several_recipes_are_told_apart(tmp_path, adamw):
         write_run(tmp_path, "sgd", {20: 7.0}),
     ]
     assert headline(runs) == (
-        "swan and sinkgd reached adamw’s final loss of 4.000 with 50 % and 75 % of its tokens; "
+        "swan and sinkgd reached adamw’s final loss of 4.000 with 50 % and 75 % of its tokens, "
+        "and 50 % and 75 % of its time; "
         "same ended level; sgd did not reach it"
     )
 
@@ -116,3 +117,15 @@ def test_a_baseline_that_got_worse_at_the_end_is_a_caution(tmp_path):
     adamw = write_run(tmp_path, "adamw", {10: 4.0, 15: 3.0, 20: 4.0})
     sinkgd = write_run(tmp_path, "sinkgd", {20: 3.5})
     assert any("50\N{NO-BREAK SPACE}% of its tokens" in text for text in cautions([adamw, sinkgd]))
+
+
+@pytest.mark.parametrize("final", [4.25, 3.0])
+def test_the_papers_sinkgd_is_told_apart_from_the_default(tmp_path, adamw, final):
+    runs = [
+        adamw,
+        write_run(tmp_path, "sinkgd", {10: 3.0, 20: 3.0}),
+        write_run(tmp_path, "sinkgd-paper", {20: final}),
+    ]
+    said = headline(runs)
+    assert said.startswith("sinkgd and" if final < 4 else "sinkgd reached")
+    assert "sinkgd-paper (without deflation)" in said

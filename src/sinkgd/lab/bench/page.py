@@ -14,6 +14,7 @@ from sinkgd.lab.bench.memory.records import MemoryRecord
 from sinkgd.lab.bench.memory.sheets import memory_sheets
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.bench.step.charts import step_charts
+from sinkgd.lab.bench.step.doubts import is_loaded, spreads_widely, warnings_of
 from sinkgd.lab.bench.step.records import StepRecord
 from sinkgd.lab.bench.step.sheets import (
     bandwidth_sheet,
@@ -36,6 +37,7 @@ def step_page(record: StepRecord) -> str:
         _Content(
             title="sinkgd bench step",
             headline=_step_headline(record),
+            cautions=warnings_of(record),
             charts=step_charts(record),
             sheets=[sheet for sheet in sheets if sheet.rows or sheet.absent],
             first=[sheet for sheet in [target_sheet(record)] if sheet.rows],
@@ -85,6 +87,7 @@ class _Content:
     sheets: Sequence[Sheet]  # below the charts
     first: Sequence[Sheet] = ()  # above them
     details: Sequence[Sheet] = ()  # folded
+    cautions: Sequence[str] = ()
 
 
 def _page(record: StepRecord | MemoryRecord | KernelsRecord, content: _Content) -> str:
@@ -100,13 +103,20 @@ def _page(record: StepRecord | MemoryRecord | KernelsRecord, content: _Content) 
 
 
 def _step_headline(record: StepRecord) -> str:
+    if is_loaded(record):
+        return "No ratio is given: the machine was busy when the measurement began."
+    doubtful = False
     for workload in record.workloads:
         timing = workload.timing(our_name(record.ours, ITERATIONS[0]))
-        if timing is not None:
+        if timing is not None and spreads_widely(timing):
+            doubtful = True
+        elif timing is not None:
             return (
                 f"On {workload.title} a step of SinkGD takes {timing.of_adamw.median:.2f} times "
                 f"as long as fused AdamW’s, in {workload.dtype}."
             )
+    if doubtful:
+        return "No ratio is given: the rounds spread too widely."
     return "Optimizer steps against fused AdamW."
 
 

@@ -38,6 +38,43 @@ def terminal_table(sheet: Sheet) -> Table:
     return table
 
 
+def fitting_tables(sheet: Sheet, width: int) -> list[Table]:
+    """Make tables that are no wider than the terminal: groups of columns, each with the names.
+
+    Args:
+        sheet: The table; its note stands below the last group.
+        width: Of the terminal, characters.
+    """
+    gap = 2
+    widths = [
+        max(map(len, (column, *(row[i] for row in sheet.rows)))) + gap
+        for i, column in enumerate(sheet.columns)
+    ]
+    groups: list[list[int]] = [[]]
+    room = width - widths[0]
+    for i in range(1, len(sheet.columns)):
+        if groups[-1] and room < widths[i]:
+            groups.append([])
+            room = width - widths[0]
+        groups[-1].append(i)
+        room -= widths[i]
+    return [
+        terminal_table(_part(sheet, group, last=group is groups[-1], first=group is groups[0]))
+        for group in groups
+    ]
+
+
+def _part(sheet: Sheet, group: list[int], *, first: bool, last: bool) -> Sheet:
+    kept = (0, *group)
+    return Sheet(
+        title=sheet.title if first else f"{sheet.title} (continued)",
+        note=sheet.note if last else "",
+        columns=tuple(sheet.columns[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in sheet.rows),
+        absent=sheet.absent if last else (),
+    )
+
+
 def _below(sheet: Sheet) -> list[str]:
     absent = [f"{name}: {reason}" for name, reason in sheet.absent]
     return [*absent, sheet.note] if sheet.note else absent

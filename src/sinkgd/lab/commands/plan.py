@@ -77,6 +77,9 @@ class Plan:
     json: bool = False
     """Print one JSON object instead of tables."""
 
+    all: bool = False
+    """Show every method that is known; by default six."""
+
     out: Path | None = None
     """Folder for plan.json and plan.html."""
 
@@ -92,15 +95,21 @@ class Plan:
 
         from rich.console import Console
 
-        from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.bench.sheet import fitting_tables
         from sinkgd.lab.disk import write_whole
-        from sinkgd.lab.plan import make_plan
+        from sinkgd.lab.plan import METHODS, make_plan
         from sinkgd.lab.plan.page import plan_page
+        from sinkgd.lab.plan.plan import USUAL_METHODS
         from sinkgd.lab.plan.record import as_json
-        from sinkgd.lab.plan.sheets import headline, plan_sheets
+        from sinkgd.lab.plan.sheets import answer_lines, headline, plan_sheets
 
         question = self._question()
-        answer = make_plan(question)
+        progress = Console(stderr=True)
+        answer = make_plan(
+            question,
+            methods=tuple(METHODS) if self.all else USUAL_METHODS,
+            say=lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
         record = as_json(question, answer, self._command())
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
         written = []
@@ -113,8 +122,12 @@ class Plan:
             sys.stdout.write(text)
             return 0
         console = Console()
+        for line in answer_lines(question, answer):
+            console.print(line, markup=False, highlight=False)
+        console.print()
         for sheet in plan_sheets(question, answer):
-            console.print(terminal_table(sheet), "\n")
+            for table in fitting_tables(sheet, console.width):
+                console.print(table, "\n")
         for line in (headline(question, answer), *(f"written: {path}" for path in written)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return 0

@@ -45,10 +45,11 @@ def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> Non
     from sinkgd.lab.experiments.page import study_page
     from sinkgd.lab.experiments.results import StudyResults
     from sinkgd.lab.experiments.sheets import arms_sheet, reach_sheets, short_sheet
+    from sinkgd.lab.experiments.verdict import with_cost
 
     study = find_study(record.plan["study"])
     results = StudyResults.of(record)
-    verdict = study.judge(results)
+    verdict = with_cost(results, study.judge(results))
     _print([short_sheet(results)], verdict)
     sheets = [arms_sheet(results), *reach_sheets(results)]
     _write(

@@ -19,7 +19,7 @@ _BELOW = 0.16  # of a row: how far its marks lie below its middle
 
 def final_chart(results: StudyResults, along: Axis | None, identities: Identities) -> Chart:
     """Draw the final losses: along the study's axis where it has one, else an arm a row."""
-    arms = [one for one in results.arms if one.seeds and not one.diverged]
+    arms = [one for one in results.ranked if one.seeds and not one.diverged]
     figure = _along(arms, along, identities) if along else _by_arm(arms, identities)
     where = along.title if along else "arm"
     words = [f"{one.arm.name} {loss(one.loss)}" for one in arms if one.loss is not None]
@@ -62,8 +62,8 @@ def _along(arms: Sequence[ArmResults], along: Axis, identities: Identities) -> F
 
 
 def _line(recipe: str, line: Sequence[ArmResults], identities: Identities) -> list[Figure]:
+    look = identities[line[0].arm.name]  # its best arm's: the others may be gray
     line = sorted(line, key=lambda one: one.arm.value or 0.0)
-    look = identities[line[0].arm.name]
     means = [one.loss for one in line]
     seeds = [(one.arm.value, value) for one in line for value in one.losses.values()]
     spread = [(min(one.losses.values()), max(one.losses.values())) for one in line]
@@ -186,7 +186,7 @@ def _seeds_and_mean(y: float, values: Sequence[float], look: Identity) -> list[F
 
 def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
     """Draw every tuned point, an arm a row; None where nothing was tuned."""
-    arms = [one for one in results.arms if one.chosen is not None]
+    arms = [one for one in results.ranked if one.chosen is not None]
     if not arms:
         return None
     data = [_grid_row(row, one, identities[one.arm.name]) for row, one in enumerate(arms)]

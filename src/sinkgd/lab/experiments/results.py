@@ -14,6 +14,9 @@ from sinkgd.lab.report.analysis import Analysis, analyze
 from sinkgd.lab.report.summary import Spread
 from sinkgd.lab.results import Evaluation, Run
 
+# Its one clipped rate for all parameters makes it the weaker AdamW, so it is never the first.
+_ONE_RATE = "adamw-one-lr"
+
 
 @dataclass(frozen=True)
 class ArmResults:
@@ -76,8 +79,14 @@ class StudyResults:
 
     @property
     def controls(self) -> tuple[ArmResults, ...]:
-        """The arms they are compared with and that have a result."""
-        return tuple(one for one in self.arms if one.seeds and one.arm.control)
+        """The arms they are compared with and that have a result, AdamW with one rate last."""
+        found = [one for one in self.arms if one.seeds and one.arm.control]
+        return tuple(sorted(found, key=lambda one: one.arm.recipe == _ONE_RATE))
+
+    @property
+    def ranked(self) -> tuple[ArmResults, ...]:
+        """All arms, the lowest mean loss first; diverged arms and arms without a run last."""
+        return tuple(sorted(self.arms, key=lambda one: math.inf if one.loss is None else one.loss))
 
     def arm(self, name: str) -> ArmResults | None:
         """Return an arm that has a result."""
@@ -93,14 +102,14 @@ class StudyResults:
         return tuple(result.run for one in self.arms for result in one.seeds)
 
     def analysis(self, baseline: str | None) -> Analysis:
-        """Analyze the reported runs, arms in the place of recipes: the baseline, then their order.
+        """Analyze the reported runs, one recipe per arm: the baseline, then the others by loss.
 
         Args:
             baseline: An arm's name, or None to compare with nothing.
         """
         arms = {result.name: one.arm.name for one in self.arms for result in one.seeds}
         found = analyze(self.runs, baseline, group=lambda run: arms[run.start.name])
-        order = [baseline, *(one.arm.name for one in self.arms)]
+        order = [baseline, *(one.arm.name for one in self.ranked)]
         recipes = sorted(found.recipes, key=lambda recipe: order.index(recipe.name))
         return replace(found, recipes=tuple(recipes))
 

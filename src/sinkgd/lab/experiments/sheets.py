@@ -34,7 +34,7 @@ def arms_sheet(results: StudyResults) -> Sheet:
             "tokens/s",
             "state",
         ),
-        rows=tuple(_arm_row(results, one, seconds) for one in results.arms),
+        rows=tuple(_arm_row(results, one, seconds) for one in results.ranked),
     )
 
 
@@ -123,7 +123,7 @@ def _reach_sheet(results: StudyResults, control: ArmResults) -> Sheet:
 def grid_sheet(results: StudyResults) -> Sheet:
     """Make the table of every point that was tuned."""
     rows = []
-    for one in results.arms:
+    for one in results.ranked:
         for result in sorted(one.grid, key=lambda r: list(r.point.values())):
             chosen = result.point == one.chosen
             words = loss(result.loss) if math.isfinite(result.loss) else "diverged"

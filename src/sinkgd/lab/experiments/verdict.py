@@ -5,11 +5,11 @@ A difference is said where its 95 % interval over paired seeds leaves out zero; 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sinkgd.lab.experiments.paired import Difference
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.report.quantities import count, duration, loss
+from sinkgd.lab.report.quantities import count, duration, loss, percent
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,50 @@ def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
     words = [f"{arm.arm.name} {loss(spread.mean)}" for arm, spread in found if spread]
     after = f"At equal seconds, after the {duration(seconds)} of the fastest arm"
     return [f"{after}: {', '.join(words)}."] if words else []
+
+
+def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
+    """Add to the headline what the best arm needed for its control's loss, in tokens and time.
+
+    The control is the first one with the best arm's model size, batch and number of tokens. Where
+    there is none, the headline stays as it is.
+
+    Args:
+        results: Of the study.
+        verdict: Of the study's own judge.
+    """
+    best = next(iter(ranked(results.candidates)), None)
+    if best is None or best.loss is None or best.diverged:
+        return verdict
+    alike = (one for one in results.controls if not one.diverged and _alike(one, best))
+    control = next(alike, None)
+    if control is None:
+        return verdict
+    return replace(verdict, headline=f"{verdict.headline} {_needed(results, best, control)}")
+
+
+def _alike(one: ArmResults, other: ArmResults) -> bool:
+    """Whether two arms trained equally large models on equally many tokens in equal batches."""
+    return _conditions(one) == _conditions(other)
+
+
+def _conditions(one: ArmResults) -> set[tuple[int, int, int]]:
+    runs = [result.run for result in one.seeds]
+    return {(r.start.parameters, r.start.tokens_per_step, r.end.tokens) for r in runs if r.end}
+
+
+def _needed(results: StudyResults, best: ArmResults, control: ArmResults) -> str:
+    name, goal = best.arm.name, f"{control.arm.name}’s final loss"
+    found = results.analysis(control.arm.name).comparisons[name]
+    if found.token_fraction is None or found.time_fraction is None:
+        return f"{name} did not reach {goal}."
+    tokens, time = found.token_fraction.mean, found.time_fraction.mean
+    joint = "but" if time > 1 >= tokens else "and"
+    seeds = f", in {found.reached_runs} of {found.runs} seeds"
+    return (
+        f"{name} reached {goal} with {percent(tokens)} of its tokens {joint} {percent(time)} of "
+        f"its time{seeds if found.reached_runs < found.runs else ''}."
+    )
 
 
 def names(arms: Sequence[ArmResults]) -> str:

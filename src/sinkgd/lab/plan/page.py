@@ -8,7 +8,13 @@ import sinkgd.lab.bench.page
 from sinkgd.lab.bench.charts import stacked_bars
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.plan.plan import Answer, MethodPlan, Question
-from sinkgd.lab.plan.sheets import assumption_sheet, headline, ladder_sheet, plan_sheets, seconds
+from sinkgd.lab.plan.sheets import (
+    answer_lines,
+    assumption_sheet,
+    ladder_sheet,
+    plan_sheets,
+    seconds,
+)
 from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.quantities import size
 from sinkgd.lab.report.shell import render
@@ -24,6 +30,7 @@ class _Content:
     footer: str = "Memory is counted on fake tensors; time is an estimate. Nothing was trained."
     first: Sequence[Sheet] = ()
     details: Sequence[Sheet] = ()
+    cautions: Sequence[str] = ()
 
 
 def plan_page(question: Question, answer: Answer, command: str) -> str:
@@ -36,7 +43,7 @@ def plan_page(question: Question, answer: Answer, command: str) -> str:
         charts=[_memory_chart(answer), _time_chart(answer)],
         filters={},
         content=_Content(
-            headline=headline(question, answer),
+            headline=" ".join(answer_lines(question, answer)[:2]),
             first=[sheets[0]],
             sheets=[sheet for sheet in sheets[1:] if sheet != ladder] + [ladder],
         ),

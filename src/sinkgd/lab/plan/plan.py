@@ -1,7 +1,7 @@
 """A plan: what every method needs for one model, one mesh and one device."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sinkgd.lab.devices import DeviceSheet
@@ -17,6 +17,10 @@ from sinkgd.lab.train.config import ConfigError
 
 # From small to large: where each method stops fitting is looked for among these.
 LADDER = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llama-10b", *PUBLISHED)
+
+# Shown by default: SinkGD's variants and what they are usually compared with.
+USUAL_METHODS = ("sinkgd", "sinkgd-paper", "sinkgd-stateless", "adamw", "adamw-8bit", "muon")
+_MOST_SHARDS = 1024  # tried when looking for the fewest devices
 
 _DAY = 86_400  # seconds
 
@@ -48,6 +52,7 @@ class MethodPlan:
     tokens_per_day: float
     days: float  # for all tokens
     cost: float | None  # in the currency of the price
+    fewest_devices: int | None  # on which it fits, a power of two times tp; None: on none tried
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,20 @@ class Answer:
         return next(one for one in self.methods if one.name == name)
 
 
-def make_plan(question: Question, *, ladder: Sequence[str] = LADDER) -> Answer:
-    """Answer a question for every method.
+def make_plan(
+    question: Question,
+    *,
+    ladder: Sequence[str] = LADDER,
+    methods: Sequence[str] = tuple(METHODS),
+    say: Callable[[str], None] = lambda _: None,
+) -> Answer:
+    """Answer a question for several methods.
 
     Args:
         question: What is asked.
         ladder: Models among which to look for where each method stops fitting.
+        methods: Names of the methods; the question's own and AdamW are always among them.
+        say: Called with one line before each method and each model that is counted.
 
     Raises:
         ConfigError: If the mesh cannot divide the model, or the method cannot release gradients.
@@ -91,13 +104,22 @@ def make_plan(question: Question, *, ladder: Sequence[str] = LADDER) -> Answer:
             f"release_gradients needs an optimizer that can take one gradient at a time; "
             f"{question.method.name!r} cannot. Those that can: {able}"
         )
+    asked = {*methods, question.method.name, "adamw"}
+    chosen = [method for name, method in METHODS.items() if name in asked]
     weights = weights_of(question.work.architecture, question.grid)
+    plans, rungs = [], []
+    for i, method in enumerate(chosen, start=1):
+        say(f"counting {question.work.architecture.name} with {method.title} ({i}/{len(chosen)})")
+        plans.append(_method_plan(question, method))
+    for i, name in enumerate(ladder, start=1):
+        say(f"counting the ladder: {name} ({i}/{len(ladder)})")
+        rungs.append(_rung(question, find_architecture(name), chosen))
     return Answer(
         parameters=sum(w.count for w in weights),
         matrix_parameters=sum(w.count for w in weights if w.is_matrix),
         limit_bytes=_limit(question),
-        methods=tuple(_method_plan(question, method) for method in METHODS.values()),
-        ladder=tuple(_rung(question, find_architecture(name)) for name in ladder),
+        methods=tuple(plans),
+        ladder=tuple(rungs),
     )
 
 
@@ -123,16 +145,26 @@ def _method_plan(question: Question, method: Method) -> MethodPlan:
         tokens_per_day=tokens_per_day,
         days=question.tokens / tokens_per_day,
         cost=None if question.price is None else question.price * hours,
+        fewest_devices=_fewest_devices(question, method),
     )
 
 
-def _rung(question: Question, architecture: Architecture) -> Rung:
+def _fewest_devices(question: Question, method: Method) -> int | None:
+    """Find the fewest devices on which the method fits: powers of two of shards, tp as asked."""
+    shards = 1
+    while shards <= _MOST_SHARDS:
+        grid = replace(question.grid, dp_replicate=1, dp_shard=shards)
+        if rank_memory(question.work, grid, method).peak <= _limit(question):
+            return shards * question.grid.tp
+        shards *= 2
+    return None
+
+
+def _rung(question: Question, architecture: Architecture, methods: Sequence[Method]) -> Rung:
     parameters = sum(w.count for w in weights_of(architecture))
     work = replace(question.work, architecture=architecture)
     try:
-        peaks = {
-            name: rank_memory(work, question.grid, method).peak for name, method in METHODS.items()
-        }
+        peaks = {method.name: rank_memory(work, question.grid, method).peak for method in methods}
     except ConfigError as error:  # the mesh cannot divide this model
         return Rung(architecture.name, parameters, {}, str(error))
     return Rung(architecture.name, parameters, peaks)

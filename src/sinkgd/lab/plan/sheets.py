@@ -1,5 +1,7 @@
 """A plan as tables, and the sentence that says what it means."""
 
+import math
+
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.plan.methods import METHODS
 from sinkgd.lab.plan.plan import Answer, MethodPlan, Question
@@ -21,6 +23,26 @@ def headline(question: Question, answer: Answer) -> str:
         return f"{sentence}; weights, gradients and state are {size(chosen.memory.training)} of it."
     other = "would fit, too" if baseline.fits else "would not fit"
     return f"{sentence}; AdamW peaks at {_peak(baseline)} and {other}."
+
+
+def answer_lines(question: Question, answer: Answer) -> tuple[str, ...]:
+    """Say in three lines whether it fits, on how many devices, and with which method."""
+    chosen, ranks = answer.of(question.method.name), question.grid.ranks
+    verb = "FITS" if chosen.fits else "DOES NOT FIT"
+    devices = f"{ranks:,} × {question.device.title}"
+    fitting = [one.title for one in answer.methods if one.fits]
+    others = sorted(answer.methods, key=lambda one: one.fewest_devices or math.inf)
+    listed = "; ".join(f"{one.title}: {_fewest(one)}" for one in others)
+    return (
+        f"{question.work.architecture.name} with {chosen.title} {verb} on {devices}; "
+        f"it needs at least {_fewest(chosen)}, AdamW {_fewest(answer.of(_BASELINE))}.",
+        f"Methods that fit on {devices}: {'; '.join(fitting) or 'none'}.",
+        f"Devices needed at least: {listed}.",
+    )
+
+
+def _fewest(one: MethodPlan) -> str:
+    return "more than were tried" if one.fewest_devices is None else f"{one.fewest_devices:,}"
 
 
 def plan_sheets(question: Question, answer: Answer) -> list[Sheet]:
@@ -134,8 +156,8 @@ def ladder_sheet(answer: Answer) -> Sheet:
         ),
         columns=("method", *(rung.model for rung in answer.ladder)),
         rows=tuple(
-            (method.title, *(cell(rung.peaks.get(name)) for rung in answer.ladder))
-            for name, method in METHODS.items()
+            (one.title, *(cell(rung.peaks.get(one.name)) for rung in answer.ladder))
+            for one in answer.methods
         ),
     )
 

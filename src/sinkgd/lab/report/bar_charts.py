@@ -16,6 +16,7 @@ from sinkgd.lab.results import Memory
 Identities = dict[str, Identity]
 
 _MIB = 1024**2
+_REMADE = "This chart remakes a part of figure 1 of the SinkGD paper with the runs of this page."
 _ROW = 66  # CSS pixels of a recipe's row: its words, and its bar below them
 _THICKNESS = 0.46  # of a row
 _BELOW = 0.14  # of a row: how far the bar lies below the row's middle
@@ -46,7 +47,8 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
         title="Tokens to reach the baseline’s loss",
         caption="Tokens until the validation loss first equals the baseline’s final one, in % of "
         "the baseline’s own. Shorter is better."
-        + (" Whiskers: the range over seeds." if seeds else ""),
+        + (" Whiskers: the range over seeds. " if seeds else " ")
+        + _REMADE,
         description=_describe("Tokens needed", recipes, words),
         figure={
             "data": [_bars(means, colors), _whiskers(spreads)],
@@ -75,7 +77,7 @@ def _throughput(analysis: Analysis, identities: Identities) -> Chart:
         title="Throughput, raw and effective",
         caption="Raw: tokens per second of the median step. Effective: the tokens the baseline "
         "needed in all, divided by the seconds this recipe needs to reach the baseline’s final "
-        "loss.",
+        f"loss. {_REMADE}",
         description=_describe("Tokens per second", recipes, words),
         figure={
             "data": [
@@ -112,7 +114,8 @@ def _memory(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="memory",
         title="Memory by part",
-        caption="What training must hold. State is what the optimizer keeps between steps.",
+        caption="What training must hold. State is what the optimizer keeps between steps. "
+        f"{_REMADE}",
         description=_describe("Weights, gradients and state", recipes, words),
         figure={
             "data": [

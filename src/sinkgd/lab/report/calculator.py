@@ -11,11 +11,14 @@ from typing import Literal
 from sinkgd.lab.devices import DEVICES, DeviceSheet
 from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.cost import (
+    STATE_RULES,
     Change,
     Cost,
     Machine,
+    StateRule,
     assumed_speed,
     changed_cost,
+    devices_needed,
     run_cost,
 )
 from sinkgd.lab.report.cost_sources import (
@@ -32,8 +35,18 @@ from sinkgd.lab.report.cost_sources import (
 )
 
 GPUS = 8
-PRICE = 2.0  # USD a GPU and hour
+# USD a GPU and hour. Assumed: round figures of the order of on-demand offers, no quotes.
+PRICES = {
+    "h100": 2.0,
+    "h200": 2.5,
+    "b200": 4.0,
+    "a100-80gb": 1.2,
+    "rtx-4090": 0.4,
+    "mi300x": 2.0,
+}
 MFU = 0.4  # as in `sinkgd plan`
+
+_GIB = 2**30
 
 Unit = Literal["h", "GPU-h", "USD", "kWh"]
 
@@ -106,6 +119,17 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class MemoryRow:
+    """What one method must hold, and on how many devices it fits; activations are left out."""
+
+    rule: StateRule
+    gib: float  # weights, gradients and state
+    saved_gib: float  # less than AdamW's
+    saved_share: float  # of AdamW's
+    devices: int
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The figures of the fields, in the units of `cost`."""
 
@@ -127,6 +151,7 @@ class CalculatorBlock:
     speeds: tuple[SpeedSource, ...]
     candidates: tuple[Candidate, ...]
     outcomes: tuple[Outcome, ...]
+    memory: tuple[MemoryRow, ...]  # AdamW first
     caution: str  # where the page's runs have no candidate to offer
     mfu: float = MFU
 
@@ -138,8 +163,22 @@ class CalculatorBlock:
     badge = staticmethod(words_of)
 
     @property
+    def memory_sentence(self) -> str:
+        """The main result: memory and devices of SinkGD against AdamW."""
+        first, own = self.memory[0], next(one for one in self.memory if one.rule.method == "SinkGD")
+        return (
+            f"{own.rule.method} holds {amount(own.gib)} GiB instead of {amount(first.gib)} GiB and "
+            f"needs {own.devices:,} × {self.inputs.device.title} instead of {first.devices:,}."
+        )
+
+    @staticmethod
+    def price_of(device: str) -> float:
+        """Return the price to begin with, USD a GPU and hour."""
+        return PRICES[device]
+
+    @property
     def sentence(self) -> str:
-        """The result in words."""
+        """What the candidate takes, in words."""
         time, _, money, _ = self.outcomes
         name = self.inputs.candidate.name
         return (
@@ -178,9 +217,9 @@ def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
     found = candidates(analysis)
     inputs = Inputs(
         device=device,
-        machine=Machine(GPUS, PRICE, device.watts),
+        machine=Machine(GPUS, PRICES[device.name], device.watts),
         model=model,
-        speed=measured if measured and device_of(analysis) else assumed,
+        speed=measured or assumed,
         candidate=found[0],
     )
     baseline = analysis.baseline.name if analysis and analysis.baseline else "Adam"
@@ -192,6 +231,7 @@ def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
         speeds=speeds,
         candidates=found,
         outcomes=outcomes(inputs),
+        memory=memory_rows(inputs),
         caution=_caution(analysis, found),
     )
 
@@ -204,6 +244,23 @@ def _caution(analysis: Analysis | None, found: tuple[Candidate, ...]) -> str:
             "candidate; what is chosen is published, and was not found here."
         )
     return ""
+
+
+def memory_rows(inputs: Inputs) -> tuple[MemoryRow, ...]:
+    """Compute memory and devices of every method, from the figures as the fields show them.
+
+    Args:
+        inputs: The figures of the fields.
+    """
+    parameters = 1e6 * float(plain(inputs.model.parameters / 1e6))
+    share = float(short(100 * inputs.model.matrix_share)) / 100
+    whole = STATE_RULES[0].memory_bytes(parameters, share)
+    rows = []
+    for rule in STATE_RULES:
+        held = rule.memory_bytes(parameters, share)
+        devices = devices_needed(held, inputs.device.memory_bytes)
+        rows.append(MemoryRow(rule, held / _GIB, (whole - held) / _GIB, 1 - held / whole, devices))
+    return tuple(rows)
 
 
 def outcomes(inputs: Inputs) -> tuple[Outcome, ...]:

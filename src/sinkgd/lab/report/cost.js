@@ -18,6 +18,10 @@
   };
   const assumedSpeed = (flops, mfu, parameters) => (mfu * flops) / (6 * parameters);
 
+  const heldBytes = (rule, parameters, share) =>
+    2 * parameters * (2 + rule.inside * share + rule.outside * (1 - share));
+  const devicesNeeded = (bytes, memory) => Math.ceil(bytes / (0.9 * memory));
+
   const amount = (value) => {
     const text = Number(value.toPrecision(3)).toLocaleString("en-US", { maximumFractionDigits: 4 });
     return text === "-0" ? "0" : text.replace("-", "−");
@@ -41,15 +45,31 @@
 
   const assumeSpeed = () => {
     if (fields["speed-source"].value !== "assumed") return;
+    if (!fields.mfu.validity.valid || !fields.parameters.validity.valid) return;
     const speed = assumedSpeed(Number(chosen("device").flops), number("mfu"), number("parameters"));
     if (Number.isFinite(speed) && speed > 0) put("speed", Number(speed.toPrecision(4)), "assumed");
   };
 
+  // A speed that was measured on one device is not offered for another.
+  const keepMeasuredSpeed = () => {
+    for (const option of fields["speed-source"].options) {
+      const { device } = option.dataset;
+      if (device === undefined) continue;
+      option.disabled = device !== fields.device.value;
+      if (option.disabled && option.selected) fields["speed-source"].value = "assumed";
+    }
+  };
+
   // What follows from a choice; each may be typed over.
   const choices = {
-    device: ({ watts }) => put("watts", watts, "published"),
-    model: ({ parameters, parametersKind, tokens, tokensKind }) => {
+    device: ({ watts, price }) => {
+      put("watts", watts, "published");
+      put("price", price, "assumed");
+      keepMeasuredSpeed();
+    },
+    model: ({ parameters, parametersKind, share, tokens, tokensKind }) => {
       put("parameters", parameters, parametersKind);
+      put("share", share, parametersKind);
       put("tokens", tokens, tokensKind);
     },
     "speed-source": ({ speed, kind }) => {
@@ -63,10 +83,50 @@
     },
   };
 
+  const problemOf = (input) => {
+    const { validity, min, max } = input;
+    const label = form.querySelector(`label[for="${input.id}"]`).textContent;
+    const unit = input.parentElement.querySelector(".unit").textContent;
+    const said = `“${label}” is ${input.value}${unit && " " + unit}`;
+    if (validity.valid) return "";
+    if (validity.badInput || validity.valueMissing) return `“${label}” has no number; give one.`;
+    if (validity.rangeOverflow) return `${said}; give at most ${max}.`;
+    if (validity.stepMismatch) return `${said}; give a whole number.`;
+    if (min === "0") return `${said}; give 0 or more.`;
+    return `${said}; give ${min === "1" ? "at least 1" : "a number above 0"}.`;
+  };
+
+  const showMemory = (valid) => {
+    const device = chosen("device");
+    const [parameters, share] = [number("parameters"), number("share")];
+    const rows = [...form.querySelectorAll("tr[data-memory]")].map((row) => {
+      const bytes = heldBytes({ inside: Number(row.dataset.inside), outside: Number(row.dataset.outside) }, parameters, share);
+      return { row, bytes, devices: devicesNeeded(bytes, Number(device.memory)) };
+    });
+    const gib = (bytes) => amount(bytes / 2 ** 30);
+    const whole = rows[0].bytes;
+    for (const { row, bytes, devices } of rows) {
+      const saved = bytes === whole && row === rows[0].row ? "–" : `${gib(whole - bytes)} (${amount(100 * (1 - bytes / whole))} %)`;
+      [gib(bytes), saved, devices.toLocaleString("en-US")].forEach((text, i) => {
+        row.cells[i + 1].textContent = valid ? text : "–";
+      });
+    }
+    const own = rows.find(({ row }) => row.dataset.memory === "SinkGD");
+    form.querySelector('output[name="memory"]').textContent = valid
+      ? `SinkGD holds ${gib(own.bytes)} GiB instead of ${gib(whole)} GiB and needs ` +
+        `${own.devices.toLocaleString("en-US")} × ${device.title} instead of ${rows[0].devices.toLocaleString("en-US")}.`
+      : "";
+  };
+
   const show = () => {
     const inputs = [...form.querySelectorAll("input")];
     for (const input of inputs) input.setAttribute("aria-invalid", String(!input.validity.valid));
-    const valid = inputs.every((input) => input.validity.valid);
+    const problems = inputs.map(problemOf).filter((text) => text !== "");
+    const valid = problems.length === 0;
+    const alert = form.querySelector(".problem");
+    alert.hidden = valid;
+    alert.textContent = problems.join(" ");
+    showMemory(valid);
     const machine = { gpus: number("gpus"), price: number("price"), watts: number("watts") };
     const [tokens, speed] = [number("tokens"), number("speed")];
     const name = chosen("candidate").name;
@@ -84,10 +144,10 @@
     form.querySelector('[data-bar="baseline"]').style.setProperty("--part", Math.min(1, 1 / part));
     form.querySelector('[data-bar="candidate"]').style.setProperty("--part", Math.min(1, part));
     form.querySelector("th[data-name]").textContent = name;
-    form.querySelector("output").textContent = valid
+    form.querySelector('output[name="cost"]').textContent = valid
       ? `${name} takes ${amount(candidate.hours)} h instead of ${amount(baseline.hours)} h, and ` +
         `${amount(candidate.usd)} USD instead of ${amount(baseline.usd)} USD.`
-      : "A field has no figure that could be computed with.";
+      : "";
   };
 
   form.addEventListener("submit", (event) => event.preventDefault());

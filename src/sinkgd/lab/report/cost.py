@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 _SECONDS = 3600  # in an hour
 _FLOPS_A_WEIGHT = 6  # and token: two forward, four backward
+_BFLOAT16 = 2  # bytes of a number: weights, gradients and state, as in GaLore's benchmark
+USABLE = 0.9  # the part of a device's memory that training may have, as in `sinkgd plan`
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,65 @@ class Machine:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; give a number that is not negative")
+
+
+@dataclass(frozen=True)
+class StateRule:
+    """How many numbers a method keeps for every parameter between steps."""
+
+    method: str
+    inside: int  # for a parameter of a hidden matrix
+    outside: int  # for any other parameter: embeddings, head, norms
+
+    def memory_bytes(self, parameters: float, matrix_share: float) -> float:
+        r"""Return the bytes of weights, gradients and state, activations left out.
+
+        .. math:: 2 N (2 + a s + b (1 - s))
+
+        with a and b the numbers inside and outside, and s the share of hidden matrices.
+
+        Args:
+            parameters: N.
+            matrix_share: s, from 0 to 1.
+
+        Raises:
+            ValueError: If there are no parameters, or the share is not between 0 and 1.
+
+        Examples:
+            >>> StateRule("AdamW", 2, 2).memory_bytes(1e9, 0.8)
+            8000000000.0
+        """
+        _check_positive(parameters=parameters)
+        if not 0 <= matrix_share <= 1:
+            raise ValueError(f"matrix_share is {matrix_share}; give a number from 0 to 1")
+        kept = self.inside * matrix_share + self.outside * (1 - matrix_share)
+        return _BFLOAT16 * parameters * (2 + kept)
+
+
+STATE_RULES = (
+    StateRule("AdamW", 2, 2),
+    StateRule("Muon", 1, 2),
+    StateRule("SinkGD", 0, 2),
+    StateRule("SinkGD, stateless", 0, 0),
+)
+
+
+def devices_needed(total_bytes: float, device_bytes: float) -> int:
+    """Return the fewest devices that hold ``total_bytes`` in equal shards.
+
+    Args:
+        total_bytes: Of weights, gradients and state.
+        device_bytes: Memory of a device, of which training has nine tenths.
+
+    Raises:
+        ValueError: If one is not positive and finite.
+
+    Examples:
+        >>> devices_needed(145e9, 80e9)
+        3
+    """
+    _check_positive(total_bytes=total_bytes, device_bytes=device_bytes)
+    return math.ceil(total_bytes / (USABLE * device_bytes))
 
 
 @dataclass(frozen=True)
@@ -73,13 +134,15 @@ def assumed_speed(flops: float, mfu: float, parameters: float) -> float:
         parameters: N.
 
     Raises:
-        ValueError: If one is not positive and finite.
+        ValueError: If one is not positive and finite, or ``mfu`` is above 1.
 
     Examples:
         >>> assumed_speed(600e12, 0.5, 1e9)
         50000.0
     """
     _check_positive(flops=flops, mfu=mfu, parameters=parameters)
+    if mfu > 1:
+        raise ValueError(f"mfu is {mfu}; it is a share of the peak: give at most 1")
     return mfu * flops / (_FLOPS_A_WEIGHT * parameters)
 
 

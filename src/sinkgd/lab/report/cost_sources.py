@@ -52,6 +52,7 @@ class ModelChoice:
     title: str
     parameters: float
     tokens: float
+    matrix_share: float  # of the parameters that hidden matrices hold
     parameters_kind: Kind
     tokens_kind: Kind
     note: str
@@ -88,18 +89,19 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
     own = _baseline_run(analysis)
     if own is not None and own.end is not None and own.end.tokens > 0:
         title = f"{_preset(own)}, as on this page"
-        sizes = float(own.start.parameters), float(own.end.tokens)
+        sizes = float(own.start.parameters), float(own.end.tokens), _matrix_share(own)
         choices.append(
             ModelChoice("page", title, *sizes, "measured", "measured", "as trained here")
         )
     for name, config in LLAMAS.items():
         count = float(config.parameter_count)
+        share = config.linear_parameter_count / count
         if name in published:
             tokens, kind, note = float(published[name].tokens), _PUBLISHED, "GaLore’s benchmark"
         else:
             tokens, kind, note = _ENOUGH * count, _ASSUMED, f"{_ENOUGH} tokens a parameter"
         if not name.startswith("llama-nano"):  # its parameters depend on the vocabulary
-            choices.append(ModelChoice(name, name, count, tokens, _PUBLISHED, kind, note))
+            choices.append(ModelChoice(name, name, count, tokens, share, _PUBLISHED, kind, note))
     return tuple(choices)
 
 
@@ -111,7 +113,13 @@ def usual_model(models: tuple[ModelChoice, ...], analysis: Analysis | None) -> M
 
 
 def measured_speed(analysis: Analysis | None) -> SpeedSource | None:
-    """Return the baseline's speed on this page, of one of its ranks."""
+    """Return the baseline's speed on this page, of one of its ranks; None off the table's GPUs.
+
+    A speed of a CPU, or of a board that is not in the table, says nothing about the GPU that the
+    calculator prices.
+    """
+    if device_of(analysis) is None:
+        return None
     run = _baseline_run(analysis)
     speed = analysis.baseline.tokens_per_second if analysis and analysis.baseline else None
     if run is None or speed is None:
@@ -179,7 +187,8 @@ def _measured(analysis: Analysis | None) -> list[Candidate]:
     found = []
     for recipe in analysis.candidates:
         comparison = analysis.comparisons.get(recipe.name)
-        speedup = _speedup(recipe, analysis.baseline)
+        on_gpu = device_of(analysis) is not None
+        speedup = _speedup(recipe, analysis.baseline) if on_gpu else 1.0
         if comparison is None or comparison.token_fraction is None or speedup is None:
             continue
         fraction = comparison.token_fraction.mean
@@ -191,8 +200,8 @@ def _measured(analysis: Analysis | None) -> list[Candidate]:
                     fraction,
                     speedup,
                     "measured",
-                    "measured",
-                    _caveat(recipe, comparison),
+                    "measured" if on_gpu else _ASSUMED,
+                    _caveat(recipe, comparison, on_gpu=on_gpu),
                 )
             )
     return sorted(found, key=lambda one: (one.token_fraction / one.step_speedup, one.name))
@@ -204,7 +213,7 @@ def _speedup(recipe: RecipeSummary, baseline: RecipeSummary) -> float | None:
     return recipe.tokens_per_second.mean / baseline.tokens_per_second.mean
 
 
-def _caveat(recipe: RecipeSummary, comparison: Comparison) -> str:
+def _caveat(recipe: RecipeSummary, comparison: Comparison, *, on_gpu: bool) -> str:
     """Say what a measured gain rests on."""
     run = recipe.finished[0]
     words = [f"at {quantities.count(run.start.parameters)} parameters"]
@@ -216,7 +225,8 @@ def _caveat(recipe: RecipeSummary, comparison: Comparison) -> str:
         words.append("a single run")
     if comparison.level:
         words.append("level at the end")
-    return f"{', '.join(words)}; at another size nobody knows"
+    speed = "" if on_gpu else "; equal speed assumed"
+    return f"{', '.join(words)}; at another size nobody knows{speed}"
 
 
 def device_of(analysis: Analysis | None) -> DeviceSheet | None:
@@ -237,6 +247,12 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
 
 def _preset(run: Run) -> str:
     return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
+
+
+def _matrix_share(run: Run) -> float:
+    """Return the share of hidden matrices in a run's model: its preset's, else llama-1b's."""
+    config = LLAMAS.get(_preset(run), LLAMAS["llama-1b"])
+    return config.linear_parameter_count / config.parameter_count
 
 
 def _ranks(run: Run) -> int:

@@ -77,14 +77,16 @@ def _standings(
 def _reached(won: Sequence[tuple[float, str, Comparison]], goal: str) -> str:
     """Name the winners with the fraction of the baseline's tokens, and time, that each took."""
     percents = _list([quantities.percent(fraction) for fraction, _, _ in won])
-    clause = f"{_list([name for _, name, _ in won])} reached {goal} with {percents} of its tokens"
-    fraction, _, comparison = won[0]
-    if len(won) > 1 or comparison.time_fraction is None:
-        return clause
-    time = comparison.time_fraction.mean
-    joint = "but" if time > 1 >= fraction else "and"
-    clause += f" {joint} {quantities.percent(time)} of its time"
-    if comparison.reached_runs < comparison.runs:
+    clause = f"{_list([_called(name) for _, name, _ in won])} reached {goal} with {percents} of "
+    clause += "its tokens"
+    times = [c.time_fraction.mean for _, _, c in won if c.time_fraction is not None]
+    if len(times) == len(won):
+        pairs = zip(times, (fraction for fraction, _, _ in won), strict=True)
+        slower = all(time > 1 >= fraction for time, fraction in pairs)
+        took = _list([quantities.percent(time) for time in times])
+        clause += f"{' but' if slower else ' and' if len(won) == 1 else ', and'} {took} of its time"
+    _, _, comparison = won[0]
+    if len(won) == 1 and comparison.reached_runs < comparison.runs:
         clause += f", in {comparison.reached_runs} of {comparison.runs} runs"
     return clause
 
@@ -184,8 +186,14 @@ def _unfinished(runs: Sequence[Run]) -> list[str]:
     return cautions
 
 
+def _called(name: str) -> str:
+    """Name a recipe in the headline; the paper's SinkGD is told apart from the default one."""
+    return f"{name} (without deflation)" if name == "sinkgd-paper" else name
+
+
 def _names(names: Sequence[str]) -> str:
-    return _list(names) if len(names) <= _MOST_NAMES else f"{len(names)} recipes"
+    called = [_called(name) for name in names]
+    return _list(called) if len(called) <= _MOST_NAMES else f"{len(called)} recipes"
 
 
 def _list(words: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The whole of `sinkgd bench step`: workload after workload, then what is no timing of steps."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from sinkgd.lab.bench.memory.measure import Subject, measure_in_fresh_process
 from sinkgd.lab.bench.memory.records import MemoryUse
 from sinkgd.lab.bench.progress import Progress
 from sinkgd.lab.bench.step.accuracy import measure_accuracy
+from sinkgd.lab.bench.step.doubts import LOAD
 from sinkgd.lab.bench.step.first_call import measure_first_call
 from sinkgd.lab.bench.step.measure import fits, time_workload, workload_bytes
 from sinkgd.lab.bench.step.records import Absent, Accuracy, StepRecord, WorkloadTiming
@@ -48,6 +50,7 @@ def bench_step(plan: Plan, show: Callable[[WorkloadTiming], None]) -> StepRecord
     Returns:
         The record, its targets evaluated.
     """
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)  # before our own turns add to it
     jobs = [
         (WORKLOADS[name], dtype)
         for name in plan.workloads
@@ -69,7 +72,7 @@ def bench_step(plan: Plan, show: Callable[[WorkloadTiming], None]) -> StepRecord
             show(found)
     record = StepRecord(
         command=plan.command,
-        environment=describe_environment(plan.device),
+        environment={**describe_environment(plan.device), LOAD: round(load, 2)},
         ours=kernels.select("auto", plan.device).name,
         rounds=plan.pace.rounds,
         workloads=tuple(timings),

@@ -66,6 +66,7 @@ class Step:
         from sinkgd.lab.bench.page import step_page
         from sinkgd.lab.bench.sheet import terminal_table
         from sinkgd.lab.bench.step import CHECKS, Plan, bench_step
+        from sinkgd.lab.bench.step.doubts import warnings_of
         from sinkgd.lab.bench.step.sheets import check_sheet, target_sheet, workload_sheet
         from sinkgd.lab.bench.turns import Pace
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS
@@ -88,6 +89,8 @@ class Step:
         for sheet in (check_sheet(record), target_sheet(record)):
             if sheet.rows or sheet.absent:
                 console.print(terminal_table(sheet), "\n")
+        for warning in warnings_of(record):
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if self.out is not None:
             write_measurement(self.out, "step", record, step_page(record), console)
         return 0

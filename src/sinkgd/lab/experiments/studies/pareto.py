@@ -102,7 +102,7 @@ def judge(results: StudyResults) -> Verdict:
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw state against loss, of the arms that ended well."""
-    arms = [one for one in results.arms if one.seeds and not one.diverged]
+    arms = [one for one in results.ranked if one.seeds and not one.diverged]
     kept = {one.arm.name: state_bytes(one) for one in arms}
     best = sorted(front(results, arms), key=state_bytes)
     return [state_chart(arms, kept, best, identities)]
