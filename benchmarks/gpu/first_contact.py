@@ -24,7 +24,7 @@ from contact import (
 )
 from contact.items import Rows, Section, Setting, run_items
 from contact.table import table
-from contact.watch import Watch, run_section, this_script
+from contact.watch import Watch, run_together, this_script
 
 BUDGET = 560.0  # seconds that the sections' shares are made for
 TABLE_SECONDS = 4.0
@@ -35,6 +35,7 @@ def sections(*, tiny: bool) -> tuple[Section, ...]:
     return (
         environment.section(),
         suite.section(),
+        sweep.compile_section(tiny=tiny),
         checks.section(tiny=tiny),
         hazards.section(),
         steps.section(tiny=tiny),
@@ -94,11 +95,12 @@ def whole(args: argparse.Namespace) -> int:
     # On a CPU the library may compile its loops first.
     watch = Watch(command, rows, args.out / "log.txt", patience=10.0 if args.tiny else 1.0)
     found = [one for one in sections(tiny=args.tiny) if not args.only or one.name in args.only]
-    for number, section in enumerate(found):
+    groups = [[one for one in found if not one.timed], *([one] for one in found if one.timed)]
+    for number, group in enumerate(filter(None, groups), start=1):
         left = end - time.monotonic()
-        last = number == len(found) - 1  # it takes what the others left
-        share = left if last else min(left, section.seconds * args.budget / BUDGET)
-        run_section(section, share, watch)
+        share = sum(section.seconds for section in group) * args.budget / BUDGET
+        last = number == sum(map(bool, groups))  # it takes what the others left
+        run_together(group, left if last else min(left, share), watch)
     text = table(rows.read())
     (args.out / "table.txt").write_text(text + "\n")
     sys.stdout.write(text + "\n")

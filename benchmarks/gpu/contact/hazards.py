@@ -36,7 +36,7 @@ def section() -> Section:
         Item("default dtype", default_dtype),
         Item("compiled, reduce-overhead", compiled),
     )
-    return Section("hazards", 50, items, at_once=4)
+    return Section("hazards", 50, items, at_once=4, timed=False)
 
 
 def _params(setting: Setting, seed: int = 0) -> list[nn.Parameter]:

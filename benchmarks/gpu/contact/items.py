@@ -50,6 +50,7 @@ class Section(NamedTuple):
     seconds: float  # of a budget of `BUDGET`
     items: tuple[Item, ...]
     at_once: int = 1  # over 1: a process for each item, so many at a time
+    timed: bool = True  # False: sections that time nothing run beside each other, at first
 
 
 class Skipped(Exception):  # noqa: N818 - not an error
@@ -67,7 +68,7 @@ def need_gpu(setting: Setting) -> None:
 
 
 class Rows:
-    """A file of JSON lines; each line is on disk before the next thing happens."""
+    """A file of JSON lines; each is written before the next thing happens."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,7 +80,6 @@ class Rows:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
 

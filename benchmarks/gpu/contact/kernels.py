@@ -38,7 +38,7 @@ def section(*, tiny: bool) -> Section:
         if not (workload is B1 and dtype == torch.float32)
     ]
     ncu = [Item(f"ncu: {name}", _Ncu(name), 45) for name in ("sinkgd", "deflated")]
-    return Section("kernels", 40, (items[0], *ncu, *items[1:]))
+    return Section("kernels", 40, (*items, *ncu))
 
 
 class _Profile:

@@ -15,7 +15,7 @@ OUTCOMES = ("passed", "failed", "skipped", "error", "errors")
 
 def section() -> Section:
     """Return the section."""
-    return Section("tests", 40, (Item("pytest -m gpu", run_tests, 120),))
+    return Section("tests", 40, (Item("pytest -m gpu", run_tests, 200),), timed=False)
 
 
 def files() -> list[str]:
@@ -30,12 +30,14 @@ def files() -> list[str]:
 
 def command(names: list[str], *more: str) -> list[str]:
     """Return the command; it needs none of the plugins that pyproject.toml names options of."""
+    parallel = importlib.util.find_spec("xdist") is not None
     has_timeout = importlib.util.find_spec("pytest_timeout") is not None
     return [
         *(sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-rfE"),
         *("-p", "no:cacheprovider", "-W", "default"),
         *("-o", "addopts=--strict-markers --import-mode=importlib"),
-        *(("-o", "timeout=60") if has_timeout else ()),
+        *(("-o", "timeout=120") if has_timeout else ()),
+        *(("-n", "4") if parallel else ()),  # each test compiles kernels of its own
         *more,
         *names,
     ]

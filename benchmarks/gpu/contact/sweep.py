@@ -1,6 +1,7 @@
 """Bucket and tile sizes of the Triton backend: the plain step's time under each."""
 
 import itertools
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -9,9 +10,23 @@ from unittest.mock import patch
 
 import torch
 
-from contact.contenders import B1, M60, M350, PLAIN, TINY, Workload, matrices
-from contact.items import Item, Row, Section, Setting
-from contact.measure import time_work
+from contact.contenders import (
+    B1,
+    COMPILED,
+    DEFLATED,
+    LAYER,
+    M60,
+    M350,
+    PEER,
+    PLAIN,
+    PLAIN_1,
+    TINY,
+    Contender,
+    Workload,
+    matrices,
+)
+from contact.items import Item, Row, Section, Setting, need_gpu
+from contact.measure import synchronize, time_work
 
 AREAS = (1 << 13, 1 << 14, 1 << 15)  # entries of a tile; the default is in the middle
 THREADS = (128, 256, 512)
@@ -27,6 +42,23 @@ def section(*, tiny: bool) -> Section:
     ]
     items += [Item(f"{workload.name}: tiles", _Tiles(workload), 30) for workload in workloads[:2]]
     return Section("sweep", 40, tuple(items))
+
+
+def compile_section(*, tiny: bool) -> Section:
+    """Return the section that compiles what others time; triton keeps it on disk."""
+    workloads = (TINY,) if tiny else (LAYER, M60)
+    items = [
+        Item(f"{name} {workload.name}: {contender.name}", _Compile(workload, dtype, contender), 150)
+        for contender in (PLAIN, DEFLATED, PLAIN_1, PEER, COMPILED)
+        for name, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32))
+        for workload in workloads
+        if contender is not COMPILED or dtype == torch.bfloat16
+    ]
+    items += [
+        Item(f"area {area}, threads {threads}", _CompileTiles(workloads[0], area, threads), 150)
+        for area, threads in itertools.product(AREAS, THREADS)
+    ]
+    return Section("compile", 0, tuple(items), at_once=8, timed=False)
 
 
 def triton_modules() -> dict[str, ModuleType]:
@@ -75,6 +107,33 @@ def _forget(modules: dict[str, ModuleType]) -> None:
             # Kernels stay: they do not depend on what is swept, and take a while to import.
             if clear is not None and getattr(value, "__name__", "") not in {"loops", "step"}:
                 clear()
+
+
+class _Compile:
+    """Takes one step, which compiles what it needs."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, contender: Contender) -> None:
+        self.workload, self.dtype, self.contender = workload, dtype, contender
+
+    def __call__(self, setting: Setting) -> Iterator[Row]:
+        need_gpu(setting)
+        begin = time.perf_counter()
+        params = matrices(self.workload, self.dtype, setting.device)
+        self.contender.build(params, setting)()
+        synchronize(setting.device)
+        yield {"seconds": round(time.perf_counter() - begin, 2)}
+
+
+class _CompileTiles(_Compile):
+    """Takes one step with tiles of another size."""
+
+    def __init__(self, workload: Workload, area: int, threads: int) -> None:
+        super().__init__(workload, torch.bfloat16, PLAIN)
+        self.area, self.threads = area, threads
+
+    def __call__(self, setting: Setting) -> Iterator[Row]:
+        with changed(AREA=self.area, THREADS=self.threads):
+            yield from super().__call__(setting)
 
 
 class _Buckets:

@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from contact.items import CONTEXT_LOST, Rows, Section
 
+SECONDS_TO_START = 60.0  # of a process, and between items
 GRACE = 2.0  # seconds that an item may run over its section's deadline
 
 
@@ -39,7 +41,7 @@ def run_section(section: Section, seconds: float, watch: Watch) -> None:
     begin = time.monotonic()
     deadline = begin + seconds
     if section.at_once > 1:
-        with ThreadPoolExecutor(section.at_once) as pool:
+        with ThreadPoolExecutor(min(section.at_once, os.cpu_count() or 1)) as pool:
             spans = [(i, i + 1) for i in range(len(section.items))]
             list(pool.map(lambda span: _run_span(section, span, deadline, watch), spans))
     else:
@@ -47,6 +49,12 @@ def run_section(section: Section, seconds: float, watch: Watch) -> None:
     watch.rows.write(
         section.name, "section", "ok", seconds=round(time.monotonic() - begin, 1), allowed=seconds
     )
+
+
+def run_together(sections: Sequence[Section], seconds: float, watch: Watch) -> None:
+    """Run sections beside each other, all of them for ``seconds``."""
+    with ThreadPoolExecutor(len(sections)) as pool:
+        list(pool.map(lambda section: run_section(section, seconds, watch), sections))
 
 
 def _run_span(section: Section, span: tuple[int, int], deadline: float, watch: Watch) -> None:
@@ -78,32 +86,45 @@ def _run_process(section: Section, span: tuple[int, int], deadline: float, watch
             text=True,
             start_new_session=True,
         )
-        said: queue.Queue[str | None] = queue.Queue()
-        listener = threading.Thread(target=_listen, args=(process, said), daemon=True)
-        listener.start()
-        begun, running = first, False
-        item_ends = time.monotonic() + 60  # to start
-        while True:
-            ends = min(item_ends, deadline + GRACE)
-            try:
-                word = said.get(timeout=max(0.01, ends - time.monotonic()))
-            except queue.Empty:
-                kill_group(process)
-                over = item_ends <= deadline
-                return Ended(begun, "timeout", "hung" if over else "out of time")
-            if word is None:
-                code = process.wait()
-                kill_group(process)
-                if code in {0, CONTEXT_LOST} and not running:
-                    return Ended(begun, None)
-                return Ended(begun, "crashed", f"exit code {code}: {_last_words(watch.log)}")
-            verb, _, number = word.partition(" ")
-            running = verb == "start"
-            begun = int(number) + 1
-            if running:
-                item_ends = time.monotonic() + section.items[int(number)].limit * watch.patience
-            else:
-                item_ends = time.monotonic() + 60
+    said: queue.Queue[str | None] = queue.Queue()
+    listener = threading.Thread(target=_listen, args=(process, said), daemon=True)
+    listener.start()
+    try:
+        return _follow(section, first, deadline, watch, process, said)
+    finally:
+        kill_group(process)
+        listener.join(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _follow(
+    section: Section,
+    first: int,
+    deadline: float,
+    watch: Watch,
+    process: "subprocess.Popen[str]",
+    said: "queue.Queue[str | None]",
+) -> Ended:
+    """Listen to what a process says of its items until it ends, or has to."""
+    begun, running = first, False
+    item_ends = time.monotonic() + SECONDS_TO_START
+    while True:
+        ends = min(item_ends, deadline + GRACE)
+        try:
+            word = said.get(timeout=max(0.01, ends - time.monotonic()))
+        except queue.Empty:
+            return Ended(begun, "timeout", "hung" if item_ends <= deadline else "out of time")
+        if word is None:
+            code = process.wait()
+            if code in {0, CONTEXT_LOST} and not running:
+                return Ended(begun, None)
+            return Ended(begun, "crashed", f"exit code {code}: {_last_words(watch.log)}")
+        verb, _, number = word.partition(" ")
+        running = verb == "start"
+        begun = int(number) + 1
+        limit = section.items[int(number)].limit if running else SECONDS_TO_START
+        item_ends = time.monotonic() + limit * watch.patience
 
 
 def _last_words(log: Path) -> str:
@@ -122,10 +143,8 @@ def _listen(process: "subprocess.Popen[str]", said: "queue.Queue[str | None]") -
 
 def kill_group(process: "subprocess.Popen[str]") -> None:
     """End a process and whatever it started."""
-    try:
+    with suppress(ProcessLookupError):  # all of them have ended
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
     process.wait()
 
 
