@@ -121,7 +121,7 @@ def test_the_table_has_at_most_sixty_lines_and_says_first_what_is_wrong():
     rows += [
         {"section": "steps", "item": f"{w} {c}", "status": "ok", "workload": w, "dtype": "bf16"}
         | {"contender": c, "ms": 1.0, **what}
-        for w in map(str, range(40))
+        for w in map(str, range(60))
         for c in ("adamw", "sinkgd", "deflated")
     ]
     text = table(rows)
@@ -334,11 +334,15 @@ def test_it_runs_to_its_end_on_a_machine_without_a_gpu(tmp_path):
     assert len(answer.stdout.splitlines()) <= MOST_LINES
     assert (out / "table.txt").read_text() == answer.stdout
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert {row["section"] for row in rows if row["status"] == "ok"} == {
+    ran = [row for row in rows if row["status"] == "ok" and row["item"] != "section"]
+    assert {row["section"] for row in ran} == {
         *("environment", "tests", "checks", "hazards", "steps", "kernels", "sweep"),
         *("training", "nano", "text"),
     }
-    assert [row for row in rows if row["status"] in {"error", "timeout", "crashed", "wrong"}] == []
+    assert [row for row in rows if row["status"] in {"error", "timeout"}] == []
+    # Whether steps are right is for the library's own tests to say.
+    bad = {row["section"] for row in rows if row["status"] in {"crashed", "wrong"}}
+    assert bad <= {"checks", "hazards"}
     skipped = {row["why"] for row in rows if row["status"] == "skipped"}
     assert skipped == {"needs a GPU"}
     trained = [row["trainer"] for row in rows if row["section"] == "training" and "trainer" in row]

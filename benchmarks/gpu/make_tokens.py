@@ -68,7 +68,7 @@ def main() -> None:
         "train": encode(args.train, tokenizer, args.most),
         "validation": encode(args.validation, tokenizer, args.most // 16),
     }
-    np.savez(args.out, train=found["train"], validation=found["validation"])
+    np.savez_compressed(args.out, train=found["train"], validation=found["validation"])
 
 
 if __name__ == "__main__":

@@ -109,22 +109,23 @@ def run_items(
         say: Is told ``start N`` and ``end N``; whoever watches this process listens to it.
 
     Returns:
-        0, or `CONTEXT_LOST` where the GPU no longer answers and only a new process can go on.
+        0, or `CONTEXT_LOST` where only a new process can go on: an error may have left a GPU, or
+        torch's view of it, in any state.
     """
     rows = Rows(setting.out / "rows.jsonl")
     for index in range(first, beyond):
         if setting.left() <= 0:
             return 0
         say(f"start {index}")
-        run_item(section, section.items[index], setting, rows)
+        ran = run_item(section, section.items[index], setting, rows)
         say(f"end {index}")
-        if setting.on_gpu and not clean_up(rows, section.name):
+        if setting.on_gpu and not (ran and clean_up(rows, section.name)):
             return CONTEXT_LOST
     return 0
 
 
-def run_item(section: Section, item: Item, setting: Setting, rows: Rows) -> None:
-    """Write the rows of one item, or a row of how it failed."""
+def run_item(section: Section, item: Item, setting: Setting, rows: Rows) -> bool:
+    """Write the rows of one item, or a row of how it failed; return whether it did not fail."""
     begin = time.monotonic()
     try:
         for row in item.run(setting):
@@ -142,6 +143,8 @@ def run_item(section: Section, item: Item, setting: Setting, rows: Rows) -> None
             where=f"{Path(where.filename).name}:{where.lineno} {where.name}",
             seconds=round(time.monotonic() - begin, 2),
         )
+        return False
+    return True
 
 
 def clean_up(rows: Rows, section: str) -> bool:

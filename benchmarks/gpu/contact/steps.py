@@ -27,7 +27,7 @@ from contact.contenders import (
     matrices,
     shapes,
 )
-from contact.items import Item, Row, Section, Setting
+from contact.items import Item, Row, Rows, Section, Setting
 from contact.measure import (
     capture,
     held_bytes,
@@ -75,6 +75,16 @@ def _short(dtype: torch.dtype) -> str:
     return {BF16: "bf16", F32: "f32"}[dtype]
 
 
+def failed_before(setting: Setting, contender: Contender) -> bool:
+    """Whether an item of this contender ended in an error; each costs the start of a process."""
+    return any(
+        row["section"] == "steps"
+        and row["status"] == "error"
+        and str(row["item"]).endswith(f": {contender.name}")
+        for row in Rows(setting.out / "rows.jsonl").read()
+    )
+
+
 class _Measure:
     """Measures one contender on one workload."""
 
@@ -107,6 +117,8 @@ class _Measure:
         yield {**what, "part": "host and launches", **self._host(setting, step)}
         if not setting.on_gpu:
             yield {**what, "part": "graph", "status": "skipped", "why": "needs a GPU"}
+        elif failed_before(setting, contender):
+            yield {**what, "part": "graph", "status": "skipped", "why": "failed before"}
         elif contender.captures and entries * self.dtype.itemsize <= GRAPH_BYTES:
             graph = capture(step, device)
             yield {**what, "part": "graph", **time_work(graph.replay, device).row("graph_")}

@@ -1,5 +1,6 @@
 """The table at the end: what the rows say, in at most 60 lines."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,14 +12,14 @@ Rows = Sequence[dict[str, Any]]
 def table(rows: Rows) -> str:
     """Return the table; what did not go right comes first, as the end of it may be cut."""
     parts = [
-        [*_bad(rows, 18)],
+        [*_bad(rows, 12)],
         [*_environment(rows)],
         [*_counts(rows)],
         [*_steps(rows)],
-        [*_kernels(rows)],
-        [*_sweep(rows)],
         [*_training(rows)],
         [*_losses(rows)],
+        [*_sweep(rows)],
+        [*_kernels(rows)],
     ]
     lines = [line for part in parts for line in part]
     if len(lines) > MOST_LINES:
@@ -93,10 +94,7 @@ def _steps(rows: Rows) -> Iterator[str]:
             if "graph_ms" in row and "graph_ms" in base:
                 cell += f" ({row['graph_ms'] / base['graph_ms']:.2f})"
             cells.append(cell + f"; {row['launches']}" if "launches" in row else cell)
-        text = " · ".join(cells)
-        yield f"  {name}: {text[: WIDTH - 30]}"
-        if len(text) > WIDTH - 30:
-            yield f"    {text[WIDTH - 30 :]}"
+        yield from _wrapped(name, cells)
 
 
 def _kernels(rows: Rows) -> Iterator[str]:
@@ -134,7 +132,12 @@ def _training(rows: Rows) -> Iterator[str]:
     if presets:
         yield "training, tokens/s (optimizer's share, peak memory):"
     for preset, cells in presets.items():
-        yield f"  {preset}: " + " · ".join(cells)
+        yield from _wrapped(preset, cells)
+
+
+def _wrapped(name: str, cells: Sequence[str]) -> Iterator[str]:
+    text = f"  {name}: " + " · ".join(cells)
+    yield from textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
 def _losses(rows: Rows) -> Iterator[str]:
