@@ -1,0 +1,131 @@
+"""The table of steps: every contender on the matrices of LLaMAs, one in memory at a time."""
+
+from collections.abc import Iterator
+
+import torch
+
+from contact.contenders import (
+    ADAMW,
+    ALL,
+    B1,
+    B7,
+    DEFLATED,
+    LAYER,
+    M60,
+    M130,
+    M350,
+    MUON,
+    PEER,
+    PLAIN,
+    PLAIN_1,
+    SGD,
+    TINY,
+    USUAL,
+    Contender,
+    Step,
+    Workload,
+    matrices,
+    shapes,
+)
+from contact.items import Item, Row, Rows, Section, Setting
+from contact.measure import (
+    capture,
+    held_bytes,
+    peak_bytes,
+    profile_kernels,
+    time_host,
+    time_work,
+)
+
+BF16, F32 = torch.bfloat16, torch.float32
+FEW = (ADAMW, PLAIN, DEFLATED, PLAIN_1, PEER, MUON)
+# In the order of what is wanted most, as time may run out.
+PLAN: tuple[tuple[Workload, torch.dtype, tuple[Contender, ...]], ...] = (
+    (LAYER, BF16, ALL),
+    (B1, BF16, USUAL),
+    (M60, BF16, ALL),
+    (B7, BF16, (ADAMW, PLAIN, DEFLATED, SGD, MUON)),
+    (LAYER, F32, USUAL),
+    (M350, BF16, USUAL),
+    (B1, F32, FEW),
+    (M60, F32, FEW),
+    (M130, BF16, FEW),
+    (M350, F32, FEW),
+    (M130, F32, FEW),
+)
+GRAPH_BYTES = 8 << 30  # of gradients: larger steps hide their launches anyway
+
+
+def section(*, tiny: bool) -> Section:
+    """Return the section."""
+    plan = ((TINY, BF16, ALL), (TINY, F32, USUAL)) if tiny else PLAN
+    items = [
+        Item(
+            f"{workload.name} {_short(dtype)}: {contender.name}",
+            _Measure(workload, dtype, contender),
+            40,
+        )
+        for workload, dtype, contenders in plan
+        for contender in contenders
+    ]
+    return Section("steps", 160, tuple(items))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", F32: "f32"}[dtype]
+
+
+def failed_before(setting: Setting, contender: Contender) -> bool:
+    """Whether an item of this contender ended in an error; each costs the start of a process."""
+    return any(
+        row["section"] == "steps"
+        and row["status"] == "error"
+        and str(row["item"]).endswith(f": {contender.name}")
+        for row in Rows(setting.out / "rows.jsonl").read()
+    )
+
+
+class _Measure:
+    """Measures one contender on one workload."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, contender: Contender) -> None:
+        self.workload, self.dtype, self.contender = workload, dtype, contender
+
+    def __call__(self, setting: Setting) -> Iterator[Row]:
+        device, contender = setting.device, self.contender
+        held_before = held_bytes(device)
+        params = matrices(self.workload, self.dtype, device)
+        entries = sum(param.numel() for param in params)
+        step = contender.build(params, setting)
+        seconds, most = (0.02, 3) if setting.tiny else (0.25, 30)
+        step()
+        timing = time_work(step, device, seconds=seconds, most=most, warm=2)
+        what = {
+            "workload": self.workload.name,
+            "dtype": _short(self.dtype),
+            "contender": contender.name,
+        }
+        yield {
+            **what,
+            "part": "time",
+            "matrices": len(shapes(self.workload)),
+            "entries": entries,
+            "passes": contender.passes,
+            **timing.row(),
+            "peak_bytes": peak_bytes(device) - held_before,
+        }
+        yield {**what, "part": "host and launches", **self._host(setting, step)}
+        if not setting.on_gpu:
+            yield {**what, "part": "graph", "status": "skipped", "why": "needs a GPU"}
+        elif failed_before(setting, contender):
+            yield {**what, "part": "graph", "status": "skipped", "why": "failed before"}
+        elif contender.captures and entries * self.dtype.itemsize <= GRAPH_BYTES:
+            graph = capture(step, device)
+            yield {**what, "part": "graph", **time_work(graph.replay, device).row("graph_")}
+
+    def _host(self, setting: Setting, step: Step) -> dict[str, object]:
+        row: dict[str, object] = {**time_host(step, setting.device, repeats=3).row("host_")}
+        launches = profile_kernels(step, setting.device)
+        row["launches"] = sum(launch.calls for launch in launches)
+        row["kernels"] = [[launch.name[:48], launch.calls] for launch in launches[:3]]
+        return row

