@@ -86,7 +86,9 @@ def test_every_block_has_a_known_language():
 
 @pytest.mark.parametrize("block", parameters(snippets("python")))
 @pytest.mark.usefixtures("folder_after_a_demo", "as_one_rank")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*pin_memory")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:.*pin_memory", "ignore:OMP_NUM_THREADS"
+)
 def test_every_python_block_runs_by_itself(block):
     if "transformers" in block:
         pytest.importorskip("transformers", reason="pip install '.[transformers]'")

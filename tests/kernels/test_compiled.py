@@ -63,8 +63,8 @@ def build(model, kind, lr, **options):
         return sinkgd.SinkGD(model.named_parameters(), lr=lr, **options)
     if kind == "swan":
         groups = sinkgd.param_groups(model, lr=lr, matrix_algorithm="swan")
-        return sinkgd.SWAN(groups, lr=lr, **options)
-    return sinkgd.SinkGD(sinkgd.param_groups(model, lr=lr), lr=lr, **options)
+        return sinkgd.SWAN(groups, **options)
+    return sinkgd.SinkGD(sinkgd.param_groups(model, lr=lr), **options)
 
 
 def walk(kind, compiler=None, lrs=(0.1, 0.05, 0.02), tensor_lr=True, **options):
@@ -87,8 +87,10 @@ def walk(kind, compiler=None, lrs=(0.1, 0.05, 0.02), tensor_lr=True, **options):
 
 @pytest.mark.parametrize("kind", ["sinkgd", "sinkgd-stateless", "swan"])
 def test_a_compiled_step_is_the_plain_step(kind):
+    # Deflation lets float32 products round in another order, and scales the difference.
+    rtol, atol = (1e-5, 1e-6) if kind == "sinkgd" else (1e-6, 1e-7)
     for one, other in zip(walk(kind, "aot_eager"), walk(kind), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(

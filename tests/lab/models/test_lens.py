@@ -302,7 +302,7 @@ def test_routing_gives_matrices_to_sinkgd_and_all_of_the_lens_own_vectors_to_ada
 def test_weight_decay_spares_gates_directions_and_shares(model):
     for group in sinkgd.param_groups(model, weight_decay=0.1):
         for name, parameter in group["params"]:
-            own = name.endswith(("gates", "direction", "context_share"))
+            own = name.endswith(("gates", "direction", "context_share", "wte.weight", "wpe.weight"))
             assert group["weight_decay"] == (0.0 if own or parameter.ndim < 2 else 0.1), name
 
 

@@ -79,5 +79,5 @@ def test_a_size_of_zero_is_refused_and_not_taken_for_the_default(size):
     [("llama-nona", "llama-nano"), ("lama-60m", "llama-60m"), ("llama_130M", "llama-130m")],
 )
 def test_an_unknown_preset_is_met_with_the_nearest_name(typo, nearest):
-    with pytest.raises(ModelError, match=f"no preset '{typo}'; did you mean '{nearest}'"):
+    with pytest.raises(ModelError, match=f"model.preset is '{typo}'; did you mean '{nearest}'"):
         build_model(typo)
