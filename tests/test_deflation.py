@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -47,6 +47,7 @@ def standing_out(shape, rank, by, seed=0):
 MIXED = 1 / 3
 
 
+@settings(derandomize=True, deadline=None)
 @given(
     st.integers(1, 8),
     st.integers(1, 24),
@@ -87,12 +88,14 @@ def test_what_stands_out_is_lowered_to_the_next(shape, rank):
     assert error < 2e-3 * torch.linalg.matrix_norm(expected, 2)
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 12), st.integers(0, 999))
 def test_of_any_matrix_no_direction_grows_and_the_rest_is_kept(m, n, rank, seed):
     x = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     y = deflate(x, rank)
     before, after = torch.linalg.svdvals(x), torch.linalg.svdvals(y)
-    assert (after <= before * (1 + 1e-12)).all()
+    # svdvals itself rounds every value by an ulp or so of the largest one.
+    assert (after <= before * (1 + 1e-12) + 1e-15 * before[0]).all()
     k = min(rank, min(m, n) - 1)
     assert torch.linalg.svdvals(x - y)[k:].max() <= 1e-12 * before[0]
 

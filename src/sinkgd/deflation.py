@@ -21,7 +21,7 @@ first k directions are lowered to the level ℓ of the next one:
 
 Each term has a reason:
 
-- :math:`b_{k+1}` keeps the order of the directions: no leading one falls below the next.
+- :math:`b_{k+1}` keeps the order of the directions: no column of B becomes shorter than the next.
 - The second term is the mean square of the other singular values, which the largest of them is
   never below. It counts where Ω happens to miss the next direction.
 - The third term counts where X has no more than k directions. The other directions then consist of
@@ -142,8 +142,9 @@ def deflate(x: Tensor, rank: int) -> Tensor:
             all but one of its directions lowered.
 
     Returns:
-        ``(..., m, n)``. No singular value grows, and none falls below 2^-6 of the largest unless it
-        was below before. A zero matrix stays zero. Needs two matrices of scratch.
+        ``(..., m, n)``. No singular value grows. The level is at least 2^-6 of the longest column
+        of B; singular values differ from these lengths as described at the top of this module. A
+        zero matrix stays zero. Needs two matrices of scratch.
 
     Raises:
         ValueError: If ``rank`` is below 1.

@@ -82,8 +82,7 @@ def deflate_parts(
         backend: What multiplies the updates of this rank's pieces.
     """
     found: list[Scales | Lowered] = [*scales]
-    finite = [torch.ones((), dtype=torch.bool, device=part.grad.device) for part in parts[:1]]
-    finite *= len(parts)
+    finite = [torch.ones((), dtype=torch.bool, device=parts[0].grad.device)] * len(parts)
     stacks = _alike(parts)
     firsts = [parts[own[0]] for own in stacks]
     is_whole = not any(part.place and part.place.row_groups for part in firsts)
