@@ -12,7 +12,7 @@ Figure = dict[str, Any]
 
 SOFT = 0.38  # tint of the part of a bar that is context
 CLEAR = "rgba(0,0,0,0)"
-_LETTERS = 40  # in a row that a phone has room for
+_LETTERS = 36  # in a row that a phone has room for
 
 
 @dataclass(frozen=True)
