@@ -150,9 +150,9 @@ def deflate(x: Tensor, rank: int) -> Tensor:
         ValueError: If ``rank`` is below 1.
 
     Examples:
-        >>> x = deflate(torch.diag(torch.tensor([30.0, 20.0, 1.0, 1.0, 1.0])), rank=2)
-        >>> torch.linalg.svdvals(x).round(decimals=1)
-        tensor([1., 1., 1., 1., 1.])
+        >>> x = deflate(torch.diag(torch.tensor([40.0, 20.0, 4.0, 0.5, 0.1])), rank=2)
+        >>> torch.linalg.svdvals(x).round(decimals=1)  # 40 and 20 are now close to 4
+        tensor([4.4000, 4.0000, 3.7000, 0.5000, 0.1000])
     """
     check_rank(rank)
     if x.numel() == 0:

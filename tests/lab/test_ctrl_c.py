@@ -16,6 +16,14 @@ sys.exit(main())
 """
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_not_ignored():
+    """A shell that starts the tests in the background has them and their children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(after_seconds: float, *arguments: str, sent=signal.SIGINT) -> tuple[int, str]:
     """Return the exit code and what was said."""
     with subprocess.Popen(

@@ -47,7 +47,7 @@ class SinkGDFactory:
         >>> optimizer = SinkGDFactory()(model, lr=0.02, sinkhorn_iterations=3)
         >>> for group in optimizer.param_groups:
         ...     print(group["algorithm"], group["lr"])
-        sinkgd 0.001
+        sinkgd 0.0005
         adamw 0.02
 
         With the trainer::
