@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 from statistics import mean, median
@@ -75,6 +76,8 @@ def as_one_rank(monkeypatch):
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if (state := sys.modules.get("accelerate.state")) is not None:  # it would go on as a rank
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_every_block_has_a_known_language():

@@ -101,10 +101,16 @@ def whole(args: argparse.Namespace) -> int:
         share = sum(section.seconds for section in group) * args.budget / BUDGET
         last = number == sum(map(bool, groups))  # it takes what the others left
         run_together(group, left if last else min(left, share), watch)
-    text = table(rows.read())
+    found_rows = rows.read()
+    code = 0
+    try:
+        text = table(found_rows)
+    except Exception as error:  # noqa: BLE001 - the rows are there, and their place must be said
+        text = f"no table, by {type(error).__name__}: {error}; all rows are in {rows.path}"
+        code = 1
     (args.out / "table.txt").write_text(text + "\n")
     sys.stdout.write(text + "\n")
-    return 0
+    return code
 
 
 def main() -> int:

@@ -21,8 +21,11 @@ RECIPES = {
 
 @pytest.fixture
 def accelerator():
+    # A trainer of an earlier test may have left the state of its process group behind.
+    forget = accelerate.state.AcceleratorState._reset_state
+    forget(reset_partial_state=True)
     yield accelerate.Accelerator(cpu=True)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    forget(reset_partial_state=True)
 
 
 def a_model():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sinkgd
-from contact.items import Item, Row, Section, Setting, need_gpu
+from contact.items import Item, Row, Section, Setting, need_gpu, patient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -28,7 +28,7 @@ def section(*, tiny: bool) -> Section:
         Item("side stream", side_stream),
         *(Item(f"size {m}×{n}", _Size(m, n)) for m, n in sizes),
     ]
-    return Section("checks", 60, tuple(items), at_once=6, timed=False)
+    return Section("checks", 60, patient(items), at_once=6, timed=False)
 
 
 def reference_scales(grad: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from contact.items import Item, Row, Section, Setting, need_gpu
-from contact.measure import capture, time_host, time_work
+from contact.measure import capture, time_each, time_host, time_work
 
 PACKAGES = ("triton", "numba", "pytest", "hypothesis", "pytest_timeout", "transformers")
 COMMANDS = ("ncu", "nvcc", "nvidia-smi", "cc", "gcc", "compute-sanitizer")
@@ -83,7 +83,7 @@ def copy_rate(setting: Setting) -> Iterator[Row]:
     for size in _sizes(setting):
         source = torch.randn(size // 4, dtype=torch.float32, device=setting.device)
         target = torch.empty_like(source)
-        timing = time_work(lambda a=target, b=source: a.copy_(b), setting.device)  # type: ignore[misc]
+        timing = time_each(lambda a=target, b=source: a.copy_(b), setting.device)  # type: ignore[misc]
         rate = 2 * size / timing.median / 1e9
         yield {"bytes": size, "tb_per_second": round(rate, 3), **timing.row()}
 
@@ -92,7 +92,7 @@ def read_rate(setting: Setting) -> Iterator[Row]:
     """Add up one buffer; of small ones this reads the L2 again and again."""
     for size in _sizes(setting):
         source = torch.randn(size // 4, dtype=torch.float32, device=setting.device)
-        timing = time_work(lambda a=source: a.sum(), setting.device)  # type: ignore[misc]
+        timing = time_each(lambda a=source: a.sum(), setting.device)  # type: ignore[misc]
         yield {
             "bytes": size,
             "tb_per_second": round(size / timing.median / 1e9, 3),

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import sinkgd
 from contact import models
-from contact.items import Item, Row, Section, Setting, Skipped, need_gpu
+from contact.items import Item, Row, Section, Setting, Skipped, need_gpu, patient
 
 SHAPES = ((64, 176), (176, 64), (64, 64), (257, 263))
 RANKS = (0, 15)
@@ -36,7 +36,7 @@ def section() -> Section:
         Item("default dtype", default_dtype),
         Item("compiled, reduce-overhead", compiled),
     )
-    return Section("hazards", 50, items, at_once=4, timed=False)
+    return Section("hazards", 50, patient(items), at_once=4, timed=False)
 
 
 def _params(setting: Setting, seed: int = 0) -> list[nn.Parameter]:

@@ -43,6 +43,11 @@ class Item(NamedTuple):
     limit: float = 30.0  # seconds after which it counts as hung
 
 
+def patient(items: Iterable[Item]) -> tuple[Item, ...]:
+    """Give items the time to compile some dozens of kernels, several processes at once."""
+    return tuple(item._replace(limit=120.0) for item in items)
+
+
 class Section(NamedTuple):
     """Items that share a time budget."""
 

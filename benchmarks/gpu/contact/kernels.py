@@ -88,10 +88,22 @@ class _Ncu:
 
 
 def ncu_command(ncu: str, contender: str) -> list[str]:
-    """Return the command that measures the kernels of one step, the clocks left as they are."""
+    """Return the command that measures the kernels of one step, clocks and caches left as they are.
+
+    By default ``ncu`` empties the L2 before each kernel, and then no bucket would be found there.
+    """
     script = Path(__file__).parent.parent / "first_contact.py"
     return [
-        *(ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv"),
+        *(
+            ncu,
+            "--clock-control",
+            "none",
+            "--cache-control",
+            "none",
+            "--profile-from-start",
+            "off",
+            "--csv",
+        ),
         *("--print-units", "base", "--launch-count", "60", "--metrics", ",".join(METRICS)),
         *(sys.executable, str(script), "--under-ncu", contender),
     ]

@@ -1,7 +1,7 @@
 """Models on a device, their loss on tokens, and the optimizers that train them."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import sinkgd
 from sinkgd.lab.models import LanguageModel, build_model
 
-# Rates of the study table1: AdamW's at batches of this project's size, and the hybrid's.
-ADAMW_LR, HYBRID_LR, MATRIX_LR_SCALE = 6e-3, 0.08, 0.05
+# Rates of the study table1: AdamW's at batches of this project's size, and the plain hybrid's.
+ADAMW_LR, PLAIN_MATRIX_LR_SCALE = 6e-3, 0.05
 BETAS = (0.9, 0.95)
 
 
@@ -75,25 +75,24 @@ def adamw(model: nn.Module, backend: str = "auto") -> Trainer:
     return Trainer(optimizer.step, (optimizer,))
 
 
-def hybrid(model: nn.Module, deflated_rank: int, backend: str) -> Trainer:
-    """Return the library's recipe: SinkGD for hidden matrices, AdamW for the rest."""
-    optimizer = sinkgd.SinkGD(_groups(model, deflated_rank), backend=backend)
+def plain(model: nn.Module, backend: str = "auto") -> Trainer:
+    """Return the paper's method: SinkGD for hidden matrices, AdamW for the rest."""
+    groups = sinkgd.param_groups(
+        model, matrix_lr_scale=PLAIN_MATRIX_LR_SCALE, betas=BETAS, deflated_rank=0
+    )
+    optimizer = sinkgd.SinkGD(groups, backend=backend)
     return Trainer(optimizer.step, (optimizer,))
 
 
-def plain(model: nn.Module, backend: str = "auto") -> Trainer:
-    """Return the paper's recipe."""
-    return hybrid(model, 0, backend)
-
-
 def deflated(model: nn.Module, backend: str = "auto") -> Trainer:
-    """Return the recommended recipe."""
-    return hybrid(model, 15, backend)
+    """Return the default recipe."""
+    optimizer = sinkgd.SinkGD(sinkgd.param_groups(model), backend=backend)
+    return Trainer(optimizer.step, (optimizer,))
 
 
 def muon(model: nn.Module) -> Trainer:
     """Return Muon for hidden matrices and fused AdamW for the rest."""
-    groups = [group for group in _groups(model, 0) if group["algorithm"] == "sinkgd"]
+    groups = [group for group in sinkgd.param_groups(model) if group["algorithm"] == "sinkgd"]
     matrices = [param for group in groups for _, param in group["params"]]
     own = {*matrices}
     rest = [param for param in model.parameters() if param not in own]
@@ -108,22 +107,12 @@ def muon(model: nn.Module) -> Trainer:
 
 
 def released(model: nn.Module) -> Trainer:
-    """Return the recommended recipe, stepping inside backward."""
+    """Return the default recipe, stepping inside backward."""
     trainer = deflated(model)
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, sinkgd.SinkGD)
     sinkgd.GradientRelease(optimizer)
     return trainer
-
-
-def _groups(model: nn.Module, deflated_rank: int) -> list[dict[str, Any]]:
-    return sinkgd.param_groups(
-        model,
-        lr=HYBRID_LR,
-        matrix_lr_scale=MATRIX_LR_SCALE,
-        betas=BETAS,
-        deflated_rank=deflated_rank,
-    )
 
 
 def batches(tokens: Tensor, batch: int, time: int, seed: int) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from contact.contenders import (
     matrices,
     shapes,
 )
-from contact.items import Item, Row, Rows, Section, Setting
+from contact.items import Item, Row, Rows, Section, Setting, Skipped
 from contact.measure import (
     capture,
     held_bytes,
@@ -53,6 +53,7 @@ PLAN: tuple[tuple[Workload, torch.dtype, tuple[Contender, ...]], ...] = (
     (M350, F32, FEW),
     (M130, F32, FEW),
 )
+MOST_FAILURES = 2  # after which a contender is left out
 GRAPH_BYTES = 8 << 30  # of gradients: larger steps hide their launches anyway
 
 
@@ -75,11 +76,11 @@ def _short(dtype: torch.dtype) -> str:
     return {BF16: "bf16", F32: "f32"}[dtype]
 
 
-def failed_before(setting: Setting, contender: Contender) -> bool:
-    """Whether an item of this contender ended in an error; each costs the start of a process."""
-    return any(
+def failures(setting: Setting, contender: Contender) -> int:
+    """Return how many items of this contender failed; each cost the start of a process."""
+    return sum(
         row["section"] == "steps"
-        and row["status"] == "error"
+        and row["status"] in {"error", "crashed", "timeout"}
         and str(row["item"]).endswith(f": {contender.name}")
         for row in Rows(setting.out / "rows.jsonl").read()
     )
@@ -93,6 +94,9 @@ class _Measure:
 
     def __call__(self, setting: Setting) -> Iterator[Row]:
         device, contender = setting.device, self.contender
+        failed = failures(setting, contender)
+        if failed >= MOST_FAILURES:
+            raise Skipped(f"failed {failed} times before")
         held_before = held_bytes(device)
         params = matrices(self.workload, self.dtype, device)
         entries = sum(param.numel() for param in params)
@@ -117,7 +121,7 @@ class _Measure:
         yield {**what, "part": "host and launches", **self._host(setting, step)}
         if not setting.on_gpu:
             yield {**what, "part": "graph", "status": "skipped", "why": "needs a GPU"}
-        elif failed_before(setting, contender):
+        elif failed:
             yield {**what, "part": "graph", "status": "skipped", "why": "failed before"}
         elif contender.captures and entries * self.dtype.itemsize <= GRAPH_BYTES:
             graph = capture(step, device)

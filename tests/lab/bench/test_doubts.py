@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from lab.bench.synthetic import ENVIRONMENT, step_record, workload
+from lab.bench.synthetic import ENVIRONMENT, kernels_record, step_record, workload
 from lab.report.test_page import Parsed
-from sinkgd.lab.bench.page import step_page
+from sinkgd.lab.bench import loop
+from sinkgd.lab.bench.doubts import LOAD
+from sinkgd.lab.bench.page import kernels_page, step_page
 from sinkgd.lab.bench.quartiles import Quartiles
-from sinkgd.lab.bench.step.doubts import LOAD, warnings_of
+from sinkgd.lab.bench.warnings import warnings_of
 
 
 def spread_out(found, *, width):
@@ -32,6 +34,27 @@ def test_rounds_that_spread_widely_give_no_headline(width, doubtful):
 def test_the_headline_is_of_the_first_workload_that_can_be_trusted():
     record = step_record(spread_out(workload(), width=0.5), workload("llama-60m"))
     assert "On the matrices of llama-60m a step of SinkGD" in Parsed(step_page(record)).text
+
+
+@pytest.mark.parametrize(("width", "doubtful"), [(0.1, False), (0.5, True)])
+def test_kernels_that_spread_widely_are_named(width, doubtful):
+    record = kernels_record()
+    share = Quartiles(0.8 - width / 2, 0.8, 0.8 + width / 2)
+    cases = [
+        replace(case, timings=tuple(replace(one, share=share) for one in case.timings))
+        for case in record.cases
+    ]
+    record = replace(record, cases=tuple(cases))
+    assert bool(warnings_of(record)) == doubtful
+    case = record.cases[0]
+    wanted = f"on {case.case}, {case.dtype}: {case.timings[0].backend}: "
+    assert (wanted in Parsed(kernels_page(record)).text) == doubtful
+
+
+@pytest.mark.parametrize(("seconds", "doubtful"), [((2.0, 2.1, 2.0), 0), ((2.0, 4.0, 9.0), 1)])
+def test_loops_that_spread_widely_are_named(seconds, doubtful):
+    found = loop._wide({loop.BARE: [1.0, 1.0, 1.0], "own": [*seconds]})
+    assert found == ["own"] * doubtful
 
 
 @pytest.mark.parametrize(("load", "loaded"), [(None, False), (0.1, False), (1.5, True)])

@@ -75,3 +75,28 @@ print(before - resident())
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) > 45 * (2 << 20)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone keeps freed blocks")
+def test_a_kept_block_is_not_asked_of_the_system_again():
+    """The page faults of a second step are none where the first step's blocks were kept."""
+    code = """
+import resource, torch
+from sinkgd.lab.train.memory import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    before = faults()
+    logits = torch.ones(128 << 20, dtype=torch.uint8)
+    gradient = torch.ones(128 << 20, dtype=torch.uint8)
+    del logits, gradient
+    return faults() - before
+
+keep_freed_memory()
+print(step(), step())
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = map(int, child.stdout.split())
+    assert first > 100 * max(second, 1)

@@ -56,6 +56,15 @@ def test_the_pace_follows_a_slower_machine():
     assert pace.seconds_left(900) == pytest.approx(100.0, rel=1e-3)
 
 
+def test_a_slow_first_step_is_no_forecast():
+    pace = Pace(400)
+    pace.add(step(1, seconds=40.0))
+    pace.add(step(2, seconds=0.5))
+    pace.add(step(3, seconds=0.5))
+    assert pace.seconds_left(3) == pytest.approx(397 * 0.5)
+    assert pace.tokens_per_second == pytest.approx(200.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (36_000, "10:00:00")]
 )

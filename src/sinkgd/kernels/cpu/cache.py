@@ -27,6 +27,11 @@ def kept_loops() -> Iterator[None]:
         numba.config.CACHE_DIR = before
 
 
+def holds_loops() -> bool:
+    """Say whether the loops were compiled before, so that they are only read."""
+    return any(folder().rglob("*.nbc"))
+
+
 @cache
 def folder() -> Path:
     """Return the first folder that can be written: numba's, the package's, the user's, a new one.

@@ -279,6 +279,14 @@ def _scratch(size: int) -> int:
     return (held.data_ptr() + 127) // 128 * 128
 
 
+def compile_loops() -> None:
+    """Compile the loops, or read them from the cache, as the first job does otherwise.
+
+    It takes a minute where they were not compiled before.
+    """
+    _loops()
+
+
 @cache
 def _loops() -> dict[str, int]:
     """Return the addresses of the jobs' functions, compiled or read from the cache."""

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from sinkgd.lab.bench.doubts import doubts, environment_before, is_wide
+from sinkgd.lab.bench.quartiles import quartiles, ratios
 from sinkgd.lab.results import RESULTS_FILE, ResultsWriter
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig
-from sinkgd.lab.train.device import arithmetic, synchronize
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.device import arithmetic, select_device, synchronize
 from sinkgd.lab.train.loop import training_steps
 from sinkgd.lab.train.meters import LineMeter
 from sinkgd.lab.train.resolve import resolve
@@ -48,6 +49,7 @@ class LoopBenchmark:
     steps_per_block: int
     tokens_per_step: int
     environment: dict[str, Any]
+    doubts: tuple[str, ...]  # why the ratios may not hold; empty where nothing is wrong
 
 
 def bench_loop(
@@ -71,6 +73,7 @@ def bench_loop(
         ConfigError: If the configuration cannot run.
         DataError: If the text is missing, damaged or too small.
     """
+    environment = environment_before(select_device(config.training.device))
     steps = (rounds + 1) * steps_per_block
     jobs = {recipe: _job(config, recipe, steps, say) for recipe in recipes}
     with TemporaryDirectory() as folder:
@@ -85,7 +88,8 @@ def bench_loop(
         rounds=rounds,
         steps_per_block=steps_per_block,
         tokens_per_step=config.tokens_per_step,
-        environment=describe_environment(device),
+        environment=environment,
+        doubts=doubts(environment, {"training steps": _wide(seconds)}),
     )
 
 
@@ -146,9 +150,11 @@ def _time_in_turns(
     return seconds
 
 
+def _wide(seconds: dict[str, list[float]]) -> list[str]:
+    return [name for name, own in seconds.items() if is_wide(quartiles(ratios(own, seconds[BARE])))]
+
+
 def _summarize(name: str, seconds: dict[str, list[float]], tokens: int) -> LoopSpeed:
     speeds = [tokens / block for block in seconds[name]]
-    ratios = [bare / own for bare, own in zip(seconds[BARE], seconds[name], strict=True)]
-    return LoopSpeed(
-        name, statistics.median(speeds), min(speeds), max(speeds), statistics.median(ratios)
-    )
+    of_bare = statistics.median(ratios(seconds[BARE], seconds[name]))
+    return LoopSpeed(name, statistics.median(speeds), min(speeds), max(speeds), of_bare)

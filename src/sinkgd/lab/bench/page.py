@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkgd.lab.bench.contenders import ITERATIONS, our_name
+from sinkgd.lab.bench.doubts import is_loaded
 from sinkgd.lab.bench.kernels.charts import kernel_charts
 from sinkgd.lab.bench.kernels.records import KernelsRecord
 from sinkgd.lab.bench.kernels.sheets import case_sheet
@@ -14,7 +15,6 @@ from sinkgd.lab.bench.memory.records import MemoryRecord
 from sinkgd.lab.bench.memory.sheets import memory_sheets
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.bench.step.charts import step_charts
-from sinkgd.lab.bench.step.doubts import is_loaded, spreads_widely, warnings_of
 from sinkgd.lab.bench.step.records import StepRecord
 from sinkgd.lab.bench.step.sheets import (
     bandwidth_sheet,
@@ -22,6 +22,7 @@ from sinkgd.lab.bench.step.sheets import (
     target_sheet,
     workload_sheet,
 )
+from sinkgd.lab.bench.warnings import spreads_widely, warnings_of
 from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.shell import render
 
@@ -70,6 +71,7 @@ def kernels_page(record: KernelsRecord) -> str:
         _Content(
             title="sinkgd bench kernels",
             headline="Backends over shapes, against the bandwidth of memory.",
+            cautions=warnings_of(record),
             charts=kernel_charts(record),
             sheets=[case_sheet(case) for case in record.cases],
             details=details,
@@ -103,7 +105,7 @@ def _page(record: StepRecord | MemoryRecord | KernelsRecord, content: _Content) 
 
 
 def _step_headline(record: StepRecord) -> str:
-    if is_loaded(record):
+    if is_loaded(record.environment):
         return "No ratio is given: the machine was busy when the measurement began."
     doubtful = False
     for workload in record.workloads:

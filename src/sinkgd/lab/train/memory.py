@@ -3,7 +3,7 @@
 import ctypes
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,14 @@ from sinkgd.lab.results import Memory
 from sinkgd.optim.algorithms.contract import local
 
 _STATUS = Path("/proc/self/status")
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
+_M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
+
+_NEVER = (1 << 31) - 1  # mallopt takes an int
+_GROWTH = 64 << 20  # bytes
 _KEPT_BLOCK = 1 << 20  # bytes
 
 
@@ -65,9 +72,24 @@ def return_freed_memory() -> None:
     blocks break up, it would hold a twentieth more. It costs the system's work of handing out
     clean pages.
     """
+    _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BLOCK})
+
+
+def keep_freed_memory() -> None:
+    """Let glibc, where it is there, keep all freed blocks for the next step.
+
+    By itself it returns blocks of more than 32 MiB to the system, as the logits are, and the system
+    clears their pages when the next step asks for them. That took half the time of a step of
+    llama-nano with 4,096 tokens on two cores of an AMD EPYC.
+    """
+    _set_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _GROWTH})
+
+
+def _set_malloc(options: Mapping[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

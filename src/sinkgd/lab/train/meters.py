@@ -4,10 +4,14 @@ A meter is a sink of results like any other: it is handed every record after it 
 """
 
 import sys
+from collections import deque
+from statistics import median
 from types import TracebackType
 from typing import Protocol, Self, TextIO
 
 from sinkgd.lab.results import Evaluation, Record, Resume, TrainStep
+
+_RECENT_STEPS = 20
 
 
 class Meter(Protocol):
@@ -41,28 +45,32 @@ def make_meter(name: str, *, steps: int, print_every_steps: int) -> Meter:
 
 
 class Pace:
-    """Tokens a second over the last steps, smoothed, and the seconds that are left."""
+    """Tokens a second and the seconds that are left, by the median of the last steps.
+
+    A median, for the first step compiles and allocates, and may take as long as fifty others.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self._tokens = 0
         self._tokens_per_step = 0
-        self._step_seconds: float | None = None
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
 
     def add(self, record: TrainStep) -> None:
         """Take a step into account."""
         self._tokens_per_step = record.tokens // record.step
-        smoothed = self._step_seconds or record.step_seconds
-        self._step_seconds = 0.9 * smoothed + 0.1 * record.step_seconds
+        self._recent.append(record.step_seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the smoothed speed; 0 before the first step."""
-        return self._tokens_per_step / self._step_seconds if self._step_seconds else 0.0
+        """Return the speed; 0 before the first step."""
+        return self._tokens_per_step / self._step_seconds() if self._recent else 0.0
 
     def seconds_left(self, step: int) -> float:
         """Return the seconds of training after ``step``."""
-        return (self.steps - step) * (self._step_seconds or 0.0)
+        return (self.steps - step) * self._step_seconds() if self._recent else 0.0
+
+    def _step_seconds(self) -> float:
+        return median(self._recent)
 
     def text(self, step: int) -> str:
         """Say both after ``step``."""

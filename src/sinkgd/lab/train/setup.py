@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
+from sinkgd import kernels
+from sinkgd.kernels.cpu.cache import holds_loops
+from sinkgd.kernels.cpu.jobs import compile_loops
 from sinkgd.lab.data import (
     Batches,
     DataError,
@@ -24,7 +28,7 @@ from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunCon
 from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
 from sinkgd.lab.train.folder import RunFolder
 from sinkgd.lab.train.identity import check_content, check_data, content_of, knows_its_text
-from sinkgd.lab.train.memory import return_freed_memory
+from sinkgd.lab.train.memory import keep_freed_memory, return_freed_memory
 from sinkgd.lab.train.parallel import Mesh, World, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.release import ReleasedSteps
@@ -86,6 +90,8 @@ def set_up(
     set_threads(training.threads)
     if training.release_gradients:
         return_freed_memory()
+    else:
+        keep_freed_memory()
     torch.manual_seed(training.seed)
     world = World() if world is None else world
     check_ranks(config.optimizer, world.size)
@@ -114,6 +120,7 @@ def set_up(
     model.to_empty(device=mesh.device).initialize(training.seed)
     model.recompute = training.recompute_activations
     optimizer = build_optimizer(model, config.optimizer)
+    world.first_before_others(lambda: compile_loops_of(optimizer, mesh.device, say))
     content = content_of(manifest, model, optimizer)
     if begun is not None:
         check_content(begun, content)
@@ -129,6 +136,21 @@ def set_up(
         released=ReleasedSteps(optimizer) if training.release_gradients else None,
         shift=_shift(config, manifest),
     )
+
+
+def compile_loops_of(
+    optimizer: Optimizer, device: torch.device, say: Callable[[str], None]
+) -> None:
+    """Compile the CPU backend's loops now, where the optimizer uses them.
+
+    Else the first step would do so, and the time would count as time of training.
+    """
+    names = {group["backend"] for group in optimizer.param_groups if "backend" in group}
+    if all(kernels.select(name, device).name != "cpu" for name in names):
+        return
+    if not holds_loops():
+        say("compiling the loops of the optimizer for this processor (once; they are cached)")
+    compile_loops()
 
 
 def check_finished(folder: RunFolder, config: RunConfig, say: Callable[[str], None]) -> None:

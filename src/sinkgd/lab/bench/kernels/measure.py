@@ -17,6 +17,7 @@ from sinkgd.lab.bench.bandwidth import (
     update_call,
 )
 from sinkgd.lab.bench.contenders import backends
+from sinkgd.lab.bench.doubts import environment_before
 from sinkgd.lab.bench.kernels.cases import CASES
 from sinkgd.lab.bench.kernels.records import CaseTiming, KernelsRecord, KernelTiming
 from sinkgd.lab.bench.problem import Problem, random_problem
@@ -25,7 +26,6 @@ from sinkgd.lab.bench.quartiles import Turns, quartiles, ratios, taken
 from sinkgd.lab.bench.step.records import Absent
 from sinkgd.lab.bench.turns import Pace, take_turns
 from sinkgd.lab.bench.workloads import DTYPES
-from sinkgd.lab.train.environment import describe_environment
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def bench_kernels(plan: KernelsPlan, show: Callable[[CaseTiming], None]) -> Kern
         plan: What to measure.
         show: Given each case's timings when they are there.
     """
+    environment = environment_before(plan.device)
     progress = Progress(len(plan.cases) * len(plan.dtypes))
     cases = []
     for case in plan.cases:
@@ -76,9 +77,7 @@ def bench_kernels(plan: KernelsPlan, show: Callable[[CaseTiming], None]) -> Kern
     absent = tuple(
         Absent(name, name, reason) for name, reason in backends(plan.device) if reason is not None
     )
-    return KernelsRecord(
-        plan.command, describe_environment(plan.device), plan.pace.rounds, tuple(cases), absent
-    )
+    return KernelsRecord(plan.command, environment, plan.pace.rounds, tuple(cases), absent)
 
 
 def time_case(

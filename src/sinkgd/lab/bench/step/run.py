@@ -1,6 +1,5 @@
 """The whole of `sinkgd bench step`: workload after workload, then what is no timing of steps."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,18 +7,17 @@ import torch
 
 from sinkgd import kernels
 from sinkgd.lab.bench.contenders import ITERATIONS, backends, our_name
+from sinkgd.lab.bench.doubts import environment_before
 from sinkgd.lab.bench.memory.measure import Subject, measure_in_fresh_process
 from sinkgd.lab.bench.memory.records import MemoryUse
 from sinkgd.lab.bench.progress import Progress
 from sinkgd.lab.bench.step.accuracy import measure_accuracy
-from sinkgd.lab.bench.step.doubts import LOAD
 from sinkgd.lab.bench.step.first_call import measure_first_call
 from sinkgd.lab.bench.step.measure import fits, time_workload, workload_bytes
 from sinkgd.lab.bench.step.records import Absent, Accuracy, StepRecord, WorkloadTiming
 from sinkgd.lab.bench.step.targets import evaluate
 from sinkgd.lab.bench.turns import Pace
 from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS, Workload
-from sinkgd.lab.train.environment import describe_environment
 
 # What is measured besides times of steps, under names that stand beside the workloads'.
 FIRST_CALL, ACCURACY, SCRATCH = "first-call", "accuracy", "scratch"
@@ -50,7 +48,7 @@ def bench_step(plan: Plan, show: Callable[[WorkloadTiming], None]) -> StepRecord
     Returns:
         The record, its targets evaluated.
     """
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)  # before our own turns add to it
+    environment = environment_before(plan.device)
     jobs = [
         (WORKLOADS[name], dtype)
         for name in plan.workloads
@@ -72,7 +70,7 @@ def bench_step(plan: Plan, show: Callable[[WorkloadTiming], None]) -> StepRecord
             show(found)
     record = StepRecord(
         command=plan.command,
-        environment={**describe_environment(plan.device), LOAD: round(load, 2)},
+        environment=environment,
         ours=kernels.select("auto", plan.device).name,
         rounds=plan.pace.rounds,
         workloads=tuple(timings),

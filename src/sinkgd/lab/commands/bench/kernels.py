@@ -61,8 +61,9 @@ class Kernels:
         from sinkgd.lab.bench.page import kernels_page
         from sinkgd.lab.bench.sheet import terminal_table
         from sinkgd.lab.bench.turns import Pace
+        from sinkgd.lab.bench.warnings import warnings_of
         from sinkgd.lab.bench.workloads import DTYPES
-        from sinkgd.lab.commands.bench.output import write_measurement
+        from sinkgd.lab.commands.bench.output import print_warnings, write_measurement
 
         check_at_least_one("rounds", self.rounds)
         check_positive("seconds", self.seconds)
@@ -75,6 +76,7 @@ class Kernels:
         )
         console = Console()
         record = bench_kernels(plan, lambda c: console.print(terminal_table(case_sheet(c)), "\n"))
+        print_warnings(console, warnings_of(record))
         if self.out is not None:
             write_measurement(self.out, "kernels", record, kernels_page(record), console)
         return 0

@@ -78,6 +78,8 @@ def _print(result: "LoopBenchmark") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sinkgd.lab.commands.bench.output import print_warnings
+
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for title in ("tokens/s", "slowest", "fastest", "of bare"):
@@ -85,4 +87,6 @@ def _print(result: "LoopBenchmark") -> None:
     for row in result.contenders:
         speeds = (row.tokens_per_second, row.slowest, row.fastest)
         table.add_row(row.name, *(f"{speed:,.0f}" for speed in speeds), f"{row.of_bare:.1%}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    print_warnings(console, result.doubts)

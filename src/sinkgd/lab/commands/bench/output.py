@@ -1,5 +1,6 @@
 """Where a measurement goes besides the terminal: its record as JSON, and its page."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,12 @@ from rich.console import Console
 
 from sinkgd.lab.bench.record_file import write_record
 from sinkgd.lab.disk import write_whole
+
+
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """Say what makes a measurement doubtful, a line each."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def write_measurement(folder: Path, name: str, record: Any, page: str, console: Console) -> None:

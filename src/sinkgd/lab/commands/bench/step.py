@@ -66,11 +66,11 @@ class Step:
         from sinkgd.lab.bench.page import step_page
         from sinkgd.lab.bench.sheet import terminal_table
         from sinkgd.lab.bench.step import CHECKS, Plan, bench_step
-        from sinkgd.lab.bench.step.doubts import warnings_of
         from sinkgd.lab.bench.step.sheets import check_sheet, target_sheet, workload_sheet
         from sinkgd.lab.bench.turns import Pace
+        from sinkgd.lab.bench.warnings import warnings_of
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS
-        from sinkgd.lab.commands.bench.output import write_measurement
+        from sinkgd.lab.commands.bench.output import print_warnings, write_measurement
 
         check_at_least_one("rounds", self.rounds)
         check_positive("seconds", self.seconds)
@@ -89,8 +89,7 @@ class Step:
         for sheet in (check_sheet(record), target_sheet(record)):
             if sheet.rows or sheet.absent:
                 console.print(terminal_table(sheet), "\n")
-        for warning in warnings_of(record):
-            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        print_warnings(console, warnings_of(record))
         if self.out is not None:
             write_measurement(self.out, "step", record, step_page(record), console)
         return 0
