@@ -15,8 +15,12 @@ from sinkgd.kernels.cpu import jobs
 from sinkgd.kernels.triton import launch
 
 LARGE = 1 << 15  # entries: many programs
-# Hundreds of iterations.
-LONG = ("test_both_norms_hold_at_the_fixed_point", "test_the_fixed_point_stays")
+# Hundreds of iterations, or a dozen matrices twice.
+LONG = (
+    "test_both_norms_hold_at_the_fixed_point",
+    "test_the_fixed_point_stays",
+    "test_it_is_the_scales_and_the_update",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

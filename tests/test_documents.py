@@ -252,6 +252,7 @@ def test_the_large_model_of_the_readme_is_the_recorded_one():
     assert f"a step of {run.start.tokens_per_step} tokens takes {step:.0f} seconds" in readme
 
 
+@pytest.mark.slow
 def test_the_messages_of_the_default_are_those_of_the_plan(capsys):
     cli = import_module("sinkgd.lab.cli")
     assert cli.main(["plan", "--model", "llama-3-70b", "--mesh.dp-shard", "8", "--json"]) == 0

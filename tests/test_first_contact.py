@@ -88,7 +88,7 @@ def try_section(tmp_path, names, seconds, at_once=1):
     return rows.read(), time.monotonic() - begin
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_whatever_goes_wrong_is_a_row_and_not_the_end(tmp_path, at_once):
     names = ["fails", "dies", "cannot", "hangs", "fine"]
     rows, _ = try_section(tmp_path, names, 100, at_once)

@@ -35,7 +35,7 @@ def assert_alike(found: dict[str, str], expected: dict[str, str]) -> None:
 
 
 # A walk takes several seconds; these stand for all in the fast part of the suite.
-FAST = {("library", "bfloat16"), ("library", "meta"), ("counts", "bfloat16")}
+FAST = {("library", "bfloat16"), ("counts", "bfloat16")}
 
 
 def _combinations():

@@ -85,7 +85,10 @@ def walk(kind, compiler=None, lrs=(0.1, 0.05, 0.02), tensor_lr=True, **options):
     return [param.detach() for param in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["sinkgd", "sinkgd-stateless", "swan"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sinkgd", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sinkgd-stateless", "swan"))],
+)
 def test_a_compiled_step_is_the_plain_step(kind):
     # Deflation lets float32 products round in another order, and scales the difference.
     rtol, atol = (1e-5, 1e-6) if kind == "sinkgd" else (1e-6, 1e-7)
@@ -96,13 +99,15 @@ def test_a_compiled_step_is_the_plain_step(kind):
 @pytest.mark.parametrize(
     "options",
     [
-        {"tol": 0.1},
-        {"warm_start": True},
         {"nonfinite": "skip"},
-        {"backend": "eager"},
-        pytest.param(
-            {"momentum": 0.9, "nesterov": True, "tiny_rows": "mask", "operator_norm": "muon"},
-            marks=pytest.mark.slow,
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"tol": 0.1},
+                {"warm_start": True},
+                {"backend": "eager"},
+                {"momentum": 0.9, "nesterov": True, "tiny_rows": "mask", "operator_norm": "muon"},
+            )
         ),
     ],
 )

@@ -64,8 +64,8 @@ def same_bits(one, other):
 
 @pytest.mark.parametrize(
     ("threads", "num_iters", "rounded_at_random", "started"),
-    [(1, 1, False, False), (2, 4, False, False), (3, 5, False, True), (2, 5, True, False),
-     (1, 4, True, True)],
+    [(1, 4, True, True), (1, 1, False, False), (2, 4, False, False), (3, 5, False, True),
+     (2, 5, True, False)],
 )  # fmt: skip
 def test_it_is_the_scales_and_the_update(
     backend, threads, num_iters, rounded_at_random, started, request

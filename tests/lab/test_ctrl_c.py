@@ -40,7 +40,10 @@ def interrupted(after_seconds: float, *arguments: str, sent=signal.SIGINT) -> tu
     return process.returncode, said
 
 
-@pytest.mark.parametrize("after_seconds", [0.1, 0.3, 0.6, 1.0, 1.5, 2.2, 3.0])
+@pytest.mark.parametrize(
+    "after_seconds",
+    [0.1, 0.6, 1.5, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.3, 1.0, 2.2, 3.0))],
+)
 def test_it_is_one_line_in_the_first_seconds(tmp_path, monkeypatch, after_seconds):
     monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / "cache"))
     out = str(tmp_path / "run")
@@ -56,7 +59,10 @@ def test_sigterm_in_the_first_second_ends_a_comparison_with_its_code(tmp_path):
     assert (code, said) == (-signal.SIGTERM, "")
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["doctor"], ["--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], *(pytest.param([a], marks=pytest.mark.slow) for a in ("doctor", "--help"))],
+)
 def test_the_console_script_is_the_program(arguments):
     command = [sys.executable, "-c", SCRIPT.replace('print("started", flush=True)', ""), *arguments]
     ours = subprocess.run(command, capture_output=True, text=True, check=True)

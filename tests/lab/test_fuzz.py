@@ -182,8 +182,15 @@ def options_of(command: str, kind: str) -> list[str]:
     return re.findall(rf"(--[\w.-]+) (?:\{{None\}}\|)?{kind}\b", shown)
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
-@pytest.mark.parametrize("kind", ["INT", "FLOAT"])
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("train", "INT"),
+        ("plan", "FLOAT"),
+        pytest.param("train", "FLOAT", marks=pytest.mark.slow),
+        pytest.param("plan", "INT", marks=pytest.mark.slow),
+    ],
+)
 def test_a_number_that_cannot_be_is_refused(here, capsys, command, kind):
     base = TRAIN if command == "train" else ["plan", "--model", "llama-nano"]
     options = options_of(command, kind)

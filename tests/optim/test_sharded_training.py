@@ -80,6 +80,7 @@ def is_tried(kind, recipe):
 
 
 CASES = [(recipe, kind) for recipe in RECIPES for kind in KINDS if is_tried(kind, recipe)]
+pytestmark = pytest.mark.slow
 cases = pytest.mark.parametrize(("whole", "kind"), CASES, indirect=["whole"])
 
 

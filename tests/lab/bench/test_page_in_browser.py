@@ -38,7 +38,9 @@ def made_page(name):
     return step_page(step_record(*record.workloads, targets=evaluate(record)))
 
 
-@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(
+    ("width", "theme"), [pytest.param(1280, "light", marks=pytest.mark.slow), (390, "dark")]
+)
 @pytest.mark.parametrize(("name", "charts"), [("step", 2), ("memory", 2), ("kernels", 4)])
 def test_a_page_is_one_request_and_draws_its_charts(browser, tmp_path, name, charts, width, theme):
     path = tmp_path / f"{name}.html"

@@ -25,8 +25,13 @@ LOSSES = {
 OWN = {"pareto": {"state-loss"}, "shift": {"recovery"}, "width": {"valley-raw"}}
 
 
-@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("width", "theme"), [pytest.param(1280, "light", marks=pytest.mark.slow), (390, "dark")]
+)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "pareto" else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES],
+)
 def test_the_page_is_one_request_and_draws_its_charts(browser, tmp_path, name, width, theme):
     study = STUDIES[name]
     record = made_up_record(study, LOSSES[name])

@@ -15,6 +15,8 @@ from sinkgd.lab.experiments.reuse import Shelf
 from sinkgd.lab.experiments.sheets import effort_sheet
 from sinkgd.lab.train.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def studies(shards, tmp_path_factory):

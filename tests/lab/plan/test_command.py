@@ -47,6 +47,7 @@ def test_the_terminal_says_what_it_means(capsys, monkeypatch):
     assert adamw[2].startswith("(")  # llama-3-8b
 
 
+@pytest.mark.slow
 def test_a_mesh_of_sixteen_thousand_ranks_is_planned_with_cost_and_page(
     capsys, monkeypatch, tmp_path
 ):

@@ -11,7 +11,9 @@ from sinkgd.lab.plan.plan import make_plan
 pytestmark = pytest.mark.browser
 
 
-@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(
+    ("width", "theme"), [pytest.param(1280, "light", marks=pytest.mark.slow), (390, "dark")]
+)
 def test_the_page_is_one_request_and_draws_its_charts(browser, tmp_path, width, theme):
     question = Question(
         Work(find_architecture("llama-60m"), sequence_length=64),

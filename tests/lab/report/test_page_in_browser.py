@@ -86,8 +86,15 @@ def visit(browser, address):
         context.close()
 
 
-@pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("width", "theme"),
+    [
+        pytest.param(width, theme, marks=() if both else pytest.mark.slow)
+        for width in WIDTHS
+        for theme in THEMES
+        for both in [(width, theme) in {(1280, "light"), (390, "dark")}]
+    ],
+)
 def test_the_page_is_drawn_fits_and_asks_for_nothing(visit, address, width, theme):
     visited = visit(width, theme)
     assert visited.messages == []
