@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from sinkgd.kernels import BACKENDS, registry
-from sinkgd.kernels.cpu import jobs
+from sinkgd.kernels.cpu import CpuBackend, jobs
+from sinkgd.kernels.cpu.cache import folder
 from sinkgd.kernels.triton import launch
 
 LARGE = 1 << 15  # entries: many programs
@@ -54,6 +56,14 @@ def _repeats(item: pytest.Function) -> bool:
     if long or math.prod(callspec.params.get("shape", ())) > LARGE:
         return others or layout > 1
     return others and layout > 3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_loops() -> None:
+    """Compile the CPU loops once: workers, and ranks that they start, then read them."""
+    if CpuBackend().missing() is None:
+        with FileLock(folder() / "tests.lock"):
+            jobs.compile_loops()
 
 
 @pytest.fixture(scope="session")

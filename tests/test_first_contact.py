@@ -282,7 +282,13 @@ for kernel, names, constants in (
 """
 
 
-@pytest.mark.parametrize(("code", "interpret"), [(PEER, "1"), (COMPILE, "0")], ids=["runs", "sm90"])
+@pytest.mark.parametrize(
+    ("code", "interpret"),
+    [
+        pytest.param(PEER, "1", id="runs", marks=pytest.mark.slow),
+        pytest.param(COMPILE, "0", id="sm90"),
+    ],
+)
 def test_the_peers_loop(code, interpret):
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": interpret}

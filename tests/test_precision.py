@@ -127,6 +127,7 @@ def test_a_setting_changes_no_bit(kind, setting):
     assert {name for name in expected if found[name] != expected[name]} == set()
 
 
+@pytest.mark.slow
 def test_autocast_changes_no_bit_of_a_compiled_step():
     expected = bits_outside("compiled")
     with lowered("autocast"):

@@ -238,6 +238,7 @@ def differences_on_mesh(names):
     return equal
 
 
+@pytest.mark.slow
 def test_under_fsdp2_it_is_the_ordinary_step_bit_for_bit():
     for equal in on_ranks(
         2, differences_on_mesh, ["hybrid", "stateless", "options", "scale", "random rounding"]

@@ -153,7 +153,9 @@ def test_a_measured_speed_stays_with_its_device(browser, tmp_path, device, offer
     page.close()
 
 
-@pytest.mark.parametrize("parameters", [7000, 70_000, 405_000])
+@pytest.mark.parametrize(
+    "parameters", [70_000, *(pytest.param(p, marks=pytest.mark.slow) for p in (7000, 405_000))]
+)
 @pytest.mark.parametrize("device", ["h100", "rtx-4090", "mi300x"])
 def test_memory_and_devices_are_pythons(form, parameters, device):
     form.locator("[name=device]").select_option(device)
