@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sinkgd.lab.train import setup
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig
 from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.parallel import World
@@ -41,6 +42,27 @@ def test_another_seed_gives_other_weights_another_order_and_other_random_numbers
 def test_only_pure_bf16_casts_the_weights(config, precision, dtype):
     model = job(config, precision=precision).state.model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "held", "compiled", "said"),
+    [
+        ("sinkgd", False, True, ["compiling the loops of the optimizer for this processor"]),
+        ("sinkgd", True, True, []),
+        ("swan", False, True, ["compiling the loops of the optimizer for this processor"]),
+        ("adamw", False, False, []),
+    ],
+)
+def test_the_loops_are_compiled_before_the_first_step(
+    config, monkeypatch, recipe, held, compiled, said
+):
+    pytest.importorskip("numba")
+    compilations, told = [], []
+    monkeypatch.setattr(setup, "compile_loops", lambda: compilations.append(recipe))
+    monkeypatch.setattr(setup, "holds_loops", lambda: held)
+    set_up(resolve(replace(config, optimizer=OptimizerConfig(recipe=recipe))), told.append)
+    assert bool(compilations) == compiled
+    assert [line.partition(" (")[0] for line in told] == said
 
 
 def test_threads_are_set(config):

@@ -34,6 +34,7 @@ from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.release import ReleasedSteps
 from sinkgd.lab.train.resolve import check_ranks, check_shares
 from sinkgd.lab.train.state import TrainingState
+from sinkgd.optim.grouped import GroupedOptimizer
 
 _STAGES = {
     "tokenizer": "training a tokenizer on {} (once; it is cached)",
@@ -145,7 +146,10 @@ def compile_loops_of(
 
     Else the first step would do so, and the time would count as time of training.
     """
-    names = {group["backend"] for group in optimizer.param_groups if "backend" in group}
+    if not isinstance(optimizer, GroupedOptimizer):
+        return
+    # Options of a method name the backend; what looks for NaN in other gradients is "auto".
+    names = {group.get("backend", "auto") for group in optimizer.param_groups}
     if all(kernels.select(name, device).name != "cpu" for name in names):
         return
     if not holds_loops():
