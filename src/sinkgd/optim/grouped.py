@@ -354,8 +354,9 @@ class GroupedOptimizer(Optimizer):
                 if option in own:
                     group[option] = own[option]
             for option in ("rounding_step", NORM_HISTORY):
-                if group.get(option) is not None:
+                if group.get(option) is not None and group["params"]:
                     group[option] = group[option].to(group["params"][0].device)
+        self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         restore_types(self, loaded, own_state)
 
     def _check_exchanged(self) -> None:
