@@ -6,6 +6,7 @@ Others keep the parameter and set its ``data`` to a flat piece, or to another dt
 """
 
 from collections.abc import Iterator, Sequence
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,9 @@ class Met(NamedTuple):
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
 
-    def is_as_before(self, param: Tensor, i: int) -> bool:
-        """Whether a parameter is the one that was checked, with its shape and its dtype."""
-        is_same = param is self.params[i]
-        return is_same and param.shape == self.shapes[i] and param.dtype == self.dtypes[i]
+    def is_changed(self, i: int, param: Tensor) -> bool:
+        """Whether a parameter has lost the shape or the dtype with which it was checked."""
+        return param.shape != self.shapes[i] or param.dtype != self.dtypes[i]
 
 
 def meet(group: Group, index: int) -> Met:
@@ -49,10 +49,9 @@ def unnamed(i: int, index: int) -> str:
 
 
 def are_same(groups: Sequence[Group], met: Sequence[Met]) -> bool:
-    """Whether the groups hold the very parameters that were checked, unchanged."""
+    """Whether the groups hold the very parameters that were checked."""
     return len(groups) == len(met) and all(
-        len(group["params"]) == len(before.params)
-        and all(before.is_as_before(param, i) for i, param in enumerate(group["params"]))
+        len(group["params"]) == len(before.params) and all(map(is_, group["params"], before.params))
         for group, before in zip(groups, met, strict=True)
     )
 
@@ -67,7 +66,7 @@ def newcomers(groups: Sequence[Group], met: Sequence[Met]) -> Iterator[tuple[int
         param
         for before in met
         for i, param in enumerate(before.params)
-        if before.is_as_before(param, i)
+        if not before.is_changed(i, param)
     }
     for index, group in enumerate(groups):
         new = [(name, param) for name, param in named(group, index) if param not in known]
