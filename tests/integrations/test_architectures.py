@@ -63,6 +63,12 @@ MODELS = [
      rf"layers\.\d\.({ATTENTION}\.weight|mlp\.experts\.\w+|mlp\.shared_expert\.\w+\.weight)"),
     ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**SMALL, **ONE_HEAD, **EXPERTS, "head_dim": 8},
      rf"layers\.\d\.({ATTENTION}\.weight|mlp\.experts\.\w+)"),
+    ("GptOssForCausalLM", "GptOssConfig",
+     {**SMALL, **ONE_HEAD, "head_dim": 8, "num_local_experts": 4},
+     rf"layers\.\d\.({ATTENTION}\.weight|mlp\.experts\.(gate_up|down)_proj)"),
+    ("XLNetLMHeadModel", "XLNetConfig",
+     {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 61},
+     r"layer\.\d\.ff\.layer_[12]\.weight"),
     ("PhiForCausalLM", "PhiConfig", SMALL,
      r"layers\.\d\.(self_attn\.([qkv]_proj|dense)|mlp\.fc[12])\.weight"),
     ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL,
@@ -106,3 +112,14 @@ def test_hidden_matrices_go_to_sinkgd_and_all_else_to_adamw(model, config, optio
     assert set(routed) == trained
     assert found == {name for name in trained if re.search(matrices + "$", name)}
     sinkgd.SinkGD(groups)
+
+
+def test_experts_that_are_stored_in_by_out_are_transposed():
+    """gpt-oss multiplies tokens by its experts from the right."""
+    options = {**SMALL, **ONE_HEAD, "head_dim": 8, "num_local_experts": 4}
+    made = transformers.GptOssForCausalLM(transformers.GptOssConfig(**options))
+    groups = sinkgd.param_groups(made)
+    layouts = {name: group.get("layout") for group in groups for name, _ in group["params"]}
+    for name, layout in layouts.items():
+        if layout is not None:
+            assert layout == ("transposed" if ".experts." in name else "auto"), name

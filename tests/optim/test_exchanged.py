@@ -60,6 +60,61 @@ def test_flat_pieces_are_refused_by_name(case, exchange, steps_before):
     assert all(torch.equal(one, other) for one, other in zip(pieces, before, strict=True))
 
 
+def flat_data(params):
+    for param in params:
+        param.grad = None
+        param.data = param.data.flatten()
+
+
+def no_data(params):
+    """What partitioning leaves of a parameter whose piece lies elsewhere."""
+    for param in params:
+        param.grad = None
+        param.data = param.data.new_empty(0)
+
+
+@refusing
+@pytest.mark.parametrize("change", [flat_data, no_data])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_parameter_that_became_a_flat_piece_is_refused_by_name(case, change, steps_before):
+    params = with_grads(weights())
+    optimizer = case.build(named(params))
+    for _ in range(steps_before):
+        optimizer.step()
+    change(params)
+    before = copy.deepcopy(with_grads(params))
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"'layers\.0' had shape \(3, 4\) .* shape \((12|0),\)"):
+            optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(params, before, strict=True))
+
+
+def test_a_parameter_that_became_float16_is_checked_again():
+    model = nn.Linear(4, 3, bias=False).bfloat16()
+    optimizer = sinkgd.SinkGD(model.named_parameters(), rounding="stochastic")
+    model.half()
+    with_grads(model.parameters())
+    with pytest.raises(ValueError, match="'weight' is float16"):
+        optimizer.step()
+
+
+# torch's AdamW wants moments of the parameter's dtype.
+@pytest.mark.parametrize(
+    "case",
+    [case for case in OPTIMIZERS if case.name not in {*ELEMENTWISE, "AdamWSPAM"}],
+    ids=str,
+)
+def test_a_model_that_became_bfloat16_is_trained(case):
+    params = with_grads(weights())
+    optimizer = case.build(named(params), lr=0.1)
+    optimizer.step()
+    for param in params:
+        param.grad, param.data = None, param.data.bfloat16()
+    before = copy.deepcopy(with_grads(params))
+    optimizer.step()
+    assert all(one.ne(other).any() for one, other in zip(params, before, strict=True))
+
+
 @pytest.mark.parametrize("name", sorted(ELEMENTWISE))
 def test_flat_pieces_are_as_good_where_entries_go_by_themselves(name):
     (case,) = (case for case in OPTIMIZERS if case.name == name)

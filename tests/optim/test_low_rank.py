@@ -188,3 +188,30 @@ def test_an_update_that_is_not_finite_is_not_written(monkeypatch):
     assert param.eq(1).all()
     assert not other.eq(1).all()
     assert optimizer.skipped() == {"w": 1}
+
+
+NEAR_THE_END = [
+    case for case in OPTIMIZERS if case.name in ("SinkGD-sage", "SinkGD-pinned", "SinkGD-table")
+]
+
+
+@pytest.mark.parametrize("case", NEAR_THE_END, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("size", [1e36, 1e38])
+@pytest.mark.parametrize("shape", [(64, 200), (200, 64), (1000, 3)], ids=str)
+def test_sums_that_overflow_are_not_written(case, dtype, size, shape):
+    """A finite gradient whose sums leave float32 counts as skipped; the next step is a step."""
+    param = nn.Parameter(torch.ones(shape, dtype=dtype))
+    optimizer = case.build([param], lr=0.1, nonfinite="skip")
+    small = torch.randn(shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    param.grad = (small * size).to(dtype)
+    optimizer.step()
+    assert param.isfinite().all()
+    assert bool(optimizer.skipped()) == bool(param.eq(1).all())
+    state = optimizer.state[param].values()
+    assert all(x.isfinite().all() for x in state if isinstance(x, torch.Tensor))
+    before = param.detach().clone()
+    param.grad = small.to(dtype)
+    optimizer.step()
+    assert param.isfinite().all()
+    assert param.ne(before).any()

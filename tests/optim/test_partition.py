@@ -137,6 +137,22 @@ def test_expert_weights_are_batches_and_unknown_parameters_go_to_adamw():
     assert "Experts is unknown; see overrides" in sinkgd.describe_param_groups(model)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 2, 8), (8, 2, 2), (32, 8, 8)],
+    ids=["projection to heads", "positions", "more matrices than rows"],
+)
+def test_three_dimensions_whose_first_is_no_batch_go_to_adamw(shape):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Parameter(torch.randn(shape))
+            self.segments = nn.Parameter(torch.randn(3, 4, 8))
+            self.inner = nn.Identity()
+
+    assert set(where(nn.ModuleList([Attention(), Attention()])).values()) == {"adamw"}
+
+
 def test_a_class_of_ones_own_that_says_out_and_in_features_is_linear():
     class MyLinear(nn.Module):
         def __init__(self, width, length):
@@ -163,6 +179,60 @@ def test_low_rank_adapters_go_to_adamw_and_their_base_does_not():
     found = where(nn.ModuleList([LoraLinear(), LoraLinear()]))
     assert found["0.lora_A.default.weight"] == found["1.lora_B.default.weight"] == "adamw"
     assert found["0.base_layer.weight"] == "sinkgd"
+
+
+class Tuned(nn.Module):
+    """What PEFT's layers of every method have in common, around a frozen base."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.in_features = self.out_features = width
+        self.base_layer = nn.Linear(width, width).requires_grad_(False)
+
+
+class Loha(Tuned):
+    def __init__(self):
+        super().__init__()
+        self.hada_w1_a = nn.ParameterDict({"default": torch.randn(8, 8)})
+
+
+class Bone(Tuned):
+    def __init__(self):
+        super().__init__()
+        self.bone_block = nn.ParameterDict({"default": torch.randn(2, 4, 4)})
+
+
+class Oft(Tuned):
+    def __init__(self):
+        super().__init__()
+        self.oft_R = nn.ModuleDict({"default": nn.Linear(8, 8, bias=False)})
+
+
+@pytest.mark.parametrize("adapter", [Loha, Bone, Oft])
+def test_adapters_of_every_method_go_to_adamw(adapter):
+    model = nn.ModuleList([adapter(), adapter()])
+    assert set(where(model).values()) == {"adamw"}
+    assert "adapter" in sinkgd.describe_param_groups(model)
+
+
+def test_a_first_layer_called_base_layer_is_no_adapter():
+    """As in DLA, whose stem has this name."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Linear(8, 8)
+            blocks = (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
+            self.layers = nn.ModuleList(blocks)
+            self.head = nn.Linear(8, 3)
+
+    found = where(Net())
+    assert [name for name, to in found.items() if to == "sinkgd"] == [
+        "layers.0.0.weight",
+        "layers.1.0.weight",
+    ]
 
 
 class WithTables(nn.Module):

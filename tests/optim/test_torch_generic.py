@@ -273,6 +273,38 @@ def test_load_post_hooks_see_the_finished_optimizer(case):
     assert seen == [str((other.param_groups, other.state_dict()))] * 2
 
 
+# What names the routing; without it another optimizer saved the state.
+ROUTING = {"params", "algorithm", "layout", "split", "norms"}
+
+
+@every
+def test_an_option_that_an_older_version_did_not_save_keeps_its_value(case):
+    params, closure = problem(case.takes_vectors)
+    optimizer = case.build(params)
+    optimizer.step(lambda: closure(optimizer))
+    for option in optimizer.param_groups[0].keys() - ROUTING:
+        older = deepcopy(optimizer.state_dict())
+        for group in older["param_groups"]:
+            del group[option]
+        other_params, other_closure = problem(case.takes_vectors)
+        other = case.build(other_params)
+        own = str(other.param_groups[0][option])
+        other.load_state_dict(older)
+        assert str(other.param_groups[0][option]) == own
+        other_closure(other)
+        other.step()
+
+
+def test_a_group_whose_parameters_were_taken_out_is_loaded():
+    params = [nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16)) for _ in range(2)]
+    groups = [{"params": [param]} for param in params]
+    optimizer = sinkgd.SinkGD(groups, rounding="stochastic")
+    optimizer.param_groups[0]["params"].clear()
+    optimizer.load_state_dict(optimizer.state_dict())
+    params[1].grad = torch.ones_like(params[1])
+    optimizer.step()
+
+
 @every
 def test_loading_leaves_the_saved_optimizer_alone(case):
     params, closure = problem(case.takes_vectors)

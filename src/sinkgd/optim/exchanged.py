@@ -2,6 +2,7 @@
 
 accelerate exchanges them for FSDP2's DTensors of the same shape, which works. DeepSpeed ZeRO-1 and
 ZeRO-2 exchange all parameters of a group for one flat piece, which has neither rows nor columns.
+Others keep the parameter and set its ``data`` to a flat piece, or to another dtype.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,18 @@ class Met(NamedTuple):
     params: list[Tensor]
     names: list[str]
     shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+
+    def is_changed(self, i: int, param: Tensor) -> bool:
+        """Whether a parameter has lost the shape or the dtype with which it was checked."""
+        return param.shape != self.shapes[i] or param.dtype != self.dtypes[i]
 
 
 def meet(group: Group, index: int) -> Met:
     """Return what to remember of a group whose parameters were checked."""
     names, params = zip(*named(group, index), strict=True) if group["params"] else ((), ())
-    return Met([*params], [*names], [param.shape for param in params])
+    shapes = [param.shape for param in params]
+    return Met([*params], [*names], shapes, [param.dtype for param in params])
 
 
 def named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -55,7 +62,12 @@ def newcomers(groups: Sequence[Group], met: Sequence[Met]) -> Iterator[tuple[int
     Raises:
         TypeError: If one has another shape than the parameter that it replaces.
     """
-    known = {param for before in met for param in before.params}
+    known = {
+        param
+        for before in met
+        for i, param in enumerate(before.params)
+        if not before.is_changed(i, param)
+    }
     for index, group in enumerate(groups):
         new = [(name, param) for name, param in named(group, index) if param not in known]
         if new and index < len(met) and group["algorithm"] not in ELEMENTWISE:
@@ -65,13 +77,15 @@ def newcomers(groups: Sequence[Group], met: Sequence[Met]) -> Iterator[tuple[int
 
 
 def _check_shapes(params: Sequence[Tensor], before: Met, known: set[Tensor]) -> None:
-    """Refuse parameters that replace others of another shape."""
-    current = {*params}
+    """Refuse parameters that replace others of another shape, or have another shape than before."""
+    current, earlier = {*params}, {*before.params}
     gone = [i for i, param in enumerate(before.params) if param not in current]
-    rest = [param for param in params if param not in known]
+    rest = [param for param in params if param not in known and param not in earlier]
+    pairs = [(i, param) for i, param in enumerate(before.params) if param in current]
     for place, i in enumerate(gone):
         in_place = len(params) == len(before.params) and params[i] not in known
-        new = params[i] if in_place else rest[min(place, len(rest) - 1)]
+        pairs.append((i, params[i] if in_place else rest[min(place, len(rest) - 1)]))
+    for i, new in sorted(pairs, key=lambda pair: pair[0]):
         if new.shape != before.shapes[i]:
             raise TypeError(
                 f"{before.names[i]!r} had shape {tuple(before.shapes[i])} when its group was added "

@@ -354,14 +354,17 @@ class GroupedOptimizer(Optimizer):
                 if option in own:
                     group[option] = own[option]
             for option in ("rounding_step", NORM_HISTORY):
-                if group.get(option) is not None:
+                if group.get(option) is not None and group["params"]:
                     group[option] = group[option].to(group["params"][0].device)
+        self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         restore_types(self, loaded, own_state)
 
     def _check_exchanged(self) -> None:
         """Check the parameters that came without `add_param_group`."""
-        if torch.compiler.is_compiling() or are_same(self.param_groups, self._met):
-            return
+        if not torch.compiler.is_compiling() and not are_same(self.param_groups, self._met):
+            self._check_newcomers()
+
+    def _check_newcomers(self) -> None:
         for index, name, param in newcomers(self.param_groups, self._met):
             group = self.param_groups[index]
             _check_param(name, param, group, find_algorithm(group["algorithm"]))
@@ -372,12 +375,15 @@ class GroupedOptimizer(Optimizer):
         self._check_exchanged()
         found: list[tuple[int, list[Slot]]] = []
         first = 0
+        is_compiling = torch.compiler.is_compiling()
         for index, group in enumerate(self.param_groups):
             by_device: dict[torch.device, list[Slot]] = {}
             for number, (name, param) in enumerate(named(group, index), first):
-                if param.grad is None or param.numel() == 0:
+                if param.grad is None or (only is not None and param not in only):
                     continue
-                if only is not None and param not in only:
+                if not is_compiling and self._met[index].is_changed(number - first, param):
+                    self._check_newcomers()
+                if param.numel() == 0:
                     continue
                 if param.grad.is_sparse:
                     raise TypeError(

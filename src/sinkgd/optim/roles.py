@@ -178,14 +178,25 @@ class _House:
         return any(path == block or path.startswith(f"{block}.") for block in self.blocks)
 
     def _is_adapter(self, path: str) -> bool:
-        # PEFT's layers hold lora_A and lora_B beside the base layer.
+        # PEFT's layers hold what they train, of whatever method, beside the base layer.
+        if _wraps_base_layer(self.modules[path]):
+            return True
         parts = path.split(".")
         for depth in range(len(parts)):
             parent = self.modules[".".join(parts[:depth])]
-            below_base = parts[depth] == "base_layer"
-            if hasattr(parent, "lora_A") and hasattr(parent, "lora_B") and not below_base:
+            if (_has_lora(parent) or _wraps_base_layer(parent)) and parts[depth] != "base_layer":
                 return True
         return False
+
+
+def _has_lora(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "lora_B")
+
+
+def _wraps_base_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of PEFT around another; "base_layer" alone is a common name."""
+    is_tuner = _has_lora(module) or hasattr(module, "adapter_layer_names")
+    return is_tuner and isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def _unwrapped(place: _Place) -> list[_Place]:
@@ -194,6 +205,8 @@ def _unwrapped(place: _Place) -> list[_Place]:
     children = dict(module.named_children())
     for name in _WRAPPED:
         if name not in children or (name == "module" and not _is_data_parallel(module)):
+            continue
+        if name == "base_layer" and not _wraps_base_layer(module):
             continue
         copies = [name]
         saved = children.get("modules_to_save")
@@ -273,9 +286,26 @@ def _by_type(module: nn.Module, attribute: str, param: Tensor) -> Role | None:
         return Role(is_matrix=True, reason=reason, layout="transposed", split=3 if fused else 1)
     if param.shape == (getattr(module, "out_features", None), getattr(module, "in_features", None)):
         return Role(is_matrix=True, reason="linear")
-    if param.ndim == 3 and min(param.shape) > 1 and not _is_stock(module):
-        return Role(is_matrix=True, reason="batch of matrices, such as experts")
+    if param.ndim == 3 and _is_batch(module, param) and not _is_stock(module):
+        # What transformers' experts say of weights that are stored (experts, in, out).
+        is_transposed = bool(getattr(module, "is_transposed", False))
+        layout = "transposed" if is_transposed else "auto"
+        reason = "batch of matrices, such as experts"
+        reason += ", stored (in, out)" if is_transposed else ""
+        return Role(is_matrix=True, reason=reason, layout=layout)
     return None
+
+
+def _is_batch(module: nn.Module, param: Tensor) -> bool:
+    """Whether three dimensions look like matrices one after the other, such as experts.
+
+    There are fewer experts than features, and as many in all weights of their module. XLNet's
+    attention has weights of (features, heads, features of a head) and (segments, heads, ...).
+    """
+    count, *sides = param.shape
+    others = [own for own in module.parameters(recurse=False) if own.ndim == 3]
+    counts = {own.shape[0] for own in others if min(own.shape) > 1}
+    return min(param.shape) > 1 and count <= min(sides) and counts <= {count}
 
 
 def _of_attention(attribute: str) -> Role | None:

@@ -89,6 +89,7 @@ class Pinned(NamedTuple):
 
     scales: list[Scales]
     vectors: list[Tensor]  # v of the next step
+    finite: list[Tensor]  # 0-dim bool each: whether the estimates are finite; equal on all ranks
 
 
 def pin(
@@ -97,7 +98,8 @@ def pin(
     """Bring the operator norm of each update to 1, or to √(m/n).
 
     The estimate is at least the length that the last half step gave to every row or column that
-    is not zero, which σ never is below. So the update stays finite whatever v is.
+    is not zero, which σ never is below. So the update stays finite whatever v is. Products of a
+    gradient near the end of float32's range may overflow; ``finite`` of the result says so.
 
     Args:
         parts: The gradients, seen as they are: rows the out-features.
@@ -116,7 +118,7 @@ def pin(
     w, u_squares = [x[..., :-1] for x in both], [x[..., -1:] for x in both]
     w_squares = over_columns([x.square().sum(-1, keepdim=True) for x in w], parts)
 
-    pinned, kept = [], []
+    pinned, kept, finite = [], [], []
     for i, (part, scale, v) in enumerate(every):
         m, n = part.shape
         sigma = torch.where(u_squares[i] == 0, 0, w_squares[i] / u_squares[i]).sqrt()
@@ -125,7 +127,8 @@ def pin(
         row = (scale.row * (size / sigma)).to(scales[i].row.dtype)
         pinned.append(Scales(row, scales[i].col))
         kept.append(_next(w[i], w_squares[i], v, n))
-    return Pinned(pinned, kept)
+        finite.append(sigma.isfinite().all())
+    return Pinned(pinned, kept, finite)
 
 
 def _next(w: Tensor, squares: Tensor, v: Tensor, n: int) -> Tensor:

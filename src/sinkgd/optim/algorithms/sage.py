@@ -78,13 +78,15 @@ class Sage:
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         """Look through the gradients; then damp and write one by one."""
-        finite = are_finite(slots)
-        flags, keys = allowed(finite, context), draw_keys(slots, group)
         grads = [_gradient(slot, context) for slot in slots]
+        sizes = _mean_sizes(slots, grads)
+        # Sums of finite entries near the end of float32's range may overflow.
+        finite = are_finite(slots) & torch.stack([size.isfinite().all() for size in sizes])
+        flags, keys = allowed(finite, context), draw_keys(slots, group)
         for slot in slots:
             self.init_state(slot.param, group, context.states[slot.param])
         states = [context.states[slot.param] for slot in slots]
-        dampers = _dampers(slots, grads, states, group, flags)
+        dampers = _dampers(sizes, states, group, flags)
         for i, (slot, grad, state) in enumerate(zip(slots, grads, states, strict=True)):
             flag = None if flags is None else flags[i]
             descend_(
@@ -116,16 +118,15 @@ def _direction(
 
 
 def _dampers(
-    slots: Sequence[Slot],
-    grads: Sequence[Tensor],
+    sizes: Sequence[Tensor],
     states: Sequence[MutableMapping[str, Any]],
     group: Group,
     flags: Tensor | None,
 ) -> list[Tensor]:
-    """Return H of each parameter, ``(n,)``, after s went into S where ``flags`` allow."""
+    """Return H of each parameter, ``(n,)``, after ``sizes``, its s, went into S where allowed."""
     beta2, eps = group["betas"][1], group["eps"]
     dampers = []
-    for i, (size, state) in enumerate(zip(_mean_sizes(slots, grads), states, strict=True)):
+    for i, (size, state) in enumerate(zip(sizes, states, strict=True)):
         for average, new in ((state["mean_size"], size), (state["weight_seen"], 1.0)):
             ahead = beta2 * average + (1 - beta2) * new
             average.copy_(ahead if flags is None else torch.where(flags[i], ahead, average))

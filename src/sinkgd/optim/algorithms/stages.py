@@ -110,8 +110,8 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
         found = found._replace(finite=found.finite & by_owner(flags, owners))
     if group["operator_norm"] is not None:
         parts, scales = with_scales_alone(parts, lowered)
-        pinned = _pinned(slots, parts, owners, found._replace(scales=scales), group, context)
-        lowered = [*pinned]
+        found = _pinned(slots, parts, owners, found._replace(scales=scales), group, context)
+        lowered = [*found.scales]
         seen = [part.turned() for part in parts] if is_turned else parts
     take_steps(
         backend,
@@ -145,15 +145,17 @@ def _pinned(
     found: kernels.Descent,
     group: Group,
     context: Context,
-) -> list[kernels.Scales]:
+) -> kernels.Descent:
     """Bring the updates to the operator norm that is asked for, and keep the vectors of it."""
-    layout, flags = group["layout"], allowed(found.finite, context)
+    layout = group["layout"]
     vectors: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):
         vectors += vectors_of(context.states[slot.param], slot.param, layout, len(own))
     pinned = pin(parts, found.scales, vectors, group)
+    finite = found.finite & by_owner(pinned.finite, owners)
+    flags = allowed(finite, context)
     for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
         new = [pinned.vectors[k] for k in own]
         flag = None if flags is None else flags[i]
         keep_vectors(context.states[slot.param], slot.param, layout, new, flag)
-    return pinned.scales
+    return kernels.Descent(finite, pinned.scales)
