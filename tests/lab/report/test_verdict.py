@@ -113,6 +113,24 @@ def test_unequal_runs_are_a_caution(tmp_path, adamw):
     )
 
 
+@pytest.mark.parametrize(
+    ("step_seconds", "optimizer_seconds", "start", "warns"),
+    [
+        (2.0, 0.25, {}, True),
+        (0.5, 0.25, {}, True),
+        (1.2, 0.25, {}, False),
+        (3.0, 2.25, {}, False),  # the optimizer itself may take longer
+        (2.0, 0.25, {"parameters": 2000}, False),  # a larger model does, too
+    ],
+)
+def test_runs_at_unequal_speeds_are_a_caution(
+    tmp_path, adamw, step_seconds, optimizer_seconds, start, warns
+):
+    seconds = {"step_seconds": step_seconds, "optimizer_seconds": optimizer_seconds}
+    other = write_run(tmp_path, "sinkgd", {20: 3.0}, **seconds, **start)
+    assert any("Do not compare times" in text for text in cautions([adamw, other])) is warns
+
+
 def test_a_baseline_that_got_worse_at_the_end_is_a_caution(tmp_path):
     adamw = write_run(tmp_path, "adamw", {10: 4.0, 15: 3.0, 20: 4.0})
     sinkgd = write_run(tmp_path, "sinkgd", {20: 3.5})
