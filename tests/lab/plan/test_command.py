@@ -115,12 +115,47 @@ def test_the_answer_comes_first_and_no_table_is_wider_than_the_terminal(
     shown = capsys.readouterr()
     lines = shown.out.replace("\N{NO-BREAK SPACE}", " ").splitlines()
     first = " ".join(line.strip() for line in lines[:5])
-    assert "llama-7b with SinkGD FITS on 2 × RTX 4090; it needs at least 2, AdamW 4." in first
+    assert "llama-7b with SinkGD FITS on 2 × RTX 4090;" in first
+    assert "it needs at least 2, AdamW at least 4." in first
     assert "Methods that fit on 2 × RTX 4090: SinkGD; SinkGD as in the paper" in first
     assert max(map(len, lines[:-1])) <= width  # the last line is prose, which terminals wrap
     peaks = [line for line in lines if line.startswith("GaLore ")]
     assert bool(peaks) == bool(every)
     assert f"({len(METHODS) if every else 6}/{len(METHODS) if every else 6})" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "needed", "remedy"),
+    [
+        ([], "it needs at least 2, AdamW at least 4.", "To fit, use --mesh.dp-shard 2, or lower"),
+        (
+            ["--mesh.dp-replicate", "2"],
+            "it needs at least 2, AdamW at least 4.",
+            "To fit, use --mesh.dp-shard 2, or lower",
+        ),
+        (
+            ["--batch-size", "1024"],
+            "it needs more than 1,024, AdamW more than 1,024.",
+            "of activations and logits on each device. To lower the peak, try",
+        ),
+        (
+            ["--batch-size", "2048", "--mesh.tp", "2", "--recompute-activations"],
+            "it needs more than 2,048, AdamW more than 2,048.",
+            "To lower the peak, try --loss-chunk-tokens 128, --release-gradients, a smaller",
+        ),
+    ],
+    ids=["one device", "replicas", "no number of shards", "options in use are not named"],
+)
+def test_what_does_not_fit_is_told_how_to(capsys, monkeypatch, options, needed, remedy):
+    monkeypatch.setenv("COLUMNS", "400")
+    fixed = ["--model", "llama-7b", "--device", "rtx-4090"]
+    assert main(["plan", *fixed, *options, *QUICK]) == 0
+    shown = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    assert "llama-7b with SinkGD DOES NOT FIT on" in shown
+    assert needed in shown
+    assert remedy in shown
+    if "--recompute-activations" in options:
+        assert "--recompute-activations" not in shown
 
 
 def test_the_asked_method_is_shown_though_it_is_none_of_the_six(capsys):

@@ -3,6 +3,7 @@
 import pytest
 
 from lab.report.synthetic import write_run
+from sinkgd.lab.cli import main
 from sinkgd.lab.report import analyze
 from sinkgd.lab.report.verdict import judge
 
@@ -111,6 +112,32 @@ def test_unequal_runs_are_a_caution(tmp_path, adamw):
     assert "Not like with like: the runs differ in model size and tokens in all." in cautions(
         [adamw, other]
     )
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "optimizer_seconds", "start", "warns"),
+    [
+        (2.0, 0.25, {}, True),
+        (0.5, 0.25, {}, True),
+        (1.2, 0.25, {}, False),
+        (3.0, 2.25, {}, False),  # the optimizer itself may take longer
+        (2.0, 0.25, {"parameters": 2000}, False),  # a larger model does, too
+    ],
+)
+def test_runs_at_unequal_speeds_are_a_caution(
+    tmp_path, adamw, step_seconds, optimizer_seconds, start, warns
+):
+    seconds = {"step_seconds": step_seconds, "optimizer_seconds": optimizer_seconds}
+    other = write_run(tmp_path, "sinkgd", {20: 3.0}, **seconds, **start)
+    assert any("Do not compare times" in text for text in cautions([adamw, other])) is warns
+
+
+def test_the_terminal_shows_the_cautions_of_the_page(tmp_path, adamw, capsys):
+    write_run(tmp_path, "sinkgd", {20: 3.0}, step_seconds=4.0)
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "beware: Each recipe has a single seed" in shown
+    assert "Do not compare times and tokens per second" in shown
 
 
 def test_a_baseline_that_got_worse_at_the_end_is_a_caution(tmp_path):

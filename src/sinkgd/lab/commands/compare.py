@@ -148,7 +148,13 @@ class Compare:
     def _report(self, names: Sequence[str], seconds: float) -> None:
         from rich.console import Console
 
-        from sinkgd.lab.report import analyze, default_baseline, summary_tables, write_page
+        from sinkgd.lab.report import (
+            analyze,
+            default_baseline,
+            judge,
+            summary_tables,
+            write_page,
+        )
         from sinkgd.lab.results import Run
 
         runs = [Run.read(RunFolder(self.out / name).results) for name in names]
@@ -162,7 +168,10 @@ class Compare:
             command=self._command(),
         )
         console = Console()
-        console.print(summary_tables(analyze(runs, baseline), console.width))
+        analysis = analyze(runs, baseline)
+        console.print(summary_tables(analysis, console.width))
+        for caution in judge(analysis).cautions:
+            console.print(f"beware: {caution}", markup=False, highlight=False, soft_wrap=True)
         console.print(
             f"\n{seconds / 60:.1f} minutes. The page: {page}",
             markup=False,

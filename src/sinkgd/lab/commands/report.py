@@ -58,6 +58,7 @@ class Report:
             analyze,
             build_page,
             default_baseline,
+            judge,
             read_runs,
             summary_tables,
         )
@@ -66,7 +67,10 @@ class Report:
         runs = read_runs(self.folder)
         baseline = self.baseline or default_baseline(runs)
         console = Console()
-        console.print(summary_tables(analyze(runs, baseline), console.width))
+        analysis = analyze(runs, baseline)
+        console.print(summary_tables(analysis, console.width))
+        for caution in judge(analysis).cautions:
+            console.print(f"beware: {caution}", markup=False, highlight=False, soft_wrap=True)
         folder = self.folder if self.folder.is_dir() else self.folder.parent
         path = self.out or folder / "report.html"
         page = build_page(

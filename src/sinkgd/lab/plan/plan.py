@@ -20,7 +20,7 @@ LADDER = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llam
 
 # Shown by default: SinkGD's variants and what they are usually compared with.
 USUAL_METHODS = ("sinkgd", "sinkgd-paper", "sinkgd-stateless", "adamw", "adamw-8bit", "muon")
-_MOST_SHARDS = 1024  # tried when looking for the fewest devices
+MOST_SHARDS = 1024  # tried when looking for the fewest devices
 
 _DAY = 86_400  # seconds
 
@@ -152,7 +152,7 @@ def _method_plan(question: Question, method: Method) -> MethodPlan:
 def _fewest_devices(question: Question, method: Method) -> int | None:
     """Find the fewest devices on which the method fits: powers of two of shards, tp as asked."""
     shards = 1
-    while shards <= _MOST_SHARDS:
+    while shards <= MOST_SHARDS:
         grid = replace(question.grid, dp_replicate=1, dp_shard=shards)
         if rank_memory(question.work, grid, method).peak <= _limit(question):
             return shards * question.grid.tp

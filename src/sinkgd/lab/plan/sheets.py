@@ -4,7 +4,7 @@ import math
 
 from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.plan.methods import METHODS
-from sinkgd.lab.plan.plan import Answer, MethodPlan, Question
+from sinkgd.lab.plan.plan import MOST_SHARDS, Answer, MethodPlan, Question
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, percent, size
 
 _BASELINE = "adamw"
@@ -26,23 +26,50 @@ def headline(question: Question, answer: Answer) -> str:
 
 
 def answer_lines(question: Question, answer: Answer) -> tuple[str, ...]:
-    """Say in three lines whether it fits, on how many devices, and with which method."""
+    """Say whether it fits, on how many devices, with which method, and how to make it fit."""
     chosen, ranks = answer.of(question.method.name), question.grid.ranks
     verb = "FITS" if chosen.fits else "DOES NOT FIT"
     devices = f"{ranks:,} × {question.device.title}"
     fitting = [one.title for one in answer.methods if one.fits]
     others = sorted(answer.methods, key=lambda one: one.fewest_devices or math.inf)
-    listed = "; ".join(f"{one.title}: {_fewest(one)}" for one in others)
+    listed = "; ".join(f"{one.title}: {_fewest(one, question)}" for one in others)
     return (
         f"{question.work.architecture.name} with {chosen.title} {verb} on {devices}; "
-        f"it needs at least {_fewest(chosen)}, AdamW {_fewest(answer.of(_BASELINE))}.",
+        f"it needs {_fewest(chosen, question)}, "
+        f"AdamW {_fewest(answer.of(_BASELINE), question)}.",
         f"Methods that fit on {devices}: {'; '.join(fitting) or 'none'}.",
-        f"Devices needed at least: {listed}.",
+        f"Devices needed: {listed}.",
+        *([] if chosen.fits else [_remedy(question, chosen)]),
     )
 
 
-def _fewest(one: MethodPlan) -> str:
-    return "more than were tried" if one.fewest_devices is None else f"{one.fewest_devices:,}"
+def _fewest(one: MethodPlan, question: Question) -> str:
+    if one.fewest_devices is None:
+        return f"more than {MOST_SHARDS * question.grid.tp:,}"
+    return f"at least {one.fewest_devices:,}"
+
+
+def _remedy(question: Question, chosen: MethodPlan) -> str:
+    """Name the options that lower the peak and are not in use."""
+    work, grid, memory = question.work, question.grid, chosen.memory
+    unused = {
+        "--recompute-activations": not work.recompute,
+        "--loss-chunk-tokens 128": work.loss_chunk_tokens is None,
+        "--release-gradients": question.method.can_release and not work.release,
+        "--precision bf16": work.precision != "bf16",
+        "a smaller --batch-size": work.batch_size > 1,
+        "a shorter --sequence-length": True,
+        "a larger --mesh.tp": True,
+    }
+    ways = ", ".join(option for option, helps in unused.items() if helps)
+    if chosen.fewest_devices is not None:
+        shards = chosen.fewest_devices // grid.tp
+        return f"To fit, use --mesh.dp-shard {shards}, or lower the peak with {ways}."
+    held = size(memory.activations + memory.loss)
+    return (
+        f"More shards do not lower the {held} of activations and logits on each device. "
+        f"To lower the peak, try {ways}."
+    )
 
 
 def plan_sheets(question: Question, answer: Answer) -> list[Sheet]:

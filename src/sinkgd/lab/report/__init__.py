@@ -17,3 +17,4 @@ from sinkgd.lab.report.reach import first_reach as first_reach
 from sinkgd.lab.report.summary import RecipeSummary as RecipeSummary
 from sinkgd.lab.report.summary import Spread as Spread
 from sinkgd.lab.report.tables import summary_tables as summary_tables
+from sinkgd.lab.report.verdict import judge as judge

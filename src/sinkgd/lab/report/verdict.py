@@ -1,6 +1,7 @@
 """What the numbers say, in words: a headline, a sentence for each recipe, and what to beware of."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from sinkgd.lab.results import Run
 _MOST_NAMES = 3  # a list longer than this is counted instead
 _ENDINGS = {"unfinished": "stands unfinished", "interrupted": "was interrupted"}
 _EARLY = 0.98  # of its tokens: a baseline that was as good before this got worse at the end
+_UNSTEADY = 1.3  # times: on an idle machine the recorded demo's runs differ by 1.16
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def judge(analysis: Analysis) -> Verdict:
         sentences={recipe.name: _sentence(recipe, analysis) for recipe in analysis.recipes},
         cautions=(
             *_unequal_conditions(analysis),
+            *_unequal_speed(analysis),
             *_few_seeds(analysis),
             *_baseline_got_worse(analysis),
             *_unfinished(analysis.runs),
@@ -170,6 +173,25 @@ def _unequal_conditions(analysis: Analysis) -> list[str]:
     }
     unequal = [name for name, values in conditions.items() if len(values) > 1]
     return [f"Not like with like: the runs differ in {_names(unequal)}."] if unequal else []
+
+
+def _unequal_speed(analysis: Analysis) -> list[str]:
+    """Compare what every recipe computes alike, forward and backward, between the runs."""
+    finished = [run for run in analysis.runs if run.finished and run.steps]
+    if len({(run.start.parameters, run.start.tokens_per_step) for run in finished}) > 1:
+        return []
+    passes = [
+        statistics.fmean(row.step_seconds - row.optimizer_seconds for row in run.steps)
+        for run in finished
+    ]
+    if not passes or max(passes) <= _UNSTEADY * min(passes):
+        return []
+    low, high = quantities.duration(min(passes)), quantities.duration(max(passes))
+    return [
+        f"A step without its optimizer took {low} in one run and {high} in another, though all "
+        "compute the same there: probably other work slowed the machine. Do not compare times and "
+        "tokens per second; losses and tokens are not affected."
+    ]
 
 
 def _unfinished(runs: Sequence[Run]) -> list[str]:
