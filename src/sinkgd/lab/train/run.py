@@ -153,7 +153,7 @@ def _train_and_record_the_end(job: Job, folder: RunFolder, results: Recorder) ->
 def _describe(job: Job, folder: RunFolder) -> RunStart:
     options = ["train", "--out", str(folder.path), *command_line(job.config)]
     return RunStart(
-        name=folder.path.name,
+        name=folder.name,
         recipe=job.config.optimizer.recipe,
         seed=job.config.training.seed,
         command=launch_command(options),
