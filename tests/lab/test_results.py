@@ -217,10 +217,11 @@ def test_a_number_that_is_none_of_a_float_is_refused(value):
         checked(TrainStep(1, 1, 1.0, value, 1.0, 1.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("name", ["model", "data", "training", "mesh", "optimizer"])
 @pytest.mark.parametrize("table", [3, None, [1], "x"])
-def test_a_configuration_of_no_tables_is_refused(tmp_path, table):
+def test_a_configuration_of_no_tables_is_refused(tmp_path, name, table):
     path = tmp_path / "run.jsonl"
-    start = {**asdict(RunStart("r", "sgd", 0, "", {}, {}, 1, 1)), "config": {"model": table}}
+    start = {**asdict(RunStart("r", "sgd", 0, "", {}, {}, 1, 1)), "config": {name: table}}
     path.write_text(json.dumps({"kind": "start", **start}) + "\n")
-    with pytest.raises(ResultsError, match=r"config\.model is"):
+    with pytest.raises(ResultsError, match=rf"config\.{name} is"):
         Run.read(path)

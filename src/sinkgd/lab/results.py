@@ -125,6 +125,14 @@ class RunEnd:
     message: str = ""  # the reason, where status is "failed"
 
 
+_TABLES = (
+    "model",
+    "data",
+    "training",
+    "mesh",
+    "optimizer",
+)  # of a configuration, which reports read
+
 Checked = TypeVar("Checked")
 Record = RunStart | TrainStep | Evaluation | ModelStatistics | Resume | RunEnd
 _KINDS: dict[str, type[Any]] = {
@@ -239,10 +247,10 @@ def _is_beyond_floats(value: Any) -> bool:
 
 
 def _check_tables(values: dict[str, Any]) -> None:
-    """Refuse a start record whose configuration is not made of tables."""
+    """Refuse a start record in which a table of the configuration is none."""
     config = values.get("config")
-    for name, table in config.items() if isinstance(config, dict) else ():
-        if not isinstance(table, dict):
+    for name in _TABLES if isinstance(config, dict) else ():
+        if not isinstance(table := config.get(name, {}), dict):
             raise TypeError(f"config.{name} is {table!r:.80} instead of a table")
 
 
