@@ -249,7 +249,9 @@ def _is_beyond_floats(value: Any) -> bool:
 def _check_tables(values: dict[str, Any]) -> None:
     """Refuse a start record in which a table of the configuration is none."""
     config = values.get("config")
-    for name in _TABLES if isinstance(config, dict) else ():
+    if not isinstance(config, dict):
+        return  # `checked` says so
+    for name in _TABLES:
         if not isinstance(table := config.get(name, {}), dict):
             raise TypeError(f"config.{name} is {table!r:.80} instead of a table")
 

@@ -98,6 +98,11 @@ class RunFolder:
         """Return what the run here was begun as."""
         return Run.read(self.results).start
 
+    def last_step(self) -> int:
+        """Return the last step of which there are results; 0 for none."""
+        steps = Run.read(self.results).steps
+        return steps[-1].step if steps else 0
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from training here; a process that dies lets go.
