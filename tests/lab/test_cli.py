@@ -287,3 +287,55 @@ def test_a_reader_that_goes_away_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--out", ""], "the value of --out"),
+        (["train", "--out="], "--out"),
+        (["plan", "--model", ""], "the value of --model"),
+        (["bench", "step", "--workloads", ""], "the value of --workloads"),
+        (["prepare", ""], "an argument"),
+    ],
+)
+def test_an_empty_value_is_not_the_current_folder(capsys, monkeypatch, tmp_path, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert f"error: {named} is empty; give a value, or leave it out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/below", "x" * 300])
+def test_a_path_that_cannot_be_used_is_named_with_a_remedy(capsys, tmp_path, small, out):
+    (tmp_path / "taken").write_text("")
+    assert main(["train", "--out", str(tmp_path / out), *small]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path / out.partition("/")[0]) in message
+    assert message.endswith("; give another path")
+
+
+@pytest.mark.parametrize(
+    ("work", "arguments"),
+    [
+        ("sinkgd.lab.plan.make_plan", ["plan", "--model", "llama-60m"]),
+        ("sinkgd.lab.bench.bench_loop", ["bench", "loop"]),
+        ("sinkgd.lab.bench.step.bench_step", ["bench", "step"]),
+        ("sinkgd.lab.bench.kernels.bench_kernels", ["bench", "kernels"]),
+        ("sinkgd.lab.bench.memory.bench_memory", ["bench", "memory"]),
+    ],
+)
+@pytest.mark.parametrize("out", ["taken/below", "folder"])
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(
+    capsys, monkeypatch, tmp_path, work, arguments, out
+):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(work, never)
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "folder").mkdir()
+    takes_a_file = "loop" in arguments
+    path = tmp_path / (out if takes_a_file else "taken" if out == "folder" else out)
+    assert main([*arguments, "--out", str(path)]) == 2
+    assert "; give another path" in capsys.readouterr().err

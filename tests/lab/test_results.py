@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from sinkgd.lab.results import (
     RunEnd,
     RunStart,
     TrainStep,
+    checked,
 )
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -208,3 +209,19 @@ def test_both_perplexities_are_read_back(path):
     both = replace(evaluation(1), galore_perplexity=2.7)
     write(path, START, step(1), both)
     assert Run.read(path).evaluations == [both]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), True])
+def test_a_number_that_is_none_of_a_float_is_refused(value):
+    with pytest.raises(TypeError, match="loss is"):
+        checked(TrainStep(1, 1, 1.0, value, 1.0, 1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("name", ["model", "data", "training", "mesh", "optimizer"])
+@pytest.mark.parametrize("table", [3, None, [1], "x"])
+def test_a_configuration_of_no_tables_is_refused(tmp_path, name, table):
+    path = tmp_path / "run.jsonl"
+    start = {**asdict(RunStart("r", "sgd", 0, "", {}, {}, 1, 1)), "config": {name: table}}
+    path.write_text(json.dumps({"kind": "start", **start}) + "\n")
+    with pytest.raises(ResultsError, match=rf"config\.{name} is"):
+        Run.read(path)

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Protocol
 
 import sinkgd
+from sinkgd.lab.disk import FULL
 from sinkgd.lab.limits import NumberError, check_numbers
 from sinkgd.lab.names import suggest
 from sinkgd.lab.terminal import make_readable
@@ -46,7 +47,6 @@ _PATH_ERRORS = frozenset(
         errno.EROFS,
     }
 )
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _EXPERIMENTS = ("optuna", "pytorch_optimizer")  # packages of the extra of that name
 
 USAGE = """\
@@ -102,6 +102,11 @@ def _main(arguments: list[str]) -> int:
             "locale that it was named in",
             code=2,
         )
+    if (empty := _first_empty(arguments)) is not None:
+        return _fail(
+            f"{empty} is empty; give a value, or leave it out. Is a variable of the shell unset?",
+            code=2,
+        )
     match arguments:
         case [] | ["-h" | "--help"]:
             sys.stdout.write(_usage(USAGE, COMMANDS))
@@ -154,7 +159,7 @@ def _run(name: str, kind: str, arguments: list[str]) -> int:
 def _code_of(error: Exception) -> int | None:
     """Return 2 for what the user gave and can mend, 1 for a run that failed, None for a fault."""
     cause = error if isinstance(error, OSError) else error.__cause__
-    if isinstance(cause, OSError) and cause.errno in _FULL:
+    if isinstance(cause, OSError) and cause.errno in FULL:
         return 1
     if isinstance(error, OSError):
         return 2 if error.errno in _PATH_ERRORS else 1
@@ -172,7 +177,13 @@ def _words_of(error: Exception) -> str:
         return f"out of memory: {first}; train a smaller model or batch"
     if _is_too_large(error):
         return f"too large: {str(error).splitlines()[0]}; give smaller sizes"
-    return " ".join(str(error).splitlines()) or repr(error)
+    line = " ".join(str(error).splitlines()) or repr(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        if error.errno in FULL:
+            return f"{line}; make room there, or write elsewhere"
+        if error.errno in _PATH_ERRORS:
+            return f"{line}; give another path"
+    return line
 
 
 def _is_too_large(error: Exception) -> bool:
@@ -195,6 +206,19 @@ def _first_unreadable(arguments: Sequence[str]) -> str | None:
             argument.encode("utf-8")
         except UnicodeEncodeError:
             return argument
+    return None
+
+
+def _first_empty(arguments: Sequence[str]) -> str | None:
+    """Name the first empty value; no option has one, and as a path it is the current folder."""
+    before = ""
+    for argument in arguments:
+        option, sign, value = argument.partition("=")
+        if option.startswith("--") and sign and not value:
+            return option
+        if not argument:
+            return f"the value of {before}" if before.startswith("--") else "an argument"
+        before = argument
     return None
 
 

@@ -1,10 +1,16 @@
 """Files: read without surprises, written whole, and safe from a power cut."""
 
+import errno
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# No room: on the disk, in a quota, below the largest size that a process may write.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -24,13 +30,59 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("its brackets are nested too deeply") from None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in errors that name no file, as those of a write to a full disk do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether something is at ``path`` that is no plain file; reading a FIFO may never end."""
+    return path.exists() and not path.is_file()
+
+
+def claim_folder(path: Path) -> None:
+    """Make a folder and see that files can be put there, before long work whose result goes there.
+
+    Raises:
+        OSError: If that cannot be.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def claim_file(path: Path) -> None:
+    """As `claim_folder`, for one file.
+
+    Raises:
+        OSError: If that cannot be.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not is_special(path):
+        claim_folder(path.parent)
+
+
 def write_whole(path: Path, content: str) -> None:
-    """Put a file at ``path`` in one move: no reader ever sees half of it. Its folder is made."""
+    """Put a file at ``path`` in one move: no reader ever sees half of it. Its folder is made.
+
+    A device or a pipe, such as /dev/null or /dev/stdout, is written to, not replaced.
+    """
+    if is_special(path):
+        with naming(path), path.open("w", encoding="utf-8") as file:
+            file.write(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ evaluation, checkpoints and start-up are in ``wall_seconds`` only.
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cache
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from sinkgd.lab.disk import parse_json
+from sinkgd.lab.disk import is_special, naming, parse_json
 from sinkgd.lab.naming import NAMING, start_now
 
 RESULTS_FILE = "run.jsonl"  # in the run's folder
@@ -124,6 +125,14 @@ class RunEnd:
     message: str = ""  # the reason, where status is "failed"
 
 
+_TABLES = (
+    "model",
+    "data",
+    "training",
+    "mesh",
+    "optimizer",
+)  # of a configuration, which reports read
+
 Checked = TypeVar("Checked")
 Record = RunStart | TrainStep | Evaluation | ModelStatistics | Resume | RunEnd
 _KINDS: dict[str, type[Any]] = {
@@ -183,6 +192,8 @@ class Run:
 
 
 def _read_records(path: Path) -> list[Record]:
+    if is_special(path):
+        raise ResultsError(f"{path} is no plain file, so no results file; remove it")
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -201,6 +212,7 @@ def _parse(line: str, where: str) -> Record:
             values["memory"] = checked(Memory(**values["memory"]))
         if record is RunStart:
             values = start_now(values)
+            _check_tables(values)
         parsed: Record = checked(record(**values))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ResultsError(
@@ -223,9 +235,25 @@ def checked(record: Checked) -> Checked:
     """
     kind: Any = type(record)
     for name, kinds in _types_of(kind):
-        if not isinstance(value := getattr(record, name), kinds):
+        value = getattr(record, name)
+        known = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if not known or (float in kinds and _is_beyond_floats(value)):
             raise TypeError(f"{name} is {value!r:.80} in a record {kind.__name__!r}")
     return record
+
+
+def _is_beyond_floats(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > sys.float_info.max
+
+
+def _check_tables(values: dict[str, Any]) -> None:
+    """Refuse a start record in which a table of the configuration is none."""
+    config = values.get("config")
+    if not isinstance(config, dict):
+        return  # `checked` says so
+    for name in _TABLES:
+        if not isinstance(table := config.get(name, {}), dict):
+            raise TypeError(f"config.{name} is {table!r:.80} instead of a table")
 
 
 @cache
@@ -280,18 +308,21 @@ class ResultsWriter:
     def write(self, record: Record) -> None:
         """Append one record."""
         line = json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=True)
-        self._file.write(line + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line + "\n")
+            self._file.flush()
         for mirror in self._mirrors:
             mirror(record)
 
     def sync(self) -> None:
         """Force what was written to the disk; a checkpoint calls it before it is made."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -4,6 +4,7 @@ A step is 100 tokens and, unless given otherwise, one second.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -205,3 +206,12 @@ def test_runs_can_be_grouped_by_something_else_than_their_recipe(tmp_path):
     analysis = analyze(runs, "b", group=lambda run: run.start.name[0])
     assert [(one.name, len(one.runs)) for one in analysis.recipes] == [("b", 1), ("a", 2)]
     assert analysis.comparisons["a"].reached_runs == 2
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_steps_that_took_no_time_have_no_speed(tmp_path, seconds):
+    run = write_run(tmp_path, "adamw", {10: 5.0})
+    run.steps = [replace(step, step_seconds=seconds) for step in run.steps]
+    (recipe,) = analyze([run], None).recipes
+    assert recipe.tokens_per_second is None
+    assert recipe.optimizer_share is None

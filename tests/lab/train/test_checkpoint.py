@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,19 @@ from torch import nn
 
 from sinkgd.lab.models import build_model
 from sinkgd.lab.results import Memory
+from sinkgd.lab.train import whole
 from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 from sinkgd.lab.train.state import TrainingState
-from sinkgd.lab.train.whole import CHECKSUMS, CheckpointError, checkpoints, latest_whole
+from sinkgd.lab.train.whole import (
+    CHECKSUMS,
+    METADATA,
+    CheckpointError,
+    checkpoints,
+    find_damage,
+    latest_whole,
+)
 
 # One of each kind; tests of the recipes have all of them.
 KINDS = ("sinkgd", "sinkgd-stateless", "swan", "adamw", "sgd", "muon", "galore", "stable-spam")
@@ -243,3 +252,23 @@ def test_checksums_cover_every_file(saved):
     path = saved[0] / "step-00000002"
     listed = json.loads((path / CHECKSUMS).read_text())
     assert set(listed) == {file.name for file in path.iterdir()} - {CHECKSUMS}
+
+
+@pytest.mark.parametrize("name", [CHECKSUMS, METADATA, "__0_0.distcp"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_plain_file_is_not_read(saved, name, make):
+    checkpoint = saved[0] / "step-00000002"
+    path = checkpoint / name
+    path.unlink()
+    make(path)
+    assert find_damage(checkpoint) == f"{path} cannot be read: it is no plain file"
+
+
+def test_a_file_that_the_disk_cannot_read_falls_back(saved, monkeypatch):
+    def fail(_path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(whole, "_checksum", fail)
+    damage = find_damage(saved[0] / "step-00000002")
+    assert damage is not None
+    assert "cannot be read: Input/output error" in damage

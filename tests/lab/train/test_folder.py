@@ -1,11 +1,13 @@
 """Whether a run may begin or go on in a folder."""
 
 import json
+import os
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
-from sinkgd.lab.results import Memory, ResultsWriter, RunEnd, RunStart
+from sinkgd.lab.results import Memory, ResultsError, ResultsWriter, RunEnd, RunStart
 from sinkgd.lab.train.config import ConfigError, RunConfig, TrainingConfig
 from sinkgd.lab.train.config_file import save_config
 from sinkgd.lab.train.folder import Admission, RunFolder, RunFolderError
@@ -84,3 +86,37 @@ def test_the_lock_is_let_go(folder):
     for _ in range(2):
         with folder.lock():
             pass
+
+
+@pytest.mark.parametrize("resume", ["auto", "must", "never"])
+@pytest.mark.parametrize("results", [None, b"", b'{"kind": "sta'])
+def test_checkpoints_without_results_are_of_another_run(folder, resume, results):
+    (folder.checkpoints / "step-00000100").mkdir(parents=True)
+    if results is not None:
+        folder.results.write_bytes(results)
+    with pytest.raises(RunFolderError, match=r"whose results are missing: .* begin again"):
+        folder.admit(CONFIG, resume)
+
+
+def test_must_asks_for_results_too(folder):
+    folder.checkpoints.mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="holds no checkpoint to go on from"):
+        folder.admit(CONFIG, "must")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_results_that_are_no_file_are_not_read(folder, make):
+    folder.path.mkdir()
+    make(folder.results)
+    with pytest.raises(RunFolderError, match="is no plain file; remove it"):
+        folder.admit(CONFIG, "auto")
+    with pytest.raises(ResultsError, match="is no plain file"):
+        folder.start()
+
+
+@pytest.mark.parametrize("path", [".", "here/..", "../run", "sub/../../run"])
+def test_a_run_is_named_after_its_folder_however_that_is_written(tmp_path, monkeypatch, path):
+    (tmp_path / "run" / "here").mkdir(parents=True)
+    (tmp_path / "run" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert RunFolder(Path(path)).name == "run"

@@ -13,7 +13,7 @@ import pytest
 from sinkgd.lab.cli import main
 from sinkgd.lab.data import Manifest, Tokenizer, open_corpus, prepare, train_tokenizer
 from sinkgd.lab.models import PRESETS, build_model
-from sinkgd.lab.results import Run
+from sinkgd.lab.results import Run, RunStart
 from sinkgd.lab.train import identity
 from sinkgd.lab.train.config import ConfigError, DataConfig, OptimizerConfig, RunConfig
 from sinkgd.lab.train.config_file import load_config
@@ -280,3 +280,10 @@ def test_every_recipe_is_equal_to_itself_and_to_no_other(here, recipe):
     alike = {name for name in RECIPES if content(name) == first}
     # Fira's and GaLore's groups are alike; the names of the recipes tell them apart.
     assert alike <= ({"galore", "fira"} if recipe in ("galore", "fira") else {recipe})
+
+
+@pytest.mark.parametrize("model", [[1], "llama", 3, True])
+def test_a_damaged_record_of_the_model_is_refused(model):
+    start = RunStart("r", "sgd", 0, "", {}, {}, 1, 1, inputs={"model": model})
+    with pytest.raises(ConfigError, match="its results are damaged"):
+        identity.check_content(start, {"model": {"kind": "x"}, "optimizer": ""})

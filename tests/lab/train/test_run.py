@@ -314,3 +314,15 @@ def test_after_a_change_of_vocabulary_the_loss_jumps_and_until_then_nothing_diff
     scores = [[e.val_loss for e in result.evaluations] for result in (plain, shifted)]
     assert scores[0][:2] == scores[1][:2]  # after steps 4 and 8
     assert scores[1][2] > scores[0][2] + 0.05
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_results_that_lack_steps_of_the_checkpoint_are_refused(config, tmp_path, kept):
+    with stopping_at(6):
+        train(config, tmp_path)
+    results = tmp_path / "run.jsonl"
+    lines = results.read_bytes().splitlines(keepends=True)[:kept]
+    results.write_bytes(b"".join(lines))
+    with pytest.raises(RunFolderError, match=rf"ends at step {kept - 1}, but .*results are lost"):
+        train(config, tmp_path)
+    assert results.read_bytes() == b"".join(lines)

@@ -96,7 +96,7 @@ class Plan:
         from rich.console import Console
 
         from sinkgd.lab.bench.sheet import fitting_tables
-        from sinkgd.lab.disk import write_whole
+        from sinkgd.lab.disk import claim_folder, write_whole
         from sinkgd.lab.plan import METHODS, make_plan
         from sinkgd.lab.plan.page import plan_page
         from sinkgd.lab.plan.plan import USUAL_METHODS
@@ -104,6 +104,8 @@ class Plan:
         from sinkgd.lab.plan.sheets import answer_lines, headline, plan_sheets
 
         question = self._question()
+        if self.out is not None:
+            claim_folder(self.out)
         progress = Console(stderr=True)
         answer = make_plan(
             question,

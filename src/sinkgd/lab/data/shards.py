@@ -29,7 +29,7 @@ from sinkgd.lab.data.manifest import (
     token_dtype,
 )
 from sinkgd.lab.data.tokenizer import Tokenizer
-from sinkgd.lab.disk import sync_folder
+from sinkgd.lab.disk import naming, sync_folder
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 
@@ -42,19 +42,22 @@ class _HashedFile:
     """A new file that knows its size and sha256 when it is closed."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("xb")
         self._digest = hashlib.sha256()
         self._size = 0
 
     def write(self, content: bytes) -> None:
-        self._file.write(content)
+        with naming(self._path):
+            self._file.write(content)
         self._digest.update(content)
         self._size += len(content)
 
     def finish(self) -> FileEntry:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         return FileEntry(self._size, self._digest.hexdigest())
 
     def discard(self) -> None:

@@ -77,7 +77,8 @@ def summarize(name: str, runs: Sequence[Run]) -> RecipeSummary:
     finished = [run for run in runs if run.finished]
     final = [run.evaluations[-1] for run in finished if run.evaluations]
     ends = [run.end for run in finished if run.end]
-    stepped = [run for run in finished if run.steps]
+    # Times that are not positive, in a damaged file, give no speed.
+    stepped = [run for run in finished if run.steps and _median_step_seconds(run) > 0]
     return RecipeSummary(
         name=name,
         runs=tuple(runs),
@@ -98,7 +99,11 @@ def summarize(name: str, runs: Sequence[Run]) -> RecipeSummary:
 
 
 def _median_tokens_per_second(run: Run) -> float:
-    return run.start.tokens_per_step / statistics.median(row.step_seconds for row in run.steps)
+    return run.start.tokens_per_step / _median_step_seconds(run)
+
+
+def _median_step_seconds(run: Run) -> float:
+    return statistics.median(row.step_seconds for row in run.steps)
 
 
 def _optimizer_share(run: Run) -> float:

@@ -8,10 +8,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal
 
+from sinkgd.lab.disk import is_special
 from sinkgd.lab.results import RESULTS_FILE, Run, RunStart
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.config_file import read_tables
 from sinkgd.lab.train.identity import check_unchanged, knows_its_text
+from sinkgd.lab.train.whole import checkpoints
 
 ResumePolicy = Literal["auto", "never", "must"]
 
@@ -33,6 +35,11 @@ class RunFolder:
     """The files of one run."""
 
     path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: the folder's, also where that is written as ``.`` or ``..``."""
+        return (self.path if self.path.name not in ("", "..") else self.path.resolve()).name
 
     @property
     def results(self) -> Path:
@@ -60,14 +67,22 @@ class RunFolder:
                 ``"never"`` asks for a folder without a run.
 
         Raises:
-            RunFolderError: If ``resume`` forbids what the folder holds.
+            RunFolderError: If ``resume`` forbids what the folder holds, or it holds checkpoints
+                without results.
             ConfigError: If the run there has another configuration; each changed field is named.
         """
-        if resume == "must" and not self.checkpoints.exists():
+        begun = self.has_begun()
+        if not begun and checkpoints(self.checkpoints):
+            raise RunFolderError(
+                f"{self.checkpoints} holds checkpoints of a run whose results are missing: there "
+                f"is no whole line in {self.results}. Put that file back, delete "
+                f"{self.checkpoints} to begin again, or give another --out"
+            )
+        if resume == "must" and not (begun and self.checkpoints.exists()):
             raise RunFolderError(
                 f"{self.path} holds no checkpoint to go on from; use --resume auto to begin"
             )
-        if not self.has_begun():
+        if not begun:
             return Admission.BEGIN
         if resume == "never":
             raise RunFolderError(
@@ -82,6 +97,11 @@ class RunFolder:
     def start(self) -> RunStart:
         """Return what the run here was begun as."""
         return Run.read(self.results).start
+
+    def last_step(self) -> int:
+        """Return the last step of which there are results; 0 for none."""
+        steps = Run.read(self.results).steps
+        return steps[-1].step if steps else 0
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -102,7 +122,15 @@ class RunFolder:
             yield
 
     def has_begun(self) -> bool:
-        """Whether there is at least one whole line of results."""
+        """Whether there is at least one whole line of results.
+
+        Raises:
+            RunFolderError: If the results are no plain file.
+        """
+        if is_special(self.results):
+            raise RunFolderError(
+                f"{self.results} is no plain file; remove it, or give another --out"
+            )
         if not self.results.exists():
             return False
         with self.results.open("rb") as file:

@@ -105,6 +105,11 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
         ConfigError: With what differs, and both its values.
     """
     before, now = start.inputs.get(MODEL), content[MODEL]
+    if before is not None and not isinstance(before, Mapping):
+        raise ConfigError(
+            f"the run {start.name!r} records a model of {before!r:.80} instead of its sizes; its "
+            "results are damaged, so give another --out"
+        )
     if before is not None and before != now:
         changed = "; ".join(
             f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"

@@ -16,7 +16,7 @@ from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.config_file import as_tables, command_line, save_config
 from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.environment import describe_environment
-from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder
+from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder, RunFolderError
 from sinkgd.lab.train.identity import notes_on_environment, with_absolute_corpus
 from sinkgd.lab.train.interrupt import Interrupt
 from sinkgd.lab.train.loop import run_loop
@@ -153,7 +153,7 @@ def _train_and_record_the_end(job: Job, folder: RunFolder, results: Recorder) ->
 def _describe(job: Job, folder: RunFolder) -> RunStart:
     options = ["train", "--out", str(folder.path), *command_line(job.config)]
     return RunStart(
-        name=folder.path.name,
+        name=folder.name,
         recipe=job.config.optimizer.recipe,
         seed=job.config.training.seed,
         command=launch_command(options),
@@ -179,6 +179,13 @@ def _restore(job: Job, folder: RunFolder, say: Callable[[str], None]) -> None:
     for damage in found.damages:
         say(f"warning: {damage}; falling back to the checkpoint before")
     load_checkpoint(found.path, job.state, world)
+    recorded = world.from_first(folder.last_step)
+    if job.state.step > recorded:
+        raise RunFolderError(
+            f"{folder.results} ends at step {recorded}, but {found.path} was written after step "
+            f"{job.state.step}, so results are lost or of another run. Put the whole file back, "
+            f"delete {folder.checkpoints} to begin again from the first step, or give another --out"
+        )
     say(f"going on from {found.path}, step {job.state.step} of {job.config.training.steps}")
 
 

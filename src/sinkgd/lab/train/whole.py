@@ -5,6 +5,7 @@ whole; ``checksums.json`` in it has the SHA-256 of every other file, for the dis
 later.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkgd.lab.disk import parse_json, sync_folder
+from sinkgd.lab.disk import is_special, parse_json, sync_folder
 
 CHECKSUMS = "checksums.json"
 METADATA = ".metadata"  # of torch's writer
@@ -56,19 +57,21 @@ def latest_whole(folder: Path) -> Found | None:
 
 def find_damage(path: Path) -> str | None:
     """Compare every file of a checkpoint with its checksum; name the first that differs."""
+    file = path / CHECKSUMS
     try:
-        sums = parse_json((path / CHECKSUMS).read_bytes())
+        sums = parse_json(_plain(file).read_bytes())
         if METADATA not in sums:
             return f"{path / CHECKSUMS} is damaged: it lacks {METADATA}"
         for name, expected in sums.items():
             if name != Path(name).name:
                 return f"{path / CHECKSUMS} is damaged: {name!r} lies outside of the checkpoint"
-            if _checksum(path / name) != expected:
-                return f"{path / name} is damaged: its checksum differs"
+            file = path / name
+            if _checksum(_plain(file)) != expected:
+                return f"{file} is damaged: its checksum differs"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
-    except IsADirectoryError as error:
-        return f"{error.filename} is a folder instead of a file"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}"
     except (ValueError, AttributeError, TypeError) as error:
         return f"{path / CHECKSUMS} is damaged: {error}"
     return None
@@ -132,6 +135,13 @@ def _clear(path: Path) -> None:
 
 def _partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}{_PARTIAL}")
+
+
+def _plain(path: Path) -> Path:
+    """Return ``path`` where it is a file, or absent; reading a pipe or a device may never end."""
+    if is_special(path):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return path
 
 
 def _checksum(path: Path) -> str:

@@ -64,6 +64,7 @@ class Kernels:
         from sinkgd.lab.bench.warnings import warnings_of
         from sinkgd.lab.bench.workloads import DTYPES
         from sinkgd.lab.commands.bench.output import print_warnings, write_measurement
+        from sinkgd.lab.disk import claim_folder
 
         check_at_least_one("rounds", self.rounds)
         check_positive("seconds", self.seconds)
@@ -74,6 +75,8 @@ class Kernels:
             device=prepare_device(self.device, self.threads),
             command=command_of("kernels", self),
         )
+        if self.out is not None:
+            claim_folder(self.out)
         console = Console()
         record = bench_kernels(plan, lambda c: console.print(terminal_table(case_sheet(c)), "\n"))
         print_warnings(console, warnings_of(record))

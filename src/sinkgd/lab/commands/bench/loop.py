@@ -57,10 +57,13 @@ class Loop:
         """
         from sinkgd.lab.bench import bench_loop
         from sinkgd.lab.bench.record_file import write_record
+        from sinkgd.lab.disk import claim_file
         from sinkgd.lab.train.run import print_to_stderr
 
         for name in ("rounds", "steps_per_block"):
             check_at_least_one(name, getattr(self, name))
+        if self.out is not None:
+            claim_file(self.out)
         result = bench_loop(
             replace(RunConfig(), **vars(self.shared)),
             [name.strip() for name in self.optimizers.split(",")],

@@ -128,6 +128,7 @@ class Memory:
         from sinkgd.lab.bench.sheet import terminal_table
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS
         from sinkgd.lab.commands.bench.output import write_measurement
+        from sinkgd.lab.disk import claim_folder
 
         device = prepare_device(self.device, self.threads)
         everyone = dict.fromkeys(c.name for w in WORKLOADS.values() for c in contenders(w, device))
@@ -141,6 +142,8 @@ class Memory:
         )
         if not plan.workloads and plan.training is None:
             raise ConfigError("workloads and training.models are both none; choose one of them")
+        if self.out is not None:
+            claim_folder(self.out)
         record = bench_memory(plan)
         console = Console()
         for sheet in memory_sheets(record):

@@ -71,6 +71,7 @@ class Step:
         from sinkgd.lab.bench.warnings import warnings_of
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS
         from sinkgd.lab.commands.bench.output import print_warnings, write_measurement
+        from sinkgd.lab.disk import claim_folder
 
         check_at_least_one("rounds", self.rounds)
         check_positive("seconds", self.seconds)
@@ -84,6 +85,8 @@ class Step:
             device=device,
             command=command_of("step", self),
         )
+        if self.out is not None:
+            claim_folder(self.out)
         console = Console()
         record = bench_step(plan, lambda w: console.print(terminal_table(workload_sheet(w)), "\n"))
         for sheet in (check_sheet(record), target_sheet(record)):
