@@ -123,6 +123,16 @@ def test_the_answer_comes_first_and_no_table_is_wider_than_the_terminal(
     assert f"({len(METHODS) if every else 6}/{len(METHODS) if every else 6})" in shown.err
 
 
+@pytest.mark.parametrize(
+    ("method", "end"), [("sinkgd", "at least 1, as AdamW does."), ("adamw", "at least 1.")]
+)
+def test_the_answer_names_adamw_where_it_says_more(capsys, method, end):
+    options = ["--model", "llama-60m", "--optimizer", method]
+    assert main(["plan", *options, *QUICK]) == 0
+    first = " ".join(capsys.readouterr().out.partition("Methods")[0].split())
+    assert first.endswith(f"FITS on 1 × H100 SXM; it needs {end}")
+
+
 def test_the_asked_method_is_shown_though_it_is_none_of_the_six(capsys):
     assert main(["plan", "--model", "llama-60m", "--optimizer", "galore", "--json", *QUICK]) == 0
     names = [one["name"] for one in json.loads(capsys.readouterr().out)["methods"]]
