@@ -148,3 +148,10 @@ def test_it_fits_on_the_fewest_devices_and_on_no_fewer(capsys, method):
 
     fewest = {"sinkgd": 2, "adamw": 4}[method]
     assert (plan_on(fewest), plan_on(fewest // 2)) == (True, False)
+
+
+def test_a_model_that_no_number_of_devices_holds_is_said_to_be_so(capsys):
+    options = ["--model", "llama-3-70b", "--device", "rtx-4090", "--mesh.dp-shard", "8"]
+    assert main(["plan", *options, *QUICK]) == 0
+    first = " ".join(capsys.readouterr().out.partition("Methods")[0].split())
+    assert first.endswith("RTX 4090; no number of devices that was tried is enough.")

@@ -270,6 +270,8 @@ def test_words_in_two_lines_have_room_between_the_bars(tmp_path):
     analysis = analyze(runs, "adamw")
     figures = [chart.figure for chart in bar_charts(analysis, identify(analysis))]
     figures.append(stacked_bars(names, ["21.8 GiB, does not fit"] * 3, [("state", 1.0, [1, 2, 3])]))
+    tokens, throughput = figures[:2]
+    assert tokens["layout"]["height"] == throughput["layout"]["height"]  # they stand side by side
     wrapped = 0
     for figure in figures:
         row = (figure["layout"]["height"] - 120) / len(names)  # the rest is for axis and legend

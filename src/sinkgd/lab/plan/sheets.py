@@ -32,12 +32,14 @@ def answer_lines(question: Question, answer: Answer) -> tuple[str, ...]:
     devices = _devices(question)
     least, baseline = _fewest(chosen), _fewest(answer.of(_BASELINE))
     other = ", as AdamW does" if least == baseline else f", AdamW {baseline}"
+    needs = f"it needs at least {least}{'' if chosen.name == _BASELINE else other}"
+    if chosen.fewest_devices is None:
+        needs = "no number of devices that was tried is enough"
     fitting = [one.title for one in answer.methods if one.fits]
     others = sorted(answer.methods, key=lambda one: one.fewest_devices or math.inf)
     listed = "; ".join(f"{one.title}: {_fewest(one)}" for one in others)
     return (
-        f"{question.work.architecture.name} with {chosen.title} {verb} on {devices}; "
-        f"it needs at least {least}{'' if chosen.name == _BASELINE else other}.",
+        f"{question.work.architecture.name} with {chosen.title} {verb} on {devices}; {needs}.",
         f"Methods that fit on {devices}: {'; '.join(fitting) or 'none'}.",
         f"Devices needed at least: {listed}.",
     )

@@ -35,6 +35,10 @@ def bar_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
     charts = []
     if analysis.comparisons and len(analysis.recipes) > 1:
         charts += [_tokens_to_reach(analysis, identities), _throughput(analysis, identities)]
+        # They stand side by side, and one whose words need two lines has taller rows.
+        height = max(chart.figure["layout"]["height"] for chart in charts)
+        for chart in charts:
+            chart.figure["layout"]["height"] = height
     if any(recipe.memory for recipe in analysis.recipes):
         charts += [_memory(analysis, identities), _peak(analysis, identities)]
     if any(recipe.step_seconds and recipe.optimizer_share for recipe in analysis.recipes):
