@@ -151,7 +151,7 @@ def test_it_fits_on_the_fewest_devices_and_on_no_fewer(capsys, method):
 
 
 def test_a_model_that_no_number_of_devices_holds_is_said_to_be_so(capsys):
-    options = ["--model", "llama-3-70b", "--device", "rtx-4090", "--mesh.dp-shard", "8"]
+    options = ["--model", "llama-7b", "--device", "rtx-4090", "--batch-size", "4096"]
     assert main(["plan", *options, *QUICK]) == 0
     first = " ".join(capsys.readouterr().out.partition("Methods")[0].split())
     assert first.endswith("RTX 4090; no number of devices that was tried is enough.")
