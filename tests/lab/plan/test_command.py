@@ -135,12 +135,12 @@ def test_the_answer_comes_first_and_no_table_is_wider_than_the_terminal(
         ),
         (
             ["--batch-size", "1024"],
-            "it needs more than 1,024, AdamW more than 1,024.",
+            "it needs more than 1,024, as AdamW does.",
             "of activations and logits on each device. To lower the peak, try",
         ),
         (
             ["--batch-size", "2048", "--mesh.tp", "2", "--recompute-activations"],
-            "it needs more than 2,048, AdamW more than 2,048.",
+            "it needs more than 2,048, as AdamW does.",
             "To lower the peak, try --loss-chunk-tokens 128, --release-gradients, a smaller",
         ),
     ],
@@ -158,6 +158,16 @@ def test_what_does_not_fit_is_told_how_to(capsys, monkeypatch, options, needed, 
         assert "--recompute-activations" not in shown
 
 
+@pytest.mark.parametrize(
+    ("method", "end"), [("sinkgd", "at least 1, as AdamW does."), ("adamw", "at least 1.")]
+)
+def test_the_answer_names_adamw_where_it_says_more(capsys, method, end):
+    options = ["--model", "llama-60m", "--optimizer", method]
+    assert main(["plan", *options, *QUICK]) == 0
+    first = " ".join(capsys.readouterr().out.partition("Methods")[0].split())
+    assert first.endswith(f"FITS on 1 × H100 SXM; it needs {end}")
+
+
 def test_the_asked_method_is_shown_though_it_is_none_of_the_six(capsys):
     assert main(["plan", "--model", "llama-60m", "--optimizer", "galore", "--json", *QUICK]) == 0
     names = [one["name"] for one in json.loads(capsys.readouterr().out)["methods"]]
@@ -173,3 +183,4 @@ def test_it_fits_on_the_fewest_devices_and_on_no_fewer(capsys, method):
 
     fewest = {"sinkgd": 2, "adamw": 4}[method]
     assert (plan_on(fewest), plan_on(fewest // 2)) == (True, False)
+

@@ -26,6 +26,17 @@ CASES = [
     (3, 1.11, 0, 0.935, 0.002, 99, 5, 12),
 ]
 FIELDS = ("gpus", "price", "watts", "parameters", "tokens", "mfu", "fraction", "speedup")
+# Fields whose figures have no natural bound: name, label and unit.
+UNBOUNDED = (
+    ("gpus", "GPUs", ""),
+    ("price", "price of a GPU", " USD/h"),
+    ("watts", "power of a GPU", " W"),
+    ("parameters", "parameters, N", " M"),
+    ("tokens", "tokens", " B"),
+    ("speed", "tokens/s of a GPU", ""),
+    ("fraction", "tokens to the same loss", " %"),
+    ("speedup", "speed of its steps", " ×"),
+)
 KEYS = ("hours", "gpu_hours", "usd", "kwh")
 
 
@@ -178,6 +189,10 @@ def test_memory_and_devices_are_pythons(form, parameters, device):
         ("gpus", "0", "“GPUs” is 0; give at least 1."),
         ("speed", "-3", "“tokens/s of a GPU” is -3; give a number above 0."),
         ("price", "-1", "“price of a GPU” is -1 USD/h; give 0 or more."),
+        *(
+            (name, "1e300", f"“{label}” is 1e300{unit}; give at most 1,000,000,000.")
+            for name, label, unit in UNBOUNDED
+        ),
         ("mfu", "101", "“part of the peak” is 101 %; give at most 100."),
         ("share", "100.5", "“in hidden matrices” is 100.5 %; give at most 100."),
     ],
@@ -187,10 +202,23 @@ def test_a_field_that_cannot_be_is_named_and_leaves_no_figure(form, name, value,
     assert form.locator(f"[name={name}]").get_attribute("aria-invalid") == "true"
     assert {word for words in shown(form, None).values() for word in words} == {"–"}
     assert form.locator(".problem").text_content() == words
+    field = form.locator(".field", has=form.page.locator(f"[name={name}]"))
+    assert field.get_attribute("data-problem") == words
+    assert form.locator("[data-problem]").count() == 1
     if name == "mfu":  # no speed is computed from a share that cannot be
         assert form.locator("[name=speed]").input_value() == "49260"
     assert set(form.locator("tr[data-memory] td").all_text_contents()) == {"–"}
     assert form.locator("output").all_text_contents() == ["", ""]
+
+
+@pytest.mark.parametrize(("parameters", "devices"), [(1000, "1"), (70_000, "4")])
+def test_the_sentence_on_memory_says_when_adamw_needs_no_more_devices(form, parameters, devices):
+    put(form, parameters=parameters, share=100)
+    words = form.locator("output[name=memory]").text_content()
+    rows = form.locator("tr[data-memory]").all()
+    adamw = rows[0].locator("td").all_text_contents()[2]
+    end = ", as AdamW does." if devices == adamw else f" instead of {adamw}."
+    assert words.endswith(f"and needs {devices} × H100 SXM{end}")
 
 
 def test_nothing_moves_when_figures_change_and_everything_can_be_reached_by_keys(form, page):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import pytest
 
 import sinkgd.lab.report
 from lab.report.synthetic import write_likely_run, write_run
+from sinkgd.lab.bench.charts import stacked_bars
 from sinkgd.lab.commands.report import Report
 from sinkgd.lab.report import ReportError, analyze, build_page, write_page
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.curves import mean_validation_curve, training_curve
 from sinkgd.lab.report.identity import identify
 from sinkgd.lab.report.settings import compare_settings
-from sinkgd.lab.results import ResultsError
+from sinkgd.lab.results import Memory, ResultsError
 
 PUBLISHED = {f"published-llama-{size}" for size in ("60m", "130m", "350m", "1b")}
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & 'x' \"y\" {{ 7*7 }}"
@@ -260,3 +262,48 @@ def luminance(color):
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_words_in_two_lines_have_room_between_the_bars(tmp_path):
+    names = ["adamw", "sinkgd", "sinkgd-with-a-long-name"]
+    runs = [write_run(tmp_path, name, {10: 5.0, 20: 4.0}) for name in names]
+    analysis = analyze(runs, "adamw")
+    figures = [chart.figure for chart in bar_charts(analysis, identify(analysis))]
+    figures.append(stacked_bars(names, ["21.8 GiB, does not fit"] * 3, [("state", 1.0, [1, 2, 3])]))
+    tokens, throughput = figures[:2]
+    assert tokens["layout"]["height"] == throughput["layout"]["height"]  # they stand side by side
+    wrapped = 0
+    for figure in figures:
+        row = (figure["layout"]["height"] - 120) / len(names)  # the rest is for axis and legend
+        bars = [bar for bar in figure["data"] if bar["type"] == "bar" and "width" in bar]
+        ends = [y + bar["width"] / 2 for bar in bars for y in bar["y"]]
+        for words in figure["layout"]["annotations"][1:]:
+            room = row * (words["y"] - max(end for end in ends if end < words["y"]))
+            lines = 1 + words["text"].count("<br>")
+            assert room > 18 * lines, words["text"]
+            wrapped += lines > 1
+    assert wrapped >= 2
+
+
+@pytest.mark.parametrize(("scale", "unit"), [(1, "KiB"), (2**10, "MiB"), (2**20, "GiB")])
+def test_bars_have_the_unit_of_their_words(runs, scale, unit):
+    memory = Memory(*(scale * 2**10 * size for size in (2, 2, 4, 9)))
+    analysis = analyze(runs, "adamw")
+    recipes = tuple(replace(recipe, memory=memory) for recipe in analysis.recipes)
+    charts = bar_charts(replace(analysis, recipes=recipes), identify(analysis))
+    figures = {chart.key: chart.figure for chart in charts}
+    for key, expected in (("memory", 8), ("peak-memory", 9)):
+        layout = figures[key]["layout"]
+        assert layout["xaxis"]["title"]["text"] == unit
+        assert layout["annotations"][0]["text"].endswith(f"\xa0{unit}")
+        assert sum(bar["x"][0] or 0 for bar in figures[key]["data"]) == expected
+    assert figures["step-time"]["layout"]["xaxis"]["title"]["text"] == "seconds"
+
+
+def test_a_mean_over_some_of_the_runs_says_so(tmp_path):
+    runs = [write_run(tmp_path, "adamw", {10: 5.0, 20: 4.0}, seed=seed) for seed in (0, 1)]
+    runs += [write_run(tmp_path, "sinkgd", {10: 4.5, 20: end}, seed=i)
+             for i, end in enumerate((3.9, 4.1))]  # fmt: skip
+    analysis = analyze(runs, "adamw")
+    chart = bar_charts(analysis, identify(analysis))[0]
+    assert chart.description.endswith(", 1 of 2 runs.")

@@ -126,6 +126,31 @@ def test_no_words_of_a_chart_are_cut_off(visit, width):
     assert cut == []
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_table_is_wider_than_its_place(visit, width):
+    page = visit(width, "light").page
+    page.eval_on_selector_all("details", "nodes => nodes.forEach(node => { node.open = true; })")
+    wide = "nodes => nodes.filter(n => n.scrollWidth > n.clientWidth).map(n => n.textContent)"
+    selector = ".scroll, pre" if width == 390 else ".scroll:not(details .scroll)"
+    assert page.eval_on_selector_all(selector, wide) == []
+
+
+def test_a_value_on_a_phone_stands_at_the_right_and_in_one_piece(visit):
+    cells = visit(390, "light").page.eval_on_selector_all(
+        "td[data-label]",
+        """cells => cells.filter(cell => cell.offsetHeight && cell.textContent.trim()).map(cell => {
+            const words = document.createRange();
+            words.selectNodeContents(cell);
+            const boxes = [...words.getClientRects()];
+            const { left, right } = words.getBoundingClientRect();
+            const holes = right - left - boxes.reduce((sum, box) => sum + box.width, 0);
+            return [cell.textContent, cell.getBoundingClientRect().right - right, holes];
+        })""",
+    )
+    assert len(cells) > 100
+    assert [cell for cell in cells if cell[1] > 2 or cell[2] > 12] == []
+
+
 def test_the_themes_differ_and_the_charts_follow(visit):
     grounds, inks = set(), set()
     for theme in THEMES:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sinkgd.lab.bench.quartiles import Quartiles
-from sinkgd.lab.report.charts import Figure, axis, layout, row_words, rows_axis
+from sinkgd.lab.report.charts import Figure, axis, layout, row_height, row_words, rows_axis
 
 _ROW = 54  # CSS pixels
 _MARKS = 0.16  # of a row: how far the marks lie below its middle
@@ -76,6 +76,10 @@ def stacked_bars(
         unit: Of the lengths.
     """
     longest = max((sum(lengths) for lengths in zip(*(p[2] for p in parts), strict=True)), default=1)
+    annotations = [
+        row_words(html.escape(row), word, i - _WORDS)
+        for i, (row, word) in enumerate(zip(rows, words, strict=True))
+    ]
     return {
         "data": [
             {
@@ -91,15 +95,12 @@ def stacked_bars(
             for name, strength, lengths in parts
         ],
         "layout": layout(
-            120 + _ROW * len(rows),
+            120 + row_height(_ROW, annotations) * len(rows),
             xaxis=axis(unit, range=[0, 1.03 * (longest or 1)], fixedrange=True),
             yaxis=rows_axis(len(rows)),
             barmode="stack",
             dragmode=False,
-            annotations=[
-                row_words(html.escape(row), word, i - _WORDS)
-                for i, (row, word) in enumerate(zip(rows, words, strict=True))
-            ],
+            annotations=annotations,
         ),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sinkgd.lab.experiments.results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study import Axis, Point, point_words
-from sinkgd.lab.report.charts import Chart, Figure, axis, layout, row_words, rows_axis
+from sinkgd.lab.report.charts import Chart, Figure, axis, layout, row_height, row_words, rows_axis
 from sinkgd.lab.report.identity import Identity
 from sinkgd.lab.report.quantities import loss
 
@@ -152,17 +152,17 @@ def rows_figure(
     for row, (name, values, _) in enumerate(rows):
         if values:
             data += _seeds_and_mean(row + _BELOW, values, identities[name])
+    annotations = [
+        row_words(identities[name].label, words, i) for i, (name, _, words) in enumerate(rows)
+    ]
     return {
         "data": data,
         "layout": layout(
-            110 + _ROW * len(rows),
+            110 + row_height(_ROW, annotations) * len(rows),
             xaxis=along,
             yaxis=rows_axis(len(rows)),
             dragmode=False,
-            annotations=[
-                row_words(identities[name].label, words, i)
-                for i, (name, _, words) in enumerate(rows)
-            ],
+            annotations=annotations,
         ),
     }
 
@@ -191,6 +191,7 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
         return None
     data = [_grid_row(row, one, identities[one.arm.name]) for row, one in enumerate(arms)]
     words = [(identities[one.arm.name].label, point_words(_searched(one))) for one in arms]
+    annotations = [row_words(*pair, i) for i, pair in enumerate(words)]
     return Chart(
         key="grids",
         title="The grids",
@@ -201,11 +202,11 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
         figure={
             "data": data,
             "layout": layout(
-                110 + _ROW * len(arms),
+                110 + row_height(_ROW, annotations) * len(arms),
                 xaxis=axis("nats per token", fixedrange=True),
                 yaxis=rows_axis(len(arms)),
                 dragmode=False,
-                annotations=[row_words(*pair, i) for i, pair in enumerate(words)],
+                annotations=annotations,
             ),
         },
         share=1,

@@ -37,13 +37,14 @@ def plan_page(question: Question, answer: Answer, command: str) -> str:
     """Make the page."""
     ladder = ladder_sheet(answer)
     sheets = plan_sheets(question, answer)
+    lines = answer_lines(question, answer)
     return render(
         _TEMPLATE,
         title=f"sinkgd plan: {question.work.architecture.name}",
         charts=[_memory_chart(answer), _time_chart(answer)],
         filters={},
         content=_Content(
-            headline=" ".join(answer_lines(question, answer)[:2]),
+            headline=" ".join(lines[:1] if answer.of(question.method.name).fits else lines[:2]),
             first=[sheets[0]],
             sheets=[sheet for sheet in sheets[1:] if sheet != ladder] + [ladder],
         ),
@@ -86,6 +87,8 @@ def _memory_chart(answer: Answer) -> Chart:
 def _time_chart(answer: Answer) -> Chart:
     methods = sorted(answer.methods, key=lambda one: one.time.step)
     words = [seconds(one.time.step) for one in methods]
+    in_seconds = max(one.time.step for one in methods) >= 1
+    scale, unit = (1, "seconds") if in_seconds else (1000, "milliseconds")
     waits = [max(0.0, one.time.sharding - one.time.compute) for one in methods]
     return Chart(
         key="time",
@@ -97,19 +100,22 @@ def _time_chart(answer: Answer) -> Chart:
             [one.title for one in methods],
             words,
             [
-                ("compute", 1.0, [one.time.compute for one in methods]),
+                ("compute", 1.0, [scale * one.time.compute for one in methods]),
                 (
                     "messages",
                     0.6,
-                    [w + one.time.tensor_parallel for w, one in zip(waits, methods, strict=True)],
+                    [
+                        scale * (w + one.time.tensor_parallel)
+                        for w, one in zip(waits, methods, strict=True)
+                    ],
                 ),
                 (
                     "update",
                     0.3,
-                    [one.time.update + one.time.optimizer_messages for one in methods],
+                    [scale * (one.time.update + one.time.optimizer_messages) for one in methods],
                 ),
             ],
-            unit="seconds",
+            unit=unit,
         ),
     )
 

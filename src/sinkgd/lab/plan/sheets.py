@@ -27,20 +27,26 @@ def headline(question: Question, answer: Answer) -> str:
 
 def answer_lines(question: Question, answer: Answer) -> tuple[str, ...]:
     """Say whether it fits, on how many devices, with which method, and how to make it fit."""
-    chosen, ranks = answer.of(question.method.name), question.grid.ranks
+    chosen = answer.of(question.method.name)
     verb = "FITS" if chosen.fits else "DOES NOT FIT"
-    devices = f"{ranks:,} × {question.device.title}"
+    devices = _devices(question)
+    least, baseline = (_fewest(one, question) for one in (chosen, answer.of(_BASELINE)))
+    other = ", as AdamW does" if least == baseline else f", AdamW {baseline}"
+    needs = f"it needs {least}{'' if chosen.name == _BASELINE else other}"
     fitting = [one.title for one in answer.methods if one.fits]
     others = sorted(answer.methods, key=lambda one: one.fewest_devices or math.inf)
     listed = "; ".join(f"{one.title}: {_fewest(one, question)}" for one in others)
     return (
-        f"{question.work.architecture.name} with {chosen.title} {verb} on {devices}; "
-        f"it needs {_fewest(chosen, question)}, "
-        f"AdamW {_fewest(answer.of(_BASELINE), question)}.",
+        f"{question.work.architecture.name} with {chosen.title} {verb} on {devices}; {needs}.",
         f"Methods that fit on {devices}: {'; '.join(fitting) or 'none'}.",
         f"Devices needed: {listed}.",
         *([] if chosen.fits else [_remedy(question, chosen)]),
     )
+
+
+def _devices(question: Question) -> str:
+    words = question.device.title.replace(" ", NO_BREAK)
+    return f"{question.grid.ranks:,}{NO_BREAK}×{NO_BREAK}{words}"
 
 
 def _fewest(one: MethodPlan, question: Question) -> str:
@@ -93,9 +99,10 @@ def memory_sheet(question: Question, answer: Answer) -> Sheet:
     moment = answer.of(question.method.name).memory.moment
     return Sheet(
         title="Memory of a rank, GiB",
-        note=f"{_described(question)}. It fits below {size(answer.limit_bytes)}. Parts at the "
-        f"moment of the peak, for {question.method.title}: {moment}. Logits: with all that the "
-        "loss makes of them. In transit: whole blocks and gradients that FSDP gathers and reduces.",
+        note=f"{_described(question)}. ◂: the method that was asked for. A method fits below "
+        f"{size(answer.limit_bytes)}. Parts at the moment of the peak, for "
+        f"{question.method.title}: {moment}. Logits: with all that the loss makes of them. "
+        "In transit: whole blocks and gradients that FSDP gathers and reduces.",
         columns=(
             "method",
             "peak",
@@ -130,9 +137,10 @@ def time_sheet(question: Question, answer: Answer) -> Sheet:
         for one in answer.methods
     )
     return Sheet(
-        title=f"Time of a step, estimated, on {question.grid.ranks:,} × {question.device.title}",
-        note=f"Assumed: products at {percent(question.mfu)} of the peak, FSDP's messages in the "
-        f"shadow of compute, no latency. Days for {count(question.tokens)} tokens. "
+        title=f"Time of a step, estimated, on {_devices(question)}",
+        note=f"Assumed: products at {percent(question.mfu)} of the peak, FSDP's messages hidden "
+        "behind compute where they are shorter, no latency. "
+        f"Days for {count(question.tokens)} tokens. "
         "The time says nothing of how many tokens a method needs.",
         columns=(
             "method",

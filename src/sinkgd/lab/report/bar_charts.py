@@ -8,14 +8,22 @@ from typing import Any
 
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis
-from sinkgd.lab.report.charts import SOFT, Chart, Figure, axis, layout, row_words, rows_axis
+from sinkgd.lab.report.charts import (
+    SOFT,
+    Chart,
+    Figure,
+    axis,
+    layout,
+    row_height,
+    row_words,
+    rows_axis,
+)
 from sinkgd.lab.report.identity import Identity
 from sinkgd.lab.report.summary import RecipeSummary, Spread
 from sinkgd.lab.results import Memory
 
 Identities = dict[str, Identity]
 
-_MIB = 1024**2
 _REMADE = "This chart remakes a part of figure 1 of the SinkGD paper with the runs of this page."
 _ROW = 66  # CSS pixels of a recipe's row: its words, and its bar below them
 _THICKNESS = 0.46  # of a row
@@ -27,6 +35,10 @@ def bar_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
     charts = []
     if analysis.comparisons and len(analysis.recipes) > 1:
         charts += [_tokens_to_reach(analysis, identities), _throughput(analysis, identities)]
+        # They stand side by side, and one whose words need two lines has taller rows.
+        height = max(chart.figure["layout"]["height"] for chart in charts)
+        for chart in charts:
+            chart.figure["layout"]["height"] = height
     if any(recipe.memory for recipe in analysis.recipes):
         charts += [_memory(analysis, identities), _peak(analysis, identities)]
     if any(recipe.step_seconds and recipe.optimizer_share for recipe in analysis.recipes):
@@ -38,7 +50,7 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
     recipes = [one for one in analysis.recipes if one.finished]
     spreads = [analysis.comparisons[one.name].token_fraction for one in recipes]
     means = [100 * spread.mean if spread else 0.0 for spread in spreads]
-    words = [quantities.percent(s.mean) if s else "not reached" for s in spreads]
+    words = [_reached(*pair) for pair in zip(recipes, spreads, strict=True)]
     colors = [identities[recipe.name].color for recipe in recipes]
     seeds = any(spread.count > 1 for spread in spreads if spread)
     longest = max(100 * spread.high if spread else 0.0 for spread in spreads)
@@ -54,11 +66,18 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
             "data": [_bars(means, colors), _whiskers(spreads)],
             "layout": _layout(
                 _length_axis("% of the baseline’s tokens", longest),
-                rows=len(recipes),
                 annotations=_words(recipes, identities, words),
             ),
         },
     )
+
+
+def _reached(recipe: RecipeSummary, spread: Spread | None) -> str:
+    if spread is None:
+        return "not reached"
+    runs = len(recipe.finished)
+    some = "" if spread.count == runs else f", {spread.count} of {runs} runs"
+    return quantities.percent(spread.mean) + some
 
 
 def _throughput(analysis: Analysis, identities: Identities) -> Chart:
@@ -88,7 +107,6 @@ def _throughput(analysis: Analysis, identities: Identities) -> Chart:
             ],
             "layout": _layout(
                 _length_axis("tokens per second", max(raw + effective), tickformat="~s"),
-                rows=len(recipes),
                 barmode="overlay",
                 annotations=_words(recipes, identities, words),
             ),
@@ -110,6 +128,7 @@ def _memory(analysis: Analysis, identities: Identities) -> Chart:
         ("state", 1.0, lambda memory: memory.state_bytes),
     )
     held = [sum(part(memory) for _, _, part in parts) for _, memory in found]
+    unit, unit_bytes = _unit(max(held))
     words = [quantities.size(value) for value in held]
     return Chart(
         key="memory",
@@ -120,14 +139,13 @@ def _memory(analysis: Analysis, identities: Identities) -> Chart:
         figure={
             "data": [
                 *(
-                    _bars([part(memory) / _MIB for _, memory in found], _tinted(colors, tint))
+                    _bars([part(memory) / unit_bytes for _, memory in found], _tinted(colors, tint))
                     for _, tint, part in parts
                 ),
                 *(_legend_entry(name, tint) for name, tint, _ in parts),
             ],
             "layout": _layout(
-                _length_axis("MiB", max(held) / _MIB),
-                rows=len(recipes),
+                _length_axis(unit, max(held) / unit_bytes),
                 barmode="stack",
                 annotations=_words(recipes, identities, words),
             ),
@@ -140,6 +158,8 @@ def _peak(analysis: Analysis, identities: Identities) -> Chart:
     found = [(one, one.memory.peak_bytes) for one in analysis.recipes if one.memory]
     recipes = [recipe for recipe, _ in found]
     words = [quantities.size(peak) for _, peak in found]
+    longest = max(peak for _, peak in found)
+    unit, unit_bytes = _unit(longest)
     colors = [identities[recipe.name].color for recipe in recipes]
     return Chart(
         key="peak-memory",
@@ -147,10 +167,9 @@ def _peak(analysis: Analysis, identities: Identities) -> Chart:
         caption="The most ever held: by the whole process on a CPU, by the allocator on a GPU.",
         description=_describe("Peak", recipes, words),
         figure={
-            "data": [_bars([peak / _MIB for _, peak in found], colors)],
+            "data": [_bars([peak / unit_bytes for _, peak in found], colors)],
             "layout": _layout(
-                _length_axis("MiB", max(peak for _, peak in found) / _MIB),
-                rows=len(recipes),
+                _length_axis(unit, longest / unit_bytes),
                 annotations=_words(recipes, identities, words),
             ),
         },
@@ -160,13 +179,13 @@ def _peak(analysis: Analysis, identities: Identities) -> Chart:
 
 def _step_time(analysis: Analysis, identities: Identities) -> Chart:
     found = [
-        (one, 1000 * one.step_seconds.mean, one.optimizer_share.mean)
+        (one, one.step_seconds.mean, one.optimizer_share.mean)
         for one in analysis.recipes
         if one.step_seconds and one.optimizer_share
     ]
     recipes = [recipe for recipe, _, _ in found]
     colors = [identities[recipe.name].color for recipe in recipes]
-    words = [f"{quantities.percent(s)} of {quantities.duration(t / 1000)}" for _, t, s in found]
+    words = [f"{quantities.percent(s)} of {quantities.duration(t)}" for _, t, s in found]
     return Chart(
         key="step-time",
         title="Time in a step",
@@ -181,8 +200,7 @@ def _step_time(analysis: Analysis, identities: Identities) -> Chart:
                 _legend_entry("the rest", SOFT),
             ],
             "layout": _layout(
-                _length_axis("milliseconds", max(step for _, step, _ in found)),
-                rows=len(recipes),
+                _length_axis("seconds", max(step for _, step, _ in found)),
                 barmode="stack",
                 annotations=_words(recipes, identities, words),
             ),
@@ -191,10 +209,22 @@ def _step_time(analysis: Analysis, identities: Identities) -> Chart:
     )
 
 
-def _layout(x: Figure, *, rows: int, **options: Any) -> Figure:
+def _layout(x: Figure, *, annotations: Sequence[Figure], **options: Any) -> Figure:
+    rows = len(annotations)
     return layout(
-        110 + _ROW * rows, **{"xaxis": x, "yaxis": rows_axis(rows), "dragmode": False, **options}
+        110 + row_height(_ROW, annotations) * rows,
+        xaxis=x,
+        yaxis=rows_axis(rows),
+        dragmode=False,
+        annotations=annotations,
+        **options,
     )
+
+
+def _unit(longest: float) -> tuple[str, int]:
+    """Return the unit that the words have for so many bytes, and how many bytes it is."""
+    name = quantities.size(longest).split(quantities.NO_BREAK)[1]
+    return name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name)
 
 
 def _length_axis(title: str, longest: float, **options: Any) -> Figure:

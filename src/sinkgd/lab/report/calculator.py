@@ -166,9 +166,11 @@ class CalculatorBlock:
     def memory_sentence(self) -> str:
         """The main result: memory and devices of SinkGD against AdamW."""
         first, own = self.memory[0], next(one for one in self.memory if one.rule.method == "SinkGD")
+        same = own.devices == first.devices
+        other = ", as AdamW does" if same else f" instead of {first.devices:,}"
         return (
             f"{own.rule.method} holds {amount(own.gib)} GiB instead of {amount(first.gib)} GiB and "
-            f"needs {own.devices:,} × {self.inputs.device.title} instead of {first.devices:,}."
+            f"needs {own.devices:,} × {self.inputs.device.title}{other}."
         )
 
     @staticmethod

@@ -5,6 +5,7 @@ end in ``color``, or tints of one on the card such as ``"@ink:0.4"``; `page.js` 
 the theme's values.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ Figure = dict[str, Any]
 SOFT = 0.38  # tint of the part of a bar that is context
 CLEAR = "rgba(0,0,0,0)"
 _LETTERS = 36  # in a row that a phone has room for
+_SECOND_LINE = 24  # CSS pixels more of every row where words of one stand in two lines
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,13 @@ def row_words(name: str, words: str, y: float) -> Figure:
         "borderpad": 0,
         "font": {"color": "@ink", "size": 13.5},
     }
+
+
+def row_height(height: int, words: Sequence[Figure]) -> int:
+    """Return the height of each row in CSS pixels, with room for words in two lines.
+
+    Args:
+        height: Where all words stand in one line.
+        words: Of `row_words`.
+    """
+    return height + _SECOND_LINE * any("<br>" in one["text"] for one in words)

@@ -90,7 +90,7 @@
     const said = `“${label}” is ${input.value}${unit && " " + unit}`;
     if (validity.valid) return "";
     if (validity.badInput || validity.valueMissing) return `“${label}” has no number; give one.`;
-    if (validity.rangeOverflow) return `${said}; give at most ${max}.`;
+    if (validity.rangeOverflow) return `${said}; give at most ${Number(max).toLocaleString("en-US")}.`;
     if (validity.stepMismatch) return `${said}; give a whole number.`;
     if (min === "0") return `${said}; give 0 or more.`;
     return `${said}; give ${min === "1" ? "at least 1" : "a number above 0"}.`;
@@ -106,7 +106,7 @@
     const gib = (bytes) => amount(bytes / 2 ** 30);
     const whole = rows[0].bytes;
     for (const { row, bytes, devices } of rows) {
-      const saved = bytes === whole && row === rows[0].row ? "–" : `${gib(whole - bytes)} (${amount(100 * (1 - bytes / whole))} %)`;
+      const saved = bytes === whole && row === rows[0].row ? "–" : `${gib(whole - bytes)} (${amount(100 * (1 - bytes / whole))}\u00a0%)`;
       [gib(bytes), saved, devices.toLocaleString("en-US")].forEach((text, i) => {
         row.cells[i + 1].textContent = valid ? text : "–";
       });
@@ -114,14 +114,21 @@
     const own = rows.find(({ row }) => row.dataset.memory === "SinkGD");
     form.querySelector('output[name="memory"]').textContent = valid
       ? `SinkGD holds ${gib(own.bytes)} GiB instead of ${gib(whole)} GiB and needs ` +
-        `${own.devices.toLocaleString("en-US")} × ${device.title} instead of ${rows[0].devices.toLocaleString("en-US")}.`
+        `${own.devices.toLocaleString("en-US")} × ${device.title}` +
+        (own.devices === rows[0].devices ? ", as AdamW does." : ` instead of ${rows[0].devices.toLocaleString("en-US")}.`)
       : "";
   };
 
   const show = () => {
     const inputs = [...form.querySelectorAll("input")];
-    for (const input of inputs) input.setAttribute("aria-invalid", String(!input.validity.valid));
-    const problems = inputs.map(problemOf).filter((text) => text !== "");
+    const problems = [];
+    for (const input of inputs) {
+      const problem = problemOf(input);
+      input.setAttribute("aria-invalid", String(problem !== ""));
+      if (problem) problems.push(problem);
+      if (problem) input.closest(".field").dataset.problem = problem;
+      else delete input.closest(".field").dataset.problem;
+    }
     const valid = problems.length === 0;
     const alert = form.querySelector(".problem");
     alert.hidden = valid;
@@ -141,6 +148,7 @@
       });
     }
     const part = valid ? candidate.hours / baseline.hours : 1;
+    form.querySelector(".bars").style.visibility = valid ? "" : "hidden";
     form.querySelector('[data-bar="baseline"]').style.setProperty("--part", Math.min(1, 1 / part));
     form.querySelector('[data-bar="candidate"]').style.setProperty("--part", Math.min(1, part));
     form.querySelector("th[data-name]").textContent = name;

@@ -67,7 +67,13 @@ def _chart(size: Size, column: int) -> Chart:
                     tickangle=0,
                     fixedrange=True,
                 ),
-                yaxis=axis("", type="log", range=list(view), fixedrange=True, **_ticks(low, high)),
+                yaxis=axis(
+                    "perplexity",
+                    type="log",
+                    range=list(view),
+                    fixedrange=True,
+                    **_ticks(low, high),
+                ),
                 dragmode=False,
                 annotations=_names(groups, view),
             ),
@@ -162,7 +168,7 @@ def _start(cluster: Sequence[float], least: float) -> float:
 
 def _name(point: _Point, moved: float, side: Side) -> Figure:
     strong = point.color == "@series-1"
-    across = {"left": -10, "right": 10}.get(side, 0)
+    across = {"left": -8, "right": 8}.get(side, 0)
     upright = {"above": -18, "below": 19}.get(side, round(moved, 1))
     return {
         "text": f"<b>{point.label}</b>" if strong else point.label,
