@@ -183,4 +183,3 @@ def test_it_fits_on_the_fewest_devices_and_on_no_fewer(capsys, method):
 
     fewest = {"sinkgd": 2, "adamw": 4}[method]
     assert (plan_on(fewest), plan_on(fewest // 2)) == (True, False)
-
