@@ -25,6 +25,19 @@ LONG = (
 )
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the CPU loops once: other workers, and ranks that they start, then read them.
+
+    Now, for the search for doctests imports their modules, and each worker would compile its own.
+    """
+    starts_workers = session.config.getoption("numprocesses", None) and not hasattr(
+        session.config, "workerinput"
+    )
+    if not starts_workers and CpuBackend().missing() is None:
+        with FileLock(folder() / "tests.lock"):
+            jobs.compile_loops()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out repetitions in triton's interpreter, and slow tests where ``-m`` names none."""
     repeated = {item for item in items if isinstance(item, pytest.Function) and _repeats(item)}
@@ -56,14 +69,6 @@ def _repeats(item: pytest.Function) -> bool:
     if long or math.prod(callspec.params.get("shape", ())) > LARGE:
         return others or layout > 1
     return others and layout > 3
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_loops() -> None:
-    """Compile the CPU loops once: workers, and ranks that they start, then read them."""
-    if CpuBackend().missing() is None:
-        with FileLock(folder() / "tests.lock"):
-            jobs.compile_loops()
 
 
 @pytest.fixture(scope="session")

@@ -185,10 +185,10 @@ def test_the_demo_of_the_readme_is_the_recorded_one(tmp_path, capsys, monkeypatc
 
 STEPS = "2026-11-28-epyc"
 ROWS = {
-    "SinkGD, the default, with deflation": "deflated",
-    "SinkGD without deflation": "sinkgd-cpu",
-    "SGD, fused": "sgd-fused",
-    "a naive SinkGD loop": "naive-loop",
+    "SinkGD deflated, 15 directions (the default)": "deflated",
+    "SinkGD cpu L=5 (without deflation)": "sinkgd-cpu",
+    "SGD fused": "sgd-fused",
+    "public loop (a naive SinkGD)": "naive-loop",
     "Muon": "muon",
 }
 COLUMNS = [(w, d) for w in ("llama-1b-layer", "llama-60m") for d in ("float32", "bfloat16")]

@@ -107,6 +107,7 @@ def test_whatever_goes_wrong_is_a_row_and_not_the_end(tmp_path, at_once):
     assert "exit code 9" in by_item["dies", "crashed"]["why"]
 
 
+@pytest.mark.slow
 def test_a_section_ends_at_its_deadline_and_says_what_it_left_out(tmp_path):
     rows, took = try_section(tmp_path, ["fine", *["naps"] * 200], 6)
     assert took < 6 + GRACE + 5

@@ -124,9 +124,8 @@ def graphs(kind, lrs, *, tensor_lr):
     return counter.frame_count
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("sinkgd", marks=pytest.mark.slow), "sinkgd-stateless"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sinkgd", "sinkgd-stateless"])
 def test_a_new_tensor_learning_rate_needs_no_new_graph(kind):
     steady = graphs(kind, (0.1, 0.1), tensor_lr=True)  # the first step makes AdamW's state
     assert graphs(kind, (0.1, 0.05, 0.02, 0.01), tensor_lr=True) == steady

@@ -25,7 +25,7 @@ from sinkgd.optim.partition import DEFLATED_RANK
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted(ROOT.glob("benchmarks/studies/*/study.jsonl"))
-RUNS = sorted(ROOT.glob("benchmarks/demo/*/*.jsonl")) + sorted(
+RUNS = sorted(ROOT.glob("benchmarks/demo/2026-11-26/*.jsonl")) + sorted(
     ROOT.glob("benchmarks/learning_rates/2026-11-26-*.jsonl")
 )
 

@@ -61,6 +61,7 @@ def walked_on_two(size):
     return weights, [(most_held(x), x.to_local().numel()) for x in pieces]
 
 
+@pytest.mark.slow
 def test_ranks_take_the_same_ones_whatever_they_hold():
     together, few = on_ranks(2, walked_on_two, 1 << 20), on_ranks(2, walked_on_two, 300)
     for (weights, _), (others, _) in zip(together, few, strict=True):

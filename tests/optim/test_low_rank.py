@@ -92,6 +92,7 @@ def updates_on_a_mesh():
     return [-param.detach().full_tensor() for param in params]
 
 
+@pytest.mark.slow
 def test_a_mesh_takes_the_same_step_whatever_the_rank():
     whole = [update(of_rank(shape, rank)).float() for shape, rank in MESH_GRADS]
     for found in on_ranks(4, updates_on_a_mesh):

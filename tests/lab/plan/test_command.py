@@ -124,6 +124,7 @@ def test_the_answer_comes_first_and_no_table_is_wider_than_the_terminal(
     assert f"({len(METHODS) if every else 6}/{len(METHODS) if every else 6})" in shown.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "needed", "remedy"),
     [

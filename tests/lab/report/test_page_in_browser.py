@@ -151,6 +151,7 @@ def test_a_value_on_a_phone_stands_at_the_right_and_in_one_piece(visit):
     assert [cell for cell in cells if cell[1] > 2 or cell[2] > 12] == []
 
 
+@pytest.mark.slow
 def test_the_themes_differ_and_the_charts_follow(visit):
     grounds, inks = set(), set()
     for theme in THEMES:

@@ -13,7 +13,7 @@ from torch import nn
 from sinkgd.lab.data import Batches, DataError, TokenDataset
 from sinkgd.lab.models import ModelError, build_model
 from sinkgd.lab.results import Run
-from sinkgd.lab.train import loop, run, saver
+from sinkgd.lab.train import loop, run, saver, setup
 from sinkgd.lab.train.config import (
     ConfigError,
     DataConfig,
@@ -299,7 +299,21 @@ def test_text_files_are_prepared_and_said_so(config, tmp_path, monkeypatch):
     text = DataConfig(corpus=str(tmp_path / "texts"), vocab_size=300)
     said: list[str] = []
     train(replace(config, data=text), tmp_path / "run", say=said.append)
-    assert [line.split()[0] for line in said] == ["training", "tokenizing"]
+    assert [line.split()[0] for line in said if not line.startswith("note:")] == [
+        "training",
+        "tokenizing",
+    ]
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(400, 32), (1, 10**6), (400, 10**6), (1, 32)])
+def test_a_text_that_is_shorter_than_asked_is_said(config, steps, tokens):
+    config = change(change(config, "training", steps=steps), "evaluation", tokens=tokens)
+    job = setup.set_up(resolve(config), pytest.fail)
+    notes = list(run._notes_on_text(job))
+    passes = [note for note in notes if "reads its text" in note]
+    scored = [note for note in notes if f"all {job.validation.tokens:,} tokens" in note]
+    assert (len(passes), len(scored)) == (steps == 400, tokens == 10**6)
+    assert len(passes) + len(scored) == len(notes)
 
 
 def test_after_a_change_of_vocabulary_the_loss_jumps_and_until_then_nothing_differs(

@@ -32,6 +32,12 @@ def holds_loops() -> bool:
     return any(folder().rglob("*.nbc"))
 
 
+def loops_are_kept() -> bool:
+    """Say whether other processes will find what this one compiles."""
+    folder()
+    return not _temporary.cache_info().currsize
+
+
 @cache
 def folder() -> Path:
     """Return the first folder that can be written: numba's, the package's, the user's, a new one.

@@ -20,6 +20,7 @@ class Train:
 
     For example:
       sinkgd train --out runs/first
+      sinkgd report runs/first     (a table and a page of the run)
       sinkgd train --out runs/swan --optimizer.recipe swan --optimizer.matrix-lr 0.002
       sinkgd train --config runs/first/config.toml --out runs/longer --training.steps 2000
     """

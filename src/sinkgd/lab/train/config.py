@@ -27,7 +27,8 @@ class ModelConfig:
     """The model."""
 
     preset: str = "llama-nano"
-    """Name of the model's sizes, e.g. llama-nano, llama-60m, gpt2-124m, lens-121m."""
+    """Name of the model's sizes, e.g. llama-nano-64 (the smallest), llama-nano, llama-60m,
+    gpt2-124m, lens-121m."""
     vocab_size: int | None = None
     """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has. Fewer
     will do where the text has no id beyond them: 32000 for T5's 32,100."""

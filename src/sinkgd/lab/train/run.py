@@ -89,9 +89,26 @@ def train(
                 for note in notes_on_environment(begun, _environment(job)):
                     say(note)
                 _restore(job, folder, say)
+            else:
+                for note in _notes_on_text(job):
+                    say(note)
             return _run(job, folder, admission, say)
         except Exception as error:  # noqa: BLE001  raised again, or its reason
             raise world.explain(error) from error.__cause__
+
+
+def _notes_on_text(job: Job) -> Iterator[str]:
+    """Say where the text is shorter than what the run asks of it."""
+    training, asked = job.config.training, job.config.evaluation.tokens
+    if not training.one_batch:
+        passes = training.steps * training.batch_size / job.batches.rows_per_epoch
+        if passes > 1:
+            yield f"note: the run reads its text {passes:.1f} times"
+    if job.config.data.packing == "concat" and job.validation.tokens < asked:
+        yield (
+            f"note: evaluations score all {job.validation.tokens:,} tokens of held-out text, fewer "
+            f"than evaluation.tokens ({asked:,})"
+        )
 
 
 def _say_nothing(_message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from sinkgd import kernels
-from sinkgd.kernels.cpu.cache import holds_loops
+from sinkgd.kernels.cpu.cache import holds_loops, loops_are_kept
 from sinkgd.kernels.cpu.jobs import compile_loops
 from sinkgd.lab.data import (
     Batches,
@@ -153,7 +153,8 @@ def compile_loops_of(
     if all(kernels.select(name, device).name != "cpu" for name in names):
         return
     if not holds_loops():
-        say("compiling the loops of the optimizer for this processor (once; they are cached)")
+        kept = "once; they are cached" if loops_are_kept() else "no folder can keep them"
+        say(f"compiling the loops of the optimizer for this processor ({kept})")
     compile_loops()
 
 
