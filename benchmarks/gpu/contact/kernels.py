@@ -94,16 +94,8 @@ def ncu_command(ncu: str, contender: str) -> list[str]:
     """
     script = Path(__file__).parent.parent / "first_contact.py"
     return [
-        *(
-            ncu,
-            "--clock-control",
-            "none",
-            "--cache-control",
-            "none",
-            "--profile-from-start",
-            "off",
-            "--csv",
-        ),
+        *(ncu, "--clock-control", "none", "--cache-control", "none"),
+        *("--profile-from-start", "off", "--csv"),
         *("--print-units", "base", "--launch-count", "60", "--metrics", ",".join(METRICS)),
         *(sys.executable, str(script), "--under-ncu", contender),
     ]

@@ -125,13 +125,8 @@ class RunEnd:
     message: str = ""  # the reason, where status is "failed"
 
 
-_TABLES = (
-    "model",
-    "data",
-    "training",
-    "mesh",
-    "optimizer",
-)  # of a configuration, which reports read
+# Of a configuration, what reports read.
+_TABLES = ("model", "data", "training", "mesh", "optimizer")
 
 Checked = TypeVar("Checked")
 Record = RunStart | TrainStep | Evaluation | ModelStatistics | Resume | RunEnd

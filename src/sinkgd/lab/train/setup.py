@@ -22,7 +22,7 @@ from sinkgd.lab.data import (
     shards_at,
 )
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
-from sinkgd.lab.models import build_model
+from sinkgd.lab.models import LanguageModel, build_model
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
@@ -111,17 +111,9 @@ def set_up(
         rank=mesh.part,
         world_size=mesh.parts,
     )
-    with torch.device("meta"):  # weights are drawn one by one, in the type they are kept in
-        model = build_model(
-            config.model.preset,
-            vocab_size=_vocab_size(config.model, manifest),
-            max_sequence_length=training.sequence_length,
-        )
-    shard_model(model.to(weight_dtype(training.precision)), mesh)
-    model.to_empty(device=mesh.device).initialize(training.seed)
-    model.recompute = training.recompute_activations
+    model = _initialized_model(config, manifest, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    world.first_before_others(lambda: compile_loops_of(optimizer, mesh.device, say))
+    world.first_before_others(lambda: _compile_loops_of(optimizer, mesh.device, say))
     content = content_of(manifest, model, optimizer)
     if begun is not None:
         check_content(begun, content)
@@ -139,7 +131,21 @@ def set_up(
     )
 
 
-def compile_loops_of(
+def _initialized_model(config: RunConfig, manifest: Manifest, mesh: Mesh) -> LanguageModel:
+    training = config.training
+    with torch.device("meta"):  # weights are drawn one by one, in the type they are kept in
+        model = build_model(
+            config.model.preset,
+            vocab_size=_vocab_size(config.model, manifest),
+            max_sequence_length=training.sequence_length,
+        )
+    shard_model(model.to(weight_dtype(training.precision)), mesh)
+    model.to_empty(device=mesh.device).initialize(training.seed)
+    model.recompute = training.recompute_activations
+    return model
+
+
+def _compile_loops_of(
     optimizer: Optimizer, device: torch.device, say: Callable[[str], None]
 ) -> None:
     """Compile the CPU backend's loops now, where the optimizer uses them.
