@@ -89,6 +89,7 @@ class _Content:
     sheets: Sequence[Sheet]  # below the charts
     first: Sequence[Sheet] = ()  # above them
     details: Sequence[Sheet] = ()  # folded
+    answers: Sequence[str] = ()  # sentences below the headline
     cautions: Sequence[str] = ()
 
 

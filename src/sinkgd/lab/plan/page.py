@@ -26,6 +26,7 @@ _TEMPLATE = Path(sinkgd.lab.bench.page.__file__).parent / "bench.html"
 @dataclass(frozen=True)
 class _Content:
     headline: str
+    answers: Sequence[str]
     sheets: Sequence[Sheet]
     footer: str = "Memory is counted on fake tensors; time is an estimate. Nothing was trained."
     first: Sequence[Sheet] = ()
@@ -37,14 +38,15 @@ def plan_page(question: Question, answer: Answer, command: str) -> str:
     """Make the page."""
     ladder = ladder_sheet(answer)
     sheets = plan_sheets(question, answer)
-    lines = answer_lines(question, answer)
+    fits, *answers = answer_lines(question, answer)
     return render(
         _TEMPLATE,
         title=f"sinkgd plan: {question.work.architecture.name}",
         charts=[_memory_chart(answer), _time_chart(answer)],
         filters={},
         content=_Content(
-            headline=" ".join(lines[:1] if answer.of(question.method.name).fits else lines[:2]),
+            headline=fits,
+            answers=answers,
             first=[sheets[0]],
             sheets=[sheet for sheet in sheets[1:] if sheet != ladder] + [ladder],
         ),
