@@ -32,7 +32,9 @@ ADAMW_OPTIONS = MappingProxyType[str, object]({"betas": (0.9, 0.999), "eps": 1e-
 class AdamW:
     """Decoupled weight decay and Adam (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101).
 
-    Two numbers of state an entry. One non-finite gradient holds back the whole group.
+    Two numbers of state an entry. One non-finite gradient holds back the whole group. As in torch,
+    entries of the gradient must stay below 1e19, whose squares are within float32's range; clip
+    larger ones.
     """
 
     options = ADAMW_OPTIONS
