@@ -37,8 +37,9 @@ def param_groups(
     """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
 
     Hidden matrices (linear and convolution weights inside the model's blocks) go to
-    ``matrix_algorithm`` at ``matrix_lr_scale * lr``. Embeddings, the output head, norms, biases,
-    depthwise convolutions, low-rank adapters and whatever is not recognized go to AdamW at ``lr``.
+    ``matrix_algorithm`` at ``matrix_lr_scale * lr``; so do experts, as stacks of matrices.
+    Embeddings, the output head, routers of experts, norms, biases, depthwise convolutions, low-rank
+    adapters and whatever is not recognized go to AdamW at ``lr``.
     The choice is made from module types and places, not from names; tied weights count once. Print
     `describe_param_groups` to see it.
 
