@@ -27,6 +27,7 @@ from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.arguments import (
     COMMON,
     as_groups,
+    check_initialized,
     check_keys,
     check_momentum,
     check_runs,
@@ -448,6 +449,7 @@ def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
 
 
 def _check_param(name: str, param: Tensor, group: Group, algorithm: Algorithm) -> None:
+    check_initialized(name, param)
     if not param.is_floating_point():
         raise TypeError(
             f"{name!r} is {param.dtype}; only real floating parameters can be normalized"

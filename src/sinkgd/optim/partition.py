@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.layout import dims_of
-from sinkgd.optim.arguments import options_of
+from sinkgd.optim.arguments import check_initialized, options_of
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers
 
@@ -80,9 +80,10 @@ def param_groups(
 
     Raises:
         TypeError: If ``model`` is no ``nn.Module``.
-        ValueError: If the model has no trainable parameter, ``lr`` or ``matrix_lr_scale`` is
-            negative, ``base_width`` is below 1, an override matches no parameter, an algorithm is
-            unknown, or ``deflated_rank`` is given and no group runs ``"sinkgd"``.
+        ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
+            ``lr`` or ``matrix_lr_scale`` is negative, ``base_width`` is below 1, an override
+            matches no parameter, an algorithm is unknown, or ``deflated_rank`` is given and no
+            group runs ``"sinkgd"``.
 
     Examples:
         >>> import torch, sinkgd
@@ -135,16 +136,19 @@ def param_groups(
 
 
 def check_model(model: object, function: str) -> None:
-    """Refuse what is no model.
+    """Refuse what is no model, and one with lazy modules that have not run.
 
     Raises:
         TypeError: With the call of ``function`` that is meant.
+        ValueError: With the name of a parameter that has no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{function} takes the model itself, an nn.Module, got {type(model).__name__}; write "
             f"{function}(model). Its parameters alone do not tell which of them are hidden matrices"
         )
+    for name, param in model.named_parameters():
+        check_initialized(name, param)
 
 
 def describe_param_groups(
