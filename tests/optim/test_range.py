@@ -123,3 +123,14 @@ def test_a_step_in_pieces_is_that_of_a_type_with_room(dim):
         for weight, kind, own in zip(weights, KINDS, found[name], strict=True):
             expected = weight.detach()
             assert_close(own.double(), expected, rtol=1e-3, atol=1e-4, msg=f"{name}, {kind}")
+
+
+@pytest.mark.parametrize("size", [1e140, 1e-140])
+@pytest.mark.parametrize("name", BUILDS)
+def test_float64_has_more_room(name, size):
+    weight = nn.Parameter(torch.zeros(SHAPE, dtype=torch.float64))
+    optimizer = BUILDS[name]([weight], lr=1e-3)
+    for _ in range(3):
+        weight.grad = gradient("largest").double() / LARGEST * size
+        optimizer.step()
+    assert weight.isfinite().all()

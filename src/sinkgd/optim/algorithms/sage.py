@@ -72,7 +72,8 @@ class Sage:
             return
         device = param.device
         state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        state["mean_size"] = torch.zeros(param.shape[-1], dtype=torch.float32, device=device)
+        wide = torch.promote_types(param.dtype, torch.float32)
+        state["mean_size"] = torch.zeros(param.shape[-1], dtype=wide, device=device)
         # 1 - β₂ to the number of steps
         state["weight_seen"] = torch.zeros((), dtype=torch.float32, device=device)
 
