@@ -75,6 +75,19 @@ def test_values_on_other_devices_are_stepped(mode, device):
     assert here.any()
 
 
+@builds
+def test_a_model_made_on_the_meta_device_is_trained_once_it_has_values(build):
+    model = nn.Linear(6, 8, bias=False, device="meta")
+    optimizer = build(list(model.parameters()), lr=1e-3)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    model.to_empty(device="cpu").weight.data.zero_()
+    optimizer.param_groups[0]["params"] = [*model.parameters()]
+    model.weight.grad = torch.eye(8, 6)
+    optimizer.step()
+    assert model.weight.any()
+
+
 @places
 def test_gradients_are_released(mode, device):
     with mode():
