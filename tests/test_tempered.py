@@ -40,6 +40,20 @@ def test_it_is_the_formula_at_every_scale(m, n, exponent, num_iters):
     assert_close(temper(grad, 0.1, num_iters).double(), expected, rtol=1e-4, atol=1e-5 * size)
 
 
+@pytest.mark.parametrize("num_iters", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(), (5,), (4, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_gradient_has_a_finite_update(shape, dtype, num_iters):
+    largest = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
+    assert temper(largest, num_iters=num_iters).isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_zero_rows_stay_zero_without_a_floor(eps):
+    update = temper(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), eps=eps)
+    assert update.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_the_update_has_the_size_of_the_gradient(scale):
     grad = draw(24, 40) * scale

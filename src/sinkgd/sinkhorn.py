@@ -29,7 +29,9 @@ def sinkhorn_scales(
 
     Args:
         grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified. Its scale does not
-            matter, from 1e-30 to 1e+30.
+            matter, from 1e-30 to 1e+30. Its rows, or its columns, may be 68 decades apart in
+            float32; the scales of still shorter ones stop at the end of its range, and what they
+            scale is shorter than the rest.
         num_iters: Iterations L, at least 1. The paper uses 5.
         tol: Stop after the first iteration, from the second on, that moves no row scale by more
             than ``tol``, relative: each matrix by itself. On a GPU the eager backend then waits for

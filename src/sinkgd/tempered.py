@@ -35,7 +35,8 @@ def temper(
         v_{ij} \leftarrow \frac{v_{ij}}{\max(\sum_i |v_{ij}|, \epsilon)}, \qquad
         v_{ij} \leftarrow \tanh(v_{ij} / \tau)
 
-    and then scaled to the root-mean-square that it had. A vector becomes
+    and then scaled to the root-mean-square that it had; an entry that would leave the range of its
+    type by that stops at its end. A vector becomes
     :math:`\tanh(v / (\tau \max(\sum |v|, \epsilon)))` and a scalar :math:`\tanh(v / \tau)`. Without
     iterations every shape becomes :math:`v / (\overline{|v|} + \epsilon)`.
 
@@ -91,12 +92,13 @@ def tempering(
     """
     v = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if num_iters == 0:
-        return v / ((yield from _mean_size(v)) + eps)
+        mean = yield from _mean_size(v)
+        return v / torch.where(mean == 0, 1, mean + eps).to(v.dtype)
     if v.ndim >= 2:
         return (yield from _temper_matrices(v, tau, num_iters, eps))
     if v.ndim == 1:
-        total = yield Sums(v.abs().sum(), "all")
-        return torch.tanh(v / total.clamp(min=eps) / tau)
+        total = yield Sums(v.abs().sum(dtype=torch.float64), "all")
+        return torch.tanh(_divided(v, total, eps) / tau)
     return torch.tanh(v / tau)
 
 
@@ -119,14 +121,26 @@ def _temper_matrices(
 ) -> Generator[Sums, Tensor, Tensor]:
     v = grad
     for _ in range(num_iters):
-        row_sums = yield Sums(v.abs().sum(-1, keepdim=True), "row")
-        v = v / row_sums.clamp(min=eps)
-        column_sums = yield Sums(v.abs().sum(-2, keepdim=True), "column")
-        v /= column_sums.clamp(min=eps)
-        v = (v / tau).tanh_()
+        row_sums = yield Sums(v.abs().sum(-1, keepdim=True, dtype=torch.float64), "row")
+        v = _divided(v, row_sums, eps)
+        column_sums = yield Sums(v.abs().sum(-2, keepdim=True, dtype=torch.float64), "column")
+        v = _divided(v, column_sums, eps)
+        v = v.div_(tau).tanh_()
     squares = yield Sums(torch.stack([_squares(grad), _squares(v)]), "all")
-    own, now = squares.unbind()
-    return v.mul_((own / torch.where(now == 0, 1, now)).sqrt().to(v.dtype))
+    # In float64 entries above 1e154 have squares beyond its range, and a shorter update.
+    own, now = squares.clamp(max=torch.finfo(torch.float64).max).unbind()
+    factor = (own / torch.where(now == 0, 1, now)).sqrt()
+    unit = torch.where(factor > 1, 2.0**64, 1.0).to(factor.dtype)  # the factor may be out of range
+    limit = torch.finfo(v.dtype).max
+    return v.mul_((factor / unit).to(v.dtype)).mul_(unit.to(v.dtype)).clamp_(-limit, limit)
+
+
+def _divided(v: Tensor, sums: Tensor, eps: float) -> Tensor:
+    """Return ``v`` divided by sums in float64, which may be beyond the range of its type."""
+    sums = torch.where(sums == 0, 1, sums.clamp(min=eps))
+    # A power of two: it changes no rounding.
+    unit = torch.where(sums > torch.finfo(v.dtype).max, 2.0**-64, 1.0).to(sums.dtype)
+    return (v * unit.to(v.dtype)).div_((sums * unit).to(v.dtype))
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -141,7 +155,8 @@ def _squares(x: Tensor) -> Tensor:
 
 def _mean_size(v: Tensor) -> Generator[Sums, Tensor, Tensor]:
     """Return the mean size of the entries of each matrix, or of a vector."""
-    sizes = v.abs().sum((-2, -1), keepdim=True) if v.ndim >= 2 else v.abs().sum()
+    dims = (-2, -1) if v.ndim >= 2 else ()
+    sizes = v.abs().sum(dims, keepdim=v.ndim >= 2, dtype=torch.float64)
     count = v.shape[-2:].numel() if v.ndim >= 2 else v.numel()
     sums = yield Sums(torch.stack([sizes, torch.full_like(sizes, count)]), "all")
     return sums[0] / sums[1]

@@ -17,6 +17,12 @@ SMALL = {
 }
 ONE_HEAD = {"num_key_value_heads": 1}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24}
+LLAMA4 = {
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "intermediate_size_mlp": 24,
+    "interleave_moe_layer_step": 2,  # every other layer has experts
+}
 SPEECH = {
     f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")
 }
@@ -66,6 +72,9 @@ MODELS = [
     ("GptOssForCausalLM", "GptOssConfig",
      {**SMALL, **ONE_HEAD, "head_dim": 8, "num_local_experts": 4},
      rf"layers\.\d\.({ATTENTION}\.weight|mlp\.experts\.(gate_up|down)_proj)"),
+    ("Llama4ForCausalLM", "Llama4TextConfig",
+     {**SMALL, **ONE_HEAD, **LLAMA4},
+     rf"layers\.\d\.({ATTENTION}\.weight|feed_forward\.((shared_expert\.)?\w+_proj\.weight|experts\.\w+))"),
     ("XLNetLMHeadModel", "XLNetConfig",
      {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 61},
      r"layer\.\d\.ff\.layer_[12]\.weight"),
@@ -114,10 +123,14 @@ def test_hidden_matrices_go_to_sinkgd_and_all_else_to_adamw(model, config, optio
     sinkgd.SinkGD(groups)
 
 
-def test_experts_that_are_stored_in_by_out_are_transposed():
-    """gpt-oss multiplies tokens by its experts from the right."""
-    options = {**SMALL, **ONE_HEAD, "head_dim": 8, "num_local_experts": 4}
-    made = transformers.GptOssForCausalLM(transformers.GptOssConfig(**options))
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [("GptOssForCausalLM", "GptOssConfig"), ("Llama4ForCausalLM", "Llama4TextConfig")],
+)
+def test_experts_that_are_stored_in_by_out_are_transposed(model, config):
+    """gpt-oss and Llama 4 multiply tokens by their experts from the right."""
+    options = {**SMALL, **ONE_HEAD, **LLAMA4}
+    made = getattr(transformers, model)(getattr(transformers, config)(**options))
     groups = sinkgd.param_groups(made)
     layouts = {name: group.get("layout") for group in groups for name, _ in group["params"]}
     for name, layout in layouts.items():

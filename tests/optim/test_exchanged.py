@@ -98,21 +98,48 @@ def test_a_parameter_that_became_float16_is_checked_again():
         optimizer.step()
 
 
-# torch's AdamW wants moments of the parameter's dtype.
+@every
 @pytest.mark.parametrize(
-    "case",
-    [case for case in OPTIMIZERS if case.name not in {*ELEMENTWISE, "AdamWSPAM"}],
+    ("dtype", "other"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+    ],
     ids=str,
 )
-def test_a_model_that_became_bfloat16_is_trained(case):
-    params = with_grads(weights())
+def test_a_model_that_changed_its_dtype_is_trained(case, dtype, other):
+    params = with_grads([nn.Parameter(param.detach().to(dtype)) for param in weights()])
     optimizer = case.build(named(params), lr=0.1)
     optimizer.step()
     for param in params:
-        param.grad, param.data = None, param.data.bfloat16()
+        param.grad, param.data = None, param.data.to(other)
     before = copy.deepcopy(with_grads(params))
     optimizer.step()
-    assert all(one.ne(other).any() for one, other in zip(params, before, strict=True))
+    assert all(one.ne(was).any() for one, was in zip(params, before, strict=True))
+    assert all(param.dtype == other for param in params)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adamw_goes_on_from_moments_of_another_dtype_as_after_loading(fused):
+    def walk(changed):
+        params = with_grads(weights())
+        groups = [{"params": params, "algorithm": "adamw", "fused": fused}]
+        optimizer = sinkgd.SinkGD(groups, lr=0.1)
+        optimizer.step()
+        for param in params:
+            param.grad, param.data = None, param.data.bfloat16()
+        if not changed:
+            loaded = sinkgd.SinkGD([{**groups[0], "params": params}], lr=0.1)
+            loaded.load_state_dict(optimizer.state_dict())
+            optimizer = loaded
+        with_grads(params)
+        optimizer.step()
+        return params
+
+    for one, other in zip(walk(changed=True), walk(changed=False), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", sorted(ELEMENTWISE))
@@ -125,6 +152,20 @@ def test_flat_pieces_are_as_good_where_entries_go_by_themselves(name):
     whole.step()
     flat.step()
     assert torch.equal(piece[0], one_flat_piece(params)[0])
+
+
+@every
+def test_a_parameter_of_a_lazy_module_is_refused_by_name(case):
+    lazy = nn.LazyLinear(5, bias=False)
+    message = "'proj.weight' .* run one forward pass first"
+    with pytest.raises(ValueError, match=message):
+        case.build([("proj.weight", lazy.weight)], lr=0.1)
+    optimizer = case.build([("proj.first", weights(1)[0])], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(
+            {**optimizer.param_groups[0], "params": [("proj.weight", lazy.weight)]}
+        )
+    assert len(optimizer.param_groups) == 1
 
 
 @every

@@ -400,3 +400,12 @@ def test_a_width_counts_the_inputs_of_a_transposed_linear():
 def test_a_width_below_one_is_refused():
     with pytest.raises(ValueError, match="base_width must be at least 1, got 0"):
         sinkgd.param_groups(nn.Linear(2, 2), base_width=0)
+
+
+@pytest.mark.parametrize("function", [sinkgd.param_groups, sinkgd.describe_param_groups])
+def test_a_lazy_module_is_refused_by_name_until_it_has_run(function):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(5))
+    with pytest.raises(ValueError, match=r"'1.weight' .* run one forward pass first"):
+        function(model)
+    model(torch.ones(2, 3))
+    function(model)

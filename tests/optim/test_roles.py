@@ -214,6 +214,59 @@ def test_heads_go_to_adamw_and_blocks_stay_what_they_are(head):
     assert {algorithm for algorithm, *_ in others.values()} == {"adamw"}
 
 
+# Experts ------------------------------------------------------------------------------------------
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.ones(4, 12, 8)), nn.Parameter(torch.ones(4, 8, 12))
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.proj = nn.LayerNorm(8, bias=False), nn.Linear(8, 4, bias=False)
+
+
+EXPERTS = {"list": lambda: nn.ModuleList([Expert() for _ in range(4)]), "stack": Stack}
+ROUTERS = {"linear": lambda: nn.Linear(8, 4, bias=False), "module": Router}
+
+
+def mixture(experts, router):
+    """Return blocks of attention, whose keys are as many as experts, a router and experts."""
+    block = nn.Module()
+    block.attention = nn.Module()
+    block.attention.q, block.attention.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+    block.router, block.experts = ROUTERS[router](), EXPERTS[experts]()
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(31, 8), nn.Linear(8, 31)
+    model.layers = nn.ModuleList([block])
+    return model
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("wrapper", [None, checkpoint_wrapper])
+def test_experts_are_matrices_and_their_router_is_not(experts, router, wrapper):
+    model = mixture(experts, router)
+    if wrapper is not None:
+        for name in ("router", "experts"):
+            block = model.layers[0]
+            setattr(block, name, wrapper(getattr(block, name)))
+    found = {name: algorithm for name, (algorithm, *_) in routed(model).items()}
+    inside = {name: where for name, where in found.items() if name.startswith("layers")}
+    assert {name for name, where in inside.items() if where == "adamw"} == {
+        name for name in inside if ".router." in name
+    }
+
+
 # Every layer of torch -----------------------------------------------------------------------------
 
 ARGUMENTS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from sinkgd.deflation import StoredProducts
 from sinkgd.kernels.backend import Lowered, Scales, Stack
 from sinkgd.kernels.layout import check_scales, check_start
-from sinkgd.kernels.level import level_
+from sinkgd.kernels.level import level_, scales_of
 from sinkgd.kernels.products import eager_products, made
 from sinkgd.kernels.rounding import round_to_bfloat16
 from sinkgd.kernels.sums import EagerSums
@@ -106,9 +106,10 @@ def sinkhorn(
             grad.new_ones(*batch, m, 1, dtype=dtype), grad.new_ones(*batch, 1, n, dtype=dtype)
         )
     S = grad.to(dtype).abs()
-    s, t = level_(S)
+    level = level_(S)
     S *= S
-    r2, c2 = _iterate(S, (t if start is None else t * start).square())
+    first = level.t if start is None else level.t * start
+    r2, c2 = _iterate(S, first.square().to(dtype))
     moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one a matrix
     for _ in range(num_iters - 1):
         # Where rows or columns are zero the pair drifts apart by a factor an iteration. A factor on
@@ -123,9 +124,7 @@ def sinkhorn(
         moving = moving & ~_settled(found[0], last, tol)
         if not bool(moving.any()):
             break
-    # A matrix near the end of float32's range would need scales beyond it: they stop there.
-    limit = torch.finfo(dtype).max
-    return Scales((r2.sqrt() / s).clamp(max=limit), (c2.sqrt() / t).clamp(max=limit))
+    return scales_of(r2.double().sqrt() / level.s, c2.double().sqrt() / level.t, dtype)
 
 
 def descend_(
@@ -190,4 +189,5 @@ def _drift(r2: Tensor, c2: Tensor) -> Tensor:
 
 def _tilt(r2: Tensor, c2: Tensor) -> Tensor:
     row_peak, col_peak = r2.amax(-2, keepdim=True), c2.amax(-1, keepdim=True)
-    return torch.where(row_peak == 0, 1, col_peak / row_peak).sqrt()
+    # Roots first: the quotient of the squares may be out of range.
+    return torch.where(row_peak == 0, 1, col_peak.sqrt() / row_peak.sqrt())

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.level import level_
+from sinkgd.kernels.level import Level, level_
 
 
 class EagerSums:
@@ -33,9 +33,9 @@ class EagerSums:
     def of_rows(self, weights: Tensor) -> Tensor:
         """Return G² c² of each."""
         sums = []
-        lengths = [t.numel() for _, t in self._levels]
+        lengths = [level.lifted_col.numel() for level in self._levels]
         for i, own in enumerate(torch.split(weights, lengths)):
-            s, t = self._levels[i]
+            s, t = self._levels[i].s, self._levels[i].t
             narrow, unit = _narrowed(own.view(t.shape) * t * t, self.grads[i].dtype)
             sums.append(((self._squares(i) @ narrow.mT).double() * unit * s * s).flatten())
         return torch.cat(sums)
@@ -43,29 +43,27 @@ class EagerSums:
     def of_cols(self, weights: Tensor) -> Tensor:
         """Return (G²)ᵀ r² of each."""
         sums = []
-        lengths = [s.numel() for s, _ in self._levels]
+        lengths = [level.row.numel() for level in self._levels]
         for i, own in enumerate(torch.split(weights, lengths)):
-            s, t = self._levels[i]
+            s, t = self._levels[i].s, self._levels[i].t
             narrow, unit = _narrowed(own.view(s.shape) * s * s, self.grads[i].dtype)
             sums.append(((narrow.mT @ self._squares(i)).double() * unit * t * t).flatten())
         return torch.cat(sums)
 
     def _squares(self, i: int) -> Tensor:
-        grad, (s, t) = self.grads[i], self._levels[i]
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        S = grad.to(dtype) / s.to(dtype)
-        S /= t.to(dtype)
-        return S.mul_(S)
+        grad = self.grads[i]
+        S = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        return self._levels[i].divide_(S).square_()
 
 
-def _level(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return s ``(..., m, 1)`` and t ``(..., 1, n)``, float64."""
+def _level(grad: Tensor) -> Level:
+    """Return by what a gradient is divided; by ones where it is empty."""
     *batch, m, n = grad.shape
+    dtype = torch.promote_types(grad.dtype, torch.float32)
     if grad.numel() == 0:
-        one = torch.ones((), dtype=torch.float64, device=grad.device)
-        return one.expand(*batch, m, 1), one.expand(*batch, 1, n)
-    s, t = level_(grad.to(torch.promote_types(grad.dtype, torch.float32)).abs())
-    return s.double(), t.double()
+        one = torch.ones((), dtype=dtype, device=grad.device)
+        return Level(one.expand(*batch, m, 1), one.expand(*batch, 1, n))
+    return level_(grad.to(dtype).abs())
 
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

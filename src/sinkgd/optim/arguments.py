@@ -77,6 +77,18 @@ def as_groups(params: Any, optimizer: str, algorithm: str) -> list[dict[str, Any
     return groups
 
 
+def check_initialized(name: str, param: Tensor) -> None:
+    """Refuse the parameter of a lazy module, such as ``nn.LazyLinear``, that has no shape yet.
+
+    Raises:
+        ValueError: With its name.
+    """
+    if nn.parameter.is_lazy(param):
+        raise ValueError(
+            f"{name!r} belongs to a lazy module and has no shape yet; run one forward pass first"
+        )
+
+
 def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse groups none of which runs the optimizer's own algorithm.
 

@@ -15,11 +15,19 @@ from torch.optim import Optimizer
 
 from sinkgd.optim.algorithms import FORMS, NEEDS_ALL_GRADIENTS
 from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
-from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, are_zero
+from sinkgd.optim.algorithms.contract import (
+    Algorithm,
+    Context,
+    Group,
+    Slot,
+    are_zero,
+    has_values,
+)
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.arguments import (
     COMMON,
     as_groups,
+    check_initialized,
     check_keys,
     check_momentum,
     check_runs,
@@ -190,6 +198,9 @@ class GroupedOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
+        Parameters on the ``meta`` device and fake tensors, which have no values, get the state that
+        they would have, and nothing is computed: a memory planner sees the state, not the scratch.
+
         Args:
             closure: Computes the loss again and returns it; called first.
 
@@ -271,7 +282,9 @@ class GroupedOptimizer(Optimizer):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         grads = [param.grad for param in params if param.grad is not None]
-        return 0 < len(grads) == len(params) and are_zero(grads)
+        if not 0 < len(grads) == len(params) or not all(map(has_values, grads)):
+            return False
+        return are_zero(grads)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -286,9 +299,7 @@ class GroupedOptimizer(Optimizer):
             algorithm = find_algorithm(group["algorithm"])
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
-                    state: dict[str, Any] = {}
-                    algorithm.init_state(param, group, state)
-                    self.state[param] = state
+                    self.state[param] = _new_state(algorithm, param, group)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter with its name, or what errors call it."""
@@ -302,12 +313,24 @@ class GroupedOptimizer(Optimizer):
         check_momentum(self.param_groups, self._has_momentum)
         for index, slots in found:
             group = self.param_groups[index]
+            if not all(has_values(slot.grad) for slot in slots):
+                self._init_state_of(slots, group)
+                continue
             flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
             context = Context(self.state, scale, flag)
             finite = find_algorithm(group["algorithm"]).step(slots, group, context)
             # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
             known = finite if flag is None else finite | flag
             self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
+
+    def _init_state_of(self, slots: Iterable[Slot], group: Group) -> None:
+        """Make the state of a first step: all that a step of tensors without values does."""
+        algorithm = find_algorithm(group["algorithm"])
+        for slot in slots:
+            if not self.state.get(slot.param):
+                state = _new_state(algorithm, slot.param, group)
+                if state:
+                    self.state[slot.param] = state
 
     def skipped(self) -> dict[str, int]:
         """Return how many updates were left out for a non-finite gradient, by parameter."""
@@ -397,6 +420,12 @@ class GroupedOptimizer(Optimizer):
         return found
 
 
+def _new_state(algorithm: Algorithm, param: Tensor, group: Group) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    algorithm.init_state(param, group, state)
+    return state
+
+
 def _is_known_to_be_zero(lr: float | Tensor) -> bool:
     """Whether a learning rate is zero, as far as that is known without waiting for a device."""
     return bool(lr == 0) if not isinstance(lr, Tensor) or lr.is_cpu else False
@@ -420,6 +449,7 @@ def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
 
 
 def _check_param(name: str, param: Tensor, group: Group, algorithm: Algorithm) -> None:
+    check_initialized(name, param)
     if not param.is_floating_point():
         raise TypeError(
             f"{name!r} is {param.dtype}; only real floating parameters can be normalized"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.layout import dims_of
-from sinkgd.optim.arguments import options_of
+from sinkgd.optim.arguments import check_initialized, options_of
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers
 
@@ -37,8 +37,9 @@ def param_groups(
     """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
 
     Hidden matrices (linear and convolution weights inside the model's blocks) go to
-    ``matrix_algorithm`` at ``matrix_lr_scale * lr``. Embeddings, the output head, norms, biases,
-    depthwise convolutions, low-rank adapters and whatever is not recognized go to AdamW at ``lr``.
+    ``matrix_algorithm`` at ``matrix_lr_scale * lr``; so do experts, as stacks of matrices.
+    Embeddings, the output head, routers of experts, norms, biases, depthwise convolutions, low-rank
+    adapters and whatever is not recognized go to AdamW at ``lr``.
     The choice is made from module types and places, not from names; tied weights count once. Print
     `describe_param_groups` to see it.
 
@@ -79,9 +80,10 @@ def param_groups(
 
     Raises:
         TypeError: If ``model`` is no ``nn.Module``.
-        ValueError: If the model has no trainable parameter, ``lr`` or ``matrix_lr_scale`` is
-            negative, ``base_width`` is below 1, an override matches no parameter, an algorithm is
-            unknown, or ``deflated_rank`` is given and no group runs ``"sinkgd"``.
+        ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
+            ``lr`` or ``matrix_lr_scale`` is negative, ``base_width`` is below 1, an override
+            matches no parameter, an algorithm is unknown, or ``deflated_rank`` is given and no
+            group runs ``"sinkgd"``.
 
     Examples:
         >>> import torch, sinkgd
@@ -134,16 +136,19 @@ def param_groups(
 
 
 def check_model(model: object, function: str) -> None:
-    """Refuse what is no model.
+    """Refuse what is no model, and one with lazy modules that have not run.
 
     Raises:
         TypeError: With the call of ``function`` that is meant.
+        ValueError: With the name of a parameter that has no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{function} takes the model itself, an nn.Module, got {type(model).__name__}; write "
             f"{function}(model). Its parameters alone do not tell which of them are hidden matrices"
         )
+    for name, param in model.named_parameters():
+        check_initialized(name, param)
 
 
 def describe_param_groups(

@@ -5,6 +5,10 @@ a ``ModuleList``, a ``ModuleDict`` or, with a twin, in a ``Sequential``: a trans
 stages of a ResNet. Linear weights inside blocks are the hidden matrices. Those outside are the
 model's input and output projections. A list of output heads is not a list of blocks.
 
+Experts are hidden matrices: a list of modules, or one weight that holds the matrices of all. The
+router beside them, a linear with one output for each expert, is none: its outputs are scores that
+compete, as those of an output head.
+
 Wrappers (``torch.compile``, activation checkpointing, DDP, PEFT's layers) and parametrizations are
 seen through: a parameter has the role that it would have without them.
 """
@@ -36,6 +40,8 @@ _WRAPPED = (
     "original_module",
 )
 _WRAPPER_OF_MODULE = ("DataParallel", "DistributedDataParallel")  # "module" is a common name
+# Experts of transformers that are stored (experts, in, out) and, unlike others, do not say so.
+_STORED_IN_OUT = ("Llama4TextExperts",)
 # torch.nn.utils.parametrize keeps what a parameter is made from below this child.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)$")
 
@@ -92,6 +98,7 @@ class _House:
         self.read = _widths_that_are_read(places)
         self.blocks = {block.path for place in places for block in self._blocks_in(place)}
         self.heads = _heads(model) or self._last_layer(places)
+        self.routers = [router for place in places for router in _routers(place)]
 
     def walk(self) -> Iterator[tuple[str, Tensor, Role]]:
         for path, module in self.modules.items():
@@ -141,6 +148,8 @@ class _House:
             return Role(is_matrix=False, reason=HEAD)
         if param.ndim < 2:
             return Role(is_matrix=False, reason="vector" if param.ndim else "scalar")
+        if any(module is router for router in self.routers):
+            return Role(is_matrix=False, reason="router of experts")
         if is_gain:
             return Role(is_matrix=False, reason="gain of a weight norm")
         if self._is_adapter(path):
@@ -235,6 +244,30 @@ def _places(place: _Place) -> Iterator[_Place]:
             yield from _places(child)
 
 
+def _routers(place: _Place) -> Iterator[nn.Module]:
+    """Yield the linears beside experts that have one output for each of them.
+
+    Such a linear may be alone in a module of its own.
+    """
+    children = [inner for child in _children(place) for inner in _unwrapped(child)]
+    counts = {_count_of_experts(inner.module) for inner in (place, *children)} - {0, 1}
+    for child in children if counts else ():
+        linears = [own.module for own in _places(child) if hasattr(own.module, "out_features")]
+        if len(linears) == 1 and any(linears[0].out_features == count for count in counts):
+            yield linears[0]
+
+
+def _count_of_experts(module: nn.Module) -> int:
+    """Return how many experts a module holds: members that are alike, or a batch of matrices."""
+    if isinstance(module, nn.ModuleList):
+        alike = len({type(member) for member in module}) == 1
+        return len(module) if alike and [*module.parameters()] else 0
+    if _is_stock(module):
+        return 0
+    batches = (p for p in module.parameters(recurse=False) if p.ndim == 3 and _is_batch(module, p))
+    return next((len(param) for param in batches), 0)
+
+
 def _is_normalization(module: nn.Module) -> bool:
     """Whether a module has parameters, none with two dimensions, and no children: a norm's gain."""
     params = list(module.parameters(recurse=False))
@@ -288,12 +321,16 @@ def _by_type(module: nn.Module, attribute: str, param: Tensor) -> Role | None:
         return Role(is_matrix=True, reason="linear")
     if param.ndim == 3 and _is_batch(module, param) and not _is_stock(module):
         # What transformers' experts say of weights that are stored (experts, in, out).
-        is_transposed = bool(getattr(module, "is_transposed", False))
+        is_transposed = bool(getattr(module, "is_transposed", False)) or _is_stored_in_out(module)
         layout = "transposed" if is_transposed else "auto"
         reason = "batch of matrices, such as experts"
         reason += ", stored (in, out)" if is_transposed else ""
         return Role(is_matrix=True, reason=reason, layout=layout)
     return None
+
+
+def _is_stored_in_out(module: nn.Module) -> bool:
+    return any(kind.__name__ in _STORED_IN_OUT for kind in type(module).__mro__)
 
 
 def _is_batch(module: nn.Module, param: Tensor) -> bool:

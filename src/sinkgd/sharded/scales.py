@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sinkgd.kernels import Backend, Scales
 from sinkgd.kernels.eager import no_movement
+from sinkgd.kernels.level import scales_of
 from sinkgd.sharded.exchange import Asking, Sum, exchange
 from sinkgd.sharded.place import Place
 
@@ -127,7 +128,10 @@ def _iterate(
         if tol is not None and not bool(moving.any()):
             break
     found = zip(rows.split(r2), cols.split(c2), strict=True)
-    scales = [_scales(*pair, grad.dtype) for pair, grad in zip(found, grads, strict=True)]
+    scales = [
+        scales_of(r2.sqrt(), c2.sqrt(), torch.promote_types(grad.dtype, torch.float32))
+        for (r2, c2), grad in zip(found, grads, strict=True)
+    ]
     return Found(scales, rows.all_of(live_rows.isfinite()))
 
 
@@ -194,10 +198,3 @@ def _inverse(length: Tensor, sums: Tensor) -> Tensor:
     # A sum is zero for a zero row or column alone; its scale is then zero. Of one that is infinite
     # it is not a number, as an infinite entry has no place in any row.
     return torch.where(sums == 0, sums, length / sums + 0 * sums)
-
-
-def _scales(r2: Tensor, c2: Tensor, dtype: torch.dtype) -> Scales:
-    dtype = torch.promote_types(dtype, torch.float32)
-    limit = torch.finfo(dtype).max
-    r, c = (x.sqrt().clamp(max=limit).to(dtype) for x in (r2, c2))
-    return Scales(r, c)

@@ -8,7 +8,7 @@ from sinkgd.kernels.cpu.jobs import MatricesJob, float32_address
 from sinkgd.kernels.cpu.sources import with_form
 from sinkgd.kernels.eager import sinkhorn
 from sinkgd.kernels.layout import dense, matrix_of
-from sinkgd.kernels.level import level_
+from sinkgd.kernels.level import level_, scales_of
 
 
 def repair(
@@ -42,12 +42,12 @@ def _rescaled(
     Powers of two change no rounding, so the bits are those that an unbounded float32 would give.
     """
     S = matrix.to(torch.float32, copy=True).abs_()
-    s, t = level_(S)
+    level = level_(S)
     S, form = with_form(dense(S))
     m, n = S.shape
-    first = t if start is None else t * start
+    first = level.t if start is None else level.t * start
     found = Scales(
-        torch.empty(m, 1, dtype=torch.float32, device="cpu"), first.square().reshape(1, n)
+        torch.empty(m, 1, dtype=torch.float32, device="cpu"), first.square().float().reshape(1, n)
     )
     job = MatricesJob()
     job.add(
@@ -55,5 +55,4 @@ def _rescaled(
     )
     if job.find_scales(num_iters, tol):
         return None
-    limit = torch.finfo(torch.float32).max
-    return Scales((found.row / s).clamp(max=limit), (found.col / t).clamp(max=limit))
+    return scales_of(found.row / level.s, found.col / level.t, torch.float32)

@@ -32,7 +32,9 @@ ADAMW_OPTIONS = MappingProxyType[str, object]({"betas": (0.9, 0.999), "eps": 1e-
 class AdamW:
     """Decoupled weight decay and Adam (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101).
 
-    Two numbers of state an entry. One non-finite gradient holds back the whole group.
+    Two numbers of state an entry. One non-finite gradient holds back the whole group. As in torch,
+    entries of the gradient must stay below 1e19, whose squares are within float32's range; clip
+    larger ones.
     """
 
     options = ADAMW_OPTIONS
@@ -170,10 +172,16 @@ def _lay_out_moments(state: MutableMapping[str, Any], param: Tensor) -> None:
 def init_moments(
     state: MutableMapping[str, Any], param: Tensor, *, fused: bool, amsgrad: bool = False
 ) -> None:
-    """Make the moments of a parameter, zero, where there are none."""
-    # Names, shapes and devices as in torch.optim.AdamW, so that its checkpoints load here.
+    """Make the moments of a parameter, zero, where there are none.
+
+    Moments of a parameter that has changed its dtype, as by ``model.bfloat16()``, change theirs.
+    """
     if state:
+        for name in MOMENTS:
+            if name in state and state[name].dtype != param.dtype:
+                state[name] = state[name].to(param.dtype)
         return
+    # Names, shapes and devices as in torch.optim.AdamW, so that its checkpoints load here.
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
     for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
         state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -73,7 +73,8 @@ class AdamWSpam:
                 f"{name!r} is on {param.device} and others of its group on {device}; adamw-spam "
                 "takes the norm of a group on one device, so give each device a group of its own"
             )
-        if group[NORM_HISTORY] is None:
+        # One on the meta device, such as of a model that was made there, holds nothing.
+        if group[NORM_HISTORY] is None or (group[NORM_HISTORY].is_meta and not param.is_meta):
             group[NORM_HISTORY] = torch.full(
                 (group["norm_window"],), math.nan, dtype=torch.float64, device=device
             )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sinkgd import kernels
 
@@ -69,6 +70,12 @@ def on_mesh(x: Tensor) -> "TypeGuard[DTensor]":
 def local(x: Tensor) -> Tensor:
     """Return what this rank holds of ``x``: all of it, unless it is a DTensor."""
     return x.to_local() if on_mesh(x) else x
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether ``x`` has values, or will when a compiled step runs: it is no meta or fake tensor."""
+    here = local(x)
+    return torch.compiler.is_compiling() or not (here.is_meta or isinstance(here, FakeTensor))
 
 
 def most_held(x: Tensor) -> int:

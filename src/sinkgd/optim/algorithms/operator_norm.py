@@ -98,8 +98,7 @@ def pin(
     """Bring the operator norm of each update to 1, or to √(m/n).
 
     The estimate is at least the length that the last half step gave to every row or column that
-    is not zero, which σ never is below. So the update stays finite whatever v is. Products of a
-    gradient near the end of float32's range may overflow; ``finite`` of the result says so.
+    is not zero, which σ never is below. So the update stays finite whatever v is.
 
     Args:
         parts: The gradients, seen as they are: rows the out-features.
@@ -143,6 +142,7 @@ def _product(matrix: Tensor, x: Tensor) -> Tensor:
     if x.numel() == 0 or matrix.numel() == 0:
         return x.new_zeros(*matrix.shape[:-1], 1)
     peak = x.abs().amax(dim=-2, keepdim=True)
-    unit = torch.where(peak == 0, 1, peak)
+    # The power of two is at least the number of terms, so that no sum of them overflows.
+    unit = torch.where(peak == 0, 1, peak) * 2.0 ** x.shape[-2].bit_length()
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return (matrix.to(dtype) @ (x / unit).to(dtype)).double() * unit

@@ -54,10 +54,9 @@ def begin(
     state: MutableMapping[str, Any], param: Tensor, group: Group, *, amsgrad: bool = False
 ) -> None:
     """Make the state of a parameter where there is none."""
-    if state:
-        return
     init_moments(state, param, fused=group["fused"], amsgrad=amsgrad)
-    state[RESETS] = torch.zeros_like(state["step"])
+    if RESETS not in state:
+        state[RESETS] = torch.zeros_like(state["step"])
 
 
 def reset_(state: MutableMapping[str, Any], group: Group) -> None:

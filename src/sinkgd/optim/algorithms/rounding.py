@@ -36,7 +36,9 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
             f"rounding='stochastic' rounds bfloat16 parameters; {name!r} is float16. "
             "Use bfloat16 or rounding='nearest'"
         )
-    if group["rounding_step"] is None:
+    # One on the meta device, such as of a model that was made there, holds nothing.
+    step = group["rounding_step"]
+    if step is None or (step.is_meta and not param.is_meta):
         group["rounding_step"] = torch.zeros((), dtype=torch.int64, device=param.device)
 
 

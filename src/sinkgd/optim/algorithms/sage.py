@@ -72,7 +72,8 @@ class Sage:
             return
         device = param.device
         state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        state["mean_size"] = torch.zeros(param.shape[-1], dtype=torch.float32, device=device)
+        wide = torch.promote_types(param.dtype, torch.float32)
+        state["mean_size"] = torch.zeros(param.shape[-1], dtype=wide, device=device)
         # 1 - β₂ to the number of steps
         state["weight_seen"] = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -80,8 +81,7 @@ class Sage:
         """Look through the gradients; then damp and write one by one."""
         grads = [_gradient(slot, context) for slot in slots]
         sizes = _mean_sizes(slots, grads)
-        # Sums of finite entries near the end of float32's range may overflow.
-        finite = are_finite(slots) & torch.stack([size.isfinite().all() for size in sizes])
+        finite = are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
         for slot in slots:
             self.init_state(slot.param, group, context.states[slot.param])
@@ -112,9 +112,14 @@ def _direction(
     """Return Lion's direction, and take the gradient into the momentum where ``flag`` allows."""
     beta1, beta2 = betas
     wide = momentum.to(grad.dtype)
-    ahead = torch.lerp(wide, grad, 1 - beta2)
+    ahead = _between(wide, grad, beta2)
     momentum.copy_(ahead if flag is None else torch.where(flag, ahead, wide))
-    return torch.lerp(wide, grad, 1 - beta1).sign_()
+    return _between(wide, grad, beta1).sign_()
+
+
+def _between(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
+    # torch.lerp takes their difference, which may overflow.
+    return (momentum * beta).add_(grad, alpha=1 - beta)
 
 
 def _dampers(
@@ -139,15 +144,19 @@ def _dampers(
 
 def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> list[Tensor]:
     """Return s of each parameter; rows of other ranks cost one message a process group."""
-    sums = [grad.abs().flatten(0, -2).sum(0) if grad.ndim > 1 else grad.abs() for grad in grads]
+    sums = [
+        grad.abs().flatten(0, -2).sum(0, dtype=torch.float64) if grad.ndim > 1 else grad.abs()
+        for grad in grads
+    ]
     if any(on_mesh(slot.param) for slot in slots):
         from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
         groups = [sharded.groups_of(s.param) if on_mesh(s.param) else () for s in slots]
-        added = sharded.add_up_vectors([own.double() for own in sums], groups)
-        sums = [own.float() for own in added]
+        sums = sharded.add_up_vectors([own.double() for own in sums], groups)
     rows = [slot.param.numel() // slot.param.shape[-1] for slot in slots]
-    return [own / count for own, count in zip(sums, rows, strict=True)]
+    return [
+        (own / count).to(grad.dtype) for own, count, grad in zip(sums, rows, grads, strict=True)
+    ]
 
 
 def _rms(x: Tensor) -> Tensor:

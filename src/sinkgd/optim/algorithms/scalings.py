@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sinkgd import kernels
+from sinkgd.kernels.level import scales_of
 from sinkgd.kernels.two_halves import take_steps
 from sinkgd.norms import ColumnNorm, FrobeniusNorm, Norm, RowNorm, SignNorm
 from sinkgd.optim.algorithms.across import over_columns, over_rows
@@ -98,7 +99,7 @@ class _Turns:
     def scales(self) -> list[kernels.Scales]:
         """Return r and c of each, in float32 or the gradient's wider type."""
         return [
-            kernels.Scales(*(_root(x, grad.dtype) for x in (r2, c2)))
+            scales_of(r2.sqrt(), c2.sqrt(), torch.promote_types(grad.dtype, torch.float32))
             for r2, c2, grad in zip(self.r2, self.c2, self.grads, strict=True)
         ]
 
@@ -119,8 +120,3 @@ def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 def _quotient(length: int, sums: Tensor) -> Tensor:
     return torch.where(sums == 0, sums, length / sums)
-
-
-def _root(squares: Tensor, dtype: torch.dtype) -> Tensor:
-    dtype = torch.promote_types(dtype, torch.float32)
-    return squares.sqrt().clamp(max=torch.finfo(dtype).max).to(dtype)
