@@ -22,9 +22,7 @@ def main(*, child: bool = False) -> int:
     Args:
         child: Whether another command of `sinkgd` started this process, and is to end it.
     """
-    asked = signal.getsignal(signal.SIGINT)
-    if asked is signal.default_int_handler:  # otherwise the parent had Ctrl-C ignored
-        signal.signal(signal.SIGINT, _stop)
+    answer_ctrl_c()
     if not _WAIT_POLICIES & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
     from sinkgd.lab import cli  # noqa: PLC0415  the import that takes its time
@@ -33,8 +31,19 @@ def main(*, child: bool = False) -> int:
         from sinkgd.lab.commands.fresh_process import end_with_parent  # noqa: PLC0415
 
         end_with_parent()
-    signal.signal(signal.SIGINT, asked)
     return cli.main()
+
+
+def answer_ctrl_c() -> None:
+    """End the process in one line on Ctrl-C, until the program takes over in `sinkgd.lab.cli`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent ignores it
+        signal.signal(signal.SIGINT, _stop)
+
+
+def hand_over_ctrl_c() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, which the program catches."""
+    if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Protocol
 
 import sinkgd
+from _sinkgd_cli import hand_over_ctrl_c
 from sinkgd.lab.disk import FULL
 from sinkgd.lab.limits import NumberError, check_numbers
 from sinkgd.lab.names import suggest
@@ -88,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a run that failed, 2 for what the user gave and can mend, 130 after
         Ctrl-C, 141 where nobody reads the output any more, 143 after SIGTERM.
     """
-    make_readable()
     try:
+        hand_over_ctrl_c()
+        make_readable()
         return _main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", code=130)
