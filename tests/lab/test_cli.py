@@ -1,6 +1,8 @@
 """The program: it teaches, it words its errors, it has the right exit codes."""
 
+import errno
 import json
+import os
 import random
 import re
 import signal
@@ -155,6 +157,32 @@ def test_a_full_disk_in_the_results_is_an_error(capsys, monkeypatch, tmp_path, s
     monkeypatch.setattr("sinkgd.lab.results.ResultsWriter.write", fill_the_disk)
     assert main(["train", "--out", str(tmp_path / "run"), *small]) == 1
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "make room there, or write elsewhere"),
+        (errno.EMFILE, "allow this process more open files, e.g. `ulimit -n 4096`"),
+        (errno.ENFILE, "the whole system has too many open files; end other programs"),
+        (errno.EACCES, "change its permissions, or give another path"),
+        (errno.ENOTDIR, "move away what is there, or give another path"),
+        (errno.EROFS, "; give another path"),
+    ],
+)
+@pytest.mark.parametrize("failing", ["results.ResultsWriter.write", "train.whole.checksums"])
+def test_each_error_of_the_system_has_its_own_remedy(
+    capsys, monkeypatch, tmp_path, small, failing, code, remedy
+):
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), "there")
+
+    monkeypatch.setattr(f"sinkgd.lab.{failing}", fail)
+    assert main(["train", "--out", str(tmp_path / "run"), *small]) in (1, 2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert remedy in line
+    assert ("make room" in line) == (code == errno.ENOSPC)
 
 
 def test_ctrl_c_outside_training_has_its_exit_code(capsys, monkeypatch, tmp_path):
@@ -312,7 +340,7 @@ def test_a_path_that_cannot_be_used_is_named_with_a_remedy(capsys, tmp_path, sma
     assert main(["train", "--out", str(tmp_path / out), *small]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert str(tmp_path / out.partition("/")[0]) in message
-    assert message.endswith("; give another path")
+    assert message.endswith("give another path")
 
 
 @pytest.mark.parametrize(
@@ -338,4 +366,4 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(
     takes_a_file = "loop" in arguments
     path = tmp_path / (out if takes_a_file else "taken" if out == "folder" else out)
     assert main([*arguments, "--out", str(path)]) == 2
-    assert "; give another path" in capsys.readouterr().err
+    assert "give another path" in capsys.readouterr().err

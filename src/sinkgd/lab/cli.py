@@ -5,7 +5,6 @@ A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its op
 read, e.g. to take defaults from a file that one of them names.
 """
 
-import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Protocol
 
 import sinkgd
 from _sinkgd_cli import hand_over_ctrl_c
-from sinkgd.lab.disk import FULL
+from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
 from sinkgd.lab.limits import NumberError, check_numbers
 from sinkgd.lab.names import suggest
 from sinkgd.lab.terminal import make_readable
@@ -33,21 +32,6 @@ COMMANDS: Commands = {
     "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
 }
 
-# What a path can be wrong by; other errors of the disk end a run.
-_PATH_ERRORS = frozenset(
-    {
-        errno.EACCES,
-        errno.EEXIST,
-        errno.EINVAL,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
 _EXPERIMENTS = ("optuna", "pytorch_optimizer")  # packages of the extra of that name
 
 USAGE = """\
@@ -164,7 +148,7 @@ def _code_of(error: Exception) -> int | None:
     if isinstance(cause, OSError) and cause.errno in FULL:
         return 1
     if isinstance(error, OSError):
-        return 2 if error.errno in _PATH_ERRORS else 1
+        return 2 if error.errno in PATH_ERRORS else 1
     if isinstance(error, _usage_errors()) or _is_too_large(error):
         return 2
     if isinstance(error, (*_failures(), MemoryError)) or _is_out_of_memory(error):
@@ -180,11 +164,8 @@ def _words_of(error: Exception) -> str:
     if _is_too_large(error):
         return f"too large: {str(error).splitlines()[0]}; give smaller sizes"
     line = " ".join(str(error).splitlines()) or repr(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        if error.errno in FULL:
-            return f"{line}; make room there, or write elsewhere"
-        if error.errno in _PATH_ERRORS:
-            return f"{line}; give another path"
+    if isinstance(error, OSError) and (remedy := remedy_of(error)) is not None:
+        return f"{line}; {remedy}"
     return line
 
 
