@@ -1,5 +1,6 @@
 """Documents: every kind of file gives its texts exactly, and every broken one its place."""
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -203,6 +204,23 @@ def test_a_source_that_gives_nothing_is_named(tmp_path, source, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "book.pdf").touch()
     with pytest.raises(DataError, match=message):
+        find_files([str(tmp_path / source)])
+
+
+@pytest.mark.parametrize("source", ["", "below"])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, source):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "below" / "b.txt").write_text("text")
+
+    def scandir(path):  # as for a user who may not read it; root may
+        if os.path.basename(path) == "below":  # noqa: PTH119
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    original = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="below"):
         find_files([str(tmp_path / source)])
 
 

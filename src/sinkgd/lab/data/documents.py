@@ -13,6 +13,7 @@ import glob
 import gzip
 import importlib.util
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,12 +84,17 @@ def _files_of(source: str) -> FoundFiles:
 
 
 def _files_in(folder: Path, source: str) -> FoundFiles:
-    visible = (file for file in folder.rglob("*") if not file.name.startswith("."))
-    files = sorted(file for file in visible if file.is_file())
+    every = (Path(at) / name for at, _, names in os.walk(folder, onerror=_refuse) for name in names)
+    files = sorted(file for file in every if not file.name.startswith(".") and file.is_file())
     known = [file for file in files if kind_of(file) is not None]
     if not known:
         raise DataError(f"the folder {source} holds no file ending in {KINDS}")
     return FoundFiles(known, [file for file in files if kind_of(file) is None])
+
+
+def _refuse(error: OSError) -> None:
+    """Raise what kept a folder from being read; its texts are not left out in silence."""
+    raise error
 
 
 def expanded(source: str) -> Path:
