@@ -15,8 +15,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def run_in_fresh_process(arguments: Sequence[str]) -> int:
     """Run ``sinkgd`` with ``arguments`` in this terminal; return its exit code.
 
-    Ctrl-C and SIGTERM are handed on once, and waited out: the command may have work to save. On
-    Linux the command is also told to stop, and saves, when this process is killed.
+    Ctrl-C, SIGTERM and SIGHUP are handed on once, and waited out: the command may have work
+    to save. On Linux the command is also told to stop, and saves, when this process is killed.
     """
     # A process group of its own: else the terminal would send Ctrl-C to both, and then twice.
     child = subprocess.Popen([sys.executable, "-c", _PROGRAM, *arguments], process_group=0)
