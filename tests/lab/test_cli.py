@@ -317,6 +317,39 @@ def test_a_reader_that_goes_away_is_no_error():
         assert process.wait() == 141
 
 
+def in_shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the shell in which "$@" is the program."""
+    shell = ["bash", "-c", command, "bash", sys.executable, "-m", "sinkgd.lab"]
+    return subprocess.run(shell, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", ["doctor", "--help", "plan --model llama-60m"])
+def test_a_pipe_that_closes_early_is_no_error(arguments):
+    found = in_shell(f'"$@" {arguments} | true; exit ${{PIPESTATUS[0]}}')
+    assert found.returncode == 141
+    assert "rror" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "bench", "doctor", "plan --model llama-60m"]
+)
+def test_a_full_disk_below_the_output_is_one_line(arguments):
+    found = in_shell(f'"$@" {arguments} > /dev/full')
+    last = found.stderr.splitlines()[-1]
+    assert found.returncode == 1
+    assert last.startswith("error: [Errno 28] No space left on device; make room there")
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2> >(true)"])
+def test_training_does_not_end_where_nobody_can_read(tmp_path, small, closed):
+    out = tmp_path / "run"
+    found = in_shell(f'"$@" train --out {out} {" ".join(small)} {closed}')
+    assert found.returncode == 0
+    assert Run.read(out / "run.jsonl").finished
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000012"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -16,7 +16,7 @@ from _sinkgd_cli import hand_over_ctrl_c
 from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
 from sinkgd.lab.limits import NumberError, check_numbers
 from sinkgd.lab.names import suggest
-from sinkgd.lab.terminal import make_readable
+from sinkgd.lab.terminal import keep_stderr, make_readable
 
 # Each command's module is imported only when it runs; `sinkgd --help` needs none. A command without
 # a class is a package with commands of its own: its COMMANDS and USAGE are like those here.
@@ -75,10 +75,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         hand_over_ctrl_c()
+        keep_stderr()
         make_readable()
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return _worded(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", code=130)
+
+
+def _worded(arguments: list[str]) -> int:
+    """Run the program; put what it raises into words."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+    except SystemExit as exit_request:
+        if isinstance(exit_request.__context__, BrokenPipeError):  # rich makes this of it
+            return _nobody_reads()
+        return int(exit_request.code or 0)  # from the parser, after it wrote help or what is wrong
+    except BrokenPipeError:
+        return _nobody_reads()
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("sinkgd"):
+            raise
+        extra = "experiments" if error.name in _EXPERIMENTS else "lab"
+        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=2)
+    except Exception as error:  # one that nobody expects is raised again
+        failed = _code_of(error)
+        if failed is None:
+            raise
+        return _fail(_words_of(error), code=failed)
+    return code
+
+
+def _nobody_reads() -> int:
+    """Return the exit code where whoever read our output, such as `head`, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def _main(arguments: list[str]) -> int:
@@ -121,25 +152,9 @@ def _run_one_of(group: str, arguments: list[str]) -> int:
 
 
 def _run(name: str, kind: str, arguments: list[str]) -> int:
-    try:
-        command = _parse(name, kind, arguments)
-        check_numbers(command)
-        return command.run()
-    except SystemExit as exit_request:  # from the parser, after it wrote help or what is wrong
-        return int(exit_request.code or 0)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("sinkgd"):
-            raise
-        extra = "experiments" if error.name in _EXPERIMENTS else "lab"
-        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=2)
-    except Exception as error:  # one that nobody expects is raised again
-        code = _code_of(error)
-        if code is None:
-            raise
-        return _fail(_words_of(error), code=code)
+    command = _parse(name, kind, arguments)
+    check_numbers(command)
+    return command.run()
 
 
 def _code_of(error: Exception) -> int | None:
