@@ -30,7 +30,7 @@ def main(*, child: bool = False) -> int:
     from sinkgd.lab import cli  # noqa: PLC0415  the import that takes its time
 
     if child:
-        from sinkgd.lab.commands.fresh_process import end_with_parent  # noqa: PLC0415
+        from sinkgd.lab.launch import end_with_parent  # noqa: PLC0415
 
         end_with_parent()
     return cli.main()

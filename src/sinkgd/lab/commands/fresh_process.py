@@ -1,6 +1,5 @@
 """A command of `sinkgd` in a process of its own, so that its memory and speed are its own too."""
 
-import ctypes
 import signal
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from collections.abc import Sequence
 from sinkgd.lab.train.interrupt import Interrupt, exit_code
 
 _PROGRAM = "from _sinkgd_cli import main; raise SystemExit(main(child=True))"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_in_fresh_process(arguments: Sequence[str]) -> int:
@@ -29,9 +27,3 @@ def run_in_fresh_process(arguments: Sequence[str]) -> int:
         raise
     # A signal that comes before the command has its own handlers ends it by itself.
     return exit_code(signal.Signals(-code)) if code < 0 else code
-
-
-def end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent process ends; elsewhere do nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

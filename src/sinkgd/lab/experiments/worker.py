@@ -6,17 +6,15 @@ of torch's that a fork would lose.
 """
 
 import multiprocessing
-import os
 import signal
 import sys
 import time
-from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from threading import Thread
 
 from sinkgd import NonFiniteGradientError
 from sinkgd.lab.data import DataError
+from sinkgd.lab.launch import stop_with_parent
 from sinkgd.lab.models import ModelError
 from sinkgd.lab.terminal import LastingStream, keep_stderr
 from sinkgd.lab.train import (
@@ -59,7 +57,7 @@ def was_stopped(code: int | None) -> bool:
 
 
 def _work(config: RunConfig, folder: Path, plain: bool) -> None:
-    Thread(target=_stop_with_parent, daemon=True).start()
+    stop_with_parent()
     keep_stderr()
     if plain:
         sys.stderr = _PlainStream(sys.stderr.fileno())
@@ -90,14 +88,6 @@ def wait_until_free(folder: RunFolder) -> None:
                 return
         except RunFolderError:
             time.sleep(0.05)
-
-
-def _stop_with_parent() -> None:
-    """Ask this process to stop, and save, once the study's process is gone."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _PlainStream(LastingStream):
