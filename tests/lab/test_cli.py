@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -339,6 +340,40 @@ def test_a_full_disk_below_the_output_is_one_line(arguments):
     assert found.returncode == 1
     assert last.startswith("error: [Errno 28] No space left on device; make room there")
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("kib", [900_000, 1_000_000, 1_100_000])
+def test_a_limit_of_memory_is_named(tmp_path, small, kib):
+    """Which library fails first depends on the machine; it may fit, or abort the process itself."""
+    out = tmp_path / "run"
+    found = in_shell(f'ulimit -v {kib}; "$@" train --out {out} {" ".join(small)}')
+    if found.returncode > 0:
+        line = found.stderr.splitlines()[-1]
+        assert (found.returncode, "Traceback" in found.stderr) == (1, False)
+        assert line.startswith("error: out of memory: ")
+        assert f"`ulimit -v` limits this process to {kib / 2**20:.1f} GiB, raise that" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "limited"),
+    [
+        (OSError("Could not find/load shared object file 'libllvmlite.so' from ..."), True),
+        (RuntimeError("could not create a primitive"), True),
+        (ImportError("libx.so: failed to map segment from shared object"), True),
+        (MemoryError(), False),
+    ],
+)
+def test_what_fails_for_a_limit_of_memory_says_so(capsys, monkeypatch, tmp_path, error, limited):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sinkgd.lab.train.run.set_up", fail)
+    limit = 2**30 if limited else resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    assert main(["train", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ")
+    assert ("`ulimit -v` limits this process to 1.0 GiB" in said) == limited
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2> >(true)"])

@@ -6,6 +6,7 @@ read, e.g. to take defaults from a file that one of them names.
 """
 
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -159,6 +160,8 @@ def _run(name: str, kind: str, arguments: list[str]) -> int:
 
 def _code_of(error: Exception) -> int | None:
     """Return 2 for what the user gave and can mend, 1 for a run that failed, None for a fault."""
+    if _lacks_memory(error):  # asked first: it imports nothing
+        return 1
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and cause.errno in FULL:
         return 1
@@ -166,15 +169,18 @@ def _code_of(error: Exception) -> int | None:
         return 2 if error.errno in PATH_ERRORS else 1
     if isinstance(error, _usage_errors()) or _is_too_large(error):
         return 2
-    if isinstance(error, (*_failures(), MemoryError)) or _is_out_of_memory(error):
-        return 1
-    return None
+    return 1 if isinstance(error, _failures()) else None
 
 
 def _words_of(error: Exception) -> str:
     """Return an error in one line."""
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if _lacks_memory(error):
         first = (str(error).splitlines() or ["an allocation failed"])[0]
+        if (limit := _memory_limit()) is not None:
+            return (
+                f"out of memory: {first}; `ulimit -v` limits this process to {limit / 2**30:.1f} "
+                "GiB, raise that or set it to unlimited"
+            )
         return f"out of memory: {first}; train a smaller model or batch"
     if _is_too_large(error):
         return f"too large: {str(error).splitlines()[0]}; give smaller sizes"
@@ -189,12 +195,23 @@ def _is_too_large(error: Exception) -> bool:
     return type(error) is RuntimeError and "overflow" in str(error)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _lacks_memory(error: Exception) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or (
-        type(error) is RuntimeError and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = str(error)
+    if type(error) is RuntimeError and "can't allocate memory" in words:
+        return True
+    # Where the address space is limited, these are what libraries make of an mmap that failed.
+    cut = ("libllvmlite", "could not create a primitive", "failed to map segment", "std::bad_alloc")
+    return _memory_limit() is not None and any(cause in words for cause in cut)
+
+
+def _memory_limit() -> int | None:
+    """Return the most bytes of address space that this process may have; None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _first_unreadable(arguments: Sequence[str]) -> str | None:
