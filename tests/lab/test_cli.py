@@ -342,6 +342,16 @@ def test_a_full_disk_below_the_output_is_one_line(arguments):
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="script has other options elsewhere")
+@pytest.mark.parametrize("variable", ["NO_COLOR=1", "TERM=dumb"])
+@pytest.mark.parametrize("arguments", ["train --help", "doctor", "plan --nope"])
+def test_a_terminal_that_wants_no_color_has_none(variable, arguments):
+    command = f"{sys.executable} -m sinkgd.lab {arguments}"
+    found = in_shell(f"TERM=xterm {variable} script -qec '{command}' /dev/null")
+    assert "sinkgd" in found.stdout
+    assert not re.search(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d|10\d)", found.stdout)
+
+
 @pytest.mark.parametrize("kib", [900_000, 1_000_000, 1_100_000])
 def test_a_limit_of_memory_is_named(tmp_path, small, kib):
     """Which library fails first depends on the machine; it may fit, or abort the process itself."""

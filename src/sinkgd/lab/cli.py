@@ -244,6 +244,8 @@ def _encoding() -> str:
 def _parse(name: str, kind: str, arguments: list[str]) -> Command:
     import tyro
 
+    if os.environ.get("NO_COLOR"):  # tyro does not ask
+        tyro._experimental_options["ansi_codes"] = False
     command = getattr(import_module(f"sinkgd.lab.commands.{name.replace(' ', '.')}"), kind)
     default = command.defaults(arguments) if hasattr(command, "defaults") else None
     parsed: Command = tyro.cli(
