@@ -15,6 +15,8 @@ from types import FrameType
 _SPIN_COUNT = "30000"
 _WAIT_POLICIES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}
 
+_STDERR = 2
+
 
 def main(*, child: bool = False) -> int:
     """Run the program; return the exit code.
@@ -22,19 +24,42 @@ def main(*, child: bool = False) -> int:
     Args:
         child: Whether another command of `sinkgd` started this process, and is to end it.
     """
-    asked = signal.getsignal(signal.SIGINT)
-    if asked is signal.default_int_handler:  # otherwise the parent had Ctrl-C ignored
-        signal.signal(signal.SIGINT, _stop)
+    begin()
     if not _WAIT_POLICIES & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
     from sinkgd.lab import cli  # noqa: PLC0415  the import that takes its time
 
     if child:
-        from sinkgd.lab.commands.fresh_process import end_with_parent  # noqa: PLC0415
+        from sinkgd.lab.launch import end_with_parent  # noqa: PLC0415
 
         end_with_parent()
-    signal.signal(signal.SIGINT, asked)
     return cli.main()
+
+
+def begin() -> None:
+    """Do what must come before torch is imported; `sinkgd.lab.cli` takes over from here."""
+    _open_closed_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent ignores it
+        signal.signal(signal.SIGINT, _stop)
+
+
+def _open_closed_streams() -> None:
+    """Write to nowhere where the shell closed a stream, as by ``2>&-``.
+
+    Otherwise the next file that is opened takes its place, and is written to.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+
+
+def hand_over_ctrl_c() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, which the program catches."""
+    if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

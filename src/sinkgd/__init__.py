@@ -1,5 +1,13 @@
 """Optimizers without state for hidden matrices: SinkGD and the multi-normalized family."""
 
+import sys as _sys
+
+if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)].startswith("sinkgd.lab"):
+    # `python -m sinkgd.lab` imports this package, and so torch, before the program's own code.
+    from _sinkgd_cli import begin as _begin
+
+    _begin()
+
 from sinkgd.multi_normalize import multi_normalize as multi_normalize
 from sinkgd.multi_normalize import residuals as residuals
 from sinkgd.norms import ColumnNorm as ColumnNorm

@@ -1,8 +1,11 @@
 """The program: it teaches, it words its errors, it has the right exit codes."""
 
+import errno
 import json
+import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -157,6 +160,32 @@ def test_a_full_disk_in_the_results_is_an_error(capsys, monkeypatch, tmp_path, s
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "make room there, or write elsewhere"),
+        (errno.EMFILE, "allow this process more open files, e.g. `ulimit -n 4096`"),
+        (errno.ENFILE, "the whole system has too many open files; end other programs"),
+        (errno.EACCES, "change its permissions, or give another path"),
+        (errno.ENOTDIR, "move away what is there, or give another path"),
+        (errno.EROFS, "; give another path"),
+    ],
+)
+@pytest.mark.parametrize("failing", ["results.ResultsWriter.write", "train.whole.checksums"])
+def test_each_error_of_the_system_has_its_own_remedy(
+    capsys, monkeypatch, tmp_path, small, failing, code, remedy
+):
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), "there")
+
+    monkeypatch.setattr(f"sinkgd.lab.{failing}", fail)
+    assert main(["train", "--out", str(tmp_path / "run"), *small]) in (1, 2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert remedy in line
+    assert ("make room" in line) == (code == errno.ENOSPC)
+
+
 def test_ctrl_c_outside_training_has_its_exit_code(capsys, monkeypatch, tmp_path):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -289,6 +318,83 @@ def test_a_reader_that_goes_away_is_no_error():
         assert process.wait() == 141
 
 
+def in_shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the shell in which "$@" is the program."""
+    shell = ["bash", "-c", command, "bash", sys.executable, "-m", "sinkgd.lab"]
+    return subprocess.run(shell, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", ["doctor", "--help", "plan --model llama-60m"])
+def test_a_pipe_that_closes_early_is_no_error(arguments):
+    found = in_shell(f'"$@" {arguments} | true; exit ${{PIPESTATUS[0]}}')
+    assert found.returncode == 141
+    assert "rror" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "bench", "doctor", "plan --model llama-60m"]
+)
+def test_a_full_disk_below_the_output_is_one_line(arguments):
+    found = in_shell(f'"$@" {arguments} > /dev/full')
+    last = found.stderr.splitlines()[-1]
+    assert found.returncode == 1
+    assert last.startswith("error: [Errno 28] No space left on device; make room there")
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="script has other options elsewhere")
+@pytest.mark.parametrize("variable", ["NO_COLOR=1", "TERM=dumb"])
+@pytest.mark.parametrize("arguments", ["train --help", "doctor", "plan --nope"])
+def test_a_terminal_that_wants_no_color_has_none(variable, arguments):
+    command = f"{sys.executable} -m sinkgd.lab {arguments}"
+    found = in_shell(f"TERM=xterm {variable} script -qec '{command}' /dev/null")
+    assert "sinkgd" in found.stdout
+    assert not re.search(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d|10\d)", found.stdout)
+
+
+@pytest.mark.parametrize("kib", [900_000, 1_000_000, 1_100_000])
+def test_a_limit_of_memory_is_named(tmp_path, small, kib):
+    """Which library fails first depends on the machine; it may fit, or abort the process itself."""
+    out = tmp_path / "run"
+    found = in_shell(f'ulimit -v {kib}; "$@" train --out {out} {" ".join(small)}')
+    if found.returncode > 0:
+        line = found.stderr.splitlines()[-1]
+        assert (found.returncode, "Traceback" in found.stderr) == (1, False)
+        assert line.startswith("error: out of memory: ")
+        assert f"`ulimit -v` limits this process to {kib / 2**20:.1f} GiB, raise that" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "limited"),
+    [
+        (OSError("Could not find/load shared object file 'libllvmlite.so' from ..."), True),
+        (RuntimeError("could not create a primitive"), True),
+        (ImportError("libx.so: failed to map segment from shared object"), True),
+        (MemoryError(), False),
+    ],
+)
+def test_what_fails_for_a_limit_of_memory_says_so(capsys, monkeypatch, tmp_path, error, limited):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sinkgd.lab.train.run.set_up", fail)
+    limit = 2**30 if limited else resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    assert main(["train", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ")
+    assert ("`ulimit -v` limits this process to 1.0 GiB" in said) == limited
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2> >(true)"])
+def test_training_does_not_end_where_nobody_can_read(tmp_path, small, closed):
+    out = tmp_path / "run"
+    found = in_shell(f'"$@" train --out {out} {" ".join(small)} {closed}')
+    assert found.returncode == 0
+    assert Run.read(out / "run.jsonl").finished
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000012"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -312,7 +418,7 @@ def test_a_path_that_cannot_be_used_is_named_with_a_remedy(capsys, tmp_path, sma
     assert main(["train", "--out", str(tmp_path / out), *small]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert str(tmp_path / out.partition("/")[0]) in message
-    assert message.endswith("; give another path")
+    assert message.endswith("give another path")
 
 
 @pytest.mark.parametrize(
@@ -338,4 +444,4 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(
     takes_a_file = "loop" in arguments
     path = tmp_path / (out if takes_a_file else "taken" if out == "folder" else out)
     assert main([*arguments, "--out", str(path)]) == 2
-    assert "; give another path" in capsys.readouterr().err
+    assert "give another path" in capsys.readouterr().err

@@ -24,10 +24,20 @@ def _ctrl_c_is_not_ignored():
     signal.signal(signal.SIGINT, before)
 
 
-def interrupted(after_seconds: float, *arguments: str, sent=signal.SIGINT) -> tuple[int, str]:
+# As `python -m`, which imports the packages of the module before the module.
+MODULE = """\
+import os, sys
+print("started", flush=True)
+os.execv(sys.executable, [sys.executable, "-m", "sinkgd.lab", *sys.argv[1:]])
+"""
+
+
+def interrupted(
+    after_seconds: float, *arguments: str, sent=signal.SIGINT, program=SCRIPT
+) -> tuple[int, str]:
     """Return the exit code and what was said."""
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *arguments],
+        [sys.executable, "-c", program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,6 +62,24 @@ def test_it_is_one_line_in_the_first_seconds(tmp_path, monkeypatch, after_second
         line for line in said.splitlines() if not line.startswith(("training a", "tokenizing"))
     ]
     assert (code, lines) == (130, ["error: stopped by Ctrl-C"])
+
+
+@pytest.mark.parametrize("after_seconds", [0.2, 0.6])
+def test_it_is_one_line_where_the_module_is_run(after_seconds):
+    # Python itself takes Ctrl-C in the first tenth of a second, before it looks for the module.
+    code, said = interrupted(after_seconds, "doctor", program=MODULE)
+    assert (code, said) == (130, "error: stopped by Ctrl-C\n")
+
+
+def test_a_package_that_imports_the_library_keeps_its_ctrl_c(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import sinkgd")
+    show = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    (package / "__main__.py").write_text(show)
+    command = [sys.executable, "-m", "package", "sinkgd.lab"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout == "True\n"
 
 
 def test_sigterm_in_the_first_second_ends_a_comparison_with_its_code(tmp_path):

@@ -5,18 +5,19 @@ A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its op
 read, e.g. to take defaults from a file that one of them names.
 """
 
-import errno
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Protocol
 
 import sinkgd
-from sinkgd.lab.disk import FULL
+from _sinkgd_cli import hand_over_ctrl_c
+from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
 from sinkgd.lab.limits import NumberError, check_numbers
 from sinkgd.lab.names import suggest
-from sinkgd.lab.terminal import make_readable
+from sinkgd.lab.terminal import keep_stderr, make_readable
 
 # Each command's module is imported only when it runs; `sinkgd --help` needs none. A command without
 # a class is a package with commands of its own: its COMMANDS and USAGE are like those here.
@@ -32,21 +33,6 @@ COMMANDS: Commands = {
     "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
 }
 
-# What a path can be wrong by; other errors of the disk end a run.
-_PATH_ERRORS = frozenset(
-    {
-        errno.EACCES,
-        errno.EEXIST,
-        errno.EINVAL,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
 _EXPERIMENTS = ("optuna", "pytorch_optimizer")  # packages of the extra of that name
 
 USAGE = """\
@@ -88,11 +74,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a run that failed, 2 for what the user gave and can mend, 130 after
         Ctrl-C, 141 where nobody reads the output any more, 143 after SIGTERM.
     """
-    make_readable()
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        hand_over_ctrl_c()
+        keep_stderr()
+        make_readable()
+        return _worded(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", code=130)
+
+
+def _worded(arguments: list[str]) -> int:
+    """Run the program; put what it raises into words."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+    except SystemExit as exit_request:
+        if isinstance(exit_request.__context__, BrokenPipeError):  # rich makes this of it
+            return _nobody_reads()
+        return int(exit_request.code or 0)  # from the parser, after it wrote help or what is wrong
+    except BrokenPipeError:
+        return _nobody_reads()
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("sinkgd"):
+            raise
+        extra = "experiments" if error.name in _EXPERIMENTS else "lab"
+        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=2)
+    except Exception as error:  # one that nobody expects is raised again
+        failed = _code_of(error)
+        if failed is None:
+            raise
+        return _fail(_words_of(error), code=failed)
+    return code
+
+
+def _nobody_reads() -> int:
+    """Return the exit code where whoever read our output, such as `head`, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def _main(arguments: list[str]) -> int:
@@ -135,54 +153,40 @@ def _run_one_of(group: str, arguments: list[str]) -> int:
 
 
 def _run(name: str, kind: str, arguments: list[str]) -> int:
-    try:
-        command = _parse(name, kind, arguments)
-        check_numbers(command)
-        return command.run()
-    except SystemExit as exit_request:  # from the parser, after it wrote help or what is wrong
-        return int(exit_request.code or 0)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("sinkgd"):
-            raise
-        extra = "experiments" if error.name in _EXPERIMENTS else "lab"
-        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=2)
-    except Exception as error:  # one that nobody expects is raised again
-        code = _code_of(error)
-        if code is None:
-            raise
-        return _fail(_words_of(error), code=code)
+    command = _parse(name, kind, arguments)
+    check_numbers(command)
+    return command.run()
 
 
 def _code_of(error: Exception) -> int | None:
     """Return 2 for what the user gave and can mend, 1 for a run that failed, None for a fault."""
+    if _lacks_memory(error):  # asked first: it imports nothing
+        return 1
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and cause.errno in FULL:
         return 1
     if isinstance(error, OSError):
-        return 2 if error.errno in _PATH_ERRORS else 1
+        return 2 if error.errno in PATH_ERRORS else 1
     if isinstance(error, _usage_errors()) or _is_too_large(error):
         return 2
-    if isinstance(error, (*_failures(), MemoryError)) or _is_out_of_memory(error):
-        return 1
-    return None
+    return 1 if isinstance(error, _failures()) else None
 
 
 def _words_of(error: Exception) -> str:
     """Return an error in one line."""
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if _lacks_memory(error):
         first = (str(error).splitlines() or ["an allocation failed"])[0]
+        if (limit := _memory_limit()) is not None:
+            return (
+                f"out of memory: {first}; `ulimit -v` limits this process to {limit / 2**30:.1f} "
+                "GiB, raise that or set it to unlimited"
+            )
         return f"out of memory: {first}; train a smaller model or batch"
     if _is_too_large(error):
         return f"too large: {str(error).splitlines()[0]}; give smaller sizes"
     line = " ".join(str(error).splitlines()) or repr(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        if error.errno in FULL:
-            return f"{line}; make room there, or write elsewhere"
-        if error.errno in _PATH_ERRORS:
-            return f"{line}; give another path"
+    if isinstance(error, OSError) and (remedy := remedy_of(error)) is not None:
+        return f"{line}; {remedy}"
     return line
 
 
@@ -191,12 +195,23 @@ def _is_too_large(error: Exception) -> bool:
     return type(error) is RuntimeError and "overflow" in str(error)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _lacks_memory(error: Exception) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or (
-        type(error) is RuntimeError and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = str(error)
+    if type(error) is RuntimeError and "can't allocate memory" in words:
+        return True
+    # Where the address space is limited, these are what libraries make of an mmap that failed.
+    cut = ("libllvmlite", "could not create a primitive", "failed to map segment", "std::bad_alloc")
+    return _memory_limit() is not None and any(cause in words for cause in cut)
+
+
+def _memory_limit() -> int | None:
+    """Return the most bytes of address space that this process may have; None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _first_unreadable(arguments: Sequence[str]) -> str | None:
@@ -229,6 +244,8 @@ def _encoding() -> str:
 def _parse(name: str, kind: str, arguments: list[str]) -> Command:
     import tyro
 
+    if os.environ.get("NO_COLOR"):  # tyro does not ask
+        tyro._experimental_options["ansi_codes"] = False
     command = getattr(import_module(f"sinkgd.lab.commands.{name.replace(' ', '.')}"), kind)
     default = command.defaults(arguments) if hasattr(command, "defaults") else None
     parsed: Command = tyro.cli(

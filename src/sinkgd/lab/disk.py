@@ -11,6 +11,41 @@ from typing import Any
 
 # No room: on the disk, in a quota, below the largest size that a process may write.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What a path can be wrong by.
+PATH_ERRORS = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+
+
+def remedy_of(error: OSError) -> str | None:
+    """Say what to do about an error of the system; None where only its cause can tell.
+
+    Examples:
+        >>> remedy_of(FileExistsError(errno.EEXIST, "File exists", "runs"))
+        'move away what is there, or give another path'
+    """
+    if error.errno in FULL:
+        return "make room there, or write elsewhere"
+    if error.errno == errno.EMFILE:
+        return "allow this process more open files, e.g. `ulimit -n 4096`"
+    if error.errno == errno.ENFILE:
+        return "the whole system has too many open files; end other programs, or raise its limit"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "move away what is there, or give another path"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "change its permissions, or give another path"
+    return "give another path" if error.errno in PATH_ERRORS else None
 
 
 def parse_json(content: str | bytes) -> Any:

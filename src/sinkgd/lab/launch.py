@@ -1,9 +1,16 @@
 """How a run is started, with as many processes as it has now, and how each of them leaves."""
 
+import ctypes
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from threading import Thread
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
@@ -44,3 +51,25 @@ def leave(code: int) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the parent process ends; elsewhere do nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def stop_with_parent() -> None:
+    """In a process of multiprocessing, send this process a SIGTERM once its parent is gone.
+
+    Also where a server forked it, whose end Linux would tell instead.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=watch, daemon=True).start()

@@ -1,9 +1,13 @@
-"""Text for terminals that cannot show all of it: ASCII, cp1252, and names that are no UTF-8."""
+"""Text for terminals that cannot show all of it: ASCII, cp1252, and names that are no UTF-8.
+
+And for those that are gone: what is written to standard error is then lost, but no work is.
+"""
 
 import codecs
+import io
 import sys
 import unicodedata
-from typing import TextIO
+from typing import Any, TextIO
 
 ERRORS = "sinkgd.readable"
 # What pages and tables use beyond ASCII, where a plain equivalent exists.
@@ -69,3 +73,34 @@ def make_readable(*streams: TextIO | None) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors=ERRORS)
+
+
+class LastingStream(io.TextIOWrapper):
+    """A stream that takes what it cannot write: its terminal was closed, or its disk is full.
+
+    Args:
+        descriptor: Of the file, which stays open.
+        encoding: Of the text.
+    """
+
+    def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
+        super().__init__(
+            io.BufferedWriter(_LastingFile(descriptor, "wb", closefd=False)),
+            encoding=encoding,
+            errors=ERRORS,
+            line_buffering=True,
+        )
+
+
+class _LastingFile(io.FileIO):
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def keep_stderr() -> None:
+    """Let this process go on when nobody can read its standard error any more."""
+    if type(sys.stderr) is io.TextIOWrapper:  # else it is replaced already, e.g. by a test
+        sys.stderr = LastingStream(sys.stderr.fileno(), sys.stderr.encoding)

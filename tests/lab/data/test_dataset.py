@@ -56,6 +56,15 @@ def test_a_damaged_file_is_named_with_the_remedy(folder, name, damage):
         TokenDataset.open(folder)
 
 
+@pytest.mark.parametrize("damage", [cut, empty])
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-offsets.bin"])
+def test_a_file_that_is_cut_after_it_was_checked_is_named(folder, name, damage):
+    opened = TokenDataset.open(folder)
+    damage(folder / name)
+    with pytest.raises(DataError, match=f"{name} is damaged: it changed while it was read"):
+        opened.split("train")
+
+
 @files
 def test_above_the_limit_opening_checks_sizes_and_verify_the_content(folder, monkeypatch, name):
     monkeypatch.setattr(dataset, "_ALWAYS_VERIFIED_BYTES", 0)

@@ -1,8 +1,10 @@
 """Documents: every kind of file gives its texts exactly, and every broken one its place."""
 
+import errno
 import gzip
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -203,6 +205,30 @@ def test_a_source_that_gives_nothing_is_named(tmp_path, source, message):
     (tmp_path / "book.pdf").touch()
     with pytest.raises(DataError, match=message):
         find_files([str(tmp_path / source)])
+
+
+@pytest.mark.parametrize("source", ["", "below"])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, source):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "below" / "b.txt").write_text("text")
+
+    def scandir(path):  # as for a user who may not read it; root may
+        if os.path.basename(path) == "below":  # noqa: PTH119
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    original = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="below"):
+        find_files([str(tmp_path / source)])
+
+
+def test_a_device_or_a_pipe_is_not_called_absent(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for source in ("/dev/zero", str(tmp_path / "pipe.txt")):
+        with pytest.raises(DataError, match=f"{source} is neither a regular file nor a folder"):
+            find_files([source])
 
 
 def test_no_sources_is_an_error():

@@ -32,6 +32,15 @@ def texts_of(folder: Path, split: str) -> list[str]:
     return [tokenizer.decode(tokens.read(a, b - a)) for a, b in zip(starts, ends, strict=True)]
 
 
+@pytest.mark.parametrize("below", ["taken", "taken/below"])
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch, below):
+    (tmp_path / "text.txt").write_text("a text")
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / below))
+    with pytest.raises(DataError, match=rf"kept in .*{below}, .*; set the variable SINKGD_CACHE"):
+        prepared_corpus(tmp_path / "text.txt", vocab_size=258)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / "cache"))

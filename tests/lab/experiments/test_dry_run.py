@@ -20,7 +20,8 @@ BUILT = [*((name, "paper") for name in STUDIES), ("iterations", "machine"), ("le
 
 
 @pytest.mark.parametrize(("study", "scale"), BUILT)
-def test_every_study_is_built_without_training(capsys, study, scale):
+def test_every_study_is_built_without_training(capsys, monkeypatch, tmp_path, study, scale):
+    monkeypatch.chdir(tmp_path)
     assert main(["experiment", study, "--scale", scale, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     for arm in STUDIES[study].settings[scale].arms:
@@ -28,6 +29,29 @@ def test_every_study_is_built_without_training(capsys, study, scale):
     if scale == "paper" and study == "alpha":
         assert "58.1M" in shown  # llama-60m as published
         assert "1.31B" in shown  # 10,000 steps of 131,072 tokens
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"damaged\n", "study.jsonl:1 is not a record"),
+        (b'{"kind":"odd"}\n{"kind":', "study.jsonl:1 is not a record"),
+        (b"\xff\n", "study.jsonl is no text"),
+        (None, "Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_dry_run_fails_where_the_study_would(capsys, tmp_path, content, message, dry):
+    path = tmp_path / "study.jsonl"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    options = ["--scale", "paper", "--out", str(tmp_path), *(["--dry-run"] if dry else [])]
+    assert main(["experiment", "iterations", *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "arm" not in captured.out
 
 
 def test_without_a_name_every_study_is_listed_with_its_question(capsys):

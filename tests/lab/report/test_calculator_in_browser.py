@@ -211,6 +211,50 @@ def test_a_field_that_cannot_be_is_named_and_leaves_no_figure(form, name, value,
     assert form.locator("output").all_text_contents() == ["", ""]
 
 
+@pytest.mark.parametrize(
+    ("name", "typed"),
+    [
+        *((name, "1,5") for name in (*FIELDS, "share", "speed")),
+        *(("tokens", typed) for typed in (",5", "1,000", "12,5,", "1.000,5")),
+    ],
+)
+def test_a_number_with_a_comma_is_not_read_as_another(form, name, typed):
+    field = form.locator(f"[name={name}]")
+    field.press("Control+a")
+    field.press_sequentially(typed)
+    label = form.locator(f"label[for={field.get_attribute('id')}]").text_content()
+    expected = f"“{label}” was given a comma; write 1.5 or 1000, not 1,5 or 1,000."
+    assert form.locator(".problem").text_content() == expected
+    assert {word for words in shown(form, None).values() for word in words} == {"–"}
+    field.press("Control+a")
+    field.press_sequentially("1")
+    field.press("Control+a")
+    field.press_sequentially("20")
+    assert form.locator(".problem").text_content() == ""
+
+
+def test_a_pasted_number_with_a_comma_is_not_read_as_another(form, page):
+    page.evaluate("document.body.prepend(document.createElement('textarea'))")
+    page.locator("textarea").fill("1,5")
+    page.locator("textarea").press("Control+a")
+    page.locator("textarea").press("Control+c")
+    field = form.locator("[name=tokens]")
+    field.press("Control+a")
+    field.press("Control+v")
+    assert "“tokens” was given a comma" in form.locator(".problem").text_content()
+    put(form, tokens="1.5")
+    assert form.locator(".problem").text_content() == ""
+
+
+@pytest.mark.parametrize("typed", ["1.5", "1,000.5"])
+def test_a_decimal_point_is_read(form, typed):
+    field = form.locator("[name=tokens]")
+    field.press("Control+a")
+    field.press_sequentially(typed)
+    assert field.input_value() == typed.replace(",", "")
+    assert form.locator(".problem").text_content() == ""
+
+
 @pytest.mark.parametrize(("parameters", "devices"), [(1000, "1"), (70_000, "4")])
 def test_the_sentence_on_memory_says_when_adamw_needs_no_more_devices(form, parameters, devices):
     put(form, parameters=parameters, share=100)

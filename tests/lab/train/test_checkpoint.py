@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(saved, monkeypatch, moment):
 
     monkeypatch.setattr(f"sinkgd.lab.train.{moment}", fill_the_disk)
     train(state, 1)
-    with pytest.raises(CheckpointError, match=r"step-00000003: .*No space left .*Make room"):
+    with pytest.raises(CheckpointError, match=r"step-00000003: .*No space left .*make room"):
         save_checkpoint(folder, state.as_dict(), keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 

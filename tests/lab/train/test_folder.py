@@ -88,6 +88,14 @@ def test_the_lock_is_let_go(folder):
             pass
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch])
+def test_no_step_is_taken_where_no_checkpoint_can_be_written(folder, make):
+    folder.path.mkdir()
+    make(folder.checkpoints)
+    with pytest.raises(RunFolderError, match=r"checkpoints is no folder, .*; move it away"):
+        folder.admit(CONFIG, "auto")
+
+
 @pytest.mark.parametrize("resume", ["auto", "must", "never"])
 @pytest.mark.parametrize("results", [None, b"", b'{"kind": "sta'])
 def test_checkpoints_without_results_are_of_another_run(folder, resume, results):

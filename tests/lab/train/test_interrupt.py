@@ -16,7 +16,9 @@ def _pythons_own_handler():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_is_remembered_and_has_the_shells_exit_code(number, code):
     with Interrupt() as interrupt:
         assert interrupt.received is None
@@ -48,3 +50,13 @@ def test_handlers_are_restored():
     with Interrupt():
         assert signal.getsignal(signal.SIGTERM) != before[1]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_under_nohup_is_not_stopped_by_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupt.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

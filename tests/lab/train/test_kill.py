@@ -123,7 +123,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_no_half_checkpoint(
     assert process.returncode == 1
     error = said.strip().splitlines()[-1]
     assert error.startswith(f"error: cannot write checkpoint {out}/checkpoints/step-00000007: ")
-    assert "Make room there" in error
+    assert "make room there" in error
     assert not list((out / "checkpoints").iterdir())
     last = json.loads((out / "run.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert (last["kind"], last["status"]) == ("end", "failed")

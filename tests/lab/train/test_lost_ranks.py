@@ -205,4 +205,4 @@ def test_a_disk_that_fills_up_is_a_clear_error_on_every_rank(options, tmp_path):
     assert not list((out / "checkpoints").iterdir())
     end = Run.read(out / "run.jsonl").end
     assert end.status == "failed"
-    assert "Make room there" in end.message
+    assert "make room there" in end.message

@@ -1,7 +1,6 @@
 """`sinkgd compare`: the same model, text, order and schedule with several optimizers."""
 
 import shlex
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,11 @@ from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
 from sinkgd.lab.train.config_file import command_line
 from sinkgd.lab.train.folder import Admission, RunFolder
-from sinkgd.lab.train.interrupt import exit_code
+from sinkgd.lab.train.interrupt import SIGNALS, exit_code
 from sinkgd.lab.train.resolve import resolve
 
 _MOST_SEEDS = 1000
-STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
+STOPPED = tuple(map(exit_code, SIGNALS))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Experiment:
     configuration; otherwise every run is trained."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Train nothing: build every arm's model without weights, and show sizes and memory."""
+    """Train nothing: build every arm's model without weights, and show sizes and memory. What
+    stands in the way in --out is told as the study itself would tell it."""
 
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: make page and verdict again from the study.jsonl in --out."""
@@ -136,7 +137,7 @@ class Experiment:
             return self._on_paper()
         plan = self._plan()
         if self.dry_run:
-            return _dry_run(plan)
+            return _dry_run(plan, self._folder())
         return self._train(plan)
 
     def _plan(self) -> "StudyPlan":
@@ -279,12 +280,14 @@ def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
     return words
 
 
-def _dry_run(plan: "StudyPlan") -> int:
+def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     from rich.console import Console
 
     from sinkgd.lab.bench.sheet import terminal_table
     from sinkgd.lab.experiments.dry_run import dry_run_sheet
+    from sinkgd.lab.experiments.engine import read_begun
 
+    read_begun(plan, folder)  # fails as the study itself would
     Console().print(terminal_table(dry_run_sheet(plan)))
     return 0
 

@@ -16,7 +16,8 @@ from sinkgd.lab.train.folder import ResumePolicy
 class Train:
     """Train one model, or go on with a run that was stopped.
 
-    Ctrl-C and SIGTERM finish the step, save, and say how to go on; the same command then does.
+    Ctrl-C, SIGTERM and SIGHUP finish the step, save, and say how to go on; the same
+    command then does.
 
     For example:
       sinkgd train --out runs/first

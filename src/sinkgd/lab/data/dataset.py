@@ -109,7 +109,11 @@ class TokenDataset:
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         # A plain array over the map: slicing a np.memmap itself is several times slower.
-        return np.asarray(np.memmap(self.folder / name, dtype=dtype, mode="r"))
+        entries = self._expected_sizes()[name] // dtype.itemsize
+        try:
+            return np.asarray(np.memmap(self.folder / name, dtype, mode="r", shape=(entries,)))
+        except ValueError as error:  # its size was right when the folder was opened
+            raise self._damaged(name, f"it changed while it was read ({error})") from error
 
     def _check_sizes(self) -> None:
         for name, expected in self._expected_sizes().items():

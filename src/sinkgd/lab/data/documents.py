@@ -13,13 +13,14 @@ import glob
 import gzip
 import importlib.util
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, NamedTuple, cast
 
-from sinkgd.lab.disk import parse_json
+from sinkgd.lab.disk import is_special, parse_json
 
 _TEXT, _LINES, _PARQUET = ".txt", (".jsonl", ".json"), ".parquet"
 _COMPRESSED = (".gz", ".zst")
@@ -47,7 +48,8 @@ def find_files(sources: Sequence[str]) -> FoundFiles:
         sources: Files, folders (searched throughout), globs, or ``"sotu"``, the embedded corpus.
 
     Raises:
-        DataError: If a source matches nothing, or a named file is of no known kind.
+        DataError: If a source matches nothing, or a named file is of no known kind or no regular
+            file.
     """
     if not sources:
         raise DataError("no sources given; name files, folders or globs, or 'sotu'")
@@ -64,6 +66,10 @@ def _files_of(source: str) -> FoundFiles:
     path = expanded(source)
     if path.is_dir():
         return _files_in(path, source)
+    if is_special(path):
+        raise DataError(
+            f"{source} is neither a regular file nor a folder; copy what it gives into a file"
+        )
     files = [path] if path.is_file() else _matches(path)
     if not files:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
@@ -78,12 +84,17 @@ def _files_of(source: str) -> FoundFiles:
 
 
 def _files_in(folder: Path, source: str) -> FoundFiles:
-    visible = (file for file in folder.rglob("*") if not file.name.startswith("."))
-    files = sorted(file for file in visible if file.is_file())
+    every = (Path(at) / name for at, _, names in os.walk(folder, onerror=_refuse) for name in names)
+    files = sorted(file for file in every if not file.name.startswith(".") and file.is_file())
     known = [file for file in files if kind_of(file) is not None]
     if not known:
         raise DataError(f"the folder {source} holds no file ending in {KINDS}")
     return FoundFiles(known, [file for file in files if kind_of(file) is None])
+
+
+def _refuse(error: OSError) -> None:
+    """Raise what kept a folder from being read; its texts are not left out in silence."""
+    raise error
 
 
 def expanded(source: str) -> Path:

@@ -13,6 +13,7 @@ from sinkgd.lab.data.documents import EMBEDDED, DataError, expanded
 from sinkgd.lab.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, offsets_file
 from sinkgd.lab.data.shards import SHARD_TOKENS, FolderTakenError, ShardWriter, refuse_taken
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer
+from sinkgd.lab.disk import claim_folder
 
 # A tokenizer learns nothing more from a larger sample, and its word counts must fit in memory.
 _TOKENIZER_CHARACTERS = 256 * 2**20
@@ -101,7 +102,8 @@ def prepared_corpus(
         say: Told which files of a folder are left out.
 
     Raises:
-        DataError: If there is no text at ``source``, or shards without their manifest.
+        DataError: If there is no text at ``source``, or shards without their manifest; or if the
+            cache cannot be written.
     """
     if (shards := shards_at(source)) is not None:
         Manifest.read(shards)
@@ -113,6 +115,7 @@ def prepared_corpus(
     name = re.sub(r"[^\w-]+", "", Path(source).stem) or "corpus"
     folder = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / MANIFEST_FILE).exists():
+        _claim_cache(folder.parent)
         refuse_taken(folder)
         tokenizer = train_tokenizer(corpus, vocab_size, progress=progress)
         try:
@@ -139,6 +142,16 @@ def cache_folder() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared) / "sinkgd"
     return Path.home() / ".cache" / "sinkgd"
+
+
+def _claim_cache(folder: Path) -> None:
+    try:
+        claim_folder(folder)
+    except OSError as error:
+        raise DataError(
+            f"prepared texts are kept in {folder}, which cannot be written ({error}); set the "
+            "variable SINKGD_CACHE to another folder"
+        ) from error
 
 
 def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -264,18 +264,28 @@ def _open(
     plan: StudyPlan, folder: Path, command: str, stack: ExitStack
 ) -> tuple[StudyRecord, StudyWriter]:
     """Read what there is, or begin."""
-    path = folder / STUDY_FILE
-    begun = path.exists() and b"\n" in path.read_bytes()
-    if begun:
-        record = StudyRecord.read(path)
-        check_same_plan(record.plan, plan.as_json(), str(folder))
-    else:
-        record = StudyRecord(plan.as_json(), command)
-    writer = StudyWriter(path)
+    record = read_begun(plan, folder)
+    writer = StudyWriter(folder / STUDY_FILE)
     stack.callback(writer.close)
-    if not begun:
+    if record is None:
+        record = StudyRecord(plan.as_json(), command)
         writer.begin(plan.as_json(), command)
     return record, writer
+
+
+def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
+    """Read the study that was begun in ``folder``; None where there is none.
+
+    Raises:
+        ConfigError: If it has another plan; each field that differs is named.
+        ResultsError: If its file is damaged.
+    """
+    path = folder / STUDY_FILE
+    if not path.exists() or b"\n" not in path.read_bytes():
+        return None
+    record = StudyRecord.read(path)
+    check_same_plan(record.plan, plan.as_json(), str(folder))
+    return record
 
 
 def _prepare_text(plan: StudyPlan, say: Say) -> dict[DataConfig, str]:

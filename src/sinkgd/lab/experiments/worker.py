@@ -5,20 +5,18 @@ bit, and torch is imported once a study. What is forked has computed nothing, so
 of torch's that a fork would lose.
 """
 
-import io
 import multiprocessing
-import os
 import signal
 import sys
 import time
-from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from threading import Thread
 
 from sinkgd import NonFiniteGradientError
 from sinkgd.lab.data import DataError
+from sinkgd.lab.launch import stop_with_parent
 from sinkgd.lab.models import ModelError
+from sinkgd.lab.terminal import LastingStream, keep_stderr
 from sinkgd.lab.train import (
     CheckpointError,
     ConfigError,
@@ -28,13 +26,13 @@ from sinkgd.lab.train import (
     RunFolderError,
     train,
 )
-from sinkgd.lab.train.interrupt import exit_code
+from sinkgd.lab.train.interrupt import SIGNALS, exit_code
 
 DIVERGED = 3  # exit code of a run whose loss or gradient was no finite number
 # What multiprocessing says where the process that forks died, too, and cannot tell: a SIGTERM to
 # the whole group ends it.
 UNTOLD = 255
-_STOPPED = {exit_code(number) for number in (signal.SIGINT, signal.SIGTERM)}
+_STOPPED = set(map(exit_code, SIGNALS))
 _PATIENCE_SECONDS = 30.0
 
 
@@ -55,13 +53,14 @@ def start_training(config: RunConfig, folder: Path, *, plain: bool) -> ForkServe
 
 def was_stopped(code: int | None) -> bool:
     """Whether an exit code says that a signal asked the run to stop."""
-    return code in _STOPPED or code in (-signal.SIGINT, -signal.SIGTERM)
+    return code in _STOPPED or -(code or 0) in SIGNALS
 
 
 def _work(config: RunConfig, folder: Path, plain: bool) -> None:
-    Thread(target=_stop_with_parent, daemon=True).start()
+    stop_with_parent()
+    keep_stderr()
     if plain:
-        sys.stderr = _PlainStream(os.dup(2))
+        sys.stderr = _PlainStream(sys.stderr.fileno())
     sys.exit(_train(config, folder))
 
 
@@ -91,19 +90,8 @@ def wait_until_free(folder: RunFolder) -> None:
             time.sleep(0.05)
 
 
-def _stop_with_parent() -> None:
-    """Ask this process to stop, and save, once the study's process is gone."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-class _PlainStream(io.TextIOWrapper):
+class _PlainStream(LastingStream):
     """Standard error as it would be in a log."""
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__(os.fdopen(descriptor, "wb"), encoding="utf-8", line_buffering=True)
 
     def isatty(self) -> bool:
         return False

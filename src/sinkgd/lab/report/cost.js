@@ -32,6 +32,7 @@
   const number = (name) => fields[name].valueAsNumber * Number(fields[name].dataset.scale);
   const put = (name, value, kind) => {
     fields[name].value = value;
+    fields[name].setCustomValidity("");
     mark(name, kind);
   };
   const mark = (name, kind) => {
@@ -83,12 +84,31 @@
     },
   };
 
+  // Chromium drops a comma from a number and says nothing: 1,5 becomes 15. What is typed after a
+  // comma makes the field invalid, until a decimal point comes or digits are taken away.
+  const noteComma = ({ target, data }) => {
+    if (target.type !== "number" || !data?.includes(",")) return;
+    target.dataset.before = data === "," ? target.value : data.slice(0, data.lastIndexOf(","));
+    delete target.dataset.misread;
+  };
+  const checkComma = ({ target, data, inputType }) => {
+    const { value, dataset } = target;
+    const { before, misread } = dataset;
+    if (before === undefined) return;
+    const deleted = inputType?.startsWith("delete") || (misread !== undefined && value !== misread && value.length <= misread.length);
+    const point = data?.includes(".") || (value.includes(".") && !(misread ?? before).includes("."));
+    target.setCustomValidity(deleted || point || value === "" ? "" : "comma");
+    if (deleted || point) delete dataset.before;
+    else if (value !== "") dataset.misread ??= value;
+  };
+
   const problemOf = (input) => {
     const { validity, min, max } = input;
     const label = form.querySelector(`label[for="${input.id}"]`).textContent;
     const unit = input.parentElement.querySelector(".unit").textContent;
     const said = `“${label}” is ${input.value}${unit && " " + unit}`;
     if (validity.valid) return "";
+    if (validity.customError) return `“${label}” was given a comma; write 1.5 or 1000, not 1,5 or 1,000.`;
     if (validity.badInput || validity.valueMissing) return `“${label}” has no number; give one.`;
     if (validity.rangeOverflow) return `${said}; give at most ${Number(max).toLocaleString("en-US")}.`;
     if (validity.stepMismatch) return `${said}; give a whole number.`;
@@ -159,6 +179,8 @@
   };
 
   form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("beforeinput", noteComma);
+  form.addEventListener("input", checkComma);
   form.addEventListener("input", ({ target }) => {
     const { name } = target;
     if (name in choices) {

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from sinkgd.lab.disk import remedy_of
 from sinkgd.lab.train import whole
 from sinkgd.lab.train.parallel import World
 from sinkgd.lab.train.safe_reader import SafePlanner, SafeReader, UnsafeCheckpointError
@@ -46,8 +47,8 @@ def save_checkpoint(
     except (OSError, CheckpointException) as error:
         world.from_first(lambda: whole.abandon(path))
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {_reason(error)}. Make room there; "
-            "the checkpoints before it are untouched"
+            f"cannot write checkpoint {path}: {_reason(error)}; {_remedy(error)}. "
+            "The checkpoints before it are untouched"
         ) from error
     return path
 
@@ -107,14 +108,25 @@ def _own_checksums(folder: Path, world: World) -> dict[str, str]:
 def _reason(error: BaseException) -> str:
     """Say what went wrong; of a failure that the checkpoint library wrapped, the cause."""
     if isinstance(error, CheckpointException):
-        causes = [cause for cause, _ in error.failures.values()]
-        return "; ".join(_reason(cause) for cause in causes)
+        return "; ".join(_reason(cause) for cause in _causes(error))
     return str(error) or repr(error)
 
 
+def _remedy(error: BaseException) -> str:
+    """Say what to do about the first cause that tells."""
+    causes = [cause for cause in (error, *_causes(error)) if isinstance(cause, OSError)]
+    remedies = (remedy for cause in causes if (remedy := remedy_of(cause)) is not None)
+    return next(remedies, "give another --out")
+
+
 def _unsafe_cause(error: BaseException) -> UnsafeCheckpointError | None:
-    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    causes = _causes(error)
     return next((cause for cause in causes if isinstance(cause, UnsafeCheckpointError)), None)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """List what the checkpoint library wrapped."""
+    return [cause for cause, _ in getattr(error, "failures", {}).values()]
 
 
 @contextmanager

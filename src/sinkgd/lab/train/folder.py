@@ -68,9 +68,14 @@ class RunFolder:
 
         Raises:
             RunFolderError: If ``resume`` forbids what the folder holds, or it holds checkpoints
-                without results.
+                without results, or what is named as their folder is none.
             ConfigError: If the run there has another configuration; each changed field is named.
         """
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise RunFolderError(
+                f"{self.checkpoints} is no folder, and checkpoints are written there; move it "
+                "away, or give another --out"
+            )
         begun = self.has_begun()
         if not begun and checkpoints(self.checkpoints):
             raise RunFolderError(

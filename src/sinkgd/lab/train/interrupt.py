@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, asked about between steps rather than met in the middle of one."""
+"""Ctrl-C, SIGTERM and SIGHUP, asked about between steps rather than met in the middle of one."""
 
 import signal
 import time
@@ -6,14 +6,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What asks a run to stop; a terminal that is closed sends SIGHUP.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One wish to stop may arrive as several signals: Linux tells a child once for each thread of a
 # parent that is killed, and a terminal and a supervisor may both pass on the same Ctrl-C.
 _SAME_WISH_SECONDS = 1.0
 
 
 class Interrupt:
-    """While active, a first SIGINT or SIGTERM is only remembered; one more, later, acts at once.
+    """While active, a first signal of `SIGNALS` is only remembered; one more, later, acts at once.
+
+    SIGHUP stays ignored where it is, as under nohup.
 
     Args:
         forward: Handed the first signal too, e.g. to send it on to a child process.
@@ -32,7 +35,11 @@ class Interrupt:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, self._receive)
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

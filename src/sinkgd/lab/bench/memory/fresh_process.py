@@ -6,6 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
 
+from sinkgd.lab.launch import stop_with_parent
+
 Subject = TypeVar("Subject")
 Found = TypeVar("Found")
 
@@ -18,7 +20,7 @@ def in_fresh_process(function: Callable[[Subject], Found], subject: Subject) -> 
     Raises:
         BrokenProcessPool: If the process was killed.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=stop_with_parent) as pool:
         return pool.submit(_quietly, function, subject).result()
 
 

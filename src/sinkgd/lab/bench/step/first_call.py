@@ -18,6 +18,8 @@ CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR")
 WARM_PROCESSES = 3
 _PROGRAM = """\
 import sys, time, torch, sinkgd
+from sinkgd.lab.launch import end_with_parent
+end_with_parent()
 backend, device = sys.argv[1:]
 grad = torch.randn(256, 256, dtype=torch.float32, device=device)
 started = time.perf_counter()
