@@ -42,10 +42,11 @@ def temper(
 
     Args:
         grad: ``(..., m, n)``, ``(n,)`` or ``()``, any floating dtype. Not modified.
-        tau: Temperature τ, positive: entries well below it keep their proportions, entries above
-            become alike.
-        num_iters: Iterations, at least 0. A vector or a scalar takes one, whatever they are.
-        eps: Floor on a sum, so that zero rows and columns stay zero; at least 0.
+        tau: Temperature τ, positive, 0.1 by default: entries well below it keep their proportions,
+            entries above become alike.
+        num_iters: Iterations, at least 0, 5 by default. A vector or a scalar takes one, whatever
+            they are.
+        eps: Floor on a sum, so that zero rows and columns stay zero; at least 0, 1e-8 by default.
 
     Returns:
         The update, of ``grad``'s shape and dtype; computed in float32, or in float64 for float64.

@@ -80,7 +80,10 @@ def scales_of(row: Tensor, col: Tensor, dtype: torch.dtype) -> Scales:
     limit = torch.finfo(dtype).max
     # Where r is small, grad * col is large: 1 / r times an entry of the update.
     entry = _STRETCH * math.sqrt(row.shape[-2] * col.shape[-1])
-    row_inverse, col_inverse = (torch.where(x == 0, 0, entry / x) for x in (row, col))
+    most = torch.finfo(torch.float64).max
+    row_inverse, col_inverse = (
+        torch.where(x == 0, 0, entry / x).clamp(max=most) for x in (row, col)
+    )
     largest_row_grad = col_inverse.amax(-1, keepdim=True)
     largest_grad_col = row_inverse.amax(-2, keepdim=True)
     up = torch.maximum(row.amax(-2, keepdim=True), largest_row_grad)

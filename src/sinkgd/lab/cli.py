@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for what the user gave and can mend, 130 after
-        Ctrl-C, 141 where nobody reads the output any more, 143 after SIGTERM.
+        The exit code: 0, 1 for a run that failed, 2 for what the user gave and can mend, 129 after
+        SIGHUP, 130 after Ctrl-C, 141 where nobody reads the output any more, 143 after SIGTERM.
     """
     try:
         hand_over_ctrl_c()

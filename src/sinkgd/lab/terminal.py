@@ -102,5 +102,5 @@ class _LastingFile(io.FileIO):
 
 def keep_stderr() -> None:
     """Let this process go on when nobody can read its standard error any more."""
-    if type(sys.stderr) is io.TextIOWrapper:  # else it is replaced already, e.g. by a test
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:  # else replaced, e.g. by a test
         sys.stderr = LastingStream(sys.stderr.fileno(), sys.stderr.encoding)

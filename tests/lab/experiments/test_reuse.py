@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -120,6 +121,16 @@ def test_a_neighbour_that_cannot_be_read_is_named(first):
     (first / "study.jsonl").write_text('{"kind":"odd"}\n', encoding="utf-8")
     shelf_beside(first.parent / "new", {}, say=said.append)
     assert "first/study.jsonl:1 is not a record" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_neighbour_that_is_no_file_is_named(tmp_path, kind):
+    said = []
+    path = tmp_path / "odd" / "study.jsonl"
+    path.parent.mkdir()
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    assert not shelf_beside(tmp_path / "new", {}, say=said.append).results
+    assert "study.jsonl" in said[0]
 
 
 def test_a_study_on_paper_is_passed_over(first):

@@ -192,11 +192,14 @@ def write_fits(folder: Path, fits: Sequence[Fit], command: str) -> None:
 
 
 def is_on_paper(path: Path) -> bool:
-    """Whether a study's file is one of these."""
-    if not path.exists():
+    """Whether a study's file is one of these; what cannot be read is none."""
+    if not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return '"kind": "paper"' in file.readline()
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return '"kind": "paper"' in file.readline()
+    except OSError:
+        return False
 
 
 def read_fits(path: Path) -> tuple[str, list[Fit]]:
