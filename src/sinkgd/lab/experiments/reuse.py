@@ -42,11 +42,11 @@ class Shelf:
         """
         found: dict[str, RunResult] = {}
         for path in sorted(folder.absolute().parent.glob(f"*/{STUDY_FILE}")):
-            if path.parent == folder.absolute() or is_on_paper(path):
+            if path.parent == folder.absolute() or not path.is_file() or is_on_paper(path):
                 continue
             try:
                 record = StudyRecord.read(path)
-            except ResultsError as error:
+            except (OSError, ResultsError) as error:
                 say(f"no run of a study beside this one is used: {error}")
                 continue
             if _alike(record, environment):
