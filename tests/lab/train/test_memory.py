@@ -79,7 +79,7 @@ print(before - resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone keeps freed blocks")
 def test_a_kept_block_is_not_asked_of_the_system_again():
-    """The page faults of a second step are none where the first step's blocks were kept."""
+    """Steps have no page faults once a few have laid out the blocks that are kept."""
     code = """
 import resource, torch
 from sinkgd.lab.train.memory import keep_freed_memory
@@ -95,8 +95,8 @@ def step():
     return faults() - before
 
 keep_freed_memory()
-print(step(), step())
+print(*(step() for _ in range(20)))
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, second = map(int, child.stdout.split())
-    assert first > 100 * max(second, 1)
+    first, *others = map(int, child.stdout.split())
+    assert sum(others[9:]) < first / 100
