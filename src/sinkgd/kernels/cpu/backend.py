@@ -21,7 +21,7 @@ from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Stack
 from sinkgd.kernels.cpu.form import DTYPES, Form
 from sinkgd.kernels.cpu.jobs import LookJob, MatricesJob, Write
 from sinkgd.kernels.cpu.piece_sums import CpuSums
-from sinkgd.kernels.cpu.products import CpuProducts, beside_rows
+from sinkgd.kernels.cpu.products import CpuProducts, to_be_added
 from sinkgd.kernels.cpu.reading import Reading
 from sinkgd.kernels.cpu.sources import beside, writable
 from sinkgd.kernels.cpu.team import torch_team
@@ -93,9 +93,9 @@ class CpuBackend:
                 key=None if keys is None else int(keys[i]),
             )
             if isinstance(own, Lowered):
-                left, right = beside_rows(own.taken.mT if form.turned else own.taken)
-                width, at = left.shape[-1], (left.data_ptr(), right.data_ptr())
-                write = write._replace(width=width, left=at[0], right=at[1])
+                left, right = to_be_added(own.taken.mT if form.turned else own.taken)
+                rank, at = left.shape[-1], (left.data_ptr(), right.data_ptr())
+                write = write._replace(rank=rank, left=at[0], right=at[1])
                 read += (left, right)
             scales_at = own.row.data_ptr(), own.col.data_ptr()
             job.add(source.tensor.data_ptr(), source.form, scales_at, write)

@@ -24,6 +24,7 @@ from sinkgd.kernels.cpu.instructions import (
 )
 
 ROWS = 8  # accumulators enough to hide latency, and as many registers again for the scales
+TURN = 256  # columns that are added up along and down in turns
 PANEL = 64  # blocks of rows added up before they join the column sums: a long sum loses precision
 
 
@@ -135,20 +136,24 @@ def column_sums(dtype, size, g, ld, Q, u, sums, ahead):
 def both_sums(dtype, size, g, ld, Q, u, sums, v, step, ahead):
     """Add 8 rows to the column sums, and return the row sums of the 8 rows ``step`` bytes on.
 
-    What is at ``ahead`` is fetched meanwhile.
+    The two take turns, some hundred columns each: sixteen rows at once, a power of two apart, do
+    not go into the one set of a first cache with eight ways. What is at ``ahead`` is fetched.
     """
     full = Q - Q % LANES
     r0, r1, r2, r3, r4, r5, r6, r7 = _eight(u)
     a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = splat(float32(0))
-    for j in range(0, full, LANES):
-        at, apart = g + j * size, anew(ld)
-        _gather(dtype, at, apart, sums + 4 * j, None, r0, r1, r2, r3, r4, r5, r6, r7)
-        at += step
-        c = load(float32(0), v + 4 * j, None)
-        a0, a1, a2, a3, a4, a5, a6, a7 = _weigh(
-            dtype, at, apart, c, None, a0, a1, a2, a3, a4, a5, a6, a7
-        )
-        _fetch(ahead + j * size, apart)
+    for first in range(0, full, TURN):
+        end = min(full, first + TURN)
+        for j in range(first, end, LANES):
+            at, apart = g + j * size, anew(ld)
+            _gather(dtype, at, apart, sums + 4 * j, None, r0, r1, r2, r3, r4, r5, r6, r7)
+        for j in range(first, end, LANES):
+            at, apart = g + step + j * size, anew(ld)
+            c = load(float32(0), v + 4 * j, None)
+            a0, a1, a2, a3, a4, a5, a6, a7 = _weigh(
+                dtype, at, apart, c, None, a0, a1, a2, a3, a4, a5, a6, a7
+            )
+            _fetch(ahead + j * size, apart)
     if full < Q:
         at = g + full * size
         _gather(dtype, at, ld, sums + 4 * full, Q - full, r0, r1, r2, r3, r4, r5, r6, r7)

@@ -20,6 +20,7 @@ from sinkgd.kernels.cpu.tables import (
     HEADER_FIELDS,
     LOOK_FIELDS,
     MATRIX_FIELDS,
+    PANEL,
     PRODUCT_FIELDS,
     SUMS_FIELDS,
     VECTORS,
@@ -43,7 +44,7 @@ class Write(NamedTuple):
     form: Form
     flag: int = 0  # the address of a bool that allows the update, or 0
     key: int | None = None  # of stochastic rounding
-    width: int = 0  # of what is taken away, numbers a row in memory
+    rank: int = 0  # of what is added
     left: int = 0  # the addresses of what `beside_rows` returns
     right: int = 0
 
@@ -51,8 +52,8 @@ class Write(NamedTuple):
 class Vectors(NamedTuple):
     """What a matrix is multiplied with and what comes of it, by addresses; 0 where it is absent."""
 
-    blocks: int  # of eight vectors each
-    wide: int  # vectors along the rows in memory, each without gaps
+    blocks: int  # of sixteen vectors each
+    wide: int  # the vectors, all numbers of a column in memory beside each other
     tall: int  # all numbers of a row in memory beside each other: the product with these, or given
     down: int  # the product of the transpose with what is in ``tall``; lies as ``wide``
     squares: int  # the sum of squares of every row in memory; where there is ``wide``
@@ -95,21 +96,21 @@ class MatricesJob:
         u, v = (scales[1], scales[0]) if turned else scales
         if write is None:
             params, how = (0,) * len(offsets), (0, 0, 0, 0, 0)
-            width = left = right = 0
+            rank = left = right = 0
         else:
-            param, beside, flag, key, width, left, right = write
+            param, beside, flag, key, rank, left, right = write
             params = tuple(param + offset for offset in beside.offsets)
             how = (beside.ld, beside.dtype, flag, key is not None, key or 0)
         place = 0
         for offset, param in zip(offsets, params, strict=True):
             self.fields += (
                 grad + offset, P, Q, ld, dtype, turned, u, v, started, 0, param, *how, place,
-                width // VECTORS, left, right,
+                rank, left, right,
             )  # fmt: skip
             u += 4 * P
             v += 4 * Q
-            left += 4 * P * width
-            right += 4 * width * Q
+            left += 4 * P * rank
+            right += 4 * rank * -(-Q // VECTORS) * VECTORS
             place += P * Q
         self.longest = max(self.longest, Q)
         self.entries += place
@@ -130,12 +131,14 @@ class MatricesJob:
 
     def take_steps(self) -> None:
         """Update the parameters by scales that are known."""
-        self._run("take_steps", (0.0, 0.0))
+        self._run("take_steps", (0.0, 0.0), panels=_scratch(torch.get_num_threads() * PANEL))
 
-    def _run(self, function: str, quotients: tuple[float, float], *own: int) -> "array[int]":
+    def _run(
+        self, function: str, quotients: tuple[float, float], *own: int, panels: int = 0
+    ) -> "array[int]":
         numbers = array("d", (*self.factors, *quotients))
         table = array("q", self.fields)
-        _run(function, table, MATRIX_FIELDS, self.entries, _address(numbers), *own)
+        _run(function, table, MATRIX_FIELDS, self.entries, _address(numbers), panels, *own)
         return table
 
 
@@ -174,7 +177,7 @@ class SumsJob:
             self._table = array("q", self.fields)
         stride = 128 * (4 * self.longest // 128 + 2)
         scratch = _scratch(torch.get_num_threads() * stride)
-        _run("add_up", self._table, SUMS_FIELDS, self.entries, 0, 0, scratch, stride)
+        _run("add_up", self._table, SUMS_FIELDS, self.entries, 0, 0, 0, scratch, stride)
 
 
 class ProductsJob:
@@ -206,10 +209,10 @@ class ProductsJob:
     def run(self) -> None:
         """Multiply."""
         # Two pieces for sums that take turns; no two threads share a line.
-        stride = 2 * 128 * (4 * self.longest // 128 + 2)
-        scratch = _scratch(torch.get_num_threads() * stride)
-        table = array("q", self.fields)
-        _run("multiply", table, PRODUCT_FIELDS, self.entries, 0, 0, scratch, stride, WHOLE)
+        stride, threads = 2 * 128 * (4 * self.longest // 128 + 2), torch.get_num_threads()
+        scratch = _scratch(threads * (stride + PANEL))
+        own = 0, scratch + threads * stride, 0, scratch, stride, WHOLE
+        _run("multiply", array("q", self.fields), PRODUCT_FIELDS, self.entries, *own)
 
 
 class LookJob:

@@ -1,14 +1,24 @@
 """The job ``multiply``: products of a table of updates with a few vectors, by a team of threads.
 
-A reading of X takes X V, or Xᵀ Y, or both one after the other, Xᵀ X V, for blocks of eight vectors.
-Letters: see `sinkgd.kernels.cpu.tables`.
+A reading of X takes X V, or Xᵀ Y, or both one after the other, Xᵀ X V, for blocks of sixteen
+vectors. Letters: see `sinkgd.kernels.cpu.tables`.
 """
 
 from numba import cfunc, float32, int16, int64, void
 
 from sinkgd.kernels.cpu import tables as t
-from sinkgd.kernels.cpu.few_vectors import ROWS, along, down
-from sinkgd.kernels.cpu.instructions import LANES, compiled, get_int, load, plus, store
+from sinkgd.kernels.cpu.few_vectors import ROW, WIDTH, add_along, add_down, make_panel
+from sinkgd.kernels.cpu.instructions import (
+    LANES,
+    compiled,
+    get_int,
+    load,
+    plus,
+    put_float,
+    store,
+    total,
+)
+from sinkgd.kernels.cpu.tables import COLUMNS, PANEL, ROWS
 from sinkgd.kernels.cpu.threads import barrier, claim, num_threads, share, thread_num
 from sinkgd.kernels.cpu.vectors import fill
 
@@ -16,40 +26,48 @@ _ENTRY = 8 * t.PRODUCT_FIELDS
 
 
 @compiled
-def _multiply_rows(dtype, size, entry, low, high, sums):
+def _multiply_rows(dtype, size, entry, low, high, sums, panel):
     """Take the products of the rows from ``low`` to ``high``; those down go to ``sums``."""
     ld, Q, blocks = get_int(entry + t.MLD), get_int(entry + t.MQ), get_int(entry + t.BLOCKS)
-    u, v, wide = get_int(entry + t.MU), get_int(entry + t.MV), get_int(entry + t.WIDE)
-    squares = get_int(entry + t.SQUARES)
-    apart, across = 4 * Q, 4 * t.VECTORS * blocks
+    v, wide, squares = get_int(entry + t.MV), get_int(entry + t.WIDE), get_int(entry + t.SQUARES)
+    apart, lanes = WIDTH * blocks, panel + ROWS * ROW
     for row in range(low, high, ROWS):
-        end = min(high, row + ROWS)
-        for block in range(blocks):
-            if wide != 0:
-                for i in range(row, end, 2):
-                    k = min(i + 1, end - 1)
-                    g = get_int(entry + t.MG) + i * ld
-                    tall = get_int(entry + t.TALL) + i * across + 4 * t.VECTORS * block
-                    along(
-                        dtype, size, g, (k - i) * ld, Q, u + 4 * i, u + 4 * k, v,
-                        wide + t.VECTORS * block * apart, apart, tall, tall + (k - i) * across,
-                        squares + 4 * i, squares + 4 * k,
-                    )  # fmt: skip
-            if sums != 0:
-                g = get_int(entry + t.MG) + row * ld
-                tall = get_int(entry + t.TALL) + row * across + 4 * t.VECTORS * block
-                down(
-                    dtype, size, g, ld, end - row, Q, u + 4 * row, v, tall, across,
-                    sums + t.VECTORS * block * apart, apart,
-                )  # fmt: skip
+        rows = min(ROWS, high - row)
+        g, u = get_int(entry + t.MG) + row * ld, get_int(entry + t.MU) + 4 * row
+        tall = get_int(entry + t.TALL) + row * apart
+        if wide != 0:
+            fill(tall, rows * blocks * LANES, float32(0))
+            fill(lanes, rows * LANES, float32(0))
+            for j in range(0, Q, COLUMNS):
+                columns = min(COLUMNS, Q - j)
+                ahead = COLUMNS * size if j + COLUMNS < Q else ROWS * ld - j * size
+                make_panel(
+                    dtype, size, g + j * size, ld, rows, columns, u, v + 4 * j, panel, lanes, ahead
+                )
+                for block in range(blocks):
+                    at = WIDTH * block
+                    add_along(panel, rows, columns, wide + j * apart + at, apart, tall + at, apart)
+            for i in range(rows):
+                found = total(load(float32(0), lanes + WIDTH * i, None))
+                put_float(squares + 4 * (row + i), found)
+        if sums != 0:
+            for j in range(0, Q, COLUMNS):
+                columns = min(COLUMNS, Q - j)
+                ahead = COLUMNS * size if j + COLUMNS < Q else ROWS * ld - j * size
+                make_panel(
+                    dtype, size, g + j * size, ld, rows, columns, u, v + 4 * j, panel, None, ahead
+                )
+                for block in range(blocks):
+                    at = WIDTH * block
+                    add_down(panel, rows, columns, tall + at, apart, sums + j * apart + at, apart)
 
 
 @compiled
-def _multiply(entry, low, high, sums):
+def _multiply(entry, low, high, sums, panel):
     if get_int(entry + t.MDTYPE) == t.BF16:
-        _multiply_rows(int16(0), 2, entry, low, high, sums)
+        _multiply_rows(int16(0), 2, entry, low, high, sums, panel)
     else:
-        _multiply_rows(float32(0), 4, entry, low, high, sums)
+        _multiply_rows(float32(0), 4, entry, low, high, sums, panel)
 
 
 @compiled
@@ -64,7 +82,7 @@ def _gather(sums, stride, workers, result, low, high):
 
 
 @compiled
-def _multiply_together(job, entry, first, team, scratch):
+def _multiply_together(job, entry, first, team, scratch, panel):
     """Multiply as worker ``first``, ``first + team``, …, each with sums of its own in the scratch.
 
     Return whether these were used: others may still read them.
@@ -77,7 +95,7 @@ def _multiply_together(job, entry, first, team, scratch):
         if result != 0:
             fill(sums, count, float32(0))
         low, high = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
-        _multiply(entry, low, high, sums)
+        _multiply(entry, low, high, sums, panel)
     if result == 0:
         return False
     barrier(job, team)
@@ -96,12 +114,13 @@ def multiply(job):
     """
     table, count = get_int(job + t.TABLE), get_int(job + t.COUNT)
     first, team = int64(thread_num()), int64(num_threads())
+    panel = get_int(job + t.PANELS) + first * PANEL
     turn = 0
     for i in range(count):
         entry = table + i * _ENTRY
         if get_int(entry + t.MP) * get_int(entry + t.MQ) > get_int(job + t.WHOLE):
             scratch = get_int(job + t.SCRATCH) + turn * get_int(job + t.STRIDE) // 2
-            if _multiply_together(job, entry, first, team, scratch):
+            if _multiply_together(job, entry, first, team, scratch, panel):
                 turn = 1 - turn
     i = claim(job + t.NEXT)
     while i < count:
@@ -111,5 +130,5 @@ def multiply(job):
             result = get_int(entry + t.DOWN)
             if result != 0:
                 fill(result, t.VECTORS * get_int(entry + t.BLOCKS) * Q, float32(0))
-            _multiply(entry, 0, P, result)
+            _multiply(entry, 0, P, result, panel)
         i = claim(job + t.NEXT)

@@ -80,16 +80,18 @@ class CpuProducts:
         return [both[i] for i in range(len(both))]
 
 
-def beside_rows(taken: LowRank) -> tuple[Tensor, Tensor]:
-    """Return a matrix of low rank as the loops subtract it from rows that lie in memory.
+def to_be_added(taken: LowRank) -> tuple[Tensor, Tensor]:
+    """Return what is taken away as the loops add it to rows that lie in memory.
 
     Returns:
-        ``(..., P, k)`` and ``(..., k, Q)``, float32 without gaps, k a whole number of blocks.
+        ``(..., P, k)``, and ``(..., w, k, 16)`` for ``w`` times sixteen columns, the last ones
+        padded with zeros; float32 without gaps.
     """
-    more = -taken.left.shape[-1] % VECTORS
-    tall = nn.functional.pad(taken.left, (0, more)) if more else taken.left
-    wide = nn.functional.pad(taken.right, (0, more)) if more else taken.right
-    return tall.float().contiguous(), wide.mT.float().contiguous()
+    *batch, Q, rank = taken.right.shape
+    more = -Q % VECTORS
+    wide = nn.functional.pad(taken.right, (0, 0, 0, more))
+    wide = wide.view(*batch, (Q + more) // VECTORS, VECTORS, rank).mT
+    return taken.left.neg().float().contiguous(), wide.float().contiguous()
 
 
 class _Read:
@@ -109,11 +111,11 @@ class _Read:
         self.k = 0
 
     def take(self, block: Tensor, *, along: bool) -> None:
-        """Put vectors where they are read from, eight a block, the last ones zero."""
+        """Put vectors where they are read from, sixteen a block, the last ones zero."""
         self._make_room(block.shape[-1])
         vectors = block.reshape(self.count, *block.shape[-2:])
         if along:
-            self.wide[:, : self.k] = vectors.mT
+            self.wide[..., : self.k] = vectors
         else:
             self.tall[..., : self.k] = vectors
 
@@ -140,7 +142,7 @@ class _Read:
 
     def found(self, *, along: bool) -> Tensor:
         """Return what was found ``along`` the rows in memory, or down them, in float64."""
-        product = self.tall if along else self.down.mT
+        product = self.tall if along else self.down
         return product[..., : self.k].double().view(*self.shape, -1, self.k)
 
     def square(self) -> Tensor:
@@ -153,8 +155,8 @@ class _Read:
         P, Q, width = self.form.P, self.form.Q, -(-k // VECTORS) * VECTORS
         self.k = k
         self.tall = torch.zeros(self.count, P, width, dtype=torch.float32, device="cpu")
-        self.wide = torch.zeros(self.count, width, Q, dtype=torch.float32, device="cpu")
-        self.down = torch.empty(self.count, width, Q, dtype=torch.float32, device="cpu")
+        self.wide = torch.zeros(self.count, Q, width, dtype=torch.float32, device="cpu")
+        self.down = torch.empty(self.count, Q, width, dtype=torch.float32, device="cpu")
         self.squares = torch.empty(self.count, P, dtype=torch.float32, device="cpu")
         for buffer in (self.tall, self.wide, self.down, self.squares):
             float32_address(buffer)

@@ -204,7 +204,7 @@ def _solve(job, entry, first, team, workers, scratch, alone):
     for worker in range(first, workers, team):
         # A worker steps along the rows that it has read, those of the last pass's end first.
         low, high = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
-        step_rows(entry, low, high, passes % 2 == 0, get_int(job + t.NUMBERS))
+        step_rows(entry, low, high, passes % 2 == 0, get_int(job + t.NUMBERS), 0)
 
 
 @cfunc(void(int64), cache=True, error_model="numpy")
