@@ -30,7 +30,7 @@ EIGHT = 8  # sums at a time
 WIDTH = 4 * LANES  # bytes of one sum
 
 
-# `make_panel` and the three `add_...` are not inlined: within a loop over panels, LLVM 22 turned the
+# `make_panel` and the three `add_...` are not inlined: in a loop over panels, LLVM 22 turned the
 # innermost loop of `add_low_rank` into an endless one.
 @compiled
 def make_panel(dtype, size, g, ld, rows, columns, u, v, panel, squares, ahead):
