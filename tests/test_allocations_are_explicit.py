@@ -21,6 +21,14 @@ WHERE_THE_CALLER_SAYS = ("lab/models/", "lab/plan/rank_model.py")
 DTYPE_IS_FIXED = {"tril_indices", "triu_indices", "Generator"}
 
 
+def is_number(node: ast.expr) -> bool:
+    """Whether an expression is made of literal numbers alone."""
+    return all(
+        isinstance(part, ast.Constant | ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop)
+        for part in ast.walk(node)
+    )
+
+
 def unnamed(source: str, path: str = "") -> list[str]:
     """List the allocations of a module that leave something to a default."""
     found = []
@@ -28,6 +36,9 @@ def unnamed(source: str, path: str = "") -> list[str]:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         owner, name = ast.unparse(node.func.value), node.func.attr
+        choices = node.args[1:] if owner == "torch" and name == "where" else []
+        if choices and all(is_number(choice) for choice in choices):
+            found.append(f"{path}:{node.lineno}: torch.where of two numbers, without a dtype")
         if owner == "torch" and name in TORCH | {"Generator"}:
             needed = {"dtype", "device"}
         elif (owner == "nn" and name in MODULES) or (owner in {"np", "numpy"} and name in NUMPY):
@@ -57,6 +68,8 @@ def unnamed(source: str, path: str = "") -> list[str]:
         ("np.arange(3)", 1),
         ("torch.Generator()", 1),
         ("torch.zeros_like(x)", 0),
+        ("torch.where(x > 1, 2.0**64, -1.0)", 1),
+        ("torch.where(x > 1, y, 1.0)", 0),
     ],
 )
 def test_an_allocation_without_a_dtype_is_found(line, count):

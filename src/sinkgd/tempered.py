@@ -131,7 +131,8 @@ def _temper_matrices(
     # In float64 entries above 1e154 have squares beyond its range, and a shorter update.
     own, now = squares.clamp(max=torch.finfo(torch.float64).max).unbind()
     factor = (own / torch.where(now == 0, 1, now)).sqrt()
-    unit = torch.where(factor > 1, 2.0**64, 1.0).to(factor.dtype)  # the factor may be out of range
+    # The factor may be out of range.
+    unit = torch.ones_like(factor).masked_fill_(factor > 1, 2.0**64)
     limit = torch.finfo(v.dtype).max
     return v.mul_((factor / unit).to(v.dtype)).mul_(unit.to(v.dtype)).clamp_(-limit, limit)
 
@@ -140,7 +141,7 @@ def _divided(v: Tensor, sums: Tensor, eps: float) -> Tensor:
     """Return ``v`` divided by sums in float64, which may be beyond the range of its type."""
     sums = torch.where(sums == 0, 1, sums.clamp(min=eps))
     # A power of two: it changes no rounding.
-    unit = torch.where(sums > torch.finfo(v.dtype).max, 2.0**-64, 1.0).to(sums.dtype)
+    unit = torch.ones_like(sums).masked_fill_(sums > torch.finfo(v.dtype).max, 2.0**-64)
     return (v * unit.to(v.dtype)).div_((sums * unit).to(v.dtype))
 
 

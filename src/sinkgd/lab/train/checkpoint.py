@@ -115,6 +115,8 @@ def _reason(error: BaseException) -> str:
 def _remedy(error: BaseException) -> str:
     """Say what to do about the first cause that tells."""
     causes = [cause for cause in (error, *_causes(error)) if isinstance(cause, OSError)]
+    if not causes:  # torch's writer of tensors says no more than that a file became too short
+        return "make room there, or give another --out"
     remedies = (remedy for cause in causes if (remedy := remedy_of(cause)) is not None)
     return next(remedies, "give another --out")
 
