@@ -44,15 +44,16 @@ def round_to_bfloat16(x: Tensor, key: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
 
 
-def keys_of_step(seed: int, step: Tensor, count: int) -> Tensor:
+def keys_of_step(seed: int, step: Tensor, count: int, *, first: int = 0) -> Tensor:
     """Return ``count`` keys, int64 ``(count,)`` on the device of ``step``.
 
     Args:
         seed: Of the run.
         step: 0-dim int64; nothing waits for it.
         count: How many parameters want a key.
+        first: Number of the first one.
     """
-    number = torch.arange(count, dtype=torch.int64, device=step.device)
+    number = torch.arange(first, first + count, dtype=torch.int64, device=step.device)
     return _mix(_mix(_mix(torch.full_like(number, seed)) + step) + number)
 
 
