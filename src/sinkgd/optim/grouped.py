@@ -441,9 +441,8 @@ class GroupedOptimizer(Optimizer):
         """List what has a gradient: the number of the group, and its parameters of one device."""
         found: dict[tuple[int, torch.device], list[Slot]] = {}
         is_compiling = torch.compiler.is_compiling()
-        for param, name, index, place, number in (
-            listed(self.param_groups) if some is None else some
-        ):
+        every = listed(self.param_groups) if some is None else some
+        for param, name, index, place, number in every:
             if param.grad is None:
                 continue
             if not is_compiling and self._met[index].is_changed(place, param):

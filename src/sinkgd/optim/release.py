@@ -97,7 +97,7 @@ class GradientRelease:
         self._waiting_bytes = 0
         self._applied: set[Tensor] = set()  # in this step
         self._running: set[int] = set()  # calls of backward that applied a gradient
-        self._watched: set[int] = set()  # calls of backward whose end is told
+        self._watched: set[int] = set()  # calls of backward that tell their end
         self._follow_parameters()
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
         # GradScaler.step then reaches `_before_step`, which refuses it, instead of an assertion.
@@ -200,7 +200,10 @@ class GradientRelease:
                 self._flush()
 
     def _watch_backward(self) -> int:
-        """Have the end of the current backward told; an exception prevents it. Return its number."""
+        """Ask to be called at the end of the current backward, and return its number.
+
+        After an exception nobody calls.
+        """
         task = torch._C._current_graph_task_id()
         if task not in self._watched:
             self._watched.add(task)
