@@ -9,11 +9,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import sinkgd
+from sinkgd.kernels.rounding import keys_of_step
 from sinkgd.lab.models.llama import Llama, LlamaConfig
+from sinkgd.optim import release as releases
 from spawn import on_ranks
 
 CONFIG = LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=2)
@@ -107,7 +110,8 @@ def test_no_gradient_is_left_after_backward():
     train(a_model(), "hybrid", released=True, watch=watch)
 
 
-def test_gradients_are_there_one_at_a_time():
+def test_gradients_are_there_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(releases, "SMALL_BYTES", 0)
     model = a_model()
     held = []
 
@@ -118,6 +122,31 @@ def test_gradients_are_there_one_at_a_time():
         param.register_post_accumulate_grad_hook(count)
     train(model, "hybrid", released=True)
     assert set(held) == {1}
+
+
+def calls_of(optimizer, monkeypatch):
+    """Note the parameters of each call of `update`."""
+    calls, update = [], optimizer.update
+    monkeypatch.setattr(optimizer, "update", lambda own: calls.append([*own]) or update(own))
+    return calls
+
+
+def test_small_gradients_wait_for_a_large_one_or_for_each_other_or_for_the_end(monkeypatch):
+    monkeypatch.setattr(releases, "SMALL_BYTES", 128)  # 32 entries
+    sizes = [4, 32, 4, 4, 20, 12, 8, 8]
+    weights = [nn.Parameter(torch.ones(1, size)) for size in sizes]
+    optimizer = sinkgd.SinkGD([{"params": weights, "algorithm": "adamw"}], lr=0.1)
+    sinkgd.GradientRelease(optimizer)
+    calls = calls_of(optimizer, monkeypatch)
+    for number in range(2):
+        loss = torch.zeros(())
+        for weight in reversed(weights):  # gradients come in the order of `weights`
+            loss = (loss + weight.sum()).tanh()
+        loss.backward()
+        assert all(weight.grad is None for weight in weights)
+        together = [[param.numel() for param in own] for own in calls]
+        assert together == [[4, 32], [4, 4, 20, 12], [8, 8]] * (number + 1)
+        optimizer.step()
 
 
 def test_a_gradient_that_the_last_micro_batch_lacks_is_applied_by_step():
@@ -212,6 +241,86 @@ def test_after_it_is_removed_backward_leaves_gradients():
     assert torch.equal(weight, before)
 
 
+class Counted(list):
+    """A list that counts what is read of it."""
+
+    reads = 0
+
+    def __iter__(self):
+        for x in super().__iter__():
+            Counted.reads += 1
+            yield x
+
+    def __getitem__(self, i):
+        Counted.reads += 1
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("recipe", ["stateless", "adamw", "random rounding"])
+def test_a_step_looks_at_a_parameter_a_few_times_whatever_their_number(monkeypatch, recipe):
+    monkeypatch.setattr(releases, "SMALL_BYTES", 0)
+    options = {
+        "stateless": {},
+        "adamw": {"algorithm": "adamw"},
+        "random rounding": {"rounding": "stochastic"},
+    }[recipe]
+    looked = []
+    for count in (10, 100):
+        dtype = torch.bfloat16 if recipe == "random rounding" else torch.float32
+        weights = [nn.Parameter(torch.ones(2, 3, dtype=dtype)) for _ in range(count)]
+        groups = [{"params": half, **options} for half in (weights[::2], weights[1::2])]
+        optimizer = sinkgd.SinkGD(groups, lr=0.1) if recipe != "adamw" else adamw_of(groups)
+        sinkgd.GradientRelease(optimizer)
+        for group in optimizer.param_groups:
+            group["params"] = Counted(group["params"])
+        Counted.reads = 0
+        sum(weight.float().sum() for weight in weights).backward()
+        optimizer.step()
+        looked.append(Counted.reads / count)
+    assert max(looked) < 10
+
+
+def adamw_of(groups):
+    return sinkgd.SinkGD([*groups, {"params": [nn.Parameter(torch.ones(2, 2))]}], lr=0.1)
+
+
+def test_a_released_parameter_draws_its_own_key_alone(monkeypatch):
+    counts = []
+
+    def keys(seed, step, count, **first):
+        counts.append(count)
+        return keys_of_step(seed, step, count, **first)
+
+    monkeypatch.setattr(releases, "SMALL_BYTES", 0)
+    monkeypatch.setattr("sinkgd.optim.algorithms.rounding.keys_of_step", keys)
+    weights = [nn.Parameter(torch.ones(2, 3).bfloat16()) for _ in range(20)]
+    optimizer = sinkgd.SinkGD(weights, lr=0.1, rounding="stochastic")
+    sinkgd.GradientRelease(optimizer)
+    sum(weight.float().sum() for weight in weights).backward()
+    assert counts == [1] * 20
+
+
+def test_parameters_that_are_moved_between_flushes_are_found(monkeypatch):
+    monkeypatch.setattr(releases, "SMALL_BYTES", 0)
+    weights = [nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
+    optimizer = sinkgd.SinkGD([{"params": weights[:3]}, {"params": weights[3:], "lr": 0.0}], lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones(2, 3)
+    assert optimizer.update([weights[0]]) == [weights[0]]
+    first, second = optimizer.param_groups
+    second["params"].append(first["params"].pop(1))
+    third = nn.Parameter(torch.ones(2, 3))
+    third.grad = torch.ones(2, 3)
+    first["params"].append(third)
+    updated = optimizer.update([weights[1], weights[2], third])
+    assert {*map(id, updated)} == {*map(id, [weights[1], weights[2], third])}
+    assert weights[1].eq(1).all()  # of the group whose rate is zero
+    assert weights[2].ne(1).all()
+    assert third.ne(1).all()
+    del optimizer.param_groups[1]
+    assert optimizer.update([weights[3]]) == []
+
+
 # On ranks -----------------------------------------------------------------------------------------
 
 
@@ -245,6 +354,22 @@ def test_under_fsdp2_it_is_the_ordinary_step_bit_for_bit():
     ):
         assert equal
         assert all(equal.values()), equal
+
+
+def flushes_of_uneven_pieces():
+    """Return how many parameters are applied at a time; nothing is sent."""
+    mesh = init_device_mesh("cpu", (2,))
+    weights = [nn.Parameter(distribute_tensor(torch.ones(3, 4), mesh, [Shard(0)])) for _ in "abc"]
+    optimizer = sinkgd.SinkGD(weights, lr=0.1)
+    sinkgd.GradientRelease(optimizer, bucket_bytes=64)  # two of 2 rows each, four of one row
+    flushed = []
+    optimizer.update = lambda own: flushed.append(len(own)) or own
+    sum(weight.to_local().sum() for weight in weights).backward()
+    return flushed
+
+
+def test_ranks_flush_the_same_parameters_whatever_they_hold():
+    assert on_ranks(2, flushes_of_uneven_pieces) == [[2], [2]]
 
 
 def said_of_plain_tensors():

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import sinkgd
+from sinkgd.optim import release
 from spawn import on_ranks
 
 SHAPES = [(3, 4), (4, 3), (5,), (2, 3, 3)]
@@ -90,12 +91,14 @@ class Run:
         assert all(param.grad is None for param in self.params)
 
 
-def check_alike(recipe, steps, bucket_bytes=0, **start):
+def check_alike(recipe, steps, bucket_bytes=0, small_bytes=0, **start):
     ordinary = Run(recipe, is_released=False, **start)
     released = Run(recipe, is_released=True, bucket_bytes=bucket_bytes, **start)
     for seed, (changes, batches, by_closure) in enumerate(steps):
-        for run in (ordinary, released):
-            run.step(changes, batches, seed, by_closure)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(release, "SMALL_BYTES", small_bytes)
+            for run in (ordinary, released):
+                run.step(changes, batches, seed, by_closure)
         released.check_nothing_is_left()
         for i, (one, other) in enumerate(zip(ordinary.params, released.params, strict=True)):
             assert torch.equal(one, other), f"parameter {i} after step {seed}"
@@ -137,12 +140,14 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("bucket_bytes", [0, 60, 1 << 30])
+@pytest.mark.parametrize(
+    ("bucket_bytes", "small_bytes"), [(0, 0), (0, 40), (0, 1 << 16), (60, 1 << 16), (1 << 30, 0)]
+)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_it_is_the_ordinary_step(scenario, recipe, bucket_bytes):
+def test_it_is_the_ordinary_step(scenario, recipe, bucket_bytes, small_bytes):
     steps, start = SCENARIOS[scenario]
-    check_alike(recipe, steps, bucket_bytes, **start)
+    check_alike(recipe, steps, bucket_bytes, small_bytes, **start)
 
 
 batches = st.lists(st.sets(st.sampled_from(EVERY)).map(sorted), min_size=1, max_size=3)
@@ -156,11 +161,14 @@ changes = st.lists(
     recipe=st.sampled_from(sorted(RECIPES)),
     steps=st.lists(st.tuples(changes, batches, st.booleans()), min_size=1, max_size=4),
     bucket_bytes=st.sampled_from([0, 40, 100, 1 << 20]),
+    small_bytes=st.sampled_from([0, 40, 1 << 16]),
     present=st.sets(st.sampled_from(EVERY), min_size=1).map(sorted),
     frozen=st.sets(st.sampled_from(EVERY)).map(sorted),
 )
-def test_it_is_the_ordinary_step_of_any_loop(recipe, steps, bucket_bytes, present, frozen):
-    check_alike(recipe, steps, bucket_bytes, present=tuple(present), frozen=frozen)
+def test_it_is_the_ordinary_step_of_any_loop(
+    recipe, steps, bucket_bytes, small_bytes, present, frozen
+):
+    check_alike(recipe, steps, bucket_bytes, small_bytes, present=tuple(present), frozen=frozen)
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -178,6 +186,12 @@ class Failing(torch.autograd.Function):
         raise ArithmeticError("out of luck")
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """No gradient is too small to be applied at once."""
+    monkeypatch.setattr(release, "SMALL_BYTES", 0)
+
+
 def fail_after(first, second):
     """Run a backward that reaches ``first``, and raises before it reaches ``second``."""
     with pytest.raises(ArithmeticError):
@@ -190,6 +204,7 @@ def two_weights(**options):
     return *weights, optimizer, sinkgd.GradientRelease(optimizer, **options)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_after_an_exception_in_backward_each_call_says_what_to_do():
     one, two, optimizer, release = two_weights()
     fail_after(one, two)
@@ -210,8 +225,9 @@ def test_after_an_exception_in_backward_each_call_says_what_to_do():
     assert two.ne(1).all()
 
 
-def test_an_exception_before_anything_was_applied_is_as_in_the_ordinary_loop():
-    one, two, optimizer, _ = two_weights(bucket_bytes=1 << 30)
+@pytest.mark.parametrize("bucket_bytes", [0, 1 << 30])
+def test_an_exception_before_anything_was_applied_is_as_in_the_ordinary_loop(bucket_bytes):
+    one, two, optimizer, _ = two_weights(bucket_bytes=bucket_bytes)
     fail_after(one, two)
     optimizer.zero_grad()
     (one * two).sum().backward()
@@ -220,6 +236,7 @@ def test_an_exception_before_anything_was_applied_is_as_in_the_ordinary_loop():
     assert torch.equal(one, two)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_an_exception_in_a_closure_says_what_to_do():
     one, two, optimizer, release = two_weights()
 

@@ -19,7 +19,7 @@ from sinkgd.kernels.level import level_, scales_of
 from sinkgd.kernels.products import eager_products, made
 from sinkgd.kernels.rounding import round_to_bfloat16
 from sinkgd.kernels.sums import EagerSums
-from sinkgd.kernels.two_halves import TwoHalves
+from sinkgd.kernels.two_halves import TwoHalves, all_finite
 
 
 class EagerBackend(TwoHalves):
@@ -64,8 +64,7 @@ class EagerBackend(TwoHalves):
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
-        extremes = [torch.aminmax(x.detach()) for x in tensors]  # a NaN anywhere makes both NaN
-        return torch.stack([low.isfinite() & high.isfinite() for low, high in extremes])
+        return all_finite(tensors)
 
     def update_(
         self,

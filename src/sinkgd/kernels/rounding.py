@@ -17,6 +17,11 @@ from torch import Tensor
 SHIFTS = (16, 15, 16)
 FACTORS = (0x7FEB352D, 0x846CA68B)
 _WORD = 0xFFFFFFFF
+# SplitMix64.
+_INCREMENT = 0x9E3779B97F4A7C15
+_SHIFTS64 = (30, 27, 31)
+_FACTORS64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_WORD64 = 0xFFFFFFFFFFFFFFFF
 
 
 def random_bits(shape: torch.Size, key: Tensor) -> Tensor:
@@ -44,24 +49,33 @@ def round_to_bfloat16(x: Tensor, key: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
 
 
-def keys_of_step(seed: int, step: Tensor, count: int) -> Tensor:
+def keys_of_step(seed: int, step: Tensor, count: int, *, first: int = 0) -> Tensor:
     """Return ``count`` keys, int64 ``(count,)`` on the device of ``step``.
 
     Args:
         seed: Of the run.
         step: 0-dim int64; nothing waits for it.
         count: How many parameters want a key.
+        first: Number of the first one.
     """
-    number = torch.arange(count, dtype=torch.int64, device=step.device)
-    return _mix(_mix(_mix(torch.full_like(number, seed)) + step) + number)
+    number = torch.arange(first, first + count, dtype=torch.int64, device=step.device)
+    return _mix(_mix(step + _signed(_mixed(seed))) + number)
+
+
+def _mixed(x: int) -> int:
+    """`_mix` of one number, without torch."""
+    x = (x + _INCREMENT) & _WORD64
+    for shift, factor in zip(_SHIFTS64, _FACTORS64, strict=False):
+        x = ((x ^ (x >> shift)) * factor) & _WORD64
+    return x ^ (x >> _SHIFTS64[2])
 
 
 def _mix(x: Tensor) -> Tensor:
     """One step of SplitMix64 (Steele et al. 2014), in int64 that wraps."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
+    x = x + _signed(_INCREMENT)
+    for shift, factor in zip(_SHIFTS64, _FACTORS64, strict=False):
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+    return x ^ _shift_right(x, _SHIFTS64[2])
 
 
 def _signed(value: int) -> int:

@@ -29,6 +29,35 @@ class Met(NamedTuple):
         return param.shape != self.shapes[i] or param.dtype != self.dtypes[i]
 
 
+class Listed(NamedTuple):
+    """A parameter and where it stands."""
+
+    param: Tensor
+    name: str  # as the model calls it, or what errors call it
+    group: int
+    place: int  # in its group
+    number: int  # among all parameters of the optimizer
+
+
+def listed(groups: Sequence[Group]) -> Iterator[Listed]:
+    """Yield every parameter of the groups."""
+    first = 0
+    for index, group in enumerate(groups):
+        for place, (name, param) in enumerate(named(group, index)):
+            yield Listed(param, name, index, place, first + place)
+        first += len(group["params"])
+
+
+def index_of(groups: Sequence[Group]) -> dict[Tensor, Listed]:
+    """Return every parameter of the groups by itself."""
+    return {own.param: own for own in listed(groups)}
+
+
+def is_at(param: Tensor, place: int, params: Sequence[Tensor]) -> bool:
+    """Whether a list holds a parameter at a place."""
+    return place < len(params) and params[place] is param
+
+
 def meet(group: Group, index: int) -> Met:
     """Return what to remember of a group whose parameters were checked."""
     names, params = zip(*named(group, index), strict=True) if group["params"] else ((), ())

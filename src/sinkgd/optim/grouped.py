@@ -4,7 +4,7 @@ A step goes group by group: its algorithm updates the parameters, but for those 
 not finite, of which the guard hears.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, ClassVar, overload
@@ -36,7 +36,18 @@ from sinkgd.optim.arguments import (
     resolve,
     settle,
 )
-from sinkgd.optim.exchanged import Met, are_same, meet, named, newcomers, unnamed
+from sinkgd.optim.exchanged import (
+    Listed,
+    Met,
+    are_same,
+    index_of,
+    is_at,
+    listed,
+    meet,
+    named,
+    newcomers,
+    unnamed,
+)
 from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
 from sinkgd.optim.routing_check import check_same_routing
 from sinkgd.optim.saved_state import (
@@ -81,6 +92,7 @@ class GroupedOptimizer(Optimizer):
         self._guard = NonFiniteGuard()
         self._has_momentum: list[bool] = []
         self._met: list[Met] = []
+        self._index: dict[Tensor, Listed] | None = None
         name = type(self).__name__
         groups = as_groups(params, name, self.default_algorithm)
         own = [dict(group) for group in groups if isinstance(group, dict)]
@@ -101,6 +113,7 @@ class GroupedOptimizer(Optimizer):
         if "_guard" not in self.__dict__:
             self._guard = NonFiniteGuard()
             self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
+            self._index = None
             self._add_hooks()
 
     def _add_hooks(self) -> None:
@@ -151,6 +164,7 @@ class GroupedOptimizer(Optimizer):
             self._step_supports_amp_scaling = True
         self._has_momentum.append(bool(param_group.get("momentum")))
         self._met.append(meet(param_group, len(self.param_groups) - 1))
+        self._index = None
 
     def _name_alike(self, param_group: dict[str, Any]) -> None:
         """Name the parameters of groups without names if others have names; torch wants all."""
@@ -229,6 +243,8 @@ class GroupedOptimizer(Optimizer):
             if bool(overflow):
                 return loss
             overflow = None
+        self._index = None
+        self._begin_step()
         self._update(self._slots(), scale, overflow)
         for group in self.param_groups:
             count_step(group)
@@ -239,6 +255,8 @@ class GroupedOptimizer(Optimizer):
     def update(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Update some parameters alone: a part of a step, which `step` must end.
 
+        The first call of a step looks at all parameters of the optimizer, others at ``params``.
+
         Args:
             params: Those that are not the optimizer's or have no gradient are left alone.
 
@@ -248,9 +266,8 @@ class GroupedOptimizer(Optimizer):
         Raises:
             TypeError: If a group needs all its gradients at once.
         """
-        self.check_one_by_one()
         only = {*params}
-        found = self._slots(only)
+        found = self._slots(self._find(only))
         self._update(found, None, None)
         empty = [param for param in only if param.numel() == 0]
         return [*(slot.param for _, slots in found for slot in slots), *empty]
@@ -310,7 +327,6 @@ class GroupedOptimizer(Optimizer):
     def _update(
         self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
     ) -> None:
-        check_momentum(self.param_groups, self._has_momentum)
         for index, slots in found:
             group = self.param_groups[index]
             if not all(has_values(slot.grad) for slot in slots):
@@ -392,32 +408,55 @@ class GroupedOptimizer(Optimizer):
             group = self.param_groups[index]
             _check_param(name, param, group, find_algorithm(group["algorithm"]))
         self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
+        self._index = None
 
-    def _slots(self, only: Set[Tensor] | None = None) -> list[tuple[int, list[Slot]]]:
-        """List what has a gradient: the number of the group, and its parameters of one device."""
+    def _begin_step(self) -> None:
+        """Check what may have changed since the last step."""
+        check_momentum(self.param_groups, self._has_momentum)
         self._check_exchanged()
-        found: list[tuple[int, list[Slot]]] = []
-        first = 0
+
+    def _find(self, params: Collection[Tensor]) -> list[Listed]:
+        """Return where parameters stand in the groups; leave out those that are in none.
+
+        The index is made once a step. A parameter that it does not have, or that is no longer where
+        it was, brings about a new one.
+        """
+        if self._index is None:
+            self.check_one_by_one()
+            self._begin_step()
+            self._index = index_of(self.param_groups)
+        elif not all(self._is_indexed(param) for param in params):
+            self._check_exchanged()
+            self._index = index_of(self.param_groups)
+        index = self._index
+        return sorted((index[p] for p in params if p in index), key=lambda own: own.number)
+
+    def _is_indexed(self, param: Tensor) -> bool:
+        found = None if self._index is None else self._index.get(param)
+        if found is None or found.group >= len(self.param_groups):
+            return False
+        return is_at(param, found.place, self.param_groups[found.group]["params"])
+
+    def _slots(self, some: Iterable[Listed] | None = None) -> list[tuple[int, list[Slot]]]:
+        """List what has a gradient: the number of the group, and its parameters of one device."""
+        found: dict[tuple[int, torch.device], list[Slot]] = {}
         is_compiling = torch.compiler.is_compiling()
-        for index, group in enumerate(self.param_groups):
-            by_device: dict[torch.device, list[Slot]] = {}
-            for number, (name, param) in enumerate(named(group, index), first):
-                if param.grad is None or (only is not None and param not in only):
-                    continue
-                if not is_compiling and self._met[index].is_changed(number - first, param):
-                    self._check_newcomers()
-                if param.numel() == 0:
-                    continue
-                if param.grad.is_sparse:
-                    raise TypeError(
-                        f"{name!r} has a sparse gradient, which {type(self).__name__} cannot "
-                        "normalize; make it dense, e.g. Embedding(sparse=False)"
-                    )
-                slot = Slot(name, number, param, param.grad)
-                by_device.setdefault(param.device, []).append(slot)
-            first += len(group["params"])
-            found += ((index, slots) for slots in by_device.values())
-        return found
+        every = listed(self.param_groups) if some is None else some
+        for param, name, index, place, number in every:
+            if param.grad is None:
+                continue
+            if not is_compiling and self._met[index].is_changed(place, param):
+                self._check_newcomers()
+            if param.numel() == 0:
+                continue
+            if param.grad.is_sparse:
+                raise TypeError(
+                    f"{name!r} has a sparse gradient, which {type(self).__name__} cannot "
+                    "normalize; make it dense, e.g. Embedding(sparse=False)"
+                )
+            slot = Slot(name, number, param, param.grad)
+            found.setdefault((index, param.device), []).append(slot)
+        return [(index, slots) for (index, _), slots in found.items()]
 
 
 def _new_state(algorithm: Algorithm, param: Tensor, group: Group) -> dict[str, Any]:

@@ -17,8 +17,12 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sinkgd.optim.algorithms.contract import local, on_mesh
+from sinkgd.optim.algorithms.contract import most_held, on_mesh
 from sinkgd.optim.grouped import GroupedOptimizer
+
+# Smaller gradients wait for others: such as those of norms and biases, whose step takes no longer
+# than the calls that it needs. Not measured.
+SMALL_BYTES = 64 << 10
 
 # The keys are the parameters whose gradients are released.
 _RELEASED = WeakIdKeyDictionary()
@@ -30,8 +34,9 @@ class GradientRelease:
     The training loop stays as it is. ``optimizer.step()`` then ends the step: it updates the
     parameters whose gradients remain, frees those, and raises what was found. Learning rates are
     read while backward runs, so a scheduler that steps after the optimizer works as ever. The
-    result is that of the ordinary step, bit for bit; a non-finite gradient holds back its own
-    parameter alone, in an AdamW group, too.
+    result is that of the ordinary step, bit for bit. A non-finite gradient holds back its own
+    parameter alone; in an AdamW group, it holds back the parameters that are updated together with
+    it.
 
     Parameters may be added, frozen or unfrozen at any time. A new one keeps its gradient until the
     first ``step()``, and is released from then on.
@@ -42,8 +47,11 @@ class GradientRelease:
     Args:
         optimizer: One of this package; not one with groups of ``"adamw-spam"``, whose step needs
             the norm of all gradients.
-        bucket_bytes: Gradients wait until there are so many bytes of them, on this rank, and are
-            then taken together. 0 waits for none.
+        bucket_bytes: Gradients wait until there are so many bytes of them, and are then applied
+            together; the last ones wait for ``step()``. Under FSDP2, bytes are those of the largest
+            piece on any rank. With 0, every gradient is applied at once, except those below 64 KiB:
+            they wait for the next larger one, until there are 64 KiB of them, or until backward
+            ends.
         averaged: Whether gradients of plain tensors are the same on all ranks when backward has
             made them, as under tensor parallelism. DistributedDataParallel averages them later.
 
@@ -89,6 +97,7 @@ class GradientRelease:
         self._waiting_bytes = 0
         self._applied: set[Tensor] = set()  # in this step
         self._running: set[int] = set()  # calls of backward that applied a gradient
+        self._watched: set[int] = set()  # calls of backward that tell their end
         self._follow_parameters()
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
         # GradScaler.step then reaches `_before_step`, which refuses it, instead of an assertion.
@@ -183,18 +192,31 @@ class GradientRelease:
                 return
             if param not in self._waiting:
                 self._waiting[param] = None
-                self._waiting_bytes += local(param.grad).nbytes
-            if self._waiting_bytes >= self._bucket_bytes:
-                self._watch_backward()
+                # All ranks count alike, and so flush alike.
+                self._waiting_bytes += most_held(param.grad) * param.grad.element_size()
+            task = self._watch_backward()
+            if self._waiting_bytes >= (self._bucket_bytes or SMALL_BYTES):
+                self._running.add(task)
                 self._flush()
 
-    def _watch_backward(self) -> None:
-        """Note that backward applies gradients, until it ends; an exception leaves the note."""
+    def _watch_backward(self) -> int:
+        """Ask to be called at the end of the current backward, and return its number.
+
+        After an exception nobody calls.
+        """
         task = torch._C._current_graph_task_id()
-        if task not in self._running:
-            self._running.add(task)
+        if task not in self._watched:
+            self._watched.add(task)
             engine = Variable._execution_engine
-            engine.queue_callback(lambda: self._running.discard(task))
+            engine.queue_callback(lambda: self._end_of_backward(task))
+        return task
+
+    def _end_of_backward(self, task: int) -> None:
+        with self._lock:
+            if not self._bucket_bytes:
+                self._flush()
+            self._watched.discard(task)
+            self._running.discard(task)
 
     def _flush(self) -> None:
         """Apply the gradients that wait."""
@@ -254,7 +276,7 @@ class GradientRelease:
 
     def _begin_step(self) -> None:
         self._waiting, self._waiting_bytes = {}, 0
-        self._applied, self._running = set(), set()
+        self._applied, self._running, self._watched = set(), set(), set()
 
     def _check_backward_ended(self) -> None:
         if self._running:

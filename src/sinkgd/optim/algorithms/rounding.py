@@ -47,9 +47,10 @@ def draw_keys(slots: Sequence[Slot], group: Group) -> Sequence[Tensor] | None:
     if group["rounding"] == "nearest":
         return None
     step = group["rounding_step"].to(slots[0].param.device)
-    last = max(slot.number for slot in slots)
-    keys = keys_of_step(group["seed"], step, last + 1).unbind()
-    return [keys[slot.number] for slot in slots]
+    numbers = [slot.number for slot in slots]
+    first = min(numbers)
+    keys = keys_of_step(group["seed"], step, max(numbers) + 1 - first, first=first).unbind()
+    return [keys[number - first] for number in numbers]
 
 
 def keys_of_parts(
