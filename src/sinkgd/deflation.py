@@ -205,12 +205,14 @@ def find_leading(
     grams = [y.mT @ y for y in ahead]
     if over_columns is not None:
         grams, squares = _halves(over_columns([*grams, *squares]))
-    basis = [y @ _root(gram).inverse for y, gram in zip(ahead, grams, strict=True)]
+    # Vectors of many matrices need much memory, so none outlives its use.
+    basis = _times(ahead, [_root(gram).inverse for gram in grams])
     rows, columns = _of_both(products, basis, over_columns)
+    del basis
     columns, grams = _halves(over_rows([*columns, *(z.mT @ z for z in rows)]))
     roots = [_root(gram) for gram in grams]
-    left = [z @ root.inverse for z, root in zip(rows, roots, strict=True)]
-    right = [c @ (root.inverse * root.known) for c, root in zip(columns, roots, strict=True)]
+    left = _times(rows, [root.inverse for root in roots])
+    right = _times(columns, [root.inverse * root.known for root in roots])
     lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
     if over_columns is not None:
         lengths = over_columns(lengths)
@@ -241,6 +243,12 @@ def _of_both(
         return products.of_both(blocks)
     rows = over_columns(products.of_rows(blocks))
     return rows, products.of_cols(rows)
+
+
+def _times(vectors: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the products of two lists, and empty the first."""
+    vectors.reverse()
+    return [vectors.pop() @ factor for factor in factors]
 
 
 def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

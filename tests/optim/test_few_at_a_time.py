@@ -7,12 +7,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import sinkgd
-from sinkgd.optim.algorithms import few_at_a_time
+from sinkgd.optim.algorithms import deflated, few_at_a_time, stages
 from sinkgd.optim.algorithms.contract import most_held
 from spawn import on_ranks
 
 OPTIONS = {
     "deflated": {"deflated_rank": 2},
+    "deflated, eager": {"deflated_rank": 2, "backend": "eager"},
+    "deflated rows": {"deflated_rank": 2, "last": "row", "rounding": "stochastic"},
+    "deflated, pinned": {"deflated_rank": 2, "operator_norm": "muon"},
+    "deflated after momentum": {"deflated_rank": 2, "momentum": 0.5},
     "masked": {"tiny_rows": "mask", "tiny_row_threshold": 0.5},
     "nesterov": {"momentum": 0.9, "nesterov": True},
 }
@@ -37,6 +41,9 @@ def walked(options, place=lambda x: x):
 def limited(monkeypatch, size):
     monkeypatch.setattr(few_at_a_time, "SCRATCH_BYTES", size)
     monkeypatch.setattr(few_at_a_time, "MESH_SCRATCH_BYTES", size)
+    monkeypatch.setattr(deflated, "MESH_VECTOR_BYTES", 10 * size)
+    for module in (deflated, stages):
+        monkeypatch.setattr(module, "SCRATCH_BYTES", size)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

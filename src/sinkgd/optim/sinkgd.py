@@ -32,7 +32,8 @@ class SinkGD(GroupedOptimizer):
     On a mesh of devices a step costs L messages a process group, whatever the options; and one
     more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, two for
     ``deflated_rank``, and one for ``operator_norm``; over a group that shards columns four and two.
-    No matrix is sent. What may copy gradients sends its messages anew for every 256 MiB of them.
+    No matrix is sent. ``tiny_rows`` and ``nesterov``, which copy gradients, send their messages
+    anew for every 256 MiB of copies; ``deflated_rank`` for every 128 MiB of vectors.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs. Groups may name any
@@ -70,8 +71,8 @@ class SinkGD(GroupedOptimizer):
         deflated_rank: Directions k whose singular values, the update's largest, are lowered to the
             next one; 0 leaves them. A whitening of what stands out, for two more readings of the
             gradient and about 10 k flops an entry. Keeps no state. Backends other than ``cpu`` make
-            float32 copies of the gradients, 64 MiB of them at a time (on a mesh 256 MiB) unless one
-            alone is larger. Groups of `param_groups` set their own.
+            float32 copies of the gradients, 64 MiB of them at a time unless one alone is larger.
+            Groups of `param_groups` set their own.
             Default: 0.
         operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
             estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's

@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sinkgd
 from sinkgd.lab.bench.memory.measure import allocations
-from sinkgd.lab.plan import Grid, Work, find_architecture, find_method
+from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, memory
 from sinkgd.lab.plan.memory import update_scratch
 from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffic
 from sinkgd.lab.plan.weights import weights_of
+from sinkgd.optim.algorithms import deflated, stages
+from spawn import on_ranks
 
 ROOT = Path(__file__).parents[3]
 SINKGD = find_method("sinkgd-paper")
@@ -101,8 +103,7 @@ MADE_BY = {
 @pytest.mark.parametrize("shape", [(2, 8, 1), (2, 2, 4), (1, 4, 4), (1, 1, 16)], ids=str)
 @pytest.mark.parametrize("name", MADE_BY)
 def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
-    for module in ("sinkgd.optim.algorithms.few_at_a_time", "sinkgd.lab.plan.traffic"):
-        monkeypatch.setattr(f"{module}.MESH_SCRATCH_BYTES", 100_000)  # several rounds
+    monkeypatch.setattr(deflated, "MESH_VECTOR_BYTES", 300_000)  # several runs
     nine = replace(find_architecture("llama-9m"), num_heads=16, num_kv_heads=16, head_size=8)
     grid, method = Grid(*shape), find_method(name)
     optimizer = step_on_a_mesh(nine, shape, MADE_BY[name])
@@ -112,11 +113,55 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
     assert len(sent.calls) == sum(one.count for one in planned)
     assert sum(sent.calls) == sum(one.bytes for one in planned)
     if name == "sinkgd":
-        assert len(sent.calls) > 2 * (5 + 6)
+        assert len(sent.calls) > 5 * len(planned) + 6
         return
     scratch = update_scratch(weights_of(nine, grid), grid, method, device="cpu", one_by_one=False)
     used = allocations(optimizer.step, torch.device("cpu")).peak
     assert 0.8 * scratch < used <= scratch
+
+
+@pytest.mark.usefixtures("sixteen_ranks")
+@pytest.mark.parametrize(("backend", "device"), [("cpu", "cpu"), ("eager", "cuda")])
+@pytest.mark.parametrize("copied", [1 << 18, 1 << 26], ids=["copied by runs", "copied at once"])
+def test_the_scratch_of_a_deflated_step_on_a_mesh_is_planned(backend, device, copied, monkeypatch):
+    for module in (deflated, stages, memory):
+        monkeypatch.setattr(module, "SCRATCH_BYTES", copied)
+    sixty = replace(find_architecture("llama-60m"), num_heads=16, num_kv_heads=16, head_size=32)
+    grid = Grid(dp_shard=16)
+    optimizer = step_on_a_mesh(
+        sixty,
+        (1, 16, 1),
+        lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15, backend=backend),
+    )
+    optimizer.step()
+    scratch = update_scratch(
+        weights_of(sixty, grid), grid, find_method("sinkgd"), device=device, one_by_one=False
+    )
+    used = allocations(optimizer.step, torch.device("cpu")).peak
+    assert 0.8 * scratch < used <= scratch
+
+
+def sent_by_a_deflated_step():
+    """Return what two ranks send, and what the plan counts."""
+    nine = replace(find_architecture("llama-9m"), num_layers=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deflated, "MESH_VECTOR_BYTES", 1_500_000)
+        optimizer = step_on_a_mesh(nine, (1, 2, 1), MADE_BY["sinkgd"])
+        with Sent() as sent:
+            optimizer.step()
+        (planned,) = vectors(nine, Grid(dp_shard=2), find_method("sinkgd"))
+    return len(sent.calls), planned.count, sum(sent.calls), planned.bytes
+
+
+def test_two_ranks_that_deflate_send_what_the_plan_says():
+    for count, planned, size, planned_size in on_ranks(2, sent_by_a_deflated_step):
+        assert count == planned > 5 + 2
+        assert size == planned_size
+
+
+def test_a_deflated_step_of_llama_3_70b_takes_tens_of_messages():
+    (found,) = vectors(find_architecture("llama-3-70b"), Grid(dp_shard=8), find_method("sinkgd"))
+    assert found.count == 37
 
 
 @pytest.mark.parametrize(("backend", "device"), [("cpu", "cpu"), ("eager", "cuda")])

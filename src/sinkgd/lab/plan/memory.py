@@ -15,7 +15,8 @@ from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Work, trace
 from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
-from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES, SCRATCH_BYTES, cut
+from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
+from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut
 
 _FLOAT32 = 4
 # Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 51 to 58
@@ -24,8 +25,11 @@ _SHARDED_SCALE = 59
 # The same of row norms alone: 24 to 27 measured on llama-9m over 16 ranks; same file.
 _SHARDED_ROWS = 27
 # Bytes a row or column that deflation uses at once for each direction that it follows, one more
-# than it lowers; most of them float64. 42 were measured on llama-60m; same file.
-_DIRECTION = 44
+# than it lowers; most of them float64. 22.8 and 16.8 were measured on llama-60m; same file.
+_DIRECTION = {"cpu": 24, "cuda": 18}
+# The same on a mesh, 17.4 measured on llama-60m over 16 ranks; and what the loops of a CPU keep
+# where they have all matrices at once, 7.7 measured; same file.
+_MESH_DIRECTION, _KEPT_DIRECTION = 18, 8
 _TOKEN = 8  # bytes of a token id, and of a target
 
 
@@ -171,9 +175,13 @@ def update_scratch(
     if method.exchange == "vectors" and not method.scratch:
         scales = _SHARDED_SCALE if is_sharded else _FLOAT32
         found = scales * (max(lengths) if one_by_one else sum(lengths))
+        if method.directions and is_sharded:
+            kept = _FLOAT32 * (max(lengths) if one_by_one else sum(lengths))
+            more = _mesh_deflation_scratch(matrices, method.directions, device, one_by_one)
+            return max(found, kept + more)
         if method.directions:
-            room = 0 if one_by_one else MESH_SCRATCH_BYTES if is_sharded else SCRATCH_BYTES
-            found += _deflation_scratch(matrices, method.directions, room, copies=device != "cpu")
+            room = 0 if one_by_one else SCRATCH_BYTES
+            found += _deflation_scratch(matrices, method.directions, room, device)
         return found
     # They work on whole matrices, wherever the pieces lie.
     largest = max(w.count for w in matrices) * _FLOAT32
@@ -184,15 +192,34 @@ def update_scratch(
 
 
 def _deflation_scratch(
-    matrices: Sequence[Weight], directions: int, room: int, *, copies: bool
+    matrices: Sequence[Weight], directions: int, room: int, device: Literal["cpu", "cuda"]
 ) -> int:
     """Return what deflation needs for a few matrices at a time, as `few_at_a_time` has them."""
     sizes = [_FLOAT32 * prod(w.piece) for w in matrices]
     needs = [
-        (size if copies else 0) + _DIRECTION * (directions + 1) * sum(w.piece)
+        (size if device != "cpu" else 0) + _DIRECTION[device] * (directions + 1) * sum(w.piece)
         for size, w in zip(sizes, matrices, strict=True)
     ]
     return max(sum(needs[run]) for run in cut(sizes, room))
+
+
+def _mesh_deflation_scratch(
+    matrices: Sequence[Weight], directions: int, device: Literal["cpu", "cuda"], one_by_one: bool
+) -> int:
+    """Return the same on a mesh: vectors of a run of matrices, and copies of a few of these."""
+    held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
+    runs = [slice(i, i + 1) for i in range(len(held))] if one_by_one else mesh_runs(held)
+    most = 0
+    for run in runs:
+        vectors = (directions + 1) * sum(sum(w.piece) for w in matrices[run])
+        copies = [_FLOAT32 * prod(w.piece) for w in matrices[run]]
+        need = _MESH_DIRECTION * vectors
+        if device != "cpu":
+            need += min(sum(copies), max(*copies, SCRATCH_BYTES))
+        elif sum(copies) <= SCRATCH_BYTES:
+            need += _KEPT_DIRECTION * vectors
+        most = max(most, need)
+    return most
 
 
 def _same_shape(matrices: Sequence[Weight]) -> Mapping[tuple[int, ...], int]:

@@ -17,7 +17,7 @@ from sinkgd.lab.plan.methods import Method, usual_rank
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.weights import Grid, Weight, weights_of
 from sinkgd.lab.train.device import weight_dtype
-from sinkgd.optim.algorithms.few_at_a_time import MESH_SCRATCH_BYTES, cut
+from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
 
 _FLOAT64 = 8
 
@@ -95,14 +95,11 @@ def _of_vectors(
     """Return how many messages a group needs for sums of rows and columns, and their bytes."""
     if method.exchange == "rows":
         return _of_rows(weights, group)
-    runs = [slice(len(weights))]
+    count = method.iterations
+    numbers = method.iterations * sum(vector_length(w, grid, group) for w in weights)
     if method.directions:
-        runs = cut([4 * prod(w.piece) for w in weights], MESH_SCRATCH_BYTES)
-    count = numbers = 0
-    for some in map(weights.__getitem__, runs):
-        count += method.iterations
-        numbers += method.iterations * sum(vector_length(w, grid, group) for w in some)
-        if method.directions:
+        held = [vector_bytes(w.piece[0], w.piece[1], method.directions) for w in weights]
+        for some in map(weights.__getitem__, mesh_runs(held)):
             ways = {_is_cut_by_columns(w, group) for w in some}
             count += 2 * (False in ways) + 4 * (True in ways)
             numbers += sum(_deflation_length(w, group, method.directions) for w in some)

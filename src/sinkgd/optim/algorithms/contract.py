@@ -80,12 +80,17 @@ def has_values(x: Tensor) -> bool:
 
 def most_held(x: Tensor) -> int:
     """Return how many entries of ``x`` a rank holds at most: all ranks return the same."""
+    return prod(most_held_shape(x))
+
+
+def most_held_shape(x: Tensor) -> list[int]:
+    """Return how long each dimension of ``x`` is on a rank at most: all ranks return the same."""
     sizes = list(x.shape)
     if on_mesh(x):
         for place, ranks in zip(x.placements, x.device_mesh.shape, strict=True):
             if (dim := getattr(place, "dim", None)) is not None:
                 sizes[dim] = -(-sizes[dim] // ranks)
-    return prod(sizes)
+    return sizes
 
 
 def in_pieces(x: Tensor) -> bool:

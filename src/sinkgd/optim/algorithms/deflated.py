@@ -3,10 +3,10 @@
 A backend multiplies the update X = r G c with k + 1 vectors; small matrices of one shape are taken
 together. The result is a pair of scales of root-mean-square 1 and k directions that the update
 subtracts as it writes the parameter. On a mesh k + 1 numbers a row and a column are summed across
-ranks, never a matrix.
+ranks, never a matrix. All matrices share the messages, as far as the memory for their vectors goes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
@@ -14,18 +14,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import Leading, LowRank, find_leading, fixed_block
+from sinkgd.deflation import Leading, LowRank, Products, find_leading, fixed_block
 from sinkgd.kernels import Backend, Lowered, Scales, Stack
 from sinkgd.kernels.products import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.optim.algorithms.across import over_columns, over_rows
-from sinkgd.optim.algorithms.contract import Group, Slot, local
+from sinkgd.optim.algorithms.contract import Group, Slot, local, most_held_shape, on_mesh
+from sinkgd.optim.algorithms.few_at_a_time import MESH_VECTOR_BYTES, SCRATCH_BYTES, cut
 from sinkgd.optim.algorithms.layout import dims_of, rows_then_columns
 from sinkgd.optim.algorithms.parts import Part, spread_columns
 
 # A larger matrix goes alone: it keeps the threads busy by itself, as many small ones do together.
 # Products of a stack of larger ones would also have other bits than theirs alone.
 STACKED_ENTRIES = 1 << 18
+
+# Bytes a row or column of a piece that are used at once for each direction that is followed, most
+# of them float64: 17.4 measured; tests/lab/plan/test_traffic.py.
+MESH_DIRECTION = 18
 
 DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})
 
@@ -37,27 +42,65 @@ def check_deflation(group: Group) -> None:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
 
 
+def deflation_runs(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[slice]:
+    """Return which parameters on a mesh are deflated together: all ranks return the same."""
+    return mesh_runs([_held(slot, own, group) for slot, own in zip(slots, owners, strict=True)])
+
+
+def mesh_runs(sizes: Sequence[int]) -> list[slice]:
+    """Cut parameters on a mesh, which need so many bytes at once, into runs to deflate together."""
+    return cut(sizes, MESH_VECTOR_BYTES)
+
+
+def vector_bytes(rows: int, cols: int, rank: int) -> int:
+    """Return what the vectors of a matrix, or a piece of it, need at once."""
+    return MESH_DIRECTION * (rank + 1) * (rows + cols)
+
+
+def _held(slot: Slot, own: range, group: Group) -> int:
+    """Return what deflation needs for a parameter, on the rank that holds most of it."""
+    param = slot.param
+    shape = most_held_shape(param)
+    (row_dim,), col_dims = dims_of(param.ndim, group["layout"])
+    cols = prod(shape[dim] for dim in col_dims)
+    batch = prod(shape) // max(1, shape[row_dim] * cols)
+    found = batch * vector_bytes(shape[row_dim], len(own) * cols, group["deflated_rank"])
+    # An operator norm is found of copies, which remain until its messages have come.
+    return found + (4 * prod(shape) if group["operator_norm"] is not None else 0)
+
+
 def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[Tensor]:
-    """Return Ω of every part, ``(..., n, k + 1)`` float64: the rows of this rank's columns."""
-    made: dict[tuple[int, ...], Tensor] = {}
+    """Return Ω of every part, ``(..., n, k + 1)`` float64: the rows of this rank's columns.
+
+    Parameters that lie alike share theirs.
+    """
+    made: dict[tuple[object, ...], Tensor] = {}
     blocks: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):
-        param, layout = slot.param, group["layout"]
-        (row_dim,), cols = dims_of(param.ndim, layout)
-        # One block, k + 1 by n, for all matrices of a parameter: spread along the other dimensions.
-        sizes = {row_dim: group["deflated_rank"] + 1, **{dim: param.shape[dim] for dim in cols}}
-        shape = tuple(sizes.values())
-        block = made.get(shape)
-        if block is None:
-            block = made[shape] = fixed_block(shape, param.device)
-        in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
-        dims = range(param.ndim)
-        whole = in_order.view([sizes.get(dim, 1) for dim in dims])
-        whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
-        piece = local(spread_columns(param, row_dim, whole.contiguous()))
-        view = rows_then_columns(piece, local(param), layout)
-        blocks += [view.flatten(view.ndim - len(cols)).mT] * len(own)
+        param = slot.param
+        kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
+        if on_mesh(param):
+            kind = (*kind, param.device_mesh, param.placements)
+        if kind not in made:
+            made[kind] = _block_of(param, group)
+        blocks += [made[kind]] * len(own)
     return blocks
+
+
+def _block_of(param: Tensor, group: Group) -> Tensor:
+    """Return Ω of the matrices of a parameter."""
+    layout = group["layout"]
+    (row_dim,), cols = dims_of(param.ndim, layout)
+    # One block, k + 1 by n, for all matrices of a parameter: spread along the other dimensions.
+    sizes = {row_dim: group["deflated_rank"] + 1, **{dim: param.shape[dim] for dim in cols}}
+    block = fixed_block(tuple(sizes.values()), param.device)
+    in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
+    dims = range(param.ndim)
+    whole = in_order.view([sizes.get(dim, 1) for dim in dims])
+    whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
+    piece = local(spread_columns(param, row_dim, whole.contiguous()))
+    view = rows_then_columns(piece, local(param), layout)
+    return view.flatten(view.ndim - len(cols)).mT.contiguous()
 
 
 class Deflated(NamedTuple):
@@ -87,22 +130,103 @@ def deflate_parts(
     firsts = [parts[own[0]] for own in stacks]
     is_whole = not any(part.place and part.place.row_groups for part in firsts)
     directions = find_leading(
-        backend.products(
-            [Stack([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks]
+        _products(
+            backend,
+            [Stack([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks],
         ),
         [
-            torch.stack([blocks[i][..., : min(first.shape)] for i in own])
+            _together([blocks[i] for i in own], min(first.shape))
             for own, first in zip(stacks, firsts, strict=True)
         ],
         [first.shape for first in firsts],
         lambda numbers: over_rows(numbers, _each(firsts, numbers)),
         None if is_whole else lambda numbers: over_columns(numbers, _each(firsts, numbers)),
     )
-    for own, first, leading in zip(stacks, firsts, directions, strict=True):
+    for own, first in zip(stacks, firsts, strict=True):
+        leading = directions.pop(0)  # so that it is freed
         lowered, flags = _stretched([scales[i] for i in own], prod(first.shape), leading)
         for i, one, flag in zip(own, lowered, flags.unbind(), strict=True):
             found[i], finite[i] = one, flag
     return Deflated(found, finite)
+
+
+def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
+    """Return Ω of a stack; one that all share is not copied."""
+    first = blocks[0][..., :width].contiguous()
+    if all(block is blocks[0] for block in blocks):
+        return first.expand(len(blocks), *first.shape)
+    return torch.stack([block[..., :width] for block in blocks])
+
+
+def _products(backend: Backend, stacks: Sequence[Stack]) -> Products:
+    """Return the products of updates, for which at most `SCRATCH_BYTES` are copied at a time."""
+    runs = cut([4 * sum(grad.numel() for grad in stack.grads) for stack in stacks], SCRATCH_BYTES)
+    if len(runs) <= 1:
+        return backend.products(stacks)
+    return _ProductsByRuns(backend, [stacks[run] for run in runs])
+
+
+class _ProductsByRuns:
+    """Products of a run of updates after the other; each time, the backend is asked anew.
+
+    Args:
+        backend: What multiplies, and may copy what it multiplies.
+        runs: Of stacks.
+    """
+
+    def __init__(self, backend: Backend, runs: Sequence[Sequence[Stack]]) -> None:
+        self._backend, self._runs = backend, runs
+        self._squares: list[Tensor] = []
+
+    def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return X V of each."""
+        return [
+            found
+            for run, own in zip(self._runs, self._split(blocks), strict=True)
+            for found in self._backend.products(run).of_rows(own)
+        ]
+
+    def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return Xᵀ Y of each."""
+        squares: list[Tensor] = []
+        found: list[Tensor] = []
+        for run, own in zip(self._runs, self._split(blocks), strict=True):
+            products = self._backend.products(run)
+            found += products.of_cols(own)
+            if not self._squares:  # known once there was a product of either kind
+                products.of_rows([_zeros(stack, y) for stack, y in zip(run, own, strict=True)])
+                squares += products.squares()
+        self._squares = self._squares or squares
+        return found
+
+    def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return X V and Xᵀ X V of each."""
+        rows: list[Tensor] = []
+        cols: list[Tensor] = []
+        squares: list[Tensor] = []
+        for run, own in zip(self._runs, self._split(blocks), strict=True):
+            products = self._backend.products(run)
+            both = products.of_both(own)
+            rows += both[0]
+            cols += both[1]
+            squares += products.squares()
+        self._squares = squares
+        return rows, cols
+
+    def squares(self) -> list[Tensor]:
+        """Return the square of each Frobenius norm."""
+        return self._squares
+
+    def _split(self, blocks: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        first = 0
+        for run in self._runs:
+            yield blocks[first : first + len(run)]
+            first += len(run)
+
+
+def _zeros(stack: Stack, y: Tensor) -> Tensor:
+    """Return vectors that can be multiplied where ``y`` was by the transpose: ``(..., n, k)``."""
+    return y.new_zeros(*y.shape[:-2], stack.grads[0].shape[-1], y.shape[-1])
 
 
 def _stretched(

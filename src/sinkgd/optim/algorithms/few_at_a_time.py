@@ -1,4 +1,8 @@
-"""Steps that need scratch for every parameter: a few parameters at a time, to bound it."""
+"""Steps that need scratch for every parameter: a few parameters at a time, to bound it.
+
+On a mesh every run of parameters sends messages of its own. So what needs a copy of a gradient only
+between two messages makes it again, for a few at a time, and runs are cut by what must be kept.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,8 +13,9 @@ from sinkgd.optim.algorithms.contract import Slot, most_held, on_mesh
 
 # Beside weights and gradients; a larger parameter goes by itself. Not measured.
 SCRATCH_BYTES = 64 << 20
-# On a mesh, where every time costs messages of its own.
+# On a mesh, where every time costs messages of its own: copies of gradients, and vectors alone.
 MESH_SCRATCH_BYTES = 256 << 20
+MESH_VECTOR_BYTES = 128 << 20
 
 
 def few_at_a_time(slots: Sequence[Slot], step: Callable[[Sequence[Slot]], Tensor]) -> Tensor:

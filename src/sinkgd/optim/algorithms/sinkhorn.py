@@ -91,15 +91,15 @@ class Sinkhorn:
         """Descend along all matrices at once. Their updates do not depend on the loss's scale."""
         in_stages = asks_for_stages(group) or known_flags(slots) is not None
         step = step_in_stages if in_stages else _step
-
-        def take(some: Sequence[Slot]) -> Tensor:
-            return step_by(
-                lambda slot: on_mesh(slot.param), some, lambda _, own: step(own, group, context)
-            )
-
         masks = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
-        copies = masks or group["deflated_rank"] > 0
-        return few_at_a_time(slots, take) if copies else take(slots)
+
+        def take(are_on_mesh: bool, own: Sequence[Slot]) -> Tensor:
+            # Deflation on a mesh cuts its runs itself, after the scales of all are known.
+            if masks or (group["deflated_rank"] and not are_on_mesh):
+                return few_at_a_time(own, lambda some: step(some, group, context))
+            return step(own, group, context)
+
+        return step_by(lambda slot: on_mesh(slot.param), slots, take)
 
 
 def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:

@@ -8,8 +8,9 @@ Momentum is around it: before the first stage, or after the last.
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from sinkgd import kernels
@@ -22,14 +23,17 @@ from sinkgd.optim.algorithms.contract import (
     decay,
     descent,
     known_flags,
+    on_mesh,
 )
 from sinkgd.optim.algorithms.deflated import (
     DEFLATION_OPTIONS,
     blocks_of,
     check_deflation,
     deflate_parts,
+    deflation_runs,
     with_scales_alone,
 )
+from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut
 from sinkgd.optim.algorithms.half_steps import (
     HALF_STEP_OPTIONS,
     check_half_steps,
@@ -51,6 +55,8 @@ from sinkgd.optim.algorithms.tiny_rows import (
     without_tiny_rows,
 )
 from sinkgd.optim.algorithms.warm_start import keep_starts_of_slots, starts_of_slots
+
+Known = TypeVar("Known", bound=kernels.Scales | kernels.Lowered)
 
 STAGE_OPTIONS: Mapping[str, Any] = MappingProxyType(
     {**HALF_STEP_OPTIONS, **TINY_ROW_OPTIONS, **DEFLATION_OPTIONS, **OPERATOR_NORM_OPTIONS}
@@ -85,12 +91,8 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
         parts = without_tiny_rows(parts, group["tiny_row_threshold"], backend, in_place=in_place)
     is_turned = group["last"] == "row"
     seen = [part.turned() for part in parts] if is_turned else parts
-    matrices = kernels.Matrices(
-        params=[part.param for part in seen],
-        grads=[part.grad for part in seen],
-        owners=owners,
-        keys=keys_of_parts(slots, parts, owners, group),
-    )
+    keys = keys_of_parts(slots, parts, owners, group)
+    matrices = kernels.Matrices([x.param for x in seen], [x.grad for x in seen], owners, keys=keys)
     if has_half_step_more(group):
         matrices = matrices._replace(starts=starts_after_half_step(seen, backend))
     elif group["warm_start"]:
@@ -104,25 +106,80 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
         keep_starts_of_slots(slots, owners, found, group, context)
     # From here on scales are seen as matrices are.
     scales = [own.mT for own in found.scales] if is_turned else list(found.scales)
-    lowered: list[kernels.Scales | kernels.Lowered] = [*scales]
+    solved = _Solved(slots, parts, owners, scales, found.finite, keys)
+    if not group["deflated_rank"] or not on_mesh(slots[0].param):
+        return _update(solved, backend, group, context)
+    runs = deflation_runs(slots, owners, group)
+    return torch.cat([_update(solved.run(run), backend, group, context) for run in runs])
+
+
+class _Solved(NamedTuple, Generic[Known]):
+    """Parameters whose scales are known: what is left to do can be done for some after others."""
+
+    slots: Sequence[Slot]
+    parts: Sequence[Part]
+    owners: Sequence[range]
+    scales: Sequence[Known]  # one a part
+    finite: Tensor  # (slots,) bool
+    keys: Sequence[Tensor] | None  # one a part
+
+    def run(self, run: slice) -> "_Solved[Known]":
+        """Return a run of the parameters."""
+        owners = self.owners[run]
+        first, end = owners[0].start, owners[-1].stop
+        return _Solved(
+            self.slots[run],
+            self.parts[first:end],
+            [range(own.start - first, own.stop - first) for own in owners],
+            self.scales[first:end],
+            self.finite[run],
+            None if self.keys is None else self.keys[first:end],
+        )
+
+
+def _update(
+    solved: _Solved[kernels.Scales], backend: kernels.Backend, group: Group, context: Context
+) -> Tensor:
+    """Take the stages after the scales, and say of which parameters all was finite."""
+    slots, parts, owners, scales, finite, keys = solved
+    lowered: Sequence[kernels.Scales | kernels.Lowered] = scales
     if group["deflated_rank"]:
         lowered, flags = deflate_parts(parts, scales, blocks_of(slots, owners, group), backend)
-        found = found._replace(finite=found.finite & by_owner(flags, owners))
+        finite = finite & by_owner(flags, owners)
     if group["operator_norm"] is not None:
         parts, scales = with_scales_alone(parts, lowered)
-        found = _pinned(slots, parts, owners, found._replace(scales=scales), group, context)
-        lowered = [*found.scales]
-        seen = [part.turned() for part in parts] if is_turned else parts
+        found = _pinned(slots, parts, owners, kernels.Descent(finite, scales), group, context)
+        finite, lowered = found.finite, found.scales
+    known = _Solved(slots, parts, owners, lowered, finite, keys)
+    runs = [slice(len(slots))]
+    if group["deflated_rank"] and on_mesh(slots[0].param):
+        # A run is as long as its messages want it; a backend may copy what is deflated.
+        sizes = [4 * sum(parts[i].grad.numel() for i in own) for own in owners]
+        runs = cut(sizes, SCRATCH_BYTES)
+    for run in runs:
+        _write(known.run(run), backend, group, context)
+    return finite
+
+
+def _write(
+    known: "_Solved[kernels.Scales | kernels.Lowered]",
+    backend: kernels.Backend,
+    group: Group,
+    context: Context,
+) -> None:
+    parts, scales = known.parts, known.scales
+    if group["last"] == "row":
+        parts, scales = [part.turned() for part in parts], [own.mT for own in scales]
+    params, grads = [part.param for part in parts], [part.grad for part in parts]
     take_steps(
         backend,
-        matrices._replace(grads=[part.grad for part in seen]),
-        found.finite,
-        [own.mT for own in lowered] if is_turned else lowered,
+        kernels.Matrices(params, grads, known.owners, keys=known.keys),
+        known.finite,
+        scales,
         keep=decay(group),
         step=descent(group),
         overflow=context.overflow,
     )
-    return found.finite
 
 
 def _solve(
