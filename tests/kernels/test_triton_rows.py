@@ -109,8 +109,8 @@ def same_bits(one, other):
 class TestNumbers:
     @layouts
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("num_iters", [1, 3])
-    def test_every_type_and_layout(self, backend, launches, layout, dtype, num_iters):
+    def test_every_type_and_layout(self, backend, launches, layout, dtype):
+        num_iters = 3
         grads = [layout(normal((37, 53), 1, dtype)), layout(normal((2, 8, 16), 2, dtype))]
         params, found = descend(backend, grads, num_iters)
         for param, grad, scales in zip(params, grads, found.scales, strict=True):
@@ -183,7 +183,7 @@ class TestNumbers:
             assert_close(param.double(), expected_update(grad, 5), rtol=1e-5, atol=0)
 
     @orders
-    @pytest.mark.parametrize("num_iters", [1, 3, 20])
+    @pytest.mark.parametrize("num_iters", [1, 8])
     def test_zero_rows_and_columns(self, backend, small_panels, order, num_iters):
         grad = normal((60, 40))
         grad[::3] = 0
@@ -202,8 +202,8 @@ class TestNumbers:
 
     @orders
     def test_starts_are_where_it_begins(self, backend, small_panels, order):
-        grad, start = order(normal((37, 53))), normal((1, 53), 1).abs().clamp(1e-3, 1)
-        for num_iters in (1, 2, 4):
+        grad, start = order(normal((19, 53))), normal((1, 53), 1).abs().clamp(1e-3, 1)
+        for num_iters in (1, 3):
             params, _ = descend(backend, [grad, grad], num_iters, starts=[start, None])
             expected = expected_update(grad.double() * start, num_iters)
             assert_close(params[0].double(), expected, rtol=1e-5, atol=0)
@@ -243,17 +243,17 @@ class TestNotFinite:
 class TestBits:
     @orders
     def test_they_are_those_beside_other_matrices_and_of_another_run(self, backend, order):
-        grads = [order(normal(shape, 3)) for shape in [(37, 53), (140, 33), (64, 64), (5, 7)]]
-        together, _ = descend(backend, grads, 5, tol=1e-3)
-        again, _ = descend(backend, grads, 5, tol=1e-3)
-        single = [descend(backend, [grad], 5, tol=1e-3)[0][0] for grad in grads]
+        grads = [order(normal(shape, 3)) for shape in [(37, 53), (80, 33), (64, 64), (5, 7)]]
+        together, _ = descend(backend, grads, 4, tol=1e-3)
+        again, _ = descend(backend, grads, 4, tol=1e-3)
+        single = [descend(backend, [grad], 4, tol=1e-3)[0][0] for grad in grads]
         assert same_bits(together, again)
         assert same_bits(together, single)
 
     @orders
     def test_the_order_of_arrival_changes_none(self, backend, small_panels, monkeypatch, order):
         grad = order(normal((80, 40)))
-        expected, _ = descend(backend, [grad], 3)
+        expected, _ = descend(backend, [grad], 2)
         start = launch.launch
 
         def reversed_programs(kernel, programs, *arguments, **constants):
@@ -263,7 +263,7 @@ class TestBits:
             start(kernel, programs, *arguments, **constants)
 
         monkeypatch.setattr(launch, "launch", reversed_programs)
-        assert same_bits(descend(backend, [grad], 3)[0], expected)
+        assert same_bits(descend(backend, [grad], 2)[0], expected)
 
     @orders
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -288,11 +288,11 @@ class TestTolerance:
                 grad[::5] = 0
                 grad[:, ::7] = 0
         lying = [order(grad) for grad in grads]
-        of_count = {i: descend(backend, lying, i)[0] for i in range(2, 6)}
+        of_count = {i: descend(backend, lying, i)[0] for i in range(2, 5)}
         stops = []
         for tol in (1.0, 0.03):
-            exact = EagerBackend().scales([grad.double() for grad in grads], 5, tol=tol)
-            params, _ = descend(backend, lying, 5, tol=tol)
+            exact = EagerBackend().scales([grad.double() for grad in grads], 4, tol=tol)
+            params, _ = descend(backend, lying, 4, tol=tol)
             for k, (grad, scales) in enumerate(zip(grads, exact, strict=True)):
                 expected = grad.double() * scales.row * scales.col
                 assert_close(params[k].double(), expected, rtol=2e-5, atol=0)

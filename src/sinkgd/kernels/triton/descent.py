@@ -18,6 +18,7 @@ from sinkgd.kernels.triton.panels import halved
 from sinkgd.kernels.triton.schedule import Bucket, Kind, Schedule
 
 REGISTERS = 1 << 16  # of a processor
+FEW_THREADS = 128
 GIVEN, BARE, SCALED = 0, 1, 2  # those of `sinkgd.kernels.triton.sweep`
 
 
@@ -87,14 +88,15 @@ def iterate(bucket: Bucket, buffers: Buffers, num_iters: int, tol: float | None)
     """Read a bucket ``num_iters`` times: all scales are found, but a turned matrix's last u."""
     kernel = launch.sweep().sweep
     low, high = no_movement(0.0 if tol is None else tol)
-    device, turned = buffers.table.device, bucket.kind.turned
+    device, last = buffers.table.device, 1 + bucket.kind.turned
+    constants = [
+        sweep_constants(bucket.kind, phase, tol is not None, buffers.started, device)
+        for phase in range(last + 1)
+    ]
     for i in range(num_iters):
         launch.launch(
             kernel, bucket.programs, *buffers[:-1], bucket.blocks, bucket.walks, bucket.programs,
-            i % 2, i + 1, int(i + 1 == num_iters), low, high,
-            **sweep_constants(
-                bucket.kind, min(i, 1 + turned), tol is not None, buffers.started, device
-            ),
+            i % 2, i + 1, int(i + 1 == num_iters), low, high, **constants[min(i, last)],
         )  # fmt: skip
 
 
@@ -130,18 +132,21 @@ def sweep_constants(
     origins = [(GIVEN, BARE), (BARE, SCALED)] if kind.turned else [(BARE, BARE)]
     u_from, v_from = (*origins, (SCALED, SCALED))[phase]
     panel, threads = kind.panel, kind.threads
-    if BARE in (u_from, v_from):
+    bare = BARE in (u_from, v_from)
+    if bare:
         panel, threads = halved(panel, threads)  # it needs more registers
+    lean = not bare and not tol and kind.dtype.itemsize == 2
     return {
         "DTYPE": launch.loops().DTYPES[kind.dtype],
         **panel._asdict(),
         "U_FROM": u_from,
         "V_FROM": v_from,
         "TURNED": kind.turned,
-        "STARTED": started and BARE in (u_from, v_from),
+        "STARTED": started and bare,
         "TOL": tol,
+        "CHUNK": min(panel.A, (8 if panel.BM == 1 else 4) * threads),
         "VECTOR": kind.vector,
-        **panel_options(device, threads, steady=u_from == v_from == SCALED),
+        **panel_options(device, threads, wide=kind.vector > 1, bare=bare, lean=lean),
     }
 
 
@@ -164,7 +169,7 @@ def finish_constants(
         "STEP_IS_STORED": step,
         "ROUND": rounding and kind.param_dtype == torch.bfloat16,
         "VECTOR": kind.param_vector,
-        **panel_options(device, kind.threads),
+        **panel_options(device, kind.threads, wide=kind.param_vector > 1),
     }
 
 
@@ -177,28 +182,40 @@ class Given(NamedTuple):
     rounding: bool = False
 
 
-def panel_options(device: torch.device, threads: int, *, steady: bool = False) -> dict[str, object]:
+def panel_options(
+    device: torch.device, threads: int, *, wide: bool, bare: bool = False, lean: bool = False
+) -> dict[str, object]:
     """Return the compiler's options for a launch on ``device``."""
     if device.type == "cpu":
         return {}
+    target = "hip" if torch.version.hip else "cuda"
     warp = getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    return options_of("hip" if torch.version.hip else "cuda", warp, threads, steady=steady)
+    return options_of(target, warp, threads, wide=wide, bare=bare, lean=lean)
 
 
-def options_of(target: str, warp: int, threads: int, *, steady: bool) -> dict[str, object]:
+def options_of(
+    target: str, warp: int, threads: int, *, wide: bool, bare: bool, lean: bool
+) -> dict[str, object]:
     """Return the compiler's options, such that no kernel runs out of registers.
 
     Args:
         target: ``"cuda"`` or ``"hip"``.
         warp: Threads that run together.
         threads: Those that hold a panel.
-        steady: Whether it is an iteration in which all scales multiply up, as most are.
+        wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
+        bare: Whether it is an iteration that finds scales from the bare gradient.
+        lean: Whether 128 registers are enough: an iteration as most are, on entries of 2 bytes.
     """
+    if target == "hip" and bare:
+        threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // warp, "enable_fp_fusion": True}
     if target == "cuda":
-        # Two programs of 256 threads hide each other's waits where 128 registers are enough; else
-        # the compiler would rather spill than take more than that.
-        options["maxnreg"] = min(128 if steady else 255, REGISTERS // threads)
+        # Two programs of 256 threads, or three of 128, hide each other's waits. Without a limit
+        # the compiler would rather spill than take more than 128 registers.
+        most = 255
+        if lean:
+            most = 128 if threads > FEW_THREADS else 168
+        options["maxnreg"] = min(most, REGISTERS // threads)
     return options
 
 

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from sinkgd.kernels.triton.tiles import AREA, PROGRAMS
 
-LONGEST = 1 << 15  # entries of a row that a program's registers hold
+LONGEST = 1 << 14  # entries of a row that a program's registers hold
 FEWEST_THREADS, MOST_THREADS = 64, 512
 NARROWEST = 4  # columns of a tile
 # Rows of a program at least: its partial sums, of 5 bytes a column in the first launch and of 4 in
 # the others, are then an eighth or a tenth of its entries in bfloat16.
 FEWEST = 20
-ENTRIES = 64  # of a panel, a thread; half as many where loads are narrow
+# Entries of a panel, a thread. Half as many where loads are narrow, whose addresses take registers,
+# and in panels of few rows, where a thread has scales and sums of nearly as many columns.
+ENTRIES, FEW_ROWS = 64, 4
 
 
 class Panel(NamedTuple):
@@ -36,14 +38,14 @@ def panel_of(P: int, Q: int) -> Panel:
         B = max(NARROWEST, A // 16, _power_of_two_from(Q - A))
     if B >= A:
         A, B = 2 * A, 0
-    area = AREA if _wide(Q) else AREA // 2
+    area = AREA if B == 0 and _wide(Q) else AREA // 2  # two tiles take more registers
     BM = _power_of_two_from(area // (A + B) + 1) // 2
     return Panel(max(1, min(BM, _power_of_two_from(P))), A, B)
 
 
 def threads_of(panel: Panel, Q: int) -> int:
     """Return how many threads hold a panel."""
-    entries = ENTRIES if _wide(Q) else ENTRIES // 2
+    entries = ENTRIES if _wide(Q) and panel.BM >= FEW_ROWS else ENTRIES // 2
     whole = _power_of_two_from(panel.BM * (panel.A + panel.B))
     return min(max(FEWEST_THREADS, whole // entries), MOST_THREADS)
 
@@ -54,10 +56,10 @@ def _wide(Q: int) -> bool:
 
 
 def halved(panel: Panel, threads: int) -> tuple[Panel, int]:
-    """Return half a panel, where it has rows enough, and the threads that hold it."""
-    if panel.BM == 1 or threads <= FEWEST_THREADS:
+    """Return half a panel, where it has rows enough, and half its threads, at more registers."""
+    if threads <= FEWEST_THREADS:
         return panel, threads
-    return panel._replace(BM=panel.BM // 2), threads // 2
+    return panel._replace(BM=max(1, panel.BM // 2)), threads // 2
 
 
 def walks(block: int, P: int, panel: Panel) -> Tensor:

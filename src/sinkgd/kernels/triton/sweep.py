@@ -48,7 +48,6 @@ _FIRST, _BEYOND = field(Walk, "first"), field(Walk, "beyond")
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOWEST_POWER = tl.constexpr(2.0**-126)
 _FAN_IN = tl.constexpr(8)
-_CHUNK = tl.constexpr(512)  # columns of partial sums that are added up at once
 
 
 @triton.jit
@@ -173,7 +172,9 @@ def _store_part(parts, exponents, cols, Q, sums, powers, FROM: tl.constexpr):
 
 
 @triton.jit
-def _total(parts, exponents, stride, size, cols, Q, FROM: tl.constexpr):
+def _total(
+    parts, exponents, stride, size, cols, Q, FROM: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     """Add up the partial sums of at most eight programs: return the sums, and their powers."""
     k = tl.arange(0, _FAN_IN)
     at = k.to(tl.int64)[:, None] * stride + cols[None, :]
@@ -185,7 +186,7 @@ def _total(parts, exponents, stride, size, cols, Q, FROM: tl.constexpr):
         quotient = powers * _inverse(highest)[None, :]
         sums = sums * (quotient * quotient)
     else:
-        highest = tl.full((_CHUNK,), 1.0, tl.float32)
+        highest = tl.full((CHUNK,), 1.0, tl.float32)
     return _sum(sums, 0), highest
 
 
@@ -231,6 +232,7 @@ def sweep(
     TURNED: tl.constexpr,  # a row in memory is a column of the matrix
     STARTED: tl.constexpr,  # whether column scales to begin from are given, for some tensor
     TOL: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns whose partial sums are added up at once
     VECTOR: tl.constexpr,  # entries of 16 bytes, of which rows in memory are multiples; or 1
 ):
     """Find u from v, then v from u, in one reading.
@@ -359,15 +361,17 @@ def sweep(
             from_ = parts + (group * _FAN_IN) * apart
             exponents_from = exponents + (group * _FAN_IN) * apart
             if groups > 1:
-                for chunk in range(0, Q, _CHUNK):
-                    cols = chunk + tl.arange(0, _CHUNK)
-                    sums, powers = _total(from_, exponents_from, apart, size, cols, Q, V_FROM)
+                for chunk in range(0, Q, CHUNK):
+                    cols = chunk + tl.arange(0, CHUNK)
+                    sums, powers = _total(
+                        from_, exponents_from, apart, size, cols, Q, V_FROM, CHUNK
+                    )
                     _store_part(from_, exponents_from, cols, Q, sums, powers, V_FROM)
                 going = True
             else:
                 _find_v(
                     from_, exponents_from, apart, size, v, state, bad, P, Q,
-                    iteration, last, low, high, V_FROM, TURNED, TOL,
+                    iteration, last, low, high, V_FROM, TURNED, TOL, CHUNK,
                 )  # fmt: skip
         node = group
         nodes = groups
@@ -393,6 +397,7 @@ def _find_v(
     FROM: tl.constexpr,
     TURNED: tl.constexpr,
     TOL: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Find v from the last partial sums, and say whether it is finite and whether rows moved."""
     moved = tl.load(state + _MOVED, cache_modifier=".cg")
@@ -405,13 +410,13 @@ def _find_v(
             if TOL:
                 final = final | ((moved == 0) & (iteration >= 2))
             target = tl.where(final, target, target * share)
-    live = tl.full((_CHUNK,), 0, tl.int32)
-    ill = tl.full((_CHUNK,), 0, tl.int32)
-    moves = tl.full((_CHUNK,), 0, tl.int32)
-    for chunk in range(0, Q, _CHUNK):
-        cols = chunk + tl.arange(0, _CHUNK)
+    live = tl.full((CHUNK,), 0, tl.int32)
+    ill = tl.full((CHUNK,), 0, tl.int32)
+    moves = tl.full((CHUNK,), 0, tl.int32)
+    for chunk in range(0, Q, CHUNK):
+        cols = chunk + tl.arange(0, CHUNK)
         valid = cols < Q
-        total, power = _total(parts, exponents, apart, size, cols, Q, FROM)
+        total, power = _total(parts, exponents, apart, size, cols, Q, FROM, CHUNK)
         if FROM == _BARE:
             found = _first_scale(total, _inverse(power), target)
             live += (valid & (found != 0)).to(tl.int32)
