@@ -205,7 +205,7 @@ def compile_all(name):
 
 
 def cuda_facts(built):
-    """Registers, loads and stores of local memory, and the lengths of loops, from the machine code."""
+    """Registers, uses of local memory, and the lengths of loops, from the machine code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

@@ -144,7 +144,7 @@ def sweep_constants(
         "TURNED": kind.turned,
         "STARTED": started and bare,
         "TOL": tol,
-        "CHUNK": min(panel.A, (8 if panel.BM == 1 else 4) * threads),
+        "CHUNK": min(panel.A, 4 * threads),
         "VECTOR": kind.vector,
         **panel_options(device, threads, wide=kind.vector > 1, bare=bare, lean=lean),
     }
