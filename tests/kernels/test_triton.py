@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from reference import sinkhorn_knopp, square_root_sinkhorn
-from sinkgd.kernels import Scales
+from sinkgd.kernels import Matrices, Scales
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
 from sinkgd.kernels.triton import TritonBackend, launch, tables
@@ -326,6 +326,25 @@ class TestOnGpu:
         EagerBackend().update_(expected, grads, defined, keep=0.9, step=-0.1)
         for ours, theirs in zip(params, expected, strict=True):
             assert_close(ours, theirs, rtol=max(2e-5, torch.finfo(dtype).eps), atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("whole_rows", [True, False])
+    def test_a_descent_is_that_of_the_definition_and_has_the_same_bits_again(
+        self, gpu, dtype, whole_rows
+    ):
+        gpu.whole_rows = whole_rows
+        grads = on_gpu([*SHAPES, (2048, 5461), (64, 64)], dtype)
+        grads += [grad.mT.contiguous().mT for grad in grads]
+        owners = [range(i, i + 1) for i in range(len(grads))]
+        runs = []
+        for backend in (gpu, gpu, EagerBackend()):
+            params = [torch.zeros_like(grad, dtype=torch.float32) for grad in grads]
+            found = backend.descend_(Matrices(params, grads, owners), 5, keep=1.0, step=1.0)
+            assert found.finite.all()
+            runs.append(params)
+        for one, again, defined in zip(*runs, strict=True):
+            assert torch.equal(one, again)
+            assert_close(one, defined, rtol=2e-5, atol=0)
 
     def test_the_same_bits_again(self, gpu):
         grads = on_gpu(SHAPES, torch.float32)

@@ -1,6 +1,7 @@
 """A descent in two halves, all scales and then all updates: what `Backend.descend_` means."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -102,3 +103,29 @@ def _all_here(finite: Tensor) -> bool:
 def of_each(allowed: Tensor, owners: Sequence[range]) -> list[Tensor]:
     """Return the flag of the owner of each gradient."""
     return [flag for flag, own in zip(allowed.unbind(), owners, strict=True) for _ in own]
+
+
+def chosen(matrices: Matrices, taken: Sequence[bool]) -> Matrices:
+    """Return the matrices of some owners."""
+    if all(taken):
+        return matrices
+    kept = [own for own, take in zip(matrices.owners, taken, strict=True) if take]
+    places = [i for own in kept for i in own]
+    ends = list(accumulate(map(len, kept), initial=0))
+    return Matrices(
+        [matrices.params[i] for i in places],
+        [matrices.grads[i] for i in places],
+        [range(*pair) for pair in pairwise(ends)],
+        matrices.starts and [matrices.starts[i] for i in places],
+        matrices.keys and [matrices.keys[i] for i in places],
+    )
+
+
+def merged(ours: Sequence[bool], matrices: Matrices, one: Descent, other: Descent) -> Descent:
+    """Put the owners and the matrices of two descents in order again."""
+    flags = [iter(found.finite.unbind()) for found in (other, one)]
+    scales = [iter(found.scales) for found in (other, one)]
+    return Descent(
+        torch.stack([next(flags[own]) for own in ours]),
+        [next(scales[take]) for own, take in zip(matrices.owners, ours, strict=True) for _ in own],
+    )

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, partial
-from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -47,7 +46,7 @@ from sinkgd.kernels.triton.plan import Destination, Source, plan_of_scales, plan
 from sinkgd.kernels.triton.schedule import schedule_of
 from sinkgd.kernels.triton.tables import Tables, capturing
 from sinkgd.kernels.triton.tiles import AREA
-from sinkgd.kernels.two_halves import TwoHalves
+from sinkgd.kernels.two_halves import TwoHalves, chosen, merged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a GPU reads from its memory at 3 TB/s while the host prepares a launch, about 20 µs: outside
@@ -57,15 +56,20 @@ INTERPRETER_BYTES = 1 << 20
 
 
 class TritonBackend(TwoHalves):
-    """Kernels for CUDA and ROCm: a launch half an iteration, whatever the number of matrices."""
+    """Kernels for CUDA and ROCm: a launch an iteration, whatever the number of matrices."""
 
     name = "triton"
     package = "triton"
     install = "pip install triton"  # on CUDA and ROCm it comes with torch
 
     def __init__(self, *, whole_rows: bool = True) -> None:
-        # Whether a program holds whole rows, so that one reading of a gradient is an iteration;
-        # else it is half of one.
+        """Choose how gradients are read.
+
+        Args:
+            whole_rows: Whether a program holds whole rows of a gradient, so that one launch reads
+                it once and is one iteration; where not, or where rows are too long, a launch is
+                half an iteration.
+        """
         self.whole_rows = whole_rows
         self._tables = Tables()
         self._lock = threading.Lock()  # backward hooks may step from several threads
@@ -193,7 +197,7 @@ class TritonBackend(TwoHalves):
         ours = [self._takes(matrices, own, overflow) for own in matrices.owners]
         if not any(ours):
             return in_halves(matrices)
-        some = _chosen(matrices, ours)
+        some = chosen(matrices, ours)
         device = some.grads[0].device
         for grad, start in zip(some.grads, some.starts or [], strict=False):
             check_start(grad, start)
@@ -215,8 +219,8 @@ class TritonBackend(TwoHalves):
         descent = Descent(finite, scales)
         if all(ours):
             return descent
-        others = _chosen(matrices, [not own for own in ours])
-        return _merged(ours, matrices, descent, in_halves(others))
+        others = chosen(matrices, [not own for own in ours])
+        return merged(ours, matrices, descent, in_halves(others))
 
     def _takes(self, matrices: Matrices, own: range, overflow: Tensor | None) -> bool:
         """Whether the kernels of whole rows take all matrices of one owner."""
@@ -320,32 +324,6 @@ class _Update(NamedTuple):
     keys: Sequence[Tensor] | None
     overflow: Tensor | None
     factors: tuple[float | Tensor, float | Tensor]
-
-
-def _chosen(matrices: Matrices, chosen: Sequence[bool]) -> Matrices:
-    """Return the matrices of some owners."""
-    if all(chosen):
-        return matrices
-    kept = [own for own, take in zip(matrices.owners, chosen, strict=True) if take]
-    places = [i for own in kept for i in own]
-    ends = list(accumulate(map(len, kept), initial=0))
-    return Matrices(
-        [matrices.params[i] for i in places],
-        [matrices.grads[i] for i in places],
-        [range(*pair) for pair in pairwise(ends)],
-        matrices.starts and [matrices.starts[i] for i in places],
-        matrices.keys and [matrices.keys[i] for i in places],
-    )
-
-
-def _merged(ours: Sequence[bool], matrices: Matrices, one: Descent, other: Descent) -> Descent:
-    """Put the owners and the matrices of two descents in order again."""
-    flags = [iter(found.finite.unbind()) for found in (other, one)]
-    scales = [iter(found.scales) for found in (other, one)]
-    return Descent(
-        torch.stack([next(flags[own]) for own in ours]),
-        [next(scales[take]) for own, take in zip(matrices.owners, ours, strict=True) for _ in own],
-    )
 
 
 class _Write(NamedTuple):

@@ -318,6 +318,7 @@ def sweep(
             if TOL and U_FROM == _SCALED and not TURNED:
                 move = tl.where(iteration >= 3, f, tl.div_rn(f, share))
                 moves |= (valid & (total != 0) & ((move >= low) & (move <= high) == 0)).to(tl.int32)
+            tl.debug_barrier()  # warps that hold the same rows have all loaded u
             tl.store(u + rows, found, mask=valid)
         if V_FROM == _BARE:
             sumsA, powersA = _add_bare(gA, found, sumsA, powersA)
@@ -427,6 +428,7 @@ def _find_v(
                 move = tl.where(iteration >= 3, f, tl.div_rn(f, share))
                 moves |= (valid & (total != 0) & ((move >= low) & (move <= high) == 0)).to(tl.int32)
         ill |= (valid & ((tl.abs(found) <= LARGEST) == 0)).to(tl.int32)
+        tl.debug_barrier()  # warps that hold the same columns have all loaded v, and `moved`
         tl.store(v + cols, found, mask=valid)
     if FROM == _BARE:
         tl.store(state + _LIVE_V, _sum(live, 0))
@@ -529,6 +531,7 @@ def finish(
             found, _, _, _, _ = _find_u(
                 u, rows, valid, gA, gB, vA, vB, Q.to(tl.float32), B, U_FROM, False
             )
+            tl.debug_barrier()  # as in `sweep`
             tl.store(u + rows, found, mask=valid)
         if WRITE:
             written = tl.where(may, beyond, 0)
