@@ -206,19 +206,24 @@ def find_leading(
     if over_columns is not None:
         grams, squares = _halves(over_columns([*grams, *squares]))
     # Vectors of many matrices need much memory, so none outlives its use.
-    basis = _times(ahead, [_root(gram).inverse for gram in grams])
+    basis = _times(ahead, [inverse for inverse, _ in _at_once(_root, grams)])
     rows, columns = _of_both(products, basis, over_columns)
     del basis
     columns, grams = _halves(over_rows([*columns, *(z.mT @ z for z in rows)]))
-    roots = [_root(gram) for gram in grams]
-    left = _times(rows, [root.inverse for root in roots])
-    right = _times(columns, [root.inverse * root.known for root in roots])
+    roots = _at_once(_root, grams)
+    left = _times(rows, [inverse for inverse, _ in roots])
+    right = _times(columns, [known for _, known in roots])
     lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
     if over_columns is not None:
         lengths = over_columns(lengths)
+    others = [
+        torch.full_like(square, min(shape) - length.shape[-1] + 1)
+        for square, length, shape in zip(squares, lengths, shapes, strict=True)
+    ]
+    lowered = _at_once(_lowering, lengths, squares, others)
     return [
-        _lowering(LowRank(q, b), length, square, min(shape))
-        for q, b, length, square, shape in zip(left, right, lengths, squares, shapes, strict=True)
+        Leading(LowRank(q[..., :-1] * taken, b[..., :-1]), square)
+        for q, b, (taken, square) in zip(left, right, lowered, strict=True)
     ]
 
 
@@ -257,18 +262,48 @@ def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return numbers[:half], numbers[half:]
 
 
-class _Root(NamedTuple):
-    """Of R, upper triangular, with RᵀR the products of k vectors."""
+def _at_once(
+    function: Callable[..., tuple[Tensor, Tensor]], *numbers: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Apply a function of small matrices to those of lists, to all of one width in one call.
 
-    inverse: Tensor  # (..., k, k)
-    known: Tensor  # (..., 1, k) bool: which directions are longer than rounding errors
+    Args:
+        function: Of tensors ``(..., a, b)``, one of each list; so are its two results.
+        numbers: Lists of one length, whose first one decides on the width b.
+    """
+    kinds: dict[int, list[int]] = {}
+    for i, x in enumerate(numbers[0]):
+        kinds.setdefault(x.shape[-1], []).append(i)
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for own in kinds.values():
+        if len(own) == 1:
+            results[own[0]] = function(*(x[own[0]] for x in numbers))
+            continue
+        batches = [numbers[0][i].shape[:-2] for i in own]
+        found = function(*(torch.cat([_one_batch(x[i]) for i in own]) for x in numbers))
+        counts = [batch.numel() for batch in batches]
+        parts = zip(*(torch.split(x, counts) for x in found), strict=True)
+        for i, batch, (one, other) in zip(own, batches, parts, strict=True):
+            results[i] = _in_batches(one, batch), _in_batches(other, batch)
+    return [results[i] for i in range(len(numbers[0]))]
 
 
-def _root(gram: Tensor) -> _Root:
-    """Find R of products ``(..., k, k)``.
+def _one_batch(x: Tensor) -> Tensor:
+    return x if x.ndim == 3 else x.reshape(-1, *x.shape[-2:])
+
+
+def _in_batches(x: Tensor, batch: torch.Size) -> Tensor:
+    return x if len(batch) == 1 else x.view(*batch, *x.shape[-2:])
+
+
+def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the inverse of R, upper triangular, with RᵀR the products ``(..., k, k)`` of k vectors.
 
     Where the vectors have fewer directions, what is divided by R comes out shorter than 1 along
     others.
+
+    Returns:
+        The inverse, and the same with zeros for directions no longer than rounding errors.
     """
     # What is multiplied by it is diagonal; inductor warns of a view of the diagonal.
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -276,25 +311,28 @@ def _root(gram: Tensor) -> _Root:
     root = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L.mT
     lengths = (root * eye).sum(-2, keepdim=True)  # their squares add up to 1, or less
     inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=True)
-    return _Root(inverse / size.sqrt(), lengths > _SHORTEST)
+    inverse = inverse / size.sqrt()
+    return inverse, inverse * (lengths > _SHORTEST)
 
 
-def _lowering(found: LowRank, lengths: Tensor, square: Tensor, shorter: int) -> Leading:
-    """Return what brings the leading directions down to the level of the next one.
+def _lowering(lengths: Tensor, square: Tensor, others_count: Tensor) -> tuple[Tensor, Tensor]:
+    """Find what brings the leading directions down to the level of the next one.
 
     Args:
-        found: Q and B, of k + 1 directions.
         lengths: b², ``(..., 1, k + 1)``.
         square: Of the Frobenius norm of X, ``(..., 1, 1)``.
-        shorter: min(m, n).
+        others_count: min(m, n) − k, ``(..., 1, 1)``.
+
+    Returns:
+        The share of each direction to be taken, ``(..., 1, k)``; and the square of the norm of what
+        remains, ``(..., 1, 1)``.
     """
     leading, following = lengths[..., :-1], lengths[..., -1:]
     others = (square - leading.sum(-1, keepdim=True)).clamp_(min=0)
-    level = torch.maximum(following, others / (shorter - leading.shape[-1]))
+    level = torch.maximum(following, others / others_count)
     level = torch.maximum(level, LEAST_LEVEL**2 * lengths.amax(-1, keepdim=True))
     kept = (level / or_one(leading)).sqrt_().clamp_(max=1)  # ℓ / b
-    taken = LowRank(found.left[..., :-1] * (1 - kept), found.right[..., :-1])
-    return Leading(taken, others + (leading * kept.square()).sum(-1, keepdim=True))
+    return 1 - kept, others + (leading * kept.square()).sum(-1, keepdim=True)
 
 
 def _as_they_are(numbers: list[Tensor]) -> list[Tensor]:
