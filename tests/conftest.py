@@ -79,7 +79,8 @@ def interpreter() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        for module, import_anew in (("loops", launch.loops), ("step", launch.step)):
+        loaders = {"loops": launch.loops, "step": launch.step, "sweep": launch.sweep}
+        for module, import_anew in loaders.items():
             sys.modules.pop(f"sinkgd.kernels.triton.{module}", None)
             import_anew.cache_clear()
             import_anew()

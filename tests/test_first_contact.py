@@ -31,6 +31,9 @@ from contact.items import Rows, Setting, Skipped, run_item  # noqa: E402
 from contact.table import MOST_LINES, WIDTH, table  # noqa: E402
 from contact.watch import GRACE, Watch, run_section  # noqa: E402
 
+import sinkgd  # noqa: E402
+from sinkgd.kernels import BACKENDS  # noqa: E402
+
 TRIALS = """
 import os, sys, time
 sys.path.insert(0, {gpu!r})
@@ -234,13 +237,28 @@ def test_no_section_imports_what_the_image_lacks():
 def test_constants_of_the_triton_backend_are_swept_and_put_back():
     tiles = sweep.triton_modules()["tiles"]
     before = tiles.AREA, tiles.THREADS
-    with sweep.changed(AREA=1 << 13, THREADS=128) as where:
+    with sweep.changed(AREA=1 << 13, THREADS=128, ENTRIES=64) as where:
         assert (tiles.AREA, tiles.THREADS) == (1 << 13, 128)
     assert {"tiles.AREA", "plan.AREA", "tiles.THREADS", "launch.THREADS"} <= {*where}
+    assert {"panels.AREA", "panels.ENTRIES"} <= {*where}
     assert before == (tiles.AREA, tiles.THREADS)
     with sweep.buckets_of(123) as where:
-        assert sweep.triton_modules()["backend"]._room(torch.device("cpu")) == 123
-    assert where == ["backend._room"]
+        backend = sweep.triton_modules()["backend"]
+        assert backend._room(torch.device("cpu")) == 123
+        assert backend._cached_bytes(torch.device("cpu")) == 123
+    assert where == ["backend._room", "backend._cached_bytes"]
+
+
+def test_the_contender_of_halves_is_the_backend_in_its_former_way(monkeypatch):
+    (backend,) = (one for one in BACKENDS if one.name == "triton")
+    seen = []
+    params = contenders.matrices(contenders.TINY, torch.float32, torch.device("cpu"))
+    setting = Setting(torch.device("cpu"), True, Path(), None, 0.0)
+    monkeypatch.setattr(sinkgd.SinkGD, "step", lambda self: seen.append(backend.whole_rows))
+    contenders.PLAIN.build(params, setting)()
+    contenders.HALVES.build(params, setting)()
+    contenders.PLAIN.build(params, setting)()
+    assert seen == [True, False, True]
 
 
 def test_the_reference_is_that_of_the_definition():

@@ -46,6 +46,19 @@ def backend(interpreter):
     return TritonBackend()
 
 
+@pytest.fixture(params=[True, False], ids=["whole rows", "halves"])
+def either(request, backend):
+    """The backend in both of its ways."""
+    backend.whole_rows = request.param
+    return backend
+
+
+@pytest.fixture
+def halves(backend):
+    backend.whole_rows = False
+    return backend
+
+
 @pytest.fixture
 def launches(backend, monkeypatch):
     """The name of every kernel that is launched."""
@@ -62,24 +75,24 @@ def launches(backend, monkeypatch):
 class TestLaunches:
     @pytest.mark.parametrize("num_iters", [1, 5])
     @pytest.mark.parametrize("count", [1, 50])
-    def test_their_number_is_that_of_half_iterations(self, backend, launches, count, num_iters):
+    def test_their_number_is_that_of_half_iterations(self, halves, launches, count, num_iters):
         grads = [normal((3, 5), seed) for seed in range(count)]
-        scales = backend.scales(grads, num_iters)
+        scales = halves.scales(grads, num_iters)
         assert launches == ["half_iteration"] * (2 * num_iters + 1)
         launches.clear()
-        backend.update_([grad.clone() for grad in grads], grads, scales, keep=1.0, step=-0.1)
+        halves.update_([grad.clone() for grad in grads], grads, scales, keep=1.0, step=-0.1)
         assert launches == ["update"]
 
-    def test_a_batch_is_in_one_launch(self, backend, launches):
-        backend.scales([normal((2, 7, 3, 5))], 2)
+    def test_a_batch_is_in_one_launch(self, halves, launches):
+        halves.scales([normal((2, 7, 3, 5))], 2)
         assert len(launches) == 5
 
-    def test_a_bucket_holds_what_the_cache_keeps(self, backend, launches, monkeypatch):
+    def test_a_bucket_holds_what_the_cache_keeps(self, halves, launches, monkeypatch):
         grads = [normal((16, 16), seed) for seed in range(6)]
-        together = backend.scales(grads, 2)
+        together = halves.scales(grads, 2)
         assert len(launches) == 5
         monkeypatch.setattr(module, "INTERPRETER_BYTES", 2 * 16 * 16 * 4)
-        assert same_bits(backend.scales(grads, 2), together)
+        assert same_bits(halves.scales(grads, 2), together)
         assert len(launches) == 5 + 3 * 5
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -167,41 +180,41 @@ class TestTablesOfGraphs:
 
 
 class TestNumbers:
-    def test_scales_of_a_matrix_with_one_live_row_do_not_drift_apart(self, backend):
+    def test_scales_of_a_matrix_with_one_live_row_do_not_drift_apart(self, either):
         grad = torch.zeros(3000, 16)
         grad[1234] = normal((16,))
-        row, col = backend.scales([grad], 40)[0]
+        row, col = either.scales([grad], 40)[0]
         assert row.isfinite().all()
         assert col.isfinite().all()
         expected = torch.zeros(3000, 16, dtype=torch.float64)
         expected[1234] = 3000**0.5 * grad[1234].double().sign()
         assert_close(update_of(grad, Scales(row, col)), expected, rtol=1e-5, atol=0)
 
-    def test_live_rows_and_columns_of_every_share(self, backend):
+    def test_live_rows_and_columns_of_every_share(self, either):
         grad = normal((60, 40))
         grad[::3] = 0
         grad[:, ::2] = 0
-        scales = backend.scales([grad], 4)[0]
+        scales = either.scales([grad], 4)[0]
         assert_close(update_of(grad, scales), square_root_sinkhorn(grad, 4), rtol=1e-5, atol=0)
 
-    def test_rows_and_columns_may_differ_by_sixty_powers_of_ten(self, backend):
+    def test_rows_and_columns_may_differ_by_sixty_powers_of_ten(self, either):
         grad = normal((40, 30)).double()
         rows = torch.logspace(-18, 18, 40, dtype=torch.float64)[:, None]
         cols = torch.logspace(12, -12, 30, dtype=torch.float64)
         grad = (rows * grad * cols).float()
-        scales = backend.scales([grad], 5)[0]
+        scales = either.scales([grad], 5)[0]
         assert_close(update_of(grad, scales), expected_update(grad, 5), rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("value", [3.4e38, 1e-37], ids=str)
-    def test_the_ends_of_float32(self, backend, value):
+    def test_the_ends_of_float32(self, either, value):
         grad = value * normal((20, 30)).sign()
-        scales = backend.scales([grad], 3)[0]
+        scales = either.scales([grad], 3)[0]
         assert_close(update_of(grad, scales), grad.double().sign(), **FLOAT32)
 
     @pytest.mark.parametrize("shape", [(1, 9001), (9001, 1), (3, 9001), (9001, 3), (30, 1500)])
-    def test_long_and_narrow_matrices(self, backend, shape):
+    def test_long_and_narrow_matrices(self, either, shape):
         grad = normal(shape)
-        scales = backend.scales([grad], 3)[0]
+        scales = either.scales([grad], 3)[0]
         assert_close(update_of(grad, scales), square_root_sinkhorn(grad, 3), **FLOAT32)
 
     def test_entries_more_than_an_int32_apart(self, backend):

@@ -172,7 +172,10 @@ def take_steps():
         kernel.warmup(*arguments, grid=(programs,), **constants, **options)
 
     launch.launch = start
-    backend, kernels = TritonBackend(), (launch.loops().half_iteration, launch.step().update)
+    backend, kernels = (
+        TritonBackend(whole_rows=False),
+        (launch.loops().half_iteration, launch.step().update),
+    )
     for count, num_iters, keep, step in [
         (1, 3, 0.9, -0.1),
         (1, 3, 1.0, 1.0),

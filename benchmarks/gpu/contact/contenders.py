@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 import sinkgd
 from contact.items import Setting, Skipped
 from contact.peer import compiled_step, naive_step, peer_step
+from sinkgd.kernels import BACKENDS
+from sinkgd.kernels.triton import TritonBackend
 from sinkgd.lab.models import LLAMAS
 
 LR = 1e-4
@@ -76,6 +79,18 @@ def _ours(*, iterations: int = 5, rank: int = 0, backend: str = "auto") -> Calla
     return build
 
 
+def _halves(params: list[nn.Parameter], setting: Setting) -> Step:
+    """Build the plain step whose launches are half an iteration each, as they were before."""
+    backend = next(one for one in BACKENDS if isinstance(one, TritonBackend))
+    step = _ours()(params, setting)
+
+    def in_halves() -> None:
+        with patch.object(backend, "whole_rows", False):
+            step()
+
+    return in_halves
+
+
 def _adamw(params: list[nn.Parameter], setting: Setting) -> Step:
     return torch.optim.AdamW(params, lr=LR, fused=True, capturable=setting.on_gpu).step
 
@@ -107,6 +122,7 @@ def _loop(
 ADAMW = Contender("adamw", _adamw, 7)
 SGD = Contender("sgd", _sgd, 3)
 PLAIN = Contender("sinkgd", _ours(), 8)
+HALVES = Contender("sinkgd halves", _halves, 13)
 PLAIN_1 = Contender("sinkgd L=1", _ours(iterations=1), 4)
 DEFLATED = Contender("deflated", _ours(rank=15), 10)
 EAGER = Contender("sinkgd eager", _ours(backend="eager"))
@@ -116,6 +132,6 @@ PEER = Contender("peer triton", _peer, 33)  # a half step reads twice and writes
 COMPILED = Contender("compiled loop", _loop(compiled_step), captures=False)
 NAIVE = Contender("naive loop", _loop(naive_step), 40)
 
-USUAL = (ADAMW, PLAIN, DEFLATED, PLAIN_1, SGD, PEER, MUON)
+USUAL = (ADAMW, PLAIN, HALVES, DEFLATED, PLAIN_1, SGD, PEER, MUON)
 ALL = (*USUAL, COMPILED, NAIVE, EAGER, DEFLATED_EAGER)
 CONTENDERS = {contender.name: contender for contender in ALL}

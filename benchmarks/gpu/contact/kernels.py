@@ -15,7 +15,7 @@ from contact.contenders import B1, CONTENDERS, LAYER, TINY, Workload, matrices
 from contact.items import Item, Row, Section, Setting, Skipped, need_gpu
 from contact.measure import profile_kernels, synchronize
 
-PROFILED = ("sinkgd", "deflated", "adamw", "peer triton")
+PROFILED = ("sinkgd", "sinkgd halves", "deflated", "adamw", "peer triton")
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "dram__bytes_read.sum": "bytes_read",
@@ -37,7 +37,7 @@ def section(*, tiny: bool) -> Section:
         for contender in PROFILED
         if not (workload is B1 and dtype == torch.float32)
     ]
-    ncu = [Item(f"ncu: {name}", _Ncu(name), 45) for name in ("sinkgd", "deflated")]
+    ncu = [Item(f"ncu: {name}", _Ncu(name), 45) for name in ("sinkgd", "sinkgd halves", "deflated")]
     return Section("kernels", 40, (*items, *ncu))
 
 

@@ -10,6 +10,7 @@ from contact.contenders import (
     B1,
     B7,
     DEFLATED,
+    HALVES,
     LAYER,
     M60,
     M130,
@@ -38,13 +39,13 @@ from contact.measure import (
 )
 
 BF16, F32 = torch.bfloat16, torch.float32
-FEW = (ADAMW, PLAIN, DEFLATED, PLAIN_1, PEER, MUON)
+FEW = (ADAMW, PLAIN, HALVES, DEFLATED, PLAIN_1, PEER, MUON)
 # In the order of what is wanted most, as time may run out.
 PLAN: tuple[tuple[Workload, torch.dtype, tuple[Contender, ...]], ...] = (
     (LAYER, BF16, ALL),
     (B1, BF16, USUAL),
     (M60, BF16, ALL),
-    (B7, BF16, (ADAMW, PLAIN, DEFLATED, SGD, MUON)),
+    (B7, BF16, (ADAMW, PLAIN, HALVES, DEFLATED, SGD, MUON)),
     (LAYER, F32, USUAL),
     (M350, BF16, USUAL),
     (B1, F32, FEW),

@@ -14,6 +14,7 @@ from contact.contenders import (
     B1,
     COMPILED,
     DEFLATED,
+    HALVES,
     LAYER,
     M60,
     M350,
@@ -49,7 +50,7 @@ def compile_section(*, tiny: bool) -> Section:
     workloads = (TINY,) if tiny else (LAYER, M60)
     items = [
         Item(f"{name} {workload.name}: {contender.name}", _Compile(workload, dtype, contender), 150)
-        for contender in (PLAIN, DEFLATED, PLAIN_1, PEER, COMPILED)
+        for contender in (PLAIN, HALVES, DEFLATED, PLAIN_1, PEER, COMPILED)
         for name, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32))
         for workload in workloads
         if contender is not COMPILED or dtype == torch.bfloat16
@@ -63,7 +64,7 @@ def compile_section(*, tiny: bool) -> Section:
 
 def triton_modules() -> dict[str, ModuleType]:
     """Return the modules whose constants are swept."""
-    names = ("tiles", "plan", "launch", "backend")
+    names = ("tiles", "plan", "launch", "panels", "schedule", "descent", "backend")
     return {name: import_module(f"sinkgd.kernels.triton.{name}") for name in names}
 
 
@@ -89,15 +90,22 @@ def changed(**constants: int) -> Iterator[list[str]]:
             _forget(modules)
 
 
+def _tile(area: int, threads: int) -> dict[str, int]:
+    """Return the constants of tiles of ``area`` entries that ``threads`` threads hold."""
+    return {"AREA": area, "THREADS": threads, "ENTRIES": area // threads}
+
+
 @contextmanager
 def buckets_of(room: int) -> Iterator[list[str]]:
     """Let a bucket hold ``room`` bytes of gradients; yield where that was set."""
     backend = triton_modules()["backend"]
-    if not hasattr(backend, "_room"):
-        yield []
-        return
-    with patch.object(backend, "_room", lambda _: room):
-        yield ["backend._room"]
+    with ExitStack() as stack:
+        found = []
+        for name in ("_room", "_cached_bytes"):  # of half iterations, and of whole rows
+            if hasattr(backend, name):
+                stack.enter_context(patch.object(backend, name, lambda _: room))
+                found.append(f"backend.{name}")
+        yield found
 
 
 def _forget(modules: dict[str, ModuleType]) -> None:
@@ -105,7 +113,11 @@ def _forget(modules: dict[str, ModuleType]) -> None:
         for value in vars(module).values():
             clear = getattr(value, "cache_clear", None)
             # Kernels stay: they do not depend on what is swept, and take a while to import.
-            if clear is not None and getattr(value, "__name__", "") not in {"loops", "step"}:
+            if clear is not None and getattr(value, "__name__", "") not in {
+                "loops",
+                "step",
+                "sweep",
+            }:
                 clear()
 
 
@@ -132,7 +144,7 @@ class _CompileTiles(_Compile):
         self.area, self.threads = area, threads
 
     def __call__(self, setting: Setting) -> Iterator[Row]:
-        with changed(AREA=self.area, THREADS=self.threads):
+        with changed(**_tile(self.area, self.threads)):
             yield from super().__call__(setting)
 
 
@@ -158,7 +170,7 @@ class _Tiles:
         params = matrices(self.workload, torch.bfloat16, setting.device)
         step = PLAIN.build(params, setting)
         for area, threads in itertools.product(AREAS, THREADS):
-            with changed(AREA=area, THREADS=threads) as where:
+            with changed(**_tile(area, threads)) as where:
                 row: dict[str, object] = {
                     "workload": self.workload.name,
                     "area": area,

@@ -15,7 +15,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from sinkgd.deflation import StoredProducts
-from sinkgd.kernels.backend import Lowered, Scales, Stack
+from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Stack
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import (
     aligned,
@@ -33,13 +34,17 @@ from sinkgd.kernels.layout import (
     check_start,
     dense,
     dense_layout,
+    layout_of,
     may_be_written,
 )
 from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.sums import EagerSums
+from sinkgd.kernels.triton.descent import Writing, descend, new_buffers, owners_of
 from sinkgd.kernels.triton.fields import Addresses
 from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
+from sinkgd.kernels.triton.panels import LONGEST
 from sinkgd.kernels.triton.plan import Destination, Source, plan_of_scales, plan_of_update
+from sinkgd.kernels.triton.schedule import schedule_of
 from sinkgd.kernels.triton.tables import Tables, capturing
 from sinkgd.kernels.triton.tiles import AREA
 from sinkgd.kernels.two_halves import TwoHalves
@@ -58,7 +63,10 @@ class TritonBackend(TwoHalves):
     package = "triton"
     install = "pip install triton"  # on CUDA and ROCm it comes with torch
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole_rows: bool = True) -> None:
+        # Whether a program holds whole rows, so that one reading of a gradient is an iteration;
+        # else it is half of one.
+        self.whole_rows = whole_rows
         self._tables = Tables()
         self._lock = threading.Lock()  # backward hooks may step from several threads
 
@@ -106,23 +114,125 @@ class TritonBackend(TwoHalves):
     def _scales(
         self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
     ) -> list[Scales]:
-        device = grads[0].device
         sources = [dense(grad) for grad in grads]
+        fits = [self.whole_rows and _fits(source) for source in sources]
+        results: list[Scales | None] = [None] * len(grads)
+        for choice in set(fits):
+            members = [i for i, fit in enumerate(fits) if fit == choice]
+            own = [sources[i] for i in members], [starts[i] for i in members]
+            if choice:
+                found, _ = self._by_rows(*own, num_iters, tol)
+            else:
+                found = self._by_halves(*own, num_iters, tol)
+            for i, scales in zip(members, found, strict=True):
+                results[i] = scales
+        return [scales for scales in results if scales is not None]
+
+    def _by_rows(
+        self,
+        grads: list[Tensor],
+        starts: list[Tensor | None],
+        num_iters: int,
+        tol: float | None,
+        update: "_Update | None" = None,
+    ) -> tuple[list[Scales], Tensor]:
+        """Return the scales, and whether the gradients of each owner are finite."""
+        device = grads[0].device
         shapes = tuple(grad.shape for grad in grads)
-        plan = plan_of_scales(tuple(map(_source, sources)), shapes, _room(device))
-        table = self._tables.table(plan.table, device)
-        addresses = (
-            self._tables.addresses(tuple(x.data_ptr() for x in sources), device),
-            self._tables.addresses(tuple(0 if x is None else x.data_ptr() for x in starts), device),
+        sources = tuple(map(_source, grads))
+        beside = sources if update is None else tuple(map(_source, update.params))
+        owners = tuple(range(len(grads))) if update is None else owners_of(update.owners)
+        schedule = schedule_of(sources, beside, shapes, owners, _cached_bytes(device))
+        buffers = new_buffers(
+            schedule,
+            self._addresses(grads, device),
+            self._addresses(starts, device),
+            self._tables.table(schedule.table, device),
+            started=any(start is not None for start in starts),
         )
+        writing = None
+        if update is not None:
+            keys = None if update.keys is None else self._addresses(update.keys, device)
+            params = self._addresses(update.params, device)
+            writing = Writing(params, keys, update.overflow, *update.factors)
+        descend(schedule, buffers, num_iters, tol, writing)
+        scales = _views(buffers.scales, shapes, schedule.rows, schedule.cols)
+        return scales, buffers.numbers[slice(*schedule.bad)] == 0
+
+    def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        read = tuple(0 if x is None else x.data_ptr() for x in tensors)
+        return self._tables.addresses(read, device)
+
+    def _by_halves(
+        self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
+    ) -> list[Scales]:
+        device = grads[0].device
+        shapes = tuple(grad.shape for grad in grads)
+        plan = plan_of_scales(tuple(map(_source, grads)), shapes, _room(device))
+        table = self._tables.table(plan.table, device)
+        addresses = self._addresses(grads, device), self._addresses(starts, device)
         scratch = new_scratch(plan, num_iters, tol, device)
         for bucket in plan.buckets:
             find_scales(bucket, scratch, table, addresses, num_iters, tol)
-        flat = scratch.scales[0]
-        return [
-            Scales(_part(flat, row, (*batch, m, 1)), _part(flat, col, (*batch, 1, n)))
-            for (*batch, m, n), row, col in zip(shapes, plan.rows, plan.cols, strict=True)
-        ]
+        return _views(scratch.scales[0], shapes, plan.rows, plan.cols)
+
+    def descend_(
+        self,
+        matrices: Matrices,
+        num_iters: int,
+        *,
+        keep: float | Tensor,
+        step: float | Tensor,
+        tol: float | None = None,
+        overflow: Tensor | None = None,
+    ) -> Descent:
+        """Find all scales and take all steps, bucket by bucket."""
+        in_halves = partial(
+            super().descend_, num_iters=num_iters, keep=keep, step=step, tol=tol, overflow=overflow
+        )
+        ours = [self._takes(matrices, own, overflow) for own in matrices.owners]
+        if not any(ours):
+            return in_halves(matrices)
+        some = _chosen(matrices, ours)
+        device = some.grads[0].device
+        for grad, start in zip(some.grads, some.starts or [], strict=False):
+            check_start(grad, start)
+        with self._lock, _on(device):
+            scales, finite = self._by_rows(
+                list(some.grads),
+                [None] * len(some.grads) if some.starts is None else list(some.starts),
+                num_iters,
+                tol,
+                _Update(
+                    some.params,
+                    some.owners,
+                    some.keys,
+                    overflow,
+                    (_factor(keep, device), _factor(step, device)),
+                ),
+            )
+        increment_version(list(some.params))
+        descent = Descent(finite, scales)
+        if all(ours):
+            return descent
+        others = _chosen(matrices, [not own for own in ours])
+        return _merged(ours, matrices, descent, in_halves(others))
+
+    def _takes(self, matrices: Matrices, own: range, overflow: Tensor | None) -> bool:
+        """Whether the kernels of whole rows take all matrices of one owner."""
+        if not self.whole_rows or len(own) == 0:
+            return False
+        device = matrices.params[0].device
+        nothing = [None] * len(matrices.params)
+        starts, keys = matrices.starts or nothing, matrices.keys or nothing
+        return all(
+            _readable(grad, starts[i])
+            and _writable(param, grad, (), overflow, keys[i])
+            and param.device == device
+            and _fits(grad)
+            and dense_layout(grad).turned == dense_layout(param).turned
+            for i, param, grad in ((i, matrices.params[i], matrices.grads[i]) for i in own)
+        )
 
     def sums(self, grads: Sequence[Tensor]) -> EagerSums:
         """Return the sums of the squares of gradients, in plain torch."""
@@ -202,6 +312,42 @@ class TritonBackend(TwoHalves):
             update_parameters(bucket, table, rows, factors, rounding=rounding)
 
 
+class _Update(NamedTuple):
+    """What becomes of parameters whose scales are found."""
+
+    params: Sequence[Tensor]
+    owners: Sequence[range]
+    keys: Sequence[Tensor] | None
+    overflow: Tensor | None
+    factors: tuple[float | Tensor, float | Tensor]
+
+
+def _chosen(matrices: Matrices, chosen: Sequence[bool]) -> Matrices:
+    """Return the matrices of some owners."""
+    if all(chosen):
+        return matrices
+    kept = [own for own, take in zip(matrices.owners, chosen, strict=True) if take]
+    places = [i for own in kept for i in own]
+    ends = list(accumulate(map(len, kept), initial=0))
+    return Matrices(
+        [matrices.params[i] for i in places],
+        [matrices.grads[i] for i in places],
+        [range(*pair) for pair in pairwise(ends)],
+        matrices.starts and [matrices.starts[i] for i in places],
+        matrices.keys and [matrices.keys[i] for i in places],
+    )
+
+
+def _merged(ours: Sequence[bool], matrices: Matrices, one: Descent, other: Descent) -> Descent:
+    """Put the owners and the matrices of two descents in order again."""
+    flags = [iter(found.finite.unbind()) for found in (other, one)]
+    scales = [iter(found.scales) for found in (other, one)]
+    return Descent(
+        torch.stack([next(flags[own]) for own in ours]),
+        [next(scales[take]) for own, take in zip(matrices.owners, ours, strict=True) for _ in own],
+    )
+
+
 class _Write(NamedTuple):
     """A parameter to update."""
 
@@ -230,15 +376,17 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _room(device: torch.device) -> int:
-    """Return how many bytes of gradients a bucket holds."""
-    if device.type == "cpu":
-        return INTERPRETER_BYTES
+    """Return how many bytes of gradients a bucket of half iterations holds."""
     room = _cached_bytes(device)
-    return room if capturing(device) else max(room, LAUNCH_BYTES)
+    return room if device.type == "cpu" or capturing(device) else max(room, LAUNCH_BYTES)
+
+
+def _cached_bytes(device: torch.device) -> int:
+    return INTERPRETER_BYTES if device.type == "cpu" else _half_of_cache(device)
 
 
 @cache
-def _cached_bytes(device: torch.device) -> int:
+def _half_of_cache(device: torch.device) -> int:
     """Return what stays in the cache between two reads, and gives every processor two tiles."""
     properties = torch.cuda.get_device_properties(device)
     tiles = 2 * properties.multi_processor_count
@@ -273,7 +421,11 @@ def _readable(grad: Tensor, start: Tensor | None) -> bool:
 
 
 def _writable(
-    param: Tensor, grad: Tensor, scales: Scales, allowed: Tensor | None, key: Tensor | None
+    param: Tensor,
+    grad: Tensor,
+    scales: Sequence[Tensor],
+    allowed: Tensor | None,
+    key: Tensor | None,
 ) -> bool:
     beside = (grad, *scales, *(x for x in (allowed, key) if x is not None))
     return (
@@ -286,6 +438,21 @@ def _writable(
         and (key is None or key.dtype == torch.int64)
         and all(x.device == param.device for x in beside)
     )
+
+
+def _fits(grad: Tensor) -> bool:
+    """Whether a program's registers hold whole rows in memory."""
+    layout = layout_of(grad.shape, grad.stride())
+    return layout is not None and layout.Q <= LONGEST
+
+
+def _views(
+    flat: Tensor, shapes: Sequence[torch.Size], rows: Sequence[int], cols: Sequence[int]
+) -> list[Scales]:
+    return [
+        Scales(_part(flat, row, (*batch, m, 1)), _part(flat, col, (*batch, 1, n)))
+        for (*batch, m, n), row, col in zip(shapes, rows, cols, strict=True)
+    ]
 
 
 def _part(flat: Tensor, begin: int, shape: tuple[int, ...]) -> Tensor:

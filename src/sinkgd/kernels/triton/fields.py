@@ -62,3 +62,44 @@ class Addresses(NamedTuple):
     v: int
     allowed: int
     key: int
+
+
+class Block(NamedTuple):
+    """A gradient's matrix, and the parameter's, to descend on. Places count elements."""
+
+    tensor: int  # the gradient, by its place in the list of addresses
+    offset: int  # from the tensor's first entry to the matrix's
+    P: int
+    Q: int
+    ld: int
+    u: int  # where its scales lie among those of all matrices
+    v: int
+    start: int  # where its first column scales lie in the tensor that gives them
+    state: int  # where its `State` lies among the numbers of all
+    bad: int  # where it is noted that its owner has an entry that is not finite
+    param_offset: int
+    param_ld: int
+    place: int  # of the parameter's first entry, counted in reading order
+    row_place: int  # what one row in memory adds to the place
+    col_place: int
+    parts: int = 0  # where the partial sums of its programs lie, a vector each
+    counters: int = 0  # where it is counted how many programs of a group have arrived
+    programs: int = 0
+
+
+class State(NamedTuple):
+    """What launches tell each other of a matrix, int32, 0 at first."""
+
+    live_u: int  # scales that are not zero
+    live_v: int
+    moved: int  # whether a row scale moved in this iteration
+    settled: int  # whether none did in one
+
+
+class Walk(NamedTuple):
+    """What one program does: some rows in memory, from the first to the last."""
+
+    block: int  # row of the table of blocks
+    number: int  # of the program among those of the matrix
+    first: int  # row
+    beyond: int

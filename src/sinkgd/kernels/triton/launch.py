@@ -179,3 +179,9 @@ def loops() -> ModuleType:
 def step() -> ModuleType:
     """Return the kernel of the update."""
     return import_module("sinkgd.kernels.triton.step")
+
+
+@cache
+def sweep() -> ModuleType:
+    """Return the kernels of a descent that reads the gradient once an iteration."""
+    return import_module("sinkgd.kernels.triton.sweep")

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sinkgd.kernels.triton.fields import Addresses, Program, Target
-from sinkgd.kernels.triton.loops import LARGEST, field
+from sinkgd.kernels.triton.loops import INTERPRETED, LARGEST, field
 
 _PROGRAM_FIELDS = tl.constexpr(len(Program._fields))
 _LINE, _FIRST = field(Program, "line"), field(Program, "first")
@@ -23,6 +23,7 @@ _T_ROW_PLACE, _T_COL_PLACE = field(Target, "row_place"), field(Target, "col_plac
 
 _ADDRESSES = tl.constexpr(len(Addresses._fields))
 _A_GRAD, _A_U, _A_V = field(Addresses, "grad"), field(Addresses, "u"), field(Addresses, "v")
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _A_ALLOWED, _A_KEY = field(Addresses, "allowed"), field(Addresses, "key")
 
 
@@ -33,6 +34,22 @@ def _random_word(place, key):
     word = (word ^ (word >> 16)) * 0x7FEB352D
     word = (word ^ (word >> 15)) * 0x846CA68B
     return word ^ (word >> 16)
+
+
+@triton.jit
+def rounded(w, place, key, DTYPE: tl.constexpr, ROUND: tl.constexpr):
+    """Return float32 numbers in ``DTYPE``: to the nearest, or bfloat16 at random by their place."""
+    if tl.bfloat16 == DTYPE and (ROUND or _INTERPRETED):  # the interpreter would cut bits off
+        bits = w.to(tl.uint32, bitcast=True)
+        if ROUND:
+            added = _random_word(place, key) >> 16
+        else:
+            added = 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even
+        kept = tl.where(w == w, bits, 0x7FC00000)
+        bits = tl.where(tl.abs(w) <= LARGEST, bits + added, kept)
+        return (bits >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+    else:  # noqa: RET505 - triton compiles one of two branches
+        return w.to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["keep", "step"])
@@ -86,20 +103,13 @@ def update(
     if STEP_IS_STORED:
         step = tl.load(step).to(tl.float32)
     w = w * keep + y * step
-    if tl.bfloat16 == DTYPE:
-        bits = w.to(tl.uint32, bitcast=True)
-        if ROUND:
-            place = tl.load(entry + _T_PLACE).to(tl.uint32)
-            row_place = tl.load(entry + _T_ROW_PLACE).to(tl.uint32)
-            col_place = tl.load(entry + _T_COL_PLACE).to(tl.uint32)
-            place = place + (rows.to(tl.uint32) * row_place)[:, None]
-            place = place + (cols.to(tl.uint32) * col_place)[None, :]
-            key = tl.load(tl.load(own + _A_KEY).to(tl.pointer_type(tl.int64)))
-            added = _random_word(place, key) >> 16
-        else:
-            added = 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even
-        kept = tl.where(w == w, bits, 0x7FC00000)
-        bits = tl.where(tl.abs(w) <= LARGEST, bits + added, kept)
-        tl.store(param, (bits >> 16).to(tl.uint16).to(DTYPE, bitcast=True), mask=inside)
-    else:
-        tl.store(param, w.to(DTYPE), mask=inside)
+    place = tl.full((BM, BN), 0, tl.uint32)
+    key = tl.full((), 0, tl.int64)
+    if tl.bfloat16 == DTYPE and ROUND:
+        row_place = tl.load(entry + _T_ROW_PLACE).to(tl.uint32)
+        col_place = tl.load(entry + _T_COL_PLACE).to(tl.uint32)
+        place = place + tl.load(entry + _T_PLACE).to(tl.uint32)
+        place = place + (rows.to(tl.uint32) * row_place)[:, None]
+        place = place + (cols.to(tl.uint32) * col_place)[None, :]
+        key = tl.load(tl.load(own + _A_KEY).to(tl.pointer_type(tl.int64)))
+    tl.store(param, rounded(w, place, key, DTYPE, ROUND), mask=inside)
