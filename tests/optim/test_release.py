@@ -177,6 +177,20 @@ def test_a_bad_gradient_is_told_by_step_and_the_next_step_goes_on(bad):
     assert ill.ne(1).all()
 
 
+def test_a_bad_gradient_holds_back_its_matrix_or_what_adamw_updates_with_it():
+    matrices = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    norms = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    large = nn.Parameter(torch.ones(1 << 15))  # 128 KiB
+    groups = [{"params": matrices}, {"params": [*norms, large], "algorithm": "adamw"}]
+    optimizer = sinkgd.SinkGD(groups, lr=0.1, nonfinite="skip")
+    sinkgd.GradientRelease(optimizer)
+    large.sum().backward()
+    (torch.nan * matrices[0].sum() + matrices[1].sum()).backward()
+    (torch.nan * norms[0].sum() + norms[1].sum()).backward()
+    optimizer.step()
+    assert [bool(p.eq(1).all()) for p in (*matrices, *norms, large)] == [1, 0, 1, 1, 0]
+
+
 def test_a_second_backward_is_refused_by_name():
     weight = nn.Parameter(torch.ones(3, 4))
     sinkgd.GradientRelease(sinkgd.SinkGD([("w", weight)], lr=0.1))
