@@ -29,8 +29,9 @@ from stopping import stopping_at
 pytestmark = pytest.mark.slow
 
 STEPS, STOPPED = 8, 5
-# Losses are near 5; sums in another order move a weight by a few units of float32 a step.
-TOLERANCE = 5e-5
+# Sums in another order move a weight by a few units of float32 a step: one process that takes
+# its batches one sequence at a time differs from itself by 6e-5 in a gradient's norm near 5.
+TOLERANCE = 2e-4
 
 # Each has a mesh, and each what saves memory or divides work in another way.
 SETTINGS = {
