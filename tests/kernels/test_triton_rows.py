@@ -3,7 +3,6 @@
 Kernels run in triton's interpreter on CPU tensors, program after program.
 """
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -19,6 +18,7 @@ from sinkgd.kernels.triton import backend as module
 from sinkgd.kernels.triton.panels import panel_of, walks
 from sinkgd.kernels.triton.places import Source
 from sinkgd.kernels.triton.schedule import schedule_of
+from sinkgd.lab.bench.gpu.loads import readings
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -302,40 +302,19 @@ class TestTolerance:
         assert len(set(stops)) >= 3
 
 
-class Loads:
-    """Counts entries of a gradient that the interpreter's programs load."""
-
-    def __init__(self, monkeypatch):
-        from triton.runtime.interpreter import interpreter_builder as builder
-
-        self.begin = self.end = self.entries = self.size = 0
-        masked = builder.create_masked_load
-
-        def load(pointers, mask, *others):
-            at = pointers.data
-            read = (at >= self.begin) & (at < self.end) & mask.data
-            self.entries += int(np.count_nonzero(read))
-            return masked(pointers, mask, *others)
-
-        monkeypatch.setattr(builder, "create_masked_load", load)
-
-    def of(self, grad):
-        self.begin = grad.data_ptr()
-        self.end = self.begin + grad.nbytes
-        self.entries = 0
-
-
 class TestReadings:
     @orders
     @pytest.mark.parametrize("shape", [(67, 40), (2, 5461)], ids=str)
     @pytest.mark.parametrize("num_iters", [1, 5])
     def test_a_step_reads_a_gradient_once_an_iteration_and_once_more(
-        self, backend, launches, monkeypatch, order, shape, num_iters
+        self, backend, launches, order, shape, num_iters
     ):
-        loads, grad = Loads(monkeypatch), order(normal(shape, dtype=torch.bfloat16))
-        loads.of(grad)
-        descend(backend, [grad], num_iters)
-        assert loads.entries == (num_iters + 1) * grad.numel()
+        grad = order(normal(shape, dtype=torch.bfloat16))
+        matrices = Matrices([beside(grad)], [grad], alone([grad]))
+        with readings([grad]) as found:
+            backend.descend_(matrices, num_iters, keep=1.0, step=1.0)
+        assert found.by_kernels == (num_iters + 1) * grad.numel()
+        assert found.by_torch == found.copied == 0
         assert launches == ["sweep"] * num_iters + ["finish"]
 
     @pytest.mark.parametrize("order", [torch.clone, turned], ids=["plain", "turned"])

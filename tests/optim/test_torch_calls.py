@@ -1,145 +1,65 @@
-"""A step makes as many calls of torch whatever the number of layers."""
+"""A step makes as many calls of torch whatever the number of layers.
 
-from collections import Counter
-from dataclasses import replace
+The backend is ``triton``, whose launches are replaced by nothing.
+"""
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import sinkgd
-from sinkgd import kernels
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.two_halves import finite_of
-from sinkgd.lab.plan import Grid, find_architecture
-from sinkgd.lab.plan.weights import weights_of
+from sinkgd.lab.bench.gpu.torch_calls import (
+    Calls,
+    calls_of_a_matrix_more,
+    calls_of_matrices,
+    calls_of_model,
+    without_adamw,
+)
 
-# AdamW's own: for the step counts, the update, and what holds back a step of the counts.
-ADAMW = {"aten._foreach_add_.Scalar", "aten._fused_adamw_.default", "aten._foreach_sub_.List"}
-
-
-class OneCall(EagerBackend):
-    """A backend of one call for all scales and one for all updates, as kernels in a table are."""
-
-    def __init__(self):
-        self.found = {}
-
-    def scales(self, grads, num_iters, *, tol=None, starts=None):
-        key = tuple(grad.data_ptr() for grad in grads)
-        if key not in self.found:
-            self.found[key] = super().scales(grads, num_iters, tol=tol, starts=starts)
-        torch.empty(())
-        return self.found[key]
-
-    def update_(self, params, grads, scales, **options):
-        torch.empty(())
+pytestmark = pytest.mark.usefixtures("triton")
 
 
-class OneCallDeflated(OneCall):
-    """The same with one call for the products of all updates, and one for their squares."""
-
-    def products(self, stacks):
-        key = "products", *(grad.data_ptr() for stack in stacks for grad in stack.grads)
-        if key not in self.found:
-            self.found[key] = Remembered(super().products(stacks))
-        return self.found[key]
+@pytest.fixture(scope="module")
+def triton():
+    pytest.importorskip("triton")
 
 
-class Remembered:
-    """Answers that are found once, each a call."""
-
-    def __init__(self, products):
-        self.products, self.found = products, {}
-
-    def of_both(self, blocks):
-        torch.empty(())
-        number = self.calls = getattr(self, "calls", 0) % 2  # the first and the second of a step
-        self.calls += 1
-        if ("both", number) not in self.found:
-            self.found["both", number] = self.products.of_both(blocks)
-        rows, cols = self.found["both", number]
-        return [*rows], [*cols]
-
-    def squares(self):
-        torch.empty(())
-        if "squares" not in self.found:
-            self.found["squares"] = self.products.squares()
-        return [*self.found["squares"]]
+PLAIN = {"deflated_rank": 0}
+VIEWS = ("aten.slice.Tensor", "aten.view.default")  # of the scales of each matrix
+OTHER_VIEWS = (*VIEWS, "aten.transpose.int")  # and of each matrix whose rows come last
 
 
-class Calls(TorchDispatchMode):
-    """Counts the calls of torch by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
+def test_calls_of_a_plain_step_do_not_grow_with_the_matrices():
+    assert calls_of_a_matrix_more(**PLAIN) <= 4
 
 
-def calls_of_a_step(params, monkeypatch, **options):
-    """Count the calls of the second step, which makes no state."""
-    backend = OneCallDeflated()
-    monkeypatch.setattr(kernels, "select", lambda name, device: backend)
-    groups = [
-        {"params": [x for is_matrix, x in params if is_matrix], "algorithm": "sinkgd", **options},
-        {"params": [x for is_matrix, x in params if not is_matrix], "algorithm": "adamw"},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = sinkgd.SinkGD(groups, lr=1e-3, nonfinite="skip")
-    for _, param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    with Calls() as calls:
-        optimizer.step()
-    return calls.counts
-
-
-def tiny(model, layers=None):
-    """Return the parameters of a model, matrices and others, of a few entries each."""
-    architecture = find_architecture(model)
-    if layers is not None:
-        architecture = replace(architecture, num_layers=layers)
-    weights = weights_of(architecture, Grid())
-    return [
-        (weight.is_matrix, nn.Parameter(torch.ones([2] * len(weight.shape)))) for weight in weights
-    ]
+def test_calls_of_a_deflated_step_grow_little_with_the_matrices():
+    assert calls_of_a_matrix_more(deflated_rank=15) <= 24
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rounding": "stochastic"}, {"weight_decay": 0.1, "last": "row"}], ids=str
+    ("options", "views"),
+    [
+        ({}, VIEWS),
+        ({"rounding": "stochastic"}, VIEWS),
+        ({"weight_decay": 0.1, "last": "row"}, OTHER_VIEWS),
+    ],
+    ids=str,
 )
-def test_calls_do_not_grow_with_the_model(monkeypatch, options):
-    small, large = (
-        calls_of_a_step(tiny("llama-1b", layers), monkeypatch, **options) for layers in (2, None)
+def test_calls_of_a_hybrid_step_of_a_whole_model_are_few(options, views):
+    counts = calls_of_model("llama-1b", **PLAIN, **options)
+    for view in views:
+        del counts[view]
+    assert without_adamw(counts) <= 60
+
+
+def test_factorizations_of_matrices_of_many_shapes_are_made_together():
+    few, many = (
+        calls_of_matrices([(32, 48 + i) for i in range(count)], deflated_rank=2)
+        for count in (2, 12)
     )
-    views = {"aten.transpose.int"}  # of each matrix whose rows come last
-    assert {k: v for k, v in small.items() if k not in views} == {
-        k: v for k, v in large.items() if k not in views
-    }
-    assert sum(count for name, count in large.items() if name not in ADAMW | views) <= 60
-
-
-def deflated_calls(shapes, monkeypatch):
-    params = [(True, nn.Parameter(torch.ones(shape))) for shape in shapes]
-    return calls_of_a_step(params, monkeypatch, deflated_rank=2).total()
-
-
-def test_calls_of_deflation_do_not_grow_with_matrices_of_one_shape(monkeypatch):
-    few, many = (deflated_calls([(5, 6), (6, 5)] * n, monkeypatch) for n in (2, 20))
-    assert few == many
-
-
-def test_factorizations_of_matrices_of_many_shapes_are_made_together(monkeypatch):
-    params = [(True, nn.Parameter(torch.ones(5, 6 + i))) for i in range(20)]
-    counts = calls_of_a_step(params, monkeypatch, deflated_rank=2)
-    assert counts["aten.linalg_cholesky_ex.default"] == 2
-    assert counts["aten.linalg_solve_triangular.default"] == 2
-    few = deflated_calls([(5, 6 + i) for i in range(10)], monkeypatch)
-    assert counts.total() - few <= 10 * 100  # 142 of each before
+    for name in ("aten.linalg_cholesky_ex.default", "aten.linalg_solve_triangular.default"):
+        assert few[name] == many[name] == 2
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

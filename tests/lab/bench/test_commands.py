@@ -27,7 +27,7 @@ def threads():
 def test_help_lists_every_measurement(capsys, arguments):
     assert main(["bench", *arguments]) == 0
     shown = capsys.readouterr().out
-    assert set(COMMANDS) == {"step", "memory", "kernels", "loop"}
+    assert set(COMMANDS) == {"step", "memory", "gpu", "kernels", "loop"}
     for name, (_, summary) in COMMANDS.items():
         assert f"  {name:<12}{summary}\n" in shown
 
@@ -45,8 +45,8 @@ def test_every_measurement_explains_itself_and_has_an_example(capsys, measuremen
     [
         (
             ["stpe"],
-            "there is no measurement 'stpe'; did you mean 'step'? There are step, memory, kernels, "
-            "loop. See `sinkgd bench --help`",
+            "there is no measurement 'stpe'; did you mean 'step'? There are step, memory, gpu, "
+            "kernels, loop. See `sinkgd bench --help`",
         ),
         (["step", "--workloads", "lama-60m"], "workloads is 'lama-60m'; did you mean 'llama-60m'?"),
         (["step", "--workloads", ","], "workloads is empty; give names of llama-60m,"),

@@ -1,0 +1,80 @@
+"""`sinkgd bench gpu`: the targets of a step on a GPU, counted without one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkgd.lab.commands.bench.choices import chosen, command_of
+from sinkgd.lab.train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Count what a step would do on a GPU; a GPU is neither needed nor used.
+
+    The table has a row for each target: what was counted, now, the target, whether it is met. No
+    figure is a time on a GPU.
+
+    Four parts: `interpreter` runs the kernels on a CPU and counts how often they read a gradient;
+    `host` counts calls of torch and launches; `schedule` counts bytes and scratch for an H100;
+    `code` compiles every kernel that steps of the models use, for each GPU, and reads the machine
+    code. It needs triton, and takes about two minutes on two cores.
+
+    For example:
+      sinkgd bench gpu --out bench
+      sinkgd bench gpu --parts interpreter,host,schedule
+      sinkgd bench gpu --parts code --gpus sm_90 --models llama-1b
+    """
+
+    parts: str = "all"
+    """Names with commas between: interpreter, host, schedule, code; or all."""
+
+    gpus: str = "all"
+    """Kinds of GPU that kernels are compiled for, names with commas between: sm_80, sm_90, sm_100,
+    gfx942; or all. Instructions are those of sm_90."""
+
+    models: str = "all"
+    """Models whose kernels are compiled, names with commas between: llama-60m, llama-1b, llama-7b,
+    mixtral-8x7b, moe-64-experts; or all."""
+
+    out: Path | None = None
+    """Folder for gpu.json, with registers, spills, loads and loops of every kernel."""
+
+    def run(self) -> int:
+        """Run the command; returns the exit code.
+
+        Raises:
+            ConfigError: If an option cannot be, or triton is not installed.
+        """
+        from importlib.util import find_spec
+
+        from rich.console import Console
+
+        if find_spec("triton") is None:
+            raise ConfigError("triton is not installed; pip install triton")
+
+        from sinkgd.lab.bench.gpu import PARTS, Plan, bench_gpu
+        from sinkgd.lab.bench.gpu.launches import TARGETS
+        from sinkgd.lab.bench.gpu.models import MODELS
+        from sinkgd.lab.bench.gpu.sheets import figure_sheet, missed_sheet
+        from sinkgd.lab.bench.record_file import write_record
+        from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.disk import claim_folder
+
+        plan = Plan(
+            parts=chosen("parts", self.parts, PARTS),
+            targets=chosen("gpus", self.gpus, TARGETS),
+            models=chosen("models", self.models, MODELS),
+            command=command_of("gpu", self),
+        )
+        if self.out is not None:
+            claim_folder(self.out)
+        record = bench_gpu(plan)
+        console = Console()
+        for sheet in (figure_sheet(record), missed_sheet(record)):
+            if sheet.rows:
+                console.print(terminal_table(sheet), "\n")
+        if self.out is not None:
+            path = self.out / "gpu.json"
+            write_record(path, record)
+            console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+        return 0

@@ -1,0 +1,109 @@
+"""Every kernel that steps of models launch, compiled for GPUs: spills, loads, instructions.
+
+Kernels are compiled in a process of their own and not run; nothing is timed. With ``OTHER_TRITON``
+in the environment, a folder with another version of triton, a sample is compiled under it, too:
+``pip install --no-deps --target FOLDER triton==3.2.0``.
+"""
+
+import os
+import sys
+
+import pytest
+
+from sinkgd.kernels.triton import launch
+from sinkgd.lab.bench.gpu.launches import TARGETS
+from sinkgd.lab.bench.gpu.models import LLAMAS, MODELS
+from sinkgd.lab.bench.gpu.variants import STEPS, USUAL, compiled, instructions_an_entry
+
+LDS = 64 << 10  # bytes of shared memory on gfx942, the smallest
+# A thread of the first launch holds a panel of 16,384 columns in three numbers an entry.
+SPILLS = {("sweep", 16384, "1"): 64}
+# Entries of llama-1b in bfloat16 and five iterations on sm_90, by the columns of the matrix.
+MOST_INSTRUCTIONS = {2048: 80, 5461: 110}
+# What launchers of triton call things of their own, beside a kernel's arguments.
+RESERVED = {"params", "specialization", "options", "backend", "specialize_impl", "grid", "warmup"}
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def variants(request):
+    """What steps of all models launch, for one target."""
+    pytest.importorskip("triton")
+    return compiled(request.param, MODELS, USUAL)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def others(request):
+    """What rarer steps of llama-1b launch, for one target."""
+    pytest.importorskip("triton")
+    return compiled(request.param, ["llama-1b"], [step for step in STEPS if step not in USUAL])
+
+
+def spills_beyond_those_known(variants):
+    return {
+        one.name: one.spilled
+        for one in variants
+        if one.spilled > SPILLS.get((one.kernel, one.columns, constant(one, "U_FROM")), 0)
+    }
+
+
+def constant(variant, name):
+    return dict(word.split("=", 1) for word in variant.constants.split() if "=" in word).get(name)
+
+
+def narrow(variants):
+    """Variants of aligned matrices that are not loaded by sixteen bytes."""
+    return [one.name for one in variants if not one.is_wide and constant(one, "VECTOR") != "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+class TestOfModels:
+    def test_no_register_is_spilled(self, variants):
+        assert spills_beyond_those_known(variants) == {}
+
+    def test_aligned_matrices_are_read_by_sixteen_bytes(self, variants):
+        assert narrow(variants) == []
+
+    def test_shared_memory_is_small(self, variants):
+        assert max(one.shared for one in variants) <= LDS / 2
+
+    @pytest.mark.parametrize("columns", MOST_INSTRUCTIONS)
+    def test_instructions_an_entry_and_step(self, variants, columns):
+        if variants[0].target != "sm_90":
+            pytest.skip("the disassembly is counted for sm_90")
+        found = instructions_an_entry(variants, "plain", "llama-1b", (2048, columns))
+        assert 10 < found <= MOST_INSTRUCTIONS[columns]
+
+    def test_every_model_and_step_is_there(self, variants):
+        uses = {tuple(use.split()[:2]) for one in variants for use in one.uses}
+        assert uses == {(step, model) for step in USUAL for model in MODELS}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+class TestOfRarerSteps:
+    def test_no_register_is_spilled(self, others):
+        assert spills_beyond_those_known(others) == {}
+
+    def test_aligned_matrices_are_read_by_sixteen_bytes(self, others):
+        assert narrow(others) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_sample_compiles_under_another_triton(target, monkeypatch):
+    folder = os.environ.get("OTHER_TRITON")
+    if folder is None:
+        pytest.skip("OTHER_TRITON names no folder with another version of triton")
+    paths = [folder, *filter(None, sys.path)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    assert compiled(target, LLAMAS[:2], ["plain", "deflated"])
+
+
+def test_arguments_of_kernels_have_names_that_triton_leaves_to_them():
+    pytest.importorskip("triton")
+    kernels = [launch.loops().half_iteration, launch.step().update]
+    kernels += [launch.sweep().sweep, launch.finish().finish]
+    for kernel in kernels:
+        assert not RESERVED & {*kernel.arg_names}, kernel
