@@ -117,6 +117,32 @@ def test_its_options_hold_there_too(options):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+def train(kind, compiler=None, **options):
+    """Take training steps, forward and backward included; return the weights."""
+    model = a_model()
+    optimizer = build(model, kind, torch.tensor(0.1), **options)
+
+    def step(tokens, targets):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(tokens), targets).backward()
+        optimizer.step()
+
+    run = step if compiler is None else torch.compile(step, backend=compiler)
+    for i in range(3):
+        run(torch.arange(11), normal((11, 16), i))
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["sinkgd", "sinkgd-stateless"])
+def test_a_compiled_training_step_is_the_plain_one(kind, compiler):
+    if compiler == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    for one, other in zip(train(kind, compiler), train(kind), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def graphs(kind, lrs, *, tensor_lr):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

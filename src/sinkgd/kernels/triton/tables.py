@@ -13,15 +13,14 @@ KEPT = 1024
 
 class _Copy(NamedTuple):
     there: Tensor
-    host: Tensor
-    pinned: Tensor | None  # what a graph copies from, at every replay
+    host: Tensor  # what a graph that holds the copy reads, at every replay
 
 
 class Tables:
     """Copies of tables by their content, on the stream that reads them."""
 
     def __init__(self) -> None:
-        self._recent: OrderedDict[Hashable, _Copy] = OrderedDict()
+        self._recent: OrderedDict[tuple[Hashable, ...], _Copy] = OrderedDict()
         # A graph reads its tables at every replay, and nobody says when it is gone.
         self._captured: list[_Copy] = []
 
@@ -41,25 +40,35 @@ class Tables:
         found = self._find(key, device)
         return self._copy(key, host, device) if found is None else found
 
-    def _find(self, key: Hashable, device: torch.device) -> Tensor | None:
+    def _find(self, key: tuple[Hashable, ...], device: torch.device) -> Tensor | None:
         # A copy that was captured is filled by the replay of its graph, so no other may read it.
         copy = self._recent.get(key)
         if copy is None:
-            return None
+            return self._from_before(key) if capturing(device) else None
         self._recent.move_to_end(key)
         if capturing(device):
             self._captured.append(copy)
         return copy.there
 
-    def _copy(self, key: Hashable, host: Tensor, device: torch.device) -> Tensor:
-        there, pinned = host, None
-        if device.type != "cpu":
-            pinned = torch.empty_like(host, pin_memory=True).copy_(host)
-            there = pinned.to(device, non_blocking=True)
+    def _from_before(self, key: tuple[Hashable, ...]) -> Tensor | None:
+        """Return a copy that another stream made before the capture, which waited for it."""
+        for (*content, _), copy in self._recent.items():
+            if content == [*key[:-1]]:
+                self._captured.append(copy)
+                return copy.there
+        return None
+
+    def _copy(self, key: tuple[Hashable, ...], host: Tensor, device: torch.device) -> Tensor:
+        # While a graph is captured no pinned memory may be allocated, and none is needed:
+        # https://github.com/pytorch/pytorch/pull/146924,
+        # https://github.com/pytorch/pytorch/pull/166765
+        pins = device.type != "cpu" and not capturing(device)
+        source = torch.empty_like(host, pin_memory=True).copy_(host) if pins else host
+        there = source.to(device, non_blocking=True)
         if capturing(device):
-            self._captured.append(_Copy(there, host, pinned))
+            self._captured.append(_Copy(there, host))
         else:
-            self._recent[key] = _Copy(there, host, None)
+            self._recent[key] = _Copy(there, host)
             if len(self._recent) > KEPT:
                 self._recent.popitem(last=False)
         return there
