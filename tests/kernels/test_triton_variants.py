@@ -5,16 +5,19 @@ in the environment, a folder with another version of triton, a sample is compile
 ``pip install --no-deps --target FOLDER triton==3.2.0``.
 """
 
+import ast
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-from sinkgd.kernels.triton import launch
+from sinkgd.kernels import triton
 from sinkgd.lab.bench.gpu.launches import TARGETS
 from sinkgd.lab.bench.gpu.models import LLAMAS, MODELS
 from sinkgd.lab.bench.gpu.variants import STEPS, USUAL, compiled, instructions_an_entry
 
+KERNELS = sorted(Path(triton.__file__).parent.glob("*.py"))
 LDS = 64 << 10  # bytes of shared memory on gfx942, the smallest
 # A thread of the first launch holds a panel of 16,384 columns in three numbers an entry.
 SPILLS = {("sweep", 16384, "1"): 64}
@@ -102,8 +105,33 @@ def test_a_sample_compiles_under_another_triton(target, monkeypatch):
 
 
 def test_arguments_of_kernels_have_names_that_triton_leaves_to_them():
-    pytest.importorskip("triton")
-    kernels = [launch.loops().half_iteration, launch.step().update]
-    kernels += [launch.sweep().sweep, launch.finish().finish]
-    for kernel in kernels:
-        assert not RESERVED & {*kernel.arg_names}, kernel
+    for path in KERNELS:
+        for kernel in compiled_functions(path):
+            names = {argument.arg for argument in kernel.args.args}
+            assert not RESERVED & names, f"{path.name}: {kernel.name}"
+
+
+def test_kernels_have_no_expressions_that_triton_3_2_refuses():
+    for path in KERNELS:
+        for kernel in compiled_functions(path):
+            for node in ast.walk(kernel):
+                if isinstance(node, ast.BoolOp):
+                    place = f"{path.name}:{node.lineno}"
+                    assert len(node.values) == 2, f"{place}: a chain of and, or"
+                    first = ast.unparse(node.values[0])
+                    assert not first.startswith("tl."), f"{place}: {first} is no constexpr"
+
+
+def compiled_functions(path):
+    """What triton compiles of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(named, node.decorator_list):
+            yield node
+
+
+def named(decorator):
+    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
+
+
+def test_files_of_kernels_are_read():
+    assert sum(1 for path in KERNELS for _ in compiled_functions(path)) > 20

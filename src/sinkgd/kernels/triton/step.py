@@ -44,7 +44,7 @@ def _random_word(place, key):
 @triton.jit
 def _rounded(w, place, key, DTYPE: tl.constexpr, ROUND: tl.constexpr):
     """Return float32 numbers in ``DTYPE``: to the nearest, or bfloat16 at random by their place."""
-    if tl.bfloat16 == DTYPE and (ROUND or INTERPRETED):  # the interpreter would cut bits off
+    if (ROUND or INTERPRETED) and tl.bfloat16 == DTYPE:  # the interpreter would cut bits off
         bits = w.to(tl.uint32, bitcast=True)
         if ROUND:
             added = _random_word(place, key) >> 16
@@ -70,7 +70,7 @@ def write_tile(
     w = tl.load(lies, mask=inside, other=0.0).to(tl.float32)
     w = w * keep + y * step
     place = rows[:, None] * 0 + cols[None, :] * 0
-    if tl.bfloat16 == DTYPE and ROUND:
+    if ROUND and tl.bfloat16 == DTYPE:
         place = tl.load(places).to(tl.uint32)
         place = place + (rows.to(tl.uint32) * tl.load(places + 1).to(tl.uint32))[:, None]
         place = place + (cols.to(tl.uint32) * tl.load(places + 2).to(tl.uint32))[None, :]
@@ -119,6 +119,6 @@ def update(
     if STEP_IS_STORED:
         step = tl.load(step).to(tl.float32)
     key = tl.full((), 0, tl.int64)
-    if tl.bfloat16 == DTYPE and ROUND:
+    if ROUND and tl.bfloat16 == DTYPE:
         key = tl.load(tl.load(own + _A_KEY).to(tl.pointer_type(tl.int64)))
     write_tile(param, ld, rows, cols, inside, y, keep, step, entry + _T_PLACE, key, DTYPE, ROUND)

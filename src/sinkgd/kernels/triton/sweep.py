@@ -286,7 +286,7 @@ def sweep(
             )
             if U_FROM == _BARE:
                 live += (found != 0).to(tl.int32)
-            if TOL and U_FROM == _SCALED and not TURNED:
+            if TOL and (U_FROM == _SCALED and not TURNED):
                 move = tl.where(iteration >= 3, f, tl.div_rn(f, share))
                 moves |= (valid & (total != 0) & ((move >= low) & (move <= high) == 0)).to(tl.int32)
             tl.debug_barrier()  # warps that hold the same rows have all loaded u
@@ -301,7 +301,7 @@ def sweep(
                 sumsB += add_up(sB * f[:, None], 0)
     if U_FROM == _BARE:
         tl.atomic_add(state + _LIVE_U, add_up(live, 0), sem="relaxed")
-    if TOL and U_FROM == _SCALED and not TURNED:
+    if TOL and (U_FROM == _SCALED and not TURNED):
         if tl.reduce(moves, 0, tl.standard._elementwise_max) != 0:
             tl.store(state + _MOVED, 1)
 

@@ -1,7 +1,7 @@
 """What is counted while triton's interpreter runs the kernels on a CPU: readings, and errors.
 
-This module is also the program that counts, in a process of its own: whether kernels are
-interpreted is decided when triton is imported. It writes a line of JSON.
+`main` is the program that counts, in a process of its own: whether kernels are interpreted is
+decided when triton is imported. It writes a line of JSON.
 """
 
 import json
@@ -101,7 +101,7 @@ def interpreted() -> Interpreted:
         RuntimeError: If that process fails.
     """
     done = subprocess.run(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-c", f"from {__name__} import main; main()"],
         capture_output=True,
         text=True,
         check=False,
@@ -125,6 +125,7 @@ def count() -> Interpreted:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Count, and write a line."""
     warnings.simplefilter("ignore")  # the interpreter's numbers are numpy's, which warns of NaN
     sys.stdout.write(json.dumps(asdict(count())) + "\n")

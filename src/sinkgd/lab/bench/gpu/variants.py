@@ -1,7 +1,7 @@
 """Every variant of a kernel that steps of models use, compiled for a GPU that is not there.
 
-This module is also the program that compiles them, in a process of its own: triton's interpreter
-and its compiler do not share one. It writes a line of JSON a variant.
+`main` is the program that compiles them, in a process of its own: triton's interpreter and its
+compiler do not share one. It writes a line of JSON a variant.
 """
 
 import json
@@ -100,7 +100,8 @@ def compiled(
     Raises:
         RuntimeError: If a kernel cannot be compiled.
     """
-    command = [sys.executable, "-m", __name__, target, ",".join(models), ",".join(steps)]
+    run = f"import sys; from {__name__} import main; main(*sys.argv[1:])"
+    command = [sys.executable, "-c", run, target, ",".join(models), ",".join(steps)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.Popen(
         command,
@@ -180,7 +181,8 @@ def _launches(name: str, models: Sequence[str], steps: Sequence[str]) -> Iterato
                     yield f"{step} {model} {'×'.join(map(str, shape))}", launch
 
 
-if __name__ == "__main__":
-    for variant in compile_all(sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")):
+def main(target: str, models: str, steps: str) -> None:
+    """Compile, and write a line a variant."""
+    for variant in compile_all(target, models.split(","), steps.split(",")):
         sys.stdout.write(json.dumps(asdict(variant)) + "\n")
         sys.stdout.flush()
