@@ -77,6 +77,49 @@ class Leading(NamedTuple):
     square: Tensor  # of the Frobenius norm of what remains, (..., 1, 1) float64
 
 
+class Packed(NamedTuple):
+    """Vectors of many matrices, k of each: blocks of as many entries, of which each has some.
+
+    A matrix's blocks follow each other; what they have beyond its entries is zero.
+    """
+
+    blocks: Tensor  # (blocks, entries, k) float64
+    owners: Tensor  # (blocks,) int64: the matrix of each
+    counts: Tensor  # (matrices,) int64: the blocks of each
+
+    def times(self, factors: Tensor) -> "Packed":
+        """Multiply the vectors of each matrix by its factor of ``(matrices, k, l)``."""
+        return self._replace(blocks=self.blocks @ factors[self.owners])
+
+    def grams(self) -> Tensor:
+        """Return the products of each matrix's vectors with each other, ``(matrices, k, k)``."""
+        return self._replace(blocks=self.blocks.mT @ self.blocks).sums()
+
+    def sums(self) -> Tensor:
+        """Add up the blocks of each matrix, in their order: ``(matrices, entries, k)``."""
+        return torch.segment_reduce(self.blocks, "sum", lengths=self.counts, axis=0, unsafe=True)
+
+
+class PackedProducts(Protocol):
+    """Products of some X with k vectors each, all vectors in two tensors.
+
+    Vectors that are given are ``(entries, k)`` float64, in the order of their blocks.
+    """
+
+    def of_both(self, vectors: Tensor, *, shared: bool = False) -> tuple[Packed, Packed]:
+        """Return X V and Xᵀ X V of each matrix.
+
+        Args:
+            vectors: V.
+            shared: Whether matrices share vectors, which lie where the products know.
+        """
+        ...
+
+    def squares(self) -> Tensor:
+        """Return the square of each Frobenius norm, ``(matrices, 1, 1)`` float64."""
+        ...
+
+
 class Products(Protocol):
     """Products of some X ``(..., m, n)`` with k vectors each, to be asked for again and again.
 
@@ -225,6 +268,36 @@ def find_leading(
         Leading(LowRank(q[..., :-1] * taken, b[..., :-1]), square)
         for q, b, (taken, square) in zip(left, right, lowered, strict=True)
     ]
+
+
+class PackedLeading(NamedTuple):
+    """What deflation subtracts from many matrices, and the size of what remains."""
+
+    left: Packed  # k + 1 vectors each, float64, the last of which are zero
+    right: Packed
+    square: Tensor  # of the Frobenius norm of what remains, (matrices, 1, 1) float64
+
+
+def find_packed_leading(products: PackedProducts, shared: Tensor, least: Tensor) -> PackedLeading:
+    """Do what `find_leading` does for whole matrices, in as many calls however many they are.
+
+    Args:
+        products: Of the matrices.
+        shared: Ω of all.
+        least: The lesser side of each matrix, ``(matrices, 1, 1)`` float64.
+    """
+    _, ahead = products.of_both(shared, shared=True)
+    inverse, _ = _root(ahead.grams())
+    basis = ahead.times(inverse).blocks.flatten(0, 1)
+    rows, columns = products.of_both(basis)
+    del ahead, basis
+    inverse, known = _root(rows.grams())
+    right = columns.times(known)
+    squares = right.blocks.square().sum(1, keepdim=True)
+    lengths = right._replace(blocks=squares).sums()
+    taken, square = _lowering(lengths, products.squares(), least - (lengths.shape[-1] - 1))
+    taken = torch.nn.functional.pad(taken, (0, 1))
+    return PackedLeading(rows.times(inverse * taken), right, square)
 
 
 def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:
