@@ -37,7 +37,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 from sinkgd.precision import in_full_precision
@@ -101,22 +101,33 @@ class Packed(NamedTuple):
 
 
 class PackedProducts(Protocol):
-    """Products of some X with k vectors each, all vectors in two tensors.
+    """Products of the matrices of some tensors with vectors that lie together."""
 
-    Vectors that are given are ``(entries, k)`` float64, in the order of their blocks.
-    """
+    least: Tensor  # the lesser side of each matrix, (matrices, 1, 1) float64
+    entries: Tensor  # how many it has
 
-    def of_both(self, vectors: Tensor, *, shared: bool = False) -> tuple[Packed, Packed]:
+    def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
         """Return X V and Xᵀ X V of each matrix.
 
         Args:
-            vectors: V.
-            shared: Whether matrices share vectors, which lie where the products know.
+            vectors: V, the blocks of all one after the other; None for those that matrices share.
         """
         ...
 
     def squares(self) -> Tensor:
         """Return the square of each Frobenius norm, ``(matrices, 1, 1)`` float64."""
+        ...
+
+    def by_tensor(self, vectors: Tensor, *, of_rows: bool) -> list[Tensor]:
+        """Return the vectors of each tensor ``(..., m, n)``: ``(..., m, k)``, or n with columns."""
+        ...
+
+    def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
+        """Return, of one number a matrix, those of each tensor: ``(...)``."""
+        ...
+
+    def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
+        """Return of each tensor, 0-dim, whether the flags of all its matrices are true."""
         ...
 
 
@@ -273,31 +284,24 @@ def find_leading(
 class PackedLeading(NamedTuple):
     """What deflation subtracts from many matrices, and the size of what remains."""
 
-    left: Packed  # k + 1 vectors each, float64, the last of which are zero
+    taken: Packed  # k + 1 vectors of each; with factors they are the left side, the last one zero
+    factors: Tensor  # (matrices, k + 1, k + 1)
     right: Packed
-    square: Tensor  # of the Frobenius norm of what remains, (matrices, 1, 1) float64
+    square: Tensor  # of the Frobenius norm of what remains, (matrices, 1, 1)
 
 
-def find_packed_leading(products: PackedProducts, shared: Tensor, least: Tensor) -> PackedLeading:
-    """Do what `find_leading` does for whole matrices, in as many calls however many they are.
-
-    Args:
-        products: Of the matrices.
-        shared: Ω of all.
-        least: The lesser side of each matrix, ``(matrices, 1, 1)`` float64.
-    """
-    _, ahead = products.of_both(shared, shared=True)
+def find_packed_leading(products: PackedProducts) -> PackedLeading:
+    """Do what `find_leading` does for whole matrices, in as many calls however many they are."""
+    _, ahead = products.of_both()
     inverse, _ = _root(ahead.grams())
-    basis = ahead.times(inverse).blocks.flatten(0, 1)
-    rows, columns = products.of_both(basis)
-    del ahead, basis
+    rows, columns = products.of_both(ahead.times(inverse).blocks.flatten(0, 1))
+    del ahead
     inverse, known = _root(rows.grams())
     right = columns.times(known)
-    squares = right.blocks.square().sum(1, keepdim=True)
-    lengths = right._replace(blocks=squares).sums()
-    taken, square = _lowering(lengths, products.squares(), least - (lengths.shape[-1] - 1))
-    taken = torch.nn.functional.pad(taken, (0, 1))
-    return PackedLeading(rows.times(inverse * taken), right, square)
+    lengths = right._replace(blocks=right.blocks.square().sum(1, keepdim=True)).sums()
+    others = products.least - (lengths.shape[-1] - 1)
+    taken, square = _lowering(lengths, products.squares(), others)
+    return PackedLeading(rows, inverse * nn.functional.pad(taken, (0, 1)), right, square)
 
 
 def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:

@@ -133,6 +133,8 @@ def update_parameters(
         BN=bucket.kind.tile.BN,
         ROUND=rounding and dtype == torch.bfloat16,
         VECTOR=bucket.kind.vector,
+        K=bucket.kind.rank,
+        TF32=multiplies_tf32(table.device),
         **compile_options(table.device, wide=bucket.kind.vector > 1),
     )
 
@@ -149,6 +151,11 @@ def compile_options(device: torch.device, *, wide: bool, first: bool = False) ->
         return {}
     warp = getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
     return options_of("hip" if torch.version.hip else "cuda", warp, wide=wide, first=first)
+
+
+def multiplies_tf32(device: torch.device) -> bool:
+    """Whether products of float32 matrices have to be made of three with 11 bits each."""
+    return not (device.type == "cuda" and torch.version.hip)
 
 
 def options_of(target: str, warp: int, *, wide: bool, first: bool) -> dict[str, object]:
@@ -197,3 +204,9 @@ def sweep() -> ModuleType:
 def finish() -> ModuleType:
     """Return the kernel of a descent's last launch."""
     return import_module("sinkgd.kernels.triton.finish")
+
+
+@cache
+def skinny_matmul() -> ModuleType:
+    """Return the kernels of products with a few vectors."""
+    return import_module("sinkgd.kernels.triton.skinny_matmul")

@@ -23,9 +23,17 @@ from sinkgd.kernels.triton.places import (
     places_of_scales,
     vector_of,
 )
-from sinkgd.kernels.triton.tiles import AREA, Tile, lines, reach_of, tile_of
+from sinkgd.kernels.triton.tiles import AREA, NARROWEST, Tile, lines, reach_of, tile_of
 
 Row = TypeVar("Row")
+
+
+class Taken(NamedTuple):
+    """A matrix of low rank that is subtracted from an update, as its two sides lie."""
+
+    rank: int
+    left: tuple[int, ...]  # strides
+    right: tuple[int, ...]
 
 
 class Destination(NamedTuple):
@@ -33,6 +41,7 @@ class Destination(NamedTuple):
 
     param: Source
     grad: Source
+    taken: Taken | None = None
 
 
 class Kind(NamedTuple):
@@ -42,6 +51,7 @@ class Kind(NamedTuple):
     tile: Tile
     turned: bool
     vector: int  # entries of the narrowest type in 16 bytes where loads are that wide, else 1
+    rank: int = 0  # of what an update subtracts, rounded up to a power of two; 0 where nothing
 
 
 class Bucket(NamedTuple):
@@ -118,7 +128,12 @@ def plan_of_update(
             target = Target(
                 owner, at, grad_at, P, Q, ld, to.grad.layout.ld, *scales, i * P * Q, *step
             )
-            kind = Kind(dtypes, tile_of(P, Q, _area(vector) // 2), turned, vector)
+            rank = 0
+            if to.taken is not None:
+                target = target._replace(**_taken(to.taken, shape, i, turned=turned))
+                rank = max(NARROWEST, 1 << (to.taken.rank - 1).bit_length())
+            tile = tile_of(P, Q, _area(vector) // 2, narrowest=NARROWEST if rank else 0)
+            kind = Kind(dtypes, tile, turned, vector, rank)
             found.append((kind, P * Q * dtypes[1].itemsize, target))
     table = TableRows()
     buckets = []
@@ -127,6 +142,27 @@ def plan_of_update(
         parts = table.add(torch.tensor(targets, dtype=torch.int64, device="cpu")), table.add(*tiles)
         buckets.append(Bucket(kind, *parts, Part(0, 0)))
     return Plan(tuple(buckets), table.joined())
+
+
+def _taken(taken: Taken, shape: torch.Size, number: int, *, turned: bool) -> dict[str, int]:
+    """Return what a target knows of what is subtracted from the ``number``-th matrix."""
+    rest = number
+    index: list[int] = []
+    for size in reversed(shape[:-2]):
+        rest, place = divmod(rest, size)
+        index.insert(0, place)
+    tall, wide = (taken.right, taken.left) if turned else (taken.left, taken.right)
+    begin = [sum(i * s for i, s in zip(index, own[:-2], strict=True)) for own in (tall, wide)]
+    return {
+        "rank": taken.rank,
+        "factor": number,
+        "tall": begin[0],
+        "tall_ld": tall[-2],
+        "tall_apart": tall[-1],
+        "wide": begin[1],
+        "wide_ld": wide[-2],
+        "wide_apart": wide[-1],
+    }
 
 
 def _area(vector: int) -> int:

@@ -6,143 +6,19 @@ those with one for each column. A matrix fills whole blocks of 128 rows; zeros f
 Letters: those of `sinkgd.kernels.triton.fields`.
 """
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
-from importlib import import_module
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
 
 import torch
 from torch import Tensor
 
 from sinkgd.deflation import Packed
-from sinkgd.kernels.backend import Scales
+from sinkgd.kernels.backend import Scales, Shared
 from sinkgd.kernels.triton import launch
-from sinkgd.kernels.triton.plan import Source, _vector
+from sinkgd.kernels.triton.skinny_plan import BLOCK, ROWS, Bucket, Kind, Plan, padded
 
-BLOCK, ROWS = 128, 64  # those of `sinkgd.kernels.triton.skinny_matmul`
 MOST = 32  # vectors of a launch
-
-
-class Kind(NamedTuple):
-    """What kernels are compiled for."""
-
-    dtype: torch.dtype
-    turned: bool  # a row in memory is a column of the matrix
-    vector: int  # entries in 16 bytes where loads are that wide, else 1
-
-
-class Bucket(NamedTuple):
-    """Matrices whose gradients stay in the cache from one product to the other."""
-
-    kind: Kind
-    rows: range  # blocks of vectors with an entry for each row
-    cols: range
-
-
-class Plan(NamedTuple):
-    """Where matrices and vectors lie."""
-
-    buckets: tuple[Bucket, ...]
-    table: Tensor  # int64, on the host: matrices, owners of the blocks of rows and of columns
-    matrices: int
-    first: tuple[int, ...]  # of each tensor, its first matrix
-    rows: tuple[int, ...]  # where the vectors of its rows begin
-    cols: tuple[int, ...]
-    ends: tuple[int, int]  # of all
-    counts: tuple[Tensor, Tensor]  # blocks of each matrix, int64 on the host
-    least: Tensor  # the lesser side of each matrix, (matrices, 1, 1) float64 on the host
-
-
-@cache
-def kernels() -> ModuleType:
-    """Return the kernels; they need triton, which takes a while to import."""
-    return import_module("sinkgd.kernels.triton.skinny_matmul")
-
-
-def padded(length: int) -> int:
-    """Return the rows of vectors that a side of ``length`` fills."""
-    return -(-length // BLOCK) * BLOCK
-
-
-@lru_cache(maxsize=64)
-def plan_of_products(
-    sources: tuple[Source, ...],
-    shapes: tuple[torch.Size, ...],
-    given: tuple[int, ...],
-    room: int,
-) -> Plan:
-    """Plan products with gradients of ``shapes``, in buckets of ``room`` bytes.
-
-    Args:
-        sources: The gradients.
-        shapes: Theirs.
-        given: Where each one's first vectors lie, with an entry for each column, among all of them.
-        room: Bytes of gradients in a bucket; a larger gradient is alone in one.
-    """
-    buckets = _buckets(sources, shapes, room)
-    number = end = row_end = col_end = 0
-    places: dict[int, tuple[int, int, int]] = {}
-    matrices: list[tuple[int, ...]] = []
-    found = []
-    for kind, tensors in buckets:
-        begin = row_end, col_end
-        for i in tensors:
-            places[i] = number, row_end, col_end
-            (m, n), layout = shapes[i][-2:], sources[i].layout
-            for k, offset in enumerate(layout.offsets):
-                row = 3 * i + 1, k * m, row_end, 2 * number, 0
-                col = 3 * i + 2, k * n, col_end, 2 * number + 1, given[i]
-                tall, wide = (col, row) if layout.turned else (row, col)
-                sides = [x for pair in zip(tall, wide, strict=True) for x in pair]
-                matrices.append((3 * i, offset, layout.P, layout.Q, layout.ld, *sides))
-                number, row_end, col_end = number + 1, row_end + padded(m), col_end + padded(n)
-        blocks = (
-            range(start // BLOCK, stop // BLOCK)
-            for start, stop in zip(begin, (row_end, col_end), strict=True)
-        )
-        found.append(Bucket(kind, *blocks))
-        end = number
-    sides = [
-        (min(shapes[i][-2:]), *(padded(side) // BLOCK for side in shapes[i][-2:]))
-        for _, tensors in buckets
-        for i in tensors
-        for _ in sources[i].layout.offsets
-    ]
-    least, row_counts, col_counts = torch.tensor(sides, dtype=torch.int64, device="cpu").unbind(1)
-    numbers = torch.arange(end, dtype=torch.int64, device="cpu")
-    table = torch.cat(
-        [
-            torch.tensor(matrices, dtype=torch.int64, device="cpu").flatten(),
-            numbers.repeat_interleave(row_counts),
-            numbers.repeat_interleave(col_counts),
-        ]
-    )
-    first, rows, cols = zip(*(places[i] for i in range(len(sources))), strict=True)
-    return Plan(
-        tuple(found), table, end, first, rows, cols, (row_end, col_end),
-        (row_counts.contiguous(), col_counts.contiguous()), least.double().view(-1, 1, 1),
-    )  # fmt: skip
-
-
-def _buckets(
-    sources: tuple[Source, ...], shapes: tuple[torch.Size, ...], room: int
-) -> list[tuple[Kind, list[int]]]:
-    """Put tensors of one kind together; those whose vectors are split alike stand in a row."""
-    buckets: list[tuple[Kind, list[int]]] = []
-    open_: dict[Kind, tuple[list[int], int]] = {}
-    for i, (source, shape) in enumerate(zip(sources, shapes, strict=True)):
-        wide = 16 // source.dtype.itemsize
-        vector = min(_vector(wide, (source, offset)) for offset in source.layout.offsets)
-        kind = Kind(source.dtype, source.layout.turned, vector)
-        size = shape.numel() * source.dtype.itemsize
-        tensors, full = open_.get(kind, ([], 0))
-        if not tensors or full + size > room:
-            tensors, full = [], 0
-            buckets.append((kind, tensors))
-        tensors.append(i)
-        open_[kind] = tensors, full + size
-    return sorted(buckets, key=lambda bucket: bucket[0].dtype != torch.bfloat16)
 
 
 class SkinnyProducts:
@@ -150,49 +26,54 @@ class SkinnyProducts:
 
     Args:
         plan: Of these gradients.
-        table: The plan's, on the device.
-        counts: The plan's, on the device.
+        shapes: Theirs.
+        on_device: Copies a tensor that does not change to the device, and keeps it.
         addresses: Of each gradient, its row scales and its column scales.
         kept: What these are the addresses of.
+        shared: Vectors that gradients share, with an entry for each column, as the plan has them.
     """
 
     def __init__(
         self,
         plan: Plan,
-        table: Tensor,
-        counts: tuple[Tensor, Tensor],
+        shapes: Sequence[torch.Size],
+        on_device: Callable[[Tensor], Tensor],
         addresses: Tensor,
         kept: object,
+        shared: Shared | None = None,
     ) -> None:
-        self.plan, self.device = plan, table.device
-        self._kept = kept
-        self._addresses, self._matrices = addresses, table
+        self.plan, self.device = plan, addresses.device
+        self._shared = None if shared is None else on_device(shared.vectors)
+        self._shapes, self._kept = shapes, kept
+        self.order = sorted(range(len(shapes)), key=plan.first.__getitem__)  # of their matrices
+        self._addresses = addresses
+        self._matrices = on_device(plan.table)
         ends = [end // BLOCK for end in plan.ends]
-        self.row_owners, self.col_owners = table[-sum(ends) :].split(ends)
-        self._counts = counts
+        self.row_owners, self.col_owners = torch.split(self._matrices[-sum(ends) :], ends)
+        self._counts = tuple(map(on_device, plan.counts))
+        self.least, self.entries = on_device(plan.sides).view(2, -1, 1, 1).unbind()
+        self._tensors = None if plan.tensors is None else on_device(plan.tensors)
         self._sizes = self._empty(2 * plan.matrices)
         self._squares: Tensor | None = None
         self._start("balance", plan.matrices, {}, self._sizes)
 
-    def of_rows(self, vectors: Tensor, *, shared: bool = False) -> Packed:
-        """Return X V of each matrix.
-
-        Args:
-            vectors: ``(cols, k)`` float64, with an entry for each column of each matrix.
-            shared: Whether the matrices share vectors, which lie where the plan says.
-        """
-        rows, _ = self._products(vectors, shared=shared, rows=True)
+    def of_rows(self, vectors: Tensor) -> Packed:
+        """Return X V of each matrix, of ``(cols, k)`` float64."""
+        rows, _ = self._products(vectors, rows=True)
         return self._packed(rows, vectors.shape[-1], of_rows=True)
 
     def of_cols(self, vectors: Tensor) -> Packed:
-        """Return Xᵀ Y of each matrix."""
+        """Return Xᵀ Y of each matrix, of ``(rows, k)`` float64."""
         _, cols = self._products(vectors, cols=True)
         return self._packed(cols, vectors.shape[-1], of_rows=False)
 
-    def of_both(self, vectors: Tensor, *, shared: bool = False) -> tuple[Packed, Packed]:
-        """Return X V and Xᵀ X V of each matrix."""
-        rows, cols = self._products(vectors, shared=shared, rows=True, cols=True)
-        k = vectors.shape[-1]
+    def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
+        """Return X V and Xᵀ X V of each matrix, with the vectors that they share for None."""
+        shared = vectors is None
+        given = self._shared if vectors is None else vectors
+        assert given is not None, "there are none"
+        rows, cols = self._products(given, shared=shared, rows=True, cols=True)
+        k = given.shape[-1]
         return self._packed(rows, k, of_rows=True), self._packed(cols, k, of_rows=False)
 
     def squares(self) -> Tensor:
@@ -203,6 +84,43 @@ class SkinnyProducts:
         assert self._squares is not None
         squares = self._squares.double().view(-1, BLOCK, 1).sum(1, keepdim=True)
         return Packed(squares, self.row_owners, self._counts[0]).sums()
+
+    def by_tensor(self, vectors: Tensor, *, of_rows: bool) -> list[Tensor]:
+        """Return those of each gradient ``(..., m, n)``: ``(..., m, k)`` or ``(..., n, k)``."""
+        k = vectors.shape[-1]
+        sizes = []
+        for i in self.order:
+            *batch, m, n = self._shapes[i]
+            length, count = m if of_rows else n, prod(batch)
+            whole = count * padded(length)
+            own = whole if batch else length
+            sizes += [own, whole - own]
+        parts = torch.split(vectors, sizes)[::2]
+        found: dict[int, Tensor] = {}
+        for i, part in zip(self.order, parts, strict=True):
+            *batch, m, n = self._shapes[i]
+            length = m if of_rows else n
+            found[i] = part.view(*batch, -1, k)[..., :length, :] if batch else part
+        return [found[i] for i in range(len(found))]
+
+    def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
+        """Return those of each gradient ``(..., m, n)``, of ``(matrices,)``: one or ``(...)``."""
+        if self._tensors is None:
+            parts: Sequence[Tensor] = numbers.unbind()
+        else:
+            batches = [self._shapes[i][:-2] for i in self.order]
+            own = torch.split(numbers, [prod(batch) for batch in batches])
+            parts = [part.view(batch) for part, batch in zip(own, batches, strict=True)]
+        found = dict(zip(self.order, parts, strict=True))
+        return [found[i] for i in range(len(found))]
+
+    def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
+        """Return of each gradient, 0-dim, whether those of all its matrices are true."""
+        if self._tensors is not None:
+            bad = (~flags).double()
+            flags = torch.segment_reduce(bad, "sum", lengths=self._tensors, unsafe=True) == 0
+        found = dict(zip(self.order, flags.unbind(), strict=True))
+        return [found[i] for i in range(len(found))]
 
     def _packed(self, vectors: Tensor, k: int, *, of_rows: bool) -> Packed:
         owners = self.row_owners if of_rows else self.col_owners
@@ -263,7 +181,7 @@ class SkinnyProducts:
             "along" if along else "down",
             len(blocks) * (BLOCK // ROWS),
             {
-                "DTYPE": launch.loops().DTYPES[kind.dtype],
+                "DTYPE": launch.primitives().DTYPES[kind.dtype],
                 "K": K,
                 "BN" if along else "BM": 128 if wide else 64,
                 "PARTS": self._parts(kind),
@@ -302,12 +220,13 @@ class SkinnyProducts:
         return torch.empty(*shape, dtype=dtype, device=self.device)
 
     def _start(
-        self, name: str, programs: int, constants: dict[str, object], *arguments: object
+        self, name: str, programs: int, constants: Mapping[str, object], *arguments: object
     ) -> None:
-        launch.launch(
-            getattr(kernels(), name), programs, self._addresses, self._matrices, *arguments,
-            **constants, **options(self.device),
-        )  # fmt: skip
+        with on(self.device):
+            launch.launch(
+                getattr(launch.skinny_matmul(), name), programs, self._addresses, self._matrices,
+                *arguments, **constants, **options(self.device),
+            )  # fmt: skip
 
 
 def _alike(one: Kind, other: Kind) -> bool:
@@ -319,6 +238,11 @@ def _alike(one: Kind, other: Kind) -> bool:
 
 def _dtype(parts: int) -> torch.dtype:
     return torch.bfloat16 if parts == 3 else torch.float32
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the one that launches go to."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def options(device: torch.device) -> dict[str, object]:

@@ -12,12 +12,22 @@ and those of this side into the result. Vectors that meet a bfloat16 gradient ar
 bfloat16 numbers, 24 bits together; others stay float32, and the product is one of float32.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from sinkgd.kernels.triton.loops import INTERPRETED, _power_of_two, field
+from sinkgd.kernels.triton.primitives import (
+    INTERPRETED,
+    add_up,
+    cut_bits,
+    field,
+    matrix_at,
+    peaks,
+    power_of_two,
+    row_length,
+    upper_bits,
+)
 
 BLOCK = 128  # rows of vectors: those of a matrix fill whole blocks
 ROWS = 64  # of a program's product
@@ -52,20 +62,17 @@ _TALL, _TALL_GIVEN = field(Skinny, "tall"), field(Skinny, "tall_given")
 _WIDE, _WIDE_GIVEN = field(Skinny, "wide"), field(Skinny, "wide_given")
 
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _CHUNK = tl.constexpr(1024)
 
 
 @triton.jit
 def _exponent(scales, count):
     """Return the exponent of the largest of ``count`` scales, NaN apart."""
-    peaks = tl.full((_CHUNK,), 0.0, tl.float32)
+    power = power_of_two(tl.full((), 0.0, tl.float32))
     for first in range(0, count, _CHUNK):
         at = first + tl.arange(0, _CHUNK)
-        x = tl.abs(tl.load(scales + at, mask=at < count, other=0.0))
-        peaks = tl.maximum(peaks, tl.where(x == x, x, 0.0))
-    peak = _power_of_two(tl.reduce(peaks, 0, tl.standard._elementwise_max))
-    return (peak.to(tl.int32, bitcast=True) >> 23) - 127
+        power = tl.maximum(power, peaks(tl.load(scales + at, mask=at < count, other=0.0), 0))
+    return (power.to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
@@ -115,9 +122,9 @@ def _fold(x, scales, folded, at, K: tl.constexpr, PARTS: tl.constexpr):
         _store(folded + K, at, middle, PARTS, K)
         _store(folded + 2 * K, at, (rest - middle.to(tl.float32)).to(tl.bfloat16), PARTS, K)
     elif PARTS == 2:
-        high = _in_tf32(x)
+        high = upper_bits(x)
         _store(folded, at, high, PARTS, K)
-        _store(folded + K, at, _in_tf32(x - high), PARTS, K)
+        _store(folded + K, at, upper_bits(x - high), PARTS, K)
     else:
         _store(folded, at, x, PARTS, K)
 
@@ -175,7 +182,7 @@ def _dot(g, folded, at, K: tl.constexpr, PARTS: tl.constexpr, DOWN: tl.constexpr
     high = _load(folded, at, PARTS, K)
     if PARTS == 3:
         low, middle = _load(folded + 2 * K, at, PARTS, K), _load(folded + K, at, PARTS, K)
-        if _INTERPRETED:  # it would multiply the bits as whole numbers
+        if INTERPRETED:  # it would multiply the bits as whole numbers
             g, low = g.to(tl.float32), low.to(tl.float32)
             middle, high = middle.to(tl.float32), high.to(tl.float32)
         if DOWN:
@@ -185,15 +192,15 @@ def _dot(g, folded, at, K: tl.constexpr, PARTS: tl.constexpr, DOWN: tl.constexpr
         x = g.to(tl.float32)
         if PARTS == 2:
             low = _load(folded + K, at, PARTS, K)
-            x = _in_tf32(x)
+            x = upper_bits(x)
             if DOWN:  # a tensor core takes the transpose of narrower numbers alone
                 total = tl.dot(low.T, x, input_precision="tf32")
             else:
                 total = tl.dot(x, low, input_precision="tf32")
             if g.dtype == tl.float32:
                 rest = g - x
-                if _INTERPRETED:
-                    rest = _in_tf32(rest)
+                if INTERPRETED:
+                    rest = cut_bits(rest)
                 if DOWN:
                     total = tl.dot(high.T, rest, total, input_precision="tf32")
                 else:
@@ -208,28 +215,6 @@ def _dot(g, folded, at, K: tl.constexpr, PARTS: tl.constexpr, DOWN: tl.constexpr
             else:
                 total = tl.dot(x, high, input_precision="ieee")
     return total
-
-
-@triton.jit
-def _in_tf32(x):
-    """Return the 11 leading bits of numbers, which is what a tensor core takes of them."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _matrix(addresses, matrix, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the gradient's first entry, P, Q and ld."""
-    P = tl.load(matrix + _P).to(tl.int32)
-    Q = tl.load(matrix + _Q).to(tl.int32)
-    ld = tl.load(matrix + _LD)
-    grad = tl.load(addresses + tl.load(matrix + _GRAD)).to(tl.pointer_type(DTYPE))
-    offset = tl.load(matrix + _OFFSET)
-    if VECTOR > 1:
-        Q = tl.multiple_of(Q, VECTOR)
-        ld = tl.multiple_of(ld, VECTOR)
-        grad = tl.multiple_of(grad, 16)
-        offset = tl.multiple_of(offset, VECTOR)
-    return grad + offset, P, Q, ld
 
 
 @triton.jit(do_not_specialize=["first", "one"])
@@ -257,7 +242,9 @@ def along(
     matrix = matrices + tl.load(owners + row // _BLOCK) * _MATRIX
     tall = tl.multiple_of(tl.load(matrix + _TALL), _BLOCK)
     wide = tl.multiple_of(tl.load(matrix + _WIDE), _BLOCK)
-    grad, P, Q, ld = _matrix(addresses, matrix, DTYPE, VECTOR)
+    P, Q = tl.load(matrix + _P).to(tl.int32), row_length(matrix + _Q, VECTOR)
+    address = addresses + tl.load(matrix + _GRAD)
+    grad, ld = matrix_at(address, matrix + _OFFSET, matrix + _LD, DTYPE, VECTOR)
     rows = (row - tall).to(tl.int32) + tl.arange(0, _ROWS)
     u = tl.load(_scales(addresses, matrix, _U, _U_OFFSET) + rows, mask=rows < P, other=0.0)
     u = u * tl.load(sizes + tl.load(matrix + _U_SIZE))
@@ -277,7 +264,7 @@ def along(
             y = (g.to(tl.float32) * u[:, None]) * (
                 tl.load(v + cols, mask=inside, other=0.0) * v_size
             )[None, :]
-            square += tl.reduce(y * y, 1, tl.standard._sum_combine)
+            square += add_up(y * y, 1)
     total = total * u[:, None]
     _store(result, tall + rows, total, 1, K)
     if SQUARES:
@@ -311,7 +298,9 @@ def down(
     matrix = matrices + tl.load(owners + row // _BLOCK) * _MATRIX
     tall = tl.multiple_of(tl.load(matrix + _TALL), _BLOCK)
     wide = tl.multiple_of(tl.load(matrix + _WIDE), _BLOCK)
-    grad, P, Q, ld = _matrix(addresses, matrix, DTYPE, VECTOR)
+    P, Q = tl.load(matrix + _P).to(tl.int32), row_length(matrix + _Q, VECTOR)
+    address = addresses + tl.load(matrix + _GRAD)
+    grad, ld = matrix_at(address, matrix + _OFFSET, matrix + _LD, DTYPE, VECTOR)
     cols = tl.multiple_of((row - wide).to(tl.int32), _ROWS) + tl.arange(0, _ROWS)
     v = tl.load(_scales(addresses, matrix, _V, _V_OFFSET) + cols, mask=cols < Q, other=0.0)
     v = v * tl.load(sizes + tl.load(matrix + _V_SIZE))
@@ -333,7 +322,7 @@ def down(
         if SQUARES:
             y = g.to(tl.float32) * (tl.load(u + rows, mask=inside, other=0.0) * u_size)[:, None]
             y = y * v[None, :]
-            square += tl.reduce(y * y, 0, tl.standard._sum_combine)
+            square += add_up(y * y, 0)
     if PARTS != 3:
         total = total.T
     total = total * v[:, None]

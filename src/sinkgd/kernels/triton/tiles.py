@@ -12,6 +12,7 @@ from torch import Tensor
 # half as many, of the gradient and of the parameter.
 AREA = 1 << 14
 THREADS = 256
+NARROWEST = 16  # of each side that a product of matrices has
 PROGRAMS = 256  # about two for each processor of a large GPU
 
 
@@ -26,9 +27,11 @@ class Tile(NamedTuple):
         return -(-P // self.BM), -(-Q // self.BN)
 
 
-def tile_of(P: int, Q: int, area: int) -> Tile:
+def tile_of(P: int, Q: int, area: int, narrowest: int = 0) -> Tile:
     """Return a tile of ``area`` entries: long where the matrix is narrow, else near square."""
     for side in (8, 32):
+        if side < narrowest:
+            continue
         if side >= Q:
             return Tile(area // side, side)
         if side >= P:
