@@ -469,7 +469,8 @@ def _taken(scales: Scales | Lowered) -> Taken | None:
     if not isinstance(scales, Lowered):
         return None
     left, right = scales.taken
-    return Taken(left.shape[-1], left.stride(), right.stride())
+    aligned = all(x.data_ptr() % 16 == 0 for x in (left, right))
+    return Taken(left.shape[-1], left.stride(), right.stride(), aligned)
 
 
 def _subtracted(scales: Lowered, device: torch.device) -> bool:

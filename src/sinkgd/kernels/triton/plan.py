@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sinkgd.kernels.triton.fields import Matrix, Target
 from sinkgd.kernels.triton.places import (
+    FLOATS,
     Part,
     Source,
     TableRows,
@@ -23,7 +24,15 @@ from sinkgd.kernels.triton.places import (
     places_of_scales,
     vector_of,
 )
-from sinkgd.kernels.triton.tiles import AREA, NARROWEST, Tile, lines, reach_of, tile_of
+from sinkgd.kernels.triton.tiles import (
+    AREA,
+    NARROWEST,
+    Tile,
+    lines,
+    reach_of,
+    tile_of,
+    tile_of_product,
+)
 
 Row = TypeVar("Row")
 
@@ -34,6 +43,19 @@ class Taken(NamedTuple):
     rank: int
     left: tuple[int, ...]  # strides
     right: tuple[int, ...]
+    aligned: bool  # the first entries of both, to 16 bytes
+
+    @property
+    def width(self) -> int:
+        """Return the rank rounded up to what kernels are compiled for."""
+        return max(NARROWEST, 1 << (self.rank - 1).bit_length())
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether rows of numbers fill that width, and all of them are aligned."""
+        steps = [step for side in (self.left, self.right) for step in side[:-1]]
+        full = self.rank == self.width and self.left[-1] == self.right[-1] == 1
+        return self.aligned and full and all(step % FLOATS == 0 for step in steps)
 
 
 class Destination(NamedTuple):
@@ -51,7 +73,8 @@ class Kind(NamedTuple):
     tile: Tile
     turned: bool
     vector: int  # entries of the narrowest type in 16 bytes where loads are that wide, else 1
-    rank: int = 0  # of what an update subtracts, rounded up to a power of two; 0 where nothing
+    width: int = 0  # of what an update subtracts, `Taken.width`; 0 where nothing is
+    is_dense: bool = False  # as in `Taken`
 
 
 class Bucket(NamedTuple):
@@ -128,12 +151,13 @@ def plan_of_update(
             target = Target(
                 owner, at, grad_at, P, Q, ld, to.grad.layout.ld, *scales, i * P * Q, *step
             )
-            rank = 0
-            if to.taken is not None:
+            if to.taken is None:
+                kind = Kind(dtypes, tile_of(P, Q, _area(vector) // 2), turned, vector)
+            else:
                 target = target._replace(**_taken(to.taken, shape, i, turned=turned))
-                rank = max(NARROWEST, 1 << (to.taken.rank - 1).bit_length())
-            tile = tile_of(P, Q, _area(vector) // 2, narrowest=NARROWEST if rank else 0)
-            kind = Kind(dtypes, tile, turned, vector, rank)
+                tile = tile_of_product(P, Q, _area(vector) // 4)
+                lower = to.taken.width, to.taken.is_dense
+                kind = Kind(dtypes, tile, turned, vector, *lower)
             found.append((kind, P * Q * dtypes[1].itemsize, target))
     table = TableRows()
     buckets = []

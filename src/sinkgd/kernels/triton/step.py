@@ -85,16 +85,26 @@ def write_tile(
 
 
 @triton.jit
-def _side(address, offset, ld, apart, index, length, rank, K: tl.constexpr):
+def _side(
+    address, offset, ld, apart, index, length, rank, K: tl.constexpr, DENSE: tl.constexpr
+):  # fmt: skip
     """Return one side of a matrix of low rank; zeros follow its own numbers."""
-    numbers, distance = matrix_at(address, offset, ld, tl.float32, 1)
     k = tl.arange(0, K)
-    lies = numbers + index.to(tl.int64)[:, None] * distance + (k * tl.load(apart))[None, :]
-    return tl.load(lies, mask=(index < length)[:, None] & (k < rank)[None, :], other=0.0)
+    if DENSE:
+        numbers, distance = matrix_at(address, offset, ld, tl.float32, 4)
+        lies = numbers + index.to(tl.int64)[:, None] * distance + k[None, :]
+        return tl.load(lies, mask=(index < length)[:, None], other=0.0)
+    else:  # noqa: RET505 - triton compiles one of two branches
+        numbers, distance = matrix_at(address, offset, ld, tl.float32, 1)
+        lies = numbers + index.to(tl.int64)[:, None] * distance + (k * tl.load(apart))[None, :]
+        return tl.load(lies, mask=(index < length)[:, None] & (k < rank)[None, :], other=0.0)
 
 
 @triton.jit
-def _lowered(y, own, entry, rows, cols, P, Q, K: tl.constexpr, TF32: tl.constexpr):
+def _lowered(
+    y, own, entry, rows, cols, P, Q,
+    K: tl.constexpr, DENSE: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
     """Return an update times its factor, less what is taken from it."""
     factor = tl.load(own + _A_FACTOR)
     at = factor.to(tl.pointer_type(tl.float32)) + tl.load(entry + _T_FACTOR)
@@ -102,11 +112,11 @@ def _lowered(y, own, entry, rows, cols, P, Q, K: tl.constexpr, TF32: tl.constexp
     rank = tl.load(entry + _T_RANK)
     tall = _side(
         own + _A_TALL, entry + _T_TALL, entry + _T_TALL_LD, entry + _T_TALL_APART,
-        rows, P, rank, K,
+        rows, P, rank, K, DENSE,
     )  # fmt: skip
     wide = _side(
         own + _A_WIDE, entry + _T_WIDE, entry + _T_WIDE_LD, entry + _T_WIDE_APART,
-        cols, Q, rank, K,
+        cols, Q, rank, K, DENSE,
     )  # fmt: skip
     return y - product(tall, wide.T, TF32)
 
@@ -127,6 +137,7 @@ def update(
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
     VECTOR: tl.constexpr,  # as for half_iteration, of the parameter and the gradient
     K: tl.constexpr,  # at least the rank of what is subtracted from u * grad * v; 0 where nothing
+    DENSE: tl.constexpr,  # whether its sides lie in rows of K, to 16 bytes
     TF32: tl.constexpr,  # whether the device multiplies matrices of tf32 alone
 ):
     """Set a tile of a parameter to ``keep * param + step * u * grad * v``, rounded once."""
@@ -151,7 +162,7 @@ def update(
     y = g * tl.load(u + rows, mask=rows < P, other=0.0)[:, None]
     y = y * tl.load(v + cols, mask=cols < Q, other=0.0)[None, :]
     if K > 0:
-        y = _lowered(y, own, entry, rows, cols, P, Q, K, TF32)
+        y = _lowered(y, own, entry, rows, cols, P, Q, K, DENSE, TF32)
     if KEEP_IS_STORED:
         keep = tl.load(keep).to(tl.float32)
     if STEP_IS_STORED:

@@ -12,7 +12,7 @@ from torch import Tensor
 # half as many, of the gradient and of the parameter.
 AREA = 1 << 14
 THREADS = 256
-NARROWEST = 16  # of each side that a product of matrices has
+NARROWEST = 16  # sides that a product of matrices has at least
 PROGRAMS = 256  # about two for each processor of a large GPU
 
 
@@ -27,16 +27,25 @@ class Tile(NamedTuple):
         return -(-P // self.BM), -(-Q // self.BN)
 
 
-def tile_of(P: int, Q: int, area: int, narrowest: int = 0) -> Tile:
+def tile_of(P: int, Q: int, area: int) -> Tile:
     """Return a tile of ``area`` entries: long where the matrix is narrow, else near square."""
     for side in (8, 32):
-        if side < narrowest:
-            continue
         if side >= Q:
             return Tile(area // side, side)
         if side >= P:
             return Tile(side, area // side)
     return Tile(area // 128, 128)
+
+
+def tile_of_product(P: int, Q: int, area: int) -> Tile:
+    """Return the same of an update that a product of matrices is subtracted from.
+
+    A square needs the fewest of their rows; a side has at least 16.
+    """
+    side = NARROWEST
+    while side * side < area and side < min(P, Q):
+        side *= 2
+    return Tile(area // side, side) if Q <= P else Tile(side, area // side)
 
 
 def lines(matrix: int, count: int, tiles: int, reach: int) -> Tensor:
