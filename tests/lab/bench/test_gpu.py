@@ -107,6 +107,8 @@ A_VARIANT = {
     "shared": 0,
     "registers": 100,
     "spilled": 0,
+    "loads2": 0,
+    "loads4": 4,
     "loads16": 8,
     "stores16": 0,
     "loops": (640, 50),
@@ -122,6 +124,7 @@ class TestCode:
 
     def test_spills_and_narrow_loads_are_named(self):
         bad = Variant(**{**A_VARIANT, "spilled": 3, "loads16": 7})
+        assert not Variant(**{**A_VARIANT, "loads2": 64}).is_wide
         variants = [Variant(**A_VARIANT), bad]
         (found,) = missed(variants)
         assert found.why == "3 spills, loads below 16 bytes"

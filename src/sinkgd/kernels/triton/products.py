@@ -214,7 +214,7 @@ class SkinnyProducts:
         """Return how many numbers a vector's entry is split into."""
         if kind.dtype == torch.bfloat16:
             return 3
-        return 1 if self.device.type == "cuda" and torch.version.hip else 2
+        return 2 if launch.multiplies_tf32(self.device) else 1
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)

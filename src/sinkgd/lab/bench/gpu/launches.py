@@ -61,25 +61,39 @@ def taken_down(target: Target | None = None) -> Iterator[list[Launch]]:
     def take_down(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         found.append(Launch(kernel, programs, arguments, constants))
 
-    def panel_options(_: torch.device, threads: int, **how: bool) -> dict[str, object]:
-        assert target is not None
-        every = {"bare": False, "lean": False, **how}
-        return descent.options_of(target.backend, target.warp, threads, **every)
-
-    def compile_options(_: torch.device, **how: bool) -> dict[str, object]:
-        assert target is not None
-        return launch.options_of(target.backend, target.warp, **{"first": False, **how})
-
     with ExitStack() as stack:
         stack.enter_context(patch.object(launch, "launch", take_down))
         stack.enter_context(patch.object(backend, "INTERPRETER_BYTES", CACHE_BYTES))
         if target is not None:
-            stack.enter_context(patch.object(descent, "panel_options", panel_options))
-            stack.enter_context(patch.object(launch, "compile_options", compile_options))
+            stack.enter_context(_options_for(target))
         for cached in (descent.sweep_constants, descent.finish_constants):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         yield found
+
+
+@contextmanager
+def _options_for(target: Target) -> Iterator[None]:
+    """Let the backend choose the compiler's options for a target in place of a tensor's device."""
+    from sinkgd.kernels.triton import descent, launch, products
+
+    def of_panels(_: torch.device, threads: int, **how: bool) -> dict[str, object]:
+        every = {"bare": False, "lean": False, **how}
+        return descent.options_of(target.backend, target.warp, threads, **every)
+
+    def of_tiles(_: torch.device, **how: Any) -> dict[str, object]:
+        return launch.options_of(target.backend, target.warp, **{"first": False, **how})
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (descent, "panel_options", of_panels),
+        (launch, "compile_options", of_tiles),
+        (launch, "multiplies_tf32", lambda _: target.backend == "cuda"),
+        (products, "options", lambda _: products.options_of(target.backend, target.warp)),
+    ]
+    with ExitStack() as stack:
+        for place, name, value in replaced:
+            stack.enter_context(patch.object(place, name, value))
+        yield
 
 
 def step_of(

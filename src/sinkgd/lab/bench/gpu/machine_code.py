@@ -13,6 +13,8 @@ from typing import Any
 _LABEL = re.compile(r"\s*(\.L_x_\d+|\.L_\d+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
 _BRANCH = re.compile(r"BRA\S*\s.*?`\((\.L_x_\d+|\.L_\d+)\)")
+_LOAD = re.compile(r"\bLDG(?:STS)?\.(\S+)")  # into registers, or shared memory
+_SIZES = {"U8", "S8", "U16", "S16", "64", "128"}  # otherwise it is 4 bytes
 _AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
 
 
@@ -22,7 +24,9 @@ class MachineCode:
 
     registers: int  # of a thread
     spilled: int  # instructions that use local memory; on AMD registers, and bytes of scratch
-    loads16: int  # instructions that load 16 bytes from global memory
+    loads2: int  # instructions that load 2 bytes from global memory
+    loads4: int
+    loads16: int
     stores16: int
     loops: tuple[int, ...]  # instructions of each loop, in order; none on AMD
 
@@ -53,11 +57,16 @@ def of_sass(text: str) -> MachineCode:
         >>> code = of_sass('''
         ... .L_x_0:
         ...         /*0010*/    @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        ...         /*0018*/    LDG.E.U16.CONSTANT R9, desc[UR4][R2.64] ;
+        ...         /*001c*/    LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64] ;
+        ...         /*001e*/    LDG.E R9, desc[UR4][R2.64] ;
         ...         /*0020*/    STL [R1], R4 ;
         ...         /*0030*/    @P1 BRA `(.L_x_0) ;
         ... ''')
-        >>> code.registers, code.spilled, code.loads16, code.loops
-        (5, 1, 1, (3,))
+        >>> code.registers, code.spilled, code.loops
+        (10, 1, (6,))
+        >>> code.loads2, code.loads4, code.loads16
+        (1, 1, 2)
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -71,10 +80,14 @@ def of_sass(text: str) -> MachineCode:
         branch = _BRANCH.search(instruction)
         if branch and labels.get(branch[1], i + 1) < i:
             loops.append(i + 1 - labels[branch[1]])
+    loads = [load[1].split(".") for one in instructions if (load := _LOAD.search(one))]
+    sizes = [next((word for word in words if word in _SIZES), "") for words in loads]
     return MachineCode(
         registers=max(map(int, re.findall(r"\bR(\d+)\b", text)), default=0) + 1,
         spilled=sum("LDL" in one or "STL" in one for one in instructions),
-        loads16=sum("LDG.E.128" in one for one in instructions),
+        loads2=sizes.count("U16"),
+        loads4=sizes.count(""),
+        loads16=sizes.count("128"),
         stores16=sum("STG.E.128" in one for one in instructions),
         loops=tuple(loops),
     )
@@ -88,6 +101,8 @@ def of_amdgcn(text: str) -> MachineCode:
     return MachineCode(
         registers=int(registers[1]),
         spilled=sum(int(found[1]) for found in spills if found),
+        loads2=len(re.findall(r"(?:global|buffer)_load_(?:ushort|sshort|short_d16)", text)),
+        loads4=len(re.findall(r"(?:global|buffer)_load_dword\b", text)),
         loads16=len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         stores16=len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
         loops=(),

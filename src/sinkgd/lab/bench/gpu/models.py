@@ -27,7 +27,7 @@ def matrices_of(model: str) -> tuple[Shape, ...]:
 
     Examples:
         >>> sorted(set(matrices_of("moe-64-experts")))
-        [(2048, 2048), (64, 1408, 2048), (64, 2048, 1408)]
+        [(64, 1408, 2048), (64, 2048, 1408), (2048, 2048)]
     """
     if model not in _MIXTURES:
         return matrix_shapes(model)

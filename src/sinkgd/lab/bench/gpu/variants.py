@@ -47,11 +47,13 @@ class Variant:
     uses: tuple[str, ...]  # the steps that launch it, "step model shape", once for each launch
     threads: int
     entries: float  # of a panel, a thread
-    columns: int  # of the panel, those beyond the matrix included; 0 where it has none
+    columns: int  # of the panel, those beyond the matrix included
     bytes: int  # of an entry of the gradient
     shared: int  # bytes of shared memory
     registers: int
     spilled: int
+    loads2: int
+    loads4: int
     loads16: int
     stores16: int
     loops: tuple[int, ...]
@@ -63,8 +65,9 @@ class Variant:
 
     @property
     def is_wide(self) -> bool:
-        """Whether a thread's part of a panel is loaded by 16 bytes."""
-        return self.loads16 >= self.entries * self.bytes / 16
+        """Whether a thread's part of a panel is loaded by 16 bytes, and not entry by entry."""
+        single = {0: 0, 2: self.loads2, 4: self.loads4}[self.bytes]
+        return single < self.entries / 2 and self.loads16 >= self.entries * self.bytes / 16
 
     @property
     def name(self) -> str:
@@ -132,7 +135,6 @@ def variant_of(line: str) -> Variant:
 
 def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Iterator[Variant]:
     """Compile each variant once, and say which steps use it."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -149,10 +151,9 @@ def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Itera
         built = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.constants)
         builds[id(built)] = built, launch  # the same object again where it was compiled before
         uses.setdefault(id(built), []).append(use)
-    assert triton is not None
     for key, (built, launch) in builds.items():
         constants = launch.constants
-        columns = constants.get("A", 0) + constants.get("B", 0) or constants.get("BN", 0)
+        rows, columns = _tile(constants)
         threads = constants.get("num_warps", 4) * target.warp
         yield Variant(
             target=name,
@@ -160,12 +161,20 @@ def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Itera
             constants=" ".join(f"{k}={v}" for k, v in constants.items()),
             uses=tuple(uses[key]),
             threads=threads,
-            entries=constants.get("BM", 0) * columns / threads,
+            entries=rows * columns / threads,
             columns=columns,
             bytes=of_gradient(launch) or 0,
             shared=built.metadata.shared,
             **asdict(machine_code(built)),
         )
+
+
+def _tile(constants: dict[str, Any]) -> tuple[int, int]:
+    """Return the rows and columns that a program holds at once."""
+    from sinkgd.kernels.triton.skinny_plan import ROWS
+
+    columns = constants.get("A", 0) + constants.get("B", 0) or constants.get("BN", ROWS)
+    return constants.get("BM", ROWS), columns
 
 
 def _launches(name: str, models: Sequence[str], steps: Sequence[str]) -> Iterator[Any]:
