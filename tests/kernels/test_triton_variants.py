@@ -20,8 +20,14 @@ from sinkgd.lab.bench.gpu.variants import STEPS, USUAL, compiled, instructions_a
 KERNELS = sorted(Path(triton.__file__).parent.glob("*.py"))
 # Bytes of shared memory of a block at most, and of one on consumers' GPUs of compute capability 8.
 SHARED = {"gfx942": 64 << 10, "sm_80": 99 << 10, "sm_90": 99 << 10, "sm_100": 99 << 10}
-# A thread of the first launch holds a panel of 16,384 columns in three numbers an entry.
-SPILLS = {("sweep", 16384, "1"): 64}
+# Instructions that use local memory, by kernel, columns of its panel, and U_FROM: in the first launch
+# a thread holds three numbers for each entry of its panel.
+SPILLS = {
+    ("sweep", 16384, "1"): 84,  # 14,336 columns, of Mixtral
+    ("sweep", 16384, "2"): 4,  # on AMD alone
+    ("sweep", 6144, "0"): 96,  # 5,461 columns of a transposed matrix, which no llama has
+    ("along", 64, None): 19,  # 5,461 columns; two on sm_100, 19 on AMD
+}
 # Entries of llama-1b in bfloat16 and five iterations on sm_90, by the columns of the matrix.
 MOST_INSTRUCTIONS = {2048: 80, 5461: 110}
 # What launchers of triton call things of their own, beside a kernel's arguments.

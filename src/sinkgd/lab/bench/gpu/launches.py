@@ -120,6 +120,8 @@ def step_of(
     made = [_empty(shape, param_dtype or dtype, transposed=transposed) for shape in shapes]
     params = [torch.nn.Parameter(x) for x in made]
     for param, shape in zip(params, shapes, strict=True):
+        if param_dtype is not None:
+            param.grad_dtype = None  # any
         param.grad = _empty(shape, dtype, transposed=transposed)
     lr = torch.tensor(1e-3) if on_device else 1e-3
     with with_triton(whole_rows=whole_rows):

@@ -25,7 +25,6 @@ class MachineCode:
     registers: int  # of a thread
     spilled: int  # instructions that use local memory; on AMD registers, and bytes of scratch
     loads2: int  # instructions that load 2 bytes from global memory
-    loads4: int
     loads16: int
     stores16: int
     loops: tuple[int, ...]  # instructions of each loop, in order; none on AMD
@@ -65,8 +64,8 @@ def of_sass(text: str) -> MachineCode:
         ... ''')
         >>> code.registers, code.spilled, code.loops
         (10, 1, (6,))
-        >>> code.loads2, code.loads4, code.loads16
-        (1, 1, 2)
+        >>> code.loads2, code.loads16
+        (1, 2)
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -86,7 +85,6 @@ def of_sass(text: str) -> MachineCode:
         registers=max(map(int, re.findall(r"\bR(\d+)\b", text)), default=0) + 1,
         spilled=sum("LDL" in one or "STL" in one for one in instructions),
         loads2=sizes.count("U16"),
-        loads4=sizes.count(""),
         loads16=sizes.count("128"),
         stores16=sum("STG.E.128" in one for one in instructions),
         loops=tuple(loops),
@@ -102,7 +100,6 @@ def of_amdgcn(text: str) -> MachineCode:
         registers=int(registers[1]),
         spilled=sum(int(found[1]) for found in spills if found),
         loads2=len(re.findall(r"(?:global|buffer)_load_(?:ushort|sshort|short_d16)", text)),
-        loads4=len(re.findall(r"(?:global|buffer)_load_dword\b", text)),
         loads16=len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         stores16=len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
         loops=(),

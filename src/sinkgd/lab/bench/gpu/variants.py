@@ -53,7 +53,6 @@ class Variant:
     registers: int
     spilled: int
     loads2: int
-    loads4: int
     loads16: int
     stores16: int
     loops: tuple[int, ...]
@@ -66,8 +65,8 @@ class Variant:
     @property
     def is_wide(self) -> bool:
         """Whether a thread's part of a panel is loaded by 16 bytes, and not entry by entry."""
-        single = {0: 0, 2: self.loads2, 4: self.loads4}[self.bytes]
-        return single < self.entries / 2 and self.loads16 >= self.entries * self.bytes / 16
+        is_single = self.bytes == 2 and self.loads2 >= self.entries / 2
+        return not is_single and self.loads16 >= self.entries * self.bytes / 16
 
     @property
     def name(self) -> str:
