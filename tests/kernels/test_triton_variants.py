@@ -20,8 +20,8 @@ from sinkgd.lab.bench.gpu.variants import STEPS, USUAL, compiled, instructions_a
 KERNELS = sorted(Path(triton.__file__).parent.glob("*.py"))
 # Bytes of shared memory of a block at most, and of one on consumers' GPUs of compute capability 8.
 SHARED = {"gfx942": 64 << 10, "sm_80": 99 << 10, "sm_90": 99 << 10, "sm_100": 99 << 10}
-# Instructions that use local memory, by kernel, columns of its panel, and U_FROM: in the first launch
-# a thread holds three numbers for each entry of its panel.
+# Instructions that use local memory, by kernel, columns of its panel, and U_FROM: a thread of a
+# first launch holds three numbers for each entry of its panel.
 SPILLS = {
     ("sweep", 16384, "1"): 84,  # 14,336 columns, of Mixtral
     ("sweep", 16384, "2"): 4,  # on AMD alone
