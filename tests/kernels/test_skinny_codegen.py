@@ -170,11 +170,17 @@ def updates(is_hip):
             kind = plan_of_update((to,), (size,), 1 << 30).buckets[0].kind
             assert (kind.width, kind.is_dense) == (K, dense)
             constants = {
-                "DTYPE": dtypes[dtype], "GRAD_DTYPE": dtypes[grad_dtype],
-                "BM": kind.tile.BM, "BN": kind.tile.BN, "VECTOR": kind.vector,
-                "KEEP_IS_STORED": False, "STEP_IS_STORED": False,
-                "ROUND": K == 32 and dtype == torch.bfloat16, "TF32": not is_hip,
-                "K": K, "DENSE": dense,
+                "DTYPE": dtypes[dtype],
+                "GRAD_DTYPE": dtypes[grad_dtype],
+                "BM": kind.tile.BM,
+                "BN": kind.tile.BN,
+                "VECTOR": kind.vector,
+                "KEEP_IS_STORED": False,
+                "STEP_IS_STORED": False,
+                "ROUND": K == 32 and dtype == torch.bfloat16,
+                "TF32": not is_hip,
+                "K": K,
+                "DENSE": dense,
             }
             label = "update" if (dtype, dense) == (grad_dtype, True) else "update of a mix"
             yield label, launch.step().update, constants, shape, dtype, shape == (20, 8192)
