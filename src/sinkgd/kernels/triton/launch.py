@@ -136,7 +136,7 @@ def update_parameters(
         K=bucket.kind.width,
         DENSE=bucket.kind.is_dense,
         TF32=multiplies_tf32(table.device),
-        **compile_options(table.device, wide=bucket.kind.vector > 1, product=bucket.kind.width),
+        **compile_options(table.device, wide=bucket.kind.vector > 1, product=bucket.kind.width > 0),
     )
 
 
@@ -147,7 +147,7 @@ def launch(kernel: Any, programs: int, *arguments: object, **constants: object) 
 
 @cache
 def compile_options(
-    device: torch.device, *, wide: bool, first: bool = False, product: int = 0
+    device: torch.device, *, wide: bool, first: bool = False, product: bool = False
 ) -> dict[str, object]:
     """Return the compiler's options for a launch on ``device``."""
     if device.type == "cpu":
@@ -163,7 +163,7 @@ def multiplies_tf32(device: torch.device) -> bool:
 
 
 def options_of(
-    target: str, warp: int, *, wide: bool, first: bool, product: int = 0
+    target: str, warp: int, *, wide: bool, first: bool, product: bool = False
 ) -> dict[str, object]:
     """Return the compiler's options, such that no kernel runs out of registers.
 
@@ -172,7 +172,7 @@ def options_of(
         warp: Threads that run together.
         wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
         first: Whether it is the first iteration, which finds powers of two beside the sums.
-        product: The width of the matrices whose product an update subtracts; 0 where it does not.
+        product: Whether it is an update that subtracts a product of matrices.
     """
     threads = THREADS // 2 if product else THREADS
     if target == "hip" and not wide:

@@ -155,7 +155,8 @@ def plan_of_update(
                 kind = Kind(dtypes, tile_of(P, Q, _area(vector) // 2), turned, vector)
             else:
                 target = target._replace(**_taken(to.taken, shape, i, turned=turned))
-                tile = tile_of_product(P, Q, _area(vector) // 4)
+                area = _area(vector) // (4 if to.taken.width <= NARROWEST else 8)
+                tile = tile_of_product(P, Q, area)
                 lower = to.taken.width, to.taken.is_dense
                 kind = Kind(dtypes, tile, turned, vector, *lower)
             found.append((kind, P * Q * dtypes[1].itemsize, target))

@@ -176,18 +176,13 @@ class SkinnyProducts:
     ) -> None:
         kind, blocks = bucket.kind, bucket.rows if of_rows else bucket.cols
         along = of_rows != kind.turned
-        wide = kind.vector > 1 and kind.dtype.itemsize == 2
         self._start(
             "along" if along else "down",
             len(blocks) * (BLOCK // ROWS),
             {
-                "DTYPE": launch.primitives().DTYPES[kind.dtype],
-                "K": K,
-                "BN" if along else "BM": 128 if wide else 64,
-                "PARTS": self._parts(kind),
+                **constants_of(kind, K, self._parts(kind), along=along),
                 "SQUARES": squares,
                 "FOLD": fold,
-                "VECTOR": kind.vector,
             },
             self.row_owners if of_rows else self.col_owners,
             self._sizes,
@@ -211,10 +206,7 @@ class SkinnyProducts:
         return runs
 
     def _parts(self, kind: Kind) -> int:
-        """Return how many numbers a vector's entry is split into."""
-        if kind.dtype == torch.bfloat16:
-            return 3
-        return 2 if launch.multiplies_tf32(self.device) else 1
+        return parts_of(kind.dtype, tf32=launch.multiplies_tf32(self.device))
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
@@ -225,8 +217,29 @@ class SkinnyProducts:
         with on(self.device):
             launch.launch(
                 getattr(launch.skinny_matmul(), name), programs, self._addresses, self._matrices,
-                *arguments, **constants, **options(self.device),
+                *arguments, **constants,
+                **options(self.device, wide=constants.get("VECTOR") != 1),
             )  # fmt: skip
+
+
+def constants_of(kind: Kind, K: int, parts: int, *, along: bool) -> dict[str, object]:
+    """Return what a product is compiled for, but for what it stores beside the product."""
+    wide, size = kind.vector > 1, kind.dtype.itemsize
+    side = 128 if wide and parts == 3 else 64 if wide or size == 2 else 32
+    return {
+        "DTYPE": launch.primitives().DTYPES[kind.dtype],
+        "K": K,
+        "BN" if along else "BM": side,
+        "PARTS": parts,
+        "VECTOR": kind.vector,
+    }
+
+
+def parts_of(dtype: torch.dtype, *, tf32: bool) -> int:
+    """Return how many numbers an entry of a vector is split into, to meet entries of ``dtype``."""
+    if dtype == torch.bfloat16:
+        return 3
+    return 2 if tf32 else 1
 
 
 def _alike(one: Kind, other: Kind) -> bool:
@@ -245,19 +258,22 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def options(device: torch.device) -> dict[str, object]:
+def options(device: torch.device, *, wide: bool = True) -> dict[str, object]:
     """Return the compiler's options for a launch on ``device``."""
     if device.type == "cpu":
         return {}
     hip = torch.version.hip is not None
     warp = getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    return options_of("hip" if hip else "cuda", warp)
+    return options_of("hip" if hip else "cuda", warp, wide=wide)
 
 
-def options_of(target: str, warp: int) -> dict[str, object]:
-    """Return the compiler's options: 128 threads, or 256 on ROCm, and tiles fetched ahead."""
+def options_of(target: str, warp: int, *, wide: bool) -> dict[str, object]:
+    """Return the compiler's options, such that no kernel runs out of registers."""
+    threads = 128
+    if target == "hip":
+        threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
     return {
-        "num_warps": (128 if target == "cuda" else 256) // warp,
+        "num_warps": threads // warp,
         "num_stages": 3 if target == "cuda" else 2,
         "enable_fp_fusion": True,
     }

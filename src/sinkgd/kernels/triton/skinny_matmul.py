@@ -63,6 +63,7 @@ _WIDE, _WIDE_GIVEN = field(Skinny, "wide"), field(Skinny, "wide_given")
 
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
 _CHUNK = tl.constexpr(1024)
+_APART = tl.constexpr(16)  # rows in memory from one that a thread holds to its next
 
 
 @triton.jit
@@ -251,7 +252,7 @@ def along(
     v = _scales(addresses, matrix, _V, _V_OFFSET)
     v_size = tl.load(sizes + tl.load(matrix + _V_SIZE))
     total = tl.full((_ROWS, K), 0.0, tl.float32)
-    square = tl.full((_ROWS,), 0.0, tl.float32)
+    square = tl.full((_ROWS, BN // VECTOR), 0.0, tl.float32)  # a thread's own, of each load
     folded += wide * (PARTS * K)
     lines = grad + (rows.to(tl.int64) * ld)[:, None]
     for start in range(0, Q, BN):
@@ -264,11 +265,11 @@ def along(
             y = (g.to(tl.float32) * u[:, None]) * (
                 tl.load(v + cols, mask=inside, other=0.0) * v_size
             )[None, :]
-            square += add_up(y * y, 1)
+            square += add_up(tl.reshape(y * y, (_ROWS, BN // VECTOR, VECTOR)), 2)
     total = total * u[:, None]
     _store(result, tall + rows, total, 1, K)
     if SQUARES:
-        tl.store(squares + tall + rows, square)
+        tl.store(squares + tall + rows, add_up(square, 1))
     if FOLD:
         _fold(total, u, folded_result, tall + rows, K, PARTS)
 
@@ -310,24 +311,24 @@ def down(
         total = tl.full((_ROWS, K), 0.0, tl.float32)
     else:
         total = tl.full((K, _ROWS), 0.0, tl.float32)
-    square = tl.full((_ROWS,), 0.0, tl.float32)
-    columns = grad + cols[None, :]
+    square = tl.full((_APART, _ROWS), 0.0, tl.float32)
     folded += tall * (PARTS * K)
+    lines = grad + cols[None, :] + (tl.arange(0, BM).to(tl.int64) * ld)[:, None]
     for line in range(0, P, BM):
         rows = line + tl.arange(0, BM)
         inside = rows < P
-        lies = columns + (rows.to(tl.int64) * ld)[:, None]
-        g = tl.load(lies, mask=inside[:, None] & (cols < Q)[None, :], other=0.0)
+        g = tl.load(lines, mask=inside[:, None] & (cols < Q)[None, :], other=0.0)
+        lines += BM * ld
         total += _dot(g, folded, rows, K, PARTS, True) * one
         if SQUARES:
             y = g.to(tl.float32) * (tl.load(u + rows, mask=inside, other=0.0) * u_size)[:, None]
             y = y * v[None, :]
-            square += add_up(y * y, 0)
+            square += add_up(tl.reshape(y * y, (BM // _APART, _APART, _ROWS)), 0)
     if PARTS != 3:
         total = total.T
     total = total * v[:, None]
     _store(result, wide + cols, total, 1, K)
     if SQUARES:
-        tl.store(squares + wide + cols, square)
+        tl.store(squares + wide + cols, add_up(square, 0))
     if FOLD:
         _fold(total, v, folded_result, wide + cols, K, PARTS)

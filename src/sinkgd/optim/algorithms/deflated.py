@@ -260,10 +260,18 @@ def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
 
 def _products(backend: Backend, stacks: Sequence[Stack]) -> Products:
     """Return the products of updates, for which at most `SCRATCH_BYTES` are copied at a time."""
-    runs = cut([4 * sum(grad.numel() for grad in stack.grads) for stack in stacks], SCRATCH_BYTES)
+    copied = [
+        0 if backend.packs_vectors and stack.grads[0].dtype != torch.float64 else 4 * _size(stack)
+        for stack in stacks
+    ]
+    runs = cut(copied, SCRATCH_BYTES)
     if len(runs) <= 1:
         return backend.products(stacks)
     return _ProductsByRuns(backend, [stacks[run] for run in runs])
+
+
+def _size(stack: Stack) -> int:
+    return sum(grad.numel() for grad in stack.grads)
 
 
 class _ProductsByRuns:
