@@ -26,7 +26,6 @@ SPILLS = {
     ("sweep", 16384, "1"): 84,  # 14,336 columns, of Mixtral
     ("sweep", 16384, "2"): 4,  # on AMD alone
     ("sweep", 6144, "0"): 96,  # 5,461 columns of a transposed matrix, which no llama has
-    ("along", 64, None): 19,  # 5,461 columns; two on sm_100, 19 on AMD
 }
 # Entries of llama-1b in bfloat16 and five iterations on sm_90, by the columns of the matrix.
 MOST_INSTRUCTIONS = {2048: 80, 5461: 110}

@@ -84,11 +84,14 @@ def _options_for(target: Target) -> Iterator[None]:
     def of_tiles(_: torch.device, **how: Any) -> dict[str, object]:
         return launch.options_of(target.backend, target.warp, **{"first": False, **how})
 
+    def of_products(_: torch.device, **how: bool) -> dict[str, object]:
+        return products.options_of(target.backend, target.warp, **{"wide": True, **how})
+
     replaced: list[tuple[Any, str, Any]] = [
         (descent, "panel_options", of_panels),
         (launch, "compile_options", of_tiles),
         (launch, "multiplies_tf32", lambda _: target.backend == "cuda"),
-        (products, "options", lambda _: products.options_of(target.backend, target.warp)),
+        (products, "options", of_products),
     ]
     with ExitStack() as stack:
         for place, name, value in replaced:
