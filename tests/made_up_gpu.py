@@ -71,10 +71,15 @@ class MadeUpGpu(TorchFunctionMode):
         args = [CPU if isinstance(x, torch.device) else x for x in args]
         result = func(*args, **kwargs)
         if to_host and isinstance(result, Tensor):
-            self._hosts.append(result)
+            self.keep(result)
         elif name == "torch.Tensor.to" and from_host:
             result = self._sent(result, waits=not kwargs.get("non_blocking"))
         return result
+
+    def keep(self, x):
+        """Return a tensor of the host, of which it is known from now on that it is."""
+        self._hosts.append(x)
+        return x
 
     def _sent(self, x, *, waits):
         """Return a copy of a tensor of the host."""
@@ -135,6 +140,10 @@ def made_up_gpu():
         for name, value in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Event", Event))
+        read = torch.frombuffer  # which modes do not hear of
+        stack.enter_context(
+            patch.object(torch, "frombuffer", lambda *args, **how: gpu.keep(read(*args, **how)))
+        )
         stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda device: None))
         stack.enter_context(patch.object(launch, "launch", started))
         stack.enter_context(patch.object(module.TritonBackend, "supports", lambda *_: True))
