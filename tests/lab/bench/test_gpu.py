@@ -143,6 +143,7 @@ class TestCommand:
     def found(self, monkeypatch):
         found = Interpreted(6.0, 9.0, 0.0, 4e-7, 4e-6)
         monkeypatch.setattr(run, "interpreted", lambda: found)
+        monkeypatch.setattr(run, "of_host_time", list)  # it needs kernels that are not interpreted
         return found
 
     def test_it_prints_the_table_and_writes_it(self, found, capsys, tmp_path):

@@ -10,7 +10,14 @@ import torch
 from sinkgd.lab.bench.doubts import environment_before
 from sinkgd.lab.bench.gpu.interpreted import interpreted
 from sinkgd.lab.bench.gpu.records import Figure, GpuRecord
-from sinkgd.lab.bench.gpu.targets import missed, of_code, of_host, of_interpreter, of_schedule
+from sinkgd.lab.bench.gpu.targets import (
+    missed,
+    of_code,
+    of_host,
+    of_host_time,
+    of_interpreter,
+    of_schedule,
+)
 from sinkgd.lab.bench.gpu.variants import USUAL, Variant, compiled
 from sinkgd.lab.bench.progress import Progress
 
@@ -45,7 +52,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
         figures += of_interpreter(interpreted())
     if HOST in plan.parts:
         progress.stage("the host's work", weights[HOST])
-        figures += of_host()
+        figures += [*of_host(), *of_host_time()]
     if SCHEDULE in plan.parts:
         progress.stage("the schedule", weights[SCHEDULE])
         figures += of_schedule()

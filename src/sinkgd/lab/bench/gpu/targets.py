@@ -1,6 +1,8 @@
 """The targets of a step on a GPU that can be counted without one, and what is counted for each."""
 
 from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 from sinkgd.lab.bench.gpu.interpreted import Interpreted
 from sinkgd.lab.bench.gpu.models import LLAMAS
@@ -30,6 +32,8 @@ TARGETS: dict[str, float] = {
     "SASS instructions an entry and step, 5461 columns": 110,
     "bytes from and to memory, × AdamW fused, llama-1b": 0.6,
 }
+# Milliseconds of the host for a step.
+HOST_TIMES = {"llama-60m": 0.3, "llama-1b": 4.0, "llama-7b": 12.0}
 _BYTES = "bytes from and to memory, × AdamW fused"
 _SPILLING, _NARROW = "variants that spill", "variants with loads below 16 bytes"
 _OF_BUCKET, _OF_MODEL = "scratch of a bucket", "scratch of a model"
@@ -70,6 +74,19 @@ def of_host() -> list[Figure]:
         _figure(f"{model}, plain", without_adamw(calls_of_model("llama-1b", **plain)), whole),
         _figure(f"{model}, deflated", without_adamw(calls_of_model("llama-1b", **deflated)), whole),
         _figure("launches of a bucket, plain", launches_of_bucket(), "launches of the backend"),
+    ]
+
+
+def of_host_time() -> list[Figure]:
+    """Measure the host's time for a step, where the tool for it is there."""
+    name = "sinkgd.lab.bench.host_time"
+    if find_spec(name) is None:
+        return []
+    measure = import_module(name).measure
+    how = "median of some steps, the driver's launch replaced by nothing; leave the machine alone"
+    return [
+        Figure(f"host time of a step in ms, {model}", measure(model).milliseconds, most, how)
+        for model, most in HOST_TIMES.items()
     ]
 
 

@@ -15,9 +15,9 @@ class Gpu:
     figure is a time on a GPU.
 
     Four parts: `interpreter` runs the kernels on a CPU and counts how often they read a gradient;
-    `host` counts calls of torch and launches; `schedule` counts bytes and scratch for an H100;
-    `code` compiles every kernel that steps of the models use, for each GPU, and reads the machine
-    code. It needs triton, and takes about two minutes on two cores.
+    `host` counts calls of torch and launches, and times the host's work; `schedule` counts bytes
+    and scratch for an H100; `code` compiles every kernel that steps of the models use, for each
+    GPU, and reads the machine code. It needs triton, and takes two minutes on two cores.
 
     For example:
       sinkgd bench gpu --out bench
