@@ -79,12 +79,16 @@ def largest_deflated_error(shapes: tuple[Shape, ...] = SHAPES) -> float:
 
 
 def _params(shapes: tuple[Shape, ...], dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(shape: Shape) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return drawn.to(dtype)
+
     params = []
     for shape in shapes:
-        param = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-        param.grad = torch.randn(shape, generator=generator).to(dtype)
-        params.append(param)
+        params.append(torch.nn.Parameter(normal(shape)))
+        params[-1].grad = normal(shape)
     return params
 
 

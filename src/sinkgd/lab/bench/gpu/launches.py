@@ -131,16 +131,16 @@ def step_of(
         if param_dtype is not None:
             param.grad_dtype = None  # any
         param.grad = _empty(shape, dtype, transposed=transposed)
-    lr = torch.tensor(1e-3) if on_device else 1e-3
+    lr = torch.tensor(1e-3, dtype=torch.float32, device="cpu") if on_device else 1e-3
     with with_triton(whole_rows=whole_rows):
         SinkGD(params, lr=lr, nonfinite="skip", **options).step()
 
 
 def _empty(shape: Shape, dtype: str, *, transposed: bool) -> Tensor:
     *batch, m, n = shape
-    if transposed:
-        return torch.empty(*batch, n, m, dtype=getattr(torch, dtype)).mT
-    return torch.empty(shape, dtype=getattr(torch, dtype))
+    own = (*batch, n, m) if transposed else shape
+    made = torch.empty(own, dtype=getattr(torch, dtype), device="cpu")
+    return made.mT if transposed else made
 
 
 @contextmanager

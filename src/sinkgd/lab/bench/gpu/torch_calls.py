@@ -55,7 +55,7 @@ def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
 
 def calls_of_matrices(shapes: Sequence[Shape], **options: Any) -> Counter[str]:
     """Count the calls of a step along matrices of these shapes."""
-    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    params = [_ones(shape) for shape in shapes]
     return calls_of_step([{"params": params, "algorithm": "sinkgd", **options}])
 
 
@@ -84,13 +84,17 @@ def small_groups(preset: str, **options: Any) -> list[dict[str, Any]]:
     groups = [dict(group) for group in sinkgd.param_groups(model)]
     for group in groups:
         group["params"] = [
-            nn.Parameter(torch.ones([max(2, side // _SMALLER) for side in param.shape]))
+            _ones([max(2, side // _SMALLER) for side in param.shape])
             for _, param in group["params"]
         ]
         group.pop("param_names", None)
         if group["algorithm"] == "sinkgd":
             group.update(options)
     return groups
+
+
+def _ones(shape: Sequence[int]) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape, dtype=torch.float32, device="cpu"))
 
 
 def without_adamw(counts: Counter[str]) -> int:

@@ -38,7 +38,7 @@ def schedule_of_model(model: str, dtype: torch.dtype = torch.bfloat16) -> Schedu
 def schedule(shapes: Sequence[Shape], dtype: torch.dtype) -> Schedule:
     """Return the schedule of contiguous gradients and parameters of one type."""
     sizes = tuple(map(torch.Size, shapes))
-    layouts = (dense_layout(torch.empty(size, device="meta")) for size in sizes)
+    layouts = (dense_layout(torch.empty(size, dtype=dtype, device="meta")) for size in sizes)
     sources = tuple(Source(dtype, layout, aligned=True) for layout in layouts)
     return schedule_of(sources, sources, sizes, tuple(range(len(sizes))), CACHE_BYTES)
 
