@@ -102,7 +102,7 @@ class TestOfRarerSteps:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # triton 3.2 knows no sm_100
 def test_a_sample_compiles_under_another_triton(target, monkeypatch):
     folder = os.environ.get("OTHER_TRITON")
     if folder is None:
