@@ -27,6 +27,7 @@ SPILLS = {
     ("sm", "sweep", 16384, "1"): 84,  # 14,336 columns, of Mixtral
     ("gf", "sweep", 16384, "2"): 4,
     ("sm", "sweep", 6144, "0"): 104,  # 5,461 columns of a transposed matrix
+    ("sm", "along", 64, None): 2,  # 5,461 columns, on sm_100
     ("gf", "sweep", 2048, "2"): 18,  # one of the rarer steps
 }
 # Entries of llama-1b in bfloat16 and five iterations on sm_90, by the columns of the matrix.

@@ -41,7 +41,7 @@ def _short(variant: str) -> str:
     constants = dict(word.split("=", 1) for word in words if "=" in word)
     columns = sum(int(constants.get(name, 0)) for name in ("A", "B", "BN"))
     first = ", from the bare gradient" if constants.get("U_FROM") == "1" else ""
-    return f"{kernel}, {columns}{first}"
+    return f"{kernel}, {columns}{first}" if columns else kernel
 
 
 def _bound(target: float | None) -> str:
