@@ -146,7 +146,7 @@ def variants(device):
 
 
 POINTERS = {
-    **dict.fromkeys(["grads", "starts", "table", "params", "keys"], "*i64"),
+    **dict.fromkeys(["grads", "starts", "table", "weights", "keys"], "*i64"),
     **dict.fromkeys(["scales", "partial"], "*fp32"),
     **dict.fromkeys(["numbers", "overflow"], "*i32"),
 }

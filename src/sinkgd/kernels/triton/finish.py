@@ -23,7 +23,7 @@ _FIRST, _BEYOND = field(Walk, "first"), field(Walk, "beyond")
 @triton.jit(do_not_specialize=["blocks", "walks", "count", "flip", "keep", "step"])
 def finish(
     grads,  # addresses
-    params,
+    weights,  # addresses of parameters; triton's dispatcher has a variable called params
     keys,
     overflow,  # a bool that forbids all writing, or another pointer
     table,
@@ -64,7 +64,7 @@ def finish(
     tensor = tl.load(block + _TENSOR)
     grad, ld = matrix_at(grads + tensor, block + _OFFSET, block + _LD, GRAD_DTYPE, VECTOR)
     param, param_ld = matrix_at(
-        params + tensor, block + _PARAM_OFFSET, block + _PARAM_LD, DTYPE, VECTOR
+        weights + tensor, block + _PARAM_OFFSET, block + _PARAM_LD, DTYPE, VECTOR
     )
     u = scales + tl.load(block + _U)
     v = scales + tl.load(block + _V)
