@@ -82,7 +82,7 @@ def variant_of(kernel: Any, compiled: Any, constants: Mapping[str, object]) -> V
 
 def current_stream() -> int:
     """Return the handle of the stream on which the dispatcher would launch."""
-    active = import_module("triton.runtime").driver.active
+    active = _driver().active
     stream: int = active.get_current_stream(active.get_current_device())
     return stream
 
@@ -113,6 +113,11 @@ def _is_hooked() -> bool:
     """Whether somebody, such as triton's profiler, wants to know of launches."""
     hooks = _hooks()
     return _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook)
+
+
+@cache
+def _driver() -> Any:
+    return import_module("triton.runtime").driver
 
 
 @cache

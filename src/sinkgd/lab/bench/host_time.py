@@ -44,6 +44,8 @@ class HostTime(NamedTuple):
     calls: int  # of Python functions
     torch_calls: int  # operations that torch dispatches
     copies: int  # of tables to the device
+    dispatched: int  # launches that went through triton's dispatcher
+    compiled: int  # kernels
 
     @property
     def microseconds(self) -> float:
@@ -202,21 +204,21 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
             within.append(inside.seconds)
         inside.leave()
         step.move_gradients()
-        gpu.launches = gpu.copies = 0
+        gpu.launches = gpu.copies = gpu.dispatched = gpu.compiled = 0
         calls = _python_calls(step)
-        launched, copied = gpu.launches, gpu.copies
+        counted = gpu.launches, gpu.copies, gpu.dispatched, gpu.compiled
         step.move_gradients()
         with _Operations() as operations:  # type: ignore[no-untyped-call]
             step()
     return HostTime(
         model,
         len(shapes),
-        launched,
+        counted[0],
         1e3 * median(times),
         1e3 * median(within),
         calls,
         operations.count,
-        copied,
+        *counted[1:],
     )
 
 
