@@ -15,11 +15,11 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,18 +40,16 @@ from sinkgd.kernels.layout import (
 )
 from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.sums import EagerSums
-from sinkgd.kernels.triton.descent import Writing, descend, new_buffers, owners_of
 from sinkgd.kernels.triton.fields import Addresses
 from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
 from sinkgd.kernels.triton.panels import LONGEST
-from sinkgd.kernels.triton.places import Source
 from sinkgd.kernels.triton.plan import Destination, Taken, plan_of_scales, plan_of_update
 from sinkgd.kernels.triton.products import MOST, SkinnyProducts, scales_are_usual
-from sinkgd.kernels.triton.schedule import schedule_of
 from sinkgd.kernels.triton.skinny_plan import plan_of_products
 from sinkgd.kernels.triton.stacks import StackProducts
 from sinkgd.kernels.triton.tables import Tables, capturing
 from sinkgd.kernels.triton.tiles import AREA
+from sinkgd.kernels.triton.whole_rows import Descending, Factors, ScalesOf, WholeRows, source_of
 from sinkgd.kernels.two_halves import TwoHalves, chosen, merged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +80,7 @@ class TritonBackend(TwoHalves):
         self.whole_rows = whole_rows
         self.products_by_dot = products_by_dot
         self._tables = Tables()
+        self._rows = WholeRows(self._tables)
         self._lock = threading.Lock()  # backward hooks may step from several threads
 
     @property
@@ -114,7 +113,11 @@ class TritonBackend(TwoHalves):
         starts: Sequence[Tensor | None] | None = None,
     ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
-        first = [None] * len(grads) if starts is None else starts
+        given = _some(starts)
+        known = self._run(Descending(grads, given), num_iters, tol, Factors(), is_known=True)
+        if known is not None:
+            return list(known[0])
+        first = given or [None] * len(grads)
         results: dict[int, Scales] = {}
         by_device: dict[torch.device, list[int]] = {}
         for i, grad in enumerate(grads):
@@ -123,60 +126,45 @@ class TritonBackend(TwoHalves):
                 by_device.setdefault(grad.device, []).append(i)
             else:
                 (results[i],) = EagerBackend().scales([grad], num_iters, tol=tol, starts=[first[i]])
-        for device, members in by_device.items():
-            own = [grads[i] for i in members], [first[i] for i in members]
-            with self._lock, _on(device):
-                found = self._scales(*own, num_iters, tol)
-            results.update(zip(members, found, strict=True))
+        for members in by_device.values():
+            own = [dense(grads[i]) for i in members], [first[i] for i in members]
+            results.update(zip(members, self._scales(*own, num_iters, tol), strict=True))
         return [results[i] for i in range(len(grads))]
 
     def _scales(
         self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
     ) -> list[Scales]:
-        sources = [dense(grad) for grad in grads]
-        fits = [self.whole_rows and _fits(source) for source in sources]
+        fits = [self.whole_rows and _fits(grad) for grad in grads]
         results: list[Scales | None] = [None] * len(grads)
         for choice in set(fits):
             members = [i for i, fit in enumerate(fits) if fit == choice]
-            own = [sources[i] for i in members], [starts[i] for i in members]
+            own, first = [grads[i] for i in members], [starts[i] for i in members]
             if choice:
-                found, _ = self._by_rows(*own, num_iters, tol)
+                found = self._run(Descending(own, _some(first)), num_iters, tol, Factors())
+                assert found is not None, "all are readable"
+                scales: Sequence[Scales] = found[0]
             else:
-                found = self._by_halves(*own, num_iters, tol)
-            for i, scales in zip(members, found, strict=True):
-                results[i] = scales
+                with self._lock, _on(own[0].device):
+                    scales = self._by_halves(own, first, num_iters, tol)
+            for i, one in zip(members, scales, strict=True):
+                results[i] = one
         return [scales for scales in results if scales is not None]
 
-    def _by_rows(
+    def _run(
         self,
-        grads: list[Tensor],
-        starts: list[Tensor | None],
+        tensors: Descending,
         num_iters: int,
         tol: float | None,
-        update: "_Update | None" = None,
-    ) -> tuple[list[Scales], Tensor]:
-        """Return the scales, and whether the gradients of each owner are finite."""
-        device = grads[0].device
-        shapes = tuple(grad.shape for grad in grads)
-        sources = tuple(map(_source, grads))
-        beside = sources if update is None else tuple(map(_source, update.params))
-        owners = tuple(range(len(grads))) if update is None else owners_of(update.owners)
-        schedule = schedule_of(sources, beside, shapes, owners, _cached_bytes(device))
-        buffers = new_buffers(
-            schedule,
-            self._addresses(grads, device),
-            self._addresses(starts, device),
-            self._tables.table(schedule.table, device),
-            started=any(start is not None for start in starts),
-        )
-        writing = None
-        if update is not None:
-            keys = None if update.keys is None else self._addresses(update.keys, device)
-            params = self._addresses(update.params, device)
-            writing = Writing(params, keys, update.overflow, *update.factors)
-        descend(schedule, buffers, num_iters, tol, writing)
-        scales = _views(buffers.scales, shapes, schedule.rows, schedule.cols)
-        return scales, buffers.numbers[slice(*schedule.bad)] == 0
+        factors: Factors,
+        *,
+        is_known: bool = False,
+    ) -> tuple[ScalesOf, Tensor] | None:
+        if not tensors.grads or not self.whole_rows:
+            return None
+        device = tensors.grads[0].device
+        room = _cached_bytes(device)
+        with self._lock, _on(device):
+            return self._rows.run(tensors, num_iters, tol, factors, room=room, is_known=is_known)
 
     def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         read = tuple(0 if x is None else x.data_ptr() for x in tensors)
@@ -187,7 +175,7 @@ class TritonBackend(TwoHalves):
     ) -> list[Scales]:
         device = grads[0].device
         shapes = tuple(grad.shape for grad in grads)
-        plan = plan_of_scales(tuple(map(_source, grads)), shapes, _room(device))
+        plan = plan_of_scales(tuple(map(source_of, grads)), shapes, _room(device))
         table = self._tables.table(plan.table, device)
         addresses = self._addresses(grads, device), self._addresses(starts, device)
         scratch = new_scratch(plan, num_iters, tol, device)
@@ -206,36 +194,39 @@ class TritonBackend(TwoHalves):
         overflow: Tensor | None = None,
     ) -> Descent:
         """Find all scales and take all steps, bucket by bucket."""
-        in_halves = partial(
-            super().descend_, num_iters=num_iters, keep=keep, step=step, tol=tol, overflow=overflow
+        device = matrices.grads[0].device if matrices.grads else torch.device("cpu")
+        factors = Factors(_factor(keep, device), _factor(step, device), overflow)
+        tensors = Descending(
+            matrices.grads,
+            _some(matrices.starts),
+            matrices.params,
+            matrices.keys or (),
+            tuple(map(len, matrices.owners)),
         )
-        ours = [self._takes(matrices, own, overflow) for own in matrices.owners]
+        found = None
+        if _may_forbid(overflow, device):
+            found = self._run(tensors, num_iters, tol, factors, is_known=True)
+        if found is None:
+            ours = [self._takes(matrices, own, overflow) for own in matrices.owners]
+            if not all(ours) or not ours:
+                options = {"num_iters": num_iters, "keep": keep, "step": step}
+                return self._in_part(matrices, ours, **options, tol=tol, overflow=overflow)
+            for grad, start in zip(matrices.grads, matrices.starts or [], strict=False):
+                check_start(grad, start)
+            found = self._run(tensors, num_iters, tol, factors)
+            assert found is not None, "all are readable"
+        increment_version(list(matrices.params))
+        scales, finite = found
+        return Descent(finite, scales)
+
+    def _in_part(self, matrices: Matrices, ours: list[bool], **options: Any) -> Descent:
+        """Descend on some owners in one go, on others in two halves."""
+        in_halves: Callable[..., Descent] = super().descend_
         if not any(ours):
-            return in_halves(matrices)
-        some = chosen(matrices, ours)
-        device = some.grads[0].device
-        for grad, start in zip(some.grads, some.starts or [], strict=False):
-            check_start(grad, start)
-        with self._lock, _on(device):
-            scales, finite = self._by_rows(
-                list(some.grads),
-                [None] * len(some.grads) if some.starts is None else list(some.starts),
-                num_iters,
-                tol,
-                _Update(
-                    some.params,
-                    some.owners,
-                    some.keys,
-                    overflow,
-                    (_factor(keep, device), _factor(step, device)),
-                ),
-            )
-        increment_version(list(some.params))
-        descent = Descent(finite, scales)
-        if all(ours):
-            return descent
+            return in_halves(matrices, **options)
         others = chosen(matrices, [not own for own in ours])
-        return merged(ours, matrices, descent, in_halves(others))
+        some = self.descend_(chosen(matrices, ours), **options)
+        return merged(ours, matrices, some, in_halves(others, **options))
 
     def _takes(self, matrices: Matrices, own: range, overflow: Tensor | None) -> bool:
         """Whether the kernels of whole rows take all matrices of one owner."""
@@ -279,7 +270,7 @@ class TritonBackend(TwoHalves):
         sources, device = [dense(grad) for grad in grads], grads[0].device
         shapes = tuple(grad.shape for grad in grads)
         first = shared.first if shared is not None else (0,) * len(grads)
-        plan = plan_of_products(tuple(map(_source, sources)), shapes, first, _room(device))
+        plan = plan_of_products(tuple(map(source_of, sources)), shapes, first, _room(device))
         read = [x for source, own in zip(sources, scales, strict=True) for x in (source, *own)]
         with self._lock, _on(device):
             addresses = self._addresses(read, device)
@@ -354,7 +345,7 @@ class TritonBackend(TwoHalves):
             aligned(write.grad, write.param) for write in writes
         ]  # kept until all is launched
         destinations = tuple(
-            Destination(_source(write.param), _source(source), _taken(write.scales))
+            Destination(source_of(write.param), source_of(source), _taken(write.scales))
             for write, source in zip(writes, sources, strict=True)
         )
         shapes = tuple(write.param.shape for write in writes)
@@ -376,16 +367,6 @@ class TritonBackend(TwoHalves):
         rounding = writes[0].key is not None
         for bucket in reversed(plan.buckets):  # the gradients that were read last are in the cache
             update_parameters(bucket, table, rows, factors, rounding=rounding)
-
-
-class _Update(NamedTuple):
-    """What becomes of parameters whose scales are found."""
-
-    params: Sequence[Tensor]
-    owners: Sequence[range]
-    keys: Sequence[Tensor] | None
-    overflow: Tensor | None
-    factors: tuple[float | Tensor, float | Tensor]
 
 
 class _Write(NamedTuple):
@@ -431,6 +412,16 @@ def _half_of_cache(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
     tiles = 2 * properties.multi_processor_count
     return max(properties.L2_cache_size // 2, tiles * AREA * 2)
+
+
+def _some(starts: Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
+    """Return column scales to begin from, or nothing where none are given."""
+    return starts if starts and any(start is not None for start in starts) else ()
+
+
+def _may_forbid(overflow: Tensor | None, device: torch.device) -> bool:
+    """Whether the kernels read an overflow, where there is one."""
+    return overflow is None or (overflow.dtype == torch.bool and overflow.device == device)
 
 
 def _factor(value: float | Tensor, device: torch.device) -> float | Tensor:
@@ -525,7 +516,3 @@ def _views(
 
 def _part(flat: Tensor, begin: int, shape: tuple[int, ...]) -> Tensor:
     return flat[begin : begin + prod(shape)].view(shape)
-
-
-def _source(x: Tensor) -> Source:
-    return Source(x.dtype, dense_layout(x), x.data_ptr() % 16 == 0)

@@ -2,10 +2,10 @@
 
 A bucket takes as many launches as there are iterations and one more, the update; of a matrix whose
 rows in memory are columns, the update is what finds the last column scales. Nothing waits for the
-device, and nothing is looked up for a matrix once the schedule is made.
+device, and nothing is looked up for a matrix once the launches are prepared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,11 +15,30 @@ from torch import Tensor
 from sinkgd.kernels.eager import no_movement
 from sinkgd.kernels.triton import launch
 from sinkgd.kernels.triton.fields import BARE, GIVEN, SCALED
+from sinkgd.kernels.triton.launches import Launch, Launches
 from sinkgd.kernels.triton.panels import halved
 from sinkgd.kernels.triton.schedule import Bucket, Kind, Schedule
 
 REGISTERS = 1 << 16  # of a processor
 FEW_THREADS = 128
+SWEEP, FINISH = 0, 1  # the lists of arguments that `start` gives to launches
+
+
+class Iterations(NamedTuple):
+    """How scales are found."""
+
+    num_iters: int
+    tol: float | None
+    started: bool  # whether some gradient's column scales are given to begin from
+
+
+class Given(NamedTuple):
+    """What an update reads from the device."""
+
+    overflow: bool = False
+    keep: bool = False
+    step: bool = False
+    rounding: bool = False
 
 
 class Buffers(NamedTuple):
@@ -31,7 +50,6 @@ class Buffers(NamedTuple):
     scales: Tensor  # float32, of all matrices
     partial: Tensor  # partial sums of one bucket
     numbers: Tensor  # int32, zero at first
-    started: bool  # whether some start is given
 
 
 class Writing(NamedTuple):
@@ -44,9 +62,7 @@ class Writing(NamedTuple):
     step: float | Tensor
 
 
-def new_buffers(
-    schedule: Schedule, grads: Tensor, starts: Tensor, table: Tensor, *, started: bool
-) -> Buffers:
+def new_buffers(schedule: Schedule, grads: Tensor, starts: Tensor, table: Tensor) -> Buffers:
     """Make room for the scales of a call and for what its launches tell each other."""
     device = table.device
     return Buffers(
@@ -56,72 +72,75 @@ def new_buffers(
         torch.empty(schedule.scales, dtype=torch.float32, device=device),
         torch.empty(schedule.partial, dtype=torch.float32, device=device),
         torch.zeros(schedule.numbers, dtype=torch.int32, device=device),
-        started,
     )
 
 
-def descend(
-    schedule: Schedule,
-    buffers: Buffers,
-    num_iters: int,
-    tol: float | None,
-    writing: Writing | None,
-) -> None:
+def start(launches: Launches, buffers: Buffers, writing: Writing | None) -> None:
     """Find the scales of every bucket, and take its step where there is something to write."""
+    grads, _, table, scales, _, numbers = buffers
+    params, keys, overflow, keep, step = writing or Writing(grads, None, None, 1.0, 0.0)
+    finish = (
+        grads,
+        params,
+        grads if keys is None else keys,
+        numbers if overflow is None else overflow,
+        table,
+        scales,
+        numbers,
+        keep,
+        step,
+    )
+    launches.start((buffers, finish))
+
+
+def prepare(
+    schedule: Schedule, iterations: Iterations, given: Given | None, device: torch.device
+) -> Launches:
+    """Return the launches of a descent; without `Given` they find scales alone."""
+    found: list[Launch] = []
     waiting = []
     for bucket in schedule.buckets:
-        iterate(bucket, buffers, num_iters, tol)
-        if writing is None:
+        found += _sweeps(bucket, iterations, device)
+        if given is None or bucket.waits:
             if bucket.kind.turned:
-                complete(bucket, buffers, num_iters, None)
-        elif bucket.waits:
-            if bucket.kind.turned:
-                complete(bucket, buffers, num_iters, None)
+                found.append(_finish(bucket, iterations, None, device))
             waiting.append(bucket)
         else:
-            complete(bucket, buffers, num_iters, writing)
-    for bucket in reversed(waiting):  # the gradients that were read last are in the cache
-        complete(bucket, buffers, num_iters, writing, known=True)
+            found.append(_finish(bucket, iterations, given, device))
+    if given is not None:
+        # The gradients that were read last are in the cache.
+        found += (_finish(one, iterations, given, device, known=True) for one in reversed(waiting))
+    return Launches(found, device)
 
 
-def iterate(bucket: Bucket, buffers: Buffers, num_iters: int, tol: float | None) -> None:
-    """Read a bucket ``num_iters`` times: all scales are found, but a turned matrix's last u."""
-    kernel = launch.sweep().sweep
-    low, high = no_movement(0.0 if tol is None else tol)
-    device, last = buffers.table.device, 1 + bucket.kind.turned
-    constants = [
-        sweep_constants(bucket.kind, phase, tol is not None, buffers.started, device)
-        for phase in range(last + 1)
-    ]
-    for i in range(num_iters):
-        launch.launch(
-            kernel, bucket.programs, *buffers[:-1], bucket.blocks, bucket.walks, bucket.programs,
-            i % 2, i + 1, int(i + 1 == num_iters), low, high, **constants[min(i, last)],
-        )  # fmt: skip
+def _sweeps(bucket: Bucket, iterations: Iterations, device: torch.device) -> Iterator[Launch]:
+    """Read a bucket as often as iterations go: all scales are found, but a turned matrix's u."""
+    count, tol, started = iterations
+    kernel, last = launch.sweep().sweep, 1 + bucket.kind.turned
+    bounds = no_movement(0.0 if tol is None else tol)
+    for i in range(count):
+        constants = sweep_constants(bucket.kind, min(i, last), tol is not None, started, device)
+        settled = i % 2, i + 1, int(i + 1 == count), *bounds
+        yield Launch(kernel, bucket.programs, SWEEP, (*_places(bucket), *settled), constants)
 
 
-def complete(
+def _finish(
     bucket: Bucket,
-    buffers: Buffers,
-    num_iters: int,
-    writing: Writing | None,
+    iterations: Iterations,
+    given: Given | None,
+    device: torch.device,
     *,
     known: bool = False,
-) -> None:
+) -> Launch:
     """Read a bucket once more: find a turned matrix's last u unless it is known, and write."""
-    device = buffers.table.device
-    origin = min(num_iters, SCALED) if bucket.kind.turned and not known else GIVEN
-    grads, _, table, scales, _, numbers, _ = buffers
-    params, keys, overflow, keep, step = writing or Writing(grads, None, None, 1.0, 0.0)
-    given = writing and Given(
-        overflow is not None, isinstance(keep, Tensor), isinstance(step, Tensor), keys is not None
-    )
-    launch.launch(
-        launch.finish().finish, bucket.programs, grads, params,
-        grads if keys is None else keys, numbers if overflow is None else overflow, table, scales,
-        numbers, bucket.blocks, bucket.walks, bucket.programs, num_iters % 2, keep, step,
-        **finish_constants(bucket.kind, origin, given, device),
-    )  # fmt: skip
+    origin = min(iterations.num_iters, SCALED) if bucket.kind.turned and not known else GIVEN
+    constants = finish_constants(bucket.kind, origin, given, device)
+    settled = *_places(bucket), iterations.num_iters % 2
+    return Launch(launch.finish().finish, bucket.programs, FINISH, settled, constants)
+
+
+def _places(bucket: Bucket) -> tuple[int, int, int]:
+    return bucket.blocks, bucket.walks, bucket.programs
 
 
 @lru_cache(maxsize=1024)
@@ -152,7 +171,7 @@ def sweep_constants(
 
 @lru_cache(maxsize=1024)
 def finish_constants(
-    kind: Kind, origin: int, given: "Given | None", device: torch.device
+    kind: Kind, origin: int, given: Given | None, device: torch.device
 ) -> dict[str, object]:
     """Return what the last launch is compiled for; without `Given` nothing is written."""
     dtypes = launch.primitives().DTYPES
@@ -171,15 +190,6 @@ def finish_constants(
         "VECTOR": kind.param_vector,
         **panel_options(device, kind.threads, wide=kind.param_vector > 1),
     }
-
-
-class Given(NamedTuple):
-    """What an update reads from the device."""
-
-    overflow: bool = False
-    keep: bool = False
-    step: bool = False
-    rounding: bool = False
 
 
 def panel_options(
@@ -217,8 +227,3 @@ def options_of(
             most = 128 if threads > FEW_THREADS else 168
         options["maxnreg"] = min(most, REGISTERS // threads)
     return options
-
-
-def owners_of(owners: Sequence[range]) -> tuple[int, ...]:
-    """Return the owner of each gradient."""
-    return tuple(i for i, own in enumerate(owners) for _ in own)

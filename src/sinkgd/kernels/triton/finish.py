@@ -20,7 +20,7 @@ _PLACE = field(Block, "place")
 _FIRST, _BEYOND = field(Walk, "first"), field(Walk, "beyond")
 
 
-@triton.jit(do_not_specialize=["blocks", "walks", "count", "flip", "keep", "step"])
+@triton.jit(do_not_specialize=["keep", "step", "blocks", "walks", "count", "flip"])
 def finish(
     grads,  # addresses
     weights,  # addresses of parameters; triton's dispatcher has a variable called params
@@ -29,12 +29,12 @@ def finish(
     table,
     scales,
     numbers,
+    keep,
+    step,
     blocks,
     walks,
     count,
     flip,
-    keep,
-    step,
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     BM: tl.constexpr,

@@ -140,9 +140,9 @@ def update_parameters(
     )
 
 
-def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
-    """Start ``programs`` programs of ``kernel``."""
-    kernel[(programs,)](*arguments, **constants)
+def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> Any:
+    """Start ``programs`` programs of ``kernel`` by triton's dispatcher; return what is compiled."""
+    return kernel[(programs,)](*arguments, **constants)
 
 
 @cache

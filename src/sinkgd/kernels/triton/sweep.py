@@ -193,7 +193,7 @@ def _share(state, P, Q, TURNED: tl.constexpr):
 )
 def sweep(
     grads,  # addresses
-    starts,  # addresses of column scales to begin from, or 0
+    starts,  # addresses of column scales to begin from, or 0; where some is given
     table,
     scales,
     partial,
@@ -235,7 +235,9 @@ def sweep(
     Q = row_length(block + _Q, VECTOR)
     tensor = tl.load(block + _TENSOR)
     base, ld = matrix_at(grads + tensor, block + _OFFSET, block + _LD, DTYPE, VECTOR)
-    begin = tl.load(starts + tensor)
+    begin = tl.full((), 0, tl.int64)
+    if STARTED:
+        begin = tl.load(starts + tensor)
     start = begin.to(tl.pointer_type(tl.float32)) + tl.load(block + _BEGIN)
     u = scales + tl.load(block + _U)
     v = scales + tl.load(block + _V)

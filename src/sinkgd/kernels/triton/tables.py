@@ -1,5 +1,6 @@
 """Tables of int64 on the device, copied there without waiting and kept while they are in use."""
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Tables:
         key = values, *_stream(device)
         found = self._find(key, device)
         return (
-            self._copy(key, torch.tensor(values, dtype=torch.int64, device="cpu"), device)
+            self._copy(key, torch.frombuffer(array("q", values), dtype=torch.int64), device)
             if found is None
             else found
         )
