@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -56,7 +54,7 @@ def taken_down(target: Target | None = None) -> Iterator[list[Launch]]:
     Args:
         target: Whose compiler options they get; none by default.
     """
-    from sinkgd.kernels.triton import backend, descent, launch
+    from sinkgd.kernels.triton import backend, descent, launch, launcher
 
     found: list[Launch] = []
 
@@ -66,9 +64,7 @@ def taken_down(target: Target | None = None) -> Iterator[list[Launch]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(launch, "launch", take_down))
         stack.enter_context(patch.object(backend, "INTERPRETER_BYTES", CACHE_BYTES))
-        if find_spec("sinkgd.kernels.triton.launcher") is not None:  # past the dispatcher
-            launcher = import_module("sinkgd.kernels.triton.launcher")
-            stack.enter_context(patch.object(launcher, "is_direct", lambda: False))
+        stack.enter_context(patch.object(launcher, "is_direct", lambda: False))
         if target is not None:
             stack.enter_context(_options_for(target))
         for cached in (descent.sweep_constants, descent.finish_constants):

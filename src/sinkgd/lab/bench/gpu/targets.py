@@ -1,8 +1,6 @@
 """The targets of a step on a GPU that can be counted without one, and what is counted for each."""
 
 from collections.abc import Iterable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 
 from sinkgd.lab.bench.gpu.interpreted import Interpreted
 from sinkgd.lab.bench.gpu.models import LLAMAS
@@ -78,11 +76,9 @@ def of_host() -> list[Figure]:
 
 
 def of_host_time() -> list[Figure]:
-    """Measure the host's time for a step, where the tool for it is there."""
-    name = "sinkgd.lab.bench.host_time"
-    if find_spec(name) is None:
-        return []
-    measure = import_module(name).measure
+    """Measure the host's time for a step."""
+    from sinkgd.lab.bench.host_time import measure
+
     how = "median of some steps, the driver's launch replaced by nothing; leave the machine alone"
     return [
         Figure(f"host time of a step in ms, {model}", measure(model).milliseconds, most, how)
