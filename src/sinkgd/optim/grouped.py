@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.exchange import Computation, exchange, run
 from sinkgd.optim.algorithms import FORMS, NEEDS_ALL_GRADIENTS
 from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
 from sinkgd.optim.algorithms.contract import (
@@ -22,7 +23,9 @@ from sinkgd.optim.algorithms.contract import (
     Slot,
     are_zero,
     has_values,
+    on_mesh,
 )
+from sinkgd.optim.algorithms.few_at_a_time import needs_scratch
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.arguments import (
     COMMON,
@@ -301,7 +304,7 @@ class GroupedOptimizer(Optimizer):
         grads = [param.grad for param in params if param.grad is not None]
         if not 0 < len(grads) == len(params) or not all(map(has_values, grads)):
             return False
-        return are_zero(grads)
+        return run(are_zero(grads))
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -327,14 +330,23 @@ class GroupedOptimizer(Optimizer):
     def _update(
         self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
     ) -> None:
+        found = list(found)
+        sharers = sum(
+            needs_scratch(self.param_groups[index]) and any(on_mesh(slot.param) for slot in slots)
+            for index, slots in found
+        )
+        steps: list[Computation[Tensor]] = []
+        taken: list[tuple[list[Slot], Group, Tensor | None]] = []
         for index, slots in found:
             group = self.param_groups[index]
             if not all(has_values(slot.grad) for slot in slots):
                 self._init_state_of(slots, group)
                 continue
             flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
-            context = Context(self.state, scale, flag)
-            finite = find_algorithm(group["algorithm"]).step(slots, group, context)
+            context = Context(self.state, scale, flag, max(1, sharers))
+            steps.append(find_algorithm(group["algorithm"]).step(slots, group, context))
+            taken.append((slots, group, flag))
+        for (slots, group, flag), finite in zip(taken, exchange(steps), strict=True):
             # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
             known = finite if flag is None else finite | flag
             self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
