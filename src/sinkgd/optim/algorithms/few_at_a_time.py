@@ -38,11 +38,15 @@ def few_at_a_time(
     return in_turn([slots[run] for run in runs], step)
 
 
-def needs_scratch(group: Group) -> bool:
-    """Whether a group has an option that needs scratch for every parameter."""
-    return bool(
-        group.get("deflated_rank") or group.get("nesterov") or group.get("tiny_rows") == "mask"
-    )
+def count_sharers(groups: Iterable[tuple[Group, Sequence[Slot]]]) -> int:
+    """Return how many groups on a mesh need scratch for every parameter, or 1 if none does."""
+    sharers = [
+        group
+        for group, slots in groups
+        if group.get("deflated_rank") or group.get("nesterov") or group.get("tiny_rows") == "mask"
+        if any(on_mesh(slot.param) for slot in slots)
+    ]
+    return max(1, len(sharers))
 
 
 @computation
