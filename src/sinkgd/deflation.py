@@ -39,10 +39,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from sinkgd.exchange import Computation, Steps, computation, immediate, run
 from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 from sinkgd.precision import in_full_precision
 
-Sum = Callable[[list[Tensor]], list[Tensor]]  # of float64 numbers, in place or not
+# A computation for `sinkgd.exchange`: of float64 numbers, in place or not.
+Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
 
 # No direction is lowered below this part of the longest one. Gradients in bfloat16 have rounding
 # errors of 2^-9 an entry, whose energy stays below 1 % of the update's at this level.
@@ -233,17 +235,19 @@ def deflate_(x: Tensor, rank: int) -> None:
     k = min(rank, m - 1, n - 1)
     if k > 0:
         block = fixed_block((n, k + 1), x.device).expand(*x.shape[:-2], n, k + 1)
-        ((taken, _),) = find_leading(StoredProducts([x]), [block], [(m, n)], _as_they_are)
+        products = StoredProducts([x])
+        ((taken, _),) = run(find_leading(products, [block], [(m, n)], immediate))
         take_away_(x, taken)
 
 
+@computation
 def find_leading(
     products: Products,
     blocks: Sequence[Tensor],
     shapes: Sequence[tuple[int, int]],
     over_rows: Sum,
     over_columns: Sum | None = None,
-) -> list[Leading]:
+) -> Steps[list[Leading]]:
     """Find what lowers the leading singular values of matrices that may lie in pieces.
 
     Args:
@@ -254,22 +258,22 @@ def find_leading(
         over_rows: Adds up what ranks found along their pieces of columns.
         over_columns: Adds up what they found along their pieces of rows; None where rows are whole.
     """
-    _, ahead = _of_both(products, blocks, over_columns)
-    ahead, squares = _halves(over_rows([*ahead, *products.squares()]))
+    _, ahead = yield _of_both(products, blocks, over_columns)
+    ahead, squares = _halves((yield over_rows([*ahead, *products.squares()])))
     grams = [y.mT @ y for y in ahead]
     if over_columns is not None:
-        grams, squares = _halves(over_columns([*grams, *squares]))
+        grams, squares = _halves((yield over_columns([*grams, *squares])))
     # Vectors of many matrices need much memory, so none outlives its use.
     basis = _times(ahead, [inverse for inverse, _ in _at_once(_root, grams)])
-    rows, columns = _of_both(products, basis, over_columns)
+    rows, columns = yield _of_both(products, basis, over_columns)
     del basis
-    columns, grams = _halves(over_rows([*columns, *(z.mT @ z for z in rows)]))
+    columns, grams = _halves((yield over_rows([*columns, *(z.mT @ z for z in rows)])))
     roots = _at_once(_root, grams)
     left = _times(rows, [inverse for inverse, _ in roots])
     right = _times(columns, [known for _, known in roots])
     lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
     if over_columns is not None:
-        lengths = over_columns(lengths)
+        lengths = yield over_columns(lengths)
     others = [
         torch.full_like(square, min(shape) - length.shape[-1] + 1)
         for square, length, shape in zip(squares, lengths, shapes, strict=True)
@@ -317,13 +321,14 @@ def take_away_(x: Tensor, taken: LowRank) -> None:
     own.baddbmm_(left, right.mT, alpha=-1)
 
 
+@computation
 def _of_both(
     products: Products, blocks: Sequence[Tensor], over_columns: Sum | None
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> Steps[tuple[list[Tensor], list[Tensor]]]:
     """Return X V of this rank's rows, and its part of Xᵀ X V."""
     if over_columns is None:
         return products.of_both(blocks)
-    rows = over_columns(products.of_rows(blocks))
+    rows = yield over_columns(products.of_rows(blocks))
     return rows, products.of_cols(rows)
 
 
@@ -334,9 +339,14 @@ def _times(vectors: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what travelled in one message, of all matrices one number and then the other."""
+    """Return what travelled in one message, of all matrices one number and then the other.
+
+    The list is emptied: nobody else is to keep its tensors.
+    """
     half = len(numbers) // 2
-    return numbers[:half], numbers[half:]
+    halves = numbers[:half], numbers[half:]
+    numbers.clear()
+    return halves
 
 
 def _at_once(
@@ -410,7 +420,3 @@ def _lowering(lengths: Tensor, square: Tensor, others_count: Tensor) -> tuple[Te
     level = torch.maximum(level, LEAST_LEVEL**2 * lengths.amax(-1, keepdim=True))
     kept = (level / or_one(leading)).sqrt_().clamp_(max=1)  # ℓ / b
     return 1 - kept, others + (leading * kept.square()).sum(-1, keepdim=True)
-
-
-def _as_they_are(numbers: list[Tensor]) -> list[Tensor]:
-    return numbers

@@ -126,6 +126,61 @@ def test_one_optimizer_takes_parameters_of_several_meshes(found):
             assert_close(update.double(), expected_update(normal((9, 8), i)), **FLOAT32)
 
 
+# Many groups at once ------------------------------------------------------------------------------
+
+# Each group alone needs so many messages of the mesh's one group, which shards rows.
+GROUPS = {
+    "deflated": ({"algorithm": "sinkgd", "deflated_rank": 2}, 5 + 2),
+    "deflated, another rate": ({"algorithm": "sinkgd", "deflated_rank": 2, "lr": 0.3}, 5 + 2),
+    "momentum": ({"algorithm": "sinkgd", "momentum": 0.9, "nesterov": True}, 1 + 5),
+    "tempered": ({"algorithm": "tempered"}, 1 + 5 + 1),
+    "vectors": ({"algorithm": "normalize"}, 1 + 1),
+    "adamw": ({"algorithm": "adamw"}, 1),
+    "adamw, bad": ({"algorithm": "adamw", "weight_decay": 0.1}, 1),
+}
+
+
+def hybrid(mesh, names):
+    """Step groups by one optimizer; return messages, parameters, and what was skipped."""
+    groups = []
+    for i, name in enumerate(GROUPS):
+        shapes = [(9,), (7,)] if name == "vectors" else [(9, 8), (1, 6), (7, 6)]
+        params = [
+            sharded(mesh, (ROWS,), normal(shape, 10 * i + k), normal(shape, 90 + 10 * i + k))
+            for k, shape in enumerate(shapes)
+        ]
+        if name == "adamw, bad" and mesh.get_rank() == 1:
+            params[0].grad.to_local()[1, 2] = torch.nan
+        groups.append({"params": [(f"{name} {k}", w) for k, w in enumerate(params)]})
+        groups[-1].update(GROUPS[name][0])
+    chosen = [group for name, group in zip(GROUPS, groups, strict=True) if name in names]
+    chosen.append({"params": [("without gradient", nn.Parameter(torch.ones(2, 2)))]})
+    optimizer = sinkgd.SinkGD(chosen, lr=0.1, nonfinite="skip")
+    with Messages() as messages:
+        optimizer.step()
+    weights = {
+        name: param.detach().full_tensor()
+        for group in chosen[:-1]
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+    }
+    return messages.by_dim(mesh), weights, optimizer.skipped()
+
+
+@on_two
+def groups_together_and_alone():
+    mesh = init_device_mesh("cpu", (2,))
+    return hybrid(mesh, list(GROUPS)), [hybrid(mesh, [name]) for name in GROUPS]
+
+
+def test_all_groups_of_a_step_share_their_messages(found):
+    for (messages, weights, skipped), alone in found["groups_together_and_alone"]:
+        assert [own[0].get(0) for own in alone] == [count for _, count in GROUPS.values()]
+        assert messages == {0: max(count for _, count in GROUPS.values())}  # not 31
+        for _, own, _ in alone:
+            assert all(torch.equal(weights[name], x) for name, x in own.items())
+        assert skipped == {"adamw, bad 0": 1}
+
+
 # Any gradient -------------------------------------------------------------------------------------
 
 

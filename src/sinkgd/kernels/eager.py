@@ -14,12 +14,13 @@ from torch import Tensor
 
 from sinkgd.deflation import StoredProducts
 from sinkgd.kernels.backend import Lowered, Scales, Stack
+from sinkgd.kernels.finite import all_finite
 from sinkgd.kernels.layout import check_scales, check_start
 from sinkgd.kernels.level import level_, scales_of
 from sinkgd.kernels.products import eager_products, made
 from sinkgd.kernels.rounding import round_to_bfloat16
 from sinkgd.kernels.sums import EagerSums
-from sinkgd.kernels.two_halves import TwoHalves, all_finite
+from sinkgd.kernels.two_halves import TwoHalves
 
 
 class EagerBackend(TwoHalves):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sinkgd.deflation import PackedProducts
 from sinkgd.kernels.backend import Backend, Descent, Lowered, Matrices, Scales, Shared
+from sinkgd.kernels.finite import all_finite
 
 
 class TwoHalves:
@@ -72,26 +73,6 @@ def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:
     # A non-finite entry makes every column scale of its matrix non-finite.
     flags = all_finite([col for _, col in scales])
     return _all_of(flags, [len(own) for own in owners])
-
-
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone.
-
-    The largest magnitude decides. It is exact in every dtype, and NaN where an entry is NaN. On a
-    GPU it takes a few kernels for all tensors of one dtype.
-    """
-    zero = tensors[0].new_zeros(())
-    peaks = [zero] * len(tensors)  # an empty tensor has no entry that is not finite
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(tensors):
-        if x.numel() > 0:
-            by_dtype.setdefault(x.dtype, []).append(i)
-    with torch.no_grad():
-        for own in by_dtype.values():
-            found = torch._foreach_norm([tensors[i] for i in own], ord=torch.inf)
-            for i, peak in zip(own, found, strict=True):
-                peaks[i] = peak
-        return torch.stack(peaks).isfinite()
 
 
 def by_owner(flags: Sequence[Tensor], owners: Sequence[range]) -> Tensor:

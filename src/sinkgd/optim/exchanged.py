@@ -5,7 +5,7 @@ ZeRO-2 exchange all parameters of a group for one flat piece, which has neither 
 Others keep the parameter and set its ``data`` to a flat piece, or to another dtype.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from operator import is_
 from typing import NamedTuple
 
@@ -75,6 +75,21 @@ def named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
 def unnamed(i: int, index: int) -> str:
     """Return what errors call parameter ``i`` of group ``index`` where it has no name."""
     return f"parameter {i} of group {index}"
+
+
+def name_alike(groups: Sequence[Group], new: Group) -> None:
+    """Name the parameters of groups without names if others have names; torch wants all."""
+    params = new["params"]
+    if isinstance(params, Set) or not groups:  # torch refuses a set
+        return
+    params = [params] if isinstance(params, Tensor) else list(params)
+    new["params"] = params
+    has_names = any(isinstance(param, tuple) for param in params)
+    if "param_names" in groups[0] and not has_names:
+        new["params"] = [(unnamed(i, len(groups)), param) for i, param in enumerate(params)]
+    elif has_names and "param_names" not in groups[0]:
+        for index, group in enumerate(groups):
+            group["param_names"] = [unnamed(i, index) for i in range(len(group["params"]))]
 
 
 def are_same(groups: Sequence[Group], met: Sequence[Met]) -> bool:

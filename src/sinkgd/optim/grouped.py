@@ -4,8 +4,7 @@ A step goes group by group: its algorithm updates the parameters, but for those 
 not finite, of which the guard hears.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from numbers import Real
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, overload
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.exchange import Computation, exchange, run
 from sinkgd.optim.algorithms import FORMS, NEEDS_ALL_GRADIENTS
 from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
 from sinkgd.optim.algorithms.contract import (
@@ -23,11 +23,11 @@ from sinkgd.optim.algorithms.contract import (
     are_zero,
     has_values,
 )
+from sinkgd.optim.algorithms.few_at_a_time import count_sharers
 from sinkgd.optim.algorithms.rounding import count_step
 from sinkgd.optim.arguments import (
     COMMON,
     as_groups,
-    check_initialized,
     check_keys,
     check_momentum,
     check_runs,
@@ -36,19 +36,10 @@ from sinkgd.optim.arguments import (
     resolve,
     settle,
 )
-from sinkgd.optim.exchanged import (
-    Listed,
-    Met,
-    are_same,
-    index_of,
-    is_at,
-    listed,
-    meet,
-    named,
-    newcomers,
-    unnamed,
-)
-from sinkgd.optim.nonfinite import POLICIES, NonFiniteGuard
+from sinkgd.optim.exchanged import name_alike, named
+from sinkgd.optim.group_check import check_group
+from sinkgd.optim.listing import Listing
+from sinkgd.optim.nonfinite import NonFiniteGuard
 from sinkgd.optim.routing_check import check_same_routing
 from sinkgd.optim.saved_state import (
     adopt_adamw,
@@ -91,8 +82,7 @@ class GroupedOptimizer(Optimizer):
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         self._guard = NonFiniteGuard()
         self._has_momentum: list[bool] = []
-        self._met: list[Met] = []
-        self._index: dict[Tensor, Listed] | None = None
+        self._listing = Listing()
         name = type(self).__name__
         groups = as_groups(params, name, self.default_algorithm)
         own = [dict(group) for group in groups if isinstance(group, dict)]
@@ -112,8 +102,7 @@ class GroupedOptimizer(Optimizer):
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         if "_guard" not in self.__dict__:
             self._guard = NonFiniteGuard()
-            self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
-            self._index = None
+            self._listing = Listing(self.param_groups)
             self._add_hooks()
 
     def _add_hooks(self) -> None:
@@ -149,13 +138,13 @@ class GroupedOptimizer(Optimizer):
             param_group.setdefault(option, self._default(option, default))
         foreign = self.defaults.keys() - param_group.keys() - COMMON.keys() - {"lr", "weight_decay"}
         self._own_lr(param_group)
-        self._name_alike(param_group)
+        name_alike(self.param_groups, param_group)
         asks_for_fused = param_group.get("fused") is True
         super().add_param_group(param_group)
         for option in foreign:  # options of another algorithm, which torch copied from the defaults
             del param_group[option]
         try:
-            _check_group(param_group, len(self.param_groups) - 1, algorithm)
+            check_group(param_group, len(self.param_groups) - 1, algorithm)
         except (ImportError, TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -163,23 +152,7 @@ class GroupedOptimizer(Optimizer):
             # Of the instance, as torch sets it: Lightning refuses to clip where it is True.
             self._step_supports_amp_scaling = True
         self._has_momentum.append(bool(param_group.get("momentum")))
-        self._met.append(meet(param_group, len(self.param_groups) - 1))
-        self._index = None
-
-    def _name_alike(self, param_group: dict[str, Any]) -> None:
-        """Name the parameters of groups without names if others have names; torch wants all."""
-        params = param_group["params"]
-        if isinstance(params, Set) or not self.param_groups:  # torch refuses a set
-            return
-        params = [params] if isinstance(params, Tensor) else list(params)
-        param_group["params"] = params
-        has_names = any(isinstance(param, tuple) for param in params)
-        if "param_names" in self.param_groups[0] and not has_names:
-            index = len(self.param_groups)
-            param_group["params"] = [(unnamed(i, index), param) for i, param in enumerate(params)]
-        elif has_names and "param_names" not in self.param_groups[0]:
-            for index, group in enumerate(self.param_groups):
-                group["param_names"] = [unnamed(i, index) for i in range(len(group["params"]))]
+        self._listing.add(param_group, len(self.param_groups) - 1)
 
     def _default(self, option: str, default: Any) -> Any:
         """Return what a group has of an option that it does not set.
@@ -243,9 +216,9 @@ class GroupedOptimizer(Optimizer):
             if bool(overflow):
                 return loss
             overflow = None
-        self._index = None
+        self._listing.begin_step()
         self._begin_step()
-        self._update(self._slots(), scale, overflow)
+        self._update(self._listing.slots(self.param_groups, type(self).__name__), scale, overflow)
         for group in self.param_groups:
             count_step(group)
         self._guard.end_step()
@@ -267,7 +240,11 @@ class GroupedOptimizer(Optimizer):
             TypeError: If a group needs all its gradients at once.
         """
         only = {*params}
-        found = self._slots(self._find(only))
+        if not self._listing.is_made:
+            self.check_one_by_one()
+            self._begin_step()
+        some = self._listing.find(only, self.param_groups)
+        found = self._listing.slots(self.param_groups, type(self).__name__, some)
         self._update(found, None, None)
         empty = [param for param in only if param.numel() == 0]
         return [*(slot.param for _, slots in found for slot in slots), *empty]
@@ -301,7 +278,7 @@ class GroupedOptimizer(Optimizer):
         grads = [param.grad for param in params if param.grad is not None]
         if not 0 < len(grads) == len(params) or not all(map(has_values, grads)):
             return False
-        return are_zero(grads)
+        return run(are_zero(grads))
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -311,7 +288,7 @@ class GroupedOptimizer(Optimizer):
         in ``state`` from then on, and torch's helpers for distributed checkpoints no longer probe:
         to step along zero gradients takes as much memory as all weights.
         """
-        self._check_exchanged()
+        self._listing.check(self.param_groups)
         for group in self.param_groups:
             algorithm = find_algorithm(group["algorithm"])
             for param in group["params"]:
@@ -325,16 +302,21 @@ class GroupedOptimizer(Optimizer):
 
     @in_full_precision
     def _update(
-        self, found: Iterable[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
+        self, found: Sequence[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
     ) -> None:
+        sharers = count_sharers((self.param_groups[index], slots) for index, slots in found)
+        steps: list[Computation[Tensor]] = []
+        taken: list[tuple[list[Slot], Group, Tensor | None]] = []
         for index, slots in found:
             group = self.param_groups[index]
             if not all(has_values(slot.grad) for slot in slots):
                 self._init_state_of(slots, group)
                 continue
             flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
-            context = Context(self.state, scale, flag)
-            finite = find_algorithm(group["algorithm"]).step(slots, group, context)
+            context = Context(self.state, scale, flag, sharers)
+            steps.append(find_algorithm(group["algorithm"]).step(slots, group, context))
+            taken.append((slots, group, flag))
+        for (slots, group, flag), finite in zip(taken, exchange(steps), strict=True):
             # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
             known = finite if flag is None else finite | flag
             self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
@@ -398,65 +380,10 @@ class GroupedOptimizer(Optimizer):
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         restore_types(self, loaded, own_state)
 
-    def _check_exchanged(self) -> None:
-        """Check the parameters that came without `add_param_group`."""
-        if not torch.compiler.is_compiling() and not are_same(self.param_groups, self._met):
-            self._check_newcomers()
-
-    def _check_newcomers(self) -> None:
-        for index, name, param in newcomers(self.param_groups, self._met):
-            group = self.param_groups[index]
-            _check_param(name, param, group, find_algorithm(group["algorithm"]))
-        self._met = [meet(group, index) for index, group in enumerate(self.param_groups)]
-        self._index = None
-
     def _begin_step(self) -> None:
         """Check what may have changed since the last step."""
         check_momentum(self.param_groups, self._has_momentum)
-        self._check_exchanged()
-
-    def _find(self, params: Collection[Tensor]) -> list[Listed]:
-        """Return where parameters stand in the groups; leave out those that are in none.
-
-        The index is made once a step. A parameter that it does not have, or that is no longer where
-        it was, brings about a new one.
-        """
-        if self._index is None:
-            self.check_one_by_one()
-            self._begin_step()
-            self._index = index_of(self.param_groups)
-        elif not all(self._is_indexed(param) for param in params):
-            self._check_exchanged()
-            self._index = index_of(self.param_groups)
-        index = self._index
-        return sorted((index[p] for p in params if p in index), key=lambda own: own.number)
-
-    def _is_indexed(self, param: Tensor) -> bool:
-        found = None if self._index is None else self._index.get(param)
-        if found is None or found.group >= len(self.param_groups):
-            return False
-        return is_at(param, found.place, self.param_groups[found.group]["params"])
-
-    def _slots(self, some: Iterable[Listed] | None = None) -> list[tuple[int, list[Slot]]]:
-        """List what has a gradient: the number of the group, and its parameters of one device."""
-        found: dict[tuple[int, torch.device], list[Slot]] = {}
-        is_compiling = torch.compiler.is_compiling()
-        every = listed(self.param_groups) if some is None else some
-        for param, name, index, place, number in every:
-            if param.grad is None:
-                continue
-            if not is_compiling and self._met[index].is_changed(place, param):
-                self._check_newcomers()
-            if param.numel() == 0:
-                continue
-            if param.grad.is_sparse:
-                raise TypeError(
-                    f"{name!r} has a sparse gradient, which {type(self).__name__} cannot "
-                    "normalize; make it dense, e.g. Embedding(sparse=False)"
-                )
-            slot = Slot(name, number, param, param.grad)
-            found.setdefault((index, param.device), []).append(slot)
-        return [(index, slots) for (index, _), slots in found.items()]
+        self._listing.check(self.param_groups)
 
 
 def _new_state(algorithm: Algorithm, param: Tensor, group: Group) -> dict[str, Any]:
@@ -468,34 +395,3 @@ def _new_state(algorithm: Algorithm, param: Tensor, group: Group) -> dict[str, A
 def _is_known_to_be_zero(lr: float | Tensor) -> bool:
     """Whether a learning rate is zero, as far as that is known without waiting for a device."""
     return bool(lr == 0) if not isinstance(lr, Tensor) or lr.is_cpu else False
-
-
-def _check_group(group: Group, index: int, algorithm: Algorithm) -> None:
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    for option in ("lr", "weight_decay"):
-        if not isinstance(group[option], Real | Tensor):
-            raise TypeError(f"{option} must be a number, got {group[option]!r}")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
-    if not lr >= 0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-    if group["nonfinite"] not in POLICIES:
-        raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
-    for name, param in named(group, index):
-        _check_param(name, param, group, algorithm)
-
-
-def _check_param(name: str, param: Tensor, group: Group, algorithm: Algorithm) -> None:
-    check_initialized(name, param)
-    if not param.is_floating_point():
-        raise TypeError(
-            f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
-        )
-    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
-        raise TypeError(
-            f"{name!r} lies in flat pieces, of FullyShardedDataParallel or DeepSpeed ZeRO, "
-            "which have neither rows nor columns; shard the model with fully_shard (FSDP2)"
-        )
-    algorithm.check(name, param, group)

@@ -4,8 +4,6 @@ from sinkgd.sharded.add_up import add_up as add_up
 from sinkgd.sharded.add_up import add_up_vectors as add_up_vectors
 from sinkgd.sharded.add_up import agree as agree
 from sinkgd.sharded.descend import OnMesh as OnMesh
-from sinkgd.sharded.exchange import Asking as Asking
-from sinkgd.sharded.exchange import exchange as exchange
 from sinkgd.sharded.place import Place as Place
 from sinkgd.sharded.place import groups_of as groups_of
 from sinkgd.sharded.place import place_of as place_of

@@ -1,18 +1,18 @@
-"""Numbers of which each rank knows its own part, made known to all that hold the others."""
+"""Sums across the ranks that hold pieces of the same parameters; computations for `exchange`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sinkgd.sharded.exchange import Asking, Sum, exchange
+from sinkgd.exchange import Computation, Steps, computation, sums_in_turn
 
 
-def add_up(numbers: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
+def add_up(numbers: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Computation[Tensor]:
     """Return the sums over ranks of numbers ``(k,)``.
 
-    A collective call of one message a group, and of none where no number has a group.
+    One message a group, and none where no number has a group.
 
     Args:
         numbers: What this rank knows.
@@ -21,42 +21,48 @@ def add_up(numbers: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
     kinds: dict[tuple[ProcessGroup, ...], list[int]] = {}
     for i, own in enumerate(groups):
         kinds.setdefault(tuple(own), []).append(i)
-    computations = [_add_up(numbers[members], kind) for kind, members in kinds.items()]
-    order = _longest_first(kinds)
-    total = torch.empty_like(numbers)
-    for members, found in zip(kinds.values(), exchange(computations, order), strict=True):
-        total[members] = found
-    return total
+    if len(kinds) == 1:
+        return _add_up(numbers.clone(), next(iter(kinds)))
+    return _add_up_by_kinds(numbers, kinds)
 
 
+@computation
+def _add_up_by_kinds(
+    numbers: Tensor, kinds: Mapping[tuple[ProcessGroup, ...], Sequence[int]]
+) -> Steps[Tensor]:
+    each = numbers.unbind()  # an index would have to travel to the device
+    found = yield [_add_up(torch.stack([each[i] for i in own]), of) for of, own in kinds.items()]
+    totals: dict[int, Tensor] = {}
+    for places, sums in zip(kinds.values(), found, strict=True):
+        totals.update(zip(places, sums.unbind(), strict=True))
+    return torch.stack([totals[i] for i in range(len(numbers))])
+
+
+@computation
 def add_up_vectors(
     vectors: Sequence[Tensor], groups: Sequence[Sequence[ProcessGroup]]
-) -> list[Tensor]:
+) -> Steps[list[Tensor]]:
     """Return the sums over ranks of tensors of any shapes, but of one dtype.
 
-    A collective call, as `add_up` is. The vectors are used up.
+    Messages as those of `add_up`. The vectors are used up.
 
     Args:
         vectors: What this rank knows.
         groups: Of each, the process groups that it is added up over.
     """
     flat = [vector.flatten() for vector in vectors]
-    computations = [_add_up(own, of) for own, of in zip(flat, groups, strict=True)]
-    found = exchange(computations, _longest_first(groups))
+    found = yield [_add_up(own, of) for own, of in zip(flat, groups, strict=True)]
     return [total.view(vector.shape) for total, vector in zip(found, vectors, strict=True)]
 
 
-def agree(flags: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Tensor:
-    """Return which flags ``(k,)`` are True on every rank; a collective call, as `add_up` is."""
-    return add_up((~flags).double(), groups) == 0
+@computation
+def agree(flags: Tensor, groups: Sequence[Sequence[ProcessGroup]]) -> Steps[Tensor]:
+    """Return which flags ``(k,)`` are True on every rank; messages as those of `add_up`."""
+    bad: Tensor = yield add_up((~flags).double(), groups)
+    return bad == 0
 
 
-def _longest_first(groups: Iterable[Sequence[ProcessGroup]]) -> list[ProcessGroup]:
-    """Return an order of groups in which what asks for a part of them does not go ahead alone."""
-    return [group for own in sorted(groups, key=len, reverse=True) for group in own]
-
-
-def _add_up(numbers: Tensor, groups: Sequence[ProcessGroup]) -> Asking[Tensor]:
-    for group in groups:
-        yield Sum(numbers, group)
+@computation
+def _add_up(numbers: Tensor, groups: Sequence[ProcessGroup]) -> Steps[Tensor]:
+    yield from sums_in_turn(numbers, groups)
     return numbers

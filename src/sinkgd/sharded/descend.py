@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels.backend import Backend, Descent, Matrices
 from sinkgd.kernels.two_halves import take_steps
 from sinkgd.sharded.add_up import agree
@@ -23,6 +24,7 @@ class OnMesh:
     def __init__(self, backend: Backend, places: Sequence[Place]) -> None:
         self.backend, self.places = backend, places
 
+    @computation
     def descend_(
         self,
         matrices: Matrices,
@@ -32,9 +34,9 @@ class OnMesh:
         step: float | Tensor,
         tol: float | None = None,
         overflow: Tensor | None = None,
-    ) -> Descent:
-        """Do what `Backend.descend_` does. A collective call, as `find_scales` is."""
-        found = self.solve(matrices, num_iters, tol=tol)
+    ) -> Steps[Descent]:
+        """Do what `Backend.descend_` does. A computation, as `find_scales` is."""
+        found: Descent = yield self.solve(matrices, num_iters, tol=tol)
         take_steps(
             self.backend,
             matrices,
@@ -46,12 +48,16 @@ class OnMesh:
         )
         return found
 
-    def solve(self, matrices: Matrices, num_iters: int, *, tol: float | None = None) -> Descent:
+    @computation
+    def solve(
+        self, matrices: Matrices, num_iters: int, *, tol: float | None = None
+    ) -> Steps[Descent]:
         """Find the scales, and write nothing; all ranks learn whether a gradient is finite."""
-        scales, flags = find_scales(
+        scales, flags = yield find_scales(
             matrices.grads, self.places, self.backend, num_iters, tol=tol, starts=matrices.starts
         )
         finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.owners])
         # Ranks that hold other matrices of a batch had no part in the sums.
-        finite = agree(finite, [self.places[own.start].batch_groups for own in matrices.owners])
+        others = [self.places[own.start].batch_groups for own in matrices.owners]
+        finite = yield agree(finite, others)
         return Descent(finite, scales)

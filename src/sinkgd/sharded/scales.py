@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation, sums_in_turn
 from sinkgd.kernels import Backend, Scales
 from sinkgd.kernels.eager import no_movement
 from sinkgd.kernels.level import scales_of
-from sinkgd.sharded.exchange import Asking, Sum, exchange
 from sinkgd.sharded.place import Place
 
 
@@ -34,6 +34,7 @@ class Found(NamedTuple):
     finite: Tensor  # (matrices,) bool: whether their gradients are finite on every rank
 
 
+@computation
 def find_scales(
     grads: Sequence[Tensor],
     places: Sequence[Place],
@@ -42,13 +43,13 @@ def find_scales(
     *,
     tol: float | None = None,
     starts: Sequence[Tensor | None] | None = None,
-) -> Found:
+) -> Steps[Found]:
     """Find the scales of matrices that lie in pieces.
 
-    A call is collective: every rank that holds a piece of a matrix must make it, with the same
-    matrices in the same order. It costs ``num_iters`` messages a process group, whatever the number
-    of matrices; one more where some shard rows over a group that shards columns of others, and no
-    order of the groups suits both.
+    A computation for `exchange`: every rank that holds a piece of a matrix must run it, with the
+    same matrices in the same order. It costs ``num_iters`` messages a process group, whatever the
+    number of matrices; one more where some shard rows over a group that shards columns of others,
+    and no order of the groups suits both.
 
     Args:
         grads: This rank's pieces, ``(..., m, n)``; some may be empty.
@@ -73,10 +74,7 @@ def find_scales(
         )
         for members in kinds.values()
     ]
-    # Row sums come first in an iteration.
-    order = [group for place in places for group in place.row_groups]
-    order += [group for place in places for group in place.col_groups]
-    results = exchange(computations, order)
+    results = yield computations
     by_place = {
         i: (scales, flag)
         for members, found in zip(kinds.values(), results, strict=True)
@@ -86,6 +84,7 @@ def find_scales(
     return Found([scales for scales, _ in pairs], torch.stack([flag for _, flag in pairs]))
 
 
+@computation
 def _iterate(
     grads: Sequence[Tensor],
     places: Sequence[Place],
@@ -93,7 +92,7 @@ def _iterate(
     backend: Backend,
     num_iters: int,
     tol: float | None,
-) -> Asking[Found]:
+) -> Steps[Found]:
     """Find the scales of matrices whose sums are added up over the same groups."""
     row_groups, col_groups = places[0].kind
     sums = backend.sums(grads)
@@ -108,16 +107,14 @@ def _iterate(
     moving = torch.ones_like(m, dtype=torch.bool)
     for number in range(num_iters):
         row_sums = torch.cat([sums.of_rows(c2), live_cols])
-        for group in row_groups:
-            yield Sum(row_sums, group)
+        yield from sums_in_turn(row_sums, row_groups, col_groups)
         row_sums, counted = torch.split(row_sums, [rows.length, len(m)])
         last, new = r2, _inverse(rows.spread(counted if number else n), row_sums)
         moved = rows.count(~((new >= low * last) & (new <= high * last)))
         r2 = new if tol is None else torch.where(rows.spread(moving), new, last)
         live_rows = rows.count((r2 != 0) + 0 * r2)  # not finite where a scale is not
         col_sums = torch.cat([sums.of_cols(r2), live_rows, moved])
-        for group in col_groups:
-            yield Sum(col_sums, group)
+        yield from sums_in_turn(col_sums, col_groups)
         col_sums, live_rows, moved = torch.split(col_sums, [cols.length, len(m), len(m)])
         settled = (moved == 0) & (tol is not None and number > 0)
         length = m if number == num_iters - 1 else torch.where(settled, m, live_rows)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sinkgd.sharded.exchange import Asking, Sum
+from sinkgd.exchange import Steps, computation, sums_in_turn
 from sinkgd.sharded.place import Place
 from sinkgd.tempered import tempering
 
@@ -26,9 +26,10 @@ def spread_of(place: Place) -> Spread:
     return Spread(place.row_groups, place.col_groups, (*place.row_groups, *place.col_groups))
 
 
+@computation
 def temper_piece(
     grad: Tensor, spread: Spread, tau: float, num_iters: int, *, eps: float
-) -> Asking[Tensor]:
+) -> Steps[Tensor]:
     """Temper this rank's piece of a gradient; a computation for `exchange`.
 
     Of a matrix it asks for ``num_iters`` vectors a group, one number a row or column of the piece,
@@ -40,8 +41,7 @@ def temper_piece(
         while True:
             groups: Groups = getattr(spread, sums.over)
             flat = sums.numbers.double().flatten()
-            for group in groups:
-                yield Sum(flat, group)
+            yield from sums_in_turn(flat, groups, spread.column if sums.over == "row" else ())
             whole = flat.view(sums.numbers.shape).to(sums.numbers.dtype)
             sums = steps.send(whole if groups else sums.numbers)
     except StopIteration as end:

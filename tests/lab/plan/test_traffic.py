@@ -143,15 +143,27 @@ def test_the_scratch_of_a_deflated_step_on_a_mesh_is_planned(backend, device, co
 
 
 def sent_by_a_deflated_step():
-    """Return what two ranks send, and what the plan counts."""
+    """Return what two ranks send in a step of the default recipe, and what the plan counts."""
     nine = replace(find_architecture("llama-9m"), num_layers=3)
+    grid = Grid(dp_shard=2)
+    rest = [weight for weight in weights_of(nine, grid) if not weight.is_matrix]
+    mesh = init_device_mesh("cpu", (2,))
+    params = []
+    for weight in rest:
+        params.append(nn.Parameter(_on(mesh, weight, [Shard(0)])))
+        params[-1].grad = _on(mesh, weight, [Shard(0)])
+
+    def make(matrices):
+        groups = [{"params": matrices}, {"params": params, "algorithm": "adamw", "lr": 1e-3}]
+        return sinkgd.SinkGD(groups, lr=1e-3, deflated_rank=15)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deflated, "MESH_VECTOR_BYTES", 1_500_000)
-        optimizer = step_on_a_mesh(nine, (1, 2, 1), MADE_BY["sinkgd"])
+        optimizer = step_on_a_mesh(nine, (1, 2, 1), make)
         with Sent() as sent:
             optimizer.step()
-        (planned,) = vectors(nine, Grid(dp_shard=2), find_method("sinkgd"))
-    return len(sent.calls), planned.count, sum(sent.calls), planned.bytes
+        (planned,) = vectors(nine, grid, find_method("sinkgd"))
+    return len(sent.calls), planned.count, sum(sent.calls), planned.bytes + 8 * len(rest)
 
 
 def test_two_ranks_that_deflate_send_what_the_plan_says():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkgd import sharded
+from sinkgd.exchange import run
 from sinkgd.optim.algorithms.contract import local, on_mesh
 
 _PIECE = 1 << 22  # entries
@@ -30,7 +31,7 @@ def joint_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(norms)
     squares = torch.stack(list(norms)).double().square()
     groups = [sharded.groups_of(param) if on_mesh(param) else () for param in params]
-    return sharded.add_up(squares, groups).sum().sqrt()
+    return run(sharded.add_up(squares, groups)).sum().sqrt()
 
 
 def clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Sums along rows and columns of matrices that may lie in pieces.
 
-A matrix that lies whole on this device needs no message, and torch.distributed is not imported.
+They are computations for `sinkgd.exchange`. A matrix that lies whole on this device needs no
+message, and torch.distributed is not imported.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels import Backend
 from sinkgd.optim.algorithms.parts import Part
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def over_columns(numbers: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+def over_columns(numbers: Sequence[Tensor], parts: Sequence[Part]) -> Computation[list[Tensor]]:
     """Add up what this rank found along its piece of each row, for whole rows.
 
     Args:
@@ -27,12 +29,13 @@ def over_columns(numbers: Sequence[Tensor], parts: Sequence[Part]) -> list[Tenso
     return _add_up(numbers, [part.place.row_groups if part.place else () for part in parts])
 
 
-def over_rows(numbers: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+def over_rows(numbers: Sequence[Tensor], parts: Sequence[Part]) -> Computation[list[Tensor]]:
     """Add up what this rank found along its piece of each column, for whole columns."""
     return _add_up(numbers, [part.place.col_groups if part.place else () for part in parts])
 
 
-def row_lengths(parts: Sequence[Part], backend: Backend) -> list[Tensor]:
+@computation
+def row_lengths(parts: Sequence[Part], backend: Backend) -> Steps[list[Tensor]]:
     """Return the l2 norm of every row that this rank holds a piece of: ``(..., m, 1)``, float64.
 
     One reading of the gradients; one message where columns are sharded.
@@ -42,12 +45,15 @@ def row_lengths(parts: Sequence[Part], backend: Backend) -> list[Tensor]:
     weights = torch.ones(columns, dtype=torch.float64, device=grads[0].device)
     squares = torch.split(backend.sums(grads).of_rows(weights), [prod(g.shape[:-1]) for g in grads])
     shaped = [own.view(*grad.shape[:-1], 1) for own, grad in zip(squares, grads, strict=True)]
-    return [total.sqrt() for total in over_columns(shaped, parts)]
+    totals = yield over_columns(shaped, parts)
+    return [total.sqrt() for total in totals]
 
 
-def _add_up(numbers: Sequence[Tensor], groups: Sequence[Sequence["ProcessGroup"]]) -> list[Tensor]:
+def _add_up(
+    numbers: Sequence[Tensor], groups: Sequence[Sequence["ProcessGroup"]]
+) -> Computation[list[Tensor]]:
     if not any(groups):
-        return list(numbers)
+        return immediate(list(numbers))
     from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
     return sharded.add_up_vectors(numbers, groups)

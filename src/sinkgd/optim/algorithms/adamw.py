@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from sinkgd.exchange import Computation, Steps, computation, immediate, run
 from sinkgd.optim.algorithms.contract import (
     Context,
     Group,
@@ -16,6 +17,7 @@ from sinkgd.optim.algorithms.contract import (
     are_finite,
     learning_rate,
     local,
+    on_mesh,
 )
 from sinkgd.optim.algorithms.layout import are_dense, lie_alike
 from sinkgd.optim.algorithms.parts import lying_as
@@ -48,9 +50,24 @@ class AdamW:
         """Make both moments, zero."""
         init_moments(state, param, fused=group["fused"])
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Look through the gradients, then update as torch does."""
-        finite = are_finite(slots)
+        if any(on_mesh(slot.param) for slot in slots):
+            return self._step_on_mesh(slots, group, context)
+        # torch's fused kernel breaks a compiled graph, which is better not done in `exchange`.
+        finite = run(are_finite(slots))
+        self._descend_(slots, finite, group, context)
+        return immediate(finite)
+
+    @computation
+    def _step_on_mesh(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
+        finite: Tensor = yield are_finite(slots)
+        self._descend_(slots, finite, group, context)
+        return finite
+
+    def _descend_(
+        self, slots: Sequence[Slot], finite: Tensor, group: Group, context: Context
+    ) -> None:
         flags = allowed(finite, context)
         states = [context.states[slot.param] for slot in slots]
         for slot, state in zip(slots, states, strict=True):
@@ -64,7 +81,6 @@ class AdamW:
             held_back=None if flags is None else ~flags.all(),
             grad_scale=context.loss_scale,
         )
-        return finite
 
 
 def check_adamw(param: Tensor, group: Group) -> None:

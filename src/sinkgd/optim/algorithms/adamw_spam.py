@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.optim.algorithms.adamw import descend_by_adamw_
 from sinkgd.optim.algorithms.contract import (
     Context,
@@ -83,14 +84,15 @@ class AdamWSpam:
         """Make both moments and the maximum of the second, zero."""
         begin(state, param, group, amsgrad=True)
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    @computation
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         """Take the norm of all gradients, then update one by one."""
-        finite = are_finite(slots)
+        finite: Tensor = yield are_finite(slots)
         flags = allowed(finite, context)
         for slot in slots:
             begin(context.states[slot.param], slot.param, group, amsgrad=True)
             reset_(context.states[slot.param], group)
-        norm = _joint_norm(slots, group, context)
+        norm = yield _joint_norm(slots, group, context)
         may_write = None if flags is None else flags.all()
         spike = _is_spike_(group[NORM_HISTORY], norm, group["spike_z"], may_write)
         # As torch.nn.utils.clip_grads_with_norm_.
@@ -119,7 +121,8 @@ def _gradient(slot: Slot, group: Group, context: Context) -> Tensor:
     return cut_spikes(grad, context.states[slot.param], group)
 
 
-def _joint_norm(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+@computation
+def _joint_norm(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
     """Return the l2 norm of all gradients, 0-dim float64, the same on all ranks."""
     squares = torch.stack(
         [
@@ -131,7 +134,7 @@ def _joint_norm(slots: Sequence[Slot], group: Group, context: Context) -> Tensor
         from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
         groups = [sharded.groups_of(x.grad) if on_mesh(x.grad) else () for x in slots]
-        squares = sharded.add_up(squares, groups)
+        squares = yield sharded.add_up(squares, groups)
     return squares.sum().sqrt()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sinkgd import kernels
+from sinkgd.exchange import Computation, Steps, computation
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -34,6 +35,7 @@ class Context(NamedTuple):
     states: MutableMapping[Tensor, dict[str, Any]]  # Optimizer.state; an entry is made when used
     loss_scale: Tensor | None = None  # 0-dim: the gradients are still multiplied by it
     overflow: Tensor | None = None  # 0-dim bool, on an accelerator: nothing may be written
+    sharers: int = 1  # groups on a mesh that need scratch in this step, and share what there is
 
 
 class Algorithm(Protocol):
@@ -52,8 +54,10 @@ class Algorithm(Protocol):
         """Make the state that a first step would, as it is before that step."""
         ...
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Update the parameters of ``slots``, of one group and on one device.
+
+        A computation for `sinkgd.exchange`: all groups of a step run side by side.
 
         Returns:
             ``(slots,)`` bool, on their device: whether the gradient of each is finite throughout.
@@ -111,21 +115,24 @@ def check_whole(name: str, param: Tensor, needs: str) -> None:
         )
 
 
+@computation
 def step_by(
     kind_of: Callable[[Slot], Kind],
     slots: Sequence[Slot],
-    step: Callable[[Kind, list[Slot]], Tensor],
-) -> Tensor:
-    """Take the step of the slots of each kind, and return the flags of all, as they are."""
+    step: Callable[[Kind, list[Slot]], Computation[Tensor]],
+) -> Steps[Tensor]:
+    """Take the steps of the slots of each kind, and return the flags of all, as they are."""
     places: dict[Kind, list[int]] = {}
     for i, slot in enumerate(slots):
         places.setdefault(kind_of(slot), []).append(i)
-    steps = {kind: step(kind, [slots[i] for i in own]) for kind, own in places.items()}
-    if len(steps) == 1:
-        return next(iter(steps.values()))
+    found: list[Tensor] = yield [
+        step(kind, [slots[i] for i in own]) for kind, own in places.items()
+    ]
+    if len(found) == 1:
+        return found[0]
     flags: dict[int, Tensor] = {}
-    for kind, own in places.items():
-        flags.update(zip(own, steps[kind].unbind(), strict=True))
+    for own, finite in zip(places.values(), found, strict=True):
+        flags.update(zip(own, finite.unbind(), strict=True))
     return torch.stack([flags[i] for i in range(len(slots))])
 
 
@@ -149,40 +156,43 @@ def descent(group: Group) -> float | Tensor:
     return lr if group["maximize"] else -lr
 
 
-def are_finite(slots: Sequence[Slot]) -> Tensor:
+@computation
+def are_finite(slots: Sequence[Slot]) -> Steps[Tensor]:
     """Return ``(slots,)`` bool: whether every entry of each gradient is finite, on all ranks."""
     if (known := known_flags(slots)) is not None:
         return known
-    all_grads = [slot.grad for slot in slots]
-    grads = [local(grad) for grad in all_grads]
-    flags = torch.ones(len(slots), dtype=torch.bool, device=grads[0].device)
-    full = [i for i, grad in enumerate(grads) if grad.numel() > 0]  # a rank may hold nothing
-    if full:
-        backend = kernels.select("auto", grads[0].device)
-        found = backend.are_finite([grads[i] for i in full])
-        flags = (
-            found
-            if len(full) == len(slots)
-            else flags.index_copy(
-                0, torch.tensor(full, dtype=torch.int64, device=flags.device), found
-            )
-        )
-    if not any(on_mesh(grad) for grad in all_grads):
-        return flags
-    from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
+    flags = _are_finite_here(slots)
+    if any(on_mesh(slot.grad) for slot in slots):
+        from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
-    groups = [sharded.groups_of(grad) if on_mesh(grad) else () for grad in all_grads]
-    return sharded.agree(flags, groups)
+        grads = [slot.grad for slot in slots]
+        groups = [sharded.groups_of(grad) if on_mesh(grad) else () for grad in grads]
+        flags = yield sharded.agree(flags, groups)
+    return flags
 
 
-def are_zero(grads: Sequence[Tensor]) -> bool:
+def _are_finite_here(slots: Sequence[Slot]) -> Tensor:
+    grads = [local(slot.grad) for slot in slots]
+    held = [grad for grad in grads if grad.numel() > 0]  # a rank may hold nothing
+    if not held:
+        return torch.ones(len(grads), dtype=torch.bool, device=grads[0].device)
+    found = kernels.select("auto", held[0].device).are_finite(held)
+    if len(held) == len(grads):
+        return found
+    flags, true = iter(found.unbind()), torch.ones_like(found[0])
+    return torch.stack([next(flags) if grad.numel() > 0 else true for grad in grads])
+
+
+@computation
+def are_zero(grads: Sequence[Tensor]) -> Steps[bool]:
     """Whether every entry of all gradients is zero, on all ranks. Waits for their device."""
     device = grads[0].device
     flags = torch.stack([~local(grad).any().to(device) for grad in grads])
     if any(on_mesh(grad) for grad in grads):
         from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
-        flags = sharded.agree(flags, [sharded.groups_of(x) if on_mesh(x) else () for x in grads])
+        groups = [sharded.groups_of(x) if on_mesh(x) else () for x in grads]
+        flags = yield sharded.agree(flags, groups)
     return bool(flags.all())
 
 

@@ -24,11 +24,12 @@ from sinkgd.deflation import (
     find_packed_leading,
     fixed_block,
 )
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
 from sinkgd.kernels.products import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.optim.algorithms.across import over_columns, over_rows
-from sinkgd.optim.algorithms.contract import Group, Slot, local, most_held_shape, on_mesh
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, local, most_held_shape, on_mesh
 from sinkgd.optim.algorithms.few_at_a_time import MESH_VECTOR_BYTES, SCRATCH_BYTES, cut
 from sinkgd.optim.algorithms.layout import dims_of, rows_then_columns
 from sinkgd.optim.algorithms.parts import Part, spread_columns
@@ -51,14 +52,17 @@ def check_deflation(group: Group) -> None:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
 
 
-def deflation_runs(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[slice]:
+def deflation_runs(
+    slots: Sequence[Slot], owners: Sequence[range], group: Group, context: Context
+) -> list[slice]:
     """Return which parameters on a mesh are deflated together: all ranks return the same."""
-    return mesh_runs([_held(slot, own, group) for slot, own in zip(slots, owners, strict=True)])
+    sizes = [_held(slot, own, group) for slot, own in zip(slots, owners, strict=True)]
+    return mesh_runs(sizes, sharers=context.sharers)
 
 
-def mesh_runs(sizes: Sequence[int]) -> list[slice]:
+def mesh_runs(sizes: Sequence[int], *, sharers: int = 1) -> list[slice]:
     """Cut parameters on a mesh, which need so many bytes at once, into runs to deflate together."""
-    return cut(sizes, MESH_VECTOR_BYTES)
+    return cut(sizes, MESH_VECTOR_BYTES // sharers)
 
 
 def vector_bytes(rows: int, cols: int, rank: int) -> int:
@@ -154,7 +158,8 @@ class Deflating(NamedTuple):
     scales: Sequence[Scales]  # for which ``row * grad * col`` is normalized
 
 
-def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Deflated:
+@computation
+def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Steps[Deflated]:
     """Return scales of deflated updates, of root-mean-square 1.
 
     Args:
@@ -166,9 +171,9 @@ def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Deflated:
         found = _deflate_packed(some, backend, group)
         if found is not None:
             return found
-    return _deflate_stacks(
-        some.parts, some.scales, blocks_of(some.slots, some.owners, group), backend
-    )
+    blocks = blocks_of(some.slots, some.owners, group)
+    deflated: Deflated = yield _deflate_stacks(some.parts, some.scales, blocks, backend)
+    return deflated
 
 
 def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated | None:
@@ -217,19 +222,20 @@ def _lowered_packed(
     return lowered, products.all_by_tensor(numbers.isfinite())
 
 
+@computation
 def _deflate_stacks(
     parts: Sequence[Part],
     scales: Sequence[Scales],
     blocks: Sequence[Tensor],
     backend: Backend,
-) -> Deflated:
+) -> Steps[Deflated]:
     """Deflate matrices that may lie in pieces, those that lie alike together."""
     found: list[Scales | Lowered] = [*scales]
     finite = [torch.ones((), dtype=torch.bool, device=parts[0].grad.device)] * len(parts)
     stacks = _alike(parts)
     firsts = [parts[own[0]] for own in stacks]
     is_whole = not any(part.place and part.place.row_groups for part in firsts)
-    directions = find_leading(
+    directions = yield find_leading(
         _products(
             backend,
             [Stack([parts[i].grad for i in own], [scales[i] for i in own]) for own in stacks],

@@ -4,28 +4,59 @@ On a mesh every run of parameters sends messages of its own. So what needs a cop
 between two messages makes it again, for a few at a time, and runs are cut by what must be kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sinkgd.optim.algorithms.contract import Slot, most_held, on_mesh
+from sinkgd.exchange import Computation, Steps, computation
+from sinkgd.optim.algorithms.contract import Context, Group, Slot, most_held, on_mesh
+
+Some = TypeVar("Some")
 
 # Beside weights and gradients; a larger parameter goes by itself. Not measured.
 SCRATCH_BYTES = 64 << 20
 # On a mesh, where every time costs messages of its own: copies of gradients, and vectors alone.
+# Groups that step side by side share them.
 MESH_SCRATCH_BYTES = 256 << 20
 MESH_VECTOR_BYTES = 128 << 20
 
 
-def few_at_a_time(slots: Sequence[Slot], step: Callable[[Sequence[Slot]], Tensor]) -> Tensor:
+def few_at_a_time(
+    slots: Sequence[Slot],
+    step: Callable[[Sequence[Slot]], Computation[Tensor]],
+    context: Context,
+) -> Computation[Tensor]:
     """Take a step of some slots after the other, and return the flags of all.
 
     All ranks of a mesh take the same ones together, whatever they hold of them.
     """
-    limit = MESH_SCRATCH_BYTES if any(on_mesh(slot.param) for slot in slots) else SCRATCH_BYTES
+    are_on_mesh = any(on_mesh(slot.param) for slot in slots)
+    limit = MESH_SCRATCH_BYTES // context.sharers if are_on_mesh else SCRATCH_BYTES
     runs = cut([4 * most_held(slot.param) for slot in slots], limit)
-    return torch.cat([step(slots[run]) for run in runs])
+    return in_turn([slots[run] for run in runs], step)
+
+
+def count_sharers(groups: Iterable[tuple[Group, Sequence[Slot]]]) -> int:
+    """Return how many groups on a mesh need scratch for every parameter, or 1 if none does."""
+    sharers = [
+        group
+        for group, slots in groups
+        if group.get("deflated_rank") or group.get("nesterov") or group.get("tiny_rows") == "mask"
+        if any(on_mesh(slot.param) for slot in slots)
+    ]
+    return max(1, len(sharers))
+
+
+@computation
+def in_turn(runs: Iterable[Some], step: Callable[[Some], Computation[Tensor]]) -> Steps[Tensor]:
+    """Take one step after the other, and return the flags of all."""
+    flags: list[Tensor] = []
+    for run in runs:
+        found = yield step(run)
+        flags += [found]
+    return torch.cat(flags)
 
 
 def cut(sizes: Sequence[int], limit: int) -> list[slice]:

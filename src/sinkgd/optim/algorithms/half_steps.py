@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend
 from sinkgd.optim.algorithms.across import over_rows, row_lengths
 from sinkgd.optim.algorithms.contract import Group
@@ -40,7 +41,8 @@ def has_half_step_more(group: Group) -> bool:
     return bool(group["first"] == group["last"])
 
 
-def starts_after_half_step(parts: Sequence[Part], backend: Backend) -> list[Tensor]:
+@computation
+def starts_after_half_step(parts: Sequence[Part], backend: Backend) -> Steps[list[Tensor]]:
     """Return column scales ``(..., 1, n)`` that bring the columns of each part to one length.
 
     The largest is at most 1 and at least 1/√n, as `Backend.scales` wants them. Columns that are
@@ -48,8 +50,8 @@ def starts_after_half_step(parts: Sequence[Part], backend: Backend) -> list[Tens
     gradients, and one message a process group.
     """
     turned = [part.turned() for part in parts]
-    lengths = row_lengths(turned, backend)  # (..., n, 1)
-    sums = over_rows([_squares_and_inverse_squares(own) for own in lengths], turned)
+    lengths = yield row_lengths(turned, backend)  # (..., n, 1)
+    sums = yield over_rows([_squares_and_inverse_squares(own) for own in lengths], turned)
     starts = []
     for part, length, own in zip(parts, lengths, sums, strict=True):
         total, inverse = own[..., :1].sqrt(), own[..., 1:].rsqrt()  # the second near the shortest

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.eager import descend_
 from sinkgd.optim.algorithms.contract import (
     Algorithm,
@@ -75,17 +76,18 @@ class WithMomentum:
         if group["momentum"]:
             _buffer(state, param.detach())
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Step as the algorithm inside does, with momentum before or after it."""
         if not group["momentum"]:
             return self._inner.step(slots, group, context)
         take = self._before if group["momentum_place"] == "before" else self._after
         if not group["nesterov"]:
             return take(slots, group, context)
-        return few_at_a_time(slots, lambda own: take(own, group, context))
+        return few_at_a_time(slots, lambda own: take(own, group, context), context)
 
-    def _before(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
-        finite = are_finite(slots)
+    @computation
+    def _before(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
+        finite: Tensor = yield are_finite(slots)
         flags = allowed(finite, context)
         directed = []
         for i, slot in enumerate(slots):
@@ -99,13 +101,16 @@ class WithMomentum:
             directed.append(
                 slot._replace(grad=buffer, finite=finite[i], is_scratch=bool(group["nesterov"]))
             )
-        return self._inner.step(directed, group, context._replace(loss_scale=None))
+        inner = self._inner.step(directed, group, context._replace(loss_scale=None))
+        taken: Tensor = yield inner
+        return taken
 
-    def _after(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    @computation
+    def _after(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         states, mu = context.states, group["momentum"]
         buffers = [_buffer(states[slot.param], slot.param) for slot in slots]
         before = [local(b).clone() for b in buffers] if group["nesterov"] else None
-        finite = self._inner.step(
+        finite: Tensor = yield self._inner.step(
             [slot._replace(param=b) for slot, b in zip(slots, buffers, strict=True)],
             # It then sets B to (1 − lr) B + lr X.
             {**group, "lr": 1 - mu, "weight_decay": 1.0, "maximize": True, "rounding": "nearest"},

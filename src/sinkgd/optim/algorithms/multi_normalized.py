@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.eager import descend_
 from sinkgd.multi_normalize import check_num_iters, take_turns
 from sinkgd.norms import Norm, RowNorm, SpectralNorm
@@ -70,19 +71,20 @@ class MultiNormalized:
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """There is none."""
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Step along matrices in pieces, and along those that lie whole on this device."""
 
-        def take(are_in_pieces: bool, own: list[Slot]) -> Tensor:
+        def take(are_in_pieces: bool, own: list[Slot]) -> "Computation[Tensor]":
             if are_in_pieces:
                 return step_in_pieces(own, self.norms(group), group, context)
             return self._step_whole(own, group, context)
 
         return step_by(lambda slot: in_pieces(slot.param), slots, take)
 
-    def _step_whole(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    @computation
+    def _step_whole(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         """Look through the gradients; then normalize and write batch by batch."""
-        finite = are_finite(slots)
+        finite: Tensor = yield are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
         here = [slot._replace(param=local(slot.param), grad=local(slot.grad)) for slot in slots]
         for batch in batches(here, layout=group["layout"], split=group["split"]):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels.eager import descend_
 from sinkgd.norms import FrobeniusNorm
 from sinkgd.optim.algorithms.contract import (
@@ -37,11 +38,12 @@ class Normalize:
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """There is none."""
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    @computation
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         """Normalize and update one by one. The update has no scale, so that of the loss is none."""
-        finite = are_finite(slots)
+        finite: Tensor = yield are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
-        lengths = _lengths_on_mesh(slots)
+        lengths = yield _lengths_on_mesh(slots)
         for i, slot in enumerate(slots):
             grad = local(slot.grad)
             grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -60,7 +62,8 @@ class Normalize:
         return finite
 
 
-def _lengths_on_mesh(slots: Sequence[Slot]) -> dict[int, Tensor]:
+@computation
+def _lengths_on_mesh(slots: Sequence[Slot]) -> Steps[dict[int, Tensor]]:
     """Return the root-mean-square of gradients that lie in pieces, float64, by their slot."""
     on_meshes = {i: slot.grad for i, slot in enumerate(slots) if on_mesh(slot.grad)}
     if not on_meshes:
@@ -69,6 +72,6 @@ def _lengths_on_mesh(slots: Sequence[Slot]) -> dict[int, Tensor]:
 
     grads = list(on_meshes.values())
     squares = torch.stack([local(grad).double().square().sum() for grad in grads])
-    total = sharded.add_up(squares, [sharded.groups_of(grad) for grad in grads])
+    total = yield sharded.add_up(squares, [sharded.groups_of(grad) for grad in grads])
     sizes = torch.tensor([grad.numel() for grad in grads], dtype=torch.int64, device=total.device)
     return dict(zip(on_meshes, (total / sizes).sqrt().unbind(), strict=True))

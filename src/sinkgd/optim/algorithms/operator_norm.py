@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
 from sinkgd.optim.algorithms.across import over_columns, over_rows
 from sinkgd.optim.algorithms.contract import Group, local
@@ -92,9 +93,10 @@ class Pinned(NamedTuple):
     finite: list[Tensor]  # 0-dim bool each: whether the estimates are finite; equal on all ranks
 
 
+@computation
 def pin(
     parts: Sequence[Part], scales: Sequence[Scales], vectors: Sequence[Tensor], group: Group
-) -> Pinned:
+) -> Steps[Pinned]:
     """Bring the operator norm of each update to 1, or to √(m/n).
 
     The estimate is at least the length that the last half step gave to every row or column that
@@ -109,13 +111,14 @@ def pin(
     wide = [Scales(row.double(), col.double()) for row, col in scales]
     every = list(zip(parts, wide, vectors, strict=True))
     u = [s.row * _product(part.grad, (s.col * v).mT) for part, s, v in every]
-    u = over_columns(u, parts)
+    u = yield over_columns(u, parts)
     w = [s.col * _product(p.grad.mT, s.row * x).mT for (p, s, _), x in zip(every, u, strict=True)]
     # One message for both.
     squares = [x.square().sum(-2, keepdim=True) for x in u]
-    both = over_rows([torch.cat([x, y], dim=-1) for x, y in zip(w, squares, strict=True)], parts)
+    joined = [torch.cat([x, y], dim=-1) for x, y in zip(w, squares, strict=True)]
+    both = yield over_rows(joined, parts)
     w, u_squares = [x[..., :-1] for x in both], [x[..., -1:] for x in both]
-    w_squares = over_columns([x.square().sum(-1, keepdim=True) for x in w], parts)
+    w_squares = yield over_columns([x.square().sum(-1, keepdim=True) for x in w], parts)
 
     pinned, kept, finite = [], [], []
     for i, (part, scale, v) in enumerate(every):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels.eager import descend_
 from sinkgd.optim.algorithms.adamw import check_averages
 from sinkgd.optim.algorithms.contract import (
@@ -77,11 +78,12 @@ class Sage:
         # 1 - β₂ to the number of steps
         state["weight_seen"] = torch.zeros((), dtype=torch.float32, device=device)
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    @computation
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         """Look through the gradients; then damp and write one by one."""
         grads = [_gradient(slot, context) for slot in slots]
-        sizes = _mean_sizes(slots, grads)
-        finite = are_finite(slots)
+        sizes = yield _mean_sizes(slots, grads)
+        finite: Tensor = yield are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
         for slot in slots:
             self.init_state(slot.param, group, context.states[slot.param])
@@ -142,7 +144,8 @@ def _dampers(
     return dampers
 
 
-def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> list[Tensor]:
+@computation
+def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> Steps[list[Tensor]]:
     """Return s of each parameter; rows of other ranks cost one message a process group."""
     sums = [
         grad.abs().flatten(0, -2).sum(0, dtype=torch.float64) if grad.ndim > 1 else grad.abs()
@@ -152,7 +155,7 @@ def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> list[Tensor]:
         from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
         groups = [sharded.groups_of(s.param) if on_mesh(s.param) else () for s in slots]
-        sums = sharded.add_up_vectors([own.double() for own in sums], groups)
+        sums = yield sharded.add_up_vectors([own.double() for own in sums], groups)
     rows = [slot.param.numel() // slot.param.shape[-1] for slot in slots]
     return [
         (own / count).to(grad.dtype) for own, count, grad in zip(sums, rows, grads, strict=True)

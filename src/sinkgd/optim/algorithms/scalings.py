@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sinkgd import kernels
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels.level import scales_of
 from sinkgd.kernels.two_halves import take_steps
 from sinkgd.norms import ColumnNorm, FrobeniusNorm, Norm, RowNorm, SignNorm
@@ -33,17 +34,18 @@ def are_scalings(norms: Sequence[Norm]) -> bool:
     return all(type(norm) in _SCALINGS for norm in norms)
 
 
+@computation
 def step_in_pieces(
     slots: Sequence[Slot], norms: Sequence[Norm], group: Group, context: Context
-) -> Tensor:
+) -> Steps[Tensor]:
     """Look through the gradients of parameters on a mesh; then scale and write all at once."""
     backend = kernels.select("auto", slots[0].param.device)
-    finite = are_finite(slots)
+    finite: Tensor = yield are_finite(slots)
     parts, owners = parts_of(slots, layout=group["layout"], split=group["split"])
     turns = _Turns(parts, backend)
     for _ in range(group["num_iters"]):
         for norm in norms:
-            turns.project(norm)
+            yield turns.project(norm)
     matrices = kernels.Matrices(
         params=[part.param for part in parts],
         grads=turns.grads,
@@ -75,22 +77,23 @@ class _Turns:
         self.r2 = [_ones(*grad.shape[:-1], 1, like=grad) for grad in grads]
         self.c2 = [_ones(*grad.shape[:-2], 1, grad.shape[-1], like=grad) for grad in grads]
 
-    def project(self, norm: Norm) -> None:
+    @computation
+    def project(self, norm: Norm) -> Steps[None]:
         """Project on one of `are_scalings`. Zero rows and columns stay zero."""
         shapes = [part.shape for part in self.parts]
         if isinstance(norm, SignNorm):
             self._begin([grad.sign() for grad in self.grads])
         elif isinstance(norm, RowNorm):
-            sums = over_columns(self._row_sums(), self.parts)
+            sums = yield over_columns(self._row_sums(), self.parts)
             self.r2 = [_quotient(n, own) for (_, n), own in zip(shapes, sums, strict=True)]
         elif isinstance(norm, ColumnNorm):
             weights = torch.cat([r2.flatten() for r2 in self.r2])
-            sums = over_rows(_split(self._sums.of_cols(weights), self.c2), self.parts)
+            sums = yield over_rows(_split(self._sums.of_cols(weights), self.c2), self.parts)
             self.c2 = [_quotient(m, own) for (m, _), own in zip(shapes, sums, strict=True)]
         else:
             own = [r2 * s for r2, s in zip(self.r2, self._row_sums(), strict=True)]
-            totals = over_columns([x.sum(-2, keepdim=True) for x in own], self.parts)
-            totals = over_rows(totals, self.parts)
+            totals = yield over_columns([x.sum(-2, keepdim=True) for x in own], self.parts)
+            totals = yield over_rows(totals, self.parts)
             self.r2 = [
                 r2 * _quotient(m * n, total)
                 for r2, (m, n), total in zip(self.r2, shapes, totals, strict=True)

@@ -5,14 +5,14 @@ References:
     Algorithm 4. https://arxiv.org/abs/2502.06742
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sinkgd import kernels
+from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.multi_normalize import check_num_iters, check_tol
 from sinkgd.optim.algorithms.contract import (
     Context,
@@ -88,22 +88,23 @@ class Sinkhorn:
         if group["operator_norm"]:
             init_vectors(state, slot.param, group["layout"], len(parts))
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Descend along all matrices at once. Their updates do not depend on the loss's scale."""
         in_stages = asks_for_stages(group) or known_flags(slots) is not None
         step = step_in_stages if in_stages else _step
         masks = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
 
-        def take(are_on_mesh: bool, own: Sequence[Slot]) -> Tensor:
+        def take(are_on_mesh: bool, own: Sequence[Slot]) -> "Computation[Tensor]":
             # Deflation may cut its runs itself, after the scales of all are known.
             if masks or (group["deflated_rank"] and not are_on_mesh and not cuts_runs(own, group)):
-                return few_at_a_time(own, lambda some: step(some, group, context))
+                return few_at_a_time(own, lambda some: step(some, group, context), context)
             return step(own, group, context)
 
         return step_by(lambda slot: on_mesh(slot.param), slots, take)
 
 
-def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+@computation
+def _step(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
     """Step along parameters of which all or none lie on a mesh."""
     parts, owners = parts_of(slots, layout=group["layout"], split=group["split"])
     matrices = kernels.Matrices(
@@ -116,28 +117,27 @@ def _step(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
         matrices = matrices._replace(
             starts=starts_of_slots(slots, matrices.grads, owners, group, context)
         )
-    found = _descend_(slots[0].param.device, parts, group)(
-        matrices,
-        group["sinkhorn_iterations"],
-        keep=decay(group),
-        step=descent(group),
-        tol=group["tol"],
-        overflow=context.overflow,
-    )
+    found: kernels.Descent = yield _descend_(matrices, parts, group, context)
     if group["warm_start"]:
         keep_starts_of_slots(slots, owners, found, group, context)
-    finite: Tensor = found.finite
-    return finite
+    return found.finite
 
 
 def _descend_(
-    device: torch.device, parts: Sequence[Part], group: Group
-) -> Callable[..., kernels.Descent]:
-    """Return what takes the step of matrices: a backend, or ranks together."""
-    backend = kernels.select(group["backend"], device)
+    matrices: kernels.Matrices, parts: Sequence[Part], group: Group, context: Context
+) -> Computation[kernels.Descent]:
+    """Take the step of matrices, by a backend or by ranks together."""
+    backend = kernels.select(group["backend"], matrices.params[0].device)
+    num_iters = group["sinkhorn_iterations"]
+    options = {
+        "keep": decay(group),
+        "step": descent(group),
+        "tol": group["tol"],
+        "overflow": context.overflow,
+    }
     places = [part.place for part in parts if part.place is not None]
     if not places:
-        return backend.descend_
+        return immediate(backend.descend_(matrices, num_iters, **options))
     from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
-    return sharded.OnMesh(backend, places).descend_
+    return sharded.OnMesh(backend, places).descend_(matrices, num_iters, **options)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.optim.algorithms.adamw import descend_by_adamw_
 from sinkgd.optim.algorithms.contract import Context, Group, Slot, allowed, are_finite, local
 from sinkgd.optim.algorithms.resets import (
@@ -39,9 +40,10 @@ class Spam:
         """Make both moments, zero."""
         begin(state, param, group)
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    @computation
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         """Look through the gradients; then cut the spikes of each and update as torch does."""
-        finite = are_finite(slots)
+        finite: Tensor = yield are_finite(slots)
         flags = allowed(finite, context)
         for i, slot in enumerate(slots):
             state = context.states[slot.param]

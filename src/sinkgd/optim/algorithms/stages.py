@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from sinkgd import kernels
+from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels.two_halves import by_owner, finite_of, take_steps
 from sinkgd.optim.algorithms.contract import (
     Context,
@@ -33,7 +33,7 @@ from sinkgd.optim.algorithms.deflated import (
     deflation_runs,
     with_scales_alone,
 )
-from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut
+from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut, in_turn
 from sinkgd.optim.algorithms.half_steps import (
     HALF_STEP_OPTIONS,
     check_half_steps,
@@ -90,24 +90,27 @@ def cuts_runs(slots: Sequence[Slot], group: Group) -> bool:
     return packs and group["operator_norm"] is None  # what is pinned is copied
 
 
-def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+@computation
+def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
     """Step along parameters of which all or none lie on a mesh."""
     backend = kernels.select(group["backend"], slots[0].param.device)
     parts, owners = parts_of(slots, layout=group["layout"], split=group["split"])
     if group["tiny_rows"] == "mask":
         in_place = all(slot.is_scratch for slot in slots)
-        parts = without_tiny_rows(parts, group["tiny_row_threshold"], backend, in_place=in_place)
+        threshold = group["tiny_row_threshold"]
+        parts = yield without_tiny_rows(parts, threshold, backend, in_place=in_place)
     is_turned = group["last"] == "row"
     seen = [part.turned() for part in parts] if is_turned else parts
     keys = keys_of_parts(slots, parts, owners, group)
     matrices = kernels.Matrices([x.param for x in seen], [x.grad for x in seen], owners, keys=keys)
     if has_half_step_more(group):
-        matrices = matrices._replace(starts=starts_after_half_step(seen, backend))
+        starts = yield starts_after_half_step(seen, backend)
+        matrices = matrices._replace(starts=starts)
     elif group["warm_start"]:
         matrices = matrices._replace(
             starts=starts_of_slots(slots, matrices.grads, owners, group, context)
         )
-    found = _solve(matrices, seen, backend, group)
+    found: kernels.Descent = yield _solve(matrices, seen, backend, group)
     if (known := known_flags(slots)) is not None:
         found = found._replace(finite=found.finite & known)
     if group["warm_start"]:
@@ -116,9 +119,13 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ten
     scales = [own.mT for own in found.scales] if is_turned else list(found.scales)
     solved = _Solved(slots, parts, owners, scales, found.finite, keys)
     if not group["deflated_rank"] or not cuts_runs(slots, group):
-        return _update(solved, backend, group, context)
-    runs = deflation_runs(slots, owners, group)
-    return torch.cat([_update(solved.run(run), backend, group, context) for run in runs])
+        runs = [slice(len(slots))]
+    else:
+        runs = deflation_runs(slots, owners, group, context)
+    taken: Tensor = yield in_turn(
+        runs, lambda run: _update(solved.run(run), backend, group, context)
+    )
+    return taken
 
 
 class _Solved(NamedTuple, Generic[Known]):
@@ -145,27 +152,30 @@ class _Solved(NamedTuple, Generic[Known]):
         )
 
 
+@computation
 def _update(
     solved: _Solved[kernels.Scales], backend: kernels.Backend, group: Group, context: Context
-) -> Tensor:
+) -> Steps[Tensor]:
     """Take the stages after the scales, and say of which parameters all was finite."""
     slots, parts, owners, scales, finite, keys = solved
     lowered: Sequence[kernels.Scales | kernels.Lowered] = scales
     if group["deflated_rank"]:
-        lowered, flags = deflate_parts(Deflating(slots, owners, parts, scales), backend, group)
+        some = Deflating(slots, owners, parts, scales)
+        lowered, flags = yield deflate_parts(some, backend, group)
         finite = finite & by_owner(flags, owners)
     if group["operator_norm"] is not None:
         parts, scales = with_scales_alone(parts, lowered)
-        found = _pinned(slots, parts, owners, kernels.Descent(finite, scales), group, context)
+        known = kernels.Descent(finite, scales)
+        found = yield _pinned(slots, parts, owners, known, group, context)
         finite, lowered = found.finite, found.scales
-    known = _Solved(slots, parts, owners, lowered, finite, keys)
+    ready = _Solved(slots, parts, owners, lowered, finite, keys)
     runs = [slice(len(slots))]
     if any(isinstance(own, kernels.Lowered) and own.factor is None for own in lowered):
         # A run may be longer than this; a backend may copy what is deflated.
         sizes = [4 * sum(parts[i].grad.numel() for i in own) for own in owners]
         runs = cut(sizes, SCRATCH_BYTES)
     for run in runs:
-        _write(known.run(run), backend, group, context)
+        _write(ready.run(run), backend, group, context)
     return finite
 
 
@@ -192,7 +202,7 @@ def _write(
 
 def _solve(
     matrices: kernels.Matrices, parts: Sequence[Part], backend: kernels.Backend, group: Group
-) -> kernels.Descent:
+) -> Computation[kernels.Descent]:
     num_iters, tol = group["sinkhorn_iterations"], group["tol"]
     places = [part.place for part in parts if part.place is not None]
     if places:
@@ -200,9 +210,10 @@ def _solve(
 
         return sharded.OnMesh(backend, places).solve(matrices, num_iters, tol=tol)
     scales = backend.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
-    return kernels.Descent(finite_of(scales, matrices.owners), scales)
+    return immediate(kernels.Descent(finite_of(scales, matrices.owners), scales))
 
 
+@computation
 def _pinned(
     slots: Sequence[Slot],
     parts: Sequence[Part],
@@ -210,13 +221,13 @@ def _pinned(
     found: kernels.Descent,
     group: Group,
     context: Context,
-) -> kernels.Descent:
+) -> Steps[kernels.Descent]:
     """Bring the updates to the operator norm that is asked for, and keep the vectors of it."""
     layout = group["layout"]
     vectors: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):
         vectors += vectors_of(context.states[slot.param], slot.param, layout, len(own))
-    pinned = pin(parts, found.scales, vectors, group)
+    pinned = yield pin(parts, found.scales, vectors, group)
     finite = found.finite & by_owner(pinned.finite, owners)
     flags = allowed(finite, context)
     for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):

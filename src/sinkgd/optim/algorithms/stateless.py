@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sinkgd.exchange import Computation
 from sinkgd.optim.algorithms.contract import Algorithm, Context, Group, Slot, step_by
 from sinkgd.optim.algorithms.normalize import Normalize
 from sinkgd.optim.algorithms.sinkhorn import Sinkhorn
@@ -29,7 +30,7 @@ class Stateless:
         if param.ndim >= 2:
             self._matrices.init_state(param, group, state)
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Update matrices and vectors, each by its own rule."""
 
         def rule_of(slot: Slot) -> Algorithm:

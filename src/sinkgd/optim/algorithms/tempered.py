@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels.eager import descend_
 from sinkgd.optim.algorithms.contract import (
     Context,
@@ -25,7 +26,7 @@ from sinkgd.optim.algorithms.rounding import ROUNDING_OPTIONS, check_rounding, d
 from sinkgd.tempered import EPS, NUM_ITERS, TAU, check_tempering, temper
 
 if TYPE_CHECKING:
-    from sinkgd.sharded import Asking, Spread
+    from sinkgd.sharded import Spread
 
 
 class Tempered:
@@ -57,9 +58,10 @@ class Tempered:
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """There is none."""
 
-    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Tensor:
+    @computation
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         """Look through the gradients; then temper and write, those on a mesh side by side."""
-        finite = are_finite(slots)
+        finite: Tensor = yield are_finite(slots)
         flags, keys = allowed(finite, context), draw_keys(slots, group)
 
         def write_(i: int, part: Part, update: Tensor) -> None:
@@ -81,20 +83,21 @@ class Tempered:
                     wide = _unscaled(part.grad, context)
                     write_(i, part, temper(wide, group["tau"], group["n_iter"], eps=group["eps"]))
         if in_pieces:
-            _step_in_pieces(slots, in_pieces, group, context, write_)
+            yield _step_in_pieces(slots, in_pieces, group, context, write_)
         return finite
 
 
+@computation
 def _step_in_pieces(
     slots: Sequence[Slot],
     parts: Sequence[tuple[int, Part]],
     group: Group,
     context: Context,
     write_: Callable[[int, Part, Tensor], None],
-) -> None:
+) -> Steps[None]:
     """Temper pieces of matrices and vectors together with the ranks that hold the others.
 
-    A float32 copy of each piece is held until the last sum is known. A collective call.
+    A float32 copy of each piece is held until the last sum is known.
     """
     from sinkgd import sharded  # noqa: PLC0415 - it imports torch.distributed
 
@@ -104,17 +107,15 @@ def _step_in_pieces(
         assert on_mesh(slot.grad), "its parameter is"
         return sharded.Spread(all=sharded.groups_of(slot.grad))
 
-    def step(i: int, part: Part, spread: "Spread") -> "Asking[None]":
+    @computation
+    def step(i: int, part: Part, spread: "Spread") -> "Steps[None]":
         wide = _unscaled(part.grad, context)
-        update = yield from sharded.temper_piece(
+        update = yield sharded.temper_piece(
             wide, spread, group["tau"], group["n_iter"], eps=group["eps"]
         )
         write_(i, part, update)
 
-    spreads = [spread_of(slots[i], part) for i, part in parts]
-    order = [over for kind in zip(*spreads, strict=True) for groups in kind for over in groups]
-    computations = [step(*own, spread) for own, spread in zip(parts, spreads, strict=True)]
-    sharded.exchange(computations, order)
+    yield [step(i, part, spread_of(slots[i], part)) for i, part in parts]
 
 
 def _parts(slot: Slot, group: Group) -> list[Part]:

@@ -8,6 +8,7 @@ them is noise.
 from collections.abc import Sequence
 from types import MappingProxyType
 
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend
 from sinkgd.optim.algorithms.across import over_rows, row_lengths
 from sinkgd.optim.algorithms.contract import Group
@@ -30,17 +31,18 @@ def check_tiny_rows(group: Group) -> None:
         )
 
 
+@computation
 def without_tiny_rows(
     parts: Sequence[Part], threshold: float, backend: Backend, *, in_place: bool
-) -> list[Part]:
+) -> Steps[list[Part]]:
     """Set rows to zero whose l2 norm is below ``threshold`` times the mean of all rows'.
 
     Their update is then zero, and they take no part in the scales of others. One reading of the
     gradients and, unless ``in_place``, a copy of each; one message a process group. A row that is
     not finite stays, so that it is found.
     """
-    lengths = row_lengths(parts, backend)
-    totals = over_rows([own.sum(-2, keepdim=True) for own in lengths], parts)
+    lengths = yield row_lengths(parts, backend)
+    totals = yield over_rows([own.sum(-2, keepdim=True) for own in lengths], parts)
     kept = []
     for part, length, total in zip(parts, lengths, totals, strict=True):
         tiny = length < threshold * total / part.shape[0]
