@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkgd.lab.data.permutation import permute
+from sinkgd.lab.data.batches import permute
 
 PRIMES = [2, 3, 5, 7, 11, 97, 1009, 65537]
 AROUND_POWERS = [2**k + d for k in (1, 2, 3, 4, 7, 10, 13, 16) for d in (-1, 0, 1)]

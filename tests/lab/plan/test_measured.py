@@ -18,9 +18,9 @@ from sinkgd.lab.models import build_model
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
 from sinkgd.lab.train.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.gradient import ReleasedSteps
 from sinkgd.lab.train.parallel import Mesh, World
 from sinkgd.lab.train.recipes import build_optimizer
-from sinkgd.lab.train.release import ReleasedSteps
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.step import take_step
 

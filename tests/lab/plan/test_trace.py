@@ -7,8 +7,7 @@ import torch
 
 from sinkgd.lab.plan import Work, find_architecture
 from sinkgd.lab.plan import rank_model as parts
-from sinkgd.lab.plan.live import Live, LiveStorages
-from sinkgd.lab.plan.trace import LOSS, UPDATE, run_on_paper, trace
+from sinkgd.lab.plan.trace import LOSS, UPDATE, Live, LiveStorages, run_on_paper, trace
 from sinkgd.lab.plan.weights import weights_of
 
 NINE = find_architecture("llama-9m")

@@ -5,7 +5,7 @@ from plotly.offline import get_plotlyjs
 
 from lab.report.synthetic import write_likely_run
 from sinkgd.lab.report import build_page
-from sinkgd.lab.report.cdn import from_cdn
+from sinkgd.lab.report.shell import from_cdn
 
 pytestmark = pytest.mark.browser
 CHARTS = "[...document.querySelectorAll('.chart')]"

@@ -5,7 +5,7 @@ import pytest
 from lab.report.synthetic import TOKENS_PER_STEP, write_run
 from sinkgd.lab.report import analyze, build_page
 from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.inner_charts import figure_curve, inner_charts
+from sinkgd.lab.report.measured_charts import figure_curve, inner_charts
 from sinkgd.lab.results import ModelStatistics
 
 

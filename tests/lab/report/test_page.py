@@ -17,7 +17,7 @@ from sinkgd.lab.report import ReportError, analyze, build_page, write_page
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.curves import mean_validation_curve, training_curve
 from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.settings import compare_settings
+from sinkgd.lab.report.page import compare_settings
 from sinkgd.lab.results import Memory, ResultsError
 
 PUBLISHED = {f"published-llama-{size}" for size in ("60m", "130m", "350m", "1b")}

@@ -16,8 +16,8 @@ from sinkgd.lab.models import build_model, preset_config
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
 from sinkgd.lab.train.config import RunConfig, SharedConfig
 from sinkgd.lab.train.config_file import load_config
+from sinkgd.lab.train.loop import lr_factor
 from sinkgd.lab.train.resolve import resolve
-from sinkgd.lab.train.schedule import lr_factor
 
 CONFIGS = Path(__file__).parents[3] / "benchmarks" / "c4"
 STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000}

@@ -13,7 +13,7 @@ from torch import nn
 from sinkgd.lab.data import Batches, DataError, TokenDataset
 from sinkgd.lab.models import ModelError, build_model
 from sinkgd.lab.results import Run
-from sinkgd.lab.train import loop, run, saver, setup
+from sinkgd.lab.train import checkpoint, loop, run, setup
 from sinkgd.lab.train.config import (
     ConfigError,
     DataConfig,
@@ -194,7 +194,7 @@ def test_never_refuses_a_finished_run(config, tmp_path):
 def test_a_run_without_a_checkpoint_begins_again(config, tmp_path):
     train(config, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver, "save_checkpoint", fail)
+        patch.setattr(checkpoint, "save_checkpoint", fail)
         with pytest.raises(CheckpointError):
             train(config, tmp_path / "failed")
     assert Run.read(tmp_path / "failed" / "run.jsonl").end.status == "failed"
@@ -254,7 +254,7 @@ def test_a_full_disk_does_not_hide_the_first_error(config, tmp_path, monkeypatch
     def raise_os_error(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saver, "save_checkpoint", fail)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", fail)
     monkeypatch.setattr(run, "_end", raise_os_error)
     with pytest.raises(CheckpointError, match="no room"):
         train(config, tmp_path)

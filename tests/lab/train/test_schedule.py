@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sinkgd.lab.train.config import TrainingConfig
-from sinkgd.lab.train.schedule import lr_factor, schedule
+from sinkgd.lab.train.loop import lr_factor, schedule
 
 STEPS, WARMUP = 50, 5
 

@@ -1,6 +1,9 @@
 """`sinkgd compare`: the same model, text, order and schedule with several optimizers."""
 
 import shlex
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,14 +13,35 @@ from typing import Annotated, Self
 import tyro
 
 from sinkgd.lab.commands.config_option import load_defaults
-from sinkgd.lab.commands.fresh_process import run_in_fresh_process
 from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
 from sinkgd.lab.train.config_file import command_line
 from sinkgd.lab.train.folder import Admission, RunFolder
-from sinkgd.lab.train.interrupt import SIGNALS, exit_code
+from sinkgd.lab.train.interrupt import SIGNALS, Interrupt, exit_code
 from sinkgd.lab.train.resolve import resolve
+
+_PROGRAM = "from _sinkgd_cli import main; raise SystemExit(main(child=True))"
+
+
+def run_in_fresh_process(arguments: Sequence[str]) -> int:
+    """Run ``sinkgd`` with ``arguments`` in this terminal; return its exit code.
+
+    Ctrl-C, SIGTERM and SIGHUP are handed on once, and waited out: the command may have work
+    to save. On Linux the command is also told to stop, and saves, when this process is killed.
+    """
+    # A process group of its own: else the terminal would send Ctrl-C to both, and then twice.
+    child = subprocess.Popen([sys.executable, "-c", _PROGRAM, *arguments], process_group=0)
+    try:
+        with Interrupt(forward=child.send_signal):
+            code = child.wait()
+    except KeyboardInterrupt:  # the second Ctrl-C
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        raise
+    # A signal that comes before the command has its own handlers ends it by itself.
+    return exit_code(signal.Signals(-code)) if code < 0 else code
+
 
 _MOST_SEEDS = 1000
 STOPPED = tuple(map(exit_code, SIGNALS))

@@ -99,8 +99,7 @@ class Plan:
         from sinkgd.lab.disk import claim_folder, write_whole
         from sinkgd.lab.plan import METHODS, make_plan
         from sinkgd.lab.plan.page import plan_page
-        from sinkgd.lab.plan.plan import USUAL_METHODS
-        from sinkgd.lab.plan.record import as_json
+        from sinkgd.lab.plan.plan import USUAL_METHODS, as_json
         from sinkgd.lab.plan.sheets import answer_lines, headline, plan_sheets
 
         question = self._question()

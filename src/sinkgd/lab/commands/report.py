@@ -62,7 +62,7 @@ class Report:
             read_runs,
             summary_tables,
         )
-        from sinkgd.lab.report.cdn import from_cdn
+        from sinkgd.lab.report.shell import from_cdn
 
         runs = read_runs(self.folder)
         baseline = self.baseline or default_baseline(runs)

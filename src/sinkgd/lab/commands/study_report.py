@@ -41,10 +41,9 @@ def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -
 
 def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
     """Print the table and the verdict of a study, and write its page and the verdict beside it."""
-    from sinkgd.lab.experiments.markdown import as_markdown
     from sinkgd.lab.experiments.page import study_page
     from sinkgd.lab.experiments.results import StudyResults
-    from sinkgd.lab.experiments.sheets import arms_sheet, reach_sheets, short_sheet
+    from sinkgd.lab.experiments.sheets import arms_sheet, as_markdown, reach_sheets, short_sheet
     from sinkgd.lab.experiments.verdict import with_cost
 
     study = find_study(record.plan["study"])
@@ -63,8 +62,8 @@ def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> Non
 def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bool = False) -> None:
     """Print the tables and the verdict of a study on paper, and write its page, where asked to."""
     from sinkgd.lab.experiments import on_paper
-    from sinkgd.lab.experiments.markdown import as_markdown
     from sinkgd.lab.experiments.page import paper_page
+    from sinkgd.lab.experiments.sheets import as_markdown
 
     verdict = on_paper.judge(fits)
     models = dict.fromkeys(fit.model for fit in fits)
@@ -80,8 +79,8 @@ def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
     from rich.console import Console
 
     from sinkgd.lab.disk import write_whole
-    from sinkgd.lab.experiments.markdown import VERDICT_FILE
-    from sinkgd.lab.report.cdn import from_cdn
+    from sinkgd.lab.experiments.sheets import VERDICT_FILE
+    from sinkgd.lab.report.shell import from_cdn
 
     write_whole(path, from_cdn(page) if cdn else page)
     write_whole(path.with_name(VERDICT_FILE), text)

@@ -18,7 +18,7 @@ from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
 
-from sinkgd.lab.experiments.agenda import Agenda
+from sinkgd.lab.experiments.agenda import TUNING_FILE, Agenda, Tuning
 from sinkgd.lab.experiments.plan import StudyPlan, Task, check_same_plan
 from sinkgd.lab.experiments.record import (
     STUDY_FILE,
@@ -30,7 +30,6 @@ from sinkgd.lab.experiments.record import (
 from sinkgd.lab.experiments.reuse import Shelf
 from sinkgd.lab.experiments.study import StudyError
 from sinkgd.lab.experiments.thinning import thinned
-from sinkgd.lab.experiments.tuning import TUNING_FILE, Tuning
 from sinkgd.lab.experiments.worker import (
     DIVERGED,
     UNTOLD,

@@ -18,8 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sinkgd.lab.models.contract import LanguageModel, ModelError, check_positive, materialize
-from sinkgd.lab.models.draw import draw_normal
+from sinkgd.lab.models.contract import (
+    LanguageModel,
+    ModelError,
+    check_positive,
+    draw_normal,
+    materialize,
+)
 
 
 @dataclass(frozen=True)

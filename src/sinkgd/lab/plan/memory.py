@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from sinkgd.lab.plan.live import Live
 from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
-from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Work, trace
+from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
 from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE

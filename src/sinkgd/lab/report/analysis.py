@@ -1,19 +1,53 @@
 """Every recipe against the baseline: tokens, seconds and throughput to the baseline's final loss.
 
+The runs are those of a folder: one results file each, in the folder itself or one level below. A
+folder of records, such as `benchmarks/demo`, holds results files under other names.
+
 The target is the mean final validation loss of the baseline's finished runs. A run reached it
-where its validation loss first is at or below it (`first_reach`). The baseline itself needed all
-its tokens, by definition.
+where its validation loss first is at or below it (`first_reach`): between two evaluations, on the
+straight line through them. The baseline itself needed all its tokens, by definition.
 """
 
 import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from sinkgd.lab.report.folder import ReportError
-from sinkgd.lab.report.reach import Reach, first_reach
 from sinkgd.lab.report.summary import RecipeSummary, Spread, summarize
-from sinkgd.lab.results import Run
+from sinkgd.lab.results import RESULTS_FILE, Evaluation, Run
+
+
+class ReportError(ValueError):
+    """Runs that cannot be reported, with the remedy."""
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Read ``folder/run.jsonl`` and every ``folder/*/run.jsonl``, sorted by path.
+
+    Where there is none of these, every ``folder/*.jsonl``; of a file, that file alone.
+
+    Raises:
+        ReportError: If the folder is missing or holds no results.
+        ResultsError: If a results file is damaged; no run is left out in silence.
+    """
+    if folder.is_file():
+        return [Run.read(folder)]
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is no folder; give the one that `sinkgd compare` wrote to")
+    paths = sorted([*folder.glob(RESULTS_FILE), *folder.glob(f"*/{RESULTS_FILE}")])
+    paths = paths or sorted(folder.glob("*.jsonl"))
+    if not paths:
+        inner = sorted(path.name for path in folder.iterdir() if any(path.glob("*.jsonl")))
+        hint = f"`sinkgd compare --out {folder}` makes some"
+        if inner:
+            hint = f"its folders {', '.join(inner)} hold some; name one of them"
+        raise ReportError(
+            f"{folder} holds no runs: neither {RESULTS_FILE} nor */{RESULTS_FILE} nor *.jsonl "
+            f"exists there; {hint}"
+        )
+    return [Run.read(path) for path in paths]
+
 
 # The fair baseline first: `adamw` clips and has learning rates per group.
 _USUAL_BASELINES = ("adamw", "adamw-one-lr")
@@ -138,3 +172,52 @@ def _level(recipe: RecipeSummary, baseline: RecipeSummary) -> bool:
         return False
     difference = abs(recipe.val_loss.mean - baseline.val_loss.mean)
     return difference < 0.0005 or recipe.val_loss.overlaps(baseline.val_loss)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A point of a run, between its evaluations."""
+
+    step: float
+    tokens: float
+    seconds: float  # of training
+
+
+def first_reach(evaluations: Sequence[Evaluation], target: float) -> Reach | None:
+    """Find the first point at which the validation loss is at or below ``target``.
+
+    The loss is taken as linear between two evaluations. Where there is no finite evaluation
+    before the one at or below the target, that one is the answer: an upper bound.
+
+    Args:
+        evaluations: In the order of their steps.
+        target: Nats per token.
+
+    Returns:
+        The point, or None if no evaluation is at or below the target.
+
+    Examples:
+        >>> before = Evaluation(10, 100, 1.0, 5.0, 148.4, 1.8, 64)
+        >>> after = Evaluation(20, 200, 3.0, 4.0, 54.6, 1.4, 64)
+        >>> first_reach([before, after], 4.25)
+        Reach(step=17.5, tokens=175.0, seconds=2.5)
+        >>> first_reach([before, after], 3.9) is None
+        True
+    """
+    previous: Evaluation | None = None
+    for current in evaluations:
+        if current.val_loss <= target:
+            return _between(previous, current, target)
+        previous = current if math.isfinite(current.val_loss) else None
+    return None
+
+
+def _between(before: Evaluation | None, after: Evaluation, target: float) -> Reach:
+    if before is None:
+        return Reach(after.step, after.tokens, after.seconds)
+    way = (before.val_loss - target) / (before.val_loss - after.val_loss)
+    return Reach(
+        step=before.step + way * (after.step - before.step),
+        tokens=before.tokens + way * (after.tokens - before.tokens),
+        seconds=before.seconds + way * (after.seconds - before.seconds),
+    )

@@ -6,10 +6,13 @@ from typing import Any
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.charts import Chart, Figure, axis, layout
-from sinkgd.lab.report.crossings import MOST_ARROWS, crossed, level, marks
 from sinkgd.lab.report.curves import (
+    MOST_ARROWS,
     Axis,
     Curve,
+    crossed,
+    level,
+    marks,
     mean_validation_curve,
     training_curve,
     validation_curve,

@@ -1,22 +1,182 @@
 """The page of a comparison: the verdict, the cards, the charts and the tables, in one file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sinkgd.lab.disk import write_whole
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, analyze
+from sinkgd.lab.report.analysis import Analysis, Comparison, analyze
 from sinkgd.lab.report.calculator import calculator_block
-from sinkgd.lab.report.cards import cards
 from sinkgd.lab.report.identity import identify
 from sinkgd.lab.report.measured_charts import measured_charts
 from sinkgd.lab.report.published_block import published_block
-from sinkgd.lab.report.settings import compare_settings
 from sinkgd.lab.report.shell import render
-from sinkgd.lab.report.summary import state_of
+from sinkgd.lab.report.summary import RecipeSummary, Spread, state_of
 from sinkgd.lab.report.tables import header, summary_rows
-from sinkgd.lab.report.verdict import judge
+from sinkgd.lab.report.verdict import Verdict, judge
 from sinkgd.lab.results import Run
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Dotted names with their values, as text."""
+
+    shared: tuple[tuple[str, str], ...]
+    differing: tuple[tuple[str, tuple[str, ...]], ...]  # one value a recipe, in their order
+
+
+def compare_settings(analysis: Analysis, of: Callable[[Run], Mapping[str, Any]]) -> Settings:
+    """Sort the settings of every run by whether all recipes have the same.
+
+    Args:
+        analysis: Its recipes are the columns. Where the runs of one recipe differ, as in their
+            seed, the column has each value once.
+        of: The settings of a run, tables as nested mappings.
+    """
+    columns = [[dict(_flat(of(run))) for run in recipe.runs] for recipe in analysis.recipes]
+    names = dict.fromkeys(name for runs in columns for run in runs for name in run)
+    shared, differing = [], []
+    for name in names:
+        values = tuple(
+            ", ".join(dict.fromkeys(run.get(name, ABSENT) for run in runs)) for runs in columns
+        )
+        if len(set(values)) == 1:
+            shared.append((name, values[0]))
+        else:
+            differing.append((name, values))
+    return Settings(tuple(shared), tuple(differing))
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """List a nested table's leaves by dotted name.
+
+    >>> _flat({"model": {"preset": "llama-nano"}, "seed": 0})
+    [('model.preset', 'llama-nano'), ('seed', '0')]
+    """
+    rows = []
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", str(value)))
+    return rows
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its name, and a note that gives its scale."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A recipe at a glance."""
+
+    recipe: str
+    tag: str  # "baseline", "3 seeds", ...
+    sentence: str
+    figures: tuple[Figure, ...]
+
+
+def cards(analysis: Analysis, verdict: Verdict) -> list[Card]:
+    """Make every recipe's card: the candidates first, by their loss, and the baseline last."""
+    candidates = sorted(analysis.candidates, key=_final_loss)
+    recipes = [*candidates, *([analysis.baseline] if analysis.baseline else [])]
+    return [
+        Card(
+            recipe.name,
+            _tag(recipe, analysis),
+            verdict.sentences[recipe.name],
+            tuple(_figures(recipe, analysis)),
+        )
+        for recipe in recipes
+    ]
+
+
+def _final_loss(recipe: RecipeSummary) -> float:
+    return recipe.val_loss.mean if recipe.val_loss else float("inf")
+
+
+def _tag(recipe: RecipeSummary, analysis: Analysis) -> str:
+    seeds = "no finished run"
+    if recipe.seeds:
+        seeds = "one seed" if recipe.seeds == 1 else f"{recipe.seeds} seeds"
+    return f"baseline, {seeds}" if recipe is analysis.baseline else seeds
+
+
+def _figures(recipe: RecipeSummary, analysis: Analysis) -> list[Figure]:
+    comparison = analysis.comparisons.get(recipe.name)
+    if recipe is analysis.baseline or comparison is None:
+        return _absolute(recipe)
+    if recipe.val_loss is None or analysis.baseline is None:
+        return []
+    if comparison.token_fraction and comparison.time_fraction:
+        figures = [
+            _needed("Tokens needed", comparison, comparison.token_fraction),
+            _needed("Time needed", comparison, comparison.time_fraction),
+        ]
+    else:
+        figures = _fell_short(recipe.val_loss, analysis.baseline)
+    return [*figures, _speed(comparison), *_state(recipe, analysis.baseline)]
+
+
+def _absolute(recipe: RecipeSummary) -> list[Figure]:
+    figures = []
+    if recipe.tokens:
+        figures.append(Figure("Tokens", quantities.count(recipe.tokens.mean), "in all"))
+    if recipe.seconds:
+        figures.append(Figure("Time", quantities.duration(recipe.seconds.mean), "of training"))
+    if recipe.tokens_per_second:
+        speed = quantities.count(recipe.tokens_per_second.mean)
+        figures.append(Figure("Throughput", speed, "tokens per second, raw"))
+    if recipe.memory:
+        state = quantities.size(recipe.memory.state_bytes)
+        figures.append(Figure("Optimizer state", state, "kept between steps"))
+    return figures
+
+
+def _needed(name: str, comparison: Comparison, fraction: Spread) -> Figure:
+    note = "of the baseline’s"
+    if comparison.reached_runs < comparison.runs:
+        note += f", in {comparison.reached_runs} of {comparison.runs} runs"
+    elif fraction.count > 1:
+        note += f", seeds {100 * fraction.low:.0f} to {quantities.percent(fraction.high)}"
+    return Figure(name, quantities.percent(fraction.mean), note)
+
+
+def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[Figure]:
+    figures = [Figure("Tokens needed", "–", "not reached")]
+    if baseline.val_loss:
+        gap = loss.mean - baseline.val_loss.mean
+        figures.append(
+            Figure("Final loss", quantities.loss(loss.mean), f"{gap:+.3f} against the baseline")
+        )
+    return figures
+
+
+def _speed(comparison: Comparison) -> Figure:
+    name = "Effective throughput"
+    if comparison.effective_speedup is None:
+        return Figure(name, "–", "not reached")
+    return Figure(name, quantities.ratio(comparison.effective_speedup), "the baseline’s")
+
+
+def _state(recipe: RecipeSummary, baseline: RecipeSummary) -> list[Figure]:
+    if recipe.memory is None:
+        return []
+    value = quantities.size(recipe.memory.state_bytes)
+    if baseline.memory is None or baseline.memory.state_bytes == 0:
+        return [Figure("Optimizer state", value)]
+    share = quantities.percent(recipe.memory.state_bytes / baseline.memory.state_bytes)
+    return [Figure("Optimizer state", value, f"{share} of the baseline’s")]
+
 
 _TEMPLATE = Path(__file__).parent / "page.html"
 _FILTERS: dict[str, Callable[..., str]] = {

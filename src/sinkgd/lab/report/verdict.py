@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, Comparison
-from sinkgd.lab.report.reach import first_reach
+from sinkgd.lab.report.analysis import Analysis, Comparison, first_reach
 from sinkgd.lab.report.summary import RecipeSummary, state_of
 from sinkgd.lab.results import Run
 

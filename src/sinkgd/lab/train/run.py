@@ -11,7 +11,7 @@ from typing import Any
 
 from sinkgd.lab.launch import launch_command
 from sinkgd.lab.results import NoRecords, Recorder, ResultsWriter, Resume, RunEnd, RunStart
-from sinkgd.lab.train.checkpoint import load_checkpoint
+from sinkgd.lab.train.checkpoint import Saver, load_checkpoint
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.config_file import as_tables, command_line, save_config
 from sinkgd.lab.train.device import select_device
@@ -23,7 +23,6 @@ from sinkgd.lab.train.loop import run_loop
 from sinkgd.lab.train.meters import make_meter
 from sinkgd.lab.train.parallel import join_world
 from sinkgd.lab.train.resolve import resolve
-from sinkgd.lab.train.saver import Saver
 from sinkgd.lab.train.setup import Job, check_finished, set_up
 from sinkgd.lab.train.sinks import open_sinks
 from sinkgd.lab.train.whole import latest_whole

@@ -27,11 +27,11 @@ from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
 from sinkgd.lab.train.folder import RunFolder
+from sinkgd.lab.train.gradient import ReleasedSteps
 from sinkgd.lab.train.identity import check_content, check_data, content_of, knows_its_text
 from sinkgd.lab.train.memory import keep_freed_memory, return_freed_memory
 from sinkgd.lab.train.parallel import Mesh, World, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
-from sinkgd.lab.train.release import ReleasedSteps
 from sinkgd.lab.train.resolve import check_ranks, check_shares
 from sinkgd.lab.train.state import TrainingState
 from sinkgd.optim.grouped import GroupedOptimizer

@@ -18,10 +18,9 @@ from torch.optim import Optimizer
 from sinkgd.lab.data import Batch
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.device import arithmetic, synchronize
-from sinkgd.lab.train.gradient import clip_gradient
+from sinkgd.lab.train.gradient import ReleasedSteps, clip_gradient
 from sinkgd.lab.train.loss import loss_of
 from sinkgd.lab.train.parallel import Mesh
-from sinkgd.lab.train.release import ReleasedSteps
 
 
 class NonFiniteLossError(RuntimeError):

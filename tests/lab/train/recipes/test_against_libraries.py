@@ -10,7 +10,7 @@ import torch
 import sinkgd
 from lab.train.recipes.tiny import built, tiny_model, train
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.lab.train.recipes import resumable
+from sinkgd.lab.train.recipes import several
 
 STEPS = 5
 
@@ -176,9 +176,9 @@ def test_a_package_that_is_absent_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr("sinkgd.lab.train.recipes.table.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"'galore', which needs .* 'sinkgd\[experiments\]'"):
         built(tiny_model(), "galore")
-    monkeypatch.setattr(resumable, "PYTORCH_OPTIMIZER", "absent_package")
+    monkeypatch.setattr(several, "PYTORCH_OPTIMIZER", "absent_package")
     with pytest.raises(ConfigError, match=r"cannot be imported .* 'sinkgd\[experiments\]'"):
-        resumable.published("GaLore")
+        several.published("GaLore")
 
 
 def test_a_torch_without_muon_is_named_with_the_remedy(monkeypatch):

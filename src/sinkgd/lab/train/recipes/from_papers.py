@@ -19,8 +19,7 @@ from sinkgd.lab.train.recipes.contract import (
     routed,
 )
 from sinkgd.lab.train.recipes.racs import Racs
-from sinkgd.lab.train.recipes.resumable import Counted, Projected, published
-from sinkgd.lab.train.recipes.several import Several
+from sinkgd.lab.train.recipes.several import Counted, Projected, Several, published
 
 _FOREACH = False  # pytorch-optimizer's batches hold the updates of the whole model at once
 _EPS = 1e-6  # Adam's, in the code of GaLore, Fira and APOLLO

@@ -1,4 +1,9 @@
-"""The loop of an optimizer that updates matrices one by one."""
+"""Optimizers that update matrices one by one, and Fira's limiter of how an update's norm grows.
+
+References:
+    Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?
+    https://arxiv.org/abs/2410.01623
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -9,6 +14,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sinkgd.lab.train.recipes.contract import check_matrices
+
+LARGEST_GROWTH = 1.01  # a step
+
+
+def excess_of(norm: Tensor, before: Tensor) -> Tensor:
+    """Return by how much an update is too long, at least 1: what to divide it by.
+
+    Args:
+        norm: Of the update.
+        before: Of the last one, after it was divided; after zero, any norm is allowed.
+
+    Examples:
+        >>> excess_of(torch.tensor(3.0), torch.tensor(1.0)) * LARGEST_GROWTH
+        tensor(3.)
+    """
+    return torch.where(before > 0, norm / before / LARGEST_GROWTH, 1.0).clamp_min(1.0)
 
 
 class OneByOne(Optimizer):

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkgd.lab.train.recipes.limiter import excess_of
-from sinkgd.lab.train.recipes.one_by_one import OneByOne
+from sinkgd.lab.train.recipes.one_by_one import OneByOne, excess_of
 
 
 class Racs(OneByOne):

@@ -11,9 +11,9 @@ from sinkgd.lab.data import Batch
 from sinkgd.lab.models import LanguageModel, build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.gradient import ReleasedSteps
 from sinkgd.lab.train.parallel import Mesh, World
 from sinkgd.lab.train.recipes import build_optimizer
-from sinkgd.lab.train.release import ReleasedSteps
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.step import take_step
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sinkgd.lab.models.contract import LanguageModel, ModelError, materialize
-from sinkgd.lab.models.draw import draw_normal
+from sinkgd.lab.models.contract import LanguageModel, ModelError, draw_normal, materialize
 from sinkgd.lab.models.figures import Figures, summarize
 
 

@@ -1,6 +1,7 @@
-r"""Attention whose logits are a mixture of three, each head with gates of its own.
+r"""The blocks of a Lens: attention with mixed logits, factored weights, and the MLP.
 
-With :math:`S = QK^\top/\sqrt D` over all tokens, before the causal mask, the logits of a head are
+Attention's logits are a mixture of three, and each head has gates of its own. With
+:math:`S = QK^\top/\sqrt D` over all tokens, before the causal mask, the logits of a head are
 
 .. math::
     w_{std}\, S + w_{rec}\, S^\top + w_{disc}\, d, \qquad
@@ -26,17 +27,88 @@ Shapes, everywhere in this file:
     h: hidden size
     a: attention heads
     d: features of a head, D in the formulas
+    m, n, r: output features, input features and rank of a factored weight
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from sinkgd.lab.models.draw import draw_normal, set_whole
+from sinkgd.lab.models.contract import draw_normal, set_whole
 from sinkgd.lab.models.figures import Figures, attention_entropy, reciprocity
-from sinkgd.lab.models.gpt2.conv1d import Conv1D
-from sinkgd.lab.models.gpt2.frame import FrameConfig
-from sinkgd.lab.models.lens.factors import Factors
+from sinkgd.lab.models.gpt2 import Conv1D
+from sinkgd.lab.models.gpt2_frame import FrameConfig
+
+
+class Factors(nn.Module):
+    r"""The map :math:`x \mapsto W_u W_d\, x` without a bias, of r·(m + n) weights.
+
+    Args:
+        out_features: m.
+        in_features: n.
+        rank: r, at most the smaller of m and n.
+        std: Standard deviation of initial weights.
+        from_svd: Whether a whole matrix is drawn and factored, or each factor is drawn by itself.
+    """
+
+    def __init__(
+        self, out_features: int, in_features: int, rank: int, std: float, *, from_svd: bool
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False, dtype=torch.float32)
+        self.up = nn.Linear(rank, out_features, bias=False, dtype=torch.float32)
+        self.std, self.from_svd = std, from_svd
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw the weights."""
+        if self.from_svd:
+            whole = torch.empty(
+                self.up.out_features, self.down.in_features, dtype=torch.float32, device="cpu"
+            )
+            draw_normal(whole, self.std, generator)
+            self.approximate(whole)
+        else:
+            draw_normal(self.down.weight, self.std, generator)
+            draw_normal(self.up.weight, self.std, generator)
+
+    def approximate(self, weight: Tensor) -> None:
+        r"""Take the best approximation of rank r, with :math:`\sqrt\Sigma` on both sides.
+
+        .. math::
+            W = U \Sigma V^\top, \qquad
+            W_u = U_r \sqrt{\Sigma_r}, \quad W_d = \sqrt{\Sigma_r} V_r^\top
+
+        so both factors begin with the same norm, and at full rank the product is the weight itself.
+
+        Args:
+            weight: ``(m, n)``, as an ``nn.Linear`` stores it.
+        """
+        rank = self.down.out_features
+        with _one_thread():
+            u, sigma, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        root = sigma[:rank].sqrt()
+        set_whole(self.up.weight, u[:, :rank] * root)
+        set_whole(self.down.weight, root.unsqueeze(1) * v[:rank])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(..., m)`` of ``(..., n)``."""
+        out: Tensor = self.up(self.down(x))
+        return out
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute alone: LAPACK's sums, and so a seed's weights, depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
 
 # Of standard, reciprocity, discoverability: a softmax of 0.76, 0.15 and 0.09.
 _GATES = (2.2, 0.6, 0.1)
@@ -123,3 +195,52 @@ class LensAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """Split ``(b, t, h)`` into ``(b, a, t, d)``."""
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+
+_SHARE = 0.1
+
+
+class LensMLP(nn.Module):
+    r"""A GELU MLP that also reads the output of attention, through a map of low rank.
+
+    .. math::
+        h = (1 - a)\, \mathrm{GELU}(W_1 y) + a\, W_u W_d\, \mathrm{stopgrad}(\text{attention}),
+        \qquad \text{out} = W_2 h
+
+    a is learned, starts at 0.1 and is clamped to [0, 1]. Beyond these bounds no gradient reaches
+    it: an optimizer that takes it there leaves it there. Attention learns nothing by this way.
+
+    Args:
+        config: The sizes.
+        rank: Of the map from the output of attention.
+    """
+
+    def __init__(self, config: FrameConfig, rank: int) -> None:
+        super().__init__()
+        h, inner, std = config.hidden_size, config.intermediate_size, config.initializer_std
+        self.c_fc = Conv1D(inner, h, std)
+        self.context = Factors(inner, h, rank, std, from_svd=False)
+        # One number in a vector, as FSDP divides no scalars.
+        self.context_share = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.c_proj = Conv1D(h, inner, config.residual_std)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Set the share of the context; the other weights are their modules' own."""
+        del generator
+        self.context_share.fill_(_SHARE)
+
+    def share(self) -> Tensor:
+        """Return a, ``(1,)``."""
+        return self.context_share.clamp(0.0, 1.0)
+
+    def forward(self, y: Tensor, attention: Tensor) -> Tensor:
+        """Return ``(b, t, h)``.
+
+        Args:
+            y: Normalized hidden states, ``(b, t, h)``.
+            attention: The output of attention, ``(b, t, h)``; no gradient flows to it.
+        """
+        own = nn.functional.gelu(self.c_fc(y), approximate="tanh")
+        context = self.context(attention.detach())
+        out: Tensor = self.c_proj(torch.lerp(own, context, self.share().to(own.dtype)))
+        return out

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from sinkgd.lab.models.contract import ModelError
 from sinkgd.lab.models.figures import Figures
 from sinkgd.lab.models.gpt2 import GPT2
-from sinkgd.lab.models.gpt2.frame import Frame, FrameConfig
-from sinkgd.lab.models.lens.attention import LensAttention
-from sinkgd.lab.models.lens.mlp import LensMLP
+from sinkgd.lab.models.gpt2_frame import Frame, FrameConfig
+from sinkgd.lab.models.lens_blocks import LensAttention, LensMLP
 
 _ROUTE_START = 2.2  # logit of the share of attention before it is annealed: 0.90
 
