@@ -8,7 +8,7 @@ batch_size rows, B; its row i is the p-th row drawn, p = s·B + i, counted from 
 so an epoch draws each row once, resuming needs no state but the step, and rank r of w takes rows
 r·B/w … (r+1)·B/w - 1 of the same global batch, whatever w.
 
-The permutation of 0 … n-1 needs no memory. A Feistel network permutes the numbers of b bits, 2^b the
+The permutation of 0 … n-1 needs no memory. A Feistel network permutes numbers of b bits, 2^b the
 smallest power of two ≥ n; a number that it sends to n or beyond is sent through it again until it
 lands below n ("cycle walking"), which keeps the map a bijection. Each walk takes less than two
 passes on average, since 2^b < 2n.

@@ -1,22 +1,24 @@
-"""What a study found, arm by arm: losses by seed, the grid behind them, who needed how much."""
+"""What a study found, arm by arm: losses by seed, the grid behind them, who needed how much.
 
-import math
-import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+Arms are compared seed by seed: both saw the same text in the same order from the same weights.
+
+Letters, in `Difference`:
+    d: the differences of the final losses, one a seed
+    k: how many seeds both arms have
+"""
+
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
+
 from sinkgd.lab.experiments.plan import arm_from_json
 from sinkgd.lab.experiments.record import RunResult, StudyRecord
 from sinkgd.lab.experiments.study import Arm, Point, edges
 from sinkgd.lab.report.analysis import Analysis, analyze
 from sinkgd.lab.report.summary import Spread
 from sinkgd.lab.results import Evaluation, Run
-
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table the normal's is used.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)

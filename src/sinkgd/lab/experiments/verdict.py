@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sinkgd.lab.experiments.paired import Difference
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
+from sinkgd.lab.experiments.results import ArmResults, Difference, StudyResults
 from sinkgd.lab.report.quantities import count, duration, loss, percent
 
 
