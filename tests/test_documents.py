@@ -6,12 +6,15 @@ import shlex
 import sys
 from collections import defaultdict
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from sinkgd.lab.bench.quartiles import quartiles, ratios
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -215,6 +218,56 @@ def test_the_speeds_of_the_readme_are_the_recorded_ones():
     assert len(table) == len(ROWS) + 1
     for row, contender in ROWS.items():
         assert table[row] == of_fused_adamw(STEPS, contender)
+
+
+SPEEDS = {
+    "AdamW, foreach": "adamw-foreach",
+    "SGD, fused": "sgd-fused",
+    "Muon": "muon",
+    "the naive public loop": "naive-loop",
+    "the same, compiled": "compiled-loop",
+    "SinkGD `eager`, L = 5": "sinkgd-eager",
+    "SinkGD `cpu`, L = 5": "sinkgd-cpu",
+    "SinkGD `cpu`, L = 1": "sinkgd-cpu-L1",
+    "SinkGD with deflation, the default": "deflated",
+    "SinkGD with deflation, 8 directions (older rule)": "deflated",
+    "SWAN, five Newton–Schulz steps": "swan",
+}
+NOT_MEASURED_RATIOS = ("AdamW, fused: milliseconds", "floor of L = 5")
+
+
+def test_the_quartiles_of_the_page_on_speed_are_the_recorded_ones():
+    text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    sections = text.split("| × fused AdamW, median (quartiles)")
+    checked = 0
+    for before, table in pairwise(sections):
+        (*_, record) = re.findall(r"benchmarks/step/([\w-]+)\.json", before)
+        timings = timings_of(record)
+        for line in table.split("\n\n")[0].splitlines()[2:]:
+            label, *cells = (cell.strip(" *") for cell in line.strip("|").split("|"))
+            if label.startswith(NOT_MEASURED_RATIOS):
+                continue
+            for cell, column in zip(cells, COLUMNS, strict=True):
+                found = quartiles(
+                    ratios(timings[column][SPEEDS[label]], timings[column]["adamw-fused"])
+                )
+                shown = re.findall(r"[\d.]+", cell)
+                exact = [found.median, found.lower, found.upper][: len(shown)]
+                for one, figure in zip(shown, exact, strict=True):
+                    digits = len(one.partition(".")[2])
+                    assert one == f"{figure:.{digits}f}", (record, label, column, cell)
+                    checked += 1
+    assert checked > 100
+
+
+def timings_of(record):
+    rounds = json.loads((ROOT / f"benchmarks/step/{record}.json").read_text(encoding="utf-8"))
+    return {
+        (one["workload"], one["dtype"]): {
+            timing["name"]: timing["seconds"] for timing in one["timings"]
+        }
+        for one in rounds["workloads"]
+    }
 
 
 def test_the_losses_of_the_readme_are_those_of_the_verdicts():
