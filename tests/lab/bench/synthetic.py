@@ -1,14 +1,16 @@
 """Records that nobody measured: made-up seconds, summarized as the measurement does."""
 
 from sinkgd.lab.bench.bandwidth import bandwidth
-from sinkgd.lab.bench.kernels.records import CaseTiming, KernelsRecord, KernelTiming
-from sinkgd.lab.bench.memory.records import MemoryRecord, MemoryUse, NotMeasured
-from sinkgd.lab.bench.memory.training import StepSettings
-from sinkgd.lab.bench.memory.training.records import (
+from sinkgd.lab.bench.kernels import CaseTiming, KernelsRecord, KernelTiming
+from sinkgd.lab.bench.memory.records import (
+    MemoryRecord,
+    MemoryUse,
+    NotMeasured,
     TrainingMemory,
     TrainingNotMeasured,
     TrainingUse,
 )
+from sinkgd.lab.bench.memory.run import StepSettings
 from sinkgd.lab.bench.quartiles import quartiles
 from sinkgd.lab.bench.step.measure import summarize_timing
 from sinkgd.lab.bench.step.records import (

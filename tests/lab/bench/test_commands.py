@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+import sinkgd.lab.bench.kernels as kernels_bench
 from sinkgd import kernels
 from sinkgd.lab.bench.contenders import our_name
-from sinkgd.lab.bench.kernels import measure
 from sinkgd.lab.bench.workloads import WORKLOADS, Workload
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.bench import COMMANDS
@@ -114,7 +114,7 @@ def test_step_writes_its_record_and_its_page(capsys, monkeypatch, tmp_path):
 
 
 def test_kernels_writes_its_record_and_its_page(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(measure.CASES, "tiny", ((6, 4),))
+    monkeypatch.setitem(kernels_bench.CASES, "tiny", ((6, 4),))
     options = ["--cases", "tiny", "--dtypes", "float32", "--rounds", "2", "--out", str(tmp_path)]
     assert main(["bench", "kernels", *options]) == 0
     assert "eager: scales, L=5" in capsys.readouterr().out

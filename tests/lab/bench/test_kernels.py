@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lab.bench.synthetic import kernels_record
+from sinkgd.lab.bench import kernels
 from sinkgd.lab.bench.contenders import backends
-from sinkgd.lab.bench.kernels import KernelsPlan, KernelsRecord, bench_kernels, measure
+from sinkgd.lab.bench.kernels import KernelsPlan, KernelsRecord, bench_kernels
 from sinkgd.lab.bench.record_file import read_record, write_record
 from sinkgd.lab.bench.turns import Pace
 
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def record(monkeypatch):
-    monkeypatch.setitem(measure.CASES, "tiny", ((6, 4), (2, 3, 5)))
+    monkeypatch.setitem(kernels.CASES, "tiny", ((6, 4), (2, 3, 5)))
     plan = KernelsPlan(("tiny",), ("bfloat16",), Pace(3, 1.0), CPU, "sinkgd bench kernels")
     return bench_kernels(plan, lambda case: None)
 
@@ -23,7 +24,7 @@ def test_every_operation_of_every_backend_is_timed(record):
     running = [name for name, reason in backends(CPU) if reason is None]
     (case,) = record.cases
     assert [(t.backend, t.operation) for t in case.timings] == [
-        (backend, operation) for backend in running for operation in measure.OPERATIONS
+        (backend, operation) for backend in running for operation in kernels.OPERATIONS
     ]
     assert {row.name for row in record.absent} == {n for n, reason in backends(CPU) if reason}
     assert case.shapes == ((6, 4), (2, 3, 5))

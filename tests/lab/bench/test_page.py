@@ -6,7 +6,7 @@ from lab.bench.synthetic import kernels_record, memory_record, step_record, work
 from lab.report.test_page import HOSTILE, Parsed
 from sinkgd.lab.bench.page import kernels_page, memory_page, step_page
 from sinkgd.lab.bench.sheet import terminal_table
-from sinkgd.lab.bench.step.sheets import check_sheet, target_sheet, workload_sheet
+from sinkgd.lab.bench.step.figures import check_sheet, target_sheet, workload_sheet
 from sinkgd.lab.bench.step.targets import evaluate
 
 

@@ -12,9 +12,13 @@ from sinkgd.lab.bench.contenders import ADAMW, backends, contenders
 from sinkgd.lab.bench.progress import Progress
 from sinkgd.lab.bench.record_file import read_record, write_record
 from sinkgd.lab.bench.step import StepRecord, measure
-from sinkgd.lab.bench.step.accuracy import measure_accuracy, relative_error
-from sinkgd.lab.bench.step.first_call import measure_first_call
-from sinkgd.lab.bench.step.measure import fits, time_workload
+from sinkgd.lab.bench.step.measure import (
+    fits,
+    measure_accuracy,
+    measure_first_call,
+    relative_error,
+    time_workload,
+)
 from sinkgd.lab.bench.turns import Pace
 from sinkgd.lab.bench.workloads import Workload
 from sinkgd.lab.results import ResultsError

@@ -8,11 +8,10 @@ import torch
 
 from lab.bench.synthetic import memory_record, training_memory
 from lab.report.test_page import Parsed
-from sinkgd.lab.bench.memory import MemoryRecord
-from sinkgd.lab.bench.memory.training import TrainingPlan, bench_training, measure, room, run
-from sinkgd.lab.bench.memory.training.case import Case, StepSettings, build_trainee
-from sinkgd.lab.bench.memory.training.run import cases_of
-from sinkgd.lab.bench.memory.training.timeline import Change, Mark, Peak, peak_of_last_step
+from sinkgd.lab.bench.memory import MemoryRecord, run, training_case, training_peak
+from sinkgd.lab.bench.memory.run import TrainingPlan, bench_training, cases_of
+from sinkgd.lab.bench.memory.training_case import Case, StepSettings, build_trainee
+from sinkgd.lab.bench.memory.training_peak import Change, Mark, Peak, peak_of_last_step
 from sinkgd.lab.bench.page import memory_page
 from sinkgd.lab.bench.record_file import read_record, write_record
 from sinkgd.lab.models import preset_config
@@ -36,8 +35,8 @@ def case(recipe="sinkgd-stateless", release=False, **settings):
 def measured(own):
     """Measure a case once for all tests, and leave malloc of this process as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "return_freed_memory", lambda: None)
-        return measure.measure_inside(own)
+        patch.setattr(training_peak, "return_freed_memory", lambda: None)
+        return training_peak.measure_inside(own)
 
 
 def test_gradients_that_are_kept_are_all_there_at_the_peak():
@@ -108,7 +107,7 @@ def test_the_last_step_counts_alone():
 
 @pytest.mark.slow
 def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
-    use = measure.measure_in_fresh_processes(
+    use = training_peak.measure_in_fresh_processes(
         replace(case(release=True), model="llama-20m", vocab_size=None)
     )
     assert not isinstance(use, str), use
@@ -128,8 +127,10 @@ def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
     ids=lambda own: f"{own.title}, {own.settings.recompute}",
 )
 def test_the_bound_holds_and_is_not_far(monkeypatch, own):
-    monkeypatch.setattr(room, "_PROCESS", 0)
-    assert measured(own).peak_bytes <= room.needed_bytes(own) <= 2 * measured(own).peak_bytes
+    monkeypatch.setattr(training_case, "_PROCESS", 0)
+    assert (
+        measured(own).peak_bytes <= training_case.needed_bytes(own) <= 2 * measured(own).peak_bytes
+    )
 
 
 @pytest.mark.parametrize("recipe", [name for name, r in RECIPES.items() if not r.can_release])
@@ -140,7 +141,7 @@ def test_the_state_of_every_recipe_is_found_without_memory(recipe):
         param.grad = torch.ones_like(param)
     trainee.optimizer.step()
     kept = sum(tensor.nbytes for tensor in state_tensors(trainee.optimizer))
-    found = room._state_bytes(room.model_on_meta(own), own)
+    found = training_case._state_bytes(training_case.model_on_meta(own), own)
     # The batched Adafactor, which runs without memory, keeps no RMS of a parameter.
     spare = 2 * len(list(trainee.model.parameters())) if recipe == "adafactor" else 0
     assert kept - spare == found
@@ -151,7 +152,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name_and_not_begun(monkeypatch)
         raise AssertionError(own)
 
     monkeypatch.setattr(run, "measure_in_fresh_processes", begun)
-    monkeypatch.setattr(room, "available_bytes", lambda device: 5 << 30)
+    monkeypatch.setattr(training_case, "available_bytes", lambda device: 5 << 30)
     found = bench_training(TrainingPlan(("llama-1b",), ("adamw",), (True, False), SETTINGS, CPU))
     assert found.uses == ()
     (row,) = found.absent

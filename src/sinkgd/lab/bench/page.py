@@ -7,21 +7,19 @@ from typing import Any
 
 from sinkgd.lab.bench.contenders import ITERATIONS, our_name
 from sinkgd.lab.bench.doubts import is_loaded
-from sinkgd.lab.bench.kernels.charts import kernel_charts
-from sinkgd.lab.bench.kernels.records import KernelsRecord
-from sinkgd.lab.bench.kernels.sheets import case_sheet
-from sinkgd.lab.bench.memory.charts import memory_charts
+from sinkgd.lab.bench.kernel_figures import case_sheet, kernel_charts
+from sinkgd.lab.bench.kernels import KernelsRecord
+from sinkgd.lab.bench.memory.figures import memory_charts, memory_sheets
 from sinkgd.lab.bench.memory.records import MemoryRecord
-from sinkgd.lab.bench.memory.sheets import memory_sheets
 from sinkgd.lab.bench.sheet import Sheet
-from sinkgd.lab.bench.step.charts import step_charts
-from sinkgd.lab.bench.step.records import StepRecord
-from sinkgd.lab.bench.step.sheets import (
+from sinkgd.lab.bench.step.figures import (
     bandwidth_sheet,
     check_sheet,
+    step_charts,
     target_sheet,
     workload_sheet,
 )
+from sinkgd.lab.bench.step.records import StepRecord
 from sinkgd.lab.bench.warnings import spreads_widely, warnings_of
 from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.shell import render

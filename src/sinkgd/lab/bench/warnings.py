@@ -1,7 +1,7 @@
 """What a record of `sinkgd bench step` or `kernels` warns of."""
 
 from sinkgd.lab.bench.doubts import doubts, is_wide
-from sinkgd.lab.bench.kernels.records import KernelsRecord
+from sinkgd.lab.bench.kernels import KernelsRecord
 from sinkgd.lab.bench.step.records import StepRecord, Timing
 
 

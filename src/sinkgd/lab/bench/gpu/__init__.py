@@ -1,6 +1,6 @@
 """`sinkgd bench gpu`: what can be counted of a step on a GPU where there is no GPU."""
 
-from sinkgd.lab.bench.gpu.records import GpuRecord as GpuRecord
 from sinkgd.lab.bench.gpu.run import PARTS as PARTS
 from sinkgd.lab.bench.gpu.run import Plan as Plan
 from sinkgd.lab.bench.gpu.run import bench_gpu as bench_gpu
+from sinkgd.lab.bench.gpu.sheets import GpuRecord as GpuRecord

@@ -20,7 +20,7 @@ from sinkgd.lab.bench.contenders import ITERATIONS
 from sinkgd.lab.bench.gpu.launches import with_triton
 from sinkgd.lab.bench.gpu.loads import Readings, readings
 from sinkgd.lab.bench.gpu.variants import RANK
-from sinkgd.lab.bench.step.accuracy import relative_error
+from sinkgd.lab.bench.step.measure import relative_error
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.optim.sinkgd import SinkGD
 

@@ -9,7 +9,7 @@ import torch
 
 from sinkgd.lab.bench.doubts import environment_before
 from sinkgd.lab.bench.gpu.interpreted import interpreted
-from sinkgd.lab.bench.gpu.records import Figure, GpuRecord
+from sinkgd.lab.bench.gpu.sheets import Figure, GpuRecord
 from sinkgd.lab.bench.gpu.targets import (
     missed,
     of_code,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from sinkgd.lab.bench.gpu.interpreted import Interpreted
 from sinkgd.lab.bench.gpu.models import LLAMAS
-from sinkgd.lab.bench.gpu.records import Figure, Missed
+from sinkgd.lab.bench.gpu.sheets import Figure, Missed
 from sinkgd.lab.bench.gpu.torch_calls import (
     calls_of_a_matrix_more,
     calls_of_model,

@@ -9,8 +9,12 @@ What does not go through torch's allocator is not seen: code, Python objects, an
 a library such as oneDNN takes from the C library. On CUDA the allocator's own counters are read.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +22,32 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from sinkgd.lab.bench.contenders import Contender, contenders
-from sinkgd.lab.bench.memory.fresh_process import in_fresh_process
 from sinkgd.lab.bench.memory.records import MemoryUse
 from sinkgd.lab.bench.problem import Problem, build_problem
 from sinkgd.lab.bench.workloads import WORKLOADS, Workload
+from sinkgd.lab.launch import stop_with_parent
 from sinkgd.lab.train.device import synchronize
+
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
+
+_STDERR = 2
+
+
+def in_fresh_process(function: Callable[[Asked], Found], asked: Asked) -> Found:
+    """Call a function of a module's top level; what it raises is raised here.
+
+    Raises:
+        BrokenProcessPool: If the process was killed.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=stop_with_parent) as pool:
+        return pool.submit(_quietly, function, asked).result()
+
+
+def _quietly(function: Callable[[Asked], Found], asked: Asked) -> Found:
+    # The profiler writes lines to the standard error that no setting turns off.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
+    return function(asked)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,69 @@
 """The whole of `sinkgd bench memory`: every optimizer, and every training step, by itself."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from sinkgd.lab.bench.contenders import contenders
 from sinkgd.lab.bench.memory.measure import Subject, measure_in_fresh_process
-from sinkgd.lab.bench.memory.records import MemoryRecord, MemoryUse, NotMeasured
-from sinkgd.lab.bench.memory.training import TrainingPlan, bench_training
+from sinkgd.lab.bench.memory.records import (
+    MemoryRecord,
+    MemoryUse,
+    NotMeasured,
+    TrainingMemory,
+    TrainingNotMeasured,
+    TrainingUse,
+)
+from sinkgd.lab.bench.memory.training_case import Case, StepSettings, why_no_room
+from sinkgd.lab.bench.memory.training_peak import measure_in_fresh_processes
 from sinkgd.lab.bench.progress import Progress
 from sinkgd.lab.bench.workloads import WORKLOADS
+from sinkgd.lab.models import preset_config
 from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.recipes import find_recipe
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What to weigh."""
+
+    models: tuple[str, ...]  # presets
+    recipes: tuple[str, ...]
+    releases: tuple[bool, ...]  # True where the recipe can
+    settings: StepSettings
+    device: torch.device
+
+
+def bench_training(plan: TrainingPlan) -> TrainingMemory:
+    """Weigh every case of the plan; one that memory has no room for is told, not begun."""
+    cases = list(cases_of(plan))
+    progress = Progress(sum(_weight(case) for case in cases))
+    uses: list[TrainingUse] = []
+    absent: list[TrainingNotMeasured] = []
+    for case in cases:
+        progress.stage(f"training {case.model}, {case.title}", _weight(case))
+        found = why_no_room(case) or measure_in_fresh_processes(case)
+        if isinstance(found, TrainingUse):
+            uses.append(found)
+        else:
+            absent.append(TrainingNotMeasured(case.model, case.title, found))
+    progress.end()
+    return TrainingMemory(plan.settings, tuple(uses), tuple(absent))
+
+
+def cases_of(plan: TrainingPlan) -> Iterator[Case]:
+    """Yield the cases; a recipe that needs all gradients at once has none that releases them."""
+    for model in plan.models:
+        for recipe in plan.recipes:
+            for release in plan.releases:
+                if not release or find_recipe(recipe).can_release:
+                    threads = torch.get_num_threads()
+                    yield Case(model, recipe, release, plan.settings, str(plan.device), threads)
+
+
+def _weight(case: Case) -> float:
+    return preset_config(case.model).parameter_count
 
 
 @dataclass(frozen=True)

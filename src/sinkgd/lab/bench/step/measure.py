@@ -1,11 +1,26 @@
-"""Time the optimizers on a workload in turns: what each takes of AdamW and of its floor."""
+"""Time the optimizers on a workload in turns: what each takes of AdamW and of its floor.
+
+Beside the times, two checks. Scales are compared with those of the definition,
+`sinkgd.kernels.eager`, on the gradient in float64. The first call in a fresh process shows what
+compiling costs: compiled code is kept in an empty folder made for this, so the user's own cache
+changes nothing and is not changed. Importing torch and sinkgd is not counted; the backend's own
+imports are.
+"""
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
+from sinkgd import kernels
+from sinkgd.kernels import Scales
 from sinkgd.lab.bench.bandwidth import (
     Bandwidth,
     Probe,
@@ -15,12 +30,73 @@ from sinkgd.lab.bench.bandwidth import (
     floor_seconds,
     probes,
 )
-from sinkgd.lab.bench.contenders import ADAMW, Contender, contenders, stepper
+from sinkgd.lab.bench.contenders import ADAMW, ITERATIONS, Contender, contenders, stepper
 from sinkgd.lab.bench.problem import Problem, available_bytes, build_problem
 from sinkgd.lab.bench.quartiles import Turns, quartiles, ratios, taken
-from sinkgd.lab.bench.step.records import Absent, Timing, WorkloadTiming
+from sinkgd.lab.bench.step.records import Absent, Accuracy, FirstCall, Timing, WorkloadTiming
 from sinkgd.lab.bench.turns import Pace, take_turns
 from sinkgd.lab.bench.workloads import DTYPES, Workload
+
+
+def measure_accuracy(workload: Workload, backend: str, device: torch.device) -> Accuracy:
+    """Compare one gradient of each shape of a workload with float64."""
+    problem = build_problem(workload, "float32", device)
+    iterations = ITERATIONS[0]
+    found = kernels.select(backend, device)
+    worst = 0.0
+    for grad in _one_of_each_shape(problem.grads):
+        (scales,) = found.scales([grad], iterations)
+        (exact,) = kernels.select("eager", device).scales([grad.double()], iterations)
+        worst = max(worst, relative_error(scales, exact))
+    return Accuracy(backend, workload.name, iterations, worst)
+
+
+def relative_error(scales: Scales, exact: Scales) -> float:
+    """Return the largest relative error of the products r·c, over all rows and columns.
+
+    Products, for a factor may have moved from r to c. No product is formed: with a and b the ratios
+    of the rows and of the columns, the ratios of the products lie between min a · min b and
+    max a · max b.
+    """
+    rows, cols = scales.row.double() / exact.row, scales.col.double() / exact.col
+    ends = rows.min() * cols.min() - 1, rows.max() * cols.max() - 1
+    return max(abs(end.item()) for end in ends)
+
+
+def _one_of_each_shape(grads: list[Tensor]) -> Iterator[Tensor]:
+    yield from {grad.shape: grad for grad in grads}.values()
+
+
+CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR")
+WARM_PROCESSES = 3
+_PROGRAM = """\
+import sys, time, torch, sinkgd
+from sinkgd.lab.launch import end_with_parent
+end_with_parent()
+backend, device = sys.argv[1:]
+grad = torch.randn(256, 256, dtype=torch.float32, device=device)
+started = time.perf_counter()
+sinkgd.sinkhorn_scales(grad, backend=backend).col.sum().item()
+print(time.perf_counter() - started)
+"""
+
+
+def measure_first_call(backend: str, device: torch.device) -> FirstCall:
+    """Time a backend's first call, once with an empty cache and then with the cache it left."""
+    with TemporaryDirectory(prefix="sinkgd-bench-") as cache:
+        cold = _call(backend, device, Path(cache))
+        warm = tuple(_call(backend, device, Path(cache)) for _ in range(WARM_PROCESSES))
+    return FirstCall(backend, cold, warm)
+
+
+def _call(backend: str, device: torch.device, cache: Path) -> float:
+    environment = {**os.environ, **dict.fromkeys(CACHES, str(cache))}
+    command = [sys.executable, "-c", _PROGRAM, backend, device.type]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"the first call of backend {backend!r} failed: {done.stderr.strip()}")
+    return float(done.stdout)
+
 
 _USABLE = 0.9  # of the free memory
 

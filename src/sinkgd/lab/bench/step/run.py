@@ -11,9 +11,13 @@ from sinkgd.lab.bench.doubts import environment_before
 from sinkgd.lab.bench.memory.measure import Subject, measure_in_fresh_process
 from sinkgd.lab.bench.memory.records import MemoryUse
 from sinkgd.lab.bench.progress import Progress
-from sinkgd.lab.bench.step.accuracy import measure_accuracy
-from sinkgd.lab.bench.step.first_call import measure_first_call
-from sinkgd.lab.bench.step.measure import fits, time_workload, workload_bytes
+from sinkgd.lab.bench.step.measure import (
+    fits,
+    measure_accuracy,
+    measure_first_call,
+    time_workload,
+    workload_bytes,
+)
 from sinkgd.lab.bench.step.records import Absent, Accuracy, StepRecord, WorkloadTiming
 from sinkgd.lab.bench.step.targets import evaluate
 from sinkgd.lab.bench.turns import Pace

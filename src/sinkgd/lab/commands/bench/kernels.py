@@ -56,8 +56,8 @@ class Kernels:
         """
         from rich.console import Console
 
+        from sinkgd.lab.bench.kernel_figures import case_sheet
         from sinkgd.lab.bench.kernels import CASES, KernelsPlan, bench_kernels
-        from sinkgd.lab.bench.kernels.sheets import case_sheet
         from sinkgd.lab.bench.page import kernels_page
         from sinkgd.lab.bench.sheet import terminal_table
         from sinkgd.lab.bench.turns import Pace

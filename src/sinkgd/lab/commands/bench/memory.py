@@ -15,7 +15,7 @@ from sinkgd.lab.commands.bench.choices import (
 from sinkgd.lab.train.config import ConfigError, Device
 
 if TYPE_CHECKING:
-    from sinkgd.lab.bench.memory.training import TrainingPlan
+    from sinkgd.lab.bench.memory.run import TrainingPlan
 
 _RELEASE = {"on": True, "off": False}
 
@@ -52,7 +52,8 @@ class TrainingSteps:
         Raises:
             ConfigError: If an option cannot be.
         """
-        from sinkgd.lab.bench.memory.training import StepSettings, TrainingPlan
+        from sinkgd.lab.bench.memory.run import TrainingPlan
+        from sinkgd.lab.bench.memory.training_case import StepSettings
         from sinkgd.lab.models import PRESETS
         from sinkgd.lab.train.recipes import RECIPES
 
@@ -123,7 +124,7 @@ class Memory:
 
         from sinkgd.lab.bench.contenders import contenders
         from sinkgd.lab.bench.memory import MemoryPlan, bench_memory
-        from sinkgd.lab.bench.memory.sheets import memory_sheets
+        from sinkgd.lab.bench.memory.figures import memory_sheets
         from sinkgd.lab.bench.page import memory_page
         from sinkgd.lab.bench.sheet import terminal_table
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS

@@ -66,7 +66,7 @@ class Step:
         from sinkgd.lab.bench.page import step_page
         from sinkgd.lab.bench.sheet import terminal_table
         from sinkgd.lab.bench.step import CHECKS, Plan, bench_step
-        from sinkgd.lab.bench.step.sheets import check_sheet, target_sheet, workload_sheet
+        from sinkgd.lab.bench.step.figures import check_sheet, target_sheet, workload_sheet
         from sinkgd.lab.bench.turns import Pace
         from sinkgd.lab.bench.warnings import warnings_of
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS

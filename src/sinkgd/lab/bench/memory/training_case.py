@@ -1,4 +1,10 @@
-"""A training step to weigh, and its model in training: the lab's own parts, on random tokens."""
+"""A training step to weigh, and its model in training: the lab's own parts, on random tokens.
+
+Whether memory has room for a case is known before anything is allocated, by a bound from shapes
+alone. Gradients, where they are released: three of the largest one, for autograd adds up what
+chunks of the loss give into a third. Activations are bounded by the bytes a token that a block and
+the loss hold at once; the bounds are about twice what is measured.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,15 +13,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.lab.bench.problem import available_bytes
 from sinkgd.lab.data import Batch
 from sinkgd.lab.models import LanguageModel, build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.device import weight_dtype
 from sinkgd.lab.train.gradient import ReleasedSteps
+from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.parallel import Mesh, World
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.step import take_step
+from sinkgd.optim.grouped import GroupedOptimizer
 
 _LR = 1e-4  # memory does not depend on it; random tokens want a low one
 
@@ -131,3 +140,53 @@ def _random_batch(case: Case, vocab_size: int) -> Batch:
         vocab_size, (rows, length + 1), generator=generator, dtype=torch.int64, device="cpu"
     )
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+_GRADIENTS_AT_ONCE = 3
+_BYTES_PER_HIDDEN, _BYTES_PER_INNER = 96, 32  # of a block, an entry of the token's vectors
+_BYTES_PER_LOGIT = 20  # in bfloat16, in float32, their softmax, and the gradients of both
+_PROCESS = 1 << 30  # code, and what optimizers use meanwhile, such as batches of matrices
+_SPARE = 1.05  # of the whole
+
+
+def why_no_room(case: Case) -> str | None:
+    """Say why a case does not fit into the memory that is free now; None where it does."""
+    free, needed = available_bytes(torch.device(case.device)), needed_bytes(case)
+    if free is None or needed <= free:
+        return None
+    return f"it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+
+
+def needed_bytes(case: Case) -> int:
+    """Return a bound on the bytes that a case takes."""
+    model = model_on_meta(case)
+    sizes = [param.nbytes for param in model.parameters()]
+    gradients = _GRADIENTS_AT_ONCE * max(sizes) if case.release else sum(sizes)
+    parts = sum(sizes) + gradients + _state_bytes(model, case) + _activation_bytes(model, case)
+    return int(_SPARE * parts) + _PROCESS
+
+
+def _state_bytes(model: LanguageModel, case: Case) -> int:
+    optimizer = build_optimizer(model, case.config.optimizer)
+    if isinstance(optimizer, GroupedOptimizer):
+        optimizer.init_state()
+    else:  # others make theirs in a step
+        for group in optimizer.param_groups:
+            if "fused" in group:  # torch's, of which only the plain ones run without memory
+                group.update(fused=False, foreach=False)
+            elif "foreach" in group:  # pytorch-optimizer's plain ones read numbers back
+                group["foreach"] = True
+        for param in model.parameters():
+            param.grad = torch.empty_like(param)
+        optimizer.step()
+    return sum(tensor.nbytes for tensor in state_tensors(optimizer))
+
+
+def _activation_bytes(model: LanguageModel, case: Case) -> int:
+    settings, sizes = case.settings, model.config
+    tokens = settings.batch_size * settings.sequence_length
+    block = _BYTES_PER_HIDDEN * sizes.hidden_size + _BYTES_PER_INNER * sizes.intermediate_size
+    inputs = 2 * sizes.hidden_size * sizes.num_layers
+    blocks = inputs + block if settings.recompute else sizes.num_layers * block
+    logits = min(tokens, settings.loss_chunk_tokens) * sizes.vocab_size
+    return tokens * blocks + _BYTES_PER_LOGIT * logits

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from sinkgd import kernels
 from sinkgd.kernels import Backend
 from sinkgd.lab.bench.bandwidth import (
+    Bandwidth,
     bandwidth,
     calls,
     fastest,
@@ -18,14 +20,67 @@ from sinkgd.lab.bench.bandwidth import (
 )
 from sinkgd.lab.bench.contenders import backends
 from sinkgd.lab.bench.doubts import environment_before
-from sinkgd.lab.bench.kernels.cases import CASES
-from sinkgd.lab.bench.kernels.records import CaseTiming, KernelsRecord, KernelTiming
 from sinkgd.lab.bench.problem import Problem, random_problem
 from sinkgd.lab.bench.progress import Progress
-from sinkgd.lab.bench.quartiles import Turns, quartiles, ratios, taken
+from sinkgd.lab.bench.quartiles import Quartiles, Turns, quartiles, ratios, taken
 from sinkgd.lab.bench.step.records import Absent
 from sinkgd.lab.bench.turns import Pace, take_turns
-from sinkgd.lab.bench.workloads import DTYPES
+from sinkgd.lab.bench.workloads import DTYPES, Shape
+
+
+@dataclass(frozen=True)
+class KernelTiming:
+    """One operation of a backend on one case."""
+
+    backend: str
+    operation: str  # a name in OPERATIONS
+    moved_bytes: int  # a call
+    seconds: tuple[float | None, ...]  # of a call, one a round
+    call_seconds: Quartiles
+    bytes_per_second: Quartiles
+    share: Quartiles  # of the measured bandwidth, round by round
+
+
+@dataclass(frozen=True)
+class CaseTiming:
+    """All backends on matrices of one shape, in one type."""
+
+    case: str
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    timings: tuple[KernelTiming, ...]
+    bandwidths: tuple[Bandwidth, ...]
+    bandwidth: str  # the fastest of them
+
+    def timing(self, backend: str, operation: str) -> KernelTiming | None:
+        """Return a row, if it was timed."""
+        wanted = (backend, operation)
+        return next((t for t in self.timings if (t.backend, t.operation) == wanted), None)
+
+
+@dataclass(frozen=True)
+class KernelsRecord:
+    """One run of `sinkgd bench kernels`."""
+
+    command: str
+    environment: dict[str, Any]
+    rounds: int
+    cases: tuple[CaseTiming, ...]
+    absent: tuple[Absent, ...]  # backends
+
+
+SQUARES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+CASES: dict[str, tuple[Shape, ...]] = {
+    **{f"{size}x{size}": ((size, size),) for size in SQUARES},
+    "32000x256": ((32000, 256),),  # tall
+    "5461x2048": ((5461, 2048),),
+    "2048x5461": ((2048, 5461),),
+    "256x32000": ((256, 32000),),  # wide
+    "1009x997": ((1009, 997),),  # primes
+    "2000 of 64x64": ((64, 64),) * 2000,
+    "16 of 512x512": ((16, 512, 512),),  # a batch in one tensor
+}
 
 
 @dataclass(frozen=True)
