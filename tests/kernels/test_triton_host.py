@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 LAYERS = 2
 CALLS_A_MATRIX = 18  # of Python functions, all but one or two of them the optimizer's
-CALLS_A_STEP = 230
+CALLS_A_STEP = 245  # some of them for the messages of groups, of which there are none
 CALLS_A_LAUNCH = 6  # in triton's launcher
 
 

@@ -409,3 +409,28 @@ def test_a_lazy_module_is_refused_by_name_until_it_has_run(function):
         function(model)
     model(torch.ones(2, 3))
     function(model)
+
+
+NUMBERS = ("lr", "matrix_lr_scale", "weight_decay", "base_width")
+NO_NUMBERS = ["0.02", [0.02], {}, True, object(), 1j, torch.tensor([0.1, 0.1]), -1.0, float("nan")]
+
+
+@pytest.mark.parametrize("argument", NUMBERS)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number_is_refused_by_the_arguments_name(argument, value):
+    with pytest.raises((TypeError, ValueError), match=rf"^{argument} must be "):
+        sinkgd.param_groups(Model(), **{argument: value})
+
+
+NO_BETAS = [0.9, (0.9,), "0.9,0.95", ("0.9", 0.95), (0.9, 1.0), None]
+
+
+@pytest.mark.parametrize("betas", NO_BETAS)
+def test_what_is_no_pair_of_betas_is_refused(betas):
+    group = {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw", "betas": betas}
+    for call in (
+        lambda: sinkgd.param_groups(Model(), betas=betas),
+        lambda: sinkgd.SinkGD([group], lr=0.1),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"^betas must (be|lie) "):
+            call()

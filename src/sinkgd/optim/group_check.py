@@ -1,13 +1,12 @@
 """What a parameter group must be: options in range, and parameters that fit its algorithm."""
 
-from numbers import Real
-
 from torch import Tensor
 
 from sinkgd.optim.algorithms.contract import Algorithm, Group
 from sinkgd.optim.arguments import check_initialized
 from sinkgd.optim.exchanged import named
 from sinkgd.optim.nonfinite import POLICIES
+from sinkgd.optim.number_check import check_number
 
 
 def check_group(group: Group, index: int, algorithm: Algorithm) -> None:
@@ -17,16 +16,8 @@ def check_group(group: Group, index: int, algorithm: Algorithm) -> None:
         ValueError: With the option or the parameter.
         TypeError: The same.
     """
-    lr, weight_decay = group["lr"], group["weight_decay"]
     for option in ("lr", "weight_decay"):
-        if not isinstance(group[option], Real | Tensor):
-            raise TypeError(f"{option} must be a number, got {group[option]!r}")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
-    if not lr >= 0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        check_number(option, group[option])
     if group["nonfinite"] not in POLICIES:
         raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
     for name, param in named(group, index):

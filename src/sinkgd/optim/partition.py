@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.layout import dims_of
 from sinkgd.optim.arguments import check_initialized, options_of
+from sinkgd.optim.number_check import check_betas, check_number
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers
 
@@ -103,11 +104,12 @@ def param_groups(
         That the best learning rate of SinkGD goes with 1 / d_in is a finding of axolotl's.
     """
     check_model(model, "param_groups")
-    for argument, value in (("lr", lr), ("matrix_lr_scale", matrix_lr_scale)):
-        if not value >= 0:
-            raise ValueError(f"{argument} must be at least 0, got {value}")
-    if base_width is not None and not base_width >= 1:
-        raise ValueError(f"base_width must be at least 1, got {base_width}")
+    check_number("lr", lr)
+    check_number("matrix_lr_scale", matrix_lr_scale)
+    check_number("weight_decay", weight_decay)
+    check_betas(betas)
+    if base_width is not None:
+        check_number("base_width", base_width, least=1)
     found = roles(model)
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")

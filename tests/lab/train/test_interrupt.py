@@ -10,10 +10,12 @@ from sinkgd.lab.train.interrupt import Interrupt, exit_code
 
 @pytest.fixture(autouse=True)
 def _pythons_own_handler():
-    """A shell that starts the tests in the background has them ignore SIGINT."""
+    """A shell that starts the tests in the background has them ignore SIGINT, nohup SIGHUP."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from sinkgd.optim.algorithms.contract import (
 )
 from sinkgd.optim.algorithms.layout import are_dense, lie_alike
 from sinkgd.optim.algorithms.parts import lying_as
+from sinkgd.optim.number_check import check_betas
 
 # Where torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
@@ -92,9 +93,7 @@ def check_adamw(param: Tensor, group: Group) -> None:
 
 def check_averages(group: Group) -> None:
     """Refuse ``betas`` and ``eps`` out of range."""
-    beta1, beta2 = group["betas"]
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+    check_betas(group["betas"])
     if not group["eps"] >= 0:
         raise ValueError(f"eps must be at least 0, got {group['eps']}")
 

@@ -22,6 +22,7 @@ from sinkgd.lab.bench.gpu.loads import Readings, readings
 from sinkgd.lab.bench.gpu.variants import RANK
 from sinkgd.lab.bench.step.measure import relative_error
 from sinkgd.lab.bench.workloads import Shape
+from sinkgd.lab.disk import parse_json
 from sinkgd.optim.sinkgd import SinkGD
 
 # Near square, wide, tall, and the columns of llama-1b that are no multiple of 16 bytes.
@@ -113,7 +114,7 @@ def interpreted() -> Interpreted:
     )
     if done.returncode != 0:
         raise RuntimeError(f"triton's interpreter failed: {done.stderr.strip()}")
-    fields: dict[str, Any] = json.loads(done.stdout)
+    fields: dict[str, Any] = parse_json(done.stdout)
     return Interpreted(**fields)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from sinkgd.lab.bench.gpu.machine_code import machine_code
 from sinkgd.lab.bench.workloads import Shape
+from sinkgd.lab.disk import parse_json
 
 RANK = 15  # directions that the recommended recipe lowers
 
@@ -125,7 +126,7 @@ def compiled(
 
 def variant_of(line: str) -> Variant:
     """Read a line of the compiling process."""
-    fields: dict[str, Any] = json.loads(line)
+    fields: dict[str, Any] = parse_json(line)
     return Variant(**{**fields, "uses": tuple(fields["uses"]), "loops": tuple(fields["loops"])})
 
 
