@@ -160,10 +160,8 @@ class Step:
     """An optimizer's step on the matrices of a model, in bfloat16; gradients move every time."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        self.params = [nn.Parameter(torch.empty(shape, dtype=torch.bfloat16)) for shape in shapes]
-        self.memory = [
-            torch.empty(param.numel() + 8 * SPACES, dtype=torch.bfloat16) for param in self.params
-        ]
+        self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
+        self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
         self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
 
@@ -177,6 +175,10 @@ class Step:
     def __call__(self) -> None:
         """Take it."""
         self.optimizer.step()
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="cpu")
 
 
 def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:

@@ -135,7 +135,7 @@ def _shared_blocks(kinds: tuple[_Lying, ...], k: int, width: int) -> Shared:
     for kind in kinds:
         if kind not in first:
             first[kind] = end
-            probe = torch.empty_strided(kind.shape, kind.stride, device="meta")
+            probe = torch.empty_strided(kind.shape, kind.stride, dtype=torch.float32, device="meta")
             block = _make_block(probe, torch.device("cpu"), kind.layout, k)
             blocks.append(block.view(-1, *block.shape[-2:])[0])  # the same for a whole batch
             end += block.shape[-2]
