@@ -17,7 +17,11 @@ from sinkgd.lab.train.config_file import as_tables, command_line, save_config
 from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder, RunFolderError
-from sinkgd.lab.train.identity import notes_on_environment, with_absolute_corpus
+from sinkgd.lab.train.identity import (
+    changes_of_environment,
+    notes_on_environment,
+    with_absolute_corpus,
+)
 from sinkgd.lab.train.interrupt import Interrupt
 from sinkgd.lab.train.loop import run_loop
 from sinkgd.lab.train.meters import make_meter
@@ -138,8 +142,12 @@ def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator
         )
         stack.enter_context(meter)
         save_config(folder.config, with_absolute_corpus(job.config))
+        first: RunStart | Resume = start
+        if admission is not Admission.BEGIN:
+            changed = changes_of_environment(folder.start(), start.environment)
+            first = Resume(job.state.step, changed)
         results = stack.enter_context(ResultsWriter(folder.results, (*sinks, meter)))
-        results.write(start if admission is Admission.BEGIN else Resume(job.state.step))
+        results.write(first)
         yield results
 
 
