@@ -120,6 +120,15 @@ def test_an_error_is_one_line_with_its_exit_code(capsys, tmp_path, small, option
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_where_its_results_are(capsys, tmp_path, small):
+    out = tmp_path / "my run"
+    said = f"The results are in {out / 'run.jsonl'}. Table and page: sinkgd report '{out}'"
+    for _ in range(2):
+        assert main(["train", "--out", str(out), *small]) == 0
+        assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 def test_compare_is_no_rank_of_torchrun(capsys, tmp_path, monkeypatch):
@@ -278,10 +287,12 @@ def test_a_stopped_comparison_goes_on(tmp_path, small, number, code):
     assert process.returncode == code, said
     assert f"stopped by {number.name}" in said
     assert "The same command goes on from here." in shown
+    assert "Go on with" not in said
     process = program(*arguments)
     shown, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "run 1 of 1: adamw-seed0" in shown
+    assert re.findall(r"^run . of .: .*$", shown, re.MULTILINE) == ["run 3 of 3: adamw-seed0"]
+    assert " minutes this time. The page: " in shown
     assert "going on from" in said
     assert Run.read(out / "adamw-seed0" / "run.jsonl").steps[-1].step == 60
 
