@@ -137,9 +137,20 @@ def test_compare_is_no_rank_of_torchrun(capsys, tmp_path, monkeypatch):
     assert "cannot be one of 2 ranks; start it without torchrun" in capsys.readouterr().err
 
 
-def test_an_unknown_option_is_refused(capsys):
-    assert main(["train", "--training.step", "3"]) == 2
-    assert "--training.steps" in flat(capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--training.step", "3"], "--training.step, 3; did you mean --training.steps?"),
+        (["--optimizer.lr", "abc"], "parsing --optimizer.lr: no type .* from ['abc']."),
+        (["--resume", "maybe"], "one of ('auto', 'never', 'must')."),
+        (["--training.steps"], "Missing value for argument '--training.steps'."),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_one_line(capsys, options, words):
+    assert main(["train", *options]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .* See `sinkgd train --help`\n", said)
+    assert re.search(re.escape(words).replace(r"\.\*", ".*"), said)
 
 
 def test_a_typo_in_a_file_names_file_and_key(capsys, tmp_path):
