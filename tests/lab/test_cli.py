@@ -120,6 +120,15 @@ def test_an_error_is_one_line_with_its_exit_code(capsys, tmp_path, small, option
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_where_its_results_are(capsys, tmp_path, small):
+    out = tmp_path / "my run"
+    said = f"The results are in {out / 'run.jsonl'}. Table and page: sinkgd report '{out}'"
+    for _ in range(2):
+        assert main(["train", "--out", str(out), *small]) == 0
+        assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 def test_compare_is_no_rank_of_torchrun(capsys, tmp_path, monkeypatch):
@@ -128,9 +137,20 @@ def test_compare_is_no_rank_of_torchrun(capsys, tmp_path, monkeypatch):
     assert "cannot be one of 2 ranks; start it without torchrun" in capsys.readouterr().err
 
 
-def test_an_unknown_option_is_refused(capsys):
-    assert main(["train", "--training.step", "3"]) == 2
-    assert "--training.steps" in flat(capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--training.step", "3"], "--training.step, 3; did you mean --training.steps?"),
+        (["--optimizer.lr", "abc"], "parsing --optimizer.lr: no type .* from ['abc']."),
+        (["--resume", "maybe"], "one of ('auto', 'never', 'must')."),
+        (["--training.steps"], "Missing value for argument '--training.steps'."),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_one_line(capsys, options, words):
+    assert main(["train", *options]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .* See `sinkgd train --help`\n", said)
+    assert re.search(re.escape(words).replace(r"\.\*", ".*"), said)
 
 
 def test_a_typo_in_a_file_names_file_and_key(capsys, tmp_path):
@@ -278,10 +298,12 @@ def test_a_stopped_comparison_goes_on(tmp_path, small, number, code):
     assert process.returncode == code, said
     assert f"stopped by {number.name}" in said
     assert "The same command goes on from here." in shown
+    assert "Go on with" not in said
     process = program(*arguments)
     shown, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "run 1 of 1: adamw-seed0" in shown
+    assert re.findall(r"^run . of .: .*$", shown, re.MULTILINE) == ["run 3 of 3: adamw-seed0"]
+    assert " minutes this time. The page: " in shown
     assert "going on from" in said
     assert Run.read(out / "adamw-seed0" / "run.jsonl").steps[-1].step == 60
 

@@ -5,11 +5,15 @@ A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its op
 read, e.g. to take defaults from a file that one of them names.
 """
 
+import io
 import os
+import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from importlib import import_module
+from itertools import takewhile
 from typing import Protocol
 
 import sinkgd
@@ -248,13 +252,34 @@ def _parse(name: str, kind: str, arguments: list[str]) -> Command:
         tyro._experimental_options["ansi_codes"] = False
     command = getattr(import_module(f"sinkgd.lab.commands.{name.replace(' ', '.')}"), kind)
     default = command.defaults(arguments) if hasattr(command, "defaults") else None
-    parsed: Command = tyro.cli(
-        command,
-        prog=f"sinkgd {name}",
-        args=arguments,
-        default=tyro.MISSING_NONPROP if default is None else default,
-    )
+    shown = io.StringIO()
+    try:
+        with redirect_stderr(shown):
+            parsed: Command = tyro.cli(
+                command,
+                prog=f"sinkgd {name}",
+                args=arguments,
+                default=tyro.MISSING_NONPROP if default is None else default,
+            )
+    except SystemExit:
+        if wrong := _first_words(shown.getvalue()):
+            sys.stderr.write(f"error: {wrong} See `sinkgd {name} --help`\n")
+        raise
     return parsed
+
+
+def _first_words(box: str) -> str:
+    """Return in one line what the parser says in a box: what is wrong, and the nearest option."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ ") for line in plain.splitlines()]
+    # The frame's top holds the title; where it cannot be drawn, that is a line with a rule below.
+    lines = lines[1:] if plain.startswith("╭") else lines[2:]
+    wrong = " ".join(takewhile(lambda line: line.strip("─-"), lines))
+    if "Perhaps you meant:" not in lines:
+        return wrong
+    after = lines[lines.index("Perhaps you meant:") :]
+    nearest = next((line.split()[0] for line in after if line.startswith("--")), None)
+    return wrong if nearest is None else f"{wrong}; did you mean {nearest}?"
 
 
 def _usage(usage: str, commands: Commands) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from threading import Thread
 
+STARTED_BY = "SINKGD_STARTED_BY"  # variable: the command that started this one as a part of it
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

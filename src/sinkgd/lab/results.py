@@ -94,6 +94,9 @@ class Resume:
 
     kind: ClassVar[str] = "resume"
     step: int
+    # Of the environment in the start record, what differs: by name, [then, now]; empty where an
+    # older version wrote the record.
+    changed: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Run:
     evaluations: list[Evaluation] = field(default_factory=list)
     end: RunEnd | None = None
     statistics: list[ModelStatistics] = field(default_factory=list)
+    resumes: list[Resume] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -182,6 +186,7 @@ class Run:
                 self.evaluations = [row for row in self.evaluations if row.step <= step]
                 self.statistics = [row for row in self.statistics if row.step <= step]
                 self.end = None
+                self.resumes = [row for row in self.resumes if row.step < step] + [record]
             case RunStart():
                 raise ResultsError(f"{self.path} holds two start records; one run is one file")
 
@@ -205,6 +210,8 @@ def _parse(line: str, where: str) -> Record:
         record = _KINDS[values.pop("kind")]
         if record is RunEnd:
             values["memory"] = checked(Memory(**values["memory"]))
+        if record is Resume:
+            _check_changes(values)
         if record is RunStart:
             values = start_now(values)
             _check_tables(values)
@@ -239,6 +246,15 @@ def checked(record: Checked) -> Checked:
 
 def _is_beyond_floats(value: Any) -> bool:
     return isinstance(value, int) and abs(value) > sys.float_info.max
+
+
+def _check_changes(values: dict[str, Any]) -> None:
+    """Refuse a resume record in which a change is no pair."""
+    changed = values.get("changed", {})
+    if isinstance(changed, dict):  # else `checked` says so
+        for name, pair in changed.items():
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise TypeError(f"changed.{name} is {pair!r:.80} instead of [then, now]")
 
 
 def _check_tables(values: dict[str, Any]) -> None:

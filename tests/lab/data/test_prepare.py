@@ -178,12 +178,54 @@ def test_a_broken_document_leaves_nothing(poems, tmp_path, byte_tokenizer):
     assert [path.name for path in tmp_path.iterdir()] == ["poems"]
 
 
-def test_one_document_leaves_none_for_validation(tmp_path, byte_tokenizer):
+@pytest.mark.parametrize("documents", [1, 2, 3])
+def test_the_end_of_each_of_very_few_documents_is_held_out(tmp_path, cache, documents):
+    text = "\n\n".join(f"Chapter {i}.\nIt was a dark and stormy night." for i in range(100))
+    files = [tmp_path / f"book{i}.txt" for i in range(documents)]
+    for file in files:
+        file.write_text(text)
+    told = []
+    folder = prepared_corpus(f"{tmp_path}/*.txt", vocab_size=280, say=told.append)
+    train, held_out = (texts_of(folder, split) for split in ("train", "validation"))
+    assert [a + b for a, b in zip(train, held_out, strict=True)] == documents * [text]
+    assert all(end.startswith("Chapter 95.") for end in held_out)
+    (said,) = told
+    assert ("is one document; its last 5 %" if documents == 1 else "the last 5 % of each") in said
+    assert Manifest.read(folder).cut_fraction == 0.05
+    assert prepared_corpus(f"{tmp_path}/*.txt", vocab_size=280, say=told.append) == folder
+    assert told == [said]
+
+
+@pytest.mark.parametrize(
+    "text", ["line\n" * 30 + "end " * 9, "word " * 40, "字" * 200, "head\n\n" + "word " * 40]
+)
+def test_a_document_is_cut_near_its_share_whatever_borders_it_has(tmp_path, text):
+    (tmp_path / "book.txt").write_text(text)
+    train, held_out = open_corpus([str(tmp_path / "book.txt")], validation_fraction=0.2)
+    assert (train.split, held_out.split) == ("train", "validation")
+    assert train.text + held_out.text == text
+    assert 0.1 <= len(held_out.text) / len(text) <= 0.3
+
+
+def test_enough_documents_are_never_cut(poems):
+    corpus = open_corpus([f"{poems}/0*.txt"], validation_fraction=0.05)
+    assert corpus.cut_fraction == 0.05
+    assert open_corpus([f"{poems}/0*.txt"], validation_fraction=0.055).cut_fraction is None
+    manifest = Manifest(258, 0, 1, None, None, "", 9, (), {}, {})
+    assert "cut_fraction" not in manifest.to_json()  # as older versions read it
+
+
+def test_a_text_too_short_to_cut_is_refused_before_a_tokenizer_is_trained(tmp_path, cache):
     (tmp_path / "book.txt").write_text("all in one")
-    with pytest.raises(DataError, match="no document is left for validation: 1 in all") as caught:
-        prepare(open_corpus([str(tmp_path)]), tmp_path / "out", byte_tokenizer)
-    assert "a file with 'validation' in its name" in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    told = []
+    with pytest.raises(DataError, match=r"too short .* 5 % .*: 1 document of at most 10 char") as e:
+        prepared_corpus(tmp_path / "book.txt", vocab_size=258, progress=told.append)
+    assert told == []
+    for remedy in ("--validation-fraction", "a file with 'validation' in its name"):
+        assert remedy in str(e.value)
+    assert len(list(open_corpus([str(tmp_path / "book.txt")], validation_fraction=0.5))) == 2
+    (tmp_path / "validation.txt").write_text("another")
+    assert len(list(open_corpus([f"{tmp_path}/*.txt"]))) == 2
 
 
 def test_documents_without_a_token_are_passed_over(poems, tmp_path):

@@ -1,11 +1,16 @@
 """The words follow from the numbers, in every case, ties and doubts included."""
 
+import re
+
 import pytest
 
 from lab.report.synthetic import write_run
 from sinkgd.lab.cli import main
 from sinkgd.lab.report import analyze
+from sinkgd.lab.report.page import cards
+from sinkgd.lab.report.tables import summary_rows
 from sinkgd.lab.report.verdict import judge
+from sinkgd.lab.results import Run
 
 
 def headline(runs, baseline="adamw"):
@@ -29,7 +34,8 @@ def test_a_recipe_that_reached_the_loss(tmp_path, adamw):
 
 
 def test_fewer_tokens_in_more_time_says_but(tmp_path, adamw):
-    sinkgd = write_run(tmp_path, "sinkgd", {5: 5.0, 15: 3.0}, step_seconds=3.0)
+    seconds = {"step_seconds": 3.0, "optimizer_seconds": 2.25}
+    sinkgd = write_run(tmp_path, "sinkgd", {5: 5.0, 15: 3.0}, **seconds)
     assert headline([adamw, sinkgd]).endswith("50 % of its tokens but 150 % of its time")
 
 
@@ -156,3 +162,30 @@ def test_the_papers_sinkgd_is_told_apart_from_the_default(tmp_path, adamw, final
     said = headline(runs)
     assert said.startswith("sinkgd and" if final < 4 else "sinkgd reached")
     assert "sinkgd-paper (without deflation)" in said
+
+
+def test_times_that_cannot_be_compared_are_in_no_headline_and_on_no_card(tmp_path, adamw):
+    runs = [adamw, write_run(tmp_path, "sinkgd", {5: 5.0, 15: 3.0}, step_seconds=3.0)]
+    verdict = judge(analyze(runs, "adamw"))
+    assert any("Do not compare times" in text for text in verdict.cautions)
+    assert headline(runs).endswith("of 4.000 with 50 % of its tokens")
+    sinkgd, _ = cards(analyze(runs, "adamw"), verdict)
+    notes = {figure.name: (figure.value, figure.note) for figure in sinkgd.figures}
+    assert notes["Time needed"] == notes["Effective throughput"] == ("–", "not comparable")
+    [time] = [row for row in summary_rows(analyze(runs, "adamw")) if row.title == "Time to reach"]
+    assert time.cells[1].replace("\N{NO-BREAK SPACE}", " ") == "30.0 s"
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_other_threads_are_named_where_the_speed_is_unequal(tmp_path, resumed):
+    adamw = write_run(tmp_path, "adamw", {20: 4.0}, environment={"threads": 2})
+    began_with = {"threads": 2 if resumed else 1}
+    slow = write_run(tmp_path, "sinkgd", {20: 3.0}, step_seconds=2.0, environment=began_with)
+    if resumed:
+        first, *rest = slow.path.read_text(encoding="utf-8").splitlines()
+        resume = '{"kind": "resume", "step": 0, "changed": {"threads": [2, 1], "commit": ["a", 1]}}'
+        slow.path.write_text("\n".join([first, resume, *rest, ""]), encoding="utf-8")
+    [said] = [text for text in cautions([adamw, Run.read(slow.path)]) if "Do not compare" in text]
+    changed = "sinkgd-seed0 went on after step 0 with threads 1 instead of 2. Do not compare"
+    assert (changed if resumed else "compute the same there: threads was 2 and 1.") in said
+    assert not re.search("other work|commit", said)

@@ -1,5 +1,6 @@
 """Whether a run may begin or go on in a folder."""
 
+import fcntl
 import json
 import os
 from dataclasses import asdict, replace
@@ -128,3 +129,27 @@ def test_a_run_is_named_after_its_folder_however_that_is_written(tmp_path, monke
     (tmp_path / "run" / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "run")
     assert RunFolder(Path(path)).name == "run"
+
+
+@pytest.mark.parametrize("there", ["", "runs", "runs/x"])
+def test_a_lock_leaves_nothing_where_no_run_begins(tmp_path, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    with RunFolder(tmp_path / "runs" / "x").lock():
+        assert (tmp_path / "runs" / "x" / ".lock").exists()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lock_on_a_file_that_was_just_removed_is_taken_anew(folder, monkeypatch):
+    flock, taken = fcntl.flock, []
+
+    def removed_first(file, how):
+        flock(file, how)
+        taken.append(file)
+        if len(taken) == 1:
+            (folder.path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with folder.lock():
+        assert len(taken) == 2
+        assert (folder.path / ".lock").exists()

@@ -208,6 +208,8 @@ def test_what_changes_the_last_bits_is_said(config, here, monkeypatch, name):
     said: list[str] = []
     assert train(config, here / "run", say=said.append).step == 12
     assert any(f"{name} was {before} and is now another" in line for line in said)
+    [resume] = Run.read(here / "run" / "run.jsonl").resumes
+    assert resume.changed == {name: [before, "another"]}
 
 
 def test_nothing_is_said_where_nothing_changed(config, here):

@@ -1,5 +1,6 @@
 """`sinkgd compare`: the same model, text, order and schedule with several optimizers."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Annotated, Self
 import tyro
 
 from sinkgd.lab.commands.config_option import load_defaults
-from sinkgd.lab.launch import launched_ranks
+from sinkgd.lab.launch import STARTED_BY, launched_ranks
 from sinkgd.lab.names import suggest
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
 from sinkgd.lab.train.config_file import command_line
@@ -31,7 +32,11 @@ def run_in_fresh_process(arguments: Sequence[str]) -> int:
     to save. On Linux the command is also told to stop, and saves, when this process is killed.
     """
     # A process group of its own: else the terminal would send Ctrl-C to both, and then twice.
-    child = subprocess.Popen([sys.executable, "-c", _PROGRAM, *arguments], process_group=0)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, *arguments],
+        env=os.environ | {STARTED_BY: "compare"},
+        process_group=0,
+    )
     try:
         with Interrupt(forward=child.send_signal):
             code = child.wait()
@@ -94,17 +99,21 @@ class Compare:
         started = time.perf_counter()
         runs = self._plan()
         open_runs = [name for name, config in runs.items() if not self._is_finished(name, config)]
+        begun_before = any(RunFolder(self.out / name).has_begun() for name in runs)
         if not open_runs:
             self._check_text(runs, finished=True)
-        for i, name in enumerate(open_runs, start=1):
+        for i, (name, config) in enumerate(runs.items(), start=1):
+            if name not in open_runs:
+                continue
             self._check_text(runs, finished=False)
-            print(f"run {i} of {len(open_runs)}: {name}", flush=True)  # noqa: T201
-            code = self._train(name, runs[name])
+            print(f"run {i} of {len(runs)}: {name}", flush=True)  # noqa: T201
+            code = self._train(name, config)
             if code in STOPPED:
                 print("The same command goes on from here.", flush=True)  # noqa: T201
             if code != 0:
                 return code
-        self._report(list(runs), time.perf_counter() - started)
+        minutes = f"{(time.perf_counter() - started) / 60:.1f} minutes"
+        self._report(list(runs), f"{minutes} this time" if begun_before else minutes)
         return 0
 
     def _plan(self) -> dict[str, RunConfig]:
@@ -168,7 +177,7 @@ class Compare:
     def _train(self, name: str, config: RunConfig) -> int:
         return run_in_fresh_process(["train", "--out", str(self.out / name), *command_line(config)])
 
-    def _report(self, names: Sequence[str], seconds: float) -> None:
+    def _report(self, names: Sequence[str], lasted: str) -> None:
         from rich.console import Console
 
         from sinkgd.lab.report import (
@@ -196,7 +205,7 @@ class Compare:
         for caution in judge(analysis).cautions:
             console.print(f"beware: {caution}", markup=False, highlight=False, soft_wrap=True)
         console.print(
-            f"\n{seconds / 60:.1f} minutes. The page: {page}",
+            f"\n{lasted}. The page: {page}",
             markup=False,
             highlight=False,
             soft_wrap=True,

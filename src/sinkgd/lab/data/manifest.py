@@ -64,6 +64,7 @@ class Manifest:
     splits: dict[str, SplitEntry]
     files: dict[str, FileEntry]
     format_version: int = FORMAT_VERSION
+    cut_fraction: float | None = None  # at the end of each document, for validation; None: no cut
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
@@ -92,7 +93,7 @@ class Manifest:
 
         The same for shards that were moved, or made again from the same text.
         """
-        about = {"sources", "largest_id", "format_version"}
+        about = {"sources", "largest_id", "format_version", "cut_fraction"}
         content = {key: value for key, value in asdict(self).items() if key not in about}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
@@ -103,7 +104,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the content of ``manifest.json``."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        fields = asdict(self)
+        if self.cut_fraction is None:
+            del fields["cut_fraction"]  # as before documents could be cut
+        return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -42,7 +42,7 @@ def train_tokenizer(
     corpus: Corpus, vocab_size: int = VOCAB_SIZE, *, progress: ProgressCallback | None = None
 ) -> Tokenizer:
     """Train a byte-level BPE on the training documents of ``corpus``, the first 256 MB of them."""
-    documents = _reported(corpus, "tokenizer", corpus.total_documents, progress)
+    documents = _reported(corpus, "tokenizer", progress)
     texts = (document.text for document in documents if document.split == "train")
     return Tokenizer.train(_first_characters(texts, _TOKENIZER_CHARACTERS), vocab_size)
 
@@ -70,8 +70,14 @@ def prepare(
         DataError: If a document cannot be read, a split gets none, or the disk is full.
         FolderTakenError: If ``out`` is not empty.
     """
-    with ShardWriter(out, tokenizer, corpus.sources, shard_tokens=shard_tokens) as writer:
-        documents = _reported(corpus, "tokens", corpus.total_documents, progress)
+    with ShardWriter(
+        out,
+        tokenizer,
+        corpus.sources,
+        shard_tokens=shard_tokens,
+        cut_fraction=corpus.cut_fraction,
+    ) as writer:
+        documents = _reported(corpus, "tokens", progress)
         for batch in _batched(documents):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
@@ -99,7 +105,7 @@ def prepared_corpus(
             them; or a folder that `prepare` made, which is returned as it is.
         vocab_size: Of the tokenizer to train.
         progress: Called after every document.
-        say: Told which files of a folder are left out.
+        say: Told which files of a folder are left out, and that documents are cut when they are.
 
     Raises:
         DataError: If there is no text at ``source``, or shards without their manifest; or if the
@@ -117,6 +123,8 @@ def prepared_corpus(
     if not (folder / MANIFEST_FILE).exists():
         _claim_cache(folder.parent)
         refuse_taken(folder)
+        if (note := corpus.note_on_cuts()) is not None:
+            say(note)
         tokenizer = train_tokenizer(corpus, vocab_size, progress=progress)
         try:
             prepare(corpus, folder, tokenizer, progress=progress)
@@ -178,11 +186,10 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
     return takewhile(below_limit, texts)
 
 
-def _reported(
-    documents: Iterable[Document], stage: str, total: int | None, report: ProgressCallback | None
-) -> Iterator[Document]:
+def _reported(corpus: Corpus, stage: str, report: ProgressCallback | None) -> Iterator[Document]:
+    total = corpus.total_documents if corpus.cut_fraction is None else None  # parts are counted
     characters = 0
-    for count, document in enumerate(documents, start=1):
+    for count, document in enumerate(corpus, start=1):
         yield document
         characters += len(document.text)
         if report:
@@ -194,7 +201,6 @@ def _check_splits(writer: ShardWriter) -> None:
     empty = [split for split, count in counts.items() if not count]
     if empty:
         raise DataError(
-            f"no document is left for {' and '.join(empty)}: {sum(counts.values())} in all, split "
-            "by document; give more documents, a larger validation_fraction, or a file with "
-            "'validation' in its name beside the others"
+            f"no document is left for {' and '.join(empty)}: {sum(counts.values())} in all have a "
+            "token; give more text, or another tokenizer with `sinkgd prepare --tokenizer`"
         )

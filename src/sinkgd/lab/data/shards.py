@@ -122,6 +122,8 @@ class ShardWriter:
         tokenizer: The one that makes the ids.
         sources: Where the text comes from, for the record.
         shard_tokens: Tokens in a full shard.
+        cut_fraction: Share at the end of each document that is validation text, for the record;
+            None where whole documents are.
 
     Raises:
         FolderTakenError: If ``out`` is not empty.
@@ -134,12 +136,13 @@ class ShardWriter:
         sources: tuple[str, ...],
         *,
         shard_tokens: int = SHARD_TOKENS,
+        cut_fraction: float | None = None,
     ) -> None:
         if shard_tokens < 1:
             raise DataError(f"shard_tokens must be at least 1, got {shard_tokens}")
         refuse_taken(out)
         self._out, self._tokenizer, self._sources = out, tokenizer, sources
-        self._shard_tokens = shard_tokens
+        self._shard_tokens, self._cut_fraction = shard_tokens, cut_fraction
         self._largest_id = tokenizer.eos_id
         out.parent.mkdir(parents=True, exist_ok=True)
         self._partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
@@ -196,6 +199,7 @@ class ShardWriter:
             sources=self._sources,
             splits=splits,
             files=files,
+            cut_fraction=self._cut_fraction,
         )
         self._write(MANIFEST_FILE, manifest.to_json().encode("utf-8"))
         self._rename()

@@ -67,7 +67,7 @@ def _work(config: RunConfig, folder: Path, plain: bool) -> None:
 def _train(config: RunConfig, folder: Path) -> int:
     try:
         wait_until_free(RunFolder(folder))
-        outcome = train(config, folder)
+        outcome = train(config, folder, name_next_command=False)
     except KeyboardInterrupt:  # before the first step
         return exit_code(signal.SIGINT)
     except (NonFiniteLossError, NonFiniteGradientError) as error:

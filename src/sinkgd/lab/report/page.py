@@ -94,7 +94,7 @@ def cards(analysis: Analysis, verdict: Verdict) -> list[Card]:
             recipe.name,
             _tag(recipe, analysis),
             verdict.sentences[recipe.name],
-            tuple(_figures(recipe, analysis)),
+            tuple(_figures(recipe, analysis, times_comparable=verdict.times_comparable)),
         )
         for recipe in recipes
     ]
@@ -111,7 +111,7 @@ def _tag(recipe: RecipeSummary, analysis: Analysis) -> str:
     return f"baseline, {seeds}" if recipe is analysis.baseline else seeds
 
 
-def _figures(recipe: RecipeSummary, analysis: Analysis) -> list[Figure]:
+def _figures(recipe: RecipeSummary, analysis: Analysis, *, times_comparable: bool) -> list[Figure]:
     comparison = analysis.comparisons.get(recipe.name)
     if recipe is analysis.baseline or comparison is None:
         return _absolute(recipe)
@@ -120,11 +120,17 @@ def _figures(recipe: RecipeSummary, analysis: Analysis) -> list[Figure]:
     if comparison.token_fraction and comparison.time_fraction:
         figures = [
             _needed("Tokens needed", comparison, comparison.token_fraction),
-            _needed("Time needed", comparison, comparison.time_fraction),
+            _needed("Time needed", comparison, comparison.time_fraction)
+            if times_comparable
+            else Figure("Time needed", ABSENT, "not comparable"),
         ]
     else:
         figures = _fell_short(recipe.val_loss, analysis.baseline)
-    return [*figures, _speed(comparison), *_state(recipe, analysis.baseline)]
+    return [
+        *figures,
+        _speed(comparison, times_comparable=times_comparable),
+        *_state(recipe, analysis.baseline),
+    ]
 
 
 def _absolute(recipe: RecipeSummary) -> list[Figure]:
@@ -161,10 +167,12 @@ def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[Figure]:
     return figures
 
 
-def _speed(comparison: Comparison) -> Figure:
+def _speed(comparison: Comparison, *, times_comparable: bool) -> Figure:
     name = "Effective throughput"
     if comparison.effective_speedup is None:
         return Figure(name, "–", "not reached")
+    if not times_comparable:
+        return Figure(name, ABSENT, "not comparable")
     return Figure(name, quantities.ratio(comparison.effective_speedup), "the baseline’s")
 
 

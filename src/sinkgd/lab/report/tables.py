@@ -1,7 +1,7 @@
 """The summary table, a column a recipe, a row a measure: one for the terminal and the page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.console import Group
@@ -11,6 +11,7 @@ from rich.text import Text
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis, Comparison
 from sinkgd.lab.report.summary import RecipeSummary, Spread
+from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Memory
 
 NOTHING = "–"
@@ -38,11 +39,14 @@ def header(analysis: Analysis) -> tuple[str, ...]:
 
 def summary_rows(analysis: Analysis) -> list[Row]:
     """Write every measure that at least one recipe has."""
+    comparisons = analysis.comparisons
+    if unequal_speed(analysis):
+        comparisons = {name: replace(c, time_fraction=None) for name, c in comparisons.items()}
     rows = [
         Row(
             title,
             meaning,
-            tuple(cell(r, analysis.comparisons.get(r.name)) for r in analysis.recipes),
+            tuple(cell(r, comparisons.get(r.name)) for r in analysis.recipes),
         )
         for title, meaning, cell in _MEASURES
     ]

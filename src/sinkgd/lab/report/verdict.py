@@ -13,6 +13,7 @@ from sinkgd.lab.results import Run
 _MOST_NAMES = 3  # a list longer than this is counted instead
 _ENDINGS = {"unfinished": "stands unfinished", "interrupted": "was interrupted"}
 _EARLY = 0.98  # of its tokens: a baseline that was as good before this got worse at the end
+_MACHINE = ("device", "cpu", "cores", "threads")  # of an environment, what speed follows from
 _UNSTEADY = 1.3  # times: on an idle machine the recorded demo's runs differ by 1.16
 
 
@@ -23,24 +24,27 @@ class Verdict:
     headline: str
     sentences: dict[str, str]  # by recipe
     cautions: tuple[str, ...]
+    times_comparable: bool = True  # else a caution says that they are not
 
 
 def judge(analysis: Analysis) -> Verdict:
     """Put an analysis in words."""
+    slowed = unequal_speed(analysis)
     return Verdict(
-        headline=_headline(analysis),
+        headline=_headline(analysis, with_times=not slowed),
         sentences={recipe.name: _sentence(recipe, analysis) for recipe in analysis.recipes},
         cautions=(
             *_unequal_conditions(analysis),
-            *_unequal_speed(analysis),
+            *slowed,
             *_few_seeds(analysis),
             *_baseline_got_worse(analysis),
             *_unfinished(analysis.runs),
         ),
+        times_comparable=not slowed,
     )
 
 
-def _headline(analysis: Analysis) -> str:
+def _headline(analysis: Analysis, *, with_times: bool) -> str:
     baseline, target = analysis.baseline, analysis.target
     if baseline is None:
         return _ranking(analysis.recipes)
@@ -50,11 +54,15 @@ def _headline(analysis: Analysis) -> str:
     outcomes = [(one, comparison) for one, comparison in outcomes if one.val_loss is not None]
     if not outcomes:
         return f"{baseline.name} ended at {quantities.loss(target)}; nothing to compare it with yet"
-    return _standings(baseline, target, outcomes)
+    return _standings(baseline, target, outcomes, with_times=with_times)
 
 
 def _standings(
-    baseline: RecipeSummary, target: float, outcomes: Sequence[tuple[RecipeSummary, Comparison]]
+    baseline: RecipeSummary,
+    target: float,
+    outcomes: Sequence[tuple[RecipeSummary, Comparison]],
+    *,
+    with_times: bool,
 ) -> str:
     """Name who reached the target, who ended level and who did neither, in this order."""
     goal = f"{baseline.name}’s final loss of {quantities.loss(target)}"
@@ -67,7 +75,7 @@ def _standings(
     lost = [one.name for one, c in outcomes if not c.token_fraction and not c.level]
     clauses = []
     if won:
-        clauses.append(_reached(sorted(won, key=lambda row: row[:2]), goal))
+        clauses.append(_reached(sorted(won, key=lambda row: row[:2]), goal, with_times=with_times))
     if level:
         with_whom = "" if won else f" with {baseline.name} at {quantities.loss(target)}"
         clauses.append(f"{_names(level)} ended level{with_whom}")
@@ -76,13 +84,13 @@ def _standings(
     return "; ".join(clauses)
 
 
-def _reached(won: Sequence[tuple[float, str, Comparison]], goal: str) -> str:
+def _reached(won: Sequence[tuple[float, str, Comparison]], goal: str, *, with_times: bool) -> str:
     """Name the winners with the fraction of the baseline's tokens, and time, that each took."""
     percents = _list([quantities.percent(fraction) for fraction, _, _ in won])
     clause = f"{_list([_called(name) for _, name, _ in won])} reached {goal} with {percents} of "
     clause += "its tokens"
     times = [c.time_fraction.mean for _, _, c in won if c.time_fraction is not None]
-    if len(times) == len(won):
+    if with_times and len(times) == len(won):
         pairs = zip(times, (fraction for fraction, _, _ in won), strict=True)
         slower = all(time > 1 >= fraction for time, fraction in pairs)
         took = _list([quantities.percent(time) for time in times])
@@ -174,8 +182,11 @@ def _unequal_conditions(analysis: Analysis) -> list[str]:
     return [f"Not like with like: the runs differ in {_names(unequal)}."] if unequal else []
 
 
-def _unequal_speed(analysis: Analysis) -> list[str]:
-    """Compare what every recipe computes alike, forward and backward, between the runs."""
+def unequal_speed(analysis: Analysis) -> list[str]:
+    """Say that times cannot be compared, at most once; nothing where they can.
+
+    What every recipe computes alike, forward and backward, should take all runs equally long.
+    """
     finished = [run for run in analysis.runs if run.finished and run.steps]
     if len({(run.start.parameters, run.start.tokens_per_step) for run in finished}) > 1:
         return []
@@ -186,10 +197,27 @@ def _unequal_speed(analysis: Analysis) -> list[str]:
     if not passes or max(passes) <= _UNSTEADY * min(passes):
         return []
     low, high = quantities.duration(min(passes)), quantities.duration(max(passes))
+    cause = "; ".join(_changes_of_machine(finished)) or "probably other work slowed the machine"
     return [
         f"A step without its optimizer took {low} in one run and {high} in another, though all "
-        "compute the same there: probably other work slowed the machine. Do not compare times and "
-        "tokens per second; losses and tokens are not affected."
+        f"compute the same there: {cause}. Do not compare times and tokens per second; losses and "
+        "tokens are not affected."
+    ]
+
+
+def _changes_of_machine(runs: Sequence[Run]) -> list[str]:
+    """Name what speed follows from and runs differ in, from the start or since one went on."""
+    found = []
+    for name in _MACHINE:
+        begun = dict.fromkeys(str(run.start.environment.get(name)) for run in runs)
+        if len(begun) > 1:
+            found.append(f"{name} was {' and '.join(begun)}")
+    return found + [
+        f"{run.start.name} went on after step {resume.step} with {name} {now} instead of {before}"
+        for run in runs
+        for resume in run.resumes
+        for name, (before, now) in resume.changed.items()
+        if name in _MACHINE
     ]
 
 

@@ -1,12 +1,13 @@
 """A run's folder: what lies in it, and whether a run may begin or go on there."""
 
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from sinkgd.lab.disk import is_special
 from sinkgd.lab.results import RESULTS_FILE, Run, RunStart
@@ -112,19 +113,45 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep other processes from training here; a process that dies lets go.
 
+        Folders that are made for the lock are removed with it where nothing else was put there.
+
         Raises:
             RunFolderError: If another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        lock = self.path / ".lock"
+        with self._locked(lock):
+            try:
+                yield
+            finally:
+                if self.path.is_dir() and [*self.path.iterdir()] == [lock]:
+                    lock.unlink()
+                    with suppress(OSError):  # another process may have put something there
+                        for folder in made:
+                            folder.rmdir()
+
+    def _locked(self, lock: Path) -> IO[str]:
+        """Open the file ``lock`` and lock it."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                file = lock.open("w")
+            except FileNotFoundError:
+                if self.path.exists():
+                    raise
+                continue  # another process just removed the folder
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                file.close()
                 raise RunFolderError(
                     f"another process is training in {self.path}; wait for it or stop it, or give "
                     "another --out"
                 ) from None
-            yield
+            # Another process may have removed the file between the two.
+            if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                return file
+            file.close()
 
     def has_begun(self) -> bool:
         """Whether there is at least one whole line of results.

@@ -141,10 +141,11 @@ def notes_on_environment(start: RunStart, environment: Mapping[str, Any]) -> lis
             "warning: this run was begun by an older sinkgd, which did not record its text; "
             "whether the text is still the same cannot be checked"
         )
+    changes = changes_of_environment(start, environment)
     changed = [
-        f"{name} was {start.environment[name]} and is now {environment.get(name)}"
+        f"{name} was {changes[name][0]} and is now {changes[name][1]}"
         for name in _LAST_BITS
-        if name in start.environment and start.environment[name] != environment.get(name)
+        if name in changes
     ]
     if changed:
         notes.append(
@@ -152,6 +153,16 @@ def notes_on_environment(start: RunStart, environment: Mapping[str, Any]) -> lis
             "from those of a run that was never stopped"
         )
     return notes
+
+
+def changes_of_environment(start: RunStart, environment: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return what differs from when the run began: by name, [then, now]."""
+    now = _plain(environment)
+    return {
+        name: [then, now.get(name)]
+        for name, then in start.environment.items()
+        if then != now.get(name)
+    }
 
 
 def with_absolute_corpus(config: RunConfig) -> RunConfig:

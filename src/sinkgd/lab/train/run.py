@@ -1,5 +1,6 @@
 """A run in its folder: begin or go on, train, and record how it ended."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,11 @@ from sinkgd.lab.train.config_file import as_tables, command_line, save_config
 from sinkgd.lab.train.device import select_device
 from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder, RunFolderError
-from sinkgd.lab.train.identity import notes_on_environment, with_absolute_corpus
+from sinkgd.lab.train.identity import (
+    changes_of_environment,
+    notes_on_environment,
+    with_absolute_corpus,
+)
 from sinkgd.lab.train.interrupt import Interrupt
 from sinkgd.lab.train.loop import run_loop
 from sinkgd.lab.train.meters import make_meter
@@ -48,6 +53,7 @@ def train(
     *,
     resume: ResumePolicy = "auto",
     say: Callable[[str], None] = print_to_stderr,
+    name_next_command: bool = True,
 ) -> Outcome:
     """Train a model in a folder of its own; go on there if a run was stopped.
 
@@ -58,6 +64,8 @@ def train(
         path: The run's folder. Its name is the run's.
         resume: What to do where a run has begun, see `RunFolder.admit`.
         say: Told what a person should know, one line each time.
+        name_next_command: Whether to say which command shows the results, or goes on; not where the
+            run is one of several that another command started.
 
     Raises:
         ConfigError: If the configuration cannot run, or the configuration, text or model of the
@@ -80,6 +88,8 @@ def train(
             if admission is Admission.NOTHING:
                 world.from_first(lambda: check_finished(folder, config, say))
                 say(f"{path} is finished already; nothing to do")
+                if name_next_command:
+                    say(_where_results_are(folder))
                 return Outcome(config.training.steps)
             begun = world.from_first(folder.start) if admission is Admission.GO_ON else None
             job = set_up(config, say, world, begun=begun)
@@ -91,7 +101,10 @@ def train(
             else:
                 for note in _notes_on_text(job):
                     say(note)
-            return _run(job, folder, admission, say)
+            outcome = _run(job, folder, admission)
+            for words in _how_it_ended(outcome, job, folder, name_next_command):
+                say(words)
+            return outcome
         except Exception as error:  # noqa: BLE001  raised again, or its reason
             raise world.explain(error) from error.__cause__
 
@@ -114,14 +127,12 @@ def _say_nothing(_message: str) -> None:
     pass
 
 
-def _run(job: Job, folder: RunFolder, admission: Admission, say: Callable[[str], None]) -> Outcome:
+def _run(job: Job, folder: RunFolder, admission: Admission) -> Outcome:
     with ExitStack() as stack:
         results: Recorder = NoRecords()
         if job.mesh.world.is_first:
             results = stack.enter_context(_open_results(job, folder, admission))
         stopped_by = _train_and_record_the_end(job, folder, results)
-    if stopped_by is not None:
-        say(_how_to_go_on(job, folder, stopped_by))
     return Outcome(job.state.step, stopped_by)
 
 
@@ -138,8 +149,12 @@ def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator
         )
         stack.enter_context(meter)
         save_config(folder.config, with_absolute_corpus(job.config))
+        first: RunStart | Resume = start
+        if admission is not Admission.BEGIN:
+            changed = changes_of_environment(folder.start(), start.environment)
+            first = Resume(job.state.step, changed)
         results = stack.enter_context(ResultsWriter(folder.results, (*sinks, meter)))
-        results.write(start if admission is Admission.BEGIN else Resume(job.state.step))
+        results.write(first)
         yield results
 
 
@@ -219,9 +234,20 @@ def _end(job: Job, status: str, message: str = "") -> RunEnd:
     )
 
 
-def _how_to_go_on(job: Job, folder: RunFolder, received: Signals) -> str:
+def _how_it_ended(
+    outcome: Outcome, job: Job, folder: RunFolder, name_next_command: bool
+) -> Iterator[str]:
+    if outcome.signal is None:
+        if name_next_command:
+            yield _where_results_are(folder)
+        return
+    steps = job.config.training.steps
+    stopped = f"stopped by {outcome.signal.name} after step {outcome.step} of {steps}"
     options = ["train", "--config", str(folder.config), "--out", str(folder.path)]
-    return (
-        f"stopped by {received.name} after step {job.state.step} of {job.config.training.steps}; "
-        f"everything is saved. Go on with: {launch_command(options)}"
-    )
+    go_on = f". Go on with: {launch_command(options)}" if name_next_command else ""
+    yield f"{stopped}; everything is saved{go_on}"
+
+
+def _where_results_are(folder: RunFolder) -> str:
+    report = shlex.join(["sinkgd", "report", str(folder.path)])
+    return f"The results are in {folder.results}. Table and page: {report}"
