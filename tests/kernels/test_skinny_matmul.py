@@ -109,14 +109,11 @@ class TestNumbers:
         # Row sums of terms that differ as much are less exact, in the plain step as well.
         assert error(found, expected) <= (1e-5 if size is None else CLOSE)
 
-    def test_rows_come_last_and_operator_norms(self, backend):
+    @pytest.mark.parametrize("options", [{"last": "row"}, {"operator_norm": "muon"}], ids=str)
+    def test_rows_come_last_and_operator_norms(self, backend, options):
         grads = [leading((50, 70), 1)]
-        for options in ({"last": "row"}, {"operator_norm": 1.0}):
-            try:
-                expected = definition(grads, **options)
-            except ValueError:
-                continue
-            assert error(step(grads, **options)[0], expected[0]) <= 1e-5
+        expected = definition(grads, **options)
+        assert error(step(grads, **options)[0], expected[0]) <= 1e-5
 
     def test_weights_of_bfloat16_are_those_of_the_former_way_but_for_roundings(
         self, backend, monkeypatch
@@ -131,7 +128,7 @@ class TestNumbers:
 
 class TestBits:
     def test_they_do_not_depend_on_other_matrices_or_on_the_buckets(self, backend, monkeypatch):
-        shapes = [(67, 131), (2, 40, 48), (40, 20), (131, 67)]
+        shapes = [(20, 131), (2, 12, 16), (24, 10), (131, 20)]
         grads = [leading(shape, i, torch.bfloat16) for i, shape in enumerate(shapes)]
         grads[3] = turned(grads[3])
         together = step(grads)
@@ -210,6 +207,7 @@ class TestWork:
         step([grad], dtype=dtype)
         assert loads.entries == 10 * grad.numel()
 
+    @pytest.mark.slow
     def test_no_gradient_is_copied(self, backend, monkeypatch):
         """All that is made has fewer entries than a gradient."""
         grad = leading((300, 420), 1, torch.bfloat16)

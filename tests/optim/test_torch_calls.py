@@ -25,16 +25,15 @@ def triton():
 
 
 PLAIN = {"deflated_rank": 0}
-VIEWS = ("aten.slice.Tensor", "aten.view.default")  # of the scales of each matrix
-OTHER_VIEWS = (*VIEWS, "aten.transpose.int")  # and of each matrix whose rows come last
+VIEWS = ("aten.transpose.int",)  # of each matrix whose rows come last
 
 
 def test_calls_of_a_plain_step_do_not_grow_with_the_matrices():
     assert calls_of_a_matrix_more(**PLAIN) == 0
 
 
-def test_calls_of_a_deflated_step_grow_little_with_the_matrices():
-    assert calls_of_a_matrix_more(deflated_rank=15) <= 4.1
+def test_calls_of_a_deflated_step_hardly_grow_with_the_matrices():
+    assert calls_of_a_matrix_more(deflated_rank=15) <= 0.2
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,7 @@ def test_calls_of_a_deflated_step_grow_little_with_the_matrices():
     [
         ({}, ()),
         ({"rounding": "stochastic"}, ()),
-        ({"weight_decay": 0.1, "last": "row"}, OTHER_VIEWS),
+        ({"weight_decay": 0.1, "last": "row"}, VIEWS),
     ],
     ids=str,
 )

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, partial
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +180,7 @@ class TritonBackend(TwoHalves):
         scratch = new_scratch(plan, num_iters, tol, device)
         for bucket in plan.buckets:
             find_scales(bucket, scratch, table, addresses, num_iters, tol)
-        return _views(scratch.scales[0], shapes, plan.rows, plan.cols)
+        return list(ScalesOf(scratch.scales[0], shapes, plan.rows, plan.cols))
 
     def descend_(
         self,
@@ -503,16 +502,3 @@ def _fits(grad: Tensor) -> bool:
     """Whether a program's registers hold whole rows in memory."""
     layout = layout_of(grad.shape, grad.stride())
     return layout is not None and layout.Q <= LONGEST
-
-
-def _views(
-    flat: Tensor, shapes: Sequence[torch.Size], rows: Sequence[int], cols: Sequence[int]
-) -> list[Scales]:
-    return [
-        Scales(_part(flat, row, (*batch, m, 1)), _part(flat, col, (*batch, 1, n)))
-        for (*batch, m, n), row, col in zip(shapes, rows, cols, strict=True)
-    ]
-
-
-def _part(flat: Tensor, begin: int, shape: tuple[int, ...]) -> Tensor:
-    return flat[begin : begin + prod(shape)].view(shape)

@@ -5,7 +5,7 @@ a few numbers, sends the addresses of all tensors if one has moved, and starts t
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from math import prod
 from typing import NamedTuple, overload
 
@@ -174,6 +174,20 @@ class ScalesOf(Sequence[Scales]):
         *batch, m, n = self._shapes[i]
         row, col = self._rows[i], self._cols[i]
         return Scales(self._part(row, (*batch, m, 1)), self._part(col, (*batch, 1, n)))
+
+    def __iter__(self) -> Iterator[Scales]:
+        """Return views of all: four calls of torch, and two for each batch."""
+        sizes, end = [], 0
+        for (*batch, m, n), row, col in zip(self._shapes, self._rows, self._cols, strict=True):
+            sizes += [row - end, prod(batch) * m]
+            end = row + sizes[-1]
+            sizes += [col - end, prod(batch) * n]
+            end = col + sizes[-1]
+        sizes.append(len(self._flat) - end)
+        us = self._flat.view(-1, 1).split_with_sizes(sizes)[1::4]
+        vs = self._flat.view(1, -1).split_with_sizes(sizes, 1)[3::4]
+        for (*batch, m, n), u, v in zip(self._shapes, us, vs, strict=True):
+            yield Scales(u.view(*batch, m, 1), v.view(*batch, 1, n)) if batch else Scales(u, v)
 
     def _part(self, begin: int, shape: tuple[int, ...]) -> Tensor:
         return self._flat[begin : begin + prod(shape)].view(shape)
