@@ -79,10 +79,11 @@ def interpreter() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        loaders = {"loops": launch.loops, "step": launch.step, "sweep": launch.sweep}
-        for module, import_anew in loaders.items():
-            sys.modules.pop(f"sinkgd.kernels.triton.{module}", None)
+        loaders = (launch.primitives, launch.loops, launch.step, launch.sweep, launch.finish)
+        for import_anew in loaders:
+            sys.modules.pop(f"sinkgd.kernels.triton.{import_anew.__name__}", None)
             import_anew.cache_clear()
+        for import_anew in loaders:
             import_anew()
         importlib.import_module("triton.experimental.gluon")  # at the first launch it is too late
     started = launch.launch

@@ -13,7 +13,8 @@ from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
 from sinkgd.kernels.triton import TritonBackend, launch, tables
 from sinkgd.kernels.triton import backend as module
-from sinkgd.kernels.triton.plan import Source, plan_of_scales
+from sinkgd.kernels.triton.places import Source
+from sinkgd.kernels.triton.plan import plan_of_scales
 from sinkgd.kernels.triton.tables import Tables
 
 FLOAT32 = {"rtol": 3e-6, "atol": 0}

@@ -196,14 +196,14 @@ def write(found):
 def compile_all(name):
     from triton.backends.compiler import GPUTarget
 
-    from sinkgd.kernels.triton import loops, step
+    from sinkgd.kernels.triton import loops, primitives, step
 
     target = GPUTarget(*TARGETS[name])
     for variant in half_variants():
         half, dtype, shape, wide, turned, tol = variant
         rows, origin, sums = HALVES[half]
         constants = {
-            "DTYPE": loops.DTYPES[torch_type(dtype)],
+            "DTYPE": primitives.DTYPES[torch_type(dtype)],
             "AXIS": int(rows != turned),
             "ROWS": rows,
             "FROM": origin,
@@ -216,8 +216,8 @@ def compile_all(name):
     for variant in update_variants():
         dtype, grad_dtype, shape, wide, rounding = variant
         constants = {
-            "DTYPE": loops.DTYPES[torch_type(dtype)],
-            "GRAD_DTYPE": loops.DTYPES[torch_type(grad_dtype)],
+            "DTYPE": primitives.DTYPES[torch_type(dtype)],
+            "GRAD_DTYPE": primitives.DTYPES[torch_type(grad_dtype)],
             "KEEP_IS_STORED": False,
             "STEP_IS_STORED": rounding,
             "ROUND": rounding,

@@ -17,7 +17,7 @@ from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 from sinkgd.kernels.triton import TritonBackend, launch, panels
 from sinkgd.kernels.triton import backend as module
 from sinkgd.kernels.triton.panels import panel_of, walks
-from sinkgd.kernels.triton.plan import Source
+from sinkgd.kernels.triton.places import Source
 from sinkgd.kernels.triton.schedule import schedule_of
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")

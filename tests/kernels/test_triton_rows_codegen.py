@@ -91,7 +91,7 @@ def kinds():
     import torch
 
     from sinkgd.kernels.layout import layout_of
-    from sinkgd.kernels.triton.plan import Source
+    from sinkgd.kernels.triton.places import Source
     from sinkgd.kernels.triton.schedule import schedule_of
 
     def found(shape, dtype, param_dtype, *, is_turned):
@@ -123,30 +123,30 @@ def variants(device):
     from sinkgd.kernels.triton import launch
     from sinkgd.kernels.triton.descent import Given, finish_constants, sweep_constants
 
-    kernels = launch.sweep()
+    sweep, finish = launch.sweep().sweep, launch.finish().finish
     for kind, Q, plain in kinds():
         phases = ("first", "second", "later") if kind.turned else ("first", "later")
         for i, phase in enumerate(phases):
             constants = sweep_constants(kind, i, False, False, device)
-            yield phase, kernels.sweep, constants, kind, Q, plain
+            yield phase, sweep, constants, kind, Q, plain
             if EVERY and MODELS["llama-1b"][0] == Q:
                 constants = sweep_constants(kind, i, True, True, device)
-                yield phase, kernels.sweep, constants, kind, Q, False
+                yield phase, sweep, constants, kind, Q, False
         origins = (1, 2) if kind.turned else (0,)
         for origin in origins if EVERY else origins[-1:]:
             constants = finish_constants(kind, origin, Given(), device)
-            yield "finish", kernels.finish, constants, kind, Q, plain
+            yield "finish", finish, constants, kind, Q, plain
             if EVERY:
                 given = Given(overflow=True, keep=True, step=True, rounding=True)
                 constants = finish_constants(kind, origin, given, device)
-                yield "finish", kernels.finish, constants, kind, Q, False
+                yield "finish", finish, constants, kind, Q, False
         if kind.turned:
             constants = finish_constants(kind, 2, None, device)
-            yield "last scales", kernels.finish, constants, kind, Q, False
+            yield "last scales", finish, constants, kind, Q, False
 
 
 POINTERS = {
-    **dict.fromkeys(["grads", "starts", "table", "params", "keys"], "*i64"),
+    **dict.fromkeys(["grads", "starts", "table", "weights", "keys"], "*i64"),
     **dict.fromkeys(["scales", "partial"], "*fp32"),
     **dict.fromkeys(["numbers", "overflow"], "*i32"),
 }

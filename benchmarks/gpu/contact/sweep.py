@@ -114,9 +114,11 @@ def _forget(modules: dict[str, ModuleType]) -> None:
             clear = getattr(value, "cache_clear", None)
             # Kernels stay: they do not depend on what is swept, and take a while to import.
             if clear is not None and getattr(value, "__name__", "") not in {
+                "primitives",
                 "loops",
                 "step",
                 "sweep",
+                "finish",
             }:
                 clear()
 

@@ -42,7 +42,8 @@ from sinkgd.kernels.triton.descent import Writing, descend, new_buffers, owners_
 from sinkgd.kernels.triton.fields import Addresses
 from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
 from sinkgd.kernels.triton.panels import LONGEST
-from sinkgd.kernels.triton.plan import Destination, Source, plan_of_scales, plan_of_update
+from sinkgd.kernels.triton.places import Source
+from sinkgd.kernels.triton.plan import Destination, plan_of_scales, plan_of_update
 from sinkgd.kernels.triton.schedule import schedule_of
 from sinkgd.kernels.triton.tables import Tables, capturing
 from sinkgd.kernels.triton.tiles import AREA
@@ -338,9 +339,9 @@ class _Write(NamedTuple):
 
 def interpreting() -> bool:
     """Whether kernels run in triton's interpreter; settled when they are first imported."""
-    kernels = sys.modules.get("sinkgd.kernels.triton.loops")
+    kernels = sys.modules.get("sinkgd.kernels.triton.primitives")
     if kernels is not None:
-        return bool(kernels.INTERPRETED)
+        return bool(kernels.IS_INTERPRETED)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 

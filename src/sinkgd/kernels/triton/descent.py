@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sinkgd.kernels.eager import no_movement
 from sinkgd.kernels.triton import launch
+from sinkgd.kernels.triton.fields import BARE, GIVEN, SCALED
 from sinkgd.kernels.triton.panels import halved
 from sinkgd.kernels.triton.schedule import Bucket, Kind, Schedule
 
 REGISTERS = 1 << 16  # of a processor
 FEW_THREADS = 128
-GIVEN, BARE, SCALED = 0, 1, 2  # those of `sinkgd.kernels.triton.sweep`
 
 
 class Buffers(NamedTuple):
@@ -117,7 +117,7 @@ def complete(
         overflow is not None, isinstance(keep, Tensor), isinstance(step, Tensor), keys is not None
     )
     launch.launch(
-        launch.sweep().finish, bucket.programs, grads, params,
+        launch.finish().finish, bucket.programs, grads, params,
         grads if keys is None else keys, numbers if overflow is None else overflow, table, scales,
         numbers, bucket.blocks, bucket.walks, bucket.programs, num_iters % 2, keep, step,
         **finish_constants(bucket.kind, origin, given, device),
@@ -137,7 +137,7 @@ def sweep_constants(
         panel, threads = halved(panel, threads)  # it needs more registers
     lean = not bare and not tol and kind.dtype.itemsize == 2
     return {
-        "DTYPE": launch.loops().DTYPES[kind.dtype],
+        "DTYPE": launch.primitives().DTYPES[kind.dtype],
         **panel._asdict(),
         "U_FROM": u_from,
         "V_FROM": v_from,
@@ -155,7 +155,7 @@ def finish_constants(
     kind: Kind, origin: int, given: "Given | None", device: torch.device
 ) -> dict[str, object]:
     """Return what the last launch is compiled for; without `Given` nothing is written."""
-    dtypes = launch.loops().DTYPES
+    dtypes = launch.primitives().DTYPES
     write = given is not None
     overflow, keep, step, rounding = given or Given()
     return {

@@ -9,6 +9,9 @@ Letters, everywhere in this package:
 
 from typing import NamedTuple
 
+# What a side's scales are found from: they are given, or from the bare gradient, or multiply up.
+GIVEN, BARE, SCALED = 0, 1, 2
+
 
 class Matrix(NamedTuple):
     """A gradient to find the scales of. Places count elements."""

@@ -70,7 +70,7 @@ def find_scales(
     bounds = no_movement(0.0 if tol is None else tol)
     origins = (kernels.START, kernels.LENGTHS, kernels.LENGTHS)
     common = {
-        "DTYPE": kernels.DTYPES[bucket.kind.dtypes[0]],
+        "DTYPE": primitives().DTYPES[bucket.kind.dtypes[0]],
         "BM": bucket.kind.tile.BM,
         "BN": bucket.kind.tile.BN,
         "TOL": scratch.moved is not None,
@@ -116,7 +116,7 @@ def update_parameters(
         factors: ``keep`` and ``step``; tensors on the device are read there.
         rounding: Whether bfloat16 is rounded by the keys among the addresses.
     """
-    dtypes = loops().DTYPES
+    dtypes = primitives().DTYPES
     dtype, grad_dtype = bucket.kind.dtypes
     launch(
         step().update,
@@ -170,8 +170,14 @@ def options_of(target: str, warp: int, *, wide: bool, first: bool) -> dict[str, 
 
 
 @cache
+def primitives() -> ModuleType:
+    """Return what kernels share; it needs triton, which takes a while to import."""
+    return import_module("sinkgd.kernels.triton.primitives")
+
+
+@cache
 def loops() -> ModuleType:
-    """Return the kernel of the scales; it needs triton, which takes a while to import."""
+    """Return the kernel of the scales in halves of an iteration."""
     return import_module("sinkgd.kernels.triton.loops")
 
 
@@ -183,5 +189,11 @@ def step() -> ModuleType:
 
 @cache
 def sweep() -> ModuleType:
-    """Return the kernels of a descent that reads the gradient once an iteration."""
+    """Return the kernel of an iteration on whole rows."""
     return import_module("sinkgd.kernels.triton.sweep")
+
+
+@cache
+def finish() -> ModuleType:
+    """Return the kernel of a descent's last launch."""
+    return import_module("sinkgd.kernels.triton.finish")

@@ -10,22 +10,24 @@ the rows or columns of y have the right length already and their squares stay in
 iteration meets the bare gradient: it hands on lengths, each found under a power of two of its own.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
 from sinkgd.kernels.triton.fields import Matrix, Program
+from sinkgd.kernels.triton.primitives import (
+    LARGEST,
+    add_up,
+    field,
+    load_tile,
+    matrix_at,
+    peaks,
+    power_of_two,
+    row_length,
+)
 
 # What a half finds its first scales from: where the iteration starts, the lengths of the first
 # iteration, the sums of squares of a later one.
 START, LENGTHS, SQUARES = 0, 1, 2
-
-
-def field(row: type[Any], name: str) -> tl.constexpr:
-    """Return the place of a field in a row of a table."""
-    return tl.constexpr(row._fields.index(name))
 
 
 _START, _LENGTHS, _SQUARES = tl.constexpr(START), tl.constexpr(LENGTHS), tl.constexpr(SQUARES)
@@ -40,37 +42,21 @@ _NUMBER = field(Matrix, "number")
 _PROGRAM, _LINE = tl.constexpr(len(Program._fields)), field(Program, "line")
 _FIRST, _BEYOND = field(Program, "first"), field(Program, "beyond")
 
-LARGEST = tl.constexpr(3.4028234663852886e38)
-_HIGHEST_POWER, _LOWEST_POWER = tl.constexpr(2.0**126), tl.constexpr(2.0**-126)
 _ROOM = tl.constexpr(1 / 64)  # a tile's side is 2048 at most, its root below 64: nothing overflows
 _CHUNK = tl.constexpr(4096)  # partial sums that a program holds at once
-
-
-@triton.jit
-def _power_of_two(peak):
-    """Return the power of two at or below ``peak``, so far that it and its inverse are normal."""
-    power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(power, _LOWEST_POWER), _HIGHEST_POWER)
-
-
-@triton.jit
-def _peaks(x, AXIS: tl.constexpr):
-    """Return the power of two below the largest entry, NaN apart, of each line along ``AXIS``."""
-    size = tl.where(x == x, tl.abs(x), 0.0)
-    return _power_of_two(tl.reduce(size, AXIS, tl.standard._elementwise_max))
 
 
 @triton.jit
 def _scale_from_lengths(parts, count, stride, index, valid, target, SIDE: tl.constexpr):
     """Return the scale that gives each line of the bare gradient the square ``target``."""
     chunk = tl.arange(0, _CHUNK // SIDE)
-    peaks = tl.full((_CHUNK // SIDE, SIDE), 0.0, tl.float32)
+    longest = tl.full((_CHUNK // SIDE, SIDE), 0.0, tl.float32)
     for first in range(0, count, _CHUNK // SIDE):
         at = (first + chunk)[:, None] * stride + index[None, :]
         read = ((first + chunk) < count)[:, None] & valid[None, :]
         lengths = tl.load(parts + at, mask=read, other=0.0)
-        peaks = tl.maximum(peaks, tl.where(lengths == lengths, lengths, 0.0))
-    power = _power_of_two(tl.reduce(peaks, 0, tl.standard._elementwise_max))
+        longest = tl.maximum(longest, tl.where(lengths == lengths, lengths, 0.0))
+    power = power_of_two(tl.reduce(longest, 0, tl.standard._elementwise_max))
     inverse = tl.div_rn(1.0, power)
     squares = tl.full((_CHUNK // SIDE, SIDE), 0.0, tl.float32)
     for first in range(0, count, _CHUNK // SIDE):
@@ -78,7 +64,7 @@ def _scale_from_lengths(parts, count, stride, index, valid, target, SIDE: tl.con
         read = ((first + chunk) < count)[:, None] & valid[None, :]
         lengths = tl.load(parts + at, mask=read, other=0.0) * inverse[None, :]
         squares += lengths * lengths
-    total = tl.reduce(squares, 0, tl.standard._sum_combine)
+    total = add_up(squares, 0)
     scale = tl.sqrt_rn(tl.div_rn(target, total)) * _ROOM * inverse
     scale = tl.where(scale > LARGEST, LARGEST, scale)
     scale = tl.where(total <= LARGEST, scale, float("nan"))
@@ -94,7 +80,7 @@ def _total_squares(parts, count, stride, index, valid, SIDE: tl.constexpr):
         at = (first + chunk)[:, None] * stride + index[None, :]
         read = ((first + chunk) < count)[:, None] & valid[None, :]
         squares += tl.load(parts + at, mask=read, other=0.0)
-    return tl.reduce(squares, 0, tl.standard._sum_combine)
+    return add_up(squares, 0)
 
 
 @triton.jit(do_not_specialize=["done", "low", "high"])
@@ -142,17 +128,9 @@ def half_iteration(
             return
     number = tl.load(entry + _NUMBER)
     P = tl.load(entry + _P).to(tl.int32)
-    Q = tl.load(entry + _Q).to(tl.int32)
-    ld = tl.load(entry + _LD)
+    Q = row_length(entry + _Q, VECTOR)
     owner = tl.load(entry + _OWNER)
-    base = tl.load(addresses + owner).to(tl.pointer_type(DTYPE))
-    offset = tl.load(entry + _OFFSET)
-    if VECTOR > 1:
-        Q = tl.multiple_of(Q, VECTOR)
-        ld = tl.multiple_of(ld, VECTOR)
-        base = tl.multiple_of(base, 16)
-        offset = tl.multiple_of(offset, VECTOR)
-    base += offset
+    base, ld = matrix_at(addresses + owner, entry + _OFFSET, entry + _LD, DTYPE, VECTOR)
     row_sums = parts + tl.load(entry + _ROW_SUMS)
     col_sums = parts + tl.load(entry + _COL_SUMS)
     u_at = tl.load(entry + _U)
@@ -218,7 +196,7 @@ def half_iteration(
         if first == 0:
             tl.store(new + at + index, found, mask=valid)
             if FROM == _LENGTHS and SUMS:
-                live = tl.reduce((found != 0).to(tl.int32), 0, tl.standard._sum_combine)
+                live = add_up((found != 0).to(tl.int32), 0)
                 tl.atomic_add(alive + 2 * number + (1 if ROWS else 0), live, sem="relaxed")
     if SUMS:
         if settled:
@@ -237,21 +215,19 @@ def half_iteration(
             else:
                 rows, cols = index, o
             inside = (rows < P)[:, None] & (cols < Q)[None, :]
-            lies = base + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
-            g = tl.load(lies, mask=inside, other=0.0).to(tl.float32)
+            g = load_tile(base, ld, rows, cols, inside)
             if BARE:
                 if AXIS == 1:
                     y = g * found[None, :]
                 else:
                     y = g * found[:, None]
-                power = _peaks(y, AXIS)
+                power = peaks(y, AXIS)
                 inverse = tl.div_rn(1.0, power)
                 if AXIS == 1:
                     y = y * inverse[:, None]
                 else:
                     y = y * inverse[None, :]
-                squares = tl.reduce(y * y, AXIS, tl.standard._sum_combine)
-                sums = tl.sqrt_rn(squares) * _ROOM * power
+                sums = tl.sqrt_rn(add_up(y * y, AXIS)) * _ROOM * power
             else:
                 held = tl.load(
                     (new if ROWS else old) + other_at + o, mask=o < other_length, other=0.0
@@ -260,13 +236,5 @@ def half_iteration(
                     y = (g * held[:, None]) * found[None, :]
                 else:
                     y = (g * found[:, None]) * held[None, :]
-                sums = tl.reduce(y * y, AXIS, tl.standard._sum_combine)
+                sums = add_up(y * y, AXIS)
             tl.store(sums_out + line.to(tl.int64) * out_stride + o, sums, mask=o < other_length)
-
-
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-INTERPRETED = not isinstance(half_iteration, triton.JITFunction)

@@ -17,6 +17,7 @@ NARROWEST = 4  # columns of a tile
 # Rows of a program at least: its partial sums, of 5 bytes a column in the first launch and of 4 in
 # the others, are then an eighth or a tenth of its entries in bfloat16.
 FEWEST = 20
+FAN_IN = 8  # programs whose partial sums one of them adds up, and groups of programs again
 # Entries of a panel, a thread. Half as many where loads are narrow, whose addresses take registers,
 # and in panels of few rows, where a thread has scales and sums of nearly as many columns.
 ENTRIES, FEW_ROWS = 64, 4

@@ -9,27 +9,23 @@ Letters: those of `sinkgd.kernels.triton.fields`.
 
 from collections.abc import Iterable
 from functools import lru_cache
-from math import prod
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.layout import Layout
 from sinkgd.kernels.triton.fields import Matrix, Target
+from sinkgd.kernels.triton.places import (
+    Part,
+    Source,
+    TableRows,
+    padded,
+    places_of_scales,
+    vector_of,
+)
 from sinkgd.kernels.triton.tiles import AREA, Tile, lines, reach_of, tile_of
 
 Row = TypeVar("Row")
-
-FLOATS = 4  # in 16 bytes: vectors of scales and sums begin at a multiple of these
-
-
-class Source(NamedTuple):
-    """A gradient as the kernels read it."""
-
-    dtype: torch.dtype
-    layout: Layout
-    aligned: bool  # its first entry, to 16 bytes
 
 
 class Destination(NamedTuple):
@@ -46,13 +42,6 @@ class Kind(NamedTuple):
     tile: Tile
     turned: bool
     vector: int  # entries of the narrowest type in 16 bytes where loads are that wide, else 1
-
-
-class Part(NamedTuple):
-    """Rows of the plan's table: where they begin, and how many."""
-
-    begin: int
-    rows: int
 
 
 class Bucket(NamedTuple):
@@ -79,27 +68,27 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=64)
 def plan_of_scales(sources: tuple[Source, ...], shapes: tuple[torch.Size, ...], room: int) -> Plan:
     """Plan the iterations on gradients of ``shapes``; a bucket has ``room`` bytes of them."""
-    rows, cols, entries = _places(shapes)
+    rows, cols, entries = places_of_scales(shapes)
     found: list[tuple[Kind, int, Matrix]] = []
     for owner, (source, shape) in enumerate(zip(sources, shapes, strict=True)):
         P, Q, ld, turned, offsets = source.layout
         size = source.dtype.itemsize
         u, v = (cols[owner], rows[owner]) if turned else (rows[owner], cols[owner])
         for i, offset in enumerate(offsets):
-            vector = _vector(16 // size, (source, offset))
+            vector = vector_of(16 // size, (source, offset))
             kind = Kind((source.dtype,), tile_of(P, Q, _area(vector)), turned, vector)
             scales = u + i * P, v + i * Q, i * shape[-1]
             found.append((kind, P * Q * size, Matrix(owner, offset, P, Q, ld, *scales)))
-    table = _Table()
+    table = TableRows()
     buckets, sums, number = [], 0, 0
     for kind, matrices in _fill(found, room):
         size = kind.dtypes[0].itemsize
         placed, for_rows, for_cols, end = [], [], [], 0
         for i, matrix in enumerate(matrices):
             tall, wide = kind.tile.counts(matrix.P, matrix.Q)
-            middle = end + wide * _padded(matrix.P)
+            middle = end + wide * padded(matrix.P)
             placed.append(matrix._replace(row_sums=end, col_sums=middle, number=number + i))
-            end = middle + tall * _padded(matrix.Q)
+            end = middle + tall * padded(matrix.Q)
             for_rows.append(lines(i, wide, tall, reach_of(wide, tall, kind.tile.BM, size)))
             for_cols.append(lines(i, tall, wide, reach_of(tall, wide, kind.tile.BN, size)))
         parts = (
@@ -124,14 +113,14 @@ def plan_of_update(
         step = (1, shape[-1]) if turned else (shape[-1], 1)
         widest = 16 // min(dtype.itemsize for dtype in dtypes)
         for i, (at, grad_at) in enumerate(zip(offsets, to.grad.layout.offsets, strict=True)):
-            vector = _vector(widest, (to.param, at), (to.grad, grad_at))
+            vector = vector_of(widest, (to.param, at), (to.grad, grad_at))
             scales = i * P, i * Q
             target = Target(
                 owner, at, grad_at, P, Q, ld, to.grad.layout.ld, *scales, i * P * Q, *step
             )
             kind = Kind(dtypes, tile_of(P, Q, _area(vector) // 2), turned, vector)
             found.append((kind, P * Q * dtypes[1].itemsize, target))
-    table = _Table()
+    table = TableRows()
     buckets = []
     for kind, targets in _fill(found, room):
         tiles = [lines(i, *kind.tile.counts(to.P, to.Q), 1) for i, to in enumerate(targets)]
@@ -140,57 +129,9 @@ def plan_of_update(
     return Plan(tuple(buckets), table.joined())
 
 
-class _Table:
-    """Rows of int64 of all buckets, one after the other."""
-
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
-        self.size = 0
-
-    def add(self, *rows: Tensor) -> Part:
-        part = Part(self.size, sum(len(some) for some in rows))
-        self.parts.extend(some.flatten() for some in rows)
-        self.size += sum(some.numel() for some in rows)
-        return part
-
-    def joined(self) -> Tensor:
-        return (
-            torch.cat(self.parts) if self.parts else torch.empty(0, dtype=torch.int64, device="cpu")
-        )
-
-
 def _area(vector: int) -> int:
     """Return the entries of a tile; where loads are narrow, their addresses fill registers."""
     return AREA if vector > 1 else AREA // 2
-
-
-def _padded(length: int) -> int:
-    return -(-length // FLOATS) * FLOATS
-
-
-def _places(shapes: Iterable[torch.Size]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Return where each tensor's row scales begin, its column scales, and the end of all."""
-    rows, cols, end = [], [], 0
-    for *batch, m, n in shapes:
-        rows.append(end)
-        cols.append(end + _padded(prod(batch) * m))
-        end = cols[-1] + _padded(prod(batch) * n)
-    return tuple(rows), tuple(cols), end
-
-
-def _vector(widest: int, *places: tuple[Source, int]) -> int:
-    """Return ``widest`` where loads of so many entries are aligned in every source, else 1.
-
-    A single row in memory is followed by none, so the distance to it does not matter.
-    """
-    aligned = all(
-        source.aligned
-        and offset % widest == 0
-        and source.layout.Q % widest == 0
-        and (source.layout.ld % widest == 0 or source.layout.P == 1)
-        for source, offset in places
-    )
-    return widest if aligned else 1
 
 
 def _fill(found: Iterable[tuple[Kind, int, Row]], room: int) -> list[tuple[Kind, list[Row]]]:

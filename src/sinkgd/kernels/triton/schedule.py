@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels.triton.fields import Block, State
-from sinkgd.kernels.triton.panels import Panel, panel_of, threads_of, walks
-from sinkgd.kernels.triton.plan import Source, _padded, _places, _Table, _vector
+from sinkgd.kernels.triton.panels import FAN_IN, Panel, panel_of, threads_of, walks
+from sinkgd.kernels.triton.places import Source, TableRows, padded, places_of_scales, vector_of
 
 STATE = len(State._fields)
 
@@ -85,7 +85,7 @@ def schedule_of(
         owners: The owner of each gradient, from 0 in order.
         room: Bytes of gradients in a bucket.
     """
-    rows, cols, entries = _places(shapes)
+    rows, cols, entries = places_of_scales(shapes)
     number = sum(len(source.layout.offsets) for source in grads)
     bad = number * STATE
     end = bad + (owners[-1] + 1 if owners else 0)
@@ -97,8 +97,8 @@ def schedule_of(
         for i, (at, to) in enumerate(zip(offsets, param.layout.offsets, strict=True)):
             widths = 16 // grad.dtype.itemsize, 16 // min(grad.dtype.itemsize, param.dtype.itemsize)
             alone, both = (
-                _vector(widths[0], (grad, at)),
-                _vector(widths[1], (grad, at), (param, to)),
+                vector_of(widths[0], (grad, at)),
+                vector_of(widths[1], (grad, at), (param, to)),
             )
             panel = panel_of(P, Q)
             kind = Kind(grad.dtype, param.dtype, panel, threads_of(panel, Q), turned, alone, both)
@@ -108,7 +108,7 @@ def schedule_of(
                 len(found) * STATE, bad + owner, to, param.layout.ld, i * P * Q, *places,
             )  # fmt: skip
             found.append(_Found(kind, owner, P * Q * grad.dtype.itemsize, block))
-    table = _Table()
+    table = TableRows()
     filled = fill(found, room)
     homes: dict[int, set[int]] = {}
     for i, some in enumerate(filled):
@@ -122,7 +122,7 @@ def schedule_of(
             programs.append(walks(i, P, one.kind.panel))
             count = len(programs[-1])
             blocks.append(one.block._replace(parts=parts, counters=end, programs=count))
-            parts += _padded(count * _padded(Q)) + _padded(-(-count * _padded(Q) // 4))
+            parts += padded(count * padded(Q)) + padded(-(-count * padded(Q) // 4))
             end += _groups(count)
         partial = max(partial, parts)
         here = table.size
@@ -157,10 +157,10 @@ def fill(found: Iterable[_Found], room: int) -> list[list[_Found]]:
 
 
 def _groups(programs: int) -> int:
-    """Return how many groups of eight arrive, on all levels."""
+    """Return how many groups of `FAN_IN` arrive, on all levels."""
     groups = 0
     while True:
-        programs = -(-programs // 8)
+        programs = -(-programs // FAN_IN)
         groups += programs
         if programs == 1:
             return groups

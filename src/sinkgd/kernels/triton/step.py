@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 
 from sinkgd.kernels.triton.fields import Addresses, Program, Target
-from sinkgd.kernels.triton.loops import INTERPRETED, LARGEST, field
+from sinkgd.kernels.triton.primitives import (
+    INTERPRETED,
+    LARGEST,
+    field,
+    load_tile,
+    matrix_at,
+    row_length,
+)
 
 _PROGRAM_FIELDS = tl.constexpr(len(Program._fields))
 _LINE, _FIRST = field(Program, "line"), field(Program, "first")
@@ -19,11 +26,9 @@ _T_OWNER, _T_OFFSET = field(Target, "owner"), field(Target, "offset")
 _T_GRAD_OFFSET, _T_GRAD_LD = field(Target, "grad_offset"), field(Target, "grad_ld")
 _T_P, _T_Q, _T_LD = field(Target, "P"), field(Target, "Q"), field(Target, "ld")
 _T_U, _T_V, _T_PLACE = field(Target, "u"), field(Target, "v"), field(Target, "place")
-_T_ROW_PLACE, _T_COL_PLACE = field(Target, "row_place"), field(Target, "col_place")
 
 _ADDRESSES = tl.constexpr(len(Addresses._fields))
 _A_GRAD, _A_U, _A_V = field(Addresses, "grad"), field(Addresses, "u"), field(Addresses, "v")
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _A_ALLOWED, _A_KEY = field(Addresses, "allowed"), field(Addresses, "key")
 
 
@@ -37,9 +42,9 @@ def _random_word(place, key):
 
 
 @triton.jit
-def rounded(w, place, key, DTYPE: tl.constexpr, ROUND: tl.constexpr):
+def _rounded(w, place, key, DTYPE: tl.constexpr, ROUND: tl.constexpr):
     """Return float32 numbers in ``DTYPE``: to the nearest, or bfloat16 at random by their place."""
-    if tl.bfloat16 == DTYPE and (ROUND or _INTERPRETED):  # the interpreter would cut bits off
+    if tl.bfloat16 == DTYPE and (ROUND or INTERPRETED):  # the interpreter would cut bits off
         bits = w.to(tl.uint32, bitcast=True)
         if ROUND:
             added = _random_word(place, key) >> 16
@@ -50,6 +55,26 @@ def rounded(w, place, key, DTYPE: tl.constexpr, ROUND: tl.constexpr):
         return (bits >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
     else:  # noqa: RET505 - triton compiles one of two branches
         return w.to(DTYPE)
+
+
+@triton.jit
+def write_tile(
+    param, ld, rows, cols, inside, y, keep, step, places, key,
+    DTYPE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Set a tile of a parameter to ``keep * param + step * y``, rounded once.
+
+    ``places`` points to the parameter's place, row_place and col_place in a table.
+    """
+    lies = param + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
+    w = tl.load(lies, mask=inside, other=0.0).to(tl.float32)
+    w = w * keep + y * step
+    place = rows[:, None] * 0 + cols[None, :] * 0
+    if tl.bfloat16 == DTYPE and ROUND:
+        place = tl.load(places).to(tl.uint32)
+        place = place + (rows.to(tl.uint32) * tl.load(places + 1).to(tl.uint32))[:, None]
+        place = place + (cols.to(tl.uint32) * tl.load(places + 2).to(tl.uint32))[None, :]
+    tl.store(lies, _rounded(w, place, key, DTYPE, ROUND), mask=inside)
 
 
 @triton.jit(do_not_specialize=["keep", "step"])
@@ -78,22 +103,13 @@ def update(
     if tl.load(allowed.to(tl.pointer_type(tl.int8)), mask=allowed != 0, other=1) == 0:
         return
     P = tl.load(entry + _T_P).to(tl.int32)
-    Q = tl.load(entry + _T_Q).to(tl.int32)
-    ld, grad_ld = tl.load(entry + _T_LD), tl.load(entry + _T_GRAD_LD)
-    param = tl.load(own).to(tl.pointer_type(DTYPE))
-    grad = tl.load(own + _A_GRAD).to(tl.pointer_type(GRAD_DTYPE))
-    offset, grad_offset = tl.load(entry + _T_OFFSET), tl.load(entry + _T_GRAD_OFFSET)
-    if VECTOR > 1:
-        Q = tl.multiple_of(Q, VECTOR)
-        ld, grad_ld = tl.multiple_of(ld, VECTOR), tl.multiple_of(grad_ld, VECTOR)
-        param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
-        offset = tl.multiple_of(offset, VECTOR)
-        grad_offset = tl.multiple_of(grad_offset, VECTOR)
+    Q = row_length(entry + _T_Q, VECTOR)
+    param, ld = matrix_at(own, entry + _T_OFFSET, entry + _T_LD, DTYPE, VECTOR)
+    grad, grad_ld = matrix_at(
+        own + _A_GRAD, entry + _T_GRAD_OFFSET, entry + _T_GRAD_LD, GRAD_DTYPE, VECTOR
+    )
     inside = (rows < P)[:, None] & (cols < Q)[None, :]
-    param = param + offset + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
-    grad = grad + grad_offset + (rows.to(tl.int64) * grad_ld)[:, None] + cols[None, :]
-    g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(param, mask=inside, other=0.0).to(tl.float32)
+    g = load_tile(grad, grad_ld, rows, cols, inside)
     u = tl.load(own + _A_U).to(tl.pointer_type(tl.float32)) + tl.load(entry + _T_U)
     v = tl.load(own + _A_V).to(tl.pointer_type(tl.float32)) + tl.load(entry + _T_V)
     y = g * tl.load(u + rows, mask=rows < P, other=0.0)[:, None]
@@ -102,14 +118,7 @@ def update(
         keep = tl.load(keep).to(tl.float32)
     if STEP_IS_STORED:
         step = tl.load(step).to(tl.float32)
-    w = w * keep + y * step
-    place = tl.full((BM, BN), 0, tl.uint32)
     key = tl.full((), 0, tl.int64)
     if tl.bfloat16 == DTYPE and ROUND:
-        row_place = tl.load(entry + _T_ROW_PLACE).to(tl.uint32)
-        col_place = tl.load(entry + _T_COL_PLACE).to(tl.uint32)
-        place = place + tl.load(entry + _T_PLACE).to(tl.uint32)
-        place = place + (rows.to(tl.uint32) * row_place)[:, None]
-        place = place + (cols.to(tl.uint32) * col_place)[None, :]
         key = tl.load(tl.load(own + _A_KEY).to(tl.pointer_type(tl.int64)))
-    tl.store(param, rounded(w, place, key, DTYPE, ROUND), mask=inside)
+    write_tile(param, ld, rows, cols, inside, y, keep, step, entry + _T_PLACE, key, DTYPE, ROUND)

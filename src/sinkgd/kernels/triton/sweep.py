@@ -9,7 +9,7 @@ One launch of `sweep` is one iteration. A program holds whole rows in registers:
 squares, finds u from them, and adds up the columns of the same squares under the new u. It walks
 down some panels of rows and then stores one partial sum a column. The last of eight neighboring
 programs to arrive adds up their eight; the last of eight such groups goes on; the last of all
-finds v. Nobody waits, and no sum depends on the order of arrival. `finish` writes the parameter.
+finds v. Nobody waits, and no sum depends on the order of arrival.
 
 In its first finding a scale meets a gradient of any size: squares are then summed under a power of
 two of their own, which partial sums of columns carry beside them. Later the rows or columns of y
@@ -19,12 +19,19 @@ have the right length already, and their squares stay in range.
 import triton
 import triton.language as tl
 
-from sinkgd.kernels.triton.fields import Block, State, Walk
-from sinkgd.kernels.triton.loops import INTERPRETED, LARGEST, _power_of_two, field
-from sinkgd.kernels.triton.step import rounded
-
-# What a side's scales are found from: they are given, or from the bare gradient, or multiply up.
-GIVEN, BARE, SCALED = 0, 1, 2
+from sinkgd.kernels.triton.fields import BARE, GIVEN, SCALED, Block, State, Walk
+from sinkgd.kernels.triton.panels import FAN_IN
+from sinkgd.kernels.triton.primitives import (
+    LARGEST,
+    LOWEST_POWER,
+    add_up,
+    field,
+    inverse_power,
+    load_tile,
+    matrix_at,
+    peaks,
+    row_length,
+)
 
 _GIVEN, _BARE, _SCALED = tl.constexpr(GIVEN), tl.constexpr(BARE), tl.constexpr(SCALED)
 
@@ -33,9 +40,6 @@ _TENSOR, _OFFSET = field(Block, "tensor"), field(Block, "offset")
 _P, _Q, _LD = field(Block, "P"), field(Block, "Q"), field(Block, "ld")
 _U, _V, _BEGIN = field(Block, "u"), field(Block, "v"), field(Block, "start")
 _STATE, _BAD = field(Block, "state"), field(Block, "bad")
-_PARAM_OFFSET, _PARAM_LD = field(Block, "param_offset"), field(Block, "param_ld")
-_PLACE = field(Block, "place")
-_ROW_PLACE, _COL_PLACE = field(Block, "row_place"), field(Block, "col_place")
 _PARTS, _COUNTERS = field(Block, "parts"), field(Block, "counters")
 _PROGRAMS = field(Block, "programs")
 
@@ -45,38 +49,17 @@ _MOVED, _SETTLED = field(State, "moved"), field(State, "settled")
 _WALK, _NUMBER = tl.constexpr(len(Walk._fields)), field(Walk, "number")
 _FIRST, _BEYOND = field(Walk, "first"), field(Walk, "beyond")
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_LOWEST_POWER = tl.constexpr(2.0**-126)
-_FAN_IN = tl.constexpr(8)
+_FAN_IN = tl.constexpr(FAN_IN)
 
 
 @triton.jit
-def _load(base, ld, rows, cols, beyond, Q):
-    """Return a tile in float32; 0 where there is no entry."""
-    lies = base + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
-    return tl.load(lies, mask=(rows < beyond)[:, None] & (cols < Q)[None, :], other=0.0).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def _sum(x, AXIS: tl.constexpr):
-    return tl.reduce(x, AXIS, tl.standard._sum_combine)
-
-
-@triton.jit
-def _peaks(x, AXIS: tl.constexpr):
-    """Return the power of two below the largest entry, NaN apart, of each line along ``AXIS``."""
-    size = tl.abs(x)
-    if _INTERPRETED:  # a GPU's maximum passes over NaN by itself
-        size = tl.where(x == x, size, 0.0)
-    return _power_of_two(tl.reduce(size, AXIS, tl.standard._elementwise_max))
-
-
-@triton.jit
-def _inverse(power):
-    """Return the inverse of a power of two between the lowest and the highest."""
-    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+def walk_and_block(table, blocks, walks, count, flip):
+    """Return where the table says what this program walks, and of which matrix."""
+    program = tl.program_id(0)
+    if flip != 0:
+        program = count - 1 - program
+    walk = table + walks + program * _WALK
+    return walk, table + blocks + tl.load(walk) * _BLOCK
 
 
 @triton.jit
@@ -100,7 +83,7 @@ def _next_scale(before, total, target):
 
 
 @triton.jit
-def _find_u(
+def find_u(
     u, rows, valid, gA, gB, vA, vB, target, B: tl.constexpr, FROM: tl.constexpr, ONES: tl.constexpr
 ):
     """Find u of a panel: return it, the squares of y before, f, and the sums of the rows."""
@@ -110,17 +93,17 @@ def _find_u(
             yA = yA * vA[None, :]
             if B > 0:
                 yB = yB * vB[None, :]
-        power = _peaks(yA, 1)
+        power = peaks(yA, 1)
         if B > 0:
-            power = tl.maximum(power, _peaks(yB, 1))
-        inverse = _inverse(power)
+            power = tl.maximum(power, peaks(yB, 1))
+        inverse = inverse_power(power)
         yA = yA * inverse[:, None]
         sA = yA * yA
-        total = _sum(sA, 1)
+        total = add_up(sA, 1)
         if B > 0:
             yB = yB * inverse[:, None]
             sB = yB * yB
-            total += _sum(sB, 1)
+            total += add_up(sB, 1)
         else:
             sB = gB
         found = _first_scale(total, inverse, target)
@@ -130,11 +113,11 @@ def _find_u(
         before = tl.load(u + rows, mask=valid, other=0.0)
         yA = (gA * before[:, None]) * vA[None, :]
         sA = yA * yA
-        total = _sum(sA, 1)
+        total = add_up(sA, 1)
         if B > 0:
             yB = (gB * before[:, None]) * vB[None, :]
             sB = yB * yB
-            total += _sum(sB, 1)
+            total += add_up(sB, 1)
         else:
             sB = gB
         # Every thread needs these, so a root to 23 bits has to do; f is the square of what u gets.
@@ -148,10 +131,10 @@ def _find_u(
 def _add_bare(g, u, sums, powers):
     """Add the squares of the columns of u * g to ``sums``, which are under ``powers``."""
     y = g * u[:, None]
-    higher = tl.maximum(powers, _peaks(y, 0))
-    quotient = powers * _inverse(higher)
-    y = y * _inverse(higher)[None, :]
-    return sums * (quotient * quotient) + _sum(y * y, 0), higher
+    higher = tl.maximum(powers, peaks(y, 0))
+    quotient = powers * inverse_power(higher)
+    y = y * inverse_power(higher)[None, :]
+    return sums * (quotient * quotient) + add_up(y * y, 0), higher
 
 
 @triton.jit
@@ -183,11 +166,11 @@ def _total(
     if FROM == _BARE:
         powers = _power(tl.load(exponents + at, mask=read, other=-126, cache_modifier=".cg"))
         highest = tl.reduce(powers, 0, tl.standard._elementwise_max)
-        quotient = powers * _inverse(highest)[None, :]
+        quotient = powers * inverse_power(highest)[None, :]
         sums = sums * (quotient * quotient)
     else:
         highest = tl.full((CHUNK,), 1.0, tl.float32)
-    return _sum(sums, 0), highest
+    return add_up(sums, 0), highest
 
 
 @triton.jit
@@ -240,11 +223,7 @@ def sweep(
     Of a turned matrix v are the row scales: the first launch has u given, and the last launch of a
     descent, `finish`, finds u.
     """
-    program = tl.program_id(0)
-    if flip != 0:
-        program = count - 1 - program
-    walk = table + walks + program * _WALK
-    block = table + blocks + tl.load(walk) * _BLOCK
+    walk, block = walk_and_block(table, blocks, walks, count, flip)
     state = numbers + tl.load(block + _STATE)
     if TOL:
         if tl.load(state + _SETTLED) != 0:
@@ -253,17 +232,9 @@ def sweep(
     first = tl.load(walk + _FIRST).to(tl.int32)
     beyond = tl.load(walk + _BEYOND).to(tl.int32)
     P = tl.load(block + _P).to(tl.int32)
-    Q = tl.load(block + _Q).to(tl.int32)
-    ld = tl.load(block + _LD)
+    Q = row_length(block + _Q, VECTOR)
     tensor = tl.load(block + _TENSOR)
-    base = tl.load(grads + tensor).to(tl.pointer_type(DTYPE))
-    offset = tl.load(block + _OFFSET)
-    if VECTOR > 1:
-        Q = tl.multiple_of(Q, VECTOR)
-        ld = tl.multiple_of(ld, VECTOR)
-        base = tl.multiple_of(base, 16)
-        offset = tl.multiple_of(offset, VECTOR)
-    base += offset
+    base, ld = matrix_at(grads + tensor, block + _OFFSET, block + _LD, DTYPE, VECTOR)
     begin = tl.load(starts + tensor)
     start = begin.to(tl.pointer_type(tl.float32)) + tl.load(block + _BEGIN)
     u = scales + tl.load(block + _U)
@@ -294,23 +265,23 @@ def sweep(
 
     sumsA = tl.full((A,), 0.0, tl.float32)
     sumsB = tl.full((B if B > 0 else A,), 0.0, tl.float32)
-    powersA = tl.full((A,), _LOWEST_POWER, tl.float32)
-    powersB = tl.full((B if B > 0 else A,), _LOWEST_POWER, tl.float32)
+    powersA = tl.full((A,), LOWEST_POWER, tl.float32)
+    powersB = tl.full((B if B > 0 else A,), LOWEST_POWER, tl.float32)
     live = tl.full((BM,), 0, tl.int32)
     moves = tl.full((BM,), 0, tl.int32)
     for panel in range(first, beyond, BM):
         rows = panel + tl.arange(0, BM)
         valid = rows < beyond
-        gA = _load(base, ld, rows, colsA, beyond, Q)
+        gA = load_tile(base, ld, rows, colsA, valid[:, None] & (colsA < Q)[None, :])
         if B > 0:
-            gB = _load(base, ld, rows, colsB, beyond, Q)
+            gB = load_tile(base, ld, rows, colsB, valid[:, None] & (colsB < Q)[None, :])
         else:
             gB = gA
         if U_FROM == _GIVEN:
             given = tl.where(begin != 0, beyond, 0)
             found = tl.load(start + rows, mask=rows < given, other=1.0)
         else:
-            found, sA, sB, f, total = _find_u(
+            found, sA, sB, f, total = find_u(
                 u, rows, valid, gA, gB, vA, vB, of_u, B, U_FROM, not TURNED and not STARTED
             )
             if U_FROM == _BARE:
@@ -325,11 +296,11 @@ def sweep(
             if B > 0:
                 sumsB, powersB = _add_bare(gB, found, sumsB, powersB)
         else:
-            sumsA += _sum(sA * f[:, None], 0)
+            sumsA += add_up(sA * f[:, None], 0)
             if B > 0:
-                sumsB += _sum(sB * f[:, None], 0)
+                sumsB += add_up(sB * f[:, None], 0)
     if U_FROM == _BARE:
-        tl.atomic_add(state + _LIVE_U, _sum(live, 0), sem="relaxed")
+        tl.atomic_add(state + _LIVE_U, add_up(live, 0), sem="relaxed")
     if TOL and U_FROM == _SCALED and not TURNED:
         if tl.reduce(moves, 0, tl.standard._elementwise_max) != 0:
             tl.store(state + _MOVED, 1)
@@ -419,7 +390,7 @@ def _find_v(
         valid = cols < Q
         total, power = _total(parts, exponents, apart, size, cols, Q, FROM, CHUNK)
         if FROM == _BARE:
-            found = _first_scale(total, _inverse(power), target)
+            found = _first_scale(total, inverse_power(power), target)
             live += (valid & (found != 0)).to(tl.int32)
         else:
             before = tl.load(v + cols, mask=valid, other=0.0, cache_modifier=".cg")
@@ -431,7 +402,7 @@ def _find_v(
         tl.debug_barrier()  # warps that hold the same columns have all loaded v, and `moved`
         tl.store(v + cols, found, mask=valid)
     if FROM == _BARE:
-        tl.store(state + _LIVE_V, _sum(live, 0))
+        tl.store(state + _LIVE_V, add_up(live, 0))
     if tl.reduce(ill, 0, tl.standard._elementwise_max) != 0:
         tl.store(bad, 1)
     if TOL and FROM == _SCALED:
@@ -442,124 +413,3 @@ def _find_v(
                 tl.store(state + _SETTLED, 1)
         if not TURNED:
             tl.store(state + _MOVED, 0)
-
-
-@triton.jit(do_not_specialize=["blocks", "walks", "count", "flip", "keep", "step"])
-def finish(
-    grads,  # addresses
-    params,
-    keys,
-    overflow,  # a bool that forbids all writing, or another pointer
-    table,
-    scales,
-    numbers,
-    blocks,
-    walks,
-    count,
-    flip,
-    keep,
-    step,
-    DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr,
-    BM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    U_FROM: tl.constexpr,
-    WRITE: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-    KEEP_IS_STORED: tl.constexpr,  # keep is a pointer to it
-    STEP_IS_STORED: tl.constexpr,
-    ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
-    VECTOR: tl.constexpr,  # as for sweep, of the parameter and the gradient
-):
-    """Find u from v unless it is known, and write ``keep * param + step * u * grad * v``."""
-    program = tl.program_id(0)
-    if flip != 0:
-        program = count - 1 - program
-    walk = table + walks + program * _WALK
-    block = table + blocks + tl.load(walk) * _BLOCK
-    may = WRITE
-    if WRITE:
-        may = tl.load(numbers + tl.load(block + _BAD)) == 0
-        if OVERFLOW:
-            may = may & (tl.load(overflow.to(tl.pointer_type(tl.int8))) == 0)
-        if U_FROM == _GIVEN:
-            if not may:
-                return
-    first = tl.load(walk + _FIRST).to(tl.int32)
-    beyond = tl.load(walk + _BEYOND).to(tl.int32)
-    Q = tl.load(block + _Q).to(tl.int32)
-    ld, param_ld = tl.load(block + _LD), tl.load(block + _PARAM_LD)
-    tensor = tl.load(block + _TENSOR)
-    grad = tl.load(grads + tensor).to(tl.pointer_type(GRAD_DTYPE))
-    param = tl.load(params + tensor).to(tl.pointer_type(DTYPE))
-    offset, param_offset = tl.load(block + _OFFSET), tl.load(block + _PARAM_OFFSET)
-    if VECTOR > 1:
-        Q = tl.multiple_of(Q, VECTOR)
-        ld, param_ld = tl.multiple_of(ld, VECTOR), tl.multiple_of(param_ld, VECTOR)
-        grad, param = tl.multiple_of(grad, 16), tl.multiple_of(param, 16)
-        offset = tl.multiple_of(offset, VECTOR)
-        param_offset = tl.multiple_of(param_offset, VECTOR)
-    grad += offset
-    param += param_offset
-    u = scales + tl.load(block + _U)
-    v = scales + tl.load(block + _V)
-    colsA = tl.arange(0, A)
-    colsB = A + tl.arange(0, B if B > 0 else A)
-    vA = tl.load(v + colsA, mask=colsA < Q, other=0.0)
-    vB = vA
-    if B > 0:
-        vB = tl.load(v + colsB, mask=colsB < Q, other=0.0)
-    if WRITE and KEEP_IS_STORED:
-        keep = tl.load(keep).to(tl.float32)
-    if WRITE and STEP_IS_STORED:
-        step = tl.load(step).to(tl.float32)
-    key = tl.full((), 0, tl.int64)
-    if ROUND:
-        key = tl.load(tl.load(keys + tensor).to(tl.pointer_type(tl.int64)))
-    for panel in range(first, beyond, BM):
-        rows = panel + tl.arange(0, BM)
-        valid = rows < beyond
-        gA = _load(grad, ld, rows, colsA, beyond, Q)
-        if B > 0:
-            gB = _load(grad, ld, rows, colsB, beyond, Q)
-        else:
-            gB = gA
-        if U_FROM == _GIVEN:
-            found = tl.load(u + rows, mask=valid, other=0.0)
-        else:
-            found, _, _, _, _ = _find_u(
-                u, rows, valid, gA, gB, vA, vB, Q.to(tl.float32), B, U_FROM, False
-            )
-            tl.debug_barrier()  # as in `sweep`
-            tl.store(u + rows, found, mask=valid)
-        if WRITE:
-            written = tl.where(may, beyond, 0)
-            _write(
-                block, param, param_ld, rows, colsA, written, Q, gA, found, vA, keep, step, key,
-                DTYPE, ROUND,
-            )  # fmt: skip
-            if B > 0:
-                _write(
-                    block, param, param_ld, rows, colsB, written, Q, gB, found, vB, keep, step, key,
-                    DTYPE, ROUND,
-                )  # fmt: skip
-
-
-@triton.jit
-def _write(
-    block, param, ld, rows, cols, beyond, Q, g, u, v, keep, step, key,
-    DTYPE: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """Set a tile of a parameter to ``keep * param + step * u * g * v``, rounded once."""
-    inside = (rows < beyond)[:, None] & (cols < Q)[None, :]
-    lies = param + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
-    w = tl.load(lies, mask=inside, other=0.0).to(tl.float32)
-    y = (g * u[:, None]) * v[None, :]
-    w = w * keep + y * step
-    place = rows[:, None] * 0 + cols[None, :] * 0
-    if ROUND:
-        place = tl.load(block + _PLACE).to(tl.uint32)
-        place = place + (rows.to(tl.uint32) * tl.load(block + _ROW_PLACE).to(tl.uint32))[:, None]
-        place = place + (cols.to(tl.uint32) * tl.load(block + _COL_PLACE).to(tl.uint32))[None, :]
-    tl.store(lies, rounded(w, place, key, DTYPE, ROUND), mask=inside)

@@ -1,0 +1,89 @@
+"""What several kernels are made of: places in tables, matrices in memory, powers of two.
+
+Letters: those of `sinkgd.kernels.triton.fields`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+def field(row: type[Any], name: str) -> tl.constexpr:
+    """Return the place of a field in a row of a table."""
+    return tl.constexpr(row._fields.index(name))
+
+
+@triton.jit
+def row_length(place, VECTOR: tl.constexpr):
+    """Return Q, read from a table: a multiple of ``VECTOR``."""
+    Q = tl.load(place).to(tl.int32)
+    if VECTOR > 1:
+        Q = tl.multiple_of(Q, VECTOR)
+    return Q
+
+
+@triton.jit
+def matrix_at(address, offset, ld, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Return a pointer to a matrix's first entry, and ld; all three are read from tables.
+
+    With ``VECTOR`` above 1 the compiler is told that loads of 16 bytes are aligned.
+    """
+    base = tl.load(address).to(tl.pointer_type(DTYPE))
+    first = tl.load(offset)
+    apart = tl.load(ld)
+    if VECTOR > 1:
+        base = tl.multiple_of(base, 16)
+        first = tl.multiple_of(first, VECTOR)
+        apart = tl.multiple_of(apart, VECTOR)
+    return base + first, apart
+
+
+@triton.jit
+def load_tile(base, ld, rows, cols, inside):
+    """Return a tile in float32; 0 where there is no entry."""
+    lies = base + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
+    return tl.load(lies, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_up(x, AXIS: tl.constexpr):
+    """Return the sums along ``AXIS``."""
+    return tl.reduce(x, AXIS, tl.standard._sum_combine)
+
+
+@triton.jit
+def power_of_two(peak):
+    """Return the power of two at or below ``peak``, so far that it and its inverse are normal."""
+    power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(power, LOWEST_POWER), _HIGHEST_POWER)
+
+
+@triton.jit
+def inverse_power(power):
+    """Return the inverse of a power of two between the lowest and the highest."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def peaks(x, AXIS: tl.constexpr):
+    """Return the power of two below the largest entry, NaN apart, of each line along ``AXIS``.
+
+    A line of NaN alone may have any power.
+    """
+    size = tl.abs(x)
+    if INTERPRETED:  # compiled, a maximum is the number beside a NaN; the interpreter's is NaN
+        size = tl.where(x == x, size, 0.0)
+    return power_of_two(tl.reduce(size, AXIS, tl.standard._elementwise_max))
+
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+LARGEST = tl.constexpr(3.4028234663852886e38)
+LOWEST_POWER, _HIGHEST_POWER = tl.constexpr(2.0**-126), tl.constexpr(2.0**126)
+IS_INTERPRETED = not isinstance(peaks, triton.JITFunction)
+INTERPRETED = tl.constexpr(IS_INTERPRETED)
