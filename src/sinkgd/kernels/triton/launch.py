@@ -197,3 +197,9 @@ def sweep() -> ModuleType:
 def finish() -> ModuleType:
     """Return the kernel of a descent's last launch."""
     return import_module("sinkgd.kernels.triton.finish")
+
+
+@cache
+def weighted() -> ModuleType:
+    """Return the kernel of the sums of pieces."""
+    return import_module("sinkgd.kernels.triton.weighted")
