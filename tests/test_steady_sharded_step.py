@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sinkgd.exchange import run
 from sinkgd.kernels import Matrices, Scales
 from sinkgd.kernels.eager import EagerBackend
-from sinkgd.optim.algorithms.deflated import deflate_parts
+from sinkgd.optim.algorithms.deflated import _deflate_stacks
 from sinkgd.optim.algorithms.half_steps import starts_after_half_step
 from sinkgd.optim.algorithms.operator_norm import pin
 from sinkgd.optim.algorithms.parts import Part
@@ -75,7 +75,7 @@ def with_lr_on_the_device():
 
 def deflated():
     blocks = [ones((6, 3)).double() for _ in PLACES]
-    return deflate_parts(parts(), found_scales(), blocks, BACKEND)
+    return _deflate_stacks(parts(), found_scales(), blocks, BACKEND)
 
 
 def pinned():

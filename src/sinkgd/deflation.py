@@ -37,7 +37,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkgd.exchange import Computation, Steps, computation, immediate, run
 from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
@@ -77,6 +77,60 @@ class Leading(NamedTuple):
 
     taken: LowRank  # float64
     square: Tensor  # of the Frobenius norm of what remains, (..., 1, 1) float64
+
+
+class Packed(NamedTuple):
+    """Vectors of many matrices, k of each: blocks of as many entries, of which each has some.
+
+    A matrix's blocks follow each other; what they have beyond its entries is zero.
+    """
+
+    blocks: Tensor  # (blocks, entries, k) float64
+    owners: Tensor  # (blocks,) int64: the matrix of each
+    counts: Tensor  # (matrices,) int64: the blocks of each
+
+    def times(self, factors: Tensor) -> "Packed":
+        """Multiply the vectors of each matrix by its factor of ``(matrices, k, l)``."""
+        return self._replace(blocks=self.blocks @ factors[self.owners])
+
+    def grams(self) -> Tensor:
+        """Return the products of each matrix's vectors with each other, ``(matrices, k, k)``."""
+        return self._replace(blocks=self.blocks.mT @ self.blocks).sums()
+
+    def sums(self) -> Tensor:
+        """Add up the blocks of each matrix, in their order: ``(matrices, entries, k)``."""
+        return torch.segment_reduce(self.blocks, "sum", lengths=self.counts, axis=0, unsafe=True)
+
+
+class PackedProducts(Protocol):
+    """Products of the matrices of some tensors with vectors that lie together."""
+
+    least: Tensor  # the lesser side of each matrix, (matrices, 1, 1) float64
+    entries: Tensor  # how many it has
+
+    def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
+        """Return X V and Xᵀ X V of each matrix.
+
+        Args:
+            vectors: V, the blocks of all one after the other; None for those that matrices share.
+        """
+        ...
+
+    def squares(self) -> Tensor:
+        """Return the square of each Frobenius norm, ``(matrices, 1, 1)`` float64."""
+        ...
+
+    def by_tensor(self, vectors: Tensor, *, of_rows: bool) -> list[Tensor]:
+        """Return the vectors of each tensor ``(..., m, n)``: ``(..., m, k)``, or n with columns."""
+        ...
+
+    def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
+        """Return, of one number a matrix, those of each tensor: ``(...)``."""
+        ...
+
+    def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
+        """Return of each tensor, 0-dim, whether the flags of all its matrices are true."""
+        ...
 
 
 class Products(Protocol):
@@ -229,6 +283,29 @@ def find_leading(
         Leading(LowRank(q[..., :-1] * taken, b[..., :-1]), square)
         for q, b, (taken, square) in zip(left, right, lowered, strict=True)
     ]
+
+
+class PackedLeading(NamedTuple):
+    """What deflation subtracts from many matrices, and the size of what remains."""
+
+    taken: Packed  # k + 1 vectors of each; with factors they are the left side, the last one zero
+    factors: Tensor  # (matrices, k + 1, k + 1)
+    right: Packed
+    square: Tensor  # of the Frobenius norm of what remains, (matrices, 1, 1)
+
+
+def find_packed_leading(products: PackedProducts) -> PackedLeading:
+    """Do what `find_leading` does for whole matrices, in as many calls however many they are."""
+    _, ahead = products.of_both()
+    inverse, _ = _root(ahead.grams())
+    rows, columns = products.of_both(ahead.times(inverse).blocks.flatten(0, 1))
+    del ahead
+    inverse, known = _root(rows.grams())
+    right = columns.times(known)
+    lengths = right._replace(blocks=right.blocks.square().sum(1, keepdim=True)).sums()
+    others = products.least - (lengths.shape[-1] - 1)
+    taken, square = _lowering(lengths, products.squares(), others)
+    return PackedLeading(rows, inverse * nn.functional.pad(taken, (0, 1)), right, square)
 
 
 def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:

@@ -93,9 +93,10 @@ class TestProducts:
         near(backend.products([stack]).of_both([v])[1][0], x.mT @ (x @ v))
 
     def test_stacks_do_not_know_of_each_other(self, backend):
+        few = SHAPES[:5:2] if backend.name == "triton" else SHAPES  # the interpreter is slow
         stacks = [
             stack_of(shape, layout, dtype, seed=9 * i)[0]
-            for i, shape in enumerate(SHAPES)
+            for i, shape in enumerate(few)
             for layout in LAYOUTS.values()
             for dtype in (torch.float32, torch.float64)
         ]

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import sinkgd
 from optimizer_cases import OPTIMIZERS
+from sinkgd.exchange import computation
 from spawn import on_ranks
 from test_sharded import sharded
 
@@ -174,8 +175,9 @@ def test_an_update_that_is_not_finite_is_not_written(monkeypatch):
     """Should deflation ever fail, its parameter stays as it was, and the guard names it."""
     from sinkgd.optim.algorithms import deflated
 
+    @computation
     def broken(*args):
-        found = find_leading(*args)
+        found = yield find_leading(*args)
         return [one._replace(square=one.square * float("nan")) for one in found]
 
     find_leading = deflated.find_leading

@@ -79,16 +79,20 @@ def _ours(*, iterations: int = 5, rank: int = 0, backend: str = "auto") -> Calla
     return build
 
 
-def _halves(params: list[nn.Parameter], setting: Setting) -> Step:
-    """Build the plain step whose launches are half an iteration each, as they were before."""
-    backend = next(one for one in BACKENDS if isinstance(one, TritonBackend))
-    step = _ours()(params, setting)
+def _former(way: str, *, rank: int = 0) -> Callable[..., Step]:
+    """Return what builds our step with a way of the backend's turned off, as it was before."""
 
-    def in_halves() -> None:
-        with patch.object(backend, "whole_rows", False):
-            step()
+    def build(params: list[nn.Parameter], setting: Setting) -> Step:
+        backend = next(one for one in BACKENDS if isinstance(one, TritonBackend))
+        step = _ours(rank=rank)(params, setting)
 
-    return in_halves
+        def former() -> None:
+            with patch.object(backend, way, False):
+                step()
+
+        return former
+
+    return build
 
 
 def _adamw(params: list[nn.Parameter], setting: Setting) -> Step:
@@ -122,9 +126,10 @@ def _loop(
 ADAMW = Contender("adamw", _adamw, 7)
 SGD = Contender("sgd", _sgd, 3)
 PLAIN = Contender("sinkgd", _ours(), 8)
-HALVES = Contender("sinkgd halves", _halves, 13)
+HALVES = Contender("sinkgd halves", _former("whole_rows"), 13)
 PLAIN_1 = Contender("sinkgd L=1", _ours(iterations=1), 4)
-DEFLATED = Contender("deflated", _ours(rank=15), 10)
+DEFLATED = Contender("deflated", _ours(rank=15), 12)
+DEFLATED_COPIES = Contender("deflated copies", _former("products_by_dot", rank=15))
 EAGER = Contender("sinkgd eager", _ours(backend="eager"))
 DEFLATED_EAGER = Contender("deflated eager", _ours(rank=15, backend="eager"))
 MUON = Contender("muon", _muon)
@@ -133,5 +138,5 @@ COMPILED = Contender("compiled loop", _loop(compiled_step), captures=False)
 NAIVE = Contender("naive loop", _loop(naive_step), 40)
 
 USUAL = (ADAMW, PLAIN, HALVES, DEFLATED, PLAIN_1, SGD, PEER, MUON)
-ALL = (*USUAL, COMPILED, NAIVE, EAGER, DEFLATED_EAGER)
+ALL = (*USUAL, DEFLATED_COPIES, COMPILED, NAIVE, EAGER, DEFLATED_EAGER)
 CONTENDERS = {contender.name: contender for contender in ALL}

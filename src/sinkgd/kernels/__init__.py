@@ -5,6 +5,7 @@ from sinkgd.kernels.backend import Descent as Descent
 from sinkgd.kernels.backend import Lowered as Lowered
 from sinkgd.kernels.backend import Matrices as Matrices
 from sinkgd.kernels.backend import Scales as Scales
+from sinkgd.kernels.backend import Shared as Shared
 from sinkgd.kernels.backend import Stack as Stack
 from sinkgd.kernels.compiled import select as select
 from sinkgd.kernels.registry import BACKENDS as BACKENDS

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import LowRank, Products
+from sinkgd.deflation import LowRank, PackedProducts, Products
 
 
 class Scales(NamedTuple):
@@ -27,16 +27,17 @@ class Scales(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """Scales, and what is to be taken away from ``row * grad * col``."""
+    """Scales, and what is to be taken away from ``row * grad * col``, or that times a factor."""
 
     row: Tensor  # (..., m, 1)
     col: Tensor  # (..., 1, n)
     taken: LowRank  # (..., m, n), float32 or float64
+    factor: Tensor | None = None  # (..., 1, 1), as the scales
 
     @property
     def mT(self) -> "Lowered":  # noqa: N802 - as of a tensor
         """The same of the matrix with rows and columns exchanged."""
-        return Lowered(self.col.mT, self.row.mT, self.taken.mT)
+        return Lowered(self.col.mT, self.row.mT, self.taken.mT, self.factor)
 
 
 class Matrices(NamedTuple):
@@ -54,6 +55,13 @@ class Stack(NamedTuple):
 
     grads: Sequence[Tensor]  # s of them, (..., m, n)
     scales: Sequence[Scales]
+
+
+class Shared(NamedTuple):
+    """Vectors that some gradients share."""
+
+    vectors: Tensor  # (entries, k) float64, on the host; it does not change
+    first: tuple[int, ...]  # of each gradient, where those of its columns begin
 
 
 class Descent(NamedTuple):
@@ -84,6 +92,11 @@ class Backend(Protocol):
     name: str
     package: str  # that it runs on
     install: str  # the command that brings it where it is absent
+
+    @property
+    def packs_vectors(self) -> bool:
+        """Whether it has `packed_products`, and lowers updates without a copy of a gradient."""
+        ...
 
     def missing(self) -> str | None:
         """Say why it cannot run in this environment, or None where it can."""
@@ -123,6 +136,15 @@ class Backend(Protocol):
         """Return the products of the updates ``row * grad * col`` of each stack."""
         ...
 
+    def packed_products(
+        self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared
+    ) -> PackedProducts | None:
+        """Return the products of updates ``row * grad * col`` with vectors packed together.
+
+        None where it has no such products of these gradients; `products` has some of all.
+        """
+        ...
+
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool, on their device: whether each is finite throughout.
 
@@ -143,7 +165,8 @@ class Backend(Protocol):
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once.
 
-        Of `Lowered` scales what is taken is subtracted from ``row * grad * col``.
+        Of `Lowered` scales what is taken is subtracted from ``row * grad * col``, times the factor
+        where there is one.
 
         Where ``allowed`` is given, a 0-dim bool a parameter on its device, False leaves the
         parameter as it is, whatever the gradient holds.

@@ -49,4 +49,6 @@ def _made_together(grads: Sequence[Tensor], scales: Sequence[Scales | Lowered]) 
     updates = matrix_buffer(first.expand(len(grads), *first.shape), dtype)
     for update, grad, own in zip(updates, grads, scales, strict=True):
         torch.mul(grad, own.row, out=update).mul_(own.col)
+        if isinstance(own, Lowered) and own.factor is not None:
+            update.mul_(own.factor)
     return updates

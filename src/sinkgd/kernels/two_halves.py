@@ -6,12 +6,24 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.backend import Backend, Descent, Lowered, Matrices, Scales
+from sinkgd.deflation import PackedProducts
+from sinkgd.kernels.backend import Backend, Descent, Lowered, Matrices, Scales, Shared
 from sinkgd.kernels.finite import all_finite
 
 
 class TwoHalves:
-    """Gives a backend its `Backend.descend_`."""
+    """Gives a backend its `Backend.descend_`, and no products of packed vectors."""
+
+    packs_vectors = False
+
+    def packed_products(
+        self,
+        grads: Sequence[Tensor],  # noqa: ARG002 - part of the contract
+        scales: Sequence[Scales],  # noqa: ARG002
+        shared: Shared,  # noqa: ARG002
+    ) -> PackedProducts | None:
+        """Return None: it has none."""
+        return None
 
     def descend_(
         self: Backend,

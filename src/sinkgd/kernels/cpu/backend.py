@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Stack
+from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
 from sinkgd.kernels.cpu.form import DTYPES, Form
 from sinkgd.kernels.cpu.jobs import LookJob, MatricesJob, Write
 from sinkgd.kernels.cpu.piece_sums import CpuSums
@@ -36,6 +36,7 @@ class CpuBackend:
     name = "cpu"
     package = "numba"
     install = "pip install 'sinkgd[cpu]'"
+    packs_vectors = False
 
     def missing(self) -> str | None:
         """Say what is absent: numba, or the entries of torch's OpenMP runtime."""
@@ -165,6 +166,14 @@ class CpuBackend:
     def products(self, stacks: Sequence[Stack]) -> CpuProducts:
         """Return the products of updates, straight from the gradients."""
         return CpuProducts(stacks)
+
+    def packed_products(
+        self,
+        grads: Sequence[Tensor],
+        scales: Sequence[Scales],
+        shared: Shared,
+    ) -> None:
+        """Return None: it has no products of vectors that are packed together."""
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""

@@ -1,7 +1,9 @@
 """The backend ``triton``: which tensors the kernels take, and what becomes of the others.
 
-They take float32, bfloat16 and float16, in any mix, with dense rows or dense columns. What else:
+They take float32, bfloat16 and float16, in any mix, with dense rows or dense columns; an update
+that deflation lowers is neither made nor copied, for up to 31 directions. What else:
     gradients with other strides, or turned against their parameter: a copy is read
+    more than 31 directions: the updates are made in float32
     float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
         empty ones: `EagerBackend`
 
@@ -24,8 +26,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from sinkgd.deflation import StoredProducts
-from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Stack
+from sinkgd.deflation import Products
+from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import (
     aligned,
@@ -43,8 +45,11 @@ from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parame
 from sinkgd.kernels.triton.panels import LONGEST
 from sinkgd.kernels.triton.pieces import TritonSums
 from sinkgd.kernels.triton.places import Source
-from sinkgd.kernels.triton.plan import Destination, plan_of_scales, plan_of_update
+from sinkgd.kernels.triton.plan import Destination, Taken, plan_of_scales, plan_of_update
+from sinkgd.kernels.triton.products import MOST, SkinnyProducts, scales_are_usual
 from sinkgd.kernels.triton.schedule import schedule_of
+from sinkgd.kernels.triton.skinny_plan import plan_of_products
+from sinkgd.kernels.triton.stacks import StackProducts
 from sinkgd.kernels.triton.tables import Tables, capturing
 from sinkgd.kernels.triton.tiles import AREA
 from sinkgd.kernels.two_halves import TwoHalves, chosen, merged
@@ -63,17 +68,26 @@ class TritonBackend(TwoHalves):
     package = "triton"
     install = "pip install triton"  # on CUDA and ROCm it comes with torch
 
-    def __init__(self, *, whole_rows: bool = True) -> None:
+    def __init__(self, *, whole_rows: bool = True, products_by_dot: bool = True) -> None:
         """Choose how gradients are read.
 
         Args:
             whole_rows: Whether a program holds whole rows of a gradient, so that one launch reads
                 it once and is one iteration; where not, or where rows are too long, a launch is
                 half an iteration.
+            products_by_dot: Whether kernels multiply gradients by vectors, and subtract what
+                deflation takes as they write a parameter; where not, torch does so on updates that
+                are made in float32.
         """
         self.whole_rows = whole_rows
+        self.products_by_dot = products_by_dot
         self._tables = Tables()
         self._lock = threading.Lock()  # backward hooks may step from several threads
+
+    @property
+    def packs_vectors(self) -> bool:  # type: ignore[override]
+        """Whether products are the kernels'."""
+        return self.products_by_dot
 
     def missing(self) -> str | None:
         """Say what is absent: triton, which torch brings on CUDA and ROCm, or a C compiler."""
@@ -232,7 +246,7 @@ class TritonBackend(TwoHalves):
         starts, keys = matrices.starts or nothing, matrices.keys or nothing
         return all(
             _readable(grad, starts[i])
-            and _writable(param, grad, (), overflow, keys[i])
+            and _writable(param, grad, None, overflow, keys[i])
             and param.device == device
             and _fits(grad)
             and dense_layout(grad).turned == dense_layout(param).turned
@@ -243,9 +257,34 @@ class TritonBackend(TwoHalves):
         """Return the sums of the squares of gradients: a launch for each kind of them."""
         return TritonSums(grads, self._tables)
 
-    def products(self, stacks: Sequence[Stack]) -> StoredProducts:
-        """Return the products of updates, of which copies are made, in plain torch."""
-        return eager_products(stacks)
+    def products(self, stacks: Sequence[Stack]) -> Products:
+        """Return the products of updates, by kernels that read the gradients as they lie."""
+        if not self.products_by_dot:
+            return eager_products(stacks)
+        return StackProducts(stacks, lambda stack: _multiplied(*stack), self._products_of)
+
+    def packed_products(
+        self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared
+    ) -> SkinnyProducts | None:
+        """Return the products of updates, where the kernels read all of them."""
+        alone = len({grad.device for grad in grads}) == 1
+        fits = shared.vectors.shape[-1] <= MOST
+        if not (self.products_by_dot and alone and fits and _multiplied(grads, scales)):
+            return None
+        return self._products_of(grads, scales, shared)
+
+    def _products_of(
+        self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared | None = None
+    ) -> SkinnyProducts:
+        sources, device = [dense(grad) for grad in grads], grads[0].device
+        shapes = tuple(grad.shape for grad in grads)
+        first = shared.first if shared is not None else (0,) * len(grads)
+        plan = plan_of_products(tuple(map(_source, sources)), shapes, first, _room(device))
+        read = [x for source, own in zip(sources, scales, strict=True) for x in (source, *own)]
+        with self._lock, _on(device):
+            addresses = self._addresses(read, device)
+            on_device = partial(self._tables.table, device=device)
+            return SkinnyProducts(plan, shapes, on_device, addresses, read, shared)
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
@@ -265,7 +304,7 @@ class TritonBackend(TwoHalves):
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         for param, own in zip(params, scales, strict=True):
             check_scales(param, own.row, own.col)
-        grads, pairs = nothing_to_take(grads, scales)
+        grads, pairs = self._to_be_taken(params, grads, scales)
         flags = [None] * len(params) if allowed is None else allowed
         bits = [None] * len(params) if keys is None else keys
         others: list[int] = []
@@ -290,6 +329,21 @@ class TritonBackend(TwoHalves):
                 keys=None if keys is None else [keys[i] for i in others],
             )
 
+    def _to_be_taken(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        scales: Sequence[Scales | Lowered],
+    ) -> tuple[list[Tensor], list[Scales | Lowered]]:
+        """Return gradients and scales; where kernels subtract nothing, updates stand for some."""
+        found_grads, found_scales = [*grads], [*scales]
+        for i, own in enumerate(scales):
+            if isinstance(own, Lowered) and not (
+                self.products_by_dot and _native(params[i]) and _subtracted(own, params[i].device)
+            ):
+                (found_grads[i],), (found_scales[i],) = nothing_to_take([grads[i]], [own])
+        return found_grads, found_scales
+
     def _update(
         self,
         writes: "list[_Write]",
@@ -300,7 +354,7 @@ class TritonBackend(TwoHalves):
             aligned(write.grad, write.param) for write in writes
         ]  # kept until all is launched
         destinations = tuple(
-            Destination(_source(write.param), _source(source))
+            Destination(_source(write.param), _source(source), _taken(write.scales))
             for write, source in zip(writes, sources, strict=True)
         )
         shapes = tuple(write.param.shape for write in writes)
@@ -308,8 +362,15 @@ class TritonBackend(TwoHalves):
         table = self._tables.table(plan.table, device)
         addresses: list[int] = []
         for write, source, to in zip(writes, sources, destinations, strict=True):
-            sides = write.scales[::-1] if to.param.layout.turned else write.scales
-            read = (write.param, source, *sides, write.allowed, write.key)
+            own, turned = write.scales, to.param.layout.turned
+            read: list[Tensor | None] = [
+                write.param,
+                source,
+                *_in_memory((own.row, own.col), turned=turned),
+            ]
+            read += write.allowed, write.key
+            if isinstance(own, Lowered):
+                read += own.factor, *_in_memory(own.taken, turned=turned)
             addresses += Addresses(*(0 if x is None else x.data_ptr() for x in read))
         rows = self._tables.addresses(tuple(addresses), device)
         rounding = writes[0].key is not None
@@ -332,7 +393,7 @@ class _Write(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    scales: Scales
+    scales: Scales | Lowered
     allowed: Tensor | None
     key: Tensor | None
 
@@ -399,24 +460,52 @@ def _readable(grad: Tensor, start: Tensor | None) -> bool:
     )
 
 
+def _in_memory(sides: Sequence[Tensor], *, turned: bool) -> Sequence[Tensor]:
+    """Return what belongs to rows and to columns, those in memory."""
+    return sides[::-1] if turned else sides
+
+
+def _taken(scales: Scales | Lowered) -> Taken | None:
+    if not isinstance(scales, Lowered):
+        return None
+    left, right = scales.taken
+    aligned = all(x.data_ptr() % 16 == 0 for x in (left, right))
+    return Taken(left.shape[-1], left.stride(), right.stride(), aligned)
+
+
+def _subtracted(scales: Lowered, device: torch.device) -> bool:
+    """Whether kernels subtract what is taken."""
+    factor = scales.factor
+    return 0 < scales.taken.left.shape[-1] <= MOST and all(
+        x.dtype == torch.float32 and x.device == device
+        for x in (*scales.taken, *(() if factor is None else (factor,)))
+    )
+
+
 def _writable(
     param: Tensor,
     grad: Tensor,
-    scales: Sequence[Tensor],
+    scales: Scales | Lowered | None,
     allowed: Tensor | None,
     key: Tensor | None,
 ) -> bool:
-    beside = (grad, *scales, *(x for x in (allowed, key) if x is not None))
+    pair = () if scales is None else (scales.row, scales.col)
+    beside = (grad, *pair, *(x for x in (allowed, key) if x is not None))
     return (
         _native(param)
         and _is_native(type(grad), grad.dtype, grad.shape)
         and param.shape == grad.shape
         and may_be_written(param.shape, param.stride())
-        and all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in scales)
+        and all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in pair)
         and (allowed is None or allowed.dtype == torch.bool)
         and (key is None or key.dtype == torch.int64)
         and all(x.device == param.device for x in beside)
     )
+
+
+def _multiplied(grads: Sequence[Tensor], scales: Sequence[Scales]) -> bool:
+    """Whether kernels multiply the updates of gradients by vectors."""
+    return all(map(_native, grads)) and scales_are_usual(scales, grads[0].device)
 
 
 def _fits(grad: Tensor) -> bool:

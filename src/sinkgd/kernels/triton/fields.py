@@ -54,6 +54,14 @@ class Target(NamedTuple):
     place: int  # of its first entry, counted in reading order over the parameter
     row_place: int  # what one row in memory adds to the place
     col_place: int
+    rank: int = 0  # of the matrix that is subtracted, tall @ wide.T
+    factor: int = 0  # where that of the scaled gradient lies in its tensor
+    tall: int = 0  # where the matrix's P by ``rank`` numbers begin in their tensor
+    tall_ld: int = 0  # from one row in memory to the next
+    tall_apart: int = 0  # from one column of the numbers to the next
+    wide: int = 0
+    wide_ld: int = 0
+    wide_apart: int = 0
 
 
 class Addresses(NamedTuple):
@@ -65,6 +73,9 @@ class Addresses(NamedTuple):
     v: int
     allowed: int
     key: int
+    factor: int = 0
+    tall: int = 0
+    wide: int = 0
 
 
 class Block(NamedTuple):

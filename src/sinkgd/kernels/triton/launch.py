@@ -133,7 +133,10 @@ def update_parameters(
         BN=bucket.kind.tile.BN,
         ROUND=rounding and dtype == torch.bfloat16,
         VECTOR=bucket.kind.vector,
-        **compile_options(table.device, wide=bucket.kind.vector > 1),
+        K=bucket.kind.width,
+        DENSE=bucket.kind.is_dense,
+        TF32=multiplies_tf32(table.device),
+        **compile_options(table.device, wide=bucket.kind.vector > 1, product=bucket.kind.width > 0),
     )
 
 
@@ -143,15 +146,25 @@ def launch(kernel: Any, programs: int, *arguments: object, **constants: object) 
 
 
 @cache
-def compile_options(device: torch.device, *, wide: bool, first: bool = False) -> dict[str, object]:
+def compile_options(
+    device: torch.device, *, wide: bool, first: bool = False, product: bool = False
+) -> dict[str, object]:
     """Return the compiler's options for a launch on ``device``."""
     if device.type == "cpu":
         return {}
     warp = getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    return options_of("hip" if torch.version.hip else "cuda", warp, wide=wide, first=first)
+    target = "hip" if torch.version.hip else "cuda"
+    return options_of(target, warp, wide=wide, first=first, product=product)
 
 
-def options_of(target: str, warp: int, *, wide: bool, first: bool) -> dict[str, object]:
+def multiplies_tf32(device: torch.device) -> bool:
+    """Whether products of float32 matrices have to be made of three with 11 bits each."""
+    return not (device.type == "cuda" and torch.version.hip)
+
+
+def options_of(
+    target: str, warp: int, *, wide: bool, first: bool, product: bool = False
+) -> dict[str, object]:
     """Return the compiler's options, such that no kernel runs out of registers.
 
     Args:
@@ -159,13 +172,17 @@ def options_of(target: str, warp: int, *, wide: bool, first: bool) -> dict[str, 
         warp: Threads that run together.
         wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
         first: Whether it is the first iteration, which finds powers of two beside the sums.
+        product: Whether it is an update that subtracts a product of matrices.
     """
-    threads = THREADS
+    threads = THREADS // 2 if product else THREADS
     if target == "hip" and not wide:
         threads *= 4 if first else 2  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // warp, "enable_fp_fusion": True}
     if target == "cuda" and wide and not first:
-        options["maxnreg"] = 128  # half of a processor's: two programs hide each other's waits
+        # Three programs of an update that has a product hide each other's waits, else two.
+        options["maxnreg"] = (
+            168 if product else 128
+        )  # half of a processor's: two programs hide each other's waits
     return options
 
 
@@ -203,3 +220,9 @@ def finish() -> ModuleType:
 def weighted() -> ModuleType:
     """Return the kernel of the sums of pieces."""
     return import_module("sinkgd.kernels.triton.weighted")
+
+
+@cache
+def skinny_matmul() -> ModuleType:
+    """Return the kernels of products with a few vectors."""
+    return import_module("sinkgd.kernels.triton.skinny_matmul")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sinkgd.kernels.triton.fields import Matrix, Target
 from sinkgd.kernels.triton.places import (
+    FLOATS,
     Part,
     Source,
     TableRows,
@@ -23,9 +24,38 @@ from sinkgd.kernels.triton.places import (
     places_of_scales,
     vector_of,
 )
-from sinkgd.kernels.triton.tiles import AREA, Tile, lines, reach_of, tile_of
+from sinkgd.kernels.triton.tiles import (
+    AREA,
+    NARROWEST,
+    Tile,
+    lines,
+    reach_of,
+    tile_of,
+    tile_of_product,
+)
 
 Row = TypeVar("Row")
+
+
+class Taken(NamedTuple):
+    """A matrix of low rank that is subtracted from an update, as its two sides lie."""
+
+    rank: int
+    left: tuple[int, ...]  # strides
+    right: tuple[int, ...]
+    aligned: bool  # the first entries of both, to 16 bytes
+
+    @property
+    def width(self) -> int:
+        """Return the rank rounded up to what kernels are compiled for."""
+        return max(NARROWEST, 1 << (self.rank - 1).bit_length())
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether rows of numbers fill that width, and all of them are aligned."""
+        steps = [step for side in (self.left, self.right) for step in side[:-1]]
+        full = self.rank == self.width and self.left[-1] == self.right[-1] == 1
+        return self.aligned and full and all(step % FLOATS == 0 for step in steps)
 
 
 class Destination(NamedTuple):
@@ -33,6 +63,7 @@ class Destination(NamedTuple):
 
     param: Source
     grad: Source
+    taken: Taken | None = None
 
 
 class Kind(NamedTuple):
@@ -42,6 +73,8 @@ class Kind(NamedTuple):
     tile: Tile
     turned: bool
     vector: int  # entries of the narrowest type in 16 bytes where loads are that wide, else 1
+    width: int = 0  # of what an update subtracts, `Taken.width`; 0 where nothing is
+    is_dense: bool = False  # as in `Taken`
 
 
 class Bucket(NamedTuple):
@@ -118,7 +151,14 @@ def plan_of_update(
             target = Target(
                 owner, at, grad_at, P, Q, ld, to.grad.layout.ld, *scales, i * P * Q, *step
             )
-            kind = Kind(dtypes, tile_of(P, Q, _area(vector) // 2), turned, vector)
+            if to.taken is None:
+                kind = Kind(dtypes, tile_of(P, Q, _area(vector) // 2), turned, vector)
+            else:
+                target = target._replace(**_taken(to.taken, shape, i, turned=turned))
+                area = _area(vector) // (4 if to.taken.width <= NARROWEST else 8)
+                tile = tile_of_product(P, Q, area)
+                lower = to.taken.width, to.taken.is_dense
+                kind = Kind(dtypes, tile, turned, vector, *lower)
             found.append((kind, P * Q * dtypes[1].itemsize, target))
     table = TableRows()
     buckets = []
@@ -127,6 +167,27 @@ def plan_of_update(
         parts = table.add(torch.tensor(targets, dtype=torch.int64, device="cpu")), table.add(*tiles)
         buckets.append(Bucket(kind, *parts, Part(0, 0)))
     return Plan(tuple(buckets), table.joined())
+
+
+def _taken(taken: Taken, shape: torch.Size, number: int, *, turned: bool) -> dict[str, int]:
+    """Return what a target knows of what is subtracted from the ``number``-th matrix."""
+    rest = number
+    index: list[int] = []
+    for size in reversed(shape[:-2]):
+        rest, place = divmod(rest, size)
+        index.insert(0, place)
+    tall, wide = (taken.right, taken.left) if turned else (taken.left, taken.right)
+    begin = [sum(i * s for i, s in zip(index, own[:-2], strict=True)) for own in (tall, wide)]
+    return {
+        "rank": taken.rank,
+        "factor": number,
+        "tall": begin[0],
+        "tall_ld": tall[-2],
+        "tall_apart": tall[-1],
+        "wide": begin[1],
+        "wide_ld": wide[-2],
+        "wide_apart": wide[-1],
+    }
 
 
 def _area(vector: int) -> int:

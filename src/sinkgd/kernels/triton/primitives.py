@@ -78,6 +78,33 @@ def peaks(x, AXIS: tl.constexpr):
     return power_of_two(tl.reduce(size, AXIS, tl.standard._elementwise_max))
 
 
+@triton.jit
+def upper_bits(x):
+    """Return numbers rounded to 11 bits, which a tensor core takes as they are, as tf32."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cut_bits(x):
+    """Return the 11 leading bits, as a tensor core takes them; the interpreter takes all others."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(left, right, TF32: tl.constexpr):
+    """Return the product of two float32 matrices, to 21 bits: of three products of tf32 or one."""
+    if TF32:
+        upper, right_upper = upper_bits(left), upper_bits(right)
+        lower, right_lower = left - upper, right - right_upper
+        if INTERPRETED:
+            lower, right_lower = cut_bits(lower), cut_bits(right_lower)
+        total = tl.dot(upper, right_lower, input_precision="tf32")
+        total = tl.dot(lower, right_upper, total, input_precision="tf32")
+        return tl.dot(upper, right_upper, total, input_precision="tf32")
+    else:  # noqa: RET505 - triton compiles one of two branches
+        return tl.dot(left, right, input_precision="ieee")
+
+
 DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,

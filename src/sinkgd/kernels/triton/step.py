@@ -15,6 +15,7 @@ from sinkgd.kernels.triton.primitives import (
     field,
     load_tile,
     matrix_at,
+    product,
     row_length,
 )
 
@@ -26,10 +27,16 @@ _T_OWNER, _T_OFFSET = field(Target, "owner"), field(Target, "offset")
 _T_GRAD_OFFSET, _T_GRAD_LD = field(Target, "grad_offset"), field(Target, "grad_ld")
 _T_P, _T_Q, _T_LD = field(Target, "P"), field(Target, "Q"), field(Target, "ld")
 _T_U, _T_V, _T_PLACE = field(Target, "u"), field(Target, "v"), field(Target, "place")
+_T_RANK, _T_FACTOR = field(Target, "rank"), field(Target, "factor")
+_T_TALL, _T_TALL_LD = field(Target, "tall"), field(Target, "tall_ld")
+_T_WIDE, _T_WIDE_LD = field(Target, "wide"), field(Target, "wide_ld")
+_T_TALL_APART, _T_WIDE_APART = field(Target, "tall_apart"), field(Target, "wide_apart")
 
 _ADDRESSES = tl.constexpr(len(Addresses._fields))
 _A_GRAD, _A_U, _A_V = field(Addresses, "grad"), field(Addresses, "u"), field(Addresses, "v")
 _A_ALLOWED, _A_KEY = field(Addresses, "allowed"), field(Addresses, "key")
+_A_FACTOR = field(Addresses, "factor")
+_A_TALL, _A_WIDE = field(Addresses, "tall"), field(Addresses, "wide")
 
 
 @triton.jit
@@ -77,6 +84,43 @@ def write_tile(
     tl.store(lies, _rounded(w, place, key, DTYPE, ROUND), mask=inside)
 
 
+@triton.jit
+def _side(
+    address, offset, ld, apart, index, length, rank, K: tl.constexpr, DENSE: tl.constexpr
+):  # fmt: skip
+    """Return one side of a matrix of low rank; zeros follow its own numbers."""
+    k = tl.arange(0, K)
+    if DENSE:
+        numbers, distance = matrix_at(address, offset, ld, tl.float32, 4)
+        lies = numbers + index.to(tl.int64)[:, None] * distance + k[None, :]
+        return tl.load(lies, mask=(index < length)[:, None], other=0.0)
+    else:  # noqa: RET505 - triton compiles one of two branches
+        numbers, distance = matrix_at(address, offset, ld, tl.float32, 1)
+        lies = numbers + index.to(tl.int64)[:, None] * distance + (k * tl.load(apart))[None, :]
+        return tl.load(lies, mask=(index < length)[:, None] & (k < rank)[None, :], other=0.0)
+
+
+@triton.jit
+def _lowered(
+    y, own, entry, rows, cols, P, Q,
+    K: tl.constexpr, DENSE: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """Return an update times its factor, less what is taken from it."""
+    factor = tl.load(own + _A_FACTOR)
+    at = factor.to(tl.pointer_type(tl.float32)) + tl.load(entry + _T_FACTOR)
+    y = y * tl.load(at, mask=factor != 0, other=1.0)
+    rank = tl.load(entry + _T_RANK)
+    tall = _side(
+        own + _A_TALL, entry + _T_TALL, entry + _T_TALL_LD, entry + _T_TALL_APART,
+        rows, P, rank, K, DENSE,
+    )  # fmt: skip
+    wide = _side(
+        own + _A_WIDE, entry + _T_WIDE, entry + _T_WIDE_LD, entry + _T_WIDE_APART,
+        cols, Q, rank, K, DENSE,
+    )  # fmt: skip
+    return y - product(tall, wide.T, TF32)
+
+
 @triton.jit(do_not_specialize=["keep", "step"])
 def update(
     addresses,
@@ -92,6 +136,9 @@ def update(
     STEP_IS_STORED: tl.constexpr,
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
     VECTOR: tl.constexpr,  # as for half_iteration, of the parameter and the gradient
+    K: tl.constexpr,  # at least the rank of what is subtracted from u * grad * v; 0 where nothing
+    DENSE: tl.constexpr,  # whether its sides lie in rows of K, to 16 bytes
+    TF32: tl.constexpr,  # whether the device multiplies matrices of tf32 alone
 ):
     """Set a tile of a parameter to ``keep * param + step * u * grad * v``, rounded once."""
     program = programs + tl.program_id(0) * _PROGRAM_FIELDS
@@ -114,6 +161,8 @@ def update(
     v = tl.load(own + _A_V).to(tl.pointer_type(tl.float32)) + tl.load(entry + _T_V)
     y = g * tl.load(u + rows, mask=rows < P, other=0.0)[:, None]
     y = y * tl.load(v + cols, mask=cols < Q, other=0.0)[None, :]
+    if K > 0:
+        y = _lowered(y, own, entry, rows, cols, P, Q, K, DENSE, TF32)
     if KEEP_IS_STORED:
         keep = tl.load(keep).to(tl.float32)
     if STEP_IS_STORED:

@@ -12,6 +12,7 @@ from torch import Tensor
 # half as many, of the gradient and of the parameter.
 AREA = 1 << 14
 THREADS = 256
+NARROWEST = 16  # sides that a product of matrices has at least
 PROGRAMS = 256  # about two for each processor of a large GPU
 
 
@@ -34,6 +35,17 @@ def tile_of(P: int, Q: int, area: int) -> Tile:
         if side >= P:
             return Tile(side, area // side)
     return Tile(area // 128, 128)
+
+
+def tile_of_product(P: int, Q: int, area: int) -> Tile:
+    """Return the same of an update that a product of matrices is subtracted from.
+
+    A square needs the fewest of their rows; a side has at least 16.
+    """
+    side = NARROWEST
+    while side * side < area and side < min(P, Q):
+        side *= 2
+    return Tile(area // side, side) if Q <= P else Tile(side, area // side)
 
 
 def lines(matrix: int, count: int, tiles: int, reach: int) -> Tensor:

@@ -7,6 +7,7 @@ ranks, never a matrix. All matrices share the messages, as far as the memory for
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
@@ -14,9 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import Leading, LowRank, Products, find_leading, fixed_block
-from sinkgd.exchange import Steps, computation
-from sinkgd.kernels import Backend, Lowered, Scales, Stack
+from sinkgd.deflation import (
+    Leading,
+    LowRank,
+    PackedProducts,
+    Products,
+    find_leading,
+    find_packed_leading,
+    fixed_block,
+)
+from sinkgd.exchange import Computation, Steps, computation, immediate
+from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
 from sinkgd.kernels.products import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.optim.algorithms.across import over_columns, over_rows
@@ -48,7 +57,8 @@ def deflation_runs(
 ) -> list[slice]:
     """Return which parameters on a mesh are deflated together: all ranks return the same."""
     sizes = [_held(slot, own, group) for slot, own in zip(slots, owners, strict=True)]
-    return mesh_runs(sizes, sharers=context.sharers)
+    sharers = context.sharers if on_mesh(slots[0].param) else 1
+    return mesh_runs(sizes, sharers=sharers)
 
 
 def mesh_runs(sizes: Sequence[int], *, sharers: int = 1) -> list[slice]:
@@ -93,11 +103,14 @@ def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> l
 
 def _block_of(param: Tensor, group: Group) -> Tensor:
     """Return Ω of the matrices of a parameter."""
-    layout = group["layout"]
+    return _make_block(param, param.device, group["layout"], group["deflated_rank"] + 1)
+
+
+def _make_block(param: Tensor, device: torch.device, layout: str, k: int) -> Tensor:
     (row_dim,), cols = dims_of(param.ndim, layout)
-    # One block, k + 1 by n, for all matrices of a parameter: spread along the other dimensions.
-    sizes = {row_dim: group["deflated_rank"] + 1, **{dim: param.shape[dim] for dim in cols}}
-    block = fixed_block(tuple(sizes.values()), param.device)
+    # One block, k by n, for all matrices of a parameter: spread along the other dimensions.
+    sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
+    block = fixed_block(tuple(sizes.values()), device)
     in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
     dims = range(param.ndim)
     whole = in_order.view([sizes.get(dim, 1) for dim in dims])
@@ -107,6 +120,29 @@ def _block_of(param: Tensor, group: Group) -> Tensor:
     return view.flatten(view.ndim - len(cols)).mT.contiguous()
 
 
+class _Lying(NamedTuple):
+    """What Ω of a whole parameter depends on, beside k."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    layout: str
+
+
+@lru_cache(maxsize=64)
+def _shared_blocks(kinds: tuple[_Lying, ...], k: int, width: int) -> Shared:
+    """Return ``width`` of the k columns of Ω of matrices of these kinds, on the host."""
+    first: dict[_Lying, int] = {}
+    blocks, end = [], 0
+    for kind in kinds:
+        if kind not in first:
+            first[kind] = end
+            probe = torch.empty_strided(kind.shape, kind.stride, device="meta")
+            block = _make_block(probe, torch.device("cpu"), kind.layout, k)
+            blocks.append(block.view(-1, *block.shape[-2:])[0])  # the same for a whole batch
+            end += block.shape[-2]
+    return Shared(torch.cat(blocks)[:, :width].contiguous(), tuple(first[kind] for kind in kinds))
+
+
 class Deflated(NamedTuple):
     """Deflated updates, one for each part."""
 
@@ -114,21 +150,86 @@ class Deflated(NamedTuple):
     finite: list[Tensor]  # 0-dim bool each: whether the update is finite; equal on all ranks
 
 
+class Deflating(NamedTuple):
+    """Matrices to deflate: lists of one length, but for the first two."""
+
+    slots: Sequence[Slot]
+    owners: Sequence[range]  # of each parameter, which of the parts are its own
+    parts: Sequence[Part]  # the gradients, rows the out-features
+    scales: Sequence[Scales]  # for which ``row * grad * col`` is normalized
+
+
+def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Computation[Deflated]:
+    """Return scales of deflated updates, of root-mean-square 1.
+
+    Args:
+        some: What is deflated.
+        backend: What multiplies the updates of this rank's pieces.
+        group: Its options.
+    """
+    if not on_mesh(some.slots[0].param):
+        found = _deflate_packed(some, backend, group)
+        if found is not None:
+            return immediate(found)
+    return _deflate_stacks(
+        some.parts, some.scales, blocks_of(some.slots, some.owners, group), backend
+    )
+
+
+def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated | None:
+    """Deflate whole matrices, in as many calls of torch however many they are.
+
+    None where the backend does not multiply packed vectors.
+    """
+    kinds = [
+        _Lying(slot.param.shape, slot.param.stride(), group["layout"])
+        for slot, own in zip(some.slots, some.owners, strict=True)
+        for _ in own
+    ]
+    by_width: dict[int, list[int]] = {}
+    for i, part in enumerate(some.parts):
+        if min(part.shape) > 1:  # there is nothing to lower in others
+            by_width.setdefault(min(group["deflated_rank"] + 1, *part.shape), []).append(i)
+    found: list[Scales | Lowered] = [*some.scales]
+    finite = [some.parts[0].grad.new_ones((), dtype=torch.bool)] * len(found)
+    for width, own in by_width.items():
+        shared = _shared_blocks(tuple(kinds[i] for i in own), group["deflated_rank"] + 1, width)
+        scales = [some.scales[i] for i in own]
+        products = backend.packed_products([some.parts[i].grad for i in own], scales, shared)
+        if products is None:
+            return None
+        lowered, flags = _lowered_packed(scales, products)
+        for i, one, flag in zip(own, lowered, flags, strict=True):
+            found[i], finite[i] = one, flag
+    return Deflated(found, finite)
+
+
+def _lowered_packed(
+    scales: Sequence[Scales], products: PackedProducts
+) -> tuple[list[Lowered], list[Tensor]]:
+    """Bring updates to root-mean-square 1, and say which of them are finite."""
+    leading = find_packed_leading(products)
+    stretch = (products.entries / or_one(leading.square)).sqrt_()
+    left = leading.taken.times(leading.factors * stretch).blocks.flatten(0, 1).float()
+    right = leading.right.blocks.flatten(0, 1).float()
+    numbers = stretch.flatten()
+    sides = products.by_tensor(left, of_rows=True), products.by_tensor(right, of_rows=False)
+    factors = products.numbers_by_tensor(numbers.float())
+    lowered = [
+        Lowered(*own, LowRank(*pair), factor)
+        for own, *pair, factor in zip(scales, *sides, factors, strict=True)
+    ]
+    return lowered, products.all_by_tensor(numbers.isfinite())
+
+
 @computation
-def deflate_parts(
+def _deflate_stacks(
     parts: Sequence[Part],
     scales: Sequence[Scales],
     blocks: Sequence[Tensor],
     backend: Backend,
 ) -> Steps[Deflated]:
-    """Return scales of deflated updates, of root-mean-square 1.
-
-    Args:
-        parts: The gradients, rows the out-features.
-        scales: For which ``row * grad * col`` is normalized.
-        blocks: Ω of each, as `blocks_of` returns them.
-        backend: What multiplies the updates of this rank's pieces.
-    """
+    """Deflate matrices that may lie in pieces, those that lie alike together."""
     found: list[Scales | Lowered] = [*scales]
     finite = [torch.ones((), dtype=torch.bool, device=parts[0].grad.device)] * len(parts)
     stacks = _alike(parts)
@@ -165,10 +266,18 @@ def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
 
 def _products(backend: Backend, stacks: Sequence[Stack]) -> Products:
     """Return the products of updates, for which at most `SCRATCH_BYTES` are copied at a time."""
-    runs = cut([4 * sum(grad.numel() for grad in stack.grads) for stack in stacks], SCRATCH_BYTES)
+    copied = [
+        0 if backend.packs_vectors and stack.grads[0].dtype != torch.float64 else 4 * _size(stack)
+        for stack in stacks
+    ]
+    runs = cut(copied, SCRATCH_BYTES)
     if len(runs) <= 1:
         return backend.products(stacks)
     return _ProductsByRuns(backend, [stacks[run] for run in runs])
+
+
+def _size(stack: Stack) -> int:
+    return sum(grad.numel() for grad in stack.grads)
 
 
 class _ProductsByRuns:

@@ -33,6 +33,7 @@ from sinkgd.optim.algorithms.stages import (
     STAGE_OPTIONS,
     asks_for_stages,
     check_stages,
+    cuts_runs,
     step_in_stages,
 )
 from sinkgd.optim.algorithms.warm_start import (
@@ -94,8 +95,8 @@ class Sinkhorn:
         masks = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
 
         def take(are_on_mesh: bool, own: Sequence[Slot]) -> "Computation[Tensor]":
-            # Deflation on a mesh cuts its runs itself, after the scales of all are known.
-            if masks or (group["deflated_rank"] and not are_on_mesh):
+            # Deflation may cut its runs itself, after the scales of all are known.
+            if masks or (group["deflated_rank"] and not are_on_mesh and not cuts_runs(own, group)):
                 return few_at_a_time(own, lambda some: step(some, group, context), context)
             return step(own, group, context)
 

@@ -27,7 +27,7 @@ from sinkgd.optim.algorithms.contract import (
 )
 from sinkgd.optim.algorithms.deflated import (
     DEFLATION_OPTIONS,
-    blocks_of,
+    Deflating,
     check_deflation,
     deflate_parts,
     deflation_runs,
@@ -82,6 +82,14 @@ def asks_for_stages(group: Group) -> bool:
     )
 
 
+def cuts_runs(slots: Sequence[Slot], group: Group) -> bool:
+    """Whether parameters share scales and messages, and are cut into runs by what vectors need."""
+    if on_mesh(slots[0].param):
+        return True
+    packs = kernels.select(group["backend"], slots[0].param.device).packs_vectors
+    return packs and group["operator_norm"] is None  # what is pinned is copied
+
+
 @computation
 def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
     """Step along parameters of which all or none lie on a mesh."""
@@ -110,9 +118,8 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ste
     # From here on scales are seen as matrices are.
     scales = [own.mT for own in found.scales] if is_turned else list(found.scales)
     solved = _Solved(slots, parts, owners, scales, found.finite, keys)
-    if not group["deflated_rank"] or not on_mesh(slots[0].param):
-        runs = [slice(len(slots))]
-    else:
+    runs = [slice(len(slots))]
+    if group["deflated_rank"] and cuts_runs(slots, group):
         runs = deflation_runs(slots, owners, group, context)
     taken: Tensor = yield in_turn(
         runs, lambda run: _update(solved.run(run), backend, group, context)
@@ -152,9 +159,8 @@ def _update(
     slots, parts, owners, scales, finite, keys = solved
     lowered: Sequence[kernels.Scales | kernels.Lowered] = scales
     if group["deflated_rank"]:
-        blocks = blocks_of(slots, owners, group)
-        lowered, flags = yield deflate_parts(parts, scales, blocks, backend)
-        del blocks
+        deflating = Deflating(slots, owners, parts, scales)
+        lowered, flags = yield deflate_parts(deflating, backend, group)
         finite = finite & by_owner(flags, owners)
     if group["operator_norm"] is not None:
         parts, scales = with_scales_alone(parts, lowered)
@@ -163,8 +169,8 @@ def _update(
         finite, lowered = found.finite, found.scales
     ready = _Solved(slots, parts, owners, lowered, finite, keys)
     runs = [slice(len(slots))]
-    if group["deflated_rank"] and on_mesh(slots[0].param):
-        # A run is as long as its messages want it; a backend may copy what is deflated.
+    if any(isinstance(own, kernels.Lowered) and own.factor is None for own in lowered):
+        # A run may be longer than this; a backend may copy what is deflated.
         sizes = [4 * sum(parts[i].grad.numel() for i in own) for own in owners]
         runs = cut(sizes, SCRATCH_BYTES)
     for run in runs:

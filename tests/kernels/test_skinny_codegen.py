@@ -1,0 +1,283 @@
+"""The kernels of deflation compiled for GPUs: no spills, loads of 16 bytes, known tensor cores.
+
+This file is also the program that compiles them, in a process of its own. Nothing is timed.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# name: (backend, architecture, threads a warp)
+TARGETS = {
+    "cuda80": ("cuda", 80, 32),
+    "cuda90": ("cuda", 90, 32),
+    "cuda100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Matrices of llama 60m, 1b and 7b have two kinds of rows.
+ALIGNED, ODD = (2048, 2048), (2048, 5461)
+# Instructions that a thread issues an entry of bfloat16 on sm_90, in the loop over tiles of a
+# product, and in all of an update.
+MOST = {
+    "along": {ALIGNED: 4, ODD: 10.5},
+    "along, squares": {ALIGNED: 9.5, ODD: 14},
+    "down": {ALIGNED: 5, ODD: 17},
+    "update": {ALIGNED: 26, ODD: 66},
+}
+# How matrices are multiplied, by the target and the type of the gradient.
+TENSOR_CORES = {
+    ("cuda80", "bfloat16"): "HMMA.16816.F32.BF16",
+    ("cuda80", "float32"): "HMMA.1688.F32.TF32",
+    ("cuda90", "bfloat16"): "HGMMA.64x16x16.F32.BF16",
+    ("cuda90", "float32"): "GMMA.64x16x8.F32.TF32|HMMA.1688.F32.TF32",
+    ("cuda100", "bfloat16"): "UTCHMMA",
+    ("cuda100", "float32"): "UTCHMMA|HMMA.1688.F32.TF32",
+    ("gfx942", "bfloat16"): "v_mfma_f32_16x16x16_bf16",
+    ("gfx942", "float32"): "v_mfma_f32_16x16x4_f32",
+}
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def compiled(request):
+    """What the compiler says of every kernel for one target."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, __file__, request.param],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_no_register_is_spilled(compiled):
+    assert {one["name"]: one["spilled"] for one in compiled if one["spilled"]} == {}
+
+
+def test_aligned_gradients_are_read_by_sixteen_bytes_alone(compiled):
+    for one in compiled:
+        # Those of float16 are narrower on sm_90 and sm_100 where they are widened for a product.
+        if one["vector"] > 1 and one["dtype"] != "float16":
+            assert one["loads16"] >= one["entries"] * one["bytes"] / 16, one["name"]
+
+
+def test_products_are_those_of_tensor_cores_and_of_the_right_numbers(compiled):
+    for one in compiled:
+        if (one["target"], one["dtype"]) in TENSOR_CORES and one["K"] == 16:
+            if one["kind"] == "update":
+                assert any("F32" in name.upper() for name in one["products"]), one["name"]
+                continue
+            wanted = TENSOR_CORES[one["target"], one["dtype"]]
+            assert one["products"], one["name"]
+            assert all(re.search(wanted, name) for name in one["products"]), one
+
+
+def test_instructions_an_entry(compiled):
+    if compiled[0]["target"] != "cuda90":
+        pytest.skip("the disassembly is counted for sm_90")
+    seen = set()
+    for one in compiled:
+        if one["dtype"] == "bfloat16" and one["K"] == 16 and not one["turned"]:
+            seen.add((one["kind"], one["shape"][1]))
+            assert one["cost"] <= MOST[one["kind"]][tuple(one["shape"])], one
+    assert seen == {(kind, shape[1]) for kind in MOST for shape in (ALIGNED, ODD)}
+
+
+# In the compiling process -------------------------------------------------------------------------
+
+
+POINTERS = {
+    **dict.fromkeys(["addresses", "matrices", "owners", "targets", "programs"], "*i64"),
+    **dict.fromkeys(["sizes", "squares", "result"], "*fp32"),
+    "given": "*fp64",
+}
+NUMBERS = {
+    **dict.fromkeys(["first", "width"], "i32"),
+    **dict.fromkeys(["one", "keep", "step"], "fp32"),
+}
+
+
+def products(is_hip):
+    """Yield (kind, kernel, constants, shape, dtype, turned) of what steps multiply with."""
+    import torch
+
+    from sinkgd.kernels.triton import launch
+    from sinkgd.kernels.triton.products import constants_of, parts_of
+    from sinkgd.kernels.triton.skinny_plan import Kind
+
+    kernels = launch.skinny_matmul()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        parts = parts_of(dtype, tf32=not is_hip)
+        for shape in (ALIGNED, ODD):
+            vector = 16 // dtype.itemsize if shape == ALIGNED else 1
+            kind = Kind(dtype, False, vector)
+            for K in (16, 32) if (dtype, shape) == (torch.bfloat16, ALIGNED) else (16,):
+                for name in ("along", "down"):
+                    known = constants_of(kind, K, parts, along=name == "along")
+                    for squares in (False, True):
+                        constants = {**known, "SQUARES": squares, "FOLD": True}
+                        label = f"{name}, squares" if squares else name
+                        # A matrix whose rows in memory are columns has its squares from `down`.
+                        yield (
+                            label,
+                            getattr(kernels, name),
+                            constants,
+                            shape,
+                            dtype,
+                            (squares and name == "down"),
+                        )
+        for of_rows in (True, False):
+            constants = {"OF_ROWS": of_rows, "SHARED": of_rows, "K": 16, "PARTS": parts}
+            yield "fold", kernels.fold, constants, None, dtype, False
+    yield "balance", kernels.balance, {}, None, torch.float32, False
+
+
+def updates(is_hip):
+    """Yield the same of updates, with the compiler's options."""
+    import torch
+
+    from sinkgd.kernels.layout import layout_of
+    from sinkgd.kernels.triton import launch
+    from sinkgd.kernels.triton.places import Source
+    from sinkgd.kernels.triton.plan import Destination, Taken, plan_of_update
+
+    dtypes = launch.primitives().DTYPES
+    for dtype, grad_dtype in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ):
+        for shape, K, dense in (
+            *((ALIGNED, 16, True), (ALIGNED, 16, False), (ALIGNED, 32, True)),
+            *((ODD, 16, True), ((20, 8192), 32, True)),
+        ):
+            size = torch.Size(shape)
+            lies = [
+                Source(one, layout_of(size, (shape[1], 1)), True) for one in (dtype, grad_dtype)
+            ]
+            strides = (K, 1) if dense else (1, 4096)
+            to = Destination(*lies, Taken(K, strides, (K, 1), True))
+            kind = plan_of_update((to,), (size,), 1 << 30).buckets[0].kind
+            assert (kind.width, kind.is_dense) == (K, dense)
+            constants = {
+                "DTYPE": dtypes[dtype],
+                "GRAD_DTYPE": dtypes[grad_dtype],
+                "BM": kind.tile.BM,
+                "BN": kind.tile.BN,
+                "VECTOR": kind.vector,
+                "KEEP_IS_STORED": False,
+                "STEP_IS_STORED": False,
+                "ROUND": K == 32 and dtype == torch.bfloat16,
+                "TF32": not is_hip,
+                "K": K,
+                "DENSE": dense,
+            }
+            label = "update" if (dtype, dense) == (grad_dtype, True) else "update of a mix"
+            yield label, launch.step().update, constants, shape, dtype, shape == (20, 8192)
+
+
+def compile_all(name):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sinkgd.kernels.triton import launch
+    from sinkgd.kernels.triton import products as module
+
+    target = GPUTarget(*TARGETS[name])
+    is_hip = target.backend == "hip"
+    for kind, kernel, constants, shape, dtype, turned in [*products(is_hip), *updates(is_hip)]:
+        if "update" in kind:
+            options = launch.options_of(
+                target.backend, target.warp_size, wide=constants["VECTOR"] > 1, first=False,
+                product=True,
+            )  # fmt: skip
+        else:
+            wide = constants.get("VECTOR") != 1
+            options = module.options_of(target.backend, target.warp_size, wide=wide)
+        folded = "*bf16" if constants.get("PARTS") == 3 else "*fp32"
+        types = {**POINTERS, **NUMBERS, **dict.fromkeys(["folded", "folded_result"], folded)}
+        types |= dict.fromkeys(constants, "constexpr")
+        signature = {key: types[key] for key in kernel.arg_names}
+        pointers = [i for i, one in enumerate(signature.values()) if one.startswith("*")]
+        source = ASTSource(
+            kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
+        )
+        built = triton.compile(source, target=target, options=options)
+        sides = (constants.get(side, 64) for side in ("BM", "BN"))
+        tile = 1
+        for side in sides:
+            tile *= side
+        entries = tile / (options["num_warps"] * target.warp_size) if shape else 0
+        facts = hip_facts(built) if is_hip else cuda_facts(built, entries, in_loop=kind != "update")
+        line = {
+            "target": name,
+            "name": f"{kind} {dtype} {shape} {constants}",
+            "kind": kind,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": shape,
+            "turned": turned,
+            "entries": entries,
+            "vector": constants.get("VECTOR", 1),
+            "bytes": dtype.itemsize,
+            "K": constants.get("K", 0) if shape else 0,
+            "shared": built.metadata.shared,
+            **facts,
+        }
+        sys.stdout.write(json.dumps(line) + "\n")
+
+
+def cuda_facts(built, entries, *, in_loop):
+    """Uses of local memory, loads, products and instructions an entry, from the machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions, labels, loops = [], {}, [0]
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+|\.L_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    for i, instruction in enumerate(instructions):
+        branch = re.search(r"BRA\S*\s.*?`\((\.L_x_\d+|\.L_\d+)\)", instruction)
+        if branch and labels.get(branch[1], i + 1) < i:
+            loops.append(i + 1 - labels[branch[1]])
+    used = max(loops) if in_loop else len(instructions)
+    wide = re.compile(r"LDG\.E\.128|LDGSTS\.E\S*\.128")
+    found = Counter(name for one in instructions for name in re.findall(r"\w*MMA[.\w]*", one))
+    return {
+        "spilled": sum("LDL" in one or "STL" in one for one in instructions),
+        "loads16": sum(bool(wide.search(one)) for one in instructions),
+        "products": found,
+        "cost": used / entries if entries else 0,
+    }
+
+
+def hip_facts(built):
+    """What the code object's metadata say; spills are registers, and bytes of scratch memory."""
+    code = built.asm["amdgcn"]
+    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return {
+        "spilled": sum(int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in spills),
+        "loads16": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "products": Counter(re.findall(r"v_mfma_\w+", code)),
+    }
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1])
