@@ -223,6 +223,10 @@ def compile_all(name):
             "ROUND": rounding,
             **tile(shape, wide, 2),
             "VECTOR": 16 // min(BYTES[dtype], BYTES[grad_dtype]) if wide else 1,
+            # Those with products are in test_skinny_codegen.py.
+            "K": 0,
+            "DENSE": False,
+            "TF32": False,
         }
         report(step.update, constants, target, variant, first=False)
 

@@ -224,8 +224,10 @@ class SkinnyProducts:
 
 def constants_of(kind: Kind, K: int, parts: int, *, along: bool) -> dict[str, object]:
     """Return what a product is compiled for, but for what it stores beside the product."""
-    wide, size = kind.vector > 1, kind.dtype.itemsize
-    side = 128 if wide and parts == 3 else 64 if wide or size == 2 else 32
+    wide = kind.vector > 1
+    side = 64 if wide and kind.dtype.itemsize == 4 else 32
+    if parts == 3:
+        side = 128 if wide else 64
     return {
         "DTYPE": launch.primitives().DTYPES[kind.dtype],
         "K": K,
@@ -272,11 +274,11 @@ def options_of(target: str, warp: int, *, wide: bool) -> dict[str, object]:
     threads = 128
     if target == "hip":
         threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
-    return {
-        "num_warps": threads // warp,
-        "num_stages": 3 if target == "cuda" else 2,
-        "enable_fp_fusion": True,
-    }
+    stages = 3 if target == "cuda" else 2
+    options: dict[str, object] = {"num_warps": threads // warp, "num_stages": stages}
+    if target == "cuda" and not wide:
+        options["maxnreg"] = 255  # without a limit the compiler spilled one at 126
+    return {**options, "enable_fp_fusion": True}
 
 
 def scales_are_usual(scales: Sequence[Scales], device: torch.device) -> bool:

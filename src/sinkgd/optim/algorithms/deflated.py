@@ -167,7 +167,7 @@ def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Computatio
         backend: What multiplies the updates of this rank's pieces.
         group: Its options.
     """
-    if not on_mesh(some.slots[0].param):
+    if backend.packs_vectors and not on_mesh(some.slots[0].param):
         found = _deflate_packed(some, backend, group)
         if found is not None:
             return immediate(found)
