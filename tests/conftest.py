@@ -81,7 +81,7 @@ def interpreter() -> Iterator[None]:
         patch.setenv("TRITON_INTERPRET", "1")
         loaders = (
             *(launch.primitives, launch.loops, launch.step, launch.sweep, launch.finish),
-            launch.skinny_matmul,
+            *(launch.skinny_matmul, launch.weighted),
         )
         for import_anew in loaders:
             sys.modules.pop(f"sinkgd.kernels.triton.{import_anew.__name__}", None)

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from layouts import scattered, turned
 from sinkgd.kernels import BACKENDS
+from sinkgd.kernels.triton import launch
 
 # Up to 1,100 terms, none negative, in 16 lanes or more: 70 roundings of 2^-24.
 FLOAT32 = {"rtol": 4.2e-6, "atol": 0}
@@ -111,3 +112,21 @@ def test_bits_do_not_depend_on_company_or_threads(backend, request):
     if backend.name == "cpu":  # the others' sums are torch's
         assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], torch.cat(alone))
+
+
+def test_a_call_is_a_launch_for_each_kind(interpreter, monkeypatch):
+    """However many gradients there are; zeros, tiny and huge entries are no kind of their own."""
+    launches = []
+    started = launch.launch
+
+    def count(kernel, *arguments, **constants):
+        launches.append(kernel.__name__)
+        started(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "launch", count)
+    (triton,) = (backend for backend in BACKENDS if backend.name == "triton")
+    grads = [normal((8, 16), i) * 10.0 ** (10 * i - 30) for i in range(7)] + [torch.zeros(4, 8)]
+    sums = triton.sums(grads)
+    sums.of_rows(of_rows(grads)[0])
+    sums.of_cols(of_cols(grads)[0])
+    assert launches == ["add_up_weighted"] * 2

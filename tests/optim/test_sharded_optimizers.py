@@ -1,6 +1,8 @@
 """Every optimizer on a mesh: what one process would have done, and what ranks tell each other."""
 
+import os
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -179,6 +181,34 @@ def test_all_groups_of_a_step_share_their_messages(found):
         for _, own, _ in alone:
             assert all(torch.equal(weights[name], x) for name, x in own.items())
         assert skipped == {"adamw, bad 0": 1}
+
+
+# Triton's kernels for pieces ----------------------------------------------------------------------
+
+
+@on_two
+def with_triton():
+    """The update of matrices that lie by rows and by columns, in triton's interpreter."""
+    found = []
+    if find_spec("triton") is None:
+        return found
+    os.environ["TRITON_INTERPRET"] = "1"  # before this rank imports the kernels
+    mesh = init_device_mesh("cpu", (2,))
+    for placements, dtype in [((ROWS,), torch.float32), ((COLS,), torch.bfloat16)]:
+        grads = [normal(shape, i).to(dtype) for i, shape in enumerate([(9, 16), (3, 70)])]
+        matrices = [(placements, torch.zeros_like(x), x) for x in grads]
+        updates = stepped(matrices, mesh, backend="triton", algorithm="sinkgd")
+        found.append([(-x.float() / 0.125, grad) for x, grad in zip(updates, grads, strict=True)])
+    return found
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, and its interpreter")
+def test_the_kernels_of_triton_take_pieces(found):
+    for by_rows, by_columns in found["with_triton"]:
+        for update, grad in by_rows:
+            assert_close(update.double(), expected_update(grad), **FLOAT32)
+        for update, grad in by_columns:  # rounded to bfloat16
+            assert_close(update.double(), expected_update(grad), rtol=2**-8, atol=0)
 
 
 # Any gradient -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ matrix alike: it is added up, or follows from what is.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -124,12 +125,27 @@ def _iterate(
         moving = moving & ~settled
         if tol is not None and not bool(moving.any()):
             break
-    found = zip(rows.split(r2), cols.split(c2), strict=True)
-    scales = [
-        scales_of(r2.sqrt(), c2.sqrt(), torch.promote_types(grad.dtype, torch.float32))
-        for (r2, c2), grad in zip(found, grads, strict=True)
-    ]
+    scales = _scales_of(rows.split(r2.sqrt()), cols.split(c2.sqrt()), [x.dtype for x in grads])
     return Found(scales, rows.all_of(live_rows.isfinite()))
+
+
+def _scales_of(
+    rows: Sequence[Tensor], cols: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Scales]:
+    """Return what `scales_of` does of each gradient, of all that are alike in the same calls."""
+    alike: dict[object, list[int]] = {}
+    for i, (row, col) in enumerate(zip(rows, cols, strict=True)):
+        alike.setdefault((row.shape, col.shape, dtypes[i]), []).append(i)
+    found: dict[int, Scales] = {}
+    for own in alike.values():
+        together = scales_of(
+            torch.stack([rows[i] for i in own]),
+            torch.stack([cols[i] for i in own]),
+            torch.promote_types(dtypes[own[0]], torch.float32),
+        )
+        pairs = zip(together.row.unbind(), together.col.unbind(), strict=True)
+        found.update(zip(own, map(Scales._make, pairs), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def _started(cols: "_Vectors", starts: Sequence[Tensor | None]) -> Tensor:
@@ -152,16 +168,9 @@ class _Vectors:
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
         self.shapes = [torch.Size(shape) for shape in shapes]
         self.counts = [shape[:-2].numel() for shape in self.shapes]  # matrices of each batch
-        lengths = [
-            length
-            for shape, count in zip(self.shapes, self.counts, strict=True)
-            for length in [shape[-2:].numel()] * count
-        ]
-        self.length = sum(lengths)
-        owners = torch.arange(len(lengths), dtype=torch.int64, device="cpu").repeat_interleave(
-            torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        )
-        self._owners = owners.to(device)  # of each entry, its matrix
+        lengths = [shape[-2:].numel() for shape in self.shapes]
+        self.length = sum(shape.numel() for shape in self.shapes)
+        self._owners = _owners(tuple(lengths), tuple(self.counts), device)
 
     def ones(self) -> Tensor:
         return torch.ones(self.length, dtype=torch.float64, device=self._owners.device)
@@ -172,14 +181,11 @@ class _Vectors:
 
     def of_matrices(self, numbers: Sequence[int]) -> Tensor:
         """Give every matrix of each batch the number of the batch."""
-        flat = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        return flat.repeat_interleave(
-            torch.tensor(self.counts, dtype=torch.int64, device="cpu")
-        ).to(self._owners.device)
+        return _repeated(tuple(numbers), tuple(self.counts), self._owners.device)
 
     def spread(self, numbers: Tensor) -> Tensor:
         """Give every entry the number of its matrix."""
-        return numbers[self._owners]
+        return numbers.index_select(0, self._owners)
 
     def count(self, flat: Tensor) -> Tensor:
         """Add up the entries of each matrix."""
@@ -188,7 +194,31 @@ class _Vectors:
 
     def all_of(self, flags: Tensor) -> Tensor:
         """Say of each batch whether the flags of all its matrices are True."""
+        if len(flags) == len(self.counts):
+            return flags
         return torch.stack([own.all() for own in torch.split(flags, self.counts)])
+
+
+# What is counted on the host reaches a device once, and no step waits for it. An entry takes four
+# bytes a row or column, and every step needs the same few; with GradientRelease, every flush.
+@lru_cache(maxsize=32)
+def _owners(lengths: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return of each entry its matrix, for vectors of so many entries and matrices of each batch.
+
+    >>> _owners((3, 1), (1, 2), torch.device("cpu"))
+    tensor([0, 0, 0, 1, 2], dtype=torch.int32)
+    """
+    whole = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
+    places = torch.arange(len(whole), dtype=torch.int32, device="cpu")
+    repeats = torch.tensor(whole, dtype=torch.int64, device="cpu")
+    return places.repeat_interleave(repeats, output_size=sum(whole)).to(device)
+
+
+@lru_cache(maxsize=32)
+def _repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers, float64, each as often as its count says."""
+    flat = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
+    return torch.tensor(flat, dtype=torch.float64, device="cpu").to(device)
 
 
 def _inverse(length: Tensor, sums: Tensor) -> Tensor:

@@ -38,10 +38,10 @@ from sinkgd.kernels.layout import (
     may_be_written,
 )
 from sinkgd.kernels.products import eager_products, nothing_to_take
-from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.triton.fields import Addresses
 from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
 from sinkgd.kernels.triton.panels import LONGEST
+from sinkgd.kernels.triton.pieces import TritonSums
 from sinkgd.kernels.triton.plan import Destination, Taken, plan_of_scales, plan_of_update
 from sinkgd.kernels.triton.products import MOST, SkinnyProducts, scales_are_usual
 from sinkgd.kernels.triton.skinny_plan import plan_of_products
@@ -243,9 +243,9 @@ class TritonBackend(TwoHalves):
             for i, param, grad in ((i, matrices.params[i], matrices.grads[i]) for i in own)
         )
 
-    def sums(self, grads: Sequence[Tensor]) -> EagerSums:
-        """Return the sums of the squares of gradients, in plain torch."""
-        return EagerSums(grads)
+    def sums(self, grads: Sequence[Tensor]) -> TritonSums:
+        """Return the sums of the squares of gradients: a launch for each kind of them."""
+        return TritonSums(grads, self._tables)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
         """Return the products of updates, by kernels that read the gradients as they lie."""

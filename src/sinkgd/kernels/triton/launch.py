@@ -217,6 +217,12 @@ def finish() -> ModuleType:
 
 
 @cache
+def weighted() -> ModuleType:
+    """Return the kernel of the sums of pieces."""
+    return import_module("sinkgd.kernels.triton.weighted")
+
+
+@cache
 def skinny_matmul() -> ModuleType:
     """Return the kernels of products with a few vectors."""
     return import_module("sinkgd.kernels.triton.skinny_matmul")

@@ -18,9 +18,9 @@ from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
 from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut
 
 _FLOAT32 = 4
-# Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 51 to 58
-# measured on llama-9m, 20m and 60m over 16 ranks; tests/lab/plan/test_traffic.py.
-_SHARDED_SCALE = 59
+# Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 43 to 50
+# measured on llama-9m over 16 ranks, and 4 that are kept; tests/lab/plan/test_traffic.py.
+_SHARDED_SCALE = 54
 # The same of row norms alone: 24 to 27 measured on llama-9m over 16 ranks; same file.
 _SHARDED_ROWS = 27
 # Bytes a row or column that deflation uses at once for each direction that it follows, one more

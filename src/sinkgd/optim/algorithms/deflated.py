@@ -24,7 +24,7 @@ from sinkgd.deflation import (
     find_packed_leading,
     fixed_block,
 )
-from sinkgd.exchange import Steps, computation
+from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
 from sinkgd.kernels.products import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
@@ -57,7 +57,8 @@ def deflation_runs(
 ) -> list[slice]:
     """Return which parameters on a mesh are deflated together: all ranks return the same."""
     sizes = [_held(slot, own, group) for slot, own in zip(slots, owners, strict=True)]
-    return mesh_runs(sizes, sharers=context.sharers)
+    sharers = context.sharers if on_mesh(slots[0].param) else 1
+    return mesh_runs(sizes, sharers=sharers)
 
 
 def mesh_runs(sizes: Sequence[int], *, sharers: int = 1) -> list[slice]:
@@ -158,8 +159,7 @@ class Deflating(NamedTuple):
     scales: Sequence[Scales]  # for which ``row * grad * col`` is normalized
 
 
-@computation
-def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Steps[Deflated]:
+def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Computation[Deflated]:
     """Return scales of deflated updates, of root-mean-square 1.
 
     Args:
@@ -170,10 +170,10 @@ def deflate_parts(some: Deflating, backend: Backend, group: Group) -> Steps[Defl
     if backend.packs_vectors and not on_mesh(some.slots[0].param):
         found = _deflate_packed(some, backend, group)
         if found is not None:
-            return found
-    blocks = blocks_of(some.slots, some.owners, group)
-    deflated: Deflated = yield _deflate_stacks(some.parts, some.scales, blocks, backend)
-    return deflated
+            return immediate(found)
+    return _deflate_stacks(
+        some.parts, some.scales, blocks_of(some.slots, some.owners, group), backend
+    )
 
 
 def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated | None:

@@ -73,5 +73,5 @@ def _lengths_on_mesh(slots: Sequence[Slot]) -> Steps[dict[int, Tensor]]:
     grads = list(on_meshes.values())
     squares = torch.stack([local(grad).double().square().sum() for grad in grads])
     total = yield sharded.add_up(squares, [sharded.groups_of(grad) for grad in grads])
-    sizes = torch.tensor([grad.numel() for grad in grads], dtype=torch.int64, device=total.device)
-    return dict(zip(on_meshes, (total / sizes).sqrt().unbind(), strict=True))
+    means = torch._foreach_div(total.unbind(), [float(grad.numel()) for grad in grads])
+    return dict(zip(on_meshes, torch._foreach_sqrt(means), strict=True))

@@ -118,9 +118,8 @@ def step_in_stages(slots: Sequence[Slot], group: Group, context: Context) -> Ste
     # From here on scales are seen as matrices are.
     scales = [own.mT for own in found.scales] if is_turned else list(found.scales)
     solved = _Solved(slots, parts, owners, scales, found.finite, keys)
-    if not group["deflated_rank"] or not cuts_runs(slots, group):
-        runs = [slice(len(slots))]
-    else:
+    runs = [slice(len(slots))]
+    if group["deflated_rank"] and cuts_runs(slots, group):
         runs = deflation_runs(slots, owners, group, context)
     taken: Tensor = yield in_turn(
         runs, lambda run: _update(solved.run(run), backend, group, context)
@@ -160,8 +159,8 @@ def _update(
     slots, parts, owners, scales, finite, keys = solved
     lowered: Sequence[kernels.Scales | kernels.Lowered] = scales
     if group["deflated_rank"]:
-        some = Deflating(slots, owners, parts, scales)
-        lowered, flags = yield deflate_parts(some, backend, group)
+        deflating = Deflating(slots, owners, parts, scales)
+        lowered, flags = yield deflate_parts(deflating, backend, group)
         finite = finite & by_owner(flags, owners)
     if group["operator_norm"] is not None:
         parts, scales = with_scales_alone(parts, lowered)
