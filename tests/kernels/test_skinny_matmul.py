@@ -25,6 +25,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CLOSE = 3e-6  # of the definition; 25 roundings of float32
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+ONE_FAST = (slow(torch.float32), torch.bfloat16, slow(torch.float16))
+
+
 def normal(shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -75,7 +82,7 @@ def definition(grads, rank=15, **options):
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", ONE_FAST, ids=str)
     def test_a_step_is_that_of_float64_whatever_the_shape_and_the_layout(self, backend, dtype):
         shapes = [(67, 131), (131, 67), (2, 40, 48), (129, 65), (70, 20)]
         grads = [
@@ -90,7 +97,7 @@ class TestNumbers:
         for found, expected in zip(step(grads), definition(grads), strict=True):
             assert error(found, expected) <= CLOSE
 
-    @pytest.mark.parametrize("rank", [1, 20, 31, 32])
+    @pytest.mark.parametrize("rank", [1, slow(20), 31, slow(32)])
     def test_any_number_of_directions(self, backend, rank):
         grads = [leading((70, 50), 1, torch.bfloat16)]
         found, expected = step(grads, rank=rank), definition(grads, rank=rank)
@@ -127,6 +134,7 @@ class TestNumbers:
 
 
 class TestBits:
+    @pytest.mark.slow
     def test_they_do_not_depend_on_other_matrices_or_on_the_buckets(self, backend, monkeypatch):
         shapes = [(20, 131), (2, 12, 16), (24, 10), (131, 20)]
         grads = [leading(shape, i, torch.bfloat16) for i, shape in enumerate(shapes)]
@@ -198,7 +206,7 @@ class Made(TorchDispatchMode):
 
 
 class TestWork:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32)], ids=str)
     def test_a_step_of_five_iterations_reads_a_gradient_ten_times(
         self, backend, monkeypatch, dtype
     ):
