@@ -412,7 +412,7 @@ def test_a_lazy_module_is_refused_by_name_until_it_has_run(function):
 
 
 NUMBERS = ("lr", "matrix_lr_scale", "weight_decay", "base_width")
-NO_NUMBERS = ["0.02", [0.02], {}, True, object(), 1j, torch.tensor([0.1, 0.1]), -1.0, float("nan")]
+NO_NUMBERS = ["0.02", [0.02], {}, True, b"1", 1j, torch.tensor([0.1, 0.1]), -1.0, float("nan")]
 
 
 @pytest.mark.parametrize("argument", NUMBERS)
