@@ -215,9 +215,10 @@ class TestDeterminism:
         grads = [[normal(shape, seed=4 * i + k) for k in range(2)] for i in range(4)]
         expected = [backend.scales(pair, 5) for pair in grads]
         found = [[] for _ in grads]
+        times = 2 if backend.name == "triton" else 5
 
         def work(i):
-            for _ in range(5):
+            for _ in range(times):
                 found[i].append(backend.scales(grads[i], 5))
 
         workers = [threading.Thread(target=work, args=(i,)) for i in range(len(grads))]
@@ -226,7 +227,7 @@ class TestDeterminism:
         for worker in workers:
             worker.join()
         for i, runs in enumerate(found):
-            assert len(runs) == 5
+            assert len(runs) == times
             assert all(same_bits(run, expected[i]) for run in runs)
 
 
@@ -259,8 +260,9 @@ class TestUpdate:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("keep", [1.0, 0.9])
     def test_bfloat16_parameters_are_rounded_once_to_the_nearest(self, backend, dtype, keep):
-        grad = normal((301, 263), dtype=dtype)
-        narrow = normal((301, 263), 1, torch.bfloat16)
+        shape = (101, 63) if backend.name == "triton" else (301, 263)
+        grad = normal(shape, dtype=dtype)
+        narrow = normal(shape, 1, torch.bfloat16)
         narrow[0, :4] = torch.tensor([torch.nan, torch.inf, 0.0, 3e38])
         wide = narrow.float()
         scales = backend.scales([grad], 5)

@@ -182,7 +182,9 @@ def test_a_finished_run_is_not_run_again(config, tmp_path):
     said: list[str] = []
     assert train(config, tmp_path, say=said.append) == Outcome(12)
     assert (tmp_path / "run.jsonl").read_bytes() == before
-    assert said == [f"{tmp_path} is finished already; nothing to do"]
+    done, where = said
+    assert done == f"{tmp_path} is finished already; nothing to do"
+    assert where.endswith(f"sinkgd report {tmp_path}")
 
 
 def test_never_refuses_a_finished_run(config, tmp_path):
@@ -302,6 +304,7 @@ def test_text_files_are_prepared_and_said_so(config, tmp_path, monkeypatch):
     assert [line.split()[0] for line in said if not line.startswith("note:")] == [
         "training",
         "tokenizing",
+        "The",  # results are in …
     ]
 
 
