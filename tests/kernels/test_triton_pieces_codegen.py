@@ -1,12 +1,13 @@
 """The kernel of the sums of pieces compiled for GPUs: nothing spilled, loads of 16 bytes.
 
-This file is also the program that compiles it; see test_triton_rows_codegen.py.
+This file is also the program that compiles it, as an interpreter's process cannot.
 """
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import product
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module", params=["cuda80", "cuda90", "cuda100", "gfx942"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def compiled(request):
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -44,14 +45,16 @@ def test_aligned_gradients_are_read_by_sixteen_bytes(compiled):
 
 def compile_all(name):
     import triton
-    from test_triton_rows_codegen import TARGETS, cuda_facts, hip_facts
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from sinkgd.kernels.triton import launch, pieces
+    from sinkgd.lab.bench.gpu.launches import TARGETS
+    from sinkgd.lab.bench.gpu.machine_code import machine_code
 
-    target, kernel = GPUTarget(*TARGETS[name]), launch.weighted().add_up_weighted
-    facts = cuda_facts if target.backend == "cuda" else hip_facts
+    of = TARGETS[name]
+    target = GPUTarget(of.backend, of.architecture, of.warp)
+    kernel = launch.weighted().add_up_weighted
     types = {
         **dict.fromkeys(["addresses", "pieces", "programs"], "*i64"),
         **dict.fromkeys(["weights", "sums"], "*fp64"),
@@ -64,7 +67,11 @@ def compile_all(name):
         source = ASTSource(kernel, signature, constants, aligned)
         options = {"num_warps": pieces.THREADS // target.warp_size, "enable_fp_fusion": True}
         built = triton.compile(source, target=target, options=options)
-        line = {"name": f"{kind} along={along}", "vector": kind.vector, **facts(built)}
+        line = {
+            "name": f"{kind} along={along}",
+            "vector": kind.vector,
+            **asdict(machine_code(built)),
+        }
         sys.stdout.write(json.dumps(line) + "\n")
 
 
