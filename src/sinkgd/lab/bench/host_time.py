@@ -8,6 +8,7 @@ not in the figures; a step calls them as often for one matrix as for all.
     python -m sinkgd.lab.bench.host_time
 """
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -269,6 +270,11 @@ def _python_calls(step: Callable[[], None]) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+def write_milliseconds() -> None:
+    """Write the milliseconds of each model as JSON."""
+    sys.stdout.write(json.dumps({model: measure(model).milliseconds for model in MODELS}))
 
 
 def main() -> None:

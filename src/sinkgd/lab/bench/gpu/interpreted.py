@@ -5,8 +5,6 @@ decided when triton is imported. It writes a line of JSON.
 """
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from sinkgd import kernels
 from sinkgd.lab.bench.contenders import ITERATIONS
 from sinkgd.lab.bench.gpu.launches import with_triton
 from sinkgd.lab.bench.gpu.loads import Readings, readings
+from sinkgd.lab.bench.gpu.own_process import output_of
 from sinkgd.lab.bench.gpu.variants import RANK
 from sinkgd.lab.bench.step.measure import relative_error
 from sinkgd.lab.bench.workloads import Shape
@@ -105,16 +104,11 @@ def interpreted() -> Interpreted:
     Raises:
         RuntimeError: If that process fails.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import main; main()"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"triton's interpreter failed: {done.stderr.strip()}")
-    fields: dict[str, Any] = parse_json(done.stdout)
+    try:
+        written = output_of(__name__, "main", interprets=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"triton's interpreter failed: {error}") from None
+    fields: dict[str, Any] = parse_json(written)
     return Interpreted(**fields)
 
 

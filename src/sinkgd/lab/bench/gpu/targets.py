@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from sinkgd.lab.bench.gpu.interpreted import Interpreted
 from sinkgd.lab.bench.gpu.models import LLAMAS
+from sinkgd.lab.bench.gpu.own_process import output_of
 from sinkgd.lab.bench.gpu.sheets import Figure, Missed
 from sinkgd.lab.bench.gpu.torch_calls import (
     calls_of_a_matrix_more,
@@ -12,6 +13,7 @@ from sinkgd.lab.bench.gpu.torch_calls import (
 )
 from sinkgd.lab.bench.gpu.traffic import bytes_of_step, launches_of_bucket, scratch_of_model
 from sinkgd.lab.bench.gpu.variants import RANK, Variant, instructions_an_entry
+from sinkgd.lab.disk import parse_json
 
 NUMBERED = "sm_90"  # whose instructions are counted
 
@@ -76,12 +78,16 @@ def of_host() -> list[Figure]:
 
 
 def of_host_time() -> list[Figure]:
-    """Measure the host's time for a step."""
-    from sinkgd.lab.bench.host_time import measure
+    """Measure the host's time for a step, in a process of its own.
 
+    Raises:
+        RuntimeError: If that process fails.
+    """
+    written = output_of("sinkgd.lab.bench.host_time", "write_milliseconds", interprets=False)
+    milliseconds: dict[str, float] = parse_json(written)
     how = "median of some steps, the driver's launch replaced by nothing; leave the machine alone"
     return [
-        Figure(f"host time of a step in ms, {model}", measure(model).milliseconds, most, how)
+        Figure(f"host time of a step in ms, {model}", milliseconds[model], most, how)
         for model, most in HOST_TIMES.items()
     ]
 

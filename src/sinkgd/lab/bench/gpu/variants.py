@@ -5,7 +5,6 @@ compiler do not share one. It writes a line of JSON a variant.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sinkgd.lab.bench.gpu.machine_code import machine_code
+from sinkgd.lab.bench.gpu.own_process import environment
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.lab.disk import parse_json
 
@@ -105,13 +105,12 @@ def compiled(
     """
     run = f"import sys; from {__name__} import main; main(*sys.argv[1:])"
     command = [sys.executable, "-c", run, target, ",".join(models), ",".join(steps)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=environment(interprets=False),
     )
     assert process.stdout is not None
     found = []
