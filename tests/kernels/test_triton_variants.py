@@ -63,8 +63,12 @@ def constant(variant, name):
 
 
 def narrow(variants):
-    """Variants of aligned matrices that are not loaded by sixteen bytes."""
-    return [one.name for one in variants if not one.is_wide and constant(one, "VECTOR") != "1"]
+    """Variants of aligned matrices that are not loaded by sixteen bytes.
+
+    The last launch of half iterations adds nothing up (SUMS=False), and reads no gradient.
+    """
+    reading = [one for one in variants if constant(one, "SUMS") != "False"]
+    return [one.name for one in reading if not one.is_wide and constant(one, "VECTOR") != "1"]
 
 
 @pytest.mark.slow
