@@ -1,6 +1,6 @@
 """The kernel of the sums of pieces compiled for GPUs: nothing spilled, loads of 16 bytes.
 
-This file is also the program that compiles it, as an interpreter's process cannot.
+This file is also the program that compiles it: where triton interprets kernels, it compiles none.
 """
 
 import json

@@ -2,6 +2,9 @@
 
 A later step of the same form allocates the scales of all matrices, the partial sums of a bucket and
 a few numbers, sends the addresses of all tensors if one has moved, and starts the launches.
+
+The form is all that launches depend on but addresses. It is looked up in every step, for every
+tensor, so it is made of what torch has at hand.
 """
 
 from collections import OrderedDict
@@ -11,6 +14,7 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.layout import dense_layout
@@ -22,11 +26,12 @@ from sinkgd.kernels.triton.descent import (
     prepare,
     start,
 )
-from sinkgd.kernels.triton.forms import form_of
 from sinkgd.kernels.triton.launches import Launches
 from sinkgd.kernels.triton.places import Source
 from sinkgd.kernels.triton.schedule import Schedule, schedule_of
 from sinkgd.kernels.triton.tables import Tables
+
+Form = tuple[Hashable, ...]
 
 KEPT = 64  # descents; a model has few, also where its parameters step one by one
 
@@ -125,6 +130,26 @@ class WholeRows:
         start(prepared.launches, buffers, writing)
         scales = ScalesOf(buffers.scales, prepared.shapes, schedule.rows, schedule.cols)
         return scales, buffers.numbers[slice(*schedule.bad)] == 0
+
+
+def form_of(tensors: Sequence[Tensor | None]) -> tuple[Form, list[int]] | None:
+    """Return the form of tensors, and their addresses, 0 for None.
+
+    None where some tensor is of a subclass, which may have no address.
+    """
+    form: list[Hashable] = [torch.is_grad_enabled()]
+    addresses = []
+    for x in tensors:
+        if x is None:
+            form.append(None)
+            addresses.append(0)
+            continue
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return None
+        at = x.data_ptr()
+        addresses.append(at)
+        form.append((x.shape, x.stride(), x.dtype, x.device, at % 16, x.requires_grad))
+    return tuple(form), addresses
 
 
 def _prepare(
