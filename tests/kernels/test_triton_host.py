@@ -91,7 +91,7 @@ def count():
     from triton import knobs
 
     from sinkgd.kernels.triton import launcher
-    from sinkgd.lab.bench.host_time import Step, made_up_gpu, matrix_shapes, measure
+    from sinkgd.lab.bench.gpu.host_time import Step, made_up_gpu, matrix_shapes, measure
 
     models = []
     for model, layers in [("llama-60m", 1), ("llama-60m", 4), ("llama-1b", 2), ("llama-7b", 1)]:

@@ -83,7 +83,7 @@ def of_host_time() -> list[Figure]:
     Raises:
         RuntimeError: If that process fails.
     """
-    written = output_of("sinkgd.lab.bench.host_time", "write_milliseconds", interprets=False)
+    written = output_of("sinkgd.lab.bench.gpu.host_time", "write_milliseconds", interprets=False)
     milliseconds: dict[str, float] = parse_json(written)
     how = "median of some steps, the driver's launch replaced by nothing; leave the machine alone"
     return [

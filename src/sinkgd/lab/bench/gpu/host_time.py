@@ -5,7 +5,7 @@ the device, whose memory nobody touches, the compiler, and the driver's launch, 
 CPU tensors stand for those of the device: what CUDA's allocator, its streams and its driver add is
 not in the figures; a step calls them as often for one matrix as for all.
 
-    python -m sinkgd.lab.bench.host_time
+    python -m sinkgd.lab.bench.gpu.host_time
 """
 
 import json
