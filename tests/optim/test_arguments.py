@@ -9,6 +9,7 @@ from torch import nn
 
 import sinkgd
 from sinkgd.optim.algorithms import ALGORITHMS
+from sinkgd.optim.option_kinds import KINDS
 
 NORMS = (sinkgd.RowNorm(),)
 CLASSES = {
@@ -258,3 +259,108 @@ def test_a_group_of_another_algorithm_keeps_that_algorithms_defaults():
 def test_deflation_is_refused_where_the_groups_know_none():
     with pytest.raises(ValueError, match="deflated_rank=4 has no effect: no group runs 'sinkgd'"):
         sinkgd.param_groups(Model(), matrix_algorithm="swan", deflated_rank=4)
+
+
+# Of no argument's kind, unless `FITS` says so.
+WRONG = {
+    "text": "0.02",
+    "list": [0.02],
+    "dict": {1: 2},
+    "object": object(),
+    "complex": 1j,
+    "complex tensor": torch.tensor(1j),
+    "two numbers": torch.tensor([0.1, 0.1]),
+    "tuple of one": (0.9,),
+    "a function": len,
+    "a module": nn.Linear(1, 1),
+    "not a number": float("nan"),
+    "a fraction": 0.9,
+    "one": 1,
+    "True": True,
+    "None": None,
+}
+NUMBER, WHOLE, FLAG, OR_NONE = {"a fraction", "one"}, {"one"}, {"True"}, {"None"}
+FITS = {
+    **dict.fromkeys(("lr", "weight_decay", "tol", "theta"), NUMBER | OR_NONE),
+    **dict.fromkeys(("matrix_lr_scale", "eps", "tau", "max_norm", "spike_z"), NUMBER),
+    **dict.fromkeys(("tiny_row_threshold", "bucket_bytes"), NUMBER),
+    **dict.fromkeys(("first", "operator_norm", "overrides"), OR_NONE),
+    **dict.fromkeys(("maximize", "nesterov", "warm_start", "averaged"), FLAG),
+    **dict.fromkeys(("sinkhorn_iterations", "newton_schulz_steps", "num_iters"), WHOLE),
+    **dict.fromkeys(("n_iter", "seed", "clip_delay", "reset_interval"), WHOLE),
+    "warmup_steps": WHOLE,
+    "momentum": {"a fraction"},
+    "base_width": WHOLE | OR_NONE,
+    "deflated_rank": WHOLE | OR_NONE,
+}
+NOT_OPTIONAL = {("param_groups", name) for name in ("lr", "weight_decay", "deflated_rank")}
+NOT_OPTIONAL |= {("scale_groups", name) for name in ("lr", "weight_decay")}
+CALLS = {
+    **{name: lambda name=name, **options: build(name, [matrix()], **options) for name in CLASSES},
+    "param_groups": lambda **options: sinkgd.param_groups(Model(), **options),
+    "scale_groups": lambda **options: sinkgd.scale_groups(Model(), **options),
+    "GradientRelease": lambda **options: sinkgd.GradientRelease(
+        sinkgd.SinkGD([matrix()], lr=0.1), **options
+    ),
+}
+ARGUMENTS = [
+    *CASES,
+    *(
+        (name, argument)
+        for name in ("param_groups", "scale_groups", "GradientRelease")
+        for argument in inspect.signature(getattr(sinkgd, name)).parameters
+        if argument not in ("model", "optimizer")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_a_value_of_another_kind_is_refused_by_the_arguments_name(name, argument):
+    fits = FITS.get(argument, set()) - ({"None"} if (name, argument) in NOT_OPTIONAL else set())
+    needs = NEEDS.get(argument, {}) if name in CLASSES else {}
+    for label, value in WRONG.items():
+        if label in fits:
+            CALLS[name](**{**needs, argument: value})
+            continue
+        with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b") as caught:
+            CALLS[name](**{**needs, argument: value})
+        assert "instances of" not in str(caught.value), label
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_value_of_another_kind_is_refused_in_a_group_too(algorithm):
+    for option in {"lr", "weight_decay", "maximize", "nonfinite", *ALGORITHMS[algorithm].options}:
+        if option in ("rounding_step", "norm_history"):  # kept for checkpoints
+            continue
+        for wrong in ([], {}, object(), torch.tensor([0.1, 0.1]), "0.02"):
+            group = {"params": [matrix()], "algorithm": algorithm}
+            if algorithm == "mngd":
+                group["norms"] = NORMS
+            group[option] = wrong
+            with pytest.raises((TypeError, ValueError), match=rf"\b{option}\b") as caught:
+                sinkgd.SinkGD([group], lr=0.1)
+            assert "instances of" not in str(caught.value)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_option_has_a_kind_or_is_a_word(algorithm):
+    words = {option for option, values in VALUES.items() if isinstance(values[1], str)}
+    kept = {"rounding_step", "norm_history", "layout"}
+    assert set(ALGORITHMS[algorithm].options) <= {*KINDS, *words, *kept}
+
+
+BAD_OVERRIDES = {
+    "a word": "embed",
+    "a list": ["embed"],
+    "no pattern": {1: "adamw"},
+    "no expression": {"(": "adamw"},
+    "a number": {"head": 3},
+    "a rate": {"head": {"lr": "0.1"}},
+}
+
+
+@pytest.mark.parametrize("groups_of", [sinkgd.param_groups, sinkgd.scale_groups])
+@pytest.mark.parametrize("overrides", BAD_OVERRIDES.values(), ids=BAD_OVERRIDES)
+def test_overrides_that_cannot_be_read_are_refused(groups_of, overrides):
+    with pytest.raises((TypeError, ValueError), match=r"^(overrides|lr)\b"):
+        groups_of(Model(), overrides=overrides)

@@ -33,6 +33,7 @@ from sinkgd.optim.arguments import (
     check_runs,
     equal,
     find_algorithm,
+    passed_of,
     resolve,
     settle,
 )
@@ -40,6 +41,7 @@ from sinkgd.optim.exchanged import name_alike, named
 from sinkgd.optim.group_check import check_group
 from sinkgd.optim.listing import Listing
 from sinkgd.optim.nonfinite import NonFiniteGuard
+from sinkgd.optim.option_kinds import check_kinds
 from sinkgd.optim.routing_check import check_same_routing
 from sinkgd.optim.saved_state import (
     adopt_adamw,
@@ -86,6 +88,7 @@ class GroupedOptimizer(Optimizer):
         name = type(self).__name__
         groups = as_groups(params, name, self.default_algorithm)
         own = [dict(group) for group in groups if isinstance(group, dict)]
+        check_kinds(passed_of(arguments, self.none_means))
         defaults, passed = resolve(arguments, self.none_means, self.default_algorithm)
         super().__init__(groups, defaults)
         check_runs(name, self.default_algorithm, own)

@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import Norm
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.option_kinds import as_norms
 
 
 class MNGD(GroupedOptimizer):
@@ -83,7 +84,7 @@ class MNGD(GroupedOptimizer):
     ) -> None:
         arguments: dict[str, Any] = {
             "lr": lr,
-            "norms": tuple(norms),
+            "norms": as_norms(norms),
             "num_iters": num_iters,
             "weight_decay": weight_decay,
             "maximize": maximize,

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sinkgd.optim.algorithms.deflated import check_deflation
 from sinkgd.optim.algorithms.layout import dims_of
-from sinkgd.optim.arguments import check_initialized, options_of
+from sinkgd.optim.arguments import check_initialized, find_algorithm, options_of
 from sinkgd.optim.number_check import check_betas, check_number
+from sinkgd.optim.option_kinds import check_kinds
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers
 
@@ -107,7 +109,10 @@ def param_groups(
     check_number("lr", lr)
     check_number("matrix_lr_scale", matrix_lr_scale)
     check_number("weight_decay", weight_decay)
-    check_betas(betas)
+    check_betas("betas", betas)
+    find_algorithm(matrix_algorithm, "matrix_algorithm")
+    check_deflation({"deflated_rank": deflated_rank})
+    check_overrides(overrides)
     if base_width is not None:
         check_number("base_width", base_width, least=1)
     found = roles(model)
@@ -151,6 +156,29 @@ def check_model(model: object, function: str) -> None:
         )
     for name, param in model.named_parameters():
         check_initialized(name, param)
+
+
+def check_overrides(overrides: object) -> None:
+    """Refuse overrides that do not map patterns to algorithms or options.
+
+    Raises:
+        TypeError: With what is no pattern, or no algorithm or options.
+        ValueError: If a pattern is no regular expression, or an option is out of range.
+    """
+    if overrides is None:
+        return
+    form = "overrides must map patterns to algorithms or options, such as {'head': 'sinkgd'}"
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"{form}; got {overrides!r}")
+    for pattern, override in overrides.items():
+        if not isinstance(pattern, str) or not isinstance(override, str | Mapping):
+            raise TypeError(f"{form}; got {{{pattern!r}: {override!r}}}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"overrides: {pattern!r} is no regular expression: {error}") from None
+        if isinstance(override, Mapping):
+            check_kinds(override)
 
 
 def describe_param_groups(

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sinkgd.optim.algorithms.contract import most_held, on_mesh
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.number_check import check_flag, check_number
 
 # Smaller gradients wait for others: such as those of norms and biases, whose step takes no longer
 # than the calls that it needs. Not measured.
@@ -83,8 +84,8 @@ class GradientRelease:
                 f"gradients can be released to SinkGD, SWAN and MNGD; {type(optimizer).__name__} "
                 "is none of them"
             )
-        if bucket_bytes < 0:
-            raise ValueError(f"bucket_bytes must be at least 0, got {bucket_bytes}")
+        check_number("bucket_bytes", bucket_bytes)
+        check_flag("averaged", averaged)
         optimizer.check_one_by_one()
         self._optimizer = optimizer
         self._bucket_bytes = bucket_bytes

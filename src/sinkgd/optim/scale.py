@@ -8,7 +8,14 @@ from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
 from sinkgd.optim.mngd import MNGD
-from sinkgd.optim.partition import Overrides, check_model, matches, param_groups
+from sinkgd.optim.number_check import check_decay_rate
+from sinkgd.optim.partition import (
+    Overrides,
+    check_model,
+    check_overrides,
+    matches,
+    param_groups,
+)
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
@@ -83,6 +90,8 @@ def scale_groups(
         TypeError, ValueError: As `param_groups` does.
     """
     check_model(model, "scale_groups")
+    check_decay_rate("momentum", momentum)
+    check_overrides(overrides)
     own: dict[str, Any] = {
         EMBEDDING: {"algorithm": "mngd", "layout": "transposed"},
         HEAD: {"algorithm": "mngd", "momentum": momentum},

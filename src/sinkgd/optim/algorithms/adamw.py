@@ -93,7 +93,7 @@ def check_adamw(param: Tensor, group: Group) -> None:
 
 def check_averages(group: Group) -> None:
     """Refuse ``betas`` and ``eps`` out of range."""
-    check_betas(group["betas"])
+    check_betas("betas", group["betas"])
     if not group["eps"] >= 0:
         raise ValueError(f"eps must be at least 0, got {group['eps']}")
 

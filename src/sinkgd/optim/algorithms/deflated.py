@@ -33,6 +33,7 @@ from sinkgd.optim.algorithms.contract import Context, Group, Slot, local, most_h
 from sinkgd.optim.algorithms.few_at_a_time import MESH_VECTOR_BYTES, SCRATCH_BYTES, cut
 from sinkgd.optim.algorithms.layout import dims_of, rows_then_columns
 from sinkgd.optim.algorithms.parts import Part, spread_columns
+from sinkgd.optim.number_check import check_whole_number
 
 # A larger matrix goes alone: it keeps the threads busy by itself, as many small ones do together.
 # Products of a stack of larger ones would also have other bits than theirs alone.
@@ -48,7 +49,8 @@ DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})
 def check_deflation(group: Group) -> None:
     """Refuse a rank out of range."""
     rank = group["deflated_rank"]
-    if not isinstance(rank, int) or rank < 0:
+    check_whole_number("deflated_rank", rank)
+    if rank < 0:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
 
 

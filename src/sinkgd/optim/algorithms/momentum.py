@@ -31,6 +31,7 @@ from sinkgd.optim.algorithms.contract import (
 from sinkgd.optim.algorithms.few_at_a_time import few_at_a_time
 from sinkgd.optim.algorithms.parts import first_entry_of, lying_as
 from sinkgd.optim.algorithms.rounding import draw_keys
+from sinkgd.optim.number_check import check_decay_rate
 
 MOMENTUM = "momentum_buffer"
 PLACES = ("before", "after")
@@ -62,8 +63,7 @@ class WithMomentum:
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse a decay rate or a place out of range, and what the algorithm inside refuses."""
         momentum, place = group["momentum"], group["momentum_place"]
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        check_decay_rate("momentum", momentum)
         if place not in PLACES:
             raise ValueError(f"momentum_place must be one of {PLACES}, got {place!r}")
         if group["nesterov"] and momentum == 0:

@@ -58,7 +58,7 @@ class MultiNormalized:
             raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
         for norm in norms:
             if not isinstance(norm, Norm):
-                raise TypeError(f"a norm needs a method project(x); {norm!r} has none")
+                raise TypeError(f"norms must each have a method project(x); {norm!r} has none")
         check_layout(name, param, layout=group["layout"], split=group["split"])
         if on_mesh(param) and are_scalings(norms):
             from sinkgd.optim.algorithms.pieces import check_pieces  # noqa: PLC0415 - see parts_of
