@@ -10,6 +10,7 @@ from torch import nn
 import sinkgd
 from sinkgd.optim.algorithms import ALGORITHMS
 from sinkgd.optim.option_kinds import KINDS
+from sinkgd.optim.unknown_names import OF_PARAM_GROUPS
 
 NORMS = (sinkgd.RowNorm(),)
 CLASSES = {
@@ -364,3 +365,49 @@ BAD_OVERRIDES = {
 def test_overrides_that_cannot_be_read_are_refused(groups_of, overrides):
     with pytest.raises((TypeError, ValueError), match=r"^(overrides|lr)\b"):
         groups_of(Model(), overrides=overrides)
+
+
+@pytest.mark.parametrize(("name", "argument"), [case for case in ARGUMENTS if case[1] != "lr"])
+def test_a_misspelled_argument_is_refused_with_the_nearest_one(name, argument):
+    for misspelled in (argument + "s", argument[:-1], argument.replace("_", "")):
+        if misspelled in (argument, *options_of(getattr(sinkgd, name))):
+            continue
+        with pytest.raises(
+            TypeError, match=f"^{name} has no argument '{misspelled}'; did you mean "
+        ):
+            CALLS[name](**{misspelled: 1})
+
+
+OTHER_NAMES = [
+    ("param_groups", "matrix_lr", "did you mean 'matrix_lr_scale'?"),
+    ("param_groups", "learning_rate", "did you mean 'lr'?"),
+    ("param_groups", "rank", "did you mean 'deflated_rank'?"),
+    ("param_groups", "tol", "write SinkGD(param_groups(model), tol=...)"),
+    ("param_groups", "norms", "write MNGD(param_groups(model), norms=...)"),
+    ("param_groups", "foo", "it takes model, lr, matrix_lr_scale, "),
+    ("SinkGD", "overrides", "write param_groups(model, overrides=...)"),
+    ("SinkGD", "matrix_scale", "did you mean param_groups(model, matrix_lr_scale=...)?"),
+    ("SCALE", "betas", "write scale_groups(model, betas=...)"),
+    ("SRON", "num_iters", "it takes params, lr, weight_decay, "),
+    ("SPAM", "learning_rate", "did you mean 'lr'?"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "remedy"), OTHER_NAMES)
+def test_an_unknown_argument_is_refused_with_the_remedy(name, argument, remedy):
+    with pytest.raises(TypeError) as caught:
+        CALLS[name](**{argument: 1})
+    assert f"{name} has no argument '{argument}'; {remedy}" in str(caught.value)
+
+
+def test_the_arguments_of_param_groups_alone_are_listed():
+    of_groups = set(options_of(sinkgd.param_groups)) - {"model"}
+    assert set(OF_PARAM_GROUPS) == of_groups - set(options_of(sinkgd.SinkGD))
+
+
+@pytest.mark.parametrize("function", [sinkgd.param_groups, sinkgd.scale_groups, sinkgd.SinkGD])
+def test_the_signature_is_the_one_that_is_written(function):
+    parameters = inspect.signature(function).parameters
+    assert next(iter(parameters)) in ("model", "params")
+    assert "lr" in parameters
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())

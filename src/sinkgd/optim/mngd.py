@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 from sinkgd.norms import Norm
 from sinkgd.optim.grouped import GroupedOptimizer
 from sinkgd.optim.option_kinds import as_norms
+from sinkgd.optim.unknown_names import suggest_names
 
 
 class MNGD(GroupedOptimizer):
@@ -66,6 +67,7 @@ class MNGD(GroupedOptimizer):
 
     default_algorithm = "mngd"
 
+    @suggest_names()
     def __init__(
         self,
         params: ParamsT,

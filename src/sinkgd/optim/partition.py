@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from sinkgd.optim.algorithms.deflated import check_deflation
 from sinkgd.optim.algorithms.layout import dims_of
-from sinkgd.optim.arguments import check_initialized, find_algorithm, options_of
+from sinkgd.optim.arguments import COMMON, check_initialized, find_algorithm, options_of
 from sinkgd.optim.number_check import check_betas, check_number
 from sinkgd.optim.option_kinds import check_kinds
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers
+from sinkgd.optim.unknown_names import suggest_names
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
@@ -25,6 +26,16 @@ BETAS = (0.9, 0.95)
 DEFLATED_RANK = 15
 
 
+# Arguments of the optimizers for the groups, and where each is to be passed.
+_OF_OPTIMIZERS = {
+    option: f"{optimizer}(param_groups(model), {option}=...)"
+    for optimizer, algorithm in (("MNGD", "mngd"), ("SWAN", "swan"), ("SinkGD", "sinkgd"))
+    for option in (*COMMON, *find_algorithm(algorithm).options)
+    if option not in ("deflated_rank", "layout", "split", "rounding_step")
+}
+
+
+@suggest_names(_OF_OPTIMIZERS)
 def param_groups(
     model: nn.Module,
     lr: float | Tensor = LR,

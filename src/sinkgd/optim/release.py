@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sinkgd.optim.algorithms.contract import most_held, on_mesh
 from sinkgd.optim.grouped import GroupedOptimizer
 from sinkgd.optim.number_check import check_flag, check_number
+from sinkgd.optim.unknown_names import suggest_names
 
 # Smaller gradients wait for others: such as those of norms and biases, whose step takes no longer
 # than the calls that it needs. Not measured.
@@ -76,6 +77,7 @@ class GradientRelease:
         >>> optimizer.step()
     """
 
+    @suggest_names({})
     def __init__(
         self, optimizer: GroupedOptimizer, *, bucket_bytes: int = 0, averaged: bool = False
     ) -> None:

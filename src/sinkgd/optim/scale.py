@@ -17,6 +17,9 @@ from sinkgd.optim.partition import (
     param_groups,
 )
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
+from sinkgd.optim.unknown_names import suggest_names
+
+_OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas", "overrides")}
 
 
 class SCALE(MNGD):
@@ -56,10 +59,12 @@ class SCALE(MNGD):
         https://arxiv.org/abs/2506.16659
     """
 
+    @suggest_names(_OF_SCALE_GROUPS, passes_to=MNGD)
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
         super().__init__(params, lr, [RowNorm()], 1, **options)
 
 
+@suggest_names({})
 def scale_groups(
     model: nn.Module,
     lr: float = 1e-3,
