@@ -58,7 +58,8 @@ def param_groups(
     `describe_param_groups` to see it.
 
     Args:
-        model: The model, before or after FSDP2. Frozen parameters are left out.
+        model: The model, before or after FSDP2. Frozen parameters are left out: one that is
+            unfrozen later does not train unless ``optimizer.add_param_group`` adds it.
         lr: Learning rate of AdamW, a float or a tensor of one element. 0.08 is what study table1
             measured with, at 1.3M parameters and width 128, trained from scratch. The paper uses
             0.02 for models of 60M to 1.3B parameters.
@@ -192,54 +193,6 @@ def check_overrides(overrides: object) -> None:
             check_kinds(override)
 
 
-def describe_param_groups(
-    model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = None
-) -> str:
-    """Return a table of who goes where and why.
-
-    Parameters that differ by a number in their name alone share a line, counted by ``×``.
-
-    Args:
-        model: The model that the groups were made from.
-        groups: From `param_groups`, or ``optimizer.param_groups``; by default
-            ``param_groups(model)``.
-
-    Examples:
-        >>> import torch, sinkgd
-        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
-        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        >>> print(sinkgd.describe_param_groups(model).splitlines()[0])
-        parameter                           shape  algorithm  lr     why
-    """
-    check_model(model, "describe_param_groups")
-    reasons = {param: role.reason for _, param, role in roles(model)}
-    counts: dict[tuple[str, ...], int] = {}
-    for group in param_groups(model) if groups is None else groups:
-        for name, param in _named(group):
-            row = (
-                re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name),
-                "×".join(map(str, param.shape)) or "scalar",
-                _words(group),
-                f"{float(group['lr']):g}",
-                reasons.get(param, "not a trainable parameter of this model"),
-            )
-            counts[row] = counts.get(row, 0) + 1
-    lines: list[Sequence[str]] = [("parameter", "shape", "algorithm", "lr", "why")]
-    for (name, *cells), count in counts.items():
-        lines.append((f"{name} ×{count}" if count > 1 else name, *cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _words(group: Mapping[str, Any]) -> str:
-    """Name a group's algorithm, and its deflation."""
-    rank = group.get("deflated_rank")
-    return f"{group['algorithm']}, deflated {rank}" if rank else str(group["algorithm"])
-
-
 def _layout(role: Role, taken: Set[str]) -> dict[str, Any]:
     """Return how the parameter is seen as matrices, for an algorithm that takes these options."""
     seen = {"layout": role.layout, "split": role.split}
@@ -277,8 +230,3 @@ def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, An
             "see the names in describe_param_groups(model)"
         )
     return options
-
-
-def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-    names = group.get("param_names")
-    return zip(names, group["params"], strict=True) if names else group["params"]

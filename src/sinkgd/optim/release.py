@@ -40,7 +40,7 @@ class GradientRelease:
     parameter alone; in an AdamW group, it holds back the parameters that are updated together with
     it.
 
-    Parameters may be added, frozen or unfrozen at any time. A new one keeps its gradient until the
+    Parameters of the optimizer may be frozen or unfrozen at any time, and others added. A new one keeps its gradient until the
     first ``step()``, and is released from then on.
 
     Under FSDP2 gradients come here after they were reduced, so all of it works there as well. On a
