@@ -40,8 +40,8 @@ class GradientRelease:
     parameter alone; in an AdamW group, it holds back the parameters that are updated together with
     it.
 
-    Parameters of the optimizer may be frozen or unfrozen at any time, and others added. A new one keeps its gradient until the
-    first ``step()``, and is released from then on.
+    Parameters of the optimizer may be frozen or unfrozen at any time, and others added. A new one
+    keeps its gradient until the first ``step()``, and is released from then on.
 
     Under FSDP2 gradients come here after they were reduced, so all of it works there as well. On a
     mesh every bucket costs its own messages; larger buckets need fewer.
