@@ -411,3 +411,28 @@ def test_the_signature_is_the_one_that_is_written(function):
     assert next(iter(parameters)) in ("model", "params")
     assert "lr" in parameters
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_a_whole_model_at_the_default_rate_warns_of_its_price():
+    model = Model()
+    for params in (
+        model.parameters(),
+        model.named_parameters(),
+        [{"params": [p for p in model.parameters() if p.ndim == dims]} for dims in (1, 2)],
+    ):
+        with pytest.warns(UserWarning, match=r"lr=0.001, embeddings.*To train.*pass lr") as caught:
+            sinkgd.SinkGD(params)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_who_chose_a_rate_or_an_algorithm_is_not_warned():
+    model = Model()
+    vectors = {"params": [p for p in model.parameters() if p.ndim == 1]}
+    matrices = {"params": [p for p in model.parameters() if p.ndim == 2]}
+    sinkgd.SinkGD(model.parameters(), lr=1e-3)
+    sinkgd.SinkGD([dict(matrices)])
+    sinkgd.SinkGD([{"params": model.parameters(), "algorithm": "stateless"}])
+    sinkgd.SinkGD([{**matrices, "algorithm": "sinkgd"}, dict(vectors)])
+    sinkgd.SinkGD([{**matrices, "lr": 1e-3}, {**vectors, "lr": 1e-3}])
+    sinkgd.SinkGD(sinkgd.param_groups(model))
+    sinkgd.SPAM(model.parameters())

@@ -340,7 +340,7 @@ def test_another_routing_is_refused_on_loading_by_name():
     with pytest.raises(ValueError, match="group 0 has algorithm 'sinkgd' in the checkpoint and"):
         swan.load_state_dict(saved)
     with pytest.raises(ValueError, match="2 parameter groups, this optimizer has 1"):
-        sinkgd.SinkGD(model.named_parameters()).load_state_dict(saved)
+        sinkgd.SinkGD(model.named_parameters(), lr=0.1).load_state_dict(saved)
 
 
 def test_other_norms_are_refused_on_loading():

@@ -51,7 +51,7 @@ def find_algorithm(name: object, argument: str = "algorithm") -> Algorithm:
 
 
 def as_groups(params: Any, optimizer: str, algorithm: str) -> list[dict[str, Any]]:
-    """Return ``params`` as a list of groups, each with its algorithm.
+    """Return ``params`` as a list of groups.
 
     Args:
         params: What the optimizer was given.
@@ -75,9 +75,6 @@ def as_groups(params: Any, optimizer: str, algorithm: str) -> list[dict[str, Any
     groups = list(params)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
-    for group in groups:
-        if isinstance(group, dict):  # torch refuses what is none
-            group.setdefault("algorithm", algorithm)
     return groups
 
 
