@@ -436,3 +436,34 @@ def test_who_chose_a_rate_or_an_algorithm_is_not_warned():
     sinkgd.SinkGD([{**matrices, "lr": 1e-3}, {**vectors, "lr": 1e-3}])
     sinkgd.SinkGD(sinkgd.param_groups(model))
     sinkgd.SPAM(model.parameters())
+
+
+GRAD = torch.ones(3, 3)
+FUNCTIONS = {
+    "sr_sinkhorn": lambda **o: sinkgd.sr_sinkhorn(GRAD, **o),
+    "sinkhorn_scales": lambda **o: sinkgd.sinkhorn_scales(GRAD, **o),
+    "multi_normalize": lambda **o: sinkgd.multi_normalize(GRAD, **{"norms": NORMS, **o}),
+    "residuals": lambda **o: sinkgd.residuals(GRAD, **o),
+    "temper": lambda **o: sinkgd.temper(GRAD, **o),
+    "DeflatedNorm": sinkgd.DeflatedNorm,
+    "SpectralNorm": sinkgd.SpectralNorm,
+}
+FITS_FUNCTIONS = {
+    **dict.fromkeys(("num_iters", "num_steps", "rank"), WHOLE),
+    **dict.fromkeys(("tau", "eps"), NUMBER),
+    "tol": NUMBER | OR_NONE,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_norms_refuse_a_value_of_another_kind_too(name):
+    for argument in inspect.signature(getattr(sinkgd, name)).parameters:
+        if argument in ("grad", "x"):
+            continue
+        for label, value in WRONG.items():
+            if label in FITS_FUNCTIONS.get(argument, set()):
+                FUNCTIONS[name](**{argument: value})
+                continue
+            with pytest.raises((TypeError, ValueError), match=rf"^{argument} must ") as caught:
+                FUNCTIONS[name](**{argument: value})
+            assert "instances of" not in str(caught.value)

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sinkgd.number_check import is_one_number
 from sinkgd.optim.algorithms import ALGORITHMS, FORMS
 from sinkgd.optim.algorithms.contract import Algorithm
-from sinkgd.optim.number_check import is_one_number
 
 COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise"}
 _RATES = ("lr", "weight_decay")

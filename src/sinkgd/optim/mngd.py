@@ -6,9 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sinkgd.norms import Norm
+from sinkgd.norms import Norm, as_norms
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.option_kinds import as_norms
 from sinkgd.optim.unknown_names import suggest_names
 
 

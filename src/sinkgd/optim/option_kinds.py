@@ -3,13 +3,12 @@
 Words, such as ``rounding="nearest"``, are not listed: they are looked up among those that exist.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
-from sinkgd.optim.number_check import (
+from sinkgd.norms import as_norms
+from sinkgd.number_check import (
     check_betas,
     check_flag,
     check_number,
@@ -48,15 +47,8 @@ def _or_none(check: Check) -> Check:
     return checked
 
 
-def _norms(name: str, value: Any) -> None:
-    if isinstance(value, str | Tensor | Mapping) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a list of norms such as [RowNorm()], got {value!r}")
-
-
-def as_norms(norms: Any) -> tuple[Any, ...]:
-    """Return the argument ``norms`` as a tuple; refuse what is no list."""
-    _norms("norms", norms)
-    return tuple(norms)
+def _norms(name: str, value: Any) -> None:  # noqa: ARG001 - every check has it
+    as_norms(value)
 
 
 def _split(name: str, value: Any) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sinkgd.number_check import check_betas, check_number
 from sinkgd.optim.algorithms.deflated import check_deflation
 from sinkgd.optim.algorithms.layout import dims_of
 from sinkgd.optim.arguments import COMMON, check_initialized, find_algorithm, options_of
-from sinkgd.optim.number_check import check_betas, check_number
 from sinkgd.optim.option_kinds import check_kinds
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers

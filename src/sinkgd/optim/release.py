@@ -17,9 +17,9 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sinkgd.number_check import check_flag, check_number
 from sinkgd.optim.algorithms.contract import most_held, on_mesh
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.number_check import check_flag, check_number
 from sinkgd.optim.unknown_names import suggest_names
 
 # Smaller gradients wait for others: such as those of norms and biases, whose step takes no longer

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
+from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.mngd import MNGD
-from sinkgd.optim.number_check import check_decay_rate
 from sinkgd.optim.partition import (
     Overrides,
     check_model,

@@ -28,12 +28,12 @@ from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
 from sinkgd.kernels.products import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
+from sinkgd.number_check import check_whole_number
 from sinkgd.optim.algorithms.across import over_columns, over_rows
 from sinkgd.optim.algorithms.contract import Context, Group, Slot, local, most_held_shape, on_mesh
 from sinkgd.optim.algorithms.few_at_a_time import MESH_VECTOR_BYTES, SCRATCH_BYTES, cut
 from sinkgd.optim.algorithms.layout import dims_of, rows_then_columns
 from sinkgd.optim.algorithms.parts import Part, spread_columns
-from sinkgd.optim.number_check import check_whole_number
 
 # A larger matrix goes alone: it keeps the threads busy by itself, as many small ones do together.
 # Products of a stack of larger ones would also have other bits than theirs alone.

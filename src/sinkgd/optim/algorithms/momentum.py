@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.eager import descend_
+from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.algorithms.contract import (
     Algorithm,
     Context,
@@ -31,7 +32,6 @@ from sinkgd.optim.algorithms.contract import (
 from sinkgd.optim.algorithms.few_at_a_time import few_at_a_time
 from sinkgd.optim.algorithms.parts import first_entry_of, lying_as
 from sinkgd.optim.algorithms.rounding import draw_keys
-from sinkgd.optim.number_check import check_decay_rate
 
 MOMENTUM = "momentum_buffer"
 PLACES = ("before", "after")

@@ -20,7 +20,7 @@ def is_one_number(value: object) -> bool:
 
 def is_whole_number(value: object) -> bool:
     """Whether a value is an integer; True and False are none."""
-    return not isinstance(value, bool) and isinstance(value, Integral)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
