@@ -49,6 +49,11 @@ def _with(build, **fixed):
     return lambda params, **options: build(params, **{**fixed, **options})
 
 
+def _stateless(params, lr=1e-3, **options):
+    """Build SinkGD without groups; it warns where nobody chose its rate."""
+    return sinkgd.SinkGD(params, lr, **options)
+
+
 _matrices = _in_groups(sinkgd.SinkGD, "sinkgd")
 FEW = [{}, {"weight_decay": 0.1, "maximize": True}, {"nonfinite": "skip"}]
 AVERAGES = [*FEW, {"nesterov": True}]
@@ -65,8 +70,8 @@ COMMON = [
 YOUNG = {"reset_interval": 6, "warmup_steps": 2, "theta": 2.0, "clip_delay": 1}
 
 OPTIMIZERS = [
-    Case("SinkGD", sinkgd.SinkGD, [*COMMON, {"sinkhorn_iterations": 1}], takes_vectors=True),
-    Case("SinkGD-eager", lambda p, **o: sinkgd.SinkGD(p, backend="eager", **o), COMMON, True),
+    Case("SinkGD", _stateless, [*COMMON, {"sinkhorn_iterations": 1}], takes_vectors=True),
+    Case("SinkGD-eager", _with(_stateless, backend="eager"), COMMON, True),
     Case("SinkGD-matrices", _in_groups(sinkgd.SinkGD, "sinkgd"), COMMON),
     Case("SinkGD-normalize", _in_groups(sinkgd.SinkGD, "normalize"), COMMON, takes_vectors=True),
     Case(
@@ -83,10 +88,10 @@ OPTIMIZERS = [
         takes_vectors=True,
         has_state=True,
     ),
-    Case("SinkGD-momentum", _with(sinkgd.SinkGD, momentum=0.9), AVERAGES, True, has_state=True),
+    Case("SinkGD-momentum", _with(_stateless, momentum=0.9), AVERAGES, True, has_state=True),
     Case(
         "SinkGD-momentum-after",
-        _with(sinkgd.SinkGD, momentum=0.5, momentum_place="after"),
+        _with(_stateless, momentum=0.5, momentum_place="after"),
         AVERAGES,
         takes_vectors=True,
         has_state=True,

@@ -18,9 +18,9 @@ from sinkgd.norms import RowNorm as RowNorm
 from sinkgd.norms import SignNorm as SignNorm
 from sinkgd.norms import SpectralNorm as SpectralNorm
 from sinkgd.optim.adamw_spam import AdamWSPAM as AdamWSPAM
+from sinkgd.optim.describe import describe_param_groups as describe_param_groups
 from sinkgd.optim.mngd import MNGD as MNGD
 from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientError
-from sinkgd.optim.partition import describe_param_groups as describe_param_groups
 from sinkgd.optim.partition import param_groups as param_groups
 from sinkgd.optim.release import GradientRelease as GradientRelease
 from sinkgd.optim.scale import SCALE as SCALE

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from sinkgd.exchange import Computation, Steps, computation, immediate, run
 from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
+from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 from sinkgd.small_matrices import at_once
 
@@ -223,6 +224,7 @@ def deflate(x: Tensor, rank: int) -> Tensor:
 
 def check_rank(rank: int) -> None:
     """Refuse a ``rank`` that leaves nothing to do."""
+    check_whole_number("rank", rank)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sinkgd.newton_schulz import matrix_buffer
-from sinkgd.norms import Norm, is_built_in
+from sinkgd.norms import Norm, check_norms, is_built_in
+from sinkgd.number_check import check_number, check_whole_number
 from sinkgd.precision import in_full_precision
 
 
@@ -59,8 +60,7 @@ def multi_normalize(
     """
     check_matrix("multi_normalize", grad)
     check_num_iters(num_iters)
-    if not norms:
-        raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
+    check_norms(norms)
     check_tol(tol)
     wide = torch.promote_types(grad.dtype, torch.float32)
     x = grad.detach()
@@ -126,6 +126,7 @@ def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
         (tensor(0.2611), tensor(0.))
     """
     check_matrix("residuals", x)
+    check_norms(norms)
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     return tuple(_root_mean_square_(norm.project(x) - x) for norm in norms)
 
@@ -148,11 +149,12 @@ def check_matrix(function: str, grad: Tensor) -> None:
 
 def check_num_iters(num_iters: int, argument: str = "num_iters") -> None:
     """Refuse fewer iterations than one; ``argument`` is what the caller calls them."""
+    check_whole_number(argument, num_iters)
     if num_iters < 1:
         raise ValueError(f"{argument} must be at least 1, got {num_iters}")
 
 
 def check_tol(tol: float | None) -> None:
     """Refuse a tolerance below 0."""
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"tol must be at least 0, got {tol}")
+    if tol is not None:
+        check_number("tol", tol)

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
 # Where one side is at least twice the other, several steps are taken on the gram matrix at once: a
@@ -63,6 +64,7 @@ def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
         Ma et al., SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training.
         https://arxiv.org/abs/2412.13148
     """
+    check_whole_number("num_steps", num_steps)
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if x.numel() == 0:

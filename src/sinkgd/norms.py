@@ -22,8 +22,9 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from sinkgd.newton_schulz import (
     orthogonalize_into,
     sum_of_matrix,
 )
+from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
 
@@ -147,6 +149,7 @@ class SpectralNorm(_BuiltIn):
     num_steps: int = 5
 
     def __post_init__(self) -> None:
+        check_whole_number("num_steps", self.num_steps)
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
@@ -180,6 +183,32 @@ class DeflatedNorm(_BuiltIn):
         torch.div(x, or_one(largest_entry(x, (-2, -1))), out=result)
         deflate_(result, self.rank)
         return _scale(result, (-2, -1), result, spare)
+
+
+def as_norms(norms: object) -> tuple[Any, ...]:
+    """Return the members of a list of norms, which are not looked at.
+
+    Raises:
+        TypeError: If it is no list.
+    """
+    if isinstance(norms, str | Tensor | Mapping) or not isinstance(norms, Iterable):
+        raise TypeError(f"norms must be a list of norms such as [RowNorm()], got {norms!r}")
+    return tuple(norms)
+
+
+def check_norms(norms: object) -> None:
+    """Refuse what is no list of norms.
+
+    Raises:
+        TypeError: With what is no list, or no norm.
+        ValueError: If the list is empty.
+    """
+    found = as_norms(norms)
+    if not found:
+        raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
+    for norm in found:
+        if not isinstance(norm, Norm):
+            raise TypeError(f"norms must each have a method project(x); {norm!r} has none")
 
 
 def is_built_in(norm: Norm) -> TypeGuard[_BuiltIn]:

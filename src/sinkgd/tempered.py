@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.number_check import check_number, check_whole_number
 from sinkgd.precision import in_full_precision
 
 TAU, NUM_ITERS, EPS = 0.1, 5, 1e-8
@@ -103,16 +104,20 @@ def tempering(
     return torch.tanh(v / tau)
 
 
-def check_tempering(tau: float, num_iters: int, eps: float) -> None:
-    """Refuse options out of range.
+def check_tempering(tau: float, num_iters: int, eps: float, iterations: str = "num_iters") -> None:
+    """Refuse options out of range; ``iterations`` is what the caller calls ``num_iters``.
 
     Raises:
+        TypeError: With the option and its value.
         ValueError: With the option and its value.
     """
+    check_number("tau", tau, least=None)
+    check_whole_number(iterations, num_iters)
+    check_number("eps", eps, least=None)
     if not 0 < tau < math.inf:
         raise ValueError(f"tau must be positive and finite, got {tau}")
     if num_iters < 0:
-        raise ValueError(f"n_iter must be at least 0, got {num_iters}")
+        raise ValueError(f"{iterations} must be at least 0, got {num_iters}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
 

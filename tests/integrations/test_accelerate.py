@@ -12,8 +12,8 @@ accelerate = pytest.importorskip("accelerate")
 
 RECIPES = {
     "hybrid": lambda model: sinkgd.SinkGD(sinkgd.param_groups(model)),
-    "stateless": lambda model: sinkgd.SinkGD(model.named_parameters()),
-    "momentum": lambda model: sinkgd.SinkGD(model.parameters(), momentum=0.9),
+    "stateless": lambda model: sinkgd.SinkGD(model.named_parameters(), lr=1e-3),
+    "momentum": lambda model: sinkgd.SinkGD(model.parameters(), lr=1e-3, momentum=0.9),
     "spam": lambda model: sinkgd.SPAM(model.parameters()),
     "torch": lambda model: torch.optim.AdamW(model.parameters()),
 }

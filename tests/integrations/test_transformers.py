@@ -139,9 +139,39 @@ def test_an_optimizer_can_be_handed_over_too(tmp_path):
     assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
 
 
-def test_an_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match="learning_rate"):
-        SinkGDFactory()(llama(), learning_rate=0.1)
+UNKNOWN = {
+    "learning_rate": ("0.1", "'learning_rate'; did you mean 'lr'?"),
+    "deflate_rank": ("3", "'deflate_rank'; did you mean 'deflated_rank'?"),
+    "optim_args": (
+        "deflated_rank=3, betas=(0.9, 0.95)",
+        "(SinkGDFactory, {'deflated_rank': '3', 'betas': '(0.9, 0.95)'})",
+    ),
+}
+
+
+@pytest.mark.parametrize("argument", UNKNOWN)
+def test_an_unknown_argument_is_refused_with_the_right_form(argument):
+    value, remedy = UNKNOWN[argument]
+    with pytest.raises(TypeError) as caught:
+        SinkGDFactory()(llama(), **{argument: value})
+    assert f"SinkGDFactory has no argument '{argument}'" in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_the_trainer_that_builds_the_optimizer_without_the_factory_warns(tmp_path):
+    def trainer(**options):
+        return transformers.Trainer(
+            llama(),
+            arguments(tmp_path),
+            train_dataset=Rows(),
+            optimizer_cls_and_kwargs=(sinkgd.SinkGD, options),
+        )
+
+    with pytest.warns(UserWarning, match=r"SinkGD\(sinkgd.param_groups\(model\)\)") as caught:
+        trainer().create_optimizer()
+    assert len(caught) == 1
+    assert "transformers" in caught[0].filename  # what called the optimizer
+    trainer(lr=1e-3).create_optimizer()
 
 
 def rates(optimizer):

@@ -9,6 +9,8 @@ from torch import nn
 
 import sinkgd
 from sinkgd.optim.algorithms import ALGORITHMS
+from sinkgd.optim.option_kinds import KINDS
+from sinkgd.optim.unknown_names import OF_PARAM_GROUPS
 
 NORMS = (sinkgd.RowNorm(),)
 CLASSES = {
@@ -258,3 +260,210 @@ def test_a_group_of_another_algorithm_keeps_that_algorithms_defaults():
 def test_deflation_is_refused_where_the_groups_know_none():
     with pytest.raises(ValueError, match="deflated_rank=4 has no effect: no group runs 'sinkgd'"):
         sinkgd.param_groups(Model(), matrix_algorithm="swan", deflated_rank=4)
+
+
+# Of no argument's kind, unless `FITS` says so.
+WRONG = {
+    "text": "0.02",
+    "list": [0.02],
+    "dict": {1: 2},
+    "object": object(),
+    "complex": 1j,
+    "complex tensor": torch.tensor(1j),
+    "two numbers": torch.tensor([0.1, 0.1]),
+    "tuple of one": (0.9,),
+    "a function": len,
+    "a module": nn.Linear(1, 1),
+    "not a number": float("nan"),
+    "a fraction": 0.9,
+    "one": 1,
+    "True": True,
+    "None": None,
+}
+NUMBER, WHOLE, FLAG, OR_NONE = {"a fraction", "one"}, {"one"}, {"True"}, {"None"}
+FITS = {
+    **dict.fromkeys(("lr", "weight_decay", "tol", "theta"), NUMBER | OR_NONE),
+    **dict.fromkeys(("matrix_lr_scale", "eps", "tau", "max_norm", "spike_z"), NUMBER),
+    **dict.fromkeys(("tiny_row_threshold", "bucket_bytes"), NUMBER),
+    **dict.fromkeys(("first", "operator_norm", "overrides"), OR_NONE),
+    **dict.fromkeys(("maximize", "nesterov", "warm_start", "averaged"), FLAG),
+    **dict.fromkeys(("sinkhorn_iterations", "newton_schulz_steps", "num_iters"), WHOLE),
+    **dict.fromkeys(("n_iter", "seed", "clip_delay", "reset_interval"), WHOLE),
+    "warmup_steps": WHOLE,
+    "momentum": {"a fraction"},
+    "base_width": WHOLE | OR_NONE,
+    "deflated_rank": WHOLE | OR_NONE,
+}
+NOT_OPTIONAL = {("param_groups", name) for name in ("lr", "weight_decay", "deflated_rank")}
+NOT_OPTIONAL |= {("scale_groups", name) for name in ("lr", "weight_decay")}
+CALLS = {
+    **{name: lambda name=name, **options: build(name, [matrix()], **options) for name in CLASSES},
+    "param_groups": lambda **options: sinkgd.param_groups(Model(), **options),
+    "scale_groups": lambda **options: sinkgd.scale_groups(Model(), **options),
+    "GradientRelease": lambda **options: sinkgd.GradientRelease(
+        sinkgd.SinkGD([matrix()], lr=0.1), **options
+    ),
+}
+ARGUMENTS = [
+    *CASES,
+    *(
+        (name, argument)
+        for name in ("param_groups", "scale_groups", "GradientRelease")
+        for argument in inspect.signature(getattr(sinkgd, name)).parameters
+        if argument not in ("model", "optimizer")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_a_value_of_another_kind_is_refused_by_the_arguments_name(name, argument):
+    fits = FITS.get(argument, set()) - ({"None"} if (name, argument) in NOT_OPTIONAL else set())
+    needs = NEEDS.get(argument, {}) if name in CLASSES else {}
+    for label, value in WRONG.items():
+        if label in fits:
+            CALLS[name](**{**needs, argument: value})
+            continue
+        with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b") as caught:
+            CALLS[name](**{**needs, argument: value})
+        assert "instances of" not in str(caught.value), label
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_value_of_another_kind_is_refused_in_a_group_too(algorithm):
+    for option in {"lr", "weight_decay", "maximize", "nonfinite", *ALGORITHMS[algorithm].options}:
+        if option in ("rounding_step", "norm_history"):  # kept for checkpoints
+            continue
+        for wrong in ([], {}, object(), torch.tensor([0.1, 0.1]), "0.02"):
+            group = {"params": [matrix()], "algorithm": algorithm}
+            if algorithm == "mngd":
+                group["norms"] = NORMS
+            group[option] = wrong
+            with pytest.raises((TypeError, ValueError), match=rf"\b{option}\b") as caught:
+                sinkgd.SinkGD([group], lr=0.1)
+            assert "instances of" not in str(caught.value)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_option_has_a_kind_or_is_a_word(algorithm):
+    words = {option for option, values in VALUES.items() if isinstance(values[1], str)}
+    kept = {"rounding_step", "norm_history", "layout"}
+    assert set(ALGORITHMS[algorithm].options) <= {*KINDS, *words, *kept}
+
+
+BAD_OVERRIDES = {
+    "a word": "embed",
+    "a list": ["embed"],
+    "no pattern": {1: "adamw"},
+    "no expression": {"(": "adamw"},
+    "a number": {"head": 3},
+    "a rate": {"head": {"lr": "0.1"}},
+}
+
+
+@pytest.mark.parametrize("groups_of", [sinkgd.param_groups, sinkgd.scale_groups])
+@pytest.mark.parametrize("overrides", BAD_OVERRIDES.values(), ids=BAD_OVERRIDES)
+def test_overrides_that_cannot_be_read_are_refused(groups_of, overrides):
+    with pytest.raises((TypeError, ValueError), match=r"^(overrides|lr)\b"):
+        groups_of(Model(), overrides=overrides)
+
+
+@pytest.mark.parametrize(("name", "argument"), [case for case in ARGUMENTS if case[1] != "lr"])
+def test_a_misspelled_argument_is_refused_with_the_nearest_one(name, argument):
+    for misspelled in (argument + "s", argument[:-1], argument.replace("_", "")):
+        if misspelled in (argument, *options_of(getattr(sinkgd, name))):
+            continue
+        with pytest.raises(
+            TypeError, match=f"^{name} has no argument '{misspelled}'; did you mean "
+        ):
+            CALLS[name](**{misspelled: 1})
+
+
+OTHER_NAMES = [
+    ("param_groups", "matrix_lr", "did you mean 'matrix_lr_scale'?"),
+    ("param_groups", "learning_rate", "did you mean 'lr'?"),
+    ("param_groups", "rank", "did you mean 'deflated_rank'?"),
+    ("param_groups", "tol", "write SinkGD(param_groups(model), tol=...)"),
+    ("param_groups", "norms", "write MNGD(param_groups(model), norms=...)"),
+    ("param_groups", "foo", "it takes model, lr, matrix_lr_scale, "),
+    ("SinkGD", "overrides", "write param_groups(model, overrides=...)"),
+    ("SinkGD", "matrix_scale", "did you mean param_groups(model, matrix_lr_scale=...)?"),
+    ("SCALE", "betas", "write scale_groups(model, betas=...)"),
+    ("SRON", "num_iters", "it takes params, lr, weight_decay, "),
+    ("SPAM", "learning_rate", "did you mean 'lr'?"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "remedy"), OTHER_NAMES)
+def test_an_unknown_argument_is_refused_with_the_remedy(name, argument, remedy):
+    with pytest.raises(TypeError) as caught:
+        CALLS[name](**{argument: 1})
+    assert f"{name} has no argument '{argument}'; {remedy}" in str(caught.value)
+
+
+def test_the_arguments_of_param_groups_alone_are_listed():
+    of_groups = set(options_of(sinkgd.param_groups)) - {"model"}
+    assert set(OF_PARAM_GROUPS) == of_groups - set(options_of(sinkgd.SinkGD))
+
+
+@pytest.mark.parametrize("function", [sinkgd.param_groups, sinkgd.scale_groups, sinkgd.SinkGD])
+def test_the_signature_is_the_one_that_is_written(function):
+    parameters = inspect.signature(function).parameters
+    assert next(iter(parameters)) in ("model", "params")
+    assert "lr" in parameters
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_a_whole_model_at_the_default_rate_warns_of_its_price():
+    model = Model()
+    for params in (
+        model.parameters(),
+        model.named_parameters(),
+        [{"params": [p for p in model.parameters() if p.ndim == dims]} for dims in (1, 2)],
+    ):
+        with pytest.warns(UserWarning, match=r"lr=0.001, embeddings.*To train.*pass lr") as caught:
+            sinkgd.SinkGD(params)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_who_chose_a_rate_or_an_algorithm_is_not_warned():
+    model = Model()
+    vectors = {"params": [p for p in model.parameters() if p.ndim == 1]}
+    matrices = {"params": [p for p in model.parameters() if p.ndim == 2]}
+    sinkgd.SinkGD(model.parameters(), lr=1e-3)
+    sinkgd.SinkGD([dict(matrices)])
+    sinkgd.SinkGD([{"params": model.parameters(), "algorithm": "stateless"}])
+    sinkgd.SinkGD([{**matrices, "algorithm": "sinkgd"}, dict(vectors)])
+    sinkgd.SinkGD([{**matrices, "lr": 1e-3}, {**vectors, "lr": 1e-3}])
+    sinkgd.SinkGD(sinkgd.param_groups(model))
+    sinkgd.SPAM(model.parameters())
+
+
+GRAD = torch.ones(3, 3)
+FUNCTIONS = {
+    "sr_sinkhorn": lambda **o: sinkgd.sr_sinkhorn(GRAD, **o),
+    "sinkhorn_scales": lambda **o: sinkgd.sinkhorn_scales(GRAD, **o),
+    "multi_normalize": lambda **o: sinkgd.multi_normalize(GRAD, **{"norms": NORMS, **o}),
+    "residuals": lambda **o: sinkgd.residuals(GRAD, **o),
+    "temper": lambda **o: sinkgd.temper(GRAD, **o),
+    "DeflatedNorm": sinkgd.DeflatedNorm,
+    "SpectralNorm": sinkgd.SpectralNorm,
+}
+FITS_FUNCTIONS = {
+    **dict.fromkeys(("num_iters", "num_steps", "rank"), WHOLE),
+    **dict.fromkeys(("tau", "eps"), NUMBER),
+    "tol": NUMBER | OR_NONE,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_norms_refuse_a_value_of_another_kind_too(name):
+    for argument in inspect.signature(getattr(sinkgd, name)).parameters:
+        if argument in ("grad", "x"):
+            continue
+        for label, value in WRONG.items():
+            if label in FITS_FUNCTIONS.get(argument, set()):
+                FUNCTIONS[name](**{argument: value})
+                continue
+            with pytest.raises((TypeError, ValueError), match=rf"^{argument} must ") as caught:
+                FUNCTIONS[name](**{argument: value})
+            assert "instances of" not in str(caught.value)

@@ -98,7 +98,7 @@ BOTH = [*product([True, False], repeat=2)]  # whether the first and the second g
 def extended(first_has_names, second_has_names):
     made, head = model(), nn.Linear(2, 2)
     given = made.named_parameters() if first_has_names else made.parameters()
-    optimizer = sinkgd.SinkGD(given)
+    optimizer = sinkgd.SinkGD(given, lr=0.1)
     more = head.named_parameters(prefix="head") if second_has_names else head.parameters()
     optimizer.add_param_group({"params": more})
     return made, head, optimizer
@@ -127,7 +127,7 @@ def test_a_parameter_without_a_name_matches_any(saved, loaded):
 
 
 def test_a_single_tensor_and_a_set_are_taken_as_torch_takes_them():
-    optimizer = sinkgd.SinkGD(nn.Linear(2, 2).named_parameters())
+    optimizer = sinkgd.SinkGD(nn.Linear(2, 2).named_parameters(), lr=0.1)
     with pytest.raises(TypeError, match="ordered collections"):
         optimizer.add_param_group({"params": {nn.Parameter(torch.ones(2, 2))}})
     optimizer.add_param_group({"params": nn.Parameter(torch.ones(2, 2))})

@@ -41,7 +41,7 @@ def test_raise_names_the_parameter_and_leaves_it_alone(algorithm, bad):
 def test_raise_names_every_bad_parameter_of_the_step(algorithm, bad):
     good, ill, optimizer = a_pair(algorithm, bad, "raise")
     good.grad[2, 2] = bad
-    with pytest.raises(sinkgd.NonFiniteGradientError, match=r"of good, layers\.3\.ill holds"):
+    with pytest.raises(sinkgd.NonFiniteGradientError, match=r"of good and layers\.3\.ill hold NaN"):
         optimizer.step()
     assert good.eq(1).all()
     assert ill.eq(1).all()
@@ -143,3 +143,21 @@ class TestOfAnAccelerator:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         self.take(nonfinite.NonFiniteGuard())
         assert calls == [("event", self.DEVICE), ("record", "of cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (1, "the gradient of w0 holds NaN or infinity; the parameter was left as it was. Lower"),
+        (2, "the gradients of w0 and w1 hold NaN or infinity; these parameters were left as they"),
+        (5, "the gradients of w0, w1, w2, w3 and w4 hold NaN or infinity; these parameters"),
+        (24, "the gradients of w0, w1, w2, w3, w4 and 19 more hold NaN or infinity; these"),
+    ],
+)
+def test_the_error_names_five_parameters_and_counts_the_others(count, said):
+    weights = [(f"w{i}", nn.Parameter(torch.ones(2, 2))) for i in range(count)]
+    optimizer = sinkgd.SinkGD(weights, lr=0.1)
+    for _, weight in weights:
+        weight.grad = torch.full((2, 2), torch.nan)
+    with pytest.raises(sinkgd.NonFiniteGradientError, match=said):
+        optimizer.step()

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from sinkgd.optim.partition import param_groups
 from sinkgd.optim.sinkgd import SinkGD
+from sinkgd.optim.unknown_names import unknown_name
 
 # The arguments that go to param_groups; all others are SinkGD's.
 _ROUTING = (
@@ -84,25 +86,37 @@ class SinkGDFactory:
             ValueError: If a string is no value of its argument, an Adam option of ``training_args``
                 would have no effect, or `param_groups` or `SinkGD` refuses a value.
         """
+        _check_names(kwargs)
         options = {name: _parsed(name, value) for name, value in kwargs.items()}
         for name in _ROUTING:
             if options.get(name, ...) is None:
                 del options[name]
         if training_args is not None:
             options = _from_training_args(training_args, options)
-        unknown = options.keys() - {*_ROUTING, *_SINKGD, "eps"}
-        if unknown:
-            name = min(unknown)
-            hint = "; the learning rate is lr" if name == "learning_rate" else ""
-            raise TypeError(
-                f"SinkGDFactory has no argument {name!r}{hint}; it takes eps, "
-                f"{', '.join((*_ROUTING, *_SINKGD))}"
-            )
         routing = {name: options.pop(name) for name in _ROUTING if name in options}
         groups = param_groups(model, **routing)
         if "eps" in options:
             _set_eps(groups, options.pop("eps"))
         return SinkGD(groups, **options)
+
+
+def _check_names(kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that do not exist.
+
+    Raises:
+        TypeError: With the nearest one that does.
+    """
+    if "optim_args" in kwargs:
+        # Values may be tuples, whose commas do not end them.
+        pairs = dict(re.findall(r"(\w+)\s*=\s*(\([^)]*\)|[^,\s]+)", str(kwargs["optim_args"])))
+        raise TypeError(
+            "SinkGDFactory has no argument 'optim_args'; give each argument by its own name: "
+            f"optimizer_cls_and_kwargs=(SinkGDFactory, {pairs or {'lr': 0.02}})"
+        )
+    known = ("eps", *_ROUTING, *_SINKGD)
+    for name in kwargs:
+        if name not in known:
+            raise TypeError(unknown_name("SinkGDFactory", name, known, {}))
 
 
 def _parsed(name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.unknown_names import suggest_names
 
 
 class AdamWSPAM(GroupedOptimizer):
@@ -72,6 +73,7 @@ class AdamWSPAM(GroupedOptimizer):
 
     default_algorithm = "adamw-spam"
 
+    @suggest_names({})
     def __init__(
         self,
         params: ParamsT,

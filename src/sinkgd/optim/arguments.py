@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sinkgd.number_check import is_one_number
 from sinkgd.optim.algorithms import ALGORITHMS, FORMS
 from sinkgd.optim.algorithms.contract import Algorithm
 
@@ -33,21 +34,24 @@ _FOR_THE_REST = {"adamw", "sage", "normalize"}
 _OF_PARAM_GROUPS = {"lr", "weight_decay", "betas", "deflated_rank"}
 
 
-def find_algorithm(name: object) -> Algorithm:
-    """Return the algorithm called ``name``.
+def find_algorithm(name: object, argument: str = "algorithm") -> Algorithm:
+    """Return the algorithm called ``name``, which the caller passed as ``argument``.
 
     Raises:
+        TypeError: If it is no name.
         ValueError: If there is none; the message gives the nearest name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be a name such as 'sinkgd', got {name!r}")
     if name not in ALGORITHMS:
-        close = difflib.get_close_matches(str(name), ALGORITHMS, n=1)
+        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it is one of {', '.join(ALGORITHMS)}"
-        raise ValueError(f"there is no algorithm {name!r}; {hint}")
-    return ALGORITHMS[str(name)]
+        raise ValueError(f"there is no algorithm {name!r}, given as {argument}; {hint}")
+    return ALGORITHMS[name]
 
 
 def as_groups(params: Any, optimizer: str, algorithm: str) -> list[dict[str, Any]]:
-    """Return ``params`` as a list of groups, each with its algorithm.
+    """Return ``params`` as a list of groups.
 
     Args:
         params: What the optimizer was given.
@@ -71,9 +75,6 @@ def as_groups(params: Any, optimizer: str, algorithm: str) -> list[dict[str, Any
     groups = list(params)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
-    for group in groups:
-        if isinstance(group, dict):  # torch refuses what is none
-            group.setdefault("algorithm", algorithm)
     return groups
 
 
@@ -135,6 +136,11 @@ _COUNTS = {"rounding_step", "norm_history"}
 def options_of(algorithm: str) -> set[str]:
     """Return the names of the options of a group with this algorithm."""
     return {*_RATES, *COMMON, *find_algorithm(algorithm).options}
+
+
+def passed_of(arguments: Mapping[str, Any], none_means: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments but those whose None says that they were not passed."""
+    return {k: v for k, v in arguments.items() if k not in none_means or v is not None}
 
 
 def resolve(
@@ -221,7 +227,7 @@ def check_momentum(groups: Sequence[dict[str, Any]], had: Sequence[bool]) -> Non
 def equal(one: Any, other: Any) -> bool:
     """Whether two values of an option are the same; tensors of one element count as numbers."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        if any(isinstance(x, Tensor) and x.numel() != 1 for x in (one, other)):
+        if not (is_one_number(one) and is_one_number(other)):
             return one is other
         return float(one) == float(other)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):

@@ -6,7 +6,7 @@ from sinkgd.optim.algorithms.contract import Algorithm, Group
 from sinkgd.optim.arguments import check_initialized
 from sinkgd.optim.exchanged import named
 from sinkgd.optim.nonfinite import POLICIES
-from sinkgd.optim.number_check import check_number
+from sinkgd.optim.option_kinds import check_kinds
 
 
 def check_group(group: Group, index: int, algorithm: Algorithm) -> None:
@@ -16,8 +16,7 @@ def check_group(group: Group, index: int, algorithm: Algorithm) -> None:
         ValueError: With the option or the parameter.
         TypeError: The same.
     """
-    for option in ("lr", "weight_decay"):
-        check_number(option, group[option])
+    check_kinds(group)
     if group["nonfinite"] not in POLICIES:
         raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
     for name, param in named(group, index):

@@ -33,6 +33,7 @@ from sinkgd.optim.arguments import (
     check_runs,
     equal,
     find_algorithm,
+    passed_of,
     resolve,
     settle,
 )
@@ -40,7 +41,9 @@ from sinkgd.optim.exchanged import name_alike, named
 from sinkgd.optim.group_check import check_group
 from sinkgd.optim.listing import Listing
 from sinkgd.optim.nonfinite import NonFiniteGuard
+from sinkgd.optim.option_kinds import check_kinds
 from sinkgd.optim.routing_check import check_same_routing
+from sinkgd.optim.routing_warning import warn_unrouted
 from sinkgd.optim.saved_state import (
     adopt_adamw,
     from_saved_form,
@@ -85,11 +88,15 @@ class GroupedOptimizer(Optimizer):
         self._listing = Listing()
         name = type(self).__name__
         groups = as_groups(params, name, self.default_algorithm)
-        own = [dict(group) for group in groups if isinstance(group, dict)]
+        given = [dict(group) for group in groups if isinstance(group, dict)]  # torch refuses others
+        own = [{"algorithm": self.default_algorithm, **group} for group in given]
+        check_kinds(passed_of(arguments, self.none_means))
         defaults, passed = resolve(arguments, self.none_means, self.default_algorithm)
         super().__init__(groups, defaults)
         check_runs(name, self.default_algorithm, own)
         self.defaults = settle(defaults, passed, own)
+        if self.default_algorithm == "stateless" and "lr" not in passed:
+            warn_unrouted(name, self.none_means["lr"], given, self.param_groups)
         if isinstance(self.defaults["lr"], Tensor):
             self.defaults["lr"] = self.defaults["lr"].clone()
         if not self.defaults.get("momentum"):

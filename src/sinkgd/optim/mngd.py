@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sinkgd.norms import Norm
+from sinkgd.norms import Norm, as_norms
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.unknown_names import suggest_names
 
 
 class MNGD(GroupedOptimizer):
@@ -65,6 +66,7 @@ class MNGD(GroupedOptimizer):
 
     default_algorithm = "mngd"
 
+    @suggest_names()
     def __init__(
         self,
         params: ParamsT,
@@ -83,7 +85,7 @@ class MNGD(GroupedOptimizer):
     ) -> None:
         arguments: dict[str, Any] = {
             "lr": lr,
-            "norms": tuple(norms),
+            "norms": as_norms(norms),
             "num_iters": num_iters,
             "weight_decay": weight_decay,
             "maximize": maximize,

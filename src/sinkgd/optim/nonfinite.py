@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from sinkgd.optim.wording import some_of
+
 POLICIES = ("raise", "skip")
 
 
@@ -77,11 +79,18 @@ class NonFiniteGuard:
             else:
                 self._skipped.update(bad)
         if fatal:
-            raise NonFiniteGradientError(
-                f"the gradient of {', '.join(fatal)} holds NaN or infinity; the parameter was left "
-                "as it was. Lower the learning rate or find the operation, or pass "
-                'nonfinite="skip" to leave out such updates and count them in skipped()'
-            )
+            raise NonFiniteGradientError(_message(fatal))
+
+
+def _message(names: Sequence[str]) -> str:
+    said = f"the gradients of {some_of(names)} hold NaN or infinity; these parameters were left as"
+    said += " they were"
+    if len(names) == 1:
+        said = f"the gradient of {names[0]} holds NaN or infinity; the parameter was left as it was"
+    return (
+        f"{said}. Lower the learning rate or find the operation, or pass "
+        'nonfinite="skip" to leave out such updates and count them in skipped()'
+    )
 
 
 def _capturing(device: torch.device) -> bool:

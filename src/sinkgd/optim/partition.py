@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sinkgd.number_check import check_betas, check_number
+from sinkgd.optim.algorithms.deflated import check_deflation
 from sinkgd.optim.algorithms.layout import dims_of
-from sinkgd.optim.arguments import check_initialized, options_of
-from sinkgd.optim.number_check import check_betas, check_number
+from sinkgd.optim.arguments import COMMON, check_initialized, find_algorithm, options_of
+from sinkgd.optim.option_kinds import check_kinds
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.routing_check import without_wrappers
+from sinkgd.optim.unknown_names import suggest_names
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
@@ -23,6 +26,16 @@ BETAS = (0.9, 0.95)
 DEFLATED_RANK = 15
 
 
+# Arguments of the optimizers for the groups, and where each is to be passed.
+_OF_OPTIMIZERS = {
+    option: f"{optimizer}(param_groups(model), {option}=...)"
+    for optimizer, algorithm in (("MNGD", "mngd"), ("SWAN", "swan"), ("SinkGD", "sinkgd"))
+    for option in (*COMMON, *find_algorithm(algorithm).options)
+    if option not in ("deflated_rank", "layout", "split", "rounding_step")
+}
+
+
+@suggest_names(_OF_OPTIMIZERS)
 def param_groups(
     model: nn.Module,
     lr: float | Tensor = LR,
@@ -45,7 +58,8 @@ def param_groups(
     `describe_param_groups` to see it.
 
     Args:
-        model: The model, before or after FSDP2. Frozen parameters are left out.
+        model: The model, before or after FSDP2. Frozen parameters are left out: one that is
+            unfrozen later does not train unless ``optimizer.add_param_group`` adds it.
         lr: Learning rate of AdamW, a float or a tensor of one element. 0.08 is what study table1
             measured with, at 1.3M parameters and width 128, trained from scratch. The paper uses
             0.02 for models of 60M to 1.3B parameters.
@@ -107,7 +121,10 @@ def param_groups(
     check_number("lr", lr)
     check_number("matrix_lr_scale", matrix_lr_scale)
     check_number("weight_decay", weight_decay)
-    check_betas(betas)
+    check_betas("betas", betas)
+    find_algorithm(matrix_algorithm, "matrix_algorithm")
+    check_deflation({"deflated_rank": deflated_rank})
+    check_overrides(overrides)
     if base_width is not None:
         check_number("base_width", base_width, least=1)
     found = roles(model)
@@ -153,52 +170,27 @@ def check_model(model: object, function: str) -> None:
         check_initialized(name, param)
 
 
-def describe_param_groups(
-    model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = None
-) -> str:
-    """Return a table of who goes where and why.
+def check_overrides(overrides: object) -> None:
+    """Refuse overrides that do not map patterns to algorithms or options.
 
-    Parameters that differ by a number in their name alone share a line, counted by ``×``.
-
-    Args:
-        model: The model that the groups were made from.
-        groups: From `param_groups`, or ``optimizer.param_groups``; by default
-            ``param_groups(model)``.
-
-    Examples:
-        >>> import torch, sinkgd
-        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
-        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        >>> print(sinkgd.describe_param_groups(model).splitlines()[0])
-        parameter                           shape  algorithm  lr     why
+    Raises:
+        TypeError: With what is no pattern, or no algorithm or options.
+        ValueError: If a pattern is no regular expression, or an option is out of range.
     """
-    check_model(model, "describe_param_groups")
-    reasons = {param: role.reason for _, param, role in roles(model)}
-    counts: dict[tuple[str, ...], int] = {}
-    for group in param_groups(model) if groups is None else groups:
-        for name, param in _named(group):
-            row = (
-                re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name),
-                "×".join(map(str, param.shape)) or "scalar",
-                _words(group),
-                f"{float(group['lr']):g}",
-                reasons.get(param, "not a trainable parameter of this model"),
-            )
-            counts[row] = counts.get(row, 0) + 1
-    lines: list[Sequence[str]] = [("parameter", "shape", "algorithm", "lr", "why")]
-    for (name, *cells), count in counts.items():
-        lines.append((f"{name} ×{count}" if count > 1 else name, *cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _words(group: Mapping[str, Any]) -> str:
-    """Name a group's algorithm, and its deflation."""
-    rank = group.get("deflated_rank")
-    return f"{group['algorithm']}, deflated {rank}" if rank else str(group["algorithm"])
+    if overrides is None:
+        return
+    form = "overrides must map patterns to algorithms or options, such as {'head': 'sinkgd'}"
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"{form}; got {overrides!r}")
+    for pattern, override in overrides.items():
+        if not isinstance(pattern, str) or not isinstance(override, str | Mapping):
+            raise TypeError(f"{form}; got {{{pattern!r}: {override!r}}}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"overrides: {pattern!r} is no regular expression: {error}") from None
+        if isinstance(override, Mapping):
+            check_kinds(override)
 
 
 def _layout(role: Role, taken: Set[str]) -> dict[str, Any]:
@@ -238,8 +230,3 @@ def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, An
             "see the names in describe_param_groups(model)"
         )
     return options
-
-
-def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-    names = group.get("param_names")
-    return zip(names, group["params"], strict=True) if names else group["params"]

@@ -17,8 +17,10 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sinkgd.number_check import check_flag, check_number
 from sinkgd.optim.algorithms.contract import most_held, on_mesh
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.unknown_names import suggest_names
 
 # Smaller gradients wait for others: such as those of norms and biases, whose step takes no longer
 # than the calls that it needs. Not measured.
@@ -38,8 +40,8 @@ class GradientRelease:
     parameter alone; in an AdamW group, it holds back the parameters that are updated together with
     it.
 
-    Parameters may be added, frozen or unfrozen at any time. A new one keeps its gradient until the
-    first ``step()``, and is released from then on.
+    Parameters of the optimizer may be frozen or unfrozen at any time, and others added. A new one
+    keeps its gradient until the first ``step()``, and is released from then on.
 
     Under FSDP2 gradients come here after they were reduced, so all of it works there as well. On a
     mesh every bucket costs its own messages; larger buckets need fewer.
@@ -75,6 +77,7 @@ class GradientRelease:
         >>> optimizer.step()
     """
 
+    @suggest_names({})
     def __init__(
         self, optimizer: GroupedOptimizer, *, bucket_bytes: int = 0, averaged: bool = False
     ) -> None:
@@ -83,8 +86,8 @@ class GradientRelease:
                 f"gradients can be released to SinkGD, SWAN and MNGD; {type(optimizer).__name__} "
                 "is none of them"
             )
-        if bucket_bytes < 0:
-            raise ValueError(f"bucket_bytes must be at least 0, got {bucket_bytes}")
+        check_number("bucket_bytes", bucket_bytes)
+        check_flag("averaged", averaged)
         optimizer.check_one_by_one()
         self._optimizer = optimizer
         self._bucket_bytes = bucket_bytes

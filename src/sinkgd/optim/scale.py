@@ -7,9 +7,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
+from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.mngd import MNGD
-from sinkgd.optim.partition import Overrides, check_model, matches, param_groups
+from sinkgd.optim.partition import (
+    Overrides,
+    check_model,
+    check_overrides,
+    matches,
+    param_groups,
+)
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
+from sinkgd.optim.unknown_names import suggest_names
+
+_OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas", "overrides")}
 
 
 class SCALE(MNGD):
@@ -49,10 +59,12 @@ class SCALE(MNGD):
         https://arxiv.org/abs/2506.16659
     """
 
+    @suggest_names(_OF_SCALE_GROUPS, passes_to=MNGD)
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
         super().__init__(params, lr, [RowNorm()], 1, **options)
 
 
+@suggest_names({})
 def scale_groups(
     model: nn.Module,
     lr: float = 1e-3,
@@ -69,7 +81,8 @@ def scale_groups(
     taken for an embedding.
 
     Args:
-        model: The model, before or after FSDP2. Frozen parameters are left out.
+        model: The model, before or after FSDP2. Frozen parameters are left out, as by
+            `param_groups`.
         lr: Learning rate. The paper uses 1e-3 from 60M to 350M parameters.
         momentum: Decay rate μ of the head's average. The paper uses 0.9.
         weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.
@@ -83,6 +96,8 @@ def scale_groups(
         TypeError, ValueError: As `param_groups` does.
     """
     check_model(model, "scale_groups")
+    check_decay_rate("momentum", momentum)
+    check_overrides(overrides)
     own: dict[str, Any] = {
         EMBEDDING: {"algorithm": "mngd", "layout": "transposed"},
         HEAD: {"algorithm": "mngd", "momentum": momentum},

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.unknown_names import suggest_names
 
 
 class SinkGD(GroupedOptimizer):
@@ -103,6 +104,7 @@ class SinkGD(GroupedOptimizer):
     default_algorithm = "stateless"
     none_means = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0, "deflated_rank": 0})
 
+    @suggest_names()
     def __init__(
         self,
         params: ParamsT,

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.unknown_names import suggest_names
 
 
 class SPAM(GroupedOptimizer):
@@ -65,6 +66,7 @@ class SPAM(GroupedOptimizer):
 
     default_algorithm = "spam"
 
+    @suggest_names({})
     def __init__(
         self,
         params: ParamsT,

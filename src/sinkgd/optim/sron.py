@@ -7,6 +7,7 @@ from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
 from sinkgd.optim.mngd import MNGD
+from sinkgd.optim.unknown_names import suggest_names
 
 
 class SRON(MNGD):
@@ -45,5 +46,6 @@ class SRON(MNGD):
         https://openreview.net/forum?id=BtQLBWr6zI
     """
 
+    @suggest_names(passes_to=MNGD)
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
         super().__init__(params, lr, [RowNorm()], 1, **options)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.unknown_names import suggest_names
 
 
 class SWAN(GroupedOptimizer):
@@ -62,6 +63,7 @@ class SWAN(GroupedOptimizer):
 
     default_algorithm = "swan"
 
+    @suggest_names()
     def __init__(
         self,
         params: ParamsT,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.unknown_names import suggest_names
 from sinkgd.tempered import EPS, NUM_ITERS, TAU
 
 
@@ -56,6 +57,7 @@ class TemperedSinkGD(GroupedOptimizer):
     default_algorithm = "tempered"
     none_means = MappingProxyType({"lr": 3e-4, "weight_decay": 0.1})
 
+    @suggest_names({})
     def __init__(
         self,
         params: ParamsT,

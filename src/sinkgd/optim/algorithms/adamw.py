@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sinkgd.exchange import Computation, Steps, computation, immediate, run
+from sinkgd.number_check import check_betas
 from sinkgd.optim.algorithms.contract import (
     Context,
     Group,
@@ -21,7 +22,6 @@ from sinkgd.optim.algorithms.contract import (
 )
 from sinkgd.optim.algorithms.layout import are_dense, lie_alike
 from sinkgd.optim.algorithms.parts import lying_as
-from sinkgd.optim.number_check import check_betas
 
 # Where torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
@@ -93,7 +93,7 @@ def check_adamw(param: Tensor, group: Group) -> None:
 
 def check_averages(group: Group) -> None:
     """Refuse ``betas`` and ``eps`` out of range."""
-    check_betas(group["betas"])
+    check_betas("betas", group["betas"])
     if not group["eps"] >= 0:
         raise ValueError(f"eps must be at least 0, got {group['eps']}")
 

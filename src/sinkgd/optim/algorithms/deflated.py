@@ -28,6 +28,7 @@ from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
 from sinkgd.kernels.products import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
+from sinkgd.number_check import check_whole_number
 from sinkgd.optim.algorithms.across import over_columns, over_rows
 from sinkgd.optim.algorithms.contract import Context, Group, Slot, local, most_held_shape, on_mesh
 from sinkgd.optim.algorithms.few_at_a_time import MESH_VECTOR_BYTES, SCRATCH_BYTES, cut
@@ -48,7 +49,8 @@ DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})
 def check_deflation(group: Group) -> None:
     """Refuse a rank out of range."""
     rank = group["deflated_rank"]
-    if not isinstance(rank, int) or rank < 0:
+    check_whole_number("deflated_rank", rank)
+    if rank < 0:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.eager import descend_
+from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.algorithms.contract import (
     Algorithm,
     Context,
@@ -62,8 +63,7 @@ class WithMomentum:
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse a decay rate or a place out of range, and what the algorithm inside refuses."""
         momentum, place = group["momentum"], group["momentum_place"]
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        check_decay_rate("momentum", momentum)
         if place not in PLACES:
             raise ValueError(f"momentum_place must be one of {PLACES}, got {place!r}")
         if group["nesterov"] and momentum == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.eager import descend_
 from sinkgd.multi_normalize import check_num_iters, take_turns
-from sinkgd.norms import Norm, RowNorm, SpectralNorm
+from sinkgd.norms import Norm, RowNorm, SpectralNorm, check_norms
 from sinkgd.optim.algorithms.batches import Piece, batches, stacked
 from sinkgd.optim.algorithms.contract import (
     Context,
@@ -54,11 +54,7 @@ class MultiNormalized:
         if "newton_schulz_steps" in self.options:
             check_num_iters(group["newton_schulz_steps"], "newton_schulz_steps")
         norms = self.norms(group)
-        if not norms:
-            raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
-        for norm in norms:
-            if not isinstance(norm, Norm):
-                raise TypeError(f"a norm needs a method project(x); {norm!r} has none")
+        check_norms(norms)
         check_layout(name, param, layout=group["layout"], split=group["split"])
         if on_mesh(param) and are_scalings(norms):
             from sinkgd.optim.algorithms.pieces import check_pieces  # noqa: PLC0415 - see parts_of

@@ -29,7 +29,7 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
     if group["rounding"] == "nearest":
         return
-    if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 1 << 63:
+    if not 0 <= group["seed"] < 1 << 63:
         raise ValueError(f"seed must be an integer in [0, 2**63), got {group['seed']!r}")
     if param.dtype == torch.float16:
         raise ValueError(

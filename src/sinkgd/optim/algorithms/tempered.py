@@ -45,7 +45,7 @@ class Tempered:
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range, and pieces that cannot be handled."""
-        check_tempering(group["tau"], group["n_iter"], group["eps"])
+        check_tempering(group["tau"], group["n_iter"], group["eps"], "n_iter")
         check_rounding(name, param, group)
         if param.ndim < 2:
             return

@@ -1,0 +1,87 @@
+"""Numbers among the arguments: what is none is refused where it is passed, by its name."""
+
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number or a tensor of them; True and False are none."""
+    if isinstance(value, Tensor):
+        return not value.is_complex() and not value.is_quantized
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def is_one_number(value: object) -> bool:
+    """Whether a value is a number, or a tensor of one."""
+    return is_number(value) and not (isinstance(value, Tensor) and value.numel() != 1)
+
+
+def is_whole_number(value: object) -> bool:
+    """Whether a value is an integer; True and False are none."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
+    """Refuse what is no number, or is below ``least``; a tensor of one element is a number.
+
+    Raises:
+        TypeError: With the argument's name and its value.
+        ValueError: The same.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def check_whole_number(name: str, value: Any) -> None:
+    """Refuse what is no integer.
+
+    Raises:
+        TypeError: With the argument's name and its value.
+    """
+    if not is_whole_number(value):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: With the argument's name and its value.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_decay_rate(name: str, value: Any) -> None:
+    """Refuse what is no number in [0, 1).
+
+    Raises:
+        TypeError: With the argument's name and its value.
+        ValueError: The same.
+    """
+    check_number(name, value, least=None)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def check_betas(name: str, value: Any) -> None:
+    """Refuse what is no pair of decay rates.
+
+    Raises:
+        TypeError: With the argument's name and its value.
+        ValueError: The same.
+    """
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair of numbers such as (0.9, 0.95), got {value!r}")
+    if not all(map(is_number, value)):
+        raise TypeError(f"{name} must be two numbers, got {value!r}")
+    for beta in value:
+        check_number(name, beta, least=None)
+    if not all(0 <= beta < 1 for beta in value):
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
