@@ -109,7 +109,7 @@ class Compare:
             print(f"run {i} of {len(runs)}: {name}", flush=True)  # noqa: T201
             code = self._train(name, config)
             if code in STOPPED:
-                print("The same command goes on from here.", flush=True)  # noqa: T201
+                print(f"Go on with: {self._command()}", flush=True)  # noqa: T201
             if code != 0:
                 return code
         minutes = f"{(time.perf_counter() - started) / 60:.1f} minutes"

@@ -220,7 +220,7 @@ class Experiment:
         if outcome.signal is not None:
             _say(
                 f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
-                "All is saved, and the same command goes on from here."
+                f"All is saved. Go on with: {self._command()}"
             )
             return exit_code(outcome.signal)
         return 0

@@ -121,12 +121,17 @@ class Prepare:
 def _summarize(console: Console, manifest: Manifest) -> None:
     for name, entry in manifest.splits.items():
         console.print(
-            f"{name:<11}{entry.documents:>12,} documents {entry.tokens:>15,} tokens"
+            f"{name:<11}{entry.documents:>12,} {_documents(entry.documents):<9} "
+            f"{entry.tokens:>15,} tokens"
             f" {entry.bytes_per_token:>7.2f} bytes per token"
         )
     console.print(
         f"vocabulary {manifest.vocab_size:>12,} tokens, {manifest.rows_needed:,} rows needed"
     )
+
+
+def _documents(count: int) -> str:
+    return "document" if count == 1 else "documents"
 
 
 @contextmanager
@@ -170,7 +175,8 @@ class _PlainLines:
         self._printed = time.monotonic()
         total = f" of {state.total_documents:,}" if state.total_documents else ""
         sys.stdout.write(
-            f"{_STAGES[state.stage]}: {state.documents:,}{total} documents, "
+            f"{_STAGES[state.stage]}: {state.documents:,}{total} "
+            f"{_documents(state.total_documents or state.documents)}, "
             f"{state.characters / 1e6:,.0f} MB\n"
         )
         sys.stdout.flush()
