@@ -4,7 +4,7 @@ import pytest
 
 from lab.report.synthetic import write_likely_run, write_run
 from sinkgd.lab.devices import DEVICES
-from sinkgd.lab.report import analyze, calculator_block, write_page
+from sinkgd.lab.report import analyze, build_page, calculator_block, write_page
 from sinkgd.lab.report.calculator import amount, signed
 from sinkgd.lab.report.cost import (
     STATE_RULES,
@@ -15,6 +15,7 @@ from sinkgd.lab.report.cost import (
     devices_needed,
     run_cost,
 )
+from sinkgd.lab.report.shell import from_cdn
 
 pytestmark = pytest.mark.browser
 
@@ -49,8 +50,11 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(browser, runs, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(path, runs, baseline="adamw", title="T", command="C")
+    # Without plotly.js, which the calculator does not need: each test loads the page again.
+    whole = build_page(runs, baseline="adamw", title="T", command="C")
+    path.write_text(from_cdn(whole), encoding="utf-8")
     page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.route("https://**", lambda route: route.abort())
     page.goto(path.as_uri())
     return page
 
