@@ -1,5 +1,6 @@
 """What tests of every layer share: the backends, each in its turn."""
 
+import gc
 import importlib
 import math
 import sys
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; `make test-slow` runs it"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from twenty thousand collected tests, which never go."""
+    gc.collect()
+    gc.freeze()
 
 
 def _repeats(item: pytest.Function) -> bool:

@@ -366,7 +366,9 @@ def test_a_full_disk_below_the_output_is_one_line(arguments):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="script has other options elsewhere")
-@pytest.mark.parametrize("variable", ["NO_COLOR=1", "TERM=dumb"])
+@pytest.mark.parametrize(
+    "variable", ["NO_COLOR=1", pytest.param("TERM=dumb", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("arguments", ["train --help", "doctor", "plan --nope"])
 def test_a_terminal_that_wants_no_color_has_none(variable, arguments):
     command = f"{sys.executable} -m sinkgd.lab {arguments}"
@@ -375,7 +377,9 @@ def test_a_terminal_that_wants_no_color_has_none(variable, arguments):
     assert not re.search(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d|10\d)", found.stdout)
 
 
-@pytest.mark.parametrize("kib", [900_000, 1_000_000, 1_100_000])
+@pytest.mark.parametrize(
+    "kib", [1_000_000, *(pytest.param(k, marks=pytest.mark.slow) for k in (900_000, 1_100_000))]
+)
 def test_a_limit_of_memory_is_named(tmp_path, small, kib):
     """Which library fails first depends on the machine; it may fit, or abort the process itself."""
     out = tmp_path / "run"
@@ -409,7 +413,14 @@ def test_what_fails_for_a_limit_of_memory_says_so(capsys, monkeypatch, tmp_path,
     assert ("`ulimit -v` limits this process to 1.0 GiB" in said) == limited
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2> >(true)"])
+@pytest.mark.parametrize(
+    "closed",
+    [
+        "<&- >&- 2>&-",
+        "2>/dev/full",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-", "2> >(true)")),
+    ],
+)
 def test_training_does_not_end_where_nobody_can_read(tmp_path, small, closed):
     out = tmp_path / "run"
     found = in_shell(f'"$@" train --out {out} {" ".join(small)} {closed}')

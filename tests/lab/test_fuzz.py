@@ -292,7 +292,13 @@ def test_a_place_that_cannot_be_written_is_refused(here, capfd, arguments, place
     refused([*arguments, "--out", place], capfd)  # compare's run is a process of its own
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "cp437", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        *("ascii", "cp437"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("cp1252", "latin-1", "utf-8")),
+    ],
+)
 @pytest.mark.parametrize(
     "arguments",
     [

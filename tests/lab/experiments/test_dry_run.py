@@ -16,7 +16,15 @@ from sinkgd.lab.train.config_file import load_config
 BENCHMARK_FILES = Path(__file__).parents[3] / "benchmarks" / "c4"
 
 # Those at machine scale are run; two of them stand for all.
-BUILT = [*((name, "paper") for name in STUDIES), ("iterations", "machine"), ("lens", "machine")]
+BUILT = [
+    *(("lens", scale) for scale in ("machine", "paper")),
+    *(("alpha", "paper"), ("iterations", "machine")),
+    *(
+        pytest.param(name, "paper", marks=pytest.mark.slow)
+        for name in STUDIES
+        if name not in ("lens", "alpha")
+    ),
+]
 
 
 @pytest.mark.parametrize(("study", "scale"), BUILT)

@@ -159,7 +159,16 @@ def test_a_signal_in_the_last_step_changes_nothing(config, tmp_path):
 
 
 # One of each kind; tests of the recipes have all of them.
-@pytest.mark.parametrize("recipe", ["sinkgd", "sinkgd-stateless", "swan", "adamw", "muon", "fira"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("sinkgd", "muon"),
+        *(
+            pytest.param(recipe, marks=pytest.mark.slow)
+            for recipe in ("sinkgd-stateless", "swan", "adamw", "fira")
+        ),
+    ],
+)
 @pytest.mark.parametrize("precision", ["bf16-autocast", "bf16"])
 def test_recipes_go_on_bit_for_bit(config, tmp_path, recipe, precision):
     config = replace(config, optimizer=OptimizerConfig(recipe=recipe))
