@@ -1,8 +1,8 @@
 """Follow one optimizer step through the source, and count what a reader has to open.
 
-For a plain, a deflated and a sharded step of one matrix on CPUs it prints the files and functions of
-``sinkgd`` that the step calls, and how often the step returns to a file that it had left. It then
-counts files and lines for each folder. `--show` prints the calls in their order.
+For a plain, a deflated and a sharded step of one matrix on CPUs it prints the files and functions
+of ``sinkgd`` that the step calls, and how often the step returns to a file that it had left. It
+then counts files and lines for each folder. `--show` prints the calls in their order.
 
     python benchmarks/house/walk.py
     PYTHONPATH=OTHER_CLONE/src python benchmarks/house/walk.py --show
@@ -13,20 +13,21 @@ The second step is followed: the first one compiles, and builds what later steps
 import argparse
 import inspect
 import itertools
+import json
 import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.multiprocessing.spawn import spawn
 
 import sinkgd
 
@@ -92,8 +93,8 @@ def walk_of(kind: str) -> Walk:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         weight, grad = (distribute_tensor(one, mesh, [Shard(0)]) for one in (weight, grad))
     weight = torch.nn.Parameter(weight)
-    options = {"deflated_rank": 15} if "deflated" in kind else {}
-    optimizer = sinkgd.SinkGD([weight], lr=1e-3, **options)
+    rank = 15 if "deflated" in kind else 0
+    optimizer = sinkgd.SinkGD([weight], lr=1e-3, deflated_rank=rank)
     for _ in range(2):
         weight.grad = grad.clone()
         optimizer.step()
@@ -104,17 +105,18 @@ def walk_of(kind: str) -> Walk:
 def sharded_walks() -> dict[str, Walk]:
     """Return the walks of the sharded kinds, on the first of `RANKS` processes over gloo."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (folder,), nprocs=RANKS)
-        return torch.load(Path(folder) / "walks", weights_only=False)
+        spawn(_rank, (folder,), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        found = json.loads((Path(folder) / "walks.json").read_text(encoding="utf-8"))
+    return {kind: Walk([(file, name) for file, name in calls]) for kind, calls in found.items()}
 
 
 def _rank(rank: int, folder: str) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     try:
-        walks = {kind: walk_of(kind) for kind in KINDS if "sharded" in kind}
+        calls = {kind: walk_of(kind).calls for kind in KINDS if "sharded" in kind}
         if rank == 0:
-            torch.save(walks, Path(folder) / "walks")
+            (Path(folder) / "walks.json").write_text(json.dumps(calls), encoding="utf-8")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -133,6 +135,20 @@ def sizes() -> dict[str, tuple[int, int]]:
     return {name: (files[name], lines[name]) for name in sorted(files)}
 
 
+def report(walks: Mapping[str, Walk], *, show: bool) -> Iterator[str]:
+    """Yield the lines of the report; ``show`` adds every call."""
+    yield f"{'step':<20}{'files':>7}{'functions':>11}{'returns':>9}"
+    for kind, walk in walks.items():
+        yield f"{kind:<20}{len(walk.files):>7}{walk.functions:>11}{walk.returns:>9}"
+    yield f"\n{'folder':<36}{'files':>7}{'lines':>9}"
+    for name, (files, lines) in sizes().items():
+        yield f"{name:<36}{files:>7}{lines:>9,}"
+    for kind, walk in walks.items() if show else ():
+        yield f"\n{kind}"
+        for file, function in walk.calls:
+            yield f"  {file:<44}{function}"
+
+
 def main() -> None:
     """Print the walks and the sizes."""
     parser = argparse.ArgumentParser(
@@ -141,17 +157,8 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print every call, in order")
     show = parser.parse_args().show
     walks = {kind: walk_of(kind) for kind in KINDS if "sharded" not in kind} | sharded_walks()
-    print(f"{'step':<20}{'files':>7}{'functions':>11}{'returns':>9}")
-    for kind, walk in walks.items():
-        print(f"{kind:<20}{len(walk.files):>7}{walk.functions:>11}{walk.returns:>9}")
-    print(f"\n{'folder':<36}{'files':>7}{'lines':>9}")
-    for name, (files, lines) in sizes().items():
-        print(f"{name:<36}{files:>7}{lines:>9,}")
-    if show:
-        for kind, walk in walks.items():
-            print(f"\n{kind}")
-            for file, function in walk.calls:
-                print(f"  {file:<44}{function}")
+    for line in report(walks, show=show):
+        sys.stdout.write(f"{line}\n")
 
 
 if __name__ == "__main__":
