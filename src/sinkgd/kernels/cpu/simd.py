@@ -1,24 +1,35 @@
-"""The instructions of the compiled loops: sixteen floats at a time, whatever the machine's width.
+"""The primitives of the compiled loops: vectors of sixteen floats, memory, and threads.
 
-The vectors are explicit, so the order of every sum is written in the loops and not chosen by the
-optimizer: float32 and bfloat16 gradients that hold the same numbers give the same bits, and NaN and
-infinity stay what they are. Addresses are plain integers, and so is everything that a thread is
-told.
+Vectors have sixteen lanes on every machine, and the loops state the order of every sum. The
+optimizer does not choose it. Therefore float32 and bfloat16 gradients with the same values give the
+same bits, and NaN and infinity are preserved. An address is a plain integer. A thread receives
+integers only.
 """
 
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import add_symbol
 from numba import float32, float64, int16, int64, njit, types, void
 from numba.extending import intrinsic, models, register_model
 
+from sinkgd.kernels.cpu import tables as t
+from sinkgd.kernels.cpu.launch import torch_openmp
 from sinkgd.kernels.rounding import FACTORS, SHIFTS
 
 LANES = 16
+SPINS = 10_000  # reads of a counter before a waiting thread yields; each takes about a nanosecond
 
 _I64, _I32, _I16, _I8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 _F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
+
+# A call to a symbol that is not registered ends the process, so they are registered before linking.
+_openmp = torch_openmp()
+if _openmp is None:
+    raise ImportError("torch's OpenMP runtime has no GOMP_parallel")
+for _name, _address in _openmp.symbols.items():
+    add_symbol(_name, _address)
 
 inlined = njit(forceinline=True, error_model="numpy")
 compiled = njit(error_model="numpy")
@@ -62,7 +73,7 @@ def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
 
 @intrinsic
 def load(typing: Any, dtype: Any, address: Any, count: Any) -> Any:
-    """Read 16 numbers as float32; ``count`` of them, then zeros, where it is not None.
+    """Read 16 numbers as float32. With ``count``, read that many and fill up with zeros.
 
     ``dtype`` is a float32 for float32 and an int16 for bfloat16.
     """
@@ -88,7 +99,7 @@ def load(typing: Any, dtype: Any, address: Any, count: Any) -> Any:
 
 @intrinsic
 def store(typing: Any, dtype: Any, address: Any, x: Any, count: Any) -> Any:
-    """Write 16 numbers, or ``count`` of them; bfloat16 rounds to the nearest, ties to even."""
+    """Write 16 numbers, or ``count`` of them. bfloat16 rounds to nearest, ties to even."""
     narrow = dtype == int16
     element, name, align = (_I16, "v16i16", 2) if narrow else (_F32, "v16f32", 4)
     memory = ir.VectorType(element, LANES)
@@ -118,7 +129,7 @@ def _to_bfloat16(builder: Any, x: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, value: Any) -> Any:
-    """Sixteen times one float32."""
+    """Broadcast a float32 to all lanes."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _spread(builder, args[0], _VECTOR)
@@ -126,23 +137,23 @@ def splat(typing: Any, value: Any) -> Any:
     return vector(float32), generate
 
 
-def _of_two(operation: str) -> Any:
+def _binary(operation: str) -> Any:
     @intrinsic
-    def of_two(typing: Any, x: Any, y: Any) -> Any:
+    def binary(typing: Any, x: Any, y: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return getattr(builder, operation)(*args)
 
         return vector(vector, vector), generate
 
-    return of_two
+    return binary
 
 
-plus, times, quotient = _of_two("fadd"), _of_two("fmul"), _of_two("fdiv")
+add, mul, div = _binary("fadd"), _binary("fmul"), _binary("fdiv")
 
 
 @intrinsic
-def times_plus(typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """``x * y + z``, rounded once where the machine can."""
+def muladd(typing: Any, x: Any, y: Any, z: Any) -> Any:
+    """Return ``x * y + z``, rounded once where the machine has an instruction for it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         arguments = list(args)
@@ -152,8 +163,8 @@ def times_plus(typing: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 @intrinsic
-def total(typing: Any, x: Any) -> Any:
-    """The sum of a vector's sixteen numbers, by halves."""
+def sum_lanes(typing: Any, x: Any) -> Any:
+    """Sum the sixteen lanes, by halves."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x = args[0]
@@ -169,10 +180,10 @@ def total(typing: Any, x: Any) -> Any:
 
 
 @intrinsic
-def totals(
+def sum_lanes_of_eight(
     typing: Any, a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any, a6: Any, a7: Any
 ) -> Any:
-    """The sums of eight vectors, each by halves as in `total`, in the first eight numbers."""
+    """Sum eight vectors, each as `sum_lanes` does. The sums are in the first eight lanes."""
 
     def fold(builder: Any, x: Any, y: Any, width: int) -> Any:
         low = [i for i in range(2 * LANES) if i % (2 * width) < width]
@@ -193,10 +204,7 @@ def totals(
 
 @intrinsic
 def any_below(typing: Any, x: Any, least: Any, count: Any) -> Any:
-    """Whether one of the first ``count`` numbers (all of them if None) is not at least ``least``.
-
-    A NaN is not.
-    """
+    """Whether one of the first ``count`` lanes (None: any lane) is below ``least`` or NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         below = builder.fcmp_unordered("<", args[0], args[1])
@@ -209,11 +217,11 @@ def any_below(typing: Any, x: Any, least: Any, count: Any) -> Any:
 
 
 @intrinsic
-def dither(typing: Any, x: Any, place: Any, stride: Any, key: Any) -> Any:
-    """Sixteen numbers, each rounded at random to one of the two bfloat16 beside it.
+def round_stochastically(typing: Any, x: Any, index: Any, stride: Any, key: Any) -> Any:
+    """Round each lane at random to one of its two bfloat16 neighbors.
 
-    Number i is at ``place + i * stride``; `sinkgd.kernels.rounding` defines the random bits. NaN
-    and infinity stay what they are.
+    Lane i is entry ``index + i * stride`` of the parameter. `sinkgd.kernels.rounding` defines the
+    random bits. NaN and infinity are preserved.
     """
     wide = ir.VectorType(_I32, LANES)
 
@@ -221,9 +229,9 @@ def dither(typing: Any, x: Any, place: Any, stride: Any, key: Any) -> Any:
         return _spread(builder, builder.trunc(word, _I32), wide)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, place, stride, key = args
+        x, index, stride, key = args
         lanes = builder.mul(ir.Constant(wide, list(range(LANES))), spread(builder, stride))
-        word = builder.add(lanes, spread(builder, builder.add(place, key)))
+        word = builder.add(lanes, spread(builder, builder.add(index, key)))
         word = builder.xor(word, spread(builder, builder.lshr(key, ir.Constant(_I64, 32))))
         for shift, factor in zip(SHIFTS, FACTORS, strict=False):
             word = builder.xor(word, builder.lshr(word, _bits(shift, wide)))
@@ -241,9 +249,9 @@ def dither(typing: Any, x: Any, place: Any, stride: Any, key: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Bring a line into the second cache; an address beyond the matrix does no harm.
+    """Fetch a cache line into L2. The address may lie beyond the matrix.
 
-    The first one would not hold rows that are a power of two apart until they are read.
+    L1 would evict rows that are a power of two apart before they are read.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -256,11 +264,11 @@ def prefetch(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def anew(typing: Any, number: Any) -> Any:
-    """The same number, from a register that the compiler believes was changed.
+def opaque(typing: Any, number: Any) -> Any:
+    """Return ``number``, as a value that the compiler knows nothing about.
 
-    What is computed from it is computed again each time around a loop, where it would otherwise be
-    kept: eight rows a ``ld`` apart then need a few multiples of ``ld``, not a register each.
+    In a loop, expressions of it are then recomputed in each round instead of kept in registers. The
+    addresses of eight rows, ``ld`` bytes apart, would otherwise occupy a register each.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -270,25 +278,106 @@ def anew(typing: Any, number: Any) -> Any:
 
 
 def _scalar(kind: Any, memory: Any) -> tuple[Any, Any]:
+    """Return intrinsics that load and store one number at an address."""
+
     @intrinsic
-    def get(typing: Any, address: Any) -> Any:
+    def load_scalar(typing: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.load(builder.inttoptr(args[0], memory.as_pointer()))
 
         return kind(int64), generate
 
     @intrinsic
-    def put(typing: Any, address: Any, value: Any) -> Any:
+    def store_scalar(typing: Any, address: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             builder.store(args[1], builder.inttoptr(args[0], memory.as_pointer()))
             return context.get_dummy_value()
 
         return void(int64, kind), generate
 
-    return get, put
+    return load_scalar, store_scalar
 
 
-get_int, put_int = _scalar(int64, _I64)
-get_byte, _ = _scalar(types.int8, _I8)
-get_float, put_float = _scalar(float32, _F32)
-get_double, _ = _scalar(float64, ir.DoubleType())
+load_int, store_int = _scalar(int64, _I64)
+load_byte, _ = _scalar(types.int8, _I8)
+load_float, store_float = _scalar(float32, _F32)
+load_double, _ = _scalar(float64, ir.DoubleType())
+
+
+@compiled
+def fill(address, count, value):
+    """Write one float32 ``count`` times."""
+    x = splat(value)
+    full = count - count % LANES
+    for j in range(0, full, LANES):
+        store(float32(0), address + 4 * j, x, None)
+    if full < count:
+        store(float32(0), address + 4 * full, x, int64(count - full))
+
+
+@compiled
+def sum_of(address, count):
+    """Return the sum of ``count`` float32 numbers."""
+    full = count - count % LANES
+    a = splat(float32(0))
+    for j in range(0, full, LANES):
+        a = add(a, load(float32(0), address + 4 * j, None))
+    if full < count:
+        a = add(a, load(float32(0), address + 4 * full, count - full))
+    return sum_lanes(a)
+
+
+thread_num = types.ExternalFunction("sinkgd_thread_num", types.int32())
+num_threads = types.ExternalFunction("sinkgd_num_threads", types.int32())
+_yield = types.ExternalFunction("sinkgd_yield", types.int32())
+
+
+@intrinsic
+def claim(typing: Any, address: Any) -> Any:
+    """Add one to a shared counter, and return its value before.
+
+    A thread that reads the counter later sees what this thread wrote before.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "seq_cst")
+
+    return int64(int64), generate
+
+
+@intrinsic
+def load_atomic(typing: Any, address: Any) -> Any:
+    """Read a shared counter."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return int64(int64), generate
+
+
+@inlined
+def share(count, worker, workers, unit):
+    """Return where a worker's share of ``count`` begins.
+
+    Shares consist of whole units, and differ by at most one unit.
+    """
+    units = (count + unit - 1) // unit
+    return min(count, unit * (units * worker // workers))
+
+
+@compiled
+def barrier(job, team):
+    """Wait until all ``team`` threads have arrived.
+
+    A thread spins for some microseconds and then yields: with more threads than cores, the thread
+    that all wait for may need this core.
+    """
+    arrival = claim(job + t.ARRIVED)
+    complete = arrival - arrival % team + team
+    reads = 0
+    while load_atomic(job + t.ARRIVED) < complete:
+        reads += 1
+        if reads > SPINS:
+            _yield()
