@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import sinkgd
 from contact.items import Item, Row, Section, Setting, need_gpu, patient
+from sinkgd.kernels import select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -21,6 +22,7 @@ def section(*, tiny: bool) -> Section:
     items = [
         *(Item(f"layout {name}", _Layout(lay)) for name, lay in LAYOUTS.items()),
         Item("deflated", deflated),
+        Item("weighted sums of shards", weighted_sums),
         Item("nan and inf", non_finite),
         Item("stochastic rounding", stochastic),
         Item("tf32", tf32),
@@ -155,6 +157,33 @@ def deflated(setting: Setting) -> Iterator[Row]:
             error = float((found - expected).norm() / expected.norm())
             bound = max(ROUNDING[dtype], 1e-4)
             yield _judged(error, bound, dtype=str(dtype), shape=list(shape))
+
+
+def weighted_sums(setting: Setting) -> Iterator[Row]:
+    """Compare the row and column sums that ranks of a mesh exchange with those in float64."""
+    backend = select("auto", setting.device)
+    for dtype in DTYPES:
+        for name, lay in LAYOUTS.items():
+            grads = [lay(_draw(setting, dtype, shape)) for shape in _shapes(setting)]
+            sums = backend.sums(grads)
+            for along, find in ((-1, sums.of_rows), (-2, sums.of_cols)):
+                weights = [
+                    torch.linspace(
+                        0.5, 2, grad.shape[along], dtype=torch.float64, device=grad.device
+                    )
+                    .expand(*grad.shape[:-2], grad.shape[along])
+                    .unsqueeze(-3 - along)
+                    for grad in grads
+                ]
+                found = find(torch.cat([weight.flatten() for weight in weights]))
+                expected = torch.cat(
+                    [
+                        (grad.double().square() * weight).sum(along).flatten()
+                        for grad, weight in zip(grads, weights, strict=True)
+                    ]
+                )
+                error = float(((found - expected) / expected).abs().max())
+                yield _judged(error, 1e-6, dtype=str(dtype), layout=name, along=along)
 
 
 def non_finite(setting: Setting) -> Iterator[Row]:

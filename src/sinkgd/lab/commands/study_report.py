@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from sinkgd.lab.experiments.studies import find_study, scale
 
 if TYPE_CHECKING:
-    from sinkgd.lab.bench.sheet import Sheet
     from sinkgd.lab.experiments.on_paper import Fit
     from sinkgd.lab.experiments.record import StudyRecord
     from sinkgd.lab.experiments.verdict import Verdict
+    from sinkgd.lab.report.console import TextTable
 
 PAGE_FILE = "report.html"
 
@@ -87,10 +87,10 @@ def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
     Console(soft_wrap=True, highlight=False, markup=False).print(f"\npage: {path}")
 
 
-def _print(sheets: "Sequence[Sheet]", verdict: "Verdict") -> None:
+def _print(sheets: "Sequence[TextTable]", verdict: "Verdict") -> None:
     from rich.console import Console
 
-    from sinkgd.lab.bench.sheet import terminal_table
+    from sinkgd.lab.report.console import terminal_table
 
     for sheet in sheets:
         Console().print(terminal_table(sheet), "\n")

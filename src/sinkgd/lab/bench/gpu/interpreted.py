@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkgd import SinkGD, kernels
+from sinkgd.lab.bench.bench_step import relative_error
 from sinkgd.lab.bench.contenders import ITERATIONS
 from sinkgd.lab.bench.gpu.cases import RANK, output_of
 from sinkgd.lab.bench.gpu.recorded import with_triton
-from sinkgd.lab.bench.step.measure import relative_error
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.lab.disk import parse_json
 

@@ -7,7 +7,6 @@ from importlib.metadata import version
 
 import torch
 
-from sinkgd.lab.bench.doubts import environment_before
 from sinkgd.lab.bench.gpu.cases import LLAMAS, RANK, USUAL, output_of
 from sinkgd.lab.bench.gpu.interpreted import Interpreted, interpreted
 from sinkgd.lab.bench.gpu.recorded import (
@@ -19,8 +18,9 @@ from sinkgd.lab.bench.gpu.recorded import (
 from sinkgd.lab.bench.gpu.scheduled_bytes import bytes_of_step, scratch_of_model
 from sinkgd.lab.bench.gpu.tables import Figure, GpuRecord, Missed
 from sinkgd.lab.bench.gpu.variants import Variant, compiled, instructions_an_entry
-from sinkgd.lab.bench.progress import Progress
+from sinkgd.lab.bench.interleaved import environment_with_load
 from sinkgd.lab.disk import parse_json
+from sinkgd.lab.report.console import Progress
 
 INTERPRETER, HOST, SCHEDULE, CODE = "interpreter", "host", "schedule", "code"
 # The parts, and about how many seconds each takes; kernels of one target.
@@ -85,7 +85,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
     progress.end()
     return GpuRecord(
         command=plan.command,
-        environment=environment_before(torch.device("cpu")),
+        environment=environment_with_load(torch.device("cpu")),
         triton=version("triton"),
         figures=tuple(figures),
         missed=tuple(missed(variants)),
