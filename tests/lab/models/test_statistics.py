@@ -1,4 +1,4 @@
-"""Figures: entropies and correlations are those of their formulas, written in loops."""
+"""Attention entropy and reciprocity equal their formulas, written as loops."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sinkgd.lab.models.figures import attention_entropy, reciprocity
+from sinkgd.lab.models.language_model import attention_entropy, reciprocity
 
 
 @pytest.fixture
