@@ -1,6 +1,6 @@
-"""The one registry of optimizers: a table of recipes, each with the source of its values.
+"""The table of all recipes, and building an optimizer from options.
 
-A recipe's ``defaults`` are also the list of options that it takes: another one is refused.
+A recipe's ``defaults`` list the options that it takes; any other option is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 from sinkgd.lab.names import suggest
 from sinkgd.lab.naming import GONE
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
-from sinkgd.lab.train.recipes.contract import Recipe
-from sinkgd.lab.train.recipes.family import FAMILY
-from sinkgd.lab.train.recipes.from_papers import FROM_PAPERS
-from sinkgd.lab.train.recipes.from_torch import FROM_TORCH
+from sinkgd.lab.train.recipes.baseline_recipes import FROM_PAPERS, FROM_TORCH
+from sinkgd.lab.train.recipes.recipe import Recipe
+from sinkgd.lab.train.recipes.sinkgd_recipes import FAMILY
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {recipe.name: recipe for recipe in (*FAMILY, *FROM_TORCH, *FROM_PAPERS)}
@@ -68,8 +67,8 @@ def find_recipe(name: str) -> Recipe:
 def build_optimizer(model: nn.Module, options: OptimizerConfig) -> Optimizer:
     """Build the optimizer of ``model`` from resolved options.
 
-    Each group has its peak learning rate as ``initial_lr`` too, where torch's schedulers look for
-    it when a run goes on.
+    Each group also stores its peak learning rate as ``initial_lr``, where torch's schedulers look
+    for it when a run is resumed.
     """
     recipe = find_recipe(options.recipe)
     taken = {name: getattr(options, name) for name in recipe.defaults}

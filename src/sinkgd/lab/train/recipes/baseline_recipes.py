@@ -1,6 +1,8 @@
-"""Recipes of published methods: pytorch-optimizer's, and two that it has otherwise than published.
+"""Recipes of the optimizers that SinkGD is compared with: torch's, and published methods.
 
-Where it differs from a paper or the authors' code (version 4.1.0), the row says so.
+Most published methods come from pytorch-optimizer; APOLLO and RACS are written here, because that
+package deviates from the papers. Where a method differs from its paper or from the authors' code
+(version 4.1.0 of pytorch-optimizer), its row says so.
 """
 
 from typing import Any
@@ -9,28 +11,143 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sinkgd.lab.train.recipes.apollo import Apollo
-from sinkgd.lab.train.recipes.contract import (
+from sinkgd.lab.train.config import ConfigError
+from sinkgd.lab.train.recipes.chained_optimizer import (
+    ChainedOptimizer,
+    WithProjections,
+    WithStepCount,
+    from_pytorch_optimizer,
+)
+from sinkgd.lab.train.recipes.per_matrix import Apollo, Racs
+from sinkgd.lab.train.recipes.recipe import (
     PYTORCH_OPTIMIZER,
     Groups,
     Options,
     Recipe,
     betas,
-    routed,
+    split_by_role,
 )
-from sinkgd.lab.train.recipes.racs import Racs
-from sinkgd.lab.train.recipes.several import Counted, Projected, Several, published
 
-_FOREACH = False  # pytorch-optimizer's batches hold the updates of the whole model at once
+
+def _adam(model: nn.Module, o: Options) -> Optimizer:
+    return torch.optim.Adam(model.named_parameters(), lr=o["lr"], betas=betas(o), fused=True)
+
+
+def _adamw(model: nn.Module, o: Options) -> Optimizer:
+    matrices, rest = split_by_role(model, o)
+    return torch.optim.AdamW([*matrices, *rest], betas=betas(o), fused=True)
+
+
+def _adamw_one_lr(model: nn.Module, o: Options) -> Optimizer:
+    return torch.optim.AdamW(
+        model.named_parameters(),
+        lr=o["lr"],
+        betas=betas(o),
+        weight_decay=o["weight_decay"],
+        fused=True,
+    )
+
+
+def _sgd(model: nn.Module, o: Options) -> Optimizer:
+    return torch.optim.SGD(
+        model.named_parameters(),
+        lr=o["lr"],
+        momentum=o.get("momentum", 0.0),
+        weight_decay=o["weight_decay"],
+        foreach=True,  # torch 2.13's fused SGD leaves bfloat16 weights on a CPU as they are
+    )
+
+
+def _muon(model: nn.Module, o: Options) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optimizer.recipe is 'muon', which needs torch 2.9; this is {torch.__version__}. "
+            "Upgrade it: pip install --upgrade torch"
+        )
+    matrices, rest = split_by_role(model, o)
+    muon = torch.optim.Muon(
+        matrices,
+        momentum=o["momentum"],
+        nesterov=True,
+        ns_steps=int(o["newton_schulz_steps"]),
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return ChainedOptimizer([muon, torch.optim.AdamW(rest, betas=betas(o), fused=True)])
+
+
+_ADAM_095: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
+_ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.999}
+
+FROM_TORCH = (
+    Recipe(
+        "adam",
+        "Adam with one learning rate for all: the benchmark's own",
+        "Zhao et al. 2024 (GaLore): 1e-3 was best of its grid up to 350M; torch's betas",
+        {"lr": 1e-3, **_ADAM, "clip_norm": 0.0},
+        _adam,
+        can_shard=True,
+    ),
+    Recipe(
+        "adamw",
+        "AdamW with clipping and a learning rate for each role: the fair baseline",
+        "clipping at 1, as is common; rates: benchmarks/learning_rates",
+        {"lr": 0.08, "matrix_lr": 3e-3, "weight_decay": 0.0, **_ADAM_095, "clip_norm": 1.0},
+        _adamw,
+        can_shard=True,
+    ),
+    Recipe(
+        "adamw-one-lr",
+        "AdamW with one learning rate for all and no clipping: the papers' baseline",
+        "Zhao et al. 2024 (GaLore), no clipping, no decay; rate: benchmarks/learning_rates",
+        {"lr": 3e-3, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
+        _adamw_one_lr,
+        can_shard=True,
+    ),
+    Recipe(
+        "sgd",
+        "plain SGD with clipping: the floor in memory",
+        "a round value, not tuned",
+        {"lr": 0.5, "weight_decay": 0.0, "clip_norm": 1.0},
+        _sgd,
+        can_shard=True,
+    ),
+    Recipe(
+        "sgd-momentum",
+        "SGD with momentum and clipping",
+        "momentum 0.9, as is common; sgd's rate times 1 - 0.9, the same sum of steps; not tuned",
+        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "clip_norm": 1.0},
+        _sgd,
+        can_shard=True,
+    ),
+    Recipe(
+        "muon",
+        "block matrices by Muon with Nesterov momentum, the rest by AdamW",
+        "Jordan et al. 2024; scaled as Liu et al. 2025 (0.2·√max(m, n), Adam's RMS); rates: the "
+        "best of a few unrecorded trials",
+        {
+            "lr": 0.02,
+            "matrix_lr": 0.01,
+            "weight_decay": 0.0,
+            **_ADAM_095,
+            "momentum": 0.95,
+            "newton_schulz_steps": 5,
+            "clip_norm": 0.0,
+        },
+        _muon,
+    ),
+)
+
+
+_FOREACH = False  # pytorch-optimizer's foreach holds the updates of the whole model at once
 _EPS = 1e-6  # Adam's, in the code of GaLore, Fira and APOLLO
 
 
 def with_rank(groups: Groups, rank: int) -> Groups:
-    """Divide groups of matrices by the rank of their projection.
+    """Split groups of matrices by the rank of their projection.
 
     Args:
-        groups: Of (name, matrix) pairs.
-        rank: Of all; 0 takes a quarter of a matrix's shorter side, as the benchmark has it.
+        groups: Groups of (name, matrix) pairs.
+        rank: Rank for all; 0 takes a quarter of a matrix's shorter side, as in the benchmark.
     """
     divided: dict[tuple[int, int], dict[str, Any]] = {}
     for i, group in enumerate(groups):
@@ -42,14 +159,16 @@ def with_rank(groups: Groups, rank: int) -> Groups:
 
 
 def _projected(kind: str, model: nn.Module, o: Options) -> Optimizer:
-    matrices, rest = routed(model, o)
+    matrices, rest = split_by_role(model, o)
     projection = {
         "update_proj_gap": int(o["projection_every_steps"]),
         "scale": o["projection_scale"],
         "projection_type": "std",
     }
     groups = [{**group, **projection} for group in with_rank(matrices, int(o["rank"]))]
-    return Projected(published(kind)([*groups, *rest], betas=betas(o), eps=_EPS, foreach=_FOREACH))
+    return WithProjections(
+        from_pytorch_optimizer(kind)([*groups, *rest], betas=betas(o), eps=_EPS, foreach=_FOREACH)
+    )
 
 
 def _galore(model: nn.Module, o: Options) -> Optimizer:
@@ -69,7 +188,7 @@ def _apollo_mini(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _apollo_with(model: nn.Module, o: Options, rank: int, *, per_channel: bool) -> Optimizer:
-    matrices, rest = routed(model, o)
+    matrices, rest = split_by_role(model, o)
     apollo = Apollo(
         with_rank(matrices, rank),
         o["lr"],
@@ -80,18 +199,18 @@ def _apollo_with(model: nn.Module, o: Options, rank: int, *, per_channel: bool) 
         betas=betas(o),
         eps=_EPS,
     )
-    return Several([apollo, torch.optim.AdamW(rest, betas=betas(o), eps=_EPS, fused=True)])
+    return ChainedOptimizer([apollo, torch.optim.AdamW(rest, betas=betas(o), eps=_EPS, fused=True)])
 
 
 def _racs(model: nn.Module, o: Options) -> Optimizer:
-    matrices, rest = routed(model, o)
+    matrices, rest = split_by_role(model, o)
     adamw = torch.optim.AdamW(rest, betas=betas(o), fused=True)
-    return Several([Racs(matrices, o["matrix_lr"]), adamw])
+    return ChainedOptimizer([Racs(matrices, o["matrix_lr"]), adamw])
 
 
 def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
-    return Counted(
-        published("StableSPAM")(
+    return WithStepCount(
+        from_pytorch_optimizer("StableSPAM")(
             model.named_parameters(),
             lr=o["lr"],
             betas=betas(o),
@@ -103,7 +222,7 @@ def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _adafactor(model: nn.Module, o: Options) -> Optimizer:
-    return published("AdaFactor")(
+    return from_pytorch_optimizer("AdaFactor")(
         model.named_parameters(),
         lr=o["lr"],
         betas=(None, o["beta2"]),
@@ -115,7 +234,7 @@ def _adafactor(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _lion(model: nn.Module, o: Options) -> Optimizer:
-    return published("Lion")(
+    return from_pytorch_optimizer("Lion")(
         model.named_parameters(),
         lr=o["lr"],
         betas=betas(o),
@@ -125,8 +244,8 @@ def _lion(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _soap(model: nn.Module, o: Options) -> Optimizer:
-    """Give matrices a basis for each side, tables (embedding, head) one for their shorter side."""
-    matrices, rest = routed(model, o)
+    """Give matrices a basis for each side, and tables (embedding, head) one for the shorter."""
+    matrices, rest = split_by_role(model, o)
     vectors: Groups = []
     tables: dict[tuple[int, int], dict[str, Any]] = {}
     for i, group in enumerate(rest):
@@ -138,14 +257,13 @@ def _soap(model: nn.Module, o: Options) -> Optimizer:
                 side = min(param.shape)
                 options = {**group, "params": [], "max_precondition_dim": side}
                 tables.setdefault((i, side), options)["params"].append((name, param))
-    return published("SOAP")(
+    return from_pytorch_optimizer("SOAP")(
         [*matrices, *tables.values(), *vectors],
         betas=betas(o),
         precondition_frequency=int(o["projection_every_steps"]),
     )
 
 
-_ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.999}
 # scripts/benchmark_c4 of GaLore, pre_training_c4/scripts of Fira, scripts/pretrain_c4 of APOLLO:
 # learning rate 0.01 for all, no decay, no clipping, a new projection every 200 steps.
 _BENCHMARK: dict[str, float] = {

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import sinkgd
-from sinkgd.lab.train import environment
-from sinkgd.lab.train.environment import commit, describe_environment, installed_version
+from sinkgd.lab.train import machine
+from sinkgd.lab.train.machine import commit, describe_environment, installed_version
 
 
 def test_versions_device_and_threads_are_there():
@@ -26,7 +26,7 @@ def test_an_absent_package_has_no_version():
 def use_source(monkeypatch, folder: Path) -> Path:
     source = folder / "__init__.py"
     source.write_text("x = 1\n", encoding="utf-8")
-    monkeypatch.setattr(environment.sinkgd, "__file__", str(source))
+    monkeypatch.setattr(machine.sinkgd, "__file__", str(source))
     return source
 
 

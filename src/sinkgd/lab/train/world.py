@@ -1,7 +1,7 @@
-"""The processes that train together, and what they tell each other besides tensors.
+"""The processes that train together, and the small messages they exchange besides tensors.
 
-What is told here is small and travels over gloo. All of it is collective: every rank makes the same
-calls in the same order.
+Messages travel over gloo. All calls are collective: every rank makes the same calls in the same
+order.
 """
 
 import os
@@ -13,19 +13,19 @@ import torch
 import torch.distributed as dist
 
 from sinkgd.lab.launch import launched_ranks
-from sinkgd.lab.train.parallel.watch import Watch
+from sinkgd.lab.train.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
 
 class World:
-    """The ranks, and this one's number among them.
+    """The ranks, and the number of this one.
 
     Args:
-        rank: This process, 0 for the first.
-        size: How many there are.
-        group: Of them all, over gloo; None for a process that is alone.
-        watch: Finds those that are lost.
+        rank: Number of this process, from 0.
+        size: Number of ranks.
+        group: Process group of all ranks, over gloo; None for a single process.
+        heartbeat: Detects lost ranks.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class World:
         rank: int = 0,
         size: int = 1,
         group: dist.ProcessGroup | None = None,
-        watch: Watch | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        self.rank, self.size, self.group, self.watch = rank, size, group, watch
+        self.rank, self.size, self.group, self.heartbeat = rank, size, group, heartbeat
 
     @property
     def is_first(self) -> bool:
@@ -43,27 +43,27 @@ class World:
         return self.rank == 0
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """Call on the first rank alone. All return what it returned, or raise what it raised."""
+        """Call a function on the first rank; return its result, or raise its error, on all."""
         if self.group is None:
             return function()
-        told: list[Any] = [_outcome(function) if self.is_first else None]
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        result: T = _settle(told[0])
+        sent: list[Any] = [_outcome(function) if self.is_first else None]
+        dist.broadcast_object_list(sent, src=0, group=self.group)
+        result: T = _unwrap(sent[0])
         return result
 
     def first_before_others(self, function: Callable[[], T]) -> T:
-        """Call on the first rank, and then on the others, which find what it has made."""
+        """Call a function on the first rank, then on the others, which find what it has made."""
         made: list[T] = []
         self.from_first(lambda: made.append(function()))
         return made[0] if self.is_first else function()
 
     def from_each(self, function: Callable[[], T]) -> list[T]:
-        """Call on every rank. All return what each returned, or raise what the first one raised."""
+        """Call a function on every rank; return all results, or raise the first error, on all."""
         if self.group is None:
             return [function()]
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, _outcome(function), group=self.group)
-        return [_settle(outcome) for outcome in told]
+        sent: list[Any] = [None] * self.size
+        dist.all_gather_object(sent, _outcome(function), group=self.group)
+        return [_unwrap(outcome) for outcome in sent]
 
     def total(self, *numbers: float) -> list[float]:
         """Return the sum over all ranks of each number, in float64."""
@@ -73,15 +73,15 @@ class World:
         """Return the largest of all ranks' numbers."""
         return int(self._reduce([number], dist.ReduceOp.MAX)[0])
 
-    def another(self) -> "World":
-        """Return the same ranks with messages of their own, for another thread."""
+    def with_own_group(self) -> "World":
+        """Return the same ranks with a process group of its own, for another thread."""
         if self.group is None:
             return self
-        return World(self.rank, self.size, dist.new_group(backend="gloo"), self.watch)
+        return World(self.rank, self.size, dist.new_group(backend="gloo"), self.heartbeat)
 
     def explain(self, error: Exception) -> Exception:
-        """Return the reason for an error: the loss of a rank, where that is what it comes from."""
-        return error if self.watch is None else self.watch.explain(error)
+        """Return the cause of an error: a lost rank if there is one, else the error itself."""
+        return error if self.heartbeat is None else self.heartbeat.explain(error)
 
     def _reduce(self, numbers: Any, operation: dist.ReduceOp.RedOpType) -> list[float]:
         values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
@@ -93,12 +93,12 @@ class World:
 
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """Join the other processes that torchrun started; without torchrun a process is alone.
+    """Join the other processes that torchrun started; without torchrun this process is alone.
 
-    A process group that is there already is used, and left there.
+    An existing process group is used and not destroyed.
 
     Args:
-        device: What this rank computes on.
+        device: Device of this rank.
     """
     found = dist.is_initialized()
     if (dist.get_world_size() if found else launched_ranks()) == 1:
@@ -107,18 +107,18 @@ def join_world(device: torch.device) -> Iterator[World]:
     if not found:
         _start_process_group(device)
     world = World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
-    with Watch.of(world.rank, world.from_each) as watch:
-        world.watch = watch
+    with Heartbeat.connect(world.rank, world.from_each) as heartbeat:
+        world.heartbeat = heartbeat
         yield world
-        watch.wait_for_all()
+        heartbeat.wait_for_all()
     if not found:
         dist.destroy_process_group()
 
 
 def _start_process_group(device: torch.device) -> None:
     store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    # torchrun's store outlives a restart (torch 2.13), and the addresses of ranks that are gone lie
-    # there: each start has keys of its own.
+    # torchrun's store outlives a restart (torch 2.13) and keeps the addresses of ranks that are
+    # gone, so each start has keys of its own.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -131,11 +131,11 @@ def _start_process_group(device: torch.device) -> None:
 def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
-    except Exception as error:  # noqa: BLE001  all ranks raise it
+    except Exception as error:  # noqa: BLE001  raised on all ranks
         return None, error
 
 
-def _settle(outcome: tuple[T, Exception | None]) -> T:
+def _unwrap(outcome: tuple[T, Exception | None]) -> T:
     result, error = outcome
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""What a recipe is, and how it divides a model between its method and AdamW."""
+"""What a recipe is: an optimizer as it is commonly run. Also how it splits a model with AdamW."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.optim.partition import Overrides
 
-Options = Mapping[str, Any]  # resolved: by name, as many as the recipe's defaults
+Options = Mapping[str, Any]  # resolved, by name: those in the recipe's defaults
 Groups = list[dict[str, Any]]
 
 PYTORCH_OPTIMIZER = "pytorch_optimizer"
@@ -23,11 +23,11 @@ class Recipe:
     name: str
     summary: str  # one line
     source: str  # of the defaults
-    defaults: Options  # those fields of `OptimizerConfig` that it takes
+    defaults: Options  # the fields of `OptimizerConfig` that it takes, with their values
     build: Callable[[nn.Module, Options], Optimizer]
-    can_shard: bool = False  # whether weights may lie in pieces on several ranks
-    can_release: bool = False  # whether it can take one gradient at a time, inside backward
-    package: str | None = None  # beyond torch, of the extra `experiments`
+    can_shard: bool = False  # whether weights may be sharded over ranks
+    can_release: bool = False  # whether it can apply one gradient at a time, inside backward
+    package: str | None = None  # that it needs besides torch, from the extra `experiments`
 
 
 def family_groups(
@@ -47,10 +47,10 @@ def family_groups(
     )
 
 
-def routed(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
-    """Return the groups of block matrices and those of the rest, as optimizers of torch take them.
+def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
+    """Return groups for torch's optimizers: of block matrices, and of all other parameters.
 
-    The rest is embeddings, output head, norms and biases.
+    The others are embeddings, output head, norms and biases.
     """
     matrices: Groups = []
     rest: Groups = []
@@ -61,15 +61,15 @@ def routed(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
 
 
 def betas(o: Options) -> tuple[float, float]:
-    """Return the decays of both means; those of Adam where the recipe takes none."""
+    """Return both of Adam's betas, with torch's defaults if the recipe takes none."""
     return o.get("beta1", 0.9), o.get("beta2", 0.999)
 
 
 def check_matrices(groups: Groups, method: str) -> None:
-    """Refuse parameters that are no matrices.
+    """Refuse parameters that are not matrices.
 
     Raises:
-        ValueError: With the name of the first, after what ``method`` says.
+        ValueError: With the name of the first one; the message begins with ``method``.
     """
     for group in groups:
         for i, param in enumerate(group["params"]):

@@ -1,11 +1,11 @@
-"""The ranks as a grid, dp_replicate × dp_shard × tp, and a model divided over it.
+"""The ranks as a grid, dp_replicate × dp_shard × tp, and a model sharded over it.
 
-Tensor parallelism comes first, and FSDP2 divides what it leaves. FSDP2 divides any model; tensor
-parallelism knows the blocks of a LLaMA. Between blocks each rank of a tp group holds the hidden
-states of t/tp of the tokens, so that norms and sums are divided, too (Korthikanti et al.,
-https://arxiv.org/abs/2205.05198).
+Tensor parallelism is applied first, and FSDP2 shards what it leaves. FSDP2 works for any model;
+tensor parallelism is implemented for the blocks of a LLaMA. Between blocks each rank of a tp group
+holds the hidden states of t/tp of the tokens, so that norms and sums are divided, too (Korthikanti
+et al., https://arxiv.org/abs/2205.05198).
 
-Shapes, everywhere in this file:
+Shapes:
     b: sequences in the batch
     t: tokens in a sequence
     h: hidden size
@@ -31,35 +31,35 @@ from torch.distributed.tensor.parallel import (
 
 from sinkgd.lab.models import LanguageModel, Llama
 from sinkgd.lab.train.config import ConfigError, MeshConfig
-from sinkgd.lab.train.parallel.world import World
+from sinkgd.lab.train.world import World
 
 DIMENSIONS = ("dp_replicate", "dp_shard", "tp")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where a run computes: a device, alone or among others."""
+    """Where a run computes: on one device, or on many ranks."""
 
     device: torch.device  # of this rank
     world: World
-    grid: DeviceMesh | None = None  # of `DIMENSIONS`; None where the process is alone
+    grid: DeviceMesh | None = None  # with `DIMENSIONS`; None for a single process
 
     @property
     def parts(self) -> int:
-        """Into how many parts a batch is divided."""
+        """Number of parts that a batch is divided into."""
         return 1 if self.grid is None else self.grid.size(0) * self.grid.size(1)
 
     @property
     def part(self) -> int:
-        """Which of them is this rank's; the ranks of one tp group share one."""
+        """Index of this rank's part; the ranks of one tp group share a part."""
         if self.grid is None:
             return 0
-        replica, shard, _ = self._place
+        replica, shard, _ = self._coordinate
         return replica * self.grid.size(1) + shard
 
     @property
     def data(self) -> DeviceMesh:
-        """The ranks over which weights and batch are divided, with their replicas if any."""
+        """The ranks over which weights and batch are divided, including replicas."""
         assert self.grid is not None, "the process is alone"
         return (
             self.grid["dp_replicate", "dp_shard"]
@@ -75,14 +75,14 @@ class Mesh:
 
     def total(self, *numbers: float) -> list[float]:
         """Return sums over the parts of the batch; a collective call."""
-        counts = self.grid is None or self._place[2] == 0  # one rank of a tp group
+        counts = self.grid is None or self._coordinate[2] == 0  # count one rank of each tp group
         return self.world.total(*(number if counts else 0.0 for number in numbers))
 
     @property
-    def _place(self) -> tuple[int, int, int]:
+    def _coordinate(self) -> tuple[int, int, int]:
         assert self.grid is not None, "the process is alone"
-        place: Any = self.grid.get_coordinate()
-        return tuple(place)
+        coordinate: Any = self.grid.get_coordinate()
+        return tuple(coordinate)
 
 
 def form_mesh(config: MeshConfig, world: World, device: torch.device) -> Mesh:
@@ -124,14 +124,14 @@ _TOKENS = Shard(1)  # of (b, t, h)
 
 
 def shard_model(model: LanguageModel, mesh: Mesh) -> None:
-    """Divide a model among the ranks, in place; a process that is alone keeps it whole.
+    """Shard a model over the ranks, in place; a single process keeps it whole.
 
     Args:
-        model: On the meta device: its weights are drawn when each rank has its pieces.
-        mesh: Which ranks share what.
+        model: On the meta device; its weights are initialized after sharding.
+        mesh: The ranks.
 
     Raises:
-        ConfigError: If heads or tokens cannot be divided by tp, or tp does not know the model.
+        ConfigError: If tp does not divide heads or tokens, or does not support the model.
     """
     if mesh.grid is None:
         return
@@ -142,7 +142,7 @@ def shard_model(model: LanguageModel, mesh: Mesh) -> None:
                 f"model is a {type(model).__name__}; use mesh.tp 1 and mesh.dp_shard"
             )
         _check_divisible(model, mesh.grid["tp"].size())
-        _divide_matrices(model, mesh.grid["tp"])
+        _shard_matrices(model, mesh.grid["tp"])
     for layer in model.blocks:
         fully_shard(layer, mesh=mesh.data)
     fully_shard(model, mesh=mesh.data)
@@ -160,7 +160,7 @@ def _check_divisible(model: Llama, ranks: int) -> None:
             )
 
 
-def _divide_matrices(model: Llama, ranks: DeviceMesh) -> None:
+def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
     parallelize_module(
         model,
         ranks,
@@ -180,8 +180,8 @@ def _divide_matrices(model: Llama, ranks: DeviceMesh) -> None:
 
 
 def _block() -> dict[str, ParallelStyle]:
-    """Return how a block is divided: matrices that read all tokens by rows, then by columns."""
-    # A width that ranks do not divide, such as 5461, must travel with its true size.
+    """Return how to shard a block: matrices that read all tokens by rows, others by columns."""
+    # A width that the ranks do not divide, such as 5461, needs a DTensor to keep its true size.
     inner = ColwiseParallel(use_local_output=False)
     return {
         "input_layernorm": SequenceParallel(),
@@ -199,7 +199,7 @@ def _block() -> dict[str, ParallelStyle]:
 
 
 def _gather_tokens(inputs: int) -> PrepareModuleInput:
-    """Give a module all tokens; of its inputs only the first has any."""
+    """Gather all tokens for a module; only its first input has tokens."""
     others = (None,) * (inputs - 1)
     return PrepareModuleInput(
         input_layouts=(_TOKENS, *others), desired_input_layouts=(Replicate(), *others)

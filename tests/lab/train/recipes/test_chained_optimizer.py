@@ -1,4 +1,4 @@
-"""Several optimizers are one: its groups and its state are theirs; nothing is lost on the way."""
+"""A chained optimizer is one: its groups and its state are those of its parts; nothing is lost."""
 
 import pytest
 import pytorch_optimizer
@@ -9,14 +9,14 @@ from lab.train.recipes.tiny import built, soon, tiny_model, train
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import RECIPES
-from sinkgd.lab.train.recipes.several import Several
+from sinkgd.lab.train.recipes.chained_optimizer import ChainedOptimizer
 from sinkgd.lab.train.resolve import check_ranks
 
 
 def pair():
     matrix, vector = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
     parts = [torch.optim.Muon([matrix], lr=0.1), torch.optim.AdamW([vector], lr=0.2)]
-    return matrix, vector, Several(parts)
+    return matrix, vector, ChainedOptimizer(parts)
 
 
 def stepped(matrix, vector, optimizer):
@@ -72,7 +72,7 @@ def test_a_closure_is_called_once():
 def test_a_parameter_in_two_parts_is_refused():
     matrix = nn.Parameter(torch.ones(4, 4))
     with pytest.raises(ValueError, match="more than one parameter group"):
-        Several([torch.optim.Muon([matrix]), torch.optim.AdamW([matrix])])
+        ChainedOptimizer([torch.optim.Muon([matrix]), torch.optim.AdamW([matrix])])
 
 
 def test_a_group_that_no_part_would_step_is_refused():
@@ -92,7 +92,7 @@ def test_projections_are_counted(recipe):
 
 
 def test_the_library_itself_forgets_its_projections_or_pickles_them():
-    """Why projections are moved; should this fail, `Projected` is not needed any more."""
+    """Why projections are moved; should this fail, `WithProjections` is not needed any more."""
     weight = nn.Parameter(torch.ones(8, 4))
     projection = {"rank": 2, "update_proj_gap": 200, "scale": 1.0, "projection_type": "std"}
     optimizer = pytorch_optimizer.GaLore([{"params": [weight], **projection}])

@@ -1,8 +1,9 @@
-"""Several optimizers as one: what schedules, checkpoints and meters see is one of torch's.
+"""Several optimizers that step as one, and wrappers for optimizers of pytorch-optimizer.
 
-Some of pytorch-optimizer's keep what a run needs to go on where no checkpoint looks: projections
-inside objects, a count of steps beside the groups. Here it is moved to the state and to the groups
-between steps, so that the whole state is tensors.
+Schedulers, checkpoints and meters see a single optimizer. Some optimizers of pytorch-optimizer keep
+what a resumed run needs outside the state: projections inside objects, a step count beside the
+groups. The wrappers here move it to the state and to the groups between steps, so that checkpoints
+hold all of it as tensors and numbers.
 """
 
 import importlib
@@ -15,16 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.lab.train.recipes.contract import PYTORCH_OPTIMIZER
+from sinkgd.lab.train.recipes.recipe import PYTORCH_OPTIMIZER
 
 
-class Several(Optimizer):
+class ChainedOptimizer(Optimizer):
     """Steps with several optimizers, one after the other.
 
-    Its groups are theirs, the very same dicts, in their order, and all share one ``state``.
+    Its groups are the same dicts as theirs, in order, and all share one ``state``.
 
     Args:
-        parts: Optimizers of parameters that do not overlap.
+        parts: Optimizers with disjoint parameters.
 
     Raises:
         ValueError: If a parameter is in two of them.
@@ -32,7 +33,7 @@ class Several(Optimizer):
     Examples:
         >>> import torch
         >>> matrix, bias = torch.nn.Linear(2, 2).parameters()
-        >>> both = Several([torch.optim.Muon([matrix]), torch.optim.AdamW([bias], lr=0.1)])
+        >>> both = ChainedOptimizer([torch.optim.Muon([matrix]), torch.optim.AdamW([bias], lr=0.1)])
         >>> [group["lr"] for group in both.param_groups]
         [0.001, 0.1]
     """
@@ -46,7 +47,7 @@ class Several(Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Let every part step.
+        """Step with every part.
 
         Args:
             closure: Computes the loss again and returns it; called once, first.
@@ -63,22 +64,24 @@ class Several(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, and hand it on to the parts."""
+        """Load what ``state_dict`` returned, and share it with the parts."""
         super().load_state_dict(state_dict)
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a group after construction: no part would step with it.
+        """Refuse a group after construction, because no part would step with it.
 
         Raises:
             TypeError: After construction.
         """
         if self.parts:
-            raise TypeError("Several takes no further groups; add it to one of the parts first")
+            raise TypeError(
+                "ChainedOptimizer takes no further groups; add it to one of the parts first"
+            )
         super().add_param_group(param_group)
 
     def _share(self) -> None:
-        """Give each part its groups, and all of them one state."""
+        """Give each part its groups, and all parts one state."""
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict, self.state)
         first = 0
         for part in self.parts:
@@ -89,7 +92,7 @@ class Several(Optimizer):
         self.state = state
 
 
-def published(name: str) -> Callable[..., Optimizer]:
+def from_pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
     """Return a class of pytorch-optimizer.
 
     Raises:
@@ -106,18 +109,18 @@ def published(name: str) -> Callable[..., Optimizer]:
     return found
 
 
-class Projected(Several):
-    """A GaLore or a Fira whose projections are tensors of the state, and count as such.
+class WithProjections(ChainedOptimizer):
+    """A GaLore or a Fira whose projections are tensors in the state, and are counted there.
 
     Args:
-        part: The optimizer; groups with a ``rank`` are projected.
+        part: The optimizer; gradients of groups with a ``rank`` are projected.
     """
 
     def __init__(self, part: Optimizer) -> None:
         super().__init__([part])
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Let the optimizer step with its projectors in place."""
+        """Step with the projectors restored from the state."""
         for group, state in self._projected():
             if "projection" in state:
                 state["projector"] = self._projector(group, state.pop("projection"))
@@ -145,8 +148,8 @@ class Projected(Several):
         return projector
 
 
-class Counted(Several):
-    """A StableSPAM whose count of steps is in its groups.
+class WithStepCount(ChainedOptimizer):
+    """A StableSPAM whose step count is kept in its groups.
 
     Args:
         part: The optimizer.
@@ -158,7 +161,7 @@ class Counted(Several):
             group["total_step"] = 0
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Let the optimizer step with its count in place."""
+        """Step with the count restored from the groups."""
         (part,) = self.parts
         part.total_step = self.param_groups[0]["total_step"]  # type: ignore[attr-defined]
         loss = super().step(closure)

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from sinkgd.lab.train import interrupt as module
-from sinkgd.lab.train.interrupt import Interrupt, exit_code
+from sinkgd.lab import launch as module
+from sinkgd.lab.launch import Interrupt, exit_code
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_signals_in_a_burst_are_one_wish():
 
 
 def test_a_later_ctrl_c_acts_at_once(monkeypatch):
-    monkeypatch.setattr(module, "_SAME_WISH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_SAME_REQUEST_SECONDS", 0.0)
     with Interrupt():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

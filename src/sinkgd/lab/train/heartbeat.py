@@ -1,8 +1,8 @@
-"""Signs of life: every rank gives one now and then, and looks for those of the others.
+"""Heartbeats between ranks, to detect ranks that are lost.
 
-A rank that died or hangs shows to the others as a broken connection, or not at all. Here it gets a
-name, and its end is theirs: nobody waits for it forever. A rank that is only slow goes on giving
-signs, for a thread of its own does that.
+A rank that dies or hangs appears to the others as a broken connection, or not at all. Heartbeats
+name it and end the other processes, so that nobody waits forever. A rank that is merely slow keeps
+sending heartbeats, because a thread of its own does that.
 """
 
 import os
@@ -24,9 +24,9 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
-BEAT_SECONDS = 2.0  # between two signs of life
-PATIENCE_SECONDS = 20.0  # without one, after which a rank is lost
-GRACE_SECONDS = 5.0  # for the program to end by itself, once a rank is known to be lost
+BEAT_SECONDS = 2.0  # between two heartbeats
+PATIENCE_SECONDS = 20.0  # without a heartbeat, after which a rank is lost
+GRACE_SECONDS = 5.0  # for the program to end by itself once a rank is known to be lost
 _POLL_SECONDS = 0.05
 _FAILED = "failed: "
 _LEAVING = "leaving"
@@ -38,7 +38,7 @@ class LostRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank, for people."""
+    """A rank, as messages describe it."""
 
     number: int
     host: str
@@ -48,7 +48,7 @@ class Rank:
         return f"rank {self.number} ({self.host}, process {self.process})"
 
     def is_gone(self) -> bool:
-        """Whether its process has ended, as far as can be known: on this host."""
+        """Whether its process has ended; False if it runs on another host."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -60,30 +60,30 @@ class Rank:
         return False
 
 
-class Watch:
-    """Finds lost ranks from a thread of its own, and ends this process if it cannot go on.
+class Heartbeat:
+    """Detects lost ranks from a thread of its own, and ends this process if it cannot go on.
 
     Args:
-        store: Where signs of life are left, one key a rank; each rank has left its first.
+        store: Holds the heartbeats, one key a rank; each rank has written its first one.
         own: Number of this rank.
-        ranks: All of them.
+        ranks: All ranks.
     """
 
     def __init__(self, store: Store, own: int, ranks: Sequence[Rank]) -> None:
-        self.last_words: Callable[[str], None] = lambda _: None  # before this process is ended
+        self.before_exit: Callable[[str], None] = lambda _: None  # called with the reason
         self._store, self._own, self._ranks = store, own, ranks
         self._found, self._ended = threading.Event(), threading.Event()
         self._lost: LostRankError | None = None
         self._explained: Exception | None = None
-        self._thread = threading.Thread(target=self._keep_watch, daemon=True)
+        self._thread = threading.Thread(target=self._monitor, daemon=True)
 
     @classmethod
-    def of(cls, own: int, from_each: Callable[[Callable[[], Any]], list[Any]]) -> Self:
-        """Watch over the ranks of torchrun, whose store outlives each of them.
+    def connect(cls, own: int, from_each: Callable[[Callable[[], Any]], list[Any]]) -> Self:
+        """Connect to the store of torchrun, which outlives each of the ranks.
 
         Args:
             own: Number of this rank.
-            from_each: Returns what every rank says.
+            from_each: Calls a function on every rank and returns all results.
         """
         server = TCPStore(
             os.environ["MASTER_ADDR"],
@@ -91,9 +91,9 @@ class Watch:
             is_master=False,
             timeout=timedelta(seconds=PATIENCE_SECONDS),
         )
-        # The store outlives runs, too: each has keys of its own.
+        # The store also outlives runs, so each run has keys of its own.
         first, *_ = from_each(lambda: uuid.uuid4().hex)
-        store = PrefixStore(f"sinkgd/watch/{first}", server)
+        store = PrefixStore(f"sinkgd/heartbeat/{first}", server)
         store.set(_key(own), "0")
         return cls(store, own, from_each(lambda: Rank(own, socket.gethostname(), os.getpid())))
 
@@ -107,25 +107,25 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Look no longer."""
+        """Stop the thread."""
         self._ended.set()
         self._thread.join()
 
     def wait_for_all(self) -> None:
-        """Wait until every rank has come here, after which none needs an answer of another.
+        """Wait until every rank has called this, after which no rank needs another.
 
-        Not by a barrier of the process group: a rank that leaves first would break the connection
-        on which another still waits.
+        A barrier of the process group would not do: a rank that leaves first would break the
+        connection on which another still waits.
         """
         self._store.add(_LEAVING, 1)
         while self._store.add(_LEAVING, 0) < len(self._ranks):
             time.sleep(_POLL_SECONDS)
 
     def explain(self, error: Exception) -> Exception:
-        """Return the reason for an error: the loss of a rank, where that is what it comes from.
+        """Return the cause of an error: a lost rank if there is one, else the error itself.
 
-        Where a connection broke, that waits until the rank behind it is known. Other errors are
-        this rank's own, and are told to the others.
+        After a broken connection this waits until the rank behind it is known. Any other error is
+        this rank's own, and the other ranks are told of it.
         """
         if error is self._explained:
             return error
@@ -137,46 +137,48 @@ class Watch:
         return self._explained
 
     def _behind_broken_connection(self) -> LostRankError | None:
-        # The thread that looks may itself be late where a machine is busy.
-        last_look = time.monotonic() + 1.5 * PATIENCE_SECONDS + 2 * BEAT_SECONDS
-        while not self._found.wait(_POLL_SECONDS) and time.monotonic() < last_look:
+        # The monitoring thread may itself be late on a busy machine.
+        deadline = time.monotonic() + 1.5 * PATIENCE_SECONDS + 2 * BEAT_SECONDS
+        while not self._found.wait(_POLL_SECONDS) and time.monotonic() < deadline:
             for rank in self._ranks:
                 if rank.is_gone():
                     return _loss(f"{rank} is lost: its process has ended")
         return self._lost
 
-    def _keep_watch(self) -> None:
-        seen = [("", time.monotonic())] * len(self._ranks)  # of each rank, and since when
+    def _monitor(self) -> None:
+        seen = [("", time.monotonic())] * len(
+            self._ranks
+        )  # last heartbeat of each rank, and its time
         beat = 0
         while not self._ended.wait(BEAT_SECONDS):
             beat += 1
             try:
-                signs = self._exchange_signs(beat)
+                beats = self._exchange_heartbeats(beat)
             except (RuntimeError, ConnectionError) as error:
                 self._end(f"the first node is lost, for its store does not answer: {error}")
                 return
             now = time.monotonic()
-            for i, sign in enumerate(signs):
-                if sign != seen[i][0]:
-                    seen[i] = sign, now
-            reason = self._reason(signs, [now - since for _, since in seen])
+            for i, received in enumerate(beats):
+                if received != seen[i][0]:
+                    seen[i] = received, now
+            reason = self._reason(beats, [now - since for _, since in seen])
             if reason is not None:
                 self._end(reason)
                 return
 
-    def _exchange_signs(self, beat: int) -> list[str]:
-        """Leave a sign, unless this rank failed and said so; return all."""
+    def _exchange_heartbeats(self, beat: int) -> list[str]:
+        """Write a heartbeat, unless this rank has reported a failure; return those of all ranks."""
         keys = [_key(rank.number) for rank in self._ranks]
         if self._explained is None:
             self._store.set(keys[self._own], str(beat))
-        return [sign.decode() for sign in self._store.multi_get(keys)]
+        return [received.decode() for received in self._store.multi_get(keys)]
 
-    def _reason(self, signs: Sequence[str], silent_seconds: Sequence[float]) -> str | None:
-        for rank, sign, seconds in zip(self._ranks, signs, silent_seconds, strict=True):
+    def _reason(self, beats: Sequence[str], silent_seconds: Sequence[float]) -> str | None:
+        for rank, received, seconds in zip(self._ranks, beats, silent_seconds, strict=True):
             if rank.number == self._own:
                 continue
-            if sign.startswith(_FAILED):
-                return f"{rank} {sign}"
+            if received.startswith(_FAILED):
+                return f"{rank} {received}"
             if seconds > PATIENCE_SECONDS:
                 return f"{rank} is lost: it gave no sign of life for {seconds:.0f} seconds"
         return None
@@ -184,8 +186,8 @@ class Watch:
     def _end(self, reason: str) -> None:
         self._lost = _loss(reason)
         self._found.set()
-        if not self._ended.wait(GRACE_SECONDS):  # a rank that waits for a lost one waits forever
-            self.last_words(str(self._lost))
+        if not self._ended.wait(GRACE_SECONDS):  # else this rank may wait forever for the lost one
+            self.before_exit(str(self._lost))
             sys.stderr.write(f"error: {self._lost}\n")
             sys.stderr.flush()
             os._exit(1)

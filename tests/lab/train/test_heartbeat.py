@@ -11,8 +11,8 @@ from torch.distributed import HashStore
 
 import torchrun
 from sinkgd.lab.results import Run
-from sinkgd.lab.train.parallel import LostRankError, watch
-from sinkgd.lab.train.parallel.watch import Rank, Watch
+from sinkgd.lab.train import heartbeat
+from sinkgd.lab.train.heartbeat import Heartbeat, LostRankError, Rank
 
 STEPS = 24
 
@@ -20,9 +20,9 @@ STEPS = 24
 @pytest.fixture
 def quick(monkeypatch):
     """Patience for tests."""
-    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 0.6)
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ RANKS = [Rank(0, "first-host", 10), Rank(1, "second-host", 11)]
 
 
 def watches(store):
-    return Watch(store, 0, RANKS), Watch(store, 1, RANKS)
+    return Heartbeat(store, 0, RANKS), Heartbeat(store, 1, RANKS)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_ranks_that_live_are_never_lost_however_slow(quick, store, ends):
 def test_a_silent_rank_ends_a_process_that_waits_for_it(quick, store, ends, capsys):
     first, _ = watches(store)
     words = []
-    first.last_words = words.append
+    first.before_exit = words.append
     with first:
         wait_until(lambda: ends)
     assert ends == [1]
@@ -91,12 +91,14 @@ def test_a_process_that_ended_on_this_host_is_named_at_once(store, monkeypatch):
     gone = os.spawnlp(os.P_NOWAIT, "true", "true")
     os.waitpid(gone, 0)
     ranks = [
-        Rank(0, watch.socket.gethostname(), os.getpid()),
-        Rank(1, watch.socket.gethostname(), gone),
+        Rank(0, heartbeat.socket.gethostname(), os.getpid()),
+        Rank(1, heartbeat.socket.gethostname(), gone),
     ]
     began = time.monotonic()
-    reason = Watch(store, 0, ranks).explain(RuntimeError("Connection closed by peer"))
-    assert str(reason).startswith(f"rank 1 ({watch.socket.gethostname()}, process {gone}) is lost")
+    reason = Heartbeat(store, 0, ranks).explain(RuntimeError("Connection closed by peer"))
+    assert str(reason).startswith(
+        f"rank 1 ({heartbeat.socket.gethostname()}, process {gone}) is lost"
+    )
     assert time.monotonic() - began < 2
 
 
@@ -124,7 +126,7 @@ def test_a_store_that_does_not_answer_ends_the_process(quick, ends):
     store = Gone()
     words = []
     first, _ = watches(store)
-    first.last_words = words.append
+    first.before_exit = words.append
     with first:
         wait_until(lambda: ends)
     assert "the first node is lost, for its store does not answer: Broken pipe" in words[0]

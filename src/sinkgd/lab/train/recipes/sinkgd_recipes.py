@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sinkgd
-from sinkgd.lab.train.recipes.contract import Options, Recipe, betas, family_groups
+from sinkgd.lab.train.recipes.recipe import Options, Recipe, betas, family_groups
 from sinkgd.norms import Norm
 from sinkgd.optim.partition import BETAS, DEFLATED_RANK, LR, MATRIX_LR_SCALE, Overrides
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
@@ -29,12 +29,12 @@ def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
-    """Give embeddings and output head to the algorithm that is asked for."""
+    """Return overrides that give embeddings and output head the requested algorithm."""
     lr = o["lr"] if o["tables_lr"] is None else o["tables_lr"]
     if o["tables"] == "adamw" and lr == o["lr"]:
         return None
     own = {"algorithm": o["tables"], "lr": lr}
-    if o["tables"] == "sinkgd":  # what block matrices do beside SR-Sinkhorn is not asked of tables
+    if o["tables"] == "sinkgd":  # tables get SR-Sinkhorn alone
         own |= {"momentum": 0.0, "operator_norm": None, "last": "column", "deflated_rank": 0}
     return {
         f"^{re.escape(name)}$": own
@@ -53,13 +53,13 @@ def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
     )
 
 
-# Names of the modules of a block, in the models of this laboratory.
-_SPARED = {"all": None, "attention": r"\.mlp\.", "mlp": r"\.(self_)?attn\."}
+# Patterns of the modules of a block that SWAN leaves to SR-Sinkhorn.
+_NOT_WHITENED = {"all": None, "attention": r"\.mlp\.", "mlp": r"\.(self_)?attn\."}
 
 
 def _swan(model: nn.Module, o: Options) -> Optimizer:
-    spared = _SPARED[o["whitened"]]
-    by_sinkhorn = None if spared is None else {spared: "sinkgd"}
+    not_whitened = _NOT_WHITENED[o["whitened"]]
+    by_sinkhorn = None if not_whitened is None else {not_whitened: "sinkgd"}
     return sinkgd.SWAN(
         family_groups(model, o, "swan", by_sinkhorn),
         newton_schulz_steps=int(o["newton_schulz_steps"]),
