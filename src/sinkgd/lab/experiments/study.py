@@ -11,8 +11,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
-from sinkgd.lab.train.config_file import nearest
+from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig, nearest
 
 if TYPE_CHECKING:
     from sinkgd.lab.experiments.charts import Identities
