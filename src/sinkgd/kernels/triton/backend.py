@@ -107,38 +107,43 @@ class TritonBackend(TwoHalves):
             return list(known[0])
         first = given or [None] * len(grads)
         results: dict[int, Scales] = {}
-        by_device: dict[torch.device, list[int]] = {}
+        groups: dict[tuple[torch.device, bool], list[tuple[int, Tensor]]] = {}
         for i, grad in enumerate(grads):
             check_start(grad, first[i])
             if support.readable(grad, first[i]):
-                by_device.setdefault(grad.device, []).append(i)
+                read = dense(grad)
+                fits = self.whole_rows and support.rows_fit(read)
+                groups.setdefault((grad.device, fits), []).append((i, read))
             else:
                 (results[i],) = EagerBackend().scales([grad], num_iters, tol=tol, starts=[first[i]])
-        for members in by_device.values():
-            own = [dense(grads[i]) for i in members], [first[i] for i in members]
-            results.update(zip(members, self._scales(*own, num_iters, tol), strict=True))
+        for (_, fits), members in groups.items():
+            scales_of = self._by_whole_rows if fits else self._by_halves
+            own = [read for _, read in members], [first[i] for i, _ in members]
+            for (i, _), scales in zip(members, scales_of(*own, num_iters, tol), strict=True):
+                results[i] = scales
         return [results[i] for i in range(len(grads))]
 
-    def _scales(
+    def _by_whole_rows(
         self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
-    ) -> list[Scales]:
-        fits = [self.whole_rows and support.rows_fit(grad) for grad in grads]
-        results: list[Scales | None] = [None] * len(grads)
-        for choice in set(fits):
-            members = [i for i, fit in enumerate(fits) if fit == choice]
-            own, first = [grads[i] for i in members], [starts[i] for i in members]
-            if choice:
-                found = self._run(
-                    DescentTensors(own, _some(first)), num_iters, tol, UpdateFactors()
-                )
-                assert found is not None, "all are readable"
-                scales: Sequence[Scales] = found[0]
-            else:
-                with self._lock, on(own[0].device):
-                    scales = self._by_halves(own, first, num_iters, tol)
-            for i, one in zip(members, scales, strict=True):
-                results[i] = one
-        return [scales for scales in results if scales is not None]
+    ) -> Sequence[Scales]:
+        tensors = DescentTensors(grads, _some(starts))
+        found = self._run(tensors, num_iters, tol, UpdateFactors())
+        assert found is not None, "all are readable"
+        return found[0]
+
+    def _by_halves(
+        self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
+    ) -> Sequence[Scales]:
+        device = grads[0].device
+        shapes = tuple(grad.shape for grad in grads)
+        with self._lock, on(device):
+            plan = plan_of_scales(tuple(map(operand_of, grads)), shapes, _bucket_bytes(device))
+            table = self._tables.table(plan.table, device)
+            addresses = self._addresses(grads, device), self._addresses(starts, device)
+            scratch = new_scratch(plan, num_iters, tol, device)
+            for bucket in plan.buckets:
+                find_scales(bucket, scratch, table, addresses, num_iters, tol)
+        return FlatScales(scratch.scales[0], shapes, plan.rows, plan.cols)
 
     def _run(
         self,
@@ -161,19 +166,6 @@ class TritonBackend(TwoHalves):
     def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         read = tuple(0 if x is None else x.data_ptr() for x in tensors)
         return self._tables.addresses(read, device)
-
-    def _by_halves(
-        self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
-    ) -> list[Scales]:
-        device = grads[0].device
-        shapes = tuple(grad.shape for grad in grads)
-        plan = plan_of_scales(tuple(map(operand_of, grads)), shapes, _bucket_bytes(device))
-        table = self._tables.table(plan.table, device)
-        addresses = self._addresses(grads, device), self._addresses(starts, device)
-        scratch = new_scratch(plan, num_iters, tol, device)
-        for bucket in plan.buckets:
-            find_scales(bucket, scratch, table, addresses, num_iters, tol)
-        return list(FlatScales(scratch.scales[0], shapes, plan.rows, plan.cols))
 
     def descend_(
         self,
