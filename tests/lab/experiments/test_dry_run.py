@@ -9,7 +9,7 @@ import tyro
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.experiment import Experiment
 from sinkgd.lab.experiments.studies import STUDIES
-from sinkgd.lab.experiments.studies.common import paper
+from sinkgd.lab.experiments.studies.settings import paper
 from sinkgd.lab.train.config import SharedConfig
 from sinkgd.lab.train.config_file import load_config
 
