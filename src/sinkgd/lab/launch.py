@@ -6,12 +6,18 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 from threading import Thread
+from typing import TypeVar
 
 STARTED_BY = "SINKGD_STARTED_BY"  # variable: the command that started this one as a part of it
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_STDERR = 2
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
@@ -74,3 +80,20 @@ def stop_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     Thread(target=watch, daemon=True).start()
+
+
+def in_fresh_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    """Call a top-level function of a module in a new process; raise here what it raises there.
+
+    Raises:
+        BrokenProcessPool: If the process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=stop_with_parent) as pool:
+        return pool.submit(_quietly, function, argument).result()
+
+
+def _quietly(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    # torch's profiler writes lines to the standard error that no setting turns off.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
+    return function(argument)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sinkgd.lab.bench.memory.measure import running_sum
+from sinkgd.lab.bench.bench_memory import running_sum
 from sinkgd.lab.data import Batch
 from sinkgd.lab.models import build_model
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory

@@ -69,7 +69,7 @@ class Compare:
 
     optimizers: str = "sinkgd,sinkgd-paper,adamw"
     """Recipes to compare, names with commas between, e.g. sinkgd,sinkgd-paper,swan,adamw,muon;
-    see docs/lab.md for all of them."""
+    see docs/recipes.md for all of them."""
 
     seeds: int = 1
     """Runs of each recipe, a count; their seeds go up from training.seed."""

@@ -283,9 +283,9 @@ def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
 def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     from rich.console import Console
 
-    from sinkgd.lab.bench.sheet import terminal_table
     from sinkgd.lab.experiments.dry_run import dry_run_table
     from sinkgd.lab.experiments.engine import read_begun
+    from sinkgd.lab.report.console import terminal_table
 
     read_begun(plan, folder)  # fails as the study itself would
     Console().print(terminal_table(dry_run_table(plan)))

@@ -95,12 +95,12 @@ class Plan:
 
         from rich.console import Console
 
-        from sinkgd.lab.bench.sheet import fitting_tables
         from sinkgd.lab.disk import claim_folder, write_whole
         from sinkgd.lab.plan import METHODS, make_plan
         from sinkgd.lab.plan.page import plan_page
         from sinkgd.lab.plan.plan import USUAL_METHODS, as_json
         from sinkgd.lab.plan.sheets import answer_lines, headline, plan_sheets
+        from sinkgd.lab.report.console import fitting_tables
 
         question = self._question()
         if self.out is not None:

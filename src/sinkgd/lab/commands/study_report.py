@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from sinkgd.lab.experiments.studies import find_study, scale
 
 if TYPE_CHECKING:
-    from sinkgd.lab.bench.sheet import Sheet
     from sinkgd.lab.experiments.studies.scale import Fit
     from sinkgd.lab.experiments.study_record import StudyRecord
     from sinkgd.lab.experiments.study_verdict import Verdict
+    from sinkgd.lab.report.console import TextTable
 
 PAGE_FILE = "report.html"
 
@@ -91,10 +91,10 @@ def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
     Console(soft_wrap=True, highlight=False, markup=False).print(f"\npage: {path}")
 
 
-def _print(tables: "Sequence[Sheet]", verdict: "Verdict") -> None:
+def _print(tables: "Sequence[TextTable]", verdict: "Verdict") -> None:
     from rich.console import Console
 
-    from sinkgd.lab.bench.sheet import terminal_table
+    from sinkgd.lab.report.console import terminal_table
 
     for sheet in tables:
         Console().print(terminal_table(sheet), "\n")

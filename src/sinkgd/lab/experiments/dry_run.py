@@ -10,11 +10,11 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.experiments.study import StudyPlan, Task
 from sinkgd.lab.models import LLAMAS, build_model
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
 from sinkgd.lab.plan.memory import rank_memory
+from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import count, size
 from sinkgd.lab.train.config import Precision, RunConfig
 from sinkgd.lab.train.device import weight_dtype
@@ -124,11 +124,11 @@ def _planned_peak(config: RunConfig) -> int | None:
     return rank_memory(work, Grid(), METHODS[name]).peak
 
 
-def dry_run_table(plan: StudyPlan) -> Sheet:
+def dry_run_table(plan: StudyPlan) -> TextTable:
     """Make the table of a dry run."""
     arms = dry_run(plan)
     total = sum(arm.runs * arm.tokens for arm in arms)
-    return Sheet(
+    return TextTable(
         title=f"{plan.study}, {plan.scale} scale: {plan.runs} runs",
         note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
         f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, from `sinkgd plan`; "

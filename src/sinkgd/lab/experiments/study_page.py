@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.experiments.studies import scale
 from sinkgd.lab.experiments.studies.scale import Fit, fits_table
 from sinkgd.lab.experiments.study import Study
@@ -17,6 +16,7 @@ from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.report import calculator_block, published_block
 from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.identity import identify
 from sinkgd.lab.report.measured_charts import measured_charts
 from sinkgd.lab.report.shell import render
@@ -117,8 +117,8 @@ def _schedule(plan: Mapping[str, Any]) -> str:
     )
 
 
-def _table(title: str, content: Mapping[str, Any]) -> Sheet:
-    return Sheet(title, "", ("setting", "value"), tuple(_rows(content)))
+def _table(title: str, content: Mapping[str, Any]) -> TextTable:
+    return TextTable(title, "", ("setting", "value"), tuple(_rows(content)))
 
 
 def _rows(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -4,22 +4,22 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.experiments.arms import point_words
 from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
+from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, loss, percent, size
 from sinkgd.lab.report.summary import Spread, summarize
 
 NOTHING = "–"
 
 
-def arms_table(results: StudyResults) -> Sheet:
+def arms_table(results: StudyResults) -> TextTable:
     """Make the table of arms: final losses at equal tokens and at equal seconds, speed, memory."""
     seconds = results.equal_seconds
     after = f"loss after {duration(seconds)}" if seconds else "loss at equal seconds"
-    return Sheet(
+    return TextTable(
         title="Arms",
         note="Losses are validation losses in nats per token, ± half the range over seeds. Equal "
         "seconds are those of the fastest arm; the schedules of slower ones were not over by then. "
@@ -40,11 +40,11 @@ def arms_table(results: StudyResults) -> Sheet:
     )
 
 
-def short_table(results: StudyResults) -> Sheet:
+def short_table(results: StudyResults) -> TextTable:
     """Make the table of arms with the columns that fit a terminal."""
     whole = arms_table(results)
     kept = (0, 1, 2, 3, 6, 9)
-    return Sheet(
+    return TextTable(
         title=whole.title,
         note="± half the range over seeds; losses in nats per token.",
         columns=tuple(whole.columns[i] for i in kept),
@@ -83,12 +83,12 @@ def _with_range(spread: Spread | None) -> str:
     return f"{loss(spread.mean)} ±{NO_BREAK}{(spread.high - spread.low) / 2:.3f}"
 
 
-def reach_tables(results: StudyResults) -> list[Sheet]:
+def reach_tables(results: StudyResults) -> list[TextTable]:
     """Make a table for each control: the cost of every arm to reach the control's final loss."""
     return [_reach_table(results, control) for control in results.controls if not control.diverged]
 
 
-def _reach_table(results: StudyResults, control: ArmResults) -> Sheet:
+def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
     name = control.arm.name
     analysis = results.analysis(name)
     rows = []
@@ -113,7 +113,7 @@ def _reach_table(results: StudyResults, control: ArmResults) -> Sheet:
             )
         )
     target = NOTHING if analysis.target is None else loss(analysis.target)
-    return Sheet(
+    return TextTable(
         title=f"To reach {name}’s final loss, {target}",
         note=f"Percentages are of what {name} took in all. Effective: its tokens, divided by the "
         "seconds an arm needs to reach its final loss.",
@@ -122,7 +122,7 @@ def _reach_table(results: StudyResults, control: ArmResults) -> Sheet:
     )
 
 
-def grid_table(results: StudyResults) -> Sheet:
+def grid_table(results: StudyResults) -> TextTable:
     """Make the table of every point of the grids."""
     rows = []
     for one in results.ranked:
@@ -131,7 +131,7 @@ def grid_table(results: StudyResults) -> Sheet:
             words = loss(result.loss) if math.isfinite(result.loss) else "diverged"
             point = point_words(result.point)
             rows.append((one.arm.name, point, words, "chosen" if chosen else ""))
-    return Sheet(
+    return TextTable(
         title="Every point of the grids",
         note=f"One run each, with seed {results.plan['tuning_seed']}, which no reported run has.",
         columns=("arm", "point", "loss", ""),
@@ -139,9 +139,9 @@ def grid_table(results: StudyResults) -> Sheet:
     )
 
 
-def sessions_table(record: StudyRecord) -> Sheet:
+def sessions_table(record: StudyRecord) -> TextTable:
     """Make the table of sessions: the time of each process, and its overhead over the runs."""
-    return Sheet(
+    return TextTable(
         title="Sessions",
         note="Overhead: time of jobs outside of training, as a share of the time of training. Jobs "
         f"without work while others ran are not counted.{_reused(record)}",
@@ -175,7 +175,7 @@ def _reused(record: StudyRecord) -> str:
 VERDICT_FILE = "verdict.md"  # in the study's folder
 
 
-def as_markdown(question: str, verdict: Verdict, tables: Sequence[Sheet], command: str) -> str:
+def as_markdown(question: str, verdict: Verdict, tables: Sequence[TextTable], command: str) -> str:
     """Format a study's question, verdict and tables as Markdown, the content of ``verdict.md``.
 
     Args:
@@ -186,7 +186,7 @@ def as_markdown(question: str, verdict: Verdict, tables: Sequence[Sheet], comman
 
     Examples:
         >>> verdict = Verdict("Yes.", ("A beats B.",), ("One seed.",))
-        >>> table = Sheet("Arms", "", ("arm", "loss"), (("A", "4.0"),))
+        >>> table = TextTable("Arms", "", ("arm", "loss"), (("A", "4.0"),))
         >>> print(as_markdown("Does it?", verdict, [table], "sinkgd experiment it"))
         # Does it?
         <BLANKLINE>
@@ -219,7 +219,7 @@ def _list(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def _markdown_table(table: Sheet) -> str:
+def _markdown_table(table: TextTable) -> str:
     rows = [table.columns, ("---",) * len(table.columns), *table.rows]
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     lines[1] = "|" + "---|" * len(table.columns)

@@ -55,7 +55,7 @@ class OptimizerConfig:
     """The optimizer. A value that is not given is the recipe's own."""
 
     recipe: str = "sinkgd"
-    """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw, muon, galore; see docs/lab.md."""
+    """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw or muon; see docs/recipes.md."""
     lr: float | None = None
     """Peak learning rate, of all that matrix_lr does not cover, weight units a step of RMS 1."""
     matrix_lr: float | None = None

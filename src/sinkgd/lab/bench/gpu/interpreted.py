@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sinkgd import kernels
+from sinkgd.lab.bench.bench_step import relative_error
 from sinkgd.lab.bench.contenders import ITERATIONS
 from sinkgd.lab.bench.gpu.launches import with_triton
 from sinkgd.lab.bench.gpu.loads import Readings, readings
 from sinkgd.lab.bench.gpu.own_process import output_of
 from sinkgd.lab.bench.gpu.variants import RANK
-from sinkgd.lab.bench.step.measure import relative_error
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.lab.disk import parse_json
 from sinkgd.optim.sinkgd import SinkGD

@@ -7,7 +7,6 @@ from importlib.metadata import version
 
 import torch
 
-from sinkgd.lab.bench.doubts import environment_before
 from sinkgd.lab.bench.gpu.interpreted import interpreted
 from sinkgd.lab.bench.gpu.sheets import Figure, GpuRecord
 from sinkgd.lab.bench.gpu.targets import (
@@ -19,7 +18,8 @@ from sinkgd.lab.bench.gpu.targets import (
     of_schedule,
 )
 from sinkgd.lab.bench.gpu.variants import USUAL, Variant, compiled
-from sinkgd.lab.bench.progress import Progress
+from sinkgd.lab.bench.interleaved import environment_with_load
+from sinkgd.lab.report.console import Progress
 
 INTERPRETER, HOST, SCHEDULE, CODE = "interpreter", "host", "schedule", "code"
 # The parts, and about how many seconds each takes; kernels of one target.
@@ -62,7 +62,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
     progress.end()
     return GpuRecord(
         command=plan.command,
-        environment=environment_before(torch.device("cpu")),
+        environment=environment_with_load(torch.device("cpu")),
         triton=version("triton"),
         figures=tuple(figures),
         missed=tuple(missed(variants)),

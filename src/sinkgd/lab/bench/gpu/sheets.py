@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinkgd.lab.bench.gpu.variants import Variant
-from sinkgd.lab.bench.sheet import Sheet
+from sinkgd.lab.report.console import TextTable
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class GpuRecord:
 _NOTHING = "–"
 
 
-def figure_sheet(record: GpuRecord) -> Sheet:
+def figure_sheet(record: GpuRecord) -> TextTable:
     """Make the table of targets."""
-    return Sheet(
+    return TextTable(
         title="A step on a GPU, counted without one",
         note=f"Nothing here is a time on a GPU. L = 5, bfloat16, triton {record.triton}; gpu.json "
         "says how each figure is counted.",
@@ -62,10 +62,10 @@ def figure_sheet(record: GpuRecord) -> Sheet:
     )
 
 
-def missed_sheet(record: GpuRecord) -> Sheet:
+def missed_sheet(record: GpuRecord) -> TextTable:
     """Make the table of kernels that miss a target, with how many variants each has."""
     counts = Counter((one.target, _short(one.variant), one.why) for one in record.missed)
-    return Sheet(
+    return TextTable(
         title="Kernels that miss a target",
         note=f"Of {len(record.variants)} variants; gpu.json has the steps that use each.",
         columns=("kernel, columns of its panel", "GPU", "variants", "why"),

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.experiments.study_record import STUDY_FILE
 from sinkgd.lab.experiments.study_verdict import Verdict
@@ -26,6 +25,7 @@ from sinkgd.lab.plan import (
     make_plan,
     rank_memory,
 )
+from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.cost import gpu_hours
 from sinkgd.lab.report.quantities import count, size
 from sinkgd.lab.results import ResultsError
@@ -166,10 +166,10 @@ _CAUTIONS = (
 )
 
 
-def fits_table(model: str, fits: Sequence[Fit]) -> Sheet:
+def fits_table(model: str, fits: Sequence[Fit]) -> TextTable:
     """Make a model's table."""
     own = [fit for fit in fits if fit.model == model]
-    return Sheet(
+    return TextTable(
         title=f"{model}: {count(own[0].parameters)} parameters",
         note="The fewest devices (H100 SXM, 72 of 80 GiB for training), the peak of one there, and "
         f"the device-hours for {count(TOKENS)} tokens.",

@@ -6,11 +6,10 @@ import pytest
 
 from lab.bench.synthetic import ENVIRONMENT, kernels_record, step_record, workload
 from lab.report.test_page import Parsed
-from sinkgd.lab.bench import loop
-from sinkgd.lab.bench.doubts import LOAD
-from sinkgd.lab.bench.page import kernels_page, step_page
-from sinkgd.lab.bench.quartiles import Quartiles
-from sinkgd.lab.bench.warnings import warnings_of
+from sinkgd.lab.bench import bench_loop as loop
+from sinkgd.lab.bench.bench_kernels import kernels_page, kernels_warnings
+from sinkgd.lab.bench.interleaved import LOAD, Quartiles
+from sinkgd.lab.bench.step_report import step_page, step_warnings
 
 
 def spread_out(found, *, width):
@@ -27,7 +26,7 @@ def test_rounds_that_spread_widely_give_no_headline(width, doubtful):
     text = Parsed(step_page(record)).text
     assert ("1.10 times as long" in text) != doubtful
     assert ("No ratio is given: the rounds spread too widely." in text) == doubtful
-    assert bool(warnings_of(record)) == doubtful
+    assert bool(step_warnings(record)) == doubtful
     assert ("Rounds spread widely on the matrices of llama-1b-layer" in text) == doubtful
 
 
@@ -45,7 +44,7 @@ def test_kernels_that_spread_widely_are_named(width, doubtful):
         for case in record.cases
     ]
     record = replace(record, cases=tuple(cases))
-    assert bool(warnings_of(record)) == doubtful
+    assert bool(kernels_warnings(record)) == doubtful
     case = record.cases[0]
     wanted = f"on {case.case}, {case.dtype}: {case.timings[0].backend}: "
     assert (wanted in Parsed(kernels_page(record)).text) == doubtful
@@ -63,4 +62,4 @@ def test_a_loaded_machine_is_said(load, loaded):
     record = step_record(workload(), environment=environment)
     text = Parsed(step_page(record)).text
     assert ("the machine was busy" in text) == loaded
-    assert any("load of 1.50 a core" in one for one in warnings_of(record)) == loaded
+    assert any("load of 1.50 a core" in one for one in step_warnings(record)) == loaded

@@ -1,7 +1,7 @@
-"""The training loop against a bare one: the same model, fused AdamW, and nothing else.
+"""`sinkgd bench loop`: the training loop against a bare one with the same model and fused AdamW.
 
-All contenders take turns in one process, a block of steps each, in an order that rotates, so that
-what else the machine does meets them alike. Figures are medians over the rounds.
+All loops run in one process and are timed in turn, a block of steps each, in an order that rotates.
+Whatever else the machine does then affects them alike. Figures are medians over the rounds.
 """
 
 import io
@@ -16,8 +16,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from sinkgd.lab.bench.doubts import doubts, environment_before, is_wide
-from sinkgd.lab.bench.quartiles import quartiles, ratios
+from sinkgd.lab.bench.interleaved import (
+    environment_with_load,
+    quartiles,
+    ratios,
+    reliability_warnings,
+    spreads_widely,
+)
 from sinkgd.lab.results import RESULTS_FILE, ResultsWriter
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig
 from sinkgd.lab.train.device import arithmetic, select_device, synchronize
@@ -37,19 +42,19 @@ class LoopSpeed:
     tokens_per_second: float  # median
     slowest: float  # tokens per second
     fastest: float  # tokens per second
-    of_bare: float  # median over the rounds of the ratio to the bare loop of that round
+    of_bare: float  # median over the rounds of the ratio to the bare loop
 
 
 @dataclass(frozen=True)
 class LoopBenchmark:
-    """The result."""
+    """One run of `sinkgd bench loop`."""
 
     contenders: tuple[LoopSpeed, ...]  # the bare loop first
     rounds: int
     steps_per_block: int
     tokens_per_step: int
     environment: dict[str, Any]
-    doubts: tuple[str, ...]  # why the ratios may not hold; empty where nothing is wrong
+    doubts: tuple[str, ...]  # warnings about the ratios; empty if they are reliable
 
 
 def bench_loop(
@@ -58,30 +63,30 @@ def bench_loop(
     *,
     rounds: int,
     steps_per_block: int,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
 ) -> LoopBenchmark:
     """Time the training loop with each of ``recipes`` against the bare loop.
 
     Args:
-        config: Model, text and batch; its optimizer and its number of steps are not used.
+        config: Model, text and batch; its optimizer and number of steps are ignored.
         recipes: Names of optimizers.
-        rounds: Blocks of each contender; one more is run first and not counted.
+        rounds: Blocks of each loop; one more is run first as a warm-up.
         steps_per_block: Optimizer steps in a block.
-        say: Told the progress, one line each time.
+        echo: Called with lines of text about the progress.
 
     Raises:
         ConfigError: If the configuration cannot run.
         DataError: If the text is missing, damaged or too small.
     """
-    environment = environment_before(select_device(config.training.device))
+    environment = environment_with_load(select_device(config.training.device))
     steps = (rounds + 1) * steps_per_block
-    jobs = {recipe: _job(config, recipe, steps, say) for recipe in recipes}
+    jobs = {recipe: _job(config, recipe, steps, echo) for recipe in recipes}
     with TemporaryDirectory() as folder:
-        loops: dict[str, Iterator[object]] = {BARE: _bare_steps(_job(config, "sgd", steps, say))}
+        loops: dict[str, Iterator[object]] = {BARE: _bare_steps(_job(config, "sgd", steps, echo))}
         for recipe, job in jobs.items():
             loops[f"sinkgd train, {recipe}"] = _recorded_steps(job, Path(folder))
         device = next(iter(jobs.values())).device
-        seconds = _time_in_turns(loops, rounds, steps_per_block, device, say)
+        seconds = _time_interleaved(loops, rounds, steps_per_block, device, echo)
     tokens = steps_per_block * config.tokens_per_step
     return LoopBenchmark(
         contenders=tuple(_summarize(name, seconds, tokens) for name in loops),
@@ -89,14 +94,14 @@ def bench_loop(
         steps_per_block=steps_per_block,
         tokens_per_step=config.tokens_per_step,
         environment=environment,
-        doubts=doubts(environment, {"training steps": _wide(seconds)}),
+        doubts=reliability_warnings(environment, {"training steps": _wide(seconds)}),
     )
 
 
-def _job(config: RunConfig, recipe: str, steps: int, say: Callable[[str], None]) -> Job:
+def _job(config: RunConfig, recipe: str, steps: int, echo: Callable[[str], None]) -> Job:
     training = replace(config.training, steps=steps)
     return set_up(
-        resolve(replace(config, training=training, optimizer=OptimizerConfig(recipe=recipe))), say
+        resolve(replace(config, training=training, optimizer=OptimizerConfig(recipe=recipe))), echo
     )
 
 
@@ -112,7 +117,7 @@ def _recorded_steps(job: Job, folder: Path) -> Iterator[None]:
 
 
 def _bare_steps(job: Job) -> Iterator[None]:
-    """Take steps with nothing but forward, backward and fused AdamW, always on one batch."""
+    """Take steps of forward, backward and fused AdamW alone, always on one batch."""
     model, precision = job.state.model, job.config.training.precision
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = job.batches.at(0)
@@ -127,18 +132,18 @@ def _bare_steps(job: Job) -> Iterator[None]:
         yield
 
 
-def _time_in_turns(
+def _time_interleaved(
     loops: dict[str, Iterator[object]],
     rounds: int,
     steps: int,
     device: torch.device,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
 ) -> dict[str, list[float]]:
     """Return each loop's seconds a block, one a round."""
     names = list(loops)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds + 1):
-        say(f"round {i} of {rounds}" if i else "warming up")
+        echo(f"round {i} of {rounds}" if i else "warming up")
         for name in names[i % len(names) :] + names[: i % len(names)]:
             synchronize(device)
             started = time.perf_counter()
@@ -151,7 +156,11 @@ def _time_in_turns(
 
 
 def _wide(seconds: dict[str, list[float]]) -> list[str]:
-    return [name for name, own in seconds.items() if is_wide(quartiles(ratios(own, seconds[BARE])))]
+    return [
+        name
+        for name, own in seconds.items()
+        if spreads_widely(quartiles(ratios(own, seconds[BARE])))
+    ]
 
 
 def _summarize(name: str, seconds: dict[str, list[float]], tokens: int) -> LoopSpeed:

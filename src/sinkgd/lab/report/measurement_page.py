@@ -1,16 +1,29 @@
-"""Charts of measurements: rows of dots on a logarithmic axis, rows of stacked bars, lines.
+"""Charts of measurements and of plans, and the page that shows them with their tables.
 
-A row is named above its marks, so that a phone has room for the words.
+There are dots on a logarithmic axis, stacked bars, and lines. The name of a row stands above its
+marks, so that it fits on a phone. A page is one HTML file that needs no network.
 """
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-from sinkgd.lab.bench.quartiles import Quartiles
-from sinkgd.lab.report.charts import Figure, axis, layout, row_height, row_words, rows_axis
+from sinkgd.lab.report.charts import (
+    Chart,
+    Figure,
+    axis,
+    layout,
+    row_height,
+    row_words,
+    rows_axis,
+)
+from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.shell import render
 
+_TEMPLATE = Path(__file__).parent / "measurement.html"
 _ROW = 54  # CSS pixels
 _MARKS = 0.16  # of a row: how far the marks lie below its middle
 _WORDS = 0.12  # of a row: how far the words stand above it
@@ -20,23 +33,76 @@ _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20,
 
 
 @dataclass(frozen=True)
+class PageContent:
+    """What the page of one measurement or plan shows."""
+
+    headline: str
+    footer: str
+    charts: Sequence[Chart]
+    tables: Sequence[TextTable]  # below the charts
+    first: Sequence[TextTable] = ()  # above them
+    details: Sequence[TextTable] = ()  # folded
+    answers: Sequence[str] = ()  # sentences below the headline
+    cautions: Sequence[str] = ()
+
+
+def measurement_page(
+    content: PageContent, *, title: str, environment: TextTable, command: str
+) -> str:
+    """Make the page's HTML.
+
+    Args:
+        content: What it shows.
+        title: Title of the document.
+        environment: Where it was measured, or what was assumed.
+        command: A command that makes the page again.
+    """
+    return render(
+        _TEMPLATE,
+        title=title,
+        charts=content.charts,
+        filters={},
+        content=content,
+        environment=environment,
+        command=command,
+    )
+
+
+def environment_table(environment: Mapping[str, Any]) -> TextTable:
+    """Make the table of the versions and the hardware that a measurement ran on."""
+    rows = tuple((name, str(value)) for name, value in environment.items())
+    return TextTable("Environment", "", ("what", "value"), rows)
+
+
+class HasQuartiles(Protocol):
+    """A median with its quartiles."""
+
+    @property
+    def lower(self) -> float: ...  # noqa: D102
+    @property
+    def median(self) -> float: ...  # noqa: D102
+    @property
+    def upper(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
 class Series:
     """Marks of one color."""
 
     name: str
-    color: int  # its place among the colors and symbols, the same from chart to chart
-    points: dict[int, Quartiles]  # by row
-    floors: dict[int, float] = field(default_factory=dict)  # by row
+    color: int  # index of its color and symbol, the same in every chart
+    points: Mapping[int, HasQuartiles]  # by row
+    floors: Mapping[int, float] = field(default_factory=dict)  # by row
 
 
 def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) -> Figure:
-    """Draw medians as dots with quartiles as whiskers, floors as strokes, on a logarithmic axis.
+    """Draw medians as dots, quartiles as whiskers and floors as strokes, on a logarithmic axis.
 
     Args:
-        rows: Their names, from the top.
-        series: Their marks.
-        unit: Of the axis.
-        one: What the line at 1 is.
+        rows: Names of the rows, from the top.
+        series: Marks, one series a color.
+        unit: Unit of the axis.
+        one: What the line at 1 stands for.
     """
     spreads = [spread for one_series in series for spread in one_series.points.values()]
     values = [end for spread in spreads for end in (spread.lower, spread.upper)]
@@ -67,13 +133,13 @@ def stacked_bars(
     *,
     unit: str = "× the parameters",
 ) -> Figure:
-    """Draw a bar a row, its parts one after the other.
+    """Draw one bar a row, divided into parts.
 
     Args:
-        rows: Their names, from the top.
-        words: What is written beside a name.
-        parts: Name, strength of the color and lengths, one a row.
-        unit: Of the lengths.
+        rows: Names of the rows, from the top.
+        words: Text beside each name.
+        parts: Name, strength of the color, and one length a row.
+        unit: Unit of the lengths.
     """
     longest = max((sum(lengths) for lengths in zip(*(p[2] for p in parts), strict=True)), default=1)
     annotations = [
@@ -108,7 +174,7 @@ def stacked_bars(
 def lines(
     places: Sequence[float], series: Sequence[tuple[str, Sequence[float]]], *, x: str, y: str
 ) -> Figure:
-    """Draw a line a series over places that double, each of which has a tick."""
+    """Draw one line a series over positions on a logarithmic axis, with a tick at each."""
     return {
         "data": [
             {
@@ -179,7 +245,7 @@ def _strokes(series: Series) -> Figure:
 
 def _log_axis(title: str, low: float, high: float) -> Figure:
     ticks = [tick for tick in _TICKS if low <= tick <= high]
-    if len(ticks) > 7:  # a phone has no room for more
+    if len(ticks) > 7:  # more do not fit on a phone
         ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
     return axis(
         title,

@@ -1,13 +1,113 @@
-"""What a step of SinkGD is to reach, and whether it did.
+"""What `sinkgd bench step` records, and whether it meets the targets of SinkGD.
 
-Ratios to AdamW are to its fused step in the same type and the same round.
+Times are seconds and sizes bytes. Ratios to AdamW are to its fused step, in the same type and in
+the same round.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from sinkgd.lab.bench.contenders import ITERATIONS, hybrid_name, our_name
-from sinkgd.lab.bench.step.records import StepRecord, TargetResult, Timing
+from sinkgd.lab.bench.interleaved import Bandwidth, Quartiles
+from sinkgd.lab.bench.memory_report import MemoryUse
+
+
+@dataclass(frozen=True)
+class Timing:
+    """An optimizer's steps on one workload."""
+
+    name: str
+    title: str
+    seconds: tuple[float | None, ...]  # of a step, one a round; None in rounds left out
+    step_seconds: Quartiles
+    of_adamw: Quartiles  # ratio to fused AdamW in the same round
+    of_floor: Quartiles | None  # ratio to its floor in the same round
+    floor_bytes: int | None  # that a step must move at least
+    floor_of_adamw: float | None  # median ratio of its floor to fused AdamW
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Something that was not measured, and why."""
+
+    name: str
+    title: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class WorkloadTiming:
+    """All optimizers on one workload in one type."""
+
+    workload: str
+    title: str
+    dtype: str
+    matrices: int
+    entries: int
+    timings: tuple[Timing, ...]  # fused AdamW first
+    absent: tuple[Absent, ...]
+    bandwidths: tuple[Bandwidth, ...]
+    bandwidth: str  # the name of the fastest, from which floors are computed
+
+    def timing(self, name: str) -> Timing | None:
+        """Return an optimizer's row, if it has one."""
+        return next((timing for timing in self.timings if timing.name == name), None)
+
+
+@dataclass(frozen=True)
+class FirstCall:
+    """A backend's first call of `sinkgd.sinkhorn_scales` in a fresh process, compiling included."""
+
+    backend: str
+    cold_seconds: float  # with an empty cache of compiled code
+    warm_seconds: tuple[float, ...]  # with the cache that the cold call left, one a process
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The largest relative error of r·c over a workload's float32 gradients, against float64."""
+
+    backend: str
+    workload: str
+    iterations: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """A target and whether it was met."""
+
+    name: str
+    unit: str  # "×" for ratios
+    at_least: bool  # whether higher is better
+    target: float
+    stretch: float | None
+    measured: float | None  # None if what it needs was not measured
+    met: bool | None
+    stretch_met: bool | None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One run of `sinkgd bench step`."""
+
+    command: str
+    environment: dict[str, Any]
+    ours: str  # the backend that "auto" takes
+    rounds: int
+    workloads: tuple[WorkloadTiming, ...]
+    skipped: tuple[Absent, ...]  # whole workloads
+    first_calls: tuple[FirstCall, ...]
+    accuracies: tuple[Accuracy, ...]
+    scratch: tuple[MemoryUse, ...]
+    targets: tuple[TargetResult, ...]
+
+    def find(self, workload: str, dtype: str) -> WorkloadTiming | None:
+        """Return a workload's timings in a type, if it was timed."""
+        found = (w for w in self.workloads if (w.workload, w.dtype) == (workload, dtype))
+        return next(found, None)
+
 
 LAYER = "llama-1b-layer"
 SMALL = "llama-60m"
@@ -21,7 +121,7 @@ class Target:
     """A bound on one figure of a record."""
 
     name: str
-    measure: Measure  # None where what it needs was not measured
+    measure: Measure  # returns None if what it needs was not measured
     target: float
     stretch: float | None = None
     unit: str = "×"
@@ -72,7 +172,7 @@ def hybrid(record: StepRecord) -> float | None:
 
 
 def small_matrix_microseconds(record: StepRecord) -> float | None:
-    """Measure the step's time a matrix of 64×64, less its floor: the bytes at their bandwidth."""
+    """Measure a step's time for each 64×64 matrix, less its floor: the bytes at their bandwidth."""
     found = record.find("many-small", "float32")
     timing = _ours(record, "many-small", "float32", _FULL)
     if found is None or timing is None or timing.of_floor is None:
@@ -82,7 +182,7 @@ def small_matrix_microseconds(record: StepRecord) -> float | None:
 
 
 def scratch(record: StepRecord) -> float | None:
-    """Measure scratch as a part of 1 MiB + 4(m + n) bytes a thread; the worst counts."""
+    """Measure scratch as a fraction of 1 MiB + 4(m + n) bytes a thread; the largest counts."""
     ours = our_name(record.ours, _FULL)
     shares = [use.scratch_bytes / use.limit_bytes for use in record.scratch if use.name == ours]
     return max(shares, default=None)
@@ -128,7 +228,7 @@ TARGETS = (
 
 
 def evaluate(record: StepRecord) -> tuple[TargetResult, ...]:
-    """Compare a record with every target, those for which it has no figure included."""
+    """Compare a record with every target, including those for which it has no figure."""
     return tuple(_evaluate(target, target.measure(record)) for target in TARGETS)
 
 

@@ -1,21 +1,82 @@
-"""The figures of `sinkgd bench step` as tables and charts."""
+"""Tables, charts and page of `sinkgd bench step`."""
 
-from sinkgd.lab.bench.charts import Series, dots
-from sinkgd.lab.bench.contenders import ADAMW
-from sinkgd.lab.bench.quartiles import Quartiles
-from sinkgd.lab.bench.sheet import Sheet
-from sinkgd.lab.bench.step.records import StepRecord, TargetResult, Timing, WorkloadTiming
+from sinkgd.lab.bench.contenders import ADAMW, ITERATIONS, our_name
+from sinkgd.lab.bench.interleaved import (
+    INTERLEAVED_NOTE,
+    Quartiles,
+    is_loaded,
+    reliability_warnings,
+    spreads_widely,
+)
+from sinkgd.lab.bench.step_record import StepRecord, TargetResult, Timing, WorkloadTiming
 from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.measurement_page import (
+    PageContent,
+    Series,
+    dots,
+    environment_table,
+    measurement_page,
+)
 from sinkgd.lab.report.quantities import NO_BREAK
 
 NOTHING = "–"
 _DIGITS = 3
 
 
-def target_sheet(record: StepRecord) -> Sheet:
-    """Make the table of the targets, those for which everything needed was measured."""
+def step_page(record: StepRecord) -> str:
+    """Make the page of `sinkgd bench step`."""
+    tables = [*map(workload_table, record.workloads), check_table(record)]
+    content = PageContent(
+        headline=_headline(record),
+        cautions=step_warnings(record),
+        charts=step_charts(record),
+        tables=[table for table in tables if table.rows or table.absent],
+        first=[table for table in [target_table(record)] if table.rows],
+        details=[bandwidth_table(record)],
+        footer=INTERLEAVED_NOTE,
+    )
+    return measurement_page(
+        content,
+        title="sinkgd bench step",
+        environment=environment_table(record.environment),
+        command=record.command,
+    )
+
+
+def step_warnings(record: StepRecord) -> tuple[str, ...]:
+    """Return warnings about ratios that may not hold; empty if all are reliable."""
+    wide = {
+        f"{workload.title}, {workload.dtype}": [
+            one.title for one in workload.timings if spreads_widely(one.of_adamw)
+        ]
+        for workload in record.workloads
+    }
+    return reliability_warnings(record.environment, wide)
+
+
+def _headline(record: StepRecord) -> str:
+    if is_loaded(record.environment):
+        return "No ratio is given: the machine was busy when the measurement began."
+    unreliable = False
+    for workload in record.workloads:
+        timing = workload.timing(our_name(record.ours, ITERATIONS[0]))
+        if timing is not None and spreads_widely(timing.of_adamw):
+            unreliable = True
+        elif timing is not None:
+            return (
+                f"On {workload.title} a step of SinkGD takes {timing.of_adamw.median:.2f} times "
+                f"as long as fused AdamW’s, in {workload.dtype}."
+            )
+    if unreliable:
+        return "No ratio is given: the rounds spread too widely."
+    return "Optimizer steps against fused AdamW."
+
+
+def target_table(record: StepRecord) -> TextTable:
+    """Make the table of those targets for which everything needed was measured."""
     judged = [result for result in record.targets if result.measured is not None]
-    return Sheet(
+    return TextTable(
         title="Targets",
         note=f"SinkGD with the backend {record.ours}. This run measured {len(judged)} of "
         f"{len(record.targets)} targets.",
@@ -34,11 +95,11 @@ def target_sheet(record: StepRecord) -> Sheet:
     )
 
 
-def workload_sheet(workload: WorkloadTiming) -> Sheet:
-    """Make the table of one workload's timings, with those who are absent."""
+def workload_table(workload: WorkloadTiming) -> TextTable:
+    """Make the table of one workload's timings, with the absent optimizers."""
     best = next(b for b in workload.bandwidths if b.name == workload.bandwidth)
     rate = best.bytes_per_second.median / 1e9
-    return Sheet(
+    return TextTable(
         title=f"{workload.workload}, {workload.dtype}",
         note=f"{workload.title}: {workload.matrices:,} tensors, {workload.entries / 1e6:,.1f}M "
         f"entries. Medians and quartiles. Floor: the passes over memory that the method cannot do "
@@ -58,9 +119,9 @@ def workload_sheet(workload: WorkloadTiming) -> Sheet:
     )
 
 
-def bandwidth_sheet(record: StepRecord) -> Sheet:
+def bandwidth_table(record: StepRecord) -> TextTable:
     """Make the table of every operation that was tried as a measure of bandwidth."""
-    return Sheet(
+    return TextTable(
         title="Bandwidth",
         note="Operations that only pass over the matrices, in the same rounds; the fastest makes "
         "the floors.",
@@ -78,8 +139,8 @@ def bandwidth_sheet(record: StepRecord) -> Sheet:
     )
 
 
-def check_sheet(record: StepRecord) -> Sheet:
-    """Make the table of what is no timing of steps, and of what was skipped."""
+def check_table(record: StepRecord) -> TextTable:
+    """Make the table of everything besides timings of steps, and of what was skipped."""
     rows = [
         (
             f"first call, {call.backend}",
@@ -106,7 +167,7 @@ def check_sheet(record: StepRecord) -> Sheet:
         )
         for use in record.scratch
     ]
-    return Sheet(
+    return TextTable(
         title="Besides",
         note="",
         columns=("figure", "value", "what it is"),
@@ -166,11 +227,11 @@ def step_charts(record: StepRecord) -> list[Chart]:
 
 def _chart(record: StepRecord, dtype: str) -> Chart | None:
     workloads = [workload for workload in record.workloads if workload.dtype == dtype]
-    rows = dict.fromkeys(t.title for w in workloads for t in _others(w))
+    titles = dict.fromkeys(t.title for w in workloads for t in _others(w))
+    rows = {title: i for i, title in enumerate(titles)}
     if not rows:
         return None
     colors = list(dict.fromkeys(workload.workload for workload in record.workloads))
-    place = {title: i for i, title in enumerate(rows)}
     described = "; ".join(
         f"{workload.workload}: "
         + ", ".join(f"{t.title} {t.of_adamw.median:.2f}" for t in _others(workload))
@@ -185,7 +246,7 @@ def _chart(record: StepRecord, dtype: str) -> Chart | None:
         description=f"Ratios to fused AdamW. {described}.",
         figure=dots(
             list(rows),
-            [_series(workload, colors.index(workload.workload), place) for workload in workloads],
+            [_series(workload, colors.index(workload.workload), rows) for workload in workloads],
             unit="× the time of AdamW",
             one="AdamW, fused",
         ),
@@ -193,14 +254,14 @@ def _chart(record: StepRecord, dtype: str) -> Chart | None:
     )
 
 
-def _series(workload: WorkloadTiming, color: int, place: dict[str, int]) -> Series:
+def _series(workload: WorkloadTiming, color: int, rows: dict[str, int]) -> Series:
     others = _others(workload)
     return Series(
         workload.workload,
         color,
-        {place[timing.title]: timing.of_adamw for timing in others},
+        {rows[timing.title]: timing.of_adamw for timing in others},
         {
-            place[timing.title]: timing.floor_of_adamw
+            rows[timing.title]: timing.floor_of_adamw
             for timing in others
             if timing.floor_of_adamw is not None
         },
