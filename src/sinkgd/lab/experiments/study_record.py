@@ -1,11 +1,16 @@
-"""`study.jsonl`: all that a study has found, in few enough bytes to be committed.
+"""`study.jsonl`: all results of a study, in a file small enough to commit.
 
-Its first line is the plan; then comes a line for every run that ended, and one for every sitting.
-Page and verdict follow from it alone. Runs are thinned before they are kept.
+Its first line is the plan. Then follow a line for every finished run, and one for every session
+(kind "sitting"): one process's work at the study. Page and verdict are made from this file alone.
+
+Runs are thinned: of the training curve the file has one step per evaluation, with the mean loss and
+the mean times since the evaluation before; of a model's statistics it has the means over heads and
+blocks.
 """
 
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -36,28 +41,28 @@ class RunResult:
     tuning: bool
     point: Mapping[str, float]  # the tuned values; empty where nothing is tuned
     run: Run  # thinned
-    study: str = ""  # that trained it, where it was another than this one
+    study: str = ""  # the study that trained it, if another one
 
     @property
     def name(self) -> str:
-        """Of the run's folder."""
+        """Name of the run's folder."""
         return self.run.start.name
 
     @property
     def seed(self) -> int:
-        """Of the run's weights and order of text."""
+        """Seed of the run's weights and order of text."""
         return self.run.start.seed
 
     @property
     def loss(self) -> float:
-        """The final validation loss, nats per token; infinite where the run diverged."""
+        """The final validation loss, nats per token; infinite if the run diverged."""
         if not self.run.finished or not self.run.evaluations:
             return float("inf")
         last = self.run.evaluations[-1].val_loss
         return last if last == last else float("inf")  # noqa: PLR0124  NaN
 
 
-# Of a plan's first line, what pages and verdicts read; see `StudyPlan.as_json`.
+# The parts of the plan that pages and verdicts read; see `StudyPlan.as_json`.
 _PLAN = {
     "study": str,
     "scale": str,
@@ -71,19 +76,19 @@ _ARM = ("overrides", "tuned", "value", "control")
 
 
 @dataclass(frozen=True)
-class Sitting:
-    """One process's work at a study; its overhead follows from it."""
+class Session:
+    """One process's work at a study, with the times that give its overhead."""
 
     jobs: int
-    runs: int  # that ended in it
+    runs: int  # number of runs that ended in it
     wall_seconds: float
-    runs_wall_seconds: float  # added up, in this sitting; over those that a signal stopped, too
-    idle_seconds: float  # added up over jobs that had nothing to do while others ran
+    runs_wall_seconds: float  # sum over the session's runs, including those that a signal stopped
+    idle_seconds: float  # sum over jobs without work while others ran
     environment: Mapping[str, Any]
 
     @property
     def overhead(self) -> float | None:
-        """Return the time of jobs that no run used, as a part of what the runs took."""
+        """Return the time of jobs outside of runs, as a fraction of the time of the runs."""
         if self.runs_wall_seconds <= 0:
             return None
         held = self.jobs * self.wall_seconds - self.idle_seconds
@@ -92,19 +97,19 @@ class Sitting:
 
 @dataclass
 class StudyRecord:
-    """What stands in a study's file."""
+    """The content of a study's file."""
 
-    plan: dict[str, Any]  # as of `StudyPlan.as_json`
-    command: str  # that began it
+    plan: dict[str, Any]  # from `StudyPlan.as_json`
+    command: str  # the command that began the study
     runs: dict[str, RunResult] = field(default_factory=dict)  # by name
-    sittings: list[Sitting] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a study's file; a last line that a killed process left unfinished is passed over.
+        """Read a study's file; an unfinished last line of a killed process is skipped.
 
         Raises:
-            ResultsError: If the file is missing, or holds a line that is no record.
+            ResultsError: If the file is missing, or has a line that is not a record.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -126,7 +131,7 @@ class StudyRecord:
                     result = _run_from_json(content, path)
                     record.runs[result.name] = result
                 else:
-                    record.sittings.append(Sitting(**_without_kind(content)))
+                    record.sessions.append(Session(**_without_kind(content)))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ResultsError(
                     f"{path}:{i} is not a record of this version of sinkgd: {error!r}"
@@ -137,10 +142,10 @@ class StudyRecord:
 
 
 class StudyWriter:
-    """Appends to a study's file, each line whole and on the disk before the next run begins.
+    """Appends to a study's file; each line is whole and on the disk before the next run begins.
 
     Args:
-        path: The file. One that a killed process left with half a line is cut.
+        path: The file. An unfinished last line of a killed process is cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -155,12 +160,12 @@ class StudyWriter:
         self._write({"kind": "plan", "naming": NAMING, "command": command, "plan": plan})
 
     def add_run(self, result: RunResult) -> None:
-        """Write a run that ended."""
+        """Write a finished run."""
         self._write(_run_as_json(result))
 
-    def add_sitting(self, sitting: Sitting) -> None:
-        """Write how long this process took, and what of it the runs took."""
-        self._write({"kind": "sitting", **asdict(sitting)})
+    def add_session(self, session: Session) -> None:
+        """Write the times of this process's work."""
+        self._write({"kind": "sitting", **asdict(session)})
 
     def close(self) -> None:
         """Close the file."""
@@ -182,7 +187,7 @@ def _check_plan(plan: Mapping[str, Any]) -> None:
 
 
 def _run_as_json(result: RunResult) -> dict[str, Any]:
-    """Write a run; tables of figures are lists of rows, the environment stands with sittings."""
+    """Return a run as JSON; tables are lists of rows, and sessions have the environment."""
     run = result.run
     start = {key: value for key, value in asdict(run.start).items() if key != "environment"}
     return {
@@ -193,21 +198,21 @@ def _run_as_json(result: RunResult) -> dict[str, Any]:
         "start": start,
         "steps": [_rounded(row) for row in run.steps],
         "evaluations": [_rounded(row) for row in run.evaluations],
-        **({"statistics": _inner_as_json(run.statistics)} if run.statistics else {}),
+        **({"statistics": _statistics_as_json(run.statistics)} if run.statistics else {}),
         "end": asdict(run.end) if run.end else None,
         **({"study": result.study} if result.study else {}),
     }
 
 
-def _inner_as_json(inner: Sequence[ModelStatistics]) -> dict[str, Any]:
-    """Write a model's statistics: the names, and a row of step and values for each record."""
+def _statistics_as_json(records: Sequence[ModelStatistics]) -> dict[str, Any]:
+    """Return a model's statistics as names, and a row of step and values for each record."""
     return {
-        "names": list(inner[0].values),
-        "rows": [[one.step, *one.values.values()] for one in inner],
+        "names": list(records[0].values),
+        "rows": [[one.step, *one.values.values()] for one in records],
     }
 
 
-def _inner_from_json(content: Mapping[str, Any]) -> list[ModelStatistics]:
+def _statistics_from_json(content: Mapping[str, Any]) -> list[ModelStatistics]:
     names = content["names"]
     return [
         ModelStatistics(step, dict(zip(names, values, strict=True)))
@@ -216,7 +221,7 @@ def _inner_from_json(content: Mapping[str, Any]) -> list[ModelStatistics]:
 
 
 def _rounded(record: TrainStep | Evaluation) -> list[float | None]:
-    """Return the fields; all but losses are kept to six digits, which no clock is better than."""
+    """Return the fields; all but losses are rounded to six digits, the precision of the clock."""
     return [
         value
         if value is None or isinstance(value, int) or name.endswith("loss")
@@ -235,7 +240,7 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
         [checked(TrainStep(*row)) for row in content["steps"]],
         [checked(Evaluation(*row)) for row in content["evaluations"]],
         end,
-        _inner_from_json(content["statistics"]) if "statistics" in content else [],
+        _statistics_from_json(content["statistics"]) if "statistics" in content else [],
     )
     study = content.get("study", "")
     arm = name_now(content["arm"], content["start"].get("naming", 1))
@@ -244,3 +249,33 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
 
 def _without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "kind"}
+
+
+def thinned(run: Run) -> Run:
+    """Keep one step per evaluation, with the means over the steps since the evaluation before."""
+    steps, rest = [], run.steps
+    for evaluation in run.evaluations:
+        count = sum(1 for step in rest if step.step <= evaluation.step)
+        if count:
+            steps.append(_mean_step(rest[:count]))
+        rest = rest[count:]
+    kept = [ModelStatistics(one.step, _means(one.values)) for one in run.statistics]
+    return Run(run.path, run.start, steps, run.evaluations, run.end, kept)
+
+
+def _means(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in values.items() if name.endswith("/mean")}
+
+
+def _mean_step(steps: Sequence[TrainStep]) -> TrainStep:
+    last = steps[-1]
+    return TrainStep(
+        step=last.step,
+        tokens=last.tokens,
+        seconds=last.seconds,
+        loss=statistics.fmean(step.loss for step in steps),
+        lr=last.lr,
+        gradient_norm=statistics.fmean(step.gradient_norm for step in steps),
+        step_seconds=statistics.fmean(step.step_seconds for step in steps),
+        optimizer_seconds=statistics.fmean(step.optimizer_seconds for step in steps),
+    )

@@ -1,10 +1,11 @@
-"""What a study found, arm by arm: losses by seed, the grid behind them, who needed how much.
+"""The results of a study by arm: losses by seed, the grid behind them, and differences of arms.
 
-Arms are compared seed by seed: both saw the same text in the same order from the same weights.
+Arms are compared seed by seed: with the same seed, both started from the same weights and saw the
+same text in the same order.
 
 Letters, in `Difference`:
     d: the differences of the final losses, one a seed
-    k: how many seeds both arms have
+    k: number of seeds that both arms have
 """
 
 import math
@@ -13,17 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from sinkgd.lab.experiments.plan import arm_from_json
-from sinkgd.lab.experiments.record import RunResult, StudyRecord
-from sinkgd.lab.experiments.study import Arm, Point, edges
+from sinkgd.lab.experiments.arms import Arm, Point, arm_from_json, edges
+from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
 from sinkgd.lab.report.analysis import Analysis, analyze
 from sinkgd.lab.report.summary import Spread
 from sinkgd.lab.results import Evaluation, Run
 
-# Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table the normal's is used.
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table, the normal quantile.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 _T_NORMAL = 1.96
-_NO_DIFFERENCE = 0.0005  # nats: losses that are equal as written
+_NO_DIFFERENCE = 0.0005  # nats: losses that are printed alike
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Difference:
 
     @classmethod
     def of(cls, first: Mapping[int, float], second: Mapping[int, float]) -> Self:
-        """Compare losses by seed; seeds that only one of them has are left out.
+        """Compare losses by seed, over the seeds that both have.
 
         Examples:
             >>> d = Difference.of({0: 4.0, 1: 4.1, 2: 4.2}, {0: 4.2, 1: 4.3, 2: 4.5})
@@ -55,26 +55,26 @@ class Difference:
 
     @property
     def lower(self) -> bool:
-        """Whether the first arm's loss is lower, beyond the spread of the seeds."""
+        """Whether the first arm's loss is significantly lower."""
         return self.mean + self.half_width < 0 and self.mean <= -_NO_DIFFERENCE
 
     @property
     def higher(self) -> bool:
-        """Whether the first arm's loss is higher, beyond the spread of the seeds."""
+        """Whether the first arm's loss is significantly higher."""
         return self.mean - self.half_width > 0 and self.mean >= _NO_DIFFERENCE
 
     @property
     def level(self) -> bool:
-        """Whether the seeds tell no difference."""
+        """Whether there is no significant difference."""
         return not self.lower and not self.higher
 
 
 def _minus(first: float, second: float) -> float:
-    """Subtract; two that both diverged are level."""
+    """Subtract; two diverged losses have no difference."""
     return 0.0 if first == second else first - second
 
 
-# Its one clipped rate for all parameters makes it the weaker AdamW, so it is never the first.
+# The weaker AdamW, with one clipped rate for all parameters: never the first control.
 _ONE_RATE = "adamw-one-lr"
 
 
@@ -83,47 +83,47 @@ class ArmResults:
     """An arm with its runs."""
 
     arm: Arm
-    seeds: tuple[RunResult, ...]  # reported runs that ended, by seed
-    grid: tuple[RunResult, ...]  # tuning runs that ended
+    seeds: tuple[RunResult, ...]  # finished reported runs, by seed
+    grid: tuple[RunResult, ...]  # finished tuning runs
 
     @property
     def losses(self) -> dict[int, float]:
-        """Final validation losses by seed, nats per token; infinite where a run diverged."""
+        """Final validation losses by seed, nats per token; infinite if a run diverged."""
         return {result.seed: result.loss for result in self.seeds}
 
     @property
     def loss(self) -> float | None:
-        """The mean over seeds; infinite if one diverged, None without a run."""
+        """Mean loss over seeds; infinite if one diverged, None without a run."""
         losses = self.losses.values()
         return statistics.fmean(losses) if losses else None
 
     @property
     def diverged(self) -> int:
-        """Seeds that diverged, a count."""
+        """Number of seeds that diverged."""
         return sum(not math.isfinite(loss) for loss in self.losses.values())
 
     @property
     def chosen(self) -> Point | None:
-        """The point of the grid with the lowest loss; None where nothing was tuned."""
+        """The point of the grid with the lowest loss; None if nothing was tuned."""
         finite = [result for result in self.grid if math.isfinite(result.loss)]
         return min(finite, key=lambda result: result.loss).point if finite else None
 
     @property
     def edges(self) -> list[str]:
-        """The tuned fields whose best value is the first or last that was tried."""
+        """The tuned fields whose best value is the smallest or largest that was tried."""
         return edges(self.arm, self.chosen) if self.chosen else []
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """A study as it stands."""
+    """All results of a study so far."""
 
-    plan: Mapping[str, Any]  # as of `StudyPlan.as_json`
+    plan: Mapping[str, Any]  # from `StudyPlan.as_json`
     arms: tuple[ArmResults, ...]  # in the study's order
 
     @classmethod
     def of(cls, record: StudyRecord) -> "StudyResults":
-        """Sort a record's runs by arm."""
+        """Group a record's runs by arm."""
         arms = []
         for name, content in record.plan["arms"].items():
             own = [result for result in record.runs.values() if result.arm == name]
@@ -134,22 +134,22 @@ class StudyResults:
 
     @property
     def candidates(self) -> tuple[ArmResults, ...]:
-        """The arms that the question is about and that have a result."""
+        """The arms with a result that the question is about."""
         return tuple(one for one in self.arms if one.seeds and not one.arm.control)
 
     @property
     def controls(self) -> tuple[ArmResults, ...]:
-        """The arms they are compared with and that have a result, AdamW with one rate last."""
+        """The arms with a result that others are compared with; AdamW with one rate is last."""
         found = [one for one in self.arms if one.seeds and one.arm.control]
         return tuple(sorted(found, key=lambda one: one.arm.recipe == _ONE_RATE))
 
     @property
     def ranked(self) -> tuple[ArmResults, ...]:
-        """All arms, the lowest mean loss first; diverged arms and arms without a run last."""
+        """All arms by mean loss, lowest first; diverged arms and arms without a run are last."""
         return tuple(sorted(self.arms, key=lambda one: math.inf if one.loss is None else one.loss))
 
     def arm(self, name: str) -> ArmResults | None:
-        """Return an arm that has a result."""
+        """Return the arm of this name; None if it has no result."""
         return next((one for one in self.arms if one.arm.name == name and one.seeds), None)
 
     def difference(self, one: ArmResults, other: ArmResults) -> Difference:
@@ -162,10 +162,10 @@ class StudyResults:
         return tuple(result.run for one in self.arms for result in one.seeds)
 
     def analysis(self, baseline: str | None) -> Analysis:
-        """Analyze the reported runs, one recipe per arm: the baseline, then the others by loss.
+        """Compare the reported runs with a baseline; each arm takes the place of a recipe.
 
         Args:
-            baseline: An arm's name, or None to compare with nothing.
+            baseline: An arm's name, listed first; None compares with nothing.
         """
         arms = {result.name: one.arm.name for one in self.arms for result in one.seeds}
         found = analyze(self.runs, baseline, group=lambda run: arms[run.start.name])
@@ -175,7 +175,7 @@ class StudyResults:
 
     @property
     def equal_seconds(self) -> float | None:
-        """The mean training time of the fastest arm: all have come as far."""
+        """Mean training time of the fastest arm, which all arms have reached."""
         means = [
             statistics.fmean(ends)
             for one in self.arms
@@ -184,13 +184,13 @@ class StudyResults:
         return min(means, default=None)
 
     def loss_after(self, one: ArmResults, seconds: float) -> Spread | None:
-        """Return an arm's validation loss after ``seconds`` of training, between evaluations."""
+        """Interpolate an arm's validation loss after ``seconds`` of training."""
         losses = [_loss_after(result.run.evaluations, seconds) for result in one.seeds]
         return Spread.of(loss for loss in losses if loss is not None)
 
 
 def _loss_after(evaluations: Sequence[Evaluation], seconds: float) -> float | None:
-    """Interpolate between two evaluations; past the last one, where a run was faster, take that."""
+    """Interpolate between two evaluations; after the last one, take its loss."""
     before: Evaluation | None = None
     for after in evaluations:
         if after.seconds >= seconds:

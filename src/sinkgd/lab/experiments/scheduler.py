@@ -1,8 +1,8 @@
-"""What is to be done next: the points of every grid, then the seeds of arms whose grid is done.
+"""The order of a study's runs: the points of every grid, then the seeds of arms with a full grid.
 
-optuna searches a grid: every point once, remembered in an SQLite file. A trial that was running
-when its process was killed is handed out again; its run goes on from its checkpoint. One that was
-told is never handed out again.
+optuna searches a grid: every point once, recorded in an SQLite file. A trial that was running when
+its process was killed is handed out again, and its run continues from its checkpoint. A trial with
+a result is never handed out again.
 """
 
 import math
@@ -18,9 +18,9 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from sinkgd.lab.experiments.plan import StudyPlan, Task
-from sinkgd.lab.experiments.record import RunResult, StudyRecord
-from sinkgd.lab.experiments.study import NOTHING, Arm, Point, point_name
+from sinkgd.lab.experiments.arms import NOTHING, Arm, Point, point_name
+from sinkgd.lab.experiments.study import StudyPlan, Task
+from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
 from sinkgd.lab.results import ResultsError
 
 TUNING_FILE = "tuning.db"  # in the study's folder
@@ -29,14 +29,14 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Tuning:
-    """The searches of a study's arms, in one file; a context manager.
+    """The grid searches of a study's arms, in one file; a context manager.
 
     Args:
         path: The SQLite file; it is made when absent.
-        arms: Those that are tuned.
+        arms: The tuned arms.
 
     Raises:
-        ResultsError: If the file is no such database.
+        ResultsError: If the file is not such a database.
     """
 
     def __init__(self, path: Path, arms: Sequence[Arm]) -> None:
@@ -50,13 +50,13 @@ class Tuning:
             ) from error
 
     def next_point(self, arm: Arm) -> Point | None:
-        """Return a point that was not handed out in this sitting and not told; None at the end."""
+        """Return a point without a result that this session has not handed out; None at the end."""
         return self._searches[arm.name].next_point()
 
     def tell(self, arm: Arm, point: Point, loss: float) -> None:
-        """Take the final validation loss of a point, infinite if it failed.
+        """Record the final validation loss of a point, infinite if it failed.
 
-        What was told in an earlier sitting is left as it was.
+        Results of earlier sessions are not changed.
         """
         self._searches[arm.name].tell(point, loss)
 
@@ -74,7 +74,7 @@ class Tuning:
 
 
 class _Search:
-    """The search of one arm's grid."""
+    """The grid search of one arm."""
 
     def __init__(self, storage: Any, arm: Arm) -> None:
         self._arm = arm
@@ -111,7 +111,7 @@ class _Search:
 
 
 class _AskedGrid(GridSampler):  # type: ignore[misc]  # optuna is read without its types
-    """The grid, for who asks and tells: nobody is in a loop that its end could stop."""
+    """optuna's grid sampler for use by ask and tell, without optuna's own loop."""
 
     def after_trial(
         self,
@@ -120,16 +120,16 @@ class _AskedGrid(GridSampler):  # type: ignore[misc]  # optuna is read without i
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        """Do nothing; optuna's would raise after the last point."""
+        """Do nothing; optuna's method stops its own loop, and raises if there is none."""
 
 
-class Agenda:
-    """Hands out runs, and takes their results into the record.
+class Scheduler:
+    """Hands out runs and adds their results to the record.
 
     Args:
-        plan: Of the study.
-        record: What was found before; results are added to it.
-        tuning: The searches of the plan's tuned arms.
+        plan: The study's plan.
+        record: The results so far; new ones are added to it.
+        tuning: The grid searches of the plan's tuned arms.
     """
 
     def __init__(self, plan: StudyPlan, record: StudyRecord, tuning: Tuning) -> None:
@@ -141,35 +141,35 @@ class Agenda:
 
     @property
     def begun(self) -> int:
-        """Runs that are done or under way."""
+        """Number of runs that are finished or running."""
         return len(self._begun)
 
     @property
     def left(self) -> int:
-        """Runs that are not done."""
+        """Number of runs that are not finished."""
         return self.plan.runs - len(self.record.runs) - self._skipped
 
     @property
     def mean_seconds(self) -> float | None:
-        """Of the runs that are done, everything included."""
+        """Mean wall time of the finished runs; None if there is none."""
         ends = [result.run.end for result in self.record.runs.values()]
         seconds = [end.wall_seconds for end in ends if end]
         return statistics.fmean(seconds) if seconds else None
 
     def next_task(self) -> Task | None:
-        """Return a run that can begin now; None if there is none, or none yet."""
-        task = self._next_of_a_grid() or self._next_of_a_seed()
+        """Return a run that can start now; None if there is none at present."""
+        task = self._next_grid_task() or self._next_seed_task()
         if task is not None:
             self._begun.add(task.name)
         return task
 
     def finish(self, task: Task, result: RunResult) -> None:
-        """Take the result of a run that was handed out."""
+        """Record the result of a run that was handed out."""
         self.record.runs[result.name] = result
         if task.tuning:
             self._tuning.tell(task.arm, task.point, result.loss)
 
-    def _next_of_a_grid(self) -> Task | None:
+    def _next_grid_task(self) -> Task | None:
         for arm in self.plan.arms:
             while self.plan.is_tuned(arm):
                 point = self._tuning.next_point(arm)
@@ -178,39 +178,39 @@ class Agenda:
                 task = self.plan.tuning_task(arm, point)
                 if task.name not in self.record.runs:
                     return task
-                # It was killed between the record and the search's own file.
+                # The process was killed after writing the record and before writing the search.
                 self._tuning.tell(arm, point, self.record.runs[task.name].loss)
-            # The record is what counts: a point that only the search remembers is run again.
+            # The record decides: a point that only the search has is run again.
             for task in self.plan.tuning_tasks(arm):
                 if task.name not in self._begun:
                     return task
         return None
 
-    def _next_of_a_seed(self) -> Task | None:
+    def _next_seed_task(self) -> Task | None:
         for seed in self.plan.seeds:
             for arm in self.plan.arms:
                 if self.plan.seed_task(arm, NOTHING, seed).name in self._begun:
                     continue
-                if self._grid_is_done(arm):
+                if self._grid_is_full(arm):
                     point = chosen_point(self.plan, arm, self.record)
                     if point is not None:
                         return self.plan.seed_task(arm, point, seed)
                     self._skip(arm, seed)
         return None
 
-    def _grid_is_done(self, arm: Arm) -> bool:
+    def _grid_is_full(self, arm: Arm) -> bool:
         return all(task.name in self.record.runs for task in self.plan.tuning_tasks(arm))
 
     def _skip(self, arm: Arm, seed: int) -> None:
-        """Leave out the seeds of an arm that diverged at every point."""
+        """Skip a seed of an arm that diverged at every point."""
         self._begun.add(self.plan.seed_task(arm, NOTHING, seed).name)
         self._skipped += 1
 
 
 def chosen_point(plan: StudyPlan, arm: Arm, record: StudyRecord) -> Point | None:
-    """Return the point of the lowest loss, the first of equals; None if every point diverged.
+    """Return the point with the lowest loss, the first of equal ones; None if all diverged.
 
-    Where nothing is tuned it is the empty one.
+    For an arm without a grid this is the empty point.
     """
     losses = {
         record.runs[task.name].loss: task.point

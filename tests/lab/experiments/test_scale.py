@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from sinkgd.lab.cli import main
-from sinkgd.lab.experiments import on_paper
-from sinkgd.lab.experiments.on_paper import (
+from sinkgd.lab.experiments.studies import scale
+from sinkgd.lab.experiments.studies.scale import (
     BASELINE,
     METHODS,
     RANKS,
@@ -17,7 +17,6 @@ from sinkgd.lab.experiments.on_paper import (
     read_fits,
     write_fits,
 )
-from sinkgd.lab.experiments.studies import scale
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
 from sinkgd.lab.results import ResultsError
 
@@ -103,8 +102,8 @@ def test_the_file_comes_back(tmp_path):
 
 
 def test_the_command_plans_writes_and_shows_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(on_paper, "METHODS", ("sinkgd", BASELINE))
-    monkeypatch.setattr(on_paper.run_on_paper, "__defaults__", (lambda _: None, ("llama-10b",)))
+    monkeypatch.setattr(scale, "METHODS", ("sinkgd", BASELINE))
+    monkeypatch.setattr(scale.run_on_paper, "__defaults__", (lambda _: None, ("llama-10b",)))
     out = tmp_path / "scale"
     assert main(["experiment", "scale", "--dry-run", "--out", str(out)]) == 0
     assert not out.exists()

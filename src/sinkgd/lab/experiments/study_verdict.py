@@ -1,19 +1,20 @@
-"""The words of a study, made from its numbers alone: what judges share.
+"""The verdict of a study: sentences made from its numbers alone, and the parts that judges share.
 
-A difference is said where its 95 % interval over paired seeds leaves out zero; else arms are level.
+Two arms differ if the 95 % interval of their difference over paired seeds excludes zero; otherwise
+they are level.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sinkgd.lab.experiments.results import ArmResults, Difference, StudyResults
+from sinkgd.lab.experiments.study_results import ArmResults, Difference, StudyResults
 from sinkgd.lab.report.quantities import count, duration, loss, percent
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a study says; all of it plain sentences."""
+    """The conclusions of a study, in plain sentences."""
 
     headline: str
     sentences: tuple[str, ...]
@@ -21,7 +22,7 @@ class Verdict:
 
 
 def unfinished(results: StudyResults) -> Verdict | None:
-    """Return the verdict of a study in which no candidate has a result yet; None if one has."""
+    """Return the verdict of a study without results of candidates; None if it has some."""
     if results.candidates:
         return None
     return Verdict(
@@ -37,15 +38,12 @@ def ranked(arms: Sequence[ArmResults]) -> list[ArmResults]:
 def level_with(
     results: StudyResults, one: ArmResults, arms: Sequence[ArmResults]
 ) -> list[ArmResults]:
-    """List those of ``arms`` that the seeds do not tell from ``one``."""
+    """List those of ``arms`` that do not differ significantly from ``one``."""
     return [other for other in arms if other is not one and results.difference(other, one).level]
 
 
 def ended(one: ArmResults) -> str:
-    """Name an arm with its loss.
-
-    A seed that diverged makes the mean infinite; then that is said.
-    """
+    """Name an arm with its loss, or with the number of seeds that diverged."""
     if one.loss is None:
         return f"{one.arm.name} has no result"
     if one.diverged:
@@ -54,19 +52,19 @@ def ended(one: ArmResults) -> str:
 
 
 def lowest(results: StudyResults, best: ArmResults, *, alone: str = ".") -> str:
-    """Say which candidate ended lowest and who is level with it, a headline.
+    """Return the headline that names the lowest candidate and those level with it.
 
     Args:
-        results: Of the study.
+        results: The study's results.
         best: The candidate with the lowest mean loss.
-        alone: How the headline ends where nobody is level.
+        alone: The end of the headline if no other candidate is level.
     """
     level = level_with(results, best, results.candidates)
     return f"{ended(best)}, the lowest" + (f"; level with it: {names(level)}." if level else alone)
 
 
 def compared(name: str, difference: Difference, other: str) -> str:
-    """Say how two arms stand.
+    """Return a sentence that compares two arms.
 
     >>> compared("L5", Difference(-0.02, 0.01, 3), "adamw")
     'L5 ended 0.020 ± 0.010 lower than adamw.'
@@ -107,14 +105,14 @@ def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
 
 
 def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
-    """Add to the headline what the best arm needed for its control's loss, in tokens and time.
+    """Add to the headline the tokens and time that the best arm needed for its control's loss.
 
-    The control is the first one with the best arm's model size, batch and number of tokens. Where
-    there is none, the headline stays as it is.
+    The control is the first one with the best arm's model size, batch and number of tokens. Without
+    such a control the headline does not change.
 
     Args:
-        results: Of the study.
-        verdict: Of the study's own judge.
+        results: The study's results.
+        verdict: The verdict of the study's own judge.
     """
     best = next(iter(ranked(results.candidates)), None)
     if best is None or best.loss is None or best.diverged:
@@ -151,16 +149,13 @@ def _needed(results: StudyResults, best: ArmResults, control: ArmResults) -> str
 
 
 def names(arms: Sequence[ArmResults]) -> str:
-    """List arms in words.
-
-    They are named, however many there are: each is a row of the table.
-    """
+    """List arms by name, however many there are, since each is a row of the table."""
     words = [one.arm.name for one in arms]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def cautions(results: StudyResults) -> list[str]:
-    """List what to beware of, whatever the question."""
+    """List the cautions that apply to every question."""
     return [
         *_small_scale(results),
         *_few_seeds(results),

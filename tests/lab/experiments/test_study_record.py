@@ -6,11 +6,10 @@ import pytest
 
 from lab.experiments.made_up import made_up_record
 from lab.report.synthetic import write_run
-from sinkgd.lab.experiments.page import study_page
-from sinkgd.lab.experiments.record import StudyRecord, StudyWriter
-from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies import find_study
-from sinkgd.lab.experiments.thinning import thinned
+from sinkgd.lab.experiments.study_page import study_page
+from sinkgd.lab.experiments.study_record import StudyRecord, StudyWriter, thinned
+from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.results import ModelStatistics
 
 

@@ -1,18 +1,18 @@
-"""The page of a study: question and verdict, charts, tables, how it was made; one file."""
+"""The page of a study in one file: question and verdict, charts, tables, and how it was made."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkgd.lab.experiments.charts import final_chart, grid_chart
-from sinkgd.lab.experiments.on_paper import Fit, fits_sheet
-from sinkgd.lab.experiments.record import StudyRecord
-from sinkgd.lab.experiments.results import StudyResults
-from sinkgd.lab.experiments.sheets import arms_sheet, effort_sheet, grid_sheet, reach_sheets
 from sinkgd.lab.experiments.studies import scale
+from sinkgd.lab.experiments.studies.scale import Fit, fits_table
 from sinkgd.lab.experiments.study import Study
-from sinkgd.lab.experiments.verdict import Verdict
+from sinkgd.lab.experiments.study_charts import final_chart, grid_chart
+from sinkgd.lab.experiments.study_record import StudyRecord
+from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_tables import arms_table, grid_table, reach_tables, sessions_table
+from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.report import calculator_block, published_block
 from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.charts import Chart
@@ -28,12 +28,12 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
     """Make the page.
 
     Args:
-        study: Gives the question.
-        record: What stands in ``study.jsonl``, and nothing else.
-        results: Of the record.
-        verdict: Of the results.
+        study: The study, for its question and charts.
+        record: The content of ``study.jsonl``; the page shows nothing else.
+        results: The results in the record.
+        verdict: The verdict on the results.
     """
-    grids = grid_sheet(results)
+    grid = grid_table(results)
     analysis = _analysis(results)
     charts = [] if analysis is None else _charts(study, results, analysis)
     published = published_block(results.runs)
@@ -47,13 +47,13 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
         filters={},
         study=study,
         verdict=verdict,
-        sheets=[arms_sheet(results), *reach_sheets(results)],
+        tables=[arms_table(results), *reach_tables(results)],
         details=[
-            *([grids] if grids.rows else []),
-            effort_sheet(record),
+            *([grid] if grid.rows else []),
+            sessions_table(record),
             _table("Configuration that all arms share", results.plan["shared"]),
-            _table("Arms as they were asked for", results.plan["arms"]),
-            _table("Environment", record.sittings[-1].environment if record.sittings else {}),
+            _table("Arms as configured", results.plan["arms"]),
+            _table("Environment", record.sessions[-1].environment if record.sessions else {}),
         ],
         command=record.command,
         schedule=_schedule(results.plan),
@@ -61,12 +61,12 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
 
 
 def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
-    """Make the page of the study that is on paper.
+    """Make the page of the study `scale`, which is planned on paper.
 
     Args:
-        fits: As of `run_on_paper`.
-        verdict: Of the fits.
-        command: That repeats it.
+        fits: From `run_on_paper`.
+        verdict: The verdict on the fits.
+        command: A command that repeats the study.
     """
     published = published_block(())
     return render(
@@ -79,7 +79,7 @@ def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
         filters={},
         study={"question": scale.QUESTION, "background": scale.BACKGROUND},
         verdict=verdict,
-        sheets=[fits_sheet(model, fits) for model in dict.fromkeys(fit.model for fit in fits)],
+        tables=[fits_table(model, fits) for model in dict.fromkeys(fit.model for fit in fits)],
         details=[],
         command=command,
         schedule="",
@@ -87,7 +87,7 @@ def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
 
 
 def _analysis(results: StudyResults) -> Analysis | None:
-    """Compare the arms with the first control that did not diverge; None without a run."""
+    """Compare the arms with the first control without divergence; None without a run."""
     if not results.runs:
         return None
     baseline = next((one.arm.name for one in results.controls if not one.diverged), None)
@@ -99,7 +99,7 @@ def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Cha
     identities = identify(analysis)
     final = final_chart(results, study.axis, identities)
     measured = measured_charts(analysis, identities)
-    if not everyone <= set(identities):  # an arm of which only the grid is there has no looks yet
+    if not everyone <= set(identities):  # an arm with only a grid has no color yet
         return [final, *measured]
     own = study.charts(results, identities) if study.charts else []
     grids = grid_chart(results, identities)

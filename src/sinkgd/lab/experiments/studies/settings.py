@@ -1,10 +1,10 @@
-"""What the studies share: both scales, and the controls, with grids of equal size.
+"""The two scales of the studies, and their controls with grids of equal size.
 
-The paper's scale is the benchmark of Zhao et al. 2024 (GaLore), which Scetbon et al. 2025 keep:
-C4, rows of 256 tokens that are cut or padded, 512 rows a step, weights in bfloat16.
+The paper's scale is the benchmark of Zhao et al. 2024 (GaLore), which Scetbon et al. 2025 use, too:
+C4, rows of 256 tokens that are cut or padded, 512 rows per step, weights in bfloat16.
 """
 
-from sinkgd.lab.experiments.study import Arm, Grid
+from sinkgd.lab.experiments.arms import Arm, Grid
 from sinkgd.lab.report.published import SIZES
 from sinkgd.lab.train.config import (
     CheckpointConfig,
@@ -16,7 +16,7 @@ from sinkgd.lab.train.config import (
     TrainingConfig,
 )
 
-# About 50 s of one core a run: llama-nano on 491,520 tokens of the embedded corpus.
+# About 50 s of one core per run: llama-nano on 491,520 tokens of the embedded corpus.
 MACHINE = SharedConfig(
     model=ModelConfig(preset="llama-nano"),
     data=DataConfig(vocab_size=2048),
@@ -30,14 +30,14 @@ MACHINE = SharedConfig(
 
 _STEPS = {size.preset: size.steps for size in SIZES}
 _MICRO_BATCH = {"llama-60m": 256, "llama-130m": 128, "llama-350m": 128, "llama-1b": 32}
-# Of GaLore's evaluator, all its devices together: galore_perplexity depends on it.
+# The batch of GaLore's evaluator over all its devices; galore_perplexity depends on it.
 _EVALUATION_BATCH = {"llama-60m": 256, "llama-130m": 256, "llama-350m": 512, "llama-1b": 128}
 
 
 def paper(preset: str = "llama-60m") -> SharedConfig:
     """Return the benchmark's configuration for one of its models, as in ``benchmarks/c4``."""
     return SharedConfig(
-        model=ModelConfig(preset=preset, vocab_size=32_000),  # of T5's 32,100, all that texts have
+        model=ModelConfig(preset=preset, vocab_size=32_000),  # T5's 32,100 without its sentinels
         data=DataConfig(corpus="shards/c4", packing="none"),
         training=TrainingConfig(
             steps=_STEPS[preset],
@@ -59,8 +59,8 @@ BENCHMARK = {preset: paper(preset) for preset in _STEPS}
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
 
-# Six points each, a factor of two apart. The rate of everything but the matrices is the same for
-# SinkGD and the fair AdamW: 0.08 was the best of both in benchmarks/learning_rates.
+# Six points each, a factor of two apart. All parameters except matrices have the same rate with
+# SinkGD and the fair AdamW: 0.08 was the best for both in benchmarks/learning_rates.
 SINKGD_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)}
 ADAMW_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024)}
 ONE_LR_GRID: Grid = {LR: (0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024)}
@@ -70,7 +70,7 @@ ONE_LR_GRID: Grid = {LR: (0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024)}
 PAPER_SINKGD_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)}
 PAPER_ADAMW_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)}
 PAPER_ONE_LR_GRID: Grid = {LR: (0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01)}
-# What SWAN and Muon do is larger where it counts, so that their grids lie higher.
+# The best matrix rates of SWAN and Muon are higher, so their grids are, too.
 SWAN_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 PAPER_SWAN_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 MUON_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)}
@@ -78,7 +78,7 @@ PAPER_MUON_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00125, 0.0025, 0.005, 0.01, 
 
 
 def controls(adamw: Grid = ADAMW_GRID, one_lr: Grid = ONE_LR_GRID) -> tuple[Arm, ...]:
-    """Return the fair AdamW, and the papers' AdamW, with grids of equal size."""
+    """Return the fair AdamW and the papers' AdamW, with grids of equal size."""
     return (
         Arm("adamw", {"optimizer.recipe": "adamw"}, adamw, control=True),
         Arm("adamw-one-lr", {"optimizer.recipe": "adamw-one-lr"}, one_lr, control=True),
@@ -86,10 +86,10 @@ def controls(adamw: Grid = ADAMW_GRID, one_lr: Grid = ONE_LR_GRID) -> tuple[Arm,
 
 
 def muon(grid: Grid = MUON_GRID) -> Arm:
-    """Return Muon, which keeps a number for every entry of a matrix, with its grid."""
+    """Return Muon, which stores one number per matrix entry, with its grid."""
     return Arm("muon", {"optimizer.recipe": "muon"}, grid, control=True)
 
 
 def paper_controls() -> tuple[Arm, ...]:
-    """Return the same at the paper's scale."""
+    """Return both AdamWs at the paper's scale."""
     return controls(PAPER_ADAMW_GRID, PAPER_ONE_LR_GRID)

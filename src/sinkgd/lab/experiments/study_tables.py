@@ -1,13 +1,13 @@
-"""The tables of a study: arms, targets reached, grids, cost of the sittings; also as Markdown."""
+"""The tables of a study: arms, targets reached, grids and sessions; and its verdict as Markdown."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-from sinkgd.lab.experiments.record import StudyRecord
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.study import point_words
-from sinkgd.lab.experiments.verdict import Verdict
+from sinkgd.lab.experiments.arms import point_words
+from sinkgd.lab.experiments.study_record import StudyRecord
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, loss, percent, size
 from sinkgd.lab.report.summary import Spread, summarize
@@ -15,7 +15,7 @@ from sinkgd.lab.report.summary import Spread, summarize
 NOTHING = "–"
 
 
-def arms_sheet(results: StudyResults) -> TextTable:
+def arms_table(results: StudyResults) -> TextTable:
     """Make the table of arms: final losses at equal tokens and at equal seconds, speed, memory."""
     seconds = results.equal_seconds
     after = f"loss after {duration(seconds)}" if seconds else "loss at equal seconds"
@@ -40,9 +40,9 @@ def arms_sheet(results: StudyResults) -> TextTable:
     )
 
 
-def short_sheet(results: StudyResults) -> TextTable:
-    """Make the table of arms with what a terminal has room for."""
-    whole = arms_sheet(results)
+def short_table(results: StudyResults) -> TextTable:
+    """Make the table of arms with the columns that fit a terminal."""
+    whole = arms_table(results)
     kept = (0, 1, 2, 3, 6, 9)
     return TextTable(
         title=whole.title,
@@ -83,12 +83,12 @@ def _with_range(spread: Spread | None) -> str:
     return f"{loss(spread.mean)} ±{NO_BREAK}{(spread.high - spread.low) / 2:.3f}"
 
 
-def reach_sheets(results: StudyResults) -> list[TextTable]:
-    """Make a table for each control: what every arm needed to reach its final loss."""
-    return [_reach_sheet(results, control) for control in results.controls if not control.diverged]
+def reach_tables(results: StudyResults) -> list[TextTable]:
+    """Make a table for each control: the cost of every arm to reach the control's final loss."""
+    return [_reach_table(results, control) for control in results.controls if not control.diverged]
 
 
-def _reach_sheet(results: StudyResults, control: ArmResults) -> TextTable:
+def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
     name = control.arm.name
     analysis = results.analysis(name)
     rows = []
@@ -122,8 +122,8 @@ def _reach_sheet(results: StudyResults, control: ArmResults) -> TextTable:
     )
 
 
-def grid_sheet(results: StudyResults) -> TextTable:
-    """Make the table of every point that was tuned."""
+def grid_table(results: StudyResults) -> TextTable:
+    """Make the table of every point of the grids."""
     rows = []
     for one in results.ranked:
         for result in sorted(one.grid, key=lambda r: list(r.point.values())):
@@ -139,13 +139,13 @@ def grid_sheet(results: StudyResults) -> TextTable:
     )
 
 
-def effort_sheet(record: StudyRecord) -> TextTable:
-    """Make the table of sittings: what the study took beside its trainings."""
+def sessions_table(record: StudyRecord) -> TextTable:
+    """Make the table of sessions: the time of each process, and its overhead over the runs."""
     return TextTable(
-        title="Sittings",
-        note="Overhead: the time of jobs that no training used, as a part of what the trainings "
-        f"took; jobs that had nothing left to begin are apart.{_lent(record)}",
-        columns=("sitting", "jobs", "runs", "took", "trainings, added up", "overhead"),
+        title="Sessions",
+        note="Overhead: time of jobs outside of training, as a share of the time of training. Jobs "
+        f"without work while others ran are not counted.{_reused(record)}",
+        columns=("session", "jobs", "runs", "wall time", "training, sum", "overhead"),
         rows=tuple(
             (
                 str(i),
@@ -155,13 +155,13 @@ def effort_sheet(record: StudyRecord) -> TextTable:
                 duration(one.runs_wall_seconds),
                 NOTHING if one.overhead is None else f"{100 * one.overhead:.1f} %",
             )
-            for i, one in enumerate(record.sittings, start=1)
+            for i, one in enumerate(record.sessions, start=1)
         ),
     )
 
 
-def _lent(record: StudyRecord) -> str:
-    """Say which runs other studies have made."""
+def _reused(record: StudyRecord) -> str:
+    """Say which runs come from other studies."""
     counts = Counter(result.study for result in record.runs.values() if result.study)
     if not counts:
         return ""
@@ -175,19 +175,19 @@ def _lent(record: StudyRecord) -> str:
 VERDICT_FILE = "verdict.md"  # in the study's folder
 
 
-def as_markdown(question: str, verdict: Verdict, sheets: Sequence[TextTable], command: str) -> str:
-    """Write a study's question, verdict and tables.
+def as_markdown(question: str, verdict: Verdict, tables: Sequence[TextTable], command: str) -> str:
+    """Format a study's question, verdict and tables as Markdown, the content of ``verdict.md``.
 
     Args:
         question: A sentence that ends in a question mark.
-        verdict: What the numbers say.
-        sheets: Tables of them.
-        command: That repeats the study.
+        verdict: The study's verdict.
+        tables: Tables of its numbers.
+        command: A command that repeats the study.
 
     Examples:
         >>> verdict = Verdict("Yes.", ("A beats B.",), ("One seed.",))
-        >>> sheet = TextTable("Arms", "", ("arm", "loss"), (("A", "4.0"),))
-        >>> print(as_markdown("Does it?", verdict, [sheet], "sinkgd experiment it"))
+        >>> table = TextTable("Arms", "", ("arm", "loss"), (("A", "4.0"),))
+        >>> print(as_markdown("Does it?", verdict, [table], "sinkgd experiment it"))
         # Does it?
         <BLANKLINE>
         **Yes.**
@@ -210,8 +210,8 @@ def as_markdown(question: str, verdict: Verdict, sheets: Sequence[TextTable], co
     parts = [f"# {question}", f"**{verdict.headline}**", _list(verdict.sentences)]
     if verdict.cautions:
         parts += ["Beware:", _list(verdict.cautions)]
-    for sheet in sheets:
-        parts += [f"## {sheet.title}", _table(sheet), sheet.note]
+    for table in tables:
+        parts += [f"## {table.title}", _markdown_table(table), table.note]
     return "\n\n".join(part for part in [*parts, f"`{command}`"] if part) + "\n"
 
 
@@ -219,8 +219,8 @@ def _list(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def _table(sheet: TextTable) -> str:
-    rows = [sheet.columns, ("---",) * len(sheet.columns), *sheet.rows]
+def _markdown_table(table: TextTable) -> str:
+    rows = [table.columns, ("---",) * len(table.columns), *table.rows]
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    lines[1] = "|" + "---|" * len(sheet.columns)
+    lines[1] = "|" + "---|" * len(table.columns)
     return "\n".join(lines)
