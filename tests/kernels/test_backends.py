@@ -646,14 +646,14 @@ class TestChoice:
         triton_support._has_compiler.cache_clear()
 
     def test_auto_says_once_why_it_passes_over_the_loops(self, monkeypatch):
-        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)
+        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_openmp", lambda: None)
         registry._warn_once.cache_clear()
         with pytest.warns(RuntimeWarning, match="'cpu' cannot run here: .*GOMP_parallel"):
             assert kernels.select("auto", torch.device("cpu")).name == "eager"
         assert kernels.select("auto", torch.device("cpu")).name == "eager"
 
     def test_a_torch_without_openmp_is_named(self, monkeypatch):
-        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)
+        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_openmp", lambda: None)
         assert "GOMP_parallel" in CpuBackend().missing()
 
     def test_a_device_it_does_not_run_on_is_named(self):
