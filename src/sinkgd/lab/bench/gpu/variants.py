@@ -196,11 +196,11 @@ class MachineCode:
 def machine_code(compiled: Any) -> MachineCode:
     """Read what `triton.compile` returned."""
     if "cubin" in compiled.asm:
-        return _of_sass(_disassembled(compiled.asm["cubin"]))
+        return _of_sass(disassembled(compiled.asm["cubin"]))
     return _of_amdgcn(compiled.asm["amdgcn"])
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
     """Return the instructions of a CUDA binary as text."""
     import triton
 
