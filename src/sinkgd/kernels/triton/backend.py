@@ -2,7 +2,7 @@
 
 The kernels take float32, bfloat16 and float16, in any mix, with dense rows or dense columns. An
 update that deflation lowers is neither made nor copied, for up to 31 directions. The rest:
-    gradients with other strides, or transposed in memory against their parameter: a copy is read
+    gradients with other strides, or not transposed as their parameter is: a copy is read
     more than 31 directions: the updates are made in float32
     float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
         empty ones: `EagerBackend`
@@ -83,7 +83,7 @@ class TritonBackend(TwoHalves):
         return self.products_by_dot
 
     def missing(self) -> str | None:
-        """Return what is not installed: triton, which comes with torch on GPUs, or a C compiler."""
+        """Say what is missing: triton, which comes with torch on GPUs, or a C compiler."""
         return support.missing()
 
     def supports(self, device: torch.device) -> bool:
@@ -233,7 +233,7 @@ class TritonBackend(TwoHalves):
         return TritonSums(grads, self._tables)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Return the products of updates, by kernels that read the gradients as they lie."""
+        """Return the products of updates, by kernels that read gradients of any layout."""
         if not self.products_by_dot:
             return eager_products(stacks)
         return StackProducts(stacks, lambda stack: support.multiplied(*stack), self._products_of)

@@ -3,7 +3,7 @@
 `EagerSums` takes the gradients that the kernel does not read: float64, neither rows nor columns
 dense, empty.
 
-Letters: those of `sinkgd.kernels.triton.tables`.
+Letters: as in `sinkgd.kernels.triton.tables`.
 """
 
 from collections.abc import Callable, Sequence

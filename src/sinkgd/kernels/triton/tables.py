@@ -35,7 +35,7 @@ class HalfMatrix(NamedTuple):
     P: int
     Q: int
     ld: int
-    u: int  # offset of its scales among those of all matrices
+    u: int  # offset of its scales among the scales of all matrices
     v: int
     start: int  # offset of its initial column scales in the tensor that gives them
     row_sums: int = 0  # offset of the partial sums of its rows: a vector for each column of tiles
@@ -100,7 +100,7 @@ class DescentMatrix(NamedTuple):
     P: int
     Q: int
     ld: int
-    u: int  # offset of its scales among those of all matrices
+    u: int  # offset of its scales among the scales of all matrices
     v: int
     start: int  # offset of its initial column scales in the tensor that gives them
     state: int  # offset of its `DescentState`
@@ -128,7 +128,7 @@ class RowProgram(NamedTuple):
     """The rows in memory of one program."""
 
     matrix: int  # row of the table of matrices
-    number: int  # of the program, among those of the matrix
+    number: int  # index of the program among the matrix's programs
     first: int  # row
     end: int
 
@@ -146,10 +146,10 @@ class ProductMatrix(NamedTuple):
     u_offset: int  # from there to its first scale
     v_offset: int
     tall: int  # offset of its vectors with an entry for each row in memory
-    wide: int  # and of those with an entry for each column
+    wide: int  # and of its vectors with an entry for each column
     u_power: int  # index of the power of two that brings u to the size of v
     v_power: int
-    tall_shared: int  # offset of its vectors among those that matrices share
+    tall_shared: int  # offset of its vectors among the vectors that matrices share
     wide_shared: int
 
 
@@ -161,7 +161,7 @@ class ShardMatrix(NamedTuple):
     ld: int
     P: int
     Q: int
-    rows: int  # offset of the sums or weights of its rows in memory, among those of all gradients
+    rows: int  # offset of its rows in memory among the rows of all gradients, in sums and weights
     cols: int
 
 

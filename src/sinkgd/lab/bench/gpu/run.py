@@ -1,4 +1,4 @@
-"""The whole of `sinkgd bench gpu`: the targets of a step on a GPU, and what is counted for each."""
+"""`sinkgd bench gpu`: the targets of a step on a GPU, and the figures that are counted for each."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
