@@ -97,9 +97,8 @@ class Plan:
 
         from sinkgd.lab.disk import claim_folder, write_whole
         from sinkgd.lab.plan import METHODS, make_plan
-        from sinkgd.lab.plan.page import plan_page
-        from sinkgd.lab.plan.plan import USUAL_METHODS, as_json
-        from sinkgd.lab.plan.sheets import answer_lines, headline, plan_sheets
+        from sinkgd.lab.plan.plan_report import answer_lines, headline, plan_page, plan_tables
+        from sinkgd.lab.plan.planner import USUAL_METHODS, as_json
         from sinkgd.lab.report.console import fitting_tables
 
         question = self._question()
@@ -126,9 +125,9 @@ class Plan:
         for line in answer_lines(question, answer):
             console.print(line, markup=False, highlight=False)
         console.print()
-        for sheet in plan_sheets(question, answer):
-            for table in fitting_tables(sheet, console.width):
-                console.print(table, "\n")
+        for table in plan_tables(question, answer):
+            for part in fitting_tables(table, console.width):
+                console.print(part, "\n")
         for line in (headline(question, answer), *(f"written: {path}" for path in written)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return 0
@@ -167,7 +166,7 @@ class Plan:
         )
 
     def _tokens(self, architecture: "Architecture") -> float:
-        from sinkgd.lab.plan.weights import weights_of
+        from sinkgd.lab.plan.rank_model import weights_of
 
         if self.tokens is not None:
             return self.tokens
