@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
-from sinkgd.lab.commands.study_list import studies_text
-from sinkgd.lab.commands.study_report import PAGE_FILE, report_study, show_fits, write_report
+from sinkgd.lab.commands.report import PAGE_FILE, report_study, show_fits, write_report
 from sinkgd.lab.experiments.selection import STEP_OPTIONS, numbers, select_arms, select_step
 from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
@@ -110,7 +109,7 @@ class Experiment:
         parser.add_argument("--model.preset", dest="preset", default="")
         try:
             given = parser.parse_known_args(arguments)[0]
-        except argparse.ArgumentError:  # no value: the parser of all options words it better
+        except argparse.ArgumentError:  # no value: the parser of all options has a better message
             return cls()
         study = _study_among(arguments)
         if study is None or given.scale not in study.settings:
@@ -126,7 +125,7 @@ class Experiment:
             ResultsError: If there is no study to report.
         """
         if not self.name:
-            sys.stdout.write(studies_text())
+            sys.stdout.write(_studies_text())
             return 0
         if self.name != ON_PAPER:
             find_study(self.name)
@@ -140,7 +139,7 @@ class Experiment:
         return self._train(plan)
 
     def _plan(self) -> "StudyPlan":
-        """Put the options together, and check every run before the first begins."""
+        """Combine the options into a plan, and check every run before the first begins."""
         from sinkgd.lab.experiments.plan import plan_of
 
         if launched_ranks() > 1:
@@ -175,7 +174,7 @@ class Experiment:
         return plan
 
     def _step_options(self) -> dict[str, float]:
-        """Return the options that change the arm of --step, by their names on the command line."""
+        """Return the options that change the arm of --step, by their command-line names."""
         given = {name: getattr(self, f"step_{name}") for name in STEP_OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -225,7 +224,7 @@ class Experiment:
         return 0
 
     def _on_paper(self) -> int:
-        """Plan what trains nowhere near here; a dry run writes nothing."""
+        """Plan trainings that are too large for this machine; a dry run writes nothing."""
         from sinkgd.lab.experiments import on_paper
 
         folder = self._folder()
@@ -258,7 +257,7 @@ class Experiment:
 
 
 def _study_among(arguments: Sequence[str]) -> Study | None:
-    """Find the study's name where it is no option's value."""
+    """Find the study whose name is not the value of an option."""
     for before, word in zip(["--tune", *arguments], arguments, strict=False):
         if word in STUDIES and (before in _FLAGS or not before.startswith("-")):
             return STUDIES[word]
@@ -266,7 +265,7 @@ def _study_among(arguments: Sequence[str]) -> Study | None:
 
 
 def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
-    """Return the options that give the named fields; a study's own values need none."""
+    """Return the command-line options for the named fields."""
     words: list[str] = []
     for name in sorted(names):
         table, _, key = name.partition(".")
@@ -286,7 +285,7 @@ def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     from sinkgd.lab.experiments.engine import read_begun
     from sinkgd.lab.report.console import terminal_table
 
-    read_begun(plan, folder)  # fails as the study itself would
+    read_begun(plan, folder)  # raises the same errors as the study itself
     Console().print(terminal_table(dry_run_sheet(plan)))
     return 0
 
@@ -294,6 +293,30 @@ def _dry_run(plan: "StudyPlan", folder: Path) -> int:
 def _echo(message: str) -> None:
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
+
+
+def _studies_text() -> str:
+    """List the studies, each with its question and its number of trainings."""
+    from sinkgd.lab.experiments.plan import plan_of
+
+    width = max(map(len, QUESTIONS))
+    runs = {name: f"{plan_of(study, 'machine').runs} runs" for name, study in STUDIES.items()}
+    lines = [
+        f"  {name:<{width}}  {question} ({runs.get(name, 'on paper: no runs')})"
+        for name, question in QUESTIONS.items()
+    ]
+    example = next(iter(STUDIES))
+    return "\n".join(
+        [
+            "usage: sinkgd experiment NAME [OPTIONS]",
+            "",
+            "studies:",
+            *lines,
+            "",
+            f"`sinkgd experiment {example} --help` shows the options; `--dry-run` shows the plan.",
+            "",
+        ]
+    )
 
 
 Experiment.__doc__ = f"""{Experiment.__doc__}

@@ -196,7 +196,7 @@ class Plan:
         return shlex.join(words)
 
     def _options(self) -> list[tuple[str, object, object]]:
-        """List the options with their values and defaults, those of the mesh by their own names."""
+        """List the options with their values and defaults; those of the mesh have dotted names."""
         plain = Plan()
         return [
             (f"{f.name}.{own.name}", getattr(self.mesh, own.name), getattr(plain.mesh, own.name))

@@ -7,9 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from sinkgd.lab.disk import parse_json
-from sinkgd.lab.limits import LARGEST_COUNT
 from sinkgd.lab.models import LLAMAS, PRESETS, LlamaConfig, ModelError
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import LARGEST_COUNT, suggest
 
 _MOST_LAYERS = 10_000  # each is built, without weights
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from sinkgd.lab.names import suggest
-from sinkgd.lab.naming import GONE
+from sinkgd.lab.options import suggest
 from sinkgd.lab.plan.method_cost import ITERATIONS, Method
+from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.optim.partition import DEFLATED_RANK
 
