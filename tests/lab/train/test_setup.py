@@ -59,7 +59,7 @@ def test_the_loops_are_compiled_before_the_first_step(
     pytest.importorskip("numba")
     compilations, told = [], []
     monkeypatch.setattr(setup, "compile_loops", lambda: compilations.append(recipe))
-    monkeypatch.setattr(setup, "holds_loops", lambda: held)
+    monkeypatch.setattr(setup, "loops_are_compiled", lambda: held)
     set_up(resolve(replace(config, optimizer=OptimizerConfig(recipe=recipe))), told.append)
     assert bool(compilations) == compiled
     assert [line.partition(" (")[0] for line in told] == said

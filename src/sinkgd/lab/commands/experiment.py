@@ -20,7 +20,7 @@ from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.train.config import ConfigError, SharedConfig, command_line, differences
 
 if TYPE_CHECKING:
-    from sinkgd.lab.experiments.plan import StudyPlan
+    from sinkgd.lab.experiments.study import StudyPlan
 
 _AXES = ("iterations", "alpha", "batch")
 # Options without a value.
@@ -140,7 +140,7 @@ class Experiment:
 
     def _plan(self) -> "StudyPlan":
         """Combine the options into a plan, and check every run before the first begins."""
-        from sinkgd.lab.experiments.plan import plan_of
+        from sinkgd.lab.experiments.study import plan_of
 
         if launched_ranks() > 1:
             raise ConfigError(
@@ -225,13 +225,13 @@ class Experiment:
 
     def _on_paper(self) -> int:
         """Plan trainings that are too large for this machine; a dry run writes nothing."""
-        from sinkgd.lab.experiments import on_paper
+        from sinkgd.lab.experiments.studies import scale
 
         folder = self._folder()
         command = shlex.join(["sinkgd", "experiment", self.name, "--out", str(folder)])
-        fits = on_paper.run_on_paper(_echo)
+        fits = scale.run_on_paper(_echo)
         if not self.dry_run:
-            on_paper.write_fits(folder, fits, command)
+            scale.write_fits(folder, fits, command)
         show_fits(fits, command, None if self.dry_run else folder / PAGE_FILE)
         return 0
 
@@ -281,12 +281,12 @@ def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
 def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     from rich.console import Console
 
-    from sinkgd.lab.experiments.dry_run import dry_run_sheet
+    from sinkgd.lab.experiments.dry_run import dry_run_table
     from sinkgd.lab.experiments.engine import read_begun
     from sinkgd.lab.report.console import terminal_table
 
     read_begun(plan, folder)  # raises the same errors as the study itself
-    Console().print(terminal_table(dry_run_sheet(plan)))
+    Console().print(terminal_table(dry_run_table(plan)))
     return 0
 
 
@@ -297,7 +297,7 @@ def _echo(message: str) -> None:
 
 def _studies_text() -> str:
     """List the studies, each with its question and its number of trainings."""
-    from sinkgd.lab.experiments.plan import plan_of
+    from sinkgd.lab.experiments.study import plan_of
 
     width = max(map(len, QUESTIONS))
     runs = {name: f"{plan_of(study, 'machine').runs} runs" for name, study in STUDIES.items()}

@@ -8,8 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from sinkgd import kernels
-from sinkgd.kernels.cpu.cache import holds_loops, loops_are_kept
-from sinkgd.kernels.cpu.jobs import compile_loops
+from sinkgd.kernels.cpu.launch import cache_is_shared, compile_loops, loops_are_compiled
 from sinkgd.lab.data import (
     Batches,
     DataError,
@@ -157,8 +156,8 @@ def _compile_loops(optimizer: Optimizer, device: torch.device, echo: Callable[[s
     names = {group.get("backend", "auto") for group in optimizer.param_groups}
     if all(kernels.select(name, device).name != "cpu" for name in names):
         return
-    if not holds_loops():
-        kept = "once; they are cached" if loops_are_kept() else "no folder can keep them"
+    if not loops_are_compiled():
+        kept = "once; they are cached" if cache_is_shared() else "no folder can keep them"
         echo(f"compiling the loops of the optimizer for this processor ({kept})")
     compile_loops()
 
