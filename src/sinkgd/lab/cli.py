@@ -27,7 +27,7 @@ from sinkgd.lab.terminal import keep_stderr, make_readable
 Commands = Mapping[str, tuple[str | None, str]]
 COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
-    "train": ("Train", "train one model, or go on with a run that was stopped"),
+    "train": ("Train", "train one model, or resume a run that was stopped"),
     "experiment": ("Experiment", "run a study: tune alike, repeat with seeds, judge, write a page"),
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
     "report": ("Report", "table and page of runs that are there already"),

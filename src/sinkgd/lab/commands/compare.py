@@ -63,7 +63,7 @@ class Compare:
     Each run has a process of its own, one after the other. Then the table is printed and the page
     written. Without options it trains a nano LLaMA on real text for about ten minutes on two cores;
     `make demo` does the same with fewer steps.
-    Stopped or killed, the same command goes on; runs that are finished are not run again.
+    If it is stopped or killed, the same command resumes it; finished runs are not repeated.
 
     For example:
       sinkgd compare
@@ -72,7 +72,7 @@ class Compare:
     """
 
     optimizers: str = "sinkgd,sinkgd-paper,adamw"
-    """Recipes to compare, names with commas between, e.g. sinkgd,sinkgd-paper,swan,adamw,muon;
+    """Recipes to compare, names separated by commas, e.g. sinkgd,sinkgd-paper,swan,adamw,muon;
     see docs/recipes.md for all of them."""
 
     seeds: int = 1
@@ -91,14 +91,14 @@ class Compare:
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
-        """Return the options where the command line gives none: those of ``--config``."""
+        """Return the defaults of the options, from the file of ``--config`` if it is given."""
         return cls(shared=load_defaults(arguments, SharedConfig))
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be, or a run that is there has another configuration.
+            ConfigError: If an option is invalid, or an existing run has another configuration.
         """
         started = time.perf_counter()
         runs = self._plan()

@@ -36,7 +36,7 @@ class Doctor:
     """
 
     def run(self) -> int:
-        """Run the command; returns the exit code."""
+        """Run the command; return the exit code."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text

@@ -31,8 +31,8 @@ _FLAGS = ("--tune", "--no-tune", "--reuse", "--no-reuse", "--dry-run", "--report
 class Experiment:
     """Run a study: tune every arm alike, train each with several seeds, judge, write a page.
 
-    Every run is a `sinkgd train` folder. Stopped or killed, the same command goes on. study.jsonl
-    holds all that page and verdict are made from.
+    Every run is a `sinkgd train` folder. If the study is stopped or killed, the same command
+    resumes it. study.jsonl holds everything that page and verdict are made from.
     """
 
     name: tyro.conf.Positional[str] = ""
@@ -51,41 +51,41 @@ class Experiment:
     """Reported runs of each arm, a count; their seeds go up from training.seed."""
 
     jobs: int | None = None
-    """Trainings at a time, a count; each has its share of the cores. By default one for each core
-    at machine scale, else one."""
+    """Trainings at a time, a count; they share the cores. By default one for each core at machine
+    scale, else one."""
 
     tune: bool = True
     """Search each arm's grid first, with a seed of its own; otherwise arms run as they are."""
 
     reuse: bool = True
-    """Take over runs of grids from the studies beside --out, made on this machine with the same
-    configuration; otherwise every run is trained."""
+    """Reuse runs of grids from other studies in the parent folder of --out, if they were made on
+    this machine with the same configuration; otherwise every run is trained."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Train nothing: build every arm's model without weights, and show sizes and memory. What
-    stands in the way in --out is told as the study itself would tell it."""
+    """Train nothing: build every arm's model without weights, and show sizes and memory. Problems
+    in --out are reported as the study itself would report them."""
 
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: make page and verdict again from the study.jsonl in --out."""
 
     iterations: str | None = None
-    """For iterations: numbers of SR-Sinkhorn's iterations to try, with commas between."""
+    """For iterations: numbers of SR-Sinkhorn's iterations to try, separated by commas."""
 
     alpha: str | None = None
-    """For alpha: values of α to try, with commas between."""
+    """For alpha: values of α to try, separated by commas."""
 
     batch: str | None = None
-    """For batch: sizes of the batch to try, sequences, with commas between."""
+    """For batch: sizes of the batch to try, sequences, separated by commas."""
 
     lr: str | None = None
-    """Learning rates to try in every arm, with commas between; one fixes it."""
+    """Learning rates to try in every arm, separated by commas; one fixes it."""
 
     optimizer: str | None = None
-    """Only the arms of these recipes, names with commas between."""
+    """Only the arms of these recipes, names separated by commas."""
 
     step: str | None = None
     """Only this arm and the controls, such as S2 of the study lens. The options --optimizer.tau,
-    --optimizer.iterations and --optimizer.lr change this arm; a rate that is given is not tuned."""
+    --optimizer.iterations and --optimizer.lr change this arm; a given rate is not tuned."""
 
     step_tau: Annotated[float | None, tyro.conf.arg(name="optimizer.tau")] = None
     """Temperature τ of the arm of --step."""
@@ -117,10 +117,10 @@ class Experiment:
         return cls(shared=study.settings[given.scale].of_model(given.preset))
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be, or the study in the folder has another plan.
+            ConfigError: If an option is invalid, or the study in the folder has another plan.
             StudyError: If a run fails.
             ResultsError: If there is no study to report.
         """

@@ -40,7 +40,7 @@ class Report:
     sites. The browser checks the file's hash; without a network the page has no charts."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
             ConfigError: If a baseline is given for a study.
