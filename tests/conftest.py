@@ -86,15 +86,11 @@ def interpreter() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        loaders = (
-            *(launch.primitives, launch.loops, launch.step, launch.sweep, launch.finish),
-            *(launch.skinny_matmul, launch.weighted),
-        )
-        for import_anew in loaders:
-            sys.modules.pop(f"sinkgd.kernels.triton.{import_anew.__name__}", None)
-            import_anew.cache_clear()
-        for import_anew in loaders:
-            import_anew()
+        for module in launch.KERNEL_MODULES:
+            sys.modules.pop(f"sinkgd.kernels.triton.{module}", None)
+        launch.kernels.cache_clear()
+        for module in launch.KERNEL_MODULES:
+            launch.kernels(module)
         importlib.import_module("triton.experimental.gluon")  # at the first launch it is too late
     started = launch.launch
 

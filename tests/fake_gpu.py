@@ -1,7 +1,7 @@
-"""A GPU that is made up: its tensors lie on the CPU and say that they are elsewhere.
+"""A fake GPU: its tensors are on the CPU and say that they are elsewhere.
 
-Code of the library runs as it does with a GPU. What would make the host wait for the device, and
-what may not be done while a CUDA graph is captured, is an error there.
+The library runs as it does with a GPU. Whatever would make the host wait for the device, or is not
+allowed while a CUDA graph is captured, is an error.
 """
 
 from collections import Counter
@@ -10,17 +10,16 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-import torch._dynamo  # an optimizer imports it, and would find the made-up GPU
+import torch._dynamo  # an optimizer imports it, and would find the fake GPU
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from sinkgd.kernels.triton import backend as module
-from sinkgd.kernels.triton import launch
+from sinkgd.kernels.triton import TritonBackend, launch
 
 DEVICE = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 # What shows the host a tensor's entries.
-LOOKS = {
+READS = {
     f"torch.Tensor.{name}"
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 } | {"torch.equal", "torch.is_nonzero", "torch.allclose", "torch.nonzero", "torch.Tensor.nonzero"}
@@ -34,22 +33,22 @@ PLACES = {
 }
 
 
-class HostLooksError(AssertionError):
-    """The host looks at the device's memory, or takes a copy of it and waits."""
+class HostReadsError(AssertionError):
+    """The host reads the device's memory, or waits for a copy of it."""
 
 
-class MadeUpGpu(TorchFunctionMode):
-    """Tensors are the GPU's, but for those that are made with ``device="cpu"`` and from such."""
+class FakeGpu(TorchFunctionMode):
+    """Tensors are on the GPU, except those that are made with ``device="cpu"`` or from such."""
 
     def __init__(self):
         super().__init__()
         self.capturing = False
-        self.hides = True  # whether the host may not look at the device's memory
+        self.hides = True  # whether the host may not read the device's memory
         self.stream = 1
         self.pinned = 0  # tensors in pinned memory that were allocated
         self.sent = []  # tensors that were filled from the host while a graph was captured
         self.launched = Counter()
-        self._hosts = []  # tensors of the CPU, kept so that no other one has its id
+        self._hosts = []  # tensors on the CPU, kept so that no other one has their ids
 
     def is_host(self, x):
         return any(x is host for host in self._hosts)
@@ -64,8 +63,8 @@ class MadeUpGpu(TorchFunctionMode):
         from_host = all(map(self.is_host, tensors))
         places = [torch.device(x) for x in (kwargs.get("device"), *args) if is_place(x)]
         to_host = places == [CPU] or (not places and bool(tensors) and from_host)
-        if self.hides and not from_host and (name in LOOKS or to_host):
-            raise HostLooksError(name)
+        if self.hides and not from_host and (name in READS or to_host):
+            raise HostReadsError(name)
         if "device" in kwargs:
             kwargs["device"] = CPU
         args = [CPU if isinstance(x, torch.device) else x for x in args]
@@ -77,12 +76,12 @@ class MadeUpGpu(TorchFunctionMode):
         return result
 
     def keep(self, x):
-        """Return a tensor of the host, of which it is known from now on that it is."""
+        """Remember that a tensor is on the host, and return it."""
         self._hosts.append(x)
         return x
 
     def _sent(self, x, *, waits):
-        """Return a copy of a tensor of the host."""
+        """Return a copy of a tensor on the host."""
         if not self.capturing:
             return x.clone()
         assert not waits, "to wait for a copy would end the capture"
@@ -108,9 +107,9 @@ class Event:
 
 
 @contextmanager
-def made_up_gpu():
-    """Let a GPU be there, whose kernels run in triton's interpreter."""
-    gpu = MadeUpGpu()
+def fake_gpu():
+    """Provide a GPU whose kernels run in triton's interpreter."""
+    gpu = FakeGpu()
     start = launch.launch
 
     def started(kernel, *arguments, **options):
@@ -130,7 +129,7 @@ def made_up_gpu():
     group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
 
     def grouped(*arguments, **options):
-        found = group(*arguments, **options)  # it is told by torch where tensors lie
+        found = group(*arguments, **options)  # torch tells it where tensors are
         return {(DEVICE, dtype): tensors for (_, dtype), tensors in found.items()}
 
     with ExitStack() as stack:
@@ -140,12 +139,12 @@ def made_up_gpu():
         for name, value in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Event", Event))
-        read = torch.frombuffer  # which modes do not hear of
+        read = torch.frombuffer  # modes do not see it
         stack.enter_context(
             patch.object(torch, "frombuffer", lambda *args, **how: gpu.keep(read(*args, **how)))
         )
         stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda device: None))
         stack.enter_context(patch.object(launch, "launch", started))
-        stack.enter_context(patch.object(module.TritonBackend, "supports", lambda *_: True))
+        stack.enter_context(patch.object(TritonBackend, "supports", lambda *_: True))
         stack.enter_context(gpu)
         yield gpu

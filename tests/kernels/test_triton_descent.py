@@ -13,12 +13,12 @@ from sinkgd.kernels import Matrices
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
-from sinkgd.kernels.triton import TritonBackend, launch, panels
+from sinkgd.kernels.triton import TritonBackend, launch
 from sinkgd.kernels.triton import backend as module
-from sinkgd.kernels.triton.panels import panel_of, walks
-from sinkgd.kernels.triton.places import Source
-from sinkgd.kernels.triton.schedule import schedule_of
-from sinkgd.lab.bench.gpu.loads import readings
+from sinkgd.kernels.triton import schedule as panels
+from sinkgd.kernels.triton.schedule import panel_of, row_programs, schedule_of
+from sinkgd.kernels.triton.tables import Operand
+from sinkgd.lab.bench.gpu.interpreted import readings
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -60,7 +60,7 @@ def backend(interpreter):
 def small_panels(monkeypatch):
     """Panels of a few rows, a program each: many programs, and sums in several levels."""
     monkeypatch.setattr(panels, "AREA", 512)
-    monkeypatch.setattr(panels, "FEWEST", 1)
+    monkeypatch.setattr(panels, "FEWEST_ROWS", 1)
     monkeypatch.setattr(panels, "PROGRAMS", 1 << 20)
     schedule_of.cache_clear()
     yield
@@ -144,7 +144,7 @@ class TestNumbers:
     def test_small_matrices_by_the_hundred(self, backend, launches):
         grads = [normal((64, 64), seed, torch.bfloat16) for seed in range(100)]
         params, _ = descend(backend, grads, 1)
-        assert launches == ["sweep", "finish"]
+        assert launches == ["full_iteration", "finish"]
         for param, grad in zip(params, grads, strict=True):
             assert_close(param.double(), expected_update(grad, 1), **FLOAT32)
 
@@ -153,7 +153,7 @@ class TestNumbers:
         monkeypatch.setattr(module, "INTERPRETER_BYTES", 1000)
         grads = [order(normal((60, 40), seed)) for seed in range(2)]
         params, _ = descend(backend, grads, 3)
-        assert launches == (["sweep"] * 3 + ["finish"]) * 2
+        assert launches == (["full_iteration"] * 3 + ["finish"]) * 2
         for param, grad in zip(params, grads, strict=True):
             assert_close(param.double(), expected_update(grad, 3), **FLOAT32)
 
@@ -164,7 +164,7 @@ class TestNumbers:
             assert_close(param.double(), square_root_sinkhorn(grad, 2), **FLOAT32)
         assert found.finite.tolist() == [True, True]
         assert launches.count("half_iteration") == 5
-        assert launches.count("sweep") == 2
+        assert launches.count("full_iteration") == 2
 
     @orders
     @pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e30])
@@ -315,17 +315,17 @@ class TestReadings:
             backend.descend_(matrices, num_iters, keep=1.0, step=1.0)
         assert found.by_kernels == (num_iters + 1) * grad.numel()
         assert found.by_torch == found.copied == 0
-        assert launches == ["sweep"] * num_iters + ["finish"]
+        assert launches == ["full_iteration"] * num_iters + ["finish"]
 
     @pytest.mark.parametrize("order", [torch.clone, turned], ids=["plain", "turned"])
     def test_scales_alone_are_found_by_as_few(self, backend, launches, order):
         backend.scales([order(normal((67, 40)))], 5)
         more = ["finish"] if order is turned else []
-        assert launches == ["sweep"] * 5 + more
+        assert launches == ["full_iteration"] * 5 + more
 
     def test_launches_do_not_depend_on_the_number_of_matrices(self, backend, launches):
         descend(backend, [normal((7, 5), seed) for seed in range(9)], 2)
-        assert launches == ["sweep", "sweep", "finish"]
+        assert launches == ["full_iteration", "full_iteration", "finish"]
 
 
 # The hidden and the inner size of a model.
@@ -333,7 +333,7 @@ MODELS = {"llama-60m": (512, 1376), "llama-1b": (2048, 5461), "llama-7b": (4096,
 
 
 def programs_of(shape):
-    return len(walks(0, shape[0], panel_of(*shape)))
+    return len(row_programs(0, shape[0], panel_of(*shape)))
 
 
 class TestSchedule:
@@ -344,14 +344,14 @@ class TestSchedule:
         for shape in [(h, h), (inner, h), (h, inner)]:
             shapes = (torch.Size(shape),) * (1 + CACHE // 2 // (h * h * dtype.itemsize))
             layout = dense_layout(torch.empty(shape, device="meta"))
-            sources = (Source(dtype, layout, aligned=True),) * len(shapes)
+            operands = (Operand(dtype, layout, aligned=True),) * len(shapes)
             room = max(CACHE // 2, h * inner * dtype.itemsize)
-            schedule = schedule_of(sources, sources, shapes, tuple(range(len(shapes))), room)
-            fullest = max(schedule.buckets, key=lambda bucket: bucket.programs)
-            count = -(-fullest.programs // programs_of(shape))
+            schedule = schedule_of(operands, operands, shapes, tuple(range(len(shapes))), room)
+            fullest = max(schedule.buckets, key=lambda bucket: bucket.program_count)
+            count = -(-fullest.program_count // programs_of(shape))
             size = count * shape[0] * shape[1] * dtype.itemsize
-            assert schedule.partial * 4 <= 0.127 * size
-            assert fullest.programs >= 0.75 * PROCESSORS
+            assert schedule.partial_sums * 4 <= 0.127 * size
+            assert fullest.program_count >= 0.75 * PROCESSORS
 
     @pytest.mark.parametrize(
         "shape", [(1_000_000, 3), (4096, 4096), (32_000, 2048), (4096, 11008)], ids=str

@@ -1,4 +1,4 @@
-"""The kernel of the sums of pieces compiled for GPUs: nothing spilled, loads of 16 bytes.
+"""The kernel of weighted sums of squares compiled for GPUs: nothing spilled, loads of 16 bytes.
 
 This file is also the program that compiles it: where triton interprets kernels, it compiles none.
 """
@@ -48,27 +48,27 @@ def compile_all(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sinkgd.kernels.triton import launch, pieces
-    from sinkgd.lab.bench.gpu.launches import TARGETS
-    from sinkgd.lab.bench.gpu.machine_code import machine_code
+    from sinkgd.kernels.triton import launch, shard_sums, support
+    from sinkgd.lab.bench.gpu.cases import TARGETS
+    from sinkgd.lab.bench.gpu.variants import machine_code
 
     of = TARGETS[name]
     target = GPUTarget(of.backend, of.architecture, of.warp)
-    kernel = launch.weighted().add_up_weighted
+    kernel = launch.kernels("square_sums").weighted_square_sums
     types = {
-        **dict.fromkeys(["addresses", "pieces", "programs"], "*i64"),
+        **dict.fromkeys(["addresses", "matrices", "programs"], "*i64"),
         **dict.fromkeys(["weights", "sums"], "*fp64"),
     }
-    for dtype, along, wide in product(pieces.DTYPES, (True, False), (True, False)):
-        kind = pieces.Kind(dtype, False, 16 // dtype.itemsize if wide else 1)
-        constants = pieces.constants(kind, along=along)
+    for dtype, of_rows, wide in product(support.DTYPES, (True, False), (True, False)):
+        kind = shard_sums.Kind(dtype, False, 16 // dtype.itemsize if wide else 1)
+        constants = shard_sums.constants_of(kind, of_rows=of_rows)
         signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
         source = ASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": pieces.THREADS // target.warp_size, "enable_fp_fusion": True}
+        options = shard_sums.options_of(launch.GpuTarget(target.backend, target.warp_size))
         built = triton.compile(source, target=target, options=options)
         line = {
-            "name": f"{kind} along={along}",
+            "name": f"{kind} of_rows={of_rows}",
             "vector": kind.vector,
             **asdict(machine_code(built)),
         }

@@ -1,4 +1,4 @@
-"""What `sinkgd bench gpu` writes, and its figures as tables."""
+"""What `sinkgd bench gpu` writes, and its tables."""
 
 from collections import Counter
 from dataclasses import dataclass
