@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sinkgd.deflation import Products
-from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
-from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack, chosen, merged
+from sinkgd.kernels.eager import EagerBackend, eager_products, nothing_to_take
 from sinkgd.kernels.layout import aligned, check_scales, check_start, dense, dense_layout
-from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.triton import support
 from sinkgd.kernels.triton.descent import (
     DescentTensors,
@@ -46,7 +45,6 @@ from sinkgd.kernels.triton.tiles import (
     plan_of_update,
     update_parameters,
 )
-from sinkgd.kernels.two_halves import TwoHalves, chosen, merged
 
 # A GPU reads as much from its memory, at 3 TB/s, while the host prepares a launch in about 20 µs.
 # Outside of a graph, a smaller bucket would wait for the host. Not timed.
@@ -54,7 +52,7 @@ LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
 
-class TritonBackend(TwoHalves):
+class TritonBackend(EagerBackend):
     """Kernels for CUDA and ROCm: a launch an iteration, whatever the number of matrices."""
 
     name = "triton"
