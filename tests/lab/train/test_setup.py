@@ -7,10 +7,10 @@ import torch
 
 from sinkgd.lab.train import setup
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig
-from sinkgd.lab.train.device import select_device
-from sinkgd.lab.train.parallel import World
+from sinkgd.lab.train.machine import select_device
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import Job, set_up
+from sinkgd.lab.train.world import World
 
 
 def job(config: RunConfig, **training: object) -> Job:
