@@ -283,7 +283,7 @@ def _known_to_be_all(flags: Tensor) -> bool:
     return flags.is_cpu and not torch.compiler.is_compiling() and bool(flags.all())
 
 
-def chosen(matrices: Matrices, taken: Sequence[bool]) -> Matrices:
+def select_owners(matrices: Matrices, taken: Sequence[bool]) -> Matrices:
     """Return the matrices of the owners for which ``taken`` is True."""
     if all(taken):
         return matrices
@@ -299,7 +299,9 @@ def chosen(matrices: Matrices, taken: Sequence[bool]) -> Matrices:
     )
 
 
-def merged(taken: Sequence[bool], matrices: Matrices, one: Descent, other: Descent) -> Descent:
+def merge_descents(
+    taken: Sequence[bool], matrices: Matrices, one: Descent, other: Descent
+) -> Descent:
     """Return the descent of all owners from those of the ``taken`` and of the other ones."""
     flags = [iter(found.finite.unbind()) for found in (other, one)]
     scales = [iter(found.scales) for found in (other, one)]

@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     P: int
     Q: int
     ld: int
-    turned: bool  # a row in memory is a column of the matrix
+    transposed: bool  # a row in memory is a column of the matrix
     offsets: tuple[int, ...]  # elements from the tensor's first entry to each matrix's
 
 
@@ -54,11 +54,11 @@ def aligned(x: Tensor, like: Tensor) -> Tensor:
     """Return ``x``, or a copy with dense rows where ``like`` has them, or dense columns."""
     if x.stride() == like.stride():
         return x
-    turned = dense_layout(like).turned
+    transposed = dense_layout(like).transposed
     layout = layout_of(x.shape, x.stride())
-    if layout is not None and layout.turned == turned:
+    if layout is not None and layout.transposed == transposed:
         return x
-    return x.mT.contiguous().mT if turned else x.contiguous()
+    return x.mT.contiguous().mT if transposed else x.contiguous()
 
 
 @lru_cache(maxsize=1024)

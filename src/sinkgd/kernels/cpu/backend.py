@@ -227,7 +227,8 @@ class _Solver:
         self.grads = grads
         self.starts = [None] * len(grads) if starts is None else starts
         for grad, start in zip(grads, self.starts, strict=True):
-            check_start(grad, start)
+            if start is not None:
+                check_start(grad, start)
         self.inputs = [readable(grad) for grad in grads]
         self.scales = ScaleBuffer([source and source.layout for source in self.inputs], grads)
 
