@@ -20,8 +20,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from sinkgd.lab.disk import is_special, naming, parse_json
-from sinkgd.lab.naming import NAMING, start_now
+from sinkgd.lab.disk import is_special, naming_path, parse_json
+from sinkgd.lab.recorded_names import NAMING, start_now
 
 RESULTS_FILE = "run.jsonl"  # in the run's folder
 
@@ -46,7 +46,7 @@ class RunStart:
     # What the numbers follow from besides the configuration: hashes of the data and the optimizer's
     # groups, the model's sizes; empty where an older version wrote the record.
     inputs: dict[str, Any] = field(default_factory=dict)
-    naming: int = NAMING  # of recipes, see `sinkgd.lab.naming`
+    naming: int = NAMING  # of recipes, see `sinkgd.lab.recorded_names`
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class ResultsWriter:
     def write(self, record: Record) -> None:
         """Append one record."""
         line = json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=True)
-        with naming(self.path):
+        with naming_path(self.path):
             self._file.write(line + "\n")
             self._file.flush()
         for mirror in self._mirrors:
@@ -327,12 +327,12 @@ class ResultsWriter:
 
     def sync(self) -> None:
         """Force what was written to the disk; a checkpoint calls it before it is made."""
-        with naming(self.path):
+        with naming_path(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with naming(self.path):
+        with naming_path(self.path):
             self._file.close()
 
     def __enter__(self) -> Self:

@@ -17,7 +17,7 @@ from sinkgd.lab.report.curves import (
     training_curve,
     validation_curve,
 )
-from sinkgd.lab.report.identity import Identity, plotly_label
+from sinkgd.lab.report.identity import Identities, Identity, plotly_label
 from sinkgd.lab.report.summary import RecipeSummary
 from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Run
@@ -27,7 +27,7 @@ _CROWD = 8  # recipes; of more the means alone are drawn
 _HEIGHT = 470
 
 
-def loss_chart(analysis: Analysis, identities: dict[str, Identity], along: Axis) -> Chart:
+def loss_chart(analysis: Analysis, identities: Identities, along: Axis) -> Chart:
     """Draw the losses of every run, the baseline's final loss and who crossed it where."""
     scale, unit = _x_unit(analysis, along)
     curves = _Traces(along, scale, means_alone=_means_alone(analysis))
