@@ -11,8 +11,7 @@ from typing import Any, Literal
 from sinkgd.lab.experiments.arms import NOTHING, Arm, Point, arm_as_json, check_arms, point_name
 from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
-from sinkgd.lab.report.charts import Chart
-from sinkgd.lab.report.identity import Identities
+from sinkgd.lab.report.figures import Chart, Identities
 from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, SharedConfig
 from sinkgd.lab.train.resolve import resolve
 

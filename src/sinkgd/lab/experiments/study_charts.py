@@ -11,8 +11,17 @@ from typing import Any
 from sinkgd.lab.experiments.arms import Point, point_words
 from sinkgd.lab.experiments.study import Axis
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
-from sinkgd.lab.report.charts import Chart, Figure, axis, layout, row_height, row_words, rows_axis
-from sinkgd.lab.report.identity import Identities, Identity
+from sinkgd.lab.report.figures import (
+    Chart,
+    Figure,
+    Identities,
+    Identity,
+    axis,
+    layout,
+    row_height,
+    row_words,
+    rows_axis,
+)
 from sinkgd.lab.report.quantities import loss, size
 
 _ROW = 54  # CSS pixels

@@ -8,9 +8,9 @@ from sinkgd.lab.experiments.arms import point_words
 from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
+from sinkgd.lab.report.analysis import Spread, summarize
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, loss, percent, size
-from sinkgd.lab.report.summary import Spread, summarize
 
 NOTHING = "–"
 

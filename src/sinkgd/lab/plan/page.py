@@ -10,7 +10,7 @@ from sinkgd.lab.plan.sheets import (
     plan_sheets,
     seconds,
 )
-from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.figures import Chart
 from sinkgd.lab.report.measurement_page import PageContent, measurement_page, stacked_bars
 from sinkgd.lab.report.quantities import size
 
