@@ -63,7 +63,7 @@ def test_a_run_of_a_study_is_that_of_sinkgd_train_to_the_bit(finished, record, p
     arm = ARMS[0]
     point = record.runs["sinkgd-L2-seed1"].point
     task = plan.seed_task(arm, point, 1)
-    train(plan.config(task), tmp_path / "alone", say=said.append)
+    train(plan.config(task), tmp_path / "alone", echo=said.append)
     alone = Run.read(tmp_path / "alone" / "run.jsonl")
     within = Run.read(finished / "runs" / task.name / "run.jsonl")
     assert [s.loss for s in within.steps] == [s.loss for s in alone.steps]

@@ -25,11 +25,11 @@ from sinkgd.lab.bench.interleaved import (
 )
 from sinkgd.lab.results import RESULTS_FILE, ResultsWriter
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig
-from sinkgd.lab.train.device import arithmetic, select_device, synchronize
 from sinkgd.lab.train.loop import training_steps
-from sinkgd.lab.train.meters import LineMeter
+from sinkgd.lab.train.machine import arithmetic, select_device, synchronize
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import Job, set_up
+from sinkgd.lab.train.sinks import LineMeter
 
 BARE = "bare loop, fused AdamW"
 

@@ -33,8 +33,7 @@ from sinkgd.lab.bench.workloads import WORKLOADS, Problem, Workload, build_probl
 from sinkgd.lab.launch import in_fresh_process
 from sinkgd.lab.models import preset_config
 from sinkgd.lab.report.console import Progress
-from sinkgd.lab.train.device import synchronize
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.machine import describe_environment, synchronize
 from sinkgd.lab.train.recipes import find_recipe
 
 

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from sinkgd import kernels
 from sinkgd.lab.bench.workloads import Problem
-from sinkgd.lab.train.device import synchronize
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.machine import describe_environment, synchronize
 
 Call = Callable[[], object]
 RoundSeconds = Sequence[float | None]  # of one call, one a round; None in rounds left out

@@ -30,13 +30,13 @@ from sinkgd.lab.data import Batch
 from sinkgd.lab.launch import in_fresh_process
 from sinkgd.lab.models import LanguageModel, build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
-from sinkgd.lab.train.device import synchronize, weight_dtype
-from sinkgd.lab.train.gradient import ReleasedSteps
+from sinkgd.lab.train.machine import synchronize, weight_dtype
 from sinkgd.lab.train.memory import measure_memory, peak_bytes, return_freed_memory, state_tensors
-from sinkgd.lab.train.parallel import Mesh, World
+from sinkgd.lab.train.mesh import Mesh
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.resolve import resolve
-from sinkgd.lab.train.step import take_step
+from sinkgd.lab.train.training_step import ReleasedSteps, take_step
+from sinkgd.lab.train.world import World
 from sinkgd.optim.grouped import GroupedOptimizer
 
 _LR = 1e-4  # memory does not depend on it; random tokens want a low one

@@ -18,8 +18,7 @@ from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
 from sinkgd.lab.experiments.study import Scale, Study
 from sinkgd.lab.launch import launched_ranks
-from sinkgd.lab.train.config import ConfigError, SharedConfig
-from sinkgd.lab.train.config_file import command_line, differences
+from sinkgd.lab.train.config import ConfigError, SharedConfig, command_line, differences
 
 if TYPE_CHECKING:
     from sinkgd.lab.experiments.study import StudyPlan
@@ -204,7 +203,7 @@ class Experiment:
 
     def _train(self, plan: "StudyPlan") -> int:
         from sinkgd.lab.experiments.engine import run_study
-        from sinkgd.lab.train.interrupt import exit_code
+        from sinkgd.lab.launch import exit_code
 
         folder = self._folder()
         outcome = run_study(
@@ -212,13 +211,13 @@ class Experiment:
             folder,
             jobs=self._jobs(),
             command=self._command(),
-            say=_say,
+            say=_echo,
             reuse=self.reuse,
         )
         if outcome.record.runs:
             write_report(outcome.record, folder / PAGE_FILE)
         if outcome.signal is not None:
-            _say(
+            _echo(
                 f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
                 f"All is saved. Go on with: {self._command()}"
             )
@@ -231,7 +230,7 @@ class Experiment:
 
         folder = self._folder()
         command = shlex.join(["sinkgd", "experiment", self.name, "--out", str(folder)])
-        fits = scale.run_on_paper(_say)
+        fits = scale.run_on_paper(_echo)
         if not self.dry_run:
             scale.write_fits(folder, fits, command)
         show_fits(fits, command, None if self.dry_run else folder / PAGE_FILE)
@@ -292,7 +291,7 @@ def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     return 0
 
 
-def _say(message: str) -> None:
+def _echo(message: str) -> None:
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 

@@ -109,7 +109,7 @@ class Plan:
         answer = make_plan(
             question,
             methods=tuple(METHODS) if self.all else USUAL_METHODS,
-            say=lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True),
+            echo=lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True),
         )
         record = as_json(question, answer, self._command())
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"

@@ -11,8 +11,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any
 
-from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
-from sinkgd.lab.train.config_file import nearest
+from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig, nearest
 
 Overrides = Mapping[str, Any]  # dotted names of a `RunConfig`'s fields, with their values
 Grid = Mapping[str, tuple[float, ...]]  # dotted names, with the values to try

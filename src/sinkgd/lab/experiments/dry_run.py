@@ -17,9 +17,9 @@ from sinkgd.lab.plan.memory import rank_memory
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import count, size
 from sinkgd.lab.train.config import Precision, RunConfig
-from sinkgd.lab.train.device import weight_dtype
-from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.lab.train.recipes import build_optimizer
+from sinkgd.lab.train.training_step import loss_of
 
 UNKNOWN = "–"
 # Recipes that `sinkgd plan` knows by another name.

@@ -36,16 +36,15 @@ from sinkgd.lab.experiments.worker import (
     wait_until_free,
     was_stopped,
 )
+from sinkgd.lab.launch import Interrupt
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import RunFolder, RunFolderError
 from sinkgd.lab.train.config import DataConfig
-from sinkgd.lab.train.device import select_device
-from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission
 from sinkgd.lab.train.identity import check_sha256, knows_its_text
-from sinkgd.lab.train.interrupt import Interrupt
-from sinkgd.lab.train.meters import clock
+from sinkgd.lab.train.machine import describe_environment, select_device
 from sinkgd.lab.train.setup import open_dataset
+from sinkgd.lab.train.sinks import clock
 
 RUNS_FOLDER = "runs"  # in the study's folder, one folder a run
 

@@ -15,8 +15,7 @@ from sinkgd.lab.experiments.studies.scale import is_on_paper
 from sinkgd.lab.experiments.study import Task
 from sinkgd.lab.experiments.study_record import STUDY_FILE, RunResult, StudyRecord
 from sinkgd.lab.results import ResultsError
-from sinkgd.lab.train.config import RunConfig
-from sinkgd.lab.train.config_file import as_tables
+from sinkgd.lab.train.config import RunConfig, as_tables
 from sinkgd.lab.train.identity import DATA, knows_its_text
 
 # The parts of an environment that losses depend on.

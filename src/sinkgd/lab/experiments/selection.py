@@ -10,8 +10,7 @@ from sinkgd.lab.experiments.study import Scale, Setting, Study
 from sinkgd.lab.limits import LARGEST_COUNT
 from sinkgd.lab.names import suggest
 from sinkgd.lab.naming import GONE
-from sinkgd.lab.train.config import ConfigError, SharedConfig
-from sinkgd.lab.train.config_file import differences
+from sinkgd.lab.train.config import ConfigError, SharedConfig, differences
 from sinkgd.lab.train.recipes import find_recipe
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"

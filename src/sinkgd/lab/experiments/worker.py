@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sinkgd import NonFiniteGradientError
 from sinkgd.lab.data import DataError
-from sinkgd.lab.launch import stop_with_parent
+from sinkgd.lab.launch import SIGNALS, exit_code, stop_with_parent
 from sinkgd.lab.models import ModelError
 from sinkgd.lab.terminal import LastingStream, keep_stderr
 from sinkgd.lab.train import (
@@ -28,7 +28,6 @@ from sinkgd.lab.train import (
     RunFolderError,
     train,
 )
-from sinkgd.lab.train.interrupt import SIGNALS, exit_code
 
 DIVERGED = 3  # exit code of a run whose loss or gradient was no finite number
 # multiprocessing's exit code if the fork server died, too, as by a SIGTERM to the whole group.

@@ -12,7 +12,7 @@ from typing import Literal
 from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
 from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
 from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
-from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
 from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
 from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut

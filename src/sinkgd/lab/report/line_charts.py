@@ -21,6 +21,7 @@ from sinkgd.lab.report.figures import (
     layout,
     plotly_label,
 )
+from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Evaluation, Run, TrainStep
 
 Axis = Literal["tokens", "seconds"]
@@ -52,11 +53,12 @@ def loss_chart(analysis: Analysis, identities: Identities, along: Axis) -> Chart
         curves.add(recipe, identities[recipe.name])
     where = {"tokens": "tokens", "seconds": "time of training"}[along]
     view = _view(curves.drawn)
-    top = view[1] if view else None
+    comparable = along == "tokens" or not unequal_speed(analysis)
+    top = view[1] if view and comparable else None
     return Chart(
         key=f"loss-{along}",
         title=f"Validation loss against {where}",
-        caption=_caption(analysis, along),
+        caption=_caption(analysis, along, comparable=comparable),
         description=_description(analysis, where),
         figure={
             "data": curves.traces,
@@ -198,7 +200,7 @@ def _means_alone(analysis: Analysis) -> bool:
     return len(analysis.recipes) > _CROWD
 
 
-def _caption(analysis: Analysis, along: Axis) -> str:
+def _caption(analysis: Analysis, along: Axis, *, comparable: bool) -> str:
     parts = ["Marked lines: held-out text, one mark per evaluation."]
     if any(len(recipe.finished) > 1 for recipe in analysis.recipes):
         thin = "." if _means_alone(analysis) else ", thin is each seed."
@@ -207,7 +209,9 @@ def _caption(analysis: Analysis, along: Axis) -> str:
         parts.append("Faint: training loss, smoothed.")
     if any(not run.finished for run in analysis.runs):
         parts.append("Dashed: a run that did not finish.")
-    if analysis.target is not None:
+    if not comparable:
+        parts.append("Do not compare these times: some runs were slowed down.")
+    elif analysis.target is not None:
         crowd = len(_reached(analysis, along)) > _MOST_ARROWS
         who = f"the first {_MOST_ARROWS}" if crowd else "a recipe first"
         parts.append(f"Arrows: where {who} reached the dotted level.")

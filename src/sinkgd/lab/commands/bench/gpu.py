@@ -53,9 +53,8 @@ class Gpu:
             raise ConfigError("triton is not installed; pip install triton")
 
         from sinkgd.lab.bench.gpu import PARTS, Plan, bench_gpu
-        from sinkgd.lab.bench.gpu.launches import TARGETS
-        from sinkgd.lab.bench.gpu.models import MODELS
-        from sinkgd.lab.bench.gpu.sheets import figure_sheet, missed_sheet
+        from sinkgd.lab.bench.gpu.cases import MODELS, TARGETS
+        from sinkgd.lab.bench.gpu.tables import figure_sheet, missed_sheet
         from sinkgd.lab.disk import claim_folder
         from sinkgd.lab.report.console import terminal_table
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import tyro
 
 from sinkgd.lab.commands.bench.shared import check_at_least_one, print_warnings, write_record
-from sinkgd.lab.commands.config_option import load_defaults
-from sinkgd.lab.train.config import RunConfig, SharedConfig
+from sinkgd.lab.train.config import RunConfig, SharedConfig, load_defaults
 
 if TYPE_CHECKING:
     from sinkgd.lab.bench.bench_loop import LoopBenchmark
