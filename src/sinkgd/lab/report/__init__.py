@@ -1,4 +1,4 @@
-"""A folder of runs, read and shown: the numbers, the words, the table and the page."""
+"""Reports on runs: read their results, compare them, and show the verdict, tables and page."""
 
 from sinkgd.lab.report.analysis import Analysis as Analysis
 from sinkgd.lab.report.analysis import Comparison as Comparison
