@@ -1,10 +1,10 @@
-"""The order, the looks and the headline of a study's arms, over all studies."""
+"""Order, colors and headline of the arms on the page, in all studies."""
 
 import re
 
 import pytest
 
-from lab.experiments.made_up import made_up, made_up_record
+from lab.experiments.synthetic_study import made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.study_page import study_page
 from sinkgd.lab.experiments.study_results import StudyResults

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lab.report.synthetic import evaluation, write_run
+from lab.report.synthetic_runs import evaluation, write_run
 from sinkgd.lab.report import (
     Reach,
     ReportError,

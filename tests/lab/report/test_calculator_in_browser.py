@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.report.synthetic import write_likely_run, write_run
+from lab.report.synthetic_runs import write_likely_run, write_run
 from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.report import analyze, build_page, calculator_block, write_page
 from sinkgd.lab.report.calculator import amount, signed

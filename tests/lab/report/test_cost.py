@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lab.report.synthetic import write_run
+from lab.report.synthetic_runs import write_run
 from lab.report.test_page import HOSTILE, Parsed, build
 from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.report import analyze, calculator_block

@@ -1,8 +1,8 @@
-"""Charts of a model's inner workings."""
+"""Line charts: statistics of models against tokens."""
 
 import pytest
 
-from lab.report.synthetic import TOKENS_PER_STEP, write_run
+from lab.report.synthetic_runs import TOKENS_PER_STEP, write_run
 from sinkgd.lab.report import analyze, build_page
 from sinkgd.lab.report.figures import identify
 from sinkgd.lab.report.line_charts import statistic_curve, statistics_charts

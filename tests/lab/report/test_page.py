@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sinkgd.lab.report
-from lab.report.synthetic import write_likely_run, write_run
+from lab.report.synthetic_runs import write_likely_run, write_run
 from sinkgd.lab.commands.report import Report
 from sinkgd.lab.report import ReportError, analyze, build_page, write_page
 from sinkgd.lab.report.bar_charts import bar_charts

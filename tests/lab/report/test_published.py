@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lab.report.synthetic import write_run
+from lab.report.synthetic_runs import write_run
 from lab.report.test_page import HOSTILE, Parsed, build
 from sinkgd.lab.report import calculator_block, published_block
 from sinkgd.lab.report.published import (

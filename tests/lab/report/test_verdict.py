@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lab.report.synthetic import write_run
+from lab.report.synthetic_runs import write_run
 from sinkgd.lab.cli import main
 from sinkgd.lab.report import analyze
 from sinkgd.lab.report.page import cards
