@@ -195,13 +195,13 @@ class Run:
 
 def _read_records(path: Path) -> list[Record]:
     if is_special(path):
-        raise ResultsError(f"{path} is no plain file, so no results file; remove it")
+        raise ResultsError(f"{path} is not a plain file, so not a results file; remove it")
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise ResultsError(f"no results at {path}; `sinkgd train` writes them") from None
     except UnicodeDecodeError as error:
-        raise ResultsError(f"{path} is no text, so no results file: {error}") from error
+        raise ResultsError(f"{path} is not UTF-8 text, so not a results file: {error}") from error
     complete = text[: text.rfind("\n") + 1]
     return [_parse(line, f"{path}:{i}") for i, line in enumerate(complete.splitlines(), start=1)]
 

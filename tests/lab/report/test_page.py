@@ -124,7 +124,7 @@ def test_unfinished_and_failed_runs_are_shown(tmp_path, runs):
     runs.append(write_run(tmp_path, "live", {7: 6.0}, status=None))
     text = Parsed(build(runs)).text
     assert "sgd-seed0 failed at step 5 and is in no average: disk full" in text
-    assert "live-seed0 stands unfinished at step 7" in text
+    assert "live-seed0 is unfinished at step 7" in text
     assert re.search(r"live-seed0\s+unfinished\s+7\s+700", text)
 
 

@@ -110,7 +110,7 @@ def test_runs_that_did_not_finish_are_cautions_with_their_reason(tmp_path, adamw
         [adamw, failed]
     )
     live = write_run(tmp_path, "sinkgd", {7: 9.0}, status=None, name="live")
-    assert "live stands unfinished at step 7 and is in no average" in cautions([adamw, live])
+    assert "live is unfinished at step 7 and is in no average" in cautions([adamw, live])
 
 
 def test_unequal_runs_are_a_caution(tmp_path, adamw):

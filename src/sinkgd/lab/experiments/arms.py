@@ -102,7 +102,7 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(
-                f"a study overrides {name!r}, which is no option of a run; "
+                f"a study overrides {name!r}, which is not an option of a run; "
                 f"did you mean {nearest(name, known)!r}?"
             )
         table = getattr(config, known[name])

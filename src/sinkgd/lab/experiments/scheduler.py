@@ -46,7 +46,7 @@ class Tuning:
         except (OptunaError, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise ResultsError(
-                f"{path} is damaged: {reason}. Delete it; the runs that ended stand in study.jsonl"
+                f"{path} is damaged: {reason}. Delete it; finished runs are in study.jsonl"
             ) from error
 
     def next_point(self, arm: Arm) -> Point | None:

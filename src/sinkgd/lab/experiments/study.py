@@ -136,7 +136,7 @@ class StudyPlan:
             ConfigError: If there is nothing to run or an option is impossible.
         """
         if not self.arms:
-            raise ConfigError(f"study {self.study!r} has no arms left; name other --optimizer")
+            raise ConfigError(f"study {self.study!r} has no arms left; choose another --optimizer")
         untuned = tuple(replace(arm, tuned=NOTHING) for arm in self.arms)
         check_arms(self.study, self.arms if self.tune else untuned)
         if self.tuning_seed in self.seeds:

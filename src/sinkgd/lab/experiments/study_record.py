@@ -114,7 +114,9 @@ class StudyRecord:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ResultsError(f"{path} is no text, so no study's file: {error}") from error
+            raise ResultsError(
+                f"{path} is not UTF-8 text, so not a study's file: {error}"
+            ) from error
         except (FileNotFoundError, NotADirectoryError):
             raise ResultsError(f"no study at {path}; `sinkgd experiment` makes one") from None
         whole = text[: text.rfind("\n") + 1].splitlines()

@@ -136,7 +136,7 @@ def read_runs(folder: Path) -> list[Run]:
     if folder.is_file():
         return [Run.read(folder)]
     if not folder.is_dir():
-        raise ReportError(f"{folder} is no folder; give the one that `sinkgd compare` wrote to")
+        raise ReportError(f"{folder} is not a folder; give the one that `sinkgd compare` wrote to")
     paths = sorted([*folder.glob(RESULTS_FILE), *folder.glob(f"*/{RESULTS_FILE}")])
     paths = paths or sorted(folder.glob("*.jsonl"))
     if not paths:

@@ -10,7 +10,7 @@ from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, firs
 from sinkgd.lab.results import Run
 
 _MOST_NAMES = 3  # longer lists are given as a number
-_ENDINGS = {"unfinished": "stands unfinished", "interrupted": "was interrupted"}
+_ENDINGS = {"unfinished": "is unfinished", "interrupted": "was interrupted"}
 _EARLY = 0.98  # of its tokens: a baseline with its final loss before this got worse at the end
 _MACHINE = ("device", "cpu", "cores", "threads")  # parts of an environment that speed depends on
 _UNSTEADY = 1.3  # ratio of step times; on an idle machine the recorded demo's runs differ by 1.16
