@@ -313,7 +313,7 @@ class ResultsWriter:
 
     def __init__(self, path: Path, mirrors: tuple[Callable[[Record], None], ...] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_unfinished_line(path)
+        cut_unfinished_line(path)
         self.path = path
         self._mirrors = mirrors
         self._file = path.open("a", encoding="utf-8")
@@ -344,7 +344,8 @@ class ResultsWriter:
         self.close()
 
 
-def _cut_unfinished_line(path: Path) -> None:
+def cut_unfinished_line(path: Path) -> None:
+    """Cut off the unfinished last line of a file that a killed process was writing."""
     if not path.exists():
         return
     content = path.read_bytes()

@@ -17,7 +17,7 @@ Overrides = Mapping[str, Any]  # dotted names of a `RunConfig`'s fields, with th
 Grid = Mapping[str, tuple[float, ...]]  # dotted names, with the values to try
 Point = Mapping[str, float]  # one choice of a grid
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from sinkgd.lab.report.quantities import NO_BREAK
 from sinkgd.lab.results import RESULTS_FILE, Evaluation, Memory, Run
 
 
@@ -45,6 +46,17 @@ class Spread:
 
     def __truediv__(self, whole: float) -> "Spread":
         return Spread(self.mean / whole, self.low / whole, self.high / whole, self.count)
+
+    def with_range(self, digits: int) -> str:
+        r"""Format the mean, with ± half the range if there are several values.
+
+        >>> Spread(4.25, 4.0, 4.5, count=2).with_range(digits=2)
+        '4.25 ±\xa00.25'
+        """
+        mean = f"{self.mean:.{digits}f}"
+        if self.count == 1:
+            return mean
+        return f"{mean} ±{NO_BREAK}{(self.high - self.low) / 2:.{digits}f}"
 
     def overlaps(self, other: "Spread") -> bool:
         """Whether the two ranges overlap."""
@@ -192,6 +204,11 @@ class Analysis:
     def runs(self) -> tuple[Run, ...]:
         """Every run, recipe by recipe."""
         return tuple(run for recipe in self.recipes for run in recipe.runs)
+
+
+def preset_of(run: Run) -> str:
+    """Return the preset of a run's model."""
+    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
 
 
 def recipe_of(run: Run) -> str:

@@ -14,6 +14,7 @@ from sinkgd.lab.report.figures import (
     Figure,
     Identities,
     axis,
+    error_bars,
     layout,
     row_height,
     row_words,
@@ -259,15 +260,11 @@ def _whiskers(spreads: Sequence[Spread | None]) -> Figure:
         "x": [100 * s.mean for _, s in ranged],
         "y": [row + _BELOW for row, _ in ranged],
         "marker": {"size": 1, "color": "@ink"},
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [100 * (s.high - s.mean) for _, s in ranged],
-            "arrayminus": [100 * (s.mean - s.low) for _, s in ranged],
-            "color": "@ink",
-            "thickness": 1.4,
-            "width": 5,
-        },
+        "error_x": error_bars(
+            [100 * (s.high - s.mean) for _, s in ranged],
+            [100 * (s.mean - s.low) for _, s in ranged],
+            "@ink",
+        ),
         "showlegend": False,
         "hoverinfo": "skip",
     }

@@ -8,7 +8,7 @@ from typing import Literal
 from sinkgd.lab.devices import DEVICES, DeviceSheet
 from sinkgd.lab.models import LLAMAS
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary
+from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, preset_of
 from sinkgd.lab.report.published import (
     LARGEST,
     SINKGD,
@@ -89,7 +89,7 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
     choices = []
     own = _baseline_run(analysis)
     if own is not None and own.end is not None and own.end.tokens > 0:
-        title = f"{_preset(own)}, as on this page"
+        title = f"{preset_of(own)}, as on this page"
         sizes = float(own.start.parameters), float(own.end.tokens), _matrix_share(own)
         choices.append(
             ModelChoice("page", title, *sizes, "measured", "measured", "as trained here")
@@ -127,7 +127,7 @@ def measured_speed(analysis: Analysis | None) -> SpeedSource | None:
     if run is None or speed is None:
         return None
     device = run.start.environment.get("device", "an unnamed device")
-    note = f"{_preset(run)} on {device}"
+    note = f"{preset_of(run)} on {device}"
     return SpeedSource("measured", "measured here", speed.mean / _ranks(run), "measured", note)
 
 
@@ -247,13 +247,9 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
     return analysis.baseline.finished[0]
 
 
-def _preset(run: Run) -> str:
-    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
-
-
 def _matrix_share(run: Run) -> float:
     """Return the fraction of parameters in hidden matrices, of the run's preset or llama-1b."""
-    config = LLAMAS.get(_preset(run), LLAMAS["llama-1b"])
+    config = LLAMAS.get(preset_of(run), LLAMAS["llama-1b"])
     return config.linear_parameter_count / config.parameter_count
 
 

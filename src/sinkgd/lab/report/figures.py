@@ -83,6 +83,32 @@ def layout(height: int, **options: Any) -> Figure:
     }
 
 
+def error_bars(above: Sequence[float], below: Sequence[float], color: str) -> Figure:
+    """Make error bars of marks.
+
+    Args:
+        above: Length of each bar above its mark, or to the right of it.
+        below: Length of each bar below its mark, or to the left of it.
+        color: Role of their color.
+    """
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": list(above),
+        "arrayminus": list(below),
+        "color": color,
+        "thickness": 1.4,
+        "width": 5,
+    }
+
+
+def dotted_line(y: float | None, *, color: str, width: float) -> Figure:
+    """Make a horizontal dotted line across the chart."""
+    line = {"color": color, "width": width, "dash": "dot"}
+    ends = {"x0": 0, "x1": 1, "y0": y, "y1": y}
+    return {"type": "line", "xref": "paper", **ends, "line": line, "layer": "below"}
+
+
 def rows_axis(rows: int) -> Figure:
     """Make an axis with rows 0, 1, ... from top to bottom; it has words above marks, no ticks."""
     return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)

@@ -18,6 +18,7 @@ from sinkgd.lab.report.figures import (
     Identities,
     Identity,
     axis,
+    dotted_line,
     layout,
     plotly_label,
 )
@@ -69,7 +70,9 @@ def loss_chart(analysis: Analysis, identities: Identities, along: Axis) -> Chart
                 ),
                 yaxis=axis("nats per token", range=view),
                 hovermode="closest",
-                shapes=_target_line(analysis),
+                shapes=[]
+                if analysis.target is None
+                else [dotted_line(analysis.target, color="@soft", width=1.4)],
                 annotations=_target_labels(analysis, identities, along, scale=scale, top=top),
             ),
         },
@@ -273,15 +276,6 @@ def _smoothed(steps: Sequence[TrainStep]) -> list[float | None]:
 def finite(value: float) -> float | None:
     """Return ``value``, or None if it is not finite."""
     return value if math.isfinite(value) else None
-
-
-def _target_line(analysis: Analysis) -> list[Figure]:
-    """Draw the baseline's final loss as a dotted line."""
-    if analysis.target is None:
-        return []
-    line = {"color": "@soft", "width": 1.4, "dash": "dot"}
-    ends = {"x0": 0, "x1": 1, "y0": analysis.target, "y1": analysis.target}
-    return [{"type": "line", "xref": "paper", **ends, "line": line, "layer": "below"}]
 
 
 def _reached(analysis: Analysis, along: Axis) -> list[tuple[float, float, str]]:

@@ -20,12 +20,11 @@ from sinkgd.lab.report.calculator import calculator_block
 from sinkgd.lab.report.figures import Chart, Identities, identify
 from sinkgd.lab.report.line_charts import loss_chart, statistics_charts
 from sinkgd.lab.report.published_block import published_block
+from sinkgd.lab.report.quantities import ABSENT
 from sinkgd.lab.report.shell import render
 from sinkgd.lab.report.tables import header, summary_rows
 from sinkgd.lab.report.verdict import Verdict, judge
 from sinkgd.lab.results import Run
-
-ABSENT = "–"
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _needed(name: str, comparison: Comparison, fraction: Spread) -> KeyFigure:
 
 
 def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[KeyFigure]:
-    figures = [KeyFigure("Tokens needed", "–", "not reached")]
+    figures = [KeyFigure("Tokens needed", ABSENT, "not reached")]
     if baseline.val_loss:
         gap = loss.mean - baseline.val_loss.mean
         figures.append(
@@ -179,7 +178,7 @@ def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[KeyFigure]:
 def _speed(comparison: Comparison, *, times_comparable: bool) -> KeyFigure:
     name = "Effective throughput"
     if comparison.effective_speedup is None:
-        return KeyFigure(name, "–", "not reached")
+        return KeyFigure(name, ABSENT, "not reached")
     if not times_comparable:
         return KeyFigure(name, ABSENT, "not comparable")
     return KeyFigure(name, quantities.ratio(comparison.effective_speedup), "the baseline’s")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Spread, summarize
+from sinkgd.lab.report.analysis import preset_of, summarize
 from sinkgd.lab.report.figures import Chart
 from sinkgd.lab.report.published import (
     AGAINST,
@@ -156,13 +156,9 @@ def _size_of(run: Run) -> Size | None:
     """Find the column of a run: same preset and same number of parameters."""
     for size in SIZES:
         difference = run.start.parameters / size.config.parameter_count - 1
-        if _preset(run) == size.preset and abs(difference) < _SAME_MODEL:
+        if preset_of(run) == size.preset and abs(difference) < _SAME_MODEL:
             return size
     return None
-
-
-def _preset(run: Run) -> str:
-    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
 
 
 def _corpus(run: Run) -> str:
@@ -185,16 +181,13 @@ def _measured(runs: Sequence[Run]) -> list[MeasuredRow]:
         tokens = f"{quantities.count(summary.tokens.mean)} of {quantities.count(whole)} tokens"
         rows.append(
             MeasuredRow(
-                recipe, name, _with_spread(summary.perplexity), f"{seeds}{tokens} of {corpora}"
+                recipe,
+                name,
+                summary.perplexity.with_range(digits=2),
+                f"{seeds}{tokens} of {corpora}",
             )
         )
     return rows
-
-
-def _with_spread(spread: Spread) -> str:
-    mean = f"{spread.mean:.2f}"
-    half = f"{(spread.high - spread.low) / 2:.2f}"
-    return mean if spread.count == 1 else f"{mean} ±{quantities.NO_BREAK}{half}"
 
 
 def _absences(runs: Sequence[Run]) -> list[str]:
@@ -204,7 +197,7 @@ def _absences(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if _size_of(run) is not None:
             continue
-        preset, parameters = _preset(run), quantities.count(run.start.parameters)
+        preset, parameters = preset_of(run), quantities.count(run.start.parameters)
         if preset in presets:
             usual = quantities.count(presets[preset].config.parameter_count)
             why = f"has {parameters} parameters, the benchmark’s {usual}: another tokenizer"
@@ -260,7 +253,11 @@ def _speed() -> Detail:
          f"{one.steps:.1f}×")
         for one in SPEEDUPS
     )  # fmt: skip
-    abstract = ("SinkGD’s tokens to Adam’s perplexity", "–", quantities.percent(TOKEN_FRACTION))
+    abstract = (
+        "SinkGD’s tokens to Adam’s perplexity",
+        quantities.ABSENT,
+        quantities.percent(TOKEN_FRACTION),
+    )
     throughput = tuple(
         (f"tokens a second, {name}", "1.3B", quantities.count(speed))
         for name, speed in THROUGHPUT.items()

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, Spread
+from sinkgd.lab.report.quantities import ABSENT
 from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Memory
 
-NOTHING = "–"
 _GAP = 3  # characters between columns of a terminal
 
 Cell = Callable[[RecipeSummary, Comparison | None], str]
@@ -49,7 +49,7 @@ def summary_rows(analysis: Analysis) -> list[Row]:
         )
         for title, meaning, cell in _MEASURES
     ]
-    return [row for row in rows if any(cell != NOTHING for cell in row.cells)]
+    return [row for row in rows if any(cell != ABSENT for cell in row.cells)]
 
 
 def summary_tables(analysis: Analysis, width: int) -> Group:
@@ -89,22 +89,15 @@ def _width(columns: Sequence[Sequence[str]]) -> int:
 
 
 def _memory(part: Callable[[Memory], int]) -> Cell:
-    return lambda r, _: quantities.size(part(r.memory)) if r.memory else NOTHING
+    return lambda r, _: quantities.size(part(r.memory)) if r.memory else ABSENT
 
 
 def _mean(spread: Spread | None, write: Callable[[float], str]) -> str:
-    return write(spread.mean) if spread else NOTHING
+    return write(spread.mean) if spread else ABSENT
 
 
 def _with_range(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return NOTHING
-    mean = f"{spread.mean:.{digits}f}"
-    return (
-        mean
-        if spread.count == 1
-        else f"{mean} ±{quantities.NO_BREAK}{(spread.high - spread.low) / 2:.{digits}f}"
-    )
+    return spread.with_range(digits) if spread else ABSENT
 
 
 def _needed(
@@ -116,7 +109,7 @@ def _needed(
 
     def cell(_: RecipeSummary, comparison: Comparison | None) -> str:
         if comparison is None or comparison.runs == 0:
-            return NOTHING
+            return ABSENT
         needed, share = amount(comparison), fraction(comparison)
         if needed is None:
             return "not reached"
