@@ -63,7 +63,7 @@ def step(grads, backend="triton", dtype=torch.float32, rank=15, nonfinite="raise
     params = []
     for grad in grads:
         zeros = torch.zeros(grad.shape, dtype=dtype)
-        params.append(nn.Parameter(turned(zeros) if dense_layout(grad).turned else zeros))
+        params.append(nn.Parameter(turned(zeros) if dense_layout(grad).transposed else zeros))
         params[-1].grad_dtype = None
         params[-1].grad = grad
     group = {"params": params, "algorithm": "sinkgd", "backend": backend, **options}

@@ -86,7 +86,7 @@ def alone(grads):
 def beside(grad, dtype=torch.float32):
     """Zeros for a parameter that lies as a gradient does."""
     zeros = torch.zeros(grad.shape, dtype=dtype)
-    return turned(zeros) if dense_layout(grad).turned else zeros
+    return turned(zeros) if dense_layout(grad).transposed else zeros
 
 
 def descend(backend, grads, num_iters, **options):

@@ -20,10 +20,18 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sinkgd.deflation import Products
-from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
-from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.backend import (
+    Descent,
+    Lowered,
+    Matrices,
+    Scales,
+    Shared,
+    Stack,
+    merge_descents,
+    select_owners,
+)
+from sinkgd.kernels.eager import EagerBackend, eager_products, nothing_to_take
 from sinkgd.kernels.layout import aligned, check_scales, check_start, dense, dense_layout
-from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.triton import support
 from sinkgd.kernels.triton.descent import (
     DescentTensors,
@@ -46,7 +54,6 @@ from sinkgd.kernels.triton.tiles import (
     plan_of_update,
     update_parameters,
 )
-from sinkgd.kernels.two_halves import TwoHalves, chosen, merged
 
 # A GPU reads as much from its memory, at 3 TB/s, while the host prepares a launch in about 20 µs.
 # Outside of a graph, a smaller bucket would wait for the host. Not timed.
@@ -54,7 +61,7 @@ LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
 
-class TritonBackend(TwoHalves):
+class TritonBackend(EagerBackend):
     """Kernels for CUDA and ROCm: a launch an iteration, whatever the number of matrices."""
 
     name = "triton"
@@ -208,9 +215,9 @@ class TritonBackend(TwoHalves):
         in_halves: Callable[..., Descent] = super().descend_
         if not any(ours):
             return in_halves(matrices, **options)
-        others = chosen(matrices, [not own for own in ours])
-        some = self.descend_(chosen(matrices, ours), **options)
-        return merged(ours, matrices, some, in_halves(others, **options))
+        others = select_owners(matrices, [not own for own in ours])
+        some = self.descend_(select_owners(matrices, ours), **options)
+        return merge_descents(ours, matrices, some, in_halves(others, **options))
 
     def _takes(self, matrices: Matrices, own: range, overflow: Tensor | None) -> bool:
         """Whether the kernels of whole rows take all matrices of one owner."""
@@ -224,7 +231,7 @@ class TritonBackend(TwoHalves):
             and support.writable(param, grad, None, overflow, keys[i])
             and param.device == device
             and support.rows_fit(grad)
-            and dense_layout(grad).turned == dense_layout(param).turned
+            and dense_layout(grad).transposed == dense_layout(param).transposed
             for i, param, grad in ((i, matrices.params[i], matrices.grads[i]) for i in own)
         )
 
@@ -345,7 +352,7 @@ class TritonBackend(TwoHalves):
         table = self._tables.table(plan.table, device)
         addresses: list[int] = []
         for write, source, to in zip(writes, sources, operands, strict=True):
-            own, transposed = write.scales, to.param.layout.turned
+            own, transposed = write.scales, to.param.layout.transposed
             read: list[Tensor | None] = [
                 write.param,
                 source,

@@ -122,7 +122,7 @@ def _fill(
     for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
         wide = 16 // grad.dtype.itemsize
         vector = min(vector_width(wide, (grad, offset)) for offset in grad.layout.offsets)
-        kind = Kind(grad.dtype, grad.layout.turned, vector)
+        kind = Kind(grad.dtype, grad.layout.transposed, vector)
         size = shape.numel() * grad.dtype.itemsize
         tensors, full = open_.get(kind, ([], 0))
         if not tensors or full + size > bucket_bytes:

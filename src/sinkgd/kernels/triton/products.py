@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sinkgd.deflation import Packed, StoredProducts
 from sinkgd.kernels.backend import Scales, Shared, Stack
-from sinkgd.kernels.products import eager_products
+from sinkgd.kernels.eager import eager_products
 from sinkgd.kernels.triton import launch
 from sinkgd.kernels.triton.launch import GpuTarget, kernels, multiplies_tf32
 from sinkgd.kernels.triton.product_plan import BLOCK, ROWS, Bucket, Kind, Plan, padded_rows

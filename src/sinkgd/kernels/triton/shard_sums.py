@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.kernels.eager import EagerSums
 from sinkgd.kernels.layout import layout_of
-from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.triton import launch
 from sinkgd.kernels.triton.launch import GpuTarget, kernels
 from sinkgd.kernels.triton.support import DTYPES

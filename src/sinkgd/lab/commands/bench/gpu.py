@@ -26,24 +26,24 @@ class Gpu:
     """
 
     parts: str = "all"
-    """Names with commas between: interpreter, host, schedule, code; or all."""
+    """Names separated by commas: interpreter, host, schedule, code; or all."""
 
     gpus: str = "all"
-    """Kinds of GPU that kernels are compiled for, names with commas between: sm_80, sm_90, sm_100,
+    """Kinds of GPU that kernels are compiled for, names separated by commas: sm_80, sm_90, sm_100,
     gfx942; or all. Instructions are those of sm_90."""
 
     models: str = "all"
-    """Models whose kernels are compiled, names with commas between: llama-60m, llama-1b, llama-7b,
+    """Models whose kernels are compiled, names separated by commas: llama-60m, llama-1b, llama-7b,
     mixtral-8x7b, moe-64-experts; or all."""
 
     out: Path | None = None
     """Folder for gpu.json, with registers, spills, loads and loops of every kernel."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be, or triton is not installed.
+            ConfigError: If an option is invalid, or triton is not installed.
         """
         from importlib.util import find_spec
 
