@@ -21,7 +21,7 @@ from sinkgd.lab.bench.public_loops import (
     naive_update,
 )
 from sinkgd.lab.bench.workloads import Workload
-from sinkgd.optim.partition import DEFLATED_RANK
+from sinkgd.optim.param_groups import DEFLATED_RANK
 
 ADAMW = "adamw-fused"  # what the others are compared with
 ITERATIONS = (5, 1)  # L of our rows; the public loops run the first

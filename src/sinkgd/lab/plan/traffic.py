@@ -17,7 +17,7 @@ from sinkgd.lab.plan.methods import Method, usual_rank
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.weights import Grid, Weight, weights_of
 from sinkgd.lab.train.device import weight_dtype
-from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
+from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
 
 _FLOAT64 = 8
 
@@ -99,7 +99,7 @@ def _of_vectors(
     numbers = method.iterations * sum(vector_length(w, grid, group) for w in weights)
     if method.directions:
         held = [vector_bytes(w.piece[0], w.piece[1], method.directions) for w in weights]
-        for some in map(weights.__getitem__, mesh_runs(held)):
+        for some in map(weights.__getitem__, mesh_chunks(held)):
             ways = {_is_cut_by_columns(w, group) for w in some}
             count += 2 * (False in ways) + 4 * (True in ways)
             numbers += sum(_deflation_length(w, group, method.directions) for w in some)
@@ -132,7 +132,7 @@ def vector_length(weight: Weight, grid: Grid, group: str) -> int:
     """Return the numbers of one iteration that a group adds up for a matrix.
 
     With the sums of n columns travel the numbers of rows that are there, and that still move; with
-    those of m rows the number of columns. As `sinkgd.sharded.scales` does.
+    those of m rows the number of columns. As `sinkgd.distributed.scales` does.
 
     Args:
         weight: A matrix.

@@ -1,7 +1,7 @@
 """This package's own methods."""
 
 from sinkgd.lab.plan.methods.method import ITERATIONS, Method
-from sinkgd.optim.partition import DEFLATED_RANK
+from sinkgd.optim.param_groups import DEFLATED_RANK
 
 
 def _whitening(short: int, long: int) -> float:
@@ -115,7 +115,7 @@ FAMILY = (
         can_release=True,
         exchange="matrices",
         passes=5,
-        scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
+        scratch=3.0,  # sinkgd.optim.methods.multi_normalized
         batched=True,
         flops=_whitening,
     ),
@@ -129,7 +129,7 @@ FAMILY = (
         counts=2,  # steps and resets
         everywhere=True,
         can_release=True,
-        passes=20,  # AdamW's 7; what is cut: sinkgd.optim.algorithms.resets.cut_spikes
+        passes=20,  # AdamW's 7; what is cut: sinkgd.contrib.spam.clip_spikes
         scratch=3.0,  # the limit, its negative and the cut gradient
     ),
     Method(
