@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock
 
 from sinkgd.kernels import BACKENDS, registry
-from sinkgd.kernels.cpu import CpuBackend, jobs
-from sinkgd.kernels.cpu.cache import folder
+from sinkgd.kernels.cpu import CpuBackend
+from sinkgd.kernels.cpu import launch as cpu_launch
 from sinkgd.kernels.triton import launch
 
 LARGE = 1 << 15  # entries: many programs
@@ -35,8 +35,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         session.config, "workerinput"
     )
     if not starts_workers and CpuBackend().missing() is None:
-        with FileLock(folder() / "tests.lock"):
-            jobs.compile_loops()
+        with FileLock(cpu_launch.cache_folder() / "tests.lock"):
+            cpu_launch.compile_loops()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,15 +86,11 @@ def interpreter() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        loaders = (
-            *(launch.primitives, launch.loops, launch.step, launch.sweep, launch.finish),
-            *(launch.skinny_matmul, launch.weighted),
-        )
-        for import_anew in loaders:
-            sys.modules.pop(f"sinkgd.kernels.triton.{import_anew.__name__}", None)
-            import_anew.cache_clear()
-        for import_anew in loaders:
-            import_anew()
+        for module in launch.KERNEL_MODULES:
+            sys.modules.pop(f"sinkgd.kernels.triton.{module}", None)
+        launch.kernels.cache_clear()
+        for module in launch.KERNEL_MODULES:
+            launch.kernels(module)
         importlib.import_module("triton.experimental.gluon")  # at the first launch it is too late
     started = launch.launch
 
@@ -129,7 +125,7 @@ def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill whatever is allocated with NaN, so that nothing unwritten is read or returned."""
-    monkeypatch.setattr(jobs, "_local", threading.local())
+    monkeypatch.setattr(cpu_launch, "_local", threading.local())
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sinkgd.lab.bench.quartiles import quartiles, ratios
+from sinkgd.lab.bench.interleaved import quartiles, ratios
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

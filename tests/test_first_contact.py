@@ -239,14 +239,14 @@ def test_constants_of_the_triton_backend_are_swept_and_put_back():
     before = tiles.AREA, tiles.THREADS
     with sweep.changed(AREA=1 << 13, THREADS=128, ENTRIES=64) as where:
         assert (tiles.AREA, tiles.THREADS) == (1 << 13, 128)
-    assert {"tiles.AREA", "plan.AREA", "tiles.THREADS", "launch.THREADS"} <= {*where}
-    assert {"panels.AREA", "panels.ENTRIES"} <= {*where}
+    assert {"tiles.AREA", "tiles.THREADS"} <= {*where}
+    assert {"schedule.AREA", "schedule.ENTRIES", "backend.AREA"} <= {*where}
     assert before == (tiles.AREA, tiles.THREADS)
     with sweep.buckets_of(123) as where:
         backend = sweep.triton_modules()["backend"]
-        assert backend._room(torch.device("cpu")) == 123
+        assert backend._bucket_bytes(torch.device("cpu")) == 123
         assert backend._cached_bytes(torch.device("cpu")) == 123
-    assert where == ["backend._room", "backend._cached_bytes"]
+    assert where == ["backend._bucket_bytes", "backend._cached_bytes"]
 
 
 def test_the_contender_of_halves_is_the_backend_in_its_former_way(monkeypatch):

@@ -32,8 +32,7 @@ from typing import Any
 
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import RunFolder
-from sinkgd.lab.train.device import select_device
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.machine import describe_environment, select_device
 
 STEPS, CHECKPOINT_EVERY = 150, 6
 SEED = 0

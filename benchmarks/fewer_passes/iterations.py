@@ -19,9 +19,9 @@ import torch
 from sinkgd.kernels import select
 from sinkgd.lab.data import evaluation_batches
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig
-from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.evaluate import evaluate
 from sinkgd.lab.train.loop import training_steps
+from sinkgd.lab.train.machine import describe_environment
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import Job, set_up
 

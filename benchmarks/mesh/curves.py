@@ -21,8 +21,7 @@ import time
 from pathlib import Path
 
 from sinkgd.lab.results import Run
-from sinkgd.lab.train.device import select_device
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.machine import describe_environment, select_device
 
 STEPS, STOP_AFTER = 40, 15
 OPTIONS = [

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sinkgd
 from sinkgd.lab.models.presets import PRESETS
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.machine import describe_environment
 
 ROUNDS, LR, ITERATIONS = 9, 1e-4, 5
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from sinkgd import sr_sinkhorn, temper
-from sinkgd.lab.experiments.plan import plan_of
 from sinkgd.lab.experiments.studies.lens import CONTROL, LENS, VARIANTS
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.experiments.study import plan_of
 from sinkgd.lab.train.loop import training_steps
+from sinkgd.lab.train.machine import describe_environment
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import set_up
 

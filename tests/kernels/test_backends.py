@@ -18,7 +18,7 @@ from sinkgd.kernels import BACKENDS, Lowered, Scales, registry
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 from sinkgd.kernels.triton import TritonBackend
-from sinkgd.kernels.triton import backend as triton_backend
+from sinkgd.kernels.triton import support as triton_support
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -622,12 +622,12 @@ class TestChoice:
         present = lambda name: spec if name == "triton" else find_spec(name)  # noqa: E731
         monkeypatch.setattr(importlib.util, "find_spec", present)
         monkeypatch.setattr(TritonBackend, "supports", lambda self, device: device.type == "cuda")
-        monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+        monkeypatch.setattr(triton_support, "interpreting", lambda: False)
         monkeypatch.setattr(shutil, "which", lambda name, path=None: found)
         monkeypatch.delenv("CC", raising=False)
         if compiler is not None:
             monkeypatch.setenv("CC", compiler)
-        triton_backend._has_compiler.cache_clear()
+        triton_support._has_compiler.cache_clear()
         registry._warn_once.cache_clear()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -643,17 +643,17 @@ class TestChoice:
         else:
             assert not said
             assert rows["triton"][0]
-        triton_backend._has_compiler.cache_clear()
+        triton_support._has_compiler.cache_clear()
 
     def test_auto_says_once_why_it_passes_over_the_loops(self, monkeypatch):
-        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)
+        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_openmp", lambda: None)
         registry._warn_once.cache_clear()
         with pytest.warns(RuntimeWarning, match="'cpu' cannot run here: .*GOMP_parallel"):
             assert kernels.select("auto", torch.device("cpu")).name == "eager"
         assert kernels.select("auto", torch.device("cpu")).name == "eager"
 
     def test_a_torch_without_openmp_is_named(self, monkeypatch):
-        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_team", lambda: None)
+        monkeypatch.setattr("sinkgd.kernels.cpu.backend.torch_openmp", lambda: None)
         assert "GOMP_parallel" in CpuBackend().missing()
 
     def test_a_device_it_does_not_run_on_is_named(self):

@@ -27,9 +27,9 @@ ALIGNED, ODD = (2048, 2048), (2048, 5461)
 # Instructions that a thread issues an entry of bfloat16 on sm_90, in the loop over tiles of a
 # product, and in all of an update.
 MOST = {
-    "along": {ALIGNED: 4, ODD: 10.5},
-    "along, squares": {ALIGNED: 9.5, ODD: 14},
-    "down": {ALIGNED: 5, ODD: 17},
+    "matmul": {ALIGNED: 4, ODD: 10.5},
+    "matmul, squares": {ALIGNED: 9.5, ODD: 14},
+    "matmul_transposed": {ALIGNED: 5, ODD: 17},
     "update": {ALIGNED: 26, ODD: 66},
 }
 # How matrices are multiplied, by the target and the type of the gradient.
@@ -97,8 +97,8 @@ def test_instructions_an_entry(compiled):
 
 
 POINTERS = {
-    **dict.fromkeys(["addresses", "matrices", "owners", "targets", "programs"], "*i64"),
-    **dict.fromkeys(["sizes", "squares", "result"], "*fp32"),
+    **dict.fromkeys(["addresses", "matrices", "owners", "programs"], "*i64"),
+    **dict.fromkeys(["powers", "squares", "result"], "*fp32"),
     "given": "*fp64",
 }
 NUMBERS = {
@@ -112,34 +112,34 @@ def products(is_hip):
     import torch
 
     from sinkgd.kernels.triton import launch
-    from sinkgd.kernels.triton.products import constants_of, parts_of
-    from sinkgd.kernels.triton.skinny_plan import Kind
+    from sinkgd.kernels.triton.product_plan import Kind
+    from sinkgd.kernels.triton.products import constants_of, splits_of
 
-    kernels = launch.skinny_matmul()
+    kernels = launch.kernels("skinny_matmul")
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        parts = parts_of(dtype, tf32=not is_hip)
+        splits = splits_of(dtype, tf32=not is_hip)
         for shape in (ALIGNED, ODD):
             vector = 16 // dtype.itemsize if shape == ALIGNED else 1
             kind = Kind(dtype, False, vector)
             for K in (16, 32) if (dtype, shape) == (torch.bfloat16, ALIGNED) else (16,):
-                for name in ("along", "down"):
-                    known = constants_of(kind, K, parts, along=name == "along")
+                for name in ("matmul", "matmul_transposed"):
+                    known = constants_of(kind, K, splits, transposed=name != "matmul")
                     for squares in (False, True):
-                        constants = {**known, "SQUARES": squares, "FOLD": True}
+                        constants = {**known, "SQUARES": squares, "SCALE_RESULT": True}
                         label = f"{name}, squares" if squares else name
-                        # A matrix whose rows in memory are columns has its squares from `down`.
+                        # A transposed matrix has its squares from `matmul_transposed`.
                         yield (
                             label,
                             getattr(kernels, name),
                             constants,
                             shape,
                             dtype,
-                            (squares and name == "down"),
+                            (squares and name == "matmul_transposed"),
                         )
         for of_rows in (True, False):
-            constants = {"OF_ROWS": of_rows, "SHARED": of_rows, "K": 16, "PARTS": parts}
-            yield "fold", kernels.fold, constants, None, dtype, False
-    yield "balance", kernels.balance, {}, None, torch.float32, False
+            constants = {"OF_ROWS": of_rows, "SHARED": of_rows, "K": 16, "SPLITS": splits}
+            yield "scale_vectors", kernels.scale_vectors, constants, None, dtype, False
+    yield "balance_scales", kernels.balance_scales, {}, None, torch.float32, False
 
 
 def updates(is_hip):
@@ -148,10 +148,10 @@ def updates(is_hip):
 
     from sinkgd.kernels.layout import layout_of
     from sinkgd.kernels.triton import launch
-    from sinkgd.kernels.triton.places import Source
-    from sinkgd.kernels.triton.plan import Destination, Taken, plan_of_update
+    from sinkgd.kernels.triton.tables import Operand
+    from sinkgd.kernels.triton.tiles import LowRankSides, UpdateOperands, plan_of_update
 
-    dtypes = launch.primitives().DTYPES
+    dtypes = launch.kernels("primitives").DTYPES
     for dtype, grad_dtype in (
         (torch.bfloat16, torch.bfloat16),
         (torch.float32, torch.float32),
@@ -163,12 +163,12 @@ def updates(is_hip):
         ):
             size = torch.Size(shape)
             lies = [
-                Source(one, layout_of(size, (shape[1], 1)), True) for one in (dtype, grad_dtype)
+                Operand(one, layout_of(size, (shape[1], 1)), True) for one in (dtype, grad_dtype)
             ]
             strides = (K, 1) if dense else (1, 4096)
-            to = Destination(*lies, Taken(K, strides, (K, 1), True))
+            to = UpdateOperands(*lies, LowRankSides(K, strides, (K, 1), True))
             kind = plan_of_update((to,), (size,), 1 << 30).buckets[0].kind
-            assert (kind.width, kind.is_dense) == (K, dense)
+            assert (kind.rank, kind.is_dense) == (K, dense)
             constants = {
                 "DTYPE": dtypes[dtype],
                 "GRAD_DTYPE": dtypes[grad_dtype],
@@ -183,7 +183,14 @@ def updates(is_hip):
                 "DENSE": dense,
             }
             label = "update" if (dtype, dense) == (grad_dtype, True) else "update of a mix"
-            yield label, launch.step().update, constants, shape, dtype, shape == (20, 8192)
+            yield (
+                label,
+                launch.kernels("update").update,
+                constants,
+                shape,
+                dtype,
+                shape == (20, 8192),
+            )
 
 
 def compile_all(name):
@@ -191,22 +198,20 @@ def compile_all(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sinkgd.kernels.triton import launch
+    from sinkgd.kernels.triton import launch, tiles
     from sinkgd.kernels.triton import products as module
 
     target = GPUTarget(*TARGETS[name])
+    own = launch.GpuTarget(target.backend, target.warp_size)
     is_hip = target.backend == "hip"
     for kind, kernel, constants, shape, dtype, turned in [*products(is_hip), *updates(is_hip)]:
         if "update" in kind:
-            options = launch.options_of(
-                target.backend, target.warp_size, wide=constants["VECTOR"] > 1, first=False,
-                product=True,
-            )  # fmt: skip
+            options = tiles.options_of(own, wide=constants["VECTOR"] > 1, product=True)
         else:
             wide = constants.get("VECTOR") != 1
-            options = module.options_of(target.backend, target.warp_size, wide=wide)
-        folded = "*bf16" if constants.get("PARTS") == 3 else "*fp32"
-        types = {**POINTERS, **NUMBERS, **dict.fromkeys(["folded", "folded_result"], folded)}
+            options = module.options_of(own, wide=wide)
+        scaled = "*bf16" if constants.get("SPLITS") == 3 else "*fp32"
+        types = {**POINTERS, **NUMBERS, **dict.fromkeys(["scaled", "scaled_result"], scaled)}
         types |= dict.fromkeys(constants, "constexpr")
         signature = {key: types[key] for key in kernel.arg_names}
         pointers = [i for i, one in enumerate(signature.values()) if one.startswith("*")]

@@ -129,4 +129,4 @@ def test_a_call_is_a_launch_for_each_kind(interpreter, monkeypatch):
     sums = triton.sums(grads)
     sums.of_rows(of_rows(grads)[0])
     sums.of_cols(of_cols(grads)[0])
-    assert launches == ["add_up_weighted"] * 2
+    assert launches == ["weighted_square_sums"] * 2

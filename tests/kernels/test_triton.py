@@ -11,11 +11,10 @@ from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd.kernels import Matrices, Scales
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
-from sinkgd.kernels.triton import TritonBackend, launch, tables
+from sinkgd.kernels.triton import TritonBackend, launch, support, tables
 from sinkgd.kernels.triton import backend as module
-from sinkgd.kernels.triton.places import Source
-from sinkgd.kernels.triton.plan import plan_of_scales
-from sinkgd.kernels.triton.tables import Tables
+from sinkgd.kernels.triton.tables import DeviceTables, Operand
+from sinkgd.kernels.triton.tiles import plan_of_scales
 
 FLOAT32 = {"rtol": 3e-6, "atol": 0}
 PROCESSORS = 132  # of an H100
@@ -103,8 +102,8 @@ class TestLaunches:
     def test_every_processor_of_a_gpu_has_a_part(self, shape, dtype):
         shape = torch.Size(shape)
         layout = dense_layout(torch.empty(shape, device="meta"))
-        source = Source(dtype, layout, aligned=True)
-        (bucket,) = plan_of_scales((source,), (shape,), room=1).buckets
+        operand = Operand(dtype, layout, aligned=True)
+        (bucket,) = plan_of_scales((operand,), (shape,), bucket_bytes=1).buckets
         assert bucket.for_rows.rows > PROCESSORS
         assert bucket.for_cols.rows > PROCESSORS
 
@@ -112,13 +111,13 @@ class TestLaunches:
 class TestTables:
     @pytest.fixture
     def copies(self, monkeypatch):
-        made, copy = [], Tables._copy
+        made, copy = [], DeviceTables._copy
 
         def counted(self, key, host, device):
             made.append(host)
             return copy(self, key, host, device)
 
-        monkeypatch.setattr(Tables, "_copy", counted)
+        monkeypatch.setattr(DeviceTables, "_copy", counted)
         return made
 
     def test_a_steady_step_copies_none(self, backend, copies):
@@ -157,9 +156,9 @@ class TestTablesOfGraphs:
     @pytest.mark.parametrize("kind", ["table", "addresses"])
     def test_no_graph_reads_what_the_replay_of_another_fills(self, capture, monkeypatch, kind):
         copied = []
-        copy = Tables._copy
-        monkeypatch.setattr(Tables, "_copy", lambda *args: copied.append(args) or copy(*args))
-        kept, host = Tables(), torch.tensor([1, 2])
+        copy = DeviceTables._copy
+        monkeypatch.setattr(DeviceTables, "_copy", lambda *args: copied.append(args) or copy(*args))
+        kept, host = DeviceTables(), torch.tensor([1, 2])
         for made in (1, 2):
             capture(True)
             self.ask(kept, kind, host)
@@ -170,15 +169,15 @@ class TestTablesOfGraphs:
 
     @pytest.mark.parametrize("kind", ["table", "addresses"])
     def test_a_graph_reads_a_copy_from_before_it_and_keeps_it(self, capture, monkeypatch, kind):
-        monkeypatch.setattr(tables, "KEPT", 1)
-        kept, host = Tables(), torch.tensor([1, 2])
+        monkeypatch.setattr(tables, "MAX_COPIES", 1)
+        kept, host = DeviceTables(), torch.tensor([1, 2])
         capture(False)
         before = self.ask(kept, kind, host)
         capture(True)
         assert self.ask(kept, kind, host) is before
         capture(False)
         self.ask(kept, kind, torch.tensor([3, 4]))
-        assert any(copy.there is before for copy in kept._captured)
+        assert any(copy.on_device is before for copy in kept._captured)
 
 
 class TestNumbers:
@@ -286,12 +285,12 @@ class TestWhereItRuns:
         assert not backend.supports(torch.device("cuda"))
 
     def test_without_it_cpus_are_refused(self, monkeypatch):
-        monkeypatch.setattr(module, "interpreting", lambda: False)
+        monkeypatch.setattr(support, "interpreting", lambda: False)
         assert not TritonBackend().supports(torch.device("cpu"))
 
     @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((9, 0), True)])
     def test_gpus_it_was_compiled_for_are_taken(self, monkeypatch, capability, runs):
-        monkeypatch.setattr(module, "interpreting", lambda: False)
+        monkeypatch.setattr(support, "interpreting", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert TritonBackend().supports(torch.device("cuda")) is runs
@@ -302,7 +301,7 @@ def gpu():
     """A backend that compiles; run these tests by ``pytest -m gpu``, without the interpreter."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA or ROCm device")
-    if module.interpreting():
+    if support.interpreting():
         pytest.skip("triton's interpreter is on in this process; run pytest -m gpu by itself")
     return TritonBackend()
 

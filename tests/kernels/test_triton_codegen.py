@@ -155,12 +155,12 @@ def test_a_step_compiles_six_kernels_and_one_and_a_later_step_none():
 
 
 def take_steps():
-    """Launch on a device that is made up, and write how many kernels were compiled so far."""
+    """Launch on a fake device, and write how many kernels were compiled so far."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from sinkgd.kernels.triton import TritonBackend, launch
+    from sinkgd.kernels.triton import TritonBackend, launch, tiles
 
     device = type("Device", (), {})()
     device.get_current_device = device.get_current_stream = lambda *_: 0
@@ -168,13 +168,13 @@ def take_steps():
     driver.set_active(device)
 
     def start(kernel, programs, *arguments, **constants):
-        options = launch.options_of("cuda", 32, wide=True, first=False)
+        options = tiles.options_of(launch.GpuTarget("cuda", 32), wide=True)
         kernel.warmup(*arguments, grid=(programs,), **constants, **options)
 
     launch.launch = start
     backend, kernels = (
         TritonBackend(whole_rows=False),
-        (launch.loops().half_iteration, launch.step().update),
+        (launch.kernels("square_sums").half_iteration, launch.kernels("update").update),
     )
     for count, num_iters, keep, step in [
         (1, 3, 0.9, -0.1),
@@ -196,7 +196,7 @@ def write(found):
 def compile_all(name):
     from triton.backends.compiler import GPUTarget
 
-    from sinkgd.kernels.triton import loops, primitives, step
+    from sinkgd.kernels.triton import primitives, square_sums, update
 
     target = GPUTarget(*TARGETS[name])
     for variant in half_variants():
@@ -212,7 +212,9 @@ def compile_all(name):
             **tile(shape, wide, 1),
             "VECTOR": 16 // BYTES[dtype] if wide else 1,
         }
-        report(loops.half_iteration, constants, target, variant, first=half.startswith("first"))
+        report(
+            square_sums.half_iteration, constants, target, variant, first=half.startswith("first")
+        )
     for variant in update_variants():
         dtype, grad_dtype, shape, wide, rounding = variant
         constants = {
@@ -228,7 +230,7 @@ def compile_all(name):
             "DENSE": False,
             "TF32": False,
         }
-        report(step.update, constants, target, variant, first=False)
+        report(update.update, constants, target, variant, first=False)
 
 
 def torch_type(name):
@@ -244,9 +246,9 @@ def tile(shape, wide, parts):
 
 
 POINTERS = {
-    **dict.fromkeys(["addresses", "starts", "matrices", "targets", "programs"], "*i64"),
-    **dict.fromkeys(["old", "new", "out", "parts"], "*fp32"),
-    **dict.fromkeys(["alive", "earlier", "now", "coming"], "*i32"),
+    **dict.fromkeys(["addresses", "starts", "matrices", "programs"], "*i64"),
+    **dict.fromkeys(["old", "new", "out", "partial_sums"], "*fp32"),
+    **dict.fromkeys(["nonzero", "earlier", "now", "coming"], "*i32"),
 }
 NUMBERS = {"done": "i32", "low": "fp32", "high": "fp32", "keep": "fp32", "step": "fp32"}
 
@@ -256,8 +258,8 @@ def report(kernel, constants, target, variant, *, first):
     import triton
     from triton.compiler import ASTSource
 
-    from sinkgd.kernels.triton import loops
-    from sinkgd.kernels.triton.launch import options_of
+    from sinkgd.kernels.triton.launch import GpuTarget
+    from sinkgd.kernels.triton.tiles import options_of
 
     types = {**POINTERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
     if constants.get("STEP_IS_STORED"):
@@ -269,9 +271,9 @@ def report(kernel, constants, target, variant, *, first):
     built = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=target,
-        options=options_of(target.backend, target.warp_size, wide=wide, first=first),
+        options=options_of(GpuTarget(target.backend, target.warp_size), wide=wide, first=first),
     )
-    half = variant[0] if kernel is loops.half_iteration else "update"
+    half = variant[0] if kernel.__name__ == "half_iteration" else "update"
     write(
         {
             "kernel": kernel.__name__,

@@ -1,4 +1,4 @@
-"""What a step on a GPU costs the host, by counts: triton runs, its device and driver are made up.
+"""What a step on a GPU costs the host, by counts: triton runs, its device and driver are fakes.
 
 This file is also the program that counts, in a process of its own: triton's interpreter, which
 other tests need, and its compiler do not share one.
@@ -90,14 +90,14 @@ def count():
     import torch
     from triton import knobs
 
-    from sinkgd.kernels.triton import launcher
-    from sinkgd.lab.bench.gpu.host_time import Step, made_up_gpu, matrix_shapes, measure
+    from sinkgd.kernels.triton import launch
+    from sinkgd.lab.bench.gpu.host_time import Step, fake_gpu, matrix_shapes, measure
 
     models = []
     for model, layers in [("llama-60m", 1), ("llama-60m", 4), ("llama-1b", 2), ("llama-7b", 1)]:
         one = measure(model, steps=3, layers=layers)
         models.append(one._asdict())
-    with made_up_gpu() as gpu, torch.no_grad():
+    with fake_gpu() as gpu, torch.no_grad():
 
         def counts(step):
             gpu.launches = gpu.dispatched = gpu.compiled = 0
@@ -118,16 +118,16 @@ def count():
         knobs.runtime.launch_enter_hook.add(print_nothing)
         hooked = counts(step)
         knobs.runtime.launch_enter_hook.remove(print_nothing)
-        calls = dict(launcher._CALLS)
-        launcher._CALLS.clear()
-        launcher._passes_constants.cache_clear()
+        calls = dict(launch._CALLS)
+        launch._CALLS.clear()
+        launch._passes_constants.cache_clear()
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             unknown = counts(step)
             counts(step)
         unknown["warnings"] = len(heard)
-        launcher._CALLS.update(calls)
-        launcher._passes_constants.cache_clear()
+        launch._CALLS.update(calls)
+        launch._passes_constants.cache_clear()
         found = {
             "models": models,
             "first": first,
@@ -148,7 +148,7 @@ def confused():
     """Arguments that triton tells apart and `specialization` does not."""
     import torch
 
-    from sinkgd.kernels.triton import launcher
+    from sinkgd.kernels.triton import launch
 
     memory = torch.empty(64, dtype=torch.float32)
     whole = memory[(-memory.data_ptr() // 4) % 4 :]
@@ -165,7 +165,7 @@ def confused():
                 for value in (one, other):
                     arguments = [2.5] * len([p for p in kernel.params if not p.is_constexpr])
                     arguments[at] = value
-                    keys.append(launcher.specialization(kernel, arguments))
+                    keys.append(launch.specialization(kernel, arguments))
                     constants = {p.name: 0 for p in kernel.params if p.is_constexpr}
                     theirs.append(str(binder(*arguments, **constants)[1]))
                 if theirs[0] != theirs[1] and keys[0] == keys[1]:
@@ -187,11 +187,12 @@ def unbound():
 def kernels():
     from sinkgd.kernels.triton import launch
 
+    updates = launch.kernels("update")
     return (
-        launch.sweep().sweep,
-        launch.finish().finish,
-        launch.loops().half_iteration,
-        launch.step().update,
+        launch.kernels("full_iteration").full_iteration,
+        updates.finish,
+        launch.kernels("square_sums").half_iteration,
+        updates.update,
     )
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from sinkgd.kernels import triton
-from sinkgd.lab.bench.gpu.launches import TARGETS
-from sinkgd.lab.bench.gpu.models import LLAMAS, MODELS
-from sinkgd.lab.bench.gpu.variants import STEPS, USUAL, compiled, instructions_an_entry
+from sinkgd.lab.bench.gpu.cases import LLAMAS, MODELS, STEPS, TARGETS, USUAL
+from sinkgd.lab.bench.gpu.variants import compiled, instructions_an_entry
 
 KERNELS = sorted(Path(triton.__file__).parent.glob("*.py"))
 # Bytes of shared memory of a block at most, and of one on consumers' GPUs of compute capability 8.
@@ -24,11 +23,11 @@ SHARED = {"gfx942": 64 << 10, "sm_80": 99 << 10, "sm_90": 99 << 10, "sm_100": 99
 # U_FROM: a thread of a first launch holds three numbers for each entry of its panel. On AMD it is
 # registers, and bytes of scratch memory.
 SPILLS = {
-    ("sm", "sweep", 16384, "1"): 84,  # 14,336 columns, of Mixtral
-    ("gf", "sweep", 16384, "2"): 4,
-    ("sm", "sweep", 6144, "0"): 104,  # 5,461 columns of a transposed matrix
-    ("sm", "along", 64, None): 2,  # 5,461 columns, on sm_100
-    ("gf", "sweep", 2048, "2"): 18,  # one of the rarer steps
+    ("sm", "full_iteration", 16384, "1"): 84,  # 14,336 columns, of Mixtral
+    ("gf", "full_iteration", 16384, "2"): 4,
+    ("sm", "full_iteration", 6144, "0"): 104,  # 5,461 columns of a transposed matrix
+    ("sm", "matmul", 64, None): 2,  # 5,461 columns, on sm_100
+    ("gf", "full_iteration", 2048, "2"): 18,  # one of the rarer steps
 }
 # Entries of llama-1b in bfloat16 and five iterations on sm_90, by the columns of the matrix.
 MOST_INSTRUCTIONS = {2048: 80, 5461: 110}

@@ -20,10 +20,11 @@ from sinkgd.lab.data import (
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.evaluate import evaluate
-from sinkgd.lab.train.loss import loss_of
-from sinkgd.lab.train.parallel import Mesh, World
+from sinkgd.lab.train.mesh import Mesh
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import set_up
+from sinkgd.lab.train.training_step import loss_of
+from sinkgd.lab.train.world import World
 from t5 import PIECES, SENTINELS, galore_batch, make_t5
 
 T = 12  # tokens in a row

@@ -459,10 +459,10 @@ def test_a_path_that_cannot_be_used_is_named_with_a_remedy(capsys, tmp_path, sma
     ("work", "arguments"),
     [
         ("sinkgd.lab.plan.make_plan", ["plan", "--model", "llama-60m"]),
-        ("sinkgd.lab.bench.bench_loop", ["bench", "loop"]),
-        ("sinkgd.lab.bench.step.bench_step", ["bench", "step"]),
-        ("sinkgd.lab.bench.kernels.bench_kernels", ["bench", "kernels"]),
-        ("sinkgd.lab.bench.memory.bench_memory", ["bench", "memory"]),
+        ("sinkgd.lab.bench.bench_loop.bench_loop", ["bench", "loop"]),
+        ("sinkgd.lab.bench.bench_step.bench_step", ["bench", "step"]),
+        ("sinkgd.lab.bench.bench_kernels.bench_kernels", ["bench", "kernels"]),
+        ("sinkgd.lab.bench.bench_memory.bench_memory", ["bench", "memory"]),
     ],
 )
 @pytest.mark.parametrize("out", ["taken/below", "folder"])

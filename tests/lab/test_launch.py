@@ -9,24 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from sinkgd.lab.bench.memory.measure import in_fresh_process
+from sinkgd.lab.launch import in_fresh_process
 
 PARENTS = {
     "bench memory": """\
 if __name__ == "__main__":
     from pathlib import Path
     from lab.test_launch import sleep
-    from sinkgd.lab.bench.memory.measure import in_fresh_process
+    from sinkgd.lab.launch import in_fresh_process
     in_fresh_process(sleep, Path(sys.argv[1]))
 """,
     "bench step": """\
 import sys, torch
 from pathlib import Path
-from sinkgd.lab.bench.step import measure
-measure._PROGRAM = measure._PROGRAM.replace(
+from sinkgd.lab.bench import bench_step
+bench_step._PROGRAM = bench_step._PROGRAM.replace(
     "grad = ", f"from lab.test_launch import sleep; sleep({sys.argv[1]!r})\\ngrad = "
 )
-measure._call("eager", torch.device("cpu"), Path(sys.argv[1]).parent)
+bench_step._call("eager", torch.device("cpu"), Path(sys.argv[1]).parent)
 """,
 }
 

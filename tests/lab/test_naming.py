@@ -12,9 +12,9 @@ from sinkgd.lab.cli import main
 from sinkgd.lab.commands.bench.memory import Memory
 from sinkgd.lab.commands.compare import Compare
 from sinkgd.lab.commands.plan import Plan
-from sinkgd.lab.experiments.on_paper import is_on_paper, read_fits
-from sinkgd.lab.experiments.record import StudyRecord
 from sinkgd.lab.experiments.studies import QUESTIONS, find_study
+from sinkgd.lab.experiments.studies.scale import is_on_paper, read_fits
+from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.models import build_model
 from sinkgd.lab.naming import NAMING, command_now, name_now, recipe_now, start_now
 from sinkgd.lab.plan import METHODS

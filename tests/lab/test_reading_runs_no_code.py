@@ -14,7 +14,7 @@ REFUSED = {
     "pickle.load": (),
     "pickle.loads": (),
     "pickle.Unpickler": (),
-    "pickle._Unpickler": ("lab/train/safe_reader.py",),  # with an allow-list
+    "pickle._Unpickler": ("lab/train/checkpoint_validation.py",),  # with an allow-list
     "dill.load": (),
     "joblib.load": (),
     "marshal.loads": (),
@@ -22,14 +22,14 @@ REFUSED = {
     "yaml.load": (),
     "yaml.unsafe_load": (),
     "jit.load": (),
-    "FileSystemReader": ("lab/train/safe_reader.py",),
-    "DefaultLoadPlanner": ("lab/train/safe_reader.py",),
+    "FileSystemReader": ("lab/train/checkpoint_validation.py",),
+    "DefaultLoadPlanner": ("lab/train/checkpoint_validation.py",),
     "eval": (),
     "exec": (),
     "json.load": (),
     "json.loads": ("lab/disk.py",),  # `parse_json`: deep nesting is a ValueError
     "tomllib.load": (),
-    "tomllib.loads": ("lab/train/config_file.py",),  # the same
+    "tomllib.loads": ("lab/train/config.py",),  # the same
 }
 MUST_SAY = {"torch.load": "weights_only", "np.load": "allow_pickle", "numpy.load": "allow_pickle"}
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sinkgd
-from made_up_gpu import DEVICE, HostLooksError, made_up_gpu
+from fake_gpu import DEVICE, HostReadsError, fake_gpu
 from sinkgd import kernels
 from sinkgd.kernels.triton import TritonBackend
 
@@ -26,7 +26,7 @@ kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 @pytest.fixture
 def gpu(interpreter, monkeypatch):
     backend = TritonBackend()
-    with made_up_gpu() as found:
+    with fake_gpu() as found:
         monkeypatch.setattr(kernels, "select", lambda name, device: backend)
         found.backend = backend
         yield found
@@ -61,7 +61,7 @@ def give_gradients(params, seed):
 def test_a_look_at_the_gpu_is_an_error(gpu):
     x = torch.ones(3, device=DEVICE)
     for look in (lambda: bool(x.all()), x.tolist, lambda: float(x.sum()), x.cpu, x[0].item):
-        with pytest.raises(HostLooksError):
+        with pytest.raises(HostReadsError):
             look()
     assert torch.ones(3, device="cpu").tolist() == [1, 1, 1]
 

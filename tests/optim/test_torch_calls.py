@@ -8,8 +8,8 @@ import torch
 
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.two_halves import finite_of
-from sinkgd.lab.bench.gpu.torch_calls import (
-    Calls,
+from sinkgd.lab.bench.gpu.recorded import (
+    TorchCalls,
     calls_of_a_matrix_more,
     calls_of_matrices,
     calls_of_model,
@@ -78,7 +78,7 @@ def test_finite_gradients_of_many_dtypes_are_checked_together():
         for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
     ]
     tensors[4][1] = torch.nan
-    with Calls() as calls:
+    with TorchCalls() as calls:
         flags = EagerBackend().are_finite(tensors)
     assert flags.tolist() == [True] * 4 + [False]
     assert calls.counts["aten._foreach_norm.Scalar"] == 4  # one a dtype

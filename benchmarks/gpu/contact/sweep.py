@@ -28,6 +28,7 @@ from contact.contenders import (
 )
 from contact.items import Item, Row, Section, Setting, need_gpu
 from contact.measure import synchronize, time_work
+from sinkgd.kernels.triton.launch import kernels
 
 AREAS = (1 << 13, 1 << 14, 1 << 15)  # entries of a tile; the default is in the middle
 THREADS = (128, 256, 512)
@@ -64,7 +65,7 @@ def compile_section(*, tiny: bool) -> Section:
 
 def triton_modules() -> dict[str, ModuleType]:
     """Return the modules whose constants are swept."""
-    names = ("tiles", "plan", "launch", "panels", "schedule", "descent", "backend")
+    names = ("tiles", "schedule", "descent", "backend")
     return {name: import_module(f"sinkgd.kernels.triton.{name}") for name in names}
 
 
@@ -101,7 +102,7 @@ def buckets_of(room: int) -> Iterator[list[str]]:
     backend = triton_modules()["backend"]
     with ExitStack() as stack:
         found = []
-        for name in ("_room", "_cached_bytes"):  # of half iterations, and of whole rows
+        for name in ("_bucket_bytes", "_cached_bytes"):  # of half iterations, and of whole rows
             if hasattr(backend, name):
                 stack.enter_context(patch.object(backend, name, lambda _: room))
                 found.append(f"backend.{name}")
@@ -113,13 +114,7 @@ def _forget(modules: dict[str, ModuleType]) -> None:
         for value in vars(module).values():
             clear = getattr(value, "cache_clear", None)
             # Kernels stay: they do not depend on what is swept, and take a while to import.
-            if clear is not None and getattr(value, "__name__", "") not in {
-                "primitives",
-                "loops",
-                "step",
-                "sweep",
-                "finish",
-            }:
+            if clear is not None and value is not kernels:
                 clear()
 
 

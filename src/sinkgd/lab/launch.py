@@ -1,4 +1,7 @@
-"""How a run is started, with as many processes as it has now, and how each of them leaves."""
+"""Processes: how a command is started, how it is asked to stop, and how it ends.
+
+Ctrl-C, SIGTERM and SIGHUP are checked for between steps, so that no step is cut short.
+"""
 
 import ctypes
 import multiprocessing
@@ -6,12 +9,20 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 from threading import Thread
+from types import FrameType
+from typing import Any, Self, TypeVar
 
-STARTED_BY = "SINKGD_STARTED_BY"  # variable: the command that started this one as a part of it
+STARTED_BY = "SINKGD_STARTED_BY"  # environment variable: the command that started this one
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_STDERR = 2
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
@@ -20,11 +31,11 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
-    """Return how to run ``sinkgd`` with ``arguments``, under torchrun where that runs now.
+    """Return the command that runs ``sinkgd`` with ``arguments``, under torchrun if that runs now.
 
     Args:
-        arguments: After the program's name.
-        environment: In which torchrun says how many processes there are.
+        arguments: Arguments after the program's name.
+        environment: Environment variables, where torchrun sets the number of processes.
 
     Examples:
         >>> launch_command(["train", "--out", "runs/my run"], {})
@@ -42,10 +53,10 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
 
 
 def leave(code: int) -> int:
-    """Return ``code``; under torchrun, end the process with it at once, after what was written.
+    """Return ``code``; under torchrun, flush the output and end the process with it at once.
 
-    Threads of torch's process groups outlive the main one there. What they still hold of Python
-    they may return to an interpreter that is gone, and abort a run that is finished.
+    Threads of torch's process groups outlive the main thread there. They may release Python
+    objects after the interpreter is gone, and so abort a finished run.
     """
     if launched_ranks() > 1:
         sys.stdout.flush()
@@ -61,9 +72,9 @@ def end_with_parent() -> None:
 
 
 def stop_with_parent() -> None:
-    """In a process of multiprocessing, send this process a SIGTERM once its parent is gone.
+    """In a process of multiprocessing, send this process a SIGTERM when its parent is gone.
 
-    Also where a server forked it, whose end Linux would tell instead.
+    This also works if a fork server started the process, which Linux takes for its parent.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -74,3 +85,76 @@ def stop_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     Thread(target=watch, daemon=True).start()
+
+
+def in_fresh_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    """Call a top-level function of a module in a new process; raise here what it raises there.
+
+    Raises:
+        BrokenProcessPool: If the process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=stop_with_parent) as pool:
+        return pool.submit(_quietly, function, argument).result()
+
+
+def _quietly(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    # torch's profiler writes lines to the standard error that no setting turns off.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
+    return function(argument)
+
+
+# Signals that ask a run to stop; a terminal that is closed sends SIGHUP.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# One request may arrive as several signals: Linux sends one for each thread of a killed parent, and
+# a terminal and a supervisor may both pass on the same Ctrl-C.
+_SAME_REQUEST_SECONDS = 1.0
+
+
+class Interrupt:
+    """While active, the first signal of `SIGNALS` is only stored; a later one acts at once.
+
+    SIGHUP stays ignored if it is, as under nohup.
+
+    Args:
+        forward: Called with the first signal, e.g. to send it to a child process.
+
+    Examples:
+        >>> with Interrupt() as interrupt:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     interrupt.received
+        <Signals.SIGTERM: 15>
+    """
+
+    def __init__(self, forward: Callable[[signal.Signals], None] | None = None) -> None:
+        self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._forward = forward
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._handlers = {
+            number: signal.signal(number, self._receive)
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+            if self._forward is not None:
+                self._forward(self.received)
+        elif now - self._received_at >= _SAME_REQUEST_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
+
+
+def exit_code(received: signal.Signals) -> int:
+    """Return the exit code of a program that a signal ended: 130 for Ctrl-C."""
+    return 128 + received

@@ -1,8 +1,10 @@
 """Records that nobody measured: made-up seconds, summarized as the measurement does."""
 
-from sinkgd.lab.bench.bandwidth import bandwidth
-from sinkgd.lab.bench.kernels import CaseTiming, KernelsRecord, KernelTiming
-from sinkgd.lab.bench.memory.records import (
+from sinkgd.lab.bench.bench_kernels import CaseTiming, KernelsRecord, KernelTiming
+from sinkgd.lab.bench.bench_memory import StepSettings
+from sinkgd.lab.bench.bench_step import summarize_timing
+from sinkgd.lab.bench.interleaved import quartiles, summarize_bandwidth
+from sinkgd.lab.bench.memory_report import (
     MemoryRecord,
     MemoryUse,
     NotMeasured,
@@ -10,10 +12,7 @@ from sinkgd.lab.bench.memory.records import (
     TrainingNotMeasured,
     TrainingUse,
 )
-from sinkgd.lab.bench.memory.run import StepSettings
-from sinkgd.lab.bench.quartiles import quartiles
-from sinkgd.lab.bench.step.measure import summarize_timing
-from sinkgd.lab.bench.step.records import (
+from sinkgd.lab.bench.step_record import (
     Absent,
     Accuracy,
     FirstCall,
@@ -38,8 +37,8 @@ def workload(
     name="llama-1b-layer", dtype="float32", steps=STEPS, matrices=7, reason="no compiler <b>"
 ):
     adamw = (1.0, 2.0, 4.0)  # the machine grows busier, and so do all
-    best = bandwidth("AdamW fused", 7 * GB, adamw)
-    slower = bandwidth("copy", 2 * GB, (0.5, 1.0, 2.0))
+    best = summarize_bandwidth("AdamW fused", 7 * GB, adamw)
+    slower = summarize_bandwidth("copy", 2 * GB, (0.5, 1.0, 2.0))
     timings = tuple(
         summarize_timing(
             key,
@@ -108,7 +107,7 @@ def kernels_record():
 
 
 def _case(size, dtype):
-    best = bandwidth("copy", GB, (1.0, 2.0))
+    best = summarize_bandwidth("copy", GB, (1.0, 2.0))
     timings = tuple(
         KernelTiming(
             backend,

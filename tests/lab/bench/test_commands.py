@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-import sinkgd.lab.bench.kernels as kernels_bench
+import sinkgd.lab.bench.bench_kernels as kernels_bench
 from sinkgd import kernels
 from sinkgd.lab.bench.contenders import our_name
 from sinkgd.lab.bench.workloads import WORKLOADS, Workload
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.bench import COMMANDS
-from sinkgd.lab.commands.bench.choices import command_of
 from sinkgd.lab.commands.bench.memory import Memory, TrainingSteps
+from sinkgd.lab.commands.bench.shared import command_of
 from sinkgd.lab.commands.bench.step import Step
 
 

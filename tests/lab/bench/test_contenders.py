@@ -7,10 +7,8 @@ from torch.testing import assert_close
 from option_reference import Expected
 from reference import square_root_sinkhorn
 from sinkgd.lab.bench import contenders as table
-from sinkgd.lab.bench import public_loops
 from sinkgd.lab.bench.contenders import ADAMW, LR, contenders, our_name
-from sinkgd.lab.bench.problem import Problem, build_problem
-from sinkgd.lab.bench.workloads import Workload
+from sinkgd.lab.bench.workloads import Problem, Workload, build_problem
 from sinkgd.lab.models import PRESETS, Llama
 from sinkgd.optim.param_groups import DEFLATED_RANK
 
@@ -56,7 +54,7 @@ def test_every_form_of_sinkgd_makes_the_oracles_step(name, dtype):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_the_compiled_form_makes_the_oracles_step(dtype):
-    if (reason := public_loops.compiler_missing()) is not None:
+    if (reason := table.compiler_missing()) is not None:
         pytest.skip(reason)
     check_against_the_oracle("compiled-loop", dtype)
 
@@ -111,10 +109,10 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch):
     def fail(num_iters):
         raise RuntimeError("backend raised:\nInvalidCxxCompiler: No working C++ compiler found\n")
 
-    monkeypatch.setattr(public_loops, "compiled_update", fail)
-    public_loops.compiler_missing.cache_clear()
-    reason = public_loops.compiler_missing()
-    public_loops.compiler_missing.cache_clear()
+    monkeypatch.setattr(table, "compiled_update", fail)
+    table.compiler_missing.cache_clear()
+    reason = table.compiler_missing()
+    table.compiler_missing.cache_clear()
     assert "InvalidCxxCompiler: No working C++ compiler found" in reason
 
 

@@ -5,20 +5,24 @@ import json
 import pytest
 import torch
 
-from sinkgd.kernels.triton.panels import walks
-from sinkgd.lab.bench.gpu import interpreted, run
-from sinkgd.lab.bench.gpu.interpreted import Interpreted, readings_of_step
-from sinkgd.lab.bench.gpu.loads import readings
-from sinkgd.lab.bench.gpu.models import LLAMAS, MODELS, matrices_of
-from sinkgd.lab.bench.gpu.targets import TARGETS, missed, of_code
-from sinkgd.lab.bench.gpu.traffic import (
-    blocks_of,
+from sinkgd.kernels.triton.schedule import row_programs
+from sinkgd.lab.bench.gpu import cases, run
+from sinkgd.lab.bench.gpu.cases import LLAMAS, MODELS, RANK, matrices_of
+from sinkgd.lab.bench.gpu.interpreted import (
+    Interpreted,
+    interpreted,
+    readings,
+    readings_of_step,
+)
+from sinkgd.lab.bench.gpu.recorded import launches_of_bucket
+from sinkgd.lab.bench.gpu.run import LIMITS, missed, of_code
+from sinkgd.lab.bench.gpu.scheduled_bytes import (
     bytes_of_step,
-    launches_of_bucket,
+    matrices_in,
     schedule_of_model,
     scratch_of_model,
 )
-from sinkgd.lab.bench.gpu.variants import RANK, Variant, instructions_an_entry
+from sinkgd.lab.bench.gpu.variants import Variant, instructions_an_entry
 from sinkgd.lab.cli import main
 
 SMALL = ((24, 40), (40, 24), (17, 85))
@@ -82,13 +86,13 @@ class TestSchedule:
 
     def test_every_matrix_is_in_one_bucket(self):
         found = schedule_of_model("moe-64-experts")
-        blocks = [block for bucket in found.buckets for block in blocks_of(bucket, found)]
+        matrices = [x for bucket in found.buckets for x in matrices_in(bucket, found)]
         shapes = matrices_of("moe-64-experts")
         experts = sum(shape[0] if len(shape) > 2 else 1 for shape in shapes)
-        assert len(blocks) == experts
+        assert len(matrices) == experts
         panels = {bucket.kind.panel for bucket in found.buckets}
-        assert {block.programs for block in blocks} <= {
-            len(walks(0, block.P, panel)) for block in blocks for panel in panels
+        assert {matrix.programs for matrix in matrices} <= {
+            len(row_programs(0, matrix.P, panel)) for matrix in matrices for panel in panels
         }
 
     def test_launches_of_a_bucket(self):
@@ -97,7 +101,7 @@ class TestSchedule:
 
 A_VARIANT = {
     "target": "sm_90",
-    "kernel": "sweep",
+    "kernel": "full_iteration",
     "constants": "A=2048 B=0 U_FROM=1",
     "uses": ("plain llama-1b 2048×2048",) * 5,
     "threads": 256,
@@ -152,7 +156,7 @@ class TestCommand:
         shown = capsys.readouterr().out
         record = json.loads((tmp_path / "gpu.json").read_text())
         figures = {figure["name"]: figure for figure in record["figures"]}
-        assert {*TARGETS} - {*figures} == {name for name in TARGETS if name.startswith("SASS")}
+        assert {*LIMITS} - {*figures} == {name for name in LIMITS if name.startswith("SASS")}
         assert figures["readings of G an entry and step, deflated"]["value"] == 9
         rows = [line.split() for line in shown.splitlines()]
         assert ["6", "≤", "6", "yes"] in [row[-4:] for row in rows]
@@ -172,9 +176,9 @@ class TestCommand:
         assert capsys.readouterr().err.startswith(f"error: {message}")
 
     def test_a_failure_of_a_process_is_told(self, monkeypatch):
-        monkeypatch.setattr(interpreted.sys, "executable", "/bin/false")
+        monkeypatch.setattr(cases.sys, "executable", "/bin/false")
         with pytest.raises(RuntimeError, match="triton's interpreter failed"):
-            interpreted.interpreted()
+            interpreted()
 
 
 @pytest.mark.slow
@@ -182,4 +186,4 @@ class TestCommand:
 def test_the_whole_command(capsys):
     assert main(["bench", "gpu", "--gpus", "sm_90", "--models", "llama-1b"]) == 0
     shown = capsys.readouterr().out
-    assert all(name.split(",")[0] in shown.replace("\n", " ") for name in TARGETS)
+    assert all(name.split(",")[0] in shown.replace("\n", " ") for name in LIMITS)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lab.bench.synthetic import kernels_record
-from sinkgd.lab.bench import kernels
+from sinkgd.lab.bench import bench_kernels as kernels
+from sinkgd.lab.bench.bench_kernels import KernelsPlan, KernelsRecord, bench_kernels
 from sinkgd.lab.bench.contenders import backends
-from sinkgd.lab.bench.kernels import KernelsPlan, KernelsRecord, bench_kernels
-from sinkgd.lab.bench.record_file import read_record, write_record
-from sinkgd.lab.bench.turns import Pace
+from sinkgd.lab.bench.interleaved import Pace
+from sinkgd.lab.commands.bench.shared import read_record, write_record
 
 CPU = torch.device("cpu")
 

@@ -5,19 +5,17 @@ import torch
 from torch import nn
 
 from lab.bench.synthetic import memory_record
-from sinkgd.lab.bench.contenders import Contender, contenders
-from sinkgd.lab.bench.memory import MemoryRecord
-from sinkgd.lab.bench.memory.measure import (
+from sinkgd.lab.bench.bench_memory import (
     Subject,
     allocations,
     measure,
     measure_in_fresh_process,
     scratch_limit,
 )
-from sinkgd.lab.bench.memory.records import MemoryUse
-from sinkgd.lab.bench.problem import Problem
-from sinkgd.lab.bench.record_file import read_record, write_record
-from sinkgd.lab.bench.workloads import Workload
+from sinkgd.lab.bench.contenders import Contender, contenders
+from sinkgd.lab.bench.memory_report import MemoryRecord, MemoryUse
+from sinkgd.lab.bench.workloads import Problem, Workload
+from sinkgd.lab.commands.bench.shared import read_record, write_record
 
 CPU = torch.device("cpu")
 SIZE = 64 * 48 * 4

@@ -4,10 +4,11 @@ import pytest
 
 from lab.bench.synthetic import kernels_record, memory_record, step_record, workload
 from lab.report.test_page import HOSTILE, Parsed
-from sinkgd.lab.bench.page import kernels_page, memory_page, step_page
-from sinkgd.lab.bench.sheet import terminal_table
-from sinkgd.lab.bench.step.figures import check_sheet, target_sheet, workload_sheet
-from sinkgd.lab.bench.step.targets import evaluate
+from sinkgd.lab.bench.bench_kernels import kernels_page
+from sinkgd.lab.bench.memory_report import memory_page
+from sinkgd.lab.bench.step_record import evaluate
+from sinkgd.lab.bench.step_report import check_table, step_page, target_table, workload_table
+from sinkgd.lab.report.console import terminal_table
 
 
 @pytest.fixture
@@ -55,9 +56,9 @@ def test_the_terminal_has_the_same_figures(record, capsys):
 
     console = Console(width=200)
     for sheet in (
-        target_sheet(record),
-        check_sheet(record),
-        *map(workload_sheet, record.workloads),
+        target_table(record),
+        check_table(record),
+        *map(workload_table, record.workloads),
     ):
         console.print(terminal_table(sheet))
     shown = capsys.readouterr().out

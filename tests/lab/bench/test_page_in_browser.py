@@ -3,8 +3,10 @@
 import pytest
 
 from lab.bench.synthetic import kernels_record, memory_record, step_record, workload
-from sinkgd.lab.bench.page import kernels_page, memory_page, step_page
-from sinkgd.lab.bench.step.targets import evaluate
+from sinkgd.lab.bench.bench_kernels import kernels_page
+from sinkgd.lab.bench.memory_report import memory_page
+from sinkgd.lab.bench.step_record import evaluate
+from sinkgd.lab.bench.step_report import step_page
 from sinkgd.lab.disk import write_whole
 
 pytestmark = pytest.mark.browser

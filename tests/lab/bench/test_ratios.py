@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from lab.bench.synthetic import GB, workload
-from sinkgd.lab.bench.bandwidth import bandwidth, calls, fastest, floor_seconds, probes
-from sinkgd.lab.bench.problem import random_problem
-from sinkgd.lab.bench.quartiles import quartiles, ratios
+from sinkgd.lab.bench.interleaved import (
+    fastest,
+    floor_seconds,
+    probe_calls,
+    probes,
+    quartiles,
+    ratios,
+    summarize_bandwidth,
+)
+from sinkgd.lab.bench.workloads import random_problem
 
 
 def test_a_ratio_is_free_of_what_slows_a_whole_round():
@@ -26,8 +33,8 @@ def test_one_figure_is_its_own_quartiles():
 
 
 def test_a_floor_is_bytes_at_the_fastest_median():
-    slow = bandwidth("slow", 100, [1.0, 1.0, 0.01])
-    fast = bandwidth("fast", 300, [2.0, 2.0, None])
+    slow = summarize_bandwidth("slow", 100, [1.0, 1.0, 0.01])
+    fast = summarize_bandwidth("fast", 300, [2.0, 2.0, None])
     assert fastest([slow, fast]) is fast
     assert fast.bytes_per_second.median == 150
     assert floor_seconds(600, fast) == (4.0, 4.0, None)
@@ -44,6 +51,6 @@ def test_the_floor_of_l_iterations_is_l_plus_three_passes():
 def test_every_probe_runs_on_odd_shapes_and_leaves_gradients_alone(dtype):
     problem = random_problem([(3, 5), (4, 8), (7,)], dtype, torch.device("cpu"))
     before = [grad.clone() for grad in problem.grads]
-    for call in calls(probes(problem.device), problem).values():
+    for call in probe_calls(probes(problem.device), problem).values():
         call()
     assert all(map(torch.equal, before, problem.grads))

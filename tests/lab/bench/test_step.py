@@ -8,19 +8,20 @@ import torch
 
 from lab.bench.synthetic import step_record, workload
 from sinkgd.kernels import Scales
-from sinkgd.lab.bench.contenders import ADAMW, backends, contenders
-from sinkgd.lab.bench.progress import Progress
-from sinkgd.lab.bench.record_file import read_record, write_record
-from sinkgd.lab.bench.step import StepRecord, measure
-from sinkgd.lab.bench.step.measure import (
+from sinkgd.lab.bench import bench_step
+from sinkgd.lab.bench.bench_step import (
     fits,
     measure_accuracy,
     measure_first_call,
     relative_error,
     time_workload,
 )
-from sinkgd.lab.bench.turns import Pace
+from sinkgd.lab.bench.contenders import ADAMW, backends, contenders
+from sinkgd.lab.bench.interleaved import Pace
+from sinkgd.lab.bench.step_record import StepRecord
 from sinkgd.lab.bench.workloads import Workload
+from sinkgd.lab.commands.bench.shared import read_record, write_record
+from sinkgd.lab.report.console import Progress
 from sinkgd.lab.results import ResultsError
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_slow_contenders_are_listed_with_the_reason_where_they_are_left_out():
 
 def test_who_does_not_fit_into_memory_is_listed(monkeypatch):
     size = 59 * 4
-    monkeypatch.setattr(measure, "available_bytes", lambda device: 5 * size)
+    monkeypatch.setattr(bench_step, "available_bytes", lambda device: 5 * size)
     timing = time({"adamw-foreach", "sgd-fused"}.__contains__)
     assert [row.name for row in timing.timings] == [ADAMW, "sgd-fused"]
     (row,) = timing.absent
@@ -68,7 +69,7 @@ def test_who_does_not_fit_into_memory_is_listed(monkeypatch):
         "not enough memory: 3 more copies of the matrices",
     )
     assert fits(TINY, "float32", CPU) is None
-    monkeypatch.setattr(measure, "available_bytes", lambda device: 3 * size)
+    monkeypatch.setattr(bench_step, "available_bytes", lambda device: 3 * size)
     assert "AdamW needs 0.0 GiB" in fits(TINY, "float32", CPU)
 
 
@@ -117,7 +118,7 @@ def test_a_first_call_that_fails_says_why():
 
 def test_progress_says_what_is_done_and_what_is_left(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("sinkgd.lab.bench.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sinkgd.lab.report.console.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress(200, stream)
     progress.stage("first", 100)

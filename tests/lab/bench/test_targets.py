@@ -3,8 +3,7 @@
 import pytest
 
 from lab.bench.synthetic import STEPS, memory_use, step_record, workload
-from sinkgd.lab.bench.step.records import FirstCall
-from sinkgd.lab.bench.step.targets import TARGETS, evaluate
+from sinkgd.lab.bench.step_record import TARGETS, FirstCall, evaluate
 
 
 def results(record):

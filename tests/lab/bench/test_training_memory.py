@@ -6,14 +6,22 @@ from functools import cache
 import pytest
 import torch
 
-from lab.bench.synthetic import memory_record, training_memory
+from lab.bench.synthetic import memory_record
+from lab.bench.synthetic import training_memory as synthetic_memory
 from lab.report.test_page import Parsed
-from sinkgd.lab.bench.memory import MemoryRecord, run, training_case, training_peak
-from sinkgd.lab.bench.memory.run import TrainingPlan, bench_training, cases_of
-from sinkgd.lab.bench.memory.training_case import Case, StepSettings, build_trainee
-from sinkgd.lab.bench.memory.training_peak import Change, Mark, Peak, peak_of_last_step
-from sinkgd.lab.bench.page import memory_page
-from sinkgd.lab.bench.record_file import read_record, write_record
+from sinkgd.lab.bench import bench_memory, training_memory
+from sinkgd.lab.bench.bench_memory import TrainingPlan, bench_training, cases_of
+from sinkgd.lab.bench.memory_report import MemoryRecord, memory_page
+from sinkgd.lab.bench.training_memory import (
+    Case,
+    Change,
+    Mark,
+    Peak,
+    StepSettings,
+    build_trainee,
+    peak_of_last_step,
+)
+from sinkgd.lab.commands.bench.shared import read_record, write_record
 from sinkgd.lab.models import preset_config
 from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import RECIPES
@@ -35,8 +43,8 @@ def case(recipe="sinkgd-stateless", release=False, **settings):
 def measured(own):
     """Measure a case once for all tests, and leave malloc of this process as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_peak, "return_freed_memory", lambda: None)
-        return training_peak.measure_inside(own)
+        patch.setattr(training_memory, "return_freed_memory", lambda: None)
+        return training_memory.measure_inside(own)
 
 
 def test_gradients_that_are_kept_are_all_there_at_the_peak():
@@ -107,7 +115,7 @@ def test_the_last_step_counts_alone():
 
 @pytest.mark.slow
 def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
-    use = training_peak.measure_in_fresh_processes(
+    use = training_memory.measure_in_fresh_processes(
         replace(case(release=True), model="llama-20m", vocab_size=None)
     )
     assert not isinstance(use, str), use
@@ -127,9 +135,11 @@ def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
     ids=lambda own: f"{own.title}, {own.settings.recompute}",
 )
 def test_the_bound_holds_and_is_not_far(monkeypatch, own):
-    monkeypatch.setattr(training_case, "_PROCESS", 0)
+    monkeypatch.setattr(training_memory, "_PROCESS", 0)
     assert (
-        measured(own).peak_bytes <= training_case.needed_bytes(own) <= 2 * measured(own).peak_bytes
+        measured(own).peak_bytes
+        <= training_memory.needed_bytes(own)
+        <= 2 * measured(own).peak_bytes
     )
 
 
@@ -141,7 +151,7 @@ def test_the_state_of_every_recipe_is_found_without_memory(recipe):
         param.grad = torch.ones_like(param)
     trainee.optimizer.step()
     kept = sum(tensor.nbytes for tensor in state_tensors(trainee.optimizer))
-    found = training_case._state_bytes(training_case.model_on_meta(own), own)
+    found = training_memory._state_bytes(training_memory.model_on_meta(own), own)
     # The batched Adafactor, which runs without memory, keeps no RMS of a parameter.
     spare = 2 * len(list(trainee.model.parameters())) if recipe == "adafactor" else 0
     assert kept - spare == found
@@ -151,8 +161,8 @@ def test_a_model_that_does_not_fit_is_refused_by_name_and_not_begun(monkeypatch)
     def begun(own):
         raise AssertionError(own)
 
-    monkeypatch.setattr(run, "measure_in_fresh_processes", begun)
-    monkeypatch.setattr(training_case, "available_bytes", lambda device: 5 << 30)
+    monkeypatch.setattr(bench_memory, "measure_in_fresh_processes", begun)
+    monkeypatch.setattr(training_memory, "available_bytes", lambda device: 5 << 30)
     found = bench_training(TrainingPlan(("llama-1b",), ("adamw",), (True, False), SETTINGS, CPU))
     assert found.uses == ()
     (row,) = found.absent
@@ -181,7 +191,7 @@ def test_the_page_and_the_record_have_every_case(tmp_path):
     assert read_record(tmp_path / "memory.json", MemoryRecord) == record
     page = Parsed(memory_page(record))
     assert "training-llama-1b" in {tag.get("id") for _, tag in page.tags}
-    for use in training_memory().uses:
+    for use in synthetic_memory().uses:
         assert use.title in page.text
     assert "not measured: it may need 11.8 GiB" in page.text
     assert "llama-1b with sinkgd-stateless peaks at 1.06 times its weights" in page.text

@@ -4,9 +4,14 @@ import pytest
 import torch
 
 import sinkgd
-from sinkgd.lab.bench import problem as problems
-from sinkgd.lab.bench.problem import available_bytes, build_problem
-from sinkgd.lab.bench.workloads import WORKLOADS, Workload, matrix_shapes
+from sinkgd.lab.bench import workloads
+from sinkgd.lab.bench.workloads import (
+    WORKLOADS,
+    Workload,
+    available_bytes,
+    build_problem,
+    matrix_shapes,
+)
 from sinkgd.lab.models import PRESETS, Llama
 
 CPU = torch.device("cpu")
@@ -44,8 +49,8 @@ def test_parameters_and_gradients_are_of_the_type_and_the_same_each_time(dtype):
 
 
 def test_free_memory_is_unknown_where_the_system_does_not_say(monkeypatch, tmp_path):
-    monkeypatch.setattr(problems, "_MEMINFO", tmp_path / "absent")
+    monkeypatch.setattr(workloads, "_MEMINFO", tmp_path / "absent")
     assert available_bytes(CPU) is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  2 kB\n", encoding="utf-8")
-    monkeypatch.setattr(problems, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(workloads, "_MEMINFO", tmp_path / "meminfo")
     assert available_bytes(CPU) == 2048

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sinkgd.lab.data import IGNORE_INDEX, DataError, TokenDataset, open_corpus, prepare
-from sinkgd.lab.data.packing import rows_of
+from sinkgd.lab.data.batches import rows_of
 
 EOS, PAD = 0, 1  # of the byte tokenizer
 X = IGNORE_INDEX

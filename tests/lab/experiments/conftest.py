@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lab.train.conftest import shards as shards  # noqa: PLC0414  a fixture
-from sinkgd.lab.experiments.plan import StudyPlan
-from sinkgd.lab.experiments.study import Arm
+from sinkgd.lab.experiments.arms import Arm
+from sinkgd.lab.experiments.study import StudyPlan
 from sinkgd.lab.train.config import (
     CheckpointConfig,
     DataConfig,

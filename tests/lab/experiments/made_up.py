@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from sinkgd.lab.experiments.plan import plan_of
-from sinkgd.lab.experiments.record import RunResult, Sitting, StudyRecord
-from sinkgd.lab.experiments.results import StudyResults
-from sinkgd.lab.experiments.study import Study
+from sinkgd.lab.experiments.study import Study, plan_of
+from sinkgd.lab.experiments.study_record import RunResult, Session, StudyRecord
+from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.results import Evaluation, Memory, Run, RunEnd, RunStart, TrainStep
 
 TOKENS = 1000  # a step
-SITTING = Sitting(2, 6, 310.0, 600.0, 10.0, {"torch": "2.13", "cores": 2})
+SESSION = Session(2, 6, 310.0, 600.0, 10.0, {"torch": "2.13", "cores": 2})
 
 
 def made_up_run(
@@ -74,7 +73,7 @@ def made_up_record(
             data = asdict(plan.config(plan.seed_task(arm, {}, seed)).data)
             run = replace(run, start=replace(run.start, config=run.start.config | {"data": data}))
             record.runs[name] = RunResult(arm.name, False, {}, run)
-    record.sittings.append(SITTING)
+    record.sessions.append(SESSION)
     return record
 
 

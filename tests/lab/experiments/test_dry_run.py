@@ -9,9 +9,8 @@ import tyro
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.experiment import Experiment
 from sinkgd.lab.experiments.studies import STUDIES
-from sinkgd.lab.experiments.studies.common import paper
-from sinkgd.lab.train.config import SharedConfig
-from sinkgd.lab.train.config_file import load_config
+from sinkgd.lab.experiments.studies.settings import paper
+from sinkgd.lab.train.config import SharedConfig, load_config
 
 BENCHMARK_FILES = Path(__file__).parents[3] / "benchmarks" / "c4"
 

@@ -10,11 +10,12 @@ import pytest
 from lab.experiments.conftest import ARMS, small_plan
 from sinkgd.lab.cli import main
 from sinkgd.lab.experiments import engine
+from sinkgd.lab.experiments.arms import Arm
 from sinkgd.lab.experiments.engine import run_study
-from sinkgd.lab.experiments.record import StudyRecord
-from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies import find_study
-from sinkgd.lab.experiments.study import Arm, StudyError
+from sinkgd.lab.experiments.study import StudyError
+from sinkgd.lab.experiments.study_record import StudyRecord
+from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import ConfigError, RunFolderError, train
 
@@ -62,7 +63,7 @@ def test_a_run_of_a_study_is_that_of_sinkgd_train_to_the_bit(finished, record, p
     arm = ARMS[0]
     point = record.runs["sinkgd-L2-seed1"].point
     task = plan.seed_task(arm, point, 1)
-    train(plan.config(task), tmp_path / "alone", say=said.append)
+    train(plan.config(task), tmp_path / "alone", echo=said.append)
     alone = Run.read(tmp_path / "alone" / "run.jsonl")
     within = Run.read(finished / "runs" / task.name / "run.jsonl")
     assert [s.loss for s in within.steps] == [s.loss for s in alone.steps]
@@ -110,11 +111,11 @@ def test_page_and_verdict_need_the_record_alone(finished, tmp_path, capsys, comm
 
 
 def test_the_time_of_the_runs_and_of_the_study_are_recorded(record):
-    (sitting,) = record.sittings
-    assert sitting.runs == len(record.runs)
+    (session,) = record.sessions
+    assert session.runs == len(record.runs)
     ends = [result.run.end.wall_seconds for result in record.runs.values()]
-    assert sitting.runs_wall_seconds == pytest.approx(sum(ends))
-    assert sitting.wall_seconds > sum(ends) / 2
+    assert session.runs_wall_seconds == pytest.approx(sum(ends))
+    assert session.wall_seconds > sum(ends) / 2
 
 
 def test_checkpoints_of_finished_runs_are_gone(finished):

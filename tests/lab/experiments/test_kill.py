@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sinkgd.lab.experiments.record import StudyRecord
+from sinkgd.lab.experiments.study_record import StudyRecord
 
 pytestmark = pytest.mark.slow
 

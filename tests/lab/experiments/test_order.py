@@ -5,11 +5,11 @@ import re
 import pytest
 
 from lab.experiments.made_up import made_up, made_up_record
-from sinkgd.lab.experiments.page import study_page
-from sinkgd.lab.experiments.results import StudyResults
-from sinkgd.lab.experiments.sheets import arms_sheet, grid_sheet, reach_sheets
 from sinkgd.lab.experiments.studies import STUDIES
-from sinkgd.lab.experiments.verdict import Verdict, with_cost
+from sinkgd.lab.experiments.study_page import study_page
+from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_tables import arms_table, grid_table, reach_tables
+from sinkgd.lab.experiments.study_verdict import Verdict, with_cost
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.identity import identify
 
@@ -38,11 +38,11 @@ def test_the_adamw_with_one_rate_is_never_the_first_baseline(study):
 def test_tables_and_charts_list_arms_by_result(study):
     results = all_arms(study)
     order = [one.arm.name for one in results.arms][::-1]
-    assert [row[0].removesuffix(" (control)") for row in arms_sheet(results).rows] == order
-    for control, sheet in zip(results.controls, reach_sheets(results), strict=True):
+    assert [row[0].removesuffix(" (control)") for row in arms_table(results).rows] == order
+    for control, sheet in zip(results.controls, reach_tables(results), strict=True):
         assert [row[0] for row in sheet.rows] == [n for n in order if n != control.arm.name]
     tuned = [name for name in order if results.arm(name).chosen is not None]
-    assert list(dict.fromkeys(row[0] for row in grid_sheet(results).rows)) == tuned
+    assert list(dict.fromkeys(row[0] for row in grid_table(results).rows)) == tuned
 
 
 def test_eight_arms_have_a_color_of_their_own_and_they_are_the_best(study):

@@ -5,9 +5,9 @@ import pytest
 from lab.bench.test_page_in_browser import CUT_OFF, CUT_TABLES, MARKS
 from lab.experiments.made_up import made_up_record
 from sinkgd.lab.disk import write_whole
-from sinkgd.lab.experiments.page import study_page
-from sinkgd.lab.experiments.results import StudyResults
 from sinkgd.lab.experiments.studies import STUDIES
+from sinkgd.lab.experiments.study_page import study_page
+from sinkgd.lab.experiments.study_results import StudyResults
 
 pytestmark = pytest.mark.browser
 
@@ -22,7 +22,7 @@ LOSSES = {
     "shift": {"sinkgd": [4.2, 4.3], "adamw": [4.1, 4.2]},
     "width": {f"raw-{width}": [4.2, 4.3] for width in (64, 128)} | {"adamw-128": [4.1, 4.2]},
 }
-OWN = {"pareto": {"state-loss"}, "shift": {"recovery"}, "width": {"valley-raw"}}
+OWN = {"pareto": {"state-loss"}, "shift": {"recovery"}, "width": {"loss-by-rate-raw"}}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from lab.experiments.conftest import ARMS, small_plan
 from sinkgd.lab.experiments import engine
 from sinkgd.lab.experiments.engine import run_study
-from sinkgd.lab.experiments.record import StudyRecord
-from sinkgd.lab.experiments.reuse import Shelf
-from sinkgd.lab.experiments.sheets import effort_sheet
+from sinkgd.lab.experiments.reuse import ReusableRuns
+from sinkgd.lab.experiments.study_record import StudyRecord
+from sinkgd.lab.experiments.study_tables import sessions_table
 from sinkgd.lab.train.config import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -57,8 +57,8 @@ def shelf_beside(folder, environment=None, say=pytest.fail):
     """What a study in ``folder`` could take over, by default from studies as they were made."""
     if environment is None:
         neighbour = next(iter(folder.parent.glob("*/study.jsonl")))
-        environment = StudyRecord.read(neighbour).sittings[0].environment
-    return Shelf.beside(folder, environment, say)
+        environment = StudyRecord.read(neighbour).sessions[0].environment
+    return ReusableRuns.collect(folder, environment, say)
 
 
 def test_what_a_neighbour_has_tuned_is_taken_over_and_what_is_reported_is_not(studies):
@@ -74,9 +74,9 @@ def test_what_a_neighbour_has_tuned_is_taken_over_and_what_is_reported_is_not(st
             assert losses == [e.val_loss for e in old.run.evaluations]
     assert not (studies / "second" / "runs" / "sinkgd-L2-tune-lr0.01").exists()
     assert (studies / "second" / "runs" / "sinkgd-L2-seed0").exists()
-    (sitting,) = record.sittings
-    assert sitting.runs == 6
-    assert "Of the 8 runs, 2 were made by other studies" in effort_sheet(record).note
+    (session,) = record.sessions
+    assert session.runs == 6
+    assert "Of the 8 runs, 2 were made by other studies" in sessions_table(record).note
 
 
 def test_an_arm_of_another_name_takes_over_what_has_its_configuration(shards, first, trained):
@@ -89,8 +89,8 @@ def test_an_arm_of_another_name_takes_over_what_has_its_configuration(shards, fi
 
 def test_what_was_taken_over_is_not_handed_on(studies, tmp_path):
     shutil.copytree(studies / "second", tmp_path / "second")
-    shelf = shelf_beside(tmp_path / "third")
-    assert {result.arm for result in shelf.results.values()} == {"adamw"}
+    reusable = shelf_beside(tmp_path / "third")
+    assert {result.arm for result in reusable.results.values()} == {"adamw"}
 
 
 def test_nothing_is_taken_over_where_that_is_not_asked(shards, first, trained):
@@ -100,8 +100,8 @@ def test_nothing_is_taken_over_where_that_is_not_asked(shards, first, trained):
 
 @pytest.mark.parametrize("name", ["torch", "cpu", "threads", "device", "sinkgd"])
 def test_nothing_is_taken_over_from_another_environment(first, name):
-    sitting = StudyRecord.read(first / "study.jsonl").sittings[0]
-    other = {**sitting.environment, name: "another"}
+    session = StudyRecord.read(first / "study.jsonl").sessions[0]
+    other = {**session.environment, name: "another"}
     assert len(shelf_beside(first.parent / "new").results) == 2
     assert not shelf_beside(first.parent / "new", other).results
 
@@ -109,7 +109,7 @@ def test_nothing_is_taken_over_from_another_environment(first, name):
 def test_a_study_that_was_killed_lends_nothing(first):
     """Nothing says in which environment its runs ran."""
     path = first / "study.jsonl"
-    environment = StudyRecord.read(path).sittings[0].environment
+    environment = StudyRecord.read(path).sessions[0].environment
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["kind"] != "sitting"]
     path.write_text("".join(kept), encoding="utf-8")
@@ -179,7 +179,7 @@ def test_a_neighbour_that_did_not_record_its_text_is_not_used(shards, first, tra
 def test_a_study_does_not_go_on_with_another_text(shards, first, trained, tmp_path):
     lines = (first / "study.jsonl").read_text("utf-8").splitlines(keepends=True)
     other = write_text_again(shards, tmp_path / "other")
-    left = "".join(lines[:-2]).replace(str(shards), str(other))  # one run and the sitting are gone
+    left = "".join(lines[:-2]).replace(str(shards), str(other))  # one run and the session are gone
     (first / "study.jsonl").write_text(left, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"trained on data with the hash .* now has the hash"):
         run(small_plan(other, arms=ARMS[:1]), first)

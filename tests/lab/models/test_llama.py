@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sinkgd.lab.models import Llama, LlamaConfig, ModelError, contract
+from sinkgd.lab.models import Llama, LlamaConfig, ModelError, language_model
 
 SIZES = {
     "vocab_size": 97,
@@ -155,8 +155,8 @@ def test_a_meta_model_holds_no_memory_and_initializes_to_the_same_weights(model,
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 79, 80, 1000])
-def test_weights_drawn_in_pieces_are_those_drawn_at_once(monkeypatch, rows):
-    monkeypatch.setattr(contract, "_PIECE", 64)
+def test_weights_drawn_in_chunks_are_those_drawn_at_once(monkeypatch, rows):
+    monkeypatch.setattr(language_model, "_CHUNK", 64)
     model = Llama(config(vocab_size=rows, hidden_size=2, num_heads=1), seed=5)
     whole = torch.empty(rows, 2).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(5))
     assert torch.equal(model.model.embed_tokens.weight, whole)

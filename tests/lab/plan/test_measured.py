@@ -2,7 +2,8 @@
 
 Planned: weights, state, and the most that a step holds besides, on fake tensors. Measured: the
 bytes of weights, rotary tables, state and batch, counted, and the most that torch's allocator gave
-out at once during a warm step of `sinkgd.lab.train.step.take_step`, as the profiler tells it.
+out at once during a warm step of `sinkgd.lab.train.training_step.take_step`, as the profiler tells
+it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,17 +13,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sinkgd.lab.bench.memory.measure import running_sum
+from sinkgd.lab.bench.bench_memory import running_sum
 from sinkgd.lab.data import Batch
 from sinkgd.lab.models import build_model
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
 from sinkgd.lab.train.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from sinkgd.lab.train.device import weight_dtype
-from sinkgd.lab.train.gradient import ReleasedSteps
-from sinkgd.lab.train.parallel import Mesh, World
+from sinkgd.lab.train.machine import weight_dtype
+from sinkgd.lab.train.mesh import Mesh
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.resolve import resolve
-from sinkgd.lab.train.step import take_step
+from sinkgd.lab.train.training_step import ReleasedSteps, take_step
+from sinkgd.lab.train.world import World
 
 CPU = torch.device("cpu")
 ALONE = Mesh(CPU, World())

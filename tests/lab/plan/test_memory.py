@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sinkgd.lab.bench.memory.measure import allocations
+from sinkgd.lab.bench.bench_memory import allocations
 from sinkgd.lab.models.llama import Llama
 from sinkgd.lab.models.presets import PRESETS
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture, find_method, rank_memory

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sinkgd.lab.bench.memory.measure import running_sum
+from sinkgd.lab.bench.bench_memory import running_sum
 from sinkgd.lab.models import build_model
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
-from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.training_step import loss_of
 
 RANKS, SEQUENCES, TOKENS = 8, 2, 128
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sinkgd
 from sinkgd.kernels.triton import launch
-from sinkgd.lab.bench.memory.measure import allocations
+from sinkgd.lab.bench.bench_memory import allocations
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, memory
 from sinkgd.lab.plan.memory import update_scratch
 from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffic

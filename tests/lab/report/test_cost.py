@@ -19,7 +19,10 @@ from sinkgd.lab.report.cost import (
     gpu_hours,
     run_cost,
 )
+from sinkgd.lab.report.identity import identify
+from sinkgd.lab.report.loss_charts import loss_chart
 
+AXES = ("tokens", "seconds")
 MACHINE = Machine(gpus=8, price=2.5, watts=700.0)
 H100 = {"environment": {"device": "NVIDIA H100 80GB HBM3"}}
 
@@ -86,10 +89,10 @@ def test_without_runs_everything_is_published_or_assumed():
 def test_the_fastest_that_reached_the_baseline_is_the_candidate(tmp_path):
     losses = {10: 5.0, 20: 4.0}
     runs = [
-        write_run(tmp_path, "adamw", losses, **H100),
-        write_run(tmp_path, "few-tokens", {10: 4.0, 20: 3.0}, step_seconds=4.0, **H100),
-        write_run(tmp_path, "fast", {15: 4.0, 20: 3.5}, step_seconds=0.5, **H100),
-        write_run(tmp_path, "never", {20: 4.5}),
+        write_run(tmp_path, "adamw", losses, **timed(1.0), **H100),
+        write_run(tmp_path, "few-tokens", {10: 4.0, 20: 3.0}, **timed(4.0), **H100),
+        write_run(tmp_path, "fast", {15: 4.0, 20: 3.5}, **timed(0.5), **H100),
+        write_run(tmp_path, "never", {20: 4.5}, **timed(1.0)),
     ]
     block = calculator_block(analyze(runs, "adamw"))
     measured = [one for one in block.candidates if one.tokens_kind == "measured"]
@@ -99,6 +102,29 @@ def test_the_fastest_that_reached_the_baseline_is_the_candidate(tmp_path):
     assert measured[0].step_speedup == pytest.approx(2.0)
     assert (block.baseline, block.caution) == ("adamw", "")
     assert block.inputs.speed.kind == "measured"
+
+
+def timed(step_seconds):
+    """Return the seconds of steps that differ in the optimizer alone."""
+    return {"step_seconds": step_seconds, "optimizer_seconds": step_seconds - 0.2}
+
+
+def test_times_that_cannot_be_compared_give_no_speed_and_no_arrows(tmp_path):
+    runs = [
+        write_run(tmp_path, "adamw", {10: 5.0, 20: 4.0}, **H100),
+        write_run(tmp_path, "sinkgd", {10: 4.0, 20: 3.0}, step_seconds=4.0, **H100),
+    ]
+    analysis = analyze(runs, "adamw")
+    candidate = calculator_block(analysis).inputs.candidate
+    assert (candidate.step_speedup, candidate.speed_kind) == (1.0, "assumed")
+    charts = {along: loss_chart(analysis, identify(analysis), along) for along in AXES}
+    arrows = {
+        along: [one for one in chart.figure["layout"]["annotations"] if "arrowhead" in one]
+        for along, chart in charts.items()
+    }
+    assert [len(arrows[along]) for along in AXES] == [1, 0]
+    assert "Do not compare these times" in charts["seconds"].caption
+    assert "Do not compare" not in charts["tokens"].caption
 
 
 def test_where_nobody_reached_the_baseline_the_page_says_so(tmp_path):

@@ -11,12 +11,12 @@ import pytest
 
 import sinkgd.lab.report
 from lab.report.synthetic import write_likely_run, write_run
-from sinkgd.lab.bench.charts import stacked_bars
 from sinkgd.lab.commands.report import Report
 from sinkgd.lab.report import ReportError, analyze, build_page, write_page
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.curves import mean_validation_curve, training_curve
 from sinkgd.lab.report.identity import identify
+from sinkgd.lab.report.measurement_page import stacked_bars
 from sinkgd.lab.report.page import compare_settings
 from sinkgd.lab.results import Memory, ResultsError
 

@@ -14,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sinkgd.lab.commands.train import Train
 from sinkgd.lab.models import build_model, preset_config
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
-from sinkgd.lab.train.config import RunConfig, SharedConfig
-from sinkgd.lab.train.config_file import load_config
+from sinkgd.lab.train.config import RunConfig, SharedConfig, load_config
 from sinkgd.lab.train.loop import lr_factor
 from sinkgd.lab.train.resolve import resolve
 

@@ -12,19 +12,19 @@ from torch import nn
 
 from sinkgd.lab.models import build_model
 from sinkgd.lab.results import Memory
-from sinkgd.lab.train import whole
+from sinkgd.lab.train import checkpoint_validation
 from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
-from sinkgd.lab.train.config import OptimizerConfig
-from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
-from sinkgd.lab.train.state import TrainingState
-from sinkgd.lab.train.whole import (
+from sinkgd.lab.train.checkpoint_validation import (
     CHECKSUMS,
     METADATA,
     CheckpointError,
     checkpoints,
     find_damage,
-    latest_whole,
+    latest_valid,
 )
+from sinkgd.lab.train.config import OptimizerConfig
+from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
+from sinkgd.lab.train.state import TrainingState
 
 # One of each kind; tests of the recipes have all of them.
 KINDS = ("sinkgd", "sinkgd-stateless", "swan", "adamw", "sgd", "muon", "galore", "stable-spam")
@@ -103,11 +103,11 @@ def test_the_last_ones_are_kept(tmp_path):
 
 
 def test_nothing_saved_is_nothing_found(tmp_path):
-    assert latest_whole(tmp_path / "absent") is None
+    assert latest_valid(tmp_path / "absent") is None
 
 
 def test_the_latest_is_found(saved):
-    found = latest_whole(saved[0])
+    found = latest_valid(saved[0])
     assert found is not None
     assert (found.path.name, found.damages) == ("step-00000002", ())
 
@@ -127,7 +127,7 @@ def truncate(path: Path) -> None:
 def test_a_damaged_file_falls_back_and_is_named(saved, name, damage):
     folder, _ = saved
     damage(folder / "step-00000002" / name)
-    found = latest_whole(folder)
+    found = latest_valid(folder)
     assert found is not None
     assert found.path.name == "step-00000001"
     assert len(found.damages) == 1
@@ -139,14 +139,14 @@ def test_all_damaged_is_an_error_that_says_how_to_begin_again(saved):
     for path in folder.iterdir():
         flip_a_byte(path / "__0_0.distcp")
     with pytest.raises(CheckpointError, match=r"no whole checkpoint .* Delete .* begin again"):
-        latest_whole(folder)
+        latest_valid(folder)
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(saved):
     folder, state = saved
     flip_a_byte(folder / "step-00000002" / "__0_0.distcp")
     save_checkpoint(folder, state.as_dict(), keep=2)
-    found = latest_whole(folder)
+    found = latest_valid(folder)
     assert found is not None
     assert (found.path.name, found.damages) == ("step-00000002", ())
 
@@ -154,7 +154,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(saved):
 def test_half_written_ones_are_passed_over_and_cleared(saved):
     folder, state = saved
     shutil.copytree(folder / "step-00000002", folder / "step-00000003.partial")
-    found = latest_whole(folder)
+    found = latest_valid(folder)
     assert found is not None
     assert found.path.name == "step-00000002"
     save_checkpoint(folder, state.as_dict(), keep=2)
@@ -189,12 +189,12 @@ def an_empty_folder(path: Path) -> None:
 def test_what_only_has_the_name_of_a_checkpoint_is_none(saved, name, make):
     folder, state = saved
     make(folder / name)
-    found = latest_whole(folder)
+    found = latest_valid(folder)
     assert found is not None
     assert found.path.name == "step-00000002"
     train(state, 1)
     save_checkpoint(folder, state.as_dict(), keep=2)
-    found = latest_whole(folder)
+    found = latest_valid(folder)
     assert found is not None
     assert found.path.name == "step-00000003"
     if make is a_file:  # it is somebody's, so it is still there
@@ -211,7 +211,9 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("moment", ["checkpoint.save", "whole.checksums", "whole.sync_folder"])
+@pytest.mark.parametrize(
+    "moment", ["checkpoint.save", "checkpoint.checksums", "checkpoint.sync_folder"]
+)
 def test_a_full_disk_leaves_no_half_checkpoint(saved, monkeypatch, moment):
     folder, state = saved
 
@@ -268,7 +270,7 @@ def test_a_file_that_the_disk_cannot_read_falls_back(saved, monkeypatch):
     def fail(_path: Path) -> str:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(whole, "_checksum", fail)
+    monkeypatch.setattr(checkpoint_validation, "_checksum", fail)
     damage = find_damage(saved[0] / "step-00000002")
     assert damage is not None
     assert "cannot be read: Input/output error" in damage

@@ -14,8 +14,10 @@ from sinkgd.lab.train.config import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
+    command_line,
+    load_config,
+    save_config,
 )
-from sinkgd.lab.train.config_file import command_line, load_config, save_config
 from sinkgd.lab.train.identity import check_unchanged
 
 UNUSUAL = RunConfig(

@@ -9,7 +9,8 @@ from torch import nn
 
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.train.evaluate import Score, evaluate, galore_mean
-from sinkgd.lab.train.parallel import Mesh, World
+from sinkgd.lab.train.mesh import Mesh
+from sinkgd.lab.train.world import World
 
 ALONE = Mesh(torch.device("cpu"), World())
 

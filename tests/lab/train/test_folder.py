@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from sinkgd.lab.results import Memory, ResultsError, ResultsWriter, RunEnd, RunStart
-from sinkgd.lab.train.config import ConfigError, RunConfig, TrainingConfig
-from sinkgd.lab.train.config_file import save_config
+from sinkgd.lab.train.config import ConfigError, RunConfig, TrainingConfig, save_config
 from sinkgd.lab.train.folder import Admission, RunFolder, RunFolderError
 
 CONFIG = RunConfig()

@@ -15,9 +15,8 @@ from sinkgd.lab.data import Manifest, Tokenizer, open_corpus, prepare, train_tok
 from sinkgd.lab.models import PRESETS, build_model
 from sinkgd.lab.results import Run, RunStart
 from sinkgd.lab.train import identity
-from sinkgd.lab.train.config import ConfigError, DataConfig, OptimizerConfig, RunConfig
-from sinkgd.lab.train.config_file import load_config
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.config import ConfigError, DataConfig, OptimizerConfig, RunConfig, load_config
+from sinkgd.lab.train.machine import describe_environment
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
 from sinkgd.lab.train.run import train
 from stopping import stopping_at
@@ -206,7 +205,7 @@ def test_what_changes_the_last_bits_is_said(config, here, monkeypatch, name):
     described = "sinkgd.lab.train.run.describe_environment"
     monkeypatch.setattr(described, lambda device: describe_environment(device) | {name: "another"})
     said: list[str] = []
-    assert train(config, here / "run", say=said.append).step == 12
+    assert train(config, here / "run", echo=said.append).step == 12
     assert any(f"{name} was {before} and is now another" in line for line in said)
     [resume] = Run.read(here / "run" / "run.jsonl").resumes
     assert resume.changed == {name: [before, "another"]}
@@ -215,7 +214,7 @@ def test_what_changes_the_last_bits_is_said(config, here, monkeypatch, name):
 def test_nothing_is_said_where_nothing_changed(config, here):
     config = stopped(with_corpus(config, "shards"), here / "run")
     said: list[str] = []
-    train(config, here / "run", say=said.append)
+    train(config, here / "run", echo=said.append)
     assert not [line for line in said if "warning" in line]
 
 
@@ -229,7 +228,7 @@ def test_a_run_of_an_older_version_goes_on_with_a_warning(config, here):
     with pytest.raises(ConfigError, match=r"data\.corpus was '.*shards' and is now '.*others'"):
         train(with_corpus(config, "others"), here / "run")
     said: list[str] = []
-    assert train(config, here / "run", say=said.append).step == 12
+    assert train(config, here / "run", echo=said.append).step == 12
     assert any("did not record its text" in line for line in said)
 
 

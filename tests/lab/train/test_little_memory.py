@@ -14,11 +14,11 @@ from sinkgd.lab.results import Run
 from sinkgd.lab.train import setup
 from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, TrainingConfig
-from sinkgd.lab.train.loss import loss_of
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.run import train
 from sinkgd.lab.train.state import TrainingState
+from sinkgd.lab.train.training_step import loss_of
 
 
 def losses(config: RunConfig, path: Path, recipe: str = "sinkgd", **training) -> list[float]:
@@ -27,7 +27,7 @@ def losses(config: RunConfig, path: Path, recipe: str = "sinkgd", **training) ->
         optimizer=OptimizerConfig(recipe=recipe),
         training=replace(config.training, **training),
     )
-    train(config, path, say=lambda _: None)
+    train(config, path, echo=lambda _: None)
     return [step.loss for step in Run.read(path / "run.jsonl").steps]
 
 

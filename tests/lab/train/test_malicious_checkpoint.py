@@ -15,13 +15,16 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 from sinkgd.lab.models import build_model
-from sinkgd.lab.train import whole
-from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
+from sinkgd.lab.train import checkpoint_validation
+from sinkgd.lab.train.checkpoint import _publish, load_checkpoint, save_checkpoint
+from sinkgd.lab.train.checkpoint_validation import (
+    CheckpointError,
+    UnsafeCheckpointError,
+    latest_valid,
+)
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
-from sinkgd.lab.train.safe_reader import UnsafeCheckpointError
 from sinkgd.lab.train.state import TrainingState
-from sinkgd.lab.train.whole import CheckpointError, latest_whole
 
 
 class Call:
@@ -67,24 +70,24 @@ def checkpoint(written: Path, tmp_path: Path) -> Path:
 
 def sign(checkpoint: Path) -> None:
     """Write checksums that fit, as whoever made the folder could."""
-    files = [file for file in checkpoint.iterdir() if file.name != whole.CHECKSUMS]
+    files = [file for file in checkpoint.iterdir() if file.name != checkpoint_validation.CHECKSUMS]
     partial = checkpoint.with_name("again")
     checkpoint.rename(partial)
-    sums = whole.checksums(partial / file.name for file in files)
-    whole.finish(partial, checkpoint, sums, keep=1)
+    sums = checkpoint_validation.checksums(partial / file.name for file in files)
+    _publish(partial, checkpoint, sums, keep=1)
 
 
 def metadata_of(checkpoint: Path) -> Metadata:
-    return pickle.loads((checkpoint / whole.METADATA).read_bytes())
+    return pickle.loads((checkpoint / checkpoint_validation.METADATA).read_bytes())
 
 
 def write_metadata(checkpoint: Path, content: object) -> None:
-    (checkpoint / whole.METADATA).write_bytes(pickle.dumps(content))
+    (checkpoint / checkpoint_validation.METADATA).write_bytes(pickle.dumps(content))
     sign(checkpoint)
 
 
 def refuse(checkpoint: Path, error: type[Exception] = UnsafeCheckpointError) -> str:
-    found = latest_whole(checkpoint.parent)
+    found = latest_valid(checkpoint.parent)
     assert found is not None
     assert found.path == checkpoint
     with pytest.raises(error) as caught:
@@ -141,7 +144,7 @@ def test_files_outside_of_the_checkpoint_are_refused(checkpoint, name):
 def test_metadata_cannot_change_torchs_own_classes(checkpoint):
     # GLOBAL StorageMeta, then BUILD with (None, {"save_id": 7}): the class itself is the target.
     program = b"ctorch.distributed.checkpoint.metadata\nStorageMeta\n(N(S'save_id'\nI7\ndtb."
-    (checkpoint / whole.METADATA).write_bytes(program)
+    (checkpoint / checkpoint_validation.METADATA).write_bytes(program)
     sign(checkpoint)
     assert "it changes" in refuse(checkpoint)
     assert StorageMeta.save_id is None
@@ -152,21 +155,23 @@ def test_metadata_cannot_change_torchs_own_classes(checkpoint):
     [(b"", CheckpointError), (b"\x80\x05K", CheckpointError), (b"K\x01.", UnsafeCheckpointError)],
 )
 def test_metadata_that_is_none_is_one_line(checkpoint, content, error):
-    (checkpoint / whole.METADATA).write_bytes(content)
+    (checkpoint / checkpoint_validation.METADATA).write_bytes(content)
     sign(checkpoint)
     refuse(checkpoint, error)
 
 
 def test_checksums_must_cover_the_metadata(checkpoint):
-    (checkpoint / whole.CHECKSUMS).write_text("{}")
+    (checkpoint / checkpoint_validation.CHECKSUMS).write_text("{}")
     with pytest.raises(CheckpointError, match=r"it lacks \.metadata"):
-        latest_whole(checkpoint.parent)
+        latest_valid(checkpoint.parent)
 
 
 def test_checksums_name_no_file_outside(checkpoint):
-    (checkpoint / whole.CHECKSUMS).write_text('{"../../secret": "", ".metadata": ""}')
+    (checkpoint / checkpoint_validation.CHECKSUMS).write_text(
+        '{"../../secret": "", ".metadata": ""}'
+    )
     with pytest.raises(CheckpointError, match=r"'\.\./\.\./secret' lies outside"):
-        latest_whole(checkpoint.parent)
+        latest_valid(checkpoint.parent)
 
 
 def test_an_honest_checkpoint_is_loaded(checkpoint):

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from sinkgd.lab.results import Evaluation, Record, Resume, TrainStep
-from sinkgd.lab.train.meters import BarMeter, LineMeter, Pace, clock, make_meter
+from sinkgd.lab.train.sinks import BarMeter, LineMeter, StepRate, clock, make_meter
 
 
 def step(number: int, seconds: float = 0.5) -> TrainStep:
@@ -48,7 +48,7 @@ def test_evaluations_and_resumes_have_a_line():
 
 
 def test_the_pace_follows_a_slower_machine():
-    pace = Pace(1000)
+    pace = StepRate(1000)
     assert pace.tokens_per_second == 0.0
     for number in range(1, 200):
         pace.add(step(number, seconds=0.5 if number < 100 else 1.0))
@@ -57,7 +57,7 @@ def test_the_pace_follows_a_slower_machine():
 
 
 def test_a_slow_first_step_is_no_forecast():
-    pace = Pace(400)
+    pace = StepRate(400)
     pace.add(step(1, seconds=40.0))
     pace.add(step(2, seconds=0.5))
     pace.add(step(3, seconds=0.5))

@@ -100,10 +100,10 @@ def test_a_llama_has_no_statistics(config, tmp_path):
 
 def train_and_refuse(configs, folder):
     for name, config in configs.items():
-        train(config, folder / name, say=lambda _: None)
+        train(config, folder / name, echo=lambda _: None)
     with pytest.raises(ConfigError, match=r"mesh.tp is 2, .* only a LLaMA .* is a GPT2; use mesh"):
         train(
-            replace(configs["gpt2-nano"], mesh=MeshConfig(tp=2)), folder / "tp", say=lambda _: None
+            replace(configs["gpt2-nano"], mesh=MeshConfig(tp=2)), folder / "tp", echo=lambda _: None
         )
 
 
@@ -112,7 +112,7 @@ def test_two_ranks_learn_what_one_process_learns(config, tmp_path):
     configs = {preset: of(config, preset) for preset in PRESETS}
     on_ranks(2, train_and_refuse, configs, tmp_path)
     for preset in PRESETS:
-        train(configs[preset], tmp_path / f"{preset}-alone", say=lambda _: None)
+        train(configs[preset], tmp_path / f"{preset}-alone", echo=lambda _: None)
         ours, alone = (
             Run.read(tmp_path / f"{preset}{end}" / "run.jsonl") for end in ("", "-alone")
         )

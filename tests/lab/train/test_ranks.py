@@ -21,7 +21,7 @@ from sinkgd.lab.train.config import (
     RunConfig,
     TrainingConfig,
 )
-from sinkgd.lab.train.parallel.mesh import mesh_shape
+from sinkgd.lab.train.mesh import mesh_shape
 from sinkgd.lab.train.run import Outcome, train
 from spawn import on_ranks
 from stopping import stopping_at
@@ -98,7 +98,7 @@ def train_on_ranks(jobs: list[Job]) -> list[Outcome]:
                 shutil.copytree(job.after, job.path)
             dist.barrier()
         with stopping_at(STOPPED) if job.stops and last else nullcontext():
-            outcomes.append(train(job.config, job.path, say=lambda _: None))
+            outcomes.append(train(job.config, job.path, echo=lambda _: None))
     return outcomes
 
 
@@ -169,7 +169,7 @@ def alone(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
 
     def run(kind):
-        train(on_one_process(kind, shards), folder / kind, say=lambda _: None)
+        train(on_one_process(kind, shards), folder / kind, echo=lambda _: None)
         return folder / kind
 
     return run
@@ -201,7 +201,7 @@ def test_another_mesh_goes_on(runs, kind):
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_one_process_goes_on(runs, shards, tmp_path, kind):
     shutil.copytree(runs / f"{kind}-stopped", tmp_path / kind)
-    train(on_one_process(kind, shards), tmp_path / kind, say=lambda _: None)
+    train(on_one_process(kind, shards), tmp_path / kind, echo=lambda _: None)
     assert_near(tmp_path / kind, runs / kind)
 
 
@@ -234,7 +234,7 @@ def refused(configs: list[RunConfig], folder: Path) -> list[str]:
     messages = []
     for i, config in enumerate(configs):
         with pytest.raises(ConfigError) as caught:
-            train(config, folder / str(i), say=lambda _: None)
+            train(config, folder / str(i), echo=lambda _: None)
         messages.append(str(caught.value))
     return messages
 

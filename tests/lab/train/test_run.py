@@ -14,6 +14,7 @@ from sinkgd.lab.data import Batches, DataError, TokenDataset
 from sinkgd.lab.models import ModelError, build_model
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import checkpoint, loop, run, setup
+from sinkgd.lab.train.checkpoint_validation import CheckpointError
 from sinkgd.lab.train.config import (
     ConfigError,
     DataConfig,
@@ -21,14 +22,13 @@ from sinkgd.lab.train.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    load_config,
 )
-from sinkgd.lab.train.config_file import load_config
 from sinkgd.lab.train.folder import RunFolderError
 from sinkgd.lab.train.recipes import RECIPES
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.run import Outcome, train
-from sinkgd.lab.train.step import NonFiniteLossError
-from sinkgd.lab.train.whole import CheckpointError
+from sinkgd.lab.train.training_step import NonFiniteLossError
 from stopping import stopping_at
 
 
@@ -142,7 +142,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, step):
     train(config, tmp_path / "whole")
     said: list[str] = []
     with stopping_at(step):
-        outcome = train(config, tmp_path / "stopped", say=said.append)
+        outcome = train(config, tmp_path / "stopped", echo=said.append)
     assert outcome == Outcome(step, signal.SIGTERM)
     assert f"stopped by SIGTERM after step {step} of 12" in said[-1]
     assert f"--out {tmp_path / 'stopped'}" in said[-1]
@@ -189,7 +189,7 @@ def test_a_finished_run_is_not_run_again(config, tmp_path):
     train(config, tmp_path)
     before = (tmp_path / "run.jsonl").read_bytes()
     said: list[str] = []
-    assert train(config, tmp_path, say=said.append) == Outcome(12)
+    assert train(config, tmp_path, echo=said.append) == Outcome(12)
     assert (tmp_path / "run.jsonl").read_bytes() == before
     done, where = said
     assert done == f"{tmp_path} is finished already; nothing to do"
@@ -210,7 +210,7 @@ def test_a_run_without_a_checkpoint_begins_again(config, tmp_path):
             train(config, tmp_path / "failed")
     assert Run.read(tmp_path / "failed" / "run.jsonl").end.status == "failed"
     said: list[str] = []
-    train(config, tmp_path / "failed", say=said.append)
+    train(config, tmp_path / "failed", echo=said.append)
     assert "holds no checkpoint yet; beginning again from the first step" in said[0]
     assert curve(tmp_path / "failed") == curve(tmp_path / "whole")
 
@@ -226,7 +226,7 @@ def test_a_damaged_last_checkpoint_falls_back_and_says_so(config, tmp_path):
     damaged = tmp_path / "stopped" / "checkpoints" / "step-00000007" / "__0_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     said: list[str] = []
-    train(config, tmp_path / "stopped", say=said.append)
+    train(config, tmp_path / "stopped", echo=said.append)
     assert f"warning: {damaged} is damaged" in said[0]
     assert "step-00000005, step 5 of 12" in said[1]
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
@@ -309,7 +309,7 @@ def test_text_files_are_prepared_and_said_so(config, tmp_path, monkeypatch):
         path.write_text(f"the state of the union, year {i}. " * 30, encoding="utf-8")
     text = DataConfig(corpus=str(tmp_path / "texts"), vocab_size=300)
     said: list[str] = []
-    train(replace(config, data=text), tmp_path / "run", say=said.append)
+    train(replace(config, data=text), tmp_path / "run", echo=said.append)
     assert [line.split()[0] for line in said if not line.startswith("note:")] == [
         "training",
         "tokenizing",
@@ -321,7 +321,7 @@ def test_text_files_are_prepared_and_said_so(config, tmp_path, monkeypatch):
 def test_a_text_that_is_shorter_than_asked_is_said(config, steps, tokens):
     config = change(change(config, "training", steps=steps), "evaluation", tokens=tokens)
     job = setup.set_up(resolve(config), pytest.fail)
-    notes = list(run._notes_on_text(job))
+    notes = list(run._text_notes(job))
     passes = [note for note in notes if "reads its text" in note]
     scored = [note for note in notes if f"all {job.validation.tokens:,} tokens" in note]
     assert (len(passes), len(scored)) == (steps == 400, tokens == 10**6)

@@ -7,10 +7,10 @@ import torch
 
 from sinkgd.lab.train import setup
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig
-from sinkgd.lab.train.device import select_device
-from sinkgd.lab.train.parallel import World
+from sinkgd.lab.train.machine import select_device
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import Job, set_up
+from sinkgd.lab.train.world import World
 
 
 def job(config: RunConfig, **training: object) -> Job:
@@ -59,7 +59,7 @@ def test_the_loops_are_compiled_before_the_first_step(
     pytest.importorskip("numba")
     compilations, told = [], []
     monkeypatch.setattr(setup, "compile_loops", lambda: compilations.append(recipe))
-    monkeypatch.setattr(setup, "holds_loops", lambda: held)
+    monkeypatch.setattr(setup, "loops_are_compiled", lambda: held)
     set_up(resolve(replace(config, optimizer=OptimizerConfig(recipe=recipe))), told.append)
     assert bool(compilations) == compiled
     assert [line.partition(" (")[0] for line in told] == said

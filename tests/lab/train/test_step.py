@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
-from sinkgd.lab.train.loss import summed_loss
-from sinkgd.lab.train.parallel import Mesh, World
+from sinkgd.lab.train.mesh import Mesh
 from sinkgd.lab.train.resolve import resolve
-from sinkgd.lab.train.step import NonFiniteLossError, take_step
+from sinkgd.lab.train.training_step import NonFiniteLossError, summed_loss, take_step
+from sinkgd.lab.train.world import World
 
 ALONE = Mesh(torch.device("cpu"), World())
 VOCAB, ROWS, TOKENS = 64, 6, 16

@@ -1,3 +1,3 @@
-"""SR-Sinkhorn compiled for CPUs: where tensors lie, torch's threads, the loops, the backend."""
+"""SR-Sinkhorn compiled for CPUs, by numba."""
 
 from sinkgd.kernels.cpu.backend import CpuBackend as CpuBackend

@@ -1,7 +1,7 @@
-"""The backend ``cpu``: which tensors the compiled loops take, and what becomes of the others.
+"""The backend ``cpu``: compiled loops, and what happens to tensors that the loops cannot take.
 
-They take float32 and bfloat16, in any mix, with dense rows or dense columns. What else there is:
-    gradients with other strides, or turned against their parameter: a copy is read
+The loops take float32 and bfloat16, in any mix, with dense rows or dense columns. Other tensors:
+    gradients with other strides, or in another order in memory than their parameter: a copy is read
     float16 gradients: a float32 copy is read for the scales; `EagerBackend` updates
     float64, parameters of other types or strides, tensor subclasses, gradients that autograd
         follows, empty ones: `EagerBackend`
@@ -10,7 +10,7 @@ They take float32 and bfloat16, in any mix, with dense rows or dense columns. Wh
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +18,21 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
-from sinkgd.kernels.cpu.form import DTYPES, Form
-from sinkgd.kernels.cpu.jobs import LookJob, MatricesJob, Write
-from sinkgd.kernels.cpu.piece_sums import CpuSums
-from sinkgd.kernels.cpu.products import CpuProducts, to_be_added
-from sinkgd.kernels.cpu.reading import Reading
-from sinkgd.kernels.cpu.sources import beside, writable
-from sinkgd.kernels.cpu.team import torch_team
-from sinkgd.kernels.eager import EagerBackend
-from sinkgd.kernels.layout import check_scales
+from sinkgd.kernels.cpu.launch import float32_address, torch_openmp
+from sinkgd.kernels.cpu.layout import (
+    DTYPES,
+    MatrixLayout,
+    ScaleBuffer,
+    dense_input,
+    readable,
+    readable_as,
+    writable,
+)
+from sinkgd.kernels.cpu.products import CpuProducts, CpuSums, low_rank_factors
+from sinkgd.kernels.cpu.tables import FiniteTable, GradientTable, Target
+from sinkgd.kernels.eager import EagerBackend, sinkhorn
+from sinkgd.kernels.layout import check_scales, check_start, dense, matrix_of
+from sinkgd.kernels.level import level_, scales_of
 from sinkgd.kernels.two_halves import finite_of, of_each
 
 
@@ -39,10 +45,10 @@ class CpuBackend:
     packs_vectors = False
 
     def missing(self) -> str | None:
-        """Say what is absent: numba, or the entries of torch's OpenMP runtime."""
+        """Say what is absent: numba, or functions of torch's OpenMP runtime."""
         if importlib.util.find_spec("numba") is None:
             return "numba is not installed"
-        if torch_team() is None:
+        if torch_openmp() is None:
             return "torch's OpenMP runtime has no GOMP_parallel; use 'eager'"
         return None
 
@@ -59,9 +65,9 @@ class CpuBackend:
         starts: Sequence[Tensor | None] | None = None,
     ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
-        reading = Reading(grads, starts)
-        reading.run(num_iters, tol)
-        return list(reading.room)
+        solver = _Solver(grads, starts)
+        solver.run(num_iters, tol)
+        return list(solver.scales)
 
     def update_(
         self,
@@ -75,35 +81,36 @@ class CpuBackend:
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
-        job = MatricesJob(float(keep), float(step))
-        read: list[Tensor] = []  # keeps copies alive until the job is done
+        table = GradientTable(float(keep), float(step))
+        read: list[Tensor] = []  # keeps copies alive until the loops are done
         written: list[Tensor] = []
         others: list[int] = []
         for i, (param, grad, own) in enumerate(zip(params, grads, scales, strict=True)):
             check_scales(param, own.row, own.col)
             flag = None if allowed is None else allowed[i]
-            form = writable(param) if _are_usual(own, flag) else None
-            source = None if form is None else beside(grad, param, form)
-            if form is None or source is None:
+            layout = writable(param) if _are_usual(own, flag) else None
+            source = None if layout is None else readable_as(grad, param, layout)
+            if layout is None or source is None:
                 others.append(i)
                 continue
-            write = Write(
+            target = Target(
                 param.data_ptr(),
-                form,
+                layout,
                 flag=0 if flag is None else flag.data_ptr(),
                 key=None if keys is None else int(keys[i]),
             )
             if isinstance(own, Lowered):
-                left, right = to_be_added(own.taken.mT if form.turned else own.taken)
+                taken = own.taken.mT if layout.transposed else own.taken
+                left, right = low_rank_factors(taken)
                 rank, at = left.shape[-1], (left.data_ptr(), right.data_ptr())
-                write = write._replace(rank=rank, left=at[0], right=at[1])
+                target = target._replace(rank=rank, left=at[0], right=at[1])
                 read += (left, right)
-            scales_at = own.row.data_ptr(), own.col.data_ptr()
-            job.add(source.tensor.data_ptr(), source.form, scales_at, write)
+            addresses = own.row.data_ptr(), own.col.data_ptr()
+            table.add(source.tensor.data_ptr(), source.layout, addresses, target)
             read.append(source.tensor)
             written.append(param)
-        job.take_steps()
-        increment_version(written)  # what an in-place operation of torch does
+        table.update()
+        increment_version(written)  # as an in-place operation of torch does
         if others:
             EagerBackend().update_(
                 [params[i] for i in others],
@@ -125,46 +132,47 @@ class CpuBackend:
         tol: float | None = None,
         overflow: Tensor | None = None,
     ) -> Descent:
-        """Take the step of a matrix as soon as its scales are known: its gradient is in the cache.
+        """Update a matrix as soon as its scales are known, while its gradient is in the cache.
 
-        Only where that matrix is all that its owner has, and nothing else may forbid the step.
+        That is possible if its owner has no other matrix, and nothing else may forbid the update.
         """
         params, grads, owners, starts, keys = matrices
         forbidden = overflow is not None and bool(overflow)
         alone = {own.start for own in owners if len(own) == 1 and not forbidden}
-        reading = Reading(grads, starts)
-        writes: dict[int, Write] = {}
-        for i, source in enumerate(reading.sources):
-            form = writable(params[i]) if source is not None and i in alone else None
-            if source is not None and form is not None and _fit(form, source.form):
+        solver = _Solver(grads, starts)
+        targets: dict[int, Target] = {}
+        for i, source in enumerate(solver.inputs):
+            layout = writable(params[i]) if source is not None and i in alone else None
+            if source is not None and layout is not None and _match(layout, source.layout):
                 key = None if keys is None else int(keys[i])
-                writes[i] = Write(params[i].data_ptr(), form, key=key)
+                targets[i] = Target(params[i].data_ptr(), layout, key=key)
         factors = float(keep), float(step)
-        failed = reading.run(num_iters, tol, writes=writes, factors=factors)
-        increment_version([params[i] for i in writes])
-        if not failed and len(writes) == len(params):
-            return Descent(torch.ones(len(owners), dtype=torch.bool, device="cpu"), reading.room)
-        finite = finite_of(reading.room, owners)
+        failed = solver.run(num_iters, tol, targets=targets, factors=factors)
+        increment_version([params[i] for i in targets])
+        if not failed and len(targets) == len(params):
+            finite = torch.ones(len(owners), dtype=torch.bool, device="cpu")
+            return Descent(finite, solver.scales)
+        finite = finite_of(solver.scales, owners)
         if not forbidden:
             flags = of_each(finite, owners)
-            later = [i for i in range(len(params)) if i in failed or i not in writes]
+            later = [i for i in range(len(params)) if i in failed or i not in targets]
             self.update_(
                 [params[i] for i in later],
                 [grads[i] for i in later],
-                [reading.room[i] for i in later],
+                [solver.scales[i] for i in later],
                 keep=keep,
                 step=step,
                 allowed=[flags[i] for i in later],
                 keys=None if keys is None else [keys[i] for i in later],
             )
-        return Descent(finite, reading.room)
+        return Descent(finite, solver.scales)
 
     def sums(self, grads: Sequence[Tensor]) -> CpuSums:
         """Return the sums of the squares of gradients."""
         return CpuSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> CpuProducts:
-        """Return the products of updates, straight from the gradients."""
+        """Return the products of updates, computed from the gradients."""
         return CpuProducts(stacks)
 
     def packed_products(
@@ -176,10 +184,10 @@ class CpuBackend:
         """Return None: it has no products of vectors that are packed together."""
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
+        """Return ``(len(tensors),)`` bool: whether all entries of each tensor are finite."""
         flags = [True] * len(tensors)
-        job = LookJob()
-        looked: list[int] = []
+        table = FiniteTable()
+        read: list[int] = []
         for i, x in enumerate(tensors):
             if (
                 type(x) in (Tensor, Parameter)
@@ -187,21 +195,122 @@ class CpuBackend:
                 and x.is_cpu
                 and x.is_contiguous()
             ):
-                job.add(x.data_ptr(), x.numel(), DTYPES[x.dtype])
-                looked.append(i)
+                table.add(x.data_ptr(), x.numel(), DTYPES[x.dtype])
+                read.append(i)
             else:
                 flags[i] = bool(EagerBackend().are_finite([x]))
-        for i, finite in zip(looked, job.run(), strict=True):
+        for i, finite in zip(read, table.run(), strict=True):
             flags[i] = finite
         return torch.tensor(flags, dtype=torch.bool, device="cpu")
 
 
 def _are_usual(scales: Scales | Lowered, flag: Tensor | None) -> bool:
+    """Whether the loops can read the scales and the flag."""
     return all(x.dtype == torch.float32 and x.is_contiguous() for x in scales[:2]) and (
         flag is None or (flag.dtype == torch.bool and flag.is_cpu)
     )
 
 
-def _fit(param: Form, grad: Form) -> bool:
-    """Whether both hold one matrix, as it lies in memory."""
-    return len(param.offsets) == 1 and param[:2] == grad[:2] and param.turned == grad.turned
+def _match(param: MatrixLayout, grad: MatrixLayout) -> bool:
+    """Whether both hold one matrix in the same order in memory."""
+    one = len(param.offsets) == 1
+    return one and param[:2] == grad[:2] and param.transposed == grad.transposed
+
+
+class _Solver:
+    """Finds the scales of gradients ``(..., m, n)``, and updates parameters on the way.
+
+    Args:
+        grads: Gradients of any kind.
+        starts: The column scales from which the iterations of each gradient begin.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], starts: Sequence[Tensor | None] | None) -> None:
+        self.grads = grads
+        self.starts = [None] * len(grads) if starts is None else starts
+        for grad, start in zip(grads, self.starts, strict=True):
+            check_start(grad, start)
+        self.inputs = [readable(grad) for grad in grads]
+        self.scales = ScaleBuffer([source and source.layout for source in self.inputs], grads)
+
+    def run(
+        self,
+        num_iters: int,
+        tol: float | None,
+        *,
+        targets: Mapping[int, Target] | None = None,
+        factors: tuple[float, float] = (1.0, 0.0),
+    ) -> set[int]:
+        """Find all scales, and update the parameters in ``targets``.
+
+        Returns:
+            The gradients that the loops could not process as they are. Their parameters are not
+            updated.
+        """
+        targets = targets or {}
+        table = GradientTable(*factors)
+        for i, source in enumerate(self.inputs):
+            if source is None:
+                continue
+            x, layout = source
+            start = self.starts[i]
+            if start is not None:
+                torch.mul(start, start, out=self.scales[i].col)
+            addresses = self.scales.addresses(i)
+            table.add(x.data_ptr(), layout, addresses, targets.get(i), started=start is not None)
+        failed = {i for i, source in enumerate(self.inputs) if source is None}
+        for i in failed:
+            self.scales.put(i, sinkhorn(self.grads[i], num_iters, tol=tol, start=self.starts[i]))
+        for i, index in self._matrices(table.find_scales(num_iters, tol)):
+            self._solve_again(i, index, num_iters, tol=tol)
+            failed.add(i)
+        return failed
+
+    def _matrices(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Return, for matrices of the table, the gradient and the matrix's index in it."""
+        if not numbers:
+            return
+        matrices = [
+            (i, index)
+            for i, source in enumerate(self.inputs)
+            if source is not None
+            for index in range(len(source.layout.offsets))
+        ]
+        yield from (matrices[number] for number in numbers)
+
+    def _solve_again(self, i: int, index: int, num_iters: int, *, tol: float | None) -> None:
+        """Find the scales of a matrix whose squares leave float32's range, or are not finite."""
+        source, start = self.inputs[i], self.starts[i]
+        assert source is not None
+        matrix = matrix_of(source.tensor, index)
+        m, n = matrix.shape
+        begin = None if start is None else start.view(-1, 1, n)[index]
+        found = _rescaled(matrix, num_iters, tol=tol, start=begin)
+        if found is None:
+            found = sinkhorn(matrix, num_iters, tol=tol, start=begin)
+        own = self.scales[i]
+        own.row.view(-1, m, 1)[index] = found.row
+        own.col.view(-1, 1, n)[index] = found.col
+
+
+def _rescaled(
+    matrix: Tensor, num_iters: int, *, tol: float | None, start: Tensor | None
+) -> Scales | None:
+    """Run the loops on a copy scaled by powers of two; None where that fails too.
+
+    Powers of two change no rounding, so the bits are those that an unbounded float32 would give.
+    """
+    S = matrix.to(torch.float32, copy=True).abs_()
+    level = level_(S)
+    S, layout = dense_input(dense(S))
+    m, n = S.shape
+    first = level.t if start is None else level.t * start
+    found = Scales(
+        torch.empty(m, 1, dtype=torch.float32, device="cpu"), first.square().float().reshape(1, n)
+    )
+    table = GradientTable()
+    addresses = float32_address(found.row), float32_address(found.col)
+    table.add(S.data_ptr(), layout, addresses, started=True)
+    if table.find_scales(num_iters, tol):
+        return None
+    return scales_of(found.row / level.s, found.col / level.t, torch.float32)

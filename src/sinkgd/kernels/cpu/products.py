@@ -1,7 +1,10 @@
-"""Products of updates with a few vectors by the compiled loops, straight from the gradients.
+"""Products of gradients with vectors, by the compiled loops.
 
-Letters: see `sinkgd.kernels.cpu.tables`. A product "along" is X V of a gradient whose rows lie in
-memory one after the other, and Xᵀ Y of a turned one; the other one is "down".
+`CpuProducts` multiplies updates X = row * grad * col by a few vectors, for deflation. `CpuSums`
+multiplies the squares of gradients by one vector of weights, for gradients that are sharded.
+
+Letters: see `sinkgd.kernels.cpu.tables`. A product "by rows" takes one number for each row in
+memory: X V, or Xᵀ Y where the layout is transposed. The other one is "by columns".
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +14,26 @@ from torch import Tensor, nn
 
 from sinkgd.deflation import LowRank, StoredProducts
 from sinkgd.kernels.backend import Scales, Stack
-from sinkgd.kernels.cpu.jobs import ProductsJob, Vectors, float32_address
-from sinkgd.kernels.cpu.sources import Source, readable
-from sinkgd.kernels.cpu.tables import VECTORS
+from sinkgd.kernels.cpu.launch import float32_address
+from sinkgd.kernels.cpu.layout import Input, readable
+from sinkgd.kernels.cpu.tables import VECTORS, ProductsTable, SumsTable, Vectors
 from sinkgd.kernels.products import eager_products
+from sinkgd.kernels.sums import EagerSums
+
+# A float32 sum may have lost terms of up to 2^-126, each times its weight; see `FLOOR` in `solve`.
+_FLOOR = 2.0**-100
+_SMALLEST = 2.0**-126
 
 
 class CpuProducts:
-    """A reading of the gradients for each product, or for both; two where they are turned.
+    """One pass over the gradients for each product, or for both; two if they are transposed.
 
     Args:
-        stacks: Of any kind; of what the loops cannot read, the updates are made.
+        stacks: Stacks of any kind. Where the loops cannot read the gradients, the updates are made.
     """
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
-        found = [_as_they_lie(stack) for stack in stacks]
+        found = [_stack_product(stack) for stack in stacks]
         self._read = {i: own for i, own in enumerate(found) if own is not None}
         self._made = {
             i: eager_products([stack]) for i, stack in enumerate(stacks) if found[i] is None
@@ -43,35 +51,35 @@ class CpuProducts:
 
     def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return X V and Xᵀ X V of each."""
-        first, second = ProductsJob(), ProductsJob()
+        first, second = ProductsTable(), ProductsTable()
         for i, own in self._read.items():
-            own.take(blocks[i], along=not own.turned)
-            own.add_to(first, along=not own.turned, down=True)
-            if own.turned:
-                own.add_to(second, along=True, again=True)
+            own.put(blocks[i], by_rows=not own.transposed)
+            own.add_to(first, by_rows=not own.transposed, by_columns=True)
+            if own.transposed:
+                own.add_to(second, by_rows=True, again=True)
         first.run()
         second.run()
-        by_rows = {i: own.found(along=not own.turned) for i, own in self._read.items()}
-        by_cols = {i: own.found(along=own.turned) for i, own in self._read.items()}
+        of_rows = {i: own.product(by_rows=not own.transposed) for i, own in self._read.items()}
+        of_cols = {i: own.product(by_rows=own.transposed) for i, own in self._read.items()}
         made = {i: own.of_both([blocks[i]]) for i, own in self._made.items()}
         return (
-            self._with_made(by_rows, lambda i, _: made[i][0][0]),
-            self._with_made(by_cols, lambda i, _: made[i][1][0]),
+            self._with_made(of_rows, lambda i, _: made[i][0][0]),
+            self._with_made(of_cols, lambda i, _: made[i][1][0]),
         )
 
     def squares(self) -> list[Tensor]:
-        """Return the square of each Frobenius norm, found with the products along."""
+        """Return the square of each Frobenius norm, which products by rows have found."""
         found = {i: own.square() for i, own in self._read.items()}
         return self._with_made(found, lambda _, made: made.squares()[0])
 
     def _one(self, blocks: Sequence[Tensor], *, of_rows: bool) -> dict[int, Tensor]:
-        job = ProductsJob()
+        table = ProductsTable()
         for i, own in self._read.items():
-            along = of_rows != own.turned
-            own.take(blocks[i], along=along)
-            own.add_to(job, along=along, down=not along)
-        job.run()
-        return {i: own.found(along=of_rows != own.turned) for i, own in self._read.items()}
+            by_rows = of_rows != own.transposed
+            own.put(blocks[i], by_rows=by_rows)
+            own.add_to(table, by_rows=by_rows, by_columns=not by_rows)
+        table.run()
+        return {i: own.product(by_rows=of_rows != own.transposed) for i, own in self._read.items()}
 
     def _with_made(
         self, found: dict[int, Tensor], of: Callable[[int, StoredProducts], Tensor]
@@ -80,95 +88,202 @@ class CpuProducts:
         return [both[i] for i in range(len(both))]
 
 
-def to_be_added(taken: LowRank) -> tuple[Tensor, Tensor]:
-    """Return what is taken away as the loops add it to rows that lie in memory.
+def low_rank_factors(taken: LowRank) -> tuple[Tensor, Tensor]:
+    """Return minus a matrix of low rank, as the loops add it to rows in memory.
 
     Returns:
-        ``(..., P, k)``, and ``(..., w, k, 16)`` for ``w`` times sixteen columns, the last ones
-        padded with zeros; float32 without gaps.
+        The left factor ``(..., P, k)``, and the right one as ``(..., Q/16, k, 16)``, padded with
+        zeros; contiguous float32.
     """
     *batch, Q, rank = taken.right.shape
     more = -Q % VECTORS
-    wide = nn.functional.pad(taken.right, (0, 0, 0, more))
-    wide = wide.view(*batch, (Q + more) // VECTORS, VECTORS, rank).mT
-    return taken.left.neg().float().contiguous(), wide.float().contiguous()
+    right = nn.functional.pad(taken.right, (0, 0, 0, more))
+    right = right.view(*batch, (Q + more) // VECTORS, VECTORS, rank).mT
+    return taken.left.neg().float().contiguous(), right.float().contiguous()
 
 
-class _Read:
-    """A stack as it lies in memory, and room for its vectors and products.
+class _StackProduct:
+    """The products of one stack, with buffers for its vectors.
 
     Args:
-        sources: The gradients, of one form.
-        scales: Theirs.
+        inputs: The gradients, of one layout.
+        scales: Their scales.
     """
 
-    def __init__(self, sources: Sequence[Source], scales: Sequence[Scales]) -> None:
-        self.sources, self.scales = sources, scales
-        self.form = sources[0].form
-        self.turned = self.form.turned
-        self.shape = (len(sources), *sources[0].tensor.shape[:-2])
-        self.count = len(sources) * len(self.form.offsets)
+    def __init__(self, inputs: Sequence[Input], scales: Sequence[Scales]) -> None:
+        self.inputs, self.scales = inputs, scales
+        self.layout = inputs[0].layout
+        self.transposed = self.layout.transposed
+        self.shape = (len(inputs), *inputs[0].tensor.shape[:-2])
+        self.count = len(inputs) * len(self.layout.offsets)
         self.k = 0
 
-    def take(self, block: Tensor, *, along: bool) -> None:
-        """Put vectors where they are read from, sixteen a block, the last ones zero."""
-        self._make_room(block.shape[-1])
+    def put(self, block: Tensor, *, by_rows: bool) -> None:
+        """Copy the vectors to the loops' buffer, padded with zeros to blocks of sixteen."""
+        self._allocate(block.shape[-1])
         vectors = block.reshape(self.count, *block.shape[-2:])
-        if along:
-            self.wide[..., : self.k] = vectors
+        if by_rows:
+            self.col_vectors[..., : self.k] = vectors
         else:
-            self.tall[..., : self.k] = vectors
+            self.row_vectors[..., : self.k] = vectors
 
     def add_to(
-        self, job: ProductsJob, *, along: bool, down: bool = False, again: bool = False
+        self, table: ProductsTable, *, by_rows: bool, by_columns: bool = False, again: bool = False
     ) -> None:
-        """Have products taken: along with the vectors (again: with what came down), or down."""
-        wide = self.down if again else self.wide
-        P, Q, width = self.form.P, self.form.Q, self.tall.shape[-1]
+        """Add the matrices to a table.
+
+        Args:
+            table: The table.
+            by_rows: Whether products by rows are taken, with the vectors that were put.
+            by_columns: Whether products by columns are taken.
+            again: Whether products by rows are taken with the products by columns.
+        """
+        given = self.col_products if again else self.col_vectors
+        P, Q, width = self.layout.P, self.layout.Q, self.row_vectors.shape[-1]
         number = 0
-        for source, (row, col) in zip(self.sources, self.scales, strict=True):
+        for source, (row, col) in zip(self.inputs, self.scales, strict=True):
             m, n = source.tensor.shape[-2:]
-            for place in range(len(self.form.offsets)):
+            for i in range(len(self.layout.offsets)):
+                to_cols, to_rows = 4 * number * width * Q, 4 * number * P * width
                 vectors = Vectors(
                     blocks=width // VECTORS,
-                    wide=wide.data_ptr() + 4 * number * width * Q if along else 0,
-                    tall=self.tall.data_ptr() + 4 * number * P * width,
-                    down=self.down.data_ptr() + 4 * number * width * Q if down else 0,
+                    col_vectors=given.data_ptr() + to_cols if by_rows else 0,
+                    row_vectors=self.row_vectors.data_ptr() + to_rows,
+                    col_products=self.col_products.data_ptr() + to_cols if by_columns else 0,
                     squares=self.squares.data_ptr() + 4 * number * P,
                 )
-                scales = row.data_ptr() + 4 * place * m, col.data_ptr() + 4 * place * n
-                job.add(source.tensor.data_ptr(), source.form, scales, vectors, place=place)
+                scales = row.data_ptr() + 4 * i * m, col.data_ptr() + 4 * i * n
+                table.add(source.tensor.data_ptr(), source.layout, scales, vectors, i=i)
                 number += 1
 
-    def found(self, *, along: bool) -> Tensor:
-        """Return what was found ``along`` the rows in memory, or down them, in float64."""
-        product = self.tall if along else self.down
+    def product(self, *, by_rows: bool) -> Tensor:
+        """Return a product in float64."""
+        product = self.row_vectors if by_rows else self.col_products
         return product[..., : self.k].double().view(*self.shape, -1, self.k)
 
     def square(self) -> Tensor:
         """Return the square of each Frobenius norm."""
         return self.squares.double().sum(-1).view(*self.shape, 1, 1)
 
-    def _make_room(self, k: int) -> None:
+    def _allocate(self, k: int) -> None:
         if k == self.k:
             return
-        P, Q, width = self.form.P, self.form.Q, -(-k // VECTORS) * VECTORS
+        P, Q, width = self.layout.P, self.layout.Q, -(-k // VECTORS) * VECTORS
         self.k = k
-        self.tall = torch.zeros(self.count, P, width, dtype=torch.float32, device="cpu")
-        self.wide = torch.zeros(self.count, Q, width, dtype=torch.float32, device="cpu")
-        self.down = torch.empty(self.count, Q, width, dtype=torch.float32, device="cpu")
+        self.row_vectors = torch.zeros(self.count, P, width, dtype=torch.float32, device="cpu")
+        self.col_vectors = torch.zeros(self.count, Q, width, dtype=torch.float32, device="cpu")
+        self.col_products = torch.empty(self.count, Q, width, dtype=torch.float32, device="cpu")
         self.squares = torch.empty(self.count, P, dtype=torch.float32, device="cpu")
-        for buffer in (self.tall, self.wide, self.down, self.squares):
+        for buffer in (self.row_vectors, self.col_vectors, self.col_products, self.squares):
             float32_address(buffer)
 
 
-def _as_they_lie(stack: Stack) -> _Read | None:
-    """Return a stack as the loops read it; None where they cannot."""
-    sources = [readable(grad) for grad in stack.grads]
+def _stack_product(stack: Stack) -> _StackProduct | None:
+    """Return the products of a stack; None where the loops cannot read it."""
+    inputs = [readable(grad) for grad in stack.grads]
     usual = all(x.dtype == torch.float32 and x.is_contiguous() for own in stack.scales for x in own)
-    kept = [source for source in sources if source is not None]
-    # A copy of what has gaps everywhere may lie another way than its neighbors do.
-    alike = len({source.form.turned for source in kept}) == 1
-    if not usual or not alike or len(kept) < len(sources):
+    kept = [source for source in inputs if source is not None]
+    # The copy of a gradient without dense rows or columns may have another order than the others.
+    alike = len({source.layout.transposed for source in kept}) == 1
+    if not usual or not alike or len(kept) < len(inputs):
         return None
-    return _Read(kept, stack.scales)
+    return _StackProduct(kept, stack.scales)
+
+
+class CpuSums:
+    """One pass over the gradients for each call.
+
+    The loops sum in float32. `EagerSums` takes over a gradient for which that is not enough, then
+    and from then on: its squares leave float32's range, or a row or column is zero.
+
+    Args:
+        grads: ``(..., m, n)``, of any kind.
+    """
+
+    def __init__(self, grads: Sequence[Tensor]) -> None:
+        self._grads = grads
+        self._inputs = [readable(grad) for grad in grads]
+        self._rows = [grad.shape[:-1].numel() for grad in grads]
+        self._cols = [grad.mT.shape[:-1].numel() for grad in grads]
+        self._others: dict[int, EagerSums] = {}  # by the number of the gradient
+        for i, source in enumerate(self._inputs):
+            if source is None:
+                self._leave(i)
+        self._of_rows = torch.zeros(sum(self._rows), dtype=torch.float32, device="cpu")
+        self._of_cols = torch.zeros(sum(self._cols), dtype=torch.float32, device="cpu")
+        self._row_sums = self._table(
+            self._of_cols, self._cols, self._of_rows, self._rows, rows=True
+        )
+        self._col_sums = self._table(
+            self._of_rows, self._rows, self._of_cols, self._cols, rows=False
+        )
+
+    def of_rows(self, weights: Tensor) -> Tensor:
+        """Return G² c² of each."""
+        self._of_cols.copy_(weights)
+        self._row_sums.run()
+        lengths = self._cols, self._rows
+        return self._checked(weights, self._of_cols, self._of_rows, lengths, EagerSums.of_rows)
+
+    def of_cols(self, weights: Tensor) -> Tensor:
+        """Return (G²)ᵀ r² of each."""
+        self._of_rows.copy_(weights)
+        self._col_sums.run()
+        lengths = self._rows, self._cols
+        return self._checked(weights, self._of_rows, self._of_cols, lengths, EagerSums.of_cols)
+
+    def _table(
+        self, weights: Tensor, read: list[int], sums: Tensor, written: list[int], *, rows: bool
+    ) -> SumsTable:
+        table = SumsTable()
+        at, to = float32_address(weights), float32_address(sums)
+        for source, num_weights, num_sums in zip(self._inputs, read, written, strict=True):
+            if source is not None:
+                table.add(source.tensor.data_ptr(), source.layout, at, to, rows=rows)
+            at += 4 * num_weights
+            to += 4 * num_sums
+        return table
+
+    def _checked(
+        self,
+        weights: Tensor,
+        narrow: Tensor,
+        sums: Tensor,
+        lengths: tuple[list[int], list[int]],
+        of: Callable[[EagerSums, Tensor], Tensor],
+    ) -> Tensor:
+        """Return sums in float64, after gradients for which float32 is not enough were summed anew.
+
+        Args:
+            weights: The weights, float64.
+            narrow: The same in float32.
+            sums: What the loops have found.
+            lengths: Numbers of weights and of sums of each gradient.
+            of: The method that sums them in float64.
+        """
+        read, written = lengths
+        floor = _FLOOR * (1 + max(read, default=0)) * (1 + narrow.amax()) if len(narrow) else 0
+        fair = (sums >= floor) & sums.isfinite()
+        if not bool(fair.all()):
+            for i in _owners(~fair, written):
+                self._leave(i)
+        lost = (weights != 0) & ((narrow < _SMALLEST) | ~narrow.isfinite())
+        if bool(lost.any()):
+            for i in _owners(lost, read):
+                self._leave(i)
+        wide = sums.double()
+        if self._others:
+            parts, own = torch.split(wide, written), torch.split(weights, read)
+            for i, other in self._others.items():
+                parts[i].copy_(of(other, own[i]))
+        return wide
+
+    def _leave(self, i: int) -> None:
+        """Leave a gradient to `EagerSums`."""
+        if i not in self._others:
+            self._others[i] = EagerSums([self._grads[i]])
+
+
+def _owners(marked: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Return the numbers of the stretches of a vector that hold a mark."""
+    return [i for i, own in enumerate(torch.split(marked, list(lengths))) if bool(own.any())]

@@ -1,14 +1,15 @@
-"""The job ``find_scales``: the scales of a table of gradients, by a team of threads.
+"""The job ``find_scales``: SR-Sinkhorn on a table of gradients, by a team of threads.
 
-Where a parameter lies beside one, it is updated as soon as the scales are known, while the gradient
-is in the cache.
+With S = G∘G, an iteration is u = Q / (S v) and v = P / (Sᵀ u). Here u and v are the squares of the
+scales. A parameter is updated as soon as its scales are known, while the gradient is in the cache.
+Letters: see `sinkgd.kernels.cpu.tables`.
 
-Letters: see `sinkgd.kernels.cpu.tables`. A transposed gradient differs in one thing: its columns
-are rows in memory, so v comes first.
+A matrix whose columns are rows in memory differs in one thing: v comes first. Its iterations take a
+last half pass for u.
 
-Zero rows or columns take no part, and the others would then drift: u by a factor an iteration, v by
-its inverse. So the lengths are counted without them, and the true length is taken in the last half
-of the last iteration alone, which is where it shows.
+Zero rows and columns have scales of zero. If P and Q counted them, each iteration would multiply u
+by a factor and v by its inverse. So P and Q are the numbers of nonzero rows and columns. Only the
+last half iteration, which sets the norm of the result, uses the true length.
 """
 
 import math
@@ -16,112 +17,282 @@ import math
 from numba import cfunc, float32, int16, int64, void
 
 from sinkgd.kernels.cpu import tables as t
-from sinkgd.kernels.cpu.eight_rows import ROWS
-from sinkgd.kernels.cpu.instructions import (
+from sinkgd.kernels.cpu.layout import BF16
+from sinkgd.kernels.cpu.reductions import (
+    PARTIAL_BLOCKS,
+    ROWS,
+    add_row,
+    both_sums,
+    column_sums,
+    flush,
+    row_sums,
+    sum_of_row,
+)
+from sinkgd.kernels.cpu.simd import (
     LANES,
+    add,
+    any_below,
+    barrier,
+    claim,
     compiled,
-    get_double,
-    get_float,
-    get_int,
+    div,
+    fill,
     inlined,
     load,
-    plus,
-    put_float,
-    put_int,
+    load_double,
+    load_float,
+    load_int,
+    mul,
+    num_threads,
+    share,
+    splat,
     store,
+    store_float,
+    store_int,
+    sum_lanes,
+    sum_of,
+    thread_num,
 )
-from sinkgd.kernels.cpu.invert import (
-    COLUMNS_FAILED,
-    COLUMNS_MOVED,
-    FLOOR,
-    ROWS_FAILED,
-    ROWS_MOVED,
-    SUMS,
-    ZERO_COLUMNS,
-    ZERO_ROWS,
-    invert,
-    is_empty,
-    settle,
-)
-from sinkgd.kernels.cpu.step import step_rows
-from sinkgd.kernels.cpu.sweep import sweep
-from sinkgd.kernels.cpu.threads import barrier, claim, num_threads, share, thread_num
-from sinkgd.kernels.cpu.vectors import fill, sum_of
+from sinkgd.kernels.cpu.update import update_rows
 
-_ENTRY = 8 * t.MATRIX_FIELDS
+# A sum may have lost n terms of up to 2^-126 (the smallest normal number, where torch flushes
+# denormals), each times its weight. Where the sum is above this multiple of the weights, the loss
+# is below 2^-26 of it.
+FLOOR = 2.0**-100
+SMALLEST = float32(2.0**-126)
+
+# The fields of a worker's scratch (`mine`), in bytes: its flags, the sums of eight rows, and its
+# column sums. Partial column sums follow in the second half.
+(ZERO_ROWS, ROWS_MOVED, ROWS_FAILED, ZERO_COLUMNS, COLUMNS_MOVED, COLUMNS_FAILED) = range(0, 48, 8)
+_MOVED, _FAILED = ROWS_MOVED - ZERO_ROWS, ROWS_FAILED - ZERO_ROWS  # the same for columns
+EIGHT_SUMS = 64
+SUMS = 128
+
+_ROW = 8 * t.GRADIENT_FIELDS
+
+
+@inlined
+def _invert(sums, address, count, length, floor, tested, low, high):
+    """Write the scales ``length / sums``. Return whether they are valid, and whether one moved.
+
+    Where a sum is below ``floor`` or a scale below the normal numbers, nothing is written.
+    """
+    scales = div(splat(length), sums)
+    if any_below(sums, splat(floor), count) or any_below(scales, splat(SMALLEST), count):
+        return False, True
+    moved = True
+    if tested:
+        last = load(float32(0), address, count)
+        moved = any_below(scales, mul(splat(low), last), count)
+        moved = moved or any_below(mul(splat(high), last), scales, count)
+    store(float32(0), address, scales, count)
+    return True, moved
 
 
 @compiled
-def _total_of(field, scratch, stride, workers):
-    """What the workers have found out, added up."""
+def _invert_one(flags, address, value, length, floor, tested, low, high, zero):
+    """Write one scale. A sum of zero is valid where the row or column is ``zero``.
+
+    ``flags`` is the address of a count of zeros; a flag for a move and one for a failure follow it.
+    """
+    if value == 0 and zero:
+        store_float(address, float32(0))
+        store_int(flags, load_int(flags) + 1)
+        return
+    last, scale = load_float(address), length / value
+    store_float(address, scale)
+    if not (tested and low * last <= scale <= high * last):
+        store_int(flags + _MOVED, 1)
+    if not (value >= floor and scale >= SMALLEST):  # a NaN is not
+        store_int(flags + _FAILED, 1)
+
+
+@compiled
+def _is_zero(dtype, size, g, step, count):
+    """Whether ``count`` entries, ``step`` bytes apart, are all zero."""
+    for i in range(count):
+        x = sum_lanes(load(dtype, g + i * step, 1))
+        if x != 0:  # a NaN is not zero
+            return False
+    return True
+
+
+@compiled
+def _invert_rows(
+    dtype, size, g, ld, Q, u, sums, count, mine, length, floor, iterated, tested, lo, hi
+):
+    """Write ``u`` of up to 8 rows one by one, where a row is zero or a number is out of range.
+
+    If ``iterated``, ``u`` holds the scales of the last iteration, which are zero for zero rows.
+    """
+    store(float32(0), mine + EIGHT_SUMS, sums, None)
+    for row in range(count):
+        value, at = load_float(mine + EIGHT_SUMS + 4 * row), u + 4 * row
+        zero = value == 0 and (
+            load_float(at) == 0 if iterated else _is_zero(dtype, size, g + row * ld, size, Q)
+        )
+        _invert_one(mine + ZERO_ROWS, at, value, length, floor, tested, lo, hi, zero)
+
+
+@compiled
+def _sweep_rows(
+    dtype, size, entry, mine, partial, first, end, rows, columns, forward, length, iterated, lo, hi
+):
+    """Read the rows from ``first`` to ``end`` once: find their ``u``, then add them to the sums.
+
+    A block of rows is read twice: for its row sums, and for the column sums once its ``u`` is
+    known. The column sums of one block are taken together with the row sums of the next, so that
+    memory is always busy and the second read hits the cache. Passes alternate in direction: each
+    starts with the rows that the last one left in the cache.
+    """
+    g, ld, Q = load_int(entry + t.G), load_int(entry + t.LD), load_int(entry + t.Q)
+    u, v, sums = load_int(entry + t.U), load_int(entry + t.V), mine + SUMS
+    floor = float32(FLOOR) * (float32(Q) + sum_of(v, Q))
+    tested = iterated and hi > 0
+    blocks = (end - first) // ROWS
+    row, step = first, ROWS
+    if not forward:
+        row, step = first + (blocks - 1) * ROWS, -ROWS
+    found = splat(float32(0))
+    if rows and blocks > 0:
+        found = row_sums(dtype, size, g + row * ld, ld, Q, v)
+    for block in range(blocks):
+        at, scales = g + row * ld, u + 4 * row
+        if rows:
+            valid, moved = _invert(found, scales, ROWS, length, floor, tested, lo, hi)
+            if not valid:
+                _invert_rows(
+                    dtype, size, at, ld, Q, scales, found, ROWS, mine, length, floor, iterated,
+                    tested, lo, hi,
+                )  # fmt: skip
+            elif moved:
+                store_int(mine + ROWS_MOVED, 1)
+        ahead = at + 2 * step * ld
+        if rows and block + 1 < blocks:
+            if columns:
+                found = both_sums(dtype, size, at, ld, Q, scales, partial, v, step * ld, ahead)
+            else:
+                found = row_sums(dtype, size, at + step * ld, ld, Q, v)
+        elif columns:
+            column_sums(dtype, size, at, ld, Q, scales, partial, ahead)
+        if columns and partial != sums and (block + 1) % PARTIAL_BLOCKS == 0:
+            flush(partial, sums, Q)
+        row += step
+    for last in range(first + blocks * ROWS, end):
+        at, scale = g + last * ld, u + 4 * last
+        if rows:
+            found = sum_of_row(dtype, size, at, Q, v)
+            _invert_rows(
+                dtype, size, at, ld, Q, scale, found, 1, mine, length, floor, iterated, tested,
+                lo, hi,
+            )  # fmt: skip
+        if columns:
+            add_row(dtype, size, at, Q, scale, partial)
+    if columns and partial != sums:
+        flush(partial, sums, Q)
+
+
+@compiled
+def _sweep(entry, mine, partial, first, end, rows, columns, forward, length, iterated, lo, hi):
+    """Run `_sweep_rows` for the gradient's type, with sums of zero.
+
+    A few rows need no partial sums.
+    """
+    store_int(mine + ZERO_ROWS, 0)
+    store_int(mine + ROWS_MOVED, 0)
+    store_int(mine + ROWS_FAILED, 0)
+    if columns:
+        Q = load_int(entry + t.Q)
+        fill(mine + SUMS, Q, float32(0))
+        if end - first <= PARTIAL_BLOCKS * ROWS:
+            partial = mine + SUMS
+        else:
+            fill(partial, Q, float32(0))
+    if load_int(entry + t.DTYPE) == BF16:
+        _sweep_rows(
+            int16(0), 2, entry, mine, partial, first, end, rows, columns, forward, length,
+            iterated, lo, hi,
+        )  # fmt: skip
+    else:
+        _sweep_rows(
+            float32(0), 4, entry, mine, partial, first, end, rows, columns, forward, length,
+            iterated, lo, hi,
+        )  # fmt: skip
+
+
+@compiled
+def _total(field, scratch, stride, workers):
+    """Return the sum of a field over the workers."""
     found = 0
     for worker in range(workers):
-        found += get_int(scratch + worker * stride + field)
+        found += load_int(scratch + worker * stride + field)
     return found
 
 
 @compiled
-def _root(address, count):
+def _sqrt(address, count):
+    """Replace numbers by their square roots."""
     for j in range(count):
-        put_float(address + 4 * j, math.sqrt(get_float(address + 4 * j)))
+        store_float(address + 4 * j, math.sqrt(load_float(address + 4 * j)))
 
 
 @compiled
-def _settle_columns(entry, mine, j, count, column, length, floor, known, tested, lo, hi):
-    """Set ``v`` of up to 16 columns, one by one: a zero column, or a number out of range."""
-    g, ld, P = get_int(entry + t.G), get_int(entry + t.LD), get_int(entry + t.P)
+def _invert_columns(entry, mine, j, count, column, length, floor, iterated, tested, lo, hi):
+    """Write ``v`` of up to 16 columns one by one, as `_invert_rows` does for rows."""
+    g, ld, P = load_int(entry + t.G), load_int(entry + t.LD), load_int(entry + t.P)
     for i in range(count):
-        value, at = get_float(column + 4 * i), get_int(entry + t.V) + 4 * (j + i)
-        empty = False
-        if value == 0 and known:
-            empty = get_float(at) == 0
-        elif value == 0 and get_int(entry + t.DTYPE) == t.BF16:
-            empty = is_empty(int16(0), 2, g + 2 * (j + i), ld, P)
+        value, at = load_float(column + 4 * i), load_int(entry + t.V) + 4 * (j + i)
+        zero = False
+        if value == 0 and iterated:
+            zero = load_float(at) == 0
+        elif value == 0 and load_int(entry + t.DTYPE) == BF16:
+            zero = _is_zero(int16(0), 2, g + 2 * (j + i), ld, P)
         elif value == 0:
-            empty = is_empty(float32(0), 4, g + 4 * (j + i), ld, P)
-        settle(mine + ZERO_COLUMNS, at, value, length, floor, tested, lo, hi, empty)
+            zero = _is_zero(float32(0), 4, g + 4 * (j + i), ld, P)
+        _invert_one(mine + ZERO_COLUMNS, at, value, length, floor, tested, lo, hi, zero)
 
 
 @compiled
-def _reduce(entry, worker, workers, scratch, stride, length, known, lo, hi):
-    """Add the workers' column sums in their order, and set ``v`` of a worker's share of columns."""
-    mine, Q, P = scratch + worker * stride, get_int(entry + t.Q), get_int(entry + t.P)
-    put_int(mine + ZERO_COLUMNS, 0)
-    put_int(mine + COLUMNS_MOVED, 0)
-    put_int(mine + COLUMNS_FAILED, 0)
-    floor = float32(FLOOR) * (float32(P) + sum_of(get_int(entry + t.U), P))
-    tested = known and hi > 0
+def _reduce(entry, worker, workers, scratch, stride, length, iterated, lo, hi):
+    """Add the workers' column sums in order, and write ``v`` of this worker's share of columns."""
+    mine, Q, P = scratch + worker * stride, load_int(entry + t.Q), load_int(entry + t.P)
+    store_int(mine + ZERO_COLUMNS, 0)
+    store_int(mine + COLUMNS_MOVED, 0)
+    store_int(mine + COLUMNS_FAILED, 0)
+    floor = float32(FLOOR) * (float32(P) + sum_of(load_int(entry + t.U), P))
+    tested = iterated and hi > 0
     sums = scratch + SUMS
     low, high = share(Q, worker, workers, LANES), share(Q, worker + 1, workers, LANES)
     for j in range(low, high, LANES):
         count = min(LANES, high - j)
         column = load(float32(0), sums + 4 * j, count)
         for other in range(1, workers):
-            column = plus(column, load(float32(0), sums + other * stride + 4 * j, count))
-        v = get_int(entry + t.V) + 4 * j
-        well, moved = invert(column, v, count, length, floor, tested, lo, hi)
-        if not well:
-            store(float32(0), sums + 4 * j, column, count)  # nobody else reads these any more
-            _settle_columns(
-                entry, mine, j, count, sums + 4 * j, length, floor, known, tested, lo, hi
+            column = add(column, load(float32(0), sums + other * stride + 4 * j, count))
+        v = load_int(entry + t.V) + 4 * j
+        valid, moved = _invert(column, v, count, length, floor, tested, lo, hi)
+        if not valid:
+            store(float32(0), sums + 4 * j, column, count)  # no other worker reads these again
+            _invert_columns(
+                entry, mine, j, count, sums + 4 * j, length, floor, iterated, tested, lo, hi
             )
         elif moved:
-            put_int(mine + COLUMNS_MOVED, 1)
+            store_int(mine + COLUMNS_MOVED, 1)
 
 
 @inlined
 def _wait(job, team, alone):
+    """Wait for the team, unless the matrix is this thread's alone."""
     if not alone:
         barrier(job, team)
 
 
 @compiled
 def _begin(entry, first, team, workers):
-    """Fill the scales from which the iterations start with ones, unless they are given."""
-    if get_int(entry + t.STARTED) == 0:
-        turned = get_int(entry + t.TURNED) != 0
-        start = get_int(entry + (t.U if turned else t.V))
-        count = get_int(entry + (t.P if turned else t.Q))
+    """Set the column scales of the matrix to one, unless they are given."""
+    if load_int(entry + t.STARTED) == 0:
+        transposed = load_int(entry + t.TRANSPOSED) != 0
+        start = load_int(entry + (t.U if transposed else t.V))
+        count = load_int(entry + (t.P if transposed else t.Q))
         for worker in range(first, workers, team):
             low = share(count, worker, workers, 1)
             fill(start + 4 * low, share(count, worker + 1, workers, 1) - low, float32(1))
@@ -131,104 +302,105 @@ def _begin(entry, first, team, workers):
 def _iterate(job, entry, first, team, workers, scratch, alone):
     """Iterate as worker ``first``, ``first + team``, … of ``workers``.
 
-    Returns how many passes were made; 0 where it failed.
+    Returns the number of passes over the matrix, or 0 if a number left the range.
 
-    What the workers found is read between two barriers at which none of them writes it, so that all
-    threads go the same way.
+    All threads read the workers' flags between two barriers, where no worker writes them. So all
+    threads take the same branch.
     """
-    P, Q, iters = get_int(entry + t.P), get_int(entry + t.Q), get_int(job + t.ITERS)
-    stride, turned = get_int(job + t.STRIDE), get_int(entry + t.TURNED) != 0
-    quotients = get_int(job + t.NUMBERS) + 16
-    lo, hi = float32(get_double(quotients)), float32(get_double(quotients + 8))
+    P, Q, iters = load_int(entry + t.P), load_int(entry + t.Q), load_int(job + t.ITERS)
+    stride, transposed = load_int(job + t.STRIDE), load_int(entry + t.TRANSPOSED) != 0
+    quotients = load_int(job + t.FLOATS) + 16
+    lo, hi = float32(load_double(quotients)), float32(load_double(quotients + 8))
     settled, live_columns = False, Q
-    for number in range(iters + turned):
-        last_rows = turned and (number == iters or settled)
+    for iteration in range(iters + transposed):
+        last_rows = transposed and (iteration == iters or settled)
         length = float32(Q if last_rows else live_columns)
         for worker in range(first, workers, team):
             mine = scratch + worker * stride
             begin, end = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
-            sweep(
-                entry, mine, mine + stride // 2 + SUMS, begin, end, not turned or number > 0,
-                not last_rows, number % 2 == 0, length, number > turned, lo,
-                float32(0) if turned else hi,
+            _sweep(
+                entry, mine, mine + stride // 2 + SUMS, begin, end, not transposed or iteration > 0,
+                not last_rows, iteration % 2 == 0, length, iteration > transposed, lo,
+                float32(0) if transposed else hi,
             )  # fmt: skip
         _wait(job, team, alone)
-        if _total_of(ROWS_FAILED, scratch, stride, workers) > 0:
+        if _total(ROWS_FAILED, scratch, stride, workers) > 0:
             return 0
         if last_rows:
-            return number + 1
+            return iteration + 1
         live_rows = P
-        if number >= turned:
-            live_rows -= _total_of(ZERO_ROWS, scratch, stride, workers)
-        if not turned:
-            settled = number > 0 and hi > 0
-            settled = settled and _total_of(ROWS_MOVED, scratch, stride, workers) == 0
-        last_columns = not turned and (number == iters - 1 or settled)
+        if iteration >= transposed:
+            live_rows -= _total(ZERO_ROWS, scratch, stride, workers)
+        if not transposed:
+            settled = iteration > 0 and hi > 0
+            settled = settled and _total(ROWS_MOVED, scratch, stride, workers) == 0
+        last_columns = not transposed and (iteration == iters - 1 or settled)
         length = float32(P if last_columns else live_rows)
         for worker in range(first, workers, team):
             _reduce(
-                entry, worker, workers, scratch, stride, length, number > 0, lo,
-                hi if turned else float32(0),
+                entry, worker, workers, scratch, stride, length, iteration > 0, lo,
+                hi if transposed else float32(0),
             )  # fmt: skip
         _wait(job, team, alone)
-        if _total_of(COLUMNS_FAILED, scratch, stride, workers) > 0:
+        if _total(COLUMNS_FAILED, scratch, stride, workers) > 0:
             return 0
         if last_columns:
-            return number + 1
-        live_columns = Q - _total_of(ZERO_COLUMNS, scratch, stride, workers)
-        if turned:
-            settled = number > 0 and hi > 0
-            settled = settled and _total_of(COLUMNS_MOVED, scratch, stride, workers) == 0
+            return iteration + 1
+        live_columns = Q - _total(ZERO_COLUMNS, scratch, stride, workers)
+        if transposed:
+            settled = iteration > 0 and hi > 0
+            settled = settled and _total(COLUMNS_MOVED, scratch, stride, workers) == 0
     return 0
 
 
 @compiled
 def _solve(job, entry, first, team, workers, scratch, alone):
-    """Find the scales of one matrix, and take its step."""
+    """Find the scales of one matrix, and update its parameter."""
     _begin(entry, first, team, workers)
     _wait(job, team, alone)
     passes = _iterate(job, entry, first, team, workers, scratch, alone)
     if passes == 0:
-        put_int(entry + t.FAILED, 1)
+        store_int(entry + t.FAILED, 1)
         return
-    P, Q = get_int(entry + t.P), get_int(entry + t.Q)
-    u, v = get_int(entry + t.U), get_int(entry + t.V)
+    P, Q = load_int(entry + t.P), load_int(entry + t.Q)
+    u, v = load_int(entry + t.U), load_int(entry + t.V)
     for worker in range(first, workers, team):
         low = share(P, worker, workers, 1)
-        _root(u + 4 * low, share(P, worker + 1, workers, 1) - low)
+        _sqrt(u + 4 * low, share(P, worker + 1, workers, 1) - low)
         low = share(Q, worker, workers, 1)
-        _root(v + 4 * low, share(Q, worker + 1, workers, 1) - low)
-    if get_int(entry + t.W) == 0:
+        _sqrt(v + 4 * low, share(Q, worker + 1, workers, 1) - low)
+    if load_int(entry + t.W) == 0:
         return
     _wait(job, team, alone)
     for worker in range(first, workers, team):
-        # A worker steps along the rows that it has read, those of the last pass's end first.
+        # A worker updates the rows that it has read, beginning with those that it read last.
         low, high = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
-        step_rows(entry, low, high, passes % 2 == 0, get_int(job + t.NUMBERS), 0)
+        update_rows(entry, low, high, passes % 2 == 0, load_int(job + t.FLOATS), 0)
 
 
 @cfunc(void(int64), cache=True, error_model="numpy")
 def find_scales(job):
-    """Find the scales of a table of gradients, and take their steps, as one thread of a team.
+    """Find the scales of a table of gradients, and update parameters, as one thread of a team.
 
-    Large matrices come first, their rows split over all workers; then each small one goes whole to
-    the thread that claims it, without barriers. Which is which depends on the matrix alone, so its
-    bits do not depend on the others.
+    Large matrices come first: all workers share their rows. Then each thread claims small matrices
+    and solves them alone, without barriers. The size of a matrix decides which it is, so its bits
+    do not depend on other matrices.
     """
-    table, count, workers = get_int(job + t.TABLE), get_int(job + t.COUNT), get_int(job + t.WORKERS)
-    scratch, stride = get_int(job + t.SCRATCH), get_int(job + t.STRIDE)
+    table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
+    workers = load_int(job + t.WORKERS)
+    scratch, stride = load_int(job + t.SCRATCH), load_int(job + t.STRIDE)
     first, team = int64(thread_num()), int64(num_threads())
     shared = False
     for i in range(count):
-        entry = table + i * _ENTRY
-        if get_int(entry + t.P) * get_int(entry + t.Q) > get_int(job + t.WHOLE):
+        entry = table + i * _ROW
+        if load_int(entry + t.P) * load_int(entry + t.Q) > load_int(job + t.SHARED_ABOVE):
             shared = True
             _solve(job, entry, first, team, workers, scratch, False)
     if shared:
-        barrier(job, team)  # what a worker found about the last one has been read by all
+        barrier(job, team)  # all threads have read the flags of the last large matrix
     i = claim(job + t.NEXT)
     while i < count:
-        entry = table + i * _ENTRY
-        if get_int(entry + t.P) * get_int(entry + t.Q) <= get_int(job + t.WHOLE):
+        entry = table + i * _ROW
+        if load_int(entry + t.P) * load_int(entry + t.Q) <= load_int(job + t.SHARED_ABOVE):
             _solve(job, entry, 0, 1, 1, scratch + first * stride, True)
         i = claim(job + t.NEXT)

@@ -1,56 +1,272 @@
-"""The tables by which Python tells the loops what to do: int64 fields, at these bytes of a row.
+"""The tables that tell the compiled loops what to do, and the Python classes that fill them.
+
+A table has a row of int64 fields for each matrix. The constants below are the fields' offsets in
+bytes. A loop receives the address of the job's header, and finds the table in it.
 
 Letters, everywhere in the loops. A matrix is seen as it lies in memory:
     P, Q: its rows in memory and their length; the last stride is 1
-    U, V: scales of rows and columns in memory, float32, by their addresses; while they are sought,
-        their squares
-    TURNED: a row in memory is a column of the matrix, so V comes first
+    LD: bytes from one row in memory to the next
+    U, V: addresses of the float32 scales of rows and columns in memory; of their squares, while
+        the scales are being found
+    TRANSPOSED: a row in memory is a column of the matrix, so V comes first
 """
 
-# A gradient G, LD bytes from one row to the next, and beside it a parameter W, or 0 for none.
+from array import array
+from typing import NamedTuple
+
+import torch
+
+from sinkgd.kernels.cpu.launch import address_of, launch, scratch
+from sinkgd.kernels.cpu.layout import MatrixLayout
+from sinkgd.kernels.eager import no_movement
+
+# A gradient G, and a parameter W that is updated by it, or 0.
+#     DTYPE: `F32` or `BF16` of `sinkgd.kernels.cpu.layout`
 #     STARTED: the column scales, squared, are given
-#     FAILED: written by the loops where they found no scales
-#     ALLOWED: the address of a flag that allows the update, or 0
-#     KEYED: KEY says how to round at random; PLACE is what the first entry counts as, in the order
-#         in which a matrix is read
-#     ADDED: a matrix of this rank is added to U∘G∘V, or 0: LEFT, all numbers of a row in memory
-#         beside each other, times RIGHT, as many vectors for every sixteen columns
+#     FAILED: set by the loops where they found no scales
+#     ALLOWED: address of a bool that allows the update, or 0
+#     KEYED: round stochastically, by KEY. INDEX is the position of the first entry in the
+#         parameter, read row by row
+#     RANK: of a matrix LEFT @ RIGHT that is added to U∘G∘V, or 0. LEFT is (P, RANK); RIGHT is
+#         (Q/16, RANK, 16): RANK vectors for every sixteen columns
 (
-    G, P, Q, LD, DTYPE, TURNED, U, V, STARTED, FAILED,
-    W, WLD, WDTYPE, ALLOWED, KEYED, KEY, PLACE, ADDED, LEFT, RIGHT,
+    G, P, Q, LD, DTYPE, TRANSPOSED, U, V, STARTED, FAILED,
+    W, WLD, WDTYPE, ALLOWED, KEYED, KEY, INDEX, RANK, LEFT, RIGHT,
 ) = range(0, 160, 8)  # fmt: skip
-MATRIX_FIELDS = 20
-# A tensor X to look through, without gaps. BAD is written by the loops.
-(X, ENTRIES, XDTYPE, BAD) = range(0, 32, 8)
-LOOK_FIELDS = 4
-# A gradient to add up the squares of: along its rows in memory (ALONG) by weights FROM of columns
-# into TO of rows, or down its columns the other way round. SG to SDTYPE as of a matrix.
-(SG, SP, SQ, SLD, SDTYPE, ALONG, FROM, TO) = range(0, 64, 8)
+GRADIENT_FIELDS = 20
+# A contiguous tensor X to check. NONFINITE is set by the loops.
+(X, ENTRIES, XDTYPE, NONFINITE) = range(0, 32, 8)
+FINITE_FIELDS = 4
+# A gradient whose squares are summed with weights: along its rows in memory (ALONG), by WEIGHTS of
+# columns into SUMS of rows; else down its columns, by weights of rows into sums of columns.
+(SG, SP, SQ, SLD, SDTYPE, ALONG, WEIGHTS, SUMS) = range(0, 64, 8)
 SUMS_FIELDS = 8
-# An update X = U∘G∘V to multiply with BLOCKS of sixteen vectors. MG to MV as of a matrix.
-#     WIDE: the vectors, all numbers of a column in memory beside each other; or 0: TALL is given
-#     TALL: X times these, all numbers of a row in memory beside each other
-#     DOWN: where Xᵀ times TALL goes, as WIDE lies, or 0
-#     SQUARES: where the sum of the squares of every row in memory goes, where WIDE is there
+# An update X = U∘G∘V to multiply with BLOCKS of sixteen vectors.
+#     COL_VECTORS: (Q, 16·BLOCKS), or 0: ROW_VECTORS is given
+#     ROW_VECTORS: (P, 16·BLOCKS), the product X @ COL_VECTORS, or given
+#     COL_PRODUCTS: (Q, 16·BLOCKS), receives Xᵀ @ ROW_VECTORS, or 0
+#     SQUARES: (P,), receives the sums of squares of rows of X, where COL_VECTORS is there
 (
-    MG, MP, MQ, MLD, MDTYPE, MU, MV, BLOCKS, WIDE, TALL, DOWN, SQUARES,
+    MG, MP, MQ, MLD, MDTYPE, MU, MV, BLOCKS, COL_VECTORS, ROW_VECTORS, COL_PRODUCTS, SQUARES,
 ) = range(0, 96, 8)  # fmt: skip
-PRODUCT_FIELDS = 12
-# The header of a job. NEXT: the next row of the table to claim. NUMBERS: the address of four
-# doubles, the factors of parameter and update, then the least and the largest quotient of squared
-# scales that count as no movement (0 where none is looked for). PANELS: scratch of `PANEL` bytes a
-# thread, for products. The rest is for scales alone.
-(TABLE, COUNT, WORKERS, NEXT, NUMBERS, PANELS, ITERS, SCRATCH, STRIDE, WHOLE) = range(0, 80, 8)
-ARRIVED = 256  # how often a thread came to a barrier; on a line of its own
-HEADER_FIELDS = 48
+PRODUCTS_FIELDS = 12
+# The header of a job, read by all loops up to NEXT, the next row of the table to claim.
+#     FLOATS: address of four doubles: the factors of parameter and update, then the least and the
+#         largest quotient of squared scales that count as no movement (0: not tested)
+#     TILES: scratch of `TILE_BYTES` a thread
+#     ITERS: number of iterations
+#     SCRATCH: STRIDE bytes a thread
+#     SHARED_ABOVE: larger matrices are shared by all threads; a smaller one is one thread's
+(TABLE, COUNT, WORKERS, NEXT, FLOATS, TILES, ITERS, SCRATCH, STRIDE, SHARED_ABOVE) = range(0, 80, 8)
+ARRIVED = 256  # how often a thread came to a barrier; on a cache line of its own
 
-# Of a block: as many as a register has numbers.
-VECTORS = 16
+VECTORS = 16  # of a block: as many as a SIMD vector has lanes
 
-# Of a panel of an update: two of them and their vectors stay in the first cache, of 32 KiB or more.
-ROWS, COLUMNS = 16, 128
-PANEL = 4 * ROWS * (COLUMNS + VECTORS)  # bytes: a panel, and sixteen numbers for each of its rows
+# A tile of an update. Two tiles and their vectors stay in an L1 cache of 32 KiB.
+TILE_ROWS, TILE_COLUMNS = 16, 128
+TILE_BYTES = 4 * TILE_ROWS * (TILE_COLUMNS + VECTORS)  # with sixteen numbers for each of its rows
 
-# What DTYPE can be.
-F32 = 0
-BF16 = 1
+# A pass over a matrix of up to this many entries costs less than the barriers between threads that
+# would share it.
+SINGLE_THREAD = 1 << 16
+
+
+class Target(NamedTuple):
+    """A parameter that is updated by a gradient of the same shape and order in memory."""
+
+    param: int  # address
+    layout: MatrixLayout
+    flag: int = 0  # address of a bool that allows the update, or 0
+    key: int | None = None  # for stochastic rounding
+    rank: int = 0  # of the correction that is added to the update
+    left: int = 0  # addresses of the factors from `low_rank_factors`
+    right: int = 0
+
+
+class GradientTable:
+    """Gradients, to find their scales or to update parameters by them, or both.
+
+    Args:
+        keep: The factor of the parameters.
+        step: The factor of ``row * grad * col``, which is added.
+    """
+
+    def __init__(self, keep: float = 1.0, step: float = 0.0) -> None:
+        self.factors = keep, step
+        self.fields: list[int] = []
+        self.longest = 0
+        self.entries = 0
+
+    def add(
+        self,
+        grad: int,
+        layout: MatrixLayout,
+        scales: tuple[int, int],
+        target: Target | None = None,
+        *,
+        started: bool = False,
+    ) -> None:
+        """Add every matrix of a gradient.
+
+        Args:
+            grad: Its address.
+            layout: Its layout.
+            scales: Addresses of its row and column scales: float32, one matrix after the other.
+            target: The parameter that is updated by it.
+            started: Whether the column scales hold the first c².
+        """
+        P, Q, ld, dtype, transposed, offsets = layout[:6]
+        u, v = (scales[1], scales[0]) if transposed else scales
+        if target is None:
+            params, how = (0,) * len(offsets), (0, 0, 0, 0, 0)
+            rank = left = right = 0
+        else:
+            param, written, flag, key, rank, left, right = target
+            params = tuple(param + offset for offset in written.offsets)
+            how = (written.ld, written.dtype, flag, key is not None, key or 0)
+        index = 0
+        for offset, param in zip(offsets, params, strict=True):
+            self.fields += (
+                grad + offset, P, Q, ld, dtype, transposed, u, v, started, 0, param, *how, index,
+                rank, left, right,
+            )  # fmt: skip
+            u += 4 * P
+            v += 4 * Q
+            left += 4 * P * rank
+            right += 4 * rank * -(-Q // VECTORS) * VECTORS
+            index += P * Q
+        self.longest = max(self.longest, Q)
+        self.entries += index
+
+    def find_scales(self, num_iters: int, tol: float | None = None) -> list[int]:
+        """Find the scales. Then update the parameters whose gradients have scales.
+
+        Returns:
+            The numbers of the matrices without scales, counted as added.
+        """
+        # Two vectors a thread, each after the thread's flags. No two threads share a cache line.
+        stride = 2 * 128 * (4 * self.longest // 128 + 2)
+        buffer = scratch(torch.get_num_threads() * stride)
+        quotients = (0.0, 0.0) if tol is None else no_movement(tol)
+        table = self._launch("find_scales", quotients, 0, num_iters, buffer, stride, SINGLE_THREAD)
+        failed = table[FAILED // 8 :: GRADIENT_FIELDS]
+        return [i for i, status in enumerate(failed) if status] if any(failed) else []
+
+    def update(self) -> None:
+        """Update the parameters by known scales."""
+        tiles = scratch(torch.get_num_threads() * TILE_BYTES)
+        self._launch("update", (0.0, 0.0), tiles)
+
+    def _launch(self, function: str, quotients: tuple[float, float], *more: int) -> "array[int]":
+        floats = array("d", (*self.factors, *quotients))
+        table = array("q", self.fields)
+        launch(function, table, GRADIENT_FIELDS, self.entries, address_of(floats), *more)
+        return table
+
+
+class SumsTable:
+    """Gradients whose squares are summed with weights. The table is kept and run again and again.
+
+    The buffers of weights and sums hold float32, one matrix after the other.
+    """
+
+    def __init__(self) -> None:
+        self.fields: list[int] = []
+        self.longest = 0
+        self.entries = 0
+        self._table: array[int] | None = None
+
+    def add(self, grad: int, layout: MatrixLayout, weights: int, sums: int, *, rows: bool) -> None:
+        """Add every matrix of a gradient.
+
+        Args:
+            grad: Its address.
+            layout: Its layout.
+            weights: Address of the weights: of columns for sums of ``rows``, else of rows.
+            sums: Address of the sums.
+            rows: Whether rows are summed.
+        """
+        P, Q, ld, dtype, transposed, offsets = layout[:6]
+        along = rows != transposed
+        for offset in offsets:
+            self.fields += (grad + offset, P, Q, ld, dtype, along, weights, sums)
+            weights += 4 * (Q if along else P)
+            sums += 4 * (P if along else Q)
+        self.longest = max(self.longest, Q)
+        self.entries += P * Q * len(offsets)
+
+    def run(self) -> None:
+        """Compute the sums."""
+        if self._table is None:
+            self._table = array("q", self.fields)
+        stride = 128 * (4 * self.longest // 128 + 2)
+        buffer = scratch(torch.get_num_threads() * stride)
+        launch("weighted_sums", self._table, SUMS_FIELDS, self.entries, 0, 0, 0, buffer, stride)
+
+
+class Vectors(NamedTuple):
+    """Addresses of the vectors that a matrix is multiplied with, and of the products; 0 if absent.
+
+    The letters P and Q, and what each buffer holds, are as in the table of products above.
+    """
+
+    blocks: int  # of sixteen vectors each
+    col_vectors: int
+    row_vectors: int
+    col_products: int
+    squares: int
+
+
+class ProductsTable:
+    """Updates X = row * grad * col to multiply with a few vectors, in one reading."""
+
+    def __init__(self) -> None:
+        self.fields: list[int] = []
+        self.longest = 0
+        self.entries = 0
+
+    def add(
+        self, grad: int, layout: MatrixLayout, scales: tuple[int, int], vectors: Vectors, *, i: int
+    ) -> None:
+        """Add the ``i``-th matrix of a gradient.
+
+        Args:
+            grad: Address of the gradient.
+            layout: Its layout.
+            scales: Addresses of the row and column scales of this matrix, float32.
+            vectors: What the matrix is multiplied with, and the products.
+            i: Which matrix of the gradient it is.
+        """
+        P, Q, ld, dtype, transposed, offsets = layout[:6]
+        u, v = (scales[1], scales[0]) if transposed else scales
+        self.fields += (grad + offsets[i], P, Q, ld, dtype, u, v, *vectors)
+        length = VECTORS * vectors.blocks * Q if vectors.col_products else 0
+        self.longest = max(self.longest, length)
+        self.entries += P * Q
+
+    def run(self) -> None:
+        """Multiply."""
+        # Two buffers of sums a thread, used alternately. No two threads share a cache line.
+        stride, threads = 2 * 128 * (4 * self.longest // 128 + 2), torch.get_num_threads()
+        buffer = scratch(threads * (stride + TILE_BYTES))
+        more = 0, buffer + threads * stride, 0, buffer, stride, SINGLE_THREAD
+        launch("multiply", array("q", self.fields), PRODUCTS_FIELDS, self.entries, *more)
+
+
+class FiniteTable:
+    """Tensors to check for NaN and infinity."""
+
+    def __init__(self) -> None:
+        self.fields: list[int] = []
+        self.entries = 0
+
+    def add(self, address: int, entries: int, dtype: int) -> None:
+        """Add a contiguous tensor."""
+        self.fields += (address, entries, dtype, 0)
+        self.entries += entries
+
+    def run(self) -> list[bool]:
+        """Return, for each tensor as added, whether all its entries are finite."""
+        table = array("q", self.fields)
+        launch("isfinite", table, FINITE_FIELDS, self.entries)
+        return [not bad for bad in table[NONFINITE // 8 :: FINITE_FIELDS]]

@@ -1,8 +1,8 @@
-"""The backend ``triton``: which tensors the kernels take, and what becomes of the others.
+"""The backend ``triton``: which work the kernels take, and who takes the rest.
 
-They take float32, bfloat16 and float16, in any mix, with dense rows or dense columns; an update
-that deflation lowers is neither made nor copied, for up to 31 directions. What else:
-    gradients with other strides, or turned against their parameter: a copy is read
+The kernels take float32, bfloat16 and float16, in any mix, with dense rows or dense columns. An
+update that deflation lowers is neither made nor copied, for up to 31 directions. The rest:
+    gradients with other strides, or transposed in memory against their parameter: a copy is read
     more than 31 directions: the updates are made in float32
     float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
         empty ones: `EagerBackend`
@@ -10,50 +10,46 @@ that deflation lowers is neither made nor copied, for up to 31 directions. What 
 The kernels' speed is not timed.
 """
 
-import importlib.util
-import os
-import shutil
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import Parameter
 
 from sinkgd.deflation import Products
 from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
 from sinkgd.kernels.eager import EagerBackend
-from sinkgd.kernels.layout import (
-    aligned,
-    check_scales,
-    check_start,
-    dense,
-    dense_layout,
-    layout_of,
-    may_be_written,
-)
+from sinkgd.kernels.layout import aligned, check_scales, check_start, dense, dense_layout
 from sinkgd.kernels.products import eager_products, nothing_to_take
-from sinkgd.kernels.triton.fields import Addresses
-from sinkgd.kernels.triton.launch import find_scales, new_scratch, update_parameters
-from sinkgd.kernels.triton.panels import LONGEST
-from sinkgd.kernels.triton.pieces import TritonSums
-from sinkgd.kernels.triton.plan import Destination, Taken, plan_of_scales, plan_of_update
-from sinkgd.kernels.triton.products import MOST, SkinnyProducts, scales_are_usual
-from sinkgd.kernels.triton.skinny_plan import plan_of_products
-from sinkgd.kernels.triton.stacks import StackProducts
-from sinkgd.kernels.triton.tables import Tables, capturing
-from sinkgd.kernels.triton.tiles import AREA
-from sinkgd.kernels.triton.whole_rows import Descending, Factors, ScalesOf, WholeRows, source_of
+from sinkgd.kernels.triton import support
+from sinkgd.kernels.triton.descent import (
+    DescentTensors,
+    FlatScales,
+    PreparedDescents,
+    UpdateFactors,
+)
+from sinkgd.kernels.triton.launch import on
+from sinkgd.kernels.triton.product_plan import plan_of_products
+from sinkgd.kernels.triton.products import MOST, SkinnyProducts, StackProducts
+from sinkgd.kernels.triton.shard_sums import TritonSums
+from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, capturing, operand_of
+from sinkgd.kernels.triton.tiles import (
+    AREA,
+    LowRankSides,
+    UpdateOperands,
+    find_scales,
+    new_scratch,
+    plan_of_scales,
+    plan_of_update,
+    update_parameters,
+)
 from sinkgd.kernels.two_halves import TwoHalves, chosen, merged
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What a GPU reads from its memory at 3 TB/s while the host prepares a launch, about 20 µs: outside
-# of a graph, a bucket that is read faster waits for the host. Not timed.
+# A GPU reads as much from its memory, at 3 TB/s, while the host prepares a launch in about 20 µs.
+# Outside of a graph, a smaller bucket would wait for the host. Not timed.
 LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
@@ -69,39 +65,30 @@ class TritonBackend(TwoHalves):
         """Choose how gradients are read.
 
         Args:
-            whole_rows: Whether a program holds whole rows of a gradient, so that one launch reads
-                it once and is one iteration; where not, or where rows are too long, a launch is
+            whole_rows: Whether a program holds whole rows of a gradient, so that one launch is one
+                iteration and reads the gradient once. If not, or if rows are too long, a launch is
                 half an iteration.
-            products_by_dot: Whether kernels multiply gradients by vectors, and subtract what
-                deflation takes as they write a parameter; where not, torch does so on updates that
-                are made in float32.
+            products_by_dot: Whether kernels multiply gradients by vectors, and subtract the leading
+                directions as they write a parameter. If not, torch does so on updates in float32.
         """
         self.whole_rows = whole_rows
         self.products_by_dot = products_by_dot
-        self._tables = Tables()
-        self._rows = WholeRows(self._tables)
+        self._tables = DeviceTables()
+        self._descents = PreparedDescents(self._tables)
         self._lock = threading.Lock()  # backward hooks may step from several threads
 
     @property
     def packs_vectors(self) -> bool:  # type: ignore[override]
-        """Whether products are the kernels'."""
+        """Whether kernels compute products."""
         return self.products_by_dot
 
     def missing(self) -> str | None:
-        """Say what is absent: triton, which torch brings on CUDA and ROCm, or a C compiler."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if not interpreting() and not _has_compiler(os.environ.get("CC"), os.environ.get("PATH")):
-            return "triton finds no C compiler for its launchers; install gcc or clang, or set CC"
-        return None
+        """Return what is not installed: triton, which comes with torch on GPUs, or a C compiler."""
+        return support.missing()
 
     def supports(self, device: torch.device) -> bool:
         """CUDA from compute capability 8.0, ROCm; CPUs under triton's interpreter, for tests."""
-        if interpreting():
-            return device.type == "cpu"
-        if device.type != "cuda" or not torch.cuda.is_available():
-            return False
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return support.supports(device)
 
     def scales(
         self,
@@ -113,7 +100,9 @@ class TritonBackend(TwoHalves):
     ) -> list[Scales]:
         """Run ``num_iters`` iterations on each gradient ``(..., m, n)``."""
         given = _some(starts)
-        known = self._run(Descending(grads, given), num_iters, tol, Factors(), is_known=True)
+        known = self._run(
+            DescentTensors(grads, given), num_iters, tol, UpdateFactors(), if_prepared=True
+        )
         if known is not None:
             return list(known[0])
         first = given or [None] * len(grads)
@@ -121,7 +110,7 @@ class TritonBackend(TwoHalves):
         by_device: dict[torch.device, list[int]] = {}
         for i, grad in enumerate(grads):
             check_start(grad, first[i])
-            if _readable(grad, first[i]):
+            if support.readable(grad, first[i]):
                 by_device.setdefault(grad.device, []).append(i)
             else:
                 (results[i],) = EagerBackend().scales([grad], num_iters, tol=tol, starts=[first[i]])
@@ -133,17 +122,19 @@ class TritonBackend(TwoHalves):
     def _scales(
         self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
     ) -> list[Scales]:
-        fits = [self.whole_rows and _fits(grad) for grad in grads]
+        fits = [self.whole_rows and support.rows_fit(grad) for grad in grads]
         results: list[Scales | None] = [None] * len(grads)
         for choice in set(fits):
             members = [i for i, fit in enumerate(fits) if fit == choice]
             own, first = [grads[i] for i in members], [starts[i] for i in members]
             if choice:
-                found = self._run(Descending(own, _some(first)), num_iters, tol, Factors())
+                found = self._run(
+                    DescentTensors(own, _some(first)), num_iters, tol, UpdateFactors()
+                )
                 assert found is not None, "all are readable"
                 scales: Sequence[Scales] = found[0]
             else:
-                with self._lock, _on(own[0].device):
+                with self._lock, on(own[0].device):
                     scales = self._by_halves(own, first, num_iters, tol)
             for i, one in zip(members, scales, strict=True):
                 results[i] = one
@@ -151,19 +142,21 @@ class TritonBackend(TwoHalves):
 
     def _run(
         self,
-        tensors: Descending,
+        tensors: DescentTensors,
         num_iters: int,
         tol: float | None,
-        factors: Factors,
+        factors: UpdateFactors,
         *,
-        is_known: bool = False,
-    ) -> tuple[ScalesOf, Tensor] | None:
+        if_prepared: bool = False,
+    ) -> tuple[FlatScales, Tensor] | None:
         if not tensors.grads or not self.whole_rows:
             return None
         device = tensors.grads[0].device
-        room = _cached_bytes(device)
-        with self._lock, _on(device):
-            return self._rows.run(tensors, num_iters, tol, factors, room=room, is_known=is_known)
+        size = _cached_bytes(device)
+        with self._lock, on(device):
+            return self._descents.run(
+                tensors, num_iters, tol, factors, bucket_bytes=size, if_prepared=if_prepared
+            )
 
     def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         read = tuple(0 if x is None else x.data_ptr() for x in tensors)
@@ -174,13 +167,13 @@ class TritonBackend(TwoHalves):
     ) -> list[Scales]:
         device = grads[0].device
         shapes = tuple(grad.shape for grad in grads)
-        plan = plan_of_scales(tuple(map(source_of, grads)), shapes, _room(device))
+        plan = plan_of_scales(tuple(map(operand_of, grads)), shapes, _bucket_bytes(device))
         table = self._tables.table(plan.table, device)
         addresses = self._addresses(grads, device), self._addresses(starts, device)
         scratch = new_scratch(plan, num_iters, tol, device)
         for bucket in plan.buckets:
             find_scales(bucket, scratch, table, addresses, num_iters, tol)
-        return list(ScalesOf(scratch.scales[0], shapes, plan.rows, plan.cols))
+        return list(FlatScales(scratch.scales[0], shapes, plan.rows, plan.cols))
 
     def descend_(
         self,
@@ -194,8 +187,8 @@ class TritonBackend(TwoHalves):
     ) -> Descent:
         """Find all scales and take all steps, bucket by bucket."""
         device = matrices.grads[0].device if matrices.grads else torch.device("cpu")
-        factors = Factors(_factor(keep, device), _factor(step, device), overflow)
-        tensors = Descending(
+        factors = UpdateFactors(_factor(keep, device), _factor(step, device), overflow)
+        tensors = DescentTensors(
             matrices.grads,
             _some(matrices.starts),
             matrices.params,
@@ -203,8 +196,8 @@ class TritonBackend(TwoHalves):
             tuple(map(len, matrices.owners)),
         )
         found = None
-        if _may_forbid(overflow, device):
-            found = self._run(tensors, num_iters, tol, factors, is_known=True)
+        if support.overflow_readable(overflow, device):
+            found = self._run(tensors, num_iters, tol, factors, if_prepared=True)
         if found is None:
             ours = [self._takes(matrices, own, overflow) for own in matrices.owners]
             if not all(ours) or not ours:
@@ -219,7 +212,7 @@ class TritonBackend(TwoHalves):
         return Descent(finite, scales)
 
     def _in_part(self, matrices: Matrices, ours: list[bool], **options: Any) -> Descent:
-        """Descend on some owners in one go, on others in two halves."""
+        """Descend on some owners bucket by bucket; find scales, then update, for the others."""
         in_halves: Callable[..., Descent] = super().descend_
         if not any(ours):
             return in_halves(matrices, **options)
@@ -235,23 +228,23 @@ class TritonBackend(TwoHalves):
         nothing = [None] * len(matrices.params)
         starts, keys = matrices.starts or nothing, matrices.keys or nothing
         return all(
-            _readable(grad, starts[i])
-            and _writable(param, grad, None, overflow, keys[i])
+            support.readable(grad, starts[i])
+            and support.writable(param, grad, None, overflow, keys[i])
             and param.device == device
-            and _fits(grad)
+            and support.rows_fit(grad)
             and dense_layout(grad).turned == dense_layout(param).turned
             for i, param, grad in ((i, matrices.params[i], matrices.grads[i]) for i in own)
         )
 
     def sums(self, grads: Sequence[Tensor]) -> TritonSums:
-        """Return the sums of the squares of gradients: a launch for each kind of them."""
+        """Return the sums of the squares of gradients: one launch for each kind of matrix."""
         return TritonSums(grads, self._tables)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
         """Return the products of updates, by kernels that read the gradients as they lie."""
         if not self.products_by_dot:
             return eager_products(stacks)
-        return StackProducts(stacks, lambda stack: _multiplied(*stack), self._products_of)
+        return StackProducts(stacks, lambda stack: support.multiplied(*stack), self._products_of)
 
     def packed_products(
         self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared
@@ -259,7 +252,7 @@ class TritonBackend(TwoHalves):
         """Return the products of updates, where the kernels read all of them."""
         alone = len({grad.device for grad in grads}) == 1
         fits = shared.vectors.shape[-1] <= MOST
-        if not (self.products_by_dot and alone and fits and _multiplied(grads, scales)):
+        if not (self.products_by_dot and alone and fits and support.multiplied(grads, scales)):
             return None
         return self._products_of(grads, scales, shared)
 
@@ -269,9 +262,11 @@ class TritonBackend(TwoHalves):
         sources, device = [dense(grad) for grad in grads], grads[0].device
         shapes = tuple(grad.shape for grad in grads)
         first = shared.first if shared is not None else (0,) * len(grads)
-        plan = plan_of_products(tuple(map(source_of, sources)), shapes, first, _room(device))
+        plan = plan_of_products(
+            tuple(map(operand_of, sources)), shapes, first, _bucket_bytes(device)
+        )
         read = [x for source, own in zip(sources, scales, strict=True) for x in (source, *own)]
-        with self._lock, _on(device):
+        with self._lock, on(device):
             addresses = self._addresses(read, device)
             on_device = partial(self._tables.table, device=device)
             return SkinnyProducts(plan, shapes, on_device, addresses, read, shared)
@@ -294,18 +289,18 @@ class TritonBackend(TwoHalves):
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         for param, own in zip(params, scales, strict=True):
             check_scales(param, own.row, own.col)
-        grads, pairs = self._to_be_taken(params, grads, scales)
+        grads, pairs = self._made_where_needed(params, grads, scales)
         flags = [None] * len(params) if allowed is None else allowed
         bits = [None] * len(params) if keys is None else keys
         others: list[int] = []
         by_device: dict[torch.device, list[_Write]] = {}
         for i, given in enumerate(zip(params, grads, pairs, flags, bits, strict=True)):
-            if _writable(*given):
+            if support.writable(*given):
                 by_device.setdefault(params[i].device, []).append(_Write(*given))
             else:
                 others.append(i)
         for device, writes in by_device.items():
-            with self._lock, _on(device):
+            with self._lock, on(device):
                 self._update(writes, (_factor(keep, device), _factor(step, device)), device)
             increment_version([write.param for write in writes])
         if others:
@@ -319,17 +314,22 @@ class TritonBackend(TwoHalves):
                 keys=None if keys is None else [keys[i] for i in others],
             )
 
-    def _to_be_taken(
+    def _made_where_needed(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         scales: Sequence[Scales | Lowered],
     ) -> tuple[list[Tensor], list[Scales | Lowered]]:
-        """Return gradients and scales; where kernels subtract nothing, updates stand for some."""
+        """Return gradients and scales, with an update in place of a gradient where it is needed.
+
+        It is needed where the kernels do not subtract the low-rank part of `Lowered`.
+        """
         found_grads, found_scales = [*grads], [*scales]
         for i, own in enumerate(scales):
             if isinstance(own, Lowered) and not (
-                self.products_by_dot and _native(params[i]) and _subtracted(own, params[i].device)
+                self.products_by_dot
+                and support.native(params[i])
+                and support.subtracted(own, params[i].device)
             ):
                 (found_grads[i],), (found_scales[i],) = nothing_to_take([grads[i]], [own])
         return found_grads, found_scales
@@ -340,28 +340,29 @@ class TritonBackend(TwoHalves):
         factors: tuple[float | Tensor, float | Tensor],
         device: torch.device,
     ) -> None:
-        sources = [
-            aligned(write.grad, write.param) for write in writes
-        ]  # kept until all is launched
-        destinations = tuple(
-            Destination(source_of(write.param), source_of(source), _taken(write.scales))
+        # Kept until all is launched.
+        sources = [aligned(write.grad, write.param) for write in writes]
+        operands = tuple(
+            UpdateOperands(
+                operand_of(write.param), operand_of(source), _low_rank_sides(write.scales)
+            )
             for write, source in zip(writes, sources, strict=True)
         )
         shapes = tuple(write.param.shape for write in writes)
-        plan = plan_of_update(destinations, shapes, _room(device))
+        plan = plan_of_update(operands, shapes, _bucket_bytes(device))
         table = self._tables.table(plan.table, device)
         addresses: list[int] = []
-        for write, source, to in zip(writes, sources, destinations, strict=True):
-            own, turned = write.scales, to.param.layout.turned
+        for write, source, to in zip(writes, sources, operands, strict=True):
+            own, transposed = write.scales, to.param.layout.turned
             read: list[Tensor | None] = [
                 write.param,
                 source,
-                *_in_memory((own.row, own.col), turned=turned),
+                *_in_memory((own.row, own.col), transposed=transposed),
             ]
             read += write.allowed, write.key
             if isinstance(own, Lowered):
-                read += own.factor, *_in_memory(own.taken, turned=turned)
-            addresses += Addresses(*(0 if x is None else x.data_ptr() for x in read))
+                read += own.factor, *_in_memory(own.taken, transposed=transposed)
+            addresses += UpdateAddresses(*(0 if x is None else x.data_ptr() for x in read))
         rows = self._tables.addresses(tuple(addresses), device)
         rounding = writes[0].key is not None
         for bucket in reversed(plan.buckets):  # the gradients that were read last are in the cache
@@ -369,7 +370,7 @@ class TritonBackend(TwoHalves):
 
 
 class _Write(NamedTuple):
-    """A parameter to update."""
+    """A parameter to update, and what its update reads."""
 
     param: Tensor
     grad: Tensor
@@ -378,127 +379,45 @@ class _Write(NamedTuple):
     key: Tensor | None
 
 
-def interpreting() -> bool:
-    """Whether kernels run in triton's interpreter; settled when they are first imported."""
-    kernels = sys.modules.get("sinkgd.kernels.triton.primitives")
-    if kernels is not None:
-        return bool(kernels.IS_INTERPRETED)
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-
-
-@cache
-def _has_compiler(named: str | None, path: str | None) -> bool:
-    return named is not None or any(shutil.which(name, path=path) for name in ("gcc", "clang"))
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _room(device: torch.device) -> int:
+def _bucket_bytes(device: torch.device) -> int:
     """Return how many bytes of gradients a bucket of half iterations holds."""
-    room = _cached_bytes(device)
-    return room if device.type == "cpu" or capturing(device) else max(room, LAUNCH_BYTES)
+    size = _cached_bytes(device)
+    return size if device.type == "cpu" or capturing(device) else max(size, LAUNCH_BYTES)
 
 
 def _cached_bytes(device: torch.device) -> int:
+    """Return how many bytes of gradients a bucket of whole rows holds."""
     return INTERPRETER_BYTES if device.type == "cpu" else _half_of_cache(device)
 
 
 @cache
 def _half_of_cache(device: torch.device) -> int:
-    """Return what stays in the cache between two reads, and gives every processor two tiles."""
+    """Return how many bytes stay in the cache and give every processor two tiles."""
     properties = torch.cuda.get_device_properties(device)
     tiles = 2 * properties.multi_processor_count
     return max(properties.L2_cache_size // 2, tiles * AREA * 2)
 
 
 def _some(starts: Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
-    """Return column scales to begin from, or nothing where none are given."""
+    """Return the initial column scales, or nothing where there are none."""
     return starts if starts and any(start is not None for start in starts) else ()
 
 
-def _may_forbid(overflow: Tensor | None, device: torch.device) -> bool:
-    """Whether the kernels read an overflow, where there is one."""
-    return overflow is None or (overflow.dtype == torch.bool and overflow.device == device)
-
-
 def _factor(value: float | Tensor, device: torch.device) -> float | Tensor:
-    """Return a number as the kernels take it: a tensor of the device is read there."""
+    """Return a factor as the kernels take it: a tensor on the device is read there."""
     if not isinstance(value, Tensor):
         return float(value)
     return value if value.device == device else float(value)
 
 
-@lru_cache(maxsize=4096)
-def _is_native(kind: type, dtype: torch.dtype, shape: torch.Size) -> bool:
-    # The kernels read memory: no subclass may stand behind it.
-    whole = len(shape) >= 2 and 0 not in shape and max(shape[-2:]) < 1 << 31
-    return kind in (Tensor, Parameter) and dtype in DTYPES and whole
+def _in_memory(sides: Sequence[Tensor], *, transposed: bool) -> Sequence[Tensor]:
+    """Return the sides in the order of rows in memory and columns."""
+    return sides[::-1] if transposed else sides
 
 
-def _native(x: Tensor) -> bool:
-    return _is_native(type(x), x.dtype, x.shape) and not (
-        x.requires_grad and torch.is_grad_enabled()
-    )
-
-
-def _readable(grad: Tensor, start: Tensor | None) -> bool:
-    return _native(grad) and (
-        start is None
-        or (start.dtype == torch.float32 and start.is_contiguous() and start.device == grad.device)
-    )
-
-
-def _in_memory(sides: Sequence[Tensor], *, turned: bool) -> Sequence[Tensor]:
-    """Return what belongs to rows and to columns, those in memory."""
-    return sides[::-1] if turned else sides
-
-
-def _taken(scales: Scales | Lowered) -> Taken | None:
+def _low_rank_sides(scales: Scales | Lowered) -> LowRankSides | None:
     if not isinstance(scales, Lowered):
         return None
     left, right = scales.taken
     aligned = all(x.data_ptr() % 16 == 0 for x in (left, right))
-    return Taken(left.shape[-1], left.stride(), right.stride(), aligned)
-
-
-def _subtracted(scales: Lowered, device: torch.device) -> bool:
-    """Whether kernels subtract what is taken."""
-    factor = scales.factor
-    return 0 < scales.taken.left.shape[-1] <= MOST and all(
-        x.dtype == torch.float32 and x.device == device
-        for x in (*scales.taken, *(() if factor is None else (factor,)))
-    )
-
-
-def _writable(
-    param: Tensor,
-    grad: Tensor,
-    scales: Scales | Lowered | None,
-    allowed: Tensor | None,
-    key: Tensor | None,
-) -> bool:
-    pair = () if scales is None else (scales.row, scales.col)
-    beside = (grad, *pair, *(x for x in (allowed, key) if x is not None))
-    return (
-        _native(param)
-        and _is_native(type(grad), grad.dtype, grad.shape)
-        and param.shape == grad.shape
-        and may_be_written(param.shape, param.stride())
-        and all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in pair)
-        and (allowed is None or allowed.dtype == torch.bool)
-        and (key is None or key.dtype == torch.int64)
-        and all(x.device == param.device for x in beside)
-    )
-
-
-def _multiplied(grads: Sequence[Tensor], scales: Sequence[Scales]) -> bool:
-    """Whether kernels multiply the updates of gradients by vectors."""
-    return all(map(_native, grads)) and scales_are_usual(scales, grads[0].device)
-
-
-def _fits(grad: Tensor) -> bool:
-    """Whether a program's registers hold whole rows in memory."""
-    layout = layout_of(grad.shape, grad.stride())
-    return layout is not None and layout.Q <= LONGEST
+    return LowRankSides(left.shape[-1], left.stride(), right.stride(), aligned)

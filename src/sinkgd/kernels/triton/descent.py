@@ -1,225 +1,343 @@
-"""The launches of a descent that reads the gradient once an iteration.
+"""Descents that read a gradient once an iteration: prepared once, for tensors of one signature.
 
-A bucket takes as many launches as there are iterations and one more, the update; of a matrix whose
-rows in memory are columns, the update is what finds the last column scales. Nothing waits for the
-device, and nothing is looked up for a matrix once the launches are prepared.
+A bucket takes as many launches as there are iterations and one more, the update; for a matrix that
+is transposed in memory, the update also finds the last column scales. Nothing waits for the device.
+
+The signature of tensors is all that launches depend on but addresses. A later step of the same
+signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
+sends the addresses of all tensors if one has moved, and starts the launches. The signature is
+looked up in every step, for every tensor, so it is made of what torch has at hand.
 """
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from math import prod
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.eager import no_movement
 from sinkgd.kernels.triton import launch
-from sinkgd.kernels.triton.fields import BARE, GIVEN, SCALED
-from sinkgd.kernels.triton.launches import Launch, Launches
-from sinkgd.kernels.triton.panels import halved
-from sinkgd.kernels.triton.schedule import Bucket, Kind, Schedule
+from sinkgd.kernels.triton.launch import (
+    GpuTarget,
+    PreparedLaunch,
+    PreparedLaunches,
+    kernels,
+)
+from sinkgd.kernels.triton.schedule import Bucket, Kind, Schedule, half_panel, schedule_of
+from sinkgd.kernels.triton.tables import BARE, GIVEN, SCALED, DeviceTables, operand_of
 
-REGISTERS = 1 << 16  # of a processor
+MAX_PREPARED = 64  # descents; a model has few, also where its parameters step one by one
 FEW_THREADS = 128
-SWEEP, FINISH = 0, 1  # the lists of arguments that `start` gives to launches
+REGISTERS = 1 << 16  # of a processor
 
 
-class Iterations(NamedTuple):
+class DescentTensors(NamedTuple):
+    """The tensors of a descent: lists of one length, or empty."""
+
+    grads: Sequence[Tensor]
+    starts: Sequence[Tensor | None] = ()  # initial column scales
+    params: Sequence[Tensor] = ()
+    keys: Sequence[Tensor] = ()
+    sizes: tuple[int, ...] = ()  # how many gradients each owner has; without parameters, none
+
+
+class UpdateFactors(NamedTuple):
+    """What parameters are updated with; tensors are on the device of the gradients."""
+
+    keep: float | Tensor = 1.0
+    step: float | Tensor = 0.0
+    overflow: Tensor | None = None
+
+
+class _Iterations(NamedTuple):
     """How scales are found."""
 
     num_iters: int
     tol: float | None
-    started: bool  # whether some gradient's column scales are given to begin from
+    started: bool  # whether some gradient has initial column scales
 
 
-class Given(NamedTuple):
-    """What an update reads from the device."""
+class _Update(NamedTuple):
+    """What the update reads from the device."""
 
-    overflow: bool = False
-    keep: bool = False
-    step: bool = False
-    rounding: bool = False
-
-
-class Buffers(NamedTuple):
-    """What the launches of a call read and write."""
-
-    grads: Tensor  # addresses
-    starts: Tensor
-    table: Tensor
-    scales: Tensor  # float32, of all matrices
-    partial: Tensor  # partial sums of one bucket
-    numbers: Tensor  # int32, zero at first
+    overflow: bool
+    keep: bool
+    step: bool
+    rounding: bool
 
 
-class Writing(NamedTuple):
-    """What parameters become."""
-
-    params: Tensor  # addresses
-    keys: Tensor | None
-    overflow: Tensor | None
-    keep: float | Tensor
-    step: float | Tensor
+class _Prepared(NamedTuple):
+    schedule: Schedule
+    launches: PreparedLaunches
+    shapes: tuple[torch.Size, ...]
 
 
-def new_buffers(schedule: Schedule, grads: Tensor, starts: Tensor, table: Tensor) -> Buffers:
-    """Make room for the scales of a call and for what its launches tell each other."""
-    device = table.device
-    return Buffers(
-        grads,
-        starts,
-        table,
-        torch.empty(schedule.scales, dtype=torch.float32, device=device),
-        torch.empty(schedule.partial, dtype=torch.float32, device=device),
-        torch.zeros(schedule.numbers, dtype=torch.int32, device=device),
-    )
+class PreparedDescents:
+    """Runs descents, and keeps what it prepares for them."""
+
+    def __init__(self, tables: DeviceTables) -> None:
+        self._tables = tables
+        self._prepared: OrderedDict[Hashable, _Prepared] = OrderedDict()
+
+    def run(
+        self,
+        tensors: DescentTensors,
+        num_iters: int,
+        tol: float | None,
+        factors: UpdateFactors,
+        *,
+        bucket_bytes: int,
+        if_prepared: bool,
+    ) -> "tuple[FlatScales, Tensor] | None":
+        """Find scales, and update parameters where there are some.
+
+        Args:
+            tensors: On one device, and such as the kernels take.
+            num_iters: Iterations, at least 1.
+            tol: A matrix whose row scales move by no more than this is left.
+            factors: Of the update.
+            bucket_bytes: Bytes of gradients in a bucket.
+            if_prepared: Run only a descent that was prepared before: then nothing needs a check.
+
+        Returns:
+            The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite; None
+            where ``if_prepared`` is set and no such descent was prepared.
+        """
+        grads, starts, params, keys, sizes = tensors
+        filling = [None] * (len(grads) % 2)  # every list of addresses begins at 16 bytes
+        lists = [own for own in (grads, starts, params, keys) if own]
+        found = _signature_of([x for own in lists for x in (*own, *filling)])
+        if found is None or not grads:
+            return None
+        signature, addresses = found
+        device = grads[0].device
+        iterations = _Iterations(num_iters, tol, bool(starts))
+        update = _update_of(factors, rounding=bool(keys)) if params else None
+        key = signature, sizes, iterations, update, bucket_bytes
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            if if_prepared:
+                return None
+            prepared = _prepare(tensors, iterations, update, bucket_bytes)
+            self._prepared[key] = prepared
+            if len(self._prepared) > MAX_PREPARED:
+                self._prepared.popitem(last=False)
+        else:
+            self._prepared.move_to_end(key)
+        on_device = self._tables.addresses(tuple(addresses), device).view(len(lists), -1).unbind()
+        scales, counters = self._start(prepared, tensors, on_device, factors)
+        return scales, counters[slice(*prepared.schedule.nonfinite)] == 0
+
+    def _start(
+        self,
+        prepared: _Prepared,
+        tensors: DescentTensors,
+        addresses: Sequence[Tensor],
+        factors: UpdateFactors,
+    ) -> "tuple[FlatScales, Tensor]":
+        """Start the launches with new buffers, and return the scales and the counters."""
+        schedule, launches, shapes = prepared
+        grads, starts = addresses[0], addresses[1 if tensors.starts else 0]
+        device = grads.device
+        table = self._tables.table(schedule.table, device)
+        scales = torch.empty(schedule.scales, dtype=torch.float32, device=device)
+        partial_sums = torch.empty(schedule.partial_sums, dtype=torch.float32, device=device)
+        counters = torch.zeros(schedule.counters, dtype=torch.int32, device=device)
+        # Pointers that a kernel does not read point to something else.
+        params, keys = grads, grads
+        if tensors.params:
+            _, *others = addresses[1:] if tensors.starts else addresses
+            params, keys = others[0], others[1] if tensors.keys else grads
+        keep, step, overflow = factors
+        overflow = counters if overflow is None else overflow
+        launches.start(
+            (
+                (grads, starts, table, scales, partial_sums, counters),
+                (grads, params, keys, overflow, table, scales, counters, keep, step),
+            )
+        )
+        return FlatScales(scales, shapes, schedule.rows, schedule.cols), counters
 
 
-def start(launches: Launches, buffers: Buffers, writing: Writing | None) -> None:
-    """Find the scales of every bucket, and take its step where there is something to write."""
-    grads, _, table, scales, _, numbers = buffers
-    params, keys, overflow, keep, step = writing or Writing(grads, None, None, 1.0, 0.0)
-    finish = (
-        grads,
-        params,
-        grads if keys is None else keys,
-        numbers if overflow is None else overflow,
-        table,
-        scales,
-        numbers,
-        keep,
-        step,
-    )
-    launches.start((buffers, finish))
+_ITERATION, _FINISH = 0, 1  # indices of the lists of arguments above
 
 
-def prepare(
-    schedule: Schedule, iterations: Iterations, given: Given | None, device: torch.device
-) -> Launches:
-    """Return the launches of a descent; without `Given` they find scales alone."""
-    found: list[Launch] = []
+def _signature_of(
+    tensors: Sequence[Tensor | None],
+) -> tuple[tuple[Hashable, ...], list[int]] | None:
+    """Return the signature of tensors, and their addresses, 0 for None.
+
+    None where some tensor is of a subclass, which may have no address.
+    """
+    signature: list[Hashable] = [torch.is_grad_enabled()]
+    addresses = []
+    for x in tensors:
+        if x is None:
+            signature.append(None)
+            addresses.append(0)
+            continue
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return None
+        at = x.data_ptr()
+        addresses.append(at)
+        signature.append((x.shape, x.stride(), x.dtype, x.device, at % 16, x.requires_grad))
+    return tuple(signature), addresses
+
+
+def _update_of(factors: UpdateFactors, *, rounding: bool) -> _Update:
+    keep, step = isinstance(factors.keep, Tensor), isinstance(factors.step, Tensor)
+    return _Update(factors.overflow is not None, keep, step, rounding)
+
+
+def _prepare(
+    tensors: DescentTensors, iterations: _Iterations, update: _Update | None, bucket_bytes: int
+) -> _Prepared:
+    grads, _, params, _, sizes = tensors
+    device = grads[0].device
+    shapes = tuple(grad.shape for grad in grads)
+    read = tuple(map(operand_of, grads))
+    written = tuple(map(operand_of, params)) or read
+    owners = tuple(i for i, size in enumerate(sizes or [1] * len(grads)) for _ in range(size))
+    schedule = schedule_of(read, written, shapes, owners, bucket_bytes)
+    launches = [*_launches(schedule, iterations, update, launch.target_of(device))]
+    return _Prepared(schedule, PreparedLaunches(launches, device), shapes)
+
+
+def _launches(
+    schedule: Schedule, iterations: _Iterations, update: _Update | None, target: GpuTarget | None
+) -> Iterator[PreparedLaunch]:
+    """List the launches of a descent; without an update they find scales alone."""
     waiting = []
     for bucket in schedule.buckets:
-        found += _sweeps(bucket, iterations, device)
-        if given is None or bucket.waits:
-            if bucket.kind.turned:
-                found.append(_finish(bucket, iterations, None, device))
+        yield from _iterate(bucket, iterations, target)
+        if update is None or bucket.waits:
+            if bucket.kind.transposed:
+                yield _finish(bucket, iterations, None, target)
             waiting.append(bucket)
         else:
-            found.append(_finish(bucket, iterations, given, device))
-    if given is not None:
-        # The gradients that were read last are in the cache.
-        found += (_finish(one, iterations, given, device, known=True) for one in reversed(waiting))
-    return Launches(found, device)
+            yield _finish(bucket, iterations, update, target)
+    if update is not None:
+        for bucket in reversed(waiting):  # the gradients that were read last are in the cache
+            yield _finish(bucket, iterations, update, target, known=True)
 
 
-def _sweeps(bucket: Bucket, iterations: Iterations, device: torch.device) -> Iterator[Launch]:
-    """Read a bucket as often as iterations go: all scales are found, but a turned matrix's u."""
+def _iterate(
+    bucket: Bucket, iterations: _Iterations, target: GpuTarget | None
+) -> Iterator[PreparedLaunch]:
+    """Read a bucket once an iteration: all scales are found, but the last u of transposed ones."""
     count, tol, started = iterations
-    kernel, last = launch.sweep().sweep, 1 + bucket.kind.turned
+    kernel, last = kernels("full_iteration").full_iteration, 1 + bucket.kind.transposed
     bounds = no_movement(0.0 if tol is None else tol)
     for i in range(count):
-        constants = sweep_constants(bucket.kind, min(i, last), tol is not None, started, device)
-        settled = i % 2, i + 1, int(i + 1 == count), *bounds
-        yield Launch(kernel, bucket.programs, SWEEP, (*_places(bucket), *settled), constants)
+        phase = min(i, last)
+        constants = iteration_constants(bucket.kind, phase, tol is not None, started, target)
+        fixed = *_offsets(bucket), i % 2, i + 1, int(i + 1 == count), *bounds
+        yield PreparedLaunch(kernel, bucket.program_count, _ITERATION, fixed, constants)
 
 
 def _finish(
     bucket: Bucket,
-    iterations: Iterations,
-    given: Given | None,
-    device: torch.device,
+    iterations: _Iterations,
+    update: _Update | None,
+    target: GpuTarget | None,
     *,
     known: bool = False,
-) -> Launch:
-    """Read a bucket once more: find a turned matrix's last u unless it is known, and write."""
-    origin = min(iterations.num_iters, SCALED) if bucket.kind.turned and not known else GIVEN
-    constants = finish_constants(bucket.kind, origin, given, device)
-    settled = *_places(bucket), iterations.num_iters % 2
-    return Launch(launch.finish().finish, bucket.programs, FINISH, settled, constants)
+) -> PreparedLaunch:
+    """Read a bucket once more: find the last u of transposed ones unless it is known, and write."""
+    u_from = min(iterations.num_iters, SCALED) if bucket.kind.transposed and not known else GIVEN
+    constants = finish_constants(bucket.kind, u_from, update, target)
+    fixed = *_offsets(bucket), iterations.num_iters % 2
+    return PreparedLaunch(kernels("update").finish, bucket.program_count, _FINISH, fixed, constants)
 
 
-def _places(bucket: Bucket) -> tuple[int, int, int]:
-    return bucket.blocks, bucket.walks, bucket.programs
+def _offsets(bucket: Bucket) -> tuple[int, int, int]:
+    return bucket.matrices, bucket.programs, bucket.program_count
 
 
 @lru_cache(maxsize=1024)
-def sweep_constants(
-    kind: Kind, phase: int, tol: bool, started: bool, device: torch.device
+def iteration_constants(
+    kind: Kind, phase: int, tol: bool, started: bool, target: GpuTarget | None
 ) -> dict[str, object]:
-    """Return what an iteration is compiled for: the first, the second of a turned one, or later."""
-    origins = [(GIVEN, BARE), (BARE, SCALED)] if kind.turned else [(BARE, BARE)]
+    """Return what an iteration is compiled for.
+
+    Args:
+        kind: Of the bucket.
+        phase: 0 for the first iteration; of transposed matrices 1 for the second; else a later one.
+        tol: Whether settled matrices are left.
+        started: Whether some gradient has initial column scales.
+        target: None for the interpreter.
+    """
+    origins = [(GIVEN, BARE), (BARE, SCALED)] if kind.transposed else [(BARE, BARE)]
     u_from, v_from = (*origins, (SCALED, SCALED))[phase]
     panel, threads = kind.panel, kind.threads
     bare = BARE in (u_from, v_from)
     if bare:
-        panel, threads = halved(panel, threads)  # it needs more registers
+        panel, threads = half_panel(panel, threads)  # it needs more registers
     lean = not bare and not tol and kind.dtype.itemsize == 2
     return {
-        "DTYPE": launch.primitives().DTYPES[kind.dtype],
+        "DTYPE": kernels("primitives").DTYPES[kind.dtype],
         **panel._asdict(),
         "U_FROM": u_from,
         "V_FROM": v_from,
-        "TURNED": kind.turned,
+        "TRANSPOSED": kind.transposed,
         "STARTED": started and bare,
         "TOL": tol,
         "CHUNK": min(panel.A, 4 * threads),
         "VECTOR": kind.vector,
-        **panel_options(device, threads, wide=kind.vector > 1, bare=bare, lean=lean),
+        **options_of(target, threads, wide=kind.vector > 1, bare=bare, lean=lean),
     }
 
 
 @lru_cache(maxsize=1024)
 def finish_constants(
-    kind: Kind, origin: int, given: Given | None, device: torch.device
+    kind: Kind, u_from: int, update: _Update | None, target: GpuTarget | None
 ) -> dict[str, object]:
-    """Return what the last launch is compiled for; without `Given` nothing is written."""
-    dtypes = launch.primitives().DTYPES
-    write = given is not None
-    overflow, keep, step, rounding = given or Given()
+    """Return what the last launch is compiled for; without an update nothing is written."""
+    dtypes = kernels("primitives").DTYPES
+    overflow, keep, step, rounding = update or (False,) * 4
     return {
         "DTYPE": dtypes[kind.param_dtype],
         "GRAD_DTYPE": dtypes[kind.dtype],
         **kind.panel._asdict(),
-        "U_FROM": origin,
-        "WRITE": write,
+        "U_FROM": u_from,
+        "WRITE": update is not None,
         "OVERFLOW": overflow,
         "KEEP_IS_STORED": keep,
         "STEP_IS_STORED": step,
         "ROUND": rounding and kind.param_dtype == torch.bfloat16,
         "VECTOR": kind.param_vector,
-        **panel_options(device, kind.threads, wide=kind.param_vector > 1),
+        **options_of(target, kind.threads, wide=kind.param_vector > 1),
     }
 
 
-def panel_options(
-    device: torch.device, threads: int, *, wide: bool, bare: bool = False, lean: bool = False
-) -> dict[str, object]:
-    """Return the compiler's options for a launch on ``device``."""
-    if device.type == "cpu":
-        return {}
-    target = "hip" if torch.version.hip else "cuda"
-    warp = getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    return options_of(target, warp, threads, wide=wide, bare=bare, lean=lean)
-
-
 def options_of(
-    target: str, warp: int, threads: int, *, wide: bool, bare: bool, lean: bool
+    target: GpuTarget | None,
+    threads: int,
+    *,
+    wide: bool,
+    bare: bool = False,
+    lean: bool = False,
 ) -> dict[str, object]:
     """Return the compiler's options, such that no kernel runs out of registers.
 
     Args:
-        target: ``"cuda"`` or ``"hip"``.
-        warp: Threads that run together.
+        target: None for the interpreter.
         threads: Those that hold a panel.
         wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
         bare: Whether it is an iteration that finds scales from the bare gradient.
-        lean: Whether 128 registers are enough: an iteration as most are, on entries of 2 bytes.
+        lean: Whether 128 registers are enough: most iterations, on entries of 2 bytes.
     """
-    if target == "hip" and bare:
+    if target is None:
+        return {}
+    if target.backend == "hip" and bare:
         threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
-    options: dict[str, object] = {"num_warps": threads // warp, "enable_fp_fusion": True}
-    if target == "cuda":
+    options: dict[str, object] = {"num_warps": threads // target.warp, "enable_fp_fusion": True}
+    if target.backend == "cuda":
         # Two programs of 256 threads, or three of 128, hide each other's waits. Without a limit
         # the compiler would rather spill than take more than 128 registers.
         most = 255
@@ -227,3 +345,52 @@ def options_of(
             most = 128 if threads > FEW_THREADS else 168
         options["maxnreg"] = min(most, REGISTERS // threads)
     return options
+
+
+class FlatScales(Sequence[Scales]):
+    """The scales of many matrices, as views of one tensor that are made when asked for."""
+
+    def __init__(
+        self,
+        flat: Tensor,
+        shapes: Sequence[torch.Size],
+        rows: Sequence[int],
+        cols: Sequence[int],
+    ) -> None:
+        """Take the offsets of the row scales and of the column scales of each matrix."""
+        self._flat, self._shapes, self._rows, self._cols = flat, shapes, rows, cols
+
+    def __len__(self) -> int:
+        """Return the number of matrices, or of batches of them."""
+        return len(self._shapes)
+
+    @overload
+    def __getitem__(self, i: int) -> Scales: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Scales]: ...
+
+    def __getitem__(self, i: int | slice) -> Scales | list[Scales]:
+        """Return views."""
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        *batch, m, n = self._shapes[i]
+        row, col = self._rows[i], self._cols[i]
+        return Scales(self._view(row, (*batch, m, 1)), self._view(col, (*batch, 1, n)))
+
+    def __iter__(self) -> Iterator[Scales]:
+        """Return views of all: four calls of torch, and two for each batch."""
+        sizes, end = [], 0
+        for (*batch, m, n), row, col in zip(self._shapes, self._rows, self._cols, strict=True):
+            sizes += [row - end, prod(batch) * m]
+            end = row + sizes[-1]
+            sizes += [col - end, prod(batch) * n]
+            end = col + sizes[-1]
+        sizes.append(len(self._flat) - end)
+        us = self._flat.view(-1, 1).split_with_sizes(sizes)[1::4]
+        vs = self._flat.view(1, -1).split_with_sizes(sizes, 1)[3::4]
+        for (*batch, m, n), u, v in zip(self._shapes, us, vs, strict=True):
+            yield Scales(u.view(*batch, m, 1), v.view(*batch, 1, n)) if batch else Scales(u, v)
+
+    def _view(self, offset: int, shape: tuple[int, ...]) -> Tensor:
+        return self._flat[offset : offset + prod(shape)].view(shape)

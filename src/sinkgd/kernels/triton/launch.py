@@ -1,8 +1,20 @@
-"""The launches of a call: two an iteration and one more for the scales, one for the update.
+"""Starts kernels: by triton's dispatcher, or past it where a launch is prepared.
 
-Their number does not depend on how many matrices a bucket has. Nothing waits for the device.
+The dispatcher, ``JITFunction.run``, binds the arguments of every launch, finds out what they
+specialize the kernel to, looks up the compiled kernel and calls its launcher. `PreparedLaunches`
+does this once for each `Variant`; later launches call the launcher alone, as the dispatcher does.
+
+How the dispatcher calls a launcher is no public interface: triton 3.2 leaves the constants out,
+later versions pass them. So the dispatcher's source is compared with `_CALLS`. If no entry matches,
+`is_direct` warns once and every launch goes through the dispatcher, as it does where a profiler has
+set a hook.
 """
 
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -11,218 +23,237 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.eager import no_movement
-from sinkgd.kernels.triton.plan import Bucket, Plan
-from sinkgd.kernels.triton.tiles import THREADS
+# The modules that need triton.
+KERNEL_MODULES = (
+    "primitives",
+    "full_iteration",
+    "square_sums",
+    "update",
+    "skinny_matmul",
+)
 
 
-class Scratch(NamedTuple):
-    """What the launches of a call write."""
-
-    scales: tuple[Tensor, Tensor]  # of iterations in turn, float32; the first is returned
-    sums: Tensor  # partial sums of one bucket, float32
-    alive: Tensor  # rows and columns of each matrix whose scale is not zero, int32
-    moved: Tensor | None  # whether a row of each matrix moved, int32, a vector an iteration
-
-    def of(self, iteration: int, num_iters: int) -> Tensor:
-        """Return where the scales of an iteration go; those of the last are returned."""
-        return self.scales[(num_iters - iteration) % 2]
-
-    def flags(self, iteration: int, num_iters: int) -> Tensor:
-        """Return whether rows moved in an iteration."""
-        if self.moved is None:
-            return self.alive  # not read
-        return self.moved[min(max(iteration, 0), num_iters)]
-
-
-def new_scratch(plan: Plan, num_iters: int, tol: float | None, device: torch.device) -> Scratch:
-    """Make room for the scales of ``plan``."""
-    scales = torch.empty(2, plan.scales, dtype=torch.float32, device=device)
-    sums = torch.empty(plan.sums, dtype=torch.float32, device=device)
-    alive = torch.zeros(2 * plan.matrices, dtype=torch.int32, device=device)
-    moved = None
-    if tol is not None:
-        width = -(-plan.matrices // 4) * 4  # pointers to vectors are multiples of 16 bytes
-        moved = torch.zeros(num_iters + 1, width, dtype=torch.int32, device=device)
-        moved[:2] = 1  # the first iteration has nothing to be compared with
-    return Scratch((scales[0], scales[1]), sums, alive, moved)
-
-
-def find_scales(
-    bucket: Bucket,
-    scratch: Scratch,
-    table: Tensor,
-    addresses: tuple[Tensor, Tensor],
-    num_iters: int,
-    tol: float | None,
-) -> None:
-    """Run ``num_iters`` iterations on a bucket.
-
-    Args:
-        bucket: Matrices of one kind.
-        scratch: Where scales and sums go.
-        table: The plan's, on the device.
-        addresses: Of the gradients, and of their first column scales or 0.
-        num_iters: Iterations, at least 1.
-        tol: A matrix whose row scales move by no more than this is left.
-    """
-    kernels = loops()
-    bounds = no_movement(0.0 if tol is None else tol)
-    origins = (kernels.START, kernels.LENGTHS, kernels.LENGTHS)
-    common = {
-        "DTYPE": primitives().DTYPES[bucket.kind.dtypes[0]],
-        "BM": bucket.kind.tile.BM,
-        "BN": bucket.kind.tile.BN,
-        "TOL": scratch.moved is not None,
-        "VECTOR": bucket.kind.vector,
-    }
-    for half in range(2 * num_iters + 1):
-        done, of_cols = divmod(half, 2)
-        old, new = (scratch.of(done + of_cols - i, num_iters) for i in (1, 0))
-        in_memory = bool(of_cols) == bucket.kind.turned  # rows in memory are summed
-        programs = bucket.for_rows if in_memory else bucket.for_cols
-        launch(
-            kernels.half_iteration,
-            programs.rows,
-            *addresses,
-            table[bucket.matrices.begin :],
-            table[programs.begin :],
-            *(old, new, scratch.scales[0], scratch.sums, scratch.alive),
-            *(scratch.flags(i, num_iters) for i in (done - 1, done, done + 1)),
-            *(done, *bounds),
-            AXIS=int(in_memory),
-            ROWS=not of_cols,
-            FROM=origins[half] if half < len(origins) else kernels.SQUARES,
-            SUMS=half < 2 * num_iters,
-            **common,
-            **compile_options(table.device, wide=bucket.kind.vector > 1, first=half < 2),
-        )
-
-
-def update_parameters(
-    bucket: Bucket,
-    table: Tensor,
-    addresses: Tensor,
-    factors: tuple[float | Tensor, float | Tensor],
-    *,
-    rounding: bool,
-) -> None:
-    """Set the parameters of a bucket to ``keep * param + step * row * grad * col``.
-
-    Args:
-        bucket: Matrices of one kind.
-        table: The plan's, on the device.
-        addresses: Rows of `Addresses`, one a parameter.
-        factors: ``keep`` and ``step``; tensors on the device are read there.
-        rounding: Whether bfloat16 is rounded by the keys among the addresses.
-    """
-    dtypes = primitives().DTYPES
-    dtype, grad_dtype = bucket.kind.dtypes
-    launch(
-        step().update,
-        bucket.for_rows.rows,
-        addresses,
-        table[bucket.matrices.begin :],
-        table[bucket.for_rows.begin :],
-        *factors,
-        DTYPE=dtypes[dtype],
-        GRAD_DTYPE=dtypes[grad_dtype],
-        KEEP_IS_STORED=isinstance(factors[0], Tensor),
-        STEP_IS_STORED=isinstance(factors[1], Tensor),
-        BM=bucket.kind.tile.BM,
-        BN=bucket.kind.tile.BN,
-        ROUND=rounding and dtype == torch.bfloat16,
-        VECTOR=bucket.kind.vector,
-        K=bucket.kind.width,
-        DENSE=bucket.kind.is_dense,
-        TF32=multiplies_tf32(table.device),
-        **compile_options(table.device, wide=bucket.kind.vector > 1, product=bucket.kind.width > 0),
-    )
+@cache
+def kernels(module: str) -> ModuleType:
+    """Import one of `KERNEL_MODULES` at its first use: triton takes a while to import."""
+    return import_module(f"sinkgd.kernels.triton.{module}")
 
 
 def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> Any:
-    """Start ``programs`` programs of ``kernel`` by triton's dispatcher; return what is compiled."""
+    """Start ``programs`` programs of ``kernel`` by the dispatcher; return the compiled kernel."""
     return kernel[(programs,)](*arguments, **constants)
 
 
+class GpuTarget(NamedTuple):
+    """What compiler options depend on."""
+
+    backend: str  # "cuda" or "hip"
+    warp: int  # threads that run together
+
+
 @cache
-def compile_options(
-    device: torch.device, *, wide: bool, first: bool = False, product: bool = False
-) -> dict[str, object]:
-    """Return the compiler's options for a launch on ``device``."""
+def target_of(device: torch.device) -> GpuTarget | None:
+    """Return the target of a GPU; None for a CPU, where triton interprets kernels."""
     if device.type == "cpu":
-        return {}
+        return None
     warp = getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    target = "hip" if torch.version.hip else "cuda"
-    return options_of(target, warp, wide=wide, first=first, product=product)
+    return GpuTarget("hip" if torch.version.hip else "cuda", warp)
 
 
-def multiplies_tf32(device: torch.device) -> bool:
-    """Whether products of float32 matrices have to be made of three with 11 bits each."""
-    return not (device.type == "cuda" and torch.version.hip)
+def multiplies_tf32(target: GpuTarget | None) -> bool:
+    """Whether a product of float32 matrices must be made of three products of tf32."""
+    return target is None or target.backend == "cuda"
 
 
-def options_of(
-    target: str, warp: int, *, wide: bool, first: bool, product: bool = False
-) -> dict[str, object]:
-    """Return the compiler's options, such that no kernel runs out of registers.
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current device, to which launches go."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class PreparedLaunch(NamedTuple):
+    """One launch, but for the arguments that change from step to step."""
+
+    kernel: Any
+    programs: int
+    arguments: int  # index of the list of arguments, given by the step, that comes first
+    fixed: tuple[object, ...]  # arguments that follow
+    constants: Mapping[str, object]  # by name, with the compiler's options
+
+
+class PreparedLaunches:
+    """Launches that are prepared once and started, in order, in every step.
+
+    The first launch of a variant goes through the dispatcher, which compiles it. Once all variants
+    are known, nothing is looked up for a launch and its arguments are integers.
+    """
+
+    def __init__(self, launches: Sequence[PreparedLaunch], device: torch.device) -> None:
+        self.launches, self.device = launches, device
+        self._direct: dict[Hashable, list[_DirectLaunch]] = {}
+
+    def start(self, arguments: Sequence[Sequence[object]]) -> None:
+        """Start all launches.
+
+        Args:
+            arguments: The lists of tensors and numbers that launches refer to.
+        """
+        if kernels("primitives").IS_INTERPRETED or not is_direct():
+            for one in self.launches:
+                first = arguments[one.arguments]
+                launch(one.kernel, one.programs, *first, *one.fixed, **one.constants)
+            return
+        key = tuple(argument_class(x, is_general=False) for some in arguments for x in some)
+        direct = self._direct.get(key)
+        if direct is None:
+            self._direct[key] = [self._first(one, arguments) for one in self.launches]
+            return
+        stream = _current_stream()
+        plain = [_without_tensors(some) for some in arguments]
+        for (run, function, metadata, constants), programs, index, fixed in direct:
+            run(
+                programs, 1, 1, stream, function, metadata, None, None, None,
+                *plain[index], *fixed, *constants,
+            )  # fmt: skip
+
+    def _first(self, one: PreparedLaunch, given: Sequence[Sequence[object]]) -> "_DirectLaunch":
+        """Start a launch, and return how to start it again."""
+        arguments = (*given[one.arguments], *one.fixed)
+        own = specialization(one.kernel, arguments)
+        key = id(one.kernel), self.device, tuple(one.constants.items()), own
+        variant = _variants.get(key)
+        if variant is None:
+            compiled = launch(one.kernel, one.programs, *arguments, **one.constants)
+            variant = _variants[key] = _variant_of(one.kernel, compiled, one.constants)
+        else:
+            run, function, metadata, constants = variant
+            run(
+                one.programs, 1, 1, _current_stream(), function, metadata, None, None, None,
+                *_without_tensors(arguments), *constants,
+            )  # fmt: skip
+        return variant, one.programs, one.arguments, one.fixed
+
+
+class Variant(NamedTuple):
+    """A compiled kernel, ready to be launched on one device."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+    constants: tuple[object, ...]  # what the launcher takes after the arguments
+
+
+# A variant, the number of programs, the index of its list of arguments, and the fixed arguments.
+_DirectLaunch = tuple[Variant, int, int, tuple[object, ...]]
+
+_variants: dict[Hashable, Variant] = {}  # by kernel, device, constants and specialization
+
+
+def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, ...]:
+    """Return what a kernel is compiled for, of the arguments before its constants.
+
+    It distinguishes at least what triton distinguishes: types, pointers that are multiples of 16,
+    and integers that need 64 bits or, where a kernel is specialized to them, are 1 or multiples of
+    16.
+    """
+    return tuple(
+        argument_class(argument, is_general=param.do_not_specialize)
+        for argument, param in zip(arguments, kernel.params, strict=False)
+    )
+
+
+def argument_class(argument: object, *, is_general: bool) -> Hashable:
+    """Return what a kernel may be compiled for of one argument.
 
     Args:
-        target: ``"cuda"`` or ``"hip"``.
-        warp: Threads that run together.
-        wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
-        first: Whether it is the first iteration, which finds powers of two beside the sums.
-        product: Whether it is an update that subtracts a product of matrices.
+        argument: A tensor or a number.
+        is_general: Whether triton is told not to look at its value.
     """
-    threads = THREADS // 2 if product else THREADS
-    if target == "hip" and not wide:
-        threads *= 4 if first else 2  # so that scalar registers hold the masks of all loads
-    options: dict[str, object] = {"num_warps": threads // warp, "enable_fp_fusion": True}
-    if target == "cuda" and wide and not first:
-        # Three programs of an update that has a product hide each other's waits, else two.
-        options["maxnreg"] = (
-            168 if product else 128
-        )  # half of a processor's: two programs hide each other's waits
-    return options
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int) and not isinstance(argument, bool):
+        width = argument in _INT32, argument < 1 << 63
+        return width if is_general else (*width, argument == 1, argument % 16 == 0)
+    return type(argument).__name__
+
+
+_INT32 = range(-(1 << 31), 1 << 31)
+
+
+def _without_tensors(arguments: Sequence[object]) -> tuple[object, ...]:
+    """Return arguments with addresses in place of tensors, which the launcher would ask for."""
+    return tuple([x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
+
+
+def _variant_of(kernel: Any, compiled: Any, constants: Mapping[str, object]) -> Variant:
+    """Return a variant of ``kernel``, given what the dispatcher returned and was given by name."""
+    names = [param.name for param in kernel.params if param.is_constexpr]
+    assert names == [param.name for param in kernel.params][-len(names) :], "constants come last"
+    tail = tuple(constants[name] for name in names) if _passes_constants() else ()
+    return Variant(compiled.run, compiled.function, compiled.packed_metadata, tail)
+
+
+def _current_stream() -> int:
+    """Return the handle of the stream on which the dispatcher would launch."""
+    active = _driver().active
+    stream: int = active.get_current_stream(active.get_current_device())
+    return stream
 
 
 @cache
-def primitives() -> ModuleType:
-    """Return what kernels share; it needs triton, which takes a while to import."""
-    return import_module("sinkgd.kernels.triton.primitives")
+def _driver() -> Any:
+    return import_module("triton.runtime").driver
+
+
+def is_direct() -> bool:
+    """Whether launchers are called past the dispatcher; if not, a warning says so once."""
+    return _passes_constants() is not None and not _is_hooked()
+
+
+_LAUNCH = (
+    "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, "
+    "launch_metadata, {0}.launch_enter_hook, {0}.launch_exit_hook, *{1})"
+)
+# How the dispatcher calls the launcher: whether it passes the kernel's constants.
+_CALLS = {
+    _LAUNCH.format("self.CompiledKernel", "non_constexpr_vals"): False,  # triton 3.2
+    _LAUNCH.format("knobs.runtime", "bound_args.values()"): True,  # 3.6 and 3.9 at least
+}
 
 
 @cache
-def loops() -> ModuleType:
-    """Return the kernel of the scales in halves of an iteration."""
-    return import_module("sinkgd.kernels.triton.loops")
+def _passes_constants() -> bool | None:
+    """Whether launchers take a kernel's constants, too; None where that is not known."""
+    jit = import_module("triton.runtime.jit")
+    try:
+        source = inspect.getsource(jit.JITFunction.run)
+    except OSError:  # there is none
+        source = ""
+    source = re.sub(r"\s+", " ", source)
+    found = [passes for call, passes in _CALLS.items() if call in source]
+    if len(found) == 1:
+        return found[0]
+    warnings.warn(
+        f"triton {import_module('triton').__version__} calls its launchers in a way that is not "
+        "known here, so every launch goes through its dispatcher: results are the same, but a step "
+        "takes the host longer. Use triton 3.6 or 3.9, or report the version",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _is_hooked() -> bool:
+    """Whether somebody, such as triton's profiler, listens to launches."""
+    hooks = _hooks()
+    return _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook)
 
 
 @cache
-def step() -> ModuleType:
-    """Return the kernel of the update."""
-    return import_module("sinkgd.kernels.triton.step")
+def _hooks() -> Any:
+    if _passes_constants():
+        return import_module("triton.knobs").runtime
+    return import_module("triton.compiler").CompiledKernel
 
 
-@cache
-def sweep() -> ModuleType:
-    """Return the kernel of an iteration on whole rows."""
-    return import_module("sinkgd.kernels.triton.sweep")
-
-
-@cache
-def finish() -> ModuleType:
-    """Return the kernel of a descent's last launch."""
-    return import_module("sinkgd.kernels.triton.finish")
-
-
-@cache
-def weighted() -> ModuleType:
-    """Return the kernel of the sums of pieces."""
-    return import_module("sinkgd.kernels.triton.weighted")
-
-
-@cache
-def skinny_matmul() -> ModuleType:
-    """Return the kernels of products with a few vectors."""
-    return import_module("sinkgd.kernels.triton.skinny_matmul")
+def _is_set(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))

@@ -1,6 +1,6 @@
-"""What several kernels are made of: places in tables, matrices in memory, powers of two.
+"""What several kernels are made of: fields of tables, matrices in memory, sums, powers of two.
 
-Letters: those of `sinkgd.kernels.triton.fields`.
+Letters: those of `sinkgd.kernels.triton.tables`.
 """
 
 from typing import Any
@@ -9,16 +9,24 @@ import torch
 import triton
 import triton.language as tl
 
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+LARGEST = tl.constexpr(3.4028234663852886e38)
+LOWEST_POWER, _HIGHEST_POWER = tl.constexpr(2.0**-126), tl.constexpr(2.0**126)
+
 
 def field(row: type[Any], name: str) -> tl.constexpr:
-    """Return the place of a field in a row of a table."""
+    """Return the index of a field in a row of a table."""
     return tl.constexpr(row._fields.index(name))
 
 
 @triton.jit
-def row_length(place, VECTOR: tl.constexpr):
+def row_length(pointer, VECTOR: tl.constexpr):
     """Return Q, read from a table: a multiple of ``VECTOR``."""
-    Q = tl.load(place).to(tl.int32)
+    Q = tl.load(pointer).to(tl.int32)
     if VECTOR > 1:
         Q = tl.multiple_of(Q, VECTOR)
     return Q
@@ -32,30 +40,30 @@ def matrix_at(address, offset, ld, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """
     base = tl.load(address).to(tl.pointer_type(DTYPE))
     first = tl.load(offset)
-    apart = tl.load(ld)
+    stride = tl.load(ld)
     if VECTOR > 1:
         base = tl.multiple_of(base, 16)
         first = tl.multiple_of(first, VECTOR)
-        apart = tl.multiple_of(apart, VECTOR)
-    return base + first, apart
+        stride = tl.multiple_of(stride, VECTOR)
+    return base + first, stride
 
 
 @triton.jit
 def load_tile(base, ld, rows, cols, inside):
     """Return a tile in float32; 0 where there is no entry."""
-    lies = base + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
-    return tl.load(lies, mask=inside, other=0.0).to(tl.float32)
+    pointers = base + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def add_up(x, AXIS: tl.constexpr):
+def sum_along(x, AXIS: tl.constexpr):
     """Return the sums along ``AXIS``."""
     return tl.reduce(x, AXIS, tl.standard._sum_combine)
 
 
 @triton.jit
 def power_of_two(peak):
-    """Return the power of two at or below ``peak``, so far that it and its inverse are normal."""
+    """Return the power of two at or below ``peak``, clamped so that its inverse is normal, too."""
     power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.minimum(tl.maximum(power, LOWEST_POWER), _HIGHEST_POWER)
 
@@ -67,8 +75,8 @@ def inverse_power(power):
 
 
 @triton.jit
-def peaks(x, AXIS: tl.constexpr):
-    """Return the power of two below the largest entry, NaN apart, of each line along ``AXIS``.
+def peak_powers(x, AXIS: tl.constexpr):
+    """Return the power of two at or below the largest entry, NaN apart, of lines along ``AXIS``.
 
     A line of NaN alone may have any power.
     """
@@ -79,25 +87,25 @@ def peaks(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def upper_bits(x):
+def round_to_tf32(x):
     """Return numbers rounded to 11 bits, which a tensor core takes as they are, as tf32."""
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def cut_bits(x):
-    """Return the 11 leading bits, as a tensor core takes them; the interpreter takes all others."""
+def truncate_to_tf32(x):
+    """Return the 11 leading bits: what a tensor core reads, where the interpreter reads all."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def product(left, right, TF32: tl.constexpr):
+def dot_float32(left, right, TF32: tl.constexpr):
     """Return the product of two float32 matrices, to 21 bits: of three products of tf32 or one."""
     if TF32:
-        upper, right_upper = upper_bits(left), upper_bits(right)
+        upper, right_upper = round_to_tf32(left), round_to_tf32(right)
         lower, right_lower = left - upper, right - right_upper
         if INTERPRETED:
-            lower, right_lower = cut_bits(lower), cut_bits(right_lower)
+            lower, right_lower = truncate_to_tf32(lower), truncate_to_tf32(right_lower)
         total = tl.dot(upper, right_lower, input_precision="tf32")
         total = tl.dot(lower, right_upper, total, input_precision="tf32")
         return tl.dot(upper, right_upper, total, input_precision="tf32")
@@ -105,12 +113,5 @@ def product(left, right, TF32: tl.constexpr):
         return tl.dot(left, right, input_precision="ieee")
 
 
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-LARGEST = tl.constexpr(3.4028234663852886e38)
-LOWEST_POWER, _HIGHEST_POWER = tl.constexpr(2.0**-126), tl.constexpr(2.0**126)
-IS_INTERPRETED = not isinstance(peaks, triton.JITFunction)
+IS_INTERPRETED = not isinstance(peak_powers, triton.JITFunction)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)

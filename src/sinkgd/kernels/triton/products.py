@@ -1,24 +1,134 @@
-"""Products of updates with a few vectors by the kernels of `skinny_matmul`.
+"""Products of updates X = row * grad * col with a few vectors, by the kernels of `skinny_matmul`.
 
-The vectors of all matrices lie in two tensors, those with an entry for each row of a matrix and
-those with one for each column. A matrix fills whole blocks of 128 rows; zeros follow its own.
+`SkinnyProducts` multiplies all matrices at once, with vectors that lie together; `StackProducts`
+is given and returns one tensor for each stack of gradients.
 
-Letters: those of `sinkgd.kernels.triton.fields`.
+Letters: those of `sinkgd.kernels.triton.tables`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sinkgd.deflation import Packed
-from sinkgd.kernels.backend import Scales, Shared
+from sinkgd.deflation import Packed, StoredProducts
+from sinkgd.kernels.backend import Scales, Shared, Stack
+from sinkgd.kernels.products import eager_products
 from sinkgd.kernels.triton import launch
-from sinkgd.kernels.triton.skinny_plan import BLOCK, ROWS, Bucket, Kind, Plan, padded
+from sinkgd.kernels.triton.launch import GpuTarget, kernels, multiplies_tf32
+from sinkgd.kernels.triton.product_plan import BLOCK, ROWS, Bucket, Kind, Plan, padded_rows
 
 MOST = 32  # vectors of a launch
+
+
+class StackProducts:
+    """Products of the updates of stacks, by kernels where these read the gradients.
+
+    Args:
+        stacks: Of any kind; where the kernels do not read one, its updates are made in memory.
+        readable: Whether the kernels read a stack.
+        start: Makes the products of gradients with their scales.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        readable: Callable[[Stack], bool],
+        start: Callable[[Sequence[Tensor], Sequence[Scales]], "SkinnyProducts"],
+    ) -> None:
+        self._stacks = stacks
+        self._stored: dict[int, StoredProducts] = {}
+        by_device: dict[torch.device, list[int]] = {}
+        for i, stack in enumerate(stacks):
+            if readable(stack):
+                by_device.setdefault(stack.grads[0].device, []).append(i)
+            else:
+                self._stored[i] = eager_products([stack])
+        self._runs: list[tuple[list[int], SkinnyProducts]] = []
+        for own in by_device.values():
+            grads = [grad for i in own for grad in stacks[i].grads]
+            self._runs.append((own, start(grads, [x for i in own for x in stacks[i].scales])))
+
+    def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return X V of each."""
+        return self._one_side(blocks, of_rows=True)
+
+    def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return Xᵀ Y of each."""
+        return self._one_side(blocks, of_rows=False)
+
+    def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return X V and Xᵀ X V of each."""
+        if max(block.shape[-1] for block in blocks) > MOST:
+            rows = self.of_rows(blocks)
+            return rows, self.of_cols(rows)
+        rows_of: dict[int, Tensor] = {}
+        cols_of: dict[int, Tensor] = {}
+        for own, products in self._runs:
+            packed_rows, packed_cols = products.of_both(self._pack(own, products, blocks))
+            rows_of |= self._unpack(own, products, packed_rows, blocks, of_rows=True)
+            cols_of |= self._unpack(own, products, packed_cols, blocks, of_rows=False)
+        for i, stored in self._stored.items():
+            (rows_of[i],), (cols_of[i],) = stored.of_both([blocks[i]])
+        return _in_order(rows_of), _in_order(cols_of)
+
+    def squares(self) -> list[Tensor]:
+        """Return the square of each Frobenius norm."""
+        found = {i: stored.squares()[0] for i, stored in self._stored.items()}
+        for own, products in self._runs:
+            squares = products.numbers_by_tensor(products.squares().flatten())
+            found |= self._by_stack(own, [x[..., None, None] for x in squares])
+        return _in_order(found)
+
+    def _one_side(self, blocks: Sequence[Tensor], *, of_rows: bool) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for own, products in self._runs:
+            most = max(blocks[i].shape[-1] for i in own)
+            results = []
+            for first in range(0, most, MOST):  # more vectors take more launches
+                some = [block[..., first : first + MOST] for block in blocks]
+                vectors = self._pack(own, products, some)
+                packed = products.of_rows(vectors) if of_rows else products.of_cols(vectors)
+                results.append(self._unpack(own, products, packed, some, of_rows=of_rows))
+            found |= {i: torch.cat([result[i] for result in results], dim=-1) for i in own}
+        for i, stored in self._stored.items():
+            one = [blocks[i]]
+            (found[i],) = stored.of_rows(one) if of_rows else stored.of_cols(one)
+        return _in_order(found)
+
+    def _pack(self, own: list[int], products: "SkinnyProducts", blocks: Sequence[Tensor]) -> Tensor:
+        """Put vectors where the kernels read them."""
+        width = max(blocks[i].shape[-1] for i in own)
+        padded: list[Tensor] = []
+        for i in own:
+            length, k = blocks[i].shape[-2:]
+            gaps = (0, width - k, 0, padded_rows(length) - length)
+            padded += nn.functional.pad(blocks[i].double(), gaps).view(len(blocks[i]), -1, width)
+        return torch.cat([padded[i] for i in products.order])
+
+    def _unpack(
+        self,
+        own: list[int],
+        products: "SkinnyProducts",
+        packed: Packed,
+        blocks: Sequence[Tensor],
+        *,
+        of_rows: bool,
+    ) -> dict[int, Tensor]:
+        tensors = products.by_tensor(packed.blocks.flatten(0, 1), of_rows=of_rows)
+        found = self._by_stack(own, tensors)
+        return {i: x[..., : blocks[i].shape[-1]] for i, x in found.items()}
+
+    def _by_stack(self, own: list[int], tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        ends = list(accumulate((len(self._stacks[i].grads) for i in own), initial=0))
+        stacks = [tensors[first:end] for first, end in pairwise(ends)]
+        return {i: torch.stack([*stack]) for i, stack in zip(own, stacks, strict=True)}
+
+
+def _in_order(found: Mapping[int, Tensor]) -> list[Tensor]:
+    return [found[i] for i in range(len(found))]
 
 
 class SkinnyProducts:
@@ -29,7 +139,7 @@ class SkinnyProducts:
         shapes: Theirs.
         on_device: Copies a tensor that does not change to the device, and keeps it.
         addresses: Of each gradient, its row scales and its column scales.
-        kept: What these are the addresses of.
+        kept: The tensors that have these addresses.
         shared: Vectors that gradients share, with an entry for each column, as the plan has them.
     """
 
@@ -43,9 +153,11 @@ class SkinnyProducts:
         shared: Shared | None = None,
     ) -> None:
         self.plan, self.device = plan, addresses.device
+        self._target = launch.target_of(self.device)
         self._shared = None if shared is None else on_device(shared.vectors)
         self._shapes, self._kept = shapes, kept
-        self.order = sorted(range(len(shapes)), key=plan.first.__getitem__)  # of their matrices
+        # Of the tensors, as their matrices lie.
+        self.order = sorted(range(len(shapes)), key=plan.first.__getitem__)
         self._addresses = addresses
         self._matrices = on_device(plan.table)
         ends = [end // BLOCK for end in plan.ends]
@@ -53,9 +165,9 @@ class SkinnyProducts:
         self._counts = tuple(map(on_device, plan.counts))
         self.least, self.entries = on_device(plan.sides).view(2, -1, 1, 1).unbind()
         self._tensors = None if plan.tensors is None else on_device(plan.tensors)
-        self._sizes = self._empty(2 * plan.matrices)
+        self._powers = self._empty(2 * plan.matrices)
         self._squares: Tensor | None = None
-        self._start("balance", plan.matrices, {}, self._sizes)
+        self._start("balance_scales", plan.matrices, {}, self._powers)
 
     def of_rows(self, vectors: Tensor) -> Packed:
         """Return X V of each matrix, of ``(cols, k)`` float64."""
@@ -68,7 +180,7 @@ class SkinnyProducts:
         return self._packed(cols, vectors.shape[-1], of_rows=False)
 
     def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
-        """Return X V and Xᵀ X V of each matrix, with the vectors that they share for None."""
+        """Return X V and Xᵀ X V of each matrix; None means the vectors that they share."""
         shared = vectors is None
         given = self._shared if vectors is None else vectors
         assert given is not None, "there are none"
@@ -79,8 +191,8 @@ class SkinnyProducts:
     def squares(self) -> Tensor:
         """Return the square of each Frobenius norm, ``(matrices, 1, 1)`` float64."""
         if self._squares is None:
-            none = torch.zeros(self.plan.ends[1], 1, dtype=torch.float64, device=self.device)
-            self.of_rows(none)
+            zeros = torch.zeros(self.plan.ends[1], 1, dtype=torch.float64, device=self.device)
+            self.of_rows(zeros)
         assert self._squares is not None
         squares = self._squares.double().view(-1, BLOCK, 1).sum(1, keepdim=True)
         return Packed(squares, self.row_owners, self._counts[0]).sums()
@@ -92,7 +204,7 @@ class SkinnyProducts:
         for i in self.order:
             *batch, m, n = self._shapes[i]
             length, count = m if of_rows else n, prod(batch)
-            whole = count * padded(length)
+            whole = count * padded_rows(length)
             own = whole if batch else length
             sizes += [own, whole - own]
         parts = torch.split(vectors, sizes)[::2]
@@ -101,7 +213,7 @@ class SkinnyProducts:
             *batch, m, n = self._shapes[i]
             length = m if of_rows else n
             found[i] = part.view(*batch, -1, k)[..., :length, :] if batch else part
-        return [found[i] for i in range(len(found))]
+        return _in_order(found)
 
     def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
         """Return those of each gradient ``(..., m, n)``, of ``(matrices,)``: one or ``(...)``."""
@@ -111,16 +223,14 @@ class SkinnyProducts:
             batches = [self._shapes[i][:-2] for i in self.order]
             own = torch.split(numbers, [prod(batch) for batch in batches])
             parts = [part.view(batch) for part, batch in zip(own, batches, strict=True)]
-        found = dict(zip(self.order, parts, strict=True))
-        return [found[i] for i in range(len(found))]
+        return _in_order(dict(zip(self.order, parts, strict=True)))
 
     def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
-        """Return of each gradient, 0-dim, whether those of all its matrices are true."""
+        """Return of each gradient, 0-dim, whether the flags of all its matrices are true."""
         if self._tensors is not None:
             bad = (~flags).double()
             flags = torch.segment_reduce(bad, "sum", lengths=self._tensors, unsafe=True) == 0
-        found = dict(zip(self.order, flags.unbind(), strict=True))
-        return [found[i] for i in range(len(found))]
+        return _in_order(dict(zip(self.order, flags.unbind(), strict=True)))
 
     def _packed(self, vectors: Tensor, k: int, *, of_rows: bool) -> Packed:
         owners = self.row_owners if of_rows else self.col_owners
@@ -130,36 +240,39 @@ class SkinnyProducts:
     def _products(
         self, vectors: Tensor, *, shared: bool = False, rows: bool = False, cols: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Multiply: X by ``vectors`` where ``rows`` are asked for, else Xᵀ; or both in turn."""
+        """Multiply X by ``vectors`` if ``rows`` are asked for, else Xᵀ.
+
+        If both are asked for, Xᵀ is multiplied by the first product.
+        """
         width = vectors.shape[-1]
         K = 16 if width <= 16 else MOST
         results = tuple(
-            self._empty(end, K) if asked else self._sizes
+            self._empty(end, K) if asked else self._powers
             for end, asked in zip(self.plan.ends, (rows, cols), strict=True)
         )
-        folded = {
-            parts: tuple(
-                self._empty(end, parts * K, dtype=_dtype(parts)) if used else self._sizes
+        scaled = {
+            splits: tuple(
+                self._empty(end, splits * K, dtype=_dtype(splits)) if used else self._powers
                 for end, used in zip(self.plan.ends, (cols, rows), strict=True)
             )
-            for parts in {self._parts(bucket.kind) for bucket in self.plan.buckets}
+            for splits in {self._splits(bucket.kind) for bucket in self.plan.buckets}
         }
         squares = rows and self._squares is None
         if squares:
             self._squares = self._empty(self.plan.ends[0])
         for kind, blocks in self._runs(of_rows=not rows):
-            parts = self._parts(kind)
+            splits = self._splits(kind)
             self._start(
-                "fold", len(blocks), {"OF_ROWS": kind.turned == rows, "SHARED": shared, "K": K}
-                | {"PARTS": parts},
+                "scale_vectors", len(blocks),
+                {"OF_ROWS": kind.transposed == rows, "SHARED": shared, "K": K, "SPLITS": splits},
                 self.row_owners if not rows else self.col_owners,
-                self._sizes, vectors, folded[parts][rows], blocks.start, width,
+                self._powers, vectors, scaled[splits][rows], blocks.start, width,
             )  # fmt: skip
         for bucket in self.plan.buckets:
             for of_rows in [True] * rows + [False] * cols:
                 self._multiply(
-                    bucket, results, folded[self._parts(bucket.kind)], K, of_rows=of_rows,
-                    squares=of_rows and squares, fold=of_rows and cols,
+                    bucket, results, scaled[self._splits(bucket.kind)], K, of_rows=of_rows,
+                    squares=of_rows and squares, scale_result=of_rows and cols,
                 )  # fmt: skip
         return results[0], results[1]
 
@@ -167,46 +280,47 @@ class SkinnyProducts:
         self,
         bucket: Bucket,
         results: tuple[Tensor, ...],
-        folded: tuple[Tensor, ...],
+        scaled: tuple[Tensor, ...],
         K: int,
         *,
         of_rows: bool,
         squares: bool,
-        fold: bool,
+        scale_result: bool,
     ) -> None:
+        """Multiply a bucket's X, or Xᵀ, by vectors that were multiplied by their scales."""
         kind, blocks = bucket.kind, bucket.rows if of_rows else bucket.cols
-        along = of_rows != kind.turned
+        transposed = of_rows == kind.transposed
         self._start(
-            "along" if along else "down",
+            "matmul_transposed" if transposed else "matmul",
             len(blocks) * (BLOCK // ROWS),
             {
-                **constants_of(kind, K, self._parts(kind), along=along),
+                **constants_of(kind, K, self._splits(kind), transposed=transposed),
                 "SQUARES": squares,
-                "FOLD": fold,
+                "SCALE_RESULT": scale_result,
             },
             self.row_owners if of_rows else self.col_owners,
-            self._sizes,
-            folded[1 if of_rows else 0],
+            self._powers,
+            scaled[1 if of_rows else 0],
             results[0 if of_rows else 1],
-            folded[0] if fold else self._sizes,
-            self._squares if squares else self._sizes,
+            scaled[0] if scale_result else self._powers,
+            self._squares if squares else self._powers,
             blocks.start,
             1.0,
         )
 
     def _runs(self, *, of_rows: bool) -> list[tuple[Kind, range]]:
-        """Return the blocks of buckets that lie alike and follow each other, as one."""
+        """Return the blocks of adjacent buckets whose vectors are scaled alike, as one."""
         runs: list[tuple[Kind, range]] = []
         for kind, rows, cols in self.plan.buckets:
             blocks = rows if of_rows else cols
-            if runs and _alike(runs[-1][0], kind):
+            if runs and _scaled_alike(runs[-1][0], kind):
                 runs[-1] = kind, range(runs[-1][1].start, blocks.stop)
             else:
                 runs.append((kind, blocks))
         return runs
 
-    def _parts(self, kind: Kind) -> int:
-        return parts_of(kind.dtype, tf32=launch.multiplies_tf32(self.device))
+    def _splits(self, kind: Kind) -> int:
+        return splits_of(kind.dtype, tf32=multiplies_tf32(self._target))
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
@@ -214,77 +328,54 @@ class SkinnyProducts:
     def _start(
         self, name: str, programs: int, constants: Mapping[str, object], *arguments: object
     ) -> None:
-        with on(self.device):
+        with launch.on(self.device):
             launch.launch(
-                getattr(launch.skinny_matmul(), name), programs, self._addresses, self._matrices,
+                getattr(kernels("skinny_matmul"), name), programs, self._addresses, self._matrices,
                 *arguments, **constants,
-                **options(self.device, wide=constants.get("VECTOR") != 1),
+                **options_of(self._target, wide=constants.get("VECTOR") != 1),
             )  # fmt: skip
 
 
-def constants_of(kind: Kind, K: int, parts: int, *, along: bool) -> dict[str, object]:
+def constants_of(kind: Kind, K: int, splits: int, *, transposed: bool) -> dict[str, object]:
     """Return what a product is compiled for, but for what it stores beside the product."""
     wide = kind.vector > 1
     side = 64 if wide and kind.dtype.itemsize == 4 else 32
-    if parts == 3:
+    if splits == 3:
         side = 128 if wide else 64
     return {
-        "DTYPE": launch.primitives().DTYPES[kind.dtype],
+        "DTYPE": kernels("primitives").DTYPES[kind.dtype],
         "K": K,
-        "BN" if along else "BM": side,
-        "PARTS": parts,
+        "BM" if transposed else "BN": side,
+        "SPLITS": splits,
         "VECTOR": kind.vector,
     }
 
 
-def parts_of(dtype: torch.dtype, *, tf32: bool) -> int:
-    """Return how many numbers an entry of a vector is split into, to meet entries of ``dtype``."""
+def splits_of(dtype: torch.dtype, *, tf32: bool) -> int:
+    """Return into how many numbers an entry of a vector is split, for entries of ``dtype``."""
     if dtype == torch.bfloat16:
         return 3
     return 2 if tf32 else 1
 
 
-def _alike(one: Kind, other: Kind) -> bool:
-    return (one.dtype == torch.bfloat16, one.turned) == (
-        other.dtype == torch.bfloat16,
-        other.turned,
-    )
+def _scaled_alike(one: Kind, other: Kind) -> bool:
+    same_splits = (one.dtype == torch.bfloat16) == (other.dtype == torch.bfloat16)
+    return same_splits and one.transposed == other.transposed
 
 
-def _dtype(parts: int) -> torch.dtype:
-    return torch.bfloat16 if parts == 3 else torch.float32
+def _dtype(splits: int) -> torch.dtype:
+    return torch.bfloat16 if splits == 3 else torch.float32
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the one that launches go to."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def options(device: torch.device, *, wide: bool = True) -> dict[str, object]:
-    """Return the compiler's options for a launch on ``device``."""
-    if device.type == "cpu":
-        return {}
-    hip = torch.version.hip is not None
-    warp = getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
-    return options_of("hip" if hip else "cuda", warp, wide=wide)
-
-
-def options_of(target: str, warp: int, *, wide: bool) -> dict[str, object]:
+def options_of(target: GpuTarget | None, *, wide: bool = True) -> dict[str, object]:
     """Return the compiler's options, such that no kernel runs out of registers."""
+    if target is None:
+        return {}
     threads = 128
-    if target == "hip":
+    if target.backend == "hip":
         threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
-    stages = 3 if target == "cuda" else 2
-    options: dict[str, object] = {"num_warps": threads // warp, "num_stages": stages}
-    if target == "cuda" and not wide:
+    stages = 3 if target.backend == "cuda" else 2
+    options: dict[str, object] = {"num_warps": threads // target.warp, "num_stages": stages}
+    if target.backend == "cuda" and not wide:
         options["maxnreg"] = 255  # without a limit the compiler spilled one at 126
     return {**options, "enable_fp_fusion": True}
-
-
-def scales_are_usual(scales: Sequence[Scales], device: torch.device) -> bool:
-    """Whether the kernels read scales as they are."""
-    return all(
-        x.dtype == torch.float32 and x.is_contiguous() and x.device == device
-        for pair in scales
-        for x in pair
-    )

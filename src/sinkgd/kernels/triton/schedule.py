@@ -1,13 +1,15 @@
-"""The schedule of a descent: matrices in buckets, and the table that tells the kernels where.
+"""The schedule of a descent: how matrices are cut into panels of rows, and put into buckets.
 
 A bucket is what one launch works on: matrices of one type and one shape of panel, so few that their
-gradients stay in the cache from the first launch to the update. It takes all its iterations and its
-update before the next one begins. A larger matrix is alone in one. The matrices of one owner are
-written together, so they share a bucket, or the update waits until all scales are found.
+gradients stay in the cache from the first launch to the update. A bucket takes all its iterations
+and its update before the next one begins. A larger matrix is alone in its bucket. The matrices of
+one owner are written together, so they share a bucket, or the update waits until all scales are
+found.
 
 A schedule depends on shapes, strides, types and alignment alone, so steps share it.
 
-Letters: those of `sinkgd.kernels.triton.fields`.
+Letters: those of `sinkgd.kernels.triton.tables`, and
+    A, B: columns of the two adjacent tiles that hold a row; B is 0 where one tile is enough
 """
 
 from collections.abc import Iterable
@@ -17,11 +19,85 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.triton.fields import Block, State
-from sinkgd.kernels.triton.panels import FAN_IN, Panel, panel_of, threads_of, walks
-from sinkgd.kernels.triton.places import Source, TableRows, padded, places_of_scales, vector_of
+from sinkgd.kernels.triton.tables import (
+    DescentMatrix,
+    DescentState,
+    Operand,
+    TableBuilder,
+    padded,
+    scale_offsets,
+    vector_width,
+)
+from sinkgd.kernels.triton.tiles import AREA, PROGRAMS
 
-STATE = len(State._fields)
+LONGEST = 1 << 14  # entries of a row that a program's registers hold
+FEWEST_THREADS, MOST_THREADS = 64, 512
+NARROWEST = 4  # columns of a tile
+# The least number of rows of a program: its partial sums, of 5 bytes a column in the first launch
+# and of 4 in the others, are then an eighth or a tenth of its entries in bfloat16.
+FEWEST_ROWS = 20
+FAN_IN = 8  # programs whose partial sums one of them adds up, and groups of programs again
+# Entries of a panel for each thread. Half as many where loads are narrow, whose addresses take
+# registers, and in panels of few rows, where scales and sums of columns take nearly as many.
+ENTRIES, FEW_ROWS = 64, 4
+
+
+class Panel(NamedTuple):
+    """BM whole rows in memory, in two tiles; by the shape alone, as bits of sums depend on it."""
+
+    BM: int
+    A: int
+    B: int
+
+
+def panel_of(P: int, Q: int) -> Panel:
+    """Return the panel of a matrix whose rows have at most `LONGEST` entries."""
+    A = max(NARROWEST, _next_power_of_two(Q + 1) // 2)
+    B = 0
+    if Q > A:
+        B = max(NARROWEST, A // 16, _next_power_of_two(Q - A))
+    if B >= A:
+        A, B = 2 * A, 0
+    area = AREA if B == 0 and _is_wide(Q) else AREA // 2  # two tiles take more registers
+    BM = _next_power_of_two(area // (A + B) + 1) // 2
+    return Panel(max(1, min(BM, _next_power_of_two(P))), A, B)
+
+
+def threads_of(panel: Panel, Q: int) -> int:
+    """Return how many threads hold a panel."""
+    entries = ENTRIES if _is_wide(Q) and panel.BM >= FEW_ROWS else ENTRIES // 2
+    whole = _next_power_of_two(panel.BM * (panel.A + panel.B))
+    return min(max(FEWEST_THREADS, whole // entries), MOST_THREADS)
+
+
+def half_panel(panel: Panel, threads: int) -> tuple[Panel, int]:
+    """Return half a panel, if it has rows enough, and half its threads; each has more registers."""
+    if threads <= FEWEST_THREADS:
+        return panel, threads
+    return panel._replace(BM=max(1, panel.BM // 2)), threads // 2
+
+
+def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
+    """Divide the rows of a matrix among programs: rows of `RowProgram`.
+
+    A program has so many rows that its partial sums are a small part of its entries. A large matrix
+    has programs enough for a whole GPU, a small one shares the GPU with others.
+    """
+    rows = -(-max(FEWEST_ROWS, P // PROGRAMS) // panel.BM) * panel.BM
+    first = torch.arange(0, P, rows, dtype=torch.int64, device="cpu")
+    number = torch.arange(len(first), dtype=torch.int64, device="cpu")
+    end = (first + rows).clamp(max=P)
+    return torch.stack([torch.full_like(first, matrix), number, first, end], dim=1)
+
+
+def _is_wide(Q: int) -> bool:
+    """Whether loads of 16 bytes may divide a row; addresses of narrow ones fill registers."""
+    return Q % 8 == 0
+
+
+def _next_power_of_two(x: int) -> int:
+    """Return the least power of two that is not below ``x``."""
+    return 1 << max(0, x - 1).bit_length()
 
 
 class Kind(NamedTuple):
@@ -31,18 +107,18 @@ class Kind(NamedTuple):
     param_dtype: torch.dtype
     panel: Panel
     threads: int
-    turned: bool
+    transposed: bool
     vector: int  # entries in 16 bytes where loads of the gradient are that wide, else 1
-    param_vector: int  # the same of the narrower type, where those of the parameter are as well
+    param_vector: int  # the same of the narrower type, where those of the parameter are wide, too
 
 
 class Bucket(NamedTuple):
-    """What one launch works on; places are rows of 8 bytes in the table."""
+    """What one launch works on; offsets count entries of the table."""
 
     kind: Kind
-    blocks: int  # where its blocks begin
-    walks: int  # where its programs begin
-    programs: int
+    matrices: int  # offset of its matrices
+    programs: int  # offset of its programs
+    program_count: int
     waits: bool  # whether its update waits for the scales of other buckets
 
 
@@ -51,12 +127,12 @@ class Schedule(NamedTuple):
 
     buckets: tuple[Bucket, ...]
     table: Tensor  # int64, on the host
-    rows: tuple[int, ...]  # of each tensor, where its row scales begin among all scales
+    rows: tuple[int, ...]  # of each tensor, the offset of its row scales among all scales
     cols: tuple[int, ...]
-    scales: int  # entries of all of them
-    partial: int  # entries of the partial sums of one bucket
-    numbers: int  # int32: states, flags and counters
-    bad: tuple[int, int]  # where the owners' flags begin and end among them
+    scales: int  # entries of all scales
+    partial_sums: int  # entries of the partial sums of one bucket
+    counters: int  # int32: states, flags and numbers of arrivals
+    nonfinite: tuple[int, int]  # where the owners' flags begin and end among the counters
 
 
 class _Found(NamedTuple):
@@ -65,78 +141,100 @@ class _Found(NamedTuple):
     kind: Kind
     owner: int
     size: int  # bytes
-    block: Block
+    matrix: DescentMatrix
 
 
 @lru_cache(maxsize=64)
 def schedule_of(
-    grads: tuple[Source, ...],
-    params: tuple[Source, ...],
+    grads: tuple[Operand, ...],
+    params: tuple[Operand, ...],
     shapes: tuple[torch.Size, ...],
     owners: tuple[int, ...],
-    room: int,
+    bucket_bytes: int,
 ) -> Schedule:
-    """Schedule a descent, in buckets of ``room`` bytes of gradients.
+    """Schedule a descent, in buckets of ``bucket_bytes`` of gradients.
 
     Args:
-        grads: Gradients whose rows in memory a panel holds.
-        params: The parameters that lie beside them, or the gradients once more.
+        grads: Gradients whose rows in memory fit in a panel.
+        params: Their parameters, in the same layout, or the gradients once more.
         shapes: Of the gradients.
         owners: The owner of each gradient, from 0 in order.
-        room: Bytes of gradients in a bucket.
+        bucket_bytes: Bytes of gradients in a bucket.
     """
-    rows, cols, entries = places_of_scales(shapes)
-    number = sum(len(source.layout.offsets) for source in grads)
-    bad = number * STATE
-    end = bad + (owners[-1] + 1 if owners else 0)
-    found: list[_Found] = []
-    for tensor, (grad, param, shape) in enumerate(zip(grads, params, shapes, strict=True)):
-        P, Q, ld, turned, offsets = grad.layout
-        u, v = (cols[tensor], rows[tensor]) if turned else (rows[tensor], cols[tensor])
-        places = (1, shape[-1]) if turned else (shape[-1], 1)
-        for i, (at, to) in enumerate(zip(offsets, param.layout.offsets, strict=True)):
-            widths = 16 // grad.dtype.itemsize, 16 // min(grad.dtype.itemsize, param.dtype.itemsize)
-            alone, both = (
-                vector_of(widths[0], (grad, at)),
-                vector_of(widths[1], (grad, at), (param, to)),
-            )
-            panel = panel_of(P, Q)
-            kind = Kind(grad.dtype, param.dtype, panel, threads_of(panel, Q), turned, alone, both)
-            owner = owners[tensor]
-            block = Block(
-                tensor, at, P, Q, ld, u + i * P, v + i * Q, i * shape[-1],
-                len(found) * STATE, bad + owner, to, param.layout.ld, i * P * Q, *places,
-            )  # fmt: skip
-            found.append(_Found(kind, owner, P * Q * grad.dtype.itemsize, block))
-    table = TableRows()
-    filled = fill(found, room)
+    rows, cols, entries = scale_offsets(shapes)
+    flags = len(DescentState._fields) * sum(len(grad.layout.offsets) for grad in grads)
+    end = flags_end = flags + (owners[-1] + 1 if owners else 0)
+    found = _find(grads, params, shapes, owners, (rows, cols), flags)
+    filled = _fill(found, bucket_bytes)
     homes: dict[int, set[int]] = {}
-    for i, some in enumerate(filled):
-        for one in some:
+    for i, members in enumerate(filled):
+        for one in members:
             homes.setdefault(one.owner, set()).add(i)
-    buckets, partial = [], 0
-    for some in filled:
-        blocks, programs, parts = [], [], 0
-        for i, one in enumerate(some):
-            P, Q = one.block.P, one.block.Q
-            programs.append(walks(i, P, one.kind.panel))
+    table = TableBuilder()
+    buckets, partial_sums = [], 0
+    for members in filled:
+        matrices, programs, sums = [], [], 0
+        for i, one in enumerate(members):
+            P, Q = one.matrix.P, one.matrix.Q
+            programs.append(row_programs(i, P, one.kind.panel))
             count = len(programs[-1])
-            blocks.append(one.block._replace(parts=parts, counters=end, programs=count))
-            parts += padded(count * padded(Q)) + padded(-(-count * padded(Q) // 4))
+            matrices.append(one.matrix._replace(partial_sums=sums, arrivals=end, programs=count))
+            sums += padded(count * padded(Q)) + padded(-(-count * padded(Q) // 4))
             end += _groups(count)
-        partial = max(partial, parts)
-        here = table.size
-        table.add(torch.tensor(blocks, dtype=torch.int64, device="cpu"))
-        there = table.add(*programs)
-        waits = any(len(homes[one.owner]) > 1 for one in some)
-        buckets.append(Bucket(some[0].kind, here, there.begin, there.rows, waits))
+        partial_sums = max(partial_sums, sums)
+        for_matrices = table.add(torch.tensor(matrices, dtype=torch.int64, device="cpu"))
+        for_programs = table.add(*programs)
+        waits = any(len(homes[one.owner]) > 1 for one in members)
+        kind = members[0].kind
+        buckets.append(
+            Bucket(kind, for_matrices.offset, for_programs.offset, for_programs.rows, waits)
+        )
     return Schedule(
-        tuple(buckets), table.joined(), rows, cols, entries, partial, end,
-        (bad, bad + (owners[-1] + 1 if owners else 0)),
-    )  # fmt: skip
+        tuple(buckets), table.build(), rows, cols, entries, partial_sums, end, (flags, flags_end)
+    )
 
 
-def fill(found: Iterable[_Found], room: int) -> list[list[_Found]]:
+def _find(
+    grads: tuple[Operand, ...],
+    params: tuple[Operand, ...],
+    shapes: tuple[torch.Size, ...],
+    owners: tuple[int, ...],
+    scales: tuple[tuple[int, ...], tuple[int, ...]],
+    flags: int,
+) -> list[_Found]:
+    """List all matrices.
+
+    Args:
+        grads: As for `schedule_of`.
+        params: As for `schedule_of`.
+        shapes: As for `schedule_of`.
+        owners: As for `schedule_of`.
+        scales: Offsets of the row scales and of the column scales of each tensor.
+        flags: Offset of the owners' flags.
+    """
+    found: list[_Found] = []
+    rows, cols = scales
+    for tensor, (grad, param, shape) in enumerate(zip(grads, params, shapes, strict=True)):
+        P, Q, ld, transposed, offsets = grad.layout
+        u, v = (cols[tensor], rows[tensor]) if transposed else (rows[tensor], cols[tensor])
+        entry_steps = (1, shape[-1]) if transposed else (shape[-1], 1)
+        panel = panel_of(P, Q)
+        itemsizes = grad.dtype.itemsize, param.dtype.itemsize
+        for i, (at, to) in enumerate(zip(offsets, param.layout.offsets, strict=True)):
+            vector = vector_width(16 // itemsizes[0], (grad, at))
+            param_vector = vector_width(16 // min(itemsizes), (grad, at), (param, to))
+            threads = threads_of(panel, Q)
+            kind = Kind(grad.dtype, param.dtype, panel, threads, transposed, vector, param_vector)
+            matrix = DescentMatrix(
+                tensor, at, P, Q, ld, u + i * P, v + i * Q, i * shape[-1],
+                len(found) * len(DescentState._fields), flags + owners[tensor],
+                to, param.layout.ld, i * P * Q, *entry_steps,
+            )  # fmt: skip
+            found.append(_Found(kind, owners[tensor], P * Q * itemsizes[0], matrix))
+    return found
+
+
+def _fill(found: Iterable[_Found], bucket_bytes: int) -> list[list[_Found]]:
     """Put matrices of one kind together, and those of one owner as far as they fit, in order."""
     units: dict[tuple[Kind, int], list[_Found]] = {}
     for one in found:
@@ -144,11 +242,11 @@ def fill(found: Iterable[_Found], room: int) -> list[list[_Found]]:
     buckets: list[list[_Found]] = []
     open_: dict[Kind, tuple[list[_Found], int]] = {}
     for (kind, _), unit in units.items():
-        whole = sum(one.size for one in unit) <= room
+        whole = sum(one.size for one in unit) <= bucket_bytes
         for some in [unit] if whole else [[one] for one in unit]:
             size = sum(one.size for one in some)
             bucket, full = open_.get(kind, ([], 0))
-            if not bucket or full + size > room:
+            if not bucket or full + size > bucket_bytes:
                 bucket, full = [], 0
                 buckets.append(bucket)
             bucket.extend(some)
@@ -157,7 +255,7 @@ def fill(found: Iterable[_Found], room: int) -> list[list[_Found]]:
 
 
 def _groups(programs: int) -> int:
-    """Return how many groups of `FAN_IN` arrive, on all levels."""
+    """Return how many groups of `FAN_IN` there are, on all levels."""
     groups = 0
     while True:
         programs = -(-programs // FAN_IN)

@@ -1,69 +1,71 @@
-"""The kernels of products of an update X = u * G * v with k vectors, on G as it lies in memory.
+"""The kernels of products of an update X = u * G * v with k vectors, for any layout of G.
 
-Letters: those of `sinkgd.kernels.triton.fields`, and
+Letters: those of `sinkgd.kernels.triton.tables`, and
     g: a tile of the gradient
     tall, wide: vectors with an entry for each row in memory, and for each column
-    along, down: the products X @ wide, and X.T @ tall
     K: vectors of a launch, 16 or 32
 
-A program owns 64 rows of a product and adds up all their terms, so no sum depends on the order of
-programs, and none is shared. The scales of the other side are folded into the vectors beforehand,
-and those of this side into the result. Vectors that meet a bfloat16 gradient are split into three
-bfloat16 numbers, 24 bits together; others stay float32, and the product is one of float32.
+`matmul` finds X @ wide, and `matmul_transposed` X.T @ tall. A program owns 64 rows of a product and
+adds up all their terms, so no sum is shared or depends on the order of programs. The vectors are
+multiplied by the scales of one side before, and the product by those of the other side after.
+Vectors for a bfloat16 gradient are split into three bfloat16 numbers, 24 bits together; others stay
+float32, and so does the product.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from sinkgd.kernels.triton.primitives import (
     INTERPRETED,
-    add_up,
-    cut_bits,
     field,
     matrix_at,
-    peaks,
+    peak_powers,
     power_of_two,
+    round_to_tf32,
     row_length,
-    upper_bits,
+    sum_along,
+    truncate_to_tf32,
 )
+from sinkgd.kernels.triton.product_plan import BLOCK, ROWS
+from sinkgd.kernels.triton.tables import ProductMatrix
 
-BLOCK = 128  # rows of vectors: those of a matrix fill whole blocks
-ROWS = 64  # of a program's product
-
-
-class Skinny(NamedTuple):
-    """A gradient's matrix. Places count elements, and those of vectors count vectors' entries."""
-
-    grad: int  # where its address lies among all addresses
-    offset: int  # from the tensor's first entry to the matrix's
-    P: int
-    Q: int
-    ld: int
-    u: int  # where the address of its P scales lies
-    v: int
-    u_offset: int  # from there to its first scale
-    v_offset: int
-    tall: int  # its first entry in vectors with an entry for each row in memory
-    wide: int
-    u_size: int  # where the power of two that brings u to the size of v lies
-    v_size: int
-    tall_given: int  # its first entry in vectors that matrices share
-    wide_given: int
-
-
-_MATRIX = tl.constexpr(len(Skinny._fields))
-_GRAD, _OFFSET = field(Skinny, "grad"), field(Skinny, "offset")
-_P, _Q, _LD = field(Skinny, "P"), field(Skinny, "Q"), field(Skinny, "ld")
-_U, _U_OFFSET, _U_SIZE = field(Skinny, "u"), field(Skinny, "u_offset"), field(Skinny, "u_size")
-_V, _V_OFFSET, _V_SIZE = field(Skinny, "v"), field(Skinny, "v_offset"), field(Skinny, "v_size")
-_TALL, _TALL_GIVEN = field(Skinny, "tall"), field(Skinny, "tall_given")
-_WIDE, _WIDE_GIVEN = field(Skinny, "wide"), field(Skinny, "wide_given")
+_MATRIX = tl.constexpr(len(ProductMatrix._fields))
+_TENSOR, _OFFSET = field(ProductMatrix, "tensor"), field(ProductMatrix, "offset")
+_P, _Q, _LD = field(ProductMatrix, "P"), field(ProductMatrix, "Q"), field(ProductMatrix, "ld")
+_U, _U_OFFSET, _U_POWER = (
+    field(ProductMatrix, "u"),
+    field(ProductMatrix, "u_offset"),
+    field(ProductMatrix, "u_power"),
+)
+_V, _V_OFFSET, _V_POWER = (
+    field(ProductMatrix, "v"),
+    field(ProductMatrix, "v_offset"),
+    field(ProductMatrix, "v_power"),
+)
+_TALL, _TALL_SHARED = field(ProductMatrix, "tall"), field(ProductMatrix, "tall_shared")
+_WIDE, _WIDE_SHARED = field(ProductMatrix, "wide"), field(ProductMatrix, "wide_shared")
 
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
 _CHUNK = tl.constexpr(1024)
-_APART = tl.constexpr(16)  # rows in memory from one that a thread holds to its next
+_ROW_STEP = tl.constexpr(16)  # rows in memory from one that a thread holds to the next
+
+
+@triton.jit
+def balance_scales(
+    addresses,
+    matrices,
+    powers,  # float32
+):
+    """Find the powers of two that bring the scales of both sides of a matrix to the same size.
+
+    Then neither vectors nor their products with bare entries of the gradient overflow.
+    """
+    matrix = matrices + tl.program_id(0) * _MATRIX
+    u, P = _scales(addresses, matrix, _U, _U_OFFSET), tl.load(matrix + _P).to(tl.int32)
+    v, Q = _scales(addresses, matrix, _V, _V_OFFSET), tl.load(matrix + _Q).to(tl.int32)
+    shift = (_exponent(v, Q) - _exponent(u, P)) >> 1
+    tl.store(powers + tl.load(matrix + _U_POWER), _power(shift))
+    tl.store(powers + tl.load(matrix + _V_POWER), _power(-shift))
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def _exponent(scales, count):
     power = power_of_two(tl.full((), 0.0, tl.float32))
     for first in range(0, count, _CHUNK):
         at = first + tl.arange(0, _CHUNK)
-        power = tl.maximum(power, peaks(tl.load(scales + at, mask=at < count, other=0.0), 0))
+        power = tl.maximum(power, peak_powers(tl.load(scales + at, mask=at < count, other=0.0), 0))
     return (power.to(tl.int32, bitcast=True) >> 23) - 127
 
 
@@ -81,85 +83,36 @@ def _power(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def balance(
-    addresses,
-    matrices,
-    sizes,  # float32
-):
-    """Find the powers of two that give the scales of both sides of a matrix the same size.
-
-    Neither vectors nor products with bare entries of the gradient leave the range then.
-    """
-    matrix = matrices + tl.program_id(0) * _MATRIX
-    u, P = _scales(addresses, matrix, _U, _U_OFFSET), tl.load(matrix + _P).to(tl.int32)
-    v, Q = _scales(addresses, matrix, _V, _V_OFFSET), tl.load(matrix + _Q).to(tl.int32)
-    shift = (_exponent(v, Q) - _exponent(u, P)) >> 1
-    tl.store(sizes + tl.load(matrix + _U_SIZE), _power(shift))
-    tl.store(sizes + tl.load(matrix + _V_SIZE), _power(-shift))
-
-
-@triton.jit
-def _scales(addresses, matrix, FIELD: tl.constexpr, OFFSET: tl.constexpr):
-    """Return the address of a matrix's scales of one side."""
-    scales = tl.load(addresses + tl.load(matrix + FIELD)).to(tl.pointer_type(tl.float32))
-    return scales + tl.load(matrix + OFFSET)
-
-
-@triton.jit
-def _store(vectors, at, x, PARTS: tl.constexpr, K: tl.constexpr):
-    tl.store(vectors + at.to(tl.int64)[:, None] * (PARTS * K) + tl.arange(0, K)[None, :], x)
-
-
-@triton.jit
-def _fold(x, scales, folded, at, K: tl.constexpr, PARTS: tl.constexpr):
-    """Store vectors times their rows' scales, the parts of a row one after the other."""
-    x = x * scales[:, None]
-    if PARTS == 3:
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        _store(folded, at, high, PARTS, K)
-        _store(folded + K, at, middle, PARTS, K)
-        _store(folded + 2 * K, at, (rest - middle.to(tl.float32)).to(tl.bfloat16), PARTS, K)
-    elif PARTS == 2:
-        high = upper_bits(x)
-        _store(folded, at, high, PARTS, K)
-        _store(folded + K, at, upper_bits(x - high), PARTS, K)
-    else:
-        _store(folded, at, x, PARTS, K)
-
-
 @triton.jit(do_not_specialize=["first", "width"])
-def fold(
+def scale_vectors(
     addresses,
     matrices,
     owners,  # the matrix of each block of vectors
-    sizes,
+    powers,
     given,  # float64, ``width`` entries a row
-    folded,
+    scaled,  # receives them
     first,  # block
     width,
-    OF_ROWS: tl.constexpr,  # whether they have an entry for each row in memory
-    SHARED: tl.constexpr,  # whether matrices share the vectors that are given
+    OF_ROWS: tl.constexpr,  # whether vectors have an entry for each row in memory
+    SHARED: tl.constexpr,  # whether matrices share the given vectors
     K: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Fold a block of vectors with their scales. What is beyond the matrix becomes zero."""
+    """Multiply a block of vectors by their scales; zeros follow beyond the matrix."""
     block = first + tl.program_id(0)
     matrix = matrices + tl.load(owners + block) * _MATRIX
     if OF_ROWS:
         begin, count = tl.load(matrix + _TALL), tl.load(matrix + _P).to(tl.int32)
-        scales, size = _scales(addresses, matrix, _U, _U_OFFSET), tl.load(matrix + _U_SIZE)
-        shared = tl.load(matrix + _TALL_GIVEN)
+        scales, size = _scales(addresses, matrix, _U, _U_OFFSET), tl.load(matrix + _U_POWER)
+        shared = tl.load(matrix + _TALL_SHARED)
     else:
         begin, count = tl.load(matrix + _WIDE), tl.load(matrix + _Q).to(tl.int32)
-        scales, size = _scales(addresses, matrix, _V, _V_OFFSET), tl.load(matrix + _V_SIZE)
-        shared = tl.load(matrix + _WIDE_GIVEN)
+        scales, size = _scales(addresses, matrix, _V, _V_OFFSET), tl.load(matrix + _V_POWER)
+        shared = tl.load(matrix + _WIDE_SHARED)
     at = block.to(tl.int64) * _BLOCK - begin + tl.arange(0, _BLOCK)
     cols = tl.arange(0, K)
     inside = at < count
-    scale = tl.load(scales + at, mask=inside, other=0.0) * tl.load(sizes + size)
+    scale = tl.load(scales + at, mask=inside, other=0.0) * tl.load(powers + size)
     if SHARED:
         source = shared + at
     else:
@@ -169,166 +122,207 @@ def fold(
         mask=inside[:, None] & (cols < width)[None, :],
         other=0.0,
     )
-    _fold(x.to(tl.float32), scale, folded, begin + at, K, PARTS)
-
-
-@triton.jit
-def _load(folded, at, PARTS: tl.constexpr, K: tl.constexpr):
-    return tl.load(folded + at[:, None] * (PARTS * K) + tl.arange(0, K)[None, :])
-
-
-@triton.jit
-def _dot(g, folded, at, K: tl.constexpr, PARTS: tl.constexpr, DOWN: tl.constexpr):
-    """Return ``g`` or its transpose times vectors, the smallest parts first."""
-    high = _load(folded, at, PARTS, K)
-    if PARTS == 3:
-        low, middle = _load(folded + 2 * K, at, PARTS, K), _load(folded + K, at, PARTS, K)
-        if INTERPRETED:  # it would multiply the bits as whole numbers
-            g, low = g.to(tl.float32), low.to(tl.float32)
-            middle, high = middle.to(tl.float32), high.to(tl.float32)
-        if DOWN:
-            g = g.T
-        total = tl.dot(g, high, tl.dot(g, middle, tl.dot(g, low)))
-    else:
-        x = g.to(tl.float32)
-        if PARTS == 2:
-            low = _load(folded + K, at, PARTS, K)
-            x = upper_bits(x)
-            if DOWN:  # a tensor core takes the transpose of narrower numbers alone
-                total = tl.dot(low.T, x, input_precision="tf32")
-            else:
-                total = tl.dot(x, low, input_precision="tf32")
-            if g.dtype == tl.float32:
-                rest = g - x
-                if INTERPRETED:
-                    rest = cut_bits(rest)
-                if DOWN:
-                    total = tl.dot(high.T, rest, total, input_precision="tf32")
-                else:
-                    total = tl.dot(rest, high, total, input_precision="tf32")
-            if DOWN:
-                total = tl.dot(high.T, x, total, input_precision="tf32")
-            else:
-                total = tl.dot(x, high, total, input_precision="tf32")
-        else:
-            if DOWN:
-                total = tl.dot(high.T, x, input_precision="ieee")
-            else:
-                total = tl.dot(x, high, input_precision="ieee")
-    return total
+    _store_scaled(x.to(tl.float32), scale, scaled, begin + at, K, SPLITS)
 
 
 @triton.jit(do_not_specialize=["first", "one"])
-def along(
+def matmul(
     addresses,
     matrices,
     owners,  # the matrix of each block of tall vectors
-    sizes,
-    folded,  # wide vectors
+    powers,
+    scaled,  # wide vectors times their scales
     result,  # float32, K entries a row
-    folded_result,
-    squares,  # float32, of the rows of X
+    scaled_result,
+    squares,  # float32, the sum for each row of X
     first,  # block
     one,
     DTYPE: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
-    PARTS: tl.constexpr,  # 3 of a bfloat16 gradient; 2 where products are of tf32, else 1
+    SPLITS: tl.constexpr,  # 3 for a bfloat16 gradient; 2 where products are of tf32, else 1
     SQUARES: tl.constexpr,
-    FOLD: tl.constexpr,  # whether the result is folded for the other product
+    SCALE_RESULT: tl.constexpr,  # whether it becomes the vectors of the other product
     VECTOR: tl.constexpr,
 ):
     """Find X @ wide of a block of rows in memory."""
-    row = first.to(tl.int64) * _BLOCK + tl.program_id(0) * _ROWS
-    matrix = matrices + tl.load(owners + row // _BLOCK) * _MATRIX
-    tall = tl.multiple_of(tl.load(matrix + _TALL), _BLOCK)
-    wide = tl.multiple_of(tl.load(matrix + _WIDE), _BLOCK)
-    P, Q = tl.load(matrix + _P).to(tl.int32), row_length(matrix + _Q, VECTOR)
-    address = addresses + tl.load(matrix + _GRAD)
-    grad, ld = matrix_at(address, matrix + _OFFSET, matrix + _LD, DTYPE, VECTOR)
+    row, matrix, tall, wide, P, Q, grad, ld = _program(
+        addresses, matrices, owners, first, DTYPE, VECTOR
+    )
     rows = (row - tall).to(tl.int32) + tl.arange(0, _ROWS)
     u = tl.load(_scales(addresses, matrix, _U, _U_OFFSET) + rows, mask=rows < P, other=0.0)
-    u = u * tl.load(sizes + tl.load(matrix + _U_SIZE))
+    u = u * tl.load(powers + tl.load(matrix + _U_POWER))
     v = _scales(addresses, matrix, _V, _V_OFFSET)
-    v_size = tl.load(sizes + tl.load(matrix + _V_SIZE))
+    v_power = tl.load(powers + tl.load(matrix + _V_POWER))
     total = tl.full((_ROWS, K), 0.0, tl.float32)
     square = tl.full((_ROWS, BN // VECTOR), 0.0, tl.float32)  # a thread's own, of each load
-    folded += wide * (PARTS * K)
+    scaled += wide * (SPLITS * K)
     lines = grad + (rows.to(tl.int64) * ld)[:, None]
     for start in range(0, Q, BN):
         cols = start + tl.arange(0, BN)
         inside = cols < Q
         g = tl.load(lines + cols[None, :], mask=(rows < P)[:, None] & inside[None, :], other=0.0)
-        # Times one, or the compiler would have a tensor core add to the total, and that cuts bits.
-        total += _dot(g, folded, cols, K, PARTS, False) * one
+        # Times one: else the compiler lets a tensor core add to the total, which truncates bits.
+        total += _dot(g, scaled, cols, K, SPLITS, False) * one
         if SQUARES:
             y = (g.to(tl.float32) * u[:, None]) * (
-                tl.load(v + cols, mask=inside, other=0.0) * v_size
+                tl.load(v + cols, mask=inside, other=0.0) * v_power
             )[None, :]
-            square += add_up(tl.reshape(y * y, (_ROWS, BN // VECTOR, VECTOR)), 2)
+            square += sum_along(tl.reshape(y * y, (_ROWS, BN // VECTOR, VECTOR)), 2)
     total = total * u[:, None]
     _store(result, tall + rows, total, 1, K)
     if SQUARES:
-        tl.store(squares + tall + rows, add_up(square, 1))
-    if FOLD:
-        _fold(total, u, folded_result, tall + rows, K, PARTS)
+        tl.store(squares + tall + rows, sum_along(square, 1))
+    if SCALE_RESULT:
+        _store_scaled(total, u, scaled_result, tall + rows, K, SPLITS)
 
 
 @triton.jit(do_not_specialize=["first", "one"])
-def down(
+def matmul_transposed(
     addresses,
     matrices,
     owners,  # the matrix of each block of wide vectors
-    sizes,
-    folded,  # tall vectors
+    powers,
+    scaled,  # tall vectors times their scales
     result,
-    folded_result,
-    squares,  # of the columns in memory of X
+    scaled_result,
+    squares,  # the sum for each column in memory of X
     first,
     one,
     DTYPE: tl.constexpr,
     K: tl.constexpr,
     BM: tl.constexpr,
-    PARTS: tl.constexpr,  # 3 of a bfloat16 gradient; 2 where products are of tf32, else 1
+    SPLITS: tl.constexpr,  # 3 for a bfloat16 gradient; 2 where products are of tf32, else 1
     SQUARES: tl.constexpr,
-    FOLD: tl.constexpr,
+    SCALE_RESULT: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Find X.T @ tall of a block of columns in memory."""
-    row = first.to(tl.int64) * _BLOCK + tl.program_id(0) * _ROWS
-    matrix = matrices + tl.load(owners + row // _BLOCK) * _MATRIX
-    tall = tl.multiple_of(tl.load(matrix + _TALL), _BLOCK)
-    wide = tl.multiple_of(tl.load(matrix + _WIDE), _BLOCK)
-    P, Q = tl.load(matrix + _P).to(tl.int32), row_length(matrix + _Q, VECTOR)
-    address = addresses + tl.load(matrix + _GRAD)
-    grad, ld = matrix_at(address, matrix + _OFFSET, matrix + _LD, DTYPE, VECTOR)
+    row, matrix, tall, wide, P, Q, grad, ld = _program(
+        addresses, matrices, owners, first, DTYPE, VECTOR
+    )
     cols = tl.multiple_of((row - wide).to(tl.int32), _ROWS) + tl.arange(0, _ROWS)
     v = tl.load(_scales(addresses, matrix, _V, _V_OFFSET) + cols, mask=cols < Q, other=0.0)
-    v = v * tl.load(sizes + tl.load(matrix + _V_SIZE))
+    v = v * tl.load(powers + tl.load(matrix + _V_POWER))
     u = _scales(addresses, matrix, _U, _U_OFFSET)
-    u_size = tl.load(sizes + tl.load(matrix + _U_SIZE))
-    if PARTS == 3:
+    u_power = tl.load(powers + tl.load(matrix + _U_POWER))
+    if SPLITS == 3:
         total = tl.full((_ROWS, K), 0.0, tl.float32)
     else:
         total = tl.full((K, _ROWS), 0.0, tl.float32)
-    square = tl.full((_APART, _ROWS), 0.0, tl.float32)
-    folded += tall * (PARTS * K)
+    square = tl.full((_ROW_STEP, _ROWS), 0.0, tl.float32)
+    scaled += tall * (SPLITS * K)
     lines = grad + cols[None, :] + (tl.arange(0, BM).to(tl.int64) * ld)[:, None]
     for line in range(0, P, BM):
         rows = line + tl.arange(0, BM)
         inside = rows < P
         g = tl.load(lines, mask=inside[:, None] & (cols < Q)[None, :], other=0.0)
         lines += BM * ld
-        total += _dot(g, folded, rows, K, PARTS, True) * one
+        total += _dot(g, scaled, rows, K, SPLITS, True) * one
         if SQUARES:
-            y = g.to(tl.float32) * (tl.load(u + rows, mask=inside, other=0.0) * u_size)[:, None]
+            y = g.to(tl.float32) * (tl.load(u + rows, mask=inside, other=0.0) * u_power)[:, None]
             y = y * v[None, :]
-            square += add_up(tl.reshape(y * y, (BM // _APART, _APART, _ROWS)), 0)
-    if PARTS != 3:
+            square += sum_along(tl.reshape(y * y, (BM // _ROW_STEP, _ROW_STEP, _ROWS)), 0)
+    if SPLITS != 3:
         total = total.T
     total = total * v[:, None]
     _store(result, wide + cols, total, 1, K)
     if SQUARES:
-        tl.store(squares + wide + cols, add_up(square, 0))
-    if FOLD:
-        _fold(total, v, folded_result, wide + cols, K, PARTS)
+        tl.store(squares + wide + cols, sum_along(square, 0))
+    if SCALE_RESULT:
+        _store_scaled(total, v, scaled_result, wide + cols, K, SPLITS)
+
+
+@triton.jit
+def _program(addresses, matrices, owners, first, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Return what a product begins with.
+
+    Returns:
+        This program's first row of the product; its matrix in the table; where its tall and its
+        wide vectors begin; P; Q; a pointer to the gradient's matrix; ld.
+    """
+    row = first.to(tl.int64) * _BLOCK + tl.program_id(0) * _ROWS
+    matrix = matrices + tl.load(owners + row // _BLOCK) * _MATRIX
+    tall = tl.multiple_of(tl.load(matrix + _TALL), _BLOCK)
+    wide = tl.multiple_of(tl.load(matrix + _WIDE), _BLOCK)
+    P, Q = tl.load(matrix + _P).to(tl.int32), row_length(matrix + _Q, VECTOR)
+    address = addresses + tl.load(matrix + _TENSOR)
+    grad, ld = matrix_at(address, matrix + _OFFSET, matrix + _LD, DTYPE, VECTOR)
+    return row, matrix, tall, wide, P, Q, grad, ld
+
+
+@triton.jit
+def _scales(addresses, matrix, FIELD: tl.constexpr, OFFSET: tl.constexpr):
+    """Return a pointer to the scales of one side of a matrix."""
+    scales = tl.load(addresses + tl.load(matrix + FIELD)).to(tl.pointer_type(tl.float32))
+    return scales + tl.load(matrix + OFFSET)
+
+
+@triton.jit
+def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Return ``g`` or its transpose times vectors; add the smallest products first."""
+    high = _load(scaled, at, SPLITS, K)
+    if SPLITS == 3:
+        low, middle = _load(scaled + 2 * K, at, SPLITS, K), _load(scaled + K, at, SPLITS, K)
+        if INTERPRETED:  # it would multiply the bits as whole numbers
+            g, low = g.to(tl.float32), low.to(tl.float32)
+            middle, high = middle.to(tl.float32), high.to(tl.float32)
+        if TRANSPOSED:
+            g = g.T
+        total = tl.dot(g, high, tl.dot(g, middle, tl.dot(g, low)))
+    else:
+        x = g.to(tl.float32)
+        if SPLITS == 2:
+            low = _load(scaled + K, at, SPLITS, K)
+            x = round_to_tf32(x)
+            if TRANSPOSED:  # a tensor core takes the transpose of narrower numbers alone
+                total = tl.dot(low.T, x, input_precision="tf32")
+            else:
+                total = tl.dot(x, low, input_precision="tf32")
+            if g.dtype == tl.float32:
+                rest = g - x
+                if INTERPRETED:
+                    rest = truncate_to_tf32(rest)
+                if TRANSPOSED:
+                    total = tl.dot(high.T, rest, total, input_precision="tf32")
+                else:
+                    total = tl.dot(rest, high, total, input_precision="tf32")
+            if TRANSPOSED:
+                total = tl.dot(high.T, x, total, input_precision="tf32")
+            else:
+                total = tl.dot(x, high, total, input_precision="tf32")
+        else:
+            if TRANSPOSED:
+                total = tl.dot(high.T, x, input_precision="ieee")
+            else:
+                total = tl.dot(x, high, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _load(scaled, at, SPLITS: tl.constexpr, K: tl.constexpr):
+    return tl.load(scaled + at[:, None] * (SPLITS * K) + tl.arange(0, K)[None, :])
+
+
+@triton.jit
+def _store_scaled(x, scales, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr):
+    """Store vectors times their scales; the numbers into which one is split lie K apart."""
+    x = x * scales[:, None]
+    if SPLITS == 3:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        _store(scaled, at, high, SPLITS, K)
+        _store(scaled + K, at, middle, SPLITS, K)
+        _store(scaled + 2 * K, at, (rest - middle.to(tl.float32)).to(tl.bfloat16), SPLITS, K)
+    elif SPLITS == 2:
+        high = round_to_tf32(x)
+        _store(scaled, at, high, SPLITS, K)
+        _store(scaled + K, at, round_to_tf32(x - high), SPLITS, K)
+    else:
+        _store(scaled, at, x, SPLITS, K)
+
+
+@triton.jit
+def _store(vectors, at, x, SPLITS: tl.constexpr, K: tl.constexpr):
+    tl.store(vectors + at.to(tl.int64)[:, None] * (SPLITS * K) + tl.arange(0, K)[None, :], x)

@@ -1,24 +1,259 @@
-"""Tables of int64 on the device, copied there without waiting and kept while they are in use."""
+"""The tables that kernels read: what a row means, how a table is built, its copies on a device.
+
+All entries are int64. Offsets and strides count elements, but where they say otherwise.
+
+Letters, everywhere in this package:
+    P, Q: the number of rows in memory of one matrix, and their length
+    ld: elements from one row in memory to the next
+    u, v: the P and Q scales; r and c, or c and r for a matrix that is transposed in memory
+    BM, BN: rows and columns in memory of a tile
+"""
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sinkgd.kernels.layout import Layout, dense_layout
+
+ALIGNED_FLOATS = 4  # in 16 bytes: vectors of scales and sums begin at a multiple of these
+
+# What the scales of one side are found from: they are given, or found from the bare gradient, or
+# from the scales before them.
+GIVEN, BARE, SCALED = 0, 1, 2
+
+
+class HalfMatrix(NamedTuple):
+    """A matrix of a gradient whose scales are found by half iterations."""
+
+    tensor: int  # index of the gradient's address
+    offset: int  # from the tensor's first entry to the matrix's
+    P: int
+    Q: int
+    ld: int
+    u: int  # offset of its scales among those of all matrices
+    v: int
+    start: int  # offset of its initial column scales in the tensor that gives them
+    row_sums: int = 0  # offset of the partial sums of its rows: a vector for each column of tiles
+    col_sums: int = 0  # and of its columns: a vector for each row of tiles
+    number: int = 0  # index of the matrix, from 0
+    unused: int = 0
+
+
+class TileProgram(NamedTuple):
+    """The tiles of one program: some of a row of tiles, or of a column of tiles."""
+
+    matrix: int  # row of the table of matrices
+    line: int  # index of the row of tiles where columns are summed, else of the column of tiles
+    first: int  # tile in that line
+    end: int
+
+
+class UpdateMatrix(NamedTuple):
+    """A matrix of a parameter to update."""
+
+    tensor: int  # row of `UpdateAddresses`
+    offset: int  # from the parameter's first entry to the matrix's
+    grad_offset: int
+    P: int
+    Q: int
+    ld: int
+    grad_ld: int
+    u: int  # offset of its scales in their tensors
+    v: int
+    entry: int  # index of its first entry, in reading order over the parameter
+    entry_row_step: int  # what one row in memory adds to the index
+    entry_col_step: int
+    rank: int = 0  # of the matrix that is subtracted, tall @ wide.T
+    factor: int = 0  # offset of the factor of the scaled gradient in its tensor
+    tall: int = 0  # offset of the P by ``rank`` numbers in their tensor
+    tall_ld: int = 0  # from one of its rows to the next
+    tall_col_step: int = 0  # from one of its columns to the next
+    wide: int = 0  # the same of the Q by ``rank`` numbers
+    wide_ld: int = 0
+    wide_col_step: int = 0
+
+
+class UpdateAddresses(NamedTuple):
+    """The addresses of one parameter's update; 0 for what there is none of."""
+
+    param: int
+    grad: int
+    u: int
+    v: int
+    allowed: int
+    key: int
+    factor: int = 0
+    tall: int = 0
+    wide: int = 0
+
+
+class DescentMatrix(NamedTuple):
+    """A matrix of a gradient, and of its parameter, to descend on."""
+
+    tensor: int  # index of the addresses of the gradient and of the parameter
+    offset: int  # from the gradient's first entry to the matrix's
+    P: int
+    Q: int
+    ld: int
+    u: int  # offset of its scales among those of all matrices
+    v: int
+    start: int  # offset of its initial column scales in the tensor that gives them
+    state: int  # offset of its `DescentState`
+    nonfinite: int  # offset of its owner's flag: whether some entry is not finite
+    param_offset: int
+    param_ld: int
+    entry: int  # index of the parameter's first entry, in reading order
+    entry_row_step: int  # what one row in memory adds to the index
+    entry_col_step: int
+    partial_sums: int = 0  # offset of the partial sums of its programs, a vector each
+    arrivals: int = 0  # offset of the counters of programs that are done, one for each group
+    programs: int = 0
+
+
+class DescentState(NamedTuple):
+    """What the launches of a descent tell each other about a matrix: int32, 0 at first."""
+
+    nonzero_u: int  # how many scales are not zero
+    nonzero_v: int
+    moved: int  # whether a row scale moved in this iteration
+    settled: int  # whether no row scale moved in some iteration
+
+
+class RowProgram(NamedTuple):
+    """The rows in memory of one program."""
+
+    matrix: int  # row of the table of matrices
+    number: int  # of the program, among those of the matrix
+    first: int  # row
+    end: int
+
+
+class ProductMatrix(NamedTuple):
+    """A matrix of an update that is multiplied by vectors. Vectors' offsets count their rows."""
+
+    tensor: int  # index of the gradient's address
+    offset: int  # from the tensor's first entry to the matrix's
+    P: int
+    Q: int
+    ld: int
+    u: int  # index of the address of its P scales
+    v: int
+    u_offset: int  # from there to its first scale
+    v_offset: int
+    tall: int  # offset of its vectors with an entry for each row in memory
+    wide: int  # and of those with an entry for each column
+    u_power: int  # index of the power of two that brings u to the size of v
+    v_power: int
+    tall_shared: int  # offset of its vectors among those that matrices share
+    wide_shared: int
+
+
+class ShardMatrix(NamedTuple):
+    """A matrix of a gradient's shard whose squares are summed."""
+
+    tensor: int  # index of the gradient's address
+    offset: int  # from the tensor's first entry to the matrix's
+    ld: int
+    P: int
+    Q: int
+    rows: int  # offset of the sums or weights of its rows in memory, among those of all gradients
+    cols: int
+
+
+class Operand(NamedTuple):
+    """A tensor as the kernels read or write it."""
+
+    dtype: torch.dtype
+    layout: Layout
+    aligned: bool  # its first entry, to 16 bytes
+
+
+def operand_of(x: Tensor) -> Operand:
+    """Return how kernels read a tensor whose rows or columns are dense."""
+    return Operand(x.dtype, dense_layout(x), x.data_ptr() % 16 == 0)
+
+
+def vector_width(widest: int, *matrices: tuple[Operand, int]) -> int:
+    """Return ``widest`` where loads of so many entries are aligned in every matrix, else 1.
+
+    The row stride of a matrix with one row does not matter.
+
+    Args:
+        widest: Entries of 16 bytes.
+        matrices: Operands, with the offset of a matrix in each.
+    """
+    aligned = all(
+        operand.aligned
+        and offset % widest == 0
+        and operand.layout.Q % widest == 0
+        and (operand.layout.ld % widest == 0 or operand.layout.P == 1)
+        for operand, offset in matrices
+    )
+    return widest if aligned else 1
+
+
+def padded(length: int) -> int:
+    """Return the least multiple of 16 bytes that holds ``length`` floats."""
+    return -(-length // ALIGNED_FLOATS) * ALIGNED_FLOATS
+
+
+def scale_offsets(shapes: Iterable[torch.Size]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return the offsets of each tensor's row scales, of its column scales, and the total size."""
+    rows, cols, end = [], [], 0
+    for *batch, m, n in shapes:
+        rows.append(end)
+        cols.append(end + padded(prod(batch) * m))
+        end = cols[-1] + padded(prod(batch) * n)
+    return tuple(rows), tuple(cols), end
+
+
+class TableRows(NamedTuple):
+    """Consecutive rows of a plan's table."""
+
+    offset: int
+    rows: int
+
+
+class TableBuilder:
+    """Puts rows of int64, of any lengths, one after the other into one table."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Tensor] = []
+        self.size = 0
+
+    def add(self, *rows: Tensor) -> TableRows:
+        """Append rows, and return where they are."""
+        added = TableRows(self.size, sum(map(len, rows)))
+        self._pieces.extend(some.flatten() for some in rows)
+        self.size += sum(some.numel() for some in rows)
+        return added
+
+    def build(self) -> Tensor:
+        """Return all rows as one vector, on the host."""
+        if not self._pieces:
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        return torch.cat(self._pieces)
+
+
 # Tables of addresses change where gradients are freed after each step; few sets of them recur.
-KEPT = 1024
+MAX_COPIES = 1024
 
 
 class _Copy(NamedTuple):
-    there: Tensor
-    host: Tensor  # what a graph that holds the copy reads, at every replay
+    on_device: Tensor
+    host: Tensor  # a graph that holds the copy reads it at every replay
 
 
-class Tables:
-    """Copies of tables by their content, on the stream that reads them."""
+class DeviceTables:
+    """Copies of tables on devices: made without waiting, and kept for later calls.
+
+    A copy is found again by its content and by the stream that reads it.
+    """
 
     def __init__(self) -> None:
         self._recent: OrderedDict[tuple[Hashable, ...], _Copy] = OrderedDict()
@@ -29,15 +264,13 @@ class Tables:
         """Return ``values`` on ``device``."""
         key = values, *_stream(device)
         found = self._find(key, device)
-        return (
-            self._copy(key, torch.frombuffer(array("q", values), dtype=torch.int64), device)
-            if found is None
-            else found
-        )
+        if found is not None:
+            return found
+        return self._copy(key, torch.frombuffer(array("q", values), dtype=torch.int64), device)
 
     def table(self, host: Tensor, device: torch.device) -> Tensor:
         """Return a copy of ``host``, which does not change, on ``device``."""
-        key = id(host), *_stream(device)  # it is kept beside the copy, so no other has its id
+        key = id(host), *_stream(device)  # the copy keeps ``host``, so no other tensor has its id
         found = self._find(key, device)
         return self._copy(key, host, device) if found is None else found
 
@@ -45,18 +278,18 @@ class Tables:
         # A copy that was captured is filled by the replay of its graph, so no other may read it.
         copy = self._recent.get(key)
         if copy is None:
-            return self._from_before(key) if capturing(device) else None
+            return self._copied_before_capture(key) if capturing(device) else None
         self._recent.move_to_end(key)
         if capturing(device):
             self._captured.append(copy)
-        return copy.there
+        return copy.on_device
 
-    def _from_before(self, key: tuple[Hashable, ...]) -> Tensor | None:
-        """Return a copy that another stream made before the capture, which waited for it."""
+    def _copied_before_capture(self, key: tuple[Hashable, ...]) -> Tensor | None:
+        """Return a copy that another stream made; the capture has waited for that stream."""
         for (*content, _), copy in self._recent.items():
             if content == [*key[:-1]]:
                 self._captured.append(copy)
-                return copy.there
+                return copy.on_device
         return None
 
     def _copy(self, key: tuple[Hashable, ...], host: Tensor, device: torch.device) -> Tensor:
@@ -65,18 +298,18 @@ class Tables:
         # https://github.com/pytorch/pytorch/pull/166765
         pins = device.type != "cpu" and not capturing(device)
         source = torch.empty_like(host, pin_memory=True).copy_(host) if pins else host
-        there = source.to(device, non_blocking=True)
+        copy = _Copy(source.to(device, non_blocking=True), host)
         if capturing(device):
-            self._captured.append(_Copy(there, host))
+            self._captured.append(copy)
         else:
-            self._recent[key] = _Copy(there, host)
-            if len(self._recent) > KEPT:
+            self._recent[key] = copy
+            if len(self._recent) > MAX_COPIES:
                 self._recent.popitem(last=False)
-        return there
+        return copy.on_device
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is done on ``device`` goes into a CUDA graph."""
+    """Whether work on ``device`` is being captured in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

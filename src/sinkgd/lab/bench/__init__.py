@@ -1,5 +1,4 @@
-"""Measurements of speed and memory, each against the floor or the peer it is compared with."""
+"""Measurements of speed and memory, each against the floor or the peer it is compared with.
 
-from sinkgd.lab.bench.loop import LoopBenchmark as LoopBenchmark
-from sinkgd.lab.bench.loop import LoopSpeed as LoopSpeed
-from sinkgd.lab.bench.loop import bench_loop as bench_loop
+`bench_NAME` makes the measurement `sinkgd bench NAME`; `NAME_report` makes its tables and page.
+"""

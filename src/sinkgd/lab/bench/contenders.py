@@ -1,27 +1,110 @@
-"""The table of optimizers that a step is timed and weighed with.
+"""The optimizers that `sinkgd bench` times and weighs, each with its floor.
 
-A pass is one reading or one writing of all the matrices. A floor is the passes that an optimizer
-cannot do without: AdamW reads G, W, m, v and writes W, m, v; SGD reads G, W and writes W; SinkGD
-with L iterations reads G L times, then G and W, and writes W; deflated it reads G twice more.
+A pass is one read or one write of all the matrices. A floor is the number of passes that an
+optimizer cannot do without: AdamW reads G, W, m, v and writes W, m, v; SGD reads G, W and writes W;
+SinkGD with L iterations reads G L times, then reads G and W, and writes W; with deflation it reads
+G twice more.
+
+SinkGD is also timed as public code writes it: the plain loop and the compiled one.
+
+Shapes of the public loops:
+    m: rows; n: columns
+    x: the iterate ``(..., m, n)``, a matrix that each half iteration creates anew
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 import sinkgd
 from sinkgd import kernels
-from sinkgd.lab.bench.problem import Problem
-from sinkgd.lab.bench.public_loops import (
-    PublicSinkGD,
-    compiled_update,
-    compiler_missing,
-    naive_update,
-)
-from sinkgd.lab.bench.workloads import Workload
+from sinkgd.lab.bench.workloads import Problem, Workload
 from sinkgd.optim.param_groups import DEFLATED_RANK
+
+Update = Callable[[Tensor, Tensor, Tensor], None]  # (param, grad, lr)
+
+
+def naive_loop(grad: Tensor, num_iters: int) -> Tensor:
+    """Divide rows by their lengths, then columns by theirs, ``num_iters`` times, in plain torch.
+
+    This is what the public optimizer classes do: ``torch.linalg.vector_norm`` along either axis,
+    and a new matrix for every division.
+    """
+    m, n = grad.shape[-2:]
+    x = grad
+    for _ in range(num_iters):
+        x = x * (n**0.5 / torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+        x = x * (m**0.5 / torch.linalg.vector_norm(x, dim=-2, keepdim=True))
+    return x
+
+
+def compiled_update(num_iters: int) -> Update:
+    """Return the compiled step of the fastest public code, with one compilation a shape.
+
+    As in axolotl's ``sinkgd``, the loop is unrolled, lengths are float32, and the iterate is
+    rounded to the gradient's type after every half iteration. The learning rate is a tensor, so a
+    schedule does not recompile. Earlier compilations are discarded: torch compiles a function for
+    only a few shapes and types, and these should be those of the next workload.
+    """
+    torch.compiler.reset()
+
+    def update(param: Tensor, grad: Tensor, lr: Tensor) -> None:
+        m, n = grad.shape[-2:]
+        x = grad
+        for _ in range(num_iters):
+            for dim, length in ((-1, n**0.5), (-2, m**0.5)):
+                found = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+                x = x * (length / found).to(x.dtype)
+        param.copy_(param.float() - lr * x.float())
+
+    return torch.compile(update, fullgraph=True, dynamic=False)
+
+
+def naive_update(num_iters: int) -> Update:
+    """Return the optimizer step that uses `naive_loop`."""
+
+    def update(param: Tensor, grad: Tensor, lr: Tensor) -> None:
+        param.add_(naive_loop(grad, num_iters), alpha=-float(lr))
+
+    return update
+
+
+class PublicSinkGD(Optimizer):
+    """A stateless optimizer that calls ``update`` on each parameter in turn."""
+
+    def __init__(self, params: Iterable[Tensor], update: Update, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+        self.update = update
+        # On the CPU, so that reading it never waits for a GPU.
+        self.lr = torch.tensor(lr, dtype=torch.float32, device="cpu")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "a timed step takes no closure"
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.update(param, param.grad, self.lr)
+
+
+@cache
+def compiler_missing() -> str | None:
+    """Return why ``torch.compile`` cannot compile the loop here, or None if it can."""
+    probe = torch.ones(2, 2, dtype=torch.float32, device="cpu")
+    try:
+        compiled_update(1)(
+            probe.clone(), probe, torch.tensor(0.1, dtype=torch.float32, device="cpu")
+        )
+    except RuntimeError as error:  # from dynamo or inductor, with the compiler's message
+        words = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"torch.compile failed: {words[0]} {words[1] if len(words) > 1 else ''}".strip()
+    return None
+
 
 ADAMW = "adamw-fused"  # what the others are compared with
 ITERATIONS = (5, 1)  # L of our rows; the public loops run the first
@@ -36,15 +119,15 @@ class Contender:
     name: str
     title: str  # for people
     build: Callable[[Problem], Optimizer]
-    copies: int = 0  # what it allocates besides parameters and gradients, in sizes of them all
-    floor_bytes: Callable[[Problem], int] | None = None  # that its step must move at least
-    streams: bool = False  # does nothing but move its floor, so that it is a measure of bandwidth
+    copies: int = 0  # what it allocates beyond gradients, in sizes of all the parameters
+    floor_bytes: Callable[[Problem], int] | None = None  # the fewest that a step can move
+    streams: bool = False  # moves nothing beyond its floor, so it measures bandwidth
     slow: bool = False  # takes many times as long as AdamW
-    absent: Callable[[], str | None] = lambda: None  # why it cannot run, where it cannot
+    absent: Callable[[], str | None] = lambda: None  # why it cannot run here, or None
 
 
 def contenders(workload: Workload, device: torch.device) -> list[Contender]:
-    """Return all that update a workload, AdamW first, those that cannot run here included."""
+    """List all optimizers for a workload, AdamW first, including those that cannot run here."""
     if workload.model is not None:
         return [_adamw_fused(), _adamw_foreach(), *_hybrids(device)]
     iterations = ITERATIONS[0]
@@ -95,14 +178,8 @@ def our_name(backend: str, iterations: int) -> str:
 
 
 def hybrid_name(backend: str) -> str:
-    """Return the name of the row of SinkGD with AdamW for what is no hidden matrix."""
+    """Return the name of the row of SinkGD with AdamW for all parameters but hidden matrices."""
     return f"hybrid-{backend}"
-
-
-def stepper(optimizer: Optimizer) -> Callable[[], object]:
-    """Return what makes one step."""
-    step: Callable[[], object] = optimizer.step
-    return step
 
 
 def _adamw_fused() -> Contender:
@@ -140,7 +217,7 @@ def _sinkgds(device: torch.device) -> Iterator[Contender]:
 
 
 def _whitened() -> tuple[Contender, ...]:
-    """Return those that bring singular values together: a few of them, or all."""
+    """Return the optimizers that equalize singular values: a few of them, or all."""
     return (
         Contender(
             "deflated",
@@ -171,7 +248,7 @@ def _hybrids(device: torch.device) -> Iterator[Contender]:
 
 
 def backends(device: torch.device) -> list[tuple[str, str | None]]:
-    """List every backend with the reason why it does not run on ``device``, or None."""
+    """List every backend with the reason why it does not run on ``device``, or None if it does."""
     return [(name, None if runs else reason) for name, runs, reason in kernels.describe(device)]
 
 

@@ -1,14 +1,16 @@
-"""What is timed: the matrices of real models, and a few special collections.
+"""What is timed: the matrices of real models and a few special collections, as tensors in memory.
 
-Shapes are those of the modules that the presets build, as the optimizer sees them.
+Shapes are those of the modules that the presets build, as the optimizer sees them. Gradients are
+random, with rows and columns of different sizes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sinkgd.lab.models import LanguageModel, build_model
 
@@ -24,11 +26,11 @@ class Workload:
     """Parameters that one optimizer step updates."""
 
     name: str
-    title: str  # what they are, in words
+    title: str  # a description
     shapes: Callable[[], tuple[Shape, ...]]
-    model: str | None = None  # the preset, where they are all parameters of a model
-    dtypes: tuple[str, ...] = tuple(DTYPES)  # those it is timed in
-    without_slow: str | None = None  # why slow contenders are left out, where they are
+    model: str | None = None  # the preset, if they are all parameters of a model
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # in which it is timed
+    without_slow: str | None = None  # why slow contenders are left out, if they are
 
 
 @cache
@@ -37,7 +39,7 @@ def matrix_shapes(preset: str, layers: int | None = None) -> tuple[Shape, ...]:
 
     Args:
         preset: A LLaMA in `sinkgd.lab.models.PRESETS`.
-        layers: Count only the first so many blocks; all by default.
+        layers: Number of blocks to take, from the first; all by default.
 
     Examples:
         >>> matrix_shapes("llama-1b", layers=1)[-3:]
@@ -91,3 +93,93 @@ WORKLOADS = {
         Workload("many-small", "2,000 matrices of 64×64", _many_small, dtypes=("float32",)),
     )
 }
+
+
+_MEMINFO = Path("/proc/meminfo")
+_SPREAD = 0.5  # standard deviation of the logarithm of the rows' and columns' sizes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Parameters, each with a gradient that stays the same from step to step."""
+
+    params: list[nn.Parameter]
+    model: nn.Module | None = field(default=None, repr=False)  # if they are all its parameters
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients, in the order of the parameters."""
+        return [p.grad for p in self.params if p.grad is not None]
+
+    @cached_property
+    def flat_grads(self) -> Tensor:
+        """A copy of the gradients in one vector, made once."""
+        return torch.cat([grad.flatten() for grad in self.grads])
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.params[0].device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parameters; the gradients take as many."""
+        return sum(p.numel() * p.element_size() for p in self.params)
+
+
+def build_problem(workload: Workload, dtype: str, device: torch.device) -> Problem:
+    """Make the parameters and gradients of a workload; the same workload gives the same tensors.
+
+    Args:
+        workload: What to make.
+        dtype: Type of both parameters and gradients, a name in `DTYPES`.
+        device: Where to make them.
+    """
+    if workload.model is None:
+        return random_problem(workload.shapes(), DTYPES[dtype], device)
+    model = build_model(workload.model).to(device=device, dtype=DTYPES[dtype])
+    params = list(model.parameters())
+    _give_gradients(params, torch.Generator(device).manual_seed(1))
+    return Problem(params, model)
+
+
+def random_problem(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Problem:
+    """Make parameters of these shapes, and gradients whose rows and columns differ in size."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = [
+        nn.Parameter(
+            torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+            .mul_(0.02)
+            .to(dtype)
+        )
+        for shape in shapes
+    ]
+    _give_gradients(params, generator)
+    return Problem(params)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return the memory that is free for new tensors, or None if the system does not report it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not _MEMINFO.exists():
+        return None
+    for line in _MEMINFO.read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _give_gradients(params: Sequence[nn.Parameter], generator: torch.Generator) -> None:
+    for param in params:
+        entries = torch.randn(
+            param.shape, generator=generator, dtype=torch.float32, device=param.device
+        ).mul_(1e-3)
+        for axis in range(param.ndim):
+            size = [1] * param.ndim
+            size[axis] = param.shape[axis]
+            sizes = torch.randn(
+                size, generator=generator, dtype=torch.float32, device=param.device
+            ).mul_(_SPREAD)
+            entries.mul_(sizes.exp_())
+        param.grad = entries.to(param.dtype)

@@ -13,13 +13,17 @@ from typing import Annotated, Self
 
 import tyro
 
-from sinkgd.lab.commands.config_option import load_defaults
-from sinkgd.lab.launch import STARTED_BY, launched_ranks
+from sinkgd.lab.launch import SIGNALS, STARTED_BY, Interrupt, exit_code, launched_ranks
 from sinkgd.lab.names import suggest
-from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, SharedConfig
-from sinkgd.lab.train.config_file import command_line
+from sinkgd.lab.train.config import (
+    ConfigError,
+    OptimizerConfig,
+    RunConfig,
+    SharedConfig,
+    command_line,
+    load_defaults,
+)
 from sinkgd.lab.train.folder import Admission, RunFolder
-from sinkgd.lab.train.interrupt import SIGNALS, Interrupt, exit_code
 from sinkgd.lab.train.resolve import resolve
 
 _PROGRAM = "from _sinkgd_cli import main; raise SystemExit(main(child=True))"
@@ -69,7 +73,7 @@ class Compare:
 
     optimizers: str = "sinkgd,sinkgd-paper,adamw"
     """Recipes to compare, names with commas between, e.g. sinkgd,sinkgd-paper,swan,adamw,muon;
-    see docs/lab.md for all of them."""
+    see docs/recipes.md for all of them."""
 
     seeds: int = 1
     """Runs of each recipe, a count; their seeds go up from training.seed."""

@@ -59,7 +59,7 @@ class Doctor:
 
 def _machine(device: torch.device) -> Rows:
     from sinkgd.lab.data.prepare import cache_folder
-    from sinkgd.lab.train.environment import commit, cpu_name, device_name
+    from sinkgd.lab.train.machine import commit, cpu_name, device_name
 
     return [
         ("sinkgd", sinkgd.__version__),

@@ -18,11 +18,10 @@ from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
 from sinkgd.lab.experiments.study import Scale, Study
 from sinkgd.lab.launch import launched_ranks
-from sinkgd.lab.train.config import ConfigError, SharedConfig
-from sinkgd.lab.train.config_file import command_line, differences
+from sinkgd.lab.train.config import ConfigError, SharedConfig, command_line, differences
 
 if TYPE_CHECKING:
-    from sinkgd.lab.experiments.plan import StudyPlan
+    from sinkgd.lab.experiments.study import StudyPlan
 
 _AXES = ("iterations", "alpha", "batch")
 # Options without a value.
@@ -142,7 +141,7 @@ class Experiment:
 
     def _plan(self) -> "StudyPlan":
         """Put the options together, and check every run before the first begins."""
-        from sinkgd.lab.experiments.plan import plan_of
+        from sinkgd.lab.experiments.study import plan_of
 
         if launched_ranks() > 1:
             raise ConfigError(
@@ -204,7 +203,7 @@ class Experiment:
 
     def _train(self, plan: "StudyPlan") -> int:
         from sinkgd.lab.experiments.engine import run_study
-        from sinkgd.lab.train.interrupt import exit_code
+        from sinkgd.lab.launch import exit_code
 
         folder = self._folder()
         outcome = run_study(
@@ -212,13 +211,13 @@ class Experiment:
             folder,
             jobs=self._jobs(),
             command=self._command(),
-            say=_say,
+            say=_echo,
             reuse=self.reuse,
         )
         if outcome.record.runs:
             write_report(outcome.record, folder / PAGE_FILE)
         if outcome.signal is not None:
-            _say(
+            _echo(
                 f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
                 f"All is saved. Go on with: {self._command()}"
             )
@@ -227,13 +226,13 @@ class Experiment:
 
     def _on_paper(self) -> int:
         """Plan what trains nowhere near here; a dry run writes nothing."""
-        from sinkgd.lab.experiments import on_paper
+        from sinkgd.lab.experiments.studies import scale
 
         folder = self._folder()
         command = shlex.join(["sinkgd", "experiment", self.name, "--out", str(folder)])
-        fits = on_paper.run_on_paper(_say)
+        fits = scale.run_on_paper(_echo)
         if not self.dry_run:
-            on_paper.write_fits(folder, fits, command)
+            scale.write_fits(folder, fits, command)
         show_fits(fits, command, None if self.dry_run else folder / PAGE_FILE)
         return 0
 
@@ -283,16 +282,16 @@ def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
 def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     from rich.console import Console
 
-    from sinkgd.lab.bench.sheet import terminal_table
-    from sinkgd.lab.experiments.dry_run import dry_run_sheet
+    from sinkgd.lab.experiments.dry_run import dry_run_table
     from sinkgd.lab.experiments.engine import read_begun
+    from sinkgd.lab.report.console import terminal_table
 
     read_begun(plan, folder)  # fails as the study itself would
-    Console().print(terminal_table(dry_run_sheet(plan)))
+    Console().print(terminal_table(dry_run_table(plan)))
     return 0
 
 
-def _say(message: str) -> None:
+def _echo(message: str) -> None:
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 

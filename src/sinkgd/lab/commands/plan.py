@@ -95,12 +95,12 @@ class Plan:
 
         from rich.console import Console
 
-        from sinkgd.lab.bench.sheet import fitting_tables
         from sinkgd.lab.disk import claim_folder, write_whole
         from sinkgd.lab.plan import METHODS, make_plan
         from sinkgd.lab.plan.page import plan_page
         from sinkgd.lab.plan.plan import USUAL_METHODS, as_json
         from sinkgd.lab.plan.sheets import answer_lines, headline, plan_sheets
+        from sinkgd.lab.report.console import fitting_tables
 
         question = self._question()
         if self.out is not None:
@@ -109,7 +109,7 @@ class Plan:
         answer = make_plan(
             question,
             methods=tuple(METHODS) if self.all else USUAL_METHODS,
-            say=lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True),
+            echo=lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True),
         )
         record = as_json(question, answer, self._command())
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"

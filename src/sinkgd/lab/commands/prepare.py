@@ -20,9 +20,8 @@ from sinkgd.lab.data.corpus import (
     FileCorpus,
     open_corpus,
 )
-from sinkgd.lab.data.dataset import TokenDataset
+from sinkgd.lab.data.dataset import Manifest, TokenDataset
 from sinkgd.lab.data.documents import EMBEDDED, TEXT_FIELD, DataError
-from sinkgd.lab.data.manifest import Manifest
 from sinkgd.lab.data.prepare import Progress, ProgressCallback, prepare, train_tokenizer
 from sinkgd.lab.data.shards import refuse_taken
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer, load_tokenizer

@@ -39,7 +39,7 @@ class Report:
             ResultsError: If a results file is damaged.
         """
         from sinkgd.lab.commands.study_report import report_study
-        from sinkgd.lab.experiments.record import STUDY_FILE
+        from sinkgd.lab.experiments.study_record import STUDY_FILE
 
         if not (self.folder / STUDY_FILE).exists():
             return self._report_runs()

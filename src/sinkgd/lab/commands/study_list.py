@@ -5,7 +5,7 @@ from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES
 
 def studies_text() -> str:
     """Return one line a study, with its question and how many trainings it is."""
-    from sinkgd.lab.experiments.plan import plan_of
+    from sinkgd.lab.experiments.study import plan_of
 
     width = max(map(len, QUESTIONS))
     runs = {name: f"{plan_of(study, 'machine').runs} runs" for name, study in STUDIES.items()}

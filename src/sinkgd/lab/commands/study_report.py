@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from sinkgd.lab.experiments.studies import find_study, scale
 
 if TYPE_CHECKING:
-    from sinkgd.lab.bench.sheet import Sheet
-    from sinkgd.lab.experiments.on_paper import Fit
-    from sinkgd.lab.experiments.record import StudyRecord
-    from sinkgd.lab.experiments.verdict import Verdict
+    from sinkgd.lab.experiments.studies.scale import Fit
+    from sinkgd.lab.experiments.study_record import StudyRecord
+    from sinkgd.lab.experiments.study_verdict import Verdict
+    from sinkgd.lab.report.console import TextTable
 
 PAGE_FILE = "report.html"
 
@@ -26,8 +26,8 @@ def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -
     Raises:
         ResultsError: If there is no study, or it is damaged.
     """
-    from sinkgd.lab.experiments.on_paper import is_on_paper, read_fits
-    from sinkgd.lab.experiments.record import STUDY_FILE, StudyRecord
+    from sinkgd.lab.experiments.studies.scale import is_on_paper, read_fits
+    from sinkgd.lab.experiments.study_record import STUDY_FILE, StudyRecord
 
     path = folder / STUDY_FILE
     page = page or folder / PAGE_FILE
@@ -41,36 +41,40 @@ def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -
 
 def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
     """Print the table and the verdict of a study, and write its page and the verdict beside it."""
-    from sinkgd.lab.experiments.page import study_page
-    from sinkgd.lab.experiments.results import StudyResults
-    from sinkgd.lab.experiments.sheets import arms_sheet, as_markdown, reach_sheets, short_sheet
-    from sinkgd.lab.experiments.verdict import with_cost
+    from sinkgd.lab.experiments.study_page import study_page
+    from sinkgd.lab.experiments.study_results import StudyResults
+    from sinkgd.lab.experiments.study_tables import (
+        arms_table,
+        as_markdown,
+        reach_tables,
+        short_table,
+    )
+    from sinkgd.lab.experiments.study_verdict import with_cost
 
     study = find_study(record.plan["study"])
     results = StudyResults.of(record)
     verdict = with_cost(results, study.judge(results))
-    _print([short_sheet(results)], verdict)
-    sheets = [arms_sheet(results), *reach_sheets(results)]
+    _print([short_table(results)], verdict)
+    tables = [arms_table(results), *reach_tables(results)]
     _write(
         page,
         study_page(study, record, results, verdict),
-        as_markdown(study.question, verdict, sheets, record.command),
+        as_markdown(study.question, verdict, tables, record.command),
         cdn=cdn,
     )
 
 
 def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bool = False) -> None:
     """Print the tables and the verdict of a study on paper, and write its page, where asked to."""
-    from sinkgd.lab.experiments import on_paper
-    from sinkgd.lab.experiments.page import paper_page
-    from sinkgd.lab.experiments.sheets import as_markdown
+    from sinkgd.lab.experiments.study_page import paper_page
+    from sinkgd.lab.experiments.study_tables import as_markdown
 
-    verdict = on_paper.judge(fits)
+    verdict = scale.judge(fits)
     models = dict.fromkeys(fit.model for fit in fits)
-    sheets = [on_paper.fits_sheet(model, fits) for model in models]
-    _print(sheets, verdict)
+    tables = [scale.fits_table(model, fits) for model in models]
+    _print(tables, verdict)
     if page is not None:
-        text = as_markdown(scale.QUESTION, verdict, sheets, command)
+        text = as_markdown(scale.QUESTION, verdict, tables, command)
         _write(page, paper_page(fits, verdict, command), text, cdn=cdn)
 
 
@@ -79,7 +83,7 @@ def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
     from rich.console import Console
 
     from sinkgd.lab.disk import write_whole
-    from sinkgd.lab.experiments.sheets import VERDICT_FILE
+    from sinkgd.lab.experiments.study_tables import VERDICT_FILE
     from sinkgd.lab.report.shell import from_cdn
 
     write_whole(path, from_cdn(page) if cdn else page)
@@ -87,12 +91,12 @@ def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
     Console(soft_wrap=True, highlight=False, markup=False).print(f"\npage: {path}")
 
 
-def _print(sheets: "Sequence[Sheet]", verdict: "Verdict") -> None:
+def _print(tables: "Sequence[TextTable]", verdict: "Verdict") -> None:
     from rich.console import Console
 
-    from sinkgd.lab.bench.sheet import terminal_table
+    from sinkgd.lab.report.console import terminal_table
 
-    for sheet in sheets:
+    for sheet in tables:
         Console().print(terminal_table(sheet), "\n")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for line in (verdict.headline, *verdict.sentences):

@@ -8,9 +8,8 @@ from typing import Annotated, Self
 
 import tyro
 
-from sinkgd.lab.commands.config_option import load_defaults
 from sinkgd.lab.launch import STARTED_BY
-from sinkgd.lab.train.config import RunConfig
+from sinkgd.lab.train.config import RunConfig, load_defaults
 from sinkgd.lab.train.folder import ResumePolicy
 
 
@@ -47,8 +46,8 @@ class Train:
 
     def run(self) -> int:
         """Run the command; returns the exit code."""
+        from sinkgd.lab.launch import exit_code
         from sinkgd.lab.train import train
-        from sinkgd.lab.train.interrupt import exit_code
 
         outcome = train(
             self.settings,

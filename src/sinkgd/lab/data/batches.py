@@ -1,26 +1,36 @@
-"""Batches: which rows a step trains on, and which ones an evaluation scores.
+"""Batches: the rows that a training step trains on, and those that an evaluation scores.
 
-The order is a pure function of (seed, step, rank, world size). The global batch of step s has
-batch_size rows, B; its row i is the p-th row drawn, p = s·B + i, counted from the run's start:
+Rows. A split's tokens are cut into rows of T tokens, the sequence length. A target is the token
+after its input, or ``IGNORE_INDEX``, which the loss ignores. There are two packings:
+
+    concat   The documents in a row, separated by eos; row k reads tokens kT … kT+T. No position is
+             wasted. Each token is a target once, but for the first one and a tail below a row.
+    none     One document per row, including its eos, padded to T tokens. A longer document is cut
+             to its first T-1 tokens and its eos, as T5's tokenizer does. s tokens give s-1 targets,
+             so every row has at least one.
+
+Order. The batch of a step is a pure function of (seed, step, rank, world size). The global batch of
+step s has B = batch_size rows; its row i is the p-th row drawn, p = s·B + i:
 
     epoch = p div n,   row = permutation(seed, epoch)[p mod n]      n: rows of the split
 
-so an epoch draws each row once, resuming needs no state but the step, and rank r of w takes rows
-r·B/w … (r+1)·B/w - 1 of the same global batch, whatever w.
+An epoch therefore draws each row once, resuming needs no state but the step, and rank r of w takes
+rows r·B/w … (r+1)·B/w - 1 of the same global batch for every w.
 
-The permutation of 0 … n-1 needs no memory. A Feistel network permutes numbers of b bits, 2^b the
-smallest power of two ≥ n; a number that it sends to n or beyond is sent through it again until it
-lands below n ("cycle walking"), which keeps the map a bijection. Each walk takes less than two
-passes on average, since 2^b < 2n.
+The permutation of 0 … n-1 needs no memory. A Feistel network permutes numbers of b bits, where 2^b
+is the smallest power of two ≥ n. A result of n or more goes through the network again until it is
+below n ("cycle walking"); the map stays a bijection. This takes less than two passes on average,
+since 2^b < 2n.
 
     one round:  (left, right) → (right, left ⊕ F(right))    F: splitmix64's mixer, keyed
 
-References: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, method 2.
+Reference: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, method 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,9 +39,84 @@ from torch import Tensor
 
 from sinkgd.lab.data.dataset import TokenSplit
 from sinkgd.lab.data.documents import DataError
-from sinkgd.lab.data.packing import IGNORE_INDEX, PackedRows, Packing, Rows, rows_of
 
-_ROUNDS = 8  # even, so that halves of unequal width end in their own places
+Packing = Literal["concat", "none"]
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
+
+
+class PackedRows(NamedTuple):
+    """Inputs and targets, both (rows, T)."""
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+class Rows(Protocol):
+    """A split cut into rows."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        ...
+
+    def gather(self, indices: NDArray[np.int64]) -> PackedRows:
+        """Return the rows with these indices, each in [0, count), in this order."""
+        ...
+
+
+class ConcatRows:
+    """Rows of the packing ``concat``: windows of T+1 tokens that overlap in one token."""
+
+    def __init__(self, split: TokenSplit, sequence_length: int) -> None:
+        self._split, self._length = split, sequence_length
+        self.count = (split.tokens - 1) // sequence_length
+
+    def gather(self, indices: NDArray[np.int64]) -> PackedRows:
+        """Return rows; every target is scored."""
+        windows = np.empty((len(indices), self._length + 1), dtype=np.int64)
+        for row, index in zip(windows, indices.tolist(), strict=True):
+            row[:] = self._split.read(index * self._length, self._length + 1)
+        return PackedRows(windows[:, :-1].copy(), windows[:, 1:].copy())
+
+
+class DocumentRows:
+    """Rows of the packing ``none``: row i is the beginning of document i, and ends with eos."""
+
+    def __init__(self, split: TokenSplit, sequence_length: int) -> None:
+        self._split, self._length = split, sequence_length
+        self.count = split.documents
+
+    def gather(self, indices: NDArray[np.int64]) -> PackedRows:
+        """Return rows; pads, and the last token of each row, have no target."""
+        inputs = np.full((len(indices), self._length), self._split.pad_id, dtype=np.int64)
+        targets = np.full_like(inputs, IGNORE_INDEX)
+        starts, ends = self._split.offsets[indices], self._split.offsets[indices + 1]
+        lengths = np.minimum(ends - starts, self._length)
+        bounds = zip(starts.tolist(), ends.tolist(), lengths.tolist(), strict=True)
+        for i, (start, end, length) in enumerate(bounds):
+            inputs[i, : length - 1] = self._split.read(start, length - 1)
+            inputs[i, length - 1] = self._split.read(end - 1, 1)[0]
+            targets[i, : length - 1] = inputs[i, 1:length]
+        return PackedRows(inputs, targets)
+
+
+def rows_of(split: TokenSplit, sequence_length: int, packing: Packing) -> Rows:
+    """Cut ``split`` into rows of ``sequence_length`` tokens.
+
+    Raises:
+        DataError: If the length or the packing is not possible.
+    """
+    if sequence_length < 2:
+        raise DataError(f"sequence_length must be at least 2, got {sequence_length}")
+    match packing:
+        case "concat":
+            return ConcatRows(split, sequence_length)
+        case "none":
+            return DocumentRows(split, sequence_length)
+    raise DataError(f"packing must be 'concat' or 'none', got {packing!r}")
+
+
+_ROUNDS = 8  # even, so that halves of unequal width end where they began
 
 # splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -39,13 +124,13 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def permute(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return where the permutation of ``(seed, epoch, n)`` sends each of ``positions``.
+    """Map ``positions`` by the permutation of 0 … n-1 that belongs to ``(seed, epoch)``.
 
     Args:
         positions: Any shape, entries in [0, n).
         n: Length of the permutation, from 1 to 2^62.
         seed: At least 0.
-        epoch: At least 0; every epoch has a permutation of its own.
+        epoch: At least 0; every epoch has its own permutation.
 
     Examples:
         >>> permute(np.arange(7), 7, seed=0, epoch=0)
@@ -90,7 +175,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids and what follows each token.
+    """Rows of token ids, and the token that follows each one.
 
     Attributes:
         inputs: (rows, sequence_length), int64.
@@ -102,11 +187,11 @@ class Batch:
 
     @property
     def target_count(self) -> int:
-        """Targets that are scored."""
+        """Number of scored targets."""
         return int((self.targets != IGNORE_INDEX).sum())
 
     def part(self, number: int, parts: int) -> "Batch":
-        """Return one of ``parts`` equal parts; one for which no row is left scores nothing.
+        """Return part ``number`` of ``parts`` equal parts; padding rows score nothing.
 
         Examples:
             >>> rows = torch.tensor([[1, 2], [3, 4], [5, 6]])
@@ -125,15 +210,15 @@ class Batch:
 
 
 class Batches:
-    """The training batches of a split, each found by its step alone.
+    """The training batches of a split; each depends on its step alone.
 
     Args:
         split: From `TokenDataset.split`.
         sequence_length: Tokens in a row, at least 2.
-        batch_size: Rows in the global batch, all ranks together.
-        seed: Of the order, at least 0.
-        packing: ``"concat"`` or ``"none"``; see `sinkgd.lab.data.packing`.
-        rank: Of this process.
+        batch_size: Rows in the global batch, over all ranks.
+        seed: Seed of the order, at least 0.
+        packing: ``"concat"`` or ``"none"``; see the module's docstring.
+        rank: Rank of this process.
         world_size: Number of processes; it divides ``batch_size``.
 
     Raises:
@@ -162,7 +247,7 @@ class Batches:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows after which each one has been drawn once more."""
+        """Rows in an epoch, which draws each row once."""
         return self._rows.count
 
     def at(self, step: int) -> Batch:
@@ -186,10 +271,10 @@ def evaluation_batches(
     max_tokens: int,
     packing: Packing = "concat",
 ) -> Iterator[Batch]:
-    """Yield the split's rows in their order until ``max_tokens`` targets are scored.
+    """Yield the split's rows in order until ``max_tokens`` targets are scored.
 
-    The last batch may have fewer rows, and targets beyond the budget are masked, so that exactly
-    ``max_tokens`` targets are scored, or all the split has if that is less: every call the same.
+    The last batch may have fewer rows, and targets beyond the budget are masked: exactly
+    ``max_tokens`` targets are scored, or all of a smaller split. Every call yields the same.
 
     Args:
         split: From `TokenDataset.split`.
@@ -257,3 +342,57 @@ def _check_enough(
         f"{split.documents} documents, which make {rows.count} {kind}, and a batch takes "
         f"{batch_size}; {remedy}"
     )
+
+
+@dataclass(frozen=True)
+class VocabularyShift:
+    """A sudden change of vocabulary: from one step on, token ids are permuted.
+
+    The text stays as predictable as before, but every row of the embedding and of the head is
+    wrong at once. The time to recover shows how long an optimizer remembers the past.
+
+    Args:
+        at_step: Number of steps with the original ids; the next step is the first with new ones.
+        new_ids: ``(vocab_size,)``, int64: for each token, the id that replaces it.
+    """
+
+    at_step: int
+    new_ids: Tensor
+
+    @classmethod
+    def drawn(
+        cls, at_step: int, *, vocab_size: int, keep: Collection[int], seed: int
+    ) -> "VocabularyShift":
+        """Draw a permutation.
+
+        Args:
+            at_step: Number of steps with the original ids.
+            vocab_size: Number of tokens.
+            keep: Ids that do not change, such as the one that ends a document.
+            seed: Equal seeds draw equal permutations.
+
+        Examples:
+            >>> shift = VocabularyShift.drawn(100, vocab_size=6, keep={0}, seed=0)
+            >>> sorted(shift.new_ids.tolist()), shift.new_ids[0].item()
+            ([0, 1, 2, 3, 4, 5], 0)
+        """
+        others = [i for i in range(vocab_size) if i not in keep]
+        moved = torch.tensor(others, dtype=torch.int64, device="cpu")
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        order = torch.randperm(len(moved), generator=generator, dtype=torch.int64, device="cpu")
+        new_ids = torch.arange(vocab_size, dtype=torch.int64, device="cpu")
+        new_ids[moved] = moved[order]
+        return cls(at_step, new_ids)
+
+    def of_training(self, batch: Batch, step: int) -> Batch:
+        """Return the batch to train on after ``step`` steps."""
+        return self._renamed(batch) if step >= self.at_step else batch
+
+    def of_evaluation(self, batch: Batch, step: int) -> Batch:
+        """Return the batch to score after ``step`` steps, in the ids of the last training step."""
+        return self._renamed(batch) if step > self.at_step else batch
+
+    def _renamed(self, batch: Batch) -> Batch:
+        ids = batch.targets.clamp(min=0)  # IGNORE_INDEX is no id
+        targets = torch.where(batch.targets < 0, batch.targets, self.new_ids[ids])
+        return Batch(self.new_ids[batch.inputs], targets)

@@ -1,8 +1,8 @@
 """A corpus: documents, each assigned to training or to validation.
 
-The assignment is a pure function of the sources, never of chance: the validation text is the same
-on every machine. It is by document, and no document is split in two, unless there are so few that
-none would be held out: then the end of each is validation text.
+The assignment depends on the sources alone, never on chance: the validation text is the same on
+every machine. Whole documents are assigned, unless there are too few to hold one out. In that case
+the end of each document is validation text.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
 
 class Corpus(Protocol):
-    """Documents that can be walked through any number of times, in the same order each time."""
+    """Documents that can be iterated any number of times, always in the same order."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -52,12 +52,12 @@ class Corpus(Protocol):
 
     @property
     def total_documents(self) -> int | None:
-        """How many documents there are, where that is known without reading them all."""
+        """Number of documents, or None if only reading them all would tell."""
         ...
 
     @property
     def cut_fraction(self) -> float | None:
-        """Share at the end of each document that is validation text; None where none is cut."""
+        """Share at the end of each document that is validation text; None if none is cut."""
         ...
 
     def __iter__(self) -> Iterator[Document]: ...
@@ -67,17 +67,17 @@ class Corpus(Protocol):
 class FileCorpus:
     """The documents of files.
 
-    Where some files, but not all, have "validation" in their name, as C4's do, these are the
-    validation split and all others the training split. Otherwise every k-th document of the whole
-    is held out, k = round(1 / validation_fraction), the first after k // 2 others. Where there are
-    no more than these, such as in a single text, the end of each document is held out.
+    If some files, but not all, have "validation" in their name, as C4's do, these are the
+    validation split and all others the training split. Otherwise every k-th document is held out,
+    k = round(1 / validation_fraction), the first one after k // 2 others. If there are no more
+    documents than that, such as in a single text, the end of each document is held out.
 
     Args:
         files: From `find_files`.
-        sources: How the user named them.
+        sources: The sources as the user named them.
         validation_fraction: Share of documents, or of each document, held out, in (0, 0.5].
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
-        left_out: Files of the sources' folders that are of no known kind.
+        left_out: Files of unknown kind in the sources' folders.
     """
 
     files: tuple[Path, ...]
@@ -91,16 +91,16 @@ class FileCorpus:
 
     @property
     def total_documents(self) -> int | None:
-        """The number of files, where each is one document."""
+        """The number of files if each is one document, else None."""
         whole = all(kind_of(file) == ".txt" for file in self.files)
         return len(self.files) if whole else None
 
     @property
     def cut_fraction(self) -> float | None:
-        """Share at the end of each document that is validation text; None where none is cut.
+        """Share at the end of each document that is validation text; None if none is cut.
 
         Raises:
-            DataError: If documents are to be cut and each is too short, or one cannot be read.
+            DataError: If documents have to be cut and each is too short, or one cannot be read.
         """
         return None if self._cuts is None else self.validation_fraction
 
@@ -121,7 +121,7 @@ class FileCorpus:
 
     @property
     def _named_for_validation(self) -> set[Path]:
-        """The files named as validation text; none where that would leave no others."""
+        """The files named as validation text; none if that would leave no others."""
         named = {file for file in self.files if "validation" in file.name.lower()}
         return named if len(named) < len(self.files) else set()
 
@@ -131,7 +131,7 @@ class FileCorpus:
 
     @cached_property
     def _cuts(self) -> list[int | None] | None:
-        """Where each document is cut, None for one too short; None where none has to be."""
+        """Where to cut each document, None for one too short; None if no document is cut."""
         if self._named_for_validation:
             return None
         enough = self._every // 2 + 1
@@ -156,7 +156,7 @@ class FileCorpus:
         return read_documents(file, self.text_field)
 
     def note_on_left_out(self) -> str | None:
-        """Name the files that are of no known kind, the first few of them; None without any."""
+        """Name the first few files of unknown kind; None if there are none."""
         if not self.left_out:
             return None
         named = ", ".join(map(str, self.left_out[:_NAMED]))
@@ -165,10 +165,10 @@ class FileCorpus:
         return f"left out, for their names end in none of {', '.join(SUFFIXES)}: {named}{rest}"
 
     def note_on_cuts(self) -> str | None:
-        """Say that the end of each document is held out; None where whole documents are.
+        """Say that the end of each document is held out; None if whole documents are.
 
         Raises:
-            DataError: If documents are to be cut and each is too short, or one cannot be read.
+            DataError: If documents have to be cut and each is too short, or one cannot be read.
         """
         if self._cuts is None:
             return None
@@ -195,8 +195,8 @@ class C4Corpus:
     """The first documents of C4's English part, streamed from the Hugging Face hub.
 
     Args:
-        train_documents: Documents of C4's training split to take, at least 1.
-        validation_fraction: Documents of C4's validation split to take, as a share of these.
+        train_documents: Number of documents from C4's training split, at least 1.
+        validation_fraction: Number of documents from C4's validation split, as a share of these.
     """
 
     train_documents: int
@@ -209,12 +209,12 @@ class C4Corpus:
 
     @property
     def validation_documents(self) -> int:
-        """Documents of C4's validation split to take, at least 1."""
+        """Number of documents from C4's validation split, at least 1."""
         return max(1, round(self.train_documents * self.validation_fraction))
 
     @property
     def total_documents(self) -> int:
-        """Documents of both splits."""
+        """Number of documents of both splits."""
         return self.train_documents + self.validation_documents
 
     @property
@@ -224,7 +224,7 @@ class C4Corpus:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The dataset, its configuration and how much of each split."""
+        """The dataset, its configuration and the number of documents from each split."""
         counts = (("train", self.train_documents), ("validation", self.validation_documents))
         return tuple(f"allenai/c4 en {split}, first {count} documents" for split, count in counts)
 
@@ -278,8 +278,8 @@ def open_corpus(
 def _cut(text: str, fraction: float) -> int | None:
     r"""Return where the last ``fraction`` of ``text`` begins, give or take half of that.
 
-    None where a part would be blank. A cut between paragraphs is preferred, then one between lines,
-    then one between words.
+    Prefers a cut between paragraphs, then between lines, then between words. Returns None if a part
+    would be blank.
 
     Examples:
         >>> _cut("one two\nthree\nfour", 0.3)

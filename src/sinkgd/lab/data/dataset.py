@@ -1,7 +1,18 @@
-"""Reading token shards: memory-mapped, checked when they are opened."""
+"""A folder of token shards: its manifest, and the tokens of each split as a memory map.
+
+The folder holds
+    manifest.json           what the folder contains; written last
+    tokenizer.json          the tokenizer
+    train-00000.bin ...     token ids, little-endian uint16 (uint32 above 65,536 tokens). Every
+                            document ends with one eos. All shards of a split but the last hold
+                            ``shard_tokens`` tokens
+    train-offsets.bin       int64, documents + 1: the start of each document, and the end
+    validation-...          the same for validation
+"""
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,7 +20,154 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinkgd.lab.data.documents import DataError
-from sinkgd.lab.data.manifest import Manifest, offsets_file
+from sinkgd.lab.disk import parse_json
+
+FORMAT_VERSION = 2
+_WITHOUT_LARGEST_ID = 1  # the format before, which is read too
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """The size of one split."""
+
+    tokens: int  # including one eos per document
+    documents: int
+    text_bytes: int  # of the documents in UTF-8
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean number of bytes of text per token."""
+        return self.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Expected size and hash of a file."""
+
+    size_bytes: int
+    sha256: str  # hex
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a folder of shards except the tokens themselves."""
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    bos_id: int | None
+    largest_id: int | None  # the largest id in the shards; format 1 did not record it: None
+    tokenizer_sha256: str  # of tokenizer.json, hex
+    shard_tokens: int
+    sources: tuple[str, ...]
+    splits: dict[str, SplitEntry]
+    files: dict[str, FileEntry]
+    format_version: int = FORMAT_VERSION
+    cut_fraction: float | None = None  # share at each document's end held out; None: whole ones
+
+    @property
+    def token_dtype(self) -> np.dtype[Any]:
+        """The type of the ids in the shards."""
+        return token_dtype(self.vocab_size)
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows that an embedding needs for all ids that can occur in a batch.
+
+        A tokenizer may have ids that never occur, such as the sentinels of T5's tokenizer. If the
+        manifest did not record the largest id, the whole vocabulary counts.
+        """
+        if self.largest_id is None:
+            return self.vocab_size
+        return max(self.largest_id, self.pad_id) + 1
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files except the manifest."""
+        return sum(entry.size_bytes for entry in self.files.values())
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash of the tokens, the document offsets and the tokenizer, hex.
+
+        Shards that were moved, or prepared again from the same text, have the same hash.
+        """
+        about = {"sources", "largest_id", "format_version", "cut_fraction"}
+        content = {key: value for key, value in asdict(self).items() if key not in about}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+    def shard_files(self, split: str) -> list[str]:
+        """Names of a split's shards, in order."""
+        count = -(-self.splits[split].tokens // self.shard_tokens)
+        return [shard_file(split, i) for i in range(count)]
+
+    def to_json(self) -> str:
+        """Return the content of ``manifest.json``."""
+        fields = asdict(self)
+        if self.cut_fraction is None:
+            del fields["cut_fraction"]  # older manifests do not have it
+        return json.dumps(fields, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of ``folder``.
+
+        Raises:
+            DataError: If it is missing, damaged or of another version of the format.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(
+                f"no {MANIFEST_FILE} in {folder}, so it is no folder of whole shards; "
+                "make one with `sinkgd prepare`"
+            ) from None
+        try:
+            fields = parse_json(content)
+            version = fields["format_version"]
+            readable = version in (_WITHOUT_LARGEST_ID, FORMAT_VERSION)
+            manifest = cls._from_fields(fields) if readable else None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} is damaged ({error!r}); make the folder again with `sinkgd prepare`"
+            ) from error
+        if manifest is None:
+            raise DataError(
+                f"{path} is of format {version}, this sinkgd reads {FORMAT_VERSION}; "
+                "make the folder again with `sinkgd prepare`"
+            )
+        return manifest
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        if fields["format_version"] == _WITHOUT_LARGEST_ID:
+            fields["largest_id"] = None
+        fields["sources"] = tuple(fields["sources"])
+        fields["splits"] = {name: SplitEntry(**row) for name, row in fields["splits"].items()}
+        fields["files"] = {name: FileEntry(**row) for name, row in fields["files"].items()}
+        for name in fields["files"]:
+            if name != Path(name).name:
+                raise ValueError(f"{name!r} lies outside the folder")
+        return cls(**fields)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest integer type that holds ``vocab_size`` ids."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def shard_file(split: str, index: int) -> str:
+    """Return the name of a split's ``index``-th shard."""
+    return f"{split}-{index:05d}.bin"
+
+
+def offsets_file(split: str) -> str:
+    """Return the name of a split's document offsets."""
+    return f"{split}-offsets.bin"
+
 
 # Up to this size, opening reads every byte and compares its hash: a few tenths of a second.
 _ALWAYS_VERIFIED_BYTES = 256 * 2**20
@@ -17,14 +175,14 @@ _ALWAYS_VERIFIED_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The tokens of one split, as one long sequence of documents that each end with eos.
+    """The tokens of one split: one long sequence of documents, each ending with eos.
 
     Attributes:
         name: ``"train"`` or ``"validation"``.
         tokens: Length of the sequence.
-        offsets: Where each document starts, and the end of the last: (documents + 1,).
+        offsets: Start of each document, and the end of the last: (documents + 1,).
         text_bytes: Length of the documents' text in UTF-8.
-        pad_id: Fills rows that a document leaves unfilled.
+        pad_id: Token that pads rows.
     """
 
     name: str
@@ -41,7 +199,7 @@ class TokenSplit:
         return len(self.offsets) - 1
 
     def read(self, start: int, length: int) -> NDArray[Any]:
-        """Return ``length`` ≥ 1 tokens from ``start`` on, (length,), in the shards' own type."""
+        """Return ``length`` ≥ 1 tokens from ``start`` on, (length,), in the shards' dtype."""
         if not 0 <= start < start + length <= self.tokens:
             raise IndexError(
                 f"positions {start} to {start + length} leave the {self.tokens} tokens "
@@ -58,8 +216,8 @@ class TokenDataset:
     """A folder that `prepare` made. Open it with `TokenDataset.open`.
 
     Attributes:
-        folder: Where it is.
-        manifest: What is in it: vocabulary, special ids, tokens, documents and bytes of text.
+        folder: Path of the folder.
+        manifest: Its vocabulary, special ids, and counts of tokens, documents and bytes of text.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -68,7 +226,7 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Open a folder, checking that every file has its size, and its hash below 256 MiB in all.
+        """Open a folder and check the size of every file; below 256 MiB in all, also the hashes.
 
         Raises:
             DataError: If the folder has no manifest, or a file is missing or damaged.

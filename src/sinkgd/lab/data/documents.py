@@ -1,12 +1,12 @@
-"""Documents: the texts that files hold, one string each.
+"""Documents: the texts in files, one string each.
 
-What a file is, by the end of its name, in lower or upper case:
+The end of a file's name, in lower or upper case, gives its kind:
     .txt            one document, the whole file, byte for byte
     .jsonl, .json   one JSON object a line, its document under "text": the layout of C4
     .parquet        one document a row, in the column "text"
 
-The first three may be compressed, with a further ``.gz`` or ``.zst``. A document of nothing but
-white space is passed over; a file without any other is an error.
+All but Parquet files may be compressed, with a further ``.gz`` or ``.zst``. Documents of white
+space alone are skipped; a file without any other document is an error.
 """
 
 import glob
@@ -31,14 +31,14 @@ TEXT_FIELD = "text"  # C4's, and most others'
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file or the value, and the remedy."""
+    """Unusable data; the message names the file or the value, and the remedy."""
 
 
 class FoundFiles(NamedTuple):
-    """What sources stand for."""
+    """The files that sources stand for."""
 
-    files: list[Path]  # each once, in an order that is always the same
-    left_out: list[Path]  # files of folders that are of no known kind; hidden files are not listed
+    files: list[Path]  # each once, always in the same order
+    left_out: list[Path]  # files of unknown kind in folders; hidden files are not listed
 
 
 def find_files(sources: Sequence[str]) -> FoundFiles:
@@ -48,7 +48,7 @@ def find_files(sources: Sequence[str]) -> FoundFiles:
         sources: Files, folders (searched throughout), globs, or ``"sotu"``, the embedded corpus.
 
     Raises:
-        DataError: If a source matches nothing, or a named file is of no known kind or no regular
+        DataError: If a source matches nothing, or a named file is of unknown kind or not a regular
             file.
     """
     if not sources:
@@ -93,7 +93,7 @@ def _files_in(folder: Path, source: str) -> FoundFiles:
 
 
 def _refuse(error: OSError) -> None:
-    """Raise what kept a folder from being read; its texts are not left out in silence."""
+    """Raise the error of an unreadable folder, so that its texts are not left out silently."""
     raise error
 
 
@@ -119,7 +119,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def kind_of(file: Path) -> str | None:
-    """Return the suffix that says what a file is, in lower case; None of a file of another kind.
+    """Return the suffix that gives a file's kind, in lower case; None for an unknown kind.
 
     Examples:
         >>> kind_of(Path("A.JSONL.gz")), kind_of(Path("notes.md"))
@@ -152,8 +152,8 @@ def read_documents(file: Path, text_field: str = TEXT_FIELD) -> Iterator[str]:
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
 
     Raises:
-        DataError: If the file holds no document, is broken, is not UTF-8, or has a line or row
-            without its text; the message gives the line or the row. Or if what unpacks it is not
+        DataError: If the file holds no document, is damaged, is not UTF-8, or has a line or row
+            without text (the message gives its number); or if the package that reads it is not
             installed.
     """
     empty = True

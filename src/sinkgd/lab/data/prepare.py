@@ -1,4 +1,4 @@
-"""Preparing: from a corpus to a folder of token shards, in bounded memory."""
+"""Turn a corpus into a folder of token shards, in bounded memory; and cache such folders."""
 
 import hashlib
 import os
@@ -9,21 +9,21 @@ from itertools import takewhile
 from pathlib import Path
 
 from sinkgd.lab.data.corpus import SPLITS, Corpus, Document, open_corpus
+from sinkgd.lab.data.dataset import FORMAT_VERSION, MANIFEST_FILE, Manifest, offsets_file
 from sinkgd.lab.data.documents import EMBEDDED, DataError, expanded
-from sinkgd.lab.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, offsets_file
 from sinkgd.lab.data.shards import SHARD_TOKENS, FolderTakenError, ShardWriter, refuse_taken
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer
 from sinkgd.lab.disk import claim_folder
 
 # A tokenizer learns nothing more from a larger sample, and its word counts must fit in memory.
 _TOKENIZER_CHARACTERS = 256 * 2**20
-# What is tokenized at a time: enough to keep all cores busy, little enough to hold.
+# Size of a batch for the tokenizer: enough for all cores, and small in memory.
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 4 * 2**20, 4096
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far preparing has come; ``total_documents`` is None where it is not known."""
+    """Progress of a preparation; ``total_documents`` is None if it is not known."""
 
     stage: str  # "tokenizer" while it is trained, then "tokens"
     documents: int
@@ -35,7 +35,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def ignore(_message: str) -> None:
-    """Take a message that nobody wants to read."""
+    """Drop a message."""
 
 
 def train_tokenizer(
@@ -57,17 +57,17 @@ def prepare(
 ) -> Manifest:
     """Tokenize ``corpus`` into the folder ``out``: all of it, or nothing.
 
-    Documents in which the tokenizer finds no token are passed over.
+    Documents without a single token are skipped.
 
     Args:
         corpus: Read once, a few megabytes of text at a time.
-        out: The folder to make; it must not exist, or be empty.
+        out: The folder to make; it must be absent or empty.
         tokenizer: From `train_tokenizer` or `load_tokenizer`.
         shard_tokens: Tokens in a full shard.
         progress: Called after every document.
 
     Raises:
-        DataError: If a document cannot be read, a split gets none, or the disk is full.
+        DataError: If a document cannot be read, a split gets no document, or the disk is full.
         FolderTakenError: If ``out`` is not empty.
     """
     with ShardWriter(
@@ -96,16 +96,16 @@ def prepared_corpus(
 ) -> Path:
     """Return a folder of shards for ``source``, made on first use and cached.
 
-    The cache is keyed by the content of the files, the vocabulary and the format, and lies in
-    ``$SINKGD_CACHE``, else ``$XDG_CACHE_HOME/sinkgd``, else ``~/.cache/sinkgd``. Processes that
-    make the same folder at once do the work twice and end with one folder.
+    The cache is in ``$SINKGD_CACHE``, else ``$XDG_CACHE_HOME/sinkgd``, else ``~/.cache/sinkgd``.
+    Its key is the content of the files, the vocabulary size and the format. Processes that make the
+    same folder at the same time do the work twice and end with one folder.
 
     Args:
         source: ``"sotu"``, a file, a folder or a glob of texts, tokenized by a BPE trained on
             them; or a folder that `prepare` made, which is returned as it is.
-        vocab_size: Of the tokenizer to train.
+        vocab_size: Size of the vocabulary to train.
         progress: Called after every document.
-        say: Told which files of a folder are left out, and that documents are cut when they are.
+        say: Called with the files of a folder that are left out, and with a note on cut documents.
 
     Raises:
         DataError: If there is no text at ``source``, or shards without their manifest; or if the
@@ -135,7 +135,7 @@ def prepared_corpus(
 
 
 def shards_at(source: str | Path) -> Path | None:
-    """Return the folder that ``source`` names if it holds shards; None if it names a text."""
+    """Return the folder ``source`` if it holds shards; None if ``source`` names texts."""
     if str(source) == EMBEDDED:
         return None
     folder = expanded(str(source))
@@ -144,7 +144,7 @@ def shards_at(source: str | Path) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Return where prepared corpora are cached; the folder may not exist yet."""
+    """Return the folder of cached corpora, which may not exist yet."""
     if own := os.environ.get("SINKGD_CACHE"):
         return Path(own)
     if shared := os.environ.get("XDG_CACHE_HOME"):

@@ -1,8 +1,8 @@
-"""Writing token shards: all of a folder, or nothing.
+"""Write token shards: a whole folder, or nothing.
 
-Everything is written in a folder beside the final one, ``NAME.partial-*``, forced to the disk, and
-renamed in one step. What a killed process leaves behind has another name, so it is never taken for
-data; it can be deleted.
+The files go to a folder next to the final one, ``NAME.partial-*``. Once they are on the disk, the
+folder is renamed in one step. A killed process leaves a folder under the partial name, which is
+never taken for data; it can be deleted.
 """
 
 import errno
@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinkgd.lab.data.corpus import SPLITS, Split
-from sinkgd.lab.data.documents import DataError
-from sinkgd.lab.data.manifest import (
+from sinkgd.lab.data.dataset import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
     FileEntry,
@@ -28,6 +27,7 @@ from sinkgd.lab.data.manifest import (
     shard_file,
     token_dtype,
 )
+from sinkgd.lab.data.documents import DataError
 from sinkgd.lab.data.tokenizer import Tokenizer
 from sinkgd.lab.disk import naming, sync_folder
 
@@ -35,7 +35,7 @@ SHARD_TOKENS = 2**27  # 256 MiB of uint16
 
 
 class FolderTakenError(DataError):
-    """The folder to write is there already, with something in it."""
+    """The folder to write already exists and is not empty."""
 
 
 class _HashedFile:
@@ -61,7 +61,7 @@ class _HashedFile:
         return FileEntry(self._size, self._digest.hexdigest())
 
     def discard(self) -> None:
-        """Close, whatever is left to write: closing again after a full disk would raise again."""
+        """Close without flushing: after a full disk, a normal close would raise again."""
         self._file.raw.close()
 
 
@@ -157,7 +157,7 @@ class ShardWriter:
         Args:
             split: ``"train"`` or ``"validation"``.
             ids: Token ids, (tokens,), at least one, each below the tokenizer's ``vocab_size``.
-            text_bytes: Length of its text in UTF-8.
+            text_bytes: Length of the text in UTF-8.
         """
         vocab_size = self._tokenizer.vocab_size
         if not ids.size:
@@ -170,11 +170,11 @@ class ShardWriter:
         self._splits[split].add(np.append(ids, self._tokenizer.eos_id), text_bytes)
 
     def documents(self, split: Split) -> int:
-        """Return how many documents ``split`` has so far."""
+        """Return the number of documents in ``split`` so far."""
         return self._splits[split].documents
 
     def commit(self) -> Manifest:
-        """Write what is left, force it to the disk, and give the folder its name.
+        """Write the rest, force everything to the disk, and rename the folder.
 
         Raises:
             FolderTakenError: If another process made the folder in the meantime.

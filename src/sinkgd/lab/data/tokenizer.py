@@ -1,9 +1,9 @@
 """A tokenizer: text to token ids and back, with the ids of the special tokens.
 
-Documents are encoded without the special tokens that a tokenizer would add by itself; the data
-folder ends each document with one end-of-text token instead. Text that happens to contain the
-spelling of a special token is encoded as the ordinary characters it is, except by a unigram model
-that has the spelling among its pieces, as T5's has.
+Documents are encoded without the special tokens that a tokenizer adds by itself. Instead, the data
+folder ends each document with one end-of-text token. Text that contains the spelling of a special
+token is encoded as ordinary characters, except by a unigram model with that spelling among its
+pieces, such as T5's.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _LONGEST_WORD = 256  # characters that a tokenizer learns from at once
 _ENDLESS_WORD = re.compile(rf"(\S{{{_LONGEST_WORD}}})(?=\S)")
 SMALLEST_VOCAB = 256 + 2  # every byte, EOS and PAD
 
-# What published tokenizers call them, ours first.
+# Names of the special tokens in published tokenizers, ours first.
 _EOS_NAMES = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "[SEP]")
 _PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|bos|>", "[BOS]", "[CLS]")
@@ -37,14 +37,14 @@ class Tokenizer:
 
     Args:
         backend: The library's object. Its truncation and padding are switched off.
-        name: What messages call it: a file, a hub name.
+        name: Its name in messages: a file, a hub name.
 
     Attributes:
         vocab_size: One more than the largest id.
         eos_id: Ends each document.
-        pad_id: Fills rows; ``eos_id`` where the tokenizer has no pad token, which is harmless, as
+        pad_id: Fills rows; ``eos_id`` if the tokenizer has no pad token, which is harmless, as
             padding is masked by position.
-        bos_id: Begins a text, where the tokenizer has such a token; the data does not use it.
+        bos_id: Begins a text, or None if the tokenizer has no such token; the data does not use it.
 
     Raises:
         DataError: If the tokenizer has no end-of-text token.
@@ -154,19 +154,19 @@ class Tokenizer:
 
 
 def _without_endless_words(text: str) -> list[str]:
-    """Cut words that no language has, such as encoded files: training is quadratic in a word."""
+    """Cut overlong words, such as encoded files: training is quadratic in the word length."""
     if _ENDLESS_WORD.search(text) is None:
         return [text]
     return _ENDLESS_WORD.split(text)
 
 
 def is_tokenizer_path(name: str) -> bool:
-    """Whether ``name`` means a file or folder here rather than a name on the hub."""
+    """Whether ``name`` is a local file or folder rather than a name on the hub."""
     return name.endswith(".json") or Path(name).expanduser().exists()
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer by path where ``name`` is one, by hub name otherwise."""
+    """Load a tokenizer from the path ``name`` if it is one, else from the hub."""
     if is_tokenizer_path(name):
         return Tokenizer.from_file(Path(name).expanduser())
     return Tokenizer.from_hub(name)

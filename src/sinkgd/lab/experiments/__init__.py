@@ -1,1 +1,1 @@
-"""Studies: a question, arms tuned alike, seeds, a verdict from the numbers, and a page."""
+"""Studies: a question, equally tuned arms, several seeds, a verdict from the numbers, a page."""

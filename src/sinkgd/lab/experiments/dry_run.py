@@ -1,7 +1,7 @@
-"""A study without training: every arm built as far as it can be without its weights.
+"""A dry run of a study: build every arm without weights and without training.
 
-The model is built on the meta device and run there, forward and backward, on one row; then the
-optimizer is built. With a nano model in the place of its own, each arm also takes one real step.
+The model is built on the meta device and runs there forward and backward on one row; then the
+optimizer is built. Each arm also takes one real step with a nano model in place of its own.
 """
 
 from dataclasses import dataclass, replace
@@ -10,40 +10,40 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from sinkgd.lab.bench.sheet import Sheet
-from sinkgd.lab.experiments.plan import StudyPlan, Task
+from sinkgd.lab.experiments.study import StudyPlan, Task
 from sinkgd.lab.models import LLAMAS, build_model
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
 from sinkgd.lab.plan.memory import rank_memory
+from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import count, size
 from sinkgd.lab.train.config import Precision, RunConfig
-from sinkgd.lab.train.device import weight_dtype
-from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.lab.train.recipes import build_optimizer
+from sinkgd.lab.train.training_step import loss_of
 
 UNKNOWN = "–"
 # Recipes that `sinkgd plan` knows by another name.
 _METHOD_OF = {"adamw-one-lr": "adamw"}
-_SMALL = {"vocab_size": 64, "max_sequence_length": 8}  # of the model that takes a real step
+_SMALL = {"vocab_size": 64, "max_sequence_length": 8}  # sizes of the model for the real step
 
 
 @dataclass(frozen=True)
 class DryArm:
-    """What an arm would be."""
+    """The sizes of an arm."""
 
     name: str
     runs: int  # tuning and seeds
     parameters: int
-    groups: int  # of the optimizer
+    groups: int  # parameter groups of the optimizer
     tokens: int  # of one run
-    memory_bytes: int | None  # at the peak of a step; None where `sinkgd plan` cannot tell
+    memory_bytes: int | None  # at the peak of a step; None if `sinkgd plan` does not know
 
 
 def dry_run(plan: StudyPlan) -> list[DryArm]:
     """Build every arm of a study.
 
     Raises:
-        ConfigError: If an option cannot be.
+        ConfigError: If an option is impossible.
         ModelError: If there is no such model.
     """
     arms = []
@@ -78,7 +78,7 @@ def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
 def _run_on_meta(
     preset: str, vocab_size: int | None, sequence_length: int, precision: Precision
 ) -> nn.Module:
-    """Build a model without weights, and run it forward and backward on one row."""
+    """Build a model without weights and run it forward and backward on one row."""
     with torch.device("meta"):
         model = build_model(preset, vocab_size=vocab_size, max_sequence_length=sequence_length)
         tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device="meta")
@@ -88,7 +88,7 @@ def _run_on_meta(
 
 
 def _take_a_small_step(config: RunConfig) -> None:
-    """Let the arm's optimizer step once, for real, on the smallest model of the family."""
+    """Take one real step of the arm's optimizer on the smallest model of the family."""
     family = config.model.preset.partition("-")[0]
     model: nn.Module = build_model(f"{family}-nano", **_SMALL)
     optimizer = build_optimizer(model, config.optimizer)
@@ -124,15 +124,15 @@ def _planned_peak(config: RunConfig) -> int | None:
     return rank_memory(work, Grid(), METHODS[name]).peak
 
 
-def dry_run_sheet(plan: StudyPlan) -> Sheet:
+def dry_run_table(plan: StudyPlan) -> TextTable:
     """Make the table of a dry run."""
     arms = dry_run(plan)
     total = sum(arm.runs * arm.tokens for arm in arms)
-    return Sheet(
+    return TextTable(
         title=f"{plan.study}, {plan.scale} scale: {plan.runs} runs",
         note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
-        f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, by `sinkgd plan`; "
-        f"{UNKNOWN} where it cannot tell.",
+        f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, from `sinkgd plan`; "
+        f"{UNKNOWN} if it does not know.",
         columns=("arm", "runs", "parameters", "groups", "tokens a run", "memory"),
         rows=tuple(
             (

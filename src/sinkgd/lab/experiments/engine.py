@@ -1,7 +1,7 @@
-"""The order of work: grids first, then seeds at what they chose, a few runs at a time.
+"""Run a study: a few trainings at a time, in the scheduler's order.
 
-Whatever ended is written down at once. So a study that is killed loses at most what its running
-trainings did since their last checkpoints, and the same command goes on.
+Every result is written as soon as its run ends. A killed study therefore loses at most the work of
+its running trainings since their last checkpoints, and the same command continues it.
 """
 
 import fcntl
@@ -18,18 +18,17 @@ from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
 
-from sinkgd.lab.experiments.agenda import TUNING_FILE, Agenda, Tuning
-from sinkgd.lab.experiments.plan import StudyPlan, Task, check_same_plan
-from sinkgd.lab.experiments.record import (
+from sinkgd.lab.experiments.reuse import ReusableRuns
+from sinkgd.lab.experiments.scheduler import TUNING_FILE, Scheduler, Tuning
+from sinkgd.lab.experiments.study import StudyError, StudyPlan, Task, check_same_plan
+from sinkgd.lab.experiments.study_record import (
     STUDY_FILE,
     RunResult,
-    Sitting,
+    Session,
     StudyRecord,
     StudyWriter,
+    thinned,
 )
-from sinkgd.lab.experiments.reuse import Shelf
-from sinkgd.lab.experiments.study import StudyError
-from sinkgd.lab.experiments.thinning import thinned
 from sinkgd.lab.experiments.worker import (
     DIVERGED,
     UNTOLD,
@@ -37,16 +36,15 @@ from sinkgd.lab.experiments.worker import (
     wait_until_free,
     was_stopped,
 )
+from sinkgd.lab.launch import Interrupt
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import RunFolder, RunFolderError
 from sinkgd.lab.train.config import DataConfig
-from sinkgd.lab.train.device import select_device
-from sinkgd.lab.train.environment import describe_environment
 from sinkgd.lab.train.folder import Admission
 from sinkgd.lab.train.identity import check_sha256, knows_its_text
-from sinkgd.lab.train.interrupt import Interrupt
-from sinkgd.lab.train.meters import clock
+from sinkgd.lab.train.machine import describe_environment, select_device
 from sinkgd.lab.train.setup import open_dataset
+from sinkgd.lab.train.sinks import clock
 
 RUNS_FOLDER = "runs"  # in the study's folder, one folder a run
 
@@ -55,31 +53,30 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sitting ended, and what the study has found by then."""
+    """How a session ended, and the results so far."""
 
     record: StudyRecord
-    left: int  # runs that are still to be made
+    left: int  # runs that are not finished
     signal: Signals | None = None
 
 
 def run_study(
     plan: StudyPlan, folder: Path, *, jobs: int, command: str, say: Say, reuse: bool = True
 ) -> Outcome:
-    """Run what is left of a study.
+    """Run the unfinished runs of a study.
 
     Args:
-        plan: Checked.
-        folder: Of the study.
-        jobs: Trainings at a time, a count.
-        command: That repeats the study.
-        say: Told of every run, one line each time.
-        reuse: Whether runs of the grids of studies beside ``folder`` are taken over where they are
-            the same.
+        plan: The plan, after `StudyPlan.check`.
+        folder: Folder of the study.
+        jobs: Number of trainings at a time.
+        command: A command that repeats the study.
+        say: Called with one line for every run.
+        reuse: Take equal runs from the grids of studies in folders next to ``folder``.
 
     Raises:
-        ConfigError: If the study there has another plan; each field that differs is named.
-        RunFolderError: If another process is at it.
-        StudyError: If a run fails otherwise than by diverging.
+        ConfigError: If the study there has another plan; the message names each field that differs.
+        RunFolderError: If another process is running the study.
+        StudyError: If a run fails for another reason than divergence.
         DataError: If the text is missing, damaged or too small.
     """
     started = time.perf_counter()
@@ -88,23 +85,23 @@ def run_study(
         record, writer = _open(plan, folder, command, stack)
         tuned = [arm for arm in plan.arms if plan.is_tuned(arm)]
         tuning = stack.enter_context(Tuning(folder / TUNING_FILE, tuned))
-        agenda = Agenda(plan, record, tuning)
+        scheduler = Scheduler(plan, record, tuning)
         texts: dict[DataConfig, str] = {}
-        if agenda.left:
+        if scheduler.left:
             texts = _prepare_text(plan, say)
             _check_texts(record, texts)
         environment = _environment(plan)
-        shelf = Shelf({})
-        if agenda.left and reuse:
-            shelf = Shelf.beside(folder, environment, say)
-        engine = _Engine(agenda, texts, writer, shelf, folder / RUNS_FOLDER, jobs, say)
+        reusable = ReusableRuns({})
+        if scheduler.left and reuse:
+            reusable = ReusableRuns.collect(folder, environment, say)
+        engine = _Engine(scheduler, texts, writer, reusable, folder / RUNS_FOLDER, jobs, say)
         with Interrupt(forward=engine.send) as interrupt:
             engine.work(interrupt)
         if engine.ended:
-            sitting = engine.sitting(environment, time.perf_counter() - started)
-            writer.add_sitting(sitting)
-            record.sittings.append(sitting)
-    return Outcome(record, agenda.left, interrupt.received if agenda.left else None)
+            session = engine.session(environment, time.perf_counter() - started)
+            writer.add_session(session)
+            record.sessions.append(session)
+    return Outcome(record, scheduler.left, interrupt.received if scheduler.left else None)
 
 
 @dataclass(frozen=True)
@@ -112,17 +109,17 @@ class _Running:
     task: Task
     process: ForkServerProcess
     began: float
-    fresh: bool  # no sitting before has begun it
+    fresh: bool  # whether it started in this session
 
 
 @dataclass
 class _Engine:
-    """Trainings side by side."""
+    """Runs trainings in parallel and writes their results."""
 
-    agenda: Agenda
-    texts: Mapping[DataConfig, str]  # hashes of what runs are trained on
+    scheduler: Scheduler
+    texts: Mapping[DataConfig, str]  # hashes of the training texts
     writer: StudyWriter
-    shelf: Shelf  # runs that need no training
+    reusable: ReusableRuns  # results of other studies, which need no training
     folder: Path  # of the runs
     jobs: int
     say: Say
@@ -132,17 +129,17 @@ class _Engine:
     idle_seconds: float = 0.0
 
     def send(self, number: Signals) -> None:
-        """Hand a signal on to every training."""
+        """Forward a signal to every training."""
         for one in self.running:
             pid = one.process.pid
             if pid is not None and one.process.is_alive():
                 _kill(pid, number)
 
     def work(self, interrupt: Interrupt) -> None:
-        """Keep every job busy until nothing is left, or until a signal comes."""
+        """Keep all jobs busy until every run is finished or a signal arrives."""
         while True:
             while len(self.running) < self.jobs and interrupt.received is None:
-                task = self.agenda.next_task()
+                task = self.scheduler.next_task()
                 if task is None:
                     break
                 self._begin(task)
@@ -155,17 +152,17 @@ class _Engine:
                 self._end(one, stopping=interrupt.received is not None)
 
     def _begin(self, task: Task) -> None:
-        config = self.agenda.plan.config(task)
+        config = self.scheduler.plan.config(task)
         text = self.texts[config.data]
-        lent = self.shelf.find(task, config, text)
-        if lent is not None:
-            self.say(f"{self._count(task)}, from study {lent.study}")
-            self._keep(task, lent)
+        reused = self.reusable.find(task, config, text)
+        if reused is not None:
+            self.say(f"{self._count(task)}, from study {reused.study}")
+            self._keep(task, reused)
             return
         folder = RunFolder(self.folder / task.name)
-        if folder.admit(config, "auto") is Admission.NOTHING:  # killed before it was written down
+        if folder.admit(config, "auto") is Admission.NOTHING:  # finished, but not yet recorded
             check_sha256(folder.start(), text, config.data.corpus)
-            self._write_down(task, folder)
+            self._record_result(task, folder)
             return
         self.say(f"{self._count(task)}{self._eta()}")
         fresh = not folder.results.exists()
@@ -179,7 +176,7 @@ class _Engine:
         folder = RunFolder(self.folder / one.task.name)
         if was_stopped(code) or (stopping and code == UNTOLD):
             wait_until_free(folder)
-            self.runs_seconds += time.perf_counter() - one.began  # no overhead: it is kept
+            self.runs_seconds += time.perf_counter() - one.began  # the checkpoint keeps this work
             return
         if code not in (0, DIVERGED):
             self._stop_others()
@@ -187,13 +184,13 @@ class _Engine:
                 f"run {one.task.name} ended with exit code {code}; what it said stands above. "
                 "All that is finished is kept, and the same command goes on"
             )
-        result = self._write_down(one.task, folder)
+        result = self._record_result(one.task, folder)
         self.ended += 1
         end = result.run.end
         bare = end.wall_seconds if end and one.fresh else time.perf_counter() - one.began
         self.runs_seconds += bare
 
-    def _write_down(self, task: Task, folder: RunFolder) -> RunResult:
+    def _record_result(self, task: Task, folder: RunFolder) -> RunResult:
         run = thinned(Run.read(folder.results))
         result = RunResult(task.arm.name, task.tuning, task.point, run)
         self._keep(task, result)
@@ -202,7 +199,7 @@ class _Engine:
 
     def _keep(self, task: Task, result: RunResult) -> None:
         self.writer.add_run(result)
-        self.agenda.finish(task, result)
+        self.scheduler.finish(task, result)
 
     def _stop_others(self) -> None:
         self.send(SIGTERM)
@@ -210,17 +207,17 @@ class _Engine:
             one.process.join()
 
     def _count(self, task: Task) -> str:
-        return f"run {self.agenda.begun} of {self.agenda.plan.runs}: {task.name}"
+        return f"run {self.scheduler.begun} of {self.scheduler.plan.runs}: {task.name}"
 
     def _eta(self) -> str:
-        seconds = self.agenda.mean_seconds
+        seconds = self.scheduler.mean_seconds
         if seconds is None:
             return ""
-        return f", about {clock(seconds * self.agenda.left / self.jobs)} left"
+        return f", about {clock(seconds * self.scheduler.left / self.jobs)} left"
 
-    def sitting(self, environment: dict[str, Any], wall_seconds: float) -> Sitting:
-        """Sum up this process's work."""
-        return Sitting(
+    def session(self, environment: dict[str, Any], wall_seconds: float) -> Session:
+        """Return the record of this process's work."""
+        return Session(
             jobs=self.jobs,
             runs=self.ended,
             wall_seconds=wall_seconds,
@@ -231,7 +228,7 @@ class _Engine:
 
 
 def _environment(plan: StudyPlan) -> dict[str, Any]:
-    """Describe what the runs run in."""
+    """Describe the environment of the runs."""
     environment = describe_environment(select_device(plan.shared.training.device))
     environment["threads"] = plan.shared.training.threads or environment["threads"]
     return environment
@@ -246,7 +243,7 @@ def _kill(pid: int, number: Signals) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from this study; a process that dies lets go."""
+    """Lock the study against other processes; the lock ends with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
@@ -262,7 +259,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _open(
     plan: StudyPlan, folder: Path, command: str, stack: ExitStack
 ) -> tuple[StudyRecord, StudyWriter]:
-    """Read what there is, or begin."""
+    """Open the study's file, or begin a new one."""
     record = read_begun(plan, folder)
     writer = StudyWriter(folder / STUDY_FILE)
     stack.callback(writer.close)
@@ -273,10 +270,10 @@ def _open(
 
 
 def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
-    """Read the study that was begun in ``folder``; None where there is none.
+    """Read the study in ``folder``; None if there is none.
 
     Raises:
-        ConfigError: If it has another plan; each field that differs is named.
+        ConfigError: If it has another plan; the message names each field that differs.
         ResultsError: If its file is damaged.
     """
     path = folder / STUDY_FILE
@@ -288,7 +285,7 @@ def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
 
 
 def _prepare_text(plan: StudyPlan, say: Say) -> dict[DataConfig, str]:
-    """Make the shards before the runs, which would all begin with it; return their hashes."""
+    """Prepare the shards once, before any run needs them, and return their hashes."""
     configs = [plan.config(task) for task in plan.first_tasks()]
     return {
         data: open_dataset(data, say).manifest.content_sha256
@@ -297,10 +294,10 @@ def _prepare_text(plan: StudyPlan, say: Say) -> dict[DataConfig, str]:
 
 
 def _check_texts(record: StudyRecord, texts: Mapping[DataConfig, str]) -> None:
-    """Refuse to go on with a study whose runs were trained on another text.
+    """Check that the finished runs were trained on the present text.
 
     Raises:
-        ConfigError: With both hashes.
+        ConfigError: If not; the message gives both hashes.
     """
     known = {_plain(data): (data.corpus, sha256) for data, sha256 in texts.items()}
     for result in record.runs.values():

@@ -1,8 +1,8 @@
-"""Runs of grids that the studies side by side have in common, so that each is trained once.
+"""Reuse runs of grids that neighboring studies have in common, so that each is trained once.
 
-In one environment a run's losses follow from its configuration to the bit, and of a grid's runs
-losses are all that counts. Reported runs have seconds, too, which follow from what else the machine
-does; so a study trains its own, side by side.
+In one environment, a run's configuration determines its losses to the bit, and losses are all that
+a grid needs. Reported runs also have times, which depend on the machine's other work, so every
+study trains its own.
 """
 
 import json
@@ -11,34 +11,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from sinkgd.lab.experiments.on_paper import is_on_paper
-from sinkgd.lab.experiments.plan import Task
-from sinkgd.lab.experiments.record import STUDY_FILE, RunResult, StudyRecord
+from sinkgd.lab.experiments.studies.scale import is_on_paper
+from sinkgd.lab.experiments.study import Task
+from sinkgd.lab.experiments.study_record import STUDY_FILE, RunResult, StudyRecord
 from sinkgd.lab.results import ResultsError
-from sinkgd.lab.train.config import RunConfig
-from sinkgd.lab.train.config_file import as_tables
+from sinkgd.lab.train.config import RunConfig, as_tables
 from sinkgd.lab.train.identity import DATA, knows_its_text
 
-# Of an environment, what losses follow from.
+# The parts of an environment that losses depend on.
 _EQUAL = ("sinkgd", "torch", "cpu", "threads", "device")
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """Finished runs of grids, by their configurations."""
+class ReusableRuns:
+    """Finished runs of other studies' grids, by their configurations."""
 
     results: Mapping[str, RunResult]
 
     @classmethod
-    def beside(
+    def collect(
         cls, folder: Path, environment: Mapping[str, Any], say: Callable[[str], None]
     ) -> Self:
-        """Collect what the studies beside one have trained.
+        """Collect the runs of studies in the folders next to a study's.
 
         Args:
-            folder: Of the study; its neighbours are read.
-            environment: Of this process, as `describe_environment` gives it.
-            say: Told of a neighbour that cannot be read.
+            folder: Folder of the study.
+            environment: This process's environment, from `describe_environment`.
+            say: Called with a line about each neighbor that cannot be read.
         """
         found: dict[str, RunResult] = {}
         for path in sorted(folder.absolute().parent.glob(f"*/{STUDY_FILE}")):
@@ -57,20 +56,20 @@ class Shelf:
                         and not result.study
                         and knows_its_text(result.run.start)
                     ):
-                        lent = replace(result, study=record.plan["study"])
-                        found[_key(result.run.start.config, _text(result))] = lent
+                        reused = replace(result, study=record.plan["study"])
+                        found[_key(result.run.start.config, _text(result))] = reused
         return cls(found)
 
     def find(self, task: Task, config: RunConfig, text_sha256: str) -> RunResult | None:
-        """Return the result of a run that was trained elsewhere.
+        """Return the result of an equal run of another study.
 
         Args:
-            task: The run that is to be made.
-            config: Of the run, resolved.
-            text_sha256: Of the shards that it would be trained on.
+            task: The run that is needed.
+            config: Its resolved configuration.
+            text_sha256: Hash of the shards that it would be trained on.
 
         Returns:
-            The result under the task's names; None of a reported run, and where there is none.
+            The result under the task's names; None for a reported run, and if there is none.
         """
         key = _key(as_tables(config), text_sha256)
         result = self.results.get(key) if task.tuning else None
@@ -83,10 +82,10 @@ class Shelf:
 
 
 def _alike(record: StudyRecord, environment: Mapping[str, Any]) -> bool:
-    """Whether every sitting of a study was like this one; one that was killed is unknown."""
-    return bool(record.sittings) and all(
-        sitting.environment.get(name) == environment.get(name)
-        for sitting in record.sittings
+    """Whether all recorded sessions of a study had this environment; False if none is recorded."""
+    return bool(record.sessions) and all(
+        session.environment.get(name) == environment.get(name)
+        for session in record.sessions
         for name in _EQUAL
     )
 
@@ -96,6 +95,6 @@ def _text(result: RunResult) -> str:
 
 
 def _key(tables: Mapping[str, Any], text_sha256: str) -> str:
-    """Return what two runs are the same by: the text counts by its content, not by its path."""
+    """Return the key of a configuration; it has the text's hash in place of its path."""
     data = {**tables["data"], "corpus": text_sha256}
     return json.dumps({**tables, "data": data}, sort_keys=True)

@@ -1,26 +1,26 @@
-"""Options of the command line that change a study's arms."""
+"""Select and change a study's arms by the options of `sinkgd experiment`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from sinkgd.lab.experiments.study import Arm, Scale, Setting, Study
+from sinkgd.lab.experiments.arms import Arm
+from sinkgd.lab.experiments.study import Scale, Setting, Study
 from sinkgd.lab.limits import LARGEST_COUNT
 from sinkgd.lab.names import suggest
 from sinkgd.lab.naming import GONE
-from sinkgd.lab.train.config import ConfigError, SharedConfig
-from sinkgd.lab.train.config_file import differences
+from sinkgd.lab.train.config import ConfigError, SharedConfig, differences
 from sinkgd.lab.train.recipes import find_recipe
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
-# What --optimizer.NAME changes in the arm of --step: the first of these options that it has.
+# The fields that --optimizer.NAME sets in the arm of --step: the first one that its recipe has.
 STEP_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"tau": ("tau",), "iterations": ("n_iter", "sinkhorn_iterations"), "lr": ("lr",)}
 )
 
 
-_COUNTS = ("iterations", "batch")  # axes of whole numbers
+_COUNTS = ("iterations", "batch")  # axes with whole numbers
 
 
 def select_arms(
@@ -32,17 +32,16 @@ def select_arms(
     rates: Sequence[float] = (),
     recipes: Sequence[str] = (),
 ) -> tuple[Arm, ...]:
-    """Return a study's arms as options change them.
+    """Return a study's arms, changed by options.
 
     Args:
         study: The study.
-        scale: At which.
-        shared: The configuration that options gave.
-        axis: By option, the places on the study's axis in the place of its own; empty ones are not
-            asked for.
-        rates: To try for ``optimizer.lr``. A rate of matrices that the study fixes beside it keeps
-            its ratio.
-        recipes: Keep the arms of these alone.
+        scale: The scale to run it at.
+        shared: The configuration from the options.
+        axis: For each option, positions on the study's axis that replace its own; may be empty.
+        rates: Values to try for ``optimizer.lr``. A matrix rate that the study fixes keeps its
+            ratio to it.
+        recipes: If given, keep only the arms with these recipes.
 
     Raises:
         ConfigError: If an option does not fit the study.
@@ -65,12 +64,12 @@ def select_arms(
 def select_step(
     arms: Sequence[Arm], step: str | None, options: Mapping[str, float]
 ) -> tuple[Arm, ...]:
-    """Keep one arm beside the controls, and change its options.
+    """Keep one arm and the controls, and change the arm's options.
 
     Args:
-        arms: Of the study.
+        arms: The study's arms.
         step: The arm's name; None keeps all arms.
-        options: By `STEP_OPTIONS`, the values that the arm takes in the place of its own.
+        options: New values for the arm, with keys of `STEP_OPTIONS`.
 
     Raises:
         ConfigError: If there is no such arm, if it does not have one of the options, or if options
@@ -106,11 +105,11 @@ def _with_options(arm: Arm, options: Mapping[str, float]) -> Arm:
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...]:
-    """Read numbers with commas between them; none of None.
+    """Parse comma-separated numbers; None gives no numbers.
 
     Raises:
-        ConfigError: If one of them is no number, is not above 0 or too large, or has a fraction
-            where the option counts something.
+        ConfigError: If one is not a number, is not above 0, is too large, or is not whole for an
+            option that counts.
 
     Examples:
         >>> numbers("lr", "0.01,0.02")
@@ -132,7 +131,7 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
 
 
 def _places(study: Study, setting: Setting, axis: Mapping[str, Sequence[float]]) -> Sequence[float]:
-    """Return the places on the axis that were asked for, else the study's own."""
+    """Return the requested positions on the axis, or the study's own."""
     asked = {option: values for option, values in axis.items() if values}
     for option in asked:
         if study.axis is None or study.axis.option != option or setting.at is None:
@@ -145,7 +144,7 @@ def _places(study: Study, setting: Setting, axis: Mapping[str, Sequence[float]])
 
 
 def _check_effective(setting: Setting, shared: SharedConfig) -> None:
-    """Refuse an option that arms give a value of their own, so that it would do nothing."""
+    """Check that no arm overrides an option, which would then have no effect."""
     for name, _, value in differences(setting.shared, shared):
         owners = [arm.name for arm in setting.arms if name in arm.overrides]
         if owners:

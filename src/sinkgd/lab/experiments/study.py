@@ -1,88 +1,36 @@
-"""What a study is: a question, arms that differ in one thing, and a judge of the numbers.
+"""What a study is, and its plan: every run named and its configuration resolved beforehand.
 
-A study is plain data. It names recipes and presets; it builds nothing. Every arm that is tuned is
-tuned with equally many points, or there is no study.
+A study asks a question. Its arms differ in one thing, are tuned with equally large grids and run
+with the same seeds; its judge turns the results into a verdict.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import product
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
-from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig
-from sinkgd.lab.train.config_file import nearest
-
-if TYPE_CHECKING:
-    from sinkgd.lab.experiments.charts import Identities
-    from sinkgd.lab.experiments.results import StudyResults
-    from sinkgd.lab.experiments.verdict import Verdict
-    from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.experiments.arms import NOTHING, Arm, Point, arm_as_json, check_arms, point_name
+from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_verdict import Verdict
+from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.identity import Identities
+from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, SharedConfig
+from sinkgd.lab.train.resolve import resolve
 
 Scale = Literal["machine", "paper"]
-Overrides = Mapping[str, Any]  # dotted names of a `RunConfig`'s fields, with their values
-Grid = Mapping[str, tuple[float, ...]]  # dotted names, with the values to try
-Point = Mapping[str, float]  # one choice of a grid
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+TUNING_SEED = 1000  # differs from the reported seeds, which count up from training.seed
 
 
 class StudyError(RuntimeError):
-    """A study that cannot go on, with the run and the remedy."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: what sets it apart, and what is tuned in it.
-
-    Examples:
-        >>> arm = Arm("L5", {"optimizer.recipe": "sinkgd"}, {"optimizer.lr": (0.04, 0.08)})
-        >>> arm.points()
-        ({'optimizer.lr': 0.04}, {'optimizer.lr': 0.08})
-    """
-
-    name: str  # unique in the study; also a part of folder names
-    overrides: Overrides
-    tuned: Grid = field(default_factory=dict)  # the product is searched; empty: nothing is tuned
-    value: float | None = None  # place on the study's axis
-    control: bool = False  # another arms are compared with
-    series: str = ""  # what joins arms along the axis; by default the recipe
-
-    @property
-    def recipe(self) -> str:
-        """Name of the optimizer's recipe."""
-        return str(self.overrides["optimizer.recipe"])
-
-    def points(self) -> tuple[dict[str, float], ...]:
-        """List the points of the grid; none where nothing is tuned."""
-        if not self.tuned:
-            return ()
-        return tuple(
-            dict(zip(self.tuned, values, strict=True)) for values in product(*self.tuned.values())
-        )
-
-    def config(self, shared: SharedConfig, point: Point, seed: int) -> RunConfig:
-        """Return the configuration of a run, not resolved.
-
-        Args:
-            shared: What all arms have in common.
-            point: Values of tuned fields; they win over ``overrides``.
-            seed: Of the weights and of the order of the text.
-
-        Raises:
-            ConfigError: If a name is no field of a configuration.
-        """
-        whole = RunConfig(**vars(shared))
-        return override(whole, {**self.overrides, **point, "training.seed": seed})
+    """A study that cannot continue; the message names the run and the remedy."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What the arms of a study differ in, where that is a number."""
+    """The number in which the arms of a study differ."""
 
-    option: str  # of `sinkgd experiment`, e.g. "iterations"
-    title: str  # of the chart's axis
+    option: str  # option of `sinkgd experiment`, e.g. "iterations"
+    title: str  # title of the chart's axis
     log: bool = False
 
 
@@ -91,21 +39,21 @@ class Setting:
     """A study at one scale."""
 
     shared: SharedConfig
-    arms: tuple[Arm, ...]  # in the order of the page; controls among them
-    # The arms at a place on the axis, for a shared configuration. Where it is given, options may
-    # change both; ``arms`` are then made anew.
+    arms: tuple[Arm, ...]  # including controls, in the order of the page
+    # Makes the arms at a position on the axis, for a shared configuration. With it, options can
+    # change both; ``arms`` are then made again.
     at: Callable[[float, SharedConfig], tuple[Arm, ...]] | None = None
     seeds: int = 3
-    models: Mapping[str, SharedConfig] = field(default_factory=dict)  # what is shared, by preset
+    models: Mapping[str, SharedConfig] = field(default_factory=dict)  # shared options, by preset
 
     def of_model(self, preset: str) -> SharedConfig:
-        """Return what all arms share where the model is ``preset``; batch and steps follow it."""
+        """Return the shared options for the model ``preset``, including its batch and steps."""
         return self.models.get(preset, self.shared)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A question that runs can answer.
+    """A question that runs can answer, and how to answer it.
 
     Raises:
         ConfigError: If two arms share a name, or tuned arms have grids of unequal size.
@@ -113,94 +61,162 @@ class Study:
 
     name: str
     question: str  # a sentence that ends in a question mark
-    background: str  # where the question comes from, with the published figures
+    background: str  # the origin of the question, with the published figures
     settings: Mapping[Scale, Setting]
-    judge: "Callable[[StudyResults], Verdict]"
+    judge: Callable[[StudyResults], Verdict]
     axis: Axis | None = None
-    charts: "Callable[[StudyResults, Identities], list[Chart]] | None" = None  # the question's own
+    charts: Callable[[StudyResults, Identities], list[Chart]] | None = (
+        None  # besides the charts of every study
+    )
 
     def __post_init__(self) -> None:
         for setting in self.settings.values():
             check_arms(self.name, setting.arms)
 
 
-def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
-    """Refuse arms that cannot be told apart, or of which some are tuned harder than others.
+@dataclass(frozen=True)
+class Task:
+    """One training of a study."""
+
+    name: str  # also the name of its folder
+    arm: Arm
+    point: Point
+    seed: int
+    tuning: bool  # whether it is a run of the grid; if so, its loss is reported there alone
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """All runs of a study."""
+
+    study: str
+    scale: Scale
+    shared: SharedConfig
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    tune: bool
+    tuning_seed: int = TUNING_SEED
+
+    def tuning_tasks(self, arm: Arm) -> list[Task]:
+        """List the runs of an arm's grid."""
+        return [self.tuning_task(arm, point) for point in self._grid(arm)]
+
+    def tuning_task(self, arm: Arm, point: Point) -> Task:
+        """Return the run at a point of an arm's grid."""
+        name = f"{arm.name}-tune-{point_name(point)}"
+        return Task(name, arm, point, self.tuning_seed, tuning=True)
+
+    def seed_task(self, arm: Arm, point: Point, seed: int) -> Task:
+        """Return the reported run of a seed, at the point that tuning chose."""
+        return Task(f"{arm.name}-seed{seed}", arm, point, seed, tuning=False)
+
+    def config(self, task: Task) -> RunConfig:
+        """Return a run's resolved configuration.
+
+        Raises:
+            ConfigError: If a value is impossible.
+        """
+        return resolve(task.arm.config(self.shared, task.point, task.seed))
+
+    @property
+    def runs(self) -> int:
+        """Number of all runs."""
+        return sum(len(self._grid(arm)) + len(self.seeds) for arm in self.arms)
+
+    def is_tuned(self, arm: Arm) -> bool:
+        """Whether a grid is searched for this arm."""
+        return self.tune and bool(arm.tuned)
+
+    def _grid(self, arm: Arm) -> tuple[dict[str, float], ...]:
+        return arm.points() if self.tune else ()
+
+    def check(self) -> None:
+        """Resolve every configuration, so that errors appear now and not after hours.
+
+        Raises:
+            ConfigError: If there is nothing to run or an option is impossible.
+        """
+        if not self.arms:
+            raise ConfigError(f"study {self.study!r} has no arms left; name other --optimizer")
+        untuned = tuple(replace(arm, tuned=NOTHING) for arm in self.arms)
+        check_arms(self.study, self.arms if self.tune else untuned)
+        if self.tuning_seed in self.seeds:
+            raise ConfigError(
+                f"seed {self.tuning_seed} is that of tuning and cannot be reported, too; "
+                "use another --training.seed"
+            )
+        for arm in self.arms:
+            for task in self.tuning_tasks(arm) or [self.seed_task(arm, NOTHING, self.seeds[0])]:
+                self.config(task)
+
+    def first_tasks(self) -> list[Task]:
+        """List one run per arm: at the first point of its grid, or its only point."""
+        return [
+            (self.tuning_tasks(arm) or [self.seed_task(arm, NOTHING, self.seeds[0])])[0]
+            for arm in self.arms
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as plain values, for the study's file and for `check_same_plan`."""
+        return {
+            "study": self.study,
+            "scale": self.scale,
+            "seeds": list(self.seeds),
+            "tune": self.tune,
+            "tuning_seed": self.tuning_seed,
+            "shared": asdict(self.shared),
+            "arms": {arm.name: arm_as_json(arm) for arm in self.arms},
+        }
+
+
+def plan_of(study: Study, scale: Scale, **options: Any) -> StudyPlan:
+    """Return the default plan of a study; ``options`` replace its fields."""
+    setting = study.settings[scale]
+    first = setting.shared.training.seed
+    defaults: dict[str, Any] = {
+        "shared": setting.shared,
+        "arms": setting.arms,
+        "seeds": tuple(range(first, first + setting.seeds)),
+        "tune": True,
+    }
+    return StudyPlan(study=study.name, scale=scale, **{**defaults, **options})
+
+
+def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: str) -> None:
+    """Check that a study is continued with the options that it began with.
+
+    Args:
+        saved: The plan in the study's file, from `StudyPlan.as_json`.
+        plan: The plan that is asked for now, in the same form.
+        where: The study's folder.
 
     Raises:
-        ConfigError: With the names of the arms.
+        ConfigError: If not; the message gives each field that differs, with both values.
     """
-    names = [arm.name for arm in arms]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"study {study!r} has more than one arm called {', '.join(twice)}")
-    efforts = {arm.name: len(arm.points()) for arm in arms if arm.tuned}
-    if len(set(efforts.values())) > 1:
-        listed = ", ".join(f"{name} {effort}" for name, effort in efforts.items())
+    before, now = dict(_flat(saved)), dict(_flat(plan))
+    names = [
+        name
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name) and not _may_change(name)
+    ]
+    if names:
+        listed = "; ".join(
+            f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
+            for name in names
+        )
         raise ConfigError(
-            f"the arms of study {study!r} are not tuned alike: points of their grids are {listed}; "
-            "give each as many"
+            f"the study in {where} has other options: {listed}. "
+            "Give the same ones, or another --out"
         )
 
 
-def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return ``config`` with fields replaced by their dotted names.
-
-    Raises:
-        ConfigError: If there is no such field; the nearest name is given.
-
-    Examples:
-        >>> override(RunConfig(), {"training.steps": 7}).training.steps
-        7
-    """
-    known = {
-        f"{table}.{name}": table
-        for table, content in vars(config).items()
-        for name in vars(content)
-    }
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(
-                f"a study overrides {name!r}, which is no option of a run; "
-                f"did you mean {nearest(name, known)!r}?"
-            )
-        table = getattr(config, known[name])
-        changed = replace(table, **{name.partition(".")[2]: value})
-        config = replace(config, **{known[name]: changed})
-    return config
+def _may_change(name: str) -> bool:
+    return any(name.startswith(f"shared.{table}.") for table in CHANGEABLE_TABLES)
 
 
-def point_name(point: Point) -> str:
-    """Write a point for a folder's name.
-
-    >>> point_name({"optimizer.lr": 0.02, "optimizer.matrix_lr": 0.001})
-    'lr0.02-matrix_lr0.001'
-    """
-    return "-".join(f"{name.rpartition('.')[2]}{value:g}" for name, value in point.items())
-
-
-def point_words(point: Point) -> str:
-    """Write a point for a reader.
-
-    >>> point_words({"optimizer.lr": 0.02, "optimizer.matrix_lr": 1e-05})
-    'lr 0.02, matrix_lr 1e-05'
-    """
-    return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in point.items())
-
-
-def edges(arm: Arm, chosen: Point) -> list[str]:
-    """Name the fields whose best value is the first or last that was tried, of at least three.
-
-    Of two values either is at an edge, which says nothing.
-
-    Examples:
-        >>> arm = Arm("a", {}, {"optimizer.lr": (0.1, 0.2, 0.4)})
-        >>> edges(arm, {"optimizer.lr": 0.4}), edges(arm, {"optimizer.lr": 0.2})
-        (['optimizer.lr = 0.4'], [])
-    """
-    found = []
-    for name, values in arm.tuned.items():
-        value = chosen.get(name, math.nan)
-        if len(values) > 2 and value in (min(values), max(values)):
-            found.append(f"{name} = {value:g}")
-    return found
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

@@ -1,8 +1,10 @@
-"""A training in a process of its own, forked from one that has imported all that it needs.
+"""Run a training in its own process, forked from a server process that has the imports done.
 
-So every run has the memory, the threads and the random state of a fresh `sinkgd train`, to the
-bit, and torch is imported once a study. What is forked has computed nothing, so it has no threads
-of torch's that a fork would lose.
+Every run therefore has the memory, threads and random state of a fresh `sinkgd train`, to the bit,
+and torch is imported once per study. The server has computed nothing, so it has no torch threads
+that a fork would lose.
+
+The server preloads this module: its imports are the memory that every run starts with.
 """
 
 import multiprocessing
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from sinkgd import NonFiniteGradientError
 from sinkgd.lab.data import DataError
-from sinkgd.lab.launch import stop_with_parent
+from sinkgd.lab.launch import SIGNALS, exit_code, stop_with_parent
 from sinkgd.lab.models import ModelError
 from sinkgd.lab.terminal import LastingStream, keep_stderr
 from sinkgd.lab.train import (
@@ -26,23 +28,21 @@ from sinkgd.lab.train import (
     RunFolderError,
     train,
 )
-from sinkgd.lab.train.interrupt import SIGNALS, exit_code
 
 DIVERGED = 3  # exit code of a run whose loss or gradient was no finite number
-# What multiprocessing says where the process that forks died, too, and cannot tell: a SIGTERM to
-# the whole group ends it.
+# multiprocessing's exit code if the fork server died, too, as by a SIGTERM to the whole group.
 UNTOLD = 255
 _STOPPED = set(map(exit_code, SIGNALS))
 _PATIENCE_SECONDS = 30.0
 
 
 def start_training(config: RunConfig, folder: Path, *, plain: bool) -> ForkServerProcess:
-    """Begin a run, or go on with it.
+    """Start or resume a run.
 
     Args:
-        config: Resolved.
-        folder: Of the run.
-        plain: Whether progress is lines even in a terminal, where several runs would draw bars.
+        config: The resolved configuration.
+        folder: Folder of the run.
+        plain: Print progress as lines even in a terminal, since several runs share it.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -52,7 +52,7 @@ def start_training(config: RunConfig, folder: Path, *, plain: bool) -> ForkServe
 
 
 def was_stopped(code: int | None) -> bool:
-    """Whether an exit code says that a signal asked the run to stop."""
+    """Whether an exit code means that a signal stopped the run."""
     return code in _STOPPED or -(code or 0) in SIGNALS
 
 
@@ -80,7 +80,7 @@ def _train(config: RunConfig, folder: Path) -> int:
 
 
 def wait_until_free(folder: RunFolder) -> None:
-    """Wait, half a minute at most, for a process that was told to stop: it still saves."""
+    """Wait up to half a minute for a stopped process, which still saves its checkpoint."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -91,7 +91,7 @@ def wait_until_free(folder: RunFolder) -> None:
 
 
 class _PlainStream(LastingStream):
-    """Standard error as it would be in a log."""
+    """Standard error that is no terminal, as in a log."""
 
     def isatty(self) -> bool:
         return False

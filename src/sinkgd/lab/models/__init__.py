@@ -1,10 +1,10 @@
 """Models: plain torch modules with Hugging Face's weight names, and their presets."""
 
-from sinkgd.lab.models.contract import LanguageModel as LanguageModel
-from sinkgd.lab.models.contract import ModelError as ModelError
-from sinkgd.lab.models.contract import Sizes as Sizes
 from sinkgd.lab.models.gpt2 import GPT2 as GPT2
 from sinkgd.lab.models.gpt2 import GPT2Config as GPT2Config
+from sinkgd.lab.models.language_model import LanguageModel as LanguageModel
+from sinkgd.lab.models.language_model import ModelError as ModelError
+from sinkgd.lab.models.language_model import Sizes as Sizes
 from sinkgd.lab.models.lens import Lens as Lens
 from sinkgd.lab.models.lens import LensConfig as LensConfig
 from sinkgd.lab.models.lens import lens_from_gpt2 as lens_from_gpt2

@@ -1,6 +1,6 @@
-"""Lens L6: GPT-2's frame around blocks that mix attention logits and anneal the way past attention.
+"""Lens L6: GPT-2 with blocks that mix attention logits and anneal the share of attention.
 
-What a Lens shares with GPT-2 has GPT-2's names and layouts.
+Parts that a Lens shares with GPT-2 have GPT-2's names and layouts.
 
 Shapes, everywhere in this file:
     b: sequences in the batch
@@ -14,21 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sinkgd.lab.models.contract import ModelError
-from sinkgd.lab.models.figures import Figures
-from sinkgd.lab.models.gpt2 import GPT2
-from sinkgd.lab.models.gpt2_frame import Frame, FrameConfig
+from sinkgd.lab.models.gpt2 import GPT2, GPT2Base, GPT2BaseConfig
+from sinkgd.lab.models.language_model import ModelError, Statistics
 from sinkgd.lab.models.lens_blocks import LensAttention, LensMLP
 
-_ROUTE_START = 2.2  # logit of the share of attention before it is annealed: 0.90
+_ROUTE_START = 2.2  # logit of the share of attention before annealing: 0.90
 
 
 @dataclass(frozen=True)
-class LensConfig(FrameConfig):
-    """The sizes of a Lens, and the schedule of its route.
+class LensConfig(GPT2BaseConfig):
+    """The sizes of a Lens, and the schedule of its share of attention.
 
     Raises:
-        ModelError: If a rank does not fit the hidden size, or the schedule is not in order.
+        ModelError: If a rank exceeds the hidden size, or the schedule ends before it starts.
 
     Examples:
         >>> lens = LensConfig(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12)
@@ -38,9 +36,9 @@ class LensConfig(FrameConfig):
 
     key_value_rank: int = 128  # of the maps to keys and to values
     context_rank: int = 128  # of the map from attention's output into the MLP
-    route_shift: float = -3.2  # what is added to the route's logit in the end
-    anneal_start: float = 2000 / 10_400  # part of the run's steps after which it is added linearly
-    anneal_end: float = 10_000 / 10_400  # part of the run's steps after which it is added whole
+    route_shift: float = -3.2  # added to the logit of the share, linearly from start to end
+    anneal_start: float = 2000 / 10_400  # fraction of the run's steps
+    anneal_end: float = 10_000 / 10_400  # fraction of the run's steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,27 +56,25 @@ class LensConfig(FrameConfig):
 
     @property
     def linear_parameter_count(self) -> int:
-        """Weights of the blocks' matrices."""
+        """Number of weights in the blocks' matrices."""
         h, inner = self.hidden_size, self.intermediate_size
         factors = self.key_value_rank * 4 * h + self.context_rank * (h + inner)
         return self.num_layers * (2 * h * h + 2 * h * inner + factors)
 
     @property
     def parameter_count(self) -> int:
-        """All weights, the head once: matrices, vectors, gates and directions, and the frame."""
+        """Number of all weights: matrices, vectors and gates of the blocks, and the rest."""
         h = self.hidden_size
-        vectors = (
-            2 * h + (self.intermediate_size + h) + 4 * h
-        )  # biases of attention, MLP, two norms
+        vectors = 2 * h + (self.intermediate_size + h) + 4 * h  # attention, MLP, two norms
         gates = 3 * self.num_heads + h + 1
         return (
             self.linear_parameter_count
             + self.num_layers * (vectors + gates)
-            + self.frame_parameter_count
+            + self.base_parameter_count
         )
 
     def attention_share(self, step: int, steps: int) -> float:
-        r"""Return the share g of attention in what a block adds; the rest is the MLP's.
+        r"""Return the share g of attention in the sum of a block; the MLP has the share 1 - g.
 
         .. math::
             g = \sigma(2.2 + \text{shift} \cdot \mathrm{clamp}_{[0, 1]}(p)), \qquad
@@ -98,15 +94,15 @@ class LensConfig(FrameConfig):
         return 1 / (1 + math.exp(-(_ROUTE_START + shift)))
 
 
-class Lens(Frame):
+class Lens(GPT2Base):
     """A Lens L6 language model.
 
-    Its route follows the run: `at_step` tells it how far the run is. Until then it is at the start.
+    Its share of attention is annealed over the run: call `at_step` before every step.
 
     Args:
         config: The sizes.
-        seed: Seed of the weights. Maps to keys and values begin as the best approximation, of their
-            rank, of GPT-2's draw.
+        seed: Seed of the weights. The maps to keys and values start as the best low-rank
+            approximation of GPT-2's draw.
 
     Examples:
         >>> config = LensConfig(
@@ -130,7 +126,7 @@ class Lens(Frame):
         self.attention_share = config.attention_share(0, 1)
 
     def make_block(self) -> nn.Module:
-        """Return a block with mixed attention, context in its MLP, and a route between both."""
+        """Return a block of mixed attention and an MLP that also reads attention's output."""
         return _Block(self.config)
 
     def block_arguments(self) -> tuple[float]:
@@ -138,7 +134,7 @@ class Lens(Frame):
         return (self.attention_share,)
 
     def at_step(self, step: int, steps: int) -> None:
-        """Anneal the route; see `LensConfig.attention_share`.
+        """Anneal the share of attention; see `LensConfig.attention_share`.
 
         Args:
             step: Optimizer steps taken so far, 0 before the first.
@@ -147,7 +143,7 @@ class Lens(Frame):
         self.attention_share = self.config.attention_share(step, steps)
 
     def statistics(self, tokens: Tensor) -> dict[str, float]:
-        """Return the figures of attention, gates and contexts, and ``"attention_share"``."""
+        """Return the statistics of attention, gates and contexts, and ``"attention_share"``."""
         return {**super().statistics(tokens), "attention_share": self.attention_share}
 
 
@@ -166,23 +162,23 @@ class _Block(nn.Module):
         out: Tensor = self.mlp(self.ln_2(x + attention), attention)
         return x + attention_share * attention + (1 - attention_share) * out
 
-    def figures(self, x: Tensor) -> Figures:
-        """Return the figures of attention, and ``context_share``, of a block's input."""
-        return {**self.attn.figures(self.ln_1(x)), "context_share": self.mlp.share()}
+    def statistics(self, x: Tensor) -> Statistics:
+        """Return the statistics of attention, and ``context_share``, for a block's input."""
+        return {**self.attn.statistics(self.ln_1(x)), "context_share": self.mlp.share()}
 
 
 def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
-    """Build a Lens that begins with the weights of a GPT-2.
+    """Build a Lens that starts from the weights of a GPT-2.
 
-    Keys and values become the best approximation of their rank. GPT-2's bias of keys is left out:
-    in standard attention it shifts all logits of a query alike. That of values passes through
-    attention unchanged, so it goes into the bias of the output. The context of the MLP, the gates
-    and the directions are drawn.
+    Keys and values become the best approximations of their rank. GPT-2's key bias is dropped: in
+    standard attention it shifts all logits of a query equally. The value bias passes through
+    attention unchanged, so it is added to the output bias. The MLP's context map, the gates and the
+    directions are drawn.
 
     Args:
-        gpt2: In memory, on any device.
-        config: Of the same vocabulary, width, depth, heads and length.
-        seed: Of what GPT-2 does not have.
+        gpt2: A whole model, on any device.
+        config: Sizes with GPT-2's vocabulary, width, depth, heads and length.
+        seed: Seed of the weights that GPT-2 does not have.
 
     Raises:
         ModelError: If a size differs.
@@ -192,7 +188,7 @@ def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
         if theirs != ours:
             raise ModelError(f"{name} is {theirs} in the GPT-2 and {ours} in config; use {theirs}")
     lens = Lens(config, seed=seed)
-    # all but the fused projection is there under the same name
+    # everything except the fused projection has the same name
     lens.load_state_dict(
         {name: x for name, x in gpt2.state_dict().items() if ".c_attn." not in name}, strict=False
     )
@@ -204,7 +200,7 @@ def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
 
 @torch.no_grad()
 def _take_projections(attention: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Cut GPT-2's fused projection, ``(h, 3h)`` and ``(3h,)``, into a Lens's three."""
+    """Split GPT-2's fused projection, ``(h, 3h)`` and ``(3h,)``, into the three of a Lens."""
     assert isinstance(attention, LensAttention)
     query, key, value = weight.chunk(3, dim=1)
     query_bias, _, value_bias = bias.chunk(3)

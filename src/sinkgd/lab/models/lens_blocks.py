@@ -1,25 +1,25 @@
 r"""The blocks of a Lens: attention with mixed logits, factored weights, and the MLP.
 
-Attention's logits are a mixture of three, and each head has gates of its own. With
+Attention's logits are a mixture of three terms, with separate gates for each head. With
 :math:`S = QK^\top/\sqrt D` over all tokens, before the causal mask, the logits of a head are
 
 .. math::
     w_{std}\, S + w_{rec}\, S^\top + w_{disc}\, d, \qquad
     d_j = \langle k_j, u \rangle - \tfrac1t \sum_l \langle k_l, u \rangle
 
-with :math:`w = \mathrm{softmax}` of three learned gates and a learned direction u. Reciprocity,
-:math:`S^\top_{ij} = q_j \cdot k_i/\sqrt D`, asks what token j seeks in token i. Discoverability, d,
-is how readily token j is found by anyone.
+where :math:`w` is the softmax of three learned gates and u is a learned direction. Reciprocity,
+:math:`S^\top_{ij} = q_j \cdot k_i/\sqrt D`, scores token i by the query of token j.
+Discoverability, d, scores token j for all queries alike.
 
-The future stays unseen. For j ≤ i the transpose reads the query of j and the key of i alone. The
-mean in d does run over later tokens, too, but it is the same number for every j, and a softmax over
-j does not know of it. So it is left out here; the rest is one product of wider queries and keys,
+Attention stays causal. For j ≤ i the transpose reads only the query of j and the key of i. The mean
+in d includes later tokens, but it is the same number for every j, and a softmax over j is invariant
+to it. So it is left out here; the rest is one product of wider queries and keys,
 
 .. math::
     \big[\, w_{std}\, q_i + \sqrt D\, w_{disc}\, u,\;\; w_{rec}\, k_i \,\big] \cdot
     \big[\, k_j,\;\; q_j \,\big] / \sqrt D
 
-so that the usual attention kernels serve.
+so the usual attention kernels apply.
 
 Shapes, everywhere in this file:
     b: sequences in the batch
@@ -37,10 +37,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from sinkgd.lab.models.contract import draw_normal, set_whole
-from sinkgd.lab.models.figures import Figures, attention_entropy, reciprocity
-from sinkgd.lab.models.gpt2 import Conv1D
-from sinkgd.lab.models.gpt2_frame import FrameConfig
+from sinkgd.lab.models.gpt2 import Conv1D, GPT2BaseConfig
+from sinkgd.lab.models.language_model import (
+    Statistics,
+    attention_entropy,
+    draw_normal,
+    reciprocity,
+    set_weight,
+)
 
 
 class Factors(nn.Module):
@@ -51,7 +55,7 @@ class Factors(nn.Module):
         in_features: n.
         rank: r, at most the smaller of m and n.
         std: Standard deviation of initial weights.
-        from_svd: Whether a whole matrix is drawn and factored, or each factor is drawn by itself.
+        from_svd: Draw a whole matrix and factor it; otherwise draw each factor by itself.
     """
 
     def __init__(
@@ -75,13 +79,13 @@ class Factors(nn.Module):
             draw_normal(self.up.weight, self.std, generator)
 
     def approximate(self, weight: Tensor) -> None:
-        r"""Take the best approximation of rank r, with :math:`\sqrt\Sigma` on both sides.
+        r"""Set the factors to the best approximation of rank r, with :math:`\sqrt\Sigma` in both.
 
         .. math::
             W = U \Sigma V^\top, \qquad
             W_u = U_r \sqrt{\Sigma_r}, \quad W_d = \sqrt{\Sigma_r} V_r^\top
 
-        so both factors begin with the same norm, and at full rank the product is the weight itself.
+        so both factors have the same norm, and at full rank the product is the weight itself.
 
         Args:
             weight: ``(m, n)``, as an ``nn.Linear`` stores it.
@@ -90,18 +94,18 @@ class Factors(nn.Module):
         with _one_thread():
             u, sigma, v = torch.linalg.svd(weight.float(), full_matrices=False)
         root = sigma[:rank].sqrt()
-        set_whole(self.up.weight, u[:, :rank] * root)
-        set_whole(self.down.weight, root.unsqueeze(1) * v[:rank])
+        set_weight(self.up.weight, u[:, :rank] * root)
+        set_weight(self.down.weight, root.unsqueeze(1) * v[:rank])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(..., m)`` of ``(..., n)``."""
+        """Map ``(..., n)`` to ``(..., m)``."""
         out: Tensor = self.up(self.down(x))
         return out
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute alone: LAPACK's sums, and so a seed's weights, depend on the number of threads."""
+    """Use one thread: LAPACK's sums, and so a seed's weights, depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -121,10 +125,10 @@ class LensAttention(nn.Module):
 
     Args:
         config: The sizes.
-        rank: Of the maps to keys and to values.
+        rank: Rank of the maps to keys and to values.
     """
 
-    def __init__(self, config: FrameConfig, rank: int) -> None:
+    def __init__(self, config: GPT2BaseConfig, rank: int) -> None:
         super().__init__()
         h, std = config.hidden_size, config.initializer_std
         self.head_size = config.head_size
@@ -132,23 +136,23 @@ class LensAttention(nn.Module):
         self.key = Factors(h, h, rank, std, from_svd=True)
         self.value = Factors(h, h, rank, std, from_svd=True)
         self.c_proj = Conv1D(h, h, config.residual_std)
-        # vectors, which weight decay spares: all heads' standard gates first; head after head
+        # vectors, so without weight decay; the standard gates of all heads come first
         self.gates = nn.Parameter(torch.empty(len(_GATES) * config.num_heads, dtype=torch.float32))
         self.direction = nn.Parameter(torch.empty(h, dtype=torch.float32))
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw the directions and set the gates; the other weights are their modules' own."""
+        """Draw the directions and set the gates; submodules draw the other weights."""
         heads = self.gates.numel() // len(_GATES)
         gates = torch.tensor(_GATES, dtype=torch.float32, device="cpu")
-        set_whole(self.gates, gates.repeat_interleave(heads))
+        set_weight(self.gates, gates.repeat_interleave(heads))
         draw_normal(self.direction, _DIRECTION_STD, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(b, t, h)`` of the normalized hidden states ``(b, t, h)``."""
+        """Map the normalized hidden states ``(b, t, h)`` to ``(b, t, h)``."""
         q, k = self._heads(self.query(x)), self._heads(self.key(x))
         v = self._heads(self.value(x))
         queries, keys = self._widened(q, k)
-        # fused kernels want values as wide as queries and keys
+        # fused kernels need values as wide as queries and keys
         values = pad(v, (0, self.head_size))
         scale = self.head_size**-0.5
         mixed = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
@@ -159,8 +163,8 @@ class LensAttention(nn.Module):
         """Return the weights of standard, reciprocity and discoverability, ``(3, a)``, float32."""
         return torch.softmax(self.gates.float().view(len(_GATES), -1), 0)
 
-    def figures(self, x: Tensor) -> Figures:
-        """Return what each head does with the normalized hidden states ``(b, t, h)``.
+    def statistics(self, x: Tensor) -> Statistics:
+        """Return statistics of each head on the normalized hidden states ``(b, t, h)``.
 
         Returns:
             ``attention_entropy`` in nats and ``reciprocity``, the correlation of S and its
@@ -168,7 +172,7 @@ class LensAttention(nn.Module):
             ``gate_discoverability``, the mixture. Each is ``(a,)``.
         """
         entropies, correlations = [], []
-        for row in torch.split(x, 1):  # one sequence at a time, for logits are t×t
+        for row in torch.split(x, 1):  # one sequence at a time, since logits are t×t
             q, k = self._heads(self.query(row)), self._heads(self.key(row))
             queries, keys = self._widened(q, k)
             entropies.append(attention_entropy(queries @ keys.mT / self.head_size**0.5))
@@ -201,31 +205,31 @@ _SHARE = 0.1
 
 
 class LensMLP(nn.Module):
-    r"""A GELU MLP that also reads the output of attention, through a map of low rank.
+    r"""A GELU MLP that also reads the output of attention, through a low-rank map.
 
     .. math::
         h = (1 - a)\, \mathrm{GELU}(W_1 y) + a\, W_u W_d\, \mathrm{stopgrad}(\text{attention}),
         \qquad \text{out} = W_2 h
 
-    a is learned, starts at 0.1 and is clamped to [0, 1]. Beyond these bounds no gradient reaches
-    it: an optimizer that takes it there leaves it there. Attention learns nothing by this way.
+    a is learned, starts at 0.1 and is clamped to [0, 1]. Outside of these bounds its gradient is
+    zero, so an optimizer that takes it there leaves it there. No gradient flows to attention.
 
     Args:
         config: The sizes.
-        rank: Of the map from the output of attention.
+        rank: Rank of the map from the output of attention.
     """
 
-    def __init__(self, config: FrameConfig, rank: int) -> None:
+    def __init__(self, config: GPT2BaseConfig, rank: int) -> None:
         super().__init__()
         h, inner, std = config.hidden_size, config.intermediate_size, config.initializer_std
         self.c_fc = Conv1D(inner, h, std)
         self.context = Factors(inner, h, rank, std, from_svd=False)
-        # One number in a vector, as FSDP divides no scalars.
+        # A vector of one number, since FSDP cannot shard scalars.
         self.context_share = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.c_proj = Conv1D(h, inner, config.residual_std)
 
     def draw(self, generator: torch.Generator) -> None:
-        """Set the share of the context; the other weights are their modules' own."""
+        """Set the share of the context; submodules draw the other weights."""
         del generator
         self.context_share.fill_(_SHARE)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sinkgd.lab.models.contract import (
+from sinkgd.lab.models.language_model import (
     LanguageModel,
     ModelError,
     check_positive,
@@ -50,7 +50,7 @@ class LlamaConfig:
         if self.hidden_size % (2 * self.num_heads):
             raise ModelError(
                 f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must be an even "
-                "whole number, for rotary positions turn the features of a head in pairs; "
+                "whole number, since rotary positions turn the features of a head in pairs; "
                 "change one of them"
             )
 
@@ -61,19 +61,19 @@ class LlamaConfig:
 
     @property
     def linear_parameter_count(self) -> int:
-        """Weights of the blocks' matrices, those that the paper gives to SR-Sinkhorn."""
+        """Number of weights in the blocks' matrices, which the paper gives to SR-Sinkhorn."""
         h = self.hidden_size
         return self.num_layers * (4 * h * h + 3 * h * self.intermediate_size)
 
     @property
     def parameter_count(self) -> int:
-        """All weights: the blocks' matrices, embedding and head, and the norms."""
+        """Number of all weights: the blocks' matrices, embedding and head, and the norms."""
         embedding_and_head = 2 * self.vocab_size * self.hidden_size
         norms = (2 * self.num_layers + 1) * self.hidden_size
         return self.linear_parameter_count + embedding_and_head + norms
 
     def huggingface(self) -> dict[str, Any]:
-        """Return the keyword arguments of the same model's ``transformers.LlamaConfig``."""
+        """Return the keyword arguments of ``transformers.LlamaConfig`` for the same model."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -92,8 +92,8 @@ class LlamaConfig:
 class Llama(LanguageModel):
     """A LLaMA language model.
 
-    Weights are drawn from a generator of the model's own, on the CPU and in float32: a seed means
-    the same weights on every device, and no other random number moves.
+    Weights are drawn from the model's own generator, on the CPU and in float32: a seed gives the
+    same weights on every device, and the global generator is left alone.
 
     Args:
         config: The sizes.
@@ -106,7 +106,7 @@ class Llama(LanguageModel):
         >>> Llama(config)(torch.tensor([[5, 7, 11]])).shape
         torch.Size([1, 3, 100])
 
-        A model made on the meta device has no weights until it is given a device:
+        A model made on the meta device has no weights until it gets a device:
 
         >>> with torch.device("meta"):
         ...     model = Llama(config)
@@ -128,12 +128,12 @@ class Llama(LanguageModel):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The blocks, in their order."""
+        """The blocks, in order."""
         return self.model.layers
 
     @property
     def recompute(self) -> bool:
-        """Whether only the input of a block is kept, and the block run again in backward."""
+        """Whether to keep only the input of each block, and run the block again in backward."""
         return self.model.recompute
 
     @recompute.setter
@@ -141,11 +141,10 @@ class Llama(LanguageModel):
         self.model.recompute = value
 
     def initialize(self, seed: int) -> Self:
-        """Draw every weight anew and return the model.
+        """Draw all weights and return the model.
 
-        Linear and embedding weights are normal with the config's standard deviation, norm
-        weights are 1. A weight in bfloat16 is the float32 draw, rounded; of one that lies in pieces
-        on several devices, each has its piece of the whole draw.
+        Linear and embedding weights are normal with the config's standard deviation, norm weights
+        are 1; see `draw_normal` for bfloat16 and sharded weights.
         """
         generator = torch.Generator(device="cpu").manual_seed(seed)
         std = self.config.initializer_std
@@ -158,7 +157,7 @@ class Llama(LanguageModel):
         return self
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Return what the head reads, ``(b, t, h)``, of tokens ``(b, t)``."""
+        """Map tokens ``(b, t)`` to the hidden states that the head reads, ``(b, t, h)``."""
         hidden: Tensor = self.model(tokens)
         return hidden
 
@@ -172,7 +171,7 @@ class _Body(nn.Module):
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotation = _Rotation(config)
-        self.recompute = False  # keep the input of a block alone, and run it again in backward
+        self.recompute = False
 
     def forward(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)
@@ -281,8 +280,8 @@ class _Rotation(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.bfloat16()` would round the tables and `.to_empty()` leave them unset: make them anew,
-        # in float32, wherever the module has gone
+        # `.bfloat16()` would round the tables and `.to_empty()` would leave them unset, so compute
+        # them again, in float32, on the module's new device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._fill(self.cos.device)
         return self

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from sinkgd.lab.models.contract import LanguageModel, ModelError
 from sinkgd.lab.models.gpt2 import GPT2, GPT2Config
+from sinkgd.lab.models.language_model import LanguageModel, ModelError
 from sinkgd.lab.models.lens import Lens, LensConfig
 from sinkgd.lab.models.llama import Llama, LlamaConfig
 from sinkgd.lab.names import suggest
@@ -22,8 +22,8 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConf
 
 
 # The benchmark is GaLore's (Zhao et al., https://arxiv.org/abs/2403.03507).
-# llama-10b is llama-7b with half as many blocks again.
-# llama-nano has the blocks of llama-9m: it is for small vocabularies, which the data bring along.
+# llama-10b is llama-7b with one and a half times as many blocks.
+# llama-nano has the blocks of llama-9m; it is meant for data with a small vocabulary.
 LLAMAS: dict[str, LlamaConfig] = {
     "llama-nano-64": _sizes(hidden=64, intermediate=176, layers=4, heads=4),
     "llama-nano": _sizes(hidden=128, intermediate=352, layers=4, heads=4),

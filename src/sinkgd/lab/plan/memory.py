@@ -12,7 +12,7 @@ from typing import Literal
 from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
 from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
 from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
-from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.optim.chunking import SCRATCH_BYTES, chunk_slices
 from sinkgd.optim.methods.multi_normalized import (
     BATCH_BYTES,

@@ -1,12 +1,7 @@
 """The page of `sinkgd plan`: memory by part and what a step sends, one file, no network."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import sinkgd.lab.bench.page
-from sinkgd.lab.bench.charts import stacked_bars
-from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.plan.plan import Answer, MethodPlan, Question
 from sinkgd.lab.plan.sheets import (
     answer_lines,
@@ -16,22 +11,10 @@ from sinkgd.lab.plan.sheets import (
     seconds,
 )
 from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.measurement_page import PageContent, measurement_page, stacked_bars
 from sinkgd.lab.report.quantities import size
-from sinkgd.lab.report.shell import render
 
 _GIB = 2**30
-_TEMPLATE = Path(sinkgd.lab.bench.page.__file__).parent / "bench.html"
-
-
-@dataclass(frozen=True)
-class _Content:
-    headline: str
-    answers: Sequence[str]
-    sheets: Sequence[Sheet]
-    footer: str = "Memory is counted on fake tensors; time is an estimate. Nothing was trained."
-    first: Sequence[Sheet] = ()
-    details: Sequence[Sheet] = ()
-    cautions: Sequence[str] = ()
 
 
 def plan_page(question: Question, answer: Answer, command: str) -> str:
@@ -39,17 +22,17 @@ def plan_page(question: Question, answer: Answer, command: str) -> str:
     ladder = ladder_sheet(answer)
     sheets = plan_sheets(question, answer)
     fits, *answers = answer_lines(question, answer)
-    return render(
-        _TEMPLATE,
-        title=f"sinkgd plan: {question.work.architecture.name}",
+    content = PageContent(
+        headline=fits,
+        answers=answers,
         charts=[_memory_chart(answer), _time_chart(answer)],
-        filters={},
-        content=_Content(
-            headline=fits,
-            answers=answers,
-            first=[sheets[0]],
-            sheets=[sheet for sheet in sheets[1:] if sheet != ladder] + [ladder],
-        ),
+        first=[sheets[0]],
+        tables=[sheet for sheet in sheets[1:] if sheet != ladder] + [ladder],
+        footer="Memory is counted on fake tensors; time is an estimate. Nothing was trained.",
+    )
+    return measurement_page(
+        content,
+        title=f"sinkgd plan: {question.work.architecture.name}",
         environment=assumption_sheet(question),
         command=command,
     )

@@ -86,7 +86,7 @@ def make_plan(
     *,
     ladder: Sequence[str] = LADDER,
     methods: Sequence[str] = tuple(METHODS),
-    say: Callable[[str], None] = lambda _: None,
+    echo: Callable[[str], None] = lambda _: None,
 ) -> Answer:
     """Answer a question for several methods.
 
@@ -94,7 +94,7 @@ def make_plan(
         question: What is asked.
         ladder: Models among which to look for where each method stops fitting.
         methods: Names of the methods; the question's own and AdamW are always among them.
-        say: Called with one line before each method and each model that is counted.
+        echo: Called with one line before each method and each model that is counted.
 
     Raises:
         ConfigError: If the mesh cannot divide the model, or the method cannot release gradients.
@@ -110,10 +110,10 @@ def make_plan(
     weights = weights_of(question.work.architecture, question.grid)
     plans, rungs = [], []
     for i, method in enumerate(chosen, start=1):
-        say(f"counting {question.work.architecture.name} with {method.title} ({i}/{len(chosen)})")
+        echo(f"counting {question.work.architecture.name} with {method.title} ({i}/{len(chosen)})")
         plans.append(_method_plan(question, method))
     for i, name in enumerate(ladder, start=1):
-        say(f"counting the ladder: {name} ({i}/{len(ladder)})")
+        echo(f"counting the ladder: {name} ({i}/{len(ladder)})")
         rungs.append(_rung(question, find_architecture(name), chosen))
     return Answer(
         parameters=sum(w.count for w in weights),

@@ -2,9 +2,9 @@
 
 import math
 
-from sinkgd.lab.bench.sheet import Sheet
 from sinkgd.lab.plan.methods import METHODS
 from sinkgd.lab.plan.plan import MOST_SHARDS, Answer, MethodPlan, Question
+from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, percent, size
 
 _BASELINE = "adamw"
@@ -78,7 +78,7 @@ def _remedy(question: Question, chosen: MethodPlan) -> str:
     )
 
 
-def plan_sheets(question: Question, answer: Answer) -> list[Sheet]:
+def plan_sheets(question: Question, answer: Answer) -> list[TextTable]:
     """Make all tables."""
     return [
         memory_sheet(question, answer),
@@ -88,7 +88,7 @@ def plan_sheets(question: Question, answer: Answer) -> list[Sheet]:
     ]
 
 
-def memory_sheet(question: Question, answer: Answer) -> Sheet:
+def memory_sheet(question: Question, answer: Answer) -> TextTable:
     """Make the table of memory by part, a method a row."""
     rows = []
     for one in sorted(answer.methods, key=lambda one: one.memory.peak):
@@ -97,7 +97,7 @@ def memory_sheet(question: Question, answer: Answer) -> Sheet:
         cells = (gib(m.peak), "yes" if one.fits else "no", gib(m.weights_and_state))
         rows.append((_marked(one, question), *cells, *map(gib, parts)))
     moment = answer.of(question.method.name).memory.moment
-    return Sheet(
+    return TextTable(
         title="Memory of a rank, GiB",
         note=f"{_described(question)}. ◂: the method that was asked for. A method fits below "
         f"{size(answer.limit_bytes)}. Parts at the moment of the peak, for "
@@ -120,7 +120,7 @@ def memory_sheet(question: Question, answer: Answer) -> Sheet:
     )
 
 
-def time_sheet(question: Question, answer: Answer) -> Sheet:
+def time_sheet(question: Question, answer: Answer) -> TextTable:
     """Make the table of time and cost, a method a row."""
     priced = question.price is not None
     rows = tuple(
@@ -136,7 +136,7 @@ def time_sheet(question: Question, answer: Answer) -> Sheet:
         )
         for one in answer.methods
     )
-    return Sheet(
+    return TextTable(
         title=f"Time of a step, estimated, on {_devices(question)}",
         note=f"Assumed: products at {percent(question.mfu)} of the peak, FSDP's messages hidden "
         "behind compute where they are shorter, no latency. "
@@ -156,7 +156,7 @@ def time_sheet(question: Question, answer: Answer) -> Sheet:
     )
 
 
-def traffic_sheet(question: Question, answer: Answer) -> Sheet:
+def traffic_sheet(question: Question, answer: Answer) -> TextTable:
     """Make the table of collectives: training's, then each method's own."""
     rows = []
     for one in answer.methods:
@@ -167,7 +167,7 @@ def traffic_sheet(question: Question, answer: Answer) -> Sheet:
                 cells = (f"{m.count:,}", size(m.bytes), size(m.sent))
                 rows.append((f"{who}: {m.what}", m.kind, group, *cells))
     rows.sort(key=lambda row: not row[0].startswith("training"))
-    return Sheet(
+    return TextTable(
         title="Messages of a step",
         note="Bytes are those of the whole tensors; a rank of a ring sends the last column.",
         columns=("what", "collective", "group", "messages", "bytes", "a rank sends"),
@@ -175,7 +175,7 @@ def traffic_sheet(question: Question, answer: Answer) -> Sheet:
     )
 
 
-def ladder_sheet(answer: Answer) -> Sheet:
+def ladder_sheet(answer: Answer) -> TextTable:
     """Make the table of peaks, a column a model; what does not fit is in parentheses."""
 
     def cell(peak: int | None) -> str:
@@ -184,7 +184,7 @@ def ladder_sheet(answer: Answer) -> Sheet:
         return gib(peak) if peak <= answer.limit_bytes else f"({gib(peak)})"
 
     undivided = [f"{rung.model}: {rung.reason}" for rung in answer.ladder if rung.reason]
-    return Sheet(
+    return TextTable(
         title="Where each method stops fitting: the peak of a rank, GiB",
         note=" ".join(
             ["The same batch, mesh and device; what does not fit is in parentheses.", *undivided]
@@ -197,7 +197,7 @@ def ladder_sheet(answer: Answer) -> Sheet:
     )
 
 
-def assumption_sheet(question: Question) -> Sheet:
+def assumption_sheet(question: Question) -> TextTable:
     """Make the table of what was assumed."""
     device = question.device
     rows = (
@@ -210,7 +210,7 @@ def assumption_sheet(question: Question) -> Sheet:
         *((f"state of {method.title}", method.formula) for method in METHODS.values()),
         *((f"source of {method.title}", method.source) for method in METHODS.values()),
     )
-    return Sheet("Assumptions and sources", "", ("what", "value"), rows)
+    return TextTable("Assumptions and sources", "", ("what", "value"), rows)
 
 
 def gib(count_bytes: float) -> str:

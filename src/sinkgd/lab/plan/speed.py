@@ -13,7 +13,7 @@ from sinkgd.lab.plan.methods import Method
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.traffic import Messages
 from sinkgd.lab.plan.weights import Grid, weights_of
-from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.machine import weight_dtype
 
 _ADAMW_PASSES, _SGD_PASSES = 7, 3  # over an entry, as in sinkgd.lab.bench.contenders
 

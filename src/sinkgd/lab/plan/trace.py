@@ -26,8 +26,8 @@ from sinkgd.lab.models import Llama
 from sinkgd.lab.plan.architecture import Architecture
 from sinkgd.lab.plan.rank_model import rank_model
 from sinkgd.lab.train.config import Precision
-from sinkgd.lab.train.device import arithmetic, weight_dtype
-from sinkgd.lab.train.loss import loss_of
+from sinkgd.lab.train.machine import arithmetic, weight_dtype
+from sinkgd.lab.train.training_step import loss_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from math import prod
 from sinkgd.lab.plan.methods import Method, usual_rank
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.plan.weights import Grid, Weight, weights_of
-from sinkgd.lab.train.device import weight_dtype
+from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
 
 _FLOAT64 = 8

@@ -18,11 +18,9 @@ from sinkgd.lab.report.charts import (
     row_words,
     rows_axis,
 )
-from sinkgd.lab.report.identity import Identity
+from sinkgd.lab.report.identity import Identities
 from sinkgd.lab.report.summary import RecipeSummary, Spread
 from sinkgd.lab.results import Memory
-
-Identities = dict[str, Identity]
 
 _REMADE = "This chart remakes a part of figure 1 of the SinkGD paper with the runs of this page."
 _ROW = 66  # CSS pixels of a recipe's row: its words, and its bar below them

@@ -19,6 +19,7 @@ from sinkgd.lab.report.published import (
     TOKEN_FRACTION,
 )
 from sinkgd.lab.report.summary import RecipeSummary
+from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Run
 
 Kind = Literal["measured", "published", "assumed", "own"]
@@ -185,10 +186,10 @@ def _measured(analysis: Analysis | None) -> list[Candidate]:
     if analysis is None or analysis.baseline is None:
         return []
     found = []
+    with_speed = device_of(analysis) is not None and not unequal_speed(analysis)
     for recipe in analysis.candidates:
         comparison = analysis.comparisons.get(recipe.name)
-        on_gpu = device_of(analysis) is not None
-        speedup = _speedup(recipe, analysis.baseline) if on_gpu else 1.0
+        speedup = _speedup(recipe, analysis.baseline) if with_speed else 1.0
         if comparison is None or comparison.token_fraction is None or speedup is None:
             continue
         fraction = comparison.token_fraction.mean
@@ -200,8 +201,8 @@ def _measured(analysis: Analysis | None) -> list[Candidate]:
                     fraction,
                     speedup,
                     "measured",
-                    "measured" if on_gpu else _ASSUMED,
-                    _caveat(recipe, comparison, on_gpu=on_gpu),
+                    "measured" if with_speed else _ASSUMED,
+                    _caveat(recipe, comparison, with_speed=with_speed),
                 )
             )
     return sorted(found, key=lambda one: (one.token_fraction / one.step_speedup, one.name))
@@ -213,7 +214,7 @@ def _speedup(recipe: RecipeSummary, baseline: RecipeSummary) -> float | None:
     return recipe.tokens_per_second.mean / baseline.tokens_per_second.mean
 
 
-def _caveat(recipe: RecipeSummary, comparison: Comparison, *, on_gpu: bool) -> str:
+def _caveat(recipe: RecipeSummary, comparison: Comparison, *, with_speed: bool) -> str:
     """Say what a measured gain rests on."""
     run = recipe.finished[0]
     words = [f"at {quantities.count(run.start.parameters)} parameters"]
@@ -225,7 +226,7 @@ def _caveat(recipe: RecipeSummary, comparison: Comparison, *, on_gpu: bool) -> s
         words.append("a single run")
     if comparison.level:
         words.append("level at the end")
-    speed = "" if on_gpu else "; equal speed assumed"
+    speed = "" if with_speed else "; equal speed assumed"
     return f"{', '.join(words)}; at another size nobody knows{speed}"
 
 

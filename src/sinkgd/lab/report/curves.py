@@ -12,7 +12,7 @@ from typing import Literal
 from sinkgd.lab.report import quantities
 from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.charts import CLEAR, Figure
-from sinkgd.lab.report.identity import Identity
+from sinkgd.lab.report.identity import Identities
 from sinkgd.lab.report.summary import Spread
 from sinkgd.lab.results import Evaluation, Run, TrainStep
 
@@ -104,7 +104,7 @@ def crossed(analysis: Analysis, along: Axis) -> list[tuple[float, float, str]]:
 
 def marks(
     analysis: Analysis,
-    identities: dict[str, Identity],
+    identities: Identities,
     along: Axis,
     *,
     scale: float,

@@ -6,6 +6,7 @@ and `page.js` puts it in when a chart is drawn.
 
 import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sinkgd.lab.report.analysis import Analysis
@@ -29,6 +30,9 @@ class Identity:
     def color(self) -> str:
         """The role of the color."""
         return f"@series-{self.series}"
+
+
+Identities = Mapping[str, Identity]  # by recipe, or by arm of a study
 
 
 def identify(analysis: Analysis) -> dict[str, Identity]:

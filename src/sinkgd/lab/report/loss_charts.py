@@ -17,8 +17,9 @@ from sinkgd.lab.report.curves import (
     training_curve,
     validation_curve,
 )
-from sinkgd.lab.report.identity import Identity, plotly_label
+from sinkgd.lab.report.identity import Identities, Identity, plotly_label
 from sinkgd.lab.report.summary import RecipeSummary
+from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Run
 
 _VIEW_BEGINS = 0.15  # of the x axis: the first plunge would flatten everything after it
@@ -26,7 +27,7 @@ _CROWD = 8  # recipes; of more the means alone are drawn
 _HEIGHT = 470
 
 
-def loss_chart(analysis: Analysis, identities: dict[str, Identity], along: Axis) -> Chart:
+def loss_chart(analysis: Analysis, identities: Identities, along: Axis) -> Chart:
     """Draw the losses of every run, the baseline's final loss and who crossed it where."""
     scale, unit = _x_unit(analysis, along)
     curves = _Traces(along, scale, means_alone=_means_alone(analysis))
@@ -34,11 +35,12 @@ def loss_chart(analysis: Analysis, identities: dict[str, Identity], along: Axis)
         curves.add(recipe, identities[recipe.name])
     where = {"tokens": "tokens", "seconds": "time of training"}[along]
     view = _view(curves.drawn)
-    top = view[1] if view else None
+    comparable = along == "tokens" or not unequal_speed(analysis)
+    top = view[1] if view and comparable else None
     return Chart(
         key=f"loss-{along}",
         title=f"Validation loss against {where}",
-        caption=_caption(analysis, along),
+        caption=_caption(analysis, along, comparable=comparable),
         description=_description(analysis, where),
         figure={
             "data": curves.traces,
@@ -180,7 +182,7 @@ def _means_alone(analysis: Analysis) -> bool:
     return len(analysis.recipes) > _CROWD
 
 
-def _caption(analysis: Analysis, along: Axis) -> str:
+def _caption(analysis: Analysis, along: Axis, *, comparable: bool) -> str:
     parts = ["Marked lines: held-out text, one mark per evaluation."]
     if any(len(recipe.finished) > 1 for recipe in analysis.recipes):
         thin = "." if _means_alone(analysis) else ", thin is each seed."
@@ -189,7 +191,9 @@ def _caption(analysis: Analysis, along: Axis) -> str:
         parts.append("Faint: training loss, smoothed.")
     if any(not run.finished for run in analysis.runs):
         parts.append("Dashed: a run that did not finish.")
-    if analysis.target is not None:
+    if not comparable:
+        parts.append("Do not compare these times: some runs were slowed down.")
+    elif analysis.target is not None:
         crowd = len(crossed(analysis, along)) > MOST_ARROWS
         who = f"the first {MOST_ARROWS}" if crowd else "a recipe first"
         parts.append(f"Arrows: where {who} reached the dotted level.")

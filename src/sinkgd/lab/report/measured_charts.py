@@ -7,7 +7,7 @@ from sinkgd.lab.report.analysis import Analysis
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.charts import Chart, Figure, axis, layout
 from sinkgd.lab.report.curves import Curve, finite
-from sinkgd.lab.report.identity import Identity
+from sinkgd.lab.report.identity import Identities, Identity
 from sinkgd.lab.report.loss_charts import loss_chart
 from sinkgd.lab.report.summary import RecipeSummary
 from sinkgd.lab.results import Run
@@ -16,7 +16,7 @@ _MEAN = "/mean"  # over heads and blocks; the rest of a record is for who reads 
 _HEIGHT = 300
 
 
-def inner_charts(analysis: Analysis, identities: dict[str, Identity]) -> list[Chart]:
+def inner_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
     """Draw the mean of every figure against tokens; none where no model has any.
 
     Args:
@@ -50,7 +50,7 @@ def figure_curve(runs: Sequence[Run], name: str) -> Curve:
     return Curve(tuple(x for x, _ in shared), tuple(finite(statistics.fmean(y)) for _, y in shared))
 
 
-def _chart(name: str, analysis: Analysis, identities: dict[str, Identity]) -> Chart:
+def _chart(name: str, analysis: Analysis, identities: Identities) -> Chart:
     title = name.replace("_", " ").capitalize()
     traces, ends = [], []
     for recipe in analysis.recipes:
@@ -94,7 +94,7 @@ def _line(curve: Curve, recipe: RecipeSummary, identity: Identity, *, thin: bool
     }
 
 
-def measured_charts(analysis: Analysis, identities: dict[str, Identity]) -> list[Chart]:
+def measured_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
     """Draw losses, bars, and the inner workings of models that have any."""
     return [
         loss_chart(analysis, identities, "tokens"),

@@ -1,9 +1,13 @@
-"""Checkpoints: every rank writes its pieces, and any other number of ranks can read them.
+"""Checkpoints: every rank writes its shards, and any other number of ranks can read them.
 
-The files are those of `torch.distributed.checkpoint`. They are written beside, forced to the disk,
-and named when all of them are there. A `Saver` writes them at once, or while training goes on.
+The files are those of `torch.distributed.checkpoint`. They are written to a folder of another name,
+forced to the disk, and the folder is renamed when complete. A `Saver` writes them at once, or while
+training goes on.
 """
 
+import json
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -21,14 +25,21 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_map_only
 
-from sinkgd.lab.disk import remedy_of
-from sinkgd.lab.train import whole
-from sinkgd.lab.train.parallel import World
-from sinkgd.lab.train.safe_reader import SafePlanner, SafeReader, UnsafeCheckpointError
+from sinkgd.lab.disk import remedy_of, sync_folder
+from sinkgd.lab.train.checkpoint_validation import (
+    CHECKSUMS,
+    CheckpointError,
+    SafePlanner,
+    SafeReader,
+    UnsafeCheckpointError,
+    checkpoints,
+    checksums,
+)
 from sinkgd.lab.train.state import TrainingState
-from sinkgd.lab.train.whole import CheckpointError
+from sinkgd.lab.train.world import World
 
-Content = dict[str, Any]  # as of `TrainingState.as_dict`
+Content = dict[str, Any]  # from `TrainingState.as_dict`
+_PARTIAL = ".partial"  # suffix of a folder that is being written
 
 
 def save_checkpoint(
@@ -44,13 +55,13 @@ def save_checkpoint(
     world = World() if world is None else world
     path = folder / f"step-{content['progress']['step']:08d}"
     try:
-        partial = world.from_first(lambda: whole.begin(path))
+        partial = world.from_first(lambda: _prepare_folder(path))
         _write(content, partial, world)
         sums = world.from_each(lambda: _own_checksums(partial, world))
         every = {name: value for part in sums for name, value in part.items()}
-        world.from_first(lambda: whole.finish(partial, path, every, keep=keep))
+        world.from_first(lambda: _publish(partial, path, every, keep=keep))
     except (OSError, CheckpointException) as error:
-        world.from_first(lambda: whole.abandon(path))
+        world.from_first(lambda: _discard(path))
         raise CheckpointError(
             f"cannot write checkpoint {path}: {_reason(error)}; {_remedy(error)}. "
             "The checkpoints before it are untouched"
@@ -59,7 +70,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, state: TrainingState, world: World | None = None) -> None:
-    """Read a whole checkpoint into ``state``; a collective call.
+    """Read a valid checkpoint into ``state``; a collective call.
 
     Raises:
         CheckpointError: If it belongs to another model or optimizer.
@@ -70,7 +81,7 @@ def load_checkpoint(path: Path, state: TrainingState, world: World | None = None
     try:
         with _quiet(world):
             reader = SafeReader(path)
-            reader.read_metadata()  # what is refused here has a message of its own
+            reader.read_metadata()  # what it refuses has a message of its own
             load(
                 content,
                 storage_reader=reader,
@@ -93,12 +104,22 @@ def load_checkpoint(path: Path, state: TrainingState, world: World | None = None
         ) from error
 
 
+def _prepare_folder(path: Path) -> Path:
+    """Delete unfinished checkpoints and return an empty folder to write to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_behind in path.parent.glob(f"step-*{_PARTIAL}"):
+        _clear(left_behind)
+    partial = _partial_of(path)
+    partial.mkdir()
+    return partial
+
+
 def _write(content: Content, folder: Path, world: World) -> None:
     with _quiet(world):
         save(
             content,
             storage_writer=FileSystemWriter(folder, sync_files=True),
-            # What all ranks hold alike is the first one's, whose clock is the run's.
+            # Values that all ranks hold come from the first one, whose clock is the run's.
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=world.group,
             no_dist=world.size == 1,
@@ -107,20 +128,58 @@ def _write(content: Content, folder: Path, world: World) -> None:
 
 def _own_checksums(folder: Path, world: World) -> dict[str, str]:
     files = list(folder.glob(f"__{world.rank}_*"))
-    return whole.checksums([*files, folder / ".metadata"] if world.is_first else files)
+    return checksums([*files, folder / ".metadata"] if world.is_first else files)
+
+
+def _publish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> None:
+    """Give a complete checkpoint its name, and delete all but the last ``keep`` checkpoints.
+
+    Args:
+        partial: Folder that holds the files.
+        path: Final path of the checkpoint.
+        sums: Checksums of all files.
+        keep: How many checkpoints to keep.
+    """
+    with (partial / CHECKSUMS).open("w", encoding="utf-8") as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(partial)
+    _clear(path)  # an older, damaged one of the same step
+    partial.rename(path)
+    sync_folder(path.parent)
+    for old in checkpoints(path.parent)[:-keep]:
+        _clear(old)
+
+
+def _clear(path: Path) -> None:
+    """Delete the folder at ``path``; a file there is not ours, so move it aside."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.aside"))
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_PARTIAL}")
+
+
+def _discard(path: Path) -> None:
+    """Delete the files of a checkpoint that could not be completed."""
+    shutil.rmtree(_partial_of(path), ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:
-    """Say what went wrong; of a failure that the checkpoint library wrapped, the cause."""
+    """Describe an error; for one that the checkpoint library wrapped, describe its cause."""
     if isinstance(error, CheckpointException):
         return "; ".join(_reason(cause) for cause in _causes(error))
     return str(error) or repr(error)
 
 
 def _remedy(error: BaseException) -> str:
-    """Say what to do about the first cause that tells."""
+    """Return what to do about the first cause for which that is known."""
     causes = [cause for cause in (error, *_causes(error)) if isinstance(cause, OSError)]
-    if not causes:  # torch's writer of tensors says no more than that a file became too short
+    if not causes:  # torch's writer reports only that a file is too short
         return "make room there, or give another --out"
     remedies = (remedy for cause in causes if (remedy := remedy_of(cause)) is not None)
     return next(remedies, "give another --out")
@@ -132,13 +191,13 @@ def _unsafe_cause(error: BaseException) -> UnsafeCheckpointError | None:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """List what the checkpoint library wrapped."""
+    """List the errors that the checkpoint library wrapped."""
     return [cause for cause, _ in getattr(error, "failures", {}).values()]
 
 
 @contextmanager
 def _quiet(world: World) -> Iterator[None]:
-    """Silence what torch says on every save and load of a process that is alone."""
+    """Silence torch's warning on every save and load of a single process."""
     with warnings.catch_warnings():
         if world.size == 1:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -149,24 +208,25 @@ class Saver:
     """Writes the checkpoints of a run; every call is collective.
 
     Args:
-        folder: Of the checkpoints.
+        folder: Folder of the checkpoints.
         world: The ranks that write.
-        keep: How many checkpoints there may be.
-        asynchronous: Whether to write a copy while training goes on. Leaving waits for it.
+        keep: How many checkpoints to keep.
+        asynchronous: Whether to write a copy while training goes on. Leaving the context waits for
+            it.
     """
 
     def __init__(self, folder: Path, world: World, *, keep: int, asynchronous: bool) -> None:
         self._folder, self._keep = folder, keep
         self._asynchronous = asynchronous
         # The thread's messages must not mix with those of training.
-        self._world = world.another() if asynchronous else world
+        self._world = world.with_own_group() if asynchronous else world
         self._running: Future[Path] | None = None
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint, or begin to, after the one before is written.
+        """Write a checkpoint, or begin to write it, once the previous one is written.
 
         Raises:
-            CheckpointError: If this one, or the one before, cannot be written.
+            CheckpointError: If this one or the previous one cannot be written.
         """
         self._wait()
         if self._asynchronous:
@@ -183,7 +243,7 @@ class Saver:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for what is being written, unless something went wrong: a rank may be lost."""
+        """Wait for a checkpoint in progress, except after an error: a rank may be lost."""
         if error is None:
             self._wait()
 
@@ -198,7 +258,7 @@ class Saver:
         def write() -> None:
             try:
                 path = save_checkpoint(self._folder, content, keep=self._keep, world=self._world)
-            except BaseException as error:  # noqa: BLE001  whoever waits raises it
+            except BaseException as error:  # noqa: BLE001  raised again by `_wait`
                 future.set_exception(error)
             else:
                 future.set_result(path)
@@ -208,6 +268,6 @@ class Saver:
 
 
 def _copy(content: Content) -> Content:
-    """Copy tensors to the memory of the host; the rest of the state is a copy already."""
+    """Copy tensors to host memory; the rest of the state is a copy already."""
     copied: Content = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), content)
     return copied

@@ -1,10 +1,21 @@
-"""What a run is: one frozen dataclass a table of the TOML file, a unit in every field's help.
+"""The configuration of a run, and reading and writing it as TOML and as command-line options.
 
-``None`` means "decide for me"; `sinkgd.lab.train.resolve` decides, and checks every value.
+Each table of the TOML file is a frozen dataclass, whose fields state their units. ``None`` means
+"decide for me"; `sinkgd.lab.train.resolve` decides, and checks every value.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import argparse
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from sinkgd.lab.disk import write_whole
 
 Precision = Literal["float32", "bf16-autocast", "bf16"]
 Packing = Literal["concat", "none"]
@@ -55,7 +66,7 @@ class OptimizerConfig:
     """The optimizer. A value that is not given is the recipe's own."""
 
     recipe: str = "sinkgd"
-    """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw, muon, galore; see docs/lab.md."""
+    """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw or muon; see docs/recipes.md."""
     lr: float | None = None
     """Peak learning rate, of all that matrix_lr does not cover, weight units a step of RMS 1."""
     matrix_lr: float | None = None
@@ -194,7 +205,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class SharedConfig:
-    """A run without its optimizer: what the runs of a comparison have in common."""
+    """A run without its optimizer: what the runs of a comparison share."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -212,10 +223,152 @@ class SharedConfig:
 
 @dataclass(frozen=True)
 class RunConfig(SharedConfig):
-    """A run, whole."""
+    """A complete run."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-# The tables that leave the loss curve alone, so that a run may go on with other values.
+# Tables that do not affect the loss curve, so a run may be resumed with other values.
 CHANGEABLE_TABLES = frozenset({"mesh", "checkpoint", "logging"})
+
+
+Table = TypeVar("Table")
+
+
+def load_config(path: Path, kind: type[Table]) -> Table:
+    """Read a TOML file into ``kind``, a dataclass of dataclasses; absent keys keep their defaults.
+
+    Args:
+        path: The file.
+        kind: `RunConfig`, or another dataclass whose fields are tables.
+
+    Raises:
+        ConfigError: If the file is missing, empty or not TOML, or a key is unknown or of another
+            type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = tomllib.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"there is no configuration file {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give the configuration file in it") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is no TOML file: its brackets are nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no TOML file: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"{path} is empty; give a configuration file, or leave the option out")
+    return read_tables(content, kind, path)
+
+
+def load_defaults(arguments: Sequence[str], kind: type[Table]) -> Table:
+    """Return the settings in the file of ``--config`` if it is given, else the defaults.
+
+    Raises:
+        ConfigError: If the file is missing, or holds a key that ``kind`` does not have.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path)
+    try:
+        path = parser.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError:  # no value: the parser of all options has a better message
+        path = None
+    return kind() if path is None else load_config(path, kind)
+
+
+def read_tables(content: Mapping[str, Any], kind: type[Table], source: Path) -> Table:
+    """Read nested tables into ``kind``, a dataclass of dataclasses; absent keys keep defaults.
+
+    Args:
+        content: From a TOML file or from `as_tables`.
+        kind: `RunConfig`, or another dataclass whose fields are tables.
+        source: File that they were read from, for errors.
+
+    Raises:
+        ConfigError: If a key is unknown or of another type.
+    """
+    return _read_table(kind, content, source, prefix="")
+
+
+def save_config(path: Path, config: RunConfig) -> None:
+    """Write ``config`` as TOML, without fields that are None."""
+    write_whole(path, tomli_w.dumps(as_tables(config)))
+
+
+def as_tables(config: RunConfig) -> dict[str, Any]:
+    """Return ``config`` as nested dicts for TOML and JSON, without fields that are None."""
+    return {
+        table: {key: _plain(value) for key, value in content.items() if value is not None}
+        for table, content in asdict(config).items()
+    }
+
+
+def command_line(config: SharedConfig) -> list[str]:
+    """Return the command-line options that differ from the defaults.
+
+    Examples:
+        >>> from sinkgd.lab.train.config import OptimizerConfig
+        >>> command_line(RunConfig(optimizer=OptimizerConfig(recipe="adamw", lr=0.01)))
+        ['--optimizer.recipe', 'adamw', '--optimizer.lr', '0.01']
+    """
+    options = []
+    for name, _, value in differences(type(config)(), config):
+        options.append(f"--{name.replace('_', '-')}")
+        options.extend(map(str, value) if isinstance(value, tuple) else [str(value)])
+    return options
+
+
+def differences(old: SharedConfig, new: SharedConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield ``table.field`` with both values, wherever ``old`` and ``new`` differ."""
+    for table in fields(old):
+        before, after = getattr(old, table.name), getattr(new, table.name)
+        for field in fields(before):
+            values = getattr(before, field.name), getattr(after, field.name)
+            if values[0] != values[1]:
+                yield (f"{table.name}.{field.name}", *values)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the most similar of ``names``."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_table(kind: type[Table], content: Mapping[str, Any], path: Path, prefix: str) -> Table:
+    kinds = get_type_hints(kind)
+    values = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if key not in kinds:
+            likely = f"{prefix}{nearest(key, kinds)}"
+            raise ConfigError(f"{path}: unknown key {name}; did you mean {likely}?")
+        if is_dataclass(kinds[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path}: {name} must be a table [{name}], got {value!r}")
+            values[key] = _read_table(kinds[key], value, path, prefix=f"{name}.")
+        else:
+            values[key] = _read_value(kinds[key], value, path, name)
+    return kind(**values)
+
+
+def _read_value(kind: Any, value: Any, path: Path, name: str) -> Any:
+    """Return ``value`` as ``kind``: a plain type, a Literal, a tuple of one, or one of these."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_read_value(get_args(kind)[0], item, path, name) for item in value)
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(member for member in get_args(kind) if member is not type(None))
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        allowed = ", ".join(map(repr, get_args(kind)))
+        raise ConfigError(f"{path}: {name} must be one of {allowed}; got {value!r}")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        expected = getattr(kind, "__name__", str(kind))
+        raise ConfigError(f"{path}: {name} must be of type {expected}, got {value!r}")
+    return value

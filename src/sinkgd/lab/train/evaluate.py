@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from sinkgd.lab.data import Batch
 from sinkgd.lab.models import LanguageModel
 from sinkgd.lab.train.config import Precision
-from sinkgd.lab.train.device import arithmetic
-from sinkgd.lab.train.loss import loss_of
-from sinkgd.lab.train.parallel import Mesh
+from sinkgd.lab.train.machine import arithmetic
+from sinkgd.lab.train.mesh import Mesh
+from sinkgd.lab.train.training_step import loss_of
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Return e to the loss; infinite where that is past what a float holds."""
+        """Return e to the power of the loss; infinite if that overflows."""
         return _exponential(self.nats_per_token)
 
     @property
     def galore_perplexity(self) -> float:
-        """Return the perplexity as the C4 benchmark prints it, 0.6 to 3 % below the true one."""
+        """Return the perplexity that the C4 benchmark prints, 0.6 to 3 % below the true one."""
         return _exponential(self.galore_nats)
 
     def bits_per_byte(self, tokens_per_byte: float) -> float:
@@ -51,13 +51,13 @@ def galore_mean(nats: Sequence[float], tokens: Sequence[int], rows: Sequence[int
     .. math::
         \frac{1}{n + 1} \sum_{i=1}^n \frac{s_i}{t_i}
 
-    The counter of the batches starts at 1 there. A last batch of fewer rows, which that evaluator
-    never has, counts in sum and number as the part of a batch that it is.
+    That evaluator's batch counter starts at 1. A last batch with fewer rows, which never occurs
+    there, is weighted by its fraction of a batch in both the sum and the count.
 
     Args:
         nats: Summed loss of each batch.
-        tokens: Targets of each batch, at least one.
-        rows: Sequences of each batch; the first is whole.
+        tokens: Number of targets in each batch, at least one.
+        rows: Number of sequences in each batch; the first batch is complete.
 
     Examples:
         >>> galore_mean(nats=[30.0, 10.0], tokens=[10, 5], rows=[4, 4])  # (3 + 2) / (2 + 1)
@@ -89,13 +89,12 @@ def evaluate(
 
     Args:
         model: Takes tokens ``(b, t)`` to logits ``(b, t, v)``.
-        batches: The same on every rank, with one target or more each; the batches whose means
-            `galore_mean` takes.
-        precision: In which the model runs.
-        mesh: Where it lies.
-        micro_batch_size: Sequences that go through the model at once; None is all that a rank has
-            of a batch.
-        chunk_tokens: Targets whose logits are held at once; None holds those of a micro-batch.
+        batches: The same on every rank, each with at least one target; `galore_mean` averages
+            over them.
+        precision: Precision of the model's arithmetic.
+        mesh: The ranks of the model.
+        micro_batch_size: Sequences in one forward pass; None for all that a rank has of a batch.
+        chunk_tokens: Targets whose logits are held at once; None for those of a micro-batch.
     """
     model.eval()
     nats: list[float] = []
@@ -121,15 +120,15 @@ def evaluate(
 def measure_statistics(
     model: LanguageModel, tokens: Tensor, *, precision: Precision, mesh: Mesh
 ) -> dict[str, float]:
-    """Return what the model says of its inner workings on some tokens; nothing, if it says nothing.
+    """Return a model's own statistics on some tokens; empty if the model has none.
 
     A collective call: each rank measures the same on the same tokens.
 
     Args:
         model: In training.
         tokens: ``(b, t)``, the same on every rank; padding counts as text.
-        precision: In which the model runs.
-        mesh: Where it lies.
+        precision: Precision of the model's arithmetic.
+        mesh: The ranks of the model.
     """
     model.eval()
     with arithmetic(precision, mesh.device):
@@ -149,4 +148,4 @@ def _exponential(nats: float) -> float:
 def _back_to_training(model: nn.Module) -> None:
     model.train()
     if isinstance(model, FSDPModule):
-        model.reshard()  # what lies outside the blocks would stay whole until the next backward
+        model.reshard()  # else weights outside the blocks stay unsharded until the next backward

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, and whether a run may begin or go on there."""
+"""A run's folder: its files, and whether a run may begin or resume there."""
 
 import fcntl
 import os
@@ -11,20 +11,19 @@ from typing import IO, Literal
 
 from sinkgd.lab.disk import is_special
 from sinkgd.lab.results import RESULTS_FILE, Run, RunStart
-from sinkgd.lab.train.config import RunConfig
-from sinkgd.lab.train.config_file import read_tables
+from sinkgd.lab.train.checkpoint_validation import checkpoints
+from sinkgd.lab.train.config import RunConfig, read_tables
 from sinkgd.lab.train.identity import check_unchanged, knows_its_text
-from sinkgd.lab.train.whole import checkpoints
 
 ResumePolicy = Literal["auto", "never", "must"]
 
 
 class RunFolderError(ValueError):
-    """A folder in which the run may not begin or go on, with the remedy."""
+    """A folder in which the run may not begin or resume, with the remedy."""
 
 
 class Admission(Enum):
-    """What is to be done in a folder."""
+    """What a run has to do in a folder."""
 
     BEGIN = "begin"
     GO_ON = "go on"
@@ -39,7 +38,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The run's name: the folder's, also where that is written as ``.`` or ``..``."""
+        """The run's name: that of the folder, even if it is given as ``.`` or ``..``."""
         return (self.path if self.path.name not in ("", "..") else self.path.resolve()).name
 
     @property
@@ -60,17 +59,17 @@ class RunFolder:
     def admit(self, config: RunConfig, resume: ResumePolicy) -> Admission:
         """Decide what a run with ``config`` has to do here.
 
-        The text may have another path; `sinkgd.lab.train.identity` compares its content.
+        The text may be at another path, because `sinkgd.lab.train.identity` compares its content.
 
         Args:
             config: Resolved.
-            resume: ``"auto"`` goes on where a run has begun, ``"must"`` asks for a checkpoint,
-                ``"never"`` asks for a folder without a run.
+            resume: ``"auto"`` resumes a run that has begun, ``"must"`` requires a checkpoint,
+                ``"never"`` requires a folder without a run.
 
         Raises:
             RunFolderError: If ``resume`` forbids what the folder holds, or it holds checkpoints
-                without results, or what is named as their folder is none.
-            ConfigError: If the run there has another configuration; each changed field is named.
+                without results, or a file where the folder of checkpoints should be.
+            ConfigError: If the run there has another configuration, with each changed field.
         """
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise RunFolderError(
@@ -101,19 +100,19 @@ class RunFolder:
         return Admission.NOTHING if run.finished else Admission.GO_ON
 
     def start(self) -> RunStart:
-        """Return what the run here was begun as."""
+        """Return the first record of the run here."""
         return Run.read(self.results).start
 
     def last_step(self) -> int:
-        """Return the last step of which there are results; 0 for none."""
+        """Return the last step with results, or 0."""
         steps = Run.read(self.results).steps
         return steps[-1].step if steps else 0
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training here; a process that dies lets go.
+        """Keep other processes from training here; the lock ends with the process.
 
-        Folders that are made for the lock are removed with it where nothing else was put there.
+        Folders that are created for the lock are removed with it if they are still empty.
 
         Raises:
             RunFolderError: If another process holds it.
@@ -131,7 +130,7 @@ class RunFolder:
                             folder.rmdir()
 
     def _locked(self, lock: Path) -> IO[str]:
-        """Open the file ``lock`` and lock it."""
+        """Open and lock the file ``lock``."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -148,16 +147,16 @@ class RunFolder:
                     f"another process is training in {self.path}; wait for it or stop it, or give "
                     "another --out"
                 ) from None
-            # Another process may have removed the file between the two.
+            # Another process may have removed the file before it was locked.
             if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
                 return file
             file.close()
 
     def has_begun(self) -> bool:
-        """Whether there is at least one whole line of results.
+        """Whether there is at least one complete line of results.
 
         Raises:
-            RunFolderError: If the results are no plain file.
+            RunFolderError: If the results are not a regular file.
         """
         if is_special(self.results):
             raise RunFolderError(

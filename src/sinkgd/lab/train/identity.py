@@ -1,9 +1,9 @@
-"""What a run's numbers follow from besides its configuration, compared by content, not by name.
+"""Whether a resumed run is the same run: its data, model and recipe are compared by content.
 
-A corpus is a path and a model is the name of a preset; either may mean something else tomorrow. So
-a run records hashes of what it read and of what it built, and a run that goes on is compared with
-them. Where only versions or devices differ, the run goes on and says so: it is no longer bit for
-bit what it would have been.
+A corpus is a path and a model is the name of a preset, and either may mean something else tomorrow.
+So a run records hashes of its data and of what it built, and they are compared when it resumes. If
+only versions or devices differ, the run resumes with a warning that its losses may differ in the
+last bits.
 """
 
 import hashlib
@@ -21,30 +21,29 @@ from sinkgd.lab.data.documents import EMBEDDED, expanded
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.models import LanguageModel
 from sinkgd.lab.results import RunStart
-from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig
-from sinkgd.lab.train.config_file import differences
+from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, differences
 
 DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
-# Of an environment, what the last bits of losses follow from.
+# Parts of an environment that determine the last bits of losses.
 _LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
-# Of a parameter group, what says how its step is computed rather than which step it is.
+# Options of a parameter group that change how its step is computed, but not which step it is.
 _HOW = frozenset({"params", "param_names", "foreach", "fused", "capturable", "backend"})
 
 
 def check_unchanged(
     saved: RunConfig, config: RunConfig, folder: Path, *, text_by_content: bool
 ) -> None:
-    """Refuse to go on with a run whose configuration has changed.
+    """Refuse to resume a run whose configuration has changed.
 
     Args:
-        saved: As the run was begun.
-        config: As it is asked for now.
-        folder: Of the run.
-        text_by_content: Whether the path of the text is left out, as `check_data` compares what
-            lies there.
+        saved: Configuration with which the run began.
+        config: Configuration that is asked for now.
+        folder: Folder of the run.
+        text_by_content: Whether to ignore the path of the text, because `check_data` compares its
+            content.
 
     Raises:
-        ConfigError: If a field differs outside `CHANGEABLE_TABLES`; it is named.
+        ConfigError: If a field outside `CHANGEABLE_TABLES` differs, with its name.
     """
     pair = with_absolute_corpus(saved), with_absolute_corpus(config)
     changes = [
@@ -61,12 +60,12 @@ def check_unchanged(
 
 
 def knows_its_text(start: RunStart) -> bool:
-    """Whether the run has recorded a hash of its text; runs of older versions have not."""
+    """Whether the run has recorded a hash of its text; runs of older versions have none."""
     return DATA in start.inputs
 
 
 def content_of(manifest: Manifest, model: LanguageModel, optimizer: Optimizer) -> dict[str, Any]:
-    """Return what a run is compared by, as plain values."""
+    """Return the content by which runs are compared, as plain values."""
     return {
         DATA: manifest.content_sha256,
         MODEL: _plain({"kind": type(model.config).__name__, **vars(model.config)}),
@@ -75,12 +74,12 @@ def content_of(manifest: Manifest, model: LanguageModel, optimizer: Optimizer) -
 
 
 def check_data(start: RunStart, manifest: Manifest, corpus: str) -> None:
-    """Refuse to go on with text that differs from what the run has read.
+    """Refuse to resume with text that differs from the run's.
 
     Args:
-        start: Of the run; one of an older version records no text, and is not checked.
-        manifest: Of the text that is there now.
-        corpus: What the configuration calls the text.
+        start: First record of the run; runs of older versions record no text and are not checked.
+        manifest: Manifest of the present text.
+        corpus: Name of the text in the configuration.
 
     Raises:
         ConfigError: With both hashes.
@@ -89,7 +88,7 @@ def check_data(start: RunStart, manifest: Manifest, corpus: str) -> None:
 
 
 def check_sha256(start: RunStart, now: str, corpus: str) -> None:
-    """As `check_data`, from the hash of the text that is there now."""
+    """As `check_data`, from the hash of the present text."""
     before = start.inputs.get(DATA)
     if before is not None and before != now:
         raise ConfigError(
@@ -99,10 +98,10 @@ def check_sha256(start: RunStart, now: str, corpus: str) -> None:
 
 
 def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
-    """Refuse to go on with a model or optimizer that is built otherwise than the run's.
+    """Refuse to resume with a model or optimizer that differs from the run's.
 
     Raises:
-        ConfigError: With what differs, and both its values.
+        ConfigError: With what differs, and both values.
     """
     before, now = start.inputs.get(MODEL), content[MODEL]
     if before is not None and not isinstance(before, Mapping):
@@ -128,12 +127,12 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
         )
 
 
-def notes_on_environment(start: RunStart, environment: Mapping[str, Any]) -> list[str]:
-    """Say what else differs from when the run began: one line each thing, none where all is alike.
+def environment_warnings(start: RunStart, environment: Mapping[str, Any]) -> list[str]:
+    """Return warnings about everything else that differs from when the run began.
 
     Args:
-        start: Of the run.
-        environment: Of this process, as `describe_environment` gives it.
+        start: First record of the run.
+        environment: From `describe_environment`, in this process.
     """
     notes = []
     if not knows_its_text(start):
@@ -141,7 +140,7 @@ def notes_on_environment(start: RunStart, environment: Mapping[str, Any]) -> lis
             "warning: this run was begun by an older sinkgd, which did not record its text; "
             "whether the text is still the same cannot be checked"
         )
-    changes = changes_of_environment(start, environment)
+    changes = environment_changes(start, environment)
     changed = [
         f"{name} was {changes[name][0]} and is now {changes[name][1]}"
         for name in _LAST_BITS
@@ -155,8 +154,8 @@ def notes_on_environment(start: RunStart, environment: Mapping[str, Any]) -> lis
     return notes
 
 
-def changes_of_environment(start: RunStart, environment: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return what differs from when the run began: by name, [then, now]."""
+def environment_changes(start: RunStart, environment: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return what differs from when the run began, as name: [then, now]."""
     now = _plain(environment)
     return {
         name: [then, now.get(name)]
@@ -166,7 +165,7 @@ def changes_of_environment(start: RunStart, environment: Mapping[str, Any]) -> d
 
 
 def with_absolute_corpus(config: RunConfig) -> RunConfig:
-    """Return a configuration that means the same text in every working directory."""
+    """Return a configuration that refers to the same text from every working directory."""
     corpus = config.data.corpus
     if corpus == EMBEDDED:
         return config
@@ -180,7 +179,7 @@ def _remedy(start: RunStart) -> str:
 
 
 def _groups_sha256(model: nn.Module, optimizer: Optimizer) -> str:
-    """Hash which parameters form a group, and the options of each."""
+    """Hash the parameter groups: names of parameters and options of each."""
     names = {param: name for name, param in model.named_parameters()}
     groups = [
         {

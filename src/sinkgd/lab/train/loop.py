@@ -1,6 +1,6 @@
-"""The loop, top to bottom: tokens become batches, batches steps, steps records.
+"""The training loop: batches become steps, and steps become records, evaluations and checkpoints.
 
-The learning rate warms up linearly to its peak and follows a cosine down to a part of it.
+The learning rate warms up linearly to its peak and follows a cosine down to a fraction of it.
 """
 
 import math
@@ -13,23 +13,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sinkgd.lab.data import Batch, evaluation_batches
+from sinkgd.lab.launch import Interrupt
 from sinkgd.lab.results import Evaluation, Memory, ModelStatistics, Recorder, TrainStep
 from sinkgd.lab.train.checkpoint import Saver
 from sinkgd.lab.train.config import TrainingConfig
-from sinkgd.lab.train.device import synchronize
 from sinkgd.lab.train.evaluate import evaluate, measure_statistics
-from sinkgd.lab.train.interrupt import Interrupt
+from sinkgd.lab.train.machine import synchronize
 from sinkgd.lab.train.setup import Job
-from sinkgd.lab.train.step import take_step
+from sinkgd.lab.train.training_step import take_step
 
 
 def lr_factor(
     step: int, *, steps: int, warmup_fraction: float = 0.1, final_lr_fraction: float = 0.1
 ) -> float:
-    r"""Return the learning rate of the step after ``step`` others, as a part of the peak.
+    r"""Return the learning rate of the step after ``step`` others, as a fraction of the peak.
 
     With w = round(``warmup_fraction`` · ``steps``) and k = ``step`` + 1, step k has k/w during the
-    warm-up, so that no step is lost at rate 0; then
+    warm-up, so that no step has rate 0; then
 
     .. math::
         f + (1 - f) \frac{1 + \cos \pi t}{2}, \qquad t = \frac{k - w}{steps - w}
@@ -58,15 +58,15 @@ def lr_factor(
 
 
 def schedule(optimizer: Optimizer, training: TrainingConfig, *, step: int = 0) -> LambdaLR:
-    """Set the learning rate of every group for the step after ``step`` others.
+    """Schedule the learning rate of every group from the step that follows ``step`` others.
 
     Args:
         optimizer: Its groups hold their peak as ``initial_lr``, or, at step 0, as ``lr``.
-        training: Steps and fractions.
+        training: Gives the number of steps and the fractions.
         step: Steps already taken; 0 before the first.
 
     Returns:
-        A scheduler to be stepped after every step of the optimizer. It need not be saved.
+        A scheduler to step after every step of the optimizer. It need not be saved.
     """
     factor = partial(
         lr_factor,
@@ -80,7 +80,7 @@ def schedule(optimizer: Optimizer, training: TrainingConfig, *, step: int = 0) -
 def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) -> Signals | None:
     """Train to the last step, or to the end of the step in which any rank is interrupted.
 
-    Records go to ``results``, checkpoints to ``saver``; the last thing done is always a checkpoint.
+    Records go to ``results`` and checkpoints to ``saver``; a checkpoint always comes last.
 
     Returns:
         The signal that stopped the run on every rank, or None.
@@ -93,8 +93,8 @@ def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) ->
         if last or record.step % config.evaluation.every_steps == 0:
             _evaluate(job, results)
         if last or stop or record.step % config.checkpoint.every_steps == 0:
-            results.sync()  # first, for a checkpoint must not know of a step that results lack
-            job.state.take_stock(job.device)
+            results.sync()  # first, because a checkpoint must not contain a step that results lack
+            job.state.update_totals(job.device)
             job.state.memory = Memory.largest(world.from_each(lambda: job.state.memory))
             saver.save(job.state)
         if stop:
@@ -103,7 +103,7 @@ def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) ->
 
 
 def training_steps(job: Job) -> Iterator[TrainStep]:
-    """Take the steps that are left, one each time a record is asked for."""
+    """Take the remaining steps, one for each record that is requested."""
     state, training = job.state, job.config.training
     scheduler = schedule(state.optimizer, training, step=state.step)
     while state.step < training.steps:
@@ -140,7 +140,7 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
 
 
 def _evaluate(job: Job, results: Recorder) -> None:
-    """Score the model as it is after the steps taken, and record what it says of itself."""
+    """Score the model after the steps taken, and record its own statistics."""
     state, training = job.state, job.config.training
     state.model.at_step(state.step, training.steps)
     results.write(_evaluation(job))
@@ -153,7 +153,7 @@ def _evaluate(job: Job, results: Recorder) -> None:
 
 
 def _held_out(job: Job) -> Iterator[Batch]:
-    """Yield the batches of held-out text, as they are scored after the steps taken."""
+    """Yield the batches of held-out text, shifted as training is after the steps taken."""
     training, evaluation = job.config.training, job.config.evaluation
     batches = evaluation_batches(
         job.validation,

@@ -1,21 +1,22 @@
-"""The one boundary where a configuration is checked and its open values are decided."""
+"""Check a configuration and decide its open values; nothing after this checks them again."""
 
 from dataclasses import replace
 
 from sinkgd.lab.models import preset_config
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig, RunConfig, TrainingConfig
-from sinkgd.lab.train.device import check_threads
+from sinkgd.lab.train.machine import check_threads
 from sinkgd.lab.train.recipes import RECIPES, find_recipe, resolve_optimizer
 
 
 def resolve(config: RunConfig) -> RunConfig:
     """Check every value and fill in what follows from others.
 
-    The optimizer's options become the recipe's. What depends on the machine (device, threads, mesh)
-    or on the text (vocabulary) stays open: the run's environment records it.
+    Open options of the optimizer take the recipe's defaults. Values that depend on the machine
+    (device, threads, mesh) or on the text (vocabulary) stay open; the run's environment records
+    them.
 
     Raises:
-        ConfigError: If a value cannot be; the message names the field, the value and the remedy.
+        ConfigError: If a value is invalid, with the field, the value and the remedy.
         ModelError: If there is no such preset.
     """
     training = config.training
@@ -53,10 +54,10 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def check_shares(training: TrainingConfig, parts: int) -> None:
-    """Refuse a batch that ``parts`` cannot share, or micro-batches that do not fill a part.
+    """Refuse a batch that ``parts`` does not divide, or micro-batches that do not divide a part.
 
     Raises:
-        ConfigError: With the sizes that would do.
+        ConfigError: With the sizes that are possible.
     """
     whole, micro = training.batch_size, training.micro_batch_size
     if whole % parts:
@@ -75,10 +76,10 @@ def check_shares(training: TrainingConfig, parts: int) -> None:
 
 
 def check_ranks(optimizer: OptimizerConfig, ranks: int) -> None:
-    """Refuse several ranks where the recipe needs weights in one piece.
+    """Refuse several ranks if the recipe cannot shard weights.
 
     Raises:
-        ConfigError: With the recipes that would do.
+        ConfigError: With the recipes that can.
     """
     if ranks > 1 and not find_recipe(optimizer.recipe).can_shard:
         able = ", ".join(name for name, recipe in RECIPES.items() if recipe.can_shard)

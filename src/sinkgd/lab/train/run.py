@@ -1,4 +1,4 @@
-"""A run in its folder: begin or go on, train, and record how it ended."""
+"""A run in its folder: begin or resume, train, and record how it ended."""
 
 import shlex
 import sys
@@ -10,39 +10,35 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from sinkgd.lab.launch import launch_command
+from sinkgd.lab.launch import Interrupt, launch_command
 from sinkgd.lab.results import NoRecords, Recorder, ResultsWriter, Resume, RunEnd, RunStart
 from sinkgd.lab.train.checkpoint import Saver, load_checkpoint
-from sinkgd.lab.train.config import RunConfig
-from sinkgd.lab.train.config_file import as_tables, command_line, save_config
-from sinkgd.lab.train.device import select_device
-from sinkgd.lab.train.environment import describe_environment
+from sinkgd.lab.train.checkpoint_validation import latest_valid
+from sinkgd.lab.train.config import RunConfig, as_tables, command_line, save_config
 from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder, RunFolderError
 from sinkgd.lab.train.identity import (
-    changes_of_environment,
-    notes_on_environment,
+    environment_changes,
+    environment_warnings,
     with_absolute_corpus,
 )
-from sinkgd.lab.train.interrupt import Interrupt
 from sinkgd.lab.train.loop import run_loop
-from sinkgd.lab.train.meters import make_meter
-from sinkgd.lab.train.parallel import join_world
+from sinkgd.lab.train.machine import describe_environment, select_device
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import Job, check_finished, set_up
-from sinkgd.lab.train.sinks import open_sinks
-from sinkgd.lab.train.whole import latest_whole
+from sinkgd.lab.train.sinks import make_meter, open_sinks
+from sinkgd.lab.train.world import join_world
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sitting ended: at the last step, or at the signal that stopped it."""
+    """How a session ended: after the last step, or by a signal."""
 
     step: int
     signal: Signals | None = None
 
 
 def print_to_stderr(message: str) -> None:
-    """Print a line for a person to read, out of the way of results."""
+    """Print a line to standard error, apart from results."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 
@@ -52,65 +48,64 @@ def train(
     path: Path,
     *,
     resume: ResumePolicy = "auto",
-    say: Callable[[str], None] = print_to_stderr,
+    echo: Callable[[str], None] = print_to_stderr,
     name_next_command: bool = True,
 ) -> Outcome:
-    """Train a model in a folder of its own; go on there if a run was stopped.
+    """Train a model in a folder of its own, or resume a run that was stopped there.
 
-    Under torchrun all its processes train together; the first one keeps the results and speaks.
+    Under torchrun all processes train together; the first one writes results and messages.
 
     Args:
         config: What to train; it is resolved and saved with the run.
-        path: The run's folder. Its name is the run's.
-        resume: What to do where a run has begun, see `RunFolder.admit`.
-        say: Told what a person should know, one line each time.
-        name_next_command: Whether to say which command shows the results, or goes on; not where the
-            run is one of several that another command started.
+        path: The run's folder, which gives the run its name.
+        resume: What to do if a run has begun, see `RunFolder.admit`.
+        echo: Called with each line of messages for the user.
+        name_next_command: Whether to name the command that shows the results or resumes the run;
+            False for runs that another command started.
 
     Raises:
         ConfigError: If the configuration cannot run, or the configuration, text or model of the
             run there differs.
-        RunFolderError: If ``resume`` forbids what the folder holds, or another process is at it.
-        DataError: If the text is missing, damaged or too small.
-        CheckpointError: If a checkpoint cannot be written, or none can be read.
-        NonFiniteLossError: If the loss becomes NaN or infinite.
-        LostRankError: If another process died, hangs or failed.
+        RunFolderError: If ``resume`` forbids what the folder holds, or another process trains
+        there. DataError: If the text is missing, damaged or too small. CheckpointError: If a
+        checkpoint cannot be written, or none can be read. NonFiniteLossError: If the loss becomes
+        NaN or infinite. LostRankError: If another process died, hangs or failed.
     """
     started = time.perf_counter()
     config = resolve(config)
     folder = RunFolder(path)
     with ExitStack() as stack:
         world = stack.enter_context(join_world(select_device(config.training.device)))
-        say = say if world.is_first else _say_nothing
+        echo = echo if world.is_first else _echo_nothing
         try:
             world.from_first(lambda: stack.enter_context(folder.lock()))
             admission = world.from_first(lambda: folder.admit(config, resume))
             if admission is Admission.NOTHING:
-                world.from_first(lambda: check_finished(folder, config, say))
-                say(f"{path} is finished already; nothing to do")
+                world.from_first(lambda: check_finished(folder, config, echo))
+                echo(f"{path} is finished already; nothing to do")
                 if name_next_command:
-                    say(_where_results_are(folder))
+                    echo(_where_results_are(folder))
                 return Outcome(config.training.steps)
             begun = world.from_first(folder.start) if admission is Admission.GO_ON else None
-            job = set_up(config, say, world, begun=begun)
+            job = set_up(config, echo, world, begun=begun)
             job.state.clock = started
             if begun is not None:
-                for note in notes_on_environment(begun, _environment(job)):
-                    say(note)
-                _restore(job, folder, say)
+                for note in environment_warnings(begun, _environment(job)):
+                    echo(note)
+                _restore(job, folder, echo)
             else:
-                for note in _notes_on_text(job):
-                    say(note)
+                for note in _text_notes(job):
+                    echo(note)
             outcome = _run(job, folder, admission)
             for words in _how_it_ended(outcome, job, folder, name_next_command):
-                say(words)
+                echo(words)
             return outcome
-        except Exception as error:  # noqa: BLE001  raised again, or its reason
+        except Exception as error:  # noqa: BLE001  raised again, or its cause is
             raise world.explain(error) from error.__cause__
 
 
-def _notes_on_text(job: Job) -> Iterator[str]:
-    """Say where the text is shorter than what the run asks of it."""
+def _text_notes(job: Job) -> Iterator[str]:
+    """Yield notes about text that is shorter than the run asks for."""
     training, asked = job.config.training, job.config.evaluation.tokens
     if not training.one_batch:
         passes = training.steps * training.batch_size / job.batches.rows_per_epoch
@@ -123,7 +118,7 @@ def _notes_on_text(job: Job) -> Iterator[str]:
         )
 
 
-def _say_nothing(_message: str) -> None:
+def _echo_nothing(_message: str) -> None:
     pass
 
 
@@ -138,7 +133,7 @@ def _run(job: Job, folder: RunFolder, admission: Admission) -> Outcome:
 
 @contextmanager
 def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator[ResultsWriter]:
-    """Open all that results go to, and write what the run begins with."""
+    """Open all sinks of results, and write the first record."""
     start = _describe(job, folder)
     with ExitStack() as stack:
         sinks = stack.enter_context(open_sinks(job.config.logging.sinks, folder.path, start))
@@ -151,7 +146,7 @@ def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator
         save_config(folder.config, with_absolute_corpus(job.config))
         first: RunStart | Resume = start
         if admission is not Admission.BEGIN:
-            changed = changes_of_environment(folder.start(), start.environment)
+            changed = environment_changes(folder.start(), start.environment)
             first = Resume(job.state.step, changed)
         results = stack.enter_context(ResultsWriter(folder.results, (*sinks, meter)))
         results.write(first)
@@ -159,18 +154,18 @@ def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator
 
 
 def _train_and_record_the_end(job: Job, folder: RunFolder, results: Recorder) -> Signals | None:
-    """Return the signal that stopped the run before its last step, or None."""
+    """Train; return the signal that stopped the run before its last step, or None."""
     config, world = job.config.checkpoint, job.mesh.world
-    if world.watch is not None:
-        world.watch.last_words = lambda reason: results.write(_end(job, "failed", reason))
-    # A signal may come while the end is recorded, too: where a rank is lost torchrun sends it.
+    if world.heartbeat is not None:
+        world.heartbeat.before_exit = lambda reason: results.write(_end(job, "failed", reason))
+    # A signal may also come while the end is recorded: torchrun sends one when a rank is lost.
     with Interrupt() as interrupt:
         try:
             with Saver(
                 folder.checkpoints, world, keep=config.keep, asynchronous=config.asynchronous
             ) as saver:
                 stopped_by = run_loop(job, saver, results, interrupt)
-        except Exception as error:  # noqa: BLE001  raised again, or its reason
+        except Exception as error:  # noqa: BLE001  raised again, or its cause is
             reason = world.explain(error)
             # The disk may be full; the first error is the one to report.
             with suppress(OSError):
@@ -200,15 +195,15 @@ def _environment(job: Job) -> dict[str, Any]:
     return describe_environment(job.device) | {"mesh": job.mesh.shape}
 
 
-def _restore(job: Job, folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Take over the latest whole checkpoint; without one the run begins again at step 0."""
+def _restore(job: Job, folder: RunFolder, echo: Callable[[str], None]) -> None:
+    """Load the latest valid checkpoint; without one the run begins again at step 0."""
     world = job.mesh.world
-    found = world.from_first(lambda: latest_whole(folder.checkpoints))
+    found = world.from_first(lambda: latest_valid(folder.checkpoints))
     if found is None:
-        say(f"{folder.path} holds no checkpoint yet; beginning again from the first step")
+        echo(f"{folder.path} holds no checkpoint yet; beginning again from the first step")
         return
     for damage in found.damages:
-        say(f"warning: {damage}; falling back to the checkpoint before")
+        echo(f"warning: {damage}; falling back to the checkpoint before")
     load_checkpoint(found.path, job.state, world)
     recorded = world.from_first(folder.last_step)
     if job.state.step > recorded:
@@ -217,12 +212,12 @@ def _restore(job: Job, folder: RunFolder, say: Callable[[str], None]) -> None:
             f"{job.state.step}, so results are lost or of another run. Put the whole file back, "
             f"delete {folder.checkpoints} to begin again from the first step, or give another --out"
         )
-    say(f"going on from {found.path}, step {job.state.step} of {job.config.training.steps}")
+    echo(f"going on from {found.path}, step {job.state.step} of {job.config.training.steps}")
 
 
 def _end(job: Job, status: str, message: str = "") -> RunEnd:
     state = job.state
-    state.take_stock(job.device)
+    state.update_totals(job.device)
     return RunEnd(
         status=status,
         step=state.step,

@@ -1,4 +1,4 @@
-"""From a configuration to all that training needs: text, model, optimizer."""
+"""From a configuration to everything that training needs: text, model, optimizer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,8 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from sinkgd import kernels
-from sinkgd.kernels.cpu.cache import holds_loops, loops_are_kept
-from sinkgd.kernels.cpu.jobs import compile_loops
+from sinkgd.kernels.cpu.launch import cache_is_shared, compile_loops, loops_are_compiled
 from sinkgd.lab.data import (
     Batches,
     DataError,
@@ -25,15 +24,16 @@ from sinkgd.lab.data.tokenizer import VOCAB_SIZE
 from sinkgd.lab.models import LanguageModel, build_model
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
-from sinkgd.lab.train.device import select_device, set_threads, weight_dtype
 from sinkgd.lab.train.folder import RunFolder
-from sinkgd.lab.train.gradient import ReleasedSteps
 from sinkgd.lab.train.identity import check_content, check_data, content_of, knows_its_text
+from sinkgd.lab.train.machine import select_device, set_threads, weight_dtype
 from sinkgd.lab.train.memory import keep_freed_memory, return_freed_memory
-from sinkgd.lab.train.parallel import Mesh, World, form_mesh, shard_model
+from sinkgd.lab.train.mesh import Mesh, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.resolve import check_ranks, check_shares
 from sinkgd.lab.train.state import TrainingState
+from sinkgd.lab.train.training_step import ReleasedSteps
+from sinkgd.lab.train.world import World
 from sinkgd.optim.grouped import GroupedOptimizer
 
 _STAGES = {
@@ -52,24 +52,24 @@ class Job:
     validation: TokenSplit
     tokens_per_byte: float  # of the validation text
     state: TrainingState
-    content: Mapping[str, Any]  # what the run is compared by when it goes on
-    released: ReleasedSteps | None = None  # what steps inside backward, if anything does
+    content: Mapping[str, Any]  # compared when the run is resumed
+    released: ReleasedSteps | None = None  # the steps inside backward, if gradients are released
     shift: VocabularyShift | None = None
 
     @property
     def device(self) -> torch.device:
-        """What this rank computes on."""
+        """The device of this rank."""
         return self.mesh.device
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, tied ones once."""
+        """Number of trainable parameters, tied ones counted once."""
         return sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
 
 
 def set_up(
     config: RunConfig,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
     world: World | None = None,
     *,
     begun: RunStart | None = None,
@@ -78,13 +78,13 @@ def set_up(
 
     Args:
         config: Resolved.
-        say: Told of the preparation of a corpus, where there is one to be made.
-        world: The ranks that train together; by default this process is alone.
-        begun: Of the run that goes on, to be compared with; by default a run begins.
+        echo: Called with messages about the preparation of a corpus.
+        world: The ranks that train together; by default this process alone.
+        begun: First record of the run to resume, for comparison; None if a run begins.
 
     Raises:
-        ConfigError: If text, model and mesh do not fit, the device is absent, or the run that goes
-            on had another text, model or recipe.
+        ConfigError: If text, model and mesh do not fit, the device is absent, or the run to resume
+            had another text, model or recipe.
         DataError: If the corpus is missing, damaged or too small.
     """
     training = config.training
@@ -98,7 +98,7 @@ def set_up(
     check_ranks(config.optimizer, world.size)
     mesh = form_mesh(config.mesh, world, select_device(training.device))
     check_shares(training, mesh.parts)
-    dataset = world.first_before_others(lambda: open_dataset(config.data, say))
+    dataset = world.first_before_others(lambda: open_dataset(config.data, echo))
     manifest = dataset.manifest
     if begun is not None:
         check_data(begun, manifest, config.data.corpus)
@@ -113,7 +113,7 @@ def set_up(
     )
     model = _initialized_model(config, manifest, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    world.first_before_others(lambda: _compile_loops_of(optimizer, mesh.device, say))
+    world.first_before_others(lambda: _compile_loops(optimizer, mesh.device, echo))
     content = content_of(manifest, model, optimizer)
     if begun is not None:
         check_content(begun, content)
@@ -133,7 +133,7 @@ def set_up(
 
 def _initialized_model(config: RunConfig, manifest: Manifest, mesh: Mesh) -> LanguageModel:
     training = config.training
-    with torch.device("meta"):  # weights are drawn one by one, in the type they are kept in
+    with torch.device("meta"):  # weights are initialized later, one by one, in their final type
         model = build_model(
             config.model.preset,
             vocab_size=_vocab_size(config.model, manifest),
@@ -145,29 +145,27 @@ def _initialized_model(config: RunConfig, manifest: Manifest, mesh: Mesh) -> Lan
     return model
 
 
-def _compile_loops_of(
-    optimizer: Optimizer, device: torch.device, say: Callable[[str], None]
-) -> None:
-    """Compile the CPU backend's loops now, where the optimizer uses them.
+def _compile_loops(optimizer: Optimizer, device: torch.device, echo: Callable[[str], None]) -> None:
+    """Compile the CPU backend's loops now, if the optimizer uses them.
 
-    Else the first step would do so, and the time would count as time of training.
+    Otherwise the first step would compile them, and that would count as training time.
     """
     if not isinstance(optimizer, GroupedOptimizer):
         return
-    # Options of a method name the backend; what looks for NaN in other gradients is "auto".
+    # A group's options name its backend; groups without one check for NaN with "auto".
     names = {group.get("backend", "auto") for group in optimizer.param_groups}
     if all(kernels.select(name, device).name != "cpu" for name in names):
         return
-    if not holds_loops():
-        kept = "once; they are cached" if loops_are_kept() else "no folder can keep them"
-        say(f"compiling the loops of the optimizer for this processor ({kept})")
+    if not loops_are_compiled():
+        kept = "once; they are cached" if cache_is_shared() else "no folder can keep them"
+        echo(f"compiling the loops of the optimizer for this processor ({kept})")
     compile_loops()
 
 
-def check_finished(folder: RunFolder, config: RunConfig, say: Callable[[str], None]) -> None:
-    """Refuse a configuration whose text is not the one that a finished run was trained on.
+def check_finished(folder: RunFolder, config: RunConfig, echo: Callable[[str], None]) -> None:
+    """Refuse a configuration whose text differs from that of a finished run.
 
-    Text that is gone is not missed.
+    If the text no longer exists, nothing is checked.
 
     Raises:
         ConfigError: With both hashes.
@@ -176,7 +174,7 @@ def check_finished(folder: RunFolder, config: RunConfig, say: Callable[[str], No
     if not knows_its_text(start):
         return
     try:
-        dataset = open_dataset(config.data, say)
+        dataset = open_dataset(config.data, echo)
     except DataError:
         if config.data.corpus == start.config["data"]["corpus"]:
             return
@@ -184,26 +182,25 @@ def check_finished(folder: RunFolder, config: RunConfig, say: Callable[[str], No
     check_data(start, dataset.manifest, config.data.corpus)
 
 
-def open_dataset(data: DataConfig, say: Callable[[str], None]) -> TokenDataset:
-    """Open the shards of the configured text, after making them where they are not yet made.
+def open_dataset(data: DataConfig, echo: Callable[[str], None]) -> TokenDataset:
+    """Open the shards of the configured text, and prepare them first if they do not exist.
 
     Raises:
-        ConfigError: If a vocabulary size was given and the tokenizer of prepared shards has
-            another.
+        ConfigError: If the given vocabulary size differs from that of prepared shards.
         DataError: If the corpus is missing or damaged.
     """
-    stages_said: set[str] = set()
+    reported: set[str] = set()
 
     def report(progress: Progress) -> None:
-        if progress.stage not in stages_said:
-            stages_said.add(progress.stage)
-            say(_STAGES[progress.stage].format(data.corpus))
+        if progress.stage not in reported:
+            reported.add(progress.stage)
+            echo(_STAGES[progress.stage].format(data.corpus))
 
     vocab_size = VOCAB_SIZE if data.vocab_size is None else data.vocab_size
-    folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report, say=say)
+    folder = prepared_corpus(data.corpus, vocab_size=vocab_size, progress=report, say=echo)
     dataset = TokenDataset.open(folder)
     found = dataset.manifest.vocab_size
-    # A tokenizer that was trained here may have fewer tokens than asked, where the text is short.
+    # A tokenizer trained here may have fewer tokens than asked for, if the text is short.
     prepared_before = shards_at(data.corpus) is not None
     if prepared_before and data.vocab_size not in (None, found):
         raise ConfigError(

@@ -1,9 +1,9 @@
-"""All that a run needs to go on as if it had never stopped.
+"""Everything that a run needs to resume exactly where it stopped.
 
-The state of an optimizer goes by the names of its parameters, as distributed checkpoints have it.
-torch's own helpers make the state of an optimizer that has none by a step along zero gradients of
-all parameters: as much memory as the weights, at every save of one that never has any. They serve
-torch's optimizers here; ours say what state they would make.
+The state of an optimizer is keyed by parameter names, as in distributed checkpoints. If an
+optimizer has no state yet, torch's helpers create it by a step along zero gradients of all
+parameters. That takes as much memory as the weights, at every save. So the helpers serve torch's
+optimizers only; those of this package create their state directly.
 """
 
 import time
@@ -29,7 +29,7 @@ from sinkgd.optim.saved_state import without_placeholders
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return the state; its tensors are the optimizer's own. What a first step makes is made."""
+    """Return the state, created if absent; its tensors are the optimizer's own."""
     if not isinstance(optimizer, GroupedOptimizer):
         return dict(get_optimizer_state_dict(model, optimizer))
     optimizer.init_state()
@@ -45,18 +45,18 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, content: dict[str, Any]) -> None:
-    """Take over what `optimizer_state` returned."""
+    """Load what `optimizer_state` returned."""
     if not isinstance(optimizer, GroupedOptimizer):
-        # A parameter without state is not missing: SGD has none.
+        # A parameter without state is not an error: SGD has none.
         lenient = StateDictOptions(strict=False)
         set_optimizer_state_dict(model, optimizer, content, options=lenient)
         return
-    places = {name: i for i, name in enumerate(_names(model, optimizer))}
+    indices = {name: i for i, name in enumerate(_names(model, optimizer))}
     optimizer.load_state_dict(
         {
-            "state": {places[name]: state for name, state in content["state"].items()},
+            "state": {indices[name]: state for name, state in content["state"].items()},
             "param_groups": [
-                {**group, "params": [places[name] for name in group["params"]]}
+                {**group, "params": [indices[name] for name in group["params"]]}
                 for group in content["param_groups"]
             ],
         }
@@ -64,14 +64,14 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, content: dict[s
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return the model's names of the optimizer's parameters, in their order."""
+    """Return the names of the optimizer's parameters, in order."""
     names = {param: name for name, param in model.named_parameters()}
     return [names[param] for group in optimizer.param_groups for param in group["params"]]
 
 
 @dataclass
 class TrainingState:
-    """The model, the optimizer and the progress of a run; of weights in pieces, this rank's."""
+    """The model, the optimizer and the progress of a run; sharded weights as on this rank."""
 
     model: LanguageModel
     optimizer: Optimizer
@@ -79,10 +79,10 @@ class TrainingState:
     seconds: float = 0.0  # of training
     wall_seconds: float = 0.0  # of everything, up to the checkpoint
     memory: Memory = field(default_factory=lambda: Memory(0, 0, 0, 0))  # the most of each part
-    clock: float = field(default_factory=time.perf_counter)  # wall_seconds counts up to here
+    clock: float = field(default_factory=time.perf_counter)  # time up to which wall_seconds counts
 
-    def take_stock(self, device: torch.device) -> None:
-        """Bring ``wall_seconds`` and ``memory`` up to now."""
+    def update_totals(self, device: torch.device) -> None:
+        """Update ``wall_seconds`` and ``memory`` to the present."""
         now = time.perf_counter()
         self.wall_seconds += now - self.clock
         self.clock = now
@@ -104,7 +104,7 @@ class TrainingState:
         }
 
     def load_dict(self, content: dict[str, Any]) -> None:
-        """Take over what `as_dict` returned."""
+        """Load what `as_dict` returned."""
         set_model_state_dict(self.model, content["model"])
         load_optimizer_state(self.model, self.optimizer, content["optimizer"])
         progress = content["progress"]

@@ -10,7 +10,7 @@ import torch
 import sinkgd
 from lab.train.recipes.tiny import built, tiny_model, train
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.lab.train.recipes import several
+from sinkgd.lab.train.recipes import chained_optimizer
 
 STEPS = 5
 
@@ -173,12 +173,12 @@ def test_it_steps_as_the_one_put_together_by_hand(recipe):
 
 
 def test_a_package_that_is_absent_is_named_with_the_remedy(monkeypatch):
-    monkeypatch.setattr("sinkgd.lab.train.recipes.table.find_spec", lambda name: None)
+    monkeypatch.setattr("sinkgd.lab.train.recipes.recipe_table.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"'galore', which needs .* 'sinkgd\[experiments\]'"):
         built(tiny_model(), "galore")
-    monkeypatch.setattr(several, "PYTORCH_OPTIMIZER", "absent_package")
+    monkeypatch.setattr(chained_optimizer, "PYTORCH_OPTIMIZER", "absent_package")
     with pytest.raises(ConfigError, match=r"cannot be imported .* 'sinkgd\[experiments\]'"):
-        several.published("GaLore")
+        chained_optimizer.from_pytorch_optimizer("GaLore")
 
 
 def test_a_torch_without_muon_is_named_with_the_remedy(monkeypatch):
@@ -188,6 +188,6 @@ def test_a_torch_without_muon_is_named_with_the_remedy(monkeypatch):
 
 
 def test_recipes_written_here_need_no_package(monkeypatch):
-    monkeypatch.setattr("sinkgd.lab.train.recipes.table.find_spec", lambda name: None)
+    monkeypatch.setattr("sinkgd.lab.train.recipes.recipe_table.find_spec", lambda name: None)
     for recipe in ("apollo", "apollo-mini", "racs", "muon"):
         built(tiny_model(), recipe)

@@ -6,8 +6,7 @@ import pytest
 import pytorch_optimizer
 import torch
 
-from sinkgd.lab.train.recipes.apollo import Apollo
-from sinkgd.lab.train.recipes.racs import Racs, rank_one
+from sinkgd.lab.train.recipes.per_matrix import Apollo, Racs, rank_one
 
 SHAPES = [(6, 10), (10, 6), (8, 8)]
 STEPS = 7

@@ -3,4 +3,4 @@
 from sinkgd.lab.bench.gpu.run import PARTS as PARTS
 from sinkgd.lab.bench.gpu.run import Plan as Plan
 from sinkgd.lab.bench.gpu.run import bench_gpu as bench_gpu
-from sinkgd.lab.bench.gpu.sheets import GpuRecord as GpuRecord
+from sinkgd.lab.bench.gpu.tables import GpuRecord as GpuRecord

@@ -1,9 +1,9 @@
 """The host's time for a step on a GPU, measured without one.
 
-The optimizer, the backend ``triton`` and triton's launcher run as they do with a GPU. Made up are
-the device, whose memory nobody touches, the compiler, and the driver's launch, which does nothing.
-CPU tensors stand for those of the device: what CUDA's allocator, its streams and its driver add is
-not in the figures; a step calls them as often for one matrix as for all.
+The optimizer, the backend ``triton`` and triton's launcher run as they do with a GPU. The device,
+the compiler and the driver are fakes: nothing touches the device's memory, and a launch does
+nothing. CPU tensors stand for those of the device. The figures leave out CUDA's allocator, streams
+and driver, which a step calls as often for one matrix as for all.
 
     python -m sinkgd.lab.bench.gpu.host_time
 """
@@ -25,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkgd import SinkGD
 from sinkgd.kernels import registry
-from sinkgd.kernels.triton import TritonBackend, backend, descent, launch, launches, tables
+from sinkgd.kernels.triton import TritonBackend, backend, launch, support
+from sinkgd.kernels.triton.tables import DeviceTables
+from sinkgd.lab.bench.gpu.cases import CACHE_BYTES, LLAMAS, TARGETS
 from sinkgd.lab.bench.workloads import matrix_shapes
 
-MODELS = ("llama-60m", "llama-1b", "llama-7b")
-CACHE = 50 << 20  # bytes of an H100's L2
-TARGET = ("cuda", 90, 32)
-SPACES = 64  # places at which gradients may lie, 16 bytes apart
+TARGET = TARGETS["sm_90"]
+SPACES = 64  # addresses that gradients may have, 16 bytes apart
 
 
 class HostTime(NamedTuple):
@@ -54,8 +54,8 @@ class HostTime(NamedTuple):
         return 1e3 * self.milliseconds / self.launches
 
 
-class Gpu:
-    """A GPU that is made up: what the driver would do is counted."""
+class FakeGpu:
+    """A GPU that is not there: what the driver would do is counted."""
 
     def __init__(self) -> None:
         self.backend = TritonBackend()
@@ -70,23 +70,23 @@ class Gpu:
 
 
 @contextmanager
-def made_up_gpu() -> Iterator[Gpu]:
-    """Make triton see a GPU, and the backend take CPU tensors for tensors of it.
+def fake_gpu() -> Iterator[FakeGpu]:
+    """Make triton see a GPU, and the backend take CPU tensors for its tensors.
 
     Raises:
         RuntimeError: If triton's interpreter is on in this process.
     """
-    if backend.interpreting():
+    if support.interpreting():
         raise RuntimeError("triton's interpreter is on; measure in a process without it")
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.runtime import driver
 
-    gpu = Gpu()
+    gpu = FakeGpu()
     device = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda _: 0,
-        get_current_target=lambda: GPUTarget(*TARGET),
+        get_current_target=lambda: GPUTarget(TARGET.backend, TARGET.architecture, TARGET.warp),
         allocate_default_profile_scratch=lambda *_: None,
     )
 
@@ -114,51 +114,40 @@ def made_up_gpu() -> Iterator[Gpu]:
         gpu.dispatched += 1
         return dispatch(kernel, *arguments, **constants)
 
-    def copied(own: tables.Tables, *arguments: Any) -> Tensor:
+    def copied(own: DeviceTables, *arguments: Any) -> Tensor:
         gpu.copies += 1
         return copy(own, *arguments)
 
-    def options(_: torch.device, threads: int, **kinds: bool) -> dict[str, object]:
-        found = {"wide": False, "bare": False, "lean": False, **kinds}
-        return descent.options_of("cuda", TARGET[2], threads, **found)
-
-    dispatch, copy = launch.launch, tables.Tables._copy
-    modules = launch.sweep(), launch.finish(), launch.loops(), launch.step()
+    dispatch, copy = launch.launch, DeviceTables._copy
     kernels = {
         id(value): value
-        for module in modules
-        for value in vars(module).values()
+        for module in ("full_iteration", "square_sums", "update")
+        for value in vars(launch.kernels(module)).values()
         if hasattr(value, "create_binder")
     }
+    own_target = launch.GpuTarget(TARGET.backend, TARGET.warp)
+    replaced: list[tuple[Any, str, Any]] = [
+        (launch, "launch", dispatched),
+        (launch, "_variants", {}),
+        (launch, "target_of", lambda _: own_target),
+        (backend, "_cached_bytes", lambda _: CACHE_BYTES),
+        (DeviceTables, "_copy", copied),
+        (TritonBackend, "supports", lambda *_: True),
+        (registry, "BACKENDS", (gpu.backend,)),
+    ]
     with ExitStack() as stack:
         stack.enter_context(patch.object(driver, "_active", device))
         for kernel in kernels.values():
             caches: dict[int, Any] = defaultdict(kernel.create_binder)
             stack.enter_context(patch.object(kernel, "device_caches", caches))
-        for place, name, value in [
-            ("triton.compiler", "compile", compiled),
-            (launch.__name__, "launch", dispatched),
-            (launches.__name__, "_variants", {}),
-            (descent.__name__, "panel_options", options),
-            (backend.__name__, "_cached_bytes", lambda _: CACHE // 2),
-        ]:
-            stack.enter_context(patch(f"{place}.{name}", value))
-        stack.enter_context(patch.object(tables.Tables, "_copy", copied))
-        stack.enter_context(patch.object(TritonBackend, "supports", lambda *_: True))
-        stack.enter_context(patch.object(registry, "BACKENDS", (gpu.backend,)))
-        _forget()
-        stack.callback(_forget)
+        for owner, name, value in replaced:
+            stack.enter_context(patch.object(owner, name, value))
+        stack.enter_context(patch("triton.compiler.compile", compiled))
         yield gpu
 
 
-def _forget() -> None:
-    """Drop what was found out for another device."""
-    descent.sweep_constants.cache_clear()
-    descent.finish_constants.cache_clear()
-
-
 class Step:
-    """An optimizer's step on the matrices of a model, in bfloat16; gradients move every time."""
+    """An optimizer's step on the matrices of a model, in bfloat16, with gradients that move."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
@@ -167,14 +156,14 @@ class Step:
         self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
 
     def move_gradients(self) -> None:
-        """Let gradients lie where no earlier ones did."""
+        """Give gradients addresses that no earlier ones had."""
         at = 8 * (self.taken % SPACES)
         self.taken += 1
         for param, memory in zip(self.params, self.memory, strict=True):
             param.grad = memory[at : at + param.numel()].view(param.shape)
 
     def __call__(self) -> None:
-        """Take it."""
+        """Take one step."""
         self.optimizer.step()
 
 
@@ -191,12 +180,12 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
         layers: Of the model; all by default.
     """
     shapes = matrix_shapes(model, layers)
-    with made_up_gpu() as gpu, torch.no_grad():
+    with fake_gpu() as gpu, torch.no_grad():
         step = Step(shapes)
         for _ in range(3):
             step.move_gradients()
             step()
-        inside = _Inside(gpu.backend)
+        inside = _BackendTime(gpu.backend)
         times, within = [], []
         for _ in range(steps):
             step.move_gradients()
@@ -211,7 +200,7 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
         calls = _python_calls(step)
         counted = gpu.launches, gpu.copies, gpu.dispatched, gpu.compiled
         step.move_gradients()
-        with _Operations() as operations:  # type: ignore[no-untyped-call]
+        with _TorchCalls() as operations:  # type: ignore[no-untyped-call]
             step()
     return HostTime(
         model,
@@ -225,7 +214,7 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
     )
 
 
-class _Inside:
+class _BackendTime:
     """Adds up the time inside a backend's `descend_`."""
 
     def __init__(self, taken: TritonBackend) -> None:
@@ -242,11 +231,11 @@ class _Inside:
         vars(taken)["descend_"] = timed
 
     def leave(self) -> None:
-        """Let the backend be as it was."""
+        """Restore the backend."""
         del vars(self.taken)["descend_"]
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that torch dispatches."""
 
     count = 0
@@ -257,12 +246,12 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _python_calls(step: Callable[[], None]) -> int:
-    """Count the Python functions that a step calls, but for the made-up launch."""
+    """Count the Python functions that a step calls, but for the fake launch."""
     count = 0
 
     def note(frame: Any, event: str, _: object) -> None:
         nonlocal count
-        count += event == "call" and frame.f_code is not Gpu.launch.__code__
+        count += event == "call" and frame.f_code is not FakeGpu.launch.__code__
 
     sys.setprofile(note)
     try:
@@ -274,7 +263,7 @@ def _python_calls(step: Callable[[], None]) -> int:
 
 def write_milliseconds() -> None:
     """Write the milliseconds of each model as JSON."""
-    sys.stdout.write(json.dumps({model: measure(model).milliseconds for model in MODELS}))
+    sys.stdout.write(json.dumps({model: measure(model).milliseconds for model in LLAMAS}))
 
 
 def main() -> None:
@@ -283,7 +272,7 @@ def main() -> None:
         f"{'model':10}{'matrices':>9}{'launches':>9}{'ms':>8}{'backend':>8}{'µs/launch':>10}"
         f"{'calls':>7}{'torch':>6}{'copies':>7}\n"
     )
-    for model in MODELS:
+    for model in LLAMAS:
         found = measure(model)
         sys.stdout.write(
             f"{found.model:10}{found.matrices:9}{found.launches:9}{found.milliseconds:8.2f}"

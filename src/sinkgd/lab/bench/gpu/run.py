@@ -1,30 +1,53 @@
-"""The whole of `sinkgd bench gpu`: each part of the table after the other."""
+"""The whole of `sinkgd bench gpu`: the targets of a step on a GPU, and what is counted for each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 
-from sinkgd.lab.bench.doubts import environment_before
-from sinkgd.lab.bench.gpu.interpreted import interpreted
-from sinkgd.lab.bench.gpu.sheets import Figure, GpuRecord
-from sinkgd.lab.bench.gpu.targets import (
-    missed,
-    of_code,
-    of_host,
-    of_host_time,
-    of_interpreter,
-    of_schedule,
+from sinkgd.lab.bench.gpu.cases import LLAMAS, RANK, USUAL, output_of
+from sinkgd.lab.bench.gpu.interpreted import Interpreted, interpreted
+from sinkgd.lab.bench.gpu.recorded import (
+    calls_of_a_matrix_more,
+    calls_of_model,
+    launches_of_bucket,
+    without_adamw,
 )
-from sinkgd.lab.bench.gpu.variants import USUAL, Variant, compiled
-from sinkgd.lab.bench.progress import Progress
+from sinkgd.lab.bench.gpu.scheduled_bytes import bytes_of_step, scratch_of_model
+from sinkgd.lab.bench.gpu.tables import Figure, GpuRecord, Missed
+from sinkgd.lab.bench.gpu.variants import Variant, compiled, instructions_an_entry
+from sinkgd.lab.bench.interleaved import environment_with_load
+from sinkgd.lab.disk import parse_json
+from sinkgd.lab.report.console import Progress
 
 INTERPRETER, HOST, SCHEDULE, CODE = "interpreter", "host", "schedule", "code"
 # The parts, and about how many seconds each takes; kernels of one target.
 PARTS = {INTERPRETER: 25.0, HOST: 5.0, SCHEDULE: 2.0, CODE: 30.0}
 _VARIANTS = 30  # about as many as a target has
+
+NUMBERED = "sm_90"  # whose instructions are counted
+
+# The target of each figure: the most that it may be. Figures without an entry have none.
+LIMITS: dict[str, float] = {
+    "readings of G an entry and step, plain": 6,
+    "readings of G an entry and step, deflated": 10,
+    "float32 copies of gradients, deflated": 0,
+    "relative error of r·c": 3e-6,
+    "error of deflated updates, of their rms": 3e-6,
+    "torch calls for each further matrix, plain": 0,
+    "torch calls for each further matrix, deflated": 0.2,
+    "torch calls of a hybrid step, llama-1b, plain": 60,
+    "launches of a bucket, plain": 6,
+    "SASS instructions an entry and step, 2048 columns": 80,
+    "SASS instructions an entry and step, 5461 columns": 110,
+    "bytes from and to memory, × AdamW fused, llama-1b": 0.6,
+}
+# Milliseconds of the host for a step.
+HOST_TIMES = {"llama-60m": 0.3, "llama-1b": 4.0, "llama-7b": 12.0}
+_SPILLING, _NARROW = "variants that spill", "variants with loads below 16 bytes"
+_OF_BUCKET, _OF_MODEL = "scratch of a bucket", "scratch of a model"
 
 
 @dataclass(frozen=True)
@@ -32,13 +55,13 @@ class Plan:
     """What to count."""
 
     parts: tuple[str, ...]  # names in PARTS
-    targets: tuple[str, ...]  # names in launches.TARGETS
+    targets: tuple[str, ...]  # names in cases.TARGETS
     models: tuple[str, ...]  # whose variants are compiled
-    command: str  # that repeats it
+    command: str  # repeats it
 
 
 def bench_gpu(plan: Plan) -> GpuRecord:
-    """Count what the plan says.
+    """Count what the plan lists.
 
     Raises:
         RuntimeError: If kernels do not compile, or the interpreter fails.
@@ -62,7 +85,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
     progress.end()
     return GpuRecord(
         command=plan.command,
-        environment=environment_before(torch.device("cpu")),
+        environment=environment_with_load(torch.device("cpu")),
         triton=version("triton"),
         figures=tuple(figures),
         missed=tuple(missed(variants)),
@@ -85,3 +108,117 @@ def _compiled(plan: Plan, progress: Progress, weight: float) -> list[Variant]:
     with ThreadPoolExecutor(2) as pool:
         found: Sequence[list[Variant]] = list(pool.map(compile_for, plan.targets))
     return [variant for own in found for variant in own]
+
+
+def of_interpreter(found: Interpreted) -> list[Figure]:
+    """Return what was counted while kernels were interpreted."""
+    how = "loads by kernels in the interpreter, and tensors that torch reads, copies of G included"
+    of = "readings of G an entry and step"
+    return [
+        _figure(f"{of}, plain", found.readings, how),
+        _figure(f"{of}, deflated", found.deflated_readings, how),
+        _figure(
+            "float32 copies of gradients, deflated",
+            found.deflated_copies,
+            "new tensors with a gradient's sides",
+        ),
+        _figure(
+            "relative error of r·c",
+            found.relative_error,
+            "the largest against float64, float32 gradients in the interpreter",
+        ),
+        _figure(
+            "error of deflated updates, of their rms", found.deflated_error, "the same, an entry's"
+        ),
+    ]
+
+
+def of_host() -> list[Figure]:
+    """Count what the host does in a step."""
+    how = "calls of torch's dispatcher, launches replaced by nothing"
+    whole = "the same, of all parameters; AdamW's own calls apart"
+    more, model = "torch calls for each further matrix", "torch calls of a hybrid step, llama-1b"
+    plain, deflated = ({"deflated_rank": rank} for rank in (0, RANK))
+    return [
+        _figure(f"{more}, plain", calls_of_a_matrix_more(**plain), how),
+        _figure(f"{more}, deflated", calls_of_a_matrix_more(**deflated), how),
+        _figure(f"{model}, plain", without_adamw(calls_of_model("llama-1b", **plain)), whole),
+        _figure(f"{model}, deflated", without_adamw(calls_of_model("llama-1b", **deflated)), whole),
+        _figure("launches of a bucket, plain", launches_of_bucket(), "launches of the backend"),
+    ]
+
+
+def of_host_time() -> list[Figure]:
+    """Measure the host's time for a step, in a process of its own.
+
+    Raises:
+        RuntimeError: If that process fails.
+    """
+    written = output_of("sinkgd.lab.bench.gpu.host_time", "write_milliseconds", interprets=False)
+    milliseconds: dict[str, float] = parse_json(written)
+    how = "median of some steps, the driver's launch replaced by nothing; leave the machine alone"
+    return [
+        Figure(f"host time of a step in ms, {model}", milliseconds[model], most, how)
+        for model, most in HOST_TIMES.items()
+    ]
+
+
+def of_schedule() -> list[Figure]:
+    """Count what follows from the schedule of a step on an H100, bfloat16."""
+    bucket = "partial sums and scales by the gradients' bytes, the worst bucket more than half full"
+    whole = "all that a step allocates, by the gradients' bytes"
+    moved = "buckets of up to half of an H100's L2 cache come from memory once"
+    scratch = {model: scratch_of_model(model) for model in LLAMAS}
+    return [
+        *(
+            _figure(
+                f"bytes from and to memory, × AdamW fused, {model}", bytes_of_step(model), moved
+            )
+            for model in LLAMAS
+        ),
+        *(
+            Figure(f"{_OF_BUCKET}, {model}", one.of_bucket, 0.12, bucket)
+            for model, one in scratch.items()
+        ),
+        *(
+            Figure(f"{_OF_MODEL}, {model}", one.of_model, 0.01, whole)
+            for model, one in scratch.items()
+        ),
+    ]
+
+
+def of_code(variants: Sequence[Variant], targets: Sequence[str]) -> list[Figure]:
+    """Return what the compiled kernels say."""
+    ours = [variant for variant in variants if variant.target == NUMBERED]
+    is_there = any("llama-1b" in use for variant in ours for use in variant.uses)
+    figures = [
+        _figure(
+            f"SASS instructions an entry and step, {shape[-1]} columns",
+            instructions_an_entry(ours, "plain", "llama-1b", shape),
+            "lengths of the loops over panels by a thread's entries; bf16, L = 5, sm_90",
+        )
+        for shape in ((2048, 2048), (2048, 5461))
+        if is_there
+    ]
+    for target in targets:
+        own = [one for one in variants if one.target == target]
+        spilling, narrow = sum(one.spilled > 0 for one in own), sum(not one.is_wide for one in own)
+        how = f"of {len(own)} kernels that steps of the models use"
+        figures.append(Figure(f"{_SPILLING}, {target}", spilling, 0, how))
+        figures.append(Figure(f"{_NARROW}, {target}", narrow, 0, how))
+    return figures
+
+
+def missed(variants: Iterable[Variant]) -> list[Missed]:
+    """Name the variants that spill or load by less than 16 bytes."""
+    found = []
+    for one in variants:
+        why = [f"{one.spilled} spills"] if one.spilled else []
+        why += [] if one.is_wide else ["loads below 16 bytes"]
+        if why:
+            found.append(Missed(one.name, one.target, tuple(sorted(set(one.uses))), ", ".join(why)))
+    return found
+
+
+def _figure(name: str, value: float, how: str) -> Figure:
+    return Figure(name, value, LIMITS.get(name), how)

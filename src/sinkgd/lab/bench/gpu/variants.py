@@ -1,41 +1,24 @@
 """Every variant of a kernel that steps of models use, compiled for a GPU that is not there.
 
 `main` is the program that compiles them, in a process of its own: triton's interpreter and its
-compiler do not share one. It writes a line of JSON a variant.
+compiler do not share one. It writes a line of JSON for each variant. `machine_code` reads what the
+compiled code says: registers, spills, widths of loads, lengths of loops. Nothing is run; the
+disassembler comes with triton.
 """
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from sinkgd.lab.bench.gpu.machine_code import machine_code
-from sinkgd.lab.bench.gpu.own_process import environment
+from sinkgd.lab.bench.gpu.cases import STEPS, TARGETS, distinct, environment
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.lab.disk import parse_json
-
-RANK = 15  # directions that the recommended recipe lowers
-
-# The options of SinkGD, and how gradients lie: what steps are compiled for.
-STEPS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "deflated": {"deflated_rank": RANK},
-    "stochastic": {"rounding": "stochastic"},
-    "transposed": {"transposed": True},
-    "transposed deflated": {"transposed": True, "deflated_rank": RANK},
-    "tolerance": {"tol": 1e-3},
-    "transposed tolerance": {"transposed": True, "tol": 1e-3},
-    "warm start": {"warm_start": True},
-    "transposed warm start": {"transposed": True, "warm_start": True},
-    "rate on the device": {"on_device": True},
-    "float32": {"dtype": "float32"},
-    "float16": {"dtype": "float16"},
-    "float32 weights": {"param_dtype": "float32"},
-    "half iterations": {"whole_rows": False},
-}
-USUAL = ("plain", "deflated", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -95,9 +78,9 @@ def compiled(
     """Compile what steps of models launch, in a process of its own.
 
     Args:
-        target: A name in `launches.TARGETS`.
-        models: Names in `models.MODELS`.
-        steps: Names in `STEPS`.
+        target: A name in `cases.TARGETS`.
+        models: Names in `cases.MODELS`.
+        steps: Names in `cases.STEPS`.
         show: Told the name of each variant when it is compiled.
 
     Raises:
@@ -129,15 +112,10 @@ def variant_of(line: str) -> Variant:
     return Variant(**{**fields, "uses": tuple(fields["uses"]), "loops": tuple(fields["loops"])})
 
 
-# In the compiling process -------------------------------------------------------------------------
-
-
 def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Iterator[Variant]:
     """Compile each variant once, and say which steps use it."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-
-    from sinkgd.lab.bench.gpu.launches import TARGETS, of_gradient
 
     target = TARGETS[name]
     device = type("Device", (), {})()
@@ -162,7 +140,7 @@ def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Itera
             threads=threads,
             entries=rows * columns / threads,
             columns=columns,
-            bytes=of_gradient(launch) or 0,
+            bytes=launch.gradient_bytes or 0,
             shared=built.metadata.shared,
             **asdict(machine_code(built)),
         )
@@ -170,21 +148,20 @@ def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Itera
 
 def _tile(constants: dict[str, Any]) -> tuple[int, int]:
     """Return the rows and columns that a program holds at once."""
-    from sinkgd.kernels.triton.skinny_plan import ROWS
+    from sinkgd.kernels.triton.product_plan import ROWS
 
     columns = constants.get("A", 0) + constants.get("B", 0) or constants.get("BN", ROWS)
     return constants.get("BM", ROWS), columns
 
 
 def _launches(name: str, models: Sequence[str], steps: Sequence[str]) -> Iterator[Any]:
-    from sinkgd.lab.bench.gpu.launches import TARGETS, step_of, taken_down
-    from sinkgd.lab.bench.gpu.models import distinct
+    from sinkgd.lab.bench.gpu.recorded import recorded_launches, take_step
 
     for model in models:
         for step in steps:
             for shape in distinct(model):
-                with taken_down(TARGETS[name]) as launches:
-                    step_of([shape], **STEPS[step])
+                with recorded_launches(TARGETS[name]) as launches:
+                    take_step([shape], **STEPS[step])
                 for launch in launches:
                     yield f"{step} {model} {'×'.join(map(str, shape))}", launch
 
@@ -194,3 +171,99 @@ def main(target: str, models: str, steps: str) -> None:
     for variant in compile_all(target, models.split(","), steps.split(",")):
         sys.stdout.write(json.dumps(asdict(variant)) + "\n")
         sys.stdout.flush()
+
+
+_LABEL = re.compile(r"\s*(\.L_x_\d+|\.L_\d+):")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
+_BRANCH = re.compile(r"BRA\S*\s.*?`\((\.L_x_\d+|\.L_\d+)\)")
+_LOAD = re.compile(r"\bLDG(?:STS)?\.(\S+)")  # into registers, or shared memory
+_SIZES = {"U8", "S8", "U16", "S16", "64", "128"}  # otherwise it is 4 bytes
+_AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Facts on one kernel."""
+
+    registers: int  # of a thread
+    spilled: int  # instructions that use local memory; on AMD registers, and bytes of scratch
+    loads2: int  # instructions that load 2 bytes from global memory
+    loads16: int
+    stores16: int
+    loops: tuple[int, ...]  # instructions of each loop, in order; none on AMD
+
+
+def machine_code(compiled: Any) -> MachineCode:
+    """Read what `triton.compile` returned."""
+    if "cubin" in compiled.asm:
+        return of_sass(_disassembled(compiled.asm["cubin"]))
+    return _of_amdgcn(compiled.asm["amdgcn"])
+
+
+def _disassembled(cubin: bytes) -> str:
+    """Return the instructions of a CUDA binary as text."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def of_sass(text: str) -> MachineCode:
+    """Read NVIDIA's instructions.
+
+    Examples:
+        >>> code = of_sass('''
+        ... .L_x_0:
+        ...         /*0010*/    @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        ...         /*0018*/    LDG.E.U16.CONSTANT R9, desc[UR4][R2.64] ;
+        ...         /*001c*/    LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64] ;
+        ...         /*001e*/    LDG.E R9, desc[UR4][R2.64] ;
+        ...         /*0020*/    STL [R1], R4 ;
+        ...         /*0030*/    @P1 BRA `(.L_x_0) ;
+        ... ''')
+        >>> code.registers, code.spilled, code.loops
+        (10, 1, (6,))
+        >>> code.loads2, code.loads16
+        (1, 2)
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _INSTRUCTION.match(line):
+            instructions.append(found[1])
+    loops = []
+    for i, instruction in enumerate(instructions):
+        branch = _BRANCH.search(instruction)
+        if branch and labels.get(branch[1], i + 1) < i:
+            loops.append(i + 1 - labels[branch[1]])
+    loads = [load[1].split(".") for one in instructions if (load := _LOAD.search(one))]
+    sizes = [next((word for word in words if word in _SIZES), "") for words in loads]
+    return MachineCode(
+        registers=max(map(int, re.findall(r"\bR(\d+)\b", text)), default=0) + 1,
+        spilled=sum("LDL" in one or "STL" in one for one in instructions),
+        loads2=sizes.count("U16"),
+        loads16=sizes.count("128"),
+        stores16=sum("STG.E.128" in one for one in instructions),
+        loops=tuple(loops),
+    )
+
+
+def _of_amdgcn(text: str) -> MachineCode:
+    """Read AMD's assembly and the numbers that its compiler wrote below it."""
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    assert registers is not None
+    spills = (re.search(rf"\.{name}:\s*(\d+)", text) for name in _AMD_SPILLS)
+    return MachineCode(
+        registers=int(registers[1]),
+        spilled=sum(int(found[1]) for found in spills if found),
+        loads2=len(re.findall(r"(?:global|buffer)_load_(?:ushort|sshort|short_d16)", text)),
+        loads16=len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        stores16=len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+        loops=(),
+    )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkgd.lab.commands.bench.choices import chosen, command_of
+from sinkgd.lab.commands.bench.shared import chosen, command_of, write_record
 from sinkgd.lab.train.config import ConfigError
 
 
@@ -53,12 +53,10 @@ class Gpu:
             raise ConfigError("triton is not installed; pip install triton")
 
         from sinkgd.lab.bench.gpu import PARTS, Plan, bench_gpu
-        from sinkgd.lab.bench.gpu.launches import TARGETS
-        from sinkgd.lab.bench.gpu.models import MODELS
-        from sinkgd.lab.bench.gpu.sheets import figure_sheet, missed_sheet
-        from sinkgd.lab.bench.record_file import write_record
-        from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.bench.gpu.cases import MODELS, TARGETS
+        from sinkgd.lab.bench.gpu.tables import figure_sheet, missed_sheet
         from sinkgd.lab.disk import claim_folder
+        from sinkgd.lab.report.console import terminal_table
 
         plan = Plan(
             parts=chosen("parts", self.parts, PARTS),

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkgd.lab.commands.bench.choices import (
+from sinkgd.lab.commands.bench.shared import (
     check_at_least_one,
     check_positive,
     chosen,
     command_of,
     prepare_device,
+    print_warnings,
+    write_measurement,
 )
 from sinkgd.lab.train.config import Device
 
@@ -56,30 +58,33 @@ class Kernels:
         """
         from rich.console import Console
 
-        from sinkgd.lab.bench.kernel_figures import case_sheet
-        from sinkgd.lab.bench.kernels import CASES, KernelsPlan, bench_kernels
-        from sinkgd.lab.bench.page import kernels_page
-        from sinkgd.lab.bench.sheet import terminal_table
-        from sinkgd.lab.bench.turns import Pace
-        from sinkgd.lab.bench.warnings import warnings_of
+        from sinkgd.lab.bench.bench_kernels import (
+            CASES,
+            KernelsPlan,
+            bench_kernels,
+            case_table,
+            kernels_page,
+            kernels_warnings,
+        )
+        from sinkgd.lab.bench.interleaved import Pace
         from sinkgd.lab.bench.workloads import DTYPES
-        from sinkgd.lab.commands.bench.output import print_warnings, write_measurement
         from sinkgd.lab.disk import claim_folder
+        from sinkgd.lab.report.console import terminal_table
 
         check_at_least_one("rounds", self.rounds)
         check_positive("seconds", self.seconds)
         plan = KernelsPlan(
             cases=chosen("cases", self.cases, CASES),
             dtypes=chosen("dtypes", self.dtypes, DTYPES),
-            pace=Pace(self.rounds, self.seconds, shortest_turn=1e-3),
+            pace=Pace(self.rounds, self.seconds, min_turn_seconds=1e-3),
             device=prepare_device(self.device, self.threads),
             command=command_of("kernels", self),
         )
         if self.out is not None:
             claim_folder(self.out)
         console = Console()
-        record = bench_kernels(plan, lambda c: console.print(terminal_table(case_sheet(c)), "\n"))
-        print_warnings(console, warnings_of(record))
+        record = bench_kernels(plan, lambda c: console.print(terminal_table(case_table(c)), "\n"))
+        print_warnings(console, kernels_warnings(record))
         if self.out is not None:
             write_measurement(self.out, "kernels", record, kernels_page(record), console)
         return 0

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
-from sinkgd.lab.commands.bench.choices import check_at_least_one
-from sinkgd.lab.commands.config_option import load_defaults
-from sinkgd.lab.train.config import RunConfig, SharedConfig
+from sinkgd.lab.commands.bench.shared import check_at_least_one, print_warnings, write_record
+from sinkgd.lab.train.config import RunConfig, SharedConfig, load_defaults
 
 if TYPE_CHECKING:
-    from sinkgd.lab.bench import LoopBenchmark
+    from sinkgd.lab.bench.bench_loop import LoopBenchmark
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class Loop:
         Raises:
             ConfigError: If an option cannot be.
         """
-        from sinkgd.lab.bench import bench_loop
-        from sinkgd.lab.bench.record_file import write_record
+        from sinkgd.lab.bench.bench_loop import bench_loop
         from sinkgd.lab.disk import claim_file
         from sinkgd.lab.train.run import print_to_stderr
 
@@ -69,7 +67,7 @@ class Loop:
             [name.strip() for name in self.optimizers.split(",")],
             rounds=self.rounds,
             steps_per_block=self.steps_per_block,
-            say=print_to_stderr,
+            echo=print_to_stderr,
         )
         _print(result)
         if self.out is not None:
@@ -80,8 +78,6 @@ class Loop:
 def _print(result: "LoopBenchmark") -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from sinkgd.lab.commands.bench.output import print_warnings
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinkgd.lab.commands.bench.choices import (
+from sinkgd.lab.commands.bench.shared import (
     check_at_least_one,
     chosen,
     command_of,
     prepare_device,
+    write_measurement,
 )
 from sinkgd.lab.train.config import ConfigError, Device
 
 if TYPE_CHECKING:
-    from sinkgd.lab.bench.memory.run import TrainingPlan
+    from sinkgd.lab.bench.bench_memory import TrainingPlan
 
 _RELEASE = {"on": True, "off": False}
 
@@ -52,8 +53,8 @@ class TrainingSteps:
         Raises:
             ConfigError: If an option cannot be.
         """
-        from sinkgd.lab.bench.memory.run import TrainingPlan
-        from sinkgd.lab.bench.memory.training_case import StepSettings
+        from sinkgd.lab.bench.bench_memory import TrainingPlan
+        from sinkgd.lab.bench.memory_report import StepSettings
         from sinkgd.lab.models import PRESETS
         from sinkgd.lab.train.recipes import RECIPES
 
@@ -122,14 +123,12 @@ class Memory:
         """
         from rich.console import Console
 
+        from sinkgd.lab.bench.bench_memory import MemoryPlan, bench_memory
         from sinkgd.lab.bench.contenders import contenders
-        from sinkgd.lab.bench.memory import MemoryPlan, bench_memory
-        from sinkgd.lab.bench.memory.figures import memory_sheets
-        from sinkgd.lab.bench.page import memory_page
-        from sinkgd.lab.bench.sheet import terminal_table
+        from sinkgd.lab.bench.memory_report import memory_page, memory_tables
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS
-        from sinkgd.lab.commands.bench.output import write_measurement
         from sinkgd.lab.disk import claim_folder
+        from sinkgd.lab.report.console import terminal_table
 
         device = prepare_device(self.device, self.threads)
         everyone = dict.fromkeys(c.name for w in WORKLOADS.values() for c in contenders(w, device))
@@ -147,8 +146,8 @@ class Memory:
             claim_folder(self.out)
         record = bench_memory(plan)
         console = Console()
-        for sheet in memory_sheets(record):
-            console.print(terminal_table(sheet), "\n")
+        for table in memory_tables(record):
+            console.print(terminal_table(table), "\n")
         if self.out is not None:
             write_measurement(self.out, "memory", record, memory_page(record), console)
         return 0

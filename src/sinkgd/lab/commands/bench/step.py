@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinkgd.lab.commands.bench.choices import (
+from sinkgd.lab.commands.bench.shared import (
     check_at_least_one,
     check_positive,
     chosen,
     command_of,
     prepare_device,
+    print_warnings,
+    write_measurement,
 )
 from sinkgd.lab.train.config import Device
 
@@ -62,22 +64,25 @@ class Step:
         """
         from rich.console import Console
 
+        from sinkgd.lab.bench.bench_step import CHECKS, StepPlan, bench_step
         from sinkgd.lab.bench.contenders import contenders
-        from sinkgd.lab.bench.page import step_page
-        from sinkgd.lab.bench.sheet import terminal_table
-        from sinkgd.lab.bench.step import CHECKS, Plan, bench_step
-        from sinkgd.lab.bench.step.figures import check_sheet, target_sheet, workload_sheet
-        from sinkgd.lab.bench.turns import Pace
-        from sinkgd.lab.bench.warnings import warnings_of
+        from sinkgd.lab.bench.interleaved import Pace
+        from sinkgd.lab.bench.step_report import (
+            check_table,
+            step_page,
+            step_warnings,
+            target_table,
+            workload_table,
+        )
         from sinkgd.lab.bench.workloads import DTYPES, WORKLOADS
-        from sinkgd.lab.commands.bench.output import print_warnings, write_measurement
         from sinkgd.lab.disk import claim_folder
+        from sinkgd.lab.report.console import terminal_table
 
         check_at_least_one("rounds", self.rounds)
         check_positive("seconds", self.seconds)
         device = prepare_device(self.device, self.threads)
         everyone = dict.fromkeys(c.name for w in WORKLOADS.values() for c in contenders(w, device))
-        plan = Plan(
+        plan = StepPlan(
             workloads=chosen("workloads", self.workloads, [*WORKLOADS, *CHECKS]),
             dtypes=chosen("dtypes", self.dtypes, DTYPES),
             contenders=chosen("contenders", self.contenders, everyone),
@@ -88,11 +93,11 @@ class Step:
         if self.out is not None:
             claim_folder(self.out)
         console = Console()
-        record = bench_step(plan, lambda w: console.print(terminal_table(workload_sheet(w)), "\n"))
-        for sheet in (check_sheet(record), target_sheet(record)):
-            if sheet.rows or sheet.absent:
-                console.print(terminal_table(sheet), "\n")
-        print_warnings(console, warnings_of(record))
+        record = bench_step(plan, lambda w: console.print(terminal_table(workload_table(w)), "\n"))
+        for table in (check_table(record), target_table(record)):
+            if table.rows or table.absent:
+                console.print(terminal_table(table), "\n")
+        print_warnings(console, step_warnings(record))
         if self.out is not None:
             write_measurement(self.out, "step", record, step_page(record), console)
         return 0

@@ -1,4 +1,4 @@
-"""The studies: one file each, and the table of them all."""
+"""The studies, one file each, and the table of all of them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -37,7 +37,7 @@ _TABLE = (
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})
 
-# Of every study, the one on paper among them.
+# The questions of all studies, including the one on paper.
 QUESTIONS: Mapping[str, str] = MappingProxyType(
     {**{study.name: study.question for study in _TABLE}, NAME: QUESTION}
 )
@@ -47,7 +47,7 @@ def find_study(name: str) -> Study:
     """Return the study called ``name``.
 
     Raises:
-        ConfigError: If there is none; the nearest name is given.
+        ConfigError: If there is none; the message suggests the nearest name.
     """
     if name not in STUDIES:
         raise ConfigError(f"there is no study {name!r}; {suggest(name, QUESTIONS)}")

@@ -1,7 +1,7 @@
 """Which part of the normalization does the work, at equal size of the update."""
 
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import (
     BENCHMARK,
     MACHINE,
     PAPER_SINKGD_GRID,
@@ -9,8 +9,9 @@ from sinkgd.lab.experiments.studies.common import (
     controls,
     paper_controls,
 )
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -21,12 +22,12 @@ from sinkgd.lab.experiments.verdict import (
 )
 
 BOTH = "sinkgd-paper"
-# Every one of them gives a matrix an update of RMS 1, so their rates mean the same.
+# Each gives a matrix an update of RMS 1, so their rates are comparable.
 RECIPES = (BOTH, "rows-only", "columns-only", "frobenius", "sign", "swan")
 
 
 def arms_with(grid: Grid) -> tuple[Arm, ...]:
-    """Return an arm for every normalization."""
+    """Return one arm per normalization."""
     return tuple(Arm(recipe, {"optimizer.recipe": recipe}, grid) for recipe in RECIPES)
 
 
@@ -55,8 +56,8 @@ ABLATION = Study(
     name="ablation",
     question="Rows, columns, both, Frobenius, sign or whitening: which normalization does the "
     "work?",
-    background="All give a matrix an update of RMS 1. SCALE and SRON keep rows alone; SWAN "
-    "whitens, at the price of products of matrices.",
+    background="Each gives a matrix an update of RMS 1. SCALE and SRON normalize rows "
+    "alone; SWAN whitens, which costs matrix products.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID), *controls())),
         "paper": Setting(

@@ -1,11 +1,12 @@
-"""How large the matrices' rate may be beside that of everything else."""
+"""The best ratio α of the matrices' learning rate to the rate of all other parameters."""
 
 from collections.abc import Sequence
 
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR, controls
-from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR, controls
+from sinkgd.lab.experiments.study import Axis, Setting, Study
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -17,7 +18,7 @@ from sinkgd.lab.experiments.verdict import (
 
 ALPHAS = (0.01, 0.025, 0.05, 0.1, 0.2)
 PUBLISHED = 0.05  # Scetbon et al. 2025, algorithm 4
-RATE = 0.02  # of everything else: the same
+RATE = 0.02  # of all other parameters, from the same source
 RECIPES = ("sinkgd-paper", "sinkgd")  # their arms' names begin with them
 
 # Five points each: as many as there are values of α.
@@ -26,7 +27,7 @@ _ONE_LR: Grid = {LR: (0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
 def arms_with(alpha: float) -> tuple[Arm, ...]:
-    """Return both SinkGDs with matrices at α times the rate of everything else."""
+    """Return both SinkGDs with matrices at α times the rate of all other parameters."""
     rates = {LR: RATE, MATRIX_LR: alpha * RATE}
     return tuple(
         Arm(f"{recipe}-alpha{alpha:g}", {"optimizer.recipe": recipe, **rates}, value=alpha)
@@ -35,7 +36,7 @@ def arms_with(alpha: float) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say which α ended lowest, with either recipe, and where the published one stands."""
+    """Name the α with the lowest loss, and compare the published one with the best per recipe."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
@@ -61,7 +62,7 @@ def _beside_the_published(results: StudyResults, own: Sequence[ArmResults]) -> l
 
 
 def _at_an_edge(own: Sequence[ArmResults]) -> list[str]:
-    """Caution where the best α, the first of ``own``, has nothing tried on one side of it."""
+    """Return a caution if the best α, the first of ``own``, is the smallest or largest tried."""
     best = own[0].arm
     values = [one.arm.value for one in own if one.arm.value is not None]
     if len(values) < 2 or best.value not in (min(values), max(values)):
@@ -75,9 +76,9 @@ ALPHA = Study(
     name="alpha",
     question="What α, the matrices’ rate beside that of everything else, is best at lr 0.02, "
     "as in the paper and with deflation?",
-    background="Scetbon et al. 2025 take α = 0.05 at lr 0.02. Here α is the only thing that is "
-    "searched for SinkGD, as in the paper and with deflation; each AdamW has as many points of "
-    "its own.",
+    background="Scetbon et al. 2025 use α = 0.05 at lr 0.02. Here α is the only option that is "
+    "tuned for SinkGD, as in the paper and with deflation; each AdamW has a grid with as many "
+    "points.",
     settings={
         "machine": Setting(MACHINE, _ARMS, at=lambda value, _: arms_with(value)),
         "paper": Setting(

@@ -1,11 +1,12 @@
-"""Whether SinkGD, with deflation and as in the paper, holds against AdamW as the batch grows."""
+"""How SinkGD, with deflation and as in the paper, compares with AdamW as the batch grows."""
 
 from collections.abc import Mapping, Sequence
 
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
-from sinkgd.lab.experiments.study import NOTHING, Arm, Axis, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, unfinished
+from sinkgd.lab.experiments.arms import NOTHING, Arm, Grid
+from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
+from sinkgd.lab.experiments.study import Axis, Setting, Study
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import Verdict, cautions, compared, unfinished
 from sinkgd.lab.train.config import SharedConfig
 
 PLAIN = "sinkgd-paper"
@@ -14,7 +15,7 @@ CONTROL, ONE_LR = "adamw", "adamw-one-lr"
 SIZES = (4, 16, 64)  # sequences
 PAPER_SIZES = (128, 512, 2048)
 
-# Four points each, for every size of the batch; AdamW with one rate for all is at one size only.
+# Four points each, for every batch size; AdamW with one rate for all runs at one size only.
 GRIDS: dict[str, Grid] = {
     PLAIN: {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
@@ -30,9 +31,9 @@ PAPER_GRIDS: dict[str, Grid] = {
 
 
 def arms_at(size: float, shared: SharedConfig, grids: dict[str, Grid]) -> tuple[Arm, ...]:
-    """Return the recipes with a batch of ``size`` sequences, on the tokens of ``shared``.
+    """Return the arms with a batch of ``size`` sequences and the same number of tokens.
 
-    ``adamw-one-lr`` is among them where ``size`` is the batch of ``shared``.
+    ``adamw-one-lr`` is included only if ``size`` is the batch size of ``shared``.
     """
     training = shared.training
     steps = round(training.steps * training.batch_size / size)
@@ -58,7 +59,7 @@ def arms_at(size: float, shared: SharedConfig, grids: dict[str, Grid]) -> tuple[
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Compare at every size, and say whether each candidate's standing changes with it."""
+    """Compare the arms at every size, and state for each candidate where it is better or worse."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     sentences = [
@@ -75,7 +76,7 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> str:
-    """Say where one candidate stands beside the fair AdamW, over all sizes."""
+    """Compare one candidate with the fair AdamW over all sizes."""
     standings = [
         (one.arm.value or 0.0, results.difference(one, control))
         for one in sizes
@@ -98,7 +99,7 @@ def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> 
 
 
 def _beside(results: StudyResults, one: ArmResults) -> list[ArmResults]:
-    """List what a candidate is compared with at its size: the paper's SinkGD and the controls."""
+    """List the arms to compare with at a candidate's size: the paper's SinkGD and the controls."""
     plain = [other for other in results.candidates if other.arm.recipe == PLAIN]
     return [
         other
@@ -123,7 +124,7 @@ BATCH = Study(
     name="batch",
     question="Does SinkGD hold against AdamW as the batch grows?",
     background="Two independent reports find the paper’s SinkGD behind AdamW at larger batches. "
-    "Every arm sees the same number of tokens; a larger batch takes fewer steps.",
+    "All arms train on the same number of tokens, so a larger batch takes fewer steps.",
     settings={
         "machine": _setting(MACHINE, SIZES, GRIDS),
         "paper": _setting(BENCHMARK["llama-60m"], PAPER_SIZES, PAPER_GRIDS, BENCHMARK),

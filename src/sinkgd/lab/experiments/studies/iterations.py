@@ -1,7 +1,7 @@
 """How many iterations of SR-Sinkhorn a step needs."""
 
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import (
     BENCHMARK,
     MACHINE,
     PAPER_SINKGD_GRID,
@@ -9,8 +9,9 @@ from sinkgd.lab.experiments.studies.common import (
     controls,
     paper_controls,
 )
-from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.study import Axis, Setting, Study
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -26,7 +27,7 @@ ITERATION_COUNTS = (1, 3, 5, 10)
 
 
 def arm_with(iterations: float, grid: Grid = SINKGD_GRID) -> Arm:
-    """Return SinkGD with so many iterations."""
+    """Return the paper's SinkGD with this number of iterations."""
     overrides = {
         "optimizer.recipe": "sinkgd-paper",
         "optimizer.sinkhorn_iterations": int(iterations),
@@ -35,7 +36,7 @@ def arm_with(iterations: float, grid: Grid = SINKGD_GRID) -> Arm:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Find the fewest iterations that are level with the best."""
+    """Find the smallest number of iterations that is level with the best."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
@@ -69,8 +70,8 @@ def _headline(results: StudyResults, best: ArmResults) -> str:
 ITERATIONS = Study(
     name="iterations",
     question="How many iterations of SR-Sinkhorn does a step need?",
-    background="Scetbon et al. 2025 take L = 5; at 130M they report 0.08 of perplexity between "
-    "L = 1 and L = 5.",
+    background="Scetbon et al. 2025 use L = 5. At 130M they report perplexities for L = 1 and "
+    "L = 5 that differ by 0.08.",
     settings={
         "machine": Setting(
             MACHINE,

@@ -10,10 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import LR, MACHINE, controls, paper_controls
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import Verdict, cautions, compared, ended, ranked, unfinished
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import LR, MACHINE, controls, paper_controls
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
+    Verdict,
+    cautions,
+    compared,
+    ended,
+    ranked,
+    unfinished,
+)
 from sinkgd.lab.results import Evaluation, Run
 from sinkgd.lab.train.config import (
     CheckpointConfig,
@@ -27,11 +35,11 @@ from sinkgd.lab.train.config import (
 
 CONTROL = "S0"
 VARIANTS: Mapping[str, tuple[float, int]] = {"S1": (0.1, 5), "S2": (0.05, 10), "S3": (0.2, 3)}
-DECAY = 0.1  # in all four; each clips at 1, the control inside its own step
+DECAY = 0.1  # in all four arms; each clips at 1, the control inside its own step
 CLIP = 1.0
 
-# Six points each. The tempered step is proportional to the gradient, so that it needs rates like
-# SGD's; the ablation's own 6e-4 hardly moves a weight.
+# Six points each. The tempered step is proportional to the gradient, so it needs rates like SGD's;
+# the original 6e-4 hardly moves a weight.
 ADAM_GRID: Grid = {LR: (0.0006, 0.0012, 0.0025, 0.005, 0.01, 0.02)}
 TEMPERED_GRID: Grid = {LR: (0.0006, 0.03, 0.1, 0.3, 1.0, 3.0)}
 PAPER_ADAM_GRID: Grid = {LR: (0.00015, 0.0003, 0.0006, 0.0012, 0.0025, 0.005)}
@@ -39,7 +47,7 @@ PAPER_TEMPERED_GRID: Grid = {LR: (0.0006, 0.006, 0.06, 0.2, 0.6, 2.0)}
 
 
 def arms(adam: Grid, tempered: Grid) -> tuple[Arm, ...]:
-    """Return the control and the three variants: the optimizer is all that differs."""
+    """Return the control and the three variants, which differ in the optimizer alone."""
     control: dict[str, Any] = {"optimizer.recipe": "adamw-spam", "optimizer.weight_decay": DECAY}
     return (
         Arm(CONTROL, control, adam, control=True),
@@ -61,14 +69,13 @@ def arms(adam: Grid, tempered: Grid) -> tuple[Arm, ...]:
 
 
 def roughness(run: Run) -> float | None:
-    """Return how far a curve of training losses is from a smooth one, nats.
+    """Return the roughness of the training curve, nats.
 
-    It is the root-mean-square of the second differences of the losses between evaluations, over
-    the second half of the run, where the curve is no longer bent by the start; a straight line has
-    0.
+    It is the root mean square of the second differences of the mean losses between evaluations.
+    Only the second half of the run counts, after the bend at the start. A straight line has 0.
 
     Returns:
-        Nats, or None with fewer than three losses there.
+        Nats, or None with fewer than three losses in the second half.
 
     Examples:
         >>> second_differences([4.0, 3.0, 2.0]), second_differences([4.0, 3.0, 4.0])
@@ -80,12 +87,12 @@ def roughness(run: Run) -> float | None:
 
 
 def second_differences(values: Sequence[float]) -> list[float]:
-    """Return x₀ − 2x₁ + x₂ of every three values in a row."""
+    """Return x₀ − 2x₁ + x₂ for every three successive values."""
     return [a - 2 * b + c for a, b, c in zip(values, values[1:], values[2:], strict=False)]
 
 
 def is_stable(one: ArmResults) -> bool:
-    """Whether no seed diverged, or ended above its own loss at a tenth of the run."""
+    """Whether no seed diverged or ended above its loss after a tenth of the run."""
     return not one.diverged and all(_came_down(result.run.evaluations) for result in one.seeds)
 
 
@@ -95,7 +102,7 @@ def _came_down(evaluations: Sequence[Evaluation]) -> bool:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Judge the four conditions of the ablation, one by one."""
+    """Check the conditions of the ablation one by one."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     control = results.arm(CONTROL)
@@ -147,7 +154,7 @@ def _stable_words(variants: Sequence[ArmResults]) -> str:
 
 
 def _sharpness(results: StudyResults) -> str:
-    """Say whether the sharper or the softer variant helps, beside the middle one."""
+    """State whether the sharper or the softer variant beats the middle one."""
     middle = results.arm("S1")
     if middle is None:
         return "S1 has no result: sharper and softer cannot be told."
@@ -186,12 +193,12 @@ LENS = Study(
     name="lens",
     question="Does the tempered variant train Lens L6 as well as AdamWSPAM, and more smoothly?",
     background="S0 is AdamWSPAM; S1 to S3 are the tempered variant with τ .1, n 5; τ .05, n 10; "
-    "τ .2, n 3. Its authors want a loss at least as good, smoother curves, and stability. Theirs "
-    "differed in rate, decay and clipping, too; here decay, clipping, data and steps are the same, "
-    "and each has as many rates to choose from, their 6e-4 among them.",
+    "τ .2, n 3. Its authors ask for a loss at least as good, smoother curves, and stability. Their "
+    "arms also differed in rate, decay and clipping. Here decay, clipping, data and steps are the "
+    "same, and all grids have the same number of rates, including their 6e-4.",
     settings={
         "machine": Setting(
-            # Many evaluations on little text: curves whose roughness can be told.
+            # Many evaluations on little text, for the roughness of the curves.
             replace(
                 MACHINE,
                 model=ModelConfig(preset="lens-nano"),

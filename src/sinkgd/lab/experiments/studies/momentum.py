@@ -1,10 +1,10 @@
-"""What momentum adds to a method that keeps nothing, and where it belongs."""
+"""Whether momentum helps SinkGD, and whether it belongs before or after the normalization."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from sinkgd.lab.experiments.results import StudyResults
-from sinkgd.lab.experiments.studies.common import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import (
     BENCHMARK,
     LR,
     MACHINE,
@@ -16,8 +16,9 @@ from sinkgd.lab.experiments.studies.common import (
     muon,
     paper_controls,
 )
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -35,13 +36,13 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "before-0.95-nesterov": {"momentum": 0.95, "nesterov": True},
     "after-0.9": {"momentum": 0.9, "momentum_place": "after"},
 }
-# Averages of updates are shorter than updates, so that their best rate may be higher.
+# Averages of updates are shorter than updates, so their best rate may be higher.
 AFTER_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 PAPER_AFTER_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
 def arms_with(grid: Grid, after: Grid) -> tuple[Arm, ...]:
-    """Return SinkGD as in the paper without momentum and with it, in every way."""
+    """Return the paper's SinkGD without momentum and with every kind of it."""
     return tuple(
         Arm(
             name,
@@ -56,7 +57,7 @@ def arms_with(grid: Grid, after: Grid) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say whether any momentum is worth the memory, and which place is the better one."""
+    """State whether any momentum lowers the loss, and compare each kind with none."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     none = results.arm(NONE)
@@ -82,9 +83,9 @@ def judge(results: StudyResults) -> Verdict:
 MOMENTUM = Study(
     name="momentum",
     question="Does momentum help SinkGD, and before or after the normalization?",
-    background="The paper has none. Methods that normalize momentum by rows or columns (RMNP, "
-    "Mano, Nora) and Sinkhorn on DeepSeek’s tables have it before; averages of normalized "
-    "updates are momentum after.",
+    background="The paper uses none. Methods that normalize momentum by rows or columns (RMNP, "
+    "Mano, Nora) and Sinkhorn on DeepSeek’s tables have it before the normalization; averages of "
+    "normalized updates are momentum after it.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID, AFTER_GRID), *controls(), muon())),
         "paper": Setting(

@@ -1,11 +1,9 @@
-"""Which methods are on the front of memory against loss."""
+"""Which methods are on the Pareto front of optimizer state against loss."""
 
 from collections.abc import Mapping, Sequence
 
-from sinkgd.lab.experiments.charts import Identities
-from sinkgd.lab.experiments.own_charts import state_chart
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import (
     ADAMW_GRID,
     BENCHMARK,
     LR,
@@ -19,9 +17,12 @@ from sinkgd.lab.experiments.studies.common import (
     PAPER_SWAN_GRID,
     SWAN_GRID,
 )
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import Verdict, cautions, ranked, unfinished
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_charts import state_chart
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import Verdict, cautions, ranked, unfinished
 from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.identity import Identities
 from sinkgd.lab.report.quantities import size
 
 L = "optimizer.sinkhorn_iterations"
@@ -52,7 +53,7 @@ PAPER_GRIDS: Mapping[str, Grid] = {
 
 
 def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
-    """Return an arm for every method."""
+    """Return one arm per method."""
     return tuple(
         Arm(recipe, {"optimizer.recipe": recipe}, grid, control=recipe in CONTROLS)
         for recipe, grid in grids.items()
@@ -60,14 +61,15 @@ def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
 
 
 def state_bytes(one: ArmResults) -> int:
-    """Return what the optimizer keeps, counted at the end of a run."""
+    """Return the bytes of optimizer state, counted at the end of a run."""
     return max(result.run.end.memory.state_bytes for result in one.seeds if result.run.end)
 
 
 def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]:
-    """List the arms that none beats in one of memory and loss without being behind in the other.
+    """List the arms on the Pareto front.
 
-    A loss counts as lower where the seeds tell it; so arms that are level may both stay.
+    No other arm is better than these in one of state and loss and at least as good in the other.
+    Losses differ only if the difference over seeds is significant, so level arms may both stay.
     """
 
     def beaten(one: ArmResults, other: ArmResults) -> bool:
@@ -81,7 +83,7 @@ def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Name the front, and for each method off it who is better and smaller."""
+    """Name the arms on the front, and list the others."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     arms = [*results.candidates, *results.controls]
@@ -101,7 +103,7 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
-    """Draw state against loss, of the arms that ended well."""
+    """Draw state against loss for the arms without divergence."""
     arms = [one for one in results.ranked if one.seeds and not one.diverged]
     kept = {one.arm.name: state_bytes(one) for one in arms}
     best = sorted(front(results, arms), key=state_bytes)
@@ -115,8 +117,8 @@ def _size(one: ArmResults) -> str:
 PARETO = Study(
     name="pareto",
     question="Which methods give the lowest loss for the memory that they keep?",
-    background="State is counted in bytes after the last step. L and α of sinkgd-paper are "
-    "searched together, as many points as any other method has.",
+    background="State is counted in bytes after the last step. L and α of sinkgd-paper are tuned "
+    "together, with as many points as every other method.",
     settings={
         "machine": Setting(MACHINE, arms_of(GRIDS)),
         "paper": Setting(BENCHMARK["llama-350m"], arms_of(PAPER_GRIDS), models=BENCHMARK),

@@ -1,11 +1,9 @@
-"""How fast each method recovers when every token gets another's number in mid-training."""
+"""How fast each method recovers when all token ids are permuted in the middle of training."""
 
 from dataclasses import replace
 
-from sinkgd.lab.experiments.charts import Identities
-from sinkgd.lab.experiments.own_charts import recovery_chart
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import (
     BENCHMARK,
     LR,
     MACHINE,
@@ -20,8 +18,10 @@ from sinkgd.lab.experiments.studies.common import (
     controls,
     muon,
 )
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_charts import recovery_chart
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -32,11 +32,12 @@ from sinkgd.lab.experiments.verdict import (
 )
 from sinkgd.lab.report import Spread, first_reach
 from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.identity import Identities
 from sinkgd.lab.report.quantities import count
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig
 
-# Matrices want a lower rate here than where nothing changes.
+# The best matrix rates are lower here than without a change.
 ADAMW_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0001875, 0.000375, 0.00075, 0.0015, 0.003, 0.006)}
 MUON_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02)}
 
@@ -44,7 +45,7 @@ MUON_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.000625, 0.00125, 0.0025, 0.005, 0.
 def shifted(shared: SharedConfig) -> SharedConfig:
     """Return a configuration whose vocabulary changes after 40 % of the steps.
 
-    Evaluations are so frequent that a recovery can be read off between two of them.
+    It evaluates often enough to interpolate the recovery between two evaluations.
     """
     steps = shared.training.steps
     return replace(
@@ -55,10 +56,10 @@ def shifted(shared: SharedConfig) -> SharedConfig:
 
 
 def recovery(run: Run) -> float | None:
-    """Return the tokens from the change to where the loss is back at what it was before.
+    """Return the number of tokens after the change until the loss is back at its value before.
 
     Returns:
-        Tokens, or None if it never is.
+        Tokens, or None if the loss does not recover.
     """
     at = int(run.start.config["data"]["shift_at_step"])
     before = [e for e in run.evaluations if e.step <= at]
@@ -75,7 +76,7 @@ def _recoveries(one: ArmResults) -> list[float]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Rank by recovery: first those that recover in every seed, by the tokens they need."""
+    """Rank the methods that recover in every seed by the tokens they need."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     arms = [*results.candidates, *results.controls]
@@ -131,8 +132,8 @@ def _candidates(sinkgd: Grid, swan: Grid) -> tuple[Arm, ...]:
 SHIFT = Study(
     name="shift",
     question="How fast does each method recover from a sudden change of vocabulary?",
-    background="From one step to the next all token ids are permuted: embedding and head are wrong "
-    "at once, the blocks are not. A method without state has no averages of a past that is over.",
+    background="Between two steps all token ids are permuted: embedding and head are suddenly "
+    "wrong, the blocks are not. A method without state has no averages of past gradients.",
     settings={
         "machine": Setting(
             shifted(MACHINE),

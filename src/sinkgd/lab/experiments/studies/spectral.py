@@ -1,12 +1,20 @@
-"""How much of whitening's gain is left when less of it is done."""
+"""How much of whitening's gain remains with less whitening."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR, controls, muon
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import (
+    BENCHMARK,
+    LR,
+    MACHINE,
+    MATRIX_LR,
+    controls,
+    muon,
+)
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -20,7 +28,7 @@ from sinkgd.lab.report.quantities import percent
 NONE, WHOLE = "sinkgd-paper", "swan-5"
 WAYS: Mapping[str, Mapping[str, Any]] = {
     NONE: {"recipe": "sinkgd-paper"},
-    "rows-only": {"recipe": "rows-only"},  # (GGᵀ)^(-1/2) with its diagonal in the place of GGᵀ
+    "rows-only": {"recipe": "rows-only"},  # (GGᵀ)^(-1/2) with the diagonal of GGᵀ alone
     "pinned": {"recipe": "sinkgd-paper", "operator_norm": "muon"},
     "swan-1": {"recipe": "swan", "newton_schulz_steps": 1},
     "swan-2": {"recipe": "swan", "newton_schulz_steps": 2},
@@ -30,8 +38,8 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "swan-attention": {"recipe": "swan", "whitened": "attention"},
     "swan-mlp": {"recipe": "swan", "whitened": "mlp"},
 }
-# Four points each. A pinned rate counts in singular values, not in root-mean-squares: at 0.02 the
-# blocks of llama-nano hardly move.
+# Four points each. A pinned rate is in units of singular values, not of root mean squares: at 0.02
+# the blocks of llama-nano hardly move.
 RATES = (0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.04, 0.08, 0.16, 0.32)
 ADAMW_RATES = (0.0015, 0.003, 0.006, 0.012)
@@ -40,7 +48,11 @@ MUON_RATES = (0.005, 0.01, 0.02, 0.04)
 
 
 def setting(lr: float) -> tuple[Arm, ...]:
-    """Return every amount of whitening, and the controls, with ``lr`` on everything else."""
+    """Return the arms for every amount of whitening, and the controls.
+
+    Args:
+        lr: Learning rate of all parameters except matrices.
+    """
 
     def grid(rates: tuple[float, ...]) -> Grid:
         return {LR: (lr,), MATRIX_LR: rates}
@@ -57,7 +69,7 @@ def setting(lr: float) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say what part of SWAN's gain over SinkGD each way keeps, and what it costs."""
+    """State the fraction of SWAN's gain over SinkGD that each arm keeps, and its cost."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     none, whole = results.arm(NONE), results.arm(WHOLE)
@@ -86,7 +98,7 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def _optimizer_seconds(one: ArmResults) -> float:
-    """Return what a step of the optimizer takes, a median over all steps of all seeds."""
+    """Return the median time of the optimizer's step over all seeds."""
     steps = [s.optimizer_seconds for result in one.seeds for s in result.run.steps]
     return sorted(steps)[len(steps) // 2] if steps else float("inf")
 
@@ -103,9 +115,9 @@ def _costs(results: StudyResults) -> list[str]:
 SPECTRAL = Study(
     name="spectral",
     question="How much of whitening’s gain is left with fewer steps, on fewer layers, or at O(mn)?",
-    background="SWAN whitens after it normalizes rows, and is stateless too. Its products of "
-    "matrices cost O(m²n); row norms are its diagonal, and a pinned operator norm its largest "
-    "singular value alone.",
+    background="SWAN normalizes rows and then whitens; it is stateless, too. Its matrix products "
+    "cost O(m²n). Row norms use only the diagonal, and a pinned operator norm only the largest "
+    "singular value.",
     settings={
         "machine": Setting(MACHINE, setting(0.08)),
         "paper": Setting(BENCHMARK["llama-130m"], setting(0.02), models=BENCHMARK),

@@ -1,11 +1,12 @@
-"""The LLaMA benchmark: every method against every other, by tokens and by seconds."""
+"""The LLaMA benchmark: all methods compared, by tokens and by seconds."""
 
 from collections.abc import Mapping
 
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -20,7 +21,7 @@ from sinkgd.lab.report.quantities import percent
 CONTROLS = ("adamw-one-lr", "adamw", "muon")
 PINNED = "sinkgd-pinned"  # without deflation
 
-# Three points each, around the recipe's own rate, or its paper's.
+# Three points each, around the rate of the recipe or of its paper.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     PINNED: {LR: (0.08,), MATRIX_LR: (0.08, 0.16, 0.32)},
@@ -58,14 +59,14 @@ PAPER_GRIDS: Mapping[str, Grid] = {
     "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.003)},
     "muon": {LR: (0.02,), MATRIX_LR: (0.001, 0.005, 0.01)},
 }
-# Those that keep nothing the size of a hidden matrix.
+# Methods without state of the size of a hidden matrix.
 WITHOUT_STATE = ("sinkgd-paper", PINNED, "swan", "sinkgd", "scale", "racs")
-# Of these, those without products of matrices.
+# Those of them without matrix products.
 AT_MN = ("sinkgd-paper", PINNED, "sinkgd", "scale", "racs")
 
 
 def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
-    """Return an arm for every method, AdamW twice and Muon among them."""
+    """Return one arm per method, including both AdamWs and Muon."""
     return tuple(
         Arm(
             name,
@@ -80,7 +81,7 @@ def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Rank the methods, and say what each family needs for the controls' losses."""
+    """Rank the methods, and state what each family needs to reach the controls' losses."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
@@ -101,7 +102,7 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def _needs(analysis: Analysis, control: ArmResults) -> list[str]:
-    """Say which method without state, and which of those at O(mn), needs the fewest tokens."""
+    """Name the method without state, and the one at O(mn) cost, that needs the fewest tokens."""
     sentences = []
     for who, members in (("without matrix state", WITHOUT_STATE), ("at O(mn) cost", AT_MN)):
         found = [
@@ -127,9 +128,10 @@ def _needs(analysis: Analysis, control: ArmResults) -> list[str]:
 TABLE1 = Study(
     name="table1",
     question="How do the methods compare on the LLaMA benchmark?",
-    background="Scetbon et al. 2025 report Adam’s perplexity with 40 % of its tokens at 1.3B; a "
-    "tuned Adam removes the gain at 60M, and two reports find the paper’s SinkGD behind AdamW. At "
-    "the paper’s scale --model.preset llama-130m, llama-350m and llama-1b give the other columns.",
+    background="Scetbon et al. 2025 report that SinkGD reaches Adam’s perplexity with 40 % of its "
+    "tokens at 1.3B. A tuned Adam removes the gain at 60M, and two reports find the paper’s SinkGD "
+    "behind AdamW. At the paper’s scale, --model.preset llama-130m, llama-350m and llama-1b give "
+    "the other columns.",
     settings={
         "machine": Setting(MACHINE, arms_of(GRIDS)),
         "paper": Setting(BENCHMARK["llama-60m"], arms_of(PAPER_GRIDS), models=BENCHMARK),

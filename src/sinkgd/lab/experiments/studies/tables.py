@@ -1,7 +1,7 @@
-"""What embeddings and the output head should go by: the part that SinkGD leaves to Adam."""
+"""Which method suits embeddings and the output head, which SinkGD leaves to Adam."""
 
-from sinkgd.lab.experiments.results import StudyResults
-from sinkgd.lab.experiments.studies.common import (
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import (
     BENCHMARK,
     LR,
     MACHINE,
@@ -9,8 +9,9 @@ from sinkgd.lab.experiments.studies.common import (
     controls,
     paper_controls,
 )
-from sinkgd.lab.experiments.study import Arm, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import (
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
@@ -22,22 +23,22 @@ from sinkgd.lab.experiments.verdict import (
 
 ADAM = "adamw-tables"
 RATE = "optimizer.tables_lr"
-# Six rates for each. Adam's and SAGE's entries move by at most lr, the others' by lr in the mean.
+# Six rates each. Adam and SAGE move an entry by at most lr, the others by lr on average.
 GRIDS: dict[str, Grid] = {
     "adamw": {RATE: (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)},
     "sinkgd": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
     "sinkgd-table": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
     "sage": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
 }
-KEPT = {"adamw": 2, "sinkgd": 0, "sinkgd-table": 1, "sage": 1}  # numbers an entry
+KEPT = {"adamw": 2, "sinkgd": 0, "sinkgd-table": 1, "sage": 1}  # stored numbers per entry
 
 
 def arms_with(lr: float, matrix_lr: float) -> tuple[Arm, ...]:
-    """Return SinkGD on hidden matrices, with each algorithm on the tables.
+    """Return arms with SinkGD on hidden matrices, and each algorithm on embedding and head.
 
     Args:
-        lr: Of vectors, which AdamW keeps in all arms.
-        matrix_lr: Of hidden matrices, which SinkGD keeps in all arms.
+        lr: Learning rate of vectors, which AdamW updates in all arms.
+        matrix_lr: Learning rate of hidden matrices, which SinkGD updates in all arms.
     """
     return tuple(
         Arm(
@@ -55,7 +56,7 @@ def arms_with(lr: float, matrix_lr: float) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say which rule is best, and whether one that keeps less is level with Adam."""
+    """Name the best algorithm, and compare the others with Adam."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     order = ranked(results.candidates)
@@ -74,9 +75,9 @@ def judge(results: StudyResults) -> Verdict:
 TABLES = Study(
     name="tables",
     question="What should embeddings and the output head go by?",
-    background="SinkGD’s authors leave them to Adam. DeepSeek is reported to use a variant of "
-    "Sinkhorn for exactly these tables; SAGE’s authors find that the paper’s SinkGD fails there, "
-    "and give a rule of their own.",
+    background="SinkGD’s authors leave them to Adam. DeepSeek reportedly uses a variant of "
+    "Sinkhorn for these tables; SAGE’s authors find that the paper’s SinkGD fails there, and "
+    "propose another method.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(0.08, 0.002), *controls())),
         "paper": Setting(

@@ -1,11 +1,11 @@
-"""How good rates of matrices move with the width of the model, under four rules.
+"""How the best matrix rate depends on the width of the model, under four rules.
 
-Below a certain rate the loss hardly depends on it, above it training breaks. So the best rate of a
-grid is in part chance, and the largest that is still good says more.
+Below a certain rate the loss hardly depends on it; above it training breaks. The best rate of a
+grid is therefore partly chance, and the largest rate that is still good says more.
 
 Letters:
     d: the hidden size
-    p: the exponent of the largest good rate's dependence on it, lr ∝ d^p
+    p: the exponent in lr ∝ d^p, for the largest good rate lr
 """
 
 import math
@@ -13,26 +13,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sinkgd.lab.experiments.charts import Identities
-from sinkgd.lab.experiments.own_charts import valley_chart
-from sinkgd.lab.experiments.results import ArmResults, StudyResults
-from sinkgd.lab.experiments.studies.common import BENCHMARK, LR, MACHINE, MATRIX_LR
-from sinkgd.lab.experiments.study import Arm, Axis, Grid, Setting, Study
-from sinkgd.lab.experiments.verdict import Verdict, cautions, unfinished
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
+from sinkgd.lab.experiments.study import Axis, Setting, Study
+from sinkgd.lab.experiments.study_charts import rate_chart
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
 from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.identity import Identities
 
 RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "sinkgd"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
 PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 
-# Five rates, each twice the one before. A pinned rate counts in singular values.
+# Five rates, each twice the one before. A pinned rate is in units of singular values.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
-TOLERANCE = 0.05  # nats above the lowest loss of its grid at which a rate is good
+TOLERANCE = 0.05  # nats above the lowest loss of the grid up to which a rate is good
 
 
 def rules(base_width: int) -> Mapping[str, Mapping[str, Any]]:
-    """Return the options of every rule; raw and by width agree at ``base_width``."""
+    """Return the options of every rule; "raw" and "by-width" agree at ``base_width``."""
     return {
         RAW: {},
         BY_WIDTH: {"optimizer.base_width": base_width},
@@ -42,7 +43,7 @@ def rules(base_width: int) -> Mapping[str, Mapping[str, Any]]:
 
 
 def arms_at(presets: Mapping[str, int], lr: float) -> tuple[Arm, ...]:
-    """Return an arm for every rule and width, each with a grid of five rates."""
+    """Return one arm per rule and width, each with a grid of five rates."""
     base = min(presets.values())
     return tuple(
         Arm(
@@ -58,7 +59,7 @@ def arms_at(presets: Mapping[str, int], lr: float) -> tuple[Arm, ...]:
 
 
 def adamws(preset: str, width: int, lr: float) -> tuple[Arm, ...]:
-    """Return both AdamWs at one width: where SinkGD stands, while rules are compared."""
+    """Return both AdamWs at one width, as controls."""
     grids: dict[str, Grid] = {
         "adamw": {LR: (lr,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
         "adamw-one-lr": {LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
@@ -76,7 +77,7 @@ def adamws(preset: str, width: int, lr: float) -> tuple[Arm, ...]:
 
 
 def exponent(found: Sequence[tuple[float, float]]) -> float | None:
-    """Fit p to pairs of d and a rate, by least squares of their logarithms.
+    """Fit p to pairs of d and rate, by least squares of the logarithms.
 
     Returns:
         p, or None with fewer than two widths.
@@ -95,7 +96,7 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
 
 
 def good_up_to(one: ArmResults) -> float | None:
-    """Return the largest rate that was tried and is good; None without a finite loss."""
+    """Return the largest good rate that was tried; None without a finite loss."""
     losses = {result.point[MATRIX_LR]: result.loss for result in one.grid}
     lowest = min(losses.values(), default=math.inf)
     if not math.isfinite(lowest):
@@ -104,7 +105,7 @@ def good_up_to(one: ArmResults) -> float | None:
 
 
 def _by_rule(results: StudyResults) -> dict[str, list[ArmResults]]:
-    """Return every rule's arms whose grids are there, from the narrowest to the widest."""
+    """Return the arms with results by rule, from the narrowest to the widest."""
     tuned = [one for one in results.candidates if good_up_to(one) is not None]
     return {
         rule: arms
@@ -114,7 +115,7 @@ def _by_rule(results: StudyResults) -> dict[str, list[ArmResults]]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say for which rule the largest good rate stays, and which ends lowest when wide."""
+    """Name the rule whose largest good rate depends least on the width."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     found = _by_rule(results)
@@ -143,9 +144,9 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
-    """Draw loss against rate at every width, a chart a rule."""
+    """Draw loss against rate at every width, one chart per rule."""
     return [
-        valley_chart(rule, arms, MATRIX_LR, identities) for rule, arms in _by_rule(results).items()
+        rate_chart(rule, arms, MATRIX_LR, identities) for rule, arms in _by_rule(results).items()
     ]
 
 
@@ -171,9 +172,9 @@ _MACHINE = replace(MACHINE, training=replace(MACHINE.training, steps=120))
 WIDTH = Study(
     name="width",
     question="Does the best rate of matrices move with the width, and does a rule stop it?",
-    background="Axolotl reports that raw SinkGD’s best rate falls as 1/d_in, as Adam’s does, and "
-    "that pinning the operator norm to √(d_out/d_in) makes it independent of the width. Deflation "
-    "bounds that norm in its own way, and is our default.",
+    background="Axolotl reports that the best rate of raw SinkGD falls as 1/d_in, like Adam’s, and "
+    "that pinning the operator norm to √(d_out/d_in) makes it independent of the width. Deflation, "
+    "our default, bounds that norm in another way.",
     settings={
         "machine": Setting(_MACHINE, (*arms_at(WIDTHS, 0.08), *adamws("llama-nano", 128, 0.08))),
         "paper": Setting(

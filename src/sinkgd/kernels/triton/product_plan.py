@@ -1,0 +1,137 @@
+"""The plan of products of updates with a few vectors: where matrices and their vectors lie.
+
+The vectors of all matrices lie in two tensors: those with an entry for each row of a matrix, and
+those with an entry for each column. A matrix fills whole blocks of 128 rows of these tensors; zeros
+follow its own entries. A plan depends on shapes, strides, types and alignment alone, so steps share
+it.
+
+Letters: those of `sinkgd.kernels.triton.tables`.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinkgd.kernels.triton.tables import Operand, ProductMatrix, vector_width
+
+BLOCK = 128  # rows of vectors: those of a matrix fill whole blocks
+ROWS = 64  # of a program's product
+
+
+class Kind(NamedTuple):
+    """What kernels are compiled for."""
+
+    dtype: torch.dtype
+    transposed: bool  # a row in memory is a column of the matrix
+    vector: int  # entries in 16 bytes where loads are that wide, else 1
+
+
+class Bucket(NamedTuple):
+    """Matrices whose gradients stay in the cache from one product to the other."""
+
+    kind: Kind
+    rows: range  # blocks of vectors with an entry for each row
+    cols: range
+
+
+class Plan(NamedTuple):
+    """Where matrices and vectors lie."""
+
+    buckets: tuple[Bucket, ...]
+    table: Tensor  # int64, on the host: matrices, owners of the blocks of rows and of columns
+    matrices: int
+    first: tuple[int, ...]  # of each tensor, its first matrix
+    ends: tuple[int, int]  # how many rows the two tensors of vectors have
+    counts: tuple[Tensor, Tensor]  # blocks of each matrix, int64 on the host
+    sides: Tensor  # of each matrix, its shorter side and its entries: (2, matrices) float64 there
+    tensors: Tensor | None  # matrices of each tensor, int64 there; None where each has one
+
+
+def padded_rows(length: int) -> int:
+    """Return the rows of vectors that a side of ``length`` fills."""
+    return -(-length // BLOCK) * BLOCK
+
+
+@lru_cache(maxsize=64)
+def plan_of_products(
+    grads: tuple[Operand, ...],
+    shapes: tuple[torch.Size, ...],
+    shared: tuple[int, ...],
+    bucket_bytes: int,
+) -> Plan:
+    """Plan products with gradients of ``shapes``, in buckets of ``bucket_bytes``.
+
+    Args:
+        grads: The gradients.
+        shapes: Theirs.
+        shared: The offset of each gradient's vectors among those that gradients share, which have
+            an entry for each column.
+        bucket_bytes: Bytes of gradients in a bucket; a larger gradient is alone in one.
+    """
+    filled = _fill(grads, shapes, bucket_bytes)
+    number = row_end = col_end = 0
+    first: dict[int, int] = {}
+    matrices: list[ProductMatrix] = []
+    sizes: list[tuple[int, int, int, int]] = []
+    buckets = []
+    for kind, tensors in filled:
+        begin = row_end, col_end
+        for i in tensors:
+            first[i] = number
+            (m, n), layout = shapes[i][-2:], grads[i].layout
+            for k, offset in enumerate(layout.offsets):
+                row = 3 * i + 1, k * m, row_end, 2 * number, 0
+                col = 3 * i + 2, k * n, col_end, 2 * number + 1, shared[i]
+                tall, wide = (col, row) if kind.transposed else (row, col)
+                sides = [x for pair in zip(tall, wide, strict=True) for x in pair]
+                matrices.append(ProductMatrix(3 * i, offset, layout.P, layout.Q, layout.ld, *sides))
+                sizes.append((min(m, n), m * n, padded_rows(m) // BLOCK, padded_rows(n) // BLOCK))
+                number += 1
+                row_end, col_end = row_end + padded_rows(m), col_end + padded_rows(n)
+        blocks = (
+            range(start // BLOCK, stop // BLOCK)
+            for start, stop in zip(begin, (row_end, col_end), strict=True)
+        )
+        buckets.append(Bucket(kind, *blocks))
+    *sides_and_entries, row_counts, col_counts = _int64(sizes).unbind(1)
+    owners = torch.arange(number, dtype=torch.int64, device="cpu")
+    table = torch.cat(
+        [
+            _int64(matrices).flatten(),
+            owners.repeat_interleave(row_counts),
+            owners.repeat_interleave(col_counts),
+        ]
+    )
+    batches = [len(grads[i].layout.offsets) for _, tensors in filled for i in tensors]
+    return Plan(
+        tuple(buckets), table, number, tuple(first[i] for i in range(len(grads))),
+        (row_end, col_end), (row_counts.contiguous(), col_counts.contiguous()),
+        torch.stack(sides_and_entries).double(),
+        None if len(batches) == number else _int64(batches),
+    )  # fmt: skip
+
+
+def _fill(
+    grads: tuple[Operand, ...], shapes: tuple[torch.Size, ...], bucket_bytes: int
+) -> list[tuple[Kind, list[int]]]:
+    """Put tensors of one kind together; those whose vectors are split alike come one by one."""
+    buckets: list[tuple[Kind, list[int]]] = []
+    open_: dict[Kind, tuple[list[int], int]] = {}
+    for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
+        wide = 16 // grad.dtype.itemsize
+        vector = min(vector_width(wide, (grad, offset)) for offset in grad.layout.offsets)
+        kind = Kind(grad.dtype, grad.layout.turned, vector)
+        size = shape.numel() * grad.dtype.itemsize
+        tensors, full = open_.get(kind, ([], 0))
+        if not tensors or full + size > bucket_bytes:
+            tensors, full = [], 0
+            buckets.append((kind, tensors))
+        tensors.append(i)
+        open_[kind] = tensors, full + size
+    return sorted(buckets, key=lambda bucket: bucket[0].dtype != torch.bfloat16)
+
+
+def _int64(rows: object) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")

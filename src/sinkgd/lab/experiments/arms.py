@@ -1,0 +1,171 @@
+"""Arms: the ways to train that a study compares, and the grids that tune them.
+
+An arm is plain data: the values of a configuration that set it apart, and a grid of values to try.
+It names recipes and presets; it builds nothing.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from types import MappingProxyType
+from typing import Any
+
+from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig, nearest
+
+Overrides = Mapping[str, Any]  # dotted names of a `RunConfig`'s fields, with their values
+Grid = Mapping[str, tuple[float, ...]]  # dotted names, with the values to try
+Point = Mapping[str, float]  # one choice of a grid
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: its options, and the grid of options to tune.
+
+    Examples:
+        >>> arm = Arm("L5", {"optimizer.recipe": "sinkgd"}, {"optimizer.lr": (0.04, 0.08)})
+        >>> arm.points()
+        ({'optimizer.lr': 0.04}, {'optimizer.lr': 0.08})
+    """
+
+    name: str  # unique in the study; part of folder names
+    overrides: Overrides
+    tuned: Grid = field(default_factory=dict)  # the product is searched; empty: nothing is tuned
+    value: float | None = None  # position on the study's axis
+    control: bool = False  # whether other arms are compared with this one
+    series: str = ""  # arms of one series are joined along the axis; default: the recipe
+
+    @property
+    def recipe(self) -> str:
+        """Name of the optimizer's recipe."""
+        return str(self.overrides["optimizer.recipe"])
+
+    def points(self) -> tuple[dict[str, float], ...]:
+        """List the points of the grid; none if nothing is tuned."""
+        if not self.tuned:
+            return ()
+        return tuple(
+            dict(zip(self.tuned, values, strict=True)) for values in product(*self.tuned.values())
+        )
+
+    def config(self, shared: SharedConfig, point: Point, seed: int) -> RunConfig:
+        """Return the unresolved configuration of a run.
+
+        Args:
+            shared: The options that all arms share.
+            point: Values of tuned fields; they take precedence over ``overrides``.
+            seed: Seed of the weights and of the order of the text.
+
+        Raises:
+            ConfigError: If a name is not a field of a configuration.
+        """
+        whole = RunConfig(**vars(shared))
+        return override(whole, {**self.overrides, **point, "training.seed": seed})
+
+
+def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
+    """Check that names of arms are unique and that all tuned arms have equally many points.
+
+    Raises:
+        ConfigError: If not; the message names the arms.
+    """
+    names = [arm.name for arm in arms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"study {study!r} has more than one arm called {', '.join(twice)}")
+    efforts = {arm.name: len(arm.points()) for arm in arms if arm.tuned}
+    if len(set(efforts.values())) > 1:
+        listed = ", ".join(f"{name} {effort}" for name, effort in efforts.items())
+        raise ConfigError(
+            f"the arms of study {study!r} are not tuned alike: points of their grids are {listed}; "
+            "give each as many"
+        )
+
+
+def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return ``config`` with the fields of these dotted names replaced.
+
+    Raises:
+        ConfigError: If there is no such field; the message suggests the nearest name.
+
+    Examples:
+        >>> override(RunConfig(), {"training.steps": 7}).training.steps
+        7
+    """
+    known = {
+        f"{table}.{name}": table
+        for table, content in vars(config).items()
+        for name in vars(content)
+    }
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(
+                f"a study overrides {name!r}, which is no option of a run; "
+                f"did you mean {nearest(name, known)!r}?"
+            )
+        table = getattr(config, known[name])
+        changed = replace(table, **{name.partition(".")[2]: value})
+        config = replace(config, **{known[name]: changed})
+    return config
+
+
+def point_name(point: Point) -> str:
+    """Format a point for a folder's name.
+
+    >>> point_name({"optimizer.lr": 0.02, "optimizer.matrix_lr": 0.001})
+    'lr0.02-matrix_lr0.001'
+    """
+    return "-".join(f"{name.rpartition('.')[2]}{value:g}" for name, value in point.items())
+
+
+def point_words(point: Point) -> str:
+    """Format a point for a reader.
+
+    >>> point_words({"optimizer.lr": 0.02, "optimizer.matrix_lr": 1e-05})
+    'lr 0.02, matrix_lr 1e-05'
+    """
+    return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in point.items())
+
+
+def edges(arm: Arm, chosen: Point) -> list[str]:
+    """Name the fields whose best value is the smallest or largest of at least three tried.
+
+    Of two values, the best is always at an edge, which says nothing.
+
+    Examples:
+        >>> arm = Arm("a", {}, {"optimizer.lr": (0.1, 0.2, 0.4)})
+        >>> edges(arm, {"optimizer.lr": 0.4}), edges(arm, {"optimizer.lr": 0.2})
+        (['optimizer.lr = 0.4'], [])
+    """
+    found = []
+    for name, values in arm.tuned.items():
+        value = chosen.get(name, math.nan)
+        if len(values) > 2 and value in (min(values), max(values)):
+            found.append(f"{name} = {value:g}")
+    return found
+
+
+def arm_as_json(arm: Arm) -> dict[str, Any]:
+    """Return an arm as plain values, as a study's file stores it."""
+    return {
+        "overrides": dict(arm.overrides),
+        "tuned": {name: list(values) for name, values in arm.tuned.items()},
+        "value": arm.value,
+        "control": arm.control,
+        "series": arm.series,
+    }
+
+
+def arm_from_json(name: str, content: Mapping[str, Any]) -> Arm:
+    """Return the arm that `arm_as_json` wrote."""
+    tuned = {field: tuple(values) for field, values in content["tuned"].items()}
+    return Arm(
+        name,
+        content["overrides"],
+        tuned,
+        content["value"],
+        content["control"],
+        content.get("series", ""),
+    )

@@ -1,0 +1,384 @@
+"""The charts of a study: final losses along its axis or by arm, and the grids behind them.
+
+Three more charts serve single studies: state against loss, loss by rate, and recovery.
+"""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sinkgd.lab.experiments.arms import Point, point_words
+from sinkgd.lab.experiments.study import Axis
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.report.charts import Chart, Figure, axis, layout, row_height, row_words, rows_axis
+from sinkgd.lab.report.identity import Identities, Identity
+from sinkgd.lab.report.quantities import loss, size
+
+_ROW = 54  # CSS pixels
+_BELOW = 0.16  # distance of a row's marks below its middle, of the row's height
+_MIB = 1024**2
+_RANGE_ABOVE = 0.3  # nats shown above the lowest loss of each grid, in `rate_chart`
+
+
+def final_chart(results: StudyResults, along: Axis | None, identities: Identities) -> Chart:
+    """Draw the final losses: along the study's axis if it has one, else one row per arm."""
+    arms = [one for one in results.ranked if one.seeds and not one.diverged]
+    figure = _along_axis(arms, along, identities) if along else _by_arm(arms, identities)
+    where = along.title if along else "arm"
+    words = [f"{one.arm.name} {loss(one.loss)}" for one in arms if one.loss is not None]
+    return Chart(
+        key="final",
+        title=f"Final loss by {where}",
+        caption="Validation loss at the end, nats per token: every seed, and their mean with its "
+        "range. Lower is better.",
+        description=f"Final losses: {', '.join(words) or 'none yet'}.",
+        figure=figure,
+        share=1,
+    )
+
+
+def _along_axis(arms: Sequence[ArmResults], along: Axis, identities: Identities) -> Figure:
+    """Draw a line for each series of arms on the axis; other arms are horizontal lines."""
+    lines: dict[str, list[ArmResults]] = {}
+    for one in arms:
+        if one.arm.value is not None:
+            series = one.arm.series or one.arm.recipe
+            lines.setdefault(series, []).append(one)
+    data = [trace for recipe, line in lines.items() for trace in _line(recipe, line, identities)]
+    levels = [one for one in arms if one.arm.value is None and one.loss is not None]
+    values = sorted({one.arm.value for line in lines.values() for one in line if one.arm.value})
+    options: dict[str, Any] = {"tickvals": values, "ticktext": [f"{v:g}" for v in values]}
+    if along.log and values:
+        ends = math.log10(values[0]), math.log10(values[-1])
+        options |= {"type": "log", "range": [ends[0] - 0.12, ends[1] + 0.12]}
+    return {
+        "data": data,
+        "layout": layout(
+            440,
+            xaxis=axis(along.title, **options),
+            yaxis=axis("nats per token"),
+            shapes=[_level_line(one, identities) for one in levels],
+            annotations=[_level_label(one, identities, i) for i, one in enumerate(levels)],
+            hovermode="closest",
+        ),
+    }
+
+
+def _line(recipe: str, line: Sequence[ArmResults], identities: Identities) -> list[Figure]:
+    look = identities[line[0].arm.name]  # of the best arm, since the others may be gray
+    line = sorted(line, key=lambda one: one.arm.value or 0.0)
+    means = [one.loss for one in line]
+    seeds = [(one.arm.value, value) for one in line for value in one.losses.values()]
+    spread = [(min(one.losses.values()), max(one.losses.values())) for one in line]
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": html.escape(recipe),
+            "x": [one.arm.value for one in line],
+            "y": means,
+            "line": {"color": look.color, "width": 2.4},
+            "marker": {"color": look.color, "symbol": look.symbol, "size": 10},
+            "error_y": whiskers(means, spread, look),
+            "hovertext": [f"{html.escape(one.arm.name)}<br>{loss(one.loss or 0)}" for one in line],
+            "hoverinfo": "text",
+        },
+        _dots([x for x, _ in seeds], [y for _, y in seeds], look),
+    ]
+
+
+def _dots(x: Sequence[float | None], y: Sequence[float], look: Identity) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": list(x),
+        "y": list(y),
+        "marker": {"color": look.color, "size": 6, "opacity": 0.5},
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+
+
+def whiskers(
+    means: Sequence[float | None], spread: Sequence[tuple[float, float]], look: Identity
+) -> Figure:
+    """Make error bars of means, from the lowest to the highest seed of each."""
+    pairs = [(mean or 0.0, low, high) for mean, (low, high) in zip(means, spread, strict=True)]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - mean for mean, _, high in pairs],
+        "arrayminus": [mean - low for mean, low, _ in pairs],
+        "color": look.color,
+        "thickness": 1.4,
+        "width": 5,
+    }
+
+
+def _level_line(one: ArmResults, identities: Identities) -> Figure:
+    line = {"color": identities[one.arm.name].color, "width": 1.6, "dash": "dot"}
+    ends = {"x0": 0, "x1": 1, "y0": one.loss, "y1": one.loss}
+    return {"type": "line", "xref": "paper", **ends, "line": line, "layer": "below"}
+
+
+def _level_label(one: ArmResults, identities: Identities, place: int) -> Figure:
+    """Label a horizontal line, alternately at the left and at the right end."""
+    right = place % 2 == 1
+    return {
+        "text": f"{identities[one.arm.name].label} {loss(one.loss or 0)}",
+        "xref": "paper",
+        "x": 1 if right else 0,
+        "xanchor": "right" if right else "left",
+        "y": one.loss,
+        "yanchor": "bottom",
+        "showarrow": False,
+        "font": {"color": "@soft", "size": 12.5},
+    }
+
+
+def _by_arm(arms: Sequence[ArmResults], identities: Identities) -> Figure:
+    rows = [(one.arm.name, list(one.losses.values()), loss(one.loss or 0)) for one in arms]
+    return rows_figure(rows, axis("nats per token", fixedrange=True), identities)
+
+
+def rows_figure(
+    rows: Sequence[tuple[str, Sequence[float], str]], along: Figure, identities: Identities
+) -> Figure:
+    """Draw one row per arm: every seed, and their mean with its range.
+
+    Args:
+        rows: For each arm its name, the values of its seeds, and the words above them.
+        along: The axis of the values.
+        identities: Colors and markers of the arms.
+    """
+    data = []
+    for row, (name, values, _) in enumerate(rows):
+        if values:
+            data += _seeds_and_mean(row + _BELOW, values, identities[name])
+    annotations = [
+        row_words(identities[name].label, words, i) for i, (name, _, words) in enumerate(rows)
+    ]
+    return {
+        "data": data,
+        "layout": layout(
+            110 + row_height(_ROW, annotations) * len(rows),
+            xaxis=along,
+            yaxis=rows_axis(len(rows)),
+            dragmode=False,
+            annotations=annotations,
+        ),
+    }
+
+
+def _seeds_and_mean(y: float, values: Sequence[float], look: Identity) -> list[Figure]:
+    mean = sum(values) / len(values)
+    return [
+        _dots(values, [y] * len(values), look),
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [mean],
+            "y": [y],
+            "marker": {"color": look.color, "symbol": look.symbol, "size": 11},
+            "error_x": whiskers([mean], [(min(values), max(values))], look),
+            "showlegend": False,
+            "hovertemplate": f"{look.label}: %{{x:.4~g}}<extra></extra>",
+        },
+    ]
+
+
+def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
+    """Draw every point of the grids, one row per arm; None if nothing was tuned."""
+    arms = [one for one in results.ranked if one.chosen is not None]
+    if not arms:
+        return None
+    data = [_grid_row(row, one, identities[one.arm.name]) for row, one in enumerate(arms)]
+    words = [(identities[one.arm.name].label, point_words(_searched(one))) for one in arms]
+    annotations = [row_words(*pair, i) for i, pair in enumerate(words)]
+    return Chart(
+        key="grids",
+        title="Grids",
+        caption="Final loss of every point that was tried, one run each, with a seed that no "
+        "reported run has. The large mark is the chosen point; its values are given. Diverged "
+        "points are in the table only.",
+        description=f"{len(arms)} grids; {'; '.join(': '.join(pair) for pair in words)}.",
+        figure={
+            "data": data,
+            "layout": layout(
+                110 + row_height(_ROW, annotations) * len(arms),
+                xaxis=axis("nats per token", fixedrange=True),
+                yaxis=rows_axis(len(arms)),
+                dragmode=False,
+                annotations=annotations,
+            ),
+        },
+        share=1,
+    )
+
+
+def _searched(one: ArmResults) -> Point:
+    """Return the chosen values of the fields with more than one value in the grid."""
+    chosen = one.chosen or {}
+    return {name: value for name, value in chosen.items() if len(one.arm.tuned[name]) > 1}
+
+
+def _grid_row(row: int, one: ArmResults, look: Identity) -> Figure:
+    finite = [result for result in one.grid if math.isfinite(result.loss)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [result.loss for result in finite],
+        "y": [row + _BELOW] * len(finite),
+        "marker": {
+            "color": look.color,
+            "symbol": look.symbol,
+            "size": [12 if result.point == one.chosen else 7 for result in finite],
+        },
+        "showlegend": False,
+        "hovertext": [
+            f"{html.escape(point_words(result.point))}<br>{loss(result.loss)}" for result in finite
+        ],
+        "hoverinfo": "text",
+    }
+
+
+def state_chart(
+    arms: Sequence[ArmResults],
+    kept: Mapping[str, int],
+    front: Sequence[ArmResults],
+    identities: Identities,
+) -> Chart:
+    """Draw the final loss of every arm against its optimizer state, and the Pareto front.
+
+    Args:
+        arms: Arms with seeds, none of them diverged.
+        kept: Bytes of optimizer state, by arm.
+        front: The arms on the front, from the least state to the most.
+        identities: Colors and markers of the arms.
+    """
+    words = [f"{one.arm.name} {size(kept[one.arm.name])}, {loss(one.loss or 0)}" for one in arms]
+    names = ", ".join(one.arm.name for one in front)
+    return Chart(
+        key="state-loss",
+        title="State against final loss",
+        caption="Optimizer state between steps against the validation loss at the end, mean and "
+        "range over seeds. Lower and further left is better; the line is the Pareto front.",
+        description=f"{'; '.join(words)}. On the front: {names}.",
+        figure={
+            "data": [
+                _front_line(front, kept),
+                *(_state_mark(one, kept[one.arm.name], identities) for one in arms),
+            ],
+            "layout": layout(
+                460,
+                xaxis=axis("MiB of optimizer state", rangemode="tozero"),
+                yaxis=axis("nats per token"),
+                hovermode="closest",
+            ),
+        },
+        share=1,
+    )
+
+
+def _front_line(front: Sequence[ArmResults], kept: Mapping[str, int]) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "front",
+        "x": [kept[one.arm.name] / _MIB for one in front],
+        "y": [one.loss for one in front],
+        "line": {"color": "@soft", "width": 1.4, "dash": "dot", "shape": "hv"},
+        "hoverinfo": "skip",
+    }
+
+
+def _state_mark(one: ArmResults, kept: int, identities: Identities) -> Figure:
+    look, ends = identities[one.arm.name], list(one.losses.values())
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": look.label,
+        "x": [kept / _MIB],
+        "y": [one.loss],
+        "marker": {"color": look.color, "symbol": look.symbol, "size": 12},
+        "error_y": whiskers([one.loss], [(min(ends), max(ends))], look),
+        "cliponaxis": False,
+        "hovertemplate": f"{look.label}<br>{size(kept)}<br>{loss(one.loss or 0)}<extra></extra>",
+    }
+
+
+def rate_chart(
+    series: str, arms: Sequence[ArmResults], field: str, identities: Identities
+) -> Chart:
+    """Draw the final losses of grids against the rate, one line per arm.
+
+    Args:
+        series: The common name of the arms.
+        arms: Arms with at least one tuned point.
+        field: The option that was tuned.
+        identities: Colors and markers of the arms.
+    """
+    curves = {one.arm.name: _losses_by_rate(one, field) for one in arms}
+    lowest = [min(value for _, value in curve) for curve in curves.values()]
+    words = [
+        f"{name}: {', '.join(f'{rate:g} {loss(value)}' for rate, value in curve)}"
+        for name, curve in curves.items()
+    ]
+    option, rates = field.rpartition(".")[2], sorted({r for v in curves.values() for r, _ in v})
+    return Chart(
+        key=f"loss-by-rate-{series}",
+        title=f"Loss by rate: {series}",
+        caption=f"Final loss of every point of the grid against {option}, one run each. Points "
+        "far above are not shown.",
+        description=f"{'; '.join(words)}.",
+        figure={
+            "data": [_rate_line(curve, identities[name]) for name, curve in curves.items()],
+            "layout": layout(
+                380,
+                xaxis=axis(option, type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]),
+                yaxis=axis(
+                    "nats per token", range=[min(lowest) - 0.02, max(lowest) + _RANGE_ABOVE]
+                ),
+                hovermode="closest",
+            ),
+        },
+    )
+
+
+def _losses_by_rate(one: ArmResults, field: str) -> list[tuple[float, float]]:
+    return sorted((r.point[field], r.loss) for r in one.grid if math.isfinite(r.loss))
+
+
+def _rate_line(curve: Sequence[tuple[float, float]], look: Identity) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": look.label,
+        "x": [rate for rate, _ in curve],
+        "y": [value for _, value in curve],
+        "line": {"color": look.color, "width": 2.2},
+        "marker": {"color": look.color, "symbol": look.symbol, "size": 8},
+        "hovertemplate": f"{look.label} at %{{x:g}}: %{{y:.3f}}<extra></extra>",
+    }
+
+
+def recovery_chart(
+    rows: Sequence[tuple[str, Sequence[float], str]], identities: Identities
+) -> Chart:
+    """Draw the tokens that each arm needed to recover from a change, one row per arm.
+
+    Args:
+        rows: For each arm its name, the tokens of every seed that recovered, and a label.
+        identities: Colors and markers of the arms.
+    """
+    along = axis("tokens after the change", rangemode="tozero", tickformat="~s", fixedrange=True)
+    return Chart(
+        key="recovery",
+        title="Tokens until the loss is back",
+        caption="Tokens from the change of vocabulary until the validation loss is back at its "
+        "last value before the change: every seed that recovered, and their mean with its range.",
+        description=f"{'; '.join(f'{name}: {words}' for name, _, words in rows)}.",
+        figure=rows_figure(rows, along, identities),
+        share=1,
+    )

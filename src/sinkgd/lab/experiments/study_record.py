@@ -1,0 +1,281 @@
+"""`study.jsonl`: all results of a study, in a file small enough to commit.
+
+Its first line is the plan. Then follow a line for every finished run, and one for every session
+(kind "sitting"): one process's work at the study. Page and verdict are made from this file alone.
+
+Runs are thinned: of the training curve the file has one step per evaluation, with the mean loss and
+the mean times since the evaluation before; of a model's statistics it has the means over heads and
+blocks.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from sinkgd.lab.disk import parse_json
+from sinkgd.lab.naming import NAMING, command_now, name_now, plan_now, start_now
+from sinkgd.lab.results import (
+    Evaluation,
+    Memory,
+    ModelStatistics,
+    ResultsError,
+    Run,
+    RunEnd,
+    RunStart,
+    TrainStep,
+    checked,
+)
+
+STUDY_FILE = "study.jsonl"  # in the study's folder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that ended, finished or failed."""
+
+    arm: str
+    tuning: bool
+    point: Mapping[str, float]  # the tuned values; empty where nothing is tuned
+    run: Run  # thinned
+    study: str = ""  # the study that trained it, if another one
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self.run.start.name
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run's weights and order of text."""
+        return self.run.start.seed
+
+    @property
+    def loss(self) -> float:
+        """The final validation loss, nats per token; infinite if the run diverged."""
+        if not self.run.finished or not self.run.evaluations:
+            return float("inf")
+        last = self.run.evaluations[-1].val_loss
+        return last if last == last else float("inf")  # noqa: PLR0124  NaN
+
+
+# The parts of the plan that pages and verdicts read; see `StudyPlan.as_json`.
+_PLAN = {
+    "study": str,
+    "scale": str,
+    "seeds": list,
+    "tune": bool,
+    "tuning_seed": int,
+    "shared": dict,
+    "arms": dict,
+}
+_ARM = ("overrides", "tuned", "value", "control")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's work at a study, with the times that give its overhead."""
+
+    jobs: int
+    runs: int  # number of runs that ended in it
+    wall_seconds: float
+    runs_wall_seconds: float  # sum over the session's runs, including those that a signal stopped
+    idle_seconds: float  # sum over jobs without work while others ran
+    environment: Mapping[str, Any]
+
+    @property
+    def overhead(self) -> float | None:
+        """Return the time of jobs outside of runs, as a fraction of the time of the runs."""
+        if self.runs_wall_seconds <= 0:
+            return None
+        held = self.jobs * self.wall_seconds - self.idle_seconds
+        return held / self.runs_wall_seconds - 1
+
+
+@dataclass
+class StudyRecord:
+    """The content of a study's file."""
+
+    plan: dict[str, Any]  # from `StudyPlan.as_json`
+    command: str  # the command that began the study
+    runs: dict[str, RunResult] = field(default_factory=dict)  # by name
+    sessions: list[Session] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a study's file; an unfinished last line of a killed process is skipped.
+
+        Raises:
+            ResultsError: If the file is missing, or has a line that is not a record.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ResultsError(f"{path} is no text, so no study's file: {error}") from error
+        except (FileNotFoundError, NotADirectoryError):
+            raise ResultsError(f"no study at {path}; `sinkgd experiment` makes one") from None
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        record: Self | None = None
+        for i, line in enumerate(whole, start=1):
+            try:
+                content = parse_json(line)
+                if record is None:
+                    _check_plan(content["plan"])
+                    naming = content.get("naming", 1)
+                    plan = plan_now(content["plan"], naming)
+                    record = cls(plan, command_now(content["command"], naming))
+                elif content["kind"] == "run":
+                    result = _run_from_json(content, path)
+                    record.runs[result.name] = result
+                else:
+                    record.sessions.append(Session(**_without_kind(content)))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ResultsError(
+                    f"{path}:{i} is not a record of this version of sinkgd: {error!r}"
+                ) from error
+        if record is None:
+            raise ResultsError(f"{path} is empty; delete it and run the study again")
+        return record
+
+
+class StudyWriter:
+    """Appends to a study's file; each line is whole and on the disk before the next run begins.
+
+    Args:
+        path: The file. An unfinished last line of a killed process is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
+        self._file = path.open("a", encoding="utf-8")
+
+    def begin(self, plan: Mapping[str, Any], command: str) -> None:
+        """Write the first line."""
+        self._write({"kind": "plan", "naming": NAMING, "command": command, "plan": plan})
+
+    def add_run(self, result: RunResult) -> None:
+        """Write a finished run."""
+        self._write(_run_as_json(result))
+
+    def add_session(self, session: Session) -> None:
+        """Write the times of this process's work."""
+        self._write({"kind": "sitting", **asdict(session)})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(content, separators=(",", ":")) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _check_plan(plan: Mapping[str, Any]) -> None:
+    """Raise KeyError or TypeError unless a plan has the parts that pages and verdicts read."""
+    for key, kind in _PLAN.items():
+        if not isinstance(plan[key], kind):
+            raise TypeError(f"{key} is {plan[key]!r:.80}")
+    read = [arm[key] for arm in plan["arms"].values() for key in _ARM]
+    read += [plan["shared"]["model"]["preset"], plan["shared"]["training"]["steps"]]
+
+
+def _run_as_json(result: RunResult) -> dict[str, Any]:
+    """Return a run as JSON; tables are lists of rows, and sessions have the environment."""
+    run = result.run
+    start = {key: value for key, value in asdict(run.start).items() if key != "environment"}
+    return {
+        "kind": "run",
+        "arm": result.arm,
+        "tuning": result.tuning,
+        "point": dict(result.point),
+        "start": start,
+        "steps": [_rounded(row) for row in run.steps],
+        "evaluations": [_rounded(row) for row in run.evaluations],
+        **({"statistics": _statistics_as_json(run.statistics)} if run.statistics else {}),
+        "end": asdict(run.end) if run.end else None,
+        **({"study": result.study} if result.study else {}),
+    }
+
+
+def _statistics_as_json(records: Sequence[ModelStatistics]) -> dict[str, Any]:
+    """Return a model's statistics as names, and a row of step and values for each record."""
+    return {
+        "names": list(records[0].values),
+        "rows": [[one.step, *one.values.values()] for one in records],
+    }
+
+
+def _statistics_from_json(content: Mapping[str, Any]) -> list[ModelStatistics]:
+    names = content["names"]
+    return [
+        ModelStatistics(step, dict(zip(names, values, strict=True)))
+        for step, *values in content["rows"]
+    ]
+
+
+def _rounded(record: TrainStep | Evaluation) -> list[float | None]:
+    """Return the fields; all but losses are rounded to six digits, the precision of the clock."""
+    return [
+        value
+        if value is None or isinstance(value, int) or name.endswith("loss")
+        else float(f"{value:.6g}")
+        for name, value in zip(vars(record), astuple(record), strict=True)
+    ]
+
+
+def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
+    end = content["end"]
+    if end is not None:
+        end = checked(RunEnd(**{**end, "memory": checked(Memory(**end["memory"]))}))
+    run = Run(
+        path,
+        checked(RunStart(**start_now(content["start"]), environment={})),
+        [checked(TrainStep(*row)) for row in content["steps"]],
+        [checked(Evaluation(*row)) for row in content["evaluations"]],
+        end,
+        _statistics_from_json(content["statistics"]) if "statistics" in content else [],
+    )
+    study = content.get("study", "")
+    arm = name_now(content["arm"], content["start"].get("naming", 1))
+    return RunResult(arm, content["tuning"], content["point"], run, study)
+
+
+def _without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "kind"}
+
+
+def thinned(run: Run) -> Run:
+    """Keep one step per evaluation, with the means over the steps since the evaluation before."""
+    steps, rest = [], run.steps
+    for evaluation in run.evaluations:
+        count = sum(1 for step in rest if step.step <= evaluation.step)
+        if count:
+            steps.append(_mean_step(rest[:count]))
+        rest = rest[count:]
+    kept = [ModelStatistics(one.step, _means(one.values)) for one in run.statistics]
+    return Run(run.path, run.start, steps, run.evaluations, run.end, kept)
+
+
+def _means(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in values.items() if name.endswith("/mean")}
+
+
+def _mean_step(steps: Sequence[TrainStep]) -> TrainStep:
+    last = steps[-1]
+    return TrainStep(
+        step=last.step,
+        tokens=last.tokens,
+        seconds=last.seconds,
+        loss=statistics.fmean(step.loss for step in steps),
+        lr=last.lr,
+        gradient_norm=statistics.fmean(step.gradient_norm for step in steps),
+        step_seconds=statistics.fmean(step.step_seconds for step in steps),
+        optimizer_seconds=statistics.fmean(step.optimizer_seconds for step in steps),
+    )

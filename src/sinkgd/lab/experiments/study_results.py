@@ -1,0 +1,202 @@
+"""The results of a study by arm: losses by seed, the grid behind them, and differences of arms.
+
+Arms are compared seed by seed: with the same seed, both started from the same weights and saw the
+same text in the same order.
+
+Letters, in `Difference`:
+    d: the differences of the final losses, one a seed
+    k: number of seeds that both arms have
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from sinkgd.lab.experiments.arms import Arm, Point, arm_from_json, edges
+from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
+from sinkgd.lab.report.analysis import Analysis, analyze
+from sinkgd.lab.report.summary import Spread
+from sinkgd.lab.results import Evaluation, Run
+
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table, the normal quantile.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+_T_NORMAL = 1.96
+_NO_DIFFERENCE = 0.0005  # nats: losses that are printed alike
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first arm's loss minus the second's: mean(d) ± t · stdev(d) / √k, at 95 %."""
+
+    mean: float  # nats per token
+    half_width: float  # of the interval; infinite for a single seed
+    count: int  # k
+
+    @classmethod
+    def of(cls, first: Mapping[int, float], second: Mapping[int, float]) -> Self:
+        """Compare losses by seed, over the seeds that both have.
+
+        Examples:
+            >>> d = Difference.of({0: 4.0, 1: 4.1, 2: 4.2}, {0: 4.2, 1: 4.3, 2: 4.5})
+            >>> f"{d.mean:.3f} ± {d.half_width:.3f}", d.lower, d.higher
+            ('-0.233 ± 0.143', True, False)
+        """
+        differences = [_minus(first[seed], second[seed]) for seed in first if seed in second]
+        k = len(differences)
+        if k == 0:
+            return cls(math.nan, math.inf, 0)
+        mean = statistics.fmean(differences)
+        if k == 1 or not math.isfinite(mean):
+            return cls(mean, math.inf if math.isfinite(mean) else 0.0, k)
+        t = _T[k - 2] if k - 2 < len(_T) else _T_NORMAL
+        return cls(mean, t * statistics.stdev(differences) / math.sqrt(k), k)
+
+    @property
+    def lower(self) -> bool:
+        """Whether the first arm's loss is significantly lower."""
+        return self.mean + self.half_width < 0 and self.mean <= -_NO_DIFFERENCE
+
+    @property
+    def higher(self) -> bool:
+        """Whether the first arm's loss is significantly higher."""
+        return self.mean - self.half_width > 0 and self.mean >= _NO_DIFFERENCE
+
+    @property
+    def level(self) -> bool:
+        """Whether there is no significant difference."""
+        return not self.lower and not self.higher
+
+
+def _minus(first: float, second: float) -> float:
+    """Subtract; two diverged losses have no difference."""
+    return 0.0 if first == second else first - second
+
+
+# The weaker AdamW, with one clipped rate for all parameters: never the first control.
+_ONE_RATE = "adamw-one-lr"
+
+
+@dataclass(frozen=True)
+class ArmResults:
+    """An arm with its runs."""
+
+    arm: Arm
+    seeds: tuple[RunResult, ...]  # finished reported runs, by seed
+    grid: tuple[RunResult, ...]  # finished tuning runs
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Final validation losses by seed, nats per token; infinite if a run diverged."""
+        return {result.seed: result.loss for result in self.seeds}
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss over seeds; infinite if one diverged, None without a run."""
+        losses = self.losses.values()
+        return statistics.fmean(losses) if losses else None
+
+    @property
+    def diverged(self) -> int:
+        """Number of seeds that diverged."""
+        return sum(not math.isfinite(loss) for loss in self.losses.values())
+
+    @property
+    def chosen(self) -> Point | None:
+        """The point of the grid with the lowest loss; None if nothing was tuned."""
+        finite = [result for result in self.grid if math.isfinite(result.loss)]
+        return min(finite, key=lambda result: result.loss).point if finite else None
+
+    @property
+    def edges(self) -> list[str]:
+        """The tuned fields whose best value is the smallest or largest that was tried."""
+        return edges(self.arm, self.chosen) if self.chosen else []
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All results of a study so far."""
+
+    plan: Mapping[str, Any]  # from `StudyPlan.as_json`
+    arms: tuple[ArmResults, ...]  # in the study's order
+
+    @classmethod
+    def of(cls, record: StudyRecord) -> "StudyResults":
+        """Group a record's runs by arm."""
+        arms = []
+        for name, content in record.plan["arms"].items():
+            own = [result for result in record.runs.values() if result.arm == name]
+            seeds = sorted((r for r in own if not r.tuning), key=lambda r: r.seed)
+            grid = tuple(result for result in own if result.tuning)
+            arms.append(ArmResults(arm_from_json(name, content), tuple(seeds), grid))
+        return cls(record.plan, tuple(arms))
+
+    @property
+    def candidates(self) -> tuple[ArmResults, ...]:
+        """The arms with a result that the question is about."""
+        return tuple(one for one in self.arms if one.seeds and not one.arm.control)
+
+    @property
+    def controls(self) -> tuple[ArmResults, ...]:
+        """The arms with a result that others are compared with; AdamW with one rate is last."""
+        found = [one for one in self.arms if one.seeds and one.arm.control]
+        return tuple(sorted(found, key=lambda one: one.arm.recipe == _ONE_RATE))
+
+    @property
+    def ranked(self) -> tuple[ArmResults, ...]:
+        """All arms by mean loss, lowest first; diverged arms and arms without a run are last."""
+        return tuple(sorted(self.arms, key=lambda one: math.inf if one.loss is None else one.loss))
+
+    def arm(self, name: str) -> ArmResults | None:
+        """Return the arm of this name; None if it has no result."""
+        return next((one for one in self.arms if one.arm.name == name and one.seeds), None)
+
+    def difference(self, one: ArmResults, other: ArmResults) -> Difference:
+        """Compare two arms seed by seed."""
+        return Difference.of(one.losses, other.losses)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The reported runs."""
+        return tuple(result.run for one in self.arms for result in one.seeds)
+
+    def analysis(self, baseline: str | None) -> Analysis:
+        """Compare the reported runs with a baseline; each arm takes the place of a recipe.
+
+        Args:
+            baseline: An arm's name, listed first; None compares with nothing.
+        """
+        arms = {result.name: one.arm.name for one in self.arms for result in one.seeds}
+        found = analyze(self.runs, baseline, group=lambda run: arms[run.start.name])
+        order = [baseline, *(one.arm.name for one in self.ranked)]
+        recipes = sorted(found.recipes, key=lambda recipe: order.index(recipe.name))
+        return replace(found, recipes=tuple(recipes))
+
+    @property
+    def equal_seconds(self) -> float | None:
+        """Mean training time of the fastest arm, which all arms have reached."""
+        means = [
+            statistics.fmean(ends)
+            for one in self.arms
+            if (ends := [r.run.end.seconds for r in one.seeds if r.run.finished and r.run.end])
+        ]
+        return min(means, default=None)
+
+    def loss_after(self, one: ArmResults, seconds: float) -> Spread | None:
+        """Interpolate an arm's validation loss after ``seconds`` of training."""
+        losses = [_loss_after(result.run.evaluations, seconds) for result in one.seeds]
+        return Spread.of(loss for loss in losses if loss is not None)
+
+
+def _loss_after(evaluations: Sequence[Evaluation], seconds: float) -> float | None:
+    """Interpolate between two evaluations; after the last one, take its loss."""
+    before: Evaluation | None = None
+    for after in evaluations:
+        if after.seconds >= seconds:
+            if before is None:
+                return None
+            way = (seconds - before.seconds) / (after.seconds - before.seconds)
+            return before.val_loss + way * (after.val_loss - before.val_loss)
+        before = after
+    return before.val_loss if before else None

@@ -1,0 +1,226 @@
+"""The tables of a study: arms, targets reached, grids and sessions; and its verdict as Markdown."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from sinkgd.lab.experiments.arms import point_words
+from sinkgd.lab.experiments.study_record import StudyRecord
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import Verdict
+from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.quantities import NO_BREAK, count, duration, loss, percent, size
+from sinkgd.lab.report.summary import Spread, summarize
+
+NOTHING = "–"
+
+
+def arms_table(results: StudyResults) -> TextTable:
+    """Make the table of arms: final losses at equal tokens and at equal seconds, speed, memory."""
+    seconds = results.equal_seconds
+    after = f"loss after {duration(seconds)}" if seconds else "loss at equal seconds"
+    return TextTable(
+        title="Arms",
+        note="Losses are validation losses in nats per token, ± half the range over seeds. Equal "
+        "seconds are those of the fastest arm; the schedules of slower ones were not over by then. "
+        "Effective tokens a second stand in the table of what was needed.",
+        columns=(
+            "arm",
+            "seeds",
+            "final loss",
+            after,
+            "tokens",
+            "training",
+            "step",
+            "optimizer",
+            "tokens/s",
+            "state",
+        ),
+        rows=tuple(_arm_row(results, one, seconds) for one in results.ranked),
+    )
+
+
+def short_table(results: StudyResults) -> TextTable:
+    """Make the table of arms with the columns that fit a terminal."""
+    whole = arms_table(results)
+    kept = (0, 1, 2, 3, 6, 9)
+    return TextTable(
+        title=whole.title,
+        note="± half the range over seeds; losses in nats per token.",
+        columns=tuple(whole.columns[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in whole.rows),
+    )
+
+
+def _arm_row(results: StudyResults, one: ArmResults, seconds: float | None) -> tuple[str, ...]:
+    summary = summarize(one.arm.name, [result.run for result in one.seeds])
+    at_seconds = results.loss_after(one, seconds) if seconds else None
+
+    def mean(spread: Spread | None, write: object = count) -> str:
+        assert callable(write)
+        return str(write(spread.mean)) if spread else NOTHING
+
+    diverged = f" ({one.diverged} diverged)" if one.diverged else ""
+    return (
+        f"{one.arm.name} (control)" if one.arm.control else one.arm.name,
+        f"{len(one.seeds)}{diverged}",
+        _with_range(summary.val_loss),
+        _with_range(at_seconds),
+        mean(summary.tokens),
+        mean(summary.seconds, duration),
+        mean(summary.step_seconds, duration),
+        mean(summary.optimizer_share, percent),
+        mean(summary.tokens_per_second),
+        size(summary.memory.state_bytes) if summary.memory else NOTHING,
+    )
+
+
+def _with_range(spread: Spread | None) -> str:
+    if spread is None:
+        return NOTHING
+    if spread.count == 1:
+        return loss(spread.mean)
+    return f"{loss(spread.mean)} ±{NO_BREAK}{(spread.high - spread.low) / 2:.3f}"
+
+
+def reach_tables(results: StudyResults) -> list[TextTable]:
+    """Make a table for each control: the cost of every arm to reach the control's final loss."""
+    return [_reach_table(results, control) for control in results.controls if not control.diverged]
+
+
+def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
+    name = control.arm.name
+    analysis = results.analysis(name)
+    rows = []
+    for recipe in analysis.recipes:
+        comparison = analysis.comparisons.get(recipe.name)
+        if comparison is None or recipe.name == name:
+            continue
+        if comparison.tokens is None or comparison.seconds is None:
+            rows.append((recipe.name, "not reached", *([NOTHING] * 5)))
+            continue
+        fraction, time = comparison.token_fraction, comparison.time_fraction
+        effective = comparison.effective_tokens_per_second
+        rows.append(
+            (
+                recipe.name,
+                count(comparison.tokens.mean),
+                percent(fraction.mean) if fraction else NOTHING,
+                duration(comparison.seconds.mean),
+                percent(time.mean) if time else NOTHING,
+                count(effective.mean) if effective else NOTHING,
+                f"{comparison.reached_runs} of {comparison.runs}",
+            )
+        )
+    target = NOTHING if analysis.target is None else loss(analysis.target)
+    return TextTable(
+        title=f"To reach {name}’s final loss, {target}",
+        note=f"Percentages are of what {name} took in all. Effective: its tokens, divided by the "
+        "seconds an arm needs to reach its final loss.",
+        columns=("arm", "tokens", "of all", "time", "of all", "effective tokens/s", "runs"),
+        rows=tuple(rows),
+    )
+
+
+def grid_table(results: StudyResults) -> TextTable:
+    """Make the table of every point of the grids."""
+    rows = []
+    for one in results.ranked:
+        for result in sorted(one.grid, key=lambda r: list(r.point.values())):
+            chosen = result.point == one.chosen
+            words = loss(result.loss) if math.isfinite(result.loss) else "diverged"
+            point = point_words(result.point)
+            rows.append((one.arm.name, point, words, "chosen" if chosen else ""))
+    return TextTable(
+        title="Every point of the grids",
+        note=f"One run each, with seed {results.plan['tuning_seed']}, which no reported run has.",
+        columns=("arm", "point", "loss", ""),
+        rows=tuple(rows),
+    )
+
+
+def sessions_table(record: StudyRecord) -> TextTable:
+    """Make the table of sessions: the time of each process, and its overhead over the runs."""
+    return TextTable(
+        title="Sessions",
+        note="Overhead: time of jobs outside of training, as a share of the time of training. Jobs "
+        f"without work while others ran are not counted.{_reused(record)}",
+        columns=("session", "jobs", "runs", "wall time", "training, sum", "overhead"),
+        rows=tuple(
+            (
+                str(i),
+                str(one.jobs),
+                str(one.runs),
+                duration(one.wall_seconds),
+                duration(one.runs_wall_seconds),
+                NOTHING if one.overhead is None else f"{100 * one.overhead:.1f} %",
+            )
+            for i, one in enumerate(record.sessions, start=1)
+        ),
+    )
+
+
+def _reused(record: StudyRecord) -> str:
+    """Say which runs come from other studies."""
+    counts = Counter(result.study for result in record.runs.values() if result.study)
+    if not counts:
+        return ""
+    listed = ", ".join(f"{number} of {study}" for study, number in counts.items())
+    return (
+        f" Of the {len(record.runs)} runs, {sum(counts.values())} were made by other studies with "
+        f"the same configuration ({listed}); their time is counted there."
+    )
+
+
+VERDICT_FILE = "verdict.md"  # in the study's folder
+
+
+def as_markdown(question: str, verdict: Verdict, tables: Sequence[TextTable], command: str) -> str:
+    """Format a study's question, verdict and tables as Markdown, the content of ``verdict.md``.
+
+    Args:
+        question: A sentence that ends in a question mark.
+        verdict: The study's verdict.
+        tables: Tables of its numbers.
+        command: A command that repeats the study.
+
+    Examples:
+        >>> verdict = Verdict("Yes.", ("A beats B.",), ("One seed.",))
+        >>> table = TextTable("Arms", "", ("arm", "loss"), (("A", "4.0"),))
+        >>> print(as_markdown("Does it?", verdict, [table], "sinkgd experiment it"))
+        # Does it?
+        <BLANKLINE>
+        **Yes.**
+        <BLANKLINE>
+        - A beats B.
+        <BLANKLINE>
+        Beware:
+        <BLANKLINE>
+        - One seed.
+        <BLANKLINE>
+        ## Arms
+        <BLANKLINE>
+        | arm | loss |
+        |---|---|
+        | A | 4.0 |
+        <BLANKLINE>
+        `sinkgd experiment it`
+        <BLANKLINE>
+    """
+    parts = [f"# {question}", f"**{verdict.headline}**", _list(verdict.sentences)]
+    if verdict.cautions:
+        parts += ["Beware:", _list(verdict.cautions)]
+    for table in tables:
+        parts += [f"## {table.title}", _markdown_table(table), table.note]
+    return "\n\n".join(part for part in [*parts, f"`{command}`"] if part) + "\n"
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _markdown_table(table: TextTable) -> str:
+    rows = [table.columns, ("---",) * len(table.columns), *table.rows]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    lines[1] = "|" + "---|" * len(table.columns)
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""The verdict of a study: sentences made from its numbers alone, and the parts that judges share.
+
+Two arms differ if the 95 % interval of their difference over paired seeds excludes zero; otherwise
+they are level.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sinkgd.lab.experiments.study_results import ArmResults, Difference, StudyResults
+from sinkgd.lab.report.quantities import count, duration, loss, percent
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The conclusions of a study, in plain sentences."""
+
+    headline: str
+    sentences: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+def unfinished(results: StudyResults) -> Verdict | None:
+    """Return the verdict of a study without results of candidates; None if it has some."""
+    if results.candidates:
+        return None
+    return Verdict(
+        "No arm that the question is about has a result yet.", (), tuple(cautions(results))
+    )
+
+
+def ranked(arms: Sequence[ArmResults]) -> list[ArmResults]:
+    """Sort arms by their mean loss, the lowest first."""
+    return sorted(arms, key=lambda one: math.inf if one.loss is None else one.loss)
+
+
+def level_with(
+    results: StudyResults, one: ArmResults, arms: Sequence[ArmResults]
+) -> list[ArmResults]:
+    """List those of ``arms`` that do not differ significantly from ``one``."""
+    return [other for other in arms if other is not one and results.difference(other, one).level]
+
+
+def ended(one: ArmResults) -> str:
+    """Name an arm with its loss, or with the number of seeds that diverged."""
+    if one.loss is None:
+        return f"{one.arm.name} has no result"
+    if one.diverged:
+        return f"{one.arm.name} diverged in {one.diverged} of {len(one.seeds)} seeds"
+    return f"{one.arm.name} ended at {loss(one.loss)}"
+
+
+def lowest(results: StudyResults, best: ArmResults, *, alone: str = ".") -> str:
+    """Return the headline that names the lowest candidate and those level with it.
+
+    Args:
+        results: The study's results.
+        best: The candidate with the lowest mean loss.
+        alone: The end of the headline if no other candidate is level.
+    """
+    level = level_with(results, best, results.candidates)
+    return f"{ended(best)}, the lowest" + (f"; level with it: {names(level)}." if level else alone)
+
+
+def compared(name: str, difference: Difference, other: str) -> str:
+    """Return a sentence that compares two arms.
+
+    >>> compared("L5", Difference(-0.02, 0.01, 3), "adamw")
+    'L5 ended 0.020 ± 0.010 lower than adamw.'
+    >>> compared("L5", Difference(-0.02, 0.05, 3), "adamw")
+    'L5 is level with adamw: the difference is -0.020 ± 0.050.'
+    """
+    if not math.isfinite(difference.mean):
+        better = difference.mean < 0
+        return f"{other if better else name} diverged and {name if better else other} did not."
+    if difference.count == 1:
+        return f"{name} ended {difference.mean:+.3f} from {other}, on a single seed."
+    size = f"{abs(difference.mean):.3f} ± {difference.half_width:.3f}"
+    if difference.level:
+        return (
+            f"{name} is level with {other}: the difference is "
+            f"{difference.mean:+.3f} ± {difference.half_width:.3f}."
+        )
+    return f"{name} ended {size} {'lower' if difference.lower else 'higher'} than {other}."
+
+
+def against_controls(results: StudyResults, one: ArmResults) -> list[str]:
+    """Compare an arm with every control at equal tokens, and at equal seconds."""
+    sentences = [
+        compared(one.arm.name, results.difference(one, control), control.arm.name)
+        for control in results.controls
+    ]
+    return [*sentences, *_at_equal_seconds(results, one)]
+
+
+def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
+    seconds = results.equal_seconds
+    if seconds is None or not results.controls:
+        return []
+    found = [(a, results.loss_after(a, seconds)) for a in (one, *results.controls)]
+    words = [f"{arm.arm.name} {loss(spread.mean)}" for arm, spread in found if spread]
+    after = f"At equal seconds, after the {duration(seconds)} of the fastest arm"
+    return [f"{after}: {', '.join(words)}."] if words else []
+
+
+def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
+    """Add to the headline the tokens and time that the best arm needed for its control's loss.
+
+    The control is the first one with the best arm's model size, batch and number of tokens. Without
+    such a control the headline does not change.
+
+    Args:
+        results: The study's results.
+        verdict: The verdict of the study's own judge.
+    """
+    best = next(iter(ranked(results.candidates)), None)
+    if best is None or best.loss is None or best.diverged:
+        return verdict
+    alike = (one for one in results.controls if not one.diverged and _alike(one, best))
+    control = next(alike, None)
+    if control is None:
+        return verdict
+    return replace(verdict, headline=f"{verdict.headline} {_needed(results, best, control)}")
+
+
+def _alike(one: ArmResults, other: ArmResults) -> bool:
+    """Whether two arms trained equally large models on equally many tokens in equal batches."""
+    return _conditions(one) == _conditions(other)
+
+
+def _conditions(one: ArmResults) -> set[tuple[int, int, int]]:
+    runs = [result.run for result in one.seeds]
+    return {(r.start.parameters, r.start.tokens_per_step, r.end.tokens) for r in runs if r.end}
+
+
+def _needed(results: StudyResults, best: ArmResults, control: ArmResults) -> str:
+    name, goal = best.arm.name, f"{control.arm.name}’s final loss"
+    found = results.analysis(control.arm.name).comparisons[name]
+    if found.token_fraction is None or found.time_fraction is None:
+        return f"{name} did not reach {goal}."
+    tokens, time = found.token_fraction.mean, found.time_fraction.mean
+    joint = "but" if time > 1 >= tokens else "and"
+    seeds = f", in {found.reached_runs} of {found.runs} seeds"
+    return (
+        f"{name} reached {goal} with {percent(tokens)} of its tokens {joint} {percent(time)} of "
+        f"its time{seeds if found.reached_runs < found.runs else ''}."
+    )
+
+
+def names(arms: Sequence[ArmResults]) -> str:
+    """List arms by name, however many there are, since each is a row of the table."""
+    words = [one.arm.name for one in arms]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def cautions(results: StudyResults) -> list[str]:
+    """List the cautions that apply to every question."""
+    return [
+        *_small_scale(results),
+        *_few_seeds(results),
+        *_unequal_effort(results),
+        *_edges(results),
+        *_diverged(results),
+        *_missing(results),
+    ]
+
+
+def _small_scale(results: StudyResults) -> list[str]:
+    if results.plan["scale"] != "machine" or not results.runs:
+        return []
+    run = results.runs[0]
+    tokens = run.end.tokens if run.end else 0
+    sizes = sorted({one.start.parameters for one in results.runs})
+    models = f"{results.plan['shared']['model']['preset']} with {count(sizes[0])} parameters"
+    if count(sizes[0]) != count(sizes[-1]):
+        models = f"models of {count(sizes[0])} to {count(sizes[-1])} parameters"
+    return [
+        f"Machine scale: {models} on {count(tokens)} tokens. It shows that the comparison works, "
+        "and a direction; it does not show what happens at 60M and above."
+    ]
+
+
+def _few_seeds(results: StudyResults) -> list[str]:
+    seeds = len(results.plan["seeds"])
+    if seeds >= 3:
+        return []
+    what = "A single seed" if seeds == 1 else "Two seeds"
+    return [f"{what} cannot tell a small difference from chance; use --seeds 3 or more."]
+
+
+def _unequal_effort(results: StudyResults) -> list[str]:
+    if not results.plan["tune"]:
+        return ["Nothing was tuned (--no-tune): every arm ran at its own default rates."]
+    tuned = [one for one in results.arms if one.arm.tuned]
+    fixed = [one for one in results.arms if not one.arm.tuned]
+    if not tuned or not fixed:
+        return []
+    points = len(tuned[0].arm.points())
+    verb = "has" if len(fixed) == 1 else "have"
+    return [
+        f"{names(fixed)} {verb} rates that the question fixes; the other arms had {points} points "
+        "tuned each."
+    ]
+
+
+def _edges(results: StudyResults) -> list[str]:
+    found = [f"{one.arm.name} ({', '.join(one.edges)})" for one in results.arms if one.edges]
+    if not found:
+        return []
+    return [
+        f"The best of the grid is at its edge for {', '.join(found)}: a wider grid may lower the "
+        "loss."
+    ]
+
+
+def _diverged(results: StudyResults) -> list[str]:
+    found = [
+        f"{one.arm.name} diverged in {one.diverged} of {len(one.seeds)} seeds."
+        for one in results.arms
+        if one.diverged
+    ]
+    lost = [one for one in results.arms if one.grid and one.chosen is None]
+    return found + [f"{one.arm.name} diverged at every point of its grid." for one in lost]
+
+
+def _missing(results: StudyResults) -> list[str]:
+    seeds = len(results.plan["seeds"])
+    missing = [one.arm.name for one in results.arms if len(one.seeds) < seeds]
+    if not missing:
+        return []
+    verb = "has" if len(missing) == 1 else "have"
+    return [f"Not finished: {', '.join(missing)} {verb} not run every seed yet."]

@@ -1,0 +1,203 @@
+"""Heartbeats between ranks, to detect ranks that are lost.
+
+A rank that dies or hangs appears to the others as a broken connection, or not at all. Heartbeats
+name it and end the other processes, so that nobody waits forever. A rank that is merely slow keeps
+sending heartbeats, because a thread of its own does that.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistError,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
+
+BEAT_SECONDS = 2.0  # between two heartbeats
+PATIENCE_SECONDS = 20.0  # without a heartbeat, after which a rank is lost
+GRACE_SECONDS = 5.0  # for the program to end by itself once a rank is known to be lost
+_POLL_SECONDS = 0.05
+_FAILED = "failed: "
+_LEAVING = "leaving"
+
+
+class LostRankError(RuntimeError):
+    """Another rank died, hangs or failed, with its name and the remedy."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank, as messages describe it."""
+
+    number: int
+    host: str
+    process: int
+
+    def __str__(self) -> str:
+        return f"rank {self.number} ({self.host}, process {self.process})"
+
+    def is_gone(self) -> bool:
+        """Whether its process has ended; False if it runs on another host."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+class Heartbeat:
+    """Detects lost ranks from a thread of its own, and ends this process if it cannot go on.
+
+    Args:
+        store: Holds the heartbeats, one key a rank; each rank has written its first one.
+        own: Number of this rank.
+        ranks: All ranks.
+    """
+
+    def __init__(self, store: Store, own: int, ranks: Sequence[Rank]) -> None:
+        self.before_exit: Callable[[str], None] = lambda _: None  # called with the reason
+        self._store, self._own, self._ranks = store, own, ranks
+        self._found, self._ended = threading.Event(), threading.Event()
+        self._lost: LostRankError | None = None
+        self._explained: Exception | None = None
+        self._thread = threading.Thread(target=self._monitor, daemon=True)
+
+    @classmethod
+    def connect(cls, own: int, from_each: Callable[[Callable[[], Any]], list[Any]]) -> Self:
+        """Connect to the store of torchrun, which outlives each of the ranks.
+
+        Args:
+            own: Number of this rank.
+            from_each: Calls a function on every rank and returns all results.
+        """
+        server = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=PATIENCE_SECONDS),
+        )
+        # The store also outlives runs, so each run has keys of its own.
+        first, *_ = from_each(lambda: uuid.uuid4().hex)
+        store = PrefixStore(f"sinkgd/heartbeat/{first}", server)
+        store.set(_key(own), "0")
+        return cls(store, own, from_each(lambda: Rank(own, socket.gethostname(), os.getpid())))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def wait_for_all(self) -> None:
+        """Wait until every rank has called this, after which no rank needs another.
+
+        A barrier of the process group would not do: a rank that leaves first would break the
+        connection on which another still waits.
+        """
+        self._store.add(_LEAVING, 1)
+        while self._store.add(_LEAVING, 0) < len(self._ranks):
+            time.sleep(_POLL_SECONDS)
+
+    def explain(self, error: Exception) -> Exception:
+        """Return the cause of an error: a lost rank if there is one, else the error itself.
+
+        After a broken connection this waits until the rank behind it is known. Any other error is
+        this rank's own, and the other ranks are told of it.
+        """
+        if error is self._explained:
+            return error
+        if type(error) is RuntimeError or isinstance(error, DistError):
+            self._explained = self._behind_broken_connection() or error
+        else:
+            self._explained = error
+            self._store.set(_key(self._own), f"{_FAILED}{error}")
+        return self._explained
+
+    def _behind_broken_connection(self) -> LostRankError | None:
+        # The monitoring thread may itself be late on a busy machine.
+        deadline = time.monotonic() + 1.5 * PATIENCE_SECONDS + 2 * BEAT_SECONDS
+        while not self._found.wait(_POLL_SECONDS) and time.monotonic() < deadline:
+            for rank in self._ranks:
+                if rank.is_gone():
+                    return _loss(f"{rank} is lost: its process has ended")
+        return self._lost
+
+    def _monitor(self) -> None:
+        seen = [("", time.monotonic())] * len(
+            self._ranks
+        )  # last heartbeat of each rank, and its time
+        beat = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            beat += 1
+            try:
+                beats = self._exchange_heartbeats(beat)
+            except (RuntimeError, ConnectionError) as error:
+                self._end(f"the first node is lost, for its store does not answer: {error}")
+                return
+            now = time.monotonic()
+            for i, received in enumerate(beats):
+                if received != seen[i][0]:
+                    seen[i] = received, now
+            reason = self._reason(beats, [now - since for _, since in seen])
+            if reason is not None:
+                self._end(reason)
+                return
+
+    def _exchange_heartbeats(self, beat: int) -> list[str]:
+        """Write a heartbeat, unless this rank has reported a failure; return those of all ranks."""
+        keys = [_key(rank.number) for rank in self._ranks]
+        if self._explained is None:
+            self._store.set(keys[self._own], str(beat))
+        return [received.decode() for received in self._store.multi_get(keys)]
+
+    def _reason(self, beats: Sequence[str], silent_seconds: Sequence[float]) -> str | None:
+        for rank, received, seconds in zip(self._ranks, beats, silent_seconds, strict=True):
+            if rank.number == self._own:
+                continue
+            if received.startswith(_FAILED):
+                return f"{rank} {received}"
+            if seconds > PATIENCE_SECONDS:
+                return f"{rank} is lost: it gave no sign of life for {seconds:.0f} seconds"
+        return None
+
+    def _end(self, reason: str) -> None:
+        self._lost = _loss(reason)
+        self._found.set()
+        if not self._ended.wait(GRACE_SECONDS):  # else this rank may wait forever for the lost one
+            self.before_exit(str(self._lost))
+            sys.stderr.write(f"error: {self._lost}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _loss(reason: str) -> LostRankError:
+    return LostRankError(
+        f"{reason}. Steps since the last checkpoint are lost; the same command goes on from it"
+    )
+
+
+def _key(rank: int) -> str:
+    return f"rank {rank}"

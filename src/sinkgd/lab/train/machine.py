@@ -1,0 +1,150 @@
+"""The machine that a run uses: device, threads, arithmetic, and a record of its environment."""
+
+import os
+import platform
+import subprocess
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sinkgd
+from sinkgd.lab.train.config import ConfigError, Device, Precision
+
+_MOST_THREADS_PER_CORE = 16
+
+
+def select_device(device: Device, *, option: str = "training.device") -> torch.device:
+    """Return the device to compute on; ``auto`` takes CUDA where there is one.
+
+    Each rank that torchrun starts has a CUDA device of its own.
+
+    Args:
+        device: The requested device.
+        option: Name of the option, for errors.
+
+    Raises:
+        ConfigError: If CUDA was asked for and is absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{option} is 'cuda', but torch finds no CUDA device here; use --{option} cpu or auto"
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    return own
+
+
+def check_threads(threads: int | None, *, option: str = "training.threads") -> None:
+    """Refuse numbers of CPU threads that the system may be unable to start.
+
+    Args:
+        threads: The requested number.
+        option: Name of the option, for errors.
+
+    Raises:
+        ConfigError: If the number is out of range; the message gives the range.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= _MOST_THREADS_PER_CORE * cores:
+        raise ConfigError(
+            f"{option} is {threads}; this machine has {cores} cores, so give from 1 to "
+            f"{_MOST_THREADS_PER_CORE * cores}"
+        )
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use ``threads`` CPU threads; None keeps its own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """Return the type of the weights in a precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def arithmetic(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """Return the context, with or without autocast, in which to run the model."""
+    if precision != "bf16-autocast":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+PACKAGES = ("torch", "numpy", "tokenizers", "numba", "transformers")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Describe everything that another machine must match to repeat a run's figures."""
+    return {
+        "sinkgd": sinkgd.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := installed_version(name)) is not None},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Return the processor's model."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the device that trains."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "cpu"
+
+
+def commit() -> str | None:
+    """Return the commit of this package's source, with ``-dirty`` if it was changed.
+
+    None if the package is not run from its repository, or there is no git.
+    """
+    source = Path(sinkgd.__file__)
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return None
+    return _git(source.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments],  # noqa: S607  the user's git, wherever it is
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

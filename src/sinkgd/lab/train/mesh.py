@@ -1,0 +1,206 @@
+"""The ranks as a grid, dp_replicate × dp_shard × tp, and a model sharded over it.
+
+Tensor parallelism is applied first, and FSDP2 shards what it leaves. FSDP2 works for any model;
+tensor parallelism is implemented for the blocks of a LLaMA. Between blocks each rank of a tp group
+holds the hidden states of t/tp of the tokens, so that norms and sums are divided, too (Korthikanti
+et al., https://arxiv.org/abs/2205.05198).
+
+Shapes:
+    b: sequences in the batch
+    t: tokens in a sequence
+    h: hidden size
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from sinkgd.lab.models import LanguageModel, Llama
+from sinkgd.lab.train.config import ConfigError, MeshConfig
+from sinkgd.lab.train.world import World
+
+DIMENSIONS = ("dp_replicate", "dp_shard", "tp")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where a run computes: on one device, or on many ranks."""
+
+    device: torch.device  # of this rank
+    world: World
+    grid: DeviceMesh | None = None  # with `DIMENSIONS`; None for a single process
+
+    @property
+    def parts(self) -> int:
+        """Number of parts that a batch is divided into."""
+        return 1 if self.grid is None else self.grid.size(0) * self.grid.size(1)
+
+    @property
+    def part(self) -> int:
+        """Index of this rank's part; the ranks of one tp group share a part."""
+        if self.grid is None:
+            return 0
+        replica, shard, _ = self._coordinate
+        return replica * self.grid.size(1) + shard
+
+    @property
+    def data(self) -> DeviceMesh:
+        """The ranks over which weights and batch are divided, including replicas."""
+        assert self.grid is not None, "the process is alone"
+        return (
+            self.grid["dp_replicate", "dp_shard"]
+            if self.grid.size(0) > 1
+            else self.grid["dp_shard"]
+        )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The size of each dimension, by its name."""
+        sizes = (1, 1, 1) if self.grid is None else self.grid.shape
+        return dict(zip(DIMENSIONS, sizes, strict=True))
+
+    def total(self, *numbers: float) -> list[float]:
+        """Return sums over the parts of the batch; a collective call."""
+        counts = self.grid is None or self._coordinate[2] == 0  # count one rank of each tp group
+        return self.world.total(*(number if counts else 0.0 for number in numbers))
+
+    @property
+    def _coordinate(self) -> tuple[int, int, int]:
+        assert self.grid is not None, "the process is alone"
+        coordinate: Any = self.grid.get_coordinate()
+        return tuple(coordinate)
+
+
+def form_mesh(config: MeshConfig, world: World, device: torch.device) -> Mesh:
+    """Arrange the ranks as configured; a collective call.
+
+    Raises:
+        ConfigError: If the dimensions do not multiply to the number of ranks.
+    """
+    shape = mesh_shape(config, world.size)
+    if world.size == 1:
+        return Mesh(device, world)
+    return Mesh(device, world, init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS))
+
+
+def mesh_shape(config: MeshConfig, ranks: int) -> tuple[int, int, int]:
+    """Return the sizes of `DIMENSIONS`.
+
+    Raises:
+        ConfigError: If they do not multiply to ``ranks``.
+
+    Examples:
+        >>> mesh_shape(MeshConfig(dp_replicate=2, tp=2), ranks=8)
+        (2, 2, 2)
+    """
+    fixed = config.dp_replicate * config.tp
+    shard = max(1, ranks // fixed) if config.dp_shard is None else config.dp_shard
+    shape = (config.dp_replicate, shard, config.tp)
+    if prod(shape) != ranks:
+        asked = " × ".join(f"{name} {size}" for name, size in zip(DIMENSIONS, shape, strict=True))
+        raise ConfigError(
+            f"mesh is {asked} = {prod(shape)} ranks, but {ranks} "
+            f"{'is' if ranks == 1 else 'are'} here; change one of them, or start the run with "
+            f"`torchrun --nproc-per-node {prod(shape)} -m sinkgd.lab train ...`"
+        )
+    return shape
+
+
+_TOKENS = Shard(1)  # of (b, t, h)
+
+
+def shard_model(model: LanguageModel, mesh: Mesh) -> None:
+    """Shard a model over the ranks, in place; a single process keeps it whole.
+
+    Args:
+        model: On the meta device; its weights are initialized after sharding.
+        mesh: The ranks.
+
+    Raises:
+        ConfigError: If tp does not divide heads or tokens, or does not support the model.
+    """
+    if mesh.grid is None:
+        return
+    if mesh.grid["tp"].size() > 1:
+        if not isinstance(model, Llama):
+            raise ConfigError(
+                f"mesh.tp is {mesh.grid['tp'].size()}, but only a LLaMA can be divided so, and the "
+                f"model is a {type(model).__name__}; use mesh.tp 1 and mesh.dp_shard"
+            )
+        _check_divisible(model, mesh.grid["tp"].size())
+        _shard_matrices(model, mesh.grid["tp"])
+    for layer in model.blocks:
+        fully_shard(layer, mesh=mesh.data)
+    fully_shard(model, mesh=mesh.data)
+
+
+def _check_divisible(model: Llama, ranks: int) -> None:
+    config = model.config
+    for what, size in (
+        ("attention heads", config.num_heads),
+        ("tokens of a sequence", config.max_sequence_length),
+    ):
+        if size % ranks:
+            raise ConfigError(
+                f"mesh.tp is {ranks}, which does not divide the {size} {what}; use a divisor of it"
+            )
+
+
+def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
+    parallelize_module(
+        model,
+        ranks,
+        {
+            "model": PrepareModuleOutput(
+                output_layouts=_TOKENS, desired_output_layouts=Replicate()
+            ),
+            "model.embed_tokens": RowwiseParallel(
+                input_layouts=Replicate(), output_layouts=_TOKENS
+            ),
+            "model.norm": SequenceParallel(),
+            "lm_head": ColwiseParallel(output_layouts=Replicate()),
+        },
+    )
+    for layer in model.model.layers:
+        parallelize_module(layer, ranks, _block())
+
+
+def _block() -> dict[str, ParallelStyle]:
+    """Return how to shard a block: matrices that read all tokens by rows, others by columns."""
+    # A width that the ranks do not divide, such as 5461, needs a DTensor to keep its true size.
+    inner = ColwiseParallel(use_local_output=False)
+    return {
+        "input_layernorm": SequenceParallel(),
+        "self_attn": _gather_tokens(2),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(output_layouts=_TOKENS),
+        "post_attention_layernorm": SequenceParallel(),
+        "mlp": _gather_tokens(1),
+        "mlp.gate_proj": inner,
+        "mlp.up_proj": inner,
+        "mlp.down_proj": RowwiseParallel(output_layouts=_TOKENS),
+    }
+
+
+def _gather_tokens(inputs: int) -> PrepareModuleInput:
+    """Gather all tokens for a module; only its first input has tokens."""
+    others = (None,) * (inputs - 1)
+    return PrepareModuleInput(
+        input_layouts=(_TOKENS, *others), desired_input_layouts=(Replicate(), *others)
+    )

@@ -1,0 +1,368 @@
+"""Recipes of the optimizers that SinkGD is compared with: torch's, and published methods.
+
+Most published methods come from pytorch-optimizer; APOLLO and RACS are written here, because that
+package deviates from the papers. Where a method differs from its paper or from the authors' code
+(version 4.1.0 of pytorch-optimizer), its row says so.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sinkgd.lab.train.config import ConfigError
+from sinkgd.lab.train.recipes.chained_optimizer import (
+    ChainedOptimizer,
+    WithProjections,
+    WithStepCount,
+    from_pytorch_optimizer,
+)
+from sinkgd.lab.train.recipes.per_matrix import Apollo, Racs
+from sinkgd.lab.train.recipes.recipe import (
+    PYTORCH_OPTIMIZER,
+    Groups,
+    Options,
+    Recipe,
+    betas,
+    split_by_role,
+)
+
+
+def _adam(model: nn.Module, o: Options) -> Optimizer:
+    return torch.optim.Adam(model.named_parameters(), lr=o["lr"], betas=betas(o), fused=True)
+
+
+def _adamw(model: nn.Module, o: Options) -> Optimizer:
+    matrices, rest = split_by_role(model, o)
+    return torch.optim.AdamW([*matrices, *rest], betas=betas(o), fused=True)
+
+
+def _adamw_one_lr(model: nn.Module, o: Options) -> Optimizer:
+    return torch.optim.AdamW(
+        model.named_parameters(),
+        lr=o["lr"],
+        betas=betas(o),
+        weight_decay=o["weight_decay"],
+        fused=True,
+    )
+
+
+def _sgd(model: nn.Module, o: Options) -> Optimizer:
+    return torch.optim.SGD(
+        model.named_parameters(),
+        lr=o["lr"],
+        momentum=o.get("momentum", 0.0),
+        weight_decay=o["weight_decay"],
+        foreach=True,  # torch 2.13's fused SGD leaves bfloat16 weights on a CPU as they are
+    )
+
+
+def _muon(model: nn.Module, o: Options) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optimizer.recipe is 'muon', which needs torch 2.9; this is {torch.__version__}. "
+            "Upgrade it: pip install --upgrade torch"
+        )
+    matrices, rest = split_by_role(model, o)
+    muon = torch.optim.Muon(
+        matrices,
+        momentum=o["momentum"],
+        nesterov=True,
+        ns_steps=int(o["newton_schulz_steps"]),
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return ChainedOptimizer([muon, torch.optim.AdamW(rest, betas=betas(o), fused=True)])
+
+
+_ADAM_095: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
+_ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.999}
+
+FROM_TORCH = (
+    Recipe(
+        "adam",
+        "Adam with one learning rate for all: the benchmark's own",
+        "Zhao et al. 2024 (GaLore): 1e-3 was best of its grid up to 350M; torch's betas",
+        {"lr": 1e-3, **_ADAM, "clip_norm": 0.0},
+        _adam,
+        can_shard=True,
+    ),
+    Recipe(
+        "adamw",
+        "AdamW with clipping and a learning rate for each role: the fair baseline",
+        "clipping at 1, as is common; rates: benchmarks/learning_rates",
+        {"lr": 0.08, "matrix_lr": 3e-3, "weight_decay": 0.0, **_ADAM_095, "clip_norm": 1.0},
+        _adamw,
+        can_shard=True,
+    ),
+    Recipe(
+        "adamw-one-lr",
+        "AdamW with one learning rate for all and no clipping: the papers' baseline",
+        "Zhao et al. 2024 (GaLore), no clipping, no decay; rate: benchmarks/learning_rates",
+        {"lr": 3e-3, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
+        _adamw_one_lr,
+        can_shard=True,
+    ),
+    Recipe(
+        "sgd",
+        "plain SGD with clipping: the floor in memory",
+        "a round value, not tuned",
+        {"lr": 0.5, "weight_decay": 0.0, "clip_norm": 1.0},
+        _sgd,
+        can_shard=True,
+    ),
+    Recipe(
+        "sgd-momentum",
+        "SGD with momentum and clipping",
+        "momentum 0.9, as is common; sgd's rate times 1 - 0.9, the same sum of steps; not tuned",
+        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "clip_norm": 1.0},
+        _sgd,
+        can_shard=True,
+    ),
+    Recipe(
+        "muon",
+        "block matrices by Muon with Nesterov momentum, the rest by AdamW",
+        "Jordan et al. 2024; scaled as Liu et al. 2025 (0.2·√max(m, n), Adam's RMS); rates: the "
+        "best of a few unrecorded trials",
+        {
+            "lr": 0.02,
+            "matrix_lr": 0.01,
+            "weight_decay": 0.0,
+            **_ADAM_095,
+            "momentum": 0.95,
+            "newton_schulz_steps": 5,
+            "clip_norm": 0.0,
+        },
+        _muon,
+    ),
+)
+
+
+_FOREACH = False  # pytorch-optimizer's foreach holds the updates of the whole model at once
+_EPS = 1e-6  # Adam's, in the code of GaLore, Fira and APOLLO
+
+
+def with_rank(groups: Groups, rank: int) -> Groups:
+    """Split groups of matrices by the rank of their projection.
+
+    Args:
+        groups: Groups of (name, matrix) pairs.
+        rank: Rank for all; 0 takes a quarter of a matrix's shorter side, as in the benchmark.
+    """
+    divided: dict[tuple[int, int], dict[str, Any]] = {}
+    for i, group in enumerate(groups):
+        for name, matrix in group["params"]:
+            own = rank or max(1, min(matrix.shape) // 4)
+            part = divided.setdefault((i, own), {**group, "params": [], "rank": own})
+            part["params"].append((name, matrix))
+    return list(divided.values())
+
+
+def _projected(kind: str, model: nn.Module, o: Options) -> Optimizer:
+    matrices, rest = split_by_role(model, o)
+    projection = {
+        "update_proj_gap": int(o["projection_every_steps"]),
+        "scale": o["projection_scale"],
+        "projection_type": "std",
+    }
+    groups = [{**group, **projection} for group in with_rank(matrices, int(o["rank"]))]
+    return WithProjections(
+        from_pytorch_optimizer(kind)([*groups, *rest], betas=betas(o), eps=_EPS, foreach=_FOREACH)
+    )
+
+
+def _galore(model: nn.Module, o: Options) -> Optimizer:
+    return _projected("GaLore", model, o)
+
+
+def _fira(model: nn.Module, o: Options) -> Optimizer:
+    return _projected("Fira", model, o)
+
+
+def _apollo(model: nn.Module, o: Options) -> Optimizer:
+    return _apollo_with(model, o, int(o["rank"]), per_channel=True)
+
+
+def _apollo_mini(model: nn.Module, o: Options) -> Optimizer:
+    return _apollo_with(model, o, 1, per_channel=False)
+
+
+def _apollo_with(model: nn.Module, o: Options, rank: int, *, per_channel: bool) -> Optimizer:
+    matrices, rest = split_by_role(model, o)
+    apollo = Apollo(
+        with_rank(matrices, rank),
+        o["lr"],
+        rank=1,  # each group has its own
+        per_channel=per_channel,
+        scale=o["projection_scale"],
+        projection_every_steps=int(o["projection_every_steps"]),
+        betas=betas(o),
+        eps=_EPS,
+    )
+    return ChainedOptimizer([apollo, torch.optim.AdamW(rest, betas=betas(o), eps=_EPS, fused=True)])
+
+
+def _racs(model: nn.Module, o: Options) -> Optimizer:
+    matrices, rest = split_by_role(model, o)
+    adamw = torch.optim.AdamW(rest, betas=betas(o), fused=True)
+    return ChainedOptimizer([Racs(matrices, o["matrix_lr"]), adamw])
+
+
+def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
+    return WithStepCount(
+        from_pytorch_optimizer("StableSPAM")(
+            model.named_parameters(),
+            lr=o["lr"],
+            betas=betas(o),
+            weight_decay=o["weight_decay"],
+            update_proj_gap=int(o["reset_every_steps"]),
+            foreach=_FOREACH,
+        )
+    )
+
+
+def _adafactor(model: nn.Module, o: Options) -> Optimizer:
+    return from_pytorch_optimizer("AdaFactor")(
+        model.named_parameters(),
+        lr=o["lr"],
+        betas=(None, o["beta2"]),
+        weight_decay=o["weight_decay"],
+        relative_step=False,
+        scale_parameter=False,
+        foreach=_FOREACH,
+    )
+
+
+def _lion(model: nn.Module, o: Options) -> Optimizer:
+    return from_pytorch_optimizer("Lion")(
+        model.named_parameters(),
+        lr=o["lr"],
+        betas=betas(o),
+        weight_decay=o["weight_decay"],
+        foreach=_FOREACH,
+    )
+
+
+def _soap(model: nn.Module, o: Options) -> Optimizer:
+    """Give matrices a basis for each side, and tables (embedding, head) one for the shorter."""
+    matrices, rest = split_by_role(model, o)
+    vectors: Groups = []
+    tables: dict[tuple[int, int], dict[str, Any]] = {}
+    for i, group in enumerate(rest):
+        found: list[tuple[str, Tensor]] = [(n, p) for n, p in group["params"] if p.ndim < 2]
+        if found:
+            vectors.append({**group, "params": found})
+        for name, param in group["params"]:
+            if param.ndim >= 2:
+                side = min(param.shape)
+                options = {**group, "params": [], "max_precondition_dim": side}
+                tables.setdefault((i, side), options)["params"].append((name, param))
+    return from_pytorch_optimizer("SOAP")(
+        [*matrices, *tables.values(), *vectors],
+        betas=betas(o),
+        precondition_frequency=int(o["projection_every_steps"]),
+    )
+
+
+# scripts/benchmark_c4 of GaLore, pre_training_c4/scripts of Fira, scripts/pretrain_c4 of APOLLO:
+# learning rate 0.01 for all, no decay, no clipping, a new projection every 200 steps.
+_BENCHMARK: dict[str, float] = {
+    "lr": 0.01,
+    "matrix_lr": 0.01,
+    "weight_decay": 0.0,
+    **_ADAM,
+    "projection_every_steps": 200,
+    "clip_norm": 0.0,
+}
+
+FROM_PAPERS = (
+    Recipe(
+        "galore",
+        "block matrices by Adam on projections to their first singular vectors, the rest by AdamW",
+        "Zhao et al. 2024, scripts/benchmark_c4: 0.25, rank a quarter of the hidden size. "
+        "pytorch-optimizer renews projections one step earlier than the authors' code",
+        {**_BENCHMARK, "rank": 0, "projection_scale": 0.25},
+        _galore,
+        package=PYTORCH_OPTIMIZER,
+    ),
+    Recipe(
+        "fira",
+        "GaLore, and what it leaves out, scaled by column, with a limit on its growth",
+        "Chen et al. 2024, pre_training_c4/scripts: 0.25, rank a quarter of the hidden size. As in "
+        "the authors' code the scale shrinks what is taken out of the gradient, too. "
+        "pytorch-optimizer renews projections one step earlier",
+        {**_BENCHMARK, "rank": 0, "projection_scale": 0.25},
+        _fira,
+        package=PYTORCH_OPTIMIZER,
+    ),
+    Recipe(
+        "apollo",
+        "block matrices scaled by channel as Adam scales a random projection, the rest by AdamW",
+        "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. Written "
+        "here: pytorch-optimizer projects the scaled gradient, so that its steps have low rank",
+        {**_BENCHMARK, "rank": 0, "projection_scale": 1.0},
+        _apollo,
+    ),
+    Recipe(
+        "apollo-mini",
+        "APOLLO of rank 1 with one scale for a matrix",
+        "Zhu et al. 2024, scripts/pretrain_c4: rank 1, scale 128 under a square root. Written "
+        "here, as apollo",
+        {**_BENCHMARK, "projection_scale": 128.0},
+        _apollo_mini,
+    ),
+    Recipe(
+        "racs",
+        "block matrices divided by running scales of rows and columns, the rest by AdamW",
+        "Gong et al. 2025: beta 0.9, growth 1.01; lr 0.02 and 0.05 of it on matrices, as the "
+        "authors' SinkGD. Written here: pytorch-optimizer takes means of rows and columns instead "
+        "of the fixed point, so that its steps grow as gradients shrink",
+        {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
+        _racs,
+    ),
+    Recipe(
+        "stable-spam",
+        "all by Adam on clipped and normalized gradients, its moments reset now and then",
+        "Huang et al. 2025, the call in their README: 0.7, 0.9, 0.999, resets every 1000 steps; "
+        "without its decay of the moments over the run. pytorch-optimizer resets before a step, "
+        "the authors' code steps once more with the old moments",
+        {"lr": 1e-3, "weight_decay": 0.0, **_ADAM, "reset_every_steps": 1000, "clip_norm": 0.0},
+        _stable_spam,
+        package=PYTORCH_OPTIMIZER,
+    ),
+    Recipe(
+        "adafactor",
+        "all by Adam's second moment from row and column means, without momentum",
+        "Shazeer & Stern 2018, as in Zhao et al. 2024 (GaLore): no relative step, no scaling by "
+        "the weights, clipping at RMS 1; adam's rate. pytorch-optimizer caps the decay of the "
+        "second moment, here at 0.999",
+        {"lr": 1e-3, "weight_decay": 0.0, "beta2": 0.999, "clip_norm": 0.0},
+        _adafactor,
+        package=PYTORCH_OPTIMIZER,
+    ),
+    Recipe(
+        "lion",
+        "all by the sign of a momentum",
+        "Chen et al. 2023: their betas; a tenth of adamw-one-lr's rate, as they advise; not tuned",
+        {"lr": 3e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "clip_norm": 0.0},
+        _lion,
+        package=PYTORCH_OPTIMIZER,
+    ),
+    Recipe(
+        "soap",
+        "all by Adam in the eigenbasis of Shampoo: tables on their shorter side, vectors as they "
+        "are; the first step only measures",
+        "Vyas et al. 2024, the authors' defaults: lr 3e-3, betas 0.95, decay 0.01, a new basis "
+        "every 10 steps",
+        {
+            "lr": 3e-3,
+            "weight_decay": 0.01,
+            "beta1": 0.95,
+            "beta2": 0.95,
+            "projection_every_steps": 10,
+            "clip_norm": 0.0,
+        },
+        _soap,
+        package=PYTORCH_OPTIMIZER,
+    ),
+)

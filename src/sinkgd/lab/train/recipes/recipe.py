@@ -1,0 +1,80 @@
+"""What a recipe is: an optimizer as it is commonly run. Also how it splits a model with AdamW."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+import sinkgd
+from sinkgd.optim.param_groups import Overrides
+
+Options = Mapping[str, Any]  # resolved, by name: those in the recipe's defaults
+Groups = list[dict[str, Any]]
+
+PYTORCH_OPTIMIZER = "pytorch_optimizer"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer as it is commonly run."""
+
+    name: str
+    summary: str  # one line
+    source: str  # of the defaults
+    defaults: Options  # the fields of `OptimizerConfig` that it takes, with their values
+    build: Callable[[nn.Module, Options], Optimizer]
+    can_shard: bool = False  # whether weights may be sharded over ranks
+    can_release: bool = False  # whether it can apply one gradient at a time, inside backward
+    package: str | None = None  # that it needs besides torch, from the extra `experiments`
+
+
+def family_groups(
+    model: nn.Module, o: Options, algorithm: str, overrides: Overrides | None = None
+) -> Groups:
+    """Route by role: block matrices to an algorithm of the library, the rest to AdamW."""
+    return sinkgd.param_groups(
+        model,
+        lr=o["lr"],
+        matrix_lr_scale=o.get("matrix_lr", o["lr"]) / o["lr"],
+        matrix_algorithm=algorithm,
+        deflated_rank=int(o.get("deflated_rank", 0)),
+        weight_decay=o.get("weight_decay", 0.0),
+        betas=betas(o),
+        overrides=overrides,
+        base_width=o.get("base_width"),
+    )
+
+
+def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
+    """Return groups for torch's optimizers: of block matrices, and of all other parameters.
+
+    The others are embeddings, output head, norms and biases.
+    """
+    matrices: Groups = []
+    rest: Groups = []
+    for group in family_groups(model, o, "sinkgd"):
+        plain = {key: group[key] for key in ("params", "lr", "weight_decay")}
+        (rest if group["algorithm"] == "adamw" else matrices).append(plain)
+    return matrices, rest
+
+
+def betas(o: Options) -> tuple[float, float]:
+    """Return both of Adam's betas, with torch's defaults if the recipe takes none."""
+    return o.get("beta1", 0.9), o.get("beta2", 0.999)
+
+
+def check_matrices(groups: Groups, method: str) -> None:
+    """Refuse parameters that are not matrices.
+
+    Raises:
+        ValueError: With the name of the first one; the message begins with ``method``.
+    """
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if param.ndim != 2:
+                name = group["param_names"][i] if "param_names" in group else f"parameter {i}"
+                raise ValueError(
+                    f"{method}; {name!r} has shape {tuple(param.shape)}. Give it to AdamW"
+                )

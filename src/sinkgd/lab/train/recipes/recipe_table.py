@@ -1,0 +1,101 @@
+"""The table of all recipes, and building an optimizer from options.
+
+A recipe's ``defaults`` list the options that it takes; any other option is refused.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sinkgd.lab.names import suggest
+from sinkgd.lab.naming import GONE
+from sinkgd.lab.train.config import ConfigError, OptimizerConfig
+from sinkgd.lab.train.recipes.baseline_recipes import FROM_PAPERS, FROM_TORCH
+from sinkgd.lab.train.recipes.recipe import Recipe
+from sinkgd.lab.train.recipes.sinkgd_recipes import FAMILY
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {recipe.name: recipe for recipe in (*FAMILY, *FROM_TORCH, *FROM_PAPERS)}
+)
+
+
+def resolve_optimizer(options: OptimizerConfig) -> OptimizerConfig:
+    """Fill in the recipe's defaults and check every option.
+
+    Raises:
+        ConfigError: If there is no such recipe, its package is not installed, it does not take an
+            option that was given, or an option is out of range.
+    """
+    recipe = find_recipe(options.recipe)
+    if recipe.package is not None and find_spec(recipe.package) is None:
+        raise ConfigError(
+            f"optimizer.recipe is {recipe.name!r}, which needs the package {recipe.package}; "
+            "install it with: pip install 'sinkgd[experiments]'"
+        )
+    for option in fields(options)[1:]:
+        if getattr(options, option.name) is not None and option.name not in recipe.defaults:
+            raise ConfigError(
+                f"optimizer.{option.name} is {getattr(options, option.name)}, but recipe "
+                f"{recipe.name!r} does not take it; it takes {', '.join(recipe.defaults)}"
+            )
+    open_options: dict[str, Any] = {
+        name: value for name, value in recipe.defaults.items() if getattr(options, name) is None
+    }
+    resolved = replace(options, **open_options)
+    _check_ranges(resolved)
+    return resolved
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe called ``name``.
+
+    Raises:
+        ConfigError: If there is none; the message gives the nearest name.
+    """
+    if name in GONE:
+        raise ConfigError(f"optimizer.recipe is {name!r}; it is called {GONE[name]!r} now")
+    if name not in RECIPES:
+        raise ConfigError(f"optimizer.recipe is {name!r}; {suggest(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def build_optimizer(model: nn.Module, options: OptimizerConfig) -> Optimizer:
+    """Build the optimizer of ``model`` from resolved options.
+
+    Each group also stores its peak learning rate as ``initial_lr``, where torch's schedulers look
+    for it when a run is resumed.
+    """
+    recipe = find_recipe(options.recipe)
+    taken = {name: getattr(options, name) for name in recipe.defaults}
+    optimizer = recipe.build(model, taken)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def _check_ranges(options: OptimizerConfig) -> None:
+    def check(names: tuple[str, ...], rule: str, holds: Callable[[float], bool]) -> None:
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not holds(value):
+                raise ConfigError(f"optimizer.{name} is {value}; it must be {rule}")
+
+    positive = ("lr", "matrix_lr", "tables_lr", "tau", "projection_scale")
+    counts = (
+        "sinkhorn_iterations",
+        "newton_schulz_steps",
+        "projection_every_steps",
+        "reset_every_steps",
+        "base_width",
+    )
+    decays = ("beta1", "beta2", "momentum")
+    check(positive, "positive", lambda value: value > 0)
+    nonnegative = ("weight_decay", "clip_norm", "n_iter", "rank", "deflated_rank")
+    check(nonnegative, "at least 0", lambda value: value >= 0)
+    check(decays, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+    check(counts, "at least 1", lambda value: value >= 1)

@@ -1,0 +1,260 @@
+"""Recipes of this package's own optimizers."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+import sinkgd
+from sinkgd.lab.train.recipes.recipe import Options, Recipe, betas, family_groups
+from sinkgd.norms import Norm
+from sinkgd.optim.param_groups import (
+    BETAS,
+    DEFLATED_RANK,
+    LR,
+    MATRIX_LR_SCALE,
+    Overrides,
+)
+from sinkgd.optim.roles import EMBEDDING, HEAD, roles
+
+
+def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.SinkGD(
+        family_groups(model, o, "sinkgd", _of_tables(model, o)),
+        sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        rounding=o["rounding"],
+        momentum=o["momentum"],
+        nesterov=o["nesterov"],
+        momentum_place=o["momentum_place"],
+        last=o["last"],
+        operator_norm=o["operator_norm"],
+    )
+
+
+def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
+    """Return overrides that give embeddings and output head the requested algorithm."""
+    lr = o["lr"] if o["tables_lr"] is None else o["tables_lr"]
+    if o["tables"] == "adamw" and lr == o["lr"]:
+        return None
+    own = {"algorithm": o["tables"], "lr": lr}
+    if o["tables"] == "sinkgd":  # tables get SR-Sinkhorn alone
+        own |= {"momentum": 0.0, "operator_norm": None, "last": "column", "deflated_rank": 0}
+    return {
+        f"^{re.escape(name)}$": own
+        for name, _, role in roles(model)
+        if role.reason in (EMBEDDING, HEAD)
+    }
+
+
+def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.SinkGD(
+        model.named_parameters(),
+        lr=o["lr"],
+        sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        rounding=o["rounding"],
+        weight_decay=o["weight_decay"],
+    )
+
+
+# Patterns of the modules of a block that SWAN leaves to SR-Sinkhorn.
+_NOT_WHITENED = {"all": None, "attention": r"\.mlp\.", "mlp": r"\.(self_)?attn\."}
+
+
+def _swan(model: nn.Module, o: Options) -> Optimizer:
+    not_whitened = _NOT_WHITENED[o["whitened"]]
+    by_sinkhorn = None if not_whitened is None else {not_whitened: "sinkgd"}
+    return sinkgd.SWAN(
+        family_groups(model, o, "swan", by_sinkhorn),
+        newton_schulz_steps=int(o["newton_schulz_steps"]),
+        rounding=o["rounding"],
+    )
+
+
+def _scale(model: nn.Module, o: Options) -> Optimizer:
+    groups = sinkgd.scale_groups(
+        model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
+    )
+    return sinkgd.SCALE(groups, rounding=o["rounding"])
+
+
+def _tempered(model: nn.Module, o: Options) -> Optimizer:
+    return sinkgd.TemperedSinkGD(
+        model.named_parameters(),
+        lr=o["lr"],
+        weight_decay=o["weight_decay"],
+        tau=o["tau"],
+        n_iter=int(o["n_iter"]),
+        rounding=o["rounding"],
+    )
+
+
+@dataclass(frozen=True)
+class _WithResets:
+    kind: type[sinkgd.SPAM] | type[sinkgd.AdamWSPAM]
+
+    def __call__(self, model: nn.Module, o: Options) -> Optimizer:
+        return self.kind(
+            model.named_parameters(),
+            lr=o["lr"],
+            betas=betas(o),
+            weight_decay=o["weight_decay"],
+            reset_interval=int(o["reset_every_steps"]),
+        )
+
+
+@dataclass(frozen=True)
+class _OneNorm:
+    norm: Norm
+
+    def __call__(self, model: nn.Module, o: Options) -> Optimizer:
+        return sinkgd.MNGD(
+            family_groups(model, o, "mngd"),
+            norms=[self.norm],
+            num_iters=1,
+            rounding=o["rounding"],
+        )
+
+
+_ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
+_STATELESS: dict[str, Any] = {"rounding": "nearest", "clip_norm": 0.0}
+_BEYOND_THE_PAPER: dict[str, Any] = {
+    "momentum": 0.0,
+    "nesterov": False,
+    "momentum_place": "before",
+    "last": "column",
+    "deflated_rank": 0,
+    "operator_norm": None,
+    "base_width": None,
+    "tables": "adamw",
+    "tables_lr": None,
+}
+# SinkGD as in the paper, without deflation.
+_PAPERS_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
+
+
+def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
+    build: Callable[[nn.Module, Options], Optimizer] = _OneNorm(norm)
+    return Recipe(
+        name,
+        f"{summary}; block matrices, the rest by AdamW",
+        "one projection, so that updates have RMS 1 as SinkGD's have; sinkgd-paper's rates",
+        {**_PAPERS_RATES, **_STATELESS},
+        build,
+        can_shard=True,
+        can_release=True,
+    )
+
+
+FAMILY = (
+    Recipe(
+        "sinkgd",
+        "block matrices by SR-Sinkhorn with deflation, the rest by AdamW: the default",
+        "SinkGD(param_groups(model)), its defaults; rates: benchmarks/deflation",
+        {
+            "lr": LR,
+            "matrix_lr": MATRIX_LR_SCALE * LR,
+            "weight_decay": 0.0,
+            "beta1": BETAS[0],
+            "beta2": BETAS[1],
+            "sinkhorn_iterations": 5,
+            **_BEYOND_THE_PAPER,
+            "deflated_rank": DEFLATED_RANK,
+            **_STATELESS,
+        },
+        _sinkgd,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "sinkgd-paper",
+        "block matrices by SR-Sinkhorn alone, as in the paper, the rest by AdamW",
+        "5 iterations: Scetbon et al. 2025, algorithm 4; rates: benchmarks/learning_rates",
+        {**_PAPERS_RATES, "sinkhorn_iterations": 5, **_BEYOND_THE_PAPER, **_STATELESS},
+        _sinkgd,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "sinkgd-stateless",
+        "matrices by SR-Sinkhorn, vectors by their own norm; no state at all",
+        "SinkGD's default arguments; not tuned here",
+        {"lr": 1e-3, "weight_decay": 0.0, "sinkhorn_iterations": 5, **_STATELESS},
+        _sinkgd_stateless,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "swan",
+        "block matrices by row norm and whitening, the rest by AdamW",
+        "one row norm, one whitening: Ma et al. 2024; rates: three runs, benchmarks/learning_rates",
+        {
+            "lr": 0.08,
+            "matrix_lr": 0.002,
+            "weight_decay": 0.0,
+            **_ADAM,
+            "newton_schulz_steps": 5,
+            "whitened": "all",
+            **_STATELESS,
+        },
+        _swan,
+        can_release=True,
+    ),
+    Recipe(
+        "tempered",
+        "all by row and column sums in turn, a tanh, and the gradient's own size",
+        "TemperedSinkGD's default arguments; not tuned here",
+        {"lr": 3e-4, "weight_decay": 0.1, "tau": 0.1, "n_iter": 5, **_STATELESS},
+        _tempered,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "spam",
+        "all by Adam with spikes cut off, its moments reset now and then",
+        "Huang et al. 2025, https://arxiv.org/abs/2501.06842: theta 5000, resets every 500 steps, "
+        "150 of warm-up after each; adam's rate; not tuned here",
+        {
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "reset_every_steps": 500,
+            "clip_norm": 0.0,
+        },
+        _WithResets(sinkgd.SPAM),
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "adamw-spam",
+        "all by AMSGrad's AdamW, clipped at 1, whose moments shrink at a spike and are reset",
+        "the control of the tempered variant's ablation (Lens L6): lr, decay and resets as there",
+        {
+            "lr": 6e-4,
+            "weight_decay": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "reset_every_steps": 1000,
+            "clip_norm": 0.0,
+        },
+        _WithResets(sinkgd.AdamWSPAM),
+        can_shard=True,
+    ),
+    Recipe(
+        "scale",
+        "matrices and tables by rows of equal length, the head's momentum; vectors by AdamW",
+        "Glentis et al. 2025, https://arxiv.org/abs/2506.16659: 1e-3, momentum .9; not tuned here",
+        {"lr": 1e-3, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "momentum": 0.9}
+        | _STATELESS,
+        _scale,
+        can_shard=True,
+        can_release=True,
+    ),
+    _one_norm("rows-only", "rows of equal length", sinkgd.RowNorm()),
+    _one_norm("columns-only", "columns of equal length", sinkgd.ColumnNorm()),
+    _one_norm("frobenius", "each gradient divided by its own RMS", sinkgd.FrobeniusNorm()),
+    _one_norm("sign", "signs of the gradient", sinkgd.SignNorm()),
+)

@@ -1,0 +1,53 @@
+"""The environment names what a figure depends on."""
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+import sinkgd
+from sinkgd.lab.train import machine
+from sinkgd.lab.train.machine import commit, describe_environment, installed_version
+
+
+def test_versions_device_and_threads_are_there():
+    found = describe_environment(torch.device("cpu"))
+    assert found["sinkgd"] == sinkgd.__version__
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["device"] == "cpu"
+    assert found["cpu"]
+
+
+def test_an_absent_package_has_no_version():
+    assert installed_version("no-such-package-anywhere") is None
+
+
+def use_source(monkeypatch, folder: Path) -> Path:
+    source = folder / "__init__.py"
+    source.write_text("x = 1\n", encoding="utf-8")
+    monkeypatch.setattr(machine.sinkgd, "__file__", str(source))
+    return source
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True)
+
+
+def test_the_commit_is_that_of_the_code_and_says_when_it_was_changed(monkeypatch, tmp_path):
+    source = use_source(monkeypatch, tmp_path)
+    git(tmp_path, "init", "--quiet")
+    assert commit() is None  # not yet part of the repository around it
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "one")
+    clean = commit()
+    assert clean is not None
+    assert len(clean) == 40
+    source.write_text("x = 2\n", encoding="utf-8")
+    assert commit() == f"{clean}-dirty"
+
+
+def test_installed_code_has_no_commit(monkeypatch, tmp_path):
+    use_source(monkeypatch, tmp_path)
+    assert commit() is None
