@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sinkgd.matrix_views import Split, dims_of, matrices_of, sizes_of
 
@@ -106,6 +107,8 @@ def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split)
         first = len(matrices)
         if is_dtensor(slot.param):
             matrices += _matrices_of_shard(slot, slot.param, layout=layout, split=split)
+        elif layout == "auto" and split == 1 and slot.param.ndim < 4:  # a matrix as it is
+            matrices.append(ParamMatrix(slot.param, slot.grad, 0))
         else:
             entries = 0
             for param, grad in matrices_of(slot.param, slot.grad, layout=layout, split=split):
@@ -128,6 +131,12 @@ def is_sharded(x: Tensor) -> bool:
 def local(x: Tensor) -> Tensor:
     """Return what this rank holds of ``x``: all of it, unless it is a DTensor."""
     return x.to_local() if is_dtensor(x) else x
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether ``x`` has values, or will when a compiled step runs: it is no meta or fake tensor."""
+    here = local(x)
+    return torch.compiler.is_compiling() or not (here.is_meta or isinstance(here, FakeTensor))
 
 
 def largest_shard_size(x: Tensor) -> int:

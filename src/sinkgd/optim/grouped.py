@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.distributed.shards import is_dtensor
+from sinkgd.distributed.shards import has_values, is_dtensor
 from sinkgd.exchange import Computation, exchange, run
 from sinkgd.optim.apply import count_step
 from sinkgd.optim.arguments import (
@@ -27,7 +27,7 @@ from sinkgd.optim.arguments import (
     resolve,
     settle,
 )
-from sinkgd.optim.method import Context, Group, Slot, are_zero, has_values
+from sinkgd.optim.method import Context, Group, Slot, are_zero
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import NonFiniteGuard
 from sinkgd.optim.parameters import ParameterIndex, check_group, name_alike, named
@@ -222,13 +222,13 @@ class GroupedOptimizer(Optimizer):
             if bool(overflow):
                 return loss
             overflow = None
-        self._parameters.begin_step()
         self._begin_step()
-        self._update(
-            self._parameters.slots(self.param_groups, type(self).__name__), scale, overflow
-        )
+        slots = self._parameters.slots(self.param_groups, type(self).__name__)
+        flags = self._update(slots, scale, overflow)
         for group in self.param_groups:
             count_step(group)
+        for own in flags:
+            self._guard.take(*own)
         self._guard.end_step()
         return loss
 
@@ -253,7 +253,8 @@ class GroupedOptimizer(Optimizer):
             self._begin_step()
         some = self._parameters.find(only, self.param_groups)
         found = self._parameters.slots(self.param_groups, type(self).__name__, some)
-        self._update(found, None, None)
+        for own in self._update(found, None, None):
+            self._guard.take(*own)
         empty = [param for param in only if param.numel() == 0]
         return [*(slot.param for _, slots in found for slot in slots), *empty]
 
@@ -308,7 +309,8 @@ class GroupedOptimizer(Optimizer):
     @in_full_precision
     def _update(
         self, found: Sequence[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
-    ) -> None:
+    ) -> list[tuple[list[str], Tensor, str]]:
+        """Step along slots, and return what the guard takes: the names, the flags, the policy."""
         sharers = self._count_sharers(found)
         steps: list[Computation[Tensor]] = []
         taken: list[tuple[list[Slot], Group, Tensor | None]] = []
@@ -321,10 +323,12 @@ class GroupedOptimizer(Optimizer):
             context = Context(self.state, scale, flag, sharers)
             steps.append(METHODS[group["algorithm"]].step(slots, group, context))
             taken.append((slots, group, flag))
+        flags = []
         for (slots, group, flag), finite in zip(taken, exchange(steps), strict=True):
             # GradScaler handles overflows; the guard handles every other non-finite gradient.
             known = finite if flag is None else finite | flag
-            self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
+            flags.append(([slot.name for slot in slots], known, group["nonfinite"]))
+        return flags
 
     def _count_sharers(self, found: Sequence[tuple[int, list[Slot]]]) -> int:
         """Return how many sharded groups share the memory for scratch, or 1 if none needs any."""
@@ -398,7 +402,7 @@ class GroupedOptimizer(Optimizer):
     def _begin_step(self) -> None:
         """Check what may have changed since the last step."""
         self._check_momentum()
-        self._parameters.check(self.param_groups)
+        self._parameters.begin_step(self.param_groups)
 
     def _check_momentum(self) -> None:
         """Refuse momentum in a group that was built without it.

@@ -6,11 +6,10 @@ A step of a method returns which gradients are finite, and never writes to the o
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from sinkgd import kernels
 from sinkgd.distributed.all_reduce import all_ranks_agree
@@ -18,7 +17,6 @@ from sinkgd.distributed.shards import local, shard_groups
 from sinkgd.exchange import Computation, Steps, computation
 
 Group = dict[str, Any]
-Kind = TypeVar("Kind")
 
 
 class Slot(NamedTuple):
@@ -82,31 +80,27 @@ class Method(ABC):
         return False
 
 
-def step_by_kind(
-    kind_of: Callable[[Slot], Kind],
-    slots: Sequence[Slot],
-    step: Callable[[Kind, list[Slot]], Computation[Tensor]],
-) -> Computation[Tensor]:
-    """Step along the slots of each kind, and return the flags of all in their order."""
-    indices: dict[Kind, list[int]] = {}
-    for i, slot in enumerate(slots):
-        indices.setdefault(kind_of(slot), []).append(i)
-    if len(indices) == 1:
-        return step(next(iter(indices)), list(slots))
-    steps = [step(kind, [slots[i] for i in own]) for kind, own in indices.items()]
-    return _side_by_side(steps, list(indices.values()))
-
-
 @computation
-def _side_by_side(
-    steps: Sequence[Computation[Tensor]], indices: Sequence[Sequence[int]]
+def step_by_kind(
+    kinds: Sequence[object],
+    slots: Sequence[Slot],
+    step: Callable[[list[Slot]], Computation[Tensor]],
 ) -> Steps[Tensor]:
-    """Run steps side by side, and put their flags in the order of the slots."""
-    found: list[Tensor] = yield list(steps)
+    """Step along the slots of each kind, and return the flags of all in their order.
+
+    Args:
+        kinds: The kind of each slot.
+        slots: The slots.
+        step: The step along slots of one kind.
+    """
+    indices: dict[object, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        indices.setdefault(kind, []).append(i)
+    found: list[Tensor] = yield [step([slots[i] for i in own]) for own in indices.values()]
     flags: dict[int, Tensor] = {}
-    for own, finite in zip(indices, found, strict=True):
+    for own, finite in zip(indices.values(), found, strict=True):
         flags.update(zip(own, finite.unbind(), strict=True))
-    return torch.stack([flags[i] for i in range(len(flags))])
+    return torch.stack([flags[i] for i in range(len(slots))])
 
 
 @computation
@@ -147,9 +141,3 @@ def are_zero(grads: Sequence[Tensor]) -> Steps[bool]:
     if any(groups):
         flags = yield all_ranks_agree(flags, groups)
     return bool(flags.all())
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether ``x`` has values, or will when a compiled step runs: it is no meta or fake tensor."""
-    here = local(x)
-    return torch.compiler.is_compiling() or not (here.is_meta or isinstance(here, FakeTensor))

@@ -61,9 +61,10 @@ class ParameterIndex:
         """Whether the index was made since `begin_step`."""
         return self._index is not None
 
-    def begin_step(self) -> None:
-        """Forget the places of parameters; `find` looks again."""
+    def begin_step(self, groups: Sequence[Group]) -> None:
+        """Forget the places of parameters, so that `find` looks again, and check new ones."""
         self._index = None
+        self.check(groups)
 
     def add(self, group: Group, index: int) -> None:
         """Add the last group, whose parameters were checked."""

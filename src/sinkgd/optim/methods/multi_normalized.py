@@ -129,13 +129,12 @@ class MultiNormalized(Method):
 
     def _step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Step along sharded matrices, and along whole ones."""
-
-        def take(are_sharded: bool, own: list[Slot]) -> "Computation[Tensor]":
-            if are_sharded:
-                return _step_shards(own, self._norms(group), group, context)
-            return self._step_whole(own, group, context)
-
-        return step_by_kind(lambda slot: is_sharded(slot.param), slots, take)
+        kinds = [is_sharded(slot.param) for slot in slots]
+        if len(set(kinds)) > 1:
+            return step_by_kind(kinds, slots, lambda own: self._step(own, group, context))
+        if kinds[0]:
+            return _step_shards(slots, self._norms(group), group, context)
+        return self._step_whole(slots, group, context)
 
     @computation
     def _step_whole(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:

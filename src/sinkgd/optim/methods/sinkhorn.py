@@ -148,40 +148,26 @@ class Sinkhorn(Method):
 
     def _step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Step along vectors, sharded matrices and plain matrices, each by their own rule."""
-
-        def kind_of(slot: Slot) -> tuple[bool, bool]:
-            is_vector = self._vectors is not None and slot.param.ndim < 2
-            return is_vector, is_dtensor(slot.param) and not is_vector
-
-        def take(kind: tuple[bool, bool], own: Sequence[Slot]) -> "Computation[Tensor]":
-            if kind[0] and self._vectors is not None:
-                return self._vectors.step(own, group, context)
-            return _step_matrices(own, group, context)
-
-        return step_by_kind(kind_of, slots, take)
-
-
-def _step_matrices(slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-    """Step along matrices, in chunks where an option needs scratch memory for each parameter."""
-    has_transforms = (
-        group["last"] == "row"
-        or group["first"] == "column"  # an extra half step on the side of the last one
-        or group["tiny_rows"] == "mask"
-        or group["deflated_rank"] > 0
-        or group["operator_norm"] is not None
-    )
-    step = _step_with_transforms if has_transforms or _are_checked(slots) else _step_at_once
-    copies = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
-    # Deflation may cut chunks itself, after the scales of all are known.
-    if not copies and group["deflated_rank"] and not is_dtensor(slots[0].param):
-        copies = not _shares_scales(slots, group)
-    if copies:
-        return step_in_chunks(slots, lambda some: step(some, group, context), context)
-    return step(slots, group, context)
-
-
-def _are_checked(slots: Sequence[Slot]) -> bool:
-    return any(slot.finite is not None for slot in slots)
+        vectors = self._vectors
+        kinds = [(x.param.ndim < 2, is_dtensor(x.param)) for x in slots]
+        if len(set(kinds)) > 1:
+            return step_by_kind(kinds, slots, lambda own: self._step(own, group, context))
+        if vectors is not None and slots[0].param.ndim < 2:
+            return vectors.step(slots, group, context)
+        needs_transforms = (
+            group["last"] == "row"
+            or group["first"] == "column"  # an extra half step on the side of the last one
+            or group["tiny_rows"] == "mask"
+            or group["deflated_rank"] > 0
+            or group["operator_norm"] is not None
+            or any(slot.finite is not None for slot in slots)
+        )
+        step = _step_with_transforms if needs_transforms else _step_at_once
+        copies = group["tiny_rows"] == "mask" and not all(slot.is_scratch for slot in slots)
+        # Deflation may cut chunks itself, after the scales of all are known.
+        if copies or (group["deflated_rank"] and not _shares_scales(slots, group)):
+            return step_in_chunks(slots, lambda some: step(some, group, context), context)
+        return step(slots, group, context)
 
 
 def _shares_scales(slots: Sequence[Slot], group: Group) -> bool:
@@ -202,11 +188,11 @@ def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Step
         owners=owners,
         keys=draw_matrix_keys(slots, matrices, owners, group),
     )
+    factors = {"keep": decay_factor(group), "step": step_factor(group)}
     if group["warm_start"]:
         given = given._replace(starts=warm_starts(slots, given.grads, owners, group, context))
     backend = kernels.select(group["backend"], slots[0].param.device)
     num_iters, tol = group["sinkhorn_iterations"], group["tol"]
-    factors = {"keep": decay_factor(group), "step": step_factor(group)}
     overflow = context.overflow
     shardings = [matrix.sharding for matrix in matrices if matrix.sharding is not None]
     if shardings:
