@@ -18,8 +18,8 @@ from sinkgd.distributed.scales import solve_sharded
 from sinkgd.distributed.shards import ParamMatrix, Sharding
 from sinkgd.exchange import computation, run
 from sinkgd.kernels import Matrices, Scales
+from sinkgd.kernels.backend import take_steps
 from sinkgd.kernels.eager import EagerBackend
-from sinkgd.kernels.two_halves import take_steps
 from sinkgd.optim.transforms.deflate import _deflate_stacks
 from sinkgd.optim.transforms.operator_norm import pin
 from sinkgd.optim.transforms.row_mask import mask_tiny_rows

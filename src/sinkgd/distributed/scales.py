@@ -26,7 +26,7 @@ from sinkgd.distributed.shards import Sharding
 from sinkgd.exchange import Steps, computation, sums_in_turn
 from sinkgd.kernels import Backend, Descent, Matrices, Scales
 from sinkgd.kernels.eager import no_movement
-from sinkgd.kernels.level import scales_of
+from sinkgd.kernels.equilibrate import scales_of
 
 
 @computation

@@ -37,8 +37,8 @@ from sinkgd.distributed.shards import (
     param_matrices,
 )
 from sinkgd.exchange import Computation, Steps, computation
-from sinkgd.kernels.level import scales_of
-from sinkgd.kernels.two_halves import take_steps
+from sinkgd.kernels.backend import take_steps
+from sinkgd.kernels.equilibrate import scales_of
 from sinkgd.matrix_views import Split, check_layout, matrices_of
 from sinkgd.multi_normalize import check_num_iters, take_turns
 from sinkgd.newton_schulz import is_transposed, matrix_buffer

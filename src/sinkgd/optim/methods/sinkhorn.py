@@ -21,7 +21,11 @@ from sinkgd import kernels
 from sinkgd.distributed.scales import solve_sharded
 from sinkgd.distributed.shards import ParamMatrix, check_shards, is_dtensor, param_matrices
 from sinkgd.exchange import Computation, Steps, computation, immediate
-from sinkgd.kernels.two_halves import by_owner, finite_of, take_steps
+from sinkgd.kernels.backend import (
+    by_owner,
+    finite_of,
+    take_steps,
+)
 from sinkgd.matrix_views import check_layout
 from sinkgd.multi_normalize import check_num_iters, check_tol
 from sinkgd.optim.apply import (

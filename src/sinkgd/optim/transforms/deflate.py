@@ -34,7 +34,7 @@ from sinkgd.distributed.shards import (
 )
 from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
-from sinkgd.kernels.products import nothing_to_take
+from sinkgd.kernels.eager import nothing_to_take
 from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number

@@ -1,0 +1,55 @@
+"""Checks of what a user gives to an option: mistyped names, and numbers that are too large."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**63 - 1
+LARGEST_VALUE = 1e30
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest name, if any, and all names.
+
+    Examples:
+        >>> suggest("adanw", ["adamw", "swan"])
+        "did you mean 'adamw'? There are adamw, swan"
+        >>> suggest("tiny", ["llama-60m", "all"])
+        'there are llama-60m, all'
+    """
+    known = list(names)
+    listed = ", ".join(known)
+    alike = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return f"did you mean {alike[0]!r}? There are {listed}" if alike else f"there are {listed}"
+
+
+class NumberError(ValueError):
+    """A number that no computation can use, with its option and value."""
+
+
+def check_numbers(options: Any, prefix: str = "") -> None:
+    """Refuse numbers that are not finite or too large, in every field of a dataclass.
+
+    Args:
+        options: A dataclass, whose fields may be dataclasses too.
+        prefix: Prefix of the fields' names, ending in a dot.
+
+    Raises:
+        NumberError: With the field's name and value.
+    """
+    for field in fields(options):
+        value, name = getattr(options, field.name), prefix + field.name
+        if is_dataclass(value):
+            shown = "" if field.name in ("settings", "shared") else f"{name}."
+            check_numbers(value, shown)
+        elif type(value) is int:
+            largest = LARGEST_SEED if field.name == "seed" else LARGEST_COUNT
+            if abs(value) > largest:
+                raise NumberError(f"{name} is {value}; it may be at most {largest}")
+        elif type(value) is float and not math.isfinite(value):
+            raise NumberError(f"{name} is {value}; give a finite number")
+        elif type(value) is float and abs(value) > LARGEST_VALUE:
+            raise NumberError(f"{name} is {value}; it may be at most {LARGEST_VALUE:g}")

@@ -1,0 +1,347 @@
+"""The table of all methods that a plan compares: this package's own, and the baselines."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from sinkgd.lab.options import suggest
+from sinkgd.lab.plan.method_cost import ITERATIONS, Method
+from sinkgd.lab.recorded_names import GONE
+from sinkgd.lab.train.config import ConfigError
+from sinkgd.optim.param_groups import DEFLATED_RANK
+
+_SOAPS_LARGEST_SIDE = 10_000  # that has a basis: the authors' default
+
+
+def _newton_schulz_muon(short: int, long: int) -> float:
+    return 5 * (4.0 * short**2 * long + 2.0 * short**3)
+
+
+def _soap_state(short: int, long: int, r: int) -> float:
+    del r
+    sides = [side for side in (short, long) if side <= _SOAPS_LARGEST_SIDE]
+    return 2.0 * short * long + sum(2.0 * side**2 for side in sides)
+
+
+BASELINES = (
+    Method(
+        "adam",
+        "Adam",
+        "2 an entry",
+        "torch.optim.Adam; https://arxiv.org/abs/1412.6980",
+        matrix=2.0,
+        counted="all",
+    ),
+    Method(
+        "adamw",
+        "AdamW",
+        "2 an entry",
+        "torch.optim.AdamW; https://arxiv.org/abs/1711.05101",
+        matrix=2.0,
+        counted="all",
+    ),
+    Method(
+        "adamw-8bit",
+        "8-bit Adam",
+        "2 bytes an entry, 8 bytes a block of 256",
+        "Dettmers et al. 2021, https://arxiv.org/abs/2110.02861; blocks as in bitsandbytes",
+        eight_bit=True,
+    ),
+    Method(
+        "muon",
+        "Muon",
+        "1 an entry of matrices, 2 of the rest",
+        "torch.optim.Muon; https://kellerjordan.github.io/posts/muon/",
+        matrix=1.0,
+        exchange="matrices",
+        passes=5,
+        scratch=3.0,  # 2.6 measured: benchmarks/memory/2026-11-25.json
+        flops=_newton_schulz_muon,
+    ),
+    Method(
+        "galore",
+        "GaLore",
+        "r·min(m, n) + 2r·max(m, n), 2 an entry of the rest",
+        "Zhao et al. 2024, https://arxiv.org/abs/2403.03507, table 1",
+        low_rank=lambda short, long, r: r * (short + 2.0 * long),
+        counted="none",
+        exchange="matrices",
+        passes=5,
+        scratch=2.0,  # the update, projected back, and its copy: assumed
+    ),
+    Method(
+        "fira",
+        "Fira",
+        "GaLore's, and a norm for each matrix",
+        "Chen et al. 2024, https://arxiv.org/abs/2410.01623",
+        low_rank=lambda short, long, r: r * (short + 2.0 * long) + 1,
+        counted="none",
+        exchange="matrices",
+        passes=9,
+        scratch=3.0,  # GaLore's, and what it leaves out of the gradient: assumed
+    ),
+    Method(
+        "apollo",
+        "APOLLO",
+        "2r·max(m, n), 2 an entry of the rest",
+        "Zhu et al. 2024, https://arxiv.org/abs/2412.05270, table 1",
+        low_rank=lambda short, long, r: 2.0 * r * long + 2 + 0 * short,
+        exchange="projections",
+        passes=5,
+        scratch=2.0,  # as GaLore's
+    ),
+    Method(
+        "apollo-mini",
+        "APOLLO-Mini",
+        "2·max(m, n), 2 an entry of the rest",
+        "the same, at rank 1",
+        low_rank=lambda short, long, r: 2.0 * long + 2 + 0 * r * short,
+        exchange="projections",
+        passes=5,
+        scratch=2.0,
+    ),
+    Method(
+        "racs",
+        "RACS",
+        "m + n + 1, 2 an entry of the rest",
+        "Gong et al. 2025, https://arxiv.org/abs/2502.07752",
+        low_rank=lambda short, long, r: short + long + 1.0 + 0 * r,
+        exchange="vectors",
+        passes=2 * ITERATIONS + 5,
+        scratch=4.0,  # squares, the same divided by the largest, the update, the same held back
+    ),
+    Method(
+        "stable-spam",
+        "Stable-SPAM",
+        "2 an entry, 3 a parameter",
+        "Huang et al. 2025, https://arxiv.org/abs/2502.17055",
+        matrix=2.0,
+        scalars=3,
+        counted="none",
+        everywhere=True,
+        passes=13,
+        scratch=2.0,  # sizes of entries and which are clipped, or the denominator: assumed
+    ),
+    Method(
+        "adafactor",
+        "Adafactor",
+        "m + n of a matrix, 1 an entry of a vector, 1 a parameter",
+        "Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235, without momentum",
+        low_rank=lambda short, long, r: short + long + 0.0 * r,
+        table=lambda short, long: 0.0 + short + long,
+        rest=1.0,
+        scalars=1,  # the RMS of the weights, which pytorch-optimizer keeps though it is not used
+        counted="none",
+        everywhere=True,
+        exchange="vectors",
+        iterations=1,
+        passes=9,
+        scratch=1.0,  # squares, in whose place the update comes
+    ),
+    Method(
+        "lion",
+        "Lion",
+        "1 an entry",
+        "Chen et al. 2023, https://arxiv.org/abs/2302.06675",
+        matrix=1.0,
+        rest=1.0,
+        counted="none",
+        everywhere=True,
+        passes=5,
+        scratch=1.0,  # the update
+    ),
+    Method(
+        "soap",
+        "SOAP",
+        "2·m·n + 2·m² + 2·n², 2·(V + h)·h of a table, 2 an entry of a vector",
+        "Vyas et al. 2024, https://arxiv.org/abs/2409.11321; sides above 10,000 have no basis",
+        low_rank=_soap_state,
+        table=lambda short, long: 2.0 * short * (short + long),
+        counted="none",
+        exchange="matrices",
+        everywhere=True,
+        passes=12,
+        scratch=6.0,  # three products and what goes into them: assumed
+        flops=lambda short, long: 8.0 * short * long * (short + long),  # four pairs of products
+    ),
+    Method(
+        "sgd-momentum",
+        "SGD, momentum",
+        "1 an entry",
+        "torch.optim.SGD",
+        matrix=1.0,
+        rest=1.0,
+        counted="none",
+        passes=5,
+    ),
+    Method(
+        "sgd",
+        "SGD",
+        "0",
+        "torch.optim.SGD without momentum: the floor",
+        rest=0.0,
+        counted="none",
+        passes=3,
+    ),
+)
+
+
+def _whitening(short: int, long: int) -> float:
+    return 5 * 4.0 * short**2 * long  # `sinkgd.SWAN`'s docstring
+
+
+def _deflation(short: int, long: int) -> float:
+    return 10.0 * (DEFLATED_RANK + 1) * short * long  # `sinkgd.deflation.deflate`'s docstring
+
+
+FAMILY = (
+    Method(
+        "sinkgd",
+        "SinkGD",
+        "2 an entry of embedding, head, norms",
+        f"sinkgd.SinkGD(param_groups(model)), {DEFLATED_RANK} directions deflated; no paper",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
+        directions=DEFLATED_RANK,
+        flops=_deflation,
+    ),
+    Method(
+        "sinkgd-paper",
+        "SinkGD as in the paper",
+        "2 an entry of embedding, head, norms",
+        "Scetbon et al. 2025, https://arxiv.org/abs/2502.06742",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3,
+    ),
+    Method(
+        "sinkgd-stateless",
+        "SinkGD, stateless",
+        "0",
+        "sinkgd.SinkGD without groups",
+        rest=0.0,
+        counted="none",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3,
+    ),
+    Method(
+        "sinkgd-momentum",
+        "SinkGD, momentum",
+        "1 float32 an entry of matrices, 2 of embedding, head, norms",
+        "sinkgd.SinkGD(momentum=...), without deflation",
+        matrix=1.0,
+        wide=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 9,  # the gradient is looked through, copied and averaged
+        scratch=1.0,
+    ),
+    Method(
+        "sinkgd-pinned",
+        "SinkGD, operator norm",
+        "n float32 a matrix, 2 an entry of embedding, head, norms",
+        "sinkgd.SinkGD(operator_norm=...), without deflation",
+        column=1.0,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 5,  # two products with a vector
+    ),
+    Method(
+        "sinkgd-table",
+        "SinkGD, table mode",
+        "1 float32 an entry of embedding and head, 2 of norms",
+        'sinkgd.param_groups(..., overrides=...) with the algorithm "sinkgd-table"',
+        table=lambda short, long: float(short * long),
+        wide=True,
+        counted="vectors",
+        everywhere=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3,
+        scratch=2.0,  # a table's direction, and what that is made of
+    ),
+    Method(
+        "sron",
+        "SRON",
+        "2 an entry of embedding, head, norms",
+        "Wen et al., https://openreview.net/forum?id=BtQLBWr6zI",
+        can_release=True,
+        exchange="rows",
+        passes=5,
+        scratch=2.0,  # the update and what it is made of
+        batched=True,
+    ),
+    Method(
+        "scale",
+        "SCALE",
+        "1 float32 an entry of the head, 2 of norms",
+        "Glentis et al. 2025, https://arxiv.org/abs/2506.16659",
+        table=lambda short, long: float(short * long),
+        wide=True,
+        head_alone=True,
+        counted="vectors",
+        everywhere=True,
+        can_release=True,
+        exchange="rows",
+        passes=5,
+        scratch=2.0,  # as SRON's
+        batched=True,
+    ),
+    Method(
+        "swan",
+        "SWAN",
+        "2 an entry of embedding, head, norms",
+        "Ma et al. 2024, https://arxiv.org/abs/2412.13148",
+        can_release=True,
+        exchange="matrices",
+        passes=5,
+        scratch=3.0,  # sinkgd.optim.methods.multi_normalized
+        batched=True,
+        flops=_whitening,
+    ),
+    Method(
+        "spam",
+        "SPAM",
+        "2 an entry",
+        "Huang et al. 2025, https://arxiv.org/abs/2501.06842",
+        matrix=2.0,
+        counted="all",
+        counts=2,  # steps and resets
+        everywhere=True,
+        can_release=True,
+        passes=20,  # AdamW's 7; what is cut: sinkgd.contrib.spam.clip_spikes
+        scratch=3.0,  # the limit, its negative and the cut gradient
+    ),
+    Method(
+        "adamw-spam",
+        "AdamWSPAM",
+        "3 an entry",
+        "sinkgd.AdamWSPAM; torch.optim.AdamW with amsgrad=True",
+        matrix=3.0,
+        rest=3.0,
+        counted="all",
+        counts=2,
+        everywhere=True,
+        passes=12,  # AMSGrad's 9, the norm's 1, the clipped copy's 2
+        scratch=1.0,
+    ),
+)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {method.name: method for method in (*FAMILY, *BASELINES)}
+)
+
+
+def find_method(name: str) -> Method:
+    """Return the method called ``name``.
+
+    Raises:
+        ConfigError: If there is none; the message gives the nearest name.
+    """
+    if name in GONE:
+        raise ConfigError(f"optimizer is {name!r}; it is called {GONE[name]!r} now")
+    if name not in METHODS:
+        raise ConfigError(f"optimizer is {name!r}; {suggest(name, METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,288 @@
+"""Memory of the first rank at the peak of a step, in bytes, by part.
+
+The first rank holds the largest shards. What a step holds besides weights and state comes from a
+step on fake tensors; what FSDP holds while it gathers and reduces is a formula.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from sinkgd.lab.plan.method_cost import Method, eight_bit_bytes, usual_rank
+from sinkgd.lab.plan.rank_model import Grid, Weight, largest_block, outside_blocks, weights_of
+from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
+from sinkgd.lab.train.machine import weight_dtype
+from sinkgd.optim.chunking import SCRATCH_BYTES, chunk_slices
+from sinkgd.optim.methods.multi_normalized import (
+    BATCH_BYTES,
+    CPU_BATCH_BYTES,
+    MATRICES_IN_USE,
+)
+from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
+
+_FLOAT32 = 4
+# Bytes that the sums of a sharded step use at once for each row or column, nearly all float64: 43
+# to 50 measured on llama-9m over 16 ranks, and 4 that are kept;
+# tests/lab/plan/test_communication.py.
+_SHARDED_SCALE = 54
+# The same of row norms alone: 24 to 27 measured on llama-9m over 16 ranks; same file.
+_SHARDED_ROWS = 27
+# Bytes that deflation uses at once for each row or column and each direction that it follows, which
+# is one more than it lowers; most of them float64. On a CPU 22.8 were measured on llama-60m; same
+# file. On a GPU 20.3 were counted with triton's interpreter on a matrix of 1024 by 1024.
+_DIRECTION = {"cpu": 24, "cuda": 21}
+# The same on a mesh, 17.4 measured on llama-60m over 16 ranks; and what the loops of a CPU keep if
+# they have all matrices at once, 7.7 measured; same file.
+_MESH_DIRECTION, _KEPT_DIRECTION = 18, 8
+_TOKEN = 8  # bytes of a token id, and of a target
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the first rank, by part, at the moment of the peak."""
+
+    weights: int
+    state: int
+    gradients: int  # at the peak
+    activations: int
+    loss: int  # logits, and everything computed from them
+    transit: int  # whole blocks and whole gradients that FSDP gathers and reduces
+    scratch: int  # of the update; the batch; rotary tables
+    moment: str
+    all_gradients: int  # held when backward ends; the largest one if gradients are released
+
+    @property
+    def peak(self) -> int:
+        """All parts together."""
+        parts = (self.gradients, self.activations, self.loss, self.transit, self.scratch)
+        return self.weights + self.state + sum(parts)
+
+    @property
+    def weights_and_state(self) -> int:
+        """The figure that the benchmark of GaLore and later papers report."""
+        return self.weights + self.state
+
+    @property
+    def training(self) -> int:
+        """Weights, gradients and state: the parts that do not depend on the batch."""
+        return self.weights + self.state + self.all_gradients
+
+
+def rank_memory(
+    work: Work,
+    grid: Grid,
+    method: Method,
+    *,
+    rank: int | None = None,
+    device: Literal["cpu", "cuda"] = "cuda",
+) -> Memory:
+    """Return the memory of the first rank.
+
+    Args:
+        work: What the rank computes; gradients are released only if the method can.
+        grid: The mesh.
+        method: The optimizer.
+        rank: Rank of projections; by default as in GaLore's benchmark.
+        device: Kind of device: SWAN takes more small matrices at once on a GPU.
+    """
+    weights = weights_of(work.architecture, grid)
+    itemsize = weight_dtype(work.precision).itemsize
+    released = work.release and method.can_release
+    low_rank = usual_rank(work.architecture.hidden_size) if rank is None else rank
+    largest = max(prod(w.piece) for w in weights) * itemsize
+    whole = sum(prod(w.piece) for w in weights) * itemsize
+    gradients = largest if released and work.micro_batches == 1 else whole
+    base = Memory(
+        weights=whole,
+        state=state_bytes(weights, grid, method, itemsize, low_rank),
+        gradients=0,
+        activations=0,
+        loss=0,
+        transit=0,
+        scratch=_batch_and_tables(work),
+        moment="",
+        all_gradients=gradients,
+    )
+    scratch = update_scratch(weights, grid, method, device=device, per_matrix=released)
+    if grid.dp_shard > 1:
+        peaks = _sharded(work, weights, base, gradients)
+    else:
+        peaks = _alone(replace(work, release=released), base)
+    found = [
+        replace(one, scratch=one.scratch + scratch)
+        if moment == UPDATE or (released and "backward" in moment)
+        else one
+        for moment, one in peaks.items()
+    ]
+    return max(found, key=lambda one: one.peak)
+
+
+def state_bytes(
+    weights: Sequence[Weight], grid: Grid, method: Method, itemsize: int, rank: int
+) -> int:
+    """Return the bytes that a method keeps on the first rank.
+
+    Args:
+        weights: Weights of the model.
+        grid: The mesh.
+        method: The optimizer.
+        itemsize: Bytes of each weight.
+        rank: Rank of projections, whose state is divided evenly among the ranks.
+    """
+    total = 0.0
+    for weight in weights:
+        if method.eight_bit:  # the size of the whole decides
+            total += eight_bit_bytes(weight.count) * prod(weight.piece) / weight.count
+        elif weight.is_matrix:
+            low = method.low_rank is not None
+            m, n = weight.shape if low else weight.piece
+            ranks = grid.dp_shard * grid.tp if low else 1
+            total += method.state_bytes(m, n, itemsize, min(rank, *weight.shape)) / ranks
+        elif method.table is not None and weight.is_table:
+            m, n = weight.shape
+            kept = method.table_bytes(m, n, itemsize, is_head=weight.is_head)
+            total += kept / (grid.dp_shard * grid.tp)
+        else:
+            total += method.rest * itemsize * prod(weight.piece)
+        total += method.scalars * itemsize
+        if method.counts_steps(is_matrix=weight.is_matrix, is_table=weight.is_table):
+            total += _FLOAT32 * method.counts
+    return round(total)
+
+
+def update_scratch(
+    weights: Sequence[Weight],
+    grid: Grid,
+    method: Method,
+    *,
+    device: Literal["cpu", "cuda"],
+    per_matrix: bool,
+) -> int:
+    """Return the bytes that the update allocates and gives back.
+
+    SinkGD needs the scales of all matrices that it updates together; with deflation also the
+    directions of a few matrices, and on a GPU copies of these. A method that creates matrices needs
+    some for the largest one, or, as SWAN, for a batch of small ones.
+
+    Args:
+        weights: Weights of the model.
+        grid: The mesh.
+        method: The optimizer.
+        device: Kind of device.
+        per_matrix: Whether each matrix is updated by itself.
+    """
+    matrices = [w for w in weights if w.is_matrix or (method.everywhere and w.is_table)]
+    is_sharded = grid.dp_shard * grid.tp > 1
+    lengths = [w.piece[0] + w.piece[1] for w in matrices]
+    if method.exchange == "rows" and is_sharded:
+        return _SHARDED_ROWS * (max(lengths) if per_matrix else sum(lengths))
+    if method.exchange == "vectors" and not method.scratch:
+        scales = _SHARDED_SCALE if is_sharded else _FLOAT32
+        found = scales * (max(lengths) if per_matrix else sum(lengths))
+        if method.directions and is_sharded:
+            kept = _FLOAT32 * (max(lengths) if per_matrix else sum(lengths))
+            more = _mesh_deflation_scratch(matrices, method.directions, device, per_matrix)
+            return max(found, kept + more)
+        if method.directions:
+            room = 0 if per_matrix else SCRATCH_BYTES
+            found += _deflation_scratch(matrices, method.directions, room, device)
+        return found
+    # These methods work on whole matrices, wherever the shards are.
+    largest = max(w.count for w in matrices) * _FLOAT32
+    batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
+    batch = batch_bytes // MATRICES_IN_USE if method.batched else 0
+    one_shape = max(_same_shape(matrices).values()) * _FLOAT32
+    return round(method.scratch * max(largest, min(batch, one_shape)))
+
+
+def _deflation_scratch(
+    matrices: Sequence[Weight], directions: int, room: int, device: Literal["cpu", "cuda"]
+) -> int:
+    """Return what deflation needs for the matrices that it takes at once.
+
+    A CPU takes a few at a time; a GPU takes as many as on a mesh, without copies.
+    """
+    if device == "cuda":
+        held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
+        runs = mesh_chunks(held) if room else chunk_slices(held, 0)
+    else:
+        runs = chunk_slices([_FLOAT32 * prod(w.piece) for w in matrices], room)
+    needs = [_DIRECTION[device] * (directions + 1) * sum(w.piece) for w in matrices]
+    return max(sum(needs[run]) for run in runs)
+
+
+def _mesh_deflation_scratch(
+    matrices: Sequence[Weight], directions: int, device: Literal["cpu", "cuda"], per_matrix: bool
+) -> int:
+    """Return the same on a mesh: vectors of a run of matrices, and copies of a few of them."""
+    held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
+    runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else mesh_chunks(held)
+    most = 0
+    for run in runs:
+        vectors = (directions + 1) * sum(sum(w.piece) for w in matrices[run])
+        copies = [_FLOAT32 * prod(w.piece) for w in matrices[run]]
+        need = _MESH_DIRECTION * vectors
+        if device != "cpu":
+            need += min(sum(copies), max(*copies, SCRATCH_BYTES))
+        elif sum(copies) <= SCRATCH_BYTES:
+            need += _KEPT_DIRECTION * vectors
+        most = max(most, need)
+    return most
+
+
+def _same_shape(matrices: Sequence[Weight]) -> Mapping[tuple[int, ...], int]:
+    sizes: dict[tuple[int, ...], int] = {}
+    for weight in matrices:
+        sizes[weight.shape] = sizes.get(weight.shape, 0) + weight.count
+    return sizes
+
+
+def _alone(work: Work, base: Memory) -> dict[str, Memory]:
+    return {moment: _at(base, moment, live) for moment, live in trace(work).items()}
+
+
+def _sharded(
+    work: Work, weights: Sequence[Weight], base: Memory, gradients: int
+) -> dict[str, Memory]:
+    """Add what FSDP2 holds unsharded: embedding, head, the block in use and the next block.
+
+    In backward the gradients of a block are unsharded, too, and are reduced from a copy; those of
+    embedding and head are reduced together at the end. This is an upper bound.
+    """
+    itemsize = weight_dtype(work.precision).itemsize
+    gathered = 2 if work.precision == "bf16-autocast" else itemsize
+    outside, block = outside_blocks(weights), largest_block(weights)
+    head = work.architecture.vocab_size * work.architecture.hidden_size // work.tp
+    in_use = gathered * (outside + 2 * block)
+    # Unsharded gradients are reduced and freed as soon as they are complete.
+    lives = trace(replace(work, release=True, micro_batches=1))
+    peaks = {}
+    for moment, live in lives.items():
+        one = replace(_at(base, moment, live), gradients=gradients)
+        if moment == EMBEDDING:
+            # Weights are freed before gradients are copied; the embedding's gradient is in `live`.
+            one = replace(one, transit=max(gathered, itemsize) * outside + itemsize * head)
+        elif moment.startswith("backward"):
+            one = replace(one, transit=in_use + itemsize * (head + 2 * block))
+        elif moment != UPDATE:  # the first micro-batch has no gradient yet
+            kept = gradients if work.micro_batches > 1 else 0
+            one = replace(one, transit=in_use, gradients=kept)
+        peaks[moment] = one
+    return peaks
+
+
+def _at(base: Memory, moment: str, live: Live) -> Memory:
+    return replace(
+        base,
+        moment=moment,
+        gradients=live.gradients,
+        activations=live.activations,
+        loss=live.loss,
+    )
+
+
+def _batch_and_tables(work: Work) -> int:
+    tokens = work.batch_size * work.micro_batches * work.sequence_length
+    tables = _FLOAT32 * work.sequence_length * work.architecture.head_size
+    return 2 * _TOKEN * tokens + tables

@@ -1,0 +1,107 @@
+"""Order, colors and headline of the arms on the page, in all studies."""
+
+import re
+
+import pytest
+
+from lab.experiments.synthetic_study import made_up, made_up_record
+from sinkgd.lab.experiments.studies import STUDIES
+from sinkgd.lab.experiments.study_page import study_page
+from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_tables import arms_table, grid_table, reach_tables
+from sinkgd.lab.experiments.study_verdict import Verdict, with_cost
+from sinkgd.lab.report.bar_charts import bar_charts
+from sinkgd.lab.report.figures import identify
+
+GRAYS = (0, 9)  # the baseline, and those without a color
+PLAIN = Verdict("It is so.", (), ())
+
+
+def all_arms(study):
+    """Results in which the arm that is listed first ended highest."""
+    names = [arm.name for arm in study.settings["machine"].arms]
+    return made_up(study, {name: [5 - 0.05 * i] * 2 for i, name in enumerate(names)})
+
+
+@pytest.fixture(params=sorted(STUDIES))
+def study(request):
+    return STUDIES[request.param]
+
+
+def test_the_adamw_with_one_rate_is_never_the_first_baseline(study):
+    recipes = [one.arm.recipe for one in all_arms(study).controls]
+    if "adamw" in recipes:
+        assert recipes[0] != "adamw-one-lr"
+        assert "adamw-one-lr" not in recipes[: recipes.index("adamw")]
+
+
+def test_tables_and_charts_list_arms_by_result(study):
+    results = all_arms(study)
+    order = [one.arm.name for one in results.arms][::-1]
+    assert [row[0].removesuffix(" (control)") for row in arms_table(results).rows] == order
+    for control, sheet in zip(results.controls, reach_tables(results), strict=True):
+        assert [row[0] for row in sheet.rows] == [n for n in order if n != control.arm.name]
+    tuned = [name for name in order if results.arm(name).chosen is not None]
+    assert list(dict.fromkeys(row[0] for row in grid_table(results).rows)) == tuned
+
+
+def test_eight_arms_have_a_color_of_their_own_and_they_are_the_best(study):
+    results = all_arms(study)
+    baseline = results.controls[0].arm.name
+    looks = identify(results.analysis(baseline))
+    colored = [name for name, look in looks.items() if look.series not in GRAYS]
+    best = [one.arm.name for one in results.ranked if one.arm.name != baseline]
+    assert colored == best[:8]
+    assert len({looks[name].color for name in colored}) == len(colored)
+    assert [name for name, look in looks.items() if look.series == 0] == [baseline]
+
+
+def test_a_diverged_arm_is_last_and_has_no_color_before_others():
+    study = STUDIES["table1"]
+    names = [arm.name for arm in study.settings["machine"].arms]
+    losses = {name: [4 + 0.01 * i] for i, name in enumerate(names)}
+    losses["sinkgd"] = [float("inf")]
+    results = made_up(study, losses)
+    assert results.ranked[-1].arm.name == "sinkgd"
+    assert identify(results.analysis("adamw"))["sinkgd"].series == 9
+
+
+@pytest.mark.parametrize(
+    ("loss", "pace", "words"),
+    [
+        (3.9, 1.0, "reached adamw’s final loss with 87 % of its tokens and 87 % of its time."),
+        (3.8, 2.0, "reached adamw’s final loss with 75 % of its tokens but 150 % of its time."),
+        (4.1, 1.0, "did not reach adamw’s final loss."),
+    ],
+)
+def test_the_headline_says_tokens_and_time(loss, pace, words):
+    losses = {"sinkgd": [loss] * 2, "adamw": [4.0] * 2, "adamw-one-lr": [5.0] * 2}
+    results = made_up(STUDIES["table1"], losses, step_seconds={"sinkgd": pace})
+    said = with_cost(results, PLAIN).headline.replace("\N{NO-BREAK SPACE}", " ")
+    assert said == f"It is so. sinkgd {words}"
+
+
+def test_the_headline_compares_like_with_like_alone():
+    losses = {"adamw-batch4": [4.0], "sinkgd-batch64": [3.0]}
+    record = made_up_record(STUDIES["batch"], losses)
+    for result in record.runs.values():
+        if result.arm == "sinkgd-batch64":
+            object.__setattr__(result.run.start, "tokens_per_step", 64_000)
+    assert with_cost(StudyResults.of(record), PLAIN) == PLAIN
+
+
+def test_charts_that_remake_the_papers_figure_say_so():
+    results = all_arms(STUDIES["table1"])
+    analysis = results.analysis("adamw")
+    remade = {chart.key for chart in bar_charts(analysis, identify(analysis))
+              if "figure 1 of the SinkGD paper" in chart.caption}  # fmt: skip
+    assert remade == {"tokens-to-reach", "throughput", "memory"}
+
+
+def test_every_cell_names_its_column_for_phones():
+    study = STUDIES["table1"]
+    record = made_up_record(study, {"sinkgd": [4.0], "adamw": [4.1]})
+    results = StudyResults.of(record)
+    page = study_page(study, record, results, study.judge(results))
+    for table in re.findall(r'<table class="numbers text-table.*?</table>', page, re.S):
+        assert "<td>" not in table
