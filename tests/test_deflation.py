@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from sinkgd import DeflatedNorm, RowNorm, multi_normalize
 from sinkgd.deflation import LEAST_LEVEL, deflate
-from sinkgd.optim.algorithms.deflated import STACKED_ENTRIES
-from sinkgd.optim.partition import DEFLATED_RANK
+from sinkgd.optim.param_groups import DEFLATED_RANK
+from sinkgd.optim.transforms.deflate import STACKED_ENTRIES
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (7, 11)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")

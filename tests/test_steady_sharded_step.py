@@ -11,20 +11,24 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sinkgd.exchange import run
+from sinkgd.contrib.tempered import SumGroups, _temper_shard
+from sinkgd.distributed import scales
+from sinkgd.distributed.all_reduce import all_ranks_agree
+from sinkgd.distributed.scales import solve_sharded
+from sinkgd.distributed.shards import ParamMatrix, Sharding
+from sinkgd.exchange import computation, run
 from sinkgd.kernels import Matrices, Scales
+from sinkgd.kernels.backend import take_steps
 from sinkgd.kernels.eager import EagerBackend
-from sinkgd.optim.algorithms.deflated import _deflate_stacks
-from sinkgd.optim.algorithms.half_steps import starts_after_half_step
-from sinkgd.optim.algorithms.operator_norm import pin
-from sinkgd.optim.algorithms.parts import Part
-from sinkgd.optim.algorithms.tiny_rows import without_tiny_rows
-from sinkgd.sharded import OnMesh, Place, agree, scales, spread_of, temper_piece
+from sinkgd.optim.transforms.deflate import _deflate_stacks
+from sinkgd.optim.transforms.operator_norm import pin
+from sinkgd.optim.transforms.row_mask import mask_tiny_rows
+from sinkgd.optim.transforms.start import starts_after_half_step
 
-ROWS = Place(16, 6, (), ("shard",), ())  # a rank holds 8 rows
-COLS = Place(8, 12, ("tp",), (), ())
-BOTH = Place(16, 12, ("tp",), ("shard",), ("experts",))
-PLACES = [ROWS, COLS, BOTH, ROWS, BOTH]
+ROWS = Sharding(16, 6, (), ("shard",), ())  # a rank holds 8 rows
+COLS = Sharding(8, 12, ("tp",), (), ())
+BOTH = Sharding(16, 12, ("tp",), ("shard",), ("experts",))
+SHARDINGS = [ROWS, COLS, BOTH, ROWS, BOTH]
 BACKEND = EagerBackend()
 
 
@@ -46,14 +50,16 @@ class Traffic(TorchDispatchMode):
 
 
 def matrices():
-    """As many gradients and parameters as there are places."""
-    grads = [torch.empty(8, 6, dtype=torch.bfloat16, device="meta") for _ in PLACES]
+    """As many gradients and parameters as there are shardings."""
+    grads = [torch.empty(8, 6, dtype=torch.bfloat16, device="meta") for _ in SHARDINGS]
     return Matrices([torch.empty_like(x) for x in grads], grads, [range(2), range(2, 5)])
 
 
-def parts():
+def sharded_matrices():
     own = matrices()
-    return [Part(w, g, 0, at) for w, g, at in zip(own.params, own.grads, PLACES, strict=True)]
+    return [
+        ParamMatrix(w, g, 0, at) for w, g, at in zip(own.params, own.grads, SHARDINGS, strict=True)
+    ]
 
 
 def ones(shape):
@@ -61,42 +67,48 @@ def ones(shape):
 
 
 def found_scales():
-    return [Scales(ones((8, 1)), ones((1, 6))) for _ in PLACES]
+    return [Scales(ones((8, 1)), ones((1, 6))) for _ in SHARDINGS]
 
 
+@computation
 def plain():
-    return OnMesh(BACKEND, PLACES).descend_(matrices(), 3, keep=1.0, step=-0.1)
+    found = yield solve_sharded(BACKEND, SHARDINGS, matrices(), 3)
+    take_steps(BACKEND, matrices(), found.finite, found.scales, keep=1.0, step=-0.1)
 
 
+@computation
 def with_lr_on_the_device():
     lr = ones(())
-    return OnMesh(BACKEND, PLACES).descend_(matrices(), 3, keep=1 - lr, step=-lr, overflow=lr != 1)
+    found = yield solve_sharded(BACKEND, SHARDINGS, matrices(), 3)
+    given = BACKEND, matrices(), found.finite, found.scales
+    take_steps(*given, keep=1 - lr, step=-lr, overflow=lr != 1)
 
 
 def deflated():
-    blocks = [ones((6, 3)).double() for _ in PLACES]
-    return _deflate_stacks(parts(), found_scales(), blocks, BACKEND)
+    blocks = [ones((6, 3)).double() for _ in SHARDINGS]
+    return _deflate_stacks(sharded_matrices(), found_scales(), blocks, BACKEND)
 
 
 def pinned():
     group = {"last": "column", "operator_norm": "muon"}
-    return pin(parts(), found_scales(), [ones((1, 6)) for _ in PLACES], group)
+    return pin(sharded_matrices(), found_scales(), [ones((1, 6)) for _ in SHARDINGS], group)
 
 
 def tempered():
     grad = torch.empty(8, 6, dtype=torch.bfloat16, device="meta")
-    return temper_piece(grad, spread_of(BOTH), 0.1, 3, eps=1e-8)
+    groups = SumGroups(*BOTH.sum_groups, (*BOTH.row_groups, *BOTH.col_groups))
+    return _temper_shard(grad, groups, 0.1, 3, eps=1e-8)
 
 
 STEPS = {
     "plain": plain,
     "with_lr_on_the_device": with_lr_on_the_device,
-    "half_step": lambda: starts_after_half_step(parts(), BACKEND),
-    "tiny_rows": lambda: without_tiny_rows(parts(), 0.1, BACKEND, in_place=False),
+    "half_step": lambda: starts_after_half_step(sharded_matrices(), BACKEND),
+    "tiny_rows": lambda: mask_tiny_rows(sharded_matrices(), 0.1, BACKEND, in_place=False),
     "deflated": deflated,
     "pinned": pinned,
     "tempered": tempered,
-    "flags": lambda: agree(ones(3) == 1, [("a",), (), ("a", "b")]),
+    "flags": lambda: all_ranks_agree(ones(3) == 1, [("a",), (), ("a", "b")]),
 }
 
 
@@ -123,4 +135,4 @@ def test_the_first_step_alone_copies_what_is_kept():
 
 def test_a_tolerance_is_waited_for():
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
-        run(OnMesh(BACKEND, PLACES).solve(matrices(), 3, tol=0.1))
+        run(solve_sharded(BACKEND, SHARDINGS, matrices(), 3, tol=0.1))

@@ -8,6 +8,13 @@ if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)].startswith("sinkg
 
     _begin()
 
+from sinkgd.contrib.adamw_spam import AdamWSPAM as AdamWSPAM
+from sinkgd.contrib.scale import SCALE as SCALE
+from sinkgd.contrib.scale import scale_groups as scale_groups
+from sinkgd.contrib.spam import SPAM as SPAM
+from sinkgd.contrib.sron import SRON as SRON
+from sinkgd.contrib.tempered import TemperedSinkGD as TemperedSinkGD
+from sinkgd.contrib.tempered import temper as temper
 from sinkgd.multi_normalize import multi_normalize as multi_normalize
 from sinkgd.multi_normalize import residuals as residuals
 from sinkgd.norms import ColumnNorm as ColumnNorm
@@ -17,21 +24,14 @@ from sinkgd.norms import Norm as Norm
 from sinkgd.norms import RowNorm as RowNorm
 from sinkgd.norms import SignNorm as SignNorm
 from sinkgd.norms import SpectralNorm as SpectralNorm
-from sinkgd.optim.adamw_spam import AdamWSPAM as AdamWSPAM
-from sinkgd.optim.describe import describe_param_groups as describe_param_groups
 from sinkgd.optim.mngd import MNGD as MNGD
 from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientError
-from sinkgd.optim.partition import param_groups as param_groups
+from sinkgd.optim.param_groups import describe_param_groups as describe_param_groups
+from sinkgd.optim.param_groups import param_groups as param_groups
 from sinkgd.optim.release import GradientRelease as GradientRelease
-from sinkgd.optim.scale import SCALE as SCALE
-from sinkgd.optim.scale import scale_groups as scale_groups
 from sinkgd.optim.sinkgd import SinkGD as SinkGD
-from sinkgd.optim.spam import SPAM as SPAM
-from sinkgd.optim.sron import SRON as SRON
 from sinkgd.optim.swan import SWAN as SWAN
-from sinkgd.optim.tempered import TemperedSinkGD as TemperedSinkGD
 from sinkgd.sinkhorn import sinkhorn_scales as sinkhorn_scales
 from sinkgd.sinkhorn import sr_sinkhorn as sr_sinkhorn
-from sinkgd.tempered import temper as temper
 
 __version__ = "0.1.0"

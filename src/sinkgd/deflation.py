@@ -43,7 +43,6 @@ from sinkgd.exchange import Computation, Steps, computation, immediate, run
 from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
-from sinkgd.small_matrices import at_once
 
 # A computation for `sinkgd.exchange`: of float64 numbers, in place or not.
 Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
@@ -267,11 +266,11 @@ def find_leading(
     if over_columns is not None:
         grams, squares = _halves((yield over_columns([*grams, *squares])))
     # Vectors of many matrices need much memory, so none outlives its use.
-    basis = _times(ahead, [inverse for inverse, _ in at_once(_root, grams)])
+    basis = _times(ahead, [inverse for inverse, _ in _at_once(_root, grams)])
     rows, columns = yield _of_both(products, basis, over_columns)
     del basis
     columns, grams = _halves((yield over_rows([*columns, *(z.mT @ z for z in rows)])))
-    roots = at_once(_root, grams)
+    roots = _at_once(_root, grams)
     left = _times(rows, [inverse for inverse, _ in roots])
     right = _times(columns, [known for _, known in roots])
     lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
@@ -281,7 +280,7 @@ def find_leading(
         torch.full_like(square, min(shape) - length.shape[-1] + 1)
         for square, length, shape in zip(squares, lengths, shapes, strict=True)
     ]
-    lowered = at_once(_lowering, lengths, squares, others)
+    lowered = _at_once(_lowering, lengths, squares, others)
     return [
         Leading(LowRank(q[..., :-1] * taken, b[..., :-1]), square)
         for q, b, (taken, square) in zip(left, right, lowered, strict=True)
@@ -350,6 +349,40 @@ def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     halves = numbers[:half], numbers[half:]
     numbers.clear()
     return halves
+
+
+def _at_once(
+    function: Callable[..., tuple[Tensor, Tensor]], *numbers: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Apply a function of small matrices to lists of them, with one call for all of one width.
+
+    Args:
+        function: Takes a tensor ``(..., a, b)`` of each list, and returns two of that form.
+        numbers: Lists of one length; the first one decides on the width b.
+    """
+    kinds: dict[int, list[int]] = {}
+    for i, x in enumerate(numbers[0]):
+        kinds.setdefault(x.shape[-1], []).append(i)
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for own in kinds.values():
+        if len(own) == 1:
+            results[own[0]] = function(*(x[own[0]] for x in numbers))
+            continue
+        batches = [numbers[0][i].shape[:-2] for i in own]
+        found = function(*(torch.cat([_one_batch(x[i]) for i in own]) for x in numbers))
+        counts = [batch.numel() for batch in batches]
+        parts = zip(*(torch.split(x, counts) for x in found), strict=True)
+        for i, batch, (one, other) in zip(own, batches, parts, strict=True):
+            results[i] = _in_batches(one, batch), _in_batches(other, batch)
+    return [results[i] for i in range(len(numbers[0]))]
+
+
+def _one_batch(x: Tensor) -> Tensor:
+    return x if x.ndim == 3 else x.reshape(-1, *x.shape[-2:])
+
+
+def _in_batches(x: Tensor, batch: torch.Size) -> Tensor:
+    return x if len(batch) == 1 else x.view(*batch, *x.shape[-2:])
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:

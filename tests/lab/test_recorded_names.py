@@ -21,7 +21,7 @@ from sinkgd.lab.recorded_names import NAMING, command_now, name_now, recipe_now,
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
-from sinkgd.optim.partition import DEFLATED_RANK
+from sinkgd.optim.param_groups import DEFLATED_RANK
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted(ROOT.glob("benchmarks/studies/*/study.jsonl"))

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import sinkgd
-from sinkgd.optim.algorithms import ALGORITHMS
-from sinkgd.optim.option_kinds import KINDS
-from sinkgd.optim.unknown_names import OF_PARAM_GROUPS
+from sinkgd.optim.arguments import KINDS, OF_PARAM_GROUPS
+from sinkgd.optim.methods import METHODS
 
 NORMS = (sinkgd.RowNorm(),)
 CLASSES = {
@@ -212,10 +211,10 @@ def test_groups_of_another_algorithm_are_refused_with_the_right_call(name):
     build(name, sinkgd.param_groups(Model(), matrix_algorithm=algorithm))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", METHODS)
 def test_a_misspelled_key_of_a_group_is_refused(algorithm):
     optimizer = sinkgd.SinkGD([matrix()])
-    for option in {"lr", "weight_decay", *ALGORITHMS[algorithm].options} - {
+    for option in {"lr", "weight_decay", *METHODS[algorithm].options} - {
         "rounding_step",
         "norm_history",
     }:
@@ -225,10 +224,10 @@ def test_a_misspelled_key_of_a_group_is_refused(algorithm):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", METHODS)
 def test_an_option_of_another_algorithm_in_a_group_is_refused(algorithm):
-    every = {option for other in ALGORITHMS.values() for option in other.options}
-    for option in sorted(every - set(ALGORITHMS[algorithm].options)):
+    every = {option for other in METHODS.values() for option in other.options}
+    for option in sorted(every - set(METHODS[algorithm].options)):
         group = {"params": [matrix()], "algorithm": algorithm, option: 1}
         with pytest.raises(ValueError, match=f"sets {option}=1, which algorithm '{algorithm}' doe"):
             sinkgd.SinkGD([group])
@@ -328,9 +327,9 @@ def test_a_value_of_another_kind_is_refused_by_the_arguments_name(name, argument
         assert "instances of" not in str(caught.value), label
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", METHODS)
 def test_a_value_of_another_kind_is_refused_in_a_group_too(algorithm):
-    for option in {"lr", "weight_decay", "maximize", "nonfinite", *ALGORITHMS[algorithm].options}:
+    for option in {"lr", "weight_decay", "maximize", "nonfinite", *METHODS[algorithm].options}:
         if option in ("rounding_step", "norm_history"):  # kept for checkpoints
             continue
         for wrong in ([], {}, object(), torch.tensor([0.1, 0.1]), "0.02"):
@@ -343,11 +342,11 @@ def test_a_value_of_another_kind_is_refused_in_a_group_too(algorithm):
             assert "instances of" not in str(caught.value)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", METHODS)
 def test_every_option_has_a_kind_or_is_a_word(algorithm):
     words = {option for option, values in VALUES.items() if isinstance(values[1], str)}
     kept = {"rounding_step", "norm_history", "layout"}
-    assert set(ALGORITHMS[algorithm].options) <= {*KINDS, *words, *kept}
+    assert set(METHODS[algorithm].options) <= {*KINDS, *words, *kept}
 
 
 BAD_OVERRIDES = {

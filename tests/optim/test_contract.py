@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import sinkgd
 from optimizer_cases import OPTIMIZERS
-from sinkgd.optim.algorithms import ALGORITHMS
+from sinkgd.optim.methods import METHODS
 
 every = pytest.mark.parametrize("case", OPTIMIZERS, ids=str)
 stateless = pytest.mark.parametrize("case", [c for c in OPTIMIZERS if not c.has_state], ids=str)
@@ -36,7 +36,7 @@ def test_the_table_covers_every_algorithm():
     covered = {
         group["algorithm"] for case in OPTIMIZERS for group in case.build([a_matrix()]).param_groups
     }
-    assert covered == set(ALGORITHMS)
+    assert covered == set(METHODS)
 
 
 @every

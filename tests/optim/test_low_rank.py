@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import sinkgd
 from optimizer_cases import OPTIMIZERS
 from sinkgd.exchange import computation
+from sinkgd.optim.transforms import deflate
 from spawn import on_ranks
 from test_sharded import sharded
 
@@ -173,15 +174,14 @@ def test_the_guard_looks_at_the_update_that_is_written(m, n, rank, seed):
 
 def test_an_update_that_is_not_finite_is_not_written(monkeypatch):
     """Should deflation ever fail, its parameter stays as it was, and the guard names it."""
-    from sinkgd.optim.algorithms import deflated
 
     @computation
     def broken(*args):
         found = yield find_leading(*args)
         return [one._replace(square=one.square * float("nan")) for one in found]
 
-    find_leading = deflated.find_leading
-    monkeypatch.setattr(deflated, "find_leading", broken)
+    find_leading = deflate.find_leading
+    monkeypatch.setattr(deflate, "find_leading", broken)
     param, other = nn.Parameter(torch.ones(6, 8)), nn.Parameter(torch.ones(1, 8))
     optimizer = sinkgd.SinkGD(
         [("w", param), ("row", other)], lr=0.1, deflated_rank=2, nonfinite="skip"

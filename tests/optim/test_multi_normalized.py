@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import sinkgd
 from allocations import peak_bytes
-from sinkgd.optim.algorithms import batches as batching
+from sinkgd.optim.methods import multi_normalized as batching
 
 CASES = {
     "swan": lambda params, **options: sinkgd.SWAN(params, lr=0.1, **options),

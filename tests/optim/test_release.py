@@ -306,7 +306,7 @@ def test_a_released_parameter_draws_its_own_key_alone(monkeypatch):
         return keys_of_step(seed, step, count, **first)
 
     monkeypatch.setattr(releases, "SMALL_BYTES", 0)
-    monkeypatch.setattr("sinkgd.optim.algorithms.rounding.keys_of_step", keys)
+    monkeypatch.setattr("sinkgd.optim.apply.keys_of_step", keys)
     weights = [nn.Parameter(torch.ones(2, 3).bfloat16()) for _ in range(20)]
     optimizer = sinkgd.SinkGD(weights, lr=0.1, rounding="stochastic")
     sinkgd.GradientRelease(optimizer)

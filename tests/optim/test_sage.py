@@ -114,7 +114,7 @@ def test_a_scalar_has_no_columns():
         optimizer_of([nn.Parameter(torch.tensor(1.0))])
 
 
-def in_pieces():
+def is_sharded():
     mesh = init_device_mesh("cpu", (2,))
     start, *grads = draws((9, 5))
     weight = nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]))
@@ -132,6 +132,6 @@ def in_pieces():
 
 def test_rows_may_be_sharded_and_columns_are_refused():
     start, *grads = draws((9, 5))
-    for weight, refusal in on_ranks(2, in_pieces):
+    for weight, refusal in on_ranks(2, is_sharded):
         assert_close(weight.double(), printed(start, grads), **FLOAT32)
         assert "the columns of 'parameter 0 of group 0' are sharded" in refusal

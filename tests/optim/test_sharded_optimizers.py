@@ -545,8 +545,12 @@ def turns_by_both():
 @pytest.mark.parametrize("how", ["rows", "columns", "both"])
 @pytest.mark.parametrize("turns", TURNS)
 def test_norms_that_scale_take_their_turns_in_pieces(found, how, turns):
-    over_rows, over_columns = TURN_MESSAGES[turns]
-    told = {"rows": over_rows, "columns": over_columns, "both": over_rows + over_columns}
+    sum_over_rows, sum_over_columns = TURN_MESSAGES[turns]
+    told = {
+        "rows": sum_over_rows,
+        "columns": sum_over_columns,
+        "both": sum_over_rows + sum_over_columns,
+    }
     for updates in found[f"turns_by_{how}"]:
         for (own, name), (update, messages) in updates.items():
             if own != turns:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from sinkgd.optim.partition import param_groups
+from sinkgd.optim.arguments import unknown_name
+from sinkgd.optim.param_groups import param_groups
 from sinkgd.optim.sinkgd import SinkGD
-from sinkgd.optim.unknown_names import unknown_name
 
 # The arguments that go to param_groups; all others are SinkGD's.
 _ROUTING = (

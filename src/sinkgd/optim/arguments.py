@@ -1,69 +1,83 @@
-"""Where a group's options come from, and the refusal of arguments that change nothing.
+"""The options of groups: where their values come from, and which of them are refused.
 
-The rule, for every optimizer of this package:
+The rules, for every optimizer of this package:
 
 - A group's own value comes first, then the constructor's argument, then the default.
-- An argument that no group takes up is an error, unless it equals what the groups have.
-- A group that holds an option which its algorithm does not take is an error.
+- An argument that no group uses is an error, unless it equals what the groups have.
+- A group that holds an option which its method does not have is an error.
+- An unknown argument is refused with the nearest name, a value of the wrong kind with its name.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
-from sinkgd.number_check import is_one_number
-from sinkgd.optim.algorithms import ALGORITHMS, FORMS
-from sinkgd.optim.algorithms.contract import Algorithm
+from sinkgd.norms import as_norms
+from sinkgd.number_check import (
+    check_betas,
+    check_flag,
+    check_number,
+    check_whole_number,
+    is_one_number,
+    is_whole_number,
+)
+from sinkgd.optim.method import Method
+from sinkgd.optim.methods import METHODS
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Check = Callable[[str, Any], None]
 
 COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise"}
 _RATES = ("lr", "weight_decay")
 
-# Keys of a group that are no options: torch's own, those that its schedulers add, timm's factor of
-# a layer, and a name.
+# Keys of a group that are no options: torch's own, those of its schedulers, timm's factor of a
+# layer, and a name.
 _OTHER_KEYS = {
     *("params", "param_names", "name", "lr_scale"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
 }
 
-# Algorithms for what is no hidden matrix; no optimizer is named after them.
-_FOR_THE_REST = {"adamw", "sage", "normalize"}
-
 # Arguments that `param_groups` takes too.
 _OF_PARAM_GROUPS = {"lr", "weight_decay", "betas", "deflated_rank"}
 
 
-def find_algorithm(name: object, argument: str = "algorithm") -> Algorithm:
-    """Return the algorithm called ``name``, which the caller passed as ``argument``.
+def find_method(name: object, argument: str = "algorithm") -> Method:
+    """Return the method called ``name``, which the caller passed as ``argument``.
 
     Raises:
-        TypeError: If it is no name.
-        ValueError: If there is none; the message gives the nearest name.
+        TypeError: If ``name`` is no string.
+        ValueError: If there is no such method; the message gives the nearest name.
     """
     if not isinstance(name, str):
         raise TypeError(f"{argument} must be a name such as 'sinkgd', got {name!r}")
-    if name not in ALGORITHMS:
-        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it is one of {', '.join(ALGORITHMS)}"
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it is one of {', '.join(METHODS)}"
         raise ValueError(f"there is no algorithm {name!r}, given as {argument}; {hint}")
-    return ALGORITHMS[name]
+    return METHODS[name]
 
 
-def as_groups(params: Any, optimizer: str, algorithm: str) -> list[dict[str, Any]]:
+def as_groups(params: Any, optimizer: str, algorithm: str | None) -> list[dict[str, Any]]:
     """Return ``params`` as a list of groups.
 
     Args:
         params: What the optimizer was given.
         optimizer: The name of its class.
-        algorithm: The algorithm of groups that name none.
+        algorithm: The ``matrix_algorithm`` of the groups for it; None where it takes any group.
 
     Raises:
         TypeError: If ``params`` is no iterable of tensors, pairs or groups; the message gives the
             right call.
     """
     call = f"{optimizer}(param_groups(model))"
-    if algorithm != "stateless":
+    if algorithm is not None:
         call = f"{optimizer}(param_groups(model, matrix_algorithm={algorithm!r}), ...)"
     if isinstance(params, nn.Module):
         raise TypeError(f"params is a model, {type(params).__name__}; write {call}")
@@ -78,50 +92,37 @@ def as_groups(params: Any, optimizer: str, algorithm: str) -> list[dict[str, Any
     return groups
 
 
-def check_initialized(name: str, param: Tensor) -> None:
-    """Refuse the parameter of a lazy module, such as ``nn.LazyLinear``, that has no shape yet.
-
-    Raises:
-        ValueError: With its name.
-    """
-    if nn.parameter.is_lazy(param):
-        raise ValueError(
-            f"{name!r} belongs to a lazy module and has no shape yet; run one forward pass first"
-        )
-
-
 def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse groups none of which runs the optimizer's own algorithm.
+    """Refuse groups none of which runs the optimizer's own method.
 
-    Groups of the algorithms for the rest alone, such as AdamW, are allowed: a model may have no
-    hidden matrix. SinkGD takes groups of every algorithm; its own is that of groups without a name.
+    Groups of auxiliary methods alone, such as AdamW, are allowed: a model may have no hidden
+    matrix.
 
     Raises:
-        ValueError: With the call that gives matrices to this algorithm.
+        ValueError: With the call that gives matrices to this method.
     """
-    if algorithm == "stateless":
-        return
     names = list(dict.fromkeys(str(group["algorithm"]) for group in groups))
-    if algorithm not in names and not _FOR_THE_REST.issuperset(names):
+    if algorithm not in names and not all(METHODS[name].is_auxiliary for name in names):
         raise ValueError(
             f"{optimizer} would update no parameter by its own algorithm: the groups name "
-            f"{_listed(names)}. Make them with param_groups(model, matrix_algorithm="
+            f"{_quoted(names)}. Make them with param_groups(model, matrix_algorithm="
             f"{algorithm!r}), or use SinkGD, which takes groups of every algorithm"
         )
 
 
 def check_keys(group: Mapping[str, Any], index: int) -> None:
-    """Refuse keys of a group that its algorithm does not take.
+    """Refuse keys of a group that its method does not have.
 
     Raises:
         ValueError: With the key, its value and the nearest option.
     """
     taken = options_of(group["algorithm"])
+    counters = METHODS[group["algorithm"]].counters
     for key in group:
         if key in _OTHER_KEYS or key in taken or key == "algorithm":
             continue
         close = difflib.get_close_matches(key, taken, n=1)
-        shown = ", ".join(sorted(option for option in taken if option not in _COUNTS))
+        shown = ", ".join(sorted(option for option in taken if option not in counters))
         hint = f"did you mean {close[0]!r}?" if close else f"its options are {shown}"
         raise ValueError(
             f"group {index} sets {key}={group[key]!r}, which algorithm {group['algorithm']!r} does "
@@ -129,31 +130,27 @@ def check_keys(group: Mapping[str, Any], index: int) -> None:
         )
 
 
-# Kept in a group for its checkpoint, and no option of the caller's.
-_COUNTS = {"rounding_step", "norm_history"}
-
-
 def options_of(algorithm: str) -> set[str]:
-    """Return the names of the options of a group with this algorithm."""
-    return {*_RATES, *COMMON, *find_algorithm(algorithm).options}
+    """Return the names of the options of a group with this method."""
+    return {*_RATES, *COMMON, *find_method(algorithm).options}
 
 
 def passed_of(arguments: Mapping[str, Any], none_means: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments but those whose None says that they were not passed."""
+    """Return the arguments that were passed: None means "not passed" for ``none_means``."""
     return {k: v for k, v in arguments.items() if k not in none_means or v is not None}
 
 
 def resolve(
     arguments: Mapping[str, Any], none_means: Mapping[str, Any], algorithm: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the defaults of an optimizer, and those of its arguments that were passed.
+    """Return the defaults of an optimizer, and the arguments that were passed.
 
     Args:
-        arguments: The constructor's.
-        none_means: The defaults of arguments for which None is "not passed".
-        algorithm: The optimizer's own, whose options have the defaults of the other arguments.
+        arguments: The arguments of the constructor.
+        none_means: The defaults of the arguments for which None means "not passed".
+        algorithm: The optimizer's own method; its options give the other defaults.
     """
-    documented = {**COMMON, **find_algorithm(algorithm).options, **none_means}
+    documented = {**COMMON, **find_method(algorithm).options, **none_means}
     defaults, passed = {}, {}
     for name, value in arguments.items():
         unset = value is None if name in none_means else equal(value, documented[name])
@@ -168,25 +165,25 @@ def settle(
     passed: Mapping[str, Any],
     own: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return the optimizer's defaults as its groups have them.
+    """Return the optimizer's defaults in agreement with its groups.
 
-    Where every group sets an option, the default is what they agree on; of learning rates and
-    weight decays it is the largest, the rate of AdamW in `param_groups`. Schedulers that read
-    ``optimizer.defaults["lr"]`` then scale every group alike.
+    Where every group sets an option, the default becomes the value that all have. If learning rates
+    or weight decays differ, it becomes the largest: in `param_groups` the rate of AdamW. Schedulers
+    that read ``optimizer.defaults["lr"]`` then scale every group alike.
 
     Args:
-        defaults: Of all arguments.
+        defaults: The defaults of all arguments.
         passed: The arguments that were passed.
         own: The groups as the caller gave them.
 
     Raises:
-        ValueError: If an argument was passed that no group takes up; it names argument, value and
-            remedy.
+        ValueError: If no group uses an argument that was passed; the message gives the argument,
+            its value and the remedy.
     """
     settled = dict(defaults)
     for name in defaults:
         takers = [group for group in own if name in options_of(group["algorithm"])]
-        values = [{**FORMS.get(group["algorithm"], {}), **group} for group in takers]
+        values = [{**METHODS[group["algorithm"]].presets, **group} for group in takers]
         if not all(name in value for value in values):
             continue  # a group takes the default
         found = [value[name] for value in values]
@@ -198,30 +195,6 @@ def settle(
         elif found and name in _RATES:
             settled[name] = max(found, key=float)
     return settled
-
-
-def check_momentum(groups: Sequence[dict[str, Any]], had: Sequence[bool]) -> None:
-    """Refuse momentum in a group that was built without it.
-
-    torch's OneCycleLR and CyclicLR write ``momentum`` into every group. In a group of AdamW it
-    becomes the first of ``betas``, as these schedulers do to torch's AdamW.
-
-    Args:
-        groups: The optimizer's.
-        had: Whether each was built with momentum.
-
-    Raises:
-        ValueError: With the group and the remedy.
-    """
-    for index, (group, had_it) in enumerate(zip(groups, had, strict=False)):
-        if "momentum" in group and "betas" in group:
-            group["betas"] = (group.pop("momentum"), group["betas"][1])
-        elif group.get("momentum") and not had_it:
-            raise ValueError(
-                f"group {index} was built without momentum and now has momentum="
-                f"{group['momentum']}; give the scheduler cycle_momentum=False, or build the "
-                "optimizer with momentum"
-            )
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -242,7 +215,7 @@ def _no_effect(
     if not found:
         names = list(dict.fromkeys(str(group["algorithm"]) for group in own))
         return (
-            f"{shown} has no effect: the groups run {_listed(names)}, which take no {name}. "
+            f"{shown} has no effect: the groups run {_quoted(names)}, which take no {name}. "
             "Leave it out"
         )
     others = ", ".join(dict.fromkeys(f"{float(x):g}" if name in _RATES else repr(x) for x in found))
@@ -255,5 +228,156 @@ def _no_effect(
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _quoted(names: Sequence[str]) -> str:
     return " and ".join(map(repr, names))
+
+
+def list_names(names: Sequence[str], most: int = 5) -> str:
+    """List names for a message, at most ``most`` of them, and count the others."""
+    left = len(names) - most
+    if left > 0:
+        return f"{', '.join(names[:most])} and {left} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def check_kinds(options: Mapping[str, Any]) -> None:
+    """Refuse options of the wrong kind; the methods check the range.
+
+    Raises:
+        TypeError: With the option's name and its value.
+        ValueError: The same.
+    """
+    for name, value in options.items():
+        if name in KINDS:
+            KINDS[name](name, value)
+
+
+def _number(name: str, value: Any) -> None:
+    check_number(name, value, least=None)
+
+
+def _rate(name: str, value: Any) -> None:
+    check_number(name, value)
+
+
+def _or_none(check: Check) -> Check:
+    def checked(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return checked
+
+
+def _norms(name: str, value: Any) -> None:  # noqa: ARG001 - every check has it
+    as_norms(value)
+
+
+def _split(name: str, value: Any) -> None:
+    sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not all(map(is_whole_number, sizes)) or not sizes:
+        raise TypeError(
+            f"{name} must be a number of parts or a list of their sizes in rows, got {value!r}"
+        )
+
+
+# The kind of value of each option. Words, such as those of ``rounding``, are not listed: methods
+# look them up among those that exist.
+KINDS: Mapping[str, Check] = MappingProxyType(
+    {
+        **dict.fromkeys(("lr", "weight_decay"), _rate),
+        **dict.fromkeys(
+            ("eps", "momentum", "tiny_row_threshold", "tau", "max_norm", "spike_z"), _number
+        ),
+        **dict.fromkeys(("tol", "theta"), _or_none(_number)),
+        **dict.fromkeys(
+            (
+                *("sinkhorn_iterations", "newton_schulz_steps", "num_iters", "n_iter"),
+                *("deflated_rank", "seed"),
+                *("clip_delay", "reset_interval", "warmup_steps", "norm_window"),
+            ),
+            check_whole_number,
+        ),
+        **dict.fromkeys(("maximize", "nesterov", "warm_start"), check_flag),
+        "fused": _or_none(check_flag),
+        "betas": check_betas,
+        "norms": _norms,
+        "split": _split,
+    }
+)
+
+# Arguments of `param_groups` alone, and the call that takes each.
+OF_PARAM_GROUPS: Mapping[str, str] = MappingProxyType(
+    {
+        name: f"param_groups(model, {name}=...)"
+        for name in ("matrix_lr_scale", "matrix_algorithm", "betas", "overrides", "base_width")
+    }
+)
+
+# What other optimizers call an argument.
+_SYNONYMS = MappingProxyType({"learning_rate": "lr", "wd": "weight_decay"})
+
+
+def unknown_name(
+    caller: str, name: str, names: Iterable[str], elsewhere: Mapping[str, str] = OF_PARAM_GROUPS
+) -> str:
+    """Return the message for an argument that does not exist, with the remedy.
+
+    Args:
+        caller: The function or class, as errors call it.
+        name: The argument.
+        names: The arguments that exist.
+        elsewhere: Arguments of related functions, and the call that takes each.
+    """
+    names = list(names)
+    said = f"{caller} has no argument {name!r}"
+    if name in elsewhere:
+        return f"{said}; write {elsewhere[name]}"
+    if close := _nearest(name, names):
+        return f"{said}; did you mean {close!r}?"
+    if other := _nearest(name, elsewhere):
+        return f"{said}; did you mean {elsewhere[other]}?"
+    return f"{said}; it takes {', '.join(names)}"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return which of ``names`` a misspelled name, or one word of a name, may stand for."""
+    names = list(names)
+    if _SYNONYMS.get(name) in names:
+        return _SYNONYMS[name]
+    close = difflib.get_close_matches(name, names, n=1)
+    longer = [known for known in names if name in known.split("_")]
+    return next(iter([*close, *longer]), None)
+
+
+def suggest_names(
+    elsewhere: Mapping[str, str] = OF_PARAM_GROUPS, passes_to: Callable[..., object] | None = None
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a function or a constructor refuse unknown arguments with the nearest name.
+
+    Its signature stays what it is.
+
+    Args:
+        elsewhere: Arguments of related functions, and the call that takes each.
+        passes_to: The function that receives ``**options`` as its keyword-only arguments.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        is_init = function.__name__ == "__init__"
+        taken = [*inspect.signature(function).parameters.values()][is_init:]
+        if passes_to is not None:
+            taken = [p for p in taken if p.kind is not p.VAR_KEYWORD]
+            inner = inspect.signature(passes_to).parameters.values()
+            taken += [p for p in inner if p.kind is p.KEYWORD_ONLY]
+        names = [p.name for p in taken]
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            for name in kwargs:
+                if name not in names:
+                    caller = type(args[0]).__name__ if is_init else function.__name__
+                    raise TypeError(unknown_name(caller, name, names, elsewhere))
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -1,7 +1,7 @@
-"""One torch optimizer whose parameter groups each name their algorithm.
+"""One torch optimizer whose parameter groups each name their method.
 
-A step goes group by group: its algorithm updates the parameters, but for those whose gradient is
-not finite, of which the guard hears.
+A step goes group by group: the method updates the parameters. Parameters with a non-finite gradient
+are left unchanged and reported to the guard.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,40 +12,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.distributed.shards import has_values, is_dtensor
 from sinkgd.exchange import Computation, exchange, run
-from sinkgd.optim.algorithms import FORMS, NEEDS_ALL_GRADIENTS
-from sinkgd.optim.algorithms.adamw_spam import NORM_HISTORY
-from sinkgd.optim.algorithms.contract import (
-    Algorithm,
-    Context,
-    Group,
-    Slot,
-    are_zero,
-    has_values,
-)
-from sinkgd.optim.algorithms.few_at_a_time import count_sharers
-from sinkgd.optim.algorithms.rounding import count_step
+from sinkgd.optim.apply import count_step
 from sinkgd.optim.arguments import (
     COMMON,
     as_groups,
     check_keys,
-    check_momentum,
+    check_kinds,
     check_runs,
     equal,
-    find_algorithm,
+    find_method,
     passed_of,
     resolve,
     settle,
 )
-from sinkgd.optim.exchanged import name_alike, named
-from sinkgd.optim.group_check import check_group
-from sinkgd.optim.listing import Listing
+from sinkgd.optim.method import Context, Group, Slot, are_zero
+from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import NonFiniteGuard
-from sinkgd.optim.option_kinds import check_kinds
-from sinkgd.optim.routing_check import check_same_routing
-from sinkgd.optim.routing_warning import warn_unrouted
+from sinkgd.optim.parameters import ParameterIndex, check_group, name_alike, named
 from sinkgd.optim.saved_state import (
     adopt_adamw,
+    check_same_routing,
     from_saved_form,
     restore_types,
     saved_options,
@@ -55,53 +43,64 @@ from sinkgd.precision import in_full_precision
 
 
 class GroupedOptimizer(Optimizer):
-    """Base of the optimizers of this package: everything but the choice of the algorithm.
+    """Base class of the optimizers of this package: all bookkeeping, and no arithmetic.
 
     A constructor argument is the default of the groups that do not set the option. An argument that
-    was passed and that no group takes up is an error, unless it equals what all groups have:
+    was passed and that no group uses is an error, unless it equals what all groups have:
     ``SinkGD(param_groups(model), lr=1e-3)`` is refused, since `param_groups` sets every rate.
-    A group may hold the options of its own algorithm only.
+    A group may only hold options of its own method.
 
     ``defaults`` agrees with the groups. Where every group sets ``lr``, ``defaults["lr"]`` is the
     largest rate, so that schedulers which read it scale every group as they scale AdamW's.
-    ``defaults`` names ``momentum`` only where the optimizer has momentum, as torch's OneCycleLR and
-    CyclicLR look there.
+    ``defaults`` has ``momentum`` only if the optimizer has momentum, since torch's OneCycleLR and
+    CyclicLR look for it there.
 
     Args:
         params: Tensors, (name, tensor) pairs, or groups of either, as in ``torch.optim``. A group
-            may name its ``algorithm`` and set the options of that algorithm.
-        arguments: The constructor's arguments, by name.
+            may name its method by ``algorithm`` and set the options of that method.
+        arguments: The arguments of the constructor, by name.
 
     Raises:
         TypeError: If ``params`` is a model or no iterable.
         ValueError: If an argument or an option has no effect or is out of range, or no group runs
-            the optimizer's own algorithm.
+            the optimizer's own method.
     """
 
     default_algorithm: ClassVar[str]
-    # Arguments that param_groups sets too: None says that they were not passed.
+    # Whether it takes groups of every method; others want a group of their own.
+    takes_every_group: ClassVar[bool] = False
+    # Arguments that param_groups sets too: None means that they were not passed.
     none_means: ClassVar[Mapping[str, Any]] = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0})
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         self._guard = NonFiniteGuard()
         self._has_momentum: list[bool] = []
-        self._listing = Listing()
+        self._parameters = ParameterIndex()
         name = type(self).__name__
-        groups = as_groups(params, name, self.default_algorithm)
+        own_algorithm = None if self.takes_every_group else self.default_algorithm
+        groups = as_groups(params, name, own_algorithm)
         given = [dict(group) for group in groups if isinstance(group, dict)]  # torch refuses others
         own = [{"algorithm": self.default_algorithm, **group} for group in given]
         check_kinds(passed_of(arguments, self.none_means))
         defaults, passed = resolve(arguments, self.none_means, self.default_algorithm)
         super().__init__(groups, defaults)
-        check_runs(name, self.default_algorithm, own)
+        if own_algorithm is not None:
+            check_runs(name, own_algorithm, own)
         self.defaults = settle(defaults, passed, own)
-        if self.default_algorithm == "stateless" and "lr" not in passed:
-            warn_unrouted(name, self.none_means["lr"], given, self.param_groups)
+        self._check_routing(given, passed)
         if isinstance(self.defaults["lr"], Tensor):
             self.defaults["lr"] = self.defaults["lr"].clone()
         if not self.defaults.get("momentum"):
             self.defaults.pop("momentum", None)
         self._add_hooks()
+
+    def _check_routing(self, given: Sequence[Mapping[str, Any]], passed: Mapping[str, Any]) -> None:
+        """Warn about groups that are probably not meant.
+
+        Args:
+            given: The groups as the caller gave them, in the order of ``param_groups``.
+            passed: The arguments that the caller passed.
+        """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled optimizer; torch calls it at the end of loading, too."""
@@ -109,11 +108,11 @@ class GroupedOptimizer(Optimizer):
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         if "_guard" not in self.__dict__:
             self._guard = NonFiniteGuard()
-            self._listing = Listing(self.param_groups)
+            self._parameters = ParameterIndex(self.param_groups)
             self._add_hooks()
 
     def _add_hooks(self) -> None:
-        """Make our changes of state dicts hooks, which users' hooks can precede and follow."""
+        """Change state dicts by hooks, so that users' hooks can run before and after."""
         self._saved_hook = self.register_state_dict_post_hook(to_saved_form)
         kind: Any = type(self)  # torch passes the optimizer to a hook
         self._load_hooks = (
@@ -124,7 +123,7 @@ class GroupedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group.
 
-        With ``fused=True``, torch.amp.GradScaler hands its scale over to `step`, as it does to
+        With ``fused=True``, torch.amp.GradScaler passes its scale to `step`, as it does with
         torch's fused AdamW, instead of dividing gradients itself and waiting for the device.
 
         Args:
@@ -137,21 +136,21 @@ class GroupedOptimizer(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a group must be a dict, got {type(param_group).__name__}")
-        algorithm = find_algorithm(param_group.setdefault("algorithm", self.default_algorithm))
+        method = find_method(param_group.setdefault("algorithm", self.default_algorithm))
         check_keys(param_group, len(self.param_groups))
-        for option, value in FORMS.get(param_group["algorithm"], {}).items():
+        for option, value in method.presets.items():
             param_group.setdefault(option, value)
-        for option, default in algorithm.options.items():
+        for option, default in method.options.items():
             param_group.setdefault(option, self._default(option, default))
         foreign = self.defaults.keys() - param_group.keys() - COMMON.keys() - {"lr", "weight_decay"}
         self._own_lr(param_group)
         name_alike(self.param_groups, param_group)
         asks_for_fused = param_group.get("fused") is True
         super().add_param_group(param_group)
-        for option in foreign:  # options of another algorithm, which torch copied from the defaults
+        for option in foreign:  # options of other methods, which torch copied from the defaults
             del param_group[option]
         try:
-            check_group(param_group, len(self.param_groups) - 1, algorithm)
+            check_group(param_group, len(self.param_groups) - 1, method)
         except (ImportError, TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -159,23 +158,23 @@ class GroupedOptimizer(Optimizer):
             # Of the instance, as torch sets it: Lightning refuses to clip where it is True.
             self._step_supports_amp_scaling = True
         self._has_momentum.append(bool(param_group.get("momentum")))
-        self._listing.add(param_group, len(self.param_groups) - 1)
+        self._parameters.add(param_group, len(self.param_groups) - 1)
 
     def _default(self, option: str, default: Any) -> Any:
-        """Return what a group has of an option that it does not set.
+        """Return the value of an option that a group does not set.
 
-        It is the optimizer's if that was passed, otherwise the ``default`` of the group's
-        algorithm: SWAN's one iteration is not the default of a group of MNGD.
+        It is the optimizer's argument if that was passed, otherwise the ``default`` of the group's
+        method: SWAN's one iteration is not the default of a group of MNGD.
         """
         if option not in self.defaults:
             return default
         value = self.defaults[option]
-        documented = {**find_algorithm(self.default_algorithm).options, **self.none_means}
+        documented = {**METHODS[self.default_algorithm].options, **self.none_means}
         was_passed = option not in documented or not equal(value, documented[option])
         return value if was_passed else default
 
     def _own_lr(self, param_group: dict[str, Any]) -> None:
-        """Give a group its own tensor: a scheduler that writes in place would count twice."""
+        """Give a group its own tensor: a scheduler that writes in place would scale it twice."""
         lr = param_group.get("lr", self.defaults["lr"])
         others = [group["lr"] for group in self.param_groups]
         if isinstance(lr, Tensor) and others:
@@ -204,7 +203,7 @@ class GroupedOptimizer(Optimizer):
         Raises:
             NonFiniteGradientError: If a gradient holds NaN or infinity and the group's policy is
                 ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. Its
-                parameter was left as it was; others were updated.
+                parameter was left unchanged; others were updated.
             TypeError: If a gradient is sparse, or a trainer has exchanged a parameter for a flat
                 piece.
         """
@@ -223,22 +222,24 @@ class GroupedOptimizer(Optimizer):
             if bool(overflow):
                 return loss
             overflow = None
-        self._listing.begin_step()
         self._begin_step()
-        self._update(self._listing.slots(self.param_groups, type(self).__name__), scale, overflow)
+        slots = self._parameters.slots(self.param_groups, type(self).__name__)
+        flags = self._update(slots, scale, overflow)
         for group in self.param_groups:
             count_step(group)
+        for own in flags:
+            self._guard.take(*own)
         self._guard.end_step()
         return loss
 
     @torch.no_grad()
     def update(self, params: Iterable[Tensor]) -> list[Tensor]:
-        """Update some parameters alone: a part of a step, which `step` must end.
+        """Update some parameters: a part of a step, which `step` must end.
 
-        The first call of a step looks at all parameters of the optimizer, others at ``params``.
+        The first call of a step checks all parameters of the optimizer, later ones ``params``.
 
         Args:
-            params: Those that are not the optimizer's or have no gradient are left alone.
+            params: Those that have no gradient or belong to no group are left unchanged.
 
         Returns:
             The parameters whose gradients were used.
@@ -247,12 +248,13 @@ class GroupedOptimizer(Optimizer):
             TypeError: If a group needs all its gradients at once.
         """
         only = {*params}
-        if not self._listing.is_made:
+        if not self._parameters.is_made:
             self.check_one_by_one()
             self._begin_step()
-        some = self._listing.find(only, self.param_groups)
-        found = self._listing.slots(self.param_groups, type(self).__name__, some)
-        self._update(found, None, None)
+        some = self._parameters.find(only, self.param_groups)
+        found = self._parameters.slots(self.param_groups, type(self).__name__, some)
+        for own in self._update(found, None, None):
+            self._guard.take(*own)
         empty = [param for param in only if param.numel() == 0]
         return [*(slot.param for _, slots in found for slot in slots), *empty]
 
@@ -263,19 +265,17 @@ class GroupedOptimizer(Optimizer):
             TypeError: If a group needs all its gradients at once.
         """
         for index, group in enumerate(self.param_groups):
-            if group["algorithm"] in NEEDS_ALL_GRADIENTS:
+            if reason := METHODS[group["algorithm"]].needs_all_gradients:
                 raise TypeError(
-                    f"group {index} has algorithm={group['algorithm']!r}, whose step needs the "
-                    "norm of all gradients of the group, and here they come one by one; use "
-                    "algorithm='spam' or 'adamw' for it, or step without GradientRelease"
+                    f"group {index} has algorithm={group['algorithm']!r}, whose step needs {reason}"
                 )
 
     @torch.no_grad()
     def is_probed(self) -> bool:
-        """Whether a step now would only be torch's probe for state, which must change nothing else.
+        """Whether a step now would be torch's probe for state, which must only make state.
 
         While ``state`` is empty, torch's helpers for distributed checkpoints call ``step()`` with
-        every learning rate and every gradient zero. `step` then calls `init_state` instead.
+        all learning rates and all gradients zero. `step` then calls `init_state` instead.
         """
         if self.state or torch.compiler.is_compiling():
             return False
@@ -291,27 +291,27 @@ class GroupedOptimizer(Optimizer):
     def init_state(self) -> None:
         """Make the state that a first step would, so that a checkpoint can be read into it.
 
-        Parameters that have state are left alone. One of which nothing is kept has an empty entry
-        in ``state`` from then on, and torch's helpers for distributed checkpoints no longer probe:
-        to step along zero gradients takes as much memory as all weights.
+        Parameters that have state are left alone. A parameter without state gets an empty entry in
+        ``state``, so that torch's helpers for distributed checkpoints do not probe again: a step
+        along zero gradients takes as much memory as all weights.
         """
-        self._listing.check(self.param_groups)
+        self._parameters.check(self.param_groups)
         for group in self.param_groups:
-            algorithm = find_algorithm(group["algorithm"])
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
-                    self.state[param] = _new_state(algorithm, param, group)
+                    self.state[param] = _new_state(param, group)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter with its name, or what errors call it."""
+        """Yield every parameter with its name, or a description for errors."""
         for index, group in enumerate(self.param_groups):
             yield from named(group, index)
 
     @in_full_precision
     def _update(
         self, found: Sequence[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
-    ) -> None:
-        sharers = count_sharers((self.param_groups[index], slots) for index, slots in found)
+    ) -> list[tuple[list[str], Tensor, str]]:
+        """Step along slots, and return what the guard takes: the names, the flags, the policy."""
+        sharers = self._count_sharers(found)
         steps: list[Computation[Tensor]] = []
         taken: list[tuple[list[Slot], Group, Tensor | None]] = []
         for index, slots in found:
@@ -321,28 +321,40 @@ class GroupedOptimizer(Optimizer):
                 continue
             flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
             context = Context(self.state, scale, flag, sharers)
-            steps.append(find_algorithm(group["algorithm"]).step(slots, group, context))
+            steps.append(METHODS[group["algorithm"]].step(slots, group, context))
             taken.append((slots, group, flag))
+        flags = []
         for (slots, group, flag), finite in zip(taken, exchange(steps), strict=True):
-            # An overflow is the scaler's to mend; only what is non-finite besides is the guard's.
+            # GradScaler handles overflows; the guard handles every other non-finite gradient.
             known = finite if flag is None else finite | flag
-            self._guard.take([slot.name for slot in slots], known, group["nonfinite"])
+            flags.append(([slot.name for slot in slots], known, group["nonfinite"]))
+        return flags
+
+    def _count_sharers(self, found: Sequence[tuple[int, list[Slot]]]) -> int:
+        """Return how many sharded groups share the memory for scratch, or 1 if none needs any."""
+        groups = [(self.param_groups[index], slots) for index, slots in found]
+        sharers = [
+            group
+            for group, slots in groups
+            if any(is_dtensor(slot.param) for slot in slots)
+            and METHODS[group["algorithm"]].needs_scratch(group)
+        ]
+        return max(1, len(sharers))
 
     def _init_state_of(self, slots: Iterable[Slot], group: Group) -> None:
-        """Make the state of a first step: all that a step of tensors without values does."""
-        algorithm = find_algorithm(group["algorithm"])
+        """Make the state of a first step, for tensors without values."""
         for slot in slots:
             if not self.state.get(slot.param):
-                state = _new_state(algorithm, slot.param, group)
+                state = _new_state(slot.param, group)
                 if state:
                     self.state[slot.param] = state
 
     def skipped(self) -> dict[str, int]:
-        """Return how many updates were left out for a non-finite gradient, by parameter."""
+        """Return how many updates were skipped for a non-finite gradient, by parameter."""
         return self._guard.skipped()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch does; norms as their text, so that no class is pickled."""
+        """Return the state as torch does; norms as text, so that no class is pickled."""
         self._optimizer_state_dict_post_hooks.move_to_end(self._saved_hook.id, last=False)
         return super().state_dict()
 
@@ -372,7 +384,7 @@ class GroupedOptimizer(Optimizer):
         return loaded
 
     def _after_load(self) -> None:
-        """Restore what the version that saved the state did not have, and what is ours alone."""
+        """Restore options that the saved state lacks, and those that are not loaded."""
         loaded, own_groups, own_state = self._loading
         del self._loading
         for group, own in zip(self.param_groups, own_groups, strict=True):
@@ -381,7 +393,7 @@ class GroupedOptimizer(Optimizer):
             for option in ("norms", "param_names"):
                 if option in own:
                     group[option] = own[option]
-            for option in ("rounding_step", NORM_HISTORY):
+            for option in METHODS[group["algorithm"]].counters:
                 if group.get(option) is not None and group["params"]:
                     group[option] = group[option].to(group["params"][0].device)
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
@@ -389,13 +401,34 @@ class GroupedOptimizer(Optimizer):
 
     def _begin_step(self) -> None:
         """Check what may have changed since the last step."""
-        check_momentum(self.param_groups, self._has_momentum)
-        self._listing.check(self.param_groups)
+        self._check_momentum()
+        self._parameters.begin_step(self.param_groups)
+
+    def _check_momentum(self) -> None:
+        """Refuse momentum in a group that was built without it.
+
+        torch's OneCycleLR and CyclicLR write ``momentum`` into every group. In a group with
+        ``betas`` it becomes the first of them, as these schedulers do to torch's AdamW.
+
+        Raises:
+            ValueError: With the group and the remedy.
+        """
+        for index, (group, had_it) in enumerate(
+            zip(self.param_groups, self._has_momentum, strict=False)
+        ):
+            if "momentum" in group and "betas" in group:
+                group["betas"] = (group.pop("momentum"), group["betas"][1])
+            elif group.get("momentum") and not had_it:
+                raise ValueError(
+                    f"group {index} was built without momentum and now has momentum="
+                    f"{group['momentum']}; give the scheduler cycle_momentum=False, or build the "
+                    "optimizer with momentum"
+                )
 
 
-def _new_state(algorithm: Algorithm, param: Tensor, group: Group) -> dict[str, Any]:
+def _new_state(param: Tensor, group: Group) -> dict[str, Any]:
     state: dict[str, Any] = {}
-    algorithm.init_state(param, group, state)
+    METHODS[group["algorithm"]].init_state(param, group, state)
     return state
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import Norm, as_norms
+from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.unknown_names import suggest_names
 
 
 class MNGD(GroupedOptimizer):

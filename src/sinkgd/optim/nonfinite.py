@@ -1,10 +1,10 @@
 """What happens to a gradient that holds NaN or infinity: it never reaches a weight.
 
-Its parameter is left as it was, whatever the policy; others are updated. On a CPU the flags are
-read at the end of the step, and ``"raise"`` raises there. On an accelerator nothing waits: a copy
-of the flags travels to the host, and the error comes with the next step. So it is in a step that
-``torch.compile`` has compiled; in one that a CUDA graph replays nobody reads the flags, so the
-parameters are kept from harm and that is all.
+Under every policy its parameter is left unchanged, and others are updated. On a CPU the flags are
+read at the end of the step, and ``"raise"`` raises there. On an accelerator nothing waits: the
+flags are copied to the host, and the next step raises. A step that ``torch.compile`` has compiled
+does the same. In a step that a CUDA graph replays the flags are not read: the parameter is left
+unchanged, and no error is raised.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from sinkgd.optim.wording import some_of
+from sinkgd.optim.arguments import list_names
 
 POLICIES = ("raise", "skip")
 
@@ -24,7 +24,7 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Follows the flags of one optimizer, and counts what it skipped."""
+    """Reads the flags of one optimizer, and counts the updates that it skipped."""
 
     def __init__(self) -> None:
         self._skipped: Counter[str] = Counter()
@@ -32,7 +32,7 @@ class NonFiniteGuard:
         self._earlier: list[_Flags] = []  # of the step before
 
     def take(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
-        """Take the flags of some parameters on one device: False where a gradient is not finite."""
+        """Take the flags of parameters on one device: False where a gradient is not finite."""
         if flags.device.type == "cpu" or torch.compiler.is_compiling():
             self._in_flight.append(_Flags(names, flags, policy))
         elif not _capturing(flags.device):
@@ -40,19 +40,19 @@ class NonFiniteGuard:
 
     @_disable_dynamo  # as torch.compiler.disable, which would import the compiler at once
     def settle(self) -> None:
-        """Read the flags of the step before, which a device has long since computed.
+        """Read the flags of the step before.
 
         Raises:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
         """
-        # To wait for a device while a CUDA graph captures its work would end the capture.
+        # Waiting for a device while a CUDA graph captures its work would end the capture.
         later = [own for own in self._earlier if _capturing(own.device)]
         ready = [own for own in self._earlier if own not in later]
         self._earlier = later
         self._settle(ready)
 
     def end_step(self) -> None:
-        """Read the flags that lie on a CPU; leave others, and those in a graph, to the next step.
+        """Read the flags on a CPU; leave those on a device or in a compiled step to the next step.
 
         Raises:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
@@ -83,7 +83,9 @@ class NonFiniteGuard:
 
 
 def _message(names: Sequence[str]) -> str:
-    said = f"the gradients of {some_of(names)} hold NaN or infinity; these parameters were left as"
+    said = (
+        f"the gradients of {list_names(names)} hold NaN or infinity; these parameters were left as"
+    )
     said += " they were"
     if len(names) == 1:
         said = f"the gradient of {names[0]} holds NaN or infinity; the parameter was left as it was"
@@ -98,7 +100,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 class _Flags:
-    """Flags of a step that nobody has looked at."""
+    """Flags of a step that have not been read."""
 
     def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         self.names, self.flags, self.policy = names, flags, policy

@@ -17,10 +17,10 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sinkgd.distributed.shards import is_dtensor, largest_shard_size
 from sinkgd.number_check import check_flag, check_number
-from sinkgd.optim.algorithms.contract import most_held, on_mesh
+from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.unknown_names import suggest_names
 
 # Smaller gradients wait for others: such as those of norms and biases, whose step takes no longer
 # than the calls that it needs. Not measured.
@@ -176,7 +176,7 @@ class GradientRelease:
                 f"the gradient of {name!r} is released by another GradientRelease, and can be "
                 "applied and freed only once; call remove() of the other one first"
             )
-        if _ranks() > 1 and not self._averaged and not on_mesh(param):
+        if _ranks() > 1 and not self._averaged and not is_dtensor(param):
             raise TypeError(
                 f"{name!r} is a plain tensor on one of {_ranks()} ranks; "
                 "DistributedDataParallel averages its gradient only after it would be "
@@ -196,7 +196,7 @@ class GradientRelease:
             if param not in self._waiting:
                 self._waiting[param] = None
                 # All ranks count alike, and so flush alike.
-                self._waiting_bytes += most_held(param.grad) * param.grad.element_size()
+                self._waiting_bytes += largest_shard_size(param.grad) * param.grad.element_size()
             task = self._watch_backward()
             if self._waiting_bytes >= (self._bucket_bytes or SMALL_BYTES):
                 self._running.add(task)

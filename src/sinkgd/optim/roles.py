@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from sinkgd.optim.algorithms.layout import Split
+from sinkgd.matrix_views import Split
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -42,6 +42,9 @@ _WRAPPED = (
 _WRAPPER_OF_MODULE = ("DataParallel", "DistributedDataParallel")  # "module" is a common name
 # Experts of transformers that are stored (experts, in, out) and, unlike others, do not say so.
 _STORED_IN_OUT = ("Llama4TextExperts",)
+# What wrappers put before the name of a module: torch.compile, DistributedDataParallel and
+# DataParallel, FullyShardedDataParallel, and torch's checkpoint_wrapper.
+_NAME_PREFIXES = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # torch.nn.utils.parametrize keeps what a parameter is made from below this child.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)$")
 
@@ -53,7 +56,7 @@ class Role:
     Attributes:
         is_matrix: Whether it is a hidden matrix, which a matrix norm fits.
         reason: Why, in words for a table.
-        layout: How it is seen as matrices; see `sinkgd.optim.algorithms.layout`.
+        layout: How it is seen as matrices; see `sinkgd.matrix_views`.
         split: Into how many matrices its rows are cut.
     """
 
@@ -79,9 +82,9 @@ def roles(model: nn.Module) -> list[tuple[str, Tensor, Role]]:
 
     A tied parameter is a hidden matrix only if it is one in all of its places.
     """
-    house = _House(model)
+    modules = _Modules(model)
     found: dict[Tensor, tuple[str, Role]] = {}
-    for name, param, role in house.walk():
+    for name, param, role in modules.walk():
         if param not in found:
             found[param] = (name, role)
         elif found[param][1].is_matrix and not role.is_matrix:
@@ -89,7 +92,17 @@ def roles(model: nn.Module) -> list[tuple[str, Tensor, Role]]:
     return [(name, param, role) for param, (name, role) in found.items()]
 
 
-class _House:
+def without_wrappers(name: str) -> str:
+    """Return the name that a parameter has in the model without wrappers.
+
+    Examples:
+        >>> without_wrappers("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
+        'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _NAME_PREFIXES)
+
+
+class _Modules:
     """The modules of a model, with what has to be known before a parameter's role can be told."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,5 +1,6 @@
-"""What ``state_dict`` returns beyond torch's, and what becomes of a dict that is loaded."""
+"""State dicts: what they hold beyond torch's, and how a saved one is checked and adopted."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.optim.algorithms.contract import Group
+from sinkgd.optim.method import Group
+from sinkgd.optim.roles import without_wrappers
 
-# The only entry of a state dict without tensors. To load a full state dict, torch looks in it for
-# the device: torch/distributed/checkpoint/state_dict.py, _load_optim_state_dict.
+# The only tensor of a state dict that would have none. To load a full state dict, torch looks in it
+# for a device: torch/distributed/checkpoint/state_dict.py, _load_optim_state_dict.
 PLACEHOLDER = "no_state"
 
 # Options of torch.optim.AdamW that our AdamW does not have.
@@ -22,8 +24,14 @@ _TORCHS_OPTIONS = {
     "foreach",
 }
 
-# State that torch's AdamW works on; torch decides its device and dtype.
+# The state of torch's AdamW; torch decides its device and dtype.
 _TORCHS_OWN = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+
+# Options that say what is done with a parameter; all others may differ and are loaded.
+_ROUTING = ("algorithm", "layout", "split", "norms")
+
+# What `sinkgd.optim.parameters.unnamed` returns.
+_UNNAMED = re.compile(r"parameter \d+ of group \d+")
 
 
 def saved_options(group: Group) -> Group:
@@ -37,7 +45,7 @@ def saved_options(group: Group) -> Group:
 def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Save options as text, and list the parameters that have no state.
 
-    torch's ``set_optimizer_state_dict`` takes a parameter that is not listed for a loss.
+    torch's ``set_optimizer_state_dict`` takes a parameter that is not listed for lost state.
     """
     for group in state_dict["param_groups"]:
         group.update(saved_options(group))
@@ -56,7 +64,7 @@ def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the ``state`` of a state dict without the entry that stands for no state."""
+    """Return the ``state`` of a state dict without the placeholder."""
     return {
         key: {name: value for name, value in own.items() if name != PLACEHOLDER}
         for key, own in state.items()
@@ -64,7 +72,7 @@ def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the ``state`` of a state dict with numbers as tensors, as old torch saved steps."""
+    """Return the ``state`` of a state dict with numbers, as old torch saved steps, as tensors."""
     return {
         key: {
             name: torch.tensor(float(value), dtype=torch.float32, device="cpu")
@@ -119,18 +127,71 @@ def _adopt(index: int, own: Group, saved: Group) -> Group:
     return {**kept, "algorithm": "adamw", "fused": own["fused"]}
 
 
+def check_same_routing(
+    own_groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]
+) -> None:
+    """Refuse a state dict that was saved with another routing.
+
+    Args:
+        own_groups: Options of the optimizer's own groups, as they are saved.
+        saved_groups: ``param_groups`` of the ``state_dict`` to load.
+
+    Raises:
+        ValueError: With the first parameter or option that differs.
+    """
+    if len(own_groups) != len(saved_groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved_groups)} parameter groups, this optimizer has "
+            f"{len(own_groups)}; build it with the same param_groups() arguments"
+        )
+    for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
+        for option in _ROUTING:
+            if _plain(own.get(option)) != _plain(saved.get(option)):
+                raise ValueError(
+                    f"group {index} has {option} {saved.get(option)!r} in the checkpoint and "
+                    f"{own.get(option)!r} here; build the optimizer as it was when it was saved"
+                )
+        _check_same_names(index, own.get("param_names"), saved.get("param_names"))
+
+
+def _check_same_names(index: int, own: Sequence[str] | None, saved: Sequence[str] | None) -> None:
+    if own is None or saved is None:
+        return
+    here, there = [*map(without_wrappers, own)], [*map(without_wrappers, saved)]
+    if len(here) == len(there):  # a parameter without a name may have one there
+        pairs = [
+            pair for pair in zip(here, there, strict=True) if not any(map(_UNNAMED.fullmatch, pair))
+        ]
+        here, there = [name for name, _ in pairs], [name for _, name in pairs]
+    if here == there:
+        return
+    moved = sorted({*here} ^ {*there})
+    if not moved:
+        raise ValueError(f"group {index} of the checkpoint lists its parameters in another order")
+    name = moved[0]
+    where = "this optimizer" if name in here else "the checkpoint"
+    raise ValueError(
+        f"{name!r} is in group {index} of {where} alone; build the optimizer with the same "
+        "param_groups() arguments as when it was saved"
+    )
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def restore_types(
     optimizer: Optimizer,
     state_dict: dict[str, Any],
     before: Mapping[Tensor, Mapping[str, Any]],
 ) -> None:
-    """Bring our own state to the type it was saved in; torch casts it to the parameter's.
+    """Bring our own state to the type in which it was saved; torch casts it to the parameter's.
 
     Args:
         optimizer: After torch has loaded ``state_dict``.
         state_dict: What was loaded.
-        before: The optimizer's state before. A tensor of it that was filled in place is taken as it
-            is; any other is copied, so that two optimizers never share state.
+        before: The optimizer's state before. Tensors that were filled in place are kept; all others
+            are copied, so that two optimizers never share state.
     """
     saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
     own_params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.unknown_names import suggest_names
 
 
 class SWAN(GroupedOptimizer):

@@ -10,7 +10,7 @@ from sinkgd.lab.bench import contenders as table
 from sinkgd.lab.bench.contenders import ADAMW, LR, contenders, our_name
 from sinkgd.lab.bench.workloads import Problem, Workload, build_problem
 from sinkgd.lab.models import PRESETS, Llama
-from sinkgd.optim.partition import DEFLATED_RANK
+from sinkgd.optim.param_groups import DEFLATED_RANK
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny", "tiny", lambda: ((6, 4), (5, 7)))

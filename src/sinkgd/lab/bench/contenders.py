@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd import kernels
 from sinkgd.lab.bench.workloads import Problem, Workload
-from sinkgd.optim.partition import DEFLATED_RANK
+from sinkgd.optim.param_groups import DEFLATED_RANK
 
 Update = Callable[[Tensor, Tensor, Tensor], None]  # (param, grad, lr)
 

@@ -7,7 +7,7 @@ from sinkgd.lab.options import suggest
 from sinkgd.lab.plan.method_cost import ITERATIONS, Method
 from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.optim.partition import DEFLATED_RANK
+from sinkgd.optim.param_groups import DEFLATED_RANK
 
 _SOAPS_LARGEST_SIDE = 10_000  # that has a basis: the authors' default
 
@@ -296,7 +296,7 @@ FAMILY = (
         can_release=True,
         exchange="matrices",
         passes=5,
-        scratch=3.0,  # sinkgd.optim.algorithms.batches.MATRICES_IN_USE
+        scratch=3.0,  # sinkgd.optim.methods.multi_normalized
         batched=True,
         flops=_whitening,
     ),
@@ -310,7 +310,7 @@ FAMILY = (
         counts=2,  # steps and resets
         everywhere=True,
         can_release=True,
-        passes=20,  # AdamW's 7; what is cut: sinkgd.optim.algorithms.resets.cut_spikes
+        passes=20,  # AdamW's 7; what is cut: sinkgd.contrib.spam.clip_spikes
         scratch=3.0,  # the limit, its negative and the cut gradient
     ),
     Method(

@@ -13,9 +13,13 @@ from sinkgd.lab.plan.method_cost import Method, eight_bit_bytes, usual_rank
 from sinkgd.lab.plan.rank_model import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
 from sinkgd.lab.train.machine import weight_dtype
-from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
-from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
-from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut
+from sinkgd.optim.chunking import SCRATCH_BYTES, chunk_slices
+from sinkgd.optim.methods.multi_normalized import (
+    BATCH_BYTES,
+    CPU_BATCH_BYTES,
+    MATRICES_IN_USE,
+)
+from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
 
 _FLOAT32 = 4
 # Bytes that the sums of a sharded step use at once for each row or column, nearly all float64: 43
@@ -201,9 +205,9 @@ def _deflation_scratch(
     """
     if device == "cuda":
         held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
-        runs = mesh_runs(held) if room else cut(held, 0)
+        runs = mesh_chunks(held) if room else chunk_slices(held, 0)
     else:
-        runs = cut([_FLOAT32 * prod(w.piece) for w in matrices], room)
+        runs = chunk_slices([_FLOAT32 * prod(w.piece) for w in matrices], room)
     needs = [_DIRECTION[device] * (directions + 1) * sum(w.piece) for w in matrices]
     return max(sum(needs[run]) for run in runs)
 
@@ -213,7 +217,7 @@ def _mesh_deflation_scratch(
 ) -> int:
     """Return the same on a mesh: vectors of a run of matrices, and copies of a few of them."""
     held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
-    runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else mesh_runs(held)
+    runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else mesh_chunks(held)
     most = 0
     for run in runs:
         vectors = (directions + 1) * sum(sum(w.piece) for w in matrices[run])

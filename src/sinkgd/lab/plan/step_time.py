@@ -21,7 +21,7 @@ from sinkgd.lab.plan.method_cost import Method, usual_rank
 from sinkgd.lab.plan.rank_model import Grid, Weight, weights_of
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.train.machine import weight_dtype
-from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
+from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
 
 _FLOAT64 = 8
 
@@ -103,7 +103,7 @@ def _of_vectors(
     numbers = method.iterations * sum(vector_length(w, grid, group) for w in weights)
     if method.directions:
         held = [vector_bytes(w.piece[0], w.piece[1], method.directions) for w in weights]
-        for some in map(weights.__getitem__, mesh_runs(held)):
+        for some in map(weights.__getitem__, mesh_chunks(held)):
             ways = {_is_cut_by_columns(w, group) for w in some}
             count += 2 * (False in ways) + 4 * (True in ways)
             numbers += sum(_deflation_length(w, group, method.directions) for w in some)
@@ -137,7 +137,7 @@ def vector_length(weight: Weight, grid: Grid, group: str) -> int:
 
     The message with the sums of n columns also has the number of nonzero rows and of rows that
     still change; that with the sums of m rows has the number of columns, as in
-    `sinkgd.sharded.scales`.
+    `sinkgd.distributed.scales`.
 
     Args:
         weight: A matrix.

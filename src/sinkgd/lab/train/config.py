@@ -135,7 +135,7 @@ class TrainingConfig:
     sequence_length: int = 256
     """Length of a row of the batch, tokens."""
     warmup_fraction: float = 0.1
-    """Part of the steps in which the learning rate rises linearly to its peak, 0 to 1."""
+    """ParamMatrix of the steps in which the learning rate rises linearly to its peak, 0 to 1."""
     final_lr_fraction: float = 0.1
     """Learning rate of the last step as a part of the peak, 0 to 1; a cosine leads there."""
     precision: Precision = "bf16-autocast"

@@ -39,7 +39,7 @@ def lr_factor(
     Args:
         step: Steps already taken; 0 before the first.
         steps: Steps of the whole run.
-        warmup_fraction: Part of the steps with a rising rate, 0 to 1.
+        warmup_fraction: ParamMatrix of the steps with a rising rate, 0 to 1.
         final_lr_fraction: The last step's part of the peak, 0 to 1.
 
     Examples:

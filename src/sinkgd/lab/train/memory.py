@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sinkgd.distributed.shards import local
 from sinkgd.lab.results import Memory
-from sinkgd.optim.algorithms.contract import local
 
 _STATUS = Path("/proc/self/status")
 # Of glibc's malloc.h.

@@ -23,13 +23,13 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import sinkgd
-from sinkgd import sharded
+from sinkgd.distributed.all_reduce import all_reduce
+from sinkgd.distributed.shards import is_dtensor, local, shard_groups
 from sinkgd.exchange import run
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.train.config import RunConfig
 from sinkgd.lab.train.machine import arithmetic, synchronize
 from sinkgd.lab.train.mesh import Mesh
-from sinkgd.optim.algorithms.contract import local, on_mesh
 
 
 class NonFiniteLossError(RuntimeError):
@@ -138,18 +138,18 @@ def joint_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
         norms: From `norm_of`.
         params: Parameters of these gradients; a DTensor gives the ranks that hold its shards.
     """
-    if not any(map(on_mesh, params)):
+    if not any(map(is_dtensor, params)):
         return nn.utils.get_total_norm(norms)
     squares = torch.stack(list(norms)).double().square()
-    groups = [sharded.groups_of(param) if on_mesh(param) else () for param in params]
-    return run(sharded.add_up(squares, groups)).sum().sqrt()
+    groups = [shard_groups(param) for param in params]
+    return run(all_reduce(squares, groups)).sum().sqrt()
 
 
 def clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:
     """Scale the gradient down to ``largest_norm`` if it is longer; return its norm before."""
     params = [param for param in model.parameters() if param.grad is not None]
     gradients = [param.grad for param in params if param.grad is not None]
-    if not any(map(on_mesh, params)):
+    if not any(map(is_dtensor, params)):
         norm = nn.utils.get_total_norm(gradients)
     else:
         norm = joint_norm([norm_of(grad) for grad in gradients], params)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sinkgd
-from sinkgd.optim.partition import Overrides
+from sinkgd.optim.param_groups import Overrides
 
 Options = Mapping[str, Any]  # resolved, by name: those in the recipe's defaults
 Groups = list[dict[str, Any]]

@@ -11,7 +11,13 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.lab.train.recipes.recipe import Options, Recipe, betas, family_groups
 from sinkgd.norms import Norm
-from sinkgd.optim.partition import BETAS, DEFLATED_RANK, LR, MATRIX_LR_SCALE, Overrides
+from sinkgd.optim.param_groups import (
+    BETAS,
+    DEFLATED_RANK,
+    LR,
+    MATRIX_LR_SCALE,
+    Overrides,
+)
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 

@@ -1,0 +1,118 @@
+"""SCALE: row-normalized gradients, and momentum for the output head alone."""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from sinkgd.norms import RowNorm
+from sinkgd.number_check import check_decay_rate
+from sinkgd.optim.arguments import suggest_names
+from sinkgd.optim.mngd import MNGD
+from sinkgd.optim.param_groups import (
+    Overrides,
+    check_model,
+    check_overrides,
+    matches,
+    param_groups,
+)
+from sinkgd.optim.roles import EMBEDDING, HEAD, roles
+
+_OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas", "overrides")}
+
+
+class SCALE(MNGD):
+    r"""Descend along row-normalized gradients, of the head along their average.
+
+    .. math::
+        W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(D)^{-1} D
+
+    with D the gradient G or, of the output head, its average B ← μB + (1 − μ)G. What the paper
+    calls columns are the weights of one output: rows of a linear weight as torch stores it, columns
+    of an embedding, which is stored transposed. State: one float32 an entry of the head; two an
+    entry of vectors, which are AdamW's.
+
+    Args:
+        params: Groups of `scale_groups`. Matrices by themselves, tensors or (name, tensor) pairs,
+            have no momentum unless ``momentum`` is given. Vectors are refused.
+        lr: Learning rate η of the groups that do not set their own, at least 0: the
+            root-mean-square change of a weight in one step. Default: 1e-3.
+        **options: The keyword options of `MNGD`.
+
+    Raises:
+        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        TypeError: If a parameter is not real and floating.
+
+    Examples:
+        >>> import torch, sinkgd
+        >>> layers = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 7)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> optimizer = sinkgd.SCALE(sinkgd.scale_groups(model))
+        >>> model(torch.tensor([1, 2])).logsumexp(dim=1).sum().backward()
+        >>> optimizer.step()
+        >>> [list(optimizer.state[layer.weight]) for layer in layers]
+        [[], [], ['momentum_buffer']]
+
+    References:
+        Glentis et al., A Minimalist Optimizer Design for LLM Pretraining.
+        https://arxiv.org/abs/2506.16659
+    """
+
+    @suggest_names(_OF_SCALE_GROUPS, passes_to=MNGD)
+    def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
+        super().__init__(params, lr, [RowNorm()], 1, **options)
+
+
+@suggest_names({})
+def scale_groups(
+    model: nn.Module,
+    lr: float = 1e-3,
+    momentum: float = 0.9,
+    *,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    overrides: Overrides | None = None,
+) -> list[dict[str, Any]]:
+    """Split a model's parameters into groups for `SCALE`.
+
+    Hidden matrices, embeddings and the output head are normalized at ``lr``, the head with
+    ``momentum``; all else goes to AdamW at ``lr``. A table that is embedding and head at once is
+    taken for an embedding.
+
+    Args:
+        model: The model, before or after FSDP2. Frozen parameters are left out, as by
+            `param_groups`.
+        lr: Learning rate. The paper uses 1e-3 from 60M to 350M parameters.
+        momentum: Decay rate μ of the head's average. The paper uses 0.9.
+        weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.
+        betas: AdamW's decay rates of the two moments.
+        overrides: As for `param_groups`; they go first.
+
+    Returns:
+        Groups of (name, parameter) pairs.
+
+    Raises:
+        TypeError, ValueError: As `param_groups` does.
+    """
+    check_model(model, "scale_groups")
+    check_decay_rate("momentum", momentum)
+    check_overrides(overrides)
+    own: dict[str, Any] = {
+        EMBEDDING: {"algorithm": "mngd", "layout": "transposed"},
+        HEAD: {"algorithm": "mngd", "momentum": momentum},
+    }
+    routes = dict(overrides or {})
+    for name, param, role in roles(model):
+        is_free = not any(matches(pattern, name) for pattern in overrides or {})
+        if is_free and role.reason in own and param.ndim == 2:
+            routes[f"^{re.escape(name)}$"] = own[role.reason]
+    return param_groups(
+        model,
+        lr,
+        1.0,
+        matrix_algorithm="mngd",
+        weight_decay=weight_decay,
+        betas=betas,
+        overrides=routes,
+    )

@@ -1,0 +1,51 @@
+"""SRON: descend along the gradient with its rows normalized, with no state."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sinkgd.norms import RowNorm
+from sinkgd.optim.arguments import suggest_names
+from sinkgd.optim.mngd import MNGD
+
+
+class SRON(MNGD):
+    r"""Descend along the gradient with rows of root-mean-square 1.
+
+    .. math::
+        W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(G)^{-1} G
+
+    with Q the diagonal of row lengths: the first half step of SR-Sinkhorn, and `MNGD` with a
+    `RowNorm` alone. A zero row stays zero, where the paper adds an ε. ``state`` stays empty.
+
+    Args:
+        params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or
+            (name, tensor) pairs. Vectors are refused.
+        lr: Learning rate η of the groups that do not set their own, at least 0: the
+            root-mean-square change of a weight in one step. The paper's α is a part of it. Default:
+            1e-3.
+        **options: The keyword options of `MNGD`.
+
+    Raises:
+        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        TypeError: If a parameter is not real and floating.
+
+    Examples:
+        >>> import torch
+        >>> from sinkgd import SRON
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = SRON([weight], lr=0.1)
+        >>> (weight * torch.tensor([[3.0, 4.0], [0.0, 0.5]])).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data.square().mean(dim=1).sqrt()
+        tensor([0.1000, 0.1000])
+
+    References:
+        Wen et al., SRON: State-free LLM Training via Row-wise Gradient Normalization.
+        https://openreview.net/forum?id=BtQLBWr6zI
+    """
+
+    @suggest_names(passes_to=MNGD)
+    def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
+        super().__init__(params, lr, [RowNorm()], 1, **options)

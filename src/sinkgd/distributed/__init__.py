@@ -1,0 +1,1 @@
+"""Updates of sharded matrices: ranks exchange vectors, never matrices."""

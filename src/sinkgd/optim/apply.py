@@ -1,0 +1,151 @@
+"""The end of every step: W ← (1 − lr·λ) W − lr X, rounded once, where the gradient is finite.
+
+An update X of a bfloat16 parameter is often smaller than half the distance to the next bfloat16.
+Rounding to the nearest loses it, step after step; stochastic rounding keeps it in the mean.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from sinkgd.distributed.shards import ParamMatrix
+from sinkgd.kernels.eager import descend_
+from sinkgd.kernels.rounding import keys_of_step
+from sinkgd.optim.method import Context, Group, Slot
+
+ROUNDINGS = ("nearest", "stochastic")
+
+# ``rounding_step`` counts the steps of a group, on the device of its parameters. It is made here
+# and saved with the group, so that a resumed run draws the bits that an uninterrupted one draws.
+ROUNDING_STEP = "rounding_step"
+ROUNDING_OPTIONS = MappingProxyType[str, object](
+    {"rounding": "nearest", "seed": 0, ROUNDING_STEP: None}
+)
+
+
+class UpdateWriter:
+    """Applies updates to the parameters of a step.
+
+    Args:
+        slots: The parameters.
+        finite: ``(slots,)`` bool: whether the gradient of each is finite.
+        group: Their group.
+        context: The context of the step.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], finite: Tensor, group: Group, context: Context
+    ) -> None:
+        self._flags = allowed(finite, context)
+        self._keys = draw_keys(slots, group)
+        self._keep, self._step = decay_factor(group), step_factor(group)
+
+    def may_write(self, i: int) -> Tensor | None:
+        """Return whether parameter ``i`` may be written, 0-dim bool; None where all may."""
+        return None if self._flags is None else self._flags[i]
+
+    def write_(self, i: int, param: Tensor, update: Tensor, first_entry: int = 0) -> None:
+        """Apply an update to parameter ``i``, or to a part of it.
+
+        Args:
+            i: The index of the slot.
+            param: This rank's entries of the parameter, or a view of some.
+            update: X, of the same shape; overwritten.
+            first_entry: The index of the first entry of ``param`` among those of the parameter.
+        """
+        key = None if self._keys is None else self._keys[i]
+        descend_(
+            param,
+            update,
+            keep=self._keep,
+            step=self._step,
+            allowed=self.may_write(i),
+            key=key + first_entry if key is not None and first_entry else key,
+        )
+
+
+def learning_rate(group: Group) -> float | Tensor:
+    """Return the learning rate: a number, or a tensor without dimensions."""
+    lr: float | Tensor = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def decay_factor(group: Group) -> float | Tensor:
+    """Return the factor of a parameter under decoupled weight decay: 1 − lr·λ."""
+    if group["weight_decay"] == 0:
+        return 1.0
+    keep: float | Tensor = 1 - learning_rate(group) * group["weight_decay"]
+    return keep
+
+
+def step_factor(group: Group) -> float | Tensor:
+    """Return the factor of an update: −lr, or +lr to maximize."""
+    lr = learning_rate(group)
+    return lr if group["maximize"] else -lr
+
+
+def allowed(finite: Tensor, context: Context) -> Tensor | None:
+    """Return which parameters may be written, given which gradients are finite: ``(slots,)`` bool.
+
+    None where all may, and that is known without waiting for a device.
+    """
+    if context.overflow is not None:
+        return finite & ~context.overflow
+    here = finite.is_cpu and not torch.compiler.is_compiling()
+    return None if here and bool(finite.all()) else finite
+
+
+def check_rounding(name: str, param: Tensor, group: Group) -> None:
+    """Refuse options out of range; begin to count the steps.
+
+    Raises:
+        ValueError: With the option and its value, or the name of a float16 parameter.
+    """
+    if group["rounding"] not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
+    if group["rounding"] == "nearest":
+        return
+    if not 0 <= group["seed"] < 1 << 63:
+        raise ValueError(f"seed must be an integer in [0, 2**63), got {group['seed']!r}")
+    if param.dtype == torch.float16:
+        raise ValueError(
+            f"rounding='stochastic' rounds bfloat16 parameters; {name!r} is float16. "
+            "Use bfloat16 or rounding='nearest'"
+        )
+    # A model may have been made on the meta device, where a counter holds nothing.
+    step = group[ROUNDING_STEP]
+    if step is None or (step.is_meta and not param.is_meta):
+        group[ROUNDING_STEP] = torch.zeros((), dtype=torch.int64, device=param.device)
+
+
+def draw_keys(slots: Sequence[Slot], group: Group) -> Sequence[Tensor] | None:
+    """Return a key for each slot in this step, 0-dim int64; None for rounding to the nearest."""
+    if group["rounding"] == "nearest":
+        return None
+    step = group[ROUNDING_STEP].to(slots[0].param.device)
+    numbers = [slot.number for slot in slots]
+    first = min(numbers)
+    keys = keys_of_step(group["seed"], step, max(numbers) + 1 - first, first=first).unbind()
+    return [keys[number - first] for number in numbers]
+
+
+def draw_matrix_keys(
+    slots: Sequence[Slot], matrices: Sequence[ParamMatrix], owners: Sequence[range], group: Group
+) -> Sequence[Tensor] | None:
+    """Return a key for each matrix in this step; None for rounding to the nearest."""
+    of_slots = draw_keys(slots, group)
+    if of_slots is None:
+        return None
+    keys = [key for key, own in zip(of_slots, owners, strict=True) for _ in own]
+    return [
+        key + matrix.first_entry if matrix.first_entry else key
+        for key, matrix in zip(keys, matrices, strict=True)
+    ]
+
+
+def count_step(group: Group) -> None:
+    """Count a step of the group; the next step draws other keys."""
+    if group.get(ROUNDING_STEP) is not None:
+        group[ROUNDING_STEP].add_(1)

@@ -1,0 +1,66 @@
+"""Chunks of parameters: a step that needs scratch memory for each parameter takes a few at a time.
+
+On a mesh every chunk sends messages of its own. So a copy of a gradient that is needed between two
+messages only is made again for each chunk, and chunks are cut by what has to stay in memory.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sinkgd.distributed.shards import is_dtensor, largest_shard_size
+from sinkgd.exchange import Computation, Steps, computation
+from sinkgd.optim.method import Context, Slot
+
+Some = TypeVar("Some")
+
+# Besides weights and gradients; a larger parameter is a chunk by itself. Not measured.
+SCRATCH_BYTES = 64 << 20
+# On a mesh, where every chunk costs messages: for copies of gradients, and for vectors alone. The
+# groups of a step share these bytes.
+MESH_SCRATCH_BYTES = 256 << 20
+MESH_VECTOR_BYTES = 128 << 20
+
+
+def step_in_chunks(
+    slots: Sequence[Slot],
+    step: Callable[[Sequence[Slot]], Computation[Tensor]],
+    context: Context,
+) -> Computation[Tensor]:
+    """Step along one chunk of parameters after the other, and return the flags of all.
+
+    Chunks are the same on all ranks of a mesh, whatever a rank holds of the parameters.
+    """
+    are_on_mesh = any(is_dtensor(slot.param) for slot in slots)
+    limit = MESH_SCRATCH_BYTES // context.sharers if are_on_mesh else SCRATCH_BYTES
+    chunks = chunk_slices([4 * largest_shard_size(slot.param) for slot in slots], limit)
+    return in_sequence([slots[chunk] for chunk in chunks], step)
+
+
+@computation
+def in_sequence(
+    chunks: Iterable[Some], step: Callable[[Some], Computation[Tensor]]
+) -> Steps[Tensor]:
+    """Take one step after the other, and return the flags of all."""
+    flags: list[Tensor] = []
+    for chunk in chunks:
+        found = yield step(chunk)
+        flags += [found]
+    return torch.cat(flags)
+
+
+def chunk_slices(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Cut a sequence into chunks of at most ``limit`` in sum, or of one member.
+
+    >>> chunk_slices([3, 4, 9, 1, 1, 5], limit=7)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 6, None)]
+    """
+    begins, total = [0], 0
+    for i, size in enumerate(sizes):
+        if total + size > limit and i > begins[-1]:
+            begins.append(i)
+            total = 0
+        total += size
+    return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(sizes)], strict=True)]

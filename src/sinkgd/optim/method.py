@@ -1,0 +1,143 @@
+"""The contract of a method: how it updates the parameters of a group.
+
+A step of a method returns which gradients are finite, and never writes to the others' parameters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinkgd import kernels
+from sinkgd.distributed.all_reduce import all_ranks_agree
+from sinkgd.distributed.shards import local, shard_groups
+from sinkgd.exchange import Computation, Steps, computation
+
+Group = dict[str, Any]
+
+
+class Slot(NamedTuple):
+    """A parameter that has a gradient in this step."""
+
+    name: str  # as the model calls it, or "parameter 3 of group 0"
+    number: int  # its index among all parameters of the optimizer
+    param: Tensor
+    grad: Tensor
+    finite: Tensor | None = None  # 0-dim bool: whether it counts as finite, if that is known
+    is_scratch: bool = False  # whether the step may overwrite the gradient
+
+
+class Context(NamedTuple):
+    """What a step knows besides the gradients."""
+
+    states: MutableMapping[Tensor, dict[str, Any]]  # Optimizer.state; a lookup makes an entry
+    loss_scale: Tensor | None = None  # 0-dim: the gradients are still multiplied by it
+    overflow: Tensor | None = None  # 0-dim bool, on an accelerator: nothing may be written
+    sharers: int = 1  # the sharded groups of this step that share the memory for scratch
+
+
+class Method(ABC):
+    """How the parameters of a group are updated."""
+
+    # The group options of the method, with their defaults.
+    options: Mapping[str, Any]
+    # Options that a group of this method has unless it sets them; the optimizer's do not count.
+    presets: Mapping[str, Any] = MappingProxyType({})
+    # Options that hold what the method counts in a group, saved with it. Users do not set them.
+    counters: ClassVar[frozenset[str]] = frozenset({"rounding_step"})
+    # Whether it treats every entry by itself, so that a flat piece of a parameter will do.
+    is_elementwise: ClassVar[bool] = False
+    # Whether it is for parameters that are not hidden matrices; no optimizer is named after it.
+    is_auxiliary: ClassVar[bool] = False
+    # Why parameters cannot be updated one by one, and what to do about it; None where they can.
+    needs_all_gradients: ClassVar[str | None] = None
+
+    @abstractmethod
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Raise where ``param``, called ``name``, or an option of ``group`` cannot be handled."""
+
+    def init_state(  # noqa: B027 - most methods have no state
+        self, param: Tensor, group: Group, state: MutableMapping[str, Any]
+    ) -> None:
+        """Make the state that a first step would make, as it is before that step."""
+
+    @abstractmethod
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
+        """Update the parameters of ``slots``, all of one group and on one device.
+
+        A computation for `sinkgd.exchange`: all groups of a step run side by side.
+
+        Returns:
+            ``(slots,)`` bool, on their device: whether each gradient is finite. Parameters with a
+            non-finite gradient are left unchanged.
+        """
+
+    def needs_scratch(self, group: Group) -> bool:  # noqa: ARG002 - part of the contract
+        """Whether a sharded step of the group needs scratch memory for every parameter."""
+        return False
+
+
+@computation
+def step_by_kind(
+    kinds: Sequence[object],
+    slots: Sequence[Slot],
+    step: Callable[[list[Slot]], Computation[Tensor]],
+) -> Steps[Tensor]:
+    """Step along the slots of each kind, and return the flags of all in their order.
+
+    Args:
+        kinds: The kind of each slot.
+        slots: The slots.
+        step: The step along slots of one kind.
+    """
+    indices: dict[object, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        indices.setdefault(kind, []).append(i)
+    found: list[Tensor] = yield [step([slots[i] for i in own]) for own in indices.values()]
+    flags: dict[int, Tensor] = {}
+    for own, finite in zip(indices.values(), found, strict=True):
+        flags.update(zip(own, finite.unbind(), strict=True))
+    return torch.stack([flags[i] for i in range(len(slots))])
+
+
+@computation
+def are_finite(slots: Sequence[Slot]) -> Steps[Tensor]:
+    """Return ``(slots,)`` bool: whether every entry of each gradient is finite, on all ranks."""
+    if (known := known_finite(slots)) is not None:
+        return known
+    flags = _are_finite_here([local(slot.grad) for slot in slots])
+    groups = [shard_groups(slot.grad) for slot in slots]
+    if any(groups):
+        flags = yield all_ranks_agree(flags, groups)
+    return flags
+
+
+def _are_finite_here(grads: Sequence[Tensor]) -> Tensor:
+    held = [grad for grad in grads if grad.numel() > 0]  # a rank may hold nothing
+    if not held:
+        return torch.ones(len(grads), dtype=torch.bool, device=grads[0].device)
+    found = kernels.select("auto", held[0].device).are_finite(held)
+    if len(held) == len(grads):
+        return found
+    flags, true = iter(found.unbind()), torch.ones_like(found[0])
+    return torch.stack([next(flags) if grad.numel() > 0 else true for grad in grads])
+
+
+def known_finite(slots: Sequence[Slot]) -> Tensor | None:
+    """Return ``(slots,)`` bool if the gradients were checked before, None otherwise."""
+    flags = [slot.finite for slot in slots if slot.finite is not None]
+    return torch.stack(flags) if flags else None
+
+
+@computation
+def are_zero(grads: Sequence[Tensor]) -> Steps[bool]:
+    """Return whether every entry of all gradients is zero, on all ranks; waits for the device."""
+    device = grads[0].device
+    flags = torch.stack([~local(grad).any().to(device) for grad in grads])
+    groups = [shard_groups(grad) for grad in grads]
+    if any(groups):
+        flags = yield all_ranks_agree(flags, groups)
+    return bool(flags.all())

@@ -1,0 +1,195 @@
+"""AdamW for the parameters that no matrix norm fits; the arithmetic is torch's own."""
+
+from collections.abc import MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from sinkgd.distributed.shards import from_local, is_dtensor, local
+from sinkgd.exchange import Computation, Steps, computation, immediate, run
+from sinkgd.matrix_views import are_dense, lie_alike
+from sinkgd.number_check import check_betas
+from sinkgd.optim.apply import allowed, learning_rate
+from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
+
+# Where torch has the fused kernel: torch/utils/_foreach_utils.py,
+# _get_fused_kernels_supported_devices.
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+ADAMW_OPTIONS = MappingProxyType[str, object]({"betas": (0.9, 0.999), "eps": 1e-8, "fused": None})
+
+
+class AdamW(Method):
+    """Decoupled weight decay and Adam (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101).
+
+    State: two numbers an entry. If one gradient is not finite, the whole group is left unchanged.
+    As in torch, entries of the gradient must stay below 1e19, so that their squares are within
+    float32's range; clip larger ones.
+    """
+
+    options = ADAMW_OPTIONS
+    is_elementwise = True
+    is_auxiliary = True
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse options out of range; choose the fused kernel where it runs."""
+        del name
+        check_adamw(param, group)
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Make both moments, zero."""
+        init_moments(state, param, fused=group["fused"])
+
+    def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
+        """Check the gradients, then update as torch does."""
+        if any(is_dtensor(slot.param) for slot in slots):
+            return self._step_on_mesh(slots, group, context)
+        # torch's fused kernel breaks a compiled graph, so it must not run inside `exchange`.
+        finite = run(are_finite(slots))
+        self._descend_(slots, finite, group, context)
+        return immediate(finite)
+
+    @computation
+    def _step_on_mesh(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
+        finite: Tensor = yield are_finite(slots)
+        self._descend_(slots, finite, group, context)
+        return finite
+
+    def _descend_(
+        self, slots: Sequence[Slot], finite: Tensor, group: Group, context: Context
+    ) -> None:
+        flags = allowed(finite, context)
+        states = [context.states[slot.param] for slot in slots]
+        for slot, state in zip(slots, states, strict=True):
+            init_moments(state, slot.param, fused=group["fused"])
+        descend_by_adamw_(
+            [local(slot.param) for slot in slots],
+            [local(slot.grad) for slot in slots],
+            states,
+            group,
+            lr=learning_rate(group),
+            held_back=None if flags is None else ~flags.all(),
+            grad_scale=context.loss_scale,
+        )
+
+
+def check_adamw(param: Tensor, group: Group) -> None:
+    """Refuse options of AdamW out of range; choose its fused kernel where it runs."""
+    check_averages(group)
+    if group["fused"] is None:
+        group["fused"] = param.device.type in _FUSED_DEVICES
+
+
+def check_averages(group: Group) -> None:
+    """Refuse ``betas`` and ``eps`` out of range."""
+    check_betas("betas", group["betas"])
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps must be at least 0, got {group['eps']}")
+
+
+def descend_by_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: Sequence[MutableMapping[str, Any]],
+    group: Group,
+    *,
+    lr: float | Tensor,
+    held_back: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Take torch's AdamW step of this rank's shards; AMSGrad's where the states have its maximum.
+
+    The fused kernel ignores strides. So its inputs must be dense and have the memory order of the
+    parameter: gradients and parameters that do not are copied, and moments are copied once.
+
+    Args:
+        params: Updated in place.
+        grads: Gradients in the parameters' dtype; not modified.
+        states: The states of the parameters, made by `init_moments`.
+        group: Sets ``betas``, ``eps``, ``weight_decay``, ``maximize`` and ``fused``.
+        lr: Learning rate.
+        held_back: 0-dim bool: nothing is written where it is True.
+        grad_scale: 0-dim: the gradients are still multiplied by it.
+    """
+    fused = group["fused"]
+    if not fused:
+        # Only the fused kernel applies these two on the device.
+        if held_back is not None and bool(held_back):
+            return
+        if grad_scale is not None:
+            grads = [grad / grad_scale for grad in grads]
+        held_back = grad_scale = None
+    written = params
+    moments = [local(state[name]) for state in states for name in MOMENTS if name in state]
+    if fused and not all(x.is_contiguous() for x in (*params, *grads, *moments)):
+        params = [_dense(param) for param in params]
+        grads = [_in_memory_order(param, grad) for param, grad in zip(params, grads, strict=True)]
+        for param, state in zip(params, states, strict=True):
+            _reorder_moments(state, param)
+    beta1, beta2 = group["betas"]
+    maxima = [local(state["max_exp_avg_sq"]) for state in states if "max_exp_avg_sq" in state]
+    adamw(
+        params,
+        grads,
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
+        maxima,
+        [state["step"] for state in states],
+        fused=fused,
+        grad_scale=grad_scale,
+        found_inf=None if held_back is None else held_back.float(),
+        amsgrad=bool(maxima),
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+    for own, param in zip(written, params, strict=True):
+        if own is not param:
+            own.copy_(param)
+
+
+def _dense(param: Tensor) -> Tensor:
+    """Return the parameter if its entries fill a stretch of memory, otherwise a copy that does."""
+    if are_dense(param):
+        return param
+    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(param)
+
+
+def _in_memory_order(param: Tensor, x: Tensor) -> Tensor:
+    """Return ``x`` if it has the parameter's memory order, otherwise a copy that has it."""
+    if lie_alike(param, x):
+        return x
+    return torch.empty_like(param, dtype=x.dtype, memory_format=torch.preserve_format).copy_(x)
+
+
+def _reorder_moments(state: MutableMapping[str, Any], param: Tensor) -> None:
+    """Copy moments to the parameter's memory order where they have another."""
+    for name in MOMENTS:
+        if name in state and not lie_alike(param, local(state[name])):
+            state[name] = from_local(state[name], _in_memory_order(param, local(state[name])))
+
+
+def init_moments(
+    state: MutableMapping[str, Any], param: Tensor, *, fused: bool, amsgrad: bool = False
+) -> None:
+    """Make the moments of a parameter, zero, where there are none.
+
+    If the parameter has changed its dtype, as by ``model.bfloat16()``, its moments change theirs.
+    """
+    if state:
+        for name in MOMENTS:
+            if name in state and state[name].dtype != param.dtype:
+                state[name] = state[name].to(param.dtype)
+        return
+    # Names, shapes and devices as in torch.optim.AdamW, so that its checkpoints load here.
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
+    for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
+        state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

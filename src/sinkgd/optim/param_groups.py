@@ -1,0 +1,384 @@
+"""Which parameter gets which method: the default recipe as parameter groups, and a table of it."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sinkgd.matrix_views import dims_of
+from sinkgd.number_check import check_betas, check_number
+from sinkgd.optim.arguments import (
+    COMMON,
+    check_kinds,
+    find_method,
+    list_names,
+    options_of,
+    suggest_names,
+)
+from sinkgd.optim.parameters import check_initialized
+from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles, without_wrappers
+from sinkgd.optim.transforms.deflate import check_deflation
+
+Overrides = Mapping[str, str | Mapping[str, Any]]
+
+# The default recipe, measured in the setting of study table1 on a LLaMA of 1.3M parameters:
+# benchmarks/deflation has the runs. 0.002 was the best rate of matrices among 0.001 to 0.004.
+LR = 0.08
+MATRIX_LR_SCALE = 0.025
+BETAS = (0.9, 0.95)
+DEFLATED_RANK = 15
+
+# Where errors send those who pass no groups.
+_REMEDY = "pass the list of param_groups, or optimizer.param_groups"
+
+# Arguments of the optimizers for the groups, and where each is to be passed.
+_OF_OPTIMIZERS = {
+    option: f"{optimizer}(param_groups(model), {option}=...)"
+    for optimizer, algorithm in (("MNGD", "mngd"), ("SWAN", "swan"), ("SinkGD", "sinkgd"))
+    for option in (*COMMON, *find_method(algorithm).options)
+    if option not in ("deflated_rank", "layout", "split", "rounding_step")
+}
+
+
+@suggest_names(_OF_OPTIMIZERS)
+def param_groups(
+    model: nn.Module,
+    lr: float | Tensor = LR,
+    matrix_lr_scale: float = MATRIX_LR_SCALE,
+    *,
+    matrix_algorithm: str = "sinkgd",
+    deflated_rank: int = DEFLATED_RANK,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = BETAS,
+    overrides: Overrides | None = None,
+    base_width: int | None = None,
+) -> list[dict[str, Any]]:
+    """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
+
+    Hidden matrices (linear and convolution weights inside the model's blocks) go to
+    ``matrix_algorithm`` at ``matrix_lr_scale * lr``; so do experts, as stacks of matrices.
+    Embeddings, the output head, routers of experts, norms, biases, depthwise convolutions, low-rank
+    adapters and whatever is not recognized go to AdamW at ``lr``.
+    The choice is made from module types and places, not from names; tied weights count once. Print
+    `describe_param_groups` to see it.
+
+    Args:
+        model: The model, before or after FSDP2. Frozen parameters are left out: one that is
+            unfrozen later does not train unless ``optimizer.add_param_group`` adds it.
+        lr: Learning rate of AdamW, a float or a tensor of one element. 0.08 is what study table1
+            measured with, at 1.3M parameters and width 128, trained from scratch. The paper uses
+            0.02 for models of 60M to 1.3B parameters.
+        matrix_lr_scale: The paper's α: the root-mean-square change of a hidden weight in one step
+            is ``matrix_lr_scale * lr``. With ``lr=0.08`` the default gives 0.002, the best of four
+            rates of the default recipe in the setting of study table1 (benchmarks/deflation). The
+            paper uses 0.05 with its ``lr`` of 0.02, which is 0.001. Wider models bear less: with
+            the deflation of that time the largest good rate fell from 0.008 at width 64 to 0.002 at
+            width 256 (study width, docs/experiments.md).
+        matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
+        deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
+            benchmarks/deflation compares ranks. 0 is the paper's: SR-Sinkhorn alone.
+        weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
+            scalars. Their learning rate, by which decay is multiplied, is 40 times that of hidden
+            matrices, and decay would also shrink the rows of words that do not occur. An override
+            may set it. The paper uses none.
+        betas: AdamW's decay rates of the two moments. (0.9, 0.95) is what study table1 measured
+            with.
+        overrides: From a regular expression, searched in the parameter's name, with and without
+            the prefixes of wrappers such as torch.compile, to an algorithm (``"adamw"``,
+            ``"sinkgd"``, ``"normalize"`` …) or to group options such as
+            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. The first match decides. For tables
+            there is ``"sinkgd-table"``.
+        base_width: Width that the learning rate was tuned for. That of a hidden matrix is then
+            multiplied by ``base_width / d_in``, d_in its in-features: muP's rule for updates of a
+            given root-mean-square, which keeps the size of what a layer adds to its output. None
+            leaves it, as the paper does. Of plain SinkGD at widths d of 64 to 256 the largest
+            good rate went with d^-1.5 without it, d^-0.5 with it (docs/experiments.md, `width`).
+
+    Returns:
+        Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay`` and
+        the options of its algorithm.
+
+    Raises:
+        TypeError: If ``model`` is no ``nn.Module``.
+        ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
+            ``lr`` or ``matrix_lr_scale`` is negative, ``base_width`` is below 1, an override
+            matches no parameter, an algorithm is unknown, or ``deflated_rank`` is given and no
+            group runs ``"sinkgd"``.
+
+    Examples:
+        >>> import torch, sinkgd
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> for group in sinkgd.param_groups(model):
+        ...     print(group["algorithm"], group["lr"], len(group["params"]))
+        sinkgd 0.002 2
+        sinkgd 0.002 6
+        adamw 0.08 16
+        >>> optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
+
+    References:
+        Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
+        section 5. https://arxiv.org/abs/2502.06742
+        Yang et al., Tensor Programs V, table 8 (the width rule). https://arxiv.org/abs/2203.03466
+        That the best learning rate of SinkGD goes with 1 / d_in is a finding of axolotl's.
+    """
+    check_model(model, "param_groups")
+    check_number("lr", lr)
+    check_number("matrix_lr_scale", matrix_lr_scale)
+    check_number("weight_decay", weight_decay)
+    check_betas("betas", betas)
+    find_method(matrix_algorithm, "matrix_algorithm")
+    check_deflation({"deflated_rank": deflated_rank})
+    check_overrides(overrides)
+    if base_width is not None:
+        check_number("base_width", base_width, least=1)
+    found = roles(model)
+    if not found:
+        raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
+    given = _match(overrides or {}, [name for name, _, _ in found])
+    groups: dict[str, dict[str, Any]] = {}
+    for name, param, role in found:
+        algorithm = given[name].get("algorithm", matrix_algorithm if role.is_matrix else "adamw")
+        options = {"algorithm": algorithm, "lr": lr, "betas": betas}
+        if algorithm != "adamw":
+            options = {"algorithm": algorithm, "lr": matrix_lr_scale * lr}
+            options |= _layout(role, options_of(algorithm))
+            if base_width is not None and role.is_matrix:
+                options["lr"] *= base_width / _in_features(param, role)
+        if algorithm == "sinkgd":
+            options["deflated_rank"] = deflated_rank
+        is_decayed = param.ndim >= 2 and role.reason not in (EMBEDDING, HEAD)
+        options |= {"weight_decay": weight_decay if is_decayed else 0.0, **given[name]}
+        group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
+        group["params"].append((name, param))
+    if deflated_rank not in (0, DEFLATED_RANK) and "sinkgd" not in _algorithms(groups.values()):
+        raise ValueError(
+            f"deflated_rank={deflated_rank} has no effect: no group runs 'sinkgd', the groups run "
+            f"{', '.join(map(repr, _algorithms(groups.values())))}. Leave it out"
+        )
+    return sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
+
+
+def check_model(model: object, function: str) -> None:
+    """Refuse what is no model, and one with lazy modules that have not run.
+
+    Raises:
+        TypeError: With the call of ``function`` that is meant.
+        ValueError: With the name of a parameter that has no shape yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function} takes the model itself, an nn.Module, got {type(model).__name__}; write "
+            f"{function}(model). Its parameters alone do not tell which of them are hidden matrices"
+        )
+    for name, param in model.named_parameters():
+        check_initialized(name, param)
+
+
+def check_overrides(overrides: object) -> None:
+    """Refuse overrides that do not map patterns to algorithms or options.
+
+    Raises:
+        TypeError: With what is no pattern, or no algorithm or options.
+        ValueError: If a pattern is no regular expression, or an option is out of range.
+    """
+    if overrides is None:
+        return
+    form = "overrides must map patterns to algorithms or options, such as {'head': 'sinkgd'}"
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"{form}; got {overrides!r}")
+    for pattern, override in overrides.items():
+        if not isinstance(pattern, str) or not isinstance(override, str | Mapping):
+            raise TypeError(f"{form}; got {{{pattern!r}: {override!r}}}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"overrides: {pattern!r} is no regular expression: {error}") from None
+        if isinstance(override, Mapping):
+            check_kinds(override)
+
+
+def _layout(role: Role, taken: Set[str]) -> dict[str, Any]:
+    """Return how the parameter is seen as matrices, for an algorithm that takes these options."""
+    seen = {"layout": role.layout, "split": role.split}
+    return {option: value for option, value in seen.items() if option in taken}
+
+
+def _algorithms(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(group["algorithm"]) for group in groups))
+
+
+def _in_features(param: Tensor, role: Role) -> int:
+    _, cols = dims_of(param.ndim, role.layout)
+    return prod(param.shape[dim] for dim in cols)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether an override is for a parameter, whose name may have prefixes of wrappers."""
+    return any(re.search(pattern, own) for own in (name, without_wrappers(name)))
+
+
+def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    unmatched = dict.fromkeys(overrides)
+    for name in names:
+        for pattern, override in overrides.items():
+            if matches(pattern, name):
+                unmatched.pop(pattern, None)
+                options[name] = (
+                    {"algorithm": override} if isinstance(override, str) else dict(override)
+                )
+                break
+    if unmatched:
+        raise ValueError(
+            f"override {next(iter(unmatched))!r} decides for no parameter; "
+            "see the names in describe_param_groups(model)"
+        )
+    return options
+
+
+def describe_param_groups(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = None, **options: Any
+) -> str:
+    """Return a table of which parameter gets which algorithm, at which rate, and why.
+
+    Parameters whose names differ only by a number share a line with a count, ``×``. The last lines
+    list the parameters that are in no group, and say which groups the table shows.
+
+    Args:
+        model: The model that the groups were made from.
+        groups: From `param_groups`, or ``optimizer.param_groups``; by default
+            ``param_groups(model, **options)``.
+        **options: Options of `param_groups`, instead of ``groups``.
+
+    Raises:
+        TypeError: If ``model`` is no ``nn.Module``, ``groups`` are no groups, or there are both
+            ``groups`` and ``options``.
+
+    Examples:
+        >>> import torch, sinkgd
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> print(sinkgd.describe_param_groups(model).splitlines()[0])
+        parameter                           shape  algorithm  lr     why
+        >>> print(sinkgd.describe_param_groups(model, lr=0.02).splitlines()[-1])
+        These are the groups of param_groups(model, lr=0.02).
+    """
+    check_model(model, "describe_param_groups")
+    if groups is None:
+        shown = "".join(f", {name}={value!r}" for name, value in options.items())
+        source = f"These are the groups of param_groups(model{shown})"
+        source += "." if options else ", with its default rates; pass your groups to see yours."
+        groups = param_groups(model, **options)
+    else:
+        groups = _checked_groups(groups, options)
+        source = "These are the groups that were passed."
+    names = _names(model)
+    reasons = {param: role.reason for _, param, role in roles(model)}
+    counts: dict[tuple[str, ...], int] = {}
+    for group in groups:
+        for name, param in _named_params(group, names):
+            row = (
+                _starred(name),
+                "×".join(map(str, param.shape)) or "scalar",
+                _words(group),
+                f"{float(group['lr']):g}",
+                _why(name, param, names, reasons),
+            )
+            counts[row] = counts.get(row, 0) + 1
+    lines: list[Sequence[str]] = [("parameter", "shape", "algorithm", "lr", "why")]
+    for (name, *cells), count in counts.items():
+        lines.append((f"{name} ×{count}" if count > 1 else name, *cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    in_groups = {param for group in groups for _, param in _named_params(group, names)}
+    return "\n".join([*table, *_left_out(names, in_groups), source])
+
+
+def _checked_groups(groups: object, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the groups as a list, and refuse what is not one."""
+    if options:
+        raise TypeError(
+            f"describe_param_groups takes groups or the options of param_groups, got groups and "
+            f"{', '.join(options)}; leave one of them out"
+        )
+    found: list[Any] = []
+    if isinstance(groups, Iterable) and not isinstance(groups, Optimizer | Mapping | str | Tensor):
+        found = list(groups)
+    if not found:
+        raise TypeError(f"groups must be a list of groups, got {type(groups).__name__}; {_REMEDY}")
+    for index, group in enumerate(found):
+        if not isinstance(group, Mapping):
+            raise TypeError(f"groups must hold dicts, got {type(group).__name__}; {_REMEDY}")
+        for key in ("params", "algorithm", "lr"):
+            if key not in group:
+                raise TypeError(f"group {index} has no {key!r}; {_REMEDY}")
+    return found
+
+
+def _names(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Return all names that each parameter of a model has."""
+    names: dict[Tensor, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    return names
+
+
+def _named_params(
+    group: Mapping[str, Any], names: Mapping[Tensor, Sequence[str]]
+) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a group with their names in the group, or else in the model."""
+    if own := group.get("param_names"):
+        return list(zip(own, group["params"], strict=True))
+    return [
+        (names.get(entry, ["unnamed"])[0], entry) if isinstance(entry, Tensor) else tuple(entry)
+        for entry in group["params"]
+    ]
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
+
+
+def _words(group: Mapping[str, Any]) -> str:
+    """Name the algorithm of a group, and its deflation."""
+    rank = group.get("deflated_rank")
+    return f"{group['algorithm']}, deflated {rank}" if rank else str(group["algorithm"])
+
+
+def _why(
+    name: str,
+    param: Tensor,
+    names: Mapping[Tensor, Sequence[str]],
+    reasons: Mapping[Tensor, str],
+) -> str:
+    """Return the reason for a parameter's algorithm, and the other names of a tied one."""
+    if param not in names:
+        return "not a parameter of this model"
+    reason = reasons.get(param, "frozen")
+    others = dict.fromkeys(_starred(other) for other in names[param][1:] if other != name)
+    others.pop(_starred(name), None)
+    return f"{reason}; tied to {list_names([*others])}" if others else reason
+
+
+def _left_out(names: Mapping[Tensor, Sequence[str]], in_groups: set[Tensor]) -> list[str]:
+    """Return lines on the parameters of a model that are in no group, frozen and others."""
+    left = [(own[0], param) for param, own in names.items() if param not in in_groups]
+    frozen = [name for name, param in left if not param.requires_grad]
+    others = [name for name, param in left if param.requires_grad]
+    lines = []
+    if others:
+        lines.append(f"In no group, and so not trained: {list_names(others)}.")
+    if frozen:
+        are = "parameter is" if len(frozen) == 1 else "parameters are"
+        lines.append(
+            f"{len(frozen)} frozen {are} in no group: to train after unfreezing, add them with "
+            "optimizer.add_param_group."
+        )
+    return lines

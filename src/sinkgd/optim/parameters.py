@@ -1,0 +1,274 @@
+"""The parameters of an optimizer: their names, their places in the groups, and checks of them.
+
+Trainers exchange parameters after the optimizer was made. accelerate replaces them by FSDP2's
+DTensors of the same shape, which works. DeepSpeed ZeRO-1 and ZeRO-2 replace all parameters of a
+group by one flat piece, which has neither rows nor columns. Others keep the parameter and set its
+``data`` to a flat piece, or to another dtype. So every step looks for parameters that are not those
+that were checked.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from operator import is_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sinkgd.optim.arguments import check_kinds
+from sinkgd.optim.method import Group, Method, Slot
+from sinkgd.optim.methods import METHODS
+from sinkgd.optim.nonfinite import POLICIES
+
+
+class Checked(NamedTuple):
+    """The parameters of a group when they were last checked."""
+
+    params: list[Tensor]
+    names: list[str]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+
+    def is_changed(self, i: int, param: Tensor) -> bool:
+        """Whether a parameter has another shape or dtype than when it was checked."""
+        return param.shape != self.shapes[i] or param.dtype != self.dtypes[i]
+
+
+class Listed(NamedTuple):
+    """A parameter and its place in the groups."""
+
+    param: Tensor
+    name: str  # as the model calls it, or a description for errors
+    group: int
+    place: int  # in its group
+    number: int  # among all parameters of the optimizer
+
+
+class ParameterIndex:
+    """Finds the parameters of an optimizer, and checks those that are new.
+
+    The index is made once a step, and again if a parameter is no longer in its place. Callers pass
+    the groups with every call, as torch may replace their list.
+    """
+
+    def __init__(self, groups: Sequence[Group] = ()) -> None:
+        self._checked: list[Checked] = [
+            _checked(group, index) for index, group in enumerate(groups)
+        ]
+        self._index: dict[Tensor, Listed] | None = None
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the index was made since `begin_step`."""
+        return self._index is not None
+
+    def begin_step(self, groups: Sequence[Group]) -> None:
+        """Forget the places of parameters, so that `find` looks again, and check new ones."""
+        self._index = None
+        self.check(groups)
+
+    def add(self, group: Group, index: int) -> None:
+        """Add the last group, whose parameters were checked."""
+        self._checked.append(_checked(group, index))
+        self._index = None
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Check parameters that did not come through ``add_param_group``."""
+        if not torch.compiler.is_compiling() and not _are_same(groups, self._checked):
+            self._check_new(groups)
+
+    def _check_new(self, groups: Sequence[Group]) -> None:
+        for index, name, param in _unchecked(groups, self._checked):
+            group = groups[index]
+            check_param(name, param, group, METHODS[group["algorithm"]])
+        self._checked = [_checked(group, index) for index, group in enumerate(groups)]
+        self._index = None
+
+    def find(self, params: Collection[Tensor], groups: Sequence[Group]) -> list[Listed]:
+        """Return the places of parameters in the groups; leave out those that are in none."""
+        if self._index is None or not all(self._is_there(param, groups) for param in params):
+            self.check(groups)
+            self._index = _index_of(groups)
+        index = self._index
+        return sorted((index[p] for p in params if p in index), key=lambda own: own.number)
+
+    def _is_there(self, param: Tensor, groups: Sequence[Group]) -> bool:
+        found = None if self._index is None else self._index.get(param)
+        if found is None or found.group >= len(groups):
+            return False
+        return _is_at(param, found.place, groups[found.group]["params"])
+
+    def slots(
+        self, groups: Sequence[Group], optimizer: str, some: Iterable[Listed] | None = None
+    ) -> list[tuple[int, list[Slot]]]:
+        """List the parameters with a gradient: the index of a group, and its slots on one device.
+
+        Args:
+            groups: The groups of the optimizer.
+            optimizer: The name of the optimizer for errors.
+            some: Results of `find`; all parameters by default.
+        """
+        found: dict[tuple[int, torch.device], list[Slot]] = {}
+        is_compiling = torch.compiler.is_compiling()
+        for param, name, index, place, number in list_parameters(groups) if some is None else some:
+            if param.grad is None:
+                continue
+            if not is_compiling and self._checked[index].is_changed(place, param):
+                self._check_new(groups)
+            if param.numel() == 0:
+                continue
+            if param.grad.is_sparse:
+                raise TypeError(
+                    f"{name!r} has a sparse gradient, which {optimizer} cannot normalize; make it "
+                    "dense, e.g. Embedding(sparse=False)"
+                )
+            slot = Slot(name, number, param, param.grad)
+            found.setdefault((index, param.device), []).append(slot)
+        return [(index, slots) for (index, _), slots in found.items()]
+
+
+def list_parameters(groups: Sequence[Group]) -> Iterator[Listed]:
+    """Yield every parameter of the groups with its place."""
+    first = 0
+    for index, group in enumerate(groups):
+        for place, (name, param) in enumerate(named(group, index)):
+            yield Listed(param, name, index, place, first + place)
+        first += len(group["params"])
+
+
+def _index_of(groups: Sequence[Group]) -> dict[Tensor, Listed]:
+    """Return the place of every parameter of the groups."""
+    return {own.param: own for own in list_parameters(groups)}
+
+
+def _is_at(param: Tensor, place: int, params: Sequence[Tensor]) -> bool:
+    """Whether a list holds a parameter at a place."""
+    return place < len(params) and params[place] is param
+
+
+def _checked(group: Group, index: int) -> Checked:
+    """Return what to remember of a group after its parameters were checked."""
+    names, params = zip(*named(group, index), strict=True) if group["params"] else ((), ())
+    shapes = [param.shape for param in params]
+    return Checked([*params], [*names], shapes, [param.dtype for param in params])
+
+
+def named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a group with their names, or with a description for errors."""
+    names = group.get("param_names") or ()
+    for i, param in enumerate(group["params"]):
+        yield (names[i] if i < len(names) else unnamed(i, index)), param
+
+
+def unnamed(i: int, index: int) -> str:
+    """Return the description of parameter ``i`` of group ``index``, which has no name."""
+    return f"parameter {i} of group {index}"
+
+
+def name_alike(groups: Sequence[Group], new: Group) -> None:
+    """Name the parameters of all groups if one has names, as torch requires."""
+    params = new["params"]
+    if isinstance(params, Set) or not groups:  # torch refuses a set
+        return
+    params = [params] if isinstance(params, Tensor) else list(params)
+    new["params"] = params
+    has_names = any(isinstance(param, tuple) for param in params)
+    if "param_names" in groups[0] and not has_names:
+        new["params"] = [(unnamed(i, len(groups)), param) for i, param in enumerate(params)]
+    elif has_names and "param_names" not in groups[0]:
+        for index, group in enumerate(groups):
+            group["param_names"] = [unnamed(i, index) for i in range(len(group["params"]))]
+
+
+def _are_same(groups: Sequence[Group], checked: Sequence[Checked]) -> bool:
+    """Whether the groups hold the very parameters that were checked."""
+    return len(groups) == len(checked) and all(
+        len(group["params"]) == len(before.params) and all(map(is_, group["params"], before.params))
+        for group, before in zip(groups, checked, strict=True)
+    )
+
+
+def _unchecked(
+    groups: Sequence[Group], checked: Sequence[Checked]
+) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield the parameters that have not been checked: index of the group, name and parameter.
+
+    Raises:
+        TypeError: If one has another shape than the parameter that it replaces.
+    """
+    known = {
+        param
+        for before in checked
+        for i, param in enumerate(before.params)
+        if not before.is_changed(i, param)
+    }
+    for index, group in enumerate(groups):
+        new = [(name, param) for name, param in named(group, index) if param not in known]
+        if new and index < len(checked) and not METHODS[group["algorithm"]].is_elementwise:
+            _check_shapes(group["params"], checked[index], known)
+        for name, param in new:
+            yield index, name, param
+
+
+def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor]) -> None:
+    """Refuse parameters that replace others of another shape, or have another shape than before."""
+    current, earlier = {*params}, {*before.params}
+    gone = [i for i, param in enumerate(before.params) if param not in current]
+    rest = [param for param in params if param not in known and param not in earlier]
+    pairs = [(i, param) for i, param in enumerate(before.params) if param in current]
+    for place, i in enumerate(gone):
+        in_place = len(params) == len(before.params) and params[i] not in known
+        pairs.append((i, params[i] if in_place else rest[min(place, len(rest) - 1)]))
+    for i, new in sorted(pairs, key=lambda pair: pair[0]):
+        if new.shape != before.shapes[i]:
+            raise TypeError(
+                f"{before.names[i]!r} had shape {tuple(before.shapes[i])} when its group was added "
+                f"and was exchanged for a tensor of shape {tuple(new.shape)}. DeepSpeed ZeRO-1 and "
+                "ZeRO-2 exchange parameters for flat pieces, which have neither rows nor columns; "
+                "shard the model with fully_shard (FSDP2), or give the group algorithm='adamw'"
+            )
+
+
+def check_group(group: Group, index: int, method: Method) -> None:
+    """Refuse options out of range, and parameters that do not fit the method of group ``index``.
+
+    Raises:
+        ValueError: With the option or the parameter.
+        TypeError: The same.
+    """
+    check_kinds(group)
+    if group["nonfinite"] not in POLICIES:
+        raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
+    for name, param in named(group, index):
+        check_param(name, param, group, method)
+
+
+def check_param(name: str, param: Tensor, group: Group, method: Method) -> None:
+    """Refuse a parameter that does not fit the method of its group.
+
+    Raises:
+        ValueError: With its name.
+        TypeError: The same.
+    """
+    check_initialized(name, param)
+    if not param.is_floating_point():
+        raise TypeError(
+            f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
+        )
+    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
+        raise TypeError(
+            f"{name!r} lies in flat pieces, of FullyShardedDataParallel or DeepSpeed ZeRO, "
+            "which have neither rows nor columns; shard the model with fully_shard (FSDP2)"
+        )
+    method.check(name, param, group)
+
+
+def check_initialized(name: str, param: Tensor) -> None:
+    """Refuse the parameter of a lazy module, such as ``nn.LazyLinear``, that has no shape yet.
+
+    Raises:
+        ValueError: With its name.
+    """
+    if nn.parameter.is_lazy(param):
+        raise ValueError(
+            f"{name!r} belongs to a lazy module and has no shape yet; run one forward pass first"
+        )

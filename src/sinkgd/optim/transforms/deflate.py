@@ -1,0 +1,409 @@
+"""Lower the leading singular values of an update to the next one, with no state.
+
+A backend multiplies the update X = r G c with k + 1 vectors; small matrices of one shape are
+stacked. The result is a pair of scales that give root-mean-square 1, and k directions that are
+subtracted when the parameter is written. On a mesh ranks add up k + 1 numbers a row and a column,
+never a matrix. All matrices share the messages, as far as the memory for their vectors allows.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from math import prod
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinkgd.deflation import (
+    Leading,
+    LowRank,
+    PackedProducts,
+    Products,
+    find_leading,
+    find_packed_leading,
+    fixed_block,
+)
+from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
+from sinkgd.distributed.shards import (
+    ParamMatrix,
+    is_dtensor,
+    largest_shard_shape,
+    local,
+    shard_columns,
+)
+from sinkgd.exchange import Computation, Steps, computation, immediate
+from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
+from sinkgd.kernels.eager import nothing_to_take
+from sinkgd.matrix_views import dims_of, rows_then_columns
+from sinkgd.newton_schulz import is_transposed, or_one
+from sinkgd.number_check import check_whole_number
+from sinkgd.optim.chunking import MESH_VECTOR_BYTES, SCRATCH_BYTES, chunk_slices
+from sinkgd.optim.method import Context, Group, Slot
+
+# A larger matrix is not stacked: it keeps the threads busy by itself, and products of a stack of
+# larger ones would have other bits than products of each alone.
+STACKED_ENTRIES = 1 << 18
+
+# Bytes that each row or column of a shard uses at once for each direction, most of them float64:
+# 17.4 measured; tests/lab/plan/test_traffic.py.
+MESH_DIRECTION = 18
+
+DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})
+
+
+def check_deflation(group: Group) -> None:
+    """Refuse a rank out of range."""
+    rank = group["deflated_rank"]
+    check_whole_number("deflated_rank", rank)
+    if rank < 0:
+        raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
+
+
+def deflation_chunks(
+    slots: Sequence[Slot], owners: Sequence[range], group: Group, context: Context
+) -> list[slice]:
+    """Return which parameters are deflated together: the same on all ranks."""
+    sizes = [_bytes_of(slot, own, group) for slot, own in zip(slots, owners, strict=True)]
+    sharers = context.sharers if is_dtensor(slots[0].param) else 1
+    return mesh_chunks(sizes, sharers=sharers)
+
+
+def mesh_chunks(sizes: Sequence[int], *, sharers: int = 1) -> list[slice]:
+    """Cut parameters on a mesh into chunks to deflate together, given the bytes that each needs."""
+    return chunk_slices(sizes, MESH_VECTOR_BYTES // sharers)
+
+
+def vector_bytes(rows: int, cols: int, rank: int) -> int:
+    """Return the bytes that the vectors of a matrix, or a shard of it, use at once."""
+    return MESH_DIRECTION * (rank + 1) * (rows + cols)
+
+
+def _bytes_of(slot: Slot, own: range, group: Group) -> int:
+    """Return the bytes that deflation uses for a parameter, on the rank with its largest shard."""
+    param = slot.param
+    shape = largest_shard_shape(param)
+    (row_dim,), col_dims = dims_of(param.ndim, group["layout"])
+    cols = prod(shape[dim] for dim in col_dims)
+    batch = prod(shape) // max(1, shape[row_dim] * cols)
+    found = batch * vector_bytes(shape[row_dim], len(own) * cols, group["deflated_rank"])
+    # The operator norm reads copies, which are kept until its messages have arrived.
+    return found + (4 * prod(shape) if group["operator_norm"] is not None else 0)
+
+
+def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[Tensor]:
+    """Return Ω of every matrix, ``(..., n, k + 1)`` float64: its rows for this rank's columns.
+
+    Parameters of one shape, memory order and sharding share theirs.
+    """
+    made: dict[tuple[object, ...], Tensor] = {}
+    blocks: list[Tensor] = []
+    for slot, own in zip(slots, owners, strict=True):
+        param = slot.param
+        kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
+        if is_dtensor(param):
+            kind = (*kind, param.device_mesh, param.placements)
+        if kind not in made:
+            made[kind] = _block_of(param, group)
+        blocks += [made[kind]] * len(own)
+    return blocks
+
+
+def _block_of(param: Tensor, group: Group) -> Tensor:
+    """Return Ω of the matrices of a parameter."""
+    return _make_block(param, param.device, group["layout"], group["deflated_rank"] + 1)
+
+
+def _make_block(param: Tensor, device: torch.device, layout: str, k: int) -> Tensor:
+    (row_dim,), cols = dims_of(param.ndim, layout)
+    # One block, k by n, for all matrices of a parameter: spread along the other dimensions.
+    sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
+    block = fixed_block(tuple(sizes.values()), device)
+    in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
+    dims = range(param.ndim)
+    whole = in_order.view([sizes.get(dim, 1) for dim in dims])
+    whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
+    piece = local(shard_columns(param, row_dim, whole.contiguous()))
+    view = rows_then_columns(piece, local(param), layout)
+    return view.flatten(view.ndim - len(cols)).mT.contiguous()
+
+
+class _BlockKey(NamedTuple):
+    """What Ω of a plain parameter depends on, besides k."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    layout: str
+
+
+@lru_cache(maxsize=64)
+def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
+    """Return ``width`` of the k columns of Ω of matrices of these kinds, on the host."""
+    first: dict[_BlockKey, int] = {}
+    blocks, end = [], 0
+    for kind in kinds:
+        if kind not in first:
+            first[kind] = end
+            probe = torch.empty_strided(kind.shape, kind.stride, dtype=torch.float32, device="meta")
+            block = _make_block(probe, torch.device("cpu"), kind.layout, k)
+            blocks.append(block.view(-1, *block.shape[-2:])[0])  # the same for a whole batch
+            end += block.shape[-2]
+    return Shared(torch.cat(blocks)[:, :width].contiguous(), tuple(first[kind] for kind in kinds))
+
+
+class Deflated(NamedTuple):
+    """Deflated updates, one for each matrix."""
+
+    scales: list[Scales | Lowered]
+    finite: list[Tensor]  # 0-dim bool each: whether the update is finite; equal on all ranks
+
+
+class Deflating(NamedTuple):
+    """Matrices to deflate."""
+
+    slots: Sequence[Slot]
+    owners: Sequence[range]  # for each slot, the indices of its matrices
+    matrices: Sequence[ParamMatrix]
+    scales: Sequence[Scales]  # one a matrix, for which ``row * grad * col`` is normalized
+
+
+def deflate_matrices(some: Deflating, backend: Backend, group: Group) -> Computation[Deflated]:
+    """Return scales of deflated updates, of root-mean-square 1.
+
+    Args:
+        some: The matrices.
+        backend: The backend that multiplies the updates of this rank's shards.
+        group: The group of the parameters.
+    """
+    if backend.packs_vectors and not is_dtensor(some.slots[0].param):
+        found = _deflate_packed(some, backend, group)
+        if found is not None:
+            return immediate(found)
+    return _deflate_stacks(
+        some.matrices, some.scales, blocks_of(some.slots, some.owners, group), backend
+    )
+
+
+def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated | None:
+    """Deflate whole matrices with a number of torch calls that does not grow with theirs.
+
+    Returns None if the backend cannot multiply packed vectors.
+    """
+    kinds = [
+        _BlockKey(slot.param.shape, slot.param.stride(), group["layout"])
+        for slot, own in zip(some.slots, some.owners, strict=True)
+        for _ in own
+    ]
+    by_width: dict[int, list[int]] = {}
+    for i, matrix in enumerate(some.matrices):
+        if min(matrix.shape) > 1:  # there is nothing to lower in others
+            width = min(group["deflated_rank"] + 1, *matrix.shape)
+            by_width.setdefault(width, []).append(i)
+    found: list[Scales | Lowered] = [*some.scales]
+    finite = [some.matrices[0].grad.new_ones((), dtype=torch.bool)] * len(found)
+    for width, own in by_width.items():
+        shared = _shared_blocks(tuple(kinds[i] for i in own), group["deflated_rank"] + 1, width)
+        scales = [some.scales[i] for i in own]
+        products = backend.packed_products([some.matrices[i].grad for i in own], scales, shared)
+        if products is None:
+            return None
+        lowered, flags = _lowered_packed(scales, products)
+        for i, one, flag in zip(own, lowered, flags, strict=True):
+            found[i], finite[i] = one, flag
+    return Deflated(found, finite)
+
+
+def _lowered_packed(
+    scales: Sequence[Scales], products: PackedProducts
+) -> tuple[list[Lowered], list[Tensor]]:
+    """Bring updates to root-mean-square 1, and say which of them are finite."""
+    leading = find_packed_leading(products)
+    stretch = (products.entries / or_one(leading.square)).sqrt_()
+    left = leading.taken.times(leading.factors * stretch).blocks.flatten(0, 1).float()
+    right = leading.right.blocks.flatten(0, 1).float()
+    numbers = stretch.flatten()
+    sides = products.by_tensor(left, of_rows=True), products.by_tensor(right, of_rows=False)
+    factors = products.numbers_by_tensor(numbers.float())
+    lowered = [
+        Lowered(*own, LowRank(*pair), factor)
+        for own, *pair, factor in zip(scales, *sides, factors, strict=True)
+    ]
+    return lowered, products.all_by_tensor(numbers.isfinite())
+
+
+@computation
+def _deflate_stacks(
+    matrices: Sequence[ParamMatrix],
+    scales: Sequence[Scales],
+    blocks: Sequence[Tensor],
+    backend: Backend,
+) -> Steps[Deflated]:
+    """Deflate matrices that may be sharded, in stacks of one shape and memory order."""
+    found: list[Scales | Lowered] = [*scales]
+    finite = [torch.ones((), dtype=torch.bool, device=matrices[0].grad.device)] * len(matrices)
+    stacks = _stacks_of(matrices)
+    firsts = [matrices[own[0]] for own in stacks]
+    is_whole = not any(x.sharding and x.sharding.row_groups for x in firsts)
+    directions = yield find_leading(
+        _products(
+            backend,
+            [Stack([matrices[i].grad for i in own], [scales[i] for i in own]) for own in stacks],
+        ),
+        [
+            _together([blocks[i] for i in own], min(first.shape))
+            for own, first in zip(stacks, firsts, strict=True)
+        ],
+        [first.shape for first in firsts],
+        lambda numbers: sum_over_rows(numbers, _each(firsts, numbers)),
+        None if is_whole else lambda numbers: sum_over_columns(numbers, _each(firsts, numbers)),
+    )
+    for own, first in zip(stacks, firsts, strict=True):
+        leading = directions.pop(0)  # so that it is freed
+        lowered, flags = _stretched([scales[i] for i in own], prod(first.shape), leading)
+        for i, one, flag in zip(own, lowered, flags.unbind(), strict=True):
+            found[i], finite[i] = one, flag
+    return Deflated(found, finite)
+
+
+def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
+    """Return Ω of a stack; one that all share is not copied."""
+    first = blocks[0][..., :width].contiguous()
+    if all(block is blocks[0] for block in blocks):
+        return first.expand(len(blocks), *first.shape)
+    return torch.stack([block[..., :width] for block in blocks])
+
+
+def _products(backend: Backend, stacks: Sequence[Stack]) -> Products:
+    """Return the products of updates; the backend copies at most `SCRATCH_BYTES` at a time."""
+    copied = [
+        0 if backend.packs_vectors and stack.grads[0].dtype != torch.float64 else 4 * _size(stack)
+        for stack in stacks
+    ]
+    chunks = chunk_slices(copied, SCRATCH_BYTES)
+    if len(chunks) <= 1:
+        return backend.products(stacks)
+    return _ProductsByChunks(backend, [stacks[chunk] for chunk in chunks])
+
+
+def _size(stack: Stack) -> int:
+    return sum(grad.numel() for grad in stack.grads)
+
+
+class _ProductsByChunks:
+    """Products of one chunk of updates after the other; each product asks the backend anew.
+
+    Args:
+        backend: The backend, which may copy what it multiplies.
+        chunks: Chunks of stacks.
+    """
+
+    def __init__(self, backend: Backend, chunks: Sequence[Sequence[Stack]]) -> None:
+        self._backend, self._chunks = backend, chunks
+        self._squares: list[Tensor] = []
+
+    def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return X V of each."""
+        return [
+            found
+            for chunk, own in zip(self._chunks, self._split(blocks), strict=True)
+            for found in self._backend.products(chunk).of_rows(own)
+        ]
+
+    def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return Xᵀ Y of each."""
+        squares: list[Tensor] = []
+        found: list[Tensor] = []
+        for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
+            products = self._backend.products(chunk)
+            found += products.of_cols(own)
+            if not self._squares:  # known after a product of either kind
+                products.of_rows([_zeros(stack, y) for stack, y in zip(chunk, own, strict=True)])
+                squares += products.squares()
+        self._squares = self._squares or squares
+        return found
+
+    def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return X V and Xᵀ X V of each."""
+        rows: list[Tensor] = []
+        cols: list[Tensor] = []
+        squares: list[Tensor] = []
+        for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
+            products = self._backend.products(chunk)
+            both = products.of_both(own)
+            rows += both[0]
+            cols += both[1]
+            squares += products.squares()
+        self._squares = squares
+        return rows, cols
+
+    def squares(self) -> list[Tensor]:
+        """Return the square of each Frobenius norm."""
+        return self._squares
+
+    def _split(self, blocks: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        first = 0
+        for chunk in self._chunks:
+            yield blocks[first : first + len(chunk)]
+            first += len(chunk)
+
+
+def _zeros(stack: Stack, y: Tensor) -> Tensor:
+    """Return zeros ``(..., n, k)`` to multiply with X, where ``y`` was multiplied with Xᵀ."""
+    return y.new_zeros(*y.shape[:-2], stack.grads[0].shape[-1], y.shape[-1])
+
+
+def _stretched(
+    scales: Sequence[Scales], entries: int, leading: Leading
+) -> tuple[list[Lowered], Tensor]:
+    """Bring the updates of a stack to root-mean-square 1, and say which of them are finite.
+
+    The factor is multiplied into the row scales or, where one of them would overflow, into the
+    column scales: rows of 1e-38 have scales near the largest float.
+    """
+    stretch = (entries / or_one(leading.square)).sqrt_()
+    left = leading.taken.left * stretch
+    rows, cols = (torch.stack(own) for own in zip(*scales, strict=True))
+    factor = stretch.to(rows.dtype)
+    held = rows.shape[-2] > 0  # a rank may hold no row
+    fits = (rows.amax(-2, keepdim=True) * factor).isfinite() if held else factor.isfinite()
+    rows = rows * torch.where(fits, factor, 1)
+    cols = cols * torch.where(fits, 1, factor)
+    cols = cols.clamp(max=torch.finfo(cols.dtype).max)
+    left = left.to(rows.dtype)
+    right = leading.taken.right.mT.to(rows.dtype).contiguous().mT  # one direction after the other
+    flags = stretch.isfinite().flatten(1).all(-1)
+    lowered = [
+        Lowered(row, col, LowRank(*pair))
+        for row, col, *pair in zip(rows, cols, left, right, strict=True)
+    ]
+    return lowered, flags
+
+
+def with_scales_alone(
+    matrices: Sequence[ParamMatrix], scales: Sequence[Scales | Lowered]
+) -> tuple[list[ParamMatrix], list[Scales]]:
+    """Form lowered updates as gradients, for transforms that read them; return their scales."""
+    grads, pairs = nothing_to_take([matrix.grad for matrix in matrices], scales)
+    written = [x._replace(grad=grad) for x, grad in zip(matrices, grads, strict=True)]
+    return written, pairs
+
+
+def _each(matrices: Sequence[ParamMatrix], numbers: Sequence[Tensor]) -> list[ParamMatrix]:
+    """Repeat the matrices for numbers that hold several lists of one for each matrix."""
+    return [*matrices] * (len(numbers) // len(matrices)) if matrices else []
+
+
+def _stacks_of(matrices: Sequence[ParamMatrix]) -> list[list[int]]:
+    """List the indices of matrices of one shape, dtype and memory order, to be stacked.
+
+    A sharded matrix stays alone, so that all ranks send the same in the same order. One with a
+    single row or column has nothing to lower, and is left out.
+    """
+    stacks: dict[tuple[object, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        grad = matrix.grad
+        if min(matrix.shape) > 1:
+            kind = (grad.shape, grad.dtype, is_transposed(grad))
+            alone = matrix.sharding is not None or grad.numel() > STACKED_ENTRIES
+            stacks.setdefault((i,) if alone else kind, []).append(i)
+    return list(stacks.values())

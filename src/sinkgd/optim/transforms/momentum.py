@@ -1,0 +1,144 @@
+"""Momentum of any method: of the gradient before it is normalized, or of the update after.
+
+Letters, everywhere in this file:
+    G: the gradient; X: the update of the method
+    B: the average that is kept; μ: its decay rate
+
+The average is exponential, B ← μB + (1 − μ)G. A normalized step does not depend on a factor of its
+gradient, so before the normalization the average does the same as the usual sum μB + G.
+
+``"before"``: B averages the gradients, and B (with ``nesterov``, μB + (1 − μ)G) is normalized.
+``"after"``: B averages the updates, and the step goes along B (or μB + (1 − μ)X). B is shorter than
+an update where updates disagree, and in the first steps, as it begins at zero.
+
+State: ``state[param]["momentum_buffer"]``, sharded as the parameter: float32, 4 bytes an entry
+(float64 for float64), as an average in bfloat16 would lose small gradients. Scratch: one parameter
+in float32 at a time; Nesterov's directions are as large as the gradients, and made in chunks. A
+non-finite gradient leaves B unchanged. On a mesh ``"before"`` costs one message a group.
+"""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkgd.distributed.shards import first_entry_of, from_local, local
+from sinkgd.exchange import Computation, Steps, computation
+from sinkgd.kernels.eager import descend_
+from sinkgd.number_check import check_decay_rate
+from sinkgd.optim.apply import UpdateWriter, allowed
+from sinkgd.optim.chunking import step_in_chunks
+from sinkgd.optim.method import Context, Group, Slot, are_finite
+
+MOMENTUM = "momentum_buffer"
+PLACES = ("before", "after")
+MOMENTUM_OPTIONS = MappingProxyType[str, object](
+    {"momentum": 0.0, "nesterov": False, "momentum_place": "before"}
+)
+
+Step = Callable[[Sequence[Slot], Group, Context], Computation[Tensor]]
+
+
+def check_momentum(group: Group) -> None:
+    """Refuse a decay rate or a place out of range."""
+    momentum, place = group["momentum"], group["momentum_place"]
+    check_decay_rate("momentum", momentum)
+    if place not in PLACES:
+        raise ValueError(f"momentum_place must be one of {PLACES}, got {place!r}")
+    if group["nesterov"] and momentum == 0:
+        raise ValueError("nesterov=True needs a momentum above 0, e.g. momentum=0.95")
+
+
+def init_momentum(state: MutableMapping[str, Any], param: Tensor, group: Group) -> None:
+    """Make B, zero, where the group has momentum."""
+    if group["momentum"]:
+        _buffer(state, param.detach())
+
+
+def step_with_momentum(
+    step: Step, slots: Sequence[Slot], group: Group, context: Context
+) -> Computation[Tensor]:
+    """Take a step with momentum before or after it.
+
+    Args:
+        step: The step of the method without momentum.
+        slots: As for `Method.step`, like the arguments below.
+        group: A group with momentum.
+        context: The context of the step.
+    """
+    take = _before if group["momentum_place"] == "before" else _after
+    if not group["nesterov"]:
+        return take(step, slots, group, context)
+    return step_in_chunks(slots, lambda own: take(step, own, group, context), context)
+
+
+@computation
+def _before(step: Step, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
+    finite: Tensor = yield are_finite(slots)
+    flags = allowed(finite, context)
+    directed = []
+    for i, slot in enumerate(slots):
+        flag = None if flags is None else flags[i]
+        buffer = _buffer(context.states[slot.param], slot.param)
+        _average_(local(buffer), slot, group, context, flag)
+        if group["nesterov"]:
+            ahead = local(buffer).clone()
+            _average_(ahead, slot, group, context, flag)
+            buffer = from_local(slot.param, ahead)
+        directed.append(
+            slot._replace(grad=buffer, finite=finite[i], is_scratch=bool(group["nesterov"]))
+        )
+    taken: Tensor = yield step(directed, group, context._replace(loss_scale=None))
+    return taken
+
+
+@computation
+def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
+    states, mu = context.states, group["momentum"]
+    buffers = [_buffer(states[slot.param], slot.param) for slot in slots]
+    before = [local(b).clone() for b in buffers] if group["nesterov"] else None
+    finite: Tensor = yield step(
+        [slot._replace(param=b) for slot, b in zip(slots, buffers, strict=True)],
+        # With these options the step sets B to (1 − lr) B + lr X.
+        {**group, "lr": 1 - mu, "weight_decay": 1.0, "maximize": True, "rounding": "nearest"},
+        context._replace(
+            states={b: states[slot.param] for slot, b in zip(slots, buffers, strict=True)}
+        ),
+    )
+    writer = UpdateWriter(slots, finite, group, context)
+    for i, (slot, buffer) in enumerate(zip(slots, buffers, strict=True)):
+        if before is None:
+            along = local(buffer).clone()
+        else:  # μB + (1 − μ)X, as X is (B − μ · B before) / (1 − μ)
+            along = before[i].mul_(-mu).add_(local(buffer), alpha=1 + mu)
+        first = first_entry_of(slot.param, group.get("layout", "auto"))
+        writer.write_(i, local(slot.param), along, first)
+    return finite
+
+
+def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
+    """Return B, made anew where it is absent or has lost the parameter's memory order."""
+    kept: Tensor | None = state.get(MOMENTUM)
+    here = local(param)
+    if kept is not None and local(kept).stride() == here.stride():
+        return kept
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    own = torch.empty_strided(here.shape, here.stride(), dtype=dtype, device=here.device)
+    if kept is None:
+        own.zero_()
+    else:
+        own.copy_(local(kept))
+    state[MOMENTUM] = from_local(param, own)
+    buffer: Tensor = state[MOMENTUM]
+    return buffer
+
+
+def _average_(B: Tensor, slot: Slot, group: Group, context: Context, flag: Tensor | None) -> None:
+    """Set B to μB + (1 − μ)G, with G divided by the loss scale, unless ``flag`` is False."""
+    share: float | Tensor = 1 - group["momentum"]
+    if context.loss_scale is not None:
+        share = share / context.loss_scale
+    grad = local(slot.grad).to(B.dtype, copy=True)
+    descend_(B, grad, keep=group["momentum"], step=share, allowed=flag)

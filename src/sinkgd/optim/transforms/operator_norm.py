@@ -1,0 +1,154 @@
+r"""Updates of a given operator norm, known from one power iteration a step.
+
+The largest singular value σ of the update X = r G c is estimated by
+
+.. math::
+    u = X v, \qquad w = X^\top u, \qquad \sigma \approx \lVert w \rVert / \lVert u \rVert,
+    \qquad v \leftarrow w / \lVert w \rVert
+
+and v is kept for the next step. The estimate is never above σ. On a steady gradient its error falls
+by a factor of (σ₂/σ)⁴ a step; on other gradients it follows. X is not formed: the products are
+r G (c v) and c Gᵀ (r u). They read G twice, and the factor is multiplied into r.
+
+State: ``state[param]["power_vector"]``, float32, n numbers a matrix. It has the parameter's shape,
+except that the row dimension counts the matrices of the parameter, and is sharded as the columns
+are. Scratch: one float32 matrix where gradients are narrower, none elsewhere. On a mesh it costs at
+most two messages for a group that shards columns, one for a group that shards rows.
+
+Letters, everywhere in this file:
+    m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
+"""
+
+import math
+from collections.abc import MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
+from sinkgd.distributed.shards import ParamMatrix, local, shard_columns
+from sinkgd.exchange import Steps, computation
+from sinkgd.kernels import Scales
+from sinkgd.matrix_views import dims_of, rows_then_columns
+from sinkgd.optim.method import Group
+
+POWER_VECTOR = "power_vector"
+SIZES = (None, "unit", "muon")
+OPERATOR_NORM_OPTIONS = MappingProxyType[str, object]({"operator_norm": None})
+
+# Entries of v stay above this share of their root-mean-square, so that v never loses a column. This
+# changes the estimate by the square of the share.
+SMALLEST_SHARE = 2.0**-16
+
+
+def check_operator_norm(group: Group) -> None:
+    """Refuse a size that is none."""
+    if group["operator_norm"] not in SIZES:
+        raise ValueError(f"operator_norm must be one of {SIZES}, got {group['operator_norm']!r}")
+
+
+def init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, count: int) -> None:
+    """Begin with the sines of 1, 2, 3 …, which have both signs and no relation to a gradient.
+
+    A vector of ones would be worse: where inputs have mean zero, as after a layer norm, it is
+    nearly orthogonal to every row of the gradient.
+    """
+    (row_dim,), _ = dims_of(param.ndim, layout)
+    shape = [count if dim == row_dim else size for dim, size in enumerate(param.shape)]
+    places = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device=param.device)
+    state[POWER_VECTOR] = shard_columns(param, row_dim, places.sin().float().view(shape))
+
+
+def vectors_of(
+    state: MutableMapping[str, Any], param: Tensor, layout: str, count: int
+) -> list[Tensor]:
+    """Return v of each of the ``count`` matrices of a parameter: ``(..., 1, n)``."""
+    if POWER_VECTOR not in state:
+        init_vectors(state, param, layout, count)
+    view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
+    _, cols = dims_of(param.ndim, layout)
+    return list(torch.split(view.flatten(param.ndim - len(cols)), 1, dim=-2))
+
+
+def keep_vectors(
+    state: MutableMapping[str, Any],
+    param: Tensor,
+    layout: str,
+    vectors: Sequence[Tensor],
+    allowed: Tensor | None,
+) -> None:
+    """Keep v of each matrix of a parameter for the next step; not where ``allowed`` is False."""
+    view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
+    found = torch.cat(list(vectors), dim=-2).view(view.shape)
+    view.copy_(found if allowed is None else torch.where(allowed, found, view))
+
+
+class Pinned(NamedTuple):
+    """Updates of the operator norm that was asked for."""
+
+    scales: list[Scales]
+    vectors: list[Tensor]  # v of the next step
+    finite: list[Tensor]  # 0-dim bool each: whether the estimates are finite; equal on all ranks
+
+
+@computation
+def pin(
+    matrices: Sequence[ParamMatrix],
+    scales: Sequence[Scales],
+    vectors: Sequence[Tensor],
+    group: Group,
+) -> Steps[Pinned]:
+    """Bring the operator norm of each update to 1, or to √(m/n).
+
+    The estimate is at least the length that the last half step gave to every row or column that
+    is not zero. σ is never below it, so the update stays finite for any v.
+
+    Args:
+        matrices: The matrices whose gradients are updated along.
+        scales: Scales for which ``row * grad * col`` is normalized.
+        vectors: v of each matrix, from `vectors_of`.
+        group: Sets ``operator_norm`` and ``last``.
+    """
+    wide = [Scales(row.double(), col.double()) for row, col in scales]
+    every = list(zip(matrices, wide, vectors, strict=True))
+    u = [s.row * _product(matrix.grad, (s.col * v).mT) for matrix, s, v in every]
+    u = yield sum_over_columns(u, matrices)
+    w = [s.col * _product(p.grad.mT, s.row * x).mT for (p, s, _), x in zip(every, u, strict=True)]
+    # One message for both.
+    squares = [x.square().sum(-2, keepdim=True) for x in u]
+    joined = [torch.cat([x, y], dim=-1) for x, y in zip(w, squares, strict=True)]
+    both = yield sum_over_rows(joined, matrices)
+    w, u_squares = [x[..., :-1] for x in both], [x[..., -1:] for x in both]
+    w_squares = yield sum_over_columns([x.square().sum(-1, keepdim=True) for x in w], matrices)
+
+    pinned, kept, finite = [], [], []
+    for i, (matrix, scale, v) in enumerate(every):
+        m, n = matrix.shape
+        sigma = torch.where(u_squares[i] == 0, 0, w_squares[i] / u_squares[i]).sqrt()
+        sigma = sigma.clamp(min=math.sqrt(m if group["last"] == "column" else n))
+        size = math.sqrt(m / n) if group["operator_norm"] == "muon" else 1.0
+        row = (scale.row * (size / sigma)).to(scales[i].row.dtype)
+        pinned.append(Scales(row, scales[i].col))
+        kept.append(_next(w[i], w_squares[i], v, n))
+        finite.append(sigma.isfinite().all())
+    return Pinned(pinned, kept, finite)
+
+
+def _next(w: Tensor, squares: Tensor, v: Tensor, n: int) -> Tensor:
+    """Return w / ‖w‖, or v where w is 0; entries that vanish get a small size and the sign of v."""
+    unit = torch.where(squares == 0, v.double(), w / squares.sqrt())
+    least = torch.full_like(unit, SMALLEST_SHARE / math.sqrt(n))
+    return torch.where(unit.abs() < least, least.copysign(v), unit).float()
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Return ``matrix @ x`` for ``x`` ``(..., k, 1)`` in float64, whatever the size of either."""
+    if x.numel() == 0 or matrix.numel() == 0:
+        return x.new_zeros(*matrix.shape[:-1], 1)
+    peak = x.abs().amax(dim=-2, keepdim=True)
+    # The power of two is above the number of terms, so that their sum does not overflow.
+    unit = torch.where(peak == 0, 1, peak) * 2.0 ** x.shape[-2].bit_length()
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return (matrix.to(dtype) @ (x / unit).to(dtype)).double() * unit

@@ -1,0 +1,50 @@
+"""Mask the rows of a gradient that are nearly zero, so that they are not updated.
+
+Row normalization gives all rows of the gradient the same length, also the shortest. In the table of
+an embedding or an output head most rows belong to tokens that a batch does not contain; their
+gradient is noise.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+from sinkgd.distributed.all_reduce import row_lengths, sum_over_rows
+from sinkgd.distributed.shards import ParamMatrix
+from sinkgd.exchange import Steps, computation
+from sinkgd.kernels import Backend
+from sinkgd.optim.method import Group
+
+TREATMENTS = ("keep", "mask")
+
+# The threshold is ours: no source gives one. Rows a hundred times shorter than the mean are noise.
+ROW_MASK_OPTIONS = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
+
+
+def check_row_mask(group: Group) -> None:
+    """Refuse options out of range."""
+    if group["tiny_rows"] not in TREATMENTS:
+        raise ValueError(f"tiny_rows must be one of {TREATMENTS}, got {group['tiny_rows']!r}")
+    if not group["tiny_row_threshold"] >= 0:
+        raise ValueError(
+            f"tiny_row_threshold must be at least 0, got {group['tiny_row_threshold']}"
+        )
+
+
+@computation
+def mask_tiny_rows(
+    matrices: Sequence[ParamMatrix], threshold: float, backend: Backend, *, in_place: bool
+) -> Steps[list[ParamMatrix]]:
+    """Set rows to zero whose l2 norm is below ``threshold`` times the mean of all rows'.
+
+    Their update is then zero, and they do not affect the scales of others. Reads the gradients once
+    and, unless ``in_place``, copies them. Sends one message a process group. A non-finite row is
+    kept, so that later checks find it.
+    """
+    lengths = yield row_lengths(matrices, backend)
+    totals = yield sum_over_rows([own.sum(-2, keepdim=True) for own in lengths], matrices)
+    kept = []
+    for matrix, length, total in zip(matrices, lengths, totals, strict=True):
+        tiny = length < threshold * total / matrix.shape[0]
+        fill = matrix.grad.masked_fill_ if in_place else matrix.grad.masked_fill
+        kept.append(matrix._replace(grad=fill(tiny, 0)))
+    return kept
