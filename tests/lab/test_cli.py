@@ -192,7 +192,7 @@ def test_a_full_disk_in_the_results_is_an_error(capsys, monkeypatch, tmp_path, s
         (errno.EROFS, "; give another path"),
     ],
 )
-@pytest.mark.parametrize("failing", ["results.ResultsWriter.write", "train.whole.checksums"])
+@pytest.mark.parametrize("failing", ["results.ResultsWriter.write", "train.checkpoint.checksums"])
 def test_each_error_of_the_system_has_its_own_remedy(
     capsys, monkeypatch, tmp_path, small, failing, code, remedy
 ):

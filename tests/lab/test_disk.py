@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinkgd.lab.disk import FULL, naming, write_whole
+from sinkgd.lab.disk import FULL, naming_path, write_whole
 from sinkgd.lab.results import ResultsWriter, Resume
 
 
@@ -53,12 +53,12 @@ def test_a_full_disk_names_the_file_of_results(tmp_path):
 
 @pytest.mark.parametrize("code", sorted(FULL))
 def test_an_error_that_names_no_file_is_given_one(tmp_path, code):
-    with pytest.raises(OSError, match=str(tmp_path)) as caught, naming(tmp_path):
+    with pytest.raises(OSError, match=str(tmp_path)) as caught, naming_path(tmp_path):
         raise OSError(code, os.strerror(code))
     assert caught.value.errno == code
 
 
 def test_an_error_that_names_a_file_keeps_it(tmp_path):
-    with pytest.raises(OSError, match="other") as caught, naming(tmp_path):
+    with pytest.raises(OSError, match="other") as caught, naming_path(tmp_path):
         raise OSError(errno.EACCES, "denied", "other")
     assert caught.value.filename == "other"

@@ -1,8 +1,8 @@
-"""`sinkgd`: the program. It finds the command, reads its options, runs it, and words its errors.
+"""`sinkgd`: the program. It finds the command, parses its options, runs it, and reports errors.
 
 A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its options and whose
-``run()`` returns the exit code. It may have a ``defaults(arguments)``, asked before the options are
-read, e.g. to take defaults from a file that one of them names.
+``run()`` returns the exit code. A class method ``defaults(arguments)``, if it has one, gives the
+defaults before the options are parsed, e.g. from a file that one of them names.
 """
 
 import io
@@ -19,16 +19,15 @@ from typing import Protocol
 import sinkgd
 from _sinkgd_cli import hand_over_ctrl_c
 from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
-from sinkgd.lab.limits import NumberError, check_numbers
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import NumberError, check_numbers, suggest
 from sinkgd.lab.terminal import keep_stderr, make_readable
 
-# Each command's module is imported only when it runs; `sinkgd --help` needs none. A command without
-# a class is a package with commands of its own: its COMMANDS and USAGE are like those here.
+# Each command's module is imported only when it runs; `sinkgd --help` imports none. A command
+# without a class is a package with commands of its own, and has COMMANDS and USAGE like these.
 Commands = Mapping[str, tuple[str | None, str]]
 COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
-    "train": ("Train", "train one model, or go on with a run that was stopped"),
+    "train": ("Train", "train one model, or resume a run that was stopped"),
     "experiment": ("Experiment", "run a study: tune alike, repeat with seeds, judge, write a page"),
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
     "report": ("Report", "table and page of runs that are there already"),
@@ -61,7 +60,7 @@ examples:
 
 
 class Command(Protocol):
-    """What every command is."""
+    """The interface of every command."""
 
     def run(self) -> int:
         """Run the command; return the exit code."""
@@ -75,44 +74,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for what the user gave and can mend, 129 after
-        SIGHUP, 130 after Ctrl-C, 141 where nobody reads the output any more, 143 after SIGTERM.
+        The exit code: 0, 1 for a run that failed, 2 for input that the user can correct, 129 after
+        SIGHUP, 130 after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
     """
     try:
         hand_over_ctrl_c()
         keep_stderr()
         make_readable()
-        return _worded(list(sys.argv[1:] if argv is None else argv))
+        return _run_and_report(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", code=130)
 
 
-def _worded(arguments: list[str]) -> int:
-    """Run the program; put what it raises into words."""
+def _run_and_report(arguments: list[str]) -> int:
+    """Run the program; report the errors that it raises."""
     try:
         code = _main(arguments)
         sys.stdout.flush()
     except SystemExit as exit_request:
-        if isinstance(exit_request.__context__, BrokenPipeError):  # rich makes this of it
-            return _nobody_reads()
-        return int(exit_request.code or 0)  # from the parser, after it wrote help or what is wrong
+        if isinstance(exit_request.__context__, BrokenPipeError):  # rich raises this instead
+            return _output_closed()
+        return int(exit_request.code or 0)  # from the parser, after it wrote help or an error
     except BrokenPipeError:
-        return _nobody_reads()
+        return _output_closed()
     except ModuleNotFoundError as error:
         if str(error.name).startswith("sinkgd"):
             raise
         extra = "experiments" if error.name in _EXPERIMENTS else "lab"
         return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=2)
-    except Exception as error:  # one that nobody expects is raised again
+    except Exception as error:  # unexpected errors are raised again
         failed = _code_of(error)
         if failed is None:
             raise
-        return _fail(_words_of(error), code=failed)
+        return _fail(_message_of(error), code=failed)
     return code
 
 
-def _nobody_reads() -> int:
-    """Return the exit code where whoever read our output, such as `head`, has seen enough."""
+def _output_closed() -> int:
+    """Return the exit code when the reader of the output, such as `head`, has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
 
@@ -163,8 +162,8 @@ def _run(name: str, kind: str, arguments: list[str]) -> int:
 
 
 def _code_of(error: Exception) -> int | None:
-    """Return 2 for what the user gave and can mend, 1 for a run that failed, None for a fault."""
-    if _lacks_memory(error):  # asked first: it imports nothing
+    """Return 2 for input that the user can correct, 1 for a failed run, None for a bug."""
+    if _lacks_memory(error):  # first, because it imports nothing
         return 1
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and cause.errno in FULL:
@@ -176,8 +175,8 @@ def _code_of(error: Exception) -> int | None:
     return 1 if isinstance(error, _failures()) else None
 
 
-def _words_of(error: Exception) -> str:
-    """Return an error in one line."""
+def _message_of(error: Exception) -> str:
+    """Return the message of an error in one line."""
     if _lacks_memory(error):
         first = (str(error).splitlines() or ["an allocation failed"])[0]
         if (limit := _memory_limit()) is not None:
@@ -195,7 +194,7 @@ def _words_of(error: Exception) -> str:
 
 
 def _is_too_large(error: Exception) -> bool:
-    """Whether sizes that were asked for have a product that no tensor can have."""
+    """Whether the product of requested sizes is too large for a tensor."""
     return type(error) is RuntimeError and "overflow" in str(error)
 
 
@@ -207,19 +206,19 @@ def _lacks_memory(error: Exception) -> bool:
     words = str(error)
     if type(error) is RuntimeError and "can't allocate memory" in words:
         return True
-    # Where the address space is limited, these are what libraries make of an mmap that failed.
+    # If the address space is limited, libraries report a failed mmap in these words.
     cut = ("libllvmlite", "could not create a primitive", "failed to map segment", "std::bad_alloc")
     return _memory_limit() is not None and any(cause in words for cause in cut)
 
 
 def _memory_limit() -> int | None:
-    """Return the most bytes of address space that this process may have; None without a limit."""
+    """Return the limit of this process's address space in bytes, or None."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _first_unreadable(arguments: Sequence[str]) -> str | None:
-    """Return the first argument whose bytes are no text; it could not be written to any record."""
+    """Return the first argument whose bytes are not text: no record could hold it."""
     for argument in arguments:
         try:
             argument.encode("utf-8")
@@ -229,7 +228,7 @@ def _first_unreadable(arguments: Sequence[str]) -> str | None:
 
 
 def _first_empty(arguments: Sequence[str]) -> str | None:
-    """Name the first empty value; no option has one, and as a path it is the current folder."""
+    """Describe the first empty value; no option accepts one, as a path it is the current folder."""
     before = ""
     for argument in arguments:
         option, sign, value = argument.partition("=")
@@ -248,7 +247,7 @@ def _encoding() -> str:
 def _parse(name: str, kind: str, arguments: list[str]) -> Command:
     import tyro
 
-    if os.environ.get("NO_COLOR"):  # tyro does not ask
+    if os.environ.get("NO_COLOR"):  # tyro ignores it
         tyro._experimental_options["ansi_codes"] = False
     command = getattr(import_module(f"sinkgd.lab.commands.{name.replace(' ', '.')}"), kind)
     default = command.defaults(arguments) if hasattr(command, "defaults") else None
@@ -262,17 +261,18 @@ def _parse(name: str, kind: str, arguments: list[str]) -> Command:
                 default=tyro.MISSING_NONPROP if default is None else default,
             )
     except SystemExit:
-        if wrong := _first_words(shown.getvalue()):
+        if wrong := _parser_message(shown.getvalue()):
             sys.stderr.write(f"error: {wrong} See `sinkgd {name} --help`\n")
         raise
     return parsed
 
 
-def _first_words(box: str) -> str:
-    """Return in one line what the parser says in a box: what is wrong, and the nearest option."""
+def _parser_message(box: str) -> str:
+    """Return the parser's boxed message in one line: the error and the nearest option."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│ ") for line in plain.splitlines()]
-    # The frame's top holds the title; where it cannot be drawn, that is a line with a rule below.
+    # The top of the frame holds the title; without a frame, the title has a line of its own and a
+    # rule.
     lines = lines[1:] if plain.startswith("╭") else lines[2:]
     wrong = " ".join(takewhile(lambda line: line.strip("─-"), lines))
     if "Perhaps you meant:" not in lines:
@@ -297,11 +297,11 @@ def _fail(message: str, *, code: int) -> int:
     return code
 
 
-# Both are asked only when something was raised, so that `sinkgd doctor` never imports the lab.
+# Both are called only after an error, so that `sinkgd doctor` never imports the lab.
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:
-    """List the errors of what the user gave: options, names, files, folders."""
+    """List the errors about user input: options, names, files, folders."""
     from sinkgd.lab.data import DataError
     from sinkgd.lab.models import ModelError
     from sinkgd.lab.report import ReportError

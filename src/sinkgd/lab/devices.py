@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import suggest
 from sinkgd.lab.train.config import ConfigError
 
 _GIB = 2**30

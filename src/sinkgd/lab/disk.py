@@ -1,4 +1,4 @@
-"""Files: read without surprises, written whole, and safe from a power cut."""
+"""Files: read without surprises, written atomically, and safe from a power cut."""
 
 import errno
 import json
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# No room: on the disk, in a quota, below the largest size that a process may write.
+# No space: on the disk, in a quota, or within the largest file that a process may write.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# What a path can be wrong by.
+# Errors that another path avoids.
 PATH_ERRORS = frozenset(
     {
         errno.EACCES,
@@ -29,7 +29,7 @@ PATH_ERRORS = frozenset(
 
 
 def remedy_of(error: OSError) -> str | None:
-    """Say what to do about an error of the system; None where only its cause can tell.
+    """Return what to do about an error of the system, or None if that depends on its cause.
 
     Examples:
         >>> remedy_of(FileExistsError(errno.EEXIST, "File exists", "runs"))
@@ -52,7 +52,7 @@ def parse_json(content: str | bytes) -> Any:
     """Parse JSON; a byte order mark is allowed.
 
     Raises:
-        ValueError: If it is no JSON, is not UTF-8, or is nested more deeply than Python can read.
+        ValueError: If it is not JSON, not UTF-8, or nested more deeply than Python can read.
 
     Examples:
         >>> parse_json(b'{"steps": 3}')
@@ -66,8 +66,8 @@ def parse_json(content: str | bytes) -> Any:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name ``path`` in errors that name no file, as those of a write to a full disk do."""
+def naming_path(path: Path) -> Iterator[None]:
+    """Add ``path`` to errors without a file name, such as those of a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -77,15 +77,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def is_special(path: Path) -> bool:
-    """Whether something is at ``path`` that is no plain file; reading a FIFO may never end."""
+    """Whether ``path`` exists and is not a regular file; reading a FIFO may never end."""
     return path.exists() and not path.is_file()
 
 
 def claim_folder(path: Path) -> None:
-    """Make a folder and see that files can be put there, before long work whose result goes there.
+    """Create a folder and check that it is writable, before long work whose results go there.
 
     Raises:
-        OSError: If that cannot be.
+        OSError: If it cannot be created or is not writable.
     """
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
@@ -96,7 +96,7 @@ def claim_file(path: Path) -> None:
     """As `claim_folder`, for one file.
 
     Raises:
-        OSError: If that cannot be.
+        OSError: If the file cannot be written.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -105,30 +105,30 @@ def claim_file(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Put a file at ``path`` in one move: no reader ever sees half of it. Its folder is made.
+    """Write a file atomically: no reader ever sees half of it. Its folder is created if absent.
 
     A device or a pipe, such as /dev/null or /dev/stdout, is written to, not replaced.
     """
     if is_special(path):
-        with naming(path), path.open("w", encoding="utf-8") as file:
+        with naming_path(path), path.open("w", encoding="utf-8") as file:
             file.write(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     temporary = Path(name)
     try:
-        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with naming_path(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's files are for their owner alone
+        temporary.chmod(0o644)  # mkstemp's files are private to their owner
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's own entries to the disk: the names in it, not the files' content."""
+    """Force a folder's entries to the disk: the names of its files, not their content."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

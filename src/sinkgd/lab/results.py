@@ -20,8 +20,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from sinkgd.lab.disk import is_special, naming, parse_json
-from sinkgd.lab.naming import NAMING, start_now
+from sinkgd.lab.disk import is_special, naming_path, parse_json
+from sinkgd.lab.recorded_names import NAMING, start_now
 
 RESULTS_FILE = "run.jsonl"  # in the run's folder
 
@@ -46,7 +46,7 @@ class RunStart:
     # Inputs besides the configuration: hashes of the data and of the optimizer's groups, and the
     # model's sizes; empty in records of older versions.
     inputs: dict[str, Any] = field(default_factory=dict)
-    naming: int = NAMING  # version of the recipes' names, see `sinkgd.lab.naming`
+    naming: int = NAMING  # version of the recipes' names, see `sinkgd.lab.recorded_names`
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ class ResultsWriter:
     def write(self, record: Record) -> None:
         """Append one record."""
         line = json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=True)
-        with naming(self.path):
+        with naming_path(self.path):
             self._file.write(line + "\n")
             self._file.flush()
         for mirror in self._mirrors:
@@ -329,12 +329,12 @@ class ResultsWriter:
 
     def sync(self) -> None:
         """Force all written records to the disk; called before every checkpoint."""
-        with naming(self.path):
+        with naming_path(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with naming(self.path):
+        with naming_path(self.path):
             self._file.close()
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
-"""Text for terminals that cannot show all of it: ASCII, cp1252, and names that are no UTF-8.
+"""Text for terminals that cannot show every character, and output for terminals that are gone.
 
-And for those that are gone: what is written to standard error is then lost, but no work is.
+Characters that an encoding lacks (ASCII, cp1252) and names that are not UTF-8 are replaced. If the
+terminal is closed, what is written to standard error is lost, but the process goes on.
 """
 
 import codecs
@@ -10,7 +11,7 @@ import unicodedata
 from typing import Any, TextIO
 
 ERRORS = "sinkgd.readable"
-# What pages and tables use beyond ASCII, where a plain equivalent exists.
+# Characters of pages and tables beyond ASCII that have a plain equivalent.
 _PLAIN = {
     "×": "x",
     "·": "*",
@@ -45,7 +46,7 @@ _PLAIN = {
 
 
 def readable(error: UnicodeError) -> tuple[str, int]:
-    r"""Replace characters that an encoding lacks: by a plain one where there is one, else escaped.
+    r"""Replace characters that an encoding lacks by a plain equivalent, or escape them.
 
     Examples:
         >>> "1 × √n ≤ 2, naïve ☃".encode("ascii", ERRORS)
@@ -68,7 +69,7 @@ codecs.register_error(ERRORS, readable)
 
 
 def make_readable(*streams: TextIO | None) -> None:
-    """Let streams replace what they cannot encode instead of raising; by default this process's."""
+    """Make streams replace what they cannot encode; by default the standard ones."""
     for stream in streams or (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -76,11 +77,11 @@ def make_readable(*streams: TextIO | None) -> None:
 
 
 class LastingStream(io.TextIOWrapper):
-    """A stream that takes what it cannot write: its terminal was closed, or its disk is full.
+    """A stream that discards what it cannot write, to a closed terminal or a full disk.
 
     Args:
-        descriptor: Of the file, which stays open.
-        encoding: Of the text.
+        descriptor: Descriptor of the file, which stays open.
+        encoding: Encoding of the text.
     """
 
     def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
@@ -101,6 +102,6 @@ class _LastingFile(io.FileIO):
 
 
 def keep_stderr() -> None:
-    """Let this process go on when nobody can read its standard error any more."""
+    """Let this process go on after its standard error is closed."""
     if sys.stderr is sys.__stderr__ and sys.stderr is not None:  # else replaced, e.g. by a test
         sys.stderr = LastingStream(sys.stderr.fileno(), sys.stderr.encoding)

@@ -9,7 +9,7 @@ import transformers
 from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.models import LLAMAS, ModelError
 from sinkgd.lab.plan import METHODS, Grid, find_architecture, find_device, find_method
-from sinkgd.lab.plan.weights import weights_of
+from sinkgd.lab.plan.rank_model import weights_of
 from sinkgd.lab.train.config import ConfigError
 
 SMALL = {

@@ -6,8 +6,8 @@ import pytest
 
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.plan import Plan
-from sinkgd.lab.plan import METHODS, plan
-from sinkgd.lab.plan.plan import USUAL_METHODS
+from sinkgd.lab.plan import METHODS, planner
+from sinkgd.lab.plan.planner import USUAL_METHODS
 from sinkgd.lab.train.config import MeshConfig
 
 QUICK = ["--sequence-length", "64"]
@@ -16,9 +16,9 @@ QUICK = ["--sequence-length", "64"]
 @pytest.fixture(autouse=True)
 def short_ladder(monkeypatch):
     monkeypatch.setattr(
-        plan.make_plan,
+        planner.make_plan,
         "__kwdefaults__",
-        plan.make_plan.__kwdefaults__ | {"ladder": ("llama-60m", "llama-3-8b")},
+        planner.make_plan.__kwdefaults__ | {"ladder": ("llama-60m", "llama-3-8b")},
     )
 
 

@@ -9,9 +9,9 @@ from sinkgd.lab.bench.bench_memory import allocations
 from sinkgd.lab.models.llama import Llama
 from sinkgd.lab.models.presets import PRESETS
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture, find_method, rank_memory
-from sinkgd.lab.plan.memory import update_scratch
-from sinkgd.lab.plan.methods import eight_bit_bytes
-from sinkgd.lab.plan.weights import weights_of
+from sinkgd.lab.plan.method_cost import eight_bit_bytes
+from sinkgd.lab.plan.peak_memory import update_scratch
+from sinkgd.lab.plan.rank_model import weights_of
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
@@ -78,7 +78,7 @@ def test_scratch_is_what_a_step_takes(name, options, vocab_size):
     optimizer.step()
     used = allocations(optimizer.step, torch.device("cpu")).peak
     weights = weights_of(replace(NINE.architecture, **sizes))
-    planned = update_scratch(weights, Grid(), find_method(name), device="cpu", one_by_one=False)
+    planned = update_scratch(weights, Grid(), find_method(name), device="cpu", per_matrix=False)
     assert planned == pytest.approx(used, rel=0.03)
 
 

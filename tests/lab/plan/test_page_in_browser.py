@@ -5,9 +5,8 @@ import pytest
 from lab.bench.test_page_in_browser import CUT_OFF, MARKS
 from sinkgd.lab.disk import write_whole
 from sinkgd.lab.plan import Grid, Question, Work, find_architecture, find_device, find_method
-from sinkgd.lab.plan.page import plan_page
-from sinkgd.lab.plan.plan import make_plan
-from sinkgd.lab.plan.sheets import answer_lines
+from sinkgd.lab.plan.plan_report import answer_lines, plan_page
+from sinkgd.lab.plan.planner import make_plan
 
 pytestmark = pytest.mark.browser
 

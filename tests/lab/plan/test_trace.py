@@ -7,8 +7,8 @@ import torch
 
 from sinkgd.lab.plan import Work, find_architecture
 from sinkgd.lab.plan import rank_model as parts
-from sinkgd.lab.plan.trace import LOSS, UPDATE, Live, LiveStorages, run_on_paper, trace
-from sinkgd.lab.plan.weights import weights_of
+from sinkgd.lab.plan.rank_model import weights_of
+from sinkgd.lab.plan.trace import LOSS, UPDATE, Live, LiveStorages, run_on_fake_tensors, trace
 
 NINE = find_architecture("llama-9m")
 GROUPED = replace(NINE, num_kv_heads=2, tied=True)
@@ -28,18 +28,18 @@ def work(**options):
 def test_any_depth_is_on_the_line_through_two_to_the_byte(options):
     base = work(**options)
     deep = replace(base, architecture=replace(base.architecture, num_layers=9))
-    assert trace(deep) == run_on_paper(deep, 9)
+    assert trace(deep) == run_on_fake_tensors(deep, 9)
 
 
 def test_a_block_with_a_head_of_its_own_for_every_query_is_the_labs(monkeypatch):
-    expected = run_on_paper(work(), 4)
+    expected = run_on_fake_tensors(work(), 4)
     monkeypatch.setattr(parts, "_of_llama", lambda _: None)  # our own parts are taken always
-    assert run_on_paper(work(), 4) == expected
+    assert run_on_fake_tensors(work(), 4) == expected
 
 
 def test_shared_keys_and_tensor_parallelism_keep_less_for_backward():
     def kept(**options):
-        return run_on_paper(work(**options), 4)[LOSS].activations
+        return run_on_fake_tensors(work(**options), 4)[LOSS].activations
 
     assert kept(architecture=replace(NINE, num_kv_heads=1)) < kept()
     assert kept(tp=4) < kept() / 2

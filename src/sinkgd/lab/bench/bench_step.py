@@ -71,6 +71,7 @@ FIRST_CALL, ACCURACY, SCRATCH = "first-call", "accuracy", "scratch"
 CHECKS = (FIRST_CALL, ACCURACY, SCRATCH)
 CHECKED_WORKLOADS = ("llama-60m", "llama-1b-layer")
 _CHECK_WEIGHT = 60e6  # of a check in the progress, in entries of a workload
+_USABLE = 0.9  # of the free memory
 
 
 @dataclass(frozen=True)
@@ -152,114 +153,10 @@ def _time(
     return timing
 
 
-def _check(
-    record: StepRecord, checks: Sequence[str], plan: StepPlan, progress: Progress
-) -> StepRecord:
-    running = [name for name, reason in backends(plan.device) if reason is None]
-    for check in checks:
-        progress.stage(check, _CHECK_WEIGHT)
-        if check == FIRST_CALL:
-            first_calls = tuple(measure_first_call(name, plan.device) for name in running)
-            record = replace(record, first_calls=first_calls)
-        elif check == ACCURACY:
-            record = replace(record, accuracies=_accuracies(running, plan.device))
-        else:
-            record = replace(record, scratch=_scratch(record.ours, plan))
-    return record
-
-
-def _accuracies(running: Sequence[str], device: torch.device) -> tuple[Accuracy, ...]:
-    return tuple(
-        measure_accuracy(WORKLOADS[workload], backend, device)
-        for workload in CHECKED_WORKLOADS
-        for backend in running
-    )
-
-
-def _scratch(backend: str, plan: StepPlan) -> tuple[MemoryUse, ...]:
-    uses = []
-    for workload in CHECKED_WORKLOADS:
-        for dtype in plan.dtypes:
-            subject = Subject(
-                our_name(backend, ITERATIONS[0]),
-                workload,
-                dtype,
-                str(plan.device),
-                torch.get_num_threads(),
-            )
-            use = measure_in_fresh_process(subject)
-            assert isinstance(use, MemoryUse), use  # "auto" takes only what runs
-            uses.append(use)
-    return tuple(uses)
-
-
 def _weight(workload: Workload, dtype: str) -> float:
     # Slow contenders take most of the time, which depends on the entries, not on the type.
     entries = workload_bytes(workload, dtype) / DTYPES[dtype].itemsize
     return entries if workload.without_slow else 4 * entries
-
-
-def measure_accuracy(workload: Workload, backend: str, device: torch.device) -> Accuracy:
-    """Compare one gradient of each shape of a workload with float64."""
-    problem = build_problem(workload, "float32", device)
-    iterations = ITERATIONS[0]
-    found = kernels.select(backend, device)
-    worst = 0.0
-    for grad in _one_of_each_shape(problem.grads):
-        (scales,) = found.scales([grad], iterations)
-        (exact,) = kernels.select("eager", device).scales([grad.double()], iterations)
-        worst = max(worst, relative_error(scales, exact))
-    return Accuracy(backend, workload.name, iterations, worst)
-
-
-def relative_error(scales: Scales, exact: Scales) -> float:
-    """Return the largest relative error of the products r·c, over all rows and columns.
-
-    Products are compared because a factor may have moved from r to c. No product is formed: with
-    ratios a of the rows and b of the columns, the ratios of the products lie between
-    min a · min b and max a · max b.
-    """
-    rows, cols = scales.row.double() / exact.row, scales.col.double() / exact.col
-    ends = rows.min() * cols.min() - 1, rows.max() * cols.max() - 1
-    return max(abs(end.item()) for end in ends)
-
-
-def _one_of_each_shape(grads: list[Tensor]) -> Iterator[Tensor]:
-    yield from {grad.shape: grad for grad in grads}.values()
-
-
-CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR")
-WARM_PROCESSES = 3
-_PROGRAM = """\
-import sys, time, torch, sinkgd
-from sinkgd.lab.launch import end_with_parent
-end_with_parent()
-backend, device = sys.argv[1:]
-grad = torch.randn(256, 256, dtype=torch.float32, device=device)
-started = time.perf_counter()
-sinkgd.sinkhorn_scales(grad, backend=backend).col.sum().item()
-print(time.perf_counter() - started)
-"""
-
-
-def measure_first_call(backend: str, device: torch.device) -> FirstCall:
-    """Time a backend's first call with an empty cache, and then with the cache that it left."""
-    with TemporaryDirectory(prefix="sinkgd-bench-") as cache:
-        cold = _call(backend, device, Path(cache))
-        warm = tuple(_call(backend, device, Path(cache)) for _ in range(WARM_PROCESSES))
-    return FirstCall(backend, cold, warm)
-
-
-def _call(backend: str, device: torch.device, cache: Path) -> float:
-    environment = {**os.environ, **dict.fromkeys(CACHES, str(cache))}
-    command = [sys.executable, "-c", _PROGRAM, backend, device.type]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise OSError(f"the first call of backend {backend!r} failed: {done.stderr.strip()}")
-    return float(done.stdout)
-
-
-_USABLE = 0.9  # of the free memory
 
 
 @dataclass(frozen=True)
@@ -408,3 +305,104 @@ def summarize_timing(
         floor_bytes=floor_bytes,
         floor_of_adamw=None if floor is None else quartiles(ratios(floor, adamw)).median,
     )
+
+
+def _check(
+    record: StepRecord, checks: Sequence[str], plan: StepPlan, progress: Progress
+) -> StepRecord:
+    running = [name for name, reason in backends(plan.device) if reason is None]
+    for check in checks:
+        progress.stage(check, _CHECK_WEIGHT)
+        if check == FIRST_CALL:
+            first_calls = tuple(measure_first_call(name, plan.device) for name in running)
+            record = replace(record, first_calls=first_calls)
+        elif check == ACCURACY:
+            record = replace(record, accuracies=_accuracies(running, plan.device))
+        else:
+            record = replace(record, scratch=_scratch(record.ours, plan))
+    return record
+
+
+def _accuracies(running: Sequence[str], device: torch.device) -> tuple[Accuracy, ...]:
+    return tuple(
+        measure_accuracy(WORKLOADS[workload], backend, device)
+        for workload in CHECKED_WORKLOADS
+        for backend in running
+    )
+
+
+def _scratch(backend: str, plan: StepPlan) -> tuple[MemoryUse, ...]:
+    uses = []
+    for workload in CHECKED_WORKLOADS:
+        for dtype in plan.dtypes:
+            subject = Subject(
+                our_name(backend, ITERATIONS[0]),
+                workload,
+                dtype,
+                str(plan.device),
+                torch.get_num_threads(),
+            )
+            use = measure_in_fresh_process(subject)
+            assert isinstance(use, MemoryUse), use  # "auto" takes only what runs
+            uses.append(use)
+    return tuple(uses)
+
+
+def measure_accuracy(workload: Workload, backend: str, device: torch.device) -> Accuracy:
+    """Compare one gradient of each shape of a workload with float64."""
+    problem = build_problem(workload, "float32", device)
+    iterations = ITERATIONS[0]
+    found = kernels.select(backend, device)
+    worst = 0.0
+    for grad in _one_of_each_shape(problem.grads):
+        (scales,) = found.scales([grad], iterations)
+        (exact,) = kernels.select("eager", device).scales([grad.double()], iterations)
+        worst = max(worst, relative_error(scales, exact))
+    return Accuracy(backend, workload.name, iterations, worst)
+
+
+def relative_error(scales: Scales, exact: Scales) -> float:
+    """Return the largest relative error of the products r·c, over all rows and columns.
+
+    Products are compared because a factor may have moved from r to c. No product is formed: with
+    ratios a of the rows and b of the columns, the ratios of the products lie between
+    min a · min b and max a · max b.
+    """
+    rows, cols = scales.row.double() / exact.row, scales.col.double() / exact.col
+    ends = rows.min() * cols.min() - 1, rows.max() * cols.max() - 1
+    return max(abs(end.item()) for end in ends)
+
+
+def _one_of_each_shape(grads: list[Tensor]) -> Iterator[Tensor]:
+    yield from {grad.shape: grad for grad in grads}.values()
+
+
+CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR")
+WARM_PROCESSES = 3
+_PROGRAM = """\
+import sys, time, torch, sinkgd
+from sinkgd.lab.launch import end_with_parent
+end_with_parent()
+backend, device = sys.argv[1:]
+grad = torch.randn(256, 256, dtype=torch.float32, device=device)
+started = time.perf_counter()
+sinkgd.sinkhorn_scales(grad, backend=backend).col.sum().item()
+print(time.perf_counter() - started)
+"""
+
+
+def measure_first_call(backend: str, device: torch.device) -> FirstCall:
+    """Time a backend's first call with an empty cache, and then with the cache that it left."""
+    with TemporaryDirectory(prefix="sinkgd-bench-") as cache:
+        cold = _call(backend, device, Path(cache))
+        warm = tuple(_call(backend, device, Path(cache)) for _ in range(WARM_PROCESSES))
+    return FirstCall(backend, cold, warm)
+
+
+def _call(backend: str, device: torch.device, cache: Path) -> float:
+    environment = {**os.environ, **dict.fromkeys(CACHES, str(cache))}
+    command = [sys.executable, "-c", _PROGRAM, backend, device.type]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"the first call of backend {backend!r} failed: {done.stderr.strip()}")
+    return float(done.stdout)

@@ -14,7 +14,7 @@ from typing import Annotated, Self
 import tyro
 
 from sinkgd.lab.launch import SIGNALS, STARTED_BY, Interrupt, exit_code, launched_ranks
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import suggest
 from sinkgd.lab.train.config import (
     ConfigError,
     OptimizerConfig,
@@ -32,10 +32,10 @@ _PROGRAM = "from _sinkgd_cli import main; raise SystemExit(main(child=True))"
 def run_in_fresh_process(arguments: Sequence[str]) -> int:
     """Run ``sinkgd`` with ``arguments`` in this terminal; return its exit code.
 
-    Ctrl-C, SIGTERM and SIGHUP are handed on once, and waited out: the command may have work
-    to save. On Linux the command is also told to stop, and saves, when this process is killed.
+    Ctrl-C, SIGTERM and SIGHUP are forwarded once, and the command is waited for, because it may
+    have work to save. On Linux it also stops and saves when this process is killed.
     """
-    # A process group of its own: else the terminal would send Ctrl-C to both, and then twice.
+    # In its own process group, because otherwise the child would get Ctrl-C twice.
     child = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, *arguments],
         env=os.environ | {STARTED_BY: "compare"},
@@ -48,7 +48,7 @@ def run_in_fresh_process(arguments: Sequence[str]) -> int:
         child.send_signal(signal.SIGINT)
         child.wait()
         raise
-    # A signal that comes before the command has its own handlers ends it by itself.
+    # A signal that comes before the command has installed its handlers ends it directly.
     return exit_code(signal.Signals(-code)) if code < 0 else code
 
 
@@ -63,7 +63,7 @@ class Compare:
     Each run has a process of its own, one after the other. Then the table is printed and the page
     written. Without options it trains a nano LLaMA on real text for about ten minutes on two cores;
     `make demo` does the same with fewer steps.
-    Stopped or killed, the same command goes on; runs that are finished are not run again.
+    If it is stopped or killed, the same command resumes it; finished runs are not repeated.
 
     For example:
       sinkgd compare
@@ -72,7 +72,7 @@ class Compare:
     """
 
     optimizers: str = "sinkgd,sinkgd-paper,adamw"
-    """Recipes to compare, names with commas between, e.g. sinkgd,sinkgd-paper,swan,adamw,muon;
+    """Recipes to compare, names separated by commas, e.g. sinkgd,sinkgd-paper,swan,adamw,muon;
     see docs/recipes.md for all of them."""
 
     seeds: int = 1
@@ -91,14 +91,14 @@ class Compare:
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
-        """Return the options where the command line gives none: those of ``--config``."""
+        """Return the defaults of the options, from the file of ``--config`` if it is given."""
         return cls(shared=load_defaults(arguments, SharedConfig))
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be, or a run that is there has another configuration.
+            ConfigError: If an option is invalid, or an existing run has another configuration.
         """
         started = time.perf_counter()
         runs = self._plan()
@@ -121,7 +121,7 @@ class Compare:
         return 0
 
     def _plan(self) -> dict[str, RunConfig]:
-        """Name every run and check its configuration, before any of them begins."""
+        """Name every run and check its configuration before any run begins."""
         if launched_ranks() > 1:
             raise ConfigError(
                 f"compare starts a process for each run and cannot be one of {launched_ranks()} "
@@ -152,11 +152,11 @@ class Compare:
         return RunFolder(self.out / name).admit(config, "auto") is Admission.NOTHING
 
     def _check_text(self, runs: Mapping[str, RunConfig], *, finished: bool) -> None:
-        """Refuse runs that were trained on another text than the one that is there now.
+        """Refuse runs that were trained on a text that differs from the present one.
 
         Raises:
             ConfigError: With the hashes of both.
-            DataError: If the text is gone, and there are runs to train.
+            DataError: If the text is absent, and there are runs to train.
         """
         from sinkgd.lab.data import DataError
         from sinkgd.lab.train.identity import check_data, knows_its_text
@@ -173,7 +173,7 @@ class Compare:
             dataset = open_dataset(self.shared.data, print_to_stderr)
         except DataError:
             if finished and all(start.config["data"]["corpus"] == corpus for start in known):
-                return  # nothing is left to train, so the text is not missed
+                return  # nothing is left to train, so the text is not needed
             raise
         for start in known:
             check_data(start, dataset.manifest, corpus)

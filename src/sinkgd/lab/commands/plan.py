@@ -16,8 +16,8 @@ class Plan:
     """Say what training a model would need: memory by part, messages, time, cost; on paper.
 
     Nothing is trained or sent. Weights are counted on the real module without memory, activations
-    on a step with fake tensors; every method stands beside the others. Times are estimates at an
-    assumed part of the device's peak.
+    on a step with fake tensors, for all methods side by side. Times are estimates at an assumed
+    fraction of the device's peak.
 
     For example:
       sinkgd plan --model llama-7b --optimizer adamw
@@ -33,18 +33,18 @@ class Plan:
 
     optimizer: str = "sinkgd"
     """One of sinkgd, sinkgd-paper, sinkgd-stateless, swan, adamw, adamw-8bit, muon, galore, apollo,
-    apollo-mini, sgd; the others stand beside it."""
+    apollo-mini, sgd; the others are shown for comparison."""
 
     device: str = "h100"
-    """Of every rank: h100, h200, b200, a100-80gb, rtx-4090, mi300x."""
+    """Device of every rank: h100, h200, b200, a100-80gb, rtx-4090, mi300x."""
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     batch_size: int = 1
-    """Sequences that a rank, or a tp group, takes at once."""
+    """Sequences in one forward pass of a rank or tp group."""
 
     micro_batches: int = 1
-    """Such batches whose gradients add up to a step, a count."""
+    """Number of such batches whose gradients are accumulated in a step."""
 
     sequence_length: int = 2048
     """Length of a sequence, tokens."""
@@ -53,7 +53,7 @@ class Plan:
     """Arithmetic: float32, bf16-autocast (weights stay float32) or bf16 (weights too)."""
 
     release_gradients: bool = False
-    """Step inside backward: each gradient is applied and freed at once, where a method can."""
+    """Apply and free each gradient inside backward, if the method can."""
 
     recompute_activations: bool = False
     """Keep the input of each block alone, and run the block again in backward."""
@@ -62,17 +62,17 @@ class Plan:
     """Targets whose logits are held at once, tokens; by default all of a batch."""
 
     memory_fraction: float = 0.9
-    """Part of a device's memory that training may have, 0 to 1; assumed: the rest is for the
+    """Fraction of a device's memory that training may use, 0 to 1; assumed: the rest is for the
     driver, libraries and gaps between blocks."""
 
     mfu: float = 0.4
-    """Part of the device's peak that products reach, 0 to 1; assumed."""
+    """Fraction of the device's peak that matrix products reach, 0 to 1; assumed."""
 
     tokens: float | None = None
     """Tokens to train on, for days and cost; by default 20 a parameter (Hoffmann et al. 2022)."""
 
     price_per_gpu_hour: float | None = None
-    """Price of a device, an hour, in any currency; without it no cost is shown."""
+    """Price of a device per hour, in any currency; without it no cost is shown."""
 
     json: bool = False
     """Print one JSON object instead of tables."""
@@ -84,10 +84,10 @@ class Plan:
     """Folder for plan.json and plan.html."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be, or the mesh cannot divide the model.
+            ConfigError: If an option is invalid, or the mesh cannot divide the model.
             ModelError: If there is no such model, or its config.json has parts that are not known.
         """
         import json
@@ -97,9 +97,8 @@ class Plan:
 
         from sinkgd.lab.disk import claim_folder, write_whole
         from sinkgd.lab.plan import METHODS, make_plan
-        from sinkgd.lab.plan.page import plan_page
-        from sinkgd.lab.plan.plan import USUAL_METHODS, as_json
-        from sinkgd.lab.plan.sheets import answer_lines, headline, plan_sheets
+        from sinkgd.lab.plan.plan_report import answer_lines, headline, plan_page, plan_tables
+        from sinkgd.lab.plan.planner import USUAL_METHODS, as_json
         from sinkgd.lab.report.console import fitting_tables
 
         question = self._question()
@@ -126,9 +125,9 @@ class Plan:
         for line in answer_lines(question, answer):
             console.print(line, markup=False, highlight=False)
         console.print()
-        for sheet in plan_sheets(question, answer):
-            for table in fitting_tables(sheet, console.width):
-                console.print(table, "\n")
+        for table in plan_tables(question, answer):
+            for part in fitting_tables(table, console.width):
+                console.print(part, "\n")
         for line in (headline(question, answer), *(f"written: {path}" for path in written)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return 0
@@ -167,7 +166,7 @@ class Plan:
         )
 
     def _tokens(self, architecture: "Architecture") -> float:
-        from sinkgd.lab.plan.weights import weights_of
+        from sinkgd.lab.plan.rank_model import weights_of
 
         if self.tokens is not None:
             return self.tokens
@@ -197,7 +196,7 @@ class Plan:
         return shlex.join(words)
 
     def _options(self) -> list[tuple[str, object, object]]:
-        """List the options with their values and defaults, those of the mesh by their own names."""
+        """List the options with their values and defaults; those of the mesh have dotted names."""
         plain = Plan()
         return [
             (f"{f.name}.{own.name}", getattr(self.mesh, own.name), getattr(plain.mesh, own.name))

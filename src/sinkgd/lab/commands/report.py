@@ -1,13 +1,22 @@
-"""`sinkgd report`: a folder of runs as a table in the terminal and a page for the browser."""
+"""`sinkgd report`: a folder of runs, or a study, as tables in the terminal and as a page."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from sinkgd.lab.train.config import ConfigError
+
+if TYPE_CHECKING:
+    from sinkgd.lab.experiments.studies.scale import Fit
+    from sinkgd.lab.experiments.study_record import StudyRecord
+    from sinkgd.lab.experiments.study_verdict import Verdict
+    from sinkgd.lab.report.console import TextTable
+
+PAGE_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -31,14 +40,13 @@ class Report:
     sites. The browser checks the file's hash; without a network the page has no charts."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
             ConfigError: If a baseline is given for a study.
             ReportError: If the folder holds no runs, or none of the baseline's recipe.
             ResultsError: If a results file is damaged.
         """
-        from sinkgd.lab.commands.study_report import report_study
         from sinkgd.lab.experiments.study_record import STUDY_FILE
 
         if not (self.folder / STUDY_FILE).exists():
@@ -72,7 +80,7 @@ class Report:
         for caution in judge(analysis).cautions:
             console.print(f"beware: {caution}", markup=False, highlight=False, soft_wrap=True)
         folder = self.folder if self.folder.is_dir() else self.folder.parent
-        path = self.out or folder / "report.html"
+        path = self.out or folder / PAGE_FILE
         page = build_page(
             runs,
             baseline=baseline,
@@ -86,3 +94,96 @@ class Report:
     def _command(self, baseline: str | None) -> str:
         chosen = ["--baseline", baseline] if baseline else []
         return shlex.join(["sinkgd", "report", str(self.folder), *chosen])
+
+
+def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -> int:
+    """Make page and verdict again from ``study.jsonl`` alone; return the exit code.
+
+    Args:
+        folder: Folder of the study.
+        page: Path of the page, with the verdict beside it; by default ``report.html`` in the
+            folder.
+        cdn: Whether the page loads plotly.js from its CDN.
+
+    Raises:
+        ResultsError: If there is no study, or it is damaged.
+    """
+    from sinkgd.lab.experiments.studies.scale import is_on_paper, read_fits
+    from sinkgd.lab.experiments.study_record import STUDY_FILE, StudyRecord
+
+    path = folder / STUDY_FILE
+    page = page or folder / PAGE_FILE
+    if is_on_paper(path):
+        command, fits = read_fits(path)
+        show_fits(fits, command, page, cdn=cdn)
+    else:
+        write_report(StudyRecord.read(path), page, cdn=cdn)
+    return 0
+
+
+def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
+    """Print the table and the verdict of a study, and write its page and the verdict beside it."""
+    from sinkgd.lab.experiments.studies import find_study
+    from sinkgd.lab.experiments.study_page import study_page
+    from sinkgd.lab.experiments.study_results import StudyResults
+    from sinkgd.lab.experiments.study_tables import (
+        arms_table,
+        as_markdown,
+        reach_tables,
+        short_table,
+    )
+    from sinkgd.lab.experiments.study_verdict import with_cost
+
+    study = find_study(record.plan["study"])
+    results = StudyResults.of(record)
+    verdict = with_cost(results, study.judge(results))
+    _print([short_table(results)], verdict)
+    tables = [arms_table(results), *reach_tables(results)]
+    _write(
+        page,
+        study_page(study, record, results, verdict),
+        as_markdown(study.question, verdict, tables, record.command),
+        cdn=cdn,
+    )
+
+
+def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bool = False) -> None:
+    """Print the tables and the verdict of a study on paper, and write its page if one is given."""
+    from sinkgd.lab.experiments.studies import scale
+    from sinkgd.lab.experiments.study_page import paper_page
+    from sinkgd.lab.experiments.study_tables import as_markdown
+
+    verdict = scale.judge(fits)
+    models = dict.fromkeys(fit.model for fit in fits)
+    tables = [scale.fits_table(model, fits) for model in models]
+    _print(tables, verdict)
+    if page is not None:
+        text = as_markdown(scale.QUESTION, verdict, tables, command)
+        _write(page, paper_page(fits, verdict, command), text, cdn=cdn)
+
+
+def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
+    """Write the page, and beside it the same as text."""
+    from rich.console import Console
+
+    from sinkgd.lab.disk import write_whole
+    from sinkgd.lab.experiments.study_tables import VERDICT_FILE
+    from sinkgd.lab.report.shell import from_cdn
+
+    write_whole(path, from_cdn(page) if cdn else page)
+    write_whole(path.with_name(VERDICT_FILE), text)
+    Console(soft_wrap=True, highlight=False, markup=False).print(f"\npage: {path}")
+
+
+def _print(tables: "Sequence[TextTable]", verdict: "Verdict") -> None:
+    from rich.console import Console
+
+    from sinkgd.lab.report.console import terminal_table
+
+    for table in tables:
+        Console().print(terminal_table(table), "\n")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for line in (verdict.headline, *verdict.sentences):
+        console.print(line)
+    for line in verdict.cautions:
+        console.print(f"Caution: {line}")

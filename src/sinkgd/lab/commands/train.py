@@ -15,10 +15,10 @@ from sinkgd.lab.train.folder import ResumePolicy
 
 @dataclass(frozen=True)
 class Train:
-    """Train one model, or go on with a run that was stopped.
+    """Train one model, or resume a run that was stopped.
 
-    Ctrl-C, SIGTERM and SIGHUP finish the step, save, and say how to go on; the same
-    command then does.
+    After Ctrl-C, SIGTERM or SIGHUP the run finishes the step, saves, and names the command that
+    resumes it.
 
     For example:
       sinkgd train --out runs/first
@@ -34,18 +34,18 @@ class Train:
     """TOML file with defaults of the options below, e.g. the config.toml of another run."""
 
     resume: ResumePolicy = "auto"
-    """auto: go on where the folder holds a run; must: there has to be one; never: there must not
-    be one."""
+    """auto: resume if the folder holds a run; must: it has to hold one; never: it must not hold
+    one."""
 
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
-        """Return the options where the command line gives none: those of ``--config``."""
+        """Return the defaults of the options, from the file of ``--config`` if it is given."""
         return cls(settings=load_defaults(arguments, RunConfig))
 
     def run(self) -> int:
-        """Run the command; returns the exit code."""
+        """Run the command; return the exit code."""
         from sinkgd.lab.launch import exit_code
         from sinkgd.lab.train import train
 

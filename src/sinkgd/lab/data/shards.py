@@ -29,7 +29,7 @@ from sinkgd.lab.data.dataset import (
 )
 from sinkgd.lab.data.documents import DataError
 from sinkgd.lab.data.tokenizer import Tokenizer
-from sinkgd.lab.disk import naming, sync_folder
+from sinkgd.lab.disk import naming_path, sync_folder
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 
@@ -48,13 +48,13 @@ class _HashedFile:
         self._size = 0
 
     def write(self, content: bytes) -> None:
-        with naming(self._path):
+        with naming_path(self._path):
             self._file.write(content)
         self._digest.update(content)
         self._size += len(content)
 
     def finish(self) -> FileEntry:
-        with naming(self._path):
+        with naming_path(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()

@@ -13,7 +13,7 @@ from torch import nn
 from sinkgd.lab.experiments.study import StudyPlan, Task
 from sinkgd.lab.models import LLAMAS, build_model
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
-from sinkgd.lab.plan.memory import rank_memory
+from sinkgd.lab.plan.peak_memory import rank_memory
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import ABSENT, count, size
 from sinkgd.lab.train.config import Precision, RunConfig

@@ -7,9 +7,8 @@ from typing import Any
 
 from sinkgd.lab.experiments.arms import Arm
 from sinkgd.lab.experiments.study import Scale, Setting, Study
-from sinkgd.lab.limits import LARGEST_COUNT
-from sinkgd.lab.names import suggest
-from sinkgd.lab.naming import GONE
+from sinkgd.lab.options import LARGEST_COUNT, suggest
+from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError, SharedConfig, differences
 from sinkgd.lab.train.recipes import find_recipe
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sinkgd.lab.disk import parse_json
-from sinkgd.lab.naming import NAMING, command_now, name_now, plan_now, start_now
+from sinkgd.lab.recorded_names import NAMING, command_now, name_now, plan_now, start_now
 from sinkgd.lab.results import (
     Evaluation,
     Memory,

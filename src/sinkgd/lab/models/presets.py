@@ -6,7 +6,7 @@ from sinkgd.lab.models.gpt2 import GPT2, GPT2Config
 from sinkgd.lab.models.language_model import LanguageModel, ModelError
 from sinkgd.lab.models.lens import Lens, LensConfig
 from sinkgd.lab.models.llama import Llama, LlamaConfig
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import suggest
 
 ModelSizes = LlamaConfig | GPT2Config | LensConfig
 

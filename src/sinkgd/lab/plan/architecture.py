@@ -1,4 +1,4 @@
-"""Architectures that a plan is made for: our presets, published LLaMAs, a ``config.json``."""
+"""Architectures that a plan can take: our presets, published LLaMAs, a ``config.json``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from sinkgd.lab.disk import parse_json
-from sinkgd.lab.limits import LARGEST_COUNT
 from sinkgd.lab.models import LLAMAS, PRESETS, LlamaConfig, ModelError
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import LARGEST_COUNT, suggest
 
+_MOST_LAYERS = 10_000  # each is built, without weights
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
 # and value projections have biases: transformers/models/{llama,mistral,qwen2}.
-_MOST_LAYERS = 10_000  # each is built, without weights
 _FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
 
 
@@ -135,8 +134,8 @@ def read_config(path: Path) -> Architecture:
     """Read a Hugging Face ``config.json`` of a LLaMA-like model.
 
     Raises:
-        ModelError: If it is no JSON object, of another family, lacks a size, or has parts that a
-            plan does not know; nothing is guessed.
+        ModelError: If it is not a JSON object, is of another family, lacks a size, or has parts
+            that a plan does not support; nothing is guessed.
     """
     try:
         config = parse_json(path.read_bytes())

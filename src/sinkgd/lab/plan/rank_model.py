@@ -1,25 +1,144 @@
-"""The part of a LLaMA that one rank of a tensor-parallel group holds, on the meta device.
+"""The weights of a model that the first rank of a mesh holds, and the module that they belong to.
 
-It is the lab's own `Llama`, with the blocks' modules replaced where heads share keys and values, or
-where ranks divide the matrices. Collectives are replaced by their shapes: nothing is sent.
+The module is the lab's own `Llama` on the meta device. Modules of its blocks are replaced where
+heads share keys and values, or where tensor parallelism divides the matrices. Collectives are
+replaced by functions that only change shapes: nothing is sent.
 
-Letters, everywhere in this file:
+Letters:
+    m, n: rows and columns of a matrix, its out- and in-features
     b: sequences in a batch
     t: tokens in a sequence; between blocks a rank holds t/tp of them
     h: hidden size
     tp: ranks that divide each block's matrices and heads
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+import sinkgd
 from sinkgd.lab.models import Llama, LlamaConfig
 from sinkgd.lab.plan.architecture import Architecture
-from sinkgd.lab.train.config import ConfigError
+from sinkgd.lab.train.config import ConfigError, MeshConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, and how it is sharded on the mesh."""
+
+    name: str
+    shape: Shape  # whole, (m, n) or (m,)
+    divided: Shape  # the part of the first rank of a tensor-parallel group
+    piece: Shape  # the shard of that part under FSDP, which divides rows
+    is_matrix: bool  # inside a block, for a matrix algorithm; others are AdamW's
+    block: int | None  # index of its block, if any: the unit that FSDP gathers
+
+    @property
+    def count(self) -> int:
+        """Number of entries of the whole parameter."""
+        return prod(self.shape)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is an embedding or an output head."""
+        return len(self.shape) == 2 and not self.is_matrix
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is an output head that is not tied to an embedding."""
+        return self.name == "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes of the mesh's dimensions."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @classmethod
+    def of(cls, mesh: MeshConfig) -> "Grid":
+        """Return the sizes of a configuration; dp_shard is 1 if it is left open.
+
+        Raises:
+            ConfigError: If one is below 1.
+        """
+        grid = cls(mesh.dp_replicate, 1 if mesh.dp_shard is None else mesh.dp_shard, mesh.tp)
+        for name, size in vars(grid).items():
+            if size < 1:
+                raise ConfigError(f"mesh.{name} is {size}; it must be at least 1")
+        return grid
+
+    @property
+    def ranks(self) -> int:
+        """Number of all ranks."""
+        return self.dp_replicate * self.dp_shard * self.tp
+
+    @property
+    def batches(self) -> int:
+        """Number of parts of the global batch; a tensor-parallel group shares a part."""
+        return self.dp_replicate * self.dp_shard
+
+    def span(self, group: str) -> int:
+        """Return the number of neighboring ranks that a process group spans; tp's are nearest."""
+        sizes = {"tp": self.tp, "dp_shard": self.tp * self.dp_shard, "dp_replicate": self.ranks}
+        return sizes[group]
+
+
+@lru_cache(maxsize=64)
+def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight, ...]:
+    """List the weights of a model, from its module on the meta device; tied ones once.
+
+    Examples:
+        >>> from sinkgd.lab.plan.architecture import find_architecture
+        >>> weights = weights_of(find_architecture("llama-60m"))
+        >>> sum(w.count for w in weights), sum(w.count for w in weights if w.is_matrix)
+        (58073600, 25296896)
+    """
+    tokens = grid.tp  # shapes of weights do not depend on the sequence length
+    whole = rank_model(architecture, tokens=tokens)
+    part = rank_model(architecture, tokens=tokens, tp=grid.tp)
+    matrices = {
+        name
+        for group in sinkgd.param_groups(whole)
+        if group["algorithm"] == "sinkgd"
+        for name, _ in group["params"]
+    }
+    pairs = zip(whole.named_parameters(), part.named_parameters(), strict=True)
+    return tuple(
+        Weight(
+            name=name,
+            shape=tuple(weight.shape),
+            divided=tuple(own.shape),
+            piece=(-(-own.shape[0] // grid.dp_shard), *own.shape[1:]),
+            is_matrix=name in matrices,
+            block=int(name.split(".")[2]) if name.startswith("model.layers.") else None,
+        )
+        for (name, weight), (_, own) in pairs
+    )
+
+
+def largest_block(weights: Sequence[Weight]) -> int:
+    """Return the entries of the largest block, as a tensor-parallel rank holds them."""
+    sizes: dict[int, int] = {}
+    for weight in weights:
+        if weight.block is not None:
+            sizes[weight.block] = sizes.get(weight.block, 0) + prod(weight.divided)
+    return max(sizes.values())
+
+
+def outside_blocks(weights: Sequence[Weight]) -> int:
+    """Return the entries of embedding, head and last norm, as a tensor-parallel rank holds them."""
+    return sum(prod(weight.divided) for weight in weights if weight.block is None)
 
 
 def rank_model(
@@ -29,9 +148,9 @@ def rank_model(
 
     Args:
         architecture: The model's sizes.
-        tokens: Of the longest sequence.
+        tokens: Length of the longest sequence.
         tp: Ranks that divide the matrices; the first has the largest parts.
-        layers: Blocks to build; by default all.
+        layers: Number of blocks to build; by default all.
 
     Raises:
         ConfigError: If heads or tokens cannot be divided by ``tp``.
@@ -66,14 +185,15 @@ def _skeleton(a: Architecture, tokens: int, layers: int) -> LlamaConfig:
         hidden_size=a.hidden_size,
         intermediate_size=a.intermediate_size,
         num_layers=layers,
-        # The lab's own heads are as wide as the hidden size; others are put in their place.
+        # The lab's own heads together are as wide as the hidden size; other heads replace them
+        # later.
         num_heads=a.num_heads if a.hidden_size % (2 * a.num_heads) == 0 else 1,
         max_sequence_length=tokens,
     )
 
 
 def _head_skeleton(a: Architecture, tokens: int) -> LlamaConfig:
-    """Return a model of one head as wide as those of ``a``: its rotary tables are theirs."""
+    """Return a model with one head of the size of ``a``'s, to take its rotary tables."""
     return LlamaConfig(1, a.head_size, 1, 1, 1, max_sequence_length=tokens)
 
 
@@ -91,7 +211,7 @@ def _check_divisible(a: Architecture, tokens: int, tp: int) -> None:
 
 
 def _gather_tokens(tp: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    gather = _Moved(1, tp)
+    gather = _Resize(1, tp)
 
     def gathered(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
         del module, inputs
@@ -102,7 +222,7 @@ def _gather_tokens(tp: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
 
 
 class _Attention(nn.Module):
-    """Causal attention of this rank's heads; each key-value head serves several of queries."""
+    """Causal attention of this rank's heads; a key-value head serves several query heads."""
 
     def __init__(self, a: Architecture, tp: int) -> None:
         super().__init__()
@@ -113,7 +233,7 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(h, keys, bias=bias, dtype=torch.float32)
         self.v_proj = nn.Linear(h, keys, bias=bias, dtype=torch.float32)
         self.o_proj = nn.Linear(queries, h, bias=False, dtype=torch.float32)
-        self.gather, self.scatter = _Moved(1, tp), _Moved(1, 1, tp)
+        self.gather, self.scatter = _Resize(1, tp), _Resize(1, 1, tp)
 
     def forward(self, x: Tensor, rotation: nn.Module) -> Tensor:
         x = self.gather(x)
@@ -135,15 +255,15 @@ def _divided_mlp(mlp: nn.Module, a: Architecture, tp: int) -> nn.Module:
     mlp.gate_proj = nn.Linear(a.hidden_size, inner, bias=False, dtype=torch.float32)
     mlp.up_proj = nn.Linear(a.hidden_size, inner, bias=False, dtype=torch.float32)
     mlp.down_proj = nn.Linear(inner, a.hidden_size, bias=False, dtype=torch.float32)
-    return nn.Sequential(_Moved(1, tp), mlp, _Moved(1, 1, tp))
+    return nn.Sequential(_Resize(1, tp), mlp, _Resize(1, 1, tp))
 
 
 class _DividedEmbedding(nn.Embedding):
-    """Some rows of the table: all tokens' vectors, then those of this rank's tokens."""
+    """This rank's rows of the table: vectors of all tokens, then those of this rank's tokens."""
 
     def __init__(self, rows: int, width: int, tp: int) -> None:
         super().__init__(rows, width, dtype=torch.float32)
-        self.scatter = _Moved(1, 1, tp)
+        self.scatter = _Resize(1, 1, tp)
 
     def forward(self, tokens: Tensor) -> Tensor:
         scattered: Tensor = self.scatter(super().forward(tokens))
@@ -151,7 +271,7 @@ class _DividedEmbedding(nn.Embedding):
 
 
 class _DividedHead(nn.Linear):
-    """Logits of some tokens of the vocabulary, then of all."""
+    """Logits of this rank's part of the vocabulary, then of the whole vocabulary."""
 
     def __init__(self, width: int, rows: int, vocab_size: int) -> None:
         super().__init__(width, rows, bias=False, dtype=torch.float32)
@@ -159,12 +279,12 @@ class _DividedHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         some = super().forward(x)
-        every: Tensor = _Move.apply(some, -1, self.vocab_size)  # type: ignore[no-untyped-call]
+        every: Tensor = _Collective.apply(some, -1, self.vocab_size)  # type: ignore[no-untyped-call]
         return every
 
 
-class _Moved(nn.Module):
-    """The shape that a gather (``times``) or a reduce-scatter (``parts``) of a dimension gives."""
+class _Resize(nn.Module):
+    """Changes a dimension as a gather (``times``) or a reduce-scatter (``parts``) does."""
 
     def __init__(self, dim: int, times: int, parts: int = 1) -> None:
         super().__init__()
@@ -174,12 +294,12 @@ class _Moved(nn.Module):
         if self.times == self.parts:
             return x
         size = x.shape[self.dim] * self.times // self.parts
-        moved: Tensor = _Move.apply(x, self.dim, size)  # type: ignore[no-untyped-call]
-        return moved
+        resized: Tensor = _Collective.apply(x, self.dim, size)  # type: ignore[no-untyped-call]
+        return resized
 
 
-class _Move(torch.autograd.Function):
-    """A collective's output is a tensor of its own; backward is the opposite collective."""
+class _Collective(torch.autograd.Function):
+    """A collective: its output is a new tensor, and backward is the opposite collective."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int) -> Tensor:

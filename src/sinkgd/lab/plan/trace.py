@@ -1,13 +1,13 @@
-"""A training step on fake tensors: what it holds at each moment, for any number of blocks.
+"""A training step on fake tensors: the memory that it holds at each moment, at any depth.
 
-Blocks are alike, so a step with one block more holds at each moment what one with one less did,
-and a fixed number of bytes besides. So steps of `FEW` blocks and of one more are run, and the line
-through both is followed. Moments are told from the end of the forward pass, and from both ends of
-the backward pass: along a line the most is held at one of its ends.
+Blocks are alike, so each further block adds a fixed number of bytes at each moment. Therefore steps
+of `FEW` blocks and of one more are run, and their results are extrapolated linearly. Moments are
+named from the end of the forward pass and from both ends of the backward pass, because along a line
+the maximum is at one of its ends.
 
-What is held are storages, counted from their first tensor to their last. Fake tensors have shapes,
-types and a device, and no memory. Operators choose the kernels of that device, so that what
-autograd keeps is what it keeps in training; only what a kernel allocates inside itself is not seen.
+Storages are counted from their first tensor to their last. Fake tensors have shapes, types and a
+device, but no memory. Operators choose the kernels of that device, so autograd saves the same
+tensors as in training. Only what a kernel allocates internally is not seen.
 """
 
 import weakref
@@ -32,19 +32,19 @@ from sinkgd.lab.train.training_step import loss_of
 
 @dataclass(frozen=True)
 class Live:
-    """Bytes that are held at one moment, besides weights and optimizer state."""
+    """Bytes held at one moment, besides weights and optimizer state."""
 
     activations: int = 0
-    loss: int = 0  # logits and what is made of them
-    gradients: int = 0  # of parameters, whole
+    loss: int = 0  # logits and everything computed from them
+    gradients: int = 0  # of parameters, unsharded
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All parts together."""
         return self.activations + self.loss + self.gradients
 
-    def further(self, other: "Live", times: int) -> "Live":
-        """Go on along the line from here to ``other``, ``times`` as far again."""
+    def extrapolate(self, other: "Live", times: int) -> "Live":
+        """Extrapolate from here through ``other``, ``times`` as far again."""
         return Live(
             *(
                 getattr(other, f.name) + times * (getattr(other, f.name) - getattr(self, f.name))
@@ -54,16 +54,16 @@ class Live:
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operators make, and finds the peak of each moment.
+    """Counts the storages that operators create, and finds the peak of each moment.
 
     Args:
-        known: Tensors that were there before, which do not count.
+        known: Tensors that existed before and are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Live] = {}
-        self.part = "activations"  # that new storages belong to
+        self.part = "activations"  # of `Live`, to which new storages are added
         self._moment = ""
         self._held = {field.name: 0 for field in fields(Live)}
         self._storages: dict[int, tuple[Any, str, int]] = {}  # a weak reference, part, bytes
@@ -71,12 +71,12 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ignored = {id(storage) for storage in self._known}
 
     def enter(self, moment: str) -> None:
-        """Begin a moment; what is held goes on to be."""
+        """Begin a moment; existing storages still count."""
         self._moment = moment
         self._note()
 
-    def is_gradient(self, gradient: Tensor) -> None:
-        """Count a tensor among the gradients of parameters from now on."""
+    def mark_gradient(self, gradient: Tensor) -> None:
+        """Count a tensor as a gradient of a parameter from now on."""
         key = id(gradient.untyped_storage())
         reference, part, size = self._storages[key]
         self._storages[key] = reference, "gradients", size
@@ -90,7 +90,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operator and count what it made."""
+        """Run an operator and count the storages of its results."""
         del types
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -131,10 +131,10 @@ class Work:
 
     architecture: Architecture
     batch_size: int = 1  # sequences at once
-    micro_batches: int = 1  # whose gradients add up
+    micro_batches: int = 1  # whose gradients accumulate
     sequence_length: int = 2048  # tokens
     precision: Precision = "bf16"
-    release: bool = False  # each gradient is freed as soon as it is there, in the last micro-batch
+    release: bool = False  # free each gradient when it is complete, in the last micro-batch
     recompute: bool = False
     loss_chunk_tokens: int | None = None
     tp: int = 1
@@ -145,17 +145,17 @@ def trace(work: Work) -> dict[str, Live]:
     """Return what the rank holds at the peak of each moment of its step."""
     layers = work.architecture.num_layers
     if layers <= FEW + 1:
-        return run_on_paper(work, layers)
-    fewer, more = run_on_paper(work, FEW), run_on_paper(work, FEW + 1)
-    return {moment: fewer[moment].further(more[moment], layers - FEW - 1) for moment in fewer}
+        return run_on_fake_tensors(work, layers)
+    fewer, more = run_on_fake_tensors(work, FEW), run_on_fake_tensors(work, FEW + 1)
+    return {moment: fewer[moment].extrapolate(more[moment], layers - FEW - 1) for moment in fewer}
 
 
-def run_on_paper(work: Work, layers: int) -> dict[str, Live]:
-    """Run the step of a model of so many blocks on fake tensors; return the peaks of its moments.
+def run_on_fake_tensors(work: Work, layers: int) -> dict[str, Live]:
+    """Run a step on fake tensors; return the peak of each moment.
 
     Args:
         work: The step.
-        layers: Blocks; all are run.
+        layers: Number of blocks.
     """
     model = rank_model(work.architecture, tokens=work.sequence_length, tp=work.tp, layers=layers)
     with FakeTensorMode():
@@ -166,7 +166,7 @@ def run_on_paper(work: Work, layers: int) -> dict[str, Live]:
         live = LiveStorages([*model.parameters(), *model.buffers(), tokens])
         step = _Step(model, live, work)
         with live:
-            # Of more than two the second and those after it hold the same.
+            # The second micro-batch and all later ones hold the same, so two are enough.
             for number in range(min(work.micro_batches, 2), 0, -1):
                 step.last = number == 1
                 step.forward_and_backward(tokens)
@@ -175,7 +175,7 @@ def run_on_paper(work: Work, layers: int) -> dict[str, Live]:
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the weights on the meta device by fake ones on a CPU; tied ones stay tied."""
+    """Replace weights on the meta device by fake CPU tensors; tied weights stay tied."""
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -188,7 +188,7 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Step:
-    """Tells the count of storages where a step is, by hooks that hold nothing."""
+    """Runs a step, with hooks that tell `LiveStorages` which moment it is."""
 
     def __init__(self, model: Llama, live: LiveStorages, work: Work) -> None:
         self.last = True  # of the micro-batches
@@ -197,8 +197,12 @@ class _Step:
         body = model.model
         for number, block in enumerate(body.layers):
             block.register_forward_pre_hook(lambda *_, n=number: self._begin(f"forward {n}"))
-            block.register_forward_hook(lambda _, __, x, n=number: self._watch(x, f"backward {n}"))
-        body.embed_tokens.register_forward_hook(lambda _, __, x: self._watch(x, EMBEDDING))
+            block.register_forward_hook(
+                lambda _, __, x, n=number: self._begin_at_gradient(x, f"backward {n}")
+            )
+        body.embed_tokens.register_forward_hook(
+            lambda _, __, x: self._begin_at_gradient(x, EMBEDDING)
+        )
         model.lm_head.register_forward_pre_hook(lambda *_: self._begin(LOSS, "loss"))
         for param in model.parameters():
             param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
@@ -214,12 +218,12 @@ class _Step:
         torch.autograd.backward(loss)
 
     def _begin(self, moment: str, part: str = "activations") -> None:
-        if not self._backward:  # where blocks run again nothing new begins
+        if not self._backward:  # recomputed blocks begin no moment
             self._live.part = part
             self._live.enter(moment)
 
-    def _watch(self, x: Tensor, moment: str) -> None:
-        """Begin a moment when the gradient of ``x`` is there."""
+    def _begin_at_gradient(self, x: Tensor, moment: str) -> None:
+        """Begin a moment when the gradient of ``x`` is complete."""
         if self._backward or not x.requires_grad:
             return
 
@@ -231,7 +235,7 @@ class _Step:
 
     def _take(self, param: Tensor) -> None:
         assert param.grad is not None, "it was just accumulated"
-        self._live.is_gradient(param.grad)
+        self._live.mark_gradient(param.grad)
         if self._work.release and self.last:
             param.grad = None
 

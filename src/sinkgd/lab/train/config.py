@@ -151,7 +151,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the weights and of the order of the text, a whole number from 0."""
     device: Device = "auto"
-    """Where to train: cpu, cuda, or auto (cuda where there is one)."""
+    """Device to train on: cpu, cuda, or auto (cuda if available)."""
     threads: int | None = None
     """CPU threads; by default torch's choice, one a core."""
 

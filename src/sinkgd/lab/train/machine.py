@@ -17,7 +17,7 @@ _MOST_THREADS_PER_CORE = 16
 
 
 def select_device(device: Device, *, option: str = "training.device") -> torch.device:
-    """Return the device to compute on; ``auto`` takes CUDA where there is one.
+    """Return the device to compute on; ``auto`` takes CUDA if it is available.
 
     Each rank that torchrun starts has a CUDA device of its own.
 

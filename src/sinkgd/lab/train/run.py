@@ -66,10 +66,11 @@ def train(
     Raises:
         ConfigError: If the configuration cannot run, or the configuration, text or model of the
             run there differs.
-        RunFolderError: If ``resume`` forbids what the folder holds, or another process trains
-        there. DataError: If the text is missing, damaged or too small. CheckpointError: If a
-        checkpoint cannot be written, or none can be read. NonFiniteLossError: If the loss becomes
-        NaN or infinite. LostRankError: If another process died, hangs or failed.
+        RunFolderError: If ``resume`` forbids what the folder holds, or it is in use.
+        DataError: If the text is missing, damaged or too small.
+        CheckpointError: If a checkpoint cannot be written, or none can be read.
+        NonFiniteLossError: If the loss becomes NaN or infinite.
+        LostRankError: If another process died, hangs or failed.
     """
     started = time.perf_counter()
     config = resolve(config)

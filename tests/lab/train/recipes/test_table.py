@@ -10,7 +10,7 @@ import torch
 import sinkgd
 from lab.train.recipes.tiny import built, tiny_model, train
 from sinkgd.lab.models import build_model
-from sinkgd.lab.naming import recipe_now
+from sinkgd.lab.recorded_names import recipe_now
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, resolve_optimizer
 

@@ -15,7 +15,7 @@ COMMANDS = {
 USAGE = """\
 usage: sinkgd bench MEASUREMENT [OPTIONS]
 
-Measure speed and memory. Leave the machine alone meanwhile.
+Measure speed and memory. Leave the machine idle meanwhile.
 
 measurements:
 {commands}

@@ -26,24 +26,24 @@ class Gpu:
     """
 
     parts: str = "all"
-    """Names with commas between: interpreter, host, schedule, code; or all."""
+    """Names separated by commas: interpreter, host, schedule, code; or all."""
 
     gpus: str = "all"
-    """Kinds of GPU that kernels are compiled for, names with commas between: sm_80, sm_90, sm_100,
+    """Kinds of GPU that kernels are compiled for, names separated by commas: sm_80, sm_90, sm_100,
     gfx942; or all. Instructions are those of sm_90."""
 
     models: str = "all"
-    """Models whose kernels are compiled, names with commas between: llama-60m, llama-1b, llama-7b,
+    """Models whose kernels are compiled, names separated by commas: llama-60m, llama-1b, llama-7b,
     mixtral-8x7b, moe-64-experts; or all."""
 
     out: Path | None = None
     """Folder for gpu.json, with registers, spills, loads and loops of every kernel."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be, or triton is not installed.
+            ConfigError: If an option is invalid, or triton is not installed.
         """
         from importlib.util import find_spec
 
@@ -54,7 +54,7 @@ class Gpu:
 
         from sinkgd.lab.bench.gpu import PARTS, Plan, bench_gpu
         from sinkgd.lab.bench.gpu.cases import MODELS, TARGETS
-        from sinkgd.lab.bench.gpu.tables import figure_sheet, missed_sheet
+        from sinkgd.lab.bench.gpu.tables import figure_table, missed_table
         from sinkgd.lab.disk import claim_folder
         from sinkgd.lab.report.console import terminal_table
 
@@ -68,9 +68,9 @@ class Gpu:
             claim_folder(self.out)
         record = bench_gpu(plan)
         console = Console()
-        for sheet in (figure_sheet(record), missed_sheet(record)):
-            if sheet.rows:
-                console.print(terminal_table(sheet), "\n")
+        for table in (figure_table(record), missed_table(record)):
+            if table.rows:
+                console.print(terminal_table(table), "\n")
         if self.out is not None:
             path = self.out / "gpu.json"
             write_record(path, record)

@@ -19,9 +19,9 @@ from sinkgd.lab.train.config import Device
 class Kernels:
     """Time the two halves of a step, scales and update, of each backend over shapes and types.
 
-    Backends and streaming operations take turns on the same matrices, in an order that rotates.
-    Figures are bytes a second and the share of the fastest streaming operation in the same round.
-    Leave the machine alone meanwhile.
+    Backends and streaming operations are timed in turn on the same matrices, in an order that
+    rotates. Figures are bytes a second, and the share of the fastest streaming operation in the
+    same round. Leave the machine idle meanwhile.
 
     For example:
       sinkgd bench kernels --out bench
@@ -29,32 +29,33 @@ class Kernels:
     """
 
     cases: str = "all"
-    """Shapes, names with commas between: 64x64 … 4096x4096, 5461x2048, 2048x5461, 32000x256,
+    """Shapes, names separated by commas: 64x64 … 4096x4096, 5461x2048, 2048x5461, 32000x256,
     256x32000, 1009x997, 2000 of 64x64, 16 of 512x512; or all."""
 
     dtypes: str = "float32,bfloat16"
-    """Types of parameters and gradients, names with commas between."""
+    """Types of parameters and gradients, names separated by commas."""
 
     rounds: int = 15
-    """Turns of each operation on each case, a count; figures are medians over them."""
+    """Rounds in which each operation is timed on each case; figures are medians over them."""
 
     seconds: float = 1.0
-    """Longest time for an operation on a case; one that needs more has fewer turns, from 3."""
+    """Longest time for an operation on a case, seconds; slower ones are timed in fewer rounds, at
+    least 3."""
 
     threads: int | None = None
     """CPU threads; by default torch's choice, one a core."""
 
     device: Device = "auto"
-    """Where: cpu, cuda, or auto (cuda where there is one)."""
+    """Device: cpu, cuda, or auto (cuda if available)."""
 
     out: Path | None = None
-    """Folder for kernels.json, with the seconds of every turn, and kernels.html."""
+    """Folder for kernels.json, with the seconds of every round, and kernels.html."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be.
+            ConfigError: If an option is invalid.
         """
         from rich.console import Console
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Loop:
     """Measure tokens a second of the training loop.
 
-    It is compared with the same model in a bare loop with fused AdamW. Leave the machine alone
+    It is compared with the same model in a bare loop with fused AdamW. Leave the machine idle
     meanwhile.
 
     For example:
@@ -27,7 +27,7 @@ class Loop:
     """
 
     optimizers: str = "adamw-one-lr,sinkgd"
-    """Recipes to run in the training loop, names with commas between."""
+    """Recipes to run in the training loop, names separated by commas."""
 
     rounds: int = 7
     """Blocks of steps of each loop, a count; figures are medians over them."""
@@ -45,14 +45,14 @@ class Loop:
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
-        """Return the options where the command line gives none: those of ``--config``."""
+        """Return the defaults of the options, from the file of ``--config`` if it is given."""
         return cls(shared=load_defaults(arguments, SharedConfig))
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be.
+            ConfigError: If an option is invalid.
         """
         from sinkgd.lab.bench.bench_loop import bench_loop
         from sinkgd.lab.disk import claim_file

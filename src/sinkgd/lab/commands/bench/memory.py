@@ -23,19 +23,19 @@ _RELEASE = {"on": True, "off": False}
 
 @dataclass(frozen=True)
 class TrainingSteps:
-    """Whole training steps, weights in bfloat16, on random tokens."""
+    """Complete training steps, with weights in bfloat16, on random tokens."""
 
     models: str = "llama-60m,llama-130m,llama-350m,llama-1b"
-    """Presets to train, names with commas between; all, or none."""
+    """Presets to train, names separated by commas; all, or none."""
 
     recipes: str = "sinkgd-stateless,sinkgd,adamw,sgd"
-    """Optimizers as `sinkgd train` has them, names with commas between; or all."""
+    """Recipes of `sinkgd train`, names separated by commas; or all."""
 
     release: str = "on,off"
-    """Whether gradients are freed inside backward: on (where the recipe can), off, or on,off."""
+    """Whether gradients are freed inside backward: on (if the recipe can), off, or on,off."""
 
     batch_size: int = 1
-    """Sequences that go through the model at once."""
+    """Sequences in one forward pass."""
 
     sequence_length: int = 256
     """Length of a sequence, tokens."""
@@ -44,14 +44,14 @@ class TrainingSteps:
     """Keep the input of each block alone, and run the block again in backward."""
 
     loss_chunk_tokens: int = 256
-    """Targets whose logits are held at once, tokens. More than one chunk a step sums gradients of
-    the head, of which three are then there at once."""
+    """Targets whose logits are held at once, tokens. With more than one chunk a step, gradients of
+    the head are summed, and three of them exist at once."""
 
     def plan(self, device: torch.device) -> "TrainingPlan | None":
-        """Return what is to be trained; None for no model.
+        """Return the training steps to measure; None for no model.
 
         Raises:
-            ConfigError: If an option cannot be.
+            ConfigError: If an option is invalid.
         """
         from sinkgd.lab.bench.bench_memory import TrainingPlan
         from sinkgd.lab.bench.memory_report import StepSettings
@@ -77,16 +77,16 @@ class TrainingSteps:
 class Memory:
     """Measure what optimizers keep and allocate, and the peaks of whole training steps.
 
-    First, optimizers on matrices alone. State is what one keeps between steps; kept is other
-    memory that its first step leaves allocated; the last is the most that a later step has
-    allocated at once.
+    First, optimizers on matrices alone: the state kept between steps, other memory that the first
+    step leaves allocated, and the most that a later step has allocated at once.
 
-    Then, forward, backward and step of whole models, release × optimizer: the peak, and what of it
-    is state, gradients, activations. A model that does not fit into the memory that is free now is
-    listed with what it needs.
+    Then forward, backward and step of whole models, with each optimizer and with gradients
+    released or kept: the peak, and its parts (state, gradients, activations). A model that does
+    not fit into free memory is listed with the memory that it needs.
 
-    Each measurement has a process of its own. Bytes are counted from the allocator's events, those
-    of optimizers alone on CUDA from its counters; the peak of training is told from outside, too.
+    Each measurement runs in a process of its own. Bytes are counted from the allocator's events,
+    or on CUDA, for optimizers alone, from its counters. The peak of training is also measured from
+    outside.
 
     For example:
       sinkgd bench memory --out bench
@@ -95,14 +95,14 @@ class Memory:
     """
 
     workloads: str = "llama-60m,llama-1b-layer"
-    """Names with commas between: llama-60m, llama-130m, llama-350m, llama-1b-layer, llama-1b,
+    """Names separated by commas: llama-60m, llama-130m, llama-350m, llama-1b-layer, llama-1b,
     llama-60m-hybrid (the whole model), many-small; all, or none."""
 
     dtypes: str = "float32,bfloat16"
-    """Types of parameters and gradients, names with commas between."""
+    """Types of parameters and gradients, names separated by commas."""
 
     contenders: str = "all"
-    """Optimizers, names with commas between, e.g. adamw-fused, sinkgd-cpu; or all."""
+    """Optimizers, names separated by commas, e.g. adamw-fused, sinkgd-cpu; or all."""
 
     training: TrainingSteps = TrainingSteps()
 
@@ -110,16 +110,16 @@ class Memory:
     """CPU threads; by default torch's choice, one a core."""
 
     device: Device = "auto"
-    """Where: cpu, cuda, or auto (cuda where there is one)."""
+    """Device: cpu, cuda, or auto (cuda if available)."""
 
     out: Path | None = None
     """Folder for memory.json and memory.html."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be.
+            ConfigError: If an option is invalid.
         """
         from rich.console import Console
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from sinkgd.lab.disk import parse_json, write_whole
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import suggest
 from sinkgd.lab.results import ResultsError
 from sinkgd.lab.train.config import ConfigError, Device
 from sinkgd.lab.train.machine import check_threads, select_device, set_threads

@@ -20,10 +20,10 @@ class Step:
     """Time one optimizer step on the matrices of real models.
 
     SinkGD with each backend, AdamW (fused, foreach), SGD, Muon and the public SinkGD loop, plain
-    and compiled, take turns on the same parameters and gradients, in an order that rotates. Each
-    is compared with fused AdamW in the same round, and with its floor: the passes over memory that
-    it cannot do without, at the bandwidth measured in the same rounds. The targets of SinkGD are
-    printed at the end. Leave the machine alone meanwhile.
+    and compiled, are timed in turn on the same parameters and gradients, in an order that rotates.
+    Each is compared with fused AdamW in the same round, and with its floor: the passes over memory
+    that it cannot do without, at the bandwidth measured in the same rounds. The targets of SinkGD
+    are printed at the end. Leave the machine idle meanwhile.
 
     For example:
       sinkgd bench step --out bench
@@ -32,35 +32,36 @@ class Step:
     """
 
     workloads: str = "all"
-    """Names with commas between: llama-60m, llama-130m, llama-350m, llama-1b-layer, llama-1b,
+    """Names separated by commas: llama-60m, llama-130m, llama-350m, llama-1b-layer, llama-1b,
     llama-60m-hybrid (the whole model), many-small; first-call, accuracy, scratch; or all."""
 
     dtypes: str = "float32,bfloat16"
-    """Types of parameters and gradients, names with commas between."""
+    """Types of parameters and gradients, names separated by commas."""
 
     contenders: str = "all"
-    """Optimizers beside fused AdamW, names with commas between, e.g. sinkgd-cpu, muon; or all."""
+    """Optimizers besides fused AdamW, names separated by commas, e.g. sinkgd-cpu, muon; or all."""
 
     rounds: int = 15
-    """Turns of each optimizer on each workload, a count; figures are medians over them."""
+    """Rounds in which each optimizer is timed on each workload; figures are medians over them."""
 
     seconds: float = 5.0
-    """Longest time for an optimizer on a workload; one that needs more has fewer turns, from 3."""
+    """Longest time for an optimizer on a workload, seconds; slower ones are timed in fewer rounds,
+    at least 3."""
 
     threads: int | None = None
     """CPU threads; by default torch's choice, one a core."""
 
     device: Device = "auto"
-    """Where: cpu, cuda, or auto (cuda where there is one)."""
+    """Device: cpu, cuda, or auto (cuda if available)."""
 
     out: Path | None = None
-    """Folder for step.json, with the seconds of every turn, and step.html."""
+    """Folder for step.json, with the seconds of every round, and step.html."""
 
     def run(self) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option cannot be.
+            ConfigError: If an option is invalid.
         """
         from rich.console import Console
 

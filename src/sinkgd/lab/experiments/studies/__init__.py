@@ -17,7 +17,7 @@ from sinkgd.lab.experiments.studies.table1 import TABLE1
 from sinkgd.lab.experiments.studies.tables import TABLES
 from sinkgd.lab.experiments.studies.width import WIDTH
 from sinkgd.lab.experiments.study import Study
-from sinkgd.lab.names import suggest
+from sinkgd.lab.options import suggest
 from sinkgd.lab.train.config import ConfigError
 
 _TABLE = (

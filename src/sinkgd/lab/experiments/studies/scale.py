@@ -14,7 +14,6 @@ from typing import Any
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.experiments.study_record import STUDY_FILE, without_kind
 from sinkgd.lab.experiments.study_verdict import Verdict
-from sinkgd.lab.naming import NAMING, command_now, recipe_now
 from sinkgd.lab.plan import (
     Grid,
     Question,
@@ -25,6 +24,7 @@ from sinkgd.lab.plan import (
     make_plan,
     rank_memory,
 )
+from sinkgd.lab.recorded_names import NAMING, command_now, recipe_now
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.cost import gpu_hours
 from sinkgd.lab.report.quantities import count, size

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sinkgd.lab.names import suggest
-from sinkgd.lab.naming import GONE
+from sinkgd.lab.options import suggest
+from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes.baseline_recipes import FROM_PAPERS, FROM_TORCH
 from sinkgd.lab.train.recipes.recipe import Recipe

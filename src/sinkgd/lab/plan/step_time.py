@@ -1,9 +1,12 @@
-"""What a rank sends in a step: FSDP's and tensor parallelism's, and the optimizer's own.
+"""What a rank sends in a step, and how long the step takes.
 
-Bytes are those of the whole tensor that a collective gathers, reduces or adds up. In a ring a rank
-sends (k − 1)/k of them for a gather or a reduction over k ranks, and twice that for a sum.
+Bytes are those of the whole tensor that a collective gathers, reduces or sums. In a ring of k ranks
+a rank sends (k − 1)/k of them for a gather or a reduction, and twice that for a sum. Products run
+at an assumed fraction of the device's peak. Compute and FSDP's messages overlap; those of tensor
+parallelism and of the optimizer are waited for. Latency is left out, so times are estimates for
+large messages.
 
-Letters, everywhere in this file:
+Letters:
     m, n: rows and columns of a matrix
     L: iterations of SR-Sinkhorn
     k: directions that are deflated
@@ -13,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from sinkgd.lab.plan.methods import Method, usual_rank
+from sinkgd.lab.devices import DeviceSheet
+from sinkgd.lab.plan.method_cost import Method, usual_rank
+from sinkgd.lab.plan.rank_model import Grid, Weight, weights_of
 from sinkgd.lab.plan.trace import Work
-from sinkgd.lab.plan.weights import Grid, Weight, weights_of
 from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
 
@@ -40,8 +44,8 @@ class Messages:
         return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.ranks - 1) / self.ranks
 
 
-def training_traffic(work: Work, grid: Grid) -> list[Messages]:
-    """List the collectives of forward and backward, those of all micro-batches."""
+def training_communication(work: Work, grid: Grid) -> list[Messages]:
+    """List the collectives of forward and backward, for all micro-batches."""
     weights = weights_of(work.architecture, grid)
     found: list[Messages] = []
     if grid.dp_shard > 1:
@@ -56,8 +60,8 @@ def training_traffic(work: Work, grid: Grid) -> list[Messages]:
     return found
 
 
-def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
-    """List the collectives of the method's step on the matrices of the blocks."""
+def optimizer_communication(work: Work, grid: Grid, method: Method) -> list[Messages]:
+    """List the collectives of the optimizer's step on block matrices."""
     weights = [w for w in weights_of(work.architecture, grid) if w.is_matrix]
     sharded = [(g, k) for g, k in (("tp", grid.tp), ("dp_shard", grid.dp_shard)) if k > 1]
     if method.exchange == "nothing" or not sharded:
@@ -79,7 +83,7 @@ def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
     gathers = method.exchange == "matrices"
     rank = usual_rank(work.architecture.hidden_size) if method.name == "apollo" else 1
     what, kind = ("matrices", "all-gather") if gathers else ("projections", "all-reduce")
-    # Pieces of rows first, over the slower links; what they make is then gathered in the tp group.
+    # Shards of rows are gathered first, over the slower links, then the parts of the tp group.
     found = []
     for group, ranks in sharded:
         size = sum(_sent_whole(w, group, gathers, rank) for w in weights)
@@ -92,7 +96,7 @@ def optimizer_traffic(work: Work, grid: Grid, method: Method) -> list[Messages]:
 def _of_vectors(
     weights: Sequence[Weight], grid: Grid, method: Method, group: str
 ) -> tuple[int, int]:
-    """Return how many messages a group needs for sums of rows and columns, and their bytes."""
+    """Return the number of messages of a group for sums of rows and columns, and their bytes."""
     if method.exchange == "rows":
         return _of_rows(weights, group)
     count = method.iterations
@@ -107,7 +111,7 @@ def _of_vectors(
 
 
 def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
-    """Return the same for sums of rows, once; first ranks tell whether their pieces are finite."""
+    """Return the same for one sum of rows; a first message says whether shards are finite."""
     cut_rows = [w.piece[0] for w in weights if _is_cut_by_columns(w, group)]
     return 1 + bool(cut_rows), _FLOAT64 * (len(weights) + sum(cut_rows))
 
@@ -115,8 +119,8 @@ def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
 def _deflation_length(weight: Weight, group: str, directions: int) -> int:
     """Return the numbers that `sinkgd.deflation.find_leading` adds up for a matrix.
 
-    With k directions followed, one more than are lowered: over columns in messages of mk, kk + 1,
-    mk and k numbers; over rows of nk + 1 and nk + kk.
+    Here k is the number of directions that are followed, one more than are lowered. Over columns
+    the messages have mk, kk + 1, mk and k numbers; over rows nk + 1 and nk + kk.
     """
     k = min(directions + 1, *weight.shape)
     if _is_cut_by_columns(weight, group):
@@ -129,10 +133,11 @@ def _is_cut_by_columns(weight: Weight, group: str) -> bool:
 
 
 def vector_length(weight: Weight, grid: Grid, group: str) -> int:
-    """Return the numbers of one iteration that a group adds up for a matrix.
+    """Return how many numbers a group adds up for a matrix in one iteration.
 
-    With the sums of n columns travel the numbers of rows that are there, and that still move; with
-    those of m rows the number of columns. As `sinkgd.sharded.scales` does.
+    The message with the sums of n columns also has the number of nonzero rows and of rows that
+    still change; that with the sums of m rows has the number of columns, as in
+    `sinkgd.sharded.scales`.
 
     Args:
         weight: A matrix.
@@ -154,11 +159,11 @@ def _sent_whole(weight: Weight, group: str, gathers: bool, rank: int) -> int:
 
 
 def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
-    """Blocks are gathered in forward and again in backward; the rest stays in between."""
+    """List FSDP's collectives: blocks are gathered in forward and in backward, others once."""
     itemsize = weight_dtype(work.precision).itemsize
     gathered = 2 if work.precision == "bf16-autocast" else itemsize
     layers, micro, k = work.architecture.num_layers, work.micro_batches, grid.dp_shard
-    # Padded to pieces of one size, as FSDP2 does.
+    # Padded to shards of equal size, as in FSDP2.
     blocks = k * sum(prod(w.piece) for w in weights if w.block is not None)
     outside = k * sum(prod(w.piece) for w in weights if w.block is None)
     return [
@@ -182,10 +187,11 @@ def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
 
 
 def _tensor_parallel(work: Work, grid: Grid) -> list[Messages]:
-    """Attention and MLP each gather the tokens and scatter their sums; backward does the opposite.
+    """List the collectives of tensor parallelism.
 
-    Blocks that run again gather and scatter again. Embedding and last norm add one of each; the
-    logits of all tokens of the vocabulary are gathered on every rank.
+    Attention and MLP each gather the tokens and scatter their sums; backward does the opposite, and
+    recomputed blocks do it again. Embedding and last norm add one of each. The logits of the whole
+    vocabulary are gathered on every rank.
     """
     a, k, micro = work.architecture, grid.tp, work.micro_batches
     itemsize = 4 if work.precision == "float32" else 2
@@ -203,3 +209,94 @@ def _tensor_parallel(work: Work, grid: Grid) -> list[Messages]:
         Messages("hidden states", "tp", "reduce-scatter", gathers, gathers * hidden, k),
         Messages("logits", "tp", "all-gather", times, micro * logits, k),
     ]
+
+
+_ADAMW_PASSES, _SGD_PASSES = 7, 3  # over an entry, as in sinkgd.lab.bench.contenders
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by cause."""
+
+    compute: float
+    sharding: float  # FSDP's messages, which overlap with compute
+    tensor_parallel: float
+    update: float  # memory traffic of weights, gradients and state; products
+    optimizer_messages: float
+
+    @property
+    def step(self) -> float:
+        """The time of the whole step."""
+        waited = self.tensor_parallel + self.update + self.optimizer_messages
+        return max(self.compute, self.sharding) + waited
+
+
+def flops_of(work: Work) -> float:
+    """Return the floating-point operations of a step, including recomputed ones.
+
+    Each weight and token takes two in forward and four in backward; attention is over previous
+    tokens. The embedding takes none.
+    """
+    a = work.architecture
+    weights = weights_of(a)
+    tokens = work.micro_batches * work.batch_size * work.sequence_length
+    matrices = sum(w.count for w in weights if w.is_matrix)
+    head = a.vocab_size * a.hidden_size
+    attention = a.num_layers * work.sequence_length * a.num_heads * a.head_size
+    blocks = 2.0 * matrices + 2.0 * attention
+    chunked = work.loss_chunk_tokens is not None
+    runs = 3 * blocks + 3 * 2.0 * head
+    return tokens * (runs + blocks * work.recompute + 2.0 * head * chunked)
+
+
+def step_time(
+    work: Work,
+    grid: Grid,
+    method: Method,
+    device: DeviceSheet,
+    messages: Sequence[Messages],
+    *,
+    mfu: float,
+) -> StepTime:
+    """Estimate the time of a step.
+
+    Args:
+        work: What a rank computes.
+        grid: The mesh.
+        method: The optimizer.
+        device: Device of every rank.
+        messages: All messages of the step.
+        mfu: Assumed fraction of the device's peak that matrix products reach.
+    """
+    # On every device of the table TF32 has half the rate of bfloat16.
+    rate = mfu * device.flops * (0.5 if work.precision == "float32" else 1.0)
+
+    def seconds(chosen: Sequence[Messages]) -> float:
+        return sum(
+            one.sent
+            / (device.node_rate if grid.span(one.group) <= device.node else device.network_rate)
+            for one in chosen
+        )
+
+    ours = [one for one in messages if one.optimizer]
+    others = [one for one in messages if not one.optimizer]
+    return StepTime(
+        compute=flops_of(work) / grid.tp / rate,
+        sharding=seconds([one for one in others if one.group != "tp"]),
+        tensor_parallel=seconds([one for one in others if one.group == "tp"]),
+        update=_update_seconds(work, grid, method, device, rate),
+        optimizer_messages=seconds(ours),
+    )
+
+
+def _update_seconds(
+    work: Work, grid: Grid, method: Method, device: DeviceSheet, rate: float
+) -> float:
+    weights = weights_of(work.architecture, grid)
+    itemsize = weight_dtype(work.precision).itemsize
+    rest = _ADAMW_PASSES if method.rest else _SGD_PASSES
+    moved = sum(
+        itemsize * prod(w.piece) * (method.passes if w.is_matrix else rest) for w in weights
+    )
+    flops = sum(method.flops(min(w.shape), max(w.shape)) for w in weights if w.is_matrix)
+    return moved / device.memory_rate + flops / (grid.dp_shard * grid.tp) / rate

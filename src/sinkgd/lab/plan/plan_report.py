@@ -1,17 +1,41 @@
-"""A plan as tables, and the sentence that says what it means."""
+"""A plan as tables, charts and sentences, and its page."""
 
 import math
+from collections.abc import Sequence
 
-from sinkgd.lab.plan.methods import METHODS
-from sinkgd.lab.plan.plan import MOST_SHARDS, Answer, MethodPlan, Question
+from sinkgd.lab.plan.method_table import METHODS
+from sinkgd.lab.plan.planner import MOST_SHARDS, Answer, MethodPlan, Question
 from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.figures import Chart
+from sinkgd.lab.report.measurement_page import PageContent, measurement_page, stacked_bars
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, percent, size
 
 _BASELINE = "adamw"
 
 
+def plan_page(question: Question, answer: Answer, command: str) -> str:
+    """Make the page of `sinkgd plan`."""
+    ladder = ladder_table(answer)
+    tables = plan_tables(question, answer)
+    fits, *answers = answer_lines(question, answer)
+    content = PageContent(
+        headline=fits,
+        answers=answers,
+        charts=[_memory_chart(answer), _time_chart(answer)],
+        first=[tables[0]],
+        tables=[table for table in tables[1:] if table != ladder] + [ladder],
+        footer="Memory is counted on fake tensors; time is an estimate. Nothing was trained.",
+    )
+    return measurement_page(
+        content,
+        title=f"sinkgd plan: {question.work.architecture.name}",
+        environment=assumption_table(question),
+        command=command,
+    )
+
+
 def headline(question: Question, answer: Answer) -> str:
-    """Say whether the optimizer fits, with AdamW's figure beside it."""
+    """Return whether the optimizer fits, compared with AdamW, as a sentence."""
     chosen, baseline = answer.of(question.method.name), answer.of(_BASELINE)
     what = f"{question.work.architecture.name} with {chosen.title} peaks at {_peak(chosen)}"
     ranks = question.grid.ranks
@@ -26,7 +50,7 @@ def headline(question: Question, answer: Answer) -> str:
 
 
 def answer_lines(question: Question, answer: Answer) -> tuple[str, ...]:
-    """Say whether it fits, on how many devices, with which method, and how to make it fit."""
+    """Return whether it fits, on how many devices, with which methods, and how to make it fit."""
     chosen = answer.of(question.method.name)
     verb = "FITS" if chosen.fits else "DOES NOT FIT"
     devices = _devices(question)
@@ -56,7 +80,7 @@ def _fewest(one: MethodPlan, question: Question) -> str:
 
 
 def _remedy(question: Question, chosen: MethodPlan) -> str:
-    """Name the options that lower the peak and are not in use."""
+    """Return a sentence on unused options that lower the peak."""
     work, grid, memory = question.work, question.grid, chosen.memory
     unused = {
         "--recompute-activations": not work.recompute,
@@ -78,18 +102,18 @@ def _remedy(question: Question, chosen: MethodPlan) -> str:
     )
 
 
-def plan_sheets(question: Question, answer: Answer) -> list[TextTable]:
+def plan_tables(question: Question, answer: Answer) -> list[TextTable]:
     """Make all tables."""
     return [
-        memory_sheet(question, answer),
-        time_sheet(question, answer),
-        *([traffic_sheet(question, answer)] if question.grid.ranks > 1 else []),
-        ladder_sheet(answer),
+        memory_table(question, answer),
+        time_table(question, answer),
+        *([communication_table(question, answer)] if question.grid.ranks > 1 else []),
+        ladder_table(answer),
     ]
 
 
-def memory_sheet(question: Question, answer: Answer) -> TextTable:
-    """Make the table of memory by part, a method a row."""
+def memory_table(question: Question, answer: Answer) -> TextTable:
+    """Make the table of memory by part, one row a method."""
     rows = []
     for one in sorted(answer.methods, key=lambda one: one.memory.peak):
         m = one.memory
@@ -120,8 +144,8 @@ def memory_sheet(question: Question, answer: Answer) -> TextTable:
     )
 
 
-def time_sheet(question: Question, answer: Answer) -> TextTable:
-    """Make the table of time and cost, a method a row."""
+def time_table(question: Question, answer: Answer) -> TextTable:
+    """Make the table of time and cost, one row a method."""
     priced = question.price is not None
     rows = tuple(
         (
@@ -156,8 +180,8 @@ def time_sheet(question: Question, answer: Answer) -> TextTable:
     )
 
 
-def traffic_sheet(question: Question, answer: Answer) -> TextTable:
-    """Make the table of collectives: training's, then each method's own."""
+def communication_table(question: Question, answer: Answer) -> TextTable:
+    """Make the table of collectives: those of training, then those of each method."""
     rows = []
     for one in answer.methods:
         for m in one.messages:
@@ -175,8 +199,8 @@ def traffic_sheet(question: Question, answer: Answer) -> TextTable:
     )
 
 
-def ladder_sheet(answer: Answer) -> TextTable:
-    """Make the table of peaks, a column a model; what does not fit is in parentheses."""
+def ladder_table(answer: Answer) -> TextTable:
+    """Make the table of peaks, one column a model; a peak that does not fit is in parentheses."""
 
     def cell(peak: int | None) -> str:
         if peak is None:
@@ -197,8 +221,8 @@ def ladder_sheet(answer: Answer) -> TextTable:
     )
 
 
-def assumption_sheet(question: Question) -> TextTable:
-    """Make the table of what was assumed."""
+def assumption_table(question: Question) -> TextTable:
+    """Make the table of assumptions."""
     device = question.device
     rows = (
         ("part of the device's memory for training", percent(question.usable)),
@@ -226,7 +250,7 @@ def gib(count_bytes: float) -> str:
 
 
 def seconds(value: float) -> str:
-    r"""Write a time, short ones in milliseconds.
+    r"""Write a time, in milliseconds if it is short.
 
     >>> seconds(0.0023), seconds(84.2)
     ('2.3\xa0ms', '84.2\xa0s')
@@ -259,3 +283,77 @@ def _described(question: Question) -> str:
     if grid.ranks > 1:
         words.append(f"{grid.dp_replicate} × {grid.dp_shard} × {grid.tp} ranks")
     return ", ".join(words)
+
+
+_GIB = 2**30
+
+
+def _memory_chart(answer: Answer) -> Chart:
+    methods = sorted(answer.methods, key=lambda one: one.memory.peak)
+    words = [f"{size(one.memory.peak)}{'' if one.fits else ', does not fit'}" for one in methods]
+
+    def part(name: str) -> list[float]:
+        return [getattr(one.memory, name) / _GIB for one in methods]
+
+    rest = [
+        (one.memory.activations + one.memory.loss + one.memory.transit + one.memory.scratch) / _GIB
+        for one in methods
+    ]
+    return Chart(
+        key="memory",
+        title="Memory of a rank at its peak",
+        caption="Weights, optimizer state, gradients, and all else: activations, logits, what is "
+        "in transit, scratch.",
+        description=_describe(methods, words),
+        figure=stacked_bars(
+            [one.title for one in methods],
+            words,
+            [
+                ("weights", 1.0, part("weights")),
+                ("state", 0.7, part("state")),
+                ("gradients", 0.45, part("gradients")),
+                ("all else", 0.22, rest),
+            ],
+            unit="GiB",
+        ),
+    )
+
+
+def _time_chart(answer: Answer) -> Chart:
+    methods = sorted(answer.methods, key=lambda one: one.time.step)
+    words = [seconds(one.time.step) for one in methods]
+    in_seconds = max(one.time.step for one in methods) >= 1
+    scale, unit = (1, "seconds") if in_seconds else (1000, "milliseconds")
+    waits = [max(0.0, one.time.sharding - one.time.compute) for one in methods]
+    return Chart(
+        key="time",
+        title="Time of a step, estimated",
+        caption="Compute at the assumed part of the peak; messages that are waited for; the update "
+        "with its own messages.",
+        description=_describe(methods, words),
+        figure=stacked_bars(
+            [one.title for one in methods],
+            words,
+            [
+                ("compute", 1.0, [scale * one.time.compute for one in methods]),
+                (
+                    "messages",
+                    0.6,
+                    [
+                        scale * (w + one.time.tensor_parallel)
+                        for w, one in zip(waits, methods, strict=True)
+                    ],
+                ),
+                (
+                    "update",
+                    0.3,
+                    [scale * (one.time.update + one.time.optimizer_messages) for one in methods],
+                ),
+            ],
+            unit=unit,
+        ),
+    )
+
+
+def _describe(methods: Sequence[MethodPlan], words: Sequence[str]) -> str:
+    return "; ".join(f"{m.title} {word}" for m, word in zip(methods, words, strict=True)) + "."

@@ -7,35 +7,41 @@ from typing import Any
 
 from sinkgd.lab.devices import DeviceSheet
 from sinkgd.lab.plan.architecture import PUBLISHED, Architecture, find_architecture
-from sinkgd.lab.plan.memory import Memory, rank_memory
-from sinkgd.lab.plan.methods import METHODS, Method
-from sinkgd.lab.plan.speed import StepTime, step_time
+from sinkgd.lab.plan.method_cost import Method
+from sinkgd.lab.plan.method_table import METHODS
+from sinkgd.lab.plan.peak_memory import Memory, rank_memory
+from sinkgd.lab.plan.rank_model import Grid, weights_of
+from sinkgd.lab.plan.step_time import (
+    Messages,
+    StepTime,
+    optimizer_communication,
+    step_time,
+    training_communication,
+)
 from sinkgd.lab.plan.trace import Work
-from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffic
-from sinkgd.lab.plan.weights import Grid, weights_of
 from sinkgd.lab.report.cost import gpu_hours
 from sinkgd.lab.train.config import ConfigError
 
-# From small to large: where each method stops fitting is looked for among these.
+# From small to large: the plan finds the first of these that each method does not fit.
 LADDER = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llama-10b", *PUBLISHED)
 
-# Shown by default: SinkGD's variants and what they are usually compared with.
+# Shown by default: SinkGD's variants and their usual baselines.
 USUAL_METHODS = ("sinkgd", "sinkgd-paper", "sinkgd-stateless", "adamw", "adamw-8bit", "muon")
-MOST_SHARDS = 1024  # tried when looking for the fewest devices
+MOST_SHARDS = 1024  # tried in the search for the fewest devices
 
 _DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked."""
+    """The model, mesh, device and method of a plan, and its assumptions."""
 
     work: Work
     grid: Grid
     device: DeviceSheet
     method: Method
-    usable: float  # part of the device's memory that training may have
-    mfu: float  # part of the device's peak that products reach
+    usable: float  # fraction of the device's memory that training may use
+    mfu: float  # fraction of the device's peak that matrix products reach
     tokens: float  # to train on
     price: float | None  # of a device, an hour
 
@@ -53,12 +59,12 @@ class MethodPlan:
     tokens_per_day: float
     days: float  # for all tokens
     cost: float | None  # in the currency of the price
-    fewest_devices: int | None  # on which it fits, a power of two times tp; None: on none tried
+    fewest_devices: int | None  # on which it fits, a power of two times tp; None if none fits
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A model of the ladder: the peak of each method, or why it cannot be divided so."""
+    """A model of the ladder: the peak of each method, or why the mesh cannot divide the model."""
 
     model: str
     parameters: int
@@ -68,7 +74,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Answer:
-    """A plan."""
+    """The figures of a plan."""
 
     parameters: int
     matrix_parameters: int
@@ -88,13 +94,13 @@ def make_plan(
     methods: Sequence[str] = tuple(METHODS),
     echo: Callable[[str], None] = lambda _: None,
 ) -> Answer:
-    """Answer a question for several methods.
+    """Compute the plan of several methods.
 
     Args:
-        question: What is asked.
-        ladder: Models among which to look for where each method stops fitting.
-        methods: Names of the methods; the question's own and AdamW are always among them.
-        echo: Called with one line before each method and each model that is counted.
+        question: What to plan.
+        ladder: Models to try for the largest that each method fits.
+        methods: Names of the methods; the question's method and AdamW are always included.
+        echo: Called with a line before each method and each model.
 
     Raises:
         ConfigError: If the mesh cannot divide the model, or the method cannot release gradients.
@@ -131,7 +137,7 @@ def _limit(question: Question) -> int:
 def _method_plan(question: Question, method: Method) -> MethodPlan:
     work, grid = question.work, question.grid
     memory = rank_memory(work, grid, method)
-    messages = [*training_traffic(work, grid), *optimizer_traffic(work, grid, method)]
+    messages = [*training_communication(work, grid), *optimizer_communication(work, grid, method)]
     time = step_time(work, grid, method, question.device, messages, mfu=question.mfu)
     tokens = work.batch_size * work.micro_batches * work.sequence_length * grid.batches
     tokens_per_day = tokens * _DAY / time.step
@@ -151,7 +157,7 @@ def _method_plan(question: Question, method: Method) -> MethodPlan:
 
 
 def _fewest_devices(question: Question, method: Method) -> int | None:
-    """Find the fewest devices on which the method fits: powers of two of shards, tp as asked."""
+    """Find the fewest devices on which the method fits, with powers of two as dp_shard."""
     shards = 1
     while shards <= MOST_SHARDS:
         grid = replace(question.grid, dp_replicate=1, dp_shard=shards)

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sinkgd
 from sinkgd.kernels.triton import launch
 from sinkgd.lab.bench.bench_memory import allocations
-from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, memory
-from sinkgd.lab.plan.memory import update_scratch
-from sinkgd.lab.plan.traffic import Messages, optimizer_traffic, training_traffic
-from sinkgd.lab.plan.weights import weights_of
+from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, peak_memory
+from sinkgd.lab.plan.peak_memory import update_scratch
+from sinkgd.lab.plan.rank_model import weights_of
+from sinkgd.lab.plan.step_time import Messages, optimizer_communication, training_communication
 from sinkgd.optim.algorithms import deflated, stages
 from spawn import on_ranks
 
@@ -28,7 +28,7 @@ SINKGD = find_method("sinkgd-paper")
 
 
 def vectors(architecture, grid, method=SINKGD):
-    return optimizer_traffic(Work(architecture), grid, method)
+    return optimizer_communication(Work(architecture), grid, method)
 
 
 def test_two_ranks_send_what_was_measured():
@@ -116,7 +116,7 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
     if name == "sinkgd":
         assert len(sent.calls) > 5 * len(planned) + 6
         return
-    scratch = update_scratch(weights_of(nine, grid), grid, method, device="cpu", one_by_one=False)
+    scratch = update_scratch(weights_of(nine, grid), grid, method, device="cpu", per_matrix=False)
     used = allocations(optimizer.step, torch.device("cpu")).peak
     assert 0.8 * scratch < used <= scratch
 
@@ -125,7 +125,7 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
 @pytest.mark.parametrize(("backend", "device"), [("cpu", "cpu"), ("eager", "cuda")])
 @pytest.mark.parametrize("copied", [1 << 18, 1 << 26], ids=["copied by runs", "copied at once"])
 def test_the_scratch_of_a_deflated_step_on_a_mesh_is_planned(backend, device, copied, monkeypatch):
-    for module in (deflated, stages, memory):
+    for module in (deflated, stages, peak_memory):
         monkeypatch.setattr(module, "SCRATCH_BYTES", copied)
     sixty = replace(find_architecture("llama-60m"), num_heads=16, num_kv_heads=16, head_size=32)
     grid = Grid(dp_shard=16)
@@ -136,7 +136,7 @@ def test_the_scratch_of_a_deflated_step_on_a_mesh_is_planned(backend, device, co
     )
     optimizer.step()
     scratch = update_scratch(
-        weights_of(sixty, grid), grid, find_method("sinkgd"), device=device, one_by_one=False
+        weights_of(sixty, grid), grid, find_method("sinkgd"), device=device, per_matrix=False
     )
     used = allocations(optimizer.step, torch.device("cpu")).peak
     assert 0.8 * scratch < used <= scratch
@@ -186,7 +186,7 @@ def planned_and_used(backend, device):
     optimizer = sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15, backend=backend, nonfinite="skip")
     optimizer.step()
     deflated = find_method("sinkgd")
-    scratch = update_scratch(weights, Grid(), deflated, device=device, one_by_one=False)
+    scratch = update_scratch(weights, Grid(), deflated, device=device, per_matrix=False)
     return scratch, allocations(optimizer.step, torch.device("cpu")).peak
 
 
@@ -214,18 +214,20 @@ def test_a_ring_sends_a_sum_twice():
 
 def test_muon_gathers_matrices_and_adamw_sends_nothing():
     seven, grid = find_architecture("llama-7b"), Grid(dp_shard=8)
-    (gathered,) = optimizer_traffic(Work(seven), grid, find_method("muon"))
+    (gathered,) = optimizer_communication(Work(seven), grid, find_method("muon"))
     assert gathered.bytes == 2 * 6_476_005_376
-    assert optimizer_traffic(Work(seven), grid, find_method("adamw")) == []
-    assert optimizer_traffic(Work(seven), Grid(dp_replicate=8), SINKGD) == []
-    within, across = optimizer_traffic(Work(seven), Grid(dp_shard=4, tp=2), find_method("muon"))
+    assert optimizer_communication(Work(seven), grid, find_method("adamw")) == []
+    assert optimizer_communication(Work(seven), Grid(dp_replicate=8), SINKGD) == []
+    within, across = optimizer_communication(
+        Work(seven), Grid(dp_shard=4, tp=2), find_method("muon")
+    )
     assert (within.group, within.bytes) == ("tp", gathered.bytes)
     assert (across.group, across.bytes) == ("dp_shard", gathered.bytes // 2)
 
 
 def test_fsdp_gathers_blocks_twice_and_reduces_gradients_once():
     sixty, grid = find_architecture("llama-60m"), Grid(dp_replicate=2, dp_shard=4)
-    gather, reduce, average = training_traffic(Work(sixty), grid)
+    gather, reduce, average = training_communication(Work(sixty), grid)
     blocks, rest = 25_296_896 + 16 * 512, 2 * 32_000 * 512 + 512
     assert gather.bytes == 2 * (2 * blocks + rest)
     assert reduce.bytes == 2 * (blocks + rest)

@@ -1,6 +1,6 @@
-"""Bytes on the first rank at the peak of a step, by part.
+"""Memory of the first rank at the peak of a step, in bytes, by part.
 
-The first rank holds the largest pieces. What a step holds besides weights and state is read off a
+The first rank holds the largest shards. What a step holds besides weights and state comes from a
 step on fake tensors; what FSDP holds while it gathers and reduces is a formula.
 """
 
@@ -9,58 +9,59 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
+from sinkgd.lab.plan.method_cost import Method, eight_bit_bytes, usual_rank
+from sinkgd.lab.plan.rank_model import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
-from sinkgd.lab.plan.weights import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.optim.algorithms.batches import BATCH_BYTES, CPU_BATCH_BYTES, MATRICES_IN_USE
 from sinkgd.optim.algorithms.deflated import mesh_runs, vector_bytes
 from sinkgd.optim.algorithms.few_at_a_time import SCRATCH_BYTES, cut
 
 _FLOAT32 = 4
-# Bytes a row or column that the sums of a sharded step use at once, float64 nearly all: 43 to 50
-# measured on llama-9m over 16 ranks, and 4 that are kept; tests/lab/plan/test_traffic.py.
+# Bytes that the sums of a sharded step use at once for each row or column, nearly all float64: 43
+# to 50 measured on llama-9m over 16 ranks, and 4 that are kept;
+# tests/lab/plan/test_communication.py.
 _SHARDED_SCALE = 54
 # The same of row norms alone: 24 to 27 measured on llama-9m over 16 ranks; same file.
 _SHARDED_ROWS = 27
-# Bytes a row or column that deflation uses at once for each direction that it follows, one more
-# than it lowers; most of them float64. 22.8 were measured on llama-60m; same file. 20.3 of a GPU's
-# were counted where triton's interpreter ran the kernels, on a matrix of 1024 by 1024.
+# Bytes that deflation uses at once for each row or column and each direction that it follows, which
+# is one more than it lowers; most of them float64. On a CPU 22.8 were measured on llama-60m; same
+# file. On a GPU 20.3 were counted with triton's interpreter on a matrix of 1024 by 1024.
 _DIRECTION = {"cpu": 24, "cuda": 21}
-# The same on a mesh, 17.4 measured on llama-60m over 16 ranks; and what the loops of a CPU keep
-# where they have all matrices at once, 7.7 measured; same file.
+# The same on a mesh, 17.4 measured on llama-60m over 16 ranks; and what the loops of a CPU keep if
+# they have all matrices at once, 7.7 measured; same file.
 _MESH_DIRECTION, _KEPT_DIRECTION = 18, 8
 _TOKEN = 8  # bytes of a token id, and of a target
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the first rank. The parts are those of the moment of the peak."""
+    """Bytes on the first rank, by part, at the moment of the peak."""
 
     weights: int
     state: int
     gradients: int  # at the peak
     activations: int
-    loss: int  # logits, and what is made of them
+    loss: int  # logits, and everything computed from them
     transit: int  # whole blocks and whole gradients that FSDP gathers and reduces
     scratch: int  # of the update; the batch; rotary tables
     moment: str
-    all_gradients: int  # that are there when backward ends; the largest one where it is released
+    all_gradients: int  # held when backward ends; the largest one if gradients are released
 
     @property
     def peak(self) -> int:
-        """The most that is held at once."""
+        """All parts together."""
         parts = (self.gradients, self.activations, self.loss, self.transit, self.scratch)
         return self.weights + self.state + sum(parts)
 
     @property
     def weights_and_state(self) -> int:
-        """What the benchmark of GaLore and its followers counts."""
+        """The figure that the benchmark of GaLore and later papers report."""
         return self.weights + self.state
 
     @property
     def training(self) -> int:
-        """Weights, gradients and state: what no smaller batch makes smaller."""
+        """Weights, gradients and state: the parts that do not depend on the batch."""
         return self.weights + self.state + self.all_gradients
 
 
@@ -75,11 +76,11 @@ def rank_memory(
     """Return the memory of the first rank.
 
     Args:
-        work: What it computes; gradients are released if the method can take them one by one.
+        work: What the rank computes; gradients are released only if the method can.
         grid: The mesh.
         method: The optimizer.
-        rank: Of projections; by default as in GaLore's benchmark.
-        device: Where it computes: SWAN takes more small matrices at once on a GPU.
+        rank: Rank of projections; by default as in GaLore's benchmark.
+        device: Kind of device: SWAN takes more small matrices at once on a GPU.
     """
     weights = weights_of(work.architecture, grid)
     itemsize = weight_dtype(work.precision).itemsize
@@ -99,7 +100,7 @@ def rank_memory(
         moment="",
         all_gradients=gradients,
     )
-    scratch = update_scratch(weights, grid, method, device=device, one_by_one=released)
+    scratch = update_scratch(weights, grid, method, device=device, per_matrix=released)
     if grid.dp_shard > 1:
         peaks = _sharded(work, weights, base, gradients)
     else:
@@ -119,11 +120,11 @@ def state_bytes(
     """Return the bytes that a method keeps on the first rank.
 
     Args:
-        weights: Of the model.
+        weights: Weights of the model.
         grid: The mesh.
         method: The optimizer.
-        itemsize: Bytes of a weight.
-        rank: Of projections. Their state is divided evenly among the ranks.
+        itemsize: Bytes of each weight.
+        rank: Rank of projections, whose state is divided evenly among the ranks.
     """
     total = 0.0
     for weight in weights:
@@ -152,38 +153,38 @@ def update_scratch(
     method: Method,
     *,
     device: Literal["cpu", "cuda"],
-    one_by_one: bool,
+    per_matrix: bool,
 ) -> int:
     """Return the bytes that the update allocates and gives back.
 
-    SinkGD needs the scales of all matrices that it updates together, deflated also the directions
-    of some, and on a GPU copies of these; a method that makes matrices needs some for the largest
-    one, or SWAN for a batch of small ones.
+    SinkGD needs the scales of all matrices that it updates together; with deflation also the
+    directions of a few matrices, and on a GPU copies of these. A method that creates matrices needs
+    some for the largest one, or, as SWAN, for a batch of small ones.
 
     Args:
-        weights: Of the model.
+        weights: Weights of the model.
         grid: The mesh.
         method: The optimizer.
-        device: Where it computes.
-        one_by_one: Whether each matrix is updated by itself.
+        device: Kind of device.
+        per_matrix: Whether each matrix is updated by itself.
     """
     matrices = [w for w in weights if w.is_matrix or (method.everywhere and w.is_table)]
     is_sharded = grid.dp_shard * grid.tp > 1
     lengths = [w.piece[0] + w.piece[1] for w in matrices]
     if method.exchange == "rows" and is_sharded:
-        return _SHARDED_ROWS * (max(lengths) if one_by_one else sum(lengths))
+        return _SHARDED_ROWS * (max(lengths) if per_matrix else sum(lengths))
     if method.exchange == "vectors" and not method.scratch:
         scales = _SHARDED_SCALE if is_sharded else _FLOAT32
-        found = scales * (max(lengths) if one_by_one else sum(lengths))
+        found = scales * (max(lengths) if per_matrix else sum(lengths))
         if method.directions and is_sharded:
-            kept = _FLOAT32 * (max(lengths) if one_by_one else sum(lengths))
-            more = _mesh_deflation_scratch(matrices, method.directions, device, one_by_one)
+            kept = _FLOAT32 * (max(lengths) if per_matrix else sum(lengths))
+            more = _mesh_deflation_scratch(matrices, method.directions, device, per_matrix)
             return max(found, kept + more)
         if method.directions:
-            room = 0 if one_by_one else SCRATCH_BYTES
+            room = 0 if per_matrix else SCRATCH_BYTES
             found += _deflation_scratch(matrices, method.directions, room, device)
         return found
-    # They work on whole matrices, wherever the pieces lie.
+    # These methods work on whole matrices, wherever the shards are.
     largest = max(w.count for w in matrices) * _FLOAT32
     batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
     batch = batch_bytes // MATRICES_IN_USE if method.batched else 0
@@ -194,9 +195,9 @@ def update_scratch(
 def _deflation_scratch(
     matrices: Sequence[Weight], directions: int, room: int, device: Literal["cpu", "cuda"]
 ) -> int:
-    """Return what deflation needs for some matrices at a time.
+    """Return what deflation needs for the matrices that it takes at once.
 
-    A CPU takes a few, as `few_at_a_time` has them; a GPU as many as on a mesh, without copies.
+    A CPU takes a few at a time; a GPU takes as many as on a mesh, without copies.
     """
     if device == "cuda":
         held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
@@ -208,11 +209,11 @@ def _deflation_scratch(
 
 
 def _mesh_deflation_scratch(
-    matrices: Sequence[Weight], directions: int, device: Literal["cpu", "cuda"], one_by_one: bool
+    matrices: Sequence[Weight], directions: int, device: Literal["cpu", "cuda"], per_matrix: bool
 ) -> int:
-    """Return the same on a mesh: vectors of a run of matrices, and copies of a few of these."""
+    """Return the same on a mesh: vectors of a run of matrices, and copies of a few of them."""
     held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
-    runs = [slice(i, i + 1) for i in range(len(held))] if one_by_one else mesh_runs(held)
+    runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else mesh_runs(held)
     most = 0
     for run in runs:
         vectors = (directions + 1) * sum(sum(w.piece) for w in matrices[run])
@@ -240,27 +241,27 @@ def _alone(work: Work, base: Memory) -> dict[str, Memory]:
 def _sharded(
     work: Work, weights: Sequence[Weight], base: Memory, gradients: int
 ) -> dict[str, Memory]:
-    """Add what FSDP2 holds whole: embedding and head, a block in use, the next one on its way.
+    """Add what FSDP2 holds unsharded: embedding, head, the block in use and the next block.
 
-    In backward the gradients of a block are whole, too, and are then reduced from a copy of them;
-    those of embedding and head are reduced together, at the end. It is the most that can be.
+    In backward the gradients of a block are unsharded, too, and are reduced from a copy; those of
+    embedding and head are reduced together at the end. This is an upper bound.
     """
     itemsize = weight_dtype(work.precision).itemsize
     gathered = 2 if work.precision == "bf16-autocast" else itemsize
     outside, block = outside_blocks(weights), largest_block(weights)
     head = work.architecture.vocab_size * work.architecture.hidden_size // work.tp
     in_use = gathered * (outside + 2 * block)
-    # A rank's whole gradients leave it as soon as they are there.
+    # Unsharded gradients are reduced and freed as soon as they are complete.
     lives = trace(replace(work, release=True, micro_batches=1))
     peaks = {}
     for moment, live in lives.items():
         one = replace(_at(base, moment, live), gradients=gradients)
         if moment == EMBEDDING:
-            # Weights are let go before gradients are copied; the embedding's own is in `live`.
+            # Weights are freed before gradients are copied; the embedding's gradient is in `live`.
             one = replace(one, transit=max(gathered, itemsize) * outside + itemsize * head)
         elif moment.startswith("backward"):
             one = replace(one, transit=in_use + itemsize * (head + 2 * block))
-        elif moment != UPDATE:  # in the first micro-batch there is no gradient yet
+        elif moment != UPDATE:  # the first micro-batch has no gradient yet
             kept = gradients if work.micro_batches > 1 else 0
             one = replace(one, transit=in_use, gradients=kept)
         peaks[moment] = one

@@ -16,8 +16,8 @@ from sinkgd.lab.experiments.studies import QUESTIONS, find_study
 from sinkgd.lab.experiments.studies.scale import is_on_paper, read_fits
 from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.models import build_model
-from sinkgd.lab.naming import NAMING, command_now, name_now, recipe_now, start_now
 from sinkgd.lab.plan import METHODS
+from sinkgd.lab.recorded_names import NAMING, command_now, name_now, recipe_now, start_now
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer

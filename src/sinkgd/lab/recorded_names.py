@@ -1,8 +1,9 @@
-"""What recipes are called in files that were recorded before they were renamed.
+"""Present names of recipes, for files that were recorded before the recipes were renamed.
 
-Naming 1, which files without a ``naming`` have: ``sinkgd`` was SinkGD as in the paper, and SinkGD
-with deflation was ``deflated``. Naming 2: ``sinkgd`` is what ``SinkGD(param_groups(model))`` does,
-with deflation, and the paper's is ``sinkgd-paper``. Every reader of a record translates here.
+In naming 1, which files without ``naming`` have, ``sinkgd`` was SinkGD as in the paper, and SinkGD
+with deflation was ``deflated``. In naming 2, ``sinkgd`` is what ``SinkGD(param_groups(model))``
+does, with deflation, and the paper's method is ``sinkgd-paper``. Every reader of a record
+translates here.
 """
 
 import re
@@ -14,11 +15,11 @@ from typing import Any
 NAMING = 2  # of what is written now
 
 _RECIPES: Mapping[str, str] = {"sinkgd": "sinkgd-paper", "deflated": "sinkgd"}
-# Names that no recipe has now, and what to ask for instead.
+# Names that no recipe has any more, with the present name.
 GONE: Mapping[str, str] = {"deflated": "sinkgd"}
 
-# Names of arms and runs begin with a recipe; in the study `alpha` those of naming 1's ``sinkgd``
-# have no prefix.
+# Names of arms and runs begin with a recipe; in the study `alpha`, arms of naming 1's ``sinkgd``
+# have no such prefix.
 _PREFIXES = (
     (re.compile(r"^deflated(?=-|$)"), "sinkgd"),
     (re.compile(r"^sinkgd(?=-(batch|seed|tune)|$)"), "sinkgd-paper"),
@@ -28,17 +29,17 @@ _LISTS = ("--optimizer", "--optimizers", "--baseline", "--optimizer.recipe")
 
 
 def recipe_now(recipe: str, naming: int) -> str:
-    """Return what the recipe of a record is called now.
+    """Return the present name of a recorded recipe.
 
     Args:
-        recipe: As recorded.
-        naming: Of the record.
+        recipe: Recorded name.
+        naming: Naming of the record.
     """
     return _RECIPES.get(recipe, recipe) if naming < NAMING else recipe
 
 
 def name_now(name: str, naming: int) -> str:
-    """Return what an arm or a run of a record is called now."""
+    """Return the present name of a recorded arm or run."""
     if naming < NAMING:
         for pattern, now in _PREFIXES:
             if pattern.search(name):
@@ -47,12 +48,12 @@ def name_now(name: str, naming: int) -> str:
 
 
 def command_now(command: str, naming: int, recipe: str | None = None) -> str:
-    """Return the command that does now what a recorded one did.
+    """Return the command that does now what a recorded command did.
 
     Args:
-        command: As recorded.
-        naming: Of the record.
-        recipe: Of a single run, as it is called now: what is named where the command names none.
+        command: Recorded command.
+        naming: Naming of the record.
+        recipe: Present name of a single run's recipe, to add if the command names none.
     """
     if naming >= NAMING:
         return command
@@ -70,7 +71,7 @@ def command_now(command: str, naming: int, recipe: str | None = None) -> str:
 
 
 def start_now(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a run's start record under the names of now."""
+    """Return the fields of a run's first record with present names."""
     naming = int(fields.get("naming", 1))
     if naming >= NAMING:
         return dict(fields)
@@ -85,7 +86,7 @@ def start_now(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plan_now(plan: Mapping[str, Any], naming: int) -> dict[str, Any]:
-    """Return a study's plan under the names of now."""
+    """Return a study's plan with present names."""
     if naming >= NAMING:
         return dict(plan)
     return {

@@ -1,6 +1,8 @@
-"""How large the numbers of options may be, so that what is computed from them stays a number."""
+"""Checks of what a user gives to an option: mistyped names, and numbers that are too large."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -9,8 +11,23 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_VALUE = 1e30
 
 
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest name, if any, and all names.
+
+    Examples:
+        >>> suggest("adanw", ["adamw", "swan"])
+        "did you mean 'adamw'? There are adamw, swan"
+        >>> suggest("tiny", ["llama-60m", "all"])
+        'there are llama-60m, all'
+    """
+    known = list(names)
+    listed = ", ".join(known)
+    alike = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return f"did you mean {alike[0]!r}? There are {listed}" if alike else f"there are {listed}"
+
+
 class NumberError(ValueError):
-    """An option that no computation can use, with its name and value."""
+    """A number that no computation can use, with its option and value."""
 
 
 def check_numbers(options: Any, prefix: str = "") -> None:
@@ -18,7 +35,7 @@ def check_numbers(options: Any, prefix: str = "") -> None:
 
     Args:
         options: A dataclass, whose fields may be dataclasses too.
-        prefix: Of the fields' names, with its dot.
+        prefix: Prefix of the fields' names, ending in a dot.
 
     Raises:
         NumberError: With the field's name and value.
