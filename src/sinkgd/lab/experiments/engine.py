@@ -18,8 +18,7 @@ from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
 
-from sinkgd.lab.experiments.reuse import ReusableRuns
-from sinkgd.lab.experiments.scheduler import TUNING_FILE, Scheduler, Tuning
+from sinkgd.lab.experiments.scheduler import TUNING_FILE, ReusableRuns, Scheduler, Tuning
 from sinkgd.lab.experiments.study import StudyError, StudyPlan, Task, check_same_plan
 from sinkgd.lab.experiments.study_record import (
     STUDY_FILE,
