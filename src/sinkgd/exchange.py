@@ -1,12 +1,13 @@
-"""Sums over process groups, asked for side by side and sent together.
+"""A scheduler of coroutines that add up vectors over process groups, with few messages.
 
-A computation is a generator function that does not run before `exchange` runs it. It yields a `Sum`
-and goes on when its vector was added up. It yields another computation, or a list of them that run
-side by side, and is sent what they return. Those that wait for one group share one message, so that
-the number of messages is that of the longest computation and not of all.
+A computation is a call of a generator function, which `exchange` runs. If it yields a `Sum`, it
+continues when the vector has been added up. If it yields another computation, or a list that run
+side by side, it is sent their results. All that wait for one group share one message, so the number
+of messages is that of the longest computation, not of all together.
 
-torch.compile captures computations that need no message. It allows for no generator that outlives
-the function that made it, and gives ``yield from`` no value; hence `Computation`, and ``yield``.
+torch.compile captures computations that need no message. It does not support generators that
+outlive the function that made them, nor values of ``yield from``; hence `Computation` and
+``yield``.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-# What is yielded, and sent back, is explained above; types cannot tell which belongs to which.
+# Types cannot say which value is sent back for which yielded one; see the top of this file.
 Steps = Generator[Any, Any, Result]
 
 
 class Computation(NamedTuple, Generic[Result]):
-    """A call of a generator function, for `exchange` to make."""
+    """A call of a generator function that `exchange` will make."""
 
     function: Callable[..., Steps[Result]]
     args: Sequence[Any]
@@ -36,7 +37,7 @@ class Computation(NamedTuple, Generic[Result]):
 def computation(
     function: Callable[Arguments, Steps[Result]],
 ) -> Callable[Arguments, Computation[Result]]:
-    """Make calls of a generator function computations."""
+    """Decorate a generator function, so that a call returns a `Computation`."""
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Computation[Result]:
@@ -46,42 +47,47 @@ def computation(
 
 
 class Sum(NamedTuple):
-    """A vector that is to be replaced by its sum over a group."""
+    """A request to replace a vector by its sum over a group."""
 
     vector: Tensor
     group: "ProcessGroup"
-    then: Sequence["ProcessGroup"] = ()  # over which it asks for sums soon: these wait for it
+    then: Sequence["ProcessGroup"] = ()  # its next sums are over these groups, which wait for it
 
 
 def sums_in_turn(
     vector: Tensor, groups: Sequence["ProcessGroup"], then: Sequence["ProcessGroup"] = ()
 ) -> list[Sum]:
-    """Return what adds up a vector over groups, one after the other, and soon others over some."""
+    """Return the requests that add up a vector over several groups, one after the other.
+
+    Args:
+        vector: The vector, replaced by its sum.
+        groups: The groups.
+        then: The groups of later sums, which wait for these.
+    """
     return [Sum(vector, group, (*groups[i + 1 :], *then)) for i, group in enumerate(groups)]
 
 
 @computation
 def immediate(result: Result) -> Steps[Result]:
-    """Return ``result``, without a sum."""
+    """Return a result that is known already."""
     yield from ()
     return result
 
 
 def run(asked: Computation[Result]) -> Result:
-    """Run a computation to its end, and return what it returns."""
+    """Run one computation, and return its result."""
     (result,) = exchange([asked])
     return result
 
 
 def exchange(computations: Sequence[Computation[Result]]) -> list[Result]:
-    """Run computations to their ends, and return what they return.
+    """Run computations side by side, and return their results.
 
-    Without sums each runs to its end before the next one begins, and torch.distributed is not
-    imported. Otherwise every rank must give the same computations in the same order, as far as they
-    share groups.
+    Without sums each one ends before the next begins, and torch.distributed is not imported. With
+    sums, all ranks of a group must pass the same computations over it in the same order.
     """
     results: list[Any] = [None] * len(computations)
-    # All of it in one function: torch.compile captures it whole, or leaves it whole to Python.
+    # One function, so that torch.compile captures all of it or none.
     ready: list[tuple[_Task, Any]] = []
     for i, own in reversed([*enumerate(computations)]):
         ready.append((_Task(own.function(*own.args, **own.kwargs), None, i), None))
@@ -94,15 +100,15 @@ def exchange(computations: Sequence[Computation[Result]]) -> list[Result]:
             asked = task.steps.send(value)
         except StopIteration as end:
             result = end.args[0] if end.args else None  # torch.compile knows no end.value
-            above = task.above
-            if above is None:
-                results[task.place] = result
+            parent = task.parent
+            if parent is None:
+                results[task.index] = result
                 continue
-            above.answers[task.place] = result
-            above.missing -= 1
-            if above.missing == 0:
-                answers, above.answers = above.answers, []
-                ready.append((above, answers if above.wants_list else answers[0]))
+            parent.answers[task.index] = result
+            parent.missing -= 1
+            if parent.missing == 0:
+                answers, parent.answers = parent.answers, []
+                ready.append((parent, answers if parent.wants_list else answers[0]))
             continue
         if isinstance(asked, Sum):
             waiting.append((task, asked))
@@ -118,19 +124,19 @@ def exchange(computations: Sequence[Computation[Result]]) -> list[Result]:
 
 
 class _Task:
-    """A computation under way, and the one that waits for it, if one does."""
+    """A running computation, and the one that waits for its result."""
 
-    def __init__(self, steps: Steps[Any], above: "_Task | None", place: int) -> None:
-        self.steps, self.above, self.place = steps, above, place
-        self.answers: list[Any] = []  # of those that it waits for
+    def __init__(self, steps: Steps[Any], parent: "_Task | None", index: int) -> None:
+        self.steps, self.parent, self.index = steps, parent, index
+        self.answers: list[Any] = []  # results of the computations that it waits for
         self.missing = 0
         self.wants_list = False
 
 
 def _send_next(waiting: list[tuple[_Task, Sum]]) -> list[_Task]:
-    """Add up over one group, and return who can go on; others remain.
+    """Add up the vectors that wait for one group, and return the tasks that can continue.
 
-    A group whose message would soon be followed by another one waits for the others to catch up.
+    A group for which more vectors will arrive soon waits for them.
     """
     then = {group for _, asked in waiting for group in asked.then}
     asked_for = dict.fromkeys(asked.group for _, asked in waiting)

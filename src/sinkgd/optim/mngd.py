@@ -20,9 +20,9 @@ class MNGD(GroupedOptimizer):
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
     step. Without momentum nothing is remembered from step to step: ``state`` stays empty.
 
-    Matrices may lie in pieces on a mesh of devices where all norms are row, column, Frobenius or
-    sign norms: each of them in turn then costs at most a message a process group, and one more
-    tells what is not finite. Other norms need whole matrices.
+    Matrices may be sharded on a mesh of devices if all norms are row, column, Frobenius or sign
+    norms. Each projection then sends at most one message to a process group, and one more message
+    tells which gradients are not finite. Other norms need whole matrices.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or
@@ -35,15 +35,16 @@ class MNGD(GroupedOptimizer):
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
-            parameter as it is, and count it in `skipped`).
-        rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
-            so that small updates count in the mean). AdamW groups round as torch does.
-        seed: Of the stochastic rounding; equal seeds draw equal bits.
-        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1): B is
-            normalized in the gradient's place. Keeps one float32 an entry. 0 keeps nothing.
+            parameter unchanged, and count it in `skipped`).
+        rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
+            down at random, so that small updates count in the mean). AdamW groups round as torch
+            does.
+        seed: Seed of the stochastic rounding; equal seeds draw equal bits.
+        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
+            normalized instead of the gradient. Keeps one float32 an entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
         momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
-            and the step goes along it; it is then no longer of root-mean-square 1.
+            and the step goes along B. Its root-mean-square is then below 1.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.

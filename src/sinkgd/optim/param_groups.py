@@ -61,9 +61,8 @@ def param_groups(
     Hidden matrices (linear and convolution weights inside the model's blocks) go to
     ``matrix_algorithm`` at ``matrix_lr_scale * lr``; so do experts, as stacks of matrices.
     Embeddings, the output head, routers of experts, norms, biases, depthwise convolutions, low-rank
-    adapters and whatever is not recognized go to AdamW at ``lr``.
-    The choice is made from module types and places, not from names; tied weights count once. Print
-    `describe_param_groups` to see it.
+    adapters and modules of unknown types go to AdamW at ``lr``. Module types and places decide, not
+    names; tied weights count once. Print `describe_param_groups` to see the result.
 
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out: one that is
@@ -81,21 +80,22 @@ def param_groups(
         deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
             benchmarks/deflation compares ranks. 0 is the paper's: SR-Sinkhorn alone.
         weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
-            scalars. Their learning rate, by which decay is multiplied, is 40 times that of hidden
-            matrices, and decay would also shrink the rows of words that do not occur. An override
-            may set it. The paper uses none.
+            scalars. Decay is multiplied by the learning rate, which is 40 times larger for these
+            than for hidden matrices, and it would shrink the rows of words that do not occur. An
+            override may set it. The paper uses none.
         betas: AdamW's decay rates of the two moments. (0.9, 0.95) is what study table1 measured
             with.
-        overrides: From a regular expression, searched in the parameter's name, with and without
-            the prefixes of wrappers such as torch.compile, to an algorithm (``"adamw"``,
-            ``"sinkgd"``, ``"normalize"`` …) or to group options such as
-            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. The first match decides. For tables
-            there is ``"sinkgd-table"``.
-        base_width: Width that the learning rate was tuned for. That of a hidden matrix is then
-            multiplied by ``base_width / d_in``, d_in its in-features: muP's rule for updates of a
-            given root-mean-square, which keeps the size of what a layer adds to its output. None
-            leaves it, as the paper does. Of plain SinkGD at widths d of 64 to 256 the largest
-            good rate went with d^-1.5 without it, d^-0.5 with it (docs/experiments.md, `width`).
+        overrides: Maps regular expressions to an algorithm (``"adamw"``, ``"sinkgd"``,
+            ``"normalize"`` …) or to group options such as
+            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. Each is searched in the parameter's
+            name, with and without prefixes of wrappers such as torch.compile. The first match
+            decides. ``"sinkgd-table"`` is meant for embeddings and output heads.
+        base_width: To transfer a rate tuned on a smaller model, pass that model's width. The rate
+            of a hidden matrix with d_in in-features is multiplied by ``base_width / d_in``: muP's
+            rule for updates of a given root-mean-square, which keeps the change of a layer's output
+            independent of the width. None changes no rate, as in the paper. For plain SinkGD at
+            widths d of 64 to 256 the largest good rate fell as d^-1.5 without the rule and as
+            d^-0.5 with it (docs/experiments.md, `width`).
 
     Returns:
         Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay`` and
@@ -163,7 +163,7 @@ def param_groups(
 
 
 def check_model(model: object, function: str) -> None:
-    """Refuse what is no model, and one with lazy modules that have not run.
+    """Refuse what is no model, and a model with lazy modules that have not run.
 
     Raises:
         TypeError: With the call of ``function`` that is meant.
@@ -217,7 +217,7 @@ def _in_features(param: Tensor, role: Role) -> int:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether an override is for a parameter, whose name may have prefixes of wrappers."""
+    """Whether an override matches a parameter, whose name may have prefixes of wrappers."""
     return any(re.search(pattern, own) for own in (name, without_wrappers(name)))
 
 

@@ -1,8 +1,8 @@
 """The step inside backward: each gradient is applied as soon as it is complete, and freed.
 
-Training then holds weights, activations and the one gradient that is being computed. A step along
-normalized gradients needs no other gradient than its own: clipping by a global norm and loss
-scaling would change nothing for it.
+Training then holds weights, activations and the one gradient that is being computed. A normalized
+step of a parameter only needs its own gradient: clipping by a global norm and loss scaling would
+not change it.
 """
 
 import threading
@@ -22,8 +22,8 @@ from sinkgd.number_check import check_flag, check_number
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
 
-# Smaller gradients wait for others: such as those of norms and biases, whose step takes no longer
-# than the calls that it needs. Not measured.
+# Smaller gradients, such as those of norms and biases, wait for others: calling a step takes longer
+# than the step itself. Not measured.
 SMALL_BYTES = 64 << 10
 
 # The keys are the parameters whose gradients are released.
@@ -33,29 +33,28 @@ _RELEASED = WeakIdKeyDictionary()
 class GradientRelease:
     """Let ``loss.backward()`` update the parameters of an optimizer, and free their gradients.
 
-    The training loop stays as it is. ``optimizer.step()`` then ends the step: it updates the
-    parameters whose gradients remain, frees those, and raises what was found. Learning rates are
-    read while backward runs, so a scheduler that steps after the optimizer works as ever. The
-    result is that of the ordinary step, bit for bit. A non-finite gradient holds back its own
-    parameter alone; in an AdamW group, it holds back the parameters that are updated together with
-    it.
+    The training loop does not change. ``optimizer.step()`` ends the step: it updates the
+    parameters whose gradients remain, frees these, and raises errors that were found. Learning
+    rates are read while backward runs, so a scheduler that steps after the optimizer works as
+    usual. The result is that of the ordinary step, bit for bit. A parameter with a non-finite
+    gradient is left unchanged; in an AdamW group, so are the parameters that are updated together
+    with it.
 
     Parameters of the optimizer may be frozen or unfrozen at any time, and others added. A new one
     keeps its gradient until the first ``step()``, and is released from then on.
 
-    Under FSDP2 gradients come here after they were reduced, so all of it works there as well. On a
-    mesh every bucket costs its own messages; larger buckets need fewer.
+    FSDP2 reduces gradients before they arrive here, so it works as well. On a mesh every bucket
+    sends its own messages; larger buckets need fewer.
 
     Args:
         optimizer: One of this package; not one with groups of ``"adamw-spam"``, whose step needs
             the norm of all gradients.
-        bucket_bytes: Gradients wait until there are so many bytes of them, and are then applied
-            together; the last ones wait for ``step()``. Under FSDP2, bytes are those of the largest
-            piece on any rank. With 0, every gradient is applied at once, except those below 64 KiB:
-            they wait for the next larger one, until there are 64 KiB of them, or until backward
-            ends.
-        averaged: Whether gradients of plain tensors are the same on all ranks when backward has
-            made them, as under tensor parallelism. DistributedDataParallel averages them later.
+        bucket_bytes: Gradients wait until their bytes reach this number, and are then applied
+            together; the last ones wait for ``step()``. Under FSDP2 the largest shard on any rank
+            counts. With 0, every gradient is applied at once, except those below 64 KiB: they wait
+            for the next larger one, until there are 64 KiB of them, or until backward ends.
+        averaged: Whether backward leaves the same gradients of plain tensors on all ranks, as under
+            tensor parallelism. DistributedDataParallel averages them later.
 
     Raises:
         TypeError: If ``optimizer`` is none of ours, needs all gradients at once, or holds plain
@@ -109,7 +108,7 @@ class GradientRelease:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Let gradients add up inside: for every micro-batch of a step but the last."""
+        """Only accumulate gradients inside: for every micro-batch of a step except the last."""
         before, self._accumulating = self._accumulating, True
         try:
             yield
@@ -117,16 +116,16 @@ class GradientRelease:
             self._accumulating = before
 
     def reset(self) -> None:
-        """Give up the current step, after an exception in backward, and free all gradients.
+        """Abandon the current step after an exception in backward, and free all gradients.
 
-        Updates that backward had already made remain.
+        Updates that backward has already applied remain.
         """
         self._begin_step()
         for param in self._names:
             param.grad = None
 
     def remove(self) -> None:
-        """Apply the gradients that wait, and leave those of later backward calls alone."""
+        """Apply the gradients that wait, and stop handling those of later backward calls."""
         self._flush()
         self._remove_hooks()
 
@@ -139,7 +138,7 @@ class GradientRelease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave backward alone again; after an exception, do not apply the gradients that wait."""
+        """Stop handling gradients; after an exception, do not apply those that wait."""
         if error is None:
             self.remove()
         else:

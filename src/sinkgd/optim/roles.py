@@ -1,16 +1,16 @@
-"""What each parameter of a model is for, read from the types and the places of its modules.
+"""The role of each parameter of a model, read from the types and the places of its modules.
 
-Names of parameters are not looked at. A *block* is a module with children of its own that stands in
-a ``ModuleList``, a ``ModuleDict`` or, with a twin, in a ``Sequential``: a transformer's layers, the
-stages of a ResNet. Linear weights inside blocks are the hidden matrices. Those outside are the
+Names of parameters are not used. A *block* is a module with children in a ``ModuleList``, in a
+``ModuleDict`` or, if another member has its type, in a ``Sequential``: the layers of a transformer,
+the stages of a ResNet. Linear weights inside blocks are the hidden matrices. Those outside are the
 model's input and output projections. A list of output heads is not a list of blocks.
 
 Experts are hidden matrices: a list of modules, or one weight that holds the matrices of all. The
-router beside them, a linear with one output for each expert, is none: its outputs are scores that
-compete, as those of an output head.
+router beside them, a linear with one output for each expert, is not a hidden matrix: its outputs
+are scores that compete, like those of an output head.
 
 Wrappers (``torch.compile``, activation checkpointing, DDP, PEFT's layers) and parametrizations are
-seen through: a parameter has the role that it would have without them.
+ignored: a parameter has the role that it would have without them.
 """
 
 import re
@@ -67,7 +67,7 @@ class Role:
 
 
 class _Place(NamedTuple):
-    """A module, and where it stands in the model."""
+    """A module and its path in the model."""
 
     path: str
     module: nn.Module
@@ -103,7 +103,7 @@ def without_wrappers(name: str) -> str:
 
 
 class _Modules:
-    """The modules of a model, with what has to be known before a parameter's role can be told."""
+    """The modules of a model, and what decides on the roles of their parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))

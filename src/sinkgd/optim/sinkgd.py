@@ -24,64 +24,64 @@ class SinkGD(GroupedOptimizer):
     above and deflated, all else by AdamW. Without groups no state is kept at all: matrices as
     above, vectors and scalars by their own l2 norm, with root-mean-square 1 too.
 
-    The options after ``seed`` go beyond the paper and combine freely. A group may set its own:
-    `param_groups` sets ``deflated_rank``. What is off costs nothing. Of a gradient come, in turn:
-    its momentum, the rows that are left out, the half steps, the deflation, the size, and the
-    momentum of the update. Vectors know momentum alone. The algorithm ``"sinkgd-table"`` is a set
-    of options, reported for embedding and head of DeepSeek-V4.1 by secondary sources: Nesterov's
-    momentum of 0.95, tiny rows left out, 2L + 1 half steps from rows to rows; they multiply its
-    learning rate by 0.18. A user writes ``param_groups(model, overrides={"embed|head":
-    {"algorithm": "sinkgd-table", ...}})``.
+    The options after ``seed`` go beyond the paper and combine freely. A group may set its own;
+    `param_groups` sets ``deflated_rank``. Disabled options add no cost. A step applies them in this
+    order: momentum of the gradient, ``tiny_rows``, the half steps, ``deflated_rank``,
+    ``operator_norm``, momentum of the update. Vectors only have momentum.
 
-    On a mesh of devices a step costs L messages a process group, whatever the options; and one
-    more for ``momentum`` before, one for ``tiny_rows``, one for a half step more, two for
-    ``deflated_rank``, and one for ``operator_norm``; over a group that shards columns four and two.
-    No matrix is sent. ``tiny_rows`` and ``nesterov``, which copy gradients, send their messages
-    anew for every 256 MiB of copies; ``deflated_rank`` for every 128 MiB of vectors.
+    The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
+    embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
+    2L + 1 half steps from rows to rows. They multiply its learning rate by 0.18. To use it, write
+    ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
+
+    On a mesh of devices a step sends L messages to each process group. Momentum of the gradient,
+    ``tiny_rows``, an extra half step and ``operator_norm`` add one message each, ``deflated_rank``
+    adds two. For a group that shards columns, ``deflated_rank`` adds four and ``operator_norm``
+    two. No matrix is sent. Options that copy gradients (``tiny_rows``, ``nesterov``) process
+    256 MiB at a time and send one set of messages per chunk; ``deflated_rank`` processes 128 MiB of
+    vectors at a time.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs. Groups may name any
-            algorithm. An argument below that no group takes up is an error.
+            algorithm. An argument below that no group uses is an error.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
             of one element. Default: 1e-3.
         sinkhorn_iterations: Iterations L, at least 1. The paper uses 5.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
-            parameter as it is, and count it in `skipped`).
+            parameter unchanged, and count it in `skipped`).
         backend: ``"auto"``, or the name of one of `sinkgd.kernels.BACKENDS`.
-        tol: Leave a matrix as soon as an iteration moves no row scale by more than ``tol``,
-            relative; ``sinkhorn_iterations`` is then the most that are run. Changes the update by
-            about as much. None never stops early.
-        warm_start: Begin from the column scales of the last step, and keep n float32 of state a
-            matrix for it: fewer iterations then come as near to the fixed point.
-        rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
-            so that small updates count in the mean). AdamW groups round as torch does.
-        seed: Of the stochastic rounding; equal seeds draw equal bits.
-        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1): B is
-            normalized in the gradient's place. Keeps one float32 an entry. 0 keeps nothing.
+        tol: Stop iterating a matrix when an iteration changes no row scale by more than ``tol``,
+            relative; at most ``sinkhorn_iterations`` are run. Changes the update by about as much.
+            None never stops early.
+        warm_start: Start from the column scales of the last step. Fewer iterations then come as
+            close to the fixed point. Keeps n float32 of state a matrix.
+        rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
+            down at random, so that small updates count in the mean). AdamW groups round as torch
+            does.
+        seed: Seed of the stochastic rounding; equal seeds draw equal bits.
+        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
+            normalized instead of the gradient. Keeps one float32 an entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
         momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
-            and the step goes along it; it is then no longer of root-mean-square 1.
-        last: Side of the last half step, ``"column"`` as in the paper, or ``"row"``: iterations are
-            then of columns first. What comes last has its length exactly.
-        first: Side of the first half step. None for the other side than ``last``; the same side
-            puts one half step more in front, 2L + 1 in all.
+            and the step goes along B. Its root-mean-square is then below 1.
+        last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
+            columns first. The last side has its lengths exactly.
+        first: Side of the first half step. None means the other side than ``last``. The same side
+            as ``last`` adds a half step in front, 2L + 1 in all.
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
-            take no part, and their update is 0. Costs a copy of the gradient, of a few matrices at
-            a time.
-        tiny_row_threshold: τ: a row is tiny where its l2 norm is below τ times the mean of all
-            rows'.
-        deflated_rank: Directions k whose singular values, the update's largest, are lowered to the
-            next one; 0 leaves them. A whitening of what stands out, for two more readings of the
+            are left out, and not updated. Copies the gradients of a few matrices at a time.
+        tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
+        deflated_rank: Number k of the update's leading singular values that are lowered to the next
+            one; 0 leaves them. This whitens the largest directions, for two more readings of the
             gradient and about 10 k flops an entry. Keeps no state. Backends other than ``cpu`` make
-            float32 copies of the gradients, 64 MiB of them at a time unless one alone is larger.
-            Groups of `param_groups` set their own.
-            Default: 0.
-        operator_norm: None, ``"unit"`` or ``"muon"``: pin the update's largest singular value,
-            estimated by a power iteration a step, to 1 or to √(m/n). ``lr`` is then this value's
-            share, no longer a root-mean-square: with ``"muon"`` the change that an input of
-            root-mean-square 1 can bring about in an output. Keeps n float32 a matrix.
+            float32 copies of the gradients, 64 MiB at a time unless one alone is larger. Groups of
+            `param_groups` set their own. Default: 0.
+        operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
+            value, estimated by one power iteration a step, is 1 or √(m/n). ``lr`` is then no longer
+            a root-mean-square. With ``"muon"`` it is the largest change of an output for an input
+            of root-mean-square 1. Keeps n float32 a matrix.
 
     Raises:
         ValueError: If an option is out of range, does not fit a parameter, or has no effect because

@@ -27,19 +27,20 @@ class SWAN(GroupedOptimizer):
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
             of one element. Default: 1e-3.
         newton_schulz_steps: Steps of the whitening, at least 1.
-        num_iters: How often both projections take turns, at least 1. The paper uses 1.
+        num_iters: How often both projections are applied, at least 1. The paper uses 1.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
-            parameter as it is, and count it in `skipped`).
-        rounding: Of bfloat16 parameters: ``"nearest"``, or ``"stochastic"`` (up or down at random,
-            so that small updates count in the mean). AdamW groups round as torch does.
-        seed: Of the stochastic rounding; equal seeds draw equal bits.
-        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1): B is
-            normalized in the gradient's place. Keeps one float32 an entry. 0 keeps nothing.
+            parameter unchanged, and count it in `skipped`).
+        rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
+            down at random, so that small updates count in the mean). AdamW groups round as torch
+            does.
+        seed: Seed of the stochastic rounding; equal seeds draw equal bits.
+        momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
+            normalized instead of the gradient. Keeps one float32 an entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
         momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
-            and the step goes along it; it is then no longer of root-mean-square 1.
+            and the step goes along B. Its root-mean-square is then below 1.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
