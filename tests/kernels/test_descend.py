@@ -1,18 +1,13 @@
-"""A descent is the scales and the update, at once or not: the same bits, and nothing half done."""
+"""A descent gives the bits of the scales and the update; a parameter is updated whole or not."""
 
 import pytest
 import torch
 
 from layouts import scattered, turned
-from sinkgd.kernels import BACKENDS, Matrices
+from sinkgd.kernels import Matrices
 from sinkgd.kernels.rounding import keys_of_step
 
 FACTORS = {"keep": 0.875, "step": -0.25}
-
-
-@pytest.fixture
-def backend(every_backend):
-    return next(backend for backend in BACKENDS if backend.name == every_backend)
 
 
 def normal(shape, seed=0, dtype=torch.float32):
@@ -51,7 +46,7 @@ def of_their_own(grads):
     return [range(i, i + 1) for i in range(len(grads))]
 
 
-def in_two_halves(backend, matrices, num_iters=5, tol=None):
+def scales_then_update(backend, matrices, num_iters=5, tol=None):
     scales = backend.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
     params = [param.clone() for param in matrices.params]
     backend.update_(params, matrices.grads, scales, **FACTORS, keys=matrices.keys)
@@ -84,13 +79,13 @@ def test_it_is_the_scales_and_the_update(
         starts=starts if started else None,
         keys=keys_of_step(3, torch.tensor(5), len(GRADS)).unbind() if rounded_at_random else None,
     )
-    expected, scales = in_two_halves(backend, matrices, num_iters)
+    expected, scales = scales_then_update(backend, matrices, num_iters)
     versions = [param._version for param in matrices.params]
     found = backend.descend_(matrices, num_iters, **FACTORS)
     assert same_bits(matrices.params, expected)
     assert found.finite.tolist() == [True] * len(GRADS)
-    for pair, of_halves in zip(found.scales, scales, strict=True):
-        assert same_bits(pair, of_halves)
+    for pair, expected_pair in zip(found.scales, scales, strict=True):
+        assert same_bits(pair, expected_pair)
     pairs = zip(matrices.params, versions, strict=True)
     assert all(param._version > version for param, version in pairs)
 
@@ -98,7 +93,7 @@ def test_it_is_the_scales_and_the_update(
 def test_tol_stops_it_as_it_stops_the_scales(backend):
     grads = [*GRADS[:4], torch.ones(9, 7)]
     matrices = Matrices(params_beside(grads), grads, of_their_own(grads))
-    expected, _ = in_two_halves(backend, matrices, 12, tol=1e-2)
+    expected, _ = scales_then_update(backend, matrices, 12, tol=1e-2)
     backend.descend_(matrices, 12, **FACTORS, tol=1e-2)
     assert same_bits(matrices.params, expected)
 
@@ -109,7 +104,7 @@ def test_tol_stops_it_as_it_stops_the_scales(backend):
 def test_a_bad_entry_keeps_its_own_parameter_as_it_was(backend, bad, shape, order):
     grads = [order(normal(shape, seed)) for seed in range(3)]
     matrices = Matrices(params_beside(grads), grads, of_their_own(grads))
-    expected, _ = in_two_halves(backend, matrices)
+    expected, _ = scales_then_update(backend, matrices)
     expected[1] = matrices.params[1].clone()
     grads[1][..., shape[-2] // 2, shape[-1] - 1] = bad
     found = backend.descend_(matrices, 5, **FACTORS)
@@ -120,7 +115,7 @@ def test_a_bad_entry_keeps_its_own_parameter_as_it_was(backend, bad, shape, orde
 def test_the_matrices_of_one_owner_stand_or_fall_together(backend):
     grads = [normal((30, 20), seed) for seed in range(6)]
     matrices = Matrices(params_beside(grads), grads, [range(2), range(2, 3), range(3, 6)])
-    expected, _ = in_two_halves(backend, matrices)
+    expected, _ = scales_then_update(backend, matrices)
     expected[3:] = [param.clone() for param in matrices.params[3:]]
     grads[4][3, 4] = torch.nan
     found = backend.descend_(matrices, 5, **FACTORS)
@@ -132,7 +127,7 @@ def test_the_matrices_of_one_owner_stand_or_fall_together(backend):
 def test_after_an_overflow_nothing_is_written(backend, overflow):
     grads = [normal((30, 20)), normal((3, 8, 16))]
     matrices = Matrices(params_beside(grads), grads, of_their_own(grads))
-    expected, _ = in_two_halves(backend, matrices)
+    expected, _ = scales_then_update(backend, matrices)
     if overflow:
         expected = [param.clone() for param in matrices.params]
     found = backend.descend_(matrices, 5, **FACTORS, overflow=torch.tensor(overflow))

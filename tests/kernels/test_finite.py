@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from sinkgd.kernels import BACKENDS
-
 BAD = [torch.nan, torch.inf, -torch.inf]
 # one entry, less than a vector, whole vectors, more than four, more than a thread's block
 SIZES = [1, 7, 16, 64, 77, 200_003]
-
-
-@pytest.fixture
-def backend(every_backend):
-    return next(backend for backend in BACKENDS if backend.name == every_backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -5,7 +5,7 @@ import torch
 
 from layouts import gapped, scattered, turned
 from sinkgd.deflation import LowRank
-from sinkgd.kernels import BACKENDS, Lowered, Scales, Stack
+from sinkgd.kernels import Lowered, Scales, Stack
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 
@@ -23,11 +23,6 @@ SHAPES = [
 ]
 shapes = pytest.mark.parametrize("sizes", SHAPES, ids=str)
 ranks = pytest.mark.parametrize("k", [1, 8, 11])
-
-
-@pytest.fixture
-def backend(every_backend):
-    return next(backend for backend in BACKENDS if backend.name == every_backend)
 
 
 def normal(shape, seed=0, dtype=torch.float32):

@@ -1,27 +1,19 @@
 """The kernels of deflation compiled for GPUs: no spills, loads of 16 bytes, known tensor cores.
 
-This file is also the program that compiles them, in a process of its own. Nothing is timed.
+This file is also the program that compiles them. Nothing is timed.
 """
 
-import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
+from compiled_for_gpus import build, facts, lines_of, options_for, target_of, write
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# name: (backend, architecture, threads a warp)
-TARGETS = {
-    "cuda80": ("cuda", 80, 32),
-    "cuda90": ("cuda", 90, 32),
-    "cuda100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Matrices of llama 60m, 1b and 7b have two kinds of rows.
 ALIGNED, ODD = (2048, 2048), (2048, 5461)
 # Instructions that a thread issues an entry of bfloat16 on sm_90, in the loop over tiles of a
@@ -34,12 +26,12 @@ MOST = {
 }
 # How matrices are multiplied, by the target and the type of the gradient.
 TENSOR_CORES = {
-    ("cuda80", "bfloat16"): "HMMA.16816.F32.BF16",
-    ("cuda80", "float32"): "HMMA.1688.F32.TF32",
-    ("cuda90", "bfloat16"): "HGMMA.64x16x16.F32.BF16",
-    ("cuda90", "float32"): "GMMA.64x16x8.F32.TF32|HMMA.1688.F32.TF32",
-    ("cuda100", "bfloat16"): "UTCHMMA",
-    ("cuda100", "float32"): "UTCHMMA|HMMA.1688.F32.TF32",
+    ("sm_80", "bfloat16"): "HMMA.16816.F32.BF16",
+    ("sm_80", "float32"): "HMMA.1688.F32.TF32",
+    ("sm_90", "bfloat16"): "HGMMA.64x16x16.F32.BF16",
+    ("sm_90", "float32"): "GMMA.64x16x8.F32.TF32|HMMA.1688.F32.TF32",
+    ("sm_100", "bfloat16"): "UTCHMMA",
+    ("sm_100", "float32"): "UTCHMMA|HMMA.1688.F32.TF32",
     ("gfx942", "bfloat16"): "v_mfma_f32_16x16x16_bf16",
     ("gfx942", "float32"): "v_mfma_f32_16x16x4_f32",
 }
@@ -48,16 +40,7 @@ TENSOR_CORES = {
 @pytest.fixture(scope="module", params=TARGETS)
 def compiled(request):
     """What the compiler says of every kernel for one target."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, __file__, request.param],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return lines_of(__file__, request.param)
 
 
 def test_no_register_is_spilled(compiled):
@@ -82,7 +65,7 @@ def test_products_are_those_of_tensor_cores_and_of_the_right_numbers(compiled):
 
 
 def test_instructions_an_entry(compiled):
-    if compiled[0]["target"] != "cuda90":
+    if compiled[0]["target"] != "sm_90":
         pytest.skip("the disassembly is counted for sm_90")
     seen = set()
     for one in compiled:
@@ -194,37 +177,22 @@ def updates(is_hip):
 
 
 def compile_all(name):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from sinkgd.kernels.triton import launch, tiles
     from sinkgd.kernels.triton import products as module
+    from sinkgd.kernels.triton import tiles
 
-    target = GPUTarget(*TARGETS[name])
-    own = launch.GpuTarget(target.backend, target.warp_size)
+    target = target_of(name)
     is_hip = target.backend == "hip"
     for kind, kernel, constants, shape, dtype, turned in [*products(is_hip), *updates(is_hip)]:
+        wide = constants.get("VECTOR") != 1
         if "update" in kind:
-            options = tiles.options_of(own, wide=constants["VECTOR"] > 1, product=True)
+            options = options_for(tiles.options_of, target, wide=wide, product=True)
         else:
-            wide = constants.get("VECTOR") != 1
-            options = module.options_of(own, wide=wide)
+            options = options_for(module.options_of, target, wide=wide)
         scaled = "*bf16" if constants.get("SPLITS") == 3 else "*fp32"
         types = {**POINTERS, **NUMBERS, **dict.fromkeys(["scaled", "scaled_result"], scaled)}
-        types |= dict.fromkeys(constants, "constexpr")
-        signature = {key: types[key] for key in kernel.arg_names}
-        pointers = [i for i, one in enumerate(signature.values()) if one.startswith("*")]
-        source = ASTSource(
-            kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
-        )
-        built = triton.compile(source, target=target, options=options)
-        sides = (constants.get(side, 64) for side in ("BM", "BN"))
-        tile = 1
-        for side in sides:
-            tile *= side
+        built = build(kernel, types, constants, target, options)
+        tile = constants.get("BM", 64) * constants.get("BN", 64)
         entries = tile / (options["num_warps"] * target.warp_size) if shape else 0
-        facts = hip_facts(built) if is_hip else cuda_facts(built, entries, in_loop=kind != "update")
         line = {
             "target": name,
             "name": f"{kind} {dtype} {shape} {constants}",
@@ -237,50 +205,27 @@ def compile_all(name):
             "bytes": dtype.itemsize,
             "K": constants.get("K", 0) if shape else 0,
             "shared": built.metadata.shared,
-            **facts,
+            **facts(built),
         }
-        sys.stdout.write(json.dumps(line) + "\n")
+        if is_hip:
+            line["products"] = Counter(re.findall(r"v_mfma_\w+", built.asm["amdgcn"]))
+        else:
+            line |= products_and_cost(built, entries, line["loops"], in_loop=kind != "update")
+        write(line)
 
 
-def cuda_facts(built, entries, *, in_loop):
-    """Uses of local memory, loads, products and instructions an entry, from the machine code."""
-    import triton
+def products_and_cost(built, entries, loops, *, in_loop):
+    """Return how often tensor cores are used, and the instructions an entry."""
+    from sinkgd.lab.bench.gpu.variants import disassembled
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        command = [str(tool), "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    instructions, labels, loops = [], {}, [0]
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+|\.L_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    for i, instruction in enumerate(instructions):
-        branch = re.search(r"BRA\S*\s.*?`\((\.L_x_\d+|\.L_\d+)\)", instruction)
-        if branch and labels.get(branch[1], i + 1) < i:
-            loops.append(i + 1 - labels[branch[1]])
-    used = max(loops) if in_loop else len(instructions)
-    wide = re.compile(r"LDG\.E\.128|LDGSTS\.E\S*\.128")
-    found = Counter(name for one in instructions for name in re.findall(r"\w*MMA[.\w]*", one))
+    text = disassembled(built.asm["cubin"])
+    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.MULTILINE)
+    used = max(loops, default=0) if in_loop else len(instructions)
     return {
-        "spilled": sum("LDL" in one or "STL" in one for one in instructions),
-        "loads16": sum(bool(wide.search(one)) for one in instructions),
-        "products": found,
+        "products": Counter(
+            name for one in instructions for name in re.findall(r"\w*MMA[.\w]*", one)
+        ),
         "cost": used / entries if entries else 0,
-    }
-
-
-def hip_facts(built):
-    """What the code object's metadata say; spills are registers, and bytes of scratch memory."""
-    code = built.asm["amdgcn"]
-    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    return {
-        "spilled": sum(int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in spills),
-        "loads16": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
-        "products": Counter(re.findall(r"v_mfma_\w+", code)),
     }
 
 

@@ -5,7 +5,6 @@ Kernels run in triton's interpreter on CPU tensors, program after program.
 
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +16,8 @@ from sinkgd.kernels import BACKENDS, Scales, Shared
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
 from sinkgd.kernels.triton import TritonBackend, launch
-from sinkgd.kernels.triton import backend as module
+from sinkgd.kernels.triton import backend as triton_backend
+from sinkgd.lab.bench.gpu.interpreted import readings
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -63,7 +63,7 @@ def step(grads, backend="triton", dtype=torch.float32, rank=15, nonfinite="raise
     params = []
     for grad in grads:
         zeros = torch.zeros(grad.shape, dtype=dtype)
-        params.append(nn.Parameter(turned(zeros) if dense_layout(grad).turned else zeros))
+        params.append(nn.Parameter(turned(zeros) if dense_layout(grad).transposed else zeros))
         params[-1].grad_dtype = None
         params[-1].grad = grad
     group = {"params": params, "algorithm": "sinkgd", "backend": backend, **options}
@@ -143,7 +143,7 @@ class TestBits:
         for found, again in zip(together, step(grads[::-1])[::-1], strict=True):
             assert torch.equal(found, again)
         assert torch.equal(step(grads[:1])[0], together[0])
-        monkeypatch.setattr(module, "INTERPRETER_BYTES", 1)
+        monkeypatch.setattr(triton_backend, "INTERPRETER_BYTES", 1)
         for found, again in zip(together, step(grads), strict=True):
             assert torch.equal(found, again)
 
@@ -155,24 +155,6 @@ class TestBits:
         assert torch.equal(found[1], torch.zeros(40, 30))
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[2], expected[2])
-
-
-class Loads:
-    """Counts entries of gradients that the interpreter's programs load."""
-
-    def __init__(self, monkeypatch, grad):
-        from triton.runtime.interpreter import interpreter_builder as builder
-
-        self.entries = 0
-        begin, masked = grad.data_ptr(), builder.create_masked_load
-        end = begin + grad.nbytes
-
-        def load(pointers, mask, *others):
-            read = (pointers.data >= begin) & (pointers.data < end) & mask.data
-            self.entries += int(np.count_nonzero(read))
-            return masked(pointers, mask, *others)
-
-        monkeypatch.setattr(builder, "create_masked_load", load)
 
 
 class Made(TorchDispatchMode):
@@ -207,13 +189,11 @@ class Made(TorchDispatchMode):
 
 class TestWork:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32)], ids=str)
-    def test_a_step_of_five_iterations_reads_a_gradient_ten_times(
-        self, backend, monkeypatch, dtype
-    ):
+    def test_a_step_of_five_iterations_reads_a_gradient_ten_times(self, backend, dtype):
         grad = leading((140, 136), 1, dtype)
-        loads = Loads(monkeypatch, grad)
-        step([grad], dtype=dtype)
-        assert loads.entries == 10 * grad.numel()
+        with readings([grad]) as found:
+            step([grad], dtype=dtype)
+        assert found.by_kernels == 10 * grad.numel()
 
     @pytest.mark.slow
     def test_no_gradient_is_copied(self, backend, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every backend adds up weighted squares as float64 does, of pieces of any size and shape."""
+"""Every backend sums weighted squares as float64 does, for shards of any size and shape."""
 
 import pytest
 import torch
@@ -10,11 +10,6 @@ from sinkgd.kernels.triton import launch
 
 # Up to 1,100 terms, none negative, in 16 lanes or more: 70 roundings of 2^-24.
 FLOAT32 = {"rtol": 4.2e-6, "atol": 0}
-
-
-@pytest.fixture
-def backend(every_backend):
-    return next(backend for backend in BACKENDS if backend.name == every_backend)
 
 
 def normal(shape, seed=0, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""The backend ``triton``: launches, buckets, tables, what other backends need not be asked.
+"""The backend ``triton``: launches, buckets, tables, and what it leaves to `EagerBackend`.
 
 Kernels run in triton's interpreter on CPU tensors; the last tests need a GPU and no interpreter.
 """
@@ -12,7 +12,7 @@ from sinkgd.kernels import Matrices, Scales
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
 from sinkgd.kernels.triton import TritonBackend, launch, support, tables
-from sinkgd.kernels.triton import backend as module
+from sinkgd.kernels.triton import backend as triton_backend
 from sinkgd.kernels.triton.tables import DeviceTables, Operand
 from sinkgd.kernels.triton.tiles import plan_of_scales
 
@@ -91,7 +91,7 @@ class TestLaunches:
         grads = [normal((16, 16), seed) for seed in range(6)]
         together = halves.scales(grads, 2)
         assert len(launches) == 5
-        monkeypatch.setattr(module, "INTERPRETER_BYTES", 2 * 16 * 16 * 4)
+        monkeypatch.setattr(triton_backend, "INTERPRETER_BYTES", 2 * 16 * 16 * 4)
         assert same_bits(halves.scales(grads, 2), together)
         assert len(launches) == 5 + 3 * 5
 

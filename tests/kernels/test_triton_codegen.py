@@ -1,13 +1,11 @@
 """Triton's kernels compiled for GPUs: no register spills, loads of 16 bytes, known shared memory.
 
-This file is also the program that compiles them, in a process of its own: triton's interpreter and
-its compiler do not share one. Compiled kernels are not run here, and nothing is timed.
+This file is also the program that compiles them. Compiled kernels are not run; nothing is timed.
 
 Those that steps usually take are compiled, some 35 a target; with ``SINKGD_EVERY_KERNEL=1`` in the
 environment every one is, 140 a target, in about four minutes.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -17,15 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from compiled_for_gpus import build, facts, lines_of, options_for, target_of, write
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# name: (backend, architecture, threads a warp)
-TARGETS = {
-    "cuda80": ("cuda", 80, 32),
-    "cuda90": ("cuda", 90, 32),
-    "cuda100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The launches of a call: which side is summed, what the first scales are found from, and whether
 # sums follow.
 HALVES = {
@@ -106,21 +100,7 @@ def every_update_variant():
 @pytest.fixture(scope="module", params=TARGETS)
 def compiled(request):
     """What the compiler says of every kernel for one target."""
-    return reports("compile_all", request.param)
-
-
-def reports(*command):
-    """What a command of this file writes, run as a program."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, __file__, *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return lines_of(__file__, "compile_all", request.param)
 
 
 def test_every_kernel_is_compiled(compiled):
@@ -146,7 +126,7 @@ def test_shared_memory_is_what_the_sums_of_a_tile_need(compiled):
 
 
 def test_a_step_compiles_six_kernels_and_one_and_a_later_step_none():
-    first, *others = reports("take_steps")
+    first, *others = lines_of(__file__, "take_steps")
     assert first == {"half_iteration": 6, "update": 1}
     assert others == [first] * 4
 
@@ -157,14 +137,13 @@ def test_a_step_compiles_six_kernels_and_one_and_a_later_step_none():
 def take_steps():
     """Launch on a fake device, and write how many kernels were compiled so far."""
     import torch
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     from sinkgd.kernels.triton import TritonBackend, launch, tiles
 
     device = type("Device", (), {})()
     device.get_current_device = device.get_current_stream = lambda *_: 0
-    device.get_current_target = lambda: GPUTarget(*TARGETS["cuda90"])
+    device.get_current_target = lambda: target_of("sm_90")
     driver.set_active(device)
 
     def start(kernel, programs, *arguments, **constants):
@@ -189,16 +168,10 @@ def take_steps():
         write({kernel.__name__: len(kernel.device_caches[0][0]) for kernel in kernels})
 
 
-def write(found):
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
 def compile_all(name):
-    from triton.backends.compiler import GPUTarget
-
     from sinkgd.kernels.triton import primitives, square_sums, update
 
-    target = GPUTarget(*TARGETS[name])
+    target = target_of(name)
     for variant in half_variants():
         half, dtype, shape, wide, turned, tol = variant
         rows, origin, sums = HALVES[half]
@@ -255,24 +228,14 @@ NUMBERS = {"done": "i32", "low": "fp32", "high": "fp32", "keep": "fp32", "step":
 
 def report(kernel, constants, target, variant, *, first):
     """Compile one kernel and write a line on it."""
-    import triton
-    from triton.compiler import ASTSource
-
-    from sinkgd.kernels.triton.launch import GpuTarget
     from sinkgd.kernels.triton.tiles import options_of
 
-    types = {**POINTERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
+    types = {**POINTERS, **NUMBERS}
     if constants.get("STEP_IS_STORED"):
         types["step"] = "*fp64"
-    signature = {name: types[name] for name in kernel.arg_names}
-    pointers = [i for i, kind in enumerate(signature.values()) if kind in ("*i64", "*fp32", "*i32")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     wide = constants["VECTOR"] > 1
-    built = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=target,
-        options=options_of(GpuTarget(target.backend, target.warp_size), wide=wide, first=first),
-    )
+    options = options_for(options_of, target, wide=wide, first=first)
+    built = build(kernel, types, constants, target, options)
     half = variant[0] if kernel.__name__ == "half_iteration" else "update"
     write(
         {
@@ -283,7 +246,7 @@ def report(kernel, constants, target, variant, *, first):
             "backend": target.backend,
             "expected16": sixteens(constants, wide and "finish" not in half),
             "shared": built.metadata.shared,
-            **(cuda_facts if target.backend == "cuda" else hip_facts)(built, target),
+            **(cuda_facts(built, target) if target.backend == "cuda" else facts(built)),
         }
     )
 
@@ -322,18 +285,6 @@ def cuda_facts(built, target):
         "spilled": int(stores) + int(loads),
         "loads16": built.asm["ptx"].count("ld.global.v4.b32"),
         "stores16": built.asm["ptx"].count("st.global.v4.b32"),
-    }
-
-
-def hip_facts(built, target):
-    """What the code object's metadata say; spills are registers, and bytes of scratch memory."""
-    code = built.asm["amdgcn"]
-    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    return {
-        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1]),
-        "spilled": sum(int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in spills),
-        "loads16": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
-        "stores16": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
     }
 
 

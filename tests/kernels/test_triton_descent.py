@@ -13,9 +13,8 @@ from sinkgd.kernels import Matrices
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
-from sinkgd.kernels.triton import TritonBackend, launch
-from sinkgd.kernels.triton import backend as module
-from sinkgd.kernels.triton import schedule as panels
+from sinkgd.kernels.triton import TritonBackend, launch, schedule
+from sinkgd.kernels.triton import backend as triton_backend
 from sinkgd.kernels.triton.schedule import panel_of, row_programs, schedule_of
 from sinkgd.kernels.triton.tables import Operand
 from sinkgd.lab.bench.gpu.interpreted import readings
@@ -59,9 +58,9 @@ def backend(interpreter):
 @pytest.fixture
 def small_panels(monkeypatch):
     """Panels of a few rows, a program each: many programs, and sums in several levels."""
-    monkeypatch.setattr(panels, "AREA", 512)
-    monkeypatch.setattr(panels, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(panels, "PROGRAMS", 1 << 20)
+    monkeypatch.setattr(schedule, "AREA", 512)
+    monkeypatch.setattr(schedule, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(schedule, "PROGRAMS", 1 << 20)
     schedule_of.cache_clear()
     yield
     schedule_of.cache_clear()
@@ -87,7 +86,7 @@ def alone(grads):
 def beside(grad, dtype=torch.float32):
     """Zeros for a parameter that lies as a gradient does."""
     zeros = torch.zeros(grad.shape, dtype=dtype)
-    return turned(zeros) if dense_layout(grad).turned else zeros
+    return turned(zeros) if dense_layout(grad).transposed else zeros
 
 
 def descend(backend, grads, num_iters, **options):
@@ -135,7 +134,7 @@ class TestNumbers:
 
     @orders
     def test_many_programs_add_up_in_levels(self, backend, small_panels, monkeypatch, order):
-        monkeypatch.setattr(panels, "AREA", 16)
+        monkeypatch.setattr(schedule, "AREA", 16)
         assert programs_of((66, 24)) > 64
         grad = order(normal((66, 24)) ** 3)
         (param,), _ = descend(backend, [grad], 3)
@@ -150,7 +149,7 @@ class TestNumbers:
 
     @orders
     def test_a_matrix_larger_than_a_bucket(self, backend, launches, monkeypatch, order):
-        monkeypatch.setattr(module, "INTERPRETER_BYTES", 1000)
+        monkeypatch.setattr(triton_backend, "INTERPRETER_BYTES", 1000)
         grads = [order(normal((60, 40), seed)) for seed in range(2)]
         params, _ = descend(backend, grads, 3)
         assert launches == (["full_iteration"] * 3 + ["finish"]) * 2
@@ -158,7 +157,7 @@ class TestNumbers:
             assert_close(param.double(), expected_update(grad, 3), **FLOAT32)
 
     def test_rows_too_long_for_registers_take_half_iterations(self, backend, launches):
-        grads = [normal((3, panels.LONGEST + 1)), normal((5, 7))]
+        grads = [normal((3, schedule.LONGEST + 1)), normal((5, 7))]
         params, found = descend(backend, grads, 2)
         for param, grad in zip(params, grads, strict=True):
             assert_close(param.double(), square_root_sinkhorn(grad, 2), **FLOAT32)
@@ -226,7 +225,7 @@ class TestNotFinite:
     @orders
     @pytest.mark.parametrize("room", [1 << 20, 3000], ids=["together", "in several buckets"])
     def test_matrices_of_one_owner_are_written_together(self, backend, monkeypatch, order, room):
-        monkeypatch.setattr(module, "INTERPRETER_BYTES", room)
+        monkeypatch.setattr(triton_backend, "INTERPRETER_BYTES", room)
         grads = [order(normal((3, 12, 20), 1)), order(normal((12, 20), 2)), order(normal((7, 5)))]
         params = [beside(grad) for grad in grads]
         matrices = Matrices(params, grads, [range(2), range(2, 3)])
@@ -346,11 +345,11 @@ class TestSchedule:
             layout = dense_layout(torch.empty(shape, device="meta"))
             operands = (Operand(dtype, layout, aligned=True),) * len(shapes)
             room = max(CACHE // 2, h * inner * dtype.itemsize)
-            schedule = schedule_of(operands, operands, shapes, tuple(range(len(shapes))), room)
-            fullest = max(schedule.buckets, key=lambda bucket: bucket.program_count)
+            found = schedule_of(operands, operands, shapes, tuple(range(len(shapes))), room)
+            fullest = max(found.buckets, key=lambda bucket: bucket.program_count)
             count = -(-fullest.program_count // programs_of(shape))
             size = count * shape[0] * shape[1] * dtype.itemsize
-            assert schedule.partial_sums * 4 <= 0.127 * size
+            assert found.partial_sums * 4 <= 0.127 * size
             assert fullest.program_count >= 0.75 * PROCESSORS
 
     @pytest.mark.parametrize(
@@ -365,4 +364,4 @@ class TestSchedule:
         assert A + B >= Q
         assert max(1.5 * Q, 8) >= A + B
         assert B == 0 or Q > A
-        assert max(panels.AREA, A + B) >= BM * (A + B)
+        assert max(schedule.AREA, A + B) >= BM * (A + B)

@@ -1,16 +1,13 @@
 """What a step on a GPU costs the host, by counts: triton runs, its device and driver are fakes.
 
-This file is also the program that counts, in a process of its own: triton's interpreter, which
-other tests need, and its compiler do not share one.
+This file is also the program that counts.
 """
 
-import json
-import os
-import subprocess
-import sys
 from itertools import combinations
 
 import pytest
+
+from compiled_for_gpus import lines_of, write
 
 pytest.importorskip("triton")
 
@@ -23,15 +20,8 @@ CALLS_A_LAUNCH = 6  # in triton's launcher
 @pytest.fixture(scope="module")
 def found():
     """What the program below counts."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    (found,) = lines_of(__file__)
+    return found
 
 
 def test_a_steady_step_goes_past_the_dispatcher(found):
@@ -137,7 +127,7 @@ def count():
             "confused": confused(),
             "unbound": unbound(),
         }
-    sys.stdout.write(json.dumps(found))
+    write(found)
 
 
 def print_nothing(_):

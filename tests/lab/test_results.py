@@ -186,7 +186,7 @@ def test_a_line_that_is_no_record_is_named_by_its_number(path, line):
 def test_a_file_of_another_kind_is_no_results_file(path):
     path.parent.mkdir()
     path.write_bytes(b"\xff\xfe\x00\x01\n")
-    with pytest.raises(ResultsError, match="is no text"):
+    with pytest.raises(ResultsError, match="is not UTF-8 text"):
         Run.read(path)
 
 

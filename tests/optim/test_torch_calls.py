@@ -6,8 +6,8 @@ The backend is ``triton``, whose launches are replaced by nothing.
 import pytest
 import torch
 
+from sinkgd.kernels.backend import finite_of
 from sinkgd.kernels.eager import EagerBackend
-from sinkgd.kernels.two_halves import finite_of
 from sinkgd.lab.bench.gpu.recorded import (
     TorchCalls,
     calls_of_a_matrix_more,

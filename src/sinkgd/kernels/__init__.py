@@ -1,4 +1,4 @@
-"""SR-Sinkhorn's backends: one contract (`backend`), its definition (`eager`), the choice."""
+"""SR-Sinkhorn's backends: the contract (`backend`), its definition (`eager`), the choice."""
 
 from sinkgd.kernels.backend import Backend as Backend
 from sinkgd.kernels.backend import Descent as Descent
@@ -7,6 +7,6 @@ from sinkgd.kernels.backend import Matrices as Matrices
 from sinkgd.kernels.backend import Scales as Scales
 from sinkgd.kernels.backend import Shared as Shared
 from sinkgd.kernels.backend import Stack as Stack
-from sinkgd.kernels.compiled import select as select
 from sinkgd.kernels.registry import BACKENDS as BACKENDS
 from sinkgd.kernels.registry import describe as describe
+from sinkgd.kernels.torch_ops import select as select

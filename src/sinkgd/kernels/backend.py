@@ -1,11 +1,13 @@
-"""The contract of every backend of SR-Sinkhorn, and the choice among them.
+"""The contract of a backend of SR-Sinkhorn, and what every backend does by default.
 
-A backend reads a list of gradients into scales, and writes a list of parameters from gradients and
-scales; or it does both at once. It is given whole lists so that it may batch small matrices or run
-all in one launch.
+A backend finds the scales of a list of gradients, and updates a list of parameters from gradients
+and scales; or it does both at once. It receives whole lists, so that it may batch small matrices or
+run everything in one launch. `sinkgd.kernels.eager` defines the result.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,90 +24,91 @@ class Scales(NamedTuple):
 
     @property
     def mT(self) -> "Scales":  # noqa: N802 - as of a tensor
-        """Those of the matrix with rows and columns exchanged."""
+        """The scales of the transposed matrix."""
         return Scales(self.col.mT, self.row.mT)
 
 
 class Lowered(NamedTuple):
-    """Scales, and what is to be taken away from ``row * grad * col``, or that times a factor."""
+    """Scales with a low-rank correction: the update is ``factor * row * grad * col - taken``."""
 
     row: Tensor  # (..., m, 1)
     col: Tensor  # (..., 1, n)
     taken: LowRank  # (..., m, n), float32 or float64
-    factor: Tensor | None = None  # (..., 1, 1), as the scales
+    factor: Tensor | None = None  # (..., 1, 1), of the scales' dtype; None for 1
 
     @property
     def mT(self) -> "Lowered":  # noqa: N802 - as of a tensor
-        """The same of the matrix with rows and columns exchanged."""
+        """The same for the transposed matrix."""
         return Lowered(self.col.mT, self.row.mT, self.taken.mT, self.factor)
 
 
 class Matrices(NamedTuple):
-    """Parameters seen as matrices, and what belongs to each matrix: lists of one length."""
+    """Parameters seen as matrices, with what belongs to each matrix: lists of equal length.
+
+    An owner is a user's parameter, which may consist of several matrices.
+    """
 
     params: Sequence[Tensor]  # (..., m, n)
     grads: Sequence[Tensor]
-    owners: Sequence[range]  # of each parameter, which of these are it; in order, and all
+    owners: Sequence[range]  # the matrices of each owner; in order, without gaps
     starts: Sequence[Tensor | None] | None = None  # as in `Backend.scales`
     keys: Sequence[Tensor] | None = None  # as in `Backend.update_`
 
 
 class Stack(NamedTuple):
-    """Gradients of one shape and dtype that lie alike in memory; together ``(s, ..., m, n)``."""
+    """Gradients of one shape, dtype and memory layout; together ``(s, ..., m, n)``."""
 
     grads: Sequence[Tensor]  # s of them, (..., m, n)
     scales: Sequence[Scales]
 
 
 class Shared(NamedTuple):
-    """Vectors that some gradients share."""
+    """Vectors that gradients share."""
 
-    vectors: Tensor  # (entries, k) float64, on the host; it does not change
-    first: tuple[int, ...]  # of each gradient, where those of its columns begin
+    vectors: Tensor  # (entries, k) float64, on the host; never modified
+    first: tuple[int, ...]  # for each gradient, the entry of its first column
 
 
 class Descent(NamedTuple):
-    """What a step along normalized gradients leaves behind."""
+    """The result of `Backend.descend_`."""
 
-    finite: Tensor  # (owners,) bool: whether the gradients of each hold finite numbers alone
-    scales: Sequence[Scales]  # one a gradient
+    finite: Tensor  # (owners,) bool: whether all entries of the gradients of each are finite
+    scales: Sequence[Scales]  # one for each gradient
 
 
 class Sums(Protocol):
-    """Sums of the squares of some gradients ``(..., m, n)``, to be asked for again and again.
+    """Weighted sums of the squares of gradients ``(..., m, n)``, computed again and again.
 
-    Weights and sums are flat, float64: those of one gradient after those of the other.
+    Weights and sums are flat float64 tensors, one gradient after the other.
     """
 
     def of_rows(self, weights: Tensor) -> Tensor:
-        """Return G² c² of each: of its rows, from weights c² of its columns."""
+        """Return G² c² of each: sums of its rows, with weights c² of its columns."""
         ...
 
     def of_cols(self, weights: Tensor) -> Tensor:
-        """Return (G²)ᵀ r² of each: of its columns, from weights r² of its rows."""
+        """Return (G²)ᵀ r² of each: sums of its columns, with weights r² of its rows."""
         ...
 
 
-class Backend(Protocol):
-    """What a backend does; `eager` is its definition in plain torch."""
+class Backend(ABC):
+    """What a backend does. `sinkgd.kernels.eager.EagerBackend` implements it in plain torch."""
 
     name: str
     package: str  # that it runs on
-    install: str  # the command that brings it where it is absent
+    install: str  # the command that installs the package
+    # Whether it has `packed_products`, and applies `Lowered` scales without a copy of a gradient.
+    packs_vectors: bool = False
 
-    @property
-    def packs_vectors(self) -> bool:
-        """Whether it has `packed_products`, and lowers updates without a copy of a gradient."""
-        ...
-
+    @abstractmethod
     def missing(self) -> str | None:
-        """Say why it cannot run in this environment, or None where it can."""
-        ...
+        """Say why the backend cannot run in this environment, or None if it can."""
 
+    @abstractmethod
     def supports(self, device: torch.device) -> bool:
         """Whether it runs on tensors of ``device``."""
-        ...
 
+    @abstractmethod
     def scales(
         self,
         grads: Sequence[Tensor],
@@ -114,44 +117,50 @@ class Backend(Protocol):
         tol: float | None = None,
         starts: Sequence[Tensor | None] | None = None,
     ) -> list[Scales]:
-        """Run ``num_iters`` iterations on each gradient ``(..., m, n)``. Gradients are only read.
+        """Run ``num_iters`` iterations on each gradient. A non-finite entry spoils its matrix.
 
-        A non-finite entry makes every column scale of its matrix non-finite.
+        Args:
+            grads: Gradients ``(..., m, n)``. Not modified.
+            num_iters: Number of iterations.
+            tol: A matrix stops after the first iteration, from the second on, that changes no row
+                scale by more than ``tol``, relative to its last value. A factor common to all row
+                scales, which zero rows and columns cause, does not count.
+            starts: Column scales ``(..., 1, n)`` from which the iterations begin, one for each
+                gradient; None for ones. In (0, 1], contiguous, of the scales' dtype.
 
-        Where ``tol`` is given, a matrix is left after the first iteration, from its second on, that
-        moves no row scale by more than ``tol``, relative to what it was; a factor common to all,
-        which zero rows and columns bring about, is no movement.
-
-        Where ``starts`` are given, one a gradient or None for ones, iterations begin from these
-        column scales ``(..., 1, n)`` instead of 1: float32 or float64 as the scales are, in (0, 1],
-        contiguous.
+        Returns:
+            The scales. A non-finite entry makes every column scale of its matrix non-finite.
         """
-        ...
 
+    @abstractmethod
     def sums(self, grads: Sequence[Tensor]) -> Sums:
-        """Return the sums of the squares of gradients, which may be pieces, and empty."""
-        ...
+        """Return the sums of the squares of gradients. They may be shards, and empty."""
 
+    @abstractmethod
     def products(self, stacks: Sequence[Stack]) -> Products:
         """Return the products of the updates ``row * grad * col`` of each stack."""
-        ...
 
     def packed_products(
-        self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared
+        self,
+        grads: Sequence[Tensor],  # noqa: ARG002 - part of the contract
+        scales: Sequence[Scales],  # noqa: ARG002
+        shared: Shared,  # noqa: ARG002
     ) -> PackedProducts | None:
         """Return the products of updates ``row * grad * col`` with vectors packed together.
 
-        None where it has no such products of these gradients; `products` has some of all.
+        None where the backend has none of these gradients; `products` takes all gradients.
         """
-        ...
+        return None
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return ``(len(tensors),)`` bool, on their device: whether each is finite throughout.
+        """Return ``(len(tensors),)`` bool: whether all entries of each tensor are finite.
 
-        Of any shape but empty; no scratch, and no wait on a device.
+        The tensors have any shape, but are not empty. The result is on their device. It takes no
+        scratch memory, and nothing waits for a device.
         """
-        ...
+        return all_finite(tensors)
 
+    @abstractmethod
     def update_(
         self,
         params: Sequence[Tensor],
@@ -165,16 +174,17 @@ class Backend(Protocol):
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once.
 
-        Of `Lowered` scales what is taken is subtracted from ``row * grad * col``, times the factor
-        where there is one.
-
-        Where ``allowed`` is given, a 0-dim bool a parameter on its device, False leaves the
-        parameter as it is, whatever the gradient holds.
-
-        Where ``keys`` are given, a 0-dim int64 a parameter on its device, a bfloat16 parameter is
-        rounded up or down at random, by the bits of `sinkgd.kernels.rounding`.
+        Args:
+            params: Parameters ``(..., m, n)``.
+            grads: Their gradients.
+            scales: Their scales. `Lowered` scales have an update of their own.
+            keep: Factor of the parameter.
+            step: Factor of the update.
+            allowed: A 0-dim bool for each parameter, on its device. False leaves the parameter
+                as it is, whatever the gradient holds.
+            keys: A 0-dim int64 for each parameter, on its device. A bfloat16 parameter is then
+                rounded stochastically, by the bits of `sinkgd.kernels.rounding`.
         """
-        ...
 
     def descend_(
         self,
@@ -186,9 +196,116 @@ class Backend(Protocol):
         tol: float | None = None,
         overflow: Tensor | None = None,
     ) -> Descent:
-        """Do what `scales` and `update_` do, where the gradient is finite.
+        """Find all scales as `scales` does, then update as `update_` does.
 
-        The matrices of one owner are written together or, where a gradient of theirs is not finite,
-        not at all. Nothing is written where ``overflow``, a 0-dim bool on their device, is True.
+        All matrices of an owner are updated, or none if one of their gradients is not finite.
+        Nothing is updated if ``overflow``, a 0-dim bool on their device, is True.
         """
-        ...
+        scales = self.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
+        descent = Descent(finite_of(scales, matrices.owners), scales)
+        take_steps(
+            self, matrices, descent.finite, descent.scales, keep=keep, step=step, overflow=overflow
+        )
+        return descent
+
+
+def take_steps(
+    backend: Backend,
+    matrices: Matrices,
+    finite: Tensor,
+    scales: Sequence[Scales | Lowered],
+    *,
+    keep: float | Tensor,
+    step: float | Tensor,
+    overflow: Tensor | None = None,
+) -> None:
+    """Update parameters by known scales. Owners with a gradient that is not finite are skipped."""
+    allowed = finite if overflow is None else finite & ~overflow
+    all_allowed = overflow is None and _known_to_be_all(finite)
+    backend.update_(
+        matrices.params,
+        matrices.grads,
+        scales,
+        keep=keep,
+        step=step,
+        allowed=None if all_allowed else of_each(allowed, matrices.owners),
+        keys=matrices.keys,
+    )
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return ``(len(tensors),)`` bool: whether all entries of each tensor are finite.
+
+    The largest magnitude decides. It is exact in every dtype, and NaN if an entry is NaN. On a GPU
+    this takes a few kernels for all tensors of one dtype.
+    """
+    zero = tensors[0].new_zeros(())
+    peaks = [zero] * len(tensors)  # an empty tensor has no entry that is not finite
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(tensors):
+        if x.numel() > 0:
+            by_dtype.setdefault(x.dtype, []).append(i)
+    with torch.no_grad():
+        for own in by_dtype.values():
+            found = torch._foreach_norm([tensors[i] for i in own], ord=torch.inf)
+            for i, peak in zip(own, found, strict=True):
+                peaks[i] = peak
+        return torch.stack(peaks).isfinite()
+
+
+def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:
+    """Return ``(owners,)`` bool: whether the gradients of each owner were finite throughout."""
+    # A non-finite entry makes every column scale of its matrix non-finite.
+    flags = all_finite([col for _, col in scales])
+    return _all_of(flags, [len(own) for own in owners])
+
+
+def by_owner(flags: Sequence[Tensor], owners: Sequence[range]) -> Tensor:
+    """Return ``(owners,)`` bool: whether the 0-dim flags of all matrices of each owner are True."""
+    return _all_of(torch.stack([*flags]), [len(own) for own in owners])
+
+
+def of_each(flags: Tensor, owners: Sequence[range]) -> list[Tensor]:
+    """Return for each matrix the flag of its owner."""
+    return [flag for flag, own in zip(flags.unbind(), owners, strict=True) for _ in own]
+
+
+def _all_of(flags: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Reduce consecutive runs of ``flags`` to one flag each."""
+    if len(flags) == len(sizes):
+        return flags
+    bad = torch.split((~flags).float(), list(sizes))
+    return torch.stack(torch._foreach_norm(bad, ord=torch.inf)) == 0
+
+
+def _known_to_be_all(flags: Tensor) -> bool:
+    """Whether all flags are True and that is known without waiting for a device."""
+    return flags.is_cpu and not torch.compiler.is_compiling() and bool(flags.all())
+
+
+def select_owners(matrices: Matrices, taken: Sequence[bool]) -> Matrices:
+    """Return the matrices of the owners for which ``taken`` is True."""
+    if all(taken):
+        return matrices
+    kept = [own for own, take in zip(matrices.owners, taken, strict=True) if take]
+    indices = [i for own in kept for i in own]
+    ends = list(accumulate(map(len, kept), initial=0))
+    return Matrices(
+        [matrices.params[i] for i in indices],
+        [matrices.grads[i] for i in indices],
+        [range(*pair) for pair in pairwise(ends)],
+        matrices.starts and [matrices.starts[i] for i in indices],
+        matrices.keys and [matrices.keys[i] for i in indices],
+    )
+
+
+def merge_descents(
+    taken: Sequence[bool], matrices: Matrices, one: Descent, other: Descent
+) -> Descent:
+    """Return the descent of all owners from those of the ``taken`` and of the other ones."""
+    flags = [iter(found.finite.unbind()) for found in (other, one)]
+    scales = [iter(found.scales) for found in (other, one)]
+    return Descent(
+        torch.stack([next(flags[own]) for own in taken]),
+        [next(scales[take]) for own, take in zip(matrices.owners, taken, strict=True) for _ in own],
+    )

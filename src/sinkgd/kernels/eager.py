@@ -1,4 +1,4 @@
-"""SR-Sinkhorn in plain torch: the definition that every fast backend is tested against.
+"""SR-Sinkhorn in plain torch: the definition, and the base class of every fast backend.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
@@ -12,18 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import StoredProducts
-from sinkgd.kernels.backend import Lowered, Scales, Stack
-from sinkgd.kernels.finite import all_finite
+from sinkgd.deflation import LowRank, Products, StoredProducts, take_away_
+from sinkgd.kernels.backend import Backend, Lowered, Scales, Stack, Sums
+from sinkgd.kernels.equilibrate import Equilibration, equilibrate_, scales_of
 from sinkgd.kernels.layout import check_scales, check_start
-from sinkgd.kernels.level import level_, scales_of
-from sinkgd.kernels.products import eager_products, made
 from sinkgd.kernels.rounding import round_to_bfloat16
-from sinkgd.kernels.sums import EagerSums
-from sinkgd.kernels.two_halves import TwoHalves
+from sinkgd.newton_schulz import matrix_buffer
 
 
-class EagerBackend(TwoHalves):
+class EagerBackend(Backend):
     """Two matrix–vector products an iteration; one float32 matrix of scratch at a time."""
 
     name = "eager"
@@ -31,7 +28,7 @@ class EagerBackend(TwoHalves):
     install = "pip install sinkgd"
 
     def missing(self) -> str | None:
-        """Plain torch is always there."""
+        """Return None: plain torch is always there."""
         return None
 
     def supports(self, device: torch.device) -> bool:  # noqa: ARG002 - part of the contract
@@ -55,17 +52,13 @@ class EagerBackend(TwoHalves):
             for grad, start in zip(grads, begin, strict=True)
         ]
 
-    def sums(self, grads: Sequence[Tensor]) -> EagerSums:
+    def sums(self, grads: Sequence[Tensor]) -> Sums:
         """Return the sums of the squares of gradients."""
         return EagerSums(grads)
 
-    def products(self, stacks: Sequence[Stack]) -> StoredProducts:
-        """Return the products of updates, of which copies are made."""
+    def products(self, stacks: Sequence[Stack]) -> Products:
+        """Return the products of updates, which are made and kept."""
         return eager_products(stacks)
-
-    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
-        return all_finite(tensors)
 
     def update_(
         self,
@@ -83,7 +76,7 @@ class EagerBackend(TwoHalves):
             check_scales(param, own.row, own.col)
             descend_(
                 param,
-                made(grad, own),
+                update_of(grad, own),
                 keep=keep,
                 step=step,
                 allowed=None if allowed is None else allowed[i],
@@ -106,14 +99,15 @@ def sinkhorn(
             grad.new_ones(*batch, m, 1, dtype=dtype), grad.new_ones(*batch, 1, n, dtype=dtype)
         )
     S = grad.to(dtype).abs()
-    level = level_(S)
+    divisors = equilibrate_(S)
     S *= S
-    first = level.t if start is None else level.t * start
+    first = divisors.t if start is None else divisors.t * start
     r2, c2 = _iterate(S, first.square().to(dtype))
     moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one a matrix
     for _ in range(num_iters - 1):
-        # Where rows or columns are zero the pair drifts apart by a factor an iteration. A factor on
-        # c2 comes back as its inverse on r2, so it changes no product and keeps both in range.
+        # With zero rows or columns, each iteration multiplies r2 by a factor and c2 by its inverse.
+        # A factor on c2 returns as its inverse on r2. So the tilt changes no product r2 * c2, and
+        # keeps both in range.
         tilt = _tilt(r2, c2)
         last = r2 * tilt * _drift(r2, c2)
         found = _iterate(S, c2 / tilt)
@@ -124,7 +118,7 @@ def sinkhorn(
         moving = moving & ~_settled(found[0], last, tol)
         if not bool(moving.any()):
             break
-    return scales_of(r2.double().sqrt() / level.s, c2.double().sqrt() / level.t, dtype)
+    return scales_of(r2.double().sqrt() / divisors.s, c2.double().sqrt() / divisors.t, dtype)
 
 
 def descend_(
@@ -138,20 +132,27 @@ def descend_(
 ) -> None:
     """Set ``param`` to ``keep * param + step * update``, computed in float32 and rounded once.
 
-    Where ``allowed`` is a False (0-dim, on the parameter's device), ``param`` stays as it is. Where
-    there is a ``key``, bfloat16 is rounded stochastically. The memory of ``update`` is used up.
+    Args:
+        param: The parameter.
+        update: The update, of its shape. Its memory is overwritten.
+        keep: Factor of the parameter.
+        step: Factor of the update.
+        allowed: A 0-dim bool on the parameter's device. False leaves ``param`` as it is.
+        key: For stochastic rounding of a bfloat16 parameter.
     """
     if allowed is not None:
-        if not isinstance(keep, Tensor):  # of two numbers, torch would make the default dtype
+        if not isinstance(keep, Tensor):  # torch.where of two numbers has the default dtype
             wide_dtype = torch.promote_types(param.dtype, torch.float32)
             keep = torch.full_like(allowed, keep, dtype=wide_dtype)
         keep = torch.where(allowed, keep, 1.0)
         update = torch.where(allowed, update, 0.0)
-    wide = param.to(torch.promote_types(param.dtype, torch.float32))  # param itself, if it is wide
+    wide = param.to(
+        torch.promote_types(param.dtype, torch.float32)
+    )  # param itself, if it has that dtype
     wide = wide.mul_(keep) if isinstance(keep, Tensor) or keep != 1 else wide
     wide.add_(update.mul_(step))
     if key is not None and param.dtype == torch.bfloat16:
-        wide = round_to_bfloat16(wide, key)  # what is bfloat16 already stays, whatever the bits
+        wide = round_to_bfloat16(wide, key)  # bfloat16 values are kept, whatever the bits
     if wide is not param:
         param.copy_(wide)
 
@@ -163,7 +164,7 @@ def _iterate(S: Tensor, c2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divide(length: int, sums: Tensor) -> Tensor:
-    # A sum is zero for a zero row or column alone; its scale is then zero.
+    # Only a zero row or column has a sum of zero. Its scale is zero.
     return torch.where(sums == 0, sums, length / sums)
 
 
@@ -174,12 +175,12 @@ def _settled(r2: Tensor, last: Tensor, tol: float) -> Tensor:
 
 
 def no_movement(tol: float) -> tuple[float, float]:
-    """The least and the largest quotient of squared scales that count as no movement."""
+    """Return the least and the largest quotient of squared scales that count as no movement."""
     return max(0.0, 1 - tol) ** 2, (1 + tol) ** 2
 
 
 def _drift(r2: Tensor, c2: Tensor) -> Tensor:
-    """The factor by which an iteration moves all r2 alike, where rows or columns are zero."""
+    """Return the factor of all r2 that an iteration adds if rows or columns are zero."""
     rows, cols = (
         (r2 != 0).double().mean(-2, keepdim=True),
         (c2 != 0).double().mean(-1, keepdim=True),
@@ -188,6 +189,114 @@ def _drift(r2: Tensor, c2: Tensor) -> Tensor:
 
 
 def _tilt(r2: Tensor, c2: Tensor) -> Tensor:
+    """Return the factor that gives r2 and 1 / c2 the same size."""
     row_peak, col_peak = r2.amax(-2, keepdim=True), c2.amax(-1, keepdim=True)
-    # Roots first: the quotient of the squares may be out of range.
+    # The quotient of the squares may be out of range.
     return torch.where(row_peak == 0, 1, col_peak.sqrt() / row_peak.sqrt())
+
+
+def eager_products(stacks: Sequence[Stack]) -> StoredProducts:
+    """Return the products of updates, which are made and kept."""
+    return StoredProducts([_updates_of(*stack) for stack in stacks])
+
+
+def update_of(grad: Tensor, scales: Scales | Lowered) -> Tensor:
+    """Return the update of one gradient, in float32 or wider."""
+    if not isinstance(scales, Lowered):
+        return (grad.to(scales.row.dtype) * scales.row).mul_(scales.col)
+    together = _updates_of([grad], [scales])
+    take_away_(together, LowRank(*(x.unsqueeze(0) for x in scales.taken)))
+    return together[0]
+
+
+def nothing_to_take(
+    grads: Sequence[Tensor], scales: Sequence[Scales | Lowered]
+) -> tuple[list[Tensor], list[Scales]]:
+    """Replace gradients with `Lowered` scales by their updates, and the scales by ones.
+
+    Each of these updates is a copy in float32 or wider.
+    """
+    found_grads: list[Tensor] = []
+    found_scales: list[Scales] = []
+    for grad, own in zip(grads, scales, strict=True):
+        if isinstance(own, Lowered):
+            found_grads.append(update_of(grad, own))
+            found_scales.append(Scales(torch.ones_like(own.row), torch.ones_like(own.col)))
+        else:
+            found_grads.append(grad)
+            found_scales.append(own)
+    return found_grads, found_scales
+
+
+def _updates_of(grads: Sequence[Tensor], scales: Sequence[Scales | Lowered]) -> Tensor:
+    """Return ``factor * row * grad * col`` of gradients of one layout, in a `matrix_buffer`."""
+    first, dtype = grads[0], scales[0].row.dtype
+    updates = matrix_buffer(first.expand(len(grads), *first.shape), dtype)
+    for update, grad, own in zip(updates, grads, scales, strict=True):
+        torch.mul(grad, own.row, out=update).mul_(own.col)
+        if isinstance(own, Lowered) and own.factor is not None:
+            update.mul_(own.factor)
+    return updates
+
+
+class EagerSums:
+    """Weighted sums of squares, for scales that are found together with other devices.
+
+    A device that holds a shard of a matrix returns the sums of its shard. The totals over all
+    devices give the scales. Weights and sums are float64, which holds the squares of any float32,
+    so that the sums of any shards can be added.
+
+    A call takes a matrix–vector product for each gradient, with one float32 matrix of scratch at a
+    time; s and t are kept.
+
+    Args:
+        grads: ``(..., m, n)``, on one device; m and n may be 0.
+    """
+
+    def __init__(self, grads: Sequence[Tensor]) -> None:
+        self.grads = grads
+        self._divisors = [_equilibration(grad) for grad in grads]
+
+    def of_rows(self, weights: Tensor) -> Tensor:
+        """Return G² c² of each."""
+        sums = []
+        lengths = [divisors.lifted_col.numel() for divisors in self._divisors]
+        for i, own in enumerate(torch.split(weights, lengths)):
+            s, t = self._divisors[i].s, self._divisors[i].t
+            narrow, unit = _narrowed(own.view(t.shape) * t * t, self.grads[i].dtype)
+            sums.append(((self._squares(i) @ narrow.mT).double() * unit * s * s).flatten())
+        return torch.cat(sums)
+
+    def of_cols(self, weights: Tensor) -> Tensor:
+        """Return (G²)ᵀ r² of each."""
+        sums = []
+        lengths = [divisors.row.numel() for divisors in self._divisors]
+        for i, own in enumerate(torch.split(weights, lengths)):
+            s, t = self._divisors[i].s, self._divisors[i].t
+            narrow, unit = _narrowed(own.view(s.shape) * s * s, self.grads[i].dtype)
+            sums.append(((narrow.mT @ self._squares(i)).double() * unit * t * t).flatten())
+        return torch.cat(sums)
+
+    def _squares(self, i: int) -> Tensor:
+        grad = self.grads[i]
+        S = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        return self._divisors[i].divide_(S).square_()
+
+
+def _equilibration(grad: Tensor) -> Equilibration:
+    """Return the powers of two that divide a gradient; ones if it is empty."""
+    *batch, m, n = grad.shape
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    if grad.numel() == 0:
+        one = torch.ones((), dtype=dtype, device=grad.device)
+        return Equilibration(one.expand(*batch, m, 1), one.expand(*batch, 1, n))
+    return equilibrate_(grad.to(dtype).abs())
+
+
+def _narrowed(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return weights in units of the largest, in the dtype of the squares, and the unit."""
+    if weight.numel() == 0:
+        return weight.to(torch.promote_types(dtype, torch.float32)), weight.new_ones(())
+    unit = weight.amax(dim=(-2, -1), keepdim=True)
+    unit = torch.where(unit == 0, 1, unit)
+    return (weight / unit).to(torch.promote_types(dtype, torch.float32)), unit

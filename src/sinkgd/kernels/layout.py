@@ -1,4 +1,4 @@
-"""How a tensor of matrices lies in memory, as the compiled loops want it: rows of stride one.
+"""The memory layout of a tensor of matrices, as kernels read it: rows of stride one.
 
 Letters, everywhere in this file:
     P, Q: the rows in memory of one matrix, and their length
@@ -19,8 +19,8 @@ class Layout(NamedTuple):
     P: int
     Q: int
     ld: int
-    turned: bool  # a row in memory is a column of the matrix
-    offsets: tuple[int, ...]  # elements from the tensor's first to each matrix's
+    transposed: bool  # a row in memory is a column of the matrix
+    offsets: tuple[int, ...]  # elements from the tensor's first entry to each matrix's
 
 
 @lru_cache(maxsize=1024)
@@ -51,32 +51,32 @@ def dense(x: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor, like: Tensor) -> Tensor:
-    """Return ``x``, or a copy where its matrices do not lie as those of ``like`` do."""
+    """Return ``x``, or a copy with dense rows where ``like`` has them, or dense columns."""
     if x.stride() == like.stride():
         return x
-    turned = dense_layout(like).turned
+    transposed = dense_layout(like).transposed
     layout = layout_of(x.shape, x.stride())
-    if layout is not None and layout.turned == turned:
+    if layout is not None and layout.transposed == transposed:
         return x
-    return x.mT.contiguous().mT if turned else x.contiguous()
+    return x.mT.contiguous().mT if transposed else x.contiguous()
 
 
 @lru_cache(maxsize=1024)
 def may_be_written(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether there is a layout, and no two entries share memory in it."""
+    """Whether there is a layout in which no two entries share memory."""
     layout = layout_of(shape, stride)
     if layout is None or (layout.ld < layout.Q and layout.P > 1):
         return False
-    apart = (layout.P - 1) * layout.ld + layout.Q  # from a matrix's first entry to beyond its last
+    apart = (layout.P - 1) * layout.ld + layout.Q  # from a matrix's first entry to past its last
     starts = sorted(layout.offsets)
     return all(after - before >= apart for before, after in pairwise(starts))
 
 
 def check_scales(param: Tensor, row: Tensor, col: Tensor) -> None:
-    """Refuse scales that are not those of ``param``: kernels read memory by its shape.
+    """Check the shapes of scales: kernels read them by the shape of ``param``.
 
     Raises:
-        ValueError: With the shapes.
+        ValueError: If they do not fit. The message has the shapes.
     """
     shape = param.shape
     if row.shape != (*shape[:-1], 1) or col.shape != (*shape[:-2], 1, shape[-1]):
@@ -87,10 +87,10 @@ def check_scales(param: Tensor, row: Tensor, col: Tensor) -> None:
 
 
 def check_start(grad: Tensor, start: Tensor | None) -> None:
-    """Refuse column scales to begin from that are not those of ``grad``.
+    """Check the shape of initial column scales.
 
     Raises:
-        ValueError: With the shapes.
+        ValueError: If they do not fit. The message has the shapes.
     """
     if start is not None and start.shape != (*grad.shape[:-2], 1, grad.shape[-1]):
         raise ValueError(
@@ -99,7 +99,7 @@ def check_start(grad: Tensor, start: Tensor | None) -> None:
         )
 
 
-def matrix_of(x: Tensor, place: int) -> Tensor:
-    """Return the ``place``-th matrix ``(m, n)`` of a batch ``(..., m, n)``, in reading order."""
-    offset = x.storage_offset() + dense_layout(x).offsets[place]
+def matrix_of(x: Tensor, index: int) -> Tensor:
+    """Return matrix number ``index``, ``(m, n)``, of a batch ``(..., m, n)``."""
+    offset = x.storage_offset() + dense_layout(x).offsets[index]
     return x.detach().as_strided(x.shape[-2:], x.stride()[-2:], offset)

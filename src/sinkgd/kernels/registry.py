@@ -13,18 +13,18 @@ from sinkgd.kernels.triton import TritonBackend
 
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), EagerBackend())
 
-# Backends that "auto" passes over on a type of device: triton's interpreter is there for tests.
+# Backends that "auto" skips on a type of device: triton's interpreter is for tests.
 BY_NAME_ALONE = frozenset({("triton", "cpu")})
 
 
 def select(name: str, device: torch.device) -> Backend:
-    """Return the backend called ``name``; for ``"auto"`` the fastest that runs on ``device``.
+    """Return the backend called ``name``, or for ``"auto"`` the fastest that runs on ``device``.
 
-    A warning says once why ``"auto"`` passes over a backend that is installed for ``device``.
+    If ``"auto"`` skips a backend that is installed for ``device``, a warning says why, once.
 
     Raises:
         ValueError: If there is no such backend, or it does not run on ``device``.
-        ImportError: If it was asked for and is not installed; the message says how to get it.
+        ImportError: If it is named and not installed. The message says how to install it.
     """
     if name == "auto":
         return next(backend for backend in BACKENDS if _takes(backend, device))

@@ -1,12 +1,12 @@
 """Stochastic rounding to bfloat16: up or down at random, so that the mean is the number itself.
 
 A bfloat16 is the upper half of a float32. Sixteen random bits are added to the float32, and its
-lower half is cut off: it is rounded up as often as its lower half asks for. The random bits are a
-pure function of a key and of the entry's place, so they do not depend on threads, on blocks or on
-the device, and a step that is repeated rounds alike.
+lower half is cut off. The probability of rounding up is then the lower half, as a fraction. The
+random bits are a function of a key and of the entry's index. They do not depend on threads, blocks
+or the device, and a repeated step gives the same result.
 
 References:
-    The finalizer is "lowbias32", by Chris Wellons, found by a search for the least biased one:
+    The finalizer is "lowbias32" by Chris Wellons, the least biased one of a search:
     https://nullprogram.com/blog/2018/07/31/
 """
 
@@ -27,15 +27,15 @@ _WORD64 = 0xFFFFFFFFFFFFFFFF
 def random_bits(shape: torch.Size, key: Tensor) -> Tensor:
     """Return sixteen random bits an entry, int32 in [0, 65536).
 
-    The entry at place k, counted in reading order over ``shape``, gets the upper half of
+    Entry k, counted row by row over ``shape``, gets the upper half of
     ``lowbias32((k + low) xor high)``, where ``low`` and ``high`` are the halves of ``key``.
 
     Args:
-        shape: Of the parameter.
+        shape: Shape of the parameter.
         key: 0-dim int64, on the parameter's device.
     """
-    places = torch.arange(shape.numel(), dtype=torch.int64, device=key.device)
-    word = ((places + (key & _WORD)) & _WORD) ^ ((key >> 32) & _WORD)
+    indices = torch.arange(shape.numel(), dtype=torch.int64, device=key.device)
+    word = ((indices + (key & _WORD)) & _WORD) ^ ((key >> 32) & _WORD)
     for shift, factor in zip(SHIFTS, FACTORS, strict=False):
         word = ((word ^ (word >> shift)) * factor) & _WORD  # int64 wraps; its low half is right
     word ^= word >> SHIFTS[2]
@@ -43,7 +43,7 @@ def random_bits(shape: torch.Size, key: Tensor) -> Tensor:
 
 
 def round_to_bfloat16(x: Tensor, key: Tensor) -> Tensor:
-    """Round a float32 tensor stochastically; NaN and infinity stay what they are."""
+    """Round a float32 tensor stochastically. NaN and infinity are preserved."""
     bits = x.contiguous().view(torch.int32)
     rounded = (bits + random_bits(x.shape, key)) & ~0xFFFF
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
@@ -53,10 +53,10 @@ def keys_of_step(seed: int, step: Tensor, count: int, *, first: int = 0) -> Tens
     """Return ``count`` keys, int64 ``(count,)`` on the device of ``step``.
 
     Args:
-        seed: Of the run.
-        step: 0-dim int64; nothing waits for it.
-        count: How many parameters want a key.
-        first: Number of the first one.
+        seed: The run's seed.
+        step: Number of the step, 0-dim int64. Nothing waits for its device.
+        count: Number of keys, one for each parameter.
+        first: Number of the first key.
     """
     number = torch.arange(first, first + count, dtype=torch.int64, device=step.device)
     return _mix(_mix(step + _signed(_mixed(seed))) + number)
@@ -83,4 +83,4 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # without the sign's copies
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # without copies of the sign

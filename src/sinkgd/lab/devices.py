@@ -1,8 +1,8 @@
-"""The table of devices, from their makers' data sheets; links are counted one way.
+"""The table of accelerators, from their makers' data sheets; link rates are for one direction.
 
-Power is the most that the board draws; the host, the network and the cooling are not in it.
-Memory is what the maker calls GB, taken as GiB where the stacks are powers of two. Between nodes a
-device has a network card of its own, of the speed that the maker's own servers have.
+Power is the board's maximum, without host, network and cooling. Memory is the maker's GB, read as
+GiB if the memory stacks are powers of two. Between nodes, each device has its own network card, of
+the speed in the maker's servers.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class DeviceSheet:
-    """What an estimate needs to know of an accelerator."""
+    """The figures of an accelerator that estimates need."""
 
     name: str
     title: str
-    flops: float  # a second, dense, bfloat16 with float32 sums
+    flops: float  # FLOP/s, dense, bfloat16 with float32 accumulation
     memory_bytes: int
-    memory_rate: float  # bytes a second
-    node_rate: float  # bytes a second to a neighbor in the node, one way
-    network_rate: float  # bytes a second to another node, one way
+    memory_rate: float  # bytes per second
+    node_rate: float  # bytes per second to a neighbor in the node, one direction
+    network_rate: float  # bytes per second to another node, one direction
     watts: float
     node: int = 8  # devices in a node
 
@@ -54,7 +54,7 @@ def find_device(name: str) -> DeviceSheet:
     """Return the device called ``name``.
 
     Raises:
-        ConfigError: If the table has none; the message gives the nearest name.
+        ConfigError: If the table has none; the message suggests the nearest name.
     """
     if name not in DEVICES:
         raise ConfigError(f"device is {name!r}; {suggest(name, DEVICES)}")

@@ -1,13 +1,13 @@
-"""What a run writes and a page reads: plain records in an append-only JSONL file.
+"""The results of a run: plain records in an append-only JSONL file.
 
-One run is one file. Its first line is a `RunStart`; then come a `TrainStep` for every optimizer
-step, an `Evaluation` now and then, followed by the `ModelStatistics` of a model that has some, a
-`Resume` whenever the run went on from a checkpoint, and one `RunEnd`. A line is written whole or
-not at all: one that a killed process left unfinished is cut off when the file is next opened for
-writing, and passed over when it is read.
+One run is one file. Its first line is a `RunStart`. Then follow a `TrainStep` for every optimizer
+step, an `Evaluation` at intervals, with `ModelStatistics` if the model has some, a `Resume`
+whenever the run continued from a checkpoint, and one `RunEnd`. Every line is whole: an unfinished
+last line of a killed process is skipped when the file is read, and cut off when it is next opened
+for writing.
 
-Units are in the names. ``tokens`` and ``seconds`` count training alone, from the run's first step:
-evaluation, checkpoints and start-up are in ``wall_seconds`` only.
+Units are in the names. ``tokens`` and ``seconds`` count training alone, from the run's first step;
+evaluation, checkpoints and start-up are only in ``wall_seconds``.
 """
 
 import json
@@ -27,12 +27,12 @@ RESULTS_FILE = "run.jsonl"  # in the run's folder
 
 
 class ResultsError(ValueError):
-    """A results file that cannot be read, with the file and the line."""
+    """A results file that cannot be read; the message gives the file and the line."""
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """What the run is: everything needed to run it again."""
+    """Everything that is needed to repeat the run."""
 
     kind: ClassVar[str] = "start"
     name: str  # unique within a comparison, e.g. "sinkgd-seed0"
@@ -43,15 +43,15 @@ class RunStart:
     environment: dict[str, Any]  # versions, commit, device, threads
     parameters: int  # trainable parameters, tied ones once
     tokens_per_step: int  # positions in a global batch, padding included
-    # What the numbers follow from besides the configuration: hashes of the data and the optimizer's
-    # groups, the model's sizes; empty where an older version wrote the record.
+    # Inputs besides the configuration: hashes of the data and of the optimizer's groups, and the
+    # model's sizes; empty in records of older versions.
     inputs: dict[str, Any] = field(default_factory=dict)
-    naming: int = NAMING  # of recipes, see `sinkgd.lab.recorded_names`
+    naming: int = NAMING  # version of the recipes' names, see `sinkgd.lab.recorded_names`
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimizer step; ``loss`` is the batch's mean before the step."""
+    """One optimizer step; ``loss`` is the mean over the batch before the step."""
 
     kind: ClassVar[str] = "step"
     step: int  # 1 for the first
@@ -66,7 +66,7 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The model on held-out text, after ``step`` steps."""
+    """Losses on held-out text, after ``step`` steps."""
 
     kind: ClassVar[str] = "evaluation"
     step: int
@@ -76,32 +76,34 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float
     eval_tokens: int  # targets scored, padding excluded
-    galore_perplexity: float | None = None  # by the C4 benchmark's evaluator, 0.6 to 3 % low
+    galore_perplexity: float | None = None  # as the C4 benchmark computes it, 0.6 to 3 % too low
 
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """Figures of the model's inner workings on held-out text, after ``step`` steps."""
+    """Statistics of the model's inner workings on held-out text, after ``step`` steps."""
 
     kind: ClassVar[str] = "statistics"
     step: int
-    values: dict[str, float]  # by names of the model's own, e.g. "attention_entropy/mean", nats
+    values: dict[str, float]  # by the model's names, e.g. "attention_entropy/mean", nats
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The run went on from the checkpoint after ``step``; later records from before are void."""
+    """The run continued from the checkpoint after ``step``; older records of later steps are void.
+
+    ``changed`` has the differences to the environment in the start record: by name, [then, now]. It
+    is empty in records of older versions.
+    """
 
     kind: ClassVar[str] = "resume"
     step: int
-    # Of the environment in the start record, what differs: by name, [then, now]; empty where an
-    # older version wrote the record.
     changed: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part. ``peak_bytes`` is the process's peak on a CPU, the allocator's on a GPU."""
+    """Memory in bytes. ``peak_bytes`` is the process's peak on a CPU, the allocator's on a GPU."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -110,7 +112,7 @@ class Memory:
 
     @classmethod
     def largest(cls, measured: Sequence[Self]) -> Self:
-        """Return the largest of one or more measurements, part by part."""
+        """Return the maximum of one or more measurements, for each part separately."""
         return cls(*map(max, zip(*map(astuple, measured), strict=True)))
 
 
@@ -123,12 +125,12 @@ class RunEnd:
     step: int
     tokens: int
     seconds: float
-    wall_seconds: float  # all sittings of the run, everything included
+    wall_seconds: float  # of all processes that worked on the run, including start-up
     memory: Memory
-    message: str = ""  # the reason, where status is "failed"
+    message: str = ""  # the reason, if status is "failed"
 
 
-# Of a configuration, what reports read.
+# The tables of a configuration that reports read.
 _TABLES = ("model", "data", "training", "mesh", "optimizer")
 
 Checked = TypeVar("Checked")
@@ -141,7 +143,7 @@ _KINDS: dict[str, type[Any]] = {
 
 @dataclass
 class Run:
-    """A run as it stands: records that a resume made void are left out."""
+    """All records of a run so far, without those that a resume made void."""
 
     path: Path
     start: RunStart
@@ -161,7 +163,7 @@ class Run:
         """Read a results file.
 
         Raises:
-            ResultsError: If the file is missing, empty, or holds a line that is no record.
+            ResultsError: If the file is missing, empty, or has a line that is not a record.
         """
         records = _read_records(path)
         if not records or not isinstance(records[0], RunStart):
@@ -193,13 +195,13 @@ class Run:
 
 def _read_records(path: Path) -> list[Record]:
     if is_special(path):
-        raise ResultsError(f"{path} is no plain file, so no results file; remove it")
+        raise ResultsError(f"{path} is not a plain file, so not a results file; remove it")
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise ResultsError(f"no results at {path}; `sinkgd train` writes them") from None
     except UnicodeDecodeError as error:
-        raise ResultsError(f"{path} is no text, so no results file: {error}") from error
+        raise ResultsError(f"{path} is not UTF-8 text, so not a results file: {error}") from error
     complete = text[: text.rfind("\n") + 1]
     return [_parse(line, f"{path}:{i}") for i, line in enumerate(complete.splitlines(), start=1)]
 
@@ -224,10 +226,10 @@ def _parse(line: str, where: str) -> Record:
 
 
 def checked(record: Checked) -> Checked:
-    """Return a record whose fields have the types that its class says.
+    """Check that a record's fields have the types of its class, and return the record.
 
     Raises:
-        TypeError: With the first field that has not.
+        TypeError: If not; the message gives the first such field.
 
     Examples:
         >>> checked(Resume("three"))
@@ -249,19 +251,19 @@ def _is_beyond_floats(value: Any) -> bool:
 
 
 def _check_changes(values: dict[str, Any]) -> None:
-    """Refuse a resume record in which a change is no pair."""
+    """Check that the changes in a resume record are pairs."""
     changed = values.get("changed", {})
-    if isinstance(changed, dict):  # else `checked` says so
+    if isinstance(changed, dict):  # otherwise `checked` raises
         for name, pair in changed.items():
             if not isinstance(pair, list) or len(pair) != 2:
                 raise TypeError(f"changed.{name} is {pair!r:.80} instead of [then, now]")
 
 
 def _check_tables(values: dict[str, Any]) -> None:
-    """Refuse a start record in which a table of the configuration is none."""
+    """Check that the tables of the configuration in a start record are tables."""
     config = values.get("config")
     if not isinstance(config, dict):
-        return  # `checked` says so
+        return  # `checked` raises
     for name in _TABLES:
         if not isinstance(table := config.get(name, {}), dict):
             raise TypeError(f"config.{name} is {table!r:.80} instead of a table")
@@ -269,7 +271,7 @@ def _check_tables(values: dict[str, Any]) -> None:
 
 @cache
 def _types_of(kind: type[Any]) -> tuple[tuple[str, tuple[type, ...]], ...]:
-    """List the fields of a record with the types of their values; a whole number is a float too."""
+    """List a record's fields with the types of their values; an int is a valid float."""
     hints = get_type_hints(kind)
     found = []
     for one in fields(kind):
@@ -280,38 +282,38 @@ def _types_of(kind: type[Any]) -> tuple[tuple[str, tuple[type, ...]], ...]:
 
 
 class Recorder(Protocol):
-    """Takes the records of a run, one by one."""
+    """Receives the records of a run, one by one."""
 
     def write(self, record: Record) -> None:
-        """Take one record."""
+        """Write one record."""
         ...
 
     def sync(self) -> None:
-        """See that what was taken outlives the machine's power."""
+        """Force all written records to the disk."""
         ...
 
 
 class NoRecords:
-    """Of several processes that train one model, those that leave its results to the first."""
+    """Recorder for ranks other than 0: it writes nothing."""
 
     def write(self, record: Record) -> None:
-        """Leave it to the first."""
+        """Do nothing."""
 
     def sync(self) -> None:
-        """Leave it to the first."""
+        """Do nothing."""
 
 
 class ResultsWriter:
-    """Appends records to a results file, each one flushed as a whole line.
+    """Appends records to a results file and flushes each one as a whole line.
 
     Args:
         path: The file; it and its folder are made when absent.
-        mirrors: Called with every record after it was written, e.g. a TensorBoard sink.
+        mirrors: Called with every record after it is written, e.g. a TensorBoard sink.
     """
 
     def __init__(self, path: Path, mirrors: tuple[Callable[[Record], None], ...] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_unfinished_line(path)
+        cut_unfinished_line(path)
         self.path = path
         self._mirrors = mirrors
         self._file = path.open("a", encoding="utf-8")
@@ -326,7 +328,7 @@ class ResultsWriter:
             mirror(record)
 
     def sync(self) -> None:
-        """Force what was written to the disk; a checkpoint calls it before it is made."""
+        """Force all written records to the disk; called before every checkpoint."""
         with naming_path(self.path):
             os.fsync(self._file.fileno())
 
@@ -342,7 +344,8 @@ class ResultsWriter:
         self.close()
 
 
-def _cut_unfinished_line(path: Path) -> None:
+def cut_unfinished_line(path: Path) -> None:
+    """Cut off the unfinished last line of a file that a killed process was writing."""
     if not path.exists():
         return
     content = path.read_bytes()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.exchange import Steps, computation
-from sinkgd.kernels.backend import Backend, Descent, Matrices
-from sinkgd.kernels.two_halves import take_steps
+from sinkgd.kernels.backend import Backend, Descent, Matrices, take_steps
 from sinkgd.sharded.add_up import agree
 from sinkgd.sharded.place import Place
 from sinkgd.sharded.scales import find_scales

@@ -24,7 +24,7 @@ from torch import Tensor
 from sinkgd.exchange import Steps, computation, sums_in_turn
 from sinkgd.kernels import Backend, Scales
 from sinkgd.kernels.eager import no_movement
-from sinkgd.kernels.level import scales_of
+from sinkgd.kernels.equilibrate import scales_of
 from sinkgd.sharded.place import Place
 
 

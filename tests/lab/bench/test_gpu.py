@@ -15,7 +15,7 @@ from sinkgd.lab.bench.gpu.interpreted import (
     readings_of_step,
 )
 from sinkgd.lab.bench.gpu.recorded import launches_of_bucket
-from sinkgd.lab.bench.gpu.run import LIMITS, missed, of_code
+from sinkgd.lab.bench.gpu.run import LIMITS, code_figures, missed
 from sinkgd.lab.bench.gpu.scheduled_bytes import (
     bytes_of_step,
     matrices_in,
@@ -131,7 +131,7 @@ class TestCode:
         variants = [Variant(**A_VARIANT), bad]
         (found,) = missed(variants)
         assert found.why == "3 spills, loads below 16 bytes"
-        values = {figure.name: figure.value for figure in of_code(variants, ["sm_90"])}
+        values = {figure.name: figure.value for figure in code_figures(variants, ["sm_90"])}
         assert values["variants that spill, sm_90"] == 1
         assert values["variants with loads below 16 bytes, sm_90"] == 1
 
@@ -147,7 +147,8 @@ class TestCommand:
     def found(self, monkeypatch):
         found = Interpreted(6.0, 9.0, 0.0, 4e-7, 4e-6)
         monkeypatch.setattr(run, "interpreted", lambda: found)
-        monkeypatch.setattr(run, "of_host_time", list)  # it needs kernels that are not interpreted
+        # It needs kernels that are not interpreted.
+        monkeypatch.setattr(run, "host_time_figures", list)
         return found
 
     def test_it_prints_the_table_and_writes_it(self, found, capsys, tmp_path):

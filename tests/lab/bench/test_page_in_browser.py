@@ -25,7 +25,7 @@ CUT_OFF = """() => [...document.querySelectorAll(".chart")].flatMap((chart) => {
 CUT_TABLES = """() => {
     for (const details of document.querySelectorAll("details")) details.open = true;
     return [...document.querySelectorAll(".scroll")]
-        .filter((frame) => frame.querySelector(".sheet"))
+        .filter((frame) => frame.querySelector(".text-table"))
         .filter((frame) => frame.scrollWidth > frame.clientWidth + 1)
         .map((frame) => `${frame.ariaLabel}: ${frame.scrollWidth} in ${frame.clientWidth}`);
 }"""

@@ -151,7 +151,9 @@ def _not_gzip(content):
 def test_a_broken_gzip_file_is_named(tmp_path, damage):
     file = tmp_path / "c4.json.gz"
     file.write_bytes(damage(gzip.compress(as_lines(map(str, range(5000))))))
-    with pytest.raises(DataError, match=r"c4\.json\.gz is no whole gzip file .* fetch it again"):
+    with pytest.raises(
+        DataError, match=r"c4\.json\.gz is not a complete gzip file .* fetch it again"
+    ):
         list(read_documents(file))
 
 
@@ -161,7 +163,7 @@ def test_a_broken_zst_or_parquet_file_is_named(tmp_path, name, kind, damage):
     file = tmp_path / name
     write = CONTAINERS[name.removeprefix("a")]
     file.write_bytes(damage(write([str(i) for i in range(5000)])))
-    with pytest.raises(DataError, match=rf"{name} is no whole {kind} file .* fetch it again"):
+    with pytest.raises(DataError, match=rf"{name} is not a complete {kind} file .* fetch it again"):
         list(read_documents(file))
 
 
@@ -196,7 +198,7 @@ def test_a_file_without_text_is_named(tmp_path, name, content):
         ("absent.txt", "nothing found at .*absent.txt"),
         ("*.txt", r"nothing found at .*\*\.txt"),
         ("folder", r"folder .* holds no file ending in \.txt"),
-        ("book.pdf", "book.pdf is of no known kind"),
+        ("book.pdf", "book.pdf is of an unknown kind"),
         ("a\0b", "is no path: it holds a NUL"),
     ],
 )

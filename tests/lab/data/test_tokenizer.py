@@ -105,10 +105,10 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path):
     with pytest.raises(DataError, match=r"no tokenizer at .*absent\.json"):
         load_tokenizer(str(tmp_path / "absent.json"))
     (tmp_path / "broken.json").write_text('{"model": ')
-    with pytest.raises(DataError, match=r"broken\.json is no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"broken\.json is not a tokenizer\.json"):
         load_tokenizer(str(tmp_path / "broken.json"))
     (tmp_path / "image.json").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(DataError, match=r"image\.json is no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"image\.json is not a tokenizer\.json"):
         load_tokenizer(str(tmp_path / "image.json"))
 
 

@@ -43,7 +43,7 @@ def test_every_study_is_built_without_training(capsys, monkeypatch, tmp_path, st
     [
         (b"damaged\n", "study.jsonl:1 is not a record"),
         (b'{"kind":"odd"}\n{"kind":', "study.jsonl:1 is not a record"),
-        (b"\xff\n", "study.jsonl is no text"),
+        (b"\xff\n", "study.jsonl is not UTF-8 text"),
         (None, "Is a directory"),
     ],
 )

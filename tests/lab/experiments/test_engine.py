@@ -151,7 +151,7 @@ def test_what_leaves_the_losses_alone_may_change(finished, plan):
 def test_a_folder_that_another_process_is_at_is_refused(finished, plan):
     with (finished / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(RunFolderError, match="another process is at the study"):
+        with pytest.raises(RunFolderError, match="another process is running the study"):
             run(plan, finished)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lab.experiments.made_up import made_up, made_up_run
+from lab.experiments.synthetic_study import made_up, made_up_run
 from lab.experiments.test_verdicts import apart, judge, near
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.lens import roughness

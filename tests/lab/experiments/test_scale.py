@@ -1,4 +1,4 @@
-"""The study on paper: the fewest devices, words that follow from them, a file that comes back."""
+"""The study `scale`: the fewest devices, its verdict, and its file."""
 
 from dataclasses import replace
 

@@ -1,11 +1,11 @@
-"""What a study keeps of its runs: means of steps between evaluations, means of figures."""
+"""A study's record keeps means of steps between evaluations, and means of statistics."""
 
 from dataclasses import replace
 
 import pytest
 
-from lab.experiments.made_up import made_up_record
-from lab.report.synthetic import write_run
+from lab.experiments.synthetic_study import made_up_record
+from lab.report.synthetic_runs import write_run
 from sinkgd.lab.experiments.studies import find_study
 from sinkgd.lab.experiments.study_page import study_page
 from sinkgd.lab.experiments.study_record import StudyRecord, StudyWriter, thinned

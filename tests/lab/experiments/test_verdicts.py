@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.experiments.made_up import made_up
+from lab.experiments.synthetic_study import made_up
 from sinkgd.lab.experiments.studies import STUDIES
 
 INF = float("inf")

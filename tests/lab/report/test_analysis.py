@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lab.report.synthetic import evaluation, write_run
+from lab.report.synthetic_runs import evaluation, write_run
 from sinkgd.lab.report import (
     Reach,
     ReportError,
@@ -196,7 +196,7 @@ def test_a_runs_own_folder_is_read_too(tmp_path):
 def test_an_empty_folder_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(ReportError, match=r"holds no runs.*`sinkgd compare --out"):
         read_runs(tmp_path)
-    with pytest.raises(ReportError, match="is no folder"):
+    with pytest.raises(ReportError, match="is not a folder"):
         read_runs(tmp_path / "absent")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.report.synthetic import write_likely_run, write_run
+from lab.report.synthetic_runs import write_likely_run, write_run
 from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.report import analyze, build_page, calculator_block, write_page
 from sinkgd.lab.report.calculator import amount, signed
@@ -19,7 +19,7 @@ from sinkgd.lab.report.shell import from_cdn
 
 pytestmark = pytest.mark.browser
 
-# gpus, price, watts, parameters M, tokens B, part of the peak %, tokens to the same loss %, speed ×
+# gpus, price, watts, parameters M, tokens B, share of the peak %, tokens to equal loss %, speed ×
 CASES = [
     (8, 2.0, 700, 1339.08, 13.1072, 40, 36, 1.094),
     (1, 0.0, 450, 58.0736, 1.31072, 12.5, 100, 1.0),
@@ -30,13 +30,13 @@ FIELDS = ("gpus", "price", "watts", "parameters", "tokens", "mfu", "fraction", "
 # Fields whose figures have no natural bound: name, label and unit.
 UNBOUNDED = (
     ("gpus", "GPUs", ""),
-    ("price", "price of a GPU", " USD/h"),
-    ("watts", "power of a GPU", " W"),
+    ("price", "price per GPU", " USD/h"),
+    ("watts", "power per GPU", " W"),
     ("parameters", "parameters, N", " M"),
     ("tokens", "tokens", " B"),
-    ("speed", "tokens/s of a GPU", ""),
+    ("speed", "tokens/s per GPU", ""),
     ("fraction", "tokens to the same loss", " %"),
-    ("speedup", "speed of its steps", " ×"),
+    ("speedup", "relative speed of a step", " ×"),
 )
 KEYS = ("hours", "gpu_hours", "usd", "kwh")
 
@@ -191,13 +191,13 @@ def test_memory_and_devices_are_pythons(form, parameters, device):
         ("tokens", "", "“tokens” has no number; give one."),
         ("gpus", "1.5", "“GPUs” is 1.5; give a whole number."),
         ("gpus", "0", "“GPUs” is 0; give at least 1."),
-        ("speed", "-3", "“tokens/s of a GPU” is -3; give a number above 0."),
-        ("price", "-1", "“price of a GPU” is -1 USD/h; give 0 or more."),
+        ("speed", "-3", "“tokens/s per GPU” is -3; give a number above 0."),
+        ("price", "-1", "“price per GPU” is -1 USD/h; give 0 or more."),
         *(
             (name, "1e300", f"“{label}” is 1e300{unit}; give at most 1,000,000,000.")
             for name, label, unit in UNBOUNDED
         ),
-        ("mfu", "101", "“part of the peak” is 101 %; give at most 100."),
+        ("mfu", "101", "“share of the peak” is 101 %; give at most 100."),
         ("share", "100.5", "“in hidden matrices” is 100.5 %; give at most 100."),
     ],
 )

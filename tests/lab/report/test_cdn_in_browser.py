@@ -3,7 +3,7 @@
 import pytest
 from plotly.offline import get_plotlyjs
 
-from lab.report.synthetic import write_likely_run
+from lab.report.synthetic_runs import write_likely_run
 from sinkgd.lab.report import build_page
 from sinkgd.lab.report.shell import from_cdn
 

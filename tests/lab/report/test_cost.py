@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lab.report.synthetic import write_run
+from lab.report.synthetic_runs import write_run
 from lab.report.test_page import HOSTILE, Parsed, build
 from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.report import analyze, calculator_block
@@ -19,8 +19,8 @@ from sinkgd.lab.report.cost import (
     gpu_hours,
     run_cost,
 )
-from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.loss_charts import loss_chart
+from sinkgd.lab.report.figures import identify
+from sinkgd.lab.report.line_charts import loss_chart
 
 AXES = ("tokens", "seconds")
 MACHINE = Machine(gpus=8, price=2.5, watts=700.0)

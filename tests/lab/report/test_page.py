@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import sinkgd.lab.report
-from lab.report.synthetic import write_likely_run, write_run
+from lab.report.synthetic_runs import write_likely_run, write_run
 from sinkgd.lab.commands.report import Report
 from sinkgd.lab.report import ReportError, analyze, build_page, write_page
 from sinkgd.lab.report.bar_charts import bar_charts
-from sinkgd.lab.report.curves import mean_validation_curve, training_curve
-from sinkgd.lab.report.identity import identify
+from sinkgd.lab.report.figures import identify
+from sinkgd.lab.report.line_charts import mean_validation_curve, training_curve
 from sinkgd.lab.report.measurement_page import stacked_bars
 from sinkgd.lab.report.page import compare_settings
 from sinkgd.lab.results import Memory, ResultsError
@@ -124,7 +124,7 @@ def test_unfinished_and_failed_runs_are_shown(tmp_path, runs):
     runs.append(write_run(tmp_path, "live", {7: 6.0}, status=None))
     text = Parsed(build(runs)).text
     assert "sgd-seed0 failed at step 5 and is in no average: disk full" in text
-    assert "live-seed0 stands unfinished at step 7" in text
+    assert "live-seed0 is unfinished at step 7" in text
     assert re.search(r"live-seed0\s+unfinished\s+7\s+700", text)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 from playwright.sync_api import Page
 
-from lab.report.synthetic import write_likely_run, write_run
+from lab.report.synthetic_runs import write_likely_run, write_run
 from sinkgd.lab.report import write_page
 
 pytestmark = pytest.mark.browser

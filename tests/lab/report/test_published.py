@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lab.report.synthetic import write_run
+from lab.report.synthetic_runs import write_run
 from lab.report.test_page import HOSTILE, Parsed, build
 from sinkgd.lab.report import calculator_block, published_block
 from sinkgd.lab.report.published import (
@@ -138,7 +138,7 @@ def test_a_run_of_another_model_stands_nowhere_and_the_page_says_why(tmp_path):
     block = published_block([nano, other])
     assert block.measured == ()
     assert block.absent == (
-        "llama-nano (1.00k parameters) is another model, on other data, by other tokens.",
+        "llama-nano (1.00k parameters) is another model, with other data and tokens.",
         "llama-60m has 33.7M parameters, the benchmark’s 58.1M: another tokenizer.",
     )
     page = Parsed(build([nano])).text

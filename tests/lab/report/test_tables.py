@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lab.report.synthetic import write_run
+from lab.report.synthetic_runs import write_run
 from sinkgd.lab.report import analyze, summary_tables
 
 RECIPES = ["adamw", *(f"recipe-{i}-with-a-long-name" for i in range(7))]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lab.report.synthetic import write_run
+from lab.report.synthetic_runs import write_run
 from sinkgd.lab.cli import main
 from sinkgd.lab.report import analyze
 from sinkgd.lab.report.page import cards
@@ -110,7 +110,7 @@ def test_runs_that_did_not_finish_are_cautions_with_their_reason(tmp_path, adamw
         [adamw, failed]
     )
     live = write_run(tmp_path, "sinkgd", {7: 9.0}, status=None, name="live")
-    assert "live stands unfinished at step 7 and is in no average" in cautions([adamw, live])
+    assert "live is unfinished at step 7 and is in no average" in cautions([adamw, live])
 
 
 def test_unequal_runs_are_a_caution(tmp_path, adamw):

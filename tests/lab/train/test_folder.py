@@ -118,7 +118,7 @@ def test_results_that_are_no_file_are_not_read(folder, make):
     make(folder.results)
     with pytest.raises(RunFolderError, match="is no plain file; remove it"):
         folder.admit(CONFIG, "auto")
-    with pytest.raises(ResultsError, match="is no plain file"):
+    with pytest.raises(ResultsError, match="is not a plain file"):
         folder.start()
 
 

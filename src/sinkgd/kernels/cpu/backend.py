@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
+from sinkgd.kernels.backend import (
+    Descent,
+    Lowered,
+    Matrices,
+    Scales,
+    Stack,
+    finite_of,
+    of_each,
+)
 from sinkgd.kernels.cpu.launch import float32_address, torch_openmp
 from sinkgd.kernels.cpu.layout import (
     DTYPES,
@@ -31,18 +39,16 @@ from sinkgd.kernels.cpu.layout import (
 from sinkgd.kernels.cpu.products import CpuProducts, CpuSums, low_rank_factors
 from sinkgd.kernels.cpu.tables import FiniteTable, GradientTable, Target
 from sinkgd.kernels.eager import EagerBackend, sinkhorn
+from sinkgd.kernels.equilibrate import equilibrate_, scales_of
 from sinkgd.kernels.layout import check_scales, check_start, dense, matrix_of
-from sinkgd.kernels.level import level_, scales_of
-from sinkgd.kernels.two_halves import finite_of, of_each
 
 
-class CpuBackend:
+class CpuBackend(EagerBackend):
     """Compiled loops on torch's own threads: one pass over a gradient an iteration, no copy."""
 
     name = "cpu"
     package = "numba"
     install = "pip install 'sinkgd[cpu]'"
-    packs_vectors = False
 
     def missing(self) -> str | None:
         """Say what is absent: numba, or functions of torch's OpenMP runtime."""
@@ -112,7 +118,7 @@ class CpuBackend:
         table.update()
         increment_version(written)  # as an in-place operation of torch does
         if others:
-            EagerBackend().update_(
+            super().update_(
                 [params[i] for i in others],
                 [grads[i] for i in others],
                 [scales[i] for i in others],
@@ -175,14 +181,6 @@ class CpuBackend:
         """Return the products of updates, computed from the gradients."""
         return CpuProducts(stacks)
 
-    def packed_products(
-        self,
-        grads: Sequence[Tensor],
-        scales: Sequence[Scales],
-        shared: Shared,
-    ) -> None:
-        """Return None: it has no products of vectors that are packed together."""
-
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether all entries of each tensor are finite."""
         flags = [True] * len(tensors)
@@ -198,7 +196,7 @@ class CpuBackend:
                 table.add(x.data_ptr(), x.numel(), DTYPES[x.dtype])
                 read.append(i)
             else:
-                flags[i] = bool(EagerBackend().are_finite([x]))
+                flags[i] = bool(super().are_finite([x]))
         for i, finite in zip(read, table.run(), strict=True):
             flags[i] = finite
         return torch.tensor(flags, dtype=torch.bool, device="cpu")
@@ -229,7 +227,8 @@ class _Solver:
         self.grads = grads
         self.starts = [None] * len(grads) if starts is None else starts
         for grad, start in zip(grads, self.starts, strict=True):
-            check_start(grad, start)
+            if start is not None:
+                check_start(grad, start)
         self.inputs = [readable(grad) for grad in grads]
         self.scales = ScaleBuffer([source and source.layout for source in self.inputs], grads)
 
@@ -301,10 +300,10 @@ def _rescaled(
     Powers of two change no rounding, so the bits are those that an unbounded float32 would give.
     """
     S = matrix.to(torch.float32, copy=True).abs_()
-    level = level_(S)
+    divisors = equilibrate_(S)
     S, layout = dense_input(dense(S))
     m, n = S.shape
-    first = level.t if start is None else level.t * start
+    first = divisors.t if start is None else divisors.t * start
     found = Scales(
         torch.empty(m, 1, dtype=torch.float32, device="cpu"), first.square().float().reshape(1, n)
     )
@@ -313,4 +312,4 @@ def _rescaled(
     table.add(S.data_ptr(), layout, addresses, started=True)
     if table.find_scales(num_iters, tol):
         return None
-    return scales_of(found.row / level.s, found.col / level.t, torch.float32)
+    return scales_of(found.row / divisors.s, found.col / divisors.t, torch.float32)

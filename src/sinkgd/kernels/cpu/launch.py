@@ -56,17 +56,13 @@ def launch(function: str, table: "array[int]", fields: int, entries: int, *more:
     if not table:
         return
     workers = torch.get_num_threads()
-    header = array("q", (address_of(table), len(table) // fields, workers, 0, *more))
+    address, _ = table.buffer_info()
+    header = array("q", (address, len(table) // fields, workers, 0, *more))
     header.extend([0] * (HEADER_FIELDS - len(header)))
     openmp = torch_openmp()
     assert openmp is not None, "the backend is missing here"
     threads = workers if entries > ONE_THREAD else 1
-    openmp.run(_loops()[function], address_of(header), threads)
-
-
-def address_of(numbers: "array[int] | array[float]") -> int:
-    """Return where the numbers of an array begin."""
-    return numbers.buffer_info()[0]
+    openmp.run(_loops()[function], header.buffer_info()[0], threads)
 
 
 def float32_address(x: Tensor) -> int:

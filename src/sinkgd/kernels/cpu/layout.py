@@ -64,7 +64,7 @@ def _matrix_layout(
         Q=layout.Q,
         ld=layout.ld * size,
         dtype=DTYPES[dtype],
-        transposed=layout.turned,
+        transposed=layout.transposed,
         offsets=offsets,
         may_be_written=may_be_written(shape, stride),
         rows=len(offsets) * shape[-2],

@@ -17,8 +17,7 @@ from sinkgd.kernels.backend import Scales, Stack
 from sinkgd.kernels.cpu.launch import float32_address
 from sinkgd.kernels.cpu.layout import Input, readable
 from sinkgd.kernels.cpu.tables import VECTORS, ProductsTable, SumsTable, Vectors
-from sinkgd.kernels.products import eager_products
-from sinkgd.kernels.sums import EagerSums
+from sinkgd.kernels.eager import EagerSums, eager_products
 
 # A float32 sum may have lost terms of up to 2^-126, each times its weight; see `FLOOR` in `solve`.
 _FLOOR = 2.0**-100

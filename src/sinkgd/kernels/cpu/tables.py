@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from sinkgd.kernels.cpu.launch import address_of, launch, scratch
+from sinkgd.kernels.cpu.launch import launch, scratch
 from sinkgd.kernels.cpu.layout import MatrixLayout
 from sinkgd.kernels.eager import no_movement
 
@@ -160,7 +160,8 @@ class GradientTable:
     def _launch(self, function: str, quotients: tuple[float, float], *more: int) -> "array[int]":
         floats = array("d", (*self.factors, *quotients))
         table = array("q", self.fields)
-        launch(function, table, GRADIENT_FIELDS, self.entries, address_of(floats), *more)
+        address, _ = floats.buffer_info()
+        launch(function, table, GRADIENT_FIELDS, self.entries, address, *more)
         return table
 
 

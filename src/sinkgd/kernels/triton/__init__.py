@@ -1,9 +1,13 @@
 """SR-Sinkhorn for GPUs in Triton.
 
-From top to bottom: `backend`; `support` (what the kernels take); `descent`, `tiles`, `products` and
-`shard_sums` (the launches of each kind of work), with `schedule` and `product_plan`; `tables` (what
-kernels read) and `launch`; and the kernels themselves, which need triton: `full_iteration`,
-`square_sums`, `update`, `skinny_matmul` and `primitives`.
+From top to bottom:
+    backend, support: which work and which tensors the kernels take
+    descent, schedule: scales by whole iterations, and the update after them
+    tiles: scales by half iterations, and updates
+    products, product_plan: products of updates with a few vectors, for deflation
+    shard_sums: sums of squares, for gradients that are sharded
+    tables, launch: the tables that kernels read, and how kernels are started
+    full_iteration, square_sums, update, skinny_matmul, primitives: the kernels, which need triton
 """
 
 from sinkgd.kernels.triton.backend import TritonBackend as TritonBackend

@@ -2,7 +2,7 @@
 
 The kernels take float32, bfloat16 and float16, in any mix, with dense rows or dense columns. An
 update that deflation lowers is neither made nor copied, for up to 31 directions. The rest:
-    gradients with other strides, or transposed in memory against their parameter: a copy is read
+    gradients with other strides, or not transposed as their parameter is: a copy is read
     more than 31 directions: the updates are made in float32
     float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
         empty ones: `EagerBackend`
@@ -20,10 +20,18 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sinkgd.deflation import Products
-from sinkgd.kernels.backend import Descent, Lowered, Matrices, Scales, Shared, Stack
-from sinkgd.kernels.eager import EagerBackend
+from sinkgd.kernels.backend import (
+    Descent,
+    Lowered,
+    Matrices,
+    Scales,
+    Shared,
+    Stack,
+    merge_descents,
+    select_owners,
+)
+from sinkgd.kernels.eager import EagerBackend, eager_products, nothing_to_take
 from sinkgd.kernels.layout import aligned, check_scales, check_start, dense, dense_layout
-from sinkgd.kernels.products import eager_products, nothing_to_take
 from sinkgd.kernels.triton import support
 from sinkgd.kernels.triton.descent import (
     DescentTensors,
@@ -46,7 +54,6 @@ from sinkgd.kernels.triton.tiles import (
     plan_of_update,
     update_parameters,
 )
-from sinkgd.kernels.two_halves import TwoHalves, chosen, merged
 
 # A GPU reads as much from its memory, at 3 TB/s, while the host prepares a launch in about 20 µs.
 # Outside of a graph, a smaller bucket would wait for the host. Not timed.
@@ -54,7 +61,7 @@ LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
 
-class TritonBackend(TwoHalves):
+class TritonBackend(EagerBackend):
     """Kernels for CUDA and ROCm: a launch an iteration, whatever the number of matrices."""
 
     name = "triton"
@@ -83,7 +90,7 @@ class TritonBackend(TwoHalves):
         return self.products_by_dot
 
     def missing(self) -> str | None:
-        """Return what is not installed: triton, which comes with torch on GPUs, or a C compiler."""
+        """Say what is missing: triton, which comes with torch on GPUs, or a C compiler."""
         return support.missing()
 
     def supports(self, device: torch.device) -> bool:
@@ -107,38 +114,43 @@ class TritonBackend(TwoHalves):
             return list(known[0])
         first = given or [None] * len(grads)
         results: dict[int, Scales] = {}
-        by_device: dict[torch.device, list[int]] = {}
+        groups: dict[tuple[torch.device, bool], list[tuple[int, Tensor]]] = {}
         for i, grad in enumerate(grads):
             check_start(grad, first[i])
             if support.readable(grad, first[i]):
-                by_device.setdefault(grad.device, []).append(i)
+                read = dense(grad)
+                fits = self.whole_rows and support.rows_fit(read)
+                groups.setdefault((grad.device, fits), []).append((i, read))
             else:
                 (results[i],) = EagerBackend().scales([grad], num_iters, tol=tol, starts=[first[i]])
-        for members in by_device.values():
-            own = [dense(grads[i]) for i in members], [first[i] for i in members]
-            results.update(zip(members, self._scales(*own, num_iters, tol), strict=True))
+        for (_, fits), members in groups.items():
+            scales_of = self._by_whole_rows if fits else self._by_halves
+            own = [read for _, read in members], [first[i] for i, _ in members]
+            for (i, _), scales in zip(members, scales_of(*own, num_iters, tol), strict=True):
+                results[i] = scales
         return [results[i] for i in range(len(grads))]
 
-    def _scales(
+    def _by_whole_rows(
         self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
-    ) -> list[Scales]:
-        fits = [self.whole_rows and support.rows_fit(grad) for grad in grads]
-        results: list[Scales | None] = [None] * len(grads)
-        for choice in set(fits):
-            members = [i for i, fit in enumerate(fits) if fit == choice]
-            own, first = [grads[i] for i in members], [starts[i] for i in members]
-            if choice:
-                found = self._run(
-                    DescentTensors(own, _some(first)), num_iters, tol, UpdateFactors()
-                )
-                assert found is not None, "all are readable"
-                scales: Sequence[Scales] = found[0]
-            else:
-                with self._lock, on(own[0].device):
-                    scales = self._by_halves(own, first, num_iters, tol)
-            for i, one in zip(members, scales, strict=True):
-                results[i] = one
-        return [scales for scales in results if scales is not None]
+    ) -> Sequence[Scales]:
+        tensors = DescentTensors(grads, _some(starts))
+        found = self._run(tensors, num_iters, tol, UpdateFactors())
+        assert found is not None, "all are readable"
+        return found[0]
+
+    def _by_halves(
+        self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
+    ) -> Sequence[Scales]:
+        device = grads[0].device
+        shapes = tuple(grad.shape for grad in grads)
+        with self._lock, on(device):
+            plan = plan_of_scales(tuple(map(operand_of, grads)), shapes, _bucket_bytes(device))
+            table = self._tables.table(plan.table, device)
+            addresses = self._addresses(grads, device), self._addresses(starts, device)
+            scratch = new_scratch(plan, num_iters, tol, device)
+            for bucket in plan.buckets:
+                find_scales(bucket, scratch, table, addresses, num_iters, tol)
+        return FlatScales(scratch.scales[0], shapes, plan.rows, plan.cols)
 
     def _run(
         self,
@@ -161,19 +173,6 @@ class TritonBackend(TwoHalves):
     def _addresses(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         read = tuple(0 if x is None else x.data_ptr() for x in tensors)
         return self._tables.addresses(read, device)
-
-    def _by_halves(
-        self, grads: list[Tensor], starts: list[Tensor | None], num_iters: int, tol: float | None
-    ) -> list[Scales]:
-        device = grads[0].device
-        shapes = tuple(grad.shape for grad in grads)
-        plan = plan_of_scales(tuple(map(operand_of, grads)), shapes, _bucket_bytes(device))
-        table = self._tables.table(plan.table, device)
-        addresses = self._addresses(grads, device), self._addresses(starts, device)
-        scratch = new_scratch(plan, num_iters, tol, device)
-        for bucket in plan.buckets:
-            find_scales(bucket, scratch, table, addresses, num_iters, tol)
-        return list(FlatScales(scratch.scales[0], shapes, plan.rows, plan.cols))
 
     def descend_(
         self,
@@ -216,9 +215,9 @@ class TritonBackend(TwoHalves):
         in_halves: Callable[..., Descent] = super().descend_
         if not any(ours):
             return in_halves(matrices, **options)
-        others = chosen(matrices, [not own for own in ours])
-        some = self.descend_(chosen(matrices, ours), **options)
-        return merged(ours, matrices, some, in_halves(others, **options))
+        others = select_owners(matrices, [not own for own in ours])
+        some = self.descend_(select_owners(matrices, ours), **options)
+        return merge_descents(ours, matrices, some, in_halves(others, **options))
 
     def _takes(self, matrices: Matrices, own: range, overflow: Tensor | None) -> bool:
         """Whether the kernels of whole rows take all matrices of one owner."""
@@ -232,7 +231,7 @@ class TritonBackend(TwoHalves):
             and support.writable(param, grad, None, overflow, keys[i])
             and param.device == device
             and support.rows_fit(grad)
-            and dense_layout(grad).turned == dense_layout(param).turned
+            and dense_layout(grad).transposed == dense_layout(param).transposed
             for i, param, grad in ((i, matrices.params[i], matrices.grads[i]) for i in own)
         )
 
@@ -241,7 +240,7 @@ class TritonBackend(TwoHalves):
         return TritonSums(grads, self._tables)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Return the products of updates, by kernels that read the gradients as they lie."""
+        """Return the products of updates, by kernels that read gradients of any layout."""
         if not self.products_by_dot:
             return eager_products(stacks)
         return StackProducts(stacks, lambda stack: support.multiplied(*stack), self._products_of)
@@ -353,7 +352,7 @@ class TritonBackend(TwoHalves):
         table = self._tables.table(plan.table, device)
         addresses: list[int] = []
         for write, source, to in zip(writes, sources, operands, strict=True):
-            own, transposed = write.scales, to.param.layout.turned
+            own, transposed = write.scales, to.param.layout.transposed
             read: list[Tensor | None] = [
                 write.param,
                 source,

@@ -6,7 +6,7 @@ is transposed in memory, the update also finds the last column scales. Nothing w
 The signature of tensors is all that launches depend on but addresses. A later step of the same
 signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
 sends the addresses of all tensors if one has moved, and starts the launches. The signature is
-looked up in every step, for every tensor, so it is made of what torch has at hand.
+looked up in every step, for every tensor, so it holds only what torch returns at once.
 """
 
 from collections import OrderedDict

@@ -1,6 +1,6 @@
 """The kernel of a descent that reads the gradient once an iteration.
 
-Letters: those of `sinkgd.kernels.triton.tables` and `sinkgd.kernels.triton.schedule`, and
+Letters: as in `sinkgd.kernels.triton.tables` and `sinkgd.kernels.triton.schedule`, and
     g: entries of the gradient
     y: the gradient under its scales, u * g * v; the kernel sums its squares
     f: the factor by which the squares of y grow when their row's scale is found
@@ -13,7 +13,7 @@ sums; the last of eight groups goes on; the last of all finds v. No program wait
 depends on the order of arrival.
 
 When a scale is found for the first time, the gradient may have any size: squares are then summed
-under a power of two of their own, which is stored beside the partial sums of columns. Later, the
+under a power of two of their own, which is stored next to the partial sums of columns. Later, the
 rows or columns of y have the right length already and their squares stay in range.
 """
 
@@ -84,7 +84,7 @@ def _first_scale(total, inverse, target):
 
 @triton.jit
 def _next_scale(before, total, target):
-    """Return the scale under which a sum of squares becomes ``target``, and by what squares grow.
+    """Return the scale under which a sum of squares becomes ``target``, and the squares' growth.
 
     The squares were summed under ``before``.
     """
@@ -342,7 +342,7 @@ def full_iteration(
         group = node // _FAN_IN
         groups = (nodes + _FAN_IN - 1) // _FAN_IN
         size = tl.minimum(nodes - group * _FAN_IN, _FAN_IN)
-        tl.debug_barrier()  # what other threads have stored comes before this one's arrival
+        tl.debug_barrier()  # other threads' stores come before this one's arrival
         arrived = tl.atomic_add(arrivals + level + group, 1, sem="acq_rel")
         going = False
         if arrived == size - 1:

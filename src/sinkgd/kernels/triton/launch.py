@@ -149,7 +149,7 @@ _variants: dict[Hashable, Variant] = {}  # by kernel, device, constants and spec
 
 
 def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, ...]:
-    """Return what a kernel is compiled for, of the arguments before its constants.
+    """Return what a kernel is compiled for because of the arguments before its constants.
 
     It distinguishes at least what triton distinguishes: types, pointers that are multiples of 16,
     and integers that need 64 bits or, where a kernel is specialized to them, are 1 or multiples of
@@ -162,7 +162,7 @@ def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, 
 
 
 def argument_class(argument: object, *, is_general: bool) -> Hashable:
-    """Return what a kernel may be compiled for of one argument.
+    """Return what a kernel may be compiled for because of one argument.
 
     Args:
         argument: A tensor or a number.
@@ -185,7 +185,13 @@ def _without_tensors(arguments: Sequence[object]) -> tuple[object, ...]:
 
 
 def _variant_of(kernel: Any, compiled: Any, constants: Mapping[str, object]) -> Variant:
-    """Return a variant of ``kernel``, given what the dispatcher returned and was given by name."""
+    """Return a variant of ``kernel``.
+
+    Args:
+        kernel: As written.
+        compiled: What the dispatcher returned.
+        constants: The keyword arguments of that launch.
+    """
     names = [param.name for param in kernel.params if param.is_constexpr]
     assert names == [param.name for param in kernel.params][-len(names) :], "constants come last"
     tail = tuple(constants[name] for name in names) if _passes_constants() else ()

@@ -1,6 +1,6 @@
 """What several kernels are made of: fields of tables, matrices in memory, sums, powers of two.
 
-Letters: those of `sinkgd.kernels.triton.tables`.
+Letters: as in `sinkgd.kernels.triton.tables`.
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ def peak_powers(x, AXIS: tl.constexpr):
     A line of NaN alone may have any power.
     """
     size = tl.abs(x)
-    if INTERPRETED:  # compiled, a maximum is the number beside a NaN; the interpreter's is NaN
+    if INTERPRETED:  # compiled, a maximum ignores NaN; in the interpreter it is NaN
         size = tl.where(x == x, size, 0.0)
     return power_of_two(tl.reduce(size, AXIS, tl.standard._elementwise_max))
 
@@ -94,7 +94,7 @@ def round_to_tf32(x):
 
 @triton.jit
 def truncate_to_tf32(x):
-    """Return the 11 leading bits: what a tensor core reads, where the interpreter reads all."""
+    """Return the 11 leading bits: a tensor core reads these alone, the interpreter reads all."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 

@@ -1,11 +1,11 @@
-"""The plan of products of updates with a few vectors: where matrices and their vectors lie.
+"""The plan of products of updates with a few vectors: where matrices and their vectors are stored.
 
-The vectors of all matrices lie in two tensors: those with an entry for each row of a matrix, and
-those with an entry for each column. A matrix fills whole blocks of 128 rows of these tensors; zeros
-follow its own entries. A plan depends on shapes, strides, types and alignment alone, so steps share
-it.
+The vectors of all matrices are stored in two tensors: one for vectors with an entry for each row of
+a matrix, one for those with an entry for each column. A matrix fills whole blocks of 128 rows of
+these tensors; zeros follow its own entries. A plan depends on shapes, strides, types and alignment
+alone, so steps share it.
 
-Letters: those of `sinkgd.kernels.triton.tables`.
+Letters: as in `sinkgd.kernels.triton.tables`.
 """
 
 from functools import lru_cache
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkgd.kernels.triton.tables import Operand, ProductMatrix, vector_width
 
-BLOCK = 128  # rows of vectors: those of a matrix fill whole blocks
+BLOCK = 128  # rows of vectors; each matrix fills whole blocks
 ROWS = 64  # of a program's product
 
 
@@ -37,7 +37,7 @@ class Bucket(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Where matrices and vectors lie."""
+    """Where matrices and vectors are stored."""
 
     buckets: tuple[Bucket, ...]
     table: Tensor  # int64, on the host: matrices, owners of the blocks of rows and of columns
@@ -66,8 +66,8 @@ def plan_of_products(
     Args:
         grads: The gradients.
         shapes: Theirs.
-        shared: The offset of each gradient's vectors among those that gradients share, which have
-            an entry for each column.
+        shared: The offset of each gradient's vectors among the vectors that gradients share, which
+            have an entry for each column.
         bucket_bytes: Bytes of gradients in a bucket; a larger gradient is alone in one.
     """
     filled = _fill(grads, shapes, bucket_bytes)
@@ -116,13 +116,13 @@ def plan_of_products(
 def _fill(
     grads: tuple[Operand, ...], shapes: tuple[torch.Size, ...], bucket_bytes: int
 ) -> list[tuple[Kind, list[int]]]:
-    """Put tensors of one kind together; those whose vectors are split alike come one by one."""
+    """Put tensors of one kind together; buckets whose vectors are split alike are adjacent."""
     buckets: list[tuple[Kind, list[int]]] = []
     open_: dict[Kind, tuple[list[int], int]] = {}
     for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
         wide = 16 // grad.dtype.itemsize
         vector = min(vector_width(wide, (grad, offset)) for offset in grad.layout.offsets)
-        kind = Kind(grad.dtype, grad.layout.turned, vector)
+        kind = Kind(grad.dtype, grad.layout.transposed, vector)
         size = shape.numel() * grad.dtype.itemsize
         tensors, full = open_.get(kind, ([], 0))
         if not tensors or full + size > bucket_bytes:

@@ -1,9 +1,9 @@
 """Products of updates X = row * grad * col with a few vectors, by the kernels of `skinny_matmul`.
 
-`SkinnyProducts` multiplies all matrices at once, with vectors that lie together; `StackProducts`
-is given and returns one tensor for each stack of gradients.
+`SkinnyProducts` multiplies all matrices at once, with vectors in one tensor; `StackProducts` takes
+and returns one tensor for each stack of gradients.
 
-Letters: those of `sinkgd.kernels.triton.tables`.
+Letters: as in `sinkgd.kernels.triton.tables`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sinkgd.deflation import Packed, StoredProducts
 from sinkgd.kernels.backend import Scales, Shared, Stack
-from sinkgd.kernels.products import eager_products
+from sinkgd.kernels.eager import eager_products
 from sinkgd.kernels.triton import launch
 from sinkgd.kernels.triton.launch import GpuTarget, kernels, multiplies_tf32
 from sinkgd.kernels.triton.product_plan import BLOCK, ROWS, Bucket, Kind, Plan, padded_rows
@@ -156,7 +156,7 @@ class SkinnyProducts:
         self._target = launch.target_of(self.device)
         self._shared = None if shared is None else on_device(shared.vectors)
         self._shapes, self._kept = shapes, kept
-        # Of the tensors, as their matrices lie.
+        # The tensors' indices, in the order of their matrices.
         self.order = sorted(range(len(shapes)), key=plan.first.__getitem__)
         self._addresses = addresses
         self._matrices = on_device(plan.table)
@@ -198,7 +198,7 @@ class SkinnyProducts:
         return Packed(squares, self.row_owners, self._counts[0]).sums()
 
     def by_tensor(self, vectors: Tensor, *, of_rows: bool) -> list[Tensor]:
-        """Return those of each gradient ``(..., m, n)``: ``(..., m, k)`` or ``(..., n, k)``."""
+        """Split vectors by gradient ``(..., m, n)``: into ``(..., m, k)`` or ``(..., n, k)``."""
         k = vectors.shape[-1]
         sizes = []
         for i in self.order:
@@ -216,7 +216,7 @@ class SkinnyProducts:
         return _in_order(found)
 
     def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
-        """Return those of each gradient ``(..., m, n)``, of ``(matrices,)``: one or ``(...)``."""
+        """Split ``(matrices,)`` numbers by gradient: ``(...)`` for a gradient ``(..., m, n)``."""
         if self._tensors is None:
             parts: Sequence[Tensor] = numbers.unbind()
         else:
@@ -309,7 +309,7 @@ class SkinnyProducts:
         )
 
     def _runs(self, *, of_rows: bool) -> list[tuple[Kind, range]]:
-        """Return the blocks of adjacent buckets whose vectors are scaled alike, as one."""
+        """Return the blocks of vectors, joined over adjacent buckets that one launch can scale."""
         runs: list[tuple[Kind, range]] = []
         for kind, rows, cols in self.plan.buckets:
             blocks = rows if of_rows else cols
@@ -337,7 +337,7 @@ class SkinnyProducts:
 
 
 def constants_of(kind: Kind, K: int, splits: int, *, transposed: bool) -> dict[str, object]:
-    """Return what a product is compiled for, but for what it stores beside the product."""
+    """Return what a product is compiled for, whatever else it stores."""
     wide = kind.vector > 1
     side = 64 if wide and kind.dtype.itemsize == 4 else 32
     if splits == 3:

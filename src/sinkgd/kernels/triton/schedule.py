@@ -1,6 +1,6 @@
 """The schedule of a descent: how matrices are cut into panels of rows, and put into buckets.
 
-A bucket is what one launch works on: matrices of one type and one shape of panel, so few that their
+A bucket holds the matrices of one launch: of one type and one shape of panel, so few that their
 gradients stay in the cache from the first launch to the update. A bucket takes all its iterations
 and its update before the next one begins. A larger matrix is alone in its bucket. The matrices of
 one owner are written together, so they share a bucket, or the update waits until all scales are
@@ -8,7 +8,7 @@ found.
 
 A schedule depends on shapes, strides, types and alignment alone, so steps share it.
 
-Letters: those of `sinkgd.kernels.triton.tables`, and
+Letters: as in `sinkgd.kernels.triton.tables`, and
     A, B: columns of the two adjacent tiles that hold a row; B is 0 where one tile is enough
 """
 
@@ -109,7 +109,7 @@ class Kind(NamedTuple):
     threads: int
     transposed: bool
     vector: int  # entries in 16 bytes where loads of the gradient are that wide, else 1
-    param_vector: int  # the same of the narrower type, where those of the parameter are wide, too
+    param_vector: int  # the same for the narrower type, where loads of the parameter are wide, too
 
 
 class Bucket(NamedTuple):
@@ -235,7 +235,7 @@ def _find(
 
 
 def _fill(found: Iterable[_Found], bucket_bytes: int) -> list[list[_Found]]:
-    """Put matrices of one kind together, and those of one owner as far as they fit, in order."""
+    """Put matrices of one kind together, in order, and keep an owner's together if they fit."""
     units: dict[tuple[Kind, int], list[_Found]] = {}
     for one in found:
         units.setdefault((one.kind, one.owner), []).append(one)

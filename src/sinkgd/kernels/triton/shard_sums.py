@@ -3,7 +3,7 @@
 `EagerSums` takes the gradients that the kernel does not read: float64, neither rows nor columns
 dense, empty.
 
-Letters: those of `sinkgd.kernels.triton.tables`.
+Letters: as in `sinkgd.kernels.triton.tables`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.kernels.eager import EagerSums
 from sinkgd.kernels.layout import layout_of
-from sinkgd.kernels.sums import EagerSums
 from sinkgd.kernels.triton import launch
 from sinkgd.kernels.triton.launch import GpuTarget, kernels
 from sinkgd.kernels.triton.support import DTYPES

@@ -1,13 +1,13 @@
 """The kernels of products of an update X = u * G * v with k vectors, for any layout of G.
 
-Letters: those of `sinkgd.kernels.triton.tables`, and
+Letters: as in `sinkgd.kernels.triton.tables`, and
     g: a tile of the gradient
     tall, wide: vectors with an entry for each row in memory, and for each column
     K: vectors of a launch, 16 or 32
 
 `matmul` finds X @ wide, and `matmul_transposed` X.T @ tall. A program owns 64 rows of a product and
 adds up all their terms, so no sum is shared or depends on the order of programs. The vectors are
-multiplied by the scales of one side before, and the product by those of the other side after.
+multiplied by the scales of one side before, the product by the scales of the other side after.
 Vectors for a bfloat16 gradient are split into three bfloat16 numbers, 24 bits together; others stay
 float32, and so does the product.
 """
@@ -235,7 +235,7 @@ def matmul_transposed(
 
 @triton.jit
 def _program(addresses, matrices, owners, first, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Return what a product begins with.
+    """Return what both products need first.
 
     Returns:
         This program's first row of the product; its matrix in the table; where its tall and its
@@ -306,7 +306,7 @@ def _load(scaled, at, SPLITS: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _store_scaled(x, scales, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr):
-    """Store vectors times their scales; the numbers into which one is split lie K apart."""
+    """Store vectors times their scales, split into numbers that are K apart."""
     x = x * scales[:, None]
     if SPLITS == 3:
         high = x.to(tl.bfloat16)

@@ -1,11 +1,11 @@
 """The kernels that sum squares tile by tile: half an iteration, and weighted sums of a shard.
 
-Letters: those of `sinkgd.kernels.triton.tables`, and
+Letters: as in `sinkgd.kernels.triton.tables`, and
     y: the gradient under its scales, u * g * v; `half_iteration` sums its squares
 
 Half an iteration sums the squares of y along the rows or the columns of its tiles and writes these
 partial sums; the next launch adds them up, in order, and finds the scales that it needs. No sum
-depends on the order in which programs run. The scales of one half are factors of those of the half
+depends on the order in which programs run. The scales of one half are multiples of the scales
 before, so the rows or columns of y have the right length already and their squares stay in range.
 The first iteration meets the bare gradient: it writes lengths in place of squares, each found under
 a power of two of its own.
@@ -77,11 +77,10 @@ def half_iteration(
     TOL: tl.constexpr,  # whether settled matrices are left
     VECTOR: tl.constexpr,  # entries in 16 bytes where loads are that wide, else 1
 ):
-    """Find the scales of one side from the sums before, then sum squares for those of the other.
+    """Find the scales of one side from the sums before, then sum squares for the other side.
 
-    ``found`` are the scales of the side that is found: of columns where rows are summed. A program
-    holds those of one line of tiles, and goes along that line; ``other_`` names what belongs to the
-    other side.
+    ``found`` are the new scales: of columns where rows are summed. A program holds the scales of
+    one line of tiles and goes along that line. Names with ``other_`` belong to the other side.
     """
     BARE: tl.constexpr = FROM == _START or (FROM == _LENGTHS and not ROWS)
     SIDE: tl.constexpr = BN if AXIS == 1 else BM

@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def missing() -> str | None:
-    """Return what is not installed: triton, or a C compiler; None if nothing is missing."""
+    """Say what is missing: triton or a C compiler; None if nothing is."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not interpreting() and not _has_compiler(os.environ.get("CC"), os.environ.get("PATH")):

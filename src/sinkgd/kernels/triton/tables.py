@@ -1,6 +1,6 @@
 """The tables that kernels read: what a row means, how a table is built, its copies on a device.
 
-All entries are int64. Offsets and strides count elements, but where they say otherwise.
+All entries are int64. Offsets and strides count elements, unless stated otherwise.
 
 Letters, everywhere in this package:
     P, Q: the number of rows in memory of one matrix, and their length
@@ -35,7 +35,7 @@ class HalfMatrix(NamedTuple):
     P: int
     Q: int
     ld: int
-    u: int  # offset of its scales among those of all matrices
+    u: int  # offset of its scales among the scales of all matrices
     v: int
     start: int  # offset of its initial column scales in the tensor that gives them
     row_sums: int = 0  # offset of the partial sums of its rows: a vector for each column of tiles
@@ -79,7 +79,7 @@ class UpdateMatrix(NamedTuple):
 
 
 class UpdateAddresses(NamedTuple):
-    """The addresses of one parameter's update; 0 for what there is none of."""
+    """The addresses of one parameter's update; 0 where there is no such tensor."""
 
     param: int
     grad: int
@@ -100,7 +100,7 @@ class DescentMatrix(NamedTuple):
     P: int
     Q: int
     ld: int
-    u: int  # offset of its scales among those of all matrices
+    u: int  # offset of its scales among the scales of all matrices
     v: int
     start: int  # offset of its initial column scales in the tensor that gives them
     state: int  # offset of its `DescentState`
@@ -111,12 +111,12 @@ class DescentMatrix(NamedTuple):
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
     partial_sums: int = 0  # offset of the partial sums of its programs, a vector each
-    arrivals: int = 0  # offset of the counters of programs that are done, one for each group
+    arrivals: int = 0  # offset of the counters of finished programs, one for each group
     programs: int = 0
 
 
 class DescentState(NamedTuple):
-    """What the launches of a descent tell each other about a matrix: int32, 0 at first."""
+    """What the launches of a descent tell each other about a matrix: int32, initially 0."""
 
     nonzero_u: int  # how many scales are not zero
     nonzero_v: int
@@ -128,7 +128,7 @@ class RowProgram(NamedTuple):
     """The rows in memory of one program."""
 
     matrix: int  # row of the table of matrices
-    number: int  # of the program, among those of the matrix
+    number: int  # index of the program among the matrix's programs
     first: int  # row
     end: int
 
@@ -146,10 +146,10 @@ class ProductMatrix(NamedTuple):
     u_offset: int  # from there to its first scale
     v_offset: int
     tall: int  # offset of its vectors with an entry for each row in memory
-    wide: int  # and of those with an entry for each column
+    wide: int  # and of its vectors with an entry for each column
     u_power: int  # index of the power of two that brings u to the size of v
     v_power: int
-    tall_shared: int  # offset of its vectors among those that matrices share
+    tall_shared: int  # offset of its vectors among the vectors that matrices share
     wide_shared: int
 
 
@@ -161,7 +161,7 @@ class ShardMatrix(NamedTuple):
     ld: int
     P: int
     Q: int
-    rows: int  # offset of the sums or weights of its rows in memory, among those of all gradients
+    rows: int  # offset of its rows in memory among the rows of all gradients, in sums and weights
     cols: int
 
 
@@ -240,7 +240,7 @@ class TableBuilder:
         return torch.cat(self._pieces)
 
 
-# Tables of addresses change where gradients are freed after each step; few sets of them recur.
+# Tables of addresses change if gradients are freed after each step; few of them recur.
 MAX_COPIES = 1024
 
 
@@ -257,7 +257,7 @@ class DeviceTables:
 
     def __init__(self) -> None:
         self._recent: OrderedDict[tuple[Hashable, ...], _Copy] = OrderedDict()
-        # A graph reads its tables at every replay, and nobody says when it is gone.
+        # A graph reads its tables at every replay, and nothing tells when it is deleted.
         self._captured: list[_Copy] = []
 
     def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -275,7 +275,7 @@ class DeviceTables:
         return self._copy(key, host, device) if found is None else found
 
     def _find(self, key: tuple[Hashable, ...], device: torch.device) -> Tensor | None:
-        # A copy that was captured is filled by the replay of its graph, so no other may read it.
+        # The replay of a graph fills a copy that it captured, so no other launch may read it.
         copy = self._recent.get(key)
         if copy is None:
             return self._copied_before_capture(key) if capturing(device) else None
@@ -314,6 +314,6 @@ def capturing(device: torch.device) -> bool:
 
 
 def _stream(device: torch.device) -> tuple[torch.device, int]:
-    # Another stream does not know when a copy has arrived.
+    # Another stream does not wait for the copy.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return device, stream

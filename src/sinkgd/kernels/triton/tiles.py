@@ -1,12 +1,12 @@
 """Half iterations and updates, tile by tile: tiles, the plan of a call, and its launches.
 
 Scales take two launches an iteration and one more, an update takes one, whatever the number of
-matrices; nothing waits for the device. A bucket is what one launch works on: matrices of one kind,
+matrices; nothing waits for the device. A bucket holds the matrices of one launch: of one kind, and
 so few that their gradients stay in the cache from one half iteration to the next. A matrix has the
 same bits in any bucket. A plan depends on shapes, strides, types and alignment alone, so steps
 share it.
 
-Letters: those of `sinkgd.kernels.triton.tables`.
+Letters: as in `sinkgd.kernels.triton.tables`.
 """
 
 from collections.abc import Iterable
@@ -100,7 +100,7 @@ class Kind(NamedTuple):
     tile: Tile
     transposed: bool
     vector: int  # entries of the narrowest type in 16 bytes where loads are that wide, else 1
-    rank: int = 0  # `LowRankSides.width` of what an update subtracts; 0 where there is nothing
+    rank: int = 0  # `LowRankSides.width` of the matrix that an update subtracts; 0 for none
     is_dense: bool = False  # as in `LowRankSides`
 
 
@@ -195,7 +195,7 @@ class Scratch(NamedTuple):
     moved: Tensor | None  # whether a row of each matrix moved, int32, a vector for each iteration
 
     def scales_of(self, iteration: int, num_iters: int) -> Tensor:
-        """Return where the scales of an iteration go; those of the last are returned."""
+        """Return where the scales of an iteration go: for the last, the tensor that is returned."""
         return self.scales[(num_iters - iteration) % 2]
 
     def moved_in(self, iteration: int, num_iters: int) -> Tensor:
@@ -407,7 +407,7 @@ def options_of(
     Args:
         target: None for the interpreter.
         wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
-        first: Whether it is the first iteration, which finds powers of two beside the sums.
+        first: Whether it is the first iteration, which finds powers of two in addition to the sums.
         product: Whether it is an update that subtracts a product of matrices.
     """
     if target is None:

@@ -1,6 +1,6 @@
 """The kernels that write parameters: each entry is read, changed and rounded once.
 
-Letters: those of `sinkgd.kernels.triton.tables` and `sinkgd.kernels.triton.schedule`, and
+Letters: as in `sinkgd.kernels.triton.tables` and `sinkgd.kernels.triton.schedule`, and
     w, g: entries of a parameter and of its gradient
     y: the update, u * g * v
 """
@@ -65,7 +65,7 @@ def update(
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
     VECTOR: tl.constexpr,  # as for `half_iteration`, of the parameter and the gradient
     K: tl.constexpr,  # at least the rank of the matrix that is subtracted; 0 where there is none
-    DENSE: tl.constexpr,  # whether its sides lie in rows of K, aligned to 16 bytes
+    DENSE: tl.constexpr,  # whether its sides have dense rows of K, aligned to 16 bytes
     TF32: tl.constexpr,  # whether a product of float32 is made of three products of tf32
 ):
     """Set a tile of a parameter to ``keep * param + step * y``, rounded once.

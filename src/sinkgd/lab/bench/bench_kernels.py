@@ -36,8 +36,8 @@ from sinkgd.lab.bench.interleaved import (
 )
 from sinkgd.lab.bench.step_record import Absent
 from sinkgd.lab.bench.workloads import DTYPES, Problem, Shape, random_problem
-from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.console import Progress, TextTable
+from sinkgd.lab.report.figures import Chart
 from sinkgd.lab.report.measurement_page import (
     PageContent,
     Series,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.figures import Chart
 from sinkgd.lab.report.measurement_page import (
     PageContent,
     environment_table,

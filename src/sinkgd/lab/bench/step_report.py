@@ -9,8 +9,8 @@ from sinkgd.lab.bench.interleaved import (
     spreads_widely,
 )
 from sinkgd.lab.bench.step_record import StepRecord, TargetResult, Timing, WorkloadTiming
-from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.figures import Chart
 from sinkgd.lab.report.measurement_page import (
     PageContent,
     Series,

@@ -1,4 +1,4 @@
-"""Text, tokens, shards, batches: from documents to what a training step reads."""
+"""Data: from documents through tokens and shards to the batches of a training step."""
 
 from sinkgd.lab.data.batches import IGNORE_INDEX as IGNORE_INDEX
 from sinkgd.lab.data.batches import Batch as Batch

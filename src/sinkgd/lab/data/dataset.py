@@ -122,7 +122,7 @@ class Manifest:
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(
-                f"no {MANIFEST_FILE} in {folder}, so it is no folder of whole shards; "
+                f"no {MANIFEST_FILE} in {folder}, so it is not a complete folder of shards; "
                 "make one with `sinkgd prepare`"
             ) from None
         try:

@@ -79,7 +79,7 @@ def _files_of(source: str) -> FoundFiles:
         )
     for file in files:
         if kind_of(file) is None:
-            raise DataError(f"{file} is of no known kind; names end in {KINDS}")
+            raise DataError(f"{file} is of an unknown kind; names must end in {KINDS}")
     return FoundFiles(files, [])
 
 
@@ -177,11 +177,11 @@ def _texts(file: Path, text_field: str) -> Iterator[str]:
             else:
                 yield from _lines(stream, file, text_field)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file} is no whole gzip file ({error}); fetch it again") from error
+        raise DataError(f"{file} is not a complete gzip file ({error}); fetch it again") from error
     except OSError as error:
         if error.errno is not None or not _is_zst(file):
             raise
-        raise DataError(f"{file} is no whole zst file ({error}); fetch it again") from error
+        raise DataError(f"{file} is not a complete zst file ({error}); fetch it again") from error
 
 
 def _is_zst(file: Path) -> bool:
@@ -269,4 +269,6 @@ def _rows(file: Path, text_field: str) -> Iterator[str]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = str(error).splitlines()[0]
-        raise DataError(f"{file} is no whole Parquet file ({reason}); fetch it again") from error
+        raise DataError(
+            f"{file} is not a complete Parquet file ({reason}); fetch it again"
+        ) from error

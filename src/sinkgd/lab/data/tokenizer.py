@@ -106,7 +106,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
-            raise DataError(f"{path} is no tokenizer.json: {error}") from error
+            raise DataError(f"{path} is not a tokenizer.json: {error}") from error
         return cls(backend, str(path))
 
     @classmethod

@@ -17,7 +17,7 @@ Overrides = Mapping[str, Any]  # dotted names of a `RunConfig`'s fields, with th
 Grid = Mapping[str, tuple[float, ...]]  # dotted names, with the values to try
 Point = Mapping[str, float]  # one choice of a grid
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(
-                f"a study overrides {name!r}, which is no option of a run; "
+                f"a study overrides {name!r}, which is not an option of a run; "
                 f"did you mean {nearest(name, known)!r}?"
             )
         table = getattr(config, known[name])

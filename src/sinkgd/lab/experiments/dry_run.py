@@ -15,13 +15,12 @@ from sinkgd.lab.models import LLAMAS, build_model
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
 from sinkgd.lab.plan.peak_memory import rank_memory
 from sinkgd.lab.report.console import TextTable
-from sinkgd.lab.report.quantities import count, size
+from sinkgd.lab.report.quantities import ABSENT, count, size
 from sinkgd.lab.train.config import Precision, RunConfig
 from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.training_step import loss_of
 
-UNKNOWN = "–"
 # Recipes that `sinkgd plan` knows by another name.
 _METHOD_OF = {"adamw-one-lr": "adamw"}
 _SMALL = {"vocab_size": 64, "max_sequence_length": 8}  # sizes of the model for the real step
@@ -132,7 +131,7 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
         title=f"{plan.study}, {plan.scale} scale: {plan.runs} runs",
         note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
         f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, from `sinkgd plan`; "
-        f"{UNKNOWN} if it does not know.",
+        f"{ABSENT} if it does not know.",
         columns=("arm", "runs", "parameters", "groups", "tokens a run", "memory"),
         rows=tuple(
             (
@@ -141,7 +140,7 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
                 count(arm.parameters),
                 str(arm.groups),
                 count(arm.tokens),
-                UNKNOWN if arm.memory_bytes is None else size(arm.memory_bytes),
+                ABSENT if arm.memory_bytes is None else size(arm.memory_bytes),
             )
             for arm in arms
         ),

@@ -181,8 +181,8 @@ class _Engine:
         if code not in (0, DIVERGED):
             self._stop_others()
             raise StudyError(
-                f"run {one.task.name} ended with exit code {code}; what it said stands above. "
-                "All that is finished is kept, and the same command goes on"
+                f"run {one.task.name} ended with exit code {code}; see its messages above. "
+                "Finished runs are kept, and the same command continues the study"
             )
         result = self._record_result(one.task, folder)
         self.ended += 1
@@ -250,7 +250,7 @@ def _lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunFolderError(
-                f"another process is at the study in {folder}; wait for it or stop it, or give "
+                f"another process is running the study in {folder}; wait for it, stop it, or give "
                 "another --out"
             ) from None
         yield

@@ -46,7 +46,7 @@ class ReusableRuns:
             try:
                 record = StudyRecord.read(path)
             except (OSError, ResultsError) as error:
-                say(f"no run of a study beside this one is used: {error}")
+                say(f"runs of a neighboring study are not reused: {error}")
                 continue
             if _alike(record, environment):
                 for result in record.runs.values():

@@ -18,7 +18,7 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from sinkgd.lab.experiments.arms import NOTHING, Arm, Point, point_name
+from sinkgd.lab.experiments.arms import EMPTY, Arm, Point, point_name
 from sinkgd.lab.experiments.study import StudyPlan, Task
 from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
 from sinkgd.lab.results import ResultsError
@@ -46,7 +46,7 @@ class Tuning:
         except (OptunaError, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise ResultsError(
-                f"{path} is damaged: {reason}. Delete it; the runs that ended stand in study.jsonl"
+                f"{path} is damaged: {reason}. Delete it; finished runs are in study.jsonl"
             ) from error
 
     def next_point(self, arm: Arm) -> Point | None:
@@ -189,7 +189,7 @@ class Scheduler:
     def _next_seed_task(self) -> Task | None:
         for seed in self.plan.seeds:
             for arm in self.plan.arms:
-                if self.plan.seed_task(arm, NOTHING, seed).name in self._begun:
+                if self.plan.seed_task(arm, EMPTY, seed).name in self._begun:
                     continue
                 if self._grid_is_full(arm):
                     point = chosen_point(self.plan, arm, self.record)
@@ -203,7 +203,7 @@ class Scheduler:
 
     def _skip(self, arm: Arm, seed: int) -> None:
         """Skip a seed of an arm that diverged at every point."""
-        self._begun.add(self.plan.seed_task(arm, NOTHING, seed).name)
+        self._begun.add(self.plan.seed_task(arm, EMPTY, seed).name)
         self._skipped += 1
 
 
@@ -218,6 +218,6 @@ def chosen_point(plan: StudyPlan, arm: Arm, record: StudyRecord) -> Point | None
         if task.name in record.runs
     }
     if not plan.is_tuned(arm):
-        return NOTHING
+        return EMPTY
     best = min(losses, default=math.inf)
     return losses[best] if math.isfinite(best) else None

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from sinkgd.lab.experiments.arms import NOTHING, Arm, Point, arm_as_json, check_arms, point_name
+from sinkgd.lab.experiments.arms import EMPTY, Arm, Point, arm_as_json, check_arms, point_name
 from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
-from sinkgd.lab.report.charts import Chart
-from sinkgd.lab.report.identity import Identities
+from sinkgd.lab.report.figures import Chart, Identities
 from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, SharedConfig
 from sinkgd.lab.train.resolve import resolve
 
@@ -137,8 +136,8 @@ class StudyPlan:
             ConfigError: If there is nothing to run or an option is impossible.
         """
         if not self.arms:
-            raise ConfigError(f"study {self.study!r} has no arms left; name other --optimizer")
-        untuned = tuple(replace(arm, tuned=NOTHING) for arm in self.arms)
+            raise ConfigError(f"study {self.study!r} has no arms left; choose another --optimizer")
+        untuned = tuple(replace(arm, tuned=EMPTY) for arm in self.arms)
         check_arms(self.study, self.arms if self.tune else untuned)
         if self.tuning_seed in self.seeds:
             raise ConfigError(
@@ -146,13 +145,13 @@ class StudyPlan:
                 "use another --training.seed"
             )
         for arm in self.arms:
-            for task in self.tuning_tasks(arm) or [self.seed_task(arm, NOTHING, self.seeds[0])]:
+            for task in self.tuning_tasks(arm) or [self.seed_task(arm, EMPTY, self.seeds[0])]:
                 self.config(task)
 
     def first_tasks(self) -> list[Task]:
         """List one run per arm: at the first point of its grid, or its only point."""
         return [
-            (self.tuning_tasks(arm) or [self.seed_task(arm, NOTHING, self.seeds[0])])[0]
+            (self.tuning_tasks(arm) or [self.seed_task(arm, EMPTY, self.seeds[0])])[0]
             for arm in self.arms
         ]
 

@@ -11,8 +11,19 @@ from typing import Any
 from sinkgd.lab.experiments.arms import Point, point_words
 from sinkgd.lab.experiments.study import Axis
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
-from sinkgd.lab.report.charts import Chart, Figure, axis, layout, row_height, row_words, rows_axis
-from sinkgd.lab.report.identity import Identities, Identity
+from sinkgd.lab.report.figures import (
+    Chart,
+    Figure,
+    Identities,
+    Identity,
+    axis,
+    dotted_line,
+    error_bars,
+    layout,
+    row_height,
+    row_words,
+    rows_axis,
+)
 from sinkgd.lab.report.quantities import loss, size
 
 _ROW = 54  # CSS pixels
@@ -58,7 +69,10 @@ def _along_axis(arms: Sequence[ArmResults], along: Axis, identities: Identities)
             440,
             xaxis=axis(along.title, **options),
             yaxis=axis("nats per token"),
-            shapes=[_level_line(one, identities) for one in levels],
+            shapes=[
+                dotted_line(one.loss, color=identities[one.arm.name].color, width=1.6)
+                for one in levels
+            ],
             annotations=[_level_label(one, identities, i) for i, one in enumerate(levels)],
             hovermode="closest",
         ),
@@ -105,21 +119,9 @@ def whiskers(
 ) -> Figure:
     """Make error bars of means, from the lowest to the highest seed of each."""
     pairs = [(mean or 0.0, low, high) for mean, (low, high) in zip(means, spread, strict=True)]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [high - mean for mean, _, high in pairs],
-        "arrayminus": [mean - low for mean, low, _ in pairs],
-        "color": look.color,
-        "thickness": 1.4,
-        "width": 5,
-    }
-
-
-def _level_line(one: ArmResults, identities: Identities) -> Figure:
-    line = {"color": identities[one.arm.name].color, "width": 1.6, "dash": "dot"}
-    ends = {"x0": 0, "x1": 1, "y0": one.loss, "y1": one.loss}
-    return {"type": "line", "xref": "paper", **ends, "line": line, "layer": "below"}
+    above = [high - mean for mean, _, high in pairs]
+    below = [mean - low for mean, low, _ in pairs]
+    return error_bars(above, below, look.color)
 
 
 def _level_label(one: ArmResults, identities: Identities, place: int) -> Figure:

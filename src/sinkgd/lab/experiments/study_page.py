@@ -15,10 +15,9 @@ from sinkgd.lab.experiments.study_tables import arms_table, grid_table, reach_ta
 from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.report import calculator_block, published_block
 from sinkgd.lab.report.analysis import Analysis
-from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.console import TextTable
-from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.measured_charts import measured_charts
+from sinkgd.lab.report.figures import Chart, identify
+from sinkgd.lab.report.page import measured_charts
 from sinkgd.lab.report.shell import render
 
 _TEMPLATE = Path(__file__).parent / "study.html"

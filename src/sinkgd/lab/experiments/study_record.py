@@ -28,6 +28,7 @@ from sinkgd.lab.results import (
     RunStart,
     TrainStep,
     checked,
+    cut_unfinished_line,
 )
 
 STUDY_FILE = "study.jsonl"  # in the study's folder
@@ -114,7 +115,9 @@ class StudyRecord:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ResultsError(f"{path} is no text, so no study's file: {error}") from error
+            raise ResultsError(
+                f"{path} is not UTF-8 text, so not a study's file: {error}"
+            ) from error
         except (FileNotFoundError, NotADirectoryError):
             raise ResultsError(f"no study at {path}; `sinkgd experiment` makes one") from None
         whole = text[: text.rfind("\n") + 1].splitlines()
@@ -131,7 +134,7 @@ class StudyRecord:
                     result = _run_from_json(content, path)
                     record.runs[result.name] = result
                 else:
-                    record.sessions.append(Session(**_without_kind(content)))
+                    record.sessions.append(Session(**without_kind(content)))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ResultsError(
                     f"{path}:{i} is not a record of this version of sinkgd: {error!r}"
@@ -150,9 +153,7 @@ class StudyWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            content = path.read_bytes()
-            os.truncate(path, content.rfind(b"\n") + 1)
+        cut_unfinished_line(path)
         self._file = path.open("a", encoding="utf-8")
 
     def begin(self, plan: Mapping[str, Any], command: str) -> None:
@@ -247,7 +248,8 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
     return RunResult(arm, content["tuning"], content["point"], run, study)
 
 
-def _without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
+def without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record."""
     return {key: value for key, value in content.items() if key != "kind"}
 
 

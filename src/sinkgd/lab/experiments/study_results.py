@@ -16,8 +16,7 @@ from typing import Any, Self
 
 from sinkgd.lab.experiments.arms import Arm, Point, arm_from_json, edges
 from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
-from sinkgd.lab.report.analysis import Analysis, analyze
-from sinkgd.lab.report.summary import Spread
+from sinkgd.lab.report.analysis import Analysis, Spread, analyze
 from sinkgd.lab.results import Evaluation, Run
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table, the normal quantile.

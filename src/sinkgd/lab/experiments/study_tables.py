@@ -8,11 +8,9 @@ from sinkgd.lab.experiments.arms import point_words
 from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
+from sinkgd.lab.report.analysis import Spread, summarize
 from sinkgd.lab.report.console import TextTable
-from sinkgd.lab.report.quantities import NO_BREAK, count, duration, loss, percent, size
-from sinkgd.lab.report.summary import Spread, summarize
-
-NOTHING = "–"
+from sinkgd.lab.report.quantities import ABSENT, count, duration, loss, percent, size
 
 
 def arms_table(results: StudyResults) -> TextTable:
@@ -58,29 +56,21 @@ def _arm_row(results: StudyResults, one: ArmResults, seconds: float | None) -> t
 
     def mean(spread: Spread | None, write: object = count) -> str:
         assert callable(write)
-        return str(write(spread.mean)) if spread else NOTHING
+        return str(write(spread.mean)) if spread else ABSENT
 
     diverged = f" ({one.diverged} diverged)" if one.diverged else ""
     return (
         f"{one.arm.name} (control)" if one.arm.control else one.arm.name,
         f"{len(one.seeds)}{diverged}",
-        _with_range(summary.val_loss),
-        _with_range(at_seconds),
+        summary.val_loss.with_range(digits=3) if summary.val_loss else ABSENT,
+        at_seconds.with_range(digits=3) if at_seconds else ABSENT,
         mean(summary.tokens),
         mean(summary.seconds, duration),
         mean(summary.step_seconds, duration),
         mean(summary.optimizer_share, percent),
         mean(summary.tokens_per_second),
-        size(summary.memory.state_bytes) if summary.memory else NOTHING,
+        size(summary.memory.state_bytes) if summary.memory else ABSENT,
     )
-
-
-def _with_range(spread: Spread | None) -> str:
-    if spread is None:
-        return NOTHING
-    if spread.count == 1:
-        return loss(spread.mean)
-    return f"{loss(spread.mean)} ±{NO_BREAK}{(spread.high - spread.low) / 2:.3f}"
 
 
 def reach_tables(results: StudyResults) -> list[TextTable]:
@@ -97,7 +87,7 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
         if comparison is None or recipe.name == name:
             continue
         if comparison.tokens is None or comparison.seconds is None:
-            rows.append((recipe.name, "not reached", *([NOTHING] * 5)))
+            rows.append((recipe.name, "not reached", *([ABSENT] * 5)))
             continue
         fraction, time = comparison.token_fraction, comparison.time_fraction
         effective = comparison.effective_tokens_per_second
@@ -105,14 +95,14 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
             (
                 recipe.name,
                 count(comparison.tokens.mean),
-                percent(fraction.mean) if fraction else NOTHING,
+                percent(fraction.mean) if fraction else ABSENT,
                 duration(comparison.seconds.mean),
-                percent(time.mean) if time else NOTHING,
-                count(effective.mean) if effective else NOTHING,
+                percent(time.mean) if time else ABSENT,
+                count(effective.mean) if effective else ABSENT,
                 f"{comparison.reached_runs} of {comparison.runs}",
             )
         )
-    target = NOTHING if analysis.target is None else loss(analysis.target)
+    target = ABSENT if analysis.target is None else loss(analysis.target)
     return TextTable(
         title=f"To reach {name}’s final loss, {target}",
         note=f"Percentages are of what {name} took in all. Effective: its tokens, divided by the "
@@ -153,7 +143,7 @@ def sessions_table(record: StudyRecord) -> TextTable:
                 str(one.runs),
                 duration(one.wall_seconds),
                 duration(one.runs_wall_seconds),
-                NOTHING if one.overhead is None else f"{100 * one.overhead:.1f} %",
+                ABSENT if one.overhead is None else f"{100 * one.overhead:.1f} %",
             )
             for i, one in enumerate(record.sessions, start=1)
         ),

@@ -29,7 +29,7 @@ from sinkgd.lab.train import (
     train,
 )
 
-DIVERGED = 3  # exit code of a run whose loss or gradient was no finite number
+DIVERGED = 3  # exit code of a run whose loss or gradient was not finite
 # multiprocessing's exit code if the fork server died, too, as by a SIGTERM to the whole group.
 UNTOLD = 255
 _STOPPED = set(map(exit_code, SIGNALS))

@@ -1,4 +1,4 @@
-"""Models: plain torch modules with Hugging Face's weight names, and their presets."""
+"""Language models: plain torch modules with Hugging Face's weight names, and their presets."""
 
 from sinkgd.lab.models.gpt2 import GPT2 as GPT2
 from sinkgd.lab.models.gpt2 import GPT2Config as GPT2Config

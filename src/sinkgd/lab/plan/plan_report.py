@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from sinkgd.lab.plan.method_table import METHODS
 from sinkgd.lab.plan.planner import MOST_SHARDS, Answer, MethodPlan, Question
-from sinkgd.lab.report.charts import Chart
 from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.figures import Chart
 from sinkgd.lab.report.measurement_page import PageContent, measurement_page, stacked_bars
 from sinkgd.lab.report.quantities import NO_BREAK, count, duration, percent, size
 

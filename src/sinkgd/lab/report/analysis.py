@@ -1,21 +1,135 @@
-"""Every recipe against the baseline: tokens, seconds and throughput to the baseline's final loss.
+"""Compare every recipe with the baseline: tokens, seconds and throughput to its final loss.
 
-The runs are those of a folder: one results file each, in the folder itself or one level below. A
-folder of records, such as `benchmarks/demo`, holds results files under other names.
+The runs come from a folder with one results file each, in the folder itself or one level below. A
+folder of records, such as `benchmarks/demo`, has results files under other names.
 
-The target is the mean final validation loss of the baseline's finished runs. A run reached it
-where its validation loss first is at or below it (`first_reach`): between two evaluations, on the
-straight line through them. The baseline itself needed all its tokens, by definition.
+A recipe's figures are means over its *finished* runs, with their spread over seeds. Runs that
+failed, were interrupted or are still running are counted and shown, but enter no mean.
+
+The target is the mean final validation loss of the baseline's finished runs. A run reaches it at
+the first point where its validation loss is at or below it (`first_reach`), interpolated linearly
+between evaluations. By definition, the baseline itself needs all its tokens.
 """
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from sinkgd.lab.report.summary import RecipeSummary, Spread, summarize
-from sinkgd.lab.results import RESULTS_FILE, Evaluation, Run
+from sinkgd.lab.report.quantities import NO_BREAK
+from sinkgd.lab.results import RESULTS_FILE, Evaluation, Memory, Run
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over several runs: its mean and its range."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self | None:
+        """Summarize ``values``; return None if there are none.
+
+        >>> Spread.of([4.0, 4.5])
+        Spread(mean=4.25, low=4.0, high=4.5, count=2)
+        """
+        found = list(values)
+        if not found:
+            return None
+        return cls(statistics.fmean(found), min(found), max(found), len(found))
+
+    def __truediv__(self, whole: float) -> "Spread":
+        return Spread(self.mean / whole, self.low / whole, self.high / whole, self.count)
+
+    def with_range(self, digits: int) -> str:
+        r"""Format the mean, with ± half the range if there are several values.
+
+        >>> Spread(4.25, 4.0, 4.5, count=2).with_range(digits=2)
+        '4.25 ±\xa00.25'
+        """
+        mean = f"{self.mean:.{digits}f}"
+        if self.count == 1:
+            return mean
+        return f"{mean} ±{NO_BREAK}{(self.high - self.low) / 2:.{digits}f}"
+
+    def overlaps(self, other: "Spread") -> bool:
+        """Whether the two ranges overlap."""
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True)
+class RecipeSummary:
+    """The runs of one recipe, and the figures of the finished ones; None if none finished."""
+
+    name: str
+    runs: tuple[Run, ...]  # sorted by seed
+    finished: tuple[Run, ...]
+    val_loss: Spread | None  # at the end, nats per token
+    perplexity: Spread | None
+    bits_per_byte: Spread | None
+    steps: Spread | None  # in all
+    tokens: Spread | None  # in all
+    seconds: Spread | None  # of training, in all
+    tokens_per_second: Spread | None  # raw: the median step of each run
+    step_seconds: Spread | None  # mean of each run
+    optimizer_share: Spread | None  # of the time in steps
+    memory: Memory | None  # the largest of the runs, part by part
+
+    @property
+    def seeds(self) -> int:
+        """Number of different seeds that finished."""
+        return len({run.start.seed for run in self.finished})
+
+
+def state_of(run: Run) -> str:
+    """Return a run's status in a word; ``"unfinished"`` if the file has no end record."""
+    return run.end.status if run.end else "unfinished"
+
+
+def summarize(name: str, runs: Sequence[Run]) -> RecipeSummary:
+    """Average a recipe's finished runs."""
+    runs = sorted(runs, key=lambda run: (run.start.seed, run.start.name))
+    finished = [run for run in runs if run.finished]
+    final = [run.evaluations[-1] for run in finished if run.evaluations]
+    ends = [run.end for run in finished if run.end]
+    # Times in a damaged file may not be positive; they give no speed.
+    stepped = [run for run in finished if run.steps and _median_step_seconds(run) > 0]
+    return RecipeSummary(
+        name=name,
+        runs=tuple(runs),
+        finished=tuple(finished),
+        val_loss=Spread.of(row.val_loss for row in final),
+        perplexity=Spread.of(row.perplexity for row in final),
+        bits_per_byte=Spread.of(row.bits_per_byte for row in final),
+        steps=Spread.of(end.step for end in ends),
+        tokens=Spread.of(end.tokens for end in ends),
+        seconds=Spread.of(end.seconds for end in ends),
+        tokens_per_second=Spread.of(_median_tokens_per_second(run) for run in stepped),
+        step_seconds=Spread.of(
+            statistics.fmean(row.step_seconds for row in run.steps) for run in stepped
+        ),
+        optimizer_share=Spread.of(_optimizer_share(run) for run in stepped),
+        memory=Memory.largest([end.memory for end in ends]) if ends else None,
+    )
+
+
+def _median_tokens_per_second(run: Run) -> float:
+    return run.start.tokens_per_step / _median_step_seconds(run)
+
+
+def _median_step_seconds(run: Run) -> float:
+    return statistics.median(row.step_seconds for row in run.steps)
+
+
+def _optimizer_share(run: Run) -> float:
+    whole = math.fsum(row.step_seconds for row in run.steps)
+    return math.fsum(row.optimizer_seconds for row in run.steps) / whole
 
 
 class ReportError(ValueError):
@@ -25,16 +139,16 @@ class ReportError(ValueError):
 def read_runs(folder: Path) -> list[Run]:
     """Read ``folder/run.jsonl`` and every ``folder/*/run.jsonl``, sorted by path.
 
-    Where there is none of these, every ``folder/*.jsonl``; of a file, that file alone.
+    If there are none, read every ``folder/*.jsonl``. If ``folder`` is a file, read that file alone.
 
     Raises:
         ReportError: If the folder is missing or holds no results.
-        ResultsError: If a results file is damaged; no run is left out in silence.
+        ResultsError: If a results file is damaged; no run is left out silently.
     """
     if folder.is_file():
         return [Run.read(folder)]
     if not folder.is_dir():
-        raise ReportError(f"{folder} is no folder; give the one that `sinkgd compare` wrote to")
+        raise ReportError(f"{folder} is not a folder; give the one that `sinkgd compare` wrote to")
     paths = sorted([*folder.glob(RESULTS_FILE), *folder.glob(f"*/{RESULTS_FILE}")])
     paths = paths or sorted(folder.glob("*.jsonl"))
     if not paths:
@@ -49,15 +163,15 @@ def read_runs(folder: Path) -> list[Run]:
     return [Run.read(path) for path in paths]
 
 
-# The fair baseline first: `adamw` clips and has learning rates per group.
+# The fair baseline is first: `adamw` clips and has learning rates per group.
 _USUAL_BASELINES = ("adamw", "adamw-one-lr")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a recipe needed to reach the baseline's final loss; None where no run reached it.
+    """The cost of a recipe to reach the baseline's final loss; None if no run reached it.
 
-    Figures are over the runs that did reach it: ``reached_runs`` of ``runs``.
+    Figures are over the runs that reached it: ``reached_runs`` of ``runs``.
     """
 
     runs: int  # finished ones
@@ -69,7 +183,7 @@ class Comparison:
     time_fraction: Spread | None  # of the baseline's seconds in all
     effective_tokens_per_second: Spread | None  # the baseline's tokens / these seconds
     effective_speedup: float | None  # effective throughput / the baseline's tokens per second
-    level: bool  # the final losses are equal as written, or their seeds' ranges overlap
+    level: bool  # the final losses are printed alike, or their ranges over seeds overlap
 
 
 @dataclass(frozen=True)
@@ -83,13 +197,18 @@ class Analysis:
 
     @property
     def candidates(self) -> tuple[RecipeSummary, ...]:
-        """Every recipe but the baseline."""
+        """Every recipe except the baseline."""
         return tuple(recipe for recipe in self.recipes if recipe is not self.baseline)
 
     @property
     def runs(self) -> tuple[Run, ...]:
         """Every run, recipe by recipe."""
         return tuple(run for recipe in self.recipes for run in recipe.runs)
+
+
+def preset_of(run: Run) -> str:
+    """Return the preset of a run's model."""
+    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
 
 
 def recipe_of(run: Run) -> str:
@@ -105,8 +224,7 @@ def analyze(
     Args:
         runs: In any order; unfinished and failed ones too.
         baseline: A recipe's name, or None to compare with nothing.
-        group: The name under which a run is averaged with others: its recipe's, unless they differ
-            in something else.
+        group: Returns the name under which a run is averaged with others; by default its recipe.
 
     Raises:
         ReportError: If there are no runs, or none of the baseline's recipe.
@@ -134,7 +252,7 @@ def analyze(
 
 
 def default_baseline(runs: Sequence[Run]) -> str | None:
-    """Choose the baseline where none was named: the fair AdamW, else the papers', else none."""
+    """Choose the default baseline: the fair AdamW, else the papers' AdamW, else none."""
     present = {run.start.recipe for run in runs}
     return next((name for name in _USUAL_BASELINES if name in present), None)
 
@@ -149,7 +267,7 @@ def _compare(recipe: RecipeSummary, baseline: RecipeSummary, target: float) -> C
     seconds = Spread.of(point.seconds for point in points)
     all_tokens = baseline.tokens.mean if baseline.tokens else 0.0
     all_seconds = baseline.seconds.mean if baseline.seconds else 0.0
-    # A first evaluation before the first step can lie below a diverged baseline's loss: 0 seconds.
+    # An evaluation before the first step, at 0 seconds, can be below a diverged baseline's loss.
     effective = Spread.of(all_tokens / point.seconds for point in points if point.seconds > 0)
     return Comparison(
         runs=len(recipe.finished),
@@ -186,8 +304,8 @@ class Reach:
 def first_reach(evaluations: Sequence[Evaluation], target: float) -> Reach | None:
     """Find the first point at which the validation loss is at or below ``target``.
 
-    The loss is taken as linear between two evaluations. Where there is no finite evaluation
-    before the one at or below the target, that one is the answer: an upper bound.
+    The loss is interpolated linearly between two evaluations. If no finite evaluation precedes the
+    one at or below the target, the result is that evaluation, an upper bound.
 
     Args:
         evaluations: In the order of their steps.

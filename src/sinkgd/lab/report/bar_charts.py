@@ -1,39 +1,39 @@
-"""The charts of bars: tokens to reach the baseline, throughput, memory, and the time in a step.
+"""Bar charts: tokens to reach the baseline's loss, throughput, memory, and the time of a step.
 
-Everywhere a recipe has its own color; what is context rather than the point is soft.
+Bars have the color of their recipe; parts that are only context have a paler tint of it.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis
-from sinkgd.lab.report.charts import (
+from sinkgd.lab.report.analysis import Analysis, RecipeSummary, Spread
+from sinkgd.lab.report.figures import (
     SOFT,
     Chart,
     Figure,
+    Identities,
     axis,
+    error_bars,
     layout,
     row_height,
     row_words,
     rows_axis,
 )
-from sinkgd.lab.report.identity import Identities
-from sinkgd.lab.report.summary import RecipeSummary, Spread
 from sinkgd.lab.results import Memory
 
 _REMADE = "This chart remakes a part of figure 1 of the SinkGD paper with the runs of this page."
-_ROW = 66  # CSS pixels of a recipe's row: its words, and its bar below them
-_THICKNESS = 0.46  # of a row
-_BELOW = 0.14  # of a row: how far the bar lies below the row's middle
+_ROW = 66  # height of a recipe's row in CSS pixels: its words, and its bar below them
+_THICKNESS = 0.46  # of a bar, as a fraction of the row
+_BELOW = 0.14  # distance of a bar below the row's middle, as a fraction of the row
 
 
 def bar_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
-    """Draw those charts for which there are finished runs."""
+    """Draw the charts for which there are finished runs."""
     charts = []
     if analysis.comparisons and len(analysis.recipes) > 1:
         charts += [_tokens_to_reach(analysis, identities), _throughput(analysis, identities)]
-        # They stand side by side, and one whose words need two lines has taller rows.
+        # The two are next to each other, and one may have taller rows for words in two lines.
         height = max(chart.figure["layout"]["height"] for chart in charts)
         for chart in charts:
             chart.figure["layout"]["height"] = height
@@ -131,7 +131,7 @@ def _memory(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="memory",
         title="Memory by part",
-        caption="What training must hold. State is what the optimizer keeps between steps. "
+        caption="Memory that training must hold. State is what the optimizer keeps between steps. "
         f"{_REMADE}",
         description=_describe("Weights, gradients and state", recipes, words),
         figure={
@@ -162,7 +162,8 @@ def _peak(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="peak-memory",
         title="Peak memory",
-        caption="The most ever held: by the whole process on a CPU, by the allocator on a GPU.",
+        caption="The largest memory in use: of the whole process on a CPU, of the allocator on a "
+        "GPU.",
         description=_describe("Peak", recipes, words),
         figure={
             "data": [_bars([peak / unit_bytes for _, peak in found], colors)],
@@ -220,7 +221,7 @@ def _layout(x: Figure, *, annotations: Sequence[Figure], **options: Any) -> Figu
 
 
 def _unit(longest: float) -> tuple[str, int]:
-    """Return the unit that the words have for so many bytes, and how many bytes it is."""
+    """Return the unit in which this number of bytes is written, and its size in bytes."""
     name = quantities.size(longest).split(quantities.NO_BREAK)[1]
     return name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name)
 
@@ -251,7 +252,7 @@ def _bars(
 
 
 def _whiskers(spreads: Sequence[Spread | None]) -> Figure:
-    """Mark the ranges, in percent, at the ends of the bars that have one."""
+    """Draw ranges, in percent, at the ends of the bars that have one."""
     ranged = [(row, s) for row, s in enumerate(spreads) if s and s.low < s.high]
     return {
         "type": "scatter",
@@ -259,15 +260,11 @@ def _whiskers(spreads: Sequence[Spread | None]) -> Figure:
         "x": [100 * s.mean for _, s in ranged],
         "y": [row + _BELOW for row, _ in ranged],
         "marker": {"size": 1, "color": "@ink"},
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [100 * (s.high - s.mean) for _, s in ranged],
-            "arrayminus": [100 * (s.mean - s.low) for _, s in ranged],
-            "color": "@ink",
-            "thickness": 1.4,
-            "width": 5,
-        },
+        "error_x": error_bars(
+            [100 * (s.high - s.mean) for _, s in ranged],
+            [100 * (s.mean - s.low) for _, s in ranged],
+            "@ink",
+        ),
         "showlegend": False,
         "hoverinfo": "skip",
     }
@@ -276,7 +273,7 @@ def _whiskers(spreads: Sequence[Spread | None]) -> Figure:
 def _words(
     recipes: Sequence[RecipeSummary], identities: Identities, words: Sequence[str]
 ) -> list[Figure]:
-    """Write each recipe's name and figures above its bar."""
+    """Make the words above each bar: the recipe's name and figures."""
     return [
         row_words(identities[recipe.name].label, word, row + _BELOW - _THICKNESS / 2)
         for row, (recipe, word) in enumerate(zip(recipes, words, strict=True))

@@ -1,7 +1,7 @@
-"""The cost calculator as a block of a page: its fields with their sources, and what they give.
+"""The cost calculator as a block of a page: its fields with their sources, and their results.
 
-A field's figure is measured on the page, published, assumed, or the reader's own; its badge says
-which. The browser computes anew when a field changes; the figures at first are computed here.
+A badge at each field says whether its figure is measured on the page, published, assumed, or the
+reader's own. The initial results are computed here; the browser updates them when a field changes.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from sinkgd.lab.report.cost_sources import (
 )
 
 GPUS = 8
-# USD a GPU and hour. Assumed: round figures of the order of on-demand offers, no quotes.
+# USD per GPU and hour. Assumed: round figures close to on-demand offers, no quotes.
 PRICES = {
     "h100": 2.0,
     "h200": 2.5,
@@ -52,7 +52,7 @@ Unit = Literal["h", "GPU-h", "USD", "kWh"]
 
 
 def amount(value: float) -> str:
-    """Write a number with three digits, four places and thousands apart; as `cost.js` does.
+    """Format a number with three digits, at most four decimals, and commas, as `cost.js` does.
 
     >>> amount(0.012345), amount(123456.0), amount(2.0), amount(-1225), amount(-0.00001)
     ('0.0123', '123,000', '2', '−1,230', '0')
@@ -66,7 +66,7 @@ def amount(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Write a difference.
+    """Format a difference with its sign.
 
     >>> signed(12.0), signed(-3.5), signed(0.0)
     ('+12', '−3.5', '0')
@@ -75,7 +75,7 @@ def signed(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """Write a number into a field: six digits, without an exponent.
+    """Format a number for a field: six digits, without an exponent.
 
     >>> plain(0.4), plain(1339.08), plain(1e15)
     ('0.4', '1339.08', '1000000000000000')
@@ -84,7 +84,7 @@ def plain(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Write a number that was divided into a field: four digits.
+    """Format a ratio for a field: four digits.
 
     >>> short(100 / 2.8), short(49256.4)
     ('35.71', '49260')
@@ -98,13 +98,13 @@ def _written(digits: str) -> str:
 
 
 def words_of(kind: Kind) -> str:
-    """Write a badge."""
+    """Return the text of a badge."""
     return {"measured": "measured here", "own": "your own"}.get(kind, kind)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A line of the result, as numbers and as words."""
+    """A row of the result."""
 
     key: str  # of `Cost`
     title: str
@@ -114,24 +114,24 @@ class Outcome:
 
     @property
     def difference(self) -> float:
-        """What the candidate takes more."""
+        """The candidate's value minus the baseline's."""
         return self.candidate - self.baseline
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """What one method must hold, and on how many devices it fits; activations are left out."""
+    """The memory of a method without activations, and the number of devices that it needs."""
 
     rule: StateRule
     gib: float  # weights, gradients and state
-    saved_gib: float  # less than AdamW's
-    saved_share: float  # of AdamW's
+    saved_gib: float  # difference to AdamW's
+    saved_share: float  # difference as a fraction of AdamW's
     devices: int
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The figures of the fields, in the units of `cost`."""
+    """The figures in the fields, in the units of `sinkgd.lab.report.cost`."""
 
     device: DeviceSheet
     machine: Machine
@@ -142,9 +142,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class CalculatorBlock:
-    """What ``calculator.html`` shows."""
+    """The content of ``calculator.html``."""
 
-    inputs: Inputs  # at first
+    inputs: Inputs  # the initial ones
     baseline: str
     devices: tuple[DeviceSheet, ...]
     models: tuple[ModelChoice, ...]
@@ -152,10 +152,10 @@ class CalculatorBlock:
     candidates: tuple[Candidate, ...]
     outcomes: tuple[Outcome, ...]
     memory: tuple[MemoryRow, ...]  # AdamW first
-    caution: str  # where the page's runs have no candidate to offer
+    caution: str  # if the page's runs give no candidate, else empty
     mfu: float = MFU
 
-    # The template writes with these; a page needs no filters of its own.
+    # The template formats with these, so that pages need no filters for it.
     amount = staticmethod(amount)
     signed = staticmethod(signed)
     plain = staticmethod(plain)
@@ -175,12 +175,12 @@ class CalculatorBlock:
 
     @staticmethod
     def price_of(device: str) -> float:
-        """Return the price to begin with, USD a GPU and hour."""
+        """Return the initial price, USD per GPU and hour."""
         return PRICES[device]
 
     @property
     def sentence(self) -> str:
-        """What the candidate takes, in words."""
+        """The candidate's time and money, in words."""
         time, _, money, _ = self.outcomes
         name = self.inputs.candidate.name
         return (
@@ -190,14 +190,14 @@ class CalculatorBlock:
 
 
 def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
-    """Fill the calculator in: with what ``analysis`` measured where it did, else what is published.
+    """Fill in the calculator with measured figures, or else with published and assumed ones.
 
-    The candidate is the one that needed the fewest seconds to the baseline's loss. The speed is
-    measured only where a device of the table was; else the GPU is assumed to reach a part of its
-    peak.
+    The candidate is the method that needed the fewest seconds to the baseline's loss. The speed is
+    a measured one only if the runs used a device of the table; otherwise a fraction of the GPU's
+    peak is assumed.
 
     Args:
-        analysis: Of the page's runs; None where there are none.
+        analysis: The comparison of the page's runs; None without runs.
 
     Examples:
         >>> block = calculator_block()
@@ -209,10 +209,10 @@ def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
     model = usual_model(models, analysis)
     assumed = SpeedSource(
         "assumed",
-        "a part of the peak",
+        "a share of the peak",
         assumed_speed(device.flops, MFU, model.parameters),
         "assumed",
-        "part of the peak × FLOP/s ÷ 6N",
+        "share of the peak × FLOP/s ÷ 6N",
     )
     measured = measured_speed(analysis)
     speeds = tuple(one for one in (measured, assumed, published_speed()) if one is not None)
@@ -243,13 +243,13 @@ def _caution(analysis: Analysis | None, found: tuple[Candidate, ...]) -> str:
     if compared and not any(one.tokens_kind == "measured" for one in found):
         return (
             "No recipe of this page reached the baseline’s loss, so none is offered as a "
-            "candidate; what is chosen is published, and was not found here."
+            "candidate; the candidate below is published and was not measured here."
         )
     return ""
 
 
 def memory_rows(inputs: Inputs) -> tuple[MemoryRow, ...]:
-    """Compute memory and devices of every method, from the figures as the fields show them.
+    """Compute memory and devices of every method from the figures as the fields show them.
 
     Args:
         inputs: The figures of the fields.
@@ -266,7 +266,7 @@ def memory_rows(inputs: Inputs) -> tuple[MemoryRow, ...]:
 
 
 def outcomes(inputs: Inputs) -> tuple[Outcome, ...]:
-    """Compute what both methods take, from the figures as the fields show them.
+    """Compute the cost of both methods from the figures as the fields show them.
 
     Args:
         inputs: The figures of the fields.

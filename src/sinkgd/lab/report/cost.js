@@ -1,4 +1,4 @@
-// The cost calculator: the formulas of cost.py, computed anew whenever a field changes.
+// The cost calculator: the formulas of cost.py, evaluated whenever a field changes.
 "use strict";
 
 (() => {
@@ -51,7 +51,7 @@
     if (Number.isFinite(speed) && speed > 0) put("speed", Number(speed.toPrecision(4)), "assumed");
   };
 
-  // A speed that was measured on one device is not offered for another.
+  // A speed that was measured on one device does not apply to another.
   const keepMeasuredSpeed = () => {
     for (const option of fields["speed-source"].options) {
       const { device } = option.dataset;
@@ -61,7 +61,7 @@
     }
   };
 
-  // What follows from a choice; each may be typed over.
+  // The fields that a choice fills in; the reader may change them.
   const choices = {
     device: ({ watts, price }) => {
       put("watts", watts, "published");
@@ -84,8 +84,8 @@
     },
   };
 
-  // Chromium drops a comma from a number and says nothing: 1,5 becomes 15. What is typed after a
-  // comma makes the field invalid, until a decimal point comes or digits are taken away.
+  // Chromium silently drops a comma from a number: 1,5 becomes 15. After a comma, the field is
+  // invalid until the reader types a decimal point or deletes digits.
   const noteComma = ({ target, data }) => {
     if (target.type !== "number" || !data?.includes(",")) return;
     target.dataset.before = data === "," ? target.value : data.slice(0, data.lastIndexOf(","));

@@ -1,34 +1,34 @@
-"""What a training run costs: hours, money and energy, from its tokens and the speed of a GPU.
+"""The cost of a training run: hours, money and energy, from its tokens and the speed of a GPU.
 
 Letters, everywhere in this file:
-    N: parameters of the model
-    T: tokens to train on
-    v: tokens that one GPU takes in a second
-    G: GPUs
+    N: number of parameters
+    T: number of training tokens
+    v: tokens per second of one GPU
+    G: number of GPUs
 
-`cost.js` computes the same in the browser; a test holds both together.
+`cost.js` has the same formulas for the browser; a test compares the results.
 """
 
 import math
 from dataclasses import dataclass
 
 _SECONDS = 3600  # in an hour
-_FLOPS_A_WEIGHT = 6  # and token: two forward, four backward
-_BFLOAT16 = 2  # bytes of a number: weights, gradients and state, as in GaLore's benchmark
-USABLE = 0.9  # the part of a device's memory that training may have, as in `sinkgd plan`
+_FLOPS_PER_WEIGHT = 6  # and per token: two forward, four backward
+_BFLOAT16 = 2  # bytes per number of weights, gradients and state, as in GaLore's benchmark
+USABLE = 0.9  # fraction of a device's memory that training may use, as in `sinkgd plan`
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs that train.
+    """The GPUs of a run.
 
     Raises:
         ValueError: If there is no GPU, or a figure is negative or not finite.
     """
 
     gpus: int
-    price: float  # USD a GPU and hour
-    watts: float  # of a GPU
+    price: float  # USD per GPU and hour
+    watts: float  # per GPU
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -41,14 +41,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class StateRule:
-    """How many numbers a method keeps for every parameter between steps."""
+    """The size of a method's optimizer state, in numbers per parameter."""
 
     method: str
-    inside: int  # for a parameter of a hidden matrix
-    outside: int  # for any other parameter: embeddings, head, norms
+    inside: int  # per parameter of a hidden matrix
+    outside: int  # per other parameter: embeddings, head, norms
 
     def memory_bytes(self, parameters: float, matrix_share: float) -> float:
-        r"""Return the bytes of weights, gradients and state, activations left out.
+        r"""Return the bytes of weights, gradients and state, without activations.
 
         .. math:: 2 N (2 + a s + b (1 - s))
 
@@ -84,8 +84,8 @@ def devices_needed(total_bytes: float, device_bytes: float) -> int:
     """Return the fewest devices that hold ``total_bytes`` in equal shards.
 
     Args:
-        total_bytes: Of weights, gradients and state.
-        device_bytes: Memory of a device, of which training has nine tenths.
+        total_bytes: Bytes of weights, gradients and state.
+        device_bytes: Memory of a device, of which training may use nine tenths.
 
     Raises:
         ValueError: If one is not positive and finite.
@@ -100,7 +100,7 @@ def devices_needed(total_bytes: float, device_bytes: float) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes."""
+    """The cost of a run."""
 
     hours: float
     gpu_hours: float
@@ -110,27 +110,27 @@ class Cost:
 
 @dataclass(frozen=True)
 class Change:
-    """What changes where another method takes the baseline's place.
+    """The change from the baseline to another method.
 
     Raises:
         ValueError: If a factor is not positive and finite.
     """
 
-    token_fraction: float  # of the baseline's tokens, to the same loss
-    step_speedup: float  # tokens a second, of the baseline's
+    token_fraction: float  # tokens to the same loss, relative to the baseline
+    step_speedup: float  # tokens per second, relative to the baseline
 
     def __post_init__(self) -> None:
         _check_positive(token_fraction=self.token_fraction, step_speedup=self.step_speedup)
 
 
 def assumed_speed(flops: float, mfu: float, parameters: float) -> float:
-    r"""Return the tokens a second of a GPU whose products reach a part of its peak.
+    r"""Return the tokens per second of a GPU at a given MFU.
 
     .. math:: v = \mathrm{mfu} \cdot \mathrm{flops} / (6 N)
 
     Args:
-        flops: Of the GPU, its peak a second.
-        mfu: The part of the peak that a step reaches, attention and waiting left out.
+        flops: Peak FLOP/s of the GPU.
+        mfu: Model FLOPs utilization: the fraction of the peak that a step reaches.
         parameters: N.
 
     Raises:
@@ -143,15 +143,15 @@ def assumed_speed(flops: float, mfu: float, parameters: float) -> float:
     _check_positive(flops=flops, mfu=mfu, parameters=parameters)
     if mfu > 1:
         raise ValueError(f"mfu is {mfu}; it is a share of the peak: give at most 1")
-    return mfu * flops / (_FLOPS_A_WEIGHT * parameters)
+    return mfu * flops / (_FLOPS_PER_WEIGHT * parameters)
 
 
 def gpu_hours(tokens: float, speed: float) -> float:
     r"""Return the hours of one GPU, :math:`T / (3600 v)`.
 
     Args:
-        tokens: T, to train on.
-        speed: v, tokens a second of a GPU.
+        tokens: T.
+        speed: v, tokens per second of one GPU.
 
     Raises:
         ValueError: If one is not positive and finite.
@@ -165,15 +165,15 @@ def gpu_hours(tokens: float, speed: float) -> float:
 
 
 def run_cost(machine: Machine, tokens: float, speed: float) -> Cost:
-    r"""Return what a run takes.
+    r"""Return the cost of a run.
 
-    With :math:`h = T / (3600 v)` hours of a GPU it lasts :math:`h / G` hours, and takes
-    :math:`h \cdot \mathrm{price}` and :math:`h \cdot \mathrm{watts} / 1000` kWh.
+    With :math:`h = T / (3600 v)` GPU-hours, the run lasts :math:`h / G` hours and costs
+    :math:`h \cdot \mathrm{price}` USD and :math:`h \cdot \mathrm{watts} / 1000` kWh.
 
     Args:
         machine: G GPUs, their price and power.
-        tokens: T, to train on.
-        speed: v, tokens a second of a GPU.
+        tokens: T.
+        speed: v, tokens per second of one GPU.
 
     Raises:
         ValueError: If tokens or speed are not positive and finite.
@@ -187,13 +187,13 @@ def run_cost(machine: Machine, tokens: float, speed: float) -> Cost:
 
 
 def changed_cost(machine: Machine, tokens: float, speed: float, change: Change) -> Cost:
-    """Return what the run takes with the method that is compared with the baseline.
+    """Return the cost of the run with another method than the baseline.
 
     Args:
         machine: The same GPUs.
-        tokens: T, of the baseline.
-        speed: v, of the baseline.
-        change: The part of the tokens, and how much faster a step is.
+        tokens: T of the baseline.
+        speed: v of the baseline.
+        change: The change of tokens and speed.
 
     Raises:
         ValueError: If tokens or speed are not positive and finite.

@@ -1,4 +1,4 @@
-"""Where the calculator's figures come from: the page's runs, papers, data sheets, assumptions."""
+"""The sources of the calculator's figures: the page's runs, papers, data sheets, assumptions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Literal
 from sinkgd.lab.devices import DEVICES, DeviceSheet
 from sinkgd.lab.models import LLAMAS
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, Comparison
+from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, preset_of
 from sinkgd.lab.report.published import (
     LARGEST,
     SINKGD,
@@ -18,7 +18,6 @@ from sinkgd.lab.report.published import (
     THROUGHPUT_GPUS,
     TOKEN_FRACTION,
 )
-from sinkgd.lab.report.summary import RecipeSummary
 from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Run
 
@@ -26,12 +25,13 @@ Kind = Literal["measured", "published", "assumed", "own"]
 _PUBLISHED: Kind = "published"
 _ASSUMED: Kind = "assumed"
 
-_ENOUGH = 20  # tokens a parameter: Hoffmann et al., https://arxiv.org/abs/2203.15556
-# Published at 1.3B alone.
+_TOKENS_PER_PARAMETER = 20  # Hoffmann et al., https://arxiv.org/abs/2203.15556
+# Published only at 1.3B.
 _STEP_SPEEDUP = THROUGHPUT["SinkGD"] / THROUGHPUT["Adam"]
 
 
-# Words in ``torch.cuda.get_device_name()``, e.g. "NVIDIA A100-SXM4-80GB"; other boards are slower.
+# Words in ``torch.cuda.get_device_name()``, e.g. "NVIDIA A100-SXM4-80GB". Boards with one of the
+# words below are slower.
 _TORCH_WORDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "h100": frozenset({"H100"}),
@@ -47,13 +47,13 @@ _OTHER_BOARDS = frozenset({"PCIE", "NVL", "LAPTOP", "D"})
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model and how long it is trained."""
+    """A model, and the number of tokens it is trained on."""
 
     key: str
     title: str
     parameters: float
     tokens: float
-    matrix_share: float  # of the parameters that hidden matrices hold
+    matrix_share: float  # fraction of the parameters in hidden matrices
     parameters_kind: Kind
     tokens_kind: Kind
     note: str
@@ -61,7 +61,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class SpeedSource:
-    """A speed of the baseline: tokens a second of one GPU."""
+    """A speed of the baseline: tokens per second of one GPU."""
 
     key: str
     title: str
@@ -72,24 +72,24 @@ class SpeedSource:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What changes with a method: the tokens that it needs, and the speed of its steps."""
+    """A method to compare with the baseline: the tokens that it needs, and the speed of a step."""
 
     title: str
     name: str  # in the result
-    token_fraction: float  # of the baseline's
-    step_speedup: float  # tokens a second, of the baseline's
+    token_fraction: float  # tokens to the same loss, relative to the baseline
+    step_speedup: float  # tokens per second, relative to the baseline
     tokens_kind: Kind
     speed_kind: Kind
     note: str
 
 
 def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
-    """List the page's own model, if there is one, and the presets of the benchmark and beyond."""
+    """List the page's own model, if there is one, and the LLaMA presets."""
     published = {size.preset: size for size in (*SIZES, LARGEST)}
     choices = []
     own = _baseline_run(analysis)
     if own is not None and own.end is not None and own.end.tokens > 0:
-        title = f"{_preset(own)}, as on this page"
+        title = f"{preset_of(own)}, as on this page"
         sizes = float(own.start.parameters), float(own.end.tokens), _matrix_share(own)
         choices.append(
             ModelChoice("page", title, *sizes, "measured", "measured", "as trained here")
@@ -100,24 +100,25 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
         if name in published:
             tokens, kind, note = float(published[name].tokens), _PUBLISHED, "GaLore’s benchmark"
         else:
-            tokens, kind, note = _ENOUGH * count, _ASSUMED, f"{_ENOUGH} tokens a parameter"
-        if not name.startswith("llama-nano"):  # its parameters depend on the vocabulary
+            tokens, kind = _TOKENS_PER_PARAMETER * count, _ASSUMED
+            note = f"{_TOKENS_PER_PARAMETER} tokens per parameter"
+        if not name.startswith("llama-nano"):  # its parameter count depends on the vocabulary
             choices.append(ModelChoice(name, name, count, tokens, share, _PUBLISHED, kind, note))
     return tuple(choices)
 
 
 def usual_model(models: tuple[ModelChoice, ...], analysis: Analysis | None) -> ModelChoice:
-    """Choose the model to begin with: the page's where its device is known, else llama-1b."""
+    """Choose the initial model: the page's if its device is known, else llama-1b."""
     if models[0].key == "page" and device_of(analysis) is not None:
         return models[0]
     return next(model for model in models if model.key == "llama-1b")
 
 
 def measured_speed(analysis: Analysis | None) -> SpeedSource | None:
-    """Return the baseline's speed on this page, of one of its ranks; None off the table's GPUs.
+    """Return the baseline's speed per rank on this page; None if it ran on no GPU of the table.
 
-    A speed of a CPU, or of a board that is not in the table, says nothing about the GPU that the
-    calculator prices.
+    The speed of a CPU, or of a GPU that is not in the table, does not apply to the calculator's
+    GPUs.
     """
     if device_of(analysis) is None:
         return None
@@ -126,12 +127,12 @@ def measured_speed(analysis: Analysis | None) -> SpeedSource | None:
     if run is None or speed is None:
         return None
     device = run.start.environment.get("device", "an unnamed device")
-    note = f"{_preset(run)} on {device}"
+    note = f"{preset_of(run)} on {device}"
     return SpeedSource("measured", "measured here", speed.mean / _ranks(run), "measured", note)
 
 
 def published_speed() -> SpeedSource:
-    """Return Adam's, at 1.3B."""
+    """Return Adam's published speed, at 1.3B."""
     return SpeedSource(
         "published",
         "published, Adam at 1.3B",
@@ -142,7 +143,7 @@ def published_speed() -> SpeedSource:
 
 
 def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
-    """List what may take the baseline's place: measured ones by their time, then published ones."""
+    """List methods to compare with the baseline: measured ones by time, then published ones."""
     paper = f"arXiv {SINKGD.arxiv}"
     against_adam = [one for one in reversed(SPEEDUPS) if one.against == "Adam"]
     published = [
@@ -154,7 +155,7 @@ def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
             "published",
             "published",
             f"{paper}: Adam takes {one.steps:g}× the steps"
-            + ("" if one.size == "1.3B" else "; a step’s speed is 1.3B’s"),
+            + ("" if one.size == "1.3B" else "; speed of a step as at 1.3B"),
         )
         for one in against_adam
     ]
@@ -168,7 +169,7 @@ def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
             _STEP_SPEEDUP,
             "published",
             "published",
-            f"{paper}, NeurIPS version; a step’s speed is 1.3B’s",
+            f"{paper}, NeurIPS version; speed of a step as at 1.3B",
         ),
         Candidate(
             "no gain",
@@ -215,7 +216,7 @@ def _speedup(recipe: RecipeSummary, baseline: RecipeSummary) -> float | None:
 
 
 def _caveat(recipe: RecipeSummary, comparison: Comparison, *, with_speed: bool) -> str:
-    """Say what a measured gain rests on."""
+    """Describe the evidence for a measured gain."""
     run = recipe.finished[0]
     words = [f"at {quantities.count(run.start.parameters)} parameters"]
     if comparison.reached_runs < comparison.runs:
@@ -227,11 +228,11 @@ def _caveat(recipe: RecipeSummary, comparison: Comparison, *, with_speed: bool) 
     if comparison.level:
         words.append("level at the end")
     speed = "" if with_speed else "; equal speed assumed"
-    return f"{', '.join(words)}; at another size nobody knows{speed}"
+    return f"{', '.join(words)}; unknown at other sizes{speed}"
 
 
 def device_of(analysis: Analysis | None) -> DeviceSheet | None:
-    """Find the device of the baseline's runs in the table, by the name that torch gives it."""
+    """Find the device of the baseline's runs in the table, by torch's name for it."""
     run = _baseline_run(analysis)
     name = str(run.start.environment.get("device", "")) if run else ""
     words = set(name.upper().replace("-", " ").split())
@@ -246,18 +247,14 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
     return analysis.baseline.finished[0]
 
 
-def _preset(run: Run) -> str:
-    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
-
-
 def _matrix_share(run: Run) -> float:
-    """Return the share of hidden matrices in a run's model: its preset's, else llama-1b's."""
-    config = LLAMAS.get(_preset(run), LLAMAS["llama-1b"])
+    """Return the fraction of parameters in hidden matrices, of the run's preset or llama-1b."""
+    config = LLAMAS.get(preset_of(run), LLAMAS["llama-1b"])
     return config.linear_parameter_count / config.parameter_count
 
 
 def _ranks(run: Run) -> int:
-    """Return how many ranks shared a run; one where its configuration does not say."""
+    """Return the number of ranks of a run; one if its configuration does not say."""
     mesh = run.start.config.get("mesh", {})
     ranks = 1
     for dimension in ("dp_replicate", "dp_shard", "tp"):

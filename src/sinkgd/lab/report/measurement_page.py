@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sinkgd.lab.report.charts import (
+from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.figures import (
     Chart,
     Figure,
     axis,
@@ -20,7 +21,6 @@ from sinkgd.lab.report.charts import (
     row_words,
     rows_axis,
 )
-from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.shell import render
 
 _TEMPLATE = Path(__file__).parent / "measurement.html"

@@ -1,4 +1,4 @@
-// Draws the figures that the page carries, in the colors of the theme, and redraws them when it changes.
+// Draws the page's figures in the colors of the theme, and redraws them when the theme changes.
 "use strict";
 
 (() => {
@@ -8,8 +8,8 @@
   const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
   const config = { displayModeBar: false, displaylogo: false, responsive: true, showTips: false };
 
-  // A role such as "@ink" is the custom property --ink; a probe makes the browser resolve it.
-  // "@ink:0.4" is 0.4 of it over the card, opaque, so that no grid line shines through.
+  // A role such as "@ink" is the custom property --ink; a hidden element makes the browser resolve
+  // it. "@ink:0.4" is the color mixed with 0.6 of the card's, opaque, so that it hides grid lines.
   const probe = document.body.appendChild(document.createElement("i"));
   probe.hidden = true;
   const channelsOf = (name) => {
@@ -41,7 +41,7 @@
       }
       return;
     }
-    // A finger scrolls the page; only a mouse draws a box to zoom.
+    // Touch scrolls the page; only a mouse zooms by a box.
     const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
     const family = getComputedStyle(document.body).fontFamily;
     for (const [key, figure] of Object.entries(figures)) {

@@ -1,4 +1,4 @@
-"""The page of a comparison: the verdict, the cards, the charts and the tables, in one file."""
+"""The page of a comparison in one file: verdict, cards, charts and tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,24 @@ from typing import Any
 
 from sinkgd.lab.disk import write_whole
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, Comparison, analyze
+from sinkgd.lab.report.analysis import (
+    Analysis,
+    Comparison,
+    RecipeSummary,
+    Spread,
+    analyze,
+    state_of,
+)
+from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.calculator import calculator_block
-from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.measured_charts import measured_charts
+from sinkgd.lab.report.figures import Chart, Identities, identify
+from sinkgd.lab.report.line_charts import loss_chart, statistics_charts
 from sinkgd.lab.report.published_block import published_block
+from sinkgd.lab.report.quantities import ABSENT
 from sinkgd.lab.report.shell import render
-from sinkgd.lab.report.summary import RecipeSummary, Spread, state_of
 from sinkgd.lab.report.tables import header, summary_rows
 from sinkgd.lab.report.verdict import Verdict, judge
 from sinkgd.lab.results import Run
-
-ABSENT = "–"
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,12 @@ class Settings:
 
 
 def compare_settings(analysis: Analysis, of: Callable[[Run], Mapping[str, Any]]) -> Settings:
-    """Sort the settings of every run by whether all recipes have the same.
+    """Split the settings of all runs into those that recipes share, and those that differ.
 
     Args:
-        analysis: Its recipes are the columns. Where the runs of one recipe differ, as in their
-            seed, the column has each value once.
-        of: The settings of a run, tables as nested mappings.
+        analysis: Its recipes are the columns. If runs of one recipe differ, as in their seed, the
+            column has each value once.
+        of: Returns the settings of a run as nested mappings.
     """
     columns = [[dict(_flat(of(run))) for run in recipe.runs] for recipe in analysis.recipes]
     names = dict.fromkeys(name for runs in columns for run in runs for name in run)
@@ -67,8 +73,8 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number with its name, and a note that gives its scale."""
+class KeyFigure:
+    """A number with its name, and a note that puts it into context."""
 
     name: str
     value: str
@@ -77,16 +83,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Card:
-    """A recipe at a glance."""
+    """The key figures of a recipe."""
 
     recipe: str
     tag: str  # "baseline", "3 seeds", ...
     sentence: str
-    figures: tuple[Figure, ...]
+    figures: tuple[KeyFigure, ...]
 
 
 def cards(analysis: Analysis, verdict: Verdict) -> list[Card]:
-    """Make every recipe's card: the candidates first, by their loss, and the baseline last."""
+    """Make a card for every recipe: the candidates by their loss, then the baseline."""
     candidates = sorted(analysis.candidates, key=_final_loss)
     recipes = [*candidates, *([analysis.baseline] if analysis.baseline else [])]
     return [
@@ -111,7 +117,9 @@ def _tag(recipe: RecipeSummary, analysis: Analysis) -> str:
     return f"baseline, {seeds}" if recipe is analysis.baseline else seeds
 
 
-def _figures(recipe: RecipeSummary, analysis: Analysis, *, times_comparable: bool) -> list[Figure]:
+def _figures(
+    recipe: RecipeSummary, analysis: Analysis, *, times_comparable: bool
+) -> list[KeyFigure]:
     comparison = analysis.comparisons.get(recipe.name)
     if recipe is analysis.baseline or comparison is None:
         return _absolute(recipe)
@@ -122,7 +130,7 @@ def _figures(recipe: RecipeSummary, analysis: Analysis, *, times_comparable: boo
             _needed("Tokens needed", comparison, comparison.token_fraction),
             _needed("Time needed", comparison, comparison.time_fraction)
             if times_comparable
-            else Figure("Time needed", ABSENT, "not comparable"),
+            else KeyFigure("Time needed", ABSENT, "not comparable"),
         ]
     else:
         figures = _fell_short(recipe.val_loss, analysis.baseline)
@@ -133,57 +141,57 @@ def _figures(recipe: RecipeSummary, analysis: Analysis, *, times_comparable: boo
     ]
 
 
-def _absolute(recipe: RecipeSummary) -> list[Figure]:
+def _absolute(recipe: RecipeSummary) -> list[KeyFigure]:
     figures = []
     if recipe.tokens:
-        figures.append(Figure("Tokens", quantities.count(recipe.tokens.mean), "in all"))
+        figures.append(KeyFigure("Tokens", quantities.count(recipe.tokens.mean), "in all"))
     if recipe.seconds:
-        figures.append(Figure("Time", quantities.duration(recipe.seconds.mean), "of training"))
+        figures.append(KeyFigure("Time", quantities.duration(recipe.seconds.mean), "of training"))
     if recipe.tokens_per_second:
         speed = quantities.count(recipe.tokens_per_second.mean)
-        figures.append(Figure("Throughput", speed, "tokens per second, raw"))
+        figures.append(KeyFigure("Throughput", speed, "tokens per second, raw"))
     if recipe.memory:
         state = quantities.size(recipe.memory.state_bytes)
-        figures.append(Figure("Optimizer state", state, "kept between steps"))
+        figures.append(KeyFigure("Optimizer state", state, "kept between steps"))
     return figures
 
 
-def _needed(name: str, comparison: Comparison, fraction: Spread) -> Figure:
+def _needed(name: str, comparison: Comparison, fraction: Spread) -> KeyFigure:
     note = "of the baseline’s"
     if comparison.reached_runs < comparison.runs:
         note += f", in {comparison.reached_runs} of {comparison.runs} runs"
     elif fraction.count > 1:
         note += f", seeds {100 * fraction.low:.0f} to {quantities.percent(fraction.high)}"
-    return Figure(name, quantities.percent(fraction.mean), note)
+    return KeyFigure(name, quantities.percent(fraction.mean), note)
 
 
-def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[Figure]:
-    figures = [Figure("Tokens needed", "–", "not reached")]
+def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[KeyFigure]:
+    figures = [KeyFigure("Tokens needed", ABSENT, "not reached")]
     if baseline.val_loss:
         gap = loss.mean - baseline.val_loss.mean
         figures.append(
-            Figure("Final loss", quantities.loss(loss.mean), f"{gap:+.3f} against the baseline")
+            KeyFigure("Final loss", quantities.loss(loss.mean), f"{gap:+.3f} against the baseline")
         )
     return figures
 
 
-def _speed(comparison: Comparison, *, times_comparable: bool) -> Figure:
+def _speed(comparison: Comparison, *, times_comparable: bool) -> KeyFigure:
     name = "Effective throughput"
     if comparison.effective_speedup is None:
-        return Figure(name, "–", "not reached")
+        return KeyFigure(name, ABSENT, "not reached")
     if not times_comparable:
-        return Figure(name, ABSENT, "not comparable")
-    return Figure(name, quantities.ratio(comparison.effective_speedup), "the baseline’s")
+        return KeyFigure(name, ABSENT, "not comparable")
+    return KeyFigure(name, quantities.ratio(comparison.effective_speedup), "the baseline’s")
 
 
-def _state(recipe: RecipeSummary, baseline: RecipeSummary) -> list[Figure]:
+def _state(recipe: RecipeSummary, baseline: RecipeSummary) -> list[KeyFigure]:
     if recipe.memory is None:
         return []
     value = quantities.size(recipe.memory.state_bytes)
     if baseline.memory is None or baseline.memory.state_bytes == 0:
-        return [Figure("Optimizer state", value)]
+        return [KeyFigure("Optimizer state", value)]
     share = quantities.percent(recipe.memory.state_bytes / baseline.memory.state_bytes)
-    return [Figure("Optimizer state", value, f"{share} of the baseline’s")]
+    return [KeyFigure("Optimizer state", value, f"{share} of the baseline’s")]
 
 
 _TEMPLATE = Path(__file__).parent / "page.html"
@@ -201,7 +209,7 @@ def build_page(runs: Sequence[Run], *, baseline: str | None, title: str, command
     Args:
         runs: At least one; unfinished and failed ones are shown as such.
         baseline: The recipe that the others are compared with, or None.
-        title: Of the page, plain text.
+        title: Title of the page, plain text.
         command: The shell command that repeats the comparison, plain text.
 
     Raises:
@@ -213,13 +221,13 @@ def build_page(runs: Sequence[Run], *, baseline: str | None, title: str, command
 def write_page(
     path: Path, runs: Sequence[Run], *, baseline: str | None, title: str, command: str
 ) -> None:
-    """Make the page and put it at ``path`` in one move: no reader sees half a page.
+    """Write the page atomically, so that no reader sees half a page.
 
     Args:
         path: The file; its folder is made when absent.
-        runs: As in `build_page`, like the rest.
+        runs: At least one; unfinished and failed ones are shown as such.
         baseline: The recipe that the others are compared with, or None.
-        title: Of the page, plain text.
+        title: Title of the page, plain text.
         command: The shell command that repeats the comparison, plain text.
 
     Raises:
@@ -251,3 +259,13 @@ def _render(analysis: Analysis, title: str, command: str) -> str:
         config=compare_settings(analysis, lambda run: run.start.config),
         environment=compare_settings(analysis, lambda run: run.start.environment),
     )
+
+
+def measured_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
+    """Draw all charts of measured runs, in the page's order; statistics of models come last."""
+    return [
+        loss_chart(analysis, identities, "tokens"),
+        loss_chart(analysis, identities, "seconds"),
+        *bar_charts(analysis, identities),
+        *statistics_charts(analysis, identities),
+    ]

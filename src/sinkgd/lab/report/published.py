@@ -1,9 +1,10 @@
-"""The table of published figures on the C4 benchmark, each with where it is from.
+"""Published figures on the C4 benchmark, each with its source.
 
-None of it was measured here. The benchmark is GaLore's: LLaMA on C4 `en`, 131,072 tokens a step.
+None of them was measured here. The benchmark is GaLore's: LLaMA on C4 `en`, 131,072 tokens a step.
+
 Letters, everywhere in this file:
-    N: parameters of a model
-    M: those inside the blocks' matrices
+    N: number of a model's parameters
+    M: number of parameters in the blocks' matrices
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ _BFLOAT16 = 2  # bytes
 
 
 class Provenance(Enum):
-    """Who ran the runs that a row's figures are of."""
+    """Who ran the runs behind a row's figures."""
 
     OWN = "authors’ run"  # the method's authors
     CITED = "cited"  # printed by one paper, run by another's authors
@@ -63,7 +64,7 @@ SCALE = Source("Memory-Efficient LLM Pretraining via Minimalist Optimizer Design
 
 @dataclass(frozen=True)
 class Size:
-    """A model of the benchmark and how long it is trained."""
+    """A model of the benchmark, and the length of its training."""
 
     name: str
     preset: str
@@ -90,9 +91,9 @@ LARGEST = Size("7B", "llama-7b", 150_000)
 
 
 class State(Enum):
-    """What a method keeps between steps: numbers for each entry of M, of N − M, or of the head.
+    """State of a method between steps: numbers per parameter in M, in N − M, and in the head.
 
-    Vectors of a row or a column are left out: below 0.3 % of it all.
+    Vectors of the length of a row or column are not counted; they are below 0.3 % of the total.
     """
 
     MOMENTS = (2, 2, 0)  # Adam everywhere
@@ -111,7 +112,7 @@ def memory_gib(size: Size, state: State) -> float:
 
     Args:
         size: The model.
-        state: What the method keeps.
+        state: The method's state.
 
     Examples:
         >>> round(memory_gib(SIZES[-1], State.MOMENTS), 3)
@@ -127,25 +128,25 @@ def memory_gib(size: Size, state: State) -> float:
 
 @dataclass(frozen=True)
 class Value:
-    """A perplexity on held-out C4, and how well it is known."""
+    """A perplexity on held-out C4, and its precision."""
 
     perplexity: float
     at_most: bool = False  # the paper gives a bound
-    from_plot: bool = False  # read off a plot: the last digit is a guess
+    from_plot: bool = False  # read from a plot: the last digit is a guess
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method's perplexities, in the order of `SIZES`; None where nothing is published."""
+    """A method's perplexities, in the order of `SIZES`; None if nothing is published."""
 
     key: str
     method: str
-    note: str  # what sets it apart from rows of the same method
+    note: str  # distinguishes rows of the same method
     provenance: Provenance
     source: Source  # of the figures
     values: tuple[Value | None, ...]
-    state: State | None  # None where it depends on a rank
-    origin: Source | None = None  # of the method, where the figures are of another paper
+    state: State | None  # None if it depends on a rank
+    origin: Source | None = None  # of the method, if the figures are from another paper
 
 
 def _values(*perplexities: float) -> tuple[Value, ...]:
@@ -189,7 +190,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Longer:
-    """Perplexities of one model on the way to 150,000 steps, at `LONGER_STEPS`."""
+    """Perplexities of one model after each of `LONGER_STEPS`."""
 
     method: str
     size: str
@@ -207,7 +208,7 @@ LONGER = (
 
 @dataclass(frozen=True)
 class Speedup:
-    """Steps, and so tokens, that another method takes for each one of SinkGD, to the same loss."""
+    """Steps of another method to the same loss, per step of SinkGD; the same ratio for tokens."""
 
     against: str
     size: str
@@ -220,17 +221,17 @@ SPEEDUPS = (
     Speedup("SWAN", "350M", 1.3),
     Speedup("SWAN", "1.3B", 1.5),
 )
-TOKEN_FRACTION = 0.40  # of Adam's, to its perplexity: the abstract of the NeurIPS version
+TOKEN_FRACTION = 0.40  # of Adam's tokens to Adam's perplexity: abstract of the NeurIPS version
 
-# Tokens a second at 1.3B, of eight A100. Effective: Adam's tokens in all, over the seconds that
-# SinkGD needs to Adam's final perplexity.
+# Tokens per second at 1.3B on eight A100. Effective: all of Adam's tokens, divided by the seconds
+# that SinkGD needs to reach Adam's final perplexity.
 THROUGHPUT: Mapping[str, float] = MappingProxyType(
     {"Adam": 53_000.0, "SinkGD": 58_000.0, "SinkGD, effective": 161_800.0}
 )
 THROUGHPUT_GPUS = 8
 
-# GB at 1.3B and a batch of 256, weighed by GaLore's authors.
-WEIGHED_GB: Mapping[str, float] = MappingProxyType(
+# GB at 1.3B and a batch of 256, measured by GaLore's authors.
+MEASURED_GB: Mapping[str, float] = MappingProxyType(
     {"AdamW": 13.60, "8-bit Adam": 9.54, "8-bit GaLore, layer by layer": 5.63}
 )
 

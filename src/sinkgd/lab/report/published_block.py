@@ -1,43 +1,56 @@
-"""The published figures as a block of a page, apart from what the page's runs measured."""
+"""The block of published figures on a page, separate from the figures that the page measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.analysis import preset_of, summarize
+from sinkgd.lab.report.figures import Chart
 from sinkgd.lab.report.published import (
     AGAINST,
+    APOLLO,
+    GALORE,
+    LARGEST,
+    LONGER,
+    LONGER_STEPS,
+    MEASURED_GB,
+    RACS,
     ROWS,
+    SINKGD,
     SIZES,
+    SPEEDUPS,
+    THROUGHPUT,
+    THROUGHPUT_GPUS,
+    TOKEN_FRACTION,
     Provenance,
     Row,
     Size,
     Source,
+    State,
     Value,
+    memory_gib,
 )
 from sinkgd.lab.report.published_charts import memory_charts
-from sinkgd.lab.report.published_details import Detail, details
-from sinkgd.lab.report.summary import Spread, summarize
 from sinkgd.lab.results import Run
 
-_LAST_DIGIT = 0.1  # of what is read off a plot
+_LAST_DIGIT = 0.1  # of values read from a plot
 _SAME_MODEL = 0.01  # of the parameters: T5's 32,100 tokens instead of 32,000 are within it
 
 
 @dataclass(frozen=True)
 class Column:
-    """A size of the table."""
+    """A column of the table: a model size."""
 
     size: str
-    training: str  # how long the benchmark trains it
+    training: str  # the benchmark's steps and tokens
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A perplexity as it is written."""
+    """A formatted perplexity."""
 
     text: str
-    lowest: bool = False  # of its size, or not to be told from it
+    lowest: bool = False  # the lowest of its column, or not distinguishable from it
     from_plot: bool = False
 
 
@@ -49,13 +62,13 @@ class PublishedRow:
     note: str
     provenance: Provenance
     source: Source  # of the figures
-    origin: Source | None  # of the method, where it is another paper
+    origin: Source | None  # of the method, if it is another paper
     cells: tuple[Cell | None, ...]  # in the order of the sizes
 
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """What a recipe of this page measured at one size of the table."""
+    """A measurement of this page at one size of the table."""
 
     recipe: str
     size: str
@@ -64,24 +77,35 @@ class MeasuredRow:
 
 
 @dataclass(frozen=True)
+class Detail:
+    """A small table with its note and papers; the first cell of each row is its name."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
 class PublishedBlock:
-    """What ``published.html`` shows; the page has to draw ``charts``, too."""
+    """The content of ``published.html``; the page must also draw ``charts``."""
 
     columns: tuple[Column, ...]
     rows: tuple[PublishedRow, ...]
     measured: tuple[MeasuredRow, ...]
-    absent: tuple[str, ...]  # why runs of this page stand in no column
+    absent: tuple[str, ...]  # reasons why runs of this page are in no column
     against: tuple[str, ...]
     details: tuple[Detail, ...]
     charts: tuple[Chart, ...]
 
 
 def published_block(runs: Sequence[Run]) -> PublishedBlock:
-    """Put the published figures together, and beside them what ``runs`` measured at a same size.
+    """Collect the published figures, and the measurements of ``runs`` at the same sizes.
 
     Args:
-        runs: Of the page. Those of a model that the benchmark has get a row in the table; of the
-            others it is said why they have none.
+        runs: The page's runs. Runs of a model of the benchmark get a row in the table; for the
+            others the block gives the reason why they have none.
 
     Examples:
         >>> [column.size for column in published_block([]).columns]
@@ -100,7 +124,7 @@ def published_block(runs: Sequence[Run]) -> PublishedBlock:
 
 
 def _lowest(column: int) -> float:
-    """Return the lowest perplexity that is known to its last digit."""
+    """Return the lowest perplexity that is exact to its last digit."""
     values = [value for row in ROWS if (value := row.values[column])]
     return min(one.perplexity for one in values if not (one.from_plot or one.at_most))
 
@@ -118,7 +142,7 @@ def _reaches(value: Value, lowest: float) -> bool:
 
 
 def _written(value: Value) -> str:
-    r"""Write a perplexity with the digits that are known.
+    r"""Format a perplexity with the digits that are known.
 
     >>> _written(Value(30.0)), _written(Value(31.0, at_most=True))
     ('30.00', '≤\xa031.0')
@@ -129,16 +153,12 @@ def _written(value: Value) -> str:
 
 
 def _size_of(run: Run) -> Size | None:
-    """Find the column of a run: the same preset, with as many parameters."""
+    """Find the column of a run: same preset and same number of parameters."""
     for size in SIZES:
         difference = run.start.parameters / size.config.parameter_count - 1
-        if _preset(run) == size.preset and abs(difference) < _SAME_MODEL:
+        if preset_of(run) == size.preset and abs(difference) < _SAME_MODEL:
             return size
     return None
-
-
-def _preset(run: Run) -> str:
-    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
 
 
 def _corpus(run: Run) -> str:
@@ -161,31 +181,28 @@ def _measured(runs: Sequence[Run]) -> list[MeasuredRow]:
         tokens = f"{quantities.count(summary.tokens.mean)} of {quantities.count(whole)} tokens"
         rows.append(
             MeasuredRow(
-                recipe, name, _with_spread(summary.perplexity), f"{seeds}{tokens} of {corpora}"
+                recipe,
+                name,
+                summary.perplexity.with_range(digits=2),
+                f"{seeds}{tokens} of {corpora}",
             )
         )
     return rows
 
 
-def _with_spread(spread: Spread) -> str:
-    mean = f"{spread.mean:.2f}"
-    half = f"{(spread.high - spread.low) / 2:.2f}"
-    return mean if spread.count == 1 else f"{mean} ±{quantities.NO_BREAK}{half}"
-
-
 def _absences(runs: Sequence[Run]) -> list[str]:
-    """Say of each model without a column why it has none."""
+    """Give the reason for each model without a column."""
     presets = {size.preset: size for size in SIZES}
     reasons: dict[str, None] = {}
     for run in runs:
         if _size_of(run) is not None:
             continue
-        preset, parameters = _preset(run), quantities.count(run.start.parameters)
+        preset, parameters = preset_of(run), quantities.count(run.start.parameters)
         if preset in presets:
             usual = quantities.count(presets[preset].config.parameter_count)
             why = f"has {parameters} parameters, the benchmark’s {usual}: another tokenizer"
         else:
-            why = f"({parameters} parameters) is another model, on other data, by other tokens"
+            why = f"({parameters} parameters) is another model, with other data and tokens"
         reasons[f"{preset} {why}."] = None
     return list(reasons)
 
@@ -193,3 +210,87 @@ def _absences(runs: Sequence[Run]) -> list[str]:
 def _training(size: Size) -> str:
     steps = f"{size.steps // 1000}k{quantities.NO_BREAK}steps"
     return f"{steps}, {quantities.count(size.tokens)}{quantities.NO_BREAK}tokens"
+
+
+_KEEPERS = (
+    ("Adam, Stable-SPAM", State.MOMENTS),
+    ("Muon in the blocks", State.MATRIX_MOMENTUM),
+    ("SinkGD, SWAN, RACS, APOLLO-Mini", State.NONE_IN_BLOCKS),
+    ("SCALE", State.HEAD_MOMENTUM),
+    ("SGD", State.NOTHING),
+)
+
+
+def details() -> tuple[Detail, ...]:
+    """Make the small tables: memory by formula, speed, longer runs, and measured memory.
+
+    >>> [len(detail.rows) for detail in details()]
+    [5, 8, 3, 3]
+    """
+    return _memory(), _speed(), _longer(), _measured_memory()
+
+
+def _memory() -> Detail:
+    sizes = (*SIZES, LARGEST)
+    return Detail(
+        title="Memory of weights and state",
+        note="GiB, by the benchmark’s formula: two bytes per weight and per number of state. Adam "
+        "updates embedding, head and norms, except with SCALE and SGD. Vectors of the length of a "
+        "row or column are not counted (below 0.3 %). The state of GaLore, Fira and APOLLO-SVD "
+        "depends on their rank.",
+        columns=("method", *(size.name for size in sizes)),
+        rows=tuple(
+            (name, *(f"{memory_gib(size, state):.3g}" for size in sizes))
+            for name, state in _KEEPERS
+        ),
+        sources=(SINKGD, GALORE),
+    )
+
+
+def _speed() -> Detail:
+    speedups = tuple(
+        (f"steps of {one.against} per step of SinkGD, to the same loss", one.size,
+         f"{one.steps:.1f}×")
+        for one in SPEEDUPS
+    )  # fmt: skip
+    abstract = (
+        "SinkGD’s tokens to Adam’s perplexity",
+        quantities.ABSENT,
+        quantities.percent(TOKEN_FRACTION),
+    )
+    throughput = tuple(
+        (f"tokens a second, {name}", "1.3B", quantities.count(speed))
+        for name, speed in THROUGHPUT.items()
+    )
+    return Detail(
+        title="Speed",
+        note="Effective: all of Adam’s tokens, divided by the seconds that SinkGD needs to reach "
+        "Adam’s final perplexity. It already includes the saved steps. "
+        f"On {THROUGHPUT_GPUS} A100.",
+        columns=("what", "size", "published"),
+        rows=(*speedups, abstract, *throughput),
+        sources=(SINKGD,),
+    )
+
+
+def _longer() -> Detail:
+    return Detail(
+        title="1.3B against 7B",
+        note="Perplexity during a training of 150,000 steps.",
+        columns=("method", *(f"{steps // 1000}k steps" for steps in LONGER_STEPS)),
+        rows=tuple(
+            (f"{one.method}, {one.size}", *(f"{value:.2f}" for value in one.values))
+            for one in LONGER
+        ),
+        sources=(APOLLO, RACS),
+    )
+
+
+def _measured_memory() -> Detail:
+    return Detail(
+        title="Measured memory",
+        note="GB at 1.3B and a batch of 256, everything included.",
+        columns=("method", "GB"),
+        rows=tuple((name, f"{value:.2f}") for name, value in MEASURED_GB.items()),
+        sources=(GALORE,),
+    )

@@ -1,4 +1,4 @@
-"""Perplexity against memory as published, a chart a size, every point with its name beside it."""
+"""Charts of published perplexity against memory, one per model size, with labeled points."""
 
 import math
 from collections.abc import Sequence
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from sinkgd.lab.report.charts import Chart, Figure, axis, layout
+from sinkgd.lab.report.figures import Chart, Figure, axis, layout
 from sinkgd.lab.report.published import ROWS, SIZES, Row, Size, State, memory_gib
 
 _HEIGHT = 340  # CSS pixels
-_INSIDE = 262  # of them, between the axes' ends
-_LINE = 16  # of a label
+_INSIDE = 262  # CSS pixels between the ends of the axis
+_LINE = 16  # CSS pixels of a label's line
 _LABELS = {
     "adam-sinkgd": "Adam",
     "adam-galore": "Adam, cited",
     "adam-tuned": "Adam, tuned",
 }
-# The first has the baseline's gray, the last the first color; all others are context.
+# Adam has the baseline's gray, SinkGD the first color; the others are context.
 _COLORS = {"adam": "@series-0", "sinkgd": "@series-1"}
 
 Side = Literal["left", "right", "above", "below"]
@@ -38,7 +38,7 @@ class _Point:
 
 
 def memory_charts() -> tuple[Chart, ...]:
-    """Draw a chart a size, of the methods whose memory the benchmark's formula gives."""
+    """Draw one chart per size, of the methods whose memory the benchmark's formula gives."""
     return tuple(_chart(size, column) for column, size in enumerate(SIZES))
 
 
@@ -82,7 +82,7 @@ def _chart(size: Size, column: int) -> Chart:
 
 
 def _groups(size: Size, column: int) -> list[list[_Point]]:
-    """Collect the points that have the same memory, the worst first; the least memory first."""
+    """Group points by memory, smallest first; within a group, the highest perplexity is first."""
     groups: dict[State, list[_Point]] = {}
     for row in ROWS:
         if row.state is not None and row.values[column] is not None:
@@ -124,7 +124,7 @@ def _marks(points: Sequence[_Point]) -> Figure:
 
 
 def _names(groups: Sequence[Sequence[_Point]], view: tuple[float, float]) -> list[Figure]:
-    """Write every point's name to the side where its group has room."""
+    """Label every point, on the side where its group has room."""
     gaps = [math.log(after[0].memory / before[0].memory) for before, after in pairwise(groups)]
     names = []
     for place, group in enumerate(groups):
@@ -141,12 +141,12 @@ def _names(groups: Sequence[Sequence[_Point]], view: tuple[float, float]) -> lis
 
 
 def _pixels(point: _Point, view: tuple[float, float]) -> float:
-    """Return how far below the upper end of the axis a point lies."""
+    """Return the distance of a point below the upper end of the axis, in CSS pixels."""
     return _INSIDE * (view[1] - math.log10(point.perplexity)) / (view[1] - view[0])
 
 
 def spread_out(places: Sequence[float], least: float) -> list[float]:
-    """Move places that are in order apart, by as little as it takes, and clusters as one.
+    """Move sorted positions apart to a least distance, each cluster around its mean.
 
     >>> spread_out([0, 4, 100], 10)
     [-3.0, 7.0, 100.0]
@@ -172,7 +172,7 @@ def _name(point: _Point, moved: float, side: Side) -> Figure:
     upright = {"above": -18, "below": 19}.get(side, round(moved, 1))
     return {
         "text": f"<b>{point.label}</b>" if strong else point.label,
-        # On a logarithmic axis plotly takes the place of an annotation as a logarithm.
+        # On a logarithmic axis, plotly takes the position of an annotation as a logarithm.
         "x": math.log10(point.memory),
         "y": math.log10(point.perplexity),
         "ax": across,
@@ -190,7 +190,7 @@ def _name(point: _Point, moved: float, side: Side) -> Figure:
 
 
 def _apart(memories: Sequence[float]) -> list[float]:
-    """Leave out what would touch the tick on its right, on a phone.
+    """Leave out ticks that would touch the tick on their right, on a phone.
 
     >>> _apart([0.14, 0.23, 0.28, 0.33])
     [0.14, 0.23, 0.33]

@@ -1,17 +1,18 @@
-"""How a quantity is written: short, in SI units, the same in the terminal and on the page.
+"""Format quantities: short, in SI units, the same in the terminal and on the page.
 
-A number and its unit are never parted by the end of a line: the space between them does not break.
+A no-break space joins a number and its unit, so that no line ends between them.
 """
 
 import math
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
+ABSENT = "–"  # in place of a quantity that does not exist
 
 _MINUTE, _HOUR = 60, 3600
 
 
 def loss(value: float) -> str:
-    """Write nats per token.
+    """Format nats per token.
 
     >>> loss(4.12345)
     '4.123'
@@ -20,7 +21,7 @@ def loss(value: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    r"""Write a fraction of a whole: to a whole percent, to a tenth below ten.
+    r"""Format a fraction in whole percent, and in tenths of a percent below ten.
 
     >>> percent(0.8149), percent(0.0312), percent(1.0)
     ('81\xa0%', '3.1\xa0%', '100\xa0%')
@@ -30,7 +31,7 @@ def percent(fraction: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """Write how many times.
+    """Format a ratio.
 
     >>> ratio(1.2345)
     '1.23×'
@@ -39,7 +40,7 @@ def ratio(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """Write a number of tokens or steps with three digits.
+    """Format a number of tokens or steps with three digits.
 
     >>> count(412), count(1_638_400), count(13_107_200_000)
     ('412', '1.64M', '13.1B')
@@ -51,7 +52,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    r"""Write a time.
+    r"""Format a time.
 
     >>> duration(0.25), duration(84.2), duration(724)
     ('0.250\xa0s', '84.2\xa0s', '12\xa0min\xa004\xa0s')
@@ -66,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count_bytes: float) -> str:
-    r"""Write bytes in binary units.
+    r"""Format bytes in binary units.
 
     >>> size(0), size(900), size(5_242_880)
     ('0\xa0B', '900\xa0B', '5.00\xa0MiB')

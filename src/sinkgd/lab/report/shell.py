@@ -1,8 +1,8 @@
-"""The shell of every page: one self-contained HTML file that needs no network.
+"""Render a page from a template: one self-contained HTML file that needs no network.
 
-A template that extends ``shell.html`` gives the content. Every string is escaped by the template.
-Figures and plotly.js are inlined, and a content security policy forbids the page to load anything.
-`from_cdn` takes plotly.js out again: a twentieth of the size, for repositories and web sites.
+The template extends ``shell.html`` and escapes every string. Figures and plotly.js are inlined, and
+a content security policy forbids the page to load anything. `from_cdn` replaces plotly.js by its
+address, for repositories and web sites: a twentieth of the size.
 """
 
 import base64
@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
-from sinkgd.lab.report.charts import Chart
+from sinkgd.lab.report.figures import Chart
 
 _FOLDER = Path(__file__).parent
 
@@ -31,10 +31,10 @@ def render(
 
     Args:
         template: A file that extends ``shell.html``, with the blocks ``main`` and ``footer``.
-        title: Of the page, plain text.
-        charts: To draw, wherever the template puts an element with a chart's key.
-        filters: What the template may write values with, by name.
-        content: What the template shows, by name.
+        title: Title of the page, plain text.
+        charts: Charts to draw in the elements whose ids are the charts' keys.
+        filters: Functions by which the template formats values, by name.
+        content: Values that the template shows, by name.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _FOLDER]),
@@ -43,7 +43,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # A NaN would be no JSON; `tojson` escapes what could end the script element.
+    # NaN is not valid JSON; `tojson` escapes everything that could end the script element.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters.update(filters)
     return environment.get_template(template.name).render(
@@ -51,7 +51,7 @@ def render(
         charts=charts,
         figures={chart.key: chart.figure for chart in charts},
         plotly=get_plotlyjs(),
-        css=_read("page.css", "blocks.css"),
+        css=_read("page.css"),
         javascript=_read("page.js", "cost.js"),
         **content,
     )
@@ -66,13 +66,13 @@ _POLICY = "script-src 'unsafe-inline'"
 
 
 def from_cdn(page: str) -> str:
-    """Return the page with plotly.js as an address at its publisher's in the place of its text.
+    """Replace the text of plotly.js by its address at the publisher's CDN.
 
-    The browser takes the file only if its SHA-384 is that of the text, and the page's policy allows
-    this address beside the page itself and no other.
+    The browser accepts the file only if its SHA-384 is that of the text. The page's policy allows
+    this address and no other.
 
     Args:
-        page: HTML of `shell.render`.
+        page: HTML from `render`.
     """
     plotly = get_plotlyjs()
     digest = base64.b64encode(hashlib.sha384(plotly.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""The summary table, a column a recipe, a row a measure: one for the terminal and the page."""
+"""The summary table of a comparison, with one column per recipe, for the terminal and the page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,20 +9,19 @@ from rich.table import Table
 from rich.text import Text
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, Comparison
-from sinkgd.lab.report.summary import RecipeSummary, Spread
+from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, Spread
+from sinkgd.lab.report.quantities import ABSENT
 from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Memory
 
-NOTHING = "–"
-_APART = 3  # characters between columns of a terminal
+_GAP = 3  # characters between columns of a terminal
 
 Cell = Callable[[RecipeSummary, Comparison | None], str]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measure, what it means where the name does not say it, and one cell a recipe."""
+    """A measure, its meaning if the title does not give it, and one cell per recipe."""
 
     title: str
     meaning: str
@@ -30,7 +29,7 @@ class Row:
 
 
 def header(analysis: Analysis) -> tuple[str, ...]:
-    """Name the columns: the recipes, the baseline first and marked."""
+    """Return the column titles: the recipes, with the baseline first and marked."""
     return tuple(
         f"{recipe.name} (baseline)" if recipe is analysis.baseline else recipe.name
         for recipe in analysis.recipes
@@ -38,7 +37,7 @@ def header(analysis: Analysis) -> tuple[str, ...]:
 
 
 def summary_rows(analysis: Analysis) -> list[Row]:
-    """Write every measure that at least one recipe has."""
+    """Make a row for every measure that at least one recipe has."""
     comparisons = analysis.comparisons
     if unequal_speed(analysis):
         comparisons = {name: replace(c, time_fraction=None) for name, c in comparisons.items()}
@@ -50,15 +49,15 @@ def summary_rows(analysis: Analysis) -> list[Row]:
         )
         for title, meaning, cell in _MEASURES
     ]
-    return [row for row in rows if any(cell != NOTHING for cell in row.cells)]
+    return [row for row in rows if any(cell != ABSENT for cell in row.cells)]
 
 
 def summary_tables(analysis: Analysis, width: int) -> Group:
-    """Make the table for a terminal: several, one below the other, where it has too many columns.
+    """Make the table for a terminal, split into several if it has too many columns.
 
     Args:
-        analysis: The recipes. The baseline leads every table.
-        width: Of the terminal, characters.
+        analysis: The recipes; the baseline is the first column of every table.
+        width: Width of the terminal in characters.
     """
     rows = summary_rows(analysis)
     columns = [(name, *(row.cells[i] for row in rows)) for i, name in enumerate(header(analysis))]
@@ -75,7 +74,7 @@ def summary_tables(analysis: Analysis, width: int) -> Group:
 
 
 def _table(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
-    table = Table(pad_edge=False, header_style="bold", box=None, padding=(0, _APART, 0, 0))
+    table = Table(pad_edge=False, header_style="bold", box=None, padding=(0, _GAP, 0, 0))
     table.add_column("")
     for name, *_ in columns:
         # Text, not markup: a name like "[red]" stays a name.
@@ -86,26 +85,19 @@ def _table(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
 
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(max(cell_len(cell) for cell in column) for column in columns) + _APART * len(columns)
+    return sum(max(cell_len(cell) for cell in column) for column in columns) + _GAP * len(columns)
 
 
 def _memory(part: Callable[[Memory], int]) -> Cell:
-    return lambda r, _: quantities.size(part(r.memory)) if r.memory else NOTHING
+    return lambda r, _: quantities.size(part(r.memory)) if r.memory else ABSENT
 
 
 def _mean(spread: Spread | None, write: Callable[[float], str]) -> str:
-    return write(spread.mean) if spread else NOTHING
+    return write(spread.mean) if spread else ABSENT
 
 
 def _with_range(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return NOTHING
-    mean = f"{spread.mean:.{digits}f}"
-    return (
-        mean
-        if spread.count == 1
-        else f"{mean} ±{quantities.NO_BREAK}{(spread.high - spread.low) / 2:.{digits}f}"
-    )
+    return spread.with_range(digits) if spread else ABSENT
 
 
 def _needed(
@@ -113,11 +105,11 @@ def _needed(
     write: Callable[[float], str],
     fraction: Callable[[Comparison], Spread | None] = lambda _: None,
 ) -> Cell:
-    """Make the cell of what was needed to reach the baseline's loss, or "not reached"."""
+    """Return a function that formats the cost to reach the baseline's loss, or "not reached"."""
 
     def cell(_: RecipeSummary, comparison: Comparison | None) -> str:
         if comparison is None or comparison.runs == 0:
-            return NOTHING
+            return ABSENT
         needed, share = amount(comparison), fraction(comparison)
         if needed is None:
             return "not reached"

@@ -1,4 +1,4 @@
-"""What the numbers say, in words: a headline, a sentence for each recipe, and what to beware of."""
+"""The verdict of a comparison: a headline, a sentence for each recipe, and cautions."""
 
 import math
 import statistics
@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, Comparison, first_reach
-from sinkgd.lab.report.summary import RecipeSummary, state_of
+from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, first_reach, state_of
 from sinkgd.lab.results import Run
 
-_MOST_NAMES = 3  # a list longer than this is counted instead
-_ENDINGS = {"unfinished": "stands unfinished", "interrupted": "was interrupted"}
-_EARLY = 0.98  # of its tokens: a baseline that was as good before this got worse at the end
-_MACHINE = ("device", "cpu", "cores", "threads")  # of an environment, what speed follows from
-_UNSTEADY = 1.3  # times: on an idle machine the recorded demo's runs differ by 1.16
+_MOST_NAMES = 3  # longer lists are given as a number
+_ENDINGS = {"unfinished": "is unfinished", "interrupted": "was interrupted"}
+_EARLY = 0.98  # of its tokens: a baseline with its final loss before this got worse at the end
+_MACHINE = ("device", "cpu", "cores", "threads")  # parts of an environment that speed depends on
+_UNSTEADY = 1.3  # ratio of step times; on an idle machine the recorded demo's runs differ by 1.16
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The words of a page."""
+    """The conclusions of a page, in sentences."""
 
     headline: str
     sentences: dict[str, str]  # by recipe
     cautions: tuple[str, ...]
-    times_comparable: bool = True  # else a caution says that they are not
+    times_comparable: bool = True  # if not, a caution says so
 
 
 def judge(analysis: Analysis) -> Verdict:
-    """Put an analysis in words."""
+    """Return the verdict on an analysis."""
     slowed = unequal_speed(analysis)
     return Verdict(
         headline=_headline(analysis, with_times=not slowed),
@@ -64,7 +63,7 @@ def _standings(
     *,
     with_times: bool,
 ) -> str:
-    """Name who reached the target, who ended level and who did neither, in this order."""
+    """Name the recipes that reached the target, those that are level, and the others."""
     goal = f"{baseline.name}’s final loss of {quantities.loss(target)}"
     level = [one.name for one, comparison in outcomes if comparison.level]
     won = [
@@ -85,7 +84,7 @@ def _standings(
 
 
 def _reached(won: Sequence[tuple[float, str, Comparison]], goal: str, *, with_times: bool) -> str:
-    """Name the winners with the fraction of the baseline's tokens, and time, that each took."""
+    """Name the winners with the fraction of the baseline's tokens and time that each took."""
     percents = _list([quantities.percent(fraction) for fraction, _, _ in won])
     clause = f"{_list([_called(name) for _, name, _ in won])} reached {goal} with {percents} of "
     clause += "its tokens"
@@ -183,9 +182,9 @@ def _unequal_conditions(analysis: Analysis) -> list[str]:
 
 
 def unequal_speed(analysis: Analysis) -> list[str]:
-    """Say that times cannot be compared, at most once; nothing where they can.
+    """Return a caution if times cannot be compared, else nothing.
 
-    What every recipe computes alike, forward and backward, should take all runs equally long.
+    Forward and backward are the same for all recipes, so they should take equally long in all runs.
     """
     finished = [run for run in analysis.runs if run.finished and run.steps]
     if len({(run.start.parameters, run.start.tokens_per_step) for run in finished}) > 1:
@@ -206,7 +205,7 @@ def unequal_speed(analysis: Analysis) -> list[str]:
 
 
 def _changes_of_machine(runs: Sequence[Run]) -> list[str]:
-    """Name what speed follows from and runs differ in, from the start or since one went on."""
+    """Name the differences of the machines, between runs and between a run's start and resume."""
     found = []
     for name in _MACHINE:
         begun = dict.fromkeys(str(run.start.environment.get(name)) for run in runs)
@@ -236,7 +235,7 @@ def _unfinished(runs: Sequence[Run]) -> list[str]:
 
 
 def _called(name: str) -> str:
-    """Name a recipe in the headline; the paper's SinkGD is told apart from the default one."""
+    """Name a recipe in the headline; the paper's SinkGD is marked as not the default."""
     return f"{name} (without deflation)" if name == "sinkgd-paper" else name
 
 

@@ -26,7 +26,7 @@ from sinkgd.deflation import (
 )
 from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
-from sinkgd.kernels.products import nothing_to_take
+from sinkgd.kernels.eager import nothing_to_take
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
 from sinkgd.optim.algorithms.across import over_columns, over_rows

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sinkgd import kernels
 from sinkgd.exchange import Steps, computation
-from sinkgd.kernels.level import scales_of
-from sinkgd.kernels.two_halves import take_steps
+from sinkgd.kernels.backend import take_steps
+from sinkgd.kernels.equilibrate import scales_of
 from sinkgd.norms import ColumnNorm, FrobeniusNorm, Norm, RowNorm, SignNorm
 from sinkgd.optim.algorithms.across import over_columns, over_rows
 from sinkgd.optim.algorithms.contract import Context, Group, Slot, are_finite, decay, descent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sinkgd import kernels
 from sinkgd.exchange import Computation, Steps, computation, immediate
-from sinkgd.kernels.two_halves import by_owner, finite_of, take_steps
+from sinkgd.kernels.backend import by_owner, finite_of, take_steps
 from sinkgd.optim.algorithms.contract import (
     Context,
     Group,

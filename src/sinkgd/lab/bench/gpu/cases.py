@@ -27,7 +27,7 @@ MODELS = (*LLAMAS, *_MIXTURES)
 
 RANK = 15  # directions that the recommended recipe lowers
 
-# The options of SinkGD, and how gradients lie in memory: what steps are compiled for.
+# The kinds of steps: options of `recorded.take_step`.
 STEPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "deflated": {"deflated_rank": RANK},
@@ -84,7 +84,7 @@ def matrices_of(model: str) -> tuple[Shape, ...]:
 
 
 def distinct(model: str) -> tuple[Shape, ...]:
-    """Return each shape of a model once; of experts two, as all of them lie alike."""
+    """Return each shape of a model once, with two experts where there are more."""
     shapes = Counter(matrices_of(model))
     return tuple((2, *shape[1:]) if len(shape) > 2 else shape for shape in shapes)
 
@@ -104,7 +104,7 @@ def output_of(module: str, function: str, *, interprets: bool) -> str:
     """Call a function without arguments in a new process, and return what it wrote.
 
     Raises:
-        RuntimeError: If the process fails; the message has what it wrote to standard error.
+        RuntimeError: If the process fails; the message is its standard error.
     """
     done = subprocess.run(
         [sys.executable, "-c", f"from {module} import {function}; {function}()"],

@@ -55,7 +55,7 @@ class HostTime(NamedTuple):
 
 
 class FakeGpu:
-    """A GPU that is not there: what the driver would do is counted."""
+    """A fake GPU that counts what the driver would do."""
 
     def __init__(self) -> None:
         self.backend = TritonBackend()

@@ -4,7 +4,7 @@
 decided when triton is imported. It writes a line of JSON.
 
 Loads by kernels are counted by address, entry by entry. Readings by torch are counted by the
-tensors that its calls are given; float32 copies of gradients are watched like gradients.
+arguments of its calls. Float32 copies of gradients are watched like gradients.
 """
 
 import json
@@ -35,13 +35,13 @@ SHAPES: tuple[Shape, ...] = ((96, 128), (24, 688), (688, 24), (20, 5461))
 
 @dataclass(frozen=True)
 class Interpreted:
-    """Figures of the interpreter."""
+    """What is counted in the interpreter."""
 
     readings: float  # of each entry of a gradient in a plain step
-    deflated_readings: float  # the same in a deflated step, of its copies too
+    deflated_readings: float  # the same in a deflated step, readings of copies included
     deflated_copies: float  # float32 copies of each gradient that a deflated step makes
     relative_error: float  # of r·c against float64, float32 gradients
-    deflated_error: float  # of a deflated update against float64, of its root mean square
+    deflated_error: float  # of a deflated update against float64, by its root mean square
 
 
 def interpreted() -> Interpreted:
@@ -71,13 +71,13 @@ def count() -> Interpreted:
 
 
 def main() -> None:
-    """Count, and write a line."""
-    warnings.simplefilter("ignore")  # the interpreter's numbers are numpy's, which warns of NaN
+    """Count, and write the result."""
+    warnings.simplefilter("ignore")  # the interpreter computes with numpy, which warns about NaN
     sys.stdout.write(json.dumps(asdict(count())) + "\n")
 
 
 def readings_of_step(rank: int, shapes: tuple[Shape, ...] = SHAPES) -> "Readings":
-    """Count what a step on bfloat16 reads of its gradients; deflated by a ``rank`` above 0."""
+    """Count the readings of bfloat16 gradients in a step, deflated if ``rank`` is above 0."""
     params = _params(shapes, torch.bfloat16)
     optimizer = SinkGD(params, lr=1e-3, deflated_rank=rank)
     with with_triton():
@@ -98,9 +98,9 @@ def largest_error(shapes: tuple[Shape, ...] = SHAPES) -> float:
 
 
 def largest_deflated_error(shapes: tuple[Shape, ...] = SHAPES) -> float:
-    """Return the largest error of a deflated update, as a part of the update's root mean square.
+    """Return the largest error of a deflated update, divided by the update's root mean square.
 
-    The step on float64, which is the definition, is the reference.
+    The reference is the same step on float64.
     """
     updates = []
     for dtype in (torch.float32, torch.float64):
@@ -135,13 +135,13 @@ def grad_of(param: Tensor) -> Tensor:
     return param.grad
 
 
-# Calls that are given a tensor for its shape alone.
-_SHAPES = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
+# Calls that read a tensor's shape alone.
+_SHAPE_CALLS = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
 
 
 @dataclass
 class Readings:
-    """What was read of gradients and of their copies, and what was copied: entries."""
+    """How many entries of gradients and of their copies were read, and how many were copied."""
 
     gradients: int  # entries of all of them
     by_kernels: int = 0
@@ -150,11 +150,11 @@ class Readings:
     _ranges: list[tuple[int, int]] = field(default_factory=list)
 
     def watch(self, x: Tensor) -> None:
-        """Count what is read of a tensor from now on."""
+        """Count the readings of a tensor from now on."""
         self._ranges.append((x.data_ptr(), x.data_ptr() + x.nbytes))
 
     def is_watched(self, x: Tensor) -> bool:
-        """Whether a tensor lies in one that is watched."""
+        """Whether a tensor's memory is watched."""
         return any(begin <= x.data_ptr() < end for begin, end in self._ranges)
 
     def load(self, pointers: np.ndarray, mask: np.ndarray) -> None:
@@ -164,18 +164,18 @@ class Readings:
 
     @property
     def an_entry(self) -> float:
-        """Readings of each entry of a gradient, on an average."""
+        """Readings of each entry of a gradient, on average."""
         return (self.by_kernels + self.by_torch) / self.gradients
 
     @property
     def copies(self) -> float:
-        """Float32 copies of each gradient, on an average."""
+        """Float32 copies of each gradient, on average."""
         return self.copied / self.gradients
 
 
 @contextmanager
 def readings(grads: Sequence[Tensor]) -> Iterator[Readings]:
-    """Count what is read of gradients, by kernels in triton's interpreter and by torch."""
+    """Count readings of gradients, by kernels in triton's interpreter and by torch."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     found = Readings(sum(grad.numel() for grad in grads))
@@ -188,17 +188,17 @@ def readings(grads: Sequence[Tensor]) -> Iterator[Readings]:
         return masked(pointers, mask, *others)
 
     sides = {_sides(grad) for grad in grads}
-    with patch.object(builder, "create_masked_load", load), _OfTorch(found, sides):
+    with patch.object(builder, "create_masked_load", load), _TorchReadings(found, sides):
         yield found
 
 
-class _OfTorch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _TorchReadings(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts readings by torch, and copies: new float32 matrices with a gradient's sides."""
 
     def __init__(self, found: Readings, sides: set[tuple[int, ...]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found, self.sides = found, sides
-        self.kept: list[Tensor] = []  # so that no other tensor comes to lie where a copy was
+        self.kept: list[Tensor] = []  # so that no other tensor takes a copy's memory
 
     def __torch_dispatch__(
         self,
@@ -209,7 +209,7 @@ class _OfTorch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         given = kwargs or {}
         result = func(*args, **given)
-        if not _is_view(func) and not any(name in str(func) for name in _SHAPES):
+        if not _is_view(func) and not any(name in str(func) for name in _SHAPE_CALLS):
             read = _tensors([*args, *(x for name, x in given.items() if name != "out")])
             self.found.by_torch += sum(x.numel() for x in read if self.found.is_watched(x))
         for x in _tensors(result):

@@ -203,7 +203,7 @@ def _ones(shape: Sequence[int]) -> nn.Parameter:
     return nn.Parameter(torch.ones(shape, dtype=torch.float32, device="cpu"))
 
 
-# AdamW's own: for the step counts, the update, and what holds back a step of the counts.
+# AdamW's own calls: for the step counts, for the update, and to undo a step count.
 ADAMW = {"aten._foreach_add_.Scalar", "aten._fused_adamw_.default", "aten._foreach_sub_.List"}
 
 

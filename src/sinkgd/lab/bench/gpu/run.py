@@ -1,4 +1,4 @@
-"""The whole of `sinkgd bench gpu`: the targets of a step on a GPU, and what is counted for each."""
+"""`sinkgd bench gpu`: the targets of a step on a GPU, and the figures that are counted for each."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +25,9 @@ from sinkgd.lab.report.console import Progress
 INTERPRETER, HOST, SCHEDULE, CODE = "interpreter", "host", "schedule", "code"
 # The parts, and about how many seconds each takes; kernels of one target.
 PARTS = {INTERPRETER: 25.0, HOST: 5.0, SCHEDULE: 2.0, CODE: 30.0}
-_VARIANTS = 30  # about as many as a target has
+_VARIANTS = 30  # of a target, about
 
-NUMBERED = "sm_90"  # whose instructions are counted
+COUNTED = "sm_90"  # the target whose instructions are counted
 
 # The target of each figure: the most that it may be. Figures without an entry have none.
 LIMITS: dict[str, float] = {
@@ -56,8 +56,8 @@ class Plan:
 
     parts: tuple[str, ...]  # names in PARTS
     targets: tuple[str, ...]  # names in cases.TARGETS
-    models: tuple[str, ...]  # whose variants are compiled
-    command: str  # repeats it
+    models: tuple[str, ...]  # names in cases.MODELS, whose variants are compiled
+    command: str  # that repeats this run
 
 
 def bench_gpu(plan: Plan) -> GpuRecord:
@@ -72,16 +72,16 @@ def bench_gpu(plan: Plan) -> GpuRecord:
     variants: list[Variant] = []
     if INTERPRETER in plan.parts:
         progress.stage("triton's interpreter", weights[INTERPRETER])
-        figures += of_interpreter(interpreted())
+        figures += interpreter_figures(interpreted())
     if HOST in plan.parts:
         progress.stage("the host's work", weights[HOST])
-        figures += [*of_host(), *of_host_time()]
+        figures += [*host_figures(), *host_time_figures()]
     if SCHEDULE in plan.parts:
         progress.stage("the schedule", weights[SCHEDULE])
-        figures += of_schedule()
+        figures += schedule_figures()
     if CODE in plan.parts:
         variants = _compiled(plan, progress, weights[CODE])
-        figures += of_code(variants, plan.targets)
+        figures += code_figures(variants, plan.targets)
     progress.end()
     return GpuRecord(
         command=plan.command,
@@ -94,13 +94,13 @@ def bench_gpu(plan: Plan) -> GpuRecord:
 
 
 def _compiled(plan: Plan, progress: Progress, weight: float) -> list[Variant]:
-    """Compile for two targets at a time, a process each."""
-    told = progress.stage("compiling", weight)
+    """Compile for two targets at a time, each in a process of its own."""
+    show_part = progress.stage("compiling", weight)
     done: list[str] = []
 
     def show(name: str) -> None:
         done.append(name)
-        told(min(1.0, len(done) / (_VARIANTS * len(plan.targets))))
+        show_part(min(1.0, len(done) / (_VARIANTS * len(plan.targets))))
 
     def compile_for(target: str) -> list[Variant]:
         return compiled(target, plan.models, USUAL, show)
@@ -110,8 +110,8 @@ def _compiled(plan: Plan, progress: Progress, weight: float) -> list[Variant]:
     return [variant for own in found for variant in own]
 
 
-def of_interpreter(found: Interpreted) -> list[Figure]:
-    """Return what was counted while kernels were interpreted."""
+def interpreter_figures(found: Interpreted) -> list[Figure]:
+    """Return the figures that were counted while kernels were interpreted."""
     how = "loads by kernels in the interpreter, and tensors that torch reads, copies of G included"
     of = "readings of G an entry and step"
     return [
@@ -133,8 +133,8 @@ def of_interpreter(found: Interpreted) -> list[Figure]:
     ]
 
 
-def of_host() -> list[Figure]:
-    """Count what the host does in a step."""
+def host_figures() -> list[Figure]:
+    """Count the work of the host in a step."""
     how = "calls of torch's dispatcher, launches replaced by nothing"
     whole = "the same, of all parameters; AdamW's own calls apart"
     more, model = "torch calls for each further matrix", "torch calls of a hybrid step, llama-1b"
@@ -148,7 +148,7 @@ def of_host() -> list[Figure]:
     ]
 
 
-def of_host_time() -> list[Figure]:
+def host_time_figures() -> list[Figure]:
     """Measure the host's time for a step, in a process of its own.
 
     Raises:
@@ -163,8 +163,8 @@ def of_host_time() -> list[Figure]:
     ]
 
 
-def of_schedule() -> list[Figure]:
-    """Count what follows from the schedule of a step on an H100, bfloat16."""
+def schedule_figures() -> list[Figure]:
+    """Return the figures that follow from the schedule of a step on an H100, in bfloat16."""
     bucket = "partial sums and scales by the gradients' bytes, the worst bucket more than half full"
     whole = "all that a step allocates, by the gradients' bytes"
     moved = "buckets of up to half of an H100's L2 cache come from memory once"
@@ -187,9 +187,9 @@ def of_schedule() -> list[Figure]:
     ]
 
 
-def of_code(variants: Sequence[Variant], targets: Sequence[str]) -> list[Figure]:
-    """Return what the compiled kernels say."""
-    ours = [variant for variant in variants if variant.target == NUMBERED]
+def code_figures(variants: Sequence[Variant], targets: Sequence[str]) -> list[Figure]:
+    """Return the figures of the compiled kernels."""
+    ours = [variant for variant in variants if variant.target == COUNTED]
     is_there = any("llama-1b" in use for variant in ours for use in variant.uses)
     figures = [
         _figure(
@@ -210,7 +210,7 @@ def of_code(variants: Sequence[Variant], targets: Sequence[str]) -> list[Figure]
 
 
 def missed(variants: Iterable[Variant]) -> list[Missed]:
-    """Name the variants that spill or load by less than 16 bytes."""
+    """Return the variants that spill or have loads below 16 bytes."""
     found = []
     for one in variants:
         why = [f"{one.spilled} spills"] if one.spilled else []

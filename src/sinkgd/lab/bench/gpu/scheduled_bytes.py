@@ -21,9 +21,9 @@ _FLOAT = 4  # bytes of a scale, of a partial sum, of a counter
 
 
 class Scratch(NamedTuple):
-    """Bytes of scratch as parts of the gradients' bytes."""
+    """Bytes of scratch, divided by the gradients' bytes."""
 
-    of_bucket: float  # partial sums and scales of the worst bucket that is more than half full
+    of_bucket: float  # partial sums and scales; the worst bucket that is more than half full
     of_model: float  # everything that a step allocates
 
 
@@ -39,7 +39,7 @@ def schedule_of_model(model: str, dtype: torch.dtype = torch.bfloat16) -> Schedu
 
 
 def bytes_of_step(model: str, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Return the bytes that a plain step moves, as a multiple of what fused AdamW's moves."""
+    """Return the bytes that a plain step moves, as a multiple of those of fused AdamW."""
     size = dtype.itemsize * sum(map(prod, matrices_of(model)))
     found = schedule_of_model(model, dtype)
     moved = sum(_moved(bucket, found, dtype.itemsize) for bucket in found.buckets)
@@ -48,14 +48,14 @@ def bytes_of_step(model: str, dtype: torch.dtype = torch.bfloat16) -> float:
 
 def _moved(bucket: Bucket, whole: Schedule, itemsize: int) -> int:
     size = sum(matrix.P * matrix.Q for matrix in matrices_in(bucket, whole)) * itemsize
-    missed = max(0, size - CACHE_BYTES)  # of a reading that follows another
+    missed = max(0, size - CACHE_BYTES)  # bytes that a reading after another does not find
     readings = ITERATIONS[0] + 1
     again = size if bucket.waits else missed  # the update comes after all other buckets
     return size + (readings - 2) * missed + again + 2 * size
 
 
 def scratch_of_model(model: str, dtype: torch.dtype = torch.bfloat16) -> Scratch:
-    """Return what a plain step needs beside gradients and parameters."""
+    """Return the memory that a plain step allocates, besides gradients and parameters."""
     found = schedule_of_model(model, dtype)
     shares = []
     total = 0

@@ -15,7 +15,7 @@ class Figure:
     name: str
     value: float
     target: float | None  # the most that it may be
-    how: str  # it was counted
+    how: str  # how it was counted
 
     @property
     def met(self) -> bool | None:
@@ -25,11 +25,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Missed:
-    """A variant that a target forbids."""
+    """A variant that misses a target."""
 
     variant: str
     target: str  # the GPU
-    steps: tuple[str, ...]  # those that use it
+    steps: tuple[str, ...]  # which use it
     why: str
 
 
@@ -48,8 +48,8 @@ class GpuRecord:
 _NOTHING = "–"
 
 
-def figure_sheet(record: GpuRecord) -> TextTable:
-    """Make the table of targets."""
+def figure_table(record: GpuRecord) -> TextTable:
+    """Return the table of targets."""
     return TextTable(
         title="A step on a GPU, counted without one",
         note=f"Nothing here is a time on a GPU. L = 5, bfloat16, triton {record.triton}; gpu.json "
@@ -62,8 +62,8 @@ def figure_sheet(record: GpuRecord) -> TextTable:
     )
 
 
-def missed_sheet(record: GpuRecord) -> TextTable:
-    """Make the table of kernels that miss a target, with how many variants each has."""
+def missed_table(record: GpuRecord) -> TextTable:
+    """Return the table of kernels that miss a target, with the number of their variants."""
     counts = Counter((one.target, _short(one.variant), one.why) for one in record.missed)
     return TextTable(
         title="Kernels that miss a target",

@@ -23,15 +23,15 @@ from sinkgd.lab.disk import parse_json
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as one target has it; counts of instructions are those of a thread."""
+    """A kernel as compiled for one target; instructions are counted for one thread."""
 
     target: str
     kernel: str
-    constants: str  # that it was compiled for
+    constants: str  # which it was compiled for
     uses: tuple[str, ...]  # the steps that launch it, "step model shape", once for each launch
     threads: int
     entries: float  # of a panel, a thread
-    columns: int  # of the panel, those beyond the matrix included
+    columns: int  # of the panel, including those beyond the matrix
     bytes: int  # of an entry of the gradient
     shared: int  # bytes of shared memory
     registers: int
@@ -43,25 +43,25 @@ class Variant:
 
     @property
     def loop(self) -> int:
-        """Instructions of the loop over panels: it comes first; shorter ones divide."""
+        """Instructions of the loop over panels: the first loop that is not one of a division."""
         return next((loop for loop in self.loops if loop > 3 * self.entries), 0)
 
     @property
     def is_wide(self) -> bool:
-        """Whether a thread's part of a panel is loaded by 16 bytes, and not entry by entry."""
+        """Whether a thread loads its part of a panel by 16 bytes, and not entry by entry."""
         is_single = self.bytes == 2 and self.loads2 >= self.entries / 2
         return not is_single and self.loads16 >= self.entries * self.bytes / 16
 
     @property
     def name(self) -> str:
-        """The kernel and what tells it apart."""
+        """The kernel and its constants."""
         return f"{self.kernel} {self.constants}"
 
 
 def instructions_an_entry(
     variants: Iterable[Variant], step: str, model: str, shape: Shape
 ) -> float:
-    """Return the instructions that are issued an entry of a matrix in a step, loops alone."""
+    """Return how many instructions of loops are issued for each entry of a matrix in a step."""
     use = " ".join((step, model, "×".join(map(str, shape))))
     return sum(
         variant.uses.count(use) * variant.loop * variant.columns / variant.entries / shape[-1]
@@ -75,13 +75,13 @@ def compiled(
     steps: Sequence[str] = ("plain",),
     show: Callable[[str], None] = lambda _: None,
 ) -> list[Variant]:
-    """Compile what steps of models launch, in a process of its own.
+    """Compile the kernels that steps of models launch, in a process of its own.
 
     Args:
         target: A name in `cases.TARGETS`.
         models: Names in `cases.MODELS`.
         steps: Names in `cases.STEPS`.
-        show: Told the name of each variant when it is compiled.
+        show: Called with the name of each variant when it is compiled.
 
     Raises:
         RuntimeError: If a kernel cannot be compiled.
@@ -98,7 +98,7 @@ def compiled(
     assert process.stdout is not None
     found = []
     for line in process.stdout:
-        found.append(variant_of(line))
+        found.append(_variant_of(line))
         show(found[-1].name)
     _, errors = process.communicate()
     if process.returncode != 0:
@@ -106,7 +106,7 @@ def compiled(
     return found
 
 
-def variant_of(line: str) -> Variant:
+def _variant_of(line: str) -> Variant:
     """Read a line of the compiling process."""
     fields: dict[str, Any] = parse_json(line)
     return Variant(**{**fields, "uses": tuple(fields["uses"]), "loops": tuple(fields["loops"])})
@@ -126,7 +126,7 @@ def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Itera
     builds: dict[int, tuple[Any, Any]] = {}
     for use, launch in _launches(name, models, steps):
         built = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.constants)
-        builds[id(built)] = built, launch  # the same object again where it was compiled before
+        builds[id(built)] = built, launch  # a variant that was compiled before is the same object
         uses.setdefault(id(built), []).append(use)
     for key, (built, launch) in builds.items():
         constants = launch.constants
@@ -167,7 +167,7 @@ def _launches(name: str, models: Sequence[str], steps: Sequence[str]) -> Iterato
 
 
 def main(target: str, models: str, steps: str) -> None:
-    """Compile, and write a line a variant."""
+    """Compile, and write a line for each variant."""
     for variant in compile_all(target, models.split(","), steps.split(",")):
         sys.stdout.write(json.dumps(asdict(variant)) + "\n")
         sys.stdout.flush()
@@ -183,7 +183,7 @@ _AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_si
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Facts on one kernel."""
+    """What the compiled code of one kernel says."""
 
     registers: int  # of a thread
     spilled: int  # instructions that use local memory; on AMD registers, and bytes of scratch
@@ -196,11 +196,11 @@ class MachineCode:
 def machine_code(compiled: Any) -> MachineCode:
     """Read what `triton.compile` returned."""
     if "cubin" in compiled.asm:
-        return of_sass(_disassembled(compiled.asm["cubin"]))
+        return _of_sass(disassembled(compiled.asm["cubin"]))
     return _of_amdgcn(compiled.asm["amdgcn"])
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
     """Return the instructions of a CUDA binary as text."""
     import triton
 
@@ -212,11 +212,11 @@ def _disassembled(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def of_sass(text: str) -> MachineCode:
+def _of_sass(text: str) -> MachineCode:
     """Read NVIDIA's instructions.
 
     Examples:
-        >>> code = of_sass('''
+        >>> code = _of_sass('''
         ... .L_x_0:
         ...         /*0010*/    @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
         ...         /*0018*/    LDG.E.U16.CONSTANT R9, desc[UR4][R2.64] ;
@@ -255,7 +255,7 @@ def of_sass(text: str) -> MachineCode:
 
 
 def _of_amdgcn(text: str) -> MachineCode:
-    """Read AMD's assembly and the numbers that its compiler wrote below it."""
+    """Read AMD's assembly, and the numbers that its compiler adds to it."""
     registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
     assert registers is not None
     spills = (re.search(rf"\.{name}:\s*(\d+)", text) for name in _AMD_SPILLS)

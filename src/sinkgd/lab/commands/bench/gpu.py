@@ -54,7 +54,7 @@ class Gpu:
 
         from sinkgd.lab.bench.gpu import PARTS, Plan, bench_gpu
         from sinkgd.lab.bench.gpu.cases import MODELS, TARGETS
-        from sinkgd.lab.bench.gpu.tables import figure_sheet, missed_sheet
+        from sinkgd.lab.bench.gpu.tables import figure_table, missed_table
         from sinkgd.lab.disk import claim_folder
         from sinkgd.lab.report.console import terminal_table
 
@@ -68,9 +68,9 @@ class Gpu:
             claim_folder(self.out)
         record = bench_gpu(plan)
         console = Console()
-        for sheet in (figure_sheet(record), missed_sheet(record)):
-            if sheet.rows:
-                console.print(terminal_table(sheet), "\n")
+        for table in (figure_table(record), missed_table(record)):
+            if table.rows:
+                console.print(terminal_table(table), "\n")
         if self.out is not None:
             path = self.out / "gpu.json"
             write_record(path, record)

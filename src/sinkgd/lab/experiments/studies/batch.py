@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from sinkgd.lab.experiments.arms import NOTHING, Arm, Grid
+from sinkgd.lab.experiments.arms import EMPTY, Arm, Grid
 from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Axis, Setting, Study
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
@@ -112,7 +112,7 @@ def _setting(
     shared: SharedConfig,
     sizes: tuple[int, ...],
     grids: dict[str, Grid],
-    models: Mapping[str, SharedConfig] = NOTHING,
+    models: Mapping[str, SharedConfig] = EMPTY,
 ) -> Setting:
     arms = tuple(arm for size in sizes for arm in arms_at(size, shared, grids))
     return Setting(

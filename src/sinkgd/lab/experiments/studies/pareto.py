@@ -21,8 +21,7 @@ from sinkgd.lab.experiments.study import Setting, Study
 from sinkgd.lab.experiments.study_charts import state_chart
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict, cautions, ranked, unfinished
-from sinkgd.lab.report.charts import Chart
-from sinkgd.lab.report.identity import Identities
+from sinkgd.lab.report.figures import Chart, Identities
 from sinkgd.lab.report.quantities import size
 
 L = "optimizer.sinkhorn_iterations"

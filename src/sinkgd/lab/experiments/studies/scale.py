@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkgd.lab.disk import parse_json
-from sinkgd.lab.experiments.study_record import STUDY_FILE
+from sinkgd.lab.experiments.study_record import STUDY_FILE, without_kind
 from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.plan import (
     Grid,
@@ -220,7 +220,7 @@ def read_fits(path: Path) -> tuple[str, list[Fit]]:
         asked, *lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
         naming = asked.get("naming", 1)
         command = command_now(asked["command"], naming)
-        return command, [_fit_now(_without_kind(line), naming) for line in lines]
+        return command, [_fit_now(without_kind(line), naming) for line in lines]
     except FileNotFoundError:
         raise ResultsError(f"no study at {path}; `sinkgd experiment {NAME}` makes one") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -232,7 +232,3 @@ def _fit_now(fields: dict[str, Any], naming: int) -> Fit:
     method = recipe_now(fields["method"], naming)
     renamed = {} if method == fields["method"] else {"title": find_method(method).title}
     return Fit(**{**fields, "method": method, **renamed})
-
-
-def _without_kind(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key != "kind"}

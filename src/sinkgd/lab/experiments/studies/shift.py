@@ -31,8 +31,7 @@ from sinkgd.lab.experiments.study_verdict import (
     unfinished,
 )
 from sinkgd.lab.report import Spread, first_reach
-from sinkgd.lab.report.charts import Chart
-from sinkgd.lab.report.identity import Identities
+from sinkgd.lab.report.figures import Chart, Identities
 from sinkgd.lab.report.quantities import count
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig

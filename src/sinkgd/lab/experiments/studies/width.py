@@ -19,8 +19,7 @@ from sinkgd.lab.experiments.study import Axis, Setting, Study
 from sinkgd.lab.experiments.study_charts import rate_chart
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
-from sinkgd.lab.report.charts import Chart
-from sinkgd.lab.report.identity import Identities
+from sinkgd.lab.report.figures import Chart, Identities
 
 RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "sinkgd"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}

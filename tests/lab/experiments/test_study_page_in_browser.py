@@ -3,7 +3,7 @@
 import pytest
 
 from lab.bench.test_page_in_browser import CUT_OFF, CUT_TABLES, MARKS
-from lab.experiments.made_up import made_up_record
+from lab.experiments.synthetic_study import made_up_record
 from sinkgd.lab.disk import write_whole
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.study_page import study_page

@@ -1,9 +1,8 @@
-"""Backends inside a graph of ``torch.compile``: the same contract, by operators that torch knows.
+"""Backends under ``torch.compile``: custom operators that run the backend of the same name.
 
-A compiler cannot look into the loops of a backend. It sees two operators instead,
-``torch.ops.sinkgd.scales`` and ``torch.ops.sinkgd.update_``, with the shapes of what they return;
-which backend runs is chosen when they are called. Learning rates are tensors to it, so that a new
-one needs no new graph.
+A compiler cannot look into a backend's loops. It sees the operators ``torch.ops.sinkgd.scales`` and
+``torch.ops.sinkgd.update_``, with the shapes of their results. The backend is chosen when they run.
+Learning rates are tensors in the graph, so that a new rate needs no new graph.
 """
 
 from collections.abc import Sequence
@@ -11,42 +10,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import StoredProducts
 from sinkgd.kernels import registry
-from sinkgd.kernels.backend import Backend, Lowered, Scales, Stack
-from sinkgd.kernels.eager import EagerBackend
-from sinkgd.kernels.products import eager_products, nothing_to_take
-from sinkgd.kernels.sums import EagerSums
-from sinkgd.kernels.two_halves import TwoHalves
+from sinkgd.kernels.backend import Backend, Lowered, Scales
+from sinkgd.kernels.eager import EagerBackend, nothing_to_take
 from sinkgd.precision import in_full_precision
 
 
 def select(name: str, device: torch.device) -> Backend:
     """Return the backend called ``name`` for ``device``, as `registry.select` does.
 
-    While a graph is captured it is one that puts the operators into the graph.
+    While a graph is captured, return a backend that puts the operators into the graph.
     """
     if torch.compiler.is_compiling():
         return CompiledBackend(name)
     return registry.select(name, device)
 
 
-class CompiledBackend(TwoHalves):
-    """The operators, which run the backend called ``name``."""
-
-    package = "torch"
-    install = "pip install sinkgd"
+class CompiledBackend(EagerBackend):
+    """The operators, which run the backend called ``name``. The compiler sees all other methods."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def missing(self) -> str | None:
-        """It is asked when the operators run."""
-        return None
-
-    def supports(self, device: torch.device) -> bool:  # noqa: ARG002 - part of the contract
-        """It is asked when the operators run."""
-        return True
 
     def scales(
         self,
@@ -60,18 +44,6 @@ class CompiledBackend(TwoHalves):
         begin = [None] * len(grads) if starts is None else list(starts)
         found = scales(list(grads), num_iters, self.name, tol, begin)
         return [Scales(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
-
-    def sums(self, grads: Sequence[Tensor]) -> EagerSums:
-        """Return the sums of the squares of gradients, in plain torch."""
-        return EagerSums(grads)
-
-    def products(self, stacks: Sequence[Stack]) -> StoredProducts:
-        """Return the products of updates; the compiler can look into these."""
-        return eager_products(stacks)
-
-    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return ``(len(tensors),)`` bool; the compiler can look into this one."""
-        return EagerBackend().are_finite(tensors)
 
     def update_(
         self,
@@ -100,7 +72,7 @@ class CompiledBackend(TwoHalves):
 
 
 def _as_tensor(value: float | Tensor) -> Tensor:
-    # A product stays symbolic where the number may change; torch.tensor() would fix it.
+    # A product stays symbolic if the number may change. torch.tensor() would make it a constant.
     return (
         value
         if isinstance(value, Tensor)
@@ -109,7 +81,7 @@ def _as_tensor(value: float | Tensor) -> Tensor:
 
 
 def _as_number(value: Tensor) -> float | Tensor:
-    return float(value) if value.device.type == "cpu" else value  # a device is not waited for
+    return float(value) if value.device.type == "cpu" else value  # do not wait for a device
 
 
 @torch.library.custom_op("sinkgd::scales", mutates_args=())
@@ -120,7 +92,7 @@ def scales(
     tol: float | None,
     starts: list[Tensor | None],
 ) -> list[Tensor]:
-    """Return row and column scales of each gradient, in turns."""
+    """Return the row and column scales of each gradient, alternating."""
     chosen = registry.select(backend, grads[0].device)
     run = in_full_precision(chosen.scales)
     found = run(grads, num_iters, tol=tol, starts=starts)
@@ -155,10 +127,7 @@ def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
     allowed: list[Tensor],
     keys: list[Tensor],
 ) -> None:
-    """Update each parameter from its gradient and scales.
-
-    Empty lists stand for no flags and no keys.
-    """
+    """Update each parameter from its gradient and scales. Empty lists: no flags, no keys."""
     chosen = registry.select(backend, params[0].device)
     pairs = [Scales(*pair) for pair in zip(rows, cols, strict=True)]
     in_full_precision(chosen.update_)(
@@ -184,4 +153,4 @@ def _(  # noqa: PLR0913, PLR0917
     allowed: list[Tensor],
     keys: list[Tensor],
 ) -> None:
-    """Nothing comes back."""
+    """Return nothing."""

@@ -1,4 +1,4 @@
-"""One step of an ablation with values of its own: `sinkgd experiment lens --step S2 …`."""
+"""One arm of a study with its own options: `sinkgd experiment lens --step S2 …`."""
 
 import pytest
 

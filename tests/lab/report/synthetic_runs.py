@@ -1,4 +1,4 @@
-"""Runs that nobody trained: written through ResultsWriter, read back as the page reads them."""
+"""Runs made up for tests: written by ResultsWriter and read back as the page reads them."""
 
 import math
 import random

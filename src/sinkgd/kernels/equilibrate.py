@@ -1,4 +1,7 @@
-"""Powers of two that bring every row and column of a matrix to one size, and change no rounding."""
+"""Scale the rows and columns of a matrix by powers of two, which changes no rounding.
+
+Afterwards the largest entry of each row and column is in [1, 2), as LAPACK's ``geequb`` does it.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,67 +11,67 @@ from torch import Tensor
 
 from sinkgd.kernels.backend import Scales
 
-# Above the factor by which deflation stretches an update, which goes into the scales.
+# More than the factor by which deflation stretches an update. The factor goes into the scales.
 _STRETCH = 2.0**10
 
 
-class Level(NamedTuple):
+class Equilibration(NamedTuple):
     """Powers of two by which a matrix ``(..., m, n)`` is divided."""
 
     row: Tensor  # (..., m, 1)
-    lifted_col: Tensor  # (..., 1, n): those of columns, times `_lift`
+    lifted_col: Tensor  # (..., 1, n): of columns, times `_lift`
 
     @property
     def s(self) -> Tensor:
-        """What rows are divided by, float64."""
+        """The divisors of rows, float64."""
         return self.row.double()
 
     @property
     def t(self) -> Tensor:
-        """What columns are divided by, float64: it may be below float32's range."""
+        """The divisors of columns, float64: they may be below float32's range."""
         t = self.lifted_col.double() / _lift(self.lifted_col)
         return t.clamp(min=torch.finfo(torch.float64).tiny)
 
     def divide_(self, x: Tensor) -> Tensor:
-        """Divide ``x``, in float32 or wider, by them."""
+        """Divide ``x``, in float32 or wider, by both."""
         return _divide_rows_(x, self.row).div_(self.lifted_col)
 
 
-def level_(S: Tensor) -> Level:
-    """Divide ``S`` by powers of two, and return them.
+def equilibrate_(S: Tensor) -> Equilibration:
+    """Divide ``S``, which is not negative, by powers of two, and return these.
 
-    ``S`` is not negative. Then every row and column that is not zero has an entry of 1 or more, and
-    none has one of 2 or more. Columns are divided by 1 or less.
+    Afterwards the largest entry of every nonzero row and column is in [1, 2). Columns are divided
+    by 1 or less.
     """
     row = _power_of_two_below(S.amax(dim=-1, keepdim=True))
     _divide_rows_(S, row)
     col = _power_of_two_below(S.amax(dim=-2, keepdim=True))
     S /= col
-    return Level(row, col)
+    return Equilibration(row, col)
 
 
 def _divide_rows_(x: Tensor, row: Tensor) -> Tensor:
-    """Divide rows by powers of two below their peaks, and multiply all by `_lift`.
+    """Divide rows by powers of two below their peaks, and multiply everything by `_lift`.
 
-    Otherwise a column far below the peaks of its rows would vanish.
+    Without the lift, a column far below the peaks of its rows would vanish.
     """
     x /= row.clamp(max=1)  # both at once may be out of range
     return x.div_(row.clamp(min=1) / _lift(x))
 
 
 def _lift(x: Tensor) -> float:
-    """Return the largest power of two of which twice that is in the range of ``x``'s type."""
+    """Return the largest power of two whose double is in the range of ``x``'s dtype."""
     return 1 / torch.finfo(x.dtype).tiny
 
 
 def scales_of(row: Tensor, col: Tensor, dtype: torch.dtype) -> Scales:
-    """Return scales in ``dtype``, with a factor moved from one to the other if they are far from 1.
+    """Return scales in ``dtype``. If they are far from 1, a factor moves from one to the other.
 
-    Only their product counts. The factor is the power of two that brings the largest and the
-    smallest of both nearest to 1, so that both are in range, and so are ``row * grad`` and
-    ``grad * col``. Where rows or columns differ by nearly all of the range, in float32 by more than
-    2**240 / √(mn), the shortest have scales beyond it; these stop at its end, and the update of
-    such a row or column is shorter than that of others.
+    Only the product of row and column scales counts. The factor is the power of two that brings the
+    largest and the smallest of both nearest to 1. Then both are in range, and so are
+    ``row * grad`` and ``grad * col``. If the lengths of rows or columns differ by nearly the whole
+    range, in float32 by more than 2**240 / √(mn), the shortest have scales beyond it. These are
+    clamped, and the update of such a row or column is shorter than that of others.
 
     Args:
         row: r, ``(..., m, 1)``, float64; not negative.
@@ -78,7 +81,7 @@ def scales_of(row: Tensor, col: Tensor, dtype: torch.dtype) -> Scales:
     if row.numel() == 0 or col.numel() == 0:
         return Scales(row.to(dtype), col.to(dtype))
     limit = torch.finfo(dtype).max
-    # Where r is small, grad * col is large: 1 / r times an entry of the update.
+    # If r is small, grad * col is large: 1 / r times an entry of the update.
     entry = _STRETCH * math.sqrt(row.shape[-2] * col.shape[-1])
     most = torch.finfo(torch.float64).max
     row_inverse, col_inverse = (
@@ -96,7 +99,7 @@ def scales_of(row: Tensor, col: Tensor, dtype: torch.dtype) -> Scales:
 
 
 def _power_of_two_below(peak: Tensor) -> Tensor:
-    # The mantissa lies in [1/2, 1), so this is a power of two, exactly; ldexp goes through pow and
-    # promises less.
+    # The mantissa is in [1/2, 1), so this is exactly a power of two. ldexp calls pow, which does
+    # not promise that.
     power = peak / (2 * torch.frexp(peak).mantissa)
     return torch.where(peak == 0, 1, power).clamp(min=torch.finfo(peak.dtype).tiny)

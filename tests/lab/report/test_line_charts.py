@@ -1,11 +1,11 @@
-"""Charts of a model's inner workings."""
+"""Line charts: statistics of models against tokens."""
 
 import pytest
 
-from lab.report.synthetic import TOKENS_PER_STEP, write_run
+from lab.report.synthetic_runs import TOKENS_PER_STEP, write_run
 from sinkgd.lab.report import analyze, build_page
-from sinkgd.lab.report.identity import identify
-from sinkgd.lab.report.measured_charts import figure_curve, inner_charts
+from sinkgd.lab.report.figures import identify
+from sinkgd.lab.report.line_charts import statistic_curve, statistics_charts
 from sinkgd.lab.results import ModelStatistics
 
 
@@ -29,15 +29,15 @@ def runs(tmp_path):
 
 def charts(runs):
     analysis = analyze(runs, "adamw")
-    return inner_charts(analysis, identify(analysis))
+    return statistics_charts(analysis, identify(analysis))
 
 
 def test_the_curve_is_the_mean_over_runs_where_all_have_a_value(runs):
-    curve = figure_curve(runs[:2], "gate")
+    curve = statistic_curve(runs[:2], "gate")
     assert curve.x == (10 * TOKENS_PER_STEP, 20 * TOKENS_PER_STEP)
     assert curve.y == (2.0, 4.0)
-    assert figure_curve(runs, "gate").x == (10 * TOKENS_PER_STEP,)
-    assert figure_curve(runs, "absent").x == ()
+    assert statistic_curve(runs, "gate").x == (10 * TOKENS_PER_STEP,)
+    assert statistic_curve(runs, "absent").x == ()
 
 
 def test_there_is_a_chart_for_each_figure_with_a_line_a_run_and_their_mean(runs):
@@ -57,7 +57,7 @@ def test_runs_of_models_without_statistics_have_none(tmp_path):
 
 def test_a_value_that_is_not_finite_leaves_a_gap(tmp_path):
     run = with_statistics(tmp_path, "adamw", 0, {10: float("nan"), 20: 2.0})
-    assert figure_curve([run], "gate").y == (None, 2.0)
+    assert statistic_curve([run], "gate").y == (None, 2.0)
 
 
 def test_the_page_has_them(runs):

@@ -1,4 +1,4 @@
-"""Studies that nobody ran: records with the losses that a test asks for."""
+"""Studies made up for tests: records with the losses that a test asks for."""
 
 import math
 from collections.abc import Mapping, Sequence

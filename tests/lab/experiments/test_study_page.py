@@ -1,17 +1,17 @@
-"""The order, the looks and the headline of a study's arms, over all studies."""
+"""Order, colors and headline of the arms on the page, in all studies."""
 
 import re
 
 import pytest
 
-from lab.experiments.made_up import made_up, made_up_record
+from lab.experiments.synthetic_study import made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.study_page import study_page
 from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.experiments.study_tables import arms_table, grid_table, reach_tables
 from sinkgd.lab.experiments.study_verdict import Verdict, with_cost
 from sinkgd.lab.report.bar_charts import bar_charts
-from sinkgd.lab.report.identity import identify
+from sinkgd.lab.report.figures import identify
 
 GRAYS = (0, 9)  # the baseline, and those without a color
 PLAIN = Verdict("It is so.", (), ())
@@ -103,5 +103,5 @@ def test_every_cell_names_its_column_for_phones():
     record = made_up_record(study, {"sinkgd": [4.0], "adamw": [4.1]})
     results = StudyResults.of(record)
     page = study_page(study, record, results, study.judge(results))
-    for table in re.findall(r'<table class="numbers sheet.*?</table>', page, re.S):
+    for table in re.findall(r'<table class="numbers text-table.*?</table>', page, re.S):
         assert "<td>" not in table
