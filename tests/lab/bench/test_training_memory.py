@@ -23,8 +23,8 @@ from sinkgd.lab.bench.training_memory import (
 )
 from sinkgd.lab.commands.bench.shared import read_record, write_record
 from sinkgd.lab.models import preset_config
-from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import RECIPES
+from sinkgd.lab.train.state import state_tensors
 
 CPU = torch.device("cpu")
 SETTINGS = StepSettings(sequence_length=32, loss_chunk_tokens=32)

@@ -112,7 +112,7 @@ def test_pieces_of_all_ranks_cover_a_model_once():
     eight = find_architecture("llama-3-8b")
     whole = sum(w.count for w in weights_of(eight))
     first = weights_of(eight, Grid(dp_shard=4, tp=8))
-    held = sum(w.piece[0] * (w.piece[1] if len(w.piece) > 1 else 1) for w in first)
+    held = sum(w.shard[0] * (w.shard[1] if len(w.shard) > 1 else 1) for w in first)
     norms = sum(w.count for w in first if len(w.shape) == 1)  # every tp rank holds them
     assert 32 * held == whole + 7 * norms
 

@@ -204,7 +204,7 @@ def test_the_scratch_of_a_deflated_step_on_a_gpu_is_planned(interpreter, monkeyp
 
 
 def _on(mesh, weight, places):
-    return DTensor.from_local(torch.randn(weight.piece), mesh, places, run_check=False)
+    return DTensor.from_local(torch.randn(weight.shard), mesh, places, run_check=False)
 
 
 def test_a_ring_sends_a_sum_twice():

@@ -13,8 +13,8 @@ from sinkgd.lab.plan.method_cost import eight_bit_bytes
 from sinkgd.lab.plan.peak_memory import update_scratch
 from sinkgd.lab.plan.rank_model import weights_of
 from sinkgd.lab.train.config import OptimizerConfig
-from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
+from sinkgd.lab.train.state import state_tensors
 
 NINE = Work(find_architecture("llama-9m"), sequence_length=64, precision="float32")
 FEW_TOKENS = replace(NINE.architecture, vocab_size=64)

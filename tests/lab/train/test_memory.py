@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from sinkgd.lab.results import Memory
-from sinkgd.lab.train.memory import measure_memory, peak_bytes, state_tensors
+from sinkgd.lab.train.machine import peak_bytes
+from sinkgd.lab.train.state import measure_memory, state_tensors
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def test_the_peak_covers_a_large_tensor():
 def test_a_child_does_not_report_its_parents_peak():
     held = torch.ones(2**29, dtype=torch.uint8)
     code = (
-        "import torch; from sinkgd.lab.train.memory import peak_bytes;"
+        "import torch; from sinkgd.lab.train.machine import peak_bytes;"
         "print(peak_bytes(torch.device('cpu')))"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -59,7 +60,7 @@ def test_freed_blocks_of_2_mib_go_back_to_the_system():
     code = """
 import re, torch
 from pathlib import Path
-from sinkgd.lab.train.memory import return_freed_memory
+from sinkgd.lab.train.machine import return_freed_memory
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -82,7 +83,7 @@ def test_a_kept_block_is_not_asked_of_the_system_again():
     """Steps have no page faults once a few have laid out the blocks that are kept."""
     code = """
 import resource, torch
-from sinkgd.lab.train.memory import keep_freed_memory
+from sinkgd.lab.train.machine import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -30,11 +30,11 @@ from sinkgd.lab.data import Batch
 from sinkgd.lab.launch import in_fresh_process
 from sinkgd.lab.models import LanguageModel, build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
-from sinkgd.lab.train.machine import synchronize, weight_dtype
-from sinkgd.lab.train.memory import measure_memory, peak_bytes, return_freed_memory, state_tensors
+from sinkgd.lab.train.machine import peak_bytes, return_freed_memory, synchronize, weight_dtype
 from sinkgd.lab.train.mesh import Mesh
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.state import measure_memory, state_tensors
 from sinkgd.lab.train.training_step import ReleasedSteps, take_step
 from sinkgd.lab.train.world import World
 from sinkgd.optim.grouped import GroupedOptimizer

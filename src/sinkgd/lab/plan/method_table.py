@@ -77,7 +77,7 @@ BASELINES = (
         counted="none",
         exchange="matrices",
         passes=9,
-        scratch=3.0,  # GaLore's, and what it leaves out of the gradient: assumed
+        scratch=3.0,  # GaLore's, and the part of the gradient outside the projection: assumed
     ),
     Method(
         "apollo",
@@ -107,7 +107,7 @@ BASELINES = (
         low_rank=lambda short, long, r: short + long + 1.0 + 0 * r,
         exchange="vectors",
         passes=2 * ITERATIONS + 5,
-        scratch=4.0,  # squares, the same divided by the largest, the update, the same held back
+        scratch=4.0,  # squares, squares divided by the largest, the update, the limited update
     ),
     Method(
         "stable-spam",
@@ -135,7 +135,7 @@ BASELINES = (
         exchange="vectors",
         iterations=1,
         passes=9,
-        scratch=1.0,  # squares, in whose place the update comes
+        scratch=1.0,  # squares, overwritten by the update
     ),
     Method(
         "lion",
@@ -160,7 +160,7 @@ BASELINES = (
         exchange="matrices",
         everywhere=True,
         passes=12,
-        scratch=6.0,  # three products and what goes into them: assumed
+        scratch=6.0,  # three products and their inputs: assumed
         flops=lambda short, long: 8.0 * short * long * (short + long),  # four pairs of products
     ),
     Method(
@@ -234,7 +234,7 @@ FAMILY = (
         wide=True,
         can_release=True,
         exchange="vectors",
-        passes=ITERATIONS + 9,  # the gradient is looked through, copied and averaged
+        passes=ITERATIONS + 9,  # the gradient is checked, copied and averaged
         scratch=1.0,
     ),
     Method(
@@ -259,7 +259,7 @@ FAMILY = (
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3,
-        scratch=2.0,  # a table's direction, and what that is made of
+        scratch=2.0,  # a table's direction and its inputs
     ),
     Method(
         "sron",
@@ -269,7 +269,7 @@ FAMILY = (
         can_release=True,
         exchange="rows",
         passes=5,
-        scratch=2.0,  # the update and what it is made of
+        scratch=2.0,  # the update and its inputs
         batched=True,
     ),
     Method(

@@ -90,8 +90,8 @@ def rank_memory(
     itemsize = weight_dtype(work.precision).itemsize
     released = work.release and method.can_release
     low_rank = usual_rank(work.architecture.hidden_size) if rank is None else rank
-    largest = max(prod(w.piece) for w in weights) * itemsize
-    whole = sum(prod(w.piece) for w in weights) * itemsize
+    largest = max(prod(w.shard) for w in weights) * itemsize
+    whole = sum(prod(w.shard) for w in weights) * itemsize
     gradients = largest if released and work.micro_batches == 1 else whole
     base = Memory(
         weights=whole,
@@ -133,10 +133,10 @@ def state_bytes(
     total = 0.0
     for weight in weights:
         if method.eight_bit:  # the size of the whole decides
-            total += eight_bit_bytes(weight.count) * prod(weight.piece) / weight.count
+            total += eight_bit_bytes(weight.count) * prod(weight.shard) / weight.count
         elif weight.is_matrix:
             low = method.low_rank is not None
-            m, n = weight.shape if low else weight.piece
+            m, n = weight.shape if low else weight.shard
             ranks = grid.dp_shard * grid.tp if low else 1
             total += method.state_bytes(m, n, itemsize, min(rank, *weight.shape)) / ranks
         elif method.table is not None and weight.is_table:
@@ -144,7 +144,7 @@ def state_bytes(
             kept = method.table_bytes(m, n, itemsize, is_head=weight.is_head)
             total += kept / (grid.dp_shard * grid.tp)
         else:
-            total += method.rest * itemsize * prod(weight.piece)
+            total += method.rest * itemsize * prod(weight.shard)
         total += method.scalars * itemsize
         if method.counts_steps(is_matrix=weight.is_matrix, is_table=weight.is_table):
             total += _FLOAT32 * method.counts
@@ -174,7 +174,7 @@ def update_scratch(
     """
     matrices = [w for w in weights if w.is_matrix or (method.everywhere and w.is_table)]
     is_sharded = grid.dp_shard * grid.tp > 1
-    lengths = [w.piece[0] + w.piece[1] for w in matrices]
+    lengths = [w.shard[0] + w.shard[1] for w in matrices]
     if method.exchange == "rows" and is_sharded:
         return _SHARDED_ROWS * (max(lengths) if per_matrix else sum(lengths))
     if method.exchange == "vectors" and not method.scratch:
@@ -204,11 +204,11 @@ def _deflation_scratch(
     A CPU takes a few at a time; a GPU takes as many as on a mesh, without copies.
     """
     if device == "cuda":
-        held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
+        held = [vector_bytes(w.shard[0], w.shard[1], directions) for w in matrices]
         runs = mesh_chunks(held) if room else chunk_slices(held, 0)
     else:
-        runs = chunk_slices([_FLOAT32 * prod(w.piece) for w in matrices], room)
-    needs = [_DIRECTION[device] * (directions + 1) * sum(w.piece) for w in matrices]
+        runs = chunk_slices([_FLOAT32 * prod(w.shard) for w in matrices], room)
+    needs = [_DIRECTION[device] * (directions + 1) * sum(w.shard) for w in matrices]
     return max(sum(needs[run]) for run in runs)
 
 
@@ -216,12 +216,12 @@ def _mesh_deflation_scratch(
     matrices: Sequence[Weight], directions: int, device: Literal["cpu", "cuda"], per_matrix: bool
 ) -> int:
     """Return the same on a mesh: vectors of a run of matrices, and copies of a few of them."""
-    held = [vector_bytes(w.piece[0], w.piece[1], directions) for w in matrices]
+    held = [vector_bytes(w.shard[0], w.shard[1], directions) for w in matrices]
     runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else mesh_chunks(held)
     most = 0
     for run in runs:
-        vectors = (directions + 1) * sum(sum(w.piece) for w in matrices[run])
-        copies = [_FLOAT32 * prod(w.piece) for w in matrices[run]]
+        vectors = (directions + 1) * sum(sum(w.shard) for w in matrices[run])
+        copies = [_FLOAT32 * prod(w.shard) for w in matrices[run]]
         need = _MESH_DIRECTION * vectors
         if device != "cpu":
             need += min(sum(copies), max(*copies, SCRATCH_BYTES))

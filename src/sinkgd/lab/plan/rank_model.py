@@ -37,7 +37,7 @@ class Weight:
     name: str
     shape: Shape  # whole, (m, n) or (m,)
     divided: Shape  # the part of the first rank of a tensor-parallel group
-    piece: Shape  # the shard of that part under FSDP, which divides rows
+    shard: Shape  # the shard of that part under FSDP, which divides rows
     is_matrix: bool  # inside a block, for a matrix algorithm; others are AdamW's
     block: int | None  # index of its block, if any: the unit that FSDP gathers
 
@@ -119,7 +119,7 @@ def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight,
             name=name,
             shape=tuple(weight.shape),
             divided=tuple(own.shape),
-            piece=(-(-own.shape[0] // grid.dp_shard), *own.shape[1:]),
+            shard=(-(-own.shape[0] // grid.dp_shard), *own.shape[1:]),
             is_matrix=name in matrices,
             block=int(name.split(".")[2]) if name.startswith("model.layers.") else None,
         )

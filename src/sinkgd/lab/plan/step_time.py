@@ -51,7 +51,7 @@ def training_communication(work: Work, grid: Grid) -> list[Messages]:
     if grid.dp_shard > 1:
         found += _fsdp(work, grid, weights)
     if grid.dp_replicate > 1:
-        size = sum(prod(w.piece) for w in weights) * weight_dtype(work.precision).itemsize
+        size = sum(prod(w.shard) for w in weights) * weight_dtype(work.precision).itemsize
         units = work.architecture.num_layers + 1
         n = grid.dp_replicate
         found.append(Messages("gradients", "dp_replicate", "all-reduce", units, size, n))
@@ -102,7 +102,7 @@ def _of_vectors(
     count = method.iterations
     numbers = method.iterations * sum(vector_length(w, grid, group) for w in weights)
     if method.directions:
-        held = [vector_bytes(w.piece[0], w.piece[1], method.directions) for w in weights]
+        held = [vector_bytes(w.shard[0], w.shard[1], method.directions) for w in weights]
         for some in map(weights.__getitem__, mesh_chunks(held)):
             ways = {_is_cut_by_columns(w, group) for w in some}
             count += 2 * (False in ways) + 4 * (True in ways)
@@ -112,7 +112,7 @@ def _of_vectors(
 
 def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
     """Return the same for one sum of rows; a first message says whether shards are finite."""
-    cut_rows = [w.piece[0] for w in weights if _is_cut_by_columns(w, group)]
+    cut_rows = [w.shard[0] for w in weights if _is_cut_by_columns(w, group)]
     return 1 + bool(cut_rows), _FLOAT64 * (len(weights) + sum(cut_rows))
 
 
@@ -124,7 +124,7 @@ def _deflation_length(weight: Weight, group: str, directions: int) -> int:
     """
     k = min(directions + 1, *weight.shape)
     if _is_cut_by_columns(weight, group):
-        return 1 + 2 * k * weight.piece[0] + k * k + k
+        return 1 + 2 * k * weight.shard[0] + k * k + k
     return 1 + 2 * k * weight.divided[1] + k * k
 
 
@@ -145,7 +145,7 @@ def vector_length(weight: Weight, grid: Grid, group: str) -> int:
         group: ``tp`` or ``dp_shard``.
     """
     if _is_cut_by_columns(weight, group):
-        return weight.piece[0] + 1
+        return weight.shard[0] + 1
     if group == "tp" and grid.tp == 1:
         return 0
     return weight.divided[1] + 2
@@ -164,8 +164,8 @@ def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
     gathered = 2 if work.precision == "bf16-autocast" else itemsize
     layers, micro, k = work.architecture.num_layers, work.micro_batches, grid.dp_shard
     # Padded to shards of equal size, as in FSDP2.
-    blocks = k * sum(prod(w.piece) for w in weights if w.block is not None)
-    outside = k * sum(prod(w.piece) for w in weights if w.block is None)
+    blocks = k * sum(prod(w.shard) for w in weights if w.block is not None)
+    outside = k * sum(prod(w.shard) for w in weights if w.block is None)
     return [
         Messages(
             "weights",
@@ -296,7 +296,7 @@ def _update_seconds(
     itemsize = weight_dtype(work.precision).itemsize
     rest = _ADAMW_PASSES if method.rest else _SGD_PASSES
     moved = sum(
-        itemsize * prod(w.piece) * (method.passes if w.is_matrix else rest) for w in weights
+        itemsize * prod(w.shard) * (method.passes if w.is_matrix else rest) for w in weights
     )
     flops = sum(method.flops(min(w.shape), max(w.shape)) for w in weights if w.is_matrix)
     return moved / device.memory_rate + flops / (grid.dp_shard * grid.tp) / rate

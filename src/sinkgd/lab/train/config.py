@@ -42,7 +42,7 @@ class ModelConfig:
     gpt2-124m, lens-121m."""
     vocab_size: int | None = None
     """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has. Fewer
-    will do where the text has no id beyond them: 32000 for T5's 32,100."""
+    suffice if the text uses no larger id: 32000 for T5's 32,100."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,25 @@ class DataConfig:
     corpus: str = "sotu"
     """The embedded corpus 'sotu', text files (a file, folder or glob), or prepared shards."""
     vocab_size: int | None = None
-    """Most tokens of a tokenizer to train; by default 8192. Prepared shards have their own."""
+    """Largest vocabulary of a tokenizer to train, tokens; by default 8192. Prepared shards have
+    their own."""
     packing: Packing = "concat"
-    """Rows of a batch: concat (documents end to end) or none (one document, cut and padded, its end
-    of text kept)."""
+    """Rows of a batch: concat (documents end to end) or none (one document, truncated and padded,
+    with its end-of-text token)."""
     shift_at_step: int | None = None
-    """Optimizer steps after which every token gets another's id, to watch the recovery; by default
+    """Optimizer steps after which token ids are permuted, to measure the recovery; by default
     never."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer. A value that is not given is the recipe's own."""
+    """The optimizer. A value that is not given takes the recipe's default."""
 
     recipe: str = "sinkgd"
     """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw or muon; see docs/recipes.md."""
     lr: float | None = None
-    """Peak learning rate, of all that matrix_lr does not cover, weight units a step of RMS 1."""
+    """Peak learning rate of all parameters that matrix_lr does not cover, weight units a step of
+    RMS 1."""
     matrix_lr: float | None = None
     """Peak learning rate of the matrices inside the blocks, weight units a step of RMS 1."""
     weight_decay: float | None = None
@@ -82,7 +84,7 @@ class OptimizerConfig:
     newton_schulz_steps: int | None = None
     """Steps of the iteration that makes singular values equal (SWAN, Muon), a count."""
     whitened: Whitened | None = None
-    """Block matrices that SWAN whitens: all, attention or mlp; the others go by SR-Sinkhorn."""
+    """Block matrices that SWAN whitens: all, attention or mlp; SR-Sinkhorn updates the others."""
     momentum: float | None = None
     """Decay of the momentum (SGD, Muon, SCALE's head, SinkGD), fraction kept a step; 0 is none."""
     nesterov: bool | None = None
@@ -95,11 +97,11 @@ class OptimizerConfig:
     """What the largest singular value of SinkGD's update is pinned to: unit (1) or muon (the root
     of out- over in-features); by default nothing."""
     deflated_rank: int | None = None
-    """Leading singular values of an update that are lowered to the others, a count; 0 leaves
-    them."""
+    """Leading singular values of an update that are lowered to the next one, a count; 0 lowers
+    none."""
     base_width: int | None = None
-    """In-features for which matrix_lr is meant; wider matrices get less in proportion; by default
-    all get the same."""
+    """In-features for which matrix_lr was tuned; the rate of wider matrices is lowered in
+    proportion; by default all have the same rate."""
     tables: Tables | None = None
     """Algorithm of embeddings and output head: adamw, sinkgd, sinkgd-table or sage."""
     tables_lr: float | None = None
@@ -119,7 +121,7 @@ class OptimizerConfig:
     rounding: Rounding | None = None
     """Rounding of updates of bfloat16 weights that have no state: nearest or stochastic."""
     clip_norm: float | None = None
-    """Largest l2 norm of the whole gradient, gradient units; 0 clips nothing."""
+    """Largest l2 norm of the whole gradient, gradient units; 0 disables clipping."""
 
 
 @dataclass(frozen=True)
@@ -131,23 +133,23 @@ class TrainingConfig:
     batch_size: int = 16
     """Global batch, sequences a step."""
     micro_batch_size: int | None = None
-    """Sequences that go through the model at once; by default all that a rank has of a batch."""
+    """Sequences in one forward pass; by default all that a rank has of a batch."""
     sequence_length: int = 256
     """Length of a row of the batch, tokens."""
     warmup_fraction: float = 0.1
-    """ParamMatrix of the steps in which the learning rate rises linearly to its peak, 0 to 1."""
+    """Fraction of the steps in which the learning rate rises linearly to its peak, 0 to 1."""
     final_lr_fraction: float = 0.1
-    """Learning rate of the last step as a part of the peak, 0 to 1; a cosine leads there."""
+    """Learning rate of the last step as a fraction of the peak, 0 to 1, reached along a cosine."""
     precision: Precision = "bf16-autocast"
     """Arithmetic: float32, bf16-autocast (weights stay float32) or bf16 (weights too)."""
     release_gradients: bool = False
-    """Step inside backward: each gradient is applied and freed at once. Nothing can be clipped."""
+    """Apply and free each gradient inside backward; the gradient cannot be clipped then."""
     recompute_activations: bool = False
     """Keep the input of each block alone, and run the block again in backward."""
     loss_chunk_tokens: int | None = None
     """Targets whose logits are held at once, tokens; by default all of a micro-batch."""
     one_batch: bool = False
-    """Train on the first batch alone, over and over: a check that the loss falls."""
+    """Train on the first batch only, repeatedly: a check that the loss falls."""
     seed: int = 0
     """Seed of the weights and of the order of the text, a whole number from 0."""
     device: Device = "auto"
@@ -158,7 +160,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the ranks that torchrun starts share the work. May change when a run goes on."""
+    """How the ranks that torchrun starts share the work. May change when a run is resumed."""
 
     dp_replicate: int = 1
     """Groups of ranks that each hold all weights, a count; each has a part of the batch."""
@@ -173,34 +175,35 @@ class EvaluationConfig:
     """The evaluation on held-out text."""
 
     every_steps: int = 50
-    """Steps between evaluations, optimizer steps; the last step is always followed by one."""
+    """Steps between evaluations, optimizer steps; an evaluation always follows the last step."""
     tokens: int = 65_536
     """Targets to score each time, tokens; the same ones every time."""
     batch_size: int | None = None
-    """Sequences whose mean loss galore_perplexity takes as one, all ranks together; by default a
-    micro-batch, or a batch."""
+    """Sequences in each batch whose mean loss galore_perplexity averages, over all ranks; by
+    default a micro-batch, or a batch."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The checkpoints. May change when a run goes on."""
+    """The checkpoints. May change when a run is resumed."""
 
     every_steps: int = 100
-    """Steps between checkpoints, optimizer steps; the last step is always followed by one."""
+    """Steps between checkpoints, optimizer steps; a checkpoint always follows the last step."""
     keep: int = 2
     """Checkpoints to keep, the latest ones, a count."""
     asynchronous: bool = False
-    """Write while training goes on, from a copy: memory of weights and state once more."""
+    """Write from a copy while training goes on; takes the memory of weights and state a second
+    time."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is shown and where. May change when a run goes on."""
+    """What is shown and where. May change when a run is resumed."""
 
     print_every_steps: int = 10
-    """Steps between lines where the output is no terminal, optimizer steps."""
+    """Steps between lines if the output is not a terminal, optimizer steps."""
     sinks: tuple[SinkName, ...] = ()
-    """Where results go beside run.jsonl, names: tensorboard, wandb, trackio."""
+    """Where results go besides run.jsonl, names: tensorboard, wandb, trackio."""
 
 
 @dataclass(frozen=True)

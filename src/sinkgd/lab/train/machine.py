@@ -1,8 +1,12 @@
-"""The machine that a run uses: device, threads, arithmetic, and a record of its environment."""
+"""The machine that a run uses: device, threads, arithmetic, memory of the process, environment."""
 
+import ctypes
 import os
 import platform
+import resource
 import subprocess
+import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -148,3 +152,56 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()
+
+
+_STATUS = Path("/proc/self/status")
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
+_M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
+
+_NEVER = (1 << 31) - 1  # mallopt takes an int
+_GROWTH = 64 << 20  # bytes
+_KEPT_BLOCK = 1 << 20  # bytes
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the allocator's peak on a GPU, else the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # On Linux ru_maxrss survives exec, so a child would report its parent's peak. VmHWM does not.
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    largest_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest_resident if sys.platform == "darwin" else largest_resident * 1024
+
+
+def return_freed_memory() -> None:
+    """Make glibc, if it is in use, return freed gradients to the system at once.
+
+    By default glibc keeps freed blocks of up to 32 MiB, in fragments that the next gradient does
+    not fit into: a step of llama-1b then held half its weights again. Here blocks from 1 MiB are
+    returned at once. Keeping those of up to 4 MiB would take 5 % more memory, because the inputs
+    of transformer blocks fragment them. The cost is that the system must supply cleared pages.
+    """
+    _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BLOCK})
+
+
+def keep_freed_memory() -> None:
+    """Make glibc, if it is in use, keep all freed blocks for the next step.
+
+    By default glibc returns blocks of more than 32 MiB to the system, such as the logits, and the
+    system clears their pages when the next step asks for them. That took half the time of a step
+    of llama-nano with 4,096 tokens on two cores of an AMD EPYC.
+    """
+    _set_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _GROWTH})
+
+
+def _set_malloc(options: Mapping[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in options.items():
+            mallopt(option, value)

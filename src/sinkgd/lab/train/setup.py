@@ -26,8 +26,13 @@ from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from sinkgd.lab.train.folder import RunFolder
 from sinkgd.lab.train.identity import check_content, check_data, content_of, knows_its_text
-from sinkgd.lab.train.machine import select_device, set_threads, weight_dtype
-from sinkgd.lab.train.memory import keep_freed_memory, return_freed_memory
+from sinkgd.lab.train.machine import (
+    keep_freed_memory,
+    return_freed_memory,
+    select_device,
+    set_threads,
+    weight_dtype,
+)
 from sinkgd.lab.train.mesh import Mesh, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.resolve import check_ranks, check_shares

@@ -7,11 +7,12 @@ optimizers only; those of this package create their state directly.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,9 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from sinkgd.distributed.shards import local
 from sinkgd.lab.models import LanguageModel
 from sinkgd.lab.results import Memory
-from sinkgd.lab.train.memory import measure_memory
+from sinkgd.lab.train.machine import peak_bytes
 from sinkgd.optim.grouped import GroupedOptimizer
 from sinkgd.optim.saved_state import without_placeholders
 
@@ -125,3 +127,32 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Memory:
+    """Count the bytes that this rank holds now, with the gradients that exist now."""
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return Memory(
+        _bytes(parameters),
+        _bytes(gradients),
+        _bytes(state_tensors(optimizer)),
+        peak_bytes(device),
+    )
+
+
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """List the tensors in an optimizer's state, including those in lists."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    found: list[Tensor] = []
+    while values:
+        value = values.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list):
+            values.extend(value)
+    return found
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors)

@@ -7,10 +7,10 @@ from torch import nn
 
 from lab.train.recipes.tiny import built, soon, tiny_model, train
 from sinkgd.lab.train.config import OptimizerConfig
-from sinkgd.lab.train.memory import state_tensors
 from sinkgd.lab.train.recipes import RECIPES
 from sinkgd.lab.train.recipes.chained_optimizer import ChainedOptimizer
 from sinkgd.lab.train.resolve import check_ranks
+from sinkgd.lab.train.state import state_tensors
 
 
 def pair():
