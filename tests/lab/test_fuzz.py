@@ -382,13 +382,3 @@ def test_the_doctor_knows_every_extra_and_every_package_of_it():
     for extra, (modules, _) in EXTRAS.items():
         own = [package for package in declared[extra] if not package.startswith("sinkgd[")]
         assert len(modules) >= len(own)
-
-
-@pytest.mark.parametrize("content", [b"SQLite format 3\0" + b"\xff" * 2000, b"junk" * 999])
-def test_a_damaged_memory_of_a_search_is_refused_in_one_line(here, capsys, content):
-    (here / "runs").mkdir()
-    (here / "runs" / "tuning.db").write_bytes(content)
-    options = ["experiment", "iterations", "--data", "texts", "--out", "runs"]
-    message = refused(options, capsys)
-    assert "tuning.db is damaged" in message
-    assert "Delete it" in message

@@ -36,7 +36,7 @@ COMMANDS: Commands = {
     "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
 }
 
-_EXPERIMENTS = ("optuna", "pytorch_optimizer")  # packages of the extra of that name
+_EXPERIMENTS = ("pytorch_optimizer",)  # packages of the extra of that name
 
 USAGE = """\
 usage: sinkgd COMMAND [OPTIONS]

@@ -1,8 +1,9 @@
-"""Batches: a pure function of (seed, step, rank, world size), and every row in its turn."""
+"""Batches: rows by hand, an order of (seed, step, rank, world size), and a shift of token ids."""
 
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +11,16 @@ from hypothesis import strategies as st
 
 from sinkgd.lab.data import (
     IGNORE_INDEX,
+    Batch,
     Batches,
     DataError,
     TokenDataset,
+    VocabularyShift,
     evaluation_batches,
+    open_corpus,
+    prepare,
 )
+from sinkgd.lab.data.batches import rows_of
 
 both = pytest.mark.parametrize("packing", ["concat", "none"])
 T = 16
@@ -202,3 +208,116 @@ def test_evaluation_refuses_at_once(numbered):
         evaluation_batches(numbered, sequence_length=8, batch_size=0, max_tokens=1)
     with pytest.raises(DataError, match="too little text for one batch: train has 69 tokens"):
         evaluation_batches(numbered, sequence_length=69, batch_size=1, max_tokens=1)
+
+
+EOS, PAD = 0, 1  # of the byte tokenizer
+X = IGNORE_INDEX
+
+
+def gather(split, length, packing):
+    rows = rows_of(split, length, packing)
+    inputs, targets = rows.gather(np.arange(rows.count))
+    return inputs.tolist(), targets.tolist()
+
+
+def test_concat_joins_documents_by_eos_and_overlaps_windows_in_one_token(write_shards):
+    split = write_shards([[5, 6, 7], [8], [9, 10, 11]], shard_tokens=4).split("train")
+    # 5 6 7 eos 8 eos 9 10 11 eos: ten tokens, so two rows of four and a tail of one target
+    inputs, targets = gather(split, 4, "concat")
+    assert inputs == [[5, 6, 7, EOS], [8, EOS, 9, 10]]
+    assert targets == [[6, 7, EOS, 8], [EOS, 9, 10, 11]]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(4, 0), (5, 1), (8, 1), (9, 2)])
+def test_concat_has_as_many_rows_as_targets_allow(write_shards, tokens, rows):
+    split = write_shards([[7] * (tokens - 1)]).split("train")
+    assert rows_of(split, 4, "concat").count == rows
+
+
+def test_none_gives_each_document_a_row_with_s_minus_1_targets(write_shards):
+    split = write_shards([[5, 6, 7], [8], [9, 10, 11, 12, 13]], shard_tokens=4).split("train")
+    inputs, targets = gather(split, 4, "none")
+    assert inputs == [[5, 6, 7, EOS], [8, EOS, PAD, PAD], [9, 10, 11, EOS]]
+    assert targets == [[6, 7, EOS, X], [EOS, X, X, X], [10, 11, EOS, X]]
+
+
+def test_masks_on_c4s_layout_by_hand(c4_folder, tmp_path, byte_tokenizer):
+    prepare(open_corpus([str(c4_folder)]), tmp_path / "out", byte_tokenizer)
+    split = TokenDataset.open(tmp_path / "out").split("train")
+    a, b, c, d, e, f, x, y, z = byte_tokenizer.encode_batch(["abcdefxyz"])[0].tolist()
+    e1, e2 = byte_tokenizer.encode_batch(["é"])[0].tolist()  # two bytes
+    inputs, targets = gather(split, 5, "none")
+    assert inputs == [[a, b, c, d, EOS], [e1, e2, EOS, PAD, PAD], [x, y, z, EOS, PAD]]
+    assert targets == [[b, c, d, EOS, X], [e2, EOS, X, X, X], [y, z, EOS, X, X]]
+    inputs, targets = gather(split, 7, "concat")
+    assert inputs == [[a, b, c, d, e, f, EOS]]
+    assert targets == [[b, c, d, e, f, EOS, e1]]
+
+
+def test_pads_are_masked_by_position_so_eos_may_serve_as_pad(write_shards, byte_tokenizer):
+    split = write_shards([[5, 6]]).split("train")
+    same = type(split)(**{**vars(split), "pad_id": EOS})
+    inputs, targets = gather(same, 5, "none")
+    assert inputs == [[5, 6, EOS, EOS, EOS]]
+    assert targets == [[6, EOS, X, X, X]]
+
+
+@pytest.mark.parametrize("packing", ["concat", "none"])
+def test_rows_come_in_the_order_asked_for(write_shards, packing):
+    split = write_shards([[5, 6, 7], [8, 9], [10, 11]]).split("train")
+    rows = rows_of(split, 3, packing)
+    backward = rows.gather(np.array([2, 0, 2]))
+    forward = rows.gather(np.arange(3))
+    np.testing.assert_array_equal(backward.inputs, forward.inputs[[2, 0, 2]])
+    np.testing.assert_array_equal(backward.targets, forward.targets[[2, 0, 2]])
+
+
+def test_impossible_rows_are_refused(write_shards):
+    split = write_shards([[5, 6, 7]]).split("train")
+    with pytest.raises(DataError, match="sequence_length must be at least 2, got 1"):
+        rows_of(split, 1, "concat")
+    with pytest.raises(DataError, match="packing must be 'concat' or 'none', got 'dense'"):
+        rows_of(split, 4, "dense")
+
+
+SIZE, END_OF_TEXT = 50, 7
+
+
+def shifted(at_step=10, seed=0):
+    return VocabularyShift.drawn(at_step, vocab_size=SIZE, keep={END_OF_TEXT}, seed=seed)
+
+
+def random_batch():
+    ids = torch.randint(SIZE, (3, 8), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = IGNORE_INDEX
+    return Batch(ids, targets)
+
+
+def test_every_token_has_one_new_id_and_the_special_ones_keep_theirs():
+    new_ids = shifted().new_ids
+    assert sorted(new_ids.tolist()) == list(range(SIZE))
+    assert new_ids[END_OF_TEXT] == END_OF_TEXT
+    assert (new_ids != torch.arange(SIZE)).float().mean() > 0.9
+
+
+def test_a_seed_is_a_permutation():
+    assert torch.equal(shifted(seed=3).new_ids, shifted(seed=3).new_ids)
+    assert not torch.equal(shifted(seed=3).new_ids, shifted(seed=4).new_ids)
+
+
+def test_inputs_and_targets_are_renamed_alike_and_padding_is_not():
+    shift, before = shifted(), random_batch()
+    after = shift.of_training(before, 10)
+    names = dict(enumerate(shift.new_ids.tolist())) | {IGNORE_INDEX: IGNORE_INDEX}
+    assert after.inputs.tolist() == [[names[i] for i in row] for row in before.inputs.tolist()]
+    assert after.targets.tolist() == [[names[i] for i in row] for row in before.targets.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("step", "trained", "scored"), [(9, False, False), (10, True, False), (11, True, True)]
+)
+def test_it_is_trained_on_first_and_scored_from_the_next_step(step, trained, scored):
+    shift, before = shifted(at_step=10), random_batch()
+    assert (shift.of_training(before, step) is not before) == trained
+    assert (shift.of_evaluation(before, step) is not before) == scored

@@ -11,9 +11,9 @@ import pytest
 from lab.experiments.conftest import ARMS, small_plan
 from sinkgd.lab.experiments import engine
 from sinkgd.lab.experiments.engine import run_study
-from sinkgd.lab.experiments.reuse import ReusableRuns
+from sinkgd.lab.experiments.scheduler import ReusableRuns
 from sinkgd.lab.experiments.study_record import StudyRecord
-from sinkgd.lab.experiments.study_tables import sessions_table
+from sinkgd.lab.experiments.study_report import sessions_table
 from sinkgd.lab.train.config import ConfigError
 
 pytestmark = pytest.mark.slow

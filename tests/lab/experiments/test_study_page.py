@@ -6,9 +6,8 @@ import pytest
 
 from lab.experiments.synthetic_study import made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
-from sinkgd.lab.experiments.study_page import study_page
+from sinkgd.lab.experiments.study_report import arms_table, grid_table, reach_tables, study_page
 from sinkgd.lab.experiments.study_results import StudyResults
-from sinkgd.lab.experiments.study_tables import arms_table, grid_table, reach_tables
 from sinkgd.lab.experiments.study_verdict import Verdict, with_cost
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.figures import identify

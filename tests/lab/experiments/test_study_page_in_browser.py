@@ -6,7 +6,7 @@ from lab.bench.test_page_in_browser import CUT_OFF, CUT_TABLES, MARKS
 from lab.experiments.synthetic_study import made_up_record
 from sinkgd.lab.disk import write_whole
 from sinkgd.lab.experiments.studies import STUDIES
-from sinkgd.lab.experiments.study_page import study_page
+from sinkgd.lab.experiments.study_report import study_page
 from sinkgd.lab.experiments.study_results import StudyResults
 
 pytestmark = pytest.mark.browser

@@ -7,8 +7,8 @@ import pytest
 from lab.experiments.synthetic_study import made_up_record
 from lab.report.synthetic_runs import write_run
 from sinkgd.lab.experiments.studies import find_study
-from sinkgd.lab.experiments.study_page import study_page
 from sinkgd.lab.experiments.study_record import StudyRecord, StudyWriter, thinned
+from sinkgd.lab.experiments.study_report import study_page
 from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.results import ModelStatistics
 

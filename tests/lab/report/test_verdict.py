@@ -115,7 +115,7 @@ def test_runs_that_did_not_finish_are_cautions_with_their_reason(tmp_path, adamw
 
 def test_unequal_runs_are_a_caution(tmp_path, adamw):
     other = write_run(tmp_path, "sinkgd", {30: 3.0}, parameters=2000)
-    assert "Not like with like: the runs differ in model size and tokens in all." in cautions(
+    assert "The runs are not comparable: they differ in model size and total tokens." in cautions(
         [adamw, other]
     )
 

@@ -30,7 +30,7 @@ from sinkgd.kernels.backend import (
     merge_descents,
     select_owners,
 )
-from sinkgd.kernels.eager import EagerBackend, eager_products, nothing_to_take
+from sinkgd.kernels.eager import EagerBackend, nothing_to_take
 from sinkgd.kernels.layout import aligned, check_scales, check_start, dense, dense_layout
 from sinkgd.kernels.triton import support
 from sinkgd.kernels.triton.descent import (
@@ -62,7 +62,7 @@ INTERPRETER_BYTES = 1 << 20
 
 
 class TritonBackend(EagerBackend):
-    """Kernels for CUDA and ROCm: a launch an iteration, whatever the number of matrices."""
+    """Kernels for CUDA and ROCm: one launch an iteration, whatever the number of matrices."""
 
     name = "triton"
     package = "triton"
@@ -122,7 +122,7 @@ class TritonBackend(EagerBackend):
                 fits = self.whole_rows and support.rows_fit(read)
                 groups.setdefault((grad.device, fits), []).append((i, read))
             else:
-                (results[i],) = EagerBackend().scales([grad], num_iters, tol=tol, starts=[first[i]])
+                (results[i],) = super().scales([grad], num_iters, tol=tol, starts=[first[i]])
         for (_, fits), members in groups.items():
             scales_of = self._by_whole_rows if fits else self._by_halves
             own = [read for _, read in members], [first[i] for i, _ in members]
@@ -242,7 +242,7 @@ class TritonBackend(EagerBackend):
     def products(self, stacks: Sequence[Stack]) -> Products:
         """Return the products of updates, by kernels that read gradients of any layout."""
         if not self.products_by_dot:
-            return eager_products(stacks)
+            return super().products(stacks)
         return StackProducts(stacks, lambda stack: support.multiplied(*stack), self._products_of)
 
     def packed_products(
@@ -269,10 +269,6 @@ class TritonBackend(EagerBackend):
             addresses = self._addresses(read, device)
             on_device = partial(self._tables.table, device=device)
             return SkinnyProducts(plan, shapes, on_device, addresses, read, shared)
-
-    def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return ``(len(tensors),)`` bool: whether each holds finite numbers alone."""
-        return EagerBackend().are_finite(tensors)
 
     def update_(
         self,
@@ -303,7 +299,7 @@ class TritonBackend(EagerBackend):
                 self._update(writes, (_factor(keep, device), _factor(step, device)), device)
             increment_version([write.param for write in writes])
         if others:
-            EagerBackend().update_(
+            super().update_(
                 [params[i] for i in others],
                 [grads[i] for i in others],
                 [pairs[i] for i in others],

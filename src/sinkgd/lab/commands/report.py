@@ -124,14 +124,14 @@ def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -
 def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
     """Print the table and the verdict of a study, and write its page and the verdict beside it."""
     from sinkgd.lab.experiments.studies import find_study
-    from sinkgd.lab.experiments.study_page import study_page
-    from sinkgd.lab.experiments.study_results import StudyResults
-    from sinkgd.lab.experiments.study_tables import (
+    from sinkgd.lab.experiments.study_report import (
         arms_table,
         as_markdown,
         reach_tables,
         short_table,
+        study_page,
     )
+    from sinkgd.lab.experiments.study_results import StudyResults
     from sinkgd.lab.experiments.study_verdict import with_cost
 
     study = find_study(record.plan["study"])
@@ -150,8 +150,7 @@ def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> Non
 def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bool = False) -> None:
     """Print the tables and the verdict of a study on paper, and write its page if one is given."""
     from sinkgd.lab.experiments.studies import scale
-    from sinkgd.lab.experiments.study_page import paper_page
-    from sinkgd.lab.experiments.study_tables import as_markdown
+    from sinkgd.lab.experiments.study_report import as_markdown, paper_page
 
     verdict = scale.judge(fits)
     models = dict.fromkeys(fit.model for fit in fits)
@@ -167,7 +166,7 @@ def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
     from rich.console import Console
 
     from sinkgd.lab.disk import write_whole
-    from sinkgd.lab.experiments.study_tables import VERDICT_FILE
+    from sinkgd.lab.experiments.study_report import VERDICT_FILE
     from sinkgd.lab.report.shell import from_cdn
 
     write_whole(path, from_cdn(page) if cdn else page)

@@ -18,8 +18,7 @@ from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
 
-from sinkgd.lab.experiments.reuse import ReusableRuns
-from sinkgd.lab.experiments.scheduler import TUNING_FILE, Scheduler, Tuning
+from sinkgd.lab.experiments.scheduler import ReusableRuns, Scheduler
 from sinkgd.lab.experiments.study import StudyError, StudyPlan, Task, check_same_plan
 from sinkgd.lab.experiments.study_record import (
     STUDY_FILE,
@@ -83,9 +82,7 @@ def run_study(
     with ExitStack() as stack:
         stack.enter_context(_lock(folder))
         record, writer = _open(plan, folder, command, stack)
-        tuned = [arm for arm in plan.arms if plan.is_tuned(arm)]
-        tuning = stack.enter_context(Tuning(folder / TUNING_FILE, tuned))
-        scheduler = Scheduler(plan, record, tuning)
+        scheduler = Scheduler(plan, record)
         texts: dict[DataConfig, str] = {}
         if scheduler.left:
             texts = _prepare_text(plan, say)
@@ -157,7 +154,7 @@ class _Engine:
         reused = self.reusable.find(task, config, text)
         if reused is not None:
             self.say(f"{self._count(task)}, from study {reused.study}")
-            self._keep(task, reused)
+            self._keep(reused)
             return
         folder = RunFolder(self.folder / task.name)
         if folder.admit(config, "auto") is Admission.NOTHING:  # finished, but not yet recorded
@@ -193,13 +190,13 @@ class _Engine:
     def _record_result(self, task: Task, folder: RunFolder) -> RunResult:
         run = thinned(Run.read(folder.results))
         result = RunResult(task.arm.name, task.tuning, task.point, run)
-        self._keep(task, result)
+        self._keep(result)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return result
 
-    def _keep(self, task: Task, result: RunResult) -> None:
+    def _keep(self, result: RunResult) -> None:
         self.writer.add_run(result)
-        self.scheduler.finish(task, result)
+        self.scheduler.finish(result)
 
     def _stop_others(self) -> None:
         self.send(SIGTERM)

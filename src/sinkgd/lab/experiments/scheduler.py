@@ -1,126 +1,31 @@
-"""The order of a study's runs: the points of every grid, then the seeds of arms with a full grid.
+"""Which run of a study is next, and which runs other studies have made already.
 
-optuna searches a grid: every point once, recorded in an SQLite file. A trial that was running when
-its process was killed is handed out again, and its run continues from its checkpoint. A trial with
-a result is never handed out again.
+Order: the points of every grid, then the seeds of arms with a full grid. The study's record decides
+what is done: a run that is not in it is handed out, and continues from its checkpoint if a killed
+process has begun it.
+
+Reuse: runs of grids that neighboring studies have in common are trained once. In one environment, a
+run's configuration determines its losses to the bit, and losses are all that a grid needs. Reported
+runs also have times, which depend on the machine's other work, so every study trains its own.
 """
 
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-import optuna
-from optuna.exceptions import OptunaError
-from optuna.samplers import GridSampler
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
-
-from sinkgd.lab.experiments.arms import EMPTY, Arm, Point, point_name
+from sinkgd.lab.experiments.arms import EMPTY, Arm, Point
+from sinkgd.lab.experiments.studies.scale import is_on_paper
 from sinkgd.lab.experiments.study import StudyPlan, Task
-from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
+from sinkgd.lab.experiments.study_record import STUDY_FILE, RunResult, StudyRecord
 from sinkgd.lab.results import ResultsError
+from sinkgd.lab.train.config import RunConfig, as_tables
+from sinkgd.lab.train.identity import DATA, knows_its_text
 
-TUNING_FILE = "tuning.db"  # in the study's folder
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-class Tuning:
-    """The grid searches of a study's arms, in one file; a context manager.
-
-    Args:
-        path: The SQLite file; it is made when absent.
-        arms: The tuned arms.
-
-    Raises:
-        ResultsError: If the file is not such a database.
-    """
-
-    def __init__(self, path: Path, arms: Sequence[Arm]) -> None:
-        try:
-            self._storage = optuna.storages.RDBStorage(f"sqlite:///{path.absolute()}")
-            self._searches = {arm.name: _Search(self._storage, arm) for arm in arms}
-        except (OptunaError, SQLAlchemyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ResultsError(
-                f"{path} is damaged: {reason}. Delete it; finished runs are in study.jsonl"
-            ) from error
-
-    def next_point(self, arm: Arm) -> Point | None:
-        """Return a point without a result that this session has not handed out; None at the end."""
-        return self._searches[arm.name].next_point()
-
-    def tell(self, arm: Arm, point: Point, loss: float) -> None:
-        """Record the final validation loss of a point, infinite if it failed.
-
-        Results of earlier sessions are not changed.
-        """
-        self._searches[arm.name].tell(point, loss)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._storage.remove_session()
-        self._storage.engine.dispose()
-
-
-class _Search:
-    """The grid search of one arm."""
-
-    def __init__(self, storage: Any, arm: Arm) -> None:
-        self._arm = arm
-        self._study = optuna.create_study(
-            storage=storage,
-            study_name=arm.name,
-            sampler=_AskedGrid(arm.tuned, seed=0),
-            load_if_exists=True,
-        )
-        trials = self._study.get_trials(deepcopy=False)
-        self._in_flight = [trial._trial_id for trial in trials if not trial.state.is_finished()]
-        self._left = len(arm.points()) - len(trials)
-        self._handed_out: dict[str, optuna.Trial] = {}
-
-    def next_point(self) -> Point | None:
-        if self._in_flight:
-            trial = optuna.Trial(self._study, self._in_flight.pop(0))
-        elif self._left > 0:
-            trial = self._study.ask()
-            self._left -= 1
-        else:
-            return None
-        point = {
-            name: trial.suggest_categorical(name, list(values))
-            for name, values in self._arm.tuned.items()
-        }
-        self._handed_out[point_name(point)] = trial
-        return point
-
-    def tell(self, point: Point, loss: float) -> None:
-        trial = self._handed_out.pop(point_name(point), None)
-        if trial is not None:
-            self._study.tell(trial, loss)
-
-
-class _AskedGrid(GridSampler):  # type: ignore[misc]  # optuna is read without its types
-    """optuna's grid sampler for use by ask and tell, without optuna's own loop."""
-
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        """Do nothing; optuna's method stops its own loop, and raises if there is none."""
+_EQUAL = ("sinkgd", "torch", "cpu", "threads", "device")  # parts of an environment that count
 
 
 class Scheduler:
@@ -129,13 +34,11 @@ class Scheduler:
     Args:
         plan: The study's plan.
         record: The results so far; new ones are added to it.
-        tuning: The grid searches of the plan's tuned arms.
     """
 
-    def __init__(self, plan: StudyPlan, record: StudyRecord, tuning: Tuning) -> None:
+    def __init__(self, plan: StudyPlan, record: StudyRecord) -> None:
         self.plan = plan
         self.record = record
-        self._tuning = tuning
         self._begun: set[str] = set(record.runs)
         self._skipped = 0
 
@@ -163,28 +66,13 @@ class Scheduler:
             self._begun.add(task.name)
         return task
 
-    def finish(self, task: Task, result: RunResult) -> None:
+    def finish(self, result: RunResult) -> None:
         """Record the result of a run that was handed out."""
         self.record.runs[result.name] = result
-        if task.tuning:
-            self._tuning.tell(task.arm, task.point, result.loss)
 
     def _next_grid_task(self) -> Task | None:
-        for arm in self.plan.arms:
-            while self.plan.is_tuned(arm):
-                point = self._tuning.next_point(arm)
-                if point is None:
-                    break
-                task = self.plan.tuning_task(arm, point)
-                if task.name not in self.record.runs:
-                    return task
-                # The process was killed after writing the record and before writing the search.
-                self._tuning.tell(arm, point, self.record.runs[task.name].loss)
-            # The record decides: a point that only the search has is run again.
-            for task in self.plan.tuning_tasks(arm):
-                if task.name not in self._begun:
-                    return task
-        return None
+        tasks = (task for arm in self.plan.arms for task in self.plan.tuning_tasks(arm))
+        return next((task for task in tasks if task.name not in self._begun), None)
 
     def _next_seed_task(self) -> Task | None:
         for seed in self.plan.seeds:
@@ -221,3 +109,81 @@ def chosen_point(plan: StudyPlan, arm: Arm, record: StudyRecord) -> Point | None
         return EMPTY
     best = min(losses, default=math.inf)
     return losses[best] if math.isfinite(best) else None
+
+
+@dataclass(frozen=True)
+class ReusableRuns:
+    """Finished runs of other studies' grids, by their configurations."""
+
+    results: Mapping[str, RunResult]
+
+    @classmethod
+    def collect(
+        cls, folder: Path, environment: Mapping[str, Any], say: Callable[[str], None]
+    ) -> Self:
+        """Collect the runs of studies in the folders next to a study's.
+
+        Args:
+            folder: Folder of the study.
+            environment: This process's environment, from `describe_environment`.
+            say: Called with a line about each neighbor that cannot be read.
+        """
+        found: dict[str, RunResult] = {}
+        for path in sorted(folder.absolute().parent.glob(f"*/{STUDY_FILE}")):
+            if path.parent == folder.absolute() or not path.is_file() or is_on_paper(path):
+                continue
+            try:
+                record = StudyRecord.read(path)
+            except (OSError, ResultsError) as error:
+                say(f"runs of a neighboring study are not reused: {error}")
+                continue
+            if _alike(record, environment):
+                for result in record.runs.values():
+                    if (
+                        result.tuning
+                        and result.run.finished
+                        and not result.study
+                        and knows_its_text(result.run.start)
+                    ):
+                        reused = replace(result, study=record.plan["study"])
+                        found[_key(result.run.start.config, _text(result))] = reused
+        return cls(found)
+
+    def find(self, task: Task, config: RunConfig, text_sha256: str) -> RunResult | None:
+        """Return the result of an equal run of another study.
+
+        Args:
+            task: The run that is needed.
+            config: Its resolved configuration.
+            text_sha256: Hash of the shards that it would be trained on.
+
+        Returns:
+            The result under the task's names; None for a reported run, and if there is none.
+        """
+        key = _key(as_tables(config), text_sha256)
+        result = self.results.get(key) if task.tuning else None
+        if result is None:
+            return None
+        start = replace(result.run.start, name=task.name)
+        return RunResult(
+            task.arm.name, task.tuning, task.point, replace(result.run, start=start), result.study
+        )
+
+
+def _alike(record: StudyRecord, environment: Mapping[str, Any]) -> bool:
+    """Whether all recorded sessions of a study had this environment; False if none is recorded."""
+    return bool(record.sessions) and all(
+        session.environment.get(name) == environment.get(name)
+        for session in record.sessions
+        for name in _EQUAL
+    )
+
+
+def _text(result: RunResult) -> str:
+    return str(result.run.start.inputs[DATA])
+
+
+def _key(tables: Mapping[str, Any], text_sha256: str) -> str:
+    """Return the key of a configuration; it has the text's hash in place of its path."""
+    data = {**tables["data"], "corpus": text_sha256}
+    return json.dumps({**tables, "data": data}, sort_keys=True)

@@ -164,7 +164,7 @@ def _baseline_got_worse(analysis: Analysis) -> list[str]:
             share = quantities.percent(point.tokens / run.end.tokens)
             return [
                 f"{run.start.name} first had its final loss after {share} of its tokens and was no "
-                "better at the end. What others save against its whole run is flattered by that."
+                "better at the end. Savings of others against its whole run are overstated."
             ]
     return []
 
@@ -173,12 +173,12 @@ def _unequal_conditions(analysis: Analysis) -> list[str]:
     finished = [run for run in analysis.runs if run.finished]
     conditions = {
         "model size": {run.start.parameters for run in finished},
-        "tokens a step": {run.start.tokens_per_step for run in finished},
-        "tokens in all": {run.end.tokens for run in finished if run.end},
-        "tokens of the evaluation": {e.eval_tokens for r in finished for e in r.evaluations[-1:]},
+        "tokens per step": {run.start.tokens_per_step for run in finished},
+        "total tokens": {run.end.tokens for run in finished if run.end},
+        "evaluation tokens": {e.eval_tokens for r in finished for e in r.evaluations[-1:]},
     }
     unequal = [name for name, values in conditions.items() if len(values) > 1]
-    return [f"Not like with like: the runs differ in {_names(unequal)}."] if unequal else []
+    return [f"The runs are not comparable: they differ in {_names(unequal)}."] if unequal else []
 
 
 def unequal_speed(analysis: Analysis) -> list[str]:

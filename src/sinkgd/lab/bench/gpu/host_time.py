@@ -21,13 +21,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkgd import SinkGD
 from sinkgd.kernels import registry
 from sinkgd.kernels.triton import TritonBackend, backend, launch, support
 from sinkgd.kernels.triton.tables import DeviceTables
 from sinkgd.lab.bench.gpu.cases import CACHE_BYTES, LLAMAS, TARGETS
+from sinkgd.lab.bench.gpu.recorded import TorchCalls
 from sinkgd.lab.bench.workloads import matrix_shapes
 
 TARGET = TARGETS["sm_90"]
@@ -50,7 +50,7 @@ class HostTime(NamedTuple):
 
     @property
     def microseconds(self) -> float:
-        """Those of a launch."""
+        """The host's time for a launch."""
         return 1e3 * self.milliseconds / self.launches
 
 
@@ -68,33 +68,14 @@ class FakeGpu:
         """Stand for the driver's launch."""
         self.launches += 1
 
+    def compile(self, *_: object, **__: object) -> SimpleNamespace:
+        """Stand for triton's compiler: return a kernel whose launcher does nothing."""
+        from triton.backends.nvidia.driver import CudaLauncher
 
-@contextmanager
-def fake_gpu() -> Iterator[FakeGpu]:
-    """Make triton see a GPU, and the backend take CPU tensors for its tensors.
-
-    Raises:
-        RuntimeError: If triton's interpreter is on in this process.
-    """
-    if support.interpreting():
-        raise RuntimeError("triton's interpreter is on; measure in a process without it")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaLauncher
-    from triton.runtime import driver
-
-    gpu = FakeGpu()
-    device = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda _: 0,
-        get_current_target=lambda: GPUTarget(TARGET.backend, TARGET.architecture, TARGET.warp),
-        allocate_default_profile_scratch=lambda *_: None,
-    )
-
-    def compiled(*_: object, **__: object) -> SimpleNamespace:
-        gpu.compiled += 1
+        self.compiled += 1
         start = CudaLauncher.__new__(CudaLauncher)
         vars(start).update(
-            launch=gpu.launch,
+            launch=self.launch,
             gsan_enabled=False,
             num_ctas=1,
             global_scratch_size=0,
@@ -109,6 +90,27 @@ def fake_gpu() -> Iterator[FakeGpu]:
         return SimpleNamespace(
             run=start, function=1, packed_metadata=(8, 1, 0), launch_metadata=lambda *_: None
         )
+
+
+@contextmanager
+def fake_gpu() -> Iterator[FakeGpu]:
+    """Make triton see a GPU, and the backend take CPU tensors for its tensors.
+
+    Raises:
+        RuntimeError: If triton's interpreter is on in this process.
+    """
+    if support.interpreting():
+        raise RuntimeError("triton's interpreter is on; measure in a process without it")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    gpu = FakeGpu()
+    device = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget(TARGET.backend, TARGET.architecture, TARGET.warp),
+        allocate_default_profile_scratch=lambda *_: None,
+    )
 
     def dispatched(kernel: Any, *arguments: Any, **constants: Any) -> Any:
         gpu.dispatched += 1
@@ -142,7 +144,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
             stack.enter_context(patch.object(kernel, "device_caches", caches))
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
-        stack.enter_context(patch("triton.compiler.compile", compiled))
+        stack.enter_context(patch("triton.compiler.compile", gpu.compile))
         yield gpu
 
 
@@ -200,7 +202,7 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
         calls = _python_calls(step)
         counted = gpu.launches, gpu.copies, gpu.dispatched, gpu.compiled
         step.move_gradients()
-        with _TorchCalls() as operations:  # type: ignore[no-untyped-call]
+        with TorchCalls() as torch_calls:
             step()
     return HostTime(
         model,
@@ -209,7 +211,7 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
         1e3 * median(times),
         1e3 * median(within),
         calls,
-        operations.count,
+        torch_calls.counts.total(),
         *counted[1:],
     )
 
@@ -233,16 +235,6 @@ class _BackendTime:
     def leave(self) -> None:
         """Restore the backend."""
         del vars(self.taken)["descend_"]
-
-
-class _TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that torch dispatches."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _python_calls(step: Callable[[], None]) -> int:

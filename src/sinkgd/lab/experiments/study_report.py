@@ -1,16 +1,30 @@
-"""The tables of a study: arms, targets reached, grids and sessions; and its verdict as Markdown."""
+"""The report of a study: its tables, its verdict as Markdown, and its page in one HTML file."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from sinkgd.lab.experiments.arms import point_words
+from sinkgd.lab.experiments.studies import scale
+from sinkgd.lab.experiments.studies.scale import Fit, fits_table
+from sinkgd.lab.experiments.study import Study
+from sinkgd.lab.experiments.study_charts import final_chart, grid_chart
 from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
-from sinkgd.lab.report.analysis import Spread, summarize
+from sinkgd.lab.report import calculator_block, published_block
+from sinkgd.lab.report.analysis import Analysis, Spread, summarize
 from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.figures import Chart, identify
+from sinkgd.lab.report.page import measured_charts
 from sinkgd.lab.report.quantities import ABSENT, count, duration, loss, percent, size
+from sinkgd.lab.report.shell import render
+
+VERDICT_FILE = "verdict.md"  # in the study's folder
+_TEMPLATE = Path(__file__).parent / "study.html"
 
 
 def arms_table(results: StudyResults) -> TextTable:
@@ -134,7 +148,7 @@ def sessions_table(record: StudyRecord) -> TextTable:
     return TextTable(
         title="Sessions",
         note="Overhead: time of jobs outside of training, as a share of the time of training. Jobs "
-        f"without work while others ran are not counted.{_reused(record)}",
+        f"without work while others ran are not counted.{_reuse_note(record)}",
         columns=("session", "jobs", "runs", "wall time", "training, sum", "overhead"),
         rows=tuple(
             (
@@ -150,7 +164,7 @@ def sessions_table(record: StudyRecord) -> TextTable:
     )
 
 
-def _reused(record: StudyRecord) -> str:
+def _reuse_note(record: StudyRecord) -> str:
     """Say which runs come from other studies."""
     counts = Counter(result.study for result in record.runs.values() if result.study)
     if not counts:
@@ -160,9 +174,6 @@ def _reused(record: StudyRecord) -> str:
         f" Of the {len(record.runs)} runs, {sum(counts.values())} were made by other studies with "
         f"the same configuration ({listed}); their time is counted there."
     )
-
-
-VERDICT_FILE = "verdict.md"  # in the study's folder
 
 
 def as_markdown(question: str, verdict: Verdict, tables: Sequence[TextTable], command: str) -> str:
@@ -214,3 +225,113 @@ def _markdown_table(table: TextTable) -> str:
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     lines[1] = "|" + "---|" * len(table.columns)
     return "\n".join(lines)
+
+
+def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict: Verdict) -> str:
+    """Make a study's page.
+
+    Args:
+        study: The study, for its question and charts.
+        record: The content of ``study.jsonl``; the page shows nothing else.
+        results: The results in the record.
+        verdict: The verdict on the results.
+    """
+    grid = grid_table(results)
+    analysis = _analysis(results)
+    charts = [] if analysis is None else _charts(study, results, analysis)
+    published = published_block(results.runs)
+    return render(
+        _TEMPLATE,
+        title=f"Study {study.name}, {results.plan['scale']} scale",
+        charts=[*charts, *published.charts],
+        own_charts=charts,
+        published=published,
+        calculator=calculator_block(analysis),
+        filters={},
+        study=study,
+        verdict=verdict,
+        tables=[arms_table(results), *reach_tables(results)],
+        details=[
+            *([grid] if grid.rows else []),
+            sessions_table(record),
+            _settings_table("Configuration that all arms share", results.plan["shared"]),
+            _settings_table("Arms as configured", results.plan["arms"]),
+            _settings_table(
+                "Environment", record.sessions[-1].environment if record.sessions else {}
+            ),
+        ],
+        command=record.command,
+        schedule=_schedule(results.plan),
+    )
+
+
+def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
+    """Make the page of the study `scale`, which is planned on paper.
+
+    Args:
+        fits: From `run_on_paper`.
+        verdict: The verdict on the fits.
+        command: A command that repeats the study.
+    """
+    published = published_block(())
+    return render(
+        _TEMPLATE,
+        title=f"Study {scale.NAME}, on paper",
+        charts=list(published.charts),
+        own_charts=[],
+        published=published,
+        calculator=calculator_block(None),
+        filters={},
+        study={"question": scale.QUESTION, "background": scale.BACKGROUND},
+        verdict=verdict,
+        tables=[fits_table(model, fits) for model in dict.fromkeys(fit.model for fit in fits)],
+        details=[],
+        command=command,
+        schedule="",
+    )
+
+
+def _analysis(results: StudyResults) -> Analysis | None:
+    """Compare the arms with the first control without divergence; None without a run."""
+    if not results.runs:
+        return None
+    baseline = next((one.arm.name for one in results.controls if not one.diverged), None)
+    return results.analysis(baseline)
+
+
+def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Chart]:
+    everyone = {one.arm.name for one in results.arms}
+    identities = identify(analysis)
+    final = final_chart(results, study.axis, identities)
+    measured = measured_charts(analysis, identities)
+    if not everyone <= set(identities):  # an arm with only a grid has no color yet
+        return [final, *measured]
+    own = study.charts(results, identities) if study.charts else []
+    grids = grid_chart(results, identities)
+    return [*own, final, *measured, *([grids] if grids else [])]
+
+
+def _schedule(plan: Mapping[str, Any]) -> str:
+    training = plan["shared"]["training"]
+    return (
+        f"{training['steps']} steps of {training['batch_size']} × {training['sequence_length']} "
+        f"tokens unless an arm says otherwise; warm-up over {training['warmup_fraction']:.0%} of "
+        f"the steps, then a cosine to {training['final_lr_fraction']:.0%}. Seeds "
+        f"{', '.join(map(str, plan['seeds']))}: the same text, order and weights for every arm; "
+        f"tuning with seed {plan['tuning_seed']}."
+    )
+
+
+def _settings_table(title: str, content: Mapping[str, Any]) -> TextTable:
+    return TextTable(title, "", ("setting", "value"), tuple(_setting_rows(content)))
+
+
+def _setting_rows(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            rows += _setting_rows(value, f"{prefix}{key}.")
+        elif value is not None and value not in ({}, [], False):
+            text = value if isinstance(value, str) else json.dumps(value)
+            rows.append((f"{prefix}{key}", text))
+    return rows
