@@ -1,12 +1,12 @@
-"""How a parameter is seen as matrices: rows the out-features, columns the in-features.
+"""How a parameter is viewed as matrices: rows are the out-features, columns the in-features.
 
-A layout is a plain string, so that it travels in a ``state_dict``:
+A layout is a plain string, so that a ``state_dict`` can hold it:
     auto: a matrix as it is, three dimensions as a batch of matrices, more as ``flatten``
     transposed: stored as (in, out), such as the ``Conv1D`` of GPT-2 in ``transformers``
     flatten: (out, everything else), such as a convolution
 
-``split`` then cuts the rows into matrices of their own, such as a fused query, key and value: a
-number of equal parts, or the parts' sizes.
+``split`` then cuts the rows into separate matrices, such as a fused query, key and value: a number
+of equal parts, or the sizes of the parts.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def matrices_of(
 
 
 def dims_of(ndim: int, layout: str) -> tuple[list[int], list[int]]:
-    """Return which dimensions of a parameter are rows and which are columns; others are a batch."""
+    """Return the dimensions of a parameter that are rows and those that are columns."""
     if layout == "flatten" or (layout == "auto" and ndim > 3):
         return [0], list(range(1, ndim))
     rows, cols = ndim - 2, ndim - 1
@@ -56,9 +56,9 @@ def dims_of(ndim: int, layout: str) -> tuple[list[int], list[int]]:
 
 
 def rows_then_columns(x: Tensor, param: Tensor, layout: str) -> Tensor:
-    """Order the dimensions of ``x`` as those of ``param`` are seen: the batch, rows, columns.
+    """Permute the dimensions of ``x`` into the order in which ``param`` is viewed.
 
-    Columns come in the order in which those of ``param`` lie in memory, as in `matrices_of`.
+    That is the batch, rows, columns; columns in the memory order of ``param``, as in `matrices_of`.
     """
     rows, cols = dims_of(param.ndim, layout)
     if len(cols) > 1:
@@ -91,13 +91,13 @@ def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None
 
 
 def _columns_in_memory_order(param: Tensor) -> list[int]:
-    # The order of columns means nothing to a norm, so take the one that lies in memory: a
-    # channels-last convolution has no other flat view.
+    # A norm does not depend on the order of columns. Use the memory order: a channels-last
+    # convolution has no other flat view.
     return [0, *sorted(range(1, param.ndim), key=param.stride, reverse=True)]
 
 
 def sizes_of(rows: int, split: Split) -> list[int]:
-    """Return how many rows each matrix has into which ``split`` cuts them."""
+    """Return the number of rows of each matrix into which ``split`` cuts ``rows``."""
     if isinstance(split, int):
         if split < 1 or rows % split:
             raise ValueError(f"split={split} does not divide {rows} rows into equal parts")
@@ -108,7 +108,7 @@ def sizes_of(rows: int, split: Split) -> list[int]:
 
 
 def columns_to_memory(x: Tensor, param: Tensor, layout: str) -> Tensor:
-    """Order columns ``(..., n)`` of a parameter, in the order of its dimensions, as in memory."""
+    """Reorder columns ``(..., n)`` from the order of the dimensions to the memory order."""
     order = _column_order(param, layout)
     if order == sorted(order):
         return x
@@ -117,7 +117,7 @@ def columns_to_memory(x: Tensor, param: Tensor, layout: str) -> Tensor:
 
 
 def columns_from_memory(x: Tensor, param: Tensor, layout: str) -> Tensor:
-    """Order columns ``(..., n)`` that are as in memory in the order of the dimensions."""
+    """Reorder columns ``(..., n)`` from the memory order to the order of the dimensions."""
     order = _column_order(param, layout)
     if order == sorted(order):
         return x
@@ -148,7 +148,7 @@ def are_dense(x: Tensor) -> bool:
 
 
 def lie_alike(x: Tensor, y: Tensor) -> bool:
-    """Whether the entries of two tensors of one shape lie in memory in the same order and gaps."""
+    """Whether two tensors of one shape have the same memory order, with the same gaps."""
     return x.stride() == y.stride() or all(
         size < 2 or one == other
         for size, one, other in zip(x.shape, x.stride(), y.stride(), strict=True)

@@ -1,4 +1,4 @@
-"""Numbers among the arguments: what is none is refused where it is passed, by its name."""
+"""Checks of numeric arguments: errors give the name of the argument and its value."""
 
 from numbers import Integral, Real
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a real number or a tensor of them; True and False are none."""
+    """Whether a value is a real number or a tensor of real numbers; True and False are not."""
     if isinstance(value, Tensor):
         return not value.is_complex() and not value.is_quantized
     return not isinstance(value, bool) and isinstance(value, Real)
@@ -19,12 +19,12 @@ def is_one_number(value: object) -> bool:
 
 
 def is_whole_number(value: object) -> bool:
-    """Whether a value is an integer; True and False are none."""
+    """Whether a value is an integer; True and False are not."""
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
-    """Refuse what is no number, or is below ``least``; a tensor of one element is a number.
+    """Refuse a value that is no number or is below ``least``; a tensor of one element is a number.
 
     Raises:
         TypeError: With the argument's name and its value.
@@ -39,7 +39,7 @@ def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
 
 
 def check_whole_number(name: str, value: Any) -> None:
-    """Refuse what is no integer.
+    """Refuse a value that is no integer.
 
     Raises:
         TypeError: With the argument's name and its value.
@@ -49,7 +49,7 @@ def check_whole_number(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False.
+    """Refuse a value that is neither True nor False.
 
     Raises:
         TypeError: With the argument's name and its value.
@@ -59,7 +59,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_decay_rate(name: str, value: Any) -> None:
-    """Refuse what is no number in [0, 1).
+    """Refuse a value that is no number in [0, 1).
 
     Raises:
         TypeError: With the argument's name and its value.
@@ -71,7 +71,7 @@ def check_decay_rate(name: str, value: Any) -> None:
 
 
 def check_betas(name: str, value: Any) -> None:
-    """Refuse what is no pair of decay rates.
+    """Refuse a value that is no pair of decay rates.
 
     Raises:
         TypeError: With the argument's name and its value.

@@ -1,7 +1,8 @@
-"""Products in the precision of their tensors, whatever a process or a training loop has set.
+"""Matrix products in full precision, whatever autocast and the matmul precision are set to.
 
-Two settings lower the precision of a product of float32 matrices: autocast, which belongs to a
-thread, and the process's float32 matmul precision (TF32 on a GPU, bfloat16 on some CPUs).
+Two settings lower the precision of a product of float32 matrices: autocast, which is set for a
+thread, and the float32 matmul precision (TF32 on a GPU, bfloat16 on some CPUs), which is set for
+the process.
 """
 
 import threading
@@ -21,8 +22,8 @@ _FULL = ("none", "ieee")
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Make ``function`` return the same bits under autocast and reduced matmul precision.
 
-    The matmul precision belongs to the process: while ``function`` runs, products of other threads
-    are computed in full precision, too.
+    The matmul precision is set for the process: while ``function`` runs, other threads compute
+    products in full precision, too.
 
     ``torch.compile`` captures ``function`` without autocast. It cannot capture a change of the
     matmul precision, so products that become part of a compiled graph follow
@@ -52,7 +53,7 @@ def _without_autocast(
 
 
 class _MatmulPrecision:
-    """The process's float32 matmul precision, full from the first `enter` to the last `leave`."""
+    """Sets the float32 matmul precision to full, from the first `enter` to the last `leave`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -60,7 +61,7 @@ class _MatmulPrecision:
         self._saved: list[tuple[Any, str]] = []
 
     def enter(self) -> bool:
-        """Raise the precision; return False if it was full, and there is nothing to leave."""
+        """Raise the precision; return False if it was full, and `leave` must not be called."""
         with self._lock:
             if self._entered == 0:
                 self._saved = _reduced()
@@ -72,7 +73,7 @@ class _MatmulPrecision:
             return True
 
     def leave(self) -> None:
-        """Restore the precision that the first one to enter found, if this is the last one."""
+        """Restore the precision before the first `enter`, if this is the last `leave`."""
         with self._lock:
             self._entered -= 1
             if self._entered == 0:
@@ -81,7 +82,7 @@ class _MatmulPrecision:
 
 
 class _OldSetting:
-    """The one setting of torch before 2.9, with the names of the newer ones."""
+    """The setting of torch before 2.9, with the attribute of the newer settings."""
 
     @property
     def fp32_precision(self) -> str:

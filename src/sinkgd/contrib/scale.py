@@ -23,15 +23,15 @@ _OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas
 
 
 class SCALE(MNGD):
-    r"""Descend along row-normalized gradients, of the head along their average.
+    r"""Descend along row-normalized gradients, and for the output head along their average.
 
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(D)^{-1} D
 
-    with D the gradient G or, of the output head, its average B ← μB + (1 − μ)G. What the paper
+    where D is the gradient G or, for the output head, its average B ← μB + (1 − μ)G. What the paper
     calls columns are the weights of one output: rows of a linear weight as torch stores it, columns
-    of an embedding, which is stored transposed. State: one float32 an entry of the head; two an
-    entry of vectors, which are AdamW's.
+    of an embedding, which is stored transposed. State: one float32 an entry of the head, and two an
+    entry of vectors, which go to AdamW.
 
     Args:
         params: Groups of `scale_groups`. Matrices by themselves, tensors or (name, tensor) pairs,
@@ -77,8 +77,8 @@ def scale_groups(
     """Split a model's parameters into groups for `SCALE`.
 
     Hidden matrices, embeddings and the output head are normalized at ``lr``, the head with
-    ``momentum``; all else goes to AdamW at ``lr``. A table that is embedding and head at once is
-    taken for an embedding.
+    ``momentum``; all other parameters go to AdamW at ``lr``. A tied embedding and head counts as an
+    embedding.
 
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out, as by
@@ -87,7 +87,7 @@ def scale_groups(
         momentum: Decay rate μ of the head's average. The paper uses 0.9.
         weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.
         betas: AdamW's decay rates of the two moments.
-        overrides: As for `param_groups`; they go first.
+        overrides: As for `param_groups`; they take precedence.
 
     Returns:
         Groups of (name, parameter) pairs.

@@ -165,7 +165,7 @@ def unnamed(i: int, index: int) -> str:
 
 
 def name_alike(groups: Sequence[Group], new: Group) -> None:
-    """Name the parameters of all groups if one has names, as torch requires."""
+    """Name the parameters of all groups if one group has names, as torch requires."""
     params = new["params"]
     if isinstance(params, Set) or not groups:  # torch refuses a set
         return
