@@ -117,7 +117,8 @@ def test_a_section_ends_at_its_deadline_and_says_what_it_left_out(tmp_path):
     left_out = [row for row in rows if row.get("why") == "out of time"]
     assert rows[0]["value"] == 1
     assert len(left_out) > 100
-    assert sum(row["item"] == "naps" for row in rows) == 200
+    # An item that is ended after it wrote its row, and before it left, has a second row.
+    assert sum(row["item"] == "naps" for row in rows) in (200, 201)
 
 
 def test_an_item_that_outlasts_its_section_is_ended(tmp_path):

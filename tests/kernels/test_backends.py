@@ -14,7 +14,7 @@ from layouts import gapped, scattered, turned
 from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd import kernels, sr_sinkhorn
 from sinkgd.deflation import LowRank
-from sinkgd.kernels import BACKENDS, Lowered, Scales, registry
+from sinkgd.kernels import BACKENDS, CorrectedScales, Scales, registry
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 from sinkgd.kernels.triton import TritonBackend
@@ -346,7 +346,7 @@ class TestSizes:
         own = Scales(torch.ones(row), torch.ones(col))
         if lowered:
             taken = LowRank(torch.zeros(*batch, m, 1), torch.zeros(*batch, n, 1))
-            own = Lowered(*own, taken)
+            own = CorrectedScales(*own, taken)
         param = torch.ones(shape)
         with pytest.raises(ValueError, match=r"scales of shapes .* do not fit a parameter of"):
             backend.update_([param], [torch.ones(shape)], [own], keep=1.0, step=1.0)

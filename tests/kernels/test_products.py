@@ -5,7 +5,7 @@ import torch
 
 from layouts import gapped, scattered, turned
 from sinkgd.deflation import LowRank
-from sinkgd.kernels import Lowered, Scales, Stack
+from sinkgd.kernels import CorrectedScales, Scales, Stack
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 
@@ -153,7 +153,9 @@ class TestLoweredUpdates:
         params = [layout(normal(grad.shape, 70)) for grad in stack.grads]
         less = torch.stack([own.left.double() @ own.right.double().mT for own in taken])
         expected = 0.875 * torch.stack(params).double() - 0.25 * (x - less)
-        lowered = [Lowered(*own, away) for own, away in zip(stack.scales, taken, strict=True)]
+        lowered = [
+            CorrectedScales(*own, away) for own, away in zip(stack.scales, taken, strict=True)
+        ]
         backend.update_(params, stack.grads, lowered, keep=0.875, step=-0.25)
         near(torch.stack(params).double(), expected)
 
@@ -164,14 +166,14 @@ class TestLoweredUpdates:
         (taken,) = self.taken(stack, 3)
         param = param_layout(normal((40, 24), 70))
         expected = param.double() - 0.5 * (x[0] - taken.left.double() @ taken.right.double().mT)
-        lowered = [Lowered(*stack.scales[0], taken)]
+        lowered = [CorrectedScales(*stack.scales[0], taken)]
         backend.update_([param], stack.grads, lowered, keep=1.0, step=-0.5)
         near(param.double(), expected)
 
     @pytest.mark.parametrize("keyed", [False, True])
     def test_bfloat16_is_rounded_once(self, backend, keyed):
         stack, _ = stack_of((1, (), 263, 257), dtype=torch.bfloat16)
-        lowered = [Lowered(*stack.scales[0], self.taken(stack, 8)[0])]
+        lowered = [CorrectedScales(*stack.scales[0], self.taken(stack, 8)[0])]
         narrow = normal((263, 257), 1, torch.bfloat16)
         wide = narrow.float()
         keys = keys_of_step(7, torch.tensor(3), 1) if keyed else None
@@ -182,7 +184,7 @@ class TestLoweredUpdates:
     def test_only_what_is_allowed_changes(self, backend):
         stack, _ = stack_of((3, (), 40, 24))
         lowered = [
-            Lowered(*own, away)
+            CorrectedScales(*own, away)
             for own, away in zip(stack.scales, self.taken(stack, 2), strict=True)
         ]
         params = [normal((40, 24), 70 + i) for i in range(3)]
@@ -194,7 +196,7 @@ class TestLoweredUpdates:
 
     def test_scales_with_and_without_stand_beside_each_other(self, backend):
         stack, _ = stack_of((2, (), 40, 24))
-        both = [stack.scales[0], Lowered(*stack.scales[1], self.taken(stack, 2)[1])]
+        both = [stack.scales[0], CorrectedScales(*stack.scales[1], self.taken(stack, 2)[1])]
         together = [normal((40, 24), 70 + i) for i in range(2)]
         alone = [param.clone() for param in together]
         backend.update_(together, stack.grads, both, keep=0.9, step=-0.1)

@@ -1,8 +1,8 @@
 """SR-Sinkhorn's backends: the contract (`backend`), its definition (`eager`), the choice."""
 
 from sinkgd.kernels.backend import Backend as Backend
+from sinkgd.kernels.backend import CorrectedScales as CorrectedScales
 from sinkgd.kernels.backend import Descent as Descent
-from sinkgd.kernels.backend import Lowered as Lowered
 from sinkgd.kernels.backend import Matrices as Matrices
 from sinkgd.kernels.backend import Scales as Scales
 from sinkgd.kernels.backend import Shared as Shared

@@ -28,18 +28,18 @@ class Scales(NamedTuple):
         return Scales(self.col.mT, self.row.mT)
 
 
-class Lowered(NamedTuple):
-    """Scales with a low-rank correction: the update is ``factor * row * grad * col - taken``."""
+class CorrectedScales(NamedTuple):
+    """Scales with a low-rank correction: ``factor * row * grad * col - correction``."""
 
     row: Tensor  # (..., m, 1)
     col: Tensor  # (..., 1, n)
-    taken: LowRank  # (..., m, n), float32 or float64
+    correction: LowRank  # (..., m, n), float32 or float64
     factor: Tensor | None = None  # (..., 1, 1), of the scales' dtype; None for 1
 
     @property
-    def mT(self) -> "Lowered":  # noqa: N802 - as of a tensor
+    def mT(self) -> "CorrectedScales":  # noqa: N802 - as of a tensor
         """The same for the transposed matrix."""
-        return Lowered(self.col.mT, self.row.mT, self.taken.mT, self.factor)
+        return CorrectedScales(self.col.mT, self.row.mT, self.correction.mT, self.factor)
 
 
 class Matrices(NamedTuple):
@@ -97,7 +97,7 @@ class Backend(ABC):
     name: str
     package: str  # that it runs on
     install: str  # the command that installs the package
-    # Whether it has `packed_products`, and applies `Lowered` scales without a copy of a gradient.
+    # Whether it has `packed_products`, and applies `CorrectedScales` without a copy of a gradient.
     packs_vectors: bool = False
 
     @abstractmethod
@@ -165,7 +165,7 @@ class Backend(ABC):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales | Lowered],
+        scales: Sequence[Scales | CorrectedScales],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -177,7 +177,7 @@ class Backend(ABC):
         Args:
             params: Parameters ``(..., m, n)``.
             grads: Their gradients.
-            scales: Their scales. `Lowered` scales have an update of their own.
+            scales: Their scales. `CorrectedScales` have an update of their own.
             keep: Factor of the parameter.
             step: Factor of the update.
             allowed: A 0-dim bool for each parameter, on its device. False leaves the parameter
@@ -213,7 +213,7 @@ def take_steps(
     backend: Backend,
     matrices: Matrices,
     finite: Tensor,
-    scales: Sequence[Scales | Lowered],
+    scales: Sequence[Scales | CorrectedScales],
     *,
     keep: float | Tensor,
     step: float | Tensor,
@@ -283,11 +283,11 @@ def _known_to_be_all(flags: Tensor) -> bool:
     return flags.is_cpu and not torch.compiler.is_compiling() and bool(flags.all())
 
 
-def select_owners(matrices: Matrices, taken: Sequence[bool]) -> Matrices:
-    """Return the matrices of the owners for which ``taken`` is True."""
-    if all(taken):
+def select_owners(matrices: Matrices, selected: Sequence[bool]) -> Matrices:
+    """Return the matrices of the owners for which ``selected`` is True."""
+    if all(selected):
         return matrices
-    kept = [own for own, take in zip(matrices.owners, taken, strict=True) if take]
+    kept = [own for own, take in zip(matrices.owners, selected, strict=True) if take]
     indices = [i for own in kept for i in own]
     ends = list(accumulate(map(len, kept), initial=0))
     return Matrices(
@@ -300,12 +300,16 @@ def select_owners(matrices: Matrices, taken: Sequence[bool]) -> Matrices:
 
 
 def merge_descents(
-    taken: Sequence[bool], matrices: Matrices, one: Descent, other: Descent
+    selected: Sequence[bool], matrices: Matrices, one: Descent, other: Descent
 ) -> Descent:
-    """Return the descent of all owners from those of the ``taken`` and of the other ones."""
+    """Return the descent of all owners from those of the ``selected`` and of the other ones."""
     flags = [iter(found.finite.unbind()) for found in (other, one)]
     scales = [iter(found.scales) for found in (other, one)]
     return Descent(
-        torch.stack([next(flags[own]) for own in taken]),
-        [next(scales[take]) for own, take in zip(matrices.owners, taken, strict=True) for _ in own],
+        torch.stack([next(flags[own]) for own in selected]),
+        [
+            next(scales[take])
+            for own, take in zip(matrices.owners, selected, strict=True)
+            for _ in own
+        ],
     )

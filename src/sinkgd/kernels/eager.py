@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.deflation import LowRank, Products, StoredProducts, take_away_
-from sinkgd.kernels.backend import Backend, Lowered, Scales, Stack, Sums
+from sinkgd.kernels.backend import Backend, CorrectedScales, Scales, Stack, Sums
 from sinkgd.kernels.equilibrate import Equilibration, equilibrate_, scales_of
 from sinkgd.kernels.layout import check_scales, check_start
 from sinkgd.kernels.rounding import round_to_bfloat16
@@ -64,7 +64,7 @@ class EagerBackend(Backend):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales | Lowered],
+        scales: Sequence[Scales | CorrectedScales],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -200,26 +200,26 @@ def eager_products(stacks: Sequence[Stack]) -> StoredProducts:
     return StoredProducts([_updates_of(*stack) for stack in stacks])
 
 
-def update_of(grad: Tensor, scales: Scales | Lowered) -> Tensor:
+def update_of(grad: Tensor, scales: Scales | CorrectedScales) -> Tensor:
     """Return the update of one gradient, in float32 or wider."""
-    if not isinstance(scales, Lowered):
+    if not isinstance(scales, CorrectedScales):
         return (grad.to(scales.row.dtype) * scales.row).mul_(scales.col)
     together = _updates_of([grad], [scales])
-    take_away_(together, LowRank(*(x.unsqueeze(0) for x in scales.taken)))
+    take_away_(together, LowRank(*(x.unsqueeze(0) for x in scales.correction)))
     return together[0]
 
 
-def nothing_to_take(
-    grads: Sequence[Tensor], scales: Sequence[Scales | Lowered]
+def without_corrections(
+    grads: Sequence[Tensor], scales: Sequence[Scales | CorrectedScales]
 ) -> tuple[list[Tensor], list[Scales]]:
-    """Replace gradients with `Lowered` scales by their updates, and the scales by ones.
+    """Replace gradients with `CorrectedScales` by their updates, and the scales by ones.
 
     Each of these updates is a copy in float32 or wider.
     """
     found_grads: list[Tensor] = []
     found_scales: list[Scales] = []
     for grad, own in zip(grads, scales, strict=True):
-        if isinstance(own, Lowered):
+        if isinstance(own, CorrectedScales):
             found_grads.append(update_of(grad, own))
             found_scales.append(Scales(torch.ones_like(own.row), torch.ones_like(own.col)))
         else:
@@ -228,13 +228,13 @@ def nothing_to_take(
     return found_grads, found_scales
 
 
-def _updates_of(grads: Sequence[Tensor], scales: Sequence[Scales | Lowered]) -> Tensor:
+def _updates_of(grads: Sequence[Tensor], scales: Sequence[Scales | CorrectedScales]) -> Tensor:
     """Return ``factor * row * grad * col`` of gradients of one layout, in a `matrix_buffer`."""
     first, dtype = grads[0], scales[0].row.dtype
     updates = matrix_buffer(first.expand(len(grads), *first.shape), dtype)
     for update, grad, own in zip(updates, grads, scales, strict=True):
         torch.mul(grad, own.row, out=update).mul_(own.col)
-        if isinstance(own, Lowered) and own.factor is not None:
+        if isinstance(own, CorrectedScales) and own.factor is not None:
             update.mul_(own.factor)
     return updates
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels import registry
-from sinkgd.kernels.backend import Backend, Lowered, Scales
-from sinkgd.kernels.eager import EagerBackend, nothing_to_take
+from sinkgd.kernels.backend import Backend, CorrectedScales, Scales
+from sinkgd.kernels.eager import EagerBackend, without_corrections
 from sinkgd.precision import in_full_precision
 
 
@@ -49,7 +49,7 @@ class CompiledBackend(EagerBackend):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales | Lowered],
+        scales: Sequence[Scales | CorrectedScales],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -57,7 +57,7 @@ class CompiledBackend(EagerBackend):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
-        grads, pairs = nothing_to_take(grads, scales)
+        grads, pairs = without_corrections(grads, scales)
         update_(
             list(params),
             list(grads),

@@ -18,8 +18,8 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from sinkgd.kernels.backend import (
+    CorrectedScales,
     Descent,
-    Lowered,
     Matrices,
     Scales,
     Stack,
@@ -79,7 +79,7 @@ class CpuBackend(EagerBackend):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales | Lowered],
+        scales: Sequence[Scales | CorrectedScales],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -105,9 +105,9 @@ class CpuBackend(EagerBackend):
                 flag=0 if flag is None else flag.data_ptr(),
                 key=None if keys is None else int(keys[i]),
             )
-            if isinstance(own, Lowered):
-                taken = own.taken.mT if layout.transposed else own.taken
-                left, right = low_rank_factors(taken)
+            if isinstance(own, CorrectedScales):
+                correction = own.correction.mT if layout.transposed else own.correction
+                left, right = low_rank_factors(correction)
                 rank, at = left.shape[-1], (left.data_ptr(), right.data_ptr())
                 target = target._replace(rank=rank, left=at[0], right=at[1])
                 read += (left, right)
@@ -202,7 +202,7 @@ class CpuBackend(EagerBackend):
         return torch.tensor(flags, dtype=torch.bool, device="cpu")
 
 
-def _are_usual(scales: Scales | Lowered, flag: Tensor | None) -> bool:
+def _are_usual(scales: Scales | CorrectedScales, flag: Tensor | None) -> bool:
     """Whether the loops can read the scales and the flag."""
     return all(x.dtype == torch.float32 and x.is_contiguous() for x in scales[:2]) and (
         flag is None or (flag.dtype == torch.bool and flag.is_cpu)

@@ -87,18 +87,18 @@ class CpuProducts:
         return [both[i] for i in range(len(both))]
 
 
-def low_rank_factors(taken: LowRank) -> tuple[Tensor, Tensor]:
+def low_rank_factors(correction: LowRank) -> tuple[Tensor, Tensor]:
     """Return minus a matrix of low rank, as the loops add it to rows in memory.
 
     Returns:
         The left factor ``(..., P, k)``, and the right one as ``(..., Q/16, k, 16)``, padded with
         zeros; contiguous float32.
     """
-    *batch, Q, rank = taken.right.shape
+    *batch, Q, rank = correction.right.shape
     more = -Q % VECTORS
-    right = nn.functional.pad(taken.right, (0, 0, 0, more))
+    right = nn.functional.pad(correction.right, (0, 0, 0, more))
     right = right.view(*batch, (Q + more) // VECTORS, VECTORS, rank).mT
-    return taken.left.neg().float().contiguous(), right.float().contiguous()
+    return correction.left.neg().float().contiguous(), right.float().contiguous()
 
 
 class _StackProduct:
@@ -134,7 +134,7 @@ class _StackProduct:
         Args:
             table: The table.
             by_rows: Whether products by rows are taken, with the vectors that were put.
-            by_columns: Whether products by columns are taken.
+            by_columns: Whether products by columns are correction.
             again: Whether products by rows are taken with the products by columns.
         """
         given = self.col_products if again else self.col_vectors

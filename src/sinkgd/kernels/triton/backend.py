@@ -21,8 +21,8 @@ from torch.autograd.graph import increment_version
 
 from sinkgd.deflation import Products
 from sinkgd.kernels.backend import (
+    CorrectedScales,
     Descent,
-    Lowered,
     Matrices,
     Scales,
     Shared,
@@ -30,7 +30,7 @@ from sinkgd.kernels.backend import (
     merge_descents,
     select_owners,
 )
-from sinkgd.kernels.eager import EagerBackend, nothing_to_take
+from sinkgd.kernels.eager import EagerBackend, without_corrections
 from sinkgd.kernels.layout import aligned, check_scales, check_start, dense, dense_layout
 from sinkgd.kernels.triton import support
 from sinkgd.kernels.triton.descent import (
@@ -274,7 +274,7 @@ class TritonBackend(EagerBackend):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales | Lowered],
+        scales: Sequence[Scales | CorrectedScales],
         *,
         keep: float | Tensor,
         step: float | Tensor,
@@ -313,20 +313,20 @@ class TritonBackend(EagerBackend):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        scales: Sequence[Scales | Lowered],
-    ) -> tuple[list[Tensor], list[Scales | Lowered]]:
+        scales: Sequence[Scales | CorrectedScales],
+    ) -> tuple[list[Tensor], list[Scales | CorrectedScales]]:
         """Return gradients and scales, with an update in place of a gradient where it is needed.
 
-        It is needed where the kernels do not subtract the low-rank part of `Lowered`.
+        It is needed where the kernels do not subtract the low-rank part of `CorrectedScales`.
         """
         found_grads, found_scales = [*grads], [*scales]
         for i, own in enumerate(scales):
-            if isinstance(own, Lowered) and not (
+            if isinstance(own, CorrectedScales) and not (
                 self.products_by_dot
                 and support.native(params[i])
                 and support.subtracted(own, params[i].device)
             ):
-                (found_grads[i],), (found_scales[i],) = nothing_to_take([grads[i]], [own])
+                (found_grads[i],), (found_scales[i],) = without_corrections([grads[i]], [own])
         return found_grads, found_scales
 
     def _update(
@@ -355,8 +355,8 @@ class TritonBackend(EagerBackend):
                 *_in_memory((own.row, own.col), transposed=transposed),
             ]
             read += write.allowed, write.key
-            if isinstance(own, Lowered):
-                read += own.factor, *_in_memory(own.taken, transposed=transposed)
+            if isinstance(own, CorrectedScales):
+                read += own.factor, *_in_memory(own.correction, transposed=transposed)
             addresses += UpdateAddresses(*(0 if x is None else x.data_ptr() for x in read))
         rows = self._tables.addresses(tuple(addresses), device)
         rounding = writes[0].key is not None
@@ -369,7 +369,7 @@ class _Write(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    scales: Scales | Lowered
+    scales: Scales | CorrectedScales
     allowed: Tensor | None
     key: Tensor | None
 
@@ -410,9 +410,9 @@ def _in_memory(sides: Sequence[Tensor], *, transposed: bool) -> Sequence[Tensor]
     return sides[::-1] if transposed else sides
 
 
-def _low_rank_sides(scales: Scales | Lowered) -> LowRankSides | None:
-    if not isinstance(scales, Lowered):
+def _low_rank_sides(scales: Scales | CorrectedScales) -> LowRankSides | None:
+    if not isinstance(scales, CorrectedScales):
         return None
-    left, right = scales.taken
+    left, right = scales.correction
     aligned = all(x.data_ptr() % 16 == 0 for x in (left, right))
     return LowRankSides(left.shape[-1], left.stride(), right.stride(), aligned)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sinkgd.kernels.backend import Lowered, Scales
+from sinkgd.kernels.backend import CorrectedScales, Scales
 from sinkgd.kernels.layout import layout_of, may_be_written
 from sinkgd.kernels.triton.products import MOST
 from sinkgd.kernels.triton.schedule import LONGEST
@@ -81,7 +81,7 @@ def readable(grad: Tensor, start: Tensor | None) -> bool:
 def writable(
     param: Tensor,
     grad: Tensor,
-    scales: Scales | Lowered | None,
+    scales: Scales | CorrectedScales | None,
     allowed: Tensor | None,
     key: Tensor | None,
 ) -> bool:
@@ -109,12 +109,12 @@ def multiplied(grads: Sequence[Tensor], scales: Sequence[Scales]) -> bool:
     )
 
 
-def subtracted(scales: Lowered, device: torch.device) -> bool:
+def subtracted(scales: CorrectedScales, device: torch.device) -> bool:
     """Whether kernels subtract a matrix of low rank from an update."""
     factor = scales.factor
-    return 0 < scales.taken.left.shape[-1] <= MOST and all(
+    return 0 < scales.correction.left.shape[-1] <= MOST and all(
         x.dtype == torch.float32 and x.device == device
-        for x in (*scales.taken, *(() if factor is None else (factor,)))
+        for x in (*scales.correction, *(() if factor is None else (factor,)))
     )
 
 

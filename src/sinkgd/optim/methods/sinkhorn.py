@@ -72,7 +72,7 @@ from sinkgd.optim.transforms.start import (
     warm_starts,
 )
 
-Known = TypeVar("Known", bound=kernels.Scales | kernels.Lowered)
+Known = TypeVar("Known", bound=kernels.Scales | kernels.CorrectedScales)
 
 
 class Sinkhorn(Method):
@@ -290,7 +290,7 @@ def _finish(
 ) -> Steps[Tensor]:
     """Apply the transforms after the scales, write, and return which parameters were finite."""
     slots, matrices, owners, scales, finite, keys = solved
-    lowered: Sequence[kernels.Scales | kernels.Lowered] = scales
+    lowered: Sequence[kernels.Scales | kernels.CorrectedScales] = scales
     if group["deflated_rank"]:
         deflating = Deflating(slots, owners, matrices, scales)
         lowered, flags = yield deflate_matrices(deflating, backend, group)
@@ -302,7 +302,7 @@ def _finish(
         finite, lowered = found.finite, found.scales
     ready = _Solved(slots, matrices, owners, lowered, finite, keys)
     chunks = [slice(len(slots))]
-    if any(isinstance(own, kernels.Lowered) and own.factor is None for own in lowered):
+    if any(isinstance(own, kernels.CorrectedScales) and own.factor is None for own in lowered):
         # The backend may copy what is deflated, and these parameters may be larger together.
         sizes = [4 * sum(matrices[i].grad.numel() for i in own) for own in owners]
         chunks = chunk_slices(sizes, SCRATCH_BYTES)
@@ -336,7 +336,7 @@ def _pinned(
 
 
 def _write_(
-    known: "_Solved[kernels.Scales | kernels.Lowered]",
+    known: "_Solved[kernels.Scales | kernels.CorrectedScales]",
     backend: kernels.Backend,
     group: Group,
     context: Context,

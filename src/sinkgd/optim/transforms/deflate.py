@@ -33,8 +33,8 @@ from sinkgd.distributed.shards import (
     shard_columns,
 )
 from sinkgd.exchange import Computation, Steps, computation, immediate
-from sinkgd.kernels import Backend, Lowered, Scales, Shared, Stack
-from sinkgd.kernels.eager import nothing_to_take
+from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
+from sinkgd.kernels.eager import without_corrections
 from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
@@ -154,7 +154,7 @@ def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
 class Deflated(NamedTuple):
     """Deflated updates, one for each matrix."""
 
-    scales: list[Scales | Lowered]
+    scales: list[Scales | CorrectedScales]
     finite: list[Tensor]  # 0-dim bool each: whether the update is finite; equal on all ranks
 
 
@@ -199,7 +199,7 @@ def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated
         if min(matrix.shape) > 1:  # there is nothing to lower in others
             width = min(group["deflated_rank"] + 1, *matrix.shape)
             by_width.setdefault(width, []).append(i)
-    found: list[Scales | Lowered] = [*some.scales]
+    found: list[Scales | CorrectedScales] = [*some.scales]
     finite = [some.matrices[0].grad.new_ones((), dtype=torch.bool)] * len(found)
     for width, own in by_width.items():
         shared = _shared_blocks(tuple(kinds[i] for i in own), group["deflated_rank"] + 1, width)
@@ -215,7 +215,7 @@ def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated
 
 def _lowered_packed(
     scales: Sequence[Scales], products: PackedProducts
-) -> tuple[list[Lowered], list[Tensor]]:
+) -> tuple[list[CorrectedScales], list[Tensor]]:
     """Bring updates to root-mean-square 1, and say which of them are finite."""
     leading = find_packed_leading(products)
     stretch = (products.entries / or_one(leading.square)).sqrt_()
@@ -225,7 +225,7 @@ def _lowered_packed(
     sides = products.by_tensor(left, of_rows=True), products.by_tensor(right, of_rows=False)
     factors = products.numbers_by_tensor(numbers.float())
     lowered = [
-        Lowered(*own, LowRank(*pair), factor)
+        CorrectedScales(*own, LowRank(*pair), factor)
         for own, *pair, factor in zip(scales, *sides, factors, strict=True)
     ]
     return lowered, products.all_by_tensor(numbers.isfinite())
@@ -239,7 +239,7 @@ def _deflate_stacks(
     backend: Backend,
 ) -> Steps[Deflated]:
     """Deflate matrices that may be sharded, in stacks of one shape and memory order."""
-    found: list[Scales | Lowered] = [*scales]
+    found: list[Scales | CorrectedScales] = [*scales]
     finite = [torch.ones((), dtype=torch.bool, device=matrices[0].grad.device)] * len(matrices)
     stacks = _stacks_of(matrices)
     firsts = [matrices[own[0]] for own in stacks]
@@ -354,7 +354,7 @@ def _zeros(stack: Stack, y: Tensor) -> Tensor:
 
 def _stretched(
     scales: Sequence[Scales], entries: int, leading: Leading
-) -> tuple[list[Lowered], Tensor]:
+) -> tuple[list[CorrectedScales], Tensor]:
     """Bring the updates of a stack to root-mean-square 1, and say which of them are finite.
 
     The factor is multiplied into the row scales or, where one of them would overflow, into the
@@ -373,17 +373,17 @@ def _stretched(
     right = leading.taken.right.mT.to(rows.dtype).contiguous().mT  # one direction after the other
     flags = stretch.isfinite().flatten(1).all(-1)
     lowered = [
-        Lowered(row, col, LowRank(*pair))
+        CorrectedScales(row, col, LowRank(*pair))
         for row, col, *pair in zip(rows, cols, left, right, strict=True)
     ]
     return lowered, flags
 
 
 def with_scales_alone(
-    matrices: Sequence[ParamMatrix], scales: Sequence[Scales | Lowered]
+    matrices: Sequence[ParamMatrix], scales: Sequence[Scales | CorrectedScales]
 ) -> tuple[list[ParamMatrix], list[Scales]]:
     """Form lowered updates as gradients, for transforms that read them; return their scales."""
-    grads, pairs = nothing_to_take([matrix.grad for matrix in matrices], scales)
+    grads, pairs = without_corrections([matrix.grad for matrix in matrices], scales)
     written = [x._replace(grad=grad) for x, grad in zip(matrices, grads, strict=True)]
     return written, pairs
 
