@@ -3,8 +3,8 @@
 from sinkgd.lab.devices import find_device as find_device
 from sinkgd.lab.plan.architecture import Architecture as Architecture
 from sinkgd.lab.plan.architecture import find_architecture as find_architecture
-from sinkgd.lab.plan.method_table import METHODS as METHODS
-from sinkgd.lab.plan.method_table import find_method as find_method
+from sinkgd.lab.plan.methods import METHODS as METHODS
+from sinkgd.lab.plan.methods import find_method as find_method
 from sinkgd.lab.plan.peak_memory import Memory as Memory
 from sinkgd.lab.plan.peak_memory import rank_memory as rank_memory
 from sinkgd.lab.plan.planner import LADDER as LADDER

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from sinkgd.lab.plan.method_cost import Method, eight_bit_bytes, usual_rank
+from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
 from sinkgd.lab.plan.rank_model import Grid, Weight, largest_block, outside_blocks, weights_of
 from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
 from sinkgd.lab.train.machine import weight_dtype

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from sinkgd.lab.plan.method_table import METHODS
+from sinkgd.lab.plan.methods import METHODS
 from sinkgd.lab.plan.planner import MOST_SHARDS, Answer, MethodPlan, Question
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.figures import Chart

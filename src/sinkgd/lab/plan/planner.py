@@ -7,8 +7,7 @@ from typing import Any
 
 from sinkgd.lab.devices import DeviceSheet
 from sinkgd.lab.plan.architecture import PUBLISHED, Architecture, find_architecture
-from sinkgd.lab.plan.method_cost import Method
-from sinkgd.lab.plan.method_table import METHODS
+from sinkgd.lab.plan.methods import METHODS, Method
 from sinkgd.lab.plan.peak_memory import Memory, rank_memory
 from sinkgd.lab.plan.rank_model import Grid, weights_of
 from sinkgd.lab.plan.step_time import (

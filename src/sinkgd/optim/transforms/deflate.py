@@ -46,7 +46,7 @@ from sinkgd.optim.method import Context, Group, Slot
 STACKED_ENTRIES = 1 << 18
 
 # Bytes that each row or column of a shard uses at once for each direction, most of them float64:
-# 17.4 measured; tests/lab/plan/test_traffic.py.
+# 17.4 measured; tests/lab/plan/test_communication.py.
 MESH_DIRECTION = 18
 
 DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})

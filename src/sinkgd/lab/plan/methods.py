@@ -1,0 +1,440 @@
+"""The table of all methods, with what each costs: state, messages, passes over memory, products.
+
+Letters:
+    m, n: sides of a matrix, rows and columns
+    r: rank of a projection
+    L: iterations of SR-Sinkhorn
+    k: directions whose singular values are lowered
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from sinkgd.lab.options import suggest
+from sinkgd.lab.recorded_names import GONE
+from sinkgd.lab.train.config import ConfigError
+from sinkgd.optim.param_groups import DEFLATED_RANK
+
+_FLOAT32 = 4  # bytes
+ITERATIONS = 5  # L: Scetbon et al., algorithm 4
+
+# What ranks exchange about the matrices whose shards they hold. "rows": sums of rows alone, once.
+Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer's costs on block matrices, and on all other parameters (AdamW's by default)."""
+
+    name: str
+    title: str
+    formula: str  # of the state, as text
+    source: str
+    matrix: float = 0.0  # numbers kept for each entry of a matrix
+    column: float = 0.0  # float32 numbers kept for each column of a matrix
+    wide: bool = False  # numbers kept for matrices and tables are float32 for any type of weights
+    rest: float = 2.0  # numbers kept for each entry of other parameters
+    # Instead: numbers kept for a whole matrix, from its shorter side, its longer side and r.
+    low_rank: Callable[[int, int, int], float] | None = None
+    # Instead: numbers kept for a whole embedding or head, from its shorter and its longer side.
+    table: Callable[[int, int], float] | None = None
+    head_alone: bool = False  # of the tables, only the head keeps state
+    scalars: int = 0  # further numbers kept for each parameter
+    counted: Literal["all", "rest", "vectors", "none"] = "rest"  # which parameters count steps
+    counts: int = 1  # float32 counters of each such parameter
+    eight_bit: bool = False  # both moments in 8 bits, of all entries
+    can_release: bool = False  # whether gradients can be applied inside backward
+    exchange: Exchange = "nothing"
+    iterations: int = ITERATIONS  # exchanges of vectors in a step
+    passes: int = 7  # reads and writes of a matrix in a step
+    scratch: float = 0.0  # float32 copies of the largest matrix during its update
+    batched: bool = False  # small matrices of one shape are updated together
+    directions: int = 0  # k; deflation takes a few gradients at a time
+    everywhere: bool = False  # embedding and head are updated like matrices
+    flops: Callable[[int, int], float] = lambda short, long: (
+        0.0 * short * long
+    )  # of matrix products
+
+    def state_bytes(self, m: int, n: int, itemsize: int, r: int) -> float:
+        """Return the bytes of a matrix's state; 8-bit Adam keeps `eight_bit_bytes` instead.
+
+        Args:
+            m: Rows, of a shard if the state is kept by entry.
+            n: Columns.
+            itemsize: Bytes of each weight.
+            r: Rank of a projection.
+        """
+        if self.low_rank is not None:
+            return itemsize * self.low_rank(min(m, n), max(m, n), r)
+        return self._size(itemsize) * self.matrix * m * n + _FLOAT32 * self.column * n
+
+    def table_bytes(self, m: int, n: int, itemsize: int, *, is_head: bool) -> float:
+        """Return the bytes of the state of an embedding or a head, by the method's rule for it."""
+        assert self.table is not None
+        if self.head_alone and not is_head:
+            return 0.0
+        return self._size(itemsize) * self.table(min(m, n), max(m, n))
+
+    def counts_steps(self, *, is_matrix: bool, is_table: bool) -> bool:
+        """Whether a parameter of this kind counts its steps."""
+        return {
+            "all": True,
+            "rest": not is_matrix,
+            "vectors": not (is_matrix or is_table),
+            "none": False,
+        }[self.counted]
+
+    def _size(self, itemsize: int) -> int:
+        return max(itemsize, _FLOAT32) if self.wide else itemsize
+
+
+def eight_bit_bytes(entries: int) -> float:
+    """Return the bytes of 8-bit Adam's state: two an entry, and two float32 for every 256 entries.
+
+    Tensors below 4,096 entries have float32 state (bitsandbytes, ``min_8bit_size``).
+    """
+    return 8.0 * entries if entries < 4096 else 2.0 * entries + 8.0 * entries / 256
+
+
+def usual_rank(hidden_size: int) -> int:
+    """Return r as in GaLore's benchmark: a quarter of the hidden size, 256 at 768."""
+    return 256 if hidden_size == 768 else max(1, hidden_size // 4)
+
+
+def _whitening(short: int, long: int) -> float:
+    return 5 * 4.0 * short**2 * long  # `sinkgd.SWAN`'s docstring
+
+
+def _deflation(short: int, long: int) -> float:
+    return 10.0 * (DEFLATED_RANK + 1) * short * long  # `sinkgd.deflation.deflate`'s docstring
+
+
+FAMILY = (
+    Method(
+        "sinkgd",
+        "SinkGD",
+        "2 an entry of embedding, head, norms",
+        f"sinkgd.SinkGD(param_groups(model)), {DEFLATED_RANK} directions deflated; no paper",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
+        directions=DEFLATED_RANK,
+        flops=_deflation,
+    ),
+    Method(
+        "sinkgd-paper",
+        "SinkGD as in the paper",
+        "2 an entry of embedding, head, norms",
+        "Scetbon et al. 2025, https://arxiv.org/abs/2502.06742",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3,
+    ),
+    Method(
+        "sinkgd-stateless",
+        "SinkGD, stateless",
+        "0",
+        "sinkgd.SinkGD without groups",
+        rest=0.0,
+        counted="none",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3,
+    ),
+    Method(
+        "sinkgd-momentum",
+        "SinkGD, momentum",
+        "1 float32 an entry of matrices, 2 of embedding, head, norms",
+        "sinkgd.SinkGD(momentum=...), without deflation",
+        matrix=1.0,
+        wide=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 9,  # the gradient is checked, copied and averaged
+        scratch=1.0,
+    ),
+    Method(
+        "sinkgd-pinned",
+        "SinkGD, operator norm",
+        "n float32 a matrix, 2 an entry of embedding, head, norms",
+        "sinkgd.SinkGD(operator_norm=...), without deflation",
+        column=1.0,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 5,  # two products with a vector
+    ),
+    Method(
+        "sinkgd-table",
+        "SinkGD, table mode",
+        "1 float32 an entry of embedding and head, 2 of norms",
+        'sinkgd.param_groups(..., overrides=...) with the algorithm "sinkgd-table"',
+        table=lambda short, long: float(short * long),
+        wide=True,
+        counted="vectors",
+        everywhere=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3,
+        scratch=2.0,  # a table's direction and its inputs
+    ),
+    Method(
+        "sron",
+        "SRON",
+        "2 an entry of embedding, head, norms",
+        "Wen et al., https://openreview.net/forum?id=BtQLBWr6zI",
+        can_release=True,
+        exchange="rows",
+        passes=5,
+        scratch=2.0,  # the update and its inputs
+        batched=True,
+    ),
+    Method(
+        "scale",
+        "SCALE",
+        "1 float32 an entry of the head, 2 of norms",
+        "Glentis et al. 2025, https://arxiv.org/abs/2506.16659",
+        table=lambda short, long: float(short * long),
+        wide=True,
+        head_alone=True,
+        counted="vectors",
+        everywhere=True,
+        can_release=True,
+        exchange="rows",
+        passes=5,
+        scratch=2.0,  # as SRON's
+        batched=True,
+    ),
+    Method(
+        "swan",
+        "SWAN",
+        "2 an entry of embedding, head, norms",
+        "Ma et al. 2024, https://arxiv.org/abs/2412.13148",
+        can_release=True,
+        exchange="matrices",
+        passes=5,
+        scratch=3.0,  # sinkgd.optim.methods.multi_normalized
+        batched=True,
+        flops=_whitening,
+    ),
+    Method(
+        "spam",
+        "SPAM",
+        "2 an entry",
+        "Huang et al. 2025, https://arxiv.org/abs/2501.06842",
+        matrix=2.0,
+        counted="all",
+        counts=2,  # steps and resets
+        everywhere=True,
+        can_release=True,
+        passes=20,  # AdamW's 7; what is cut: sinkgd.contrib.spam.clip_spikes
+        scratch=3.0,  # the limit, its negative and the cut gradient
+    ),
+    Method(
+        "adamw-spam",
+        "AdamWSPAM",
+        "3 an entry",
+        "sinkgd.AdamWSPAM; torch.optim.AdamW with amsgrad=True",
+        matrix=3.0,
+        rest=3.0,
+        counted="all",
+        counts=2,
+        everywhere=True,
+        passes=12,  # AMSGrad's 9, the norm's 1, the clipped copy's 2
+        scratch=1.0,
+    ),
+)
+
+
+_SOAPS_LARGEST_SIDE = 10_000  # that has a basis: the authors' default
+
+
+def _newton_schulz_muon(short: int, long: int) -> float:
+    return 5 * (4.0 * short**2 * long + 2.0 * short**3)
+
+
+def _soap_state(short: int, long: int, r: int) -> float:
+    del r
+    sides = [side for side in (short, long) if side <= _SOAPS_LARGEST_SIDE]
+    return 2.0 * short * long + sum(2.0 * side**2 for side in sides)
+
+
+BASELINES = (
+    Method(
+        "adam",
+        "Adam",
+        "2 an entry",
+        "torch.optim.Adam; https://arxiv.org/abs/1412.6980",
+        matrix=2.0,
+        counted="all",
+    ),
+    Method(
+        "adamw",
+        "AdamW",
+        "2 an entry",
+        "torch.optim.AdamW; https://arxiv.org/abs/1711.05101",
+        matrix=2.0,
+        counted="all",
+    ),
+    Method(
+        "adamw-8bit",
+        "8-bit Adam",
+        "2 bytes an entry, 8 bytes a block of 256",
+        "Dettmers et al. 2021, https://arxiv.org/abs/2110.02861; blocks as in bitsandbytes",
+        eight_bit=True,
+    ),
+    Method(
+        "muon",
+        "Muon",
+        "1 an entry of matrices, 2 of the rest",
+        "torch.optim.Muon; https://kellerjordan.github.io/posts/muon/",
+        matrix=1.0,
+        exchange="matrices",
+        passes=5,
+        scratch=3.0,  # 2.6 measured: benchmarks/memory/2026-11-25.json
+        flops=_newton_schulz_muon,
+    ),
+    Method(
+        "galore",
+        "GaLore",
+        "r·min(m, n) + 2r·max(m, n), 2 an entry of the rest",
+        "Zhao et al. 2024, https://arxiv.org/abs/2403.03507, table 1",
+        low_rank=lambda short, long, r: r * (short + 2.0 * long),
+        counted="none",
+        exchange="matrices",
+        passes=5,
+        scratch=2.0,  # the update, projected back, and its copy: assumed
+    ),
+    Method(
+        "fira",
+        "Fira",
+        "GaLore's, and a norm for each matrix",
+        "Chen et al. 2024, https://arxiv.org/abs/2410.01623",
+        low_rank=lambda short, long, r: r * (short + 2.0 * long) + 1,
+        counted="none",
+        exchange="matrices",
+        passes=9,
+        scratch=3.0,  # GaLore's, and the part of the gradient outside the projection: assumed
+    ),
+    Method(
+        "apollo",
+        "APOLLO",
+        "2r·max(m, n), 2 an entry of the rest",
+        "Zhu et al. 2024, https://arxiv.org/abs/2412.05270, table 1",
+        low_rank=lambda short, long, r: 2.0 * r * long + 2 + 0 * short,
+        exchange="projections",
+        passes=5,
+        scratch=2.0,  # as GaLore's
+    ),
+    Method(
+        "apollo-mini",
+        "APOLLO-Mini",
+        "2·max(m, n), 2 an entry of the rest",
+        "the same, at rank 1",
+        low_rank=lambda short, long, r: 2.0 * long + 2 + 0 * r * short,
+        exchange="projections",
+        passes=5,
+        scratch=2.0,
+    ),
+    Method(
+        "racs",
+        "RACS",
+        "m + n + 1, 2 an entry of the rest",
+        "Gong et al. 2025, https://arxiv.org/abs/2502.07752",
+        low_rank=lambda short, long, r: short + long + 1.0 + 0 * r,
+        exchange="vectors",
+        passes=2 * ITERATIONS + 5,
+        scratch=4.0,  # squares, squares divided by the largest, the update, the limited update
+    ),
+    Method(
+        "stable-spam",
+        "Stable-SPAM",
+        "2 an entry, 3 a parameter",
+        "Huang et al. 2025, https://arxiv.org/abs/2502.17055",
+        matrix=2.0,
+        scalars=3,
+        counted="none",
+        everywhere=True,
+        passes=13,
+        scratch=2.0,  # sizes of entries and which are clipped, or the denominator: assumed
+    ),
+    Method(
+        "adafactor",
+        "Adafactor",
+        "m + n of a matrix, 1 an entry of a vector, 1 a parameter",
+        "Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235, without momentum",
+        low_rank=lambda short, long, r: short + long + 0.0 * r,
+        table=lambda short, long: 0.0 + short + long,
+        rest=1.0,
+        scalars=1,  # the RMS of the weights, which pytorch-optimizer keeps though it is not used
+        counted="none",
+        everywhere=True,
+        exchange="vectors",
+        iterations=1,
+        passes=9,
+        scratch=1.0,  # squares, overwritten by the update
+    ),
+    Method(
+        "lion",
+        "Lion",
+        "1 an entry",
+        "Chen et al. 2023, https://arxiv.org/abs/2302.06675",
+        matrix=1.0,
+        rest=1.0,
+        counted="none",
+        everywhere=True,
+        passes=5,
+        scratch=1.0,  # the update
+    ),
+    Method(
+        "soap",
+        "SOAP",
+        "2·m·n + 2·m² + 2·n², 2·(V + h)·h of a table, 2 an entry of a vector",
+        "Vyas et al. 2024, https://arxiv.org/abs/2409.11321; sides above 10,000 have no basis",
+        low_rank=_soap_state,
+        table=lambda short, long: 2.0 * short * (short + long),
+        counted="none",
+        exchange="matrices",
+        everywhere=True,
+        passes=12,
+        scratch=6.0,  # three products and their inputs: assumed
+        flops=lambda short, long: 8.0 * short * long * (short + long),  # four pairs of products
+    ),
+    Method(
+        "sgd-momentum",
+        "SGD, momentum",
+        "1 an entry",
+        "torch.optim.SGD",
+        matrix=1.0,
+        rest=1.0,
+        counted="none",
+        passes=5,
+    ),
+    Method(
+        "sgd",
+        "SGD",
+        "0",
+        "torch.optim.SGD without momentum: the floor",
+        rest=0.0,
+        counted="none",
+        passes=3,
+    ),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {method.name: method for method in (*FAMILY, *BASELINES)}
+)
+
+
+def find_method(name: str) -> Method:
+    """Return the method called ``name``.
+
+    Raises:
+        ConfigError: If there is none; the message gives the nearest name.
+    """
+    if name in GONE:
+        raise ConfigError(f"optimizer is {name!r}; it is called {GONE[name]!r} now")
+    if name not in METHODS:
+        raise ConfigError(f"optimizer is {name!r}; {suggest(name, METHODS)}")
+    return METHODS[name]
