@@ -9,8 +9,8 @@ import pytest
 from sinkgd.lab.results import Run
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "deflation"
-RULES = {"next direction": "next", "mean of the others": "mean"}
-ROW = re.compile(r"^\| (\w[\w ]+) \| (\d+) \| ([\d.]+) \| ([\d., ]+) \|([\d.±* ]*)\|$", re.M)
+RULES = {"next direction": "next", "root-mean-square of the others": "mean"}
+ROW = re.compile(r"^\| (\w[\w -]+) \| (\d+) \| ([\d.]+) \| ([\d., ]+) \|([\d.±* ]*)\|$", re.M)
 ROWS = ROW.findall((FOLDER / "README.md").read_text())
 
 

@@ -116,7 +116,7 @@ def test_a_prepared_folder_is_returned_as_it_is(write_shards, cache):
 def test_shards_without_their_manifest_are_not_taken_for_text(write_shards, cache):
     folder = write_shards([[5]]).folder
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"no manifest\.json in .* no folder of whole shards"):
+    with pytest.raises(DataError, match=r"no manifest\.json in .* not a complete folder of shards"):
         prepared_corpus(folder)
 
 
