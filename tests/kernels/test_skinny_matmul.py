@@ -58,8 +58,15 @@ def leading(shape, seed, dtype=torch.float32):
     return (normal(shape, seed) + 2 * peaks).to(dtype)
 
 
-def step(grads, backend="triton", dtype=torch.float32, rank=15, nonfinite="raise", **options):
+def step(grads, **options):
     """Return minus what a deflated step of rate 1 writes to zeros."""
+    params, optimizer = prepared(grads, **options)
+    optimizer.step()
+    return [-param.detach() for param in params]
+
+
+def prepared(grads, backend="triton", dtype=torch.float32, rank=15, nonfinite="raise", **options):
+    """Return parameters of zeros that have these gradients, and the optimizer of `step`."""
     params = []
     for grad in grads:
         zeros = torch.zeros(grad.shape, dtype=dtype)
@@ -67,8 +74,7 @@ def step(grads, backend="triton", dtype=torch.float32, rank=15, nonfinite="raise
         params[-1].grad_dtype = None
         params[-1].grad = grad
     group = {"params": params, "algorithm": "sinkgd", "backend": backend, **options}
-    sinkgd.SinkGD([group], lr=1.0, deflated_rank=rank, nonfinite=nonfinite).step()
-    return [-param.detach() for param in params]
+    return params, sinkgd.SinkGD([group], lr=1.0, deflated_rank=rank, nonfinite=nonfinite)
 
 
 def error(found, expected):
@@ -191,8 +197,9 @@ class TestWork:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32)], ids=str)
     def test_a_step_of_five_iterations_reads_a_gradient_ten_times(self, backend, dtype):
         grad = leading((140, 136), 1, dtype)
+        _, optimizer = prepared([grad], dtype=dtype)
         with readings([grad]) as found:
-            step([grad], dtype=dtype)
+            optimizer.step()
         assert found.by_kernels == 10 * grad.numel()
 
     @pytest.mark.slow
