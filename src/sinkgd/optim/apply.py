@@ -40,7 +40,7 @@ class UpdateWriter:
     ) -> None:
         self._flags = allowed(finite, context)
         self._keys = draw_keys(slots, group)
-        self._keep, self._step = decay_factor(group), step_factor(group)
+        self._group = group
 
     def may_write(self, i: int) -> Tensor | None:
         """Return whether parameter ``i`` may be written, 0-dim bool; None where all may."""
@@ -59,8 +59,9 @@ class UpdateWriter:
         descend_(
             param,
             update,
-            keep=self._keep,
-            step=self._step,
+            # Not in __init__: torch.compile makes a graph for each number that an attribute holds.
+            keep=decay_factor(self._group),
+            step=step_factor(self._group),
             allowed=self.may_write(i),
             key=key + first_entry if key is not None and first_entry else key,
         )
