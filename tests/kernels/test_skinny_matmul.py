@@ -58,9 +58,9 @@ def leading(shape, seed, dtype=torch.float32):
     return (normal(shape, seed) + 2 * peaks).to(dtype)
 
 
-def step(grads, **options):
+def step(grads, *args, **options):
     """Return minus what a deflated step of rate 1 writes to zeros."""
-    params, optimizer = prepared(grads, **options)
+    params, optimizer = prepared(grads, *args, **options)
     optimizer.step()
     return [-param.detach() for param in params]
 
