@@ -290,19 +290,19 @@ def _finish(
 ) -> Steps[Tensor]:
     """Apply the transforms after the scales, write, and return which parameters were finite."""
     slots, matrices, owners, scales, finite, keys = solved
-    lowered: Sequence[kernels.Scales | kernels.CorrectedScales] = scales
+    corrected: Sequence[kernels.Scales | kernels.CorrectedScales] = scales
     if group["deflated_rank"]:
         deflating = Deflating(slots, owners, matrices, scales)
-        lowered, flags = yield deflate_matrices(deflating, backend, group)
+        corrected, flags = yield deflate_matrices(deflating, backend, group)
         finite = finite & by_owner(flags, owners)
     if group["operator_norm"] is not None:
-        matrices, scales = with_scales_alone(matrices, lowered)
+        matrices, scales = with_scales_alone(matrices, corrected)
         known = kernels.Descent(finite, scales)
         found = yield _pinned(slots, matrices, owners, known, group, context)
-        finite, lowered = found.finite, found.scales
-    ready = _Solved(slots, matrices, owners, lowered, finite, keys)
+        finite, corrected = found.finite, found.scales
+    ready = _Solved(slots, matrices, owners, corrected, finite, keys)
     chunks = [slice(len(slots))]
-    if any(isinstance(own, kernels.CorrectedScales) and own.factor is None for own in lowered):
+    if any(isinstance(own, kernels.CorrectedScales) and own.factor is None for own in corrected):
         # The backend may copy what is deflated, and these parameters may be larger together.
         sizes = [4 * sum(matrices[i].grad.numel() for i in own) for own in owners]
         chunks = chunk_slices(sizes, SCRATCH_BYTES)

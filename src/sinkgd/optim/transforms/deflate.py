@@ -207,13 +207,13 @@ def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated
         products = backend.packed_products([some.matrices[i].grad for i in own], scales, shared)
         if products is None:
             return None
-        lowered, flags = _lowered_packed(scales, products)
-        for i, one, flag in zip(own, lowered, flags, strict=True):
+        corrected, flags = _corrected_packed(scales, products)
+        for i, one, flag in zip(own, corrected, flags, strict=True):
             found[i], finite[i] = one, flag
     return Deflated(found, finite)
 
 
-def _lowered_packed(
+def _corrected_packed(
     scales: Sequence[Scales], products: PackedProducts
 ) -> tuple[list[CorrectedScales], list[Tensor]]:
     """Bring updates to root-mean-square 1, and say which of them are finite."""
@@ -224,11 +224,11 @@ def _lowered_packed(
     numbers = stretch.flatten()
     sides = products.by_tensor(left, of_rows=True), products.by_tensor(right, of_rows=False)
     factors = products.numbers_by_tensor(numbers.float())
-    lowered = [
+    corrected = [
         CorrectedScales(*own, LowRank(*pair), factor)
         for own, *pair, factor in zip(scales, *sides, factors, strict=True)
     ]
-    return lowered, products.all_by_tensor(numbers.isfinite())
+    return corrected, products.all_by_tensor(numbers.isfinite())
 
 
 @computation
@@ -259,8 +259,8 @@ def _deflate_stacks(
     )
     for own, first in zip(stacks, firsts, strict=True):
         leading = directions.pop(0)  # so that it is freed
-        lowered, flags = _stretched([scales[i] for i in own], prod(first.shape), leading)
-        for i, one, flag in zip(own, lowered, flags.unbind(), strict=True):
+        corrected, flags = _stretched([scales[i] for i in own], prod(first.shape), leading)
+        for i, one, flag in zip(own, corrected, flags.unbind(), strict=True):
             found[i], finite[i] = one, flag
     return Deflated(found, finite)
 
@@ -372,11 +372,11 @@ def _stretched(
     left = left.to(rows.dtype)
     right = leading.taken.right.mT.to(rows.dtype).contiguous().mT  # one direction after the other
     flags = stretch.isfinite().flatten(1).all(-1)
-    lowered = [
+    corrected = [
         CorrectedScales(row, col, LowRank(*pair))
         for row, col, *pair in zip(rows, cols, left, right, strict=True)
     ]
-    return lowered, flags
+    return corrected, flags
 
 
 def with_scales_alone(
