@@ -11,7 +11,7 @@ from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd.kernels import Matrices, Scales
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
-from sinkgd.kernels.triton import TritonBackend, launch, support, tables
+from sinkgd.kernels.triton import TritonBackend, support, tables
 from sinkgd.kernels.triton import backend as triton_backend
 from sinkgd.kernels.triton.tables import DeviceTables, Operand
 from sinkgd.kernels.triton.tiles import plan_of_scales
@@ -57,19 +57,6 @@ def either(request, backend):
 def halves(backend):
     backend.whole_rows = False
     return backend
-
-
-@pytest.fixture
-def launches(backend, monkeypatch):
-    """The name of every kernel that is launched."""
-    names, start = [], launch.launch
-
-    def counted(kernel, *arguments, **options):
-        names.append(kernel.__name__)
-        start(kernel, *arguments, **options)
-
-    monkeypatch.setattr(launch, "launch", counted)
-    return names
 
 
 class TestLaunches:

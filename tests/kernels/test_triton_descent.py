@@ -66,19 +66,6 @@ def small_panels(monkeypatch):
     schedule_of.cache_clear()
 
 
-@pytest.fixture
-def launches(backend, monkeypatch):
-    """The name of every kernel that is launched."""
-    names, start = [], launch.launch
-
-    def counted(kernel, *arguments, **options):
-        names.append(kernel.__name__)
-        start(kernel, *arguments, **options)
-
-    monkeypatch.setattr(launch, "launch", counted)
-    return names
-
-
 def alone(grads):
     return [range(i, i + 1) for i in range(len(grads))]
 
