@@ -26,9 +26,16 @@ def test_the_last_line_says_whose_rates_are_shown():
     assert "default rates; pass your groups to see yours" in lines_of(model)[-1]
     assert lines_of(model, lr=0.02)[-1] == "These are the groups of param_groups(model, lr=0.02)."
     groups = sinkgd.param_groups(model, lr=0.02)
-    assert lines_of(model, groups)[-1] == "These are the groups that were passed."
+    assert lines_of(model, groups)[-1] == "These are the rates of the groups that you passed."
     assert lines_of(model, iter(groups))[:-1] == lines_of(model, lr=0.02)[:-1]
     assert lines_of(model, groups)[1].split()[-2] == "0.0005"
+
+
+def test_a_parameter_that_is_alone_in_its_line_keeps_its_name():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    rows = [line.split("  ")[0] for line in lines_of(model) if "weight" in line]
+    assert rows == ["0.weight", "1.weight", "2.weight", "3.weight"]
+    assert any(line.startswith("blocks.*.*.weight ×3") for line in lines_of(Tied()))
 
 
 def test_a_tied_parameter_is_shown_with_all_its_names():

@@ -275,10 +275,10 @@ def describe_param_groups(
         groups = param_groups(model, **options)
     else:
         groups = _checked_groups(groups, options)
-        source = "These are the groups that were passed."
+        source = "These are the rates of the groups that you passed."
     names = _names(model)
     reasons = {param: role.reason for _, param, role in roles(model)}
-    counts: dict[tuple[str, ...], int] = {}
+    alike: dict[tuple[str, ...], list[str]] = {}
     for group in groups:
         for name, param in _named_params(group, names):
             row = (
@@ -288,10 +288,10 @@ def describe_param_groups(
                 f"{float(group['lr']):g}",
                 _why(name, param, names, reasons),
             )
-            counts[row] = counts.get(row, 0) + 1
+            alike.setdefault(row, []).append(name)
     lines: list[Sequence[str]] = [("parameter", "shape", "algorithm", "lr", "why")]
-    for (name, *cells), count in counts.items():
-        lines.append((f"{name} ×{count}" if count > 1 else name, *cells))
+    for (starred, *cells), own in alike.items():
+        lines.append((f"{starred} ×{len(own)}" if len(own) > 1 else own[0], *cells))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
