@@ -234,3 +234,16 @@ def test_fsdp_gathers_blocks_twice_and_reduces_gradients_once():
     assert reduce.bytes == 2 * (blocks + rest)
     assert average.bytes == reduce.bytes // 4
     assert (gather.count, reduce.count, average.count) == (17, 9, 9)
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "sinkgd-paper", "muon"])
+def test_the_messages_of_405_billion_weights_are_the_plans(name):
+    grid = Grid(dp_replicate=2, dp_shard=1024, tp=8)
+    found = vectors(find_architecture("llama-3-405b"), grid, find_method(name))
+    start = "| Muon | 0.2" if name == "muon" else f"| `{name}`"
+    rows = (ROOT / "docs/plan.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [row for row in rows if row.startswith(start)]
+    count, _, size, unit = row.split("|")[-2].split()
+    assert int(count.strip(",").replace(",", "")) == sum(own.count for own in found)
+    power = {"MiB": 20, "GiB": 30}[unit]
+    assert float(size) == pytest.approx(sum(own.bytes for own in found) / 2**power, rel=2e-3)
