@@ -41,7 +41,7 @@ def optimizer_of(params, algorithm, **options):
     if algorithm == "mngd":
         build = _with(sinkgd.MNGD, norms=[sinkgd.SignNorm(), sinkgd.RowNorm()])
     else:
-        build = sinkgd.SinkGD
+        build = sinkgd.SinkGDVariant
     return _in_groups(build, algorithm)(params, **options)
 
 
@@ -51,10 +51,10 @@ def _with(build, **fixed):
 
 def _stateless(params, lr=1e-3, **options):
     """Build SinkGD without groups; it warns where nobody chose its rate."""
-    return sinkgd.SinkGD(params, lr, **options)
+    return sinkgd.SinkGDVariant(params, lr, **options)
 
 
-_matrices = _in_groups(sinkgd.SinkGD, "sinkgd")
+_matrices = _in_groups(sinkgd.SinkGDVariant, "sinkgd")
 FEW = [{}, {"weight_decay": 0.1, "maximize": True}, {"nonfinite": "skip"}]
 AVERAGES = [*FEW, {"nesterov": True}]
 COMMON = [

@@ -11,6 +11,7 @@ if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)].startswith("sinkg
 from sinkgd.contrib.adamw_spam import AdamWSPAM as AdamWSPAM
 from sinkgd.contrib.scale import SCALE as SCALE
 from sinkgd.contrib.scale import scale_groups as scale_groups
+from sinkgd.contrib.sinkgd_variant import SinkGDVariant as SinkGDVariant
 from sinkgd.contrib.spam import SPAM as SPAM
 from sinkgd.contrib.sron import SRON as SRON
 from sinkgd.contrib.tempered import TemperedSinkGD as TemperedSinkGD

@@ -223,13 +223,11 @@ STRINGS = {
     "deflated_rank": ("2", 2),
     "sinkhorn_iterations": ("3", 3),
     "momentum": ("0.5", 0.5),
-    "warm_start": ("true", True),
     "tol": ("1e-3", 1e-3),
-    "maximize": ("True", True),
+    "maximize": ("true", True),
     "rounding": ("stochastic", "stochastic"),
     "backend": ("eager", "eager"),
-    "operator_norm": ("muon", "muon"),
-    "first": ("None", None),
+    "seed": ("7", 7),
     "nonfinite": ("skip", "skip"),
 }
 

@@ -60,11 +60,11 @@ def a_model():
 
 def build(model, kind, lr, **options):
     if kind == "sinkgd-stateless":
-        return sinkgd.SinkGD(model.named_parameters(), lr=lr, **options)
+        return sinkgd.SinkGDVariant(model.named_parameters(), lr=lr, **options)
     if kind == "swan":
         groups = sinkgd.param_groups(model, lr=lr, matrix_algorithm="swan")
         return sinkgd.SWAN(groups, **options)
-    return sinkgd.SinkGD(sinkgd.param_groups(model, lr=lr), **options)
+    return sinkgd.SinkGDVariant(sinkgd.param_groups(model, lr=lr), **options)
 
 
 def walk(kind, compiler=None, lrs=(0.1, 0.05, 0.02), tensor_lr=True, **options):

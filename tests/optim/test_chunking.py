@@ -32,7 +32,7 @@ def normal(shape, seed):
 def walked(options, place=lambda x: x):
     """Take two steps; return the weights, whole."""
     params = [nn.Parameter(place(normal(shape, i))) for i, shape in enumerate(SHAPES)]
-    optimizer = sinkgd.SinkGD([{"params": params, "algorithm": "sinkgd"}], lr=0.1, **options)
+    optimizer = sinkgd.SinkGDVariant([{"params": params, "algorithm": "sinkgd"}], lr=0.1, **options)
     for step in range(2):
         for i, param in enumerate(params):
             param.grad = place(normal(SHAPES[i], 10 * step + i).pow(3))

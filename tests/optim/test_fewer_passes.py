@@ -18,7 +18,9 @@ def heavy(seed=0, shape=(12, 20)):
 
 
 def optimizer_of(weight, **options):
-    return sinkgd.SinkGD([{"params": [("w", weight)], "algorithm": "sinkgd"}], lr=1.0, **options)
+    return sinkgd.SinkGDVariant(
+        [{"params": [("w", weight)], "algorithm": "sinkgd"}], lr=1.0, **options
+    )
 
 
 def step_along(grad, optimizer, weight):
@@ -99,7 +101,7 @@ class TestWarmStart:
     def test_one_vector_a_matrix_is_kept(self, every_backend, options):
         weight = nn.Parameter(torch.zeros(12, 5, dtype=torch.bfloat16))
         group = {"params": [weight], "algorithm": "sinkgd", **options}
-        optimizer = sinkgd.SinkGD([group], warm_start=True)
+        optimizer = sinkgd.SinkGDVariant([group], warm_start=True)
         for seed in range(2):
             weight.grad = heavy(seed, (12, 5)).bfloat16()
             optimizer.step()

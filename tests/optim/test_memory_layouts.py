@@ -17,8 +17,10 @@ from optimizer_cases import OPTIMIZERS, Case
 
 YOUNG = {"reset_interval": 3, "warmup_steps": 2, "theta": 2.0, "clip_delay": 1}
 EXTRA = [
-    Case("SinkGD-warm", lambda p, **o: sinkgd.SinkGD(p, warm_start=True, **o)),
-    Case("SinkGD-warm-rows", lambda p, **o: sinkgd.SinkGD(p, warm_start=True, last="row", **o)),
+    Case("SinkGD-warm", lambda p, **o: sinkgd.SinkGDVariant(p, warm_start=True, **o)),
+    Case(
+        "SinkGD-warm-rows", lambda p, **o: sinkgd.SinkGDVariant(p, warm_start=True, last="row", **o)
+    ),
     Case("SinkGD-deflated", lambda p, **o: sinkgd.SinkGD(p, deflated_rank=2, **o)),
     Case("SPAM-young", lambda p, **o: sinkgd.SPAM(p, **YOUNG, **o)),
     Case("AdamWSPAM-young", lambda p, **o: sinkgd.AdamWSPAM(p, **YOUNG, **o)),

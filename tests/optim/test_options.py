@@ -191,4 +191,4 @@ def test_init_state_makes_what_a_first_step_makes(name):
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        sinkgd.SinkGD([nn.Parameter(torch.ones(2, 2))], **options)
+        sinkgd.SinkGDVariant([nn.Parameter(torch.ones(2, 2))], **options)

@@ -87,7 +87,7 @@ def test_a_step_is_that_of_a_type_with_room(options, backend, kind):
     updates = []
     for dtype, own in ((torch.float32, backend), (torch.float64, "eager")):
         weight = nn.Parameter(torch.zeros(SHAPE, dtype=dtype))
-        optimizer = sinkgd.SinkGD([weight], lr=1.0, backend=own, **options)
+        optimizer = sinkgd.SinkGDVariant([weight], lr=1.0, backend=own, **options)
         for _ in range(2):
             weight.grad = gradient(kind).to(dtype)
             optimizer.step()
@@ -107,7 +107,7 @@ def step_in_pieces(dim):
         params = [nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(dim)])) for w in weights]
         for param, kind in zip(params, KINDS, strict=True):
             param.grad = distribute_tensor(gradient(kind), mesh, [Shard(dim)])
-        sinkgd.SinkGD(params, lr=1.0, **options).step()
+        sinkgd.SinkGDVariant(params, lr=1.0, **options).step()
         found[name] = [param.detach().full_tensor() for param in params]
     return found
 
@@ -119,7 +119,7 @@ def test_a_step_in_pieces_is_that_of_a_type_with_room(dim):
         weights = [nn.Parameter(torch.zeros(SHAPE, dtype=torch.float64)) for _ in KINDS]
         for weight, kind in zip(weights, KINDS, strict=True):
             weight.grad = gradient(kind).double()
-        sinkgd.SinkGD(weights, lr=1.0, backend="eager", **options).step()
+        sinkgd.SinkGDVariant(weights, lr=1.0, backend="eager", **options).step()
         for weight, kind, own in zip(weights, KINDS, found[name], strict=True):
             expected = weight.detach()
             assert_close(own.double(), expected, rtol=1e-3, atol=1e-4, msg=f"{name}, {kind}")

@@ -31,10 +31,10 @@ RECIPES = {
     "hybrid": hybrid,
     "stateless": lambda model: sinkgd.SinkGD(model.named_parameters(), lr=3e-3),
     "swan": lambda model: sinkgd.SWAN(sinkgd.param_groups(model, matrix_algorithm="swan")),
-    "warm": lambda model: sinkgd.SinkGD(
+    "warm": lambda model: sinkgd.SinkGDVariant(
         sinkgd.param_groups(model), sinkhorn_iterations=2, warm_start=True
     ),
-    "options": lambda model: sinkgd.SinkGD(
+    "options": lambda model: sinkgd.SinkGDVariant(
         sinkgd.param_groups(model, overrides={"embed|lm_head": "sinkgd-table"}),
         momentum=0.9,
         momentum_place="after",

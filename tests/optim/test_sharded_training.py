@@ -50,7 +50,7 @@ def train(model, optimizer, share=slice(None)):
 RECIPES = {
     "hybrid": lambda model: sinkgd.SinkGD(sinkgd.param_groups(model, lr=0.02)),
     "stateless": lambda model: sinkgd.SinkGD(model.named_parameters(), lr=3e-3),
-    "warm": lambda model: sinkgd.SinkGD(
+    "warm": lambda model: sinkgd.SinkGDVariant(
         sinkgd.param_groups(model, lr=0.02), sinkhorn_iterations=2, warm_start=True
     ),
     "tempered": lambda model: sinkgd.TemperedSinkGD(model.named_parameters(), lr=0.5),
@@ -58,7 +58,7 @@ RECIPES = {
     "adamw-spam": lambda model: sinkgd.AdamWSPAM(
         model.named_parameters(), lr=0.01, reset_interval=9, warmup_steps=6, norm_window=10
     ),
-    "options": lambda model: sinkgd.SinkGD(
+    "options": lambda model: sinkgd.SinkGDVariant(
         sinkgd.param_groups(
             model, 0.02, overrides={"embed|head": {"algorithm": "sinkgd-table", "lr": 0.02}}
         ),

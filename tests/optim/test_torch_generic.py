@@ -355,13 +355,14 @@ def test_a_step_count_that_is_a_number_is_loaded(case, options, kind):
     assert all(torch.equal(a, b) for a, b in zip(params, other_params, strict=True))
 
 
-WARM = [{}, {"warm_start": True}, {"warm_start": True, "last": "row"}, {"momentum": 0.9}]
+WARM = [{"last": last, "warm_start": warm} for last in ("row", "column") for warm in (True, False)]
+WARM.append({"momentum": 0.9})
 with_empty = pytest.mark.parametrize(
     ("case", "options"),
     [
         pytest.param(case, options, id=f"{case}-{options}")
         for case in OPTIMIZERS
-        for options in (WARM if case.name == "SinkGD-matrices" else [{}])
+        for options in (WARM if case.name == "SinkGD-last-row" else [{}])
     ],
 )
 

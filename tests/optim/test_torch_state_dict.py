@@ -135,7 +135,7 @@ RECIPES = {
     "hybrid": lambda model: sinkgd.SinkGD(sinkgd.param_groups(model)),
     "stateless": lambda model: sinkgd.SinkGD(model.named_parameters(), lr=1e-3),
     "stochastic": lambda model: sinkgd.SinkGD(model.parameters(), lr=1e-3, **ROUNDING),
-    "warm": lambda model: sinkgd.SinkGD(sinkgd.param_groups(model), warm_start=True),
+    "warm": lambda model: sinkgd.SinkGDVariant(sinkgd.param_groups(model), warm_start=True),
     "momentum": lambda model: sinkgd.SinkGD(sinkgd.param_groups(model), momentum=0.9),
     "swan": lambda model: sinkgd.SWAN(sinkgd.param_groups(model, matrix_algorithm="swan")),
     "mngd": lambda model: sinkgd.MNGD(

@@ -27,8 +27,7 @@ _SINKGD = tuple(
     name for name in inspect.signature(SinkGD).parameters if name not in ("params", *_ROUTING)
 )
 # Arguments whose value is a word.
-_WORDS = {"backend", "nonfinite", "rounding", "momentum_place", "last", "first", "tiny_rows"}
-_WORDS |= {"operator_norm"}
+_WORDS = {"backend", "nonfinite", "rounding"}
 
 _TAKEN = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _NOT_TAKEN = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}

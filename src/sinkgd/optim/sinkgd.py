@@ -9,8 +9,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sinkgd.optim.arguments import suggest_names
+from sinkgd.optim.arguments import OF_PARAM_GROUPS, suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
+
+# Options of `sinkgd.contrib.sinkgd_variant`, and the call that takes each.
+_OF_VARIANT = {
+    name: f"SinkGDVariant(params, {name}=...)"
+    for name in (
+        *("warm_start", "momentum_place", "first", "last"),
+        *("tiny_rows", "tiny_row_threshold", "operator_norm"),
+    )
+}
 
 
 class SinkGD(GroupedOptimizer):
@@ -24,22 +33,13 @@ class SinkGD(GroupedOptimizer):
     above and deflated, all else by AdamW. Without groups no state is kept at all: matrices as
     above, vectors and scalars by their own l2 norm, with root-mean-square 1 too.
 
-    The options after ``seed`` go beyond the paper and combine freely. A group may set its own;
-    `param_groups` sets ``deflated_rank``. Disabled options add no cost. A step applies them in this
-    order: momentum of the gradient, ``tiny_rows``, the half steps, ``deflated_rank``,
-    ``operator_norm``, momentum of the update. Vectors only have momentum.
+    A group may set its own value of every option, and those of `SinkGDVariant`; `param_groups` sets
+    ``deflated_rank``. Disabled options add no cost. Vectors only have momentum.
 
-    The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
-    embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
-    2L + 1 half steps from rows to rows. They multiply its learning rate by 0.18. To use it, write
-    ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
-
-    On a mesh of devices a step sends L messages to each process group. Momentum of the gradient,
-    ``tiny_rows``, an extra half step and ``operator_norm`` add one message each, ``deflated_rank``
-    adds two. For a group that shards columns, ``deflated_rank`` adds four and ``operator_norm``
-    two. No matrix is sent. Options that copy gradients (``tiny_rows``, ``nesterov``) process
-    256 MiB at a time and send one set of messages per chunk; ``deflated_rank`` processes 128 MiB of
-    vectors at a time.
+    On a mesh of devices a step sends L messages to each process group. Momentum adds one message,
+    ``deflated_rank`` adds two, or four for a group that shards columns. No matrix is sent.
+    ``nesterov`` copies gradients: it processes 256 MiB at a time and sends one set of messages per
+    chunk. ``deflated_rank`` processes 128 MiB of vectors at a time.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs. Groups may name any
@@ -55,8 +55,6 @@ class SinkGD(GroupedOptimizer):
         tol: Stop iterating a matrix when an iteration changes no row scale by more than ``tol``,
             relative; at most ``sinkhorn_iterations`` are run. Changes the update by about as much.
             None never stops early.
-        warm_start: Start from the column scales of the last step. Fewer iterations then come as
-            close to the fixed point. Keeps n float32 of state a matrix.
         rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
             down at random, so that small updates count in the mean). AdamW groups round as torch
             does.
@@ -64,24 +62,12 @@ class SinkGD(GroupedOptimizer):
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 an entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
-        momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
-            and the step goes along B. Its root-mean-square is then below 1.
-        last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
-            columns first. The last side has its lengths exactly.
-        first: Side of the first half step. None means the other side than ``last``. The same side
-            as ``last`` adds a half step in front, 2L + 1 in all.
-        tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
-            are left out, and not updated. Copies the gradients of a few matrices at a time.
-        tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
         deflated_rank: Number k of the update's leading singular values that are lowered to the next
             one; 0 leaves them. This whitens the largest directions, for two more readings of the
-            gradient and about 10 k flops an entry. Keeps no state. Backends other than ``cpu`` make
-            float32 copies of the gradients, 64 MiB at a time unless one alone is larger. Groups of
-            `param_groups` set their own. Default: 0.
-        operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
-            value, estimated by one power iteration a step, is 1 or √(m/n). ``lr`` is then no longer
-            a root-mean-square. With ``"muon"`` it is the largest change of an output for an input
-            of root-mean-square 1. Keeps n float32 a matrix.
+            gradient and about 10 k flops an entry. Keeps no state. The ``eager`` backend makes
+            float32 copies of the gradients, 64 MiB at a time unless one alone is larger; so does
+            ``triton`` for more than 31 directions. Groups of `param_groups` set their own.
+            Default: 0.
 
     Raises:
         ValueError: If an option is out of range, does not fit a parameter, or has no effect because
@@ -108,7 +94,7 @@ class SinkGD(GroupedOptimizer):
     takes_every_group = True
     none_means = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0, "deflated_rank": 0})
 
-    @suggest_names()
+    @suggest_names({**OF_PARAM_GROUPS, **_OF_VARIANT})
     def __init__(
         self,
         params: ParamsT,
@@ -120,18 +106,11 @@ class SinkGD(GroupedOptimizer):
         nonfinite: str = "raise",
         backend: str = "auto",
         tol: float | None = None,
-        warm_start: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
         momentum: float = 0.0,
         nesterov: bool = False,
-        momentum_place: str = "before",
-        last: str = "column",
-        first: str | None = None,
-        tiny_rows: str = "keep",
-        tiny_row_threshold: float = 0.01,
         deflated_rank: int | None = None,
-        operator_norm: str | None = None,
     ) -> None:
         arguments: dict[str, Any] = {
             "lr": lr,
@@ -141,18 +120,11 @@ class SinkGD(GroupedOptimizer):
             "nonfinite": nonfinite,
             "backend": backend,
             "tol": tol,
-            "warm_start": warm_start,
             "rounding": rounding,
             "seed": seed,
             "momentum": momentum,
             "nesterov": nesterov,
-            "momentum_place": momentum_place,
-            "last": last,
-            "first": first,
-            "tiny_rows": tiny_rows,
-            "tiny_row_threshold": tiny_row_threshold,
             "deflated_rank": deflated_rank,
-            "operator_norm": operator_norm,
         }
         super().__init__(params, arguments)
 

@@ -159,7 +159,7 @@ FAMILY = (
         "sinkgd-pinned",
         "SinkGD, operator norm",
         "n float32 a matrix, 2 an entry of embedding, head, norms",
-        "sinkgd.SinkGD(operator_norm=...), without deflation",
+        "sinkgd.SinkGDVariant(operator_norm=...), without deflation",
         column=1.0,
         can_release=True,
         exchange="vectors",

@@ -22,7 +22,7 @@ from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 
 def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
-    return sinkgd.SinkGD(
+    return sinkgd.SinkGDVariant(
         family_groups(model, o, "sinkgd", _of_tables(model, o)),
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
         rounding=o["rounding"],
