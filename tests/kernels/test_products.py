@@ -170,6 +170,19 @@ class TestLoweredUpdates:
         backend.update_([param], stack.grads, lowered, keep=1.0, step=-0.5)
         near(param.double(), expected)
 
+    @pytest.mark.parametrize("batch", [(), (3,)])
+    @layouts
+    def test_a_factor_multiplies_the_scaled_gradient_alone(self, backend, layout, batch):
+        stack, x = stack_of((1, batch, 40, 24), layout)
+        (taken,) = self.taken(stack, 3)
+        factor = normal((*batch, 1, 1), 50).abs() + 0.5
+        param = normal((*batch, 40, 24), 70)
+        less = taken.left.double() @ taken.right.double().mT
+        expected = param.double() - 0.5 * (factor.double() * x[0] - less)
+        lowered = [CorrectedScales(*stack.scales[0], taken, factor)]
+        backend.update_([param], stack.grads, lowered, keep=1.0, step=-0.5)
+        near(param.double(), expected)
+
     @pytest.mark.parametrize("keyed", [False, True])
     def test_bfloat16_is_rounded_once(self, backend, keyed):
         stack, _ = stack_of((1, (), 263, 257), dtype=torch.bfloat16)

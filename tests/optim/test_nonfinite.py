@@ -62,6 +62,23 @@ def test_skip_leaves_that_parameter_alone_and_counts(algorithm, bad):
 
 
 @BAD
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_group_of_adamw_is_left_unchanged_as_a_whole(bad, fused):
+    good, ill = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3, 5))
+    good.grad, ill.grad = torch.randn(4, 3), torch.full((3, 5), bad)
+    params = [("good", good), ("ill", ill)]
+    optimizer = optimizer_of([{"params": params, "fused": fused}], "adamw", nonfinite="skip")
+    optimizer.step()
+    assert good.eq(1).all()
+    assert ill.eq(1).all()
+    assert optimizer.skipped() == {"ill": 1}
+    ill.grad = torch.randn(3, 5)
+    optimizer.step()
+    assert good.ne(1).all()
+    assert ill.ne(1).all()
+
+
+@BAD
 def test_one_bad_part_of_a_split_parameter_holds_back_all_of_it(bad):
     fused = nn.Parameter(torch.ones(6, 4))
     fused.grad = torch.randn(6, 4)

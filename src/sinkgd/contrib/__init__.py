@@ -1,4 +1,6 @@
-"""Methods for ablations and studies, one file each. Importing this package adds them to the table.
+"""Optimizers for ablations and studies, one file each.
+
+Importing this package adds their methods to `sinkgd.optim.methods.METHODS`.
 
 ``sinkgd-table`` is SinkGD with other options. Secondary sources report it for the embedding and the
 head of DeepSeek-V4.1: half steps that begin and end with rows, of directions with Nesterov's

@@ -97,7 +97,7 @@ class Backend(ABC):
     name: str
     package: str  # that it runs on
     install: str  # the command that installs the package
-    # Whether it has `packed_products`, and applies `CorrectedScales` without a copy of a gradient.
+    # Whether it has `packed_products`. It then applies `CorrectedScales` without copying gradients.
     packs_vectors: bool = False
 
     @abstractmethod

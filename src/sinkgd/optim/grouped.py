@@ -123,12 +123,11 @@ class GroupedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group.
 
-        With ``fused=True``, torch.amp.GradScaler passes its scale to `step`, as it does with
-        torch's fused AdamW, instead of dividing gradients itself and waiting for the device.
-
         Args:
             param_group: ``params`` and, where they differ from the optimizer's, ``algorithm`` and
-                its options.
+                its options. With ``fused=True``, torch.amp.GradScaler passes its scale to `step`,
+                as it does with torch's fused AdamW, instead of dividing gradients itself and
+                waiting for the device.
 
         Raises:
             ValueError: If the algorithm is unknown, or an option or a parameter does not fit it.
@@ -203,7 +202,7 @@ class GroupedOptimizer(Optimizer):
         Raises:
             NonFiniteGradientError: If a gradient holds NaN or infinity and the group's policy is
                 ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. Its
-                parameter was left unchanged; others were updated.
+                parameter was left unchanged, or with AdamW its group; others were updated.
             TypeError: If a gradient is sparse, or a trainer has exchanged a parameter for a flat
                 piece.
         """
@@ -350,7 +349,12 @@ class GroupedOptimizer(Optimizer):
                     self.state[slot.param] = state
 
     def skipped(self) -> dict[str, int]:
-        """Return how many updates were skipped for a non-finite gradient, by parameter."""
+        """Return how often each parameter had a non-finite gradient under the policy ``"skip"``.
+
+        Raises:
+            NonFiniteGradientError: If the flags of the last step, which a device sends late, show
+                such a gradient in a group whose policy is ``"raise"``.
+        """
         return self._guard.skipped()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What happens to a gradient that holds NaN or infinity: it never reaches a weight.
 
-Under every policy its parameter is left unchanged, and others are updated. On a CPU the flags are
+Under every policy its parameter is left unchanged, and others are updated; a group of AdamW is left
+unchanged as a whole, since one fused kernel writes all of it. On a CPU the flags are
 read at the end of the step, and ``"raise"`` raises there. On an accelerator nothing waits: the
 flags are copied to the host, and the next step raises. A step that ``torch.compile`` has compiled
 does the same. In a step that a CUDA graph replays the flags are not read: the parameter is left
@@ -66,7 +67,11 @@ class NonFiniteGuard:
         self._settle(here)
 
     def skipped(self) -> dict[str, int]:
-        """Return how many updates of each parameter were skipped so far."""
+        """Return how often each parameter had a non-finite gradient so far, where that is allowed.
+
+        Raises:
+            NonFiniteGradientError: If a flag arrives of a group whose policy is ``"raise"``.
+        """
         self.settle()
         return dict(self._skipped)
 

@@ -111,7 +111,11 @@ class CpuBackend(EagerBackend):
                 rank, at = left.shape[-1], (left.data_ptr(), right.data_ptr())
                 target = target._replace(rank=rank, left=at[0], right=at[1])
                 read += (left, right)
-            addresses = own.row.data_ptr(), own.col.data_ptr()
+            row = own.row
+            if isinstance(own, CorrectedScales) and own.factor is not None:
+                row = own.factor * row
+                read.append(row)
+            addresses = row.data_ptr(), own.col.data_ptr()
             table.add(source.tensor.data_ptr(), source.layout, addresses, target)
             read.append(source.tensor)
             written.append(param)

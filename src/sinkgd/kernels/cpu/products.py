@@ -134,7 +134,7 @@ class _StackProduct:
         Args:
             table: The table.
             by_rows: Whether products by rows are taken, with the vectors that were put.
-            by_columns: Whether products by columns are correction.
+            by_columns: Whether products by columns are taken.
             again: Whether products by rows are taken with the products by columns.
         """
         given = self.col_products if again else self.col_vectors

@@ -39,7 +39,7 @@ def lr_factor(
     Args:
         step: Steps already taken; 0 before the first.
         steps: Steps of the whole run.
-        warmup_fraction: ParamMatrix of the steps with a rising rate, 0 to 1.
+        warmup_fraction: Share of the steps with a rising rate, 0 to 1.
         final_lr_fraction: The last step's part of the peak, 0 to 1.
 
     Examples:
@@ -88,10 +88,10 @@ def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) ->
     config, world = job.config, job.mesh.world
     for record in training_steps(job):
         results.write(record)
-        stop = world.highest(interrupt.received or 0)
         last = record.step == config.training.steps
         if last or record.step % config.evaluation.every_steps == 0:
             _evaluate(job, results)
+        stop = world.highest(interrupt.received or 0)
         if last or stop or record.step % config.checkpoint.every_steps == 0:
             results.sync()  # first, because a checkpoint must not contain a step that results lack
             job.state.update_totals(job.device)
