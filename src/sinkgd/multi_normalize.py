@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sinkgd.newton_schulz import matrix_buffer
 from sinkgd.norms import Norm, check_norms, is_built_in
-from sinkgd.number_check import check_number, check_whole_number
+from sinkgd.number_check import check_num_iters, check_tol
 from sinkgd.precision import in_full_precision
 
 
@@ -145,16 +145,3 @@ def check_matrix(function: str, grad: Tensor) -> None:
         raise TypeError(f"{function} needs a real floating dtype, got {grad.dtype}")
     if grad.ndim < 2:
         raise ValueError(f"{function} needs a matrix, got a tensor of shape {tuple(grad.shape)}")
-
-
-def check_num_iters(num_iters: int, argument: str = "num_iters") -> None:
-    """Refuse fewer iterations than one; ``argument`` is what the caller calls them."""
-    check_whole_number(argument, num_iters)
-    if num_iters < 1:
-        raise ValueError(f"{argument} must be at least 1, got {num_iters}")
-
-
-def check_tol(tol: float | None) -> None:
-    """Refuse a tolerance below 0."""
-    if tol is not None:
-        check_number("tol", tol)

@@ -85,3 +85,16 @@ def check_betas(name: str, value: Any) -> None:
         check_number(name, beta, least=None)
     if not all(0 <= beta < 1 for beta in value):
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def check_num_iters(num_iters: int, argument: str = "num_iters") -> None:
+    """Refuse fewer iterations than one; ``argument`` is what the caller calls them."""
+    check_whole_number(argument, num_iters)
+    if num_iters < 1:
+        raise ValueError(f"{argument} must be at least 1, got {num_iters}")
+
+
+def check_tol(tol: float | None) -> None:
+    """Refuse a tolerance below 0."""
+    if tol is not None:
+        check_number("tol", tol)

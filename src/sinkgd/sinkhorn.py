@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sinkgd import kernels
 from sinkgd.kernels import Scales
-from sinkgd.multi_normalize import check_matrix, check_num_iters, check_tol
+from sinkgd.multi_normalize import check_matrix
+from sinkgd.number_check import check_num_iters, check_tol
 from sinkgd.precision import in_full_precision
 
 

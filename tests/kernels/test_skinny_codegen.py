@@ -131,8 +131,8 @@ def updates(is_hip):
 
     from sinkgd.kernels.layout import layout_of
     from sinkgd.kernels.triton import launch
+    from sinkgd.kernels.triton.half_iterations import LowRankSides, UpdateOperands, plan_of_update
     from sinkgd.kernels.triton.tables import Operand
-    from sinkgd.kernels.triton.tiles import LowRankSides, UpdateOperands, plan_of_update
 
     dtypes = launch.kernels("primitives").DTYPES
     for dtype, grad_dtype in (

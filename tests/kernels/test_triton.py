@@ -13,8 +13,8 @@ from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import dense_layout
 from sinkgd.kernels.triton import TritonBackend, support, tables
 from sinkgd.kernels.triton import backend as triton_backend
+from sinkgd.kernels.triton.half_iterations import plan_of_scales
 from sinkgd.kernels.triton.tables import DeviceTables, Operand
-from sinkgd.kernels.triton.tiles import plan_of_scales
 
 FLOAT32 = {"rtol": 3e-6, "atol": 0}
 PROCESSORS = 132  # of an H100

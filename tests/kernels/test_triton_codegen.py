@@ -213,7 +213,7 @@ def torch_type(name):
 
 
 def tile(shape, wide, parts):
-    from sinkgd.kernels.triton.tiles import AREA, tile_of
+    from sinkgd.kernels.triton.half_iterations import AREA, tile_of
 
     return tile_of(*shape, AREA // parts // (1 if wide else 2))._asdict()
 
@@ -228,7 +228,7 @@ NUMBERS = {"done": "i32", "low": "fp32", "high": "fp32", "keep": "fp32", "step":
 
 def report(kernel, constants, target, variant, *, first):
     """Compile one kernel and write a line on it."""
-    from sinkgd.kernels.triton.tiles import options_of
+    from sinkgd.kernels.triton.half_iterations import options_of
 
     types = {**POINTERS, **NUMBERS}
     if constants.get("STEP_IS_STORED"):
@@ -258,7 +258,7 @@ PLAIN += [("float32", "float32", SQUARE, True, False)]
 
 def sixteens(constants, wide):
     """How many loads and stores of 16 bytes a thread needs for its part of a tile."""
-    from sinkgd.kernels.triton.tiles import THREADS
+    from sinkgd.kernels.triton.half_iterations import THREADS
 
     entries = constants["BM"] * constants["BN"] // THREADS if wide else 0
     size, grad_size = (

@@ -9,4 +9,4 @@ from sinkgd.kernels.backend import Shared as Shared
 from sinkgd.kernels.backend import Stack as Stack
 from sinkgd.kernels.registry import BACKENDS as BACKENDS
 from sinkgd.kernels.registry import describe as describe
-from sinkgd.kernels.torch_ops import select as select
+from sinkgd.kernels.registry import select as select

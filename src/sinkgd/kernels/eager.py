@@ -74,7 +74,7 @@ class EagerBackend(Backend):
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         for i, (param, grad, own) in enumerate(zip(params, grads, scales, strict=True)):
             check_scales(param, own.row, own.col)
-            descend_(
+            apply_update_(
                 param,
                 update_of(grad, own),
                 keep=keep,
@@ -121,7 +121,7 @@ def sinkhorn(
     return scales_of(r2.double().sqrt() / divisors.s, c2.double().sqrt() / divisors.t, dtype)
 
 
-def descend_(
+def apply_update_(
     param: Tensor,
     update: Tensor,
     *,

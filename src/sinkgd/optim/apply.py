@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.shards import ParamMatrix
-from sinkgd.kernels.eager import descend_
+from sinkgd.kernels.eager import apply_update_
 from sinkgd.kernels.rounding import keys_of_step
 from sinkgd.optim.method import Context, Group, Slot
 
@@ -56,7 +56,7 @@ class UpdateWriter:
             first_entry: The index of the first entry of ``param`` among those of the parameter.
         """
         key = None if self._keys is None else self._keys[i]
-        descend_(
+        apply_update_(
             param,
             update,
             # Not in __init__: torch.compile makes a graph for each number that an attribute holds.

@@ -39,12 +39,7 @@ from sinkgd.kernels.triton.descent import (
     PreparedDescents,
     UpdateFactors,
 )
-from sinkgd.kernels.triton.launch import on
-from sinkgd.kernels.triton.product_plan import plan_of_products
-from sinkgd.kernels.triton.products import MOST, SkinnyProducts, StackProducts
-from sinkgd.kernels.triton.shard_sums import TritonSums
-from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, capturing, operand_of
-from sinkgd.kernels.triton.tiles import (
+from sinkgd.kernels.triton.half_iterations import (
     AREA,
     LowRankSides,
     UpdateOperands,
@@ -54,6 +49,11 @@ from sinkgd.kernels.triton.tiles import (
     plan_of_update,
     update_parameters,
 )
+from sinkgd.kernels.triton.launch import on
+from sinkgd.kernels.triton.product_plan import plan_of_products
+from sinkgd.kernels.triton.products import MOST, SkinnyProducts, StackProducts
+from sinkgd.kernels.triton.shard_sums import TritonSums
+from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, capturing, operand_of
 
 # A GPU reads as much from its memory, at 3 TB/s, while the host prepares a launch in about 20 µs.
 # Outside of a graph, a smaller bucket would wait for the host. Not timed.

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinkgd.kernels.triton.half_iterations import AREA, PROGRAMS
 from sinkgd.kernels.triton.tables import (
     DescentMatrix,
     DescentState,
@@ -28,7 +29,6 @@ from sinkgd.kernels.triton.tables import (
     scale_offsets,
     vector_width,
 )
-from sinkgd.kernels.triton.tiles import AREA, PROGRAMS
 
 LONGEST = 1 << 14  # entries of a row that a program's registers hold
 FEWEST_THREADS, MOST_THREADS = 64, 512

@@ -51,16 +51,16 @@ class AdamW(Method):
             return self._step_on_mesh(slots, group, context)
         # torch's fused kernel breaks a compiled graph, so it must not run inside `exchange`.
         finite = run(are_finite(slots))
-        self._descend_(slots, finite, group, context)
+        self._update_(slots, finite, group, context)
         return immediate(finite)
 
     @computation
     def _step_on_mesh(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
         finite: Tensor = yield are_finite(slots)
-        self._descend_(slots, finite, group, context)
+        self._update_(slots, finite, group, context)
         return finite
 
-    def _descend_(
+    def _update_(
         self, slots: Sequence[Slot], finite: Tensor, group: Group, context: Context
     ) -> None:
         flags = allowed(finite, context)

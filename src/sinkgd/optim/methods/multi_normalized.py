@@ -40,7 +40,7 @@ from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.backend import take_steps
 from sinkgd.kernels.equilibrate import scales_of
 from sinkgd.matrix_views import Split, check_layout, matrices_of
-from sinkgd.multi_normalize import check_num_iters, take_turns
+from sinkgd.multi_normalize import take_turns
 from sinkgd.newton_schulz import is_transposed, matrix_buffer
 from sinkgd.norms import (
     ColumnNorm,
@@ -51,6 +51,7 @@ from sinkgd.norms import (
     SpectralNorm,
     check_norms,
 )
+from sinkgd.number_check import check_num_iters
 from sinkgd.optim.apply import (
     ROUNDING_OPTIONS,
     UpdateWriter,
@@ -143,10 +144,10 @@ class MultiNormalized(Method):
         writer = UpdateWriter(slots, finite, group, context)
         here = [slot._replace(param=local(slot.param), grad=local(slot.grad)) for slot in slots]
         for batch in batches(here, layout=group["layout"], split=group["split"]):
-            self._descend_(batch, group, context, writer)  # a function, so that scratch is freed
+            self._update_(batch, group, context, writer)  # a function, so that scratch is freed
         return finite
 
-    def _descend_(
+    def _update_(
         self, batch: Sequence["BatchItem"], group: Group, context: Context, writer: UpdateWriter
     ) -> None:
         updates = self._updates([item.grad for item in batch], group, context)

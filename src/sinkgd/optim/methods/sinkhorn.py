@@ -2,7 +2,7 @@
 
 Without options a backend takes the step at once. With options it is taken transform by transform:
 
-    gradient → [row_mask] → [transposed] → [start] → scales → [deflate] → [operator_norm] → update
+    gradient → [tiny_rows] → [transposed] → [start] → scales → [deflate] → [operator_norm] → update
 
 Momentum is around it: before the first transform, or after the last.
 
@@ -27,7 +27,7 @@ from sinkgd.kernels.backend import (
     take_steps,
 )
 from sinkgd.matrix_views import check_layout
-from sinkgd.multi_normalize import check_num_iters, check_tol
+from sinkgd.number_check import check_num_iters, check_tol
 from sinkgd.optim.apply import (
     ROUNDING_OPTIONS,
     allowed,
@@ -60,7 +60,6 @@ from sinkgd.optim.transforms.operator_norm import (
     pin,
     vectors_of,
 )
-from sinkgd.optim.transforms.row_mask import ROW_MASK_OPTIONS, check_row_mask, mask_tiny_rows
 from sinkgd.optim.transforms.start import (
     START_OPTIONS,
     check_start_options,
@@ -71,6 +70,7 @@ from sinkgd.optim.transforms.start import (
     starts_after_half_step,
     warm_starts,
 )
+from sinkgd.optim.transforms.tiny_rows import TINY_ROW_OPTIONS, check_tiny_rows, mask_tiny_rows
 
 Known = TypeVar("Known", bound=kernels.Scales | kernels.CorrectedScales)
 
@@ -94,7 +94,7 @@ class Sinkhorn(Method):
             "tol": None,
             "warm_start": False,
             **START_OPTIONS,
-            **ROW_MASK_OPTIONS,
+            **TINY_ROW_OPTIONS,
             **DEFLATION_OPTIONS,
             **OPERATOR_NORM_OPTIONS,
             **ROUNDING_OPTIONS,
@@ -117,7 +117,7 @@ class Sinkhorn(Method):
         check_num_iters(group["sinkhorn_iterations"], "sinkhorn_iterations")
         check_tol(group["tol"])
         check_start_options(group)
-        check_row_mask(group)
+        check_tiny_rows(group)
         check_deflation(group)
         check_operator_norm(group)
         kernels.select(group["backend"], param.device)

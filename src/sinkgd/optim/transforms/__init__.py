@@ -3,5 +3,5 @@
 `sinkgd.optim.methods.sinkhorn` runs them. Each module has its options with their defaults and a
 check of them. In a step they come in this order; all are off by default:
 
-    momentum → row_mask → start → scales → deflate → operator_norm → momentum of the update
+    momentum → tiny_rows → start → scales → deflate → operator_norm → momentum of the update
 """

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sinkgd.distributed.shards import first_entry_of, from_local, local
 from sinkgd.exchange import Computation, Steps, computation
-from sinkgd.kernels.eager import descend_
+from sinkgd.kernels.eager import apply_update_
 from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.apply import UpdateWriter, allowed
 from sinkgd.optim.chunking import step_in_chunks
@@ -141,4 +141,4 @@ def _average_(B: Tensor, slot: Slot, group: Group, context: Context, flag: Tenso
     if context.loss_scale is not None:
         share = share / context.loss_scale
     grad = local(slot.grad).to(B.dtype, copy=True)
-    descend_(B, grad, keep=group["momentum"], step=share, allowed=flag)
+    apply_update_(B, grad, keep=group["momentum"], step=share, allowed=flag)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import sinkgd
 from reference import sinkhorn_knopp
-from sinkgd.kernels.torch_ops import scales, update_
+from sinkgd.kernels.registry import scales, update_
 
 # Said by torch of itself, on importing its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")

@@ -17,10 +17,10 @@ from sinkgd.optim.method import Group
 TREATMENTS = ("keep", "mask")
 
 # The threshold is ours: no source gives one. Rows a hundred times shorter than the mean are noise.
-ROW_MASK_OPTIONS = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
+TINY_ROW_OPTIONS = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
 
 
-def check_row_mask(group: Group) -> None:
+def check_tiny_rows(group: Group) -> None:
     """Refuse options out of range."""
     if group["tiny_rows"] not in TREATMENTS:
         raise ValueError(f"tiny_rows must be one of {TREATMENTS}, got {group['tiny_rows']!r}")
