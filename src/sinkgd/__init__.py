@@ -25,6 +25,7 @@ from sinkgd.norms import Norm as Norm
 from sinkgd.norms import RowNorm as RowNorm
 from sinkgd.norms import SignNorm as SignNorm
 from sinkgd.norms import SpectralNorm as SpectralNorm
+from sinkgd.optim.from_adamw import from_adamw_state as from_adamw_state
 from sinkgd.optim.mngd import MNGD as MNGD
 from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientError
 from sinkgd.optim.param_groups import describe_param_groups as describe_param_groups

@@ -183,36 +183,33 @@ def arguments(tmp_path, **options):
 
 
 @pytest.mark.parametrize("is_keyword", [True, False])
-def test_training_arguments_give_what_the_arguments_lack(tmp_path, is_keyword):
-    args = arguments(tmp_path, learning_rate=0.5, weight_decay=0.25)
+def test_training_arguments_are_those_of_adamw(tmp_path, is_keyword):
+    adam = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 0.125}
+    args = arguments(tmp_path, learning_rate=0.5, weight_decay=0.25, **adam)
 
     def build(**options):
         if is_keyword:  # as {"training_args": args} among the Trainer's optimizer kwargs
             return SinkGDFactory()(llama(), training_args=args, **options)
         return SinkGDFactory()(llama(), args, **options)  # as axolotl does
 
-    assert rates(build()) == {"sinkgd": 0.025 * 0.5, "adamw": 0.5}
-    assert {group["weight_decay"] for group in build().param_groups} == {0.25, 0.0}
+    assert rates(build()) == {"sinkgd": 0.2 * 0.5, "adamw": 0.5}
+    # A step decays all weights alike.
+    decays = {group["lr"] * group["weight_decay"] for group in build().param_groups}
+    assert decays == {0.125, 0.0}
+    (of_vectors, of_tables) = (group for group in build().param_groups if "betas" in group)
+    for group in (of_vectors, of_tables):
+        assert (group["betas"], group["eps"]) == ((0.5, 0.75), 0.125)
     assert build().defaults["lr"] == 0.5
+    assert rates(build(adamw_lr=0.125)) == {"sinkgd": 0.2 * 0.125, "adamw": 0.125}
     assert rates(build(lr=0.125)) == {"sinkgd": 0.025 * 0.125, "adamw": 0.125}
     assert {group["weight_decay"] for group in build(weight_decay=0.0).param_groups} == {0.0}
+    assert build(betas=(0.8, 0.9)).param_groups[-1]["betas"] == (0.8, 0.9)
+    assert build(eps=1e-6).param_groups[-1]["eps"] == 1e-6
 
 
 def test_without_training_arguments_the_rates_are_those_of_param_groups():
     expected = sinkgd.SinkGD(sinkgd.param_groups(llama()))
     assert rates(SinkGDFactory()(llama())) == rates(expected)
-
-
-@pytest.mark.parametrize(
-    ("field", "option"), [("adam_beta1", "betas"), ("adam_beta2", "betas"), ("adam_epsilon", "eps")]
-)
-def test_an_adam_option_of_training_arguments_is_refused_by_name(tmp_path, field, option):
-    args = arguments(tmp_path, **{field: 0.5})
-    with pytest.raises(
-        ValueError, match=rf"training_args.{field}=0.5 has no effect.*give {option}"
-    ):
-        SinkGDFactory()(llama(), args)
-    SinkGDFactory()(llama(), args, **{option: (0.8, 0.9) if option == "betas" else 1e-6})
 
 
 STRINGS = {
@@ -238,6 +235,11 @@ def test_strings_are_read_as_their_values(option):
     optimizer = SinkGDFactory()(llama(), **{option: text})
     found = [group[option] for group in optimizer.param_groups if option in group]
     assert value in found
+
+
+def test_a_string_may_be_adamws_rate():
+    found = rates(SinkGDFactory()(llama(), adamw_lr="1e-5"))
+    assert found == {"sinkgd": pytest.approx(2e-6), "adamw": 1e-5}
 
 
 def test_every_argument_of_the_optimizer_may_be_a_string():

@@ -412,7 +412,7 @@ def test_a_lazy_module_is_refused_by_name_until_it_has_run(function):
     function(model)
 
 
-NO_BETAS = [0.9, (0.9,), "0.9,0.95", ("0.9", 0.95), (0.9, 1.0), None]
+NO_BETAS = [0.9, (0.9,), "0.9,0.95", ("0.9", 0.95), (0.9, 1.0), ()]
 
 
 @pytest.mark.parametrize("betas", NO_BETAS)
@@ -424,3 +424,51 @@ def test_what_is_no_pair_of_betas_is_refused(betas):
     ):
         with pytest.raises((TypeError, ValueError), match=r"^betas must (be|lie) "):
             call()
+
+
+class TestRatesOfAdamW:
+    def groups(self, **options):
+        return sinkgd.param_groups(Model(), adamw_lr=1e-3, **options)
+
+    def test_matrices_get_the_rate_whose_updates_are_as_large_as_adamws(self):
+        rates = {group["algorithm"]: group["lr"] for group in self.groups()}
+        assert rates == {"sinkgd": pytest.approx(2e-4), "adamw": 1e-3}
+
+    def test_a_step_decays_every_matrix_and_table_alike_and_no_vector(self):
+        decays = {}
+        for group in self.groups(weight_decay=0.1):
+            for name, param in group["params"]:
+                decays[name] = (param.ndim, group["lr"] * group["weight_decay"])
+        assert {"a.weight", "c.weight"} <= decays.keys()  # the embedding and the head
+        for ndim, decay in decays.values():
+            assert decay == pytest.approx(1e-4 if ndim >= 2 else 0.0)
+
+    def test_the_betas_are_torchs(self):
+        found = {group["betas"] for group in self.groups() if group["algorithm"] == "adamw"}
+        assert found == {(0.9, 0.999)}
+        given = self.groups(betas=(0.5, 0.75))
+        assert {group.get("betas", (0.5, 0.75)) for group in given} == {(0.5, 0.75)}
+
+    def test_another_algorithm_of_matrices_has_the_same_size(self):
+        found = self.groups(matrix_algorithm="swan")
+        assert {group["lr"] for group in found if group["algorithm"] == "swan"} == {2e-4}
+
+    @pytest.mark.parametrize("other", [{"lr": 0.02}, {"matrix_lr_scale": 0.05}], ids=str)
+    def test_a_rate_that_it_replaces_is_refused_beside_it(self, other):
+        ((name, value),) = other.items()
+        with pytest.raises(ValueError, match=rf"adamw_lr=0.001 sets all rates, and {name}={value}"):
+            self.groups(**other)
+
+    @pytest.mark.parametrize("bad", [-1.0, "1e-3", float("nan")], ids=str)
+    def test_what_is_no_rate_is_refused_by_its_name(self, bad):
+        with pytest.raises((TypeError, ValueError), match=r"^adamw_lr must be"):
+            sinkgd.param_groups(Model(), adamw_lr=bad)
+
+    def test_a_tensor_is_a_rate(self):
+        rate = torch.tensor(1e-3)
+        (lr,) = {
+            float(group["lr"])
+            for group in sinkgd.param_groups(Model(), adamw_lr=rate)
+            if group["algorithm"] == "sinkgd"
+        }
+        assert lr == pytest.approx(2e-4)

@@ -1,7 +1,6 @@
 """Hugging Face ``Trainer`` and axolotl: a factory that routes the parameters and builds SinkGD."""
 
 import ast
-import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from sinkgd.optim.sinkgd import SinkGD
 _ROUTING = (
     "lr",
     "matrix_lr_scale",
+    "adamw_lr",
     "deflated_rank",
     "weight_decay",
     "betas",
@@ -29,17 +29,15 @@ _SINKGD = tuple(
 # Arguments whose value is a word.
 _WORDS = {"backend", "nonfinite", "rounding"}
 
-_TAKEN = {"lr": "learning_rate", "weight_decay": "weight_decay"}
-_NOT_TAKEN = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
-
 
 class SinkGDFactory:
     """Builds `SinkGD` for a model, as ``Trainer(optimizer_cls_and_kwargs=...)`` asks for it.
 
     The trainer calls ``SinkGDFactory()(model, **kwargs)`` once the model stands where it will be
     trained, and its learning rate scheduler scales every group. The trainer does not hand over its
-    ``TrainingArguments``. Their ``learning_rate`` and ``weight_decay`` are used only where they are
-    passed as ``training_args``, as axolotl does; otherwise pass ``lr`` and ``weight_decay`` here.
+    ``TrainingArguments``. Pass them as ``training_args``, as axolotl does, to fine-tune at AdamW's
+    settings: their ``learning_rate`` is then the ``adamw_lr`` of `param_groups`, and their weight
+    decay, betas and epsilon are AdamW's. To pretrain, pass ``lr`` and ``matrix_lr_scale`` here.
 
     Examples:
         >>> from torch import nn
@@ -60,7 +58,7 @@ class SinkGDFactory:
                 optimizer_cls_and_kwargs=(SinkGDFactory, {"lr": 0.02, "matrix_lr_scale": 0.05}),
             )
 
-        With the trainer's own ``learning_rate`` and ``weight_decay``::
+        To fine-tune with the trainer's own ``learning_rate`` and ``weight_decay``::
 
             optimizer_cls_and_kwargs=(SinkGDFactory, {"training_args": args})
     """
@@ -70,20 +68,21 @@ class SinkGDFactory:
 
         Args:
             model: The model to train.
-            training_args: ``TrainingArguments``, or what has its attributes. Its ``learning_rate``
-                and ``weight_decay`` are taken where ``kwargs`` have no ``lr`` or ``weight_decay``;
-                where both are given, ``kwargs`` decide. An Adam option of its own (``adam_beta1``,
-                ``adam_beta2``, ``adam_epsilon``) that differs from its default is refused unless
-                ``kwargs`` have ``betas`` or ``eps``. Its other fields are not read.
-            **kwargs: ``lr``, ``matrix_lr_scale``, ``deflated_rank``, ``weight_decay``, ``betas``,
-                ``overrides`` and ``base_width`` of `param_groups`; ``eps`` of AdamW's groups; all
-                others are of `SinkGD`. None of the first group means its default. Values may be
-                strings, as ``optim_args`` has them: "0.02", "none", "true", "(0.9, 0.95)".
+            training_args: ``TrainingArguments``, or what has its attributes. ``kwargs`` decide
+                where they set the same. ``learning_rate`` is taken as ``adamw_lr`` unless
+                ``kwargs`` set a rate; ``weight_decay``, ``adam_beta1`` with ``adam_beta2`` and
+                ``adam_epsilon`` as ``weight_decay``, ``betas`` and ``eps``. Other fields are not
+                read.
+            **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
+                ``weight_decay``, ``betas``, ``overrides`` and ``base_width`` of `param_groups`;
+                ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an option of
+                `param_groups` means its default. Values may be strings, as ``optim_args`` has them:
+                "0.02", "none", "true", "(0.9, 0.95)".
 
         Raises:
             TypeError: If there is no such argument, or ``model`` is no model.
-            ValueError: If a string is no value of its argument, an Adam option of ``training_args``
-                would have no effect, or `param_groups` or `SinkGD` refuses a value.
+            ValueError: If a string is no value of its argument, or `param_groups` or `SinkGD`
+                refuses a value.
         """
         _check_names(kwargs)
         options = {name: _parsed(name, value) for name, value in kwargs.items()}
@@ -95,7 +94,7 @@ class SinkGDFactory:
         routing = {name: options.pop(name) for name in _ROUTING if name in options}
         groups = param_groups(model, **routing)
         if "eps" in options:
-            _set_eps(groups, options.pop("eps"))
+            _set_eps(groups, options.pop("eps"), must_apply="eps" in kwargs)
         return SinkGD(groups, **options)
 
 
@@ -135,35 +134,29 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _from_training_args(training_args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in what the training arguments have, and refuse what they cannot set."""
-    defaults = (
-        {field.name: field.default for field in dataclasses.fields(training_args)}
-        if dataclasses.is_dataclass(training_args)
-        else {}
-    )
-    for field, option in _NOT_TAKEN.items():
-        value = getattr(training_args, field, None)
-        if option not in options and field in defaults and value != defaults[field]:
-            raise ValueError(
-                f"training_args.{field}={value!r} has no effect on SinkGD's groups of AdamW; give "
-                f"{option} to SinkGDFactory instead"
-            )
-    taken = {
-        option: getattr(training_args, field)
-        for option, field in _TAKEN.items()
-        if hasattr(training_args, field)
-    }
-    return {**taken, **options}
+    """Add what the training arguments have and the options do not set."""
+    taken = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    fields = {name: getattr(training_args, name) for name in taken if hasattr(training_args, name)}
+    found: dict[str, Any] = {}
+    if "learning_rate" in fields and not {"lr", "matrix_lr_scale", "adamw_lr"} & options.keys():
+        found["adamw_lr"] = fields["learning_rate"]
+    if "weight_decay" in fields:
+        found["weight_decay"] = fields["weight_decay"]
+    if "adam_beta1" in fields and "adam_beta2" in fields:
+        found["betas"] = fields["adam_beta1"], fields["adam_beta2"]
+    if "adam_epsilon" in fields:
+        found["eps"] = fields["adam_epsilon"]
+    return {**found, **options}
 
 
-def _set_eps(groups: list[dict[str, Any]], eps: float) -> None:
+def _set_eps(groups: list[dict[str, Any]], eps: float, *, must_apply: bool) -> None:
     """Give ``eps`` to the groups of AdamW.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If ``must_apply`` is set and there is none.
     """
     found = [group for group in groups if group["algorithm"] == "adamw"]
-    if not found:
+    if not found and must_apply:
         raise ValueError(f"eps={eps!r} has no effect: no group runs 'adamw'. Leave it out")
     for group in found:
         group.setdefault("eps", eps)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,6 +31,11 @@ MATRIX_LR_SCALE = 0.025
 BETAS = (0.9, 0.95)
 DEFLATED_RANK = 15
 
+# With ``adamw_lr``: the root-mean-square of AdamW's update of a hidden matrix, relative to its
+# rate. Measured in benchmarks/finetune.
+ADAMW_UPDATE_SIZE = 0.2
+ADAMW_BETAS = (0.9, 0.999)
+
 # Where errors send those who pass no groups.
 _REMEDY = "pass the list of param_groups, or optimizer.param_groups"
 
@@ -46,13 +51,14 @@ _OF_OPTIMIZERS = {
 @suggest_names(_OF_OPTIMIZERS)
 def param_groups(
     model: nn.Module,
-    lr: float | Tensor = LR,
-    matrix_lr_scale: float = MATRIX_LR_SCALE,
+    lr: float | Tensor | None = None,
+    matrix_lr_scale: float | None = None,
     *,
+    adamw_lr: float | Tensor | None = None,
     matrix_algorithm: str = "sinkgd",
     deflated_rank: int = DEFLATED_RANK,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = BETAS,
+    betas: tuple[float, float] | None = None,
     overrides: Overrides | None = None,
     base_width: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -67,24 +73,31 @@ def param_groups(
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out: one that is
             unfrozen later does not train unless ``optimizer.add_param_group`` adds it.
-        lr: Learning rate of AdamW, a float or a tensor of one element. 0.08 is what study table1
-            measured with, at 1.3M parameters and width 128, trained from scratch. The paper uses
-            0.02 for models of 60M to 1.3B parameters.
+        lr: Learning rate of AdamW, a float or a tensor of one element. The default, 0.08, is what
+            study table1 measured with, at 1.3M parameters and width 128, trained from scratch. The
+            paper uses 0.02 for models of 60M to 1.3B parameters.
         matrix_lr_scale: The paper's α: the root-mean-square change of a hidden weight in one step
-            is ``matrix_lr_scale * lr``. With ``lr=0.08`` the default gives 0.002, the best of four
+            is ``matrix_lr_scale * lr``. The default, 0.025, gives 0.002, the best of four
             rates of the default recipe in the setting of study table1 (benchmarks/deflation). The
             paper uses 0.05 with its ``lr`` of 0.02, which is 0.001. Wider models bear less: with
             the deflation of that time the largest good rate fell from 0.008 at width 64 to 0.002 at
             width 256 (study width, docs/experiments.md).
+        adamw_lr: Instead of ``lr`` and ``matrix_lr_scale``: the rate at which AdamW would train the
+            whole model, for fine-tuning and wherever such a rate is known. AdamW's groups get this
+            rate. Hidden matrices get 0.2 of it, so that an update is as large as AdamW's
+            (benchmarks/finetune), and 5 times the weight decay, so that a step decays all weights
+            alike; embeddings and the output head decay, too. ``betas`` is then (0.9, 0.999) by
+            default, as in torch.
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
         deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
             benchmarks/deflation compares ranks. 0 is the paper's: SR-Sinkhorn alone.
         weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
-            scalars. Decay is multiplied by the learning rate, which is 40 times larger for these
-            than for hidden matrices, and it would shrink the rows of words that do not occur. An
-            override may set it. The paper uses none.
-        betas: AdamW's decay rates of the two moments. (0.9, 0.95) is what study table1 measured
-            with.
+            scalars; with ``adamw_lr``, of all but vectors and scalars. Decay is multiplied by the
+            learning rate, which without ``adamw_lr`` is 40 times larger for embeddings than for
+            hidden matrices, and it would shrink the rows of words that do not occur. An override
+            may set it. The paper uses none.
+        betas: AdamW's decay rates of the two moments. The default, (0.9, 0.95), is what study
+            table1 measured with.
         overrides: Maps regular expressions to an algorithm (``"adamw"``, ``"sinkgd"``,
             ``"normalize"`` …) or to group options such as
             ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. Each is searched in the parameter's
@@ -104,9 +117,9 @@ def param_groups(
     Raises:
         TypeError: If ``model`` is no ``nn.Module``.
         ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
-            ``lr`` or ``matrix_lr_scale`` is negative, ``base_width`` is below 1, an override
-            matches no parameter, an algorithm is unknown, or ``deflated_rank`` is given and no
-            group runs ``"sinkgd"``.
+            a rate is negative, ``adamw_lr`` is given together with ``lr`` or ``matrix_lr_scale``,
+            ``base_width`` is below 1, an override matches no parameter, an algorithm is unknown, or
+            ``deflated_rank`` is given and no group runs ``"sinkgd"``.
 
     Examples:
         >>> import torch, sinkgd
@@ -126,10 +139,8 @@ def param_groups(
         That the best learning rate of SinkGD goes with 1 / d_in is a finding of axolotl's.
     """
     check_model(model, "param_groups")
-    check_number("lr", lr)
-    check_number("matrix_lr_scale", matrix_lr_scale)
+    rates = _rates(lr, matrix_lr_scale, adamw_lr, betas)
     check_number("weight_decay", weight_decay)
-    check_betas("betas", betas)
     find_method(matrix_algorithm, "matrix_algorithm")
     check_deflation({"deflated_rank": deflated_rank})
     check_overrides(overrides)
@@ -142,16 +153,19 @@ def param_groups(
     groups: dict[str, dict[str, Any]] = {}
     for name, param, role in found:
         algorithm = given[name].get("algorithm", matrix_algorithm if role.is_matrix else "adamw")
-        options = {"algorithm": algorithm, "lr": lr, "betas": betas}
+        options = {"algorithm": algorithm, "lr": rates.lr, "betas": rates.betas}
         if algorithm != "adamw":
-            options = {"algorithm": algorithm, "lr": matrix_lr_scale * lr}
+            options = {"algorithm": algorithm, "lr": rates.matrix_lr_scale * rates.lr}
             options |= _layout(role, options_of(algorithm))
             if base_width is not None and role.is_matrix:
                 options["lr"] *= base_width / _in_features(param, role)
         if algorithm == "sinkgd":
             options["deflated_rank"] = deflated_rank
-        is_decayed = param.ndim >= 2 and role.reason not in (EMBEDDING, HEAD)
-        options |= {"weight_decay": weight_decay if is_decayed else 0.0, **given[name]}
+        is_decayed = param.ndim >= 2 and (
+            rates.decays_tables or role.reason not in (EMBEDDING, HEAD)
+        )
+        decay = weight_decay * (1 if algorithm == "adamw" else rates.matrix_decay_scale)
+        options |= {"weight_decay": decay if is_decayed else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
     if deflated_rank not in (0, DEFLATED_RANK) and "sinkgd" not in _algorithms(groups.values()):
@@ -160,6 +174,54 @@ def param_groups(
             f"{', '.join(map(repr, _algorithms(groups.values())))}. Leave it out"
         )
     return sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
+
+
+class _Rates(NamedTuple):
+    """Rates of the groups, and what decays."""
+
+    lr: float | Tensor
+    matrix_lr_scale: float
+    betas: tuple[float, float]
+    matrix_decay_scale: float = 1.0
+    decays_tables: bool = False  # whether embeddings and the output head decay
+
+
+def _rates(
+    lr: float | Tensor | None,
+    matrix_lr_scale: float | None,
+    adamw_lr: float | Tensor | None,
+    betas: tuple[float, float] | None,
+) -> _Rates:
+    """Fill in the defaults of the rates.
+
+    Raises:
+        ValueError: If ``adamw_lr`` stands beside a rate that it replaces.
+    """
+    if adamw_lr is None:
+        found = _Rates(
+            LR if lr is None else lr,
+            MATRIX_LR_SCALE if matrix_lr_scale is None else matrix_lr_scale,
+            BETAS if betas is None else betas,
+        )
+        check_number("lr", found.lr)
+    else:
+        for name, value in (("lr", lr), ("matrix_lr_scale", matrix_lr_scale)):
+            if value is not None:
+                raise ValueError(
+                    f"adamw_lr={adamw_lr!r} sets all rates, and {name}={value!r} would set them "
+                    "again; pass one of the two"
+                )
+        found = _Rates(
+            adamw_lr,
+            ADAMW_UPDATE_SIZE,
+            ADAMW_BETAS if betas is None else betas,
+            1 / ADAMW_UPDATE_SIZE,
+            decays_tables=True,
+        )
+        check_number("adamw_lr", adamw_lr)
+    check_number("matrix_lr_scale", found.matrix_lr_scale)
+    check_betas("betas", found.betas)
+    return found
 
 
 def check_model(model: object, function: str) -> None:

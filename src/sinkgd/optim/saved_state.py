@@ -97,8 +97,8 @@ def adopt_adamw(own_groups: Sequence[Group], saved_groups: Sequence[Group]) -> l
         raise ValueError(
             "the checkpoint names no algorithm: another optimizer saved it, such as "
             f"torch.optim.AdamW, and this one has groups of {', '.join(map(repr, algorithms))}. "
-            "Load the model's weights alone and start this optimizer afresh; the state of AdamW "
-            "can be loaded where every group has algorithm='adamw' and the same parameters"
+            "Load the model's weights, and make the optimizer by sinkgd.from_adamw_state(model, "
+            "state_dict), which keeps AdamW's moments where it stays AdamW"
         )
     return [
         _adopt(index, own, saved)

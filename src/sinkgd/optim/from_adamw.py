@@ -1,0 +1,178 @@
+"""Continue a run of AdamW with SinkGD: its moments where AdamW stays, its rates everywhere."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sinkgd.optim.arguments import list_names
+from sinkgd.optim.method import Group
+from sinkgd.optim.methods.adamw import init_moments
+from sinkgd.optim.param_groups import check_model, param_groups
+from sinkgd.optim.roles import without_wrappers
+from sinkgd.optim.sinkgd import SinkGD
+
+_OPTIONS = ("lr", "betas", "eps", "weight_decay")
+
+
+def from_adamw_state(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    **options: Any,
+) -> SinkGD:
+    """Return `SinkGD` for a model that AdamW has trained so far.
+
+    Embeddings, the output head, norms and biases stay with AdamW and keep their moments and steps.
+    Hidden matrices go to SinkGD; their moments are dropped. The groups are those of
+    ``param_groups(model, adamw_lr=...)`` at AdamW's present rate, with its weight decay, betas and
+    eps. Where AdamW had a scheduler, ``initial_lr`` is converted as well, so that a scheduler with
+    the same ``last_epoch`` continues its curve.
+
+    Args:
+        model: The model with its trained weights.
+        state_dict: The ``state_dict`` of ``torch.optim.AdamW``. Not modified.
+        names: The names of the parameters in the order in which AdamW had them, group by group.
+            Needed where AdamW had several groups and its state has no ``param_names``. A single
+            group is taken to be ``model.parameters()``.
+        **options: Options of `param_groups`, which replace those of the state.
+
+    Raises:
+        TypeError: If ``model`` is no ``nn.Module``, or an option does not exist.
+        ValueError: If another optimizer saved the state, it lacks names, its parameters are not the
+            model's, or its groups differ in an option that is not given here.
+
+    Examples:
+        >>> import torch, sinkgd
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        >>> model(torch.ones(3, 2, 8)).square().sum().backward()
+        >>> adamw.step()
+        >>> optimizer = sinkgd.from_adamw_state(model, adamw.state_dict())
+        >>> for group in optimizer.param_groups:
+        ...     print(group["algorithm"], group["lr"], len(group["params"]))
+        sinkgd 2e-05 2
+        sinkgd 2e-05 6
+        adamw 0.0001 16
+    """
+    check_model(model, "from_adamw_state")
+    groups = _groups_of(state_dict)
+    saved = _state_by_name(model, state_dict, groups, names)
+    peak = "initial_lr" if all("initial_lr" in group for group in groups) else "lr"
+    taken = {"adamw_lr": peak, "betas": "betas", "weight_decay": "weight_decay"}
+    found = {
+        option: _common(groups, name, option)
+        for option, name in taken.items()
+        if option not in options
+    }
+    routed = param_groups(model, **found, **options)
+    for group in routed:
+        if group["algorithm"] == "adamw":
+            group.setdefault("eps", _common(groups, "eps", "overrides"))
+        if peak == "initial_lr":
+            group["initial_lr"] = group["lr"]
+            group["lr"] = group["lr"] * _share(groups)
+    optimizer = SinkGD(routed)
+    for group in optimizer.param_groups:
+        if group["algorithm"] == "adamw":
+            _take_moments(optimizer, group, saved)
+    return optimizer
+
+
+def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
+    """Return the groups of a state dict of AdamW, and refuse other state dicts."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("state_dict must be what torch.optim.AdamW's state_dict() returned")
+    groups: list[Group] = list(state_dict["param_groups"])
+    for index, group in enumerate(groups):
+        if "algorithm" in group:
+            raise ValueError(
+                f"group {index} of state_dict has algorithm={group['algorithm']!r}: an optimizer "
+                "of this package saved it. Make the optimizer and call its load_state_dict"
+            )
+        missing = [name for name in _OPTIONS if name not in group]
+        if missing or not group.get("decoupled_weight_decay", True) or group.get("amsgrad"):
+            why = f"lacks {list_names(missing)}" if missing else "is Adam's or has amsgrad=True"
+            raise ValueError(
+                f"group {index} of state_dict {why}; from_adamw_state takes the state of "
+                "torch.optim.AdamW"
+            )
+    return groups
+
+
+def _common(groups: Sequence[Group], name: str, argument: str) -> Any:
+    """Return the value of an option that all groups share; of weight decay, the one besides 0."""
+    values = list(dict.fromkeys(group[name] for group in groups))
+    if name == "weight_decay" and len(values) > 1:
+        values = [value for value in values if value != 0]
+    if len(values) > 1:
+        raise ValueError(
+            f"the groups of state_dict have different {name} ({', '.join(map(repr, values))}); "
+            f"pass {argument} to from_adamw_state"
+        )
+    return values[0]
+
+
+def _state_by_name(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Group],
+    names: Sequence[str] | None,
+) -> dict[str, Mapping[str, Any]]:
+    """Return the state of each parameter by its name in the model."""
+    places = [place for group in groups for place in group["params"]]
+    known = [name for group in groups for name in group.get("param_names", ())]
+    own = [without_wrappers(name) for name, _ in model.named_parameters()]
+    if names is not None:
+        known = list(names)
+    elif not known:
+        if len(groups) > 1:
+            raise ValueError(
+                f"state_dict has {len(groups)} groups and no names; pass names, those of the "
+                "parameters in the order in which AdamW had them"
+            )
+        trained = [without_wrappers(n) for n, p in model.named_parameters() if p.requires_grad]
+        known = own if len(places) == len(own) else trained
+    known = [without_wrappers(name) for name in known]
+    if len(known) != len(places):
+        raise ValueError(
+            f"state_dict has {len(places)} parameters, and there are {len(known)} names for them"
+        )
+    if unknown := [name for name in known if name not in own]:
+        raise ValueError(f"the model has no parameters {list_names(unknown)}, which AdamW had")
+    states = state_dict["state"]
+    return {name: states.get(place, {}) for name, place in zip(known, places, strict=True)}
+
+
+def _share(groups: Sequence[Group]) -> float:
+    """Return the present rate relative to the initial one, which a scheduler keeps."""
+    shares = {float(group["lr"]) / (float(group["initial_lr"]) or 1.0) for group in groups}
+    if max(shares) - min(shares) > 1e-6 * max(shares):
+        raise ValueError(
+            f"the scheduler of AdamW has scaled its groups differently, by {sorted(shares)}; "
+            "delete initial_lr from the groups of state_dict, and pass adamw_lr"
+        )
+    return max(shares)
+
+
+def _take_moments(optimizer: SinkGD, group: Group, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Copy the moments of a group's parameters; those that AdamW has not updated yet have none."""
+    for name, param in zip(group["param_names"], group["params"], strict=True):
+        state = saved.get(without_wrappers(name))
+        if state is None:
+            raise ValueError(f"AdamW did not have {name!r}, which is trained now; freeze it")
+        if not state:
+            continue
+        own: dict[str, Any] = {}
+        init_moments(own, param, fused=group["fused"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            if state[key].shape != param.shape:
+                raise ValueError(
+                    f"{key} of {name!r} has shape {tuple(state[key].shape)}, the parameter "
+                    f"{tuple(param.shape)}; check the order of names"
+                )
+            own[key].copy_(state[key])
+        step = state["step"]
+        own["step"].fill_(float(step) if isinstance(step, Tensor) else step)
+        optimizer.state[param] = own
