@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from exports import NAMES
 from sinkgd.lab.bench.interleaved import quartiles, ratios
 
 ROOT = Path(__file__).parents[1]
@@ -326,3 +327,13 @@ def test_the_messages_of_the_default_are_those_of_the_plan(capsys):
         assert f"{sent['sinkgd-paper'][0]} of {mib:.0f} MiB" in text
     for page in ("docs/many-devices.md", "docs/how-it-works.md"):
         assert sent["sinkgd"][0] in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_exported_name():
+    pages = "\n".join(
+        page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md")
+    )
+    shown = {
+        line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: sinkgd.")
+    }
+    assert NAMES - shown == set()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from exports import OPTIMIZER_CLASSES
 from sinkgd.optim.arguments import KINDS, OF_PARAM_GROUPS
 from sinkgd.optim.methods import METHODS
 
@@ -97,6 +98,10 @@ class Model(nn.Module):
             nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))) for _ in range(2)
         )
         self.head = nn.Linear(4, 2)
+
+
+def test_the_table_has_every_class():
+    assert {*CLASSES} == OPTIMIZER_CLASSES
 
 
 def test_the_table_has_every_argument_of_every_class():
@@ -286,7 +291,7 @@ WRONG = {
 NUMBER, WHOLE, FLAG, OR_NONE = {"a fraction", "one"}, {"one"}, {"True"}, {"None"}
 FITS = {
     **dict.fromkeys(("lr", "weight_decay", "tol", "theta"), NUMBER | OR_NONE),
-    **dict.fromkeys(("matrix_lr_scale", "eps", "tau", "max_norm", "spike_z"), NUMBER),
+    **dict.fromkeys(("matrix_lr_scale", "adamw_lr", "eps", "tau", "max_norm", "spike_z"), NUMBER),
     **dict.fromkeys(("tiny_row_threshold", "bucket_bytes"), NUMBER),
     **dict.fromkeys(("first", "operator_norm", "overrides"), OR_NONE),
     **dict.fromkeys(("maximize", "nesterov", "warm_start", "averaged"), FLAG),
@@ -297,8 +302,9 @@ FITS = {
     "base_width": WHOLE | OR_NONE,
     "deflated_rank": WHOLE | OR_NONE,
 }
-NOT_OPTIONAL = {("param_groups", name) for name in ("lr", "weight_decay", "deflated_rank")}
+NOT_OPTIONAL = {("param_groups", name) for name in ("weight_decay", "deflated_rank")}
 NOT_OPTIONAL |= {("scale_groups", name) for name in ("lr", "weight_decay")}
+OPTIONAL = {("param_groups", name) for name in ("betas", "matrix_lr_scale", "adamw_lr")}
 CALLS = {
     **{name: lambda name=name, **options: build(name, [matrix()], **options) for name in CLASSES},
     "param_groups": lambda **options: sinkgd.param_groups(Model(), **options),
@@ -321,6 +327,7 @@ ARGUMENTS = [
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
 def test_a_value_of_another_kind_is_refused_by_the_arguments_name(name, argument):
     fits = FITS.get(argument, set()) - ({"None"} if (name, argument) in NOT_OPTIONAL else set())
+    fits = fits | ({"None"} if (name, argument) in OPTIONAL else set())
     needs = NEEDS.get(argument, {}) if name in CLASSES else {}
     for label, value in WRONG.items():
         if label in fits:

@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import sinkgd
+from exports import OPTIMIZER_CLASSES
+from sinkgd.optim.methods import METHODS
 
 STEPS = 12
 
@@ -35,6 +37,7 @@ NORMS = {"norms": [sinkgd.RowNorm()]}
 OPTIMIZERS = {
     "SinkGD": lambda **o: hybrid(sinkgd.SinkGD, **o),
     "SinkGD, stateless": lambda **o: plain(sinkgd.SinkGD, **o),
+    "SinkGDVariant": lambda **o: hybrid(sinkgd.SinkGDVariant, **o),
     "SWAN": lambda **o: hybrid(sinkgd.SWAN, "swan", **o),
     "MNGD": lambda **o: hybrid(sinkgd.MNGD, "mngd", **NORMS, **o),
     "SRON": lambda **o: hybrid(sinkgd.SRON, "mngd", **o),
@@ -44,7 +47,16 @@ OPTIMIZERS = {
     "AdamWSPAM": lambda **o: plain(sinkgd.AdamWSPAM, **o),
 }
 WITH_MOMENTUM = ["SinkGD", "SinkGD, stateless", "SWAN", "MNGD", "SRON"]
+WITH_BETAS = [
+    name
+    for name, build in OPTIMIZERS.items()
+    if "betas" in METHODS[type(build()).default_algorithm].options
+]
 every = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def test_every_optimizer_is_among_them():
+    assert {*OPTIMIZERS} >= OPTIMIZER_CLASSES
 
 
 def as_adamw(optimizer):
@@ -199,7 +211,7 @@ def give_gradients(optimizer):
             param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "SPAM" not in name])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in WITH_BETAS])
 @every_cycle
 def test_a_cycle_does_not_switch_momentum_on(name, cycle):
     optimizer = OPTIMIZERS[name]()
@@ -231,7 +243,7 @@ def test_a_cycle_moves_the_momentum_of_an_optimizer_that_has_it(name, cycle):
     assert len(seen) > 2
 
 
-@pytest.mark.parametrize("name", ["SPAM", "AdamWSPAM"])
+@pytest.mark.parametrize("name", WITH_BETAS)
 @every_cycle
 def test_a_cycle_moves_the_first_of_betas(name, cycle):
     optimizer = OPTIMIZERS[name]()

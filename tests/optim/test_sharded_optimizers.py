@@ -20,6 +20,7 @@ from reference import (
     sign_projection,
     square_root_sinkhorn,
 )
+from sinkgd.optim.methods import multi_normalized
 from spawn import on_ranks
 from test_sharded import Messages, distributed, expected_update, normal, sharded
 
@@ -500,6 +501,13 @@ PROJECTIONS = {
     "frobenius": (sinkgd.FrobeniusNorm(), frobenius_projection),
     "sign": (sinkgd.SignNorm(), sign_projection),
 }
+
+
+def test_every_norm_that_takes_shards_is_among_them():
+    found = {type(norm) for norm, _ in PROJECTIONS.values()}
+    assert found == {*multi_normalized._SCALING_NORMS}
+
+
 TURNS = ["row", "column", "frobenius", "sign", "row column", "sign row", "column frobenius"]
 # Messages over rows and over columns, of two rounds, and one that tells what is not finite.
 TURN_MESSAGES = {

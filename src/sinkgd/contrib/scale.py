@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.norms import RowNorm
-from sinkgd.number_check import check_decay_rate
+from sinkgd.number_check import check_betas, check_decay_rate, check_number
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.mngd import MNGD
 from sinkgd.optim.param_groups import (
@@ -96,6 +96,8 @@ def scale_groups(
         TypeError, ValueError: As `param_groups` does.
     """
     check_model(model, "scale_groups")
+    check_number("lr", lr)
+    check_betas("betas", betas)
     check_decay_rate("momentum", momentum)
     check_overrides(overrides)
     own: dict[str, Any] = {

@@ -309,7 +309,10 @@ KINDS: Mapping[str, Check] = MappingProxyType(
 OF_PARAM_GROUPS: Mapping[str, str] = MappingProxyType(
     {
         name: f"param_groups(model, {name}=...)"
-        for name in ("matrix_lr_scale", "matrix_algorithm", "betas", "overrides", "base_width")
+        for name in (
+            *("matrix_lr_scale", "adamw_lr", "matrix_algorithm"),
+            *("betas", "overrides", "base_width"),
+        )
     }
 )
 

@@ -24,8 +24,10 @@ _TORCHS_OPTIONS = {
     "foreach",
 }
 
-# The state of torch's AdamW; torch decides its device and dtype.
+# The state of torch's AdamW; torch decides its device and dtype. Other state that has one of these
+# names alone keeps its dtype.
 _TORCHS_OWN = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+_BOTH_MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 # Options that say what is done with a parameter; all others may differ and are loaded.
 _ROUTING = ("algorithm", "layout", "split", "norms")
@@ -97,8 +99,9 @@ def adopt_adamw(own_groups: Sequence[Group], saved_groups: Sequence[Group]) -> l
         raise ValueError(
             "the checkpoint names no algorithm: another optimizer saved it, such as "
             f"torch.optim.AdamW, and this one has groups of {', '.join(map(repr, algorithms))}. "
-            "Load the model's weights, and make the optimizer by sinkgd.from_adamw_state(model, "
-            "state_dict), which keeps AdamW's moments where it stays AdamW"
+            "Load the model's weights alone, and make the optimizer by sinkgd.from_adamw_state("
+            "model, state_dict), which keeps AdamW's moments where AdamW stays; load_state_dict "
+            "takes AdamW's state where every group has algorithm='adamw' and the same parameters"
         )
     return [
         _adopt(index, own, saved)
@@ -198,10 +201,12 @@ def restore_types(
     for i, param in zip(saved_params, own_params, strict=True):
         own = optimizer.state[param] if i in state_dict["state"] else {}
         was = before.get(param, {})
-        for key, saved in state_dict["state"].get(i, {}).items():
+        loaded = state_dict["state"].get(i, {})
+        cast_by_torch = _TORCHS_OWN if loaded.keys() >= _BOTH_MOMENTS else set()
+        for key, saved in loaded.items():
             if not isinstance(saved, Tensor):
                 continue
-            if key not in _TORCHS_OWN:
+            if key not in cast_by_torch:
                 own[key] = saved.to(own.get("step", param).device)
             if own[key] is saved and saved is not was.get(key):
                 own[key] = saved.clone()

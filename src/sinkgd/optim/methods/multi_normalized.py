@@ -314,6 +314,7 @@ class _Shards:
             sums = yield sum_over_rows(_split(self._sums.of_cols(weights), self.c2), self.matrices)
             self.c2 = [_quotient(m, own) for (m, _), own in zip(shapes, sums, strict=True)]
         else:
+            assert isinstance(norm, FrobeniusNorm), f"{norm} has no projection of shards"
             own = [r2 * s for r2, s in zip(self.r2, self._row_sums(), strict=True)]
             totals = yield sum_over_columns([x.sum(-2, keepdim=True) for x in own], self.matrices)
             totals = yield sum_over_rows(totals, self.matrices)
