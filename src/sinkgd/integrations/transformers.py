@@ -1,4 +1,4 @@
-"""Hugging Face ``Trainer`` and axolotl: a factory that routes the parameters and builds SinkGD."""
+"""Trainers of transformers, TRL and axolotl: a factory that routes parameters and builds SinkGD."""
 
 import ast
 import inspect
@@ -96,6 +96,42 @@ class SinkGDFactory:
         if "eps" in options:
             _set_eps(groups, options.pop("eps"), must_apply="eps" in kwargs)
         return SinkGD(groups, **options)
+
+
+def attach(trainer: Any, **options: Any) -> None:
+    """Make a trainer of transformers or TRL train with SinkGD. Call it before ``trainer.train()``.
+
+    It serves trainers whose constructors take no ``optimizer_cls_and_kwargs``, such as TRL's for
+    DPO, KTO and GRPO. The trainer's ``learning_rate`` and Adam options are taken as AdamW's, unless
+    the options set others; see `SinkGDFactory`.
+
+    Args:
+        trainer: The trainer, which must not have its optimizer yet.
+        **options: Arguments of `SinkGDFactory` besides the model.
+
+    Raises:
+        TypeError: If ``trainer`` is no such trainer, or an option does not exist.
+        ValueError: If the trainer has its optimizer already.
+
+    Examples:
+        A trainer of TRL, fine-tuning at the rate of its configuration::
+
+            trainer = DPOTrainer(model, args=DPOConfig(learning_rate=1e-6), ...)
+            attach(trainer)
+            trainer.train()
+    """
+    _check_names({name: value for name, value in options.items() if name != "training_args"})
+    if not hasattr(trainer, "optimizer_cls_and_kwargs") or not hasattr(trainer, "args"):
+        raise TypeError(
+            f"trainer must be a Trainer of transformers or TRL, got {type(trainer).__name__}; with "
+            "others, build SinkGD(param_groups(model)) yourself"
+        )
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"the trainer has an optimizer already, {type(trainer.optimizer).__name__}; leave out "
+            "optimizers=, and call attach before trainer.train()"
+        )
+    trainer.optimizer_cls_and_kwargs = SinkGDFactory, {"training_args": trainer.args, **options}
 
 
 def _check_names(kwargs: Mapping[str, Any]) -> None:

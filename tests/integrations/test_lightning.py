@@ -1,0 +1,105 @@
+"""Lightning's Trainer and Fabric train with SinkGD as with any torch optimizer."""
+
+import pytest
+import torch
+from torch import nn
+
+import sinkgd
+
+lightning = pytest.importorskip("lightning", reason="pip install sinkgd[trainers]")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning and of what it imports
+
+
+def network():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(nn.Embedding(32, 16), body, nn.Linear(16, 32))
+
+
+def loss_of(model, tokens):
+    return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+
+def loader():
+    rows = torch.randint(32, (64, 8), generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.DataLoader(rows, batch_size=8)
+
+
+class Module(lightning.LightningModule):
+    """A language model whose optimizer and scheduler are configured as Lightning asks for it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.network, self.options, self.losses = network(), options, []
+
+    def training_step(self, tokens, _):
+        loss = loss_of(self.network, tokens)
+        self.losses.append(float(loss))
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = sinkgd.SinkGD(sinkgd.param_groups(self, adamw_lr=1e-2), **self.options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def trainer(folder, **options):
+    return lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_trainer_trains_with_clipping_and_accumulation(tmp_path, precision, accumulated):
+    module = Module()
+    trainer(
+        tmp_path,
+        max_epochs=2,
+        precision=precision,
+        gradient_clip_val=1.0,
+        accumulate_grad_batches=accumulated,
+        enable_checkpointing=False,
+    ).fit(module, loader())
+    assert module.losses[-1] < 0.8 * module.losses[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, options):
+    whole = Module(**options)
+    trainer(tmp_path / "whole", max_epochs=2, enable_checkpointing=False).fit(whole, loader())
+    first = trainer(tmp_path / "first", max_epochs=1)
+    first.fit(Module(**options), loader())
+    path = tmp_path / "first.ckpt"
+    first.save_checkpoint(path)
+    second = Module(**options)
+    trainer(tmp_path / "second", max_epochs=2, enable_checkpointing=False).fit(
+        second, loader(), ckpt_path=path, weights_only=False
+    )
+    for one, two in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_fabric_sets_up_and_steps():
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model = network()
+    optimizer = sinkgd.SinkGD(sinkgd.param_groups(model, adamw_lr=1e-2))
+    model, optimizer = fabric.setup(model, optimizer)
+    losses = []
+    for _ in range(2):
+        for tokens in fabric.setup_dataloaders(loader()):
+            loss = loss_of(model, tokens)
+            fabric.backward(loss)
+            fabric.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
