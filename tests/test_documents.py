@@ -95,11 +95,18 @@ def test_every_block_has_a_known_language():
 @pytest.mark.parametrize("block", parameters(snippets("python")))
 @pytest.mark.usefixtures("folder_after_a_demo", "as_one_rank")
 @pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning", "ignore:.*pin_memory", "ignore:OMP_NUM_THREADS"
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*pin_memory",
+    "ignore:OMP_NUM_THREADS",
+    # Said by trainers of what they use themselves.
+    "ignore:.*gradient_checkpointing:FutureWarning",
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:.*does not have many workers",
 )
 def test_every_python_block_runs_by_itself(block):
-    if "transformers" in block:
-        pytest.importorskip("transformers", reason="pip install '.[transformers]'")
+    for module in ("transformers", "accelerate", "trl", "peft", "lightning"):
+        if f"import {module}" in block or f"from {module}" in block:
+            pytest.importorskip(module, reason="pip install '.[trainers]'")
     exec(compile(block, "block", "exec"), {"__name__": "__main__"})
 
 
