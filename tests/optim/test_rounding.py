@@ -77,6 +77,7 @@ class TestBits:
         assert (rounded < x).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*rounding to the nearest loses")
 @every
 def test_updates_below_half_a_unit_are_not_lost(algorithm):
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
@@ -177,3 +178,38 @@ def test_options_out_of_range_are_named(algorithm, options, message):
 def test_float16_is_refused_with_the_remedy(algorithm):
     with pytest.raises(ValueError, match=r"'parameter 0 of group 0' is float16. Use bfloat16 or"):
         build([a_weight(dtype=torch.float16)], algorithm)
+
+
+def of_weights(scale, lr, dtype=torch.bfloat16, **options):
+    torch.manual_seed(0)
+    weight = nn.Parameter((scale * torch.randn(32, 32)).to(dtype))
+    return sinkgd.SinkGD([{"params": [("w", weight)], "lr": lr}], **options), weight
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+def test_a_rate_whose_updates_are_lost_warns_and_says_what_to_do(scale):
+    with pytest.warns(UserWarning, match=r"'w' is bfloat16 .* Pass rounding='stochastic'") as said:
+        optimizer, weight = of_weights(scale, 1e-4 * scale)
+    assert said[0].filename == __file__
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    lost = (weight == before).float().mean()
+    assert lost > 0.8
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("lr", "options"),
+    [
+        (2e-3, {}),  # of training from scratch
+        (2e-6, {"rounding": "stochastic"}),
+        (2e-6, {"dtype": torch.float32}),
+        (0.0, {}),
+    ],
+)
+def test_others_do_not_warn(lr, options):
+    of_weights(0.02, lr, **options)
+    with torch.device("meta"):
+        weight = nn.Parameter(torch.empty(4, 4, dtype=torch.bfloat16))
+    sinkgd.SinkGD([weight], lr=1e-9)

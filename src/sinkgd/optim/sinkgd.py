@@ -2,15 +2,19 @@
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from sinkgd.distributed.shards import has_values, local
 from sinkgd.optim.arguments import OF_PARAM_GROUPS, suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
+from sinkgd.optim.method import Group
+from sinkgd.optim.parameters import named
 
 # Options of `sinkgd.contrib.sinkgd_variant`, and the call that takes each.
 _OF_VARIANT = {
@@ -127,6 +131,26 @@ class SinkGD(GroupedOptimizer):
             "deflated_rank": deflated_rank,
         }
         super().__init__(params, arguments)
+        self._warn_of_lost_updates()
+
+    def _warn_of_lost_updates(self) -> None:
+        """Warn, once an optimizer, if rounding to the nearest bfloat16 loses most of its updates.
+
+        An update has the root-mean-square ``lr``, and bfloat16 keeps 8 bits of a weight.
+        """
+        for name, param, group in _matrices_in_bfloat16(self.param_groups):
+            weights = local(param).detach()
+            gap = float(weights.float().square().mean().sqrt()) * 2**-8
+            if float(group["lr"]) < gap / 8:
+                warnings.warn(
+                    f"{name!r} is bfloat16 and has lr={float(group['lr']):.2g}, while neighbors of "
+                    f"a typical weight of it are {gap:.1g} apart: rounding to the nearest loses "
+                    "nearly all updates of such matrices. Pass rounding='stochastic', or train "
+                    "float32 weights under autocast",
+                    UserWarning,
+                    stacklevel=_stacklevel_of_caller(),
+                )
+                return
 
     def _check_routing(self, given: Sequence[Mapping[str, Any]], passed: Mapping[str, Any]) -> None:
         """Warn if matrices and vectors have no algorithm and no rate.
@@ -153,6 +177,18 @@ class SinkGD(GroupedOptimizer):
             UserWarning,
             stacklevel=_stacklevel_of_caller(),
         )
+
+
+def _matrices_in_bfloat16(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor, Group]]:
+    """Yield the first matrix of each group that rounds its bfloat16 weights to the nearest."""
+    for index, group in enumerate(groups):
+        if group.get("rounding") != "nearest" or not float(group["lr"]):
+            continue
+        for name, param in named(group, index):
+            is_matrix = param.ndim >= 2 and param.dtype == torch.bfloat16 and param.numel() > 0
+            if is_matrix and has_values(param) and local(param).numel() > 0:
+                yield name, param, group
+                break
 
 
 def _stacklevel_of_caller() -> int:
