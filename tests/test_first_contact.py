@@ -236,13 +236,13 @@ def test_no_section_imports_what_the_image_lacks():
 
 
 def test_constants_of_the_triton_backend_are_swept_and_put_back():
-    tiles = sweep.triton_modules()["tiles"]
-    before = tiles.AREA, tiles.THREADS
+    module = sweep.triton_modules()["half_iterations"]
+    before = module.AREA, module.THREADS
     with sweep.changed(AREA=1 << 13, THREADS=128, ENTRIES=64) as where:
-        assert (tiles.AREA, tiles.THREADS) == (1 << 13, 128)
-    assert {"tiles.AREA", "tiles.THREADS"} <= {*where}
+        assert (module.AREA, module.THREADS) == (1 << 13, 128)
+    assert {"half_iterations.AREA", "half_iterations.THREADS"} <= {*where}
     assert {"schedule.AREA", "schedule.ENTRIES", "backend.AREA"} <= {*where}
-    assert before == (tiles.AREA, tiles.THREADS)
+    assert before == (module.AREA, module.THREADS)
     with sweep.buckets_of(123) as where:
         backend = sweep.triton_modules()["backend"]
         assert backend._bucket_bytes(torch.device("cpu")) == 123

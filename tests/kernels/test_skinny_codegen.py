@@ -177,15 +177,15 @@ def updates(is_hip):
 
 
 def compile_all(name):
+    from sinkgd.kernels.triton import half_iterations
     from sinkgd.kernels.triton import products as module
-    from sinkgd.kernels.triton import tiles
 
     target = target_of(name)
     is_hip = target.backend == "hip"
     for kind, kernel, constants, shape, dtype, turned in [*products(is_hip), *updates(is_hip)]:
         wide = constants.get("VECTOR") != 1
         if "update" in kind:
-            options = options_for(tiles.options_of, target, wide=wide, product=True)
+            options = options_for(half_iterations.options_of, target, wide=wide, product=True)
         else:
             options = options_for(module.options_of, target, wide=wide)
         scaled = "*bf16" if constants.get("SPLITS") == 3 else "*fp32"

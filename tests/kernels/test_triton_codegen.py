@@ -139,7 +139,7 @@ def take_steps():
     import torch
     from triton.runtime import driver
 
-    from sinkgd.kernels.triton import TritonBackend, launch, tiles
+    from sinkgd.kernels.triton import TritonBackend, half_iterations, launch
 
     device = type("Device", (), {})()
     device.get_current_device = device.get_current_stream = lambda *_: 0
@@ -147,7 +147,7 @@ def take_steps():
     driver.set_active(device)
 
     def start(kernel, programs, *arguments, **constants):
-        options = tiles.options_of(launch.GpuTarget("cuda", 32), wide=True)
+        options = half_iterations.options_of(launch.GpuTarget("cuda", 32), wide=True)
         kernel.warmup(*arguments, grid=(programs,), **constants, **options)
 
     launch.launch = start

@@ -65,7 +65,7 @@ def compile_section(*, tiny: bool) -> Section:
 
 def triton_modules() -> dict[str, ModuleType]:
     """Return the modules whose constants are swept."""
-    names = ("tiles", "schedule", "descent", "backend")
+    names = ("half_iterations", "schedule", "descent", "backend")
     return {name: import_module(f"sinkgd.kernels.triton.{name}") for name in names}
 
 

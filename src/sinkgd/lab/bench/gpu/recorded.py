@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sinkgd import SinkGD, kernels, param_groups
+from sinkgd import SinkGD, SinkGDVariant, kernels, param_groups
 from sinkgd.kernels.triton import TritonBackend
 from sinkgd.lab.bench.gpu.cases import CACHE_BYTES, Target
 from sinkgd.lab.bench.workloads import Shape
@@ -85,7 +85,7 @@ def take_step(
         transposed: Whether columns are dense in place of rows.
         on_device: Whether kernels read the learning rate from the device.
         whole_rows: Whether programs hold whole rows.
-        options: SinkGD's.
+        options: SinkGDVariant's.
     """
     made = [_empty(shape, param_dtype or dtype, transposed=transposed) for shape in shapes]
     params = [nn.Parameter(x) for x in made]
@@ -95,7 +95,7 @@ def take_step(
         param.grad = _empty(shape, dtype, transposed=transposed)
     lr = torch.tensor(1e-3, dtype=torch.float32, device="cpu") if on_device else 1e-3
     with with_triton(whole_rows=whole_rows):
-        SinkGD(params, lr=lr, nonfinite="skip", **options).step()
+        SinkGDVariant(params, lr=lr, nonfinite="skip", **options).step()
 
 
 def _empty(shape: Shape, dtype: str, *, transposed: bool) -> Tensor:
