@@ -15,7 +15,7 @@ from sinkgd.kernels import BACKENDS
 from sinkgd.kernels.triton import TritonBackend
 from sinkgd.lab.models import LLAMAS
 
-LR = 1e-4
+LR = 1e-3
 Step = Callable[[], object]
 
 

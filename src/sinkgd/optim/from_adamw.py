@@ -52,8 +52,8 @@ def from_adamw_state(
         >>> optimizer = sinkgd.from_adamw_state(model, adamw.state_dict())
         >>> for group in optimizer.param_groups:
         ...     print(group["algorithm"], group["lr"], len(group["params"]))
-        sinkgd 2e-05 2
-        sinkgd 2e-05 6
+        sinkgd 3e-05 2
+        sinkgd 3e-05 6
         adamw 0.0001 16
     """
     check_model(model, "from_adamw_state")

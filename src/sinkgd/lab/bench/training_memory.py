@@ -39,7 +39,7 @@ from sinkgd.lab.train.training_step import ReleasedSteps, take_step
 from sinkgd.lab.train.world import World
 from sinkgd.optim.grouped import GroupedOptimizer
 
-_LR = 1e-4  # memory does not depend on it; random tokens want a low one
+_LR = 1e-3  # memory does not depend on it; random tokens want a low one
 
 
 @dataclass(frozen=True)
