@@ -31,8 +31,8 @@ MATRIX_LR_SCALE = 0.025
 BETAS = (0.9, 0.95)
 DEFLATED_RANK = 15
 
-# With ``adamw_lr``: the root-mean-square of AdamW's update of a hidden matrix, relative to its rate.
-# benchmarks/finetune measured 0.27 to 0.47. Of gradients that are noise alone it would be
+# With ``adamw_lr``: the root-mean-square of AdamW's update of a hidden matrix, relative to its
+# rate. benchmarks/finetune measured 0.27 to 0.47. Of gradients that are noise alone it would be
 # √((1 - β₁) / (1 + β₁)), 0.23.
 ADAMW_UPDATE_SIZE = 0.3
 ADAMW_BETAS = (0.9, 0.999)
@@ -87,8 +87,8 @@ def param_groups(
             whole model, for fine-tuning and wherever such a rate is known. AdamW's groups get this
             rate. Hidden matrices get 0.3 of it, so that an update is as large as AdamW's
             (benchmarks/finetune), and the weight decay divided by 0.3, so that a step decays all
-            weights alike; embeddings and the output head decay, too. ``betas`` is then (0.9, 0.999) by
-            default, as in torch.
+            weights alike; embeddings and the output head decay, too. ``betas`` is then (0.9, 0.999)
+            by default, as in torch.
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
         deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
             benchmarks/deflation compares ranks. 0 is the paper's: SR-Sinkhorn alone.
