@@ -47,7 +47,10 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "LoRA" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS],
+)
 def test_adapters_go_to_adamw_at_its_rate_and_the_trainer_trains_them(name, tmp_path):
     model = peft.get_peft_model(llama(), CONFIGS[name]())
     trained = {n for n, p in model.named_parameters() if p.requires_grad}

@@ -115,7 +115,9 @@ def grpo(model, tokenizer, folder):
 TRAINERS = {"SFT": sft, "DPO": dpo, "KTO": kto, "GRPO": grpo}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name", ["SFT", "DPO", *(pytest.param(n, marks=pytest.mark.slow) for n in ("KTO", "GRPO"))]
+)
 def test_the_trainer_trains_all_parameters_at_the_rates_of_adamw(
     name, checkpoint, tokenizer, tmp_path
 ):
