@@ -10,7 +10,7 @@ row of a matrix has an empty shard of it, so that all ranks list the same matric
 torch.distributed takes long to import: plain tensors do without it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate, pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
@@ -137,6 +137,13 @@ def has_values(x: Tensor) -> bool:
     """Whether ``x`` has values, or will when a compiled step runs: it is no meta or fake tensor."""
     here = local(x)
     return torch.compiler.is_compiling() or not (here.is_meta or isinstance(here, FakeTensor))
+
+
+def all_have_values(xs: Iterable[Tensor]) -> bool:
+    """Whether `has_values` holds for each of many tensors, most of which are plain."""
+    if torch.compiler.is_compiling():
+        return True
+    return all(has_values(x) for x in xs if type(x) is not Tensor or x.is_meta)
 
 
 def largest_shard_size(x: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.distributed.shards import has_values, is_dtensor
+from sinkgd.distributed.shards import all_have_values, is_dtensor
 from sinkgd.exchange import Computation, exchange, run
 from sinkgd.optim.apply import count_step
 from sinkgd.optim.arguments import (
@@ -282,7 +282,7 @@ class GroupedOptimizer(Optimizer):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         grads = [param.grad for param in params if param.grad is not None]
-        if not 0 < len(grads) == len(params) or not all(map(has_values, grads)):
+        if not 0 < len(grads) == len(params) or not all_have_values(grads):
             return False
         return run(are_zero(grads))
 
@@ -315,7 +315,7 @@ class GroupedOptimizer(Optimizer):
         taken: list[tuple[list[Slot], Group, Tensor | None]] = []
         for index, slots in found:
             group = self.param_groups[index]
-            if not all(has_values(slot.grad) for slot in slots):
+            if not all_have_values([slot.grad for slot in slots]):
                 self._init_state_of(slots, group)
                 continue
             flag = None if overflow is None else overflow.to(slots[0].param.device) != 0

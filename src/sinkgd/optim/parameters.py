@@ -110,18 +110,19 @@ class ParameterIndex:
         found: dict[tuple[int, torch.device], list[Slot]] = {}
         is_compiling = torch.compiler.is_compiling()
         for param, name, index, place, number in list_parameters(groups) if some is None else some:
-            if param.grad is None:
+            grad = param.grad
+            if grad is None:
                 continue
             if not is_compiling and self._checked[index].is_changed(place, param):
                 self._check_new(groups)
             if param.numel() == 0:
                 continue
-            if param.grad.is_sparse:
+            if grad.is_sparse:
                 raise TypeError(
                     f"{name!r} has a sparse gradient, which {optimizer} cannot normalize; make it "
                     "dense, e.g. Embedding(sparse=False)"
                 )
-            slot = Slot(name, number, param, param.grad)
+            slot = Slot(name, number, param, grad)
             found.setdefault((index, param.device), []).append(slot)
         return [(index, slots) for (index, _), slots in found.items()]
 
@@ -130,7 +131,9 @@ def list_parameters(groups: Sequence[Group]) -> Iterator[Listed]:
     """Yield every parameter of the groups with its place."""
     first = 0
     for index, group in enumerate(groups):
-        for place, (name, param) in enumerate(named(group, index)):
+        names = group.get("param_names") or ()
+        for place, param in enumerate(group["params"]):
+            name = names[place] if place < len(names) else unnamed(place, index)
             yield Listed(param, name, index, place, first + place)
         first += len(group["params"])
 

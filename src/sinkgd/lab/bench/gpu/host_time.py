@@ -18,6 +18,7 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,9 @@ class Step:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
-        self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
+        with catch_warnings():  # about updates that are lost: these weights are uninitialized
+            simplefilter("ignore")
+            self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
 
     def move_gradients(self) -> None:
         """Give gradients addresses that no earlier ones had."""
