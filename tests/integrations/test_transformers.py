@@ -256,3 +256,27 @@ def test_every_argument_of_the_optimizer_may_be_a_string():
 def test_a_string_that_is_no_value_is_refused_by_name(option):
     with pytest.raises(ValueError, match=f"{option} must be a number.*got 'fast'"):
         SinkGDFactory()(llama(), **{option: "fast"})
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_a_checkpoint_of_the_trainers_adamw_continues(tmp_path):
+    options = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-3, "weight_decay": 0.1}
+    model = llama()
+    trainer = transformers.Trainer(model, arguments(tmp_path, **options), train_dataset=Rows())
+    trainer.train()
+    state_dict = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")
+    with pytest.raises(ValueError, match="2 groups and no names; pass names"):
+        sinkgd.from_adamw_state(model, state_dict)
+    decayed = trainer.get_decay_parameter_names(model)
+    every = [name for name, _ in model.named_parameters()]
+    names = [name for name in every if name in decayed]
+    names += [name for name in every if name not in decayed]
+    optimizer = sinkgd.from_adamw_state(model, state_dict, names)
+    moments = {name: trainer.optimizer.state[p] for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            state = optimizer.state.get(param, {})
+            assert bool(state) == (group["algorithm"] == "adamw")
+            for key, value in state.items():
+                assert torch.equal(value, moments[name][key])
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {1e-3, 0.3 * 1e-3}
