@@ -163,7 +163,7 @@ class SpectralNorm(_BuiltIn):
 
 @dataclass(frozen=True)
 class DeflatedNorm(_BuiltIn):
-    r"""No singular value that stands out: :math:`P(x) \propto` `deflate` of x, of length √(mn).
+    r"""Lower the largest singular values: :math:`P(x) \propto` `deflate` of x, of length √(mn).
 
     The k leading singular values are lowered to the next one. This is not the projection of a norm,
     but it is close to `SpectralNorm`'s and cheaper: it multiplies the matrix with k + 1 vectors,
@@ -179,14 +179,14 @@ class DeflatedNorm(_BuiltIn):
         check_rank(self.rank)
 
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower what stands out, and scale the whole."""
+        """Lower the leading singular values, and scale the result."""
         torch.div(x, or_one(largest_entry(x, (-2, -1))), out=result)
         deflate_(result, self.rank)
         return _scale(result, (-2, -1), result, spare)
 
 
 def as_norms(norms: object) -> tuple[Any, ...]:
-    """Return the members of a list of norms, which are not looked at.
+    """Return the members of a list of norms, without checking them.
 
     Raises:
         TypeError: If it is no list.
@@ -197,10 +197,10 @@ def as_norms(norms: object) -> tuple[Any, ...]:
 
 
 def check_norms(norms: object) -> None:
-    """Refuse what is no list of norms.
+    """Refuse anything but a list of norms.
 
     Raises:
-        TypeError: With what is no list, or no norm.
+        TypeError: If ``norms`` is not a list, or a member is not a norm.
         ValueError: If the list is empty.
     """
     found = as_norms(norms)

@@ -4,7 +4,7 @@ With S = G∘G, an iteration is u = Q / (S v) and v = P / (Sᵀ u). Here u and v
 scales. A parameter is updated as soon as its scales are known, while the gradient is in the cache.
 Letters: see `sinkgd.kernels.cpu.tables`.
 
-A matrix whose columns are rows in memory differs in one thing: v comes first. Its iterations take a
+If the columns of a matrix are rows in memory, there is one difference: v comes first. Its iterations take a
 last half pass for u.
 
 Zero rows and columns have scales of zero. If P and Q counted them, each iteration would multiply u
@@ -281,7 +281,7 @@ def _reduce(entry, worker, workers, scratch, stride, length, iterated, lo, hi):
 
 @inlined
 def _wait(job, team, alone):
-    """Wait for the team, unless the matrix is this thread's alone."""
+    """Wait for the other threads, unless only this thread works on the matrix."""
     if not alone:
         barrier(job, team)
 
@@ -302,7 +302,7 @@ def _begin(entry, first, team, workers):
 def _iterate(job, entry, first, team, workers, scratch, alone):
     """Iterate as worker ``first``, ``first + team``, … of ``workers``.
 
-    Returns the number of passes over the matrix, or 0 if a number left the range.
+    Returns the number of passes over the matrix, or 0 if a number was out of range.
 
     All threads read the workers' flags between two barriers, where no worker writes them. So all
     threads take the same branch.

@@ -3,7 +3,7 @@
 A bucket takes as many launches as there are iterations and one more, the update; for a matrix that
 is transposed in memory, the update also finds the last column scales. Nothing waits for the device.
 
-The signature of tensors is all that launches depend on but addresses. A later step of the same
+Apart from addresses, launches depend only on the signature of the tensors. A later step of the same
 signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
 sends the addresses of all tensors if one has moved, and starts the launches. The signature is
 looked up in every step, for every tensor, so it holds only what torch returns at once.
@@ -97,9 +97,9 @@ class PreparedDescents:
         """Find scales, and update parameters where there are some.
 
         Args:
-            tensors: On one device, and such as the kernels take.
+            tensors: On one device, of dtypes and layouts that the kernels take.
             num_iters: Iterations, at least 1.
-            tol: A matrix whose row scales move by no more than this is left.
+            tol: Stop iterating a matrix once its row scales change by no more than this.
             factors: Of the update.
             bucket_bytes: Bytes of gradients in a bucket.
             if_prepared: Run only a descent that was prepared before: then nothing needs a check.
@@ -229,7 +229,7 @@ def _launches(
 def _iterate(
     bucket: Bucket, iterations: _Iterations, target: GpuTarget | None
 ) -> Iterator[PreparedLaunch]:
-    """Read a bucket once an iteration: all scales are found, but the last u of transposed ones."""
+    """Read a bucket once per iteration. This finds all scales but the last u of transposed ones."""
     count, tol, started = iterations
     kernel, last = kernels("full_iteration").full_iteration, 1 + bucket.kind.transposed
     bounds = no_movement(0.0 if tol is None else tol)
@@ -248,7 +248,7 @@ def _finish(
     *,
     known: bool = False,
 ) -> PreparedLaunch:
-    """Read a bucket once more: find the last u of transposed ones unless it is known, and write."""
+    """Read a bucket once more: find the last u of transposed matrices if needed, and write."""
     u_from = min(iterations.num_iters, SCALED) if bucket.kind.transposed and not known else GIVEN
     constants = finish_constants(bucket.kind, u_from, update, target)
     fixed = *_offsets(bucket), iterations.num_iters % 2

@@ -234,7 +234,7 @@ def find_scales(
         table: The plan's, on the device.
         addresses: Of the gradients, and of their initial column scales or 0.
         num_iters: Iterations, at least 1.
-        tol: A matrix whose row scales move by no more than this is left.
+        tol: Stop iterating a matrix once its row scales change by no more than this.
     """
     square_sums = kernels("square_sums")
     target = launch.target_of(table.device)

@@ -70,7 +70,7 @@ def balance_scales(
 
 @triton.jit
 def _exponent(scales, count):
-    """Return the exponent of the largest of ``count`` scales, NaN apart."""
+    """Return the exponent of the largest of ``count`` scales, ignoring NaN."""
     power = power_of_two(tl.full((), 0.0, tl.float32))
     for first in range(0, count, _CHUNK):
         at = first + tl.arange(0, _CHUNK)

@@ -39,7 +39,7 @@ from sinkgd.lab.train.training_step import ReleasedSteps, take_step
 from sinkgd.lab.train.world import World
 from sinkgd.optim.grouped import GroupedOptimizer
 
-_LR = 1e-3  # memory does not depend on it; random tokens want a low one
+_LR = 1e-3  # memory does not depend on it; a low rate suits random tokens
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ def measure_in_fresh_processes(case: Case) -> TrainingUse | str:
         use = in_fresh_process(measure_inside, case)
         return replace(use, outside_bytes=in_fresh_process(measure_outside, case))
     except BrokenProcessPool:
-        return "its process was killed, as the system does where memory runs out"
+        return "its process was killed, which the system does when memory runs out"
 
 
 def measure_inside(case: Case) -> TrainingUse:

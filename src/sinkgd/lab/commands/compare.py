@@ -85,7 +85,7 @@ class Compare:
     """Folder of the comparison: one folder a run, and report.html."""
 
     config: Path | None = None
-    """TOML file with defaults of the options below; one table each."""
+    """TOML file with defaults for the options below, one table for each group."""
 
     shared: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
 

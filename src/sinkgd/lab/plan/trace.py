@@ -44,7 +44,7 @@ class Live:
         return self.activations + self.loss + self.gradients
 
     def extrapolate(self, other: "Live", times: int) -> "Live":
-        """Extrapolate from here through ``other``, ``times`` as far again."""
+        """Extrapolate linearly: ``times`` times the distance to ``other``, beyond it."""
         return Live(
             *(
                 getattr(other, f.name) + times * (getattr(other, f.name) - getattr(self, f.name))

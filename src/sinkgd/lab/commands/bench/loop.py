@@ -39,7 +39,7 @@ class Loop:
     """JSON file to write, besides the table on the terminal."""
 
     config: Path | None = None
-    """TOML file with defaults of the options below; one table each."""
+    """TOML file with defaults for the options below, one table for each group."""
 
     shared: Annotated[SharedConfig, tyro.conf.arg(name="")] = field(default_factory=SharedConfig)
 
