@@ -4,8 +4,8 @@ With S = G∘G, an iteration is u = Q / (S v) and v = P / (Sᵀ u). Here u and v
 scales. A parameter is updated as soon as its scales are known, while the gradient is in the cache.
 Letters: see `sinkgd.kernels.cpu.tables`.
 
-If the columns of a matrix are rows in memory, there is one difference: v comes first. Its iterations take a
-last half pass for u.
+If the columns of a matrix are rows in memory, there is one difference: v comes first. Its
+iterations take a last half pass for u.
 
 Zero rows and columns have scales of zero. If P and Q counted them, each iteration would multiply u
 by a factor and v by its inverse. So P and Q are the numbers of nonzero rows and columns. Only the

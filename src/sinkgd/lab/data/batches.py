@@ -4,7 +4,7 @@ Rows. A split's tokens are cut into rows of T tokens, the sequence length. A tar
 after its input, or ``IGNORE_INDEX``, which the loss ignores. There are two packings:
 
     concat   The documents in a row, separated by eos; row k reads tokens kT … kT+T. No position is
-             wasted. Each token is a target once, except the first one and those that do not fill a row.
+             wasted. Each token is a target once, except the first and those that fill no row.
     none     One document per row, including its eos, padded to T tokens. A longer document is cut
              to its first T-1 tokens and its eos, as T5's tokenizer does. s tokens give s-1 targets,
              so every row has at least one.

@@ -120,7 +120,7 @@ class GPT2Base(LanguageModel):
 
     @abstractmethod
     def make_block(self) -> nn.Module:
-        """Return a block, which maps hidden states ``(b, t, h)`` and `block_arguments` to new ones."""
+        """Return a block: from hidden states ``(b, t, h)`` and `block_arguments` to new states."""
 
     @property
     def blocks(self) -> nn.ModuleList:
