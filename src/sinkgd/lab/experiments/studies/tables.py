@@ -74,7 +74,7 @@ def judge(results: StudyResults) -> Verdict:
 
 TABLES = Study(
     name="tables",
-    question="What should embeddings and the output head go by?",
+    question="Which algorithm should train embeddings and the output head?",
     background="SinkGD’s authors leave them to Adam. DeepSeek reportedly uses a variant of "
     "Sinkhorn for these tables; SAGE’s authors find that the paper’s SinkGD fails there, and "
     "propose another method.",
