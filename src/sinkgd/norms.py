@@ -1,19 +1,19 @@
-r"""The norms to normalize by, each as its projection.
+r"""The norms that a gradient can be normalized by, each defined by its projection.
 
 The projection of a norm :math:`g` sends ``x`` to the point of the unit ball of :math:`g` that
 points most along it, :math:`P_g(x) = \arg\max_{g(z) = 1} \langle x, z \rangle`. Each one here is
 scaled so that its result has Frobenius norm :math:`\sqrt{mn}`, whatever ``x``: its entries then
-have root-mean-square 1, and projections can take turns (Assumption 3.3 of the paper).
+have root-mean-square 1, and projections can alternate (Assumption 3.3 of the paper).
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
     n: columns, its in_features
     ...: leading batch dimensions, one independent matrix each
 
-A zero row, column or matrix has no direction and stays zero; NaN and infinity come out as NaN.
-Projections compute in the dtype they are given; `multi_normalize` hands them float32 or float64.
-They need one matrix of scratch beside the result, spectral and deflated two, and no gradient flows
-through them.
+A zero row, column or matrix has no direction and stays zero; NaN and infinity become NaN.
+Projections compute in the dtype of their input; `multi_normalize` passes float32 or float64.
+Besides the result they need one matrix of scratch memory, or two for the spectral and the deflated
+norm. They are not differentiable: no gradient flows through them.
 
 References:
     Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
@@ -43,7 +43,7 @@ from sinkgd.precision import in_full_precision
 
 @runtime_checkable
 class Norm(Protocol):
-    """What `multi_normalize` needs of a norm; any class with this method is one.
+    """The interface of a norm for `multi_normalize`; any class with this method is a norm.
 
     The optimizers stack matrices of one shape and project them together, so a norm treats leading
     dimensions as independent matrices: ``project(x)[i]`` is ``project(x[i])``. Count dimensions
@@ -61,28 +61,28 @@ class Norm(Protocol):
     """
 
     def project(self, x: Tensor) -> Tensor:
-        """Map each matrix of ``(..., m, n)``, which is only read, to one of length √(mn)."""
+        """Map each matrix of ``(..., m, n)`` to one of length √(mn), without modifying ``x``."""
         ...
 
 
 class _BuiltIn(ABC):
-    """A norm that can project in memory it is given."""
+    """A norm that can project into buffers of the caller."""
 
     @in_full_precision
     def project(self, x: Tensor) -> Tensor:
-        """Project each matrix of ``(..., m, n)``, which is only read."""
+        """Project each matrix of ``(..., m, n)``, without modifying ``x``."""
         if x.numel() == 0:
             return x.clone()
         return self.project_into(x.detach(), matrix_buffer(x), matrix_buffer(x))[0]
 
     @abstractmethod
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-        """Project ``x`` in the memory of ``result`` and ``spare``, which is used up.
+        """Project ``x`` into ``result`` or ``spare``; both buffers are overwritten.
 
         Args:
             x: ``(..., m, n)``, not empty. It may be ``result``; otherwise it is only read.
             result: A `matrix_buffer` of ``x``.
-            spare: Another one, in the same order of memory.
+            spare: Another one, with the same memory layout.
 
         Returns:
             The two buffers, the one with the result first.
@@ -156,7 +156,7 @@ class SpectralNorm(_BuiltIn):
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Whiten every matrix."""
         result, spare = orthogonalize_into(x, self.num_steps, result, spare)
-        # The largest singular value is at least m^(-1/4): no square that counts is out of range.
+        # The largest singular value is at least m^(-1/4): no square that matters is out of range.
         _stretch(result, (-2, -1), spare)
         return result, spare
 
@@ -189,7 +189,7 @@ def as_norms(norms: object) -> tuple[Any, ...]:
     """Return the members of a list of norms, without checking them.
 
     Raises:
-        TypeError: If it is no list.
+        TypeError: If it is not a list.
     """
     if isinstance(norms, str | Tensor | Mapping) or not isinstance(norms, Iterable):
         raise TypeError(f"norms must be a list of norms such as [RowNorm()], got {norms!r}")

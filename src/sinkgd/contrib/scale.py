@@ -1,4 +1,4 @@
-"""SCALE: row-normalized gradients, and momentum for the output head alone."""
+"""SCALE: row-normalized gradients, with momentum for the output head only."""
 
 import re
 from typing import Any
@@ -23,25 +23,26 @@ _OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas
 
 
 class SCALE(MNGD):
-    r"""Descend along row-normalized gradients, and for the output head along their average.
+    r"""Step along the row-normalized gradient; for the output head, along that of its average.
 
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(D)^{-1} D
 
     where D is the gradient G or, for the output head, its average B ← μB + (1 − μ)G. What the paper
     calls columns are the weights of one output: rows of a linear weight as torch stores it, columns
-    of an embedding, which is stored transposed. State: one float32 an entry of the head, and two an
-    entry of vectors, which go to AdamW.
+    of an embedding, which is stored transposed. State: one float32 per entry of the head, and two
+    per entry of vectors, which AdamW updates.
 
     Args:
-        params: Groups of `scale_groups`. Matrices by themselves, tensors or (name, tensor) pairs,
-            have no momentum unless ``momentum`` is given. Vectors are refused.
+        params: Groups from `scale_groups`; or matrices, as tensors or (name, tensor) pairs, which
+            have no momentum unless ``momentum`` is given. Plain vectors are refused.
         lr: Learning rate η of the groups that do not set their own, at least 0: the
             root-mean-square change of a weight in one step. Default: 1e-3.
         **options: The keyword options of `MNGD`.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        ValueError: If an option is out of range, or a parameter is not a matrix; the
+            message names it.
         TypeError: If a parameter is not real and floating.
 
     Examples:

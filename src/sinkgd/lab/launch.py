@@ -31,7 +31,7 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
-    """Return the command that runs ``sinkgd`` with ``arguments``, under torchrun if that runs now.
+    """Return the command that runs ``sinkgd`` with ``arguments``; under torchrun, with torchrun.
 
     Args:
         arguments: Arguments after the program's name.
@@ -55,8 +55,8 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
 def leave(code: int) -> int:
     """Return ``code``; under torchrun, flush the output and end the process with it at once.
 
-    Threads of torch's process groups outlive the main thread there. They may release Python
-    objects after the interpreter is gone, and so abort a finished run.
+    Under torchrun, threads of torch's process groups outlive the main thread. They may release
+    Python objects after the interpreter has shut down, which would abort a finished run.
     """
     if launched_ranks() > 1:
         sys.stdout.flush()
@@ -74,7 +74,8 @@ def end_with_parent() -> None:
 def stop_with_parent() -> None:
     """In a process of multiprocessing, send this process a SIGTERM when its parent is gone.
 
-    This also works if a fork server started the process, which Linux takes for its parent.
+    This also works if a fork server started the process; Linux then considers the fork server to
+    be its parent.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -88,7 +89,7 @@ def stop_with_parent() -> None:
 
 
 def in_fresh_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
-    """Call a top-level function of a module in a new process; raise here what it raises there.
+    """Call a top-level function of a module in a new process, and re-raise its exception here.
 
     Raises:
         BrokenProcessPool: If the process was killed.
@@ -99,7 +100,7 @@ def in_fresh_process(function: Callable[[Argument], Result], argument: Argument)
 
 
 def _quietly(function: Callable[[Argument], Result], argument: Argument) -> Result:
-    # torch's profiler writes lines to the standard error that no setting turns off.
+    # No setting prevents torch's profiler from writing lines to standard error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
     return function(argument)
 

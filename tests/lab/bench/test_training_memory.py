@@ -168,7 +168,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name_and_not_begun(monkeypatch)
     (row,) = found.absent
     assert (row.model, row.title) == ("llama-1b", "adamw, kept")
     assert row.reason.startswith("it may need 11.")
-    assert row.reason.endswith(" GiB, 5.0 GiB are free")
+    assert row.reason.endswith(" GiB, but only 5.0 GiB are free")
 
 
 def test_recipes_release_where_they_can():

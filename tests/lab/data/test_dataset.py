@@ -177,5 +177,5 @@ def test_an_unknown_split_is_named(folder):
 
 @pytest.mark.parametrize(("start", "length"), [(-1, 2), (0, 8), (7, 1), (3, 0)])
 def test_reading_past_the_end_is_refused(folder, start, length):
-    with pytest.raises(IndexError, match="leave the 7 tokens of train"):
+    with pytest.raises(IndexError, match="not within the 7 tokens of train"):
         TokenDataset.open(folder).split("train").read(start, length)

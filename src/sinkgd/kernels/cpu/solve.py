@@ -1,4 +1,4 @@
-"""The job ``find_scales``: SR-Sinkhorn on a table of gradients, by a team of threads.
+"""The function ``find_scales``: SR-Sinkhorn on a table of gradients, by a team of threads.
 
 With S = G∘G, an iteration is u = Q / (S v) and v = P / (Sᵀ u). Here u and v are the squares of the
 scales. A parameter is updated as soon as its scales are known, while the gradient is in the cache.
@@ -56,8 +56,8 @@ from sinkgd.kernels.cpu.simd import (
 from sinkgd.kernels.cpu.update import update_rows
 
 # A sum may have lost n terms of up to 2^-126 (the smallest normal number, where torch flushes
-# denormals), each times its weight. Where the sum is above this multiple of the weights, the loss
-# is below 2^-26 of it.
+# denormals), each times its weight. If the sum is above this multiple of the summed weights, the
+# lost terms are below 2^-26 of it.
 FLOOR = 2.0**-100
 SMALLEST = float32(2.0**-126)
 
@@ -73,9 +73,9 @@ _ROW = 8 * t.GRADIENT_FIELDS
 
 @inlined
 def _invert(sums, address, count, length, floor, tested, low, high):
-    """Write the scales ``length / sums``. Return whether they are valid, and whether one moved.
+    """Write the scales ``length / sums``. Return whether they are valid, and whether one changed.
 
-    Where a sum is below ``floor`` or a scale below the normal numbers, nothing is written.
+    If a sum is below ``floor`` or a scale is subnormal, nothing is written.
     """
     scales = div(splat(length), sums)
     if any_below(sums, splat(floor), count) or any_below(scales, splat(SMALLEST), count):
@@ -91,9 +91,10 @@ def _invert(sums, address, count, length, floor, tested, low, high):
 
 @compiled
 def _invert_one(flags, address, value, length, floor, tested, low, high, zero):
-    """Write one scale. A sum of zero is valid where the row or column is ``zero``.
+    """Write one scale. A sum of zero is valid if the row or column is ``zero``.
 
-    ``flags`` is the address of a count of zeros; a flag for a move and one for a failure follow it.
+    ``flags`` is the address of a count of zeros. It is followed by a flag that a scale changed and
+    a flag that one is out of range.
     """
     if value == 0 and zero:
         store_float(address, float32(0))
@@ -121,7 +122,7 @@ def _is_zero(dtype, size, g, step, count):
 def _invert_rows(
     dtype, size, g, ld, Q, u, sums, count, mine, length, floor, iterated, tested, lo, hi
 ):
-    """Write ``u`` of up to 8 rows one by one, where a row is zero or a number is out of range.
+    """Write ``u`` of up to 8 rows one by one, if a row is zero or a number is out of range.
 
     If ``iterated``, ``u`` holds the scales of the last iteration, which are zero for zero rows.
     """
@@ -142,8 +143,8 @@ def _sweep_rows(
 
     A block of rows is read twice: for its row sums, and for the column sums once its ``u`` is
     known. The column sums of one block are taken together with the row sums of the next, so that
-    memory is always busy and the second read hits the cache. Passes alternate in direction: each
-    starts with the rows that the last one left in the cache.
+    memory is always busy and the second read hits the cache. Passes alternate in direction, so that
+    each starts with the rows that the previous one left in the cache.
     """
     g, ld, Q = load_int(entry + t.G), load_int(entry + t.LD), load_int(entry + t.Q)
     u, v, sums = load_int(entry + t.U), load_int(entry + t.V), mine + SUMS
@@ -196,7 +197,7 @@ def _sweep_rows(
 def _sweep(entry, mine, partial, first, end, rows, columns, forward, length, iterated, lo, hi):
     """Run `_sweep_rows` for the gradient's type, with sums of zero.
 
-    A few rows need no partial sums.
+    If there are only a few rows, they are added without partial sums.
     """
     store_int(mine + ZERO_ROWS, 0)
     store_int(mine + ROWS_MOVED, 0)
@@ -304,8 +305,8 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
 
     Returns the number of passes over the matrix, or 0 if a number was out of range.
 
-    All threads read the workers' flags between two barriers, where no worker writes them. So all
-    threads take the same branch.
+    All threads read the workers' flags between two barriers, when no worker writes them, so that
+    all threads take the same branch.
     """
     P, Q, iters = load_int(entry + t.P), load_int(entry + t.Q), load_int(job + t.ITERS)
     stride, transposed = load_int(job + t.STRIDE), load_int(entry + t.TRANSPOSED) != 0
@@ -382,9 +383,9 @@ def _solve(job, entry, first, team, workers, scratch, alone):
 def find_scales(job):
     """Find the scales of a table of gradients, and update parameters, as one thread of a team.
 
-    Large matrices come first: all workers share their rows. Then each thread claims small matrices
-    and solves them alone, without barriers. The size of a matrix decides which it is, so its bits
-    do not depend on other matrices.
+    Large matrices come first: their rows are divided among all workers. Then each thread claims
+    small matrices and solves them alone, without barriers. Only a matrix's own size decides whether
+    it is divided, so the bits of its scales do not depend on other matrices.
     """
     table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
     workers = load_int(job + t.WORKERS)

@@ -1,7 +1,8 @@
-"""Descents that read a gradient once an iteration: prepared once, for tensors of one signature.
+"""Find scales and update parameters, in a descent that reads a gradient once per iteration.
 
-A bucket takes as many launches as there are iterations and one more, the update; for a matrix that
-is transposed in memory, the update also finds the last column scales. Nothing waits for the device.
+A bucket is a set of matrices that one launch works on. It takes one launch for each iteration and
+one for the update. For a matrix that is transposed in memory, the update also finds the last column
+scales. Nothing waits for the device.
 
 Apart from addresses, launches depend only on the signature of the tensors. A later step of the same
 signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
@@ -31,9 +32,9 @@ from sinkgd.kernels.triton.launch import (
 from sinkgd.kernels.triton.schedule import Bucket, Kind, Schedule, half_panel, schedule_of
 from sinkgd.kernels.triton.tables import BARE, GIVEN, SCALED, DeviceTables, operand_of
 
-MAX_PREPARED = 64  # descents; a model has few, also where its parameters step one by one
+MAX_PREPARED = 64  # descents; a model has few, even if its parameters are updated one by one
 FEW_THREADS = 128
-REGISTERS = 1 << 16  # of a processor
+REGISTERS = 1 << 16  # of a streaming multiprocessor
 
 
 class DescentTensors(NamedTuple):
@@ -43,11 +44,11 @@ class DescentTensors(NamedTuple):
     starts: Sequence[Tensor | None] = ()  # initial column scales
     params: Sequence[Tensor] = ()
     keys: Sequence[Tensor] = ()
-    sizes: tuple[int, ...] = ()  # how many gradients each owner has; without parameters, none
+    sizes: tuple[int, ...] = ()  # number of gradients of each owner; empty without params
 
 
 class UpdateFactors(NamedTuple):
-    """What parameters are updated with; tensors are on the device of the gradients."""
+    """The factors of an update; tensors are on the device of the gradients."""
 
     keep: float | Tensor = 1.0
     step: float | Tensor = 0.0
@@ -94,7 +95,7 @@ class PreparedDescents:
         bucket_bytes: int,
         if_prepared: bool,
     ) -> "tuple[FlatScales, Tensor] | None":
-        """Find scales, and update parameters where there are some.
+        """Find scales, and update parameters if there are any.
 
         Args:
             tensors: On one device, of dtypes and layouts that the kernels take.
@@ -102,14 +103,14 @@ class PreparedDescents:
             tol: Stop iterating a matrix once its row scales change by no more than this.
             factors: Of the update.
             bucket_bytes: Bytes of gradients in a bucket.
-            if_prepared: Run only a descent that was prepared before: then nothing needs a check.
+            if_prepared: Run only if this descent was prepared before; then nothing is checked.
 
         Returns:
             The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite; None
-            where ``if_prepared`` is set and no such descent was prepared.
+            if ``if_prepared`` is set and no such descent was prepared.
         """
         grads, starts, params, keys, sizes = tensors
-        filling = [None] * (len(grads) % 2)  # every list of addresses begins at 16 bytes
+        filling = [None] * (len(grads) % 2)  # aligns each list of addresses to 16 bytes
         lists = [own for own in (grads, starts, params, keys) if own]
         found = _signature_of([x for own in lists for x in (*own, *filling)])
         if found is None or not grads:
@@ -148,7 +149,7 @@ class PreparedDescents:
         scales = torch.empty(schedule.scales, dtype=torch.float32, device=device)
         partial_sums = torch.empty(schedule.partial_sums, dtype=torch.float32, device=device)
         counters = torch.zeros(schedule.counters, dtype=torch.int32, device=device)
-        # Pointers that a kernel does not read point to something else.
+        # A pointer that a kernel does not read may point to any tensor.
         params, keys = grads, grads
         if tensors.params:
             _, *others = addresses[1:] if tensors.starts else addresses
@@ -172,7 +173,7 @@ def _signature_of(
 ) -> tuple[tuple[Hashable, ...], list[int]] | None:
     """Return the signature of tensors, and their addresses, 0 for None.
 
-    None where some tensor is of a subclass, which may have no address.
+    Return None if some tensor is of a subclass, which may have no address.
     """
     signature: list[Hashable] = [torch.is_grad_enabled()]
     addresses = []
@@ -211,7 +212,7 @@ def _prepare(
 def _launches(
     schedule: Schedule, iterations: _Iterations, update: _Update | None, target: GpuTarget | None
 ) -> Iterator[PreparedLaunch]:
-    """List the launches of a descent; without an update they find scales alone."""
+    """Yield the launches of a descent; without an update they only find scales."""
     waiting = []
     for bucket in schedule.buckets:
         yield from _iterate(bucket, iterations, target)
@@ -263,12 +264,12 @@ def _offsets(bucket: Bucket) -> tuple[int, int, int]:
 def iteration_constants(
     kind: Kind, phase: int, tol: bool, started: bool, target: GpuTarget | None
 ) -> dict[str, object]:
-    """Return what an iteration is compiled for.
+    """Return the compile-time constants of an iteration.
 
     Args:
-        kind: Of the bucket.
-        phase: 0 for the first iteration; of transposed matrices 1 for the second; else a later one.
-        tol: Whether settled matrices are left.
+        kind: Kind of the bucket.
+        phase: 0 for the first iteration; 1 for the second of transposed matrices; else a later one.
+        tol: Whether converged matrices are skipped.
         started: Whether some gradient has initial column scales.
         target: None for the interpreter.
     """
@@ -297,7 +298,7 @@ def iteration_constants(
 def finish_constants(
     kind: Kind, u_from: int, update: _Update | None, target: GpuTarget | None
 ) -> dict[str, object]:
-    """Return what the last launch is compiled for; without an update nothing is written."""
+    """Return the last launch's compile-time constants; without an update nothing is written."""
     dtypes = kernels("primitives").DTYPES
     overflow, keep, step, rounding = update or (False,) * 4
     return {
@@ -327,9 +328,9 @@ def options_of(
 
     Args:
         target: None for the interpreter.
-        threads: Those that hold a panel.
+        threads: Number of threads that hold a panel.
         wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
-        bare: Whether it is an iteration that finds scales from the bare gradient.
+        bare: Whether it is an iteration that finds scales from the unscaled gradient.
         lean: Whether 128 registers are enough: most iterations, on entries of 2 bytes.
     """
     if target is None:
@@ -338,7 +339,7 @@ def options_of(
         threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // target.warp, "enable_fp_fusion": True}
     if target.backend == "cuda":
-        # Two programs of 256 threads, or three of 128, hide each other's waits. Without a limit
+        # Two programs of 256 threads, or three of 128, hide each other's latency. Without a limit
         # the compiler would rather spill than take more than 128 registers.
         most = 255
         if lean:
@@ -379,7 +380,7 @@ class FlatScales(Sequence[Scales]):
         return Scales(self._view(row, (*batch, m, 1)), self._view(col, (*batch, 1, n)))
 
     def __iter__(self) -> Iterator[Scales]:
-        """Return views of all: four calls of torch, and two for each batch."""
+        """Yield views of all, with four calls of torch, and two more for each batch."""
         sizes, end = [], 0
         for (*batch, m, n), row, col in zip(self._shapes, self._rows, self._cols, strict=True):
             sizes += [row - end, prod(batch) * m]

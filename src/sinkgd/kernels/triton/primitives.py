@@ -1,4 +1,4 @@
-"""What several kernels are made of: fields of tables, matrices in memory, sums, powers of two.
+"""Functions that several kernels use: fields of tables, matrices in memory, sums, powers of two.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
 """
@@ -63,7 +63,7 @@ def sum_along(x, AXIS: tl.constexpr):
 
 @triton.jit
 def power_of_two(peak):
-    """Return the power of two at or below ``peak``, clamped so that its inverse is normal, too."""
+    """Return the power of two at or below ``peak``, clamped so that its inverse is also normal."""
     power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.minimum(tl.maximum(power, LOWEST_POWER), _HIGHEST_POWER)
 
@@ -78,23 +78,23 @@ def inverse_power(power):
 def peak_powers(x, AXIS: tl.constexpr):
     """Return the power of two at or below the largest entry, ignoring NaN, along ``AXIS``.
 
-    A line of NaN alone may have any power.
+    NaN is ignored. For a line that holds only NaN, the power is undefined.
     """
     size = tl.abs(x)
-    if INTERPRETED:  # compiled, a maximum ignores NaN; in the interpreter it is NaN
+    if INTERPRETED:  # the interpreter's maximum returns NaN; a compiled one ignores it
         size = tl.where(x == x, size, 0.0)
     return power_of_two(tl.reduce(size, AXIS, tl.standard._elementwise_max))
 
 
 @triton.jit
 def round_to_tf32(x):
-    """Return numbers rounded to 11 bits, which a tensor core takes as they are, as tf32."""
+    """Return numbers rounded to 11 bits, which a tensor core reads exactly, as tf32."""
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def truncate_to_tf32(x):
-    """Return the 11 leading bits: a tensor core reads these alone, the interpreter reads all."""
+    """Keep the 11 leading bits: a tensor core reads only these, but the interpreter reads all."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 

@@ -2,14 +2,14 @@
 
 The step is the laboratory's own, on random tokens. Its peak is measured twice. Inside the process,
 the profiler lists every allocation and release of torch's allocator, from the initialization of the
-weights to the end of the second step; the second step counts. The profiler's list itself takes
-memory, so the view from outside runs in another process without it. On Linux it is the largest
-resident size (VmHWM), less that of the same process after a step of a tiny model, when all code is
-loaded; on CUDA it is the allocator's own counter.
+weights to the end of the second step; the peak is that of the second step. The profiler's list
+itself takes memory, so a second measurement, from outside, runs in another process without it. On
+Linux it is the largest resident size (VmHWM), less that of the same process after a step of a tiny
+model, when all code is loaded; on CUDA it is the allocator's own counter.
 
 A block is a piece of memory from its allocation to its release. Within the last step
     gradient: a block that was a parameter's ``grad`` at some time, from its allocation on
-    activation: a block that forward allocated and that is there when backward begins
+    activation: a block that forward allocated and that still exists when backward begins
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -159,7 +159,7 @@ def why_no_room(case: Case) -> str | None:
     free, needed = available_bytes(torch.device(case.device)), needed_bytes(case)
     if free is None or needed <= free:
         return None
-    return f"it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return f"it may need {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free"
 
 
 def needed_bytes(case: Case) -> int:
@@ -177,7 +177,7 @@ def _state_bytes(model: LanguageModel, case: Case) -> int:
         optimizer.init_state()
     else:  # other optimizers create their state in a step
         for group in optimizer.param_groups:
-            if "fused" in group:  # torch's: only the plain versions run on the meta device
+            if "fused" in group:  # of torch: only its plain versions run on the meta device
                 group.update(fused=False, foreach=False)
             elif "foreach" in group:  # pytorch-optimizer's plain versions read numbers back
                 group["foreach"] = True
@@ -240,10 +240,10 @@ class _Block:
 
 
 def peak_of_last_step(events: Sequence[Event]) -> Peak:
-    """Find the peak, and what it consists of.
+    """Find the peak and its parts.
 
     Examples:
-        Weights of 100 bytes; a step keeps an activation of 7, and makes a gradient of 100.
+        The weights have 100 bytes. A step keeps an activation of 7 and makes a gradient of 100.
 
         >>> begin, step, backward = Change(1, 100), Mark("step"), Mark("backward")
         >>> made, seen, freed = Change(3, 100), Mark("gradient", 3), Change(3, -100)
@@ -317,11 +317,11 @@ def _blocks(events: Sequence[Event]) -> list[_Block]:
     return blocks
 
 
-_STEPS = 2  # the first one makes state and scratch
+_STEPS = 2  # the first one allocates state and scratch memory
 
 
 def measure_in_fresh_processes(case: Case) -> TrainingUse | str:
-    """Measure a case, each view in a process of its own.
+    """Measure a case from inside and from outside, each in its own process.
 
     Returns:
         What it uses, or why it could not be measured.
@@ -356,7 +356,7 @@ def measure_inside(case: Case) -> TrainingUse:
 
 
 def measure_outside(case: Case) -> int:
-    """Return by how much building and training raise the peak of this process, in bytes."""
+    """Return how much building and training the model raise this process's peak, in bytes."""
     _prepare(case)
     device = torch.device(case.device)
     _take_steps(build_trainee(replace(case, model="llama-nano", vocab_size=64)))

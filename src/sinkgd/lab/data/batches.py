@@ -14,12 +14,12 @@ step s has B = batch_size rows; its row i is the p-th row drawn, p = s·B + i:
 
     epoch = p div n,   row = permutation(seed, epoch)[p mod n]      n: rows of the split
 
-An epoch therefore draws each row once, resuming needs no state but the step, and rank r of w takes
-rows r·B/w … (r+1)·B/w - 1 of the same global batch for every w.
+An epoch therefore draws each row once, resuming needs no state except the step, and rank r of w
+takes rows r·B/w … (r+1)·B/w - 1 of the same global batch for every w.
 
 The permutation of 0 … n-1 needs no memory. A Feistel network permutes numbers of b bits, where 2^b
 is the smallest power of two ≥ n. A result of n or more goes through the network again until it is
-below n ("cycle walking"); the map stays a bijection. This takes less than two passes on average,
+below n ("cycle walking"); the map remains a bijection. This takes less than two passes on average,
 since 2^b < 2n.
 
     one round:  (left, right) → (right, left ⊕ F(right))    F: splitmix64's mixer, keyed
@@ -87,7 +87,7 @@ class DocumentRows:
         self.count = split.documents
 
     def gather(self, indices: NDArray[np.int64]) -> PackedRows:
-        """Return rows; pads, and the last token of each row, have no target."""
+        """Return rows; padding and the last token of each row have no target."""
         inputs = np.full((len(indices), self._length), self._split.pad_id, dtype=np.int64)
         targets = np.full_like(inputs, IGNORE_INDEX)
         starts, ends = self._split.offsets[indices], self._split.offsets[indices + 1]
@@ -389,10 +389,10 @@ class VocabularyShift:
         return self._renamed(batch) if step >= self.at_step else batch
 
     def of_evaluation(self, batch: Batch, step: int) -> Batch:
-        """Return the batch to score after ``step`` steps, in the ids of the last training step."""
+        """Return the batch to score after ``step`` steps, with the last training step's ids."""
         return self._renamed(batch) if step > self.at_step else batch
 
     def _renamed(self, batch: Batch) -> Batch:
-        ids = batch.targets.clamp(min=0)  # IGNORE_INDEX is no id
+        ids = batch.targets.clamp(min=0)  # IGNORE_INDEX is not an id
         targets = torch.where(batch.targets < 0, batch.targets, self.new_ids[ids])
         return Batch(self.new_ids[batch.inputs], targets)

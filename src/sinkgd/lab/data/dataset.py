@@ -23,7 +23,7 @@ from sinkgd.lab.data.documents import DataError
 from sinkgd.lab.disk import parse_json
 
 FORMAT_VERSION = 2
-_WITHOUT_LARGEST_ID = 1  # the format before, which is read too
+_WITHOUT_LARGEST_ID = 1  # the previous format, which can still be read
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -65,7 +65,7 @@ class Manifest:
     splits: dict[str, SplitEntry]
     files: dict[str, FileEntry]
     format_version: int = FORMAT_VERSION
-    cut_fraction: float | None = None  # share at each document's end held out; None: whole ones
+    cut_fraction: float | None = None  # share held out at each document's end; None: whole ones
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
@@ -199,10 +199,10 @@ class TokenSplit:
         return len(self.offsets) - 1
 
     def read(self, start: int, length: int) -> NDArray[Any]:
-        """Return ``length`` ≥ 1 tokens from ``start`` on, (length,), in the shards' dtype."""
+        """Return ``length`` ≥ 1 tokens that begin at ``start``, (length,), in the shards' dtype."""
         if not 0 <= start < start + length <= self.tokens:
             raise IndexError(
-                f"positions {start} to {start + length} leave the {self.tokens} tokens "
+                f"positions {start} to {start + length} are not within the {self.tokens} tokens "
                 f"of {self.name}"
             )
         index, offset = divmod(start, self._shard_tokens)
@@ -226,7 +226,7 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Open a folder and check the size of every file; below 256 MiB in all, also the hashes.
+        """Open a folder and check the size of every file and, below 256 MiB in all, the hashes.
 
         Raises:
             DataError: If the folder has no manifest, or a file is missing or damaged.

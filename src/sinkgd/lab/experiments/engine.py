@@ -1,4 +1,4 @@
-"""Run a study: a few trainings at a time, in the scheduler's order.
+"""Run the trainings of a study, a few at a time, in the scheduler's order.
 
 Every result is written as soon as its run ends. A killed study therefore loses at most the work of
 its running trainings since their last checkpoints, and the same command continues it.
@@ -70,7 +70,7 @@ def run_study(
         jobs: Number of trainings at a time.
         command: A command that repeats the study.
         say: Called with one line for every run.
-        reuse: Take equal runs from the grids of studies in folders next to ``folder``.
+        reuse: Reuse identical runs from the grids of studies in folders next to ``folder``.
 
     Raises:
         ConfigError: If the study there has another plan; the message names each field that differs.

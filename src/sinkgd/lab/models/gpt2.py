@@ -3,7 +3,7 @@
 `GPT2Base` is GPT-2 without its blocks; `sinkgd.lab.models.lens` puts other blocks into it.
 
 Parameters carry Hugging Face's names and layouts, so ``model.state_dict()`` loads into
-`transformers`' ``GPT2LMHeadModel`` as it is. There is no dropout.
+`transformers`' ``GPT2LMHeadModel`` unchanged. There is no dropout.
 
 Shapes, everywhere in this file:
     b: sequences in the batch
@@ -129,7 +129,7 @@ class GPT2Base(LanguageModel):
 
     @property
     def recompute(self) -> bool:
-        """Whether to keep only the input of each block, and run the block again in backward."""
+        """Whether to keep only the input of each block, and to run the block again in backward."""
         return self.transformer.recompute
 
     @recompute.setter
@@ -189,7 +189,7 @@ class GPT2Base(LanguageModel):
         return summarize_statistics(blocks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # moving a module from the meta device makes separate parameters of tied ones
+        # moving a module from the meta device unties tied parameters
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tie()
         return self
@@ -293,7 +293,7 @@ class GPT2(GPT2Base):
     """A GPT-2 language model.
 
     Weights are drawn from the model's own generator, on the CPU and in float32: a seed gives the
-    same weights on every device, and the global generator is left alone.
+    same weights on every device, and the global generator is not used.
 
     Args:
         config: The sizes.

@@ -1,4 +1,4 @@
-"""Lens L6: GPT-2 with blocks that mix attention logits and anneal the share of attention.
+"""Lens L6: GPT-2 whose blocks mix attention logits and reduce attention's share over the run.
 
 Parts that a Lens shares with GPT-2 have GPT-2's names and layouts.
 
@@ -102,7 +102,7 @@ class Lens(GPT2Base):
     Args:
         config: The sizes.
         seed: Seed of the weights. The maps to keys and values start as the best low-rank
-            approximation of GPT-2's draw.
+            approximations of the weights that GPT-2 would start with.
 
     Examples:
         >>> config = LensConfig(
@@ -170,13 +170,13 @@ class _Block(nn.Module):
 def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
     """Build a Lens that starts from the weights of a GPT-2.
 
-    Keys and values become the best approximations of their rank. GPT-2's key bias is dropped: in
-    standard attention it shifts all logits of a query equally. The value bias passes through
-    attention unchanged, so it is added to the output bias. The MLP's context map, the gates and the
-    directions are drawn.
+    The maps to keys and values become the best approximations of their rank. GPT-2's key bias is
+    dropped: in standard attention it shifts all logits of a query equally. The value bias passes
+    through attention unchanged, so it is added to the output bias. The MLP's context map, the gates
+    and the directions start from random values.
 
     Args:
-        gpt2: A whole model, on any device.
+        gpt2: An unsharded model, on any device.
         config: Sizes with GPT-2's vocabulary, width, depth, heads and length.
         seed: Seed of the weights that GPT-2 does not have.
 

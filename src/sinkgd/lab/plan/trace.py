@@ -1,13 +1,15 @@
-"""A training step on fake tensors: the memory that it holds at each moment, at any depth.
+"""The memory that a training step holds at each moment, at any depth, found with fake tensors.
 
-Blocks are alike, so each further block adds a fixed number of bytes at each moment. Therefore steps
-of `FEW` blocks and of one more are run, and their results are extrapolated linearly. Moments are
-named from the end of the forward pass and from both ends of the backward pass, because along a line
-the maximum is at one of its ends.
+Blocks are identical, so each further block adds a fixed number of bytes at each moment. Therefore
+two steps are run, with `FEW` blocks and with one more, and the results are extrapolated linearly.
+Memory changes linearly from block to block, so the maximum is at the first or the last blocks of a
+pass. Moments are therefore named from the end of the forward pass and from both ends of the
+backward pass.
 
-Storages are counted from their first tensor to their last. Fake tensors have shapes, types and a
-device, but no memory. Operators choose the kernels of that device, so autograd saves the same
-tensors as in training. Only what a kernel allocates internally is not seen.
+A storage counts from the creation of its first tensor until its last tensor is freed. Fake tensors
+have shapes, types and a device, but no memory. Operators choose the kernels of that device, so
+autograd saves the same tensors as in training. Only what a kernel allocates internally is not
+counted.
 """
 
 import weakref
@@ -54,7 +56,7 @@ class Live:
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operators create, and finds the peak of each moment.
+    """Count the storages that operators create, and find the peak of each moment.
 
     Args:
         known: Tensors that existed before and are not counted.
@@ -166,7 +168,7 @@ def run_on_fake_tensors(work: Work, layers: int) -> dict[str, Live]:
         live = LiveStorages([*model.parameters(), *model.buffers(), tokens])
         step = _Step(model, live, work)
         with live:
-            # The second micro-batch and all later ones hold the same, so two are enough.
+            # From the second micro-batch on, all hold the same memory, so two are enough.
             for number in range(min(work.micro_batches, 2), 0, -1):
                 step.last = number == 1
                 step.forward_and_backward(tokens)
@@ -218,7 +220,7 @@ class _Step:
         torch.autograd.backward(loss)
 
     def _begin(self, moment: str, part: str = "activations") -> None:
-        if not self._backward:  # recomputed blocks begin no moment
+        if not self._backward:  # recomputed blocks do not begin a moment
             self._live.part = part
             self._live.enter(moment)
 

@@ -1,7 +1,7 @@
 """Charts of measurements and of plans, and the page that shows them with their tables.
 
-There are dots on a logarithmic axis, stacked bars, and lines. The name of a row stands above its
-marks, so that it fits on a phone. A page is one HTML file that needs no network.
+The charts are dots on a logarithmic axis, stacked bars, and lines. The name of a row is above its
+marks, so that it fits on a phone. A page is one HTML file that loads nothing from the network.
 """
 
 import html
@@ -26,9 +26,9 @@ from sinkgd.lab.report.shell import render
 _TEMPLATE = Path(__file__).parent / "measurement.html"
 _ROW = 54  # CSS pixels
 _MARKS = 0.16  # of a row: how far the marks lie below its middle
-_WORDS = 0.12  # of a row: how far the words stand above it
+_WORDS = 0.12  # of a row: how far the words are above its middle
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
-_COLORS = 8  # series in page.css beside the gray
+_COLORS = 8  # series in page.css besides the gray one
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
@@ -40,8 +40,8 @@ class PageContent:
     footer: str
     charts: Sequence[Chart]
     tables: Sequence[TextTable]  # below the charts
-    first: Sequence[TextTable] = ()  # above them
-    details: Sequence[TextTable] = ()  # folded
+    first: Sequence[TextTable] = ()  # above the charts
+    details: Sequence[TextTable] = ()  # collapsed at first
     answers: Sequence[str] = ()  # sentences below the headline
     cautions: Sequence[str] = ()
 
@@ -54,7 +54,7 @@ def measurement_page(
     Args:
         content: What it shows.
         title: Title of the document.
-        environment: Where it was measured, or what was assumed.
+        environment: The machine that was measured, or the assumptions of a plan.
         command: A command that makes the page again.
     """
     return render(
@@ -100,7 +100,7 @@ def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) 
 
     Args:
         rows: Names of the rows, from the top.
-        series: Marks, one series a color.
+        series: Marks, one series per color.
         unit: Unit of the axis.
         one: What the line at 1 stands for.
     """
@@ -133,12 +133,12 @@ def stacked_bars(
     *,
     unit: str = "× the parameters",
 ) -> Figure:
-    """Draw one bar a row, divided into parts.
+    """Draw one bar per row, divided into parts.
 
     Args:
         rows: Names of the rows, from the top.
         words: Text beside each name.
-        parts: Name, strength of the color, and one length a row.
+        parts: Name, strength of the color, and one length per row.
         unit: Unit of the lengths.
     """
     longest = max((sum(lengths) for lengths in zip(*(p[2] for p in parts), strict=True)), default=1)
@@ -174,7 +174,7 @@ def stacked_bars(
 def lines(
     places: Sequence[float], series: Sequence[tuple[str, Sequence[float]]], *, x: str, y: str
 ) -> Figure:
-    """Draw one line a series over positions on a logarithmic axis, with a tick at each."""
+    """Draw one line per series over a logarithmic axis, with a tick at each position."""
     return {
         "data": [
             {

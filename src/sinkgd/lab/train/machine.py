@@ -82,7 +82,7 @@ def arithmetic(precision: Precision, device: torch.device) -> AbstractContextMan
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, before a clock is read."""
+    """Wait for the device; call it before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -155,7 +155,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 _STATUS = Path("/proc/self/status")
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
@@ -183,9 +183,10 @@ def return_freed_memory() -> None:
     """Make glibc, if it is in use, return freed gradients to the system at once.
 
     By default glibc keeps freed blocks of up to 32 MiB, in fragments that the next gradient does
-    not fit into: a step of llama-1b then held half its weights again. Here blocks from 1 MiB are
-    returned at once. Keeping those of up to 4 MiB would take 5 % more memory, because the inputs
-    of transformer blocks fragment them. The cost is that the system must supply cleared pages.
+    not fit into. A step of llama-1b then held memory of half the size of its weights in addition.
+    Here blocks of at least 1 MiB are returned at once. Keeping those of up to 4 MiB would take 5 %
+    more memory, because the inputs of transformer blocks fragment them. The cost is that the system
+    must supply cleared pages.
     """
     _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BLOCK})
 

@@ -1,4 +1,4 @@
-"""From a configuration to everything that training needs: text, model, optimizer."""
+"""Build everything that training needs from a configuration: text, model, optimizer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,11 +85,11 @@ def set_up(
         config: Resolved.
         echo: Called with messages about the preparation of a corpus.
         world: The ranks that train together; by default this process alone.
-        begun: First record of the run to resume, for comparison; None if a run begins.
+        begun: First record of the run to resume, for comparison; None for a new run.
 
     Raises:
-        ConfigError: If text, model and mesh do not fit, the device is absent, or the run to resume
-            had another text, model or recipe.
+        ConfigError: If text, model and mesh do not match, the device is absent, or the run to
+            resume had another text, model or recipe.
         DataError: If the corpus is missing, damaged or too small.
     """
     training = config.training
@@ -170,7 +170,7 @@ def _compile_loops(optimizer: Optimizer, device: torch.device, echo: Callable[[s
 def check_finished(folder: RunFolder, config: RunConfig, echo: Callable[[str], None]) -> None:
     """Refuse a configuration whose text differs from that of a finished run.
 
-    If the text no longer exists, nothing is checked.
+    If the text no longer exists, this is not checked.
 
     Raises:
         ConfigError: With both hashes.
@@ -234,7 +234,7 @@ def _vocab_size(model: ModelConfig, text: Manifest) -> int:
     if text.largest_id is None:
         why = (
             f"the tokenizer has {text.vocab_size} tokens, and these shards do not say which of "
-            "them occur; run `sinkgd prepare` again, which records it,"
+            "them occur; either run `sinkgd prepare` again, which records this, or"
         )
     else:
         why = f"the text has ids up to {text.rows_needed - 1}, and each needs a row;"

@@ -1,4 +1,4 @@
-"""`sinkgd bench loop`: the training loop against a bare one."""
+"""`sinkgd bench loop`: compare the training loop with a bare one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loop:
-    """Measure tokens a second of the training loop.
+    """Measure the tokens per second of the training loop.
 
-    It is compared with the same model in a bare loop with fused AdamW. Leave the machine idle
-    meanwhile.
+    It is compared with a bare loop that trains the same model with fused AdamW. Run nothing else on
+    the machine meanwhile.
 
     For example:
       sinkgd bench loop
@@ -30,13 +30,13 @@ class Loop:
     """Recipes to run in the training loop, names separated by commas."""
 
     rounds: int = 7
-    """Blocks of steps of each loop, a count; figures are medians over them."""
+    """Number of blocks of steps that each loop runs; figures are medians over blocks."""
 
     steps_per_block: int = 5
-    """Length of a block, optimizer steps."""
+    """Length of a block, in optimizer steps."""
 
     out: Path | None = None
-    """JSON file to write, besides the table on the terminal."""
+    """JSON file to write, in addition to the table on the terminal."""
 
     config: Path | None = None
     """TOML file with defaults for the options below, one table for each group."""

@@ -74,7 +74,7 @@ _ARMS = (*(arm for alpha in ALPHAS for arm in arms_with(alpha)), *controls(_ADAM
 
 ALPHA = Study(
     name="alpha",
-    question="What α, the matrices’ rate beside that of everything else, is best at lr 0.02, "
+    question="Which α, the matrices’ rate relative to that of everything else, is best at lr 0.02, "
     "as in the paper and with deflation?",
     background="Scetbon et al. 2025 use α = 0.05 at lr 0.02. Here α is the only option that is "
     "tuned for SinkGD, as in the paper and with deflation; each AdamW has a grid with as many "

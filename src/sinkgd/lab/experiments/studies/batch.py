@@ -122,7 +122,7 @@ def _setting(
 
 BATCH = Study(
     name="batch",
-    question="Does SinkGD hold against AdamW as the batch grows?",
+    question="Does SinkGD keep up with AdamW as the batch grows?",
     background="Two independent reports find the paper’s SinkGD behind AdamW at larger batches. "
     "All arms train on the same number of tokens, so a larger batch takes fewer steps.",
     settings={

@@ -72,7 +72,7 @@ def roughness(run: Run) -> float | None:
     """Return the roughness of the training curve, nats.
 
     It is the root mean square of the second differences of the mean losses between evaluations.
-    Only the second half of the run counts, after the bend at the start. A straight line has 0.
+    Only the second half of the run counts, without the steep start. A straight line has 0.
 
     Returns:
         Nats, or None with fewer than three losses in the second half.
@@ -102,7 +102,7 @@ def _came_down(evaluations: Sequence[Evaluation]) -> bool:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Check the conditions of the ablation one by one."""
+    """Check each condition of the ablation."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     control = results.arm(CONTROL)
@@ -157,13 +157,13 @@ def _sharpness(results: StudyResults) -> str:
     """State whether the sharper or the softer variant beats the middle one."""
     middle = results.arm("S1")
     if middle is None:
-        return "S1 has no result: sharper and softer cannot be told."
+        return "S1 has no result, so sharper and softer cannot be compared with it."
     words = [
         f"{kind} ({name}, τ {VARIANTS[name][0]:g}) {_standing(results, one, middle)}"
         for kind, name in (("sharper", "S2"), ("softer", "S3"))
         if (one := results.arm(name)) is not None
     ]
-    return f"Beside S1, {' and '.join(words)}." if words else "S1 stands alone."
+    return f"Beside S1, {' and '.join(words)}." if words else "Only S1 has a result."
 
 
 def _standing(results: StudyResults, one: ArmResults, middle: ArmResults) -> str:

@@ -34,7 +34,7 @@ KEPT = {"adamw": 2, "sinkgd": 0, "sinkgd-table": 1, "sage": 1}  # stored numbers
 
 
 def arms_with(lr: float, matrix_lr: float) -> tuple[Arm, ...]:
-    """Return arms with SinkGD on hidden matrices, and each algorithm on embedding and head.
+    """Return one arm per algorithm for embedding and head, all with SinkGD on hidden matrices.
 
     Args:
         lr: Learning rate of vectors, which AdamW updates in all arms.
@@ -74,7 +74,7 @@ def judge(results: StudyResults) -> Verdict:
 
 TABLES = Study(
     name="tables",
-    question="What should embeddings and the output head go by?",
+    question="Which algorithm should train embeddings and the output head?",
     background="SinkGD’s authors leave them to Adam. DeepSeek reportedly uses a variant of "
     "Sinkhorn for these tables; SAGE’s authors find that the paper’s SinkGD fails there, and "
     "propose another method.",

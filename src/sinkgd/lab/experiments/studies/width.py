@@ -170,7 +170,7 @@ _MACHINE = replace(MACHINE, training=replace(MACHINE.training, steps=120))
 
 WIDTH = Study(
     name="width",
-    question="Does the best rate of matrices move with the width, and does a rule stop it?",
+    question="Does the best rate of matrices depend on the width, and does a rule prevent that?",
     background="Axolotl reports that the best rate of raw SinkGD falls as 1/d_in, like Adam’s, and "
     "that pinning the operator norm to √(d_out/d_in) makes it independent of the width. Deflation, "
     "our default, bounds that norm in another way.",

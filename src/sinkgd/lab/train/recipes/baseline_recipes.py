@@ -81,7 +81,7 @@ _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.999}
 FROM_TORCH = (
     Recipe(
         "adam",
-        "Adam with one learning rate for all: the benchmark's own",
+        "Adam with one learning rate for all parameters: the benchmark's baseline",
         "Zhao et al. 2024 (GaLore): 1e-3 was best of its grid up to 350M; torch's betas",
         {"lr": 1e-3, **_ADAM, "clip_norm": 0.0},
         _adam,
@@ -89,7 +89,7 @@ FROM_TORCH = (
     ),
     Recipe(
         "adamw",
-        "AdamW with clipping and a learning rate for each role: the fair baseline",
+        "AdamW with clipping and a separate rate for embeddings and head: the fair baseline",
         "clipping at 1, as is common; rates: benchmarks/learning_rates",
         {"lr": 0.08, "matrix_lr": 3e-3, "weight_decay": 0.0, **_ADAM_095, "clip_norm": 1.0},
         _adamw,
@@ -97,7 +97,7 @@ FROM_TORCH = (
     ),
     Recipe(
         "adamw-one-lr",
-        "AdamW with one learning rate for all and no clipping: the papers' baseline",
+        "AdamW with one learning rate for all parameters and no clipping: the papers' baseline",
         "Zhao et al. 2024 (GaLore), no clipping, no decay; rate: benchmarks/learning_rates",
         {"lr": 3e-3, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _adamw_one_lr,
@@ -105,7 +105,7 @@ FROM_TORCH = (
     ),
     Recipe(
         "sgd",
-        "plain SGD with clipping: the floor in memory",
+        "plain SGD with clipping: the least memory",
         "a round value, not tuned",
         {"lr": 0.5, "weight_decay": 0.0, "clip_norm": 1.0},
         _sgd,
@@ -114,7 +114,7 @@ FROM_TORCH = (
     Recipe(
         "sgd-momentum",
         "SGD with momentum and clipping",
-        "momentum 0.9, as is common; sgd's rate times 1 - 0.9, the same sum of steps; not tuned",
+        "momentum 0.9, as is common; sgd's rate times 1 - 0.9, for equal total steps; not tuned",
         {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "clip_norm": 1.0},
         _sgd,
         can_shard=True,
@@ -287,9 +287,10 @@ FROM_PAPERS = (
     ),
     Recipe(
         "fira",
-        "GaLore, and what it leaves out, scaled by column, with a limit on its growth",
+        "GaLore plus the part of the gradient that GaLore leaves out, scaled by column, with a "
+        "limit on the growth of that part",
         "Chen et al. 2024, pre_training_c4/scripts: 0.25, rank a quarter of the hidden size. As in "
-        "the authors' code the scale shrinks what is taken out of the gradient, too. "
+        "the authors' code the scale also applies to what is subtracted from the gradient. "
         "pytorch-optimizer renews projections one step earlier",
         {**_BENCHMARK, "rank": 0, "projection_scale": 0.25},
         _fira,
@@ -305,7 +306,7 @@ FROM_PAPERS = (
     ),
     Recipe(
         "apollo-mini",
-        "APOLLO of rank 1 with one scale for a matrix",
+        "APOLLO of rank 1 with one scale for each matrix",
         "Zhu et al. 2024, scripts/pretrain_c4: rank 1, scale 128 under a square root. Written "
         "here, as apollo",
         {**_BENCHMARK, "projection_scale": 128.0},
@@ -322,7 +323,8 @@ FROM_PAPERS = (
     ),
     Recipe(
         "stable-spam",
-        "all by Adam on clipped and normalized gradients, its moments reset now and then",
+        "all parameters by Adam on clipped and normalized gradients, with the moments reset "
+        "periodically",
         "Huang et al. 2025, the call in their README: 0.7, 0.9, 0.999, resets every 1000 steps; "
         "without its decay of the moments over the run. pytorch-optimizer resets before a step, "
         "the authors' code steps once more with the old moments",
@@ -332,7 +334,7 @@ FROM_PAPERS = (
     ),
     Recipe(
         "adafactor",
-        "all by Adam's second moment from row and column means, without momentum",
+        "all parameters by Adam's second moment from row and column means, without momentum",
         "Shazeer & Stern 2018, as in Zhao et al. 2024 (GaLore): no relative step, no scaling by "
         "the weights, clipping at RMS 1; adam's rate. pytorch-optimizer caps the decay of the "
         "second moment, here at 0.999",
@@ -342,7 +344,7 @@ FROM_PAPERS = (
     ),
     Recipe(
         "lion",
-        "all by the sign of a momentum",
+        "all parameters by the sign of a momentum",
         "Chen et al. 2023: their betas; a tenth of adamw-one-lr's rate, as they advise; not tuned",
         {"lr": 3e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "clip_norm": 0.0},
         _lion,
@@ -350,8 +352,8 @@ FROM_PAPERS = (
     ),
     Recipe(
         "soap",
-        "all by Adam in the eigenbasis of Shampoo: tables on their shorter side, vectors as they "
-        "are; the first step only measures",
+        "all parameters by Adam in the eigenbasis of Shampoo: embedding and head on their "
+        "shorter side, vectors without a basis; the first step changes no weight",
         "Vyas et al. 2024, the authors' defaults: lr 3e-3, betas 0.95, decay 0.01, a new basis "
         "every 10 steps",
         {

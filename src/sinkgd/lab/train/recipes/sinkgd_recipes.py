@@ -139,8 +139,8 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
     build: Callable[[nn.Module, Options], Optimizer] = _OneNorm(norm)
     return Recipe(
         name,
-        f"{summary}; block matrices, the rest by AdamW",
-        "one projection, so that updates have RMS 1 as SinkGD's have; sinkgd-paper's rates",
+        f"block matrices by {summary}, the rest by AdamW",
+        "one projection, so that updates have RMS 1, as SinkGD's do; sinkgd-paper's rates",
         {**_PAPERS_RATES, **_STATELESS},
         build,
         can_shard=True,
@@ -204,7 +204,8 @@ FAMILY = (
     ),
     Recipe(
         "tempered",
-        "all by row and column sums in turn, a tanh, and the gradient's own size",
+        "all parameters by TemperedSinkGD: rows and columns divided by their sums in turn, a "
+        "tanh, and steps of the gradient's own size",
         "TemperedSinkGD's default arguments; not tuned here",
         {"lr": 3e-4, "weight_decay": 0.1, "tau": 0.1, "n_iter": 5, **_STATELESS},
         _tempered,
@@ -213,7 +214,7 @@ FAMILY = (
     ),
     Recipe(
         "spam",
-        "all by Adam with spikes cut off, its moments reset now and then",
+        "all parameters by Adam, with spikes clipped and the moments reset periodically",
         "Huang et al. 2025, https://arxiv.org/abs/2501.06842: theta 5000, resets every 500 steps, "
         "150 of warm-up after each; adam's rate; not tuned here",
         {
@@ -230,7 +231,8 @@ FAMILY = (
     ),
     Recipe(
         "adamw-spam",
-        "all by AMSGrad's AdamW, clipped at 1, whose moments shrink at a spike and are reset",
+        "all parameters by AdamW with AMSGrad, clipped at 1; its moments shrink at a spike and "
+        "are reset periodically",
         "the control of the tempered variant's ablation (Lens L6): lr, decay and resets as there",
         {
             "lr": 6e-4,
@@ -245,7 +247,8 @@ FAMILY = (
     ),
     Recipe(
         "scale",
-        "matrices and tables by rows of equal length, the head's momentum; vectors by AdamW",
+        "matrices, embeddings and head by row normalization, the head with momentum; vectors by "
+        "AdamW",
         "Glentis et al. 2025, https://arxiv.org/abs/2506.16659: 1e-3, momentum .9; not tuned here",
         {"lr": 1e-3, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "momentum": 0.9}
         | _STATELESS,
@@ -253,8 +256,8 @@ FAMILY = (
         can_shard=True,
         can_release=True,
     ),
-    _one_norm("rows-only", "rows of equal length", sinkgd.RowNorm()),
-    _one_norm("columns-only", "columns of equal length", sinkgd.ColumnNorm()),
+    _one_norm("rows-only", "rows scaled to equal length", sinkgd.RowNorm()),
+    _one_norm("columns-only", "columns scaled to equal length", sinkgd.ColumnNorm()),
     _one_norm("frobenius", "each gradient divided by its own RMS", sinkgd.FrobeniusNorm()),
-    _one_norm("sign", "signs of the gradient", sinkgd.SignNorm()),
+    _one_norm("sign", "the signs of the gradient", sinkgd.SignNorm()),
 )
