@@ -344,3 +344,35 @@ def test_the_reference_has_every_exported_name():
         line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: sinkgd.")
     }
     assert NAMES - shown == set()
+
+
+def test_the_table_of_fine_tuning_is_the_record():
+    path = ROOT / "benchmarks" / "finetune" / "2026-11-29-gpt2-nano.jsonl"
+    found = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        if run["ratio"] in (1.0, 0.3):
+            found[run["arm"], run["lr"]].append(run)
+    page = (ROOT / "docs" / "from-adamw.md").read_text(encoding="utf-8")
+    rows = {
+        "adamw": "| AdamW |",
+        "sinkgd deflated": "| `adamw_lr`, the default |",
+        "sinkgd plain": "| `adamw_lr`, `deflated_rank=0` |",
+    }
+    for arm, start in rows.items():
+        cells = [
+            f"{mean(x['new'] for x in found[arm, lr]):.3f} "
+            f"({mean(x['old'] for x in found[arm, lr]):.3f})"
+            for lr in (0.001, 0.002, 0.003)
+        ]
+        assert " ".join([start, *(f"{cell} |" for cell in cells)]) in page
+        for lr in (0.001, 0.002):
+            assert {x["seed"] for x in found[arm, lr]} == {0, 1, 2}
+            assert max(x["largest rise"] for x in found[arm, lr]) < 0
+    at_best = {arm: {x["seed"]: x for x in found[arm, 0.002]} for arm in rows}
+    for arm, gain in (("sinkgd deflated", "0.022"), ("sinkgd plain", "0.014")):
+        gains = [at_best["adamw"][i]["new"] - at_best[arm][i]["new"] for i in range(3)]
+        assert min(gains) > 0
+        assert f"{mean(gains):.3f}" == gain
+        assert gain in page
+        assert all(at_best["adamw"][i]["old"] > at_best[arm][i]["old"] for i in range(3))
