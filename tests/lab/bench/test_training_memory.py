@@ -115,11 +115,13 @@ def test_the_last_step_counts_alone():
 
 @pytest.mark.slow
 def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
-    use = training_memory.measure_in_fresh_processes(
-        replace(case(release=True), model="llama-20m", vocab_size=None)
-    )
-    assert not isinstance(use, str), use
-    assert use.peak_bytes == pytest.approx(use.outside_bytes, rel=0.2)
+    given = replace(case(release=True), model="llama-20m", vocab_size=None)
+    uses = [training_memory.measure_in_fresh_processes(given) for _ in range(2)]
+    assert not any(isinstance(use, str) for use in uses), uses
+    # What the system counts also has pages of libraries that a process happens to load meanwhile,
+    # so the lesser of two counts is nearer to the step's own.
+    least = min(uses, key=lambda use: use.outside_bytes)
+    assert least.peak_bytes == pytest.approx(least.outside_bytes, rel=0.2)
 
 
 @pytest.mark.parametrize(
