@@ -209,5 +209,7 @@ def test_shards_of_the_format_before_say_that_they_do_not_know(benchmark, monkey
     _, dataset = benchmark
     old = replace(dataset.manifest, largest_id=None, format_version=1)
     monkeypatch.setattr(Manifest, "read", lambda folder: old)
-    with pytest.raises(ConfigError, match="do not say which of them occur; run `sinkgd prepare`"):
+    with pytest.raises(
+        ConfigError, match="do not say which of them occur; either run `sinkgd prepare`"
+    ):
         job(dataset.folder, len(PIECES))

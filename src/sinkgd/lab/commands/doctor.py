@@ -18,6 +18,7 @@ EXTRAS = {
     "c4": (("datasets",), "streaming C4 from the hub"),
     "parquet": (("pyarrow",), "texts in Parquet and zst files"),
     "transformers": (("transformers", "accelerate"), "Hugging Face Trainer"),
+    "trainers": (("lightning", "peft", "trl"), "trainers of Lightning and TRL, adapters of PEFT"),
     "tensorboard": (("tensorboard",), "results in TensorBoard"),
     "wandb": (("wandb",), "results in Weights & Biases"),
     "trackio": (("trackio",), "results in trackio"),
