@@ -1,16 +1,16 @@
-r"""Lower a matrix's leading singular values to the next one, in two readings of the matrix.
+r"""Lower a matrix's leading singular values to the next one, reading the matrix twice.
 
-No singular value is computed. A block power iteration finds k + 1 orthonormal directions. From a
-fixed block Ω, the first reading finds :math:`X^\top X \Omega`, and the second one the products with
-its directions V and with their images. As :math:`B = X^\top Q` follows from :math:`X^\top Z`, no
-third reading is needed:
+No singular value is computed. A block power iteration finds k + 1 orthonormal directions. The first
+reading computes :math:`X^\top X \Omega` for a fixed block Ω. The second one computes the products
+with its directions V and with their images. As :math:`B = X^\top Q` follows from
+:math:`X^\top Z`, no third reading is needed:
 
 .. math::
     V = \mathrm{orth}(X^\top X \Omega), \qquad Z = X V, \qquad C = X^\top Z, \qquad
     Z = Q R, \qquad B = C R^{-1}
 
 The columns of B are nearly orthogonal, and their lengths :math:`b_1, …, b_{k+1}` are close to the
-leading singular values where these are well apart, and within a factor of 3 where they are not. The
+leading singular values if these are well apart, and within a factor of 3 if they are not. The
 first k directions are lowered to the level ℓ of the next one:
 
 .. math::
@@ -22,9 +22,9 @@ first k directions are lowered to the level ℓ of the next one:
 Each term has a reason:
 
 - :math:`b_{k+1}` keeps the order of the directions: no column of B becomes shorter than the next.
-- The second term is the mean square of the other singular values, which the largest of them is
-  never below. It counts where Ω happens to miss the next direction.
-- The third term counts where X has no more than k directions. The other directions then consist of
+- The second term is the mean square of the other singular values; the largest of them is never
+  smaller. It matters if Ω happens to miss the next direction.
+- The third term matters if X has at most k directions. The other directions then consist of
   rounding errors, which must not be amplified.
 
 Letters, everywhere in this file:
@@ -44,20 +44,20 @@ from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
-# A computation for `sinkgd.exchange`: of float64 numbers, in place or not.
+# Returns a computation for `sinkgd.exchange` that adds up float64 tensors, in place or not.
 Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
 
 # No direction is lowered below this part of the longest one. Gradients in bfloat16 have rounding
-# errors of 2^-9 an entry, whose energy stays below 1 % of the update's at this level.
+# errors of 2^-9 per entry, whose energy stays below 1 % of the update's at this level.
 LEAST_LEVEL = 2.0**-6
-# Added to products of k vectors, relative to their trace, so that these have a Cholesky factor in
-# any case.
+# Added to the Gram matrix of k vectors, relative to its trace, so that it always has a Cholesky
+# factor.
 _RIDGE = 2.0**-48
 # A direction of Z below this part of Z's Frobenius norm counts as zero: it is far below the least
-# level, and float32 products know its column of B to 2^-24 · 2^9 of the longest at best.
+# level, and float32 products give its column of B to 2^-24 · 2^9 of the longest at best.
 _SHORTEST = 2.0**-9
-# The golden ratio's fraction is far from all fractions, so that the sines of its multiples by the
-# squares 1, 4, 9, … repeat nothing.
+# The fractional part of the golden ratio is far from all simple fractions, so that the sines of its
+# multiples by the squares 1, 4, 9, … do not repeat.
 _IRRATIONAL = 0.6180339887498949
 
 
@@ -81,9 +81,9 @@ class Leading(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Vectors of many matrices, k of each: blocks of as many entries, of which each has some.
+    """k vectors for each of many matrices, stored in blocks of equal size.
 
-    A matrix's blocks follow each other; what they have beyond its entries is zero.
+    The blocks of a matrix are consecutive, and are padded with zeros.
     """
 
     blocks: Tensor  # (blocks, entries, k) float64
@@ -104,16 +104,16 @@ class Packed(NamedTuple):
 
 
 class PackedProducts(Protocol):
-    """Products of the matrices of some tensors with vectors that lie together."""
+    """Products of matrices with packed vectors; a tensor may hold several of the matrices."""
 
-    least: Tensor  # the lesser side of each matrix, (matrices, 1, 1) float64
-    entries: Tensor  # how many it has
+    least: Tensor  # the shorter side of each matrix, (matrices, 1, 1) float64
+    entries: Tensor  # the number of entries of each matrix, (matrices, 1, 1) float64
 
     def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
         """Return X V and Xᵀ X V of each matrix.
 
         Args:
-            vectors: V, the blocks of all one after the other; None for those that matrices share.
+            vectors: V, the blocks of all matrices; None for the vectors that matrices share.
         """
         ...
 
@@ -122,22 +122,22 @@ class PackedProducts(Protocol):
         ...
 
     def by_tensor(self, vectors: Tensor, *, of_rows: bool) -> list[Tensor]:
-        """Return the vectors of each tensor ``(..., m, n)``: ``(..., m, k)``, or n with columns."""
+        """Return the vectors of each tensor: ``(..., m, k)``, or ``(..., n, k)`` for columns."""
         ...
 
     def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
-        """Return, of one number a matrix, those of each tensor: ``(...)``."""
+        """Group one number per matrix by tensor: ``(...)`` for each."""
         ...
 
     def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
-        """Return of each tensor, 0-dim, whether the flags of all its matrices are true."""
+        """Return for each tensor, 0-dim, whether the flags of all its matrices are True."""
         ...
 
 
 class Products(Protocol):
-    """Products of some X ``(..., m, n)`` with k vectors each, to be asked for again and again.
+    """Products of tensors X ``(..., m, n)`` with k vectors each, computed repeatedly.
 
-    What is given and returned is float64, one tensor for each X.
+    Arguments and results are float64, one tensor for each X.
     """
 
     def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
@@ -153,15 +153,15 @@ class Products(Protocol):
         ...
 
     def squares(self) -> list[Tensor]:
-        """Return the square of each Frobenius norm, ``(..., 1, 1)``; known once X and Xᵀ were."""
+        """Return the square of each Frobenius norm, ``(..., 1, 1)``, known after both products."""
         ...
 
 
 class StoredProducts:
-    """Products of matrices that are there, by torch.
+    """Products of stored matrices, computed by torch.
 
     Args:
-        xs: ``(..., m, n)``, float32 or float64, each as `matrix_buffer` makes them.
+        xs: ``(..., m, n)``, float32 or float64, each with the memory layout of `matrix_buffer`.
     """
 
     def __init__(self, xs: Sequence[Tensor]) -> None:
@@ -201,7 +201,7 @@ def deflate(x: Tensor, rank: int) -> Tensor:
     Returns:
         ``(..., m, n)``. No singular value grows. The level is at least 2^-6 of the longest column
         of B; singular values differ from these lengths as described at the top of this module. A
-        zero matrix stays zero. Needs two matrices of scratch.
+        zero matrix stays zero. Needs scratch memory for two matrices.
 
     Raises:
         ValueError: If ``rank`` is below 1.
@@ -222,7 +222,7 @@ def deflate(x: Tensor, rank: int) -> Tensor:
 
 
 def check_rank(rank: int) -> None:
-    """Refuse a ``rank`` that leaves nothing to do."""
+    """Refuse a ``rank`` below 1."""
     check_whole_number("rank", rank)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -231,7 +231,7 @@ def check_rank(rank: int) -> None:
 def deflate_(x: Tensor, rank: int) -> None:
     """Lower the leading singular values of each matrix of ``(..., m, n)``, not empty, in place.
 
-    Its entries are to be of a size whose square is in range; it is as `matrix_buffer` makes it.
+    The squares of its entries must be in range, and its memory layout that of `matrix_buffer`.
     """
     m, n = x.shape[-2:]
     k = min(rank, m - 1, n - 1)
@@ -250,15 +250,15 @@ def find_leading(
     over_rows: Sum,
     over_columns: Sum | None = None,
 ) -> Steps[list[Leading]]:
-    """Find what lowers the leading singular values of matrices that may lie in pieces.
+    """Find the part to subtract from each matrix; the matrices may be sharded.
 
     Args:
-        products: Of the matrices, or this rank's pieces of them, in a size whose square is in
-            range.
-        blocks: Ω of each, ``(..., n, k + 1)`` float64: its rows for the columns that this rank has.
+        products: Products of the matrices, or of this rank's shards of them. The squares of their
+            entries must be in range.
+        blocks: Ω of each, ``(..., n, k + 1)`` float64: the rows for this rank's columns.
         shapes: m and n of the whole matrices; k is less than both.
-        over_rows: Adds up what ranks found along their pieces of columns.
-        over_columns: Adds up what they found along their pieces of rows; None where rows are whole.
+        over_rows: Adds up, over ranks, sums along columns.
+        over_columns: Adds up, over ranks, sums along rows; None if no row is sharded.
     """
     _, ahead = yield _of_both(products, blocks, over_columns)
     ahead, squares = _halves((yield over_rows([*ahead, *products.squares()])))
@@ -290,14 +290,14 @@ def find_leading(
 class PackedLeading(NamedTuple):
     """What deflation subtracts from many matrices, and the size of what remains."""
 
-    taken: Packed  # k + 1 vectors of each; with factors they are the left side, the last one zero
+    taken: Packed  # k + 1 vectors each; times the factors, the left side, whose last one is zero
     factors: Tensor  # (matrices, k + 1, k + 1)
     right: Packed
     square: Tensor  # of the Frobenius norm of what remains, (matrices, 1, 1)
 
 
 def find_packed_leading(products: PackedProducts) -> PackedLeading:
-    """Do what `find_leading` does for whole matrices, in as many calls however many they are."""
+    """Do what `find_leading` does, for whole matrices, with a fixed number of torch calls."""
     _, ahead = products.of_both()
     inverse, _ = _root(ahead.grams())
     rows, columns = products.of_both(ahead.times(inverse).blocks.flatten(0, 1))
@@ -311,13 +311,13 @@ def find_packed_leading(products: PackedProducts) -> PackedLeading:
 
 
 def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return entries of all signs without a pattern, the same at every step, in float64."""
+    """Return entries of both signs without a pattern, the same at every step, in float64."""
     places = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device=device)
     return places.square_().mul_(_IRRATIONAL).sin_().view(*shape)
 
 
 def take_away_(x: Tensor, taken: LowRank) -> None:
-    """Subtract a matrix of low rank from ``(..., m, n)``, as `matrix_buffer` makes it."""
+    """Subtract a low-rank matrix from ``(..., m, n)``, laid out like a `matrix_buffer`."""
     left, right = (y.to(x.dtype) for y in taken)
     own, left, right = (y.unsqueeze(0).flatten(0, -3) for y in (x, left, right))
     own.baddbmm_(left, right.mT, alpha=-1)
@@ -341,9 +341,9 @@ def _times(vectors: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what travelled in one message, of all matrices one number and then the other.
+    """Split the content of a message into the first and the second quantity of all matrices.
 
-    The list is emptied: nobody else is to keep its tensors.
+    Empties the list, so that its tensors can be freed.
     """
     half = len(numbers) // 2
     halves = numbers[:half], numbers[half:]
@@ -354,11 +354,11 @@ def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def _at_once(
     function: Callable[..., tuple[Tensor, Tensor]], *numbers: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Apply a function of small matrices to lists of them, with one call for all of one width.
+    """Apply a function of small matrices to lists of them, with one call per width.
 
     Args:
         function: Takes a tensor ``(..., a, b)`` of each list, and returns two of that form.
-        numbers: Lists of one length; the first one decides on the width b.
+        numbers: Lists of equal length; the first one determines the width b.
     """
     kinds: dict[int, list[int]] = {}
     for i, x in enumerate(numbers[0]):
@@ -386,15 +386,15 @@ def _in_batches(x: Tensor, batch: torch.Size) -> Tensor:
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the inverse of R, upper triangular, with RᵀR the products ``(..., k, k)`` of k vectors.
+    """Invert the upper Cholesky factor R of the Gram matrix ``(..., k, k)`` of k vectors.
 
-    Where the vectors have fewer directions, what is divided by R comes out shorter than 1 along
+    If the vectors span fewer than k directions, vectors divided by R are shorter than 1 along the
     others.
 
     Returns:
         The inverse, and the same with zeros for directions no longer than rounding errors.
     """
-    # What is multiplied by it is diagonal; inductor warns of a view of the diagonal.
+    # Products with it extract the diagonal; inductor warns about a view of the diagonal.
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     size = or_one((gram * eye).sum((-2, -1), keepdim=True))
     root = torch.linalg.cholesky_ex(gram / size + _RIDGE * eye).L.mT
@@ -405,7 +405,7 @@ def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lowering(lengths: Tensor, square: Tensor, others_count: Tensor) -> tuple[Tensor, Tensor]:
-    """Find what brings the leading directions down to the level of the next one.
+    """Find how much to subtract, to lower the leading directions to the level of the next one.
 
     Args:
         lengths: b², ``(..., 1, k + 1)``.
@@ -413,7 +413,7 @@ def _lowering(lengths: Tensor, square: Tensor, others_count: Tensor) -> tuple[Te
         others_count: min(m, n) − k, ``(..., 1, 1)``.
 
     Returns:
-        The share of each direction to be taken, ``(..., 1, k)``; and the square of the norm of what
+        The share of each direction to subtract, ``(..., 1, k)``; and the square of the norm of what
         remains, ``(..., 1, 1)``.
     """
     leading, following = lengths[..., :-1], lengths[..., -1:]

@@ -1,9 +1,10 @@
 """A scheduler of coroutines that add up vectors over process groups, with few messages.
 
 A computation is a call of a generator function, which `exchange` runs. If it yields a `Sum`, it
-continues when the vector has been added up. If it yields another computation, or a list that run
-side by side, it is sent their results. All that wait for one group share one message, so the number
-of messages is that of the longest computation, not of all together.
+continues when the vector has been added up. If it yields another computation, or a list of
+computations to run side by side, it is sent their results. All vectors that wait for one group
+share one message, so the number of messages is that of the longest computation, not of all
+together.
 
 torch.compile captures computations that need no message. It does not support generators that
 outlive the function that made them, nor values of ``yield from``; hence `Computation` and
@@ -69,7 +70,7 @@ def sums_in_turn(
 
 @computation
 def immediate(result: Result) -> Steps[Result]:
-    """Return a result that is known already."""
+    """Return a result that is already known."""
     yield from ()
     return result
 
@@ -99,7 +100,7 @@ def exchange(computations: Sequence[Computation[Result]]) -> list[Result]:
         try:
             asked = task.steps.send(value)
         except StopIteration as end:
-            result = end.args[0] if end.args else None  # torch.compile knows no end.value
+            result = end.args[0] if end.args else None  # torch.compile does not know end.value
             parent = task.parent
             if parent is None:
                 results[task.index] = result

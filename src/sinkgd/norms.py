@@ -167,7 +167,7 @@ class DeflatedNorm(_BuiltIn):
 
     The k leading singular values are lowered to the next one. This is not the projection of a norm,
     but it is close to `SpectralNorm`'s and cheaper: it multiplies the matrix with k + 1 vectors,
-    about 10 (k + 1) flops an entry, where whitening takes about 20 min(m, n).
+    about 10 (k + 1) flops per entry; whitening takes about 20 min(m, n).
 
     Args:
         rank: Directions k, at least 1.

@@ -24,7 +24,7 @@ def is_whole_number(value: object) -> bool:
 
 
 def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
-    """Refuse a value that is no number or is below ``least``; a tensor of one element is a number.
+    """Refuse a value that is not a number or is below ``least``; a tensor of one element is one.
 
     Raises:
         TypeError: With the argument's name and its value.
@@ -39,7 +39,7 @@ def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
 
 
 def check_whole_number(name: str, value: Any) -> None:
-    """Refuse a value that is no integer.
+    """Refuse a value that is not an integer.
 
     Raises:
         TypeError: With the argument's name and its value.
@@ -59,7 +59,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_decay_rate(name: str, value: Any) -> None:
-    """Refuse a value that is no number in [0, 1).
+    """Refuse a value that is not a number in [0, 1).
 
     Raises:
         TypeError: With the argument's name and its value.
@@ -71,7 +71,7 @@ def check_decay_rate(name: str, value: Any) -> None:
 
 
 def check_betas(name: str, value: Any) -> None:
-    """Refuse a value that is no pair of decay rates.
+    """Refuse a value that is not a pair of decay rates.
 
     Raises:
         TypeError: With the argument's name and its value.

@@ -68,7 +68,7 @@ def test_what_goes_on_is_saved_and_loaded_as_ours():
 @pytest.mark.parametrize(
     ("algorithms", "kind", "options", "message"),
     [
-        (["sinkgd", "adamw"], torch.optim.AdamW, {}, "Load the model's weights alone"),
+        (["sinkgd", "adamw"], torch.optim.AdamW, {}, "Load only the model's weights"),
         (["stateless"], torch.optim.AdamW, {}, "names no algorithm.*torch.optim.AdamW.*stateless"),
         (["spam"], torch.optim.AdamW, {}, "names no algorithm.*'spam'"),
         (["adamw", "adamw"], torch.optim.AdamW, {}, "the same parameters"),
@@ -86,7 +86,7 @@ def test_what_cannot_be_used_is_refused_with_a_remedy(algorithms, kind, options,
     before = str(optimizer.state_dict())
     with pytest.raises(ValueError, match=message) as caught:
         optimizer.load_state_dict(reference.state_dict())
-    assert "alone" in str(caught.value)
+    assert "only the model's weights" in str(caught.value)
     assert str(optimizer.state_dict()) == before
 
 

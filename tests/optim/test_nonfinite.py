@@ -165,8 +165,8 @@ class TestOfAnAccelerator:
 @pytest.mark.parametrize(
     ("count", "said"),
     [
-        (1, "the gradient of w0 holds NaN or infinity; the parameter was left as it was. Lower"),
-        (2, "the gradients of w0 and w1 hold NaN or infinity; these parameters were left as they"),
+        (1, "the gradient of w0 holds NaN or infinity; the parameter was left unchanged. Lower"),
+        (2, "the gradients of w0 and w1 hold NaN or infinity; these parameters were left"),
         (5, "the gradients of w0, w1, w2, w3 and w4 hold NaN or infinity; these parameters"),
         (24, "the gradients of w0, w1, w2, w3, w4 and 19 more hold NaN or infinity; these"),
     ],

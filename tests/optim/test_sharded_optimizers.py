@@ -681,9 +681,9 @@ def refusals():
     ("what", "said"),
     [
         ("with_a_sum_as_gradient", "ValueError: the gradient of 'w'.*redistribute"),
-        ("with_a_gradient_that_lies_otherwise", "TypeError: 'w' lies as .*redistribute"),
-        ("in_flat_pieces", "TypeError: 'w' lies in flat pieces.*FSDP2"),
-        ("with_zero", "TypeError: 'w' lies in flat pieces.*FSDP2"),
+        ("with_a_gradient_that_lies_otherwise", "TypeError: 'w' has placements .*redistribute"),
+        ("in_flat_pieces", "TypeError: 'w' was flattened by .*FSDP2"),
+        ("with_zero", "TypeError: 'w' was flattened by .*FSDP2"),
         ("swan", "TypeError: 'w' is sharded .*algorithm='sinkgd'"),
         ("warm_start_by_columns", "ValueError: .*warm_start.*'w'"),
     ],

@@ -61,7 +61,7 @@ class AdamWSPAM(GroupedOptimizer):
     or clip before the step. If one gradient is not finite, the whole group is left unchanged, and
     the norm is not remembered.
 
-    State: three numbers an entry. The last norms are saved with the group. A step needs all
+    State: three numbers per entry. The last norms are saved with the group. A step needs all
     gradients of the group, so `GradientRelease` refuses it.
 
     Args:

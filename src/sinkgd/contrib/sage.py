@@ -34,7 +34,7 @@ class Sage(Method):
         W \leftarrow (1 - \eta\lambda) W - \eta\, \mathrm{sign}(\beta_1 M + (1 - \beta_1) G)\, H
 
     and then :math:`M \leftarrow \beta_2 M + (1 - \beta_2) G`. :math:`\hat S` is S corrected for its
-    start at zero. State: one number an entry, in the parameter's type, and n + 1 float32. Rows may
+    start at zero. State: one number per entry, in the parameter's type, and n + 1 float32. Rows may
     be sharded; ranks then exchange n numbers a parameter, in one message for all.
 
     References:

@@ -33,7 +33,7 @@ class SinkGDVariant(SinkGD):
         lr: As in `SinkGD`.
         sinkhorn_iterations: As in `SinkGD`.
         warm_start: Start from the column scales of the last step. Fewer iterations then come as
-            close to the fixed point. Keeps n float32 of state a matrix.
+            close to the fixed point. Keeps n float32 of state per matrix.
         momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
             and the step goes along B. Its root-mean-square is then below 1.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
@@ -46,7 +46,7 @@ class SinkGDVariant(SinkGD):
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
             value, estimated by one power iteration a step, is 1 or √(m/n). ``lr`` is then no longer
             a root-mean-square. With ``"muon"`` it is the largest change of an output for an input
-            of root-mean-square 1. Keeps n float32 a matrix.
+            of root-mean-square 1. Keeps n float32 per matrix.
         **options: All other arguments of `SinkGD`.
 
     Raises:

@@ -51,7 +51,7 @@ class SPAM(GroupedOptimizer):
     do. The warm-up scales ``lr``, and with it the weight decay. As in the authors' code, nothing is
     clipped for ``clip_delay`` steps after a start or a reset. Nothing is clipped where v is zero,
     since v would then stay zero. Each parameter counts the steps that updated it. State: two
-    numbers an entry.
+    numbers per entry.
 
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape, whole or sharded.

@@ -28,7 +28,8 @@ class SRON(MNGD):
         **options: The keyword options of `MNGD`.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        ValueError: If an option is out of range, or a parameter is not a matrix; the message names
+            it.
         TypeError: If a parameter is not real and floating.
 
     Examples:

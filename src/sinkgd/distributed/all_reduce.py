@@ -1,8 +1,8 @@
 """Sums over the ranks that share a parameter.
 
-All functions return computations for `sinkgd.exchange`, which sends one message a process group
-for all that run side by side. Numbers that no group shares need no message, and torch.distributed
-is not imported.
+All functions return computations for `sinkgd.exchange`, which sends one message per process group
+for all computations that run side by side. Numbers that no group shares need no message, and
+torch.distributed is then not imported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def all_reduce(numbers: Tensor, groups: "Groups") -> Computation[Tensor]:
     """Return the sums over ranks of numbers ``(k,)``, each over its own groups.
 
     Args:
-        numbers: What this rank knows. Not modified.
+        numbers: This rank's terms of the sums. Not modified.
         groups: For each number, the process groups over which it is added up.
     """
     indices: dict[tuple[ProcessGroup, ...], list[int]] = {}
@@ -41,7 +41,7 @@ def all_reduce(numbers: Tensor, groups: "Groups") -> Computation[Tensor]:
 def _sum_by_groups(
     numbers: Tensor, indices: "Mapping[tuple[ProcessGroup, ...], Sequence[int]]"
 ) -> Steps[Tensor]:
-    each = numbers.unbind()  # an index would have to travel to the device
+    each = numbers.unbind()  # an index would have to be copied to the device
     found = yield [_sum(torch.stack([each[i] for i in own]), of) for of, own in indices.items()]
     totals: dict[int, Tensor] = {}
     for own, sums in zip(indices.values(), found, strict=True):
@@ -54,7 +54,7 @@ def all_reduce_tensors(tensors: Sequence[Tensor], groups: "Groups") -> Steps[lis
     """Return the sums over ranks of tensors of one dtype and any shapes.
 
     Args:
-        tensors: What this rank knows. Their memory is reused.
+        tensors: This rank's terms of the sums. Their memory is reused.
         groups: For each tensor, the process groups over which it is added up.
     """
     flat = [tensor.flatten() for tensor in tensors]
@@ -72,7 +72,7 @@ def all_ranks_agree(flags: Tensor, groups: "Groups") -> Steps[Tensor]:
 def sum_over_columns(
     numbers: Sequence[Tensor], matrices: Sequence[ParamMatrix]
 ) -> Computation[list[Tensor]]:
-    """Complete sums along rows, of which this rank knows those over its own columns.
+    """Complete sums along rows, given the sums over each rank's own columns.
 
     Args:
         numbers: A float64 tensor of any shape for each matrix. Their memory is reused.
@@ -84,7 +84,7 @@ def sum_over_columns(
 def sum_over_rows(
     numbers: Sequence[Tensor], matrices: Sequence[ParamMatrix]
 ) -> Computation[list[Tensor]]:
-    """Complete sums along columns, of which this rank knows those over its own rows."""
+    """Complete sums along columns, given the sums over each rank's own rows."""
     return _sum_if_shared(numbers, [x.sharding.col_groups if x.sharding else () for x in matrices])
 
 
@@ -92,7 +92,7 @@ def sum_over_rows(
 def row_lengths(matrices: Sequence[ParamMatrix], backend: Backend) -> Steps[list[Tensor]]:
     """Return the l2 norm of every row that this rank holds or shares: ``(..., m, 1)``, float64.
 
-    Reads the gradients once. Sends one message where columns are sharded.
+    Reads the gradients once. Sends one message if columns are sharded.
     """
     grads = [matrix.grad for matrix in matrices]
     columns = sum(prod(grad.shape[:-2]) * grad.shape[-1] for grad in grads)

@@ -2,16 +2,16 @@
 
 With S = G∘G an iteration is r² = n / (S c²), c² = m / (Sᵀ r²). A rank has its shard of G, and the
 scales of its own rows and columns. It lacks the sums over the other shards. So ranks exchange
-vectors, one number a row or column of a shard, and never a matrix.
+vectors, one number per row or column of a shard, and never a matrix.
 
 Letters, everywhere in this file:
     r2, c2: the squares of the scales of this rank's rows and columns, float64, of all matrices
     live: how many rows or columns of a matrix are not zero, over all ranks
 
-Zero rows and columns have no scale. If they counted, the other scales would drift: r by a factor an
-iteration, c by its inverse. So lengths are counted without them; only the last half step of the
-last iteration uses the true length. All ranks of a matrix take the same decisions, as they decide
-by sums that all of them have.
+Zero rows and columns have no scale. If they counted, the other scales would drift: r by a factor
+per iteration, c by its inverse. So lengths are counted without them; only the last half step of the
+last iteration uses the true length. All ranks of a matrix make the same decisions, since they
+decide by sums that all of them know.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def solve_sharded(
         matrices.grads, shardings, backend, num_iters, tol=tol, starts=matrices.starts
     )
     finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.owners])
-    # Ranks that hold other matrices of a batch had no part in the sums.
+    # Ranks that hold other matrices of a batch did not take part in the sums.
     others = [shardings[own.start].batch_groups for own in matrices.owners]
     finite = yield all_ranks_agree(finite, others)
     return Descent(finite, scales)
@@ -79,14 +79,14 @@ def find_scales(
     """Find the scales of sharded matrices.
 
     A computation for `exchange`: every rank that holds a shard of a matrix must run it, with the
-    same matrices in the same order. It costs ``num_iters`` messages a process group, whatever the
-    number of matrices. It costs one more where a group shards rows of some matrices and columns of
+    same matrices in the same order. It costs ``num_iters`` messages per process group, whatever the
+    number of matrices. It costs one more if a group shards rows of some matrices and columns of
     others, and no order of the groups suits both.
 
     Args:
         grads: This rank's shards, ``(..., m, n)``; some may be empty.
         shardings: How the matrices are sharded.
-        backend: What adds up this rank's shards.
+        backend: The backend that adds up this rank's shards.
         num_iters: Iterations L.
         tol: As in `sinkgd.kernels.Backend.scales`. Each iteration then waits for the device.
         starts: As there, for this rank's shards.
@@ -144,7 +144,7 @@ def _iterate(
         last, new = r2, _inverse(rows.spread(counted if number else n), row_sums)
         moved = rows.count(~((new >= low * last) & (new <= high * last)))
         r2 = new if tol is None else torch.where(rows.spread(moving), new, last)
-        live_rows = rows.count((r2 != 0) + 0 * r2)  # not finite where a scale is not
+        live_rows = rows.count((r2 != 0) + 0 * r2)  # not finite if a scale is not
         col_sums = torch.cat([sums.of_cols(r2), live_rows, moved])
         yield from sums_in_turn(col_sums, col_groups)
         col_sums, live_rows, moved = torch.split(col_sums, [cols.length, len(m), len(m)])
@@ -163,7 +163,7 @@ def _iterate(
 def _scales_of(
     rows: Sequence[Tensor], cols: Sequence[Tensor], dtypes: Sequence[torch.dtype]
 ) -> list[Scales]:
-    """Call `scales_of` for each gradient, with one call for all of one shape and dtype."""
+    """Call `scales_of` for each gradient, with one call per shape and dtype."""
     alike: dict[object, list[int]] = {}
     for i, (row, col) in enumerate(zip(rows, cols, strict=True)):
         alike.setdefault((row.shape, col.shape, dtypes[i]), []).append(i)
@@ -193,7 +193,7 @@ class _Vectors:
 
     Args:
         shapes: The shape of each batch of vectors, ``(..., m, 1)`` or ``(..., 1, n)``.
-        device: The device of all.
+        device: Their device.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
@@ -231,7 +231,7 @@ class _Vectors:
 
 
 # Indices are made on the host and copied to a device once, so that no step waits for the copy. They
-# take four bytes a row or column. Every step, or with GradientRelease every flush, needs the same.
+# take four bytes per row or column. Every step needs the same, or every flush of GradientRelease.
 @lru_cache(maxsize=32)
 def _owners(lengths: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the index of the matrix of each entry, given each vector's length and batch size.

@@ -1,13 +1,13 @@
-"""The matrices of parameters, whole or sharded: what this rank holds, and who holds the rest.
+"""The matrices of parameters, whole or sharded: what this rank holds, and who has the rest.
 
 A mesh dimension that shards the rows cuts every column, so column sums are added up over its
-process group. One that shards the columns does the same to row sums. Which rows a rank holds does
-not matter to a sum, nor do mesh dimensions that replicate, or that shard a batch dimension.
+process group. One that shards the columns does the same to row sums. A sum does not depend on which
+rows a rank holds, nor on mesh dimensions that replicate or that shard a batch dimension.
 
 ``split`` cuts the rows of a parameter into matrices wherever its shards end. A rank that holds no
 row of a matrix has an empty shard of it, so that all ranks list the same matrices.
 
-torch.distributed takes long to import: plain tensors do without it.
+torch.distributed takes long to import, so it is not imported for plain tensors.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -31,7 +31,7 @@ class NamedGradient(Protocol):
 
     @property
     def name(self) -> str:
-        """What errors call the parameter."""
+        """The name of the parameter in error messages."""
         ...
 
     @property
@@ -50,13 +50,13 @@ class Sharding(NamedTuple):
 
     rows: int  # of the whole matrix
     cols: int
-    row_groups: "tuple[ProcessGroup, ...]"  # over which row sums are added up
+    row_groups: "tuple[ProcessGroup, ...]"  # row sums are added up over these
     col_groups: "tuple[ProcessGroup, ...]"
-    batch_groups: "tuple[ProcessGroup, ...]"  # whose ranks hold other matrices of the batch
+    batch_groups: "tuple[ProcessGroup, ...]"  # their ranks hold other matrices of the batch
 
     @property
     def sum_groups(self) -> "tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]":
-        """Matrices that agree on these can be added up together."""
+        """The row groups and column groups. Matrices with equal ones are added up together."""
         return self.row_groups, self.col_groups
 
     @property
@@ -95,10 +95,10 @@ class ParamMatrices(NamedTuple):
 
 
 def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split) -> ParamMatrices:
-    """List the matrices of parameters, all of which are DTensors or none is.
+    """List the matrices of parameters. Either all parameters are DTensors, or none is.
 
     Raises:
-        TypeError: If a gradient is not sharded as its parameter is.
+        TypeError: If a gradient is not sharded like its parameter.
         ValueError: If a gradient is a sum that is not added up yet.
     """
     matrices: list[ParamMatrix] = []
@@ -124,7 +124,7 @@ def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether ``x`` is a DTensor that a mesh dimension shards."""
+    """Whether ``x`` is a DTensor that is sharded along a mesh dimension."""
     return is_dtensor(x) and any(hasattr(placement, "dim") for placement in x.placements)
 
 
@@ -134,7 +134,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether ``x`` has values, or will when a compiled step runs: it is no meta or fake tensor."""
+    """Whether ``x`` has values, now or in a compiled step: meta and fake tensors have none."""
     here = local(x)
     return torch.compiler.is_compiling() or not (here.is_meta or isinstance(here, FakeTensor))
 
@@ -203,7 +203,7 @@ def sharded_dims(x: "DTensor") -> dict[int, int]:
 
 
 def check_shards(name: str, param: Tensor, *, layout: str, split: Split) -> None:
-    """Refuse a DTensor whose shard on this rank cannot be seen as matrices.
+    """Refuse a DTensor whose shard on this rank cannot be viewed as matrices.
 
     Raises:
         ValueError: With its name, if it holds a partial sum, or ``split`` cannot cut its rows.
@@ -218,7 +218,7 @@ def check_shards(name: str, param: Tensor, *, layout: str, split: Split) -> None
     if len(sizes_of(sharding.rows, split)) > 1 and _first_row(param, row_dims) is None:
         raise ValueError(
             f"split={split!r} cannot cut the rows of {name!r}, which several mesh "
-            f"dimensions shard ({param.placements}); keep its parts as parameters of their own"
+            f"dimensions shard ({param.placements}); make its parts separate parameters"
         )
 
 
@@ -245,7 +245,7 @@ def first_entry_of(param: Tensor, layout: str) -> int:
 
 
 def from_local(param: Tensor, shard: Tensor) -> Tensor:
-    """Return the tensor, sharded as ``param`` is, of which this rank holds ``shard``."""
+    """Return the tensor that is sharded like ``param`` and has ``shard`` on this rank."""
     if not is_dtensor(param):
         return shard
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - see the top of this file
@@ -261,7 +261,7 @@ def from_local(param: Tensor, shard: Tensor) -> Tensor:
 
 
 def shard_columns(param: Tensor, row_dim: int, numbers: Tensor) -> Tensor:
-    """Shard ``numbers`` as ``param`` is sharded, except for dimension ``row_dim``.
+    """Shard ``numbers`` like ``param``, except along dimension ``row_dim``.
 
     Args:
         param: A tensor of as many dimensions as ``numbers``.
@@ -278,7 +278,7 @@ def shard_columns(param: Tensor, row_dim: int, numbers: Tensor) -> Tensor:
 
     mesh, placements = param.device_mesh, list(param.placements)
     dims = sharded_dims(param)
-    # FSDP2's strided shards are cut from those that come later.
+    # FSDP2's strided shards are cut from the shards of later mesh dimensions.
     order = sorted(dims, key=lambda i: (0, i) if isinstance(placements[i], Shard) else (1, -i))
     shard = numbers
     for i in order:
@@ -305,14 +305,14 @@ def _matrices_of_shard(
     """View this rank's shard of a parameter as matrices."""
     grad = slot.grad
     if not is_dtensor(grad):
-        raise TypeError(f"{slot.name!r} is a DTensor and its gradient is {type(grad).__name__}")
+        raise TypeError(f"{slot.name!r} is a DTensor, but its gradient is {type(grad).__name__}")
     try:
         sharded_dims(grad)
     except ValueError as error:
         raise ValueError(f"the gradient of {slot.name!r}: {error}") from None
     if grad.device_mesh != param.device_mesh or grad.placements != param.placements:
         raise TypeError(
-            f"{slot.name!r} lies as {param.placements} and its gradient as {grad.placements}; "
+            f"{slot.name!r} has placements {param.placements}, its gradient {grad.placements}; "
             "redistribute the gradient"
         )
     row_dims, col_dims = dims_of(param.ndim, layout)
@@ -330,7 +330,7 @@ def _matrices_of_shard(
 def _split_rows(
     param: Tensor, grad: Tensor, sharding: Sharding, begin: int, sizes: Sequence[int]
 ) -> list[ParamMatrix]:
-    """Cut rows that begin at row ``begin`` of the whole into matrices of these numbers of rows."""
+    """Cut this rank's rows, from row ``begin`` of the whole on, into matrices of ``sizes`` rows."""
     end = begin + param.shape[-2]
     edges = [min(max(edge, begin), end) - begin for edge in accumulate(sizes, initial=0)]
     lengths = [high - low for low, high in pairwise(edges)]
@@ -342,12 +342,12 @@ def _split_rows(
 
 
 def _first_row(x: "DTensor", row_dims: Sequence[int]) -> int | None:
-    """Return the index of this rank's first row; None where its rows are not consecutive."""
+    """Return the index of this rank's first row; None if its rows are not consecutive."""
     mesh_dims = [i for i, dim in sharded_dims(x).items() if dim in row_dims]
     if not mesh_dims:
         return 0
     (mesh_dim, *others) = mesh_dims
-    if others or not x.placements[mesh_dim].is_shard():  # FSDP2's strided shards are none
+    if others or not x.placements[mesh_dim].is_shard():  # false for FSDP2's strided shards
         return None
     return _begin(x, mesh_dim, sharded_dims(x)[mesh_dim])
 
@@ -363,8 +363,8 @@ def _first_entry(
 ) -> int:
     """Return the index that random bits use for the first entry of this rank's shard.
 
-    Where the shard is a run of entries of the whole, its bits are those of the whole. Elsewhere the
-    bits of two shards only have to differ.
+    If the shard is a contiguous range of the parameter's entries, its bits are those of the whole
+    parameter. Otherwise the bits of two shards only have to differ.
     """
     dims = sharded_dims(x)
     is_matrix = sharding.rows * sharding.cols == x.numel()
@@ -380,6 +380,6 @@ def _first_entry(
 
 
 def _groups_of(x: "DTensor", mesh_dims: list[int]) -> "tuple[ProcessGroup, ...]":
-    """Return the process groups of mesh dimensions, those along which ranks are nearest first."""
+    """Return the process groups of mesh dimensions; those whose ranks are nearest come first."""
     mesh = x.device_mesh
     return tuple(mesh.get_group(i) for i in sorted(mesh_dims, reverse=True) if mesh.size(i) > 1)

@@ -77,17 +77,17 @@ class Descent(NamedTuple):
 
 
 class Sums(Protocol):
-    """Weighted sums of the squares of gradients ``(..., m, n)``, computed again and again.
+    """Weighted sums of the squares of gradients ``(..., m, n)``, computed repeatedly.
 
     Weights and sums are flat float64 tensors, one gradient after the other.
     """
 
     def of_rows(self, weights: Tensor) -> Tensor:
-        """Return G² c² of each: sums of its rows, with weights c² of its columns."""
+        """Return G² c² of each: sums along its rows, with weights c² for its columns."""
         ...
 
     def of_cols(self, weights: Tensor) -> Tensor:
-        """Return (G²)ᵀ r² of each: sums of its columns, with weights r² of its rows."""
+        """Return (G²)ᵀ r² of each: sums along its columns, with weights r² for its rows."""
         ...
 
 
@@ -95,14 +95,14 @@ class Backend(ABC):
     """What a backend does. `sinkgd.kernels.eager.EagerBackend` implements it in plain torch."""
 
     name: str
-    package: str  # that it runs on
+    package: str  # the package that it runs on
     install: str  # the command that installs the package
     # Whether it has `packed_products`. It then applies `CorrectedScales` without copying gradients.
     packs_vectors: bool = False
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Say why the backend cannot run in this environment, or None if it can."""
+        """Return why the backend cannot run in this environment, or None if it can."""
 
     @abstractmethod
     def supports(self, device: torch.device) -> bool:
@@ -117,19 +117,20 @@ class Backend(ABC):
         tol: float | None = None,
         starts: Sequence[Tensor | None] | None = None,
     ) -> list[Scales]:
-        """Run ``num_iters`` iterations on each gradient. A non-finite entry spoils its matrix.
+        """Run ``num_iters`` iterations on each gradient.
 
         Args:
             grads: Gradients ``(..., m, n)``. Not modified.
             num_iters: Number of iterations.
-            tol: A matrix stops after the first iteration, from the second on, that changes no row
-                scale by more than ``tol``, relative to its last value. A factor common to all row
-                scales, which zero rows and columns cause, does not count.
+            tol: Stop iterating a matrix after an iteration, the second at the earliest, that
+                changes no row scale by more than ``tol``, relative to its previous value. A factor
+                common to all row scales, which zero rows and columns cause, is ignored.
             starts: Column scales ``(..., 1, n)`` from which the iterations begin, one for each
                 gradient; None for ones. In (0, 1], contiguous, of the scales' dtype.
 
         Returns:
-            The scales. A non-finite entry makes every column scale of its matrix non-finite.
+            The scales. A non-finite entry makes every column scale of its matrix non-finite, and
+            has no effect on other matrices.
         """
 
     @abstractmethod
@@ -148,15 +149,15 @@ class Backend(ABC):
     ) -> PackedProducts | None:
         """Return the products of updates ``row * grad * col`` with vectors packed together.
 
-        None where the backend has none of these gradients; `products` takes all gradients.
+        Returns None if the backend cannot do so for these gradients; `products` takes any.
         """
         return None
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``(len(tensors),)`` bool: whether all entries of each tensor are finite.
 
-        The tensors have any shape, but are not empty. The result is on their device. It takes no
-        scratch memory, and nothing waits for a device.
+        The tensors have any shape, but are not empty. The result is on their device. Takes no
+        scratch memory, and does not wait for the device.
         """
         return all_finite(tensors)
 
@@ -177,11 +178,11 @@ class Backend(ABC):
         Args:
             params: Parameters ``(..., m, n)``.
             grads: Their gradients.
-            scales: Their scales. `CorrectedScales` have an update of their own.
+            scales: Their scales. The class `CorrectedScales` defines its own update.
             keep: Factor of the parameter.
             step: Factor of the update.
-            allowed: A 0-dim bool for each parameter, on its device. False leaves the parameter
-                as it is, whatever the gradient holds.
+            allowed: A 0-dim bool for each parameter, on its device. If it is False, the parameter
+                is left unchanged, whatever the gradient holds.
             keys: A 0-dim int64 for each parameter, on its device. A bfloat16 parameter is then
                 rounded stochastically, by the bits of `sinkgd.kernels.rounding`.
         """
@@ -240,7 +241,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     this takes a few kernels for all tensors of one dtype.
     """
     zero = tensors[0].new_zeros(())
-    peaks = [zero] * len(tensors)  # an empty tensor has no entry that is not finite
+    peaks = [zero] * len(tensors)  # an empty tensor counts as finite
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(tensors):
         if x.numel() > 0:
@@ -254,7 +255,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:
-    """Return ``(owners,)`` bool: whether the gradients of each owner were finite throughout."""
+    """Return ``(owners,)`` bool: whether all gradients of each owner are finite."""
     # A non-finite entry makes every column scale of its matrix non-finite.
     flags = all_finite([col for _, col in scales])
     return _all_of(flags, [len(own) for own in owners])
@@ -302,7 +303,7 @@ def select_owners(matrices: Matrices, selected: Sequence[bool]) -> Matrices:
 def merge_descents(
     selected: Sequence[bool], matrices: Matrices, one: Descent, other: Descent
 ) -> Descent:
-    """Return the descent of all owners from those of the ``selected`` and of the other ones."""
+    """Merge the descents of the ``selected`` owners and of all others, in the owners' order."""
     flags = [iter(found.finite.unbind()) for found in (other, one)]
     scales = [iter(found.scales) for found in (other, one)]
     return Descent(

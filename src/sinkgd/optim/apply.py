@@ -1,7 +1,7 @@
-"""The end of every step: W ← (1 − lr·λ) W − lr X, rounded once, where the gradient is finite.
+"""The end of every step: W ← (1 − lr·λ) W − lr X, rounded once, if the gradient is finite.
 
 An update X of a bfloat16 parameter is often smaller than half the distance to the next bfloat16.
-Rounding to the nearest loses it, step after step; stochastic rounding keeps it in the mean.
+Rounding to the nearest loses it in every step; stochastic rounding keeps it on average.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from sinkgd.optim.method import Context, Group, Slot
 
 ROUNDINGS = ("nearest", "stochastic")
 
-# ``rounding_step`` counts the steps of a group, on the device of its parameters. It is made here
-# and saved with the group, so that a resumed run draws the bits that an uninterrupted one draws.
+# ``rounding_step`` counts the steps of a group, on the device of its parameters. It is created here
+# and saved with the group, so that a resumed run draws the same bits as an uninterrupted one.
 ROUNDING_STEP = "rounding_step"
 ROUNDING_OPTIONS = MappingProxyType[str, object](
     {"rounding": "nearest", "seed": 0, ROUNDING_STEP: None}
@@ -43,7 +43,7 @@ class UpdateWriter:
         self._group = group
 
     def may_write(self, i: int) -> Tensor | None:
-        """Return whether parameter ``i`` may be written, 0-dim bool; None where all may."""
+        """Return whether parameter ``i`` may be written, 0-dim bool; None if all may."""
         return None if self._flags is None else self._flags[i]
 
     def write_(self, i: int, param: Tensor, update: Tensor, first_entry: int = 0) -> None:
@@ -59,7 +59,7 @@ class UpdateWriter:
         apply_update_(
             param,
             update,
-            # Not in __init__: torch.compile makes a graph for each number that an attribute holds.
+            # Not in __init__: torch.compile makes a graph for each value of an attribute.
             keep=decay_factor(self._group),
             step=step_factor(self._group),
             allowed=self.may_write(i),
@@ -90,7 +90,7 @@ def step_factor(group: Group) -> float | Tensor:
 def allowed(finite: Tensor, context: Context) -> Tensor | None:
     """Return which parameters may be written, given which gradients are finite: ``(slots,)`` bool.
 
-    None where all may, and that is known without waiting for a device.
+    None if all may, and that is known without waiting for a device.
     """
     if context.overflow is not None:
         return finite & ~context.overflow
@@ -99,7 +99,7 @@ def allowed(finite: Tensor, context: Context) -> Tensor | None:
 
 
 def check_rounding(name: str, param: Tensor, group: Group) -> None:
-    """Refuse options out of range; begin to count the steps.
+    """Refuse options out of range, and start counting the steps.
 
     Raises:
         ValueError: With the option and its value, or the name of a float16 parameter.
@@ -115,7 +115,7 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
             f"rounding='stochastic' rounds bfloat16 parameters; {name!r} is float16. "
             "Use bfloat16 or rounding='nearest'"
         )
-    # A model may have been made on the meta device, where a counter holds nothing.
+    # A model may have been made on the meta device, where a counter has no value.
     step = group[ROUNDING_STEP]
     if step is None or (step.is_meta and not param.is_meta):
         group[ROUNDING_STEP] = torch.zeros((), dtype=torch.int64, device=param.device)

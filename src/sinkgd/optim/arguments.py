@@ -37,7 +37,7 @@ Check = Callable[[str, Any], None]
 COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise"}
 _RATES = ("lr", "weight_decay")
 
-# Keys of a group that are no options: torch's own, those of its schedulers, timm's factor of a
+# Keys of a group that are not options: torch's own, those of its schedulers, timm's factor of a
 # layer, and a name.
 _OTHER_KEYS = {
     *("params", "param_names", "name", "lr_scale"),
@@ -52,7 +52,7 @@ def find_method(name: object, argument: str = "algorithm") -> Method:
     """Return the method called ``name``, which the caller passed as ``argument``.
 
     Raises:
-        TypeError: If ``name`` is no string.
+        TypeError: If ``name`` is not a string.
         ValueError: If there is no such method; the message gives the nearest name.
     """
     if not isinstance(name, str):
@@ -70,11 +70,11 @@ def as_groups(params: Any, optimizer: str, algorithm: str | None) -> list[dict[s
     Args:
         params: What the optimizer was given.
         optimizer: The name of its class.
-        algorithm: The ``matrix_algorithm`` of the groups for it; None where it takes any group.
+        algorithm: The ``matrix_algorithm`` of the groups for it; None if it takes any group.
 
     Raises:
-        TypeError: If ``params`` is no iterable of tensors, pairs or groups; the message gives the
-            right call.
+        TypeError: If ``params`` is not an iterable of tensors, pairs or groups; the message gives
+            the right call.
     """
     call = f"{optimizer}(param_groups(model))"
     if algorithm is not None:
@@ -93,9 +93,9 @@ def as_groups(params: Any, optimizer: str, algorithm: str | None) -> list[dict[s
 
 
 def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse groups none of which runs the optimizer's own method.
+    """Refuse groups if none of them runs the optimizer's own method.
 
-    Groups of auxiliary methods alone, such as AdamW, are allowed: a model may have no hidden
+    If all groups run auxiliary methods, such as AdamW, they are allowed: a model may have no hidden
     matrix.
 
     Raises:
@@ -167,9 +167,9 @@ def settle(
 ) -> dict[str, Any]:
     """Return the optimizer's defaults in agreement with its groups.
 
-    Where every group sets an option, the default becomes the value that all have. If learning rates
-    or weight decays differ, it becomes the largest: in `param_groups` the rate of AdamW. Schedulers
-    that read ``optimizer.defaults["lr"]`` then scale every group alike.
+    If every group sets an option to the same value, that value becomes the default. If learning
+    rates or weight decays differ, the default becomes the largest: in `param_groups` the rate of
+    AdamW. Schedulers that read ``optimizer.defaults["lr"]`` then scale every group alike.
 
     Args:
         defaults: The defaults of all arguments.
@@ -305,7 +305,7 @@ KINDS: Mapping[str, Check] = MappingProxyType(
     }
 )
 
-# Arguments of `param_groups` alone, and the call that takes each.
+# Arguments that only `param_groups` has, and the call that takes each.
 OF_PARAM_GROUPS: Mapping[str, str] = MappingProxyType(
     {
         name: f"param_groups(model, {name}=...)"
@@ -357,7 +357,7 @@ def suggest_names(
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Make a function or a constructor refuse unknown arguments with the nearest name.
 
-    Its signature stays what it is.
+    Its signature does not change.
 
     Args:
         elsewhere: Arguments of related functions, and the call that takes each.

@@ -1,7 +1,8 @@
-"""Chunks of parameters: a step that needs scratch memory for each parameter takes a few at a time.
+"""Chunks of parameters: a step with scratch memory for each parameter updates a few at a time.
 
-On a mesh every chunk sends messages of its own. So a copy of a gradient that is needed between two
-messages only is made again for each chunk, and chunks are cut by what has to stay in memory.
+On a mesh every chunk sends its own messages. So that few chunks are enough, their size is limited
+only by what must stay in memory while messages are sent; a copy of a gradient that is needed only
+between two messages is made again each time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +17,9 @@ from sinkgd.optim.method import Context, Slot
 
 Some = TypeVar("Some")
 
-# Besides weights and gradients; a larger parameter is a chunk by itself. Not measured.
+# In addition to weights and gradients. A larger parameter is a chunk by itself. Not measured.
 SCRATCH_BYTES = 64 << 20
-# On a mesh, where every chunk costs messages: for copies of gradients, and for vectors alone. The
+# The same on a mesh, where every chunk costs messages: for copies of gradients and for vectors. The
 # groups of a step share these bytes.
 MESH_SCRATCH_BYTES = 256 << 20
 MESH_VECTOR_BYTES = 128 << 20
@@ -29,9 +30,9 @@ def step_in_chunks(
     step: Callable[[Sequence[Slot]], Computation[Tensor]],
     context: Context,
 ) -> Computation[Tensor]:
-    """Step along one chunk of parameters after the other, and return the flags of all.
+    """Update parameters chunk by chunk, and return the flags of all.
 
-    Chunks are the same on all ranks of a mesh, whatever a rank holds of the parameters.
+    Chunks are the same on all ranks of a mesh, whichever shards a rank holds.
     """
     are_on_mesh = any(is_dtensor(slot.param) for slot in slots)
     limit = MESH_SCRATCH_BYTES // context.sharers if are_on_mesh else SCRATCH_BYTES
@@ -52,7 +53,7 @@ def in_sequence(
 
 
 def chunk_slices(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Cut a sequence into chunks of at most ``limit`` in sum, or of one member.
+    """Cut a sequence into chunks with a sum of at most ``limit``, or with a single member.
 
     >>> chunk_slices([3, 4, 9, 1, 1, 5], limit=7)
     [slice(0, 2, None), slice(2, 3, None), slice(3, 6, None)]

@@ -1,4 +1,4 @@
-"""Continue a run of AdamW with SinkGD: its moments where AdamW stays, its rates everywhere."""
+"""Continue a run of AdamW with SinkGD: convert its rates, and keep moments where AdamW stays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,19 +26,19 @@ def from_adamw_state(
     Embeddings, the output head, norms and biases stay with AdamW and keep their moments and steps.
     Hidden matrices go to SinkGD; their moments are dropped. The groups are those of
     ``param_groups(model, adamw_lr=...)`` at AdamW's present rate, with its weight decay, betas and
-    eps. Where AdamW had a scheduler, ``initial_lr`` is converted as well, so that a scheduler with
+    eps. If AdamW had a scheduler, ``initial_lr`` is converted as well, so that a scheduler with
     the same ``last_epoch`` continues its curve.
 
     Args:
         model: The model with its trained weights.
         state_dict: The ``state_dict`` of ``torch.optim.AdamW``. Not modified.
         names: The names of the parameters in the order in which AdamW had them, group by group.
-            Needed where AdamW had several groups and its state has no ``param_names``. A single
+            Needed if AdamW had several groups and its state has no ``param_names``. A single
             group is taken to be ``model.parameters()``.
         **options: Options of `param_groups`, which replace those of the state.
 
     Raises:
-        TypeError: If ``model`` is no ``nn.Module``, or an option does not exist.
+        TypeError: If ``model`` is not an ``nn.Module``, or an option does not exist.
         ValueError: If another optimizer saved the state, it lacks names, its parameters are not the
             model's, or its groups differ in an option that is not given here.
 
@@ -102,7 +102,7 @@ def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
 
 
 def _common(groups: Sequence[Group], name: str, argument: str) -> Any:
-    """Return the value of an option that all groups share; of weight decay, the one besides 0."""
+    """Return the value of an option that all groups share; for weight decay, the one besides 0."""
     values = list(dict.fromkeys(group[name] for group in groups))
     if name == "weight_decay" and len(values) > 1:
         values = [value for value in values if value != 0]
@@ -146,7 +146,7 @@ def _state_by_name(
 
 
 def _share(groups: Sequence[Group]) -> float:
-    """Return the present rate relative to the initial one, which a scheduler keeps."""
+    """Return the current rate relative to the initial one, which a scheduler saves."""
     shares = {float(group["lr"]) / (float(group["initial_lr"]) or 1.0) for group in groups}
     if max(shares) - min(shares) > 1e-6 * max(shares):
         raise ValueError(

@@ -1,7 +1,7 @@
 """One torch optimizer whose parameter groups each name their method.
 
-A step goes group by group: the method updates the parameters. Parameters with a non-finite gradient
-are left unchanged and reported to the guard.
+A step goes group by group: the method of a group updates its parameters. Parameters with a
+non-finite gradient are left unchanged and reported to the guard.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,13 +61,13 @@ class GroupedOptimizer(Optimizer):
         arguments: The arguments of the constructor, by name.
 
     Raises:
-        TypeError: If ``params`` is a model or no iterable.
+        TypeError: If ``params`` is a model or not iterable.
         ValueError: If an argument or an option has no effect or is out of range, or no group runs
             the optimizer's own method.
     """
 
     default_algorithm: ClassVar[str]
-    # Whether it takes groups of every method; others want a group of their own.
+    # Whether it takes groups of any method; other optimizers need a group of their own method.
     takes_every_group: ClassVar[bool] = False
     # Arguments that param_groups sets too: None means that they were not passed.
     none_means: ClassVar[Mapping[str, Any]] = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0})
@@ -154,7 +154,7 @@ class GroupedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         if asks_for_fused:
-            # Of the instance, as torch sets it: Lightning refuses to clip where it is True.
+            # On the instance, as torch does: Lightning refuses to clip if it is True.
             self._step_supports_amp_scaling = True
         self._has_momentum.append(bool(param_group.get("momentum")))
         self._parameters.add(param_group, len(self.param_groups) - 1)
@@ -203,8 +203,8 @@ class GroupedOptimizer(Optimizer):
             NonFiniteGradientError: If a gradient holds NaN or infinity and the group's policy is
                 ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. Its
                 parameter was left unchanged, or with AdamW its group; others were updated.
-            TypeError: If a gradient is sparse, or a trainer has exchanged a parameter for a flat
-                piece.
+            TypeError: If a gradient is sparse, or a trainer has replaced a parameter by a flat
+                tensor.
         """
         self._guard.settle()
         if closure is None and self.is_probed():
@@ -271,7 +271,7 @@ class GroupedOptimizer(Optimizer):
 
     @torch.no_grad()
     def is_probed(self) -> bool:
-        """Whether a step now would be torch's probe for state, which must only make state.
+        """Whether a step now would be torch's probe for state, which must only create state.
 
         While ``state`` is empty, torch's helpers for distributed checkpoints call ``step()`` with
         all learning rates and all gradients zero. `step` then calls `init_state` instead.
@@ -290,7 +290,7 @@ class GroupedOptimizer(Optimizer):
     def init_state(self) -> None:
         """Make the state that a first step would, so that a checkpoint can be read into it.
 
-        Parameters that have state are left alone. A parameter without state gets an empty entry in
+        Parameters that have state keep it. A parameter without state gets an empty entry in
         ``state``, so that torch's helpers for distributed checkpoints do not probe again: a step
         along zero gradients takes as much memory as all weights.
         """
@@ -309,7 +309,7 @@ class GroupedOptimizer(Optimizer):
     def _update(
         self, found: Sequence[tuple[int, list[Slot]]], scale: Tensor | None, overflow: Tensor | None
     ) -> list[tuple[list[str], Tensor, str]]:
-        """Step along slots, and return what the guard takes: the names, the flags, the policy."""
+        """Update slots, and return what the guard takes: the names, the flags, the policy."""
         sharers = self._count_sharers(found)
         steps: list[Computation[Tensor]] = []
         taken: list[tuple[list[Slot], Group, Tensor | None]] = []
@@ -365,11 +365,11 @@ class GroupedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
 
-        Where every group has ``algorithm="adamw"``, the state of ``torch.optim.AdamW`` is loaded,
+        If every group has ``algorithm="adamw"``, the state of ``torch.optim.AdamW`` can be loaded,
         too.
 
         Raises:
-            ValueError: If it was made with another routing, or by an optimizer whose state cannot
+            ValueError: If it was saved with another routing, or by an optimizer whose state cannot
                 be used: the message names the parameter or the option that differs.
         """
         before, after = self._load_hooks

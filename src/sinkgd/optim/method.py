@@ -1,6 +1,6 @@
 """The contract of a method: how it updates the parameters of a group.
 
-A step of a method returns which gradients are finite, and never writes to the others' parameters.
+A step of a method returns which gradients are finite, and leaves the other parameters unchanged.
 """
 
 from abc import ABC, abstractmethod
@@ -33,10 +33,10 @@ class Slot(NamedTuple):
 class Context(NamedTuple):
     """What a step knows besides the gradients."""
 
-    states: MutableMapping[Tensor, dict[str, Any]]  # Optimizer.state; a lookup makes an entry
+    states: MutableMapping[Tensor, dict[str, Any]]  # Optimizer.state; a lookup creates an entry
     loss_scale: Tensor | None = None  # 0-dim: the gradients are still multiplied by it
-    overflow: Tensor | None = None  # 0-dim bool, on an accelerator: nothing may be written
-    sharers: int = 1  # the sharded groups of this step that share the memory for scratch
+    overflow: Tensor | None = None  # 0-dim bool, on an accelerator: if True, nothing may be written
+    sharers: int = 1  # the number of sharded groups in this step that share the scratch memory
 
 
 class Method(ABC):
@@ -44,25 +44,25 @@ class Method(ABC):
 
     # The group options of the method, with their defaults.
     options: Mapping[str, Any]
-    # Options that a group of this method has unless it sets them; the optimizer's do not count.
+    # Defaults of groups of this method, which take precedence over the optimizer's arguments.
     presets: Mapping[str, Any] = MappingProxyType({})
     # Options that hold what the method counts in a group, saved with it. Users do not set them.
     counters: ClassVar[frozenset[str]] = frozenset({"rounding_step"})
-    # Whether it treats every entry by itself, so that a flat piece of a parameter will do.
+    # Whether it treats every entry by itself, so that it also works on flattened parameters.
     is_elementwise: ClassVar[bool] = False
     # Whether it is for parameters that are not hidden matrices; no optimizer is named after it.
     is_auxiliary: ClassVar[bool] = False
-    # Why parameters cannot be updated one by one, and what to do about it; None where they can.
+    # Why parameters cannot be updated one by one, and what to do about it; None if they can.
     needs_all_gradients: ClassVar[str | None] = None
 
     @abstractmethod
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Raise where ``param``, called ``name``, or an option of ``group`` cannot be handled."""
+        """Raise if ``param``, called ``name``, or an option of ``group`` cannot be handled."""
 
     def init_state(  # noqa: B027 - most methods have no state
         self, param: Tensor, group: Group, state: MutableMapping[str, Any]
     ) -> None:
-        """Make the state that a first step would make, as it is before that step."""
+        """Create the state of a parameter, as it is before the first step."""
 
     @abstractmethod
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
@@ -86,12 +86,12 @@ def step_by_kind(
     slots: Sequence[Slot],
     step: Callable[[list[Slot]], Computation[Tensor]],
 ) -> Steps[Tensor]:
-    """Step along the slots of each kind, and return the flags of all in their order.
+    """Take a step for the slots of each kind, and return all flags in the order of ``slots``.
 
     Args:
         kinds: The kind of each slot.
         slots: The slots.
-        step: The step along slots of one kind.
+        step: The step for slots of one kind.
     """
     indices: dict[object, list[int]] = {}
     for i, kind in enumerate(kinds):

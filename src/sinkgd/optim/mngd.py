@@ -18,10 +18,10 @@ class MNGD(GroupedOptimizer):
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{MultiNorm}(G; g_1 \dots g_K, L)
 
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
-    step. Without momentum nothing is remembered from step to step: ``state`` stays empty.
+    step. Without momentum there is no state: ``state`` stays empty.
 
     Matrices may be sharded on a mesh of devices if all norms are row, column, Frobenius or sign
-    norms. Each projection then sends at most one message to a process group, and one more message
+    norms. Each projection then sends at most one message per process group, and one more message
     tells which gradients are not finite. Other norms need whole matrices.
 
     Args:
@@ -41,13 +41,14 @@ class MNGD(GroupedOptimizer):
             does.
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
-            normalized instead of the gradient. Keeps one float32 an entry; 0 keeps nothing.
+            normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
         momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
             and the step goes along B. Its root-mean-square is then below 1.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        ValueError: If an option is out of range, or a parameter is not a matrix; the message names
+            it.
         TypeError: If a parameter is not real and floating, or a norm has no ``project``.
 
     Examples:

@@ -1,10 +1,10 @@
 """What happens to a gradient that holds NaN or infinity: it never reaches a weight.
 
 Under every policy its parameter is left unchanged, and others are updated; a group of AdamW is left
-unchanged as a whole, since one fused kernel writes all of it. On a CPU the flags are
-read at the end of the step, and ``"raise"`` raises there. On an accelerator nothing waits: the
-flags are copied to the host, and the next step raises. A step that ``torch.compile`` has compiled
-does the same. In a step that a CUDA graph replays the flags are not read: the parameter is left
+unchanged as a whole, since one fused kernel writes all of it. On a CPU the flags are read at the
+end of the step, and ``"raise"`` raises there. On an accelerator the host does not wait: the flags
+are copied to it, and the next step raises. A step that ``torch.compile`` has compiled does the
+same. When a CUDA graph replays a step, the flags are not read: the parameter is left
 unchanged, and no error is raised.
 """
 
@@ -21,7 +21,7 @@ POLICIES = ("raise", "skip")
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds NaN or infinity; its parameter was left as it was."""
+    """A gradient holds NaN or infinity; its parameter was left unchanged."""
 
 
 class NonFiniteGuard:
@@ -30,7 +30,7 @@ class NonFiniteGuard:
     def __init__(self) -> None:
         self._skipped: Counter[str] = Counter()
         self._in_flight: list[_Flags] = []  # of this step
-        self._earlier: list[_Flags] = []  # of the step before
+        self._earlier: list[_Flags] = []  # of the previous step
 
     def take(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         """Take the flags of parameters on one device: False where a gradient is not finite."""
@@ -39,9 +39,9 @@ class NonFiniteGuard:
         elif not _capturing(flags.device):
             self._in_flight.append(_FlagsUnderWay(names, flags, policy))
 
-    @_disable_dynamo  # as torch.compiler.disable, which would import the compiler at once
+    @_disable_dynamo  # torch.compiler.disable would import the compiler at once
     def settle(self) -> None:
-        """Read the flags of the step before.
+        """Read the flags of the previous step.
 
         Raises:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
@@ -67,10 +67,10 @@ class NonFiniteGuard:
         self._settle(here)
 
     def skipped(self) -> dict[str, int]:
-        """Return how often each parameter had a non-finite gradient so far, where that is allowed.
+        """Return how often each parameter had a non-finite gradient under the policy ``"skip"``.
 
         Raises:
-            NonFiniteGradientError: If a flag arrives of a group whose policy is ``"raise"``.
+            NonFiniteGradientError: If a group with the policy ``"raise"`` had such a gradient.
         """
         self.settle()
         return dict(self._skipped)
@@ -88,15 +88,13 @@ class NonFiniteGuard:
 
 
 def _message(names: Sequence[str]) -> str:
-    said = (
-        f"the gradients of {list_names(names)} hold NaN or infinity; these parameters were left as"
-    )
-    said += " they were"
+    said = f"the gradients of {list_names(names)} hold NaN or infinity; these parameters were left"
+    said += " unchanged"
     if len(names) == 1:
-        said = f"the gradient of {names[0]} holds NaN or infinity; the parameter was left as it was"
+        said = f"the gradient of {names[0]} holds NaN or infinity; the parameter was left unchanged"
     return (
-        f"{said}. Lower the learning rate or find the operation, or pass "
-        'nonfinite="skip" to leave out such updates and count them in skipped()'
+        f"{said}. Lower the learning rate, find the operation that causes it, or pass "
+        'nonfinite="skip" to skip such updates and count them in skipped()'
     )
 
 
@@ -120,7 +118,7 @@ class _Flags:
 
 
 class _FlagsUnderWay(_Flags):
-    """Flags on their way from a device to the host."""
+    """Flags that are being copied from a device to the host."""
 
     def __init__(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)

@@ -37,10 +37,10 @@ DEFLATED_RANK = 15
 ADAMW_UPDATE_SIZE = 0.3
 ADAMW_BETAS = (0.9, 0.999)
 
-# Where errors send those who pass no groups.
+# The remedy in errors about arguments that are not groups.
 _REMEDY = "pass the list of param_groups, or optimizer.param_groups"
 
-# Arguments of the optimizers for the groups, and where each is to be passed.
+# Arguments of the optimizers, and the call that takes each.
 _OF_OPTIMIZERS = {
     option: f"{optimizer}(param_groups(model), {option}=...)"
     for optimizer, algorithm in (("MNGD", "mngd"), ("SWAN", "swan"), ("SinkGD", "sinkgd"))
@@ -80,18 +80,18 @@ def param_groups(
         matrix_lr_scale: The paper's α: the root-mean-square change of a hidden weight in one step
             is ``matrix_lr_scale * lr``. The default, 0.025, gives 0.002, the best of four
             rates of the default recipe in the setting of study table1 (benchmarks/deflation). The
-            paper uses 0.05 with its ``lr`` of 0.02, which is 0.001. Wider models bear less: with
-            the deflation of that time the largest good rate fell from 0.008 at width 64 to 0.002 at
-            width 256 (study width, docs/experiments.md).
+            paper uses 0.05 with its ``lr`` of 0.02, which is 0.001. Wider models need smaller
+            rates: with the deflation of that time the largest good rate fell from 0.008 at width 64
+            to 0.002 at width 256 (study width, docs/experiments.md).
         adamw_lr: Instead of ``lr`` and ``matrix_lr_scale``: the rate at which AdamW would train the
             whole model, for fine-tuning and wherever such a rate is known. AdamW's groups get this
             rate. Hidden matrices get 0.3 of it, so that an update is as large as AdamW's
             (benchmarks/finetune), and the weight decay divided by 0.3, so that a step decays all
-            weights alike; embeddings and the output head decay, too. ``betas`` is then (0.9, 0.999)
-            by default, as in torch.
-        matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (whose norms `MNGD` is given).
-        deflated_rank: Option of that name of every ``"sinkgd"`` group; `SinkGD` describes it, and
-            benchmarks/deflation compares ranks. 0 is the paper's: SR-Sinkhorn alone.
+            weights equally; embeddings and the output head decay, too. ``betas`` is then
+            (0.9, 0.999) by default, as in torch.
+        matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (with the norms passed to `MNGD`).
+        deflated_rank: The option of every ``"sinkgd"`` group, which `SinkGD` describes;
+            benchmarks/deflation compares ranks. 0 is the paper's method, without deflation.
         weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
             scalars; with ``adamw_lr``, of all but vectors and scalars. Decay is multiplied by the
             learning rate, which without ``adamw_lr`` is 40 times larger for embeddings than for
@@ -116,7 +116,7 @@ def param_groups(
         the options of its algorithm.
 
     Raises:
-        TypeError: If ``model`` is no ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``.
         ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
             a rate is negative, ``adamw_lr`` is given together with ``lr`` or ``matrix_lr_scale``,
             ``base_width`` is below 1, an override matches no parameter, an algorithm is unknown, or
@@ -196,7 +196,7 @@ def _rates(
     """Fill in the defaults of the rates.
 
     Raises:
-        ValueError: If ``adamw_lr`` stands beside a rate that it replaces.
+        ValueError: If ``adamw_lr`` is given together with a rate that it replaces.
     """
     if adamw_lr is None:
         found = _Rates(
@@ -210,7 +210,7 @@ def _rates(
             if value is not None:
                 raise ValueError(
                     f"adamw_lr={adamw_lr!r} sets all rates, and {name}={value!r} would set them "
-                    "again; pass one of the two"
+                    "again; pass only one"
                 )
         found = _Rates(
             adamw_lr,
@@ -226,7 +226,7 @@ def _rates(
 
 
 def check_model(model: object, function: str) -> None:
-    """Refuse what is no model, and a model with lazy modules that have not run.
+    """Refuse anything but a model, and a model with lazy modules that have not run.
 
     Raises:
         TypeError: With the call of ``function`` that is meant.
@@ -235,7 +235,7 @@ def check_model(model: object, function: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{function} takes the model itself, an nn.Module, got {type(model).__name__}; write "
-            f"{function}(model). Its parameters alone do not tell which of them are hidden matrices"
+            f"{function}(model). Its parameters do not show which of them are hidden matrices"
         )
     for name, param in model.named_parameters():
         check_initialized(name, param)
@@ -245,8 +245,8 @@ def check_overrides(overrides: object) -> None:
     """Refuse overrides that do not map patterns to algorithms or options.
 
     Raises:
-        TypeError: With what is no pattern, or no algorithm or options.
-        ValueError: If a pattern is no regular expression, or an option is out of range.
+        TypeError: With an entry that does not.
+        ValueError: If a pattern is not a regular expression, or an option is out of range.
     """
     if overrides is None:
         return
@@ -259,13 +259,15 @@ def check_overrides(overrides: object) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"overrides: {pattern!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"overrides: {pattern!r} is not a regular expression: {error}"
+            ) from None
         if isinstance(override, Mapping):
             check_kinds(override)
 
 
 def _layout(role: Role, taken: Set[str]) -> dict[str, Any]:
-    """Return how the parameter is seen as matrices, for an algorithm that takes these options."""
+    """Return how the parameter is viewed as matrices, if the algorithm takes these options."""
     seen = {"layout": role.layout, "split": role.split}
     return {option: value for option, value in seen.items() if option in taken}
 
@@ -297,7 +299,7 @@ def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, An
                 break
     if unmatched:
         raise ValueError(
-            f"override {next(iter(unmatched))!r} decides for no parameter; "
+            f"override {next(iter(unmatched))!r} matches no parameter; "
             "see the names in describe_param_groups(model)"
         )
     return options
@@ -318,8 +320,8 @@ def describe_param_groups(
         **options: Options of `param_groups`, instead of ``groups``.
 
     Raises:
-        TypeError: If ``model`` is no ``nn.Module``, ``groups`` are no groups, or there are both
-            ``groups`` and ``options``.
+        TypeError: If ``model`` is not an ``nn.Module``, ``groups`` is not a list of groups, or both
+            ``groups`` and ``options`` are given.
 
     Examples:
         >>> import torch, sinkgd
@@ -365,7 +367,7 @@ def describe_param_groups(
 
 
 def _checked_groups(groups: object, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the groups as a list, and refuse what is not one."""
+    """Return the groups as a list, and refuse anything else."""
     if options:
         raise TypeError(
             f"describe_param_groups takes groups or the options of param_groups, got groups and "

@@ -1,10 +1,10 @@
 """The parameters of an optimizer: their names, their places in the groups, and checks of them.
 
-Trainers exchange parameters after the optimizer was made. accelerate replaces them by FSDP2's
+Trainers may replace parameters after the optimizer was created. accelerate replaces them by FSDP2's
 DTensors of the same shape, which works. DeepSpeed ZeRO-1 and ZeRO-2 replace all parameters of a
-group by one flat piece, which has neither rows nor columns. Others keep the parameter and set its
-``data`` to a flat piece, or to another dtype. So every step looks for parameters that are not those
-that were checked.
+group by one flat tensor, which has neither rows nor columns. Others keep the parameter and set its
+``data`` to a flat tensor, or to another dtype. So every step looks for parameters that have changed
+since they were checked.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
@@ -46,8 +46,8 @@ class Listed(NamedTuple):
 class ParameterIndex:
     """Finds the parameters of an optimizer, and checks those that are new.
 
-    The index is made once a step, and again if a parameter is no longer in its place. Callers pass
-    the groups with every call, as torch may replace their list.
+    The index is made once per step, and again if a parameter is no longer in its place. Callers
+    pass the groups with every call, as torch may replace their list.
     """
 
     def __init__(self, groups: Sequence[Group] = ()) -> None:
@@ -84,7 +84,7 @@ class ParameterIndex:
         self._index = None
 
     def find(self, params: Collection[Tensor], groups: Sequence[Group]) -> list[Listed]:
-        """Return the places of parameters in the groups; leave out those that are in none."""
+        """Return the places of parameters in the groups; omit those that are in none."""
         if self._index is None or not all(self._is_there(param, groups) for param in params):
             self.check(groups)
             self._index = _index_of(groups)
@@ -225,8 +225,8 @@ def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor])
         if new.shape != before.shapes[i]:
             raise TypeError(
                 f"{before.names[i]!r} had shape {tuple(before.shapes[i])} when its group was added "
-                f"and was exchanged for a tensor of shape {tuple(new.shape)}. DeepSpeed ZeRO-1 and "
-                "ZeRO-2 exchange parameters for flat pieces, which have neither rows nor columns; "
+                f"and was replaced by a tensor of shape {tuple(new.shape)}. DeepSpeed ZeRO-1 and "
+                "ZeRO-2 replace parameters by flat tensors, which have neither rows nor columns; "
                 "shard the model with fully_shard (FSDP2), or give the group algorithm='adamw'"
             )
 
@@ -255,12 +255,12 @@ def check_param(name: str, param: Tensor, group: Group, method: Method) -> None:
     check_initialized(name, param)
     if not param.is_floating_point():
         raise TypeError(
-            f"{name!r} is {param.dtype}; only real floating parameters can be normalized"
+            f"{name!r} is {param.dtype}; only real floating-point parameters can be normalized"
         )
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
         raise TypeError(
-            f"{name!r} lies in flat pieces, of FullyShardedDataParallel or DeepSpeed ZeRO, "
-            "which have neither rows nor columns; shard the model with fully_shard (FSDP2)"
+            f"{name!r} was flattened by FullyShardedDataParallel or DeepSpeed ZeRO, and so has "
+            "neither rows nor columns; shard the model with fully_shard (FSDP2)"
         )
     method.check(name, param, group)
 

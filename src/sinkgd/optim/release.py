@@ -22,8 +22,8 @@ from sinkgd.number_check import check_flag, check_number
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
 
-# Smaller gradients, such as those of norms and biases, wait for others: calling a step takes longer
-# than the step itself. Not measured.
+# Smaller gradients, such as those of norms and biases, wait for others: calling their step takes
+# longer than the step itself. Not measured.
 SMALL_BYTES = 64 << 10
 
 # The keys are the parameters whose gradients are released.
@@ -47,19 +47,19 @@ class GradientRelease:
     sends its own messages; larger buckets need fewer.
 
     Args:
-        optimizer: One of this package; not one with groups of ``"adamw-spam"``, whose step needs
-            the norm of all gradients.
+        optimizer: An optimizer of this package. Groups of ``"adamw-spam"`` are refused, since their
+            step needs the norm of all gradients.
         bucket_bytes: Gradients wait until their bytes reach this number, and are then applied
             together; the last ones wait for ``step()``. Under FSDP2 the largest shard on any rank
             counts. With 0, every gradient is applied at once, except those below 64 KiB: they wait
             for the next larger one, until there are 64 KiB of them, or until backward ends.
-        averaged: Whether backward leaves the same gradients of plain tensors on all ranks, as under
-            tensor parallelism. DistributedDataParallel averages them later.
+        averaged: Whether plain tensors have the same gradient on all ranks as soon as backward has
+            computed it, as under tensor parallelism. DistributedDataParallel averages them later.
 
     Raises:
-        TypeError: If ``optimizer`` is none of ours, needs all gradients at once, or holds plain
-            tensors on several ranks and ``averaged`` is False.
-        ValueError: If ``bucket_bytes`` is negative, or another `GradientRelease` already has a
+        TypeError: If ``optimizer`` is not one of this package, needs all gradients at once, or
+            holds plain tensors on several ranks and ``averaged`` is False.
+        ValueError: If ``bucket_bytes`` is negative, or another `GradientRelease` already handles a
             parameter of ``optimizer``.
 
     Examples:
@@ -82,8 +82,8 @@ class GradientRelease:
     ) -> None:
         if not isinstance(optimizer, GroupedOptimizer):
             raise TypeError(
-                f"gradients can be released to SinkGD, SWAN and MNGD; {type(optimizer).__name__} "
-                "is none of them"
+                "GradientRelease takes an optimizer of this package, such as SinkGD, SWAN or MNGD; "
+                f"got {type(optimizer).__name__}"
             )
         check_number("bucket_bytes", bucket_bytes)
         check_flag("averaged", averaged)
@@ -95,14 +95,14 @@ class GradientRelease:
         self._lock = threading.Lock()
         self._names: dict[Tensor, str] = {}
         self._param_hooks: dict[Tensor, RemovableHandle] = {}
-        self._waiting: dict[Tensor, None] = {}  # in the order in which gradients came
+        self._waiting: dict[Tensor, None] = {}  # in the order in which gradients arrived
         self._waiting_bytes = 0
         self._applied: set[Tensor] = set()  # in this step
-        self._running: set[int] = set()  # calls of backward that applied a gradient
-        self._watched: set[int] = set()  # calls of backward that tell their end
+        self._running: set[int] = set()  # calls of backward that have applied a gradient
+        self._watched: set[int] = set()  # calls of backward whose end is reported
         self._follow_parameters()
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        # GradScaler.step then reaches `_before_step`, which refuses it, instead of an assertion.
+        # So that GradScaler.step is refused by `_before_step`, and not by an assertion of torch.
         self._supported_scaling = getattr(optimizer, "_step_supports_amp_scaling", False)
         optimizer._step_supports_amp_scaling = True
 
@@ -125,7 +125,7 @@ class GradientRelease:
             param.grad = None
 
     def remove(self) -> None:
-        """Apply the gradients that wait, and stop handling those of later backward calls."""
+        """Apply the waiting gradients, and do not handle those of later backward calls."""
         self._flush()
         self._remove_hooks()
 
@@ -138,7 +138,7 @@ class GradientRelease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop handling gradients; after an exception, do not apply those that wait."""
+        """Stop handling gradients; after an exception, do not apply the waiting ones."""
         if error is None:
             self.remove()
         else:
@@ -184,7 +184,7 @@ class GradientRelease:
             )
 
     def _take(self, param: Tensor) -> None:
-        """Apply a gradient that backward has completed, or let it wait for others."""
+        """Apply a gradient that backward has completed, or keep it until others are complete."""
         if param.grad is None:
             return
         with self._lock:  # backward has a thread for each device
@@ -194,7 +194,7 @@ class GradientRelease:
                 return
             if param not in self._waiting:
                 self._waiting[param] = None
-                # All ranks count alike, and so flush alike.
+                # All ranks count the same bytes, and so flush the same gradients.
                 self._waiting_bytes += largest_shard_size(param.grad) * param.grad.element_size()
             task = self._watch_backward()
             if self._waiting_bytes >= (self._bucket_bytes or SMALL_BYTES):
@@ -204,7 +204,7 @@ class GradientRelease:
     def _watch_backward(self) -> int:
         """Ask to be called at the end of the current backward, and return its number.
 
-        After an exception nobody calls.
+        There is no call after an exception.
         """
         task = torch._C._current_graph_task_id()
         if task not in self._watched:
@@ -221,7 +221,7 @@ class GradientRelease:
             self._running.discard(task)
 
     def _flush(self) -> None:
-        """Apply the gradients that wait."""
+        """Apply the waiting gradients."""
         waiting = list(self._waiting)
         self._waiting, self._waiting_bytes = {}, 0
         if waiting:
@@ -239,10 +239,10 @@ class GradientRelease:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if hasattr(optimizer, "found_inf") or getattr(optimizer, "grad_scale", None) is not None:
             raise TypeError(
-                "a GradScaler looks at all gradients after backward, and they are gone by then; "
+                "a GradScaler looks at all gradients after backward, when they are already freed; "
                 "train in bfloat16, or without GradientRelease"
             )
-        if optimizer.is_probed():  # which makes state, and is no step
+        if optimizer.is_probed():  # a probe only creates state
             return None
         self._follow_parameters()
         self._check_backward_ended()
@@ -253,8 +253,8 @@ class GradientRelease:
         if self._applied:
             raise RuntimeError(
                 f"the gradient of {self._name(next(iter(self._applied)))} was applied before "
-                "step(closure) was called, whose closure would apply a second one in the same "
-                "step. Call backward in the closure alone, or step() without a closure"
+                "step(closure) was called, and the closure would apply a second one in the same "
+                "step. Call backward only in the closure, or call step() without a closure"
             )
 
         def and_end_backward() -> Any:
@@ -267,7 +267,7 @@ class GradientRelease:
 
     @torch.no_grad()
     def _end_backward(self) -> None:
-        """Apply every gradient that remains: of early micro-batches, and of new parameters."""
+        """Apply all remaining gradients: of early micro-batches, and of new parameters."""
         remaining = [p for _, p in self._optimizer.named_parameters() if p.grad is not None]
         for param in remaining:
             if param in self._applied:
@@ -283,9 +283,9 @@ class GradientRelease:
     def _check_backward_ended(self) -> None:
         if self._running:
             raise RuntimeError(
-                f"backward raised before it ended, and had already updated {len(self._applied)} "
+                f"backward raised an exception after it had updated {len(self._applied)} "
                 f"parameters, such as {self._name(next(iter(self._applied)))}. Call "
-                "release.reset() to give up this step and keep these updates, or load a "
+                "release.reset() to abandon this step and keep these updates, or load a "
                 "checkpoint to undo them"
             )
 
@@ -294,13 +294,13 @@ class GradientRelease:
         if self._running - {torch._C._current_graph_task_id()}:
             return (
                 f"{said}: another backward has not ended. If it raised an exception, call "
-                "release.reset() to give up its step; if it belongs to activation checkpointing, "
+                "release.reset() to abandon its step; if it belongs to activation checkpointing, "
                 "pass use_reentrant=False"
             )
         return (
             f"{said}: backward ran twice. Run all micro-batches but the last inside "
-            "`with release.accumulate():`, do not retain the graph, and detach what the loss of "
-            "another model reaches"
+            "`with release.accumulate():`, do not retain the graph, and detach tensors by which "
+            "the loss of another model reaches this one"
         )
 
     def _name(self, param: Tensor) -> str:

@@ -26,7 +26,7 @@ from sinkgd.matrix_views import Split
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-# Reasons that others ask for.
+# Reasons that other modules look for.
 EMBEDDING, HEAD = "embedding", "output head"
 
 # Where wrappers keep the module that they wrap: torch.compile, activation checkpointing, FSDP1,
@@ -56,7 +56,7 @@ class Role:
     Attributes:
         is_matrix: Whether it is a hidden matrix, which a matrix norm fits.
         reason: Why, in words for a table.
-        layout: How it is seen as matrices; see `sinkgd.matrix_views`.
+        layout: How it is viewed as matrices; see `sinkgd.matrix_views`.
         split: Into how many matrices its rows are cut.
     """
 
@@ -179,7 +179,7 @@ class _Modules:
 
         A parametrized weight is made from what lies in ``parametrizations.weight``: an original of
         its shape or, with a weight norm, a gain and a direction. The older `weight_norm` and
-        `spectral_norm` of ``torch.nn.utils`` keep theirs beside it.
+        `spectral_norm` of ``torch.nn.utils`` keep theirs next to it.
         """
         if match := _PARAMETRIZED.search(path):
             owner = path[: match.start()]
@@ -200,7 +200,7 @@ class _Modules:
         return any(path == block or path.startswith(f"{block}.") for block in self.blocks)
 
     def _is_adapter(self, path: str) -> bool:
-        # PEFT's layers hold what they train, of whatever method, beside the base layer.
+        # With any method, PEFT's layers keep their trained parameters next to the base layer.
         if _wraps_base_layer(self.modules[path]):
             return True
         parts = path.split(".")
@@ -243,14 +243,14 @@ def _is_data_parallel(module: nn.Module) -> bool:
 
 
 def _children(place: _Place) -> Iterator[_Place]:
-    """Yield the children of a module that is no wrapper, but for its parametrizations."""
+    """Yield the children of a module that is not a wrapper, except its parametrizations."""
     for name, _ in place.module.named_children():
         if name != "parametrizations":
             yield place.child(name)
 
 
 def _places(place: _Place) -> Iterator[_Place]:
-    """Yield every module below ``place`` that is no wrapper, each path once, in their order."""
+    """Yield every module below ``place`` that is not a wrapper, each path once, in order."""
     for inner in _unwrapped(place):
         yield inner
         for child in _children(inner):
@@ -260,7 +260,7 @@ def _places(place: _Place) -> Iterator[_Place]:
 def _routers(place: _Place) -> Iterator[nn.Module]:
     """Yield the linears beside experts that have one output for each of them.
 
-    Such a linear may be alone in a module of its own.
+    Such a linear may be the only one in a separate module.
     """
     children = [inner for child in _children(place) for inner in _unwrapped(child)]
     counts = {_count_of_experts(inner.module) for inner in (place, *children)} - {0, 1}
@@ -307,7 +307,7 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _hidden_matrix(module: nn.Module, attribute: str, param: Tensor) -> Role:
-    """Return the role of a parameter of two dimensions or more, wherever its module stands."""
+    """Return the role of a parameter of two dimensions or more, wherever its module is."""
     role = _by_type(module, attribute, param)
     if role is None:
         kind = type(module).__name__
@@ -333,7 +333,7 @@ def _by_type(module: nn.Module, attribute: str, param: Tensor) -> Role | None:
     if param.shape == (getattr(module, "out_features", None), getattr(module, "in_features", None)):
         return Role(is_matrix=True, reason="linear")
     if param.ndim == 3 and _is_batch(module, param) and not _is_stock(module):
-        # What transformers' experts say of weights that are stored (experts, in, out).
+        # transformers' experts set this attribute if weights are stored (experts, in, out).
         is_transposed = bool(getattr(module, "is_transposed", False)) or _is_stored_in_out(module)
         layout = "transposed" if is_transposed else "auto"
         reason = "batch of matrices, such as experts"
@@ -349,7 +349,7 @@ def _is_stored_in_out(module: nn.Module) -> bool:
 def _is_batch(module: nn.Module, param: Tensor) -> bool:
     """Whether three dimensions look like matrices one after the other, such as experts.
 
-    There are fewer experts than features, and as many in all weights of their module. XLNet's
+    There are fewer experts than features, and all weights of a module have the same number. XLNet's
     attention has weights of (features, heads, features of a head) and (segments, heads, ...).
     """
     count, *sides = param.shape

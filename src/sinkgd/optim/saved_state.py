@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from sinkgd.optim.method import Group
 from sinkgd.optim.roles import without_wrappers
 
-# The only tensor of a state dict that would have none. To load a full state dict, torch looks in it
-# for a device: torch/distributed/checkpoint/state_dict.py, _load_optim_state_dict.
+# Added to a state dict that would have no tensor. To load a full state dict, torch takes the device
+# from a tensor in it: torch/distributed/checkpoint/state_dict.py, _load_optim_state_dict.
 PLACEHOLDER = "no_state"
 
 # Options of torch.optim.AdamW that our AdamW does not have.
@@ -24,12 +24,12 @@ _TORCHS_OPTIONS = {
     "foreach",
 }
 
-# The state of torch's AdamW; torch decides its device and dtype. Other state that has one of these
-# names alone keeps its dtype.
+# The state of torch's AdamW; torch decides its device and dtype. Other state that has only one
+# of these names keeps its dtype.
 _TORCHS_OWN = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _BOTH_MOMENTS = {"exp_avg", "exp_avg_sq"}
 
-# Options that say what is done with a parameter; all others may differ and are loaded.
+# Options that must agree with the saved ones; all others may differ, and are loaded.
 _ROUTING = ("algorithm", "layout", "split", "norms")
 
 # What `sinkgd.optim.parameters.unnamed` returns.
@@ -47,7 +47,7 @@ def saved_options(group: Group) -> Group:
 def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Save options as text, and list the parameters that have no state.
 
-    torch's ``set_optimizer_state_dict`` takes a parameter that is not listed for lost state.
+    torch's ``set_optimizer_state_dict`` would take an unlisted parameter's state for lost.
     """
     for group in state_dict["param_groups"]:
         group.update(saved_options(group))
@@ -74,7 +74,7 @@ def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the ``state`` of a state dict with numbers, as old torch saved steps, as tensors."""
+    """Return the ``state`` of a state dict, with numbers such as steps of old torch as tensors."""
     return {
         key: {
             name: torch.tensor(float(value), dtype=torch.float32, device="cpu")
@@ -99,9 +99,10 @@ def adopt_adamw(own_groups: Sequence[Group], saved_groups: Sequence[Group]) -> l
         raise ValueError(
             "the checkpoint names no algorithm: another optimizer saved it, such as "
             f"torch.optim.AdamW, and this one has groups of {', '.join(map(repr, algorithms))}. "
-            "Load the model's weights alone, and make the optimizer by sinkgd.from_adamw_state("
-            "model, state_dict), which keeps AdamW's moments where AdamW stays; load_state_dict "
-            "takes AdamW's state where every group has algorithm='adamw' and the same parameters"
+            "Load only the model's weights, and create the optimizer with sinkgd.from_adamw_state("
+            "model, state_dict), which keeps the moments of parameters that stay with AdamW; "
+            "load_state_dict takes AdamW's state only if every group has algorithm='adamw' and the "
+            "same parameters"
         )
     return [
         _adopt(index, own, saved)
@@ -113,18 +114,18 @@ def _adopt(index: int, own: Group, saved: Group) -> Group:
     if not {"lr", "betas", "eps", "weight_decay"} <= saved.keys():
         raise ValueError(
             f"group {index} of the checkpoint has no betas and no algorithm, so neither AdamW nor "
-            "an optimizer of this package saved it; load the model's weights alone"
+            "an optimizer of this package saved it; load only the model's weights"
         )
     if saved.get("amsgrad"):
         raise ValueError(
             f"group {index} of the checkpoint has amsgrad=True, and 'adamw' has no AMSGrad; load "
-            "the model's weights alone and start this optimizer afresh"
+            "only the model's weights, and start this optimizer without state"
         )
     if saved["weight_decay"] and not saved.get("decoupled_weight_decay", True):
         raise ValueError(
             f"group {index} of the checkpoint was saved by torch.optim.Adam, whose weight_decay "
             f"({saved['weight_decay']}) is part of the gradient; 'adamw' decays weights directly. "
-            "Load the model's weights alone and start this optimizer afresh"
+            "Load only the model's weights, and start this optimizer without state"
         )
     kept = {key: value for key, value in saved.items() if key not in _TORCHS_OPTIONS}
     return {**kept, "algorithm": "adamw", "fused": own["fused"]}
@@ -174,7 +175,7 @@ def _check_same_names(index: int, own: Sequence[str] | None, saved: Sequence[str
     name = moved[0]
     where = "this optimizer" if name in here else "the checkpoint"
     raise ValueError(
-        f"{name!r} is in group {index} of {where} alone; build the optimizer with the same "
+        f"{name!r} is only in group {index} of {where}; build the optimizer with the same "
         "param_groups() arguments as when it was saved"
     )
 
@@ -188,13 +189,13 @@ def restore_types(
     state_dict: dict[str, Any],
     before: Mapping[Tensor, Mapping[str, Any]],
 ) -> None:
-    """Bring our own state to the type in which it was saved; torch casts it to the parameter's.
+    """Restore the dtype in which our own state was saved; torch casts it to the parameter's.
 
     Args:
         optimizer: After torch has loaded ``state_dict``.
         state_dict: What was loaded.
-        before: The optimizer's state before. Tensors that were filled in place are kept; all others
-            are copied, so that two optimizers never share state.
+        before: The optimizer's state before loading. Tensors that were filled in place are kept;
+            all others are copied, so that two optimizers never share state.
     """
     saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
     own_params = [param for group in optimizer.param_groups for param in group["params"]]

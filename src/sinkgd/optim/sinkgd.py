@@ -34,12 +34,14 @@ class SinkGD(GroupedOptimizer):
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{SR-Sinkhorn}(G, L)
 
     The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
-    step. Pass the groups of `param_groups` for the recommended recipe: matrices of the blocks as
-    above and deflated, all else by AdamW. Without groups no state is kept at all: matrices as
-    above, vectors and scalars by their own l2 norm, with root-mean-square 1 too.
+    step. Pass the groups of `param_groups` for the recommended recipe: hidden matrices are updated
+    as above, with deflation, and all other parameters by AdamW. Without groups no state is kept at
+    all: matrices are updated as above, and gradients of vectors and scalars are divided by their
+    root-mean-square.
 
-    A group may set its own value of every option, and those of `SinkGDVariant`; `param_groups` sets
-    ``deflated_rank``. Disabled options add no cost. Vectors only have momentum.
+    A group may set its own value of every option, and of those of `SinkGDVariant`; `param_groups`
+    sets ``deflated_rank``. Disabled options add no cost. Of the options that change the update,
+    vectors support only momentum.
 
     On a mesh of devices a step sends L messages to each process group. Momentum adds one message,
     ``deflated_rank`` adds two, or four for a group that shards columns. No matrix is sent.
@@ -65,12 +67,12 @@ class SinkGD(GroupedOptimizer):
             does.
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
-            normalized instead of the gradient. Keeps one float32 an entry; 0 keeps nothing.
+            normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
         deflated_rank: Number k of the update's leading singular values that are lowered to the next
             one; 0 leaves them. This whitens the largest directions, for two more readings of the
-            gradient and about 10 k flops an entry. Keeps no state. The ``eager`` backend makes
-            float32 copies of the gradients, 64 MiB at a time unless one alone is larger; so does
+            gradient and about 10 k flops per entry. Keeps no state. The ``eager`` backend makes
+            float32 copies of the gradients, 64 MiB at a time unless a single one is larger; so does
             ``triton`` for more than 31 directions. Groups of `param_groups` set their own.
             Default: 0.
 
@@ -135,7 +137,7 @@ class SinkGD(GroupedOptimizer):
         self._warn_of_lost_updates()
 
     def _warn_of_lost_updates(self) -> None:
-        """Warn, once an optimizer, if rounding to the nearest bfloat16 loses most of its updates.
+        """Warn, once per optimizer, if rounding to the nearest bfloat16 loses most updates.
 
         An update has the root-mean-square ``lr``, and bfloat16 keeps 8 bits of a weight.
         """
@@ -144,10 +146,10 @@ class SinkGD(GroupedOptimizer):
             gap = float(some.square().mean().sqrt()) * 2**-8
             if float(group["lr"]) < gap / 8 < inf:
                 warnings.warn(
-                    f"{name!r} is bfloat16 and has lr={float(group['lr']):.2g}, while neighbors of "
-                    f"a typical weight of it are {gap:.1g} apart: rounding to the nearest loses "
-                    "nearly all updates of such matrices. Pass rounding='stochastic', or train "
-                    "float32 weights under autocast",
+                    f"{name!r} is bfloat16 and has lr={float(group['lr']):.2g}, while bfloat16 "
+                    f"values near its typical weight are {gap:.1g} apart: rounding to the nearest "
+                    "loses nearly all updates of such matrices. Pass rounding='stochastic', or "
+                    "train float32 weights under autocast",
                     UserWarning,
                     stacklevel=_stacklevel_of_caller(),
                 )

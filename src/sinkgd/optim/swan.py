@@ -18,8 +18,8 @@ class SWAN(GroupedOptimizer):
 
     with m ≤ n; on the shorter side otherwise. It is `MNGD` with a `RowNorm` and a `SpectralNorm`.
     The update has root-mean-square 1. Without momentum ``state`` stays empty. The whitening costs
-    at most about ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops a matrix. Matrices of
-    one shape are whitened together.
+    at most about ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops per matrix. Matrices
+    of one shape are whitened together.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="swan")``, or matrices: tensors or
@@ -37,13 +37,14 @@ class SWAN(GroupedOptimizer):
             does.
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
-            normalized instead of the gradient. Keeps one float32 an entry; 0 keeps nothing.
+            normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
         momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
             and the step goes along B. Its root-mean-square is then below 1.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is no matrix; the message names it.
+        ValueError: If an option is out of range, or a parameter is not a matrix; the message names
+            it.
         TypeError: If a parameter is not real and floating.
 
     Examples:

@@ -210,7 +210,7 @@ class Batch:
 
 
 class Batches:
-    """The training batches of a split; each depends on its step alone.
+    """The training batches of a split; each depends only on its step.
 
     Args:
         split: From `TokenDataset.split`.

@@ -46,7 +46,7 @@ class Live:
         return self.activations + self.loss + self.gradients
 
     def extrapolate(self, other: "Live", times: int) -> "Live":
-        """Extrapolate linearly: ``times`` times the distance to ``other``, beyond it."""
+        """Extrapolate linearly beyond ``other``, by ``times`` times the distance to it."""
         return Live(
             *(
                 getattr(other, f.name) + times * (getattr(other, f.name) - getattr(self, f.name))

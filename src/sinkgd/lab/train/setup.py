@@ -84,7 +84,7 @@ def set_up(
     Args:
         config: Resolved.
         echo: Called with messages about the preparation of a corpus.
-        world: The ranks that train together; by default this process alone.
+        world: The ranks that train together; by default only this process.
         begun: First record of the run to resume, for comparison; None for a new run.
 
     Raises:

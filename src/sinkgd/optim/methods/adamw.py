@@ -15,7 +15,7 @@ from sinkgd.number_check import check_betas
 from sinkgd.optim.apply import allowed, learning_rate
 from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 
-# Where torch has the fused kernel: torch/utils/_foreach_utils.py,
+# Devices for which torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
@@ -27,7 +27,7 @@ ADAMW_OPTIONS = MappingProxyType[str, object]({"betas": (0.9, 0.999), "eps": 1e-
 class AdamW(Method):
     """Decoupled weight decay and Adam (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101).
 
-    State: two numbers an entry. If one gradient is not finite, the whole group is left unchanged.
+    State: two numbers per entry. If one gradient is not finite, the whole group is left unchanged.
     As in torch, entries of the gradient must stay below 1e19, so that their squares are within
     float32's range; clip larger ones.
     """
@@ -37,12 +37,12 @@ class AdamW(Method):
     is_auxiliary = True
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range; choose the fused kernel where it runs."""
+        """Refuse options out of range; choose the fused kernel if the device has it."""
         del name
         check_adamw(param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make both moments, zero."""
+        """Create both moments, filled with zeros."""
         init_moments(state, param, fused=group["fused"])
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
@@ -79,7 +79,7 @@ class AdamW(Method):
 
 
 def check_adamw(param: Tensor, group: Group) -> None:
-    """Refuse options of AdamW out of range; choose its fused kernel where it runs."""
+    """Refuse options of AdamW out of range; choose its fused kernel if the device has it."""
     check_averages(group)
     if group["fused"] is None:
         group["fused"] = param.device.type in _FUSED_DEVICES
@@ -102,10 +102,10 @@ def descend_by_adamw_(
     held_back: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """Take torch's AdamW step of this rank's shards; AMSGrad's where the states have its maximum.
+    """Take torch's AdamW step on this rank's shards; AMSGrad's if the states have its maximum.
 
     The fused kernel ignores strides. So its inputs must be dense and have the memory order of the
-    parameter: gradients and parameters that do not are copied, and moments are copied once.
+    parameter. Other gradients and parameters are copied in every step, other moments only once.
 
     Args:
         params: Updated in place.
@@ -113,7 +113,7 @@ def descend_by_adamw_(
         states: The states of the parameters, made by `init_moments`.
         group: Sets ``betas``, ``eps``, ``weight_decay``, ``maximize`` and ``fused``.
         lr: Learning rate.
-        held_back: 0-dim bool: nothing is written where it is True.
+        held_back: 0-dim bool: if it is True, nothing is written.
         grad_scale: 0-dim: the gradients are still multiplied by it.
     """
     fused = group["fused"]
@@ -157,7 +157,7 @@ def descend_by_adamw_(
 
 
 def _dense(param: Tensor) -> Tensor:
-    """Return the parameter if its entries fill a stretch of memory, otherwise a copy that does."""
+    """Return the parameter if its entries fill a range of memory, otherwise a copy that does."""
     if are_dense(param):
         return param
     return torch.empty_like(param, memory_format=torch.preserve_format).copy_(param)
@@ -171,7 +171,7 @@ def _in_memory_order(param: Tensor, x: Tensor) -> Tensor:
 
 
 def _reorder_moments(state: MutableMapping[str, Any], param: Tensor) -> None:
-    """Copy moments to the parameter's memory order where they have another."""
+    """Copy moments to the parameter's memory order if they have another."""
     for name in MOMENTS:
         if name in state and not lie_alike(param, local(state[name])):
             state[name] = from_local(state[name], _in_memory_order(param, local(state[name])))
@@ -180,9 +180,9 @@ def _reorder_moments(state: MutableMapping[str, Any], param: Tensor) -> None:
 def init_moments(
     state: MutableMapping[str, Any], param: Tensor, *, fused: bool, amsgrad: bool = False
 ) -> None:
-    """Make the moments of a parameter, zero, where there are none.
+    """Create the moments of a parameter, filled with zeros, if it has none.
 
-    If the parameter has changed its dtype, as by ``model.bfloat16()``, its moments change theirs.
+    If the parameter has changed its dtype, as by ``model.bfloat16()``, its moments are cast, too.
     """
     if state:
         for name in MOMENTS:

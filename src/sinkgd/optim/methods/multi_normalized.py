@@ -4,11 +4,11 @@ Whole matrices of one shape are stacked, since many small products cost more tha
 
 Sharded matrices need norms whose projection scales rows and columns: row, column and Frobenius
 norms give an update of the form r G c, and the sign norm replaces G by sign(G). Ranks then exchange
-sums along rows and columns, one message a group for each norm in turn, and never a matrix.
+sums along rows and columns, one message per group and norm, and never a matrix.
 
 Letters, everywhere in this file:
     m, n: rows and columns of a whole matrix; ...: leading batch dimensions
-    b: matrices that lie in one tensor, such as experts
+    b: the number of matrices in one tensor, such as experts
     r2, c2: the squares of the scales of this rank's rows ``(..., m, 1)`` and columns, float64
     S: the squares of the gradient
 
@@ -68,7 +68,7 @@ from sinkgd.optim.transforms.momentum import (
     step_with_momentum,
 )
 
-# What a batch may use, unless one matrix alone uses more; a larger matrix is a batch by itself.
+# What a batch may use, unless a single matrix uses more; a larger matrix is a batch by itself.
 # On a CPU a batch saves calls and has to stay in cache. On one core of an Intel Xeon (2 MiB of L2)
 # a step of llama-60m was fastest with 4 to 16 MiB, and 10 to 90 % slower with 64 and 256.
 CPU_BATCH_BYTES = 8 << 20
@@ -100,7 +100,7 @@ class MultiNormalized(Method):
         self._norms = norms
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse vectors, norms that are none, and norms that shards do not allow."""
+        """Refuse vectors, objects that are not norms, and norms that cannot project shards."""
         check_momentum(group)
         check_num_iters(group["num_iters"])
         if "newton_schulz_steps" in self.options:
@@ -115,21 +115,21 @@ class MultiNormalized(Method):
         check_rounding(name, param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make what momentum keeps; there is no other state."""
+        """Create the state of momentum; there is no other state."""
         init_momentum(state, param, group)
 
     def needs_scratch(self, group: Group) -> bool:
-        """Whether Nesterov's directions are kept beside the gradients."""
+        """Whether Nesterov's directions are kept in addition to the gradients."""
         return bool(group["nesterov"])
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Step along the normalized gradients, with momentum where the group has it."""
+        """Step along the normalized gradients, with momentum if the group has it."""
         if group["momentum"]:
             return step_with_momentum(self._step, slots, group, context)
         return self._step(slots, group, context)
 
     def _step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Step along sharded matrices, and along whole ones."""
+        """Update sharded matrices, and whole ones."""
         kinds = [is_sharded(slot.param) for slot in slots]
         if len(set(kinds)) > 1:
             return step_by_kind(kinds, slots, lambda own: self._step(own, group, context))
@@ -158,7 +158,7 @@ class MultiNormalized(Method):
     def _updates(self, grads: Sequence[Tensor], group: Group, context: Context) -> Tensor:
         stack, own = stacked(grads)
         if context.loss_scale is not None:
-            # A norm of the user's may depend on the scale.
+            # A user's own norm may depend on the scale.
             stack = torch.div(stack, context.loss_scale, out=stack if own else None)
         update = take_turns(stack, self._norms(group), group["num_iters"], own=own)
         if not own and _share_memory(update, stack):  # the writer overwrites the update

@@ -1,6 +1,7 @@
-"""Normalized gradient descent: each parameter by its own l2 norm, with no state.
+"""Normalized gradient descent: each gradient is divided by its own l2 norm, with no state.
 
-The method for vectors and scalars where no state at all is wanted; a scalar moves by its sign.
+The method for vectors and scalars if no state at all is wanted. A scalar moves by the sign of its
+gradient.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ class Normalize(Method):
     is_auxiliary = True
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range; every shape will do."""
+        """Refuse options out of range; any shape is allowed."""
         check_rounding(name, param, group)
 
     @computation

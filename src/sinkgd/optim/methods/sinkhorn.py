@@ -1,10 +1,10 @@
 """Descent along SR-Sinkhorn: the methods ``sinkgd`` and ``stateless``.
 
-Without options a backend takes the step at once. With options it is taken transform by transform:
+Without options the backend runs the whole step. With options, transforms are applied in this order:
 
     gradient → [tiny_rows] → [transposed] → [start] → scales → [deflate] → [operator_norm] → update
 
-Momentum is around it: before the first transform, or after the last.
+Momentum comes before the first transform, or after the last.
 
 References:
     Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
@@ -76,9 +76,10 @@ Known = TypeVar("Known", bound=kernels.Scales | kernels.CorrectedScales)
 
 
 class Sinkhorn(Method):
-    """Matrices by SR-Sinkhorn. No state, and the scratch of the backend; options may add to both.
+    """SR-Sinkhorn for matrices, with no state, and with only the scratch memory of the backend.
 
-    ``warm_start`` keeps n float32 a matrix, m with ``last="row"``; ``operator_norm`` keeps n.
+    Options may add to both: ``warm_start`` keeps n float32 per matrix, or m with ``last="row"``;
+    ``operator_norm`` keeps n.
 
     Args:
         vectors: The method of parameters with fewer than two dimensions; None refuses them.
@@ -109,7 +110,7 @@ class Sinkhorn(Method):
         self.presets = MappingProxyType(dict(presets))
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range, a backend unknown or absent, and what is no matrix."""
+        """Refuse options out of range, an unknown or absent backend, and non-matrix parameters."""
         check_momentum(group)
         if self._vectors is not None and param.ndim < 2:
             self._vectors.check(name, param, group)
@@ -127,7 +128,7 @@ class Sinkhorn(Method):
         check_warm_start_shards(name, param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make what warm starts, the operator norm and momentum keep."""
+        """Create the state of warm starts, the operator norm and momentum."""
         is_matrix = self._vectors is None or param.ndim >= 2
         if is_matrix and (group["warm_start"] or group["operator_norm"]):
             slot = Slot("", 0, param.detach(), param.detach())
@@ -141,17 +142,17 @@ class Sinkhorn(Method):
         init_momentum(state, param, group)
 
     def needs_scratch(self, group: Group) -> bool:
-        """Whether directions, vectors or masked gradients are kept beside the gradients."""
+        """Whether directions, vectors or masked gradients are kept in addition to the gradients."""
         return bool(group["deflated_rank"] or group["nesterov"] or group["tiny_rows"] == "mask")
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Step along all parameters at once, with momentum where the group has it."""
+        """Update all parameters at once, with momentum if the group has it."""
         if group["momentum"]:
             return step_with_momentum(self._step, slots, group, context)
         return self._step(slots, group, context)
 
     def _step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Step along vectors, sharded matrices and plain matrices, each by their own rule."""
+        """Update vectors, sharded matrices and plain matrices, each kind by its own rule."""
         vectors = self._vectors
         kinds = [(x.param.ndim < 2, is_dtensor(x.param)) for x in slots]
         if len(set(kinds)) > 1:
@@ -184,7 +185,7 @@ def _shares_scales(slots: Sequence[Slot], group: Group) -> bool:
 
 @computation
 def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-    """Let the backend step along matrices, all of which are DTensors or none is."""
+    """Let the backend update matrices. Either all of them are DTensors, or none is."""
     matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
     given = kernels.Matrices(
         params=[matrix.param for matrix in matrices],
@@ -211,14 +212,14 @@ def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Step
 
 
 class _Solved(NamedTuple, Generic[Known]):
-    """Parameters whose scales are known; what follows may take chunks of them."""
+    """Parameters whose scales are known; the rest of the step may take chunks of them."""
 
     slots: Sequence[Slot]
     matrices: Sequence[ParamMatrix]
     owners: Sequence[range]
-    scales: Sequence[Known]  # one a matrix
+    scales: Sequence[Known]  # one per matrix
     finite: Tensor  # (slots,) bool
-    keys: Sequence[Tensor] | None  # one a matrix
+    keys: Sequence[Tensor] | None  # one per matrix
 
     def chunk(self, chunk: slice) -> "_Solved[Known]":
         """Return some of the parameters."""
@@ -236,7 +237,7 @@ class _Solved(NamedTuple, Generic[Known]):
 
 @computation
 def _step_with_transforms(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-    """Step along matrices, all of which are DTensors or none is, transform by transform."""
+    """Update matrices by one transform after the other. Either all are DTensors, or none is."""
     backend = kernels.select(group["backend"], slots[0].param.device)
     matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
     if group["tiny_rows"] == "mask":
@@ -303,7 +304,7 @@ def _finish(
     ready = _Solved(slots, matrices, owners, corrected, finite, keys)
     chunks = [slice(len(slots))]
     if any(isinstance(own, kernels.CorrectedScales) and own.factor is None for own in corrected):
-        # The backend may copy what is deflated, and these parameters may be larger together.
+        # The backend may copy the gradients, and together these may be larger than the limit.
         sizes = [4 * sum(matrices[i].grad.numel() for i in own) for own in owners]
         chunks = chunk_slices(sizes, SCRATCH_BYTES)
     for chunk in chunks:
@@ -320,7 +321,7 @@ def _pinned(
     group: Group,
     context: Context,
 ) -> Steps[kernels.Descent]:
-    """Bring the updates to the operator norm that is asked for, and keep its vectors."""
+    """Bring the updates to the requested operator norm, and keep its vectors."""
     layout = group["layout"]
     vectors: list[Tensor] = []
     for slot, own in zip(slots, owners, strict=True):

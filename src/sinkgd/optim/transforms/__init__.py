@@ -1,7 +1,7 @@
-"""What may stand before or after the scales of SR-Sinkhorn.
+"""Optional transforms before and after the scales of SR-Sinkhorn.
 
-`sinkgd.optim.methods.sinkhorn` runs them. Each module has its options with their defaults and a
-check of them. In a step they come in this order; all are off by default:
+`sinkgd.optim.methods.sinkhorn` runs them. Each module defines its options, their defaults and their
+check. All are off by default. A step applies them in this order:
 
     momentum → tiny_rows → start → scales → deflate → operator_norm → momentum of the update
 """

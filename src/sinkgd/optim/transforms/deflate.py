@@ -2,7 +2,7 @@
 
 A backend multiplies the update X = r G c with k + 1 vectors; small matrices of one shape are
 stacked. The result is a pair of scales that give root-mean-square 1, and k directions that are
-subtracted when the parameter is written. On a mesh ranks add up k + 1 numbers a row and a column,
+subtracted when the parameter is written. On a mesh ranks add up k + 1 numbers per row and column,
 never a matrix. All matrices share the messages, as far as the memory for their vectors allows.
 """
 
@@ -41,8 +41,8 @@ from sinkgd.number_check import check_whole_number
 from sinkgd.optim.chunking import MESH_VECTOR_BYTES, SCRATCH_BYTES, chunk_slices
 from sinkgd.optim.method import Context, Group, Slot
 
-# A larger matrix is not stacked: it keeps the threads busy by itself, and products of a stack of
-# larger ones would have other bits than products of each alone.
+# A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
+# larger matrices would not be bitwise equal to those of each by itself.
 STACKED_ENTRIES = 1 << 18
 
 # Bytes that each row or column of a shard uses at once for each direction, most of them float64:
@@ -94,7 +94,7 @@ def _bytes_of(slot: Slot, own: range, group: Group) -> int:
 def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[Tensor]:
     """Return Ω of every matrix, ``(..., n, k + 1)`` float64: its rows for this rank's columns.
 
-    Parameters of one shape, memory order and sharding share theirs.
+    Parameters of one shape, memory order and sharding share one Ω.
     """
     made: dict[tuple[object, ...], Tensor] = {}
     blocks: list[Tensor] = []
@@ -164,7 +164,7 @@ class Deflating(NamedTuple):
     slots: Sequence[Slot]
     owners: Sequence[range]  # for each slot, the indices of its matrices
     matrices: Sequence[ParamMatrix]
-    scales: Sequence[Scales]  # one a matrix, for which ``row * grad * col`` is normalized
+    scales: Sequence[Scales]  # one per matrix, for which ``row * grad * col`` is normalized
 
 
 def deflate_matrices(some: Deflating, backend: Backend, group: Group) -> Computation[Deflated]:
@@ -185,7 +185,7 @@ def deflate_matrices(some: Deflating, backend: Backend, group: Group) -> Computa
 
 
 def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated | None:
-    """Deflate whole matrices with a number of torch calls that does not grow with theirs.
+    """Deflate whole matrices with the same number of torch calls, however many they are.
 
     Returns None if the backend cannot multiply packed vectors.
     """
@@ -266,7 +266,7 @@ def _deflate_stacks(
 
 
 def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
-    """Return Ω of a stack; one that all share is not copied."""
+    """Return Ω of a stack; it is not copied if all matrices share it."""
     first = blocks[0][..., :width].contiguous()
     if all(block is blocks[0] for block in blocks):
         return first.expand(len(blocks), *first.shape)
@@ -290,7 +290,7 @@ def _size(stack: Stack) -> int:
 
 
 class _ProductsByChunks:
-    """Products of one chunk of updates after the other; each product asks the backend anew.
+    """Products of one chunk of updates after the other; each product calls the backend again.
 
     Args:
         backend: The backend, which may copy what it multiplies.
@@ -316,7 +316,7 @@ class _ProductsByChunks:
         for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
             products = self._backend.products(chunk)
             found += products.of_cols(own)
-            if not self._squares:  # known after a product of either kind
+            if not self._squares:  # known after one product of each kind
                 products.of_rows([_zeros(stack, y) for stack, y in zip(chunk, own, strict=True)])
                 squares += products.squares()
         self._squares = self._squares or squares
@@ -382,22 +382,22 @@ def _stretched(
 def with_scales_alone(
     matrices: Sequence[ParamMatrix], scales: Sequence[Scales | CorrectedScales]
 ) -> tuple[list[ParamMatrix], list[Scales]]:
-    """Form lowered updates as gradients, for transforms that read them; return their scales."""
+    """Write deflated updates as gradients for transforms that read them; return their scales."""
     grads, pairs = without_corrections([matrix.grad for matrix in matrices], scales)
     written = [x._replace(grad=grad) for x, grad in zip(matrices, grads, strict=True)]
     return written, pairs
 
 
 def _each(matrices: Sequence[ParamMatrix], numbers: Sequence[Tensor]) -> list[ParamMatrix]:
-    """Repeat the matrices for numbers that hold several lists of one for each matrix."""
+    """Repeat the matrices if ``numbers`` has several tensors for each of them."""
     return [*matrices] * (len(numbers) // len(matrices)) if matrices else []
 
 
 def _stacks_of(matrices: Sequence[ParamMatrix]) -> list[list[int]]:
     """List the indices of matrices of one shape, dtype and memory order, to be stacked.
 
-    A sharded matrix stays alone, so that all ranks send the same in the same order. One with a
-    single row or column has nothing to lower, and is left out.
+    A sharded matrix is not stacked, so that all ranks send the same messages in the same order. A
+    matrix with a single row or column has nothing to lower, and is omitted.
     """
     stacks: dict[tuple[object, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):

@@ -11,10 +11,10 @@ gradient, so before the normalization the average does the same as the usual sum
 ``"after"``: B averages the updates, and the step goes along B (or μB + (1 − μ)X). B is shorter than
 an update where updates disagree, and in the first steps, as it begins at zero.
 
-State: ``state[param]["momentum_buffer"]``, sharded as the parameter: float32, 4 bytes an entry
-(float64 for float64), as an average in bfloat16 would lose small gradients. Scratch: one parameter
-in float32 at a time; Nesterov's directions are as large as the gradients, and made in chunks. A
-non-finite gradient leaves B unchanged. On a mesh ``"before"`` costs one message a group.
+State: ``state[param]["momentum_buffer"]``, sharded like the parameter: float32, 4 bytes per entry
+(float64 for float64), since an average in bfloat16 would lose small gradients. Scratch: one
+parameter in float32 at a time; Nesterov's directions are as large as the gradients, and made in
+chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds a message per group.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
@@ -52,7 +52,7 @@ def check_momentum(group: Group) -> None:
 
 
 def init_momentum(state: MutableMapping[str, Any], param: Tensor, group: Group) -> None:
-    """Make B, zero, where the group has momentum."""
+    """Create B, filled with zeros, if the group has momentum."""
     if group["momentum"]:
         _buffer(state, param.detach())
 
@@ -119,7 +119,7 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
 
 
 def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
-    """Return B, made anew where it is absent or has lost the parameter's memory order."""
+    """Return B; create it if absent, copy it if it has lost the parameter's memory order."""
     kept: Tensor | None = state.get(MOMENTUM)
     here = local(param)
     if kept is not None and local(kept).stride() == here.stride():

@@ -1,4 +1,4 @@
-r"""Updates of a given operator norm, known from one power iteration a step.
+r"""Updates with a given operator norm, estimated by one power iteration per step.
 
 The largest singular value σ of the update X = r G c is estimated by
 
@@ -7,12 +7,12 @@ The largest singular value σ of the update X = r G c is estimated by
     \qquad v \leftarrow w / \lVert w \rVert
 
 and v is kept for the next step. The estimate is never above σ. On a steady gradient its error falls
-by a factor of (σ₂/σ)⁴ a step; on other gradients it follows. X is not formed: the products are
-r G (c v) and c Gᵀ (r u). They read G twice, and the factor is multiplied into r.
+by a factor of (σ₂/σ)⁴ per step; on other gradients it follows them. X is not formed: the products
+are r G (c v) and c Gᵀ (r u). They read G twice, and the factor is multiplied into r.
 
-State: ``state[param]["power_vector"]``, float32, n numbers a matrix. It has the parameter's shape,
-except that the row dimension counts the matrices of the parameter, and is sharded as the columns
-are. Scratch: one float32 matrix where gradients are narrower, none elsewhere. On a mesh it costs at
+State: ``state[param]["power_vector"]``, float32, n numbers per matrix. It has the parameter's
+shape, except that the row dimension counts the matrices of the parameter, and is sharded like the
+columns. Scratch: one float32 matrix if gradients are narrower, else none. On a mesh it costs at
 most two messages for a group that shards columns, one for a group that shards rows.
 
 Letters, everywhere in this file:
@@ -44,7 +44,7 @@ SMALLEST_SHARE = 2.0**-16
 
 
 def check_operator_norm(group: Group) -> None:
-    """Refuse a size that is none."""
+    """Refuse an unknown size."""
     if group["operator_norm"] not in SIZES:
         raise ValueError(f"operator_norm must be one of {SIZES}, got {group['operator_norm']!r}")
 
@@ -79,14 +79,14 @@ def keep_vectors(
     vectors: Sequence[Tensor],
     allowed: Tensor | None,
 ) -> None:
-    """Keep v of each matrix of a parameter for the next step; not where ``allowed`` is False."""
+    """Keep v of each matrix of a parameter for the next step, unless ``allowed`` is False."""
     view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
     found = torch.cat(list(vectors), dim=-2).view(view.shape)
     view.copy_(found if allowed is None else torch.where(allowed, found, view))
 
 
 class Pinned(NamedTuple):
-    """Updates of the operator norm that was asked for."""
+    """Updates with the requested operator norm."""
 
     scales: list[Scales]
     vectors: list[Tensor]  # v of the next step
@@ -106,7 +106,7 @@ def pin(
     is not zero. σ is never below it, so the update stays finite for any v.
 
     Args:
-        matrices: The matrices whose gradients are updated along.
+        matrices: The matrices to update.
         scales: Scales for which ``row * grad * col`` is normalized.
         vectors: v of each matrix, from `vectors_of`.
         group: Sets ``operator_norm`` and ``last``.

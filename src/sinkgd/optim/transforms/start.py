@@ -8,8 +8,8 @@ The iterations start from column scales of 1, or from one of these:
 - The inverse column lengths of the gradient: the iteration then has an extra half step in front, on
   the same side as the last one (``first`` equal to ``last``).
 - The scales of the step before (``warm_start``), which are close to those of this step, so that
-  fewer iterations are enough. A start is no average: iterated long enough, every start ends at the
-  same update.
+  fewer iterations are enough. A start does not average steps: with enough iterations, every start
+  leads to the same update.
 
 State of a warm start: ``state[param]["col_scale"]``, float32, the n column scales of each matrix of
 the parameter, one after the other, in the order of the parameter's dimensions.
@@ -64,7 +64,7 @@ def starts_after_half_step(
 
     The largest is at most 1 and at least 1/√n, as `Backend.scales` requires. A column that is more
     than 2**40 times shorter than the whole matrix gets the scale of one 2**40 times shorter. Reads
-    the gradients once, and sends one message a process group.
+    the gradients once, and sends one message per process group.
     """
     transposed = [matrix.mT for matrix in matrices]
     lengths = yield row_lengths(transposed, backend)  # (..., n, 1)
@@ -125,7 +125,7 @@ def init_warm_start(
 
 
 def _keep(state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tensor | None) -> None:
-    """Keep the column scales of each matrix of a parameter; not where ``allowed`` is False."""
+    """Keep the column scales of each matrix of a parameter, unless ``allowed`` is False."""
     found = torch.cat([_start(col).flatten() for col in cols])
     if COL_SCALE not in state:
         state[COL_SCALE] = torch.ones_like(found)
@@ -159,7 +159,7 @@ def keep_warm_starts(
     group: Group,
     context: Context,
 ) -> None:
-    """Keep the scales of a step for the next one, where gradients are finite."""
+    """Keep the scales of parameters with finite gradients for the next step."""
     flags = allowed(found.finite, context)
     for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
         flag = None if flags is None else flags[i]
@@ -173,4 +173,4 @@ def keep_warm_starts(
 def _start(col: Tensor) -> Tensor:
     """Return column scales relative to the largest, in (0, 1]; 1 for a zero column."""
     unit = col.float() / col.amax(dim=-1, keepdim=True).float()
-    return torch.where(unit > 0, unit.clamp(min=SMALLEST), 1)  # where all are zero they are NaN
+    return torch.where(unit > 0, unit.clamp(min=SMALLEST), 1)  # they are NaN if all are zero

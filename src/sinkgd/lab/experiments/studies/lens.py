@@ -47,7 +47,7 @@ PAPER_TEMPERED_GRID: Grid = {LR: (0.0006, 0.006, 0.06, 0.2, 0.6, 2.0)}
 
 
 def arms(adam: Grid, tempered: Grid) -> tuple[Arm, ...]:
-    """Return the control and the three variants, which differ in the optimizer alone."""
+    """Return the control and the three variants, which differ only in the optimizer."""
     control: dict[str, Any] = {"optimizer.recipe": "adamw-spam", "optimizer.weight_decay": DECAY}
     return (
         Arm(CONTROL, control, adam, control=True),
