@@ -131,9 +131,7 @@ def list_parameters(groups: Sequence[Group]) -> Iterator[Listed]:
     """Yield every parameter of the groups with its place."""
     first = 0
     for index, group in enumerate(groups):
-        names = group.get("param_names") or ()
-        for place, param in enumerate(group["params"]):
-            name = names[place] if place < len(names) else unnamed(place, index)
+        for place, (name, param) in enumerate(named(group, index)):
             yield Listed(param, name, index, place, first + place)
         first += len(group["params"])
 
@@ -156,10 +154,11 @@ def _checked(group: Group, index: int) -> Checked:
 
 
 def named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a group with their names, or with a description for errors."""
-    names = group.get("param_names") or ()
-    for i, param in enumerate(group["params"]):
-        yield (names[i] if i < len(names) else unnamed(i, index)), param
+    """Return the parameters of a group with their names, or with a description for errors."""
+    params = group["params"]
+    names = [*group.get("param_names", ())][: len(params)]
+    names += [unnamed(i, index) for i in range(len(names), len(params))]
+    return zip(names, params, strict=True)
 
 
 def unnamed(i: int, index: int) -> str:
