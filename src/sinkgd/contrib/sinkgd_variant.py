@@ -94,4 +94,3 @@ class SinkGDVariant(SinkGD):
             "operator_norm": operator_norm,
         }
         GroupedOptimizer.__init__(self, arguments.pop("params"), arguments)
-        self._warn_of_lost_updates()

@@ -134,7 +134,6 @@ class SinkGD(GroupedOptimizer):
             "deflated_rank": deflated_rank,
         }
         super().__init__(params, arguments)
-        self._warn_of_lost_updates()
 
     def _warn_of_lost_updates(self) -> None:
         """Warn, once per optimizer, if rounding to the nearest bfloat16 loses most updates.
@@ -156,11 +155,12 @@ class SinkGD(GroupedOptimizer):
                 return
 
     def _check_routing(self, given: Sequence[Mapping[str, Any]], passed: Mapping[str, Any]) -> None:
-        """Warn if matrices and vectors have no algorithm and no rate.
+        """Warn of updates that are lost, and if matrices and vectors have no algorithm and no rate.
 
-        This is the case for ``SinkGD(model.parameters())``, and where a trainer builds the
+        The latter is the case for ``SinkGD(model.parameters())``, and where a trainer builds the
         optimizer from groups of its own, which only set the weight decay.
         """
+        self._warn_of_lost_updates()
         dims = {
             param.ndim
             for own, group in zip(given, self.param_groups, strict=True)
