@@ -162,10 +162,10 @@ def param_groups(
                 options["lr"] *= base_width / _in_features(param, role)
         if algorithm == "sinkgd":
             options["deflated_rank"] = deflated_rank
-        is_decayed = param.ndim >= 2 and (
-            rates.decays_tables or role.reason not in (EMBEDDING, HEAD)
-        )
-        decay = weight_decay * (1 if algorithm == "adamw" else rates.matrix_decay_scale)
+        is_decayed = param.ndim >= 2 and (rates.is_adamws or role.reason not in (EMBEDDING, HEAD))
+        decay = weight_decay
+        if rates.is_adamws and algorithm != "adamw":
+            decay /= rates.matrix_lr_scale
         options |= {"weight_decay": decay if is_decayed else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
@@ -178,13 +178,12 @@ def param_groups(
 
 
 class _Rates(NamedTuple):
-    """Rates of the groups, and what decays."""
+    """Rates of the groups."""
 
     lr: float | Tensor
     matrix_lr_scale: float
     betas: tuple[float, float]
-    matrix_decay_scale: float = 1.0
-    decays_tables: bool = False  # whether embeddings and the output head decay
+    is_adamws: bool = False  # whether all matrices, embeddings and the head decay alike
 
 
 def _rates(
@@ -216,8 +215,7 @@ def _rates(
             adamw_lr,
             ADAMW_UPDATE_SIZE,
             ADAMW_BETAS if betas is None else betas,
-            1 / ADAMW_UPDATE_SIZE,
-            decays_tables=True,
+            is_adamws=True,
         )
         check_number("adamw_lr", adamw_lr)
     check_number("matrix_lr_scale", found.matrix_lr_scale)
