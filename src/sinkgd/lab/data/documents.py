@@ -265,8 +265,9 @@ def _rows(file: Path, text_field: str) -> Iterator[str]:
                     yield text
     except DataError:
         raise
-    except (ValueError, NotImplementedError, OSError) as error:  # pyarrow's, for a damaged file
-        # An error of the system, such as a full disk or a missing file, has a number.
+    except (ValueError, NotImplementedError, OSError) as error:
+        # pyarrow raises these for a damaged file. An error of the system, such as a full disk or a
+        # missing file, has a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = str(error).splitlines()[0]
