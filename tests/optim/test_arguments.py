@@ -415,6 +415,14 @@ def test_the_arguments_of_param_groups_alone_are_listed():
     assert set(OF_PARAM_GROUPS) == of_groups - set(options_of(sinkgd.SinkGD))
 
 
+def test_every_option_of_the_variant_is_refused_by_sinkgd_with_the_call_that_takes_it():
+    moved = set(options_of(sinkgd.SinkGDVariant)) - set(options_of(sinkgd.SinkGD))
+    assert len(moved) == 7
+    for option in moved:
+        with pytest.raises(TypeError, match=rf"write SinkGDVariant\(params, {option}=...\)"):
+            sinkgd.SinkGD([matrix()], lr=0.1, **{option: VALUES[option][1]})
+
+
 @pytest.mark.parametrize("function", [sinkgd.param_groups, sinkgd.scale_groups, sinkgd.SinkGD])
 def test_the_signature_is_the_one_that_is_written(function):
     parameters = inspect.signature(function).parameters
