@@ -5,14 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sinkgd.optim.arguments import list_names
+from sinkgd.optim.arguments import equal, list_names
 from sinkgd.optim.method import Group
 from sinkgd.optim.methods.adamw import init_moments
 from sinkgd.optim.param_groups import check_model, param_groups
 from sinkgd.optim.roles import without_wrappers
+from sinkgd.optim.saved_state import check_is_adamw
 from sinkgd.optim.sinkgd import SinkGD
-
-_OPTIONS = ("lr", "betas", "eps", "weight_decay")
 
 
 def from_adamw_state(
@@ -91,19 +90,16 @@ def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
                 f"group {index} of state_dict has algorithm={group['algorithm']!r}: an optimizer "
                 "of this package saved it. Make the optimizer and call its load_state_dict"
             )
-        missing = [name for name in _OPTIONS if name not in group]
-        if missing or not group.get("decoupled_weight_decay", True) or group.get("amsgrad"):
-            why = f"lacks {list_names(missing)}" if missing else "is Adam's or has amsgrad=True"
-            raise ValueError(
-                f"group {index} of state_dict {why}; from_adamw_state takes the state of "
-                "torch.optim.AdamW"
-            )
+        check_is_adamw(index, group)
     return groups
 
 
 def _common(groups: Sequence[Group], name: str, argument: str) -> Any:
     """Return the value of an option that all groups share; for weight decay, the one besides 0."""
-    values = list(dict.fromkeys(group[name] for group in groups))
+    values: list[Any] = []
+    for group in groups:
+        if not any(equal(group[name], value) for value in values):
+            values.append(group[name])
     if name == "weight_decay" and len(values) > 1:
         values = [value for value in values if value != 0]
     if len(values) > 1:
@@ -111,7 +107,8 @@ def _common(groups: Sequence[Group], name: str, argument: str) -> Any:
             f"the groups of state_dict have different {name} ({', '.join(map(repr, values))}); "
             f"pass {argument} to from_adamw_state"
         )
-    return values[0]
+    (value,) = values
+    return value.clone() if isinstance(value, Tensor) else value  # AdamW keeps its own rate
 
 
 def _state_by_name(
@@ -173,6 +170,5 @@ def _take_moments(optimizer: SinkGD, group: Group, saved: Mapping[str, Mapping[s
                     f"{tuple(param.shape)}; check the order of names"
                 )
             own[key].copy_(state[key])
-        step = state["step"]
-        own["step"].fill_(float(step) if isinstance(step, Tensor) else step)
+        own["step"].fill_(float(state["step"]))
         optimizer.state[param] = own

@@ -111,6 +111,19 @@ def adopt_adamw(own_groups: Sequence[Group], saved_groups: Sequence[Group]) -> l
 
 
 def _adopt(index: int, own: Group, saved: Group) -> Group:
+    check_is_adamw(index, saved)
+    kept = {key: value for key, value in saved.items() if key not in _TORCHS_OPTIONS}
+    return {**kept, "algorithm": "adamw", "fused": own["fused"]}
+
+
+def check_is_adamw(index: int, saved: Group) -> None:
+    """Refuse a group that another optimizer than ``torch.optim.AdamW`` saved.
+
+    torch.optim.Adam without weight decay is AdamW.
+
+    Raises:
+        ValueError: With the index of the group, and the remedy.
+    """
     if not {"lr", "betas", "eps", "weight_decay"} <= saved.keys():
         raise ValueError(
             f"group {index} of the checkpoint has no betas and no algorithm, so neither AdamW nor "
@@ -127,8 +140,6 @@ def _adopt(index: int, own: Group, saved: Group) -> Group:
             f"({saved['weight_decay']}) is part of the gradient; 'adamw' decays weights directly. "
             "Load only the model's weights, and start this optimizer without state"
         )
-    kept = {key: value for key, value in saved.items() if key not in _TORCHS_OPTIONS}
-    return {**kept, "algorithm": "adamw", "fused": own["fused"]}
 
 
 def check_same_routing(
