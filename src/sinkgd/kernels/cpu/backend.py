@@ -26,12 +26,13 @@ from sinkgd.kernels.backend import (
     finite_of,
     of_each,
 )
-from sinkgd.kernels.cpu.launch import float32_address, torch_openmp
+from sinkgd.kernels.cpu.launch import torch_openmp
 from sinkgd.kernels.cpu.layout import (
     DTYPES,
     MatrixLayout,
     ScaleBuffer,
     dense_input,
+    float32_address,
     readable,
     readable_as,
     writable,
@@ -259,8 +260,13 @@ class _Solver:
             start = self.starts[i]
             if start is not None:
                 torch.mul(start, start, out=self.scales[i].col)
-            addresses = self.scales.addresses(i)
-            table.add(x.data_ptr(), layout, addresses, targets.get(i), started=start is not None)
+            table.add(
+                x.data_ptr(),
+                layout,
+                self.scales.addresses[i],
+                targets.get(i),
+                started=start is not None,
+            )
         failed = {i for i, source in enumerate(self.inputs) if source is None}
         for i in failed:
             self.scales.put(i, sinkhorn(self.grads[i], num_iters, tol=tol, start=self.starts[i]))

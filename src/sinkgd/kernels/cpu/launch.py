@@ -65,22 +65,6 @@ def launch(function: str, table: "array[int]", fields: int, entries: int, *more:
     openmp.run(_loops()[function], header.buffer_info()[0], threads)
 
 
-def float32_address(x: Tensor) -> int:
-    """Return where the entries of ``x`` begin, after a check that the loops may access them.
-
-    The loops read and write contiguous float32 by address, and would overrun any other buffer.
-
-    Raises:
-        TypeError: If ``x`` is not contiguous float32 on a CPU.
-    """
-    if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
-        raise TypeError(
-            f"the compiled loops need contiguous float32 on a CPU; got {x.dtype} on {x.device} "
-            f"of shape {tuple(x.shape)} and strides {x.stride()}"
-        )
-    return x.data_ptr()
-
-
 def scratch(size: int) -> int:
     """Return the address of ``size`` bytes, aligned to 128. Each Python thread keeps its own."""
     held: Tensor | None = getattr(_local, "scratch", None)

@@ -12,13 +12,28 @@ from torch import Size, Tensor
 from torch.nn import Parameter
 
 from sinkgd.kernels.backend import Scales
-from sinkgd.kernels.cpu.launch import float32_address
 from sinkgd.kernels.layout import aligned, dense, layout_of, may_be_written
 
 # The types that the loops read and write, and their numbers in the tables.
 F32 = 0
 BF16 = 1
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
+
+
+def float32_address(x: Tensor) -> int:
+    """Return where the entries of ``x`` begin, after a check that the loops may access them.
+
+    The loops read and write contiguous float32 by address, and would overrun any other buffer.
+
+    Raises:
+        TypeError: If ``x`` is not contiguous float32 on a CPU.
+    """
+    if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+        raise TypeError(
+            f"the compiled loops need contiguous float32 on a CPU; got {x.dtype} on {x.device} "
+            f"of shape {tuple(x.shape)} and strides {x.stride()}"
+        )
+    return x.data_ptr()
 
 
 class MatrixLayout(NamedTuple):
@@ -132,12 +147,9 @@ class ScaleBuffer(Sequence[Scales]):
             self._begins.append((end, end + rows))
             end += rows + cols
         self._flat = torch.empty(end, dtype=torch.float32, device="cpu")
-        self._base = float32_address(self._flat)
-
-    def addresses(self, i: int) -> tuple[int, int]:
-        """Return where the row and the column scales of gradient ``i`` begin."""
-        row, col = self._begins[i]
-        return self._base + 4 * row, self._base + 4 * col
+        base = float32_address(self._flat)
+        # Where the row and the column scales of each gradient begin.
+        self.addresses = [(base + 4 * row, base + 4 * col) for row, col in self._begins]
 
     def put(self, i: int, scales: Scales) -> None:
         """Make ``scales`` those of gradient ``i``."""

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from sinkgd.deflation import LowRank, StoredProducts
 from sinkgd.kernels.backend import Scales, Stack
-from sinkgd.kernels.cpu.launch import float32_address
-from sinkgd.kernels.cpu.layout import Input, readable
+from sinkgd.kernels.cpu.layout import Input, float32_address, readable
 from sinkgd.kernels.cpu.tables import VECTORS, ProductsTable, SumsTable, Vectors
 from sinkgd.kernels.eager import EagerSums, eager_products
 
