@@ -77,6 +77,7 @@ class Evaluation:
     bits_per_byte: float
     eval_tokens: int  # targets scored, padding excluded
     galore_perplexity: float | None = None  # as the C4 benchmark computes it, 0.6 to 3 % too low
+    other_val_loss: float | None = None  # on evaluation.other_corpus, nats per token
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,11 @@ class Run:
             case RunEnd():
                 self.end = record
             case Resume(step):
-                self.steps = [row for row in self.steps if row.step <= step]
-                self.evaluations = [row for row in self.evaluations if row.step <= step]
-                self.statistics = [row for row in self.statistics if row.step <= step]
+                # Without a checkpoint the run begins again, and what it has at step 0 is void, too.
+                last = step if step > 0 else -1
+                self.steps = [row for row in self.steps if row.step <= last]
+                self.evaluations = [row for row in self.evaluations if row.step <= last]
+                self.statistics = [row for row in self.statistics if row.step <= last]
                 self.end = None
                 self.resumes = [row for row in self.resumes if row.step < step] + [record]
             case RunStart():

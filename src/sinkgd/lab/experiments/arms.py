@@ -36,6 +36,8 @@ class Arm:
     value: float | None = None  # position on the study's axis
     control: bool = False  # whether other arms are compared with this one
     series: str = ""  # arms of one series are joined along the axis; default: the recipe
+    # Fields that are a multiple of a tuned one at every point: (tuned field, factor).
+    multiples: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     @property
     def recipe(self) -> str:
@@ -46,8 +48,12 @@ class Arm:
         """List the points of the grid; none if nothing is tuned."""
         if not self.tuned:
             return ()
-        return tuple(
+        points = (
             dict(zip(self.tuned, values, strict=True)) for values in product(*self.tuned.values())
+        )
+        return tuple(
+            point | {name: factor * point[of] for name, (of, factor) in self.multiples.items()}
+            for point in points
         )
 
     def config(self, shared: SharedConfig, point: Point, seed: int) -> RunConfig:
@@ -149,13 +155,16 @@ def edges(arm: Arm, chosen: Point) -> list[str]:
 
 def arm_as_json(arm: Arm) -> dict[str, Any]:
     """Return an arm as plain values, as a study's file stores it."""
-    return {
+    content = {
         "overrides": dict(arm.overrides),
         "tuned": {name: list(values) for name, values in arm.tuned.items()},
         "value": arm.value,
         "control": arm.control,
         "series": arm.series,
     }
+    if arm.multiples:
+        content["multiples"] = {name: list(pair) for name, pair in arm.multiples.items()}
+    return content
 
 
 def arm_from_json(name: str, content: Mapping[str, Any]) -> Arm:
@@ -168,4 +177,5 @@ def arm_from_json(name: str, content: Mapping[str, Any]) -> Arm:
         content["value"],
         content["control"],
         content.get("series", ""),
+        {name: (of, factor) for name, (of, factor) in content.get("multiples", {}).items()},
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sinkgd.lab.experiments.study import StudyPlan, Task
-from sinkgd.lab.models import LLAMAS, build_model
+from sinkgd.lab.models import LLAMAS, add_adapters, build_model, draw_adapters
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
 from sinkgd.lab.plan.peak_memory import rank_memory
 from sinkgd.lab.report.console import TextTable
@@ -22,7 +22,7 @@ from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.training_step import loss_of
 
 # Recipes that `sinkgd plan` knows by another name.
-_METHOD_OF = {"adamw-one-lr": "adamw"}
+_METHOD_OF = {"adamw-one-lr": "adamw", "sinkgd-finetune": "sinkgd"}
 _SMALL = {"vocab_size": 64, "max_sequence_length": 8}  # sizes of the model for the real step
 
 
@@ -60,6 +60,7 @@ def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
         config.model.vocab_size or config.data.vocab_size,
         training.sequence_length,
         training.precision,
+        config.model.lora_rank,
     )
     optimizer = build_optimizer(model, config.optimizer)
     _take_a_small_step(config)
@@ -75,12 +76,18 @@ def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
 
 @lru_cache(maxsize=8)
 def _run_on_meta(
-    preset: str, vocab_size: int | None, sequence_length: int, precision: Precision
+    preset: str,
+    vocab_size: int | None,
+    sequence_length: int,
+    precision: Precision,
+    lora_rank: int,
 ) -> nn.Module:
     """Build a model without weights and run it forward and backward on one row."""
     with torch.device("meta"):
         model = build_model(preset, vocab_size=vocab_size, max_sequence_length=sequence_length)
         tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device="meta")
+        if lora_rank:
+            add_adapters(model, lora_rank)
     model.to(weight_dtype(precision))
     loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
     return model
@@ -89,7 +96,10 @@ def _run_on_meta(
 def _take_a_small_step(config: RunConfig) -> None:
     """Take one real step of the arm's optimizer on the smallest model of the family."""
     family = config.model.preset.partition("-")[0]
-    model: nn.Module = build_model(f"{family}-nano", **_SMALL)
+    model = build_model(f"{family}-nano", **_SMALL)
+    if config.model.lora_rank:
+        add_adapters(model, config.model.lora_rank)
+        draw_adapters(model, seed=0)
     optimizer = build_optimizer(model, config.optimizer)
     tokens = torch.arange(8, dtype=torch.int64, device="cpu").unsqueeze(0)
     loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
@@ -100,9 +110,11 @@ def _planned_peak(config: RunConfig) -> int | None:
     name = _METHOD_OF.get(config.optimizer.recipe, config.optimizer.recipe)
     if config.optimizer.operator_norm is not None:
         name = "sinkgd-pinned"
+    elif name == "sinkgd" and config.optimizer.deflated_rank == 0:
+        name = "sinkgd-paper"
     elif name == "sinkgd-paper" and config.optimizer.momentum:
         name = "sinkgd-momentum"
-    if name not in METHODS or config.model.preset not in LLAMAS:
+    if name not in METHODS or config.model.preset not in LLAMAS or config.model.lora_rank:
         return None
     training = config.training
     micro = training.micro_batch_size or training.batch_size

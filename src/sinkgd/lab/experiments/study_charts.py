@@ -5,6 +5,7 @@ Three more charts serve single studies: state against loss, loss by rate, and re
 
 import html
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -221,8 +222,8 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
 
 def _searched(one: ArmResults) -> Point:
     """Return the chosen values of the fields with more than one value in the grid."""
-    chosen = one.chosen or {}
-    return {name: value for name, value in chosen.items() if len(one.arm.tuned[name]) > 1}
+    chosen, tuned = one.chosen or {}, one.arm.tuned
+    return {name: chosen[name] for name in tuned if name in chosen and len(tuned[name]) > 1}
 
 
 def _grid_row(row: int, one: ArmResults, look: Identity) -> Figure:
@@ -308,6 +309,76 @@ def _state_mark(one: ArmResults, kept: int, identities: Identities) -> Figure:
         "cliponaxis": False,
         "hovertemplate": f"{look.label}<br>{size(kept)}<br>{loss(one.loss or 0)}<extra></extra>",
     }
+
+
+def forgetting_chart(
+    arms: Sequence[tuple[ArmResults, Sequence[float]]], before: float, identities: Identities
+) -> Chart:
+    """Draw the loss on the new text against that on the old text, for every arm.
+
+    Args:
+        arms: Arms with seeds, none of them diverged, each with its final losses on the old text,
+            one for each seed, nats per token.
+        before: Loss on the old text before the first step, nats per token.
+        identities: Colors and markers of the arms.
+    """
+    words = [
+        f"{one.arm.name} new {loss(one.loss or 0)}, old {loss(statistics.fmean(old))}"
+        for one, old in arms
+    ]
+    return Chart(
+        key="forgetting",
+        title="New text against old text",
+        caption="Final validation loss on the new text against that on the text of the first "
+        "training, for every seed, and their mean with its range. Lower and further left is "
+        "better. The line is the loss on the old text before fine-tuning.",
+        description="; ".join(words) or "No arm has a result yet.",
+        figure={
+            "data": [
+                trace
+                for one, old in arms
+                for trace in _two_losses(one, old, identities[one.arm.name])
+            ],
+            "layout": layout(
+                460,
+                xaxis=axis("old text, nats per token"),
+                yaxis=axis("new text, nats per token"),
+                shapes=[
+                    {
+                        "type": "line",
+                        "yref": "paper",
+                        "x0": before,
+                        "x1": before,
+                        "y0": 0,
+                        "y1": 1,
+                        "line": {"color": "@soft", "width": 1.4, "dash": "dot"},
+                    }
+                ],
+                hovermode="closest",
+            ),
+        },
+        share=1,
+    )
+
+
+def _two_losses(one: ArmResults, old: Sequence[float], look: Identity) -> list[Figure]:
+    new = list(one.losses.values())
+    mean = statistics.fmean(old)
+    return [
+        _dots(old, new, look),
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": look.label,
+            "x": [mean],
+            "y": [one.loss],
+            "marker": {"color": look.color, "symbol": look.symbol, "size": 12},
+            "error_x": whiskers([mean], [(min(old), max(old))], look),
+            "error_y": whiskers([one.loss], [(min(new), max(new))], look),
+            "cliponaxis": False,
+            "hovertemplate": f"{look.label}<br>old %{{x:.4~g}}<br>new %{{y:.4~g}}<extra></extra>",
+        },
+    ]
 
 
 def rate_chart(

@@ -17,15 +17,21 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_map_only
 
 from sinkgd.lab.disk import remedy_of, sync_folder
+from sinkgd.lab.models.lora import base_name
 from sinkgd.lab.train.checkpoint_validation import (
     CHECKSUMS,
     CheckpointError,
@@ -76,20 +82,47 @@ def load_checkpoint(path: Path, state: TrainingState, world: World | None = None
         CheckpointError: If it belongs to another model or optimizer.
         UnsafeCheckpointError: If loading it could run code.
     """
-    world = World() if world is None else world
-    content = state.as_dict()
+    with _fitting(path):
+        state.load_dict(_read(state.as_dict(), path, World() if world is None else world))
+
+
+def load_weights(path: Path, model: nn.Module, world: World) -> None:
+    """Read the weights of a valid checkpoint into a model, with or without adapters.
+
+    A collective call. Adapters stay as they are.
+
+    Raises:
+        CheckpointError: If the checkpoint belongs to another model.
+        UnsafeCheckpointError: If loading it could run code.
+    """
+    own = get_model_state_dict(model)
+    names = {name: base for name in own if (base := base_name(name)) is not None}
+    with _fitting(path):
+        content = _read({"model": {names[name]: own[name] for name in names}}, path, world)
+        read = {name: content["model"][base] for name, base in names.items()}
+        set_model_state_dict(model, read, options=StateDictOptions(strict=False))
+
+
+def _read(content: Content, path: Path, world: World) -> Content:
+    """Read the tensors that ``content`` holds, in place, and its other values."""
+    with _quiet(world):
+        reader = SafeReader(path)
+        reader.read_metadata()  # what it refuses has a message of its own
+        load(
+            content,
+            storage_reader=reader,
+            planner=SafePlanner(),
+            process_group=world.group,
+            no_dist=world.size == 1,
+        )
+    return content
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Explain why a checkpoint cannot be loaded."""
     try:
-        with _quiet(world):
-            reader = SafeReader(path)
-            reader.read_metadata()  # what it refuses has a message of its own
-            load(
-                content,
-                storage_reader=reader,
-                planner=SafePlanner(),
-                process_group=world.group,
-                no_dist=world.size == 1,
-            )
-        state.load_dict(content)
+        yield
     except CheckpointError:
         raise
     except (RuntimeError, ValueError, KeyError, CheckpointException) as error:

@@ -21,6 +21,7 @@ Precision = Literal["float32", "bf16-autocast", "bf16"]
 Packing = Literal["concat", "none"]
 Device = Literal["auto", "cpu", "cuda"]
 Rounding = Literal["nearest", "stochastic"]
+Adapters = Literal["adamw", "sinkgd"]
 MomentumPlace = Literal["before", "after"]
 Side = Literal["row", "column"]
 OperatorNorm = Literal["unit", "muon"]
@@ -43,6 +44,12 @@ class ModelConfig:
     vocab_size: int | None = None
     """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has. Fewer
     suffice if the text uses no larger id: 32000 for T5's 32,100."""
+    weights: str | None = None
+    """Folder of a finished run whose weights this run begins with, to fine-tune them; the text must
+    have that run's tokenizer. By default weights are drawn."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters of all matrices in the blocks, a count; everything else is frozen
+    then. 0 trains all weights, without adapters."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class OptimizerConfig:
     """Algorithm of embeddings and output head: adamw, sinkgd, sinkgd-table or sage."""
     tables_lr: float | None = None
     """Peak learning rate of embeddings and output head; by default lr."""
+    adapters: Adapters | None = None
+    """Algorithm of LoRA adapters: adamw or sinkgd."""
     tau: float | None = None
     """Temperature of the tempered variant, parts of a row's sum; smaller is nearer to signs."""
     n_iter: int | None = None
@@ -181,6 +190,9 @@ class EvaluationConfig:
     batch_size: int | None = None
     """Sequences in each batch whose mean loss galore_perplexity averages, over all ranks; by
     default a micro-batch, or a batch."""
+    other_corpus: str | None = None
+    """Another text with the same tokenizer whose held-out part is scored, too, such as the text of
+    the run in model.weights: prepared shards, a folder."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from torch.optim import Optimizer
 from sinkgd.lab.data import Manifest
 from sinkgd.lab.data.documents import EMBEDDED, expanded
 from sinkgd.lab.disk import parse_json
-from sinkgd.lab.models import LanguageModel
+from sinkgd.lab.models import LanguageModel, Sizes
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, differences
 
 DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
+TOKENIZER, WEIGHTS = "tokenizer", "weights"
 # Parts of an environment that determine the last bits of losses.
 _LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
 # Options of a parameter group that change how its step is computed, but not which step it is.
@@ -45,7 +46,7 @@ def check_unchanged(
     Raises:
         ConfigError: If a field outside `CHANGEABLE_TABLES` differs, with its name.
     """
-    pair = with_absolute_corpus(saved), with_absolute_corpus(config)
+    pair = with_absolute_paths(saved), with_absolute_paths(config)
     changes = [
         f"{name} was {old!r} and is now {new!r}"
         for name, old, new in differences(*pair)
@@ -64,13 +65,33 @@ def knows_its_text(start: RunStart) -> bool:
     return DATA in start.inputs
 
 
-def content_of(manifest: Manifest, model: LanguageModel, optimizer: Optimizer) -> dict[str, Any]:
-    """Return the content by which runs are compared, as plain values."""
+def content_of(
+    manifest: Manifest,
+    model: LanguageModel,
+    optimizer: Optimizer,
+    *,
+    weights_sha256: str | None = None,
+) -> dict[str, Any]:
+    """Return the content by which runs are compared, as plain values.
+
+    Args:
+        manifest: Of the text.
+        model: The model.
+        optimizer: Its optimizer.
+        weights_sha256: Hash of the weights from which the run begins; None if they are drawn.
+    """
     return {
         DATA: manifest.content_sha256,
-        MODEL: _plain({"kind": type(model.config).__name__, **vars(model.config)}),
+        MODEL: model_content(model.config),
         OPTIMIZER: _groups_sha256(model, optimizer),
+        TOKENIZER: manifest.tokenizer_sha256,
+        WEIGHTS: weights_sha256,
     }
+
+
+def model_content(sizes: Sizes) -> dict[str, Any]:
+    """Return a model's kind and sizes, as plain values."""
+    return _plain({"kind": type(sizes).__name__, **vars(sizes)})
 
 
 def check_data(start: RunStart, manifest: Manifest, corpus: str) -> None:
@@ -119,6 +140,13 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
             f"the run {start.name!r} has another model under the same name: {changed}. "
             f"{_remedy(start)}"
         )
+    old, new = start.inputs.get(WEIGHTS), content[WEIGHTS]
+    if old != new:
+        raise ConfigError(
+            f"the run {start.name!r} was begun from the weights with the hash {old}, but "
+            f"model.weights now has the hash {new}; put the former weights back, or give another "
+            "--out"
+        )
     old, new = start.inputs.get(OPTIMIZER), content[OPTIMIZER]
     if old is not None and old != new:
         raise ConfigError(
@@ -164,13 +192,20 @@ def environment_changes(start: RunStart, environment: Mapping[str, Any]) -> dict
     }
 
 
-def with_absolute_corpus(config: RunConfig) -> RunConfig:
-    """Return a configuration that refers to the same text from every working directory."""
-    corpus = config.data.corpus
-    if corpus == EMBEDDED:
-        return config
-    absolute = str(expanded(corpus).absolute())
-    return replace(config, data=replace(config.data, corpus=absolute))
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return a configuration that refers to the same files from every working directory."""
+    data, model, evaluation = config.data, config.model, config.evaluation
+    if data.corpus != EMBEDDED:
+        data = replace(data, corpus=_absolute(data.corpus))
+    if model.weights is not None:
+        model = replace(model, weights=_absolute(model.weights))
+    if evaluation.other_corpus is not None:
+        evaluation = replace(evaluation, other_corpus=_absolute(evaluation.other_corpus))
+    return replace(config, data=data, model=model, evaluation=evaluation)
+
+
+def _absolute(path: str) -> str:
+    return str(expanded(path).absolute())
 
 
 def _remedy(start: RunStart) -> str:

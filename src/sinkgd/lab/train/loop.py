@@ -12,12 +12,12 @@ from signal import Signals
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sinkgd.lab.data import Batch, evaluation_batches
+from sinkgd.lab.data import Batch, TokenSplit, evaluation_batches
 from sinkgd.lab.launch import Interrupt
 from sinkgd.lab.results import Evaluation, Memory, ModelStatistics, Recorder, TrainStep
 from sinkgd.lab.train.checkpoint import Saver
 from sinkgd.lab.train.config import TrainingConfig
-from sinkgd.lab.train.evaluate import evaluate, measure_statistics
+from sinkgd.lab.train.evaluate import Score, evaluate, measure_statistics
 from sinkgd.lab.train.machine import synchronize
 from sinkgd.lab.train.setup import Job
 from sinkgd.lab.train.training_step import take_step
@@ -86,6 +86,8 @@ def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) ->
         The signal that stopped the run on every rank, or None.
     """
     config, world = job.config, job.mesh.world
+    if config.model.weights is not None and job.state.step == 0:
+        _evaluate(job, results)  # of a trained model the loss before the first step counts, too
     for record in training_steps(job):
         results.write(record)
         last = record.step == config.training.steps
@@ -152,11 +154,11 @@ def _evaluate(job: Job, results: Recorder) -> None:
         results.write(ModelStatistics(state.step, values))
 
 
-def _held_out(job: Job) -> Iterator[Batch]:
+def _held_out(job: Job, text: TokenSplit | None = None) -> Iterator[Batch]:
     """Yield the batches of held-out text, shifted as training is after the steps taken."""
     training, evaluation = job.config.training, job.config.evaluation
     batches = evaluation_batches(
-        job.validation,
+        job.validation if text is None else text,
         sequence_length=training.sequence_length,
         batch_size=evaluation.batch_size or training.micro_batch_size or training.batch_size,
         max_tokens=evaluation.tokens,
@@ -168,15 +170,9 @@ def _held_out(job: Job) -> Iterator[Batch]:
 
 
 def _evaluation(job: Job) -> Evaluation:
-    training, state = job.config.training, job.state
-    score = evaluate(
-        state.model,
-        _held_out(job),
-        precision=training.precision,
-        mesh=job.mesh,
-        micro_batch_size=training.micro_batch_size or training.batch_size,
-        chunk_tokens=training.loss_chunk_tokens,
-    )
+    state = job.state
+    score = _score(job, _held_out(job))
+    other = job.other_validation
     return Evaluation(
         step=state.step,
         tokens=state.step * job.config.tokens_per_step,
@@ -186,4 +182,17 @@ def _evaluation(job: Job) -> Evaluation:
         bits_per_byte=score.bits_per_byte(job.tokens_per_byte),
         eval_tokens=score.tokens,
         galore_perplexity=score.galore_perplexity,
+        other_val_loss=None if other is None else _score(job, _held_out(job, other)).nats_per_token,
+    )
+
+
+def _score(job: Job, batches: Iterator[Batch]) -> Score:
+    training = job.config.training
+    return evaluate(
+        job.state.model,
+        batches,
+        precision=training.precision,
+        mesh=job.mesh,
+        micro_batch_size=training.micro_batch_size or training.batch_size,
+        chunk_tokens=training.loss_chunk_tokens,
     )

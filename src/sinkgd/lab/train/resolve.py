@@ -43,6 +43,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "logging.print_every_steps": config.logging.print_every_steps,
         }
     )
+    _check_adapters(config)
     _check_schedule(training)
     if training.seed < 0:
         raise ConfigError(f"training.seed is {training.seed}; give a whole number from 0 up")
@@ -107,6 +108,27 @@ def _at_least_one(values: dict[str, int | None]) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def _check_adapters(config: RunConfig) -> None:
+    rank = config.model.lora_rank
+    if rank < 0:
+        raise ConfigError(f"model.lora_rank is {rank}; it must be at least 0")
+    if rank and config.model.weights is None:
+        raise ConfigError(
+            f"model.lora_rank is {rank}, but model.weights is not given: adapters cannot train a "
+            "model whose own weights were only drawn. Give the folder of a finished run"
+        )
+    if rank and config.mesh.tp > 1:
+        raise ConfigError(
+            f"model.lora_rank is {rank}, but mesh.tp is {config.mesh.tp}; adapters are not divided "
+            "so. Use mesh.tp 1 and mesh.dp_shard"
+        )
+    if config.optimizer.adapters is not None and not rank:
+        raise ConfigError(
+            f"optimizer.adapters is {config.optimizer.adapters!r}, but the model has no adapters; "
+            "give model.lora_rank, too"
+        )
 
 
 def _check_schedule(training: TrainingConfig) -> None:

@@ -19,7 +19,7 @@ from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder, RunFolde
 from sinkgd.lab.train.identity import (
     environment_changes,
     environment_warnings,
-    with_absolute_corpus,
+    with_absolute_paths,
 )
 from sinkgd.lab.train.loop import run_loop
 from sinkgd.lab.train.machine import describe_environment, select_device
@@ -144,7 +144,7 @@ def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator
             print_every_steps=job.config.logging.print_every_steps,
         )
         stack.enter_context(meter)
-        save_config(folder.config, with_absolute_corpus(job.config))
+        save_config(folder.config, with_absolute_paths(job.config))
         first: RunStart | Resume = start
         if admission is not Admission.BEGIN:
             changed = environment_changes(folder.start(), start.environment)

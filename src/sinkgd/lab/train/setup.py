@@ -1,7 +1,7 @@
 """Build everything that training needs from a configuration: text, model, optimizer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from sinkgd.lab.data import (
     prepared_corpus,
     shards_at,
 )
+from sinkgd.lab.data.documents import expanded
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
-from sinkgd.lab.models import LanguageModel, build_model
+from sinkgd.lab.models import LanguageModel, add_adapters, build_model, draw_adapters
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from sinkgd.lab.train.folder import RunFolder
@@ -36,6 +37,7 @@ from sinkgd.lab.train.machine import (
 from sinkgd.lab.train.mesh import Mesh, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.resolve import check_ranks, check_shares
+from sinkgd.lab.train.starting_weights import StartingWeights
 from sinkgd.lab.train.state import TrainingState
 from sinkgd.lab.train.training_step import ReleasedSteps
 from sinkgd.lab.train.world import World
@@ -55,6 +57,7 @@ class Job:
     mesh: Mesh
     batches: Batches
     validation: TokenSplit
+    other_validation: TokenSplit | None  # held-out text of evaluation.other_corpus
     tokens_per_byte: float  # of the validation text
     state: TrainingState
     content: Mapping[str, Any]  # compared when the run is resumed
@@ -116,10 +119,14 @@ def set_up(
         rank=mesh.part,
         world_size=mesh.parts,
     )
-    model = _initialized_model(config, manifest, mesh)
+    other = _other_validation(config, manifest, world, echo)
+    weights = world.from_first(lambda: _starting_weights(config.model))
+    model = _initialized_model(config, manifest, mesh, weights)
     optimizer = build_optimizer(model, config.optimizer)
     world.first_before_others(lambda: _compile_loops(optimizer, mesh.device, echo))
-    content = content_of(manifest, model, optimizer)
+    content = content_of(
+        manifest, model, optimizer, weights_sha256=None if weights is None else weights.sha256
+    )
     if begun is not None:
         check_content(begun, content)
     validation = manifest.splits["validation"]
@@ -128,6 +135,7 @@ def set_up(
         mesh=mesh,
         batches=batches,
         validation=dataset.split("validation"),
+        other_validation=other,
         tokens_per_byte=validation.tokens / validation.text_bytes,
         state=TrainingState(model, optimizer),
         content=content,
@@ -136,7 +144,35 @@ def set_up(
     )
 
 
-def _initialized_model(config: RunConfig, manifest: Manifest, mesh: Mesh) -> LanguageModel:
+def _starting_weights(model: ModelConfig) -> StartingWeights | None:
+    return None if model.weights is None else StartingWeights.find(expanded(model.weights))
+
+
+def _other_validation(
+    config: RunConfig, manifest: Manifest, world: World, echo: Callable[[str], None]
+) -> TokenSplit | None:
+    """Open the held-out part of ``evaluation.other_corpus``, if there is one.
+
+    Raises:
+        ConfigError: If it has another tokenizer than the text of the run.
+    """
+    corpus = config.evaluation.other_corpus
+    if corpus is None:
+        return None
+    data = replace(config.data, corpus=corpus)
+    other = world.first_before_others(lambda: open_dataset(data, echo))
+    if other.manifest.tokenizer_sha256 != manifest.tokenizer_sha256:
+        raise ConfigError(
+            f"evaluation.other_corpus is {corpus!r}, whose tokenizer differs from that of "
+            f"data.corpus {config.data.corpus!r}. Prepare one of them with the other's: "
+            "sinkgd prepare TEXT --tokenizer FOLDER/tokenizer.json --out SHARDS"
+        )
+    return other.split("validation")
+
+
+def _initialized_model(
+    config: RunConfig, manifest: Manifest, mesh: Mesh, weights: StartingWeights | None
+) -> LanguageModel:
     training = config.training
     with torch.device("meta"):  # weights are initialized later, one by one, in their final type
         model = build_model(
@@ -144,8 +180,15 @@ def _initialized_model(config: RunConfig, manifest: Manifest, mesh: Mesh) -> Lan
             vocab_size=_vocab_size(config.model, manifest),
             max_sequence_length=training.sequence_length,
         )
+    if weights is not None:
+        weights.check(model.config, manifest)
+    if config.model.lora_rank:
+        add_adapters(model, config.model.lora_rank)
     shard_model(model.to(weight_dtype(training.precision)), mesh)
     model.to_empty(device=mesh.device).initialize(training.seed)
+    if weights is not None:
+        weights.load(model, mesh.world)
+    draw_adapters(model, training.seed)
     model.recompute = training.recompute_activations
     return model
 

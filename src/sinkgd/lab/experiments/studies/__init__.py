@@ -6,6 +6,7 @@ from types import MappingProxyType
 from sinkgd.lab.experiments.studies.ablation import ABLATION
 from sinkgd.lab.experiments.studies.alpha import ALPHA
 from sinkgd.lab.experiments.studies.batch import BATCH
+from sinkgd.lab.experiments.studies.finetune import FINETUNE
 from sinkgd.lab.experiments.studies.iterations import ITERATIONS
 from sinkgd.lab.experiments.studies.lens import LENS
 from sinkgd.lab.experiments.studies.momentum import MOMENTUM
@@ -33,6 +34,7 @@ _TABLE = (
     SPECTRAL,
     SHIFT,
     PARETO,
+    FINETUNE,
 )
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})

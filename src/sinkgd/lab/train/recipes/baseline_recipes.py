@@ -26,11 +26,12 @@ from sinkgd.lab.train.recipes.recipe import (
     Recipe,
     betas,
     split_by_role,
+    trained,
 )
 
 
 def _adam(model: nn.Module, o: Options) -> Optimizer:
-    return torch.optim.Adam(model.named_parameters(), lr=o["lr"], betas=betas(o), fused=True)
+    return torch.optim.Adam(trained(model), lr=o["lr"], betas=betas(o), fused=True)
 
 
 def _adamw(model: nn.Module, o: Options) -> Optimizer:
@@ -40,7 +41,7 @@ def _adamw(model: nn.Module, o: Options) -> Optimizer:
 
 def _adamw_one_lr(model: nn.Module, o: Options) -> Optimizer:
     return torch.optim.AdamW(
-        model.named_parameters(),
+        trained(model),
         lr=o["lr"],
         betas=betas(o),
         weight_decay=o["weight_decay"],
@@ -50,7 +51,7 @@ def _adamw_one_lr(model: nn.Module, o: Options) -> Optimizer:
 
 def _sgd(model: nn.Module, o: Options) -> Optimizer:
     return torch.optim.SGD(
-        model.named_parameters(),
+        trained(model),
         lr=o["lr"],
         momentum=o.get("momentum", 0.0),
         weight_decay=o["weight_decay"],
@@ -211,7 +212,7 @@ def _racs(model: nn.Module, o: Options) -> Optimizer:
 def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
     return WithStepCount(
         from_pytorch_optimizer("StableSPAM")(
-            model.named_parameters(),
+            trained(model),
             lr=o["lr"],
             betas=betas(o),
             weight_decay=o["weight_decay"],
@@ -223,7 +224,7 @@ def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
 
 def _adafactor(model: nn.Module, o: Options) -> Optimizer:
     return from_pytorch_optimizer("AdaFactor")(
-        model.named_parameters(),
+        trained(model),
         lr=o["lr"],
         betas=(None, o["beta2"]),
         weight_decay=o["weight_decay"],
@@ -235,7 +236,7 @@ def _adafactor(model: nn.Module, o: Options) -> Optimizer:
 
 def _lion(model: nn.Module, o: Options) -> Optimizer:
     return from_pytorch_optimizer("Lion")(
-        model.named_parameters(),
+        trained(model),
         lr=o["lr"],
         betas=betas(o),
         weight_decay=o["weight_decay"],

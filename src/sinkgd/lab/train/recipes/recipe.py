@@ -60,6 +60,11 @@ def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
     return matrices, rest
 
 
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that are trained, with their names; frozen ones get no gradient."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
 def betas(o: Options) -> tuple[float, float]:
     """Return both of Adam's betas, with torch's defaults if the recipe takes none."""
     return o.get("beta1", 0.9), o.get("beta2", 0.999)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sinkgd
-from sinkgd.lab.train.recipes.recipe import Options, Recipe, betas, family_groups
+from sinkgd.lab.train.recipes.recipe import Options, Recipe, betas, family_groups, trained
 from sinkgd.norms import Norm
 from sinkgd.optim.param_groups import (
     BETAS,
@@ -34,6 +34,21 @@ def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
     )
 
 
+def _sinkgd_finetune(model: nn.Module, o: Options) -> Optimizer:
+    adapters = {r"\.lora_[AB]\.": "sinkgd"} if o["adapters"] == "sinkgd" else None
+    groups = sinkgd.param_groups(
+        model,
+        adamw_lr=o["lr"],
+        weight_decay=o["weight_decay"],
+        betas=betas(o),
+        deflated_rank=int(o["deflated_rank"]),
+        overrides=adapters,
+    )
+    return sinkgd.SinkGD(
+        groups, sinkhorn_iterations=int(o["sinkhorn_iterations"]), rounding=o["rounding"]
+    )
+
+
 def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
     """Return overrides that give embeddings and output head the requested algorithm."""
     lr = o["lr"] if o["tables_lr"] is None else o["tables_lr"]
@@ -51,7 +66,7 @@ def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
 
 def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
     return sinkgd.SinkGD(
-        model.named_parameters(),
+        trained(model),
         lr=o["lr"],
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
         rounding=o["rounding"],
@@ -82,7 +97,7 @@ def _scale(model: nn.Module, o: Options) -> Optimizer:
 
 def _tempered(model: nn.Module, o: Options) -> Optimizer:
     return sinkgd.TemperedSinkGD(
-        model.named_parameters(),
+        trained(model),
         lr=o["lr"],
         weight_decay=o["weight_decay"],
         tau=o["tau"],
@@ -97,7 +112,7 @@ class _WithResets:
 
     def __call__(self, model: nn.Module, o: Options) -> Optimizer:
         return self.kind(
-            model.named_parameters(),
+            trained(model),
             lr=o["lr"],
             betas=betas(o),
             weight_decay=o["weight_decay"],
@@ -174,6 +189,26 @@ FAMILY = (
         "5 iterations: Scetbon et al. 2025, algorithm 4; rates: benchmarks/learning_rates",
         {**_PAPERS_RATES, "sinkhorn_iterations": 5, **_BEYOND_THE_PAPER, **_STATELESS},
         _sinkgd,
+        can_shard=True,
+        can_release=True,
+    ),
+    Recipe(
+        "sinkgd-finetune",
+        "SinkGD to fine-tune a trained model, at rates derived from the one that AdamW would get",
+        "SinkGD(param_groups(model, adamw_lr=lr)), its defaults; rate: 1e-5, common for billions "
+        "of weights and far too low for small models; clipping at 1, as is common",
+        {
+            "lr": 1e-5,
+            "weight_decay": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "sinkhorn_iterations": 5,
+            "deflated_rank": DEFLATED_RANK,
+            "adapters": None,
+            "rounding": "nearest",
+            "clip_norm": 1.0,
+        },
+        _sinkgd_finetune,
         can_shard=True,
         can_release=True,
     ),

@@ -1,0 +1,211 @@
+"""How SinkGD fine-tunes a trained model, compared with AdamW and others, and what it forgets."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sinkgd.lab.experiments.arms import EMPTY, Arm, Grid
+from sinkgd.lab.experiments.studies.settings import LR, MACHINE, MATRIX_LR
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_charts import forgetting_chart
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import (
+    Verdict,
+    cautions,
+    compared,
+    ended,
+    ranked,
+    unfinished,
+)
+from sinkgd.lab.report.figures import Chart, Identities
+from sinkgd.lab.report.quantities import loss
+from sinkgd.lab.results import Evaluation, Run
+from sinkgd.lab.train.config import EvaluationConfig, SharedConfig
+from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
+
+FIRST_STEPS = 20  # in which a loss that rises counts as a shock
+RANK = 8  # of the adapters
+WEIGHTS = "runs/gpt2-by-adamw"  # of the model, see docs/experiments.md
+NEW_TEXT, OLD_TEXT = "speeches-2048", "eltec-2048"
+
+_COMMON: Mapping[str, Any] = {"optimizer.clip_norm": 1.0}
+_ADAM: Mapping[str, Any] = {"optimizer.beta1": 0.9, "optimizer.beta2": 0.999}
+_LORA: Mapping[str, Any] = {"model.lora_rank": RANK}
+
+
+def arms_of(full: Grid, sgd: Grid, lora: Grid) -> tuple[Arm, ...]:
+    """Return the arms, all with clipping at 1.
+
+    Args:
+        full: Grid of the rate that AdamW would get, if all weights are trained.
+        sgd: Grid of SGD's rate.
+        lora: Grid of the rate that AdamW would get, if adapters are trained.
+    """
+    ours = {"optimizer.recipe": "sinkgd-finetune"}
+    adamw = {"optimizer.recipe": "adamw-one-lr", **_COMMON, **_ADAM}
+    hybrid = {**_COMMON, **_ADAM}
+    return (
+        Arm("sinkgd", ours, full),
+        Arm("sinkgd-plain", {**ours, "optimizer.deflated_rank": 0}, full),
+        Arm(
+            "rows-only",
+            {"optimizer.recipe": "rows-only", **hybrid},
+            full,
+            multiples={MATRIX_LR: (LR, ADAMW_UPDATE_SIZE)},
+        ),
+        Arm(
+            "lora-sinkgd",
+            {**ours, **_LORA, "optimizer.adapters": "sinkgd", "optimizer.deflated_rank": 0},
+            lora,
+        ),
+        Arm("adamw", adamw, full, control=True),
+        Arm(
+            "muon",
+            {"optimizer.recipe": "muon", **hybrid},
+            full,
+            multiples={MATRIX_LR: (LR, 1.0)},
+            control=True,
+        ),
+        Arm("sgd", {"optimizer.recipe": "sgd", **_COMMON}, sgd, control=True),
+        Arm("lora-adamw", {**adamw, **_LORA}, lora, control=True),
+    )
+
+
+def _first(run: Run) -> Evaluation:
+    """Return the evaluation before the first step."""
+    return run.evaluations[0]
+
+
+def largest_rise(run: Run) -> float:
+    """Return by how much the loss on the new text rose at most within the first steps, nats."""
+    early = [one.val_loss for one in run.evaluations if one.step <= FIRST_STEPS]
+    return max(early) - _first(run).val_loss
+
+
+def old_losses(one: ArmResults) -> list[float]:
+    """Return the final losses on the old text, one for each seed."""
+    found = [result.run.evaluations[-1].other_val_loss for result in one.seeds]
+    return [value for value in found if value is not None]
+
+
+def judge(results: StudyResults) -> Verdict:
+    """Compare SinkGD with AdamW on the new text, and all arms on the old one."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    adamw, lora = results.arm("adamw"), results.arm("lora-adamw")
+    full = [one for one in results.candidates if not one.arm.name.startswith("lora-")]
+    best = ranked(full or results.candidates)[0]
+    headline = f"{ended(best)} on the new text."
+    if adamw is not None:
+        headline = compared(best.arm.name, results.difference(best, adamw), "adamw")
+    sentences = [
+        compared(one.arm.name, results.difference(one, control), control.arm.name)
+        for one in results.candidates
+        if (control := lora if one.arm.name.startswith("lora-") else adamw) is not None
+        and not (one is best and control is adamw)
+    ]
+    sentences += [_words(one) for one in ranked([*results.candidates, *results.controls])]
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _words(one: ArmResults) -> str:
+    """Say how an arm ended on both texts, and whether its loss rose first."""
+    if one.diverged or not (old := old_losses(one)):
+        return f"{ended(one)}."
+    starts = [_first(result.run) for result in one.seeds]
+    before = statistics.fmean(start.other_val_loss or 0.0 for start in starts)
+    rise = max(largest_rise(result.run) for result in one.seeds)
+    begins = statistics.fmean(start.val_loss for start in starts)
+    change = statistics.fmean(old) - before
+    shock = (
+        f"its loss rose by up to {rise:.3f} within the first {FIRST_STEPS} steps"
+        if rise > 0
+        else f"its loss never rose within the first {FIRST_STEPS} steps"
+    )
+    return (
+        f"{ended(one)} from {loss(begins)}; on the old text it went from {loss(before)} by "
+        f"{change:+.3f}, and {shock}."
+    )
+
+
+def charts(results: StudyResults, identities: Identities) -> list[Chart]:
+    """Draw the new text against the old one."""
+    arms = [
+        (one, old)
+        for one in results.ranked
+        if one.seeds and not one.diverged and len(old := old_losses(one)) == len(one.seeds)
+    ]
+    if not arms:
+        return []
+    before = _first(arms[0][0].seeds[0].run).other_val_loss or 0.0
+    return [forgetting_chart(arms, before, identities)]
+
+
+def _shared(weights: str, base: SharedConfig, preset: str) -> SharedConfig:
+    return replace(
+        base,
+        model=replace(base.model, preset=preset, weights=weights),
+        data=replace(base.data, corpus=NEW_TEXT, vocab_size=None),
+        training=replace(
+            base.training,
+            steps=200,
+            batch_size=8,
+            warmup_fraction=0.03,
+            final_lr_fraction=0.0,
+        ),
+        evaluation=EvaluationConfig(every_steps=5, tokens=8192, other_corpus=OLD_TEXT),
+        checkpoint=replace(base.checkpoint, every_steps=100),
+    )
+
+
+# Factors of two.
+FULL: Grid = {LR: (0.0005, 0.001, 0.002, 0.004, 0.008)}
+SGD: Grid = {LR: (0.1, 0.2, 0.4, 0.8, 1.6)}
+LORA: Grid = {LR: (0.002, 0.004, 0.008, 0.016, 0.032)}
+# Rates that are common for models of billions of parameters: 1e-5 is AdamW's, 2e-4 that of LoRA.
+PAPER_FULL: Grid = {LR: (2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5)}
+PAPER_SGD: Grid = {LR: (0.01, 0.03, 0.1, 0.3, 1.0)}
+PAPER_LORA: Grid = {LR: (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)}
+
+
+def _paper() -> SharedConfig:
+    small = _shared("runs/llama-1b", MACHINE, "llama-1b")
+    return replace(
+        small,
+        model=replace(small.model, vocab_size=32_000),
+        data=replace(small.data, corpus="shards/new"),
+        training=replace(
+            small.training,
+            steps=1000,
+            batch_size=64,
+            micro_batch_size=8,
+            sequence_length=256,
+            precision="bf16",
+            device="auto",
+            recompute_activations=True,
+        ),
+        evaluation=EvaluationConfig(
+            every_steps=10, tokens=1_000_000, batch_size=8, other_corpus="shards/c4"
+        ),
+        checkpoint=replace(small.checkpoint, every_steps=250),
+    )
+
+
+FINETUNE = Study(
+    name="finetune",
+    question="Does SinkGD fine-tune a model that AdamW trained as well as AdamW, and what does it "
+    "forget?",
+    background="A model is trained with one optimizer on one text and fine-tuned with another one "
+    "on a second text. Rates are those that AdamW would get; the matrices of sinkgd, sinkgd-plain "
+    "and rows-only get 0.3 of them. For Muon, Adam-trained models were reported to be worse than "
+    "with Adam, unless adapters are trained (arXiv 2605.10468).",
+    settings={
+        "machine": Setting(
+            _shared(WEIGHTS, MACHINE, "gpt2-nano"), arms_of(FULL, SGD, LORA), models=EMPTY
+        ),
+        "paper": Setting(_paper(), arms_of(PAPER_FULL, PAPER_SGD, PAPER_LORA)),
+    },
+    judge=judge,
+    charts=charts,
+)
