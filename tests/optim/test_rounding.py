@@ -11,8 +11,8 @@ import sinkgd
 from optimizer_cases import optimizer_of
 from sinkgd.kernels.rounding import keys_of_step, random_bits, round_to_bfloat16
 
-STATELESS = ["sinkgd", "swan", "mngd", "normalize", "stateless"]
-every = pytest.mark.parametrize("algorithm", STATELESS)
+ALGORITHMS = ["sinkgd", "swan", "mngd", "normalize", "stateless", "adamw"]
+every = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 def build(params, algorithm, **options):

@@ -189,9 +189,9 @@ def test_another_recipe_under_the_same_name_is_refused(config, here, monkeypatch
     config = stopped(with_corpus(config, "shards"), here / "run")
     original = identity.content_of
 
-    def changed(manifest, model, optimizer):
+    def changed(manifest, model, optimizer, **more):
         optimizer.param_groups[0]["eps"] = 0.5
-        return original(manifest, model, optimizer)
+        return original(manifest, model, optimizer, **more)
 
     monkeypatch.setattr("sinkgd.lab.train.setup.content_of", changed)
     with pytest.raises(ConfigError, match=r"had other parameter groups or options \(hash"):

@@ -1,6 +1,7 @@
 """AdamW for the parameters that no matrix norm fits; the arithmetic is torch's own."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -8,16 +9,25 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sinkgd.distributed.shards import from_local, is_dtensor, local
+from sinkgd.distributed.shards import first_entry_of, from_local, is_dtensor, local
 from sinkgd.exchange import Computation, Steps, computation, immediate, run
+from sinkgd.kernels.rounding import round_to_bfloat16
 from sinkgd.matrix_views import are_dense, lie_alike
 from sinkgd.number_check import check_betas
-from sinkgd.optim.apply import allowed, learning_rate
+from sinkgd.optim.apply import (
+    ROUNDING_OPTIONS,
+    allowed,
+    check_rounding,
+    draw_keys,
+    learning_rate,
+)
 from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 
 # Devices for which torch has the fused kernel: torch/utils/_foreach_utils.py,
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
+
+_CHUNK = 1 << 22  # entries of a bfloat16 parameter that are in float32 at once
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -30,16 +40,20 @@ class AdamW(Method):
     State: two numbers per entry. If one gradient is not finite, the whole group is left unchanged.
     As in torch, entries of the gradient must stay below 1e19, so that their squares are within
     float32's range; clip larger ones.
+
+    With ``rounding="stochastic"``, bfloat16 weights and their moments are updated in float32 and
+    rounded at random. Rounding to the nearest would lose small updates of the weights, and all
+    decay of the second moment where 1 - β₂ is below 2⁻⁹.
     """
 
-    options = ADAMW_OPTIONS
+    options = MappingProxyType[str, object]({**ADAMW_OPTIONS, **ROUNDING_OPTIONS})
     is_elementwise = True
     is_auxiliary = True
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range; choose the fused kernel if the device has it."""
-        del name
         check_adamw(param, group)
+        check_rounding(name, param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create both moments, filled with zeros."""
@@ -67,15 +81,23 @@ class AdamW(Method):
         states = [context.states[slot.param] for slot in slots]
         for slot, state in zip(slots, states, strict=True):
             init_moments(state, slot.param, fused=group["fused"])
-        descend_by_adamw_(
-            [local(slot.param) for slot in slots],
-            [local(slot.grad) for slot in slots],
-            states,
-            group,
+        descend = partial(
+            descend_by_adamw_,
+            group=group,
             lr=learning_rate(group),
             held_back=None if flags is None else ~flags.all(),
             grad_scale=context.loss_scale,
         )
+        keys = draw_keys(slots, group)
+        rounded = [i for i, slot in enumerate(slots) if keys and slot.param.dtype == torch.bfloat16]
+        plain = [i for i in range(len(slots)) if i not in rounded]
+        if plain:
+            params = [local(slots[i].param) for i in plain]
+            grads = [local(slots[i].grad) for i in plain]
+            descend(params, grads, [states[i] for i in plain])
+        for i in rounded:
+            assert keys is not None
+            _descend_in_float32_(slots[i], states[i], keys[i], descend)
 
 
 def check_adamw(param: Tensor, group: Group) -> None:
@@ -154,6 +176,37 @@ def descend_by_adamw_(
     for own, param in zip(written, params, strict=True):
         if own is not param:
             own.copy_(param)
+
+
+def _descend_in_float32_(
+    slot: Slot, state: MutableMapping[str, Any], key: Tensor, descend: Callable[..., None]
+) -> None:
+    """Take the step of a bfloat16 parameter in float32, and round what it stores stochastically.
+
+    Args:
+        slot: The parameter.
+        state: Its state.
+        key: Decides the random bits, 0-dim int64.
+        descend: Takes the step, given lists of parameters, gradients and states.
+    """
+    moments = {name: local(state[name]) for name in MOMENTS if name in state}
+    stored = {"param": local(slot.param), **moments}
+    grad, step = local(slot.grad), state["step"]
+    first = first_entry_of(slot.param, "auto")
+    row = grad[:1].numel()
+    rows = max(1, _CHUNK // max(1, row))
+    for begin in range(0, len(grad), rows):
+        parts = {name: x[begin : begin + rows] for name, x in stored.items()}
+        wide = {name: x.to(torch.float32).contiguous() for name, x in parts.items()}
+        counted = {**wide, "step": state["step"].clone()}
+        param = counted.pop("param")
+        descend([param], [grad[begin : begin + rows].to(torch.float32).contiguous()], [counted])
+        step = counted["step"]
+        for number, (name, part) in enumerate(parts.items()):
+            # The weights and each moment draw from a stretch of their own.
+            entry = number * slot.param.numel() + first + begin * row
+            part.copy_(round_to_bfloat16(wide[name], key + entry))
+    state["step"].copy_(step)
 
 
 def _dense(param: Tensor) -> Tensor:

@@ -130,4 +130,5 @@ def test_the_recipes_that_take_pieces_are_known():
     torchs = ["adam", "adamw", "adamw-one-lr", "sgd", "sgd-momentum"]
     spam = ["tempered", "spam", "adamw-spam"]
     norms = ["scale", "rows-only", "columns-only", "frobenius", "sign"]
-    assert able == ["sinkgd", "sinkgd-paper", "sinkgd-stateless", *spam, *norms, *torchs]
+    ours = ["sinkgd", "sinkgd-paper", "sinkgd-finetune", "sinkgd-stateless"]
+    assert able == [*ours, *spam, *norms, *torchs]

@@ -3,15 +3,13 @@
 import pytest
 import torch
 
-from lab.train.recipes.tiny import built, soon, tiny_model, train
+from lab.train.recipes.tiny import FASTER, built, soon, tiny_model, train
 from sinkgd.lab.train.checkpoint import load_checkpoint, save_checkpoint
 from sinkgd.lab.train.recipes import RECIPES
 from sinkgd.lab.train.state import TrainingState
 
 recipes = pytest.mark.parametrize("recipe", RECIPES)
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# TemperedSinkGD's step is as long as the gradient: at its own rate, too short for bfloat16.
-FASTER = {"tempered": {"lr": 0.5}}
 
 
 @precisions
@@ -31,7 +29,7 @@ def test_the_loss_falls_and_every_parameter_moves(recipe, dtype):
 def test_it_goes_on_bit_for_bit(tmp_path, recipe, dtype):
     def new_state(seed: int) -> TrainingState:
         model = tiny_model(dtype=dtype, seed=seed)
-        return TrainingState(model, built(model, recipe, **soon(recipe)))
+        return TrainingState(model, built(model, recipe, **soon(recipe), **FASTER.get(recipe, {})))
 
     whole, resumed = new_state(0), new_state(1)
     train(whole.model, whole.optimizer, 3)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sinkgd
-from lab.train.recipes.tiny import built, tiny_model, train
-from sinkgd.lab.models import build_model
+from lab.train.recipes.tiny import FASTER, built, tiny_model, train
+from sinkgd.lab.models import add_adapters, build_model
 from sinkgd.lab.recorded_names import recipe_now
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, resolve_optimizer
@@ -30,7 +30,7 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 def test_the_table_is_known_in_full():
     assert list(RECIPES) == [
-        *("sinkgd", "sinkgd-paper", "sinkgd-stateless", "swan", "tempered"),
+        *("sinkgd", "sinkgd-paper", "sinkgd-finetune", "sinkgd-stateless", "swan", "tempered"),
         *("spam", "adamw-spam", "scale"),
         *("rows-only", "columns-only", "frobenius", "sign"),
         *("adam", "adamw", "adamw-one-lr", "sgd", "sgd-momentum", "muon"),
@@ -57,7 +57,8 @@ def test_every_parameter_is_in_one_group(model, name):
     assert len(found) == len(list(model.parameters()))
 
 
-# Other values than any recipe has; clipping is the trainer's.
+# Other values than any recipe has; clipping is the trainer's, and adapters are tested below.
+ELSEWHERE = {"clip_norm", "adapters"}
 OTHERS = {
     "lr": 0.0123,
     "matrix_lr": 0.0234,
@@ -92,11 +93,11 @@ WITH = {
 
 
 def test_every_option_has_another_value():
-    assert set(OTHERS) | {"clip_norm"} == OPTIONS
+    assert set(OTHERS) | ELSEWHERE == OPTIONS
 
 
 def taken():
-    return [(name, o) for name, r in RECIPES.items() for o in r.defaults if o != "clip_norm"]
+    return [(name, o) for name, r in RECIPES.items() for o in r.defaults if o not in ELSEWHERE]
 
 
 @pytest.mark.parametrize(("name", "option"), taken())
@@ -104,12 +105,32 @@ def test_every_option_changes_the_training(name, option):
     dtype = torch.bfloat16 if option == "rounding" else torch.float32
     models = [tiny_model(dtype=dtype) for _ in range(2)]
     both = WITH.get(option, {})
-    if name == "tempered" and option != "lr":  # bfloat16 would round the steps of its own rate away
-        both = {"lr": 0.5}
+    if option != "lr":  # bfloat16 would round the steps of some recipes' own rates away
+        both = {**both, **FASTER.get(name, {})}
     train(models[0], built(models[0], name, **both), 4)
     train(models[1], built(models[1], name, **{option: OTHERS[option]}, **both), 4)
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     assert not all(torch.equal(own, other) for own, other in pairs)
+
+
+@pytest.mark.parametrize(("given", "algorithm"), [(None, "adamw"), ("sinkgd", "sinkgd")])
+def test_adapters_get_the_algorithm_that_is_asked_for(given, algorithm):
+    model = add_adapters(build_model("gpt2-nano", vocab_size=64, max_sequence_length=16), 2)
+    optimizer = built(model, "sinkgd-finetune", lr=0.5, adapters=given)
+    assert {group["algorithm"] for group in optimizer.param_groups} == {algorithm}
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+
+
+@recipes
+def test_frozen_weights_are_left_out(name):
+    model = tiny_model()
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = frozen.detach().clone()
+    optimizer = built(model, name, **FASTER.get(name, {}))
+    train(model, optimizer, 2)
+    assert torch.equal(frozen, before)
+    assert all(param is not frozen for group in optimizer.param_groups for param in group["params"])
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if "matrix_lr" in r.defaults])

@@ -18,6 +18,9 @@ CONFIG = LlamaConfig(
 TOKENS = torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
 # What happens now and then happens within a few steps.
 SOON = {"projection_every_steps": 4, "reset_every_steps": 5}
+# bfloat16 would round the steps of these recipes' own rates away. TemperedSinkGD's steps are as
+# long as the gradient, and a rate for fine-tuning is low.
+FASTER = {"tempered": {"lr": 0.5}, "sinkgd-finetune": {"lr": 0.05}}
 
 
 def tiny_model(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
