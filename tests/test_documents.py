@@ -357,8 +357,8 @@ def test_the_table_of_fine_tuning_is_the_record():
     page = (ROOT / "docs" / "from-adamw.md").read_text(encoding="utf-8")
     rows = {
         "adamw": "| AdamW |",
-        "sinkgd deflated": "| `adamw_lr`, the default |",
-        "sinkgd plain": "| `adamw_lr`, `deflated_rank=0` |",
+        "sinkgd deflated": "| SinkGD with `adamw_lr`, deflated as by default |",
+        "sinkgd plain": "| SinkGD with `adamw_lr`, `deflated_rank=0` |",
     }
     for arm, start in rows.items():
         cells = [
