@@ -199,7 +199,7 @@ ROWS = {
     "SinkGD deflated, 15 directions (the default)": "deflated",
     "SinkGD cpu L=5 (without deflation)": "sinkgd-cpu",
     "SGD fused": "sgd-fused",
-    "public loop (a naive SinkGD)": "naive-loop",
+    "naive loop, as in public SinkGD code": "naive-loop",
     "Muon": "muon",
 }
 COLUMNS = [(w, d) for w in ("llama-1b-layer", "llama-60m") for d in ("float32", "bfloat16")]
@@ -314,8 +314,9 @@ def test_the_large_model_of_the_readme_is_the_recorded_one():
     weights, peak = (size / 2**30 for size in (memory.weights_bytes, memory.peak_bytes))
     step = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
     assert f"{run.start.parameters / 1e9:.2f} billion parameters" in readme
-    assert f"Weights take {weights:.2f} GiB, the peak is {peak:.2f} GiB" in readme
-    assert f"a step of {run.start.tokens_per_step} tokens takes {step:.0f} seconds" in readme
+    assert f"Weights take {weights:.2f} GiB and the peak is {peak:.2f} GiB" in readme
+    tokens = run.start.tokens_per_step
+    assert f"each step of {tokens} tokens, except the first, takes {step:.0f} seconds" in readme
 
 
 @pytest.mark.slow
@@ -330,8 +331,8 @@ def test_the_messages_of_the_default_are_those_of_the_plan(capsys):
     gib, mib = sent["sinkgd"][1] / 2**30, sent["sinkgd-paper"][1] / 2**20
     for page in ("README.md", "docs/use.md"):
         text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-        assert f"{sent['sinkgd'][0]} all-reduces of {gib:.2f} GiB in all" in text
-        assert f"{sent['sinkgd-paper'][0]} of {mib:.0f} MiB" in text
+        assert f"{sent['sinkgd'][0]} all-reduces with {gib:.2f} GiB in total" in text
+        assert f"{sent['sinkgd-paper'][0]} with {mib:.0f} MiB in total" in text
     for page in ("docs/many-devices.md", "docs/how-it-works.md"):
         assert sent["sinkgd"][0] in (ROOT / page).read_text(encoding="utf-8")
 
@@ -356,8 +357,8 @@ def test_the_table_of_fine_tuning_is_the_record():
     page = (ROOT / "docs" / "from-adamw.md").read_text(encoding="utf-8")
     rows = {
         "adamw": "| AdamW |",
-        "sinkgd deflated": "| `adamw_lr`, the default |",
-        "sinkgd plain": "| `adamw_lr`, `deflated_rank=0` |",
+        "sinkgd deflated": "| SinkGD with `adamw_lr`, deflated as by default |",
+        "sinkgd plain": "| SinkGD with `adamw_lr`, `deflated_rank=0` |",
     }
     for arm, start in rows.items():
         cells = [

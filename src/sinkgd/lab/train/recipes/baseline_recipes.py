@@ -299,26 +299,29 @@ FROM_PAPERS = (
     ),
     Recipe(
         "apollo",
-        "block matrices scaled by channel as Adam scales a random projection, the rest by AdamW",
-        "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. Written "
-        "here: pytorch-optimizer projects the scaled gradient, so that its steps have low rank",
+        "block matrices by their gradient, each channel scaled by the factor by which Adam scales "
+        "that channel of a random projection; the rest by AdamW",
+        "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. We use "
+        "our own implementation, because pytorch-optimizer projects the scaled gradient and its "
+        "steps therefore have low rank",
         {**_BENCHMARK, "rank": 0, "projection_scale": 1.0},
         _apollo,
     ),
     Recipe(
         "apollo-mini",
         "APOLLO of rank 1 with one scale for each matrix",
-        "Zhu et al. 2024, scripts/pretrain_c4: rank 1, scale 128 under a square root. Written "
-        "here, as apollo",
+        "Zhu et al. 2024, scripts/pretrain_c4: rank 1, scale 128 under a square root. Our "
+        "own implementation, as for apollo",
         {**_BENCHMARK, "projection_scale": 128.0},
         _apollo_mini,
     ),
     Recipe(
         "racs",
         "block matrices divided by running scales of rows and columns, the rest by AdamW",
-        "Gong et al. 2025: beta 0.9, growth 1.01; lr 0.02 and 0.05 of it on matrices, as the "
-        "authors' SinkGD. Written here: pytorch-optimizer takes means of rows and columns instead "
-        "of the fixed point, so that its steps grow as gradients shrink",
+        "Gong et al. 2025: beta 0.9, growth 1.01; lr 0.02, and 0.05 times that for matrices, as in "
+        "the SinkGD of the same authors. We use our own implementation, because pytorch-optimizer "
+        "takes means of rows and columns instead of the fixed point, and its steps therefore grow "
+        "as gradients shrink",
         {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _racs,
     ),
@@ -326,9 +329,10 @@ FROM_PAPERS = (
         "stable-spam",
         "all parameters by Adam on clipped and normalized gradients, with the moments reset "
         "periodically",
-        "Huang et al. 2025, the call in their README: 0.7, 0.9, 0.999, resets every 1000 steps; "
-        "without its decay of the moments over the run. pytorch-optimizer resets before a step, "
-        "the authors' code steps once more with the old moments",
+        "Huang et al. 2025, the call in their README: gamma1 0.7, gamma2 0.9, theta 0.999, resets "
+        "every 1000 steps; but the decay rates of the moments do not change during the run. "
+        "pytorch-optimizer resets before a step, the authors' code steps once more with the old "
+        "moments",
         {"lr": 1e-3, "weight_decay": 0.0, **_ADAM, "reset_every_steps": 1000, "clip_norm": 0.0},
         _stable_spam,
         package=PYTORCH_OPTIMIZER,

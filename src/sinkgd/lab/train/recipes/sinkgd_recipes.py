@@ -185,7 +185,7 @@ FAMILY = (
     ),
     Recipe(
         "sinkgd-paper",
-        "block matrices by SR-Sinkhorn alone, as in the paper, the rest by AdamW",
+        "block matrices by SR-Sinkhorn without deflation, as in the paper, the rest by AdamW",
         "5 iterations: Scetbon et al. 2025, algorithm 4; rates: benchmarks/learning_rates",
         {**_PAPERS_RATES, "sinkhorn_iterations": 5, **_BEYOND_THE_PAPER, **_STATELESS},
         _sinkgd,
@@ -293,6 +293,6 @@ FAMILY = (
     ),
     _one_norm("rows-only", "rows scaled to equal length", sinkgd.RowNorm()),
     _one_norm("columns-only", "columns scaled to equal length", sinkgd.ColumnNorm()),
-    _one_norm("frobenius", "each gradient divided by its own RMS", sinkgd.FrobeniusNorm()),
+    _one_norm("frobenius", "the gradient scaled to RMS 1", sinkgd.FrobeniusNorm()),
     _one_norm("sign", "the signs of the gradient", sinkgd.SignNorm()),
 )
