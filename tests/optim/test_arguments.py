@@ -154,7 +154,7 @@ def test_an_argument_that_all_groups_agree_with_is_taken(name, option):
 def test_an_option_that_no_group_takes_is_refused(name, option):
     groups = [{"params": [matrix()], "algorithm": "adamw"}]
     options = {option: VALUES[option][1]}
-    adamws = {"lr", "weight_decay", "maximize", "nonfinite", "eps", "betas"}
+    adamws = {"lr", "weight_decay", "maximize", "nonfinite", "eps", "betas", "rounding", "seed"}
     if name == "MNGD" and option != "norms":
         options["norms"] = ()
     if name in ("SRON", "SCALE"):  # their norms are options that no group takes
