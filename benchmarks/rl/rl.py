@@ -99,7 +99,7 @@ def accuracy(model: nn.Module, terms: Tensor) -> float:
 
 def log_likelihood(model: nn.Module, begin: Tensor, answer: Tensor) -> Tensor:
     """Return the log probability of every token of the answers, ``(count, ANSWER)``."""
-    logits = model(torch.cat([begin, answer[:, :-1]], 1))[:, PROMPT - 1 :]
+    logits: Tensor = model(torch.cat([begin, answer[:, :-1]], 1))[:, PROMPT - 1 :]
     return logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1)
 
 
@@ -188,7 +188,9 @@ def final(line: Mapping[str, Any]) -> float:
 
 def best_rate(lines: list[dict[str, Any]], arm: str) -> float | None:
     """Return the rate with the best result in tuning; None until the whole grid was tried."""
-    tried = {x["rate"]: final(x) for x in lines if x["arm"] == arm and x["seed"] == TUNING_SEED}
+    tried: dict[float, float] = {
+        x["rate"]: final(x) for x in lines if x["arm"] == arm and x["seed"] == TUNING_SEED
+    }
     if set(tried) != set(ARMS[arm][1]):
         return None
     return max(tried, key=lambda rate: tried[rate])
