@@ -1,5 +1,6 @@
 """The judges of the studies of options, methods and models, on made-up results."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -7,12 +8,14 @@ import pytest
 
 from lab.experiments.synthetic_study import made_up, made_up_run
 from lab.experiments.test_verdicts import apart, judge, near
+from sinkgd.lab.experiments.arms import arm_as_json, arm_from_json
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.lens import roughness
 from sinkgd.lab.experiments.studies.pareto import front
 from sinkgd.lab.experiments.studies.shift import recovery
 from sinkgd.lab.experiments.studies.width import PAPER_WIDTHS, WIDTHS, exponent, good_up_to
 from sinkgd.lab.models import preset_config
+from sinkgd.lab.report.figures import identify
 from sinkgd.lab.results import Evaluation, Memory, Run
 
 
@@ -277,3 +280,59 @@ def test_the_conditions_of_the_lens_are_judged_one_by_one():
     assert bad.headline.startswith("0 of 3 conditions hold (none): ")
     assert "Unstable: S2." in bad.sentences
     assert judge("lens", {"S1": near(4.0)}).headline == "S0 has no result to compare with."
+
+
+# Fine-tuning --------------------------------------------------------------------------------------
+
+
+def tuned(new, old):
+    """A run with losses on the new and on the old text after 0, 10, 20 and 100 steps.
+
+    All losses on the new text are shifted, so that the last one stays.
+    """
+
+    def change(run: Run) -> Run:
+        shift = run.evaluations[-1].val_loss - new[-1]
+        rows = [
+            Evaluation(step, 1000 * step, float(step), a + shift, 1.0, 1.0, 64, other_val_loss=b)
+            for step, a, b in zip((0, 10, 20, 100), new, old, strict=True)
+        ]
+        return replace(run, evaluations=rows)
+
+    return change
+
+
+def test_finetune_compares_with_adamw_and_says_what_was_forgotten():
+    losses = {
+        "sinkgd": near(3.9),
+        "rows-only": near(4.0),
+        "lora-sinkgd": near(4.3),
+        "adamw": near(4.1),
+        "lora-adamw": near(4.2),
+    }
+    results = made_up(STUDIES["finetune"], losses)
+    runs = {
+        "sinkgd": tuned([5.0, 4.9, 4.8, 3.9], [4.0, 4.0, 4.1, 4.5]),
+        "adamw": tuned([5.0, 5.25, 4.8, 4.1], [4.0, 4.4, 4.5, 4.75]),
+    }
+    results = with_runs(results, lambda arm, run: runs.get(arm, lambda same: same)(run))
+    verdict = STUDIES["finetune"].judge(results)
+    assert verdict.headline == "sinkgd ended 0.200 ± 0.000 lower than adamw."
+    assert "rows-only ended 0.100 ± 0.000 lower than adamw." in verdict.sentences
+    assert "lora-sinkgd ended 0.100 ± 0.000 higher than lora-adamw." in verdict.sentences
+    assert (
+        "sinkgd ended at 3.900 from 5.000; on the old text it went from 4.000 by +0.500, and its "
+        "loss never rose within the first 20 steps."
+    ) in verdict.sentences
+    assert any("its loss rose by up to 0.250 within the first 20" in s for s in verdict.sentences)
+    one = made_up(STUDIES["finetune"], {"sinkgd": near(3.9)})
+    one = with_runs(one, lambda _, run: runs["sinkgd"](run))
+    (chart,) = STUDIES["finetune"].charts(one, identify(one.analysis(None)))
+    assert chart.description == "sinkgd new 3.900, old 4.500"
+
+
+def test_a_rate_that_follows_another_is_in_every_point_and_in_the_record():
+    arm = next(a for a in STUDIES["finetune"].settings["machine"].arms if a.name == "rows-only")
+    points = arm.points()
+    assert all(point["optimizer.matrix_lr"] == 0.3 * point["optimizer.lr"] for point in points)
+    assert arm_from_json(arm.name, json.loads(json.dumps(arm_as_json(arm)))) == arm
