@@ -106,7 +106,7 @@ class Packed(NamedTuple):
 class PackedProducts(Protocol):
     """Products of matrices with packed vectors; a tensor may hold several of the matrices."""
 
-    least: Tensor  # the shorter side of each matrix, (matrices, 1, 1) float64
+    shorter_side: Tensor  # of each matrix, (matrices, 1, 1) float64
     entries: Tensor  # the number of entries of each matrix, (matrices, 1, 1) float64
 
     def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
@@ -305,7 +305,7 @@ def find_packed_leading(products: PackedProducts) -> PackedLeading:
     inverse, known = _root(rows.grams())
     right = columns.times(known)
     lengths = right._replace(blocks=right.blocks.square().sum(1, keepdim=True)).sums()
-    others = products.least - (lengths.shape[-1] - 1)
+    others = products.shorter_side - (lengths.shape[-1] - 1)
     taken, square = _lowering(lengths, products.squares(), others)
     return PackedLeading(rows, inverse * nn.functional.pad(taken, (0, 1)), right, square)
 
