@@ -53,7 +53,7 @@ class SinkGDVariant(SinkGD):
     Raises:
         ValueError: If an option is out of range or has no effect, as in `SinkGD`.
         TypeError: If an option does not exist; otherwise as in `SinkGD`.
-        ImportError: As in `SinkGD`.
+        ImportError: If ``backend`` names a backend that is not installed.
 
     Examples:
         >>> import torch

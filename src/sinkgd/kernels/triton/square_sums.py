@@ -7,8 +7,8 @@ Half an iteration sums the squares of y along the rows or the columns of its til
 partial sums; the next launch adds them up, in order, and finds the scales that it needs. No sum
 depends on the order in which programs run. The scales of one half are multiples of the previous
 scales, so the rows or columns of y already have the right length and their squares stay in range.
-In the first iteration the gradient is not scaled yet. It writes lengths instead of sums of squares,
-and divides entries by a power of two before they are squared.
+In the first iteration the gradient is not scaled yet. The kernel then writes lengths instead of
+sums of squares, and divides entries by a power of two before it squares them.
 
 `weighted_square_sums` works differently: its squares and sums are float64, whose range includes the
 squares of all float32 numbers, so the kernel needs no powers of two and reads a gradient once per

@@ -44,7 +44,7 @@ from sinkgd.optim.transforms.deflate import (
     check_deflation,
     deflate_matrices,
     deflation_chunks,
-    with_scales_alone,
+    with_plain_scales,
 )
 from sinkgd.optim.transforms.momentum import (
     MOMENTUM_OPTIONS,
@@ -83,7 +83,7 @@ class Sinkhorn(Method):
 
     Args:
         vectors: The method of parameters with fewer than two dimensions; None refuses them.
-        presets: As for `Method`.
+        presets: The defaults of groups of this method, as for `Method`.
     """
 
     options = MappingProxyType(
@@ -176,7 +176,7 @@ class Sinkhorn(Method):
 
 
 def _shares_scales(slots: Sequence[Slot], group: Group) -> bool:
-    """Whether scales and messages are shared by all, and only their vectors need chunks."""
+    """Whether all parameters share scales and messages, so that only vectors need chunks."""
     if is_dtensor(slots[0].param):
         return True
     packs = kernels.select(group["backend"], slots[0].param.device).packs_vectors
@@ -185,7 +185,7 @@ def _shares_scales(slots: Sequence[Slot], group: Group) -> bool:
 
 @computation
 def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-    """Let the backend update matrices. Either all of them are DTensors, or none is."""
+    """Let the backend update matrices. Either all parameters are DTensors, or none is."""
     matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
     given = kernels.Matrices(
         params=[matrix.param for matrix in matrices],
@@ -237,7 +237,10 @@ class _Solved(NamedTuple, Generic[Known]):
 
 @computation
 def _step_with_transforms(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-    """Update matrices by one transform after the other. Either all are DTensors, or none is."""
+    """Update matrices by one transform after the other.
+
+    Either all parameters are DTensors, or none is.
+    """
     backend = kernels.select(group["backend"], slots[0].param.device)
     matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
     if group["tiny_rows"] == "mask":
@@ -297,7 +300,7 @@ def _finish(
         corrected, flags = yield deflate_matrices(deflating, backend, group)
         finite = finite & by_owner(flags, owners)
     if group["operator_norm"] is not None:
-        matrices, scales = with_scales_alone(matrices, corrected)
+        matrices, scales = with_plain_scales(matrices, corrected)
         known = kernels.Descent(finite, scales)
         found = yield _pinned(slots, matrices, owners, known, group, context)
         finite, corrected = found.finite, found.scales
