@@ -52,9 +52,9 @@ def solve_sharded(
     scales, flags = yield find_scales(
         matrices.grads, shardings, backend, num_iters, tol=tol, starts=matrices.starts
     )
-    finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.owners])
+    finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.ranges])
     # Ranks that hold other matrices of a batch did not take part in the sums.
-    others = [shardings[own.start].batch_groups for own in matrices.owners]
+    others = [shardings[own.start].batch_groups for own in matrices.ranges]
     finite = yield all_ranks_agree(finite, others)
     return Descent(finite, scales)
 

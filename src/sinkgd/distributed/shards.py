@@ -93,7 +93,7 @@ class ParamMatrices(NamedTuple):
     """The matrices of some parameters, in order."""
 
     matrices: list[ParamMatrix]
-    owners: list[range]  # for each parameter, the indices of its matrices
+    ranges: list[range]  # for each parameter, the indices of its matrices
 
 
 def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split) -> ParamMatrices:
@@ -104,7 +104,7 @@ def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split)
         ValueError: If a gradient has a Partial placement, a reduction that is still pending.
     """
     matrices: list[ParamMatrix] = []
-    owners: list[range] = []
+    ranges: list[range] = []
     for slot in slots:
         first = len(matrices)
         if is_dtensor(slot.param):
@@ -116,8 +116,8 @@ def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split)
             for param, grad in matrices_of(slot.param, slot.grad, layout=layout, split=split):
                 matrices.append(ParamMatrix(param, grad, entries))
                 entries += param.numel()
-        owners.append(range(first, len(matrices)))
-    return ParamMatrices(matrices, owners)
+        ranges.append(range(first, len(matrices)))
+    return ParamMatrices(matrices, ranges)
 
 
 def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":

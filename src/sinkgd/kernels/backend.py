@@ -45,13 +45,13 @@ class CorrectedScales(NamedTuple):
 class Matrices(NamedTuple):
     """Parameters seen as matrices, with the tensors of each matrix.
 
-    All lists except ``owners`` have an entry for each matrix. An owner is a user's parameter, which
+    All lists except ``ranges`` have an entry for each matrix. An owner is a user's parameter, which
     may consist of several matrices.
     """
 
     params: Sequence[Tensor]  # (..., m, n)
     grads: Sequence[Tensor]
-    owners: Sequence[range]  # for each owner, the indices of its matrices; in order, without gaps
+    ranges: Sequence[range]  # for each owner, the indices of its matrices; in order, no gaps
     starts: Sequence[Tensor | None] | None = None  # as in `Backend.scales`
     keys: Sequence[Tensor] | None = None  # as in `Backend.update_`
 
@@ -206,7 +206,7 @@ class Backend(ABC):
         Nothing is updated if ``overflow``, a 0-dim bool on the device of the matrices, is True.
         """
         scales = self.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
-        descent = Descent(finite_of(scales, matrices.owners), scales)
+        descent = Descent(finite_of(scales, matrices.ranges), scales)
         take_steps(
             self, matrices, descent.finite, descent.scales, keep=keep, step=step, overflow=overflow
         )
@@ -232,7 +232,7 @@ def take_steps(
         scales,
         keep=keep,
         step=step,
-        allowed=None if all_allowed else of_each(allowed, matrices.owners),
+        allowed=None if all_allowed else of_each(allowed, matrices.ranges),
         keys=matrices.keys,
     )
 
@@ -257,21 +257,21 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(peaks).isfinite()
 
 
-def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:
+def finite_of(scales: Sequence[Scales], ranges: Sequence[range]) -> Tensor:
     """Return ``(owners,)`` bool: whether all gradients of each owner are finite."""
     # A non-finite entry makes every column scale of its matrix non-finite.
     flags = all_finite([col for _, col in scales])
-    return _all_of(flags, [len(own) for own in owners])
+    return _all_of(flags, [len(own) for own in ranges])
 
 
-def by_owner(flags: Sequence[Tensor], owners: Sequence[range]) -> Tensor:
+def by_owner(flags: Sequence[Tensor], ranges: Sequence[range]) -> Tensor:
     """Return ``(owners,)`` bool: whether the 0-dim flags of all matrices of each owner are True."""
-    return _all_of(torch.stack([*flags]), [len(own) for own in owners])
+    return _all_of(torch.stack([*flags]), [len(own) for own in ranges])
 
 
-def of_each(flags: Tensor, owners: Sequence[range]) -> list[Tensor]:
+def of_each(flags: Tensor, ranges: Sequence[range]) -> list[Tensor]:
     """Return for each matrix the flag of its owner."""
-    return [flag for flag, own in zip(flags.unbind(), owners, strict=True) for _ in own]
+    return [flag for flag, own in zip(flags.unbind(), ranges, strict=True) for _ in own]
 
 
 def _all_of(flags: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -291,7 +291,7 @@ def select_owners(matrices: Matrices, selected: Sequence[bool]) -> Matrices:
     """Return the matrices of the owners for which ``selected`` is True."""
     if all(selected):
         return matrices
-    kept = [own for own, take in zip(matrices.owners, selected, strict=True) if take]
+    kept = [own for own, take in zip(matrices.ranges, selected, strict=True) if take]
     indices = [i for own in kept for i in own]
     ends = list(accumulate(map(len, kept), initial=0))
     return Matrices(
@@ -306,14 +306,14 @@ def select_owners(matrices: Matrices, selected: Sequence[bool]) -> Matrices:
 def merge_descents(
     selected: Sequence[bool], matrices: Matrices, one: Descent, other: Descent
 ) -> Descent:
-    """Merge the descents of the ``selected`` owners and of all others, in the owners' order."""
+    """Merge the descents of the ``selected`` owners and of all others, in the order of owners."""
     flags = [iter(found.finite.unbind()) for found in (other, one)]
     scales = [iter(found.scales) for found in (other, one)]
     return Descent(
         torch.stack([next(flags[own]) for own in selected]),
         [
             next(scales[take])
-            for own, take in zip(matrices.owners, selected, strict=True)
+            for own, take in zip(matrices.ranges, selected, strict=True)
             for _ in own
         ],
     )

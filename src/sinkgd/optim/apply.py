@@ -135,13 +135,13 @@ def draw_keys(slots: Sequence[Slot], group: Group) -> Sequence[Tensor] | None:
 
 
 def draw_matrix_keys(
-    slots: Sequence[Slot], matrices: Sequence[ParamMatrix], owners: Sequence[range], group: Group
+    slots: Sequence[Slot], matrices: Sequence[ParamMatrix], ranges: Sequence[range], group: Group
 ) -> Sequence[Tensor] | None:
     """Return a key for each matrix in this step; None for rounding to the nearest."""
     of_slots = draw_keys(slots, group)
     if of_slots is None:
         return None
-    keys = [key for key, own in zip(of_slots, owners, strict=True) for _ in own]
+    keys = [key for key, own in zip(of_slots, ranges, strict=True) for _ in own]
     return [
         key + matrix.first_entry if matrix.first_entry else key
         for key, matrix in zip(keys, matrices, strict=True)

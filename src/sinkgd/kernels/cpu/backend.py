@@ -147,9 +147,9 @@ class CpuBackend(EagerBackend):
 
         That is possible if its owner has no other matrix, and nothing else may forbid the update.
         """
-        params, grads, owners, starts, keys = matrices
+        params, grads, ranges, starts, keys = matrices
         forbidden = overflow is not None and bool(overflow)
-        alone = {own.start for own in owners if len(own) == 1 and not forbidden}
+        alone = {own.start for own in ranges if len(own) == 1 and not forbidden}
         solver = _Solver(grads, starts)
         targets: dict[int, Target] = {}
         for i, source in enumerate(solver.inputs):
@@ -161,11 +161,11 @@ class CpuBackend(EagerBackend):
         failed = solver.run(num_iters, tol, targets=targets, factors=factors)
         increment_version([params[i] for i in targets])
         if not failed and len(targets) == len(params):
-            finite = torch.ones(len(owners), dtype=torch.bool, device="cpu")
+            finite = torch.ones(len(ranges), dtype=torch.bool, device="cpu")
             return Descent(finite, solver.scales)
-        finite = finite_of(solver.scales, owners)
+        finite = finite_of(solver.scales, ranges)
         if not forbidden:
-            flags = of_each(finite, owners)
+            flags = of_each(finite, ranges)
             later = [i for i in range(len(params)) if i in failed or i not in targets]
             self.update_(
                 [params[i] for i in later],

@@ -192,13 +192,13 @@ class TritonBackend(EagerBackend):
             _some(matrices.starts),
             matrices.params,
             matrices.keys or (),
-            tuple(map(len, matrices.owners)),
+            tuple(map(len, matrices.ranges)),
         )
         found = None
         if support.overflow_readable(overflow, device):
             found = self._run(tensors, num_iters, tol, factors, if_prepared=True)
         if found is None:
-            ours = [self._takes(matrices, own, overflow) for own in matrices.owners]
+            ours = [self._takes(matrices, own, overflow) for own in matrices.ranges]
             if not all(ours) or not ours:
                 options = {"num_iters": num_iters, "keep": keep, "step": step}
                 return self._in_part(matrices, ours, **options, tol=tol, overflow=overflow)

@@ -264,7 +264,7 @@ def _step_shards(
     """Check the gradients of sharded parameters; then scale and write all at once."""
     backend = kernels.select("auto", slots[0].param.device)
     finite: Tensor = yield are_finite(slots)
-    matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
+    matrices, ranges = param_matrices(slots, layout=group["layout"], split=group["split"])
     shards = _Shards(matrices, backend)
     for _ in range(group["num_iters"]):
         for norm in norms:
@@ -272,8 +272,8 @@ def _step_shards(
     ready = kernels.Matrices(
         params=[matrix.param for matrix in matrices],
         grads=shards.grads,
-        owners=owners,
-        keys=draw_matrix_keys(slots, matrices, owners, group),
+        ranges=ranges,
+        keys=draw_matrix_keys(slots, matrices, ranges, group),
     )
     take_steps(
         backend,

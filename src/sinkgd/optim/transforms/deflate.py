@@ -61,10 +61,10 @@ def check_deflation(group: Group) -> None:
 
 
 def deflation_chunks(
-    slots: Sequence[Slot], owners: Sequence[range], group: Group, context: Context
+    slots: Sequence[Slot], ranges: Sequence[range], group: Group, context: Context
 ) -> list[slice]:
     """Return which parameters are deflated together: the same on all ranks."""
-    sizes = [_bytes_of(slot, own, group) for slot, own in zip(slots, owners, strict=True)]
+    sizes = [_bytes_of(slot, own, group) for slot, own in zip(slots, ranges, strict=True)]
     sharers = context.sharers if is_dtensor(slots[0].param) else 1
     return mesh_chunks(sizes, sharers=sharers)
 
@@ -91,14 +91,14 @@ def _bytes_of(slot: Slot, own: range, group: Group) -> int:
     return found + (4 * prod(shape) if group["operator_norm"] is not None else 0)
 
 
-def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[Tensor]:
+def blocks_of(slots: Sequence[Slot], ranges: Sequence[range], group: Group) -> list[Tensor]:
     """Return Ω of every matrix, ``(..., n, k + 1)`` float64; only its rows for this rank's columns.
 
     Parameters of one shape, memory order and sharding share one Ω.
     """
     known: dict[tuple[object, ...], Tensor] = {}
     blocks: list[Tensor] = []
-    for slot, own in zip(slots, owners, strict=True):
+    for slot, own in zip(slots, ranges, strict=True):
         param = slot.param
         kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
         if is_dtensor(param):
@@ -162,7 +162,7 @@ class Deflating(NamedTuple):
     """Matrices to deflate."""
 
     slots: Sequence[Slot]
-    owners: Sequence[range]  # for each slot, the indices of its matrices
+    ranges: Sequence[range]  # for each slot, the indices of its matrices
     matrices: Sequence[ParamMatrix]
     scales: Sequence[Scales]  # one per matrix, for which ``row * grad * col`` is normalized
 
@@ -180,7 +180,7 @@ def deflate_matrices(some: Deflating, backend: Backend, group: Group) -> Computa
         if found is not None:
             return immediate(found)
     return _deflate_stacks(
-        some.matrices, some.scales, blocks_of(some.slots, some.owners, group), backend
+        some.matrices, some.scales, blocks_of(some.slots, some.ranges, group), backend
     )
 
 
@@ -191,7 +191,7 @@ def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated
     """
     kinds = [
         _BlockKey(slot.param.shape, slot.param.stride(), group["layout"])
-        for slot, own in zip(some.slots, some.owners, strict=True)
+        for slot, own in zip(some.slots, some.ranges, strict=True)
         for _ in own
     ]
     by_width: dict[int, list[int]] = {}

@@ -138,13 +138,13 @@ def _keep(state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tens
 def warm_starts(
     slots: Sequence[Slot],
     grads: Sequence[Tensor],
-    owners: Sequence[range],
+    ranges: Sequence[range],
     group: Group,
     context: Context,
 ) -> list[Tensor | None]:
     """Return the starts that some parameters have kept for their matrices."""
     starts: list[Tensor | None] = []
-    for slot, own in zip(slots, owners, strict=True):
+    for slot, own in zip(slots, ranges, strict=True):
         found = _kept_starts(context.states[slot.param], [grads[i] for i in own])
         if group["last"] == "column":
             param, layout = local(slot.param), group["layout"]
@@ -155,14 +155,14 @@ def warm_starts(
 
 def keep_warm_starts(
     slots: Sequence[Slot],
-    owners: Sequence[range],
+    ranges: Sequence[range],
     found: Descent,
     group: Group,
     context: Context,
 ) -> None:
     """Keep the scales of parameters with finite gradients for the next step."""
     flags = allowed(found.finite, context)
-    for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
+    for i, (slot, own) in enumerate(zip(slots, ranges, strict=True)):
         flag = None if flags is None else flags[i]
         cols = [found.scales[k].col for k in own]
         if group["last"] == "column":
