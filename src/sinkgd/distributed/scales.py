@@ -180,7 +180,7 @@ def _scales_of(
 
 
 def _initial_c2(cols: "_Vectors", starts: Sequence[Tensor | None]) -> Tensor:
-    """Return the squares of the initial column scales: 1 where no start is given."""
+    """Return the squares of the initial column scales: 1 if no start is given."""
     c2 = cols.ones()
     for own, start in zip(cols.split(c2), starts, strict=True):
         if start is not None:

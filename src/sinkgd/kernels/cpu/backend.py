@@ -149,11 +149,11 @@ class CpuBackend(EagerBackend):
         """
         params, grads, ranges, starts, keys = matrices
         forbidden = overflow is not None and bool(overflow)
-        alone = {own.start for own in ranges if len(own) == 1 and not forbidden}
+        may_update = {own.start for own in ranges if len(own) == 1 and not forbidden}
         solver = _Solver(grads, starts)
         targets: dict[int, Target] = {}
         for i, source in enumerate(solver.inputs):
-            layout = writable(params[i]) if source is not None and i in alone else None
+            layout = writable(params[i]) if source is not None and i in may_update else None
             if source is not None and layout is not None and _match(layout, source.layout):
                 key = None if keys is None else int(keys[i])
                 targets[i] = Target(params[i].data_ptr(), layout, key=key)

@@ -209,7 +209,7 @@ class SumsTable:
 class Vectors(NamedTuple):
     """Addresses of the vectors that a matrix is multiplied with, and of the products; 0 if absent.
 
-    The letters P and Q, and what each buffer holds, are as in the table of products above.
+    The letters P and Q, and the content of each buffer, are as in the table of products above.
     """
 
     blocks: int  # of sixteen vectors each

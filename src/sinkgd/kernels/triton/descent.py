@@ -332,7 +332,7 @@ def options_of(
 
     Args:
         target: None for the interpreter.
-        threads: Number of threads that hold a panel.
+        threads: Number of threads that work on a panel.
         wide: Whether loads are of 16 bytes; narrow loads need more registers for their addresses.
         unscaled: Whether the kernel is an iteration that finds scales from the unscaled gradient.
         lean: Whether 128 registers are enough. They are for most iterations on entries of 2 bytes.

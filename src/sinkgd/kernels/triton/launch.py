@@ -152,8 +152,7 @@ def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, 
     """Return what a kernel is compiled for because of the arguments before its constants.
 
     It distinguishes at least what triton distinguishes: types, pointers that are multiples of 16,
-    and integers that need 64 bits or, where a kernel is specialized to them, are 1 or multiples of
-    16.
+    and integers that need 64 bits or, if a kernel is specialized to them, are 1 or multiples of 16.
     """
     return tuple(
         argument_class(argument, is_general=param.do_not_specialize)

@@ -356,7 +356,7 @@ def constants_of(kind: Kind, K: int, splits: int, *, transposed: bool) -> dict[s
 
 
 def splits_of(dtype: torch.dtype, *, tf32: bool) -> int:
-    """Return into how many numbers an entry of a vector is split, for entries of ``dtype``."""
+    """Return into how many numbers each entry of a vector is split, for gradients of ``dtype``."""
     if dtype == torch.bfloat16:
         return 3
     return 2 if tf32 else 1

@@ -285,7 +285,7 @@ class DeviceTables:
         return copy.on_device
 
     def _copied_before_capture(self, key: tuple[Hashable, ...]) -> Tensor | None:
-        """Return a copy that another stream made; the capture has waited for that stream."""
+        """Return a copy from another stream; the capture has waited for that stream."""
         for (*content, _), copy in self._recent.items():
             if content == [*key[:-1]]:
                 self._captured.append(copy)
