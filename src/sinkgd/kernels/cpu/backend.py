@@ -215,7 +215,7 @@ def _are_usual(scales: Scales | CorrectedScales, flag: Tensor | None) -> bool:
 
 
 def _match(param: MatrixLayout, grad: MatrixLayout) -> bool:
-    """Whether both are layouts of one matrix, with the same order in memory."""
+    """Whether parameter and gradient are a single matrix, with the same order in memory."""
     one = len(param.offsets) == 1
     return one and param[:2] == grad[:2] and param.transposed == grad.transposed
 
@@ -276,7 +276,10 @@ class _Solver:
         return failed
 
     def _matrices(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield, for each matrix of the table, its gradient's index and its own index in that."""
+        """Yield two indices for each of these matrices of the table.
+
+        They are the index of its gradient, and the index of the matrix in this gradient.
+        """
         if not numbers:
             return
         matrices = [

@@ -195,7 +195,8 @@ class CpuSums:
     """Weighted sums of squares, each by one pass over the gradients.
 
     The loops sum in float32. That is not enough for a gradient whose squares leave float32's range,
-    or that has a zero row or column. From then on, `EagerSums` sums such a gradient.
+    or that has a zero row or column. Once a call shows this, `EagerSums` sums that gradient in this
+    call and in all later ones.
 
     Args:
         grads: ``(..., m, n)``, of any kind.

@@ -236,19 +236,15 @@ def _multiply_shared(job, entry, first, team, scratch, tile):
         sums = scratch + worker * stride if result != 0 else 0
         if result != 0:
             fill(sums, count, float32(0))
-        low, high = (
-            share_begin(P, worker, workers, TILE_ROWS),
-            share_begin(P, worker + 1, workers, TILE_ROWS),
-        )
+        low = share_begin(P, worker, workers, TILE_ROWS)
+        high = share_begin(P, worker + 1, workers, TILE_ROWS)
         _multiply(entry, low, high, sums, tile)
     if result == 0:
         return False
     barrier(job, team)
     for worker in range(first, workers, team):
-        low, high = (
-            share_begin(count, worker, workers, LANES),
-            share_begin(count, worker + 1, workers, LANES),
-        )
+        low = share_begin(count, worker, workers, LANES)
+        high = share_begin(count, worker + 1, workers, LANES)
         _reduce(scratch, stride, workers, result, low, high)
     return True
 

@@ -64,10 +64,8 @@ SMALLEST = float32(2.0**-126)
 # The fields of a worker's scratch (`mine`), in bytes: its flags, the sums of eight rows, and its
 # column sums. Partial column sums follow in the second half.
 (ZERO_ROWS, ROWS_MOVED, ROWS_FAILED, ZERO_COLUMNS, COLUMNS_MOVED, COLUMNS_FAILED) = range(0, 48, 8)
-_MOVED, _FAILED = (
-    ROWS_MOVED - ZERO_ROWS,
-    ROWS_FAILED - ZERO_ROWS,
-)  # the distances are the same for columns
+# Distances in bytes from a count of zeros to its two flags: the same for rows and for columns.
+_MOVED, _FAILED = ROWS_MOVED - ZERO_ROWS, ROWS_FAILED - ZERO_ROWS
 EIGHT_SUMS = 64
 SUMS = 128
 
@@ -321,10 +319,8 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
         length = float32(Q if last_rows else live_columns)
         for worker in range(first, workers, team):
             mine = scratch + worker * stride
-            begin, end = (
-                share_begin(P, worker, workers, ROWS),
-                share_begin(P, worker + 1, workers, ROWS),
-            )
+            begin = share_begin(P, worker, workers, ROWS)
+            end = share_begin(P, worker + 1, workers, ROWS)
             _sweep(
                 entry, mine, mine + stride // 2 + SUMS, begin, end, not transposed or iteration > 0,
                 not last_rows, iteration % 2 == 0, length, iteration > transposed, lo,
