@@ -118,7 +118,7 @@ def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     others = tuple(backend for backend in BACKENDS if backend is not first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "BACKENDS", (first, *others))
-        patch.setattr(registry, "BY_NAME_ALONE", frozenset())
+        patch.setattr(registry, "ONLY_BY_NAME", frozenset())
         yield first.name
 
 

@@ -47,14 +47,15 @@ from sinkgd.precision import in_full_precision
 # Returns a computation for `sinkgd.exchange` that adds up float64 tensors, in place or not.
 Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
 
-# No direction is lowered below this part of the longest one. Gradients in bfloat16 have rounding
-# errors of 2^-9 per entry, whose energy stays below 1 % of the update's at this level.
+# No direction is lowered below this fraction of the longest one. Gradients in bfloat16 have
+# rounding errors of 2^-9 per entry, whose energy stays below 1 % of the update's at this level.
 LEAST_LEVEL = 2.0**-6
 # Added to the Gram matrix of k vectors, relative to its trace, so that it always has a Cholesky
 # factor.
 _RIDGE = 2.0**-48
-# A direction of Z below this part of Z's Frobenius norm counts as zero: it is far below the least
-# level, and float32 products give its column of B to 2^-24 · 2^9 of the longest at best.
+# A direction of Z that is shorter than this fraction of Z's Frobenius norm counts as zero. It is
+# far below the least level, and with float32 products the error of its column of B is at best
+# 2^-24 · 2^9, relative to the longest column.
 _SHORTEST = 2.0**-9
 # The fractional part of the golden ratio is far from all simple fractions, so that the sines of its
 # multiples by the squares 1, 4, 9, … do not repeat.
@@ -68,7 +69,7 @@ class LowRank(NamedTuple):
     right: Tensor  # (..., n, k)
 
     @property
-    def mT(self) -> "LowRank":  # noqa: N802 - as of a tensor
+    def mT(self) -> "LowRank":  # noqa: N802 - named like `Tensor.mT`
         """The same with rows and columns exchanged."""
         return LowRank(self.right, self.left)
 
@@ -77,7 +78,7 @@ class Leading(NamedTuple):
     """The part of a matrix that deflation subtracts, and the size of what remains."""
 
     taken: LowRank  # float64
-    square: Tensor  # of the Frobenius norm of what remains, (..., 1, 1) float64
+    square: Tensor  # square of the Frobenius norm of what remains, (..., 1, 1) float64
 
 
 class Packed(NamedTuple):
@@ -87,8 +88,8 @@ class Packed(NamedTuple):
     """
 
     blocks: Tensor  # (blocks, entries, k) float64
-    owners: Tensor  # (blocks,) int64: the matrix of each
-    counts: Tensor  # (matrices,) int64: the blocks of each
+    owners: Tensor  # (blocks,) int64: the matrix of each block
+    counts: Tensor  # (matrices,) int64: the number of blocks of each matrix
 
     def times(self, factors: Tensor) -> "Packed":
         """Multiply the vectors of each matrix by its factor of ``(matrices, k, l)``."""
@@ -104,9 +105,9 @@ class Packed(NamedTuple):
 
 
 class PackedProducts(Protocol):
-    """Products of matrices with packed vectors; a tensor may hold several of the matrices."""
+    """Products of matrices with packed vectors; a tensor may contain several of the matrices."""
 
-    least: Tensor  # the shorter side of each matrix, (matrices, 1, 1) float64
+    shorter_side: Tensor  # of each matrix, (matrices, 1, 1) float64
     entries: Tensor  # the number of entries of each matrix, (matrices, 1, 1) float64
 
     def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
@@ -126,7 +127,7 @@ class PackedProducts(Protocol):
         ...
 
     def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
-        """Group one number per matrix by tensor: ``(...)`` for each."""
+        """Group one number per matrix by tensor: ``(...)`` for a tensor ``(..., m, n)``."""
         ...
 
     def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
@@ -168,15 +169,15 @@ class StoredProducts:
         self.xs = xs
 
     def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return X V of each."""
+        """Return X V of each matrix."""
         return [(x @ v.to(x.dtype)).double() for x, v in zip(self.xs, blocks, strict=True)]
 
     def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return Xᵀ Y of each."""
+        """Return Xᵀ Y of each matrix."""
         return [(x.mT @ y.to(x.dtype)).double() for x, y in zip(self.xs, blocks, strict=True)]
 
     def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return X V and Xᵀ X V of each."""
+        """Return X V and Xᵀ X V of each matrix."""
         rows = self.of_rows(blocks)
         return rows, self.of_cols(rows)
 
@@ -255,7 +256,8 @@ def find_leading(
     Args:
         products: Products of the matrices, or of this rank's shards of them. The squares of their
             entries must be in range.
-        blocks: Ω of each, ``(..., n, k + 1)`` float64: the rows for this rank's columns.
+        blocks: Ω of each matrix, ``(..., n, k + 1)`` float64; only its rows for this rank's
+            columns.
         shapes: m and n of the whole matrices; k is less than both.
         over_rows: Adds up, over ranks, sums along columns.
         over_columns: Adds up, over ranks, sums along rows; None if no row is sharded.
@@ -290,10 +292,10 @@ def find_leading(
 class PackedLeading(NamedTuple):
     """What deflation subtracts from many matrices, and the size of what remains."""
 
-    taken: Packed  # k + 1 vectors each; times the factors, the left side, whose last one is zero
-    factors: Tensor  # (matrices, k + 1, k + 1)
+    taken: Packed  # k + 1 vectors of each matrix; times ``factors`` they are the left side
+    factors: Tensor  # (matrices, k + 1, k + 1); the last column is zero
     right: Packed
-    square: Tensor  # of the Frobenius norm of what remains, (matrices, 1, 1)
+    square: Tensor  # square of the Frobenius norm of what remains, (matrices, 1, 1)
 
 
 def find_packed_leading(products: PackedProducts) -> PackedLeading:
@@ -305,7 +307,7 @@ def find_packed_leading(products: PackedProducts) -> PackedLeading:
     inverse, known = _root(rows.grams())
     right = columns.times(known)
     lengths = right._replace(blocks=right.blocks.square().sum(1, keepdim=True)).sums()
-    others = products.least - (lengths.shape[-1] - 1)
+    others = products.shorter_side - (lengths.shape[-1] - 1)
     taken, square = _lowering(lengths, products.squares(), others)
     return PackedLeading(rows, inverse * nn.functional.pad(taken, (0, 1)), right, square)
 
@@ -409,12 +411,12 @@ def _lowering(lengths: Tensor, square: Tensor, others_count: Tensor) -> tuple[Te
 
     Args:
         lengths: b², ``(..., 1, k + 1)``.
-        square: Of the Frobenius norm of X, ``(..., 1, 1)``.
+        square: Square of the Frobenius norm of X, ``(..., 1, 1)``.
         others_count: min(m, n) − k, ``(..., 1, 1)``.
 
     Returns:
-        The share of each direction to subtract, ``(..., 1, k)``; and the square of the norm of what
-        remains, ``(..., 1, 1)``.
+        The fraction of each direction to subtract, ``(..., 1, k)``; and the square of the norm of
+        what remains, ``(..., 1, 1)``.
     """
     leading, following = lengths[..., :-1], lengths[..., -1:]
     others = (square - leading.sum(-1, keepdim=True)).clamp_(min=0)

@@ -125,7 +125,7 @@ def exchange(computations: Sequence[Computation[Result]]) -> list[Result]:
 
 
 class _Task:
-    """A running computation, and the one that waits for its result."""
+    """A running computation, and the computation that waits for its result."""
 
     def __init__(self, steps: Steps[Any], parent: "_Task | None", index: int) -> None:
         self.steps, self.parent, self.index = steps, parent, index
@@ -154,7 +154,7 @@ def _send_next(waiting: list[tuple[_Task, Sum]]) -> list[_Task]:
 
 
 def _add_up(vectors: Sequence[Tensor], group: "ProcessGroup") -> None:
-    from torch.distributed import all_reduce  # noqa: PLC0415 - it takes longer than all the rest
+    from torch.distributed import all_reduce  # noqa: PLC0415 - this import takes long
 
     if len(vectors) == 1:
         all_reduce(vectors[0], group=group)

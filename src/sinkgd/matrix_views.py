@@ -1,7 +1,7 @@
 """How a parameter is viewed as matrices: rows are the out-features, columns the in-features.
 
-A layout is a plain string, so that a ``state_dict`` can hold it:
-    auto: a matrix as it is, three dimensions as a batch of matrices, more as ``flatten``
+A layout is a plain string, so that a ``state_dict`` can contain it:
+    auto: a matrix as it is, three dimensions as a batch of matrices, more dimensions as ``flatten``
     transposed: stored as (in, out), such as the ``Conv1D`` of GPT-2 in ``transformers``
     flatten: (out, everything else), such as a convolution
 
@@ -36,15 +36,15 @@ def matrices_of(
     if layout == "flatten" or (layout == "auto" and param.ndim > 3):
         order = _columns_in_memory_order(param)
         whole = param.permute(order).view(param.shape[0], -1)
-        slope = grad.permute(order).reshape(param.shape[0], -1)
+        whole_grad = grad.permute(order).reshape(param.shape[0], -1)
     elif layout == "transposed":
-        whole, slope = param.mT, grad.mT
+        whole, whole_grad = param.mT, grad.mT
     else:
-        whole, slope = param, grad
+        whole, whole_grad = param, grad
     sizes = sizes_of(whole.shape[-2], split)
     if len(sizes) == 1:
-        return [(whole, slope)]
-    return list(zip(torch.split(whole, sizes, -2), torch.split(slope, sizes, -2), strict=True))
+        return [(whole, whole_grad)]
+    return list(zip(torch.split(whole, sizes, -2), torch.split(whole_grad, sizes, -2), strict=True))
 
 
 def dims_of(ndim: int, layout: str) -> tuple[list[int], list[int]]:
@@ -56,9 +56,10 @@ def dims_of(ndim: int, layout: str) -> tuple[list[int], list[int]]:
 
 
 def rows_then_columns(x: Tensor, param: Tensor, layout: str) -> Tensor:
-    """Permute the dimensions of ``x`` into the order in which ``param`` is viewed.
+    """Permute the dimensions of ``x`` into the order in which `matrices_of` views ``param``.
 
-    That is the batch, rows, columns; columns in the memory order of ``param``, as in `matrices_of`.
+    The batch dimensions come first, then the rows, and then the columns in the memory order of
+    ``param``.
     """
     rows, cols = dims_of(param.ndim, layout)
     if len(cols) > 1:
@@ -79,7 +80,7 @@ def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None
     try:
         probe = torch.empty_strided(
             param.shape, param.stride(), dtype=param.dtype, device="meta"
-        )  # is no DTensor
+        )  # a plain tensor, even if ``param`` is a DTensor
         matrices_of(probe, probe, layout=layout, split=split)
     except ValueError as error:
         raise ValueError(f"{name!r} of shape {tuple(param.shape)}: {error}") from None
@@ -137,7 +138,7 @@ def _permuted(x: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
 
 
 def are_dense(x: Tensor) -> bool:
-    """Whether the entries of ``x`` fill a stretch of memory, each once, in whatever order."""
+    """Whether the entries of ``x`` fill a contiguous range of memory, each once, in any order."""
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
@@ -147,7 +148,7 @@ def are_dense(x: Tensor) -> bool:
     return True
 
 
-def lie_alike(x: Tensor, y: Tensor) -> bool:
+def same_memory_order(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors of one shape have the same memory order, with the same gaps."""
     return x.stride() == y.stride() or all(
         size < 2 or one == other

@@ -1,4 +1,4 @@
-"""Multi-normalization: let the projections of several norms take turns until all norms hold.
+"""Multi-normalization: project on several norms in turn, until the result is normalized in all.
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -26,21 +26,23 @@ def multi_normalize(
     .. math::
         X \leftarrow P_{g_K}(\dots P_{g_1}(X)), \qquad L \text{ times}
 
-    The last norm of the list holds at the end; the others hold in the limit, as `residuals` tells.
-    With ``[RowNorm(), ColumnNorm()]`` this is `sr_sinkhorn`, by the general and slower way.
+    The result is normalized in the last norm of the list, and in the others only in the limit;
+    `residuals` measures how far it is from that. With ``[RowNorm(), ColumnNorm()]`` this is
+    `sr_sinkhorn`, computed in a general and slower way.
 
     Args:
         grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified, and not
             differentiated.
         norms: The norms g₁ … g_K, in the order of their projections.
         num_iters: Iterations L, at least 1.
-        tol: Stop as soon as every residual of every matrix is at most ``tol``. Measuring it costs a
-            projection on each norm an iteration, and a synchronization on a GPU. None never stops.
+        tol: Stop as soon as every residual of every matrix is at most ``tol``. To measure them
+            costs a projection on each norm per iteration, and a synchronization on a GPU. None
+            never stops early.
 
     Returns:
         The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if
-        ``grad`` is. Its root-mean-square is 1. Needs one matrix of scratch beside the result, two
-        with a `SpectralNorm`, and what the norms of your own need.
+        ``grad`` is. Its root-mean-square is 1. Needs one matrix of scratch besides the result, two
+        with a `SpectralNorm`, and the memory that norms of your own need.
 
     Raises:
         TypeError: If ``grad`` is complex, integer or sparse.
@@ -81,10 +83,10 @@ def take_turns(
 
     Args:
         x: ``(..., m, n)``, float32 or float64.
-        norms: As there.
-        num_iters: As there.
-        tol: As there.
-        own: Whether ``x`` is a `matrix_buffer` that may be used up; otherwise it is only read.
+        norms: As for `multi_normalize`.
+        num_iters: As for `multi_normalize`.
+        tol: As for `multi_normalize`.
+        own: Whether ``x`` is a `matrix_buffer` that may be overwritten; otherwise it is only read.
 
     Returns:
         The update, ``(..., m, n)``. A norm that is not built in may return its argument, and so
@@ -101,7 +103,7 @@ def take_turns(
                 result = x
             else:
                 x = norm.project(x)
-                result = spare = None  # it may keep what it was given, or what it returned
+                result = spare = None  # a norm that is not built in may keep these tensors
         if tol is not None and all(bool((r <= tol).all()) for r in residuals(x, norms)):
             break
     return x
@@ -109,15 +111,15 @@ def take_turns(
 
 @in_full_precision
 def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
-    r"""Tell how far each norm is from holding: :math:`\lVert x - P_g(x) \rVert_F / \sqrt{mn}`.
+    r"""Return the distance to each projection: :math:`\lVert x - P_g(x) \rVert_F / \sqrt{mn}`.
 
     Args:
         x: ``(..., m, n)``, e.g. a result of `multi_normalize`.
         norms: The norms to check.
 
     Returns:
-        One tensor ``(...,)`` a norm: 0 where the norm holds, the root-mean-square of what its
-        projection would change otherwise.
+        One tensor ``(...,)`` per norm: the root-mean-square of what its projection would change. It
+        is 0 if ``x`` is normalized in this norm.
 
     Examples:
         >>> from sinkgd import ColumnNorm, RowNorm
@@ -136,7 +138,7 @@ def _root_mean_square_(x: Tensor) -> Tensor:
 
 
 def check_matrix(function: str, grad: Tensor) -> None:
-    """Refuse what is not a real, dense matrix or batch of them, in the words of ``function``."""
+    """Refuse anything but a real, dense matrix or batch of matrices; errors name ``function``."""
     if grad.layout != torch.strided:
         raise TypeError(
             f"{function} needs a dense tensor, got layout {grad.layout}; use to_dense()"

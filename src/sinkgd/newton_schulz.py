@@ -1,11 +1,11 @@
-"""The nearest (semi-)orthogonal matrix by matrix products alone: a Newton–Schulz iteration.
+"""The nearest (semi-)orthogonal matrix by matrix products only: a Newton–Schulz iteration.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
     b: the matrices of a batch, whatever its leading dimensions
     k: the shorter side, min(m, n)
     A: the gram matrix of the iterate X on its shorter side, (b, k, k): X Xᵀ or Xᵀ X
-    half: -A / 2, which a product writes in one go; a step is then X ← 1.5 X + half X
+    half: -A / 2, which is computed by one matrix product; a step is then X ← 1.5 X + half X
 """
 
 import math
@@ -16,14 +16,14 @@ from torch import Tensor
 from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
-# Where one side is at least twice the other, several steps are taken on the gram matrix at once: a
-# step costs 6 k³ flops there and 4 k² max(m, n) on the matrix. From 1.5 times on that is less; from
-# twice on the scratch is no larger either.
+# If one side is at least twice the other, several steps are taken on the gram matrix at once. A
+# step costs 6 k³ flops there, and 4 k² max(m, n) on the matrix. The former is less if one side is
+# at least 1.5 times the other; if it is at least twice the other, the scratch is no larger either.
 OBLONG = 2
 
-# How many steps at once. The gram matrix holds the squares of singular values, so a rounding error
-# of the largest is one of every small value, and grows with it, by 1.5 a step: five steps make it
-# 8 times as large. Then a new gram matrix is taken.
+# How many steps are taken at once. The eigenvalues of the gram matrix are the squares of singular
+# values, so the rounding error of the largest is also an error of every small one, and grows like
+# it, by 1.5 per step: five steps make it 8 times as large. Then a new gram matrix is computed.
 STEPS_AT_ONCE = 5
 
 
@@ -40,9 +40,10 @@ def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
     :math:`x (x^\top x)^{-1/2}` for a tall one. In exact arithmetic these are the iterates of the
     coupled iteration that SWAN runs on :math:`x x^\top`; this form takes no inverse square root,
     so a singular matrix stays bounded. With k the shorter and l the longer side, a step costs
-    ``4 * k**2 * l`` flops. Where l is at least 2 k, it is the coupled iteration indeed, five steps
-    at a time, and five cost ``24 * k**3 + 4 * k**2 * l``. A singular value well below the largest
-    grows by 1.5 a step, so ``num_steps`` sets how small a one still counts.
+    ``4 * k**2 * l`` flops. If l is at least 2 k, the coupled iteration itself is run, five steps at
+    a time, and five steps cost ``24 * k**3 + 4 * k**2 * l``. A singular value well below the
+    largest grows by a factor of 1.5 per step, so ``num_steps`` decides how small it may be and
+    still come close to 1.
 
     Args:
         x: ``(..., m, n)``, float32 or wider. Not modified, and not differentiated.
@@ -75,13 +76,13 @@ def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
 def orthogonalize_into(
     x: Tensor, num_steps: int, result: Tensor, spare: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Orthogonalize ``x`` in the memory of ``result`` and ``spare``, which is used up.
+    """Orthogonalize ``x`` in the memory of ``result`` and ``spare``; both are overwritten.
 
     Args:
         x: ``(..., m, n)``, not empty. It may be ``result``; otherwise it is only read.
         num_steps: Steps, at least 1.
         result: A `matrix_buffer` of ``x``.
-        spare: Another one, in the same order of memory.
+        spare: Another such buffer, with the same memory order.
 
     Returns:
         The two buffers, the one with the result first.
@@ -97,8 +98,8 @@ def orthogonalize_into(
         _product(x.mT if tall else x, x if tall else x.mT, -0.5, out=half)
         if done == 0:
             x /= _bring_to_size_one(half, room=other)
-        # More than one step are a factor of X. A single one is a product to add to 1.5 X, which
-        # rounds less than to multiply by half + 1.5 I.
+        # Several steps multiply X by a factor. A single step adds a product to 1.5 X, which rounds
+        # less than a multiplication by half + 1.5 I.
         steps = min(at_once, num_steps - done)
         factor = half if steps == 1 else _steps_on_gram(half, steps, room=other)
         left, right = (x, factor) if tall else (factor, x)
@@ -110,8 +111,7 @@ def orthogonalize_into(
 def matrix_buffer(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return uninitialized memory for matrices like ``x``, ``(..., m, n)``.
 
-    Where the columns of ``x`` lie in memory one after the other, so do those of the buffer;
-    otherwise its rows do.
+    If ``x`` is stored column by column, so is the buffer; otherwise it is stored row by row.
     """
     if is_transposed(x):
         return matrix_buffer(x.mT, dtype).mT
@@ -119,23 +119,23 @@ def matrix_buffer(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def is_transposed(x: Tensor) -> bool:
-    """Whether the columns of ``x``, and not its rows, lie in memory one after the other."""
+    """Whether ``x`` is stored column by column, and not row by row."""
     return x.stride(-2) < x.stride(-1)
 
 
 def largest_entry(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the size of the largest entry along ``dim``, which is kept, without a copy of x."""
+    """Return the largest absolute value along ``dim``, which is kept, without a copy of ``x``."""
     return torch.maximum(x.amax(dim=dim, keepdim=True), x.amin(dim=dim, keepdim=True).neg_())
 
 
 def or_one(x: Tensor) -> Tensor:
-    """Put 1 where ``x`` is 0, so that one may divide by it."""
+    """Replace zeros by ones, so that the result can be a divisor."""
     return torch.where(x == 0, 1, x)
 
 
 def sum_of_matrix(x: Tensor) -> Tensor:
-    """Return the sum over each matrix, ``(..., 1, 1)``, the same bits however many there are."""
-    # Torch splits a sum whose result is one number among its threads, and no other.
+    """Return the sum over each matrix, ``(..., 1, 1)``, with the same bits in any batch."""
+    # Torch divides a sum among its threads only if the result is a single number.
     return x.sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True)
 
 
@@ -146,12 +146,12 @@ def _stack(buffer: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, factor: float, *, out: Tensor) -> None:
-    """Write ``factor * left @ right`` to ``out``, whatever it held before."""
+    """Write ``factor * left @ right`` to ``out``, whatever it contains."""
     torch.baddbmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
 def _bring_to_size_one(half: Tensor, *, room: Tensor) -> Tensor:
-    """Divide A by its Frobenius norm; return the root of that, which X is to be divided by."""
+    """Divide A by its Frobenius norm; return the root of the norm, by which X must be divided."""
     squares = torch.square(half, out=_carve(room, half.shape))
     length = or_one(2 * sum_of_matrix(squares).sqrt_())
     half /= length
@@ -159,15 +159,15 @@ def _bring_to_size_one(half: Tensor, *, room: Tensor) -> Tensor:
 
 
 def _steps_on_gram(half: Tensor, num_steps: int, *, room: Tensor) -> Tensor:
-    """Return the matrix ``(b, k, k)`` that takes X to where ``num_steps`` steps take it.
+    """Return the matrix ``(b, k, k)`` by which ``num_steps`` steps multiply X.
 
-    It is the Z of the coupled iteration, near the inverse root of A, which starts from Y = A and
-    Z = I: T = (3 I - Z Y) / 2, Y ← Y T, Z ← T Z.
+    It is the Z of the coupled iteration, which starts from Y = A and Z = I: T = (3 I - Z Y) / 2,
+    Y ← Y T, Z ← T Z. Z approaches the inverse root of A.
 
     Args:
-        half: Its memory is used up.
+        half: -A / 2; overwritten.
         num_steps: Steps, at least 2.
-        room: Memory to use up, at least that of ``(2, b, k, k)``.
+        room: Memory for at least ``(2, b, k, k)``; overwritten.
     """
     Z = _add_identity(half.clone())
     Y, free = _carve(room, (2, *half.shape)).unbind()
@@ -182,7 +182,7 @@ def _steps_on_gram(half: Tensor, num_steps: int, *, room: Tensor) -> Tensor:
             Y, buffers[0] = buffers[0], Y
         _product(T, Z, 1, out=buffers[0])
         Z, buffers = buffers[0], [Z, T]
-    return half.copy_(Z)  # out of the room
+    return half.copy_(Z)  # since the caller overwrites ``room``
 
 
 def _carve(room: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,9 +1,10 @@
 r"""The norms that a gradient can be normalized by, each defined by its projection.
 
 The projection of a norm :math:`g` sends ``x`` to the point of the unit ball of :math:`g` that
-points most along it, :math:`P_g(x) = \arg\max_{g(z) = 1} \langle x, z \rangle`. Each one here is
-scaled so that its result has Frobenius norm :math:`\sqrt{mn}`, whatever ``x``: its entries then
-have root-mean-square 1, and projections can alternate (Assumption 3.3 of the paper).
+points most along it, :math:`P_g(x) = \arg\max_{g(z) = 1} \langle x, z \rangle`. Each projection
+here is scaled so that its result has Frobenius norm :math:`\sqrt{mn}`, whatever ``x``: the entries
+of the result then have root-mean-square 1, and projections can alternate (Assumption 3.3 of the
+paper).
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -51,7 +52,7 @@ class Norm(Protocol):
 
     Examples:
         >>> class HeadNorm:
-        ...     '''Every attention head, 64 rows of a query weight, to root-mean-square 1.'''
+        ...     '''Scales every attention head, 64 rows of a query weight, to root-mean-square 1.'''
         ...
         ...     def project(self, x: Tensor) -> Tensor:
         ...         heads = x.unflatten(-2, (-1, 64))
@@ -82,7 +83,7 @@ class _BuiltIn(ABC):
         Args:
             x: ``(..., m, n)``, not empty. It may be ``result``; otherwise it is only read.
             result: A `matrix_buffer` of ``x``.
-            spare: Another one, with the same memory layout.
+            spare: Another such buffer, with the same memory layout.
 
         Returns:
             The two buffers, the one with the result first.
@@ -91,7 +92,9 @@ class _BuiltIn(ABC):
 
 @dataclass(frozen=True)
 class RowNorm(_BuiltIn):
-    r"""Rows of length √n: :math:`P(x) = \sqrt{n}\, Q(x)^{-1} x`, Q the diagonal of row lengths.
+    r"""Rows of length √n: :math:`P(x) = \sqrt{n}\, Q(x)^{-1} x`.
+
+    Q(x) is the diagonal matrix of row lengths.
 
     Examples:
         >>> RowNorm().project(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
@@ -106,7 +109,10 @@ class RowNorm(_BuiltIn):
 
 @dataclass(frozen=True)
 class ColumnNorm(_BuiltIn):
-    r"""Columns of length √m: :math:`P(x) = \sqrt{m}\, x R(x)^{-1}`, R the column lengths."""
+    r"""Columns of length √m: :math:`P(x) = \sqrt{m}\, x R(x)^{-1}`.
+
+    R(x) is the diagonal matrix of column lengths.
+    """
 
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Scale every column to length √m."""
@@ -115,7 +121,7 @@ class ColumnNorm(_BuiltIn):
 
 @dataclass(frozen=True)
 class FrobeniusNorm(_BuiltIn):
-    r"""The whole matrix to length √(mn): :math:`P(x) = \sqrt{mn}\, x / \lVert x \rVert_F`."""
+    r"""A whole matrix of length √(mn): :math:`P(x) = \sqrt{mn}\, x / \lVert x \rVert_F`."""
 
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Scale every matrix to root-mean-square 1."""
@@ -124,7 +130,7 @@ class FrobeniusNorm(_BuiltIn):
 
 @dataclass(frozen=True)
 class SignNorm(_BuiltIn):
-    r"""Entries of size 1: :math:`P(x) = \operatorname{sign}(x)`, of length √(mn) without zeros."""
+    r"""Entries of 1 or −1: :math:`P(x) = \operatorname{sign}(x)`, of length √(mn) without zeros."""
 
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Replace every entry by its sign."""
@@ -189,7 +195,7 @@ def as_norms(norms: object) -> tuple[Any, ...]:
     """Return the members of a list of norms, without checking them.
 
     Raises:
-        TypeError: If it is not a list.
+        TypeError: If ``norms`` is not a list.
     """
     if isinstance(norms, str | Tensor | Mapping) or not isinstance(norms, Iterable):
         raise TypeError(f"norms must be a list of norms such as [RowNorm()], got {norms!r}")

@@ -14,7 +14,7 @@ def is_number(value: object) -> bool:
 
 
 def is_one_number(value: object) -> bool:
-    """Whether a value is a number, or a tensor of one."""
+    """Whether a value is a number, or a tensor of one number."""
     return is_number(value) and not (isinstance(value, Tensor) and value.numel() != 1)
 
 
@@ -24,11 +24,13 @@ def is_whole_number(value: object) -> bool:
 
 
 def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
-    """Refuse a value that is not a number or is below ``least``; a tensor of one element is one.
+    """Refuse a value that is not a number or is below ``least``.
+
+    A tensor of one element counts as a number.
 
     Raises:
-        TypeError: With the argument's name and its value.
-        ValueError: The same.
+        TypeError: If ``value`` is not a number; the message gives the argument's name and value.
+        ValueError: If ``value`` is below ``least``, or a tensor of several elements.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -42,7 +44,7 @@ def check_whole_number(name: str, value: Any) -> None:
     """Refuse a value that is not an integer.
 
     Raises:
-        TypeError: With the argument's name and its value.
+        TypeError: If ``value`` is not an integer; the message gives the argument's name and value.
     """
     if not is_whole_number(value):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
@@ -52,7 +54,7 @@ def check_flag(name: str, value: Any) -> None:
     """Refuse a value that is neither True nor False.
 
     Raises:
-        TypeError: With the argument's name and its value.
+        TypeError: If ``value`` is not a bool; the message gives the argument's name and value.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -62,8 +64,8 @@ def check_decay_rate(name: str, value: Any) -> None:
     """Refuse a value that is not a number in [0, 1).
 
     Raises:
-        TypeError: With the argument's name and its value.
-        ValueError: The same.
+        TypeError: If ``value`` is not a number; the message gives the argument's name and value.
+        ValueError: If ``value`` is not in [0, 1), or is a tensor of several elements.
     """
     check_number(name, value, least=None)
     if not 0 <= value < 1:
@@ -74,8 +76,9 @@ def check_betas(name: str, value: Any) -> None:
     """Refuse a value that is not a pair of decay rates.
 
     Raises:
-        TypeError: With the argument's name and its value.
-        ValueError: The same.
+        TypeError: If ``value`` is not a pair of numbers; the message gives the argument's name and
+            value.
+        ValueError: If one of the numbers is not in [0, 1).
     """
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of numbers such as (0.9, 0.95), got {value!r}")
@@ -88,7 +91,7 @@ def check_betas(name: str, value: Any) -> None:
 
 
 def check_num_iters(num_iters: int, argument: str = "num_iters") -> None:
-    """Refuse fewer iterations than one; ``argument`` is what the caller calls them."""
+    """Refuse fewer than one iteration; ``argument`` is the caller's name for ``num_iters``."""
     check_whole_number(argument, num_iters)
     if num_iters < 1:
         raise ValueError(f"{argument} must be at least 1, got {num_iters}")

@@ -1,8 +1,8 @@
 """Matrix products in full precision, whatever autocast and the matmul precision are set to.
 
-Two settings lower the precision of a product of float32 matrices: autocast, which is set for a
-thread, and the float32 matmul precision (TF32 on a GPU, bfloat16 on some CPUs), which is set for
-the process.
+Two settings lower the precision of a product of float32 matrices: autocast, which is set per
+thread, and the float32 matmul precision (TF32 on a GPU, bfloat16 on some CPUs), which is set per
+process.
 """
 
 import threading
@@ -61,7 +61,7 @@ class _MatmulPrecision:
         self._saved: list[tuple[Any, str]] = []
 
     def enter(self) -> bool:
-        """Raise the precision; return False if it was full, and `leave` must not be called."""
+        """Raise the precision. If it was full, return False; `leave` must then not be called."""
         with self._lock:
             if self._entered == 0:
                 self._saved = _reduced()
@@ -73,7 +73,7 @@ class _MatmulPrecision:
             return True
 
     def leave(self) -> None:
-        """Restore the precision before the first `enter`, if this is the last `leave`."""
+        """If this is the last `leave`, restore the precision from before the first `enter`."""
         with self._lock:
             self._entered -= 1
             if self._entered == 0:
@@ -86,7 +86,7 @@ class _OldSetting:
 
     @property
     def fp32_precision(self) -> str:
-        """Return ``"ieee"`` or one of torch's words for less."""
+        """Return ``"ieee"``, or torch's name for a lower precision."""
         found = torch.get_float32_matmul_precision()
         return "ieee" if found == "highest" else found
 
@@ -96,7 +96,7 @@ class _OldSetting:
 
 
 def _settings() -> tuple[Any, ...]:
-    # torch refuses to read its old setting after a new one was set, and writes both with the old.
+    # Once a new setting was written, torch refuses to read the old one; writing the old sets both.
     backends: Any = torch.backends  # torch does not declare mkldnn.matmul
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         return backends.cuda.matmul, backends.mkldnn.matmul

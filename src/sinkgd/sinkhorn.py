@@ -1,4 +1,4 @@
-"""Square-root Sinkhorn: alternate the row and the column norm until both hold.
+"""Square-root Sinkhorn: normalize rows and columns in turn until both have their lengths.
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -30,15 +30,15 @@ def sinkhorn_scales(
 
     Args:
         grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified. Its scale does not
-            matter, from 1e-30 to 1e+30. Its rows, or its columns, may be 68 decades apart in
-            float32; the scales of still shorter ones stop at the end of its range, and what they
-            scale is shorter than the rest.
+            matter, from 1e-30 to 1e+30. In float32, the lengths of rows, or of columns, may be 68
+            decades apart. The scales of still shorter rows and columns are clamped to the range of
+            float32, and these rows and columns of the update are then shorter than the others.
         num_iters: Iterations L, at least 1. The paper uses 5.
-        tol: Stop after the first iteration, from the second on, that moves no row scale by more
-            than ``tol``, relative: each matrix by itself. On a GPU the eager backend then waits for
-            the device once an iteration. None never stops early.
-        backend: ``"auto"`` for the fastest that is installed and runs on ``grad``'s device, or the
-            name of one (`sinkgd.kernels.BACKENDS`).
+        tol: Stop iterating a matrix after the first iteration, from the second on, that changes no
+            row scale by more than ``tol``, relative to its previous value. On a GPU, the eager
+            backend then waits for the device in every iteration. None never stops early.
+        backend: ``"auto"`` for the fastest backend that is installed and runs on ``grad``'s device,
+            or the name of a backend in `sinkgd.kernels.BACKENDS`.
 
     Returns:
         r ``(..., m, 1)`` and c ``(..., 1, n)``, float32, or float64 if ``grad`` is. Only their
@@ -49,7 +49,7 @@ def sinkhorn_scales(
         TypeError: If ``grad`` is complex, integer or sparse.
         ValueError: If ``grad`` has fewer than two dimensions, ``num_iters`` is below 1, ``tol`` is
             below 0, or ``backend`` is unknown.
-        ImportError: If ``backend`` names one that is not installed.
+        ImportError: If ``backend`` names a backend that is not installed.
 
     Examples:
         >>> import torch
@@ -74,7 +74,7 @@ def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> T
     .. math::
         X \leftarrow \sqrt{n}\, Q(X)^{-1} X, \qquad X \leftarrow \sqrt{m}\, X R(X)^{-1}
 
-    where the diagonals of :math:`Q(X)` and :math:`R(X)` hold the row and column lengths. The
+    where :math:`Q(X)` and :math:`R(X)` are the diagonal matrices of row and column lengths. The
     entrywise squares of the iterates are the classic Sinkhorn iterates of ``grad**2``, so a matrix
     without zeros converges to rows of length √n *and* columns of length √m. The update has
     root-mean-square 1, as a sign update has, whatever the scale of ``grad``.
@@ -92,7 +92,7 @@ def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> T
     Raises:
         TypeError: If ``grad`` is complex, integer or sparse.
         ValueError: If ``grad`` has fewer than two dimensions, or ``num_iters`` is below 1.
-        ImportError: If ``backend`` names one that is not installed.
+        ImportError: If ``backend`` names a backend that is not installed.
 
     Examples:
         >>> import torch

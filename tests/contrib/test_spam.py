@@ -262,7 +262,7 @@ def test_released_gradients_step_spam_as_ever_and_are_refused_to_adamw_spam():
     [
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
         ({"eps": -1.0}, "eps must be at least 0, got -1.0"),
-        ({"theta": 0.0}, "theta must be positive and finite, or None to cut nothing, got 0.0"),
+        ({"theta": 0.0}, "theta must be positive and finite, or None to clip nothing, got 0.0"),
         ({"clip_delay": -1}, "clip_delay must be at least 0 steps, got -1"),
         ({"reset_interval": 0}, "reset_interval must be at least 1 step, got 0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0 steps, got -1"),

@@ -81,7 +81,7 @@ WRONG = {
     "a rate": (0.02, "list of groups, got float; pass the list of param_groups"),
     "an optimizer": (sinkgd.SinkGD([torch.ones(2, 2)], lr=0.1), "got SinkGD; .*optimizer.param_gr"),
     "torch's groups": (torch.optim.SGD([torch.ones(2)]).param_groups, "0 has no 'algorithm'; pass"),
-    "tensors": ([torch.ones(2)], "groups must hold dicts, got Tensor; pass"),
+    "tensors": ([torch.ones(2)], "groups must be dicts, got Tensor; pass"),
     "nothing": ([], "groups must be a list of groups, got list; pass"),
 }
 

@@ -148,13 +148,13 @@ class TestOfAnAccelerator:
         self.take(guard)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         for _ in range(2):
-            guard.settle()
+            guard.read_flags()
             self.take(guard)
         assert guard.skipped() == {}
         assert ("wait",) not in calls
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         with pytest.raises(sinkgd.NonFiniteGradientError, match="gradient of w holds"):
-            guard.settle()
+            guard.read_flags()
 
     def test_the_event_is_of_the_flags_device_and_stream(self, calls, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

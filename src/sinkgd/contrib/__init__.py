@@ -3,9 +3,9 @@
 Importing this package adds their methods to `sinkgd.optim.methods.METHODS`.
 
 ``sinkgd-table`` is SinkGD with other options. Secondary sources report it for the embedding and the
-head of DeepSeek-V4.1: half steps that begin and end with rows, of directions with Nesterov's
-momentum, without tiny rows. They give its learning rate a factor of 0.18, which is left to the
-group's ``lr``.
+head of DeepSeek-V4.1: Nesterov's momentum is applied first, tiny rows are left out, and the half
+steps begin and end with rows. These sources also multiply its learning rate by 0.18; here the
+group's ``lr`` has to include that factor.
 """
 
 from sinkgd.contrib.adamw_spam import AdamWSpam

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.contrib.spam import (
+    can_read_now,
     check_resets,
     clip_spikes,
     init_resets,
-    is_on_host,
+    options_with_resets,
     reset_,
-    reset_options,
     warmed_up_lr,
 )
 from sinkgd.distributed.all_reduce import all_reduce
@@ -34,8 +34,8 @@ from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 from sinkgd.optim.methods.adamw import descend_by_adamw_
 
 NORM_HISTORY = "norm_history"
-FEWEST_NORMS = 10  # that a mean is taken of
-# The share of both moments that a spike takes away.
+FEWEST_NORMS = 10  # a norm is tested once there are this many earlier norms
+# A spike shrinks m and v by these fractions.
 SHARE_OF_M, SHARE_OF_V = 0.5, 0.1
 
 
@@ -45,21 +45,22 @@ class AdamWSPAM(GroupedOptimizer):
     With N the l2 norm of all gradients of a parameter group, a step does in this order:
 
     - clip entries of g to :math:`\pm\sqrt{\theta v}`, if ``theta`` is given (`SPAM`);
-    - if :math:`N > \bar N + z s`, with the mean and the standard deviation of the norms of the
-      ``norm_window`` steps before, :math:`m \leftarrow m / 2` and :math:`v \leftarrow 0.9 v`;
-    - :math:`g \leftarrow g \min(1, N_{\max} / (N + 10^{-6}))`, as torch clips;
-    - a step of torch's AdamW with ``amsgrad=True``.
+    - if :math:`N > \bar N + z s`, where :math:`\bar N` and s are the mean and the standard
+      deviation of the norms of the last ``norm_window`` steps, set :math:`m \leftarrow m / 2` and
+      :math:`v \leftarrow 0.9 v`;
+    - set :math:`g \leftarrow g \min(1, N_{\max} / (N + 10^{-6}))`, as torch clips;
+    - take a step of torch's AdamW with ``amsgrad=True``.
 
     When the moments are ``reset_interval`` steps old they are reset to zero, and ``lr`` rises along
     a half cosine for ``warmup_steps`` steps.
 
-    It is the control of the ablation of `TemperedSinkGD`, and not `SPAM`. Its description leaves
-    some points open. Here a norm is tested once there are 10 earlier ones, and norms of spikes
-    count among those. A reset also resets the maximum of v that AMSGrad keeps; a spike leaves it.
-    Bias corrections count from the reset. The warm-up scales ``lr``, and with it the weight decay.
-    The norm is that of one group. To use the norm of the model, put all parameters into one group,
-    or clip before the step. If one gradient is not finite, the whole group is left unchanged, and
-    the norm is not remembered.
+    This optimizer is the baseline in the ablation of `TemperedSinkGD`. It is not `SPAM`. The
+    description of it leaves some points open. Here a norm is tested once there are 10 earlier
+    norms, and norms of spikes count among those. A reset also sets the maximum of v that AMSGrad
+    keeps to zero; a spike leaves that maximum unchanged. The bias corrections restart at the reset.
+    The warm-up scales ``lr``, and with it the weight decay. The norm is that of one group. To use
+    the norm of the model, put all parameters into one group, or clip before the step. If one
+    gradient is not finite, the whole group is left unchanged, and the norm is not remembered.
 
     State: three numbers per entry. The last norms are saved with the group. A step needs all
     gradients of the group, so `GradientRelease` refuses it.
@@ -69,11 +70,12 @@ class AdamWSPAM(GroupedOptimizer):
             On each rank, all parameters of a group are on one device.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
             of one element. Default: 1e-3.
-        betas: Decay of the first and the second moment a step, in [0, 1).
+        betas: Decay rates of the first and second moments per step, each in [0, 1).
         eps: Added to the root of the second moment, at least 0.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         max_norm: The norm to which a longer gradient is clipped, positive; infinity clips none.
-        spike_z: z, positive: a norm is a spike from z standard deviations above the mean.
+        spike_z: z, positive: a norm is a spike if it is more than z standard deviations above the
+            mean.
         norm_window: How many norms are remembered, at least 10.
         theta: Threshold θ of single entries, positive, in units of v; None clips nothing.
         clip_delay: Steps after a start or a reset in which no entry is clipped, at least 0.
@@ -84,7 +86,8 @@ class AdamWSPAM(GroupedOptimizer):
             group unchanged, and count the parameter in `skipped`).
 
     Raises:
-        ValueError: If an option is out of range, or a group lies on several devices.
+        ValueError: If an option is out of range, or the parameters of a group are on several
+            devices.
         TypeError: If a parameter is not real and floating.
 
     Examples:
@@ -147,8 +150,8 @@ class AdamWSpam(Method):
     If one gradient is not finite, the whole group is left unchanged.
     """
 
-    # ``norm_history`` holds the last norms, the newest at its end, NaN for norms to come. It is
-    # made here and saved with the group, so that a resumed run knows the norms.
+    # ``norm_history`` holds the last norms, the newest at its end, and NaN for norms to come.
+    # `check` creates it, and it is saved with the group, so that a resumed run knows the norms.
     counters = frozenset({NORM_HISTORY})
     needs_all_gradients = (
         "the norm of all gradients of the group, and here they come one by one; use "
@@ -156,7 +159,7 @@ class AdamWSpam(Method):
     )
     options = MappingProxyType[str, object](
         {
-            **reset_options(theta=None, reset_interval=1000, warmup_steps=100),
+            **options_with_resets(theta=None, reset_interval=1000, warmup_steps=100),
             "max_norm": 1.0,
             "spike_z": 2.0,
             "norm_window": 100,
@@ -180,19 +183,19 @@ class AdamWSpam(Method):
                 f"{name!r} is on {param.device} and others of its group on {device}; adamw-spam "
                 "takes the norm of a group on one device, so give each device a group of its own"
             )
-        # A model may have been made on the meta device, where a history holds nothing.
+        # A model may have been built on the meta device, where a history has no values.
         if group[NORM_HISTORY] is None or (group[NORM_HISTORY].is_meta and not param.is_meta):
             group[NORM_HISTORY] = torch.full(
                 (group["norm_window"],), math.nan, dtype=torch.float64, device=device
             )
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make both moments and the maximum of the second, zero."""
+        """Create both moments and the maximum of the second, filled with zeros."""
         init_resets(state, param, group, amsgrad=True)
 
     @computation
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-        """Take the norm of all gradients, then update one by one."""
+        """Compute the norm of all gradients, then update the parameters one by one."""
         finite: Tensor = yield are_finite(slots)
         flags = allowed(finite, context)
         for slot in slots:
@@ -201,7 +204,7 @@ class AdamWSpam(Method):
         norm = yield _joint_norm(slots, group, context)
         may_write = None if flags is None else flags.all()
         spike = _is_spike_(group[NORM_HISTORY], norm, group["spike_z"], may_write)
-        # As torch.nn.utils.clip_grads_with_norm_.
+        # The same factor as in torch.nn.utils.clip_grads_with_norm_.
         share = (group["max_norm"] / (norm + 1e-6)).clamp(max=1.0)
         for slot in slots:
             state = context.states[slot.param]
@@ -243,13 +246,14 @@ def _joint_norm(slots: Sequence[Slot], group: Group, context: Context) -> Steps[
 
 
 def _is_spike_(history: Tensor, norm: Tensor, z: float, may_write: Tensor | None) -> Tensor:
-    """Return whether a norm is a spike, 0-dim bool, and remember it unless nothing is written.
+    """Return whether a norm is a spike, 0-dim bool, and add the norm to the history.
 
     Args:
         history: Earlier norms, ``(window,)``, NaN for norms to come. Written to.
-        norm: 0-dim.
+        norm: The norm of this step, 0-dim.
         z: The threshold in standard deviations above the mean.
-        may_write: 0-dim bool; None where it is known to be True.
+        may_write: 0-dim bool; None if it is known to be True. If it is False, the history is left
+            unchanged, and the norm counts as no spike.
     """
     known = history.isfinite()
     count = known.sum()
@@ -266,7 +270,7 @@ def _is_spike_(history: Tensor, norm: Tensor, z: float, may_write: Tensor | None
 
 def _soften_(state: MutableMapping[str, Any], spike: Tensor) -> None:
     """Shrink both moments if the norm is a spike."""
-    if is_on_host(spike) and not bool(spike):
+    if can_read_now(spike) and not bool(spike):
         return
     for name, share in (("exp_avg", SHARE_OF_M), ("exp_avg_sq", SHARE_OF_V)):
         own = local(state[name])

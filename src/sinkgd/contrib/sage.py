@@ -4,8 +4,9 @@ A method for embeddings and output heads, which SinkGD's authors leave to Adam.
 
 Letters, everywhere in this file:
     n: columns, the features of an embedding
-    s: (n,), the mean absolute value of each column of the gradient; of a vector, of each entry
-    S: (n,), its average over steps
+    s: (n,), the mean absolute value of each column of the gradient; for a vector, the absolute
+        value of each entry
+    S: (n,), the average of s over steps
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -35,7 +36,7 @@ class Sage(Method):
 
     and then :math:`M \leftarrow \beta_2 M + (1 - \beta_2) G`. :math:`\hat S` is S corrected for its
     start at zero. State: one number per entry, in the parameter's type, and n + 1 float32. Rows may
-    be sharded; ranks then exchange n numbers a parameter, in one message for all.
+    be sharded; ranks then exchange n numbers per parameter, in one message for all parameters.
 
     References:
         Lee and Kim, SAGE: Sign-Adaptive Gradient for Memory-Efficient LLM Optimization.
@@ -59,7 +60,7 @@ class Sage(Method):
         check_rounding(name, param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make the momentum and the average, zero."""
+        """Create the momentum and the average, filled with zeros."""
         del group
         if state:
             return
@@ -67,12 +68,12 @@ class Sage(Method):
         state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         wide = torch.promote_types(param.dtype, torch.float32)
         state["mean_size"] = torch.zeros(param.shape[-1], dtype=wide, device=device)
-        # 1 - β₂ to the number of steps
+        # 1 - β₂ᵗ after t steps
         state["weight_seen"] = torch.zeros((), dtype=torch.float32, device=device)
 
     @computation
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-        """Check the gradients; then damp and write one by one."""
+        """Check the gradients; then damp and write the updates one by one."""
         grads = [_gradient(slot, context) for slot in slots]
         sizes = yield _mean_sizes(slots, grads)
         finite: Tensor = yield are_finite(slots)
@@ -106,7 +107,7 @@ def _direction(
 
 
 def _between(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
-    # torch.lerp takes their difference, which may overflow.
+    # torch.lerp computes the difference of both, which may overflow.
     return (momentum * beta).add_(grad, alpha=1 - beta)
 
 
@@ -116,7 +117,10 @@ def _dampers(
     group: Group,
     flags: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Return H of each parameter, ``(n,)``, after ``sizes``, its s, went into S where allowed."""
+    """Return H of each parameter, ``(n,)``. First average s into S, unless its flag is False.
+
+    ``sizes`` has the s of each parameter.
+    """
     beta2, eps = group["betas"][1], group["eps"]
     dampers = []
     for size, state, flag in zip(sizes, states, flags, strict=True):
@@ -132,7 +136,7 @@ def _dampers(
 
 @computation
 def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> Steps[list[Tensor]]:
-    """Return s of each parameter; sharded rows cost one message a process group."""
+    """Return s of each parameter. If rows are sharded, each process group gets one message."""
     sums = [
         grad.abs().flatten(0, -2).sum(0, dtype=torch.float64) if grad.ndim > 1 else grad.abs()
         for grad in grads
@@ -147,6 +151,6 @@ def _mean_sizes(slots: Sequence[Slot], grads: Sequence[Tensor]) -> Steps[list[Te
 
 
 def _rms(x: Tensor) -> Tensor:
-    size = x.amax()  # none is negative; so no square is out of range
+    size = x.amax()  # entries are not negative; divided by the largest, their squares are in range
     unit = x / torch.where(size == 0, 1, size)
     return size * unit.square().mean().sqrt()

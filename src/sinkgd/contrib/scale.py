@@ -23,7 +23,7 @@ _OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas
 
 
 class SCALE(MNGD):
-    r"""Step along the row-normalized gradient; for the output head, along that of its average.
+    r"""Step along the row-normalized gradient; the output head, along its row-normalized average.
 
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(D)^{-1} D
@@ -94,7 +94,8 @@ def scale_groups(
         Groups of (name, parameter) pairs.
 
     Raises:
-        TypeError, ValueError: As `param_groups` does.
+        TypeError: If an argument has the wrong type, as in `param_groups`.
+        ValueError: If an argument is out of range, as in `param_groups`.
     """
     check_model(model, "scale_groups")
     check_number("lr", lr)

@@ -17,15 +17,15 @@ class SinkGDVariant(SinkGD):
     Each option is also an option of groups: ``{"params": ..., "warm_start": True}`` works with
     `SinkGD`, too. Disabled options add no cost. A step applies them in this order: momentum of the
     gradient, ``tiny_rows``, the half steps, ``deflated_rank``, ``operator_norm``, momentum of the
-    update. Vectors only have momentum.
+    update. For vectors, only momentum has an effect.
 
     The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
     embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
     2L + 1 half steps from rows to rows. They multiply its learning rate by 0.18. To use it, write
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
-    On a mesh ``tiny_rows``, an extra half step and ``operator_norm`` add one message to a step
-    each; for a group that shards columns ``operator_norm`` adds two. ``tiny_rows`` copies
+    On a mesh, ``tiny_rows``, an extra half step and ``operator_norm`` each add one message per
+    step; for a group that shards columns, ``operator_norm`` adds two. ``tiny_rows`` copies
     gradients: it processes 256 MiB at a time and sends one set of messages per chunk.
 
     Args:
@@ -34,25 +34,26 @@ class SinkGDVariant(SinkGD):
         sinkhorn_iterations: As in `SinkGD`.
         warm_start: Start from the column scales of the last step. Fewer iterations then come as
             close to the fixed point. Keeps n float32 of state per matrix.
-        momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
-            and the step goes along B. Its root-mean-square is then below 1.
+        momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
+            ``"after"``: B averages the normalized updates, and the step goes along B. The
+            root-mean-square of the step is then below 1.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
-            columns first. The last side has its lengths exactly.
-        first: Side of the first half step. None means the other side than ``last``. The same side
+            columns first. Only the lengths of the last side are exact.
+        first: Side of the first half step. None means the side other than ``last``. The same side
             as ``last`` adds a half step in front, 2L + 1 in all.
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
             are left out, and not updated. Copies the gradients of a few matrices at a time.
         tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
-            value, estimated by one power iteration a step, is 1 or √(m/n). ``lr`` is then no longer
-            a root-mean-square. With ``"muon"`` it is the largest change of an output for an input
-            of root-mean-square 1. Keeps n float32 per matrix.
+            value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
+            longer a root-mean-square. With ``"muon"`` it is the largest change of an output for an
+            input of root-mean-square 1. Keeps n float32 per matrix.
         **options: All other arguments of `SinkGD`.
 
     Raises:
         ValueError: If an option is out of range or has no effect, as in `SinkGD`.
-        TypeError: If there is no such option; otherwise as in `SinkGD`.
-        ImportError: As in `SinkGD`.
+        TypeError: If an option does not exist; otherwise as in `SinkGD`.
+        ImportError: If ``backend`` names a backend that is not installed.
 
     Examples:
         >>> import torch

@@ -1,8 +1,9 @@
-"""SPAM: Adam that cuts spikes of the gradient and resets its moments.
+"""SPAM: Adam that clips spikes of the gradient and resets its moments.
 
 Letters, everywhere in this file:
     m, v: the first and the second moment; v is the moving average without bias correction
-    t: steps of a parameter since its moments began, as torch counts them for bias corrections
+    t: steps of a parameter since its moments were last zero, as torch counts them for bias
+        corrections
 
 References:
     Huang et al., SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training.
@@ -47,17 +48,17 @@ class SPAM(GroupedOptimizer):
     and torch's AdamW steps along the result. When the moments m and v are ``reset_interval`` steps
     old they are reset to zero, and ``lr`` rises along a half cosine for ``warmup_steps`` steps.
 
-    The paper leaves some points open. Here bias corrections count from the reset, as the moments
-    do. The warm-up scales ``lr``, and with it the weight decay. As in the authors' code, nothing is
-    clipped for ``clip_delay`` steps after a start or a reset. Nothing is clipped where v is zero,
-    since v would then stay zero. Each parameter counts the steps that updated it. State: two
-    numbers per entry.
+    The paper leaves some points open. Here the bias corrections restart at the reset, together with
+    the moments. The warm-up scales ``lr``, and with it the weight decay. As in the authors' code,
+    nothing is clipped for ``clip_delay`` steps after a start or a reset. An entry whose v is zero
+    is not clipped: clipped to zero, it would keep v at zero. Each parameter counts the steps that
+    updated it. State: two numbers per entry.
 
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape, whole or sharded.
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
             of one element. Default: 1e-3.
-        betas: Decay of the first and the second moment a step, in [0, 1).
+        betas: Decay rates of the first and second moments per step, each in [0, 1).
         eps: Added to the root of the second moment, at least 0.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         theta: Threshold θ, positive, in units of v; None clips nothing.
@@ -124,10 +125,10 @@ class SPAM(GroupedOptimizer):
         super().__init__(params, arguments)
 
 
-def reset_options(
+def options_with_resets(
     *, theta: float | None, reset_interval: int, warmup_steps: int
 ) -> Mapping[str, Any]:
-    """Return the group options of an Adam with resets, with these defaults."""
+    """Return the group options of an Adam with resets, with the arguments as their defaults."""
     return MappingProxyType(
         {
             **ADAMW_OPTIONS,
@@ -143,12 +144,12 @@ def check_resets(param: Tensor, group: Group) -> None:
     """Refuse options out of range.
 
     Raises:
-        ValueError: With the option and its value.
+        ValueError: If an option is out of range; the message gives the option and its value.
     """
     check_adamw(param, group)
     theta = group["theta"]
     if theta is not None and not 0 < theta < math.inf:
-        raise ValueError(f"theta must be positive and finite, or None to cut nothing, got {theta}")
+        raise ValueError(f"theta must be positive and finite, or None to clip nothing, got {theta}")
     if group["reset_interval"] < 1:
         raise ValueError(f"reset_interval must be at least 1 step, got {group['reset_interval']}")
     for option in ("clip_delay", "warmup_steps"):
@@ -159,7 +160,7 @@ def check_resets(param: Tensor, group: Group) -> None:
 def init_resets(
     state: MutableMapping[str, Any], param: Tensor, group: Group, *, amsgrad: bool = False
 ) -> None:
-    """Make the moments and the count of resets of a parameter, where there are none."""
+    """Create the moments and the count of resets of a parameter, unless they exist."""
     init_moments(state, param, fused=group["fused"], amsgrad=amsgrad)
     if RESETS not in state:
         state[RESETS] = torch.zeros_like(state["step"])
@@ -168,7 +169,7 @@ def init_resets(
 def reset_(state: MutableMapping[str, Any], group: Group) -> None:
     """Reset the moments and their bias corrections once they are ``reset_interval`` steps old."""
     due = state["step"] >= group["reset_interval"]
-    if is_on_host(due) and not bool(due):
+    if can_read_now(due) and not bool(due):
         return
     state[RESETS].add_(due)
     for name in ("step", *MOMENTS):
@@ -188,7 +189,7 @@ def warmed_up_lr(state: Mapping[str, Any], group: Group) -> float | Tensor:
     t = t.to(torch.float64 if t.is_cpu else torch.float32)
     share = (1 - torch.cos(math.pi * (t + 1) / (length + 1))) / 2
     factor = torch.where((state[RESETS] > 0) & (t < length), share, 1)
-    if is_on_host(factor) and factor == 1:
+    if can_read_now(factor) and factor == 1:
         return lr
     return factor * lr
 
@@ -196,18 +197,20 @@ def warmed_up_lr(state: Mapping[str, Any], group: Group) -> float | Tensor:
 def clip_spikes(grad: Tensor, state: Mapping[str, Any], group: Group) -> Tensor:
     r"""Clip the entries of this rank's shard of a gradient to :math:`\pm\sqrt{\theta v}`.
 
-    For ``clip_delay`` steps after the moments began nothing is clipped. Nor is an entry whose v is
-    zero: nothing tells whether it is a spike, and clipped to zero it would keep v at zero.
+    Nothing is clipped for ``clip_delay`` steps after the moments were last zero. An entry whose v
+    is zero is not clipped either: nothing tells whether it is a spike, and clipped to zero it would
+    keep v at zero.
 
     Args:
-        grad: Finite. Not modified; returned itself where there is nothing to do.
+        grad: A gradient whose entries are all finite. It is not modified; if nothing is clipped, it
+            may be returned as it is.
         state: The state of the parameter.
         group: A group with ``theta`` and ``clip_delay``.
     """
     if group["theta"] is None:
         return grad
     ready = state["step"] >= group["clip_delay"]
-    if is_on_host(ready) and not bool(ready):
+    if can_read_now(ready) and not bool(ready):
         return grad
     v = local(state["exp_avg_sq"])
     limit = v.sqrt() * math.sqrt(group["theta"])
@@ -215,8 +218,8 @@ def clip_spikes(grad: Tensor, state: Mapping[str, Any], group: Group) -> Tensor:
     return grad.clamp(-limit, limit)
 
 
-def is_on_host(number: Tensor) -> bool:
-    """Whether a number can be read without waiting for a device."""
+def can_read_now(number: Tensor) -> bool:
+    """Whether a number can be read now: without waiting for a device, and not while compiling."""
     return number.is_cpu and not torch.compiler.is_compiling()
 
 
@@ -227,20 +230,20 @@ class Spam(Method):
     """
 
     is_elementwise = True
-    options = reset_options(theta=5000.0, reset_interval=500, warmup_steps=150)
+    options = options_with_resets(theta=5000.0, reset_interval=500, warmup_steps=150)
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range; every shape and every shard will do."""
+        """Refuse options out of range. Parameters of any shape are accepted, whole or sharded."""
         del name
         check_resets(param, group)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make both moments, zero."""
+        """Create both moments, filled with zeros, and the count of resets."""
         init_resets(state, param, group)
 
     @computation
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-        """Check the gradients; then clip the spikes of each and update as torch does."""
+        """Check the gradients; then clip the spikes of each and take the step of torch's AdamW."""
         finite: Tensor = yield are_finite(slots)
         flags = allowed(finite, context)
         for i, slot in enumerate(slots):

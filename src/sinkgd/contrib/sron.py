@@ -16,15 +16,16 @@ class SRON(MNGD):
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(G)^{-1} G
 
-    with Q the diagonal of row lengths: the first half step of SR-Sinkhorn, and `MNGD` with a
-    `RowNorm` alone. A zero row stays zero, where the paper adds an ε. ``state`` stays empty.
+    where Q is the diagonal matrix of row lengths. This update is the first half step of
+    SR-Sinkhorn, and equals that of `MNGD` with only a `RowNorm`. A zero row stays zero; the paper
+    adds an ε to the length instead. ``state`` stays empty.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or
             (name, tensor) pairs. Vectors are refused.
         lr: Learning rate η of the groups that do not set their own, at least 0: the
-            root-mean-square change of a weight in one step. The paper's α is a part of it. Default:
-            1e-3.
+            root-mean-square change of a weight in one step. It includes the paper's factor α.
+            Default: 1e-3.
         **options: The keyword options of `MNGD`.
 
     Raises:

@@ -53,7 +53,7 @@ class TemperedSinkGD(GroupedOptimizer):
     where T is `sinkgd.temper`. It is not the paper's method: it divides by sums of absolute values
     instead of lengths, and the step stays proportional to the gradient, so that clipping and the
     scale of the loss matter as they do to SGD. ``state`` stays empty. The step needs scratch memory
-    of twice the largest matrix. Ranks that share sharded parameters exchange two vectors an
+    of twice the largest matrix. Ranks that share sharded parameters exchange two vectors per
     iteration and two numbers for each matrix, and need a float32 copy of all their shards.
 
     Args:
@@ -62,7 +62,7 @@ class TemperedSinkGD(GroupedOptimizer):
             of one element. Default: 3e-4.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.1.
         tau: Temperature τ, positive.
-        n_iter: Iterations, at least 0; 0 divides by the mean size of the entries.
+        n_iter: Iterations, at least 0; 0 divides by the mean absolute value of the entries.
         eps: Floor on a sum of absolute values, at least 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
@@ -139,7 +139,8 @@ def temper(
         grad: ``(..., m, n)``, ``(n,)`` or ``()``, any floating dtype. Not modified.
         tau: Temperature τ, positive, 0.1 by default. Entries well below τ keep their proportions;
             larger entries become almost equal.
-        num_iters: Iterations, at least 0, 5 by default. For vectors and scalars only 0 differs.
+        num_iters: Iterations, at least 0, 5 by default. For vectors and scalars, all numbers
+            except 0 give the same result.
         eps: Floor on a sum, so that zero rows and columns stay zero; at least 0, 1e-8 by default.
 
     Returns:
@@ -149,7 +150,7 @@ def temper(
         ValueError: If an option is out of range.
 
     Examples:
-        >>> temper(torch.tensor([[8.0, 1.0], [-1.0, 2.0]]))  # so few entries: all beyond tau
+        >>> temper(torch.tensor([[8.0, 1.0], [-1.0, 2.0]]))  # in so small a matrix all exceed tau
         tensor([[ 4.1833,  4.1833],
                 [-4.1833,  4.1833]])
         >>> temper(torch.tensor([[8.0, 1.0], [-1.0, 2.0]]), tau=10.0, num_iters=1)
@@ -171,7 +172,7 @@ class Sums(NamedTuple):
     """Sums over a matrix or a vector, or over this rank's shard of one."""
 
     numbers: Tensor
-    over: Literal["row", "column", "all"]  # what each of them is the sum of
+    over: Literal["row", "column", "all"]  # each number is the sum of a row, a column, or all
 
 
 def tempering(
@@ -180,7 +181,7 @@ def tempering(
     """Temper a gradient or a shard of one: the definition of `temper`.
 
     Yields:
-        `Sums` over the shard. The caller sends back the sums over the whole.
+        `Sums` over the shard. The caller sends back the sums over the whole matrix or vector.
 
     Returns:
         The update of the shard, in float32 or float64.
@@ -201,8 +202,8 @@ def check_tempering(tau: float, num_iters: int, eps: float, iterations: str = "n
     """Refuse options out of range; ``iterations`` is what the caller calls ``num_iters``.
 
     Raises:
-        TypeError: With the option and its value.
-        ValueError: With the option and its value.
+        TypeError: If an option has the wrong type; the message gives the option and its value.
+        ValueError: If an option is out of range; the message gives the option and its value.
     """
     check_number("tau", tau, least=None)
     check_whole_number(iterations, num_iters)
@@ -226,7 +227,7 @@ def _temper_matrices(
         v = _divided(v, column_sums, eps)
         v = v.div_(tau).tanh_()
     squares = yield Sums(torch.stack([_squares(grad), _squares(v)]), "all")
-    # In float64 entries above 1e154 have squares beyond its range, and a shorter update.
+    # The squares of float64 entries above 1e154 overflow. The clamp then shortens the update.
     own, now = squares.clamp(max=torch.finfo(torch.float64).max).unbind()
     factor = (own / torch.where(now == 0, 1, now)).sqrt()
     # The factor may be out of range.
@@ -236,9 +237,9 @@ def _temper_matrices(
 
 
 def _divided(v: Tensor, sums: Tensor, eps: float) -> Tensor:
-    """Return ``v`` divided by sums in float64, which may be beyond the range of its type."""
+    """Return ``v`` divided by float64 sums, which may be beyond the range of the type of ``v``."""
     sums = torch.where(sums == 0, 1, sums.clamp(min=eps))
-    # A power of two: it changes no rounding.
+    # A division by a power of two changes no rounding.
     unit = torch.ones_like(sums).masked_fill_(sums > torch.finfo(v.dtype).max, 2.0**-64)
     return (v * unit.to(v.dtype)).div_((sums * unit).to(v.dtype))
 
@@ -247,14 +248,14 @@ def _squares(x: Tensor) -> Tensor:
     """Return the sum of squares of each matrix, float64 ``(..., 1, 1)``."""
     if x.numel() == 0:
         return x.new_zeros((*x.shape[:-2], 1, 1), dtype=torch.float64)
-    # Those of a gradient in float32 may be out of its range.
+    # The squares of a float32 gradient may be out of the range of float32.
     peak = x.abs().amax((-2, -1), keepdim=True)
     squares = (x / torch.where(peak == 0, 1, peak)).square().sum((-2, -1), keepdim=True)
     return squares.double() * peak.double().square()
 
 
 def _mean_size(v: Tensor) -> Generator[Sums, Tensor, Tensor]:
-    """Return the mean size of the entries of each matrix, or of a vector."""
+    """Return the mean absolute value of the entries of each matrix, or of a vector."""
     dims = (-2, -1) if v.ndim >= 2 else ()
     sizes = v.abs().sum(dims, keepdim=v.ndim >= 2, dtype=torch.float64)
     count = v.shape[-2:].numel() if v.ndim >= 2 else v.numel()
@@ -265,7 +266,7 @@ def _mean_size(v: Tensor) -> Generator[Sums, Tensor, Tensor]:
 class Tempered(Method):
     """The method ``tempered``: matrices, vectors and scalars by one rule, with no state.
 
-    The update keeps the gradient's size, so the loss scale is divided out first.
+    The update is proportional to the gradient, so the gradient is divided by the loss scale first.
     """
 
     options = MappingProxyType[str, object](
@@ -289,7 +290,7 @@ class Tempered(Method):
 
     @computation
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-        """Check the gradients; then temper and write, sharded ones side by side."""
+        """Check the gradients; then temper them and write the updates, shards side by side."""
         finite: Tensor = yield are_finite(slots)
         writer = UpdateWriter(slots, finite, group, context)
 
@@ -301,7 +302,7 @@ class Tempered(Method):
             )
             writer.write_(i, matrix.param, update, matrix.first_entry)
 
-        # Each keeps a float32 copy of its shard until the last sum is known.
+        # Each computation keeps a float32 copy of its shard until its last sum is known.
         shards = []
         for i, slot in enumerate(slots):
             for matrix in _matrices_of(slot, group):
@@ -337,8 +338,8 @@ def _temper_shard(
 ) -> Steps[Tensor]:
     """Temper this rank's shard of a gradient; a computation for `sinkgd.exchange`.
 
-    A matrix costs ``num_iters`` vectors a group, one number a row or column of the shard, and two
-    numbers at the end.
+    For each matrix, a group exchanges ``num_iters`` vectors, with one number per row or column of
+    the shard, and two numbers at the end.
     """
     steps = tempering(grad, tau, num_iters, eps=eps)
     try:

@@ -1,8 +1,8 @@
 """Sums over the ranks that share a parameter.
 
 All functions return computations for `sinkgd.exchange`, which sends one message per process group
-for all computations that run side by side. Numbers that no group shares need no message, and
-torch.distributed is then not imported.
+for all computations that run side by side. Numbers that no group shares need no message. If there
+are only such numbers, torch.distributed is not imported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,11 +72,11 @@ def all_ranks_agree(flags: Tensor, groups: "Groups") -> Steps[Tensor]:
 def sum_over_columns(
     numbers: Sequence[Tensor], matrices: Sequence[ParamMatrix]
 ) -> Computation[list[Tensor]]:
-    """Complete sums along rows, given the sums over each rank's own columns.
+    """Return sums along whole rows, given the sums over each rank's own columns.
 
     Args:
         numbers: A float64 tensor of any shape for each matrix. Their memory is reused.
-        matrices: How they are sharded.
+        matrices: The matrices, which say how they are sharded.
     """
     return _sum_if_shared(numbers, [x.sharding.row_groups if x.sharding else () for x in matrices])
 
@@ -84,7 +84,7 @@ def sum_over_columns(
 def sum_over_rows(
     numbers: Sequence[Tensor], matrices: Sequence[ParamMatrix]
 ) -> Computation[list[Tensor]]:
-    """Complete sums along columns, given the sums over each rank's own rows."""
+    """Return sums along whole columns, given the sums over each rank's own rows."""
     return _sum_if_shared(numbers, [x.sharding.col_groups if x.sharding else () for x in matrices])
 
 

@@ -9,9 +9,9 @@ Letters, everywhere in this file:
     live: how many rows or columns of a matrix are not zero, over all ranks
 
 Zero rows and columns have no scale. If they counted, the other scales would drift: r by a factor
-per iteration, c by its inverse. So lengths are counted without them; only the last half step of the
-last iteration uses the true length. All ranks of a matrix make the same decisions, since they
-decide by sums that all of them know.
+per iteration, c by its inverse. So m and n are counted without them; only the last half step of the
+last iteration uses the true m. All ranks of a matrix make the same decisions, since they decide by
+sums that all of them know.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def solve_sharded(
 
     Args:
         backend: The backend that adds up this rank's shards.
-        shardings: How the matrices are sharded, in their order.
+        shardings: How the matrices are sharded, in the order of the matrices.
         matrices: As for `Backend.descend_`. Parameters are not written.
         num_iters: Iterations L.
         tol: As for `Backend.scales`.
@@ -52,9 +52,9 @@ def solve_sharded(
     scales, flags = yield find_scales(
         matrices.grads, shardings, backend, num_iters, tol=tol, starts=matrices.starts
     )
-    finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.owners])
+    finite = torch.stack([flags[own.start : own.stop].all() for own in matrices.ranges])
     # Ranks that hold other matrices of a batch did not take part in the sums.
-    others = [shardings[own.start].batch_groups for own in matrices.owners]
+    others = [shardings[own.start].batch_groups for own in matrices.ranges]
     finite = yield all_ranks_agree(finite, others)
     return Descent(finite, scales)
 
@@ -80,8 +80,8 @@ def find_scales(
 
     A computation for `exchange`: every rank that holds a shard of a matrix must run it, with the
     same matrices in the same order. It costs ``num_iters`` messages per process group, whatever the
-    number of matrices. It costs one more if a group shards rows of some matrices and columns of
-    others, and no order of the groups suits both.
+    number of matrices. It costs one more message if a group shards rows of some matrices and
+    columns of others, and no order of the groups suits both.
 
     Args:
         grads: This rank's shards, ``(..., m, n)``; some may be empty.
@@ -89,7 +89,7 @@ def find_scales(
         backend: The backend that adds up this rank's shards.
         num_iters: Iterations L.
         tol: As in `sinkgd.kernels.Backend.scales`. Each iteration then waits for the device.
-        starts: As there, for this rank's shards.
+        starts: As in `sinkgd.kernels.Backend.scales`, for this rank's shards.
     """
     begin = [None] * len(grads) if starts is None else list(starts)
     kinds: dict[object, list[int]] = {}
@@ -144,16 +144,16 @@ def _iterate(
         last, new = r2, _inverse(rows.spread(counted if number else n), row_sums)
         moved = rows.count(~((new >= low * last) & (new <= high * last)))
         r2 = new if tol is None else torch.where(rows.spread(moving), new, last)
-        live_rows = rows.count((r2 != 0) + 0 * r2)  # not finite if a scale is not
+        live_rows = rows.count((r2 != 0) + 0 * r2)  # the count is not finite if a scale is not
         col_sums = torch.cat([sums.of_cols(r2), live_rows, moved])
         yield from sums_in_turn(col_sums, col_groups)
         col_sums, live_rows, moved = torch.split(col_sums, [cols.length, len(m), len(m)])
-        settled = (moved == 0) & (tol is not None and number > 0)
-        length = m if number == num_iters - 1 else torch.where(settled, m, live_rows)
+        converged = (moved == 0) & (tol is not None and number > 0)
+        length = m if number == num_iters - 1 else torch.where(converged, m, live_rows)
         new = _inverse(cols.spread(length), col_sums)
         c2 = new if tol is None else torch.where(cols.spread(moving), new, c2)
         live_cols = cols.count(c2 != 0)
-        moving = moving & ~settled
+        moving = moving & ~converged
         if tol is not None and not bool(moving.any()):
             break
     scales = _scales_of(rows.split(r2.sqrt()), cols.split(c2.sqrt()), [x.dtype for x in grads])
@@ -180,7 +180,7 @@ def _scales_of(
 
 
 def _initial_c2(cols: "_Vectors", starts: Sequence[Tensor | None]) -> Tensor:
-    """Return the squares of the initial column scales: 1 where no start is given."""
+    """Return the squares of the initial column scales: 1 if no start is given."""
     c2 = cols.ones()
     for own, start in zip(cols.split(c2), starts, strict=True):
         if start is not None:
@@ -193,12 +193,12 @@ class _Vectors:
 
     Args:
         shapes: The shape of each batch of vectors, ``(..., m, 1)`` or ``(..., 1, n)``.
-        device: Their device.
+        device: The device of the vectors.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
         self.shapes = [torch.Size(shape) for shape in shapes]
-        self.counts = [shape[:-2].numel() for shape in self.shapes]  # matrices of each batch
+        self.counts = [shape[:-2].numel() for shape in self.shapes]  # matrices in each batch
         lengths = [shape[-2:].numel() for shape in self.shapes]
         self.length = sum(shape.numel() for shape in self.shapes)
         self._owners = _owners(tuple(lengths), tuple(self.counts), device)
@@ -211,7 +211,7 @@ class _Vectors:
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def of_matrices(self, numbers: Sequence[int]) -> Tensor:
-        """Repeat the number of each batch for every matrix of it."""
+        """Repeat the number of each batch for every matrix in it."""
         return _repeated(tuple(numbers), tuple(self.counts), self._owners.device)
 
     def spread(self, numbers: Tensor) -> Tensor:
@@ -230,8 +230,9 @@ class _Vectors:
         return torch.stack([own.all() for own in torch.split(flags, self.counts)])
 
 
-# Indices are made on the host and copied to a device once, so that no step waits for the copy. They
-# take four bytes per row or column. Every step needs the same, or every flush of GradientRelease.
+# Indices are computed on the host and copied to a device once, so that no step waits for the copy.
+# They take four bytes per row or column. Every step, or every flush of GradientRelease, needs the
+# same indices.
 @lru_cache(maxsize=32)
 def _owners(lengths: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the index of the matrix of each entry, given each vector's length and batch size.

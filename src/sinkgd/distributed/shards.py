@@ -1,11 +1,13 @@
-"""The matrices of parameters, whole or sharded: what this rank holds, and who has the rest.
+"""The matrices of parameters, whole or sharded: what this rank has, and which ranks have the rest.
 
 A mesh dimension that shards the rows cuts every column, so column sums are added up over its
-process group. One that shards the columns does the same to row sums. A sum does not depend on which
-rows a rank holds, nor on mesh dimensions that replicate or that shard a batch dimension.
+process group. Likewise, row sums are added up over the process group of a mesh dimension that
+shards the columns. A sum does not depend on which rows a rank has, nor on mesh dimensions that
+replicate or that shard a batch dimension.
 
-``split`` cuts the rows of a parameter into matrices wherever its shards end. A rank that holds no
-row of a matrix has an empty shard of it, so that all ranks list the same matrices.
+``split`` cuts the rows of a parameter into matrices; the cuts do not depend on where its shards
+end. A rank that has no row of a matrix has an empty shard of it, so that all ranks list the same
+matrices.
 
 torch.distributed takes long to import, so it is not imported for plain tensors.
 """
@@ -56,11 +58,11 @@ class Sharding(NamedTuple):
 
     @property
     def sum_groups(self) -> "tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]":
-        """The row groups and column groups. Matrices with equal ones are added up together."""
+        """The row groups and column groups. Matrices with the same groups share their messages."""
         return self.row_groups, self.col_groups
 
     @property
-    def mT(self) -> "Sharding":  # noqa: N802 - as of a tensor
+    def mT(self) -> "Sharding":  # noqa: N802 - named like `Tensor.mT`
         """The sharding of the transpose."""
         return Sharding(self.cols, self.rows, self.col_groups, self.row_groups, self.batch_groups)
 
@@ -81,7 +83,7 @@ class ParamMatrix(NamedTuple):
         return self.param.shape[-2], self.param.shape[-1]
 
     @property
-    def mT(self) -> "ParamMatrix":  # noqa: N802 - as of a tensor
+    def mT(self) -> "ParamMatrix":  # noqa: N802 - named like `Tensor.mT`
         """The matrix with rows and columns exchanged."""
         sharding = None if self.sharding is None else self.sharding.mT
         return ParamMatrix(self.param.mT, self.grad.mT, self.first_entry, sharding)
@@ -91,7 +93,7 @@ class ParamMatrices(NamedTuple):
     """The matrices of some parameters, in order."""
 
     matrices: list[ParamMatrix]
-    owners: list[range]  # for each parameter, the indices of its matrices
+    ranges: list[range]  # for each parameter, the indices of its matrices
 
 
 def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split) -> ParamMatrices:
@@ -99,10 +101,10 @@ def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split)
 
     Raises:
         TypeError: If a gradient is not sharded like its parameter.
-        ValueError: If a gradient is a sum that is not added up yet.
+        ValueError: If a gradient has a Partial placement, a reduction that is still pending.
     """
     matrices: list[ParamMatrix] = []
-    owners: list[range] = []
+    ranges: list[range] = []
     for slot in slots:
         first = len(matrices)
         if is_dtensor(slot.param):
@@ -114,8 +116,8 @@ def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split)
             for param, grad in matrices_of(slot.param, slot.grad, layout=layout, split=split):
                 matrices.append(ParamMatrix(param, grad, entries))
                 entries += param.numel()
-        owners.append(range(first, len(matrices)))
-    return ParamMatrices(matrices, owners)
+        ranges.append(range(first, len(matrices)))
+    return ParamMatrices(matrices, ranges)
 
 
 def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
@@ -129,18 +131,21 @@ def is_sharded(x: Tensor) -> bool:
 
 
 def local(x: Tensor) -> Tensor:
-    """Return what this rank holds of ``x``: all of it, unless it is a DTensor."""
+    """Return this rank's shard of ``x``, or ``x`` itself if it is not a DTensor."""
     return x.to_local() if is_dtensor(x) else x
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether ``x`` has values, now or in a compiled step: meta and fake tensors have none."""
+    """Whether ``x`` has values, or will have them when the step that is being compiled runs.
+
+    Meta and fake tensors have none.
+    """
     here = local(x)
     return torch.compiler.is_compiling() or not (here.is_meta or isinstance(here, FakeTensor))
 
 
 def all_have_values(xs: Iterable[Tensor]) -> bool:
-    """Whether `has_values` holds for each of many tensors, most of which are plain."""
+    """Whether `has_values` is True for all of many tensors, most of which are plain."""
     if torch.compiler.is_compiling():
         return True
     return all(has_values(x) for x in xs if type(x) is not Tensor or x.is_meta)
@@ -185,17 +190,17 @@ def sharding_of(x: "DTensor", row_dims: Collection[int], col_dims: Collection[in
 
 
 def sharded_dims(x: "DTensor") -> dict[int, int]:
-    """Return which dimension of the tensor each mesh dimension shards, by the mesh dimension.
+    """Return a dict from each mesh dimension that shards ``x`` to the dimension that it shards.
 
     Raises:
-        ValueError: If ``x`` is a sum that is not added up yet.
+        ValueError: If ``x`` has a Partial placement, a reduction that is still pending.
     """
     dims: dict[int, int] = {}
     for mesh_dim, placement in enumerate(x.placements):
         if placement.is_partial():
             raise ValueError(
-                f"placements {x.placements} hold a sum that is not added up yet; "
-                "redistribute it to Shard or Replicate first, as FSDP2 does"
+                f"placements {x.placements} include Partial, a reduction that is still pending; "
+                "redistribute the tensor to Shard or Replicate first, as FSDP2 does"
             )
         if (dim := getattr(placement, "dim", None)) is not None:  # Shard, and FSDP2's strided one
             dims[mesh_dim] = dim % x.ndim
@@ -206,7 +211,8 @@ def check_shards(name: str, param: Tensor, *, layout: str, split: Split) -> None
     """Refuse a DTensor whose shard on this rank cannot be viewed as matrices.
 
     Raises:
-        ValueError: With its name, if it holds a partial sum, or ``split`` cannot cut its rows.
+        ValueError: If ``param`` has a Partial placement, or ``split`` cannot cut its rows; the
+            message gives its name.
     """
     if not is_dtensor(param):
         return
@@ -222,21 +228,29 @@ def check_shards(name: str, param: Tensor, *, layout: str, split: Split) -> None
         )
 
 
-def check_unsharded(name: str, param: Tensor, needs: str) -> None:
-    """Refuse a sharded parameter; ``needs`` says what needs whole matrices.
+def check_unsharded(name: str, param: Tensor, what_needs: str) -> None:
+    """Refuse a sharded parameter.
+
+    Args:
+        name: The name of the parameter.
+        param: The parameter.
+        what_needs: Subject and verb of the message, such as "these norms need".
 
     Raises:
-        TypeError: If a mesh dimension shards it.
+        TypeError: If a mesh dimension shards ``param``.
     """
     if is_dtensor(param) and is_sharded(param):
         raise TypeError(
-            f"{name!r} is sharded ({param.placements}), and {needs} whole matrices; "
+            f"{name!r} is sharded ({param.placements}), and {what_needs} whole matrices; "
             "use algorithm='sinkgd', or Replicate it"
         )
 
 
 def first_entry_of(param: Tensor, layout: str) -> int:
-    """Return the index that random bits use for the first entry that this rank holds."""
+    """Return the index of the first entry of this rank's shard, for stochastic rounding.
+
+    The random bits of an entry depend on its index; see `sinkgd.kernels.rounding`.
+    """
     if not is_dtensor(param) or param.ndim < 2:
         return 0
     row_dims, col_dims = dims_of(param.ndim, layout)
@@ -245,7 +259,7 @@ def first_entry_of(param: Tensor, layout: str) -> int:
 
 
 def from_local(param: Tensor, shard: Tensor) -> Tensor:
-    """Return the tensor that is sharded like ``param`` and has ``shard`` on this rank."""
+    """Return a tensor that is sharded like ``param`` and whose shard on this rank is ``shard``."""
     if not is_dtensor(param):
         return shard
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - see the top of this file
@@ -317,20 +331,23 @@ def _matrices_of_shard(
         )
     row_dims, col_dims = dims_of(param.ndim, layout)
     sharding = sharding_of(param, row_dims, col_dims)
-    ((own, slope),) = matrices_of(param.to_local(), grad.to_local(), layout=layout, split=1)
+    ((own, own_grad),) = matrices_of(param.to_local(), grad.to_local(), layout=layout, split=1)
     sizes = sizes_of(sharding.rows, split)
     begin = _first_row(param, row_dims)
     if len(sizes) == 1:
         first_entry = _first_entry(param, row_dims, sharding, begin)
-        return [ParamMatrix(own, slope, first_entry, sharding)]
+        return [ParamMatrix(own, own_grad, first_entry, sharding)]
     assert begin is not None, "check_shards has refused it"
-    return _split_rows(own, slope, sharding, begin, sizes)
+    return _split_rows(own, own_grad, sharding, begin, sizes)
 
 
 def _split_rows(
     param: Tensor, grad: Tensor, sharding: Sharding, begin: int, sizes: Sequence[int]
 ) -> list[ParamMatrix]:
-    """Cut this rank's rows, from row ``begin`` of the whole on, into matrices of ``sizes`` rows."""
+    """Cut this rank's rows, the first of which has index ``begin``, into matrices.
+
+    ``sizes`` are the numbers of rows of the whole matrices.
+    """
     end = begin + param.shape[-2]
     edges = [min(max(edge, begin), end) - begin for edge in accumulate(sizes, initial=0)]
     lengths = [high - low for low, high in pairwise(edges)]
@@ -361,10 +378,10 @@ def _begin(x: "DTensor", mesh_dim: int, dim: int) -> int:
 def _first_entry(
     x: "DTensor", row_dims: Sequence[int], sharding: Sharding, begin: int | None
 ) -> int:
-    """Return the index that random bits use for the first entry of this rank's shard.
+    """Return the index of the first entry of this rank's shard, for stochastic rounding.
 
-    If the shard is a contiguous range of the parameter's entries, its bits are those of the whole
-    parameter. Otherwise the bits of two shards only have to differ.
+    If the shard is a contiguous range of the parameter's entries, its random bits are those that
+    the unsharded parameter would get. Otherwise the bits of two shards only have to differ.
     """
     dims = sharded_dims(x)
     is_matrix = sharding.rows * sharding.cols == x.numel()

@@ -1,1 +1,1 @@
-"""Thin adapters to training frameworks, one file a framework."""
+"""Thin adapters to training frameworks, one file per framework."""

@@ -1,4 +1,7 @@
-"""Trainers of transformers, TRL and axolotl: a factory that routes parameters and builds SinkGD."""
+"""A factory of SinkGD for the trainers of Hugging Face Transformers, TRL and axolotl.
+
+It groups the parameters of a model and builds the optimizer.
+"""
 
 import ast
 import inspect
@@ -26,18 +29,19 @@ _ROUTING = (
 _SINKGD = tuple(
     name for name in inspect.signature(SinkGD).parameters if name not in ("params", *_ROUTING)
 )
-# Arguments whose value is a word.
+# Arguments whose values are strings.
 _WORDS = {"backend", "nonfinite", "rounding"}
 
 
 class SinkGDFactory:
     """Builds `SinkGD` for a model, as ``Trainer(optimizer_cls_and_kwargs=...)`` asks for it.
 
-    The trainer calls ``SinkGDFactory()(model, **kwargs)`` once the model stands where it will be
-    trained, and its learning rate scheduler scales every group. The trainer does not hand over its
-    ``TrainingArguments``. Pass them as ``training_args``, as axolotl does, to fine-tune at AdamW's
-    settings: their ``learning_rate`` is then the ``adamw_lr`` of `param_groups`, and their weight
-    decay, betas and epsilon are AdamW's. To pretrain, pass ``lr`` and ``matrix_lr_scale`` here.
+    The trainer calls ``SinkGDFactory()(model, **kwargs)`` once the model is on the device it trains
+    on. The trainer's learning rate scheduler then scales every group. The trainer does not pass its
+    ``TrainingArguments``. Pass them as ``training_args``, as axolotl does, to fine-tune with the
+    settings for AdamW: their ``learning_rate`` is then the ``adamw_lr`` of `param_groups`, and
+    their weight decay, betas and epsilon are AdamW's. To pretrain, pass ``lr`` and
+    ``matrix_lr_scale`` here.
 
     Examples:
         >>> from torch import nn
@@ -68,11 +72,11 @@ class SinkGDFactory:
 
         Args:
             model: The model to train.
-            training_args: ``TrainingArguments``, or what has its attributes. ``kwargs`` decide
-                where they set the same. ``learning_rate`` is taken as ``adamw_lr`` unless
-                ``kwargs`` set a rate; ``weight_decay``, ``adam_beta1`` with ``adam_beta2`` and
-                ``adam_epsilon`` as ``weight_decay``, ``betas`` and ``eps``. Other fields are not
-                read.
+            training_args: ``TrainingArguments``, or any object with the same attributes. If
+                ``kwargs`` set the same option, they take precedence. ``learning_rate`` becomes
+                ``adamw_lr`` unless ``kwargs`` set a rate. ``weight_decay`` keeps its name,
+                ``adam_beta1`` and ``adam_beta2`` become ``betas``, and ``adam_epsilon`` becomes
+                ``eps``. Other fields are not read.
             **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
                 ``weight_decay``, ``betas``, ``overrides`` and ``base_width`` of `param_groups`;
                 ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an option of
@@ -80,9 +84,9 @@ class SinkGDFactory:
                 "0.02", "none", "true", "(0.9, 0.95)".
 
         Raises:
-            TypeError: If there is no such argument, or ``model`` is no model.
-            ValueError: If a string is no value of its argument, or `param_groups` or `SinkGD`
-                refuses a value.
+            TypeError: If an argument does not exist, or ``model`` is not a model.
+            ValueError: If a string cannot be parsed as a value of its argument, or `param_groups`
+                or `SinkGD` refuses a value.
         """
         _check_names(kwargs)
         options = {name: _parsed(name, value) for name, value in kwargs.items()}
@@ -110,7 +114,7 @@ def attach(trainer: Any, **options: Any) -> None:
         **options: Arguments of `SinkGDFactory` besides the model.
 
     Raises:
-        TypeError: If ``trainer`` is no such trainer, or an option does not exist.
+        TypeError: If ``trainer`` is not such a trainer, or an option does not exist.
         ValueError: If the trainer has its optimizer already.
 
     Examples:
@@ -138,10 +142,11 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
     """Refuse arguments that do not exist.
 
     Raises:
-        TypeError: With the nearest one that does.
+        TypeError: If an argument does not exist; the message suggests the most similar one that
+            does.
     """
     if "optim_args" in kwargs:
-        # Values may be tuples, whose commas do not end them.
+        # A value may be a tuple, whose commas do not separate arguments.
         pairs = dict(re.findall(r"(\w+)\s*=\s*(\([^)]*\)|[^,\s]+)", str(kwargs["optim_args"])))
         raise TypeError(
             "SinkGDFactory has no argument 'optim_args'; give each argument by its own name: "
@@ -170,7 +175,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _from_training_args(training_args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what the training arguments have and the options do not set."""
+    """Return the options, and those that only the training arguments set."""
     taken = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
     fields = {name: getattr(training_args, name) for name in taken if hasattr(training_args, name)}
     found: dict[str, Any] = {}
@@ -189,7 +194,7 @@ def _set_eps(groups: list[dict[str, Any]], eps: float, *, must_apply: bool) -> N
     """Give ``eps`` to the groups of AdamW.
 
     Raises:
-        ValueError: If ``must_apply`` is set and there is none.
+        ValueError: If ``must_apply`` is set and no group runs AdamW.
     """
     found = [group for group in groups if group["algorithm"] == "adamw"]
     if not found and must_apply:

@@ -1,4 +1,7 @@
-"""SR-Sinkhorn's backends: the contract (`backend`), its definition (`eager`), the choice."""
+"""Backends of SR-Sinkhorn.
+
+`backend` is their contract, `eager` defines the result, and `registry` chooses a backend.
+"""
 
 from sinkgd.kernels.backend import Backend as Backend
 from sinkgd.kernels.backend import CorrectedScales as CorrectedScales

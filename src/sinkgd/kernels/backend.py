@@ -23,7 +23,7 @@ class Scales(NamedTuple):
     col: Tensor  # c, (..., 1, n)
 
     @property
-    def mT(self) -> "Scales":  # noqa: N802 - as of a tensor
+    def mT(self) -> "Scales":  # noqa: N802 - named like `Tensor.mT`
         """The scales of the transposed matrix."""
         return Scales(self.col.mT, self.row.mT)
 
@@ -37,20 +37,21 @@ class CorrectedScales(NamedTuple):
     factor: Tensor | None = None  # (..., 1, 1), of the scales' dtype; None for 1
 
     @property
-    def mT(self) -> "CorrectedScales":  # noqa: N802 - as of a tensor
+    def mT(self) -> "CorrectedScales":  # noqa: N802 - named like `Tensor.mT`
         """The same for the transposed matrix."""
         return CorrectedScales(self.col.mT, self.row.mT, self.correction.mT, self.factor)
 
 
 class Matrices(NamedTuple):
-    """Parameters seen as matrices, with what belongs to each matrix: lists of equal length.
+    """Parameters seen as matrices, with the tensors of each matrix.
 
-    An owner is a user's parameter, which may consist of several matrices.
+    All lists except ``ranges`` have an entry for each matrix. An owner is a user's parameter, which
+    may consist of several matrices.
     """
 
     params: Sequence[Tensor]  # (..., m, n)
     grads: Sequence[Tensor]
-    owners: Sequence[range]  # the matrices of each owner; in order, without gaps
+    ranges: Sequence[range]  # for each owner, the indices of its matrices; in order, no gaps
     starts: Sequence[Tensor | None] | None = None  # as in `Backend.scales`
     keys: Sequence[Tensor] | None = None  # as in `Backend.update_`
 
@@ -58,7 +59,7 @@ class Matrices(NamedTuple):
 class Stack(NamedTuple):
     """Gradients of one shape, dtype and memory layout; together ``(s, ..., m, n)``."""
 
-    grads: Sequence[Tensor]  # s of them, (..., m, n)
+    grads: Sequence[Tensor]  # s tensors (..., m, n)
     scales: Sequence[Scales]
 
 
@@ -72,7 +73,7 @@ class Shared(NamedTuple):
 class Descent(NamedTuple):
     """The result of `Backend.descend_`."""
 
-    finite: Tensor  # (owners,) bool: whether all entries of the gradients of each are finite
+    finite: Tensor  # (owners,) bool: whether all gradient entries of each owner are finite
     scales: Sequence[Scales]  # one for each gradient
 
 
@@ -83,11 +84,11 @@ class Sums(Protocol):
     """
 
     def of_rows(self, weights: Tensor) -> Tensor:
-        """Return G² c² of each: sums along its rows, with weights c² for its columns."""
+        """Return G² c² of each gradient: sums along its rows, with weights c² for its columns."""
         ...
 
     def of_cols(self, weights: Tensor) -> Tensor:
-        """Return (G²)ᵀ r² of each: sums along its columns, with weights r² for its rows."""
+        """Return (G²)ᵀ r² of each gradient: sums along columns, with weights r² for its rows."""
         ...
 
 
@@ -97,7 +98,8 @@ class Backend(ABC):
     name: str
     package: str  # the package that it runs on
     install: str  # the command that installs the package
-    # Whether it has `packed_products`. It then applies `CorrectedScales` without copying gradients.
+    # Whether the backend implements `packed_products`. It then applies `CorrectedScales` without
+    # copying gradients.
     packs_vectors: bool = False
 
     @abstractmethod
@@ -106,7 +108,7 @@ class Backend(ABC):
 
     @abstractmethod
     def supports(self, device: torch.device) -> bool:
-        """Whether it runs on tensors of ``device``."""
+        """Whether the backend runs on tensors of ``device``."""
 
     @abstractmethod
     def scales(
@@ -126,7 +128,7 @@ class Backend(ABC):
                 changes no row scale by more than ``tol``, relative to its previous value. A factor
                 common to all row scales, which zero rows and columns cause, is ignored.
             starts: Column scales ``(..., 1, n)`` from which the iterations begin, one for each
-                gradient; None for ones. In (0, 1], contiguous, of the scales' dtype.
+                gradient; None for ones. They are in (0, 1], contiguous, and have the scales' dtype.
 
         Returns:
             The scales. A non-finite entry makes every column scale of its matrix non-finite, and
@@ -149,7 +151,8 @@ class Backend(ABC):
     ) -> PackedProducts | None:
         """Return the products of updates ``row * grad * col`` with vectors packed together.
 
-        Returns None if the backend cannot do so for these gradients; `products` takes any.
+        Returns None if the backend cannot do so for these gradients; `products` accepts all
+        gradients.
         """
         return None
 
@@ -182,7 +185,7 @@ class Backend(ABC):
             keep: Factor of the parameter.
             step: Factor of the update.
             allowed: A 0-dim bool for each parameter, on its device. If it is False, the parameter
-                is left unchanged, whatever the gradient holds.
+                is left unchanged, whatever the gradient contains.
             keys: A 0-dim int64 for each parameter, on its device. A bfloat16 parameter is then
                 rounded stochastically, by the bits of `sinkgd.kernels.rounding`.
         """
@@ -200,10 +203,10 @@ class Backend(ABC):
         """Find all scales as `scales` does, then update as `update_` does.
 
         All matrices of an owner are updated, or none if one of their gradients is not finite.
-        Nothing is updated if ``overflow``, a 0-dim bool on their device, is True.
+        Nothing is updated if ``overflow``, a 0-dim bool on the device of the matrices, is True.
         """
         scales = self.scales(matrices.grads, num_iters, tol=tol, starts=matrices.starts)
-        descent = Descent(finite_of(scales, matrices.owners), scales)
+        descent = Descent(finite_of(scales, matrices.ranges), scales)
         take_steps(
             self, matrices, descent.finite, descent.scales, keep=keep, step=step, overflow=overflow
         )
@@ -229,7 +232,7 @@ def take_steps(
         scales,
         keep=keep,
         step=step,
-        allowed=None if all_allowed else of_each(allowed, matrices.owners),
+        allowed=None if all_allowed else of_each(allowed, matrices.ranges),
         keys=matrices.keys,
     )
 
@@ -254,25 +257,25 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(peaks).isfinite()
 
 
-def finite_of(scales: Sequence[Scales], owners: Sequence[range]) -> Tensor:
+def finite_of(scales: Sequence[Scales], ranges: Sequence[range]) -> Tensor:
     """Return ``(owners,)`` bool: whether all gradients of each owner are finite."""
     # A non-finite entry makes every column scale of its matrix non-finite.
     flags = all_finite([col for _, col in scales])
-    return _all_of(flags, [len(own) for own in owners])
+    return _all_of(flags, [len(own) for own in ranges])
 
 
-def by_owner(flags: Sequence[Tensor], owners: Sequence[range]) -> Tensor:
+def by_owner(flags: Sequence[Tensor], ranges: Sequence[range]) -> Tensor:
     """Return ``(owners,)`` bool: whether the 0-dim flags of all matrices of each owner are True."""
-    return _all_of(torch.stack([*flags]), [len(own) for own in owners])
+    return _all_of(torch.stack([*flags]), [len(own) for own in ranges])
 
 
-def of_each(flags: Tensor, owners: Sequence[range]) -> list[Tensor]:
+def of_each(flags: Tensor, ranges: Sequence[range]) -> list[Tensor]:
     """Return for each matrix the flag of its owner."""
-    return [flag for flag, own in zip(flags.unbind(), owners, strict=True) for _ in own]
+    return [flag for flag, own in zip(flags.unbind(), ranges, strict=True) for _ in own]
 
 
 def _all_of(flags: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Reduce consecutive runs of ``flags`` to one flag each."""
+    """Reduce consecutive runs of ``flags``, of these sizes, to one flag each."""
     if len(flags) == len(sizes):
         return flags
     bad = torch.split((~flags).float(), list(sizes))
@@ -288,7 +291,7 @@ def select_owners(matrices: Matrices, selected: Sequence[bool]) -> Matrices:
     """Return the matrices of the owners for which ``selected`` is True."""
     if all(selected):
         return matrices
-    kept = [own for own, take in zip(matrices.owners, selected, strict=True) if take]
+    kept = [own for own, take in zip(matrices.ranges, selected, strict=True) if take]
     indices = [i for own in kept for i in own]
     ends = list(accumulate(map(len, kept), initial=0))
     return Matrices(
@@ -303,14 +306,14 @@ def select_owners(matrices: Matrices, selected: Sequence[bool]) -> Matrices:
 def merge_descents(
     selected: Sequence[bool], matrices: Matrices, one: Descent, other: Descent
 ) -> Descent:
-    """Merge the descents of the ``selected`` owners and of all others, in the owners' order."""
+    """Merge the descents of the ``selected`` owners and of all others, in the order of owners."""
     flags = [iter(found.finite.unbind()) for found in (other, one)]
     scales = [iter(found.scales) for found in (other, one)]
     return Descent(
         torch.stack([next(flags[own]) for own in selected]),
         [
             next(scales[take])
-            for own, take in zip(matrices.owners, selected, strict=True)
+            for own, take in zip(matrices.ranges, selected, strict=True)
             for _ in own
         ],
     )

@@ -2,7 +2,7 @@
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
-    s, t: powers of two at or below the largest entry of a row, of a column
+    s, t: powers of two at or below the largest entry of a row (s) or of a column (t)
     S: the squares of the gradient divided by s and t, so that none overflows or vanishes
     r, c: row and column scales; r2, c2: their squares, in the units of S
 """
@@ -21,18 +21,18 @@ from sinkgd.newton_schulz import matrix_buffer
 
 
 class EagerBackend(Backend):
-    """Two matrix–vector products an iteration; one float32 matrix of scratch at a time."""
+    """Two matrix–vector products per iteration; one float32 matrix of scratch at a time."""
 
     name = "eager"
     package = "torch"
     install = "pip install sinkgd"
 
     def missing(self) -> str | None:
-        """Return None: plain torch is always there."""
+        """Return None: plain torch is always available."""
         return None
 
     def supports(self, device: torch.device) -> bool:  # noqa: ARG002 - part of the contract
-        """Torch runs on every device."""
+        """Return True: torch runs on every device."""
         return True
 
     def scales(
@@ -57,7 +57,7 @@ class EagerBackend(Backend):
         return EagerSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Return the products of updates, which are made and kept."""
+        """Return the products of updates, which are computed and stored."""
         return eager_products(stacks)
 
     def update_(
@@ -89,7 +89,7 @@ def sinkhorn(
 ) -> Scales:
     """Return the scales of one gradient, or batch of gradients, ``(..., m, n)``.
 
-    On a GPU ``tol`` waits for the device once an iteration.
+    On a GPU, ``tol`` makes every iteration wait for the device.
     """
     m, n = grad.shape[-2:]
     dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -103,7 +103,7 @@ def sinkhorn(
     S *= S
     first = divisors.t if start is None else divisors.t * start
     r2, c2 = _iterate(S, first.square().to(dtype))
-    moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one a matrix
+    moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one per matrix
     for _ in range(num_iters - 1):
         # With zero rows or columns, each iteration multiplies r2 by a factor and c2 by its inverse.
         # A factor on c2 returns as its inverse on r2. So the tilt changes no product r2 * c2, and
@@ -115,7 +115,7 @@ def sinkhorn(
             r2, c2 = found
             continue
         r2, c2 = torch.where(moving, found[0], r2), torch.where(moving, found[1], c2)
-        moving = moving & ~_settled(found[0], last, tol)
+        moving = moving & ~_has_converged(found[0], last, tol)
         if not bool(moving.any()):
             break
     return scales_of(r2.double().sqrt() / divisors.s, c2.double().sqrt() / divisors.t, dtype)
@@ -134,11 +134,11 @@ def apply_update_(
 
     Args:
         param: The parameter.
-        update: The update, of its shape. Its memory is overwritten.
+        update: The update, of the parameter's shape. Its memory is overwritten.
         keep: Factor of the parameter.
         step: Factor of the update.
-        allowed: A 0-dim bool on the parameter's device. False leaves ``param`` as it is.
-        key: For stochastic rounding of a bfloat16 parameter.
+        allowed: A 0-dim bool on the parameter's device. False leaves ``param`` unchanged.
+        key: The key for stochastic rounding of a bfloat16 parameter.
     """
     if allowed is not None:
         if not isinstance(keep, Tensor):  # torch.where of two numbers has the default dtype
@@ -168,7 +168,7 @@ def _divide(length: int, sums: Tensor) -> Tensor:
     return torch.where(sums == 0, sums, length / sums)
 
 
-def _settled(r2: Tensor, last: Tensor, tol: float) -> Tensor:
+def _has_converged(r2: Tensor, last: Tensor, tol: float) -> Tensor:
     """Whether no row scale of a matrix moved by more than ``tol``: ``(..., 1, 1)``."""
     low, high = no_movement(tol)
     return ((r2 >= low * last) & (r2 <= high * last)).all(dim=-2, keepdim=True)
@@ -180,7 +180,7 @@ def no_movement(tol: float) -> tuple[float, float]:
 
 
 def _drift(r2: Tensor, c2: Tensor) -> Tensor:
-    """Return the factor of all r2 that an iteration adds if rows or columns are zero."""
+    """Return the factor by which an iteration multiplies all r2 if rows or columns are zero."""
     rows, cols = (
         (r2 != 0).double().mean(-2, keepdim=True),
         (c2 != 0).double().mean(-1, keepdim=True),
@@ -196,7 +196,7 @@ def _tilt(r2: Tensor, c2: Tensor) -> Tensor:
 
 
 def eager_products(stacks: Sequence[Stack]) -> StoredProducts:
-    """Return the products of updates, which are made and kept."""
+    """Return the products of updates, which are computed and stored."""
     return StoredProducts([_updates_of(*stack) for stack in stacks])
 
 
@@ -243,8 +243,8 @@ class EagerSums:
     """Weighted sums of squares, for scales that are found together with other devices.
 
     A device that holds a shard of a matrix returns the sums of its shard. The totals over all
-    devices give the scales. Weights and sums are float64, which holds the squares of any float32,
-    so that the sums of any shards can be added.
+    devices give the scales. Weights and sums are float64, whose range includes the squares of all
+    float32 numbers, so that the sums of any shards can be added.
 
     A call takes a matrix–vector product for each gradient, with one float32 matrix of scratch at a
     time; s and t are kept.
@@ -258,7 +258,7 @@ class EagerSums:
         self._divisors = [_equilibration(grad) for grad in grads]
 
     def of_rows(self, weights: Tensor) -> Tensor:
-        """Return G² c² of each."""
+        """Return G² c² of each gradient."""
         sums = []
         lengths = [divisors.lifted_col.numel() for divisors in self._divisors]
         for i, own in enumerate(torch.split(weights, lengths)):
@@ -268,7 +268,7 @@ class EagerSums:
         return torch.cat(sums)
 
     def of_cols(self, weights: Tensor) -> Tensor:
-        """Return (G²)ᵀ r² of each."""
+        """Return (G²)ᵀ r² of each gradient."""
         sums = []
         lengths = [divisors.row.numel() for divisors in self._divisors]
         for i, own in enumerate(torch.split(weights, lengths)):

@@ -19,7 +19,7 @@ class Equilibration(NamedTuple):
     """Powers of two by which a matrix ``(..., m, n)`` is divided."""
 
     row: Tensor  # (..., m, 1)
-    lifted_col: Tensor  # (..., 1, n): of columns, times `_lift`
+    lifted_col: Tensor  # (..., 1, n): the divisors of columns, times `_lift`
 
     @property
     def s(self) -> Tensor:
@@ -33,12 +33,12 @@ class Equilibration(NamedTuple):
         return t.clamp(min=torch.finfo(torch.float64).tiny)
 
     def divide_(self, x: Tensor) -> Tensor:
-        """Divide ``x``, in float32 or wider, by both."""
+        """Divide ``x``, in float32 or wider, by the divisors of its rows and columns."""
         return _divide_rows_(x, self.row).div_(self.lifted_col)
 
 
 def equilibrate_(S: Tensor) -> Equilibration:
-    """Divide ``S``, which is not negative, by powers of two, and return these.
+    """Divide ``S``, which is not negative, by powers of two, and return these divisors.
 
     Afterwards the largest entry of every nonzero row and column is in [1, 2). Columns are divided
     by 1 or less.
@@ -55,7 +55,7 @@ def _divide_rows_(x: Tensor, row: Tensor) -> Tensor:
 
     Without the lift, a column far below the peaks of its rows would vanish.
     """
-    x /= row.clamp(max=1)  # both at once may be out of range
+    x /= row.clamp(max=1)  # in two steps, since row / lift may be out of range
     return x.div_(row.clamp(min=1) / _lift(x))
 
 

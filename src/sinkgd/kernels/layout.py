@@ -25,7 +25,7 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def layout_of(shape: torch.Size, stride: tuple[int, ...]) -> Layout | None:
-    """Return the layout of ``(..., m, n)``, or None where neither rows nor columns are dense."""
+    """Return the layout of ``(..., m, n)``, or None if neither rows nor columns are dense."""
     (m, n), (row_stride, col_stride) = shape[-2:], stride[-2:]
     offsets = tuple(
         sum(i * s for i, s in zip(index, stride[:-2], strict=True))
@@ -46,12 +46,12 @@ def dense_layout(x: Tensor) -> Layout:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return ``x``, or a contiguous copy where neither its rows nor its columns are dense."""
+    """Return ``x``, or a contiguous copy if neither its rows nor its columns are dense."""
     return x if layout_of(x.shape, x.stride()) is not None else x.contiguous()
 
 
 def aligned(x: Tensor, like: Tensor) -> Tensor:
-    """Return ``x``, or a copy with dense rows where ``like`` has them, or dense columns."""
+    """Return ``x``, or a copy in which rows are dense if those of ``like`` are, else columns."""
     if x.stride() == like.stride():
         return x
     transposed = dense_layout(like).transposed
@@ -76,7 +76,7 @@ def check_scales(param: Tensor, row: Tensor, col: Tensor) -> None:
     """Check the shapes of scales: kernels read them by the shape of ``param``.
 
     Raises:
-        ValueError: If they do not fit. The message has the shapes.
+        ValueError: If the shapes do not fit that of ``param``; the message gives them.
     """
     shape = param.shape
     if row.shape != (*shape[:-1], 1) or col.shape != (*shape[:-2], 1, shape[-1]):
@@ -90,7 +90,7 @@ def check_start(grad: Tensor, start: Tensor | None) -> None:
     """Check the shape of initial column scales.
 
     Raises:
-        ValueError: If they do not fit. The message has the shapes.
+        ValueError: If the shapes do not fit; the message gives them.
     """
     if start is not None and start.shape != (*grad.shape[:-2], 1, grad.shape[-1]):
         raise ValueError(

@@ -21,8 +21,9 @@ from sinkgd.precision import in_full_precision
 
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), EagerBackend())
 
-# Backends that "auto" skips on a type of device: triton's interpreter is for tests.
-BY_NAME_ALONE = frozenset({("triton", "cpu")})
+# Backends that run on a type of device only if they are named; "auto" skips them. Triton's
+# interpreter, which runs on CPUs, is for tests.
+ONLY_BY_NAME = frozenset({("triton", "cpu")})
 
 
 def select(name: str, device: torch.device) -> Backend:
@@ -39,8 +40,8 @@ def find_backend(name: str, device: torch.device) -> Backend:
     If ``"auto"`` skips a backend that is installed for ``device``, a warning says why, once.
 
     Raises:
-        ValueError: If there is no such backend, or it does not run on ``device``.
-        ImportError: If it is named and not installed. The message says how to install it.
+        ValueError: If no backend has this name, or the named backend does not run on ``device``.
+        ImportError: If the named backend is not installed; the message says how to install it.
     """
     if name == "auto":
         return next(backend for backend in BACKENDS if _takes(backend, device))
@@ -65,7 +66,7 @@ def describe(device: torch.device) -> list[tuple[str, bool, str]]:
         reason = backend.missing()
         if reason is not None:
             rows.append((backend.name, False, _with_remedy(backend, reason)))
-        elif not backend.supports(device) or (backend.name, device.type) in BY_NAME_ALONE:
+        elif not backend.supports(device) or (backend.name, device.type) in ONLY_BY_NAME:
             rows.append((backend.name, False, f"does not run on {device}"))
         else:
             rows.append((backend.name, True, str(backend.__class__.__doc__).splitlines()[0]))
@@ -74,7 +75,7 @@ def describe(device: torch.device) -> list[tuple[str, bool, str]]:
 
 def _takes(backend: Backend, device: torch.device) -> bool:
     """Whether ``"auto"`` takes a backend for ``device``."""
-    if (backend.name, device.type) in BY_NAME_ALONE or not backend.supports(device):
+    if (backend.name, device.type) in ONLY_BY_NAME or not backend.supports(device):
         return False
     reason = backend.missing()
     if reason is not None and _is_installed(backend):
@@ -85,8 +86,8 @@ def _takes(backend: Backend, device: torch.device) -> bool:
 @cache
 def _warn_once(name: str, reason: str) -> None:
     warnings.warn(
-        f"backend {name!r} cannot run here: {reason}. A slower one takes its place; name it, e.g. "
-        "backend='eager', to be told no more",
+        f"backend {name!r} cannot run here: {reason}. A slower backend is used instead; to silence "
+        "this warning, name one, such as backend='eager'",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -101,7 +102,10 @@ def _with_remedy(backend: Backend, reason: str) -> str:
 
 
 class CompiledBackend(EagerBackend):
-    """The operators, which run the backend called ``name``. The compiler sees all other methods."""
+    """Calls the operators, which run the backend called ``name``.
+
+    The compiler traces all other methods.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -201,7 +205,10 @@ def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
     allowed: list[Tensor],
     keys: list[Tensor],
 ) -> None:
-    """Update each parameter from its gradient and scales. Empty lists: no flags, no keys."""
+    """Update each parameter from its gradient and scales.
+
+    An empty list means that there are no flags or no keys.
+    """
     chosen = find_backend(backend, params[0].device)
     pairs = [Scales(*pair) for pair in zip(rows, cols, strict=True)]
     in_full_precision(chosen.update_)(

@@ -25,7 +25,7 @@ _WORD64 = 0xFFFFFFFFFFFFFFFF
 
 
 def random_bits(shape: torch.Size, key: Tensor) -> Tensor:
-    """Return sixteen random bits an entry, int32 in [0, 65536).
+    """Return sixteen random bits per entry, int32 in [0, 65536).
 
     Entry k, counted row by row over ``shape``, gets the upper half of
     ``lowbias32((k + low) xor high)``, where ``low`` and ``high`` are the halves of ``key``.

@@ -30,8 +30,8 @@ class UpdateWriter:
 
     Args:
         slots: The parameters.
-        finite: ``(slots,)`` bool: whether the gradient of each is finite.
-        group: Their group.
+        finite: ``(slots,)`` bool: whether the gradient of each slot is finite.
+        group: The group of the parameters.
         context: The context of the step.
     """
 
@@ -53,7 +53,8 @@ class UpdateWriter:
             i: The index of the slot.
             param: This rank's entries of the parameter, or a view of some.
             update: X, of the same shape; overwritten.
-            first_entry: The index of the first entry of ``param`` among those of the parameter.
+            first_entry: The index of the first entry of ``param`` among all entries of the
+                parameter.
         """
         key = None if self._keys is None else self._keys[i]
         apply_update_(
@@ -102,7 +103,8 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
     """Refuse options out of range, and start counting the steps.
 
     Raises:
-        ValueError: With the option and its value, or the name of a float16 parameter.
+        ValueError: If an option is out of range, or a float16 parameter would be rounded
+            stochastically; the message gives the option and its value, or the parameter's name.
     """
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
@@ -115,7 +117,7 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
             f"rounding='stochastic' rounds bfloat16 parameters; {name!r} is float16. "
             "Use bfloat16 or rounding='nearest'"
         )
-    # A model may have been made on the meta device, where a counter has no value.
+    # A model may have been built on the meta device, where a counter has no value.
     step = group[ROUNDING_STEP]
     if step is None or (step.is_meta and not param.is_meta):
         group[ROUNDING_STEP] = torch.zeros((), dtype=torch.int64, device=param.device)
@@ -133,13 +135,13 @@ def draw_keys(slots: Sequence[Slot], group: Group) -> Sequence[Tensor] | None:
 
 
 def draw_matrix_keys(
-    slots: Sequence[Slot], matrices: Sequence[ParamMatrix], owners: Sequence[range], group: Group
+    slots: Sequence[Slot], matrices: Sequence[ParamMatrix], ranges: Sequence[range], group: Group
 ) -> Sequence[Tensor] | None:
     """Return a key for each matrix in this step; None for rounding to the nearest."""
     of_slots = draw_keys(slots, group)
     if of_slots is None:
         return None
-    keys = [key for key, own in zip(of_slots, owners, strict=True) for _ in own]
+    keys = [key for key, own in zip(of_slots, ranges, strict=True) for _ in own]
     return [
         key + matrix.first_entry if matrix.first_entry else key
         for key, matrix in zip(keys, matrices, strict=True)

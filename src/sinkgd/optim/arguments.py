@@ -4,7 +4,7 @@ The rules, for every optimizer of this package:
 
 - A group's own value comes first, then the constructor's argument, then the default.
 - An argument that no group uses is an error, unless it equals what the groups have.
-- A group that holds an option which its method does not have is an error.
+- A group that has an option which its method does not have is an error.
 - An unknown argument is refused with the nearest name, a value of the wrong kind with its name.
 """
 
@@ -53,7 +53,7 @@ def find_method(name: object, argument: str = "algorithm") -> Method:
 
     Raises:
         TypeError: If ``name`` is not a string.
-        ValueError: If there is no such method; the message gives the nearest name.
+        ValueError: If no method has this name; the message gives the nearest name.
     """
     if not isinstance(name, str):
         raise TypeError(f"{argument} must be a name such as 'sinkgd', got {name!r}")
@@ -70,7 +70,8 @@ def as_groups(params: Any, optimizer: str, algorithm: str | None) -> list[dict[s
     Args:
         params: What the optimizer was given.
         optimizer: The name of its class.
-        algorithm: The ``matrix_algorithm`` of the groups for it; None if it takes any group.
+        algorithm: The ``matrix_algorithm`` of groups for this optimizer; None if it takes any
+            group.
 
     Raises:
         TypeError: If ``params`` is not an iterable of tensors, pairs or groups; the message gives
@@ -99,7 +100,8 @@ def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any
     matrix.
 
     Raises:
-        ValueError: With the call that gives matrices to this method.
+        ValueError: If no group runs ``algorithm``; the message gives the call that gives matrices
+            to this method.
     """
     names = list(dict.fromkeys(str(group["algorithm"]) for group in groups))
     if algorithm not in names and not all(METHODS[name].is_auxiliary for name in names):
@@ -114,7 +116,8 @@ def check_keys(group: Mapping[str, Any], index: int) -> None:
     """Refuse keys of a group that its method does not have.
 
     Raises:
-        ValueError: With the key, its value and the nearest option.
+        ValueError: If the method does not have a key; the message gives the key, its value and the
+            nearest option.
     """
     taken = options_of(group["algorithm"])
     counters = METHODS[group["algorithm"]].counters
@@ -160,7 +163,7 @@ def resolve(
     return defaults, passed
 
 
-def settle(
+def defaults_of_groups(
     defaults: Mapping[str, Any],
     passed: Mapping[str, Any],
     own: Sequence[Mapping[str, Any]],
@@ -180,7 +183,7 @@ def settle(
         ValueError: If no group uses an argument that was passed; the message gives the argument,
             its value and the remedy.
     """
-    settled = dict(defaults)
+    agreed = dict(defaults)
     for name in defaults:
         takers = [group for group in own if name in options_of(group["algorithm"])]
         values = [{**METHODS[group["algorithm"]].presets, **group} for group in takers]
@@ -191,10 +194,10 @@ def settle(
         if name in passed and not (agree and equal(passed[name], found[0])):
             raise ValueError(_no_effect(name, passed[name], found, own))
         if agree:
-            settled[name] = found[0]
+            agreed[name] = found[0]
         elif found and name in _RATES:
-            settled[name] = max(found, key=float)
-    return settled
+            agreed[name] = max(found, key=float)
+    return agreed
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -244,8 +247,9 @@ def check_kinds(options: Mapping[str, Any]) -> None:
     """Refuse options of the wrong kind; the methods check the range.
 
     Raises:
-        TypeError: With the option's name and its value.
-        ValueError: The same.
+        TypeError: If an option has the wrong kind; the message gives its name and its value.
+        ValueError: If a number is out of range, such as a negative rate; the message gives the
+            option's name and its value.
     """
     for name, value in options.items():
         if name in KINDS:
@@ -268,7 +272,7 @@ def _or_none(check: Check) -> Check:
     return checked
 
 
-def _norms(name: str, value: Any) -> None:  # noqa: ARG001 - every check has it
+def _norms(name: str, value: Any) -> None:  # noqa: ARG001 - every check takes a name
     as_norms(value)
 
 
@@ -280,8 +284,8 @@ def _split(name: str, value: Any) -> None:
         )
 
 
-# The kind of value of each option. Words, such as those of ``rounding``, are not listed: methods
-# look them up among those that exist.
+# The check of the kind of value of each option. Options whose values are strings, such as
+# ``rounding``, are not listed: methods compare these values with the allowed ones.
 KINDS: Mapping[str, Check] = MappingProxyType(
     {
         **dict.fromkeys(("lr", "weight_decay"), _rate),
@@ -326,7 +330,7 @@ def unknown_name(
     """Return the message for an argument that does not exist, with the remedy.
 
     Args:
-        caller: The function or class, as errors call it.
+        caller: The name of the function or class in errors.
         name: The argument.
         names: The arguments that exist.
         elsewhere: Arguments of related functions, and the call that takes each.

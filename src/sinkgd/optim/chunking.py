@@ -2,7 +2,7 @@
 
 On a mesh every chunk sends its own messages. So that few chunks are enough, their size is limited
 only by what must stay in memory while messages are sent; a copy of a gradient that is needed only
-between two messages is made again each time.
+between two messages is created anew each time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +17,11 @@ from sinkgd.optim.method import Context, Slot
 
 Some = TypeVar("Some")
 
-# In addition to weights and gradients. A larger parameter is a chunk by itself. Not measured.
+# Scratch memory of a chunk, in addition to weights and gradients. A parameter that needs more is a
+# chunk by itself. Not measured.
 SCRATCH_BYTES = 64 << 20
-# The same on a mesh, where every chunk costs messages: for copies of gradients and for vectors. The
-# groups of a step share these bytes.
+# The same on a mesh, where every chunk costs messages: for copies of gradients, and for vectors.
+# The groups of a step share these bytes.
 MESH_SCRATCH_BYTES = 256 << 20
 MESH_VECTOR_BYTES = 128 << 20
 

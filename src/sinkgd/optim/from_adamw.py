@@ -1,4 +1,4 @@
-"""Continue a run of AdamW with SinkGD: convert its rates, and keep moments where AdamW stays."""
+"""Continue a run of AdamW with SinkGD: convert its rates, and keep the moments that AdamW needs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,8 +38,8 @@ def from_adamw_state(
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or an option does not exist.
-        ValueError: If another optimizer saved the state, it lacks names, its parameters are not the
-            model's, or its groups differ in an option that is not given here.
+        ValueError: If another optimizer saved the state, the state lacks names, its parameters are
+            not the model's, or its groups differ in an option that is not given here.
 
     Examples:
         >>> import torch, sinkgd
@@ -88,14 +88,14 @@ def _groups_of(state_dict: Mapping[str, Any]) -> list[Group]:
         if "algorithm" in group:
             raise ValueError(
                 f"group {index} of state_dict has algorithm={group['algorithm']!r}: an optimizer "
-                "of this package saved it. Make the optimizer and call its load_state_dict"
+                "of this package saved it. Create the optimizer and call its load_state_dict"
             )
         check_is_adamw(index, group)
     return groups
 
 
 def _common(groups: Sequence[Group], name: str, argument: str) -> Any:
-    """Return the value of an option that all groups share; for weight decay, the one besides 0."""
+    """Return the value of an option that all groups share; for weight decay, ignore zeros."""
     values: list[Any] = []
     for group in groups:
         if not any(equal(group[name], value) for value in values):
@@ -154,7 +154,7 @@ def _share(groups: Sequence[Group]) -> float:
 
 
 def _take_moments(optimizer: SinkGD, group: Group, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Copy the moments of a group's parameters; those that AdamW has not updated yet have none."""
+    """Copy the moments of a group's parameters, if AdamW has updated them before."""
     for name, param in zip(group["param_names"], group["params"], strict=True):
         state = saved.get(without_wrappers(name))
         if state is None:

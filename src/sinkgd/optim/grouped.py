@@ -21,11 +21,11 @@ from sinkgd.optim.arguments import (
     check_keys,
     check_kinds,
     check_runs,
+    defaults_of_groups,
     equal,
     find_method,
     passed_of,
     resolve,
-    settle,
 )
 from sinkgd.optim.method import Context, Group, Slot, are_zero
 from sinkgd.optim.methods import METHODS
@@ -48,10 +48,10 @@ class GroupedOptimizer(Optimizer):
     A constructor argument is the default of the groups that do not set the option. An argument that
     was passed and that no group uses is an error, unless it equals what all groups have:
     ``SinkGD(param_groups(model), lr=1e-3)`` is refused, since `param_groups` sets every rate.
-    A group may only hold options of its own method.
+    A group may only have options of its own method.
 
-    ``defaults`` agrees with the groups. Where every group sets ``lr``, ``defaults["lr"]`` is the
-    largest rate, so that schedulers which read it scale every group as they scale AdamW's.
+    ``defaults`` agrees with the groups. If every group sets ``lr``, ``defaults["lr"]`` is the
+    largest rate, so that schedulers which read it scale every group as they scale those of AdamW.
     ``defaults`` has ``momentum`` only if the optimizer has momentum, since torch's OneCycleLR and
     CyclicLR look for it there.
 
@@ -67,9 +67,10 @@ class GroupedOptimizer(Optimizer):
     """
 
     default_algorithm: ClassVar[str]
-    # Whether it takes groups of any method; other optimizers need a group of their own method.
+    # Whether the optimizer takes groups of any method; others need a group of their own method.
     takes_every_group: ClassVar[bool] = False
-    # Arguments that param_groups sets too: None means that they were not passed.
+    # Arguments that param_groups sets, too, with their defaults. None means that an argument was
+    # not passed.
     none_means: ClassVar[Mapping[str, Any]] = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0})
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
@@ -86,7 +87,7 @@ class GroupedOptimizer(Optimizer):
         super().__init__(groups, defaults)
         if own_algorithm is not None:
             check_runs(name, own_algorithm, own)
-        self.defaults = settle(defaults, passed, own)
+        self.defaults = defaults_of_groups(defaults, passed, own)
         self._check_routing(given, passed)
         if isinstance(self.defaults["lr"], Tensor):
             self.defaults["lr"] = self.defaults["lr"].clone()
@@ -95,7 +96,7 @@ class GroupedOptimizer(Optimizer):
         self._add_hooks()
 
     def _check_routing(self, given: Sequence[Mapping[str, Any]], passed: Mapping[str, Any]) -> None:
-        """Warn about groups that are probably not meant.
+        """Warn about groups that are probably a mistake.
 
         Args:
             given: The groups as the caller gave them, in the order of ``param_groups``.
@@ -112,7 +113,7 @@ class GroupedOptimizer(Optimizer):
             self._add_hooks()
 
     def _add_hooks(self) -> None:
-        """Change state dicts by hooks, so that users' hooks can run before and after."""
+        """Change state dicts in hooks, so that users' hooks can run before and after these."""
         self._saved_hook = self.register_state_dict_post_hook(to_saved_form)
         kind: Any = type(self)  # torch passes the optimizer to a hook
         self._load_hooks = (
@@ -124,8 +125,8 @@ class GroupedOptimizer(Optimizer):
         """Add a group.
 
         Args:
-            param_group: ``params`` and, where they differ from the optimizer's, ``algorithm`` and
-                its options. With ``fused=True``, torch.amp.GradScaler passes its scale to `step`,
+            param_group: ``params``, and ``algorithm`` and its options if they differ from the
+                optimizer's. With ``fused=True``, torch.amp.GradScaler passes its scale to `step`,
                 as it does with torch's fused AdamW, instead of dividing gradients itself and
                 waiting for the device.
 
@@ -200,13 +201,13 @@ class GroupedOptimizer(Optimizer):
             What ``closure`` returned.
 
         Raises:
-            NonFiniteGradientError: If a gradient holds NaN or infinity and the group's policy is
-                ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. Its
+            NonFiniteGradientError: If a gradient contains NaN or infinity and the group's policy is
+                ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. The
                 parameter was left unchanged, or with AdamW its group; others were updated.
             TypeError: If a gradient is sparse, or a trainer has replaced a parameter by a flat
                 tensor.
         """
-        self._guard.settle()
+        self._guard.read_flags()
         if closure is None and self.is_probed():
             self.init_state()
             return None
@@ -238,7 +239,8 @@ class GroupedOptimizer(Optimizer):
         The first call of a step checks all parameters of the optimizer, later ones ``params``.
 
         Args:
-            params: Those that have no gradient or belong to no group are left unchanged.
+            params: The parameters. Those that have no gradient or belong to no group are left
+                unchanged.
 
         Returns:
             The parameters whose gradients were used.
@@ -247,7 +249,7 @@ class GroupedOptimizer(Optimizer):
             TypeError: If a group needs all its gradients at once.
         """
         only = {*params}
-        if not self._parameters.is_made:
+        if not self._parameters.is_built:
             self.check_one_by_one()
             self._begin_step()
         some = self._parameters.find(only, self.param_groups)
@@ -288,7 +290,7 @@ class GroupedOptimizer(Optimizer):
 
     @torch.no_grad()
     def init_state(self) -> None:
-        """Make the state that a first step would, so that a checkpoint can be read into it.
+        """Create the state that a first step would create, so that a checkpoint can be loaded.
 
         Parameters that have state keep it. A parameter without state gets an empty entry in
         ``state``, so that torch's helpers for distributed checkpoints do not probe again: a step
@@ -341,7 +343,7 @@ class GroupedOptimizer(Optimizer):
         return max(1, len(sharers))
 
     def _init_state_of(self, slots: Iterable[Slot], group: Group) -> None:
-        """Make the state of a first step, for tensors without values."""
+        """Create the state of a first step, for tensors without values."""
         for slot in slots:
             if not self.state.get(slot.param):
                 state = _new_state(slot.param, group)
@@ -358,7 +360,7 @@ class GroupedOptimizer(Optimizer):
         return self._guard.skipped()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch does; norms as text, so that no class is pickled."""
+        """Return the state as torch does, but norms as text, so that no class is pickled."""
         self._optimizer_state_dict_post_hooks.move_to_end(self._saved_hook.id, last=False)
         return super().state_dict()
 
@@ -369,8 +371,8 @@ class GroupedOptimizer(Optimizer):
         too.
 
         Raises:
-            ValueError: If it was saved with another routing, or by an optimizer whose state cannot
-                be used: the message names the parameter or the option that differs.
+            ValueError: If the state was saved with another routing, or by an optimizer whose state
+                cannot be used; the message names the parameter or the option that differs.
         """
         before, after = self._load_hooks
         self._optimizer_load_state_dict_pre_hooks.move_to_end(before.id)
@@ -378,7 +380,7 @@ class GroupedOptimizer(Optimizer):
         super().load_state_dict(state_dict)
 
     def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Check and complete what users' hooks made of a state dict."""
+        """Check and complete a state dict, after users' hooks have changed it."""
         own = [saved_options(group) for group in self.param_groups]
         groups = adopt_adamw(own, state_dict["param_groups"])
         check_same_routing(own, groups)
@@ -412,10 +414,11 @@ class GroupedOptimizer(Optimizer):
         """Refuse momentum in a group that was built without it.
 
         torch's OneCycleLR and CyclicLR write ``momentum`` into every group. In a group with
-        ``betas`` it becomes the first of them, as these schedulers do to torch's AdamW.
+        ``betas``, it replaces the first of these, as the schedulers do with torch's AdamW.
 
         Raises:
-            ValueError: With the group and the remedy.
+            ValueError: If a group that was built without momentum has momentum; the message gives
+                the group and the remedy.
         """
         for index, (group, had_it) in enumerate(
             zip(self.param_groups, self._has_momentum, strict=False)

@@ -1,6 +1,7 @@
 """The contract of a method: how it updates the parameters of a group.
 
-A step of a method returns which gradients are finite, and leaves the other parameters unchanged.
+A step of a method returns which gradients are finite. It leaves parameters with a non-finite
+gradient unchanged.
 """
 
 from abc import ABC, abstractmethod
@@ -23,10 +24,10 @@ class Slot(NamedTuple):
     """A parameter that has a gradient in this step."""
 
     name: str  # as the model calls it, or "parameter 3 of group 0"
-    number: int  # its index among all parameters of the optimizer
+    number: int  # the parameter's index among all parameters of the optimizer
     param: Tensor
     grad: Tensor
-    finite: Tensor | None = None  # 0-dim bool: whether it counts as finite, if that is known
+    finite: Tensor | None = None  # 0-dim bool: whether the gradient is finite, if that is known
     is_scratch: bool = False  # whether the step may overwrite the gradient
 
 
@@ -34,7 +35,7 @@ class Context(NamedTuple):
     """What a step knows besides the gradients."""
 
     states: MutableMapping[Tensor, dict[str, Any]]  # Optimizer.state; a lookup creates an entry
-    loss_scale: Tensor | None = None  # 0-dim: the gradients are still multiplied by it
+    loss_scale: Tensor | None = None  # 0-dim: a factor that the gradients contain
     overflow: Tensor | None = None  # 0-dim bool, on an accelerator: if True, nothing may be written
     sharers: int = 1  # the number of sharded groups in this step that share the scratch memory
 
@@ -46,11 +47,13 @@ class Method(ABC):
     options: Mapping[str, Any]
     # Defaults of groups of this method, which take precedence over the optimizer's arguments.
     presets: Mapping[str, Any] = MappingProxyType({})
-    # Options that hold what the method counts in a group, saved with it. Users do not set them.
+    # Options in which the method counts or remembers something; they are saved with the group.
+    # Users do not set them.
     counters: ClassVar[frozenset[str]] = frozenset({"rounding_step"})
-    # Whether it treats every entry by itself, so that it also works on flattened parameters.
+    # Whether the method treats every entry by itself; it then also works on flattened parameters.
     is_elementwise: ClassVar[bool] = False
-    # Whether it is for parameters that are not hidden matrices; no optimizer is named after it.
+    # Whether the method is for parameters that are not hidden matrices; no optimizer is named after
+    # it.
     is_auxiliary: ClassVar[bool] = False
     # Why parameters cannot be updated one by one, and what to do about it; None if they can.
     needs_all_gradients: ClassVar[str | None] = None
@@ -116,11 +119,11 @@ def are_finite(slots: Sequence[Slot]) -> Steps[Tensor]:
 
 
 def _are_finite_here(grads: Sequence[Tensor]) -> Tensor:
-    held = [grad for grad in grads if grad.numel() > 0]  # a rank may hold nothing
-    if not held:
+    nonempty = [grad for grad in grads if grad.numel() > 0]  # shards may be empty
+    if not nonempty:
         return torch.ones(len(grads), dtype=torch.bool, device=grads[0].device)
-    found = kernels.select("auto", held[0].device).are_finite(held)
-    if len(held) == len(grads):
+    found = kernels.select("auto", nonempty[0].device).are_finite(nonempty)
+    if len(nonempty) == len(grads):
         return found
     flags, true = iter(found.unbind()), torch.ones_like(found[0])
     return torch.stack([next(flags) if grad.numel() > 0 else true for grad in grads])

@@ -43,8 +43,9 @@ class MNGD(GroupedOptimizer):
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
-        momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
-            and the step goes along B. Its root-mean-square is then below 1.
+        momentum_place: ``"before"``: B averages the gradients, as described for ``momentum``; or
+            ``"after"``: B averages the normalized updates, and the step goes along B. The
+            root-mean-square of the step is then below 1.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is not a matrix; the message names

@@ -1,4 +1,4 @@
-"""What happens to a gradient that holds NaN or infinity: it never reaches a weight.
+"""What happens to a gradient that contains NaN or infinity: it never reaches a weight.
 
 Under every policy its parameter is left unchanged, and others are updated; a group of AdamW is left
 unchanged as a whole, since one fused kernel writes all of it. On a CPU the flags are read at the
@@ -21,7 +21,7 @@ POLICIES = ("raise", "skip")
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds NaN or infinity; its parameter was left unchanged."""
+    """A gradient contains NaN or infinity; its parameter was left unchanged."""
 
 
 class NonFiniteGuard:
@@ -29,18 +29,18 @@ class NonFiniteGuard:
 
     def __init__(self) -> None:
         self._skipped: Counter[str] = Counter()
-        self._in_flight: list[_Flags] = []  # of this step
-        self._earlier: list[_Flags] = []  # of the previous step
+        self._in_flight: list[_Flags] = []  # flags of this step
+        self._earlier: list[_Flags] = []  # flags of the previous step
 
     def take(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
-        """Take the flags of parameters on one device: False where a gradient is not finite."""
+        """Take the flags of parameters on one device: False if a gradient is not finite."""
         if flags.device.type == "cpu" or torch.compiler.is_compiling():
             self._in_flight.append(_Flags(names, flags, policy))
         elif not _capturing(flags.device):
             self._in_flight.append(_FlagsUnderWay(names, flags, policy))
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler at once
-    def settle(self) -> None:
+    def read_flags(self) -> None:
         """Read the flags of the previous step.
 
         Raises:
@@ -50,7 +50,7 @@ class NonFiniteGuard:
         later = [own for own in self._earlier if _capturing(own.device)]
         ready = [own for own in self._earlier if own not in later]
         self._earlier = later
-        self._settle(ready)
+        self._act_on(ready)
 
     def end_step(self) -> None:
         """Read the flags on a CPU; leave those on a device or in a compiled step to the next step.
@@ -64,7 +64,7 @@ class NonFiniteGuard:
             return
         here = [own for own in flags if not isinstance(own, _FlagsUnderWay)]
         self._earlier += (own for own in flags if isinstance(own, _FlagsUnderWay))
-        self._settle(here)
+        self._act_on(here)
 
     def skipped(self) -> dict[str, int]:
         """Return how often each parameter had a non-finite gradient under the policy ``"skip"``.
@@ -72,10 +72,10 @@ class NonFiniteGuard:
         Raises:
             NonFiniteGradientError: If a group with the policy ``"raise"`` had such a gradient.
         """
-        self.settle()
+        self.read_flags()
         return dict(self._skipped)
 
-    def _settle(self, arrived: Sequence["_Flags"]) -> None:
+    def _act_on(self, arrived: Sequence["_Flags"]) -> None:
         fatal: list[str] = []
         for flags in arrived:
             bad = flags.bad()

@@ -32,7 +32,7 @@ BETAS = (0.9, 0.95)
 DEFLATED_RANK = 15
 
 # With ``adamw_lr``: the root-mean-square of AdamW's update of a hidden matrix, relative to its
-# rate. benchmarks/finetune measured 0.27 to 0.47. Of gradients that are noise alone it would be
+# rate. benchmarks/finetune measured 0.27 to 0.47. For gradients that are only noise it would be
 # √((1 - β₁) / (1 + β₁)), 0.23.
 ADAMW_UPDATE_SIZE = 0.3
 ADAMW_BETAS = (0.9, 0.999)
@@ -74,31 +74,31 @@ def param_groups(
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out: one that is
             unfrozen later does not train unless ``optimizer.add_param_group`` adds it.
-        lr: Learning rate of AdamW, a float or a tensor of one element. The default, 0.08, is what
-            study table1 measured with, at 1.3M parameters and width 128, trained from scratch. The
-            paper uses 0.02 for models of 60M to 1.3B parameters.
+        lr: Learning rate of AdamW, a float or a tensor of one element. The default, 0.08, is that
+            of study table1, in which a model of 1.3M parameters and width 128 was trained from
+            scratch. The paper uses 0.02 for models of 60M to 1.3B parameters.
         matrix_lr_scale: The paper's α: the root-mean-square change of a hidden weight in one step
             is ``matrix_lr_scale * lr``. The default, 0.025, gives 0.002, the best of four
             rates of the default recipe in the setting of study table1 (benchmarks/deflation). The
             paper uses 0.05 with its ``lr`` of 0.02, which is 0.001. Wider models need smaller
-            rates: with the deflation of that time the largest good rate fell from 0.008 at width 64
-            to 0.002 at width 256 (study width, docs/experiments.md).
+            rates: with an earlier version of deflation, the largest good rate fell from 0.008 at
+            width 64 to 0.002 at width 256 (study width, docs/experiments.md).
         adamw_lr: Instead of ``lr`` and ``matrix_lr_scale``: the rate at which AdamW would train the
-            whole model, for fine-tuning and wherever such a rate is known. AdamW's groups get this
-            rate. Hidden matrices get 0.3 of it, so that an update is as large as AdamW's
+            whole model, for fine-tuning and whenever such a rate is known. AdamW's groups get this
+            rate. Hidden matrices get 0.3 times this rate, so that an update is as large as AdamW's
             (benchmarks/finetune), and the weight decay divided by 0.3, so that a step decays all
             weights equally; embeddings and the output head decay, too. ``betas`` is then
             (0.9, 0.999) by default, as in torch.
         matrix_algorithm: ``"sinkgd"``, ``"swan"``, or ``"mngd"`` (with the norms passed to `MNGD`).
         deflated_rank: The option of every ``"sinkgd"`` group, which `SinkGD` describes;
             benchmarks/deflation compares ranks. 0 is the paper's method, without deflation.
-        weight_decay: Decoupled weight decay of all but embeddings, the output head, vectors and
-            scalars; with ``adamw_lr``, of all but vectors and scalars. Decay is multiplied by the
-            learning rate, which without ``adamw_lr`` is 40 times larger for embeddings than for
-            hidden matrices, and it would shrink the rows of words that do not occur. An override
-            may set it. The paper uses none.
-        betas: AdamW's decay rates of the two moments. The default, (0.9, 0.95), is what study
-            table1 measured with.
+        weight_decay: Decoupled weight decay of all parameters except embeddings, the output head,
+            vectors and scalars; with ``adamw_lr``, of all except vectors and scalars. Decay is
+            multiplied by the learning rate, which without ``adamw_lr`` is 40 times larger for
+            embeddings than for hidden matrices, and would shrink the rows of words that do not
+            occur. An override may set the decay of any parameter. The paper uses none.
+        betas: AdamW's decay rates of the two moments. The default, (0.9, 0.95), is that of study
+            table1.
         overrides: Maps regular expressions to an algorithm (``"adamw"``, ``"sinkgd"``,
             ``"normalize"`` …) or to group options such as
             ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. Each is searched in the parameter's
@@ -137,7 +137,7 @@ def param_groups(
         Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
         section 5. https://arxiv.org/abs/2502.06742
         Yang et al., Tensor Programs V, table 8 (the width rule). https://arxiv.org/abs/2203.03466
-        That the best learning rate of SinkGD goes with 1 / d_in is a finding of axolotl's.
+        That the best learning rate of SinkGD is proportional to 1 / d_in is a finding of axolotl.
     """
     check_model(model, "param_groups")
     rates = _rates(lr, matrix_lr_scale, adamw_lr, betas)
@@ -227,8 +227,8 @@ def check_model(model: object, function: str) -> None:
     """Refuse anything but a model, and a model with lazy modules that have not run.
 
     Raises:
-        TypeError: With the call of ``function`` that is meant.
-        ValueError: With the name of a parameter that has no shape yet.
+        TypeError: If ``model`` is not a model; the message gives the right call of ``function``.
+        ValueError: If a parameter has no shape yet; the message gives its name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -243,7 +243,7 @@ def check_overrides(overrides: object) -> None:
     """Refuse overrides that do not map patterns to algorithms or options.
 
     Raises:
-        TypeError: With an entry that does not.
+        TypeError: If an entry does not; the message gives it.
         ValueError: If a pattern is not a regular expression, or an option is out of range.
     """
     if overrides is None:
@@ -312,8 +312,8 @@ def describe_param_groups(
     list the parameters that are in no group, and say which groups the table shows.
 
     Args:
-        model: The model that the groups were made from.
-        groups: From `param_groups`, or ``optimizer.param_groups``; by default
+        model: The model whose parameters the groups contain.
+        groups: Groups from `param_groups`, or ``optimizer.param_groups``; by default
             ``param_groups(model, **options)``.
         **options: Options of `param_groups`, instead of ``groups``.
 
@@ -378,7 +378,7 @@ def _checked_groups(groups: object, options: Mapping[str, Any]) -> list[Mapping[
         raise TypeError(f"groups must be a list of groups, got {type(groups).__name__}; {_REMEDY}")
     for index, group in enumerate(found):
         if not isinstance(group, Mapping):
-            raise TypeError(f"groups must hold dicts, got {type(group).__name__}; {_REMEDY}")
+            raise TypeError(f"groups must be dicts, got {type(group).__name__}; {_REMEDY}")
         for key in ("params", "algorithm", "lr"):
             if key not in group:
                 raise TypeError(f"group {index} has no {key!r}; {_REMEDY}")
@@ -421,7 +421,7 @@ def _why(
     names: Mapping[Tensor, Sequence[str]],
     reasons: Mapping[Tensor, str],
 ) -> str:
-    """Return the reason for a parameter's algorithm, and the other names of a tied one."""
+    """Return the reason for a parameter's algorithm, and its other names if it is tied."""
     if param not in names:
         return "not a parameter of this model"
     reason = reasons.get(param, "frozen")
@@ -431,7 +431,7 @@ def _why(
 
 
 def _left_out(names: Mapping[Tensor, Sequence[str]], in_groups: set[Tensor]) -> list[str]:
-    """Return lines on the parameters of a model that are in no group, frozen and others."""
+    """Return lines about the parameters of a model that are in no group, frozen or not."""
     left = [(own[0], param) for param, own in names.items() if param not in in_groups]
     frozen = [name for name, param in left if not param.requires_grad]
     others = [name for name, param in left if param.requires_grad]

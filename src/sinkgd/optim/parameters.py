@@ -38,16 +38,16 @@ class Listed(NamedTuple):
 
     param: Tensor
     name: str  # as the model calls it, or a description for errors
-    group: int
-    place: int  # in its group
-    number: int  # among all parameters of the optimizer
+    group: int  # the index of its group
+    place: int  # its index in the group
+    number: int  # its index among all parameters of the optimizer
 
 
 class ParameterIndex:
     """Finds the parameters of an optimizer, and checks those that are new.
 
-    The index is made once per step, and again if a parameter is no longer in its place. Callers
-    pass the groups with every call, as torch may replace their list.
+    The index is built once per step, and again if a parameter is no longer in its place. Callers
+    pass the groups with every call, as torch may replace the list of groups.
     """
 
     def __init__(self, groups: Sequence[Group] = ()) -> None:
@@ -57,8 +57,8 @@ class ParameterIndex:
         self._index: dict[Tensor, Listed] | None = None
 
     @property
-    def is_made(self) -> bool:
-        """Whether the index was made since `begin_step`."""
+    def is_built(self) -> bool:
+        """Whether the index was built since `begin_step`."""
         return self._index is not None
 
     def begin_step(self, groups: Sequence[Group]) -> None:
@@ -67,7 +67,7 @@ class ParameterIndex:
         self.check(groups)
 
     def add(self, group: Group, index: int) -> None:
-        """Add the last group, whose parameters were checked."""
+        """Add a group at the end; its parameters have been checked."""
         self._checked.append(_checked(group, index))
         self._index = None
 
@@ -84,7 +84,7 @@ class ParameterIndex:
         self._index = None
 
     def find(self, params: Collection[Tensor], groups: Sequence[Group]) -> list[Listed]:
-        """Return the places of parameters in the groups; omit those that are in none."""
+        """Return the places of parameters in the groups; omit parameters that are in no group."""
         if self._index is None or not all(self._is_there(param, groups) for param in params):
             self.check(groups)
             self._index = _index_of(groups)
@@ -100,7 +100,9 @@ class ParameterIndex:
     def slots(
         self, groups: Sequence[Group], optimizer: str, some: Iterable[Listed] | None = None
     ) -> list[tuple[int, list[Slot]]]:
-        """List the parameters with a gradient: the index of a group, and its slots on one device.
+        """List the parameters that have a gradient, as pairs: a group's index, and slots.
+
+        The slots of a pair are on one device.
 
         Args:
             groups: The groups of the optimizer.
@@ -142,7 +144,7 @@ def _index_of(groups: Sequence[Group]) -> dict[Tensor, Listed]:
 
 
 def _is_at(param: Tensor, place: int, params: Sequence[Tensor]) -> bool:
-    """Whether a list holds a parameter at a place."""
+    """Whether ``params`` has a parameter at an index."""
     return place < len(params) and params[place] is param
 
 
@@ -182,7 +184,7 @@ def name_alike(groups: Sequence[Group], new: Group) -> None:
 
 
 def _are_same(groups: Sequence[Group], checked: Sequence[Checked]) -> bool:
-    """Whether the groups hold the very parameters that were checked."""
+    """Whether the groups have exactly the parameters that were checked."""
     return len(groups) == len(checked) and all(
         len(group["params"]) == len(before.params) and all(map(is_, group["params"], before.params))
         for group, before in zip(groups, checked, strict=True)
@@ -195,7 +197,7 @@ def _unchecked(
     """Yield the parameters that have not been checked: index of the group, name and parameter.
 
     Raises:
-        TypeError: If one has another shape than the parameter that it replaces.
+        TypeError: If a parameter has another shape than the parameter that it replaces.
     """
     known = {
         param
@@ -234,8 +236,8 @@ def check_group(group: Group, index: int, method: Method) -> None:
     """Refuse options out of range, and parameters that do not fit the method of group ``index``.
 
     Raises:
-        ValueError: With the option or the parameter.
-        TypeError: The same.
+        ValueError: If an option is out of range, or a parameter does not fit; the message names it.
+        TypeError: If an option or a parameter has the wrong type; the message names it.
     """
     check_kinds(group)
     if group["nonfinite"] not in POLICIES:
@@ -248,8 +250,9 @@ def check_param(name: str, param: Tensor, group: Group, method: Method) -> None:
     """Refuse a parameter that does not fit the method of its group.
 
     Raises:
-        ValueError: With its name.
-        TypeError: The same.
+        ValueError: If the parameter or an option of its group does not fit; the message names it.
+        TypeError: If the parameter is not real and floating, was flattened, or cannot be handled by
+            the method; the message gives its name.
     """
     check_initialized(name, param)
     if not param.is_floating_point():
@@ -268,7 +271,7 @@ def check_initialized(name: str, param: Tensor) -> None:
     """Refuse the parameter of a lazy module, such as ``nn.LazyLinear``, that has no shape yet.
 
     Raises:
-        ValueError: With its name.
+        ValueError: If the parameter has no shape yet; the message gives its name.
     """
     if nn.parameter.is_lazy(param):
         raise ValueError(

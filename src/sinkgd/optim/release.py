@@ -1,8 +1,8 @@
 """The step inside backward: each gradient is applied as soon as it is complete, and freed.
 
-Training then holds weights, activations and the one gradient that is being computed. A normalized
-step of a parameter only needs its own gradient: clipping by a global norm and loss scaling would
-not change it.
+In memory are then the weights, the activations, and only the gradient that is being computed. A
+normalized step of a parameter only needs its own gradient: clipping by a global norm and loss
+scaling would not change it.
 """
 
 import threading
@@ -40,25 +40,27 @@ class GradientRelease:
     gradient is left unchanged; in an AdamW group, so are the parameters that are updated together
     with it.
 
-    Parameters of the optimizer may be frozen or unfrozen at any time, and others added. A new one
-    keeps its gradient until the first ``step()``, and is released from then on.
+    Parameters of the optimizer may be frozen or unfrozen at any time, and others may be added. A
+    new parameter keeps its gradient until the first ``step()``; from then on, its gradient is
+    released, too.
 
     FSDP2 reduces gradients before they arrive here, so it works as well. On a mesh every bucket
-    sends its own messages; larger buckets need fewer.
+    sends its own messages; with larger buckets there are fewer messages.
 
     Args:
         optimizer: An optimizer of this package. Groups of ``"adamw-spam"`` are refused, since their
             step needs the norm of all gradients.
         bucket_bytes: Gradients wait until their bytes reach this number, and are then applied
-            together; the last ones wait for ``step()``. Under FSDP2 the largest shard on any rank
-            counts. With 0, every gradient is applied at once, except those below 64 KiB: they wait
-            for the next larger one, until there are 64 KiB of them, or until backward ends.
+            together; the last gradients wait for ``step()``. Under FSDP2 the largest shard on any
+            rank counts. With 0, every gradient is applied immediately, except those below 64 KiB:
+            they wait for the next larger gradient, until there are 64 KiB of them, or until
+            backward ends.
         averaged: Whether plain tensors have the same gradient on all ranks as soon as backward has
             computed it, as under tensor parallelism. DistributedDataParallel averages them later.
 
     Raises:
-        TypeError: If ``optimizer`` is not one of this package, needs all gradients at once, or
-            holds plain tensors on several ranks and ``averaged`` is False.
+        TypeError: If ``optimizer`` is not an optimizer of this package, needs all gradients at
+            once, or has plain tensors on several ranks while ``averaged`` is False.
         ValueError: If ``bucket_bytes`` is negative, or another `GradientRelease` already handles a
             parameter of ``optimizer``.
 
@@ -97,7 +99,7 @@ class GradientRelease:
         self._param_hooks: dict[Tensor, RemovableHandle] = {}
         self._waiting: dict[Tensor, None] = {}  # in the order in which gradients arrived
         self._waiting_bytes = 0
-        self._applied: set[Tensor] = set()  # in this step
+        self._applied: set[Tensor] = set()  # parameters that were updated in this step
         self._running: set[int] = set()  # calls of backward that have applied a gradient
         self._watched: set[int] = set()  # calls of backward whose end is reported
         self._follow_parameters()
@@ -116,7 +118,7 @@ class GradientRelease:
             self._accumulating = before
 
     def reset(self) -> None:
-        """Abandon the current step after an exception in backward, and free all gradients.
+        """Abandon the current step, after an exception in backward, and free all gradients.
 
         Updates that backward has already applied remain.
         """
@@ -138,7 +140,7 @@ class GradientRelease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop handling gradients; after an exception, do not apply the waiting ones."""
+        """Stop handling gradients; after an exception, do not apply the waiting gradients."""
         if error is None:
             self.remove()
         else:

@@ -5,9 +5,9 @@ Names of parameters are not used. A *block* is a module with children in a ``Mod
 the stages of a ResNet. Linear weights inside blocks are the hidden matrices. Those outside are the
 model's input and output projections. A list of output heads is not a list of blocks.
 
-Experts are hidden matrices: a list of modules, or one weight that holds the matrices of all. The
-router beside them, a linear with one output for each expert, is not a hidden matrix: its outputs
-are scores that compete, like those of an output head.
+Experts are hidden matrices: a list of modules, or one weight with the matrices of all experts. The
+router beside them, a linear module with one output for each expert, is not a hidden matrix: its
+outputs are scores that compete, like those of an output head.
 
 Wrappers (``torch.compile``, activation checkpointing, DDP, PEFT's layers) and parametrizations are
 ignored: a parameter has the role that it would have without them.
@@ -45,7 +45,7 @@ _STORED_IN_OUT = ("Llama4TextExperts",)
 # What wrappers put before the name of a module: torch.compile, DistributedDataParallel and
 # DataParallel, FullyShardedDataParallel, and torch's checkpoint_wrapper.
 _NAME_PREFIXES = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# torch.nn.utils.parametrize keeps what a parameter is made from below this child.
+# torch.nn.utils.parametrize keeps the tensors that a parameter is computed from below this child.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)$")
 
 
@@ -78,9 +78,9 @@ class _Place(NamedTuple):
 
 
 def roles(model: nn.Module) -> list[tuple[str, Tensor, Role]]:
-    """Return (name, parameter, role) for every trainable parameter, tied ones once.
+    """Return (name, parameter, role) for every trainable parameter; tied parameters occur once.
 
-    A tied parameter is a hidden matrix only if it is one in all of its places.
+    A tied parameter is a hidden matrix only if all of its places are those of a hidden matrix.
     """
     modules = _Modules(model)
     found: dict[Tensor, tuple[str, Role]] = {}
@@ -175,11 +175,11 @@ class _Modules:
     def _seen_through(
         self, path: str, module: nn.Module, attribute: str
     ) -> tuple[str, nn.Module, str, bool]:
-        """Return the module and the attribute that a parameter makes, and whether it is a gain.
+        """Return the module and the attribute that a parameter stands for, and if it is a gain.
 
-        A parametrized weight is made from what lies in ``parametrizations.weight``: an original of
-        its shape or, with a weight norm, a gain and a direction. The older `weight_norm` and
-        `spectral_norm` of ``torch.nn.utils`` keep theirs next to it.
+        A parametrized weight is computed from tensors in ``parametrizations.weight``: an original
+        of the same shape or, with a weight norm, a gain and a direction. The older `weight_norm`
+        and `spectral_norm` of ``torch.nn.utils`` keep these tensors next to the weight.
         """
         if match := _PARAMETRIZED.search(path):
             owner = path[: match.start()]
@@ -216,13 +216,13 @@ def _has_lora(module: nn.Module) -> bool:
 
 
 def _wraps_base_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of PEFT around another; "base_layer" alone is a common name."""
+    """Whether a module is a layer of PEFT around another; many modules have a "base_layer"."""
     is_tuner = _has_lora(module) or hasattr(module, "adapter_layer_names")
     return is_tuner and isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def _unwrapped(place: _Place) -> list[_Place]:
-    """Return what a wrapper wraps, in every copy that it keeps; any other module itself."""
+    """Return what a wrapper wraps, in every copy that it keeps, or a module that is no wrapper."""
     module = place.module
     children = dict(module.named_children())
     for name in _WRAPPED:
@@ -258,9 +258,9 @@ def _places(place: _Place) -> Iterator[_Place]:
 
 
 def _routers(place: _Place) -> Iterator[nn.Module]:
-    """Yield the linears beside experts that have one output for each of them.
+    """Yield the linear modules beside experts that have one output for each expert.
 
-    Such a linear may be the only one in a separate module.
+    Such a linear module may be the only one in a module of its own.
     """
     children = [inner for child in _children(place) for inner in _unwrapped(child)]
     counts = {_count_of_experts(inner.module) for inner in (place, *children)} - {0, 1}
@@ -271,7 +271,7 @@ def _routers(place: _Place) -> Iterator[nn.Module]:
 
 
 def _count_of_experts(module: nn.Module) -> int:
-    """Return how many experts a module holds: members that are alike, or a batch of matrices."""
+    """Return how many experts a module has: members that are alike, or a batch of matrices."""
     if isinstance(module, nn.ModuleList):
         alike = len({type(member) for member in module}) == 1
         return len(module) if alike and [*module.parameters()] else 0
@@ -383,7 +383,7 @@ def _of_convolution(module: nn.modules.conv._ConvNd, attribute: str) -> Role | N
 
 
 def _is_stock(module: nn.Module) -> bool:
-    """Whether a module is one of torch.nn's layers, or a class made from one."""
+    """Whether a module is a layer of torch.nn, or of a class derived from one."""
     return any(
         kind.__module__.startswith("torch.nn.modules.") and not issubclass(kind, _CONTAINERS)
         for kind in type(module).__mro__

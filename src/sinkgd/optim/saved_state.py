@@ -1,4 +1,4 @@
-"""State dicts: what they hold beyond torch's, and how a saved one is checked and adopted."""
+"""State dicts: what they contain beyond torch's, and how a saved one is checked and adopted."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ _TORCHS_OPTIONS = {
     "foreach",
 }
 
-# The state of torch's AdamW; torch decides its device and dtype. Other state that has only one
-# of these names keeps its dtype.
+# The state of torch's AdamW; torch decides its device and dtype. State that has some of these
+# names, but not both moments, keeps its dtype.
 _TORCHS_OWN = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _BOTH_MOMENTS = {"exp_avg", "exp_avg_sq"}
 
@@ -74,7 +74,7 @@ def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the ``state`` of a state dict, with numbers such as steps of old torch as tensors."""
+    """Return the ``state`` of a state dict, with numbers, such as old torch's steps, as tensors."""
     return {
         key: {
             name: torch.tensor(float(value), dtype=torch.float32, device="cpu")
@@ -87,7 +87,7 @@ def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def adopt_adamw(own_groups: Sequence[Group], saved_groups: Sequence[Group]) -> list[Group]:
-    """Return the saved groups; those of ``torch.optim.AdamW`` as groups of ``"adamw"``.
+    """Return the saved groups; turn those of ``torch.optim.AdamW`` into groups of ``"adamw"``.
 
     Raises:
         ValueError: If another optimizer saved a group that this optimizer does not give to AdamW.
@@ -122,7 +122,8 @@ def check_is_adamw(index: int, saved: Group) -> None:
     torch.optim.Adam without weight decay is AdamW.
 
     Raises:
-        ValueError: With the index of the group, and the remedy.
+        ValueError: If another optimizer saved the group; the message gives the index of the group
+            and the remedy.
     """
     if not {"lr", "betas", "eps", "weight_decay"} <= saved.keys():
         raise ValueError(
@@ -152,7 +153,8 @@ def check_same_routing(
         saved_groups: ``param_groups`` of the ``state_dict`` to load.
 
     Raises:
-        ValueError: With the first parameter or option that differs.
+        ValueError: If the routing differs; the message gives the first parameter or option that
+            does.
     """
     if len(own_groups) != len(saved_groups):
         raise ValueError(
@@ -203,8 +205,8 @@ def restore_types(
     """Restore the dtype in which our own state was saved; torch casts it to the parameter's.
 
     Args:
-        optimizer: After torch has loaded ``state_dict``.
-        state_dict: What was loaded.
+        optimizer: The optimizer, after torch has loaded ``state_dict``.
+        state_dict: The state dict that was loaded.
         before: The optimizer's state before loading. Tensors that were filled in place are kept;
             all others are copied, so that two optimizers never share state.
     """

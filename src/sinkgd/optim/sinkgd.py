@@ -60,8 +60,8 @@ class SinkGD(GroupedOptimizer):
             parameter unchanged, and count it in `skipped`).
         backend: ``"auto"``, or the name of one of `sinkgd.kernels.BACKENDS`.
         tol: Stop iterating a matrix when an iteration changes no row scale by more than ``tol``,
-            relative; at most ``sinkhorn_iterations`` are run. Changes the update by about as much.
-            None never stops early.
+            relative to its previous value; at most ``sinkhorn_iterations`` are run. This changes
+            the update by about ``tol``, relative to its size. None never stops early.
         rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
             down at random, so that small updates count in the mean). AdamW groups round as torch
             does.
@@ -70,17 +70,17 @@ class SinkGD(GroupedOptimizer):
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
         deflated_rank: Number k of the update's leading singular values that are lowered to the next
-            one; 0 leaves them. This whitens the largest directions, for two more readings of the
+            one; 0 lowers none. This whitens the largest directions, for two more passes over the
             gradient and about 10 k flops per entry. Keeps no state. The ``eager`` backend makes
-            float32 copies of the gradients, 64 MiB at a time unless a single one is larger; so does
-            ``triton`` for more than 31 directions. Groups of `param_groups` set their own.
-            Default: 0.
+            float32 copies of the gradients, 64 MiB at a time unless a single gradient is larger; so
+            does ``triton`` for more than 31 directions. Groups of `param_groups` set their own
+            rank. Default: 0.
 
     Raises:
         ValueError: If an option is out of range, does not fit a parameter, or has no effect because
             every group sets it; the message names it.
         TypeError: If ``params`` is a model, or a parameter is not real and floating.
-        ImportError: If ``backend`` names one that is not installed.
+        ImportError: If ``backend`` names a backend that is not installed.
 
     Examples:
         >>> import torch
@@ -157,7 +157,7 @@ class SinkGD(GroupedOptimizer):
     def _check_routing(self, given: Sequence[Mapping[str, Any]], passed: Mapping[str, Any]) -> None:
         """Warn of updates that are lost, and if matrices and vectors have no algorithm and no rate.
 
-        The latter is the case for ``SinkGD(model.parameters())``, and where a trainer builds the
+        The latter is the case for ``SinkGD(model.parameters())``, and if a trainer builds the
         optimizer from groups of its own, which only set the weight decay.
         """
         self._warn_of_lost_updates()

@@ -16,10 +16,12 @@ class SWAN(GroupedOptimizer):
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, (\hat G \hat G^\top)^{-1/2} \hat G \sqrt{n},
         \qquad \hat G = \sqrt{n}\, Q(G)^{-1} G
 
-    with m ≤ n; on the shorter side otherwise. It is `MNGD` with a `RowNorm` and a `SpectralNorm`.
-    The update has root-mean-square 1. Without momentum ``state`` stays empty. The whitening costs
-    at most about ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops per matrix. Matrices
-    of one shape are whitened together.
+    for m ≤ n, where Q is the diagonal matrix of row lengths. If m > n, the whitening works on the
+    columns, the shorter side: :math:`\hat G (\hat G^\top \hat G)^{-1/2} \sqrt{m}`. SWAN is `MNGD`
+    with a `RowNorm` and a `SpectralNorm`. The update has root-mean-square 1. Without momentum
+    ``state`` stays empty. The whitening costs at most about
+    ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops per matrix. Matrices of one shape
+    are whitened together.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="swan")``, or matrices: tensors or
@@ -27,7 +29,8 @@ class SWAN(GroupedOptimizer):
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
             of one element. Default: 1e-3.
         newton_schulz_steps: Steps of the whitening, at least 1.
-        num_iters: How often both projections are applied, at least 1. The paper uses 1.
+        num_iters: Number of times that rows are normalized and the result is whitened, at least 1.
+            The paper uses 1.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
@@ -39,8 +42,9 @@ class SWAN(GroupedOptimizer):
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
         nesterov: Normalize μB + (1 − μ)G instead.
-        momentum_place: ``"before"``, as above, or ``"after"``: B averages the normalized updates,
-            and the step goes along B. Its root-mean-square is then below 1.
+        momentum_place: ``"before"``: B averages the gradients, as described for ``momentum``; or
+            ``"after"``: B averages the normalized updates, and the step goes along B. The
+            root-mean-square of the step is then below 1.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is not a matrix; the message names

@@ -6,7 +6,7 @@ The loops take float32 and bfloat16, in any mix, with dense rows or dense column
     float64, parameters of other types or strides, tensor subclasses, gradients that autograd
         follows, empty ones: `EagerBackend`
     a matrix whose squares leave float32's range: a copy scaled by powers of two is read, as in
-        `sinkgd.kernels.eager`; where that fails too, as with a non-finite entry, `EagerBackend`
+        `sinkgd.kernels.eager`; if that fails, too, as with a non-finite entry: `EagerBackend`
 """
 
 import importlib.util
@@ -45,14 +45,14 @@ from sinkgd.kernels.layout import check_scales, check_start, dense, matrix_of
 
 
 class CpuBackend(EagerBackend):
-    """Compiled loops on torch's own threads: one pass over a gradient an iteration, no copy."""
+    """Compiled loops on torch's own threads: one pass over a gradient per iteration, no copy."""
 
     name = "cpu"
     package = "numba"
     install = "pip install 'sinkgd[cpu]'"
 
     def missing(self) -> str | None:
-        """Say what is absent: numba, or functions of torch's OpenMP runtime."""
+        """Return what is missing: numba, or functions of torch's OpenMP runtime."""
         if importlib.util.find_spec("numba") is None:
             return "numba is not installed"
         if torch_openmp() is None:
@@ -60,7 +60,7 @@ class CpuBackend(EagerBackend):
         return None
 
     def supports(self, device: torch.device) -> bool:
-        """CPUs."""
+        """Whether ``device`` is a CPU."""
         return device.type == "cpu"
 
     def scales(
@@ -147,13 +147,13 @@ class CpuBackend(EagerBackend):
 
         That is possible if its owner has no other matrix, and nothing else may forbid the update.
         """
-        params, grads, owners, starts, keys = matrices
+        params, grads, ranges, starts, keys = matrices
         forbidden = overflow is not None and bool(overflow)
-        alone = {own.start for own in owners if len(own) == 1 and not forbidden}
+        may_update = {own.start for own in ranges if len(own) == 1 and not forbidden}
         solver = _Solver(grads, starts)
         targets: dict[int, Target] = {}
         for i, source in enumerate(solver.inputs):
-            layout = writable(params[i]) if source is not None and i in alone else None
+            layout = writable(params[i]) if source is not None and i in may_update else None
             if source is not None and layout is not None and _match(layout, source.layout):
                 key = None if keys is None else int(keys[i])
                 targets[i] = Target(params[i].data_ptr(), layout, key=key)
@@ -161,11 +161,11 @@ class CpuBackend(EagerBackend):
         failed = solver.run(num_iters, tol, targets=targets, factors=factors)
         increment_version([params[i] for i in targets])
         if not failed and len(targets) == len(params):
-            finite = torch.ones(len(owners), dtype=torch.bool, device="cpu")
+            finite = torch.ones(len(ranges), dtype=torch.bool, device="cpu")
             return Descent(finite, solver.scales)
-        finite = finite_of(solver.scales, owners)
+        finite = finite_of(solver.scales, ranges)
         if not forbidden:
-            flags = of_each(finite, owners)
+            flags = of_each(finite, ranges)
             later = [i for i in range(len(params)) if i in failed or i not in targets]
             self.update_(
                 [params[i] for i in later],
@@ -215,7 +215,7 @@ def _are_usual(scales: Scales | CorrectedScales, flag: Tensor | None) -> bool:
 
 
 def _match(param: MatrixLayout, grad: MatrixLayout) -> bool:
-    """Whether both hold one matrix in the same order in memory."""
+    """Whether parameter and gradient are a single matrix, with the same order in memory."""
     one = len(param.offsets) == 1
     return one and param[:2] == grad[:2] and param.transposed == grad.transposed
 
@@ -248,8 +248,8 @@ class _Solver:
         """Find all scales, and update the parameters in ``targets``.
 
         Returns:
-            The gradients that the loops could not process as they are. Their parameters are not
-            updated.
+            The indices of the gradients that the loops could not process as they are. The
+            parameters of these gradients are not updated.
         """
         targets = targets or {}
         table = GradientTable(*factors)
@@ -276,7 +276,10 @@ class _Solver:
         return failed
 
     def _matrices(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Return, for matrices of the table, the gradient and the matrix's index in it."""
+        """Yield two indices for each of these matrices of the table.
+
+        They are the index of its gradient, and the index of the matrix in this gradient.
+        """
         if not numbers:
             return
         matrices = [
@@ -305,7 +308,7 @@ class _Solver:
 def _rescaled(
     matrix: Tensor, num_iters: int, *, tol: float | None, start: Tensor | None
 ) -> Scales | None:
-    """Run the loops on a copy scaled by powers of two; None where that fails too.
+    """Run the loops on a copy scaled by powers of two; return None if that fails, too.
 
     Powers of two change no rounding, so the bits are those that an unbounded float32 would give.
     """

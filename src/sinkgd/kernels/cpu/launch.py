@@ -51,7 +51,7 @@ def launch(function: str, table: "array[int]", fields: int, entries: int, *more:
         table: The table, row after row.
         fields: Number of fields of a row.
         entries: How many matrix entries are read in all.
-        more: The header's fields after those of every job.
+        more: The fields of the header that follow those that every job has.
     """
     if not table:
         return
@@ -66,7 +66,7 @@ def launch(function: str, table: "array[int]", fields: int, entries: int, *more:
 
 
 def scratch(size: int) -> int:
-    """Return the address of ``size`` bytes, aligned to 128. Each Python thread keeps its own."""
+    """Return the address of ``size`` bytes, aligned to 128. Each Python thread keeps a buffer."""
     held: Tensor | None = getattr(_local, "scratch", None)
     if held is None or held.numel() < size:
         held = _local.scratch = torch.empty(size + 128, dtype=torch.uint8, device="cpu")
@@ -100,7 +100,7 @@ def _address(entry: object) -> int:
 
 @cache
 def torch_openmp() -> OpenMP | None:
-    """Return torch's OpenMP runtime, or None where it lacks a function."""
+    """Return torch's OpenMP runtime, or None if it lacks a function."""
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_SUFFIX}"
     try:
         # A library also resolves the symbols of what it is linked against: the OpenMP runtime.
@@ -110,7 +110,7 @@ def torch_openmp() -> OpenMP | None:
 
 
 def compile_loops() -> None:
-    """Compile the loops or read them from the cache, as the first launch does otherwise.
+    """Compile the loops or read them from the cache, as the first launch would do.
 
     Compiling takes a minute.
     """
@@ -141,7 +141,7 @@ def _cached_by_numba() -> Iterator[None]:
 
 
 def loops_are_compiled() -> bool:
-    """Whether the cache holds the loops, so that `compile_loops` only reads them."""
+    """Whether the cache contains the loops, so that `compile_loops` only reads them."""
     return any(cache_folder().rglob("*.nbc"))
 
 
@@ -155,9 +155,9 @@ def cache_is_shared() -> bool:
 def cache_folder() -> Path:
     """Return the first writable folder: numba's, the package's, the user's, or a temporary one.
 
-    Its name has a digest of all files that the loops are compiled from. numba itself would only
-    notice a change in the file of the cached function, not in the files of what it calls. The
-    temporary folder is removed when the process ends.
+    The folder's name has a digest of all files that the loops are compiled from. numba itself would
+    only notice a change in the file of the cached function, not in the files of the functions that
+    it calls. The temporary folder is removed when the process ends.
     """
     here = Path(__file__).parent
     sources = [*sorted(here.glob("*.py")), here.parent / "rounding.py"]

@@ -1,4 +1,4 @@
-"""What the compiled loops can read and write, and where it lies in memory.
+"""What the compiled loops can read and write, and how it is stored in memory.
 
 `sinkgd.kernels.cpu.backend` says what happens to tensors that the loops cannot take.
 """
@@ -40,14 +40,14 @@ class MatrixLayout(NamedTuple):
     """The memory of a batch of matrices: rows in memory, in bytes."""
 
     P: int  # rows in memory of one matrix
-    Q: int  # their length, entries
-    ld: int  # bytes from one row to the next
+    Q: int  # entries of a row in memory
+    ld: int  # bytes from one row in memory to the next
     dtype: int
     transposed: bool  # a row in memory is a column of the matrix
     offsets: tuple[int, ...]  # bytes from the tensor's first entry to each matrix's
     may_be_written: bool  # no two entries share memory
-    rows: int  # of all matrices together
-    cols: int
+    rows: int  # rows of all matrices together
+    cols: int  # columns of all matrices together
 
 
 class Input(NamedTuple):
@@ -58,7 +58,7 @@ class Input(NamedTuple):
 
 
 def matrix_layout(x: Tensor) -> MatrixLayout | None:
-    """Return the layout of ``(..., m, n)``; None where the loops cannot read it as it is."""
+    """Return the layout of ``(..., m, n)``; None if the loops cannot read the tensor as it is."""
     return _matrix_layout(type(x), x.dtype, x.is_cpu, x.shape, x.stride())
 
 
@@ -88,7 +88,7 @@ def _matrix_layout(
 
 
 def readable(grad: Tensor) -> Input | None:
-    """Return what the loops can read of ``grad``; None where they cannot."""
+    """Return ``grad`` or a copy of it that the loops can read; None if they cannot read either."""
     if grad.requires_grad and torch.is_grad_enabled():
         return None
     layout = matrix_layout(grad)
@@ -102,7 +102,7 @@ def readable(grad: Tensor) -> Input | None:
 
 
 def readable_as(grad: Tensor, param: Tensor, layout: MatrixLayout) -> Input | None:
-    """Return ``grad`` in the same order in memory as ``param``; None where the loops cannot."""
+    """Return ``grad`` in the memory order of ``param``; None if the loops cannot read it."""
     own = matrix_layout(grad)
     if own is not None and own.transposed == layout.transposed and param.shape == grad.shape:
         return Input(grad, own)
@@ -112,14 +112,14 @@ def readable_as(grad: Tensor, param: Tensor, layout: MatrixLayout) -> Input | No
 
 
 def dense_input(x: Tensor) -> Input:
-    """Return a tensor that is known to have dense rows or columns."""
+    """Return the `Input` of a tensor that is known to have dense rows or columns."""
     layout = matrix_layout(x)
     assert layout is not None, f"strides {x.stride()}"
     return Input(x, layout)
 
 
 def writable(param: Tensor) -> MatrixLayout | None:
-    """Return the layout in which the loops write ``param``; None where they cannot."""
+    """Return the layout in which the loops write ``param``; None if they cannot write it."""
     layout = matrix_layout(param)
     if layout is None or not layout.may_be_written:
         return None
@@ -129,11 +129,12 @@ def writable(param: Tensor) -> MatrixLayout | None:
 class ScaleBuffer(Sequence[Scales]):
     """The scales of gradients ``(..., m, n)`` in one float32 buffer, as a sequence of `Scales`.
 
-    The buffer holds all row scales of the first gradient, then its column scales, and so on. The
-    tensors are made when they are asked for.
+    The buffer has all row scales of the first gradient, then its column scales, and so on. The
+    tensors are created on access.
 
     Args:
-        layouts: Those of the gradients; None for one whose scales are given later, by `put`.
+        layouts: The layouts of the gradients; None for a gradient whose scales are given later, by
+            `put`.
         grads: The gradients.
     """
 
@@ -152,7 +153,7 @@ class ScaleBuffer(Sequence[Scales]):
         self.addresses = [(base + 4 * row, base + 4 * col) for row, col in self._begins]
 
     def put(self, i: int, scales: Scales) -> None:
-        """Make ``scales`` those of gradient ``i``."""
+        """Set the scales of gradient ``i``."""
         self._given[i] = scales
 
     def __len__(self) -> int:

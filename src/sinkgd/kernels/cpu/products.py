@@ -4,7 +4,7 @@
 multiplies the squares of gradients by one vector of weights, for gradients that are sharded.
 
 Letters: see `sinkgd.kernels.cpu.tables`. A product "by rows" takes one number for each row in
-memory: X V, or Xᵀ Y where the layout is transposed. The other one is "by columns".
+memory: X V, or Xᵀ Y if the layout is transposed. The other product is "by columns".
 """
 
 from collections.abc import Callable, Sequence
@@ -24,31 +24,34 @@ _SMALLEST = 2.0**-126
 
 
 class CpuProducts:
-    """One pass over the gradients for each product, or for both; two if they are transposed.
+    """Products of updates, each by one pass over the gradients.
+
+    Both products together also take one pass, or two if the gradients are transposed.
 
     Args:
-        stacks: Stacks of any kind. Where the loops cannot read the gradients, the updates are made.
+        stacks: Stacks of any kind. If the loops cannot read the gradients of a stack, its updates
+            are computed and stored.
     """
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
         found = [_stack_product(stack) for stack in stacks]
         self._read = {i: own for i, own in enumerate(found) if own is not None}
-        self._made = {
+        self._stored = {
             i: eager_products([stack]) for i, stack in enumerate(stacks) if found[i] is None
         }
 
     def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return X V of each."""
+        """Return X V of each stack."""
         found = self._one(blocks, of_rows=True)
-        return self._with_made(found, lambda i, made: made.of_rows([blocks[i]])[0])
+        return self._with_stored(found, lambda i, stored: stored.of_rows([blocks[i]])[0])
 
     def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return Xᵀ Y of each."""
+        """Return Xᵀ Y of each stack."""
         found = self._one(blocks, of_rows=False)
-        return self._with_made(found, lambda i, made: made.of_cols([blocks[i]])[0])
+        return self._with_stored(found, lambda i, stored: stored.of_cols([blocks[i]])[0])
 
     def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return X V and Xᵀ X V of each."""
+        """Return X V and Xᵀ X V of each stack."""
         first, second = ProductsTable(), ProductsTable()
         for i, own in self._read.items():
             own.put(blocks[i], by_rows=not own.transposed)
@@ -59,16 +62,16 @@ class CpuProducts:
         second.run()
         of_rows = {i: own.product(by_rows=not own.transposed) for i, own in self._read.items()}
         of_cols = {i: own.product(by_rows=own.transposed) for i, own in self._read.items()}
-        made = {i: own.of_both([blocks[i]]) for i, own in self._made.items()}
+        both = {i: own.of_both([blocks[i]]) for i, own in self._stored.items()}
         return (
-            self._with_made(of_rows, lambda i, _: made[i][0][0]),
-            self._with_made(of_cols, lambda i, _: made[i][1][0]),
+            self._with_stored(of_rows, lambda i, _: both[i][0][0]),
+            self._with_stored(of_cols, lambda i, _: both[i][1][0]),
         )
 
     def squares(self) -> list[Tensor]:
-        """Return the square of each Frobenius norm, which products by rows have found."""
+        """Return the square of each Frobenius norm, which products by rows also compute."""
         found = {i: own.square() for i, own in self._read.items()}
-        return self._with_made(found, lambda _, made: made.squares()[0])
+        return self._with_stored(found, lambda _, stored: stored.squares()[0])
 
     def _one(self, blocks: Sequence[Tensor], *, of_rows: bool) -> dict[int, Tensor]:
         table = ProductsTable()
@@ -79,15 +82,15 @@ class CpuProducts:
         table.run()
         return {i: own.product(by_rows=of_rows != own.transposed) for i, own in self._read.items()}
 
-    def _with_made(
+    def _with_stored(
         self, found: dict[int, Tensor], of: Callable[[int, StoredProducts], Tensor]
     ) -> list[Tensor]:
-        both = found | {i: of(i, made) for i, made in self._made.items()}
+        both = found | {i: of(i, stored) for i, stored in self._stored.items()}
         return [both[i] for i in range(len(both))]
 
 
 def low_rank_factors(correction: LowRank) -> tuple[Tensor, Tensor]:
-    """Return minus a matrix of low rank, as the loops add it to rows in memory.
+    """Return the factors of minus a matrix of low rank, which the loops add to rows in memory.
 
     Returns:
         The left factor ``(..., P, k)``, and the right one as ``(..., Q/16, k, 16)``, padded with
@@ -105,7 +108,7 @@ class _StackProduct:
 
     Args:
         inputs: The gradients, of one layout.
-        scales: Their scales.
+        scales: The scales of the gradients.
     """
 
     def __init__(self, inputs: Sequence[Input], scales: Sequence[Scales]) -> None:
@@ -132,9 +135,9 @@ class _StackProduct:
 
         Args:
             table: The table.
-            by_rows: Whether products by rows are taken, with the vectors that were put.
-            by_columns: Whether products by columns are taken.
-            again: Whether products by rows are taken with the products by columns.
+            by_rows: Whether products by rows are computed, with the vectors given to `put`.
+            by_columns: Whether products by columns are computed.
+            again: Whether products by rows use the products by columns as their vectors instead.
         """
         given = self.col_products if again else self.col_vectors
         P, Q, width = self.layout.P, self.layout.Q, self.row_vectors.shape[-1]
@@ -177,7 +180,7 @@ class _StackProduct:
 
 
 def _stack_product(stack: Stack) -> _StackProduct | None:
-    """Return the products of a stack; None where the loops cannot read it."""
+    """Return the products of a stack; None if the loops cannot read it."""
     inputs = [readable(grad) for grad in stack.grads]
     usual = all(x.dtype == torch.float32 and x.is_contiguous() for own in stack.scales for x in own)
     kept = [source for source in inputs if source is not None]
@@ -189,10 +192,11 @@ def _stack_product(stack: Stack) -> _StackProduct | None:
 
 
 class CpuSums:
-    """One pass over the gradients for each call.
+    """Weighted sums of squares, each by one pass over the gradients.
 
-    The loops sum in float32. `EagerSums` takes over a gradient for which that is not enough, then
-    and from then on: its squares leave float32's range, or a row or column is zero.
+    The loops sum in float32. That is not enough for a gradient whose squares leave float32's range,
+    or that has a zero row or column. Once a call shows this, `EagerSums` sums that gradient in this
+    call and in all later ones.
 
     Args:
         grads: ``(..., m, n)``, of any kind.
@@ -203,7 +207,7 @@ class CpuSums:
         self._inputs = [readable(grad) for grad in grads]
         self._rows = [grad.shape[:-1].numel() for grad in grads]
         self._cols = [grad.mT.shape[:-1].numel() for grad in grads]
-        self._others: dict[int, EagerSums] = {}  # by the number of the gradient
+        self._others: dict[int, EagerSums] = {}  # by the index of the gradient
         for i, source in enumerate(self._inputs):
             if source is None:
                 self._leave(i)
@@ -217,14 +221,14 @@ class CpuSums:
         )
 
     def of_rows(self, weights: Tensor) -> Tensor:
-        """Return G² c² of each."""
+        """Return G² c² of each gradient."""
         self._of_cols.copy_(weights)
         self._row_sums.run()
         lengths = self._cols, self._rows
         return self._checked(weights, self._of_cols, self._of_rows, lengths, EagerSums.of_rows)
 
     def of_cols(self, weights: Tensor) -> Tensor:
-        """Return (G²)ᵀ r² of each."""
+        """Return (G²)ᵀ r² of each gradient."""
         self._of_rows.copy_(weights)
         self._col_sums.run()
         lengths = self._rows, self._cols
@@ -250,24 +254,24 @@ class CpuSums:
         lengths: tuple[list[int], list[int]],
         of: Callable[[EagerSums, Tensor], Tensor],
     ) -> Tensor:
-        """Return sums in float64, after gradients for which float32 is not enough were summed anew.
+        """Return sums in float64. Gradients for which float32 is not enough are summed again.
 
         Args:
             weights: The weights, float64.
-            narrow: The same in float32.
-            sums: What the loops have found.
+            narrow: The weights in float32.
+            sums: The sums that the loops have computed.
             lengths: Numbers of weights and of sums of each gradient.
-            of: The method that sums them in float64.
+            of: The method that sums a gradient in float64.
         """
         read, written = lengths
         floor = _FLOOR * (1 + max(read, default=0)) * (1 + narrow.amax()) if len(narrow) else 0
-        fair = (sums >= floor) & sums.isfinite()
-        if not bool(fair.all()):
-            for i in _owners(~fair, written):
+        valid = (sums >= floor) & sums.isfinite()
+        if not bool(valid.all()):
+            for i in _indices_of_marked(~valid, written):
                 self._leave(i)
         lost = (weights != 0) & ((narrow < _SMALLEST) | ~narrow.isfinite())
         if bool(lost.any()):
-            for i in _owners(lost, read):
+            for i in _indices_of_marked(lost, read):
                 self._leave(i)
         wide = sums.double()
         if self._others:
@@ -282,6 +286,6 @@ class CpuSums:
             self._others[i] = EagerSums([self._grads[i]])
 
 
-def _owners(marked: Tensor, lengths: Sequence[int]) -> list[int]:
-    """Return the numbers of the stretches of a vector that hold a mark."""
+def _indices_of_marked(marked: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Split a vector into parts of these lengths; return the indices of parts with a True entry."""
     return [i for i, own in enumerate(torch.split(marked, list(lengths))) if bool(own.any())]

@@ -1,9 +1,9 @@
 """Reductions over gradients: weighted sums of squares, and whether all entries are finite.
 
-The sum of a row is that of its squares, each times the weight ``v`` of its column. The sum of a
-column is that of its squares, each times the weight ``u`` of its row. Kernels sum eight rows at a
-time, and the remaining rows one by one. `sinkgd.kernels.cpu.solve` finds the scales with them; the
-jobs here are `weighted_sums` and `isfinite`. Letters: see `sinkgd.kernels.cpu.tables`.
+Here the sum of a row is the sum of the squares of its entries, each times the weight ``v`` of its
+column. The sum of a column is the same with the weight ``u`` of each row. The functions sum eight
+rows at a time, and the remaining rows one by one. `sinkgd.kernels.cpu.solve` finds the scales with
+them; the jobs here are `weighted_sums` and `isfinite`. Letters: see `sinkgd.kernels.cpu.tables`.
 """
 
 from numba import cfunc, float32, int16, int64, void
@@ -13,8 +13,8 @@ from sinkgd.kernels.cpu.layout import BF16, F32
 from sinkgd.kernels.cpu.simd import (
     LANES,
     add,
-    claim,
     compiled,
+    fetch_add,
     fill,
     inlined,
     load,
@@ -32,12 +32,14 @@ from sinkgd.kernels.cpu.simd import (
     thread_num,
 )
 
-ROWS = 8  # enough accumulators to hide latency, and as many registers again for the weights
+# Rows that are summed at once: enough accumulators to hide latency, and as many registers for the
+# weights of the rows.
+ROWS = 8
 INTERLEAVED = 256  # columns after which row sums and column sums alternate
-# Blocks of rows whose partial column sums are kept apart: a long sum in float32 loses precision.
+# Blocks of rows that form one partial column sum: a longer sum in float32 would lose precision.
 PARTIAL_BLOCKS = 64
 FINITE_BLOCK = 65536  # entries that a thread claims at a time
-AHEAD = 8192  # bytes that are prefetched
+AHEAD = 8192  # bytes from an entry that is read to the entry that is prefetched
 
 _SUMS_ROW = 8 * t.SUMS_FIELDS
 _FINITE_ROW = 8 * t.FINITE_FIELDS
@@ -154,8 +156,8 @@ def column_sums(dtype, size, g, ld, Q, u, sums, ahead):
 def both_sums(dtype, size, g, ld, Q, u, sums, v, step, ahead):
     """Add 8 rows to the column sums, and return the row sums of the 8 rows ``step`` bytes further.
 
-    The two alternate after a few hundred columns. Sixteen rows at once, a power of two apart, would
-    share one set of an L1 cache, which has eight ways. 8 rows at ``ahead`` are prefetched.
+    The two sums alternate after a few hundred columns. Sixteen rows at once, a power of two apart,
+    would share one set of an L1 cache, which has eight ways. 8 rows at ``ahead`` are prefetched.
     """
     full = Q - Q % LANES
     r0, r1, r2, r3, r4, r5, r6, r7 = _splat_eight(u)
@@ -213,7 +215,7 @@ def add_row(dtype, size, g, Q, u, sums):
 
 @compiled
 def flush(partial, sums, Q):
-    """Add partial column sums to the worker's, and set them to zero."""
+    """Add partial column sums to the worker's column sums, and set the partial ones to zero."""
     for j in range(0, Q, LANES):
         count = min(LANES, Q - j)
         x = load(float32(0), partial + 4 * j, count)
@@ -264,18 +266,19 @@ def _sum_matrix(dtype, size, entry, partial):
 def weighted_sums(job):
     """Sum the squares of a table of gradients, as one thread of a team.
 
-    A gradient belongs to the thread that claims it, so its bits depend on it alone.
+    A gradient is summed by the one thread that claims it, so the bits of its sums depend only on
+    this gradient.
     """
     table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
     partial = load_int(job + t.SCRATCH) + int64(thread_num()) * load_int(job + t.STRIDE)
-    i = claim(job + t.NEXT)
+    i = fetch_add(job + t.NEXT)
     while i < count:
         entry = table + i * _SUMS_ROW
         if load_int(entry + t.SDTYPE) == BF16:
             _sum_matrix(int16(0), 2, entry, partial)
         else:
             _sum_matrix(float32(0), 4, entry, partial)
-        i = claim(job + t.NEXT)
+        i = fetch_add(job + t.NEXT)
 
 
 @inlined
@@ -314,13 +317,13 @@ def _has_nonfinite(entry, low, high):
 
 @cfunc(void(int64), cache=True, error_model="numpy")
 def isfinite(job):
-    """Mark the tensors of a table that hold NaN or infinity, as one thread of a team.
+    """Mark the tensors of a table that contain NaN or infinity, as one thread of a team.
 
     A thread claims blocks of entries.
     """
     table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
     begin = 0
-    mine = claim(job + t.NEXT)
+    mine = fetch_add(job + t.NEXT)
     for i in range(count):
         entry = table + i * _FINITE_ROW
         entries = load_int(entry + t.ENTRIES)
@@ -329,5 +332,5 @@ def isfinite(job):
             low = (mine - begin) * FINITE_BLOCK
             if _has_nonfinite(entry, low, min(entries, low + FINITE_BLOCK)):
                 store_int(entry + t.NONFINITE, 1)
-            mine = claim(job + t.NEXT)
+            mine = fetch_add(job + t.NEXT)
         begin += blocks

@@ -1,9 +1,9 @@
 """The primitives of the compiled loops: vectors of sixteen floats, memory, and threads.
 
-Vectors have sixteen lanes on every machine, and the loops state the order of every sum. The
-optimizer does not choose it. Therefore float32 and bfloat16 gradients with the same values give the
-same bits, and NaN and infinity are preserved. An address is a plain integer. A thread receives
-integers only.
+Vectors have sixteen lanes on every machine, and the loops state the order of every sum. The order
+is never left to the compiler. Therefore float32 and bfloat16 gradients with the same values give
+the same bits, and NaN and infinity are preserved. An address is a plain integer. A thread receives
+only integers.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ def _spread(builder: Any, value: Any, like: ir.VectorType) -> Any:
     return builder.shuffle_vector(first, undefined, _bits(0, ir.VectorType(_I32, LANES)))
 
 
-def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+def _call_intrinsic(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     function_type = ir.FunctionType(result, [a.type for a in arguments])
     module = builder.module
     function = module.globals.get(name) or ir.Function(module, function_type, name)
@@ -72,12 +72,13 @@ def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
 
 
 @intrinsic
-def load(typing: Any, dtype: Any, address: Any, count: Any) -> Any:
+def load(typing: Any, like: Any, address: Any, count: Any) -> Any:
     """Read 16 numbers as float32. With ``count``, read that many and fill up with zeros.
 
-    ``dtype`` is a float32 for float32 and an int16 for bfloat16.
+    ``like`` is a dummy number. Its type says what is stored: float32 for float32, int16 for
+    bfloat16.
     """
-    narrow = dtype == int16
+    narrow = like == int16
     element, name, align = (_I16, "v16i16", 2) if narrow else (_F32, "v16f32", 4)
     memory = ir.VectorType(element, LANES)
 
@@ -88,19 +89,22 @@ def load(typing: Any, dtype: Any, address: Any, count: Any) -> Any:
         else:
             zeros = ir.Constant(memory, None)
             arguments = [pointer, ir.Constant(_I32, align), _mask(builder, args[2]), zeros]
-            x = _masked(builder, f"llvm.masked.load.{name}.p0", memory, arguments)
+            x = _call_intrinsic(builder, f"llvm.masked.load.{name}.p0", memory, arguments)
         if not narrow:
             return x
         wide = ir.VectorType(_I32, LANES)
         return builder.bitcast(builder.shl(builder.zext(x, wide), _bits(16, wide)), _VECTOR)
 
-    return vector(dtype, address, count), generate
+    return vector(like, address, count), generate
 
 
 @intrinsic
-def store(typing: Any, dtype: Any, address: Any, x: Any, count: Any) -> Any:
-    """Write 16 numbers, or ``count`` of them. bfloat16 rounds to nearest, ties to even."""
-    narrow = dtype == int16
+def store(typing: Any, like: Any, address: Any, x: Any, count: Any) -> Any:
+    """Write 16 numbers, or ``count`` of them; ``like`` is as for `load`.
+
+    Numbers are rounded to bfloat16 to nearest, ties to even.
+    """
+    narrow = like == int16
     element, name, align = (_I16, "v16i16", 2) if narrow else (_F32, "v16f32", 4)
     memory = ir.VectorType(element, LANES)
 
@@ -111,10 +115,10 @@ def store(typing: Any, dtype: Any, address: Any, x: Any, count: Any) -> Any:
             builder.store(value, pointer, align=align)
         else:
             arguments = [value, pointer, ir.Constant(_I32, align), _mask(builder, args[3])]
-            _masked(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), arguments)
+            _call_intrinsic(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), arguments)
         return context.get_dummy_value()
 
-    return void(dtype, address, x, count), generate
+    return void(like, address, x, count), generate
 
 
 def _to_bfloat16(builder: Any, x: Any) -> Any:
@@ -153,11 +157,11 @@ add, mul, div = _binary("fadd"), _binary("fmul"), _binary("fdiv")
 
 @intrinsic
 def muladd(typing: Any, x: Any, y: Any, z: Any) -> Any:
-    """Return ``x * y + z``, rounded once where the machine has an instruction for it."""
+    """Return ``x * y + z``, rounded once if the machine has an instruction for it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         arguments = list(args)
-        return _masked(builder, "llvm.fmuladd.v16f32", _VECTOR, arguments)
+        return _call_intrinsic(builder, "llvm.fmuladd.v16f32", _VECTOR, arguments)
 
     return vector(vector, vector, vector), generate
 
@@ -257,7 +261,7 @@ def prefetch(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], _I8.as_pointer())
         arguments = [pointer, *(ir.Constant(_I32, value) for value in (0, 2, 1))]
-        _masked(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+        _call_intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
         return context.get_dummy_value()
 
     return void(int64), generate
@@ -333,8 +337,8 @@ _yield = types.ExternalFunction("sinkgd_yield", types.int32())
 
 
 @intrinsic
-def claim(typing: Any, address: Any) -> Any:
-    """Add one to a shared counter, and return its value before.
+def fetch_add(typing: Any, address: Any) -> Any:
+    """Add one to a shared counter, and return its previous value.
 
     A thread that reads the counter later sees what this thread wrote before.
     """
@@ -358,7 +362,7 @@ def load_atomic(typing: Any, address: Any) -> Any:
 
 
 @inlined
-def share(count, worker, workers, unit):
+def share_begin(count, worker, workers, unit):
     """Return where a worker's share of ``count`` begins.
 
     Shares consist of whole units, and differ by at most one unit.
@@ -374,7 +378,7 @@ def barrier(job, team):
     A thread spins for some microseconds and then yields: with more threads than cores, the thread
     that all wait for may need this core.
     """
-    arrival = claim(job + t.ARRIVED)
+    arrival = fetch_add(job + t.ARRIVED)
     complete = arrival - arrival % team + team
     reads = 0
     while load_atomic(job + t.ARRIVED) < complete:

@@ -1,9 +1,9 @@
 """Multiply updates by a few vectors: the job ``multiply``, and tiles for low-rank updates.
 
-An update X = U∘G∘V is made tile by tile, 16 rows by 128 columns of float32, in scratch that stays
-in the L1 cache. One loop multiplies a tile by its rows or by its columns, or adds a matrix of low
-rank to it. The loop keeps eight sums of sixteen numbers in registers, and each number that it reads
-is added to all eight.
+An update X = U∘G∘V is computed tile by tile, 16 rows by 128 columns of float32, in scratch that
+stays in the L1 cache. One loop multiplies a tile by its rows or by its columns, or adds a matrix of
+low rank to it. The loop keeps eight sums of sixteen numbers in registers, and each number that it
+reads is added to all eight sums.
 
 The job reads X once for X V, or for Xᵀ Y, or for both in sequence, Xᵀ X V, with blocks of sixteen
 vectors. Letters: see `sinkgd.kernels.cpu.tables`.
@@ -17,8 +17,8 @@ from sinkgd.kernels.cpu.simd import (
     LANES,
     add,
     barrier,
-    claim,
     compiled,
+    fetch_add,
     fill,
     inlined,
     load,
@@ -28,7 +28,7 @@ from sinkgd.kernels.cpu.simd import (
     muladd,
     num_threads,
     prefetch,
-    share,
+    share_begin,
     splat,
     store,
     store_float,
@@ -39,7 +39,7 @@ from sinkgd.kernels.cpu.tables import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
 
 TILE_STRIDE = 4 * TILE_COLUMNS  # bytes from one row of a tile to the next
 VECTOR_BYTES = 4 * LANES
-SUMS = 8  # that are computed at a time
+SUMS = 8  # sums that are computed at a time
 
 _ROW = 8 * t.PRODUCTS_FIELDS
 
@@ -51,7 +51,7 @@ def make_tile(dtype, size, g, ld, rows, columns, u, v, tile, squares, ahead):
     """Write a tile of X, padded with zeros to whole vectors.
 
     Args:
-        dtype: Type of G, as for `load`.
+        dtype: Dummy number that says the type of G, as for `load`.
         size: Bytes of an entry of G.
         g: Address of the first entry of G.
         ld: Bytes from one row of G to the next.
@@ -60,8 +60,8 @@ def make_tile(dtype, size, g, ld, rows, columns, u, v, tile, squares, ahead):
         u: Scales of the rows.
         v: Scales of the columns.
         tile: Address of the tile.
-        squares: Sixteen numbers a row, to which the squares of its entries are added; or None.
-        ahead: Bytes from the first entry to what is prefetched.
+        squares: Sixteen sums per row, to which the squares of its entries are added; or None.
+        ahead: Bytes from the first entry to the first entry that is prefetched.
     """
     full = columns - columns % LANES
     for i in range(rows):
@@ -144,7 +144,10 @@ def _matmul(
 
 @compiled
 def _matmul_rows(tile, rows, columns, right, stride, product):
-    """Add a tile times ``right`` to ``product``: sixteen numbers a column, and sixteen a row."""
+    """Add a tile times ``right`` to ``product``.
+
+    ``right`` has sixteen numbers per column of the tile, ``product`` sixteen per row.
+    """
     _matmul(tile, TILE_STRIDE, 4, right, stride, columns, product, stride, rows)
 
 
@@ -164,7 +167,7 @@ def add_low_rank(tile, rows, columns, left, right, rank):
 
 @compiled
 def _multiply_rows(dtype, size, entry, low, high, sums, tile):
-    """Multiply the rows from ``low`` to ``high``, and add products with columns to ``sums``."""
+    """Multiply the rows from ``low`` to ``high``, and add products by columns to ``sums``."""
     ld, Q, blocks = load_int(entry + t.MLD), load_int(entry + t.MQ), load_int(entry + t.BLOCKS)
     v, right = load_int(entry + t.MV), load_int(entry + t.COL_VECTORS)
     squares = load_int(entry + t.SQUARES)
@@ -233,13 +236,15 @@ def _multiply_shared(job, entry, first, team, scratch, tile):
         sums = scratch + worker * stride if result != 0 else 0
         if result != 0:
             fill(sums, count, float32(0))
-        low, high = share(P, worker, workers, TILE_ROWS), share(P, worker + 1, workers, TILE_ROWS)
+        low = share_begin(P, worker, workers, TILE_ROWS)
+        high = share_begin(P, worker + 1, workers, TILE_ROWS)
         _multiply(entry, low, high, sums, tile)
     if result == 0:
         return False
     barrier(job, team)
     for worker in range(first, workers, team):
-        low, high = share(count, worker, workers, LANES), share(count, worker + 1, workers, LANES)
+        low = share_begin(count, worker, workers, LANES)
+        high = share_begin(count, worker + 1, workers, LANES)
         _reduce(scratch, stride, workers, result, low, high)
     return True
 
@@ -249,7 +254,8 @@ def multiply(job):
     """Multiply a table of updates, as one thread of a team.
 
     As in `sinkgd.kernels.cpu.solve.find_scales`, threads share large matrices and claim small ones.
-    Two buffers of sums alternate, so that no thread waits for those that still read the last one.
+    Two buffers of sums alternate, so that no thread waits for others that still read the previous
+    buffer.
     """
     table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
     first, team = int64(thread_num()), int64(num_threads())
@@ -261,7 +267,7 @@ def multiply(job):
             scratch = load_int(job + t.SCRATCH) + half * load_int(job + t.STRIDE) // 2
             if _multiply_shared(job, entry, first, team, scratch, tile):
                 half = 1 - half
-    i = claim(job + t.NEXT)
+    i = fetch_add(job + t.NEXT)
     while i < count:
         entry = table + i * _ROW
         P, Q = load_int(entry + t.MP), load_int(entry + t.MQ)
@@ -270,4 +276,4 @@ def multiply(job):
             if result != 0:
                 fill(result, t.VECTORS * load_int(entry + t.BLOCKS) * Q, float32(0))
             _multiply(entry, 0, P, result, tile)
-        i = claim(job + t.NEXT)
+        i = fetch_add(job + t.NEXT)

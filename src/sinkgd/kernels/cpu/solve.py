@@ -4,12 +4,12 @@ With S = G∘G, an iteration is u = Q / (S v) and v = P / (Sᵀ u). Here u and v
 scales. A parameter is updated as soon as its scales are known, while the gradient is in the cache.
 Letters: see `sinkgd.kernels.cpu.tables`.
 
-If the columns of a matrix are rows in memory, there is one difference: v comes first. Its
-iterations take a last half pass for u.
+If the columns of a matrix are rows in memory, there is one difference: an iteration finds v first.
+After the iterations, a last half pass finds u.
 
 Zero rows and columns have scales of zero. If P and Q counted them, each iteration would multiply u
 by a factor and v by its inverse. So P and Q are the numbers of nonzero rows and columns. Only the
-last half iteration, which sets the norm of the result, uses the true length.
+last half iteration, which sets the norm of the result, counts all rows or columns.
 """
 
 import math
@@ -33,9 +33,9 @@ from sinkgd.kernels.cpu.simd import (
     add,
     any_below,
     barrier,
-    claim,
     compiled,
     div,
+    fetch_add,
     fill,
     inlined,
     load,
@@ -44,7 +44,7 @@ from sinkgd.kernels.cpu.simd import (
     load_int,
     mul,
     num_threads,
-    share,
+    share_begin,
     splat,
     store,
     store_float,
@@ -64,7 +64,8 @@ SMALLEST = float32(2.0**-126)
 # The fields of a worker's scratch (`mine`), in bytes: its flags, the sums of eight rows, and its
 # column sums. Partial column sums follow in the second half.
 (ZERO_ROWS, ROWS_MOVED, ROWS_FAILED, ZERO_COLUMNS, COLUMNS_MOVED, COLUMNS_FAILED) = range(0, 48, 8)
-_MOVED, _FAILED = ROWS_MOVED - ZERO_ROWS, ROWS_FAILED - ZERO_ROWS  # the same for columns
+# Distances in bytes from a count of zeros to its two flags: the same for rows and for columns.
+_MOVED, _FAILED = ROWS_MOVED - ZERO_ROWS, ROWS_FAILED - ZERO_ROWS
 EIGHT_SUMS = 64
 SUMS = 128
 
@@ -93,8 +94,8 @@ def _invert(sums, address, count, length, floor, tested, low, high):
 def _invert_one(flags, address, value, length, floor, tested, low, high, zero):
     """Write one scale. A sum of zero is valid if the row or column is ``zero``.
 
-    ``flags`` is the address of a count of zeros. It is followed by a flag that a scale changed and
-    a flag that one is out of range.
+    ``flags`` is the address of a count of zeros. Two flags follow: whether a scale changed, and
+    whether one is out of range.
     """
     if value == 0 and zero:
         store_float(address, float32(0))
@@ -104,7 +105,7 @@ def _invert_one(flags, address, value, length, floor, tested, low, high, zero):
     store_float(address, scale)
     if not (tested and low * last <= scale <= high * last):
         store_int(flags + _MOVED, 1)
-    if not (value >= floor and scale >= SMALLEST):  # a NaN is not
+    if not (value >= floor and scale >= SMALLEST):  # also if one of them is NaN
         store_int(flags + _FAILED, 1)
 
 
@@ -195,7 +196,7 @@ def _sweep_rows(
 
 @compiled
 def _sweep(entry, mine, partial, first, end, rows, columns, forward, length, iterated, lo, hi):
-    """Run `_sweep_rows` for the gradient's type, with sums of zero.
+    """Set the sums to zero, and run `_sweep_rows` for the gradient's type.
 
     If there are only a few rows, they are added without partial sums.
     """
@@ -263,7 +264,7 @@ def _reduce(entry, worker, workers, scratch, stride, length, iterated, lo, hi):
     floor = float32(FLOOR) * (float32(P) + sum_of(load_int(entry + t.U), P))
     tested = iterated and hi > 0
     sums = scratch + SUMS
-    low, high = share(Q, worker, workers, LANES), share(Q, worker + 1, workers, LANES)
+    low, high = share_begin(Q, worker, workers, LANES), share_begin(Q, worker + 1, workers, LANES)
     for j in range(low, high, LANES):
         count = min(LANES, high - j)
         column = load(float32(0), sums + 4 * j, count)
@@ -295,8 +296,8 @@ def _begin(entry, first, team, workers):
         start = load_int(entry + (t.U if transposed else t.V))
         count = load_int(entry + (t.P if transposed else t.Q))
         for worker in range(first, workers, team):
-            low = share(count, worker, workers, 1)
-            fill(start + 4 * low, share(count, worker + 1, workers, 1) - low, float32(1))
+            low = share_begin(count, worker, workers, 1)
+            fill(start + 4 * low, share_begin(count, worker + 1, workers, 1) - low, float32(1))
 
 
 @compiled
@@ -312,13 +313,14 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
     stride, transposed = load_int(job + t.STRIDE), load_int(entry + t.TRANSPOSED) != 0
     quotients = load_int(job + t.FLOATS) + 16
     lo, hi = float32(load_double(quotients)), float32(load_double(quotients + 8))
-    settled, live_columns = False, Q
+    converged, live_columns = False, Q
     for iteration in range(iters + transposed):
-        last_rows = transposed and (iteration == iters or settled)
+        last_rows = transposed and (iteration == iters or converged)
         length = float32(Q if last_rows else live_columns)
         for worker in range(first, workers, team):
             mine = scratch + worker * stride
-            begin, end = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
+            begin = share_begin(P, worker, workers, ROWS)
+            end = share_begin(P, worker + 1, workers, ROWS)
             _sweep(
                 entry, mine, mine + stride // 2 + SUMS, begin, end, not transposed or iteration > 0,
                 not last_rows, iteration % 2 == 0, length, iteration > transposed, lo,
@@ -333,9 +335,9 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
         if iteration >= transposed:
             live_rows -= _total(ZERO_ROWS, scratch, stride, workers)
         if not transposed:
-            settled = iteration > 0 and hi > 0
-            settled = settled and _total(ROWS_MOVED, scratch, stride, workers) == 0
-        last_columns = not transposed and (iteration == iters - 1 or settled)
+            converged = iteration > 0 and hi > 0
+            converged = converged and _total(ROWS_MOVED, scratch, stride, workers) == 0
+        last_columns = not transposed and (iteration == iters - 1 or converged)
         length = float32(P if last_columns else live_rows)
         for worker in range(first, workers, team):
             _reduce(
@@ -349,8 +351,8 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
             return iteration + 1
         live_columns = Q - _total(ZERO_COLUMNS, scratch, stride, workers)
         if transposed:
-            settled = iteration > 0 and hi > 0
-            settled = settled and _total(COLUMNS_MOVED, scratch, stride, workers) == 0
+            converged = iteration > 0 and hi > 0
+            converged = converged and _total(COLUMNS_MOVED, scratch, stride, workers) == 0
     return 0
 
 
@@ -366,16 +368,16 @@ def _solve(job, entry, first, team, workers, scratch, alone):
     P, Q = load_int(entry + t.P), load_int(entry + t.Q)
     u, v = load_int(entry + t.U), load_int(entry + t.V)
     for worker in range(first, workers, team):
-        low = share(P, worker, workers, 1)
-        _sqrt(u + 4 * low, share(P, worker + 1, workers, 1) - low)
-        low = share(Q, worker, workers, 1)
-        _sqrt(v + 4 * low, share(Q, worker + 1, workers, 1) - low)
+        low = share_begin(P, worker, workers, 1)
+        _sqrt(u + 4 * low, share_begin(P, worker + 1, workers, 1) - low)
+        low = share_begin(Q, worker, workers, 1)
+        _sqrt(v + 4 * low, share_begin(Q, worker + 1, workers, 1) - low)
     if load_int(entry + t.W) == 0:
         return
     _wait(job, team, alone)
     for worker in range(first, workers, team):
         # A worker updates the rows that it has read, beginning with those that it read last.
-        low, high = share(P, worker, workers, ROWS), share(P, worker + 1, workers, ROWS)
+        low, high = share_begin(P, worker, workers, ROWS), share_begin(P, worker + 1, workers, ROWS)
         update_rows(entry, low, high, passes % 2 == 0, load_int(job + t.FLOATS), 0)
 
 
@@ -399,9 +401,9 @@ def find_scales(job):
             _solve(job, entry, first, team, workers, scratch, False)
     if shared:
         barrier(job, team)  # all threads have read the flags of the last large matrix
-    i = claim(job + t.NEXT)
+    i = fetch_add(job + t.NEXT)
     while i < count:
         entry = table + i * _ROW
         if load_int(entry + t.P) * load_int(entry + t.Q) <= load_int(job + t.SHARED_ABOVE):
             _solve(job, entry, 0, 1, 1, scratch + first * stride, True)
-        i = claim(job + t.NEXT)
+        i = fetch_add(job + t.NEXT)

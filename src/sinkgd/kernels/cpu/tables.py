@@ -3,12 +3,12 @@
 A table has a row of int64 fields for each matrix. The constants below are the fields' offsets in
 bytes. A loop receives the address of the job's header, and finds the table in it.
 
-Letters, everywhere in the loops. A matrix is seen as it lies in memory:
+Letters, everywhere in the loops. A matrix is seen as it is stored in memory:
     P, Q: its rows in memory and their length; the last stride is 1
     LD: bytes from one row in memory to the next
     U, V: addresses of the float32 scales of rows and columns in memory; of their squares, while
         the scales are being found
-    TRANSPOSED: a row in memory is a column of the matrix, so V comes first
+    TRANSPOSED: a row in memory is a column of the matrix, so an iteration finds V first
 """
 
 from array import array
@@ -23,12 +23,12 @@ from sinkgd.kernels.eager import no_movement
 # A gradient G, and a parameter W that is updated by it, or 0.
 #     DTYPE: `F32` or `BF16` of `sinkgd.kernels.cpu.layout`
 #     STARTED: the column scales, squared, are given
-#     FAILED: set by the loops where they found no scales
+#     FAILED: set by the loops if they found no scales
 #     ALLOWED: address of a bool that allows the update, or 0
 #     KEYED: round stochastically, by KEY. INDEX is the position of the first entry in the
 #         parameter, read row by row
-#     RANK: of a matrix LEFT @ RIGHT that is added to U∘G∘V, or 0. LEFT is (P, RANK); RIGHT is
-#         (Q/16, RANK, 16): RANK vectors for every sixteen columns
+#     RANK: the rank of a matrix LEFT @ RIGHT that is added to U∘G∘V, or 0. LEFT is (P, RANK); RIGHT
+#         is (Q/16, RANK, 16): RANK vectors for every sixteen columns
 (
     G, P, Q, LD, DTYPE, TRANSPOSED, U, V, STARTED, FAILED,
     W, WLD, WDTYPE, ALLOWED, KEYED, KEY, INDEX, RANK, LEFT, RIGHT,
@@ -37,15 +37,16 @@ GRADIENT_FIELDS = 20
 # A contiguous tensor X to check. NONFINITE is set by the loops.
 (X, ENTRIES, XDTYPE, NONFINITE) = range(0, 32, 8)
 FINITE_FIELDS = 4
-# A gradient whose squares are summed with weights: along its rows in memory (ALONG), by WEIGHTS of
-# columns into SUMS of rows; else down its columns, by weights of rows into sums of columns.
+# A gradient whose squares are summed with weights. If ALONG, each row in memory is summed, with
+# WEIGHTS of columns and into SUMS of rows; else each column, with weights of rows and into sums of
+# columns.
 (SG, SP, SQ, SLD, SDTYPE, ALONG, WEIGHTS, SUMS) = range(0, 64, 8)
 SUMS_FIELDS = 8
 # An update X = U∘G∘V to multiply with BLOCKS of sixteen vectors.
-#     COL_VECTORS: (Q, 16·BLOCKS), or 0: ROW_VECTORS is given
-#     ROW_VECTORS: (P, 16·BLOCKS), the product X @ COL_VECTORS, or given
+#     COL_VECTORS: (Q, 16·BLOCKS), or 0 if ROW_VECTORS is given
+#     ROW_VECTORS: (P, 16·BLOCKS), given, or receives X @ COL_VECTORS
 #     COL_PRODUCTS: (Q, 16·BLOCKS), receives Xᵀ @ ROW_VECTORS, or 0
-#     SQUARES: (P,), receives the sums of squares of rows of X, where COL_VECTORS is there
+#     SQUARES: (P,), receives the sums of squares of rows of X, if COL_VECTORS is given
 (
     MG, MP, MQ, MLD, MDTYPE, MU, MV, BLOCKS, COL_VECTORS, ROW_VECTORS, COL_PRODUCTS, SQUARES,
 ) = range(0, 96, 8)  # fmt: skip
@@ -53,18 +54,18 @@ PRODUCTS_FIELDS = 12
 # The header of a job, read by all loops up to NEXT, the next row of the table to claim.
 #     FLOATS: address of four doubles: the factors of parameter and update, then the least and the
 #         largest quotient of squared scales that count as no movement (0: not tested)
-#     TILES: scratch of `TILE_BYTES` a thread
+#     TILES: scratch of `TILE_BYTES` per thread
 #     ITERS: number of iterations
-#     SCRATCH: STRIDE bytes a thread
-#     SHARED_ABOVE: larger matrices are shared by all threads; a smaller one is one thread's
+#     SCRATCH: STRIDE bytes per thread
+#     SHARED_ABOVE: all threads share a matrix with more entries; one thread processes a smaller one
 (TABLE, COUNT, WORKERS, NEXT, FLOATS, TILES, ITERS, SCRATCH, STRIDE, SHARED_ABOVE) = range(0, 80, 8)
-ARRIVED = 256  # how often a thread came to a barrier; on a cache line of its own
+ARRIVED = 256  # number of arrivals of threads at barriers; on a cache line of its own
 
-VECTORS = 16  # of a block: as many as a SIMD vector has lanes
+VECTORS = 16  # vectors in a block: as many as a SIMD vector has lanes
 
 # A tile of an update. Two tiles and their vectors stay in an L1 cache of 32 KiB.
 TILE_ROWS, TILE_COLUMNS = 16, 128
-TILE_BYTES = 4 * TILE_ROWS * (TILE_COLUMNS + VECTORS)  # with sixteen numbers for each of its rows
+TILE_BYTES = 4 * TILE_ROWS * (TILE_COLUMNS + VECTORS)  # and sixteen numbers for each row
 
 # A pass over a matrix of up to this many entries costs less than the barriers between threads that
 # would share it.
@@ -78,7 +79,7 @@ class Target(NamedTuple):
     layout: MatrixLayout
     flag: int = 0  # address of a bool that allows the update, or 0
     key: int | None = None  # for stochastic rounding
-    rank: int = 0  # of the correction that is added to the update
+    rank: int = 0  # rank of the correction that is added to the update
     left: int = 0  # addresses of the factors from `low_rank_factors`
     right: int = 0
 
@@ -109,11 +110,11 @@ class GradientTable:
         """Add every matrix of a gradient.
 
         Args:
-            grad: Its address.
-            layout: Its layout.
+            grad: Address of the gradient.
+            layout: Layout of the gradient.
             scales: Addresses of its row and column scales: float32, one matrix after the other.
-            target: The parameter that is updated by it.
-            started: Whether the column scales hold the first c².
+            target: The parameter that the gradient updates.
+            started: Whether the column scales are already set to the first c².
         """
         P, Q, ld, dtype, transposed, offsets = layout[:6]
         u, v = (scales[1], scales[0]) if transposed else scales
@@ -142,9 +143,9 @@ class GradientTable:
         """Find the scales. Then update the parameters whose gradients have scales.
 
         Returns:
-            The numbers of the matrices without scales, counted as added.
+            The indices of the matrices for which no scales were found, in the order of `add`.
         """
-        # Two vectors a thread, each after the thread's flags. No two threads share a cache line.
+        # Two vectors per thread, each after the thread's flags. No two threads share a cache line.
         stride = 2 * 128 * (4 * self.longest // 128 + 2)
         buffer = scratch(torch.get_num_threads() * stride)
         quotients = (0.0, 0.0) if tol is None else no_movement(tol)
@@ -168,7 +169,7 @@ class GradientTable:
 class SumsTable:
     """Gradients whose squares are summed with weights. The table is kept and run again and again.
 
-    The buffers of weights and sums hold float32, one matrix after the other.
+    The buffers of weights and sums are float32, one matrix after the other.
     """
 
     def __init__(self) -> None:
@@ -181,8 +182,8 @@ class SumsTable:
         """Add every matrix of a gradient.
 
         Args:
-            grad: Its address.
-            layout: Its layout.
+            grad: Address of the gradient.
+            layout: Layout of the gradient.
             weights: Address of the weights: of columns for sums of ``rows``, else of rows.
             sums: Address of the sums.
             rows: Whether rows are summed.
@@ -208,7 +209,7 @@ class SumsTable:
 class Vectors(NamedTuple):
     """Addresses of the vectors that a matrix is multiplied with, and of the products; 0 if absent.
 
-    The letters P and Q, and what each buffer holds, are as in the table of products above.
+    The letters P and Q, and the content of each buffer, are as in the table of products above.
     """
 
     blocks: int  # of sixteen vectors each
@@ -219,7 +220,7 @@ class Vectors(NamedTuple):
 
 
 class ProductsTable:
-    """Updates X = row * grad * col to multiply with a few vectors, in one reading."""
+    """Updates X = row * grad * col to multiply with a few vectors, in one pass."""
 
     def __init__(self) -> None:
         self.fields: list[int] = []
@@ -233,7 +234,7 @@ class ProductsTable:
 
         Args:
             grad: Address of the gradient.
-            layout: Its layout.
+            layout: Layout of the gradient.
             scales: Addresses of the row and column scales of this matrix, float32.
             vectors: What the matrix is multiplied with, and the products.
             i: Which matrix of the gradient it is.
@@ -246,8 +247,8 @@ class ProductsTable:
         self.entries += P * Q
 
     def run(self) -> None:
-        """Multiply."""
-        # Two buffers of sums a thread, used alternately. No two threads share a cache line.
+        """Compute the products."""
+        # Two buffers of sums per thread, used alternately. No two threads share a cache line.
         stride, threads = 2 * 128 * (4 * self.longest // 128 + 2), torch.get_num_threads()
         buffer = scratch(threads * (stride + TILE_BYTES))
         more = 0, buffer + threads * stride, 0, buffer, stride, SINGLE_THREAD
@@ -267,7 +268,7 @@ class FiniteTable:
         self.entries += entries
 
     def run(self) -> list[bool]:
-        """Return, for each tensor as added, whether all its entries are finite."""
+        """Return, for each tensor in the order of `add`, whether all its entries are finite."""
         table = array("q", self.fields)
         launch("isfinite", table, FINITE_FIELDS, self.entries)
         return [not bad for bad in table[NONFINITE // 8 :: FINITE_FIELDS]]

@@ -10,8 +10,8 @@ from sinkgd.kernels.cpu import tables as t
 from sinkgd.kernels.cpu.layout import F32
 from sinkgd.kernels.cpu.simd import (
     LANES,
-    claim,
     compiled,
+    fetch_add,
     inlined,
     load,
     load_byte,
@@ -30,7 +30,9 @@ from sinkgd.kernels.cpu.skinny_matmul import TILE_STRIDE, add_low_rank, make_til
 from sinkgd.kernels.cpu.tables import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
 
 BLOCK = 32768  # entries that are updated at a time
-AHEAD = 8192  # bytes that are prefetched: hardware prefetchers stop at each page of 4096
+# Bytes from an entry that is read to the entry that is prefetched. Hardware prefetchers stop at
+# each page of 4096 bytes.
+AHEAD = 8192
 
 _ROW = 8 * t.GRADIENT_FIELDS
 
@@ -81,7 +83,8 @@ def _write_row(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step):
         at = w + 4 * first
         _write_nearest(float32(0), 4, g_dtype, g_size, at, g, v, r, keep, step, count)
     elif load_int(entry + t.KEYED) != 0:
-        # Index steps of the parameter from one row in memory to the next, and along it.
+        # By how much the index of an entry in the parameter grows from one row in memory to the
+        # next, and from one entry of such a row to the next.
         transposed = load_int(entry + t.TRANSPOSED) != 0
         down, along = (1, load_int(entry + t.P)) if transposed else (load_int(entry + t.Q), 1)
         index, key = load_int(entry + t.INDEX) + row * down + first * along, load_int(entry + t.KEY)
@@ -104,7 +107,7 @@ def _update_by_scales(g_dtype, g_size, entry, low, high, keep, step):
 
 @compiled
 def _update_by_tiles(g_dtype, g_size, entry, low, high, keep, step, tile):
-    """Update the rows from ``low`` to ``high`` where a matrix of low rank is added."""
+    """Update the rows from ``low`` to ``high``, with a matrix of low rank added to the update."""
     Q, ld, rank = load_int(entry + t.Q), load_int(entry + t.LD), load_int(entry + t.RANK)
     for row in range(low, high, TILE_ROWS):
         rows = min(TILE_ROWS, high - row)
@@ -166,7 +169,7 @@ def update(job):
     table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
     tile = load_int(job + t.TILES) + int64(thread_num()) * TILE_BYTES
     begin = 0
-    mine = claim(job + t.NEXT)
+    mine = fetch_add(job + t.NEXT)
     for i in range(count - 1, -1, -1):
         entry = table + i * _ROW
         P, rows = load_int(entry + t.P), _rows_of_block(entry)
@@ -177,5 +180,5 @@ def update(job):
             low = (mine - begin) * rows
             if not skip:
                 _update_block(entry, low, min(P, low + rows), load_int(job + t.FLOATS), tile)
-            mine = claim(job + t.NEXT)
+            mine = fetch_add(job + t.NEXT)
         begin += blocks

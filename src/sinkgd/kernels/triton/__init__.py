@@ -3,7 +3,7 @@
 From top to bottom:
     backend, support: which work and which tensors the kernels take
     descent, schedule: scales by whole iterations, and the update after them
-    tiles: scales by half iterations, and updates
+    half_iterations: scales by half iterations, and updates, tile by tile
     products, product_plan: products of updates with a few vectors, for deflation
     shard_sums: sums of squares, for gradients that are sharded
     tables, launch: the tables that kernels read, and how kernels are started

@@ -1,13 +1,13 @@
-"""The backend ``triton``: which work the kernels take, and who takes the rest.
+"""The backend ``triton``: which tensors the kernels accept, and what happens to others.
 
-The kernels take float32, bfloat16 and float16, in any mix, with dense rows or dense columns. An
-update that deflation lowers is neither made nor copied, for up to 31 directions. The rest:
-    gradients with other strides, or not transposed as their parameter is: a copy is read
-    more than 31 directions: the updates are made in float32
+The kernels accept float32, bfloat16 and float16, in any mix, with dense rows or dense columns. With
+deflation, an update is neither stored nor copied, for up to 31 directions. All other cases:
+    gradients with other strides, or of another order in memory than their parameter: a copy is read
+    more than 31 directions: the updates are computed and stored in float32
     float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
         empty ones: `EagerBackend`
 
-The kernels' speed is not timed.
+The speed of the kernels has not been measured.
 """
 
 import threading
@@ -51,18 +51,18 @@ from sinkgd.kernels.triton.half_iterations import (
 )
 from sinkgd.kernels.triton.launch import on
 from sinkgd.kernels.triton.product_plan import plan_of_products
-from sinkgd.kernels.triton.products import MOST, SkinnyProducts, StackProducts
+from sinkgd.kernels.triton.products import MAX_VECTORS, SkinnyProducts, StackProducts
 from sinkgd.kernels.triton.shard_sums import TritonSums
 from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, capturing, operand_of
 
-# A GPU reads as much from its memory, at 3 TB/s, while the host prepares a launch in about 20 µs.
-# Outside of a graph, a smaller bucket would wait for the host. Not timed.
+# At 3 TB/s a GPU reads about this many bytes from its memory while the host prepares a launch, in
+# about 20 µs. Outside of a graph, a smaller bucket would wait for the host. Not measured.
 LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
 
 class TritonBackend(EagerBackend):
-    """Kernels for CUDA and ROCm: one launch an iteration, whatever the number of matrices."""
+    """Kernels for CUDA and ROCm: one launch per iteration, whatever the number of matrices."""
 
     name = "triton"
     package = "triton"
@@ -72,9 +72,9 @@ class TritonBackend(EagerBackend):
         """Choose how gradients are read.
 
         Args:
-            whole_rows: Whether a program holds whole rows of a gradient, so that one launch is one
-                iteration and reads the gradient once. If not, or if rows are too long, a launch is
-                half an iteration.
+            whole_rows: Whether a program keeps whole rows of a gradient in registers, so that one
+                launch is one iteration and reads the gradient once. If not, or if rows are too
+                long, a launch is half an iteration.
             products_by_dot: Whether kernels multiply gradients by vectors, and subtract the leading
                 directions as they write a parameter. If not, torch does so on updates in float32.
         """
@@ -90,11 +90,11 @@ class TritonBackend(EagerBackend):
         return self.products_by_dot
 
     def missing(self) -> str | None:
-        """Say what is missing: triton, which comes with torch on GPUs, or a C compiler."""
+        """Return what is missing: triton, which comes with torch on GPUs, or a C compiler."""
         return support.missing()
 
     def supports(self, device: torch.device) -> bool:
-        """CUDA from compute capability 8.0, ROCm; CPUs under triton's interpreter, for tests."""
+        """Whether kernels run on ``device``; see `sinkgd.kernels.triton.support.supports`."""
         return support.supports(device)
 
     def scales(
@@ -192,13 +192,13 @@ class TritonBackend(EagerBackend):
             _some(matrices.starts),
             matrices.params,
             matrices.keys or (),
-            tuple(map(len, matrices.owners)),
+            tuple(map(len, matrices.ranges)),
         )
         found = None
         if support.overflow_readable(overflow, device):
             found = self._run(tensors, num_iters, tol, factors, if_prepared=True)
         if found is None:
-            ours = [self._takes(matrices, own, overflow) for own in matrices.owners]
+            ours = [self._takes(matrices, own, overflow) for own in matrices.ranges]
             if not all(ours) or not ours:
                 options = {"num_iters": num_iters, "keep": keep, "step": step}
                 return self._in_part(matrices, ours, **options, tol=tol, overflow=overflow)
@@ -220,7 +220,7 @@ class TritonBackend(EagerBackend):
         return merge_descents(ours, matrices, some, in_halves(others, **options))
 
     def _takes(self, matrices: Matrices, own: range, overflow: Tensor | None) -> bool:
-        """Whether the kernels of whole rows take all matrices of one owner."""
+        """Whether the kernels of whole rows accept all matrices of one owner."""
         if not self.whole_rows or len(own) == 0:
             return False
         device = matrices.params[0].device
@@ -248,10 +248,12 @@ class TritonBackend(EagerBackend):
     def packed_products(
         self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared
     ) -> SkinnyProducts | None:
-        """Return the products of updates, where the kernels read all of them."""
-        alone = len({grad.device for grad in grads}) == 1
-        fits = shared.vectors.shape[-1] <= MOST
-        if not (self.products_by_dot and alone and fits and support.multiplied(grads, scales)):
+        """Return the products of updates, or None unless the kernels can read all gradients."""
+        on_one_device = len({grad.device for grad in grads}) == 1
+        fits = shared.vectors.shape[-1] <= MAX_VECTORS
+        if not (
+            self.products_by_dot and on_one_device and fits and support.multiplied(grads, scales)
+        ):
             return None
         return self._products_of(grads, scales, shared)
 
@@ -284,7 +286,7 @@ class TritonBackend(EagerBackend):
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         for param, own in zip(params, scales, strict=True):
             check_scales(param, own.row, own.col)
-        grads, pairs = self._made_where_needed(params, grads, scales)
+        grads, pairs = self._apply_corrections_if_needed(params, grads, scales)
         flags = [None] * len(params) if allowed is None else allowed
         bits = [None] * len(params) if keys is None else keys
         others: list[int] = []
@@ -309,15 +311,16 @@ class TritonBackend(EagerBackend):
                 keys=None if keys is None else [keys[i] for i in others],
             )
 
-    def _made_where_needed(
+    def _apply_corrections_if_needed(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         scales: Sequence[Scales | CorrectedScales],
     ) -> tuple[list[Tensor], list[Scales | CorrectedScales]]:
-        """Return gradients and scales, with an update in place of a gradient where it is needed.
+        """Return gradients and scales.
 
-        It is needed where the kernels do not subtract the low-rank part of `CorrectedScales`.
+        If the kernels cannot subtract the low-rank part of `CorrectedScales`, the update takes the
+        place of the gradient.
         """
         found_grads, found_scales = [*grads], [*scales]
         for i, own in enumerate(scales):
@@ -335,7 +338,7 @@ class TritonBackend(EagerBackend):
         factors: tuple[float | Tensor, float | Tensor],
         device: torch.device,
     ) -> None:
-        # Kept until all is launched.
+        # These may be copies, which must live until all kernels are launched.
         sources = [aligned(write.grad, write.param) for write in writes]
         operands = tuple(
             UpdateOperands(
@@ -375,38 +378,38 @@ class _Write(NamedTuple):
 
 
 def _bucket_bytes(device: torch.device) -> int:
-    """Return how many bytes of gradients a bucket of half iterations holds."""
+    """Return how many bytes of gradients a bucket of half iterations has."""
     size = _cached_bytes(device)
     return size if device.type == "cpu" or capturing(device) else max(size, LAUNCH_BYTES)
 
 
 def _cached_bytes(device: torch.device) -> int:
-    """Return how many bytes of gradients a bucket of whole rows holds."""
+    """Return how many bytes of gradients a bucket of whole rows has."""
     return INTERPRETER_BYTES if device.type == "cpu" else _half_of_cache(device)
 
 
 @cache
 def _half_of_cache(device: torch.device) -> int:
-    """Return how many bytes stay in the cache and give every processor two tiles."""
+    """Return half the size of the L2 cache, or two tiles for every processor if that is more."""
     properties = torch.cuda.get_device_properties(device)
     tiles = 2 * properties.multi_processor_count
     return max(properties.L2_cache_size // 2, tiles * AREA * 2)
 
 
 def _some(starts: Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
-    """Return the initial column scales, or nothing where there are none."""
+    """Return the initial column scales, or an empty sequence if no gradient has any."""
     return starts if starts and any(start is not None for start in starts) else ()
 
 
 def _factor(value: float | Tensor, device: torch.device) -> float | Tensor:
-    """Return a factor as the kernels take it: a tensor on the device is read there."""
+    """Return a factor as the kernels accept it: a number, or a tensor on the device."""
     if not isinstance(value, Tensor):
         return float(value)
     return value if value.device == device else float(value)
 
 
 def _in_memory(sides: Sequence[Tensor], *, transposed: bool) -> Sequence[Tensor]:
-    """Return the sides in the order of rows in memory and columns."""
+    """Return the sides of a matrix in memory order: that of its rows in memory comes first."""
     return sides[::-1] if transposed else sides
 
 

@@ -7,7 +7,7 @@ scales. Nothing waits for the device.
 Apart from addresses, launches depend only on the signature of the tensors. A later step of the same
 signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
 sends the addresses of all tensors if one has moved, and starts the launches. The signature is
-looked up in every step, for every tensor, so it holds only what torch returns at once.
+looked up in every step, for every tensor, so it has only what torch returns immediately.
 """
 
 from collections import OrderedDict
@@ -30,15 +30,15 @@ from sinkgd.kernels.triton.launch import (
     kernels,
 )
 from sinkgd.kernels.triton.schedule import Bucket, Kind, Schedule, half_panel, schedule_of
-from sinkgd.kernels.triton.tables import BARE, GIVEN, SCALED, DeviceTables, operand_of
+from sinkgd.kernels.triton.tables import GIVEN, SCALED, UNSCALED, DeviceTables, operand_of
 
 MAX_PREPARED = 64  # descents; a model has few, even if its parameters are updated one by one
 FEW_THREADS = 128
-REGISTERS = 1 << 16  # of a streaming multiprocessor
+REGISTERS = 1 << 16  # registers of a streaming multiprocessor
 
 
 class DescentTensors(NamedTuple):
-    """The tensors of a descent: lists of one length, or empty."""
+    """The tensors of a descent, in lists of equal length; a list may also be empty."""
 
     grads: Sequence[Tensor]
     starts: Sequence[Tensor | None] = ()  # initial column scales
@@ -98,12 +98,12 @@ class PreparedDescents:
         """Find scales, and update parameters if there are any.
 
         Args:
-            tensors: On one device, of dtypes and layouts that the kernels take.
+            tensors: Tensors on one device, of dtypes and layouts that the kernels accept.
             num_iters: Iterations, at least 1.
             tol: Stop iterating a matrix once its row scales change by no more than this.
-            factors: Of the update.
+            factors: Factors of the update.
             bucket_bytes: Bytes of gradients in a bucket.
-            if_prepared: Run only if this descent was prepared before; then nothing is checked.
+            if_prepared: Run only if this descent was prepared before, without checking anything.
 
         Returns:
             The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite; None
@@ -173,7 +173,7 @@ def _signature_of(
 ) -> tuple[tuple[Hashable, ...], list[int]] | None:
     """Return the signature of tensors, and their addresses, 0 for None.
 
-    Return None if some tensor is of a subclass, which may have no address.
+    Return None if one of the tensors is an instance of a subclass, which may have no address.
     """
     signature: list[Hashable] = [torch.is_grad_enabled()]
     addresses = []
@@ -230,7 +230,10 @@ def _launches(
 def _iterate(
     bucket: Bucket, iterations: _Iterations, target: GpuTarget | None
 ) -> Iterator[PreparedLaunch]:
-    """Read a bucket once per iteration. This finds all scales but the last u of transposed ones."""
+    """Read a bucket once per iteration.
+
+    This finds all scales, except the last u of transposed matrices.
+    """
     count, tol, started = iterations
     kernel, last = kernels("full_iteration").full_iteration, 1 + bucket.kind.transposed
     bounds = no_movement(0.0 if tol is None else tol)
@@ -268,29 +271,30 @@ def iteration_constants(
 
     Args:
         kind: Kind of the bucket.
-        phase: 0 for the first iteration; 1 for the second of transposed matrices; else a later one.
+        phase: 0 for the first iteration. For transposed matrices, 1 for the second and 2 for all
+            later iterations; for others, 1 for all later ones.
         tol: Whether converged matrices are skipped.
         started: Whether some gradient has initial column scales.
         target: None for the interpreter.
     """
-    origins = [(GIVEN, BARE), (BARE, SCALED)] if kind.transposed else [(BARE, BARE)]
+    origins = [(GIVEN, UNSCALED), (UNSCALED, SCALED)] if kind.transposed else [(UNSCALED, UNSCALED)]
     u_from, v_from = (*origins, (SCALED, SCALED))[phase]
     panel, threads = kind.panel, kind.threads
-    bare = BARE in (u_from, v_from)
-    if bare:
+    unscaled = UNSCALED in (u_from, v_from)
+    if unscaled:
         panel, threads = half_panel(panel, threads)  # it needs more registers
-    lean = not bare and not tol and kind.dtype.itemsize == 2
+    lean = not unscaled and not tol and kind.dtype.itemsize == 2
     return {
         "DTYPE": kernels("primitives").DTYPES[kind.dtype],
         **panel._asdict(),
         "U_FROM": u_from,
         "V_FROM": v_from,
         "TRANSPOSED": kind.transposed,
-        "STARTED": started and bare,
+        "STARTED": started and unscaled,
         "TOL": tol,
         "CHUNK": min(panel.A, 4 * threads),
         "VECTOR": kind.vector,
-        **options_of(target, threads, wide=kind.vector > 1, bare=bare, lean=lean),
+        **options_of(target, threads, wide=kind.vector > 1, unscaled=unscaled, lean=lean),
     }
 
 
@@ -321,21 +325,21 @@ def options_of(
     threads: int,
     *,
     wide: bool,
-    bare: bool = False,
+    unscaled: bool = False,
     lean: bool = False,
 ) -> dict[str, object]:
     """Return the compiler's options, such that no kernel runs out of registers.
 
     Args:
         target: None for the interpreter.
-        threads: Number of threads that hold a panel.
-        wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
-        bare: Whether it is an iteration that finds scales from the unscaled gradient.
-        lean: Whether 128 registers are enough: most iterations, on entries of 2 bytes.
+        threads: Number of threads that work on a panel.
+        wide: Whether loads are of 16 bytes; narrow loads need more registers for their addresses.
+        unscaled: Whether the kernel is an iteration that finds scales from the unscaled gradient.
+        lean: Whether 128 registers are enough. They are for most iterations on entries of 2 bytes.
     """
     if target is None:
         return {}
-    if target.backend == "hip" and bare:
+    if target.backend == "hip" and unscaled:
         threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // target.warp, "enable_fp_fusion": True}
     if target.backend == "cuda":
@@ -349,7 +353,7 @@ def options_of(
 
 
 class FlatScales(Sequence[Scales]):
-    """The scales of many matrices, as views of one tensor that are made when asked for."""
+    """The scales of many matrices, as views of one tensor that are created on access."""
 
     def __init__(
         self,
@@ -380,7 +384,7 @@ class FlatScales(Sequence[Scales]):
         return Scales(self._view(row, (*batch, m, 1)), self._view(col, (*batch, 1, n)))
 
     def __iter__(self) -> Iterator[Scales]:
-        """Yield views of all, with four calls of torch, and two more for each batch."""
+        """Yield the views of all matrices, with four calls of torch and two more per batch."""
         sizes, end = [], 0
         for (*batch, m, n), row, col in zip(self._shapes, self._rows, self._cols, strict=True):
             sizes += [row - end, prod(batch) * m]

@@ -1,20 +1,21 @@
-"""The kernel of a descent that reads the gradient once an iteration.
+"""The kernel of a descent that reads the gradient once per iteration.
 
 Letters: as in `sinkgd.kernels.triton.tables` and `sinkgd.kernels.triton.schedule`, and
     g: entries of the gradient
-    y: the gradient under its scales, u * g * v; the kernel sums its squares
-    f: the factor by which the squares of y grow when their row's scale is found
+    y: the scaled gradient, u * g * v; the kernel sums its squares
+    f: the factor by which the squares of y in a row grow with the row's new scale
 
-One launch of `full_iteration` is one iteration. A program holds whole rows in registers: it sums
-their squares, finds u from the sums, and sums the columns of the same squares under the new u. It
-does so for some panels of rows, one after the other, and then stores one partial sum for each
+One launch of `full_iteration` is one iteration. A program keeps whole rows in registers: it sums
+their squares, finds u from the sums, and sums the columns of the same squares, scaled by the new u.
+It does so for some panels of rows, one after the other, and then stores one partial sum for each
 column. Programs form groups of eight neighbors: the last one to arrive adds up the eight partial
 sums; the last of eight groups goes on; the last of all finds v. No program waits, and no sum
 depends on the order of arrival.
 
-When a scale is found for the first time, the gradient may have any size: squares are then summed
-under a power of two of their own, which is stored next to the partial sums of columns. Later, the
-rows or columns of y have the right length already and their squares stay in range.
+When a scale is found for the first time, the gradient may have any size. The entries of a row or
+column are then divided by a power of two before they are squared. The powers of columns are stored
+next to the partial sums. Later, the rows or columns of y already have the right length, and their
+squares stay in range.
 """
 
 import triton
@@ -33,15 +34,15 @@ from sinkgd.kernels.triton.primitives import (
 )
 from sinkgd.kernels.triton.schedule import FAN_IN
 from sinkgd.kernels.triton.tables import (
-    BARE,
     GIVEN,
     SCALED,
+    UNSCALED,
     DescentMatrix,
     DescentState,
     RowProgram,
 )
 
-_GIVEN, _BARE, _SCALED = tl.constexpr(GIVEN), tl.constexpr(BARE), tl.constexpr(SCALED)
+_GIVEN, _UNSCALED, _SCALED = tl.constexpr(GIVEN), tl.constexpr(UNSCALED), tl.constexpr(SCALED)
 
 _MATRIX = tl.constexpr(len(DescentMatrix._fields))
 _TENSOR, _OFFSET = field(DescentMatrix, "tensor"), field(DescentMatrix, "offset")
@@ -52,7 +53,7 @@ _PARTIAL_SUMS, _ARRIVALS = field(DescentMatrix, "partial_sums"), field(DescentMa
 _PROGRAMS = field(DescentMatrix, "programs")
 
 _NONZERO_U, _NONZERO_V = field(DescentState, "nonzero_u"), field(DescentState, "nonzero_v")
-_MOVED, _SETTLED = field(DescentState, "moved"), field(DescentState, "settled")
+_MOVED, _CONVERGED = field(DescentState, "moved"), field(DescentState, "converged")
 
 _PROGRAM, _NUMBER = tl.constexpr(len(RowProgram._fields)), field(RowProgram, "number")
 _FIRST, _END = field(RowProgram, "first"), field(RowProgram, "end")
@@ -72,9 +73,9 @@ def program_and_matrix(table, matrices, programs, count, flip):
 
 @triton.jit
 def _first_scale(total, inverse, target):
-    """Return the scale under which a sum of bare squares becomes ``target``.
+    """Return the scale that brings a sum of squares of unscaled entries to ``target``.
 
-    The squares were summed under the inverse of a power of two.
+    The entries were multiplied by ``inverse``, a power of two, before they were squared.
     """
     scale = tl.sqrt_rn(tl.div_rn(target, total)) * inverse
     scale = tl.where(scale > LARGEST, LARGEST, scale)
@@ -84,9 +85,9 @@ def _first_scale(total, inverse, target):
 
 @triton.jit
 def _next_scale(before, total, target):
-    """Return the scale under which a sum of squares becomes ``target``, and the squares' growth.
+    """Return the scale that brings a sum of squares to ``target``, and how the squares grow.
 
-    The squares were summed under ``before``.
+    The squares were scaled by ``before``.
     """
     f = tl.div_rn(target, total)
     f = tl.where(total == 0, 0.0, f)
@@ -100,9 +101,9 @@ def find_u(
     """Find u of a panel.
 
     Returns:
-        u; the squares of y under the u before, for both tiles; f; the sums of the rows.
+        u; the squares of y with the previous u, for both tiles; f; the sums of the rows.
     """
-    if FROM == _BARE:
+    if FROM == _UNSCALED:
         yA, yB = gA, gB
         if not ONES:
             yA = yA * vA[None, :]
@@ -135,7 +136,8 @@ def find_u(
             total += sum_along(sB, 1)
         else:
             sB = gB
-        # Every thread computes this, so a root to 23 bits must do; f is the square of u's growth.
+        # Every thread computes this, so a fast root with 23 correct bits is used. f is the square
+        # of the growth of u.
         grown = tl.where(total == 0, 0.0, tl.rsqrt(total * tl.div_rn(1.0, target)))
         found = before * grown
         f = grown * grown
@@ -143,8 +145,8 @@ def find_u(
 
 
 @triton.jit
-def _add_bare(g, u, sums, powers):
-    """Add the column sums of the squares of u * g to ``sums``, whose units are ``powers``."""
+def _add_unscaled(g, u, sums, powers):
+    """Add the column sums of the squares of u * g to ``sums``, in units of squared ``powers``."""
     y = g * u[:, None]
     higher = tl.maximum(powers, peak_powers(y, 0))
     quotient = powers * inverse_power(higher)
@@ -165,7 +167,7 @@ def _power(exponent):
 @triton.jit
 def _store_partial_sums(partial_sums, exponents, cols, Q, sums, powers, FROM: tl.constexpr):
     tl.store(partial_sums + cols, sums, mask=cols < Q)
-    if FROM == _BARE:
+    if FROM == _UNSCALED:
         tl.store(exponents + cols, _exponent(powers), mask=cols < Q)
 
 
@@ -178,7 +180,7 @@ def _group_total(
     at = k.to(tl.int64)[:, None] * stride + cols[None, :]
     read = (k < size)[:, None] & (cols < Q)[None, :]
     sums = tl.load(partial_sums + at, mask=read, other=0.0, cache_modifier=".cg")
-    if FROM == _BARE:
+    if FROM == _UNSCALED:
         powers = _power(tl.load(exponents + at, mask=read, other=-126, cache_modifier=".cg"))
         highest = tl.reduce(powers, 0, tl.standard._elementwise_max)
         quotient = powers * inverse_power(highest)[None, :]
@@ -190,7 +192,7 @@ def _group_total(
 
 @triton.jit
 def _share(state, P, Q, TRANSPOSED: tl.constexpr):
-    """Return the factor of the column scales' target where rows or columns are zero.
+    """Return the factor of a target that accounts for zero rows and columns.
 
     A row or column whose scale is zero adds nothing to the sum of all squares. Both sides must aim
     at the same sum, or the scales would drift apart by a factor in every iteration.
@@ -208,19 +210,19 @@ def _share(state, P, Q, TRANSPOSED: tl.constexpr):
 )
 def full_iteration(
     grads,  # addresses
-    starts,  # addresses of initial column scales, or 0; read where STARTED
+    starts,  # addresses of initial column scales, or 0; read if STARTED
     table,
     scales,
     all_partial_sums,
     counters,  # int32: `DescentState` of matrices, flags of owners, arrivals of programs
     matrices,  # where the matrices of this launch begin in the table
-    programs,  # where its programs begin
-    count,  # of programs
+    programs,  # where the programs of this launch begin in the table
+    count,  # number of programs
     flip,  # whether programs take the rows in reverse order
-    iteration,  # from 1, by its column scales
-    last,  # whether it is the last
-    low,  # squares of the factors by which a row may move and still count as settled
-    high,
+    iteration,  # number of the iteration that finds the column scales, from 1
+    last,  # whether this iteration is the last
+    low,  # the least quotient of squared scales that counts as no movement
+    high,  # the largest one
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     A: tl.constexpr,
@@ -229,19 +231,19 @@ def full_iteration(
     V_FROM: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # a row in memory is a column of the matrix
     STARTED: tl.constexpr,  # whether some tensor has initial column scales
-    TOL: tl.constexpr,  # whether settled matrices are left
+    TOL: tl.constexpr,  # whether converged matrices are skipped
     CHUNK: tl.constexpr,  # columns whose partial sums are added up at once
-    VECTOR: tl.constexpr,  # entries in 16 bytes where loads are that wide, else 1
+    VECTOR: tl.constexpr,  # entries in 16 bytes if loads are that wide, else 1
 ):
     """Find u from v, then v from u, and read the gradient once.
 
-    The v of a transposed matrix are its row scales: its first launch is given u, and the last
-    launch of a descent, `finish`, finds u.
+    The v of a transposed matrix are its row scales. Its first launch is given u, and the last
+    launch of a descent, `finish`, finds the last u.
     """
     program, matrix = program_and_matrix(table, matrices, programs, count, flip)
     state = counters + tl.load(matrix + _STATE)
     if TOL:
-        if tl.load(state + _SETTLED) != 0:
+        if tl.load(state + _CONVERGED) != 0:
             return
     number = tl.load(program + _NUMBER).to(tl.int32)
     first = tl.load(program + _FIRST).to(tl.int32)
@@ -262,7 +264,7 @@ def full_iteration(
     vA = tl.full((A,), 1.0, tl.float32)
     vB = tl.full((B if B > 0 else A,), 1.0, tl.float32)
     if U_FROM != _GIVEN:
-        if U_FROM == _BARE and not TRANSPOSED:
+        if U_FROM == _UNSCALED and not TRANSPOSED:
             if STARTED:
                 given = tl.where(begin != 0, Q, 0)
                 vA = tl.load(start + colsA, mask=colsA < given, other=1.0)
@@ -273,7 +275,7 @@ def full_iteration(
             if B > 0:
                 vB = tl.load(v + colsB, mask=colsB < Q, other=0.0)
 
-    target = Q.to(tl.float32)  # of the squares of a row under its new scale
+    target = Q.to(tl.float32)  # the sum of the squares of a row with its new scale
     share = 1.0
     if U_FROM == _SCALED and (TRANSPOSED or TOL):
         share = _share(state, P, Q, TRANSPOSED)
@@ -301,22 +303,22 @@ def full_iteration(
             found, sA, sB, f, total = find_u(
                 u, rows, valid, gA, gB, vA, vB, target, B, U_FROM, not TRANSPOSED and not STARTED
             )
-            if U_FROM == _BARE:
+            if U_FROM == _UNSCALED:
                 nonzero += (found != 0).to(tl.int32)
             if TOL and (U_FROM == _SCALED and not TRANSPOSED):
                 move = tl.where(iteration >= 3, f, tl.div_rn(f, share))
                 moves |= (valid & (total != 0) & ((move >= low) & (move <= high) == 0)).to(tl.int32)
-            tl.debug_barrier()  # warps that hold the same rows have all loaded u
+            tl.debug_barrier()  # all warps that work on the same rows have loaded u
             tl.store(u + rows, found, mask=valid)
-        if V_FROM == _BARE:
-            sumsA, powersA = _add_bare(gA, found, sumsA, powersA)
+        if V_FROM == _UNSCALED:
+            sumsA, powersA = _add_unscaled(gA, found, sumsA, powersA)
             if B > 0:
-                sumsB, powersB = _add_bare(gB, found, sumsB, powersB)
+                sumsB, powersB = _add_unscaled(gB, found, sumsB, powersB)
         else:
             sumsA += sum_along(sA * f[:, None], 0)
             if B > 0:
                 sumsB += sum_along(sB * f[:, None], 0)
-    if U_FROM == _BARE:
+    if U_FROM == _UNSCALED:
         tl.atomic_add(state + _NONZERO_U, sum_along(nonzero, 0), sem="relaxed")
     if TOL and (U_FROM == _SCALED and not TRANSPOSED):
         if tl.reduce(moves, 0, tl.standard._elementwise_max) != 0:
@@ -335,14 +337,14 @@ def full_iteration(
     nonfinite = counters + tl.load(matrix + _NONFINITE)
     node = number
     nodes = matrix_programs
-    node_stride = stride.to(tl.int64)  # from the sums of a node to its neighbor's
+    node_stride = stride.to(tl.int64)  # from the sums of a node to those of its neighbor
     level = 0  # where the arrivals of this level begin
     going = True
     while going:
         group = node // _FAN_IN
         groups = (nodes + _FAN_IN - 1) // _FAN_IN
         size = tl.minimum(nodes - group * _FAN_IN, _FAN_IN)
-        tl.debug_barrier()  # other threads' stores come before this one's arrival
+        tl.debug_barrier()  # the stores of other threads come before the arrival of this thread
         arrived = tl.atomic_add(arrivals + level + group, 1, sem="acq_rel")
         going = False
         if arrived == size - 1:
@@ -388,7 +390,7 @@ def _find_v(
     TOL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Find v from the last partial sums; note whether it is finite and whether rows moved."""
+    """Find v from the last partial sums; store whether it is finite and whether rows moved."""
     moved = tl.load(state + _MOVED, cache_modifier=".cg")
     target = P.to(tl.float32)
     share = 1.0
@@ -408,7 +410,7 @@ def _find_v(
         total, power = _group_total(
             partial_sums, exponents, node_stride, size, cols, Q, FROM, CHUNK
         )
-        if FROM == _BARE:
+        if FROM == _UNSCALED:
             found = _first_scale(total, inverse_power(power), target)
             nonzero += (valid & (found != 0)).to(tl.int32)
         else:
@@ -418,9 +420,9 @@ def _find_v(
                 move = tl.where(iteration >= 3, f, tl.div_rn(f, share))
                 moves |= (valid & (total != 0) & ((move >= low) & (move <= high) == 0)).to(tl.int32)
         bad |= (valid & ((tl.abs(found) <= LARGEST) == 0)).to(tl.int32)
-        tl.debug_barrier()  # warps that hold the same columns have all loaded v, and `moved`
+        tl.debug_barrier()  # all warps that work on the same columns have loaded v and `moved`
         tl.store(v + cols, found, mask=valid)
-    if FROM == _BARE:
+    if FROM == _UNSCALED:
         tl.store(state + _NONZERO_V, sum_along(nonzero, 0))
     if tl.reduce(bad, 0, tl.standard._elementwise_max) != 0:
         tl.store(nonfinite, 1)
@@ -429,6 +431,6 @@ def _find_v(
             moved = tl.reduce(moves, 0, tl.standard._elementwise_max)
         if moved == 0:
             if iteration >= 2:
-                tl.store(state + _SETTLED, 1)
+                tl.store(state + _CONVERGED, 1)
         if not TRANSPOSED:
             tl.store(state + _MOVED, 0)

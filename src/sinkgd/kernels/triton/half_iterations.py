@@ -1,10 +1,10 @@
 """Half iterations and updates, tile by tile: tiles, the plan of a call, and its launches.
 
-Scales take two launches an iteration and one more, an update takes one, whatever the number of
-matrices; nothing waits for the device. A bucket holds the matrices of one launch: of one kind, and
-so few that their gradients stay in the cache from one half iteration to the next. A matrix has the
-same bits in any bucket. A plan depends on shapes, strides, types and alignment alone, so steps
-share it.
+A bucket has the matrices of one launch: of one kind, and so few that their gradients stay in the
+cache from one half iteration to the next. To find the scales of a bucket takes two launches per
+iteration and one more; an update takes one launch. Nothing waits for the device. The scales of a
+matrix have the same bits in any bucket. A plan depends only on shapes, strides, types and
+alignment, so steps share it.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
 """
@@ -33,8 +33,8 @@ from sinkgd.kernels.triton.tables import (
 
 Row = TypeVar("Row")
 
-# Entries of an iteration's tile; each of the threads holds 64 of them in float32. An update's has
-# half as many, of the gradient and of the parameter.
+# Entries of a tile in an iteration; each thread has 64 of them in float32. A tile of an update has
+# half as many entries of the gradient, and as many of the parameter.
 AREA = 1 << 14
 THREADS = 256
 NARROWEST_DOT = 16  # the least side of a tile that is a product of matrices
@@ -42,7 +42,7 @@ PROGRAMS = 256  # about two for each processor of a large GPU
 
 
 class Tile(NamedTuple):
-    """The tiles of a launch; by the matrix's shape alone, as the bits of sums depend on it."""
+    """The shape of tiles, which decides the bits of sums; it depends only on a matrix's shape."""
 
     BM: int
     BN: int
@@ -53,7 +53,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(P: int, Q: int, area: int) -> Tile:
-    """Return a tile of ``area`` entries: long where the matrix is narrow, else near square."""
+    """Return a tile of ``area`` entries: long if the matrix is narrow, else nearly square."""
     for side in (8, 32):
         if side >= Q:
             return Tile(area // side, side)
@@ -65,7 +65,7 @@ def tile_of(P: int, Q: int, area: int) -> Tile:
 def tile_of_product(P: int, Q: int, area: int) -> Tile:
     """Return a tile of ``area`` entries for an update that subtracts a product of matrices.
 
-    A square tile needs the fewest rows of these matrices; a side has at least 16.
+    A square tile needs the fewest rows of these matrices; a side has at least 16 entries.
     """
     side = NARROWEST_DOT
     while side * side < area and side < min(P, Q):
@@ -74,18 +74,18 @@ def tile_of_product(P: int, Q: int, area: int) -> Tile:
 
 
 def tiles_per_program(count: int, tiles: int, side: int, entry_bytes: int) -> int:
-    """Return how many tiles a program takes of one of ``count`` lines of ``tiles`` each.
+    """Return how many tiles of a line one program takes; there are ``count`` lines of ``tiles``.
 
     Before a program reads a tile it reads ``tiles`` partial sums of 4 bytes for each scale across
-    the line. The tiles that it takes, of ``side`` entries for each scale, hold eight times as many
-    bytes, if that leaves programs enough for a whole GPU.
+    the line. The tiles that it takes, of ``side`` entries for each scale, have eight times as many
+    bytes, if that leaves enough programs for a whole GPU.
     """
     most = min(-(-tiles * 8 * 4 // (side * entry_bytes)), count * tiles // PROGRAMS)
     return max(1, most)
 
 
 def tile_programs(matrix: int, count: int, tiles: int, per_program: int) -> Tensor:
-    """Divide ``count`` lines of ``tiles`` each among programs: rows of `TileProgram`."""
+    """Divide ``count`` lines of ``tiles`` tiles among programs; return rows of `TileProgram`."""
     line = torch.arange(count, dtype=torch.int64, device="cpu")
     first = torch.arange(0, tiles, per_program, dtype=torch.int64, device="cpu")
     line, first = line.repeat(len(first)), first.repeat_interleave(count)
@@ -96,10 +96,10 @@ def tile_programs(matrix: int, count: int, tiles: int, per_program: int) -> Tens
 class Kind(NamedTuple):
     """What a kernel is compiled for."""
 
-    dtypes: tuple[torch.dtype, ...]  # of the gradient; in an update, of the parameter before it
+    dtypes: tuple[torch.dtype, ...]  # of the gradient; in an update, of parameter and gradient
     tile: Tile
     transposed: bool
-    vector: int  # entries of the narrowest type in 16 bytes where loads are that wide, else 1
+    vector: int  # entries of the narrowest type in 16 bytes if loads are that wide, else 1
     rank: int = 0  # `LowRankSides.width` of the matrix that an update subtracts; 0 for none
     is_dense: bool = False  # as in `LowRankSides`
 
@@ -118,8 +118,8 @@ class Plan(NamedTuple):
 
     buckets: tuple[Bucket, ...]
     table: Tensor  # int64, on the host
-    rows: tuple[int, ...] = ()  # of each tensor, the offset of its row scales among all scales
-    cols: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()  # for each tensor, the offset of its row scales among all scales
+    cols: tuple[int, ...] = ()  # the same for its column scales
     scales: int = 0  # entries of all scales
     sums: int = 0  # entries of the partial sums of one bucket
     matrices: int = 0
@@ -142,7 +142,7 @@ def _fill(
 
 
 def _area(vector: int) -> int:
-    """Return the entries of a tile: fewer for narrow loads, whose addresses take registers."""
+    """Return how many entries a tile has: fewer if loads are narrow and need more addresses."""
     return AREA if vector > 1 else AREA // 2
 
 
@@ -189,13 +189,13 @@ def plan_of_scales(
 class Scratch(NamedTuple):
     """What the launches of a call write."""
 
-    scales: tuple[Tensor, Tensor]  # float32, of even and odd iterations; the first is returned
+    scales: tuple[Tensor, Tensor]  # float32, used alternately; the first has the result
     sums: Tensor  # partial sums of one bucket, float32
     nonzero: Tensor  # how many row and column scales of each matrix are not zero, int32
     moved: Tensor | None  # whether a row of each matrix moved, int32, a vector for each iteration
 
     def scales_of(self, iteration: int, num_iters: int) -> Tensor:
-        """Return where the scales of an iteration go: for the last, the tensor that is returned."""
+        """Return the tensor for the scales of an iteration: for the last, the first tensor."""
         return self.scales[(num_iters - iteration) % 2]
 
     def moved_in(self, iteration: int, num_iters: int) -> Tensor:
@@ -231,8 +231,8 @@ def find_scales(
     Args:
         bucket: Matrices of one kind.
         scratch: Receives scales and sums.
-        table: The plan's, on the device.
-        addresses: Of the gradients, and of their initial column scales or 0.
+        table: The table of the plan, on the device.
+        addresses: Addresses of the gradients, and of their initial column scales or 0.
         num_iters: Iterations, at least 1.
         tol: Stop iterating a matrix once its row scales change by no more than this.
     """
@@ -250,7 +250,7 @@ def find_scales(
     for half in range(2 * num_iters + 1):
         done, of_cols = divmod(half, 2)
         old, new = (scratch.scales_of(done + of_cols - i, num_iters) for i in (1, 0))
-        in_memory = bool(of_cols) == bucket.kind.transposed  # rows in memory are summed
+        in_memory = bool(of_cols) == bucket.kind.transposed  # whether rows in memory are summed
         programs = bucket.for_rows if in_memory else bucket.for_cols
         launch.launch(
             square_sums.half_iteration,
@@ -271,21 +271,21 @@ def find_scales(
 
 
 class LowRankSides(NamedTuple):
-    """The two sides of a matrix of low rank that an update subtracts, as they lie in memory."""
+    """The two sides of a matrix of low rank that an update subtracts, as stored in memory."""
 
     rank: int
-    left: tuple[int, ...]  # strides
-    right: tuple[int, ...]
-    aligned: bool  # the first entries of both, to 16 bytes
+    left: tuple[int, ...]  # strides of the left side
+    right: tuple[int, ...]  # strides of the right side
+    aligned: bool  # whether the first entries of both are aligned to 16 bytes
 
     @property
     def width(self) -> int:
-        """Return the rank rounded up to what kernels are compiled for."""
+        """Return the rank rounded up to a number that kernels are compiled for."""
         return max(NARROWEST_DOT, 1 << (self.rank - 1).bit_length())
 
     @property
     def is_dense(self) -> bool:
-        """Whether rows are dense, have that width, and begin at multiples of 16 bytes."""
+        """Whether rows are dense, have `width` entries, and begin at multiples of 16 bytes."""
         strides = [stride for side in (self.left, self.right) for stride in side[:-1]]
         full = self.rank == self.width and self.left[-1] == self.right[-1] == 1
         return self.aligned and full and all(stride % ALIGNED_FLOATS == 0 for stride in strides)
@@ -369,7 +369,7 @@ def update_parameters(
 
     Args:
         bucket: Matrices of one kind.
-        table: The plan's, on the device.
+        table: The table of the plan, on the device.
         addresses: Rows of `UpdateAddresses`, one for each parameter.
         factors: ``keep`` and ``step``; tensors on the device are read there.
         rounding: Whether bfloat16 is rounded by the keys among the addresses.
@@ -406,9 +406,9 @@ def options_of(
 
     Args:
         target: None for the interpreter.
-        wide: Whether loads are of 16 bytes; narrow ones need more registers for their addresses.
-        first: Whether it is the first iteration, which finds powers of two in addition to the sums.
-        product: Whether it is an update that subtracts a product of matrices.
+        wide: Whether loads are of 16 bytes; narrow loads need more registers for their addresses.
+        first: Whether this is the first iteration, which finds powers of two besides the sums.
+        product: Whether this is an update that subtracts a product of matrices.
     """
     if target is None:
         return {}
@@ -417,6 +417,6 @@ def options_of(
         threads *= 4 if first else 2  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // target.warp, "enable_fp_fusion": True}
     if target.backend == "cuda" and wide and not first:
-        # Programs hide each other's waits: two on a processor, or three that have a product.
+        # Two programs on one processor hide each other's latency, or three that have a product.
         options["maxnreg"] = 168 if product else 128
     return options

@@ -1,13 +1,13 @@
-"""Starts kernels: by triton's dispatcher, or past it where a launch is prepared.
+"""Starts kernels: through triton's dispatcher, or directly if a launch is prepared.
 
 The dispatcher, ``JITFunction.run``, binds the arguments of every launch, finds out what they
 specialize the kernel to, looks up the compiled kernel and calls its launcher. `PreparedLaunches`
-does this once for each `Variant`; later launches call the launcher alone, as the dispatcher does.
+does this once for each `Variant`; later launches only call the launcher, as the dispatcher would.
 
-How the dispatcher calls a launcher is no public interface: triton 3.2 leaves the constants out,
+How the dispatcher calls a launcher is not a public interface: triton 3.2 leaves the constants out,
 later versions pass them. So the dispatcher's source is compared with `_CALLS`. If no entry matches,
-`is_direct` warns once and every launch goes through the dispatcher, as it does where a profiler has
-set a hook.
+`is_direct` warns once, and every launch goes through the dispatcher. Launches also go through it if
+a profiler has set a hook.
 """
 
 import inspect
@@ -40,7 +40,7 @@ def kernels(module: str) -> ModuleType:
 
 
 def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> Any:
-    """Start ``programs`` programs of ``kernel`` by the dispatcher; return the compiled kernel."""
+    """Start ``programs`` programs of ``kernel`` with the dispatcher; return the compiled kernel."""
     return kernel[(programs,)](*arguments, **constants)
 
 
@@ -61,7 +61,7 @@ def target_of(device: torch.device) -> GpuTarget | None:
 
 
 def multiplies_tf32(target: GpuTarget | None) -> bool:
-    """Whether a product of float32 matrices must be made of three products of tf32."""
+    """Whether a product of float32 matrices must be computed as three products of tf32."""
     return target is None or target.backend == "cuda"
 
 
@@ -71,7 +71,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 class PreparedLaunch(NamedTuple):
-    """One launch, but for the arguments that change from step to step."""
+    """One launch, without the arguments that change from step to step."""
 
     kernel: Any
     programs: int
@@ -152,8 +152,7 @@ def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, 
     """Return what a kernel is compiled for because of the arguments before its constants.
 
     It distinguishes at least what triton distinguishes: types, pointers that are multiples of 16,
-    and integers that need 64 bits or, where a kernel is specialized to them, are 1 or multiples of
-    16.
+    and integers that need 64 bits or, if a kernel is specialized to them, are 1 or multiples of 16.
     """
     return tuple(
         argument_class(argument, is_general=param.do_not_specialize)
@@ -166,7 +165,7 @@ def argument_class(argument: object, *, is_general: bool) -> Hashable:
 
     Args:
         argument: A tensor or a number.
-        is_general: Whether triton is told not to look at its value.
+        is_general: Whether triton is told not to specialize the kernel to its value.
     """
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
@@ -180,7 +179,7 @@ _INT32 = range(-(1 << 31), 1 << 31)
 
 
 def _without_tensors(arguments: Sequence[object]) -> tuple[object, ...]:
-    """Return arguments with addresses in place of tensors, which the launcher would ask for."""
+    """Return arguments with addresses in place of tensors, so that the launcher asks for none."""
     return tuple([x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
@@ -188,8 +187,8 @@ def _variant_of(kernel: Any, compiled: Any, constants: Mapping[str, object]) -> 
     """Return a variant of ``kernel``.
 
     Args:
-        kernel: As written.
-        compiled: What the dispatcher returned.
+        kernel: The kernel as written, a ``JITFunction``.
+        compiled: The compiled kernel, which the dispatcher returned.
         constants: The keyword arguments of that launch.
     """
     names = [param.name for param in kernel.params if param.is_constexpr]
@@ -211,7 +210,7 @@ def _driver() -> Any:
 
 
 def is_direct() -> bool:
-    """Whether launchers are called past the dispatcher; if not, a warning says so once."""
+    """Whether launchers are called directly; if that is not possible, a warning says so once."""
     return _passes_constants() is not None and not _is_hooked()
 
 
@@ -228,11 +227,11 @@ _CALLS = {
 
 @cache
 def _passes_constants() -> bool | None:
-    """Whether launchers take a kernel's constants, too; None where that is not known."""
+    """Whether launchers take a kernel's constants, too; None if that is not known."""
     jit = import_module("triton.runtime.jit")
     try:
         source = inspect.getsource(jit.JITFunction.run)
-    except OSError:  # there is none
+    except OSError:  # the source is not available
         source = ""
     source = re.sub(r"\s+", " ", source)
     found = [passes for call, passes in _CALLS.items() if call in source]

@@ -78,10 +78,10 @@ def inverse_power(power):
 def peak_powers(x, AXIS: tl.constexpr):
     """Return the power of two at or below the largest entry along ``AXIS``.
 
-    NaN is ignored. For a line that holds only NaN, the power is undefined.
+    NaN is ignored. For a line of only NaN, the power is undefined.
     """
     size = tl.abs(x)
-    if INTERPRETED:  # the interpreter's maximum returns NaN; a compiled one ignores it
+    if INTERPRETED:  # the interpreter's maximum returns NaN; a compiled maximum ignores it
         size = tl.where(x == x, size, 0.0)
     return power_of_two(tl.reduce(size, AXIS, tl.standard._elementwise_max))
 

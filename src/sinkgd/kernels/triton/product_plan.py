@@ -2,8 +2,8 @@
 
 The vectors of all matrices are stored in two tensors: one for vectors with an entry for each row of
 a matrix, one for those with an entry for each column. A matrix fills whole blocks of 128 rows of
-these tensors; zeros follow its own entries. A plan depends on shapes, strides, types and alignment
-alone, so steps share it.
+these tensors; zeros follow its own entries. A plan depends only on shapes, strides, types and
+alignment, so steps share it.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from sinkgd.kernels.triton.tables import Operand, ProductMatrix, vector_width
 
 BLOCK = 128  # rows of vectors; each matrix fills whole blocks
-ROWS = 64  # of a program's product
+ROWS = 64  # rows of a product that one program computes
 
 
 class Kind(NamedTuple):
@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     transposed: bool  # a row in memory is a column of the matrix
-    vector: int  # entries in 16 bytes where loads are that wide, else 1
+    vector: int  # entries in 16 bytes if loads are that wide, else 1
 
 
 class Bucket(NamedTuple):
@@ -40,17 +40,20 @@ class Plan(NamedTuple):
     """Where matrices and vectors are stored."""
 
     buckets: tuple[Bucket, ...]
-    table: Tensor  # int64, on the host: matrices, owners of the blocks of rows and of columns
+    # int64, on the host: the matrices, then the matrix of each block of rows and of columns
+    table: Tensor
     matrices: int
-    first: tuple[int, ...]  # of each tensor, its first matrix
+    first: tuple[int, ...]  # for each tensor, the index of its first matrix
     ends: tuple[int, int]  # how many rows the two tensors of vectors have
-    counts: tuple[Tensor, Tensor]  # blocks of each matrix, int64 on the host
-    sides: Tensor  # of each matrix, its shorter side and its entries: (2, matrices) float64 there
-    tensors: Tensor | None  # matrices of each tensor, int64 there; None where each has one
+    counts: tuple[Tensor, Tensor]  # numbers of blocks of each matrix, int64 on the host
+    # For each matrix, its shorter side and its number of entries: (2, matrices) float64 on the host
+    sides: Tensor
+    # The number of matrices of each tensor, int64 on the host; None if each has one matrix
+    tensors: Tensor | None
 
 
 def padded_rows(length: int) -> int:
-    """Return the rows of vectors that a side of ``length`` fills."""
+    """Return how many rows of vectors a side of ``length`` fills."""
     return -(-length // BLOCK) * BLOCK
 
 
@@ -65,10 +68,10 @@ def plan_of_products(
 
     Args:
         grads: The gradients.
-        shapes: Theirs.
+        shapes: Shapes of the gradients.
         shared: The offset of each gradient's vectors among the vectors that gradients share, which
             have an entry for each column.
-        bucket_bytes: Bytes of gradients in a bucket; a larger gradient is alone in one.
+        bucket_bytes: Bytes of gradients in a bucket; a larger gradient has a bucket of its own.
     """
     filled = _fill(grads, shapes, bucket_bytes)
     number = row_end = col_end = 0

@@ -20,23 +20,24 @@ from sinkgd.kernels.triton import launch
 from sinkgd.kernels.triton.launch import GpuTarget, kernels, multiplies_tf32
 from sinkgd.kernels.triton.product_plan import BLOCK, ROWS, Bucket, Kind, Plan, padded_rows
 
-MOST = 32  # vectors of a launch
+MAX_VECTORS = 32  # of a launch
 
 
 class StackProducts:
-    """Products of the updates of stacks, by kernels where these read the gradients.
+    """Products of updates, a tensor for each stack. Kernels compute them if they can read a stack.
 
     Args:
-        stacks: Of any kind; where the kernels do not read one, its updates are made in memory.
-        readable: Whether the kernels read a stack.
-        start: Makes the products of gradients with their scales.
+        stacks: Stacks of any kind. If the kernels cannot read a stack, its updates are computed and
+            stored.
+        readable: Whether the kernels can read a stack.
+        build: Builds the `SkinnyProducts` of gradients, given these and their scales.
     """
 
     def __init__(
         self,
         stacks: Sequence[Stack],
         readable: Callable[[Stack], bool],
-        start: Callable[[Sequence[Tensor], Sequence[Scales]], "SkinnyProducts"],
+        build: Callable[[Sequence[Tensor], Sequence[Scales]], "SkinnyProducts"],
     ) -> None:
         self._stacks = stacks
         self._stored: dict[int, StoredProducts] = {}
@@ -49,19 +50,19 @@ class StackProducts:
         self._runs: list[tuple[list[int], SkinnyProducts]] = []
         for own in by_device.values():
             grads = [grad for i in own for grad in stacks[i].grads]
-            self._runs.append((own, start(grads, [x for i in own for x in stacks[i].scales])))
+            self._runs.append((own, build(grads, [x for i in own for x in stacks[i].scales])))
 
     def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return X V of each."""
+        """Return X V of each stack."""
         return self._one_side(blocks, of_rows=True)
 
     def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return Xᵀ Y of each."""
+        """Return Xᵀ Y of each stack."""
         return self._one_side(blocks, of_rows=False)
 
     def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return X V and Xᵀ X V of each."""
-        if max(block.shape[-1] for block in blocks) > MOST:
+        """Return X V and Xᵀ X V of each stack."""
+        if max(block.shape[-1] for block in blocks) > MAX_VECTORS:
             rows = self.of_rows(blocks)
             return rows, self.of_cols(rows)
         rows_of: dict[int, Tensor] = {}
@@ -87,8 +88,8 @@ class StackProducts:
         for own, products in self._runs:
             most = max(blocks[i].shape[-1] for i in own)
             results = []
-            for first in range(0, most, MOST):  # more vectors take more launches
-                some = [block[..., first : first + MOST] for block in blocks]
+            for first in range(0, most, MAX_VECTORS):  # more vectors take more launches
+                some = [block[..., first : first + MAX_VECTORS] for block in blocks]
                 vectors = self._pack(own, products, some)
                 packed = products.of_rows(vectors) if of_rows else products.of_cols(vectors)
                 results.append(self._unpack(own, products, packed, some, of_rows=of_rows))
@@ -99,7 +100,7 @@ class StackProducts:
         return _in_order(found)
 
     def _pack(self, own: list[int], products: "SkinnyProducts", blocks: Sequence[Tensor]) -> Tensor:
-        """Put vectors where the kernels read them."""
+        """Return the vectors in the layout in which the kernels read them."""
         width = max(blocks[i].shape[-1] for i in own)
         padded: list[Tensor] = []
         for i in own:
@@ -135,12 +136,13 @@ class SkinnyProducts:
     """Products of the updates of some gradients, on one device.
 
     Args:
-        plan: Of these gradients.
-        shapes: Theirs.
-        on_device: Copies a tensor that does not change to the device, and keeps it.
-        addresses: Of each gradient, its row scales and its column scales.
+        plan: The plan of products with these gradients.
+        shapes: Shapes of the gradients.
+        on_device: Copies a constant tensor to the device and caches the copy.
+        addresses: For each gradient, the addresses of it, its row scales and its column scales.
         kept: The tensors that have these addresses.
-        shared: Vectors that gradients share, with an entry for each column, as the plan has them.
+        shared: Vectors that several gradients share, with an entry for each column; the plan has
+            the offset of each gradient in them.
     """
 
     def __init__(
@@ -163,19 +165,19 @@ class SkinnyProducts:
         ends = [end // BLOCK for end in plan.ends]
         self.row_owners, self.col_owners = torch.split(self._matrices[-sum(ends) :], ends)
         self._counts = tuple(map(on_device, plan.counts))
-        self.least, self.entries = on_device(plan.sides).view(2, -1, 1, 1).unbind()
+        self.shorter_side, self.entries = on_device(plan.sides).view(2, -1, 1, 1).unbind()
         self._tensors = None if plan.tensors is None else on_device(plan.tensors)
         self._powers = self._empty(2 * plan.matrices)
         self._squares: Tensor | None = None
-        self._start("balance_scales", plan.matrices, {}, self._powers)
+        self._launch("balance_scales", plan.matrices, {}, self._powers)
 
     def of_rows(self, vectors: Tensor) -> Packed:
-        """Return X V of each matrix, of ``(cols, k)`` float64."""
+        """Return X V of each matrix; ``vectors`` has all V, ``(cols, k)`` float64."""
         rows, _ = self._products(vectors, rows=True)
         return self._packed(rows, vectors.shape[-1], of_rows=True)
 
     def of_cols(self, vectors: Tensor) -> Packed:
-        """Return Xᵀ Y of each matrix, of ``(rows, k)`` float64."""
+        """Return Xᵀ Y of each matrix; ``vectors`` has all Y, ``(rows, k)`` float64."""
         _, cols = self._products(vectors, cols=True)
         return self._packed(cols, vectors.shape[-1], of_rows=False)
 
@@ -226,7 +228,7 @@ class SkinnyProducts:
         return _in_order(dict(zip(self.order, parts, strict=True)))
 
     def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
-        """Return of each gradient, 0-dim, whether the flags of all its matrices are true."""
+        """Return, for each gradient, a 0-dim flag: whether those of all its matrices are True."""
         if self._tensors is not None:
             bad = (~flags).double()
             flags = torch.segment_reduce(bad, "sum", lengths=self._tensors, unsafe=True) == 0
@@ -245,14 +247,15 @@ class SkinnyProducts:
         If both are asked for, Xᵀ is multiplied by the first product.
         """
         width = vectors.shape[-1]
-        K = 16 if width <= 16 else MOST
+        K = 16 if width <= 16 else MAX_VECTORS
+        unused = self._powers  # for arguments that a kernel neither reads nor writes
         results = tuple(
-            self._empty(end, K) if asked else self._powers
+            self._empty(end, K) if asked else unused
             for end, asked in zip(self.plan.ends, (rows, cols), strict=True)
         )
         scaled = {
             splits: tuple(
-                self._empty(end, splits * K, dtype=_dtype(splits)) if used else self._powers
+                self._empty(end, splits * K, dtype=_dtype(splits)) if used else unused
                 for end, used in zip(self.plan.ends, (cols, rows), strict=True)
             )
             for splits in {self._splits(bucket.kind) for bucket in self.plan.buckets}
@@ -262,7 +265,7 @@ class SkinnyProducts:
             self._squares = self._empty(self.plan.ends[0])
         for kind, blocks in self._runs(of_rows=not rows):
             splits = self._splits(kind)
-            self._start(
+            self._launch(
                 "scale_vectors", len(blocks),
                 {"OF_ROWS": kind.transposed == rows, "SHARED": shared, "K": K, "SPLITS": splits},
                 self.row_owners if not rows else self.col_owners,
@@ -288,9 +291,10 @@ class SkinnyProducts:
         scale_result: bool,
     ) -> None:
         """Multiply a bucket's X, or Xᵀ, by vectors that were multiplied by their scales."""
+        unused = self._powers
         kind, blocks = bucket.kind, bucket.rows if of_rows else bucket.cols
         transposed = of_rows == kind.transposed
-        self._start(
+        self._launch(
             "matmul_transposed" if transposed else "matmul",
             len(blocks) * (BLOCK // ROWS),
             {
@@ -302,8 +306,8 @@ class SkinnyProducts:
             self._powers,
             scaled[1 if of_rows else 0],
             results[0 if of_rows else 1],
-            scaled[0] if scale_result else self._powers,
-            self._squares if squares else self._powers,
+            scaled[0] if scale_result else unused,
+            self._squares if squares else unused,
             blocks.start,
             1.0,
         )
@@ -325,7 +329,7 @@ class SkinnyProducts:
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
 
-    def _start(
+    def _launch(
         self, name: str, programs: int, constants: Mapping[str, object], *arguments: object
     ) -> None:
         with launch.on(self.device):
@@ -337,7 +341,7 @@ class SkinnyProducts:
 
 
 def constants_of(kind: Kind, K: int, splits: int, *, transposed: bool) -> dict[str, object]:
-    """Return what a product is compiled for, whatever else it stores."""
+    """Return a product's compile-time constants, except those that select its extra outputs."""
     wide = kind.vector > 1
     side = 64 if wide and kind.dtype.itemsize == 4 else 32
     if splits == 3:
@@ -352,7 +356,7 @@ def constants_of(kind: Kind, K: int, splits: int, *, transposed: bool) -> dict[s
 
 
 def splits_of(dtype: torch.dtype, *, tf32: bool) -> int:
-    """Return into how many numbers an entry of a vector is split, for entries of ``dtype``."""
+    """Return into how many numbers each entry of a vector is split, for gradients of ``dtype``."""
     if dtype == torch.bfloat16:
         return 3
     return 2 if tf32 else 1
@@ -377,5 +381,6 @@ def options_of(target: GpuTarget | None, *, wide: bool = True) -> dict[str, obje
     stages = 3 if target.backend == "cuda" else 2
     options: dict[str, object] = {"num_warps": threads // target.warp, "num_stages": stages}
     if target.backend == "cuda" and not wide:
-        options["maxnreg"] = 255  # without a limit the compiler spilled one at 126
+        # Without a limit, the compiler used 126 registers for one of the kernels, and spilled.
+        options["maxnreg"] = 255
     return {**options, "enable_fp_fusion": True}

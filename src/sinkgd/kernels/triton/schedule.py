@@ -1,15 +1,15 @@
 """The schedule of a descent: how matrices are cut into panels of rows, and put into buckets.
 
-A bucket holds the matrices of one launch: of one type and one shape of panel, so few that their
-gradients stay in the cache from the first launch to the update. A bucket takes all its iterations
-and its update before the next one begins. A larger matrix is alone in its bucket. The matrices of
-one owner are written together, so they share a bucket, or the update waits until all scales are
-found.
+A bucket has the matrices of one launch: of one type and one shape of panel, and so few that their
+gradients stay in the cache from the first launch to the update. All iterations and the update of a
+bucket run before the next bucket begins. A matrix that does not fit into the cache has a bucket of
+its own. The matrices of one owner are written together, so they share a bucket, or their update
+waits until all scales are found.
 
-A schedule depends on shapes, strides, types and alignment alone, so steps share it.
+A schedule depends only on shapes, strides, types and alignment, so steps share it.
 
 Letters: as in `sinkgd.kernels.triton.tables`, and
-    A, B: columns of the two adjacent tiles that hold a row; B is 0 where one tile is enough
+    A, B: columns of the two adjacent tiles that a row fills; B is 0 if one tile is enough
 """
 
 from collections.abc import Iterable
@@ -30,20 +30,24 @@ from sinkgd.kernels.triton.tables import (
     vector_width,
 )
 
-LONGEST = 1 << 14  # entries of a row that a program's registers hold
+LONGEST = 1 << 14  # entries of the longest row that a program keeps in registers
 FEWEST_THREADS, MOST_THREADS = 64, 512
 NARROWEST = 4  # columns of a tile
-# The least number of rows of a program: its partial sums, of 5 bytes a column in the first launch
-# and of 4 in the others, are then an eighth or a tenth of its entries in bfloat16.
+# The least number of rows of a program. Its partial sums, of 5 bytes per column in the first launch
+# and of 4 in the others, then have an eighth or a tenth of the bytes of its entries in bfloat16.
 FEWEST_ROWS = 20
-FAN_IN = 8  # programs whose partial sums one of them adds up, and groups of programs again
-# Entries of a panel for each thread. Half as many where loads are narrow, whose addresses take
-# registers, and in panels of few rows, where scales and sums of columns take nearly as many.
+FAN_IN = 8  # programs in a group, and groups in a larger group, whose sums one program adds up
+# Entries of a panel for each thread. There are half as many if loads are narrow, since their
+# addresses take registers, and in panels of few rows, where scales and sums of columns take nearly
+# as many registers.
 ENTRIES, FEW_ROWS = 64, 4
 
 
 class Panel(NamedTuple):
-    """BM whole rows in memory, in two tiles; by the shape alone, as bits of sums depend on it."""
+    """BM whole rows in memory, in two tiles.
+
+    A panel depends only on the shape of a matrix, since the panel decides the bits of sums.
+    """
 
     BM: int
     A: int
@@ -64,14 +68,17 @@ def panel_of(P: int, Q: int) -> Panel:
 
 
 def threads_of(panel: Panel, Q: int) -> int:
-    """Return how many threads hold a panel."""
+    """Return how many threads work on a panel."""
     entries = ENTRIES if _is_wide(Q) and panel.BM >= FEW_ROWS else ENTRIES // 2
     whole = _next_power_of_two(panel.BM * (panel.A + panel.B))
     return min(max(FEWEST_THREADS, whole // entries), MOST_THREADS)
 
 
 def half_panel(panel: Panel, threads: int) -> tuple[Panel, int]:
-    """Return half a panel, if it has rows enough, and half its threads; each has more registers."""
+    """Return half a panel and half its threads, so that each thread can have more registers.
+
+    A panel with the least number of threads is returned as it is.
+    """
     if threads <= FEWEST_THREADS:
         return panel, threads
     return panel._replace(BM=max(1, panel.BM // 2)), threads // 2
@@ -81,7 +88,7 @@ def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
     """Divide the rows of a matrix among programs: rows of `RowProgram`.
 
     A program has so many rows that its partial sums are a small part of its entries. A large matrix
-    has programs enough for a whole GPU, a small one shares the GPU with others.
+    has enough programs for a whole GPU; a small one shares the GPU with others.
     """
     rows = -(-max(FEWEST_ROWS, P // PROGRAMS) // panel.BM) * panel.BM
     first = torch.arange(0, P, rows, dtype=torch.int64, device="cpu")
@@ -91,7 +98,7 @@ def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
 
 
 def _is_wide(Q: int) -> bool:
-    """Whether loads of 16 bytes may divide a row; addresses of narrow ones fill registers."""
+    """Whether loads of 16 bytes may divide a row; addresses of narrower loads fill registers."""
     return Q % 8 == 0
 
 
@@ -108,8 +115,9 @@ class Kind(NamedTuple):
     panel: Panel
     threads: int
     transposed: bool
-    vector: int  # entries in 16 bytes where loads of the gradient are that wide, else 1
-    param_vector: int  # the same for the narrower type, where loads of the parameter are wide, too
+    vector: int  # entries in 16 bytes if loads of the gradient are that wide, else 1
+    # Entries of the narrower type in 16 bytes if loads of gradient and parameter are wide, else 1
+    param_vector: int
 
 
 class Bucket(NamedTuple):
@@ -127,8 +135,8 @@ class Schedule(NamedTuple):
 
     buckets: tuple[Bucket, ...]
     table: Tensor  # int64, on the host
-    rows: tuple[int, ...]  # of each tensor, the offset of its row scales among all scales
-    cols: tuple[int, ...]
+    rows: tuple[int, ...]  # for each tensor, the offset of its row scales among all scales
+    cols: tuple[int, ...]  # the same for its column scales
     scales: int  # entries of all scales
     partial_sums: int  # entries of the partial sums of one bucket
     counters: int  # int32: states, flags and numbers of arrivals
@@ -157,7 +165,7 @@ def schedule_of(
     Args:
         grads: Gradients whose rows in memory fit in a panel.
         params: Their parameters, in the same layout, or the gradients once more.
-        shapes: Of the gradients.
+        shapes: Shapes of the gradients.
         owners: The owner of each gradient, from 0 in order.
         bucket_bytes: Bytes of gradients in a bucket.
     """
@@ -235,7 +243,7 @@ def _find(
 
 
 def _fill(found: Iterable[_Found], bucket_bytes: int) -> list[list[_Found]]:
-    """Put matrices of one kind together, in order, and keep an owner's together if they fit."""
+    """Put matrices of one kind together, in order; an owner's share a bucket if they fit."""
     units: dict[tuple[Kind, int], list[_Found]] = {}
     for one in found:
         units.setdefault((one.kind, one.owner), []).append(one)
@@ -255,7 +263,7 @@ def _fill(found: Iterable[_Found], bucket_bytes: int) -> list[list[_Found]]:
 
 
 def _groups(programs: int) -> int:
-    """Return how many groups of `FAN_IN` there are, on all levels."""
+    """Return how many groups of up to `FAN_IN` programs or groups there are, on all levels."""
     groups = 0
     while True:
         programs = -(-programs // FAN_IN)

@@ -1,7 +1,7 @@
 """Sums of the squares of gradients that are sharded, on a GPU: a launch for each kind of matrix.
 
-`EagerSums` takes the gradients that the kernel does not read: float64, neither rows nor columns
-dense, empty.
+`EagerSums` takes the gradients that the kernel does not read: those in float64, those with neither
+dense rows nor dense columns, and empty ones.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
 """
@@ -22,9 +22,9 @@ from sinkgd.kernels.triton.support import DTYPES
 from sinkgd.kernels.triton.tables import DeviceTables, Operand, ShardMatrix, vector_width
 
 THREADS = 128
-# Rows and columns of a tile; a thread holds 16 sums. Tiles along rows are long, so that loads are;
-# tiles down columns are as wide as 128 bytes of bfloat16, so that shards of few columns have
-# programs enough.
+# Rows and columns of a tile; a thread has 16 sums. Tiles that sum rows are long, so that loads are
+# long, too. Tiles that sum columns are as wide as 128 bytes of bfloat16, so that shards of few
+# columns have enough programs.
 ROW_TILE, COL_TILE = (8, 256), (32, 64)
 
 
@@ -33,7 +33,7 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     transposed: bool
-    vector: int  # entries in 16 bytes where loads are that wide, else 1
+    vector: int  # entries in 16 bytes if loads are that wide, else 1
 
 
 class _Launch(NamedTuple):
@@ -44,7 +44,7 @@ class _Launch(NamedTuple):
 
 
 class TritonSums:
-    """Sums by kernels that read each gradient once a call.
+    """Sums by kernels that read each gradient once per call.
 
     Args:
         grads: ``(..., m, n)``, on one device.
@@ -63,11 +63,11 @@ class TritonSums:
         self._tables = tables
 
     def of_rows(self, weights: Tensor) -> Tensor:
-        """Return G² c² of each."""
+        """Return G² c² of each gradient."""
         return self._sums(weights, (self._cols, self._rows), EagerSums.of_rows, rows=True)
 
     def of_cols(self, weights: Tensor) -> Tensor:
-        """Return (G²)ᵀ r² of each."""
+        """Return (G²)ᵀ r² of each gradient."""
         return self._sums(weights, (self._rows, self._cols), EagerSums.of_cols, rows=False)
 
     def _sums(
@@ -105,7 +105,7 @@ class TritonSums:
 
 
 def constants_of(kind: Kind, *, of_rows: bool) -> dict[str, object]:
-    """Return what the kernel is compiled for."""
+    """Return the compile-time constants of the kernel."""
     BM, BN = ROW_TILE if of_rows else COL_TILE
     dtype = kernels("primitives").DTYPES[kind.dtype]
     return {"DTYPE": dtype, "BM": BM, "BN": BN, "OF_ROWS": of_rows, "VECTOR": kind.vector}
@@ -119,7 +119,7 @@ def options_of(target: GpuTarget | None) -> dict[str, object]:
 
 
 def _operand_of(grad: Tensor) -> Operand | None:
-    """Return how the kernel reads a gradient, or None where it does not."""
+    """Return how the kernel reads a gradient, or None if it cannot read it."""
     layout = layout_of(grad.shape, grad.stride())
     if grad.numel() == 0 or layout is None or grad.dtype not in DTYPES:
         return None
@@ -130,7 +130,7 @@ def _operand_of(grad: Tensor) -> Operand | None:
 def _plan(
     grads: tuple[Operand | None, ...], rows: tuple[int, ...], cols: tuple[int, ...]
 ) -> list[_Launch]:
-    """List the launches of a call, by what the kernel is compiled for."""
+    """List the launches of a call, one for each variant of the compiled kernel."""
     found: dict[Kind, list[ShardMatrix]] = {}
     row_offset = col_offset = 0
     for i, grad in enumerate(grads):
@@ -158,7 +158,7 @@ def _plan(
 
 
 def _programs(blocks: Sequence[int]) -> Tensor:
-    """Return a row for each program: its matrix, and which of so many blocks."""
+    """Return a row for each program: its matrix, and which of the matrix's blocks it sums."""
     counts = torch.tensor(blocks, dtype=torch.int64, device="cpu")
     matrix = torch.arange(len(blocks), dtype=torch.int64, device="cpu").repeat_interleave(counts)
     number = torch.arange(len(matrix), dtype=torch.int64, device="cpu")

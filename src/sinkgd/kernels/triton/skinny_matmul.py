@@ -5,11 +5,12 @@ Letters: as in `sinkgd.kernels.triton.tables`, and
     tall, wide: vectors with an entry for each row in memory, and for each column
     K: vectors of a launch, 16 or 32
 
-`matmul` finds X @ wide, and `matmul_transposed` X.T @ tall. A program owns 64 rows of a product and
-adds up all their terms, so no sum is shared or depends on the order of programs. The vectors are
-multiplied by the scales of one side before, the product by the scales of the other side after.
-Vectors for a bfloat16 gradient are split into three bfloat16 numbers, 24 bits together; others stay
-float32, and so does the product.
+`matmul` finds X @ wide, and `matmul_transposed` X.T @ tall. A program computes 64 rows of a product
+and adds up all their terms, so no sum is shared or depends on the order of programs. The vectors
+are first multiplied by the scales of one side, and then the product by the scales of the other. For
+a bfloat16 gradient, a number of a vector is split into three bfloat16 numbers, 24 bits together.
+For others it is split into two tf32 numbers if products are computed in tf32, and stays float32
+otherwise. The product is float32.
 """
 
 import triton
@@ -47,7 +48,7 @@ _WIDE, _WIDE_SHARED = field(ProductMatrix, "wide"), field(ProductMatrix, "wide_s
 
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
 _CHUNK = tl.constexpr(1024)
-_ROW_STEP = tl.constexpr(16)  # rows in memory from one that a thread holds to the next
+_ROW_STEP = tl.constexpr(16)  # rows in memory from one row of a thread to its next row
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def balance_scales(
 ):
     """Find the powers of two that bring the scales of both sides of a matrix to the same size.
 
-    Then neither vectors nor their products with bare entries of the gradient overflow.
+    Then neither vectors nor their products with unscaled entries of the gradient overflow.
     """
     matrix = matrices + tl.program_id(0) * _MATRIX
     u, P = _scales(addresses, matrix, _U, _U_OFFSET), tl.load(matrix + _P).to(tl.int32)
@@ -89,9 +90,9 @@ def scale_vectors(
     matrices,
     owners,  # the matrix of each block of vectors
     powers,
-    given,  # float64, ``width`` entries a row
-    scaled,  # receives them
-    first,  # block
+    given,  # float64, ``width`` entries per row
+    scaled,  # output: the vectors times their scales, split
+    first,  # index of the first block
     width,
     OF_ROWS: tl.constexpr,  # whether vectors have an entry for each row in memory
     SHARED: tl.constexpr,  # whether matrices share the given vectors
@@ -132,21 +133,21 @@ def matmul(
     owners,  # the matrix of each block of tall vectors
     powers,
     scaled,  # wide vectors times their scales
-    result,  # float32, K entries a row
+    result,  # float32, K entries per row
     scaled_result,
-    squares,  # float32, the sum for each row of X
-    first,  # block
+    squares,  # float32, the sum of squares of each row of X
+    first,  # index of the first block
     one,
     DTYPE: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
-    SPLITS: tl.constexpr,  # 3 for a bfloat16 gradient; 2 where products are of tf32, else 1
+    SPLITS: tl.constexpr,  # 3 for a bfloat16 gradient; 2 if products are in tf32, else 1
     SQUARES: tl.constexpr,
-    SCALE_RESULT: tl.constexpr,  # whether it becomes the vectors of the other product
+    SCALE_RESULT: tl.constexpr,  # whether the result becomes the vectors of the other product
     VECTOR: tl.constexpr,
 ):
-    """Find X @ wide of a block of rows in memory."""
-    row, matrix, tall, wide, P, Q, grad, ld = _program(
+    """Find X @ wide for a block of rows in memory."""
+    row, matrix, tall, wide, P, Q, grad, ld = _locate(
         addresses, matrices, owners, first, DTYPE, VECTOR
     )
     rows = (row - tall).to(tl.int32) + tl.arange(0, _ROWS)
@@ -155,14 +156,16 @@ def matmul(
     v = _scales(addresses, matrix, _V, _V_OFFSET)
     v_power = tl.load(powers + tl.load(matrix + _V_POWER))
     total = tl.full((_ROWS, K), 0.0, tl.float32)
-    square = tl.full((_ROWS, BN // VECTOR), 0.0, tl.float32)  # a thread's own, of each load
+    # A partial sum for each load, so that no thread needs the entries of another.
+    square = tl.full((_ROWS, BN // VECTOR), 0.0, tl.float32)
     scaled += wide * (SPLITS * K)
     lines = grad + (rows.to(tl.int64) * ld)[:, None]
     for start in range(0, Q, BN):
         cols = start + tl.arange(0, BN)
         inside = cols < Q
         g = tl.load(lines + cols[None, :], mask=(rows < P)[:, None] & inside[None, :], other=0.0)
-        # Times one: else the compiler lets a tensor core add to the total, which truncates bits.
+        # Without this factor of one, the compiler lets a tensor core add to the total, which
+        # truncates bits.
         total += _dot(g, scaled, cols, K, SPLITS, False) * one
         if SQUARES:
             y = (g.to(tl.float32) * u[:, None]) * (
@@ -186,19 +189,19 @@ def matmul_transposed(
     scaled,  # tall vectors times their scales
     result,
     scaled_result,
-    squares,  # the sum for each column in memory of X
+    squares,  # the sum of squares of each column in memory of X
     first,
     one,
     DTYPE: tl.constexpr,
     K: tl.constexpr,
     BM: tl.constexpr,
-    SPLITS: tl.constexpr,  # 3 for a bfloat16 gradient; 2 where products are of tf32, else 1
+    SPLITS: tl.constexpr,  # 3 for a bfloat16 gradient; 2 if products are in tf32, else 1
     SQUARES: tl.constexpr,
     SCALE_RESULT: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Find X.T @ tall of a block of columns in memory."""
-    row, matrix, tall, wide, P, Q, grad, ld = _program(
+    """Find X.T @ tall for a block of columns in memory."""
+    row, matrix, tall, wide, P, Q, grad, ld = _locate(
         addresses, matrices, owners, first, DTYPE, VECTOR
     )
     cols = tl.multiple_of((row - wide).to(tl.int32), _ROWS) + tl.arange(0, _ROWS)
@@ -234,8 +237,8 @@ def matmul_transposed(
 
 
 @triton.jit
-def _program(addresses, matrices, owners, first, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Return what both products need first.
+def _locate(addresses, matrices, owners, first, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Return where this program works.
 
     Returns:
         This program's first row of the product; its matrix in the table; where its tall and its
@@ -264,7 +267,7 @@ def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.co
     high = _load(scaled, at, SPLITS, K)
     if SPLITS == 3:
         low, middle = _load(scaled + 2 * K, at, SPLITS, K), _load(scaled + K, at, SPLITS, K)
-        if INTERPRETED:  # it would multiply the bits as whole numbers
+        if INTERPRETED:  # the interpreter would multiply the bits as whole numbers
             g, low = g.to(tl.float32), low.to(tl.float32)
             middle, high = middle.to(tl.float32), high.to(tl.float32)
         if TRANSPOSED:
@@ -275,7 +278,7 @@ def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.co
         if SPLITS == 2:
             low = _load(scaled + K, at, SPLITS, K)
             x = round_to_tf32(x)
-            if TRANSPOSED:  # a tensor core takes the transpose of narrower numbers alone
+            if TRANSPOSED:  # a tensor core can read a transposed operand only in narrower types
                 total = tl.dot(low.T, x, input_precision="tf32")
             else:
                 total = tl.dot(x, low, input_precision="tf32")

@@ -1,19 +1,19 @@
 """The kernels that sum squares tile by tile: half an iteration, and weighted sums of a shard.
 
 Letters: as in `sinkgd.kernels.triton.tables`, and
-    y: the gradient under its scales, u * g * v; `half_iteration` sums its squares
+    y: the scaled gradient, u * g * v; `half_iteration` sums its squares
 
 Half an iteration sums the squares of y along the rows or the columns of its tiles and writes these
 partial sums; the next launch adds them up, in order, and finds the scales that it needs. No sum
-depends on the order in which programs run. The scales of one half are multiples of the scales
-before, so the rows or columns of y have the right length already and their squares stay in range.
-The first iteration meets the bare gradient: it writes lengths in place of squares, each found under
-a power of two of its own.
+depends on the order in which programs run. The scales of one half are multiples of the previous
+scales, so the rows or columns of y already have the right length and their squares stay in range.
+In the first iteration the gradient is not scaled yet. The kernel then writes lengths instead of
+sums of squares, and divides entries by a power of two before it squares them.
 
-`weighted_square_sums` takes another way: its squares and sums are float64, which holds the squares
-of any float32, so the kernel needs no powers of two and reads a gradient once a call. One program
-adds up a whole line of a shard, so the bits of a sum depend on that line alone. It needs 4 float64
-instructions an entry: few for a data center's GPU, many for others; not timed.
+`weighted_square_sums` works differently: its squares and sums are float64, whose range includes the
+squares of all float32 numbers, so the kernel needs no powers of two and reads a gradient once per
+call. One program adds up a whole line of a shard, so the bits of a sum depend only on that line. It
+needs 4 float64 instructions per entry: few for a data center's GPU, many for others; not measured.
 """
 
 import triton
@@ -47,7 +47,7 @@ _PROGRAM, _LINE = tl.constexpr(len(TileProgram._fields)), field(TileProgram, "li
 _FIRST, _END = field(TileProgram, "first"), field(TileProgram, "end")
 
 _HEADROOM = tl.constexpr(1 / 64)  # a tile's side is at most 2048: no sum of squares overflows
-_CHUNK = tl.constexpr(4096)  # partial sums that a program holds at once
+_CHUNK = tl.constexpr(4096)  # partial sums that a program loads at once
 
 
 @triton.jit(do_not_specialize=["done", "low", "high"])
@@ -61,12 +61,12 @@ def half_iteration(
     out,  # scales that are returned
     partial_sums,
     nonzero,  # how many row and column scales are not zero, a pair for each matrix
-    earlier,  # whether a row of each matrix moved in the iteration before the last,
-    now,  # in the last one,
-    coming,  # and in this one
-    done,  # iterations that are finished
-    low,  # squares of the factors by which a row may move and still count as settled
-    high,
+    earlier,  # whether a row of each matrix moved in the iteration before the last one
+    now,  # whether a row of each matrix moved in the last iteration
+    coming,  # whether a row of each matrix moves in this iteration; written
+    done,  # number of iterations that are finished
+    low,  # the least quotient of squared scales that counts as no movement
+    high,  # the largest one
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -74,15 +74,16 @@ def half_iteration(
     ROWS: tl.constexpr,  # whether the sums are of the matrix's rows
     FROM: tl.constexpr,  # START, LENGTHS or SQUARES
     SUMS: tl.constexpr,  # whether another half iteration follows; else only scales are found
-    TOL: tl.constexpr,  # whether settled matrices are left
-    VECTOR: tl.constexpr,  # entries in 16 bytes where loads are that wide, else 1
+    TOL: tl.constexpr,  # whether converged matrices are skipped
+    VECTOR: tl.constexpr,  # entries in 16 bytes if loads are that wide, else 1
 ):
     """Find the scales of one side from the sums before, then sum squares for the other side.
 
-    ``found`` are the new scales: of columns where rows are summed. A program holds the scales of
-    one line of tiles and goes along that line. Names with ``other_`` belong to the other side.
+    ``found`` are the new scales: of columns if rows are summed, else of rows. A program has the
+    scales of one line of tiles and goes along that line. Names with ``other_`` belong to the other
+    side.
     """
-    BARE: tl.constexpr = FROM == _START or (FROM == _LENGTHS and not ROWS)
+    UNSCALED: tl.constexpr = FROM == _START or (FROM == _LENGTHS and not ROWS)
     SIDE: tl.constexpr = BN if AXIS == 1 else BM
     OTHER_SIDE: tl.constexpr = BM if AXIS == 1 else BN
     program = programs + tl.program_id(0) * _PROGRAM
@@ -116,13 +117,13 @@ def half_iteration(
     valid = index < length
     tiles = (other_length + OTHER_SIDE - 1) // OTHER_SIDE
 
-    settled = False
+    converged = False
     if TOL:
         if ROWS:
-            # A settled matrix never moves again, so the iteration before the last tells.
+            # A converged matrix never moves again, so the iteration before the last tells.
             if tl.load(earlier + number) == 0:
                 return
-            settled = tl.load(now + number) == 0
+            converged = tl.load(now + number) == 0
         else:
             if tl.load(now + number) == 0:
                 return
@@ -150,7 +151,7 @@ def half_iteration(
         total = _total_squares(sums_in, tiles, stride, index, valid, SIDE)
         before = tl.load(old + at + index, mask=valid, other=0.0)
         if ROWS and SUMS:
-            target = tl.where(settled, target, target * share)
+            target = tl.where(converged, target, target * share)
         factor = tl.div_rn(target, total)
         if TOL and not ROWS:
             move = tl.where(done >= 2, factor, tl.div_rn(factor, share))
@@ -168,7 +169,7 @@ def half_iteration(
                     nonzero + 2 * number + (1 if ROWS else 0), nonzero_here, sem="relaxed"
                 )
     if SUMS:
-        if settled:
+        if converged:
             if first == 0:
                 tl.store(out + at + index, found, mask=valid)
             if line == 0:
@@ -185,7 +186,7 @@ def half_iteration(
                 rows, cols = index, o
             inside = (rows < P)[:, None] & (cols < Q)[None, :]
             g = load_tile(base, ld, rows, cols, inside)
-            if BARE:
+            if UNSCALED:
                 if AXIS == 1:
                     y = g * found[None, :]
                 else:
@@ -211,7 +212,7 @@ def half_iteration(
 
 @triton.jit
 def _scale_from_lengths(partial_sums, count, stride, index, valid, target, SIDE: tl.constexpr):
-    """Return the scale under which each line of the bare gradient has the square ``target``."""
+    """Return the scales that bring the squared length of each unscaled line to ``target``."""
     chunk = tl.arange(0, _CHUNK // SIDE)
     longest = tl.full((_CHUNK // SIDE, SIDE), 0.0, tl.float32)
     for first in range(0, count, _CHUNK // SIDE):
@@ -268,16 +269,16 @@ def weighted_square_sums(
     """Write the sums of squares times weights, of rows in memory or of columns.
 
     Args:
-        addresses: Of the gradients.
+        addresses: Addresses of the gradients.
         matrices: Rows of `ShardMatrix`.
         programs: For each program, its matrix and which block of lines it sums.
         weights: float64, one for each entry of a line.
         sums: float64, one for each line.
-        DTYPE: Of the gradients.
+        DTYPE: Dtype of the gradients.
         BM: Rows of a tile.
         BN: Columns of a tile.
         OF_ROWS: Whether rows in memory are summed.
-        VECTOR: Entries in 16 bytes where loads are that wide, else 1.
+        VECTOR: Entries in 16 bytes if loads are that wide, else 1.
     """
     program = programs + tl.program_id(0) * 2
     matrix = matrices + tl.load(program) * _SHARD

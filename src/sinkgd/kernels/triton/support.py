@@ -18,14 +18,14 @@ from torch.nn import Parameter
 
 from sinkgd.kernels.backend import CorrectedScales, Scales
 from sinkgd.kernels.layout import layout_of, may_be_written
-from sinkgd.kernels.triton.products import MOST
+from sinkgd.kernels.triton.products import MAX_VECTORS
 from sinkgd.kernels.triton.schedule import LONGEST
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def missing() -> str | None:
-    """Say what is missing: triton or a C compiler; None if nothing is."""
+    """Return what is missing: triton or a C compiler; None if nothing is."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not interpreting() and not _has_compiler(os.environ.get("CC"), os.environ.get("PATH")):
@@ -34,7 +34,7 @@ def missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in triton's interpreter; settled when they are first imported."""
+    """Whether kernels run in triton's interpreter; this is fixed when they are first imported."""
     kernels = sys.modules.get("sinkgd.kernels.triton.primitives")
     if kernels is not None:
         return bool(kernels.IS_INTERPRETED)
@@ -59,19 +59,19 @@ def supports(device: torch.device) -> bool:
 
 
 def native(x: Tensor) -> bool:
-    """Whether kernels read a tensor, if its rows or columns are dense."""
+    """Whether kernels can read a tensor, provided that its rows or columns are dense."""
     return _native(type(x), x.dtype, x.shape) and not (x.requires_grad and torch.is_grad_enabled())
 
 
 @lru_cache(maxsize=4096)
 def _native(kind: type, dtype: torch.dtype, shape: torch.Size) -> bool:
-    # The kernels read memory: no subclass may stand behind it.
+    # The kernels read memory, where a subclass of Tensor may not have its entries.
     whole = len(shape) >= 2 and 0 not in shape and max(shape[-2:]) < 1 << 31
     return kind in (Tensor, Parameter) and dtype in DTYPES and whole
 
 
 def readable(grad: Tensor, start: Tensor | None) -> bool:
-    """Whether kernels find the scales of a gradient, from its initial column scales."""
+    """Whether kernels can find the scales of a gradient, from its initial column scales."""
     return native(grad) and (
         start is None
         or (start.dtype == torch.float32 and start.is_contiguous() and start.device == grad.device)
@@ -85,7 +85,7 @@ def writable(
     allowed: Tensor | None,
     key: Tensor | None,
 ) -> bool:
-    """Whether kernels update a parameter; without scales, as they find them."""
+    """Whether kernels can update a parameter: by ``scales``, or if None, by those they find."""
     pair = () if scales is None else (scales.row, scales.col)
     others = (grad, *pair, *(x for x in (allowed, key) if x is not None))
     return (
@@ -101,7 +101,7 @@ def writable(
 
 
 def multiplied(grads: Sequence[Tensor], scales: Sequence[Scales]) -> bool:
-    """Whether kernels multiply the updates of gradients by vectors."""
+    """Whether kernels can multiply the updates of gradients by vectors."""
     return all(map(native, grads)) and all(
         x.dtype == torch.float32 and x.is_contiguous() and x.device == grads[0].device
         for pair in scales
@@ -110,20 +110,20 @@ def multiplied(grads: Sequence[Tensor], scales: Sequence[Scales]) -> bool:
 
 
 def subtracted(scales: CorrectedScales, device: torch.device) -> bool:
-    """Whether kernels subtract a matrix of low rank from an update."""
+    """Whether kernels can subtract the correction, a matrix of low rank, from an update."""
     factor = scales.factor
-    return 0 < scales.correction.left.shape[-1] <= MOST and all(
+    return 0 < scales.correction.left.shape[-1] <= MAX_VECTORS and all(
         x.dtype == torch.float32 and x.device == device
         for x in (*scales.correction, *(() if factor is None else (factor,)))
     )
 
 
 def rows_fit(grad: Tensor) -> bool:
-    """Whether a program's registers hold whole rows in memory."""
+    """Whether whole rows in memory fit into a program's registers."""
     layout = layout_of(grad.shape, grad.stride())
     return layout is not None and layout.Q <= LONGEST
 
 
 def overflow_readable(overflow: Tensor | None, device: torch.device) -> bool:
-    """Whether kernels read the flag that forbids all writing, if there is one."""
+    """Whether kernels can read the flag that forbids all writing, if there is one."""
     return overflow is None or (overflow.dtype == torch.bool and overflow.device == device)

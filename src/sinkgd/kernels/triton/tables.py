@@ -20,11 +20,11 @@ from torch import Tensor
 
 from sinkgd.kernels.layout import Layout, dense_layout
 
-ALIGNED_FLOATS = 4  # in 16 bytes: vectors of scales and sums begin at a multiple of these
+ALIGNED_FLOATS = 4  # floats in 16 bytes; vectors of scales and sums begin at multiples of this
 
-# What the scales of one side are found from: they are given, or found from the bare gradient, or
-# from the scales before them.
-GIVEN, BARE, SCALED = 0, 1, 2
+# What the scales of one side are found from: they are given, or found from the unscaled gradient,
+# or found from the previous scales.
+GIVEN, UNSCALED, SCALED = 0, 1, 2
 
 
 class HalfMatrix(NamedTuple):
@@ -39,7 +39,7 @@ class HalfMatrix(NamedTuple):
     v: int
     start: int  # offset of its initial column scales in the tensor that gives them
     row_sums: int = 0  # offset of the partial sums of its rows: a vector for each column of tiles
-    col_sums: int = 0  # and of its columns: a vector for each row of tiles
+    col_sums: int = 0  # offset of the partial sums of its columns: a vector for each row of tiles
     number: int = 0  # index of the matrix, from 0
     unused: int = 0
 
@@ -48,8 +48,8 @@ class TileProgram(NamedTuple):
     """The tiles of one program: some of a row of tiles, or of a column of tiles."""
 
     matrix: int  # row of the table of matrices
-    line: int  # index of the row of tiles where columns are summed, else of the column of tiles
-    first: int  # tile in that line
+    line: int  # index of the row of tiles if columns are summed, else of the column of tiles
+    first: int  # the first tile in that line
     end: int
 
 
@@ -68,18 +68,18 @@ class UpdateMatrix(NamedTuple):
     entry: int  # index of its first entry, in reading order over the parameter
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
-    rank: int = 0  # of the matrix that is subtracted, tall @ wide.T
+    rank: int = 0  # rank of the matrix that is subtracted, tall @ wide.T
     factor: int = 0  # offset of the factor of the scaled gradient in its tensor
     tall: int = 0  # offset of the P by ``rank`` numbers in their tensor
     tall_ld: int = 0  # from one of its rows to the next
     tall_col_step: int = 0  # from one of its columns to the next
-    wide: int = 0  # the same of the Q by ``rank`` numbers
+    wide: int = 0  # this and the next two: the same for the Q by ``rank`` numbers
     wide_ld: int = 0
     wide_col_step: int = 0
 
 
 class UpdateAddresses(NamedTuple):
-    """The addresses of one parameter's update; 0 where there is no such tensor."""
+    """The addresses of one parameter's update; 0 if there is no such tensor."""
 
     param: int
     grad: int
@@ -110,7 +110,7 @@ class DescentMatrix(NamedTuple):
     entry: int  # index of the parameter's first entry, in reading order
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
-    partial_sums: int = 0  # offset of the partial sums of its programs, a vector each
+    partial_sums: int = 0  # offset of the partial sums of its programs, a vector for each program
     arrivals: int = 0  # offset of the counters of finished programs, one for each group
     programs: int = 0
 
@@ -121,7 +121,7 @@ class DescentState(NamedTuple):
     nonzero_u: int  # how many scales are not zero
     nonzero_v: int
     moved: int  # whether a row scale moved in this iteration
-    settled: int  # whether no row scale moved in some iteration
+    converged: int  # whether no row scale moved in some iteration
 
 
 class RowProgram(NamedTuple):
@@ -129,7 +129,7 @@ class RowProgram(NamedTuple):
 
     matrix: int  # row of the table of matrices
     number: int  # index of the program among the matrix's programs
-    first: int  # row
+    first: int  # the first row
     end: int
 
 
@@ -146,7 +146,7 @@ class ProductMatrix(NamedTuple):
     u_offset: int  # from there to its first scale
     v_offset: int
     tall: int  # offset of its vectors with an entry for each row in memory
-    wide: int  # and of its vectors with an entry for each column
+    wide: int  # offset of its vectors with an entry for each column
     u_power: int  # index of the power of two that brings u to the size of v
     v_power: int
     tall_shared: int  # offset of its vectors among the vectors that matrices share
@@ -170,7 +170,7 @@ class Operand(NamedTuple):
 
     dtype: torch.dtype
     layout: Layout
-    aligned: bool  # its first entry, to 16 bytes
+    aligned: bool  # whether its first entry is aligned to 16 bytes
 
 
 def operand_of(x: Tensor) -> Operand:
@@ -179,7 +179,7 @@ def operand_of(x: Tensor) -> Operand:
 
 
 def vector_width(widest: int, *matrices: tuple[Operand, int]) -> int:
-    """Return ``widest`` where loads of so many entries are aligned in every matrix, else 1.
+    """Return ``widest`` if loads of so many entries are aligned in every matrix, else 1.
 
     The row stride of a matrix with one row does not matter.
 
@@ -198,7 +198,7 @@ def vector_width(widest: int, *matrices: tuple[Operand, int]) -> int:
 
 
 def padded(length: int) -> int:
-    """Return the least multiple of 16 bytes that holds ``length`` floats."""
+    """Return ``length``, a number of floats, rounded up to a multiple of 16 bytes."""
     return -(-length // ALIGNED_FLOATS) * ALIGNED_FLOATS
 
 
@@ -246,11 +246,11 @@ MAX_COPIES = 1024
 
 class _Copy(NamedTuple):
     on_device: Tensor
-    host: Tensor  # a graph that holds the copy reads it at every replay
+    host: Tensor  # a graph that has captured the copy reads this at every replay
 
 
 class DeviceTables:
-    """Copies of tables on devices: made without waiting, and kept for later calls.
+    """Copies of tables on devices: copied without waiting, and kept for later calls.
 
     A copy is found again by its content and by the stream that reads it.
     """
@@ -285,7 +285,7 @@ class DeviceTables:
         return copy.on_device
 
     def _copied_before_capture(self, key: tuple[Hashable, ...]) -> Tensor | None:
-        """Return a copy that another stream made; the capture has waited for that stream."""
+        """Return a copy from another stream; the capture has waited for that stream."""
         for (*content, _), copy in self._recent.items():
             if content == [*key[:-1]]:
                 self._captured.append(copy)

@@ -64,13 +64,13 @@ def update(
     STEP_IS_STORED: tl.constexpr,
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
     VECTOR: tl.constexpr,  # as for `half_iteration`, of the parameter and the gradient
-    K: tl.constexpr,  # at least the rank of the matrix that is subtracted; 0 where there is none
+    K: tl.constexpr,  # at least the rank of the matrix that is subtracted; 0 if there is none
     DENSE: tl.constexpr,  # whether its sides have dense rows of K, aligned to 16 bytes
-    TF32: tl.constexpr,  # whether a product of float32 is made of three products of tf32
+    TF32: tl.constexpr,  # whether a product of float32 is computed as three products of tf32
 ):
     """Set a tile of a parameter to ``keep * param + step * y``, rounded once.
 
-    Where K > 0, y is u * grad * v times a factor, less a matrix of low rank.
+    If K > 0, y is u * grad * v times a factor, less a matrix of low rank.
     """
     program = programs + tl.program_id(0) * _PROGRAM
     matrix = matrices + tl.load(program) * _MATRIX
@@ -119,7 +119,7 @@ def finish(
     grads,  # addresses
     weights,  # addresses of parameters; the dispatcher has a variable called params
     keys,
-    overflow,  # a bool that forbids all writing, or another pointer
+    overflow,  # pointer to a bool that forbids all writing; not read unless OVERFLOW
     table,
     scales,
     counters,
@@ -210,7 +210,7 @@ def finish(
 
 @triton.jit
 def _random_word(index, key):
-    """The bits of `sinkgd.kernels.rounding`, uint32."""
+    """Return the bits of `sinkgd.kernels.rounding`, uint32."""
     word = (index + key.to(tl.uint32)) ^ (key >> 32).to(tl.uint32)
     word = (word ^ (word >> 16)) * 0x7FEB352D
     word = (word ^ (word >> 15)) * 0x846CA68B

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from sinkgd.distributed.shards import first_entry_of, from_local, is_dtensor, local
 from sinkgd.exchange import Computation, Steps, computation, immediate, run
 from sinkgd.kernels.rounding import round_to_bfloat16
-from sinkgd.matrix_views import are_dense, lie_alike
+from sinkgd.matrix_views import are_dense, same_memory_order
 from sinkgd.number_check import check_betas
 from sinkgd.optim.apply import (
     ROUNDING_OPTIONS,
@@ -39,7 +39,7 @@ class AdamW(Method):
 
     State: two numbers per entry. If one gradient is not finite, the whole group is left unchanged.
     As in torch, entries of the gradient must stay below 1e19, so that their squares are within
-    float32's range; clip larger ones.
+    float32's range; clip larger entries.
 
     With ``rounding="stochastic"``, bfloat16 weights and their moments are updated in float32 and
     rounded at random. Rounding to the nearest would lose small updates of the weights, and all
@@ -63,7 +63,8 @@ class AdamW(Method):
         """Check the gradients, then update as torch does."""
         if any(is_dtensor(slot.param) for slot in slots):
             return self._step_on_mesh(slots, group, context)
-        # torch's fused kernel breaks a compiled graph, so it must not run inside `exchange`.
+        # torch's fused kernel breaks a compiled graph, so it must not run inside
+        # `sinkgd.exchange.exchange`.
         finite = run(are_finite(slots))
         self._update_(slots, finite, group, context)
         return immediate(finite)
@@ -130,13 +131,14 @@ def descend_by_adamw_(
     parameter. Other gradients and parameters are copied in every step, other moments only once.
 
     Args:
-        params: Updated in place.
+        params: The parameters, updated in place.
         grads: Gradients in the parameters' dtype; not modified.
-        states: The states of the parameters, made by `init_moments`.
+        states: The states of the parameters, created by `init_moments`.
         group: Sets ``betas``, ``eps``, ``weight_decay``, ``maximize`` and ``fused``.
         lr: Learning rate.
         held_back: 0-dim bool: if it is True, nothing is written.
-        grad_scale: 0-dim: the gradients are still multiplied by it.
+        grad_scale: 0-dim loss scale: the gradients that are passed contain this factor, and are
+            divided by it here.
     """
     fused = group["fused"]
     if not fused:
@@ -218,7 +220,7 @@ def _dense(param: Tensor) -> Tensor:
 
 def _in_memory_order(param: Tensor, x: Tensor) -> Tensor:
     """Return ``x`` if it has the parameter's memory order, otherwise a copy that has it."""
-    if lie_alike(param, x):
+    if same_memory_order(param, x):
         return x
     return torch.empty_like(param, dtype=x.dtype, memory_format=torch.preserve_format).copy_(x)
 
@@ -226,7 +228,7 @@ def _in_memory_order(param: Tensor, x: Tensor) -> Tensor:
 def _reorder_moments(state: MutableMapping[str, Any], param: Tensor) -> None:
     """Copy moments to the parameter's memory order if they have another."""
     for name in MOMENTS:
-        if name in state and not lie_alike(param, local(state[name])):
+        if name in state and not same_memory_order(param, local(state[name])):
             state[name] = from_local(state[name], _in_memory_order(param, local(state[name])))
 
 

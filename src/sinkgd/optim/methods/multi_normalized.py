@@ -68,15 +68,15 @@ from sinkgd.optim.transforms.momentum import (
     step_with_momentum,
 )
 
-# What a batch may use, unless a single matrix uses more; a larger matrix is a batch by itself.
+# Bytes that a batch may use. A matrix that uses more is a batch by itself.
 # On a CPU a batch saves calls and has to stay in cache. On one core of an Intel Xeon (2 MiB of L2)
 # a step of llama-60m was fastest with 4 to 16 MiB, and 10 to 90 % slower with 64 and 256.
 CPU_BATCH_BYTES = 8 << 20
 # Not measured: a GPU wants some hundred tiles of 128 x 128, so about twenty matrices of 512 x 512.
 BATCH_BYTES = 64 << 20
 
-# What a batch uses, in matrices: the stack that becomes the result, and two of scratch, the most
-# that one of our norms needs.
+# Memory that a batch uses for each of its matrices, as a number of matrices: one in the stack that
+# becomes the result, and two of scratch, the most that one of our norms needs.
 MATRICES_IN_USE = 3
 
 # Norms whose projection scales rows and columns.
@@ -87,8 +87,8 @@ class MultiNormalized(Method):
     """Project on each norm in turn.
 
     Args:
-        options: The group options of the method, with their defaults. Those of layout, rounding and
-            momentum are added.
+        options: The group options of the method, with their defaults. The options of layout,
+            rounding and momentum are added.
         norms: Returns the norms of a group.
     """
 
@@ -189,8 +189,8 @@ def batches(slots: Sequence[Slot], *, layout: str, split: Split) -> Iterator[lis
 
     Args:
         slots: The parameters, on one device.
-        layout: How they are seen as matrices.
-        split: How their rows are cut.
+        layout: How the parameters are viewed as matrices.
+        split: How the rows of the parameters are cut.
     """
     waiting: dict[tuple[object, ...], list[BatchItem]] = {}
     for item in _items(slots, layout, split):
@@ -225,8 +225,8 @@ def stacked(grads: Sequence[Tensor]) -> tuple[Tensor, bool]:
 def _items(slots: Sequence[Slot], layout: str, split: Split) -> Iterator[BatchItem]:
     for i, slot in enumerate(slots):
         first_entry = 0
-        for whole, slope in matrices_of(slot.param, slot.grad, layout=layout, split=split):
-            for param, grad in _fitting(whole, slope):
+        for whole, whole_grad in matrices_of(slot.param, slot.grad, layout=layout, split=split):
+            for param, grad in _fitting(whole, whole_grad):
                 yield BatchItem(i, first_entry, param, grad)
                 first_entry += param.numel()
 
@@ -264,7 +264,7 @@ def _step_shards(
     """Check the gradients of sharded parameters; then scale and write all at once."""
     backend = kernels.select("auto", slots[0].param.device)
     finite: Tensor = yield are_finite(slots)
-    matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
+    matrices, ranges = param_matrices(slots, layout=group["layout"], split=group["split"])
     shards = _Shards(matrices, backend)
     for _ in range(group["num_iters"]):
         for norm in norms:
@@ -272,8 +272,8 @@ def _step_shards(
     ready = kernels.Matrices(
         params=[matrix.param for matrix in matrices],
         grads=shards.grads,
-        owners=owners,
-        keys=draw_matrix_keys(slots, matrices, owners, group),
+        ranges=ranges,
+        keys=draw_matrix_keys(slots, matrices, ranges, group),
     )
     take_steps(
         backend,
@@ -324,7 +324,7 @@ class _Shards:
             ]
 
     def scales(self) -> list[kernels.Scales]:
-        """Return r and c of each, in float32 or the gradient's wider type."""
+        """Return r and c of each matrix, in float32 or the gradient's wider type."""
         return [
             scales_of(r2.sqrt(), c2.sqrt(), torch.promote_types(grad.dtype, torch.float32))
             for r2, c2, grad in zip(self.r2, self.c2, self.grads, strict=True)

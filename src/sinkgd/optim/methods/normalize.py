@@ -29,7 +29,7 @@ class Normalize(Method):
 
     @computation
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-        """Normalize and update one by one. The loss scale has no effect on the update."""
+        """Update the parameters one by one. The loss scale has no effect on the updates."""
         finite: Tensor = yield are_finite(slots)
         writer = UpdateWriter(slots, finite, group, context)
         sizes = yield _sizes_on_mesh(slots)

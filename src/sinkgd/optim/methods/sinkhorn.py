@@ -44,7 +44,7 @@ from sinkgd.optim.transforms.deflate import (
     check_deflation,
     deflate_matrices,
     deflation_chunks,
-    with_scales_alone,
+    with_plain_scales,
 )
 from sinkgd.optim.transforms.momentum import (
     MOMENTUM_OPTIONS,
@@ -83,7 +83,7 @@ class Sinkhorn(Method):
 
     Args:
         vectors: The method of parameters with fewer than two dimensions; None refuses them.
-        presets: As for `Method`.
+        presets: The defaults of groups of this method, as for `Method`.
     """
 
     options = MappingProxyType(
@@ -176,7 +176,7 @@ class Sinkhorn(Method):
 
 
 def _shares_scales(slots: Sequence[Slot], group: Group) -> bool:
-    """Whether scales and messages are shared by all, and only their vectors need chunks."""
+    """Whether all parameters share scales and messages, so that only vectors need chunks."""
     if is_dtensor(slots[0].param):
         return True
     packs = kernels.select(group["backend"], slots[0].param.device).packs_vectors
@@ -185,17 +185,17 @@ def _shares_scales(slots: Sequence[Slot], group: Group) -> bool:
 
 @computation
 def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-    """Let the backend update matrices. Either all of them are DTensors, or none is."""
-    matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
+    """Let the backend update matrices. Either all parameters are DTensors, or none is."""
+    matrices, ranges = param_matrices(slots, layout=group["layout"], split=group["split"])
     given = kernels.Matrices(
         params=[matrix.param for matrix in matrices],
         grads=[matrix.grad for matrix in matrices],
-        owners=owners,
-        keys=draw_matrix_keys(slots, matrices, owners, group),
+        ranges=ranges,
+        keys=draw_matrix_keys(slots, matrices, ranges, group),
     )
     factors = {"keep": decay_factor(group), "step": step_factor(group)}
     if group["warm_start"]:
-        given = given._replace(starts=warm_starts(slots, given.grads, owners, group, context))
+        given = given._replace(starts=warm_starts(slots, given.grads, ranges, group, context))
     backend = kernels.select(group["backend"], slots[0].param.device)
     num_iters, tol = group["sinkhorn_iterations"], group["tol"]
     overflow = context.overflow
@@ -206,7 +206,7 @@ def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Step
     else:
         found = backend.descend_(given, num_iters, **factors, tol=tol, overflow=overflow)
     if group["warm_start"]:
-        keep_warm_starts(slots, owners, found, group, context)
+        keep_warm_starts(slots, ranges, found, group, context)
     finite: Tensor = found.finite
     return finite
 
@@ -216,19 +216,19 @@ class _Solved(NamedTuple, Generic[Known]):
 
     slots: Sequence[Slot]
     matrices: Sequence[ParamMatrix]
-    owners: Sequence[range]
+    ranges: Sequence[range]
     scales: Sequence[Known]  # one per matrix
     finite: Tensor  # (slots,) bool
     keys: Sequence[Tensor] | None  # one per matrix
 
     def chunk(self, chunk: slice) -> "_Solved[Known]":
         """Return some of the parameters."""
-        owners = self.owners[chunk]
-        first, end = owners[0].start, owners[-1].stop
+        ranges = self.ranges[chunk]
+        first, end = ranges[0].start, ranges[-1].stop
         return _Solved(
             self.slots[chunk],
             self.matrices[first:end],
-            [range(own.start - first, own.stop - first) for own in owners],
+            [range(own.start - first, own.stop - first) for own in ranges],
             self.scales[first:end],
             self.finite[chunk],
             None if self.keys is None else self.keys[first:end],
@@ -237,33 +237,36 @@ class _Solved(NamedTuple, Generic[Known]):
 
 @computation
 def _step_with_transforms(slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
-    """Update matrices by one transform after the other. Either all are DTensors, or none is."""
+    """Update matrices by one transform after the other.
+
+    Either all parameters are DTensors, or none is.
+    """
     backend = kernels.select(group["backend"], slots[0].param.device)
-    matrices, owners = param_matrices(slots, layout=group["layout"], split=group["split"])
+    matrices, ranges = param_matrices(slots, layout=group["layout"], split=group["split"])
     if group["tiny_rows"] == "mask":
         in_place = all(slot.is_scratch for slot in slots)
         threshold = group["tiny_row_threshold"]
         matrices = yield mask_tiny_rows(matrices, threshold, backend, in_place=in_place)
     ends_with_rows = group["last"] == "row"
     seen = [matrix.mT for matrix in matrices] if ends_with_rows else matrices
-    keys = draw_matrix_keys(slots, matrices, owners, group)
-    given = kernels.Matrices([x.param for x in seen], [x.grad for x in seen], owners, keys=keys)
+    keys = draw_matrix_keys(slots, matrices, ranges, group)
+    given = kernels.Matrices([x.param for x in seen], [x.grad for x in seen], ranges, keys=keys)
     if has_extra_half_step(group):
         starts = yield starts_after_half_step(seen, backend)
         given = given._replace(starts=starts)
     elif group["warm_start"]:
-        given = given._replace(starts=warm_starts(slots, given.grads, owners, group, context))
+        given = given._replace(starts=warm_starts(slots, given.grads, ranges, group, context))
     found: kernels.Descent = yield _solve(given, seen, backend, group)
     if (known := known_finite(slots)) is not None:
         found = found._replace(finite=found.finite & known)
     if group["warm_start"]:
-        keep_warm_starts(slots, owners, found, group, context)
+        keep_warm_starts(slots, ranges, found, group, context)
     # From here on rows are the out-features again.
     scales = [own.mT for own in found.scales] if ends_with_rows else list(found.scales)
-    solved = _Solved(slots, matrices, owners, scales, found.finite, keys)
+    solved = _Solved(slots, matrices, ranges, scales, found.finite, keys)
     chunks = [slice(len(slots))]
     if group["deflated_rank"] and _shares_scales(slots, group):
-        chunks = deflation_chunks(slots, owners, group, context)
+        chunks = deflation_chunks(slots, ranges, group, context)
     taken: Tensor = yield in_sequence(
         chunks, lambda chunk: _finish(solved.chunk(chunk), backend, group, context)
     )
@@ -282,7 +285,7 @@ def _solve(
     if shardings:
         return solve_sharded(backend, shardings, given, num_iters, tol=tol)
     scales = backend.scales(given.grads, num_iters, tol=tol, starts=given.starts)
-    return immediate(kernels.Descent(finite_of(scales, given.owners), scales))
+    return immediate(kernels.Descent(finite_of(scales, given.ranges), scales))
 
 
 @computation
@@ -290,22 +293,22 @@ def _finish(
     solved: _Solved[kernels.Scales], backend: kernels.Backend, group: Group, context: Context
 ) -> Steps[Tensor]:
     """Apply the transforms after the scales, write, and return which parameters were finite."""
-    slots, matrices, owners, scales, finite, keys = solved
+    slots, matrices, ranges, scales, finite, keys = solved
     corrected: Sequence[kernels.Scales | kernels.CorrectedScales] = scales
     if group["deflated_rank"]:
-        deflating = Deflating(slots, owners, matrices, scales)
+        deflating = Deflating(slots, ranges, matrices, scales)
         corrected, flags = yield deflate_matrices(deflating, backend, group)
-        finite = finite & by_owner(flags, owners)
+        finite = finite & by_owner(flags, ranges)
     if group["operator_norm"] is not None:
-        matrices, scales = with_scales_alone(matrices, corrected)
+        matrices, scales = with_plain_scales(matrices, corrected)
         known = kernels.Descent(finite, scales)
-        found = yield _pinned(slots, matrices, owners, known, group, context)
+        found = yield _pinned(slots, matrices, ranges, known, group, context)
         finite, corrected = found.finite, found.scales
-    ready = _Solved(slots, matrices, owners, corrected, finite, keys)
+    ready = _Solved(slots, matrices, ranges, corrected, finite, keys)
     chunks = [slice(len(slots))]
     if any(isinstance(own, kernels.CorrectedScales) and own.factor is None for own in corrected):
         # The backend may copy the gradients, and together these may be larger than the limit.
-        sizes = [4 * sum(matrices[i].grad.numel() for i in own) for own in owners]
+        sizes = [4 * sum(matrices[i].grad.numel() for i in own) for own in ranges]
         chunks = chunk_slices(sizes, SCRATCH_BYTES)
     for chunk in chunks:
         _write_(ready.chunk(chunk), backend, group, context)
@@ -316,7 +319,7 @@ def _finish(
 def _pinned(
     slots: Sequence[Slot],
     matrices: Sequence[ParamMatrix],
-    owners: Sequence[range],
+    ranges: Sequence[range],
     found: kernels.Descent,
     group: Group,
     context: Context,
@@ -324,12 +327,12 @@ def _pinned(
     """Bring the updates to the requested operator norm, and keep its vectors."""
     layout = group["layout"]
     vectors: list[Tensor] = []
-    for slot, own in zip(slots, owners, strict=True):
+    for slot, own in zip(slots, ranges, strict=True):
         vectors += vectors_of(context.states[slot.param], slot.param, layout, len(own))
     pinned = yield pin(matrices, found.scales, vectors, group)
-    finite = found.finite & by_owner(pinned.finite, owners)
+    finite = found.finite & by_owner(pinned.finite, ranges)
     flags = allowed(finite, context)
-    for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
+    for i, (slot, own) in enumerate(zip(slots, ranges, strict=True)):
         new = [pinned.vectors[k] for k in own]
         flag = None if flags is None else flags[i]
         keep_vectors(context.states[slot.param], slot.param, layout, new, flag)
@@ -349,7 +352,7 @@ def _write_(
     params, grads = [matrix.param for matrix in matrices], [matrix.grad for matrix in matrices]
     take_steps(
         backend,
-        kernels.Matrices(params, grads, known.owners, keys=known.keys),
+        kernels.Matrices(params, grads, known.ranges, keys=known.keys),
         known.finite,
         scales,
         keep=decay_factor(group),

@@ -45,8 +45,8 @@ from sinkgd.optim.method import Context, Group, Slot
 # larger matrices would not be bitwise equal to those of each by itself.
 STACKED_ENTRIES = 1 << 18
 
-# Bytes that each row or column of a shard uses at once for each direction, most of them float64:
-# 17.4 measured; tests/lab/plan/test_communication.py.
+# Bytes that each row or column of a shard uses at once for each direction, most of them float64.
+# tests/lab/plan/test_communication.py measured 17.4.
 MESH_DIRECTION = 18
 
 DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})
@@ -61,10 +61,10 @@ def check_deflation(group: Group) -> None:
 
 
 def deflation_chunks(
-    slots: Sequence[Slot], owners: Sequence[range], group: Group, context: Context
+    slots: Sequence[Slot], ranges: Sequence[range], group: Group, context: Context
 ) -> list[slice]:
     """Return which parameters are deflated together: the same on all ranks."""
-    sizes = [_bytes_of(slot, own, group) for slot, own in zip(slots, owners, strict=True)]
+    sizes = [_bytes_of(slot, own, group) for slot, own in zip(slots, ranges, strict=True)]
     sharers = context.sharers if is_dtensor(slots[0].param) else 1
     return mesh_chunks(sizes, sharers=sharers)
 
@@ -91,21 +91,21 @@ def _bytes_of(slot: Slot, own: range, group: Group) -> int:
     return found + (4 * prod(shape) if group["operator_norm"] is not None else 0)
 
 
-def blocks_of(slots: Sequence[Slot], owners: Sequence[range], group: Group) -> list[Tensor]:
-    """Return Ω of every matrix, ``(..., n, k + 1)`` float64: its rows for this rank's columns.
+def blocks_of(slots: Sequence[Slot], ranges: Sequence[range], group: Group) -> list[Tensor]:
+    """Return Ω of every matrix, ``(..., n, k + 1)`` float64; only its rows for this rank's columns.
 
     Parameters of one shape, memory order and sharding share one Ω.
     """
-    made: dict[tuple[object, ...], Tensor] = {}
+    known: dict[tuple[object, ...], Tensor] = {}
     blocks: list[Tensor] = []
-    for slot, own in zip(slots, owners, strict=True):
+    for slot, own in zip(slots, ranges, strict=True):
         param = slot.param
         kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
         if is_dtensor(param):
             kind = (*kind, param.device_mesh, param.placements)
-        if kind not in made:
-            made[kind] = _block_of(param, group)
-        blocks += [made[kind]] * len(own)
+        if kind not in known:
+            known[kind] = _block_of(param, group)
+        blocks += [known[kind]] * len(own)
     return blocks
 
 
@@ -116,7 +116,7 @@ def _block_of(param: Tensor, group: Group) -> Tensor:
 
 def _make_block(param: Tensor, device: torch.device, layout: str, k: int) -> Tensor:
     (row_dim,), cols = dims_of(param.ndim, layout)
-    # One block, k by n, for all matrices of a parameter: spread along the other dimensions.
+    # One block, k by n, is repeated for all matrices of a parameter, along the other dimensions.
     sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
     block = fixed_block(tuple(sizes.values()), device)
     in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
@@ -138,7 +138,7 @@ class _BlockKey(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
-    """Return ``width`` of the k columns of Ω of matrices of these kinds, on the host."""
+    """Return the first ``width`` of k columns of Ω, on the host, for matrices of these kinds."""
     first: dict[_BlockKey, int] = {}
     blocks, end = [], 0
     for kind in kinds:
@@ -162,7 +162,7 @@ class Deflating(NamedTuple):
     """Matrices to deflate."""
 
     slots: Sequence[Slot]
-    owners: Sequence[range]  # for each slot, the indices of its matrices
+    ranges: Sequence[range]  # for each slot, the indices of its matrices
     matrices: Sequence[ParamMatrix]
     scales: Sequence[Scales]  # one per matrix, for which ``row * grad * col`` is normalized
 
@@ -180,7 +180,7 @@ def deflate_matrices(some: Deflating, backend: Backend, group: Group) -> Computa
         if found is not None:
             return immediate(found)
     return _deflate_stacks(
-        some.matrices, some.scales, blocks_of(some.slots, some.owners, group), backend
+        some.matrices, some.scales, blocks_of(some.slots, some.ranges, group), backend
     )
 
 
@@ -191,7 +191,7 @@ def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated
     """
     kinds = [
         _BlockKey(slot.param.shape, slot.param.stride(), group["layout"])
-        for slot, own in zip(some.slots, some.owners, strict=True)
+        for slot, own in zip(some.slots, some.ranges, strict=True)
         for _ in own
     ]
     by_width: dict[int, list[int]] = {}
@@ -302,7 +302,7 @@ class _ProductsByChunks:
         self._squares: list[Tensor] = []
 
     def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return X V of each."""
+        """Return X V of each stack."""
         return [
             found
             for chunk, own in zip(self._chunks, self._split(blocks), strict=True)
@@ -310,7 +310,7 @@ class _ProductsByChunks:
         ]
 
     def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return Xᵀ Y of each."""
+        """Return Xᵀ Y of each stack."""
         squares: list[Tensor] = []
         found: list[Tensor] = []
         for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
@@ -323,7 +323,7 @@ class _ProductsByChunks:
         return found
 
     def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return X V and Xᵀ X V of each."""
+        """Return X V and Xᵀ X V of each stack."""
         rows: list[Tensor] = []
         cols: list[Tensor] = []
         squares: list[Tensor] = []
@@ -348,7 +348,7 @@ class _ProductsByChunks:
 
 
 def _zeros(stack: Stack, y: Tensor) -> Tensor:
-    """Return zeros ``(..., n, k)`` to multiply with X, where ``y`` was multiplied with Xᵀ."""
+    """Return zeros ``(..., n, k)`` by which X can be multiplied, given ``y`` for Xᵀ."""
     return y.new_zeros(*y.shape[:-2], stack.grads[0].shape[-1], y.shape[-1])
 
 
@@ -357,15 +357,15 @@ def _stretched(
 ) -> tuple[list[CorrectedScales], Tensor]:
     """Bring the updates of a stack to root-mean-square 1, and say which of them are finite.
 
-    The factor is multiplied into the row scales or, where one of them would overflow, into the
-    column scales: rows of 1e-38 have scales near the largest float.
+    The factor is multiplied into the row scales or, if one of them would overflow, into the column
+    scales: rows of 1e-38 have scales near the largest float.
     """
     stretch = (entries / or_one(leading.square)).sqrt_()
     left = leading.taken.left * stretch
     rows, cols = (torch.stack(own) for own in zip(*scales, strict=True))
     factor = stretch.to(rows.dtype)
-    held = rows.shape[-2] > 0  # a rank may hold no row
-    fits = (rows.amax(-2, keepdim=True) * factor).isfinite() if held else factor.isfinite()
+    has_rows = rows.shape[-2] > 0  # a shard may have no row
+    fits = (rows.amax(-2, keepdim=True) * factor).isfinite() if has_rows else factor.isfinite()
     rows = rows * torch.where(fits, factor, 1)
     cols = cols * torch.where(fits, 1, factor)
     cols = cols.clamp(max=torch.finfo(cols.dtype).max)
@@ -379,10 +379,10 @@ def _stretched(
     return corrected, flags
 
 
-def with_scales_alone(
+def with_plain_scales(
     matrices: Sequence[ParamMatrix], scales: Sequence[Scales | CorrectedScales]
 ) -> tuple[list[ParamMatrix], list[Scales]]:
-    """Write deflated updates as gradients for transforms that read them; return their scales."""
+    """Replace the gradients of deflated matrices by their updates; return plain scales for all."""
     grads, pairs = without_corrections([matrix.grad for matrix in matrices], scales)
     written = [x._replace(grad=grad) for x, grad in zip(matrices, grads, strict=True)]
     return written, pairs
@@ -404,6 +404,6 @@ def _stacks_of(matrices: Sequence[ParamMatrix]) -> list[list[int]]:
         grad = matrix.grad
         if min(matrix.shape) > 1:
             kind = (grad.shape, grad.dtype, is_transposed(grad))
-            alone = matrix.sharding is not None or grad.numel() > STACKED_ENTRIES
-            stacks.setdefault((i,) if alone else kind, []).append(i)
+            by_itself = matrix.sharding is not None or grad.numel() > STACKED_ENTRIES
+            stacks.setdefault((i,) if by_itself else kind, []).append(i)
     return list(stacks.values())

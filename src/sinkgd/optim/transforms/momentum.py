@@ -1,4 +1,4 @@
-"""Momentum of any method: of the gradient before it is normalized, or of the update after.
+"""Momentum for any method: an average of gradients before they are normalized, or of updates.
 
 Letters, everywhere in this file:
     G: the gradient; X: the update of the method
@@ -9,11 +9,11 @@ gradient, so before the normalization the average does the same as the usual sum
 
 ``"before"``: B averages the gradients, and B (with ``nesterov``, μB + (1 − μ)G) is normalized.
 ``"after"``: B averages the updates, and the step goes along B (or μB + (1 − μ)X). B is shorter than
-an update where updates disagree, and in the first steps, as it begins at zero.
+an update if updates disagree, and in the first steps, since it begins at zero.
 
 State: ``state[param]["momentum_buffer"]``, sharded like the parameter: float32, 4 bytes per entry
 (float64 for float64), since an average in bfloat16 would lose small gradients. Scratch: one
-parameter in float32 at a time; Nesterov's directions are as large as the gradients, and made in
+parameter in float32 at a time; Nesterov's directions are as large as the gradients, and computed in
 chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds a message per group.
 """
 

@@ -38,8 +38,8 @@ POWER_VECTOR = "power_vector"
 SIZES = (None, "unit", "muon")
 OPERATOR_NORM_OPTIONS = MappingProxyType[str, object]({"operator_norm": None})
 
-# Entries of v stay above this share of their root-mean-square, so that v never loses a column. This
-# changes the estimate by the square of the share.
+# Entries of v stay above this fraction of their root-mean-square, so that v never loses a column.
+# This changes the estimate by the square of the fraction.
 SMALLEST_SHARE = 2.0**-16
 
 
@@ -52,8 +52,8 @@ def check_operator_norm(group: Group) -> None:
 def init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, count: int) -> None:
     """Begin with the sines of 1, 2, 3 …, which have both signs and no relation to a gradient.
 
-    A vector of ones would be worse: where inputs have mean zero, as after a layer norm, it is
-    nearly orthogonal to every row of the gradient.
+    A vector of ones would be worse: if inputs have mean zero, as after a layer norm, it is nearly
+    orthogonal to every row of the gradient.
     """
     (row_dim,), _ = dims_of(param.ndim, layout)
     shape = [count if dim == row_dim else size for dim, size in enumerate(param.shape)]
@@ -116,7 +116,7 @@ def pin(
     u = [s.row * _product(matrix.grad, (s.col * v).mT) for matrix, s, v in every]
     u = yield sum_over_columns(u, matrices)
     w = [s.col * _product(p.grad.mT, s.row * x).mT for (p, s, _), x in zip(every, u, strict=True)]
-    # One message for both.
+    # One message adds up both w and the squares of u.
     squares = [x.square().sum(-2, keepdim=True) for x in u]
     joined = [torch.cat([x, y], dim=-1) for x, y in zip(w, squares, strict=True)]
     both = yield sum_over_rows(joined, matrices)
@@ -137,7 +137,7 @@ def pin(
 
 
 def _next(w: Tensor, squares: Tensor, v: Tensor, n: int) -> Tensor:
-    """Return w / ‖w‖, or v where w is 0; entries that vanish get a small size and the sign of v."""
+    """Return w / ‖w‖, or v if w is 0; entries that vanish get a small size and the sign of v."""
     unit = torch.where(squares == 0, v.double(), w / squares.sqrt())
     least = torch.full_like(unit, SMALLEST_SHARE / math.sqrt(n))
     return torch.where(unit.abs() < least, least.copysign(v), unit).float()

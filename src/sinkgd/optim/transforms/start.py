@@ -34,7 +34,8 @@ from sinkgd.optim.method import Context, Group, Slot
 SIDES = ("row", "column")
 START_OPTIONS = MappingProxyType[str, object]({"first": None, "last": "column"})
 COL_SCALE = "col_scale"
-# The smallest start, in units of the largest. Its square times that of an entry stays in float32.
+# The smallest start, in units of the largest. Its square times the square of an entry is in the
+# range of float32.
 SMALLEST = 2.0**-40
 
 
@@ -63,15 +64,15 @@ def starts_after_half_step(
     """Return column scales ``(..., 1, n)`` that bring the columns of each matrix to one length.
 
     The largest is at most 1 and at least 1/√n, as `Backend.scales` requires. A column that is more
-    than 2**40 times shorter than the whole matrix gets the scale of one 2**40 times shorter. Reads
-    the gradients once, and sends one message per process group.
+    than 2**40 times shorter than the whole matrix gets the scale of a column that is 2**40 times
+    shorter. Reads the gradients once, and sends one message per process group.
     """
     transposed = [matrix.mT for matrix in matrices]
     lengths = yield row_lengths(transposed, backend)  # (..., n, 1)
     sums = yield sum_over_rows([_squares_and_inverse_squares(own) for own in lengths], transposed)
     starts = []
     for matrix, length, own in zip(matrices, lengths, sums, strict=True):
-        total, inverse = own[..., :1].sqrt(), own[..., 1:].rsqrt()  # the second near the shortest
+        total, inverse = own[..., :1].sqrt(), own[..., 1:].rsqrt()  # inverse: about the shortest
         start = torch.maximum(inverse.where(inverse.isfinite(), 0), SMALLEST * total) / length
         start = torch.where(length == 0, 1, start.clamp(max=1))
         dtype = torch.promote_types(matrix.grad.dtype, torch.float32)
@@ -90,7 +91,7 @@ def check_warm_start_shards(name: str, param: Tensor, group: Group) -> None:
     """Refuse a warm start of a parameter whose starts would be sharded.
 
     Raises:
-        ValueError: With its name.
+        ValueError: If the starts would be sharded; the message gives the parameter's name.
     """
     if not (group["warm_start"] and is_dtensor(param)):
         return
@@ -137,13 +138,13 @@ def _keep(state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tens
 def warm_starts(
     slots: Sequence[Slot],
     grads: Sequence[Tensor],
-    owners: Sequence[range],
+    ranges: Sequence[range],
     group: Group,
     context: Context,
 ) -> list[Tensor | None]:
     """Return the starts that some parameters have kept for their matrices."""
     starts: list[Tensor | None] = []
-    for slot, own in zip(slots, owners, strict=True):
+    for slot, own in zip(slots, ranges, strict=True):
         found = _kept_starts(context.states[slot.param], [grads[i] for i in own])
         if group["last"] == "column":
             param, layout = local(slot.param), group["layout"]
@@ -154,14 +155,14 @@ def warm_starts(
 
 def keep_warm_starts(
     slots: Sequence[Slot],
-    owners: Sequence[range],
+    ranges: Sequence[range],
     found: Descent,
     group: Group,
     context: Context,
 ) -> None:
     """Keep the scales of parameters with finite gradients for the next step."""
     flags = allowed(found.finite, context)
-    for i, (slot, own) in enumerate(zip(slots, owners, strict=True)):
+    for i, (slot, own) in enumerate(zip(slots, ranges, strict=True)):
         flag = None if flags is None else flags[i]
         cols = [found.scales[k].col for k in own]
         if group["last"] == "column":
@@ -173,4 +174,4 @@ def keep_warm_starts(
 def _start(col: Tensor) -> Tensor:
     """Return column scales relative to the largest, in (0, 1]; 1 for a zero column."""
     unit = col.float() / col.amax(dim=-1, keepdim=True).float()
-    return torch.where(unit > 0, unit.clamp(min=SMALLEST), 1)  # they are NaN if all are zero
+    return torch.where(unit > 0, unit.clamp(min=SMALLEST), 1)  # NaN if all scales are zero

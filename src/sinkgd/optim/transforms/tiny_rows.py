@@ -1,8 +1,8 @@
 """Mask the rows of a gradient that are nearly zero, so that they are not updated.
 
-Row normalization gives all rows of the gradient the same length, even the shortest. In the table of
-an embedding or an output head most rows belong to tokens that a batch does not contain; their
-gradient is noise.
+Row normalization gives all rows of the gradient the same length, even the shortest. In an embedding
+or an output head most rows belong to tokens that a batch does not contain; the gradient of these
+rows is noise.
 """
 
 from collections.abc import Sequence
@@ -34,11 +34,11 @@ def check_tiny_rows(group: Group) -> None:
 def mask_tiny_rows(
     matrices: Sequence[ParamMatrix], threshold: float, backend: Backend, *, in_place: bool
 ) -> Steps[list[ParamMatrix]]:
-    """Set rows to zero if their l2 norm is below ``threshold`` times the mean of all rows'.
+    """Set rows to zero if their l2 norm is below ``threshold`` times the mean over all rows.
 
-    Their update is then zero, and they do not affect the scales of others. Reads the gradients once
-    and, unless ``in_place``, copies them. Sends one message per process group. A non-finite row is
-    kept, so that later checks find it.
+    The update of these rows is then zero, and they do not affect the scales of others. Reads the
+    gradients once and, unless ``in_place``, copies them. Sends one message per process group. A
+    non-finite row is kept, so that later checks find it.
     """
     lengths = yield row_lengths(matrices, backend)
     totals = yield sum_over_rows([own.sum(-2, keepdim=True) for own in lengths], matrices)
