@@ -239,7 +239,7 @@ def _temper_matrices(
 def _divided(v: Tensor, sums: Tensor, eps: float) -> Tensor:
     """Return ``v`` divided by float64 sums, which may be beyond the range of the type of ``v``."""
     sums = torch.where(sums == 0, 1, sums.clamp(min=eps))
-    # A division by a power of two changes no rounding.
+    # Multiplication by a power of two changes no rounding.
     unit = torch.ones_like(sums).masked_fill_(sums > torch.finfo(v.dtype).max, 2.0**-64)
     return (v * unit.to(v.dtype)).div_((sums * unit).to(v.dtype))
 

@@ -67,7 +67,7 @@ class ParameterIndex:
         self.check(groups)
 
     def add(self, group: Group, index: int) -> None:
-        """Add a group at the end; its parameters have been checked."""
+        """Add a group after all others; its parameters have been checked."""
         self._checked.append(_checked(group, index))
         self._index = None
 

@@ -219,7 +219,7 @@ def full_iteration(
     programs,  # where the programs of this launch begin in the table
     count,  # number of programs
     flip,  # whether programs take the rows in reverse order
-    iteration,  # number of the iteration that finds the column scales, from 1
+    iteration,  # number of the iteration whose v this launch finds, from 1
     last,  # whether this iteration is the last
     low,  # the least quotient of squared scales that counts as no movement
     high,  # the largest one

@@ -20,7 +20,7 @@ from sinkgd.kernels.triton import launch
 from sinkgd.kernels.triton.launch import GpuTarget, kernels, multiplies_tf32
 from sinkgd.kernels.triton.product_plan import BLOCK, ROWS, Bucket, Kind, Plan, padded_rows
 
-MAX_VECTORS = 32  # of a launch
+MAX_VECTORS = 32  # vectors by which one launch multiplies
 
 
 class StackProducts:

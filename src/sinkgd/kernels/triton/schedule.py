@@ -243,7 +243,7 @@ def _find(
 
 
 def _fill(found: Iterable[_Found], bucket_bytes: int) -> list[list[_Found]]:
-    """Put matrices of one kind together, in order; an owner's share a bucket if they fit."""
+    """Put matrices of one kind together, in order; those of one owner in one bucket if they fit."""
     units: dict[tuple[Kind, int], list[_Found]] = {}
     for one in found:
         units.setdefault((one.kind, one.owner), []).append(one)
