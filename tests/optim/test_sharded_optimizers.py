@@ -434,21 +434,29 @@ def test_ranks_agree_on_the_norm_of_all_pieces_and_on_its_spikes(found):
             assert_close(own_norms, norms, rtol=1e-6, atol=0, equal_nan=True)
 
 
+ROUNDED = ("sinkgd", "adamw")
+AT_RANDOM = {"rounding": "stochastic", "seed": 3}
+
+
 @on_two
 def rounded_at_random():
     mesh = init_device_mesh("cpu", (2,))
-    options = {"algorithm": "sinkgd", "rounding": "stochastic", "seed": 3}
-    by_rows = walk(mesh, (ROWS,), (11, 6), torch.bfloat16, **options)
-    by_columns = walk(mesh, (COLS,), (11, 6), torch.bfloat16, **options)
-    return by_rows, by_columns
+    return {
+        algorithm: [
+            walk(mesh, placements, shape, torch.bfloat16, algorithm=algorithm, **AT_RANDOM)
+            for placements, shape in (((ROWS,), (11, 6)), ((COLS,), (11, 6)))
+        ]
+        for algorithm in ROUNDED
+    }
 
 
-def test_random_rounding_by_rows_draws_the_bits_of_one_process(found):
-    options = {"algorithm": "sinkgd", "rounding": "stochastic", "seed": 3}
-    expected = walk(None, None, (11, 6), torch.bfloat16, **options)
-    for by_rows, by_columns in found["rounded_at_random"]:
+@pytest.mark.parametrize("algorithm", ROUNDED)
+def test_random_rounding_by_rows_draws_the_bits_of_one_process(found, algorithm):
+    expected = walk(None, None, (11, 6), torch.bfloat16, algorithm=algorithm, **AT_RANDOM)
+    for of_algorithm in found["rounded_at_random"]:
+        by_rows, by_columns = of_algorithm[algorithm]
         # Sums in another order move an update by a few units of float32, a random bit seldom.
-        assert (by_rows != expected).sum() <= 1
+        assert (by_rows != expected).sum() <= (1 if algorithm == "sinkgd" else 0)
         assert_close(by_columns, expected, rtol=2**-6, atol=2**-6)
 
 
@@ -456,20 +464,28 @@ def test_random_rounding_by_rows_draws_the_bits_of_one_process(found):
 def pieces_that_look_alike():
     """Two ranks hold equal numbers; the bits that round them must differ."""
     mesh = init_device_mesh("cpu", (2,))
-    grad = torch.ones(64, 64)
-    found = []
-    for placements in ((ROWS,), (COLS,)):
-        param = sharded(mesh, placements, torch.ones(64, 64).bfloat16(), grad.bfloat16())
-        group = {"params": [param], "rounding": "stochastic"}
-        sinkgd.SinkGD([group], lr=2.0**-10).step()
-        found.append(param.detach().full_tensor())
-    return found
+    found = {}
+    for algorithm in ROUNDED:
+        own = found[algorithm] = []
+        for placements in ((ROWS,), (COLS,)):
+            ones = torch.ones(64, 64).bfloat16()
+            param = sharded(mesh, placements, ones, ones)
+            group = {"params": [param], "algorithm": algorithm, "rounding": "stochastic"}
+            sinkgd.SinkGD([group], lr=2.0**-10).step()
+            own.append(param.detach().full_tensor())
+    ones = torch.ones(4096).bfloat16()
+    vector = sharded(mesh, (ROWS,), ones, ones)
+    group = {"params": [vector], "algorithm": "adamw", "rounding": "stochastic"}
+    sinkgd.SinkGD([group], lr=2.0**-10).step()
+    return found, vector.detach().full_tensor()
 
 
 def test_pieces_are_not_rounded_alike(found):
-    for by_rows, by_columns in found["pieces_that_look_alike"]:
-        assert not torch.equal(by_rows[:32], by_rows[32:])
-        assert not torch.equal(by_columns[:, :32], by_columns[:, 32:])
+    for of_algorithms, vector in found["pieces_that_look_alike"]:
+        assert not torch.equal(vector[:2048], vector[2048:])
+        for by_rows, by_columns in of_algorithms.values():
+            assert not torch.equal(by_rows[:32], by_rows[32:])
+            assert not torch.equal(by_columns[:, :32], by_columns[:, 32:])
 
 
 @on_two

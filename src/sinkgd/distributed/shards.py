@@ -251,9 +251,10 @@ def first_entry_of(param: Tensor, layout: str) -> int:
 
     The random bits of an entry depend on its index; see `sinkgd.kernels.rounding`.
     """
-    if not is_dtensor(param) or param.ndim < 2:
+    if not is_dtensor(param) or param.ndim == 0:
         return 0
-    row_dims, col_dims = dims_of(param.ndim, layout)
+    # The entries of a vector are rows of one entry.
+    row_dims, col_dims = dims_of(param.ndim, layout) if param.ndim > 1 else ([0], [])
     sharding = sharding_of(param, row_dims, col_dims)
     return _first_entry(param, row_dims, sharding, _first_row(param, row_dims))
 
