@@ -10,9 +10,9 @@ from sinkgd.kernels.backend import finite_of
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.lab.bench.gpu.recorded import (
     TorchCalls,
-    calls_per_further_matrix,
     calls_of_matrices,
     calls_of_model,
+    calls_per_further_matrix,
     without_adamw,
 )
 

@@ -10,11 +10,11 @@ from lab.bench.synthetic import step_record, workload
 from sinkgd.kernels import Scales
 from sinkgd.lab.bench import bench_step
 from sinkgd.lab.bench.bench_step import (
-    why_no_room,
     measure_accuracy,
     measure_first_call,
     relative_error,
     time_workload,
+    why_no_room,
 )
 from sinkgd.lab.bench.contenders import ADAMW, backends, contenders
 from sinkgd.lab.bench.interleaved import Pace

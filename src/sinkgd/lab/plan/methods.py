@@ -446,7 +446,7 @@ def find_method(name: str) -> Method:
     """Return the method called ``name``.
 
     Raises:
-        ConfigError: If there is none; the message gives the nearest name.
+        ConfigError: If there is no such method; the message gives the nearest name.
     """
     if name in GONE:
         raise ConfigError(f"optimizer is {name!r}; it is called {GONE[name]!r} now")

@@ -10,8 +10,8 @@ import torch
 from sinkgd.lab.bench.gpu.cases import LLAMAS, RANK, USUAL, output_of
 from sinkgd.lab.bench.gpu.interpreted import Interpreted, interpreted
 from sinkgd.lab.bench.gpu.recorded import (
-    calls_per_further_matrix,
     calls_of_model,
+    calls_per_further_matrix,
     launches_of_bucket,
     without_adamw,
 )

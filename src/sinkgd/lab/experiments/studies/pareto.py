@@ -104,9 +104,9 @@ def judge(results: StudyResults) -> Verdict:
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw state against loss for the arms without divergence."""
     arms = [one for one in results.ranked if one.seeds and not one.diverged]
-    kept = {one.arm.name: state_bytes(one) for one in arms}
+    bytes_by_arm = {one.arm.name: state_bytes(one) for one in arms}
     best = sorted(front(results, arms), key=state_bytes)
-    return [state_chart(arms, kept, best, identities)]
+    return [state_chart(arms, bytes_by_arm, best, identities)]
 
 
 def _size(one: ArmResults) -> str:
