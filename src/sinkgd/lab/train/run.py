@@ -211,7 +211,8 @@ def _restore(job: Job, folder: RunFolder, echo: Callable[[str], None]) -> None:
         raise RunFolderError(
             f"{folder.results} ends at step {recorded}, but {found.path} was written after step "
             f"{job.state.step}, so results are lost or are of another run. Put the complete file "
-            f"back, delete {folder.checkpoints} to begin again from the first step, or give another --out"
+            f"back, delete {folder.checkpoints} to begin again from the first step, or give "
+            "another --out"
         )
     echo(f"going on from {found.path}, step {job.state.step} of {job.config.training.steps}")
 

@@ -123,8 +123,8 @@ FROM_TORCH = (
     Recipe(
         "muon",
         "hidden matrices by Muon with Nesterov momentum, the rest by AdamW",
-        "Jordan et al. 2024; scaled as in Liu et al. 2025 (0.2·√max(m, n), the RMS of Adam); rates: "
-        "the best of a few unrecorded trials",
+        "Jordan et al. 2024; scaled by 0.2·√max(m, n), to match the RMS of Adam's updates, as in "
+        "Liu et al. 2025; rates: the best of a few unrecorded trials",
         {
             "lr": 0.02,
             "matrix_lr": 0.01,
@@ -333,9 +333,9 @@ FROM_PAPERS = (
         "all parameters by Adam on clipped and normalized gradients, with the moments reset "
         "periodically",
         "Huang et al. 2025, settings from the call in their README: gamma1 0.7, gamma2 0.9, theta "
-        "0.999, resets every 1000 steps; but without the decay of beta1 over the run. "
-        "pytorch-optimizer resets before a step; the authors' code steps once more with the old "
-        "moments",
+        "0.999, resets every 1000 steps; but without the decay of beta1 and gamma1 over the "
+        "run. pytorch-optimizer resets before a step; the authors' code steps once more with the "
+        "old moments",
         {"lr": 1e-3, "weight_decay": 0.0, **_ADAM, "reset_every_steps": 1000, "clip_norm": 0.0},
         _stable_spam,
         package=PYTORCH_OPTIMIZER,
