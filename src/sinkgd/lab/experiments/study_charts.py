@@ -371,7 +371,7 @@ def _rate_line(curve: Sequence[tuple[float, float]], look: Identity) -> Figure:
 def recovery_chart(
     rows: Sequence[tuple[str, Sequence[float], str]], identities: Identities
 ) -> Chart:
-    """Draw the tokens that each arm needed to recover from a change, one row per arm.
+    """Draw the tokens that each arm needed to recover from a change of vocabulary, one row per arm.
 
     Args:
         rows: For each arm its name, the tokens of every seed that recovered, and a label.
