@@ -100,7 +100,7 @@ def compiler_missing() -> str | None:
         compiled_update(1)(
             probe.clone(), probe, torch.tensor(0.1, dtype=torch.float32, device="cpu")
         )
-    except RuntimeError as error:  # from dynamo or inductor, with the compiler's message
+    except RuntimeError as error:  # dynamo or inductor raises it, with the compiler's message
         words = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"torch.compile failed: {words[0]} {words[1] if len(words) > 1 else ''}".strip()
     return None

@@ -40,7 +40,7 @@ class Pace:
     """How many rounds there are, and how long they last."""
 
     rounds: int
-    seconds: float  # to spend on each contender; slow ones are timed in fewer rounds
+    seconds: float  # time to spend on each contender; slow ones are timed in fewer rounds
     min_turn_seconds: float = 0.0  # faster calls are repeated within a round, and averaged
 
 
@@ -279,7 +279,7 @@ def reliability_warnings(
     """Warn of a busy machine and of figures that spread widely.
 
     Args:
-        environment: From `environment_with_load`.
+        environment: A result of `environment_with_load`.
         wide: For each thing that was measured, the names whose rounds spread widely.
     """
     found = []

@@ -60,8 +60,9 @@ class FirstCall:
     """A backend's first call of `sinkgd.sinkhorn_scales` in a fresh process, with compilation."""
 
     backend: str
-    cold_seconds: float  # with an empty cache of compiled code
-    warm_seconds: tuple[float, ...]  # with the cache that the cold call left, one for each process
+    cold_seconds: float  # time with an empty cache of compiled code
+    # Times with the cache that the cold call left, one for each process.
+    warm_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -315,7 +315,7 @@ def _blocks(events: Sequence[Event]) -> list[_Block]:
         elif event.bytes > 0:
             alive[event.address] = _Block(i, len(events), event.bytes)
             blocks.append(alive[event.address])
-        elif event.address in alive:  # else it was allocated before the recording
+        elif event.address in alive:  # otherwise the block was allocated before the recording
             alive.pop(event.address).end = i
     return blocks
 

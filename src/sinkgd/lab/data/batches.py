@@ -214,7 +214,7 @@ class Batches:
     """The training batches of a split; each depends only on its step.
 
     Args:
-        split: From `TokenDataset.split`.
+        split: A result of `TokenDataset.split`.
         sequence_length: Tokens in a row, at least 2.
         batch_size: Rows in the global batch, over all ranks.
         seed: Seed of the order, at least 0.
@@ -278,7 +278,7 @@ def evaluation_batches(
     ``max_tokens`` targets are scored, or all of a smaller split. Each call yields the same batches.
 
     Args:
-        split: From `TokenDataset.split`.
+        split: A result of `TokenDataset.split`.
         sequence_length: Tokens in a row, at least 2.
         batch_size: Rows in a batch.
         max_tokens: Number of targets to score.

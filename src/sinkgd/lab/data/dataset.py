@@ -219,7 +219,7 @@ class TokenDataset:
 
     Attributes:
         folder: Path of the folder.
-        manifest: Its vocabulary, special ids, and counts of tokens, documents and bytes of text.
+        manifest: The vocabulary, special ids, and counts of tokens, documents and bytes of text.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:

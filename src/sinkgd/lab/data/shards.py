@@ -120,7 +120,7 @@ class ShardWriter:
     Args:
         out: The folder to make; if it exists, it must be empty.
         tokenizer: The tokenizer that makes the ids.
-        sources: Where the text comes from, for the record.
+        sources: The sources of the text, for the record.
         shard_tokens: Tokens in a full shard.
         cut_fraction: Fraction of each document, at its end, that is validation text, for the
             record; None if whole documents are.

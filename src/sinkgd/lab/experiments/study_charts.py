@@ -80,7 +80,7 @@ def _along_axis(arms: Sequence[ArmResults], study_axis: Axis, identities: Identi
 
 
 def _line(recipe: str, line: Sequence[ArmResults], identities: Identities) -> list[Figure]:
-    look = identities[line[0].arm.name]  # of the best arm, since the others may be gray
+    look = identities[line[0].arm.name]  # the best arm's, because other arms may be gray
     line = sorted(line, key=lambda one: one.arm.value or 0.0)
     means = [one.loss for one in line]
     seeds = [(one.arm.value, value) for one in line for value in one.losses.values()]

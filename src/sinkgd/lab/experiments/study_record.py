@@ -223,7 +223,7 @@ def _statistics_from_json(content: Mapping[str, Any]) -> list[ModelStatistics]:
 
 
 def _rounded(record: TrainStep | Evaluation) -> list[float | None]:
-    """Return the fields. Except for losses they are rounded to six digits, the clock's precision."""
+    """Return the fields; all but losses are rounded to six digits, the precision of the clock."""
     return [
         value
         if value is None or isinstance(value, int) or name.endswith("loss")

@@ -164,7 +164,7 @@ def time_table(question: Question, answer: Answer) -> TextTable:
     return TextTable(
         title=f"Time of a step, estimated, on {_devices(question)}",
         note=f"Assumed: products at {percent(question.mfu)} of the peak, FSDP's messages hidden "
-        "behind compute where they are shorter, no latency. "
+        "behind compute if they are shorter, no latency. "
         f"Days for {count(question.tokens)} tokens. "
         "The time does not say how many tokens a method needs.",
         columns=(
@@ -276,9 +276,9 @@ def _described(question: Question) -> str:
     if work.micro_batches > 1:
         words.append(f"{work.micro_batches} micro-batches")
     if work.release:
-        words.append("gradients released where a method can")
+        words.append("gradients released if a method can")
     if work.recompute:
-        words.append("blocks run again")
+        words.append("blocks recomputed in backward")
     if work.loss_chunk_tokens is not None:
         words.append(f"loss by {work.loss_chunk_tokens} tokens")
     if grid.ranks > 1:

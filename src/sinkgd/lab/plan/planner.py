@@ -96,7 +96,7 @@ def make_plan(
     """Compute the plan of several methods.
 
     Args:
-        question: What to plan.
+        question: The question to answer.
         ladder: Models to try, to find the largest that fits with each method.
         methods: Names of the methods; the question's method and AdamW are always included.
         echo: Called with a line before each method and each model.

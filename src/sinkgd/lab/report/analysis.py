@@ -70,7 +70,7 @@ class RecipeSummary:
     name: str
     runs: tuple[Run, ...]  # sorted by seed
     finished: tuple[Run, ...]
-    val_loss: Spread | None  # at the end, nats per token
+    val_loss: Spread | None  # validation loss at the end, nats per token
     perplexity: Spread | None
     bits_per_byte: Spread | None
     steps: Spread | None  # steps in all
@@ -193,7 +193,7 @@ class Analysis:
     recipes: tuple[RecipeSummary, ...]
     baseline: RecipeSummary | None
     target: float | None  # nats per token: the baseline's final validation loss
-    comparisons: dict[str, Comparison]  # by recipe; empty without a target
+    comparisons: dict[str, Comparison]  # keys are recipes; empty without a target
 
     @property
     def candidates(self) -> tuple[RecipeSummary, ...]:

@@ -190,7 +190,7 @@ def changed_cost(machine: Machine, tokens: float, speed: float, change: Change) 
     """Return the cost of the run with another method than the baseline.
 
     Args:
-        machine: The same GPUs.
+        machine: The GPUs, the same as for the baseline.
         tokens: T of the baseline.
         speed: v of the baseline.
         change: The change of tokens and speed.

@@ -170,7 +170,7 @@ class Identity:
         return f"@series-{self.series}"
 
 
-Identities = Mapping[str, Identity]  # by recipe, or by arm of a study
+Identities = Mapping[str, Identity]  # keys are recipes, or arms of a study
 
 
 def identify(analysis: Analysis) -> dict[str, Identity]:

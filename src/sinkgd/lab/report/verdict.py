@@ -24,7 +24,7 @@ class Verdict:
     """The conclusions of a page, in sentences."""
 
     headline: str
-    sentences: dict[str, str]  # by recipe
+    sentences: dict[str, str]  # keys are recipes
     cautions: tuple[str, ...]
     times_comparable: bool = True  # if not, a caution says so
 

@@ -38,7 +38,7 @@ from sinkgd.lab.train.checkpoint_validation import (
 from sinkgd.lab.train.state import TrainingState
 from sinkgd.lab.train.world import World
 
-Content = dict[str, Any]  # from `TrainingState.as_dict`
+Content = dict[str, Any]  # a result of `TrainingState.as_dict`
 _PARTIAL = ".partial"  # suffix of a folder that is being written
 
 

@@ -21,8 +21,8 @@ class Score:
     """A model's loss on a fixed set of targets, by two evaluators."""
 
     nats_per_token: float  # the mean over targets
-    tokens: int  # targets scored, padding excluded
-    galore_nats: float  # from `galore_mean`; not the mean of anything
+    tokens: int  # number of targets that are scored, without padding
+    galore_nats: float  # the result of `galore_mean`, which is not the mean of anything
 
     @property
     def perplexity(self) -> float:

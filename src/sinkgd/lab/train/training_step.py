@@ -234,7 +234,7 @@ def loss_of(
     The loss is computed inside the model's forward, where a sharded model still has its whole head.
 
     Args:
-        model: Called with tokens and a ``readout``, as `Llama` is.
+        model: A model that takes tokens and a ``readout``, like `Llama`.
         inputs: ``(b, t)``.
         targets: ``(b, t)``.
         chunk_tokens: Number of target tokens whose logits are in memory at once; they are
