@@ -22,7 +22,7 @@ from sinkgd.lab.results import Evaluation, Run
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table, the normal quantile.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 _T_NORMAL = 1.96
-_NO_DIFFERENCE = 0.0005  # nats; losses that differ by less are printed alike
+_NO_DIFFERENCE = 0.0005  # nats; smaller differences do not show in printed losses
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Method:
     column: float = 0.0  # float32 numbers kept for each column of a matrix
     # Whether numbers kept for matrices, embeddings and head are float32 for any type of weights.
     always_float32: bool = False
-    rest: float = 2.0  # numbers kept for each entry of other parameters
+    rest: float = 2.0  # numbers kept for each entry of other parameters, such as norms
     # Replaces `matrix`: numbers kept for a whole matrix, given its shorter side, longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
     # Replaces `rest` for embeddings and head: numbers kept for a whole one, given its shorter and

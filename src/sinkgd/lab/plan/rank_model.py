@@ -48,7 +48,7 @@ class Weight:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is an embedding or an output head."""
+        """Whether it is an embedding or an output head, which a plan treats alike."""
         return len(self.shape) == 2 and not self.is_matrix
 
     @property

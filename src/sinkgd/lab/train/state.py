@@ -81,7 +81,7 @@ class TrainingState:
     model: LanguageModel
     optimizer: Optimizer
     step: int = 0  # steps taken
-    seconds: float = 0.0  # time in training steps
+    seconds: float = 0.0  # time of training, without evaluations and checkpoints
     wall_seconds: float = 0.0  # time of everything, up to the checkpoint
     memory: Memory = field(default_factory=lambda: Memory(0, 0, 0, 0))  # maximum of each part
     clock: float = field(default_factory=time.perf_counter)  # time up to which wall_seconds counts

@@ -302,8 +302,8 @@ FROM_PAPERS = (
     ),
     Recipe(
         "apollo",
-        "hidden matrices by their gradients, with each channel scaled as Adam scales a random "
-        "projection of it; the rest by AdamW",
+        "hidden matrices by their gradients, with each channel scaled as Adam scales this channel "
+        "of a random projection; the rest by AdamW",
         "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. Written "
         "here, because pytorch-optimizer projects the scaled gradient, so that its steps have low "
         "rank",
