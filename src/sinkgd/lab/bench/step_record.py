@@ -217,12 +217,12 @@ def first_call(record: StepRecord) -> float | None:
 
 
 TARGETS = (
-    Target(f"{LAYER}, float32, L=5, relative to AdamW", of_adamw(LAYER, "float32"), 1.15, 1.0),
-    Target(f"{SMALL}, float32, L=5, relative to AdamW", of_adamw(SMALL, "float32"), 0.90, 0.75),
-    Target(f"{LAYER}, bfloat16, L=5, relative to AdamW", of_adamw(LAYER, "bfloat16"), 1.15, 0.9),
-    Target(f"{SMALL}, bfloat16, L=5, relative to AdamW", of_adamw(SMALL, "bfloat16"), 0.90, 0.7),
+    Target(f"{LAYER}, float32, L=5, × AdamW", of_adamw(LAYER, "float32"), 1.15, 1.0),
+    Target(f"{SMALL}, float32, L=5, × AdamW", of_adamw(SMALL, "float32"), 0.90, 0.75),
+    Target(f"{LAYER}, bfloat16, L=5, × AdamW", of_adamw(LAYER, "bfloat16"), 1.15, 0.9),
+    Target(f"{SMALL}, bfloat16, L=5, × AdamW", of_adamw(SMALL, "bfloat16"), 0.90, 0.7),
     Target(
-        f"{LAYER}, float32, L=1, relative to AdamW",
+        f"{LAYER}, float32, L=1, × AdamW",
         of_adamw(LAYER, "float32", _ONE),
         0.65,
         0.55,
@@ -234,11 +234,11 @@ TARGETS = (
         80.0,
         at_least=True,
     ),
-    Target(f"{LAYER}, float32, L=5, relative to its floor", of_floor(LAYER, "float32"), 1.25, 1.1),
-    Target("all of llama-60m, hybrid step, float32, relative to AdamW", hybrid, 0.95, 0.85),
-    Target("scratch of a steady step, relative to 1 MiB + 4(m+n) bytes per thread", scratch, 1.0),
+    Target(f"{LAYER}, float32, L=5, × its floor", of_floor(LAYER, "float32"), 1.25, 1.1),
+    Target("all of llama-60m, hybrid step, float32, × AdamW", hybrid, 0.95, 0.85),
+    Target("scratch of a steady step, × (1 MiB + 4(m+n) B per thread)", scratch, 1.0),
     Target(
-        "2,000 matrices of 64×64, time per matrix beyond what moving its bytes takes",
+        "2,000 matrices of 64×64, time per matrix above the floor",
         small_matrix_microseconds,
         3.0,
         unit="µs",
