@@ -25,7 +25,7 @@ from sinkgd.lab.train.machine import describe_environment
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.setup import Job, set_up
 
-# What each variant sets in the groups of block matrices.
+# What each variant sets in the groups of hidden matrices.
 VARIANTS: dict[str, dict[str, object]] = {
     "L=5": {"sinkhorn_iterations": 5},
     "L=1": {"sinkhorn_iterations": 1},

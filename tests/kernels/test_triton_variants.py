@@ -14,7 +14,7 @@ import pytest
 
 from sinkgd.kernels import triton
 from sinkgd.lab.bench.gpu.cases import LLAMAS, MODELS, STEPS, TARGETS, USUAL
-from sinkgd.lab.bench.gpu.variants import compiled, instructions_an_entry
+from sinkgd.lab.bench.gpu.variants import compiled, instructions_per_entry
 
 KERNELS = sorted(Path(triton.__file__).parent.glob("*.py"))
 # Bytes of shared memory of a block at most, and of one on consumers' GPUs of compute capability 8.
@@ -86,7 +86,7 @@ class TestOfModels:
     def test_instructions_an_entry_and_step(self, variants, columns):
         if variants[0].target != "sm_90":
             pytest.skip("the disassembly is counted for sm_90")
-        found = instructions_an_entry(variants, "plain", "llama-1b", (2048, columns))
+        found = instructions_per_entry(variants, "plain", "llama-1b", (2048, columns))
         assert 10 < found <= MOST_INSTRUCTIONS[columns]
 
     def test_every_model_and_step_is_there(self, variants):

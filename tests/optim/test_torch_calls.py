@@ -10,9 +10,9 @@ from sinkgd.kernels.backend import finite_of
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.lab.bench.gpu.recorded import (
     TorchCalls,
-    calls_of_a_matrix_more,
     calls_of_matrices,
     calls_of_model,
+    calls_per_further_matrix,
     without_adamw,
 )
 
@@ -29,11 +29,11 @@ VIEWS = ("aten.transpose.int",)  # of each matrix whose rows come last
 
 
 def test_calls_of_a_plain_step_do_not_grow_with_the_matrices():
-    assert calls_of_a_matrix_more(**PLAIN) == 0
+    assert calls_per_further_matrix(**PLAIN) == 0
 
 
 def test_calls_of_a_deflated_step_hardly_grow_with_the_matrices():
-    assert calls_of_a_matrix_more(deflated_rank=15) <= 0.2
+    assert calls_per_further_matrix(deflated_rank=15) <= 0.2
 
 
 @pytest.mark.parametrize(

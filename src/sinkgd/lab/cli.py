@@ -1,8 +1,8 @@
 """`sinkgd`: the program. It finds the command, parses its options, runs it, and reports errors.
 
 A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its options and whose
-``run()`` returns the exit code. A class method ``defaults(arguments)``, if it has one, gives the
-defaults before the options are parsed, e.g. from a file that one of them names.
+``run()`` returns the exit code. A command may have a class method ``defaults(arguments)``. It gives
+the defaults before the options are parsed, e.g. from a file that one of the options names.
 """
 
 import io
@@ -22,21 +22,21 @@ from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
 from sinkgd.lab.options import NumberError, check_numbers, suggest
 from sinkgd.lab.terminal import keep_stderr, make_readable
 
-# Each command's module is imported only when it runs; `sinkgd --help` imports none. A command
-# without a class is a package with commands of its own, and has COMMANDS and USAGE like these.
+# Each command's module is imported only when the command runs; `sinkgd --help` imports none. A
+# command without a class is a package with its own commands, and has COMMANDS and USAGE like these.
 Commands = Mapping[str, tuple[str | None, str]]
 COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
     "train": ("Train", "train one model, or resume a run that was stopped"),
     "experiment": ("Experiment", "run a study: tune alike, repeat with seeds, judge, write a page"),
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
-    "report": ("Report", "table and page of runs that are there already"),
+    "report": ("Report", "make the table and the page of runs that exist already"),
     "bench": (None, "measure speed and memory: optimizer steps, kernels, the training loop"),
-    "plan": ("Plan", "memory, messages, time and cost on paper, for a model that may not fit here"),
-    "doctor": ("Doctor", "what is installed, and which kernels will run and why"),
+    "plan": ("Plan", "estimate the memory, messages, time and cost of training, without training"),
+    "doctor": ("Doctor", "show what is installed, and which kernels will run and why"),
 }
 
-_EXPERIMENTS = ("pytorch_optimizer",)  # packages of the extra of that name
+_EXPERIMENTS = ("pytorch_optimizer",)  # packages of the extra "experiments"
 
 USAGE = """\
 usage: sinkgd COMMAND [OPTIONS]
@@ -55,7 +55,7 @@ examples:
   sinkgd train --out runs/first --optimizer.recipe swan   one run
   sinkgd experiment iterations                            a study with its verdict
   sinkgd report runs/demo                                 the page of runs made before
-  sinkgd plan --model llama-3-70b --mesh.dp-shard 8       what it would need, on paper
+  sinkgd plan --model llama-3-70b --mesh.dp-shard 8       what training would need
 """
 
 
@@ -92,9 +92,9 @@ def _run_and_report(arguments: list[str]) -> int:
         code = _main(arguments)
         sys.stdout.flush()
     except SystemExit as exit_request:
-        if isinstance(exit_request.__context__, BrokenPipeError):  # rich raises this instead
+        if isinstance(exit_request.__context__, BrokenPipeError):  # rich turns it into SystemExit
             return _output_closed()
-        return int(exit_request.code or 0)  # from the parser, after it wrote help or an error
+        return int(exit_request.code or 0)  # the parser exits after it wrote help or an error
     except BrokenPipeError:
         return _output_closed()
     except ModuleNotFoundError as error:
@@ -143,7 +143,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _run_one_of(group: str, arguments: list[str]) -> int:
-    """Run a command of a command, such as `sinkgd bench step`."""
+    """Run a command of a group, such as `sinkgd bench step`."""
     package = import_module(f"sinkgd.lab.commands.{group}")
     match arguments:
         case [] | ["-h" | "--help"]:
@@ -163,7 +163,7 @@ def _run(name: str, kind: str, arguments: list[str]) -> int:
 
 def _code_of(error: Exception) -> int | None:
     """Return 2 for input that the user can correct, 1 for a failed run, None for a bug."""
-    if _lacks_memory(error):  # first, because it imports nothing
+    if _lacks_memory(error):  # this check comes first, because it imports nothing
         return 1
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and cause.errno in FULL:
@@ -206,7 +206,7 @@ def _lacks_memory(error: Exception) -> bool:
     words = str(error)
     if type(error) is RuntimeError and "can't allocate memory" in words:
         return True
-    # If the address space is limited, libraries report a failed mmap in these words.
+    # If the address space is limited, libraries report a failed mmap with these words.
     cut = ("libllvmlite", "could not create a primitive", "failed to map segment", "std::bad_alloc")
     return _memory_limit() is not None and any(cause in words for cause in cut)
 
@@ -218,7 +218,7 @@ def _memory_limit() -> int | None:
 
 
 def _first_unreadable(arguments: Sequence[str]) -> str | None:
-    """Return the first argument whose bytes are not text: no record could hold it."""
+    """Return the first argument whose bytes are not text, and so cannot be stored in a record."""
     for argument in arguments:
         try:
             argument.encode("utf-8")
@@ -228,7 +228,7 @@ def _first_unreadable(arguments: Sequence[str]) -> str | None:
 
 
 def _first_empty(arguments: Sequence[str]) -> str | None:
-    """Describe the first empty value; no option accepts one, as a path it is the current folder."""
+    """Describe the first empty value. No option accepts one: as a path it is the current folder."""
     before = ""
     for argument in arguments:
         option, sign, value = argument.partition("=")
@@ -271,8 +271,7 @@ def _parser_message(box: str) -> str:
     """Return the parser's boxed message in one line: the error and the nearest option."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│ ") for line in plain.splitlines()]
-    # The top of the frame holds the title; without a frame, the title has a line of its own and a
-    # rule.
+    # The top of the frame holds the title. Without a frame, the title and a rule have a line each.
     lines = lines[1:] if plain.startswith("╭") else lines[2:]
     wrong = " ".join(takewhile(lambda line: line.strip("─-"), lines))
     if "Perhaps you meant:" not in lines:
@@ -297,7 +296,8 @@ def _fail(message: str, *, code: int) -> int:
     return code
 
 
-# Both are called only after an error, so that `sinkgd doctor` never imports the lab.
+# The two functions below are called only after an error, so that `sinkgd doctor` never imports the
+# lab.
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:

@@ -1,8 +1,8 @@
 """The table of accelerators, from their makers' data sheets; link rates are for one direction.
 
-Power is the board's maximum, without host, network and cooling. Memory is the maker's GB, read as
-GiB if the memory stacks are powers of two. Between nodes, each device has its own network card, of
-the speed in the maker's servers.
+Power is the board's maximum, without host, network and cooling. Memory is the maker's number of GB,
+read as GiB if the memory stacks are powers of two. Between nodes, each device has its own network
+card, as fast as those in the maker's servers.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class DeviceSheet:
 
 _TABLE = (
     # nvidia.com/en-us/data-center/h100: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s both ways;
-    # DGX H100: ConnectX-7, 400 Gb/s a GPU
+    # DGX H100: ConnectX-7, 400 Gb/s per GPU
     DeviceSheet("h100", "H100 SXM", 989.4e12, 80 * _GIB, 3.35e12, 450e9, 50e9, 700.0),
     # nvidia.com/en-us/data-center/h200: 141 GB, 4.8 TB/s, the rest as H100
     DeviceSheet("h200", "H200 SXM", 989.4e12, 141 * 10**9, 4.8e12, 450e9, 50e9, 700.0),
@@ -54,7 +54,7 @@ def find_device(name: str) -> DeviceSheet:
     """Return the device called ``name``.
 
     Raises:
-        ConfigError: If the table has none; the message suggests the nearest name.
+        ConfigError: If there is no such device; the message suggests the nearest name.
     """
     if name not in DEVICES:
         raise ConfigError(f"device is {name!r}; {suggest(name, DEVICES)}")

@@ -1,4 +1,4 @@
-"""Files: read without surprises, written atomically, and safe from a power cut."""
+"""Reading and writing files: atomic writes that survive a power cut, and errors with remedies."""
 
 import errno
 import json
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# No space: on the disk, in a quota, or within the largest file that a process may write.
+# There is no space: on the disk, in a quota, or in a file of the largest size that is allowed.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Errors that another path avoids.
+# Errors that do not occur with another path.
 PATH_ERRORS = frozenset(
     {
         errno.EACCES,
@@ -52,7 +52,8 @@ def parse_json(content: str | bytes) -> Any:
     """Parse JSON; a byte order mark is allowed.
 
     Raises:
-        ValueError: If it is not JSON, not UTF-8, or nested more deeply than Python can read.
+        ValueError: If ``content`` is not JSON, is not UTF-8, or is nested more deeply than Python
+            can read.
 
     Examples:
         >>> parse_json(b'{"steps": 3}')
@@ -85,7 +86,7 @@ def claim_folder(path: Path) -> None:
     """Create a folder and check that it is writable, before long work whose results go there.
 
     Raises:
-        OSError: If it cannot be created or is not writable.
+        OSError: If the folder cannot be created or is not writable.
     """
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
@@ -93,7 +94,7 @@ def claim_folder(path: Path) -> None:
 
 
 def claim_file(path: Path) -> None:
-    """As `claim_folder`, for one file.
+    """Create the folder of a file and check that it is writable, before long work.
 
     Raises:
         OSError: If the file cannot be written.

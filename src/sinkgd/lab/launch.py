@@ -35,7 +35,7 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
 
     Args:
         arguments: Arguments after the program's name.
-        environment: Environment variables, where torchrun sets the number of processes.
+        environment: Environment variables; torchrun sets the number of processes there.
 
     Examples:
         >>> launch_command(["train", "--out", "runs/my run"], {})

@@ -12,7 +12,7 @@ LARGEST_VALUE = 1e30
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """Return the end of an error about an unknown name: the nearest name, if any, and all names.
+    """Return the end of a message about an unknown name: the nearest name, if any, and all names.
 
     Examples:
         >>> suggest("adanw", ["adamw", "swan"])
@@ -38,7 +38,7 @@ def check_numbers(options: Any, prefix: str = "") -> None:
         prefix: Prefix of the fields' names, ending in a dot.
 
     Raises:
-        NumberError: With the field's name and value.
+        NumberError: If a number is not finite or too large; the message gives its field and value.
     """
     for field in fields(options):
         value, name = getattr(options, field.name), prefix + field.name

@@ -1,9 +1,9 @@
 """Present names of recipes, for files that were recorded before the recipes were renamed.
 
-In naming 1, which files without ``naming`` have, ``sinkgd`` was SinkGD as in the paper, and SinkGD
-with deflation was ``deflated``. In naming 2, ``sinkgd`` is what ``SinkGD(param_groups(model))``
-does, with deflation, and the paper's method is ``sinkgd-paper``. Every reader of a record
-translates here.
+Files without a field ``naming`` have naming 1: ``sinkgd`` was SinkGD as in the paper, and SinkGD
+with deflation was ``deflated``. In naming 2, ``sinkgd`` is ``SinkGD(param_groups(model))``, with
+deflation, and the paper's method is ``sinkgd-paper``. All code that reads a record translates its
+names with this module.
 """
 
 import re
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-NAMING = 2  # of what is written now
+NAMING = 2  # the naming of files that are written now
 
 _RECIPES: Mapping[str, str] = {"sinkgd": "sinkgd-paper", "deflated": "sinkgd"}
-# Names that no recipe has any more, with the present name.
+# Names that no recipe has any more, each with its present name.
 GONE: Mapping[str, str] = {"deflated": "sinkgd"}
 
 # Names of arms and runs begin with a recipe; in the study `alpha`, arms of naming 1's ``sinkgd``

@@ -1,7 +1,8 @@
 """Text for terminals that cannot show every character, and output for terminals that are gone.
 
-Characters that an encoding lacks (ASCII, cp1252) and names that are not UTF-8 are replaced. If the
-terminal is closed, what is written to standard error is lost, but the process goes on.
+Characters that an encoding such as ASCII or cp1252 lacks, and names that are not UTF-8, are
+replaced. If the terminal is closed, what is written to standard error is lost, but the process goes
+on.
 """
 
 import codecs
@@ -69,7 +70,7 @@ codecs.register_error(ERRORS, readable)
 
 
 def make_readable(*streams: TextIO | None) -> None:
-    """Make streams replace what they cannot encode; by default the standard ones."""
+    """Make streams replace what they cannot encode; by default the standard streams."""
     for stream in streams or (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -103,5 +104,5 @@ class _LastingFile(io.FileIO):
 
 def keep_stderr() -> None:
     """Let this process go on after its standard error is closed."""
-    if sys.stderr is sys.__stderr__ and sys.stderr is not None:  # else replaced, e.g. by a test
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:  # not replaced, e.g. by a test
         sys.stderr = LastingStream(sys.stderr.fileno(), sys.stderr.encoding)

@@ -100,7 +100,7 @@ def test_step_writes_its_record_and_its_page(capsys, monkeypatch, tmp_path):
     assert main(["bench", "step", *names, *options]) == 0
     shown = capsys.readouterr()
     assert "× AdamW" in shown.out
-    assert "llama-60m, float32, L=5, of AdamW" in shown.out
+    assert "llama-60m, float32, L=5, × AdamW" in shown.out
     assert "This run measured 1 of 12 targets." in shown.out
     assert "llama-1b-layer" not in shown.out
     assert "llama-60m float32: 0" in shown.err

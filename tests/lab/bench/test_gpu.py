@@ -22,7 +22,7 @@ from sinkgd.lab.bench.gpu.scheduled_bytes import (
     schedule_of_model,
     scratch_of_model,
 )
-from sinkgd.lab.bench.gpu.variants import Variant, instructions_an_entry
+from sinkgd.lab.bench.gpu.variants import Variant, instructions_per_entry
 from sinkgd.lab.cli import main
 
 SMALL = ((24, 40), (40, 24), (17, 85))
@@ -36,12 +36,12 @@ def triton():
 class TestReadings:
     def test_a_plain_step(self, interpreter):
         found = readings_of_step(0, SMALL)
-        assert found.an_entry == 6
+        assert found.per_entry == 6
         assert found.copies == 0
 
     def test_a_deflated_step(self, interpreter):
         found = readings_of_step(RANK, SMALL)
-        assert found.an_entry <= 10
+        assert found.per_entry <= 10
         assert found.copies == 0
 
     def test_torch_is_counted_too(self):
@@ -52,7 +52,7 @@ class TestReadings:
             copy.mul_(2).view(-1).sum()
             torch.empty_like(grad)
         assert (found.by_kernels, found.by_torch, found.copied) == (0, 3 * 24, 24)
-        assert found.an_entry == 3
+        assert found.per_entry == 3
 
 
 class TestSchedule:
@@ -121,9 +121,9 @@ A_VARIANT = {
 class TestCode:
     def test_instructions_are_those_of_the_loop_by_the_entries_of_the_matrix(self):
         one = Variant(**A_VARIANT)
-        assert instructions_an_entry([one], "plain", "llama-1b", (2048, 2048)) == 50
+        assert instructions_per_entry([one], "plain", "llama-1b", (2048, 2048)) == 50
         padded = Variant(**{**A_VARIANT, "uses": ("plain llama-1b 9×1024",)})
-        assert instructions_an_entry([padded], "plain", "llama-1b", (9, 1024)) == 20
+        assert instructions_per_entry([padded], "plain", "llama-1b", (9, 1024)) == 20
 
     def test_spills_and_narrow_loads_are_named(self):
         bad = Variant(**{**A_VARIANT, "spilled": 3, "loads16": 7})
@@ -158,7 +158,7 @@ class TestCommand:
         record = json.loads((tmp_path / "gpu.json").read_text())
         figures = {figure["name"]: figure for figure in record["figures"]}
         assert {*LIMITS} - {*figures} == {name for name in LIMITS if name.startswith("SASS")}
-        assert figures["readings of G an entry and step, deflated"]["value"] == 9
+        assert figures["readings of G per entry and step, deflated"]["value"] == 9
         rows = [line.split() for line in shown.splitlines()]
         assert ["6", "≤", "6", "yes"] in [row[-4:] for row in rows]
         assert ["4.0e-06", "≤", "3.0e-06", "no"] in [row[-4:] for row in rows]

@@ -20,7 +20,7 @@ def record():
 def test_the_step_page_has_the_headline_the_targets_and_who_is_absent(record):
     page = Parsed(step_page(record))
     assert "a step of SinkGD takes 1.10 times as long as fused AdamW’s, in float32" in page.text
-    assert "llama-1b-layer, float32, L=5, of its floor" in page.text
+    assert "llama-1b-layer, float32, L=5, × its floor" in page.text
     assert "not measured: no compiler <b>" in page.text
     assert "AdamW needs 18 GiB" in page.text
     assert "sinkgd bench step" in page.text

@@ -62,4 +62,4 @@ def test_a_loaded_machine_is_said(load, loaded):
     record = step_record(workload(), environment=environment)
     text = Parsed(step_page(record)).text
     assert ("the machine was busy" in text) == loaded
-    assert any("load of 1.50 a core" in one for one in step_warnings(record)) == loaded
+    assert any("load of 1.50 per core" in one for one in step_warnings(record)) == loaded

@@ -10,11 +10,11 @@ from lab.bench.synthetic import step_record, workload
 from sinkgd.kernels import Scales
 from sinkgd.lab.bench import bench_step
 from sinkgd.lab.bench.bench_step import (
-    fits,
     measure_accuracy,
     measure_first_call,
     relative_error,
     time_workload,
+    why_no_room,
 )
 from sinkgd.lab.bench.contenders import ADAMW, backends, contenders
 from sinkgd.lab.bench.interleaved import Pace
@@ -66,11 +66,11 @@ def test_who_does_not_fit_into_memory_is_listed(monkeypatch):
     (row,) = timing.absent
     assert (row.name, row.reason) == (
         "adamw-foreach",
-        "not enough memory: 3 more copies of the matrices",
+        "not enough memory: it needs 3 more copies of the matrices",
     )
-    assert fits(TINY, "float32", CPU) is None
+    assert why_no_room(TINY, "float32", CPU) is None
     monkeypatch.setattr(bench_step, "available_bytes", lambda device: 3 * size)
-    assert "AdamW needs 0.0 GiB" in fits(TINY, "float32", CPU)
+    assert "AdamW needs 0.0 GiB" in why_no_room(TINY, "float32", CPU)
 
 
 def test_a_record_is_read_back_as_it_was_written(tmp_path):

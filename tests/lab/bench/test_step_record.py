@@ -13,13 +13,13 @@ def results(record):
 @pytest.mark.parametrize(
     ("name", "measured", "met", "stretch_met"),
     [
-        ("llama-1b-layer, float32, L=5, of AdamW", 1.1, True, False),
-        ("llama-1b-layer, float32, L=1, of AdamW", 0.6, True, False),
+        ("llama-1b-layer, float32, L=5, × AdamW", 1.1, True, False),
+        ("llama-1b-layer, float32, L=1, × AdamW", 0.6, True, False),
         ("llama-1b-layer, float32, L=5, faster than the public loop", 40.0, True, False),
-        ("llama-1b-layer, float32, L=5, of its floor", 1.1 * 7 / 8, True, True),
-        ("llama-60m, bfloat16, L=5, of AdamW", 1.1, False, False),
-        ("llama-60m whole, hybrid step, float32, of AdamW for all", 0.9, True, False),
-        ("scratch of a steady step, of 1 MiB + 4(m+n) bytes a thread", 0.25, True, None),
+        ("llama-1b-layer, float32, L=5, × its floor", 1.1 * 7 / 8, True, True),
+        ("llama-60m, bfloat16, L=5, × AdamW", 1.1, False, False),
+        ("all of llama-60m, hybrid step, float32, × AdamW", 0.9, True, False),
+        ("scratch of a steady step, × (1 MiB + 4(m+n) B per thread)", 0.25, True, None),
         ("relative error against float64, float32 gradients", 2e-6, True, None),
         ("first call, compile included, warm cache", 0.5, True, None),
     ],
@@ -37,7 +37,7 @@ def test_a_small_matrix_costs_its_time_less_its_bytes():
     # 2,000 matrices: a step of 10 ms at the median, of which the floor is 8/7 · 2 ms
     steps = {**STEPS, "sinkgd-cpu": (0.005, 8)}
     small = workload("many-small", steps=steps, matrices=2000)
-    name = "2,000 matrices of 64×64, a matrix, beyond its bytes"
+    name = "2,000 matrices of 64×64, time per matrix above the floor"
     floor = small.timing("sinkgd-cpu").of_floor.median
     result = results(step_record(small))[name]
     assert result.measured == pytest.approx((10_000 - 10_000 / floor) / 2000)
@@ -58,4 +58,5 @@ def test_a_target_just_missed_is_missed():
     )
     found = results(record)
     assert found["first call, compile included, warm cache"].met is False
-    assert found["scratch of a steady step, of 1 MiB + 4(m+n) bytes a thread"].met is False
+    scratch = "scratch of a steady step, × (1 MiB + 4(m+n) B per thread)"
+    assert found[scratch].met is False

@@ -171,7 +171,7 @@ def test_a_broken_zst_or_parquet_file_is_named(tmp_path, name, kind, damage):
 def test_a_row_without_text_is_named(tmp_path, column):
     file = tmp_path / "a.parquet"
     file.write_bytes(as_parquet(column))
-    with pytest.raises(DataError, match=r"a\.parquet, row 1: 'text' is .*, which is no string"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 1: 'text' is .*, which is not a string"):
         list(read_documents(file))
 
 
@@ -199,7 +199,7 @@ def test_a_file_without_text_is_named(tmp_path, name, content):
         ("*.txt", r"nothing found at .*\*\.txt"),
         ("folder", r"folder .* holds no file ending in \.txt"),
         ("book.pdf", "book.pdf is of an unknown kind"),
-        ("a\0b", "is no path: it holds a NUL"),
+        ("a\0b", "is not a path: it holds a NUL"),
     ],
 )
 def test_a_source_that_gives_nothing_is_named(tmp_path, source, message):

@@ -66,7 +66,7 @@ def test_what_a_folder_has_besides_is_named(c4_folder, out, capsys):
     assert parse(c4_folder, "--out", out, "--vocab-size", 260).run() == 0
     said = capsys.readouterr().err
     assert said.startswith(
-        "left out, for their names end in none of .txt, .jsonl, .json, .parquet:"
+        "left out, because their names end in none of .txt, .jsonl, .json, .parquet:"
     )
     assert said.endswith(f"{c4_folder / 'README.md'}\n")
 

@@ -104,7 +104,7 @@ def test_a_polite_signal_saves_and_the_same_command_goes_on(shards, whole, tmp_p
     said = log_of(out).read_text(encoding="utf-8")
     assert code == 128 + signal.SIGTERM, said
     assert "stopped by SIGTERM; " in said
-    assert "All is saved. Go on with: sinkgd experiment " in said
+    assert "Everything is saved. Go on with: sinkgd experiment " in said
     assert steps_in(out) < 30 * RUNS
     finish(out, shards)
     assert losses(out) == whole

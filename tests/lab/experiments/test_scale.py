@@ -94,7 +94,7 @@ def test_the_file_comes_back(tmp_path):
     assert is_on_paper(tmp_path / "study.jsonl")
     assert read_fits(tmp_path / "study.jsonl") == ("sinkgd experiment scale", found)
     (tmp_path / "study.jsonl").write_text('{"kind": "paper"}\n', encoding="utf-8")
-    with pytest.raises(ResultsError, match="is no study on paper of this version"):
+    with pytest.raises(ResultsError, match="is not a study on paper of this version"):
         read_fits(tmp_path / "study.jsonl")
     assert not is_on_paper(tmp_path / "absent")
     with pytest.raises(ResultsError, match="no study at"):

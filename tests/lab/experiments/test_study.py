@@ -59,7 +59,7 @@ def test_both_adamws_are_among_the_controls():
 
 def test_arms_with_grids_of_unequal_size_are_refused():
     arms = (Arm("a", {}, {LR: (1.0, 2.0)}), Arm("b", {}, {LR: (1.0,)}))
-    with pytest.raises(ConfigError, match=r"not tuned alike: .* a 2, b 1; give each as many"):
+    with pytest.raises(ConfigError, match=r"not tuned alike: .* a 2, b 1; give each the same"):
         check_arms("odd", arms)
     with pytest.raises(ConfigError, match="more than one arm called a"):
         check_arms("odd", (arms[0], arms[0]))
@@ -75,7 +75,7 @@ def test_seeds_pair_up_across_arms_and_are_not_that_of_tuning():
     a, b = (plan.config(plan.seed_task(arm, {}, 1)) for arm in plan.arms[:2])
     assert a.training == b.training
     assert a.data == b.data
-    with pytest.raises(ConfigError, match="seed 1000 is that of tuning"):
+    with pytest.raises(ConfigError, match="seed 1000 is used for tuning"):
         plan_of(find_study("iterations"), "machine", seeds=(999, 1000)).check()
 
 

@@ -94,7 +94,7 @@ def test_a_config_that_is_not_known_is_refused(tmp_path, changes, message):
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ModelError, match="is no JSON file"):
+    with pytest.raises(ModelError, match="is not a JSON file"):
         find_architecture(str(tmp_path))
 
 

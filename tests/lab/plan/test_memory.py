@@ -84,8 +84,8 @@ def test_scratch_is_what_a_step_takes(name, options, vocab_size):
 
 def test_only_the_head_keeps_what_is_the_heads():
     scale = find_method("scale")
-    assert scale.table_bytes(600, 128, 2, is_head=True) == 4 * 600 * 128
-    assert scale.table_bytes(600, 128, 2, is_head=False) == 0
+    assert scale.embedding_bytes(600, 128, 2, is_head=True) == 4 * 600 * 128
+    assert scale.embedding_bytes(600, 128, 2, is_head=False) == 0
 
 
 def test_soap_has_no_basis_for_a_long_side():

@@ -138,7 +138,7 @@ def test_all_damaged_is_an_error_that_says_how_to_begin_again(saved):
     folder, _ = saved
     for path in folder.iterdir():
         flip_a_byte(path / "__0_0.distcp")
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint .* Delete .* begin again"):
+    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint .* Delete .* begin again"):
         latest_valid(folder)
 
 
@@ -263,7 +263,7 @@ def test_what_is_no_plain_file_is_not_read(saved, name, make):
     path = checkpoint / name
     path.unlink()
     make(path)
-    assert find_damage(checkpoint) == f"{path} cannot be read: it is no plain file"
+    assert find_damage(checkpoint) == f"{path} cannot be read: it is not a regular file"
 
 
 def test_a_file_that_the_disk_cannot_read_falls_back(saved, monkeypatch):

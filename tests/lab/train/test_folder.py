@@ -92,7 +92,7 @@ def test_the_lock_is_let_go(folder):
 def test_no_step_is_taken_where_no_checkpoint_can_be_written(folder, make):
     folder.path.mkdir()
     make(folder.checkpoints)
-    with pytest.raises(RunFolderError, match=r"checkpoints is no folder, .*; move it away"):
+    with pytest.raises(RunFolderError, match=r"checkpoints is not a folder, .*; move it away"):
         folder.admit(CONFIG, "auto")
 
 
@@ -116,7 +116,7 @@ def test_must_asks_for_results_too(folder):
 def test_results_that_are_no_file_are_not_read(folder, make):
     folder.path.mkdir()
     make(folder.results)
-    with pytest.raises(RunFolderError, match="is no plain file; remove it"):
+    with pytest.raises(RunFolderError, match="is not a regular file; remove it"):
         folder.admit(CONFIG, "auto")
     with pytest.raises(ResultsError, match="is not a plain file"):
         folder.start()

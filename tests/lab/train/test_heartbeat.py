@@ -129,7 +129,7 @@ def test_a_store_that_does_not_answer_ends_the_process(quick, ends):
     first.before_exit = words.append
     with first:
         wait_until(lambda: ends)
-    assert "the first node is lost, for its store does not answer: Broken pipe" in words[0]
+    assert "the first node is lost: its store does not answer: Broken pipe" in words[0]
 
 
 @pytest.fixture(scope="module")

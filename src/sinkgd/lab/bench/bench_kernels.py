@@ -1,4 +1,4 @@
-"""`sinkgd bench kernels`: the two halves of a step, scales and update, of each backend.
+"""`sinkgd bench kernels`: the two halves of a step, scales and update, in each backend.
 
 They are timed over many shapes and types, and compared with the bandwidth of the memory. This file
 also makes the tables, the charts and the page.
@@ -54,11 +54,11 @@ class KernelTiming:
 
     backend: str
     operation: str  # a name in OPERATIONS
-    moved_bytes: int  # a call
-    seconds: tuple[float | None, ...]  # of a call, one a round
+    moved_bytes: int  # per call
+    seconds: tuple[float | None, ...]  # per call, one for each round
     call_seconds: Quartiles
     bytes_per_second: Quartiles
-    share: Quartiles  # of the measured bandwidth, round by round
+    share: Quartiles  # fraction of the measured bandwidth, round by round
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class CaseTiming:
     shapes: tuple[tuple[int, ...], ...]
     timings: tuple[KernelTiming, ...]
     bandwidths: tuple[Bandwidth, ...]
-    bandwidth: str  # the fastest of them
+    bandwidth: str  # the name of the fastest of them
 
     def timing(self, backend: str, operation: str) -> KernelTiming | None:
-        """Return a row, if it was timed."""
+        """Return the timing of one operation, if it was timed."""
         wanted = (backend, operation)
         return next((t for t in self.timings if (t.backend, t.operation) == wanted), None)
 
@@ -130,7 +130,7 @@ class KernelsPlan:
     dtypes: tuple[str, ...]  # names in DTYPES
     pace: Pace
     device: torch.device
-    command: str  # that repeats the measurement
+    command: str  # the command that repeats the measurement
 
 
 def bench_kernels(plan: KernelsPlan, show: Callable[[CaseTiming], None]) -> KernelsRecord:
@@ -288,8 +288,9 @@ def _squares(dtype: str, squares: dict[int, CaseTiming]) -> Chart:
     return Chart(
         key=f"squares-{dtype}",
         title=f"Square matrices, {dtype}",
-        caption="Bytes a second as a share of the fastest streaming operation on the same matrix; "
-        "what is read again from a cache counts each time, so that a share may exceed 100 %.",
+        caption="Bytes per second as a share of the fastest streaming operation on the same "
+        "matrix. Bytes that are read again from a cache count each time, so a share may exceed "
+        "100 %.",
         description=f"Sizes {', '.join(map(str, squares))}. {described}.",
         figure=lines(
             list(squares),

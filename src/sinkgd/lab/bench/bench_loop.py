@@ -1,7 +1,7 @@
 """`sinkgd bench loop`: the training loop against a bare one with the same model and fused AdamW.
 
-All loops run in one process and are timed in turn, a block of steps each, in an order that rotates.
-Whatever else the machine does then affects them alike. Figures are medians over the rounds.
+All loops run in one process. They are timed in turn, a block of steps each, in an order that
+rotates, so that other load on the machine affects them alike. Figures are medians over the rounds.
 """
 
 import io
@@ -39,9 +39,9 @@ class LoopSpeed:
     """One loop's speed over the rounds."""
 
     name: str
-    tokens_per_second: float  # median
-    slowest: float  # tokens per second
-    fastest: float  # tokens per second
+    tokens_per_second: float  # in the median round
+    slowest: float  # tokens per second in the slowest round
+    fastest: float  # tokens per second in the fastest round
     of_bare: float  # median over the rounds of the ratio to the bare loop
 
 
@@ -117,7 +117,7 @@ def _recorded_steps(job: Job, folder: Path) -> Iterator[None]:
 
 
 def _bare_steps(job: Job) -> Iterator[None]:
-    """Take steps of forward, backward and fused AdamW alone, always on one batch."""
+    """Take steps of only forward, backward and fused AdamW, always on the same batch."""
     model, precision = job.state.model, job.config.training.precision
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = job.batches.at(0)
@@ -139,7 +139,7 @@ def _time_interleaved(
     device: torch.device,
     echo: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    """Return each loop's seconds a block, one a round."""
+    """Return each loop's seconds per block, one for each round."""
     names = list(loops)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds + 1):

@@ -1,13 +1,13 @@
 """`sinkgd bench memory`: state and scratch of each optimizer, and the peaks of training steps.
 
-Each measurement runs in a process of its own. Of an optimizer alone, on a CPU, the profiler lists
-every allocation and release of torch's allocator in order:
+Each measurement runs in a process of its own. To measure an optimizer without a model on a CPU, the
+profiler lists every allocation and release of torch's allocator in order. Three sizes follow:
     state: the tensors in ``optimizer.state`` after two steps
     held: what the first step allocated and never released, less the state; the compiled loops keep
         their scratch in a torch tensor, so it counts here
     transient: the highest sum of allocations less releases within the third step
-Memory outside torch's allocator is not seen: code, Python objects, and the buffers that a library
-such as oneDNN takes from the C library. On CUDA the allocator's own counters are read.
+Memory outside torch's allocator is not counted: code, Python objects, and the buffers that a
+library such as oneDNN takes from the C library. On CUDA the allocator's own counters are read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,13 +50,13 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What to measure: optimizers on matrices alone, and training steps."""
+    """What to measure: optimizers on matrices without a model, and training steps."""
 
     workloads: tuple[str, ...]  # names in WORKLOADS
     dtypes: tuple[str, ...]  # names in DTYPES
     contenders: tuple[str, ...]  # names; empty for all
     device: torch.device
-    command: str  # that repeats the measurement
+    command: str  # the command that repeats the measurement
     training: TrainingPlan | None = None
 
 
@@ -143,7 +143,7 @@ def measure_in_fresh_process(subject: Subject) -> MemoryUse | str:
     """Measure one optimizer in a process of its own, in which no scratch exists yet.
 
     Returns:
-        What it uses, or why it cannot run.
+        The memory that the optimizer uses, or why it cannot run.
     """
     return in_fresh_process(_measure_named, subject)
 
@@ -181,7 +181,10 @@ def measure(
 
 
 def scratch_limit(problem: Problem, threads: int) -> int:
-    """Return the target for scratch: 1 MiB, plus 4(m + n) bytes of the largest matrix a thread."""
+    """Return the target for scratch: 1 MiB plus, for each thread, 4(m + n) bytes.
+
+    m and n are the sides of the matrix with the largest sum of them.
+    """
     longest = max(sum(p.shape[-2:]) for p in problem.params if p.ndim > 1)
     return 2**20 + 4 * threads * longest
 
@@ -195,7 +198,7 @@ class Allocations:
 
 
 def allocations(call: Callable[[], object], device: torch.device) -> Allocations:
-    """Call, and count what the allocator of ``device`` gives out meanwhile."""
+    """Run ``call``, and count what the allocator of ``device`` gives out meanwhile."""
     if device.type == "cuda":
         return _cuda_allocations(call, device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,8 +1,11 @@
-"""`sinkgd bench step`: time optimizer steps on real matrices, against AdamW and against a floor.
+"""`sinkgd bench step`: time optimizer steps on matrices with the shapes of real models.
 
-Three checks can be made besides. The accuracy check compares the scales with those of the
-definition, `sinkgd.kernels.eager`, on the gradient in float64. The scratch check measures what a
-step allocates. The first-call check times the first call in a fresh process, to show what compiling
+Steps are compared with those of AdamW, and with a floor: a lower bound on their time that follows
+from the bandwidth of memory.
+
+There are also three checks. The accuracy check compares the scales with those of the definition,
+`sinkgd.kernels.eager`, on the gradient in float64. The scratch check measures what a step
+allocates. The first-call check times the first call in a fresh process, to show what compiling
 costs. It keeps compiled code in an empty temporary folder, so it neither uses nor changes the
 user's cache. Importing torch and sinkgd is not counted; the backend's own imports are.
 """
@@ -66,12 +69,12 @@ from sinkgd.lab.bench.workloads import (
 )
 from sinkgd.lab.report.console import Progress
 
-# What is measured besides times of steps; these names are given along with workloads.
+# Checks, measured besides the times of steps. A plan names them in its list of workloads.
 FIRST_CALL, ACCURACY, SCRATCH = "first-call", "accuracy", "scratch"
 CHECKS = (FIRST_CALL, ACCURACY, SCRATCH)
 CHECKED_WORKLOADS = ("llama-60m", "llama-1b-layer")
-_CHECK_WEIGHT = 60e6  # of a check in the progress, in entries of a workload
-_USABLE = 0.9  # of the free memory
+_CHECK_WEIGHT = 60e6  # a check advances the progress as far as a workload of this many entries
+_USABLE = 0.9  # fraction of the free memory that a workload may take
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class StepPlan:
     contenders: tuple[str, ...]  # names; empty for all
     pace: Pace
     device: torch.device
-    command: str  # that repeats the measurement
+    command: str  # the command that repeats the measurement
 
 
 def bench_step(plan: StepPlan, show: Callable[[WorkloadTiming], None]) -> StepRecord:
@@ -137,8 +140,8 @@ def _time(
     workload: Workload, dtype: str, plan: StepPlan, progress: Progress
 ) -> WorkloadTiming | Absent:
     stage = progress.stage(f"{workload.name} {dtype}", _weight(workload, dtype))
-    reason = None if dtype in workload.dtypes else f"it is timed in {workload.dtypes[0]} alone"
-    reason = reason or fits(workload, dtype, plan.device)
+    reason = None if dtype in workload.dtypes else f"it is timed in {workload.dtypes[0]} only"
+    reason = reason or why_no_room(workload, dtype, plan.device)
     if reason is not None:
         return Absent(workload.name, f"{workload.name}, {dtype}", reason)
     timing = time_workload(
@@ -174,13 +177,13 @@ def workload_bytes(workload: Workload, dtype: str) -> int:
     return entries * DTYPES[dtype].itemsize
 
 
-def fits(workload: Workload, dtype: str, device: torch.device) -> str | None:
+def why_no_room(workload: Workload, dtype: str, device: torch.device) -> str | None:
     """Return why a workload does not fit into memory, or None if it does."""
     free = available_bytes(device)
     needed = 4 * workload_bytes(workload, dtype)  # parameters, gradients, AdamW's state
     if free is None or needed <= _USABLE * free:
         return None
-    return f"AdamW needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return f"AdamW needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free"
 
 
 def time_workload(
@@ -195,11 +198,11 @@ def time_workload(
     """Time every optimizer that runs here on a workload.
 
     Args:
-        workload: What is updated.
-        dtype: A name in `DTYPES`, of parameters and gradients.
-        device: Where to run.
+        workload: The parameters to update.
+        dtype: The type of parameters and gradients, a name in `DTYPES`.
+        device: The device to run on.
         pace: Number and length of the rounds.
-        wanted: Whether to time the optimizer of a name; fused AdamW is always timed.
+        wanted: Says, given an optimizer's name, whether to time it; fused AdamW is always timed.
         progress: Called with the fraction of the work that is done, 0 to 1.
     """
     size = workload_bytes(workload, dtype)
@@ -221,7 +224,10 @@ def time_workload(
 def _choose_participants(
     workload: Workload, device: torch.device, room: float, wanted: Callable[[str], bool]
 ) -> Participants:
-    """Choose contenders while memory lasts; ``room`` is in sizes of the workload."""
+    """Choose contenders while memory lasts.
+
+    ``room`` is the memory that is left for them, as a multiple of the workload's bytes.
+    """
     participants = Participants([], [], [])
     for probe in probes(device):
         if probe.copies == 0:
@@ -232,7 +238,7 @@ def _choose_participants(
         reason = workload.without_slow if contender.slow else None
         reason = reason or contender.absent()
         if reason is None and contender.copies > room:
-            reason = f"not enough memory: {contender.copies} more copies of the matrices"
+            reason = f"not enough memory: it needs {contender.copies} more copies of the matrices"
         if reason is not None:
             participants.absent.append(Absent(contender.name, contender.title, reason))
         else:
@@ -343,7 +349,7 @@ def _scratch(backend: str, plan: StepPlan) -> tuple[MemoryUse, ...]:
                 torch.get_num_threads(),
             )
             use = measure_in_fresh_process(subject)
-            assert isinstance(use, MemoryUse), use  # "auto" takes only what runs
+            assert isinstance(use, MemoryUse), use  # "auto" takes only a backend that runs
             uses.append(use)
     return tuple(uses)
 

@@ -1,9 +1,9 @@
-"""The optimizers that `sinkgd bench` times and weighs, each with its floor.
+"""The optimizers whose time and memory `sinkgd bench` measures, each with its floor.
 
-A pass is one read or one write of all the matrices. A floor is the number of passes that an
-optimizer cannot do without: AdamW reads G, W, m, v and writes W, m, v; SGD reads G, W and writes W;
-SinkGD with L iterations reads G L times, then reads G and W, and writes W; with deflation it reads
-G twice more.
+A pass is one read or one write of all the matrices. A floor is the smallest number of passes that
+an optimizer needs. AdamW reads G, W, m, v and writes W, m, v. SGD reads G, W and writes W. SinkGD
+with L iterations reads G L times, then reads G and W, and writes W; with deflation it reads G two
+more times.
 
 SinkGD is also timed as public code writes it: the plain loop and the compiled one.
 
@@ -43,12 +43,12 @@ def naive_loop(grad: Tensor, num_iters: int) -> Tensor:
 
 
 def compiled_update(num_iters: int) -> Update:
-    """Return the compiled step of the fastest public code, with one compilation a shape.
+    """Return the compiled step of the fastest public code, with one compilation for each shape.
 
     As in axolotl's ``sinkgd``, the loop is unrolled, lengths are float32, and the iterate is
     rounded to the gradient's type after every half iteration. The learning rate is a tensor, so a
-    schedule does not recompile. Earlier compilations are discarded: torch compiles a function for
-    only a few shapes and types, and these should be those of the next workload.
+    schedule does not recompile. Earlier compilations are discarded, because torch compiles a
+    function for only a few shapes and types, and the next workload needs others.
     """
     torch.compiler.reset()
 
@@ -100,14 +100,14 @@ def compiler_missing() -> str | None:
         compiled_update(1)(
             probe.clone(), probe, torch.tensor(0.1, dtype=torch.float32, device="cpu")
         )
-    except RuntimeError as error:  # from dynamo or inductor, with the compiler's message
+    except RuntimeError as error:  # dynamo or inductor raises it, with the compiler's message
         words = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"torch.compile failed: {words[0]} {words[1] if len(words) > 1 else ''}".strip()
     return None
 
 
 ADAMW = "adamw-fused"  # what the others are compared with
-ITERATIONS = (5, 1)  # L of our rows; the public loops run the first
+ITERATIONS = (5, 1)  # values of L for our rows; the public loops run with the first
 LR = 1e-3
 _ADAMW_PASSES, _SGD_PASSES, _DEFLATION_PASSES = 7, 3, 2
 
@@ -117,12 +117,12 @@ class Contender:
     """An optimizer, and what must be known before it runs."""
 
     name: str
-    title: str  # for people
+    title: str  # the name in tables and charts
     build: Callable[[Problem], Optimizer]
-    copies: int = 0  # what it allocates beyond gradients, in sizes of all the parameters
+    copies: int = 0  # memory that it needs beyond gradients, as a multiple of the parameters'
     floor_bytes: Callable[[Problem], int] | None = None  # the fewest that a step can move
-    streams: bool = False  # moves nothing beyond its floor, so it measures bandwidth
-    slow: bool = False  # takes many times as long as AdamW
+    streams: bool = False  # whether it moves nothing beyond its floor, and so measures bandwidth
+    slow: bool = False  # whether it takes many times as long as AdamW
     absent: Callable[[], str | None] = lambda: None  # why it cannot run here, or None
 
 
@@ -178,7 +178,7 @@ def our_name(backend: str, iterations: int) -> str:
 
 
 def hybrid_name(backend: str) -> str:
-    """Return the name of the row of SinkGD with AdamW for all parameters but hidden matrices."""
+    """Return the name of the row in which SinkGD updates hidden matrices, and AdamW the rest."""
     return f"hybrid-{backend}"
 
 
@@ -198,7 +198,7 @@ def _adamw_foreach() -> Contender:
         "adamw-foreach",
         "AdamW foreach",
         lambda p: torch.optim.AdamW(p.params, lr=LR, foreach=True),
-        copies=3,  # two of state, one of temporaries
+        copies=3,  # two for the state, one for temporaries
         floor_bytes=_passes(_ADAMW_PASSES),
     )
 
@@ -217,7 +217,7 @@ def _sinkgds(device: torch.device) -> Iterator[Contender]:
 
 
 def _whitened() -> tuple[Contender, ...]:
-    """Return the optimizers that equalize singular values: a few of them, or all."""
+    """Return the optimizers that equalize singular values: the few largest, or all of them."""
     return (
         Contender(
             "deflated",

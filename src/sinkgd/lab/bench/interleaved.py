@@ -1,12 +1,12 @@
 """Interleaved timing: every round times each contender once, in an order that rotates.
 
-Whatever else the machine does then affects all contenders alike, and so does what the previous one
-left in the caches. Ratios are taken within a round and summarized by their quartiles.
+Other load on the machine then affects all contenders alike, and so do the caches, as the previous
+contender left them. Ratios are taken within a round and summarized by their quartiles.
 
 A floor is a number of bytes divided by a bandwidth, so the bandwidth must be one that the machine
 reaches. Several operations that only stream the matrices, the probes, are timed in the same rounds,
-and the fastest counts. Most probes pass over one flat tensor, so that the cost of calls does not
-count where matrices are many and small. A pass is one read or one write of all the matrices,
+and the fastest counts. Most probes pass over one flat tensor, so that the overhead of calls does
+not count when there are many small matrices. A pass is one read or one write of all the matrices,
 whatever else the hardware does, such as reading a cache line before overwriting it.
 """
 
@@ -27,12 +27,12 @@ from sinkgd.lab.bench.workloads import Problem
 from sinkgd.lab.train.machine import describe_environment, synchronize
 
 Call = Callable[[], object]
-RoundSeconds = Sequence[float | None]  # of one call, one a round; None in rounds left out
-MIN_TURNS = 3  # of a contender, however slow it is
+RoundSeconds = Sequence[float | None]  # per call, one for each round; None in rounds left out
+MIN_TURNS = 3  # the fewest rounds in which a contender is timed, however slow it is
 INTERLEAVED_NOTE = (
     "Contenders took turns; ratios are medians over rounds of the ratios within a round."
 )
-_WARM_UPS = 3  # the first call allocates, and a busy moment must not be taken for slowness
+_WARM_UPS = 3  # the fastest counts: the first one allocates, and any may meet a busy moment
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Pace:
     """How many rounds there are, and how long they last."""
 
     rounds: int
-    seconds: float  # to spend on each contender; slow ones are timed in fewer rounds
+    seconds: float  # time to spend on each contender; slow ones are timed in fewer rounds
     min_turn_seconds: float = 0.0  # faster calls are repeated within a round, and averaged
 
 
@@ -55,7 +55,7 @@ def time_interleaved(
     """Time contenders against each other, after a warm-up.
 
     Args:
-        contenders: What to call, by name.
+        contenders: The functions to call, by name.
         pace: Number and length of the rounds.
         device: Synchronized before a clock is read.
         progress: Called after every timing with the fraction of the work that is done, 0 to 1.
@@ -98,7 +98,7 @@ def rounds_for(turn_seconds: float, pace: Pace) -> frozenset[int]:
 def williams_order(names: Sequence[str], round_number: int) -> list[str]:
     """Return the order of one round. In a whole cycle each name has each position once.
 
-    It is Williams' design: within a cycle (two, if the count of names is odd) every name also
+    This is Williams' design: within a cycle (two, if the count of names is odd) every name also
     follows every other equally often.
 
     >>> [williams_order("abcd", i) for i in range(4)]
@@ -116,7 +116,7 @@ def williams_order(names: Sequence[str], round_number: int) -> list[str]:
 
 
 def _warm_up(call: Call, pace: Pace, device: torch.device) -> float:
-    """Call three times, or less often if that takes long; return the seconds of the fastest."""
+    """Call three times, or fewer if that takes long; return the seconds of the fastest call."""
     seconds = [_time(call, 1, device)]
     while len(seconds) < _WARM_UPS and sum(seconds) < pace.seconds / MIN_TURNS:
         seconds.append(_time(call, 1, device))
@@ -173,7 +173,7 @@ class Probe:
     name: str
     passes: int
     build: Callable[[Problem], Call]
-    copies: int = 0  # what it allocates, in sizes of all the matrices
+    copies: int = 0  # memory that it allocates, as a multiple of all the matrices'
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,13 @@ class Bandwidth:
     """The bandwidth that one operation reached."""
 
     name: str
-    moved_bytes: int  # a call
-    seconds: tuple[float | None, ...]  # of a call, one a round
+    moved_bytes: int  # per call
+    seconds: tuple[float | None, ...]  # per call, one for each round
     bytes_per_second: Quartiles
 
 
 def probes(device: torch.device) -> tuple[Probe, ...]:
-    """Return the operations to try, including those of the backend that ``"auto"`` takes."""
+    """Return the operations to try, including those of the backend that ``"auto"`` selects."""
     backend = kernels.select("auto", device)
     return (
         Probe("torch.sum", 1, lambda p: partial(torch.sum, p.flat_grads), copies=1),
@@ -217,7 +217,7 @@ def update_call(backend: kernels.Backend, problem: Problem) -> Call:
 
 
 def summarize_bandwidth(name: str, moved_bytes: int, seconds: RoundSeconds) -> Bandwidth:
-    """Summarize the rounds of an operation that moves ``moved_bytes`` a call."""
+    """Summarize the rounds of an operation that moves ``moved_bytes`` per call."""
     rates = [moved_bytes / own for own in timed_rounds(seconds)]
     return Bandwidth(name, moved_bytes, tuple(seconds), quartiles(rates))
 
@@ -252,8 +252,8 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 
 LOAD = "load_per_core"  # key of the environment: the load average before the first round, per core
-_WIDE = 0.2  # of the median: a wider range between the quartiles is no result
-_LOADED = 0.5  # runnable processes a core
+_WIDE = 0.2  # limit of the range between the quartiles, as a fraction of the median
+_LOADED = 0.5  # runnable processes per core above which the machine counts as busy
 
 
 def environment_with_load(device: torch.device) -> dict[str, Any]:
@@ -279,14 +279,14 @@ def reliability_warnings(
     """Warn of a busy machine and of figures that spread widely.
 
     Args:
-        environment: From `environment_with_load`.
-        wide: By what was measured, the names whose rounds spread widely.
+        environment: A result of `environment_with_load`.
+        wide: For each thing that was measured, the names whose rounds spread widely.
     """
     found = []
     if is_loaded(environment):
         found.append(
-            f"The machine was busy before the first turn: a load of {environment[LOAD]:.2f} a "
-            "core. Measure again when nothing else runs."
+            f"The machine was busy before the first turn: a load of {environment[LOAD]:.2f} "
+            "per core. Measure again when nothing else runs."
         )
     for what, names in wide.items():
         if names:

@@ -1,4 +1,4 @@
-"""What `sinkgd bench memory` records, and its tables, charts and page. Sizes are bytes."""
+"""What `sinkgd bench memory` records, and its tables, charts and page. Sizes are in bytes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ class MemoryUse:
     parameter_bytes: int
     state_bytes: int  # tensors in optimizer.state
     held_bytes: int  # other allocations of the first step that outlive it, e.g. kept scratch
-    transient_bytes: int  # the most that a later step has allocated at once and gives back
+    transient_bytes: int  # the most that a later step has allocated at once and releases
     limit_bytes: int  # the target for held and transient bytes together
 
     @property
@@ -48,10 +48,10 @@ class NotMeasured:
 class StepSettings:
     """What all training steps have in common; by default activations are small."""
 
-    batch_size: int = 1  # sequences, all at once
+    batch_size: int = 1  # sequences, in one micro-batch
     sequence_length: int = 256  # tokens
-    recompute: bool = True  # keep the inputs of blocks alone
-    loss_chunk_tokens: int = 256  # targets whose logits are held at once
+    recompute: bool = True  # keep only the inputs of blocks for backward
+    loss_chunk_tokens: int = 256  # number of target tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _headline(record: MemoryRecord) -> str:
     least = min(training.uses, key=lambda use: use.of_weights)
     return (
         f"A training step of {least.model} with {least.recipe} peaks at {least.of_weights:.2f} "
-        "times its weights, beside activations."
+        "times its weights, not counting activations."
     )
 
 
@@ -154,7 +154,7 @@ def memory_tables(record: MemoryRecord) -> list[TextTable]:
 
 
 def memory_charts(record: MemoryRecord) -> list[Chart]:
-    """Draw what optimizers keep and allocate, and the peaks of training, in sizes of weights."""
+    """Draw what optimizers keep and allocate, and training's peaks, as multiples of the weights."""
     pairs = dict.fromkeys((use.workload, use.dtype) for use in record.uses)
     charts = [_optimizer_chart(record, *pair) for pair in pairs]
     if (training := record.training) is not None:
@@ -171,7 +171,7 @@ def _optimizer_table(record: MemoryRecord, workload: str, dtype: str) -> TextTab
         note = (
             f"Parameters: {size(uses[0].parameter_bytes)}. Kept: allocated by the first step and "
             "not released, less the state. In a step: the most that a later step has allocated at "
-            f"once. The target for kept and in a step together: {size(uses[0].limit_bytes)}."
+            f"once. The target for the sum of kept and in a step: {size(uses[0].limit_bytes)}."
         )
     return TextTable(
         title=f"{workload}, {dtype}",
@@ -188,7 +188,7 @@ def _optimizer_row(use: MemoryUse) -> tuple[str, ...]:
     return (use.title, *map(size, figures), f"{share:.2f}×")
 
 
-# Part, strength of its color, and its field.
+# Each part: its name, the strength of its color, and the field that has its size.
 _OPTIMIZER_PARTS = (
     ("state", 1.0, "state_bytes"),
     ("kept scratch", 0.65, "held_bytes"),
@@ -203,8 +203,8 @@ def _optimizer_chart(record: MemoryRecord, workload: str, dtype: str) -> Chart:
     return Chart(
         key=f"memory-{workload}-{dtype}",
         title=f"Memory of {workload}, {dtype}",
-        caption="State, scratch that is kept, and the most that a step has allocated at once, in "
-        "sizes of the parameters.",
+        caption="State, scratch that is kept, and the most that a step has allocated at once, as "
+        "multiples of the parameters' size.",
         description=f"{described}.",
         figure=stacked_bars(
             [use.title for use in uses],
@@ -236,9 +236,9 @@ def _training_table(memory: TrainingMemory, model: str) -> TextTable:
     return TextTable(
         title=f"Peak of a training step of {model}, bfloat16{weights}",
         note=f"{settings_in_words(memory.settings)}. Gradients and activations: those alive at the "
-        "peak; an activation is what forward leaves allocated for backward. Rest: scratch, and "
-        "what is computed again. × weights: the peak less activations, of the weights. Outside: "
-        "the peak as the system sees it, from the drawing of the weights on.",
+        "peak; activations are what forward leaves allocated for backward. Rest: scratch, and "
+        "what is computed again. × weights: the peak less activations, divided by the weights. "
+        "Outside: the peak as the system sees it, from the initialization of the weights on.",
         columns=(
             "optimizer",
             "state",
@@ -260,7 +260,7 @@ def _training_row(use: TrainingUse) -> tuple[str, ...]:
     return (use.title, *figures, ratio(use.of_weights), size(use.outside_bytes))
 
 
-# Part, strength of its color, and its field.
+# Each part: its name, the strength of its color, and the field that has its size.
 _TRAINING_PARTS = (
     ("weights", 1.0, "weights_bytes"),
     ("state", 0.75, "state_bytes"),
@@ -277,7 +277,7 @@ def _training_chart(memory: TrainingMemory, model: str) -> Chart:
     return Chart(
         key=f"training-{model}",
         title=f"Peak of a training step of {model}, bfloat16",
-        caption=f"What was allocated at the peak, in sizes of the weights; "
+        caption="What was allocated at the peak, as multiples of the weights' size; "
         f"{settings_in_words(memory.settings)}.",
         description=f"{described}.",
         figure=stacked_bars(

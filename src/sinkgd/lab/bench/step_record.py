@@ -1,7 +1,7 @@
 """What `sinkgd bench step` records, and whether it meets the targets of SinkGD.
 
-Times are seconds and sizes bytes. Ratios to AdamW are to its fused step, in the same type and in
-the same round.
+Times are in seconds and sizes in bytes. Ratios to AdamW compare with its fused step, in the same
+type and in the same round.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ class Timing:
 
     name: str
     title: str
-    seconds: tuple[float | None, ...]  # of a step, one a round; None in rounds left out
+    seconds: tuple[float | None, ...]  # per step, one for each round; None in rounds left out
     step_seconds: Quartiles
     of_adamw: Quartiles  # ratio to fused AdamW in the same round
     of_floor: Quartiles | None  # ratio to its floor in the same round
-    floor_bytes: int | None  # that a step must move at least
+    floor_bytes: int | None  # the fewest that a step can move
     floor_of_adamw: float | None  # median ratio of its floor to fused AdamW
 
 
@@ -48,7 +48,7 @@ class WorkloadTiming:
     timings: tuple[Timing, ...]  # fused AdamW first
     absent: tuple[Absent, ...]
     bandwidths: tuple[Bandwidth, ...]
-    bandwidth: str  # the name of the fastest, from which floors are computed
+    bandwidth: str  # the name of the fastest of them, from which floors are computed
 
     def timing(self, name: str) -> Timing | None:
         """Return an optimizer's row, if it has one."""
@@ -57,11 +57,12 @@ class WorkloadTiming:
 
 @dataclass(frozen=True)
 class FirstCall:
-    """A backend's first call of `sinkgd.sinkhorn_scales` in a fresh process, compiling included."""
+    """A backend's first call of `sinkgd.sinkhorn_scales` in a fresh process, with compilation."""
 
     backend: str
-    cold_seconds: float  # with an empty cache of compiled code
-    warm_seconds: tuple[float, ...]  # with the cache that the cold call left, one a process
+    cold_seconds: float  # time with an empty cache of compiled code
+    # Times with the cache that the cold call left, one for each process.
+    warm_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ class TargetResult:
 
     name: str
     unit: str  # "×" for ratios
-    at_least: bool  # whether higher is better
+    at_least: bool  # whether the target is a lower bound
     target: float
     stretch: float | None
-    measured: float | None  # None if what it needs was not measured
+    measured: float | None  # None if the figure was not measured
     met: bool | None
     stretch_met: bool | None
 
@@ -121,7 +122,7 @@ class Target:
     """A bound on one figure of a record."""
 
     name: str
-    measure: Measure  # returns None if what it needs was not measured
+    measure: Measure  # returns None if the figure was not measured
     target: float
     stretch: float | None = None
     unit: str = "×"
@@ -134,7 +135,7 @@ def _ours(record: StepRecord, workload: str, dtype: str, iterations: int) -> Tim
 
 
 def of_adamw(workload: str, dtype: str, iterations: int = _FULL) -> Measure:
-    """Measure the median ratio to fused AdamW."""
+    """Return a function that measures the median ratio to fused AdamW."""
 
     def measure(record: StepRecord) -> float | None:
         timing = _ours(record, workload, dtype, iterations)
@@ -144,7 +145,10 @@ def of_adamw(workload: str, dtype: str, iterations: int = _FULL) -> Measure:
 
 
 def faster_than_naive(workload: str, dtype: str) -> Measure:
-    """Measure how many times as long the public loop takes."""
+    """Return a function that measures how many times as long as our step the public loop takes.
+
+    The public loop is `sinkgd.lab.bench.contenders.naive_loop`.
+    """
 
     def measure(record: StepRecord) -> float | None:
         found, ours = record.find(workload, dtype), _ours(record, workload, dtype, _FULL)
@@ -155,7 +159,10 @@ def faster_than_naive(workload: str, dtype: str) -> Measure:
 
 
 def of_floor(workload: str, dtype: str) -> Measure:
-    """Measure the median ratio to L+3 passes at the bandwidth of the same round."""
+    """Return a function that measures the median ratio to the floor.
+
+    The floor is the time of L + 3 passes over the matrices at the bandwidth of the same round.
+    """
 
     def measure(record: StepRecord) -> float | None:
         timing = _ours(record, workload, dtype, _FULL)
@@ -165,14 +172,20 @@ def of_floor(workload: str, dtype: str) -> Measure:
 
 
 def hybrid(record: StepRecord) -> float | None:
-    """Measure the whole model's step, matrices by SinkGD and the rest by AdamW."""
+    """Measure a whole model's step, hidden matrices by SinkGD and the rest by AdamW.
+
+    The figure is the median ratio to fused AdamW for all parameters.
+    """
     found = record.find("llama-60m-hybrid", "float32")
     timing = found.timing(hybrid_name(record.ours)) if found else None
     return timing.of_adamw.median if timing else None
 
 
 def small_matrix_microseconds(record: StepRecord) -> float | None:
-    """Measure a step's time for each 64×64 matrix, less its floor: the bytes at their bandwidth."""
+    """Measure by how many microseconds a step exceeds its floor, per 64×64 matrix.
+
+    The floor is the time to move the step's bytes at the measured bandwidth.
+    """
     found = record.find("many-small", "float32")
     timing = _ours(record, "many-small", "float32", _FULL)
     if found is None or timing is None or timing.of_floor is None:
@@ -182,7 +195,10 @@ def small_matrix_microseconds(record: StepRecord) -> float | None:
 
 
 def scratch(record: StepRecord) -> float | None:
-    """Measure scratch as a fraction of 1 MiB + 4(m + n) bytes a thread; the largest counts."""
+    """Measure scratch as a fraction of its limit, and return the largest fraction.
+
+    The limit is 1 MiB plus 4(m + n) bytes for each thread.
+    """
     ours = our_name(record.ours, _FULL)
     shares = [use.scratch_bytes / use.limit_bytes for use in record.scratch if use.name == ours]
     return max(shares, default=None)
@@ -201,11 +217,16 @@ def first_call(record: StepRecord) -> float | None:
 
 
 TARGETS = (
-    Target(f"{LAYER}, float32, L=5, of AdamW", of_adamw(LAYER, "float32"), 1.15, 1.0),
-    Target(f"{SMALL}, float32, L=5, of AdamW", of_adamw(SMALL, "float32"), 0.90, 0.75),
-    Target(f"{LAYER}, bfloat16, L=5, of AdamW", of_adamw(LAYER, "bfloat16"), 1.15, 0.9),
-    Target(f"{SMALL}, bfloat16, L=5, of AdamW", of_adamw(SMALL, "bfloat16"), 0.90, 0.7),
-    Target(f"{LAYER}, float32, L=1, of AdamW", of_adamw(LAYER, "float32", _ONE), 0.65, 0.55),
+    Target(f"{LAYER}, float32, L=5, × AdamW", of_adamw(LAYER, "float32"), 1.15, 1.0),
+    Target(f"{SMALL}, float32, L=5, × AdamW", of_adamw(SMALL, "float32"), 0.90, 0.75),
+    Target(f"{LAYER}, bfloat16, L=5, × AdamW", of_adamw(LAYER, "bfloat16"), 1.15, 0.9),
+    Target(f"{SMALL}, bfloat16, L=5, × AdamW", of_adamw(SMALL, "bfloat16"), 0.90, 0.7),
+    Target(
+        f"{LAYER}, float32, L=1, × AdamW",
+        of_adamw(LAYER, "float32", _ONE),
+        0.65,
+        0.55,
+    ),
     Target(
         f"{LAYER}, float32, L=5, faster than the public loop",
         faster_than_naive(LAYER, "float32"),
@@ -213,11 +234,11 @@ TARGETS = (
         80.0,
         at_least=True,
     ),
-    Target(f"{LAYER}, float32, L=5, of its floor", of_floor(LAYER, "float32"), 1.25, 1.1),
-    Target("llama-60m whole, hybrid step, float32, of AdamW for all", hybrid, 0.95, 0.85),
-    Target("scratch of a steady step, of 1 MiB + 4(m+n) bytes a thread", scratch, 1.0),
+    Target(f"{LAYER}, float32, L=5, × its floor", of_floor(LAYER, "float32"), 1.25, 1.1),
+    Target("all of llama-60m, hybrid step, float32, × AdamW", hybrid, 0.95, 0.85),
+    Target("scratch of a steady step, × (1 MiB + 4(m+n) B per thread)", scratch, 1.0),
     Target(
-        "2,000 matrices of 64×64, a matrix, beyond its bytes",
+        "2,000 matrices of 64×64, time per matrix above the floor",
         small_matrix_microseconds,
         3.0,
         unit="µs",
@@ -228,7 +249,7 @@ TARGETS = (
 
 
 def evaluate(record: StepRecord) -> tuple[TargetResult, ...]:
-    """Compare a record with every target, including those for which it has no figure."""
+    """Compare a record with every target, including those for which the record has no figure."""
     return tuple(_evaluate(target, target.measure(record)) for target in TARGETS)
 
 

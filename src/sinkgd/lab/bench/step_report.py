@@ -102,8 +102,8 @@ def workload_table(workload: WorkloadTiming) -> TextTable:
     return TextTable(
         title=f"{workload.workload}, {workload.dtype}",
         note=f"{workload.title}: {workload.matrices:,} tensors, {workload.entries / 1e6:,.1f}M "
-        f"entries. Medians and quartiles. Floor: the passes over memory that the method cannot do "
-        f"without, at {rate:.1f} GB/s ({best.name}).",
+        f"entries. Medians and quartiles. Floor: the time of the passes over memory that the "
+        f"method needs at least, at {rate:.1f} GB/s ({best.name}).",
         columns=(
             "optimizer",
             "ms",
@@ -123,8 +123,8 @@ def bandwidth_table(record: StepRecord) -> TextTable:
     """Make the table of every operation that was tried as a measure of bandwidth."""
     return TextTable(
         title="Bandwidth",
-        note="Operations that only pass over the matrices, in the same rounds; the fastest makes "
-        "the floors.",
+        note="Operations that only pass over the matrices, in the same rounds; floors are computed "
+        "from the fastest.",
         columns=("workload, operation", "GB/s", "quartiles", "fastest"),
         rows=tuple(
             (
@@ -162,8 +162,8 @@ def check_table(record: StepRecord) -> TextTable:
         (
             f"scratch, {use.name}, {use.workload} {use.dtype}",
             f"{use.scratch_bytes / 1024:,.0f} KiB",
-            f"of at most {use.limit_bytes / 1024:,.0f} KiB; {use.held_bytes / 1024:,.0f} KiB of it "
-            "kept",
+            f"of at most {use.limit_bytes / 1024:,.0f} KiB; {use.held_bytes / 1024:,.0f} KiB of "
+            "the scratch is kept between steps",
         )
         for use in record.scratch
     ]
@@ -191,7 +191,7 @@ def _timing_row(timing: Timing, workload: WorkloadTiming) -> tuple[str, ...]:
 
 
 def _small_columns(workload: WorkloadTiming) -> tuple[str, ...]:
-    return ("µs a matrix",) if workload.workload == "many-small" else ()
+    return ("µs per matrix",) if workload.workload == "many-small" else ()
 
 
 def _quartiles(spread: Quartiles, scale: float) -> str:
@@ -242,7 +242,8 @@ def _chart(record: StepRecord, dtype: str) -> Chart | None:
         title=f"A step against fused AdamW, {dtype}",
         caption="Time of a step, divided by that of AdamW (fused) on the same workload in the same "
         "round; left is faster. Dots are medians, whiskers quartiles, strokes the floor: the "
-        "passes over memory that the method cannot do without, at the bandwidth measured.",
+        "time of the passes over memory that the method needs at least, at the measured "
+        "bandwidth.",
         description=f"Ratios to fused AdamW. {described}.",
         figure=dots(
             list(rows),

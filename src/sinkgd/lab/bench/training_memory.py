@@ -3,11 +3,12 @@
 The step is the laboratory's own, on random tokens. Its peak is measured twice. Inside the process,
 the profiler lists every allocation and release of torch's allocator, from the initialization of the
 weights to the end of the second step; the peak is that of the second step. The profiler's list
-itself takes memory, so a second measurement, from outside, runs in another process without it. On
-Linux it is the largest resident size (VmHWM), less that of the same process after a step of a tiny
-model, when all code is loaded; on CUDA it is the allocator's own counter.
+itself takes memory, so a second measurement, from outside, runs in another process without the
+profiler. On Linux it reads the largest resident size (VmHWM), less that of the same process after a
+step of a tiny model, when all code is loaded; on CUDA it reads the allocator's own counter.
 
-A block is a piece of memory from its allocation to its release. Within the last step
+A block is a piece of memory from its allocation to its release. Two kinds of blocks are counted
+within the last step:
     gradient: a block that was a parameter's ``grad`` at some time, from its allocation on
     activation: a block that forward allocated and that still exists when backward begins
 """
@@ -39,7 +40,7 @@ from sinkgd.lab.train.training_step import ReleasedSteps, take_step
 from sinkgd.lab.train.world import World
 from sinkgd.optim.grouped import GroupedOptimizer
 
-_LR = 1e-3  # memory does not depend on it; a low rate suits random tokens
+_LR = 1e-3  # memory does not depend on the rate; a low one suits random tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Case:
     settings: StepSettings
     device: str
     threads: int
-    vocab_size: int | None = None  # tokens; by default the preset's
+    vocab_size: int | None = None  # number of tokens; by default the preset's
 
     @property
     def title(self) -> str:
@@ -117,7 +118,7 @@ def build_trainee(case: Case, on_gradient: Callable[[Tensor], None] | None = Non
     """Initialize the weights and build the optimizer, in the order of `sinkgd train`.
 
     Args:
-        case: What to build.
+        case: The training step to build.
         on_gradient: Called with each parameter when its gradient is complete, before release.
     """
     config, device = case.config, torch.device(case.device)
@@ -145,13 +146,15 @@ def _random_batch(case: Case, vocab_size: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
-# Bounds from shapes alone, about twice what is measured. With release, three copies of the largest
-# gradient exist at once: autograd adds up those of two chunks of the loss into a third.
+# Bounds that follow from shapes only, about twice what is measured. With release, three copies of
+# the largest gradient exist at once: autograd adds up those of two chunks of the loss into a third.
 _GRADIENTS_AT_ONCE = 3
-_BYTES_PER_HIDDEN, _BYTES_PER_INNER = 96, 32  # a token, of a block's hidden and inner vectors
-_BYTES_PER_LOGIT = 20  # in bfloat16, in float32, their softmax, and the gradients of both
-_PROCESS = 1 << 30  # code, and scratch of optimizers, such as batches of matrices
-_SPARE = 1.05  # factor of the sum
+# For each token and each feature of a block's hidden and inner vectors.
+_BYTES_PER_HIDDEN, _BYTES_PER_INNER = 96, 32
+# The logit in bfloat16 and in float32, its softmax, and the gradients of both.
+_BYTES_PER_LOGIT = 20
+_PROCESS = 1 << 30  # bytes for code, and for scratch of optimizers, such as batches of matrices
+_SPARE = 1.05  # factor on the sum of all other parts
 
 
 def why_no_room(case: Case) -> str | None:
@@ -177,7 +180,7 @@ def _state_bytes(model: LanguageModel, case: Case) -> int:
         optimizer.init_state()
     else:  # other optimizers create their state in a step
         for group in optimizer.param_groups:
-            if "fused" in group:  # of torch: only its plain versions run on the meta device
+            if "fused" in group:  # torch's optimizers: only their plain versions run on meta
                 group.update(fused=False, foreach=False)
             elif "foreach" in group:  # pytorch-optimizer's plain versions read numbers back
                 group["foreach"] = True
@@ -198,7 +201,7 @@ def _activation_bytes(model: LanguageModel, case: Case) -> int:
 
 
 STEP_MARK = "sinkgd step"
-GRADIENT_MARK = "sinkgd gradient "  # and its address
+GRADIENT_MARK = "sinkgd gradient "  # followed by the gradient's address
 _BACKWARD_MARK = "autograd::engine::evaluate_function"  # torch's own, at every node of the graph
 
 
@@ -226,9 +229,9 @@ class Peak:
     """The most bytes that were allocated at once in the last step, and their parts."""
 
     bytes: int
-    gradients: int  # at that moment
-    activations: int  # at that moment
-    activations_kept: int  # when backward began
+    gradients: int  # bytes of gradients at that moment
+    activations: int  # bytes of activations at that moment
+    activations_kept: int  # bytes of activations when backward began
 
 
 @dataclass
@@ -312,7 +315,7 @@ def _blocks(events: Sequence[Event]) -> list[_Block]:
         elif event.bytes > 0:
             alive[event.address] = _Block(i, len(events), event.bytes)
             blocks.append(alive[event.address])
-        elif event.address in alive:  # else it was allocated before the recording
+        elif event.address in alive:  # otherwise the block was allocated before the recording
             alive.pop(event.address).end = i
     return blocks
 
@@ -324,7 +327,7 @@ def measure_in_fresh_processes(case: Case) -> TrainingUse | str:
     """Measure a case from inside and from outside, each in its own process.
 
     Returns:
-        What it uses, or why it could not be measured.
+        The memory that the case uses, or why it could not be measured.
     """
     try:
         use = in_fresh_process(measure_inside, case)
@@ -356,7 +359,7 @@ def measure_inside(case: Case) -> TrainingUse:
 
 
 def measure_outside(case: Case) -> int:
-    """Return how much building and training the model raise this process's peak, in bytes."""
+    """Return by how many bytes building and training the model raise this process's peak."""
     _prepare(case)
     device = torch.device(case.device)
     _take_steps(build_trainee(replace(case, model="llama-nano", vocab_size=64)))

@@ -1,4 +1,4 @@
-"""What is timed: the matrices of real models and a few special collections, as tensors in memory.
+"""What is timed: matrices with the shapes of real models, and a few special sets of matrices.
 
 Shapes are those of the modules that the presets build, as the optimizer sees them. Gradients are
 random, with rows and columns of different sizes.
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_TOO_SLOW = "left out of llama-1b, which is 24 times llama-1b-layer; timed there"
+_TOO_SLOW = "not timed on llama-1b, which is 24 times as large as llama-1b-layer; timed on that"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Workload:
     name: str
     title: str  # a description
     shapes: Callable[[], tuple[Shape, ...]]
-    model: str | None = None  # the preset, if they are all parameters of a model
-    dtypes: tuple[str, ...] = tuple(DTYPES)  # in which it is timed
+    model: str | None = None  # the preset, if the workload is all parameters of a model
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # the types in which it is timed
     without_slow: str | None = None  # why slow contenders are left out, if they are
 
 
@@ -96,7 +96,7 @@ WORKLOADS = {
 
 
 _MEMINFO = Path("/proc/meminfo")
-_SPREAD = 0.5  # standard deviation of the logarithm of the rows' and columns' sizes
+_SPREAD = 0.5  # standard deviation of the logarithms of the factors on rows and columns
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Problem:
     """Parameters, each with a gradient that stays the same from step to step."""
 
     params: list[nn.Parameter]
-    model: nn.Module | None = field(default=None, repr=False)  # if they are all its parameters
+    model: nn.Module | None = field(default=None, repr=False)  # if `params` are all of a model's
 
     @property
     def grads(self) -> list[Tensor]:
@@ -118,12 +118,12 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device that holds the parameters."""
         return self.params[0].device
 
     @property
     def bytes(self) -> int:
-        """Bytes of all parameters; the gradients take as many."""
+        """Bytes of all parameters; the gradients take the same number."""
         return sum(p.numel() * p.element_size() for p in self.params)
 
 
@@ -131,9 +131,9 @@ def build_problem(workload: Workload, dtype: str, device: torch.device) -> Probl
     """Make the parameters and gradients of a workload; the same workload gives the same tensors.
 
     Args:
-        workload: What to make.
+        workload: The workload.
         dtype: Type of both parameters and gradients, a name in `DTYPES`.
-        device: Where to make them.
+        device: The device that holds them.
     """
     if workload.model is None:
         return random_problem(workload.shapes(), DTYPES[dtype], device)

@@ -1,1 +1,1 @@
-"""The commands of `sinkgd`: one file each, a dataclass of options with a ``run()``."""
+"""The commands of `sinkgd`. Each is a file with a dataclass of options that has a ``run()``."""

@@ -1,4 +1,4 @@
-"""`sinkgd compare`: the same model, text, order and schedule with several optimizers."""
+"""`sinkgd compare`: train with several optimizers on the same model, text, order and schedule."""
 
 import os
 import shlex
@@ -32,10 +32,10 @@ _PROGRAM = "from _sinkgd_cli import main; raise SystemExit(main(child=True))"
 def run_in_fresh_process(arguments: Sequence[str]) -> int:
     """Run ``sinkgd`` with ``arguments`` in this terminal; return its exit code.
 
-    Ctrl-C, SIGTERM and SIGHUP are forwarded once, and the command is waited for, because it may
-    have work to save. On Linux it also stops and saves when this process is killed.
+    Ctrl-C, SIGTERM and SIGHUP are forwarded once. This function then waits for the command, which
+    may have work to save. On Linux the command also stops and saves when this process is killed.
     """
-    # In its own process group, because otherwise the child would get Ctrl-C twice.
+    # The child has its own process group, because otherwise it would get Ctrl-C twice.
     child = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, *arguments],
         env=os.environ | {STARTED_BY: "compare"},
@@ -60,10 +60,11 @@ STOPPED = tuple(map(exit_code, SIGNALS))
 class Compare:
     """Train the same model on the same text, in the same order, with several optimizers.
 
-    Each run has a process of its own, one after the other. Then the table is printed and the page
-    written. Without options it trains a nano LLaMA on real text for about ten minutes on two cores;
-    `make demo` does the same with fewer steps.
-    If it is stopped or killed, the same command resumes it; finished runs are not repeated.
+    Runs follow one another, each in a process of its own. Then the table is printed and the page
+    written. Without options the command trains a nano LLaMA on real text for about ten minutes on
+    two cores; `make demo` does the same with fewer steps.
+    If the comparison is stopped or killed, the same command resumes it; finished runs are not
+    repeated.
 
     For example:
       sinkgd compare
@@ -76,13 +77,13 @@ class Compare:
     see docs/recipes.md for all of them."""
 
     seeds: int = 1
-    """Runs of each recipe, a count; their seeds go up from training.seed."""
+    """Number of runs of each recipe; their seeds count up from training.seed."""
 
     baseline: str | None = None
-    """Recipe that the others are compared with, a name; by default adamw, else adamw-one-lr."""
+    """Name of the recipe that the others are compared with; by default adamw, else adamw-one-lr."""
 
     out: Path = Path("runs/compare")
-    """Folder of the comparison: one folder a run, and report.html."""
+    """Folder of the comparison: a folder for each run, and report.html."""
 
     config: Path | None = None
     """TOML file with defaults for the options below, one table for each group."""
@@ -155,7 +156,7 @@ class Compare:
         """Refuse runs that were trained on a text that differs from the present one.
 
         Raises:
-            ConfigError: With the hashes of both.
+            ConfigError: If the texts differ; the message gives the hashes of both.
             DataError: If the text is absent, and there are runs to train.
         """
         from sinkgd.lab.data import DataError

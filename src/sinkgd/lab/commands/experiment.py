@@ -29,14 +29,14 @@ _FLAGS = ("--tune", "--no-tune", "--reuse", "--no-reuse", "--dry-run", "--report
 
 @dataclass(frozen=True)
 class Experiment:
-    """Run a study: tune every arm alike, train each with several seeds, judge, write a page.
+    """Run a study: tune every arm alike, train each with several seeds, judge, and write a page.
 
-    Every run is a `sinkgd train` folder. If the study is stopped or killed, the same command
-    resumes it. study.jsonl holds everything that page and verdict are made from.
+    An arm is a recipe with its settings. Every run is a folder of `sinkgd train`. If the study is
+    stopped or killed, the same command resumes it. Page and verdict are made from study.jsonl only.
     """
 
     name: tyro.conf.Positional[str] = ""
-    """The study; without one they are listed."""
+    """Name of the study; without a name, all studies are listed."""
 
     scale: Scale = "machine"
     """machine: two cores, at most 40 minutes; paper: the benchmark's sizes, for GPUs."""
@@ -48,14 +48,14 @@ class Experiment:
     """Folder of the study; by default runs/NAME, or runs/NAME-paper."""
 
     seeds: int | None = None
-    """Reported runs of each arm, a count; their seeds go up from training.seed."""
+    """Number of reported runs of each arm; their seeds count up from training.seed."""
 
     jobs: int | None = None
-    """Trainings at a time, a count; they share the cores. By default one for each core at machine
-    scale, else one."""
+    """Number of runs that are trained at a time; they share the cores. By default one for each core
+    at machine scale, else one."""
 
     tune: bool = True
-    """Search each arm's grid first, with a seed of its own; otherwise arms run as they are."""
+    """Search each arm's grid first, with a seed of its own; otherwise arms keep their settings."""
 
     reuse: bool = True
     """Reuse runs of grids from other studies in the parent folder of --out, if they were made on
@@ -63,22 +63,22 @@ class Experiment:
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: build every arm's model without weights, and show sizes and memory. Problems
-    in --out are reported as the study itself would report them."""
+    with the folder --out are reported as the study itself would report them."""
 
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Train nothing: make page and verdict again from the study.jsonl in --out."""
+    """Train nothing: make page and verdict again from the study.jsonl in the folder --out."""
 
     iterations: str | None = None
-    """For iterations: numbers of SR-Sinkhorn's iterations to try, separated by commas."""
+    """For the study iterations: numbers of SR-Sinkhorn's iterations to try, separated by commas."""
 
     alpha: str | None = None
-    """For alpha: values of α to try, separated by commas."""
+    """For the study alpha: values of α to try, separated by commas."""
 
     batch: str | None = None
-    """For batch: sizes of the batch to try, sequences, separated by commas."""
+    """For the study batch: batch sizes to try, in sequences, separated by commas."""
 
     lr: str | None = None
-    """Learning rates to try in every arm, separated by commas; one fixes it."""
+    """Learning rates to try in every arm, separated by commas; a single one is not tuned."""
 
     optimizer: str | None = None
     """Only the arms of these recipes, names separated by commas."""
@@ -100,7 +100,7 @@ class Experiment:
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Self:
-        """Return the options where the command line gives none.
+        """Return the defaults of the options.
 
         They are those of the study at its scale, for the model that is asked for.
         """
@@ -109,7 +109,7 @@ class Experiment:
         parser.add_argument("--model.preset", dest="preset", default="")
         try:
             given = parser.parse_known_args(arguments)[0]
-        except argparse.ArgumentError:  # no value: the parser of all options has a better message
+        except argparse.ArgumentError:  # a value is missing; the main parser has a better message
             return cls()
         study = _study_among(arguments)
         if study is None or given.scale not in study.settings:
@@ -139,7 +139,7 @@ class Experiment:
         return self._train(plan)
 
     def _plan(self) -> "StudyPlan":
-        """Combine the options into a plan, and check every run before the first begins."""
+        """Combine the options into a plan, and check every run before the first run begins."""
         from sinkgd.lab.experiments.study import plan_of
 
         if launched_ranks() > 1:
@@ -179,7 +179,7 @@ class Experiment:
         return {name: value for name, value in given.items() if value is not None}
 
     def _shared_config(self) -> SharedConfig:
-        """Return what all arms share: the corpus of --data, and each job's share of the cores."""
+        """Return the settings that all arms share: the corpus of --data, and the cores per job."""
         shared = self.shared
         if self.data is not None:
             data = replace(shared.data, corpus=str(self.data))
@@ -218,13 +218,13 @@ class Experiment:
         if outcome.signal is not None:
             _echo(
                 f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
-                f"All is saved. Go on with: {self._command()}"
+                f"Everything is saved. Go on with: {self._command()}"
             )
             return exit_code(outcome.signal)
         return 0
 
     def _on_paper(self) -> int:
-        """Plan trainings that are too large for this machine; a dry run writes nothing."""
+        """Estimate trainings that are too large for this machine; a dry run writes no file."""
         from sinkgd.lab.experiments.studies import scale
 
         folder = self._folder()

@@ -1,4 +1,4 @@
-"""`sinkgd plan`: what training would need, on paper."""
+"""`sinkgd plan`: an estimate of what training would need."""
 
 import shlex
 from dataclasses import dataclass, field, fields
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what training a model would need: memory by part, messages, time, cost; on paper.
+    """Estimate, without training, what it takes to train a model: memory, messages, time and cost.
 
-    Nothing is trained or sent. Weights are counted on the real module without memory, activations
-    on a step with fake tensors, for all methods side by side. Times are estimates at an assumed
-    fraction of the device's peak.
+    Nothing is trained or sent. Weights are counted on the real module, built on the meta device,
+    and activations by tracing a step with fake tensors. All methods are shown side by side. Times
+    are estimates at an assumed fraction of the device's peak.
 
     For example:
       sinkgd plan --model llama-7b --optimizer adamw
@@ -56,20 +56,21 @@ class Plan:
     """Apply and free each gradient inside backward, if the method can."""
 
     recompute_activations: bool = False
-    """Keep the input of each block alone, and run the block again in backward."""
+    """Keep only the input of each block, and run the block again in backward."""
 
     loss_chunk_tokens: int | None = None
-    """Targets whose logits are held at once, tokens; by default all of a batch."""
+    """Number of target tokens whose logits are in memory at once; by default all of a batch."""
 
     memory_fraction: float = 0.9
-    """Fraction of a device's memory that training may use, 0 to 1; assumed: the rest is for the
-    driver, libraries and gaps between blocks."""
+    """Fraction of a device's memory that training may use, 0 to 1. The default is an assumption:
+    the rest is for the driver, libraries and gaps in the allocator's memory."""
 
     mfu: float = 0.4
-    """Fraction of the device's peak that matrix products reach, 0 to 1; assumed."""
+    """Fraction of the device's peak that matrix products reach, 0 to 1. The default is an
+    assumption."""
 
     tokens: float | None = None
-    """Tokens to train on, for days and cost; by default 20 a parameter (Hoffmann et al. 2022)."""
+    """Tokens to train on, for days and cost; by default 20 per parameter (Hoffmann et al. 2022)."""
 
     price_per_gpu_hour: float | None = None
     """Price of a device per hour, in any currency; without it no cost is shown."""
@@ -88,7 +89,7 @@ class Plan:
 
         Raises:
             ConfigError: If an option is invalid, or the mesh cannot divide the model.
-            ModelError: If there is no such model, or its config.json has parts that are not known.
+            ModelError: If there is no such model, or its config.json has unknown parts.
         """
         import json
         import sys

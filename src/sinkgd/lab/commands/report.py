@@ -25,26 +25,27 @@ class Report:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder that `sinkgd compare`, `train` or `experiment` wrote: */run.jsonl, run.jsonl or
-    study.jsonl; or of such files under other names, as benchmarks/demo has them."""
+    study.jsonl; or a folder of such files with other names, as in benchmarks/demo."""
 
     baseline: str | None = None
-    """Recipe that the others are compared with, a name; by default adamw, else adamw-one-lr, else
-    none. A study compares its arms with its controls."""
+    """Name of the recipe that the others are compared with; by default adamw, else adamw-one-lr,
+    else none. A study compares its arms with its controls."""
 
     out: Path | None = None
-    """HTML file to write; by default report.html in the folder. A study's verdict.md goes beside
-    it."""
+    """HTML file to write; by default report.html in the folder. A study's verdict.md is written to
+    the same folder."""
 
     cdn: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let the page take plotly.js from cdn.plot.ly: 0.3 MB instead of 5, for repositories and web
-    sites. The browser checks the file's hash; without a network the page has no charts."""
+    """Let the page load plotly.js from cdn.plot.ly. The page then has 0.3 MB instead of 5, for
+    repositories and web sites. The browser checks the file's hash; without a network the page has
+    no charts."""
 
     def run(self) -> int:
         """Run the command; return the exit code.
 
         Raises:
             ConfigError: If a baseline is given for a study.
-            ReportError: If the folder holds no runs, or none of the baseline's recipe.
+            ReportError: If the folder holds no runs, or no run of the baseline's recipe.
             ResultsError: If a results file is damaged.
         """
         from sinkgd.lab.experiments.study_record import STUDY_FILE
@@ -97,7 +98,7 @@ class Report:
 
 
 def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -> int:
-    """Make page and verdict again from ``study.jsonl`` alone; return the exit code.
+    """Make page and verdict again from ``study.jsonl`` only; return the exit code.
 
     Args:
         folder: Folder of the study.
@@ -106,7 +107,7 @@ def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -
         cdn: Whether the page loads plotly.js from its CDN.
 
     Raises:
-        ResultsError: If there is no study, or it is damaged.
+        ResultsError: If there is no study, or its file is damaged.
     """
     from sinkgd.lab.experiments.studies.scale import is_on_paper, read_fits
     from sinkgd.lab.experiments.study_record import STUDY_FILE, StudyRecord
@@ -148,7 +149,7 @@ def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> Non
 
 
 def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bool = False) -> None:
-    """Print the tables and the verdict of a study on paper, and write its page if one is given."""
+    """Print tables and verdict of a study without runs, and write its page if a path is given."""
     from sinkgd.lab.experiments.studies import scale
     from sinkgd.lab.experiments.study_report import as_markdown, paper_page
 
@@ -162,7 +163,7 @@ def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bo
 
 
 def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
-    """Write the page, and beside it the same as text."""
+    """Write the page, and its text into the same folder."""
     from rich.console import Console
 
     from sinkgd.lab.disk import write_whole

@@ -1,4 +1,4 @@
-"""Data: from documents through tokens and shards to the batches of a training step."""
+"""Data: documents become tokens, shards of tokens, and then the batches of training steps."""
 
 from sinkgd.lab.data.batches import IGNORE_INDEX as IGNORE_INDEX
 from sinkgd.lab.data.batches import Batch as Batch

@@ -3,23 +3,24 @@
 Rows. A split's tokens are cut into rows of T tokens, the sequence length. A target is the token
 after its input, or ``IGNORE_INDEX``, which the loss ignores. There are two packings:
 
-    concat   The documents in a row, separated by eos; row k reads tokens kT … kT+T. No position is
-             wasted. Each token is a target once, except the first and those that fill no row.
+    concat   The documents follow one another, separated by eos; row k reads tokens kT … kT+T. No
+             position is wasted. Each token is a target once, except the first token and the last
+             tokens, if they do not fill a row.
     none     One document per row, including its eos, padded to T tokens. A longer document is cut
              to its first T-1 tokens and its eos, as T5's tokenizer does. s tokens give s-1 targets,
-             so every row has at least one.
+             so every row has at least one target.
 
 Order. The batch of a step is a pure function of (seed, step, rank, world size). The global batch of
 step s has B = batch_size rows; its row i is the p-th row drawn, p = s·B + i:
 
     epoch = p div n,   row = permutation(seed, epoch)[p mod n]      n: rows of the split
 
-An epoch therefore draws each row once, resuming needs no state except the step, and rank r of w
-takes rows r·B/w … (r+1)·B/w - 1 of the same global batch for every w.
+An epoch therefore draws each row once, and resuming needs no state except the step. Rank r of w
+ranks takes rows r·B/w … (r+1)·B/w - 1; the global batch is the same for every w.
 
 The permutation of 0 … n-1 needs no memory. A Feistel network permutes numbers of b bits, where 2^b
 is the smallest power of two ≥ n. A result of n or more goes through the network again until it is
-below n ("cycle walking"); the map remains a bijection. This takes less than two passes on average,
+below n ("cycle walking"); the map remains a bijection. This takes fewer than two passes on average,
 since 2^b < 2n.
 
     one round:  (left, right) → (right, left ⊕ F(right))    F: splitmix64's mixer, keyed
@@ -116,7 +117,7 @@ def rows_of(split: TokenSplit, sequence_length: int, packing: Packing) -> Rows:
     raise DataError(f"packing must be 'concat' or 'none', got {packing!r}")
 
 
-_ROUNDS = 8  # even, so that halves of unequal width end where they began
+_ROUNDS = 8  # an even number, so that halves of unequal width end where they began
 
 # splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -127,10 +128,10 @@ def permute(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> N
     """Map ``positions`` by the permutation of 0 … n-1 that belongs to ``(seed, epoch)``.
 
     Args:
-        positions: Any shape, entries in [0, n).
+        positions: Positions in [0, n), in an array of any shape.
         n: Length of the permutation, from 1 to 2^62.
-        seed: At least 0.
-        epoch: At least 0; every epoch has its own permutation.
+        seed: Seed of the permutations, at least 0.
+        epoch: Number of the epoch, at least 0; every epoch has its own permutation.
 
     Examples:
         >>> permute(np.arange(7), 7, seed=0, epoch=0)
@@ -179,7 +180,7 @@ class Batch:
 
     Attributes:
         inputs: (rows, sequence_length), int64.
-        targets: The same shape; ``IGNORE_INDEX`` where nothing is scored.
+        targets: (rows, sequence_length), int64; ``IGNORE_INDEX`` at positions that are not scored.
     """
 
     inputs: Tensor
@@ -191,7 +192,7 @@ class Batch:
         return int((self.targets != IGNORE_INDEX).sum())
 
     def part(self, number: int, parts: int) -> "Batch":
-        """Return part ``number`` of ``parts`` equal parts; padding rows score nothing.
+        """Return part ``number`` of ``parts`` equal parts; rows of padding are not scored.
 
         Examples:
             >>> rows = torch.tensor([[1, 2], [3, 4], [5, 6]])
@@ -213,7 +214,7 @@ class Batches:
     """The training batches of a split; each depends only on its step.
 
     Args:
-        split: From `TokenDataset.split`.
+        split: A result of `TokenDataset.split`.
         sequence_length: Tokens in a row, at least 2.
         batch_size: Rows in the global batch, over all ranks.
         seed: Seed of the order, at least 0.
@@ -247,7 +248,7 @@ class Batches:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows in an epoch, which draws each row once."""
+        """Number of rows in an epoch, which draws each row once."""
         return self._rows.count
 
     def at(self, step: int) -> Batch:
@@ -274,13 +275,13 @@ def evaluation_batches(
     """Yield the split's rows in order until ``max_tokens`` targets are scored.
 
     The last batch may have fewer rows, and targets beyond the budget are masked: exactly
-    ``max_tokens`` targets are scored, or all of a smaller split. Every call yields the same.
+    ``max_tokens`` targets are scored, or all of a smaller split. Each call yields the same batches.
 
     Args:
-        split: From `TokenDataset.split`.
+        split: A result of `TokenDataset.split`.
         sequence_length: Tokens in a row, at least 2.
         batch_size: Rows in a batch.
-        max_tokens: Targets to score.
+        max_tokens: Number of targets to score.
         packing: ``"concat"`` or ``"none"``.
 
     Raises:
@@ -353,7 +354,7 @@ class VocabularyShift:
 
     Args:
         at_step: Number of steps with the original ids; the next step is the first with new ones.
-        new_ids: ``(vocab_size,)``, int64: for each token, the id that replaces it.
+        new_ids: For each token, the id that replaces it; ``(vocab_size,)``, int64.
     """
 
     at_step: int

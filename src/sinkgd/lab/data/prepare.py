@@ -15,9 +15,9 @@ from sinkgd.lab.data.shards import SHARD_TOKENS, FolderTakenError, ShardWriter, 
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer
 from sinkgd.lab.disk import claim_folder
 
-# A tokenizer learns nothing more from a larger sample, and its word counts must fit in memory.
+# A larger sample does not improve a tokenizer, and the sample's word counts must fit in memory.
 _TOKENIZER_CHARACTERS = 256 * 2**20
-# Size of a batch for the tokenizer: enough for all cores, and small in memory.
+# Size of a batch for the tokenizer: enough work for all cores, and little memory.
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 4 * 2**20, 4096
 
 
@@ -35,7 +35,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def ignore(_message: str) -> None:
-    """Drop a message."""
+    """Ignore a message."""
 
 
 def train_tokenizer(
@@ -60,9 +60,9 @@ def prepare(
     Documents without a single token are skipped.
 
     Args:
-        corpus: Read once, a few megabytes of text at a time.
+        corpus: The documents. They are read once, a few megabytes of text at a time.
         out: The folder to make; it must be absent or empty.
-        tokenizer: From `train_tokenizer` or `load_tokenizer`.
+        tokenizer: A result of `train_tokenizer` or `load_tokenizer`.
         shard_tokens: Tokens in a full shard.
         progress: Called after every document.
 
@@ -97,15 +97,15 @@ def prepared_corpus(
     """Return a folder of shards for ``source``, made on first use and cached.
 
     The cache is in ``$SINKGD_CACHE``, else ``$XDG_CACHE_HOME/sinkgd``, else ``~/.cache/sinkgd``.
-    Its key is the content of the files, the vocabulary size and the format. If two
+    The key of a folder is the content of the files, the vocabulary size and the format. If two
     processes make the same folder at the same time, both do the work and one folder remains.
 
     Args:
-        source: ``"sotu"``, a file, a folder or a glob of texts, tokenized by a BPE trained on
-            them; or a folder that `prepare` made, which is returned as it is.
+        source: ``"sotu"``, a file, a folder or a glob of texts, which are tokenized by a BPE
+            trained on them; or a folder that `prepare` made, which is returned as it is.
         vocab_size: Size of the vocabulary to train.
         progress: Called after every document.
-        say: Called with the files of a folder that are left out, and with a note on cut documents.
+        say: Called with a note on files of a folder that are left out, and one on cut documents.
 
     Raises:
         DataError: If there is no text at ``source``, or shards without their manifest; or if the
@@ -187,7 +187,7 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _reported(corpus: Corpus, stage: str, report: ProgressCallback | None) -> Iterator[Document]:
-    # Parts of cut documents count as documents, so their total is unknown.
+    # Parts of cut documents count as documents, so the total number is unknown.
     total = corpus.total_documents if corpus.cut_fraction is None else None
     characters = 0
     for count, document in enumerate(corpus, start=1):

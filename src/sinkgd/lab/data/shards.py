@@ -31,7 +31,7 @@ from sinkgd.lab.data.documents import DataError
 from sinkgd.lab.data.tokenizer import Tokenizer
 from sinkgd.lab.disk import naming_path, sync_folder
 
-SHARD_TOKENS = 2**27  # 256 MiB of uint16
+SHARD_TOKENS = 2**27  # tokens in a full shard: 256 MiB of uint16
 
 
 class FolderTakenError(DataError):
@@ -118,12 +118,12 @@ class ShardWriter:
     Leaving the block without `commit`, by an exception or not, removes what was written.
 
     Args:
-        out: The folder to make. It must not exist, or be empty.
-        tokenizer: The one that makes the ids.
-        sources: Where the text comes from, for the record.
+        out: The folder to make; if it exists, it must be empty.
+        tokenizer: The tokenizer that makes the ids.
+        sources: The sources of the text, for the record.
         shard_tokens: Tokens in a full shard.
-        cut_fraction: Share at the end of each document that is validation text, for the record;
-            None where whole documents are.
+        cut_fraction: Fraction of each document, at its end, that is validation text, for the
+            record; None if whole documents are.
 
     Raises:
         FolderTakenError: If ``out`` is not empty.
@@ -152,11 +152,11 @@ class ShardWriter:
         }
 
     def add(self, split: Split, ids: NDArray[Any], text_bytes: int) -> None:
-        """Append a document, without its eos, which is added here.
+        """Append a document. Its eos is added here and must not be in ``ids``.
 
         Args:
             split: ``"train"`` or ``"validation"``.
-            ids: Token ids, (tokens,), at least one, each below the tokenizer's ``vocab_size``.
+            ids: One or more token ids, (tokens,), each below the tokenizer's ``vocab_size``.
             text_bytes: Length of the text in UTF-8.
         """
         vocab_size = self._tokenizer.vocab_size
@@ -174,7 +174,7 @@ class ShardWriter:
         return self._splits[split].documents
 
     def commit(self) -> Manifest:
-        """Write the rest, force everything to the disk, and rename the folder.
+        """Write what is left, force everything to the disk, and rename the folder.
 
         Raises:
             FolderTakenError: If another process made the folder in the meantime.
@@ -225,7 +225,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self._partial.exists():  # it is gone once renamed
+        if self._partial.exists():  # the folder was not renamed
             for writer in self._splits.values():
                 writer.discard()
             shutil.rmtree(self._partial)

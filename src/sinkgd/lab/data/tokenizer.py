@@ -22,7 +22,7 @@ from sinkgd.lab.data.documents import DataError
 
 VOCAB_SIZE = 8192
 EOS, PAD = "<eos>", "<pad>"
-_LONGEST_WORD = 256  # characters that a tokenizer learns from at once
+_LONGEST_WORD = 256  # longest word, in characters, that a tokenizer is trained on
 _ENDLESS_WORD = re.compile(rf"(\S{{{_LONGEST_WORD}}})(?=\S)")
 SMALLEST_VOCAB = 256 + 2  # every byte, EOS and PAD
 
@@ -37,14 +37,15 @@ class Tokenizer:
 
     Args:
         backend: The library's object. Its truncation and padding are switched off.
-        name: Its name in messages: a file, a hub name.
+        name: Name of the tokenizer in messages: a file, or a name on the hub.
 
     Attributes:
         vocab_size: One more than the largest id.
-        eos_id: Ends each document.
-        pad_id: Fills rows; ``eos_id`` if the tokenizer has no pad token, which is harmless, as
-            padding is masked by position.
-        bos_id: Begins a text, or None if the tokenizer has no such token; the data does not use it.
+        eos_id: Id of the token that ends each document.
+        pad_id: Id of the token that fills rows; ``eos_id`` if the tokenizer has no pad token, which
+            is harmless, because padding is masked by position.
+        bos_id: Id of the token that begins a text, or None if the tokenizer has no such token; the
+            data does not use it.
 
     Raises:
         DataError: If the tokenizer has no end-of-text token.
@@ -74,8 +75,9 @@ class Tokenizer:
         """Train a byte-level BPE; the same texts give the same tokenizer.
 
         Args:
-            texts: Read once; memory grows with the number of different words in them.
-            vocab_size: Tokens wanted, at least 258. Little text gives fewer.
+            texts: Texts to train on. They are read once; memory grows with the number of different
+                words in them.
+            vocab_size: Number of tokens to make, at least 258. A short text gives fewer.
         """
         if vocab_size < SMALLEST_VOCAB:
             raise DataError(
@@ -105,7 +107,7 @@ class Tokenizer:
             raise DataError(f"no tokenizer at {path}; give a tokenizer.json") from None
         try:
             backend = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise DataError(f"{path} is not a tokenizer.json: {error}") from error
         return cls(backend, str(path))
 
@@ -114,7 +116,7 @@ class Tokenizer:
         """Download a tokenizer from the Hugging Face hub, or take it from its local cache."""
         try:
             backend = tokenizers.Tokenizer.from_pretrained(name)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise DataError(
                 f"the tokenizer {name!r} cannot be loaded from the hub: {error} "
                 "Check the name and the connection, or give the path of a tokenizer.json."
@@ -123,7 +125,7 @@ class Tokenizer:
 
     @cached_property
     def json(self) -> bytes:
-        """The content of its ``tokenizer.json``."""
+        """The content of the tokenizer's ``tokenizer.json``."""
         return self._backend.to_str(pretty=True).encode("utf-8")
 
     @cached_property
@@ -139,7 +141,7 @@ class Tokenizer:
         """
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except BaseException as error:  # the library's panics are no Exception
+        except BaseException as error:  # the library's panics are not subclasses of Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise DataError(
@@ -149,7 +151,7 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids, special tokens left out."""
+        """Return the text of token ids, without special tokens."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -166,7 +168,7 @@ def is_tokenizer_path(name: str) -> bool:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer from the path ``name`` if it is one, else from the hub."""
+    """Load a tokenizer from the path ``name`` if it is a path, else from the hub."""
     if is_tokenizer_path(name):
         return Tokenizer.from_file(Path(name).expanduser())
     return Tokenizer.from_hub(name)

@@ -1,1 +1,1 @@
-"""Studies: a question, equally tuned arms, several seeds, a verdict from the numbers, a page."""
+"""Studies: each has a question, equally tuned arms, several seeds, a verdict and a page."""

@@ -1,7 +1,7 @@
 """Arms: the ways to train that a study compares, and the grids that tune them.
 
-An arm is plain data: the values of a configuration that set it apart, and a grid of values to try.
-It names recipes and presets; it builds nothing.
+An arm is plain data: the values of a configuration in which it differs from other arms, and a grid
+of values to try. It names recipes and presets, but builds nothing.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any
 from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig, nearest
 
 Overrides = Mapping[str, Any]  # dotted names of a `RunConfig`'s fields, with their values
-Grid = Mapping[str, tuple[float, ...]]  # dotted names, with the values to try
-Point = Mapping[str, float]  # one choice of a grid
+Grid = Mapping[str, tuple[float, ...]]  # dotted names of fields, with the values to try
+Point = Mapping[str, float]  # dotted names of fields, with one value of the grid each
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -32,7 +32,8 @@ class Arm:
 
     name: str  # unique in the study; part of folder names
     overrides: Overrides
-    tuned: Grid = field(default_factory=dict)  # the product is searched; empty: nothing is tuned
+    # All combinations of these values are tried; if it is empty, nothing is tuned.
+    tuned: Grid = field(default_factory=dict)
     value: float | None = None  # position on the study's axis
     control: bool = False  # whether other arms are compared with this one
     series: str = ""  # arms of one series are joined along the axis; default: the recipe
@@ -75,7 +76,7 @@ def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
     """Check that names of arms are unique and that all tuned arms have equally many points.
 
     Raises:
-        ConfigError: If not; the message names the arms.
+        ConfigError: If names are not unique or grids differ in size; the message names the arms.
     """
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -86,7 +87,7 @@ def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
         listed = ", ".join(f"{name} {effort}" for name, effort in efforts.items())
         raise ConfigError(
             f"the arms of study {study!r} are not tuned alike: points of their grids are {listed}; "
-            "give each as many"
+            "give each the same number of points"
         )
 
 
@@ -138,7 +139,7 @@ def point_words(point: Point) -> str:
 def edges(arm: Arm, chosen: Point) -> list[str]:
     """Name the fields whose best value is the smallest or largest of at least three tried.
 
-    Of two values, the best is always at an edge, which says nothing.
+    If only two values were tried, the best is always at an edge, so this gives no information.
 
     Examples:
         >>> arm = Arm("a", {}, {"optimizer.lr": (0.1, 0.2, 0.4)})

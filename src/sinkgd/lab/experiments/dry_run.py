@@ -1,7 +1,7 @@
 """A dry run of a study: build every arm without weights and without training.
 
 The model is built on the meta device and runs there forward and backward on one row; then the
-optimizer is built. Each arm also takes one real step with a nano model in place of its own.
+optimizer is built. Each arm also takes one real step with a nano model instead of its own model.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.training_step import loss_of
 
-# Recipes that `sinkgd plan` knows by another name.
+# Recipes that have another name in `sinkgd plan`.
 _METHOD_OF = {"adamw-one-lr": "adamw", "sinkgd-finetune": "sinkgd"}
 _SMALL = {"vocab_size": 64, "max_sequence_length": 8}  # sizes of the model for the real step
 
@@ -31,11 +31,11 @@ class DryArm:
     """The sizes of an arm."""
 
     name: str
-    runs: int  # tuning and seeds
+    runs: int  # number of runs, for tuning and for seeds
     parameters: int
-    groups: int  # parameter groups of the optimizer
-    tokens: int  # of one run
-    memory_bytes: int | None  # at the peak of a step; None if `sinkgd plan` does not know
+    groups: int  # number of parameter groups of the optimizer
+    tokens: int  # tokens of one run
+    memory_bytes: int | None  # at the peak of a step; None if `sinkgd plan` lacks the recipe
 
 
 def dry_run(plan: StudyPlan) -> list[DryArm]:
@@ -143,8 +143,8 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
         title=f"{plan.study}, {plan.scale} scale: {plan.runs} runs",
         note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
         f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, from `sinkgd plan`; "
-        f"{ABSENT} if it does not know.",
-        columns=("arm", "runs", "parameters", "groups", "tokens a run", "memory"),
+        f"{ABSENT} if `sinkgd plan` lacks the recipe.",
+        columns=("arm", "runs", "parameters", "groups", "tokens per run", "memory"),
         rows=tuple(
             (
                 arm.name,

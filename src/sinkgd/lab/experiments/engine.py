@@ -45,7 +45,7 @@ from sinkgd.lab.train.machine import describe_environment, select_device
 from sinkgd.lab.train.setup import open_dataset
 from sinkgd.lab.train.sinks import clock
 
-RUNS_FOLDER = "runs"  # in the study's folder, one folder a run
+RUNS_FOLDER = "runs"  # in the study's folder, with a folder for each run
 
 Say = Callable[[str], None]
 
@@ -55,7 +55,7 @@ class Outcome:
     """How a session ended, and the results so far."""
 
     record: StudyRecord
-    left: int  # runs that are not finished
+    left: int  # number of runs that are not finished
     signal: Signals | None = None
 
 
@@ -75,7 +75,7 @@ def run_study(
     Raises:
         ConfigError: If the study there has another plan; the message names each field that differs.
         RunFolderError: If another process is running the study.
-        StudyError: If a run fails for another reason than divergence.
+        StudyError: If a run fails for a reason other than divergence.
         DataError: If the text is missing, damaged or too small.
     """
     started = time.perf_counter()
@@ -106,7 +106,7 @@ class _Running:
     task: Task
     process: ForkServerProcess
     began: float
-    fresh: bool  # whether it started in this session
+    fresh: bool  # whether the run was begun in this session
 
 
 @dataclass
@@ -117,7 +117,7 @@ class _Engine:
     texts: Mapping[DataConfig, str]  # hashes of the training texts
     writer: StudyWriter
     reusable: ReusableRuns  # results of other studies, which need no training
-    folder: Path  # of the runs
+    folder: Path  # folder of the runs
     jobs: int
     say: Say
     running: list[_Running] = field(default_factory=list)
@@ -235,7 +235,7 @@ def _kill(pid: int, number: Signals) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        return  # it has just ended
+        return  # the process has just ended
 
 
 @contextmanager
@@ -270,8 +270,8 @@ def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
     """Read the study in ``folder``; None if there is none.
 
     Raises:
-        ConfigError: If it has another plan; the message names each field that differs.
-        ResultsError: If its file is damaged.
+        ConfigError: If the study has another plan; the message names each field that differs.
+        ResultsError: If the study's file is damaged.
     """
     path = folder / STUDY_FILE
     if not path.exists() or b"\n" not in path.read_bytes():
@@ -294,7 +294,7 @@ def _check_texts(record: StudyRecord, texts: Mapping[DataConfig, str]) -> None:
     """Check that the finished runs were trained on the present text.
 
     Raises:
-        ConfigError: If not; the message gives both hashes.
+        ConfigError: If the text differs; the message gives both hashes.
     """
     known = {_plain(data): (data.corpus, sha256) for data, sha256 in texts.items()}
     for result in record.runs.values():

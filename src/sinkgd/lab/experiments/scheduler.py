@@ -1,12 +1,13 @@
 """Which run of a study is next, and which runs other studies have made already.
 
-Order: the points of every grid, then the seeds of arms with a full grid. The study's record decides
-what is done: a run that is not in it is handed out, and continues from its checkpoint if a killed
-process has begun it.
+The order is: first the points of every grid, then the seeds of arms whose grid is complete. Runs in
+the study's record are done. Other runs are handed out, and continue from their checkpoints if a
+killed process has begun them.
 
-Reuse: runs of grids that neighboring studies have in common are trained once. In one environment, a
-run's configuration determines its losses to the bit, and losses are all that a grid needs. Reported
-runs also have times, which depend on the machine's other work, so every study trains its own.
+Runs of grids that neighboring studies have in common are trained once and reused. In one
+environment, a run's configuration determines its losses to the bit, and a grid needs only losses.
+Reported runs also have times, which depend on other work on the machine, so every study trains its
+own reported runs.
 """
 
 import json
@@ -25,7 +26,7 @@ from sinkgd.lab.results import ResultsError
 from sinkgd.lab.train.config import RunConfig, as_tables
 from sinkgd.lab.train.identity import DATA, knows_its_text
 
-_EQUAL = ("sinkgd", "torch", "cpu", "threads", "device")  # parts of an environment that count
+_EQUAL = ("sinkgd", "torch", "cpu", "threads", "device")  # parts of an environment to compare
 
 
 class Scheduler:
@@ -33,7 +34,7 @@ class Scheduler:
 
     Args:
         plan: The study's plan.
-        record: The results so far; new ones are added to it.
+        record: The results so far; new results are added to this record.
     """
 
     def __init__(self, plan: StudyPlan, record: StudyRecord) -> None:
@@ -54,13 +55,13 @@ class Scheduler:
 
     @property
     def mean_seconds(self) -> float | None:
-        """Mean wall time of the finished runs; None if there is none."""
+        """Mean wall time of the finished runs; None if no run is finished."""
         ends = [result.run.end for result in self.record.runs.values()]
         seconds = [end.wall_seconds for end in ends if end]
         return statistics.fmean(seconds) if seconds else None
 
     def next_task(self) -> Task | None:
-        """Return a run that can start now; None if there is none at present."""
+        """Return a run that can start now; None if no run can start at present."""
         task = self._next_grid_task() or self._next_seed_task()
         if task is not None:
             self._begun.add(task.name)
@@ -96,7 +97,7 @@ class Scheduler:
 
 
 def chosen_point(plan: StudyPlan, arm: Arm, record: StudyRecord) -> Point | None:
-    """Return the point with the lowest loss, the first of equal ones; None if all diverged.
+    """Return the first of the points with the lowest loss; None if all points diverged.
 
     For an arm without a grid this is the empty point.
     """
@@ -126,7 +127,7 @@ class ReusableRuns:
         Args:
             folder: Folder of the study.
             environment: This process's environment, from `describe_environment`.
-            say: Called with a line about each neighbor that cannot be read.
+            say: Called with a line about each neighboring study that cannot be read.
         """
         found: dict[str, RunResult] = {}
         for path in sorted(folder.absolute().parent.glob(f"*/{STUDY_FILE}")):
@@ -154,11 +155,12 @@ class ReusableRuns:
 
         Args:
             task: The run that is needed.
-            config: Its resolved configuration.
-            text_sha256: Hash of the shards that it would be trained on.
+            config: The run's resolved configuration.
+            text_sha256: Hash of the shards that the run would be trained on.
 
         Returns:
-            The result under the task's names; None for a reported run, and if there is none.
+            The result under the task's names; None if the task is a reported run, or if there is no
+            such result.
         """
         key = _key(as_tables(config), text_sha256)
         result = self.results.get(key) if task.tuning else None
@@ -171,7 +173,7 @@ class ReusableRuns:
 
 
 def _alike(record: StudyRecord, environment: Mapping[str, Any]) -> bool:
-    """Whether all recorded sessions of a study had this environment; False if none is recorded."""
+    """Whether all recorded sessions of a study had this environment; False without a session."""
     return bool(record.sessions) and all(
         session.environment.get(name) == environment.get(name)
         for session in record.sessions
@@ -184,6 +186,6 @@ def _text(result: RunResult) -> str:
 
 
 def _key(tables: Mapping[str, Any], text_sha256: str) -> str:
-    """Return the key of a configuration; it has the text's hash in place of its path."""
+    """Return the key of a configuration; it has the text's hash instead of the text's path."""
     data = {**tables["data"], "corpus": text_sha256}
     return json.dumps({**tables, "data": data}, sort_keys=True)

@@ -13,13 +13,14 @@ from sinkgd.lab.train.config import ConfigError, SharedConfig, differences
 from sinkgd.lab.train.recipes import find_recipe
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
-# The fields that --optimizer.NAME sets in the arm of --step: the first one that its recipe has.
+# For each NAME of --optimizer.NAME, fields of the configuration. The option sets the first of them
+# that the recipe of the arm of --step has.
 STEP_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"tau": ("tau",), "iterations": ("n_iter", "sinkhorn_iterations"), "lr": ("lr",)}
 )
 
 
-_COUNTS = ("iterations", "batch")  # axes with whole numbers
+_COUNTS = ("iterations", "batch")  # options whose values are whole numbers
 
 
 def select_arms(
@@ -37,9 +38,9 @@ def select_arms(
         study: The study.
         scale: The scale to run it at.
         shared: The configuration from the options.
-        axis: For each option, positions on the study's axis that replace its own; may be empty.
+        axis: For each option, positions that replace those on the study's axis; may be empty.
         rates: Values to try for ``optimizer.lr``. A matrix rate that the study fixes keeps its
-            ratio to it.
+            ratio to ``optimizer.lr``.
         recipes: If given, keep only the arms with these recipes.
 
     Raises:
@@ -107,8 +108,8 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
     """Parse comma-separated numbers; None gives no numbers.
 
     Raises:
-        ConfigError: If one is not a number, is not above 0, is too large, or is not whole for an
-            option that counts.
+        ConfigError: If a value is not a number, is not above 0 or is too large, or if the option
+            takes whole numbers and the value is not one.
 
     Examples:
         >>> numbers("lr", "0.01,0.02")
@@ -143,7 +144,7 @@ def _places(study: Study, setting: Setting, axis: Mapping[str, Sequence[float]])
 
 
 def _check_effective(setting: Setting, shared: SharedConfig) -> None:
-    """Check that no arm overrides an option, which would then have no effect."""
+    """Check that no arm overrides an option of the user, which would then have no effect."""
     for name, _, value in differences(setting.shared, shared):
         owners = [arm.name for arm in setting.arms if name in arm.overrides]
         if owners:
@@ -161,7 +162,7 @@ def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
     if len(rates) > 1:
         raise ConfigError(
             f"lr is {', '.join(f'{rate:g}' for rate in rates)}, but arm {arm.name!r} does not tune "
-            "it; give one"
+            "it; give one rate"
         )
     if LR in overrides and MATRIX_LR in overrides:
         overrides[MATRIX_LR] *= rates[0] / overrides[LR]

@@ -1,7 +1,7 @@
-"""What a study is, and its plan: every run named and its configuration resolved beforehand.
+"""What a study is, and its plan, which names every run and resolves its configuration beforehand.
 
 A study asks a question. Its arms differ in one thing, are tuned with equally large grids and run
-with the same seeds; its judge turns the results into a verdict.
+with the same seeds. A function, the study's judge, turns the results into a verdict.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +17,11 @@ from sinkgd.lab.train.resolve import resolve
 
 Scale = Literal["machine", "paper"]
 
-TUNING_SEED = 1000  # differs from the reported seeds, which count up from training.seed
+TUNING_SEED = 1000  # must differ from the reported seeds, which count up from training.seed
 
 
 class StudyError(RuntimeError):
-    """A study that cannot continue; the message names the run and the remedy."""
+    """A study cannot continue; the message names the run and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Setting:
 
     shared: SharedConfig
     arms: tuple[Arm, ...]  # including controls, in the order of the page
-    # Makes the arms at a position on the axis, for a shared configuration. With it, options can
-    # change both; ``arms`` are then made again.
+    # Makes the arms at a position on the axis, for a shared configuration. If it is given, options
+    # can change position and configuration, and ``arms`` are then made again.
     at: Callable[[float, SharedConfig], tuple[Arm, ...]] | None = None
     seeds: int = 3
-    models: Mapping[str, SharedConfig] = field(default_factory=dict)  # shared options, by preset
+    models: Mapping[str, SharedConfig] = field(default_factory=dict)  # shared options of presets
 
     def of_model(self, preset: str) -> SharedConfig:
         """Return the shared options for the model ``preset``, including its batch and steps."""
@@ -64,9 +64,8 @@ class Study:
     settings: Mapping[Scale, Setting]
     judge: Callable[[StudyResults], Verdict]
     axis: Axis | None = None
-    charts: Callable[[StudyResults, Identities], list[Chart]] | None = (
-        None  # besides the charts of every study
-    )
+    # Makes charts besides those that every study has.
+    charts: Callable[[StudyResults, Identities], list[Chart]] | None = None
 
     def __post_init__(self) -> None:
         for setting in self.settings.values():
@@ -81,7 +80,7 @@ class Task:
     arm: Arm
     point: Point
     seed: int
-    tuning: bool  # whether it is a run of the grid; if so, its loss is reported there alone
+    tuning: bool  # whether it is a run of the grid, whose loss is reported only with the grid
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class StudyPlan:
         check_arms(self.study, self.arms if self.tune else untuned)
         if self.tuning_seed in self.seeds:
             raise ConfigError(
-                f"seed {self.tuning_seed} is that of tuning and cannot be reported, too; "
+                f"seed {self.tuning_seed} is used for tuning and cannot also be reported; "
                 "use another --training.seed"
             )
         for arm in self.arms:
@@ -149,7 +148,7 @@ class StudyPlan:
                 self.config(task)
 
     def first_tasks(self) -> list[Task]:
-        """List one run per arm: at the first point of its grid, or its only point."""
+        """List one run per arm, at the first or only point of the arm's grid."""
         return [
             (self.tuning_tasks(arm) or [self.seed_task(arm, EMPTY, self.seeds[0])])[0]
             for arm in self.arms
@@ -185,12 +184,13 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
     """Check that a study is continued with the options that it began with.
 
     Args:
-        saved: The plan in the study's file, from `StudyPlan.as_json`.
+        saved: The plan in the study's file, a result of `StudyPlan.as_json`.
         plan: The plan that is asked for now, in the same form.
         where: The study's folder.
 
     Raises:
-        ConfigError: If not; the message gives each field that differs, with both values.
+        ConfigError: If the options differ; the message gives each field that differs, with both
+            values.
     """
     before, now = dict(_flat(saved)), dict(_flat(plan))
     names = [
@@ -205,7 +205,7 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
         )
         raise ConfigError(
             f"the study in {where} has other options: {listed}. "
-            "Give the same ones, or another --out"
+            "Give the same options, or another --out"
         )
 
 

@@ -28,29 +28,29 @@ from sinkgd.lab.report.figures import (
 from sinkgd.lab.report.quantities import loss, size
 
 _ROW = 54  # CSS pixels
-_BELOW = 0.16  # distance of a row's marks below its middle, of the row's height
+_BELOW = 0.16  # how far a row's marks lie below its middle, as a fraction of its height
 _MIB = 1024**2
-_RANGE_ABOVE = 0.3  # nats shown above the lowest loss of each grid, in `rate_chart`
+_RANGE_ABOVE = 0.3  # nats that `rate_chart` shows above the lowest loss of each grid
 
 
-def final_chart(results: StudyResults, along: Axis | None, identities: Identities) -> Chart:
-    """Draw the final losses: along the study's axis if it has one, else one row per arm."""
+def final_chart(results: StudyResults, study_axis: Axis | None, identities: Identities) -> Chart:
+    """Draw the final losses: along the study's axis if there is one, else one row per arm."""
     arms = [one for one in results.ranked if one.seeds and not one.diverged]
-    figure = _along_axis(arms, along, identities) if along else _by_arm(arms, identities)
-    where = along.title if along else "arm"
+    figure = _along_axis(arms, study_axis, identities) if study_axis else _by_arm(arms, identities)
+    by = study_axis.title if study_axis else "arm"
     words = [f"{one.arm.name} {loss(one.loss)}" for one in arms if one.loss is not None]
     return Chart(
         key="final",
-        title=f"Final loss by {where}",
-        caption="Validation loss at the end, nats per token: every seed, and their mean with its "
-        "range. Lower is better.",
+        title=f"Final loss by {by}",
+        caption="Validation loss at the end, nats per token: every seed, and the mean and range of "
+        "the seeds. Lower is better.",
         description=f"Final losses: {', '.join(words) or 'none yet'}.",
         figure=figure,
         share=1,
     )
 
 
-def _along_axis(arms: Sequence[ArmResults], along: Axis, identities: Identities) -> Figure:
+def _along_axis(arms: Sequence[ArmResults], study_axis: Axis, identities: Identities) -> Figure:
     """Draw a line for each series of arms on the axis; other arms are horizontal lines."""
     lines: dict[str, list[ArmResults]] = {}
     for one in arms:
@@ -61,14 +61,14 @@ def _along_axis(arms: Sequence[ArmResults], along: Axis, identities: Identities)
     levels = [one for one in arms if one.arm.value is None and one.loss is not None]
     values = sorted({one.arm.value for line in lines.values() for one in line if one.arm.value})
     options: dict[str, Any] = {"tickvals": values, "ticktext": [f"{v:g}" for v in values]}
-    if along.log and values:
+    if study_axis.log and values:
         ends = math.log10(values[0]), math.log10(values[-1])
         options |= {"type": "log", "range": [ends[0] - 0.12, ends[1] + 0.12]}
     return {
         "data": data,
         "layout": layout(
             440,
-            xaxis=axis(along.title, **options),
+            xaxis=axis(study_axis.title, **options),
             yaxis=axis("nats per token"),
             shapes=[
                 dotted_line(one.loss, color=identities[one.arm.name].color, width=1.6)
@@ -81,7 +81,7 @@ def _along_axis(arms: Sequence[ArmResults], along: Axis, identities: Identities)
 
 
 def _line(recipe: str, line: Sequence[ArmResults], identities: Identities) -> list[Figure]:
-    look = identities[line[0].arm.name]  # of the best arm, since the others may be gray
+    look = identities[line[0].arm.name]  # the best arm's, because other arms may be gray
     line = sorted(line, key=lambda one: one.arm.value or 0.0)
     means = [one.loss for one in line]
     seeds = [(one.arm.value, value) for one in line for value in one.losses.values()]
@@ -118,7 +118,7 @@ def _dots(x: Sequence[float | None], y: Sequence[float], look: Identity) -> Figu
 def whiskers(
     means: Sequence[float | None], spread: Sequence[tuple[float, float]], look: Identity
 ) -> Figure:
-    """Make error bars of means, from the lowest to the highest seed of each."""
+    """Make error bars of means, each from its lowest to its highest seed."""
     pairs = [(mean or 0.0, low, high) for mean, (low, high) in zip(means, spread, strict=True)]
     above = [high - mean for mean, _, high in pairs]
     below = [mean - low for mean, low, _ in pairs]
@@ -146,13 +146,13 @@ def _by_arm(arms: Sequence[ArmResults], identities: Identities) -> Figure:
 
 
 def rows_figure(
-    rows: Sequence[tuple[str, Sequence[float], str]], along: Figure, identities: Identities
+    rows: Sequence[tuple[str, Sequence[float], str]], value_axis: Figure, identities: Identities
 ) -> Figure:
-    """Draw one row per arm: every seed, and their mean with its range.
+    """Draw one row per arm: every seed, and the mean and range of the seeds.
 
     Args:
-        rows: For each arm its name, the values of its seeds, and the words above them.
-        along: The axis of the values.
+        rows: For each arm its name, the values of its seeds, and the words above these.
+        value_axis: The axis of the values.
         identities: Colors and markers of the arms.
     """
     data = []
@@ -166,7 +166,7 @@ def rows_figure(
         "data": data,
         "layout": layout(
             110 + row_height(_ROW, annotations) * len(rows),
-            xaxis=along,
+            xaxis=value_axis,
             yaxis=rows_axis(len(rows)),
             dragmode=False,
             annotations=annotations,
@@ -203,8 +203,8 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
         key="grids",
         title="Grids",
         caption="Final loss of every point that was tried, one run each, with a seed that no "
-        "reported run has. The large mark is the chosen point; its values are given. Diverged "
-        "points are in the table only.",
+        "reported run has. The large mark is the chosen point, whose values are given. Diverged "
+        "points are only in the table.",
         description=f"{len(arms)} grids; {'; '.join(': '.join(pair) for pair in words)}.",
         figure={
             "data": data,
@@ -248,7 +248,7 @@ def _grid_row(row: int, one: ArmResults, look: Identity) -> Figure:
 
 def state_chart(
     arms: Sequence[ArmResults],
-    kept: Mapping[str, int],
+    state_bytes: Mapping[str, int],
     front: Sequence[ArmResults],
     identities: Identities,
 ) -> Chart:
@@ -256,11 +256,13 @@ def state_chart(
 
     Args:
         arms: Arms with seeds, none of them diverged.
-        kept: Bytes of optimizer state, by arm.
+        state_bytes: Bytes of optimizer state, by arm.
         front: The arms on the front, from the least state to the most.
         identities: Colors and markers of the arms.
     """
-    words = [f"{one.arm.name} {size(kept[one.arm.name])}, {loss(one.loss or 0)}" for one in arms]
+    words = [
+        f"{one.arm.name} {size(state_bytes[one.arm.name])}, {loss(one.loss or 0)}" for one in arms
+    ]
     names = ", ".join(one.arm.name for one in front)
     return Chart(
         key="state-loss",
@@ -270,8 +272,8 @@ def state_chart(
         description=f"{'; '.join(words)}. On the front: {names}.",
         figure={
             "data": [
-                _front_line(front, kept),
-                *(_state_mark(one, kept[one.arm.name], identities) for one in arms),
+                _front_line(front, state_bytes),
+                *(_state_mark(one, state_bytes[one.arm.name], identities) for one in arms),
             ],
             "layout": layout(
                 460,
@@ -284,30 +286,31 @@ def state_chart(
     )
 
 
-def _front_line(front: Sequence[ArmResults], kept: Mapping[str, int]) -> Figure:
+def _front_line(front: Sequence[ArmResults], state_bytes: Mapping[str, int]) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "front",
-        "x": [kept[one.arm.name] / _MIB for one in front],
+        "x": [state_bytes[one.arm.name] / _MIB for one in front],
         "y": [one.loss for one in front],
         "line": {"color": "@soft", "width": 1.4, "dash": "dot", "shape": "hv"},
         "hoverinfo": "skip",
     }
 
 
-def _state_mark(one: ArmResults, kept: int, identities: Identities) -> Figure:
+def _state_mark(one: ArmResults, state_bytes: int, identities: Identities) -> Figure:
     look, ends = identities[one.arm.name], list(one.losses.values())
     return {
         "type": "scatter",
         "mode": "markers",
         "name": look.label,
-        "x": [kept / _MIB],
+        "x": [state_bytes / _MIB],
         "y": [one.loss],
         "marker": {"color": look.color, "symbol": look.symbol, "size": 12},
         "error_y": whiskers([one.loss], [(min(ends), max(ends))], look),
         "cliponaxis": False,
-        "hovertemplate": f"{look.label}<br>{size(kept)}<br>{loss(one.loss or 0)}<extra></extra>",
+        "hovertemplate": f"{look.label}<br>{size(state_bytes)}<br>{loss(one.loss or 0)}"
+        "<extra></extra>",
     }
 
 
@@ -384,12 +387,12 @@ def _two_losses(one: ArmResults, old: Sequence[float], look: Identity) -> list[F
 def rate_chart(
     series: str, arms: Sequence[ArmResults], field: str, identities: Identities
 ) -> Chart:
-    """Draw the final losses of grids against the rate, one line per arm.
+    """Draw the final losses of grids against the learning rate, one line per arm.
 
     Args:
         series: The common name of the arms.
         arms: Arms with at least one tuned point.
-        field: The option that was tuned.
+        field: The rate's option, which was tuned.
         identities: Colors and markers of the arms.
     """
     curves = {one.arm.name: _losses_by_rate(one, field) for one in arms}
@@ -403,7 +406,7 @@ def rate_chart(
         key=f"loss-by-rate-{series}",
         title=f"Loss by rate: {series}",
         caption=f"Final loss of every point of the grid against {option}, one run each. Points "
-        "far above are not shown.",
+        "far above the others are not shown.",
         description=f"{'; '.join(words)}.",
         figure={
             "data": [_rate_line(curve, identities[name]) for name, curve in curves.items()],
@@ -439,19 +442,20 @@ def _rate_line(curve: Sequence[tuple[float, float]], look: Identity) -> Figure:
 def recovery_chart(
     rows: Sequence[tuple[str, Sequence[float], str]], identities: Identities
 ) -> Chart:
-    """Draw the tokens that each arm needed to recover from a change, one row per arm.
+    """Draw the tokens that each arm needed to recover from a change of vocabulary, one row per arm.
 
     Args:
         rows: For each arm its name, the tokens of every seed that recovered, and a label.
         identities: Colors and markers of the arms.
     """
-    along = axis("tokens after the change", rangemode="tozero", tickformat="~s", fixedrange=True)
+    tokens = axis("tokens after the change", rangemode="tozero", tickformat="~s", fixedrange=True)
     return Chart(
         key="recovery",
         title="Tokens until the loss is back",
         caption="Tokens from the change of vocabulary until the validation loss is back at its "
-        "last value before the change: every seed that recovered, and their mean with its range.",
+        "last value before the change: every seed that recovered, and the mean and range of these "
+        "seeds.",
         description=f"{'; '.join(f'{name}: {words}' for name, _, words in rows)}.",
-        figure=rows_figure(rows, along, identities),
+        figure=rows_figure(rows, tokens, identities),
         share=1,
     )

@@ -1,11 +1,12 @@
 """`study.jsonl`: all results of a study, in a file small enough to commit.
 
-Its first line is the plan. Then follow a line for every finished run, and one for every session
-(kind "sitting"): one process's work at the study. Page and verdict are made from this file alone.
+Its first line is the plan. Then follow a line for every finished run, and a line for every session
+(kind "sitting"). A session is one process's work on the study. Page and verdict are made from this
+file only.
 
-Runs are thinned: of the training curve the file has one step per evaluation, with the mean loss and
-the mean times since the evaluation before; of a model's statistics it has the means over heads and
-blocks.
+Runs are thinned. Of the training curve the file has one step per evaluation, with the mean loss and
+the mean times since the previous evaluation. Of a model's statistics it has the means over heads
+and blocks.
 """
 
 import json
@@ -40,9 +41,9 @@ class RunResult:
 
     arm: str
     tuning: bool
-    point: Mapping[str, float]  # the tuned values; empty where nothing is tuned
-    run: Run  # thinned
-    study: str = ""  # the study that trained it, if another one
+    point: Mapping[str, float]  # the tuned values; empty if nothing is tuned
+    run: Run  # the thinned run
+    study: str = ""  # the study that trained the run, if that is another study
 
     @property
     def name(self) -> str:
@@ -78,13 +79,13 @@ _ARM = ("overrides", "tuned", "value", "control")
 
 @dataclass(frozen=True)
 class Session:
-    """One process's work at a study, with the times that give its overhead."""
+    """One process's work on a study, with the times that its overhead follows from."""
 
     jobs: int
-    runs: int  # number of runs that ended in it
+    runs: int  # number of runs that ended in the session
     wall_seconds: float
     runs_wall_seconds: float  # sum over the session's runs, including those that a signal stopped
-    idle_seconds: float  # sum over jobs without work while others ran
+    idle_seconds: float  # sum over jobs of the time without work while other jobs ran
     environment: Mapping[str, Any]
 
     @property
@@ -100,9 +101,9 @@ class Session:
 class StudyRecord:
     """The content of a study's file."""
 
-    plan: dict[str, Any]  # from `StudyPlan.as_json`
+    plan: dict[str, Any]  # a result of `StudyPlan.as_json`
     command: str  # the command that began the study
-    runs: dict[str, RunResult] = field(default_factory=dict)  # by name
+    runs: dict[str, RunResult] = field(default_factory=dict)  # keys are names of runs
     sessions: list[Session] = field(default_factory=list)
 
     @classmethod
@@ -145,7 +146,7 @@ class StudyRecord:
 
 
 class StudyWriter:
-    """Appends to a study's file; each line is whole and on the disk before the next run begins.
+    """Appends to a study's file; each line is complete and on the disk before the next run begins.
 
     Args:
         path: The file. An unfinished last line of a killed process is cut off.
@@ -254,7 +255,7 @@ def without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def thinned(run: Run) -> Run:
-    """Keep one step per evaluation, with the means over the steps since the evaluation before."""
+    """Keep one step per evaluation, with means over the steps since the previous evaluation."""
     steps, rest = [], run.steps
     for evaluation in run.evaluations:
         count = sum(1 for step in rest if step.step <= evaluation.step)

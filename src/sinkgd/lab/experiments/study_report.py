@@ -144,7 +144,7 @@ def grid_table(results: StudyResults) -> TextTable:
 
 
 def sessions_table(record: StudyRecord) -> TextTable:
-    """Make the table of sessions: the time of each process, and its overhead over the runs."""
+    """Make the table of sessions: the time of each process, and its overhead besides the runs."""
     return TextTable(
         title="Sessions",
         note="Overhead: time of jobs outside of training, as a share of the time of training. Jobs "
@@ -266,10 +266,10 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
 
 
 def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
-    """Make the page of the study `scale`, which is planned on paper.
+    """Make the page of the study `scale`, which is estimated and has no runs.
 
     Args:
-        fits: From `run_on_paper`.
+        fits: Results of `run_on_paper`.
         verdict: The verdict on the fits.
         command: A command that repeats the study.
     """
@@ -292,7 +292,7 @@ def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
 
 
 def _analysis(results: StudyResults) -> Analysis | None:
-    """Compare the arms with the first control without divergence; None without a run."""
+    """Compare the arms with the first control that did not diverge; None if there is no run."""
     if not results.runs:
         return None
     baseline = next((one.arm.name for one in results.controls if not one.diverged), None)

@@ -4,7 +4,7 @@ Arms are compared seed by seed: with the same seed, both started from the same w
 same text in the same order.
 
 Letters, in `Difference`:
-    d: the differences of the final losses, one a seed
+    d: the differences of the final losses, one for each seed
     k: number of seeds that both arms have
 """
 
@@ -22,7 +22,7 @@ from sinkgd.lab.results import Evaluation, Run
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond the table, the normal quantile.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 _T_NORMAL = 1.96
-_NO_DIFFERENCE = 0.0005  # nats: losses that are printed alike
+_NO_DIFFERENCE = 0.0005  # nats; smaller differences do not show in printed losses
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Difference:
     """The first arm's loss minus the second's: mean(d) ± t · stdev(d) / √k, at 95 %."""
 
     mean: float  # nats per token
-    half_width: float  # of the interval; infinite for a single seed
+    half_width: float  # half the width of the interval; infinite for a single seed
     count: int  # k
 
     @classmethod
@@ -69,11 +69,11 @@ class Difference:
 
 
 def _minus(first: float, second: float) -> float:
-    """Subtract; two diverged losses have no difference."""
+    """Subtract; the difference of two diverged losses is zero."""
     return 0.0 if first == second else first - second
 
 
-# The weaker AdamW, with one clipped rate for all parameters: never the first control.
+# The weaker AdamW, with one rate for all parameters. It is never the first control.
 _ONE_RATE = "adamw-one-lr"
 
 
@@ -92,7 +92,7 @@ class ArmResults:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss over seeds; infinite if one diverged, None without a run."""
+        """Mean loss over seeds; infinite if a seed diverged, None if there is no run."""
         losses = self.losses.values()
         return statistics.fmean(losses) if losses else None
 
@@ -117,7 +117,7 @@ class ArmResults:
 class StudyResults:
     """All results of a study so far."""
 
-    plan: Mapping[str, Any]  # from `StudyPlan.as_json`
+    plan: Mapping[str, Any]  # a result of `StudyPlan.as_json`
     arms: tuple[ArmResults, ...]  # in the study's order
 
     @classmethod
@@ -133,12 +133,12 @@ class StudyResults:
 
     @property
     def candidates(self) -> tuple[ArmResults, ...]:
-        """The arms with a result that the question is about."""
+        """The arms that the question is about, of those with a result."""
         return tuple(one for one in self.arms if one.seeds and not one.arm.control)
 
     @property
     def controls(self) -> tuple[ArmResults, ...]:
-        """The arms with a result that others are compared with; AdamW with one rate is last."""
+        """The controls, of those with a result; AdamW with one rate is last."""
         found = [one for one in self.arms if one.seeds and one.arm.control]
         return tuple(sorted(found, key=lambda one: one.arm.recipe == _ONE_RATE))
 
@@ -164,7 +164,8 @@ class StudyResults:
         """Compare the reported runs with a baseline; each arm takes the place of a recipe.
 
         Args:
-            baseline: An arm's name, listed first; None compares with nothing.
+            baseline: Name of the arm to compare with, which is listed first; None for no
+                comparison.
         """
         arms = {result.name: one.arm.name for one in self.arms for result in one.seeds}
         found = analyze(self.runs, baseline, group=lambda run: arms[run.start.name])
@@ -189,7 +190,7 @@ class StudyResults:
 
 
 def _loss_after(evaluations: Sequence[Evaluation], seconds: float) -> float | None:
-    """Interpolate between two evaluations; after the last one, take its loss."""
+    """Interpolate between two evaluations; after the last evaluation, return its loss."""
     before: Evaluation | None = None
     for after in evaluations:
         if after.seconds >= seconds:

@@ -1,4 +1,4 @@
-"""The verdict of a study: sentences made from its numbers alone, and the parts that judges share.
+"""The verdict of a study: sentences made only from its numbers, and functions that judges share.
 
 Two arms differ if the 95 % interval of their difference over paired seeds excludes zero; otherwise
 they are level.
@@ -22,7 +22,7 @@ class Verdict:
 
 
 def unfinished(results: StudyResults) -> Verdict | None:
-    """Return the verdict of a study without results of candidates; None if it has some."""
+    """Return the verdict of a study without results of candidates; None if it has such results."""
     if results.candidates:
         return None
     return Verdict(
@@ -38,7 +38,7 @@ def ranked(arms: Sequence[ArmResults]) -> list[ArmResults]:
 def level_with(
     results: StudyResults, one: ArmResults, arms: Sequence[ArmResults]
 ) -> list[ArmResults]:
-    """List those of ``arms`` that do not differ significantly from ``one``."""
+    """List the arms in ``arms`` that do not differ significantly from ``one``."""
     return [other for other in arms if other is not one and results.difference(other, one).level]
 
 
@@ -52,7 +52,7 @@ def ended(one: ArmResults) -> str:
 
 
 def lowest(results: StudyResults, best: ArmResults, *, alone: str = ".") -> str:
-    """Return the headline that names the lowest candidate and those level with it.
+    """Return the headline that names the lowest candidate and the candidates level with it.
 
     Args:
         results: The study's results.
@@ -112,7 +112,7 @@ def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
 
     Args:
         results: The study's results.
-        verdict: The verdict of the study's own judge.
+        verdict: The verdict of the study's judge.
     """
     best = next(iter(ranked(results.candidates)), None)
     if best is None or best.loss is None or best.diverged:
@@ -149,7 +149,7 @@ def _needed(results: StudyResults, best: ArmResults, control: ArmResults) -> str
 
 
 def names(arms: Sequence[ArmResults]) -> str:
-    """List arms by name, however many there are, since each is a row of the table."""
+    """List all arms by name, however many there are; the table has a row for each."""
     words = [one.arm.name for one in arms]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 

@@ -1,10 +1,10 @@
-"""Run a training in its own process, forked from a server process that has the imports done.
+"""Run a training in its own process, forked from a server process that has imported all modules.
 
 Every run therefore has the memory, threads and random state of a fresh `sinkgd train`, to the bit,
 and torch is imported once per study. The server has computed nothing, so it has no torch threads
 that a fork would lose.
 
-The server preloads this module: its imports are the memory that every run starts with.
+The server preloads this module. The module's imports are the memory that every run starts with.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ from sinkgd.lab.train import (
 )
 
 DIVERGED = 3  # exit code of a run whose loss or gradient was not finite
-# multiprocessing's exit code if the fork server died, too, as by a SIGTERM to the whole group.
+# multiprocessing's exit code if the fork server also died, e.g. of a SIGTERM to the whole group.
 UNTOLD = 255
 _STOPPED = set(map(exit_code, SIGNALS))
 _PATIENCE_SECONDS = 30.0
@@ -42,7 +42,7 @@ def start_training(config: RunConfig, folder: Path, *, plain: bool) -> ForkServe
     Args:
         config: The resolved configuration.
         folder: Folder of the run.
-        plain: Print progress as lines even in a terminal, since several runs share it.
+        plain: Whether to print progress as lines even in a terminal, which several runs may share.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -80,7 +80,7 @@ def _train(config: RunConfig, folder: Path) -> int:
 
 
 def wait_until_free(folder: RunFolder) -> None:
-    """Wait up to half a minute for a stopped process, which still saves its checkpoint."""
+    """Wait up to half a minute for a stopped process that is still saving its checkpoint."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -91,7 +91,7 @@ def wait_until_free(folder: RunFolder) -> None:
 
 
 class _PlainStream(LastingStream):
-    """Standard error that is no terminal, as in a log."""
+    """Standard error that claims not to be a terminal, so that output has the form of a log."""
 
     def isatty(self) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""On paper: the memory, messages, time and cost of training a model that may not fit here."""
+"""Estimates of the memory, messages, time and cost of training; the model need not fit here."""
 
 from sinkgd.lab.devices import find_device as find_device
 from sinkgd.lab.plan.architecture import Architecture as Architecture

@@ -10,7 +10,7 @@ from sinkgd.lab.disk import parse_json
 from sinkgd.lab.models import LLAMAS, PRESETS, LlamaConfig, ModelError
 from sinkgd.lab.options import LARGEST_COUNT, suggest
 
-_MOST_LAYERS = 10_000  # each is built, without weights
+_MOST_LAYERS = 10_000  # a plan builds every layer, without weights
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
 # and value projections have biases: transformers/models/{llama,mistral,qwen2}.
 _FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
@@ -30,9 +30,9 @@ class Architecture:
     intermediate_size: int  # width inside the MLP
     num_layers: int
     num_heads: int
-    num_kv_heads: int  # heads of keys and values; each serves as many query heads
+    num_kv_heads: int  # heads of keys and values; each serves the same number of query heads
     head_size: int  # features of a head, even
-    tied: bool = False  # the head is the embedding
+    tied: bool = False  # whether the output head is the embedding
     qkv_bias: bool = False
     source: str = ""
 
@@ -70,7 +70,7 @@ class Architecture:
 def _llama3(name: str, hidden: int, inner: int, layers: int, heads: int) -> Architecture:
     return Architecture(
         name=name,
-        vocab_size=128_256,  # the table's 128,000, and 256 special tokens, as the weights have them
+        vocab_size=128_256,  # 128,000 of table 3, and the 256 special tokens of the weights
         hidden_size=hidden,
         intermediate_size=inner,
         num_layers=layers,
@@ -100,7 +100,7 @@ def find_architecture(model: str) -> Architecture:
         model: A preset, a published name, or the path of a ``config.json`` or of its folder.
 
     Raises:
-        ModelError: If it is none of them.
+        ModelError: If ``model`` is none of these, or the file cannot be read.
 
     Examples:
         >>> find_architecture("llama-3-70b").num_kv_heads
@@ -134,13 +134,13 @@ def read_config(path: Path) -> Architecture:
     """Read a Hugging Face ``config.json`` of a LLaMA-like model.
 
     Raises:
-        ModelError: If it is not a JSON object, is of another family, lacks a size, or has parts
-            that a plan does not support; nothing is guessed.
+        ModelError: If the file is not a JSON object, is of another family, lacks a size, or has
+            parts that a plan does not support; nothing is guessed.
     """
     try:
         config = parse_json(path.read_bytes())
     except ValueError as error:
-        raise ModelError(f"{path} is no JSON file: {error}") from error
+        raise ModelError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no JSON object; give a model's config.json")
     family = str(config.get("model_type"))

@@ -1,10 +1,12 @@
-"""The table of all methods, with what each costs: state, messages, passes over memory, products.
+"""The list of all methods, with what each costs: state, messages, passes over memory, products.
+
+A pass is one read or one write of all entries of a matrix.
 
 Letters:
-    m, n: sides of a matrix, rows and columns
+    m, n: rows and columns of a matrix
     r: rank of a projection
     L: iterations of SR-Sinkhorn
-    k: directions whose singular values are lowered
+    k: number of directions whose singular values deflation lowers
 """
 
 from collections.abc import Callable, Mapping
@@ -20,48 +22,54 @@ from sinkgd.optim.param_groups import DEFLATED_RANK
 _FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 
-# What ranks exchange about the matrices whose shards they hold. "rows": sums of rows alone, once.
+# What ranks exchange about the matrices whose shards they hold. "rows": only sums of rows, once.
 Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer's costs on block matrices, and on all other parameters (AdamW's by default)."""
+    """An optimizer's costs for hidden matrices and for all other parameters.
+
+    By default the other parameters cost what they cost with AdamW.
+    """
 
     name: str
     title: str
-    formula: str  # of the state, as text
+    formula: str  # the size of the state, as text for people
     source: str
     matrix: float = 0.0  # numbers kept for each entry of a matrix
     column: float = 0.0  # float32 numbers kept for each column of a matrix
-    wide: bool = False  # numbers kept for matrices and tables are float32 for any type of weights
-    rest: float = 2.0  # numbers kept for each entry of other parameters
-    # Instead: numbers kept for a whole matrix, from its shorter side, its longer side and r.
+    # Whether numbers kept for matrices, embeddings and head are float32 for any type of weights.
+    always_float32: bool = False
+    rest: float = 2.0  # numbers kept for each entry of other parameters, such as norms
+    # Replaces `matrix`: numbers kept for a whole matrix, given its shorter side, longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
-    # Instead: numbers kept for a whole embedding or head, from its shorter and its longer side.
-    table: Callable[[int, int], float] | None = None
-    head_alone: bool = False  # of the tables, only the head keeps state
+    # Replaces `rest` for embeddings and head: numbers kept for a whole one, given its shorter and
+    # its longer side.
+    embedding: Callable[[int, int], float] | None = None
+    head_only: bool = False  # `embedding` holds for the head; embeddings keep no state
     scalars: int = 0  # further numbers kept for each parameter
-    counted: Literal["all", "rest", "vectors", "none"] = "rest"  # which parameters count steps
-    counts: int = 1  # float32 counters of each such parameter
-    eight_bit: bool = False  # both moments in 8 bits, of all entries
+    # The parameters that have step counters.
+    step_counters_of: Literal["all", "rest", "vectors", "none"] = "rest"
+    counters: int = 1  # float32 counters of each such parameter
+    eight_bit: bool = False  # whether both moments of all entries are stored in 8 bits
     can_release: bool = False  # whether gradients can be applied inside backward
     exchange: Exchange = "nothing"
     iterations: int = ITERATIONS  # exchanges of vectors in a step
     passes: int = 7  # reads and writes of a matrix in a step
     scratch: float = 0.0  # float32 copies of the largest matrix during its update
-    batched: bool = False  # small matrices of one shape are updated together
-    directions: int = 0  # k; deflation takes a few gradients at a time
-    everywhere: bool = False  # embedding and head are updated like matrices
+    batched: bool = False  # whether small matrices of one shape are updated together
+    directions: int = 0  # k; 0 without deflation, whose scratch is in `peak_memory`
+    everywhere: bool = False  # whether embeddings and head are updated like matrices
     flops: Callable[[int, int], float] = lambda short, long: (
         0.0 * short * long
-    )  # of matrix products
+    )  # operations of matrix products
 
     def state_bytes(self, m: int, n: int, itemsize: int, r: int) -> float:
         """Return the bytes of a matrix's state; 8-bit Adam keeps `eight_bit_bytes` instead.
 
         Args:
-            m: Rows, of a shard if the state is kept by entry.
+            m: Rows of the matrix, or of its shard if the state is kept by entry.
             n: Columns.
             itemsize: Bytes of each weight.
             r: Rank of a projection.
@@ -70,28 +78,33 @@ class Method:
             return itemsize * self.low_rank(min(m, n), max(m, n), r)
         return self._size(itemsize) * self.matrix * m * n + _FLOAT32 * self.column * n
 
-    def table_bytes(self, m: int, n: int, itemsize: int, *, is_head: bool) -> float:
-        """Return the bytes of the state of an embedding or a head, by the method's rule for it."""
-        assert self.table is not None
-        if self.head_alone and not is_head:
+    def embedding_bytes(self, m: int, n: int, itemsize: int, *, is_head: bool) -> float:
+        """Return the bytes of the state of an embedding or a head, from `embedding`."""
+        assert self.embedding is not None
+        if self.head_only and not is_head:
             return 0.0
-        return self._size(itemsize) * self.table(min(m, n), max(m, n))
+        return self._size(itemsize) * self.embedding(min(m, n), max(m, n))
 
-    def counts_steps(self, *, is_matrix: bool, is_table: bool) -> bool:
-        """Whether a parameter of this kind counts its steps."""
+    def has_step_counter(self, *, is_matrix: bool, is_embedding: bool) -> bool:
+        """Whether a parameter of this kind has a step counter.
+
+        Args:
+            is_matrix: Whether the parameter is a hidden matrix.
+            is_embedding: Whether the parameter is an embedding or a head.
+        """
         return {
             "all": True,
             "rest": not is_matrix,
-            "vectors": not (is_matrix or is_table),
+            "vectors": not (is_matrix or is_embedding),
             "none": False,
-        }[self.counted]
+        }[self.step_counters_of]
 
     def _size(self, itemsize: int) -> int:
-        return max(itemsize, _FLOAT32) if self.wide else itemsize
+        return max(itemsize, _FLOAT32) if self.always_float32 else itemsize
 
 
 def eight_bit_bytes(entries: int) -> float:
-    """Return the bytes of 8-bit Adam's state: two an entry, and two float32 for every 256 entries.
+    """Return the bytes of 8-bit Adam's state: two per entry, and two float32 per 256 entries.
 
     Tensors below 4,096 entries have float32 state (bitsandbytes, ``min_8bit_size``).
     """
@@ -99,34 +112,36 @@ def eight_bit_bytes(entries: int) -> float:
 
 
 def usual_rank(hidden_size: int) -> int:
-    """Return r as in GaLore's benchmark: a quarter of the hidden size, 256 at 768."""
+    """Return r as in GaLore's benchmark: a quarter of the hidden size, but 256 at size 768."""
     return 256 if hidden_size == 768 else max(1, hidden_size // 4)
 
 
 def _whitening(short: int, long: int) -> float:
-    return 5 * 4.0 * short**2 * long  # `sinkgd.SWAN`'s docstring
+    return 5 * 4.0 * short**2 * long  # as the docstring of `sinkgd.SWAN` says
 
 
 def _deflation(short: int, long: int) -> float:
-    return 10.0 * (DEFLATED_RANK + 1) * short * long  # `sinkgd.deflation.deflate`'s docstring
+    # As the docstring of `sinkgd.deflation.deflate` says.
+    return 10.0 * (DEFLATED_RANK + 1) * short * long
 
 
 FAMILY = (
     Method(
         "sinkgd",
         "SinkGD",
-        "2 an entry of embedding, head, norms",
+        "2 per entry of embedding, head, norms",
         f"sinkgd.SinkGD(param_groups(model)), {DEFLATED_RANK} directions deflated; no paper",
         can_release=True,
         exchange="vectors",
-        passes=ITERATIONS + 3 + 11,  # X made 4, its length 1, four products 4, lowered 2
+        # Deflation adds 11: making X takes 4, its length 1, four products 4, and lowering 2.
+        passes=ITERATIONS + 3 + 11,
         directions=DEFLATED_RANK,
         flops=_deflation,
     ),
     Method(
         "sinkgd-paper",
         "SinkGD as in the paper",
-        "2 an entry of embedding, head, norms",
+        "2 per entry of embedding, head, norms",
         "Scetbon et al. 2025, https://arxiv.org/abs/2502.06742",
         can_release=True,
         exchange="vectors",
@@ -138,7 +153,7 @@ FAMILY = (
         "0",
         "sinkgd.SinkGD without groups",
         rest=0.0,
-        counted="none",
+        step_counters_of="none",
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3,
@@ -146,10 +161,10 @@ FAMILY = (
     Method(
         "sinkgd-momentum",
         "SinkGD, momentum",
-        "1 float32 an entry of matrices, 2 of embedding, head, norms",
+        "1 float32 per entry of matrices, 2 of embedding, head, norms",
         "sinkgd.SinkGD(momentum=...), without deflation",
         matrix=1.0,
-        wide=True,
+        always_float32=True,
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 9,  # the gradient is checked, copied and averaged
@@ -158,7 +173,7 @@ FAMILY = (
     Method(
         "sinkgd-pinned",
         "SinkGD, operator norm",
-        "n float32 a matrix, 2 an entry of embedding, head, norms",
+        "n float32 per matrix, 2 per entry of embedding, head, norms",
         "sinkgd.SinkGDVariant(operator_norm=...), without deflation",
         column=1.0,
         can_release=True,
@@ -168,21 +183,21 @@ FAMILY = (
     Method(
         "sinkgd-table",
         "SinkGD, table mode",
-        "1 float32 an entry of embedding and head, 2 of norms",
+        "1 float32 per entry of embedding and head, 2 of norms",
         'sinkgd.param_groups(..., overrides=...) with the algorithm "sinkgd-table"',
-        table=lambda short, long: float(short * long),
-        wide=True,
-        counted="vectors",
+        embedding=lambda short, long: float(short * long),
+        always_float32=True,
+        step_counters_of="vectors",
         everywhere=True,
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3,
-        scratch=2.0,  # a table's direction and its inputs
+        scratch=2.0,  # the direction of an embedding, and its inputs
     ),
     Method(
         "sron",
         "SRON",
-        "2 an entry of embedding, head, norms",
+        "2 per entry of embedding, head, norms",
         "Wen et al., https://openreview.net/forum?id=BtQLBWr6zI",
         can_release=True,
         exchange="rows",
@@ -193,61 +208,61 @@ FAMILY = (
     Method(
         "scale",
         "SCALE",
-        "1 float32 an entry of the head, 2 of norms",
+        "1 float32 per entry of the head, 2 of norms",
         "Glentis et al. 2025, https://arxiv.org/abs/2506.16659",
-        table=lambda short, long: float(short * long),
-        wide=True,
-        head_alone=True,
-        counted="vectors",
+        embedding=lambda short, long: float(short * long),
+        always_float32=True,
+        head_only=True,
+        step_counters_of="vectors",
         everywhere=True,
         can_release=True,
         exchange="rows",
         passes=5,
-        scratch=2.0,  # as SRON's
+        scratch=2.0,  # as for SRON
         batched=True,
     ),
     Method(
         "swan",
         "SWAN",
-        "2 an entry of embedding, head, norms",
+        "2 per entry of embedding, head, norms",
         "Ma et al. 2024, https://arxiv.org/abs/2412.13148",
         can_release=True,
         exchange="matrices",
         passes=5,
-        scratch=3.0,  # sinkgd.optim.methods.multi_normalized
+        scratch=3.0,  # see sinkgd.optim.methods.multi_normalized
         batched=True,
         flops=_whitening,
     ),
     Method(
         "spam",
         "SPAM",
-        "2 an entry",
+        "2 per entry",
         "Huang et al. 2025, https://arxiv.org/abs/2501.06842",
         matrix=2.0,
-        counted="all",
-        counts=2,  # steps and resets
+        step_counters_of="all",
+        counters=2,  # steps and resets
         everywhere=True,
         can_release=True,
-        passes=20,  # AdamW's 7; what is cut: sinkgd.contrib.spam.clip_spikes
-        scratch=3.0,  # the limit, its negative and the cut gradient
+        passes=20,  # 7 for AdamW and 13 for clipping: sinkgd.contrib.spam.clip_spikes
+        scratch=3.0,  # the limit, its negative and the clipped gradient
     ),
     Method(
         "adamw-spam",
         "AdamWSPAM",
-        "3 an entry",
+        "3 per entry",
         "sinkgd.AdamWSPAM; torch.optim.AdamW with amsgrad=True",
         matrix=3.0,
         rest=3.0,
-        counted="all",
-        counts=2,
+        step_counters_of="all",
+        counters=2,
         everywhere=True,
-        passes=12,  # AMSGrad's 9, the norm's 1, the clipped copy's 2
+        passes=12,  # 9 for AMSGrad, 1 for the norm, 2 for the clipped copy
         scratch=1.0,
     ),
 )
 
 
-_SOAPS_LARGEST_SIDE = 10_000  # that has a basis: the authors' default
+_SOAPS_LARGEST_SIDE = 10_000  # the largest side that has a basis, by the authors' default
 
 
 def _newton_schulz_muon(short: int, long: int) -> float:
@@ -264,44 +279,44 @@ BASELINES = (
     Method(
         "adam",
         "Adam",
-        "2 an entry",
+        "2 per entry",
         "torch.optim.Adam; https://arxiv.org/abs/1412.6980",
         matrix=2.0,
-        counted="all",
+        step_counters_of="all",
     ),
     Method(
         "adamw",
         "AdamW",
-        "2 an entry",
+        "2 per entry",
         "torch.optim.AdamW; https://arxiv.org/abs/1711.05101",
         matrix=2.0,
-        counted="all",
+        step_counters_of="all",
     ),
     Method(
         "adamw-8bit",
         "8-bit Adam",
-        "2 bytes an entry, 8 bytes a block of 256",
+        "2 bytes per entry, 8 bytes per block of 256",
         "Dettmers et al. 2021, https://arxiv.org/abs/2110.02861; blocks as in bitsandbytes",
         eight_bit=True,
     ),
     Method(
         "muon",
         "Muon",
-        "1 an entry of matrices, 2 of the rest",
+        "1 per entry of matrices, 2 of the rest",
         "torch.optim.Muon; https://kellerjordan.github.io/posts/muon/",
         matrix=1.0,
         exchange="matrices",
         passes=5,
-        scratch=3.0,  # 2.6 measured: benchmarks/memory/2026-11-25.json
+        scratch=3.0,  # 2.6 were measured: benchmarks/memory/2026-11-25.json
         flops=_newton_schulz_muon,
     ),
     Method(
         "galore",
         "GaLore",
-        "r·min(m, n) + 2r·max(m, n), 2 an entry of the rest",
+        "r·min(m, n) + 2r·max(m, n), 2 per entry of the rest",
         "Zhao et al. 2024, https://arxiv.org/abs/2403.03507, table 1",
         low_rank=lambda short, long, r: r * (short + 2.0 * long),
-        counted="none",
+        step_counters_of="none",
         exchange="matrices",
         passes=5,
         scratch=2.0,  # the update, projected back, and its copy: assumed
@@ -309,28 +324,28 @@ BASELINES = (
     Method(
         "fira",
         "Fira",
-        "GaLore's, and a norm for each matrix",
+        "as GaLore, and a norm for each matrix",
         "Chen et al. 2024, https://arxiv.org/abs/2410.01623",
         low_rank=lambda short, long, r: r * (short + 2.0 * long) + 1,
-        counted="none",
+        step_counters_of="none",
         exchange="matrices",
         passes=9,
-        scratch=3.0,  # GaLore's, and the part of the gradient outside the projection: assumed
+        scratch=3.0,  # as for GaLore, and the gradient outside the projection: assumed
     ),
     Method(
         "apollo",
         "APOLLO",
-        "2r·max(m, n), 2 an entry of the rest",
+        "2r·max(m, n), 2 per entry of the rest",
         "Zhu et al. 2024, https://arxiv.org/abs/2412.05270, table 1",
         low_rank=lambda short, long, r: 2.0 * r * long + 2 + 0 * short,
         exchange="projections",
         passes=5,
-        scratch=2.0,  # as GaLore's
+        scratch=2.0,  # as for GaLore
     ),
     Method(
         "apollo-mini",
         "APOLLO-Mini",
-        "2·max(m, n), 2 an entry of the rest",
+        "2·max(m, n), 2 per entry of the rest",
         "the same, at rank 1",
         low_rank=lambda short, long, r: 2.0 * long + 2 + 0 * r * short,
         exchange="projections",
@@ -340,49 +355,49 @@ BASELINES = (
     Method(
         "racs",
         "RACS",
-        "m + n + 1, 2 an entry of the rest",
+        "m + n + 1, 2 per entry of the rest",
         "Gong et al. 2025, https://arxiv.org/abs/2502.07752",
         low_rank=lambda short, long, r: short + long + 1.0 + 0 * r,
         exchange="vectors",
         passes=2 * ITERATIONS + 5,
-        scratch=4.0,  # squares, squares divided by the largest, the update, the limited update
+        scratch=4.0,  # squares, the same divided by the largest, the update, the limited update
     ),
     Method(
         "stable-spam",
         "Stable-SPAM",
-        "2 an entry, 3 a parameter",
+        "2 per entry, 3 per parameter",
         "Huang et al. 2025, https://arxiv.org/abs/2502.17055",
         matrix=2.0,
         scalars=3,
-        counted="none",
+        step_counters_of="none",
         everywhere=True,
         passes=13,
-        scratch=2.0,  # sizes of entries and which are clipped, or the denominator: assumed
+        scratch=2.0,  # absolute values and the mask of clipped entries, or the denominator: assumed
     ),
     Method(
         "adafactor",
         "Adafactor",
-        "m + n of a matrix, 1 an entry of a vector, 1 a parameter",
+        "m + n per matrix, 1 per entry of a vector, 1 per parameter",
         "Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235, without momentum",
         low_rank=lambda short, long, r: short + long + 0.0 * r,
-        table=lambda short, long: 0.0 + short + long,
+        embedding=lambda short, long: 0.0 + short + long,
         rest=1.0,
-        scalars=1,  # the RMS of the weights, which pytorch-optimizer keeps though it is not used
-        counted="none",
+        scalars=1,  # the RMS of the weights, which pytorch-optimizer keeps although it is not used
+        step_counters_of="none",
         everywhere=True,
         exchange="vectors",
         iterations=1,
         passes=9,
-        scratch=1.0,  # squares, overwritten by the update
+        scratch=1.0,  # the squares, which the update overwrites
     ),
     Method(
         "lion",
         "Lion",
-        "1 an entry",
+        "1 per entry",
         "Chen et al. 2023, https://arxiv.org/abs/2302.06675",
         matrix=1.0,
         rest=1.0,
-        counted="none",
+        step_counters_of="none",
         everywhere=True,
         passes=5,
         scratch=1.0,  # the update
@@ -390,11 +405,11 @@ BASELINES = (
     Method(
         "soap",
         "SOAP",
-        "2·m·n + 2·m² + 2·n², 2·(V + h)·h of a table, 2 an entry of a vector",
+        "2·m·n + 2·m² + 2·n²; embedding, head: 2·(m + n)·min(m, n); vectors: 2 per entry",
         "Vyas et al. 2024, https://arxiv.org/abs/2409.11321; sides above 10,000 have no basis",
         low_rank=_soap_state,
-        table=lambda short, long: 2.0 * short * (short + long),
-        counted="none",
+        embedding=lambda short, long: 2.0 * short * (short + long),
+        step_counters_of="none",
         exchange="matrices",
         everywhere=True,
         passes=12,
@@ -404,20 +419,20 @@ BASELINES = (
     Method(
         "sgd-momentum",
         "SGD, momentum",
-        "1 an entry",
+        "1 per entry",
         "torch.optim.SGD",
         matrix=1.0,
         rest=1.0,
-        counted="none",
+        step_counters_of="none",
         passes=5,
     ),
     Method(
         "sgd",
         "SGD",
         "0",
-        "torch.optim.SGD without momentum: the floor",
+        "torch.optim.SGD without momentum: the least memory",
         rest=0.0,
-        counted="none",
+        step_counters_of="none",
         passes=3,
     ),
 )
@@ -431,7 +446,7 @@ def find_method(name: str) -> Method:
     """Return the method called ``name``.
 
     Raises:
-        ConfigError: If there is none; the message gives the nearest name.
+        ConfigError: If there is no such method; the message gives the nearest name.
     """
     if name in GONE:
         raise ConfigError(f"optimizer is {name!r}; it is called {GONE[name]!r} now")

@@ -1,7 +1,7 @@
 """Memory of the first rank at the peak of a step, in bytes, by part.
 
-The first rank holds the largest shards. What a step holds besides weights and state comes from a
-step on fake tensors; what FSDP holds while it gathers and reduces is a formula.
+The first rank holds the largest shards. What a step holds besides weights and state is found by
+running a step on fake tensors. What FSDP holds while it gathers and reduces follows from a formula.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,18 @@ from sinkgd.optim.methods.multi_normalized import (
 from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
 
 _FLOAT32 = 4
-# Bytes that the sums of a sharded step use at once for each row or column, nearly all float64: 43
-# to 50 measured on llama-9m over 16 ranks, and 4 that are kept;
-# tests/lab/plan/test_communication.py.
+# The measurements below are in tests/lab/plan/test_communication.py.
+# Bytes per row or column that the sums of a sharded step use at once, nearly all float64: 43 to 50
+# were measured on llama-9m over 16 ranks, and 4 more are kept.
 _SHARDED_SCALE = 54
-# The same of row norms alone: 24 to 27 measured on llama-9m over 16 ranks; same file.
+# The same for row norms only: 24 to 27 were measured on llama-9m over 16 ranks.
 _SHARDED_ROWS = 27
-# Bytes that deflation uses at once for each row or column and each direction that it follows, which
-# is one more than it lowers; most of them float64. On a CPU 22.8 were measured on llama-60m; same
-# file. On a GPU 20.3 were counted with triton's interpreter on a matrix of 1024 by 1024.
+# Bytes that deflation uses at once per row or column and per direction that it follows, most of
+# them float64. It follows one direction more than it lowers. On a CPU 22.8 were measured on
+# llama-60m. On a GPU 20.3 were counted with triton's interpreter on a matrix of 1024 by 1024.
 _DIRECTION = {"cpu": 24, "cuda": 21}
-# The same on a mesh, 17.4 measured on llama-60m over 16 ranks; and what the loops of a CPU keep if
-# they have all matrices at once, 7.7 measured; same file.
+# The same on a mesh: 17.4 were measured on llama-60m over 16 ranks. The second number is what the
+# loops of a CPU keep if they have all matrices at once: 7.7 were measured.
 _MESH_DIRECTION, _KEPT_DIRECTION = 18, 8
 _TOKEN = 8  # bytes of a token id, and of a target
 
@@ -44,13 +44,13 @@ class Memory:
 
     weights: int
     state: int
-    gradients: int  # at the peak
+    gradients: int  # held at the peak
     activations: int
     loss: int  # logits, and everything computed from them
     transit: int  # whole blocks and whole gradients that FSDP gathers and reduces
-    scratch: int  # of the update; the batch; rotary tables
-    moment: str
-    all_gradients: int  # held when backward ends; the largest one if gradients are released
+    scratch: int  # scratch of the update, the batch, and rotary tables
+    moment: str  # the name of the moment of the peak
+    all_gradients: int  # gradients held when backward ends; only the largest with release
 
     @property
     def peak(self) -> int:
@@ -80,11 +80,11 @@ def rank_memory(
     """Return the memory of the first rank.
 
     Args:
-        work: What the rank computes; gradients are released only if the method can.
+        work: The rank's computation; gradients are released only if the method can do so.
         grid: The mesh.
         method: The optimizer.
         rank: Rank of projections; by default as in GaLore's benchmark.
-        device: Kind of device: SWAN takes more small matrices at once on a GPU.
+        device: Kind of device; on a GPU, SWAN for example updates more small matrices at once.
     """
     weights = weights_of(work.architecture, grid)
     itemsize = weight_dtype(work.precision).itemsize
@@ -132,22 +132,22 @@ def state_bytes(
     """
     total = 0.0
     for weight in weights:
-        if method.eight_bit:  # the size of the whole decides
+        if method.eight_bit:  # the size of the whole parameter decides whether it has 8-bit state
             total += eight_bit_bytes(weight.count) * prod(weight.shard) / weight.count
         elif weight.is_matrix:
             low = method.low_rank is not None
             m, n = weight.shape if low else weight.shard
             ranks = grid.dp_shard * grid.tp if low else 1
             total += method.state_bytes(m, n, itemsize, min(rank, *weight.shape)) / ranks
-        elif method.table is not None and weight.is_table:
+        elif method.embedding is not None and weight.is_embedding:
             m, n = weight.shape
-            kept = method.table_bytes(m, n, itemsize, is_head=weight.is_head)
+            kept = method.embedding_bytes(m, n, itemsize, is_head=weight.is_head)
             total += kept / (grid.dp_shard * grid.tp)
         else:
             total += method.rest * itemsize * prod(weight.shard)
         total += method.scalars * itemsize
-        if method.counts_steps(is_matrix=weight.is_matrix, is_table=weight.is_table):
-            total += _FLOAT32 * method.counts
+        if method.has_step_counter(is_matrix=weight.is_matrix, is_embedding=weight.is_embedding):
+            total += _FLOAT32 * method.counters
     return round(total)
 
 
@@ -161,18 +161,19 @@ def update_scratch(
 ) -> int:
     """Return the bytes that the update allocates and gives back.
 
-    SinkGD needs the scales of all matrices that it updates together; with deflation also the
-    directions of a few matrices, and on a GPU copies of these. A method that creates matrices needs
-    some for the largest one, or, as SWAN, for a batch of small ones.
+    SinkGD needs the scales of all matrices that it updates together. With deflation it also needs
+    the directions of a few matrices, and on a GPU with a mesh copies of these matrices. A method
+    that creates matrices needs memory for copies of the largest matrix, or, like SWAN, of a batch
+    of small matrices.
 
     Args:
         weights: Weights of the model.
         grid: The mesh.
         method: The optimizer.
         device: Kind of device.
-        per_matrix: Whether each matrix is updated by itself.
+        per_matrix: Whether each matrix is updated by itself, as in release.
     """
-    matrices = [w for w in weights if w.is_matrix or (method.everywhere and w.is_table)]
+    matrices = [w for w in weights if w.is_matrix or (method.everywhere and w.is_embedding)]
     is_sharded = grid.dp_shard * grid.tp > 1
     lengths = [w.shard[0] + w.shard[1] for w in matrices]
     if method.exchange == "rows" and is_sharded:
@@ -199,9 +200,9 @@ def update_scratch(
 def _deflation_scratch(
     matrices: Sequence[Weight], directions: int, room: int, device: Literal["cpu", "cuda"]
 ) -> int:
-    """Return what deflation needs for the matrices that it takes at once.
+    """Return the bytes that deflation needs for the matrices that it processes together.
 
-    A CPU takes a few at a time; a GPU takes as many as on a mesh, without copies.
+    A CPU processes a few matrices at a time; a GPU as many as on a mesh, but without copies.
     """
     if device == "cuda":
         held = [vector_bytes(w.shard[0], w.shard[1], directions) for w in matrices]
@@ -215,7 +216,10 @@ def _deflation_scratch(
 def _mesh_deflation_scratch(
     matrices: Sequence[Weight], directions: int, device: Literal["cpu", "cuda"], per_matrix: bool
 ) -> int:
-    """Return the same on a mesh: vectors of a run of matrices, and copies of a few of them."""
+    """Return the same bytes on a mesh.
+
+    They are those of the vectors of consecutive matrices, and of copies of a few of these matrices.
+    """
     held = [vector_bytes(w.shard[0], w.shard[1], directions) for w in matrices]
     runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else mesh_chunks(held)
     most = 0
@@ -247,8 +251,8 @@ def _sharded(
 ) -> dict[str, Memory]:
     """Add what FSDP2 holds unsharded: embedding, head, the block in use and the next block.
 
-    In backward the gradients of a block are unsharded, too, and are reduced from a copy; those of
-    embedding and head are reduced together at the end. This is an upper bound.
+    In backward the gradients of a block are unsharded, too, and are reduced from a copy. Those of
+    embedding and head are reduced together at the end. The result is an upper bound.
     """
     itemsize = weight_dtype(work.precision).itemsize
     gathered = 2 if work.precision == "bf16-autocast" else itemsize

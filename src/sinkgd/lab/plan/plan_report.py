@@ -39,7 +39,7 @@ def headline(question: Question, answer: Answer) -> str:
     chosen, baseline = answer.of(question.method.name), answer.of(_BASELINE)
     what = f"{question.work.architecture.name} with {chosen.title} peaks at {_peak(chosen)}"
     ranks = question.grid.ranks
-    where = "a rank" if ranks > 1 else "in all"
+    where = "per rank" if ranks > 1 else "in all"
     device = f"the {size(answer.limit_bytes)} that an {question.device.title} has for training"
     verb = "fits into" if chosen.fits else "does not fit into"
     sentence = f"{what} {where} and {verb} {device}"
@@ -80,7 +80,7 @@ def _fewest(one: MethodPlan, question: Question) -> str:
 
 
 def _remedy(question: Question, chosen: MethodPlan) -> str:
-    """Return a sentence on unused options that lower the peak."""
+    """Return a sentence that names unused options that lower the peak."""
     work, grid, memory = question.work, question.grid, chosen.memory
     unused = {
         "--recompute-activations": not work.recompute,
@@ -113,7 +113,7 @@ def plan_tables(question: Question, answer: Answer) -> list[TextTable]:
 
 
 def memory_table(question: Question, answer: Answer) -> TextTable:
-    """Make the table of memory by part, one row a method."""
+    """Make the table of memory by part, one row for each method."""
     rows = []
     for one in sorted(answer.methods, key=lambda one: one.memory.peak):
         m = one.memory
@@ -123,9 +123,10 @@ def memory_table(question: Question, answer: Answer) -> TextTable:
     moment = answer.of(question.method.name).memory.moment
     return TextTable(
         title="Memory of a rank, GiB",
-        note=f"{_described(question)}. ◂: the method that was asked for. A method fits below "
-        f"{size(answer.limit_bytes)}. Parts at the moment of the peak, for "
-        f"{question.method.title}: {moment}. Logits: with all that the loss makes of them. "
+        note=f"{_described(question)}. ◂: the method that was asked for. A method fits if its peak "
+        f"is at most {size(answer.limit_bytes)}. Parts are those at the moment of the peak, which "
+        f"for {question.method.title} is {moment}. Logits include all that the loss computes from "
+        "them. "
         "In transit: whole blocks and gradients that FSDP gathers and reduces.",
         columns=(
             "method",
@@ -145,7 +146,7 @@ def memory_table(question: Question, answer: Answer) -> TextTable:
 
 
 def time_table(question: Question, answer: Answer) -> TextTable:
-    """Make the table of time and cost, one row a method."""
+    """Make the table of time and cost, one row for each method."""
     priced = question.price is not None
     rows = tuple(
         (
@@ -163,16 +164,16 @@ def time_table(question: Question, answer: Answer) -> TextTable:
     return TextTable(
         title=f"Time of a step, estimated, on {_devices(question)}",
         note=f"Assumed: products at {percent(question.mfu)} of the peak, FSDP's messages hidden "
-        "behind compute where they are shorter, no latency. "
+        "behind compute if they are shorter, no latency. "
         f"Days for {count(question.tokens)} tokens. "
-        "The time says nothing of how many tokens a method needs.",
+        "The time does not say how many tokens a method needs.",
         columns=(
             "method",
             "compute",
             "messages",
             "update",
             "step",
-            "tokens a day",
+            "tokens per day",
             "days",
             *(["cost"] if priced else []),
         ),
@@ -193,14 +194,14 @@ def communication_table(question: Question, answer: Answer) -> TextTable:
     rows.sort(key=lambda row: not row[0].startswith("training"))
     return TextTable(
         title="Messages of a step",
-        note="Bytes are those of the whole tensors; a rank of a ring sends the last column.",
+        note="Bytes are those of the whole tensors. A rank of a ring sends the last column.",
         columns=("what", "collective", "group", "messages", "bytes", "a rank sends"),
         rows=tuple(rows),
     )
 
 
 def ladder_table(answer: Answer) -> TextTable:
-    """Make the table of peaks, one column a model; a peak that does not fit is in parentheses."""
+    """Make the table of peaks, one column per model; peaks that do not fit are in parentheses."""
 
     def cell(peak: int | None) -> str:
         if peak is None:
@@ -225,8 +226,8 @@ def assumption_table(question: Question) -> TextTable:
     """Make the table of assumptions."""
     device = question.device
     rows = (
-        ("part of the device's memory for training", percent(question.usable)),
-        ("part of the peak that products reach", percent(question.mfu)),
+        ("fraction of the device's memory for training", percent(question.usable)),
+        ("fraction of the peak that products reach", percent(question.mfu)),
         ("peak, dense bfloat16", f"{device.flops / 1e12:,.1f} Tflop/s"),
         ("memory", f"{size(device.memory_bytes)} at {device.memory_rate / 1e12:.2f} TB/s"),
         ("link in the node, one way", f"{device.node_rate / 1e9:.0f} GB/s"),
@@ -275,9 +276,9 @@ def _described(question: Question) -> str:
     if work.micro_batches > 1:
         words.append(f"{work.micro_batches} micro-batches")
     if work.release:
-        words.append("gradients released where a method can")
+        words.append("gradients released if a method can")
     if work.recompute:
-        words.append("blocks run again")
+        words.append("blocks recomputed in backward")
     if work.loss_chunk_tokens is not None:
         words.append(f"loss by {work.loss_chunk_tokens} tokens")
     if grid.ranks > 1:
@@ -328,8 +329,8 @@ def _time_chart(answer: Answer) -> Chart:
     return Chart(
         key="time",
         title="Time of a step, estimated",
-        caption="Compute at the assumed part of the peak; messages that are waited for; the update "
-        "with its own messages.",
+        caption="Compute at the assumed fraction of the peak; messages that are waited for; the "
+        "update with its own messages.",
         description=_describe(methods, words),
         figure=stacked_bars(
             [one.title for one in methods],

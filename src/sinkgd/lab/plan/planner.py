@@ -21,12 +21,12 @@ from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.report.cost import gpu_hours
 from sinkgd.lab.train.config import ConfigError
 
-# From small to large: the plan finds the first of these that each method does not fit.
+# From small to large. For each method, the plan finds the first of these models that does not fit.
 LADDER = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llama-10b", *PUBLISHED)
 
 # Shown by default: SinkGD's variants and their usual baselines.
 USUAL_METHODS = ("sinkgd", "sinkgd-paper", "sinkgd-stateless", "adamw", "adamw-8bit", "muon")
-MOST_SHARDS = 1024  # tried in the search for the fewest devices
+MOST_SHARDS = 1024  # the most that are tried in the search for the fewest devices
 
 _DAY = 86_400  # seconds
 
@@ -41,8 +41,8 @@ class Question:
     method: Method
     usable: float  # fraction of the device's memory that training may use
     mfu: float  # fraction of the device's peak that matrix products reach
-    tokens: float  # to train on
-    price: float | None  # of a device, an hour
+    tokens: float  # number of tokens to train on
+    price: float | None  # price of a device per hour
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MethodPlan:
     tokens_per_day: float
     days: float  # for all tokens
     cost: float | None  # in the currency of the price
-    fewest_devices: int | None  # on which it fits, a power of two times tp; None if none fits
+    fewest_devices: int | None  # that it fits on, a power of two times tp; None if it never fits
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Answer:
 
     parameters: int
     matrix_parameters: int
-    limit_bytes: int  # of a device, for training
+    limit_bytes: int  # memory of a device that training may use
     methods: tuple[MethodPlan, ...]
     ladder: tuple[Rung, ...]
 
@@ -96,8 +96,8 @@ def make_plan(
     """Compute the plan of several methods.
 
     Args:
-        question: What to plan.
-        ladder: Models to try for the largest that each method fits.
+        question: The question to answer.
+        ladder: Models to try, to find the largest that fits with each method.
         methods: Names of the methods; the question's method and AdamW are always included.
         echo: Called with a line before each method and each model.
 
@@ -180,7 +180,7 @@ _GIB = 2**30
 
 
 def as_json(question: Question, answer: Answer, command: str) -> dict[str, Any]:
-    """Return a plan as plain data; sizes in bytes, or in GiB where the name says so."""
+    """Return a plan as plain data; sizes are in bytes, or in GiB if the name says so."""
     chosen = answer.of(question.method.name)
     work = question.work
     return {

@@ -1,8 +1,8 @@
 """The weights of a model that the first rank of a mesh holds, and the module that they belong to.
 
-The module is the lab's own `Llama` on the meta device. Modules of its blocks are replaced where
-heads share keys and values, or where tensor parallelism divides the matrices. Collectives are
-replaced by functions that only change shapes: nothing is sent.
+The module is the lab's own `Llama` on the meta device. Modules of its blocks are replaced if heads
+share keys and values, or if tensor parallelism divides the matrices. Collectives are replaced by
+functions that only change shapes: nothing is sent.
 
 Letters:
     m, n: rows and columns of a matrix, its out- and in-features
@@ -35,11 +35,11 @@ class Weight:
     """A parameter, and how it is sharded on the mesh."""
 
     name: str
-    shape: Shape  # whole, (m, n) or (m,)
+    shape: Shape  # the whole parameter's, (m, n) or (m,)
     divided: Shape  # the part of the first rank of a tensor-parallel group
     shard: Shape  # the shard of that part under FSDP, which divides rows
-    is_matrix: bool  # inside a block, for a matrix algorithm; others are AdamW's
-    block: int | None  # index of its block, if any: the unit that FSDP gathers
+    is_matrix: bool  # whether it is a hidden matrix; AdamW updates other parameters by default
+    block: int | None  # index of its block, if it is in one; FSDP gathers a block at a time
 
     @property
     def count(self) -> int:
@@ -47,8 +47,8 @@ class Weight:
         return prod(self.shape)
 
     @property
-    def is_table(self) -> bool:
-        """Whether it is an embedding or an output head."""
+    def is_embedding(self) -> bool:
+        """Whether it is an embedding or an output head, which a plan treats alike."""
         return len(self.shape) == 2 and not self.is_matrix
 
     @property
@@ -70,7 +70,7 @@ class Grid:
         """Return the sizes of a configuration; dp_shard is 1 if it is left open.
 
         Raises:
-            ConfigError: If one is below 1.
+            ConfigError: If a size is below 1.
         """
         grid = cls(mesh.dp_replicate, 1 if mesh.dp_shard is None else mesh.dp_shard, mesh.tp)
         for name, size in vars(grid).items():
@@ -89,14 +89,14 @@ class Grid:
         return self.dp_replicate * self.dp_shard
 
     def span(self, group: str) -> int:
-        """Return the number of neighboring ranks that a process group spans; tp's are nearest."""
+        """Return how many neighboring ranks a process group spans; those of tp are nearest."""
         sizes = {"tp": self.tp, "dp_shard": self.tp * self.dp_shard, "dp_replicate": self.ranks}
         return sizes[group]
 
 
 @lru_cache(maxsize=64)
 def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight, ...]:
-    """List the weights of a model, from its module on the meta device; tied ones once.
+    """List the weights of a model, from its module on the meta device; tied weights count once.
 
     Examples:
         >>> from sinkgd.lab.plan.architecture import find_architecture
@@ -128,7 +128,7 @@ def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight,
 
 
 def largest_block(weights: Sequence[Weight]) -> int:
-    """Return the entries of the largest block, as a tensor-parallel rank holds them."""
+    """Return the number of entries of the largest block that a tensor-parallel rank holds."""
     sizes: dict[int, int] = {}
     for weight in weights:
         if weight.block is not None:
@@ -137,7 +137,7 @@ def largest_block(weights: Sequence[Weight]) -> int:
 
 
 def outside_blocks(weights: Sequence[Weight]) -> int:
-    """Return the entries of embedding, head and last norm, as a tensor-parallel rank holds them."""
+    """Return how many entries of embedding, head and last norm a tensor-parallel rank holds."""
     return sum(prod(weight.divided) for weight in weights if weight.block is None)
 
 
@@ -149,7 +149,7 @@ def rank_model(
     Args:
         architecture: The model's sizes.
         tokens: Length of the longest sequence.
-        tp: Ranks that divide the matrices; the first has the largest parts.
+        tp: Number of ranks that divide the matrices; the first rank has the largest parts.
         layers: Number of blocks to build; by default all.
 
     Raises:
@@ -185,15 +185,15 @@ def _skeleton(a: Architecture, tokens: int, layers: int) -> LlamaConfig:
         hidden_size=a.hidden_size,
         intermediate_size=a.intermediate_size,
         num_layers=layers,
-        # The lab's own heads together are as wide as the hidden size; other heads replace them
-        # later.
+        # Heads of the lab's own Llama together are as wide as the hidden size; other heads replace
+        # them later.
         num_heads=a.num_heads if a.hidden_size % (2 * a.num_heads) == 0 else 1,
         max_sequence_length=tokens,
     )
 
 
 def _head_skeleton(a: Architecture, tokens: int) -> LlamaConfig:
-    """Return a model with one head of the size of ``a``'s, to take its rotary tables."""
+    """Return a model with one head of the size of ``a``'s heads, to take its rotary tables."""
     return LlamaConfig(1, a.head_size, 1, 1, 1, max_sequence_length=tokens)
 
 
@@ -259,7 +259,10 @@ def _divided_mlp(mlp: nn.Module, a: Architecture, tp: int) -> nn.Module:
 
 
 class _DividedEmbedding(nn.Embedding):
-    """This rank's rows of the table: vectors of all tokens, then those of this rank's tokens."""
+    """This rank's rows of the embedding.
+
+    The output is computed for all tokens, and then reduced to this rank's tokens.
+    """
 
     def __init__(self, rows: int, width: int, tp: int) -> None:
         super().__init__(rows, width, dtype=torch.float32)
@@ -271,7 +274,7 @@ class _DividedEmbedding(nn.Embedding):
 
 
 class _DividedHead(nn.Linear):
-    """Logits of this rank's part of the vocabulary, then of the whole vocabulary."""
+    """The output head. It computes logits of this rank's tokens of the vocabulary, then gathers."""
 
     def __init__(self, width: int, rows: int, vocab_size: int) -> None:
         super().__init__(width, rows, bias=False, dtype=torch.float32)
@@ -284,7 +287,7 @@ class _DividedHead(nn.Linear):
 
 
 class _Resize(nn.Module):
-    """Changes a dimension as a gather (``times``) or a reduce-scatter (``parts``) does."""
+    """Resizes a dimension, as a gather (``times``) or a reduce-scatter (``parts``) does."""
 
     def __init__(self, dim: int, times: int, parts: int = 1) -> None:
         super().__init__()

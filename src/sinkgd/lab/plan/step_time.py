@@ -1,7 +1,7 @@
 """What a rank sends in a step, and how long the step takes.
 
-Bytes are those of the whole tensor that a collective gathers, reduces or sums. In a ring of k ranks
-a rank sends (k − 1)/k of them for a gather or a reduction, and twice that for a sum. Products run
+Bytes are those of the whole tensor that a collective gathers, reduces or sums. In a ring of p ranks
+a rank sends (p − 1)/p of them for a gather or a reduction, and twice that for a sum. Products run
 at an assumed fraction of the device's peak. Compute and FSDP's messages overlap; those of tensor
 parallelism and of the optimizer are waited for. Latency is left out, so times are estimates for
 large messages.
@@ -9,7 +9,7 @@ large messages.
 Letters:
     m, n: rows and columns of a matrix
     L: iterations of SR-Sinkhorn
-    k: directions that are deflated
+    k: number of directions that are deflated
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Messages:
     group: str  # dp_replicate, dp_shard or tp
     kind: str  # all-gather, reduce-scatter or all-reduce
     count: int
-    bytes: int  # of all of them together
-    ranks: int  # in the group
+    bytes: int  # of all these collectives together
+    ranks: int  # number of ranks in the group
     optimizer: bool = False
 
     @property
@@ -61,7 +61,7 @@ def training_communication(work: Work, grid: Grid) -> list[Messages]:
 
 
 def optimizer_communication(work: Work, grid: Grid, method: Method) -> list[Messages]:
-    """List the collectives of the optimizer's step on block matrices."""
+    """List the collectives of the optimizer's step on hidden matrices."""
     weights = [w for w in weights_of(work.architecture, grid) if w.is_matrix]
     sharded = [(g, k) for g, k in (("tp", grid.tp), ("dp_shard", grid.dp_shard)) if k > 1]
     if method.exchange == "nothing" or not sharded:
@@ -111,7 +111,10 @@ def _of_vectors(
 
 
 def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
-    """Return the same for one sum of rows; a first message says whether shards are finite."""
+    """Return the number and bytes of messages for one sum of rows.
+
+    A first message says whether the shards are finite.
+    """
     cut_rows = [w.shard[0] for w in weights if _is_cut_by_columns(w, group)]
     return 1 + bool(cut_rows), _FLOAT64 * (len(weights) + sum(cut_rows))
 
@@ -119,8 +122,9 @@ def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
 def _deflation_length(weight: Weight, group: str, directions: int) -> int:
     """Return the numbers that `sinkgd.deflation.find_leading` adds up for a matrix.
 
-    Here k is the number of directions that are followed, one more than are lowered. Over columns
-    the messages have mk, kk + 1, mk and k numbers; over rows nk + 1 and nk + kk.
+    Here k is the number of directions that are followed, one more than the number that is lowered.
+    Messages over columns have mk, kk + 1, mk and k numbers; messages over rows have nk + 1 and
+    nk + kk.
     """
     k = min(directions + 1, *weight.shape)
     if _is_cut_by_columns(weight, group):
@@ -159,11 +163,11 @@ def _sent_whole(weight: Weight, group: str, gathers: bool, rank: int) -> int:
 
 
 def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
-    """List FSDP's collectives: blocks are gathered in forward and in backward, others once."""
+    """List FSDP's collectives: blocks are gathered in forward and backward, other weights once."""
     itemsize = weight_dtype(work.precision).itemsize
     gathered = 2 if work.precision == "bf16-autocast" else itemsize
     layers, micro, k = work.architecture.num_layers, work.micro_batches, grid.dp_shard
-    # Padded to shards of equal size, as in FSDP2.
+    # Shards are padded to equal size, as in FSDP2.
     blocks = k * sum(prod(w.shard) for w in weights if w.block is not None)
     outside = k * sum(prod(w.shard) for w in weights if w.block is None)
     return [
@@ -189,9 +193,9 @@ def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
 def _tensor_parallel(work: Work, grid: Grid) -> list[Messages]:
     """List the collectives of tensor parallelism.
 
-    Attention and MLP each gather the tokens and scatter their sums; backward does the opposite, and
-    recomputed blocks do it again. Embedding and last norm add one of each. The logits of the whole
-    vocabulary are gathered on every rank.
+    Attention and MLP each gather the tokens and scatter their sums. Backward does the opposite, and
+    recomputed blocks repeat the collectives of forward. Embedding and last norm add one gather and
+    one scatter. The logits of the whole vocabulary are gathered on every rank.
     """
     a, k, micro = work.architecture, grid.tp, work.micro_batches
     itemsize = 4 if work.precision == "float32" else 2
@@ -211,7 +215,8 @@ def _tensor_parallel(work: Work, grid: Grid) -> list[Messages]:
     ]
 
 
-_ADAMW_PASSES, _SGD_PASSES = 7, 3  # over an entry, as in sinkgd.lab.bench.contenders
+# Reads and writes per entry, as in sinkgd.lab.bench.contenders.
+_ADAMW_PASSES, _SGD_PASSES = 7, 3
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ class StepTime:
     compute: float
     sharding: float  # FSDP's messages, which overlap with compute
     tensor_parallel: float
-    update: float  # memory traffic of weights, gradients and state; products
+    update: float  # memory traffic of weights, gradients and state, and matrix products
     optimizer_messages: float
 
     @property
@@ -234,7 +239,7 @@ class StepTime:
 def flops_of(work: Work) -> float:
     """Return the floating-point operations of a step, including recomputed ones.
 
-    Each weight and token takes two in forward and four in backward; attention is over previous
+    Each weight takes two per token in forward and four in backward; attention is over previous
     tokens. The embedding takes none.
     """
     a = work.architecture
@@ -261,14 +266,14 @@ def step_time(
     """Estimate the time of a step.
 
     Args:
-        work: What a rank computes.
+        work: The computation of one rank.
         grid: The mesh.
         method: The optimizer.
         device: Device of every rank.
         messages: All messages of the step.
         mfu: Assumed fraction of the device's peak that matrix products reach.
     """
-    # On every device of the table TF32 has half the rate of bfloat16.
+    # On every device in `sinkgd.lab.devices`, TF32 has half the rate of bfloat16.
     rate = mfu * device.flops * (0.5 if work.precision == "float32" else 1.0)
 
     def seconds(chosen: Sequence[Messages]) -> float:

@@ -1,4 +1,4 @@
-"""The memory that a training step holds at each moment, at any depth, found with fake tensors.
+"""The memory that a training step holds at each moment, for any number of blocks.
 
 Blocks are identical, so each further block adds a fixed number of bytes at each moment. Therefore
 two steps are run, with `FEW` blocks and with one more, and the results are extrapolated linearly.
@@ -6,10 +6,10 @@ Memory changes linearly from block to block, so the maximum is at the first or t
 pass. Moments are therefore named from the end of the forward pass and from both ends of the
 backward pass.
 
-A storage counts from the creation of its first tensor until its last tensor is freed. Fake tensors
-have shapes, types and a device, but no memory. Operators choose the kernels of that device, so
-autograd saves the same tensors as in training. Only what a kernel allocates internally is not
-counted.
+The steps run on fake tensors, which have shapes, types and a device, but no memory. A storage
+counts from the creation of its first tensor until its last tensor is freed. Operators choose the
+kernels of the device, so autograd saves the same tensors as in training. The only memory that is
+not counted is what a kernel allocates internally.
 """
 
 import weakref
@@ -38,7 +38,7 @@ class Live:
 
     activations: int = 0
     loss: int = 0  # logits and everything computed from them
-    gradients: int = 0  # of parameters, unsharded
+    gradients: int = 0  # unsharded gradients of parameters
 
     @property
     def total(self) -> int:
@@ -59,13 +59,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the storages that operators create, and find the peak of each moment.
 
     Args:
-        known: Tensors that existed before and are not counted.
+        known: Tensors that existed before; they are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Live] = {}
-        self.part = "activations"  # of `Live`, to which new storages are added
+        self.part = "activations"  # the part of `Live` to which new storages are added
         self._moment = ""
         self._held = {field.name: 0 for field in fields(Live)}
         self._storages: dict[int, tuple[Any, str, int]] = {}  # a weak reference, part, bytes
@@ -121,7 +121,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peaks[self._moment] = now
 
 
-FEW = 4  # blocks: two at each end of the backward pass
+FEW = 4  # number of blocks: two at each end of the backward pass
 _CPU = torch.device("cpu")
 LOSS, EMBEDDING = "the loss", "the embedding"
 UPDATE = "the update"  # the moment after backward, when gradients are applied
@@ -132,11 +132,11 @@ class Work:
     """What one rank computes in a step."""
 
     architecture: Architecture
-    batch_size: int = 1  # sequences at once
-    micro_batches: int = 1  # whose gradients accumulate
+    batch_size: int = 1  # sequences in a micro-batch
+    micro_batches: int = 1  # number of micro-batches whose gradients are accumulated
     sequence_length: int = 2048  # tokens
     precision: Precision = "bf16"
-    release: bool = False  # free each gradient when it is complete, in the last micro-batch
+    release: bool = False  # whether the last micro-batch frees each gradient once it is complete
     recompute: bool = False
     loss_chunk_tokens: int | None = None
     tp: int = 1
@@ -156,7 +156,7 @@ def run_on_fake_tensors(work: Work, layers: int) -> dict[str, Live]:
     """Run a step on fake tensors; return the peak of each moment.
 
     Args:
-        work: The step.
+        work: The step to run.
         layers: Number of blocks.
     """
     model = rank_model(work.architecture, tokens=work.sequence_length, tp=work.tp, layers=layers)
@@ -168,7 +168,7 @@ def run_on_fake_tensors(work: Work, layers: int) -> dict[str, Live]:
         live = LiveStorages([*model.parameters(), *model.buffers(), tokens])
         step = _Step(model, live, work)
         with live:
-            # From the second micro-batch on, all hold the same memory, so two are enough.
+            # All micro-batches from the second on hold the same memory, so two are enough.
             for number in range(min(work.micro_batches, 2), 0, -1):
                 step.last = number == 1
                 step.forward_and_backward(tokens)
@@ -193,7 +193,7 @@ class _Step:
     """Runs a step, with hooks that tell `LiveStorages` which moment it is."""
 
     def __init__(self, model: Llama, live: LiveStorages, work: Work) -> None:
-        self.last = True  # of the micro-batches
+        self.last = True  # whether this is the last micro-batch
         self._model, self._live, self._work = model, live, work
         self._backward = False
         body = model.model

@@ -1,14 +1,14 @@
-"""Compare every recipe with the baseline: tokens, seconds and throughput to its final loss.
+"""Compare every recipe with the baseline: tokens, time and throughput to the baseline's final loss.
 
-The runs come from a folder with one results file each, in the folder itself or one level below. A
-folder of records, such as `benchmarks/demo`, has results files under other names.
+The runs come from a folder. Each has a results file, in the folder itself or one level below. A
+folder of records, such as `benchmarks/demo`, has results files with other names.
 
 A recipe's figures are means over its *finished* runs, with their spread over seeds. Runs that
-failed, were interrupted or are still running are counted and shown, but enter no mean.
+failed, were interrupted or are still running are counted and shown, but are in no mean.
 
-The target is the mean final validation loss of the baseline's finished runs. A run reaches it at
-the first point where its validation loss is at or below it (`first_reach`), interpolated linearly
-between evaluations. By definition, the baseline itself needs all its tokens.
+The target is the mean final validation loss of the baseline's finished runs. A run reaches the
+target at the first point where the run's validation loss is at or below the target (`first_reach`),
+interpolated linearly between evaluations. By definition, the baseline itself needs all its tokens.
 """
 
 import difflib
@@ -65,21 +65,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """The runs of one recipe, and the figures of the finished ones; None if none finished."""
+    """The runs of one recipe, and the figures of the finished runs; None if no run finished."""
 
     name: str
     runs: tuple[Run, ...]  # sorted by seed
     finished: tuple[Run, ...]
-    val_loss: Spread | None  # at the end, nats per token
+    val_loss: Spread | None  # validation loss at the end, nats per token
     perplexity: Spread | None
     bits_per_byte: Spread | None
-    steps: Spread | None  # in all
-    tokens: Spread | None  # in all
-    seconds: Spread | None  # of training, in all
-    tokens_per_second: Spread | None  # raw: the median step of each run
-    step_seconds: Spread | None  # mean of each run
-    optimizer_share: Spread | None  # of the time in steps
-    memory: Memory | None  # the largest of the runs, part by part
+    steps: Spread | None  # steps in all
+    tokens: Spread | None  # tokens in all
+    seconds: Spread | None  # time of training in all
+    tokens_per_second: Spread | None  # raw: in the median step of each run
+    step_seconds: Spread | None  # mean over each run's steps
+    optimizer_share: Spread | None  # fraction of the time in steps
+    memory: Memory | None  # each part is the largest among the runs
 
     @property
     def seeds(self) -> int:
@@ -88,7 +88,7 @@ class RecipeSummary:
 
 
 def state_of(run: Run) -> str:
-    """Return a run's status in a word; ``"unfinished"`` if the file has no end record."""
+    """Return a run's status in a word; ``"unfinished"`` if the file has no record of the end."""
     return run.end.status if run.end else "unfinished"
 
 
@@ -98,7 +98,7 @@ def summarize(name: str, runs: Sequence[Run]) -> RecipeSummary:
     finished = [run for run in runs if run.finished]
     final = [run.evaluations[-1] for run in finished if run.evaluations]
     ends = [run.end for run in finished if run.end]
-    # Times in a damaged file may not be positive; they give no speed.
+    # Times in a damaged file may not be positive; no speed follows from such times.
     stepped = [run for run in finished if run.steps and _median_step_seconds(run) > 0]
     return RecipeSummary(
         name=name,
@@ -133,13 +133,13 @@ def _optimizer_share(run: Run) -> float:
 
 
 class ReportError(ValueError):
-    """Runs that cannot be reported, with the remedy."""
+    """Runs cannot be reported; the message gives the remedy."""
 
 
 def read_runs(folder: Path) -> list[Run]:
     """Read ``folder/run.jsonl`` and every ``folder/*/run.jsonl``, sorted by path.
 
-    If there are none, read every ``folder/*.jsonl``. If ``folder`` is a file, read that file alone.
+    If there are none, read every ``folder/*.jsonl``. If ``folder`` is a file, read only that file.
 
     Raises:
         ReportError: If the folder is missing or holds no results.
@@ -148,14 +148,14 @@ def read_runs(folder: Path) -> list[Run]:
     if folder.is_file():
         return [Run.read(folder)]
     if not folder.is_dir():
-        raise ReportError(f"{folder} is not a folder; give the one that `sinkgd compare` wrote to")
+        raise ReportError(f"{folder} is not a folder; give one that `sinkgd compare` wrote to")
     paths = sorted([*folder.glob(RESULTS_FILE), *folder.glob(f"*/{RESULTS_FILE}")])
     paths = paths or sorted(folder.glob("*.jsonl"))
     if not paths:
         inner = sorted(path.name for path in folder.iterdir() if any(path.glob("*.jsonl")))
         hint = f"`sinkgd compare --out {folder}` makes some"
         if inner:
-            hint = f"its folders {', '.join(inner)} hold some; name one of them"
+            hint = f"its folders {', '.join(inner)} hold runs; name one of them"
         raise ReportError(
             f"{folder} holds no runs: neither {RESULTS_FILE} nor */{RESULTS_FILE} nor *.jsonl "
             f"exists there; {hint}"
@@ -169,31 +169,31 @@ _USUAL_BASELINES = ("adamw", "adamw-one-lr")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The cost of a recipe to reach the baseline's final loss; None if no run reached it.
+    """The cost of a recipe to reach the baseline's final loss; None if no run reached that loss.
 
     Figures are over the runs that reached it: ``reached_runs`` of ``runs``.
     """
 
-    runs: int  # finished ones
+    runs: int  # number of finished runs
     reached_runs: int
     steps: Spread | None
     tokens: Spread | None
-    seconds: Spread | None  # of training
-    token_fraction: Spread | None  # of the baseline's tokens in all
-    time_fraction: Spread | None  # of the baseline's seconds in all
-    effective_tokens_per_second: Spread | None  # the baseline's tokens / these seconds
+    seconds: Spread | None  # time of training
+    token_fraction: Spread | None  # `tokens` as a fraction of all tokens of the baseline
+    time_fraction: Spread | None  # `seconds` as a fraction of all seconds of the baseline
+    effective_tokens_per_second: Spread | None  # the baseline's tokens / `seconds`
     effective_speedup: float | None  # effective throughput / the baseline's tokens per second
-    level: bool  # the final losses are printed alike, or their ranges over seeds overlap
+    level: bool  # whether the final losses are printed alike, or their ranges over seeds overlap
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """The recipes, the baseline first, and each one's comparison with it."""
+    """The recipes, the baseline first, and the comparison of each recipe with the baseline."""
 
     recipes: tuple[RecipeSummary, ...]
     baseline: RecipeSummary | None
     target: float | None  # nats per token: the baseline's final validation loss
-    comparisons: dict[str, Comparison]  # by recipe; empty without a target
+    comparisons: dict[str, Comparison]  # keys are recipes; empty without a target
 
     @property
     def candidates(self) -> tuple[RecipeSummary, ...]:
@@ -222,12 +222,12 @@ def analyze(
     """Group ``runs`` by recipe, average their seeds and compare each recipe with the baseline.
 
     Args:
-        runs: In any order; unfinished and failed ones too.
-        baseline: A recipe's name, or None to compare with nothing.
-        group: Returns the name under which a run is averaged with others; by default its recipe.
+        runs: The runs in any order, including unfinished and failed ones.
+        baseline: A recipe's name, or None for no comparison.
+        group: Returns the name of the group in which a run is averaged; by default its recipe.
 
     Raises:
-        ReportError: If there are no runs, or none of the baseline's recipe.
+        ReportError: If there are no runs, or no run of the baseline's recipe.
     """
     if not runs:
         raise ReportError("there are no runs to report; `sinkgd compare` makes some")
@@ -267,7 +267,8 @@ def _compare(recipe: RecipeSummary, baseline: RecipeSummary, target: float) -> C
     seconds = Spread.of(point.seconds for point in points)
     all_tokens = baseline.tokens.mean if baseline.tokens else 0.0
     all_seconds = baseline.seconds.mean if baseline.seconds else 0.0
-    # An evaluation before the first step, at 0 seconds, can be below a diverged baseline's loss.
+    # An evaluation before the first step, at 0 seconds, can have a lower loss than a baseline that
+    # diverged.
     effective = Spread.of(all_tokens / point.seconds for point in points if point.seconds > 0)
     return Comparison(
         runs=len(recipe.finished),
@@ -298,18 +299,18 @@ class Reach:
 
     step: float
     tokens: float
-    seconds: float  # of training
+    seconds: float  # time of training
 
 
 def first_reach(evaluations: Sequence[Evaluation], target: float) -> Reach | None:
     """Find the first point at which the validation loss is at or below ``target``.
 
     The loss is interpolated linearly between two evaluations. If no finite evaluation precedes the
-    one at or below the target, the result is that evaluation, an upper bound.
+    first one at or below the target, the result is that evaluation, which is an upper bound.
 
     Args:
-        evaluations: In the order of their steps.
-        target: Nats per token.
+        evaluations: Evaluations in the order of their steps.
+        target: Loss to reach, in nats per token.
 
     Returns:
         The point, or None if no evaluation is at or below the target.

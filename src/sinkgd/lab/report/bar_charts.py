@@ -23,8 +23,8 @@ from sinkgd.lab.report.figures import (
 from sinkgd.lab.results import Memory
 
 _REMADE = "This chart remakes a part of figure 1 of the SinkGD paper with the runs of this page."
-_ROW = 66  # height of a recipe's row in CSS pixels: its words, and its bar below them
-_THICKNESS = 0.46  # of a bar, as a fraction of the row
+_ROW = 66  # height in CSS pixels of a recipe's row, with its words and the bar below them
+_THICKNESS = 0.46  # thickness of a bar, as a fraction of the row
 _BELOW = 0.14  # distance of a bar below the row's middle, as a fraction of the row
 
 
@@ -33,7 +33,7 @@ def bar_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
     charts = []
     if analysis.comparisons and len(analysis.recipes) > 1:
         charts += [_tokens_to_reach(analysis, identities), _throughput(analysis, identities)]
-        # The two are next to each other, and one may have taller rows for words in two lines.
+        # Both charts are next to each other, and one may have taller rows for words in two lines.
         height = max(chart.figure["layout"]["height"] for chart in charts)
         for chart in charts:
             chart.figure["layout"]["height"] = height
@@ -55,8 +55,8 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="tokens-to-reach",
         title="Tokens to reach the baseline’s loss",
-        caption="Tokens until the validation loss first equals the baseline’s final one, in % of "
-        "the baseline’s own. Shorter is better."
+        caption="Tokens until the validation loss first equals the baseline’s final loss, in % of "
+        "the baseline’s tokens. Shorter is better."
         + (" Whiskers: the range over seeds. " if seeds else " ")
         + _REMADE,
         description=_describe("Tokens needed", recipes, words),
@@ -92,9 +92,9 @@ def _throughput(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="throughput",
         title="Throughput, raw and effective",
-        caption="Raw: tokens per second of the median step. Effective: the tokens the baseline "
-        "needed in all, divided by the seconds this recipe needs to reach the baseline’s final "
-        f"loss. {_REMADE}",
+        caption="Raw: tokens per second in the median step. Effective: all tokens of the baseline, "
+        "divided by the seconds that the recipe needs to reach the baseline’s final loss. "
+        f"{_REMADE}",
         description=_describe("Tokens per second", recipes, words),
         figure={
             "data": [
@@ -188,7 +188,7 @@ def _step_time(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="step-time",
         title="Time in a step",
-        caption="The mean step. The optimizer’s share is the time inside optimizer.step(); "
+        caption="Mean over steps. The optimizer’s share is the time inside optimizer.step(); "
         "the rest is forward, backward and reading the batch.",
         description=_describe("The optimizer takes", recipes, words),
         figure={
@@ -221,7 +221,7 @@ def _layout(x: Figure, *, annotations: Sequence[Figure], **options: Any) -> Figu
 
 
 def _unit(longest: float) -> tuple[str, int]:
-    """Return the unit in which this number of bytes is written, and its size in bytes."""
+    """Return the unit in which ``longest`` bytes are written, and the unit's size in bytes."""
     name = quantities.size(longest).split(quantities.NO_BREAK)[1]
     return name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name)
 

@@ -35,7 +35,7 @@ from sinkgd.lab.report.cost_sources import (
 )
 
 GPUS = 8
-# USD per GPU and hour. Assumed: round figures close to on-demand offers, no quotes.
+# USD per GPU and hour. These are assumptions, round figures close to on-demand offers, not quotes.
 PRICES = {
     "h100": 2.0,
     "h200": 2.5,
@@ -106,7 +106,7 @@ def words_of(kind: Kind) -> str:
 class Outcome:
     """A row of the result."""
 
-    key: str  # of `Cost`
+    key: str  # name of a field of `Cost`
     title: str
     unit: Unit
     baseline: float
@@ -124,8 +124,8 @@ class MemoryRow:
 
     rule: StateRule
     gib: float  # weights, gradients and state
-    saved_gib: float  # difference to AdamW's
-    saved_share: float  # difference as a fraction of AdamW's
+    saved_gib: float  # difference from AdamW's memory
+    saved_share: float  # this difference as a fraction of AdamW's memory
     devices: int
 
 
@@ -144,7 +144,7 @@ class Inputs:
 class CalculatorBlock:
     """The content of ``calculator.html``."""
 
-    inputs: Inputs  # the initial ones
+    inputs: Inputs  # the initial figures
     baseline: str
     devices: tuple[DeviceSheet, ...]
     models: tuple[ModelChoice, ...]
@@ -155,7 +155,7 @@ class CalculatorBlock:
     caution: str  # if the page's runs give no candidate, else empty
     mfu: float = MFU
 
-    # The template formats with these, so that pages need no filters for it.
+    # The template formats numbers with these functions, so that it needs no filters of the page.
     amount = staticmethod(amount)
     signed = staticmethod(signed)
     plain = staticmethod(plain)
@@ -192,12 +192,12 @@ class CalculatorBlock:
 def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
     """Fill in the calculator with measured figures, or else with published and assumed ones.
 
-    The candidate is the method that needed the fewest seconds to the baseline's loss. The speed is
-    a measured one only if the runs used a device of the table; otherwise a fraction of the GPU's
-    peak is assumed.
+    The candidate is the method that needed the fewest seconds to reach the baseline's loss. The
+    speed is measured only if the runs used a device in `sinkgd.lab.devices`; otherwise it follows
+    from an assumed fraction of the GPU's peak.
 
     Args:
-        analysis: The comparison of the page's runs; None without runs.
+        analysis: The comparison of the page's runs; None if there are no runs.
 
     Examples:
         >>> block = calculator_block()
@@ -242,14 +242,14 @@ def _caution(analysis: Analysis | None, found: tuple[Candidate, ...]) -> str:
     compared = analysis is not None and analysis.baseline is not None and analysis.candidates
     if compared and not any(one.tokens_kind == "measured" for one in found):
         return (
-            "No recipe of this page reached the baseline’s loss, so none is offered as a "
-            "candidate; the candidate below is published and was not measured here."
+            "No recipe on this page reached the baseline’s loss, so none is offered as a "
+            "candidate. The candidate below is published and was not measured here."
         )
     return ""
 
 
 def memory_rows(inputs: Inputs) -> tuple[MemoryRow, ...]:
-    """Compute memory and devices of every method from the figures as the fields show them.
+    """Compute memory and devices of every method from the figures that the fields show.
 
     Args:
         inputs: The figures of the fields.
@@ -266,7 +266,7 @@ def memory_rows(inputs: Inputs) -> tuple[MemoryRow, ...]:
 
 
 def outcomes(inputs: Inputs) -> tuple[Outcome, ...]:
-    """Compute the cost of both methods from the figures as the fields show them.
+    """Compute the cost of both methods from the figures that the fields show.
 
     Args:
         inputs: The figures of the fields.

@@ -1,4 +1,4 @@
-"""What the terminal shows besides single lines: tables of text, and a line of progress.
+"""Output on the terminal besides single lines: tables of text, and a line of progress.
 
 A `TextTable` is shown on pages, too, with the same figures.
 """
@@ -15,7 +15,7 @@ from rich.text import Text
 from sinkgd.lab.report import quantities
 
 _GAP = 2  # characters between columns
-_EVERY_SECONDS = 10.0  # between lines of progress where the output is no terminal
+_EVERY_SECONDS = 10.0  # time between lines of progress if the output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TextTable:
     note: str  # what the columns mean, in a sentence or two
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    absent: tuple[tuple[str, str], ...] = ()  # rows without figures, each with the reason
+    absent: tuple[tuple[str, str], ...] = ()  # rows without figures: name and reason of each
 
 
 def terminal_table(table: TextTable) -> Table:
@@ -43,7 +43,7 @@ def terminal_table(table: TextTable) -> Table:
     for i, column in enumerate(table.columns):
         if i:
             shown.add_column(Text(column), justify="right")
-        else:  # a long name is folded, not cut: its end may be all that tells it apart
+        else:  # a long name is folded, not cut, because names may differ only at the end
             shown.add_column(Text(column), overflow="fold")
     for row in table.rows:
         shown.add_row(*map(Text, row))
@@ -51,10 +51,10 @@ def terminal_table(table: TextTable) -> Table:
 
 
 def fitting_tables(table: TextTable, width: int) -> list[Table]:
-    """Split a table into groups of columns that fit the terminal; each repeats the names.
+    """Split a table into groups of columns that fit the terminal; each group repeats the names.
 
     Args:
-        table: The table; its note stands below the last group.
+        table: The table; its note is below the last group.
         width: Width of the terminal in characters.
     """
     widths = [
@@ -96,8 +96,8 @@ class Progress:
 
     Args:
         total: Sum of the weights of all stages.
-        stream: Where to write, by default the standard error. On a terminal one line is
-            overwritten again and again; elsewhere a line is written every ten seconds at most.
+        stream: The stream to write to, by default standard error. On a terminal one line is
+            overwritten again and again; elsewhere a line is written at most every ten seconds.
     """
 
     def __init__(self, total: float, stream: TextIO | None = None) -> None:

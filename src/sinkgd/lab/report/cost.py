@@ -12,8 +12,8 @@ Letters, everywhere in this file:
 import math
 from dataclasses import dataclass
 
-_SECONDS = 3600  # in an hour
-_FLOPS_PER_WEIGHT = 6  # and per token: two forward, four backward
+_SECONDS = 3600  # seconds in an hour
+_FLOPS_PER_WEIGHT = 6  # operations per weight and token: two in forward, four in backward
 _BFLOAT16 = 2  # bytes per number of weights, gradients and state, as in GaLore's benchmark
 USABLE = 0.9  # fraction of a device's memory that training may use, as in `sinkgd plan`
 
@@ -88,7 +88,7 @@ def devices_needed(total_bytes: float, device_bytes: float) -> int:
         device_bytes: Memory of a device, of which training may use nine tenths.
 
     Raises:
-        ValueError: If one is not positive and finite.
+        ValueError: If an argument is not positive and finite.
 
     Examples:
         >>> devices_needed(145e9, 80e9)
@@ -134,7 +134,7 @@ def assumed_speed(flops: float, mfu: float, parameters: float) -> float:
         parameters: N.
 
     Raises:
-        ValueError: If one is not positive and finite, or ``mfu`` is above 1.
+        ValueError: If an argument is not positive and finite, or ``mfu`` is above 1.
 
     Examples:
         >>> assumed_speed(600e12, 0.5, 1e9)
@@ -142,7 +142,7 @@ def assumed_speed(flops: float, mfu: float, parameters: float) -> float:
     """
     _check_positive(flops=flops, mfu=mfu, parameters=parameters)
     if mfu > 1:
-        raise ValueError(f"mfu is {mfu}; it is a share of the peak: give at most 1")
+        raise ValueError(f"mfu is {mfu}; it is a fraction of the peak: give at most 1")
     return mfu * flops / (_FLOPS_PER_WEIGHT * parameters)
 
 
@@ -154,7 +154,7 @@ def gpu_hours(tokens: float, speed: float) -> float:
         speed: v, tokens per second of one GPU.
 
     Raises:
-        ValueError: If one is not positive and finite.
+        ValueError: If an argument is not positive and finite.
 
     Examples:
         >>> gpu_hours(7.2e9, 1000.0)
@@ -190,7 +190,7 @@ def changed_cost(machine: Machine, tokens: float, speed: float, change: Change) 
     """Return the cost of the run with another method than the baseline.
 
     Args:
-        machine: The same GPUs.
+        machine: The GPUs, the same as for the baseline.
         tokens: T of the baseline.
         speed: v of the baseline.
         change: The change of tokens and speed.

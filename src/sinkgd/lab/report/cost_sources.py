@@ -26,12 +26,12 @@ _PUBLISHED: Kind = "published"
 _ASSUMED: Kind = "assumed"
 
 _TOKENS_PER_PARAMETER = 20  # Hoffmann et al., https://arxiv.org/abs/2203.15556
-# Published only at 1.3B.
+# Throughput is published only at 1.3B.
 _STEP_SPEEDUP = THROUGHPUT["SinkGD"] / THROUGHPUT["Adam"]
 
 
-# Words in ``torch.cuda.get_device_name()``, e.g. "NVIDIA A100-SXM4-80GB". Boards with one of the
-# words below are slower.
+# Words in ``torch.cuda.get_device_name()``, e.g. "NVIDIA A100-SXM4-80GB". Boards whose name has one
+# of the words in `_OTHER_BOARDS` are slower.
 _TORCH_WORDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "h100": frozenset({"H100"}),
@@ -75,7 +75,7 @@ class Candidate:
     """A method to compare with the baseline: the tokens that it needs, and the speed of a step."""
 
     title: str
-    name: str  # in the result
+    name: str  # the method's name in the result
     token_fraction: float  # tokens to the same loss, relative to the baseline
     step_speedup: float  # tokens per second, relative to the baseline
     tokens_kind: Kind
@@ -108,17 +108,17 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
 
 
 def usual_model(models: tuple[ModelChoice, ...], analysis: Analysis | None) -> ModelChoice:
-    """Choose the initial model: the page's if its device is known, else llama-1b."""
+    """Choose the initial model: the page's model if its device is known, else llama-1b."""
     if models[0].key == "page" and device_of(analysis) is not None:
         return models[0]
     return next(model for model in models if model.key == "llama-1b")
 
 
 def measured_speed(analysis: Analysis | None) -> SpeedSource | None:
-    """Return the baseline's speed per rank on this page; None if it ran on no GPU of the table.
+    """Return the baseline's speed per rank on this page; None if it did not run on a known GPU.
 
-    The speed of a CPU, or of a GPU that is not in the table, does not apply to the calculator's
-    GPUs.
+    The known GPUs are those in `sinkgd.lab.devices`. The speed of a CPU, or of another GPU, does
+    not apply to the calculator's GPUs.
     """
     if device_of(analysis) is None:
         return None
@@ -143,7 +143,7 @@ def published_speed() -> SpeedSource:
 
 
 def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
-    """List methods to compare with the baseline: measured ones by time, then published ones."""
+    """List methods to compare with the baseline: measured ones in order of time, then published."""
     paper = f"arXiv {SINKGD.arxiv}"
     against_adam = [one for one in reversed(SPEEDUPS) if one.against == "Adam"]
     published = [
@@ -232,7 +232,7 @@ def _caveat(recipe: RecipeSummary, comparison: Comparison, *, with_speed: bool) 
 
 
 def device_of(analysis: Analysis | None) -> DeviceSheet | None:
-    """Find the device of the baseline's runs in the table, by torch's name for it."""
+    """Find the device of the baseline's runs in `sinkgd.lab.devices`, by torch's name for it."""
     run = _baseline_run(analysis)
     name = str(run.start.environment.get("device", "")) if run else ""
     words = set(name.upper().replace("-", " ").split())

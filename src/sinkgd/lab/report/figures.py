@@ -17,10 +17,10 @@ from sinkgd.lab.report.analysis import Analysis, RecipeSummary
 
 Figure = dict[str, Any]
 
-SOFT = 0.38  # tint of the parts of a bar that are context
+SOFT = 0.38  # tint of the parts of a bar that are only context
 CLEAR = "rgba(0,0,0,0)"
-_LETTERS = 36  # letters that fit a row on a phone
-_SECOND_LINE = 24  # CSS pixels by which a second line of words heightens all rows
+_LETTERS = 36  # number of letters that fit in a row on a phone
+_SECOND_LINE = 24  # CSS pixels that a second line of words adds to the height of all rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Chart:
     caption: str  # definitions, in one line
     description: str  # the content in words, for readers who cannot see the chart
     figure: Figure
-    share: int = 2  # number of such charts in a row on a wide screen
+    share: int = 2  # number of charts of this width that share a row on a wide screen
 
 
 def axis(title: str = "", **options: Any) -> Figure:
@@ -53,7 +53,7 @@ def layout(height: int, **options: Any) -> Figure:
     """Make a layout in the page's style: transparent, legend below.
 
     Args:
-        height: In CSS pixels; the width is the page's.
+        height: Height in CSS pixels; the width is the page's.
         options: Options of plotly's layout that override the defaults.
     """
     return {
@@ -89,7 +89,7 @@ def error_bars(above: Sequence[float], below: Sequence[float], color: str) -> Fi
     Args:
         above: Length of each bar above its mark, or to the right of it.
         below: Length of each bar below its mark, or to the left of it.
-        color: Role of their color.
+        color: Role of the bars' color.
     """
     return {
         "type": "data",
@@ -110,16 +110,16 @@ def dotted_line(y: float | None, *, color: str, width: float) -> Figure:
 
 
 def rows_axis(rows: int) -> Figure:
-    """Make an axis with rows 0, 1, ... from top to bottom; it has words above marks, no ticks."""
+    """Make an axis with rows 0, 1, ... from top to bottom; it has words above marks, not ticks."""
     return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)
 
 
 def row_words(name: str, words: str, y: float) -> Figure:
-    """Make the words above the marks of a row, in two lines if one is too long for a phone.
+    """Make the words above the marks of a row, in two lines if one line is too long for a phone.
 
     Args:
         name: The row's name, shown in bold; plotly reads it as HTML, so it must be escaped.
-        words: The words after the name, escaped, too; may be empty.
+        words: The words after the name, which must also be escaped; may be empty.
         y: Position of the lower edge of the words, on `rows_axis`.
     """
     between = "<br>" if len(name) + len(words) > _LETTERS else "  "
@@ -150,8 +150,8 @@ def row_height(height: int, words: Sequence[Figure]) -> int:
     return height + _SECOND_LINE * any("<br>" in one["text"] for one in words)
 
 
-_SERIES = 8  # colors in page.css; series-0 is the baseline's gray
-_OTHERS = 9  # the paler gray of every recipe that has no color of its own
+_SERIES = 8  # number of colors in page.css; series-0 is the baseline's gray
+_OTHERS = 9  # number of the paler gray, for every recipe that has no color of its own
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
 _LONGEST_LABEL = 22
 
@@ -170,11 +170,11 @@ class Identity:
         return f"@series-{self.series}"
 
 
-Identities = Mapping[str, Identity]  # by recipe, or by arm of a study
+Identities = Mapping[str, Identity]  # keys are recipes, or arms of a study
 
 
 def identify(analysis: Analysis) -> dict[str, Identity]:
-    """Assign colors and markers: the eight best candidates get a color each, the others gray.
+    """Assign colors and markers: the eight best candidates get a color each, the others are gray.
 
     Returns:
         Identities by recipe name, in the order of ``analysis.recipes``.

@@ -27,12 +27,13 @@ from sinkgd.lab.results import Evaluation, Run, TrainStep
 
 Axis = Literal["tokens", "seconds"]
 _VIEW_BEGINS = 0.15  # fraction of x before which losses do not count for the range of y
-_CROWD = 8  # recipes; for more of them, only means are drawn
+_CROWD = 8  # largest number of recipes for which single runs are drawn, not only means
 _HEIGHT = 470
-_MOST_POINTS = 200  # of a training curve
+_MOST_POINTS = 200  # largest number of points of a training curve
 _WINDOW = 0.025  # time constant of the smoothing, as a fraction of the run
-_MOST_ARROWS = 4  # arrows that fit on a phone; the bar charts show all recipes
-# Fraction of the baseline's x: before it, an arrow's words are on its right, after it on its left.
+_MOST_ARROWS = 4  # number of arrows that fit on a phone; the bar charts show all recipes
+# A fraction of the baseline's x. The words of an arrow before this point are on the arrow's right,
+# those of a later arrow on its left.
 _MIDDLE = 0.5
 _MEAN = "/mean"  # suffix of means over heads and blocks; other values are not drawn
 _STATISTIC_HEIGHT = 300
@@ -49,7 +50,7 @@ class Curve:
 def loss_chart(analysis: Analysis, identities: Identities, along: Axis) -> Chart:
     """Draw the losses of every run, the baseline's final loss, and where recipes reached it."""
     scale, unit = _x_unit(analysis, along)
-    curves = _Traces(along, scale, means_alone=_means_alone(analysis))
+    curves = _Traces(along, scale, means_only=_means_only(analysis))
     for recipe in analysis.recipes:
         curves.add(recipe, identities[recipe.name])
     where = {"tokens": "tokens", "seconds": "time of training"}[along]
@@ -83,23 +84,23 @@ def loss_chart(analysis: Analysis, identities: Identities, along: Axis) -> Chart
 class _Traces:
     """Collects the plotly traces of one chart and their curves."""
 
-    def __init__(self, along: Axis, scale: float, *, means_alone: bool) -> None:
+    def __init__(self, along: Axis, scale: float, *, means_only: bool) -> None:
         self.along = along
         self.scale = scale
-        self.means_alone = means_alone
+        self.means_only = means_only
         self.traces: list[Figure] = []
         self.drawn: list[Curve] = []
 
     def add(self, recipe: RecipeSummary, identity: Identity) -> None:
         averaged = len(recipe.finished) > 1
-        if not self.means_alone:
+        if not self.means_only:
             for run in recipe.runs:
                 curve = training_curve(run, self.along)
                 self._line(
                     curve, recipe, identity, line={"width": 1}, opacity=0.4, hoverinfo="skip"
                 )
         for run in recipe.runs:
-            if not (self.means_alone and averaged and run.finished):
+            if not (self.means_only and averaged and run.finished):
                 self._validation(run, recipe, identity, thin=averaged and run.finished)
         if averaged:
             curve = mean_validation_curve(recipe.finished, self.along)
@@ -199,16 +200,16 @@ def _view(curves: Sequence[Curve]) -> list[float] | None:
     return [low - margin, high + margin]
 
 
-def _means_alone(analysis: Analysis) -> bool:
+def _means_only(analysis: Analysis) -> bool:
     return len(analysis.recipes) > _CROWD
 
 
 def _caption(analysis: Analysis, along: Axis, *, comparable: bool) -> str:
     parts = ["Marked lines: held-out text, one mark per evaluation."]
     if any(len(recipe.finished) > 1 for recipe in analysis.recipes):
-        thin = "." if _means_alone(analysis) else ", thin is each seed."
+        thin = "." if _means_only(analysis) else ", thin is each seed."
         parts.append(f"Bold is the mean over seeds{thin}")
-    if not _means_alone(analysis):
+    if not _means_only(analysis):
         parts.append("Faint: training loss, smoothed.")
     if any(not run.finished for run in analysis.runs):
         parts.append("Dashed: a run that did not finish.")
@@ -252,7 +253,7 @@ def mean_validation_curve(runs: Sequence[Run], axis: Axis) -> Curve:
 
 
 def training_curve(run: Run, axis: Axis) -> Curve:
-    """Smooth a run's training loss exponentially, corrected for the start, and thin it out."""
+    """Smooth a run's training loss exponentially, correct the start, and drop most points."""
     smooth = _smoothed(run.steps)
     stride = max(1, math.ceil(len(smooth) / _MOST_POINTS))
     kept = list(zip(run.steps, smooth, strict=True))[::-1][::stride][::-1]  # keeps the last point
@@ -302,7 +303,7 @@ def _target_labels(
         analysis: The comparison of the runs.
         identities: Colors and labels of the recipes.
         along: The quantity on the x axis.
-        scale: One unit of x, in tokens or seconds.
+        scale: Size of the unit of x, in tokens or seconds.
         top: The loss at the chart's upper edge; None draws no arrows.
     """
     if analysis.baseline is None or analysis.target is None:
@@ -323,8 +324,9 @@ def _target_labels(
     if top is None:
         return found
     first = _reached(analysis, along)[:_MOST_ARROWS]
-    # So that no arrow crosses the words of another: of late arrows, whose words are on the left,
-    # the first is the lowest; of early ones, whose words are on the right, the last.
+    # The heights are chosen so that no arrow crosses the words of another. Late arrows have their
+    # words on the left, so the first of them is the lowest. Early arrows have their words on the
+    # right, so the last of them is the lowest.
     late = [row for row in first if row[1] > _MIDDLE]
     early = [row for row in reversed(first) if row[1] <= _MIDDLE]
     for place, (x, fraction, recipe) in enumerate([*late, *early], start=1):
@@ -360,7 +362,7 @@ def _fraction(analysis: Analysis, recipe: str, along: Axis) -> Spread | None:
 
 
 def statistics_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
-    """Draw the mean of every statistic of the models against tokens; none if there are none.
+    """Draw the mean of every statistic of the models against tokens.
 
     Args:
         analysis: The comparison of the runs.

@@ -25,10 +25,10 @@ from sinkgd.lab.report.shell import render
 
 _TEMPLATE = Path(__file__).parent / "measurement.html"
 _ROW = 54  # CSS pixels
-_MARKS = 0.16  # of a row: how far the marks lie below its middle
-_WORDS = 0.12  # of a row: how far the words are above its middle
+_MARKS = 0.16  # how far the marks lie below a row's middle, as a fraction of its height
+_WORDS = 0.12  # how far the words are above a row's middle, as a fraction of its height
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
-_COLORS = 8  # series in page.css besides the gray one
+_COLORS = 8  # number of colors in page.css besides gray
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
@@ -52,7 +52,7 @@ def measurement_page(
     """Make the page's HTML.
 
     Args:
-        content: What it shows.
+        content: The content of the page.
         title: Title of the document.
         environment: The machine that was measured, or the assumptions of a plan.
         command: A command that makes the page again.
@@ -90,9 +90,9 @@ class Series:
     """Marks of one color."""
 
     name: str
-    color: int  # index of its color and symbol, the same in every chart
-    points: Mapping[int, HasQuartiles]  # by row
-    floors: Mapping[int, float] = field(default_factory=dict)  # by row
+    color: int  # index of the series' color and symbol, the same in every chart
+    points: Mapping[int, HasQuartiles]  # keys are rows
+    floors: Mapping[int, float] = field(default_factory=dict)  # keys are rows
 
 
 def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) -> Figure:
@@ -102,7 +102,7 @@ def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) 
         rows: Names of the rows, from the top.
         series: Marks, one series per color.
         unit: Unit of the axis.
-        one: What the line at 1 stands for.
+        one: Label of the line at 1.
     """
     spreads = [spread for one_series in series for spread in one_series.points.values()]
     values = [end for spread in spreads for end in (spread.lower, spread.upper)]
@@ -138,7 +138,7 @@ def stacked_bars(
     Args:
         rows: Names of the rows, from the top.
         words: Text beside each name.
-        parts: Name, strength of the color, and one length per row.
+        parts: For each part its name, the strength of its color, and one length per row.
         unit: Unit of the lengths.
     """
     longest = max((sum(lengths) for lengths in zip(*(p[2] for p in parts), strict=True)), default=1)

@@ -32,15 +32,15 @@ class Settings:
     """Dotted names with their values, as text."""
 
     shared: tuple[tuple[str, str], ...]
-    differing: tuple[tuple[str, tuple[str, ...]], ...]  # one value a recipe, in their order
+    differing: tuple[tuple[str, tuple[str, ...]], ...]  # one value per recipe, in order
 
 
 def compare_settings(analysis: Analysis, of: Callable[[Run], Mapping[str, Any]]) -> Settings:
     """Split the settings of all runs into those that recipes share, and those that differ.
 
     Args:
-        analysis: Its recipes are the columns. If runs of one recipe differ, as in their seed, the
-            column has each value once.
+        analysis: The comparison, whose recipes are the columns. If runs of one recipe differ, as in
+            their seed, the column has each value once.
         of: Returns the settings of a run as nested mappings.
     """
     columns = [[dict(_flat(of(run))) for run in recipe.runs] for recipe in analysis.recipes]
@@ -92,7 +92,7 @@ class Card:
 
 
 def cards(analysis: Analysis, verdict: Verdict) -> list[Card]:
-    """Make a card for every recipe: the candidates by their loss, then the baseline."""
+    """Make a card for every recipe: the candidates in order of their loss, then the baseline."""
     candidates = sorted(analysis.candidates, key=_final_loss)
     recipes = [*candidates, *([analysis.baseline] if analysis.baseline else [])]
     return [
@@ -207,13 +207,13 @@ def build_page(runs: Sequence[Run], *, baseline: str | None, title: str, command
     """Make the page's HTML.
 
     Args:
-        runs: At least one; unfinished and failed ones are shown as such.
+        runs: One or more runs; unfinished and failed ones are shown as such.
         baseline: The recipe that the others are compared with, or None.
         title: Title of the page, plain text.
         command: The shell command that repeats the comparison, plain text.
 
     Raises:
-        ReportError: If there are no runs, or none of the baseline's recipe.
+        ReportError: If there are no runs, or no run of the baseline's recipe.
     """
     return _render(analyze(runs, baseline), title, command)
 
@@ -224,14 +224,14 @@ def write_page(
     """Write the page atomically, so that no reader sees half a page.
 
     Args:
-        path: The file; its folder is made when absent.
-        runs: At least one; unfinished and failed ones are shown as such.
+        path: The file; its folder is made if absent.
+        runs: One or more runs; unfinished and failed ones are shown as such.
         baseline: The recipe that the others are compared with, or None.
         title: Title of the page, plain text.
         command: The shell command that repeats the comparison, plain text.
 
     Raises:
-        ReportError: If there are no runs, or none of the baseline's recipe.
+        ReportError: If there are no runs, or no run of the baseline's recipe.
     """
     write_whole(path, build_page(runs, baseline=baseline, title=title, command=command))
 

@@ -1,6 +1,7 @@
 """Published figures on the C4 benchmark, each with its source.
 
-None of them was measured here. The benchmark is GaLore's: LLaMA on C4 `en`, 131,072 tokens a step.
+None of the figures was measured here. The benchmark is GaLore's: LLaMA on C4 `en`, with 131,072
+tokens per step.
 
 Letters, everywhere in this file:
     N: number of a model's parameters
@@ -14,7 +15,7 @@ from types import MappingProxyType
 
 from sinkgd.lab.models import LLAMAS, LlamaConfig
 
-TOKENS_PER_STEP = 131_072  # 512 sequences of 256
+TOKENS_PER_STEP = 131_072  # 512 sequences of 256 tokens
 _GIB = 2**30
 _BFLOAT16 = 2  # bytes
 
@@ -22,9 +23,9 @@ _BFLOAT16 = 2  # bytes
 class Provenance(Enum):
     """Who ran the runs behind a row's figures."""
 
-    OWN = "authors’ run"  # the method's authors
-    CITED = "cited"  # printed by one paper, run by another's authors
-    OTHERS = "others’ run"  # the authors of another method
+    OWN = "authors’ run"  # run by the method's authors
+    CITED = "cited"  # printed in one paper, run by the authors of another paper
+    OTHERS = "others’ run"  # run by the authors of another method
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Source:
 
     @property
     def url(self) -> str:
-        """The address of its abstract."""
+        """The address of the paper's abstract."""
         return f"https://arxiv.org/abs/{self.arxiv}"
 
 
@@ -77,7 +78,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Trained on, padding included."""
+        """Number of tokens of the training, including padding."""
         return self.steps * TOKENS_PER_STEP
 
 
@@ -98,7 +99,7 @@ class State(Enum):
 
     MOMENTS = (2, 2, 0)  # Adam everywhere
     MATRIX_MOMENTUM = (1, 2, 0)  # Muon in the blocks, Adam outside
-    NONE_IN_BLOCKS = (0, 2, 0)  # Adam outside
+    NONE_IN_BLOCKS = (0, 2, 0)  # no state in the blocks, Adam outside
     HEAD_MOMENTUM = (0, 0, 1)  # SCALE
     NOTHING = (0, 0, 0)  # SGD
 
@@ -131,8 +132,8 @@ class Value:
     """A perplexity on held-out C4, and its precision."""
 
     perplexity: float
-    at_most: bool = False  # the paper gives a bound
-    from_plot: bool = False  # read from a plot: the last digit is a guess
+    at_most: bool = False  # whether the paper gives only an upper bound
+    from_plot: bool = False  # whether it was read from a plot; the last digit is then a guess
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,10 @@ class Row:
     method: str
     note: str  # distinguishes rows of the same method
     provenance: Provenance
-    source: Source  # of the figures
+    source: Source  # the paper that has the figures
     values: tuple[Value | None, ...]
-    state: State | None  # None if it depends on a rank
-    origin: Source | None = None  # of the method, if the figures are from another paper
+    state: State | None  # None if the state depends on a rank
+    origin: Source | None = None  # the method's paper, if the figures are from another paper
 
 
 def _values(*perplexities: float) -> tuple[Value, ...]:
@@ -221,7 +222,9 @@ SPEEDUPS = (
     Speedup("SWAN", "350M", 1.3),
     Speedup("SWAN", "1.3B", 1.5),
 )
-TOKEN_FRACTION = 0.40  # of Adam's tokens to Adam's perplexity: abstract of the NeurIPS version
+# Tokens to reach Adam's perplexity, as a fraction of Adam's tokens; in the abstract of the NeurIPS
+# version.
+TOKEN_FRACTION = 0.40
 
 # Tokens per second at 1.3B on eight A100. Effective: all of Adam's tokens, divided by the seconds
 # that SinkGD needs to reach Adam's final perplexity.
@@ -230,7 +233,7 @@ THROUGHPUT: Mapping[str, float] = MappingProxyType(
 )
 THROUGHPUT_GPUS = 8
 
-# GB at 1.3B and a batch of 256, measured by GaLore's authors.
+# Memory in GB at 1.3B and a batch of 256, measured by GaLore's authors.
 MEASURED_GB: Mapping[str, float] = MappingProxyType(
     {"AdamW": 13.60, "8-bit Adam": 9.54, "8-bit GaLore, layer by layer": 5.63}
 )

@@ -33,8 +33,10 @@ from sinkgd.lab.report.published import (
 from sinkgd.lab.report.published_charts import memory_charts
 from sinkgd.lab.results import Run
 
-_LAST_DIGIT = 0.1  # of values read from a plot
-_SAME_MODEL = 0.01  # of the parameters: T5's 32,100 tokens instead of 32,000 are within it
+_LAST_DIGIT = 0.1  # value of the last digit of perplexities that were read from a plot
+# Models count as the same if their numbers of parameters differ by at most this fraction, as with
+# T5's 32,100 tokens instead of 32,000.
+_SAME_MODEL = 0.01
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Cell:
     """A formatted perplexity."""
 
     text: str
-    lowest: bool = False  # the lowest of its column, or not distinguishable from it
-    from_plot: bool = False
+    lowest: bool = False  # whether it is the lowest of its column, or cannot be told from that
+    from_plot: bool = False  # whether it was read from a plot
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class PublishedRow:
     method: str
     note: str
     provenance: Provenance
-    source: Source  # of the figures
-    origin: Source | None  # of the method, if it is another paper
+    source: Source  # the paper that has the figures
+    origin: Source | None  # the method's paper, if that is another paper
     cells: tuple[Cell | None, ...]  # in the order of the sizes
 
 
@@ -73,12 +75,12 @@ class MeasuredRow:
     recipe: str
     size: str
     perplexity: str
-    note: str  # its tokens, data and seeds
+    note: str  # tokens, data and seeds of the measurement
 
 
 @dataclass(frozen=True)
 class Detail:
-    """A small table with its note and papers; the first cell of each row is its name."""
+    """A small table with its note and papers; the first cell of each row names the row."""
 
     title: str
     note: str
@@ -104,8 +106,8 @@ def published_block(runs: Sequence[Run]) -> PublishedBlock:
     """Collect the published figures, and the measurements of ``runs`` at the same sizes.
 
     Args:
-        runs: The page's runs. Runs of a model of the benchmark get a row in the table; for the
-            others the block gives the reason why they have none.
+        runs: The page's runs. Runs of a model of the benchmark get a row in the table; for other
+            runs the block gives the reason why they have no row.
 
     Examples:
         >>> [column.size for column in published_block([]).columns]
@@ -124,7 +126,7 @@ def published_block(runs: Sequence[Run]) -> PublishedBlock:
 
 
 def _lowest(column: int) -> float:
-    """Return the lowest perplexity that is exact to its last digit."""
+    """Return the lowest perplexity of a column, of those that are exact to their last digit."""
     values = [value for row in ROWS if (value := row.values[column])]
     return min(one.perplexity for one in values if not (one.from_plot or one.at_most))
 
@@ -259,7 +261,7 @@ def _speed() -> Detail:
         quantities.percent(TOKEN_FRACTION),
     )
     throughput = tuple(
-        (f"tokens a second, {name}", "1.3B", quantities.count(speed))
+        (f"tokens per second, {name}", "1.3B", quantities.count(speed))
         for name, speed in THROUGHPUT.items()
     )
     return Detail(

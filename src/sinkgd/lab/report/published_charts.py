@@ -146,7 +146,7 @@ def _pixels(point: _Point, view: tuple[float, float]) -> float:
 
 
 def spread_out(places: Sequence[float], least: float) -> list[float]:
-    """Move sorted positions apart to a least distance, each cluster around its mean.
+    """Move sorted positions apart, to at least the distance ``least``, each cluster at its mean.
 
     >>> spread_out([0, 4, 100], 10)
     [-3.0, 7.0, 100.0]
@@ -190,7 +190,7 @@ def _name(point: _Point, moved: float, side: Side) -> Figure:
 
 
 def _apart(memories: Sequence[float]) -> list[float]:
-    """Leave out ticks that would touch the tick on their right, on a phone.
+    """Leave out ticks that would touch the tick on their right on a phone.
 
     >>> _apart([0.14, 0.23, 0.28, 0.33])
     [0.14, 0.23, 0.33]

@@ -6,7 +6,7 @@ A no-break space joins a number and its unit, so that no line ends between them.
 import math
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
-ABSENT = "–"  # in place of a quantity that does not exist
+ABSENT = "–"  # shown instead of a quantity that does not exist
 
 _MINUTE, _HOUR = 60, 3600
 

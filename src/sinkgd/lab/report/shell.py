@@ -2,7 +2,7 @@
 
 The template extends ``shell.html`` and escapes every string. Figures and plotly.js are inlined, and
 a content security policy forbids the page to load anything. `from_cdn` replaces plotly.js by its
-address, for repositories and web sites: a twentieth of the size.
+address, for repositories and web sites; the page then has a twentieth of the size.
 """
 
 import base64
@@ -68,11 +68,11 @@ _POLICY = "script-src 'unsafe-inline'"
 def from_cdn(page: str) -> str:
     """Replace the text of plotly.js by its address at the publisher's CDN.
 
-    The browser accepts the file only if its SHA-384 is that of the text. The page's policy allows
-    this address and no other.
+    The browser accepts the file only if it has the same SHA-384 as the text. The page's policy
+    allows only this address.
 
     Args:
-        page: HTML from `render`.
+        page: HTML made by `render`.
     """
     plotly = get_plotlyjs()
     digest = base64.b64encode(hashlib.sha384(plotly.encode()).digest()).decode()

@@ -77,7 +77,7 @@ def _table(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
     table = Table(pad_edge=False, header_style="bold", box=None, padding=(0, _GAP, 0, 0))
     table.add_column("")
     for name, *_ in columns:
-        # Text, not markup: a name like "[red]" stays a name.
+        # Names are text, not markup, so that a name like "[red]" is shown as it is.
         table.add_column(Text(name), justify="right")
     for title, *cells in list(zip(titles, *columns, strict=True))[1:]:
         table.add_row(Text(title), *(Text(cell) for cell in cells))
@@ -132,13 +132,13 @@ _MEASURES: tuple[tuple[str, str, Cell], ...] = (
     ("Bits per byte", "", lambda r, _: _with_range(r.bits_per_byte, 3)),
     (
         "Tokens to reach",
-        "until the baseline’s final loss; in % of the baseline’s tokens",
+        "the baseline’s final loss; in % of the baseline’s tokens",
         _needed(lambda c: c.tokens, quantities.count, lambda c: c.token_fraction),
     ),
     ("Steps to reach", "", _needed(lambda c: c.steps, quantities.count)),
     (
         "Time to reach",
-        "of training, evaluations apart",
+        "of training, without evaluations",
         _needed(lambda c: c.seconds, quantities.duration, lambda c: c.time_fraction),
     ),
     (
@@ -148,13 +148,13 @@ _MEASURES: tuple[tuple[str, str, Cell], ...] = (
     ),
     (
         "Tokens/s, effective",
-        "the baseline’s tokens in all ÷ the seconds to reach its final loss",
+        "all tokens of the baseline ÷ the seconds to reach its final loss",
         _needed(lambda c: c.effective_tokens_per_second, quantities.count),
     ),
-    ("Step", "its mean time", lambda r, _: _mean(r.step_seconds, quantities.duration)),
+    ("Step", "mean time", lambda r, _: _mean(r.step_seconds, quantities.duration)),
     (
         "Optimizer’s share",
-        "of the time in steps",
+        "fraction of the time in steps",
         lambda r, _: _mean(r.optimizer_share, quantities.percent),
     ),
     ("Weights", "", _memory(lambda memory: memory.weights_bytes)),

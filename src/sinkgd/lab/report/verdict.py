@@ -11,9 +11,12 @@ from sinkgd.lab.results import Run
 
 _MOST_NAMES = 3  # longer lists are given as a number
 _ENDINGS = {"unfinished": "is unfinished", "interrupted": "was interrupted"}
-_EARLY = 0.98  # of its tokens: a baseline with its final loss before this got worse at the end
+# A baseline that had its final loss before this fraction of its tokens got worse at the end.
+_EARLY = 0.98
 _MACHINE = ("device", "cpu", "cores", "threads")  # parts of an environment that speed depends on
-_UNSTEADY = 1.3  # ratio of step times; on an idle machine the recorded demo's runs differ by 1.16
+# Ratio of step times above which times are not comparable. On an idle machine the recorded demo's
+# runs differ by a factor of 1.16.
+_UNSTEADY = 1.3
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Verdict:
     """The conclusions of a page, in sentences."""
 
     headline: str
-    sentences: dict[str, str]  # by recipe
+    sentences: dict[str, str]  # keys are recipes
     cautions: tuple[str, ...]
     times_comparable: bool = True  # if not, a caution says so
 

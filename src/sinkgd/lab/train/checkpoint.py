@@ -1,8 +1,8 @@
 """Checkpoints: every rank writes its shards, and any other number of ranks can read them.
 
-The files are those of `torch.distributed.checkpoint`. They are written to a folder of another name,
-forced to the disk, and the folder is renamed when complete. A `Saver` writes them at once, or while
-training goes on.
+The files are those of `torch.distributed.checkpoint`. They are written to a folder with another
+name and forced to the disk; the folder is renamed when it is complete. A `Saver` writes checkpoints
+at once, or while training goes on.
 """
 
 import json
@@ -44,7 +44,7 @@ from sinkgd.lab.train.checkpoint_validation import (
 from sinkgd.lab.train.state import TrainingState
 from sinkgd.lab.train.world import World
 
-Content = dict[str, Any]  # from `TrainingState.as_dict`
+Content = dict[str, Any]  # a result of `TrainingState.as_dict`
 _PARTIAL = ".partial"  # suffix of a folder that is being written
 
 
@@ -53,10 +53,11 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-…`` and delete all but the last ``keep`` checkpoints.
 
-    A collective call.
+    This is a collective call.
 
     Raises:
-        CheckpointError: If it cannot be written, e.g. on a full disk; nothing of it is left.
+        CheckpointError: If the checkpoint cannot be written, e.g. on a full disk; no part of it is
+            left.
     """
     world = World() if world is None else world
     path = folder / f"step-{content['progress']['step']:08d}"
@@ -79,8 +80,8 @@ def load_checkpoint(path: Path, state: TrainingState, world: World | None = None
     """Read a valid checkpoint into ``state``; a collective call.
 
     Raises:
-        CheckpointError: If it belongs to another model or optimizer.
-        UnsafeCheckpointError: If loading it could run code.
+        CheckpointError: If the checkpoint belongs to another model or optimizer.
+        UnsafeCheckpointError: If loading the checkpoint could run code.
     """
     with _fitting(path):
         state.load_dict(_read(state.as_dict(), path, World() if world is None else world))
@@ -107,7 +108,7 @@ def _read(content: Content, path: Path, world: World) -> Content:
     """Read the tensors that ``content`` holds, in place, and its other values."""
     with _quiet(world):
         reader = SafeReader(path)
-        reader.read_metadata()  # what it refuses has a message of its own
+        reader.read_metadata()  # its errors already have a message for the user
         load(
             content,
             storage_reader=reader,
@@ -152,7 +153,7 @@ def _write(content: Content, folder: Path, world: World) -> None:
         save(
             content,
             storage_writer=FileSystemWriter(folder, sync_files=True),
-            # Values that all ranks hold come from the first one, whose clock is the run's.
+            # Values that all ranks hold come from the first rank, whose clock is the run's.
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=world.group,
             no_dist=world.size == 1,
@@ -171,14 +172,14 @@ def _publish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> N
         partial: Folder that holds the files.
         path: Final path of the checkpoint.
         sums: Checksums of all files.
-        keep: How many checkpoints to keep.
+        keep: Number of checkpoints to keep.
     """
     with (partial / CHECKSUMS).open("w", encoding="utf-8") as file:
         json.dump(sums, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(partial)
-    _clear(path)  # an older, damaged one of the same step
+    _clear(path)  # there may be an older, damaged checkpoint of the same step
     partial.rename(path)
     sync_folder(path.parent)
     for old in checkpoints(path.parent)[:-keep]:
@@ -186,7 +187,7 @@ def _publish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> N
 
 
 def _clear(path: Path) -> None:
-    """Delete the folder at ``path``; a file there is not ours, so move it aside."""
+    """Delete the folder at ``path``; a file there is not from a run, so it is moved aside."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
@@ -243,15 +244,15 @@ class Saver:
     Args:
         folder: Folder of the checkpoints.
         world: The ranks that write.
-        keep: How many checkpoints to keep.
-        asynchronous: Whether to write a copy while training goes on. Leaving the context waits for
-            it.
+        keep: Number of checkpoints to keep.
+        asynchronous: Whether to write a copy while training goes on. Leaving the context waits
+            until it is written.
     """
 
     def __init__(self, folder: Path, world: World, *, keep: int, asynchronous: bool) -> None:
         self._folder, self._keep = folder, keep
         self._asynchronous = asynchronous
-        # The thread's messages must not mix with those of training.
+        # The messages of the writing thread must not mix with those of training.
         self._world = world.with_own_group() if asynchronous else world
         self._running: Future[Path] | None = None
 
@@ -259,7 +260,7 @@ class Saver:
         """Write a checkpoint, or begin to write it, once the previous one is written.
 
         Raises:
-            CheckpointError: If this one or the previous one cannot be written.
+            CheckpointError: If this checkpoint or the previous one cannot be written.
         """
         self._wait()
         if self._asynchronous:
@@ -276,7 +277,7 @@ class Saver:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for a checkpoint in progress, except after an error: a rank may be lost."""
+        """Wait for a checkpoint in progress, except after an error, when a rank may be lost."""
         if error is None:
             self._wait()
 

@@ -1,11 +1,11 @@
-"""Which checkpoints are complete and undamaged, and reading one without running code in it.
+"""Finding complete and undamaged checkpoints, and reading them without running code in them.
 
-A checkpoint is a folder ``step-00000100`` that was written under another name and renamed when
-complete. Its ``checksums.json`` holds the SHA-256 of every other file, because a disk may damage
-files later.
+A checkpoint is a folder such as ``step-00000100`` that was written under another name and renamed
+when complete. Its ``checksums.json`` holds the SHA-256 of every other file, because a disk may
+damage files later.
 
 torch's own reader and planner unpickle a checkpoint's ``.metadata`` and its small values without
-limits, so a checkpoint from somebody else could run anything. Here ``.metadata`` may name only the
+limits, so a checkpoint from somebody else could run any code. Here ``.metadata`` may name only the
 classes that torch's writer puts there, and every value is loaded with ``weights_only=True``.
 """
 
@@ -30,17 +30,17 @@ from torch.distributed.checkpoint.planner import ReadItem
 from sinkgd.lab.disk import is_special, parse_json
 
 CHECKSUMS = "checksums.json"
-METADATA = ".metadata"  # of torch's writer
+METADATA = ".metadata"  # file name of torch's writer
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read, with the file and the remedy."""
+    """A checkpoint cannot be written or read; the message gives the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class ValidCheckpoint:
-    """The latest valid checkpoint, and what is wrong with each later one."""
+    """The latest valid checkpoint, and what is wrong with each later checkpoint."""
 
     path: Path
     damages: tuple[str, ...]
@@ -60,7 +60,7 @@ def latest_valid(folder: Path) -> ValidCheckpoint | None:
         damages.append(damage)
     if damages:
         raise CheckpointError(
-            f"no whole checkpoint in {folder}: {'; '.join(damages)}. "
+            f"no undamaged checkpoint in {folder}: {'; '.join(damages)}. "
             f"Delete {folder} to begin again from the first step"
         )
     return None
@@ -103,7 +103,7 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
 def _regular_file(path: Path) -> Path:
     """Refuse a pipe or a device at ``path``: reading it may never end."""
     if is_special(path):
-        raise OSError(errno.EINVAL, "it is no plain file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return path
 
 
@@ -113,7 +113,7 @@ def _checksum(path: Path) -> str:
 
 
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-# What torch's writer (2.6 to 2.13) names in .metadata, besides dtypes.
+# The classes that torch's writer (2.6 to 2.13) names in .metadata, besides dtypes.
 _ALLOWED = frozenset(
     {
         (_METADATA_MODULE, "BytesStorageMetadata"),
@@ -129,7 +129,7 @@ _ALLOWED = frozenset(
         ("torch", "Size"),
     }
 )
-# The folder that was written to, for the record; nothing is opened by it.
+# Classes of the path of the folder that was written to; it is only stored, never opened.
 _PATHS = frozenset(
     (module, name)
     for module in ("pathlib", "pathlib._local")
@@ -138,7 +138,7 @@ _PATHS = frozenset(
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint that names anything but tensors and plain values."""
+    """A checkpoint contains something other than tensors and plain values."""
 
 
 class SafeReader(FileSystemReader):
@@ -156,9 +156,9 @@ class SafeReader(FileSystemReader):
         """Return the checkpoint's description of its tensors and files.
 
         Raises:
-            UnsafeCheckpointError: If it names a class outside the allow-list, or a file outside the
-                checkpoint.
-            CheckpointError: If it cannot be read.
+            UnsafeCheckpointError: If the description names a class outside the allow-list, or a
+                file outside the checkpoint.
+            CheckpointError: If the description cannot be read.
         """
         path = self._folder / METADATA
         with path.open("rb") as file:
@@ -177,7 +177,7 @@ class SafePlanner(DefaultLoadPlanner):
         """Put a value that is not a tensor into the state.
 
         Raises:
-            UnsafeCheckpointError: If it contains anything but plain values and tensors.
+            UnsafeCheckpointError: If the value contains anything but plain values and tensors.
         """
         name = read_item.dest_index.fqn
         try:
@@ -191,8 +191,8 @@ class SafePlanner(DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[name], loaded)
 
 
-# Python's implementation, because C's cannot refuse a BUILD on a class, which would change torch's
-# own classes.
+# This is Python's implementation of pickle, because the one in C cannot refuse the opcode BUILD on
+# a class, which would change torch's own classes.
 class _MetadataUnpickler(pickle._Unpickler):
     """Unpickles dtypes and the classes in `_ALLOWED`, and refuses every other name."""
 

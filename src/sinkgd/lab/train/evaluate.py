@@ -1,4 +1,4 @@
-"""The model on held-out text: nats per token, perplexity, bits per byte, and GaLore's figure."""
+"""The model's loss on held-out text: nats per token, perplexity, bits per byte, GaLore's figure."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +21,8 @@ class Score:
     """A model's loss on a fixed set of targets, by two evaluators."""
 
     nats_per_token: float  # the mean over targets
-    tokens: int  # targets scored, padding excluded
-    galore_nats: float  # from `galore_mean`; not the mean of anything
+    tokens: int  # number of targets that are scored, without padding
+    galore_nats: float  # the result of `galore_mean`, which is not the mean of anything
 
     @property
     def perplexity(self) -> float:
@@ -38,7 +38,8 @@ class Score:
         """Return the bits that the model spends on a byte of text.
 
         Args:
-            tokens_per_byte: Of the text's tokenizer, so that tokenizers can be compared.
+            tokens_per_byte: Tokens per byte of the text, which depend on the tokenizer. Results for
+                different tokenizers are therefore comparable.
         """
         return self.nats_per_token / math.log(2) * tokens_per_byte
 
@@ -46,7 +47,7 @@ class Score:
 def galore_mean(nats: Sequence[float], tokens: Sequence[int], rows: Sequence[int]) -> float:
     r"""Average as GaLore's evaluator does: by batch, not by token, and over one batch too many.
 
-    Of n batches with summed losses :math:`s_i` on :math:`t_i` targets it is
+    For n batches with summed losses :math:`s_i` on :math:`t_i` targets the average is
 
     .. math::
         \frac{1}{n + 1} \sum_{i=1}^n \frac{s_i}{t_i}
@@ -85,16 +86,17 @@ def evaluate(
 ) -> Score:
     """Score the model on every target of ``batches``: the mean over tokens, not over batches.
 
-    A collective call: each rank scores its rows of every batch.
+    This is a collective call: each rank scores its rows of every batch.
 
     Args:
-        model: Takes tokens ``(b, t)`` to logits ``(b, t, v)``.
-        batches: The same on every rank, each with at least one target; `galore_mean` averages
-            over them.
+        model: Maps tokens ``(b, t)`` to logits ``(b, t, v)``.
+        batches: The same batches on every rank, each with at least one target; `galore_mean`
+            averages over these batches.
         precision: Precision of the model's arithmetic.
         mesh: The ranks of the model.
         micro_batch_size: Sequences in one forward pass; None for all that a rank has of a batch.
-        chunk_tokens: Targets whose logits are held at once; None for those of a micro-batch.
+        chunk_tokens: Number of target tokens whose logits are in memory at once; None for those of
+            a micro-batch.
     """
     model.eval()
     nats: list[float] = []
@@ -122,10 +124,10 @@ def measure_statistics(
 ) -> dict[str, float]:
     """Return a model's own statistics on some tokens; empty if the model has none.
 
-    A collective call: each rank measures the same on the same tokens.
+    This is a collective call: each rank measures the same on the same tokens.
 
     Args:
-        model: In training.
+        model: The model that is being trained.
         tokens: ``(b, t)``, the same on every rank; padding counts as text.
         precision: Precision of the model's arithmetic.
         mesh: The ranks of the model.
@@ -148,4 +150,4 @@ def _exponential(nats: float) -> float:
 def _back_to_training(model: nn.Module) -> None:
     model.train()
     if isinstance(model, FSDPModule):
-        model.reshard()  # else weights outside the blocks stay unsharded until the next backward
+        model.reshard()  # otherwise weights outside the blocks stay unsharded until backward

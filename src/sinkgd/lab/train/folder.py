@@ -19,7 +19,7 @@ ResumePolicy = Literal["auto", "never", "must"]
 
 
 class RunFolderError(ValueError):
-    """A folder in which the run may not begin or resume, with the remedy."""
+    """A run may not begin or resume in a folder; the message gives the remedy."""
 
 
 class Admission(Enum):
@@ -62,25 +62,26 @@ class RunFolder:
         The text may be at another path, because `sinkgd.lab.train.identity` compares its content.
 
         Args:
-            config: Resolved.
+            config: The resolved configuration.
             resume: ``"auto"`` resumes a run that has begun, ``"must"`` requires a checkpoint,
                 ``"never"`` requires a folder without a run.
 
         Raises:
-            RunFolderError: If ``resume`` forbids what the folder holds, or it holds checkpoints
-                without results, or a file where the folder of checkpoints should be.
-            ConfigError: If the run there has another configuration, with each changed field.
+            RunFolderError: If ``resume`` forbids what the folder holds, or the folder holds
+                checkpoints without results, or a file instead of the folder of checkpoints.
+            ConfigError: If the run there has another configuration; the message gives each changed
+                field.
         """
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise RunFolderError(
-                f"{self.checkpoints} is no folder, and checkpoints are written there; move it "
+                f"{self.checkpoints} is not a folder, but checkpoints are written there; move it "
                 "away, or give another --out"
             )
         begun = self.has_begun()
         if not begun and checkpoints(self.checkpoints):
             raise RunFolderError(
                 f"{self.checkpoints} holds checkpoints of a run whose results are missing: there "
-                f"is no whole line in {self.results}. Put that file back, delete "
+                f"is no complete line in {self.results}. Put that file back, delete "
                 f"{self.checkpoints} to begin again, or give another --out"
             )
         if resume == "must" and not (begun and self.checkpoints.exists()):
@@ -115,7 +116,7 @@ class RunFolder:
         Folders that are created for the lock are removed with it if they are still empty.
 
         Raises:
-            RunFolderError: If another process holds it.
+            RunFolderError: If another process holds the lock.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         lock = self.path / ".lock"
@@ -160,7 +161,7 @@ class RunFolder:
         """
         if is_special(self.results):
             raise RunFolderError(
-                f"{self.results} is no plain file; remove it, or give another --out"
+                f"{self.results} is not a regular file; remove it, or give another --out"
             )
         if not self.results.exists():
             return False

@@ -1,8 +1,8 @@
 """Heartbeats between ranks, to detect ranks that are lost.
 
-A rank that dies or hangs appears to the others as a broken connection, or not at all. Heartbeats
-name it and end the other processes, so that nobody waits forever. A rank that is merely slow keeps
-sending heartbeats, because a thread of its own does that.
+The other ranks notice a rank that dies or hangs by a broken connection, or not at all. Heartbeats
+identify that rank and end the other processes, so that no process waits forever. A rank that is
+merely slow keeps sending heartbeats, because a thread of its own does that.
 """
 
 import os
@@ -24,16 +24,16 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
-BEAT_SECONDS = 2.0  # between two heartbeats
-PATIENCE_SECONDS = 20.0  # without a heartbeat, after which a rank is lost
-GRACE_SECONDS = 5.0  # for the program to end by itself once a rank is known to be lost
+BEAT_SECONDS = 2.0  # time between two heartbeats
+PATIENCE_SECONDS = 20.0  # a rank counts as lost after this time without a heartbeat
+GRACE_SECONDS = 5.0  # time for the program to end by itself once a rank is known to be lost
 _POLL_SECONDS = 0.05
 _FAILED = "failed: "
 _LEAVING = "leaving"
 
 
 class LostRankError(RuntimeError):
-    """Another rank died, hangs or failed, with its name and the remedy."""
+    """Another rank died, hangs or failed; the message names the rank and gives the remedy."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Rank:
         return f"rank {self.number} ({self.host}, process {self.process})"
 
     def is_gone(self) -> bool:
-        """Whether its process has ended; False if it runs on another host."""
+        """Whether the rank's process has ended; False if the process is on another host."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -64,7 +64,7 @@ class Heartbeat:
     """Detects lost ranks from a thread of its own, and ends this process if it cannot go on.
 
     Args:
-        store: Holds the heartbeats, one key a rank; each rank has written its first one.
+        store: Holds the heartbeats, one key per rank; each rank has written its first heartbeat.
         own: Number of this rank.
         ranks: All ranks.
     """
@@ -79,7 +79,7 @@ class Heartbeat:
 
     @classmethod
     def connect(cls, own: int, from_each: Callable[[Callable[[], Any]], list[Any]]) -> Self:
-        """Connect to the store of torchrun, which outlives each of the ranks.
+        """Connect to the store of torchrun, which outlives all ranks.
 
         Args:
             own: Number of this rank.
@@ -91,7 +91,7 @@ class Heartbeat:
             is_master=False,
             timeout=timedelta(seconds=PATIENCE_SECONDS),
         )
-        # The store also outlives runs, so each run has keys of its own.
+        # The store also outlives runs, so each run uses its own keys.
         first, *_ = from_each(lambda: uuid.uuid4().hex)
         store = PrefixStore(f"sinkgd/heartbeat/{first}", server)
         store.set(_key(own), "0")
@@ -114,8 +114,8 @@ class Heartbeat:
     def wait_for_all(self) -> None:
         """Wait until every rank has called this, after which no rank needs another.
 
-        A barrier of the process group would not do: a rank that leaves first would break the
-        connection on which another still waits.
+        A barrier of the process group is not enough: a rank that leaves first would break the
+        connection on which another rank still waits.
         """
         self._store.add(_LEAVING, 1)
         while self._store.add(_LEAVING, 0) < len(self._ranks):
@@ -124,8 +124,8 @@ class Heartbeat:
     def explain(self, error: Exception) -> Exception:
         """Return the cause of an error: a lost rank if there is one, else the error itself.
 
-        After a broken connection this waits until the rank behind it is known. Any other error is
-        this rank's own, and the other ranks are told of it.
+        After a broken connection this waits until the rank that caused it is known. Any other error
+        is this rank's own, and is reported to the other ranks.
         """
         if error is self._explained:
             return error
@@ -137,7 +137,7 @@ class Heartbeat:
         return self._explained
 
     def _behind_broken_connection(self) -> LostRankError | None:
-        # The monitoring thread may itself be late on a busy machine.
+        # The monitoring thread itself may be late on a busy machine.
         deadline = time.monotonic() + 1.5 * PATIENCE_SECONDS + 2 * BEAT_SECONDS
         while not self._found.wait(_POLL_SECONDS) and time.monotonic() < deadline:
             for rank in self._ranks:
@@ -155,7 +155,7 @@ class Heartbeat:
             try:
                 beats = self._exchange_heartbeats(beat)
             except (RuntimeError, ConnectionError) as error:
-                self._end(f"the first node is lost, for its store does not answer: {error}")
+                self._end(f"the first node is lost: its store does not answer: {error}")
                 return
             now = time.monotonic()
             for i, received in enumerate(beats):
@@ -186,7 +186,8 @@ class Heartbeat:
     def _end(self, reason: str) -> None:
         self._lost = _loss(reason)
         self._found.set()
-        if not self._ended.wait(GRACE_SECONDS):  # else this rank may wait forever for the lost one
+        # Without an exit, this rank may wait forever for the lost rank.
+        if not self._ended.wait(GRACE_SECONDS):
             self.before_exit(str(self._lost))
             sys.stderr.write(f"error: {self._lost}\n")
             sys.stderr.flush()
@@ -195,7 +196,8 @@ class Heartbeat:
 
 def _loss(reason: str) -> LostRankError:
     return LostRankError(
-        f"{reason}. Steps since the last checkpoint are lost; the same command goes on from it"
+        f"{reason}. Steps since the last checkpoint are lost; the same command goes on from that "
+        "checkpoint"
     )
 
 

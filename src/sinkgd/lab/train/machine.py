@@ -1,4 +1,4 @@
-"""The machine that a run uses: device, threads, arithmetic, memory of the process, environment."""
+"""The machine that a run uses: device, threads, precision, memory of the process, environment."""
 
 import ctypes
 import os
@@ -21,13 +21,13 @@ _MOST_THREADS_PER_CORE = 16
 
 
 def select_device(device: Device, *, option: str = "training.device") -> torch.device:
-    """Return the device to compute on; ``auto`` takes CUDA if it is available.
+    """Return the device to compute on; ``auto`` selects CUDA if it is available.
 
     Each rank that torchrun starts has a CUDA device of its own.
 
     Args:
         device: The requested device.
-        option: Name of the option, for errors.
+        option: Name of the option, for error messages.
 
     Raises:
         ConfigError: If CUDA was asked for and is absent.
@@ -50,7 +50,7 @@ def check_threads(threads: int | None, *, option: str = "training.threads") -> N
 
     Args:
         threads: The requested number.
-        option: Name of the option, for errors.
+        option: Name of the option, for error messages.
 
     Raises:
         ConfigError: If the number is out of range; the message gives the range.
@@ -161,7 +161,7 @@ _M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 
-_NEVER = (1 << 31) - 1  # mallopt takes an int
+_NEVER = (1 << 31) - 1  # a threshold that is never reached; mallopt takes an int
 _GROWTH = 64 << 20  # bytes
 _KEPT_BLOCK = 1 << 20  # bytes
 
@@ -183,10 +183,10 @@ def return_freed_memory() -> None:
     """Make glibc, if it is in use, return freed gradients to the system at once.
 
     By default glibc keeps freed blocks of up to 32 MiB, in fragments that the next gradient does
-    not fit into. A step of llama-1b then held memory of half the size of its weights in addition.
-    Here blocks of at least 1 MiB are returned at once. Keeping those of up to 4 MiB would take 5 %
-    more memory, because the inputs of transformer blocks fragment them. The cost is that the system
-    must supply cleared pages.
+    not fit into. In a step of llama-1b, this wasted memory of half the size of the weights. With
+    this setting, blocks of at least 1 MiB are returned at once. Keeping blocks of up to 4 MiB would
+    take 5 % more memory, because the inputs of transformer blocks fragment them. The cost of the
+    setting is that the system must supply cleared pages.
     """
     _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BLOCK})
 

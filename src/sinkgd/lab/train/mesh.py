@@ -1,9 +1,9 @@
 """The ranks as a grid, dp_replicate × dp_shard × tp, and a model sharded over it.
 
-Tensor parallelism is applied first, and FSDP2 shards what it leaves. FSDP2 works for any model;
-tensor parallelism is implemented for the blocks of a LLaMA. Between blocks each rank of a tp group
-holds the hidden states of t/tp of the tokens, so that norms and sums are divided, too (Korthikanti
-et al., https://arxiv.org/abs/2205.05198).
+Tensor parallelism is applied first, and FSDP2 then shards each rank's part. FSDP2 works for any
+model; tensor parallelism is implemented for the blocks of a LLaMA. Between blocks each rank of a tp
+group holds the hidden states of t/tp of the tokens, so that norms and sums are divided, too
+(Korthikanti et al., https://arxiv.org/abs/2205.05198).
 
 Shapes:
     b: sequences in the batch
@@ -40,9 +40,9 @@ DIMENSIONS = ("dp_replicate", "dp_shard", "tp")
 class Mesh:
     """Where a run computes: on one device, or on many ranks."""
 
-    device: torch.device  # of this rank
+    device: torch.device  # the device of this rank
     world: World
-    grid: DeviceMesh | None = None  # with `DIMENSIONS`; None for a single process
+    grid: DeviceMesh | None = None  # the ranks, with `DIMENSIONS`; None for a single process
 
     @property
     def parts(self) -> int:
@@ -75,7 +75,7 @@ class Mesh:
 
     def total(self, *numbers: float) -> list[float]:
         """Return sums over the parts of the batch; a collective call."""
-        counts = self.grid is None or self._coordinate[2] == 0  # count one rank of each tp group
+        counts = self.grid is None or self._coordinate[2] == 0  # one rank of each tp group counts
         return self.world.total(*(number if counts else 0.0 for number in numbers))
 
     @property
@@ -86,10 +86,10 @@ class Mesh:
 
 
 def form_mesh(config: MeshConfig, world: World, device: torch.device) -> Mesh:
-    """Arrange the ranks as configured; a collective call.
+    """Arrange the ranks as configured. This is a collective call.
 
     Raises:
-        ConfigError: If the dimensions do not multiply to the number of ranks.
+        ConfigError: If the product of the dimensions is not the number of ranks.
     """
     shape = mesh_shape(config, world.size)
     if world.size == 1:
@@ -101,7 +101,7 @@ def mesh_shape(config: MeshConfig, ranks: int) -> tuple[int, int, int]:
     """Return the sizes of `DIMENSIONS`.
 
     Raises:
-        ConfigError: If they do not multiply to ``ranks``.
+        ConfigError: If the product of the sizes is not ``ranks``.
 
     Examples:
         >>> mesh_shape(MeshConfig(dp_replicate=2, tp=2), ranks=8)
@@ -120,14 +120,14 @@ def mesh_shape(config: MeshConfig, ranks: int) -> tuple[int, int, int]:
     return shape
 
 
-_TOKENS = Shard(1)  # of (b, t, h)
+_TOKENS = Shard(1)  # shards the tokens t of a tensor (b, t, h)
 
 
 def shard_model(model: LanguageModel, mesh: Mesh) -> None:
     """Shard a model over the ranks, in place; a single process keeps it whole.
 
     Args:
-        model: On the meta device; its weights are initialized after sharding.
+        model: The model on the meta device; its weights are initialized after sharding.
         mesh: The ranks.
 
     Raises:
@@ -138,8 +138,8 @@ def shard_model(model: LanguageModel, mesh: Mesh) -> None:
     if mesh.grid["tp"].size() > 1:
         if not isinstance(model, Llama):
             raise ConfigError(
-                f"mesh.tp is {mesh.grid['tp'].size()}, but only a LLaMA can be divided so, and the "
-                f"model is a {type(model).__name__}; use mesh.tp 1 and mesh.dp_shard"
+                f"mesh.tp is {mesh.grid['tp'].size()}, but only a LLaMA can be divided by tp, and "
+                f"the model is a {type(model).__name__}; use mesh.tp 1 and mesh.dp_shard"
             )
         _check_divisible(model, mesh.grid["tp"].size())
         _shard_matrices(model, mesh.grid["tp"])
@@ -181,7 +181,7 @@ def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
 
 def _block() -> dict[str, ParallelStyle]:
     """Return how to shard a block: matrices that read all tokens by rows, others by columns."""
-    # A width that the ranks do not divide, such as 5461, needs a DTensor to keep its true size.
+    # If the ranks do not divide a width, such as 5461, only a DTensor keeps its true size.
     inner = ColwiseParallel(use_local_output=False)
     return {
         "input_layernorm": SequenceParallel(),

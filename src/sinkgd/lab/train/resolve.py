@@ -1,4 +1,4 @@
-"""Check a configuration and decide its open values; nothing after this checks them again."""
+"""Check a configuration and decide its open values; no later code checks them again."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ def resolve(config: RunConfig) -> RunConfig:
     them.
 
     Raises:
-        ConfigError: If a value is invalid, with the field, the value and the remedy.
+        ConfigError: If a value is invalid; the message gives the field, the value and the remedy.
         ModelError: If there is no such preset.
     """
     training = config.training
@@ -58,7 +58,7 @@ def check_shares(training: TrainingConfig, parts: int) -> None:
     """Refuse a batch that ``parts`` does not divide, or micro-batches that do not divide a part.
 
     Raises:
-        ConfigError: With the sizes that are possible.
+        ConfigError: If a batch cannot be divided so; the message gives the sizes that are possible.
     """
     whole, micro = training.batch_size, training.micro_batch_size
     if whole % parts:
@@ -80,7 +80,7 @@ def check_ranks(optimizer: OptimizerConfig, ranks: int) -> None:
     """Refuse several ranks if the recipe cannot shard weights.
 
     Raises:
-        ConfigError: With the recipes that can.
+        ConfigError: If the recipe cannot shard weights; the message gives the recipes that can.
     """
     if ranks > 1 and not find_recipe(optimizer.recipe).can_shard:
         able = ", ".join(name for name, recipe in RECIPES.items() if recipe.can_shard)

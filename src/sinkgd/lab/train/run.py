@@ -38,7 +38,7 @@ class Outcome:
 
 
 def print_to_stderr(message: str) -> None:
-    """Print a line to standard error, apart from results."""
+    """Print a line to standard error, so that it does not mix with results."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 
@@ -56,7 +56,7 @@ def train(
     Under torchrun all processes train together; the first one writes results and messages.
 
     Args:
-        config: What to train; it is resolved and saved with the run.
+        config: The run's configuration; it is resolved and saved with the run.
         path: The run's folder, which gives the run its name.
         resume: What to do if a run has begun, see `RunFolder.admit`.
         echo: Called with each line of messages for the user.
@@ -66,7 +66,7 @@ def train(
     Raises:
         ConfigError: If the configuration cannot run, or the configuration, text or model of the
             run there differs.
-        RunFolderError: If ``resume`` forbids what the folder holds, or it is in use.
+        RunFolderError: If ``resume`` forbids what the folder holds, or the folder is in use.
         DataError: If the text is missing, damaged or too small.
         CheckpointError: If a checkpoint cannot be written, or none can be read.
         NonFiniteLossError: If the loss becomes NaN or infinite.
@@ -101,7 +101,7 @@ def train(
             for words in _how_it_ended(outcome, job, folder, name_next_command):
                 echo(words)
             return outcome
-        except Exception as error:  # noqa: BLE001  raised again, or its cause is
+        except Exception as error:  # noqa: BLE001  it or its cause is raised again
             raise world.explain(error) from error.__cause__
 
 
@@ -166,7 +166,7 @@ def _train_and_record_the_end(job: Job, folder: RunFolder, results: Recorder) ->
                 folder.checkpoints, world, keep=config.keep, asynchronous=config.asynchronous
             ) as saver:
                 stopped_by = run_loop(job, saver, results, interrupt)
-        except Exception as error:  # noqa: BLE001  raised again, or its cause is
+        except Exception as error:  # noqa: BLE001  it or its cause is raised again
             reason = world.explain(error)
             # The disk may be full; the first error is the one to report.
             with suppress(OSError):
@@ -210,8 +210,9 @@ def _restore(job: Job, folder: RunFolder, echo: Callable[[str], None]) -> None:
     if job.state.step > recorded:
         raise RunFolderError(
             f"{folder.results} ends at step {recorded}, but {found.path} was written after step "
-            f"{job.state.step}, so results are lost or of another run. Put the whole file back, "
-            f"delete {folder.checkpoints} to begin again from the first step, or give another --out"
+            f"{job.state.step}, so results are lost or are of another run. Put the complete file "
+            f"back, delete {folder.checkpoints} to begin again from the first step, or give "
+            "another --out"
         )
     echo(f"going on from {found.path}, step {job.state.step} of {job.config.training.steps}")
 

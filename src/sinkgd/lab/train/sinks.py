@@ -1,7 +1,7 @@
-"""Where records go besides the JSONL file: the terminal, TensorBoard, Weights & Biases, trackio.
+"""Sinks for records besides the JSONL file: terminal, TensorBoard, Weights & Biases, trackio.
 
-A sink is called with every record after it was written. A meter is a sink that shows progress: a
-bar on a terminal, plain lines elsewhere.
+A sink is called with every record after the record was written. A meter is a sink that shows
+progress: a bar on a terminal, plain lines elsewhere.
 """
 
 import sys
@@ -106,7 +106,7 @@ _RECENT_STEPS = 20
 
 
 class Meter(Protocol):
-    """Shows records; a context manager, because a bar must be removed."""
+    """Shows records; it is a context manager, because a bar must be removed at the end."""
 
     def __call__(self, record: Record) -> None:
         """Show one record."""
@@ -123,7 +123,7 @@ class Meter(Protocol):
 
 
 def make_meter(name: str, *, steps: int, print_every_steps: int) -> Meter:
-    """Return a bar if standard error is a terminal, else lines.
+    """Return a meter with a bar if standard error is a terminal, else a meter with lines.
 
     Args:
         name: Name of the run.
@@ -136,7 +136,7 @@ def make_meter(name: str, *, steps: int, print_every_steps: int) -> Meter:
 
 
 class StepRate:
-    """Tokens a second and the seconds that are left, from the median of the last steps.
+    """Tokens per second and the seconds that are left, from the median of the last steps.
 
     The median ignores the first step, which compiles and allocates and may take as long as fifty
     others.
@@ -165,7 +165,7 @@ class StepRate:
         return median(self._recent)
 
     def text(self, step: int) -> str:
-        """Return both as text, after ``step``."""
+        """Return the speed, and the time that is left after ``step``, as text."""
         return f"{self.tokens_per_second:,.0f} tok/s  {clock(self.seconds_left(step))} left"
 
 

@@ -1,9 +1,9 @@
 """Everything that a run needs to resume exactly where it stopped.
 
 The state of an optimizer is keyed by parameter names, as in distributed checkpoints. If an
-optimizer has no state yet, torch's helpers create it by a step along zero gradients of all
-parameters. That takes as much memory as the weights, at every save. So the helpers serve torch's
-optimizers only; those of this package create their state directly.
+optimizer has no state yet, torch's helpers create it by a step with zero gradients of all
+parameters. At every save, that takes as much memory as the weights. So the helpers are used only
+for torch's optimizers; those of this package create their state directly.
 """
 
 import time
@@ -31,7 +31,7 @@ from sinkgd.optim.saved_state import without_placeholders
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return the state, created if absent; its tensors are the optimizer's own."""
+    """Return the state, created if absent; its tensors are the optimizer's own, not copies."""
     if not isinstance(optimizer, GroupedOptimizer):
         return dict(get_optimizer_state_dict(model, optimizer))
     optimizer.init_state()
@@ -73,14 +73,17 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 
 @dataclass
 class TrainingState:
-    """The model, the optimizer and the progress of a run; sharded weights as on this rank."""
+    """The model, the optimizer and the progress of a run.
+
+    Of sharded weights, it has the shards of this rank.
+    """
 
     model: LanguageModel
     optimizer: Optimizer
     step: int = 0  # steps taken
-    seconds: float = 0.0  # of training
-    wall_seconds: float = 0.0  # of everything, up to the checkpoint
-    memory: Memory = field(default_factory=lambda: Memory(0, 0, 0, 0))  # the most of each part
+    seconds: float = 0.0  # time of training, without evaluations and checkpoints
+    wall_seconds: float = 0.0  # time of everything, up to the checkpoint
+    memory: Memory = field(default_factory=lambda: Memory(0, 0, 0, 0))  # maximum of each part
     clock: float = field(default_factory=time.perf_counter)  # time up to which wall_seconds counts
 
     def update_totals(self, device: torch.device) -> None:
@@ -92,7 +95,7 @@ class TrainingState:
         self.memory = Memory.largest([self.memory, held])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the state; its tensors are the model's and the optimizer's own."""
+        """Return the state; its tensors are the model's and the optimizer's own, not copies."""
         return {
             "model": get_model_state_dict(self.model),
             "optimizer": optimizer_state(self.model, self.optimizer),

@@ -33,16 +33,16 @@ from sinkgd.lab.train.mesh import Mesh
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient is NaN or infinite, with the step and the remedy."""
+    """The loss or the gradient is NaN or infinite; the message gives the step and the remedy."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured before it updated the weights."""
+    """What a step measured."""
 
-    loss: float  # nats per token, the global batch's mean
+    loss: float  # nats per token, the mean over the global batch before the update
     gradient_norm: float  # global l2 norm, before clipping
-    optimizer_seconds: float  # in optimizer.step()
+    optimizer_seconds: float  # time in optimizer.step()
 
 
 def take_step(
@@ -61,18 +61,18 @@ def take_step(
     gradient does not depend on how the batch is split or where its padding lies.
 
     Args:
-        model: Takes tokens ``(b, t)`` to logits ``(b, t, v)``.
+        model: Maps tokens ``(b, t)`` to logits ``(b, t, v)``.
         optimizer: Optimizer of the model's parameters.
         batch: The global batch, or this rank's part of it.
-        config: Resolved; gives the micro-batch size, the precision and clipping.
+        config: The resolved configuration; gives the micro-batch size, the precision and clipping.
         mesh: The ranks of the model; a step is a collective call.
-        number: Number of the step, from 1, for errors.
+        number: Number of the step, from 1, for error messages.
         released: The steps inside backward, if gradients are released; ``optimizer`` then only
             ends the step.
 
     Raises:
-        NonFiniteLossError: If loss or gradient is not finite. Weights are then unchanged; if
-            gradients are released, those with a non-finite gradient are unchanged.
+        NonFiniteLossError: If loss or gradient is not finite. Weights are then unchanged. If
+            gradients are released, only weights with a non-finite gradient are unchanged.
     """
     optimizer.zero_grad()
     loss = _accumulate_gradient(model, batch, config, mesh, released)
@@ -120,11 +120,14 @@ def _accumulate_gradient(
     return total
 
 
-_PIECE = 1 << 22  # entries whose norm is taken at once
+_PIECE = 1 << 22  # number of entries whose norm is computed at once
 
 
 def norm_of(grad: Tensor) -> Tensor:
-    """Return the l2 norm of this rank's shard in float32, by pieces: torch copies its input."""
+    """Return the l2 norm of this rank's shard in float32.
+
+    It is computed piece by piece, because torch copies its input.
+    """
     parts = torch.split(local(grad).detach().flatten(), _PIECE)
     own = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
     whole: Tensor = torch.linalg.vector_norm(torch.stack(own))
@@ -132,10 +135,12 @@ def norm_of(grad: Tensor) -> Tensor:
 
 
 def joint_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-    """Return the l2 norm of all gradients from the norms of this rank's shards; a collective call.
+    """Return the l2 norm of all gradients from the norms of this rank's shards.
+
+    This is a collective call.
 
     Args:
-        norms: From `norm_of`.
+        norms: Results of `norm_of`.
         params: Parameters of these gradients; a DTensor gives the ranks that hold its shards.
     """
     if not any(map(is_dtensor, params)):
@@ -146,7 +151,7 @@ def joint_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
 
 
 def clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:
-    """Scale the gradient down to ``largest_norm`` if it is longer; return its norm before."""
+    """Scale the gradient down to ``largest_norm`` if its norm is larger; return the norm before."""
     params = [param for param in model.parameters() if param.grad is not None]
     gradients = [param.grad for param in params if param.grad is not None]
     if not any(map(is_dtensor, params)):
@@ -154,7 +159,8 @@ def clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:
     else:
         norm = joint_norm([norm_of(grad) for grad in gradients], params)
     if largest_norm < float("inf"):
-        # As torch.nn.utils.clip_grads_with_norm_, which does not accept a plain norm with DTensors.
+        # torch.nn.utils.clip_grads_with_norm_ does the same, but with DTensors it does not accept a
+        # norm that is a plain tensor.
         scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([local(grad) for grad in gradients], scale)
     return norm
@@ -183,7 +189,7 @@ class ReleasedSteps:
     def measured(self) -> tuple[Tensor, float]:
         """Return the norm of the whole gradient and the seconds of updates, and reset both.
 
-        A collective call if parameters are sharded.
+        This is a collective call if parameters are sharded.
         """
         found = joint_norm(list(self._norms.values()), list(self._norms)), self._seconds
         self._norms, self._seconds = {}, 0.0
@@ -191,7 +197,7 @@ class ReleasedSteps:
 
     def _before(self, param: Tensor) -> None:
         assert param.grad is not None, "it was just accumulated"
-        # After micro-batches that accumulate, the last call sees the whole gradient.
+        # With several micro-batches, the last one calls this with the whole gradient.
         self._norms[param] = norm_of(param.grad)
         self._started = time.perf_counter()
 
@@ -228,11 +234,11 @@ def loss_of(
     The loss is computed inside the model's forward, where a sharded model still has its whole head.
 
     Args:
-        model: Called with tokens and a ``readout``, as `Llama` is.
+        model: A model that takes tokens and a ``readout``, like `Llama`.
         inputs: ``(b, t)``.
         targets: ``(b, t)``.
-        chunk_tokens: Number of targets whose logits are held at once and recomputed in backward;
-            None holds the logits of all targets and computes them once.
+        chunk_tokens: Number of target tokens whose logits are in memory at once; they are
+            recomputed in backward. None keeps the logits of all targets and computes them once.
     """
 
     def readout(hidden: Tensor, head: nn.Module) -> Tensor:

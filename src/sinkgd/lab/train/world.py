@@ -52,7 +52,7 @@ class World:
         return result
 
     def first_before_others(self, function: Callable[[], T]) -> T:
-        """Call a function on the first rank, then on the others, which find what it has made."""
+        """Call a function on the first rank, then on the others, which can use what it made."""
         made: list[T] = []
         self.from_first(lambda: made.append(function()))
         return made[0] if self.is_first else function()
@@ -74,7 +74,7 @@ class World:
         return int(self._reduce([number], dist.ReduceOp.MAX)[0])
 
     def with_own_group(self) -> "World":
-        """Return the same ranks with a process group of its own, for another thread."""
+        """Return the same ranks with a separate process group, for another thread."""
         if self.group is None:
             return self
         return World(self.rank, self.size, dist.new_group(backend="gloo"), self.heartbeat)
@@ -118,7 +118,7 @@ def join_world(device: torch.device) -> Iterator[World]:
 def _start_process_group(device: torch.device) -> None:
     store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # torchrun's store outlives a restart (torch 2.13) and keeps the addresses of ranks that are
-    # gone, so each start has keys of its own.
+    # gone, so each start uses its own keys.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -1,4 +1,4 @@
-"""`sinkgd bench gpu`: what can be counted of a step on a GPU without one."""
+"""`sinkgd bench gpu`: what can be counted of a step on a GPU, without having a GPU."""
 
 from sinkgd.lab.bench.gpu.run import PARTS as PARTS
 from sinkgd.lab.bench.gpu.run import Plan as Plan

@@ -1,6 +1,6 @@
 """What is counted: models, kinds of steps, and kinds of GPU; and the processes that count.
 
-A shape ``(..., m, n)`` is a parameter's; leading dimensions are experts.
+A shape ``(..., m, n)`` is that of a parameter, whose leading dimensions are experts.
 """
 
 import os
@@ -17,15 +17,15 @@ CACHE_BYTES = 25 << 20
 
 LLAMAS = ("llama-60m", "llama-1b", "llama-7b")
 
-# Hidden size, inner size, key and value rows, experts of a layer, layers. The first is Mixtral
-# 8x7B's; the second is of DeepSeekMoE 16B's kind, which has many small experts.
+# Hidden size, inner size, key and value rows, experts per layer, layers. The first model has the
+# sizes of Mixtral 8x7B; the second is like DeepSeekMoE 16B, which has many small experts.
 _MIXTURES = {
     "mixtral-8x7b": (4096, 14336, 1024, 8, 32),
     "moe-64-experts": (2048, 1408, 2048, 64, 27),
 }
 MODELS = (*LLAMAS, *_MIXTURES)
 
-RANK = 15  # directions that the recommended recipe lowers
+RANK = 15  # number of directions that the recommended recipe deflates
 
 # The kinds of steps: options of `recorded.take_step`.
 STEPS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ class Target:
     name: str
     backend: str  # "cuda" or "hip"
     architecture: int | str
-    warp: int  # threads that run together
+    warp: int  # number of threads that run together
 
 
 TARGETS = {
@@ -69,7 +69,7 @@ TARGETS = {
 
 
 def matrices_of(model: str) -> tuple[Shape, ...]:
-    """Return the shapes of a model's hidden matrices, experts of a layer in one parameter.
+    """Return the shapes of a model's hidden matrices, with a layer's experts in one parameter.
 
     Examples:
         >>> sorted(set(matrices_of("moe-64-experts")))
@@ -84,7 +84,7 @@ def matrices_of(model: str) -> tuple[Shape, ...]:
 
 
 def distinct(model: str) -> tuple[Shape, ...]:
-    """Return each shape of a model once, with two experts where there are more."""
+    """Return each shape of a model once, with two experts if there are more."""
     shapes = Counter(matrices_of(model))
     return tuple((2, *shape[1:]) if len(shape) > 2 else shape for shape in shapes)
 
@@ -92,7 +92,7 @@ def distinct(model: str) -> tuple[Shape, ...]:
 def environment(*, interprets: bool) -> dict[str, str]:
     """Return the environment of a process in which triton interprets kernels, or compiles them.
 
-    Triton reads it when it is imported, so one process cannot do both.
+    Triton reads the environment when it is imported, so one process cannot do both.
     """
     found = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if not interprets:

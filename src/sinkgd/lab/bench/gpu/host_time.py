@@ -1,9 +1,9 @@
-"""The host's time for a step on a GPU, measured without one.
+"""The host's time for a step on a GPU, measured without a GPU.
 
 The optimizer, the backend ``triton`` and triton's launcher run as they do with a GPU. The device,
 the compiler and the driver are fakes: nothing touches the device's memory, and a launch does
-nothing. CPU tensors stand for those of the device. The figures leave out CUDA's allocator, streams
-and driver, which a step calls as often for one matrix as for all.
+nothing. CPU tensors stand in for those of the device. The figures leave out CUDA's allocator,
+streams and driver, which a step calls as often for one matrix as for all.
 
     python -m sinkgd.lab.bench.gpu.host_time
 """
@@ -32,7 +32,7 @@ from sinkgd.lab.bench.gpu.recorded import TorchCalls
 from sinkgd.lab.bench.workloads import matrix_shapes
 
 TARGET = TARGETS["sm_90"]
-SPACES = 64  # addresses that gradients may have, 16 bytes apart
+SPACES = 64  # number of addresses that gradients may have, 16 bytes apart
 
 
 class HostTime(NamedTuple):
@@ -41,17 +41,17 @@ class HostTime(NamedTuple):
     model: str
     matrices: int
     launches: int
-    milliseconds: float  # the median of some steps
-    backend_milliseconds: float  # of it, inside the backend
-    calls: int  # of Python functions
+    milliseconds: float  # the median of several steps
+    backend_milliseconds: float  # the part of `milliseconds` inside the backend
+    calls: int  # calls of Python functions
     torch_calls: int  # operations that torch dispatches
-    copies: int  # of tables to the device
+    copies: int  # copies of tables to the device
     dispatched: int  # launches that went through triton's dispatcher
-    compiled: int  # kernels
+    compiled: int  # number of kernels that were compiled
 
     @property
     def microseconds(self) -> float:
-        """The host's time for a launch."""
+        """The host's time per launch."""
         return 1e3 * self.milliseconds / self.launches
 
 
@@ -66,11 +66,11 @@ class FakeGpu:
         self.copies = 0
 
     def launch(self, *_: object) -> None:
-        """Stand for the driver's launch."""
+        """Stand in for the driver's launch."""
         self.launches += 1
 
     def compile(self, *_: object, **__: object) -> SimpleNamespace:
-        """Stand for triton's compiler: return a kernel whose launcher does nothing."""
+        """Stand in for triton's compiler: return a kernel whose launcher does nothing."""
         from triton.backends.nvidia.driver import CudaLauncher
 
         self.compiled += 1
@@ -95,7 +95,7 @@ class FakeGpu:
 
 @contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
-    """Make triton see a GPU, and the backend take CPU tensors for its tensors.
+    """Make triton see a GPU, and make the backend treat CPU tensors as the GPU's.
 
     Raises:
         RuntimeError: If triton's interpreter is on in this process.
@@ -156,12 +156,12 @@ class Step:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
-        with catch_warnings():  # about updates that are lost: these weights are uninitialized
+        with catch_warnings():  # updates may be lost in rounding: these weights are uninitialized
             simplefilter("ignore")
             self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
 
     def move_gradients(self) -> None:
-        """Give gradients addresses that no earlier ones had."""
+        """Give gradients addresses that no earlier gradients had."""
         at = 8 * (self.taken % SPACES)
         self.taken += 1
         for param, memory in zip(self.params, self.memory, strict=True):
@@ -181,8 +181,8 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
 
     Args:
         model: A preset of `sinkgd.lab.models`.
-        steps: How many.
-        layers: Of the model; all by default.
+        steps: Number of steps.
+        layers: Number of the model's layers to take; all by default.
     """
     shapes = matrix_shapes(model, layers)
     with fake_gpu() as gpu, torch.no_grad():
@@ -241,7 +241,7 @@ class _BackendTime:
 
 
 def _python_calls(step: Callable[[], None]) -> int:
-    """Count the Python functions that a step calls, but for the fake launch."""
+    """Count the Python functions that a step calls, except the fake launch."""
     count = 0
 
     def note(frame: Any, event: str, _: object) -> None:
@@ -262,7 +262,7 @@ def write_milliseconds() -> None:
 
 
 def main() -> None:
-    """Print a line a model."""
+    """Print a line for each model."""
     sys.stdout.write(
         f"{'model':10}{'matrices':>9}{'launches':>9}{'ms':>8}{'backend':>8}{'µs/launch':>10}"
         f"{'calls':>7}{'torch':>6}{'copies':>7}\n"

@@ -3,8 +3,9 @@
 `main` is the program that counts, in a process of its own: whether kernels are interpreted is
 decided when triton is imported. It writes a line of JSON.
 
-Loads by kernels are counted by address, entry by entry. Readings by torch are counted by the
-arguments of its calls. Float32 copies of gradients are watched like gradients.
+A reading is one read of one entry. Loads by kernels are counted by address, entry by entry.
+Readings by torch are counted from the arguments of its calls. Float32 copies of gradients are
+watched like gradients.
 """
 
 import json
@@ -29,7 +30,7 @@ from sinkgd.lab.bench.gpu.recorded import with_triton
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.lab.disk import parse_json
 
-# Near square, wide, tall, and the columns of llama-1b that are no multiple of 16 bytes.
+# Near square, wide, tall, and llama-1b's number of columns that is not a multiple of 16 bytes.
 SHAPES: tuple[Shape, ...] = ((96, 128), (24, 688), (688, 24), (20, 5461))
 
 
@@ -37,18 +38,18 @@ SHAPES: tuple[Shape, ...] = ((96, 128), (24, 688), (688, 24), (20, 5461))
 class Interpreted:
     """What is counted in the interpreter."""
 
-    readings: float  # of each entry of a gradient in a plain step
-    deflated_readings: float  # the same in a deflated step, readings of copies included
-    deflated_copies: float  # float32 copies of each gradient that a deflated step makes
-    relative_error: float  # of r·c against float64, float32 gradients
-    deflated_error: float  # of a deflated update against float64, by its root mean square
+    readings: float  # per entry of a gradient in a plain step
+    deflated_readings: float  # the same in a deflated step, with readings of copies
+    deflated_copies: float  # number of float32 copies per gradient that a deflated step makes
+    relative_error: float  # error of r·c against float64, with float32 gradients
+    deflated_error: float  # error of a deflated update against float64, relative to its RMS
 
 
 def interpreted() -> Interpreted:
     """Count in a process of its own.
 
     Raises:
-        RuntimeError: If that process fails.
+        RuntimeError: If the process fails.
     """
     try:
         written = output_of(__name__, "main", interprets=True)
@@ -62,8 +63,8 @@ def count() -> Interpreted:
     """Count in this process, in which triton interprets kernels."""
     plain, deflated = readings_of_step(0), readings_of_step(RANK)
     return Interpreted(
-        readings=plain.an_entry,
-        deflated_readings=deflated.an_entry,
+        readings=plain.per_entry,
+        deflated_readings=deflated.per_entry,
         deflated_copies=deflated.copies,
         relative_error=largest_error(),
         deflated_error=largest_deflated_error(),
@@ -135,7 +136,7 @@ def grad_of(param: Tensor) -> Tensor:
     return param.grad
 
 
-# Calls that read a tensor's shape alone.
+# Calls that read only a tensor's shape, not its entries.
 _SHAPE_CALLS = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
 
 
@@ -143,10 +144,10 @@ _SHAPE_CALLS = ("empty_like", "zeros_like", "ones_like", "full_like", "new_")
 class Readings:
     """How many entries of gradients and of their copies were read, and how many were copied."""
 
-    gradients: int  # entries of all of them
-    by_kernels: int = 0
-    by_torch: int = 0
-    copied: int = 0
+    gradients: int  # number of entries of all gradients
+    by_kernels: int = 0  # entries that kernels read
+    by_torch: int = 0  # entries that torch read
+    copied: int = 0  # entries that were copied
     _ranges: list[tuple[int, int]] = field(default_factory=list)
 
     def watch(self, x: Tensor) -> None:
@@ -163,13 +164,13 @@ class Readings:
             self.by_kernels += int(np.count_nonzero((pointers >= begin) & (pointers < end) & mask))
 
     @property
-    def an_entry(self) -> float:
-        """Readings of each entry of a gradient, on average."""
+    def per_entry(self) -> float:
+        """Readings per entry of a gradient, on average."""
         return (self.by_kernels + self.by_torch) / self.gradients
 
     @property
     def copies(self) -> float:
-        """Float32 copies of each gradient, on average."""
+        """Float32 copies per gradient, on average."""
         return self.copied / self.gradients
 
 

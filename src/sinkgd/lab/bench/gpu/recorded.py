@@ -1,7 +1,7 @@
-"""Steps whose launches are recorded in place of being started, and the calls of torch in a step.
+"""Steps whose launches are recorded instead of started, and the calls of torch in a step.
 
 The calls of torch are work of the host that must not grow with the number of matrices. Launches do
-nothing there, so sizes do not matter.
+nothing while these calls are counted, so sizes do not matter.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ class Launch:
 
     @property
     def gradient_bytes(self) -> int | None:
-        """The bytes of an entry of the gradient that the kernel reads; None if it reads none."""
+        """Bytes per entry of the gradient that the kernel reads; None if it reads no gradient."""
         kind = self.constants.get("GRAD_DTYPE", self.constants.get("DTYPE"))
         return None if kind is None else int(kind.primitive_bitwidth) // 8
 
@@ -43,7 +43,7 @@ def recorded_launches(target: Target | None = None) -> Iterator[list[Launch]]:
     """Record launches; nothing that kernels would write is written.
 
     Args:
-        target: Whose compiler options they get; none by default.
+        target: The GPU whose compiler options the launches get; by default they get none.
     """
     from sinkgd.kernels.triton import backend, launch
 
@@ -79,19 +79,19 @@ def take_step(
     """Take a step along gradients that are allocated and never written, with the backend triton.
 
     Args:
-        shapes: Of the parameters.
-        dtype: Of the gradients.
-        param_dtype: Of the parameters, that of the gradients by default.
-        transposed: Whether columns are dense in place of rows.
+        shapes: Shapes of the parameters.
+        dtype: Type of the gradients.
+        param_dtype: Type of the parameters; by default that of the gradients.
+        transposed: Whether columns, instead of rows, are contiguous in memory.
         on_device: Whether kernels read the learning rate from the device.
         whole_rows: Whether programs hold whole rows.
-        options: SinkGDVariant's.
+        options: Options of `sinkgd.SinkGDVariant`.
     """
     made = [_empty(shape, param_dtype or dtype, transposed=transposed) for shape in shapes]
     params = [nn.Parameter(x) for x in made]
     for param, shape in zip(params, shapes, strict=True):
         if param_dtype is not None:
-            param.grad_dtype = None  # any
+            param.grad_dtype = None  # allows any type
         param.grad = _empty(shape, dtype, transposed=transposed)
     lr = torch.tensor(1e-3, dtype=torch.float32, device="cpu") if on_device else 1e-3
     with with_triton(whole_rows=whole_rows):
@@ -107,7 +107,7 @@ def _empty(shape: Shape, dtype: str, *, transposed: bool) -> Tensor:
 
 @contextmanager
 def with_triton(*, whole_rows: bool = True) -> Iterator[TritonBackend]:
-    """Let every optimizer take a new backend triton, whose tensors may be on the CPU."""
+    """Let every optimizer use a new backend triton, whose tensors may be on the CPU."""
     backend = TritonBackend(whole_rows=whole_rows)
 
     def select(*_: object) -> TritonBackend:
@@ -143,7 +143,7 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
-    """Count the calls of a step, by name: the second, as the first makes state and tables."""
+    """Count the calls of the second step, by name; the first one also makes state and tables."""
     with with_triton(), recorded_launches():
         optimizer = SinkGD([{"lr": 1e-3, "nonfinite": "skip", **group} for group in groups])
         for group in optimizer.param_groups:
@@ -157,13 +157,13 @@ def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
 
 
 def calls_of_matrices(shapes: Sequence[Shape], **options: Any) -> Counter[str]:
-    """Count the calls of a step along matrices of these shapes."""
+    """Count the calls of a step on matrices of these shapes."""
     params = [_ones(shape) for shape in shapes]
     return calls_of_step([{"params": params, "algorithm": "sinkgd", **options}])
 
 
-def calls_of_a_matrix_more(**options: Any) -> float:
-    """Return how many calls a step has more for each further matrix, of shapes that it has."""
+def calls_per_further_matrix(**options: Any) -> float:
+    """Return how many more calls a step makes per further matrix of a shape that it already has."""
     few, many = 2, 12
     shapes = [(32, 85), (85, 32), (32, 32)]
     counts = [calls_of_matrices(shapes * number, **options).total() for number in (few, many)]
@@ -175,12 +175,12 @@ def calls_of_model(preset: str, **options: Any) -> Counter[str]:
 
     Args:
         preset: A name in `sinkgd.lab.models.PRESETS`.
-        options: Of the groups of matrices.
+        options: Options of the groups of matrices.
     """
     return calls_of_step(small_groups(preset, **options))
 
 
-_SMALLER = 64  # sides of a model's parameters are divided by it
+_SMALLER = 64  # divisor of the sides of a model's parameters
 
 
 def small_groups(preset: str, **options: Any) -> list[dict[str, Any]]:
@@ -208,5 +208,5 @@ ADAMW = {"aten._foreach_add_.Scalar", "aten._fused_adamw_.default", "aten._forea
 
 
 def without_adamw(counts: Counter[str]) -> int:
-    """Return the number of calls, AdamW's own apart."""
+    """Return the number of calls, not counting AdamW's own."""
     return sum(count for name, count in counts.items() if name not in ADAMW)

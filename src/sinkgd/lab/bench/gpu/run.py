@@ -10,41 +10,41 @@ import torch
 from sinkgd.lab.bench.gpu.cases import LLAMAS, RANK, USUAL, output_of
 from sinkgd.lab.bench.gpu.interpreted import Interpreted, interpreted
 from sinkgd.lab.bench.gpu.recorded import (
-    calls_of_a_matrix_more,
     calls_of_model,
+    calls_per_further_matrix,
     launches_of_bucket,
     without_adamw,
 )
 from sinkgd.lab.bench.gpu.scheduled_bytes import bytes_of_step, scratch_of_model
 from sinkgd.lab.bench.gpu.tables import Figure, GpuRecord, Missed
-from sinkgd.lab.bench.gpu.variants import Variant, compiled, instructions_an_entry
+from sinkgd.lab.bench.gpu.variants import Variant, compiled, instructions_per_entry
 from sinkgd.lab.bench.interleaved import environment_with_load
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.report.console import Progress
 
 INTERPRETER, HOST, SCHEDULE, CODE = "interpreter", "host", "schedule", "code"
-# The parts, and about how many seconds each takes; kernels of one target.
+# The parts, and about how many seconds each takes; CODE takes this long for each target.
 PARTS = {INTERPRETER: 25.0, HOST: 5.0, SCHEDULE: 2.0, CODE: 30.0}
-_VARIANTS = 30  # of a target, about
+_VARIANTS = 30  # about how many variants a target has
 
 COUNTED = "sm_90"  # the target whose instructions are counted
 
 # The target of each figure: the most that it may be. Figures without an entry have none.
 LIMITS: dict[str, float] = {
-    "readings of G an entry and step, plain": 6,
-    "readings of G an entry and step, deflated": 10,
+    "readings of G per entry and step, plain": 6,
+    "readings of G per entry and step, deflated": 10,
     "float32 copies of gradients, deflated": 0,
     "relative error of r·c": 3e-6,
-    "error of deflated updates, of their rms": 3e-6,
+    "error of deflated updates, relative to their RMS": 3e-6,
     "torch calls for each further matrix, plain": 0,
     "torch calls for each further matrix, deflated": 0.2,
     "torch calls of a hybrid step, llama-1b, plain": 60,
     "launches of a bucket, plain": 6,
-    "SASS instructions an entry and step, 2048 columns": 80,
-    "SASS instructions an entry and step, 5461 columns": 110,
+    "SASS instructions per entry and step, 2048 columns": 80,
+    "SASS instructions per entry and step, 5461 columns": 110,
     "bytes from and to memory, × AdamW fused, llama-1b": 0.6,
 }
-# Milliseconds of the host for a step.
+# The most milliseconds that the host may take for a step.
 HOST_TIMES = {"llama-60m": 0.3, "llama-1b": 4.0, "llama-7b": 12.0}
 _SPILLING, _NARROW = "variants that spill", "variants with loads below 16 bytes"
 _OF_BUCKET, _OF_MODEL = "scratch of a bucket", "scratch of a model"
@@ -54,10 +54,10 @@ _OF_BUCKET, _OF_MODEL = "scratch of a bucket", "scratch of a model"
 class Plan:
     """What to count."""
 
-    parts: tuple[str, ...]  # names in PARTS
+    parts: tuple[str, ...]  # keys of PARTS
     targets: tuple[str, ...]  # names in cases.TARGETS
     models: tuple[str, ...]  # names in cases.MODELS, whose variants are compiled
-    command: str  # that repeats this run
+    command: str  # the command that repeats this run
 
 
 def bench_gpu(plan: Plan) -> GpuRecord:
@@ -94,7 +94,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
 
 
 def _compiled(plan: Plan, progress: Progress, weight: float) -> list[Variant]:
-    """Compile for two targets at a time, each in a process of its own."""
+    """Compile for two targets at a time, each in its own process."""
     show_part = progress.stage("compiling", weight)
     done: list[str] = []
 
@@ -112,15 +112,15 @@ def _compiled(plan: Plan, progress: Progress, weight: float) -> list[Variant]:
 
 def interpreter_figures(found: Interpreted) -> list[Figure]:
     """Return the figures that were counted while kernels were interpreted."""
-    how = "loads by kernels in the interpreter, and tensors that torch reads, copies of G included"
-    of = "readings of G an entry and step"
+    how = "loads by kernels in the interpreter, and tensors that torch reads, with copies of G"
+    of = "readings of G per entry and step"
     return [
         _figure(f"{of}, plain", found.readings, how),
         _figure(f"{of}, deflated", found.deflated_readings, how),
         _figure(
             "float32 copies of gradients, deflated",
             found.deflated_copies,
-            "new tensors with a gradient's sides",
+            "new tensors with the sides of a gradient",
         ),
         _figure(
             "relative error of r·c",
@@ -128,20 +128,22 @@ def interpreter_figures(found: Interpreted) -> list[Figure]:
             "the largest against float64, float32 gradients in the interpreter",
         ),
         _figure(
-            "error of deflated updates, of their rms", found.deflated_error, "the same, an entry's"
+            "error of deflated updates, relative to their RMS",
+            found.deflated_error,
+            "the largest error of an entry, found in the same way",
         ),
     ]
 
 
 def host_figures() -> list[Figure]:
     """Count the work of the host in a step."""
-    how = "calls of torch's dispatcher, launches replaced by nothing"
-    whole = "the same, of all parameters; AdamW's own calls apart"
+    how = "calls of torch's dispatcher; launches do nothing"
+    whole = "the same for all parameters, not counting AdamW's own calls"
     more, model = "torch calls for each further matrix", "torch calls of a hybrid step, llama-1b"
     plain, deflated = ({"deflated_rank": rank} for rank in (0, RANK))
     return [
-        _figure(f"{more}, plain", calls_of_a_matrix_more(**plain), how),
-        _figure(f"{more}, deflated", calls_of_a_matrix_more(**deflated), how),
+        _figure(f"{more}, plain", calls_per_further_matrix(**plain), how),
+        _figure(f"{more}, deflated", calls_per_further_matrix(**deflated), how),
         _figure(f"{model}, plain", without_adamw(calls_of_model("llama-1b", **plain)), whole),
         _figure(f"{model}, deflated", without_adamw(calls_of_model("llama-1b", **deflated)), whole),
         _figure("launches of a bucket, plain", launches_of_bucket(), "launches of the backend"),
@@ -152,11 +154,11 @@ def host_time_figures() -> list[Figure]:
     """Measure the host's time for a step, in a process of its own.
 
     Raises:
-        RuntimeError: If that process fails.
+        RuntimeError: If the process fails.
     """
     written = output_of("sinkgd.lab.bench.gpu.host_time", "write_milliseconds", interprets=False)
     milliseconds: dict[str, float] = parse_json(written)
-    how = "median of some steps, the driver's launch replaced by nothing; leave the machine alone"
+    how = "median of several steps in which the driver's launch does nothing; needs an idle machine"
     return [
         Figure(f"host time of a step in ms, {model}", milliseconds[model], most, how)
         for model, most in HOST_TIMES.items()
@@ -165,9 +167,9 @@ def host_time_figures() -> list[Figure]:
 
 def schedule_figures() -> list[Figure]:
     """Return the figures that follow from the schedule of a step on an H100, in bfloat16."""
-    bucket = "partial sums and scales by the gradients' bytes, the worst bucket more than half full"
-    whole = "all that a step allocates, by the gradients' bytes"
-    moved = "buckets of up to half of an H100's L2 cache come from memory once"
+    bucket = "partial sums and scales / gradients, the worst bucket that is more than half full"
+    whole = "bytes of all that a step allocates, divided by the gradients' bytes"
+    moved = "buckets of up to half of an H100's L2 cache are read from memory once"
     scratch = {model: scratch_of_model(model) for model in LLAMAS}
     return [
         *(
@@ -193,9 +195,9 @@ def code_figures(variants: Sequence[Variant], targets: Sequence[str]) -> list[Fi
     is_there = any("llama-1b" in use for variant in ours for use in variant.uses)
     figures = [
         _figure(
-            f"SASS instructions an entry and step, {shape[-1]} columns",
-            instructions_an_entry(ours, "plain", "llama-1b", shape),
-            "lengths of the loops over panels by a thread's entries; bf16, L = 5, sm_90",
+            f"SASS instructions per entry and step, {shape[-1]} columns",
+            instructions_per_entry(ours, "plain", "llama-1b", shape),
+            "lengths of the loops over panels, divided by a thread's entries; bf16, L = 5, sm_90",
         )
         for shape in ((2048, 2048), (2048, 5461))
         if is_there
@@ -203,7 +205,7 @@ def code_figures(variants: Sequence[Variant], targets: Sequence[str]) -> list[Fi
     for target in targets:
         own = [one for one in variants if one.target == target]
         spilling, narrow = sum(one.spilled > 0 for one in own), sum(not one.is_wide for one in own)
-        how = f"of {len(own)} kernels that steps of the models use"
+        how = f"among {len(own)} variants of kernels that steps of the models use"
         figures.append(Figure(f"{_SPILLING}, {target}", spilling, 0, how))
         figures.append(Figure(f"{_NARROW}, {target}", narrow, 0, how))
     return figures

@@ -1,7 +1,7 @@
-"""Bytes that a step moves from and to a GPU's memory, and its scratch, by the step's own schedule.
+"""Bytes that a step moves from and to a GPU's memory, and its scratch, from the step's schedule.
 
-A bucket that fits into its part of the cache is read from memory once. A larger one is read in
-alternating directions, so a launch finds in the cache what the launch before it read last. Partial
+A bucket that fits into its part of the cache is read from memory once. A larger bucket is read in
+alternating directions, so a launch finds in the cache what the previous launch read last. Partial
 sums and scales stay in the cache.
 """
 
@@ -16,14 +16,14 @@ from sinkgd.kernels.triton.tables import DescentMatrix, Operand
 from sinkgd.lab.bench.contenders import ITERATIONS
 from sinkgd.lab.bench.gpu.cases import CACHE_BYTES, matrices_of
 
-_ADAMW_PASSES = 7  # over an entry, as in sinkgd.lab.bench.contenders
-_FLOAT = 4  # bytes of a scale, of a partial sum, of a counter
+_ADAMW_PASSES = 7  # reads and writes per entry, as in sinkgd.lab.bench.contenders
+_FLOAT = 4  # bytes of a scale, a partial sum or a counter
 
 
 class Scratch(NamedTuple):
     """Bytes of scratch, divided by the gradients' bytes."""
 
-    of_bucket: float  # partial sums and scales; the worst bucket that is more than half full
+    of_bucket: float  # partial sums and scales, in the worst bucket that is more than half full
     of_model: float  # everything that a step allocates
 
 
@@ -48,7 +48,7 @@ def bytes_of_step(model: str, dtype: torch.dtype = torch.bfloat16) -> float:
 
 def _moved(bucket: Bucket, whole: Schedule, itemsize: int) -> int:
     size = sum(matrix.P * matrix.Q for matrix in matrices_in(bucket, whole)) * itemsize
-    missed = max(0, size - CACHE_BYTES)  # bytes that a reading after another does not find
+    missed = max(0, size - CACHE_BYTES)  # bytes that a second reading does not find in the cache
     readings = ITERATIONS[0] + 1
     again = size if bucket.waits else missed  # the update comes after all other buckets
     return size + (readings - 2) * missed + again + 2 * size
@@ -72,7 +72,7 @@ def scratch_of_model(model: str, dtype: torch.dtype = torch.bfloat16) -> Scratch
 
 
 def _partial(matrix: DescentMatrix) -> int:
-    """Return the floats of a matrix's partial sums: a float and a byte for each column."""
+    """Return the size of a matrix's partial sums, in floats: a float and a byte per column."""
     return -(-5 * matrix.programs * matrix.Q // 4)
 
 

@@ -19,7 +19,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None where there is none."""
+        """Whether the target is met; None if there is no target."""
         return None if self.target is None else self.value <= self.target
 
 
@@ -29,7 +29,7 @@ class Missed:
 
     variant: str
     target: str  # the GPU
-    steps: tuple[str, ...]  # which use it
+    steps: tuple[str, ...]  # the steps that use the variant
     why: str
 
 
@@ -39,7 +39,7 @@ class GpuRecord:
 
     command: str
     environment: dict[str, Any]
-    triton: str  # its version
+    triton: str  # the version of triton
     figures: tuple[Figure, ...]
     missed: tuple[Missed, ...]
     variants: tuple[Variant, ...]
@@ -51,7 +51,7 @@ _NOTHING = "–"
 def figure_table(record: GpuRecord) -> TextTable:
     """Return the table of targets."""
     return TextTable(
-        title="A step on a GPU, counted without one",
+        title="A step on a GPU, counted without a GPU",
         note=f"Nothing here is a time on a GPU. L = 5, bfloat16, triton {record.triton}; gpu.json "
         "says how each figure is counted.",
         columns=("counted", "now", "target", "met"),
@@ -63,7 +63,7 @@ def figure_table(record: GpuRecord) -> TextTable:
 
 
 def missed_table(record: GpuRecord) -> TextTable:
-    """Return the table of kernels that miss a target, with the number of their variants."""
+    """Return the table of kernels that miss a target, with the number of variants that do."""
     counts = Counter((one.target, _short(one.variant), one.why) for one in record.missed)
     return TextTable(
         title="Kernels that miss a target",
@@ -80,7 +80,7 @@ def _short(variant: str) -> str:
     kernel, *words = variant.split()
     constants = dict(word.split("=", 1) for word in words if "=" in word)
     columns = sum(int(constants.get(name, 0)) for name in ("A", "B", "BN"))
-    first = ", from the bare gradient" if constants.get("U_FROM") == "1" else ""
+    first = ", from the unscaled gradient" if constants.get("U_FROM") == "1" else ""
     return f"{kernel}, {columns}{first}" if columns else kernel
 
 

@@ -1,8 +1,8 @@
 """Every variant of a kernel that steps of models use, compiled for a GPU that is not there.
 
 `main` is the program that compiles them, in a process of its own: triton's interpreter and its
-compiler do not share one. It writes a line of JSON for each variant. `machine_code` reads what the
-compiled code says: registers, spills, widths of loads, lengths of loops. Nothing is run; the
+compiler cannot share a process. It writes a line of JSON for each variant. `machine_code` reads the
+compiled code: registers, spills, widths of loads, lengths of loops. Nothing is run; the
 disassembler comes with triton.
 """
 
@@ -27,12 +27,12 @@ class Variant:
 
     target: str
     kernel: str
-    constants: str  # which it was compiled for
+    constants: str  # the constants that it was compiled for
     uses: tuple[str, ...]  # the steps that launch it, "step model shape", once for each launch
     threads: int
-    entries: float  # of a panel, a thread
-    columns: int  # of the panel, including those beyond the matrix
-    bytes: int  # of an entry of the gradient
+    entries: float  # entries of a panel per thread
+    columns: int  # columns of the panel, including those beyond the matrix
+    bytes: int  # bytes per entry of the gradient
     shared: int  # bytes of shared memory
     registers: int
     spilled: int
@@ -43,12 +43,12 @@ class Variant:
 
     @property
     def loop(self) -> int:
-        """Instructions of the loop over panels: the first loop that is not one of a division."""
+        """Instructions in the loop over panels: the first loop that is not part of a division."""
         return next((loop for loop in self.loops if loop > 3 * self.entries), 0)
 
     @property
     def is_wide(self) -> bool:
-        """Whether a thread loads its part of a panel by 16 bytes, and not entry by entry."""
+        """Whether a thread loads its part of a panel 16 bytes at a time, not entry by entry."""
         is_single = self.bytes == 2 and self.loads2 >= self.entries / 2
         return not is_single and self.loads16 >= self.entries * self.bytes / 16
 
@@ -58,7 +58,7 @@ class Variant:
         return f"{self.kernel} {self.constants}"
 
 
-def instructions_an_entry(
+def instructions_per_entry(
     variants: Iterable[Variant], step: str, model: str, shape: Shape
 ) -> float:
     """Return how many instructions of loops are issued for each entry of a matrix in a step."""
@@ -126,7 +126,7 @@ def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Itera
     builds: dict[int, tuple[Any, Any]] = {}
     for use, launch in _launches(name, models, steps):
         built = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.constants)
-        builds[id(built)] = built, launch  # a variant that was compiled before is the same object
+        builds[id(built)] = built, launch  # triton returns the same object for the same variant
         uses.setdefault(id(built), []).append(use)
     for key, (built, launch) in builds.items():
         constants = launch.constants
@@ -176,20 +176,20 @@ def main(target: str, models: str, steps: str) -> None:
 _LABEL = re.compile(r"\s*(\.L_x_\d+|\.L_\d+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
 _BRANCH = re.compile(r"BRA\S*\s.*?`\((\.L_x_\d+|\.L_\d+)\)")
-_LOAD = re.compile(r"\bLDG(?:STS)?\.(\S+)")  # into registers, or shared memory
-_SIZES = {"U8", "S8", "U16", "S16", "64", "128"}  # otherwise it is 4 bytes
+_LOAD = re.compile(r"\bLDG(?:STS)?\.(\S+)")  # loads into registers (LDG) or shared memory (LDGSTS)
+_SIZES = {"U8", "S8", "U16", "S16", "64", "128"}  # a load without one of these has 4 bytes
 _AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the compiled code of one kernel says."""
+    """Counts from the compiled code of one kernel."""
 
-    registers: int  # of a thread
-    spilled: int  # instructions that use local memory; on AMD registers, and bytes of scratch
+    registers: int  # per thread
+    spilled: int  # instructions that use local memory; on AMD spilled registers and scratch bytes
     loads2: int  # instructions that load 2 bytes from global memory
-    loads16: int
-    stores16: int
+    loads16: int  # instructions that load 16 bytes from global memory
+    stores16: int  # instructions that store 16 bytes to global memory
     loops: tuple[int, ...]  # instructions of each loop, in order; none on AMD
 
 

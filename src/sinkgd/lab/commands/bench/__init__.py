@@ -1,21 +1,21 @@
-"""`sinkgd bench`: measurements, one file each; the options of a measurement are its dataclass."""
+"""`sinkgd bench`: measurements. Each is a file with a dataclass of its options."""
 
 # Each measurement's module is imported only when it is made.
 COMMANDS = {
-    "step": ("Step", "one optimizer step on real matrices, against AdamW and the memory's floor"),
+    "step": ("Step", "one optimizer step, compared with AdamW and with the bandwidth of memory"),
     "memory": (
         "Memory",
         "what optimizers keep and allocate, and the peaks of whole training steps",
     ),
-    "gpu": ("Gpu", "what a step would do on a GPU, counted without one, against targets"),
-    "kernels": ("Kernels", "every backend over shapes and types, in bytes a second"),
-    "loop": ("Loop", "the training loop against a bare one, in tokens a second"),
+    "gpu": ("Gpu", "what a step would do on a GPU, counted without a GPU, and targets for it"),
+    "kernels": ("Kernels", "every backend over shapes and types, in bytes per second"),
+    "loop": ("Loop", "the training loop compared with a bare loop, in tokens per second"),
 }
 
 USAGE = """\
 usage: sinkgd bench MEASUREMENT [OPTIONS]
 
-Measure speed and memory. Leave the machine idle meanwhile.
+Measure speed and memory. Run nothing else on the machine meanwhile.
 
 measurements:
 {commands}
@@ -25,7 +25,7 @@ options:
 
 examples:
   sinkgd bench step --out bench                             the targets, tables and a page
-  sinkgd bench step --workloads llama-60m --dtypes float32  one of them
+  sinkgd bench step --workloads llama-60m --dtypes float32  one workload, one type
   sinkgd bench memory --workloads none --out bench          peaks of training, release × optimizer
   sinkgd bench gpu                                          counts for a GPU, and their targets
   sinkgd bench loop --optimizers sinkgd,swan --rounds 11    what the training loop costs

@@ -1,4 +1,4 @@
-"""`sinkgd bench gpu`: the targets of a step on a GPU, counted without one."""
+"""`sinkgd bench gpu`: the targets of a step on a GPU, counted without a GPU."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ from sinkgd.lab.train.config import ConfigError
 class Gpu:
     """Count what a step would do on a GPU; a GPU is neither needed nor used.
 
-    The table has a row for each target: what was counted, now, the target, whether it is met. No
-    figure is a time on a GPU.
+    The table has a row for each target: what was counted, its present value, the target, and
+    whether it is met. No figure is a time on a GPU.
 
-    Four parts: `interpreter` runs the kernels on a CPU and counts how often they read a gradient;
-    `host` counts calls of torch and launches, and times the host's work; `schedule` counts bytes
-    and scratch for an H100; `code` compiles every kernel that steps of the models use, for each
-    GPU, and reads the machine code. It needs triton, and takes two minutes on two cores.
+    There are four parts. `interpreter` runs the kernels on a CPU and counts how often they read a
+    gradient. `host` counts calls of torch and launches, and times the host's work. `schedule`
+    counts bytes and scratch for an H100. `code` compiles every kernel that steps of the models use,
+    for each GPU, and reads the machine code. The command needs triton, and takes two minutes on two
+    cores.
 
     For example:
       sinkgd bench gpu --out bench
@@ -30,7 +31,7 @@ class Gpu:
 
     gpus: str = "all"
     """Kinds of GPU that kernels are compiled for, names separated by commas: sm_80, sm_90, sm_100,
-    gfx942; or all. Instructions are those of sm_90."""
+    gfx942; or all. Instructions are counted for sm_90."""
 
     models: str = "all"
     """Models whose kernels are compiled, names separated by commas: llama-60m, llama-1b, llama-7b,

@@ -1,4 +1,4 @@
-"""`sinkgd bench kernels`: every backend over shapes and types, in bytes a second."""
+"""`sinkgd bench kernels`: every backend over shapes and types, in bytes per second."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ class Kernels:
     """Time the two halves of a step, scales and update, of each backend over shapes and types.
 
     Backends and streaming operations are timed in turn on the same matrices, in an order that
-    rotates. Figures are bytes a second, and the share of the fastest streaming operation in the
-    same round. Leave the machine idle meanwhile.
+    rotates. Figures are bytes per second, absolute and as a share of the fastest streaming
+    operation in the same round. Run nothing else on the machine meanwhile.
 
     For example:
       sinkgd bench kernels --out bench
@@ -43,7 +43,7 @@ class Kernels:
     least 3."""
 
     threads: int | None = None
-    """CPU threads; by default torch's choice, one a core."""
+    """CPU threads; by default torch's choice, one per core."""
 
     device: Device = "auto"
     """Device: cpu, cuda, or auto (cuda if available)."""

@@ -41,14 +41,14 @@ class TrainingSteps:
     """Length of a sequence, tokens."""
 
     recompute: bool = True
-    """Keep the input of each block alone, and run the block again in backward."""
+    """Keep only the input of each block, and run the block again in backward."""
 
     loss_chunk_tokens: int = 256
-    """Targets whose logits are held at once, tokens. With more than one chunk a step, gradients of
-    the head are summed, and three of them exist at once."""
+    """Number of target tokens whose logits are in memory at once. If a step has more than one such
+    chunk, gradients of the head are summed, and three of them exist at once."""
 
     def plan(self, device: torch.device) -> "TrainingPlan | None":
-        """Return the training steps to measure; None for no model.
+        """Return the training steps to measure, or None if there is no model to train.
 
         Raises:
             ConfigError: If an option is invalid.
@@ -77,16 +77,17 @@ class TrainingSteps:
 class Memory:
     """Measure what optimizers keep and allocate, and the peaks of whole training steps.
 
-    First, optimizers on matrices alone: the state kept between steps, other memory that the first
-    step leaves allocated, and the most that a later step has allocated at once.
+    The first part measures optimizers on matrices without a model: the state kept between steps,
+    other memory that the first step leaves allocated, and the most that a later step has allocated
+    at once.
 
-    Then forward, backward and step of whole models, with each optimizer and with gradients
-    released or kept: the peak, and its parts (state, gradients, activations). A model that does
-    not fit into free memory is listed with the memory that it needs.
+    The second part measures forward, backward and step of whole models, with each optimizer and
+    with gradients released or kept: the peak, and its parts (state, gradients, activations). A
+    model that does not fit into free memory is listed with the memory that it needs.
 
-    Each measurement runs in a process of its own. Bytes are counted from the allocator's events,
-    or on CUDA, for optimizers alone, from its counters. The peak of training is also measured from
-    outside.
+    Each measurement runs in a process of its own. Bytes are counted from the allocator's events; on
+    CUDA the first part reads the allocator's counters instead. The peak of training is also
+    measured from outside the process.
 
     For example:
       sinkgd bench memory --out bench
@@ -107,7 +108,7 @@ class Memory:
     training: TrainingSteps = TrainingSteps()
 
     threads: int | None = None
-    """CPU threads; by default torch's choice, one a core."""
+    """CPU threads; by default torch's choice, one per core."""
 
     device: Device = "auto"
     """Device: cpu, cuda, or auto (cuda if available)."""

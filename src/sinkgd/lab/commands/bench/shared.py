@@ -1,6 +1,7 @@
 """What the commands of `sinkgd bench` share: checks of options, and the files they write.
 
-A record is a nested dataclass in a JSON file. It is written in one move and read back equal.
+A record is a nested dataclass in a JSON file. It is written atomically, and reading it returns an
+equal dataclass.
 """
 
 import json
@@ -55,7 +56,7 @@ def check_at_least_one(option: str, value: int) -> None:
     """Refuse counts below 1.
 
     Raises:
-        ConfigError: If it is below.
+        ConfigError: If ``value`` is below 1.
     """
     if value < 1:
         raise ConfigError(f"{option} is {value}; it must be at least 1")
@@ -65,7 +66,7 @@ def check_positive(option: str, value: float) -> None:
     """Refuse times that are not above 0.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If ``value`` is not above 0.
     """
     if not value > 0:
         raise ConfigError(f"{option} is {value}; it must be above 0")
@@ -101,7 +102,7 @@ def _changed(options: Any, prefix: str) -> list[str]:
 
 
 def print_warnings(console: Console, warnings: Iterable[str]) -> None:
-    """Print the warnings of a measurement, a line each."""
+    """Print the warnings of a measurement, one on each line."""
     for warning in warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""`sinkgd bench step`: one optimizer step on real matrices, against AdamW and the floor."""
+"""`sinkgd bench step`: one optimizer step, compared with AdamW and with a lower bound."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ from sinkgd.lab.train.config import Device
 
 @dataclass(frozen=True)
 class Step:
-    """Time one optimizer step on the matrices of real models.
+    """Time one optimizer step on matrices with the shapes of real models.
 
     SinkGD with each backend, AdamW (fused, foreach), SGD, Muon and the public SinkGD loop, plain
     and compiled, are timed in turn on the same parameters and gradients, in an order that rotates.
-    Each is compared with fused AdamW in the same round, and with its floor: the passes over memory
-    that it cannot do without, at the bandwidth measured in the same rounds. The targets of SinkGD
-    are printed at the end. Leave the machine idle meanwhile.
+    Each optimizer is compared with fused AdamW in the same round, and with its floor: the time of
+    the passes over memory that it needs at least, at the bandwidth measured in the same rounds. The
+    targets of SinkGD are printed at the end. Run nothing else on the machine meanwhile.
 
     For example:
       sinkgd bench step --out bench
@@ -49,7 +49,7 @@ class Step:
     at least 3."""
 
     threads: int | None = None
-    """CPU threads; by default torch's choice, one a core."""
+    """CPU threads; by default torch's choice, one per core."""
 
     device: Device = "auto"
     """Device: cpu, cuda, or auto (cuda if available)."""

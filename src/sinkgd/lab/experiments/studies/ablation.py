@@ -22,7 +22,7 @@ from sinkgd.lab.experiments.study_verdict import (
 )
 
 BOTH = "sinkgd-paper"
-# Each gives a matrix an update of RMS 1, so their rates are comparable.
+# Each recipe gives a matrix an update of RMS 1, so the rates of recipes are comparable.
 RECIPES = (BOTH, "rows-only", "columns-only", "frobenius", "sign", "swan")
 
 
@@ -32,7 +32,7 @@ def arms_with(grid: Grid) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say whether rows and columns together beat each normalization alone."""
+    """Say whether normalizing rows and columns beats every other normalization."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]
@@ -56,8 +56,8 @@ ABLATION = Study(
     name="ablation",
     question="Rows, columns, both, Frobenius, sign or whitening: which normalization does the "
     "work?",
-    background="Each gives a matrix an update of RMS 1. SCALE and SRON normalize rows "
-    "alone; SWAN whitens, which costs matrix products.",
+    background="Each gives a matrix an update of RMS 1. SCALE and SRON normalize only rows; SWAN "
+    "whitens, which costs matrix products.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID), *controls())),
         "paper": Setting(

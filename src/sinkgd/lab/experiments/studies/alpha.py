@@ -18,10 +18,10 @@ from sinkgd.lab.experiments.study_verdict import (
 
 ALPHAS = (0.01, 0.025, 0.05, 0.1, 0.2)
 PUBLISHED = 0.05  # Scetbon et al. 2025, algorithm 4
-RATE = 0.02  # of all other parameters, from the same source
-RECIPES = ("sinkgd-paper", "sinkgd")  # their arms' names begin with them
+RATE = 0.02  # rate of all other parameters, from the same source
+RECIPES = ("sinkgd-paper", "sinkgd")  # names of arms begin with their recipe
 
-# Five points each: as many as there are values of α.
+# Each grid has five points, as many as there are values of α.
 _ADAMW: Grid = {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.003, 0.006, 0.012)}
 _ONE_LR: Grid = {LR: (0.001, 0.002, 0.004, 0.008, 0.016)}
 
@@ -36,7 +36,7 @@ def arms_with(alpha: float) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Name the α with the lowest loss, and compare the published one with the best per recipe."""
+    """Name the α with the lowest loss, and compare the published α with the best of each recipe."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]

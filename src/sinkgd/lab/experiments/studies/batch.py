@@ -10,12 +10,13 @@ from sinkgd.lab.experiments.study_verdict import Verdict, cautions, compared, un
 from sinkgd.lab.train.config import SharedConfig
 
 PLAIN = "sinkgd-paper"
-CANDIDATES = {PLAIN: "SinkGD as in the paper", "sinkgd": "SinkGD"}  # what sentences call them
+CANDIDATES = {PLAIN: "SinkGD as in the paper", "sinkgd": "SinkGD"}  # names used in sentences
 CONTROL, ONE_LR = "adamw", "adamw-one-lr"
-SIZES = (4, 16, 64)  # sequences
+SIZES = (4, 16, 64)  # sequences in a batch
 PAPER_SIZES = (128, 512, 2048)
 
-# Four points each, for every batch size; AdamW with one rate for all runs at one size only.
+# Each grid has four points, which are tried at every batch size. AdamW with one rate for all
+# parameters runs only at one size.
 GRIDS: dict[str, Grid] = {
     PLAIN: {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004)},
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008)},
@@ -59,7 +60,7 @@ def arms_at(size: float, shared: SharedConfig, grids: dict[str, Grid]) -> tuple[
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Compare the arms at every size, and state for each candidate where it is better or worse."""
+    """Compare the arms at every size, and say at which sizes a candidate is better or worse."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     sentences = [

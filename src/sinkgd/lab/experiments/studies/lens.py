@@ -1,4 +1,6 @@
-"""Lens L6 with the tempered variant at three temperatures, against AdamWSPAM: S0 to S3.
+"""The model Lens L6 trained by the tempered variant at three temperatures (S1 to S3), or AdamWSPAM.
+
+AdamWSPAM, the arm S0, is the control.
 
 Letters:
     τ, n: temperature and iterations of the tempered variant
@@ -35,11 +37,11 @@ from sinkgd.lab.train.config import (
 
 CONTROL = "S0"
 VARIANTS: Mapping[str, tuple[float, int]] = {"S1": (0.1, 5), "S2": (0.05, 10), "S3": (0.2, 3)}
-DECAY = 0.1  # in all four arms; each clips at 1, the control inside its own step
+DECAY = 0.1  # weight decay of all four arms; each arm clips at 1, the control inside its own step
 CLIP = 1.0
 
-# Six points each. The tempered step is proportional to the gradient, so it needs rates like SGD's;
-# the original 6e-4 hardly moves a weight.
+# Each grid has six points. The tempered step is proportional to the gradient, so it needs rates
+# like those of SGD; the original 6e-4 hardly moves a weight.
 ADAM_GRID: Grid = {LR: (0.0006, 0.0012, 0.0025, 0.005, 0.01, 0.02)}
 TEMPERED_GRID: Grid = {LR: (0.0006, 0.03, 0.1, 0.3, 1.0, 3.0)}
 PAPER_ADAM_GRID: Grid = {LR: (0.00015, 0.0003, 0.0006, 0.0012, 0.0025, 0.005)}
@@ -71,11 +73,12 @@ def arms(adam: Grid, tempered: Grid) -> tuple[Arm, ...]:
 def roughness(run: Run) -> float | None:
     """Return the roughness of the training curve, nats.
 
-    It is the root mean square of the second differences of the mean losses between evaluations.
-    Only the second half of the run counts, without the steep start. A straight line has 0.
+    The roughness is the root mean square of the second differences of the mean losses between
+    evaluations. Only the second half of the run counts, without the steep start. The roughness of a
+    straight line is 0.
 
     Returns:
-        Nats, or None with fewer than three losses in the second half.
+        The roughness, or None if there are fewer than three losses in the second half.
 
     Examples:
         >>> second_differences([4.0, 3.0, 2.0]), second_differences([4.0, 3.0, 4.0])
@@ -198,7 +201,7 @@ LENS = Study(
     "same, and all grids have the same number of rates, including their 6e-4.",
     settings={
         "machine": Setting(
-            # Many evaluations on little text, for the roughness of the curves.
+            # There are many evaluations on little text, to measure the roughness of the curves.
             replace(
                 MACHINE,
                 model=ModelConfig(preset="lens-nano"),

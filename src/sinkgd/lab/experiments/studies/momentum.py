@@ -36,7 +36,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "before-0.95-nesterov": {"momentum": 0.95, "nesterov": True},
     "after-0.9": {"momentum": 0.9, "momentum_place": "after"},
 }
-# Averages of updates are shorter than updates, so their best rate may be higher.
+# Averages of updates have smaller norms than updates, so their best rate may be higher.
 AFTER_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 PAPER_AFTER_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 
@@ -83,9 +83,9 @@ def judge(results: StudyResults) -> Verdict:
 MOMENTUM = Study(
     name="momentum",
     question="Does momentum help SinkGD, and before or after the normalization?",
-    background="The paper uses none. Methods that normalize momentum by rows or columns (RMNP, "
-    "Mano, Nora) and Sinkhorn on DeepSeek’s tables have it before the normalization; averages of "
-    "normalized updates are momentum after it.",
+    background="The paper uses no momentum. Methods that normalize momentum by rows or columns "
+    "(RMNP, Mano, Nora) and DeepSeek’s Sinkhorn for embeddings have momentum before the "
+    "normalization; averages of normalized updates are momentum after it.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(SINKGD_GRID, AFTER_GRID), *controls(), muon())),
         "paper": Setting(

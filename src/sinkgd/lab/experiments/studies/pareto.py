@@ -26,7 +26,7 @@ from sinkgd.lab.report.quantities import size
 
 L = "optimizer.sinkhorn_iterations"
 CONTROLS = ("adamw", "adamw-one-lr")
-# Six points each. Those of sinkgd-paper are L × α.
+# Each grid has six points. Those of sinkgd-paper are combinations of L and α.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "sinkgd-stateless": {L: (1, 5), LR: (0.001, 0.002, 0.004)},
@@ -67,8 +67,9 @@ def state_bytes(one: ArmResults) -> int:
 def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]:
     """List the arms on the Pareto front.
 
-    No other arm is better than these in one of state and loss and at least as good in the other.
-    Losses differ only if the difference over seeds is significant, so level arms may both stay.
+    For an arm on the front, no other arm is better in state or loss and at least as good in the
+    other. Losses count as different only if the difference over seeds is significant, so two arms
+    with level losses may both be on the front.
     """
 
     def beaten(one: ArmResults, other: ArmResults) -> bool:
@@ -104,9 +105,9 @@ def judge(results: StudyResults) -> Verdict:
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw state against loss for the arms without divergence."""
     arms = [one for one in results.ranked if one.seeds and not one.diverged]
-    kept = {one.arm.name: state_bytes(one) for one in arms}
+    bytes_by_arm = {one.arm.name: state_bytes(one) for one in arms}
     best = sorted(front(results, arms), key=state_bytes)
-    return [state_chart(arms, kept, best, identities)]
+    return [state_chart(arms, bytes_by_arm, best, identities)]
 
 
 def _size(one: ArmResults) -> str:

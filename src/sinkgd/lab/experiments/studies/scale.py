@@ -1,8 +1,8 @@
-"""The study `scale`: models that are too large to train here, planned on paper.
+"""The study `scale`: estimates for models that are too large to train here.
 
-For each model and method it finds the fewest devices on which a training step fits, by
-`sinkgd plan`: memory from a pass on fake tensors, time from an assumed fraction of the peak. There
-are no runs, so nothing is tuned and nothing is said about the loss.
+For each model and method it finds the fewest devices on which a training step fits. As in
+`sinkgd plan`, memory comes from a pass on fake tensors, and time from an assumed fraction of the
+peak. There are no runs, so nothing is tuned and nothing is said about the loss.
 """
 
 import json
@@ -56,7 +56,7 @@ BASELINE = "adamw"
 DEVICE = "h100"
 USABLE, MFU = 0.9, 0.4  # the defaults of `sinkgd plan`
 RANKS = tuple(2**i for i in range(10))  # numbers of devices to try: 1 to 512
-TOKENS = 1e12  # tokens of the stated device-hours
+TOKENS = 1e12  # number of tokens for which device-hours are given
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Fit:
     method: str
     title: str
     parameters: int
-    ranks: int | None  # None: it does not fit on the largest number of devices tried
+    ranks: int | None  # number of devices; None if it does not fit on the most that are tried
     peak_bytes: int  # per rank, on these devices or on the largest number tried
     step_seconds: float
     tokens_per_device_second: float
@@ -84,7 +84,7 @@ def fewest_devices(model: str, method: str, ranks: Sequence[int] = RANKS) -> Fit
     Args:
         model: A model name of `sinkgd plan`.
         method: A name in `sinkgd.lab.plan.METHODS`.
-        ranks: Numbers of devices to try, in increasing order, at least one.
+        ranks: One or more numbers of devices to try, in increasing order.
 
     Raises:
         ModelError: If there is no such model.
@@ -200,7 +200,7 @@ def write_fits(folder: Path, fits: Sequence[Fit], command: str) -> None:
 
 
 def is_on_paper(path: Path) -> bool:
-    """Whether a file is a study on paper; an unreadable file is not."""
+    """Whether a file is a study of estimates; False for an unreadable file."""
     if not path.is_file():
         return False
     try:
@@ -224,7 +224,7 @@ def read_fits(path: Path) -> tuple[str, list[Fit]]:
     except FileNotFoundError:
         raise ResultsError(f"no study at {path}; `sinkgd experiment {NAME}` makes one") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path} is no study on paper of this version: {error!r}") from error
+        raise ResultsError(f"{path} is not a study on paper of this version: {error!r}") from error
 
 
 def _fit_now(fields: dict[str, Any], naming: int) -> Fit:

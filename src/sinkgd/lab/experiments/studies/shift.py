@@ -36,7 +36,7 @@ from sinkgd.lab.report.quantities import count
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig
 
-# The best matrix rates are lower here than without a change.
+# The best matrix rates are lower in this study than without a change of vocabulary.
 ADAMW_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0001875, 0.000375, 0.00075, 0.0015, 0.003, 0.006)}
 MUON_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02)}
 
@@ -44,7 +44,7 @@ MUON_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.000625, 0.00125, 0.0025, 0.005, 0.
 def shifted(shared: SharedConfig) -> SharedConfig:
     """Return a configuration whose vocabulary changes after 40 % of the steps.
 
-    It evaluates often enough to interpolate the recovery between two evaluations.
+    It has enough evaluations to interpolate the recovery between two of them.
     """
     steps = shared.training.steps
     return replace(
@@ -58,7 +58,7 @@ def recovery(run: Run) -> float | None:
     """Return the number of tokens after the change until the loss is back at its value before.
 
     Returns:
-        Tokens, or None if the loss does not recover.
+        The number of tokens, or None if the loss does not recover.
     """
     at = int(run.start.config["data"]["shift_at_step"])
     before = [e for e in run.evaluations if e.step <= at]
@@ -75,7 +75,7 @@ def _recoveries(one: ArmResults) -> list[float]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Rank the methods that recover in every seed by the tokens they need."""
+    """Rank the methods that recover in every seed by the tokens that they need."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     arms = [*results.candidates, *results.controls]

@@ -28,7 +28,7 @@ from sinkgd.lab.report.quantities import percent
 NONE, WHOLE = "sinkgd-paper", "swan-5"
 WAYS: Mapping[str, Mapping[str, Any]] = {
     NONE: {"recipe": "sinkgd-paper"},
-    "rows-only": {"recipe": "rows-only"},  # (GGᵀ)^(-1/2) with the diagonal of GGᵀ alone
+    "rows-only": {"recipe": "rows-only"},  # (GGᵀ)^(-1/2) with only the diagonal of GGᵀ
     "pinned": {"recipe": "sinkgd-paper", "operator_norm": "muon"},
     "swan-1": {"recipe": "swan", "newton_schulz_steps": 1},
     "swan-2": {"recipe": "swan", "newton_schulz_steps": 2},
@@ -38,8 +38,8 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "swan-attention": {"recipe": "swan", "whitened": "attention"},
     "swan-mlp": {"recipe": "swan", "whitened": "mlp"},
 }
-# Four points each. A pinned rate is in units of singular values, not of root mean squares: at 0.02
-# the blocks of llama-nano hardly move.
+# Each grid has four points. With a pinned operator norm, a rate is in units of singular values, not
+# of root mean squares: at 0.02 the blocks of llama-nano hardly change.
 RATES = (0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.04, 0.08, 0.16, 0.32)
 ADAMW_RATES = (0.0015, 0.003, 0.006, 0.012)

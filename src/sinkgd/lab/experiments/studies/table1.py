@@ -21,7 +21,7 @@ from sinkgd.lab.report.quantities import percent
 CONTROLS = ("adamw-one-lr", "adamw", "muon")
 PINNED = "sinkgd-pinned"  # without deflation
 
-# Three points each, around the rate of the recipe or of its paper.
+# Each grid has three points, around the rate of the recipe or of its paper.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     PINNED: {LR: (0.08,), MATRIX_LR: (0.08, 0.16, 0.32)},
@@ -40,7 +40,8 @@ GRIDS: Mapping[str, Grid] = {
     "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
     "muon": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02)},
 }
-# GaLore's grid for Adam is 1e-2 to 1e-4 (Zhao et al. 2024, appendix C); three points each here.
+# GaLore's grid for Adam is 1e-2 to 1e-4 (Zhao et al. 2024, appendix C); here each grid has three
+# points.
 PAPER_GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     PINNED: {LR: (0.02,), MATRIX_LR: (0.04, 0.08, 0.16)},
@@ -59,9 +60,9 @@ PAPER_GRIDS: Mapping[str, Grid] = {
     "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.003)},
     "muon": {LR: (0.02,), MATRIX_LR: (0.001, 0.005, 0.01)},
 }
-# Methods without state of the size of a hidden matrix.
+# Methods that keep no state of the size of a hidden matrix.
 WITHOUT_STATE = ("sinkgd-paper", PINNED, "swan", "sinkgd", "scale", "racs")
-# Those of them without matrix products.
+# Methods of WITHOUT_STATE that compute no matrix products, so that a matrix costs O(mn).
 AT_MN = ("sinkgd-paper", PINNED, "sinkgd", "scale", "racs")
 
 

@@ -23,7 +23,7 @@ from sinkgd.lab.experiments.study_verdict import (
 
 ADAM = "adamw-tables"
 RATE = "optimizer.tables_lr"
-# Six rates each. Adam and SAGE move an entry by at most lr, the others by lr on average.
+# Each grid has six rates. Adam and SAGE move an entry by at most lr, the others by lr on average.
 GRIDS: dict[str, Grid] = {
     "adamw": {RATE: (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)},
     "sinkgd": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
@@ -76,8 +76,8 @@ TABLES = Study(
     name="tables",
     question="Which algorithm should train embeddings and the output head?",
     background="SinkGD’s authors leave them to Adam. DeepSeek reportedly uses a variant of "
-    "Sinkhorn for these tables; SAGE’s authors find that the paper’s SinkGD fails there, and "
-    "propose another method.",
+    "Sinkhorn for them. SAGE’s authors find that the paper’s SinkGD fails for them, and propose "
+    "another method.",
     settings={
         "machine": Setting(MACHINE, (*arms_with(0.08, 0.002), *controls())),
         "paper": Setting(

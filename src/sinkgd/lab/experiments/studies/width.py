@@ -1,7 +1,7 @@
 """How the best matrix rate depends on the width of the model, under four rules.
 
-Below a certain rate the loss hardly depends on it; above it training breaks. The best rate of a
-grid is therefore partly chance, and the largest rate that is still good says more.
+Below a certain rate the loss hardly depends on the rate; above it training breaks. The best rate of
+a grid is therefore partly chance, and the largest rate that is still good says more.
 
 Letters:
     d: the hidden size
@@ -25,7 +25,8 @@ RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "sinkgd"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
 PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 
-# Five rates, each twice the one before. A pinned rate is in units of singular values.
+# There are five rates, each twice the previous one. With a pinned operator norm, a rate is in units
+# of singular values.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
 TOLERANCE = 0.05  # nats above the lowest loss of the grid up to which a rate is good
@@ -79,7 +80,7 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
     """Fit p to pairs of d and rate, by least squares of the logarithms.
 
     Returns:
-        p, or None with fewer than two widths.
+        The exponent p, or None if there are fewer than two widths.
 
     Examples:
         >>> exponent([(64, 0.004), (128, 0.002), (256, 0.001)])
@@ -95,7 +96,7 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
 
 
 def good_up_to(one: ArmResults) -> float | None:
-    """Return the largest good rate that was tried; None without a finite loss."""
+    """Return the largest good rate that was tried; None if no loss is finite."""
     losses = {result.point[MATRIX_LR]: result.loss for result in one.grid}
     lowest = min(losses.values(), default=math.inf)
     if not math.isfinite(lowest):

@@ -1,4 +1,4 @@
-"""Optimizers as they are commonly run, each with the source of its values."""
+"""Optimizers with their common settings, each with the source of the settings."""
 
 from sinkgd.lab.train.recipes.recipe import Recipe as Recipe
 from sinkgd.lab.train.recipes.recipe_table import RECIPES as RECIPES

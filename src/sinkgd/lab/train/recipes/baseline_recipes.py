@@ -1,8 +1,8 @@
 """Recipes of the optimizers that SinkGD is compared with: torch's, and published methods.
 
-Most published methods come from pytorch-optimizer; APOLLO and RACS are written here, because that
-package deviates from the papers. Where a method differs from its paper or from the authors' code
-(version 4.1.0 of pytorch-optimizer), its row says so.
+Most published methods come from pytorch-optimizer. APOLLO and RACS are written here, because that
+package deviates from the papers. If a method of pytorch-optimizer 4.1.0, or one written here,
+differs from its paper or from its authors' code, its row says so.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ def _sgd(model: nn.Module, o: Options) -> Optimizer:
         lr=o["lr"],
         momentum=o.get("momentum", 0.0),
         weight_decay=o["weight_decay"],
-        foreach=True,  # torch 2.13's fused SGD leaves bfloat16 weights on a CPU as they are
+        foreach=True,  # fused SGD of torch 2.13 does not update bfloat16 weights on a CPU
     )
 
 
@@ -83,7 +83,7 @@ FROM_TORCH = (
     Recipe(
         "adam",
         "Adam with one learning rate for all parameters: the benchmark's baseline",
-        "Zhao et al. 2024 (GaLore): 1e-3 was best of its grid up to 350M; torch's betas",
+        "Zhao et al. 2024 (GaLore): 1e-3 was the best rate of their grid up to 350M; torch's betas",
         {"lr": 1e-3, **_ADAM, "clip_norm": 0.0},
         _adam,
         can_shard=True,
@@ -115,16 +115,17 @@ FROM_TORCH = (
     Recipe(
         "sgd-momentum",
         "SGD with momentum and clipping",
-        "momentum 0.9, as is common; sgd's rate times 1 - 0.9, for equal total steps; not tuned",
+        "momentum 0.9, as is common; the rate is sgd's times 1 - 0.9, for equal total steps; not "
+        "tuned",
         {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "clip_norm": 1.0},
         _sgd,
         can_shard=True,
     ),
     Recipe(
         "muon",
-        "block matrices by Muon with Nesterov momentum, the rest by AdamW",
-        "Jordan et al. 2024; scaled as Liu et al. 2025 (0.2·√max(m, n), Adam's RMS); rates: the "
-        "best of a few unrecorded trials",
+        "hidden matrices by Muon with Nesterov momentum, the rest by AdamW",
+        "Jordan et al. 2024; scaled by 0.2·√max(m, n), to match the RMS of Adam's updates, as in "
+        "Liu et al. 2025; rates: the best of a few unrecorded trials",
         {
             "lr": 0.02,
             "matrix_lr": 0.01,
@@ -140,7 +141,7 @@ FROM_TORCH = (
 
 
 _FOREACH = False  # pytorch-optimizer's foreach holds the updates of the whole model at once
-_EPS = 1e-6  # Adam's, in the code of GaLore, Fira and APOLLO
+_EPS = 1e-6  # Adam's ε, as in the code of GaLore, Fira and APOLLO
 
 
 def with_rank(groups: Groups, rank: int) -> Groups:
@@ -148,7 +149,8 @@ def with_rank(groups: Groups, rank: int) -> Groups:
 
     Args:
         groups: Groups of (name, matrix) pairs.
-        rank: Rank for all; 0 takes a quarter of a matrix's shorter side, as in the benchmark.
+        rank: Rank for all matrices. 0 stands for a quarter of a matrix's shorter side, as in
+            GaLore's benchmark.
     """
     divided: dict[tuple[int, int], dict[str, Any]] = {}
     for i, group in enumerate(groups):
@@ -193,7 +195,7 @@ def _apollo_with(model: nn.Module, o: Options, rank: int, *, per_channel: bool) 
     apollo = Apollo(
         with_rank(matrices, rank),
         o["lr"],
-        rank=1,  # each group has its own
+        rank=1,  # not used: each group sets its own rank
         per_channel=per_channel,
         scale=o["projection_scale"],
         projection_every_steps=int(o["projection_every_steps"]),
@@ -245,10 +247,10 @@ def _lion(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _soap(model: nn.Module, o: Options) -> Optimizer:
-    """Give matrices a basis for each side, and tables (embedding, head) one for the shorter."""
+    """Give matrices a basis for each side, and embedding and head one for their shorter side."""
     matrices, rest = split_by_role(model, o)
     vectors: Groups = []
-    tables: dict[tuple[int, int], dict[str, Any]] = {}
+    embeddings: dict[tuple[int, int], dict[str, Any]] = {}
     for i, group in enumerate(rest):
         found: list[tuple[str, Tensor]] = [(n, p) for n, p in group["params"] if p.ndim < 2]
         if found:
@@ -257,16 +259,17 @@ def _soap(model: nn.Module, o: Options) -> Optimizer:
             if param.ndim >= 2:
                 side = min(param.shape)
                 options = {**group, "params": [], "max_precondition_dim": side}
-                tables.setdefault((i, side), options)["params"].append((name, param))
+                embeddings.setdefault((i, side), options)["params"].append((name, param))
     return from_pytorch_optimizer("SOAP")(
-        [*matrices, *tables.values(), *vectors],
+        [*matrices, *embeddings.values(), *vectors],
         betas=betas(o),
         precondition_frequency=int(o["projection_every_steps"]),
     )
 
 
-# scripts/benchmark_c4 of GaLore, pre_training_c4/scripts of Fira, scripts/pretrain_c4 of APOLLO:
-# learning rate 0.01 for all, no decay, no clipping, a new projection every 200 steps.
+# Settings in scripts/benchmark_c4 of GaLore, pre_training_c4/scripts of Fira and
+# scripts/pretrain_c4 of APOLLO: learning rate 0.01 for all parameters, no decay, no clipping, and a
+# new projection every 200 steps.
 _BENCHMARK: dict[str, float] = {
     "lr": 0.01,
     "matrix_lr": 0.01,
@@ -279,8 +282,9 @@ _BENCHMARK: dict[str, float] = {
 FROM_PAPERS = (
     Recipe(
         "galore",
-        "block matrices by Adam on projections to their first singular vectors, the rest by AdamW",
-        "Zhao et al. 2024, scripts/benchmark_c4: 0.25, rank a quarter of the hidden size. "
+        "hidden matrices by Adam on gradients projected to their first singular vectors, the rest "
+        "by AdamW",
+        "Zhao et al. 2024, scripts/benchmark_c4: scale 0.25, rank a quarter of the hidden size. "
         "pytorch-optimizer renews projections one step earlier than the authors' code",
         {**_BENCHMARK, "rank": 0, "projection_scale": 0.25},
         _galore,
@@ -290,8 +294,8 @@ FROM_PAPERS = (
         "fira",
         "GaLore plus the part of the gradient that GaLore leaves out, scaled by column, with a "
         "limit on the growth of that part",
-        "Chen et al. 2024, pre_training_c4/scripts: 0.25, rank a quarter of the hidden size. As in "
-        "the authors' code the scale also applies to what is subtracted from the gradient. "
+        "Chen et al. 2024, pre_training_c4/scripts: scale 0.25, rank a quarter of the hidden size. "
+        "As in the authors' code the scale also applies to what is subtracted from the gradient. "
         "pytorch-optimizer renews projections one step earlier",
         {**_BENCHMARK, "rank": 0, "projection_scale": 0.25},
         _fira,
@@ -299,29 +303,29 @@ FROM_PAPERS = (
     ),
     Recipe(
         "apollo",
-        "block matrices by their gradient, each channel scaled by the factor by which Adam scales "
-        "that channel of a random projection; the rest by AdamW",
-        "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. We use "
-        "our own implementation, because pytorch-optimizer projects the scaled gradient and its "
-        "steps therefore have low rank",
+        "hidden matrices by their gradients, with each channel scaled as Adam scales this channel "
+        "of a random projection; the rest by AdamW",
+        "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. Written "
+        "here, because pytorch-optimizer projects the scaled gradient, so that its steps have low "
+        "rank",
         {**_BENCHMARK, "rank": 0, "projection_scale": 1.0},
         _apollo,
     ),
     Recipe(
         "apollo-mini",
         "APOLLO of rank 1 with one scale for each matrix",
-        "Zhu et al. 2024, scripts/pretrain_c4: rank 1, scale 128 under a square root. Our "
-        "own implementation, as for apollo",
+        "Zhu et al. 2024, scripts/pretrain_c4: rank 1, scale 128 under a square root. Written "
+        "here, like apollo",
         {**_BENCHMARK, "projection_scale": 128.0},
         _apollo_mini,
     ),
     Recipe(
         "racs",
-        "block matrices divided by running scales of rows and columns, the rest by AdamW",
-        "Gong et al. 2025: beta 0.9, growth 1.01; lr 0.02, and 0.05 times that for matrices, as in "
-        "the SinkGD of the same authors. We use our own implementation, because pytorch-optimizer "
-        "takes means of rows and columns instead of the fixed point, and its steps therefore grow "
-        "as gradients shrink",
+        "hidden matrices by gradients divided by running scales of rows and columns, the rest by "
+        "AdamW",
+        "Gong et al. 2025: beta 0.9, growth 1.01; rates as for SinkGD by the same group: 0.02, and "
+        "0.05 times that for matrices. Written here, because pytorch-optimizer takes means of rows "
+        "and columns instead of the fixed point, so that its steps grow as gradients shrink",
         {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _racs,
     ),
@@ -329,19 +333,20 @@ FROM_PAPERS = (
         "stable-spam",
         "all parameters by Adam on clipped and normalized gradients, with the moments reset "
         "periodically",
-        "Huang et al. 2025, the call in their README: gamma1 0.7, gamma2 0.9, theta 0.999, resets "
-        "every 1000 steps; but the decay rates of the moments do not change during the run. "
-        "pytorch-optimizer resets before a step, the authors' code steps once more with the old "
-        "moments",
+        "Huang et al. 2025, settings from the call in their README: gamma1 0.7, gamma2 0.9, theta "
+        "0.999, resets every 1000 steps; but without the decay of beta1 and gamma1 over the "
+        "run. pytorch-optimizer resets before a step; the authors' code steps once more with the "
+        "old moments",
         {"lr": 1e-3, "weight_decay": 0.0, **_ADAM, "reset_every_steps": 1000, "clip_norm": 0.0},
         _stable_spam,
         package=PYTORCH_OPTIMIZER,
     ),
     Recipe(
         "adafactor",
-        "all parameters by Adam's second moment from row and column means, without momentum",
+        "all parameters by gradients divided by the root of Adam's second moment, which is "
+        "estimated from row and column means; without momentum",
         "Shazeer & Stern 2018, as in Zhao et al. 2024 (GaLore): no relative step, no scaling by "
-        "the weights, clipping at RMS 1; adam's rate. pytorch-optimizer caps the decay of the "
+        "the weights, clipping at RMS 1; the rate of adam. pytorch-optimizer caps the decay of the "
         "second moment, here at 0.999",
         {"lr": 1e-3, "weight_decay": 0.0, "beta2": 0.999, "clip_norm": 0.0},
         _adafactor,
@@ -350,7 +355,8 @@ FROM_PAPERS = (
     Recipe(
         "lion",
         "all parameters by the sign of a momentum",
-        "Chen et al. 2023: their betas; a tenth of adamw-one-lr's rate, as they advise; not tuned",
+        "Chen et al. 2023: betas of the paper; a tenth of the rate of adamw-one-lr, as the paper "
+        "advises; not tuned",
         {"lr": 3e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "clip_norm": 0.0},
         _lion,
         package=PYTORCH_OPTIMIZER,

@@ -1,9 +1,9 @@
 """Several optimizers that step as one, and wrappers for optimizers of pytorch-optimizer.
 
 Schedulers, checkpoints and meters see a single optimizer. Some optimizers of pytorch-optimizer keep
-what a resumed run needs outside the state: projections inside objects, a step count beside the
-groups. The wrappers here move it to the state and to the groups between steps, so that checkpoints
-hold all of it as tensors and numbers.
+data that a resumed run needs outside the state: projections inside objects, or a step count beside
+the groups. The wrappers here move such data to the state and to the groups between steps, so that
+checkpoints hold all of it as tensors and numbers.
 """
 
 import importlib
@@ -22,13 +22,14 @@ from sinkgd.lab.train.recipes.recipe import PYTORCH_OPTIMIZER
 class ChainedOptimizer(Optimizer):
     """Steps with several optimizers, one after the other.
 
-    Its groups are the same dicts as theirs, in order, and all share one ``state``.
+    Its groups are the groups of these optimizers, the same dicts in order. It shares one ``state``
+    with all of them.
 
     Args:
         parts: Optimizers with disjoint parameters.
 
     Raises:
-        ValueError: If a parameter is in two of them.
+        ValueError: If a parameter is in two of these optimizers.
 
     Examples:
         >>> import torch
@@ -50,10 +51,10 @@ class ChainedOptimizer(Optimizer):
         """Step with every part.
 
         Args:
-            closure: Computes the loss again and returns it; called once, first.
+            closure: Computes the loss again and returns it; called once, before the steps.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``.
         """
         loss = None
         if closure is not None:
@@ -64,7 +65,7 @@ class ChainedOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, and share it with the parts."""
+        """Load a result of ``state_dict``, and share it with the parts."""
         super().load_state_dict(state_dict)
         self._share()
 
@@ -72,7 +73,7 @@ class ChainedOptimizer(Optimizer):
         """Refuse a group after construction, because no part would step with it.
 
         Raises:
-            TypeError: After construction.
+            TypeError: If this is called after construction.
         """
         if self.parts:
             raise TypeError(
@@ -96,7 +97,7 @@ def from_pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
     """Return a class of pytorch-optimizer.
 
     Raises:
-        ConfigError: If it is not installed.
+        ConfigError: If pytorch-optimizer is not installed.
     """
     try:
         module = importlib.import_module(PYTORCH_OPTIMIZER)
@@ -110,7 +111,7 @@ def from_pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
 
 
 class WithProjections(ChainedOptimizer):
-    """A GaLore or a Fira whose projections are tensors in the state, and are counted there.
+    """A GaLore or a Fira whose projections are tensors in the state, and so count as state.
 
     Args:
         part: The optimizer; gradients of groups with a ``rank`` are projected.

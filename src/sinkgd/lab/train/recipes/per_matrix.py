@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 
 from sinkgd.lab.train.recipes.recipe import check_matrices
 
-LARGEST_GROWTH = 1.01  # a step
+LARGEST_GROWTH = 1.01  # largest factor by which an update's norm may grow per step
 
 
 def growth_excess(norm: Tensor, before: Tensor) -> Tensor:
-    """Return the factor, at least 1, to divide an update by so that its norm grows slowly enough.
+    """Return the factor, at least 1, by which to divide an update to limit its norm's growth.
 
     Args:
         norm: Norm of the update.
@@ -45,7 +45,7 @@ class PerMatrixOptimizer(Optimizer):
     Args:
         params: Matrices: tensors, (name, tensor) pairs, or groups of them.
         defaults: Options of the groups that do not set their own.
-        method: Beginning of an error message, e.g. "APOLLO projects matrices".
+        method: Beginning of error messages, e.g. "APOLLO projects matrices".
 
     Raises:
         ValueError: If a parameter is not a matrix; the message names it.
@@ -75,7 +75,7 @@ class PerMatrixOptimizer(Optimizer):
         """Update one matrix; ``number`` counts all parameters from 1."""
 
 
-_PRIME = 1_000_003  # keeps the seeds of matrices apart for this many projections
+_PRIME = 1_000_003  # seeds of different matrices differ for this many draws of P
 
 
 class Apollo(PerMatrixOptimizer):
@@ -87,8 +87,8 @@ class Apollo(PerMatrixOptimizer):
         W \leftarrow W - \eta \sqrt{\alpha}\, G\, \text{diag}(s)
 
     P is an r×m matrix of independent N(0, 1/r), drawn anew every ``projection_every_steps``. The
-    norm of the update grows by a factor of 1.01 a step at most (Fira's limiter). State: both
-    moments of R, and a norm; P is drawn again from its seed at every step.
+    norm of the update grows by at most a factor of 1.01 per step (Fira's limiter). The state is
+    both moments of R, and a norm; P is drawn again from its seed at every step.
 
     Args:
         params: Matrices: tensors, (name, tensor) pairs, or groups of them.
@@ -96,12 +96,12 @@ class Apollo(PerMatrixOptimizer):
         rank: r, at least 1.
         per_channel: Whether each channel has a scale (APOLLO); otherwise each matrix has one
             (APOLLO-Mini).
-        scale: α, positive; it enters as its square root.
+        scale: α, positive; its square root is a factor of the update.
         projection_every_steps: Steps between two draws of P, at least 1.
         betas: Adam's decay rates.
-        eps: Adam's floor.
+        eps: Adam's ε, which is added to the denominator.
         weight_decay: Decoupled weight decay, multiplied by ``lr``.
-        seed: Of the projections.
+        seed: Seed of the projections.
 
     Raises:
         ValueError: If a parameter is not a matrix; the message names it.
@@ -119,7 +119,7 @@ class Apollo(PerMatrixOptimizer):
         https://arxiv.org/abs/2412.05270
     """
 
-    FLOOR = 1e-8  # of norms in a denominator, as in the authors' code
+    FLOOR = 1e-8  # added to norms in a denominator, as in the authors' code
 
     def __init__(  # noqa: PLR0913  keyword-only, as in torch.optim
         self,
@@ -204,20 +204,21 @@ class Racs(PerMatrixOptimizer):
         s \leftarrow \frac{(G \circ G)^\top q}{\lVert q \rVert^2}, \quad
         q \leftarrow \frac{(G \circ G)\, s}{\lVert s \rVert^2}
 
-    from q = 1, five times: the best rank-one q sᵀ for G∘G. Running means of s and q give
+    These two steps are repeated five times, beginning with q = 1. They find the best rank-one
+    approximation q sᵀ of G∘G. Running means of s and q give
 
     .. math::
         W \leftarrow W - \eta\, \gamma_t\,
         \text{diag}(\bar q)^{-1/2}\, G\, \text{diag}(\bar s)^{-1/2}
 
-    where γₜ ≤ 1 lets the norm of the update grow by a factor of 1.01 a step at most. The means
-    start at zero and are not corrected for it. State: m + n + 1 numbers.
+    where γₜ ≤ 1 lets the norm of the update grow by at most a factor of 1.01 per step. The means
+    start at zero, without a bias correction. The state is m + n + 1 numbers.
 
     Args:
         params: Matrices: tensors, (name, tensor) pairs, or groups of them.
         lr: Learning rate η, the paper's α·η, at least 0.
         beta: Decay of the running means.
-        iterations: Of the fixed point, at least 1.
+        iterations: Number of fixed-point iterations, at least 1.
         eps: Floor of the scales, relative to the largest.
         weight_decay: Decoupled weight decay, multiplied by ``lr``.
 
@@ -279,9 +280,9 @@ class Racs(PerMatrixOptimizer):
 
 
 def rank_one(squares: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Return q and s, ``(m,)`` and ``(n,)``, of the best rank-one q sᵀ for ``squares``, ``(m, n)``.
+    """Return the best rank-one approximation q sᵀ of ``squares``, ``(m, n)``.
 
-    A matrix of zeros has zeros.
+    q is ``(m,)`` and s is ``(n,)``. For a matrix of zeros both are zero.
     """
     tiny = torch.finfo(squares.dtype).tiny
     largest = squares.max().clamp_min(tiny)

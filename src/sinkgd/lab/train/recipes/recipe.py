@@ -1,4 +1,4 @@
-"""What a recipe is: an optimizer as it is commonly run. Also how it splits a model with AdamW."""
+"""What a recipe is, an optimizer with its common settings, and how it splits a model with AdamW."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.optim.param_groups import Overrides
 
-Options = Mapping[str, Any]  # resolved, by name: those in the recipe's defaults
+Options = Mapping[str, Any]  # resolved options by name, those in the recipe's defaults
 Groups = list[dict[str, Any]]
 
 PYTORCH_OPTIMIZER = "pytorch_optimizer"
@@ -18,22 +18,22 @@ PYTORCH_OPTIMIZER = "pytorch_optimizer"
 
 @dataclass(frozen=True)
 class Recipe:
-    """An optimizer as it is commonly run."""
+    """An optimizer with its common settings."""
 
     name: str
     summary: str  # one line
-    source: str  # of the defaults
-    defaults: Options  # the fields of `OptimizerConfig` that it takes, with their values
+    source: str  # the source of the defaults
+    defaults: Options  # the fields of `OptimizerConfig` that the recipe takes, with their values
     build: Callable[[nn.Module, Options], Optimizer]
     can_shard: bool = False  # whether weights may be sharded over ranks
     can_release: bool = False  # whether it can apply one gradient at a time, inside backward
-    package: str | None = None  # that it needs besides torch, from the extra `experiments`
+    package: str | None = None  # a package that it needs besides torch, from extra `experiments`
 
 
 def family_groups(
     model: nn.Module, o: Options, algorithm: str, overrides: Overrides | None = None
 ) -> Groups:
-    """Route by role: block matrices to an algorithm of the library, the rest to AdamW."""
+    """Route by role: hidden matrices to an algorithm of the library, the rest to AdamW."""
     return sinkgd.param_groups(
         model,
         lr=o["lr"],
@@ -48,9 +48,10 @@ def family_groups(
 
 
 def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
-    """Return groups for torch's optimizers: of block matrices, and of all other parameters.
+    """Return groups for torch's optimizers: of hidden matrices, and of all other parameters.
 
-    The others are embeddings, output head, norms and biases.
+    Hidden matrices are those inside the blocks. The other parameters are embeddings, output head,
+    norms and biases.
     """
     matrices: Groups = []
     rest: Groups = []
@@ -74,7 +75,8 @@ def check_matrices(groups: Groups, method: str) -> None:
     """Refuse parameters that are not matrices.
 
     Raises:
-        ValueError: With the name of the first one; the message begins with ``method``.
+        ValueError: If a parameter is not a matrix. The message begins with ``method`` and names
+            the first such parameter.
     """
     for group in groups:
         for i, param in enumerate(group["params"]):

@@ -55,7 +55,7 @@ def find_recipe(name: str) -> Recipe:
     """Return the recipe called ``name``.
 
     Raises:
-        ConfigError: If there is none; the message gives the nearest name.
+        ConfigError: If there is no such recipe; the message gives the nearest name.
     """
     if name in GONE:
         raise ConfigError(f"optimizer.recipe is {name!r}; it is called {GONE[name]!r} now")
@@ -67,8 +67,8 @@ def find_recipe(name: str) -> Recipe:
 def build_optimizer(model: nn.Module, options: OptimizerConfig) -> Optimizer:
     """Build the optimizer of ``model`` from resolved options.
 
-    Each group also stores its peak learning rate as ``initial_lr``, where torch's schedulers look
-    for it when a run is resumed.
+    Each group also stores its peak learning rate as ``initial_lr``, which torch's schedulers read
+    when a run is resumed.
     """
     recipe = find_recipe(options.recipe)
     taken = {name: getattr(options, name) for name in recipe.defaults}

@@ -154,7 +154,7 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
     build: Callable[[nn.Module, Options], Optimizer] = _OneNorm(norm)
     return Recipe(
         name,
-        f"block matrices by {summary}, the rest by AdamW",
+        f"hidden matrices by {summary}, the rest by AdamW",
         "one projection, so that updates have RMS 1, as SinkGD's do; sinkgd-paper's rates",
         {**_PAPERS_RATES, **_STATELESS},
         build,
@@ -166,7 +166,7 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
 FAMILY = (
     Recipe(
         "sinkgd",
-        "block matrices by SR-Sinkhorn with deflation, the rest by AdamW: the default",
+        "hidden matrices by SR-Sinkhorn with deflation, the rest by AdamW: the default",
         "SinkGD(param_groups(model)), its defaults; rates: benchmarks/deflation",
         {
             "lr": LR,
@@ -185,7 +185,7 @@ FAMILY = (
     ),
     Recipe(
         "sinkgd-paper",
-        "block matrices by SR-Sinkhorn without deflation, as in the paper, the rest by AdamW",
+        "hidden matrices by SR-Sinkhorn without deflation, as in the paper, the rest by AdamW",
         "5 iterations: Scetbon et al. 2025, algorithm 4; rates: benchmarks/learning_rates",
         {**_PAPERS_RATES, "sinkhorn_iterations": 5, **_BEYOND_THE_PAPER, **_STATELESS},
         _sinkgd,
@@ -223,7 +223,7 @@ FAMILY = (
     ),
     Recipe(
         "swan",
-        "block matrices by row norm and whitening, the rest by AdamW",
+        "hidden matrices by row norm and whitening, the rest by AdamW",
         "one row norm, one whitening: Ma et al. 2024; rates: three runs, benchmarks/learning_rates",
         {
             "lr": 0.08,
