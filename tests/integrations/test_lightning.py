@@ -49,11 +49,10 @@ def trainer(folder, **options):
     return lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        **options,
+        **{"logger": False, **options},
     )
 
 
@@ -86,6 +85,61 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, options):
     )
     for one, two in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_the_monitor_of_rates_calls_each_group_by_its_name(tmp_path):
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor("step", log_weight_decay=True)
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    module = Module()
+    trainer(
+        tmp_path,
+        max_steps=3,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[monitor],
+        enable_checkpointing=False,
+    ).fit(module, loader())
+    logger.save()
+    groups = {group["name"]: group for group in sinkgd.param_groups(module, adamw_lr=1e-2)}
+    assert len(groups) == 3
+    assert monitor.lrs == {
+        f"lr-SinkGD/{name}": [pytest.approx(0.99**step * group["lr"]) for step in range(3)]
+        for name, group in groups.items()
+    }
+    written = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+    assert {f"lr-SinkGD/{name}" for name in groups} <= {*written.split(",")}
+
+
+def test_the_monitor_knows_groups_that_a_callback_unfreezes(tmp_path):
+    """Lightning refuses two groups of one name."""
+
+    class Unfreeze(lightning.pytorch.callbacks.BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.network[1])
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.make_trainable(module.network[1])
+                for group in sinkgd.param_groups(module.network[1], adamw_lr=1e-2):
+                    optimizer.add_param_group(group)
+
+    class Plain(Module):
+        def configure_optimizers(self):
+            return sinkgd.SinkGD(sinkgd.param_groups(self, adamw_lr=1e-2))
+
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor("step")
+    module = Plain()
+    trainer(
+        tmp_path,
+        max_epochs=2,
+        logger=lightning.pytorch.loggers.CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        callbacks=[Unfreeze(), monitor],
+        enable_checkpointing=False,
+    ).fit(module, loader())
+    names = ["matrices-split-3", "matrices", "vectors"]
+    assert {f"lr-SinkGD/{name}" for name in names} <= {*monitor.lrs}
+    assert module.losses[-1] < module.losses[0]
 
 
 def test_fabric_sets_up_and_steps():

@@ -207,6 +207,40 @@ def test_training_arguments_are_those_of_adamw(tmp_path, is_keyword):
     assert build(eps=1e-6).param_groups[-1]["eps"] == 1e-6
 
 
+def test_the_log_of_the_trainer_tells_the_rates_of_groups_apart(tmp_path):
+    class NamedRates(transformers.Trainer):  # as in docs/trainers.md
+        def log(self, logs, *args, **kwargs):
+            if "learning_rate" in logs:
+                groups = self.optimizer.param_groups
+                logs |= {f"learning_rate/{group['name']}": group["lr"] for group in groups}
+            super().log(logs, *args, **kwargs)
+
+    trainer = NamedRates(
+        llama(),
+        arguments(
+            tmp_path,
+            max_steps=2,
+            logging_steps=1,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Rows(),
+        optimizer_cls_and_kwargs=(SinkGDFactory, {"adamw_lr": 1e-2, "weight_decay": 0.1}),
+    )
+    trainer.train()
+    prefix = "learning_rate/"
+    logged = [
+        {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+    expected = {"matrices": pytest.approx(3e-3), "embeddings-head": 1e-2, "vectors": 1e-2}
+    assert logged == [expected, expected]
+    names = [group["name"] for group in trainer.optimizer.state_dict()["param_groups"]]
+    assert names == [*expected]
+
+
 def test_without_training_arguments_the_rates_are_those_of_param_groups():
     expected = sinkgd.SinkGD(sinkgd.param_groups(llama()))
     assert rates(SinkGDFactory()(llama())) == rates(expected)

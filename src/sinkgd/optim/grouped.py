@@ -27,6 +27,7 @@ from sinkgd.optim.arguments import (
     resolve,
     settle,
 )
+from sinkgd.optim.group_names import unique_name
 from sinkgd.optim.method import Context, Group, Slot, are_zero
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import NonFiniteGuard
@@ -125,9 +126,10 @@ class GroupedOptimizer(Optimizer):
 
         Args:
             param_group: ``params`` and, where they differ from the optimizer's, ``algorithm`` and
-                its options. With ``fused=True``, torch.amp.GradScaler passes its scale to `step`,
-                as it does with torch's fused AdamW, instead of dividing gradients itself and
-                waiting for the device.
+                its options. A ``name`` that another group has gets a number, as Lightning's
+                LearningRateMonitor refuses two groups of one name. With ``fused=True``,
+                torch.amp.GradScaler passes its scale to `step`, as it does with torch's fused
+                AdamW, instead of dividing gradients itself and waiting for the device.
 
         Raises:
             ValueError: If the algorithm is unknown, or an option or a parameter does not fit it.
@@ -143,6 +145,9 @@ class GroupedOptimizer(Optimizer):
             param_group.setdefault(option, self._default(option, default))
         foreign = self.defaults.keys() - param_group.keys() - COMMON.keys() - {"lr", "weight_decay"}
         self._own_lr(param_group)
+        if "name" in param_group:
+            taken = [group.get("name") for group in self.param_groups]
+            param_group["name"] = unique_name(param_group["name"], taken)
         name_alike(self.param_groups, param_group)
         asks_for_fused = param_group.get("fused") is True
         super().add_param_group(param_group)

@@ -28,6 +28,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # Reasons that other modules look for.
 EMBEDDING, HEAD = "embedding", "output head"
+ADAPTER, ROUTER = "low-rank adapter", "router of experts"
 
 # Where wrappers keep the module that they wrap: torch.compile, activation checkpointing, FSDP1,
 # DataParallel and DistributedDataParallel, PEFT's layers, PEFT's ``modules_to_save``.
@@ -162,11 +163,11 @@ class _Modules:
         if param.ndim < 2:
             return Role(is_matrix=False, reason="vector" if param.ndim else "scalar")
         if any(module is router for router in self.routers):
-            return Role(is_matrix=False, reason="router of experts")
+            return Role(is_matrix=False, reason=ROUTER)
         if is_gain:
             return Role(is_matrix=False, reason="gain of a weight norm")
         if self._is_adapter(path):
-            return Role(is_matrix=False, reason="low-rank adapter")
+            return Role(is_matrix=False, reason=ADAPTER)
         role = _hidden_matrix(module, attribute, param)
         if role.is_matrix and self.blocks and not self._in_block(path):
             return Role(is_matrix=False, reason="outside the blocks")
