@@ -142,6 +142,17 @@ def test_the_monitor_knows_groups_that_a_callback_unfreezes(tmp_path):
     assert module.losses[-1] < module.losses[0]
 
 
+def test_a_model_that_fabric_has_set_up_is_routed_as_before():
+    model = network()
+    expected = [
+        ({param for _, param in group.pop("params")}, group) for group in sinkgd.param_groups(model)
+    ]
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    for made in (fabric.setup_module(model), fabric.setup(torch.compile(model))):
+        found = sinkgd.param_groups(made)
+        assert [({param for _, param in group.pop("params")}, group) for group in found] == expected
+
+
 def test_fabric_sets_up_and_steps():
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     model = network()

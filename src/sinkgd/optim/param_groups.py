@@ -431,9 +431,11 @@ def _why(
     if param not in names:
         return "not a parameter of this model"
     reason = reasons.get(param, "frozen")
-    others = dict.fromkeys(_starred(other) for other in names[param][1:] if other != name)
-    others.pop(_starred(name), None)
-    return f"{reason}; tied to {list_names([*others])}" if others else reason
+    others: dict[str, str] = {}
+    for other in names[param]:
+        others.setdefault(_starred(without_wrappers(other)), _starred(other))
+    others.pop(_starred(without_wrappers(name)), None)
+    return f"{reason}; tied to {list_names([*others.values()])}" if others else reason
 
 
 def _left_out(names: Mapping[Tensor, Sequence[str]], in_groups: set[Tensor]) -> list[str]:
