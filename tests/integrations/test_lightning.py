@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from same_state import differences
 
 lightning = pytest.importorskip("lightning", reason="pip install sinkgd[trainers]")
 
@@ -85,6 +86,40 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, options):
     )
     for one, two in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("weights_only", [True, False, None])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_checkpoint_within_an_epoch_goes_on_bit_for_bit(tmp_path, precision, weights_only):
+    """As ModelCheckpoint writes it, with accumulation and clipping; the optimizer's state, too."""
+
+    class ByIndex(Module):  # Lightning goes on with the next index, and its loader begins again
+        def training_step(self, _, i):
+            rows = torch.randint(32, (8, 8), generator=torch.Generator().manual_seed(i))
+            return super().training_step(rows, i)
+
+    def run(**options):
+        module = ByIndex(**({"rounding": "stochastic"} if precision == "bf16-true" else {}))
+        every = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1
+        )
+        made = trainer(
+            tmp_path,
+            max_steps=6,
+            precision=precision,
+            accumulate_grad_batches=2,
+            gradient_clip_val=1.0,
+            callbacks=[every],
+        )
+        made.fit(module, loader(), **options)
+        (schedule,) = (config.scheduler for config in made.lr_scheduler_configs)
+        states = [own.state_dict() for own in (module, made.optimizers[0], schedule)]
+        return states, len(module.losses)
+
+    expected, number = run()
+    found, rest = run(ckpt_path=tmp_path / "step=3.ckpt", weights_only=weights_only)
+    assert (number, rest) == (12, 6)
+    assert differences(found, expected) == []
 
 
 def test_the_monitor_of_rates_calls_each_group_by_its_name(tmp_path):

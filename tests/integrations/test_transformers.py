@@ -1,11 +1,13 @@
 """The real Trainer trains real LLaMA and GPT-2 models with the factory."""
 
 import inspect
+import shutil
 
 import pytest
 import torch
 
 import sinkgd
+from same_state import differences
 from sinkgd.integrations.transformers import SinkGDFactory
 
 transformers = pytest.importorskip("transformers", reason="pip install sinkgd[transformers]")
@@ -120,6 +122,63 @@ def test_trainer_trains_saves_and_resumes(build, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     for own, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(own, other)
+
+
+RESUMED = {
+    "mixed": (torch.float32, {"bf16": True}, {}),
+    "bfloat16": (torch.bfloat16, {}, {"rounding": "stochastic", "seed": 3}),
+    "momentum": (torch.float32, {}, {"momentum": 0.9, "deflated_rank": 0}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainer and of what it imports
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case, tmp_path):
+    """With a schedule, accumulation and clipping, and the best model at the end."""
+    dtype, precision, options = RESUMED[case]
+
+    def run(folder, **resumed):
+        args = arguments(
+            folder,
+            max_steps=6,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            warmup_steps=2,
+            lr_scheduler_type="cosine",
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            load_best_model_at_end=True,
+            disable_tqdm=True,
+            **precision,
+        )
+        trainer = transformers.Trainer(
+            llama().to(dtype),
+            args,
+            train_dataset=Rows(),
+            eval_dataset=torch.utils.data.Subset(Rows(), range(8)),
+            optimizer_cls_and_kwargs=(SinkGDFactory, {"training_args": args, **options}),
+        )
+        trainer.train(**resumed)
+        assert {param.dtype for param in trainer.model.parameters()} == {dtype}
+        own = (trainer.model, trainer.optimizer, trainer.lr_scheduler)
+        losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+        return [state.state_dict() for state in own], losses
+
+    expected, losses = run(tmp_path / "whole")
+    assert losses[-1] < losses[0]
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "again/checkpoint-3")
+    found, after = run(tmp_path / "again", resume_from_checkpoint=True)
+    assert differences(found, expected) == []
+    assert after == losses
+    saved, again = (
+        torch.load(tmp_path / folder / "checkpoint-6/optimizer.pt", weights_only=True)
+        for folder in ("whole", "again")
+    )
+    assert differences(again, saved) == []
+    assert differences(saved, expected[1]) == []
 
 
 def test_an_optimizer_can_be_handed_over_too(tmp_path):
