@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sinkgd.integrations.transformers import SinkGDFactory
-from small_gpt2 import Material, Result, parse, prepare, report
+from small_gpt2 import Material, Result, StopAfter, parse, prepare, report
 
 
 class NamedRates(Trainer):
@@ -30,17 +30,6 @@ class NamedRates(Trainer):
             groups = self.optimizer.param_groups
             logs |= {f"learning_rate/{group['name']}": group["lr"] for group in groups}
         super().log(logs, *args, **kwargs)
-
-
-class StopAfter(TrainerCallback):
-    """Ends the run after some steps, as an interruption would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Ask the trainer to save and to stop."""
-        control.should_save = control.should_training_stop = state.global_step == self.step
 
 
 def build(material: Material, args: argparse.Namespace, *callbacks: TrainerCallback) -> Trainer:

@@ -18,7 +18,7 @@ import lightning
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 import sinkgd
 from small_gpt2 import Material, Result, parse, prepare, report, schedule, show
@@ -45,11 +45,11 @@ class FineTuning(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
 
-def build(args: argparse.Namespace, steps: int) -> lightning.Trainer:
-    """Return a trainer that stops after some steps in all."""
+def build(args: argparse.Namespace, epochs: int) -> lightning.Trainer:
+    """Return a trainer that stops after some epochs, of half of the steps each."""
     folder = Path(args.out) / "lightning"
     return lightning.Trainer(
-        max_steps=steps,
+        max_epochs=epochs,
         gradient_clip_val=1.0,
         logger=CSVLogger(folder),
         log_every_n_steps=max(1, args.steps // 10),
@@ -65,17 +65,21 @@ def main(argv: Sequence[str] | None = None) -> Result:
     """Run the example."""
     args = parse(__doc__, argv)
     material = prepare(args)
-    rows = DataLoader(material.second.train, batch_size=args.batch, shuffle=True)
+    # Checkpoints at the end of an epoch need no loader that can be resumed.
+    half = max(1, args.steps // 2)
+    rows = material.second.train
+    sampler = RandomSampler(rows, num_samples=half * args.batch)
+    loader = DataLoader(rows, batch_size=args.batch, sampler=sampler)
     print("SinkGD fine-tunes on the second part")
-    first = build(args, max(1, args.steps // 2))
-    first.fit(FineTuning(material, args), rows)
+    first = build(args, epochs=1)
+    first.fit(FineTuning(material, args), loader)
 
     path = Path(args.out) / "lightning" / "half.ckpt"
     first.save_checkpoint(path)
     print(f"saved {path}, and resumed from it")
     module = FineTuning(material, args)
-    second = build(args, args.steps)
-    second.fit(module, rows, ckpt_path=path)
+    second = build(args, epochs=2)
+    second.fit(module, loader, ckpt_path=path)
 
     (optimizer,) = second.optimizers
     for group in optimizer.param_groups:

@@ -16,7 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 PRETRAINING_RATE = 3e-3
 
@@ -182,6 +187,17 @@ def evaluate(model: torch.nn.Module, rows: Tensor) -> float:
     losses = [float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in batches]
     model.train(was_training)
     return sum(losses) / len(rows)
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run of transformers or TRL after some steps, as an interruption would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Ask the trainer to save and to stop."""
+        control.should_save = control.should_training_stop = state.global_step == self.step
 
 
 class Result(NamedTuple):

@@ -12,7 +12,6 @@ stops half way, and a new trainer goes on from its checkpoint. It takes about a 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -20,18 +19,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from sinkgd.integrations.transformers import attach
-from small_gpt2 import Material, Result, parse, prepare, report
-
-
-class StopAfter(TrainerCallback):
-    """Ends the run after some steps, as an interruption would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Ask the trainer to save and to stop."""
-        control.should_save = control.should_training_stop = state.global_step == self.step
+from small_gpt2 import Material, Result, StopAfter, parse, prepare, report
 
 
 def build(material: Material, args: argparse.Namespace, *callbacks: TrainerCallback) -> SFTTrainer:
