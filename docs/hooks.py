@@ -1,7 +1,7 @@
 """The site shows the pages of recorded studies, which lie outside of ``docs``.
 
 In the repository a study's link leads to its verdict, which reads well there; on the site, to its
-page. Other records are not on the site, so their links become paths.
+page. Other records and the examples are not on the site, so their links become paths.
 
 Formulas become MathML while the site is built, so a browser shows them without a script.
 """
@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 _VERDICT = re.compile(r"\(\.\./benchmarks/studies/([\w-]+)/verdict\.md\)")
-_RECORD = re.compile(r"\[([^\]]+)\]\(\.\./(benchmarks/[^)]+)\)")
+_RECORD = re.compile(r"\[([^\]]+)\]\(\.\./((?:benchmarks|examples)/[^)]+)\)")
 
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>',

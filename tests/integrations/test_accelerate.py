@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from same_state import differences
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -55,6 +56,39 @@ def test_a_saved_state_goes_on(accelerator, recipe, tmp_path):
     accelerator.load_state(tmp_path)
     train(accelerator, model, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_another_process_goes_on_from_a_saved_state(recipe, precision, tmp_path):
+    """With a schedule, accumulation and clipping, into objects that have not taken a step."""
+
+    def run(steps, *, load=False, save=False):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = accelerate.Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=2
+        )
+        model = a_model()
+        optimizer = RECIPES[recipe](model)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        if load:
+            accelerator.load_state(tmp_path)
+        for seed in steps:
+            with accelerator.accumulate(model):
+                x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
+                accelerator.backward(model(x).square().mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if save and seed == 5:
+                accelerator.save_state(tmp_path)
+        return [own.state_dict() for own in (model, optimizer, schedule)]
+
+    expected = run(range(12), save=True)
+    assert differences(run(range(6, 12), load=True), expected) == []
 
 
 @pytest.mark.parametrize("factor", [1.0, math.inf])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from same_state import differences
 
 lightning = pytest.importorskip("lightning", reason="pip install sinkgd[trainers]")
 
@@ -49,11 +50,10 @@ def trainer(folder, **options):
     return lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        **options,
+        **{"logger": False, **options},
     )
 
 
@@ -86,6 +86,106 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, options):
     )
     for one, two in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("weights_only", [True, False, None])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_checkpoint_within_an_epoch_goes_on_bit_for_bit(tmp_path, precision, weights_only):
+    """As ModelCheckpoint writes it, with accumulation and clipping; the optimizer's state, too."""
+
+    class ByIndex(Module):  # Lightning goes on with the next index, and its loader begins again
+        def training_step(self, _, i):
+            rows = torch.randint(32, (8, 8), generator=torch.Generator().manual_seed(i))
+            return super().training_step(rows, i)
+
+    def run(**options):
+        module = ByIndex(**({"rounding": "stochastic"} if precision == "bf16-true" else {}))
+        every = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1
+        )
+        made = trainer(
+            tmp_path,
+            max_steps=6,
+            precision=precision,
+            accumulate_grad_batches=2,
+            gradient_clip_val=1.0,
+            callbacks=[every],
+        )
+        made.fit(module, loader(), **options)
+        (schedule,) = (config.scheduler for config in made.lr_scheduler_configs)
+        states = [own.state_dict() for own in (module, made.optimizers[0], schedule)]
+        return states, len(module.losses)
+
+    expected, number = run()
+    found, rest = run(ckpt_path=tmp_path / "step=3.ckpt", weights_only=weights_only)
+    assert (number, rest) == (12, 6)
+    assert differences(found, expected) == []
+
+
+def test_the_monitor_of_rates_calls_each_group_by_its_name(tmp_path):
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor("step", log_weight_decay=True)
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    module = Module()
+    trainer(
+        tmp_path,
+        max_steps=3,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[monitor],
+        enable_checkpointing=False,
+    ).fit(module, loader())
+    logger.save()
+    groups = {group["name"]: group for group in sinkgd.param_groups(module, adamw_lr=1e-2)}
+    assert len(groups) == 3
+    assert monitor.lrs == {
+        f"lr-SinkGD/{name}": [pytest.approx(0.99**step * group["lr"]) for step in range(3)]
+        for name, group in groups.items()
+    }
+    written = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+    assert {f"lr-SinkGD/{name}" for name in groups} <= {*written.split(",")}
+
+
+def test_the_monitor_knows_groups_that_a_callback_unfreezes(tmp_path):
+    """Lightning refuses two groups of one name."""
+
+    class Unfreeze(lightning.pytorch.callbacks.BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.network[1])
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.make_trainable(module.network[1])
+                for group in sinkgd.param_groups(module.network[1], adamw_lr=1e-2):
+                    optimizer.add_param_group(group)
+
+    class Plain(Module):
+        def configure_optimizers(self):
+            return sinkgd.SinkGD(sinkgd.param_groups(self, adamw_lr=1e-2))
+
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor("step")
+    module = Plain()
+    trainer(
+        tmp_path,
+        max_epochs=2,
+        logger=lightning.pytorch.loggers.CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        callbacks=[Unfreeze(), monitor],
+        enable_checkpointing=False,
+    ).fit(module, loader())
+    names = ["matrices-split-3", "matrices", "vectors"]
+    assert {f"lr-SinkGD/{name}" for name in names} <= {*monitor.lrs}
+    assert module.losses[-1] < module.losses[0]
+
+
+def test_a_model_that_fabric_has_set_up_is_routed_as_before():
+    model = network()
+    expected = [
+        ({param for _, param in group.pop("params")}, group) for group in sinkgd.param_groups(model)
+    ]
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    for made in (fabric.setup_module(model), fabric.setup(torch.compile(model))):
+        found = sinkgd.param_groups(made)
+        assert [({param for _, param in group.pop("params")}, group) for group in found] == expected
 
 
 def test_fabric_sets_up_and_steps():

@@ -1,11 +1,13 @@
 """The real Trainer trains real LLaMA and GPT-2 models with the factory."""
 
 import inspect
+import shutil
 
 import pytest
 import torch
 
 import sinkgd
+from same_state import differences
 from sinkgd.integrations.transformers import SinkGDFactory
 
 transformers = pytest.importorskip("transformers", reason="pip install sinkgd[transformers]")
@@ -122,6 +124,63 @@ def test_trainer_trains_saves_and_resumes(build, tmp_path):
         assert torch.equal(own, other)
 
 
+RESUMED = {
+    "mixed": (torch.float32, {"bf16": True}, {}),
+    "bfloat16": (torch.bfloat16, {}, {"rounding": "stochastic", "seed": 3}),
+    "momentum": (torch.float32, {}, {"momentum": 0.9, "deflated_rank": 0}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainer and of what it imports
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case, tmp_path):
+    """With a schedule, accumulation and clipping, and the best model at the end."""
+    dtype, precision, options = RESUMED[case]
+
+    def run(folder, **resumed):
+        args = arguments(
+            folder,
+            max_steps=6,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            warmup_steps=2,
+            lr_scheduler_type="cosine",
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            load_best_model_at_end=True,
+            disable_tqdm=True,
+            **precision,
+        )
+        trainer = transformers.Trainer(
+            llama().to(dtype),
+            args,
+            train_dataset=Rows(),
+            eval_dataset=torch.utils.data.Subset(Rows(), range(8)),
+            optimizer_cls_and_kwargs=(SinkGDFactory, {"training_args": args, **options}),
+        )
+        trainer.train(**resumed)
+        assert {param.dtype for param in trainer.model.parameters()} == {dtype}
+        own = (trainer.model, trainer.optimizer, trainer.lr_scheduler)
+        losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+        return [state.state_dict() for state in own], losses
+
+    expected, losses = run(tmp_path / "whole")
+    assert losses[-1] < losses[0]
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "again/checkpoint-3")
+    found, after = run(tmp_path / "again", resume_from_checkpoint=True)
+    assert differences(found, expected) == []
+    assert after == losses
+    saved, again = (
+        torch.load(tmp_path / folder / "checkpoint-6/optimizer.pt", weights_only=True)
+        for folder in ("whole", "again")
+    )
+    assert differences(again, saved) == []
+    assert differences(saved, expected[1]) == []
+
+
 def test_an_optimizer_can_be_handed_over_too(tmp_path):
     model = llama()
     optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
@@ -205,6 +264,40 @@ def test_training_arguments_are_those_of_adamw(tmp_path, is_keyword):
     assert {group["weight_decay"] for group in build(weight_decay=0.0).param_groups} == {0.0}
     assert build(betas=(0.8, 0.9)).param_groups[-1]["betas"] == (0.8, 0.9)
     assert build(eps=1e-6).param_groups[-1]["eps"] == 1e-6
+
+
+def test_the_log_of_the_trainer_tells_the_rates_of_groups_apart(tmp_path):
+    class NamedRates(transformers.Trainer):  # as in docs/trainers.md
+        def log(self, logs, *args, **kwargs):
+            if "learning_rate" in logs:
+                groups = self.optimizer.param_groups
+                logs |= {f"learning_rate/{group['name']}": group["lr"] for group in groups}
+            super().log(logs, *args, **kwargs)
+
+    trainer = NamedRates(
+        llama(),
+        arguments(
+            tmp_path,
+            max_steps=2,
+            logging_steps=1,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Rows(),
+        optimizer_cls_and_kwargs=(SinkGDFactory, {"adamw_lr": 1e-2, "weight_decay": 0.1}),
+    )
+    trainer.train()
+    prefix = "learning_rate/"
+    logged = [
+        {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+    expected = {"matrices": pytest.approx(3e-3), "embeddings-head": 1e-2, "vectors": 1e-2}
+    assert logged == [expected, expected]
+    names = [group["name"] for group in trainer.optimizer.state_dict()["param_groups"]]
+    assert names == [*expected]
 
 
 def test_without_training_arguments_the_rates_are_those_of_param_groups():

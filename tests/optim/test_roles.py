@@ -36,6 +36,7 @@ WRAPPER_NAMES = (
     "base_layer.",
     "original_module.",
     "parametrizations.",
+    "_forward_module.",
 )
 
 
@@ -57,6 +58,15 @@ class Adapted(nn.Module):
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
 
 
+class Fabric(nn.Module):
+    """The shape of Lightning Fabric's wrapper, which has a module twice."""
+
+    def __init__(self, module, wrap=lambda module: module):
+        super().__init__()
+        self._forward_module = wrap(module)
+        self._original_module = module
+
+
 def parametrized(module):
     """Give every linear a spectral norm; parameters are then made from ``original``."""
     for inner in [*module.modules()]:
@@ -75,6 +85,8 @@ WRAPPERS = {
     "checkpoint": checkpoint_wrapper,
     "both": lambda module: torch.compile(checkpoint_wrapper(module)),
     "saved": saved,
+    "Fabric": Fabric,
+    "Fabric, compiled": lambda module: Fabric(module, torch.compile),
     "spectral norm": parametrized,
 }
 
@@ -159,6 +171,57 @@ def test_wrappers_around_every_layer_move_no_parameter(wrapper):
         )
         replaced(model, f"layers.{i}.up", WRAPPERS[wrapper])
     assert routed(model) == expected
+
+
+class Twice(nn.Module):
+    """Has a model under two names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.first = self.second = model
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_of_two_names_is_routed_as_with_one(model):
+    expected = routed(MODELS[model]())
+    found = routed(Twice(MODELS[model]()))
+    assert found == {f"first.{name}": where for name, where in expected.items()}
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    "path", ["table", "layers", "layers.0", "layers.1", "layers.1.attention", "layers.0.up", "head"]
+)
+def test_another_name_of_a_module_moves_no_parameter(path, last):
+    """As ``self.first = self.layers[0]``, beside the module or, for layers, beside their list."""
+    model = Decoder()
+    names = {param: name for name, param in model.named_parameters()}
+    owner = model.get_submodule(path.rpartition(".")[0])
+    owner = model if isinstance(owner, nn.ModuleList) else owner
+    owner.alias = model.get_submodule(path)
+    if not last:
+        owner._modules = {"alias": owner._modules.pop("alias"), **owner._modules}
+    found = {
+        names[param]: (group["algorithm"], group.get("split"), group.get("layout"))
+        for group in sinkgd.param_groups(model)
+        for _, param in group["params"]
+    }
+    assert found == routed(Decoder())
+
+
+def test_one_layer_of_two_names_is_not_taken_for_the_last_of_several():
+    model = Twice(nn.Linear(8, 8))
+    (matrices, _) = sinkgd.param_groups(model)
+    assert [name for name, _ in matrices["params"]] == ["first.weight"]
+
+
+def test_the_table_does_not_call_a_parameter_tied_to_its_own_copy():
+    table = sinkgd.describe_param_groups(Fabric(Decoder()))
+    assert "_forward_module.layers.*.up.weight ×2" in table
+    assert "tied" not in table
+    model = Decoder()
+    model.head.weight = model.table.weight
+    assert "tied to _forward_module.head.weight" in sinkgd.describe_param_groups(Fabric(model))
 
 
 def test_layers_of_peft_are_not_blocks():

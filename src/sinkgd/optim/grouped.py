@@ -27,6 +27,7 @@ from sinkgd.optim.arguments import (
     passed_of,
     resolve,
 )
+from sinkgd.optim.group_names import unique_name
 from sinkgd.optim.method import Context, Group, Slot, are_zero
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import NonFiniteGuard
@@ -126,9 +127,10 @@ class GroupedOptimizer(Optimizer):
 
         Args:
             param_group: ``params``, and ``algorithm`` and its options if they differ from the
-                optimizer's. With ``fused=True``, torch.amp.GradScaler passes its scale to `step`,
-                as it does with torch's fused AdamW, instead of dividing gradients itself and
-                waiting for the device.
+                optimizer's. A ``name`` that another group has gets a number, because Lightning's
+                LearningRateMonitor refuses two groups of one name. With ``fused=True``,
+                torch.amp.GradScaler passes its scale to `step`, as it does with torch's fused
+                AdamW, instead of dividing gradients itself and waiting for the device.
 
         Raises:
             ValueError: If the algorithm is unknown, or an option or a parameter does not fit it.
@@ -144,6 +146,9 @@ class GroupedOptimizer(Optimizer):
             param_group.setdefault(option, self._default(option, default))
         foreign = self.defaults.keys() - param_group.keys() - COMMON.keys() - {"lr", "weight_decay"}
         self._own_lr(param_group)
+        if "name" in param_group:
+            taken = [group.get("name") for group in self.param_groups]
+            param_group["name"] = unique_name(param_group["name"], taken)
         name_alike(self.param_groups, param_group)
         asks_for_fused = param_group.get("fused") is True
         super().add_param_group(param_group)

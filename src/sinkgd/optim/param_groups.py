@@ -18,6 +18,7 @@ from sinkgd.optim.arguments import (
     options_of,
     suggest_names,
 )
+from sinkgd.optim.group_names import name_groups
 from sinkgd.optim.parameters import check_initialized
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles, without_wrappers
 from sinkgd.optim.transforms.deflate import check_deflation
@@ -112,8 +113,9 @@ def param_groups(
             d^-0.5 with it (docs/experiments.md, `width`).
 
     Returns:
-        Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay`` and
-        the options of its algorithm.
+        Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay``, the
+        options of its algorithm, and a ``name`` of its own for logs, such as ``"matrices"`` or
+        ``"embeddings-head-vectors"``.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
@@ -127,10 +129,10 @@ def param_groups(
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         >>> for group in sinkgd.param_groups(model):
-        ...     print(group["algorithm"], group["lr"], len(group["params"]))
-        sinkgd 0.002 2
-        sinkgd 0.002 6
-        adamw 0.08 16
+        ...     print(group["name"], group["algorithm"], group["lr"], len(group["params"]))
+        matrices-split-3 sinkgd 0.002 2
+        matrices sinkgd 0.002 6
+        vectors adamw 0.08 16
         >>> optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
 
     References:
@@ -174,7 +176,9 @@ def param_groups(
             f"deflated_rank={deflated_rank} has no effect: no group runs 'sinkgd', the groups run "
             f"{', '.join(map(repr, _algorithms(groups.values())))}. Leave it out"
         )
-    return sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
+    ordered = sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
+    name_groups(ordered, {param: role for _, param, role in found})
+    return ordered
 
 
 class _Rates(NamedTuple):
@@ -306,10 +310,11 @@ def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, An
 def describe_param_groups(
     model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = None, **options: Any
 ) -> str:
-    """Return a table of which parameter gets which algorithm, at which rate, and why.
+    """Return a table of which parameter is in which group, its algorithm, its rate, and why.
 
-    Parameters whose names differ only by a number share a line with a count, ``×``. The last lines
-    list the parameters that are in no group, and say which groups the table shows.
+    A group is shown by its ``name``, or by its number if it has none. Parameters whose names differ
+    only by a number share a line with a count, ``×``. The last lines list the parameters that are
+    in no group, and say which groups the table shows.
 
     Args:
         model: The model whose parameters the groups contain.
@@ -326,7 +331,7 @@ def describe_param_groups(
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         >>> print(sinkgd.describe_param_groups(model).splitlines()[0])
-        parameter                           shape  algorithm  lr     why
+        parameter                           shape  group             algorithm  lr     why
         >>> print(sinkgd.describe_param_groups(model, lr=0.02).splitlines()[-1])
         These are the groups of param_groups(model, lr=0.02).
     """
@@ -342,17 +347,18 @@ def describe_param_groups(
     names = _names(model)
     reasons = {param: role.reason for _, param, role in roles(model)}
     alike: dict[tuple[str, ...], list[str]] = {}
-    for group in groups:
+    for index, group in enumerate(groups):
         for name, param in _named_params(group, names):
             row = (
                 _starred(name),
                 "×".join(map(str, param.shape)) or "scalar",
+                str(group.get("name", index)),
                 _words(group),
                 f"{float(group['lr']):g}",
                 _why(name, param, names, reasons),
             )
             alike.setdefault(row, []).append(name)
-    lines: list[Sequence[str]] = [("parameter", "shape", "algorithm", "lr", "why")]
+    lines: list[Sequence[str]] = [("parameter", "shape", "group", "algorithm", "lr", "why")]
     for (starred, *cells), own in alike.items():
         lines.append((f"{starred} ×{len(own)}" if len(own) > 1 else own[0], *cells))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -425,9 +431,11 @@ def _why(
     if param not in names:
         return "not a parameter of this model"
     reason = reasons.get(param, "frozen")
-    others = dict.fromkeys(_starred(other) for other in names[param][1:] if other != name)
-    others.pop(_starred(name), None)
-    return f"{reason}; tied to {list_names([*others])}" if others else reason
+    others: dict[str, str] = {}
+    for other in names[param]:
+        others.setdefault(_starred(without_wrappers(other)), _starred(other))
+    others.pop(_starred(without_wrappers(name)), None)
+    return f"{reason}; tied to {list_names([*others.values()])}" if others else reason
 
 
 def _left_out(names: Mapping[Tensor, Sequence[str]], in_groups: set[Tensor]) -> list[str]:

@@ -9,8 +9,9 @@ Experts are hidden matrices: a list of modules, or one weight with the matrices 
 router beside them, a linear module with one output for each expert, is not a hidden matrix: its
 outputs are scores that compete, like those of an output head.
 
-Wrappers (``torch.compile``, activation checkpointing, DDP, PEFT's layers) and parametrizations are
-ignored: a parameter has the role that it would have without them.
+Wrappers (``torch.compile``, activation checkpointing, DDP, PEFT's layers, Lightning Fabric) and
+parametrizations are ignored: a parameter has the role that it would have without them. So are
+further names of a module, such as ``self.first = self.layers[0]``.
 """
 
 import re
@@ -28,9 +29,11 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # Reasons that other modules look for.
 EMBEDDING, HEAD = "embedding", "output head"
+ADAPTER, ROUTER = "low-rank adapter", "router of experts"
 
 # Where wrappers keep the module that they wrap: torch.compile, activation checkpointing, FSDP1,
-# DataParallel and DistributedDataParallel, PEFT's layers, PEFT's ``modules_to_save``.
+# DataParallel and DistributedDataParallel, PEFT's layers, PEFT's ``modules_to_save``, Lightning
+# Fabric, which keeps the module twice: as its strategy wraps it, and as it was.
 _WRAPPED = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
@@ -38,13 +41,17 @@ _WRAPPED = (
     "module",
     "base_layer",
     "original_module",
+    "_forward_module",
 )
 _WRAPPER_OF_MODULE = ("DataParallel", "DistributedDataParallel")  # "module" is a common name
 # Experts of transformers that are stored (experts, in, out) and, unlike others, do not say so.
 _STORED_IN_OUT = ("Llama4TextExperts",)
 # What wrappers put before the name of a module: torch.compile, DistributedDataParallel and
-# DataParallel, FullyShardedDataParallel, and torch's checkpoint_wrapper.
-_NAME_PREFIXES = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# DataParallel, FullyShardedDataParallel, torch's checkpoint_wrapper, and Lightning Fabric.
+_NAME_PREFIXES = {
+    *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+    *("_forward_module", "_original_module"),
+}
 # torch.nn.utils.parametrize keeps the tensors that a parameter is computed from below this child.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)$")
 
@@ -109,7 +116,7 @@ class _Modules:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         places = list(_places(_Place("", model)))
         self.read = _widths_that_are_read(places)
-        self.blocks = {block.path for place in places for block in self._blocks_in(place)}
+        self.blocks = {block.module for place in places for block in self._blocks_in(place)}
         self.heads = _heads(model) or self._last_layer(places)
         self.routers = [router for place in places for router in _routers(place)]
 
@@ -149,7 +156,7 @@ class _Modules:
             for place in places
             if isinstance(place.module, _CONVOLUTIONS) or hasattr(place.module, "out_features")
         ]
-        if len(layers) < 2 or self._in_block(layers[-1].path):
+        if len({layer.module for layer in layers}) < 2 or self._in_block(layers[-1].path):
             return []
         return [layers[-1].module]
 
@@ -162,11 +169,11 @@ class _Modules:
         if param.ndim < 2:
             return Role(is_matrix=False, reason="vector" if param.ndim else "scalar")
         if any(module is router for router in self.routers):
-            return Role(is_matrix=False, reason="router of experts")
+            return Role(is_matrix=False, reason=ROUTER)
         if is_gain:
             return Role(is_matrix=False, reason="gain of a weight norm")
         if self._is_adapter(path):
-            return Role(is_matrix=False, reason="low-rank adapter")
+            return Role(is_matrix=False, reason=ADAPTER)
         role = _hidden_matrix(module, attribute, param)
         if role.is_matrix and self.blocks and not self._in_block(path):
             return Role(is_matrix=False, reason="outside the blocks")
@@ -197,7 +204,9 @@ class _Modules:
         return path, module, attribute, False
 
     def _in_block(self, path: str) -> bool:
-        return any(path == block or path.startswith(f"{block}.") for block in self.blocks)
+        parts = path.split(".") if path else []
+        ends = range(1, len(parts) + 1)
+        return any(self.modules[".".join(parts[:end])] in self.blocks for end in ends)
 
     def _is_adapter(self, path: str) -> bool:
         # With any method, PEFT's layers keep their trained parameters next to the base layer.
@@ -224,13 +233,15 @@ def _wraps_base_layer(module: nn.Module) -> bool:
 def _unwrapped(place: _Place) -> list[_Place]:
     """Return what a wrapper wraps, in every copy that it keeps, or a module that is no wrapper."""
     module = place.module
-    children = dict(module.named_children())
+    children = dict(_named_children(module))
     for name in _WRAPPED:
         if name not in children or (name == "module" and not _is_data_parallel(module)):
             continue
         if name == "base_layer" and not _wraps_base_layer(module):
             continue
         copies = [name]
+        if name == "_forward_module" and "_original_module" in children:
+            copies.append("_original_module")
         saved = children.get("modules_to_save")
         if name == "original_module" and isinstance(saved, nn.ModuleDict):
             copies += [f"modules_to_save.{adapter}" for adapter in saved]
@@ -244,9 +255,16 @@ def _is_data_parallel(module: nn.Module) -> bool:
 
 def _children(place: _Place) -> Iterator[_Place]:
     """Yield the children of a module that is not a wrapper, except its parametrizations."""
-    for name, _ in place.module.named_children():
+    for name, _ in _named_children(place.module):
         if name != "parametrizations":
             yield place.child(name)
+
+
+def _named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a module, a child of two names twice, unlike torch."""
+    for name, child in module._modules.items():
+        if child is not None:
+            yield name, child
 
 
 def _places(place: _Place) -> Iterator[_Place]:
@@ -265,7 +283,9 @@ def _routers(place: _Place) -> Iterator[nn.Module]:
     children = [inner for child in _children(place) for inner in _unwrapped(child)]
     counts = {_count_of_experts(inner.module) for inner in (place, *children)} - {0, 1}
     for child in children if counts else ():
-        linears = [own.module for own in _places(child) if hasattr(own.module, "out_features")]
+        linears = [
+            *{own.module: 0 for own in _places(child) if hasattr(own.module, "out_features")}
+        ]
         if len(linears) == 1 and any(linears[0].out_features == count for count in counts):
             yield linears[0]
 

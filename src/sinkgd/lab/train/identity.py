@@ -27,8 +27,9 @@ DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
 TOKENIZER, WEIGHTS = "tokenizer", "weights"
 # Parts of an environment that determine the last bits of losses.
 _LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
-# Options of a parameter group that change how its step is computed, but not which step it is.
-_HOW = frozenset({"params", "param_names", "foreach", "fused", "capturable", "backend"})
+# Options of a parameter group that change how its step is computed, but not which step it is, and
+# its names.
+_HOW = frozenset({"params", "param_names", "name", "foreach", "fused", "capturable", "backend"})
 
 
 def check_unchanged(

@@ -39,8 +39,13 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     content = optimizer.state_dict()
     return {
         "state": {names[i]: state for i, state in without_placeholders(content["state"]).items()},
+        # Without the names of groups, which follow from the routing, and which checkpoints of
+        # earlier versions lack.
         "param_groups": [
-            {**group, "params": [names[i] for i in group["params"]]}
+            {
+                **{key: value for key, value in group.items() if key != "name"},
+                "params": [names[i] for i in group["params"]],
+            }
             for group in content["param_groups"]
         ],
     }
