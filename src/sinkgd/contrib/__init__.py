@@ -8,6 +8,7 @@ momentum, without tiny rows. They give its learning rate a factor of 0.18, which
 group's ``lr``.
 """
 
+from sinkgd.contrib.adamw_8bit import AdamW8bit
 from sinkgd.contrib.adamw_spam import AdamWSpam
 from sinkgd.contrib.sage import Sage
 from sinkgd.contrib.spam import Spam
@@ -31,5 +32,6 @@ METHODS.update(
         "sage": Sage(),
         "spam": Spam(),
         "adamw-spam": AdamWSpam(),
+        "adamw-8bit": AdamW8bit(),
     }
 )

@@ -22,6 +22,7 @@ _ROUTING = (
     "betas",
     "overrides",
     "base_width",
+    "state_bits",
 )
 _SINKGD = tuple(
     name for name in inspect.signature(SinkGD).parameters if name not in ("params", *_ROUTING)
@@ -74,10 +75,10 @@ class SinkGDFactory:
                 ``adam_epsilon`` as ``weight_decay``, ``betas`` and ``eps``. Other fields are not
                 read.
             **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
-                ``weight_decay``, ``betas``, ``overrides`` and ``base_width`` of `param_groups`;
-                ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an option of
-                `param_groups` means its default. Values may be strings, as ``optim_args`` has them:
-                "0.02", "none", "true", "(0.9, 0.95)".
+                ``weight_decay``, ``betas``, ``overrides``, ``base_width`` and ``state_bits`` of
+                `param_groups`; ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an
+                option of `param_groups` means its default. Values may be strings, as ``optim_args``
+                has them: "0.02", "none", "true", "(0.9, 0.95)".
 
         Raises:
             TypeError: If there is no such argument, or ``model`` is no model.
@@ -191,7 +192,7 @@ def _set_eps(groups: list[dict[str, Any]], eps: float, *, must_apply: bool) -> N
     Raises:
         ValueError: If ``must_apply`` is set and there is none.
     """
-    found = [group for group in groups if group["algorithm"] == "adamw"]
+    found = [group for group in groups if group["algorithm"] in ("adamw", "adamw-8bit")]
     if not found and must_apply:
         raise ValueError(f"eps={eps!r} has no effect: no group runs 'adamw'. Leave it out")
     for group in found:
