@@ -17,6 +17,7 @@ class Case:
     takes_vectors: bool = False
     has_state: bool = False
     keeps_size: bool = False  # of the gradient, where others have root-mean-square 1
+    takes_float64: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -157,5 +158,6 @@ if not ABSENT:
             COMMON,
             takes_vectors=True,
             has_state=True,
+            takes_float64=False,
         )
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from sinkgd.contrib.adamw_8bit import BLOCK, MIN_8BIT_SIZE
 from sinkgd.lab.options import suggest
 from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError
@@ -19,6 +20,7 @@ from sinkgd.optim.param_groups import DEFLATED_RANK
 
 _FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
+LORA_RANK = 8  # of adapters, the default of PEFT
 
 # What ranks exchange about the matrices whose shards they hold. "rows": sums of rows alone, once.
 Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
@@ -44,7 +46,8 @@ class Method:
     scalars: int = 0  # further numbers kept for each parameter
     counted: Literal["all", "rest", "vectors", "none"] = "rest"  # which parameters count steps
     counts: int = 1  # float32 counters of each such parameter
-    eight_bit: bool = False  # both moments in 8 bits, of all entries
+    eight_bit: Literal["all", "rest", "none"] = "none"  # whose moments take 8 bits
+    adapter_rank: int = 0  # of LoRA adapters, which alone are trained
     can_release: bool = False  # whether gradients can be applied inside backward
     exchange: Exchange = "nothing"
     iterations: int = ITERATIONS  # exchanges of vectors in a step
@@ -86,16 +89,20 @@ class Method:
             "none": False,
         }[self.counted]
 
+    def is_eight_bit(self, *, is_matrix: bool) -> bool:
+        """Whether the moments of such a parameter take 8 bits."""
+        return self.eight_bit == "all" or (self.eight_bit == "rest" and not is_matrix)
+
     def _size(self, itemsize: int) -> int:
         return max(itemsize, _FLOAT32) if self.wide else itemsize
 
 
 def eight_bit_bytes(entries: int) -> float:
-    """Return the bytes of 8-bit Adam's state: two an entry, and two float32 for every 256 entries.
+    """Return the bytes of 8-bit Adam's state: two an entry, and two float32 a block of 256 entries.
 
     Tensors below 4,096 entries have float32 state (bitsandbytes, ``min_8bit_size``).
     """
-    return 8.0 * entries if entries < 4096 else 2.0 * entries + 8.0 * entries / 256
+    return 8.0 * entries if entries < MIN_8BIT_SIZE else 2.0 * entries + 8.0 * -(-entries // BLOCK)
 
 
 def usual_rank(hidden_size: int) -> int:
@@ -131,6 +138,18 @@ FAMILY = (
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3,
+    ),
+    Method(
+        "sinkgd-8bit",
+        "SinkGD, 8-bit Adam",
+        "2 bytes an entry of embedding, head, norms, 8 bytes a block of 256",
+        "sinkgd.SinkGD(param_groups(model, state_bits=8))",
+        eight_bit="rest",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3 + 11,  # as "sinkgd"
+        directions=DEFLATED_RANK,
+        flops=_deflation,
     ),
     Method(
         "sinkgd-stateless",
@@ -282,7 +301,17 @@ BASELINES = (
         "8-bit Adam",
         "2 bytes an entry, 8 bytes a block of 256",
         "Dettmers et al. 2021, https://arxiv.org/abs/2110.02861; blocks as in bitsandbytes",
-        eight_bit=True,
+        counted="all",
+        eight_bit="all",
+    ),
+    Method(
+        "lora",
+        f"LoRA, rank {LORA_RANK}",
+        "2 an entry of the adapters",
+        "Hu et al. 2021, https://arxiv.org/abs/2106.09685; AdamW trains adapters of all matrices "
+        "in blocks",
+        counted="all",
+        adapter_rank=LORA_RANK,
     ),
     Method(
         "muon",
