@@ -1,5 +1,6 @@
 """The table of optimizers that every generic test loops over. A new method is a new row."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ class Case:
     takes_vectors: bool = False
     has_state: bool = False
     keeps_size: bool = False  # of the gradient, where others have root-mean-square 1
+    takes_float64: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -145,3 +147,17 @@ OPTIMIZERS = [
         has_state=True,
     ),
 ]
+
+# Algorithms of packages that are not installed; their own tests skip, and say how to install them.
+ABSENT = set() if importlib.util.find_spec("bitsandbytes") else {"adamw-8bit"}
+if not ABSENT:
+    OPTIMIZERS.append(
+        Case(
+            "SinkGD-adamw-8bit",
+            _in_groups(sinkgd.SinkGD, "adamw-8bit"),
+            COMMON,
+            takes_vectors=True,
+            has_state=True,
+            takes_float64=False,
+        )
+    )

@@ -300,6 +300,7 @@ FITS = {
     "warmup_steps": WHOLE,
     "momentum": {"a fraction"},
     "base_width": WHOLE | OR_NONE,
+    "state_bits": OR_NONE,
     "deflated_rank": WHOLE | OR_NONE,
 }
 NOT_OPTIONAL = {("param_groups", name) for name in ("weight_decay", "deflated_rank")}

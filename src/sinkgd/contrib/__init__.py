@@ -8,6 +8,7 @@ steps begin and end with rows. These sources also multiply its learning rate by 
 group's ``lr`` has to include that factor.
 """
 
+from sinkgd.contrib.adamw_8bit import AdamW8bit
 from sinkgd.contrib.adamw_spam import AdamWSpam
 from sinkgd.contrib.sage import Sage
 from sinkgd.contrib.spam import Spam
@@ -31,5 +32,6 @@ METHODS.update(
         "sage": Sage(),
         "spam": Spam(),
         "adamw-spam": AdamWSpam(),
+        "adamw-8bit": AdamW8bit(),
     }
 )

@@ -25,6 +25,7 @@ _ROUTING = (
     "betas",
     "overrides",
     "base_width",
+    "state_bits",
 )
 _SINKGD = tuple(
     name for name in inspect.signature(SinkGD).parameters if name not in ("params", *_ROUTING)
@@ -78,10 +79,10 @@ class SinkGDFactory:
                 ``adam_beta1`` and ``adam_beta2`` become ``betas``, and ``adam_epsilon`` becomes
                 ``eps``. Other fields are not read.
             **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
-                ``weight_decay``, ``betas``, ``overrides`` and ``base_width`` of `param_groups`;
-                ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an option of
-                `param_groups` means its default. Values may be strings, as ``optim_args`` has them:
-                "0.02", "none", "true", "(0.9, 0.95)".
+                ``weight_decay``, ``betas``, ``overrides``, ``base_width`` and ``state_bits`` of
+                `param_groups`; ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an
+                option of `param_groups` means its default. Values may be strings, as ``optim_args``
+                has them: "0.02", "none", "true", "(0.9, 0.95)".
 
         Raises:
             TypeError: If an argument does not exist, or ``model`` is not a model.
@@ -196,7 +197,7 @@ def _set_eps(groups: list[dict[str, Any]], eps: float, *, must_apply: bool) -> N
     Raises:
         ValueError: If ``must_apply`` is set and no group runs AdamW.
     """
-    found = [group for group in groups if group["algorithm"] == "adamw"]
+    found = [group for group in groups if group["algorithm"] in ("adamw", "adamw-8bit")]
     if not found and must_apply:
         raise ValueError(f"eps={eps!r} has no effect: no group runs 'adamw'. Leave it out")
     for group in found:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from sinkgd.optim.arguments import equal, list_names
 from sinkgd.optim.method import Group
-from sinkgd.optim.methods.adamw import init_moments
+from sinkgd.optim.methods import METHODS
+from sinkgd.optim.methods.adamw import AdamW
 from sinkgd.optim.param_groups import check_model, param_groups
 from sinkgd.optim.roles import without_wrappers
 from sinkgd.optim.saved_state import check_is_adamw
@@ -67,15 +68,16 @@ def from_adamw_state(
     }
     routed = param_groups(model, **found, **options)
     for group in routed:
-        if group["algorithm"] == "adamw":
+        if isinstance(METHODS[group["algorithm"]], AdamW):
             group.setdefault("eps", _common(groups, "eps", "overrides"))
         if peak == "initial_lr":
             group["initial_lr"] = group["lr"]
             group["lr"] = group["lr"] * _share(groups)
     optimizer = SinkGD(routed)
     for group in optimizer.param_groups:
-        if group["algorithm"] == "adamw":
-            _take_moments(optimizer, group, saved)
+        method = METHODS[group["algorithm"]]
+        if isinstance(method, AdamW):
+            _take_moments(optimizer, group, method, saved)
     return optimizer
 
 
@@ -153,7 +155,9 @@ def _share(groups: Sequence[Group]) -> float:
     return max(shares)
 
 
-def _take_moments(optimizer: SinkGD, group: Group, saved: Mapping[str, Mapping[str, Any]]) -> None:
+def _take_moments(
+    optimizer: SinkGD, group: Group, method: AdamW, saved: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Copy the moments of a group's parameters, if AdamW has updated them before."""
     for name, param in zip(group["param_names"], group["params"], strict=True):
         state = saved.get(without_wrappers(name))
@@ -161,14 +165,10 @@ def _take_moments(optimizer: SinkGD, group: Group, saved: Mapping[str, Mapping[s
             raise ValueError(f"AdamW did not have {name!r}, which is trained now; freeze it")
         if not state:
             continue
-        own: dict[str, Any] = {}
-        init_moments(own, param, fused=group["fused"])
         for key in ("exp_avg", "exp_avg_sq"):
             if state[key].shape != param.shape:
                 raise ValueError(
                     f"{key} of {name!r} has shape {tuple(state[key].shape)}, the parameter "
                     f"{tuple(param.shape)}; check the order of names"
                 )
-            own[key].copy_(state[key])
-        own["step"].fill_(float(state["step"]))
-        optimizer.state[param] = own
+        optimizer.state[param] = dict(method.adopt(param, group, state))

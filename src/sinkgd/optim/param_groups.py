@@ -38,6 +38,9 @@ DEFLATED_RANK = 15
 ADAMW_UPDATE_SIZE = 0.3
 ADAMW_BETAS = (0.9, 0.999)
 
+# Algorithms that take AdamW's rate and betas, by the bits of their state.
+_ADAMWS = {None: "adamw", 8: "adamw-8bit"}
+
 # The remedy in errors about arguments that are not groups.
 _REMEDY = "pass the list of param_groups, or optimizer.param_groups"
 
@@ -63,6 +66,7 @@ def param_groups(
     betas: tuple[float, float] | None = None,
     overrides: Overrides | None = None,
     base_width: int | None = None,
+    state_bits: int | None = None,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
 
@@ -111,6 +115,9 @@ def param_groups(
             independent of the width. None changes no rate, as in the paper. For plain SinkGD at
             widths d of 64 to 256 the largest good rate fell as d^-1.5 without the rule and as
             d^-0.5 with it (docs/experiments.md, `width`).
+        state_bits: 8 keeps the moments of AdamW's groups in 8 bits, by bitsandbytes (``pip install
+            'sinkgd[8bit]'``): their algorithm is ``"adamw-8bit"``. Tensors below 4,096 entries keep
+            float32. None keeps the type of the weights.
 
     Returns:
         Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay``, the
@@ -121,8 +128,9 @@ def param_groups(
         TypeError: If ``model`` is not an ``nn.Module``.
         ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
             a rate is negative, ``adamw_lr`` is given together with ``lr`` or ``matrix_lr_scale``,
-            ``base_width`` is below 1, an override matches no parameter, an algorithm is unknown, or
-            ``deflated_rank`` is given and no group runs ``"sinkgd"``.
+            ``base_width`` is below 1, ``state_bits`` is neither 8 nor None, an override matches no
+            parameter, an algorithm is unknown, ``deflated_rank`` is given and no group runs
+            ``"sinkgd"``, or ``state_bits`` is given and no group runs ``"adamw-8bit"``.
 
     Examples:
         >>> import torch, sinkgd
@@ -149,15 +157,17 @@ def param_groups(
     check_overrides(overrides)
     if base_width is not None:
         check_number("base_width", base_width, least=1)
+    _check_state_bits(state_bits)
     found = roles(model)
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
     given = _match(overrides or {}, [name for name, _, _ in found])
     groups: dict[str, dict[str, Any]] = {}
     for name, param, role in found:
-        algorithm = given[name].get("algorithm", matrix_algorithm if role.is_matrix else "adamw")
+        usual = matrix_algorithm if role.is_matrix else _ADAMWS[state_bits]
+        algorithm = given[name].get("algorithm", usual)
         options = {"algorithm": algorithm, "lr": rates.lr, "betas": rates.betas}
-        if algorithm != "adamw":
+        if algorithm not in _ADAMWS.values():
             options = {"algorithm": algorithm, "lr": rates.matrix_lr_scale * rates.lr}
             options |= _layout(role, options_of(algorithm))
             if base_width is not None and role.is_matrix:
@@ -166,19 +176,36 @@ def param_groups(
             options["deflated_rank"] = deflated_rank
         is_decayed = param.ndim >= 2 and (rates.is_adamws or role.reason not in (EMBEDDING, HEAD))
         decay = weight_decay
-        if rates.is_adamws and algorithm != "adamw":
+        if rates.is_adamws and algorithm not in _ADAMWS.values():
             decay /= rates.matrix_lr_scale
         options |= {"weight_decay": decay if is_decayed else 0.0, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
-    if deflated_rank not in (0, DEFLATED_RANK) and "sinkgd" not in _algorithms(groups.values()):
-        raise ValueError(
-            f"deflated_rank={deflated_rank} has no effect: no group runs 'sinkgd', the groups run "
-            f"{', '.join(map(repr, _algorithms(groups.values())))}. Leave it out"
-        )
-    ordered = sorted(groups.values(), key=lambda group: bool(group["algorithm"] == "adamw"))
+    running = _algorithms(groups.values())
+    if deflated_rank not in (0, DEFLATED_RANK):
+        _check_runs(running, "sinkgd", f"deflated_rank={deflated_rank}")
+    if state_bits is not None:
+        _check_runs(running, _ADAMWS[state_bits], f"state_bits={state_bits}")
+    ordered = sorted(groups.values(), key=lambda group: group["algorithm"] in _ADAMWS.values())
     name_groups(ordered, {param: role for _, param, role in found})
     return ordered
+
+
+def _check_state_bits(state_bits: object) -> None:
+    if state_bits is not None and (type(state_bits) is not int or state_bits not in _ADAMWS):
+        raise ValueError(
+            f"state_bits must be 8, or None for moments in the type of the weights, got "
+            f"{state_bits!r}"
+        )
+
+
+def _check_runs(running: Sequence[str], algorithm: str, shown: str) -> None:
+    """Refuse an option if no group runs the algorithm that has it."""
+    if algorithm not in running:
+        raise ValueError(
+            f"{shown} has no effect: no group runs {algorithm!r}, the groups run "
+            f"{', '.join(map(repr, running))}. Leave it out"
+        )
 
 
 class _Rates(NamedTuple):

@@ -221,6 +221,8 @@ def restore_types(
             if not isinstance(saved, Tensor):
                 continue
             if key not in cast_by_torch:
-                own[key] = saved.to(own.get("step", param).device)
+                # Counters lie where torch puts the step; other state lies with the parameter.
+                counts = saved.dim() == 0 < param.dim() and "step" in own
+                own[key] = saved.to((own["step"] if counts else param).device)
             if own[key] is saved and saved is not was.get(key):
                 own[key] = saved.clone()

@@ -7,15 +7,17 @@ it.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import sinkgd
 from sinkgd.lab.bench.bench_memory import running_sum
 from sinkgd.lab.data import Batch
-from sinkgd.lab.models import build_model
+from sinkgd.lab.models import add_adapters, build_model, draw_adapters
 from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, rank_memory
 from sinkgd.lab.train.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.machine import weight_dtype
@@ -48,7 +50,7 @@ class Case:
         return resolve(
             RunConfig(
                 model=ModelConfig(preset=self.preset),
-                optimizer=OptimizerConfig(recipe=self.recipe),
+                optimizer=OptimizerConfig(recipe=LIKE.get(self.recipe, self.recipe)),
                 training=TrainingConfig(
                     batch_size=SEQUENCES,
                     sequence_length=TOKENS,
@@ -58,6 +60,9 @@ class Case:
             )
         )
 
+
+# Recipes whose settings stand for those of methods that are no recipe.
+LIKE = {"sinkgd-8bit": "sinkgd", "adamw-8bit": "adamw", "lora": "adamw"}
 
 RELEASE = {"release_gradients": True}
 RECOMPUTE = {"recompute_activations": True}
@@ -78,12 +83,40 @@ CASES = [
     Case("llama-60m", "swan", "float32", RECOMPUTE | CHUNKS),
     Case("llama-60m", "adamw", "bf16", CHUNKS),
     Case("llama-60m", "sinkgd", "bf16", RELEASE | RECOMPUTE | CHUNKS),
+    Case("llama-9m", "sinkgd-8bit", "bf16", RECOMPUTE | CHUNKS),
+    Case("llama-9m", "sinkgd-8bit", "bf16", RELEASE | RECOMPUTE | CHUNKS, vocab_size=16_000),
+    Case("llama-9m", "adamw-8bit", "bf16", RECOMPUTE | CHUNKS),
+    Case("llama-20m", "lora", "bf16", RECOMPUTE | CHUNKS),
+    Case("llama-20m", "lora", "float32", CHUNKS),
+    Case("llama-20m", "lora", "bf16", RECOMPUTE, vocab_size=512),
+    Case("llama-20m", "lora", "float32", vocab_size=512),
     # With few tokens in the vocabulary it is the blocks that need the most.
     Case("llama-9m", "adamw", "float32", CHUNKS, vocab_size=512),
     Case("llama-20m", "sinkgd-paper", "bf16", RELEASE | CHUNKS, vocab_size=512),
     Case("llama-20m", "sinkgd-paper", "bf16", RELEASE | RECOMPUTE | CHUNKS, vocab_size=512),
     Case("llama-20m", "adamw", "bf16-autocast", RECOMPUTE, vocab_size=512),
 ]
+
+
+def with_adapters(model):
+    add_adapters(model, 8)
+    draw_adapters(model, 0)
+    return sinkgd.SinkGD(sinkgd.param_groups(model, adamw_lr=1e-4))
+
+
+def in_8_bits(model, overrides=None):
+    pytest.importorskip("bitsandbytes", reason="pip install 'sinkgd[8bit]'")
+    groups = sinkgd.param_groups(model, adamw_lr=1e-4, state_bits=8, overrides=overrides)
+    is_mixed = overrides is None
+    return sinkgd.SinkGD(groups, rounding="stochastic" if is_mixed else "nearest")
+
+
+# What is no recipe of the laboratory.
+BUILDS = {
+    "sinkgd-8bit": in_8_bits,
+    "adamw-8bit": partial(in_8_bits, overrides={".": "adamw-8bit"}),
+    "lora": with_adapters,
+}
 
 
 def planned(case):
@@ -109,7 +142,8 @@ def measured(case):
         model = build_model(case.preset, vocab_size=case.vocab_size, max_sequence_length=TOKENS)
     model.to(weight_dtype(case.precision)).to_empty(device=CPU).initialize(0)
     model.model.recompute = config.training.recompute_activations
-    optimizer = build_optimizer(model, config.optimizer)
+    build = BUILDS.get(case.recipe, lambda model: build_optimizer(model, config.optimizer))
+    optimizer = build(model)
     released = ReleasedSteps(optimizer) if config.training.release_gradients else None
     tokens = torch.randint(0, case.vocab_size, (SEQUENCES, TOKENS + 1))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())

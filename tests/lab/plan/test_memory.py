@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import sinkgd
 from sinkgd.lab.bench.bench_memory import allocations
 from sinkgd.lab.models.llama import Llama
 from sinkgd.lab.models.presets import PRESETS
@@ -12,7 +13,9 @@ from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture, find_method,
 from sinkgd.lab.plan.methods import eight_bit_bytes
 from sinkgd.lab.plan.peak_memory import update_scratch
 from sinkgd.lab.plan.rank_model import weights_of
+from sinkgd.lab.plan.step_time import flops_of
 from sinkgd.lab.train.config import OptimizerConfig
+from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
 from sinkgd.lab.train.state import state_tensors
 
@@ -23,8 +26,9 @@ FEW_TOKENS = replace(NINE.architecture, vocab_size=64)
 SMALL = replace(NINE.architecture, vocab_size=600, num_layers=2)
 
 
-def planned_state(name):
-    return rank_memory(replace(NINE, architecture=SMALL), Grid(), find_method(name)).state
+def planned_state(name, precision="float32"):
+    work = replace(NINE, architecture=SMALL, precision=precision)
+    return rank_memory(work, Grid(), find_method(name)).state
 
 
 def kept_after_a_step(options):
@@ -41,9 +45,70 @@ def test_state_is_what_the_recipe_keeps_after_a_step(name):
     assert planned_state(name) == kept_after_a_step(OptimizerConfig(recipe=name))
 
 
-def test_every_method_but_8_bit_adam_is_a_recipe_or_one_with_an_option():
+def test_every_method_but_three_is_a_recipe_or_one_with_an_option():
     others = [name for name in METHODS if name not in RECIPES]
-    assert others == ["sinkgd-momentum", "sinkgd-pinned", "sinkgd-table", "sron", "adamw-8bit"]
+    options = ["sinkgd-momentum", "sinkgd-pinned", "sinkgd-table", "sron"]
+    assert others == ["sinkgd-8bit", *options, "adamw-8bit", "lora"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", ["sinkgd-8bit", "adamw-8bit"])
+def test_state_of_8_bit_adam_is_what_it_keeps_after_a_step(name, precision):
+    pytest.importorskip("bitsandbytes", reason="pip install 'sinkgd[8bit]'")
+    model = Llama(replace(PRESETS["llama-9m"], vocab_size=600, num_layers=2))
+    model.to(weight_dtype(precision))
+    everywhere = {".": "adamw-8bit"} if name == "adamw-8bit" else None
+    groups = sinkgd.param_groups(model, state_bits=8, overrides=everywhere)
+    optimizer = sinkgd.SinkGD(groups, rounding="stochastic" if everywhere is None else "nearest")
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    kept = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    assert planned_state(name, precision) == kept
+
+
+@pytest.mark.parametrize("vocab_size", [600, 32_000])
+def test_scratch_of_8_bit_adam_is_what_a_step_takes(vocab_size):
+    pytest.importorskip("bitsandbytes", reason="pip install 'sinkgd[8bit]'")
+    sizes = {"vocab_size": vocab_size, "num_layers": 2}
+    model = Llama(replace(PRESETS["llama-9m"], **sizes)).to(torch.bfloat16)
+    groups = sinkgd.param_groups(model, overrides={".": "adamw-8bit"})
+    optimizer = sinkgd.SinkGD(groups)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    used = allocations(optimizer.step, torch.device("cpu")).peak
+    weights = weights_of(replace(NINE.architecture, **sizes))
+    method = find_method("adamw-8bit")
+    planned = update_scratch(weights, Grid(), method, device="cpu", per_matrix=False)
+    assert planned == pytest.approx(used, rel=0.03)
+
+
+def test_8_bit_adam_on_the_rest_keeps_nothing_for_matrices():
+    weights = weights_of(NINE.architecture)
+    table = 32_000 * 128
+    vectors = [w.count for w in weights if len(w.shape) == 1]
+    blocks = 2 * (2 * table + 8 * table // 256)
+    steps = 4 * (2 + len(vectors))
+    kept = rank_memory(NINE, Grid(), find_method("sinkgd-8bit")).state
+    assert kept == blocks + 8 * sum(vectors) + steps
+
+
+def test_lora_trains_adapters_alone():
+    found = rank_memory(NINE, Grid(), find_method("lora"))
+    blocks = NINE.architecture.num_layers
+    per_block = 8 * (4 * (128 + 128) + 3 * (128 + 352))
+    frozen = rank_memory(NINE, Grid(), find_method("adamw")).weights
+    assert found.weights == frozen + 4 * blocks * per_block
+    assert found.state == 2 * 4 * blocks * per_block + 4 * blocks * 7 * 2
+    assert found.all_gradients == 4 * blocks * per_block
+
+
+def test_frozen_weights_take_two_thirds_of_the_time_of_trained_ones():
+    short = replace(NINE, sequence_length=1)
+    assert flops_of(replace(short, adapter_rank=1)) / flops_of(short) == pytest.approx(
+        2 / 3, rel=0.03
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +177,7 @@ def test_options_of_sinkgd_keep_float32_whatever_the_weights():
 def test_eight_bit_adam_keeps_small_tensors_in_float32():
     assert eight_bit_bytes(4095) == 8 * 4095
     assert eight_bit_bytes(4096) == 2 * 4096 + 2 * 4 * 16
+    assert eight_bit_bytes(4097) == 2 * 4097 + 2 * 4 * 17  # the last block is short
 
 
 @pytest.mark.parametrize("name", METHODS)

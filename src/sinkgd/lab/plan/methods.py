@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from sinkgd.contrib.adamw_8bit import BLOCK, MIN_8BIT_SIZE
 from sinkgd.lab.options import suggest
 from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError
@@ -21,6 +22,7 @@ from sinkgd.optim.param_groups import DEFLATED_RANK
 
 _FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
+LORA_RANK = 8  # of adapters, the default of PEFT
 
 # What ranks exchange about the matrices whose shards they hold. "rows": only sums of rows, once.
 Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
@@ -52,7 +54,8 @@ class Method:
     # The parameters that have step counters.
     step_counters_of: Literal["all", "rest", "vectors", "none"] = "rest"
     counters: int = 1  # float32 counters of each such parameter
-    eight_bit: bool = False  # whether both moments of all entries are stored in 8 bits
+    eight_bit: Literal["all", "rest", "none"] = "none"  # the parameters whose moments take 8 bits
+    adapter_rank: int = 0  # of LoRA adapters; if there are some, nothing else is trained
     can_release: bool = False  # whether gradients can be applied inside backward
     exchange: Exchange = "nothing"
     iterations: int = ITERATIONS  # exchanges of vectors in a step
@@ -99,6 +102,10 @@ class Method:
             "none": False,
         }[self.step_counters_of]
 
+    def is_eight_bit(self, *, is_matrix: bool) -> bool:
+        """Whether the moments of such a parameter take 8 bits."""
+        return self.eight_bit == "all" or (self.eight_bit == "rest" and not is_matrix)
+
     def _size(self, itemsize: int) -> int:
         return max(itemsize, _FLOAT32) if self.always_float32 else itemsize
 
@@ -108,7 +115,7 @@ def eight_bit_bytes(entries: int) -> float:
 
     Tensors below 4,096 entries have float32 state (bitsandbytes, ``min_8bit_size``).
     """
-    return 8.0 * entries if entries < 4096 else 2.0 * entries + 8.0 * entries / 256
+    return 8.0 * entries if entries < MIN_8BIT_SIZE else 2.0 * entries + 8.0 * -(-entries // BLOCK)
 
 
 def usual_rank(hidden_size: int) -> int:
@@ -146,6 +153,18 @@ FAMILY = (
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 3,
+    ),
+    Method(
+        "sinkgd-8bit",
+        "SinkGD, 8-bit Adam",
+        "2 bytes an entry of embedding, head, norms, 8 bytes a block of 256",
+        "sinkgd.SinkGD(param_groups(model, state_bits=8))",
+        eight_bit="rest",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3 + 11,  # as "sinkgd"
+        directions=DEFLATED_RANK,
+        flops=_deflation,
     ),
     Method(
         "sinkgd-stateless",
@@ -297,7 +316,17 @@ BASELINES = (
         "8-bit Adam",
         "2 bytes per entry, 8 bytes per block of 256",
         "Dettmers et al. 2021, https://arxiv.org/abs/2110.02861; blocks as in bitsandbytes",
-        eight_bit=True,
+        step_counters_of="all",
+        eight_bit="all",
+    ),
+    Method(
+        "lora",
+        f"LoRA, rank {LORA_RANK}",
+        "2 per entry of the adapters",
+        "Hu et al. 2021, https://arxiv.org/abs/2106.09685; AdamW trains adapters of all matrices "
+        "in blocks",
+        step_counters_of="all",
+        adapter_rank=LORA_RANK,
     ),
     Method(
         "muon",

@@ -9,8 +9,16 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from sinkgd.contrib.adamw_8bit import CPU_ENTRIES
 from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
-from sinkgd.lab.plan.rank_model import Grid, Weight, largest_block, outside_blocks, weights_of
+from sinkgd.lab.plan.rank_model import (
+    Grid,
+    Weight,
+    largest_block,
+    outside_blocks,
+    trained,
+    weights_of,
+)
 from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
 from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.optim.chunking import SCRATCH_BYTES, chunk_slices
@@ -35,6 +43,9 @@ _DIRECTION = {"cpu": 24, "cuda": 21}
 # The same on a mesh: 17.4 were measured on llama-60m over 16 ranks. The second number is what the
 # loops of a CPU keep if they have all matrices at once: 7.7 were measured.
 _MESH_DIRECTION, _KEPT_DIRECTION = 18, 8
+# Bytes that bitsandbytes uses at once on a CPU for each entry that it updates: both moments, the
+# gradient, the weight, the denominator and its root in float32; of bfloat16 weights, as measured.
+_EIGHT_BIT = 24
 _TOKEN = 8  # bytes of a token id, and of a target
 
 
@@ -86,16 +97,18 @@ def rank_memory(
         rank: Rank of projections; by default as in GaLore's benchmark.
         device: Kind of device; on a GPU, SWAN for example updates more small matrices at once.
     """
-    weights = weights_of(work.architecture, grid)
+    work = replace(work, adapter_rank=method.adapter_rank)
+    weights = weights_of(work.architecture, grid, work.adapter_rank)
+    ours = trained(weights)
     itemsize = weight_dtype(work.precision).itemsize
     released = work.release and method.can_release
     low_rank = usual_rank(work.architecture.hidden_size) if rank is None else rank
-    largest = max(prod(w.shard) for w in weights) * itemsize
-    whole = sum(prod(w.shard) for w in weights) * itemsize
+    largest = max(prod(w.shard) for w in ours) * itemsize
+    whole = sum(prod(w.shard) for w in ours) * itemsize
     gradients = largest if released and work.micro_batches == 1 else whole
     base = Memory(
-        weights=whole,
-        state=state_bytes(weights, grid, method, itemsize, low_rank),
+        weights=sum(prod(w.shard) for w in weights) * itemsize,
+        state=state_bytes(ours, grid, method, itemsize, low_rank),
         gradients=0,
         activations=0,
         loss=0,
@@ -104,7 +117,7 @@ def rank_memory(
         moment="",
         all_gradients=gradients,
     )
-    scratch = update_scratch(weights, grid, method, device=device, per_matrix=released)
+    scratch = update_scratch(ours, grid, method, device=device, per_matrix=released)
     if grid.dp_shard > 1:
         peaks = _sharded(work, weights, base, gradients)
     else:
@@ -124,7 +137,7 @@ def state_bytes(
     """Return the bytes that a method keeps on the first rank.
 
     Args:
-        weights: Weights of the model.
+        weights: Weights of the model that are trained.
         grid: The mesh.
         method: The optimizer.
         itemsize: Bytes of each weight.
@@ -132,7 +145,8 @@ def state_bytes(
     """
     total = 0.0
     for weight in weights:
-        if method.eight_bit:  # the size of the whole parameter decides whether it has 8-bit state
+        # The size of the whole parameter decides whether it has 8-bit state.
+        if method.is_eight_bit(is_matrix=weight.is_matrix):
             total += eight_bit_bytes(weight.count) * prod(weight.shard) / weight.count
         elif weight.is_matrix:
             low = method.low_rank is not None
@@ -167,13 +181,28 @@ def update_scratch(
     of small matrices.
 
     Args:
-        weights: Weights of the model.
+        weights: Weights of the model that are trained.
         grid: The mesh.
         method: The optimizer.
         device: Kind of device.
         per_matrix: Whether each matrix is updated by itself, as in release.
     """
+    coded = [prod(w.shard) for w in weights if method.is_eight_bit(is_matrix=w.is_matrix)]
+    eight_bit = _EIGHT_BIT * min(CPU_ENTRIES, max(coded, default=0)) if device == "cpu" else 0
     matrices = [w for w in weights if w.is_matrix or (method.everywhere and w.is_embedding)]
+    if not matrices:
+        return eight_bit
+    return max(eight_bit, _matrix_scratch(matrices, grid, method, device, per_matrix))
+
+
+def _matrix_scratch(
+    matrices: Sequence[Weight],
+    grid: Grid,
+    method: Method,
+    device: Literal["cpu", "cuda"],
+    per_matrix: bool,
+) -> int:
+    """Return the bytes that the update of these matrices allocates and gives back."""
     is_sharded = grid.dp_shard * grid.tp > 1
     lengths = [w.shard[0] + w.shard[1] for w in matrices]
     if method.exchange == "rows" and is_sharded:
@@ -257,7 +286,10 @@ def _sharded(
     itemsize = weight_dtype(work.precision).itemsize
     gathered = 2 if work.precision == "bf16-autocast" else itemsize
     outside, block = outside_blocks(weights), largest_block(weights)
+    reduced = largest_block(trained(weights))
     head = work.architecture.vocab_size * work.architecture.hidden_size // work.tp
+    if not any(w.is_trained and w.block is None for w in weights):
+        head = 0
     in_use = gathered * (outside + 2 * block)
     # Unsharded gradients are reduced and freed as soon as they are complete.
     lives = trace(replace(work, release=True, micro_batches=1))
@@ -268,7 +300,7 @@ def _sharded(
             # Weights are freed before gradients are copied; the embedding's gradient is in `live`.
             one = replace(one, transit=max(gathered, itemsize) * outside + itemsize * head)
         elif moment.startswith("backward"):
-            one = replace(one, transit=in_use + itemsize * (head + 2 * block))
+            one = replace(one, transit=in_use + itemsize * (head + 2 * reduced))
         elif moment != UPDATE:  # the first micro-batch has no gradient yet
             kept = gradients if work.micro_batches > 1 else 0
             one = replace(one, transit=in_use, gradients=kept)

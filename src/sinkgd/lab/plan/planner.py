@@ -134,7 +134,8 @@ def _limit(question: Question) -> int:
 
 
 def _method_plan(question: Question, method: Method) -> MethodPlan:
-    work, grid = question.work, question.grid
+    work = replace(question.work, adapter_rank=method.adapter_rank)
+    grid = question.grid
     memory = rank_memory(work, grid, method)
     messages = [*training_communication(work, grid), *optimizer_communication(work, grid, method)]
     time = step_time(work, grid, method, question.device, messages, mfu=question.mfu)
@@ -197,7 +198,11 @@ def as_json(question: Question, answer: Answer, command: str) -> dict[str, Any]:
         "days": chosen.days,
         "cost": chosen.cost,
         "architecture": asdict(work.architecture),
-        "work": {key: value for key, value in vars(work).items() if key != "architecture"},
+        "work": {
+            key: value
+            for key, value in vars(work).items()
+            if key not in ("architecture", "adapter_rank")
+        },
         "mesh": {**asdict(question.grid), "ranks": question.grid.ranks},
         "device": asdict(question.device),
         "assumed": {

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import sinkgd
-from sinkgd.lab.models import Llama, LlamaConfig
+from sinkgd.lab.models import Llama, LlamaConfig, add_adapters
 from sinkgd.lab.plan.architecture import Architecture
 from sinkgd.lab.train.config import ConfigError, MeshConfig
 
@@ -40,6 +40,7 @@ class Weight:
     shard: Shape  # the shard of that part under FSDP, which divides rows
     is_matrix: bool  # whether it is a hidden matrix; AdamW updates other parameters by default
     block: int | None  # index of its block, if it is in one; FSDP gathers a block at a time
+    is_trained: bool = True
 
     @property
     def count(self) -> int:
@@ -95,8 +96,15 @@ class Grid:
 
 
 @lru_cache(maxsize=64)
-def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight, ...]:
+def weights_of(
+    architecture: Architecture, grid: Grid = Grid(), adapter_rank: int = 0
+) -> tuple[Weight, ...]:
     """List the weights of a model, from its module on the meta device; tied weights count once.
+
+    Args:
+        architecture: The model's sizes.
+        grid: The mesh.
+        adapter_rank: Rank of LoRA adapters, which alone are trained; 0 for a model without them.
 
     Examples:
         >>> from sinkgd.lab.plan.architecture import find_architecture
@@ -107,6 +115,8 @@ def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight,
     tokens = grid.tp  # shapes of weights do not depend on the sequence length
     whole = rank_model(architecture, tokens=tokens)
     part = rank_model(architecture, tokens=tokens, tp=grid.tp)
+    if adapter_rank:
+        whole, part = (add_adapters(model, adapter_rank) for model in (whole, part))
     matrices = {
         name
         for group in sinkgd.param_groups(whole)
@@ -122,9 +132,15 @@ def weights_of(architecture: Architecture, grid: Grid = Grid()) -> tuple[Weight,
             shard=(-(-own.shape[0] // grid.dp_shard), *own.shape[1:]),
             is_matrix=name in matrices,
             block=int(name.split(".")[2]) if name.startswith("model.layers.") else None,
+            is_trained=weight.requires_grad,
         )
         for (name, weight), (_, own) in pairs
     )
+
+
+def trained(weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    """Return the weights that are trained."""
+    return tuple(weight for weight in weights if weight.is_trained)
 
 
 def largest_block(weights: Sequence[Weight]) -> int:
@@ -133,7 +149,7 @@ def largest_block(weights: Sequence[Weight]) -> int:
     for weight in weights:
         if weight.block is not None:
             sizes[weight.block] = sizes.get(weight.block, 0) + prod(weight.divided)
-    return max(sizes.values())
+    return max(sizes.values(), default=0)
 
 
 def outside_blocks(weights: Sequence[Weight]) -> int:

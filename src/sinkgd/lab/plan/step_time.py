@@ -18,7 +18,7 @@ from math import prod
 
 from sinkgd.lab.devices import DeviceSheet
 from sinkgd.lab.plan.methods import Method, usual_rank
-from sinkgd.lab.plan.rank_model import Grid, Weight, weights_of
+from sinkgd.lab.plan.rank_model import Grid, Weight, trained, weights_of
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
@@ -46,12 +46,12 @@ class Messages:
 
 def training_communication(work: Work, grid: Grid) -> list[Messages]:
     """List the collectives of forward and backward, for all micro-batches."""
-    weights = weights_of(work.architecture, grid)
+    weights = weights_of(work.architecture, grid, work.adapter_rank)
     found: list[Messages] = []
     if grid.dp_shard > 1:
         found += _fsdp(work, grid, weights)
     if grid.dp_replicate > 1:
-        size = sum(prod(w.shard) for w in weights) * weight_dtype(work.precision).itemsize
+        size = sum(prod(w.shard) for w in trained(weights)) * weight_dtype(work.precision).itemsize
         units = work.architecture.num_layers + 1
         n = grid.dp_replicate
         found.append(Messages("gradients", "dp_replicate", "all-reduce", units, size, n))
@@ -62,7 +62,7 @@ def training_communication(work: Work, grid: Grid) -> list[Messages]:
 
 def optimizer_communication(work: Work, grid: Grid, method: Method) -> list[Messages]:
     """List the collectives of the optimizer's step on hidden matrices."""
-    weights = [w for w in weights_of(work.architecture, grid) if w.is_matrix]
+    weights = [w for w in weights_of(work.architecture, grid, work.adapter_rank) if w.is_matrix]
     sharded = [(g, k) for g, k in (("tp", grid.tp), ("dp_shard", grid.dp_shard)) if k > 1]
     if method.exchange == "nothing" or not sharded:
         return []
@@ -170,6 +170,7 @@ def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
     # Shards are padded to equal size, as in FSDP2.
     blocks = k * sum(prod(w.shard) for w in weights if w.block is not None)
     outside = k * sum(prod(w.shard) for w in weights if w.block is None)
+    reduced = k * sum(prod(w.shard) for w in trained(weights))
     return [
         Messages(
             "weights",
@@ -184,7 +185,7 @@ def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
             "dp_shard",
             "reduce-scatter",
             micro * (layers + 1),
-            micro * itemsize * (blocks + outside),
+            micro * itemsize * reduced,
             k,
         ),
     ]
@@ -239,8 +240,8 @@ class StepTime:
 def flops_of(work: Work) -> float:
     """Return the floating-point operations of a step, including recomputed ones.
 
-    Each weight takes two per token in forward and four in backward; attention is over previous
-    tokens. The embedding takes none.
+    Each weight takes two per token in forward, and four in backward, or two if it is frozen.
+    Attention is over previous tokens. The embedding takes none.
     """
     a = work.architecture
     weights = weights_of(a)
@@ -251,6 +252,10 @@ def flops_of(work: Work) -> float:
     blocks = 2.0 * matrices + 2.0 * attention
     chunked = work.loss_chunk_tokens is not None
     runs = 3 * blocks + 3 * 2.0 * head
+    if work.adapter_rank:
+        adapters = sum(w.count for w in trained(weights_of(a, adapter_rank=work.adapter_rank)))
+        runs += 3 * 2.0 * adapters - 2.0 * (matrices + head)
+        blocks += 2.0 * adapters
     return tokens * (runs + blocks * work.recompute + 2.0 * head * chunked)
 
 
@@ -297,7 +302,7 @@ def step_time(
 def _update_seconds(
     work: Work, grid: Grid, method: Method, device: DeviceSheet, rate: float
 ) -> float:
-    weights = weights_of(work.architecture, grid)
+    weights = trained(weights_of(work.architecture, grid, work.adapter_rank))
     itemsize = weight_dtype(work.precision).itemsize
     rest = _ADAMW_PASSES if method.rest else _SGD_PASSES
     moved = sum(

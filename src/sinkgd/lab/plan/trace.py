@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sinkgd.lab.models import Llama
+from sinkgd.lab.models import Llama, add_adapters
 from sinkgd.lab.plan.architecture import Architecture
 from sinkgd.lab.plan.rank_model import rank_model
 from sinkgd.lab.train.config import Precision
@@ -140,6 +140,7 @@ class Work:
     recompute: bool = False
     loss_chunk_tokens: int | None = None
     tp: int = 1
+    adapter_rank: int = 0  # of LoRA adapters, which alone are trained; 0 trains all weights
 
 
 @lru_cache(maxsize=256)
@@ -160,6 +161,8 @@ def run_on_fake_tensors(work: Work, layers: int) -> dict[str, Live]:
         layers: Number of blocks.
     """
     model = rank_model(work.architecture, tokens=work.sequence_length, tp=work.tp, layers=layers)
+    if work.adapter_rank:
+        add_adapters(model, work.adapter_rank)
     with FakeTensorMode():
         _make_fake(model, weight_dtype(work.precision))
         model.model.recompute = work.recompute
@@ -182,7 +185,8 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if weight not in made:
-                made[weight] = nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=_CPU))
+                fake = torch.empty(weight.shape, dtype=dtype, device=_CPU)
+                made[weight] = nn.Parameter(fake, requires_grad=weight.requires_grad)
             setattr(module, name, made[weight])
         for name, table in list(module.named_buffers(recurse=False)):
             fake = torch.empty(table.shape, dtype=table.dtype, device=_CPU)
@@ -206,7 +210,7 @@ class _Step:
             lambda _, __, x: self._begin_at_gradient(x, EMBEDDING)
         )
         model.lm_head.register_forward_pre_hook(lambda *_: self._begin(LOSS, "loss"))
-        for param in model.parameters():
+        for param in filter(lambda param: param.requires_grad, model.parameters()):
             param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
 
     def forward_and_backward(self, tokens: Tensor) -> None:

@@ -1,6 +1,6 @@
 """AdamW for the parameters that no matrix norm fits; the arithmetic is torch's own."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -58,6 +58,23 @@ class AdamW(Method):
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create both moments, filled with zeros."""
         init_moments(state, param, fused=group["fused"])
+
+    def adopt(
+        self, param: Tensor, group: Group, saved: Mapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        """Return the state of a parameter that torch's AdamW has updated.
+
+        Args:
+            param: The parameter.
+            group: Its group.
+            saved: Its state in ``torch.optim.AdamW``, which is copied.
+        """
+        state: dict[str, Any] = {}
+        self.init_state(param, group, state)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key].copy_(saved[key])
+        state["step"].fill_(float(saved["step"]))
+        return state
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Check the gradients, then update as torch does."""
