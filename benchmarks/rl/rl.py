@@ -1,7 +1,7 @@
 """Train a policy on verifiable rewards, with AdamW, SGD and SinkGD.
 
 A small LLaMA first learns from examples to add two numbers of two digits, until it answers about a
-third of the sums. Then it learns from rewards alone: it samples eight answers to each of 32 sums,
+sixth of the sums. Then it learns from rewards alone: it samples eight answers to each of 32 sums,
 an answer gets 1 if it is right and 0 if not, and the policy gradient weighs each answer by its
 reward minus the mean of its sum's answers, divided by their standard deviation (GRPO, Shao et al.,
 https://arxiv.org/abs/2402.03300; one update for each sample, no penalty). A tenth of all sums is
