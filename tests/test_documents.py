@@ -107,6 +107,10 @@ def test_every_python_block_runs_by_itself(block):
     for module in ("transformers", "accelerate", "trl", "peft", "lightning"):
         if f"import {module}" in block or f"from {module}" in block:
             pytest.importorskip(module, reason="pip install '.[trainers]'")
+    for module in ("llamafactory", "torchtitan"):
+        if f"from {module}" in block:
+            reason = f"the head of tests/integrations says how to install {module}"
+            pytest.importorskip(module, reason=reason, exc_type=ImportError)
     exec(compile(block, "block", "exec"), {"__name__": "__main__"})
 
 

@@ -30,6 +30,8 @@ _ROUTING = (
 _SINKGD = tuple(
     name for name in inspect.signature(SinkGD).parameters if name not in ("params", *_ROUTING)
 )
+# A name and its value in ``optim_args``. A value may be a tuple with commas.
+_PAIRS = re.compile(r"(\w+)\s*=\s*(\([^)]*\)|[^,\s]+)")
 # Arguments whose values are strings.
 _WORDS = {"backend", "nonfinite", "rounding"}
 
@@ -139,6 +141,28 @@ def attach(trainer: Any, **options: Any) -> None:
     trainer.optimizer_cls_and_kwargs = SinkGDFactory, {"training_args": trainer.args, **options}
 
 
+def read_optim_args(text: str | None) -> dict[str, str]:
+    """Return the arguments in ``optim_args`` of a trainer: ``"lr=0.02, betas=(0.9, 0.95)"``.
+
+    Args:
+        text: Pairs of names and values, separated by commas; None for none.
+
+    Raises:
+        ValueError: If a part of the text is no such pair.
+
+    Examples:
+        >>> read_optim_args("lr=0.02, betas=(0.9, 0.95)")
+        {'lr': '0.02', 'betas': '(0.9, 0.95)'}
+    """
+    rest = _PAIRS.sub("", text or "").strip(", ")
+    if rest:
+        raise ValueError(
+            f"optim_args must be pairs such as 'lr=0.02,deflated_rank=0', got {text!r}: {rest!r} "
+            "is none"
+        )
+    return dict(_PAIRS.findall(text or ""))
+
+
 def _check_names(kwargs: Mapping[str, Any]) -> None:
     """Refuse arguments that do not exist.
 
@@ -147,8 +171,7 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
             does.
     """
     if "optim_args" in kwargs:
-        # A value may be a tuple, whose commas do not separate arguments.
-        pairs = dict(re.findall(r"(\w+)\s*=\s*(\([^)]*\)|[^,\s]+)", str(kwargs["optim_args"])))
+        pairs = dict(_PAIRS.findall(str(kwargs["optim_args"])))
         raise TypeError(
             "SinkGDFactory has no argument 'optim_args'; give each argument by its own name: "
             f"optimizer_cls_and_kwargs=(SinkGDFactory, {pairs or {'lr': 0.02}})"

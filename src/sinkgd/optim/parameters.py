@@ -1,10 +1,10 @@
 """The parameters of an optimizer: their names, their places in the groups, and checks of them.
 
 Trainers may replace parameters after the optimizer was created. accelerate replaces them by FSDP2's
-DTensors of the same shape, which works. DeepSpeed ZeRO-1 and ZeRO-2 replace all parameters of a
-group by one flat tensor, which has neither rows nor columns. Others keep the parameter and set its
-``data`` to a flat tensor, or to another dtype. So every step looks for parameters that have changed
-since they were checked.
+DTensors of the same shape, which works. DeepSpeed's ZeRO replaces all parameters of a group by one
+flat tensor, which has neither rows nor columns. Others keep the parameter and set its ``data`` to a
+flat tensor, or to another dtype. So every step looks for parameters that have changed since they
+were checked.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
@@ -226,9 +226,10 @@ def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor])
         if new.shape != before.shapes[i]:
             raise TypeError(
                 f"{before.names[i]!r} had shape {tuple(before.shapes[i])} when its group was added "
-                f"and was replaced by a tensor of shape {tuple(new.shape)}. DeepSpeed ZeRO-1 and "
-                "ZeRO-2 replace parameters by flat tensors, which have neither rows nor columns; "
-                "shard the model with fully_shard (FSDP2), or give the group algorithm='adamw'"
+                f"and was replaced by a tensor of shape {tuple(new.shape)}. DeepSpeed's ZeRO-1, "
+                "ZeRO-2 and ZeRO-3 replace parameters by flat tensors, which have neither rows nor "
+                "columns; shard the model with fully_shard (FSDP2), or give the group "
+                "algorithm='adamw'"
             )
 
 

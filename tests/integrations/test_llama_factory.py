@@ -1,0 +1,84 @@
+"""LLaMA-Factory's new trainer takes SinkGD from its table of plugins, trains, saves and resumes.
+
+It passed with llamafactory 0.9.5 and transformers 5.23.0 (LLaMA-Factory asks for at most 5.6). To
+run it, in an environment of its own:
+
+    pip install llamafactory==0.9.5 && pytest tests/integrations/test_llama_factory.py
+"""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from sinkgd.integrations.transformers import SinkGDFactory
+from tiny_llama import save_tiny_llama
+
+pytest.importorskip("llamafactory", reason="pip install llamafactory==0.9.5", exc_type=ImportError)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of LLaMA-Factory and of what it imports
+
+
+def part(role, text, weight):
+    return {"role": role, "content": [{"type": "text", "value": text}], "loss_weight": weight}
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    for name in ("USE_V1", "HF_HUB_OFFLINE", "DISABLE_VERSION_CHECK"):
+        monkeypatch.setenv(name, "1")
+    row = {"messages": [part("user", "one plus two is", 0.0), part("assistant", "three", 1.0)]}
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text((json.dumps(row) + "\n") * 32)
+    data = tmp_path / "data.yaml"
+    data.write_text(f"texts:\n  path: {texts}\n  source: local\n")
+    return {
+        "model": str(save_tiny_llama(tmp_path / "model")),
+        "train_dataset": str(data),
+        "template": "qwen3_nothink",
+        "optim_config": {"name": "sinkgd", "adamw_lr": "1e-2", "momentum": 0.5},
+        "output_dir": str(tmp_path / "whole"),
+        "max_steps": 4,
+        "save_steps": 2,
+        "micro_batch_size": 2,
+        "global_batch_size": 2,
+        "cutoff_len": 32,
+        "bf16": False,
+        "logging_steps": 1,
+    }
+
+
+@pytest.fixture
+def built():
+    """Register the plugin as docs/trainers.md does, and collect the optimizers that it builds."""
+    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
+
+    optimizers = []
+
+    @OptimizerPlugin("sinkgd").register()
+    def build(model, config):
+        options = {name: value for name, value in config.items() if name != "name"}
+        optimizers.append(SinkGDFactory()(model, **options))
+        return optimizers[-1]
+
+    return optimizers
+
+
+def test_a_run_trains_with_sinkgd_and_resumes(arguments, built, tmp_path):
+    from llamafactory.v1.trainers.sft_trainer import run_sft
+
+    run_sft(arguments)
+    (optimizer,) = built
+    rates = {group["algorithm"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"sinkgd": pytest.approx(3e-3), "adamw": 1e-2}
+    assert all(optimizer.state.values())  # momentum, and AdamW's moments
+    before = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    whole = safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors")
+    assert not any(torch.equal(before[name], whole[name]) for name in before)
+
+    resumed = tmp_path / "resumed"
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    run_sft({**arguments, "output_dir": str(resumed), "resume_from_checkpoint": checkpoint})
+    again = safetensors.torch.load_file(resumed / "model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in again)
