@@ -117,7 +117,8 @@ def test_a_checkpoint_continues_and_saving_changes_nothing(registry, recipe, tmp
 def test_saving_makes_no_gradients(registry, monkeypatch):
     """torchtitan would step along zero gradients, as large as the weights, at every save."""
     _, container, _ = build(registry, RECIPES["stateless"])
-    monkeypatch.setattr(sinkgd.SinkGD, "step", lambda *_, **__: pytest.fail("a step was taken"))
+    for optimizer in container:
+        monkeypatch.setattr(optimizer, "step", lambda **_: pytest.fail("a step was taken"))
     container.load_state_dict(container.state_dict())
 
 
