@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -381,3 +382,63 @@ def test_the_table_of_fine_tuning_is_the_record():
         assert f"{mean(gains):.3f}" == gain
         assert gain in page
         assert all(at_best["adamw"][i]["old"] > at_best[arm][i]["old"] for i in range(3))
+
+
+FINE_TUNED = {
+    "AdamW": ("adamw", False),
+    "8-bit AdamW": ("adamw-8bit", False),
+    "Muon, AdamW on the rest": ("muon", False),
+    "SinkGD, AdamW on the rest": ("sinkgd", True),
+    "SinkGD plain, AdamW on the rest": ("sinkgd-paper", True),
+    "SinkGD, 8-bit AdamW on the rest": ("sinkgd-8bit", True),
+    "LoRA, rank 8 on all matrices of the blocks, AdamW": ("lora", False),
+}
+
+
+def gib(size):
+    return f"{size / 2**30:#.3g}"
+
+
+def test_the_memory_of_a_full_fine_tune_is_the_planned_one():
+    plan = import_module("sinkgd.lab.plan")
+    commands = import_module("sinkgd.lab.commands.plan")
+    page = " ".join((ROOT / "docs/from-adamw.md").read_text(encoding="utf-8").split())
+    kept, released = (
+        commands.Plan(recompute_activations=True, release_gradients=release, all=True)
+        for release in (False, True)
+    )
+    for command in (kept, released):
+        assert f"`{command._command()}`" in page
+    work, grid = kept._question().work, plan.Grid()
+    freeing = released._question().work
+    assert (work.architecture.name, work.sequence_length, work.batch_size) == ("llama-7b", 2048, 1)
+    table = table_after("docs/from-adamw.md", "| | weights | state | gradients")
+    assert [*table][1:] == [*FINE_TUNED]
+    for row, (name, can_release) in FINE_TUNED.items():
+        method = plan.find_method(name)
+        assert method.can_release == can_release
+        own = plan.rank_memory(work, grid, method)
+        parts = own.weights, own.state, own.all_gradients, own.peak
+        last = gib(plan.rank_memory(freeing, grid, method).peak) if can_release else "–"
+        assert table[row] == [*map(gib, parts), last]
+    hooked = [
+        gib(plan.rank_memory(freeing, grid, replace(plan.find_method(name), can_release=True)).peak)
+        for name in ("adamw", "adamw-8bit")
+    ]
+    assert "AdamW would peak at {} GiB, and 8-bit AdamW at {} GiB".format(*hooked) in page
+
+
+def test_the_measured_memory_of_fine_tuning_is_the_recorded_one():
+    path = ROOT / "benchmarks/finetune/2026-11-29-llama-1b-memory.jsonl"
+    table = table_after("docs/from-adamw.md", "| | state | peak planned")
+    runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    names = {name: row.removesuffix(" on the rest") for row, (name, _) in FINE_TUNED.items()}
+    names["lora"] = "LoRA"
+    for run in runs:
+        assert (run["model"], run["tokens"]) == ("llama-1b", 256)
+        row = names[run["method"]] + (", gradients released" if run["released"] else "")
+        planned, measured = run["planned"], run["measured"]
+        assert planned["state"] == measured["state"]
+        found = measured["state"], planned["peak"], measured["peak"], measured["process"]
+        assert table[row] == [*map(gib, found)]
+    assert len(table) == len(runs) + 1

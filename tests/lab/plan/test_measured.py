@@ -88,13 +88,13 @@ CASES = [
     Case("llama-9m", "adamw-8bit", "bf16", RECOMPUTE | CHUNKS),
     Case("llama-20m", "lora", "bf16", RECOMPUTE | CHUNKS),
     Case("llama-20m", "lora", "float32", CHUNKS),
-    Case("llama-20m", "lora", "bf16", RECOMPUTE, vocab_size=512),
-    Case("llama-20m", "lora", "float32", vocab_size=512),
     # With few tokens in the vocabulary it is the blocks that need the most.
     Case("llama-9m", "adamw", "float32", CHUNKS, vocab_size=512),
     Case("llama-20m", "sinkgd-paper", "bf16", RELEASE | CHUNKS, vocab_size=512),
     Case("llama-20m", "sinkgd-paper", "bf16", RELEASE | RECOMPUTE | CHUNKS, vocab_size=512),
     Case("llama-20m", "adamw", "bf16-autocast", RECOMPUTE, vocab_size=512),
+    Case("llama-20m", "lora", "bf16", RECOMPUTE, vocab_size=512),
+    Case("llama-20m", "lora", "float32", vocab_size=512),
 ]
 
 

@@ -33,9 +33,9 @@ class LoRA(nn.Module):
         rows, columns = base_layer.weight.shape
         m, n = (columns, rows) if isinstance(base_layer, Conv1D) else (rows, columns)
         self.base_layer = base_layer.requires_grad_(False)
-        like = {"dtype": base_layer.weight.dtype, "device": base_layer.weight.device}
-        self.lora_A = nn.Linear(n, rank, bias=False, **like)
-        self.lora_B = nn.Linear(rank, m, bias=False, **like)
+        dtype, device = base_layer.weight.dtype, base_layer.weight.device
+        self.lora_A = nn.Linear(n, rank, bias=False, dtype=dtype, device=device)
+        self.lora_B = nn.Linear(rank, m, bias=False, dtype=dtype, device=device)
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw A uniformly between ±1/√n, as PEFT does, and set B to 0."""

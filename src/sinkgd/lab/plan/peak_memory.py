@@ -124,11 +124,16 @@ def rank_memory(
         peaks = _alone(replace(work, release=released), base)
     found = [
         replace(one, scratch=one.scratch + scratch)
-        if moment == UPDATE or (released and "backward" in moment)
+        if moment == UPDATE or (released and _updates_in(moment, method))
         else one
         for moment, one in peaks.items()
     ]
     return max(found, key=lambda one: one.peak)
+
+
+def _updates_in(moment: str, method: Method) -> bool:
+    """Whether released gradients are applied in a moment with scratch: AdamW's take none."""
+    return "backward" in moment or (moment == EMBEDDING and method.eight_bit != "none")
 
 
 def state_bytes(
