@@ -142,6 +142,20 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(algorithm):
     assert torch.equal(resumed, whole)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (960,), (4, 6, 40), ()])
+def test_adamw_draws_the_same_bits_in_parts(shape, monkeypatch):
+    whole, parts = a_weight(shape=shape), a_weight(shape=shape)
+    optimizer = build([whole], "adamw", seed=9)
+    walk(whole, optimizer, 3)
+    monkeypatch.setattr("sinkgd.optim.methods.adamw._CPU_CHUNK", 100)
+    other = build([parts], "adamw", seed=9)
+    walk(parts, other, 3)
+    assert torch.equal(whole, parts)
+    for name, value in optimizer.state[whole].items():
+        assert torch.equal(value, other.state[parts][name])
+    assert optimizer.state[whole]["step"] == 3
+
+
 def test_a_copy_counts_its_own_steps():
     weight = a_weight()
     optimizer = build([weight], "sinkgd")

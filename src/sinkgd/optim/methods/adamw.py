@@ -27,7 +27,9 @@ from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
-_CHUNK = 1 << 22  # entries of a bfloat16 parameter that are in float32 at once
+# Entries of a bfloat16 parameter that are in float32 at once. With the random bits, an entry takes
+# some 40 bytes then. On a GPU many small kernels would take longer than they compute.
+_CPU_CHUNK, _CHUNK = 1 << 18, 1 << 22
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -106,16 +108,19 @@ class AdamW(Method):
             held_back=None if flags is None else ~flags.all(),
             grad_scale=context.loss_scale,
         )
-        keys = draw_keys(slots, group)
-        rounded = [i for i, slot in enumerate(slots) if keys and slot.param.dtype == torch.bfloat16]
-        plain = [i for i in range(len(slots)) if i not in rounded]
-        if plain:
-            params = [local(slots[i].param) for i in plain]
-            grads = [local(slots[i].grad) for i in plain]
-            descend(params, grads, [states[i] for i in plain])
-        for i in rounded:
-            assert keys is not None
-            _descend_in_float32_(slots[i], states[i], keys[i], descend)
+        keys: Sequence[Tensor | None] = draw_keys(slots, group) or [None] * len(slots)
+        together: list[tuple[Slot, MutableMapping[str, Any]]] = []
+        for slot, state, key in zip(slots, states, keys, strict=True):
+            if key is None or slot.param.dtype != torch.bfloat16:
+                together.append((slot, state))
+            else:
+                _descend_in_float32_(slot, state, key, descend)
+        if together:
+            descend(
+                [local(slot.param) for slot, _ in together],
+                [local(slot.grad) for slot, _ in together],
+                [state for _, state in together],
+            )
 
 
 def check_adamw(param: Tensor, group: Group) -> None:
@@ -208,12 +213,13 @@ def _descend_in_float32_(
         key: Decides the random bits, 0-dim int64.
         descend: Takes the step, given lists of parameters, gradients and states.
     """
-    moments = {name: local(state[name]) for name in MOMENTS if name in state}
-    stored = {"param": local(slot.param), **moments}
-    grad, step = local(slot.grad), state["step"]
+    moments = {name: state[name] for name in MOMENTS if name in state}
+    stored = {name: _with_rows(local(x)) for name, x in {"param": slot.param, **moments}.items()}
+    grad, step = _with_rows(local(slot.grad)), state["step"]
     first = first_entry_of(slot.param, "auto")
     row = grad[:1].numel()
-    rows = max(1, _CHUNK // max(1, row))
+    chunk = _CPU_CHUNK if grad.is_cpu else _CHUNK
+    rows = max(1, chunk // max(1, row))
     for begin in range(0, len(grad), rows):
         parts = {name: x[begin : begin + rows] for name, x in stored.items()}
         wide = {name: x.to(torch.float32).contiguous() for name, x in parts.items()}
@@ -226,6 +232,11 @@ def _descend_in_float32_(
             entry = number * slot.param.numel() + first + begin * row
             part.copy_(round_to_bfloat16(wide[name], key + entry))
     state["step"].copy_(step)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """Return ``x``, or a view of one entry if it has no dimensions."""
+    return x.view(1) if x.dim() == 0 else x
 
 
 def _dense(param: Tensor) -> Tensor:
