@@ -1,6 +1,7 @@
 """The charts of a study: final losses along its axis or by arm, and the grids behind them.
 
-Three more charts serve single studies: state against loss, loss by rate, and recovery.
+Four more charts serve single studies: state against loss, new text against old text, loss by
+rate, and recovery.
 """
 
 import html

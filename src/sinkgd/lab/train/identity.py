@@ -95,6 +95,15 @@ def model_content(sizes: Sizes) -> dict[str, Any]:
     return _plain({"kind": type(sizes).__name__, **vars(sizes)})
 
 
+def changed_sizes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say in which sizes two models differ, from `model_content`; empty if they are equal."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    )
+
+
 def check_data(start: RunStart, manifest: Manifest, corpus: str) -> None:
     """Refuse to resume with text that differs from the run's.
 
@@ -132,14 +141,9 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
             "results are damaged, so give another --out"
         )
     if before is not None and before != now:
-        changed = "; ".join(
-            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-            for name in dict.fromkeys([*before, *now])
-            if before.get(name) != now.get(name)
-        )
         raise ConfigError(
-            f"the run {start.name!r} has another model under the same name: {changed}. "
-            f"{_remedy(start)}"
+            f"the run {start.name!r} has another model under the same name: "
+            f"{changed_sizes(before, now)}. {_remedy(start)}"
         )
     old, new = start.inputs.get(WEIGHTS), content[WEIGHTS]
     if old != new:

@@ -146,7 +146,7 @@ def _evaluate(job: Job, results: Recorder) -> None:
     state, training = job.state, job.config.training
     state.model.at_step(state.step, training.steps)
     results.write(_evaluation(job))
-    first = next(_held_out(job))
+    first = next(_held_out(job, job.validation))
     values = measure_statistics(
         state.model, first.inputs, precision=training.precision, mesh=job.mesh
     )
@@ -154,11 +154,11 @@ def _evaluate(job: Job, results: Recorder) -> None:
         results.write(ModelStatistics(state.step, values))
 
 
-def _held_out(job: Job, text: TokenSplit | None = None) -> Iterator[Batch]:
+def _held_out(job: Job, text: TokenSplit) -> Iterator[Batch]:
     """Yield the batches of held-out text, shifted as training is after the steps taken."""
     training, evaluation = job.config.training, job.config.evaluation
     batches = evaluation_batches(
-        job.validation if text is None else text,
+        text,
         sequence_length=training.sequence_length,
         batch_size=evaluation.batch_size or training.micro_batch_size or training.batch_size,
         max_tokens=evaluation.tokens,
@@ -171,7 +171,7 @@ def _held_out(job: Job, text: TokenSplit | None = None) -> Iterator[Batch]:
 
 def _evaluation(job: Job) -> Evaluation:
     state = job.state
-    score = _score(job, _held_out(job))
+    score = _score(job, job.validation)
     other = job.other_validation
     return Evaluation(
         step=state.step,
@@ -182,15 +182,15 @@ def _evaluation(job: Job) -> Evaluation:
         bits_per_byte=score.bits_per_byte(job.tokens_per_byte),
         eval_tokens=score.tokens,
         galore_perplexity=score.galore_perplexity,
-        other_val_loss=None if other is None else _score(job, _held_out(job, other)).nats_per_token,
+        other_val_loss=None if other is None else _score(job, other).nats_per_token,
     )
 
 
-def _score(job: Job, batches: Iterator[Batch]) -> Score:
+def _score(job: Job, text: TokenSplit) -> Score:
     training = job.config.training
     return evaluate(
         job.state.model,
-        batches,
+        _held_out(job, text),
         precision=training.precision,
         mesh=job.mesh,
         micro_batch_size=training.micro_batch_size or training.batch_size,

@@ -13,7 +13,7 @@ from sinkgd.lab.train.checkpoint import load_weights
 from sinkgd.lab.train.checkpoint_validation import CHECKSUMS, latest_valid
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.folder import RunFolder
-from sinkgd.lab.train.identity import MODEL, TOKENIZER, model_content
+from sinkgd.lab.train.identity import MODEL, TOKENIZER, changed_sizes, model_content
 from sinkgd.lab.train.world import World
 
 
@@ -65,13 +65,7 @@ class StartingWeights:
         Raises:
             ConfigError: If the model has other sizes, or the text another tokenizer.
         """
-        before, now = self.start.inputs.get(MODEL) or {}, model_content(model)
-        changed = "; ".join(
-            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-            for name in dict.fromkeys([*before, *now])
-            if before.get(name) != now.get(name)
-        )
-        if changed:
+        if changed := changed_sizes(self.start.inputs.get(MODEL) or {}, model_content(model)):
             raise ConfigError(
                 f"model.weights is {str(self.folder)!r}, whose model has other sizes: {changed}. "
                 "Give its model.preset, training.sequence_length and vocabulary"
