@@ -1,10 +1,11 @@
-"""AdamW whose moments take a byte an entry, by the kernels of bitsandbytes.
+"""AdamW whose moments take one byte per entry, by the kernels of bitsandbytes.
 
 It is a method for embeddings, the output head and other parameters that SinkGD leaves to AdamW:
 ``param_groups(model, state_bits=8)``.
 
-A moment is stored in blocks of 256 entries, in row-major order. A block has its largest absolute
-value, a float32, and an entry has one of 256 fractions of it, whose distances shrink toward zero.
+A moment is stored in blocks of 256 entries, in row-major order. For each block its
+largest absolute value is stored in float32, and for each entry one of 256 fractions of that value.
+The fractions are closer together near zero.
 A step decodes both moments to float32, takes AdamW's step, and encodes them again.
 """
 
@@ -53,7 +54,7 @@ class AdamW8bit(AdamW):
 
         Raises:
             ImportError: If bitsandbytes is not installed.
-            TypeError: If the parameter is sharded, or has another type than the three it knows.
+            TypeError: If the parameter is sharded, or is not float32, bfloat16 or float16.
             ValueError: If an option is out of range.
         """
         check_averages(group)
@@ -70,7 +71,7 @@ class AdamW8bit(AdamW):
         _functional()
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
-        """Make both moments, zero, if there are none."""
+        """Create both moments, filled with zeros, if there are none."""
         del group
         if state:
             return

@@ -2,8 +2,8 @@
 
 A name says what is in a group: ``"matrices"``, ``"embeddings-head-vectors"``. Of groups that would
 have the same name, each adds the options in which it differs from the others, unless they are
-defaults: ``"matrices-split-3"``. Names hold letters, digits, ``_``, ``-`` and ``.`` alone, which
-TensorBoard and other logs take as they are.
+defaults: ``"matrices-split-3"``. Names have only letters, digits, ``_``, ``-`` and ``.``,
+which TensorBoard and other logs accept unchanged.
 """
 
 import re

@@ -157,7 +157,7 @@ FAMILY = (
     Method(
         "sinkgd-8bit",
         "SinkGD, 8-bit Adam",
-        "2 bytes an entry of embedding, head, norms, 8 bytes a block of 256",
+        "2 bytes per entry of embedding, head, norms, 8 bytes per block of 256",
         "sinkgd.SinkGD(param_groups(model, state_bits=8))",
         eight_bit="rest",
         can_release=True,
