@@ -1,25 +1,23 @@
-"""Train a policy on verifiable rewards, with AdamW, SGD and SinkGD.
+"""Train a policy on verifiable rewards, with AdamW, SGD, Muon and SinkGD.
 
-A small LLaMA first learns from examples to add two numbers of two digits, until it answers about a
-sixth of the sums. Then it learns from rewards alone: it samples eight answers to each of 32 sums,
-an answer gets 1 if it is right and 0 if not, and the policy gradient weighs each answer by its
-reward minus the mean of its sum's answers, divided by their standard deviation (GRPO, Shao et al.,
+A small LLaMA first learns from examples to add two numbers of two digits, until it answers a third
+of the sums. Then it learns from rewards alone: it samples eight answers to each of 32 sums, an
+answer gets 1 if it is right and 0 if not, and the policy gradient weighs each answer by its reward
+minus the mean of its sum's answers, divided by their standard deviation (GRPO, Shao et al.,
 https://arxiv.org/abs/2402.03300; one update for each sample, no penalty). A tenth of all sums is
-held out: the share of them that greedy decoding answers is the result.
+held out. The result is the share of them that greedy decoding answers, averaged over the last four
+evaluations.
 
-Each line of the record is one run. Every optimizer has a grid of five rates, tried with one seed;
-the best rate then runs with the reported seeds. A seed draws the sums and the answers; all runs
-start from one model. Runs that the record holds are not repeated.
+Each line of the record is one run; `tuned_runs` says how rates are chosen. A seed draws the sums
+and the answers; all runs start from one model.
 
-    python benchmarks/rl/rl.py benchmarks/rl/RECORD.jsonl
+    python benchmarks/tasks/rewards.py RECORD.jsonl
 """
 
 import argparse
 import copy
-import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tuned_runs import Job, Line, run_all
 
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import OptimizerConfig
@@ -39,20 +38,23 @@ VOCABULARY = 16
 PROMPT, ANSWER = 6, 4  # tokens: "12+34=", and at most three digits and the end
 LIMIT = 100  # terms are below it
 
-EXAMPLES = {"steps": 400, "batch": 128, "lr": 2e-3}  # of the supervised training
-REWARDS = {"steps": 150, "sums": 32, "answers": 8}
-EVALUATE_EVERY = 25  # steps
+EXAMPLES = {"steps": 500, "batch": 128, "lr": 2e-3}  # of the supervised training
+REWARDS = {"steps": 300, "warmup": 10, "sums": 32, "answers": 8}
+EVALUATE_EVERY, AVERAGED = 25, 4  # steps, evaluations
 
-RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)  # that AdamW gets, or would get
-ARMS: Mapping[str, tuple[Mapping[str, Any], tuple[float, ...]]] = {
-    "adamw": ({"recipe": "adamw-one-lr"}, RATES),
-    "sgd": ({"recipe": "sgd"}, (0.05, 0.1, 0.2, 0.4, 0.8)),
-    "sinkgd": ({"recipe": "sinkgd-finetune"}, RATES),
-    "sinkgd-plain": ({"recipe": "sinkgd-finetune", "deflated_rank": 0}, RATES),
-    "rows-only": ({"recipe": "rows-only", "beta2": 0.999}, RATES),
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # that AdamW gets, or would get
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "adamw": {"recipe": "adamw-one-lr"},
+    "sgd": {"recipe": "sgd"},
+    "sinkgd": {"recipe": "sinkgd-finetune"},
+    "sinkgd-plain": {"recipe": "sinkgd-finetune", "deflated_rank": 0},
+    "rows-only": {"recipe": "rows-only", "beta2": 0.999},
+    "muon": {"recipe": "muon", "beta2": 0.999},
 }
-TUNING_SEED = 1000
-SEEDS = (0, 1, 2)
+GRIDS: Mapping[str, Sequence[float]] = dict.fromkeys(ARMS, RATES) | {
+    "sgd": (0.0025, 0.005, 0.01, 0.02, 0.04)
+}
+MATRIX_RATES: Mapping[str, float] = {"rows-only": ADAMW_UPDATE_SIZE, "muon": 1.0}  # times the rate
 
 
 def sums() -> tuple[Tensor, Tensor]:
@@ -134,23 +136,26 @@ def supervised(folder: Path) -> nn.Module:
 
 def optimizer_of(model: nn.Module, arm: str, rate: float) -> torch.optim.Optimizer:
     """Build the optimizer of an arm from the laboratory's recipe."""
-    options = {**ARMS[arm][0], "lr": rate}
-    if arm == "rows-only":
-        options["matrix_lr"] = ADAMW_UPDATE_SIZE * rate
+    options = {**ARMS[arm], "lr": rate}
+    if arm in MATRIX_RATES:
+        options["matrix_lr"] = MATRIX_RATES[arm] * rate
     return build_optimizer(model, resolve_optimizer(OptimizerConfig(**options)))
 
 
-def run(folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
+def run(folder: Path, job: Job) -> Line:
     """Learn from rewards once, and return what was found."""
     torch.set_num_threads(1)
     model = supervised(folder)
     first = copy.deepcopy(model)
     train, held_out = sums()
-    optimizer = optimizer_of(model, arm, rate)
-    generator = torch.Generator().manual_seed(2000 + seed)
+    optimizer = optimizer_of(model, job.arm, job.rate)
+    generator = torch.Generator().manual_seed(2000 + job.seed)
     begin, curve, rewards = perf_counter(), {0: accuracy(model, held_out)}, []
     steps = range(1, REWARDS["steps"] + 1)
-    for step, terms in zip(steps, picked(train, REWARDS["sums"], seed), strict=False):
+    warmup = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1.0, (done + 1) / REWARDS["warmup"])
+    )
+    for step, terms in zip(steps, picked(train, REWARDS["sums"], job.seed), strict=False):
         each = terms.repeat_interleave(REWARDS["answers"], 0)
         asked, truth = prompts(each), answers(each)
         given = decode(model, asked, generator)
@@ -162,6 +167,7 @@ def run(folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        warmup.step()
         rewards.append(float(reward.mean()))
         if step % EVALUATE_EVERY == 0:
             curve[step] = accuracy(model, held_out)
@@ -170,9 +176,6 @@ def run(folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
         own = decode(model, asked, torch.Generator().manual_seed(1))
         now, before = log_likelihood(model, asked, own), log_likelihood(first, asked, own)
     return {
-        "arm": arm,
-        "rate": rate,
-        "seed": seed,
         "accuracy": curve,
         "reward": [fmean(rewards[i : i + 10]) for i in range(0, len(rewards), 10)],
         "divergence from the first policy": float((now - before).sum(1).mean()),  # nats an answer
@@ -181,37 +184,9 @@ def run(folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def final(line: Mapping[str, Any]) -> float:
-    """Return the share of held-out sums that a run answers at its end."""
-    return float(line["accuracy"][str(REWARDS["steps"])])
-
-
-def best_rate(lines: list[dict[str, Any]], arm: str) -> float | None:
-    """Return the rate with the best result in tuning; None until the whole grid was tried."""
-    tried: dict[float, float] = {
-        x["rate"]: final(x) for x in lines if x["arm"] == arm and x["seed"] == TUNING_SEED
-    }
-    if set(tried) != set(ARMS[arm][1]):
-        return None
-    return max(tried, key=lambda rate: tried[rate])
-
-
-def due(lines: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
-    """List the runs that the record lacks: the grids first, then the seeds."""
-    done = {(x["arm"], x["rate"], x["seed"]) for x in lines}
-    grid = [(arm, rate, TUNING_SEED) for arm, (_, rates) in ARMS.items() for rate in rates]
-    chosen = {arm: best_rate(lines, arm) for arm in ARMS}
-    seeds = [
-        (arm, rate, seed) for arm, rate in chosen.items() if rate is not None for seed in SEEDS
-    ]
-    return [one for one in (*grid, *seeds) if one not in done]
-
-
-def read(record: Path) -> list[dict[str, Any]]:
-    """Return the lines of the record."""
-    if not record.exists():
-        return []
-    return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+def final(line: Line) -> float:
+    """Return the share of held-out sums that a run answers, averaged over its last evaluations."""
+    return fmean(list(line["accuracy"].values())[-AVERAGED:])
 
 
 def main() -> None:
@@ -223,14 +198,7 @@ def main() -> None:
     given = parser.parse_args()
     given.scratch.mkdir(parents=True, exist_ok=True)
     supervised(given.scratch)
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        while runs := due(read(given.record)):
-            for job in [pool.submit(run, given.scratch, *one) for one in runs]:
-                found = json.loads(json.dumps(job.result()))
-                with given.record.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found) + "\n")
-                words = f"{found['arm']} at {found['rate']:g}, seed {found['seed']}"
-                print(f"{words:40} {final(found):.3f}  {found['seconds']:.0f} s", flush=True)  # noqa: T201
+    run_all(given.record, GRIDS, functools.partial(run, given.scratch), final, given.jobs)
 
 
 if __name__ == "__main__":
