@@ -352,36 +352,46 @@ def test_the_reference_has_every_exported_name():
     assert NAMES - shown == set()
 
 
-def test_the_table_of_fine_tuning_is_the_record():
-    path = ROOT / "benchmarks" / "finetune" / "2026-11-29-gpt2-nano.jsonl"
-    found = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
-        if run["ratio"] in (1.0, 0.3):
-            found[run["arm"], run["lr"]].append(run)
-    page = (ROOT / "docs" / "from-adamw.md").read_text(encoding="utf-8")
+def test_the_table_of_fine_tuning_is_the_study():
+    record = import_module("sinkgd.lab.experiments.study_record").StudyRecord.read(
+        ROOT / "benchmarks/studies/finetune/study.jsonl"
+    )
+    results = import_module("sinkgd.lab.experiments.study_results").StudyResults.of(record)
+    ours = "SinkGD with `adamw_lr`, "
     rows = {
-        "adamw": "| AdamW |",
-        "sinkgd deflated": "| SinkGD with `adamw_lr`, deflated as by default |",
-        "sinkgd plain": "| SinkGD with `adamw_lr`, `deflated_rank=0` |",
+        "muon": "Muon, AdamW on the rest",
+        "sinkgd": ours + "deflated as by default",
+        "rows-only": "normalized rows alone, AdamW on the rest",
+        "adamw": "AdamW",
+        "sinkgd-plain": ours + "`deflated_rank=0",  # the cell's end is stripped
+        "sgd": "SGD",
+        "lora-sinkgd": "LoRA of rank 8, SinkGD on the factors",
+        "lora-adamw": "LoRA of rank 8, AdamW",
     }
-    for arm, start in rows.items():
-        cells = [
-            f"{mean(x['new'] for x in found[arm, lr]):.3f} "
-            f"({mean(x['old'] for x in found[arm, lr]):.3f})"
-            for lr in (0.001, 0.002, 0.003)
-        ]
-        assert " ".join([start, *(f"{cell} |" for cell in cells)]) in page
-        for lr in (0.001, 0.002):
-            assert {x["seed"] for x in found[arm, lr]} == {0, 1, 2}
-            assert max(x["largest rise"] for x in found[arm, lr]) < 0
-    at_best = {arm: {x["seed"]: x for x in found[arm, 0.002]} for arm in rows}
-    for arm, gain in (("sinkgd deflated", "0.022"), ("sinkgd plain", "0.014")):
-        gains = [at_best["adamw"][i]["new"] - at_best[arm][i]["new"] for i in range(3)]
-        assert min(gains) > 0
-        assert f"{mean(gains):.3f}" == gain
-        assert gain in page
-        assert all(at_best["adamw"][i]["old"] > at_best[arm][i]["old"] for i in range(3))
+    table = table_after("docs/from-adamw.md", "| | rate | speeches | novels")
+    assert [*table][1:] == [rows[one.arm.name] for one in results.ranked]
+    for one in results.arms:
+        ends = [result.run.evaluations[-1].other_val_loss for result in one.seeds]
+        begin = one.seeds[0].run.evaluations[0].other_val_loss
+        rate = f"{one.chosen['optimizer.lr']:g}"
+        assert table[rows[one.arm.name]] == [rate, f"{one.loss:.3f}", f"{mean(ends) - begin:+.3f}"]
+    page = " ".join((ROOT / "docs/from-adamw.md").read_text(encoding="utf-8").split())
+    at_adamws = {
+        name: next(
+            (f"{run.val_loss:.3f}", f"{run.other_val_loss:.3f}")
+            for result in results.arm(name).grid
+            if result.point["optimizer.lr"] == 0.002
+            for run in [result.run.evaluations[-1]]
+        )
+        for name in ("sinkgd", "adamw")
+    }
+    (new, old), (adamws_new, adamws_old) = at_adamws["sinkgd"], at_adamws["adamw"]
+    words = f"ended at {new} on the speeches and at {old} on the novels, "
+    assert words + f"AdamW at {adamws_new} and {adamws_old}" in page
+    for name in ("sinkgd", "sinkgd-plain"):
+        difference = results.difference(results.arm(name), results.arm("adamw"))
+        assert f"{difference.mean:+.3f} ± {difference.half_width:.3f}" in page
+        assert difference.level
 
 
 FINE_TUNED = {
