@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sinkgd.optim.method import Group
+from sinkgd.optim.parameters import misfit_of_state, named
 from sinkgd.optim.roles import without_wrappers
 
-# Added to a state dict that would have no tensor. To load a full state dict, torch takes the device
-# from a tensor in it: torch/distributed/checkpoint/state_dict.py, _load_optim_state_dict.
+# Added to the state in a state dict that would have no tensor. To load a full state dict, torch
+# takes the device from a tensor in it: torch/distributed/checkpoint/state_dict.py,
+# _load_optim_state_dict.
 PLACEHOLDER = "no_state"
 
 # Options of torch.optim.AdamW that our AdamW does not have.
@@ -191,6 +193,35 @@ def _check_same_names(index: int, own: Sequence[str] | None, saved: Sequence[str
         f"{name!r} is only in group {index} of {where}; build the optimizer with the same "
         "param_groups() arguments as when it was saved"
     )
+
+
+def check_state_shapes(
+    own_groups: Sequence[Group],
+    saved_groups: Sequence[Group],
+    saved_state: Mapping[Any, Mapping[str, Any]],
+) -> None:
+    """Refuse state of parameters that had another shape when it was saved.
+
+    Fused kernels do not compare the sizes of their inputs, and would read other memory.
+
+    Args:
+        own_groups: The optimizer's own groups.
+        saved_groups: ``param_groups`` of the ``state_dict`` to load, as `adopt_adamw` returns them.
+        saved_state: ``state`` of the ``state_dict`` to load.
+
+    Raises:
+        ValueError: If a shape differs; the message names the parameter.
+    """
+    for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
+        options = {**own, **saved, **{key: own[key] for key in ("norms",) if key in own}}
+        for i, (name, param) in zip(saved["params"], named(own, index), strict=False):
+            misfit = misfit_of_state(param, options, saved_state.get(i, {}))
+            if misfit is not None:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(param.shape)}, and its {misfit} was saved with "
+                    "another shape; load the state into the model that it was saved with, or "
+                    "start this optimizer without it"
+                )
 
 
 def _plain(value: object) -> object:
