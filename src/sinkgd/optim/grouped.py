@@ -411,6 +411,9 @@ class GroupedOptimizer(Optimizer):
                     group[option] = group[option].to(group["params"][0].device)
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         restore_types(self, loaded, own_state)
+        for param, own in own_state.items():
+            if not own:  # as `init_state` left it
+                self.state.setdefault(param, {})
 
     def _begin_step(self) -> None:
         """Check what may have changed since the last step."""

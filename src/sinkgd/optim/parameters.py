@@ -270,6 +270,11 @@ def misfit_of_state(param: Tensor, group: Group, state: Mapping[str, Any]) -> st
     return None
 
 
+def has_state(group: Group) -> bool:
+    """Whether a parameter of the group will have state."""
+    return any(_fresh_state(param, group) for param in group["params"])
+
+
 def _fresh_state(param: Tensor, group: Group) -> dict[str, Any]:
     """Return the state of a parameter before the first step, without values, in whole shapes."""
     state: dict[str, Any] = {}

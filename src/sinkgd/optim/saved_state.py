@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sinkgd.optim.method import Group
-from sinkgd.optim.parameters import misfit_of_state, named
+from sinkgd.optim.parameters import has_state, misfit_of_state, named
 from sinkgd.optim.roles import without_wrappers
 
 # Added to the state in a state dict that would have no tensor. To load a full state dict, torch
@@ -49,21 +49,27 @@ def saved_options(group: Group) -> Group:
 def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Save options as text, and list the parameters that have no state.
 
-    torch's ``set_optimizer_state_dict`` would take an unlisted parameter's state for lost.
+    torch's ``set_optimizer_state_dict`` would take an unlisted parameter's state for lost. If no
+    parameter will ever have state, all are listed before the first step, too: torch's helpers
+    create the entries of the state only if no parameter has a gradient, and a distributed
+    checkpoint must have the same entries when it is saved and when it is loaded.
     """
-    for group in state_dict["param_groups"]:
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    for group in groups:
         group.update(saved_options(group))
-    state = state_dict["state"]
-    if not state:
+    if not state and any(map(has_state, optimizer.param_groups)):
         return
-    for group in state_dict["param_groups"]:
+    for group in groups:
         for i in group["params"]:
             state.setdefault(i, {})
     tensors = [x for own in state.values() for x in own.values() if isinstance(x, Tensor)]
-    if not any(x.dim() > 0 for x in tensors):
-        device = optimizer.param_groups[0]["params"][0].device
-        first = next(iter(state))
-        empty = torch.empty(0, dtype=torch.float32, device=device)
+    if state and not any(x.dim() > 0 for x in tensors):
+        first, param = next(
+            (saved["params"][0], own["params"][0])
+            for saved, own in zip(groups, optimizer.param_groups, strict=True)
+            if own["params"]
+        )
+        empty = torch.empty(0, dtype=torch.float32, device=param.device)
         state[first] = {**state[first], PLACEHOLDER: empty}
 
 
@@ -76,7 +82,10 @@ def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the ``state`` of a state dict, with numbers, such as old torch's steps, as tensors."""
+    """Return the ``state`` of a state dict, with numbers, such as old torch's steps, as tensors.
+
+    Empty entries are left out: an entry would outlive its parameter if a trainer replaces it.
+    """
     return {
         key: {
             name: torch.tensor(float(value), dtype=torch.float32, device="cpu")
@@ -85,6 +94,7 @@ def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
             for name, value in own.items()
         }
         for key, own in without_placeholders(state).items()
+        if own
     }
 
 

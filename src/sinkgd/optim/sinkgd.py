@@ -89,8 +89,8 @@ class SinkGD(GroupedOptimizer):
         >>> optimizer = SinkGD(model.parameters(), lr=1e-3)
         >>> model(torch.ones(2, 4)).square().sum().backward()
         >>> optimizer.step()
-        >>> optimizer.state_dict()["state"]
-        {}
+        >>> len(optimizer.state)
+        0
 
     References:
         Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
