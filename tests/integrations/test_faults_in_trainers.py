@@ -88,6 +88,7 @@ def arguments(folder, **options):
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
         "learning_rate": RATE,
+        "weight_decay": 0.1,
         "max_grad_norm": 1.0,
         "lr_scheduler_type": "constant",
     }
@@ -191,13 +192,18 @@ def train(trainer, folder, build, schedule=None, steps=3, spoil=lambda _: 1.0):
     return TRAINERS[trainer](folder, build, schedule, steps, spoil)
 
 
+def groups_of(model, rate=RATE):
+    """Return three groups, of which two are AdamW's: vectors do not decay."""
+    return sinkgd.param_groups(model, adamw_lr=rate, weight_decay=0.1)
+
+
 def hybrid(model, **options):
-    return sinkgd.SinkGD(sinkgd.param_groups(model, adamw_lr=RATE), **options)
+    return sinkgd.SinkGD(groups_of(model), **options)
 
 
 def shares(optimizer):
     """Return each group's rate, divided by the rate that it began with."""
-    start = {group["name"]: group["lr"] for group in sinkgd.param_groups(network(), adamw_lr=RATE)}
+    start = {group["name"]: group["lr"] for group in groups_of(network())}
     return [float(g["lr"]) / start[g["name"]] for g in optimizer.param_groups]
 
 
@@ -252,11 +258,11 @@ def test_a_schedule_of_the_trainer_scales_every_group_as_adamws(kind, tmp_path):
 
     torchs = torch.optim.AdamW, {"lr": RATE}
     expected = run(optimizer_cls_and_kwargs=torchs).param_groups[0]["lr"] / RATE
-    assert shares(run()) == pytest.approx([expected] * 2)
+    assert shares(run()) == pytest.approx([expected] * 3)
 
 
 def of_a_tensor(model):
-    return sinkgd.SinkGD(sinkgd.param_groups(model, adamw_lr=torch.tensor(RATE)))
+    return sinkgd.SinkGD(groups_of(model, torch.tensor(RATE)))
 
 
 @every_trainer
@@ -269,7 +275,7 @@ def test_a_plateau_halves_every_rate_once(trainer, build, tmp_path):
         return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.9)
 
     _, optimizer = train(trainer, tmp_path, build, plateau)
-    assert shares(optimizer) == pytest.approx([0.25] * 2)
+    assert shares(optimizer) == pytest.approx([0.25] * 3)
 
 
 def cycle(optimizer, **options):
@@ -294,10 +300,11 @@ def test_one_cycle_switches_no_momentum_on(trainer, tmp_path):
 def test_one_cycle_moves_the_momentum_of_an_optimizer_that_has_it(trainer, tmp_path):
     _, optimizer = train(trainer, tmp_path, lambda model: hybrid(model, momentum=0.5), cycle)
     moved = [
-        group["momentum"] if "momentum" in group else group["betas"][0]
+        group["betas"][0] if "betas" in group else group["momentum"]
         for group in optimizer.param_groups
     ]
-    assert all(0.85 <= momentum < 0.95 for momentum in moved)
+    assert all(0.85 <= momentum <= 0.95 for momentum in moved)
+    assert 0.9 not in moved  # the first of AdamW's betas before
     assert any("momentum_buffer" in state for state in optimizer.state.values())
 
 
@@ -597,7 +604,7 @@ OTHER = {
     "another routing": (
         lambda model: sinkgd.SinkGD(model.named_parameters(), lr=RATE),
         hybrid,
-        "the checkpoint has 1 parameter groups, this optimizer has 2",
+        "the checkpoint has 1 parameter groups, this optimizer has 3",
     ),
     "another vocabulary": (hybrid, other_vocabulary, r"'0.weight' has shape \(17, 8\)"),
     "another width": (
