@@ -216,7 +216,7 @@ def test_a_flag_of_overflow_on_the_device_holds_everything_back():
     for param, grad in zip(params, gradients(3), strict=True):
         param.grad = grad.float()
     # As a scaler on an accelerator leaves it: `step` takes a flag of a CPU at its word.
-    slots = optimizer._parameters.slots(optimizer.param_groups, "AdamWSPAM")
+    slots = optimizer._parameters.slots(optimizer.param_groups, optimizer.state, "AdamWSPAM")
     optimizer._update(slots, torch.tensor(4.0), torch.tensor(True))
     assert all(torch.equal(a, b) for a, b in zip(params, before[0], strict=True))
     assert str(optimizer.state_dict()) == str(before[1])

@@ -104,6 +104,8 @@ def test_a_run_trains_with_sinkgd_and_resumes(configuration, tmp_path):
     [
         ({"optimizer": "sinkgd"}, "optimizer: sinkgd chooses an optimizer of axolotl"),
         ({"embedding_lr": 1e-3}, "embedding_lr: 0.001 has no effect with SinkGDPlugin"),
+        ({"optimizer": "adafactor"}, "optim='adafactor' of the trainer's arguments chooses"),
+        ({"optim_args": "scale_parameter=True"}, "optim_args: .* has no effect with SinkGDPlugin"),
         ({"sinkgd": {"momentu": 0.5}}, "no argument 'momentu'"),
     ],
 )

@@ -154,3 +154,11 @@ def test_sft_takes_the_factory_in_its_constructor_too(checkpoint, tokenizer, tmp
     trainer.create_optimizer()
     rates = {group["algorithm"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates == {"sinkgd": pytest.approx(3e-3), "adamw": 1e-2}
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO", "RLOO", "Reward"])
+def test_every_trainer_builds_its_optimizer_as_that_of_transformers(kind):
+    """So what test_faults_in_trainers.py shows of the Trainer holds for these."""
+    trainer = getattr(trl, f"{kind}Trainer")
+    for name in ("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler"):
+        assert getattr(trainer, name) is getattr(transformers.Trainer, name)

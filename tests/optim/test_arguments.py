@@ -444,6 +444,17 @@ def test_a_whole_model_at_the_default_rate_warns_of_its_price():
         assert [warning.filename for warning in caught] == [__file__]
 
 
+def test_a_group_without_algorithm_that_is_added_to_groups_with_one_warns():
+    """As Lightning's BaseFinetuning.unfreeze_and_add_param_group adds it."""
+    optimizer = sinkgd.SinkGD(sinkgd.param_groups(nn.Linear(4, 3)))
+    with pytest.warns(UserWarning, match=r"add the groups of sinkgd.param_groups\(module\)") as one:
+        optimizer.add_param_group({"params": nn.Linear(3, 2).parameters(), "lr": 1e-3})
+    assert len(one) == 1
+    assert one[0].filename == __file__
+    optimizer.add_param_group({"params": nn.Linear(3, 2).parameters(), "algorithm": "stateless"})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 2))]})
+
+
 def test_who_chose_a_rate_or_an_algorithm_is_not_warned():
     model = Model()
     vectors = {"params": [p for p in model.parameters() if p.ndim == 1]}

@@ -81,7 +81,8 @@ def test_no_state_is_kept(case):
     optimizer = case.build([weight])
     optimizer.step()
     assert not optimizer.state
-    assert optimizer.state_dict()["state"] == {}
+    saved = optimizer.state_dict()["state"].values()
+    assert sum(x.numel() for own in saved for x in own.values()) == 0
 
 
 @every

@@ -89,6 +89,38 @@ def test_a_parameter_that_became_a_flat_piece_is_refused_by_name(case, change, s
     assert all(torch.equal(one, other) for one, other in zip(params, before, strict=True))
 
 
+with_state = pytest.mark.parametrize("case", [c for c in OPTIMIZERS if c.has_state], ids=str)
+other_shape = pytest.mark.parametrize("shape", [(5, 7), (3000, 400)], ids=str)
+
+
+@with_state
+@other_shape
+def test_state_of_another_shape_is_refused_by_name(case, shape):
+    """Fused kernels read other memory than that of the moments, and may end the process."""
+    params = with_grads(weights())
+    optimizer = case.build(named(params))
+    optimizer.step()
+    params[1].grad = None
+    params[1].data = torch.ones(shape)
+    before = copy.deepcopy(with_grads(params))
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"'layers\.1' .*shape"):
+            optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(params, before, strict=True))
+
+
+@with_state
+@other_shape
+def test_saved_state_of_another_shape_is_refused_by_name(case, shape):
+    saved = case.build(named(with_grads(weights())))
+    saved.step()
+    first, _ = weights()
+    optimizer = case.build(named([first, nn.Parameter(torch.ones(shape))]))
+    with pytest.raises(ValueError, match=r"'layers\.1' has shape \(\d+, \d+\), and its \w+ was"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+
+
 def test_a_parameter_that_became_float16_is_checked_again():
     model = nn.Linear(4, 3, bias=False).bfloat16()
     optimizer = sinkgd.SinkGD(model.named_parameters(), rounding="stochastic")

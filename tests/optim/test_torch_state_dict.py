@@ -208,12 +208,17 @@ def test_a_loaded_optimizer_goes_on(recipe, options):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("has_gradients", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_distributed_checkpoint_goes_on(recipe, flatten, tmp_path):
+def test_a_distributed_checkpoint_goes_on(recipe, has_gradients, flatten, tmp_path):
+    """It is saved after a step, with and without gradients, and loaded into a new optimizer."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, other_model = a_model(), a_model()
     optimizer, other = RECIPES[recipe](model), RECIPES[recipe](other_model)
     train(model, optimizer, range(3))
+    if has_gradients:  # torch then creates no state
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
     found = get_optimizer_state_dict(other_model, other, options=options)
@@ -223,6 +228,29 @@ def test_a_distributed_checkpoint_goes_on(recipe, flatten, tmp_path):
     train(model, optimizer, range(3, 6))
     train(other_model, other, range(3, 6))
     assert same(model, other_model)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "defaults")
+def test_an_optimizer_without_state_is_loaded_where_gradients_exist(options):
+    model, options = a_model(), StateDictOptions(**options)
+    optimizer = RECIPES["stateless"](model)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    other = RECIPES["stateless"](model)
+    other.param_groups[0]["lr"] = 1.0
+    model(torch.ones(5, 6)).square().mean().backward()
+    set_optimizer_state_dict(model, other, saved, options=options)
+    assert other.param_groups[0]["lr"] == 1e-3
+
+
+def test_empty_entries_that_were_loaded_do_not_outlive_their_parameters():
+    """accelerate loads an optimizer's own state, and then replaces the parameters for FSDP2."""
+    model = a_model()
+    optimizer = RECIPES["stateless"](model)
+    optimizer.load_state_dict(optimizer.state_dict())
+    group = optimizer.param_groups[0]
+    group["params"] = [nn.Parameter(param.detach().clone()) for param in group["params"]]
+    assert len(optimizer.state_dict()["state"]) == len(group["params"])
 
 
 def results_on_mesh():

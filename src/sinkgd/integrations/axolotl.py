@@ -58,8 +58,8 @@ class SinkGDPlugin(BasePlugin):
             trainer: The trainer.
 
         Raises:
-            ValueError: If the configuration chooses another custom optimizer, or a rate for a part
-                of the model.
+            ValueError: If the configuration chooses another custom optimizer, ``optim_args``, or a
+                rate for a part of the model.
         """
         if trainer.optimizer_cls_and_kwargs is not None:
             raise ValueError(
@@ -73,6 +73,11 @@ class SinkGDPlugin(BasePlugin):
                     "of parts by 'overrides' below 'sinkgd:'"
                 )
         training_args = trainer.args
+        if (given := getattr(training_args, "optim_args", None)) is not None:
+            raise ValueError(
+                f"optim_args: {given} has no effect with SinkGDPlugin; leave it out, and set "
+                "options below 'sinkgd:'"
+            )
 
         def build(model: nn.Module, *_: Any, **options: Any) -> SinkGD:
             # axolotl passes its arguments too, which transformers does not.

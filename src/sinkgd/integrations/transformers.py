@@ -32,6 +32,9 @@ _SINKGD = tuple(
 )
 # A name and its value in ``optim_args``. A value may be a tuple with commas.
 _PAIRS = re.compile(r"(\w+)\s*=\s*(\([^)]*\)|[^,\s]+)")
+# The choices of ``TrainingArguments.optim`` that leave the optimizer open: defaults of versions of
+# transformers, and what trainers call this one.
+_OPEN = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "sinkgd")
 # Arguments whose values are strings.
 _WORDS = {"backend", "nonfinite", "rounding"}
 
@@ -79,7 +82,8 @@ class SinkGDFactory:
                 ``kwargs`` set the same option, they take precedence. ``learning_rate`` becomes
                 ``adamw_lr`` unless ``kwargs`` set a rate. ``weight_decay`` keeps its name,
                 ``adam_beta1`` and ``adam_beta2`` become ``betas``, and ``adam_epsilon`` becomes
-                ``eps``. Other fields are not read.
+                ``eps``. ``optim`` may only name torch's AdamW, the trainer's default. Other fields
+                are not read.
             **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
                 ``weight_decay``, ``betas``, ``overrides``, ``base_width`` and ``state_bits`` of
                 `param_groups`; ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an
@@ -88,10 +92,11 @@ class SinkGDFactory:
 
         Raises:
             TypeError: If an argument does not exist, or ``model`` is not a model.
-            ValueError: If a string cannot be parsed as a value of its argument, or `param_groups`
-                or `SinkGD` refuses a value.
+            ValueError: If a string cannot be parsed as a value of its argument, `param_groups` or
+                `SinkGD` refuses a value, or ``training_args`` choose another optimizer.
         """
         _check_names(kwargs)
+        _check_optim(training_args)
         options = {name: _parsed(name, value) for name, value in kwargs.items()}
         for name in _ROUTING:
             if options.get(name, ...) is None:
@@ -110,7 +115,8 @@ def attach(trainer: Any, **options: Any) -> None:
 
     It serves trainers whose constructors take no ``optimizer_cls_and_kwargs``, such as TRL's for
     DPO, KTO and GRPO. The trainer's ``learning_rate`` and Adam options are taken as AdamW's, unless
-    the options set others; see `SinkGDFactory`.
+    the options set others; see `SinkGDFactory`. Training does not begin if the trainer builds
+    another optimizer after all.
 
     Args:
         trainer: The trainer, which must not have its optimizer yet.
@@ -118,7 +124,8 @@ def attach(trainer: Any, **options: Any) -> None:
 
     Raises:
         TypeError: If ``trainer`` is not such a trainer, or an option does not exist.
-        ValueError: If the trainer has its optimizer already.
+        ValueError: If the trainer has its optimizer already, or its arguments choose or configure
+            another one: ``optim``, ``optim_args`` or ``optim_target_modules``.
 
     Examples:
         A trainer of TRL, fine-tuning at the rate of its configuration::
@@ -138,7 +145,44 @@ def attach(trainer: Any, **options: Any) -> None:
             f"the trainer has an optimizer already, {type(trainer.optimizer).__name__}; leave out "
             "optimizers=, and call attach before trainer.train()"
         )
+    for name in ("optim_args", "optim_target_modules"):
+        if (value := getattr(trainer.args, name, None)) is not None:
+            raise ValueError(
+                f"{name}={value!r} of the trainer's arguments has no effect with SinkGD; leave it "
+                "out, and give options to attach: attach(trainer, deflated_rank=0)"
+            )
+    _check_optim(trainer.args)
     trainer.optimizer_cls_and_kwargs = SinkGDFactory, {"training_args": trainer.args, **options}
+    trainer.add_callback(_check_of(trainer))
+
+
+def _check_of(trainer: Any) -> Any:
+    """Return a callback that refuses to train with another optimizer than SinkGD."""
+    from transformers import TrainerCallback
+
+    class OptimizerCheck(TrainerCallback):
+        def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            while hasattr(optimizer, "optimizer"):  # accelerate wraps it
+                optimizer = optimizer.optimizer
+            if not isinstance(optimizer, SinkGD):
+                raise TypeError(
+                    f"{type(trainer).__name__} built {type(optimizer).__name__} and not SinkGD: "
+                    "its create_optimizer does not use optimizer_cls_and_kwargs. Pass optimizers="
+                    "(SinkGD(param_groups(model)), None) to the trainer instead of calling attach"
+                )
+
+    return OptimizerCheck()
+
+
+def _check_optim(training_args: Any) -> None:
+    """Refuse training arguments that choose another optimizer, which would be ignored."""
+    chosen = getattr(training_args, "optim", None)
+    name = getattr(chosen, "value", chosen)
+    if name is not None and name not in _OPEN:
+        raise ValueError(
+            f"optim={name!r} of the trainer's arguments chooses another optimizer than SinkGD; "
+            "leave it out. For moments of AdamW's groups in 8 bits, pass state_bits=8"
+        )
 
 
 def read_optim_args(text: str | None) -> dict[str, str]:

@@ -35,6 +35,7 @@ from sinkgd.optim.parameters import ParameterIndex, check_group, name_alike, nam
 from sinkgd.optim.saved_state import (
     adopt_adamw,
     check_same_routing,
+    check_state_shapes,
     from_saved_form,
     restore_types,
     saved_options,
@@ -228,7 +229,7 @@ class GroupedOptimizer(Optimizer):
                 return loss
             overflow = None
         self._begin_step()
-        slots = self._parameters.slots(self.param_groups, type(self).__name__)
+        slots = self._parameters.slots(self.param_groups, self.state, type(self).__name__)
         flags = self._update(slots, scale, overflow)
         for group in self.param_groups:
             count_step(group)
@@ -257,8 +258,8 @@ class GroupedOptimizer(Optimizer):
         if not self._parameters.is_built:
             self.check_one_by_one()
             self._begin_step()
-        some = self._parameters.find(only, self.param_groups)
-        found = self._parameters.slots(self.param_groups, type(self).__name__, some)
+        some = self._parameters.find(only, self.param_groups, self.state)
+        found = self._parameters.slots(self.param_groups, self.state, type(self).__name__, some)
         for own in self._update(found, None, None):
             self._guard.take(*own)
         empty = [param for param in only if param.numel() == 0]
@@ -301,7 +302,7 @@ class GroupedOptimizer(Optimizer):
         ``state``, so that torch's helpers for distributed checkpoints do not probe again: a step
         along zero gradients takes as much memory as all weights.
         """
-        self._parameters.check(self.param_groups)
+        self._parameters.check(self.param_groups, self.state)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
@@ -390,6 +391,7 @@ class GroupedOptimizer(Optimizer):
         groups = adopt_adamw(own, state_dict["param_groups"])
         check_same_routing(own, groups)
         state = from_saved_form(state_dict["state"])
+        check_state_shapes(self.param_groups, groups, state)
         loaded = {**state_dict, "state": state, "param_groups": groups}
         self._loading = loaded, [dict(group) for group in self.param_groups], self.state
         return loaded
@@ -409,11 +411,14 @@ class GroupedOptimizer(Optimizer):
                     group[option] = group[option].to(group["params"][0].device)
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         restore_types(self, loaded, own_state)
+        for param, own in own_state.items():
+            if not own:  # as `init_state` left it
+                self.state.setdefault(param, {})
 
     def _begin_step(self) -> None:
         """Check what may have changed since the last step."""
         self._check_momentum()
-        self._parameters.begin_step(self.param_groups)
+        self._parameters.begin_step(self.param_groups, self.state)
 
     def _check_momentum(self) -> None:
         """Refuse momentum in a group that was built without it.

@@ -7,17 +7,20 @@ flat tensor, or to another dtype. So every step looks for parameters that have c
 were checked.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from operator import is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sinkgd.distributed.shards import is_dtensor
 from sinkgd.optim.arguments import check_kinds
 from sinkgd.optim.method import Group, Method, Slot
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import POLICIES
+
+States = Mapping[Tensor, Mapping[str, Any]]
 
 
 class Checked(NamedTuple):
@@ -47,7 +50,7 @@ class ParameterIndex:
     """Finds the parameters of an optimizer, and checks those that are new.
 
     The index is built once per step, and again if a parameter is no longer in its place. Callers
-    pass the groups with every call, as torch may replace the list of groups.
+    pass the groups and the states with every call, as torch may replace both.
     """
 
     def __init__(self, groups: Sequence[Group] = ()) -> None:
@@ -61,32 +64,40 @@ class ParameterIndex:
         """Whether the index was built since `begin_step`."""
         return self._index is not None
 
-    def begin_step(self, groups: Sequence[Group]) -> None:
+    def begin_step(self, groups: Sequence[Group], states: States) -> None:
         """Forget the places of parameters, so that `find` looks again, and check new ones."""
         self._index = None
-        self.check(groups)
+        self.check(groups, states)
 
     def add(self, group: Group, index: int) -> None:
         """Add a group after all others; its parameters have been checked."""
         self._checked.append(_checked(group, index))
         self._index = None
 
-    def check(self, groups: Sequence[Group]) -> None:
+    def check(self, groups: Sequence[Group], states: States) -> None:
         """Check parameters that did not come through ``add_param_group``."""
         if not torch.compiler.is_compiling() and not _are_same(groups, self._checked):
-            self._check_new(groups)
+            self._check_new(groups, states)
 
-    def _check_new(self, groups: Sequence[Group]) -> None:
+    def _check_new(self, groups: Sequence[Group], states: States) -> None:
         for index, name, param in _unchecked(groups, self._checked):
             group = groups[index]
             check_param(name, param, group, METHODS[group["algorithm"]])
+            misfit = misfit_of_state(param, group, states.get(param, {}))
+            if misfit is not None:
+                raise TypeError(
+                    f"{name!r} now has shape {tuple(param.shape)}, and its {misfit} is of another "
+                    "shape; build a new optimizer after changing the shape of a parameter"
+                )
         self._checked = [_checked(group, index) for index, group in enumerate(groups)]
         self._index = None
 
-    def find(self, params: Collection[Tensor], groups: Sequence[Group]) -> list[Listed]:
+    def find(
+        self, params: Collection[Tensor], groups: Sequence[Group], states: States
+    ) -> list[Listed]:
         """Return the places of parameters in the groups; omit parameters that are in no group."""
         if self._index is None or not all(self._is_there(param, groups) for param in params):
-            self.check(groups)
+            self.check(groups, states)
             self._index = _index_of(groups)
         index = self._index
         return sorted((index[p] for p in params if p in index), key=lambda own: own.number)
@@ -98,7 +109,11 @@ class ParameterIndex:
         return _is_at(param, found.place, groups[found.group]["params"])
 
     def slots(
-        self, groups: Sequence[Group], optimizer: str, some: Iterable[Listed] | None = None
+        self,
+        groups: Sequence[Group],
+        states: States,
+        optimizer: str,
+        some: Iterable[Listed] | None = None,
     ) -> list[tuple[int, list[Slot]]]:
         """List the parameters that have a gradient, as pairs: a group's index, and slots.
 
@@ -106,6 +121,7 @@ class ParameterIndex:
 
         Args:
             groups: The groups of the optimizer.
+            states: The state of each parameter that has any.
             optimizer: The name of the optimizer for errors.
             some: Results of `find`; all parameters by default.
         """
@@ -116,7 +132,7 @@ class ParameterIndex:
             if grad is None:
                 continue
             if not is_compiling and self._checked[index].is_changed(place, param):
-                self._check_new(groups)
+                self._check_new(groups, states)
             if param.numel() == 0:
                 continue
             if grad.is_sparse:
@@ -231,6 +247,40 @@ def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor])
                 "columns; shard the model with fully_shard (FSDP2), or give the group "
                 "algorithm='adamw'"
             )
+
+
+def misfit_of_state(param: Tensor, group: Group, state: Mapping[str, Any]) -> str | None:
+    """Return the name of a tensor in the state of a parameter that does not fit its shape.
+
+    Args:
+        param: The parameter.
+        group: The options with which the state was made.
+        state: The state, which may be empty.
+    """
+    if not any(isinstance(value, Tensor) and value.dim() > 0 for value in state.values()):
+        return None
+    fresh = _fresh_state(param, group)
+    for name, value in state.items():
+        expected = fresh.get(name)
+        if not isinstance(value, Tensor) or not isinstance(expected, Tensor):
+            continue
+        is_whole = is_dtensor(value) or not is_dtensor(param)
+        if is_whole and value.shape != expected.shape:
+            return name
+    return None
+
+
+def has_state(group: Group) -> bool:
+    """Whether a parameter of the group will have state."""
+    return any(_fresh_state(param, group) for param in group["params"])
+
+
+def _fresh_state(param: Tensor, group: Group) -> dict[str, Any]:
+    """Return the state of a parameter before the first step, without values, in whole shapes."""
+    state: dict[str, Any] = {}
+    whole = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    METHODS[group["algorithm"]].init_state(whole, group, state)
+    return state
 
 
 def check_group(group: Group, index: int, method: Method) -> None:

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sinkgd.optim.method import Group
+from sinkgd.optim.parameters import has_state, misfit_of_state, named
 from sinkgd.optim.roles import without_wrappers
 
-# Added to a state dict that would have no tensor. To load a full state dict, torch takes the device
-# from a tensor in it: torch/distributed/checkpoint/state_dict.py, _load_optim_state_dict.
+# Added to the state in a state dict that would have no tensor. To load a full state dict, torch
+# takes the device from a tensor in it: torch/distributed/checkpoint/state_dict.py,
+# _load_optim_state_dict.
 PLACEHOLDER = "no_state"
 
 # Options of torch.optim.AdamW that our AdamW does not have.
@@ -47,21 +49,27 @@ def saved_options(group: Group) -> Group:
 def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Save options as text, and list the parameters that have no state.
 
-    torch's ``set_optimizer_state_dict`` would take an unlisted parameter's state for lost.
+    torch's ``set_optimizer_state_dict`` would take an unlisted parameter's state for lost. If no
+    parameter will ever have state, all are listed before the first step, too: torch's helpers
+    create the entries of the state only if no parameter has a gradient, and a distributed
+    checkpoint must have the same entries when it is saved and when it is loaded.
     """
-    for group in state_dict["param_groups"]:
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    for group in groups:
         group.update(saved_options(group))
-    state = state_dict["state"]
-    if not state:
+    if not state and any(map(has_state, optimizer.param_groups)):
         return
-    for group in state_dict["param_groups"]:
+    for group in groups:
         for i in group["params"]:
             state.setdefault(i, {})
     tensors = [x for own in state.values() for x in own.values() if isinstance(x, Tensor)]
-    if not any(x.dim() > 0 for x in tensors):
-        device = optimizer.param_groups[0]["params"][0].device
-        first = next(iter(state))
-        empty = torch.empty(0, dtype=torch.float32, device=device)
+    if state and not any(x.dim() > 0 for x in tensors):
+        first, param = next(
+            (saved["params"][0], own["params"][0])
+            for saved, own in zip(groups, optimizer.param_groups, strict=True)
+            if own["params"]
+        )
+        empty = torch.empty(0, dtype=torch.float32, device=param.device)
         state[first] = {**state[first], PLACEHOLDER: empty}
 
 
@@ -74,7 +82,10 @@ def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the ``state`` of a state dict, with numbers, such as old torch's steps, as tensors."""
+    """Return the ``state`` of a state dict, with numbers, such as old torch's steps, as tensors.
+
+    Empty entries are left out: an entry would outlive its parameter if a trainer replaces it.
+    """
     return {
         key: {
             name: torch.tensor(float(value), dtype=torch.float32, device="cpu")
@@ -83,6 +94,7 @@ def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
             for name, value in own.items()
         }
         for key, own in without_placeholders(state).items()
+        if own
     }
 
 
@@ -191,6 +203,35 @@ def _check_same_names(index: int, own: Sequence[str] | None, saved: Sequence[str
         f"{name!r} is only in group {index} of {where}; build the optimizer with the same "
         "param_groups() arguments as when it was saved"
     )
+
+
+def check_state_shapes(
+    own_groups: Sequence[Group],
+    saved_groups: Sequence[Group],
+    saved_state: Mapping[Any, Mapping[str, Any]],
+) -> None:
+    """Refuse state of parameters that had another shape when it was saved.
+
+    Fused kernels do not compare the sizes of their inputs, and would read other memory.
+
+    Args:
+        own_groups: The optimizer's own groups.
+        saved_groups: ``param_groups`` of the ``state_dict`` to load, as `adopt_adamw` returns them.
+        saved_state: ``state`` of the ``state_dict`` to load.
+
+    Raises:
+        ValueError: If a shape differs; the message names the parameter.
+    """
+    for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
+        options = {**own, **saved, **{key: own[key] for key in ("norms",) if key in own}}
+        for i, (name, param) in zip(saved["params"], named(own, index), strict=False):
+            misfit = misfit_of_state(param, options, saved_state.get(i, {}))
+            if misfit is not None:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(param.shape)}, and its {misfit} was saved with "
+                    "another shape; load the state into the model that it was saved with, or "
+                    "start this optimizer without it"
+                )
 
 
 def _plain(value: object) -> object:

@@ -89,8 +89,8 @@ class SinkGD(GroupedOptimizer):
         >>> optimizer = SinkGD(model.parameters(), lr=1e-3)
         >>> model(torch.ones(2, 4)).square().sum().backward()
         >>> optimizer.step()
-        >>> optimizer.state_dict()["state"]
-        {}
+        >>> len(optimizer.state)
+        0
 
     References:
         Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
@@ -134,6 +134,28 @@ class SinkGD(GroupedOptimizer):
             "deflated_rank": deflated_rank,
         }
         super().__init__(params, arguments)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `GroupedOptimizer.add_param_group` does.
+
+        It warns if the group has matrices and vectors and no algorithm, while others have one, as
+        Lightning's ``BaseFinetuning.unfreeze_and_add_param_group`` adds it.
+        """
+        has_algorithm = "algorithm" in param_group
+        super().add_param_group(param_group)
+        if has_algorithm or "_saved_hook" not in self.__dict__:  # the constructor checks its groups
+            return
+        dims = {param.ndim for param in param_group["params"]}
+        others = {group["algorithm"] for group in self.param_groups[:-1]}
+        if dims and min(dims) < 2 <= max(dims) and self.default_algorithm not in others:
+            warnings.warn(
+                "a group without an algorithm was added to an optimizer whose groups have one: all "
+                "of its parameters are trained without state, embeddings and output head included. "
+                "For the recommended recipe add the groups of sinkgd.param_groups(module). To "
+                f"train without state, give the group algorithm={self.default_algorithm!r}",
+                UserWarning,
+                stacklevel=_stacklevel_of_caller(),
+            )
 
     def _warn_of_lost_updates(self) -> None:
         """Warn, once per optimizer, if rounding to the nearest bfloat16 loses most updates.
