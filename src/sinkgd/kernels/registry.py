@@ -206,11 +206,11 @@ def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
     backend: str,
     allowed: list[Tensor],
     keys: list[Tensor],
-    is_cautious: bool,
+    is_cautious: bool = False,
 ) -> None:
     """Update each parameter from its gradient and scales.
 
-    An empty list means that there are no flags or no keys.
+    An empty list means that there are no flags or no keys. ``is_cautious`` is for `Cautious`.
     """
     chosen = find_backend(backend, params[0].device)
     pairs = [Scales(*pair) for pair in zip(rows, cols, strict=True)]
@@ -236,6 +236,6 @@ def _(  # noqa: PLR0913, PLR0917
     backend: str,
     allowed: list[Tensor],
     keys: list[Tensor],
-    is_cautious: bool,
+    is_cautious: bool = False,
 ) -> None:
     """Return nothing."""
