@@ -164,6 +164,23 @@ class TestEveryMethod:
         assert torch.equal(weight, normal(9))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.parametrize("algorithm", ["sinkgd", "mngd", "adamw"])
+@dtypes
+def test_a_compiled_step_is_the_plain_one(algorithm, dtype):
+    found = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        weight = nn.Parameter(normal(9, dtype=dtype))
+        optimizer = optimizer_of([weight], algorithm, **CAUTIOUS)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiles else optimizer.step
+        for seed in range(STEPS):
+            weight.grad = gradient(seed, dtype=dtype)
+            step()
+        found.append(weight.detach())
+    assert_close(*found, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @ascents
 def test_steps_are_those_of_the_formula(every_backend, name, maximize):

@@ -30,6 +30,7 @@ BLOCK = 256
 MIN_8BIT_SIZE = 4096
 
 # On a CPU bitsandbytes holds about six float32 copies of what it updates: 24 MiB of these entries.
+# On every device, cautious decay takes two float32 for each of so many entries.
 CPU_ENTRIES = 1 << 20
 
 
@@ -172,7 +173,7 @@ def _descend_(
         "gnorm_scale": -1.0 if group["maximize"] else 1.0,  # a factor of the gradient
     }
     flat, flat_grad = written.view(-1), grad.contiguous().view(-1)
-    for entries, blocks in _parts(param):
+    for entries, blocks in _parts(param, is_whole=not (param.is_cpu or is_cautious)):
         own_grad = flat_grad[entries]
         if loss_scale is not None:
             own_grad = own_grad / loss_scale
@@ -186,9 +187,9 @@ def _descend_(
         param.copy_(written)
 
 
-def _parts(param: Tensor) -> Iterator[tuple[slice, slice]]:
+def _parts(param: Tensor, *, is_whole: bool) -> Iterator[tuple[slice, slice]]:
     """Yield the entries that are updated at once, and their blocks."""
-    size = CPU_ENTRIES if param.device.type == "cpu" else param.numel()
+    size = param.numel() if is_whole else CPU_ENTRIES
     for start in range(0, param.numel(), size):
         end = min(start + size, param.numel())
         yield slice(start, end), slice(start // BLOCK, math.ceil(end / BLOCK))
