@@ -27,6 +27,7 @@ MORE_OPTIONS = {
     "plain": {},
     "deflated by 8": {"deflated_rank": 8},
     "at random": {"rounding": "stochastic"},
+    "cautious": {"weight_decay": 0.1, "cautious_decay": True},
     "deflated at random": {"rounding": "stochastic", "deflated_rank": 2},
 }
 NORMS = [

@@ -57,7 +57,8 @@ def _stateless(params, lr=1e-3, **options):
 
 
 _matrices = _in_groups(sinkgd.SinkGDVariant, "sinkgd")
-FEW = [{}, {"weight_decay": 0.1, "maximize": True}, {"nonfinite": "skip"}]
+CAUTIOUS = {"weight_decay": 0.1, "cautious_decay": True}
+FEW = [{}, {"weight_decay": 0.1, "maximize": True}, CAUTIOUS, {"nonfinite": "skip"}]
 AVERAGES = [*FEW, {"nesterov": True}]
 COMMON = [
     {},
@@ -65,6 +66,8 @@ COMMON = [
     {"weight_decay": 0.1},
     {"maximize": True},
     {"weight_decay": 0.1, "maximize": True},
+    CAUTIOUS,
+    {**CAUTIOUS, "maximize": True},
     {"nonfinite": "skip"},
 ]
 

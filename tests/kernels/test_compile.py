@@ -48,7 +48,7 @@ class TestOperators:
         keys = [torch.tensor(i) for i in range(3)] if with_flags else []
         factors = torch.tensor(0.9), torch.tensor(-0.1)
         arguments = (params, GRADS, found[::2], found[1::2], *factors, every_backend, flags, keys)
-        assert opcheck(update_, arguments) == dict.fromkeys(ALL, "SUCCESS")
+        assert opcheck(update_, (*arguments, with_flags)) == dict.fromkeys(ALL, "SUCCESS")
 
 
 def a_model():

@@ -140,9 +140,10 @@ def updates(is_hip):
         (torch.float32, torch.float32),
         (torch.float32, torch.bfloat16),
     ):
-        for shape, K, dense in (
-            *((ALIGNED, 16, True), (ALIGNED, 16, False), (ALIGNED, 32, True)),
-            *((ODD, 16, True), ((20, 8192), 32, True)),
+        for shape, K, dense, cautious in (
+            *((ALIGNED, 16, True, False), (ALIGNED, 16, False, False), (ALIGNED, 32, True, False)),
+            *((ODD, 16, True, False), ((20, 8192), 32, True, False)),
+            *((ALIGNED, 16, True, True), (ALIGNED, 32, True, True), (ODD, 16, True, True)),
         ):
             size = torch.Size(shape)
             lies = [
@@ -161,11 +162,14 @@ def updates(is_hip):
                 "KEEP_IS_STORED": False,
                 "STEP_IS_STORED": False,
                 "ROUND": K == 32 and dtype == torch.bfloat16,
+                "CAUTIOUS": cautious,
                 "TF32": not is_hip,
                 "K": K,
                 "DENSE": dense,
             }
             label = "update" if (dtype, dense) == (grad_dtype, True) else "update of a mix"
+            if cautious:
+                label += ", cautious"
             yield (
                 label,
                 launch.kernels("update").update,
@@ -210,7 +214,7 @@ def compile_all(name):
         if is_hip:
             line["products"] = Counter(re.findall(r"v_mfma_\w+", built.asm["amdgcn"]))
         else:
-            line |= products_and_cost(built, entries, line["loops"], in_loop=kind != "update")
+            line |= products_and_cost(built, entries, line["loops"], in_loop="update" not in kind)
         write(line)
 
 

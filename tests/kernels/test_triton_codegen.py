@@ -75,16 +75,17 @@ def every_half_variant():
 
 
 def update_variants():
-    """Updates of one type, to the nearest and at random, by the width of loads."""
+    """Updates of one type, to the nearest and at random, cautious or not, by width of loads."""
     if EVERY:
         yield from every_update_variant()
         return
     for wide in (True, False):
-        for dtype in ("float32", "bfloat16"):
-            yield dtype, dtype, SQUARE, wide, False
-        yield "bfloat16", "bfloat16", SQUARE, wide, True
-    yield "float32", "bfloat16", SQUARE, True, False
-    yield "bfloat16", "float32", SQUARE, True, False
+        for cautious in (False, True):
+            for dtype in ("float32", "bfloat16"):
+                yield dtype, dtype, SQUARE, wide, False, cautious
+            yield "bfloat16", "bfloat16", SQUARE, wide, True, cautious
+    yield "float32", "bfloat16", SQUARE, True, False, False
+    yield "bfloat16", "float32", SQUARE, True, False, False
 
 
 def every_update_variant():
@@ -92,9 +93,11 @@ def every_update_variant():
     for wide in (True, False):
         for dtype in TYPES:
             for grad_dtype in TYPES:
-                yield dtype, grad_dtype, SQUARE, wide, False
+                for cautious in (False, True):
+                    yield dtype, grad_dtype, SQUARE, wide, False, cautious
         for shape in [SQUARE, *NARROW]:
-            yield "bfloat16", "bfloat16", shape, wide, True
+            for cautious in (False, True):
+                yield "bfloat16", "bfloat16", shape, wide, True, cautious
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -189,13 +192,14 @@ def compile_all(name):
             square_sums.half_iteration, constants, target, variant, first=half.startswith("first")
         )
     for variant in update_variants():
-        dtype, grad_dtype, shape, wide, rounding = variant
+        dtype, grad_dtype, shape, wide, rounding, cautious = variant
         constants = {
             "DTYPE": primitives.DTYPES[torch_type(dtype)],
             "GRAD_DTYPE": primitives.DTYPES[torch_type(grad_dtype)],
             "KEEP_IS_STORED": False,
             "STEP_IS_STORED": rounding,
             "ROUND": rounding,
+            "CAUTIOUS": cautious,
             **tile(shape, wide, 2),
             "VECTOR": 16 // min(BYTES[dtype], BYTES[grad_dtype]) if wide else 1,
             # Those with products are in test_skinny_codegen.py.
@@ -253,7 +257,7 @@ def report(kernel, constants, target, variant, *, first):
 
 # The kernels whose shared memory is listed above.
 PLAIN = [(half, "float32", SQUARE, True, False, False) for half in HALVES]
-PLAIN += [("float32", "float32", SQUARE, True, False)]
+PLAIN += [("float32", "float32", SQUARE, True, False, False)]
 
 
 def sixteens(constants, wide):

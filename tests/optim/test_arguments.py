@@ -9,7 +9,7 @@ from torch import nn
 
 import sinkgd
 from exports import OPTIMIZER_CLASSES
-from sinkgd.optim.arguments import KINDS, OF_PARAM_GROUPS
+from sinkgd.optim.arguments import COMMON, KINDS, OF_PARAM_GROUPS
 from sinkgd.optim.methods import METHODS
 
 NORMS = (sinkgd.RowNorm(),)
@@ -28,6 +28,7 @@ CLASSES = {
 VALUES = {
     "lr": (0.5, 0.25, -1.0),
     "weight_decay": (0.5, 0.25, -1.0),
+    "cautious_decay": (False, True, None),
     "maximize": (False, True, None),
     "nonfinite": ("raise", "skip", "ignore"),
     "sinkhorn_iterations": (3, 4, 0),
@@ -154,7 +155,8 @@ def test_an_argument_that_all_groups_agree_with_is_taken(name, option):
 def test_an_option_that_no_group_takes_is_refused(name, option):
     groups = [{"params": [matrix()], "algorithm": "adamw"}]
     options = {option: VALUES[option][1]}
-    adamws = {"lr", "weight_decay", "maximize", "nonfinite", "eps", "betas", "rounding", "seed"}
+    adamws = {"lr", "weight_decay", "cautious_decay", "maximize", "nonfinite", "eps", "betas"}
+    adamws |= {"rounding", "seed"}
     if name == "MNGD" and option != "norms":
         options["norms"] = ()
     if name in ("SRON", "SCALE"):  # their norms are options that no group takes
@@ -294,7 +296,7 @@ FITS = {
     **dict.fromkeys(("matrix_lr_scale", "adamw_lr", "eps", "tau", "max_norm", "spike_z"), NUMBER),
     **dict.fromkeys(("tiny_row_threshold", "bucket_bytes"), NUMBER),
     **dict.fromkeys(("first", "operator_norm", "overrides"), OR_NONE),
-    **dict.fromkeys(("maximize", "nesterov", "warm_start", "averaged"), FLAG),
+    **dict.fromkeys(("maximize", "cautious_decay", "nesterov", "warm_start", "averaged"), FLAG),
     **dict.fromkeys(("sinkhorn_iterations", "newton_schulz_steps", "num_iters"), WHOLE),
     **dict.fromkeys(("n_iter", "seed", "clip_delay", "reset_interval"), WHOLE),
     "warmup_steps": WHOLE,
@@ -308,7 +310,9 @@ NOT_OPTIONAL |= {("scale_groups", name) for name in ("lr", "weight_decay")}
 OPTIONAL = {("param_groups", name) for name in ("betas", "matrix_lr_scale", "adamw_lr")}
 CALLS = {
     **{name: lambda name=name, **options: build(name, [matrix()], **options) for name in CLASSES},
-    "param_groups": lambda **options: sinkgd.param_groups(Model(), **options),
+    "param_groups": lambda **options: sinkgd.param_groups(
+        Model(), **{"weight_decay": 0.1} | options
+    ),
     "scale_groups": lambda **options: sinkgd.scale_groups(Model(), **options),
     "GradientRelease": lambda **options: sinkgd.GradientRelease(
         sinkgd.SinkGD([matrix()], lr=0.1), **options
@@ -341,7 +345,7 @@ def test_a_value_of_another_kind_is_refused_by_the_arguments_name(name, argument
 
 @pytest.mark.parametrize("algorithm", METHODS)
 def test_a_value_of_another_kind_is_refused_in_a_group_too(algorithm):
-    for option in {"lr", "weight_decay", "maximize", "nonfinite", *METHODS[algorithm].options}:
+    for option in {"lr", "weight_decay", *COMMON, *METHODS[algorithm].options}:
         if option in ("rounding_step", "norm_history"):  # kept for checkpoints
             continue
         for wrong in ([], {}, object(), torch.tensor([0.1, 0.1]), "0.02"):

@@ -31,6 +31,7 @@ OPTIONS = {
     "warm start": {"warm_start": True},
     "tol": {"tol": 0.05, "sinkhorn_iterations": 6},
     "decay, ascent": {"weight_decay": 0.1, "maximize": True},
+    "cautious decay": {"weight_decay": 0.1, "cautious_decay": True},
     "split": {"split": 2},
     "transposed": {"layout": "transposed"},
     "iterations": {"sinkhorn_iterations": 3},

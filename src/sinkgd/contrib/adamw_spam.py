@@ -81,6 +81,7 @@ class AdamWSPAM(GroupedOptimizer):
         clip_delay: Steps after a start or a reset in which no entry is clipped, at least 0.
         reset_interval: Steps between resets, at least 1.
         warmup_steps: Steps in which ``lr`` rises after a reset, at least 0.
+        cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             group unchanged, and count the parameter in `skipped`).
@@ -123,6 +124,7 @@ class AdamWSPAM(GroupedOptimizer):
         clip_delay: int = 20,
         reset_interval: int = 1000,
         warmup_steps: int = 100,
+        cautious_decay: bool = False,
         maximize: bool = False,
         nonfinite: str = "raise",
     ) -> None:
@@ -131,6 +133,7 @@ class AdamWSPAM(GroupedOptimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "cautious_decay": cautious_decay,
             "max_norm": max_norm,
             "spike_z": spike_z,
             "norm_window": norm_window,

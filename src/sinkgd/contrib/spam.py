@@ -65,6 +65,7 @@ class SPAM(GroupedOptimizer):
         clip_delay: Steps after a start or a reset in which nothing is clipped, at least 0.
         reset_interval: Steps between resets, at least 1.
         warmup_steps: Steps in which ``lr`` rises after a reset, at least 0.
+        cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter and its moments unchanged, and count it in `skipped`).
@@ -107,6 +108,7 @@ class SPAM(GroupedOptimizer):
         clip_delay: int = 20,
         reset_interval: int = 500,
         warmup_steps: int = 150,
+        cautious_decay: bool = False,
         maximize: bool = False,
         nonfinite: str = "raise",
     ) -> None:
@@ -115,6 +117,7 @@ class SPAM(GroupedOptimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "cautious_decay": cautious_decay,
             "theta": theta,
             "clip_delay": clip_delay,
             "reset_interval": reset_interval,

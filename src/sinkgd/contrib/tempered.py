@@ -61,6 +61,7 @@ class TemperedSinkGD(GroupedOptimizer):
         lr: Learning rate η of the groups that do not set their own, at least 0; a float or a tensor
             of one element. Default: 3e-4.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.1.
+        cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
         tau: Temperature τ, positive.
         n_iter: Iterations, at least 0; 0 divides by the mean absolute value of the entries.
         eps: Floor on a sum of absolute values, at least 0.
@@ -94,6 +95,7 @@ class TemperedSinkGD(GroupedOptimizer):
         params: ParamsT,
         lr: float | Tensor | None = None,
         weight_decay: float | None = None,
+        cautious_decay: bool = False,
         tau: float = TAU,
         n_iter: int = NUM_ITERS,
         eps: float = EPS,
@@ -106,6 +108,7 @@ class TemperedSinkGD(GroupedOptimizer):
         arguments: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
+            "cautious_decay": cautious_decay,
             "tau": tau,
             "n_iter": n_iter,
             "eps": eps,

@@ -4,8 +4,10 @@
 """
 
 from sinkgd.kernels.backend import Backend as Backend
+from sinkgd.kernels.backend import Cautious as Cautious
 from sinkgd.kernels.backend import CorrectedScales as CorrectedScales
 from sinkgd.kernels.backend import Descent as Descent
+from sinkgd.kernels.backend import Keep as Keep
 from sinkgd.kernels.backend import Matrices as Matrices
 from sinkgd.kernels.backend import Scales as Scales
 from sinkgd.kernels.backend import Shared as Shared

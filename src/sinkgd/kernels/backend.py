@@ -42,6 +42,24 @@ class CorrectedScales(NamedTuple):
         return CorrectedScales(self.col.mT, self.row.mT, self.correction.mT, self.factor)
 
 
+class Cautious(NamedTuple):
+    """A factor of a parameter that applies only to entries that the step moves toward zero.
+
+    These are the entries of which ``param`` and ``step * update`` have opposite signs. The factor
+    of all others is 1.
+    """
+
+    keep: float | Tensor
+
+
+Keep = float | Tensor | Cautious  # the factor of a parameter
+
+
+def factor_of(keep: Keep) -> tuple[float | Tensor, bool]:
+    """Return the factor of a parameter, and whether it is `Cautious`."""
+    return (keep.keep, True) if isinstance(keep, Cautious) else (keep, False)
+
+
 class Matrices(NamedTuple):
     """Parameters seen as matrices, with the tensors of each matrix.
 
@@ -171,7 +189,7 @@ class Backend(ABC):
         grads: Sequence[Tensor],
         scales: Sequence[Scales | CorrectedScales],
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
         keys: Sequence[Tensor] | None = None,
@@ -182,7 +200,7 @@ class Backend(ABC):
             params: Parameters ``(..., m, n)``.
             grads: Their gradients.
             scales: Their scales. The class `CorrectedScales` defines its own update.
-            keep: Factor of the parameter.
+            keep: Factor of the parameter; `Cautious` for one that depends on the step's direction.
             step: Factor of the update.
             allowed: A 0-dim bool for each parameter, on its device. If it is False, the parameter
                 is left unchanged, whatever the gradient contains.
@@ -195,7 +213,7 @@ class Backend(ABC):
         matrices: Matrices,
         num_iters: int,
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         tol: float | None = None,
         overflow: Tensor | None = None,
@@ -219,7 +237,7 @@ def take_steps(
     finite: Tensor,
     scales: Sequence[Scales | CorrectedScales],
     *,
-    keep: float | Tensor,
+    keep: Keep,
     step: float | Tensor,
     overflow: Tensor | None = None,
 ) -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from sinkgd.deflation import LowRank, Products, StoredProducts, take_away_
-from sinkgd.kernels.backend import Backend, CorrectedScales, Scales, Stack, Sums
+from sinkgd.kernels.backend import (
+    Backend,
+    CorrectedScales,
+    Keep,
+    Scales,
+    Stack,
+    Sums,
+    factor_of,
+)
 from sinkgd.kernels.equilibrate import Equilibration, equilibrate_, scales_of
 from sinkgd.kernels.layout import check_scales, check_start
 from sinkgd.kernels.rounding import round_to_bfloat16
@@ -66,7 +74,7 @@ class EagerBackend(Backend):
         grads: Sequence[Tensor],
         scales: Sequence[Scales | CorrectedScales],
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
         keys: Sequence[Tensor] | None = None,
@@ -125,7 +133,7 @@ def apply_update_(
     param: Tensor,
     update: Tensor,
     *,
-    keep: float | Tensor,
+    keep: Keep,
     step: float | Tensor,
     allowed: Tensor | None = None,
     key: Tensor | None = None,
@@ -135,11 +143,13 @@ def apply_update_(
     Args:
         param: The parameter.
         update: The update, of the parameter's shape. Its memory is overwritten.
-        keep: Factor of the parameter.
+        keep: Factor of the parameter. One that is `Cautious` takes a copy of the parameter in
+            float32.
         step: Factor of the update.
         allowed: A 0-dim bool on the parameter's device. False leaves ``param`` unchanged.
         key: The key for stochastic rounding of a bfloat16 parameter.
     """
+    keep, is_cautious = factor_of(keep)
     if allowed is not None:
         if not isinstance(keep, Tensor):  # torch.where of two numbers has the default dtype
             wide_dtype = torch.promote_types(param.dtype, torch.float32)
@@ -149,12 +159,26 @@ def apply_update_(
     wide = param.to(
         torch.promote_types(param.dtype, torch.float32)
     )  # param itself, if it has that dtype
-    wide = wide.mul_(keep) if isinstance(keep, Tensor) or keep != 1 else wide
-    wide.add_(update.mul_(step))
+    moved = update.mul_(step)
+    if is_cautious:
+        wide.mul_(_where_toward_zero(wide, moved, keep))
+    elif isinstance(keep, Tensor) or keep != 1:
+        wide.mul_(keep)
+    wide.add_(moved)
     if key is not None and param.dtype == torch.bfloat16:
         wide = round_to_bfloat16(wide, key)  # bfloat16 values are kept, whatever the bits
     if wide is not param:
         param.copy_(wide)
+
+
+def _where_toward_zero(param: Tensor, moved: Tensor, keep: float | Tensor) -> Tensor:
+    """Return ``keep`` for each entry of ``param`` that ``moved`` moves toward zero, else 1."""
+    # A product of both could vanish in rounding. Which factor a zero gets does not matter.
+    is_toward = ((moved > 0) == (param < 0)) & (moved != 0)
+    factors = torch.ones_like(param)
+    if isinstance(keep, Tensor):
+        return torch.where(is_toward, keep.to(param.dtype), factors)
+    return factors.masked_fill_(is_toward, keep)
 
 
 def _iterate(S: Tensor, c2: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sinkgd.kernels.backend import Backend, CorrectedScales, Scales
+from sinkgd.kernels.backend import Backend, Cautious, CorrectedScales, Keep, Scales, factor_of
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.eager import EagerBackend, without_corrections
 from sinkgd.kernels.triton import TritonBackend
@@ -129,23 +129,25 @@ class CompiledBackend(EagerBackend):
         grads: Sequence[Tensor],
         scales: Sequence[Scales | CorrectedScales],
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         grads, pairs = without_corrections(grads, scales)
+        factor, is_cautious = factor_of(keep)
         update_(
             list(params),
             list(grads),
             [row for row, _ in pairs],
             [col for _, col in pairs],
-            _as_tensor(keep),
+            _as_tensor(factor),
             _as_tensor(step),
             self.name,
             [] if allowed is None else list(allowed),
             [] if keys is None else list(keys),
+            is_cautious,
         )
 
 
@@ -204,10 +206,11 @@ def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
     backend: str,
     allowed: list[Tensor],
     keys: list[Tensor],
+    is_cautious: bool = False,
 ) -> None:
     """Update each parameter from its gradient and scales.
 
-    An empty list means that there are no flags or no keys.
+    An empty list means that there are no flags or no keys. ``is_cautious`` is for `Cautious`.
     """
     chosen = find_backend(backend, params[0].device)
     pairs = [Scales(*pair) for pair in zip(rows, cols, strict=True)]
@@ -215,7 +218,7 @@ def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
         params,
         grads,
         pairs,
-        keep=_as_number(keep),
+        keep=Cautious(_as_number(keep)) if is_cautious else _as_number(keep),
         step=_as_number(step),
         allowed=allowed or None,
         keys=keys or None,
@@ -233,5 +236,6 @@ def _(  # noqa: PLR0913, PLR0917
     backend: str,
     allowed: list[Tensor],
     keys: list[Tensor],
+    is_cautious: bool = False,
 ) -> None:
     """Return nothing."""

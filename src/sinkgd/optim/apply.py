@@ -1,5 +1,7 @@
 """The end of every step: W ← (1 − lr·λ) W − lr X, rounded once, if the gradient is finite.
 
+With ``cautious_decay``, λ applies only to entries of W that the step moves toward zero.
+
 An update X of a bfloat16 parameter is often smaller than half the distance to the next bfloat16.
 Rounding to the nearest loses it in every step; stochastic rounding keeps it on average.
 """
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.shards import ParamMatrix
+from sinkgd.kernels import Cautious, Keep
 from sinkgd.kernels.eager import apply_update_
 from sinkgd.kernels.rounding import keys_of_step
 from sinkgd.optim.method import Context, Group, Slot
@@ -74,12 +77,17 @@ def learning_rate(group: Group) -> float | Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
-def decay_factor(group: Group) -> float | Tensor:
+def decay_factor(group: Group) -> Keep:
     """Return the factor of a parameter under decoupled weight decay: 1 − lr·λ."""
     if group["weight_decay"] == 0:
         return 1.0
     keep: float | Tensor = 1 - learning_rate(group) * group["weight_decay"]
-    return keep
+    return Cautious(keep) if group["cautious_decay"] else keep
+
+
+def decays_cautiously(group: Group) -> bool:
+    """Whether the group decays parameters, but only entries that move toward zero."""
+    return bool(group["cautious_decay"]) and group["weight_decay"] != 0
 
 
 def step_factor(group: Group) -> float | Tensor:

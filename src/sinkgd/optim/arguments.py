@@ -34,7 +34,9 @@ T = TypeVar("T")
 
 Check = Callable[[str, Any], None]
 
-COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise"}
+COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise", "cautious_decay": False}
+# Common options that older checkpoints lack, with the values that they were saved under.
+ADDED_LATER: Mapping[str, Any] = {"cautious_decay": False}
 _RATES = ("lr", "weight_decay")
 
 # Keys of a group that are not options: torch's own, those of its schedulers, timm's factor of a
@@ -45,7 +47,7 @@ _OTHER_KEYS = {
 }
 
 # Arguments that `param_groups` takes too.
-_OF_PARAM_GROUPS = {"lr", "weight_decay", "betas", "deflated_rank"}
+_OF_PARAM_GROUPS = {"lr", "weight_decay", "cautious_decay", "betas", "deflated_rank"}
 
 
 def find_method(name: object, argument: str = "algorithm") -> Method:
@@ -301,7 +303,7 @@ KINDS: Mapping[str, Check] = MappingProxyType(
             ),
             check_whole_number,
         ),
-        **dict.fromkeys(("maximize", "nesterov", "warm_start"), check_flag),
+        **dict.fromkeys(("maximize", "cautious_decay", "nesterov", "warm_start"), check_flag),
         "fused": _or_none(check_flag),
         "betas": check_betas,
         "norms": _norms,

@@ -16,6 +16,7 @@ from sinkgd.distributed.shards import all_have_values, is_dtensor
 from sinkgd.exchange import Computation, exchange, run
 from sinkgd.optim.apply import count_step
 from sinkgd.optim.arguments import (
+    ADDED_LATER,
     COMMON,
     as_groups,
     check_keys,
@@ -108,6 +109,9 @@ class GroupedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled optimizer; torch calls it at the end of loading, too."""
         super().__setstate__(state)
+        for options in (self.defaults, *self.param_groups):
+            for option, value in ADDED_LATER.items():
+                options.setdefault(option, value)
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         if "_guard" not in self.__dict__:
             self._guard = NonFiniteGuard()

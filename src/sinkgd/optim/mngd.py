@@ -33,6 +33,7 @@ class MNGD(GroupedOptimizer):
             that do not set their own.
         num_iters: Iterations L, at least 1.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
+        cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter unchanged, and count it in `skipped`).
@@ -78,6 +79,7 @@ class MNGD(GroupedOptimizer):
         num_iters: int = 5,
         *,
         weight_decay: float | None = None,
+        cautious_decay: bool = False,
         maximize: bool = False,
         nonfinite: str = "raise",
         rounding: str = "nearest",
@@ -91,6 +93,7 @@ class MNGD(GroupedOptimizer):
             "norms": as_norms(norms),
             "num_iters": num_iters,
             "weight_decay": weight_decay,
+            "cautious_decay": cautious_decay,
             "maximize": maximize,
             "nonfinite": nonfinite,
             "rounding": rounding,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sinkgd.matrix_views import dims_of
-from sinkgd.number_check import check_betas, check_number
+from sinkgd.number_check import check_betas, check_flag, check_number
 from sinkgd.optim.arguments import (
     COMMON,
     check_kinds,
@@ -63,6 +63,7 @@ def param_groups(
     matrix_algorithm: str = "sinkgd",
     deflated_rank: int = DEFLATED_RANK,
     weight_decay: float = 0.0,
+    cautious_decay: bool = False,
     betas: tuple[float, float] | None = None,
     overrides: Overrides | None = None,
     base_width: int | None = None,
@@ -102,6 +103,8 @@ def param_groups(
             multiplied by the learning rate, which without ``adamw_lr`` is 40 times larger for
             embeddings than for hidden matrices, and would shrink the rows of words that do not
             occur. An override may set the decay of any parameter. The paper uses none.
+        cautious_decay: The option of every group, which `SinkGD` describes: decay only entries that
+            the update moves toward zero. If it is False, groups take the optimizer's argument.
         betas: AdamW's decay rates of the two moments. The default, (0.9, 0.95), is that of study
             table1.
         overrides: Maps regular expressions to an algorithm (``"adamw"``, ``"sinkgd"``,
@@ -130,7 +133,8 @@ def param_groups(
             a rate is negative, ``adamw_lr`` is given together with ``lr`` or ``matrix_lr_scale``,
             ``base_width`` is below 1, ``state_bits`` is neither 8 nor None, an override matches no
             parameter, an algorithm is unknown, ``deflated_rank`` is given and no group runs
-            ``"sinkgd"``, or ``state_bits`` is given and no group runs ``"adamw-8bit"``.
+            ``"sinkgd"``, ``state_bits`` is given and no group runs ``"adamw-8bit"``, or
+            ``cautious_decay`` is set and no group decays.
 
     Examples:
         >>> import torch, sinkgd
@@ -152,6 +156,7 @@ def param_groups(
     check_model(model, "param_groups")
     rates = _rates(lr, matrix_lr_scale, adamw_lr, betas)
     check_number("weight_decay", weight_decay)
+    check_flag("cautious_decay", cautious_decay)
     find_method(matrix_algorithm, "matrix_algorithm")
     check_deflation({"deflated_rank": deflated_rank})
     check_overrides(overrides)
@@ -162,6 +167,7 @@ def param_groups(
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
     given = _match(overrides or {}, [name for name, _, _ in found])
+    common = {"cautious_decay": True} if cautious_decay else {}
     groups: dict[str, dict[str, Any]] = {}
     for name, param, role in found:
         usual = matrix_algorithm if role.is_matrix else _ADAMWS[state_bits]
@@ -174,11 +180,8 @@ def param_groups(
                 options["lr"] *= base_width / _in_features(param, role)
         if algorithm == "sinkgd":
             options["deflated_rank"] = deflated_rank
-        is_decayed = param.ndim >= 2 and (rates.is_adamws or role.reason not in (EMBEDDING, HEAD))
-        decay = weight_decay
-        if rates.is_adamws and algorithm not in _ADAMWS.values():
-            decay /= rates.matrix_lr_scale
-        options |= {"weight_decay": decay if is_decayed else 0.0, **given[name]}
+        decay = _decay(param, role, algorithm, weight_decay, rates)
+        options |= {"weight_decay": decay, **common, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
     running = _algorithms(groups.values())
@@ -186,9 +189,29 @@ def param_groups(
         _check_runs(running, "sinkgd", f"deflated_rank={deflated_rank}")
     if state_bits is not None:
         _check_runs(running, _ADAMWS[state_bits], f"state_bits={state_bits}")
+    _check_decays(cautious_decay, groups.values())
     ordered = sorted(groups.values(), key=lambda group: group["algorithm"] in _ADAMWS.values())
     name_groups(ordered, {param: role for _, param, role in found})
     return ordered
+
+
+def _decay(
+    param: Tensor, role: Role, algorithm: str, weight_decay: float, rates: "_Rates"
+) -> float:
+    """Return the weight decay of a parameter."""
+    if param.ndim < 2 or (role.reason in (EMBEDDING, HEAD) and not rates.is_adamws):
+        return 0.0
+    is_matrices = rates.is_adamws and algorithm not in _ADAMWS.values()
+    return weight_decay / rates.matrix_lr_scale if is_matrices else weight_decay
+
+
+def _check_decays(cautious_decay: bool, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse cautious decay if no group decays."""
+    if cautious_decay and not any(group["weight_decay"] for group in groups):
+        raise ValueError(
+            "cautious_decay=True has no effect: no group has a weight_decay. Pass weight_decay, or "
+            "leave it out"
+        )
 
 
 def _check_state_bits(state_bits: object) -> None:

@@ -55,6 +55,10 @@ class SinkGD(GroupedOptimizer):
             of one element. Default: 1e-3.
         sinkhorn_iterations: Iterations L, at least 1. The paper uses 5.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
+        cautious_decay: Decay only entries that the update moves toward zero, too: those whose
+            weight and update have the same sign (opposite signs with ``maximize``). An entry whose
+            update is zero does not decay; in the paper, Chen et al. 2025, it does. AdamW's groups
+            compare with Adam's direction. Keeps no state, and costs no pass over the weights.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter unchanged, and count it in `skipped`).
@@ -95,6 +99,7 @@ class SinkGD(GroupedOptimizer):
     References:
         Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
         Algorithm 4. https://arxiv.org/abs/2502.06742
+        Chen et al., Cautious Weight Decay. https://arxiv.org/abs/2510.12402
     """
 
     default_algorithm = "stateless"
@@ -109,6 +114,7 @@ class SinkGD(GroupedOptimizer):
         sinkhorn_iterations: int = 5,
         *,
         weight_decay: float | None = None,
+        cautious_decay: bool = False,
         maximize: bool = False,
         nonfinite: str = "raise",
         backend: str = "auto",
@@ -123,6 +129,7 @@ class SinkGD(GroupedOptimizer):
             "lr": lr,
             "sinkhorn_iterations": sinkhorn_iterations,
             "weight_decay": weight_decay,
+            "cautious_decay": cautious_decay,
             "maximize": maximize,
             "nonfinite": nonfinite,
             "backend": backend,

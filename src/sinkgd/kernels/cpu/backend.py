@@ -20,9 +20,11 @@ from torch.nn import Parameter
 from sinkgd.kernels.backend import (
     CorrectedScales,
     Descent,
+    Keep,
     Matrices,
     Scales,
     Stack,
+    factor_of,
     finite_of,
     of_each,
 )
@@ -82,13 +84,14 @@ class CpuBackend(EagerBackend):
         grads: Sequence[Tensor],
         scales: Sequence[Scales | CorrectedScales],
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
-        table = GradientTable(float(keep), float(step))
+        factor, is_cautious = factor_of(keep)
+        table = GradientTable(float(factor), float(step))
         read: list[Tensor] = []  # keeps copies alive until the loops are done
         written: list[Tensor] = []
         others: list[int] = []
@@ -105,6 +108,7 @@ class CpuBackend(EagerBackend):
                 layout,
                 flag=0 if flag is None else flag.data_ptr(),
                 key=None if keys is None else int(keys[i]),
+                is_cautious=is_cautious,
             )
             if isinstance(own, CorrectedScales):
                 correction = own.correction.mT if layout.transposed else own.correction
@@ -138,7 +142,7 @@ class CpuBackend(EagerBackend):
         matrices: Matrices,
         num_iters: int,
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         tol: float | None = None,
         overflow: Tensor | None = None,
@@ -151,13 +155,15 @@ class CpuBackend(EagerBackend):
         forbidden = overflow is not None and bool(overflow)
         may_update = {own.start for own in ranges if len(own) == 1 and not forbidden}
         solver = _Solver(grads, starts)
+        factor, is_cautious = factor_of(keep)
         targets: dict[int, Target] = {}
         for i, source in enumerate(solver.inputs):
             layout = writable(params[i]) if source is not None and i in may_update else None
             if source is not None and layout is not None and _match(layout, source.layout):
                 key = None if keys is None else int(keys[i])
-                targets[i] = Target(params[i].data_ptr(), layout, key=key)
-        factors = float(keep), float(step)
+                target = Target(params[i].data_ptr(), layout, key=key, is_cautious=is_cautious)
+                targets[i] = target
+        factors = float(factor), float(step)
         failed = solver.run(num_iters, tol, targets=targets, factors=factors)
         increment_version([params[i] for i in targets])
         if not failed and len(targets) == len(params):

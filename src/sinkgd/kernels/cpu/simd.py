@@ -252,6 +252,24 @@ def round_stochastically(typing: Any, x: Any, index: Any, stride: Any, key: Any)
 
 
 @intrinsic
+def select_toward_zero(typing: Any, w: Any, moved: Any, one: Any, other: Any) -> Any:
+    """Return ``one`` in lanes where adding ``moved`` moves ``w`` toward zero, elsewhere ``other``.
+
+    A ``w`` of zero counts as either; a ``moved`` of zero moves nothing.
+    """
+    wide = ir.VectorType(_I32, LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        w, moved, one, other = args
+        signs = builder.xor(builder.bitcast(w, wide), builder.bitcast(moved, wide))
+        is_opposite = builder.icmp_signed("<", signs, _bits(0, wide))
+        moves = builder.fcmp_ordered("!=", moved, ir.Constant(_VECTOR, [0.0] * LANES))
+        return builder.select(builder.and_(is_opposite, moves), one, other)
+
+    return vector(vector, vector, vector, vector), generate
+
+
+@intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Fetch a cache line into L2. The address may lie beyond the matrix.
 

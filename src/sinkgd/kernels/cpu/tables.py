@@ -27,13 +27,14 @@ from sinkgd.kernels.eager import no_movement
 #     ALLOWED: address of a bool that allows the update, or 0
 #     KEYED: round stochastically, by KEY. INDEX is the position of the first entry in the
 #         parameter, read row by row
+#     CAUTIOUS: the factor of W is `sinkgd.kernels.backend.Cautious`
 #     RANK: the rank of a matrix LEFT @ RIGHT that is added to U∘G∘V, or 0. LEFT is (P, RANK); RIGHT
 #         is (Q/16, RANK, 16): RANK vectors for every sixteen columns
 (
     G, P, Q, LD, DTYPE, TRANSPOSED, U, V, STARTED, FAILED,
-    W, WLD, WDTYPE, ALLOWED, KEYED, KEY, INDEX, RANK, LEFT, RIGHT,
-) = range(0, 160, 8)  # fmt: skip
-GRADIENT_FIELDS = 20
+    W, WLD, WDTYPE, ALLOWED, KEYED, KEY, CAUTIOUS, INDEX, RANK, LEFT, RIGHT,
+) = range(0, 168, 8)  # fmt: skip
+GRADIENT_FIELDS = 21
 # A contiguous tensor X to check. NONFINITE is set by the loops.
 (X, ENTRIES, XDTYPE, NONFINITE) = range(0, 32, 8)
 FINITE_FIELDS = 4
@@ -82,6 +83,7 @@ class Target(NamedTuple):
     rank: int = 0  # rank of the correction that is added to the update
     left: int = 0  # addresses of the factors from `low_rank_factors`
     right: int = 0
+    is_cautious: bool = False  # as `sinkgd.kernels.backend.Cautious`
 
 
 class GradientTable:
@@ -119,12 +121,12 @@ class GradientTable:
         P, Q, ld, dtype, transposed, offsets = layout[:6]
         u, v = (scales[1], scales[0]) if transposed else scales
         if target is None:
-            params, how = (0,) * len(offsets), (0, 0, 0, 0, 0)
+            params, how = (0,) * len(offsets), (0, 0, 0, 0, 0, 0)
             rank = left = right = 0
         else:
-            param, written, flag, key, rank, left, right = target
+            param, written, flag, key, rank, left, right, is_cautious = target
             params = tuple(param + offset for offset in written.offsets)
-            how = (written.ld, written.dtype, flag, key is not None, key or 0)
+            how = (written.ld, written.dtype, flag, key is not None, key or 0, is_cautious)
         index = 0
         for offset, param in zip(offsets, params, strict=True):
             self.fields += (

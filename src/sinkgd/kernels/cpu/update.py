@@ -2,6 +2,9 @@
 
 A parameter W becomes ``keep * W + step * (U∘G∘V + LEFT @ RIGHT)``, rounded once. Letters: see
 `sinkgd.kernels.cpu.tables`.
+
+A function with an argument ``away`` is compiled twice: ``away`` is None, or the factor, in place of
+``keep``, of entries that do not move toward zero.
 """
 
 from numba import cfunc, float32, int16, int64, void
@@ -22,6 +25,7 @@ from sinkgd.kernels.cpu.simd import (
     muladd,
     prefetch,
     round_stochastically,
+    select_toward_zero,
     splat,
     store,
     thread_num,
@@ -50,7 +54,15 @@ def _load_update(g_dtype, g_size, g, v, r, j, count):
 
 
 @inlined
-def _write_nearest(w_dtype, w_size, g_dtype, g_size, w, g, v, r, keep, step, count):
+def _updated(w, x, keep, step, away):
+    """Return sixteen updated entries."""
+    if away is not None:
+        keep = select_toward_zero(w, mul(step, x), keep, away)
+    return muladd(step, x, mul(keep, w))
+
+
+@inlined
+def _write_nearest(w_dtype, w_size, g_dtype, g_size, w, g, v, r, keep, step, away, count):
     """Update ``count`` adjacent entries, rounding to nearest."""
     full = count - count % LANES
     for j in range(0, full, LANES):
@@ -58,30 +70,30 @@ def _write_nearest(w_dtype, w_size, g_dtype, g_size, w, g, v, r, keep, step, cou
         prefetch(g + j * g_size + AHEAD)
         x = _load_update(g_dtype, g_size, g, v, r, j, None)
         at = w + j * w_size
-        store(w_dtype, at, muladd(step, x, mul(keep, load(w_dtype, at, None))), None)
+        store(w_dtype, at, _updated(load(w_dtype, at, None), x, keep, step, away), None)
     if full < count:
         rest, at = count - full, w + full * w_size
         x = _load_update(g_dtype, g_size, g, v, r, full, rest)
-        store(w_dtype, at, muladd(step, x, mul(keep, load(w_dtype, at, rest))), rest)
+        store(w_dtype, at, _updated(load(w_dtype, at, rest), x, keep, step, away), rest)
 
 
 @inlined
-def _write_stochastically(g_dtype, g_size, w, g, v, r, keep, step, count, index, along, key):
+def _write_stochastically(g_dtype, g_size, w, g, v, r, keep, step, away, count, index, along, key):
     """Update ``count`` adjacent bfloat16 entries, rounding stochastically."""
     for j in range(0, count, LANES):
         some, at = min(LANES, count - j), w + 2 * j
         x = _load_update(g_dtype, g_size, g, v, r, j, some)
-        x = muladd(step, x, mul(keep, load(int16(0), at, some)))
+        x = _updated(load(int16(0), at, some), x, keep, step, away)
         store(int16(0), at, round_stochastically(x, index + j * along, along, key), some)
 
 
-@compiled
-def _write_row(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step):
+@inlined
+def _write_typed(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step, away):
     """Update ``count`` entries of a row from column ``first`` on, for the parameter's type."""
     w = load_int(entry + t.W) + row * load_int(entry + t.WLD)
     if load_int(entry + t.WDTYPE) == F32:
         at = w + 4 * first
-        _write_nearest(float32(0), 4, g_dtype, g_size, at, g, v, r, keep, step, count)
+        _write_nearest(float32(0), 4, g_dtype, g_size, at, g, v, r, keep, step, away, count)
     elif load_int(entry + t.KEYED) != 0:
         # By how much the index of an entry in the parameter grows from one row in memory to the
         # next, and from one entry of such a row to the next.
@@ -89,10 +101,22 @@ def _write_row(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step):
         down, along = (1, load_int(entry + t.P)) if transposed else (load_int(entry + t.Q), 1)
         index, key = load_int(entry + t.INDEX) + row * down + first * along, load_int(entry + t.KEY)
         at = w + 2 * first
-        _write_stochastically(g_dtype, g_size, at, g, v, r, keep, step, count, index, along, key)
+        _write_stochastically(
+            g_dtype, g_size, at, g, v, r, keep, step, away, count, index, along, key
+        )
     else:
         at = w + 2 * first
-        _write_nearest(int16(0), 2, g_dtype, g_size, at, g, v, r, keep, step, count)
+        _write_nearest(int16(0), 2, g_dtype, g_size, at, g, v, r, keep, step, away, count)
+
+
+@compiled
+def _write_row(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step):
+    """Update ``count`` entries of a row from column ``first`` on."""
+    if load_int(entry + t.CAUTIOUS) != 0:
+        one = splat(float32(1))
+        _write_typed(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step, one)
+    else:
+        _write_typed(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step, None)
 
 
 @compiled

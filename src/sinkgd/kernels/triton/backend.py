@@ -23,10 +23,12 @@ from sinkgd.deflation import Products
 from sinkgd.kernels.backend import (
     CorrectedScales,
     Descent,
+    Keep,
     Matrices,
     Scales,
     Shared,
     Stack,
+    factor_of,
     merge_descents,
     select_owners,
 )
@@ -37,11 +39,11 @@ from sinkgd.kernels.triton.descent import (
     DescentTensors,
     FlatScales,
     PreparedDescents,
-    UpdateFactors,
 )
 from sinkgd.kernels.triton.half_iterations import (
     AREA,
     LowRankSides,
+    UpdateFactors,
     UpdateOperands,
     find_scales,
     new_scratch,
@@ -179,14 +181,14 @@ class TritonBackend(EagerBackend):
         matrices: Matrices,
         num_iters: int,
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         tol: float | None = None,
         overflow: Tensor | None = None,
     ) -> Descent:
         """Find all scales and take all steps, bucket by bucket."""
         device = matrices.grads[0].device if matrices.grads else torch.device("cpu")
-        factors = UpdateFactors(_factor(keep, device), _factor(step, device), overflow)
+        factors = _factors(keep, step, device)._replace(overflow=overflow)
         tensors = DescentTensors(
             matrices.grads,
             _some(matrices.starts),
@@ -278,7 +280,7 @@ class TritonBackend(EagerBackend):
         grads: Sequence[Tensor],
         scales: Sequence[Scales | CorrectedScales],
         *,
-        keep: float | Tensor,
+        keep: Keep,
         step: float | Tensor,
         allowed: Sequence[Tensor] | None = None,
         keys: Sequence[Tensor] | None = None,
@@ -298,7 +300,7 @@ class TritonBackend(EagerBackend):
                 others.append(i)
         for device, writes in by_device.items():
             with self._lock, on(device):
-                self._update(writes, (_factor(keep, device), _factor(step, device)), device)
+                self._update(writes, _factors(keep, step, device), device)
             increment_version([write.param for write in writes])
         if others:
             super().update_(
@@ -335,7 +337,7 @@ class TritonBackend(EagerBackend):
     def _update(
         self,
         writes: "list[_Write]",
-        factors: tuple[float | Tensor, float | Tensor],
+        factors: UpdateFactors,
         device: torch.device,
     ) -> None:
         # These may be copies, which must live until all kernels are launched.
@@ -399,6 +401,11 @@ def _half_of_cache(device: torch.device) -> int:
 def _some(starts: Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
     """Return the initial column scales, or an empty sequence if no gradient has any."""
     return starts if starts and any(start is not None for start in starts) else ()
+
+
+def _factors(keep: Keep, step: float | Tensor, device: torch.device) -> UpdateFactors:
+    factor, is_cautious = factor_of(keep)
+    return UpdateFactors(_factor(factor, device), _factor(step, device), is_cautious=is_cautious)
 
 
 def _factor(value: float | Tensor, device: torch.device) -> float | Tensor:

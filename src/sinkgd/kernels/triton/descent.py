@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from sinkgd.kernels.backend import Scales
 from sinkgd.kernels.eager import no_movement
 from sinkgd.kernels.triton import launch
+from sinkgd.kernels.triton.half_iterations import UpdateFactors
 from sinkgd.kernels.triton.launch import (
     GpuTarget,
     PreparedLaunch,
@@ -47,14 +48,6 @@ class DescentTensors(NamedTuple):
     sizes: tuple[int, ...] = ()  # number of gradients of each owner; empty without params
 
 
-class UpdateFactors(NamedTuple):
-    """The factors of an update; tensors are on the device of the gradients."""
-
-    keep: float | Tensor = 1.0
-    step: float | Tensor = 0.0
-    overflow: Tensor | None = None
-
-
 class _Iterations(NamedTuple):
     """How scales are found."""
 
@@ -64,12 +57,13 @@ class _Iterations(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """What the update reads from the device."""
+    """What the update reads from the device, and whether it is cautious."""
 
     overflow: bool
     keep: bool
     step: bool
     rounding: bool
+    is_cautious: bool
 
 
 class _Prepared(NamedTuple):
@@ -154,7 +148,7 @@ class PreparedDescents:
         if tensors.params:
             _, *others = addresses[1:] if tensors.starts else addresses
             params, keys = others[0], others[1] if tensors.keys else grads
-        keep, step, overflow = factors
+        keep, step, overflow, _ = factors
         overflow = counters if overflow is None else overflow
         launches.start(
             (
@@ -192,7 +186,7 @@ def _signature_of(
 
 def _update_of(factors: UpdateFactors, *, rounding: bool) -> _Update:
     keep, step = isinstance(factors.keep, Tensor), isinstance(factors.step, Tensor)
-    return _Update(factors.overflow is not None, keep, step, rounding)
+    return _Update(factors.overflow is not None, keep, step, rounding, factors.is_cautious)
 
 
 def _prepare(
@@ -304,7 +298,7 @@ def finish_constants(
 ) -> dict[str, object]:
     """Return the last launch's compile-time constants; without an update nothing is written."""
     dtypes = kernels("primitives").DTYPES
-    overflow, keep, step, rounding = update or (False,) * 4
+    overflow, keep, step, rounding, is_cautious = update or (False,) * 5
     return {
         "DTYPE": dtypes[kind.param_dtype],
         "GRAD_DTYPE": dtypes[kind.dtype],
@@ -315,6 +309,7 @@ def finish_constants(
         "KEEP_IS_STORED": keep,
         "STEP_IS_STORED": step,
         "ROUND": rounding and kind.param_dtype == torch.bfloat16,
+        "CAUTIOUS": is_cautious,
         "VECTOR": kind.param_vector,
         **options_of(target, kind.threads, wide=kind.param_vector > 1),
     }

@@ -291,6 +291,15 @@ class LowRankSides(NamedTuple):
         return self.aligned and full and all(stride % ALIGNED_FLOATS == 0 for stride in strides)
 
 
+class UpdateFactors(NamedTuple):
+    """The factors of an update; tensors are on the device of the gradients."""
+
+    keep: float | Tensor = 1.0
+    step: float | Tensor = 0.0
+    overflow: Tensor | None = None
+    is_cautious: bool = False  # whether ``keep`` is `sinkgd.kernels.backend.Cautious`
+
+
 class UpdateOperands(NamedTuple):
     """What an update of one parameter reads and writes."""
 
@@ -361,7 +370,7 @@ def update_parameters(
     bucket: Bucket,
     table: Tensor,
     addresses: Tensor,
-    factors: tuple[float | Tensor, float | Tensor],
+    factors: UpdateFactors,
     *,
     rounding: bool,
 ) -> None:
@@ -371,7 +380,7 @@ def update_parameters(
         bucket: Matrices of one kind.
         table: The table of the plan, on the device.
         addresses: Rows of `UpdateAddresses`, one for each parameter.
-        factors: ``keep`` and ``step``; tensors on the device are read there.
+        factors: Factors of the update; tensors on the device are read there.
         rounding: Whether bfloat16 is rounded by the keys among the addresses.
     """
     dtypes = kernels("primitives").DTYPES
@@ -383,14 +392,16 @@ def update_parameters(
         addresses,
         table[bucket.matrices.offset :],
         table[bucket.for_rows.offset :],
-        *factors,
+        factors.keep,
+        factors.step,
         DTYPE=dtypes[dtype],
         GRAD_DTYPE=dtypes[grad_dtype],
-        KEEP_IS_STORED=isinstance(factors[0], Tensor),
-        STEP_IS_STORED=isinstance(factors[1], Tensor),
+        KEEP_IS_STORED=isinstance(factors.keep, Tensor),
+        STEP_IS_STORED=isinstance(factors.step, Tensor),
         BM=bucket.kind.tile.BM,
         BN=bucket.kind.tile.BN,
         ROUND=rounding and dtype == torch.bfloat16,
+        CAUTIOUS=factors.is_cautious,
         VECTOR=bucket.kind.vector,
         K=bucket.kind.rank,
         DENSE=bucket.kind.is_dense,

@@ -63,6 +63,7 @@ def update(
     KEEP_IS_STORED: tl.constexpr,  # whether keep is a pointer
     STEP_IS_STORED: tl.constexpr,
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
+    CAUTIOUS: tl.constexpr,  # keep applies only to entries that move toward zero
     VECTOR: tl.constexpr,  # as for `half_iteration`, of the parameter and the gradient
     K: tl.constexpr,  # at least the rank of the matrix that is subtracted; 0 if there is none
     DENSE: tl.constexpr,  # whether its sides have dense rows of K, aligned to 16 bytes
@@ -101,7 +102,9 @@ def update(
     key = tl.full((), 0, tl.int64)
     if ROUND and tl.bfloat16 == DTYPE:
         key = tl.load(tl.load(own + _A_KEY).to(tl.pointer_type(tl.int64)))
-    write_tile(param, ld, rows, cols, inside, y, keep, step, matrix + _ENTRY, key, DTYPE, ROUND)
+    write_tile(
+        param, ld, rows, cols, inside, y, keep, step, matrix + _ENTRY, key, DTYPE, ROUND, CAUTIOUS
+    )
 
 
 _D_GIVEN = tl.constexpr(GIVEN)
@@ -140,6 +143,7 @@ def finish(
     KEEP_IS_STORED: tl.constexpr,  # whether keep is a pointer
     STEP_IS_STORED: tl.constexpr,
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
+    CAUTIOUS: tl.constexpr,  # keep applies only to entries that move toward zero
     VECTOR: tl.constexpr,  # as for `full_iteration`, of the parameter and the gradient
 ):
     """Find u from v unless it is known, and write ``keep * param + step * u * grad * v``."""
@@ -197,14 +201,14 @@ def finish(
             y = (gA * found[:, None]) * vA[None, :]
             write_tile(
                 param, param_ld, rows, colsA, inside, y, keep, step, matrix + _D_ENTRY, key,
-                DTYPE, ROUND,
+                DTYPE, ROUND, CAUTIOUS,
             )  # fmt: skip
             if B > 0:
                 inside = written[:, None] & (colsB < Q)[None, :]
                 y = (gB * found[:, None]) * vB[None, :]
                 write_tile(
                     param, param_ld, rows, colsB, inside, y, keep, step, matrix + _D_ENTRY, key,
-                    DTYPE, ROUND,
+                    DTYPE, ROUND, CAUTIOUS,
                 )  # fmt: skip
 
 
@@ -236,7 +240,7 @@ def _rounded(w, index, key, DTYPE: tl.constexpr, ROUND: tl.constexpr):
 @triton.jit
 def write_tile(
     param, ld, rows, cols, inside, y, keep, step, entry_fields, key,
-    DTYPE: tl.constexpr, ROUND: tl.constexpr,
+    DTYPE: tl.constexpr, ROUND: tl.constexpr, CAUTIOUS: tl.constexpr,
 ):  # fmt: skip
     """Set a tile of a parameter to ``keep * param + step * y``, rounded once.
 
@@ -244,6 +248,9 @@ def write_tile(
     """
     pointers = param + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
     w = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if CAUTIOUS:
+        moved = y * step
+        keep = tl.where(((moved > 0) == (w < 0)) & (moved != 0), keep, 1.0)
     w = w * keep + y * step
     index = rows[:, None] * 0 + cols[None, :] * 0
     if ROUND and tl.bfloat16 == DTYPE:

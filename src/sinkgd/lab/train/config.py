@@ -82,6 +82,8 @@ class OptimizerConfig:
     """Peak learning rate of the matrices inside the blocks, weight units a step of RMS 1."""
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight a step at learning rate 1."""
+    cautious_decay: bool | None = None
+    """Whether only entries decay that the update moves toward zero; by default all do."""
     beta1: float | None = None
     """Decay of Adam's (or Lion's) mean of gradients, fraction kept a step."""
     beta2: float | None = None

@@ -22,6 +22,7 @@ from sinkgd.lab.disk import parse_json
 from sinkgd.lab.models import LanguageModel, Sizes
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, differences
+from sinkgd.optim.arguments import ADDED_LATER
 
 DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
 TOKENIZER, WEIGHTS = "tokenizer", "weights"
@@ -228,6 +229,8 @@ def _groups_sha256(model: nn.Module, optimizer: Optimizer) -> str:
                 key: str(value)
                 for key, value in group.items()
                 if key not in _HOW and isinstance(value, bool | int | float | str | tuple)
+                # An option that older runs lack is left out where it does what they did.
+                if not (key in ADDED_LATER and value == ADDED_LATER[key])
             },
         }
         for group in optimizer.param_groups

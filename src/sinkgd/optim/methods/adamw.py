@@ -1,6 +1,6 @@
 """AdamW for the parameters that no matrix norm fits; the arithmetic is torch's own."""
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +11,8 @@ from torch.optim.adamw import adamw
 
 from sinkgd.distributed.shards import first_entry_of, from_local, is_dtensor, local
 from sinkgd.exchange import Computation, Steps, computation, immediate, run
+from sinkgd.kernels import Cautious
+from sinkgd.kernels.eager import apply_update_
 from sinkgd.kernels.rounding import round_to_bfloat16
 from sinkgd.matrix_views import are_dense, same_memory_order
 from sinkgd.number_check import check_betas
@@ -18,6 +20,7 @@ from sinkgd.optim.apply import (
     ROUNDING_OPTIONS,
     allowed,
     check_rounding,
+    decays_cautiously,
     draw_keys,
     learning_rate,
 )
@@ -42,6 +45,9 @@ class AdamW(Method):
     State: two numbers per entry. If one gradient is not finite, the whole group is left unchanged.
     As in torch, entries of the gradient must stay below 1e19, so that their squares are within
     float32's range; clip larger entries.
+
+    With ``cautious_decay``, torch computes the step of a part of a parameter, from zero and in
+    float32, and our update adds it.
 
     With ``rounding="stochastic"``, bfloat16 weights and their moments are updated in float32 and
     rounded at random. Rounding to the nearest would lose small updates of the weights, and all
@@ -149,18 +155,75 @@ def descend_by_adamw_(
 ) -> None:
     """Take torch's AdamW step on this rank's shards; AMSGrad's if the states have its maximum.
 
-    The fused kernel ignores strides. So its inputs must be dense and have the memory order of the
-    parameter. Other gradients and parameters are copied in every step, other moments only once.
-
     Args:
         params: The parameters, updated in place.
         grads: Gradients in the parameters' dtype; not modified.
         states: The states of the parameters, created by `init_moments`.
-        group: Sets ``betas``, ``eps``, ``weight_decay``, ``maximize`` and ``fused``.
+        group: Sets ``betas``, ``eps``, ``weight_decay``, ``cautious_decay``, ``maximize`` and
+            ``fused``.
         lr: Learning rate.
         held_back: 0-dim bool: if it is True, nothing is written.
         grad_scale: 0-dim loss scale: the gradients that are passed contain this factor, and are
             divided by it here.
+    """
+    step = partial(_step_, lr=lr, held_back=held_back, grad_scale=grad_scale)
+    if not decays_cautiously(group):
+        step(params, grads, states, group)
+        return
+    keep = Cautious(1 - lr * group["weight_decay"])
+    without_decay = partial(step, group={**group, "weight_decay": 0.0})
+    for param, grad, state in zip(params, grads, states, strict=True):
+        _decay_cautiously_(param, grad, state, keep, without_decay)
+
+
+def _decay_cautiously_(
+    param: Tensor,
+    grad: Tensor,
+    state: MutableMapping[str, Any],
+    keep: Cautious,
+    step: Callable[..., None],
+) -> None:
+    """Take the step of a parameter from zero, in float32 or wider; decay by it, and add it.
+
+    Args:
+        param: This rank's shard of the parameter.
+        grad: Its gradient.
+        state: Its state.
+        keep: The factor of the parameter.
+        step: Takes the step without decay, given lists of parameters, gradients and states.
+    """
+    param, grad = _with_rows(param), _with_rows(grad)
+    moments = {name: _with_rows(local(state[name])) for name in MOMENTS if name in state}
+    count = state["step"]
+    for rows in _parts(grad):
+        parts = {name: x[rows] for name, x in moments.items()}
+        wide = {name: _widened(x) for name, x in parts.items()}
+        counted = {**wide, "step": state["step"].clone()}
+        here = _widened(grad[rows])
+        moved = torch.zeros_like(here)
+        step([moved], [here], [counted])
+        apply_update_(param[rows], moved, keep=keep, step=1.0)
+        count = counted["step"]
+        for name, part in parts.items():
+            if wide[name] is not part:
+                part.copy_(wide[name])
+    state["step"].copy_(count)
+
+
+def _step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: Sequence[MutableMapping[str, Any]],
+    group: Group,
+    *,
+    lr: float | Tensor,
+    held_back: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
+    """Take a step as `descend_by_adamw_` does, by torch alone.
+
+    The fused kernel ignores strides. So its inputs must be dense and have the memory order of the
+    parameter. Other gradients and parameters are copied in every step, other moments only once.
     """
     fused = group["fused"]
     if not fused:
@@ -218,20 +281,31 @@ def _descend_in_float32_(
     grad, step = _with_rows(local(slot.grad)), state["step"]
     first = first_entry_of(slot.param, "auto")
     row = grad[:1].numel()
-    chunk = _CPU_CHUNK if grad.is_cpu else _CHUNK
-    rows = max(1, chunk // max(1, row))
-    for begin in range(0, len(grad), rows):
-        parts = {name: x[begin : begin + rows] for name, x in stored.items()}
+    for rows in _parts(grad):
+        parts = {name: x[rows] for name, x in stored.items()}
         wide = {name: x.to(torch.float32).contiguous() for name, x in parts.items()}
         counted = {**wide, "step": state["step"].clone()}
         param = counted.pop("param")
-        descend([param], [grad[begin : begin + rows].to(torch.float32).contiguous()], [counted])
+        descend([param], [grad[rows].to(torch.float32).contiguous()], [counted])
         step = counted["step"]
         for number, (name, part) in enumerate(parts.items()):
             # The weights and each moment draw from a stretch of their own.
-            entry = number * slot.param.numel() + first + begin * row
+            entry = number * slot.param.numel() + first + rows.start * row
             part.copy_(round_to_bfloat16(wide[name], key + entry))
     state["step"].copy_(step)
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Yield the rows that are in float32 at once; one slice of none if ``x`` is empty."""
+    chunk = _CPU_CHUNK if x.is_cpu else _CHUNK
+    rows = max(1, chunk // max(1, x[:1].numel()))
+    for begin in range(0, max(1, len(x)), rows):
+        yield slice(begin, begin + rows)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 or wider, with dense rows: ``x`` itself if it is so."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _with_rows(x: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Step
         ranges=ranges,
         keys=draw_matrix_keys(slots, matrices, ranges, group),
     )
-    factors = {"keep": decay_factor(group), "step": step_factor(group)}
+    keep, step = decay_factor(group), step_factor(group)
     if group["warm_start"]:
         given = given._replace(starts=warm_starts(slots, given.grads, ranges, group, context))
     backend = kernels.select(group["backend"], slots[0].param.device)
@@ -202,9 +202,10 @@ def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Step
     shardings = [matrix.sharding for matrix in matrices if matrix.sharding is not None]
     if shardings:
         found = yield solve_sharded(backend, shardings, given, num_iters, tol=tol)
-        take_steps(backend, given, found.finite, found.scales, **factors, overflow=overflow)
+        known = found.finite, found.scales
+        take_steps(backend, given, *known, keep=keep, step=step, overflow=overflow)
     else:
-        found = backend.descend_(given, num_iters, **factors, tol=tol, overflow=overflow)
+        found = backend.descend_(given, num_iters, keep=keep, step=step, tol=tol, overflow=overflow)
     if group["warm_start"]:
         keep_warm_starts(slots, ranges, found, group, context)
     finite: Tensor = found.finite

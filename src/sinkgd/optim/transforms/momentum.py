@@ -102,7 +102,14 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
     finite: Tensor = yield step(
         [slot._replace(param=b) for slot, b in zip(slots, buffers, strict=True)],
         # With these options the step sets B to (1 − lr) B + lr X.
-        {**group, "lr": 1 - mu, "weight_decay": 1.0, "maximize": True, "rounding": "nearest"},
+        {
+            **group,
+            "lr": 1 - mu,
+            "weight_decay": 1.0,
+            "cautious_decay": False,
+            "maximize": True,
+            "rounding": "nearest",
+        },
         context._replace(
             states={b: states[slot.param] for slot, b in zip(slots, buffers, strict=True)}
         ),

@@ -7,6 +7,7 @@ from sinkgd.lab.train.recipes import RECIPES, Recipe
 # Options of SinkGD beyond the paper, which the documents list by themselves.
 OFF = {
     "adapters": None,
+    "cautious_decay": None,
     "momentum_place": "before",
     "last": "column",
     "operator_norm": None,

@@ -13,6 +13,7 @@ from sinkgd.lab.models import add_adapters, build_model
 from sinkgd.lab.recorded_names import recipe_now
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes import RECIPES, resolve_optimizer
+from sinkgd.optim.grouped import GroupedOptimizer
 
 GRID = Path(__file__).parents[4] / "benchmarks/learning_rates/2026-11-22-nano-sotu.jsonl"
 OPTIONS = {field.name for field in fields(OptimizerConfig)} - {"recipe"}
@@ -63,6 +64,7 @@ OTHERS = {
     "lr": 0.0123,
     "matrix_lr": 0.0234,
     "weight_decay": 0.5,
+    "cautious_decay": True,
     "beta1": 0.3,
     "beta2": 0.3,
     "sinkhorn_iterations": 2,
@@ -88,6 +90,7 @@ OTHERS = {
 # What an option needs beside it to mean something.
 WITH = {
     "nesterov": {"momentum": 0.5},
+    "cautious_decay": {"weight_decay": 0.5},
     "momentum_place": {"momentum": 0.5},
 }
 
@@ -111,6 +114,20 @@ def test_every_option_changes_the_training(name, option):
     train(models[1], built(models[1], name, **{option: OTHERS[option]}, **both), 4)
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     assert not all(torch.equal(own, other) for own, other in pairs)
+
+
+@recipes
+def test_a_recipe_with_decay_of_ours_takes_cautious_decay_and_no_other_does(model, name):
+    ours = isinstance(built(model, name), GroupedOptimizer)
+    assert ("cautious_decay" in RECIPES[name].defaults) == ours
+    if ours:
+        optimizer = built(model, name, weight_decay=0.5, cautious_decay=True)
+        assert all(group["cautious_decay"] for group in optimizer.param_groups)
+
+
+def test_cautious_decay_is_refused_where_nothing_decays(model):
+    with pytest.raises(ConfigError, match=r"cautious_decay is True, but optimizer.weight_decay is"):
+        built(model, "sinkgd", cautious_decay=True)
 
 
 @pytest.mark.parametrize(("given", "algorithm"), [(None, "adamw"), ("sinkgd", "sinkgd")])

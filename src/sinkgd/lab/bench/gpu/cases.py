@@ -32,6 +32,13 @@ STEPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "deflated": {"deflated_rank": RANK},
     "stochastic": {"rounding": "stochastic"},
+    "cautious": {"weight_decay": 0.1, "cautious_decay": True},
+    "cautious stochastic deflated": {
+        "weight_decay": 0.1,
+        "cautious_decay": True,
+        "rounding": "stochastic",
+        "deflated_rank": RANK,
+    },
     "transposed": {"transposed": True},
     "transposed deflated": {"transposed": True, "deflated_rank": RANK},
     "tolerance": {"tol": 1e-3},

@@ -99,3 +99,8 @@ def _check_ranges(options: OptimizerConfig) -> None:
     check(nonnegative, "at least 0", lambda value: value >= 0)
     check(decays, "at least 0 and less than 1", lambda value: 0 <= value < 1)
     check(counts, "at least 1", lambda value: value >= 1)
+    if options.cautious_decay and not options.weight_decay:
+        raise ConfigError(
+            "optimizer.cautious_decay is True, but optimizer.weight_decay is 0, so nothing decays; "
+            "give a weight_decay, or leave it out"
+        )

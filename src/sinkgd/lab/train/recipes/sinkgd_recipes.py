@@ -25,6 +25,7 @@ def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
     return sinkgd.SinkGDVariant(
         family_groups(model, o, "sinkgd", _of_tables(model, o)),
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        cautious_decay=bool(o["cautious_decay"]),
         rounding=o["rounding"],
         momentum=o["momentum"],
         nesterov=o["nesterov"],
@@ -45,7 +46,10 @@ def _sinkgd_finetune(model: nn.Module, o: Options) -> Optimizer:
         overrides=adapters,
     )
     return sinkgd.SinkGD(
-        groups, sinkhorn_iterations=int(o["sinkhorn_iterations"]), rounding=o["rounding"]
+        groups,
+        sinkhorn_iterations=int(o["sinkhorn_iterations"]),
+        cautious_decay=bool(o["cautious_decay"]),
+        rounding=o["rounding"],
     )
 
 
@@ -71,6 +75,7 @@ def _sinkgd_stateless(model: nn.Module, o: Options) -> Optimizer:
         sinkhorn_iterations=int(o["sinkhorn_iterations"]),
         rounding=o["rounding"],
         weight_decay=o["weight_decay"],
+        cautious_decay=bool(o["cautious_decay"]),
     )
 
 
@@ -84,6 +89,7 @@ def _swan(model: nn.Module, o: Options) -> Optimizer:
     return sinkgd.SWAN(
         family_groups(model, o, "swan", by_sinkhorn),
         newton_schulz_steps=int(o["newton_schulz_steps"]),
+        cautious_decay=bool(o["cautious_decay"]),
         rounding=o["rounding"],
     )
 
@@ -92,7 +98,7 @@ def _scale(model: nn.Module, o: Options) -> Optimizer:
     groups = sinkgd.scale_groups(
         model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
     )
-    return sinkgd.SCALE(groups, rounding=o["rounding"])
+    return sinkgd.SCALE(groups, cautious_decay=bool(o["cautious_decay"]), rounding=o["rounding"])
 
 
 def _tempered(model: nn.Module, o: Options) -> Optimizer:
@@ -100,6 +106,7 @@ def _tempered(model: nn.Module, o: Options) -> Optimizer:
         trained(model),
         lr=o["lr"],
         weight_decay=o["weight_decay"],
+        cautious_decay=bool(o["cautious_decay"]),
         tau=o["tau"],
         n_iter=int(o["n_iter"]),
         rounding=o["rounding"],
@@ -116,6 +123,7 @@ class _WithResets:
             lr=o["lr"],
             betas=betas(o),
             weight_decay=o["weight_decay"],
+            cautious_decay=bool(o["cautious_decay"]),
             reset_interval=int(o["reset_every_steps"]),
         )
 
@@ -129,12 +137,15 @@ class _OneNorm:
             family_groups(model, o, "mngd"),
             norms=[self.norm],
             num_iters=1,
+            cautious_decay=bool(o["cautious_decay"]),
             rounding=o["rounding"],
         )
 
 
 _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
-_STATELESS: dict[str, Any] = {"rounding": "nearest", "clip_norm": 0.0}
+# None, as in runs that were recorded before there was this option.
+_DECAY: dict[str, Any] = {"cautious_decay": None}
+_STATELESS: dict[str, Any] = {**_DECAY, "rounding": "nearest", "clip_norm": 0.0}
 _BEYOND_THE_PAPER: dict[str, Any] = {
     "momentum": 0.0,
     "nesterov": False,
@@ -205,6 +216,7 @@ FAMILY = (
             "sinkhorn_iterations": 5,
             "deflated_rank": DEFLATED_RANK,
             "adapters": None,
+            **_DECAY,
             "rounding": "nearest",
             "clip_norm": 1.0,
         },
@@ -257,6 +269,7 @@ FAMILY = (
             "weight_decay": 0.0,
             "beta1": 0.9,
             "beta2": 0.999,
+            **_DECAY,
             "reset_every_steps": 500,
             "clip_norm": 0.0,
         },
@@ -274,6 +287,7 @@ FAMILY = (
             "weight_decay": 0.1,
             "beta1": 0.9,
             "beta2": 0.999,
+            **_DECAY,
             "reset_every_steps": 1000,
             "clip_norm": 0.0,
         },
