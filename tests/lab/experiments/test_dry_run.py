@@ -95,7 +95,7 @@ def test_a_checkpoint_is_built_from_its_config_alone(capsys, tmp_path, fields, p
     assert main(["experiment", "finetune", *options]) == 0
     shown = capsys.readouterr().out
     for arm in STUDIES["finetune"].settings["paper"].arms:
-        line = next(line for line in shown.splitlines() if f" {arm.name} " in line)
+        line = next(line for line in shown.splitlines() if line.split()[:1] == [arm.name])
         assert (parameters in line) is not arm.name.startswith("lora-")
 
 

@@ -50,6 +50,7 @@ class _Family:
     """How the configurations of one ``model_type`` are read."""
 
     kind: type[Sizes]
+    example: str  # a published checkpoint that can be read
     architecture: str  # the class of `transformers`
     prefix: str  # of the names of tensors below the head
     embedding: str  # its name after the prefix
@@ -118,6 +119,7 @@ def _rotary(fields: Fields, path: Path) -> dict[str, Any]:
 _FAMILIES: Mapping[str, _Family] = {
     "gpt2": _Family(
         kind=GPT2Config,
+        example="openai-community/gpt2",
         architecture="GPT2LMHeadModel",
         prefix="transformer.",
         embedding="wte.weight",
@@ -142,6 +144,7 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
     "llama": _Family(
         kind=LlamaConfig,
+        example="meta-llama/Llama-2-7b-hf",
         architecture="LlamaForCausalLM",
         prefix="model.",
         embedding="embed_tokens.weight",
@@ -170,6 +173,11 @@ _UNUSED = frozenset(
         *("id2label", "label2id", "output_past"),
     }
 )
+_WHY = {
+    ("llama", "num_key_value_heads"): ", one for each head: it has no grouped-query attention",
+    ("llama", "tie_word_embeddings"): ": its head is not the embedding",
+    ("gpt2", "tie_word_embeddings"): ": its head is the embedding",
+}
 _FOR_ALL: Mapping[str, tuple[Any, ...]] = {
     "is_decoder": (False, True),  # every model here is causal
     "is_encoder_decoder": (False,),
@@ -207,8 +215,8 @@ def read_config(folder: Path) -> HuggingFaceConfig:
         if key in allowed and value not in allowed[key]:
             one_of = " or ".join(map(_shown, allowed[key]))
             raise ModelError(
-                f"{path}: {key} is {_shown(value)}, but the laboratory's {name} needs {one_of}; "
-                "use another checkpoint"
+                f"{path}: {key} is {_shown(value)}, but the laboratory's {name} needs {one_of}"
+                f"{_WHY.get((name, key), '')}; use a checkpoint like {family.example}"
             )
         if key not in allowed and key not in read:
             raise ModelError(

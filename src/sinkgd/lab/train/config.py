@@ -192,8 +192,8 @@ class EvaluationConfig:
     """Sequences in each batch whose mean loss galore_perplexity averages, over all ranks; by
     default a micro-batch, or a batch."""
     other_corpus: str | None = None
-    """Another text with the same tokenizer whose held-out part is scored, too, such as the text of
-    the run in model.weights: prepared shards, a folder."""
+    """Another text with the same tokenizer whose held-out part is scored, too, such as the text
+    that the weights in model.weights were trained on: prepared shards, a folder."""
 
 
 @dataclass(frozen=True)
