@@ -14,12 +14,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from transformers import LlamaConfig as HuggingFaceLlama
 
 from sinkgd.lab.models import GPT2Config, LlamaConfig, ModelError, add_adapters, model_of
-from sinkgd.lab.models.huggingface import (
-    content_sha256,
-    load_tensors,
-    read_config,
-    tensor_files,
-)
+from sinkgd.lab.models.huggingface import read_config
+from sinkgd.lab.models.huggingface_tensors import content_sha256, load_tensors, tensor_files
 
 TOKENS = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0}
 # Weights of 0.3 make attention far from uniform.
@@ -173,7 +169,7 @@ def test_a_model_with_adapters_takes_the_weights_below_them(tmp_path, family):
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("llama", {"num_key_value_heads": 2}, "num_key_value_heads is 2, but .* llama needs 4, .*Llama-2"),
+        ("llama", {"num_key_value_heads": 2}, "num_key_value_heads is 2, .* needs 4, .*Llama-2"),
         ("llama", {"tie_word_embeddings": True}, "tie_word_embeddings is true, .* needs false"),
         ("llama", {"attention_bias": True}, "attention_bias is true"),
         ("llama", {"mlp_bias": True}, "mlp_bias is true"),
@@ -192,6 +188,7 @@ def test_a_model_with_adapters_takes_the_weights_below_them(tmp_path, family):
         ("llama", {"rope_scaling": 2}, "rope_scaling is 2; it must be an object"),
         ("llama", {"rope_theta": 7.0}, r"rope_theta is 7\.0 and 10000\.0; give one"),
         ("llama", {"rope_theta": "a"}, 'rope_theta must be a positive number, got "a"'),
+        ("llama", {"max_sequence_length": 64}, "max_sequence_length is 64, but .* needs 32"),
         ("llama", {"sliding_window": 64}, "sliding_window is 64, a field that .* does not know"),
         ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}'),
         ("llama", {"model_type": "mistral"}, 'model_type is "mistral", but .* gpt2, llama'),
@@ -253,6 +250,9 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     norm = tensors.pop("model.norm.weight")
     save_file(tensors, file)
     with pytest.raises(ModelError, match=r"model\.norm\.weight missing, none unknown"):
+        loaded(tmp_path)
+    save_file({**tensors, "norm.weight": norm, "model.norm.weight": norm.clone()}, file)
+    with pytest.raises(ModelError, match=r"none missing, (model\.)?norm\.weight unknown"):
         loaded(tmp_path)
     bias = {f"model.layers.{i}.self_attn.q_proj.bias": torch.zeros(48) for i in range(3)}
     extra = {"visual.weight": torch.zeros(2), "model.norm.weight": norm}

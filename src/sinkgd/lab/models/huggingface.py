@@ -1,37 +1,23 @@
-"""Checkpoints in Hugging Face's format: sizes in ``config.json``, weights in safetensors files.
+"""The sizes in the ``config.json`` of a Hugging Face checkpoint, of a GPT-2 or a LLaMA.
 
-Our models have the names and layouts of `transformers`: GPT-2's matrices are transposed, its query,
-key and value are one matrix, and rotary positions pair feature i with feature i + d/2. So tensors
-are copied as they are.
-
-Every field of ``config.json`` is read, compared with what our model computes, or known not to
-change the outputs of a model. Any other field is refused.
+Every field of the file is read, compared with what our model computes, or known not to change the
+outputs of a model. Any other field is refused.
 """
 
-import hashlib
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.models.gpt2 import GPT2Config
-from sinkgd.lab.models.language_model import ModelError, set_weight
+from sinkgd.lab.models.language_model import ModelError
 from sinkgd.lab.models.llama import LlamaConfig
-from sinkgd.lab.models.lora import base_name
 from sinkgd.lab.options import LARGEST_COUNT
 
 CONFIG_FILE = "config.json"
-_WEIGHTS_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_HEAD = "lm_head.weight"
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Sizes = LlamaConfig | GPT2Config
 Fields = Mapping[str, Any]  # of a config.json
@@ -52,15 +38,12 @@ class _Family:
     kind: type[Sizes]
     example: str  # a published checkpoint that can be read
     architecture: str  # the class of `transformers`
-    prefix: str  # of the names of tensors below the head
-    embedding: str  # its name after the prefix
     counts: Mapping[str, str]  # fields that must be given, and our names for them
     numbers: Mapping[str, str]  # fields with the same defaults as ours, and our names for them
     # Returns the values that a field may have if it is given.
     allowed: Callable[[Any], dict[str, tuple[Any, ...]]]
     dropout: frozenset[str]
     unused: frozenset[str]  # fields that do not change the outputs of the language model
-    derived: re.Pattern[str]  # tensors that follow from the configuration: masks and tables
     # Reads fields that hold tables.
     nested: Callable[[Fields, Path], dict[str, Any]] = lambda _fields, _path: {}
 
@@ -84,6 +67,7 @@ def _allowed_by_llama(sizes: LlamaConfig) -> dict[str, tuple[Any, ...]]:
         "attention_bias": (False,),
         "head_dim": (sizes.head_size,),
         "hidden_act": ("silu",),
+        "max_sequence_length": (sizes.max_sequence_length,),
         "mlp_bias": (False,),
         "num_key_value_heads": (sizes.num_heads,),
         "tie_word_embeddings": (False,),
@@ -121,8 +105,6 @@ _FAMILIES: Mapping[str, _Family] = {
         kind=GPT2Config,
         example="openai-community/gpt2",
         architecture="GPT2LMHeadModel",
-        prefix="transformer.",
-        embedding="wte.weight",
         counts={
             "vocab_size": "vocab_size",
             "n_embd": "hidden_size",
@@ -140,14 +122,11 @@ _FAMILIES: Mapping[str, _Family] = {
                 *("summary_type", "summary_use_proj", "predict_special_tokens"),
             }
         ),
-        derived=re.compile(r"\.attn\.(bias|masked_bias)$"),
     ),
     "llama": _Family(
         kind=LlamaConfig,
         example="meta-llama/Llama-2-7b-hf",
         architecture="LlamaForCausalLM",
-        prefix="model.",
-        embedding="embed_tokens.weight",
         counts={
             "vocab_size": "vocab_size",
             "hidden_size": "hidden_size",
@@ -161,7 +140,6 @@ _FAMILIES: Mapping[str, _Family] = {
         dropout=frozenset({"attention_dropout"}),
         # Pretraining with tensor parallelism changes only the order of a sum.
         unused=frozenset({"pretraining_tp", "rope_theta", "rope_parameters", "rope_scaling"}),
-        derived=re.compile(r"\.rotary_emb\.inv_freq$"),
         nested=_rotary,
     ),
 }
@@ -170,7 +148,9 @@ _UNUSED = frozenset(
     {
         *("_name_or_path", "_num_labels", "dtype", "torch_dtype", "transformers_version"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "use_cache"),
+        *("do_sample", "max_length", "temperature", "top_k", "top_p"),
         *("id2label", "label2id", "output_past"),
+        "is_decoder",  # every model here is causal
     }
 )
 _WHY = {
@@ -179,7 +159,6 @@ _WHY = {
     ("gpt2", "tie_word_embeddings"): ": its head is the embedding",
 }
 _FOR_ALL: Mapping[str, tuple[Any, ...]] = {
-    "is_decoder": (False, True),  # every model here is causal
     "is_encoder_decoder": (False,),
     "pruned_heads": ({},),
 }
@@ -195,7 +174,7 @@ def read_config(folder: Path) -> HuggingFaceConfig:
             our models do not have; the message gives field and value.
     """
     path = folder / CONFIG_FILE
-    fields = {key: value for key, value in _json_object(path).items() if value is not None}
+    fields = {key: value for key, value in json_object(path).items() if value is not None}
     name = fields.pop("model_type", None)
     if not isinstance(name, str) or name not in _FAMILIES:
         raise ModelError(
@@ -228,90 +207,26 @@ def read_config(folder: Path) -> HuggingFaceConfig:
     return HuggingFaceConfig(sizes, dropout)
 
 
-def load_tensors(folder: Path, model: nn.Module) -> None:
-    """Copy the tensors of a checkpoint into a model; adapters of the model stay as they are.
-
-    The tensors of one file are read one by one. Of a sharded weight, each rank keeps its shard.
-
-    Args:
-        folder: Of the checkpoint, whose ``config.json`` agrees with the model.
-        model: On its device, with all weights.
-
-    Raises:
-        ModelError: If a file is missing or damaged, or a tensor is missing, unknown or of another
-            shape or type.
-    """
-    family = _FAMILIES[_json_object(folder / CONFIG_FILE)["model_type"]]
-    weights = {
-        base: weight
-        for name, weight in model.named_parameters()
-        if (base := base_name(name)) is not None
-    }
-    files = tensor_files(folder)
-    ours = {name: _our_name(name, weights, family) for name in files}
-    stored = {our: name for name, our in ours.items()}
-    # A tied head may be stored although it is the embedding.
-    tied = None if _HEAD in weights else files.get(_HEAD)
-    unknown = [
-        name
-        for name, our in ours.items()
-        if our not in weights and not family.derived.search(name) and not (tied and name == _HEAD)
-    ]
-    missing = sorted({*weights} - {*stored})
-    if unknown or missing:
-        raise ModelError(
-            f"{folder} does not hold the tensors of its {CONFIG_FILE}: {_some(missing)} missing, "
-            f"{_some(unknown)} unknown; use a checkpoint of {family.architecture}"
-        )
-    for file in dict.fromkeys(files.values()):
-        for name, tensor in _tensors(file, {name for name in files if files[name] == file}):
-            if (our := ours[name]) in weights:
-                _check_tensor(name, tensor, weights[our], file)
-                set_weight(weights[our], tensor)
-    if tied:
-        embedding = stored[f"{family.prefix}{family.embedding}"]
-        one, other = (dict(_tensors(files[name], {name}))[name] for name in (_HEAD, embedding))
-        if not torch.equal(one, other):
-            raise ModelError(
-                f"{tied}: {_HEAD} differs from {embedding}, but tie_word_embeddings is true in "
-                f"{CONFIG_FILE}; use another checkpoint"
-            )
+def absent(path: Path) -> ModelError:
+    """Return the error of a file that is not there."""
+    return ModelError(f"there is no file {path}; download the whole checkpoint")
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor of a checkpoint.
+def json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
 
     Raises:
-        ModelError: If there are no safetensors files, or one is missing or damaged.
+        ModelError: If it is missing, or holds none.
     """
-    whole, index = folder / _WEIGHTS_FILE, folder / _INDEX_FILE
-    if whole.is_file():
-        with _opened(whole) as file:
-            return dict.fromkeys(file.keys(), whole)
-    if not index.is_file():
-        raise ModelError(
-            f"{folder} holds neither {_WEIGHTS_FILE} nor {_INDEX_FILE}. If its weights have "
-            "another format, write them anew with transformers: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"
-        )
-    names = _json_object(index).get("weight_map")
-    if not isinstance(names, Mapping) or not all(
-        isinstance(name, str) and name == Path(name).name for name in names.values()
-    ):
-        raise ModelError(f"{index}: weight_map must give the name of a file for each tensor")
-    return {tensor: folder / name for tensor, name in names.items()}
-
-
-def content_sha256(folder: Path) -> str:
-    """Return a hash of ``config.json`` and of all files of tensors, hex."""
-    digest = hashlib.sha256()
-    for path in [folder / CONFIG_FILE, *sorted({*tensor_files(folder).values()})]:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except FileNotFoundError:
-            raise _absent(path) from None
-    return digest.hexdigest()
+    try:
+        content = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise absent(path) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return content
 
 
 def _sizes(fields: Fields, family: _Family, path: Path) -> Sizes:
@@ -337,71 +252,6 @@ def _number(name: str, value: Any, path: Path) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ModelError(f"{path}: {name} must be a positive number, got {_shown(value)}")
     return float(value)
-
-
-def _our_name(name: str, weights: Mapping[str, Tensor], family: _Family) -> str:
-    """Return our name of a tensor; those of published GPT-2s lack the prefix."""
-    return name if name in weights else f"{family.prefix}{name}"
-
-
-def _check_tensor(name: str, tensor: Tensor, weight: Tensor, file: Path) -> None:
-    if tensor.shape != weight.shape:
-        raise ModelError(
-            f"{file}: {name} has the shape {tuple(tensor.shape)}, but {CONFIG_FILE} gives it "
-            f"{tuple(weight.shape)}"
-        )
-    if tensor.dtype not in _DTYPES:
-        raise ModelError(
-            f"{file}: {name} has the type {tensor.dtype}; use a checkpoint that is not quantized"
-        )
-
-
-def _tensors(file: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors one by one, in the order of the file."""
-    with _opened(file) as opened:
-        if absent := sorted(names - {*opened.keys()}):
-            raise ModelError(f"{file} lacks tensors that {_INDEX_FILE} names: {_some(absent)}")
-        for name in opened.keys():  # noqa: SIM118  it is no mapping
-            if name in names:
-                yield name, opened.get_tensor(name)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except FileNotFoundError:
-        raise _absent(path) from None
-    except safetensors.SafetensorError as error:
-        raise ModelError(
-            f"{path} is not a whole safetensors file ({error}); download it again"
-        ) from error
-
-
-def _absent(path: Path) -> ModelError:
-    return ModelError(f"there is no file {path}; download the whole checkpoint")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise _absent(path) from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return content
-
-
-def _some(names: list[str]) -> str:
-    """Name the first few of many."""
-    more = len(names) - 3
-    listed = ", ".join(names[:3]) or "none"
-    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _shown(value: Any) -> str:

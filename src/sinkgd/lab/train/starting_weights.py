@@ -5,12 +5,11 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from sinkgd.lab.data import Manifest
 from sinkgd.lab.data.tokenizer import Tokenizer
-from sinkgd.lab.models import LlamaConfig, ModelSizes
-from sinkgd.lab.models.huggingface import CONFIG_FILE, content_sha256, load_tensors, read_config
+from sinkgd.lab.models import LanguageModel, LlamaConfig, ModelSizes
+from sinkgd.lab.models.huggingface import CONFIG_FILE, read_config
+from sinkgd.lab.models.huggingface_tensors import content_sha256, load_tensors
 from sinkgd.lab.results import ResultsError, Run
 from sinkgd.lab.train.checkpoint import load_weights
 from sinkgd.lab.train.checkpoint_validation import CHECKSUMS, latest_valid
@@ -114,7 +113,7 @@ class StartingWeights:
                 f"to {text.rows_needed - 1}; use a text without these tokens"
             )
 
-    def load(self, model: nn.Module, world: World) -> None:
+    def load(self, model: LanguageModel, world: World) -> None:
         """Load the weights into a model, with or without adapters; a collective call."""
         if self.checkpoint is None:
             load_tensors(self.folder, model)
