@@ -1,5 +1,6 @@
 """Every study can be built, at both scales."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,56 @@ BUILT = [
     *(
         pytest.param(name, "paper", marks=pytest.mark.slow)
         for name in STUDIES
-        if name not in ("lens", "alpha")
+        if name not in ("lens", "alpha", "finetune")  # finetune needs a checkpoint
     ),
 ]
+# As published: GPT-2 large, and Llama 2 7B.
+GPT2_LARGE = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 1280,
+    "n_head": 20,
+    "n_layer": 36,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
 
 
 @pytest.mark.parametrize(("study", "scale"), BUILT)
@@ -36,6 +84,26 @@ def test_every_study_is_built_without_training(capsys, monkeypatch, tmp_path, st
     if scale == "paper" and study == "alpha":
         assert "58.1M" in shown  # llama-60m as published
         assert "1.31B" in shown  # 10,000 steps of 131,072 tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"), [(GPT2_LARGE, "774M"), (LLAMA_2_7B, "6.74B")], ids=["gpt2", "llama"]
+)
+def test_a_checkpoint_is_built_from_its_config_alone(capsys, tmp_path, fields, parameters):
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    options = ["--scale", "paper", "--model.weights", str(tmp_path), "--dry-run"]
+    assert main(["experiment", "finetune", *options]) == 0
+    shown = capsys.readouterr().out
+    for arm in STUDIES["finetune"].settings["paper"].arms:
+        line = next(line for line in shown.splitlines() if line.split()[:1] == [arm.name])
+        assert (parameters in line) is not arm.name.startswith("lora-")
+
+
+def test_fine_tuning_at_paper_scale_asks_for_a_checkpoint(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["experiment", "finetune", "--scale", "paper", "--dry-run"]) == 2
+    words = "model.weights is 'checkpoint', which holds no run"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,26 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, first, other_shards, ran
     assert curve(stopped) == curve(whole)
 
 
-def test_weights_that_changed_since_are_refused(config, first, other_shards):
+@pytest.mark.parametrize("preset", [None, "llama-nano"])
+def test_a_run_with_a_checkpoint_goes_on_without_the_folder_of_its_weights(
+    config, first, other_shards, preset
+):
+    tuning = tuned(config, first, other_shards, preset=preset, lora_rank=2)
+    whole, stopped = first.parent / "whole", first.parent / "stopped"
+    train(tuning, whole)
+    with stopping_at(6):
+        train(tuning, stopped)
+    shutil.rmtree(first)
+    train(tuning, stopped)
+    assert curve(stopped) == curve(whole)
+
+
+def test_a_run_without_a_checkpoint_refuses_weights_that_changed_since(config, first, other_shards):
     tuning = tuned(config, first, other_shards)
     out = first.parent / "second"
     with stopping_at(6):
         train(tuning, out)
+    shutil.rmtree(out / "checkpoints")
     shutil.rmtree(first)
     train(change(config, "training", seed=1), first)
     with pytest.raises(ConfigError, match="was begun from the weights with the hash"):

@@ -192,6 +192,7 @@ class Compare:
             summary_tables,
             write_page,
         )
+        from sinkgd.lab.report.analysis import preset_of
         from sinkgd.lab.results import Run
 
         runs = [Run.read(RunFolder(self.out / name).results) for name in names]
@@ -201,7 +202,7 @@ class Compare:
             page,
             runs,
             baseline=baseline,
-            title=f"{self.shared.model.preset} on {self.shared.data.corpus}",
+            title=f"{preset_of(runs[0])} on {self.shared.data.corpus}",
             command=self._command(),
         )
         console = Console()

@@ -106,7 +106,7 @@ class Experiment:
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--scale", default="machine")
-        parser.add_argument("--model.preset", dest="preset", default="")
+        parser.add_argument("--model.preset", dest="preset")
         try:
             given = parser.parse_known_args(arguments)[0]
         except argparse.ArgumentError:  # a value is missing; the main parser has a better message

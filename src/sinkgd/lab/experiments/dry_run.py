@@ -1,28 +1,47 @@
 """A dry run of a study: build every arm without weights and without training.
 
 The model is built on the meta device and runs there forward and backward on one row; then the
-optimizer is built. Each arm also takes one real step with a nano model instead of its own model.
+optimizer is built. Of ``model.weights`` only the sizes are read. Each arm also takes one real step
+with a nano model instead of its own model.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import nn
 
+from sinkgd.lab.data.documents import expanded
 from sinkgd.lab.experiments.study import StudyPlan, Task
-from sinkgd.lab.models import LLAMAS, add_adapters, build_model, draw_adapters
-from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture
+from sinkgd.lab.models import (
+    GPT2Config,
+    LensConfig,
+    LlamaConfig,
+    ModelSizes,
+    add_adapters,
+    build_model,
+    draw_adapters,
+    model_of,
+    preset_config,
+)
+from sinkgd.lab.plan import METHODS, Architecture, Grid, Work
 from sinkgd.lab.plan.peak_memory import rank_memory
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import ABSENT, count, size
 from sinkgd.lab.train.config import Precision, RunConfig
 from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.lab.train.recipes import build_optimizer
+from sinkgd.lab.train.starting_weights import sizes_in
 from sinkgd.lab.train.training_step import loss_of
 
 # Recipes that have another name in `sinkgd plan`.
 _METHOD_OF = {"adamw-one-lr": "adamw", "sinkgd-finetune": "sinkgd"}
+_NANO: Mapping[type[ModelSizes], str] = {
+    LlamaConfig: "llama-nano",
+    GPT2Config: "gpt2-nano",
+    LensConfig: "lens-nano",
+}
 _SMALL = {"vocab_size": 64, "max_sequence_length": 8}  # sizes of the model for the real step
 
 
@@ -55,36 +74,39 @@ def dry_run(plan: StudyPlan) -> list[DryArm]:
 def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
     config = plan.config(task)
     training = config.training
+    sizes = _sizes(config)
     model = _run_on_meta(
-        config.model.preset,
-        config.model.vocab_size or config.data.vocab_size,
-        training.sequence_length,
-        training.precision,
-        config.model.lora_rank,
+        sizes, training.sequence_length, training.precision, config.model.lora_rank
     )
     optimizer = build_optimizer(model, config.optimizer)
-    _take_a_small_step(config)
+    _take_a_small_step(config, sizes)
     return DryArm(
         name=task.arm.name,
         runs=runs,
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         groups=len(optimizer.param_groups),
         tokens=training.steps * config.tokens_per_step,
-        memory_bytes=_planned_peak(config),
+        memory_bytes=_planned_peak(config, sizes),
     )
+
+
+def _sizes(config: RunConfig) -> ModelSizes:
+    """Return the sizes of an arm's model, of a preset or of the folder ``model.weights``."""
+    model, length = config.model, config.training.sequence_length
+    if model.preset is None:
+        assert model.weights is not None, "resolve gives a preset to models without weights"
+        return sizes_in(expanded(model.weights), length)
+    vocab_size = model.vocab_size or config.data.vocab_size
+    return preset_config(model.preset, vocab_size=vocab_size, max_sequence_length=length)
 
 
 @lru_cache(maxsize=8)
 def _run_on_meta(
-    preset: str,
-    vocab_size: int | None,
-    sequence_length: int,
-    precision: Precision,
-    lora_rank: int,
+    sizes: ModelSizes, sequence_length: int, precision: Precision, lora_rank: int
 ) -> nn.Module:
     """Build a model without weights and run it forward and backward on one row."""
     with torch.device("meta"):
-        model = build_model(preset, vocab_size=vocab_size, max_sequence_length=sequence_length)
+        model = model_of(sizes)
         tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device="meta")
         if lora_rank:
             add_adapters(model, lora_rank)
@@ -93,10 +115,9 @@ def _run_on_meta(
     return model
 
 
-def _take_a_small_step(config: RunConfig) -> None:
+def _take_a_small_step(config: RunConfig, sizes: ModelSizes) -> None:
     """Take one real step of the arm's optimizer on the smallest model of the family."""
-    family = config.model.preset.partition("-")[0]
-    model = build_model(f"{family}-nano", **_SMALL)
+    model = build_model(_NANO[type(sizes)], **_SMALL)
     if config.model.lora_rank:
         add_adapters(model, config.model.lora_rank)
         draw_adapters(model, seed=0)
@@ -106,7 +127,7 @@ def _take_a_small_step(config: RunConfig) -> None:
     optimizer.step()
 
 
-def _planned_peak(config: RunConfig) -> int | None:
+def _planned_peak(config: RunConfig, sizes: ModelSizes) -> int | None:
     name = _METHOD_OF.get(config.optimizer.recipe, config.optimizer.recipe)
     if config.optimizer.operator_norm is not None:
         name = "sinkgd-pinned"
@@ -114,16 +135,12 @@ def _planned_peak(config: RunConfig) -> int | None:
         name = "sinkgd-paper"
     elif name == "sinkgd-paper" and config.optimizer.momentum:
         name = "sinkgd-momentum"
-    if name not in METHODS or config.model.preset not in LLAMAS or config.model.lora_rank:
+    if name not in METHODS or not isinstance(sizes, LlamaConfig) or config.model.lora_rank:
         return None
     training = config.training
     micro = training.micro_batch_size or training.batch_size
-    architecture = find_architecture(config.model.preset)
-    vocab_size = config.model.vocab_size or config.data.vocab_size
-    if vocab_size is not None:
-        architecture = replace(architecture, vocab_size=vocab_size)
     work = Work(
-        architecture=architecture,
+        architecture=Architecture.of_preset(config.model.preset or "model.weights", sizes),
         batch_size=micro,
         micro_batches=training.batch_size // micro,
         sequence_length=training.sequence_length,

@@ -45,9 +45,9 @@ class Setting:
     seeds: int = 3
     models: Mapping[str, SharedConfig] = field(default_factory=dict)  # shared options of presets
 
-    def of_model(self, preset: str) -> SharedConfig:
+    def of_model(self, preset: str | None) -> SharedConfig:
         """Return the shared options for the model ``preset``, including its batch and steps."""
-        return self.models.get(preset, self.shared)
+        return self.shared if preset is None else self.models.get(preset, self.shared)
 
 
 @dataclass(frozen=True)

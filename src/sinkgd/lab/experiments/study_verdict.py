@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sinkgd.lab.experiments.study_results import ArmResults, Difference, StudyResults
+from sinkgd.lab.report.analysis import preset_of
 from sinkgd.lab.report.quantities import count, duration, loss, percent
 
 
@@ -172,7 +173,8 @@ def _small_scale(results: StudyResults) -> list[str]:
     run = results.runs[0]
     tokens = run.end.tokens if run.end else 0
     sizes = sorted({one.start.parameters for one in results.runs})
-    models = f"{results.plan['shared']['model']['preset']} with {count(sizes[0])} parameters"
+    preset = results.plan["shared"]["model"]["preset"] or preset_of(run)
+    models = f"{preset} with {count(sizes[0])} parameters"
     if count(sizes[0]) != count(sizes[-1]):
         models = f"models of {count(sizes[0])} to {count(sizes[-1])} parameters"
     return [

@@ -16,4 +16,5 @@ from sinkgd.lab.models.presets import LLAMAS as LLAMAS
 from sinkgd.lab.models.presets import PRESETS as PRESETS
 from sinkgd.lab.models.presets import ModelSizes as ModelSizes
 from sinkgd.lab.models.presets import build_model as build_model
+from sinkgd.lab.models.presets import model_of as model_of
 from sinkgd.lab.models.presets import preset_config as preset_config

@@ -107,11 +107,18 @@ def build_model(
         >>> sum(parameter.numel() for parameter in model.parameters())
         935040
     """
-    config = preset_config(preset, vocab_size=vocab_size, max_sequence_length=max_sequence_length)
-    match config:
+    return model_of(
+        preset_config(preset, vocab_size=vocab_size, max_sequence_length=max_sequence_length),
+        seed=seed,
+    )
+
+
+def model_of(sizes: ModelSizes, *, seed: int = 0) -> LanguageModel:
+    """Build a model of some sizes in float32 on the default device."""
+    match sizes:
         case LlamaConfig():
-            return Llama(config, seed=seed)
+            return Llama(sizes, seed=seed)
         case GPT2Config():
-            return GPT2(config, seed=seed)
+            return GPT2(sizes, seed=seed)
         case LensConfig():
-            return Lens(config, seed=seed)
+            return Lens(sizes, seed=seed)

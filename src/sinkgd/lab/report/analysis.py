@@ -207,8 +207,11 @@ class Analysis:
 
 
 def preset_of(run: Run) -> str:
-    """Return the preset of a run's model."""
-    return str(run.start.config.get("model", {}).get("preset", "an unnamed model"))
+    """Return the preset of a run's model, or the name of the folder that the model is from."""
+    model = run.start.config.get("model", {})
+    if "preset" not in model and model.get("weights"):
+        return Path(str(model["weights"])).name
+    return str(model.get("preset", "an unnamed model"))
 
 
 def recipe_of(run: Run) -> str:

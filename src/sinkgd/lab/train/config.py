@@ -38,15 +38,16 @@ class ConfigError(ValueError):
 class ModelConfig:
     """The model."""
 
-    preset: str = "llama-nano"
+    preset: str | None = None
     """Name of the model's sizes, e.g. llama-nano-64 (the smallest), llama-nano, llama-60m,
-    gpt2-124m, lens-121m."""
+    gpt2-124m, lens-121m; by default those of the model in weights, or llama-nano."""
     vocab_size: int | None = None
-    """Rows of the embedding and of the head, tokens; by default as many as the tokenizer has. Fewer
-    suffice if the text uses no larger id: 32000 for T5's 32,100."""
+    """Rows of the embedding and of the head, tokens; by default as many as the model in weights
+    has, or the tokenizer. Fewer suffice if the text uses no larger id: 32000 for T5's 32,100."""
     weights: str | None = None
-    """Folder of a finished run whose weights this run begins with, to fine-tune them; the text must
-    have that run's tokenizer. By default weights are drawn."""
+    """Folder of the weights that this run begins with, to fine-tune them: of a finished run, or of
+    a Hugging Face checkpoint of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors
+    files. The text must have its tokenizer. By default weights are drawn."""
     lora_rank: int = 0
     """Rank of the LoRA adapters of all matrices in the blocks, a count; everything else is frozen
     then. 0 trains all weights, without adapters."""
@@ -193,8 +194,8 @@ class EvaluationConfig:
     """Sequences in each batch whose mean loss galore_perplexity averages, over all ranks; by
     default a micro-batch, or a batch."""
     other_corpus: str | None = None
-    """Another text with the same tokenizer whose held-out part is scored, too, such as the text of
-    the run in model.weights: prepared shards, a folder."""
+    """Another text with the same tokenizer whose held-out part is scored, too, such as the text
+    that the weights in model.weights were trained on: prepared shards, a folder."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,24 @@ from torch.optim import Optimizer
 from sinkgd.lab.data import Manifest
 from sinkgd.lab.data.documents import EMBEDDED, expanded
 from sinkgd.lab.disk import parse_json
-from sinkgd.lab.models import LanguageModel, Sizes
+from sinkgd.lab.models import (
+    GPT2Config,
+    LanguageModel,
+    LensConfig,
+    LlamaConfig,
+    ModelError,
+    ModelSizes,
+    Sizes,
+)
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, differences
 from sinkgd.optim.arguments import ADDED_LATER
 
 DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
 TOKENIZER, WEIGHTS = "tokenizer", "weights"
+_KINDS: Mapping[str, type[ModelSizes]] = {
+    kind.__name__: kind for kind in (LlamaConfig, GPT2Config, LensConfig)
+}
 # Parts of an environment that determine the last bits of losses.
 _LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
 # Options of a parameter group that change how its step is computed, but not which step it is, and
@@ -94,6 +105,28 @@ def content_of(
 def model_content(sizes: Sizes) -> dict[str, Any]:
     """Return a model's kind and sizes, as plain values."""
     return _plain({"kind": type(sizes).__name__, **vars(sizes)})
+
+
+def recorded_sizes(start: RunStart) -> ModelSizes:
+    """Return the sizes of a run's model, from its first record.
+
+    Raises:
+        ConfigError: If the record lacks them, or they are damaged.
+    """
+    content = start.inputs.get(MODEL)
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            f"the run {start.name!r} records {content!r:.80} instead of the sizes of its model; "
+            "give its model.preset"
+        )
+    sizes = {name: value for name, value in content.items() if name != "kind"}
+    try:
+        return _KINDS[content["kind"]](**sizes)
+    except (KeyError, TypeError, ModelError) as error:
+        raise ConfigError(
+            f"the run {start.name!r} records a model of {dict(content)!r:.80}, which cannot be "
+            f"built ({error}); its results are damaged"
+        ) from error
 
 
 def changed_sizes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -13,14 +13,18 @@ def resolve(config: RunConfig) -> RunConfig:
 
     Open options of the optimizer take the recipe's defaults. Values that depend on the machine
     (device, threads, mesh) or on the text (vocabulary) stay open; the run's environment records
-    them.
+    them. Without a preset the model is that of ``model.weights``, which is not read here.
 
     Raises:
         ConfigError: If a value is invalid; the message gives the field, the value and the remedy.
         ModelError: If there is no such preset.
     """
     training = config.training
-    preset_config(config.model.preset)
+    model = config.model
+    if model.preset is None and model.weights is None:
+        model = replace(model, preset="llama-nano")
+    if model.preset is not None:
+        preset_config(model.preset)
     check_threads(training.threads)
     _at_least_one(
         {
@@ -51,7 +55,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if training.release_gradients:
         _check_release(optimizer)
     check_shares(training, parts=1)
-    return replace(config, optimizer=optimizer)
+    return replace(config, model=model, optimizer=optimizer)
 
 
 def check_shares(training: TrainingConfig, parts: int) -> None:
@@ -117,7 +121,8 @@ def _check_adapters(config: RunConfig) -> None:
     if rank and config.model.weights is None:
         raise ConfigError(
             f"model.lora_rank is {rank}, but model.weights is not given: adapters cannot train a "
-            "model whose own weights were only drawn. Give the folder of a finished run"
+            "model whose own weights were only drawn. Give the folder of a finished run, or of a "
+            "Hugging Face checkpoint"
         )
     if rank and config.mesh.tp > 1:
         raise ConfigError(

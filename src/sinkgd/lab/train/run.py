@@ -13,7 +13,7 @@ from typing import Any
 from sinkgd.lab.launch import Interrupt, launch_command
 from sinkgd.lab.results import NoRecords, Recorder, ResultsWriter, Resume, RunEnd, RunStart
 from sinkgd.lab.train.checkpoint import Saver, load_checkpoint
-from sinkgd.lab.train.checkpoint_validation import latest_valid
+from sinkgd.lab.train.checkpoint_validation import checkpoints, latest_valid
 from sinkgd.lab.train.config import RunConfig, as_tables, command_line, save_config
 from sinkgd.lab.train.folder import Admission, ResumePolicy, RunFolder, RunFolderError
 from sinkgd.lab.train.identity import (
@@ -88,7 +88,9 @@ def train(
                     echo(_where_results_are(folder))
                 return Outcome(config.training.steps)
             begun = world.from_first(folder.start) if admission is Admission.GO_ON else None
-            job = set_up(config, echo, world, begun=begun)
+            # A checkpoint holds all weights, so the folder that they began with may be gone.
+            restored = world.from_first(lambda: bool(checkpoints(folder.checkpoints)))
+            job = set_up(config, echo, world, begun=begun, restored=restored)
             job.state.clock = started
             if begun is not None:
                 for note in environment_warnings(begun, _environment(job)):

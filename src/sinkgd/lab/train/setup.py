@@ -22,11 +22,25 @@ from sinkgd.lab.data import (
 )
 from sinkgd.lab.data.documents import expanded
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE
-from sinkgd.lab.models import LanguageModel, add_adapters, build_model, draw_adapters
+from sinkgd.lab.models import (
+    LanguageModel,
+    ModelSizes,
+    add_adapters,
+    draw_adapters,
+    model_of,
+    preset_config,
+)
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from sinkgd.lab.train.folder import RunFolder
-from sinkgd.lab.train.identity import check_content, check_data, content_of, knows_its_text
+from sinkgd.lab.train.identity import (
+    WEIGHTS,
+    check_content,
+    check_data,
+    content_of,
+    knows_its_text,
+    recorded_sizes,
+)
 from sinkgd.lab.train.machine import (
     keep_freed_memory,
     return_freed_memory,
@@ -81,6 +95,7 @@ def set_up(
     world: World | None = None,
     *,
     begun: RunStart | None = None,
+    restored: bool = False,
 ) -> Job:
     """Prepare the text, build the model and the optimizer; a collective call.
 
@@ -89,6 +104,8 @@ def set_up(
         echo: Called with messages about the preparation of a corpus.
         world: The ranks that train together; by default only this process.
         begun: First record of the run to resume, for comparison; None for a new run.
+        restored: Whether a checkpoint of that run will replace the weights, so that the folder of
+            ``model.weights`` is not needed.
 
     Raises:
         ConfigError: If text, model and mesh do not match, the device is absent, or the run to
@@ -120,13 +137,17 @@ def set_up(
         world_size=mesh.parts,
     )
     other = _other_validation(config, manifest, world, echo)
-    weights = world.from_first(lambda: _starting_weights(config.model))
-    model = _initialized_model(config, manifest, mesh, weights)
+    weights = None if restored else world.from_first(lambda: _starting_weights(config))
+    for note in () if weights is None else weights.notes:
+        echo(note)
+    sizes = _model_sizes(config, manifest, weights, begun)
+    model = _initialized_model(config, sizes, manifest, mesh, weights)
     optimizer = build_optimizer(model, config.optimizer)
     world.first_before_others(lambda: _compile_loops(optimizer, mesh.device, echo))
-    content = content_of(
-        manifest, model, optimizer, weights_sha256=None if weights is None else weights.sha256
-    )
+    sha256 = None if weights is None else weights.sha256
+    if restored and begun is not None:
+        sha256 = begun.inputs.get(WEIGHTS)
+    content = content_of(manifest, model, optimizer, weights_sha256=sha256)
     if begun is not None:
         check_content(begun, content)
     validation = manifest.splits["validation"]
@@ -144,8 +165,35 @@ def set_up(
     )
 
 
-def _starting_weights(model: ModelConfig) -> StartingWeights | None:
-    return None if model.weights is None else StartingWeights.find(expanded(model.weights))
+def _starting_weights(config: RunConfig) -> StartingWeights | None:
+    folder = config.model.weights
+    if folder is None:
+        return None
+    return StartingWeights.find(expanded(folder), config.training.sequence_length)
+
+
+def _model_sizes(
+    config: RunConfig,
+    manifest: Manifest,
+    weights: StartingWeights | None,
+    begun: RunStart | None,
+) -> ModelSizes:
+    """Return the sizes of the preset, or of the weights, or of the run to resume."""
+    model = config.model
+    if model.preset is not None:
+        return preset_config(
+            model.preset,
+            vocab_size=_vocab_size(model, manifest),
+            max_sequence_length=config.training.sequence_length,
+        )
+    if weights is not None:
+        sizes = weights.sizes
+    else:
+        assert begun is not None, "a run without preset and weights has a checkpoint"
+        sizes = recorded_sizes(begun)
+    if model.vocab_size is not None:
+        sizes = replace(sizes, vocab_size=model.vocab_size)  # refused if the weights differ
+    return sizes
 
 
 def _other_validation(
@@ -171,22 +219,24 @@ def _other_validation(
 
 
 def _initialized_model(
-    config: RunConfig, manifest: Manifest, mesh: Mesh, weights: StartingWeights | None
+    config: RunConfig,
+    sizes: ModelSizes,
+    manifest: Manifest,
+    mesh: Mesh,
+    weights: StartingWeights | None,
 ) -> LanguageModel:
     training = config.training
     with torch.device("meta"):  # weights are initialized later, one by one, in their final type
-        model = build_model(
-            config.model.preset,
-            vocab_size=_vocab_size(config.model, manifest),
-            max_sequence_length=training.sequence_length,
-        )
+        model = model_of(sizes)
     if weights is not None:
-        weights.check(model.config, manifest)
+        weights.check(sizes, manifest)
     if config.model.lora_rank:
         add_adapters(model, config.model.lora_rank)
     shard_model(model.to(weight_dtype(training.precision)), mesh)
-    model.to_empty(device=mesh.device).initialize(training.seed)
-    if weights is not None:
+    model.to_empty(device=mesh.device)
+    if weights is None:
+        model.initialize(training.seed)
+    else:
         weights.load(model, mesh.world)
     draw_adapters(model, training.seed)
     model.recompute = training.recompute_activations

@@ -1,85 +1,175 @@
-"""The weights that a run begins with, taken from another run: fine-tuning."""
+"""The weights that a run begins with: those of another run, or of a Hugging Face checkpoint."""
 
 import hashlib
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from sinkgd.lab.data import Manifest
-from sinkgd.lab.models import Sizes
-from sinkgd.lab.results import ResultsError, Run, RunStart
+from sinkgd.lab.data.tokenizer import Tokenizer
+from sinkgd.lab.models import LanguageModel, LlamaConfig, ModelSizes
+from sinkgd.lab.models.huggingface import CONFIG_FILE, read_config
+from sinkgd.lab.models.huggingface_tensors import content_sha256, load_tensors
+from sinkgd.lab.results import ResultsError, Run
 from sinkgd.lab.train.checkpoint import load_weights
 from sinkgd.lab.train.checkpoint_validation import CHECKSUMS, latest_valid
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.folder import RunFolder
-from sinkgd.lab.train.identity import MODEL, TOKENIZER, changed_sizes, model_content
+from sinkgd.lab.train.identity import TOKENIZER, changed_sizes, model_content, recorded_sizes
 from sinkgd.lab.train.world import World
 
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """The last checkpoint of a finished run."""
+    """Trained weights in a folder, and what they were trained with."""
 
-    folder: Path  # of the run
-    checkpoint: Path
-    start: RunStart  # the run's first record
+    folder: Path
+    sizes: ModelSizes
+    sha256: str  # of the weights, hex
+    tokenizer_sha256: str | None  # None for a run that did not record it
+    tokenizer: str  # where it is
+    checkpoint: Path | None = None  # of the last step of a run; None for a Hugging Face checkpoint
+    notes: tuple[str, ...] = ()  # on what of the folder is not used
 
     @classmethod
-    def find(cls, folder: Path) -> "StartingWeights":
-        """Find the weights of a run.
+    def find(cls, folder: Path, sequence_length: int) -> "StartingWeights":
+        """Find the weights in a folder.
+
+        Args:
+            folder: Of a finished run, or of a Hugging Face checkpoint.
+            sequence_length: Tokens of the sequences to train on.
 
         Raises:
-            ConfigError: If the folder holds no finished run.
-            CheckpointError: If all its checkpoints are damaged.
+            ConfigError: If the folder holds neither, or its model takes only shorter sequences.
+            ModelError: If the laboratory does not have the model of a Hugging Face checkpoint.
+            CheckpointError: If all checkpoints of the run are damaged.
         """
-        run_folder = RunFolder(folder)
-        begin = f"model.weights is {str(folder)!r}, which"
-        try:
-            run = Run.read(run_folder.results)
-        except ResultsError as error:
-            raise ConfigError(
-                f"{begin} holds no run ({error}); give the folder of `sinkgd train --out`"
-            ) from error
-        if not run.finished:
-            raise ConfigError(
-                f"{begin} holds a run that has not finished. Go on with it first: "
-                f"sinkgd train --config {run_folder.config} --out {folder}"
-            )
-        found = latest_valid(run_folder.checkpoints)
+        sizes = sizes_in(folder, sequence_length)
+        if _is_huggingface(folder):
+            return cls._huggingface(folder, sizes)
+        start = _finished_run(folder).start
+        checkpoints = RunFolder(folder).checkpoints
+        found = latest_valid(checkpoints)
         if found is None or found.damages:
-            why = (
-                "; ".join(found.damages) if found else f"there is none in {run_folder.checkpoints}"
+            why = "; ".join(found.damages) if found else f"there is none in {checkpoints}"
+            raise ConfigError(
+                f"model.weights is {str(folder)!r}, which lacks the checkpoint of its last step: "
+                f"{why}"
             )
-            raise ConfigError(f"{begin} lacks the checkpoint of its last step: {why}")
-        return cls(folder, found.path, run.start)
+        return cls(
+            folder,
+            sizes,
+            sha256=hashlib.sha256((found.path / CHECKSUMS).read_bytes()).hexdigest(),
+            tokenizer_sha256=start.inputs.get(TOKENIZER),
+            tokenizer=f"{start.config['data']['corpus']}/tokenizer.json",
+            checkpoint=found.path,
+        )
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the checksums of the checkpoint's files, hex."""
-        return hashlib.sha256((self.checkpoint / CHECKSUMS).read_bytes()).hexdigest()
+    @classmethod
+    def _huggingface(cls, folder: Path, sizes: ModelSizes) -> "StartingWeights":
+        tokenizer = folder / "tokenizer.json"
+        if not tokenizer.is_file():
+            raise ConfigError(
+                f"model.weights is {str(folder)!r}, which holds no tokenizer.json to compare with "
+                "that of the text. Write one with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        dropout = ", ".join(
+            f"{name} {value}" for name, value in read_config(folder).dropout.items()
+        )
+        note = f"note: the model is trained without dropout; {folder / CONFIG_FILE} has {dropout}"
+        return cls(
+            folder,
+            sizes,
+            sha256=content_sha256(folder),
+            tokenizer_sha256=Tokenizer.from_file(tokenizer).sha256,
+            tokenizer=str(tokenizer),
+            notes=(note,) if dropout else (),
+        )
 
-    def check(self, model: Sizes, text: Manifest) -> None:
+    def check(self, model: ModelSizes, text: Manifest) -> None:
         """Check that the weights fit a model and a text.
 
         Raises:
             ConfigError: If the model has other sizes, or the text another tokenizer.
         """
-        if changed := changed_sizes(self.start.inputs.get(MODEL) or {}, model_content(model)):
+        begin = f"model.weights is {str(self.folder)!r}, "
+        if changed := changed_sizes(model_content(self.sizes), model_content(model)):
             raise ConfigError(
-                f"model.weights is {str(self.folder)!r}, whose model has other sizes: {changed}. "
-                "Give its model.preset, training.sequence_length and vocabulary"
+                f"{begin}whose model has other sizes: {changed}. Leave out model.preset and "
+                "model.vocab_size, which takes the sizes from there, and give its "
+                "training.sequence_length"
             )
-        tokenizer = self.start.inputs.get(TOKENIZER)
-        if tokenizer != text.tokenizer_sha256:
-            corpus = self.start.config["data"]["corpus"]
+        if self.tokenizer_sha256 != text.tokenizer_sha256:
             raise ConfigError(
-                f"model.weights is {str(self.folder)!r}, which was trained with the tokenizer of "
-                f"{corpus} (hash {tokenizer}), but the text has another one (hash "
-                f"{text.tokenizer_sha256}). Prepare the text with that tokenizer: "
-                "sinkgd prepare TEXT --tokenizer FOLDER/tokenizer.json --out SHARDS"
+                f"{begin}which was trained with the tokenizer {self.tokenizer} (hash "
+                f"{self.tokenizer_sha256}), but the text has another one (hash "
+                f"{text.tokenizer_sha256}). Prepare the text with that tokenizer: sinkgd prepare "
+                f"TEXT --tokenizer {shlex.quote(self.tokenizer)} --out SHARDS"
+            )
+        if self.sizes.vocab_size < text.rows_needed:
+            raise ConfigError(
+                f"{begin}whose embedding has {self.sizes.vocab_size} rows, but the text has ids up "
+                f"to {text.rows_needed - 1}; use a text without these tokens"
             )
 
-    def load(self, model: nn.Module, world: World) -> None:
+    def load(self, model: LanguageModel, world: World) -> None:
         """Load the weights into a model, with or without adapters; a collective call."""
-        load_weights(self.checkpoint, model, world)
+        if self.checkpoint is None:
+            load_tensors(self.folder, model)
+        else:
+            load_weights(self.checkpoint, model, world)
+
+
+def sizes_in(folder: Path, sequence_length: int) -> ModelSizes:
+    """Return the sizes of the model in a folder; its weights are not read and may be absent.
+
+    Args:
+        folder: Of a finished run, or of a Hugging Face checkpoint.
+        sequence_length: Tokens of the sequences to train on.
+
+    Raises:
+        ConfigError: If the folder holds neither, or its model takes only shorter sequences.
+        ModelError: If the laboratory does not have the model of a Hugging Face checkpoint.
+    """
+    huggingface = _is_huggingface(folder)
+    sizes: ModelSizes
+    if huggingface:
+        sizes = read_config(folder).sizes
+    else:
+        sizes = recorded_sizes(_finished_run(folder).start)
+    if sequence_length > sizes.max_sequence_length:
+        raise ConfigError(
+            f"training.sequence_length is {sequence_length}, but the model in model.weights "
+            f"{str(folder)!r} takes at most {sizes.max_sequence_length} tokens; give at most these"
+        )
+    if huggingface and isinstance(sizes, LlamaConfig):  # rotary positions have no weights
+        sizes = replace(sizes, max_sequence_length=sequence_length)
+    return sizes
+
+
+def _is_huggingface(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and not RunFolder(folder).results.exists()
+
+
+def _finished_run(folder: Path) -> Run:
+    """Read the run in a folder.
+
+    Raises:
+        ConfigError: If the folder holds no finished run.
+    """
+    run_folder = RunFolder(folder)
+    begin = f"model.weights is {str(folder)!r}, which"
+    try:
+        run = Run.read(run_folder.results)
+    except ResultsError as error:
+        raise ConfigError(
+            f"{begin} holds no run ({error}) and no {CONFIG_FILE}; give the folder of "
+            "`sinkgd train --out`, or of a Hugging Face checkpoint"
+        ) from error
+    if not run.finished:
+        raise ConfigError(
+            f"{begin} holds a run that has not finished. Go on with it first: "
+            f"sinkgd train --config {run_folder.config} --out {folder}"
+        )
+    return run

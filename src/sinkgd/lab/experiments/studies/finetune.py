@@ -27,6 +27,8 @@ from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
 FIRST_STEPS = 20  # in which a loss that rises counts as a shock
 RANK = 8  # of the adapters
 WEIGHTS = "runs/gpt2-by-adamw"  # of the model; benchmarks/README.md has the command
+# Of a Hugging Face checkpoint at paper scale; --model.weights gives another folder.
+CHECKPOINT = "checkpoint"
 NEW_TEXT, OLD_TEXT = "speeches-2048", "eltec-2048"
 
 _CLIPPED: Mapping[str, Any] = {"optimizer.clip_norm": 1.0}
@@ -142,7 +144,7 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     return [forgetting_chart(arms, before, identities)]
 
 
-def _shared(weights: str, base: SharedConfig, preset: str) -> SharedConfig:
+def _shared(weights: str, base: SharedConfig, preset: str | None) -> SharedConfig:
     return replace(
         base,
         model=replace(base.model, preset=preset, weights=weights),
@@ -169,24 +171,26 @@ PAPER_SGD: Grid = {LR: (0.01, 0.03, 0.1, 0.3, 1.0)}
 PAPER_LORA: Grid = {LR: (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)}
 
 
+# Weights stay float32. In bfloat16, rounding to the nearest would lose most updates at these rates,
+# and not every arm can round at random.
 def _paper() -> SharedConfig:
-    small = _shared("runs/llama-1b", MACHINE, "llama-1b")
+    """Return the settings for a model of billions of parameters, in a folder of the user's."""
+    small = _shared(CHECKPOINT, MACHINE, preset=None)
     return replace(
         small,
-        model=replace(small.model, vocab_size=32_000),
         data=replace(small.data, corpus="shards/new"),
         training=replace(
             small.training,
             steps=1000,
             batch_size=64,
             micro_batch_size=8,
-            sequence_length=256,
-            precision="bf16",
+            sequence_length=1024,  # the longest that every GPT-2 takes
+            precision="bf16-autocast",
             device="auto",
             recompute_activations=True,
         ),
         evaluation=EvaluationConfig(
-            every_steps=10, tokens=1_000_000, batch_size=8, other_corpus="shards/c4"
+            every_steps=10, tokens=1_000_000, batch_size=8, other_corpus="shards/old"
         ),
         checkpoint=replace(small.checkpoint, every_steps=250),
     )

@@ -1,0 +1,169 @@
+"""A run that begins with a Hugging Face checkpoint: what it takes over and refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lab.train.test_run import change, curve
+from lab.train.test_starting_weights import quiet
+from sinkgd.lab.data import TokenDataset, open_corpus, prepare, train_tokenizer
+from sinkgd.lab.results import Run
+from sinkgd.lab.train.config import ConfigError, MeshConfig, OptimizerConfig, RunConfig
+from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.run import train
+from sinkgd.lab.train.setup import set_up
+from spawn import on_ranks
+from stopping import stopping_at
+
+ROWS = 288  # of the embedding, a few more than the tokenizer has
+
+
+def random_model(family: str, rows: int = ROWS) -> PreTrainedModel:
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": rows, "initializer_range": 0.1}
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=24, **ids))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            rope_theta=500.0,
+            **ids,
+        )
+    )
+
+
+@pytest.fixture
+def checkpoint(shards: Path, tmp_path: Path):
+    """Write a checkpoint whose tokenizer is that of the text."""
+
+    def write(family: str, **options: Any) -> tuple[Path, PreTrainedModel]:
+        model = random_model(family, **options)
+        model.save_pretrained(tmp_path / family, max_shard_size="40KB")
+        shutil.copy(shards / "tokenizer.json", tmp_path / family)
+        return tmp_path / family, model.eval()
+
+    return write
+
+
+def tuned(config: RunConfig, folder: Path, **model: Any) -> RunConfig:
+    config = change(config, "model", weights=str(folder), **model)
+    return replace(config, optimizer=OptimizerConfig(recipe="sinkgd-finetune", lr=1e-3))
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_model_is_that_of_the_folder(config, checkpoint, family, rank):
+    folder, theirs = checkpoint(family)
+    model = set_up(resolve(tuned(config, folder, lora_rank=rank)), quiet).state.model
+    assert model.config.vocab_size == ROWS
+    # learned positions are weights and are all kept; rotary ones are made as needed
+    assert model.config.max_sequence_length == (24 if family == "gpt2" else 16)
+    tokens = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        ours, expected = model(tokens), theirs(tokens).logits
+    assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_dropout_of_the_folder_is_noted(config, checkpoint):
+    notes: list[str] = []
+    set_up(resolve(tuned(config, checkpoint("gpt2")[0])), notes.append)
+    assert "has attn_pdrop 0.1, embd_pdrop 0.1, resid_pdrop 0.1" in "".join(notes)
+    notes.clear()
+    set_up(resolve(tuned(config, checkpoint("llama")[0])), notes.append)
+    assert not [note for note in notes if "dropout" in note]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_run_goes_on_and_is_continued_without_the_folder(config, checkpoint, tmp_path, family):
+    folder, _ = checkpoint(family)
+    tuning = tuned(config, folder)
+    train(tuning, tmp_path / "whole")
+    with stopping_at(6):
+        train(tuning, tmp_path / "stopped")
+    shutil.rmtree(folder)
+    train(tuning, tmp_path / "stopped")
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    losses = [one.val_loss for one in Run.read(tmp_path / "whole" / "run.jsonl").evaluations]
+    assert losses[-1] < losses[0]
+    # the run is in turn the beginning of another one
+    train(tuned(config, tmp_path / "whole"), tmp_path / "next")
+    again = Run.read(tmp_path / "next" / "run.jsonl").evaluations
+    assert again[0].val_loss == losses[-1]
+
+
+@pytest.mark.slow
+def test_ranks_begin_with_the_same_weights(config, checkpoint, tmp_path):
+    for family, mesh in (("gpt2", {}), ("llama", {"tp": 2})):
+        tuning = tuned(config, checkpoint(family)[0])
+        train(tuning, tmp_path / f"{family}-alone")
+        ranks = replace(tuning, mesh=MeshConfig(**mesh))
+        on_ranks(2, train_quietly, ranks, tmp_path / f"{family}-ranks")
+        alone, shared = (
+            Run.read(tmp_path / f"{family}-{how}" / "run.jsonl") for how in ("alone", "ranks")
+        )
+        for one, other in zip(alone.evaluations, shared.evaluations, strict=True):
+            assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+
+
+def train_quietly(config: RunConfig, path: Path) -> None:
+    train(config, path, echo=quiet)
+
+
+def test_a_text_with_another_tokenizer_is_refused(config, checkpoint, tmp_path):
+    folder, _ = checkpoint("gpt2")
+    text = tmp_path / "text.txt"
+    text.write_text("people and the union " * 300, encoding="utf-8")
+    corpus = open_corpus([str(text)], validation_fraction=0.3)
+    prepare(corpus, tmp_path / "shards", train_tokenizer(corpus, 270))
+    other = change(tuned(config, folder), "data", corpus=str(tmp_path / "shards"))
+    words = rf"sinkgd prepare TEXT --tokenizer {folder}/tokenizer\.json --out SHARDS"
+    with pytest.raises(ConfigError, match=words):
+        set_up(resolve(other), quiet)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no tokenizer\.json .* AutoTokenizer"):
+        set_up(resolve(tuned(config, folder)), quiet)
+
+
+def test_ids_without_a_row_are_refused(config, checkpoint, shards):
+    needed = TokenDataset.open(shards).manifest.rows_needed
+    folder, _ = checkpoint("llama", rows=needed - 1)
+    with pytest.raises(ConfigError, match=f"has {needed - 1} rows, but .* up to {needed - 1}"):
+        set_up(resolve(tuned(config, folder)), quiet)
+
+
+@pytest.mark.parametrize(
+    ("table", "values", "words"),
+    [
+        ("model", {"preset": "gpt2-nano"}, "hidden_size was 32 and is now 128"),
+        ("model", {"preset": "llama-nano"}, "kind was 'GPT2Config' and is now 'LlamaConfig'"),
+        ("model", {"vocab_size": 300}, "vocab_size was 288 and is now 300. Leave out"),
+        ("training", {"sequence_length": 25}, "sequence_length is 25, but .* at most 24 tokens"),
+    ],
+)
+def test_what_contradicts_the_folder_is_refused(config, checkpoint, table, values, words):
+    asked = change(tuned(config, checkpoint("gpt2")[0]), table, **values)
+    with pytest.raises(ConfigError, match=words):
+        set_up(resolve(asked), quiet)
+
+
+def test_a_folder_with_neither_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no run .* and no config\.json"):
+        set_up(resolve(tuned(config, tmp_path)), quiet)
+
+
+def test_the_record_of_a_run_wins_over_a_config(config, checkpoint, tmp_path):
+    """A folder that holds both is the run's."""
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model_type": "odd"}))
+    train(tuned(config, tmp_path / "run"), tmp_path / "second")
