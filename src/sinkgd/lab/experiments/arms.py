@@ -21,6 +21,35 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
+class Carried:
+    """The best point of another arm, from which an arm takes its values.
+
+    It spares a large model the grid of a small one.
+    """
+
+    arm: str  # name of the other arm, which has a grid of its own
+    # Dotted names of fields, with what multiplies their values; other fields keep theirs.
+    factors: Mapping[str, float] = field(default_factory=dict)
+    # Multiples of the fields in ``factors`` to try. A single one is not tried, but taken.
+    tried: tuple[float, ...] = (1.0,)
+
+    def points(self, best: Point) -> tuple[dict[str, float], ...]:
+        """List the points to try, given the best point of the other arm.
+
+        Examples:
+            >>> Carried("small", {"optimizer.lr": 0.5}, (1, 2)).points({"optimizer.lr": 0.4})
+            ({'optimizer.lr': 0.2}, {'optimizer.lr': 0.4})
+        """
+        return tuple(
+            {
+                name: value * multiple * self.factors[name] if name in self.factors else value
+                for name, value in best.items()
+            }
+            for multiple in self.tried
+        )
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to train: its options, and the grid of options to tune.
 
@@ -39,6 +68,15 @@ class Arm:
     series: str = ""  # arms of one series are joined along the axis; default: the recipe
     # Fields that are a multiple of a tuned one at every point: (tuned field, factor).
     multiples: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    carried: Carried | None = None  # instead of a grid
+    seeds: int | None = None  # how many of the study's seeds to run; default: all
+
+    @property
+    def efforts(self) -> int:
+        """Number of points to try."""
+        if self.carried is not None:
+            return len(self.carried.tried) if len(self.carried.tried) > 1 else 0
+        return len(self.points())
 
     @property
     def recipe(self) -> str:
@@ -73,22 +111,39 @@ class Arm:
 
 
 def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
-    """Check that names of arms are unique and that all tuned arms have equally many points.
+    """Check that names of arms are unique, and that arms are tuned alike.
+
+    Arms at one position of the axis have equally many points, and arms without a position, too. A
+    carried arm takes its values from an arm with a grid.
 
     Raises:
-        ConfigError: If names are not unique or grids differ in size; the message names the arms.
+        ConfigError: If names are not unique, grids differ in size, or a carried arm has no source;
+            the message names the arms.
     """
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"study {study!r} has more than one arm called {', '.join(twice)}")
-    efforts = {arm.name: len(arm.points()) for arm in arms if arm.tuned}
-    if len(set(efforts.values())) > 1:
-        listed = ", ".join(f"{name} {effort}" for name, effort in efforts.items())
-        raise ConfigError(
-            f"the arms of study {study!r} are not tuned alike: points of their grids are {listed}; "
-            "give each the same number of points"
-        )
+    with_grid = {arm.name for arm in arms if arm.tuned}
+    for arm in arms:
+        if arm.carried is not None and arm.carried.arm not in with_grid:
+            raise ConfigError(
+                f"arm {arm.name!r} of study {study!r} carries its rates over from "
+                f"{arm.carried.arm!r}, which is not among the arms with a grid; keep that arm"
+            )
+    carries = any(arm.carried for arm in arms)
+    for place in dict.fromkeys(arm.value if carries else None for arm in arms):
+        efforts = {
+            arm.name: arm.efforts
+            for arm in arms
+            if (arm.tuned or arm.carried) and (not carries or arm.value == place)
+        }
+        if len(set(efforts.values())) > 1:
+            listed = ", ".join(f"{name} {effort}" for name, effort in efforts.items())
+            raise ConfigError(
+                f"the arms of study {study!r} are not tuned alike: points of their grids are "
+                f"{listed}; give each the same number of points"
+            )
 
 
 def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -136,18 +191,18 @@ def point_words(point: Point) -> str:
     return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in point.items())
 
 
-def edges(arm: Arm, chosen: Point) -> list[str]:
+def edges(tried: Grid, chosen: Point) -> list[str]:
     """Name the fields whose best value is the smallest or largest of at least three tried.
 
     If only two values were tried, the best is always at an edge, so this gives no information.
 
     Examples:
-        >>> arm = Arm("a", {}, {"optimizer.lr": (0.1, 0.2, 0.4)})
-        >>> edges(arm, {"optimizer.lr": 0.4}), edges(arm, {"optimizer.lr": 0.2})
+        >>> tried = {"optimizer.lr": (0.1, 0.2, 0.4)}
+        >>> edges(tried, {"optimizer.lr": 0.4}), edges(tried, {"optimizer.lr": 0.2})
         (['optimizer.lr = 0.4'], [])
     """
     found = []
-    for name, values in arm.tuned.items():
+    for name, values in tried.items():
         value = chosen.get(name, math.nan)
         if len(values) > 2 and value in (min(values), max(values)):
             found.append(f"{name} = {value:g}")
@@ -165,12 +220,21 @@ def arm_as_json(arm: Arm) -> dict[str, Any]:
     }
     if arm.multiples:
         content["multiples"] = {name: list(pair) for name, pair in arm.multiples.items()}
+    if arm.carried is not None:
+        content["carried"] = {
+            "arm": arm.carried.arm,
+            "factors": dict(arm.carried.factors),
+            "tried": list(arm.carried.tried),
+        }
+    if arm.seeds is not None:
+        content["seeds"] = arm.seeds
     return content
 
 
 def arm_from_json(name: str, content: Mapping[str, Any]) -> Arm:
     """Return the arm that `arm_as_json` wrote."""
     tuned = {field: tuple(values) for field, values in content["tuned"].items()}
+    carried = content.get("carried")
     return Arm(
         name,
         content["overrides"],
@@ -179,4 +243,6 @@ def arm_from_json(name: str, content: Mapping[str, Any]) -> Arm:
         content["control"],
         content.get("series", ""),
         {name: (of, factor) for name, (of, factor) in content.get("multiples", {}).items()},
+        carried and Carried(carried["arm"], carried["factors"], tuple(carried["tried"])),
+        content.get("seeds"),
     )

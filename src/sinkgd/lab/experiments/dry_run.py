@@ -66,8 +66,7 @@ def dry_run(plan: StudyPlan) -> list[DryArm]:
     """
     arms = []
     for arm, task in zip(plan.arms, plan.first_tasks(), strict=True):
-        runs = len(plan.tuning_tasks(arm)) + len(plan.seeds)
-        arms.append(_dry_arm(plan, task, runs))
+        arms.append(_dry_arm(plan, task, plan.runs_of(arm)))
     return arms
 
 

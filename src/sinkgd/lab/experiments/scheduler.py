@@ -1,7 +1,8 @@
 """Which run of a study is next, and which runs other studies have made already.
 
-The order is: first the points of every grid, then the seeds of arms whose grid is complete. Runs in
-the study's record are done. Other runs are handed out, and continue from their checkpoints if a
+The order is: first the points of every grid, then the seeds of arms whose grid is complete, then
+the grids of arms that carry their values over, which belong to large models. Runs in the study's
+record are done. Other runs are handed out, and continue from their checkpoints if a
 killed process has begun them.
 
 Runs of grids that neighboring studies have in common are trained once and reused. In one
@@ -13,12 +14,13 @@ own reported runs.
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from sinkgd.lab.experiments.arms import EMPTY, Arm, Point
+from sinkgd.lab.experiments.arms import EMPTY, Arm, Carried, Point
 from sinkgd.lab.experiments.studies.scale import is_on_paper
 from sinkgd.lab.experiments.study import StudyPlan, Task
 from sinkgd.lab.experiments.study_record import STUDY_FILE, RunResult, StudyRecord
@@ -41,7 +43,6 @@ class Scheduler:
         self.plan = plan
         self.record = record
         self._begun: set[str] = set(record.runs)
-        self._skipped = 0
 
     @property
     def begun(self) -> int:
@@ -50,8 +51,13 @@ class Scheduler:
 
     @property
     def left(self) -> int:
-        """Number of runs that are not finished."""
-        return self.plan.runs - len(self.record.runs) - self._skipped
+        """Number of runs that are not finished and can still be."""
+        done = Counter(result.arm for result in self.record.runs.values())
+        return sum(
+            self.plan.runs_of(arm) - done[arm.name]
+            for arm in self.plan.arms
+            if not (self._is_chosen(arm) and self._chosen(arm) is None)
+        )
 
     @property
     def mean_seconds(self) -> float | None:
@@ -62,7 +68,11 @@ class Scheduler:
 
     def next_task(self) -> Task | None:
         """Return a run that can start now; None if no run can start at present."""
-        task = self._next_grid_task() or self._next_seed_task()
+        own, carried = (
+            [arm for arm in self.plan.arms if (arm.carried is not None) == later]
+            for later in (False, True)
+        )
+        task = self._next_grid_task(own) or self._next_seed_task() or self._next_grid_task(carried)
         if task is not None:
             self._begun.add(task.name)
         return task
@@ -71,45 +81,58 @@ class Scheduler:
         """Record the result of a run that was handed out."""
         self.record.runs[result.name] = result
 
-    def _next_grid_task(self) -> Task | None:
-        tasks = (task for arm in self.plan.arms for task in self.plan.tuning_tasks(arm))
+    def _next_grid_task(self, arms: Sequence[Arm]) -> Task | None:
+        tasks = (task for arm in arms for task in self._grid(arm) or ())
         return next((task for task in tasks if task.name not in self._begun), None)
 
     def _next_seed_task(self) -> Task | None:
         for seed in self.plan.seeds:
             for arm in self.plan.arms:
-                if self.plan.seed_task(arm, EMPTY, seed).name in self._begun:
+                begun = self.plan.seed_task(arm, EMPTY, seed).name in self._begun
+                if begun or seed not in self.plan.seeds_of(arm) or not self._is_chosen(arm):
                     continue
-                if self._grid_is_full(arm):
-                    point = chosen_point(self.plan, arm, self.record)
-                    if point is not None:
-                        return self.plan.seed_task(arm, point, seed)
-                    self._skip(arm, seed)
+                point = self._chosen(arm)
+                if point is not None:  # else the arm diverged at every point
+                    return self.plan.seed_task(arm, point, seed)
         return None
 
-    def _grid_is_full(self, arm: Arm) -> bool:
-        return all(task.name in self.record.runs for task in self.plan.tuning_tasks(arm))
+    def _grid(self, arm: Arm) -> list[Task] | None:
+        """List the runs of an arm's grid; None if its values are not known yet, or never will."""
+        if not self.plan.tune or arm.carried is None:
+            return self.plan.tuning_tasks(arm)
+        source = self._source(arm.carried)
+        best = self._chosen(source) if self._is_chosen(source) else None
+        return None if best is None else self.plan.tuning_tasks(arm, best)
 
-    def _skip(self, arm: Arm, seed: int) -> None:
-        """Skip a seed of an arm that diverged at every point."""
-        self._begun.add(self.plan.seed_task(arm, EMPTY, seed).name)
-        self._skipped += 1
+    def _source(self, carried: Carried) -> Arm:
+        return next(arm for arm in self.plan.arms if arm.name == carried.arm)
 
+    def _is_chosen(self, arm: Arm) -> bool:
+        """Whether all runs on which an arm's point depends are finished."""
+        if self.plan.tune and arm.carried and not self._is_chosen(self._source(arm.carried)):
+            return False
+        return all(task.name in self.record.runs for task in self._grid(arm) or ())
 
-def chosen_point(plan: StudyPlan, arm: Arm, record: StudyRecord) -> Point | None:
-    """Return the first of the points with the lowest loss; None if all points diverged.
+    def _chosen(self, arm: Arm) -> Point | None:
+        """Return the first of the points with the lowest loss; None if all points diverged.
 
-    For an arm without a grid this is the empty point.
-    """
-    losses = {
-        record.runs[task.name].loss: task.point
-        for task in reversed(plan.tuning_tasks(arm))
-        if task.name in record.runs
-    }
-    if not plan.is_tuned(arm):
-        return EMPTY
-    best = min(losses, default=math.inf)
-    return losses[best] if math.isfinite(best) else None
+        For an arm without a grid this is the empty point, or the one that it carries over.
+        """
+        grid = self._grid(arm)
+        if grid is None:
+            return None
+        if not grid:
+            if not self.plan.tune or arm.carried is None:
+                return EMPTY
+            best = self._chosen(self._source(arm.carried))
+            return None if best is None else arm.carried.points(best)[0]
+        losses = {
+            self.record.runs[task.name].loss: task.point
+            for task in reversed(grid)
+            if task.name in self.record.runs
+        }
+        best_loss = min(losses, default=math.inf)
+        return losses[best_loss] if math.isfinite(best_loss) else None
 
 
 @dataclass(frozen=True)

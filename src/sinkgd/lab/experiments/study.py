@@ -95,9 +95,17 @@ class StudyPlan:
     tune: bool
     tuning_seed: int = TUNING_SEED
 
-    def tuning_tasks(self, arm: Arm) -> list[Task]:
-        """List the runs of an arm's grid."""
-        return [self.tuning_task(arm, point) for point in self._grid(arm)]
+    def tuning_tasks(self, arm: Arm, best: Point = EMPTY) -> list[Task]:
+        """List the runs of an arm's grid.
+
+        Args:
+            arm: The arm.
+            best: The best point of the arm from which this one carries its values over.
+        """
+        if not self.tune:
+            return []
+        points = arm.points() if arm.carried is None else arm.carried.points(best)
+        return [self.tuning_task(arm, point) for point in points[: arm.efforts]]
 
     def tuning_task(self, arm: Arm, point: Point) -> Task:
         """Return the run at a point of an arm's grid."""
@@ -119,14 +127,19 @@ class StudyPlan:
     @property
     def runs(self) -> int:
         """Number of all runs."""
-        return sum(len(self._grid(arm)) + len(self.seeds) for arm in self.arms)
+        return sum(self.runs_of(arm) for arm in self.arms)
+
+    def runs_of(self, arm: Arm) -> int:
+        """Return the number of an arm's runs."""
+        return (arm.efforts if self.tune else 0) + len(self.seeds_of(arm))
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        """Return the reported seeds of an arm."""
+        return self.seeds[: arm.seeds]
 
     def is_tuned(self, arm: Arm) -> bool:
         """Whether a grid is searched for this arm."""
         return self.tune and bool(arm.tuned)
-
-    def _grid(self, arm: Arm) -> tuple[dict[str, float], ...]:
-        return arm.points() if self.tune else ()
 
     def check(self) -> None:
         """Resolve every configuration, so that errors appear now and not after hours.
@@ -136,7 +149,7 @@ class StudyPlan:
         """
         if not self.arms:
             raise ConfigError(f"study {self.study!r} has no arms left; choose another --optimizer")
-        untuned = tuple(replace(arm, tuned=EMPTY) for arm in self.arms)
+        untuned = tuple(replace(arm, tuned=EMPTY, carried=None) for arm in self.arms)
         check_arms(self.study, self.arms if self.tune else untuned)
         if self.tuning_seed in self.seeds:
             raise ConfigError(
@@ -144,13 +157,16 @@ class StudyPlan:
                 "use another --training.seed"
             )
         for arm in self.arms:
-            for task in self.tuning_tasks(arm) or [self.seed_task(arm, EMPTY, self.seeds[0])]:
+            grid = self.tuning_tasks(arm) if self.is_tuned(arm) else []
+            for task in grid or [self.seed_task(arm, EMPTY, self.seeds[0])]:
                 self.config(task)
 
     def first_tasks(self) -> list[Task]:
         """List one run per arm, at the first or only point of the arm's grid."""
         return [
-            (self.tuning_tasks(arm) or [self.seed_task(arm, EMPTY, self.seeds[0])])[0]
+            self.tuning_tasks(arm)[0]
+            if self.is_tuned(arm)
+            else self.seed_task(arm, EMPTY, self.seeds[0])
             for arm in self.arms
         ]
 

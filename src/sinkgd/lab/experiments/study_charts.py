@@ -223,7 +223,7 @@ def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
 
 def _searched(one: ArmResults) -> Point:
     """Return the chosen values of the fields with more than one value in the grid."""
-    chosen, tuned = one.chosen or {}, one.arm.tuned
+    chosen, tuned = one.chosen or {}, one.tried
     return {name: chosen[name] for name in tuned if name in chosen and len(tuned[name]) > 1}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from sinkgd.lab.experiments.arms import Arm, Point, arm_from_json, edges
+from sinkgd.lab.experiments.arms import Arm, Grid, Point, arm_from_json, edges
 from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
 from sinkgd.lab.report.analysis import Analysis, Spread, analyze
 from sinkgd.lab.results import Evaluation, Run
@@ -108,9 +108,18 @@ class ArmResults:
         return min(finite, key=lambda result: result.loss).point if finite else None
 
     @property
+    def tried(self) -> Grid:
+        """The values of the grid; those of a carried arm are known from its runs."""
+        if self.arm.carried is None:
+            return self.arm.tuned
+        points = [result.point for result in self.grid]
+        names = points[0] if points else ()
+        return {name: tuple(dict.fromkeys(point[name] for point in points)) for name in names}
+
+    @property
     def edges(self) -> list[str]:
         """The tuned fields whose best value is the smallest or largest that was tried."""
-        return edges(self.arm, self.chosen) if self.chosen else []
+        return edges(self.tried, self.chosen) if self.chosen else []
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def _unequal_effort(results: StudyResults) -> list[str]:
     if not results.plan["tune"]:
         return ["Nothing was tuned (--no-tune): every arm ran at its own default rates."]
     tuned = [one for one in results.arms if one.arm.tuned]
-    fixed = [one for one in results.arms if not one.arm.tuned]
+    fixed = [one for one in results.arms if not one.arm.tuned and not one.arm.carried]
     if not tuned or not fixed:
         return []
     points = len(tuned[0].arm.points())
@@ -227,8 +227,8 @@ def _diverged(results: StudyResults) -> list[str]:
 
 
 def _missing(results: StudyResults) -> list[str]:
-    seeds = len(results.plan["seeds"])
-    missing = [one.arm.name for one in results.arms if len(one.seeds) < seeds]
+    seeds = results.plan["seeds"]
+    missing = [one.arm.name for one in results.arms if len(one.seeds) < len(seeds[: one.arm.seeds])]
     if not missing:
         return []
     verb = "has" if len(missing) == 1 else "have"

@@ -8,6 +8,7 @@ from sinkgd.lab.experiments.studies.alpha import ALPHA
 from sinkgd.lab.experiments.studies.batch import BATCH
 from sinkgd.lab.experiments.studies.finetune import FINETUNE
 from sinkgd.lab.experiments.studies.iterations import ITERATIONS
+from sinkgd.lab.experiments.studies.ladder import LADDER
 from sinkgd.lab.experiments.studies.lens import LENS
 from sinkgd.lab.experiments.studies.momentum import MOMENTUM
 from sinkgd.lab.experiments.studies.pareto import PARETO
@@ -35,6 +36,7 @@ _TABLE = (
     SHIFT,
     PARETO,
     FINETUNE,
+    LADDER,
 )
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})

@@ -1,0 +1,391 @@
+"""How the gain over AdamW changes with the size of the model, at 20 tokens a weight.
+
+Rules:
+    tokens: 20 for each hidden weight, N; so the training takes C ∝ N² operations
+    batch: grows as the square root of the tokens, and the steps with it
+    rates: each arm is tuned at the two smallest sizes. Larger models take the best rate of the
+        second one. The rate of matrices shrinks as 1/d with the width d, as study `width` found
+        for SinkGD; Muon's does not, for its updates are scaled by the shape of the matrix. At the
+        largest size the carried rate, its half and its double are tried.
+
+Letters:
+    N: hidden weights, those of the blocks' matrices
+    C: operations of a training, 6 for each hidden weight and token
+    L: final validation loss, nats per token; fitted as a + b C^(-c)
+    q: tokens that an arm needs for AdamW's final loss, as a share of AdamW's tokens
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinkgd.lab.experiments.arms import Arm, Carried, Grid
+from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
+from sinkgd.lab.experiments.study import Axis, Setting, Study
+from sinkgd.lab.experiments.study_charts import whiskers
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
+from sinkgd.lab.models.presets import preset_config
+from sinkgd.lab.report.analysis import first_reach
+from sinkgd.lab.report.figures import (
+    Chart,
+    Figure,
+    Identities,
+    Identity,
+    axis,
+    dotted_line,
+    layout,
+)
+from sinkgd.lab.report.quantities import count, percent
+from sinkgd.lab.train.config import SharedConfig
+
+TOKENS_PER_WEIGHT = 20
+SIZES = ("llama-nano-48", "llama-nano-64", "llama-nano-96", "llama-nano")
+PAPER_SIZES = ("llama-60m", "llama-130m", "llama-350m", "llama-1b")
+FAR_PRESET = "llama-60m"  # the model for which the trend is continued
+SEEDS = (3, 3, 2, 2)  # by size
+CHECKED = (0.5, 1.0, 2.0)  # multiples of the carried rate that the largest size tries
+SMALLEST_BATCH = 16  # sequences at the smallest size
+RESAMPLES = 2000
+
+RECIPES = ("sinkgd", "sinkgd-paper", "adamw", "muon")
+CONTROL = "adamw"
+_NOT_BY_WIDTH = {"muon"}
+
+# Five rates of matrices at the smallest size, each twice the previous one.
+GRIDS: Mapping[str, Grid] = {
+    "sinkgd": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008, 0.016)},
+    "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
+    "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
+    "muon": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02, 0.04, 0.08)},
+}
+PAPER_GRIDS: Mapping[str, Grid] = {
+    "sinkgd": {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004)},
+    "sinkgd-paper": {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004)},
+    "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
+    "muon": {LR: (0.02,), MATRIX_LR: (0.0025, 0.005, 0.01, 0.02, 0.04)},
+}
+
+
+def hidden_weights(preset: str) -> int:
+    """Return N of a preset."""
+    return preset_config(preset).linear_parameter_count
+
+
+def machine_sizes(presets: Sequence[str], shared: SharedConfig) -> dict[str, dict[str, Any]]:
+    """Return each preset's batch, steps and evaluations by the rules above."""
+    length, least = shared.training.sequence_length, hidden_weights(presets[0])
+    found = {}
+    for preset in presets:
+        tokens = TOKENS_PER_WEIGHT * hidden_weights(preset)
+        batch = round(SMALLEST_BATCH * math.sqrt(hidden_weights(preset) / least) / 4) * 4
+        steps = round(tokens / (batch * length))
+        found[preset] = {
+            "training.batch_size": batch,
+            "training.steps": steps,
+            "evaluation.every_steps": max(1, steps // 20),
+            "checkpoint.every_steps": max(1, steps // 10),
+        }
+    return found
+
+
+def paper_sizes(presets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return each preset's steps and batches in the benchmark, about 20 tokens a weight."""
+    return {
+        preset: {
+            "training.steps": one.training.steps,
+            "training.micro_batch_size": one.training.micro_batch_size,
+            "evaluation.batch_size": one.evaluation.batch_size,
+        }
+        for preset in presets
+        for one in [BENCHMARK[preset]]
+    }
+
+
+def arms(sizes: Mapping[str, Mapping[str, Any]], grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
+    """Return one arm per method and size, from the smallest size on."""
+    presets = list(sizes)
+    tuned = presets[1]  # the size whose rates larger ones take
+    found = []
+    for place, preset in enumerate(presets):
+        for recipe in RECIPES:
+            narrower = preset_config(tuned).hidden_size / preset_config(preset).hidden_size
+            factor = 1.0 if recipe in _NOT_BY_WIDTH else narrower
+            last = place == len(presets) - 1
+            found.append(
+                Arm(
+                    f"{recipe}-{preset.removeprefix('llama-')}",
+                    {"model.preset": preset, "optimizer.recipe": recipe, **sizes[preset]},
+                    grids[recipe] if place < 2 else {},
+                    value=float(hidden_weights(preset)),
+                    control=recipe not in ("sinkgd", "sinkgd-paper"),
+                    series=recipe,
+                    carried=None
+                    if place < 2
+                    else Carried(
+                        f"{recipe}-{tuned.removeprefix('llama-')}",
+                        {MATRIX_LR: factor},
+                        CHECKED if last else (1.0,),
+                    ),
+                    seeds=SEEDS[place],
+                )
+            )
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """L = a + b C^(-c), with the 95 % interval of c by bootstrap over seeds."""
+
+    a: float
+    b: float
+    c: float
+    c_low: float
+    c_high: float
+
+
+def fit(compute: Sequence[float], losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Fit a, b and c by least squares, for many sets of losses at once.
+
+    Args:
+        compute: C at each size, at least 3.
+        losses: L, ``(sets, sizes)``.
+
+    Returns:
+        a, b and c of each set, ``(sets, 3)``. b belongs to C divided by its first value.
+        a is at least 0, and c is the best of 400 values between 0.01 and 2.
+    """
+    x = np.asarray(compute) / compute[0]
+    best = np.full(len(losses), np.inf)
+    found = np.zeros((len(losses), 3))
+    for c in np.geomspace(0.01, 2, 400):
+        powers = x**-c
+        spread = powers - powers.mean()
+        b = (losses - losses.mean(1, keepdims=True)) @ spread / (spread @ spread)
+        a = losses.mean(1) - b * powers.mean()
+        through_zero = losses @ powers / (powers @ powers)
+        a, b = np.where(a < 0, 0.0, a), np.where(a < 0, through_zero, b)
+        error = ((losses - a[:, None] - b[:, None] * powers) ** 2).sum(1)
+        better = error < best
+        best = np.where(better, error, best)
+        found[better] = np.stack([a, b, np.full_like(a, c)], 1)[better]
+    return found
+
+
+def _resampled(values: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """Draw means over seeds, with replacement: ``(RESAMPLES + 1, sizes)``; the first is the mean.
+
+    Args:
+        values: For each size, one value per seed.
+    """
+    draw = np.random.default_rng(0)
+    columns = [
+        np.append(
+            np.mean(own),
+            np.asarray(own)[draw.integers(len(own), size=(RESAMPLES, len(own)))].mean(1),
+        )
+        for own in values
+    ]
+    return np.stack(columns, 1)
+
+
+def _finished(results: StudyResults, recipe: str) -> list[ArmResults]:
+    """Return a method's arms with finite losses, from the smallest size to the largest."""
+    own = [one for one in results.arms if one.arm.recipe == recipe and one.seeds]
+    return sorted((one for one in own if not one.diverged), key=lambda one: one.arm.value or 0.0)
+
+
+def _compute(one: ArmResults) -> float:
+    end = one.seeds[0].run.end
+    return 6 * (one.arm.value or 0.0) * (end.tokens if end else math.nan)
+
+
+def fit_of(results: StudyResults, recipe: str) -> Fit | None:
+    """Fit the losses of a method over sizes; None below 4 sizes."""
+    sizes = _finished(results, recipe)
+    if len(sizes) < 4:
+        return None
+    losses = _resampled([list(one.losses.values()) for one in sizes])
+    found = fit([_compute(one) for one in sizes], losses)
+    low, high = np.quantile(found[1:, 2], [0.025, 0.975])
+    a, b, c = (float(x) for x in found[0])
+    return Fit(a, b, c, float(low), float(high))
+
+
+def shares(results: StudyResults, recipe: str) -> dict[float, list[float]]:
+    """Return q of every seed by N; sizes at which a seed did not reach the loss are left out."""
+    control = {one.arm.value: one for one in _finished(results, CONTROL)}
+    found = {}
+    for one in _finished(results, recipe):
+        if one.arm.value is None or (other := control.get(one.arm.value)) is None:
+            continue
+        goals = {r.seed: (r.loss, r.run.end.tokens) for r in other.seeds if r.run.end}
+        reached = [
+            (first_reach(r.run.evaluations, goals[r.seed][0]), goals[r.seed][1])
+            for r in one.seeds
+            if r.seed in goals
+        ]
+        own = [reach.tokens / tokens for reach, tokens in reached if reach is not None]
+        if own and len(own) == len(reached):
+            found[one.arm.value] = own
+    return found
+
+
+@dataclass(frozen=True)
+class Trend:
+    """log q as a line over log₂ N, with 95 % intervals by bootstrap over seeds."""
+
+    doubling: float  # the factor of q when N doubles
+    doubling_low: float
+    doubling_high: float
+    far: float  # q at the hidden weights of `FAR_PRESET`, if the trend held
+    far_low: float
+    far_high: float
+
+
+def trend_of(results: StudyResults, recipe: str) -> Trend | None:
+    """Fit the trend of a method's q; None below 3 sizes."""
+    found = shares(results, recipe)
+    if len(found) < 3:
+        return None
+    x = np.log2(list(found))
+    y = np.log(_resampled(list(found.values())))
+    spread = x - x.mean()
+    slope = y @ spread / (spread @ spread)
+    far = y.mean(1) + slope * (math.log2(hidden_weights(FAR_PRESET)) - x.mean())
+    values = np.exp(np.stack([slope, far], 1))
+    low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
+    return Trend(*(float(v) for i in (0, 1) for v in (values[0, i], low[i], high[i])))
+
+
+def judge(results: StudyResults) -> Verdict:
+    """State q at every size, its trend, and the fits."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    lines = {recipe: shares(results, recipe) for recipe in RECIPES if recipe != CONTROL}
+    sentences = [_shares_in_words(recipe, own) for recipe, own in lines.items()]
+    sentences += [
+        words for recipe in lines if (words := _trend_in_words(recipe, trend_of(results, recipe)))
+    ]
+    sentences += [
+        f"{recipe}: L = {found.a:.2f} + {found.b:.2f} (C/C₁)^-{found.c:.3f}, exponent between "
+        f"{found.c_low:.3f} and {found.c_high:.3f}."
+        for recipe in RECIPES
+        if (found := fit_of(results, recipe)) is not None
+    ]
+    sentences.append(
+        "Intervals are 95 %, by bootstrap over two or three seeds, and say nothing about the "
+        "choice of rates. Shares of tokens are read from the losses during training, whose "
+        "schedule was not over."
+    )
+    return Verdict(_headline(results), tuple(sentences), tuple(cautions(results)))
+
+
+def _headline(results: StudyResults) -> str:
+    own, trend = shares(results, "sinkgd"), trend_of(results, "sinkgd")
+    if trend is None:
+        if not own:
+            return "sinkgd did not reach adamw’s final loss at any finished size."
+        sizes = ", ".join(f"{percent(float(np.mean(q)))} at {count(n)}" for n, q in own.items())
+        return f"sinkgd needs this share of adamw’s tokens: {sizes} hidden weights; no trend yet."
+    first, last = (float(np.mean(own[n])) for n in (min(own), max(own)))
+    moves = "does not change with the size"
+    if trend.doubling_high < 1:
+        moves = "falls as the model grows"
+    elif trend.doubling_low > 1:
+        moves = "rises as the model grows"
+    return (
+        f"The share of adamw’s tokens that sinkgd needs {moves}: {percent(first)} at "
+        f"{count(min(own))} hidden weights, {percent(last)} at {count(max(own))}."
+    )
+
+
+def _shares_in_words(recipe: str, own: Mapping[float, Sequence[float]]) -> str:
+    if not own:
+        return f"{recipe} did not reach adamw’s final loss with all seeds at any size."
+    sizes = ", ".join(f"{percent(float(np.mean(q)))} at {count(n)}" for n, q in own.items())
+    return f"{recipe} needs, of adamw’s tokens, {sizes} hidden weights."
+
+
+def _trend_in_words(recipe: str, trend: Trend | None) -> str | None:
+    if trend is None:
+        return None
+    return (
+        f"With each doubling of the weights {recipe}’s share changes by a factor of "
+        f"{trend.doubling:.3f} ({trend.doubling_low:.3f} to {trend.doubling_high:.3f}). If that "
+        f"held up to {FAR_PRESET}, it would be {percent(trend.far)} ({percent(trend.far_low)} to "
+        f"{percent(trend.far_high)})."
+    )
+
+
+def charts(results: StudyResults, identities: Identities) -> list[Chart]:
+    """Draw the share of AdamW's tokens over the size, one line per method."""
+    lines = {recipe: shares(results, recipe) for recipe in RECIPES if recipe != CONTROL}
+    lines = {recipe: own for recipe, own in lines.items() if own}
+    if not lines:
+        return []
+    sizes = sorted({n for own in lines.values() for n in own})
+    looks = {recipe: identities[_finished(results, recipe)[-1].arm.name] for recipe in lines}
+    return [
+        Chart(
+            key="share-by-size",
+            title="Tokens to AdamW’s final loss, by size",
+            caption="Tokens that an arm needs for the final loss of AdamW at the same size and "
+            "with the same seed, as a share of AdamW’s tokens: mean and range over seeds. Lower "
+            "is better. Sizes at which a seed did not reach the loss are left out.",
+            description="; ".join(_shares_in_words(recipe, own) for recipe, own in lines.items()),
+            figure={
+                "data": [_share_line(r, own, looks[r]) for r, own in lines.items()],
+                "layout": layout(
+                    400,
+                    xaxis=axis(
+                        "hidden weights, N",
+                        type="log",
+                        tickvals=sizes,
+                        ticktext=[count(n) for n in sizes],
+                    ),
+                    yaxis=axis("share of AdamW’s tokens", tickformat=".0%"),
+                    shapes=[dotted_line(1.0, color="@soft", width=1.6)],
+                    hovermode="closest",
+                ),
+            },
+            share=1,
+        )
+    ]
+
+
+def _share_line(recipe: str, own: Mapping[float, Sequence[float]], look: Identity) -> Figure:
+    means = [float(np.mean(q)) for q in own.values()]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": recipe,
+        "x": list(own),
+        "y": means,
+        "line": {"color": look.color, "width": 2.2},
+        "marker": {"color": look.color, "symbol": look.symbol, "size": 9},
+        "error_y": whiskers(means, [(min(q), max(q)) for q in own.values()], look),
+        "hovertemplate": f"{recipe} at %{{x:.3s}}: %{{y:.0%}}<extra></extra>",
+    }
+
+
+_MACHINE = replace(MACHINE, evaluation=replace(MACHINE.evaluation, tokens=32_768))
+
+LADDER = Study(
+    name="ladder",
+    question="Does SinkGD’s gain over AdamW grow with the size of the model?",
+    background="The default reaches the fair AdamW’s loss with 84 % of its tokens in study "
+    "`table1`, and with 77 % in a longer run, on models of 1.3 million weights. Scetbon et al. "
+    "report gains at 60 million to 1.3 billion weights over an AdamW with one rate.",
+    settings={
+        "machine": Setting(_MACHINE, arms(machine_sizes(SIZES, _MACHINE), GRIDS)),
+        "paper": Setting(BENCHMARK[PAPER_SIZES[0]], arms(paper_sizes(PAPER_SIZES), PAPER_GRIDS)),
+    },
+    judge=judge,
+    charts=charts,
+    axis=Axis("hidden-weights", "hidden weights, N", log=True),
+)

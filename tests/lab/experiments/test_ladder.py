@@ -1,0 +1,135 @@
+"""The study `ladder`: its rules, its fits of known curves, and its verdict."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lab.experiments.synthetic_study import made_up
+from sinkgd.lab.experiments.studies import STUDIES
+from sinkgd.lab.experiments.studies.ladder import (
+    GRIDS,
+    PAPER_GRIDS,
+    TOKENS_PER_WEIGHT,
+    fit,
+    fit_of,
+    hidden_weights,
+    shares,
+    trend_of,
+)
+from sinkgd.lab.experiments.study import plan_of
+from sinkgd.lab.models.presets import preset_config
+from sinkgd.lab.report.figures import identify
+
+LADDER = STUDIES["ladder"]
+SIZES = ("nano-48", "nano-64", "nano-96", "nano")
+MATRIX_LR = "optimizer.matrix_lr"
+
+
+def of(arms, recipe):
+    return [arm for arm in arms if arm.recipe == recipe]
+
+
+def test_a_run_takes_twenty_tokens_a_hidden_weight_in_batches_of_the_square_root():
+    plan = plan_of(LADDER, "machine")
+    for arm, task in zip(plan.arms, plan.first_tasks(), strict=True):
+        config = plan.config(task)
+        weights = hidden_weights(arm.overrides["model.preset"])
+        assert arm.value == weights
+        tokens = config.training.steps * config.tokens_per_step
+        assert tokens == pytest.approx(TOKENS_PER_WEIGHT * weights, rel=0.01)
+        batch = 16 * (weights / plan.arms[0].value) ** 0.5
+        assert config.training.batch_size == pytest.approx(batch, abs=2)
+
+
+@pytest.mark.parametrize("scale", ["machine", "paper"])
+def test_rates_of_matrices_shrink_as_the_width_except_muons(scale):
+    plan, grids = plan_of(LADDER, scale), GRIDS if scale == "machine" else PAPER_GRIDS
+    for recipe in grids:
+        own = of(plan.arms, recipe)
+        assert [bool(arm.tuned) for arm in own] == [True, True, False, False]
+        assert own[0].tuned == own[1].tuned == grids[recipe]
+        width = preset_config(own[1].overrides["model.preset"]).hidden_size
+        for arm in own[2:]:
+            here = preset_config(arm.overrides["model.preset"]).hidden_size
+            expected = 1.0 if recipe == "muon" else width / here
+            assert arm.carried.arm == own[1].name
+            assert arm.carried.factors == {MATRIX_LR: expected}
+        assert own[2].carried.tried == (1.0,)
+        assert own[3].carried.tried == (0.5, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(("a", "b", "c"), [(2.0, 1.5, 0.3), (0.0, 5.0, 0.07), (1.0, 0.2, 1.1)])
+def test_the_fit_finds_the_curve_that_made_the_losses(a, b, c):
+    compute = np.array([1e12, 4e12, 2e13, 9e13])
+    losses = a + b * (compute / compute[0]) ** -c
+    ((found_a, found_b, found_c),) = fit(compute, losses[None])
+    assert found_c == pytest.approx(c, rel=0.02)
+    assert found_a + found_b == pytest.approx(a + b, abs=2e-3)
+    curve = found_a + found_b * (compute / compute[0]) ** -found_c
+    assert curve == pytest.approx(losses, abs=2e-3)
+
+
+def test_the_fit_keeps_the_limit_at_or_above_zero():
+    ((a, _, _),) = fit([1.0, 10.0, 100.0, 1000.0], np.array([[4.0, 3.0, 2.0, 1.0]]))
+    assert a == 0
+
+
+def results_of(gains):
+    """AdamW's losses fall with the size; SinkGD's are lower by the gain of each size."""
+    losses = {}
+    for place, (size, gain) in enumerate(zip(SIZES, gains, strict=True)):
+        base = 5.0 - 0.4 * place
+        losses[f"adamw-{size}"] = [base, base + 0.01]
+        losses[f"sinkgd-{size}"] = [base - gain, base + 0.01 - gain]
+    return made_up(LADDER, losses)
+
+
+def test_shares_of_tokens_come_from_the_curves_seed_by_seed():
+    # A run falls by 0.4 from half to three quarters of its tokens, and by 0.2 in the last quarter.
+    found = shares(results_of((0.2, 0.1, 0.4, 0.0)), "sinkgd")
+    by_size = [0.75, 0.875, 0.625, 1.0]
+    sizes = [hidden_weights(f"llama-{size}") for size in SIZES]
+    assert list(found) == sizes
+    for size, share in zip(sizes, by_size, strict=True):
+        assert found[size] == pytest.approx([share, share])
+
+
+def test_sizes_at_which_a_seed_does_not_arrive_are_left_out():
+    assert len(shares(results_of((0.2, -0.1, 0.4, 0.0)), "sinkgd")) == 3
+
+
+def test_the_trend_is_a_line_through_the_shares():
+    found = trend_of(results_of((0.1, 0.1, 0.1, 0.1)), "sinkgd")
+    assert found.doubling == pytest.approx(1.0)
+    assert found.far == pytest.approx(0.875)
+    assert found.doubling_low <= found.doubling <= found.doubling_high
+    falling = trend_of(results_of((0.0, 0.1, 0.2, 0.3)), "sinkgd")
+    assert falling.doubling_high < 1
+    assert falling.far < 0.5
+    assert trend_of(results_of((0.1, -1, -1, 0.1)), "sinkgd") is None
+
+
+@pytest.mark.parametrize(
+    ("gains", "words"),
+    [
+        ((0.0, 0.1, 0.2, 0.3), "falls as the model grows: 100 % at"),
+        ((0.3, 0.2, 0.1, 0.0), "rises as the model grows: 69 % at"),
+        ((0.1, 0.1, 0.1, 0.1), "does not change with the size: 88 % at"),
+        ((-1, -1, -1, -1), "did not reach adamw’s final loss at any finished size"),
+        ((0.1, -1, -1, -1), "88 % at 113k hidden weights; no trend yet"),
+    ],
+)
+def test_the_verdict_says_which_way_the_share_moves(gains, words):
+    results = results_of(gains)
+    verdict = LADDER.judge(results)
+    assert words in verdict.headline.replace("\N{NO-BREAK SPACE}", " ")
+    charts = LADDER.charts(results, identify(results.analysis(None)))
+    assert len(charts) == (0 if set(gains) == {-1} else 1)
+
+
+def test_an_exponent_needs_four_sizes():
+    results = results_of((0.1, 0.1, 0.1, 0.1))
+    assert fit_of(results, "adamw").c_low <= fit_of(results, "adamw").c
+    assert fit_of(replace(results, arms=results.arms[:6]), "adamw") is None
+    assert fit_of(results, "muon") is None
