@@ -1,12 +1,13 @@
 """Fine-tune a language model on instructions that have one right answer.
 
-The model is a run of ``sinkgd train``. An instruction names a task, such as to reverse some words,
-and gives three to five words; the loss counts the tokens of the answer alone. The result is the
-share of 256 new instructions that greedy decoding answers exactly, after warmup and a cosine, with
-clipping at 1. The record also has the loss on the model's first text, which says what it forgot.
+The model is a run of ``sinkgd train`` or a Hugging Face checkpoint; the corpus is that of its first
+training, as ``sinkgd prepare`` writes it. An instruction names a task, such as to reverse some
+words, and gives three to five words; the loss counts the tokens of the answer alone. The result is
+the share of 256 new instructions that greedy decoding answers exactly, after warmup and a cosine,
+with clipping at 1. The record also has the loss on the first text, which says what was forgotten.
 `tuned_runs` says how rates are chosen.
 
-    python benchmarks/tasks/instructions.py runs/gpt2-by-adamw RECORD.jsonl
+    python benchmarks/tasks/instructions.py runs/gpt2-by-adamw eltec-2048 RECORD.jsonl
 """
 
 import argparse
@@ -26,7 +27,7 @@ from tuned_runs import Job, Line, run_all
 
 from sinkgd.lab.data import TokenDataset
 from sinkgd.lab.data.tokenizer import Tokenizer
-from sinkgd.lab.models import build_model
+from sinkgd.lab.models import model_of
 from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.machine import describe_environment
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
@@ -130,15 +131,11 @@ def loss_on_text(model: nn.Module, corpus: Path) -> float:
     return float(loss_of(model, rows, rows))
 
 
-def run(weights: Path, job: Job) -> Line:
+def run(weights: Path, corpus: Path, job: Job) -> Line:
     """Fine-tune once, and return what was found."""
     torch.set_num_threads(1)
-    start = StartingWeights.find(weights)
-    corpus = Path(start.start.config["data"]["corpus"])
-    tokenizer = Tokenizer.from_file(corpus)
-    preset = start.start.config["model"]["preset"]
-    vocabulary = TokenDataset.open(corpus).manifest.vocab_size
-    model = build_model(preset, vocab_size=vocabulary, max_sequence_length=LENGTH)
+    start = StartingWeights.find(weights, LENGTH)
+    tokenizer, model = Tokenizer.from_file(corpus), model_of(start.sizes)
     start.load(model, World())
     options = {**ARMS[job.arm], "lr": job.rate}
     if job.arm in MATRIX_RATES:
@@ -180,10 +177,13 @@ def main() -> None:
     """Run what the record lacks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path)
+    parser.add_argument("corpus", type=Path)
     parser.add_argument("record", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    run_all(given.record, GRIDS, functools.partial(run, given.weights), score, given.jobs)
+    run_all(
+        given.record, GRIDS, functools.partial(run, given.weights, given.corpus), score, given.jobs
+    )
 
 
 if __name__ == "__main__":
