@@ -8,12 +8,14 @@ DEV := $(VENV)/.dev
 # that wait sleep, for the workers share the cores.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs kernels clean
 
 demo: $(LAB)
 	$(BIN)/sinkgd compare --training.steps 220 --out runs/demo
 
-test: $(DEV) lint docs
+# The first line takes two cores, too: mypy and the compiler of the loops have one thread each.
+test: $(DEV)
+	$(MAKE) --jobs 2 kernels lint docs
 	$(PYTEST)
 
 # What `make test` skips: whole trainings, killed and resumed, on several ranks, or compiled.
@@ -39,6 +41,10 @@ $(DEV): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@ $(LAB)
+
+# Compile the loops for the CPU, which takes a minute, or find them in the cache.
+kernels: $(DEV)
+	$(BIN)/python -c 'from sinkgd.kernels.cpu import launch; launch.compile_loops()'
 
 clean:
 	rm -rf $(VENV) build dist site runs

@@ -1,10 +1,12 @@
-"""What tests of pages share."""
+"""What tests of pages, and of plans, share."""
 
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from sinkgd.lab.plan import planner
 
 ARGUMENTS = (
     "--no-sandbox",
@@ -26,3 +28,13 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan two models beside the one that is asked for, instead of all sizes."""
+    monkeypatch.setattr(
+        planner.make_plan,
+        "__kwdefaults__",
+        planner.make_plan.__kwdefaults__ | {"ladder": ("llama-60m", "llama-3-8b")},
+    )

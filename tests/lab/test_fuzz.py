@@ -313,6 +313,7 @@ def test_a_place_that_cannot_be_written_is_refused(here, capfd, arguments, place
     ],
     ids=" ".join,
 )
+@pytest.mark.usefixtures("short_ladder")
 def test_every_terminal_shows_what_it_can(here, monkeypatch, arguments, encoding):
     (here / "recorded").mkdir()
     recorded = Path(__file__).parents[2] / "benchmarks" / "demo" / "2026-11-26"

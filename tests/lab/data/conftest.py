@@ -2,20 +2,24 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from sinkgd.lab.data import ShardWriter, TokenDataset, Tokenizer, prepared_corpus
 
 
 @pytest.fixture(scope="session")
 def sotu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded corpus, tokenized with a vocabulary of 8,192, in a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SINKGD_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """The embedded corpus, tokenized with a vocabulary of 8,192, in a cache of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache-of-sotu"
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{cache}.lock"):
+        patch.setenv("SINKGD_CACHE", str(cache))
         return prepared_corpus("sotu")
 
 

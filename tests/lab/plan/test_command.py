@@ -6,20 +6,12 @@ import pytest
 
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.plan import Plan
-from sinkgd.lab.plan import METHODS, planner
+from sinkgd.lab.plan import METHODS
 from sinkgd.lab.plan.planner import USUAL_METHODS
 from sinkgd.lab.train.config import MeshConfig
 
 QUICK = ["--sequence-length", "64"]
-
-
-@pytest.fixture(autouse=True)
-def short_ladder(monkeypatch):
-    monkeypatch.setattr(
-        planner.make_plan,
-        "__kwdefaults__",
-        planner.make_plan.__kwdefaults__ | {"ladder": ("llama-60m", "llama-3-8b")},
-    )
+pytestmark = pytest.mark.usefixtures("short_ladder")
 
 
 def test_json_is_one_object_with_the_published_figure(capsys):

@@ -33,9 +33,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def config(shards: Path) -> RunConfig:
-    """Twelve steps, an evaluation every 4, a checkpoint every 5."""
+def twelve_steps(shards: Path) -> RunConfig:
+    """Evaluate every 4 steps, and save every 5."""
     return RunConfig(
         data=DataConfig(corpus=str(shards)),
         training=TrainingConfig(
@@ -44,6 +43,12 @@ def config(shards: Path) -> RunConfig:
         evaluation=EvaluationConfig(every_steps=4, tokens=100),
         checkpoint=CheckpointConfig(every_steps=5),
     )
+
+
+@pytest.fixture
+def config(shards: Path) -> RunConfig:
+    """Twelve steps, an evaluation every 4, a checkpoint every 5."""
+    return twelve_steps(shards)
 
 
 @pytest.fixture(autouse=True)

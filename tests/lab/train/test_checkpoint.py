@@ -1,5 +1,6 @@
 """Checkpoints are exact, whole or absent, and a damaged one is told from a whole one."""
 
+import copy
 import errno
 import json
 import os
@@ -49,14 +50,21 @@ def train(state: TrainingState, steps: int) -> list[float]:
     return losses
 
 
-@pytest.fixture
-def saved(tmp_path) -> tuple[Path, TrainingState]:
-    """Checkpoints of steps 1 and 2."""
-    state = new_state()
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> tuple[Path, TrainingState]:
+    """What `saved` copies."""
+    folder, state = tmp_path_factory.mktemp("saved"), new_state()
     for _ in range(2):
         train(state, 1)
-        save_checkpoint(tmp_path, state.as_dict(), keep=2)
-    return tmp_path, state
+        save_checkpoint(folder, state.as_dict(), keep=2)
+    return folder, state
+
+
+@pytest.fixture
+def saved(two_steps, tmp_path) -> tuple[Path, TrainingState]:
+    """Checkpoints of steps 1 and 2, and the state after them."""
+    folder, state = two_steps
+    return shutil.copytree(folder, tmp_path, dirs_exist_ok=True), copy.deepcopy(state)
 
 
 @pytest.mark.parametrize("recipe", KINDS)

@@ -38,14 +38,20 @@ def make_shards(texts: Path, out: Path, *, vocab_size: int = VOCAB_SIZE, fractio
     prepare(corpus, out, train_tokenizer(corpus, vocab_size))
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `here` copies."""
+    folder = tmp_path_factory.mktemp("prepared")
+    make_shards(write_texts(folder / "texts"), folder / "shards")
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the texts ``texts`` and the shards ``shards``."""
     monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "here"
-    folder.mkdir()
+    folder = shutil.copytree(prepared, tmp_path / "here")
     monkeypatch.chdir(folder)
-    make_shards(write_texts(folder / "texts"), folder / "shards")
     return folder
 
 
@@ -266,19 +272,24 @@ def test_the_hash_of_the_data_is_of_its_content(here):
         assert replace(first, **{field: value}).content_sha256 != first.content_sha256
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_equal_to_itself_and_to_no_other(here, recipe):
-    def content(name: str, **options: float) -> dict[str, object]:
-        model = build_model("llama-nano", vocab_size=64, max_sequence_length=16)
-        taken = resolve_optimizer(OptimizerConfig(recipe=name, **options))
-        manifest = Manifest.read(here / "shards")
-        return identity.content_of(manifest, model, build_optimizer(model, taken))
+def content(shards: Path, recipe: str, **options: float) -> dict[str, object]:
+    model = build_model("llama-nano", vocab_size=64, max_sequence_length=16)
+    taken = resolve_optimizer(OptimizerConfig(recipe=recipe, **options))
+    return identity.content_of(Manifest.read(shards), model, build_optimizer(model, taken))
 
-    first = content(recipe)
-    assert content(recipe) == first
+
+@pytest.fixture(scope="module")
+def contents(shards):
+    return {recipe: content(shards, recipe) for recipe in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_equal_to_itself_and_to_no_other(shards, contents, recipe):
+    first = content(shards, recipe)
+    assert contents[recipe] == first
     assert json.loads(json.dumps(first)) == first
-    assert content(recipe, lr=0.123)["optimizer"] != first["optimizer"]
-    alike = {name for name in RECIPES if content(name) == first}
+    assert content(shards, recipe, lr=0.123)["optimizer"] != first["optimizer"]
+    alike = {name for name in RECIPES if contents[name] == first}
     # Fira's and GaLore's groups are alike; the names of the recipes tell them apart.
     assert alike <= ({"galore", "fira"} if recipe in ("galore", "fira") else {recipe})
 

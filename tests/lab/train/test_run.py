@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lab.train.conftest import twelve_steps
 from sinkgd.lab.data import Batches, DataError, TokenDataset
 from sinkgd.lab.models import ModelError, build_model
 from sinkgd.lab.results import Run
@@ -52,16 +53,22 @@ def change(config: RunConfig, table: str, **values: object) -> RunConfig:
     return replace(config, **{table: replace(getattr(config, table), **values)})
 
 
-def test_the_results_are_written_in_order(config, tmp_path):
-    assert train(config, tmp_path) == Outcome(12)
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed; only to be read."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(twelve_steps(shards), folder) == Outcome(12)
+    return folder
+
+
+def test_the_results_are_written_in_order(whole):
     step, evaluation = ["step"], ["evaluation"]
     expected = ["start", *3 * (4 * step + evaluation), "end"]
-    assert kinds(tmp_path) == expected
+    assert kinds(whole) == expected
 
 
-def test_the_records_agree_with_each_other_and_the_model_learns(config, tmp_path):
-    train(config, tmp_path)
-    result = Run.read(tmp_path / "run.jsonl")
+def test_the_records_agree_with_each_other_and_the_model_learns(whole):
+    result = Run.read(whole / "run.jsonl")
     assert result.finished
     assert [s.step for s in result.steps] == list(range(1, 13))
     assert [s.tokens for s in result.steps] == [64 * i for i in range(1, 13)]
@@ -120,26 +127,22 @@ def test_the_start_says_what_the_run_is(config, tmp_path):
     assert start.environment["threads"] == 1
 
 
-def test_the_resolved_configuration_is_saved(config, tmp_path):
+def test_the_resolved_configuration_is_saved(config, whole):
+    assert load_config(whole / "config.toml", RunConfig) == resolve(config)
+
+
+def test_the_same_seed_gives_the_same_bits(config, whole, tmp_path):
     train(config, tmp_path)
-    assert load_config(tmp_path / "config.toml", RunConfig) == resolve(config)
+    assert curve(tmp_path) == curve(whole)
 
 
-def test_the_same_seed_gives_the_same_bits(config, tmp_path):
-    for name in ("a", "b"):
-        train(config, tmp_path / name)
-    assert curve(tmp_path / "a") == curve(tmp_path / "b")
-
-
-def test_another_seed_gives_another_curve(config, tmp_path):
-    train(config, tmp_path / "a")
-    train(change(config, "training", seed=1), tmp_path / "b")
-    assert curve(tmp_path / "a") != curve(tmp_path / "b")
+def test_another_seed_gives_another_curve(config, whole, tmp_path):
+    train(change(config, "training", seed=1), tmp_path)
+    assert curve(tmp_path) != curve(whole)
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, step):
-    train(config, tmp_path / "whole")
+def test_a_stopped_run_goes_on_bit_for_bit(config, whole, tmp_path, step):
     said: list[str] = []
     with stopping_at(step):
         outcome = train(config, tmp_path / "stopped", echo=said.append)
@@ -148,7 +151,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, step):
     assert f"--out {tmp_path / 'stopped'}" in said[-1]
     assert Run.read(tmp_path / "stopped" / "run.jsonl").end.status == "interrupted"
     assert train(config, tmp_path / "stopped") == Outcome(12)
-    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    assert curve(tmp_path / "stopped") == curve(whole)
     assert Run.read(tmp_path / "stopped" / "run.jsonl").finished
 
 
@@ -202,8 +205,7 @@ def test_never_refuses_a_finished_run(config, tmp_path):
         train(config, tmp_path, resume="never")
 
 
-def test_a_run_without_a_checkpoint_begins_again(config, tmp_path):
-    train(config, tmp_path / "whole")
+def test_a_run_without_a_checkpoint_begins_again(config, whole, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", fail)
         with pytest.raises(CheckpointError):
@@ -212,15 +214,14 @@ def test_a_run_without_a_checkpoint_begins_again(config, tmp_path):
     said: list[str] = []
     train(config, tmp_path / "failed", echo=said.append)
     assert "holds no checkpoint yet; beginning again from the first step" in said[0]
-    assert curve(tmp_path / "failed") == curve(tmp_path / "whole")
+    assert curve(tmp_path / "failed") == curve(whole)
 
 
 def fail(*_: object, **__: object) -> None:
     raise CheckpointError("no room")
 
 
-def test_a_damaged_last_checkpoint_falls_back_and_says_so(config, tmp_path):
-    train(config, tmp_path / "whole")
+def test_a_damaged_last_checkpoint_falls_back_and_says_so(config, whole, tmp_path):
     with stopping_at(7):
         train(config, tmp_path / "stopped")
     damaged = tmp_path / "stopped" / "checkpoints" / "step-00000007" / "__0_0.distcp"
@@ -229,7 +230,7 @@ def test_a_damaged_last_checkpoint_falls_back_and_says_so(config, tmp_path):
     train(config, tmp_path / "stopped", echo=said.append)
     assert f"warning: {damaged} is damaged" in said[0]
     assert "step-00000005, step 5 of 12" in said[1]
-    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    assert curve(tmp_path / "stopped") == curve(whole)
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_end_loses_nothing(config, tmp_path):
@@ -329,11 +330,10 @@ def test_a_text_that_is_shorter_than_asked_is_said(config, steps, tokens):
 
 
 def test_after_a_change_of_vocabulary_the_loss_jumps_and_until_then_nothing_differs(
-    config, tmp_path
+    config, whole, tmp_path
 ):
-    train(config, tmp_path / "plain")
-    train(change(config, "data", shift_at_step=8), tmp_path / "shifted")
-    plain, shifted = (Run.read(tmp_path / name / "run.jsonl") for name in ("plain", "shifted"))
+    train(change(config, "data", shift_at_step=8), tmp_path)
+    plain, shifted = (Run.read(path / "run.jsonl") for path in (whole, tmp_path))
     losses = [[step.loss for step in result.steps] for result in (plain, shifted)]
     assert losses[0][:8] == losses[1][:8]
     assert losses[1][8] > losses[0][8] + 0.05

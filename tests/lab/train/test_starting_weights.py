@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.train.conftest import twelve_steps
 from lab.train.test_run import change, curve
 from sinkgd.lab.data import load_tokenizer, open_corpus, prepare, train_tokenizer
 from sinkgd.lab.models.lora import base_name
@@ -29,11 +30,18 @@ def other_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `first` copies."""
+    folder = tmp_path_factory.mktemp("finished") / "first"
+    train(twelve_steps(shards), folder)
+    return folder
+
+
 @pytest.fixture
-def first(config: RunConfig, tmp_path: Path) -> Path:
+def first(finished: Path, tmp_path: Path) -> Path:
     """A finished run."""
-    train(config, tmp_path / "first")
-    return tmp_path / "first"
+    return shutil.copytree(finished, tmp_path / "first")
 
 
 def tuned(config: RunConfig, first: Path, text: Path, **model: object) -> RunConfig:
