@@ -117,7 +117,7 @@ def whole():
 
 
 def test_the_table_is_complete():
-    assert (len(OPTIONS), len(PAIRS)) == (16, 116)
+    assert (len(OPTIONS), len(PAIRS)) == (17, 132)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -18,13 +18,13 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from sinkgd.kernels.backend import (
+    Cautious,
     CorrectedScales,
     Descent,
     Keep,
     Matrices,
     Scales,
     Stack,
-    factor_of,
     finite_of,
     of_each,
 )
@@ -90,8 +90,8 @@ class CpuBackend(EagerBackend):
         keys: Sequence[Tensor] | None = None,
     ) -> None:
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
-        factor, is_cautious = factor_of(keep)
-        table = GradientTable(float(factor), float(step))
+        is_cautious = isinstance(keep, Cautious)
+        table = GradientTable(_number(keep), float(step))
         read: list[Tensor] = []  # keeps copies alive until the loops are done
         written: list[Tensor] = []
         others: list[int] = []
@@ -155,7 +155,7 @@ class CpuBackend(EagerBackend):
         forbidden = overflow is not None and bool(overflow)
         may_update = {own.start for own in ranges if len(own) == 1 and not forbidden}
         solver = _Solver(grads, starts)
-        factor, is_cautious = factor_of(keep)
+        is_cautious = isinstance(keep, Cautious)
         targets: dict[int, Target] = {}
         for i, source in enumerate(solver.inputs):
             layout = writable(params[i]) if source is not None and i in may_update else None
@@ -163,7 +163,7 @@ class CpuBackend(EagerBackend):
                 key = None if keys is None else int(keys[i])
                 target = Target(params[i].data_ptr(), layout, key=key, is_cautious=is_cautious)
                 targets[i] = target
-        factors = float(factor), float(step)
+        factors = _number(keep), float(step)
         failed = solver.run(num_iters, tol, targets=targets, factors=factors)
         increment_version([params[i] for i in targets])
         if not failed and len(targets) == len(params):
@@ -218,6 +218,11 @@ def _are_usual(scales: Scales | CorrectedScales, flag: Tensor | None) -> bool:
     return all(x.dtype == torch.float32 and x.is_contiguous() for x in scales[:2]) and (
         flag is None or (flag.dtype == torch.bool and flag.is_cpu)
     )
+
+
+def _number(keep: Keep) -> float:
+    """Return the factor of a parameter as the loops take it."""
+    return float(keep.keep if isinstance(keep, Cautious) else keep)
 
 
 def _match(param: MatrixLayout, grad: MatrixLayout) -> bool:
