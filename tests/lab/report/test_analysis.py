@@ -18,6 +18,7 @@ from sinkgd.lab.report import (
     first_reach,
     read_runs,
 )
+from sinkgd.lab.report.analysis import preset_of
 
 
 def test_reach_is_linear_between_two_evaluations():
@@ -215,3 +216,16 @@ def test_steps_that_took_no_time_have_no_speed(tmp_path, seconds):
     (recipe,) = analyze([run], None).recipes
     assert recipe.tokens_per_second is None
     assert recipe.optimizer_share is None
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"preset": "llama-60m", "weights": "runs/llama-1b"}, "llama-60m"),
+        ({"weights": "checkpoints/llama-1b"}, "the model in llama-1b"),
+        ({}, "an unnamed model"),
+    ],
+)
+def test_a_model_is_named_by_its_preset_or_by_the_folder_of_its_weights(tmp_path, model, name):
+    run = write_run(tmp_path / "run", "adamw", {1: 4.0})
+    assert preset_of(replace(run, start=replace(run.start, config={"model": model}))) == name

@@ -183,10 +183,10 @@ def test_a_finished_run_does_not_miss_its_text(config, here):
 @pytest.mark.parametrize("size", ["norm_eps", "rope_theta", "initializer_std"])
 def test_another_model_under_the_name_of_the_preset_is_refused(config, here, monkeypatch, size):
     config = stopped(with_corpus(config, "shards"), here / "run")
-    preset = PRESETS[config.model.preset]
+    preset = PRESETS["llama-nano"]
     changed = replace(preset, **{size: 2 * getattr(preset, size)})
     presets = "sinkgd.lab.models.presets.PRESETS"
-    monkeypatch.setattr(presets, {**PRESETS, config.model.preset: changed})
+    monkeypatch.setattr(presets, {**PRESETS, "llama-nano": changed})
     with pytest.raises(ConfigError, match=f"another model under the same name: {size} was"):
         train(config, here / "run")
 

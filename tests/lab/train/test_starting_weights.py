@@ -1,5 +1,6 @@
 """A run that begins with another run's weights: what it takes over, and what it refuses."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_what_holds_no_finished_run_is_refused(config, first, other_shards):
         train(tuned(config, empty, other_shards), first.parent / "second")
     shutil.rmtree(first / "checkpoints")
     with pytest.raises(ConfigError, match="lacks the checkpoint of its last step: there is none"):
+        train(tuned(config, first, other_shards), first.parent / "second")
+
+
+@pytest.mark.parametrize("model", [None, {"kind": "Odd"}, {"kind": "LlamaConfig", "width": 3}])
+def test_a_run_with_a_damaged_record_of_its_model_is_refused(config, first, other_shards, model):
+    path = first / "run.jsonl"
+    begin, *others = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    record = json.loads(begin)
+    record["inputs"]["model"] = model
+    path.write_text(json.dumps(record) + "\n" + "".join(others), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"the run 'first' records (None instead of|a model of)"):
         train(tuned(config, first, other_shards), first.parent / "second")
 
 

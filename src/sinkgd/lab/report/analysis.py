@@ -207,10 +207,10 @@ class Analysis:
 
 
 def preset_of(run: Run) -> str:
-    """Return the preset of a run's model, or the name of the folder that the model is from."""
+    """Return the preset of a run's model, or the folder of the weights that it begins with."""
     model = run.start.config.get("model", {})
     if "preset" not in model and model.get("weights"):
-        return Path(str(model["weights"])).name
+        return f"the model in {Path(str(model['weights'])).name}"
     return str(model.get("preset", "an unnamed model"))
 
 
