@@ -368,7 +368,7 @@ def test_the_table_of_fine_tuning_is_the_study():
         "lora-sinkgd": "LoRA of rank 8, SinkGD on the factors",
         "lora-adamw": "LoRA of rank 8, AdamW",
     }
-    table = table_after("docs/from-adamw.md", "| | rate | speeches | novels")
+    table = table_after("docs/from-adamw.md", "| | rate, for SinkGD `adamw_lr` | speeches | novels")
     assert [*table][1:] == [rows[one.arm.name] for one in results.ranked]
     for one in results.arms:
         ends = [result.run.evaluations[-1].other_val_loss for result in one.seeds]

@@ -199,7 +199,7 @@ def test_an_optimizer_can_be_handed_over_too(tmp_path):
 
 
 UNKNOWN = {
-    "learning_rate": ("0.1", "'learning_rate'; did you mean 'lr'?"),
+    "learning_rate": ("0.1", "To fine-tune, give AdamW's rate as adamw_lr, or pass"),
     "deflate_rank": ("3", "'deflate_rank'; did you mean 'deflated_rank'?"),
     "optim_args": (
         "deflated_rank=3, betas=(0.9, 0.95)",

@@ -220,6 +220,11 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
             "SinkGDFactory has no argument 'optim_args'; give each argument by its own name: "
             f"optimizer_cls_and_kwargs=(SinkGDFactory, {pairs or {'lr': 0.02}})"
         )
+    if "learning_rate" in kwargs:
+        raise TypeError(
+            "SinkGDFactory has no argument 'learning_rate'. To fine-tune, give AdamW's rate as "
+            "adamw_lr, or pass training_args; to train from scratch, give lr"
+        )
     known = ("eps", *_ROUTING, *_SINKGD)
     for name in kwargs:
         if name not in known:

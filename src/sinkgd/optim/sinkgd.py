@@ -67,8 +67,8 @@ class SinkGD(GroupedOptimizer):
             relative to its previous value; at most ``sinkhorn_iterations`` are run. This changes
             the update by about ``tol``, relative to its size. None never stops early.
         rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
-            down at random, so that small updates count in the mean). AdamW groups round as torch
-            does.
+            down at random, so that small updates count in the mean), as are the
+            moments of AdamW's groups.
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
