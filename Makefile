@@ -8,7 +8,12 @@ DEV := $(VENV)/.dev
 # that wait sleep, for the workers share the cores.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow lint docs clean
+# An environment for each trainer whose pins do not go with those of the others.
+PINS := tests/integrations/pins
+PLUGINS := $(patsubst $(PINS)/%.txt,%,$(wildcard $(PINS)/*.txt))
+
+.PHONY: demo test test-slow test-plugins lint docs clean
+.PRECIOUS: .venv-plugins/%/.ready
 
 demo: $(LAB)
 	$(BIN)/sinkgd compare --training.steps 220 --out runs/demo
@@ -19,6 +24,12 @@ test: $(DEV) lint docs
 # What `make test` skips: whole trainings, killed and resumed, on several ranks, or compiled.
 test-slow: $(DEV)
 	$(PYTEST) -m slow
+
+# `make test` skips these files, too. Here a file that skips fails, for pytest then ends with status 5.
+test-plugins: $(PLUGINS:%=test-plugin-%)
+
+test-plugin-%: .venv-plugins/%/.ready
+	.venv-plugins/$*/bin/python -m pytest --timeout 1800 tests/integrations/test_$*.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -40,5 +51,16 @@ $(DEV): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@ $(LAB)
 
+# The pins name everything that a test imports: with the dependencies of some trainers, pip would
+# replace torch.
+.venv-plugins/%/.ready: $(PINS)/%.txt pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,trainers]' \
+		pytest pytest-timeout triton
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
+.venv-plugins/megatron_core/.ready: PYTHON = python3.12
+
 clean:
-	rm -rf $(VENV) build dist site runs
+	rm -rf $(VENV) .venv-plugins build dist site runs
