@@ -1,7 +1,7 @@
 """Megatron's own functions build SinkGD for a tiny model beside its Adam, and schedule it.
 
-`make test-plugin-megatron_core` runs it, with the versions in pins/megatron_core.txt. It
-needs Python 3.12, for which Megatron's releases have a table of optimizers.
+`make test-plugin-megatron_core` runs it, with the versions in pins/megatron_core.txt.
+Megatron asks for Python 3.12 or newer; the functions that the test calls also run with 3.11.
 
 Megatron asks for the package emerging-optimizers, which SinkGD does not use: the test passes over
 that check, and makes Megatron's scalars on the CPU. bfloat16, several ranks and ``pretrain`` were
