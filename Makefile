@@ -8,7 +8,12 @@ DEV := $(VENV)/.dev
 # that wait sleep, for the workers share the cores.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow lint docs kernels clean
+# An environment for each trainer whose pins do not go with those of the others.
+PINS := tests/integrations/pins
+PLUGINS := $(patsubst $(PINS)/%.txt,%,$(wildcard $(PINS)/*.txt))
+
+.PHONY: demo test test-slow test-plugins lint docs kernels clean
+.PRECIOUS: .venv-plugins/%/.ready
 
 demo: $(LAB)
 	$(BIN)/sinkgd compare --training.steps 220 --out runs/demo
@@ -21,6 +26,12 @@ test: $(DEV)
 # What `make test` skips: whole trainings, killed and resumed, on several ranks, or compiled.
 test-slow: $(DEV)
 	$(PYTEST) -m slow
+
+# `make test` skips these files, too. Here a file that skips fails, for pytest then ends with status 5.
+test-plugins: $(PLUGINS:%=test-plugin-%)
+
+test-plugin-%: .venv-plugins/%/.ready
+	.venv-plugins/$*/bin/python -m pytest --timeout 1800 tests/integrations/test_$*.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -46,5 +57,17 @@ $(DEV): pyproject.toml constraints.txt
 kernels: $(DEV)
 	$(BIN)/python -c 'from sinkgd.kernels.cpu import launch; launch.compile_loops()'
 
+# The pins name everything that a test imports: with the dependencies of some trainers, pip would
+# replace torch.
+.venv-plugins/%/.ready: $(PINS)/%.txt pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,trainers]' \
+		pytest pytest-timeout triton
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
+# Megatron asks for Python 3.12; what the test runs also works with 3.11.
+.venv-plugins/megatron_core/.ready: export PIP_IGNORE_REQUIRES_PYTHON = 1
+
 clean:
-	rm -rf $(VENV) build dist site runs
+	rm -rf $(VENV) .venv-plugins build dist site runs

@@ -110,7 +110,7 @@ def test_every_python_block_runs_by_itself(block):
             pytest.importorskip(module, reason="pip install '.[trainers]'")
     for module in ("llamafactory", "torchtitan"):
         if f"from {module}" in block:
-            reason = f"the head of tests/integrations says how to install {module}"
+            reason = f"tests/integrations/pins has the versions of {module} that work"
             pytest.importorskip(module, reason=reason, exc_type=ImportError)
     exec(compile(block, "block", "exec"), {"__name__": "__main__"})
 

@@ -1,9 +1,6 @@
 """axolotl reads a configuration with the plugin, trains a tiny LLaMA, saves and resumes it.
 
-It passed with axolotl 0.19.0, trl 1.9.0 and transformers 5.23.0 (axolotl pins 5.16.1). To run it,
-in an environment of its own:
-
-    pip install axolotl==0.19.0 && pytest tests/integrations/test_axolotl.py
+`make test-plugin-axolotl` runs it, with the versions in pins/axolotl.txt.
 """
 
 import importlib.util
@@ -19,7 +16,7 @@ import torch
 from tiny_llama import save_texts, save_tiny_llama
 
 if importlib.util.find_spec("axolotl") is None:
-    pytest.skip("pip install axolotl==0.19.0", allow_module_level=True)
+    pytest.skip("`make test-plugin-axolotl` runs it", allow_module_level=True)
 
 
 @pytest.fixture

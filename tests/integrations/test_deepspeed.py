@@ -1,10 +1,6 @@
 """DeepSpeed's engine trains with SinkGD without ZeRO, and SinkGD refuses ZeRO by name.
 
-It passed with deepspeed 0.19.8 on a CPU. To run it, in a copy of the environment:
-
-    DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8 && \\
-        pytest tests/integrations/test_deepspeed.py
-
+`make test-plugin-deepspeed` runs it, with the versions in pins/deepspeed.txt.
 The first run compiles DeepSpeed's communication for CPUs, which takes two minutes.
 """
 
@@ -14,7 +10,9 @@ from torch import nn
 
 import sinkgd
 
-pytest.importorskip("deepspeed", reason="pip install deepspeed==0.19.8", exc_type=ImportError)
+pytest.importorskip(
+    "deepspeed", reason="`make test-plugin-deepspeed` runs it", exc_type=ImportError
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and of what it imports
 

@@ -1,9 +1,6 @@
 """LLaMA-Factory's new trainer takes SinkGD from its table of plugins, trains, saves and resumes.
 
-It passed with llamafactory 0.9.5 and transformers 5.23.0 (LLaMA-Factory asks for at most 5.6). To
-run it, in an environment of its own:
-
-    pip install llamafactory==0.9.5 && pytest tests/integrations/test_llama_factory.py
+`make test-plugin-llama_factory` runs it, with the versions in pins/llama_factory.txt.
 """
 
 import json
@@ -15,7 +12,9 @@ import torch
 from sinkgd.integrations.transformers import SinkGDFactory
 from tiny_llama import save_tiny_llama
 
-pytest.importorskip("llamafactory", reason="pip install llamafactory==0.9.5", exc_type=ImportError)
+pytest.importorskip(
+    "llamafactory", reason="`make test-plugin-llama_factory` runs it", exc_type=ImportError
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of LLaMA-Factory and of what it imports
 

@@ -1,11 +1,7 @@
 """Megatron's own functions build SinkGD for a tiny model beside its Adam, and schedule it.
 
-It passed with the source of megatron-core 0.20.0 (commit d98e8a6 of NVIDIA/Megatron-LM) on one CPU.
-Release 0.16.1, the newest for Python 3.11, has no table of optimizers, and the test skips. To run
-it with Python 3.12 or newer, in an environment of its own:
-
-    pip install --no-deps git+https://github.com/NVIDIA/Megatron-LM@d98e8a6 && \\
-        pytest tests/integrations/test_megatron_core.py
+`make test-plugin-megatron_core` runs it, with the versions in pins/megatron_core.txt.
+Megatron asks for Python 3.12 or newer; the functions that the test calls also run with 3.11.
 
 Megatron asks for the package emerging-optimizers, which SinkGD does not use: the test passes over
 that check, and makes Megatron's scalars on the CPU. bfloat16, several ranks and ``pretrain`` were
@@ -23,7 +19,7 @@ import sinkgd
 
 pytest.importorskip(
     "megatron.core.optimizer.emerging_optimizers",
-    reason="needs megatron-core with emerging_optimizers.py, see this file",
+    reason="`make test-plugin-megatron_core` runs it",
     exc_type=ImportError,
 )
 

@@ -1,9 +1,6 @@
 """ms-swift fine-tunes a tiny LLaMA with the plugin, saves and resumes it.
 
-It passed with ms-swift 4.6.0, trl 1.9.0 and transformers 5.23.0 (ms-swift asks for trl below 1.0
-and transformers below 5.20). To run it, in an environment of its own:
-
-    pip install ms-swift==4.6.0 && pytest tests/integrations/test_ms_swift.py
+`make test-plugin-ms_swift` runs it, with the versions in pins/ms_swift.txt.
 """
 
 import json
@@ -14,7 +11,7 @@ import torch
 
 from tiny_llama import save_texts, save_tiny_llama
 
-pytest.importorskip("swift", reason="pip install ms-swift==4.6.0", exc_type=ImportError)
+pytest.importorskip("swift", reason="`make test-plugin-ms_swift` runs it", exc_type=ImportError)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of ms-swift and of what it imports
 

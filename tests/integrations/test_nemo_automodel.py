@@ -1,8 +1,6 @@
 """NeMo Automodel reads the optimizer from a recipe's YAML, schedules, saves and loads it.
 
-It passed with nemo-automodel 0.7.0. To run it, in a copy of the environment:
-
-    pip install --no-deps nemo-automodel==0.7.0 && pytest tests/integrations/test_nemo_automodel.py
+`make test-plugin-nemo_automodel` runs it, with the versions in pins/nemo_automodel.txt.
 
 Whole recipes were not run: they need a GPU.
 """
@@ -18,7 +16,7 @@ from tiny_llama import save_tiny_llama
 
 pytest.importorskip(
     "nemo_automodel",
-    reason="pip install --no-deps nemo-automodel==0.7.0",
+    reason="`make test-plugin-nemo_automodel` runs it",
     exc_type=ImportError,
 )
 

@@ -1,9 +1,6 @@
 """torchtitan's configuration builds SinkGD for its own LLaMA, schedules and saves it.
 
-It passed with torchtitan 0.3.0. To run it, in a copy of the environment:
-
-    pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 torchao torchdata \\
-        torch_checkpointing einops && pytest tests/integrations/test_torchtitan.py
+`make test-plugin-torchtitan` runs it, with the versions in pins/torchtitan.txt.
 
 torchtitan's ``Trainer`` was not run: its attention and its data need a GPU and a download.
 """
@@ -14,9 +11,9 @@ from torch.distributed import checkpoint
 
 import sinkgd
 
-pytest.importorskip(
-    "torchtitan",
-    reason="pip install --no-deps torchtitan==0.3.0, see this file",
+registry = pytest.importorskip(
+    "torchtitan.models.llama3.config_registry",
+    reason="`make test-plugin-torchtitan` runs it",
     exc_type=ImportError,
 )
 
@@ -29,12 +26,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def registry():
-    return pytest.importorskip("torchtitan.models.llama3.config_registry", exc_type=ImportError)
-
-
-def build(registry, options):
+def build(options):
     """Build the model, the optimizer and the scheduler, as torchtitan's ``Trainer`` does."""
     from sinkgd.integrations.torchtitan import SinkGDContainer
 
@@ -69,8 +61,8 @@ def are_equal(model, expected):
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
 
 
-def test_the_blocks_matrices_train_with_sinkgd_and_all_else_with_adamw(registry):
-    model, container, scheduler = build(registry, {"lr": 0.04})
+def test_the_blocks_matrices_train_with_sinkgd_and_all_else_with_adamw():
+    model, container, scheduler = build({"lr": 0.04})
     (optimizer,) = container
     assert isinstance(optimizer, sinkgd.SinkGD)
     for group in optimizer.param_groups:
@@ -89,8 +81,8 @@ def test_the_blocks_matrices_train_with_sinkgd_and_all_else_with_adamw(registry)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_checkpoint_continues_and_saving_changes_nothing(registry, recipe, tmp_path):
-    model, container, scheduler = build(registry, RECIPES[recipe])
+def test_a_checkpoint_continues_and_saving_changes_nothing(recipe, tmp_path):
+    model, container, scheduler = build(RECIPES[recipe])
     before = copy_of(model)
     container.state_dict()
     assert are_equal(model, before)
@@ -105,7 +97,7 @@ def test_a_checkpoint_continues_and_saving_changes_nothing(registry, recipe, tmp
     train(model, container, scheduler, range(3, 5))
     expected = copy_of(model)
 
-    model, container, scheduler = build(registry, RECIPES[recipe])
+    model, container, scheduler = build(RECIPES[recipe])
     own = {"model": model.state_dict(), "optimizer": container, "scheduler": scheduler}
     checkpoint.load(own, checkpoint_id=tmp_path, no_dist=True)
     model.load_state_dict(own["model"])  # its state dict has copies of fused weights
@@ -114,15 +106,15 @@ def test_a_checkpoint_continues_and_saving_changes_nothing(registry, recipe, tmp
     assert are_equal(model, expected)
 
 
-def test_saving_makes_no_gradients(registry, monkeypatch):
+def test_saving_makes_no_gradients(monkeypatch):
     """torchtitan would step along zero gradients, as large as the weights, at every save."""
-    _, container, _ = build(registry, RECIPES["stateless"])
+    _, container, _ = build(RECIPES["stateless"])
     for optimizer in container:
         monkeypatch.setattr(optimizer, "step", lambda **_: pytest.fail("a step was taken"))
     container.load_state_dict(container.state_dict())
 
 
-def test_patterns_of_torchtitan_are_refused(registry):
+def test_patterns_of_torchtitan_are_refused():
     from torchtitan.components.optimizer import ParamGroupConfig
 
     from sinkgd.integrations.torchtitan import SinkGDContainer

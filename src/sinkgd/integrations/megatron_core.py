@@ -19,7 +19,7 @@ try:
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.utils import get_pg_size
 except ImportError as error:
-    source = "git+https://github.com/NVIDIA/Megatron-LM"  # release 0.16.1 has no such table
+    source = "megatron-core==0.19.2"  # 0.16.1, the newest for Python 3.11, has no such table
     raise missing(__name__, "megatron-core", error, source) from error
 
 # Keys that Megatron's groups have for its scheduler and its checkpoints, or may have.
