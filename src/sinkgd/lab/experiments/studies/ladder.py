@@ -160,8 +160,8 @@ def fit(compute: Sequence[float], losses: NDArray[np.float64]) -> NDArray[np.flo
         a is at least 0, and c is the best of 400 values between 0.01 and 2.
     """
     x = np.asarray(compute) / compute[0]
-    best = np.full(len(losses), np.inf)
-    found = np.zeros((len(losses), 3))
+    best = np.full(len(losses), np.inf, dtype=np.float64)
+    found = np.zeros((len(losses), 3), dtype=np.float64)
     for c in np.geomspace(0.01, 2, 400):
         powers = x**-c
         spread = powers - powers.mean()
