@@ -28,6 +28,7 @@ SPILLS = {
     ("sm", "full_iteration", 6144, "0"): 104,  # 5,461 columns of a transposed matrix
     ("sm", "matmul", 64, None): 2,  # 5,461 columns, on sm_100
     ("gf", "full_iteration", 2048, "2"): 18,  # one of the rarer steps
+    ("gf", "cautious finish", 6144, "0"): 8,  # it compares two signs for each entry of the panel
 }
 # Entries of llama-1b in bfloat16 and five iterations on sm_90, by the columns of the matrix.
 MOST_INSTRUCTIONS = {2048: 80, 5461: 110}
@@ -54,7 +55,9 @@ def spills_beyond_those_known(variants):
 
 
 def kind(variant):
-    return variant.target[:2], variant.kernel, variant.columns, constant(variant, "U_FROM")
+    is_cautious = constant(variant, "CAUTIOUS") == "True"
+    kernel = f"cautious {variant.kernel}" if is_cautious else variant.kernel
+    return variant.target[:2], kernel, variant.columns, constant(variant, "U_FROM")
 
 
 def constant(variant, name):
