@@ -17,23 +17,19 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tuned_runs import Job, Line, run_all
+from tuned_runs import ARMS, Job, Line, optimizer_of, run_all
 
 from sinkgd.lab.data import TokenDataset
 from sinkgd.lab.data.tokenizer import Tokenizer
 from sinkgd.lab.models import model_of
-from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.machine import describe_environment
-from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 from sinkgd.lab.train.starting_weights import StartingWeights
 from sinkgd.lab.train.world import World
-from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
 
 LENGTH = 128  # tokens that the model was trained with
 STEPS, WARMUP, BATCH = 200, 10, 32
@@ -42,17 +38,6 @@ IGNORED = -100  # by the loss
 NUMBERS = ("three", "four", "five")
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # that AdamW gets, or would get
-_ADAMW: Mapping[str, Any] = {"recipe": "adamw-one-lr", "beta1": 0.9, "beta2": 0.999}
-_OURS: Mapping[str, Any] = {"recipe": "sinkgd-finetune"}
-ARMS: Mapping[str, Mapping[str, Any]] = {
-    "adamw": _ADAMW,
-    "sinkgd": _OURS,
-    "sinkgd-plain": {**_OURS, "deflated_rank": 0},
-    "rows-only": {"recipe": "rows-only", "beta1": 0.9, "beta2": 0.999},
-    "muon": {"recipe": "muon", "beta1": 0.9, "beta2": 0.999},
-    "sgd": {"recipe": "sgd"},
-}
-MATRIX_RATES: Mapping[str, float] = {"rows-only": ADAMW_UPDATE_SIZE, "muon": 1.0}  # times the rate
 GRIDS: Mapping[str, Sequence[float]] = dict.fromkeys(ARMS, RATES) | {
     "sgd": (0.025, 0.05, 0.1, 0.2, 0.4),
 }
@@ -137,10 +122,7 @@ def run(weights: Path, corpus: Path, job: Job) -> Line:
     start = StartingWeights.find(weights, LENGTH)
     tokenizer, model = Tokenizer.from_file(corpus), model_of(start.sizes)
     start.load(model, World())
-    options = {**ARMS[job.arm], "lr": job.rate}
-    if job.arm in MATRIX_RATES:
-        options["matrix_lr"] = MATRIX_RATES[job.arm] * job.rate
-    optimizer = build_optimizer(model, resolve_optimizer(OptimizerConfig(**options)))
+    optimizer = optimizer_of(model, job.arm, job.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),

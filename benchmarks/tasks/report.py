@@ -61,7 +61,7 @@ SUBJECTS = {
                 line["divergence from the first policy"]
             )
         },
-        command="python benchmarks/tasks/rewards.py",
+        command="python benchmarks/tasks/rewards.py RECORD.jsonl",
         deflation="Fan et al. (arXiv:2605.19282) report that whitening, which raises the other "
         "directions of an update to the leading ones, makes such training unstable. Deflation goes "
         "half that way:",
@@ -80,7 +80,8 @@ SUBJECTS = {
                 list(line["text loss"].values())[-1] - line["text loss"]["0"]
             ),
         },
-        command="python benchmarks/tasks/instructions.py",
+        command="python benchmarks/tasks/instructions.py runs/gpt2-by-adamw eltec-2048 "
+        "RECORD.jsonl",
     ),
 }
 

@@ -21,17 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tuned_runs import Job, Line, run_all
+from tuned_runs import ARMS, Job, Line, optimizer_of, run_all
 
 from sinkgd.lab.models import build_model
-from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.machine import describe_environment
-from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
-from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
 
 PLUS, EQUALS, END, PAD = 10, 11, 12, 13  # after the ten digits
 VOCABULARY = 16
@@ -43,18 +39,9 @@ REWARDS = {"steps": 300, "warmup": 10, "sums": 32, "answers": 8}
 EVALUATE_EVERY, AVERAGED = 25, 4  # steps, evaluations
 
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # that AdamW gets, or would get
-ARMS: Mapping[str, Mapping[str, Any]] = {
-    "adamw": {"recipe": "adamw-one-lr"},
-    "sgd": {"recipe": "sgd"},
-    "sinkgd": {"recipe": "sinkgd-finetune"},
-    "sinkgd-plain": {"recipe": "sinkgd-finetune", "deflated_rank": 0},
-    "rows-only": {"recipe": "rows-only", "beta2": 0.999},
-    "muon": {"recipe": "muon", "beta2": 0.999},
-}
 GRIDS: Mapping[str, Sequence[float]] = dict.fromkeys(ARMS, RATES) | {
     "sgd": (0.0025, 0.005, 0.01, 0.02, 0.04)
 }
-MATRIX_RATES: Mapping[str, float] = {"rows-only": ADAMW_UPDATE_SIZE, "muon": 1.0}  # times the rate
 
 
 def sums() -> tuple[Tensor, Tensor]:
@@ -132,14 +119,6 @@ def supervised(folder: Path) -> nn.Module:
     print(f"from examples: {accuracy(model, held_out):.3f} of held-out sums", flush=True)  # noqa: T201
     torch.save(model.state_dict(), path)
     return model
-
-
-def optimizer_of(model: nn.Module, arm: str, rate: float) -> torch.optim.Optimizer:
-    """Build the optimizer of an arm from the laboratory's recipe."""
-    options = {**ARMS[arm], "lr": rate}
-    if arm in MATRIX_RATES:
-        options["matrix_lr"] = MATRIX_RATES[arm] * rate
-    return build_optimizer(model, resolve_optimizer(OptimizerConfig(**options)))
 
 
 def run(folder: Path, job: Job) -> Line:

@@ -1,4 +1,4 @@
-"""Tune the rate of each optimizer of a script, run the best one with several seeds, and record it.
+"""Tune the rate of each optimizer, run the best one with several seeds, and record it.
 
 Every optimizer has a grid of rates, tried with one seed. If the best rate lies at an edge, the grid
 grows by a factor of 2 until it does not. The best rate then runs with the reported seeds. Each line
@@ -12,6 +12,25 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+from torch.optim import Optimizer
+
+from sinkgd.lab.train.config import OptimizerConfig
+from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
+from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
+
+# All have betas of 0.9 and 0.999 where they have AdamW's.
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "adamw": {"recipe": "adamw-one-lr"},
+    "sinkgd": {"recipe": "sinkgd-finetune"},
+    "sinkgd-plain": {"recipe": "sinkgd-finetune", "deflated_rank": 0},
+    "rows-only": {"recipe": "rows-only", "beta2": 0.999},
+    "muon": {"recipe": "muon", "beta2": 0.999},
+    "sgd": {"recipe": "sgd"},
+}
+# The rates of matrices, as multiples of the rate that is tuned.
+MATRIX_RATES: Mapping[str, float] = {"rows-only": ADAMW_UPDATE_SIZE, "muon": 1.0}
+
 TUNING_SEED = 1000
 SEEDS = (0, 1, 2)
 
@@ -24,6 +43,14 @@ class Job(NamedTuple):
     arm: str
     rate: float
     seed: int
+
+
+def optimizer_of(model: nn.Module, arm: str, rate: float) -> Optimizer:
+    """Build the optimizer of an arm from the laboratory's recipe."""
+    options = {**ARMS[arm], "lr": rate}
+    if arm in MATRIX_RATES:
+        options["matrix_lr"] = MATRIX_RATES[arm] * rate
+    return build_optimizer(model, resolve_optimizer(OptimizerConfig(**options)))
 
 
 def due(

@@ -3,10 +3,10 @@
 It is a method for embeddings, the output head and other parameters that SinkGD leaves to AdamW:
 ``param_groups(model, state_bits=8)``.
 
-A moment is stored in blocks of 256 entries, in row-major order. For each block its
-largest absolute value is stored in float32, and for each entry one of 256 fractions of that value.
-The fractions are closer together near zero.
-A step decodes both moments to float32, takes AdamW's step, and encodes them again.
+A moment is stored in blocks of 256 entries, in row-major order. For each block its largest absolute
+value is stored in float32, and for each entry one of 256 fractions of that value. The fractions are
+closer together near zero. A step decodes both moments to float32, takes AdamW's step, and encodes
+them again.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 The order is: first the points of every grid, then the seeds of arms whose grid is complete, then
 the grids of arms that carry their values over, which belong to large models. Runs in the study's
-record are done. Other runs are handed out, and continue from their checkpoints if a
-killed process has begun them.
+record are done. Other runs are handed out, and continue from their checkpoints if a killed process
+has begun them.
 
 Runs of grids that neighboring studies have in common are trained once and reused. In one
 environment, a run's configuration determines its losses to the bit, and a grid needs only losses.
@@ -97,7 +97,7 @@ class Scheduler:
         return None
 
     def _grid(self, arm: Arm) -> list[Task] | None:
-        """List the runs of an arm's grid; None if its values are not known yet, or never will."""
+        """List the runs of an arm's grid; None if its source has no best point (yet)."""
         if not self.plan.tune or arm.carried is None:
             return self.plan.tuning_tasks(arm)
         source = self._source(arm.carried)
