@@ -44,6 +44,7 @@ LLAMAS: dict[str, LlamaConfig] = {
 PRESETS: dict[str, ModelSizes] = {
     **LLAMAS,
     "gpt2-nano": GPT2Config(vocab_size=50_304, hidden_size=128, num_layers=4, num_heads=4),
+    "gpt2-nano-256": GPT2Config(vocab_size=50_304, hidden_size=256, num_layers=4, num_heads=4),
     "gpt2-124m": GPT2Config(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12),
     "lens-nano": LensConfig(
         vocab_size=50_304,
