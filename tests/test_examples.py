@@ -39,9 +39,10 @@ def run(tmp_path, monkeypatch):
     text.write_text(TEXT, encoding="utf-8")
     arguments = [str(part) for option in TINY.items() for part in option]
 
-    def run(name):
+    def run(name, *others):
         module = importlib.import_module(name)
-        return module.main([*arguments, "--text", str(text), "--out", str(tmp_path / "runs")])
+        given = [*arguments, "--text", str(text), "--out", str(tmp_path / "runs")]
+        return module.main([*given, *others])
 
     yield run
     for name in (*NAMES, SHARED):
@@ -68,6 +69,30 @@ def test_an_example_learns_resumes_and_keeps_less_state(name, run, capsys):
     assert "resumed from it" in said
     assert f"{result.state_bytes:,} bytes" in said
     assert f"{result.after[1]:.3f}" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_fine_tunes_a_checkpoint(name, run, tmp_path, capsys):
+    pytest.importorskip(PACKAGES[name], reason="pip install '.[trainers]'")
+    transformers = pytest.importorskip("transformers")
+    shared = importlib.import_module(SHARED)
+    tokenizer = shared.learn_tokenizer([TEXT], 300)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id),
+    )
+    folder = tmp_path / "checkpoint"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = run(name, "--checkpoint", str(folder))
+    assert result.after[1] < result.before[1] - 0.1
+    assert "AdamW trains" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)
