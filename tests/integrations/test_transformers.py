@@ -233,6 +233,17 @@ def test_the_trainer_that_builds_the_optimizer_without_the_factory_warns(tmp_pat
     trainer(lr=1e-3).create_optimizer()
 
 
+def test_an_instance_of_the_factory_is_refused_with_the_right_call(tmp_path):
+    trainer = transformers.Trainer(
+        llama(),
+        arguments(tmp_path),
+        train_dataset=Rows(),
+        optimizer_cls_and_kwargs=(SinkGDFactory(), {"lr": 0.02}),
+    )
+    with pytest.raises(TypeError, match=r"without parentheses: .*=\(SinkGDFactory, \{"):
+        trainer.create_optimizer()
+
+
 def rates(optimizer):
     return {group["algorithm"]: group["lr"] for group in optimizer.param_groups}
 

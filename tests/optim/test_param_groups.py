@@ -1,5 +1,7 @@
 """Who goes where is read from the modules, not from their names."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -307,6 +309,32 @@ def test_hidden_matrices_are_deflated_unless_the_paper_is_asked_for():
         sinkgd.SinkGD(sinkgd.param_groups(Model()), deflated_rank=4)
     sinkgd.SinkGD(sinkgd.param_groups(Model(), deflated_rank=4), deflated_rank=4)
     assert "sinkgd, deflated 15" in sinkgd.describe_param_groups(Model())
+
+
+@pytest.mark.parametrize("options", [{"matrix_lr_scale": 0.05}, {"base_width": 4}])
+@pytest.mark.parametrize(
+    ("model", "overrides"), [(nn.Embedding(8, 4), None), (Model(), {"": "adamw"})]
+)
+def test_rates_of_matrices_are_refused_if_no_matrix_takes_them(model, overrides, options):
+    (shown,) = (f"{name}={value}" for name, value in options.items())
+    with pytest.raises(
+        ValueError, match=f"{shown} has no effect: no hidden matrix has a rate of its own"
+    ):
+        sinkgd.param_groups(model, overrides=overrides, **options)
+    sinkgd.param_groups(Model(), **options)
+
+
+def test_a_rate_of_adamw_given_as_lr_warns_at_the_call():
+    with pytest.warns(UserWarning, match=r"rate of 5e-07.* pass adamw_lr=2e-05 instead") as found:
+        sinkgd.param_groups(Model(), lr=2e-5)
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sinkgd.param_groups(Model(), lr=2e-5, matrix_lr_scale=0.025)
+        sinkgd.param_groups(Model(), adamw_lr=2e-5)
+        sinkgd.param_groups(Model(), lr=1e-3)
+        sinkgd.param_groups(Model(), lr=0.0)
+        sinkgd.param_groups(nn.Embedding(8, 4), lr=2e-5)  # all of it is AdamW's
 
 
 @pytest.mark.parametrize("algorithm", ["sinkgd", "swan"])

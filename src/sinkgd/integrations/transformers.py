@@ -73,7 +73,9 @@ class SinkGDFactory:
             optimizer_cls_and_kwargs=(SinkGDFactory, {"training_args": args})
     """
 
-    def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> SinkGD:
+    def __call__(
+        self, model: nn.Module | None = None, training_args: Any = None, **kwargs: Any
+    ) -> SinkGD:
         """Return the optimizer.
 
         Args:
@@ -91,10 +93,15 @@ class SinkGDFactory:
                 has them: "0.02", "none", "true", "(0.9, 0.95)".
 
         Raises:
-            TypeError: If an argument does not exist, or ``model`` is not a model.
+            TypeError: If an argument does not exist, or ``model`` is absent or not a model.
             ValueError: If a string cannot be parsed as a value of its argument, `param_groups` or
                 `SinkGD` refuses a value, or ``training_args`` choose another optimizer.
         """
+        if model is None:  # a trainer calls what it takes for a class to get an instance
+            raise TypeError(
+                "SinkGDFactory() was called without a model. Give the trainer the class, without "
+                "parentheses: optimizer_cls_and_kwargs=(SinkGDFactory, {...})"
+            )
         _check_names(kwargs)
         _check_optim(training_args)
         options = {name: _parsed(name, value) for name, value in kwargs.items()}

@@ -1,6 +1,7 @@
 """Which parameter gets which method: the default recipe as parameter groups, and a table of it."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from math import prod
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ LR = 0.08
 MATRIX_LR_SCALE = 0.025
 BETAS = (0.9, 0.95)
 DEFLATED_RANK = 15
+
+# A lower ``lr`` was probably meant for AdamW: the paper uses 0.02, and study table1 0.08.
+LOW_LR = 1e-3
 
 # With ``adamw_lr``: the root-mean-square of AdamW's update of a hidden matrix, relative to its
 # rate. benchmarks/finetune measured 0.27 to 0.47. For gradients that are only noise it would be
@@ -132,9 +136,10 @@ def param_groups(
         ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
             a rate is negative, ``adamw_lr`` is given together with ``lr`` or ``matrix_lr_scale``,
             ``base_width`` is below 1, ``state_bits`` is neither 8 nor None, an override matches no
-            parameter, an algorithm is unknown, ``deflated_rank`` is given and no group runs
-            ``"sinkgd"``, ``state_bits`` is given and no group runs ``"adamw-8bit"``, or
-            ``cautious_decay`` is set and no group decays.
+            parameter, or an algorithm is unknown; and if an option has no effect:
+            ``deflated_rank`` if no group runs ``"sinkgd"``, ``matrix_lr_scale`` and ``base_width``
+            if every group runs AdamW, ``state_bits`` if no group runs ``"adamw-8bit"``, and
+            ``cautious_decay`` if no group decays.
 
     Examples:
         >>> import torch, sinkgd
@@ -184,12 +189,18 @@ def param_groups(
         options |= {"weight_decay": decay, **common, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
-    running = _algorithms(groups.values())
-    if deflated_rank not in (0, DEFLATED_RANK):
-        _check_runs(running, "sinkgd", f"deflated_rank={deflated_rank}")
-    if state_bits is not None:
-        _check_runs(running, _ADAMWS[state_bits], f"state_bits={state_bits}")
+    _check_effects(
+        _algorithms(groups.values()),
+        {
+            "deflated_rank": None if deflated_rank in (0, DEFLATED_RANK) else deflated_rank,
+            "matrix_lr_scale": matrix_lr_scale,
+            "base_width": base_width,
+            "state_bits": state_bits,
+        },
+    )
     _check_decays(cautious_decay, groups.values())
+    if matrix_lr_scale is None and isinstance(lr, float):
+        _warn_of_low_rate(lr, _algorithms(groups.values()))
     ordered = sorted(groups.values(), key=lambda group: group["algorithm"] in _ADAMWS.values())
     name_groups(ordered, {param: role for _, param, role in found})
     return ordered
@@ -222,12 +233,37 @@ def _check_state_bits(state_bits: object) -> None:
         )
 
 
-def _check_runs(running: Sequence[str], algorithm: str, shown: str) -> None:
-    """Refuse an option if no group runs the algorithm that has it."""
-    if algorithm not in running:
-        raise ValueError(
-            f"{shown} has no effect: no group runs {algorithm!r}, the groups run "
-            f"{', '.join(map(repr, running))}. Leave it out"
+def _check_effects(running: Sequence[str], options: Mapping[str, object]) -> None:
+    """Refuse an option if no group runs an algorithm that it is for.
+
+    Args:
+        running: The algorithms of the groups.
+        options: Options of `param_groups`; None for those that were not given.
+    """
+    adamws = {*_ADAMWS.values()}
+    has = {
+        "deflated_rank": ("no group runs 'sinkgd'", "sinkgd" in running),
+        "matrix_lr_scale": ("no hidden matrix has a rate of its own", bool({*running} - adamws)),
+        "base_width": ("no hidden matrix has a rate of its own", bool({*running} - adamws)),
+        "state_bits": ("no group runs 'adamw-8bit'", _ADAMWS[8] in running),
+    }
+    for name, value in options.items():
+        reason, has_effect = has[name]
+        if value is not None and not has_effect:
+            raise ValueError(
+                f"{name}={value!r} has no effect: {reason}, the groups run "
+                f"{', '.join(map(repr, running))}. Leave it out"
+            )
+
+
+def _warn_of_low_rate(lr: float, running: Sequence[str]) -> None:
+    """Warn if ``lr`` looks like a rate of AdamW: matrices get a fortieth of it."""
+    if 0 < lr < LOW_LR and {*running} - {*_ADAMWS.values()}:
+        warnings.warn(
+            f"lr={lr:g} gives hidden matrices a rate of {MATRIX_LR_SCALE * lr:g}. If {lr:g} is the "
+            f"rate that AdamW would have, pass adamw_lr={lr:g} instead. If it is meant so, pass "
+            "matrix_lr_scale, too, and this warning ends",
+            stacklevel=4,
         )
 
 
