@@ -8,41 +8,18 @@ from collections import defaultdict
 from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from document_blocks import FENCE, PAGES, ROOT, Snippet, snippets
 from exports import NAMES
 from sinkgd.lab.bench.interleaved import quartiles, ratios
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECORDED = ROOT / "benchmarks/demo/2026-11-28/sinkgd-seed0.jsonl"
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-
-
-class Snippet(NamedTuple):
-    """A piece of a page, and where it begins."""
-
-    place: str
-    text: str
-
-
-def snippets(*languages):
-    """List the fenced blocks of all pages in one of the languages."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for fence in FENCE.finditer(text):
-            line = text.count("\n", 0, fence.start()) + 1
-            if fence[1] in languages:
-                found.append(Snippet(f"{page.name}:{line}", fence[2]))
-    return found
 
 
 def commands():

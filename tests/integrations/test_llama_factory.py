@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from document_blocks import run_block_with
 from sinkgd.integrations.transformers import SinkGDFactory
 from tiny_llama import save_tiny_llama
 
@@ -49,18 +50,17 @@ def arguments(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def built():
-    """Register the plugin as docs/trainers.md does, and collect the optimizers that it builds."""
-    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
-
+def built(monkeypatch):
+    """Register the plugin by the block of docs/trainers.md, and collect what it builds."""
     optimizers = []
+    build = SinkGDFactory.__call__
 
-    @OptimizerPlugin("sinkgd").register()
-    def build(model, config):
-        options = {name: value for name, value in config.items() if name != "name"}
-        optimizers.append(SinkGDFactory()(model, **options))
+    def build_and_keep(*args, **kwargs):
+        optimizers.append(build(*args, **kwargs))
         return optimizers[-1]
 
+    monkeypatch.setattr(SinkGDFactory, "__call__", build_and_keep)
+    run_block_with("llamafactory")
     return optimizers
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.distributed import checkpoint
 
 import sinkgd
+from document_blocks import run_block_with
 
 registry = pytest.importorskip(
     "torchtitan.models.llama3.config_registry",
@@ -59,6 +60,14 @@ def copy_of(model):
 
 def are_equal(model, expected):
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
+
+
+def test_the_configuration_in_the_documents_builds_the_container():
+    config = run_block_with("torchtitan")["llama3_sinkgd"]()
+    config.model_spec.model.layers = config.model_spec.model.layers[:2]
+    container = config.optimizer.build(model_parts=[config.model_spec.model.build()])
+    rates = sorted({group["lr"] for optimizer in container for group in optimizer.param_groups})
+    assert rates == pytest.approx([0.04 / 40, 0.04])
 
 
 def test_the_blocks_matrices_train_with_sinkgd_and_all_else_with_adamw():
