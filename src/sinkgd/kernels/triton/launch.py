@@ -221,7 +221,7 @@ _LAUNCH = (
 # How the dispatcher calls the launcher: whether it passes the kernel's constants.
 _CALLS = {
     _LAUNCH.format("self.CompiledKernel", "non_constexpr_vals"): False,  # triton 3.2
-    _LAUNCH.format("knobs.runtime", "bound_args.values()"): True,  # 3.6 and 3.9 at least
+    _LAUNCH.format("knobs.runtime", "bound_args.values()"): True,  # 3.6, 3.7 and 3.9
 }
 
 
@@ -240,7 +240,7 @@ def _passes_constants() -> bool | None:
     warnings.warn(
         f"triton {import_module('triton').__version__} calls its launchers in a way that is not "
         "known here, so every launch goes through its dispatcher: results are the same, but a step "
-        "takes the host longer. Use triton 3.6 or 3.9, or report the version",
+        "takes the host longer. Use triton 3.6, 3.7 or 3.9, or report the version",
         RuntimeWarning,
         stacklevel=2,
     )
