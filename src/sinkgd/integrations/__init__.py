@@ -1,1 +1,19 @@
 """Thin adapters to training frameworks, one file per framework."""
+
+
+def missing(
+    module: str, package: str, error: ImportError, source: str | None = None
+) -> ImportError:
+    """Return the error of an integration whose framework is absent or broken.
+
+    Args:
+        module: The integration.
+        package: The name of the framework's distribution, as pip takes it.
+        error: What the import raised.
+        source: What pip installs; the package by default.
+    """
+    return ImportError(
+        f"{module} needs the package {package}, which cannot be imported ({error}); run: "
+        f"pip install {source or package}",
+        name=error.name,
+    )

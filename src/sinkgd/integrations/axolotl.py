@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sinkgd.integrations.missing import missing
+from sinkgd.integrations import missing
 from sinkgd.integrations.transformers import SinkGDFactory
 from sinkgd.optim.sinkgd import SinkGD
 

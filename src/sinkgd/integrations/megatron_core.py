@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkgd.integrations.missing import missing
+from sinkgd.integrations import missing
 from sinkgd.optim.param_groups import DEFLATED_RANK
 from sinkgd.optim.sinkgd import SinkGD
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from sinkgd.integrations.missing import missing
+from sinkgd.integrations import missing
 from sinkgd.integrations.transformers import SinkGDFactory
 
 try:
