@@ -25,12 +25,7 @@ from sinkgd.deflation import (
     fixed_block,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import (
-    ParamMatrix,
-    is_dtensor,
-    local,
-    shard_columns,
-)
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, shard_columns
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
 from sinkgd.matrix_views import dims_of, rows_then_columns

@@ -28,12 +28,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import (
-    ParamMatrix,
-    local,
-    param_matrices,
-    shard_columns,
-)
+from sinkgd.distributed.shards import ParamMatrix, local, param_matrices, shard_columns
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
 from sinkgd.matrix_views import dims_of, rows_then_columns
