@@ -191,6 +191,8 @@ def test_shards_take_the_steps_of_whole_matrices_in_chunks_of_any_size():
             if isinstance(weights, str):
                 assert "warm_start=True keeps the scales of whole" in weights
                 continue
-            assert equal(weights, chunked[name, dim]), name
-            for weight, own in zip(weights, expected[name], strict=True):
-                assert_close(weight, own, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            for one, other, own in zip(weights, chunked[name, dim], expected[name], strict=True):
+                # Not always the same bits: a sum may begin elsewhere in the list of all matrices.
+                assert_close(one, other, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+                # Steps are about 0.1, and deflation multiplies in float32.
+                assert_close(one, own, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
