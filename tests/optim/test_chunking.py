@@ -8,9 +8,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import sinkgd
 from sinkgd.distributed.shards import largest_shard_size
-from sinkgd.optim import chunking
-from sinkgd.optim.methods import sinkhorn
-from sinkgd.optim.transforms import deflate
+from sinkgd.optim import transform
 from spawn import on_ranks
 
 OPTIONS = {
@@ -41,11 +39,9 @@ def walked(options, place=lambda x: x):
 
 
 def limited(monkeypatch, size):
-    monkeypatch.setattr(chunking, "SCRATCH_BYTES", size)
-    monkeypatch.setattr(chunking, "MESH_SCRATCH_BYTES", size)
-    monkeypatch.setattr(deflate, "MESH_VECTOR_BYTES", 10 * size)
-    for module in (deflate, sinkhorn):
-        monkeypatch.setattr(module, "SCRATCH_BYTES", size)
+    monkeypatch.setattr(transform, "SCRATCH_BYTES", size)
+    monkeypatch.setattr(transform, "MESH_SCRATCH_BYTES", size)
+    monkeypatch.setattr(transform, "MESH_VECTOR_BYTES", 10 * size)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -81,5 +81,5 @@ def test_many_directions_are_made_a_few_at_a_time(monkeypatch):
         return weights
 
     together = run()
-    monkeypatch.setattr("sinkgd.optim.chunking.SCRATCH_BYTES", 1200)
+    monkeypatch.setattr("sinkgd.optim.transform.SCRATCH_BYTES", 1200)
     assert all(torch.equal(a, b) for a, b in zip(together, run(), strict=True))

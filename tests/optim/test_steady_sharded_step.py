@@ -21,8 +21,8 @@ from sinkgd.kernels import Matrices, Scales
 from sinkgd.kernels.backend import take_steps
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.optim.transforms.deflate import _deflate_stacks
+from sinkgd.optim.transforms.half_step import starts_after_half_step
 from sinkgd.optim.transforms.operator_norm import pin
-from sinkgd.optim.transforms.start import starts_after_half_step
 from sinkgd.optim.transforms.tiny_rows import mask_tiny_rows
 
 ROWS = Sharding(16, 6, (), ("shard",), ())  # a rank holds 8 rows

@@ -22,7 +22,7 @@ from sinkgd.optim.arguments import (
 from sinkgd.optim.group_names import name_groups
 from sinkgd.optim.parameters import check_initialized
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles, without_wrappers
-from sinkgd.optim.transforms.deflate import check_deflation
+from sinkgd.optim.transforms.deflate import check_deflated_rank
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
 
@@ -163,7 +163,7 @@ def param_groups(
     check_number("weight_decay", weight_decay)
     check_flag("cautious_decay", cautious_decay)
     find_method(matrix_algorithm, "matrix_algorithm")
-    check_deflation({"deflated_rank": deflated_rank})
+    check_deflated_rank(deflated_rank)
     check_overrides(overrides)
     if base_width is not None:
         check_number("base_width", base_width, least=1)

@@ -20,8 +20,7 @@ from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, peak_mem
 from sinkgd.lab.plan.peak_memory import update_scratch
 from sinkgd.lab.plan.rank_model import weights_of
 from sinkgd.lab.plan.step_time import Messages, optimizer_communication, training_communication
-from sinkgd.optim.methods import sinkhorn
-from sinkgd.optim.transforms import deflate
+from sinkgd.optim import transform
 from spawn import on_ranks
 
 ROOT = Path(__file__).parents[3]
@@ -105,7 +104,7 @@ MADE_BY = {
 @pytest.mark.parametrize("shape", [(2, 8, 1), (2, 2, 4), (1, 4, 4), (1, 1, 16)], ids=str)
 @pytest.mark.parametrize("name", MADE_BY)
 def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
-    monkeypatch.setattr(deflate, "MESH_VECTOR_BYTES", 300_000)  # several runs
+    monkeypatch.setattr(transform, "MESH_VECTOR_BYTES", 300_000)  # several runs
     nine = replace(find_architecture("llama-9m"), num_heads=16, num_kv_heads=16, head_size=8)
     grid, method = Grid(*shape), find_method(name)
     optimizer = step_on_a_mesh(nine, shape, MADE_BY[name])
@@ -126,7 +125,7 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
 @pytest.mark.parametrize(("backend", "device"), [("cpu", "cpu"), ("eager", "cuda")])
 @pytest.mark.parametrize("copied", [1 << 18, 1 << 26], ids=["copied by runs", "copied at once"])
 def test_the_scratch_of_a_deflated_step_on_a_mesh_is_planned(backend, device, copied, monkeypatch):
-    for module in (deflate, sinkhorn, peak_memory):
+    for module in (transform, peak_memory):
         monkeypatch.setattr(module, "SCRATCH_BYTES", copied)
     sixty = replace(find_architecture("llama-60m"), num_heads=16, num_kv_heads=16, head_size=32)
     grid = Grid(dp_shard=16)
@@ -159,7 +158,7 @@ def sent_by_a_deflated_step():
         return sinkgd.SinkGD(groups, lr=1e-3, deflated_rank=15)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deflate, "MESH_VECTOR_BYTES", 1_500_000)
+        patch.setattr(transform, "MESH_VECTOR_BYTES", 1_500_000)
         optimizer = step_on_a_mesh(nine, (1, 2, 1), make)
         with Sent() as sent:
             optimizer.step()

@@ -21,13 +21,12 @@ from sinkgd.lab.plan.rank_model import (
 )
 from sinkgd.lab.plan.trace import EMBEDDING, UPDATE, Live, Work, trace
 from sinkgd.lab.train.machine import weight_dtype
-from sinkgd.optim.chunking import SCRATCH_BYTES, chunk_slices
 from sinkgd.optim.methods.multi_normalized import (
     BATCH_BYTES,
     CPU_BATCH_BYTES,
     MATRICES_IN_USE,
 )
-from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
+from sinkgd.optim.transform import SCRATCH_BYTES, chunk_slices, vector_bytes, vector_chunks
 
 _FLOAT32 = 4
 # The measurements below are in tests/lab/plan/test_communication.py.
@@ -239,8 +238,8 @@ def _deflation_scratch(
     A CPU processes a few matrices at a time; a GPU as many as on a mesh, but without copies.
     """
     if device == "cuda":
-        held = [vector_bytes(w.shard[0], w.shard[1], directions) for w in matrices]
-        runs = mesh_chunks(held) if room else chunk_slices(held, 0)
+        held = [vector_bytes(w.shard[0], w.shard[1], directions + 1) for w in matrices]
+        runs = vector_chunks(held) if room else chunk_slices(held, 0)
     else:
         runs = chunk_slices([_FLOAT32 * prod(w.shard) for w in matrices], room)
     needs = [_DIRECTION[device] * (directions + 1) * sum(w.shard) for w in matrices]
@@ -254,8 +253,8 @@ def _mesh_deflation_scratch(
 
     They are those of the vectors of consecutive matrices, and of copies of a few of these matrices.
     """
-    held = [vector_bytes(w.shard[0], w.shard[1], directions) for w in matrices]
-    runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else mesh_chunks(held)
+    held = [vector_bytes(w.shard[0], w.shard[1], directions + 1) for w in matrices]
+    runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else vector_chunks(held)
     most = 0
     for run in runs:
         vectors = (directions + 1) * sum(sum(w.shard) for w in matrices[run])

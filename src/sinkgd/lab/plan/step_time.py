@@ -21,7 +21,7 @@ from sinkgd.lab.plan.methods import Method, usual_rank
 from sinkgd.lab.plan.rank_model import Grid, Weight, trained, weights_of
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.train.machine import weight_dtype
-from sinkgd.optim.transforms.deflate import mesh_chunks, vector_bytes
+from sinkgd.optim.transform import vector_bytes, vector_chunks
 
 _FLOAT64 = 8
 
@@ -102,8 +102,8 @@ def _of_vectors(
     count = method.iterations
     numbers = method.iterations * sum(vector_length(w, grid, group) for w in weights)
     if method.directions:
-        held = [vector_bytes(w.shard[0], w.shard[1], method.directions) for w in weights]
-        for some in map(weights.__getitem__, mesh_chunks(held)):
+        held = [vector_bytes(w.shard[0], w.shard[1], method.directions + 1) for w in weights]
+        for some in map(weights.__getitem__, vector_chunks(held)):
             ways = {_is_cut_by_columns(w, group) for w in some}
             count += 2 * (False in ways) + 4 * (True in ways)
             numbers += sum(_deflation_length(w, group, method.directions) for w in some)

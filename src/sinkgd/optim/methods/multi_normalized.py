@@ -61,12 +61,7 @@ from sinkgd.optim.apply import (
     step_factor,
 )
 from sinkgd.optim.method import Context, Group, Method, Slot, are_finite, step_by_kind
-from sinkgd.optim.transforms.momentum import (
-    MOMENTUM_OPTIONS,
-    check_momentum,
-    init_momentum,
-    step_with_momentum,
-)
+from sinkgd.optim.transforms.momentum import Momentum
 
 # Bytes that a batch may use. A matrix that uses more is a batch by itself.
 # On a CPU a batch saves calls and has to stay in cache. On one core of an Intel Xeon (2 MiB of L2)
@@ -96,12 +91,13 @@ class MultiNormalized(Method):
         self, options: Mapping[str, Any], norms: Callable[[Group], Sequence[Norm]]
     ) -> None:
         own = {**options, "layout": "auto", "split": 1}
-        self.options = MappingProxyType({**own, **ROUNDING_OPTIONS, **MOMENTUM_OPTIONS})
+        self._momentum = Momentum()
+        self.options = MappingProxyType({**own, **ROUNDING_OPTIONS, **self._momentum.options})
         self._norms = norms
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse vectors, objects that are not norms, and norms that cannot project shards."""
-        check_momentum(group)
+        self._momentum.check(name, param, group)
         check_num_iters(group["num_iters"])
         if "newton_schulz_steps" in self.options:
             check_num_iters(group["newton_schulz_steps"], "newton_schulz_steps")
@@ -116,7 +112,8 @@ class MultiNormalized(Method):
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create the state of momentum; there is no other state."""
-        init_momentum(state, param, group)
+        if group["momentum"]:
+            self._momentum.init_state(param, group, state)
 
     def needs_scratch(self, group: Group) -> bool:
         """Whether Nesterov's directions are kept in addition to the gradients."""
@@ -125,7 +122,7 @@ class MultiNormalized(Method):
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Step along the normalized gradients, with momentum if the group has it."""
         if group["momentum"]:
-            return step_with_momentum(self._step, slots, group, context)
+            return self._momentum.around(self._step, slots, group, context)
         return self._step(slots, group, context)
 
     def _step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:

@@ -1,7 +1,22 @@
-"""Optional transforms before and after the scales of SR-Sinkhorn.
+"""What may stand before or after the scales of SR-Sinkhorn, one class a file, all off by default.
 
-`sinkgd.optim.methods.sinkhorn` runs them. Each module defines its options, their defaults and their
-check. All are off by default. A step applies them in this order:
-
-    momentum → tiny_rows → start → scales → deflate → operator_norm → momentum of the update
+`sinkgd.optim.transform` is their contract, and `sinkgd.optim.methods.sinkhorn` runs them.
 """
+
+from sinkgd.optim.transform import Transform
+from sinkgd.optim.transforms.deflate import Deflate
+from sinkgd.optim.transforms.half_step import ExtraHalfStep
+from sinkgd.optim.transforms.momentum import Momentum
+from sinkgd.optim.transforms.operator_norm import OperatorNorm
+from sinkgd.optim.transforms.tiny_rows import TinyRows
+from sinkgd.optim.transforms.warm_start import WarmStart
+
+# In the order in which a step applies them.
+TRANSFORMS: tuple[Transform, ...] = (
+    Momentum(),
+    TinyRows(),
+    ExtraHalfStep(),
+    WarmStart(),
+    Deflate(),
+    OperatorNorm(),
+)

@@ -25,93 +25,73 @@ from sinkgd.deflation import (
     fixed_block,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import (
-    ParamMatrix,
-    is_dtensor,
-    largest_shard_shape,
-    local,
-    shard_columns,
-)
-from sinkgd.exchange import Computation, Steps, computation, immediate
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, shard_columns
+from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
-from sinkgd.kernels.eager import without_corrections
 from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
-from sinkgd.optim.chunking import MESH_VECTOR_BYTES, SCRATCH_BYTES, chunk_slices
-from sinkgd.optim.method import Context, Group, Slot
+from sinkgd.optim.method import Group
+from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
 # A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
 # larger matrices would not be bitwise equal to those of each by itself.
 STACKED_ENTRIES = 1 << 18
 
-# Bytes that each row or column of a shard uses at once for each direction, most of them float64.
-# tests/lab/plan/test_communication.py measured 17.4.
-MESH_DIRECTION = 18
 
-DEFLATION_OPTIONS = MappingProxyType[str, object]({"deflated_rank": 0})
+class Deflate(Transform):
+    """Lower the k leading singular values of each update; k is ``deflated_rank``."""
+
+    options = MappingProxyType[str, object]({"deflated_rank": 0})
+    switch = "deflated_rank"
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse a rank out of range."""
+        del name, param
+        check_deflated_rank(group["deflated_rank"])
+
+    def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
+        """Hold k + 1 vectors; copies, too, if a backend multiplies whole matrices by copies."""
+        copies = not packs_vectors and not sharded
+        return Scratch(copies=copies, vectors=group["deflated_rank"] + 1)
+
+    @computation
+    def after(self, batch: Batch) -> Steps[Batch]:
+        """Deflate the updates and bring them to root-mean-square 1."""
+        matrices, scales = batch.without_corrections()
+        found = None
+        if batch.backend.packs_vectors and not is_dtensor(batch.slots[0].param):
+            found = _deflate_packed(batch, matrices, scales)
+        if found is None:
+            found = yield _deflate_stacks(matrices, scales, _blocks_of(batch), batch.backend)
+        return batch._replace(matrices=matrices, scales=found.scales).only_if(found.finite)
 
 
-def check_deflation(group: Group) -> None:
+def check_deflated_rank(rank: int) -> None:
     """Refuse a rank out of range."""
-    rank = group["deflated_rank"]
     check_whole_number("deflated_rank", rank)
     if rank < 0:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
 
 
-def deflation_chunks(
-    slots: Sequence[Slot], ranges: Sequence[range], group: Group, context: Context
-) -> list[slice]:
-    """Return which parameters are deflated together: the same on all ranks."""
-    sizes = [_bytes_of(slot, own, group) for slot, own in zip(slots, ranges, strict=True)]
-    sharers = context.sharers if is_dtensor(slots[0].param) else 1
-    return mesh_chunks(sizes, sharers=sharers)
-
-
-def mesh_chunks(sizes: Sequence[int], *, sharers: int = 1) -> list[slice]:
-    """Cut parameters on a mesh into chunks to deflate together, given the bytes that each needs."""
-    return chunk_slices(sizes, MESH_VECTOR_BYTES // sharers)
-
-
-def vector_bytes(rows: int, cols: int, rank: int) -> int:
-    """Return the bytes that the vectors of a matrix, or a shard of it, use at once."""
-    return MESH_DIRECTION * (rank + 1) * (rows + cols)
-
-
-def _bytes_of(slot: Slot, own: range, group: Group) -> int:
-    """Return the bytes that deflation uses for a parameter, on the rank with its largest shard."""
-    param = slot.param
-    shape = largest_shard_shape(param)
-    (row_dim,), col_dims = dims_of(param.ndim, group["layout"])
-    cols = prod(shape[dim] for dim in col_dims)
-    batch = prod(shape) // max(1, shape[row_dim] * cols)
-    found = batch * vector_bytes(shape[row_dim], len(own) * cols, group["deflated_rank"])
-    # The operator norm reads copies, which are kept until its messages have arrived.
-    return found + (4 * prod(shape) if group["operator_norm"] is not None else 0)
-
-
-def blocks_of(slots: Sequence[Slot], ranges: Sequence[range], group: Group) -> list[Tensor]:
+def _blocks_of(batch: Batch) -> list[Tensor]:
     """Return Ω of every matrix, ``(..., n, k + 1)`` float64; only its rows for this rank's columns.
 
     Parameters of one shape, memory order and sharding share one Ω.
     """
     known: dict[tuple[object, ...], Tensor] = {}
     blocks: list[Tensor] = []
-    for slot, own in zip(slots, ranges, strict=True):
+    for slot, own in zip(batch.slots, batch.ranges, strict=True):
         param = slot.param
         kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
         if is_dtensor(param):
             kind = (*kind, param.device_mesh, param.placements)
         if kind not in known:
-            known[kind] = _block_of(param, group)
+            known[kind] = _make_block(
+                param, param.device, batch.group["layout"], batch.group["deflated_rank"] + 1
+            )
         blocks += [known[kind]] * len(own)
     return blocks
-
-
-def _block_of(param: Tensor, group: Group) -> Tensor:
-    """Return Ω of the matrices of a parameter."""
-    return _make_block(param, param.device, group["layout"], group["deflated_rank"] + 1)
 
 
 def _make_block(param: Tensor, device: torch.device, layout: str, k: int) -> Tensor:
@@ -158,53 +138,31 @@ class Deflated(NamedTuple):
     finite: list[Tensor]  # 0-dim bool each: whether the update is finite; equal on all ranks
 
 
-class Deflating(NamedTuple):
-    """Matrices to deflate."""
-
-    slots: Sequence[Slot]
-    ranges: Sequence[range]  # for each slot, the indices of its matrices
-    matrices: Sequence[ParamMatrix]
-    scales: Sequence[Scales]  # one per matrix, for which ``row * grad * col`` is normalized
-
-
-def deflate_matrices(some: Deflating, backend: Backend, group: Group) -> Computation[Deflated]:
-    """Return scales of deflated updates, of root-mean-square 1.
-
-    Args:
-        some: The matrices.
-        backend: The backend that multiplies the updates of this rank's shards.
-        group: The group of the parameters.
-    """
-    if backend.packs_vectors and not is_dtensor(some.slots[0].param):
-        found = _deflate_packed(some, backend, group)
-        if found is not None:
-            return immediate(found)
-    return _deflate_stacks(
-        some.matrices, some.scales, blocks_of(some.slots, some.ranges, group), backend
-    )
-
-
-def _deflate_packed(some: Deflating, backend: Backend, group: Group) -> Deflated | None:
+def _deflate_packed(
+    batch: Batch, matrices: Sequence[ParamMatrix], plain: Sequence[Scales]
+) -> Deflated | None:
     """Deflate whole matrices with the same number of torch calls, however many they are.
 
     Returns None if the backend cannot multiply packed vectors.
     """
     kinds = [
-        _BlockKey(slot.param.shape, slot.param.stride(), group["layout"])
-        for slot, own in zip(some.slots, some.ranges, strict=True)
+        _BlockKey(slot.param.shape, slot.param.stride(), batch.group["layout"])
+        for slot, own in zip(batch.slots, batch.ranges, strict=True)
         for _ in own
     ]
     by_width: dict[int, list[int]] = {}
-    for i, matrix in enumerate(some.matrices):
+    for i, matrix in enumerate(matrices):
         if min(matrix.shape) > 1:  # there is nothing to lower in others
-            width = min(group["deflated_rank"] + 1, *matrix.shape)
+            width = min(batch.group["deflated_rank"] + 1, *matrix.shape)
             by_width.setdefault(width, []).append(i)
-    found: list[Scales | CorrectedScales] = [*some.scales]
-    finite = [some.matrices[0].grad.new_ones((), dtype=torch.bool)] * len(found)
+    found: list[Scales | CorrectedScales] = [*plain]
+    finite = [matrices[0].grad.new_ones((), dtype=torch.bool)] * len(found)
     for width, own in by_width.items():
-        shared = _shared_blocks(tuple(kinds[i] for i in own), group["deflated_rank"] + 1, width)
-        scales = [some.scales[i] for i in own]
-        products = backend.packed_products([some.matrices[i].grad for i in own], scales, shared)
+        shared = _shared_blocks(
+            tuple(kinds[i] for i in own), batch.group["deflated_rank"] + 1, width
+        )
+        scales = [plain[i] for i in own]
+        products = batch.backend.packed_products([matrices[i].grad for i in own], scales, shared)
         if products is None:
             return None
         corrected, flags = _corrected_packed(scales, products)
@@ -274,12 +232,12 @@ def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _products(backend: Backend, stacks: Sequence[Stack]) -> Products:
-    """Return the products of updates; the backend copies at most `SCRATCH_BYTES` at a time."""
+    """Return the products of updates; the backend copies few of them at a time."""
     copied = [
         0 if backend.packs_vectors and stack.grads[0].dtype != torch.float64 else 4 * _size(stack)
         for stack in stacks
     ]
-    chunks = chunk_slices(copied, SCRATCH_BYTES)
+    chunks = copy_chunks(copied)
     if len(chunks) <= 1:
         return backend.products(stacks)
     return _ProductsByChunks(backend, [stacks[chunk] for chunk in chunks])
@@ -377,15 +335,6 @@ def _stretched(
         for row, col, *pair in zip(rows, cols, left, right, strict=True)
     ]
     return corrected, flags
-
-
-def with_plain_scales(
-    matrices: Sequence[ParamMatrix], scales: Sequence[Scales | CorrectedScales]
-) -> tuple[list[ParamMatrix], list[Scales]]:
-    """Replace the gradients of deflated matrices by their updates; return plain scales for all."""
-    grads, pairs = without_corrections([matrix.grad for matrix in matrices], scales)
-    written = [x._replace(grad=grad) for x, grad in zip(matrices, grads, strict=True)]
-    return written, pairs
 
 
 def _each(matrices: Sequence[ParamMatrix], numbers: Sequence[Tensor]) -> list[ParamMatrix]:

@@ -17,7 +17,8 @@ parameter in float32 at a time; Nesterov's directions are as large as the gradie
 chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds a message per group.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -29,49 +30,54 @@ from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.eager import apply_update_
 from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.apply import UpdateWriter, allowed
-from sinkgd.optim.chunking import step_in_chunks
 from sinkgd.optim.method import Context, Group, Slot, are_finite
+from sinkgd.optim.transform import Scratch, Step, Transform, step_in_chunks
 
 MOMENTUM = "momentum_buffer"
 PLACES = ("before", "after")
-MOMENTUM_OPTIONS = MappingProxyType[str, object](
-    {"momentum": 0.0, "nesterov": False, "momentum_place": "before"}
-)
-
-Step = Callable[[Sequence[Slot], Group, Context], Computation[Tensor]]
 
 
-def check_momentum(group: Group) -> None:
-    """Refuse a decay rate or a place out of range."""
-    momentum, place = group["momentum"], group["momentum_place"]
-    check_decay_rate("momentum", momentum)
-    if place not in PLACES:
-        raise ValueError(f"momentum_place must be one of {PLACES}, got {place!r}")
-    if group["nesterov"] and momentum == 0:
-        raise ValueError("nesterov=True needs a momentum above 0, e.g. momentum=0.95")
+class Momentum(Transform):
+    """An average of the gradients, or of the updates; of vectors, too."""
 
+    options = MappingProxyType[str, object](
+        {"momentum": 0.0, "nesterov": False, "momentum_place": "before"}
+    )
+    switch = "momentum"
+    takes_vectors = True
 
-def init_momentum(state: MutableMapping[str, Any], param: Tensor, group: Group) -> None:
-    """Create B, filled with zeros, if the group has momentum."""
-    if group["momentum"]:
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse a decay rate or a place out of range."""
+        del name, param
+        momentum, place = group["momentum"], group["momentum_place"]
+        check_decay_rate("momentum", momentum)
+        if place not in PLACES:
+            raise ValueError(f"momentum_place must be one of {PLACES}, got {place!r}")
+        if group["nesterov"] and momentum == 0:
+            raise ValueError("nesterov=True needs a momentum above 0, e.g. momentum=0.95")
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Create B, filled with zeros."""
+        del group
         _buffer(state, param.detach())
 
+    def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
+        """Hold Nesterov's directions."""
+        del packs_vectors, sharded
+        return Scratch(copies=group["nesterov"])
 
-def step_with_momentum(
-    step: Step, slots: Sequence[Slot], group: Group, context: Context
-) -> Computation[Tensor]:
-    """Take a step with momentum before or after it.
+    def around(
+        self, step: Step, slots: Sequence[Slot], group: Group, context: Context
+    ) -> Computation[Tensor]:
+        """Take a step along B, or average the updates of a step into B and go along it.
 
-    Args:
-        step: The step of the method without momentum.
-        slots: As for `Method.step`, like the arguments below.
-        group: A group with momentum.
-        context: The context of the step.
-    """
-    take = _before if group["momentum_place"] == "before" else _after
-    if not group["nesterov"]:
+        A hook of its own, since momentum is also for methods that have no scales, and since an
+        update that is averaged is best written into B as into a parameter.
+        """
+        take = _before if group["momentum_place"] == "before" else _after
+        if group["nesterov"]:
+            return step_in_chunks(partial(take, step), slots, group, context)
         return take(step, slots, group, context)
-    return step_in_chunks(slots, lambda own: take(step, own, group, context), context)
 
 
 @computation
@@ -90,7 +96,8 @@ def _before(step: Step, slots: Sequence[Slot], group: Group, context: Context) -
         directed.append(
             slot._replace(grad=buffer, finite=finite[i], is_scratch=bool(group["nesterov"]))
         )
-    taken: Tensor = yield step(directed, group, context._replace(loss_scale=None))
+    without = {**group, "momentum": 0.0}
+    taken: Tensor = yield step(directed, without, context._replace(loss_scale=None))
     return taken
 
 
@@ -104,6 +111,7 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
         # With these options the step sets B to (1 − lr) B + lr X.
         {
             **group,
+            "momentum": 0.0,
             "lr": 1 - mu,
             "weight_decay": 1.0,
             "cautious_decay": False,

@@ -28,28 +28,62 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, local, shard_columns
+from sinkgd.distributed.shards import ParamMatrix, local, param_matrices, shard_columns
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
 from sinkgd.matrix_views import dims_of, rows_then_columns
-from sinkgd.optim.method import Group
+from sinkgd.optim.method import Group, Slot
+from sinkgd.optim.transform import Batch, Scratch, Transform
 
 POWER_VECTOR = "power_vector"
 SIZES = (None, "unit", "muon")
-OPERATOR_NORM_OPTIONS = MappingProxyType[str, object]({"operator_norm": None})
 
 # Entries of v stay above this fraction of their root-mean-square, so that v never loses a column.
 # This changes the estimate by the square of the fraction.
 SMALLEST_SHARE = 2.0**-16
 
 
-def check_operator_norm(group: Group) -> None:
-    """Refuse an unknown size."""
-    if group["operator_norm"] not in SIZES:
-        raise ValueError(f"operator_norm must be one of {SIZES}, got {group['operator_norm']!r}")
+class OperatorNorm(Transform):
+    """Bring the operator norm of each update to 1, or to √(m/n)."""
+
+    options = MappingProxyType[str, object]({"operator_norm": None})
+    switch = "operator_norm"
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse an unknown size."""
+        del name, param
+        size = group["operator_norm"]
+        if size not in SIZES:
+            raise ValueError(f"operator_norm must be one of {SIZES}, got {size!r}")
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Create v of each matrix."""
+        slot = Slot("", 0, param.detach(), param.detach())
+        matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
+        _init_vectors(state, slot.param, group["layout"], len(matrices))
+
+    def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
+        """Copy deflated updates, to multiply them; keep these until the messages have arrived."""
+        del packs_vectors
+        is_deflated = bool(group["deflated_rank"])
+        return Scratch(copies=is_deflated and not sharded, late_copies=is_deflated)
+
+    @computation
+    def after(self, batch: Batch) -> Steps[Batch]:
+        """Scale the updates, and keep the vectors."""
+        layout = batch.group["layout"]
+        matrices, scales = batch.without_corrections()
+        vectors: list[Tensor] = []
+        for slot, state, own, _ in batch.owners():
+            vectors += _vectors_of(state, slot.param, layout, len(own))
+        pinned = yield pin(matrices, scales, vectors, batch.group)
+        batch = batch._replace(matrices=matrices, scales=pinned.scales).only_if(pinned.finite)
+        for slot, state, own, flag in batch.owners():
+            _keep_vectors(state, slot.param, layout, [pinned.vectors[i] for i in own], flag)
+        return batch
 
 
-def init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, count: int) -> None:
+def _init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, count: int) -> None:
     """Begin with the sines of 1, 2, 3 …, which have both signs and no relation to a gradient.
 
     A vector of ones would be worse: if inputs have mean zero, as after a layer norm, it is nearly
@@ -61,18 +95,18 @@ def init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, co
     state[POWER_VECTOR] = shard_columns(param, row_dim, places.sin().float().view(shape))
 
 
-def vectors_of(
+def _vectors_of(
     state: MutableMapping[str, Any], param: Tensor, layout: str, count: int
 ) -> list[Tensor]:
     """Return v of each of the ``count`` matrices of a parameter: ``(..., 1, n)``."""
     if POWER_VECTOR not in state:
-        init_vectors(state, param, layout, count)
+        _init_vectors(state, param, layout, count)
     view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
     _, cols = dims_of(param.ndim, layout)
     return list(torch.split(view.flatten(param.ndim - len(cols)), 1, dim=-2))
 
 
-def keep_vectors(
+def _keep_vectors(
     state: MutableMapping[str, Any],
     param: Tensor,
     layout: str,
@@ -108,7 +142,7 @@ def pin(
     Args:
         matrices: The matrices to update.
         scales: Scales for which ``row * grad * col`` is normalized.
-        vectors: v of each matrix, from `vectors_of`.
+        vectors: v of each matrix, from its state.
         group: Sets ``operator_norm`` and ``last``.
     """
     wide = [Scales(row.double(), col.double()) for row, col in scales]

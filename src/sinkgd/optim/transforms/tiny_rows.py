@@ -8,26 +8,51 @@ rows is noise.
 from collections.abc import Sequence
 from types import MappingProxyType
 
+from torch import Tensor
+
 from sinkgd.distributed.all_reduce import row_lengths, sum_over_rows
 from sinkgd.distributed.shards import ParamMatrix
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend
 from sinkgd.optim.method import Group
+from sinkgd.optim.transform import Batch, Scratch, Transform
 
 TREATMENTS = ("keep", "mask")
 
-# The threshold is ours: no source gives one. Rows a hundred times shorter than the mean are noise.
-TINY_ROW_OPTIONS = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
 
+class TinyRows(Transform):
+    """Mask rows whose l2 norm is below a share of the mean over all rows."""
 
-def check_tiny_rows(group: Group) -> None:
-    """Refuse options out of range."""
-    if group["tiny_rows"] not in TREATMENTS:
-        raise ValueError(f"tiny_rows must be one of {TREATMENTS}, got {group['tiny_rows']!r}")
-    if not group["tiny_row_threshold"] >= 0:
-        raise ValueError(
-            f"tiny_row_threshold must be at least 0, got {group['tiny_row_threshold']}"
+    # The threshold is ours: no source gives one. Rows a hundred times shorter than the mean are
+    # noise.
+    options = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
+    switch = "tiny_rows"
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse options out of range."""
+        del name, param
+        if group["tiny_rows"] not in TREATMENTS:
+            raise ValueError(f"tiny_rows must be one of {TREATMENTS}, got {group['tiny_rows']!r}")
+        if not group["tiny_row_threshold"] >= 0:
+            raise ValueError(
+                f"tiny_row_threshold must be at least 0, got {group['tiny_row_threshold']}"
+            )
+
+    def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
+        """Copy the gradients."""
+        del group, packs_vectors, sharded
+        return Scratch(copies=True)
+
+    @computation
+    def before(self, batch: Batch) -> Steps[Batch]:
+        """Mask the gradients, in place if the step may overwrite them."""
+        masked = yield mask_tiny_rows(
+            batch.matrices,
+            batch.group["tiny_row_threshold"],
+            batch.backend,
+            in_place=all(slot.is_scratch for slot in batch.slots),
         )
+        return batch._replace(matrices=masked)
 
 
 @computation

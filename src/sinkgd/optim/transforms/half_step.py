@@ -1,0 +1,81 @@
+"""An extra half step in front of the iterations, on the side of the last one.
+
+The iterations start from column scales of 1. If they start from the inverse column lengths of the
+gradient, that is a half step more, which normalizes columns: 2L + 1 half steps in all.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from sinkgd.distributed.all_reduce import row_lengths, sum_over_rows
+from sinkgd.distributed.shards import ParamMatrix
+from sinkgd.exchange import Steps, computation
+from sinkgd.kernels import Backend
+from sinkgd.optim.method import Group
+from sinkgd.optim.transform import Batch, Transform
+
+SIDES = ("row", "column")
+# The smallest start, in units of the largest. Its square times the square of an entry is in the
+# range of float32.
+SMALLEST_START = 2.0**-40
+
+
+class ExtraHalfStep(Transform):
+    """Begin with the side with which the iterations end: ``first`` equal to ``last``."""
+
+    options = MappingProxyType[str, object]({"first": None})
+    switch = "first"
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse an unknown side, and two starts at once."""
+        del name, param
+        first, last = group["first"], group["last"]
+        if first is not None and first not in SIDES:
+            raise ValueError(f"first must be None or one of {SIDES}, got {first!r}")
+        if first == last and group["warm_start"]:
+            raise ValueError(
+                f"warm_start=True begins from the scales of the last step, and first={first!r}"
+                f" with last={last!r} from the lengths of this one; leave one of them off"
+            )
+
+    @computation
+    def before(self, batch: Batch) -> Steps[Batch]:
+        """Start from the inverse column lengths, unless ``first`` is what it is anyhow."""
+        if batch.group["first"] != batch.group["last"]:
+            return batch
+        starts = yield starts_after_half_step(batch.iterated, batch.backend)
+        return batch._replace(starts=starts)
+
+
+@computation
+def starts_after_half_step(
+    matrices: Sequence[ParamMatrix], backend: Backend
+) -> Steps[list[Tensor]]:
+    """Return column scales ``(..., 1, n)`` that bring the columns of each matrix to one length.
+
+    The largest is at most 1 and at least 1/√n, as `Backend.scales` requires. A column that is more
+    than 2**40 times shorter than the whole matrix gets the scale of a column that is 2**40 times
+    shorter. Reads the gradients once, and sends one message per process group.
+    """
+    transposed = [matrix.mT for matrix in matrices]
+    lengths = yield row_lengths(transposed, backend)  # (..., n, 1)
+    sums = yield sum_over_rows([_squares_and_inverse_squares(own) for own in lengths], transposed)
+    starts = []
+    for matrix, length, own in zip(matrices, lengths, sums, strict=True):
+        total, inverse = own[..., :1].sqrt(), own[..., 1:].rsqrt()  # inverse: about the shortest
+        least = SMALLEST_START * total
+        start = torch.maximum(inverse.where(inverse.isfinite(), 0), least) / length
+        start = torch.where(length == 0, 1, start.clamp(max=1))
+        dtype = torch.promote_types(matrix.grad.dtype, torch.float32)
+        starts.append(start.mT.to(dtype).contiguous())
+    return starts
+
+
+def _squares_and_inverse_squares(lengths: Tensor) -> Tensor:
+    """Return the sums of squares and of inverse squares without zeros: ``(..., 1, 2)``."""
+    squares = lengths.square()
+    inverse = torch.where(squares == 0, 0, 1 / squares)
+    return torch.cat([squares, inverse], dim=-1).sum(-2, keepdim=True)

@@ -1,0 +1,109 @@
+"""Start the iterations of SR-Sinkhorn from the column scales of the step before.
+
+These are close to the scales of this step, so that fewer iterations are enough. A start does not
+average steps: with enough iterations, every start leads to the same update. With ``last="row"`` the
+iterations run on the transpose, whose columns are the rows.
+
+State: ``state[param]["col_scale"]``, float32, the n column scales of each matrix of the parameter,
+one after the other, in the order of the parameter's dimensions.
+"""
+
+from collections.abc import MutableMapping, Sequence
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkgd.distributed.shards import is_dtensor, local, param_matrices, sharding_of
+from sinkgd.exchange import Computation, immediate
+from sinkgd.matrix_views import columns_from_memory, columns_to_memory, dims_of
+from sinkgd.optim.method import Group, Slot
+from sinkgd.optim.transform import Batch, Transform
+from sinkgd.optim.transforms.half_step import SMALLEST_START
+
+COL_SCALE = "col_scale"
+
+
+class WarmStart(Transform):
+    """Start from the column scales of the last step; from ones at first."""
+
+    options = MappingProxyType[str, object]({"warm_start": False})
+    switch = "warm_start"
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse a parameter whose starts would be sharded."""
+        if not (group["warm_start"] and is_dtensor(param)):
+            return
+        sharding = sharding_of(param, *dims_of(param.ndim, group["layout"]))
+        side = "row" if group["last"] == "column" else "column"
+        kept = sharding if side == "row" else sharding.mT
+        if kept.row_groups:
+            raise ValueError(
+                f"warm_start=True keeps the scales of whole {side}s, and those of {name!r} are "
+                f"sharded ({param.placements}); leave it off for this group"
+            )
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Start each matrix from ones, as without a warm start."""
+        slot = Slot("", 0, param.detach(), param.detach())
+        matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
+        ends_with_rows = group["last"] == "row"
+        shapes = [_start_shape(x.grad.mT if ends_with_rows else x.grad) for x in matrices]
+        entries = sum(map(prod, shapes))
+        state[COL_SCALE] = torch.ones(entries, dtype=torch.float32, device=param.device)
+
+    def before(self, batch: Batch) -> Computation[Batch]:
+        """Start from what was kept."""
+        iterated, starts = batch.iterated, list[Tensor | None]()
+        for slot, state, own, _ in batch.owners():
+            found = _kept_starts(state, [iterated[i].grad for i in own])
+            if batch.group["last"] == "column":
+                param, layout = local(slot.param), batch.group["layout"]
+                found = [x if x is None else columns_to_memory(x, param, layout) for x in found]
+            starts += found
+        return immediate(batch._replace(starts=starts))
+
+    def after(self, batch: Batch) -> Computation[Batch]:
+        """Keep the scales of parameters with finite gradients for the next step."""
+        for slot, state, own, flag in batch.owners():
+            if batch.group["last"] == "column":
+                param, layout = local(slot.param), batch.group["layout"]
+                cols = [columns_from_memory(batch.scales[i].col, param, layout) for i in own]
+            else:
+                cols = [batch.scales[i].row.mT for i in own]
+            _keep(state, cols, flag)
+        return immediate(batch)
+
+
+def _start_shape(grad: Tensor) -> tuple[int, ...]:
+    return (*grad.shape[:-2], 1, grad.shape[-1])
+
+
+def _kept_starts(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the starts that a parameter has kept for its matrices: ``(..., 1, n)``, or None."""
+    if COL_SCALE not in state:
+        return [None] * len(grads)
+    shapes = [_start_shape(grad) for grad in grads]
+    parts = state[COL_SCALE].split([prod(shape) for shape in shapes])
+    return [
+        part.view(shape).to(torch.promote_types(grad.dtype, torch.float32))
+        for part, shape, grad in zip(parts, shapes, grads, strict=True)
+    ]
+
+
+def _keep(state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tensor | None) -> None:
+    """Keep the column scales of each matrix of a parameter, unless ``allowed`` is False."""
+    found = torch.cat([_start(col).flatten() for col in cols])
+    if COL_SCALE not in state:
+        state[COL_SCALE] = torch.ones_like(found)
+    if allowed is not None:
+        found = torch.where(allowed, found, state[COL_SCALE])
+    state[COL_SCALE].copy_(found)
+
+
+def _start(col: Tensor) -> Tensor:
+    """Return column scales relative to the largest, in (0, 1]; 1 for a zero column."""
+    unit = col.float() / col.amax(dim=-1, keepdim=True).float()
+    return torch.where(unit > 0, unit.clamp(min=SMALLEST_START), 1)  # NaN if all scales are zero
