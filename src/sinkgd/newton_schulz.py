@@ -22,8 +22,9 @@ from sinkgd.precision import in_full_precision
 OBLONG = 2
 
 # How many steps are taken at once. The eigenvalues of the gram matrix are the squares of singular
-# values, so the rounding error of the largest is also an error of every small one, and grows like
-# it, by 1.5 per step: five steps make it 8 times as large. Then a new gram matrix is computed.
+# values. The rounding error of the largest eigenvalue is also an error of every small one, and
+# grows as small singular values do, by a factor of 1.5 per step: five steps make it 8 times as
+# large. Then a new gram matrix is computed.
 STEPS_AT_ONCE = 5
 
 

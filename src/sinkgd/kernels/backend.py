@@ -45,8 +45,8 @@ class CorrectedScales(NamedTuple):
 class Cautious(NamedTuple):
     """A factor of a parameter that applies only to entries that the step moves toward zero.
 
-    These are the entries of which ``param`` and ``step * update`` have opposite signs. The factor
-    of all others is 1.
+    In these entries, ``param`` and ``step * update`` have opposite signs. The factor of all other
+    entries is 1.
     """
 
     keep: float | Tensor

@@ -1,4 +1,4 @@
-"""Chunks of parameters: a step with scratch memory for each parameter updates a few at a time.
+"""Chunks of parameters: a step that needs scratch memory per parameter updates a few at a time.
 
 On a mesh every chunk sends its own messages. So that few chunks are enough, their size is limited
 only by what must stay in memory while messages are sent; a copy of a gradient that is needed only

@@ -257,7 +257,7 @@ class DeviceTables:
 
     def __init__(self) -> None:
         self._recent: OrderedDict[tuple[Hashable, ...], _Copy] = OrderedDict()
-        # A graph reads its tables at every replay, and nothing tells when it is deleted.
+        # A graph reads its tables at every replay, and nothing tells when the graph is deleted.
         self._captured: list[_Copy] = []
 
     def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
