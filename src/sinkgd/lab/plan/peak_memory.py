@@ -132,7 +132,7 @@ def rank_memory(
 
 
 def _updates_in(moment: str, method: Method) -> bool:
-    """Whether released gradients are applied in a moment with scratch: AdamW's take none."""
+    """Whether a moment has updates of released gradients that need scratch; AdamW needs none."""
     return "backward" in moment or (moment == EMBEDDING and method.eight_bit != "none")
 
 
