@@ -27,7 +27,7 @@ _ONE_LR: Grid = {LR: (0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
 def arms_with(alpha: float) -> tuple[Arm, ...]:
-    """Return both SinkGDs with matrices at α times the rate of all other parameters."""
+    """Return both kinds of SinkGD, with matrices at α times the rate of all other parameters."""
     rates = {LR: RATE, MATRIX_LR: alpha * RATE}
     return tuple(
         Arm(f"{recipe}-alpha{alpha:g}", {"optimizer.recipe": recipe, **rates}, value=alpha)
