@@ -17,8 +17,9 @@ from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
 # If one side is at least twice the other, several steps are taken on the gram matrix at once. A
-# step costs 6 k³ flops there, and 4 k² max(m, n) on the matrix. The former is less if one side is
-# at least 1.5 times the other; if it is at least twice the other, the scratch is no larger either.
+# step costs 6 k³ flops on the gram matrix, and 4 k² max(m, n) on the matrix itself. The gram matrix
+# is cheaper if one side is at least 1.5 times the other; if one side is at least twice the other,
+# the gram matrix needs no more scratch, either.
 OBLONG = 2
 
 # How many steps are taken at once. The eigenvalues of the gram matrix are the squares of singular

@@ -44,7 +44,7 @@ _WRAPPED = (
     "_forward_module",
 )
 _WRAPPER_OF_MODULE = ("DataParallel", "DistributedDataParallel")  # "module" is a common name
-# Experts of transformers that are stored (experts, in, out) and, unlike others, do not say so.
+# Experts of transformers that are stored (experts, in, out), but have no attribute that says so.
 _STORED_IN_OUT = ("Llama4TextExperts",)
 # What wrappers put before the name of a module: torch.compile, DistributedDataParallel and
 # DataParallel, FullyShardedDataParallel, torch's checkpoint_wrapper, and Lightning Fabric.

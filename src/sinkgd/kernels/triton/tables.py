@@ -179,7 +179,7 @@ def operand_of(x: Tensor) -> Operand:
 
 
 def vector_width(widest: int, *matrices: tuple[Operand, int]) -> int:
-    """Return ``widest`` if loads of so many entries are aligned in every matrix, else 1.
+    """Return ``widest`` if loads of that many entries are aligned in every matrix, else 1.
 
     The row stride of a matrix with one row does not matter.
 

@@ -236,7 +236,7 @@ def _deflation_scratch(
 ) -> int:
     """Return the bytes that deflation needs for the matrices that it processes together.
 
-    A CPU processes a few matrices at a time; a GPU as many as on a mesh, but without copies.
+    A CPU processes a few matrices at a time. A GPU processes as many as on a mesh, but copies none.
     """
     if device == "cuda":
         held = [vector_bytes(w.shard[0], w.shard[1], directions) for w in matrices]

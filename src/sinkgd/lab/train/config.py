@@ -42,8 +42,9 @@ class ModelConfig:
     """Name of the model's sizes, e.g. llama-nano-48 (the smallest), llama-nano, llama-60m,
     gpt2-124m, lens-121m; by default those of the model in weights, or llama-nano."""
     vocab_size: int | None = None
-    """Rows of the embedding and of the head, tokens; by default as many as the model in weights
-    has, or the tokenizer. Fewer suffice if the text uses no larger id: 32000 for T5's 32,100."""
+    """Rows of the embedding and of the head, tokens; by default the rows of the model in weights,
+    or the tokens of the tokenizer. Fewer suffice if the text uses no larger id: 32000 for T5's
+    32,100."""
     weights: str | None = None
     """Folder of the weights that this run begins with, to fine-tune them: of a finished run, or of
     a Hugging Face checkpoint of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors

@@ -1,9 +1,9 @@
 """Whether a resumed run is the same run: its data, model and recipe are compared by content.
 
 A corpus is a path and a model is the name of a preset, and either may mean something else tomorrow.
-So a run records hashes of its data and of what it built, and they are compared when it resumes. If
-only versions or devices differ, the run resumes with a warning that its losses may differ in the
-last bits.
+So a run records hashes of its data and of what it built, and these are compared when the run
+resumes. If only versions or devices differ, the run resumes with a warning that its losses may
+differ in the last bits.
 """
 
 import hashlib
