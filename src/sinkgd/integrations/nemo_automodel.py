@@ -19,8 +19,8 @@ except ImportError as error:
 class SinkGDConfig(OptimizerConfig):
     """Builds the optimizer of `SinkGDFactory` for each part of a model.
 
-    NeMo's scheduler writes the rate and the weight decay of every group. It takes those of the
-    first group, the matrices, and keeps the ratios of the others.
+    NeMo's scheduler writes the rate and the weight decay of every group. It takes both from the
+    first group, the matrices, and keeps the ratios of all other groups to it.
 
     Attributes:
         options: Arguments of `SinkGDFactory` besides the model, such as ``adamw_lr``.

@@ -116,7 +116,7 @@ class DescentMatrix(NamedTuple):
 
 
 class DescentState(NamedTuple):
-    """What the launches of a descent tell each other about a matrix: int32, initially 0."""
+    """What a launch of a descent stores about a matrix for later launches: int32, initially 0."""
 
     nonzero_u: int  # how many scales are not zero
     nonzero_v: int
