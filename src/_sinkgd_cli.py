@@ -8,10 +8,11 @@ import signal
 import sys
 from types import FrameType
 
-# OpenMP's threads spin for a while when they wait for each other. libgomp's default keeps the cores
-# from other processes' threads and then loses its own: beside two busy processes on two cores, 24
-# steps of llama-nano took 23 s with the default and 6 to 11 s with this count, and as long as
-# before on an idle machine. libgomp reads it once, when torch is imported.
+# OpenMP's threads spin for a while when they wait for each other. With libgomp's default count,
+# spinning threads first keep the cores from other processes, and then lose the cores to them.
+# Beside two busy processes on two cores, 24 steps of llama-nano took 23 s with the default and 6 to
+# 11 s with this count; on an idle machine the count makes no difference. libgomp reads it once,
+# when torch is imported.
 _SPIN_COUNT = "30000"
 _WAIT_POLICIES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}
 
@@ -22,7 +23,7 @@ def main(*, child: bool = False) -> int:
     """Run the program; return the exit code.
 
     Args:
-        child: Whether another command of `sinkgd` started this process, and is to end it.
+        child: Whether another command of `sinkgd` started this process and controls its end.
     """
     begin()
     if not _WAIT_POLICIES & os.environ.keys():
@@ -44,9 +45,9 @@ def begin() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Write to nowhere where the shell closed a stream, as by ``2>&-``.
+    """Open the null device in place of streams that the shell closed, as by ``2>&-``.
 
-    Otherwise the next file that is opened takes its place, and is written to.
+    Otherwise the next file that is opened gets the stream's number, and output goes to this file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         pass

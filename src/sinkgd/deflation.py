@@ -1,9 +1,9 @@
 r"""Lower a matrix's leading singular values to the next one, reading the matrix twice.
 
 No singular value is computed. A block power iteration finds k + 1 orthonormal directions. The first
-reading computes :math:`X^\top X \Omega` for a fixed block Ω. The second one computes the products
-with its directions V and with their images. As :math:`B = X^\top Q` follows from
-:math:`X^\top Z`, no third reading is needed:
+reading computes :math:`X^\top X \Omega` for a fixed block Ω; an orthonormal basis of the result is
+V. The second reading computes :math:`Z = X V` and :math:`X^\top Z`. As :math:`B = X^\top Q` follows
+from :math:`X^\top Z`, no third reading is needed:
 
 .. math::
     V = \mathrm{orth}(X^\top X \Omega), \qquad Z = X V, \qquad C = X^\top Z, \qquad
@@ -337,7 +337,7 @@ def _of_both(
 
 
 def _times(vectors: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the products of two lists, and empty the first."""
+    """Multiply the members of two lists pair by pair, and empty the first list."""
     vectors.reverse()
     return [vectors.pop() @ factor for factor in factors]
 

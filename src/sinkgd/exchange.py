@@ -52,7 +52,7 @@ class Sum(NamedTuple):
 
     vector: Tensor
     group: "ProcessGroup"
-    then: Sequence["ProcessGroup"] = ()  # its next sums are over these groups, which wait for it
+    then: Sequence["ProcessGroup"] = ()  # groups of later sums, which wait for this one
 
 
 def sums_in_turn(

@@ -1,4 +1,4 @@
-"""Multi-normalization: project on several norms in turn, until the result is normalized in all.
+"""Multi-normalization: project on several norms in turn, until all of them are satisfied.
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight

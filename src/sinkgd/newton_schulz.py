@@ -17,13 +17,15 @@ from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
 # If one side is at least twice the other, several steps are taken on the gram matrix at once. A
-# step costs 6 k³ flops there, and 4 k² max(m, n) on the matrix. The former is less if one side is
-# at least 1.5 times the other; if it is at least twice the other, the scratch is no larger either.
+# step costs 6 k³ flops on the gram matrix, and 4 k² max(m, n) on the matrix itself. The gram matrix
+# is cheaper if one side is at least 1.5 times the other; if one side is at least twice the other,
+# the gram matrix needs no more scratch, either.
 OBLONG = 2
 
 # How many steps are taken at once. The eigenvalues of the gram matrix are the squares of singular
-# values, so the rounding error of the largest is also an error of every small one, and grows like
-# it, by 1.5 per step: five steps make it 8 times as large. Then a new gram matrix is computed.
+# values. The rounding error of the largest eigenvalue is also an error of every small one, and
+# grows as small singular values do, by a factor of 1.5 per step: five steps make it 8 times as
+# large. Then a new gram matrix is computed.
 STEPS_AT_ONCE = 5
 
 

@@ -130,7 +130,10 @@ class FrobeniusNorm(_BuiltIn):
 
 @dataclass(frozen=True)
 class SignNorm(_BuiltIn):
-    r"""Entries of 1 or −1: :math:`P(x) = \operatorname{sign}(x)`, of length √(mn) without zeros."""
+    r"""Entries of 1 or −1: :math:`P(x) = \operatorname{sign}(x)`.
+
+    The length of the result is √(mn) if x has no zeros.
+    """
 
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Replace every entry by its sign."""
@@ -145,8 +148,8 @@ class SpectralNorm(_BuiltIn):
     r"""Equal singular values: :math:`P(x) = \sqrt{\max(m, n)}\, U V^\top` for x = USVᵀ.
 
     The polar factor comes from `orthogonalize`, on the shorter side of the matrix, and the result
-    is scaled to Frobenius norm √(mn). For a matrix of full rank and enough steps that changes
-    nothing; otherwise it keeps the size of the update, and so the meaning of ``lr``.
+    is scaled to Frobenius norm √(mn). For a matrix of full rank and with enough steps, this scaling
+    changes nothing. Otherwise it keeps the size of the update, and so the meaning of ``lr``.
 
     Args:
         num_steps: Newton–Schulz steps, at least 1. More steps bring smaller singular values to 1.

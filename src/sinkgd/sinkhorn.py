@@ -34,9 +34,9 @@ def sinkhorn_scales(
             decades apart. The scales of still shorter rows and columns are clamped to the range of
             float32, and these rows and columns of the update are then shorter than the others.
         num_iters: Iterations L, at least 1. The paper uses 5.
-        tol: Stop iterating a matrix after the first iteration, from the second on, that changes no
-            row scale by more than ``tol``, relative to its previous value. On a GPU, the eager
-            backend then waits for the device in every iteration. None never stops early.
+        tol: Stop iterating a matrix as soon as an iteration changes no row scale by more than
+            ``tol``, relative to its previous value. The first iteration never stops it. On a GPU,
+            the eager backend then waits for the device in every iteration. None never stops early.
         backend: ``"auto"`` for the fastest backend that is installed and runs on ``grad``'s device,
             or the name of a backend in `sinkgd.kernels.BACKENDS`.
 

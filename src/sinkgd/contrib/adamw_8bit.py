@@ -29,8 +29,9 @@ from sinkgd.optim.methods.adamw import AdamW, check_averages
 BLOCK = 256
 MIN_8BIT_SIZE = 4096
 
-# On a CPU bitsandbytes holds about six float32 copies of what it updates: 24 MiB of these entries.
-# On every device, cautious decay takes two float32 for each of so many entries.
+# The number of entries that are updated at once, if not all are. On a CPU bitsandbytes makes about
+# six float32 copies of these entries, 24 MiB. On every device, cautious decay needs two float32 for
+# each of them.
 CPU_ENTRIES = 1 << 20
 
 
@@ -89,12 +90,12 @@ class AdamW8bit(AdamW):
                 state[f"absmax{number}"] = absmax
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Check the gradients, then update one by one."""
+        """Check the gradients, then update the parameters one by one."""
         finite = run(are_finite(slots))
         self._update_(slots, finite, group, context)
         return immediate(finite)
 
-    @_disable_dynamo  # it reads numbers of tensors, and so would break the graph at each
+    @_disable_dynamo  # each number that it reads from a tensor would break the graph
     def _update_(
         self, slots: Sequence[Slot], finite: Tensor, group: Group, context: Context
     ) -> None:
@@ -215,7 +216,7 @@ def _update_entries_(
         param,
         first,
         second,
-        beta3=0.0,  # of other methods, as alpha is
+        beta3=0.0,  # other methods use this number and the next one
         alpha=0.0,
         qmap1=_code("1", param.device),
         qmap2=_code("2", param.device),

@@ -51,8 +51,8 @@ class SPAM(GroupedOptimizer):
     The paper leaves some points open. Here the bias corrections restart at the reset, together with
     the moments. The warm-up scales ``lr``, and with it the weight decay. As in the authors' code,
     nothing is clipped for ``clip_delay`` steps after a start or a reset. An entry whose v is zero
-    is not clipped: clipped to zero, it would keep v at zero. Each parameter counts the steps that
-    updated it. State: two numbers per entry.
+    is not clipped: it would be clipped to zero, and v would stay zero. Each parameter counts the
+    steps that updated it. State: two numbers per entry.
 
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape, whole or sharded.
@@ -201,8 +201,8 @@ def clip_spikes(grad: Tensor, state: Mapping[str, Any], group: Group) -> Tensor:
     r"""Clip the entries of this rank's shard of a gradient to :math:`\pm\sqrt{\theta v}`.
 
     Nothing is clipped for ``clip_delay`` steps after the moments were last zero. An entry whose v
-    is zero is not clipped either: nothing tells whether it is a spike, and clipped to zero it would
-    keep v at zero.
+    is zero is not clipped either: v does not tell whether the entry is a spike, and if the entry
+    were clipped to zero, v would stay zero.
 
     Args:
         grad: A gradient whose entries are all finite. It is not modified; if nothing is clipped, it

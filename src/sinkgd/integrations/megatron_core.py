@@ -48,9 +48,10 @@ class MegatronSinkGD(SinkGD):
 def register(matrix_lr: float, matrix_min_lr: float = 0.0, **options: Any) -> None:
     """Add the optimizer "sinkgd" to Megatron's table; choose it by ``--optimizer sinkgd``.
 
-    Every matrix but embeddings and the output layer goes to SinkGD, fused ones as one, and so
-    do routers; all else goes to Megatron's Adam at ``--lr``. The scheduler takes the rates of
-    matrices from here. Their weight decay is ``--weight-decay``, multiplied by their rate.
+    All matrices except embeddings and the output layer go to SinkGD, routers included; a fused
+    matrix counts as one. All other parameters go to Megatron's Adam at ``--lr``. The scheduler
+    takes the rates of matrices from here. Their weight decay is ``--weight-decay``, multiplied by
+    their rate.
 
     Args:
         matrix_lr: The largest rate of matrices. To fine-tune, 0.3 of AdamW's.

@@ -19,8 +19,8 @@ except ImportError as error:
 class SinkGDConfig(OptimizerConfig):
     """Builds the optimizer of `SinkGDFactory` for each part of a model.
 
-    NeMo's scheduler writes the rate and the weight decay of every group. It takes those of the
-    first group, the matrices, and keeps the ratios of the others.
+    NeMo's scheduler writes the rate and the weight decay of every group. It takes both from the
+    first group, the matrices, and keeps the ratios of all other groups to it.
 
     Attributes:
         options: Arguments of `SinkGDFactory` besides the model, such as ``adamw_lr``.
@@ -47,7 +47,7 @@ class SinkGDConfig(OptimizerConfig):
         Args:
             model: The model, or one with ``parts``, as pipeline parallelism makes.
             device_mesh: Not used: parameters know their own mesh.
-            is_peft: Not used: only what trains is given to the optimizer.
+            is_peft: Not used: the optimizer gets only the parameters that are trained.
 
         Raises:
             ValueError: If ``param_group_overrides`` is set, or the scheduler would change a weight
@@ -66,6 +66,6 @@ class SinkGDConfig(OptimizerConfig):
             if not decays[0] and any(decays):
                 raise ValueError(
                     f"the first group has weight_decay={decays[0]!r}, and NeMo's scheduler takes "
-                    "the decay of all groups from it; give the first group a decay, or none any"
+                    "the decay of all groups from it; give the first group a decay, or no group"
                 )
         return [*optimizers]

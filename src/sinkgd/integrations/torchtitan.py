@@ -52,7 +52,7 @@ class SinkGDContainer(OptimizersContainer):
                 raise ValueError(
                     f"{name}={value!r} has no effect in SinkGDContainer.Config, which routes "
                     "parameters by itself; leave it out, and pass "
-                    "options={'overrides': {pattern: 'adamw'}} to route some otherwise"
+                    "options={'overrides': {pattern: 'adamw'}} to choose for some of them"
                 )
         self.model_parts = model_parts
         self.optimizers = [_build(part, config.options) for part in model_parts]
@@ -73,10 +73,10 @@ class SinkGDContainer(OptimizersContainer):
         super().load_state_dict(state_dict)
 
     def _init_state(self) -> None:
-        """Make the state that torchtitan expects, before it takes a step along zero gradients.
+        """Make the state that torchtitan expects, so that it takes no step along zero gradients.
 
-        torchtitan does so whenever an optimizer has no state: at every save where all parameters
-        go to SinkGD. Its gradients would take as much memory as the weights.
+        Whenever an optimizer has no state, torchtitan takes such a step: at every save, if all
+        parameters go to SinkGD. These gradients would take as much memory as the weights.
         """
         for optimizer in self.optimizers:
             optimizer.init_state()

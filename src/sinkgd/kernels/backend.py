@@ -45,8 +45,8 @@ class CorrectedScales(NamedTuple):
 class Cautious(NamedTuple):
     """A factor of a parameter that applies only to entries that the step moves toward zero.
 
-    These are the entries of which ``param`` and ``step * update`` have opposite signs. The factor
-    of all others is 1.
+    In these entries, ``param`` and ``step * update`` have opposite signs. The factor of all other
+    entries is 1.
     """
 
     keep: float | Tensor
@@ -85,7 +85,7 @@ class Shared(NamedTuple):
     """Vectors that gradients share."""
 
     vectors: Tensor  # (entries, k) float64, on the host; never modified
-    first: tuple[int, ...]  # for each gradient, the entry of its first column
+    first: tuple[int, ...]  # for each gradient, the row of ``vectors`` for its first column
 
 
 class Descent(NamedTuple):
@@ -143,8 +143,9 @@ class Backend(ABC):
             grads: Gradients ``(..., m, n)``. Not modified.
             num_iters: Number of iterations.
             tol: Stop iterating a matrix after an iteration, the second at the earliest, that
-                changes no row scale by more than ``tol``, relative to its previous value. A factor
-                common to all row scales, which zero rows and columns cause, is ignored.
+                changes no row scale by more than ``tol``, relative to its previous value. If a
+                matrix has zero rows or columns, an iteration may multiply all row scales by a
+                common factor. This factor is ignored.
             starts: Column scales ``(..., 1, n)`` from which the iterations begin, one for each
                 gradient; None for ones. They are in (0, 1], contiguous, and have the scales' dtype.
 

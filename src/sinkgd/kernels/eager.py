@@ -114,8 +114,8 @@ def sinkhorn(
     moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one per matrix
     for _ in range(num_iters - 1):
         # With zero rows or columns, each iteration multiplies r2 by a factor and c2 by its inverse.
-        # A factor on c2 returns as its inverse on r2. So the tilt changes no product r2 * c2, and
-        # keeps both in range.
+        # Dividing c2 by the tilt multiplies the next r2 by the tilt. So no product r2 * c2 changes,
+        # and both stay in range.
         tilt = _tilt(r2, c2)
         last = r2 * tilt * _drift(r2, c2)
         found = _iterate(S, c2 / tilt)

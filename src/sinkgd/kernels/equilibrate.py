@@ -65,13 +65,13 @@ def _lift(x: Tensor) -> float:
 
 
 def scales_of(row: Tensor, col: Tensor, dtype: torch.dtype) -> Scales:
-    """Return scales in ``dtype``. If they are far from 1, a factor moves from one to the other.
+    """Return scales in ``dtype``. If they are far from 1, multiply r and divide c by a factor.
 
     Only the product of row and column scales counts. The factor is the power of two that brings the
-    largest and the smallest of both nearest to 1. Then both are in range, and so are
-    ``row * grad`` and ``grad * col``. If the lengths of rows or columns differ by nearly the whole
-    range, in float32 by more than 2**240 / √(mn), the shortest have scales beyond it. These are
-    clamped, and the update of such a row or column is shorter than that of others.
+    largest and the smallest of both nearest to 1. Then both are in the range of ``dtype``, and so
+    are ``row * grad`` and ``grad * col``. If the lengths of rows or columns differ by nearly the
+    whole range, in float32 by more than 2**240 / √(mn), the scales of the shortest are out of
+    range. These are clamped, and the update of such a row or column is shorter than that of others.
 
     Args:
         row: r, ``(..., m, 1)``, float64; not negative.

@@ -5,7 +5,8 @@ The rules, for every optimizer of this package:
 - A group's own value comes first, then the constructor's argument, then the default.
 - An argument that no group uses is an error, unless it equals what the groups have.
 - A group that has an option which its method does not have is an error.
-- An unknown argument is refused with the nearest name, a value of the wrong kind with its name.
+- An unknown argument is refused, with the nearest name in the error; so is a value of the wrong
+  kind, with the name of its argument.
 """
 
 import difflib
@@ -35,7 +36,7 @@ T = TypeVar("T")
 Check = Callable[[str, Any], None]
 
 COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise", "cautious_decay": False}
-# Common options that older checkpoints lack, with the values that they were saved under.
+# Common options that older checkpoints lack, with the values that have the effect of that time.
 ADDED_LATER: Mapping[str, Any] = {"cautious_decay": False}
 _RATES = ("lr", "weight_decay")
 

@@ -1,9 +1,9 @@
-"""The names of parameter groups, by which the logs of trainers tell their rates apart.
+"""The names of parameter groups, under which trainers log the groups' rates.
 
-A name says what is in a group: ``"matrices"``, ``"embeddings-head-vectors"``. Of groups that would
-have the same name, each adds the options in which it differs from the others, unless they are
-defaults: ``"matrices-split-3"``. Names have only letters, digits, ``_``, ``-`` and ``.``,
-which TensorBoard and other logs accept unchanged.
+A name says what is in a group: ``"matrices"``, ``"embeddings-head-vectors"``. If several groups
+would have the same name, each name also gives the options in which its group differs from the
+others, unless they are defaults: ``"matrices-split-3"``. Names have only letters, digits, ``_``,
+``-`` and ``.``, which TensorBoard and other logs accept unchanged.
 """
 
 import re
@@ -25,7 +25,7 @@ _BY_REASON = {EMBEDDING: "embeddings", HEAD: "head", ADAPTER: "adapters", ROUTER
 
 
 def name_groups(groups: Sequence[Group], roles: Mapping[Tensor, Role]) -> None:
-    """Give every group a ``name`` of its own; a name that an override set is kept as its beginning.
+    """Give every group a ``name`` of its own; a name that an override set becomes its beginning.
 
     Args:
         groups: Groups of (name, parameter) pairs, no two with the same options.
@@ -67,7 +67,7 @@ def _kind(param: Tensor, role: Role) -> str:
 
 
 def _differing(groups: Sequence[Group]) -> list[str]:
-    """List the options of which groups that take them have different values."""
+    """List the options whose values differ among the groups that take them."""
     found = []
     for option in dict.fromkeys(option for group in groups for option in group):
         values = [_value(group, option) for group in groups if _takes(group, option)]

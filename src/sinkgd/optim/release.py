@@ -1,6 +1,6 @@
 """The step inside backward: each gradient is applied as soon as it is complete, and freed.
 
-In memory are then the weights, the activations, and only the gradient that is being computed. A
+Memory then holds the weights, the activations and only the gradient that is being computed. A
 normalized step of a parameter only needs its own gradient: clipping by a global norm and loss
 scaling would not change it.
 """

@@ -44,7 +44,7 @@ _WRAPPED = (
     "_forward_module",
 )
 _WRAPPER_OF_MODULE = ("DataParallel", "DistributedDataParallel")  # "module" is a common name
-# Experts of transformers that are stored (experts, in, out) and, unlike others, do not say so.
+# Experts of transformers that are stored (experts, in, out), but have no attribute that says so.
 _STORED_IN_OUT = ("Llama4TextExperts",)
 # What wrappers put before the name of a module: torch.compile, DistributedDataParallel and
 # DataParallel, FullyShardedDataParallel, torch's checkpoint_wrapper, and Lightning Fabric.
@@ -182,7 +182,7 @@ class _Modules:
     def _seen_through(
         self, path: str, module: nn.Module, attribute: str
     ) -> tuple[str, nn.Module, str, bool]:
-        """Return the module and the attribute that a parameter stands for, and if it is a gain.
+        """Return the module and attribute that a parameter stands for, and whether it is a gain.
 
         A parametrized weight is computed from tensors in ``parametrizations.weight``: an original
         of the same shape or, with a weight norm, a gain and a direction. The older `weight_norm`
@@ -231,7 +231,7 @@ def _wraps_base_layer(module: nn.Module) -> bool:
 
 
 def _unwrapped(place: _Place) -> list[_Place]:
-    """Return what a wrapper wraps, in every copy that it keeps, or a module that is no wrapper."""
+    """Return all copies of the module that a wrapper wraps; if it wraps nothing, return itself."""
     module = place.module
     children = dict(_named_children(module))
     for name in _WRAPPED:
@@ -261,7 +261,7 @@ def _children(place: _Place) -> Iterator[_Place]:
 
 
 def _named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a module, a child of two names twice, unlike torch."""
+    """Yield the children of a module; unlike in torch, a child with two names comes twice."""
     for name, child in module._modules.items():
         if child is not None:
             yield name, child
@@ -302,7 +302,7 @@ def _count_of_experts(module: nn.Module) -> int:
 
 
 def _is_normalization(module: nn.Module) -> bool:
-    """Whether a module has parameters, none with two dimensions, and no children: a norm's gain."""
+    """Whether a module has no children, and only vectors as parameters, such as a norm's gain."""
     params = list(module.parameters(recurse=False))
     return bool(params) and all(p.ndim < 2 for p in params) and not any(module.children())
 
@@ -369,8 +369,9 @@ def _is_stored_in_out(module: nn.Module) -> bool:
 def _is_batch(module: nn.Module, param: Tensor) -> bool:
     """Whether three dimensions look like matrices one after the other, such as experts.
 
-    There are fewer experts than features, and all weights of a module have the same number. XLNet's
-    attention has weights of (features, heads, features of a head) and (segments, heads, ...).
+    There are fewer experts than features, and all weights of a module have the same number of
+    experts. So the weights of XLNet's attention are no batches: their shapes are (features, heads,
+    features of a head) and (segments, heads, ...).
     """
     count, *sides = param.shape
     others = [own for own in module.parameters(recurse=False) if own.ndim == 3]

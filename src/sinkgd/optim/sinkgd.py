@@ -145,8 +145,8 @@ class SinkGD(GroupedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `GroupedOptimizer.add_param_group` does.
 
-        It warns if the group has matrices and vectors and no algorithm, while others have one, as
-        Lightning's ``BaseFinetuning.unfreeze_and_add_param_group`` adds it.
+        It warns if the group has matrices and vectors but no algorithm, while other groups have
+        one. Lightning's ``BaseFinetuning.unfreeze_and_add_param_group`` adds such a group.
         """
         has_algorithm = "algorithm" in param_group
         super().add_param_group(param_group)
@@ -184,7 +184,7 @@ class SinkGD(GroupedOptimizer):
                 return
 
     def _check_routing(self, given: Sequence[Mapping[str, Any]], passed: Mapping[str, Any]) -> None:
-        """Warn of updates that are lost, and if matrices and vectors have no algorithm and no rate.
+        """Warn if updates are lost, and if matrices and vectors have no algorithm and no rate.
 
         The latter is the case for ``SinkGD(model.parameters())``, and if a trainer builds the
         optimizer from groups of its own, which only set the weight decay.

@@ -34,11 +34,15 @@ def with_runs(results, change):
 @pytest.mark.parametrize(
     ("before", "headline"),
     [
-        (near(3.9), "Momentum helps: before-0.9 ended at 3.900, without it the loss was 4.000."),
-        (near(4.1), "Momentum harms: every way of it ended higher than none."),
+        (
+            near(3.9),
+            "Momentum helps: before-0.9 ended at 3.900; without momentum the loss was 4.000.",
+        ),
+        (near(4.1), "Momentum harms: every kind of momentum ended higher than none."),
         (
             apart(4.0),
-            "Momentum adds nothing that seeds can tell: before-0.9 ended at 4.000, none 4.000.",
+            "Momentum does not help measurably: before-0.9 ended at 4.000; without momentum the "
+            "loss was 4.000.",
         ),
     ],
 )
@@ -103,7 +107,7 @@ def test_without_a_gain_there_is_nothing_to_keep():
 
 def test_without_both_ends_the_gain_is_unknown():
     headline = judge("spectral", {"swan-2": near(4.0)}).headline
-    assert headline == "swan-2 ended at 4.000; sinkgd-paper and swan-5 are not both there."
+    assert headline == "swan-2 ended at 4.000; sinkgd-paper and swan-5 do not both have results."
 
 
 # Width --------------------------------------------------------------------------------------------

@@ -137,21 +137,21 @@ def test_ablation_compares_each_normalization_with_both():
     [
         (
             (4.1, 4.1),
-            "SinkGD as in the paper ends lower than the fair AdamW at a batch of 4, 16 sequences.",
+            "The paper’s SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences.",
         ),
         (
             (4.1, 3.9),
-            "SinkGD as in the paper ends lower than the fair AdamW at a batch of 4 and ends higher "
+            "The paper’s SinkGD ends lower than the fair AdamW at a batch of 4 and ends higher "
             "than the fair AdamW at a batch of 16 sequences.",
         ),
         (
             (4.1, None),
-            "SinkGD as in the paper ends lower than the fair AdamW at a batch of 4 sequences, "
+            "The paper’s SinkGD ends lower than the fair AdamW at a batch of 4 sequences, "
             "level elsewhere.",
         ),
         (
             (None, None),
-            "SinkGD as in the paper and the fair AdamW are level at every batch that has results.",
+            "The paper’s SinkGD and the fair AdamW are level at every batch that has results.",
         ),
     ],
 )
@@ -173,8 +173,8 @@ def test_each_recipe_has_a_standing_of_its_own_over_batches():
         }
     verdict = judge("batch", losses)
     assert verdict.headline == (
-        "SinkGD as in the paper and the fair AdamW are level at every batch that has results. "
-        "SinkGD ends lower than the fair AdamW at a batch of 4, 16 sequences."
+        "The paper’s SinkGD and the fair AdamW are level at every batch that has results. "
+        "SinkGD with deflation ends lower than the fair AdamW at a batch of 4, 16 sequences."
     )
     assert "sinkgd-batch4 ended 0.100 ± 0.000 lower than adamw-batch4." in verdict.sentences
     assert any("lower than sinkgd-paper-batch16." in one for one in verdict.sentences)
@@ -182,7 +182,8 @@ def test_each_recipe_has_a_standing_of_its_own_over_batches():
 
 def test_a_batch_without_its_control_says_so():
     verdict = judge("batch", {"sinkgd-paper-batch4": near(4.0)})
-    assert verdict.headline == "No batch has a result of both SinkGD as in the paper and AdamW yet."
+    headline = "The paper’s SinkGD and the fair AdamW have no results at the same batch yet."
+    assert verdict.headline == headline
 
 
 def cautions(losses, **options):

@@ -1,10 +1,10 @@
 """Run the compiled loops on torch's own threads, and cache them between processes.
 
 A second thread pool would compete with torch's threads, which spin for milliseconds after each
-operation. The loops therefore run on torch's OpenMP team: the runtime that torch is linked against
-is asked, by the entry point that compilers use, to call a compiled function on as many threads as
-torch would use. Several Python threads may do so at once, and a process may fork wherever torch
-allows it.
+operation. The loops therefore run on torch's OpenMP team. This module calls the runtime that torch
+is linked against, at the entry point that compilers use; the runtime then calls a compiled function
+on as many threads as torch would use. Several Python threads may do so at once, and a process may
+fork wherever torch allows it.
 
 A loop works on a table of int64 fields (`sinkgd.kernels.cpu.tables`).
 """

@@ -156,8 +156,9 @@ def column_sums(dtype, size, g, ld, Q, u, sums, ahead):
 def both_sums(dtype, size, g, ld, Q, u, sums, v, step, ahead):
     """Add 8 rows to the column sums, and return the row sums of the 8 rows ``step`` bytes further.
 
-    The two sums alternate after a few hundred columns. Sixteen rows at once, a power of two apart,
-    would share one set of an L1 cache, which has eight ways. 8 rows at ``ahead`` are prefetched.
+    The two sums alternate after a few hundred columns. If the two sums were computed together,
+    sixteen rows would be in use at once. Rows whose addresses are a power of two apart share one
+    set of the L1 cache, which has only eight ways. 8 rows at ``ahead`` are prefetched.
     """
     full = Q - Q % LANES
     r0, r1, r2, r3, r4, r5, r6, r7 = _splat_eight(u)

@@ -255,7 +255,7 @@ def round_stochastically(typing: Any, x: Any, index: Any, stride: Any, key: Any)
 def select_toward_zero(typing: Any, w: Any, moved: Any, one: Any, other: Any) -> Any:
     """Return ``one`` in lanes where adding ``moved`` moves ``w`` toward zero, elsewhere ``other``.
 
-    A ``w`` of zero counts as either; a ``moved`` of zero moves nothing.
+    Where ``w`` is zero, the result may be either; where ``moved`` is zero, it is ``other``.
     """
     wide = ir.VectorType(_I32, LANES)
 

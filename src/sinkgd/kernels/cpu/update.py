@@ -3,8 +3,8 @@
 A parameter W becomes ``keep * W + step * (U∘G∘V + LEFT @ RIGHT)``, rounded once. Letters: see
 `sinkgd.kernels.cpu.tables`.
 
-A function with an argument ``away`` is compiled twice: ``away`` is None, or the factor, in place of
-``keep``, of entries that do not move toward zero.
+A function with an argument ``away`` is compiled twice: ``away`` is None, or the factor that
+replaces ``keep`` in entries that do not move toward zero.
 """
 
 from numba import cfunc, float32, int16, int64, void

@@ -213,7 +213,7 @@ class TritonBackend(EagerBackend):
         return Descent(finite, scales)
 
     def _in_part(self, matrices: Matrices, ours: list[bool], **options: Any) -> Descent:
-        """Descend on some owners bucket by bucket; find scales, then update, for the others."""
+        """Descend bucket by bucket on some owners; for the others, find the scales, then update."""
         in_halves: Callable[..., Descent] = super().descend_
         if not any(ours):
             return in_halves(matrices, **options)

@@ -330,7 +330,8 @@ def options_of(
         threads: Number of threads that work on a panel.
         wide: Whether loads are of 16 bytes; narrow loads need more registers for their addresses.
         unscaled: Whether the kernel is an iteration that finds scales from the unscaled gradient.
-        lean: Whether 128 registers are enough. They are for most iterations on entries of 2 bytes.
+        lean: Whether the kernel needs few registers, as most iterations on entries of 2 bytes do.
+            It may then take 128, or 168 if few threads work on a panel.
     """
     if target is None:
         return {}
@@ -338,8 +339,8 @@ def options_of(
         threads *= 2 if wide else 4  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // target.warp, "enable_fp_fusion": True}
     if target.backend == "cuda":
-        # Two programs of 256 threads, or three of 128, hide each other's latency. Without a limit
-        # the compiler would rather spill than take more than 128 registers.
+        # Two programs of 256 threads, or three of 128, hide each other's latency. If `maxnreg` is
+        # not set, the compiler takes at most 128 registers and spills the rest.
         most = 255
         if lean:
             most = 128 if threads > FEW_THREADS else 168

@@ -9,8 +9,8 @@ One launch of `full_iteration` is one iteration. A program keeps whole rows in r
 their squares, finds u from the sums, and sums the columns of the same squares, scaled by the new u.
 It does so for some panels of rows, one after the other, and then stores one partial sum for each
 column. Programs form groups of eight neighbors: the last one to arrive adds up the eight partial
-sums; the last of eight groups goes on; the last of all finds v. No program waits, and no sum
-depends on the order of arrival.
+sums. Groups form groups of eight in the same way, and so on; the last program of all finds v. No
+program waits, and no sum depends on the order of arrival.
 
 When a scale is found for the first time, the gradient may have any size. The entries of a row or
 column are then divided by a power of two before they are squared. The powers of columns are stored

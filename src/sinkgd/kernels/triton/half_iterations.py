@@ -1,10 +1,10 @@
 """Half iterations and updates, tile by tile: tiles, the plan of a call, and its launches.
 
-A bucket has the matrices of one launch: of one kind, and so few that their gradients stay in the
-cache from one half iteration to the next. To find the scales of a bucket takes two launches per
-iteration and one more; an update takes one launch. Nothing waits for the device. The scales of a
-matrix have the same bits in any bucket. A plan depends only on shapes, strides, types and
-alignment, so steps share it.
+A bucket has the matrices of one launch. They are of one kind, and few enough for their gradients to
+stay in the cache from one half iteration to the next. To find the scales of a bucket takes two
+launches per iteration and one more; an update takes one launch. Nothing waits for the device. The
+scales of a matrix have the same bits in any bucket. A plan depends only on shapes, strides, types
+and alignment, so steps share it.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
 """

@@ -75,8 +75,8 @@ class PreparedLaunch(NamedTuple):
 
     kernel: Any
     programs: int
-    arguments: int  # index of the list of arguments, given by the step, that comes first
-    fixed: tuple[object, ...]  # arguments that follow
+    arguments: int  # index of a list passed to `start`; its content comes before `fixed`
+    fixed: tuple[object, ...]  # the arguments after that list
     constants: Mapping[str, object]  # by name, with the compiler's options
 
 
@@ -149,10 +149,11 @@ _variants: dict[Hashable, Variant] = {}  # by kernel, device, constants and spec
 
 
 def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, ...]:
-    """Return what a kernel is compiled for because of the arguments before its constants.
+    """Return the properties of the arguments for which triton compiles a variant of a kernel.
 
-    It distinguishes at least what triton distinguishes: types, pointers that are multiples of 16,
-    and integers that need 64 bits or, if a kernel is specialized to them, are 1 or multiples of 16.
+    They distinguish at least what triton distinguishes: types, pointers that are multiples of 16,
+    and integers that need 64 bits. If a kernel is specialized to an integer, they also distinguish
+    1 and multiples of 16. Compile-time constants are not included.
     """
     return tuple(
         argument_class(argument, is_general=param.do_not_specialize)
@@ -161,7 +162,7 @@ def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, 
 
 
 def argument_class(argument: object, *, is_general: bool) -> Hashable:
-    """Return what a kernel may be compiled for because of one argument.
+    """Return the properties of one argument for which triton may compile a variant.
 
     Args:
         argument: A tensor or a number.
@@ -179,7 +180,7 @@ _INT32 = range(-(1 << 31), 1 << 31)
 
 
 def _without_tensors(arguments: Sequence[object]) -> tuple[object, ...]:
-    """Return arguments with addresses in place of tensors, so that the launcher asks for none."""
+    """Replace tensors by their addresses, so that the launcher need not ask for them."""
     return tuple([x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 

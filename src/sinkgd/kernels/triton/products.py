@@ -139,7 +139,8 @@ class SkinnyProducts:
         plan: The plan of products with these gradients.
         shapes: Shapes of the gradients.
         on_device: Copies a constant tensor to the device and caches the copy.
-        addresses: For each gradient, the addresses of it, its row scales and its column scales.
+        addresses: Three for each gradient: of the gradient, of its row scales and of its column
+            scales.
         kept: The tensors that have these addresses.
         shared: Vectors that several gradients share, with an entry for each column; the plan has
             the offset of each gradient in them.

@@ -1,10 +1,10 @@
 """The schedule of a descent: how matrices are cut into panels of rows, and put into buckets.
 
-A bucket has the matrices of one launch: of one type and one shape of panel, and so few that their
-gradients stay in the cache from the first launch to the update. All iterations and the update of a
-bucket run before the next bucket begins. A matrix that does not fit into the cache has a bucket of
-its own. The matrices of one owner are written together, so they share a bucket, or their update
-waits until all scales are found.
+A bucket has the matrices of one launch. They have one type and one shape of panel, and are few
+enough for their gradients to stay in the cache from the first launch to the update. All iterations
+and the update of a bucket run before the next bucket begins. A matrix that does not fit into the
+cache has a bucket of its own. The matrices of one owner are written together, so they share a
+bucket, or their update waits until all scales are found.
 
 A schedule depends only on shapes, strides, types and alignment, so steps share it.
 
@@ -87,8 +87,8 @@ def half_panel(panel: Panel, threads: int) -> tuple[Panel, int]:
 def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
     """Divide the rows of a matrix among programs: rows of `RowProgram`.
 
-    A program has so many rows that its partial sums are a small part of its entries. A large matrix
-    has enough programs for a whole GPU; a small one shares the GPU with others.
+    A program has enough rows to make its partial sums small compared with its entries. A large
+    matrix has enough programs for a whole GPU; a small one shares the GPU with others.
     """
     rows = -(-max(FEWEST_ROWS, P // PROGRAMS) // panel.BM) * panel.BM
     first = torch.arange(0, P, rows, dtype=torch.int64, device="cpu")

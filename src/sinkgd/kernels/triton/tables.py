@@ -116,7 +116,7 @@ class DescentMatrix(NamedTuple):
 
 
 class DescentState(NamedTuple):
-    """What the launches of a descent tell each other about a matrix: int32, initially 0."""
+    """What a launch of a descent stores about a matrix for later launches: int32, initially 0."""
 
     nonzero_u: int  # how many scales are not zero
     nonzero_v: int
@@ -134,7 +134,7 @@ class RowProgram(NamedTuple):
 
 
 class ProductMatrix(NamedTuple):
-    """A matrix of an update that is multiplied by vectors. Vectors' offsets count their rows."""
+    """A matrix of an update that is multiplied by vectors. Offsets of vectors count rows."""
 
     tensor: int  # index of the gradient's address
     offset: int  # from the tensor's first entry to the matrix's
@@ -179,12 +179,12 @@ def operand_of(x: Tensor) -> Operand:
 
 
 def vector_width(widest: int, *matrices: tuple[Operand, int]) -> int:
-    """Return ``widest`` if loads of so many entries are aligned in every matrix, else 1.
+    """Return ``widest`` if loads of that many entries are aligned in every matrix, else 1.
 
     The row stride of a matrix with one row does not matter.
 
     Args:
-        widest: Entries of 16 bytes.
+        widest: The number of entries in 16 bytes.
         matrices: Operands, with the offset of a matrix in each.
     """
     aligned = all(
@@ -257,7 +257,7 @@ class DeviceTables:
 
     def __init__(self) -> None:
         self._recent: OrderedDict[tuple[Hashable, ...], _Copy] = OrderedDict()
-        # A graph reads its tables at every replay, and nothing tells when it is deleted.
+        # A graph reads its tables at every replay, and nothing tells when the graph is deleted.
         self._captured: list[_Copy] = []
 
     def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -275,7 +275,8 @@ class DeviceTables:
         return self._copy(key, host, device) if found is None else found
 
     def _find(self, key: tuple[Hashable, ...], device: torch.device) -> Tensor | None:
-        # The replay of a graph fills a copy that it captured, so no other launch may read it.
+        # A copy made during a capture is filled only when the graph is replayed, so `_recent` does
+        # not have it: other launches must not read it.
         copy = self._recent.get(key)
         if copy is None:
             return self._copied_before_capture(key) if capturing(device) else None

@@ -1,7 +1,7 @@
 """Interleaved timing: every round times each contender once, in an order that rotates.
 
-Other load on the machine then affects all contenders alike, and so do the caches, as the previous
-contender left them. Ratios are taken within a round and summarized by their quartiles.
+Other load on the machine then affects all contenders alike. So does the state in which the previous
+contender leaves the caches. Ratios are taken within a round and summarized by their quartiles.
 
 A floor is a number of bytes divided by a bandwidth, so the bandwidth must be one that the machine
 reaches. Several operations that only stream the matrices, the probes, are timed in the same rounds,
@@ -32,7 +32,7 @@ MIN_TURNS = 3  # the fewest rounds in which a contender is timed, however slow i
 INTERLEAVED_NOTE = (
     "Contenders took turns; ratios are medians over rounds of the ratios within a round."
 )
-_WARM_UPS = 3  # the fastest counts: the first one allocates, and any may meet a busy moment
+_WARM_UPS = 3  # calls, of which the fastest counts: the first allocates, and any may be disturbed
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def of_adamw(workload: str, dtype: str, iterations: int = _FULL) -> Measure:
 
 
 def faster_than_naive(workload: str, dtype: str) -> Measure:
-    """Return a function that measures how many times as long as our step the public loop takes.
+    """Return a function that measures the public loop's time as a multiple of our step's time.
 
     The public loop is `sinkgd.lab.bench.contenders.naive_loop`.
     """

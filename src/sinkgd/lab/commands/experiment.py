@@ -39,7 +39,7 @@ class Experiment:
     """Name of the study; without a name, all studies are listed."""
 
     scale: Scale = "machine"
-    """machine: two cores, at most 40 minutes; paper: the benchmark's sizes, for GPUs."""
+    """machine: two cores, usually 20 to 110 minutes; paper: the benchmark's sizes, for GPUs."""
 
     data: Path | None = None
     """Corpus: prepared shards, text files or files in C4's layout; by default the study's own."""

@@ -24,13 +24,14 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 class Carried:
     """The best point of another arm, from which an arm takes its values.
 
-    It spares a large model the grid of a small one.
+    So a large model needs no grid of its own: it uses the grid of a small model.
     """
 
     arm: str  # name of the other arm, which has a grid of its own
     # Dotted names of fields, with what multiplies their values; other fields keep theirs.
     factors: Mapping[str, float] = field(default_factory=dict)
-    # Multiples of the fields in ``factors`` to try. A single one is not tried, but taken.
+    # Multiples of the fields in ``factors`` to try. If there is only one, it is used without a
+    # trial.
     tried: tuple[float, ...] = (1.0,)
 
     def points(self, best: Point) -> tuple[dict[str, float], ...]:
@@ -113,8 +114,8 @@ class Arm:
 def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
     """Check that names of arms are unique, and that arms are tuned alike.
 
-    Arms at one position of the axis have equally many points, and arms without a position, too. A
-    carried arm takes its values from an arm with a grid.
+    All arms at one position of the axis have the same number of points, and so do all arms without
+    a position. A carried arm takes its values from an arm with a grid.
 
     Raises:
         ConfigError: If names are not unique, grids differ in size, or a carried arm has no source;

@@ -51,7 +51,7 @@ class Scheduler:
 
     @property
     def left(self) -> int:
-        """Number of runs that are not finished and can still be."""
+        """Number of runs that are not finished and can still finish."""
         done = Counter(result.arm for result in self.record.runs.values())
         return sum(
             self.plan.runs_of(arm) - done[arm.name]

@@ -13,8 +13,8 @@ from sinkgd.lab.train.config import ConfigError, SharedConfig, differences
 from sinkgd.lab.train.recipes import find_recipe
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
-# For each NAME of --optimizer.NAME, fields of the configuration. The option sets the first of them
-# that the recipe of the arm of --step has.
+# For each option --optimizer.NAME, fields of the configuration: the option sets the first one that
+# the recipe of the arm has. --step names this arm.
 STEP_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"tau": ("tau",), "iterations": ("n_iter", "sinkhorn_iterations"), "lr": ("lr",)}
 )

@@ -4,9 +4,9 @@ Its first line is the plan. Then follow a line for every finished run, and a lin
 (kind "sitting"). A session is one process's work on the study. Page and verdict are made from this
 file only.
 
-Runs are thinned. Of the training curve the file has one step per evaluation, with the mean loss and
-the mean times since the previous evaluation. Of a model's statistics it has the means over heads
-and blocks.
+Runs are thinned. The training curve has one step per evaluation, with the mean loss and the mean
+times since the previous evaluation. A model's statistics are reduced to their means over heads and
+blocks.
 """
 
 import json
@@ -79,7 +79,7 @@ _ARM = ("overrides", "tuned", "value", "control")
 
 @dataclass(frozen=True)
 class Session:
-    """One process's work on a study, with the times that its overhead follows from."""
+    """One process's work on a study, with the times from which its overhead is computed."""
 
     jobs: int
     runs: int  # number of runs that ended in the session

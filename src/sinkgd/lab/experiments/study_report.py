@@ -35,7 +35,7 @@ def arms_table(results: StudyResults) -> TextTable:
         title="Arms",
         note="Losses are validation losses in nats per token, ± half the range over seeds. Equal "
         "seconds are those of the fastest arm; the schedules of slower ones were not over by then. "
-        "Effective tokens a second stand in the table of what was needed.",
+        "The tables on reaching a control’s final loss give the effective tokens per second.",
         columns=(
             "arm",
             "seeds",
@@ -119,8 +119,8 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
     target = ABSENT if analysis.target is None else loss(analysis.target)
     return TextTable(
         title=f"To reach {name}’s final loss, {target}",
-        note=f"Percentages are of what {name} took in all. Effective: its tokens, divided by the "
-        "seconds an arm needs to reach its final loss.",
+        note=f"Percentages are relative to the whole run of {name}. Effective: all tokens of "
+        f"{name}, divided by the seconds that an arm needs to reach this loss.",
         columns=("arm", "tokens", "of all", "time", "of all", "effective tokens/s", "runs"),
         rows=tuple(rows),
     )

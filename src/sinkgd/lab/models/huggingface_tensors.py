@@ -73,7 +73,7 @@ def load_tensors(folder: Path, model: LanguageModel) -> None:
     unknown = [
         name
         for name, our in ours.items()
-        if (our not in weights or stored[our] != name)  # one under two names is unknown, too
+        if (our not in weights or stored[our] != name)  # also a tensor's second name
         and not names.derived.search(name)
         and not (tied and name == _HEAD)
     ]

@@ -191,8 +191,9 @@ def set_weight(weight: Tensor, whole: Tensor) -> None:
 
 def _draw_in_chunks(weight: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill a weight in float32 chunks of 16 MiB; the numbers equal those of a single draw."""
-    # torch draws sixteen numbers at a time, and the last sixteen of an uneven draw in another way.
-    # So a remainder below sixteen belongs to the chunk before it.
+    # torch draws sixteen numbers at a time. If their number is not a multiple of sixteen, it draws
+    # the last sixteen in another way. So a remainder below sixteen is joined to the chunk before
+    # it.
     flat = weight.view(-1)
     starts = range(0, max(1, len(flat) - 15), _CHUNK)
     for start, end in zip(starts, (*starts[1:], len(flat)), strict=True):

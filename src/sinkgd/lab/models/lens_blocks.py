@@ -212,7 +212,8 @@ class LensMLP(nn.Module):
         \qquad \text{out} = W_2 h
 
     a is learned, starts at 0.1 and is clamped to [0, 1]. Outside of these bounds its gradient is
-    zero, so an optimizer that takes it there leaves it there. No gradient flows to attention.
+    zero, so if an optimizer moves a out of the bounds, a stays there. No gradient flows to
+    attention.
 
     Args:
         config: The sizes.

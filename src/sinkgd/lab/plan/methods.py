@@ -49,7 +49,7 @@ class Method:
     # Replaces `rest` for embeddings and head: numbers kept for a whole one, given its shorter and
     # its longer side.
     embedding: Callable[[int, int], float] | None = None
-    head_only: bool = False  # `embedding` holds for the head; embeddings keep no state
+    head_only: bool = False  # `embedding` applies only to the head; embeddings keep no state
     scalars: int = 0  # further numbers kept for each parameter
     # The parameters that have step counters.
     step_counters_of: Literal["all", "rest", "vectors", "none"] = "rest"

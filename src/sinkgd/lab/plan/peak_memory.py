@@ -131,7 +131,7 @@ def rank_memory(
 
 
 def _updates_in(moment: str, method: Method) -> bool:
-    """Whether released gradients are applied in a moment with scratch: AdamW's take none."""
+    """Whether a moment has updates of released gradients that need scratch; AdamW needs none."""
     return "backward" in moment or (moment == EMBEDDING and method.eight_bit != "none")
 
 
@@ -235,7 +235,7 @@ def _deflation_scratch(
 ) -> int:
     """Return the bytes that deflation needs for the matrices that it processes together.
 
-    A CPU processes a few matrices at a time; a GPU as many as on a mesh, but without copies.
+    A CPU processes a few matrices at a time. A GPU processes as many as on a mesh, but copies none.
     """
     if device == "cuda":
         held = [vector_bytes(w.shard[0], w.shard[1], directions + 1) for w in matrices]

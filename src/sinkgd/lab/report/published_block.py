@@ -52,7 +52,7 @@ class Cell:
     """A formatted perplexity."""
 
     text: str
-    lowest: bool = False  # whether it is the lowest of its column, or cannot be told from that
+    lowest: bool = False  # whether it is, within its precision, the lowest of its column
     from_plot: bool = False  # whether it was read from a plot
 
 

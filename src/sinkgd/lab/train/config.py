@@ -42,8 +42,9 @@ class ModelConfig:
     """Name of the model's sizes, e.g. llama-nano-48 (the smallest), llama-nano, llama-60m,
     gpt2-124m, lens-121m; by default those of the model in weights, or llama-nano."""
     vocab_size: int | None = None
-    """Rows of the embedding and of the head, tokens; by default as many as the model in weights
-    has, or the tokenizer. Fewer suffice if the text uses no larger id: 32000 for T5's 32,100."""
+    """Rows of the embedding and of the head, tokens; by default the rows of the model in weights,
+    or the tokens of the tokenizer. Fewer suffice if the text uses no larger id: 32000 for T5's
+    32,100."""
     weights: str | None = None
     """Folder of the weights that this run begins with, to fine-tune them: of a finished run, or of
     a Hugging Face checkpoint of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors
@@ -77,18 +78,18 @@ class OptimizerConfig:
     recipe: str = "sinkgd"
     """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw or muon; see docs/recipes.md."""
     lr: float | None = None
-    """Peak learning rate of all parameters that matrix_lr does not cover, weight units a step of
+    """Peak learning rate of all parameters that matrix_lr does not cover, weight units per step of
     RMS 1."""
     matrix_lr: float | None = None
-    """Peak learning rate of the matrices inside the blocks, weight units a step of RMS 1."""
+    """Peak learning rate of the matrices inside the blocks, weight units per step of RMS 1."""
     weight_decay: float | None = None
-    """Decoupled weight decay, fraction of a weight a step at learning rate 1."""
+    """Decoupled weight decay, fraction of a weight per step at learning rate 1."""
     cautious_decay: bool | None = None
-    """Whether only entries decay that the update moves toward zero; by default all do."""
+    """Whether an entry decays only if the update moves it toward zero; by default all decay."""
     beta1: float | None = None
-    """Decay of Adam's (or Lion's) mean of gradients, fraction kept a step."""
+    """Decay of Adam's (or Lion's) mean of gradients, fraction kept per step."""
     beta2: float | None = None
-    """Decay of Adam's mean of squared gradients, fraction kept a step."""
+    """Decay of Adam's mean of squared gradients, fraction kept per step."""
     sinkhorn_iterations: int | None = None
     """Row and column normalizations of a matrix in a step, iterations."""
     newton_schulz_steps: int | None = None
@@ -96,7 +97,7 @@ class OptimizerConfig:
     whitened: Whitened | None = None
     """Block matrices that SWAN whitens: all, attention or mlp; SR-Sinkhorn updates the others."""
     momentum: float | None = None
-    """Decay of the momentum (SGD, Muon, SCALE's head, SinkGD), fraction kept a step; 0 is none."""
+    """Decay of momentum (SGD, Muon, SCALE's head, SinkGD), fraction kept per step; 0 is none."""
     nesterov: bool | None = None
     """Whether SinkGD's momentum looks one step ahead, as Nesterov's does."""
     momentum_place: MomentumPlace | None = None
@@ -143,7 +144,7 @@ class TrainingConfig:
     steps: int = 400
     """Length of the run, optimizer steps."""
     batch_size: int = 16
-    """Global batch, sequences a step."""
+    """Global batch, sequences per step."""
     micro_batch_size: int | None = None
     """Sequences in one forward pass; by default all that a rank has of a batch."""
     sequence_length: int = 256
@@ -167,7 +168,7 @@ class TrainingConfig:
     device: Device = "auto"
     """Device to train on: cpu, cuda, or auto (cuda if available)."""
     threads: int | None = None
-    """CPU threads; by default torch's choice, one a core."""
+    """CPU threads; by default torch's choice, one per core."""
 
 
 @dataclass(frozen=True)

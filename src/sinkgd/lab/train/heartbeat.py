@@ -1,6 +1,6 @@
 """Heartbeats between ranks, to detect ranks that are lost.
 
-The other ranks notice a rank that dies or hangs by a broken connection, or not at all. Heartbeats
+If a rank dies or hangs, the other ranks see only a broken connection, or nothing at all. Heartbeats
 identify that rank and end the other processes, so that no process waits forever. A rank that is
 merely slow keeps sending heartbeats, because a thread of its own does that.
 """

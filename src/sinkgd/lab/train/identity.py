@@ -1,9 +1,9 @@
 """Whether a resumed run is the same run: its data, model and recipe are compared by content.
 
 A corpus is a path and a model is the name of a preset, and either may mean something else tomorrow.
-So a run records hashes of its data and of what it built, and they are compared when it resumes. If
-only versions or devices differ, the run resumes with a warning that its losses may differ in the
-last bits.
+So a run records hashes of its data and of what it built, and these are compared when the run
+resumes. If only versions or devices differ, the run resumes with a warning that its losses may
+differ in the last bits.
 """
 
 import hashlib
@@ -39,8 +39,7 @@ _KINDS: Mapping[str, type[ModelSizes]] = {
 }
 # Parts of an environment that determine the last bits of losses.
 _LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
-# Options of a parameter group that change how its step is computed, but not which step it is, and
-# its names.
+# Names in a parameter group, and options that change how its step is computed but not the result.
 _HOW = frozenset({"params", "param_names", "name", "foreach", "fused", "capturable", "backend"})
 
 
@@ -262,7 +261,8 @@ def _groups_sha256(model: nn.Module, optimizer: Optimizer) -> str:
                 key: str(value)
                 for key, value in group.items()
                 if key not in _HOW and isinstance(value, bool | int | float | str | tuple)
-                # An option that older runs lack is left out where it does what they did.
+                # An option that older runs lack is left out if its value has the effect that those
+                # runs had.
                 if not (key in ADDED_LATER and value == ADDED_LATER[key])
             },
         }

@@ -26,7 +26,7 @@ from sinkgd.lab.train.training_step import take_step
 def lr_factor(
     step: int, *, steps: int, warmup_fraction: float = 0.1, final_lr_fraction: float = 0.1
 ) -> float:
-    r"""Return the learning rate of the step after ``step`` others, as a fraction of the peak.
+    r"""Return the learning rate of the step that follows ``step`` steps, as a fraction of the peak.
 
     With w = round(``warmup_fraction`` · ``steps``) and k = ``step`` + 1, step k has k/w during the
     warm-up, so that no step has rate 0; then
@@ -58,7 +58,7 @@ def lr_factor(
 
 
 def schedule(optimizer: Optimizer, training: TrainingConfig, *, step: int = 0) -> LambdaLR:
-    """Schedule the learning rate of every group from the step that follows ``step`` others.
+    """Schedule the learning rate of every group, from the step that follows ``step`` steps.
 
     Args:
         optimizer: Its groups hold their peak as ``initial_lr``, or, at step 0, as ``lr``.
@@ -87,7 +87,7 @@ def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) ->
     """
     config, world = job.config, job.mesh.world
     if config.model.weights is not None and job.state.step == 0:
-        _evaluate(job, results)  # of a trained model the loss before the first step counts, too
+        _evaluate(job, results)  # the model is trained already, so its loss is of interest
     for record in training_steps(job):
         results.write(record)
         last = record.step == config.training.steps

@@ -29,7 +29,7 @@ class StartingWeights:
     tokenizer_sha256: str | None  # None for a run that did not record it
     tokenizer: str  # where it is
     checkpoint: Path | None = None  # of the last step of a run; None for a Hugging Face checkpoint
-    notes: tuple[str, ...] = ()  # on what of the folder is not used
+    notes: tuple[str, ...] = ()  # on parts of the folder that are not used
 
     @classmethod
     def find(cls, folder: Path, sequence_length: int) -> "StartingWeights":
@@ -97,8 +97,8 @@ class StartingWeights:
         if changed := changed_sizes(model_content(self.sizes), model_content(model)):
             raise ConfigError(
                 f"{begin}whose model has other sizes: {changed}. Leave out model.preset and "
-                "model.vocab_size, which takes the sizes from there, and give its "
-                "training.sequence_length"
+                "model.vocab_size, so that the sizes are taken from there, and give the "
+                "training.sequence_length of that model"
             )
         if self.tokenizer_sha256 != text.tokenizer_sha256:
             raise ConfigError(

@@ -77,7 +77,7 @@ def test_a_parameter_in_two_parts_is_refused():
 
 def test_a_group_that_no_part_would_step_is_refused():
     _, _, optimizer = pair()
-    with pytest.raises(TypeError, match="add it to one of the parts first"):
+    with pytest.raises(TypeError, match="add the group to one of its optimizers"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
 
 

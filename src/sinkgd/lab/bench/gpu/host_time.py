@@ -3,7 +3,7 @@
 The optimizer, the backend ``triton`` and triton's launcher run as they do with a GPU. The device,
 the compiler and the driver are fakes: nothing touches the device's memory, and a launch does
 nothing. CPU tensors stand in for those of the device. The figures leave out CUDA's allocator,
-streams and driver, which a step calls as often for one matrix as for all.
+streams and driver: the number of calls of these does not depend on the number of matrices.
 
     python -m sinkgd.lab.bench.gpu.host_time
 """

@@ -23,13 +23,14 @@ from sinkgd.lab.disk import parse_json
 from sinkgd.lab.report.console import Progress
 
 INTERPRETER, HOST, SCHEDULE, CODE = "interpreter", "host", "schedule", "code"
-# The parts, and about how many seconds each takes; CODE takes this long for each target.
+# The parts, and about how many seconds each takes. CODE takes this long for each GPU that kernels
+# are compiled for.
 PARTS = {INTERPRETER: 25.0, HOST: 5.0, SCHEDULE: 2.0, CODE: 30.0}
-_VARIANTS = 30  # about how many variants a target has
+_VARIANTS = 30  # about how many variants are compiled for a GPU
 
-COUNTED = "sm_90"  # the target whose instructions are counted
+COUNTED = "sm_90"  # the GPU whose instructions are counted
 
-# The target of each figure: the most that it may be. Figures without an entry have none.
+# The largest value that each figure should have. Figures without an entry have no limit.
 LIMITS: dict[str, float] = {
     "readings of G per entry and step, plain": 6,
     "readings of G per entry and step, deflated": 10,
@@ -112,7 +113,7 @@ def _compiled(plan: Plan, progress: Progress, weight: float) -> list[Variant]:
 
 def interpreter_figures(found: Interpreted) -> list[Figure]:
     """Return the figures that were counted while kernels were interpreted."""
-    how = "loads by kernels in the interpreter, and tensors that torch reads, with copies of G"
+    how = "loads of G and its copies: by kernels in the interpreter, and by torch operations"
     of = "readings of G per entry and step"
     return [
         _figure(f"{of}, plain", found.readings, how),
@@ -138,7 +139,7 @@ def interpreter_figures(found: Interpreted) -> list[Figure]:
 def host_figures() -> list[Figure]:
     """Count the work of the host in a step."""
     how = "calls of torch's dispatcher; launches do nothing"
-    whole = "the same for all parameters, not counting AdamW's own calls"
+    whole = "calls of torch's dispatcher for all parameters, except those of AdamW itself"
     more, model = "torch calls for each further matrix", "torch calls of a hybrid step, llama-1b"
     plain, deflated = ({"deflated_rank": rank} for rank in (0, RANK))
     return [
@@ -197,7 +198,7 @@ def code_figures(variants: Sequence[Variant], targets: Sequence[str]) -> list[Fi
         _figure(
             f"SASS instructions per entry and step, {shape[-1]} columns",
             instructions_per_entry(ours, "plain", "llama-1b", shape),
-            "lengths of the loops over panels, divided by a thread's entries; bf16, L = 5, sm_90",
+            "instructions in the loops over panels / entries of a thread; bf16, L = 5, sm_90",
         )
         for shape in ((2048, 2048), (2048, 5461))
         if is_there

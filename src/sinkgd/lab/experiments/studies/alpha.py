@@ -27,7 +27,7 @@ _ONE_LR: Grid = {LR: (0.001, 0.002, 0.004, 0.008, 0.016)}
 
 
 def arms_with(alpha: float) -> tuple[Arm, ...]:
-    """Return both SinkGDs with matrices at α times the rate of all other parameters."""
+    """Return both kinds of SinkGD, with matrices at α times the rate of all other parameters."""
     rates = {LR: RATE, MATRIX_LR: alpha * RATE}
     return tuple(
         Arm(f"{recipe}-alpha{alpha:g}", {"optimizer.recipe": recipe, **rates}, value=alpha)
@@ -74,11 +74,11 @@ _ARMS = (*(arm for alpha in ALPHAS for arm in arms_with(alpha)), *controls(_ADAM
 
 ALPHA = Study(
     name="alpha",
-    question="Which α, the matrices’ rate relative to that of everything else, is best at lr 0.02, "
-    "as in the paper and with deflation?",
+    question="Which α (the matrices’ rate divided by all other parameters’ rate) is best at "
+    "lr 0.02, for the paper’s SinkGD and for SinkGD with deflation?",
     background="Scetbon et al. 2025 use α = 0.05 at lr 0.02. Here α is the only option that is "
-    "tuned for SinkGD, as in the paper and with deflation; each AdamW has a grid with as many "
-    "points.",
+    "tuned for the paper’s SinkGD and for SinkGD with deflation. Each AdamW is tuned on a grid "
+    "with the same number of points.",
     settings={
         "machine": Setting(MACHINE, _ARMS, at=lambda value, _: arms_with(value)),
         "paper": Setting(

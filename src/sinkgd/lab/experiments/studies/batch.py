@@ -1,4 +1,4 @@
-"""How SinkGD, with deflation and as in the paper, compares with AdamW as the batch grows."""
+"""How the paper's SinkGD and SinkGD with deflation compare with AdamW as the batch grows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,8 @@ from sinkgd.lab.experiments.study_verdict import Verdict, cautions, compared, un
 from sinkgd.lab.train.config import SharedConfig
 
 PLAIN = "sinkgd-paper"
-CANDIDATES = {PLAIN: "SinkGD as in the paper", "sinkgd": "SinkGD"}  # names used in sentences
+# Names that begin sentences.
+CANDIDATES = {PLAIN: "The paper’s SinkGD", "sinkgd": "SinkGD with deflation"}
 CONTROL, ONE_LR = "adamw", "adamw-one-lr"
 SIZES = (4, 16, 64)  # sequences in a batch
 PAPER_SIZES = (128, 512, 2048)
@@ -85,7 +86,7 @@ def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> 
         if control.arm.recipe == CONTROL
     ]
     if not standings:
-        return f"No batch has a result of both {name} and AdamW yet."
+        return f"{name} and the fair AdamW have no results at the same batch yet."
     lower = [f"{size:g}" for size, difference in standings if difference.lower]
     higher = [f"{size:g}" for size, difference in standings if difference.higher]
     if not lower and not higher:

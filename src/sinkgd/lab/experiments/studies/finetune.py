@@ -24,7 +24,7 @@ from sinkgd.lab.results import Evaluation, Run
 from sinkgd.lab.train.config import EvaluationConfig, SharedConfig
 from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
 
-FIRST_STEPS = 20  # in which a loss that rises counts as a shock
+FIRST_STEPS = 20  # if the loss rises within these steps, that counts as a shock
 RANK = 8  # of the adapters
 WEIGHTS = "runs/gpt2-by-adamw"  # of the model; benchmarks/README.md has the command
 # Of a Hugging Face checkpoint at paper scale; --model.weights gives another folder.
@@ -42,8 +42,8 @@ def arms_of(full: Grid, sgd: Grid, lora: Grid) -> tuple[Arm, ...]:
     Args:
         full: Grid of the rate that AdamW would get, if all weights are trained.
         sgd: Grid of SGD's rate.
-        lora: Grid of the rate that AdamW would get, if adapters are trained. SinkGD's is twice as
-            high: at AdamW's rates its best one was the largest.
+        lora: Grid of the rate that AdamW would get, if adapters are trained. The grid of SinkGD is
+            twice as high, since its best rate was the largest of AdamW's grid.
     """
     ours = {"optimizer.recipe": "sinkgd-finetune"}
     adamw = {"optimizer.recipe": "adamw-one-lr", **_ADAM}
@@ -198,12 +198,12 @@ def _paper() -> SharedConfig:
 
 FINETUNE = Study(
     name="finetune",
-    question="Does SinkGD fine-tune a model that AdamW trained as well as AdamW, and what does it "
-    "forget?",
+    question="After AdamW has pretrained a model, does SinkGD fine-tune it as well as AdamW does, "
+    "and what does the model forget?",
     background="A model is trained with one optimizer on one text and fine-tuned with another one "
     "on a second text. Rates are those that AdamW would get; the matrices of sinkgd, sinkgd-plain "
-    "and rows-only get 0.3 of them. For Muon, Adam-trained models were reported to be worse than "
-    "with Adam, unless adapters are trained (arXiv 2605.10468).",
+    "and rows-only get 0.3 of them. A report finds Muon worse than Adam at fine-tuning "
+    "models that Adam has trained, except with adapters (arXiv 2605.10468).",
     settings={
         "machine": Setting(_shared(WEIGHTS, MACHINE, "gpt2-nano"), arms_of(FULL, SGD, LORA)),
         "paper": Setting(_paper(), arms_of(PAPER_FULL, PAPER_SGD, PAPER_LORA)),

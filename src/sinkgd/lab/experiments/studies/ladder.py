@@ -279,8 +279,8 @@ def judge(results: StudyResults) -> Verdict:
     ]
     sentences.append(
         "Intervals are 95 %, by bootstrap over two or three seeds, and say nothing about the "
-        "choice of rates. Shares of tokens are read from the losses during training, whose "
-        "schedule was not over."
+        "choice of rates. Shares of tokens are read from losses during training, when the "
+        "schedule was not over yet."
     )
     return Verdict(_headline(results), tuple(sentences), tuple(cautions(results)))
 
@@ -308,7 +308,7 @@ def _shares_in_words(recipe: str, own: Mapping[float, Sequence[float]]) -> str:
     if not own:
         return f"{recipe} did not reach adamw’s final loss with all seeds at any size."
     sizes = ", ".join(f"{percent(float(np.mean(q)))} at {count(n)}" for n, q in own.items())
-    return f"{recipe} needs, of adamw’s tokens, {sizes} hidden weights."
+    return f"{recipe} needs this share of adamw’s tokens: {sizes} hidden weights."
 
 
 def _trend_in_words(recipe: str, trend: Trend | None) -> str | None:

@@ -95,7 +95,7 @@ def second_differences(values: Sequence[float]) -> list[float]:
 
 
 def is_stable(one: ArmResults) -> bool:
-    """Whether no seed diverged or ended above its loss after a tenth of the run."""
+    """Whether no seed diverged, and none ended above its loss after a tenth of the run."""
     return not one.diverged and all(_came_down(result.run.evaluations) for result in one.seeds)
 
 

@@ -67,15 +67,16 @@ def judge(results: StudyResults) -> Verdict:
         return Verdict(f"{ended(best)}; there is nothing to compare it with.", (), ())
     best, gain = ways[0], results.difference(ways[0], none)
     if gain.lower:
-        headline = f"Momentum helps: {ended(best)}, without it the loss was {none.loss:.3f}."
+        headline = f"Momentum helps: {ended(best)}; without momentum the loss was {none.loss:.3f}."
     elif gain.higher:
-        headline = "Momentum harms: every way of it ended higher than none."
+        headline = "Momentum harms: every kind of momentum ended higher than none."
     else:
         headline = (
-            f"Momentum adds nothing that seeds can tell: {ended(best)}, none {none.loss:.3f}."
+            f"Momentum does not help measurably: {ended(best)}; without momentum the loss was "
+            f"{none.loss:.3f}."
         )
     sentences = [compared(one.arm.name, results.difference(one, none), NONE) for one in ways]
-    sentences.append("Each keeps one number for every entry of a hidden matrix; none keeps none.")
+    sentences.append("Every kind of momentum keeps one number for each entry of a hidden matrix.")
     sentences += against_controls(results, best if gain.lower else none)
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 

@@ -161,8 +161,10 @@ def judge(fits: Sequence[Fit]) -> Verdict:
 
 
 _CAUTIONS = (
-    "On paper: nothing of this was run. Peaks under FSDP are an upper bound (see Plan on paper).",
-    "Numbers of devices are powers of two, so that a method that just misses one counts double.",
+    "Estimates: nothing of this was run. Peaks under FSDP are upper bounds (see Plan before you "
+    "train).",
+    "Only powers of two are tried as numbers of devices: a method that barely does not fit on n "
+    "devices is listed with 2n.",
 )
 
 

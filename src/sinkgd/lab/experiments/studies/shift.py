@@ -55,7 +55,7 @@ def shifted(shared: SharedConfig) -> SharedConfig:
 
 
 def recovery(run: Run) -> float | None:
-    """Return the number of tokens after the change until the loss is back at its value before.
+    """Return after how many tokens the loss is back at its value before the change.
 
     Returns:
         The number of tokens, or None if the loss does not recover.

@@ -77,7 +77,8 @@ class ChainedOptimizer(Optimizer):
         """
         if self.parts:
             raise TypeError(
-                "ChainedOptimizer takes no further groups; add it to one of the parts first"
+                "ChainedOptimizer takes no groups after construction; add the group to one of its "
+                "optimizers before you chain them"
             )
         super().add_param_group(param_group)
 

@@ -1,4 +1,4 @@
-"""What a recipe is, an optimizer with its common settings, and how it splits a model with AdamW."""
+"""Recipes: optimizers with their common settings, and how a recipe splits a model with AdamW."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
