@@ -30,8 +30,9 @@ from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
-# Entries of a bfloat16 parameter that are in float32 at once. With the random bits, an entry takes
-# some 40 bytes then. On a GPU many small kernels would take longer than they compute.
+# How many entries of a bfloat16 parameter are in float32 at once. With the random bits, each then
+# takes some 40 bytes. On a GPU there are more, since launching small kernels takes longer than
+# their work.
 _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 22
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -46,8 +47,8 @@ class AdamW(Method):
     As in torch, entries of the gradient must stay below 1e19, so that their squares are within
     float32's range; clip larger entries.
 
-    With ``cautious_decay``, torch computes the step of a part of a parameter, from zero and in
-    float32, and our update adds it.
+    With ``cautious_decay``, torch takes the step of zeros in float32, for a part of a parameter at
+    a time. The result is the step alone; our update then decays by its signs, and adds it.
 
     With ``rounding="stochastic"``, bfloat16 weights and their moments are updated in float32 and
     rounded at random. Rounding to the nearest would lose small updates of the weights, and all
@@ -153,7 +154,7 @@ def descend_by_adamw_(
     held_back: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """Take torch's AdamW step on this rank's shards; AMSGrad's if the states have its maximum.
+    """Take torch's AdamW step on this rank's shards, with AMSGrad if the states hold its maximum.
 
     Args:
         params: The parameters, updated in place.
@@ -183,7 +184,7 @@ def _decay_cautiously_(
     keep: Cautious,
     step: Callable[..., None],
 ) -> None:
-    """Take the step of a parameter from zero, in float32 or wider; decay by it, and add it.
+    """Compute the step of zeros in float32 or wider; then decay by its signs, and add it.
 
     Args:
         param: This rank's shard of the parameter.
@@ -296,7 +297,7 @@ def _descend_in_float32_(
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
-    """Yield the rows that are in float32 at once; one slice of none if ``x`` is empty."""
+    """Yield the rows that are in float32 at once; a single empty slice if ``x`` is empty."""
     chunk = _CPU_CHUNK if x.is_cpu else _CHUNK
     rows = max(1, chunk // max(1, x[:1].numel()))
     for begin in range(0, max(1, len(x)), rows):
@@ -304,7 +305,7 @@ def _parts(x: Tensor) -> Iterator[slice]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 or wider, with dense rows: ``x`` itself if it is so."""
+    """Return ``x`` in float32 or wider, with dense rows: ``x`` itself if it has both."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 

@@ -182,7 +182,7 @@ class BatchItem(NamedTuple):
 
 
 def batches(slots: Sequence[Slot], *, layout: str, split: Split) -> Iterator[list[BatchItem]]:
-    """Yield batches of the matrices of parameters: of one shape, dtype and memory order each.
+    """Yield batches of matrices; those of a batch have one shape, dtype and memory order.
 
     Args:
         slots: The parameters, on one device.
@@ -250,7 +250,7 @@ def _capacity(grad: Tensor) -> int:
 
 
 def _scale_rows_and_columns(norms: Sequence[Norm]) -> bool:
-    """Whether shards can be projected on all of these norms; a subclass may do anything."""
+    """Whether shards can be projected on all of these norms; subclasses of ours are not known."""
     return all(type(norm) in _SCALING_NORMS for norm in norms)
 
 

@@ -35,7 +35,7 @@ from sinkgd.optim.method import Group
 from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
 # A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
-# larger matrices would not be bitwise equal to those of each by itself.
+# larger matrices would differ in their last bits from those of each by itself.
 STACKED_ENTRIES = 1 << 18
 
 

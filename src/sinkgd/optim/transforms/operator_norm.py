@@ -6,14 +6,18 @@ The largest singular value σ of the update X = r G c is estimated by
     u = X v, \qquad w = X^\top u, \qquad \sigma \approx \lVert w \rVert / \lVert u \rVert,
     \qquad v \leftarrow w / \lVert w \rVert
 
-and v is kept for the next step. The estimate is never above σ. On a steady gradient its error falls
-by a factor of (σ₂/σ)⁴ per step; on other gradients it follows them. X is not formed: the products
-are r G (c v) and c Gᵀ (r u). They read G twice, and the factor is multiplied into r.
+and v is kept for the next step. The estimate is never above σ. If the gradient stays the same, the
+error of the estimate falls by a factor of (σ₂/σ)⁴ per step, where σ₂ is the second singular value.
+If the gradient changes, the estimate follows with a delay. X is not formed: the products are
+r G (c v) and c Gᵀ (r u). They read G twice. The factor that sets the operator norm is multiplied
+into r.
 
 State: ``state[param]["power_vector"]``, float32, n numbers per matrix. It has the parameter's
-shape, except that the row dimension counts the matrices of the parameter, and is sharded like the
-columns. Scratch: one float32 matrix if gradients are narrower, else none. On a mesh it costs at
-most two messages for a group that shards columns, one for a group that shards rows.
+shape, but its row dimension has one entry for each matrix of the parameter. It is sharded like the
+parameter, except along the row dimension, which is whole on every rank.
+
+Scratch: one float32 matrix if gradients are narrower, else none. On a mesh it costs at most two
+messages for a group that shards columns, one for a group that shards rows.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
@@ -136,8 +140,8 @@ def pin(
 ) -> Steps[Pinned]:
     """Bring the operator norm of each update to 1, or to √(m/n).
 
-    The estimate is at least the length that the last half step gave to every row or column that
-    is not zero. σ is never below it, so the update stays finite for any v.
+    The last half step gave every nonzero row or column one length, √n or √m, and σ is at least that
+    length. An estimate below it is raised to it, so the update stays finite for any v.
 
     Args:
         matrices: The matrices to update.
