@@ -65,7 +65,7 @@ class EagerBackend(Backend):
         return EagerSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Return the products of updates, which are computed and stored."""
+        """Compute and store updates, and return what multiplies them by vectors."""
         return eager_products(stacks)
 
     def update_(
@@ -114,8 +114,8 @@ def sinkhorn(
     moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one per matrix
     for _ in range(num_iters - 1):
         # With zero rows or columns, each iteration multiplies r2 by a factor and c2 by its inverse.
-        # Dividing c2 by the tilt multiplies the next r2 by the tilt. So no product r2 * c2 changes,
-        # and both stay in range.
+        # The tilt would give r2 and 1 / c2 the same size. Dividing c2 by it multiplies the next r2
+        # by it. So no product r2 * c2 changes, and both stay in range.
         tilt = _tilt(r2, c2)
         last = r2 * tilt * _drift(r2, c2)
         found = _iterate(S, c2 / tilt)
@@ -166,7 +166,7 @@ def apply_update_(
         wide.mul_(keep)
     wide.add_(moved)
     if key is not None and param.dtype == torch.bfloat16:
-        wide = round_to_bfloat16(wide, key)  # bfloat16 values are kept, whatever the bits
+        wide = round_to_bfloat16(wide, key)  # bfloat16 values do not change
     if wide is not param:
         param.copy_(wide)
 
@@ -220,7 +220,7 @@ def _tilt(r2: Tensor, c2: Tensor) -> Tensor:
 
 
 def eager_products(stacks: Sequence[Stack]) -> StoredProducts:
-    """Return the products of updates, which are computed and stored."""
+    """Compute and store updates, and return what multiplies them by vectors."""
     return StoredProducts([_updates_of(*stack) for stack in stacks])
 
 

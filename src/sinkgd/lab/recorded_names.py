@@ -1,4 +1,4 @@
-"""Present names of recipes, for files that were recorded before the recipes were renamed.
+"""Translates recipes' names in files that were recorded before these were renamed.
 
 Files without a field ``naming`` have naming 1: ``sinkgd`` was SinkGD as in the paper, and SinkGD
 with deflation was ``deflated``. In naming 2, ``sinkgd`` is ``SinkGD(param_groups(model))``, with
@@ -18,8 +18,8 @@ _RECIPES: Mapping[str, str] = {"sinkgd": "sinkgd-paper", "deflated": "sinkgd"}
 # Names that no recipe has any more, each with its present name.
 GONE: Mapping[str, str] = {"deflated": "sinkgd"}
 
-# Names of arms and runs begin with a recipe; in the study `alpha`, arms of naming 1's ``sinkgd``
-# have no such prefix.
+# Names of arms and runs begin with a recipe. In the study `alpha` of naming 1, those of ``sinkgd``
+# do not.
 _PREFIXES = (
     (re.compile(r"^deflated(?=-|$)"), "sinkgd"),
     (re.compile(r"^sinkgd(?=-(batch|seed|tune)|$)"), "sinkgd-paper"),

@@ -25,7 +25,7 @@ _BY_REASON = {EMBEDDING: "embeddings", HEAD: "head", ADAPTER: "adapters", ROUTER
 
 
 def name_groups(groups: Sequence[Group], roles: Mapping[Tensor, Role]) -> None:
-    """Give every group a ``name`` of its own; a name that an override set becomes its beginning.
+    """Give every group a ``name`` of its own, which begins with the name that an override set.
 
     Args:
         groups: Groups of (name, parameter) pairs, no two with the same options.

@@ -187,8 +187,8 @@ def update_rows(entry, low, high, forward, factors, tile):
 def update(job):
     """Update a table of parameters, as one thread of a team.
 
-    A thread claims blocks of rows, from the end of the table on: the gradients that `find_scales`
-    read last are in the cache.
+    A thread claims blocks of rows, the last parameters of the table first, because the gradients
+    that `find_scales` read last are still in the cache.
     """
     table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
     tile = load_int(job + t.TILES) + int64(thread_num()) * TILE_BYTES

@@ -104,7 +104,9 @@ class Problem:
     """Parameters, each with a gradient that stays the same from step to step."""
 
     params: list[nn.Parameter]
-    model: nn.Module | None = field(default=None, repr=False)  # if `params` are all of a model's
+    model: nn.Module | None = field(
+        default=None, repr=False
+    )  # that has all of `params`, and no others
 
     @property
     def grads(self) -> list[Tensor]:

@@ -39,8 +39,8 @@ class Setting:
 
     shared: SharedConfig
     arms: tuple[Arm, ...]  # including controls, in the order of the page
-    # Makes the arms at a position on the axis, for a shared configuration. If it is given, options
-    # can change position and configuration, and ``arms`` are then made again.
+    # Makes the arms at a position on the axis, for a shared configuration. If it is given, the user
+    # can choose another position and configuration, and ``arms`` are then made again.
     at: Callable[[float, SharedConfig], tuple[Arm, ...]] | None = None
     seeds: int = 3
     models: Mapping[str, SharedConfig] = field(default_factory=dict)  # shared options of presets
@@ -100,7 +100,7 @@ class StudyPlan:
 
         Args:
             arm: The arm.
-            best: The best point of the arm from which this one carries its values over.
+            best: For an arm that takes its values from another arm: the best point of that one.
         """
         if not self.tune:
             return []

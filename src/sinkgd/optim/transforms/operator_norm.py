@@ -67,7 +67,7 @@ class OperatorNorm(Transform):
         _init_vectors(state, slot.param, group["layout"], len(matrices))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Copy deflated updates, to multiply them; keep these until the messages have arrived."""
+        """Deflated updates are copied, and the copies are kept until all messages have come."""
         del packs_vectors
         is_deflated = bool(group["deflated_rank"])
         return Scratch(copies=is_deflated and not sharded, late_copies=is_deflated)

@@ -303,8 +303,8 @@ FROM_PAPERS = (
     ),
     Recipe(
         "apollo",
-        "hidden matrices by their gradients, with each channel scaled as Adam scales this channel "
-        "of a random projection; the rest by AdamW",
+        "hidden matrices by their gradients, with each channel scaled as Adam would scale it in a "
+        "random projection of the gradient; the rest by AdamW",
         "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. Written "
         "here, because pytorch-optimizer projects the scaled gradient, so that its steps have low "
         "rank",
@@ -314,7 +314,7 @@ FROM_PAPERS = (
     Recipe(
         "apollo-mini",
         "APOLLO of rank 1 with one scale for each matrix",
-        "Zhu et al. 2024, scripts/pretrain_c4: rank 1, scale 128 under a square root. Written "
+        "Zhu et al. 2024, scripts/pretrain_c4: rank 1; updates are multiplied by √128. Written "
         "here, like apollo",
         {**_BENCHMARK, "projection_scale": 128.0},
         _apollo_mini,
@@ -323,9 +323,10 @@ FROM_PAPERS = (
         "racs",
         "hidden matrices by gradients divided by running scales of rows and columns, the rest by "
         "AdamW",
-        "Gong et al. 2025: beta 0.9, growth 1.01; rates as for SinkGD by the same group: 0.02, and "
-        "0.05 times that for matrices. Written here, because pytorch-optimizer takes means of rows "
-        "and columns instead of the fixed point, so that its steps grow as gradients shrink",
+        "Gong et al. 2025: beta 0.9, growth 1.01; the rates that the same authors use for SinkGD: "
+        "0.02, and 0.05 times that for matrices. Written here, because pytorch-optimizer takes "
+        "means of rows and columns instead of the fixed point, so that its steps grow as gradients "
+        "shrink",
         {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _racs,
     ),

@@ -1,9 +1,9 @@
 """Several optimizers that step as one, and wrappers for optimizers of pytorch-optimizer.
 
-Schedulers, checkpoints and meters see a single optimizer. Some optimizers of pytorch-optimizer keep
-data that a resumed run needs outside the state: projections inside objects, or a step count beside
-the groups. The wrappers here move such data to the state and to the groups between steps, so that
-checkpoints hold all of it as tensors and numbers.
+Schedulers, checkpoints and meters see a single optimizer. A resumed run needs data that some
+optimizers of pytorch-optimizer keep neither in the state nor in the groups: projections inside
+objects, or a step count. The wrappers here move such data there between steps, so that checkpoints
+hold all of it as tensors and numbers.
 """
 
 import importlib
