@@ -1,7 +1,7 @@
 """LLaMA: pre-norm transformer blocks with RMSNorm, rotary positions and a SwiGLU MLP.
 
-By default it is that of the C4 benchmark, which is LLaMA 1. LLaMA 3 has fewer heads of keys and
-values than of queries, its small models have a tied head, and LLaMA 3.1 scales rotary positions.
+By default it is that of the C4 benchmark, which is LLaMA 1. LLaMA 3 has fewer key-value heads than
+query heads, its small models have a tied head, and LLaMA 3.1 scales rotary positions.
 
 Parameters carry Hugging Face's names, so ``model.state_dict()`` loads into `transformers`'
 ``LlamaForCausalLM`` as it is.
@@ -11,7 +11,7 @@ Shapes, everywhere in this file:
     t: tokens in a sequence
     h: hidden size
     a: attention heads
-    g: heads of keys and values, a or a divisor of it
+    g: key-value heads, a or a divisor of it
     d: features of a head, h/a by default
 """
 
@@ -82,7 +82,7 @@ class LlamaConfig:
 
     Raises:
         ModelError: If a size is not positive, the heads do not divide the hidden size evenly, or
-            the heads of keys and values do not divide the heads.
+            the key-value heads do not divide the heads.
 
     Examples:
         >>> llama_3_2_1b = LlamaConfig(
@@ -133,7 +133,7 @@ class LlamaConfig:
 
     @property
     def key_value_heads(self) -> int:
-        """Heads of keys and values, g; each serves a/g heads of queries."""
+        """Key-value heads, g; each serves a/g query heads."""
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     @property
@@ -300,7 +300,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Causal self-attention; heads of queries that are neighbors may share keys and values."""
+    """Causal self-attention; neighboring query heads may share one key-value head."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -324,7 +324,7 @@ class _Attention(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        """Split ``(b, t, a·d)`` into ``(b, a, t, d)``, or g heads of keys or values."""
+        """Split ``(b, t, a·d)`` into ``(b, a, t, d)``; keys and values have g heads."""
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
 
 

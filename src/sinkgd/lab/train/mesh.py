@@ -152,7 +152,7 @@ def _check_divisible(model: Llama, ranks: int) -> None:
     config = model.config
     for what, size in (
         ("attention heads", config.num_heads),
-        ("heads of keys and values", config.key_value_heads),
+        ("key-value heads", config.key_value_heads),
         ("tokens of a sequence", config.max_sequence_length),
     ):
         if size % ranks:
