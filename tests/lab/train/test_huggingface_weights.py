@@ -140,6 +140,10 @@ def test_ranks_begin_with_the_same_weights(config, checkpoint, tmp_path, family,
     alone, shared = (Run.read(tmp_path / how / "run.jsonl") for how in ("alone", "ranks"))
     for one, other in zip(alone.evaluations, shared.evaluations, strict=True):
         assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+    # one process reads what the ranks saved
+    train(tuned(config, tmp_path / "ranks"), tmp_path / "next")
+    first = Run.read(tmp_path / "next" / "run.jsonl").evaluations[0]
+    assert first.val_loss == pytest.approx(shared.evaluations[-1].val_loss, rel=1e-5)
 
 
 def train_quietly(config: RunConfig, path: Path) -> None:
