@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from lab.models.test_huggingface import LLAMA_3_2_1B, LLAMA_3_8B
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.experiment import Experiment
 from sinkgd.lab.experiments.studies import STUDIES
@@ -87,7 +88,14 @@ def test_every_study_is_built_without_training(capsys, monkeypatch, tmp_path, st
 
 
 @pytest.mark.parametrize(
-    ("fields", "parameters"), [(GPT2_LARGE, "774M"), (LLAMA_2_7B, "6.74B")], ids=["gpt2", "llama"]
+    ("fields", "parameters"),
+    [
+        (GPT2_LARGE, "774M"),
+        (LLAMA_2_7B, "6.74B"),
+        (LLAMA_3_2_1B, "1.24B"),
+        pytest.param(LLAMA_3_8B, "8.03B", marks=pytest.mark.slow),
+    ],
+    ids=["gpt2", "llama 2", "llama 3.2", "llama 3"],
 )
 def test_a_checkpoint_is_built_from_its_config_alone(capsys, tmp_path, fields, parameters):
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Checkpoints of Hugging Face: the model computes what transformers computes, or is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from transformers import GPT2Config as HuggingFaceGPT2
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from transformers import LlamaConfig as HuggingFaceLlama
 
-from sinkgd.lab.models import GPT2Config, LlamaConfig, ModelError, add_adapters, model_of
+from sinkgd.lab.models import (
+    GPT2Config,
+    LlamaConfig,
+    ModelError,
+    RotaryScaling,
+    add_adapters,
+    model_of,
+)
 from sinkgd.lab.models.huggingface import read_config
 from sinkgd.lab.models.huggingface_tensors import content_sha256, load_tensors, tensor_files
 
@@ -35,6 +43,75 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
     "initializer_range": 0.3,
+}
+GROUPED = {"num_key_value_heads": 2}
+TIED = {"tie_word_embeddings": True}
+ROTARY = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}
+SCALED = {"rope_parameters": {**ROTARY, "rope_theta": 500.0}}
+# The files of meta-llama/Llama-3.2-1B and meta-llama/Meta-Llama-3-8B on the hub.
+LLAMA_3_2_1B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+LLAMA_3_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
 }
 
 
@@ -91,6 +168,12 @@ def check_logits(ours: nn.Module, theirs: nn.Module) -> None:
         ("llama", {}),
         ("llama", {"rope_theta": 500.0, "rms_norm_eps": 1e-2}),
         ("llama", {"num_attention_heads": 24}),
+        ("llama", GROUPED),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", TIED),
+        ("llama", {"head_dim": 16}),
+        ("llama", SCALED),
+        ("llama", {**GROUPED, **TIED, **SCALED, "head_dim": 16}),
     ],
     ids=str,
 )
@@ -119,6 +202,49 @@ def test_a_config_written_before_transformers_5_is_read(tmp_path):
     )
     edit(tmp_path, torch_dtype="float32", num_key_value_heads=None)
     check_logits(loaded(tmp_path), theirs)
+    theirs = saved(tmp_path, "llama", **SCALED)
+    edit(tmp_path, rope_parameters=..., rope_theta=500.0, rope_scaling=ROTARY)
+    check_logits(loaded(tmp_path), theirs)
+    older = {**ROTARY, "rope_type": ..., "type": "llama3"}
+    edit(tmp_path, rope_scaling={key: value for key, value in older.items() if value is not ...})
+    check_logits(loaded(tmp_path), theirs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "millions"),
+    [
+        (
+            LLAMA_3_2_1B,
+            {"rope_scaling": RotaryScaling(32.0, 1.0, 4.0, 8192), "tied_head": True},
+            (1235.81, 973.08),
+        ),
+        (LLAMA_3_8B, {}, (8030.26, 6979.32)),
+    ],
+    ids=["3.2-1B", "3-8B"],
+)
+def test_published_configs_of_llama_3_are_read(tmp_path, fields, options, millions):
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    sizes = read_config(tmp_path).sizes
+    assert sizes == LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=32,
+        max_sequence_length=fields["max_position_embeddings"],
+        norm_eps=1e-5,
+        rope_theta=500_000.0,
+        num_key_value_heads=8,
+        **options,
+    )
+    counts = sizes.parameter_count, sizes.linear_parameter_count
+    assert tuple(round(count / 1e6, 2) for count in counts) == millions
+    short = replace(sizes, max_sequence_length=8)  # no table of 131,072 positions
+    with torch.device("meta"):
+        ours = {name: p.shape for name, p in model_of(short).named_parameters()}
+        theirs = LlamaForCausalLM(HuggingFaceLlama(**fields))
+    theirs.tie_weights()
+    assert ours == {name: p.shape for name, p in theirs.named_parameters()}
 
 
 def test_names_and_buffers_of_the_published_gpt2_are_read(tmp_path):
@@ -131,15 +257,28 @@ def test_names_and_buffers_of_the_published_gpt2_are_read(tmp_path):
     check_logits(loaded(tmp_path), theirs)
 
 
-def test_a_stored_tied_head_must_be_the_embedding(tmp_path):
-    theirs = saved(tmp_path, "gpt2")
+@pytest.mark.parametrize(
+    ("family", "changes", "embedding"),
+    [("gpt2", {}, "transformer.wte.weight"), ("llama", TIED, "model.embed_tokens.weight")],
+    ids=["gpt2", "llama"],
+)
+def test_a_stored_tied_head_must_be_the_embedding(tmp_path, family, changes, embedding):
+    theirs = saved(tmp_path, family, **changes)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    head = tensors["transformer.wte.weight"].clone()
+    assert "lm_head.weight" not in tensors
+    head = tensors[embedding].clone()
     save_file({**tensors, "lm_head.weight": head}, file)
     check_logits(loaded(tmp_path), theirs)
     save_file({**tensors, "lm_head.weight": head + 1}, file)
-    with pytest.raises(ModelError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+    with pytest.raises(ModelError, match=rf"lm_head\.weight differs from {embedding}"):
+        loaded(tmp_path)
+
+
+def test_a_head_that_is_not_tied_must_be_stored(tmp_path):
+    saved(tmp_path, "llama", **TIED)
+    edit(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(ModelError, match=r"lm_head\.weight missing, none unknown"):
         loaded(tmp_path)
 
 
@@ -155,9 +294,13 @@ def test_weights_in_bfloat16_are_read_exactly(tmp_path, family):
         assert torch.equal(weight, theirs[name])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_model_with_adapters_takes_the_weights_below_them(tmp_path, family):
-    theirs = saved(tmp_path, family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gpt2", {}), ("llama", {}), ("llama", {**GROUPED, **TIED, **SCALED, "head_dim": 16})],
+    ids=["gpt2", "llama", "llama 3"],
+)
+def test_a_model_with_adapters_takes_the_weights_below_them(tmp_path, family, changes):
+    theirs = saved(tmp_path, family, **changes)
     ours = add_adapters(model_of(read_config(tmp_path).sizes), rank=2)
     for name, weight in ours.named_parameters():
         if ".lora_" in name:
@@ -169,21 +312,58 @@ def test_a_model_with_adapters_takes_the_weights_below_them(tmp_path, family):
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("llama", {"num_key_value_heads": 2}, "num_key_value_heads is 2, .* needs 4, .*Llama-2"),
-        ("llama", {"tie_word_embeddings": True}, "tie_word_embeddings is true, .* needs false"),
-        ("llama", {"attention_bias": True}, "attention_bias is true"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads is 3, .* divide the 4 heads"),
+        ("llama", {"num_key_value_heads": 2.0}, "num_key_value_heads must be a whole number"),
+        ("llama", {"tie_word_embeddings": "a"}, 'tie_word_embeddings is "a", .* true or false'),
+        ("llama", {"attention_bias": True}, "attention_bias is true, .* needs false; .*Llama-3"),
         ("llama", {"mlp_bias": True}, "mlp_bias is true"),
         ("llama", {"hidden_act": "gelu"}, 'hidden_act is "gelu", but .* needs "silu"'),
-        ("llama", {"head_dim": 16}, "head_dim is 16, but .* needs 12"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "llama3", "factor": 32.0}},
-            r'rope_parameters\.rope_type is "llama3", but the laboratory does not scale',
-        ),
+        ("llama", {"head_dim": 7}, "config.json: head_dim must be even, .* got 7"),
+        ("llama", {"head_dim": 0}, "head_dim must be a whole number from 1 to .*, got 0"),
         (
             "llama",
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            r'rope_scaling\.type is "linear"',
+            r'rope_scaling\.type is "linear", but .* "default" or "llama3"; use a checkpoint',
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "type": "yarn"}},
+            r'rope_parameters\.rope_type is "llama3" and "yarn"',
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 32.0}},
+            r"rope_parameters\.low_freq_factor must be a positive number, got null",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**ROTARY, "original_max_position_embeddings": 16.0}},
+            r"rope_parameters\.original_max_position_embeddings must be a whole number",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**ROTARY, "low_freq_factor": 4.0}},
+            r"config\.json: rope_parameters: high_freq_factor .* must exceed low_freq_factor, 4",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**ROTARY, "attention_factor": 2.0}},
+            r'rope_parameters\.attention_factor is 2\.0, .* of the type "llama3" do not have it',
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+            r'rope_parameters\.factor is 2\.0, but .* of the type "default" do not have it',
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            r"rope_parameters\.partial_rotary_factor is 0\.5",
+        ),
+        (
+            "llama",
+            {"rope_scaling": ROTARY},
+            "rope_parameters and rope_scaling scale rotary positions differently; remove one",
         ),
         ("llama", {"rope_scaling": 2}, "rope_scaling is 2; it must be an object"),
         ("llama", {"rope_theta": 7.0}, r"rope_theta is 7\.0 and 10000\.0; give one"),
@@ -194,7 +374,11 @@ def test_a_model_with_adapters_takes_the_weights_below_them(tmp_path, family):
         ("llama", {"model_type": "mistral"}, 'model_type is "mistral", but .* gpt2, llama'),
         ("llama", {"model_type": ["llama"]}, "model_type is"),
         ("llama", {"architectures": ["LlamaModel"]}, r'architectures is \["LlamaModel"\]'),
-        ("llama", {"hidden_size": 50}, "config.json: hidden_size 50 over num_heads 4 must be"),
+        (
+            "llama",
+            {"hidden_size": 50, "head_dim": ...},
+            "config.json: hidden_size 50 over num_heads 4 must be",
+        ),
         ("llama", {"intermediate_size": ...}, "intermediate_size must be a whole number .* null"),
         ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
         ("llama", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),

@@ -1,11 +1,22 @@
 """Llama: it is Hugging Face's model, it sees only the past, it is safe in every precision."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sinkgd.lab.models import Llama, LlamaConfig, ModelError, language_model
+import sinkgd
+from sinkgd.lab.models import (
+    Llama,
+    LlamaConfig,
+    ModelError,
+    RotaryScaling,
+    add_adapters,
+    draw_adapters,
+    language_model,
+)
 
 SIZES = {
     "vocab_size": 97,
@@ -15,6 +26,28 @@ SIZES = {
     "num_heads": 4,
     "max_sequence_length": 32,
 }
+# With a theta of 500, the six feature pairs of a head make 2.55 to 0.014 turns in 16 tokens: the
+# fastest stays as it is, two are between, and the slower ones are divided by the whole factor.
+SCALING = RotaryScaling(
+    factor=8.0,
+    low_freq_factor=0.5,
+    high_freq_factor=2.0,
+    original_max_position_embeddings=16,
+)
+GROUPED = {"num_key_value_heads": 2}
+SCALED = {"rope_theta": 500.0, "rope_scaling": SCALING}
+LLAMA_3 = {**GROUPED, **SCALED, "head_dim": 16, "tied_head": True}
+# What LLaMA 3 has and LLaMA 1 has not, each alone and all together.
+NEW = [
+    GROUPED,
+    {"num_key_value_heads": 1},
+    {"tied_head": True},
+    {"head_dim": 16},
+    {"head_dim": 6, "num_heads": 5, "num_key_value_heads": 1},
+    SCALED,
+    LLAMA_3,
+]
+new = pytest.mark.parametrize("changes", NEW, ids="-".join)
 
 
 def config(**changes):
@@ -42,7 +75,15 @@ def huggingface_twin(model: Llama) -> nn.Module:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"rope_theta": 500.0}, {"norm_eps": 1e-2}, {"num_heads": 1}, {"num_heads": 24}],
+    [
+        {},
+        {"rope_theta": 500.0},
+        {"norm_eps": 1e-2},
+        {"num_heads": 1},
+        {"num_heads": 24},
+        # transformers 5 refuses heads that do not divide the hidden size
+        *(changes for changes in NEW if "num_heads" not in changes),
+    ],
     ids=lambda changes: "-".join(f"{key}={value}" for key, value in changes.items()) or "default",
 )
 def test_logits_are_those_of_transformers(changes, tokens):
@@ -56,7 +97,9 @@ def test_logits_are_those_of_transformers(changes, tokens):
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_gradients_are_those_of_transformers(model, tokens):
+@pytest.mark.parametrize("changes", [{}, LLAMA_3], ids=["default", "llama 3"])
+def test_gradients_are_those_of_transformers(changes, tokens):
+    model = Llama(config(**changes), seed=0)
     twin = huggingface_twin(model)
     model(tokens).logsumexp(-1).sum().backward()
     twin(tokens).logits.logsumexp(-1).sum().backward()
@@ -74,6 +117,86 @@ def test_a_token_changes_no_logits_before_it(model, tokens):
         before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :17], after[:, :17])
     assert (before[:, 17:] != after[:, 17:]).any(-1).all()
+
+
+def test_a_shared_head_of_keys_is_one_head_for_each_query_head(tokens):
+    grouped = Llama(config(**GROUPED, initializer_std=0.3))
+    whole = Llama(config())
+    state = grouped.state_dict()
+    for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
+        state[name] = state[name].view(2, 12, 48).repeat_interleave(2, dim=0).flatten(0, 1)
+    whole.load_state_dict(state)
+    with torch.no_grad():
+        assert_close(grouped(tokens), whole(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_rotations_are_kept_blended_or_divided():
+    plain, scaled = (Llama(config(rope_theta=500.0, rope_scaling=s)) for s in (None, SCALING))
+    ratios = []
+    for model in (plain, scaled):
+        rotation = model.model.rotation
+        ratios.append(torch.atan2(rotation.sin[1], rotation.cos[1]))  # radians per token
+    kept = ratios[1] / ratios[0]
+    turns = 16 * 500.0 ** (-torch.arange(0, 12, 2) / 12) / (2 * torch.pi)
+    assert_close(kept[turns > 2], torch.ones(1), rtol=1e-6, atol=0)
+    assert_close(kept[turns < 0.5], torch.full((4,), 1 / 8), rtol=1e-4, atol=0)
+    share = (turns[1] - 0.5) / 1.5
+    assert_close(kept[1], share + (1 - share) / 8, rtol=1e-5, atol=0)
+
+
+@new
+def test_the_formulas_count_what_the_model_has(changes):
+    sizes = config(**changes)
+    model = Llama(sizes)
+    groups = sinkgd.param_groups(model)
+    weights = {g["algorithm"]: [] for g in groups}
+    for group in groups:
+        weights[group["algorithm"]] += group["params"]
+    matrices = sum(weight.numel() for _, weight in weights["sinkgd"])
+    assert matrices == sizes.linear_parameter_count
+    others = [name for name, weight in weights["adamw"] if weight.ndim == 2]
+    assert others == ["model.embed_tokens.weight", "lm_head.weight"][: 2 - sizes.tied_head]
+    assert sum(p.numel() for p in model.parameters()) == sizes.parameter_count
+
+
+@new
+def test_recomputed_blocks_give_the_same_bits(changes, tokens):
+    gradients = []
+    for recompute in (False, True):
+        model = Llama(config(**changes), seed=0).train()
+        model.recompute = recompute
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens).float().logsumexp(-1).mean()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)
+
+
+@new
+def test_adapters_fit_every_matrix(changes, tokens):
+    model = Llama(config(**changes), seed=0)
+    with torch.no_grad():
+        before = model(tokens)
+    add_adapters(model, rank=2)
+    draw_adapters(model, seed=0)
+    out = model(tokens)
+    assert torch.equal(out, before)
+    out.logsumexp(-1).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert len(trained) == 2 * 7 * 3  # A and B of seven matrices in three blocks
+
+
+def test_a_tied_head_stays_tied_through_moves_and_casts(tokens):
+    with torch.device("meta"):
+        model = Llama(config(**LLAMA_3))
+    model.to_empty(device="cpu").initialize(seed=0)
+    real = Llama(config(**LLAMA_3), seed=0)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), real(tokens))
+    for moved in (model, real.bfloat16(), real.double()):
+        assert moved.lm_head.weight is moved.model.embed_tokens.weight
 
 
 def test_sequences_do_not_see_each_other(model, tokens):
@@ -205,11 +328,30 @@ def test_it_learns_a_batch_by_heart(model, tokens):
         ({"num_layers": 0}, "num_layers must be positive, got 0"),
         ({"vocab_size": -1}, "vocab_size must be positive, got -1"),
         ({"norm_eps": 0.0}, "norm_eps must be positive, got 0.0"),
+        ({"head_dim": 7}, "head_dim must be even, .* got 7"),
+        ({"head_dim": 0}, "head_dim must be positive, got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be positive, got 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3, which does not divide the 4"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads is 8, which does not divide the 4"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ModelError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": 0.5}, "factor of rotary positions must be at least 1, got 0.5"),
+        ({"low_freq_factor": 2.0}, r"high_freq_factor .* is 2\.0; it must exceed low_.*, 2\.0"),
+        ({"low_freq_factor": -1.0}, "low_freq_factor must be positive, got -1.0"),
+        ({"original_max_position_embeddings": 0}, "original_max_.* must be positive, got 0"),
+    ],
+)
+def test_scalings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ModelError, match=message):
+        replace(SCALING, **changes)
 
 
 def test_a_sequence_over_the_limit_is_refused_with_both_lengths(model):

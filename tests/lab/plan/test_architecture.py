@@ -1,14 +1,18 @@
 """Architectures are the published ones, those of transformers' modules, or are refused clearly."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
+from lab.models.test_huggingface import LLAMA_3_2_1B, LLAMA_3_8B
 from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.models import LLAMAS, ModelError
+from sinkgd.lab.models.huggingface import read_config
 from sinkgd.lab.plan import METHODS, Grid, find_architecture, find_device, find_method
+from sinkgd.lab.plan.architecture import Architecture
 from sinkgd.lab.plan.rank_model import weights_of
 from sinkgd.lab.train.config import ConfigError
 
@@ -69,6 +73,15 @@ def test_a_config_has_the_weights_of_the_module_of_transformers(tmp_path, family
     theirs.tie_weights()
     expected = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
     assert {w.name: w.shape for w in weights_of(find_architecture(path))} == expected
+
+
+@pytest.mark.parametrize("fields", [LLAMA_3_2_1B, LLAMA_3_8B], ids=["3.2-1B", "3-8B"])
+def test_the_plan_of_a_checkpoint_to_train_is_that_of_its_file(tmp_path, fields):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    theirs = find_architecture(str(path))
+    ours = Architecture.of_config(theirs.name, read_config(tmp_path).sizes)
+    assert replace(ours, source=theirs.source) == theirs
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,12 @@ def test_any_depth_is_on_the_line_through_two_to_the_byte(options):
     assert trace(deep) == run_on_fake_tensors(deep, 9)
 
 
-def test_a_block_with_a_head_of_its_own_for_every_query_is_the_labs(monkeypatch):
-    expected = run_on_fake_tensors(work(), 4)
-    monkeypatch.setattr(parts, "_of_llama", lambda _: None)  # our own parts are taken always
-    assert run_on_fake_tensors(work(), 4) == expected
+@pytest.mark.parametrize("architecture", [NINE, GROUPED], ids=["plain", "grouped"])
+def test_a_replaced_block_on_one_rank_is_the_labs(monkeypatch, architecture):
+    one = work(architecture=architecture)
+    expected = run_on_fake_tensors(one, 4)
+    monkeypatch.setattr(parts, "_replaces_blocks", lambda *_: True)
+    assert run_on_fake_tensors(one, 4) == expected
 
 
 def test_shared_keys_and_tensor_parallelism_keep_less_for_backward():

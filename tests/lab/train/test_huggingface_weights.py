@@ -8,11 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as TokenizerBackend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lab.train.test_run import change, curve
 from lab.train.test_starting_weights import quiet
+from sinkgd.lab.cli import main
 from sinkgd.lab.data import TokenDataset, open_corpus, prepare, train_tokenizer
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import ConfigError, MeshConfig, OptimizerConfig, RunConfig
@@ -23,6 +34,22 @@ from spawn import on_ranks
 from stopping import stopping_at
 
 ROWS = 288  # of the embedding, a few more than the tokenizer has
+# A small Llama 3.2: grouped queries, a tied head, and scaled rotary positions.
+LLAMA_3: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 0.5,
+        "high_freq_factor": 2.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+families = pytest.mark.parametrize("family", ["gpt2", "llama", "llama3"])
 
 
 def random_model(family: str, rows: int = ROWS) -> PreTrainedModel:
@@ -30,14 +57,14 @@ def random_model(family: str, rows: int = ROWS) -> PreTrainedModel:
     ids = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": rows, "initializer_range": 0.1}
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=24, **ids))
+    sizes = LLAMA_3 if family == "llama3" else {"num_attention_heads": 2, "rope_theta": 500.0}
     return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
-            num_attention_heads=2,
             max_position_embeddings=24,
-            rope_theta=500.0,
+            **sizes,
             **ids,
         )
     )
@@ -62,7 +89,7 @@ def tuned(config: RunConfig, folder: Path, **model: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["all weights", "adapters"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@families
 def test_the_model_is_that_of_the_folder(config, checkpoint, family, rank):
     folder, theirs = checkpoint(family)
     model = set_up(resolve(tuned(config, folder, lora_rank=rank)), quiet).state.model
@@ -84,7 +111,7 @@ def test_dropout_of_the_folder_is_noted(config, checkpoint):
     assert not [note for note in notes if "dropout" in note]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@families
 def test_a_run_goes_on_and_is_continued_without_the_folder(config, checkpoint, tmp_path, family):
     folder, _ = checkpoint(family)
     tuning = tuned(config, folder)
@@ -103,17 +130,20 @@ def test_a_run_goes_on_and_is_continued_without_the_folder(config, checkpoint, t
 
 
 @pytest.mark.slow
-def test_ranks_begin_with_the_same_weights(config, checkpoint, tmp_path):
-    for family, mesh in (("gpt2", {}), ("llama", {"tp": 2})):
-        tuning = tuned(config, checkpoint(family)[0])
-        train(tuning, tmp_path / f"{family}-alone")
-        ranks = replace(tuning, mesh=MeshConfig(**mesh))
-        on_ranks(2, train_quietly, ranks, tmp_path / f"{family}-ranks")
-        alone, shared = (
-            Run.read(tmp_path / f"{family}-{how}" / "run.jsonl") for how in ("alone", "ranks")
-        )
-        for one, other in zip(alone.evaluations, shared.evaluations, strict=True):
-            assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+@pytest.mark.parametrize(
+    ("family", "tp"), [("gpt2", 1), ("llama", 2), ("llama3", 1), ("llama3", 2)], ids=str
+)
+def test_ranks_begin_with_the_same_weights(config, checkpoint, tmp_path, family, tp):
+    tuning = tuned(config, checkpoint(family)[0])
+    train(tuning, tmp_path / "alone")
+    on_ranks(2, train_quietly, replace(tuning, mesh=MeshConfig(tp=tp)), tmp_path / "ranks")
+    alone, shared = (Run.read(tmp_path / how / "run.jsonl") for how in ("alone", "ranks"))
+    for one, other in zip(alone.evaluations, shared.evaluations, strict=True):
+        assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
+    # one process reads what the ranks saved
+    train(tuned(config, tmp_path / "ranks"), tmp_path / "next")
+    first = Run.read(tmp_path / "next" / "run.jsonl").evaluations[0]
+    assert first.val_loss == pytest.approx(shared.evaluations[-1].val_loss, rel=1e-5)
 
 
 def train_quietly(config: RunConfig, path: Path) -> None:
@@ -167,3 +197,58 @@ def test_the_record_of_a_run_wins_over_a_config(config, checkpoint, tmp_path):
     train(config, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model_type": "odd"}))
     train(tuned(config, tmp_path / "run"), tmp_path / "second")
+
+
+def write_llama_3(folder: Path, texts: list[str]) -> PreTrainedModel:
+    """Save a model and a tokenizer with the parts of Llama 3.2's, both by transformers."""
+    backend = TokenizerBackend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    begin, end = special[:2]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin, eos_token=end)
+    tokenizer.save_pretrained(folder)
+    model = random_model("llama3").bfloat16()
+    model.save_pretrained(folder)
+    return model.float().eval()
+
+
+def test_a_small_llama_3_is_tuned_by_the_commands_alone(tmp_path, capsys):
+    texts = [f"the people of the union and the law of year {year}. " * 20 for year in range(12)]
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:02d}.txt").write_text(text, encoding="utf-8")
+    theirs = write_llama_3(tmp_path / "llama", texts)
+    shards, out = tmp_path / "shards", tmp_path / "tuned"
+    own = ["--tokenizer", str(tmp_path / "llama" / "tokenizer.json"), "--out", str(shards)]
+    assert main(["prepare", str(tmp_path / "texts"), *own]) == 0
+    options = [
+        *("--model.weights", str(tmp_path / "llama"), "--data.corpus", str(shards)),
+        *("--optimizer.recipe", "sinkgd-finetune", "--optimizer.lr", "1e-3"),
+        *("--training.steps", "6", "--training.batch-size", "4"),
+        *("--training.sequence-length", "16", "--training.precision", "float32"),
+        *("--evaluation.tokens", "256"),
+    ]
+    assert main(["train", "--out", str(out), *options]) == 0
+    run = Run.read(out / "run.jsonl")
+    assert run.start.inputs["model"]["tied_head"] is True
+    assert run.start.parameters == theirs.num_parameters()
+    first, last = run.evaluations[0].val_loss, run.evaluations[-1].val_loss
+    assert last < first
+    read = TokenDataset.open(shards).split("validation").read(0, 257)
+    ids = torch.tensor(read.tolist())
+    rows = torch.stack([ids[start : start + 17] for start in range(0, 256, 16)])
+    with torch.no_grad():
+        logits = theirs(rows[:, :-1]).logits
+    expected = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert first == pytest.approx(expected, rel=1e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from sinkgd.lab.cli import main
 from sinkgd.lab.data import Manifest, Tokenizer, open_corpus, prepare, train_tokenizer
-from sinkgd.lab.models import PRESETS, build_model
+from sinkgd.lab.models import PRESETS, RotaryScaling, build_model
 from sinkgd.lab.results import Run, RunStart
 from sinkgd.lab.train import identity
 from sinkgd.lab.train.config import ConfigError, DataConfig, OptimizerConfig, RunConfig, load_config
@@ -294,8 +294,60 @@ def test_every_recipe_is_equal_to_itself_and_to_no_other(shards, contents, recip
     assert alike <= ({"galore", "fira"} if recipe in ("galore", "fira") else {recipe})
 
 
+# What a run of llama-nano recorded before LLaMA 3 was known.
+RECORDED = {
+    "kind": "LlamaConfig",
+    "vocab_size": 32_000,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_layers": 4,
+    "num_heads": 4,
+    "max_sequence_length": 1024,
+    "norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "initializer_std": 0.02,
+}
+LLAMA_3 = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_scaling": RotaryScaling(8.0, 1.0, 4.0, 8192),
+    "tied_head": True,
+}
+
+
+def recorded(model: object) -> RunStart:
+    return RunStart("r", "sgd", 0, "", {}, {}, 1, 1, inputs={"model": model})
+
+
+def test_a_record_without_the_sizes_of_llama_3_is_that_of_the_same_model():
+    sizes = PRESETS["llama-nano"]
+    assert identity.model_content(sizes) == RECORDED
+    assert identity.recorded_sizes(recorded(RECORDED)) == sizes
+
+
+@pytest.mark.parametrize("names", [[name] for name in LLAMA_3] + [[*LLAMA_3]], ids=str)
+def test_the_sizes_of_llama_3_are_recorded_and_read_back(names):
+    sizes = replace(PRESETS["llama-nano"], **{name: LLAMA_3[name] for name in names})
+    content = identity.model_content(sizes)
+    assert content.keys() == {*RECORDED, *names}
+    start = recorded(json.loads(json.dumps(content)))
+    assert identity.recorded_sizes(start) == sizes
+    said = identity.changed_sizes(RECORDED, content)
+    assert [part.split()[0] for part in said.split("; ")] == names
+
+
+def test_a_change_of_a_size_that_older_runs_lack_names_both_values():
+    now = identity.model_content(replace(PRESETS["llama-nano"], tied_head=True))
+    assert identity.changed_sizes(RECORDED, now) == "tied_head was False and is now True"
+
+
+@pytest.mark.parametrize("scaling", [3, {"factor": 8.0}, {"odd": 1}])
+def test_a_damaged_record_of_scaled_positions_is_refused(scaling):
+    with pytest.raises(ConfigError, match="its results are damaged"):
+        identity.recorded_sizes(recorded({**RECORDED, "rope_scaling": scaling}))
+
+
 @pytest.mark.parametrize("model", [[1], "llama", 3, True])
 def test_a_damaged_record_of_the_model_is_refused(model):
-    start = RunStart("r", "sgd", 0, "", {}, {}, 1, 1, inputs={"model": model})
     with pytest.raises(ConfigError, match="its results are damaged"):
-        identity.check_content(start, {"model": {"kind": "x"}, "optimizer": ""})
+        identity.check_content(recorded(model), {"model": {"kind": "x"}, "optimizer": ""})

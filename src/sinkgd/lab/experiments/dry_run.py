@@ -6,7 +6,7 @@ with a nano model instead of its own model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,7 +20,6 @@ from sinkgd.lab.models import (
     LlamaConfig,
     ModelSizes,
     add_adapters,
-    build_model,
     draw_adapters,
     model_of,
     preset_config,
@@ -116,7 +115,10 @@ def _run_on_meta(
 
 def _take_a_small_step(config: RunConfig, sizes: ModelSizes) -> None:
     """Take one real step of the arm's optimizer on the smallest model of the family."""
-    model = build_model(_NANO[type(sizes)], **_SMALL)
+    small = preset_config(_NANO[type(sizes)], **_SMALL)
+    if isinstance(small, LlamaConfig) and isinstance(sizes, LlamaConfig):
+        small = replace(small, tied_head=sizes.tied_head)
+    model = model_of(small)
     if config.model.lora_rank:
         add_adapters(model, config.model.lora_rank)
         draw_adapters(model, seed=0)
@@ -139,7 +141,7 @@ def _planned_peak(config: RunConfig, sizes: ModelSizes) -> int | None:
     training = config.training
     micro = training.micro_batch_size or training.batch_size
     work = Work(
-        architecture=Architecture.of_preset(config.model.preset or "model.weights", sizes),
+        architecture=Architecture.of_config(config.model.preset or "model.weights", sizes),
         batch_size=micro,
         micro_batches=training.batch_size // micro,
         sequence_length=training.sequence_length,

@@ -10,6 +10,7 @@ from sinkgd.lab.models.lens import LensConfig as LensConfig
 from sinkgd.lab.models.lens import lens_from_gpt2 as lens_from_gpt2
 from sinkgd.lab.models.llama import Llama as Llama
 from sinkgd.lab.models.llama import LlamaConfig as LlamaConfig
+from sinkgd.lab.models.llama import RotaryScaling as RotaryScaling
 from sinkgd.lab.models.lora import add_adapters as add_adapters
 from sinkgd.lab.models.lora import draw_adapters as draw_adapters
 from sinkgd.lab.models.presets import LLAMAS as LLAMAS

@@ -14,7 +14,7 @@ from typing import Any
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.models.gpt2 import GPT2Config
 from sinkgd.lab.models.language_model import ModelError
-from sinkgd.lab.models.llama import LlamaConfig
+from sinkgd.lab.models.llama import LlamaConfig, RotaryScaling
 from sinkgd.lab.options import LARGEST_COUNT
 
 CONFIG_FILE = "config.json"
@@ -44,8 +44,9 @@ class _Family:
     allowed: Callable[[Any], dict[str, tuple[Any, ...]]]
     dropout: frozenset[str]
     unused: frozenset[str]  # fields that do not change the outputs of the language model
-    # Reads fields that hold tables.
-    nested: Callable[[Fields, Path], dict[str, Any]] = lambda _fields, _path: {}
+    # Reads `options`, under our names.
+    read_options: Callable[[Fields, Path], dict[str, Any]] = lambda _fields, _path: {}
+    options: frozenset[str] = frozenset()  # fields that may be absent or hold tables
 
 
 def _allowed_by_gpt2(sizes: GPT2Config) -> dict[str, tuple[Any, ...]]:
@@ -65,39 +66,86 @@ def _allowed_by_gpt2(sizes: GPT2Config) -> dict[str, tuple[Any, ...]]:
 def _allowed_by_llama(sizes: LlamaConfig) -> dict[str, tuple[Any, ...]]:
     return {
         "attention_bias": (False,),
-        "head_dim": (sizes.head_size,),
         "hidden_act": ("silu",),
         "max_sequence_length": (sizes.max_sequence_length,),
         "mlp_bias": (False,),
-        "num_key_value_heads": (sizes.num_heads,),
-        "tie_word_embeddings": (False,),
+        "tie_word_embeddings": (True, False),
     }
 
 
-_PLAIN_ROTARY = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+def _llama_options(fields: Fields, path: Path) -> dict[str, Any]:
+    """Read heads, a tied head and rotary positions; what equals the default is left out."""
+    found = _rotary(fields, path)
+    heads = _count("num_attention_heads", fields.get("num_attention_heads"), path)
+    width = _count("hidden_size", fields.get("hidden_size"), path)
+    for name, default in (("num_key_value_heads", heads), ("head_dim", width / heads)):
+        if name in fields and (value := _count(name, fields[name], path)) != default:
+            found[name] = value
+    if fields.get("tie_word_embeddings", False):
+        found["tied_head"] = True
+    return found
+
+
+_ROTARY_TABLES = ("rope_parameters", "rope_scaling")  # of transformers 5, and before
+_SCALING_COUNTS = ("original_max_position_embeddings",)
+_SCALING_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 def _rotary(fields: Fields, path: Path) -> dict[str, Any]:
-    """Read the base of rotary positions, in the form of transformers 5 or before."""
+    """Read the base and the scaling of rotary positions."""
+    tables = {name: fields[name] for name in _ROTARY_TABLES if fields.get(name) not in (None, {})}
     given = {"rope_theta": fields.get("rope_theta")}
-    for name in ("rope_parameters", "rope_scaling"):
-        table = fields.get(name, {})
+    scalings = set()
+    for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise ModelError(f"{path}: {name} is {_shown(table)}; it must be an object")
-        for key, value in table.items():
-            if key == "rope_theta":
-                given[f"{name}.rope_theta"] = value
-            elif key not in _PLAIN_ROTARY or value != _PLAIN_ROTARY[key]:
-                raise ModelError(
-                    f"{path}: {name}.{key} is {_shown(value)}, but the laboratory does not scale "
-                    'rotary positions; use a checkpoint whose rope_type is "default"'
-                )
+        given[f"{name}.rope_theta"] = table.get("rope_theta")
+        scalings.add(_scaling(name, table, path))
     thetas = {_number(name, theta, path) for name, theta in given.items() if theta is not None}
     if len(thetas) > 1:
         raise ModelError(
             f"{path}: rope_theta is {' and '.join(map(str, sorted(thetas)))}; give one"
         )
-    return {"rope_theta": thetas.pop()} if thetas else {}
+    if len(scalings) > 1:
+        raise ModelError(
+            f"{path}: {' and '.join(tables)} scale rotary positions differently; remove one"
+        )
+    found: dict[str, Any] = {"rope_theta": thetas.pop()} if thetas else {}
+    if scalings and (scaling := scalings.pop()) is not None:
+        found["rope_scaling"] = scaling
+    return found
+
+
+def _scaling(name: str, table: Fields, path: Path) -> RotaryScaling | None:
+    """Read how a table scales rotary positions; None for the type "default"."""
+    kinds = [table[key] for key in ("rope_type", "type") if table.get(key) is not None]
+    kind = kinds[0] if kinds else "default"
+    if kind not in ("default", "llama3") or kinds.count(kind) < len(kinds):
+        key = "rope_type" if "rope_type" in table else "type"
+        raise ModelError(
+            f"{path}: {name}.{key} is {' and '.join(map(_shown, kinds))}, but the laboratory's "
+            'rotary positions have the type "default" or "llama3"; use a checkpoint with one of '
+            "these"
+        )
+    allowed = {"rope_theta", "rope_type", "type"}
+    if kind == "llama3":
+        allowed |= {*_SCALING_COUNTS, *_SCALING_NUMBERS}
+    for key, value in table.items():
+        if key not in allowed and (key, value) != ("partial_rotary_factor", 1):
+            raise ModelError(
+                f"{path}: {name}.{key} is {_shown(value)}, but the laboratory's rotary positions "
+                f"of the type {_shown(kind)} do not have it; use another checkpoint"
+            )
+    if kind == "default":
+        return None
+    numbers: dict[str, Any] = {
+        **{key: _number(f"{name}.{key}", table.get(key), path) for key in _SCALING_NUMBERS},
+        **{key: _count(f"{name}.{key}", table.get(key), path) for key in _SCALING_COUNTS},
+    }
+    try:
+        return RotaryScaling(**numbers)
+    except ModelError as error:
+        raise ModelError(f"{path}: {name}: {error}") from error
 
 
 _FAMILIES: Mapping[str, _Family] = {
@@ -125,7 +173,7 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
     "llama": _Family(
         kind=LlamaConfig,
-        example="meta-llama/Llama-2-7b-hf",
+        example="meta-llama/Llama-3.2-1B",
         architecture="LlamaForCausalLM",
         counts={
             "vocab_size": "vocab_size",
@@ -139,8 +187,9 @@ _FAMILIES: Mapping[str, _Family] = {
         allowed=_allowed_by_llama,
         dropout=frozenset({"attention_dropout"}),
         # Pretraining with tensor parallelism changes only the order of a sum.
-        unused=frozenset({"pretraining_tp", "rope_theta", "rope_parameters", "rope_scaling"}),
-        nested=_rotary,
+        unused=frozenset({"pretraining_tp"}),
+        read_options=_llama_options,
+        options=frozenset({"num_key_value_heads", "head_dim", "rope_theta", *_ROTARY_TABLES}),
     ),
 }
 # Fields of every model: how it is stored, and how text is generated.
@@ -154,8 +203,6 @@ _UNUSED = frozenset(
     }
 )
 _WHY = {
-    ("llama", "num_key_value_heads"): ", one for each head: it has no grouped-query attention",
-    ("llama", "tie_word_embeddings"): ": its head is not the embedding",
     ("gpt2", "tie_word_embeddings"): ": its head is the embedding",
 }
 _FOR_ALL: Mapping[str, tuple[Any, ...]] = {
@@ -189,7 +236,8 @@ def read_config(folder: Path) -> HuggingFaceConfig:
         )
     sizes = _sizes(fields, family, path)
     allowed = {**_FOR_ALL, **family.allowed(sizes)}
-    read = {*family.counts, *family.numbers, *family.unused, *family.dropout, *_UNUSED}
+    read = {*family.counts, *family.numbers, *family.options, *family.dropout}
+    unused = family.unused | _UNUSED
     for key, value in fields.items():
         if key in allowed and value not in allowed[key]:
             one_of = " or ".join(map(_shown, allowed[key]))
@@ -197,7 +245,7 @@ def read_config(folder: Path) -> HuggingFaceConfig:
                 f"{path}: {key} is {_shown(value)}, but the laboratory's {name} needs {one_of}"
                 f"{_WHY.get((name, key), '')}; use a checkpoint like {family.example}"
             )
-        if key not in allowed and key not in read:
+        if key not in allowed and key not in read and key not in unused:
             raise ModelError(
                 f"{path}: {key} is {_shown(value)}, a field that the laboratory does not know. "
                 "Remove it from the file if the model computes the same without it, or use another "
@@ -230,15 +278,8 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def _sizes(fields: Fields, family: _Family, path: Path) -> Sizes:
-    values: dict[str, Any] = dict(family.nested(fields, path))
-    for name, our in family.counts.items():
-        value = fields.get(name)
-        if type(value) is not int or not 0 < value <= LARGEST_COUNT:
-            raise ModelError(
-                f"{path}: {name} must be a whole number from 1 to {LARGEST_COUNT}, got "
-                f"{_shown(value)}"
-            )
-        values[our] = value
+    values = {our: _count(name, fields.get(name), path) for name, our in family.counts.items()}
+    values |= family.read_options(fields, path)
     for name, our in family.numbers.items():
         if name in fields:
             values[our] = float(_number(name, fields[name], path))
@@ -246,6 +287,14 @@ def _sizes(fields: Fields, family: _Family, path: Path) -> Sizes:
         return family.kind(**values)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def _count(name: str, value: Any, path: Path) -> Any:
+    if type(value) is not int or not 0 < value <= LARGEST_COUNT:
+        raise ModelError(
+            f"{path}: {name} must be a whole number from 1 to {LARGEST_COUNT}, got {_shown(value)}"
+        )
+    return value
 
 
 def _number(name: str, value: Any, path: Path) -> float:

@@ -142,13 +142,13 @@ class LanguageModel(nn.Module, ABC):
 
 
 def check_positive(sizes: object) -> None:
-    """Check that all sizes of a configuration are positive.
+    """Check that all sizes of a configuration that are numbers are positive.
 
     Raises:
         ModelError: If one is not; the message gives its name and value.
     """
     for name, value in vars(sizes).items():
-        if value <= 0:
+        if type(value) in (int, float) and value <= 0:
             raise ModelError(f"{name} must be positive, got {value}")
 
 

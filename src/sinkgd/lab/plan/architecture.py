@@ -52,8 +52,8 @@ class Architecture:
             )
 
     @classmethod
-    def of_preset(cls, name: str, config: LlamaConfig) -> "Architecture":
-        """Return the architecture of one of the lab's presets."""
+    def of_config(cls, name: str, config: LlamaConfig) -> "Architecture":
+        """Return the architecture of a model of the lab, a preset or a checkpoint's."""
         return cls(
             name=name,
             vocab_size=config.vocab_size,
@@ -61,8 +61,9 @@ class Architecture:
             intermediate_size=config.intermediate_size,
             num_layers=config.num_layers,
             num_heads=config.num_heads,
-            num_kv_heads=config.num_heads,
+            num_kv_heads=config.key_value_heads,
             head_size=config.head_size,
+            tied=config.tied_head,
             source="sinkgd.lab.models.PRESETS",
         )
 
@@ -107,7 +108,7 @@ def find_architecture(model: str) -> Architecture:
         8
     """
     if model in LLAMAS:
-        return Architecture.of_preset(model, LLAMAS[model])
+        return Architecture.of_config(model, LLAMAS[model])
     if model in PUBLISHED:
         return PUBLISHED[model]
     if model in PRESETS:

@@ -1,8 +1,8 @@
 """The weights of a model that the first rank of a mesh holds, and the module that they belong to.
 
-The module is the lab's own `Llama` on the meta device. Modules of its blocks are replaced if heads
-share keys and values, or if tensor parallelism divides the matrices. Collectives are replaced by
-functions that only change shapes: nothing is sent.
+The module is the lab's own `Llama` on the meta device. Modules of its blocks are replaced if tensor
+parallelism divides the matrices, or if queries, keys and values have biases. Collectives are
+replaced by functions that only change shapes: nothing is sent.
 
 Letters:
     m, n: rows and columns of a matrix, its out- and in-features
@@ -174,43 +174,36 @@ def rank_model(
     a = architecture
     _check_divisible(a, tokens, tp)
     with torch.device("meta"):
-        model = Llama(_skeleton(a, tokens, a.num_layers if layers is None else layers))
-        if tp > 1 or a.qkv_bias or (a.num_kv_heads, a.head_size) != _of_llama(a):
+        model = Llama(_config(a, tokens, a.num_layers if layers is None else layers))
+        if _replaces_blocks(a, tp):
             for block in model.model.layers:
                 block.self_attn = _Attention(a, tp)
                 block.mlp = _divided_mlp(block.get_submodule("mlp"), a, tp)
-            rotation = Llama(_head_skeleton(a, tokens)).model.rotation
-            model.model.rotation = rotation
         if tp > 1:
             rows = -(-a.vocab_size // tp)
             model.model.embed_tokens = _DividedEmbedding(rows, a.hidden_size, tp)
             model.model.norm.register_forward_hook(_gather_tokens(tp))
             model.lm_head = _DividedHead(a.hidden_size, rows, a.vocab_size)
-        if a.tied:
-            model.lm_head.weight = model.model.embed_tokens.weight
+            model.tie()
     return model
 
 
-def _of_llama(a: Architecture) -> tuple[int, float]:
-    return a.num_heads, a.hidden_size / a.num_heads
+def _replaces_blocks(a: Architecture, tp: int) -> bool:
+    return tp > 1 or a.qkv_bias
 
 
-def _skeleton(a: Architecture, tokens: int, layers: int) -> LlamaConfig:
+def _config(a: Architecture, tokens: int, layers: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=a.vocab_size,
         hidden_size=a.hidden_size,
         intermediate_size=a.intermediate_size,
         num_layers=layers,
-        # Heads of the lab's own Llama together are as wide as the hidden size; other heads replace
-        # them later.
-        num_heads=a.num_heads if a.hidden_size % (2 * a.num_heads) == 0 else 1,
+        num_heads=a.num_heads,
         max_sequence_length=tokens,
+        num_key_value_heads=a.num_kv_heads,
+        head_dim=a.head_size,
+        tied_head=a.tied,
     )
-
-
-def _head_skeleton(a: Architecture, tokens: int) -> LlamaConfig:
-    """Return a model with one head of the size of ``a``'s heads, to take its rotary tables."""
-    return LlamaConfig(1, a.head_size, 1, 1, 1, max_sequence_length=tokens)
 
 
 def _check_divisible(a: Architecture, tokens: int, tp: int) -> None:

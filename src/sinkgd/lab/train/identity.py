@@ -26,6 +26,7 @@ from sinkgd.lab.models import (
     LlamaConfig,
     ModelError,
     ModelSizes,
+    RotaryScaling,
     Sizes,
 )
 from sinkgd.lab.results import RunStart
@@ -36,6 +37,14 @@ DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
 TOKENIZER, WEIGHTS = "tokenizer", "weights"
 _KINDS: Mapping[str, type[ModelSizes]] = {
     kind.__name__: kind for kind in (LlamaConfig, GPT2Config, LensConfig)
+}
+# Sizes that older runs did not record, and the values that give their models. A run records only
+# other values, so that it still equals those older runs.
+_SIZES_ADDED_LATER: Mapping[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rope_scaling": None,
+    "tied_head": False,
 }
 # Parts of an environment that determine the last bits of losses.
 _LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
@@ -103,7 +112,12 @@ def content_of(
 
 def model_content(sizes: Sizes) -> dict[str, Any]:
     """Return a model's kind and sizes, as plain values."""
-    return _plain({"kind": type(sizes).__name__, **vars(sizes)})
+    values = {
+        name: vars(value) if isinstance(value, RotaryScaling) else value
+        for name, value in vars(sizes).items()
+        if not (name in _SIZES_ADDED_LATER and value == _SIZES_ADDED_LATER[name])
+    }
+    return _plain({"kind": type(sizes).__name__, **values})
 
 
 def recorded_sizes(start: RunStart) -> ModelSizes:
@@ -120,6 +134,8 @@ def recorded_sizes(start: RunStart) -> ModelSizes:
         )
     sizes = {name: value for name, value in content.items() if name != "kind"}
     try:
+        if (scaling := sizes.get("rope_scaling")) is not None:
+            sizes["rope_scaling"] = RotaryScaling(**scaling)
         return _KINDS[content["kind"]](**sizes)
     except (KeyError, TypeError, ModelError) as error:
         raise ConfigError(
@@ -130,6 +146,7 @@ def recorded_sizes(start: RunStart) -> ModelSizes:
 
 def changed_sizes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say in which sizes two models differ, from `model_content`; empty if they are equal."""
+    before, now = {**_SIZES_ADDED_LATER, **before}, {**_SIZES_ADDED_LATER, **now}
     return "; ".join(
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in dict.fromkeys([*before, *now])

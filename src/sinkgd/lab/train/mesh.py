@@ -152,6 +152,7 @@ def _check_divisible(model: Llama, ranks: int) -> None:
     config = model.config
     for what, size in (
         ("attention heads", config.num_heads),
+        ("key-value heads", config.key_value_heads),
         ("tokens of a sequence", config.max_sequence_length),
     ):
         if size % ranks:
@@ -175,6 +176,7 @@ def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
             "lm_head": ColwiseParallel(output_layouts=Replicate()),
         },
     )
+    model.tie()  # embedding and head have got the same layout, each its own weight
     for layer in model.model.layers:
         parallelize_module(layer, ranks, _block())
 
