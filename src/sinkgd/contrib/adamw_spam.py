@@ -40,7 +40,7 @@ SHARE_OF_M, SHARE_OF_V = 0.5, 0.1
 
 
 class AdamWSPAM(GroupedOptimizer):
-    r"""AdamW with AMSGrad, gradient clipping, and moments that spikes shrink and that are reset.
+    r"""AdamW with AMSGrad and clipping, which shrinks its moments at a spike and resets them.
 
     With N the l2 norm of all gradients of a parameter group, a step does in this order:
 
@@ -54,8 +54,8 @@ class AdamWSPAM(GroupedOptimizer):
     When the moments are ``reset_interval`` steps old they are reset to zero, and ``lr`` rises along
     a half cosine for ``warmup_steps`` steps.
 
-    This optimizer is the baseline in the ablation of `TemperedSinkGD`. It is not `SPAM`. The
-    description of it leaves some points open. Here a norm is tested once there are 10 earlier
+    This optimizer is the baseline in the ablation of `TemperedSinkGD`. It is not `SPAM`. Its
+    published description leaves some points open. Here a norm is tested once there are 10 earlier
     norms, and norms of spikes count among those. A reset also sets the maximum of v that AMSGrad
     keeps to zero; a spike leaves that maximum unchanged. The bias corrections restart at the reset.
     The warm-up scales ``lr``, and with it the weight decay. The norm is that of one group. To use

@@ -110,7 +110,7 @@ def _common(groups: Sequence[Group], name: str, argument: str) -> Any:
             f"pass {argument} to from_adamw_state"
         )
     (value,) = values
-    return value.clone() if isinstance(value, Tensor) else value  # AdamW keeps its own rate
+    return value.clone() if isinstance(value, Tensor) else value  # not shared with AdamW
 
 
 def _state_by_name(

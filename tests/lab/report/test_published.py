@@ -139,7 +139,7 @@ def test_a_run_of_another_model_stands_nowhere_and_the_page_says_why(tmp_path):
     assert block.measured == ()
     assert block.absent == (
         "llama-nano (1.00k parameters) is another model, with other data and tokens.",
-        "llama-60m has 33.7M parameters, the benchmark’s 58.1M: another tokenizer.",
+        "llama-60m has 33.7M parameters, not the benchmark’s 58.1M: its tokenizer differs.",
     )
     page = Parsed(build([nano])).text
     assert "None of this was measured here." in page

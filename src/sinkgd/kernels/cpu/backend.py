@@ -149,7 +149,7 @@ class CpuBackend(EagerBackend):
     ) -> Descent:
         """Update a matrix as soon as its scales are known, while its gradient is in the cache.
 
-        That is possible if the matrix is the only one of its owner, and nothing else can forbid the
+        That is possible if its parameter has no other matrix, and nothing else can forbid the
         update.
         """
         params, grads, ranges, starts, keys = matrices

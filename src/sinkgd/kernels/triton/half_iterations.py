@@ -33,8 +33,8 @@ from sinkgd.kernels.triton.tables import (
 
 Row = TypeVar("Row")
 
-# Entries of a tile in an iteration; each thread has 64 of them in float32. A tile of an update has
-# half as many entries of the gradient, and as many of the parameter.
+# Entries of a tile in an iteration; each thread has 64 of them in float32. A tile of an update is
+# half as large, since an update loads both the gradient and the parameter.
 AREA = 1 << 14
 THREADS = 256
 NARROWEST_DOT = 16  # the least side of a tile that is a product of matrices
@@ -76,8 +76,8 @@ def tile_of_product(P: int, Q: int, area: int) -> Tile:
 def tiles_per_program(count: int, tiles: int, side: int, entry_bytes: int) -> int:
     """Return how many tiles of a line one program takes; there are ``count`` lines of ``tiles``.
 
-    Before a program reads a tile it reads ``tiles`` partial sums of 4 bytes for each scale across
-    the line. The tiles that it takes, of ``side`` entries for each scale, have eight times as many
+    For each of its scales a program first reads ``tiles`` partial sums of 4 bytes. It then takes so
+    many tiles, each with ``side`` entries for each scale, that these have eight times as many
     bytes, if that leaves enough programs for a whole GPU.
     """
     most = min(-(-tiles * 8 * 4 // (side * entry_bytes)), count * tiles // PROGRAMS)
@@ -381,7 +381,7 @@ def update_parameters(
         table: The table of the plan, on the device.
         addresses: Rows of `UpdateAddresses`, one for each parameter.
         factors: Factors of the update; tensors on the device are read there.
-        rounding: Whether bfloat16 is rounded by the keys among the addresses.
+        rounding: Whether bfloat16 is rounded at random, by the keys in ``addresses``.
     """
     dtypes = kernels("primitives").DTYPES
     dtype, grad_dtype = bucket.kind.dtypes

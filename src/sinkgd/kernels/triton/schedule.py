@@ -3,8 +3,8 @@
 A bucket has the matrices of one launch. They have one type and one shape of panel, and are few
 enough for their gradients to stay in the cache from the first launch to the update. All iterations
 and the update of a bucket run before the next bucket begins. A matrix that does not fit into the
-cache has a bucket of its own. The matrices of one owner are written together, so they share a
-bucket, or their update waits until all scales are found.
+cache has a bucket of its own. The matrices of one parameter are written together, so they
+share a bucket, or their update waits until all scales are found.
 
 A schedule depends only on shapes, strides, types and alignment, so steps share it.
 
@@ -164,7 +164,7 @@ def schedule_of(
 
     Args:
         grads: Gradients whose rows in memory fit in a panel.
-        params: Their parameters, in the same layout, or the gradients once more.
+        params: Their parameters, in the same layout; ``grads`` again if only scales are wanted.
         shapes: Shapes of the gradients.
         owners: The owner of each gradient, from 0 in order.
         bucket_bytes: Bytes of gradients in a bucket.

@@ -5,10 +5,11 @@ Letters: as in `sinkgd.kernels.triton.tables`, and
 
 Half an iteration sums the squares of y along the rows or the columns of its tiles and writes these
 partial sums; the next launch adds them up, in order, and finds the scales that it needs. No sum
-depends on the order in which programs run. The scales of one half are multiples of the previous
-scales, so the rows or columns of y already have the right length and their squares stay in range.
-In the first iteration the gradient is not scaled yet. The kernel then writes lengths instead of
-sums of squares, and divides entries by a power of two before it squares them.
+depends on the order in which programs run. From the second iteration on, y is scaled by the latest
+scales, so its rows or columns already have the right length, and their squares stay in range; new
+scales are the old ones times a factor. In the first iteration the gradient is not scaled yet. The
+kernel then writes lengths instead of sums of squares, and divides entries by a power of two before
+it squares them.
 
 `weighted_square_sums` works differently: its squares and sums are float64, whose range includes the
 squares of all float32 numbers, so the kernel needs no powers of two and reads a gradient once per
@@ -31,8 +32,8 @@ from sinkgd.kernels.triton.primitives import (
 )
 from sinkgd.kernels.triton.tables import HalfMatrix, ShardMatrix, TileProgram
 
-# What the first scales of a half iteration are found from: the initial scales, the lengths of the
-# first iteration, or the sums of squares of a later one.
+# What a half iteration finds its scales from: the given initial scales, the lengths that the first
+# iteration wrote, or the sums of squares that a later one wrote.
 START, LENGTHS, SQUARES = 0, 1, 2
 _START, _LENGTHS, _SQUARES = tl.constexpr(START), tl.constexpr(LENGTHS), tl.constexpr(SQUARES)
 
@@ -120,7 +121,7 @@ def half_iteration(
     converged = False
     if TOL:
         if ROWS:
-            # A converged matrix never moves again, so the iteration before the last tells.
+            # If no row moved in the iteration before the last, the matrix has converged.
             if tl.load(earlier + number) == 0:
                 return
             converged = tl.load(now + number) == 0

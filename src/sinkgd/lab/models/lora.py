@@ -57,7 +57,7 @@ def add_adapters(model: Model, rank: int) -> Model:
     """Freeze a model, and give each linear layer of its blocks an adapter, in place.
 
     Args:
-        model: On any device; on the meta device, the adapters are, too.
+        model: On any device, also the meta device; the adapters are made there.
         rank: Rank of the adapters, at least 1.
 
     Raises:

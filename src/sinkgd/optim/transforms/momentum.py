@@ -38,7 +38,7 @@ PLACES = ("before", "after")
 
 
 class Momentum(Transform):
-    """An average of the gradients, or of the updates; of vectors, too."""
+    """An average of the gradients, or of the updates. Vectors have momentum, too."""
 
     options = MappingProxyType[str, object](
         {"momentum": 0.0, "nesterov": False, "momentum_place": "before"}
@@ -71,8 +71,8 @@ class Momentum(Transform):
     ) -> Computation[Tensor]:
         """Take a step along B, or average the updates of a step into B and go along it.
 
-        A hook of its own, since momentum is also for methods that have no scales, and since an
-        update that is averaged is best written into B as into a parameter.
+        Momentum needs this hook for two reasons: methods without scales use it, too, and the step
+        itself can write its update into B, as if B were the parameter.
         """
         take = _before if group["momentum_place"] == "before" else _after
         if group["nesterov"]:

@@ -295,7 +295,8 @@ FROM_PAPERS = (
         "GaLore plus the part of the gradient that GaLore leaves out, scaled by column, with a "
         "limit on the growth of that part",
         "Chen et al. 2024, pre_training_c4/scripts: scale 0.25, rank a quarter of the hidden size. "
-        "As in the authors' code the scale also applies to what is subtracted from the gradient. "
+        "As in the authors' code, the scale also multiplies the projection that is subtracted from "
+        "the gradient. "
         "pytorch-optimizer renews projections one step earlier",
         {**_BENCHMARK, "rank": 0, "projection_scale": 0.25},
         _fira,
@@ -324,9 +325,9 @@ FROM_PAPERS = (
         "hidden matrices by gradients divided by running scales of rows and columns, the rest by "
         "AdamW",
         "Gong et al. 2025: beta 0.9, growth 1.01; the rates that the same authors use for SinkGD: "
-        "0.02, and 0.05 times that for matrices. Written here, because pytorch-optimizer takes "
-        "means of rows and columns instead of the fixed point, so that its steps grow as gradients "
-        "shrink",
+        "0.02, and 0.05 times that for matrices. Written here, because pytorch-optimizer divides "
+        "by means of rows and columns, not by what RACS's iteration converges to, so that its "
+        "steps grow as gradients shrink",
         {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _racs,
     ),
