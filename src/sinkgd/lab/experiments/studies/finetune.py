@@ -198,8 +198,8 @@ def _paper() -> SharedConfig:
 
 FINETUNE = Study(
     name="finetune",
-    question="After AdamW has pretrained a model, does SinkGD fine-tune it as well as AdamW does, "
-    "and what does the model forget?",
+    question="Does SinkGD fine-tune a pretrained model as well as AdamW does, and what does the "
+    "model forget?",
     background="A model is trained with one optimizer on one text and fine-tuned with another one "
     "on a second text. Rates are those that AdamW would get; the matrices of sinkgd, sinkgd-plain "
     "and rows-only get 0.3 of them. A report finds Muon worse than Adam at fine-tuning "
