@@ -2,7 +2,9 @@
 
 import copy
 import math
+import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from track_recipes import RECIPES  # noqa: E402
 import sinkgd  # noqa: E402
 
 ALONE = speedrun.Ranks(0, 1, torch.device("cpu"))
-STEPS = 40
+STEPS = 30
 TRAINING = ["--tiny", "--steps", str(STEPS), "--recipe", "sinkgd"]
 
 
@@ -228,17 +230,65 @@ def test_the_rule_takes_the_mean_and_the_number_of_runs(losses, passes):
 def test_a_tiny_run_learns(trained):
     losses, _ = trained
     assert losses[0] == pytest.approx(math.log(256), abs=1e-4)  # the head begins at zero
-    assert math.log(4) < losses[STEPS] < 2.5
+    assert math.log(4) < losses[STEPS] < 3.5
 
 
-def test_the_log_holds_the_code_and_the_losses(trained):
+def test_the_log_holds_the_losses(trained):
     losses, log = trained
-    for file in (FOLDER / "speedrun.py", Path(sinkgd.__file__).parent / "optim/sinkgd.py"):
-        assert file.read_text(encoding="utf-8") in log
-    line = r"^step:(\d+)/40 val_loss:([\d.]+) train_time:[\d.]+s step_avg:[\d.]+ms$"
+    line = r"^step:(\d+)/30 val_loss:([\d.]+) train_time:[\d.]+s step_avg:[\d.]+ms$"
     assert dict(re.findall(line, log, re.MULTILINE)) == {
         str(step): f"{loss:.5f}" for step, loss in losses.items()
     }
+
+
+def test_the_log_begins_with_a_program_of_the_same_files_and_arguments(trained, monkeypatch):
+    program, separator, _ = trained[1].partition("=" * 100 + "\n")
+    assert separator
+    started = []
+
+    def start(path, run_name):
+        root = Path(path).parent
+        files = {file.relative_to(root): file.read_bytes() for file in root.rglob("*.py")}
+        started.append((Path(path).name, run_name, files))
+
+    monkeypatch.setattr(runpy, "run_path", start)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["program.py", "--data", "elsewhere"])
+    exec(compile(program, "program.py", "exec"), {})
+    ((name, run_name, files),) = started
+    assert (name, run_name) == ("speedrun.py", "__main__")
+    assert sys.argv == [
+        *("program.py", "--recipe=sinkgd", f"--steps={STEPS}", "--matrix-lr=0.001"),
+        *("--matrix-decay=0.0", "--trials=1", "--seed=0", "--tiny", "--data", "elsewhere"),
+    ]
+    library = Path(sinkgd.__file__).parent
+    for file, text in files.items():
+        source = library.parent / file if file.parts[0] == "sinkgd" else FOLDER / file
+        assert text == source.read_bytes()
+    assert {file.name for file in FOLDER.glob("*.py")} <= {str(file) for file in files}
+    assert len(files) > 50
+
+
+@pytest.mark.slow
+def test_that_program_needs_no_library_and_repeats_the_run(data, tmp_path):
+    # AdamW: SinkGD's loops would compile again, for a new folder.
+    options = ["--tiny", "--steps", "3", "--recipe", "adamw", "--data", str(data), "--seed", "5"]
+    speedrun.main([*options, "--out", str(tmp_path / "logs")])
+    (log,) = (tmp_path / "logs").iterdir()
+    program, _, lines = log.read_text(encoding="utf-8").partition("=" * 100 + "\n")
+    ripped = tmp_path / "ripped.py"
+    ripped.write_text(f"{program}\nprint(sys.modules['sinkgd'].__file__, folder)\n")
+    *again, origin = subprocess.run(
+        [sys.executable, ripped, "--data", data, "--out", tmp_path / "logs"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    ).stdout.splitlines()
+    file, folder = origin.split()
+    assert Path(file) == Path(folder) / "sinkgd/__init__.py"
+    pattern = r"step:(\d+)/3 val_loss:([\d.]+)"
+    assert re.findall(pattern, "\n".join(again)) == re.findall(pattern, lines) != []
 
 
 def test_two_ranks_train_as_one(trained, data, tmp_path):
@@ -250,7 +300,7 @@ def test_two_ranks_train_as_one(trained, data, tmp_path):
         text=True,
         check=True,
     ).stdout
-    losses = dict(re.findall(r"step:(\d+)/40 val_loss:([\d.]+)", printed))
+    losses = dict(re.findall(r"step:(\d+)/30 val_loss:([\d.]+)", printed))
     assert "2 × CPU" in printed
     for step, loss in trained[0].items():
         # Sums in another order, of which the embedding's are bfloat16.

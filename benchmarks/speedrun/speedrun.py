@@ -8,7 +8,7 @@ head and vectors are trained by AdamW as in the track's baseline. Call it with 1
     torchrun --standalone --nproc-per-node 8 benchmarks/speedrun/speedrun.py --data fineweb10B
 
 A run cannot be resumed: on 8 H100 the track's own runs take less than a quarter of an hour. The log
-begins with the source of this script and of the library, as the track asks.
+begins with a program of one file that repeats the run, as the track asks.
 """
 
 import argparse
@@ -23,13 +23,12 @@ from statistics import fmean
 
 import torch
 import torch.distributed as dist
+from one_file import one_file
 from token_shards import ShardError, TokenShards
 from torch import Tensor
 from torch.optim import Optimizer
 from track_model import GPT, Size
 from track_recipes import RECIPES, Recipe
-
-import sinkgd
 
 # The rule for n runs that were not selected: (TARGET - mean loss) * √n is at least MARGIN.
 TARGET, MARGIN = 3.28, 0.004
@@ -73,14 +72,14 @@ class Ranks:
 
 
 class Log:
-    """The log of a run; ranks other than 0 write nothing."""
+    """The log of a run: a program that repeats it, and then its lines. Only rank 0 writes it."""
 
-    def __init__(self, folder: Path, recipe: str, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, recipe: str, arguments: Sequence[str], ranks: Ranks) -> None:
         self.path = folder / f"{recipe}-{uuid.uuid4()}.txt"
         self.writes = ranks.rank == 0
         if self.writes:
             folder.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(_sources(), encoding="utf-8")
+            self.path.write_text(one_file(arguments), encoding="utf-8")
 
     def write(self, line: str) -> None:
         """Write a line to the file, and print it."""
@@ -88,14 +87,6 @@ class Log:
             print(line, flush=True)  # noqa: T201 - this is a script
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
-
-
-def _sources() -> str:
-    """Return the source of this script and of the library, without its laboratory."""
-    library = Path(str(sinkgd.__file__)).parent
-    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(library.rglob("*.py"))]
-    code = [path for path in files if library / "lab" not in path.parents]
-    return "".join(f"{'=' * 100}\n{path}\n\n{path.read_text(encoding='utf-8')}" for path in code)
 
 
 def lr_factor(step: int, recipe: Recipe) -> float:
@@ -263,16 +254,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[int, float]]:
     """Train, and return the validation losses of each trial."""
     given = parsed(arguments)
     track = TINY if given.tiny else TRACK
-    values = {
-        "steps": given.steps,
-        "matrix_lr": given.matrix_lr,
-        "matrix_decay": given.matrix_decay,
-    }
-    changed = {name: value for name, value in values.items() if value is not None}
+    names = ("steps", "matrix_lr", "matrix_decay")
+    changed = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     recipe = replace(RECIPES[given.recipe], **changed)
     ranks = joined(track)
     try:
-        log = Log(given.out, given.recipe, ranks)
+        log = Log(given.out, given.recipe, _determining(given, recipe), ranks)
         log.write(f"{'=' * 100}\ntorch {torch.__version__}, {ranks.count} × {_name(ranks.device)}")
         log.write(
             f"{given.recipe}: matrix_lr {recipe.matrix_lr:g}, matrix_decay "
@@ -293,6 +280,19 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[int, float]]:
         if ranks.count > 1:
             dist.destroy_process_group()
     return trials
+
+
+def _determining(given: argparse.Namespace, recipe: Recipe) -> list[str]:
+    """Return the arguments that determine the result of a run, defaults included."""
+    values = {
+        "recipe": given.recipe,
+        "steps": recipe.steps,
+        "matrix-lr": recipe.matrix_lr,
+        "matrix-decay": recipe.matrix_decay,
+        "trials": given.trials,
+        "seed": given.seed,
+    }
+    return [f"--{name}={value}" for name, value in values.items()] + ["--tiny"] * given.tiny
 
 
 def _name(device: torch.device) -> str:
