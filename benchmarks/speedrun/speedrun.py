@@ -16,7 +16,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -47,7 +47,7 @@ class Track:
 
 
 TRACK = Track()
-TINY = Track(Size(256, layers=2, width=64, head_width=32), 64, 4, 4 * 4 * 64, 16 * 4 * 64)
+TINY = Track(Size(256, layers=2, width=64, head_width=32), 64, 4, 2 * 4 * 64, 8 * 4 * 64)
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def add(self, value: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks."""
+    def add(self, values: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks."""
         if self.count > 1:
-            dist.all_reduce(value)
+            pending = [dist.all_reduce(value, async_op=True) for value in values]
+            for message in pending:
+                message.wait()
 
 
 class Log:
@@ -106,9 +108,7 @@ def train_step(
     """Take one step on the sum of the losses of all ranks' tokens."""
     for inputs, targets in _micro_batches(batch, rows):
         model(inputs, targets).backward()
-    for param in model.parameters():
-        assert param.grad is not None
-        ranks.add(param.grad)
+    ranks.add(param.grad for param in model.parameters() if param.grad is not None)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -120,7 +120,7 @@ def evaluate(model: GPT, batch: tuple[Tensor, Tensor], track: Track, ranks: Rank
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for inputs, targets in _micro_batches(batch, track.rows):
         total += model(inputs.to(ranks.device), targets.to(ranks.device))
-    ranks.add(total)
+    ranks.add([total])
     return float(total) / track.val_tokens
 
 
@@ -212,7 +212,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--trials", type=int, default=1, help="runs, each with the next seed")
     add("--seed", type=int, default=0, help="of the weights of the first run")
     add("--out", type=Path, default=Path("logs"), help="the folder of the log")
-    add("--tiny", action="store_true", help="a tiny model and batch, for a test on a CPU")
+    add("--tiny", action="store_true", help="a tiny model and batch, to test the script")
     given = parser.parse_args(arguments)
     for name, least in (("steps", 1), ("trials", 1), ("seed", 0)):
         value = getattr(given, name)
@@ -246,7 +246,10 @@ def joined(track: Track) -> Ranks:
     else:
         device = torch.device("cpu")
     if count > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return Ranks(int(os.environ.get("RANK", "0")), count, device)
 
 
@@ -267,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[int, float]]:
         )
         trainer = Trainer(track, recipe, given.data, ranks, log)
         trials = [trainer.train(given.seed + trial) for trial in range(given.trials)]
-        log.write(
-            f"mean val_loss of {len(trials)} runs: {fmean(t[recipe.steps] for t in trials):.5f}"
-        )
+        log.write(f"mean val_loss (n={len(trials)}): {fmean(t[recipe.steps] for t in trials):.5f}")
         if track is TRACK:
             step = first_passing_step(trials)
             found = "no step" if step is None else f"step {step}"

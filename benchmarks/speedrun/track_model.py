@@ -43,6 +43,8 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Causal attention with normalized queries and keys, half of whose dimensions are rotated."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
@@ -65,7 +67,7 @@ class Attention(nn.Module):
     def rotate(self, x: Tensor) -> Tensor:
         """Turn the pairs (i, i + K/2) of ``(B, T, H, K)`` by an angle for each position."""
         positions = torch.arange(x.shape[1], dtype=torch.float32, device=x.device)
-        angles = torch.outer(positions, self.get_buffer("frequencies")).unsqueeze(1)
+        angles = torch.outer(positions, self.frequencies).unsqueeze(1)
         first, second = x.float().chunk(2, dim=-1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos + second * sin, second * cos - first * sin], -1).type_as(x)
