@@ -189,8 +189,9 @@ def param_groups(
         options |= {"weight_decay": decay, **common, **given[name]}
         group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
         group["params"].append((name, param))
+    running = _algorithms(groups.values())
     _check_effects(
-        _algorithms(groups.values()),
+        running,
         {
             "deflated_rank": None if deflated_rank in (0, DEFLATED_RANK) else deflated_rank,
             "matrix_lr_scale": matrix_lr_scale,
@@ -200,7 +201,7 @@ def param_groups(
     )
     _check_decays(cautious_decay, groups.values())
     if matrix_lr_scale is None and isinstance(lr, float):
-        _warn_of_low_rate(lr, _algorithms(groups.values()))
+        _warn_of_low_rate(lr, running)
     ordered = sorted(groups.values(), key=lambda group: group["algorithm"] in _ADAMWS.values())
     name_groups(ordered, {param: role for _, param, role in found})
     return ordered
@@ -240,11 +241,11 @@ def _check_effects(running: Sequence[str], options: Mapping[str, object]) -> Non
         running: The algorithms of the groups.
         options: Options of `param_groups`; None for those that were not given.
     """
-    adamws = {*_ADAMWS.values()}
+    matrix_rate = "no hidden matrix has a rate of its own", _has_matrix_rate(running)
     has = {
         "deflated_rank": ("no group runs 'sinkgd'", "sinkgd" in running),
-        "matrix_lr_scale": ("no hidden matrix has a rate of its own", bool({*running} - adamws)),
-        "base_width": ("no hidden matrix has a rate of its own", bool({*running} - adamws)),
+        "matrix_lr_scale": matrix_rate,
+        "base_width": matrix_rate,
         "state_bits": ("no group runs 'adamw-8bit'", _ADAMWS[8] in running),
     }
     for name, value in options.items():
@@ -256,9 +257,14 @@ def _check_effects(running: Sequence[str], options: Mapping[str, object]) -> Non
             )
 
 
+def _has_matrix_rate(running: Sequence[str]) -> bool:
+    """Whether a group runs another algorithm than AdamW, at the rate of matrices."""
+    return not {*running} <= {*_ADAMWS.values()}
+
+
 def _warn_of_low_rate(lr: float, running: Sequence[str]) -> None:
     """Warn if ``lr`` looks like a rate of AdamW: matrices get a fortieth of it."""
-    if 0 < lr < LOW_LR and {*running} - {*_ADAMWS.values()}:
+    if 0 < lr < LOW_LR and _has_matrix_rate(running):
         warnings.warn(
             f"lr={lr:g} gives hidden matrices a rate of {MATRIX_LR_SCALE * lr:g}. If {lr:g} is the "
             f"rate that AdamW would have, pass adamw_lr={lr:g} instead. If it is meant so, pass "
