@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from sinkgd.kernels import BACKENDS, registry
+from sinkgd.kernels import backends, registry
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.cpu import launch as cpu_launch
 from sinkgd.kernels.triton import launch
@@ -128,17 +128,17 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[backend.name for backend in BACKENDS])
+@pytest.fixture(scope="module", params=[backend.name for backend in backends()])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Make each backend that runs here the one that ``"auto"`` takes, in its turn."""
-    first = next(backend for backend in BACKENDS if backend.name == request.param)
+    first = next(backend for backend in backends() if backend.name == request.param)
     if (reason := first.missing()) is not None:
         pytest.skip(f"backend {first.name!r}: {reason}")
     if first.name == "triton":
         request.getfixturevalue("interpreter")
-    others = tuple(backend for backend in BACKENDS if backend is not first)
+    others = tuple(backend for backend in backends() if backend is not first)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "BACKENDS", (first, *others))
+        patch.setattr(registry, "backends", lambda: (first, *others))
         patch.setattr(registry, "ONLY_BY_NAME", frozenset())
         yield first.name
 

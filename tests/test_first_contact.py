@@ -32,7 +32,7 @@ from contact.table import MOST_LINES, WIDTH, table  # noqa: E402
 from contact.watch import GRACE, Watch, run_section  # noqa: E402
 
 import sinkgd  # noqa: E402
-from sinkgd.kernels import BACKENDS  # noqa: E402
+from sinkgd.kernels import backends  # noqa: E402
 
 TRIALS = """
 import os, sys, time
@@ -251,7 +251,7 @@ def test_constants_of_the_triton_backend_are_swept_and_put_back():
 
 
 def test_the_contender_of_halves_is_the_backend_in_its_former_way(monkeypatch):
-    (backend,) = (one for one in BACKENDS if one.name == "triton")
+    (backend,) = (one for one in backends() if one.name == "triton")
     seen = []
     params = contenders.matrices(contenders.TINY, torch.float32, torch.device("cpu"))
     setting = Setting(torch.device("cpu"), True, Path(), None, 0.0)

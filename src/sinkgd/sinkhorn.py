@@ -38,7 +38,7 @@ def sinkhorn_scales(
             ``tol``, relative to its previous value. The first iteration never stops it. On a GPU,
             the eager backend then waits for the device in every iteration. None never stops early.
         backend: ``"auto"`` for the fastest backend that is installed and runs on ``grad``'s device,
-            or the name of a backend in `sinkgd.kernels.BACKENDS`.
+            or the name of a backend in `sinkgd.kernels.backends()`.
 
     Returns:
         r ``(..., m, 1)`` and c ``(..., 1, n)``, float32, or float64 if ``grad`` is. Only their

@@ -2,14 +2,14 @@
 
 import pytest
 
-from sinkgd.kernels import BACKENDS, Backend
+from sinkgd.kernels import Backend, backends
 from sinkgd.kernels.triton import launch
 
 
 @pytest.fixture
 def backend(every_backend: str) -> Backend:
     """Each backend that runs here, in turn."""
-    return next(backend for backend in BACKENDS if backend.name == every_backend)
+    return next(backend for backend in backends() if backend.name == every_backend)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from itertools import pairwise
@@ -14,7 +16,7 @@ from layouts import gapped, scattered, turned
 from reference import sinkhorn_knopp, square_root_sinkhorn
 from sinkgd import kernels, sr_sinkhorn
 from sinkgd.deflation import LowRank
-from sinkgd.kernels import BACKENDS, CorrectedScales, Scales, registry
+from sinkgd.kernels import CorrectedScales, Scales, backends, registry
 from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 from sinkgd.kernels.triton import TritonBackend
@@ -34,7 +36,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 def pytest_generate_tests(metafunc):
     """Each backend in its turn; by two numbers of threads, where it has threads."""
-    names = [backend.name for backend in BACKENDS]
+    names = [backend.name for backend in backends()]
     if "threads" in metafunc.fixturenames:
         counts = {"triton": (1,)}
         runs = [(name, count) for name in names for count in counts.get(name, (1, 2))]
@@ -45,7 +47,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request):
-    found = next(backend for backend in BACKENDS if backend.name == request.param)
+    found = next(backend for backend in backends() if backend.name == request.param)
     if (reason := found.missing()) is not None:
         pytest.skip(f"backend {found.name!r}: {reason}")
     if found.name == "triton":
@@ -88,7 +90,18 @@ def same_bits(one, other):
 
 
 def test_the_table_holds_every_backend():
-    assert [backend.name for backend in BACKENDS] == ["cpu", "triton", "eager"]
+    assert [backend.name for backend in backends()] == ["cpu", "triton", "eager"]
+
+
+def test_a_program_imports_them_when_it_looks_for_one():
+    code = (
+        "import sinkgd, sys, torch\n"
+        "fast = {'sinkgd.kernels.cpu', 'sinkgd.kernels.triton'}\n"
+        "assert not fast & sys.modules.keys()\n"
+        "sinkgd.kernels.select('auto', torch.device('cpu'))\n"
+        "assert fast <= sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class TestScales:

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from layouts import scattered, turned
-from sinkgd.kernels import BACKENDS
+from sinkgd.kernels import backends
 from sinkgd.kernels.triton import launch
 
 # Up to 1,100 terms, none negative, in 16 lanes or more: 70 roundings of 2^-24.
@@ -119,7 +119,7 @@ def test_a_call_is_a_launch_for_each_kind(interpreter, monkeypatch):
         started(kernel, *arguments, **constants)
 
     monkeypatch.setattr(launch, "launch", count)
-    (triton,) = (backend for backend in BACKENDS if backend.name == "triton")
+    (triton,) = (backend for backend in backends() if backend.name == "triton")
     grads = [normal((8, 16), i) * 10.0 ** (10 * i - 30) for i in range(7)] + [torch.zeros(4, 8)]
     sums = triton.sums(grads)
     sums.of_rows(of_rows(grads)[0])

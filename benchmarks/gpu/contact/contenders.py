@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sinkgd
 from contact.items import Setting, Skipped
 from contact.peer import compiled_step, naive_step, peer_step
-from sinkgd.kernels import BACKENDS
+from sinkgd.kernels import backends
 from sinkgd.kernels.triton import TritonBackend
 from sinkgd.lab.models import LLAMAS
 
@@ -83,7 +83,7 @@ def _former(way: str, *, rank: int = 0) -> Callable[..., Step]:
     """Return what builds our step with a way of the backend's turned off, as it was before."""
 
     def build(params: list[nn.Parameter], setting: Setting) -> Step:
-        backend = next(one for one in BACKENDS if isinstance(one, TritonBackend))
+        backend = next(one for one in backends() if isinstance(one, TritonBackend))
         step = _ours(rank=rank)(params, setting)
 
         def former() -> None:

@@ -12,6 +12,6 @@ from sinkgd.kernels.backend import Matrices as Matrices
 from sinkgd.kernels.backend import Scales as Scales
 from sinkgd.kernels.backend import Shared as Shared
 from sinkgd.kernels.backend import Stack as Stack
-from sinkgd.kernels.registry import BACKENDS as BACKENDS
+from sinkgd.kernels.registry import backends as backends
 from sinkgd.kernels.registry import describe as describe
 from sinkgd.kernels.registry import select as select

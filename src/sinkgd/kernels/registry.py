@@ -1,4 +1,4 @@
-"""The table of backends, fastest first, the choice of one, and its form under ``torch.compile``.
+"""The backends, fastest first, the choice of one, and its form under ``torch.compile``.
 
 A compiler cannot look into a backend's loops. It sees the operators ``torch.ops.sinkgd.scales`` and
 ``torch.ops.sinkgd.update_``, with the shapes of their results. The backend is chosen when they run.
@@ -14,16 +14,22 @@ import torch
 from torch import Tensor
 
 from sinkgd.kernels.backend import Backend, Cautious, CorrectedScales, Keep, Scales, factor_of
-from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.eager import EagerBackend, without_corrections
-from sinkgd.kernels.triton import TritonBackend
 from sinkgd.precision import in_full_precision
-
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), EagerBackend())
 
 # Backends that run on a type of device only if they are named; "auto" skips them. Triton's
 # interpreter, which runs on CPUs, is for tests.
 ONLY_BY_NAME = frozenset({("triton", "cpu")})
+
+
+@cache
+def backends() -> tuple[Backend, ...]:
+    """Return every backend, fastest first, always the same objects."""
+    # Imported by the first step, so that `import sinkgd` takes half the time.
+    from sinkgd.kernels.cpu import CpuBackend
+    from sinkgd.kernels.triton import TritonBackend
+
+    return CpuBackend(), TritonBackend(), EagerBackend()
 
 
 def select(name: str, device: torch.device) -> Backend:
@@ -44,12 +50,12 @@ def find_backend(name: str, device: torch.device) -> Backend:
         ImportError: If the named backend is not installed; the message says how to install it.
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS if _takes(backend, device))
-    for backend in BACKENDS:
+        return next(backend for backend in backends() if _takes(backend, device))
+    for backend in backends():
         if backend.name == name:
             break
     else:
-        names = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
+        names = ", ".join(["auto", *(backend.name for backend in backends())])
         raise ValueError(f"backend must be one of {names}; got {name!r}")
     reason = backend.missing()
     if reason is not None:
@@ -62,7 +68,7 @@ def find_backend(name: str, device: torch.device) -> Backend:
 def describe(device: torch.device) -> list[tuple[str, bool, str]]:
     """List every backend as (name, whether it can run on ``device``, why), fastest first."""
     rows = []
-    for backend in BACKENDS:
+    for backend in backends():
         reason = backend.missing()
         if reason is not None:
             rows.append((backend.name, False, _with_remedy(backend, reason)))

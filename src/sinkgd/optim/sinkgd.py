@@ -62,7 +62,7 @@ class SinkGD(GroupedOptimizer):
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter unchanged, and count it in `skipped`).
-        backend: ``"auto"``, or the name of one of `sinkgd.kernels.BACKENDS`.
+        backend: ``"auto"``, or the name of one of `sinkgd.kernels.backends()`.
         tol: Stop iterating a matrix when an iteration changes no row scale by more than ``tol``,
             relative to its previous value; at most ``sinkhorn_iterations`` are run. This changes
             the update by about ``tol``, relative to its size. None never stops early.

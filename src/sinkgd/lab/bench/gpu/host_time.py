@@ -136,7 +136,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         (backend, "_cached_bytes", lambda _: CACHE_BYTES),
         (DeviceTables, "_copy", copied),
         (TritonBackend, "supports", lambda *_: True),
-        (registry, "BACKENDS", (gpu.backend,)),
+        (registry, "backends", lambda: (gpu.backend,)),
     ]
     with ExitStack() as stack:
         stack.enter_context(patch.object(driver, "_active", device))
