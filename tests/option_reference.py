@@ -25,6 +25,7 @@ class Expected:
     momentum: float = 0.0
     nesterov: bool = False
     momentum_place: str = "before"
+    momentum_bits: int = 32
     last: str = "column"
     first: str | None = None
     tiny_rows: str = "keep"
@@ -46,7 +47,8 @@ class Expected:
 
     def _averaged(self, x: Tensor) -> Tensor:
         mu, B = self.momentum, self.kept.get("B", torch.zeros_like(x))
-        self.kept["B"] = B = mu * B + (1 - mu) * x
+        B = mu * B + (1 - mu) * x
+        self.kept["B"] = _in_a_byte(B) if self.momentum_bits == 8 else B
         return mu * B + (1 - mu) * x if self.nesterov else B
 
     def _masked(self, D: Tensor) -> Tensor:
@@ -97,3 +99,10 @@ class Expected:
         sigma = max(w.norm() / u.norm(), math.sqrt(m if self.last == "column" else n))
         self.kept["v"] = w / w.norm()
         return X * ((math.sqrt(m / n) if self.operator_norm == "muon" else 1.0) / sigma)
+
+
+def _in_a_byte(B: Tensor) -> Tensor:
+    """Return the nearest of 4 (k/127)², with either sign, in terms of k."""
+    levels = torch.tensor([4 * (k / 127) ** 2 for k in range(128)], dtype=torch.float64)
+    halfway = torch.tensor([4 * ((k + 0.5) / 127) ** 2 for k in range(127)], dtype=torch.float64)
+    return levels[torch.bucketize(B.abs(), halfway)] * B.sign()

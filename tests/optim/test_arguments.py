@@ -40,6 +40,7 @@ VALUES = {
     "momentum": (0.25, 0.5, 1.5),
     "nesterov": (False, True, None),
     "momentum_place": ("before", "after", "middle"),
+    "momentum_bits": (32, 8, 16),
     "last": ("column", "row", "rows"),
     "first": (None, "row", "rows"),
     "tiny_rows": ("keep", "mask", "drop"),
@@ -61,7 +62,11 @@ VALUES = {
     "spike_z": (0.25, 0.5, 0.0),
     "norm_window": (30, 40, 2),
 }
-NEEDS = {"nesterov": {"momentum": 0.5}, "seed": {"rounding": "stochastic"}}
+NEEDS = {
+    "nesterov": {"momentum": 0.5},
+    "momentum_bits": {"momentum": 0.5, "momentum_place": "after"},
+    "seed": {"rounding": "stochastic"},
+}
 
 
 def options_of(kind):
@@ -300,6 +305,7 @@ FITS = {
     **dict.fromkeys(("sinkhorn_iterations", "newton_schulz_steps", "num_iters"), WHOLE),
     **dict.fromkeys(("n_iter", "seed", "clip_delay", "reset_interval"), WHOLE),
     "warmup_steps": WHOLE,
+    "momentum_bits": set(),
     "momentum": {"a fraction"},
     "base_width": WHOLE | OR_NONE,
     "state_bits": OR_NONE,
@@ -422,7 +428,7 @@ def test_the_arguments_of_param_groups_alone_are_listed():
 
 def test_every_option_of_the_variant_is_refused_by_sinkgd_with_the_call_that_takes_it():
     moved = set(options_of(sinkgd.SinkGDVariant)) - set(options_of(sinkgd.SinkGD))
-    assert len(moved) == 7
+    assert len(moved) == 8
     for option in moved:
         with pytest.raises(TypeError, match=rf"write SinkGDVariant\(params, {option}=...\)"):
             sinkgd.SinkGD([matrix()], lr=0.1, **{option: VALUES[option][1]})

@@ -21,6 +21,7 @@ OPTIONS = {
     "momentum": {"momentum": 0.9},
     "nesterov": {"momentum": 0.9, "nesterov": True},
     "after": {"momentum": 0.5, "momentum_place": "after"},
+    "8 bits": {"momentum": 0.5, "momentum_place": "after", "momentum_bits": 8},
     "last row": {"last": "row"},
     "first column": {"first": "column"},
     "table": {"first": "row", "last": "row"},
@@ -36,12 +37,13 @@ OPTIONS = {
     "transposed": {"layout": "transposed"},
     "iterations": {"sinkhorn_iterations": 3},
 }
-# Two values of one option are no pair, but "nesterov" and "after" are.
+# Two values of one option are no pair, but these are.
+OF_MOMENTUM = {("nesterov", "after"), ("nesterov", "8 bits"), ("after", "8 bits")}
 PAIRS = {
     f"{one} + {other}": OPTIONS[one] | OPTIONS[other]
     for one, other in combinations(OPTIONS, 2)
     if all(
-        OPTIONS[one][key] == OPTIONS[other][key] or (one, other) == ("nesterov", "after")
+        OPTIONS[one][key] == OPTIONS[other][key] or (one, other) in OF_MOMENTUM
         for key in OPTIONS[one].keys() & OPTIONS[other].keys()
     )
 }
@@ -117,7 +119,7 @@ def whole():
 
 
 def test_the_table_is_complete():
-    assert (len(OPTIONS), len(PAIRS)) == (17, 132)
+    assert (len(OPTIONS), len(PAIRS)) == (18, 148)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -186,6 +188,7 @@ MORE_MESSAGES = {
     "momentum": (1, 1),
     "nesterov": (1, 1),
     "after": (0, 0),
+    "8 bits": (0, 0),
     "last row": (0, 0),
     "first column": (1, 1),
     "table": (1, 1),

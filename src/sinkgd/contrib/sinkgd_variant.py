@@ -37,6 +37,8 @@ class SinkGDVariant(SinkGD):
         momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
             ``"after"``: B averages the normalized updates, and the step goes along B. The
             root-mean-square of the step is then below 1.
+        momentum_bits: 32, or 8: B takes one byte per entry, if it averages updates. Copies B of a
+            few matrices at a time in float32.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
             columns first. Only the lengths of the last side are exact.
         first: Side of the first half step. None means the side other than ``last``. The same side
@@ -75,6 +77,7 @@ class SinkGDVariant(SinkGD):
         *,
         warm_start: bool = False,
         momentum_place: str = "before",
+        momentum_bits: int = 32,
         last: str = "column",
         first: str | None = None,
         tiny_rows: str = "keep",
@@ -88,6 +91,7 @@ class SinkGDVariant(SinkGD):
             **given.arguments,
             "warm_start": warm_start,
             "momentum_place": momentum_place,
+            "momentum_bits": momentum_bits,
             "last": last,
             "first": first,
             "tiny_rows": tiny_rows,

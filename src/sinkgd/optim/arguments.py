@@ -299,7 +299,7 @@ KINDS: Mapping[str, Check] = MappingProxyType(
         **dict.fromkeys(
             (
                 *("sinkhorn_iterations", "newton_schulz_steps", "num_iters", "n_iter"),
-                *("deflated_rank", "seed"),
+                *("deflated_rank", "seed", "momentum_bits"),
                 *("clip_delay", "reset_interval", "warmup_steps", "norm_window"),
             ),
             check_whole_number,

@@ -21,7 +21,7 @@ from sinkgd.optim.parameters import named
 _OF_VARIANT = {
     name: f"SinkGDVariant(params, {name}=...)"
     for name in (
-        *("warm_start", "momentum_place", "first", "last"),
+        *("warm_start", "momentum_place", "momentum_bits", "first", "last"),
         *("tiny_rows", "tiny_row_threshold", "operator_norm"),
     )
 }

@@ -47,7 +47,7 @@ def test_state_is_what_the_recipe_keeps_after_a_step(name):
 
 def test_every_method_but_three_is_a_recipe_or_one_with_an_option():
     others = [name for name in METHODS if name not in RECIPES]
-    options = ["sinkgd-momentum", "sinkgd-pinned", "sinkgd-table", "sron"]
+    options = ["sinkgd-momentum", "sinkgd-momentum-8bit", "sinkgd-pinned", "sinkgd-table", "sron"]
     assert others == ["sinkgd-8bit", *options, "adamw-8bit", "lora"]
 
 
@@ -115,6 +115,11 @@ def test_frozen_weights_take_two_thirds_of_the_time_of_trained_ones():
     ("name", "recipe", "options"),
     [
         ("sinkgd-momentum", "sinkgd", {"momentum": 0.9}),
+        (
+            "sinkgd-momentum-8bit",
+            "sinkgd",
+            {"momentum": 0.9, "momentum_place": "after", "momentum_bits": 8},
+        ),
         ("sinkgd-pinned", "sinkgd", {"operator_norm": "muon"}),
         ("sinkgd-table", "sinkgd", {"tables": "sinkgd-table"}),
         ("sron", "rows-only", {}),

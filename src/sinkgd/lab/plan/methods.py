@@ -190,6 +190,18 @@ FAMILY = (
         scratch=1.0,
     ),
     Method(
+        "sinkgd-momentum-8bit",
+        "SinkGD, 8-bit momentum",
+        "1 byte per entry of matrices, 2 numbers of embedding, head, norms",
+        'sinkgd.SinkGDVariant(momentum_place="after", momentum_bits=8), without deflation',
+        matrix=0.25,
+        always_float32=True,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 7,  # the average is decoded, updated, copied and encoded
+        scratch=2.0,
+    ),
+    Method(
         "sinkgd-pinned",
         "SinkGD, operator norm",
         "n float32 per matrix, 2 per entry of embedding, head, norms",

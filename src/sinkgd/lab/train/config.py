@@ -102,6 +102,8 @@ class OptimizerConfig:
     """Whether SinkGD's momentum looks one step ahead, as Nesterov's does."""
     momentum_place: MomentumPlace | None = None
     """Where SinkGD's momentum averages: before the normalization, or after it."""
+    momentum_bits: int | None = None
+    """Bits of an entry of SinkGD's momentum after the normalization, 32 or 8."""
     last: Side | None = None
     """Side that SR-Sinkhorn normalizes last: column, as in the paper, or row."""
     operator_norm: OperatorNorm | None = None

@@ -12,9 +12,18 @@ gradient, so before the normalization the average does the same as the usual sum
 an update if updates disagree, and in the first steps, since it begins at zero.
 
 State: ``state[param]["momentum_buffer"]``, sharded like the parameter: float32, 4 bytes per entry
-(float64 for float64), since an average in bfloat16 would lose small gradients. Scratch: one
-parameter in float32 at a time; Nesterov's directions are as large as the gradients, and computed in
-chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds a message per group.
+(float64 for float64), since an average in bfloat16 would lose small gradients. With
+``momentum_bits=8``, ``"after"`` keeps one byte per entry instead: the nearest integer to
+±127 √(|b|/4), so that steps are finer near zero. It needs no scales, since an average of updates
+has a root-mean-square of at most 1; entries beyond ±4 become ±4. PowerStep keeps the momentum of
+another normalized update in int8.
+
+Scratch: one parameter in float32 at a time; Nesterov's directions, and averages decoded from 8
+bits, are as large as the gradients, and computed in chunks. A non-finite gradient leaves B
+unchanged. On a mesh ``"before"`` adds a message per group.
+
+References:
+    PowerStep: https://arxiv.org/abs/2605.10335
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -35,13 +44,15 @@ from sinkgd.optim.transform import Scratch, Step, Transform, step_in_chunks
 
 MOMENTUM = "momentum_buffer"
 PLACES = ("before", "after")
+BITS = (8, 32)
+LARGEST = 4.0  # absolute value of an entry of B in 8 bits
 
 
 class Momentum(Transform):
     """An average of the gradients, or of the updates. Vectors have momentum, too."""
 
     options = MappingProxyType[str, object](
-        {"momentum": 0.0, "nesterov": False, "momentum_place": "before"}
+        {"momentum": 0.0, "nesterov": False, "momentum_place": "before", "momentum_bits": 32}
     )
     switch = "momentum"
     takes_vectors = True
@@ -55,16 +66,23 @@ class Momentum(Transform):
             raise ValueError(f"momentum_place must be one of {PLACES}, got {place!r}")
         if group["nesterov"] and momentum == 0:
             raise ValueError("nesterov=True needs a momentum above 0, e.g. momentum=0.95")
+        bits = group["momentum_bits"]
+        if bits not in BITS:
+            raise ValueError(f"momentum_bits must be one of {BITS}, got {bits!r}")
+        if bits == 8 and (momentum == 0 or place == "before"):
+            raise ValueError(
+                "momentum_bits=8 needs an average of updates: momentum_place='after' and a "
+                "momentum above 0, e.g. momentum=0.95"
+            )
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create B, filled with zeros."""
-        del group
-        _buffer(state, param.detach())
+        _keep(state, param, _buffer(state, param.detach()), group)
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold Nesterov's directions."""
+        """Hold Nesterov's directions, or averages decoded from 8 bits."""
         del packs_vectors, sharded
-        return Scratch(copies=group["nesterov"])
+        return Scratch(copies=_copies(group))
 
     def around(
         self, step: Step, slots: Sequence[Slot], group: Group, context: Context
@@ -75,9 +93,13 @@ class Momentum(Transform):
         itself can write its update into B, as if B were the parameter.
         """
         take = _before if group["momentum_place"] == "before" else _after
-        if group["nesterov"]:
+        if _copies(group):
             return step_in_chunks(partial(take, step), slots, group, context)
         return take(step, slots, group, context)
+
+
+def _copies(group: Group) -> bool:
+    return bool(group["nesterov"]) or group["momentum_bits"] == 8
 
 
 @computation
@@ -88,6 +110,7 @@ def _before(step: Step, slots: Sequence[Slot], group: Group, context: Context) -
     for i, slot in enumerate(slots):
         flag = None if flags is None else flags[i]
         buffer = _buffer(context.states[slot.param], slot.param)
+        _keep(context.states[slot.param], slot.param, buffer, group)
         _average_(local(buffer), slot, group, context, flag)
         if group["nesterov"]:
             ahead = local(buffer).clone()
@@ -122,6 +145,8 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
             states={b: states[slot.param] for slot, b in zip(slots, buffers, strict=True)}
         ),
     )
+    for slot, buffer in zip(slots, buffers, strict=True):
+        _keep(states[slot.param], slot.param, buffer, group)
     writer = UpdateWriter(slots, finite, group, context)
     for i, (slot, buffer) in enumerate(zip(slots, buffers, strict=True)):
         if before is None:
@@ -134,20 +159,35 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
 
 
 def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
-    """Return B; create it if absent, copy it if it has lost the parameter's memory order."""
+    """Return B: zeros if absent, a copy if it is in 8 bits or lost the parameter's memory order."""
     kept: Tensor | None = state.get(MOMENTUM)
     here = local(param)
-    if kept is not None and local(kept).stride() == here.stride():
-        return kept
     dtype = torch.promote_types(param.dtype, torch.float32)
+    if kept is not None and (kept.dtype, local(kept).stride()) == (dtype, here.stride()):
+        return kept
     own = torch.empty_strided(here.shape, here.stride(), dtype=dtype, device=here.device)
     if kept is None:
         own.zero_()
     else:
-        own.copy_(local(kept))
-    state[MOMENTUM] = from_local(param, own)
-    buffer: Tensor = state[MOMENTUM]
-    return buffer
+        own.copy_(_from_int8(local(kept)) if kept.dtype == torch.int8 else local(kept))
+    return from_local(param, own)
+
+
+def _keep(state: MutableMapping[str, Any], param: Tensor, buffer: Tensor, group: Group) -> None:
+    """Keep B in as many bits as the group asks for."""
+    if group["momentum_bits"] == 8:
+        buffer = from_local(param, _to_int8(local(buffer)))
+    state[MOMENTUM] = buffer
+
+
+def _to_int8(x: Tensor) -> Tensor:
+    size = (x.abs() / LARGEST).sqrt_().mul_(127).round_().clamp_(max=127)
+    return size.copysign_(x).to(torch.int8)
+
+
+def _from_int8(code: Tensor) -> Tensor:
+    x = code.float() / 127
+    return x * x.abs() * LARGEST
 
 
 def _average_(B: Tensor, slot: Slot, group: Group, context: Context, flag: Tensor | None) -> None:

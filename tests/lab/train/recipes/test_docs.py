@@ -9,6 +9,7 @@ OFF = {
     "adapters": None,
     "cautious_decay": None,
     "momentum_place": "before",
+    "momentum_bits": None,
     "last": "column",
     "operator_norm": None,
     "base_width": None,

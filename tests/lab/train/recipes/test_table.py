@@ -73,6 +73,7 @@ OTHERS = {
     "momentum": 0.5,
     "nesterov": True,
     "momentum_place": "after",
+    "momentum_bits": 8,
     "last": "row",
     "deflated_rank": 3,
     "operator_norm": "muon",
@@ -92,6 +93,7 @@ WITH = {
     "nesterov": {"momentum": 0.5},
     "cautious_decay": {"weight_decay": 0.5},
     "momentum_place": {"momentum": 0.5},
+    "momentum_bits": {"momentum": 0.5, "momentum_place": "after"},
 }
 
 

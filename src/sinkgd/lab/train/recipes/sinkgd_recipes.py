@@ -19,6 +19,9 @@ from sinkgd.optim.param_groups import (
     Overrides,
 )
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
+from sinkgd.optim.transforms import TRANSFORMS
+
+_OFF = {name: value for own in TRANSFORMS for name, value in own.options.items()}
 
 
 def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
@@ -32,6 +35,7 @@ def _sinkgd(model: nn.Module, o: Options) -> Optimizer:
         momentum_place=o["momentum_place"],
         last=o["last"],
         operator_norm=o["operator_norm"],
+        **{name: o[name] for name in _NEWER if o[name] is not None},
     )
 
 
@@ -60,7 +64,7 @@ def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
         return None
     own = {"algorithm": o["tables"], "lr": lr}
     if o["tables"] == "sinkgd":  # tables get SR-Sinkhorn alone
-        own |= {"momentum": 0.0, "operator_norm": None, "last": "column", "deflated_rank": 0}
+        own |= {"last": "column", **_OFF}
     return {
         f"^{re.escape(name)}$": own
         for name, _, role in roles(model)
@@ -143,7 +147,8 @@ class _OneNorm:
 
 
 _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
-# None, as in runs that were recorded before there was this option.
+# None is the default of the library, as in runs that were recorded before there was the option.
+_NEWER = ("momentum_bits",)
 _DECAY: dict[str, Any] = {"cautious_decay": None}
 _STATELESS: dict[str, Any] = {**_DECAY, "rounding": "nearest", "clip_norm": 0.0}
 _BEYOND_THE_PAPER: dict[str, Any] = {
@@ -156,6 +161,7 @@ _BEYOND_THE_PAPER: dict[str, Any] = {
     "base_width": None,
     "tables": "adamw",
     "tables_lr": None,
+    **dict.fromkeys(_NEWER),
 }
 # SinkGD as in the paper, without deflation.
 _PAPERS_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
