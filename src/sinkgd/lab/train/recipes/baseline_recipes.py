@@ -306,9 +306,9 @@ FROM_PAPERS = (
         "apollo",
         "hidden matrices by their gradients, with each channel scaled as Adam would scale it in a "
         "random projection of the gradient; the rest by AdamW",
-        "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. Written "
-        "here, because pytorch-optimizer projects the scaled gradient, so that its steps have low "
-        "rank",
+        "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. The "
+        "laboratory has its own code, because pytorch-optimizer projects the scaled gradient, so "
+        "that its steps have low rank",
         {**_BENCHMARK, "rank": 0, "projection_scale": 1.0},
         _apollo,
     ),
@@ -325,7 +325,8 @@ FROM_PAPERS = (
         "hidden matrices by gradients divided by running scales of rows and columns, the rest by "
         "AdamW",
         "Gong et al. 2025: beta 0.9, growth 1.01; the rates that the same authors use for SinkGD: "
-        "0.02, and 0.05 times that for matrices. Written here, because pytorch-optimizer divides "
+        "0.02, and 0.05 times that for matrices. The laboratory has its own "
+        "code, because pytorch-optimizer divides "
         "by means of rows and columns, not by what RACS's iteration converges to, so that its "
         "steps grow as gradients shrink",
         {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
