@@ -179,7 +179,7 @@ def test_the_demo_of_the_readme_is_the_recorded_one(tmp_path, capsys, monkeypatc
 STEPS = "2026-11-28-epyc"
 ROWS = {
     "SinkGD deflated, 15 directions (the default)": "deflated",
-    "SinkGD cpu L=5 (without deflation)": "sinkgd-cpu",
+    "SinkGD without deflation, L = 5": "sinkgd-cpu",
     "SGD fused": "sgd-fused",
     "naive loop, as in public SinkGD code": "naive-loop",
     "Muon": "muon",
