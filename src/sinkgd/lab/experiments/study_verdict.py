@@ -5,7 +5,7 @@ they are level.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from sinkgd.lab.experiments.study_results import ArmResults, Difference, StudyResults
@@ -93,6 +93,35 @@ def against_controls(results: StudyResults, one: ArmResults) -> list[str]:
         for control in results.controls
     ]
     return [*sentences, *_at_equal_seconds(results, one)]
+
+
+def fewest_tokens(
+    results: StudyResults, control: ArmResults, who: str, members: Collection[str]
+) -> str:
+    """Name the arm, among ``members``, that needs the fewest tokens for a control's final loss.
+
+    Args:
+        results: The study's results.
+        control: The control whose loss is to be reached.
+        who: What the members have in common, after "those" or "method".
+        members: Names of arms.
+    """
+    found = [
+        (comparison.token_fraction.mean, name, comparison)
+        for name, comparison in results.analysis(control.arm.name).comparisons.items()
+        if name in members
+        and comparison.token_fraction is not None
+        and comparison.reached_runs == comparison.runs
+    ]
+    if not found:
+        return f"No method {who} reached {control.arm.name}’s loss in every seed."
+    fraction, name, comparison = min(found, key=lambda row: row[:2])
+    speed = comparison.effective_speedup
+    effective = f", effective throughput {speed:.2f} ×" if speed else ""
+    return (
+        f"Of those {who}, {name} needs the fewest tokens for {control.arm.name}’s final loss: "
+        f"{percent(fraction)} of them{effective}."
+    )
 
 
 def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:

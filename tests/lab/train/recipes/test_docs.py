@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[4] / "docs/recipes.md"
 
 def row(recipe: Recipe) -> str:
     given = {name: value for name, value in recipe.defaults.items() if name not in OFF}
-    values = ", ".join(f"{name} {value}" for name, value in given.items() if value != 0)
+    values = ", ".join(f"{name} {value}" for name, value in given.items() if value not in (0, None))
     return f"| `{recipe.name}` | {recipe.summary} | {values} | {recipe.source} |"
 
 

@@ -5,18 +5,17 @@ from collections.abc import Mapping
 from sinkgd.lab.experiments.arms import Arm, Grid
 from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Setting, Study
-from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     against_controls,
     cautions,
     compared,
+    fewest_tokens,
     lowest,
     ranked,
     unfinished,
 )
-from sinkgd.lab.report.analysis import Analysis
-from sinkgd.lab.report.quantities import percent
 
 CONTROLS = ("adamw-one-lr", "adamw", "muon")
 PINNED = "sinkgd-pinned"  # without deflation
@@ -88,9 +87,9 @@ def judge(results: StudyResults) -> Verdict:
     best = ranked(results.candidates)[0]
     headline = lowest(results, best, alone=" beyond the spread of seeds.")
     sentences = [
-        sentence
+        fewest_tokens(results, control, who, members)
         for control in results.controls
-        for sentence in _needs(results.analysis(control.arm.name), control)
+        for who, members in (("without matrix state", WITHOUT_STATE), ("at O(mn) cost", AT_MN))
     ]
     sentences += [
         compared(one.arm.name, results.difference(one, control), control.arm.name)
@@ -100,30 +99,6 @@ def judge(results: StudyResults) -> Verdict:
     ]
     sentences += against_controls(results, best)[len(results.controls) :]
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
-
-
-def _needs(analysis: Analysis, control: ArmResults) -> list[str]:
-    """Name the method without state, and the one at O(mn) cost, that needs the fewest tokens."""
-    sentences = []
-    for who, members in (("without matrix state", WITHOUT_STATE), ("at O(mn) cost", AT_MN)):
-        found = [
-            (comparison.token_fraction.mean, name, comparison)
-            for name, comparison in analysis.comparisons.items()
-            if name in members
-            and comparison.token_fraction is not None
-            and comparison.reached_runs == comparison.runs
-        ]
-        if not found:
-            sentences.append(f"No method {who} reached {control.arm.name}’s loss in every seed.")
-            continue
-        fraction, name, comparison = min(found, key=lambda row: row[:2])
-        speed = comparison.effective_speedup
-        effective = f", effective throughput {speed:.2f} ×" if speed else ""
-        sentences.append(
-            f"Of those {who}, {name} needs the fewest tokens for {control.arm.name}’s final loss: "
-            f"{percent(fraction)} of them{effective}."
-        )
-    return sentences
 
 
 TABLE1 = Study(

@@ -143,6 +143,8 @@ class _OneNorm:
             num_iters=1,
             cautious_decay=bool(o["cautious_decay"]),
             rounding=o["rounding"],
+            momentum=o["momentum"] or 0.0,
+            nesterov=bool(o["nesterov"]),
         )
 
 
@@ -173,7 +175,7 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
         name,
         f"hidden matrices by {summary}, the rest by AdamW",
         "one projection, so that updates have RMS 1, as SinkGD's do; sinkgd-paper's rates",
-        {**_PAPERS_RATES, **_STATELESS},
+        {**_PAPERS_RATES, **dict.fromkeys(("momentum", "nesterov")), **_STATELESS},
         build,
         can_shard=True,
         can_release=True,
