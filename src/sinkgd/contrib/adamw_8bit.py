@@ -53,7 +53,7 @@ class AdamW8bit(AdamW):
     options = MappingProxyType[str, object]({"betas": (0.9, 0.999), "eps": 1e-8})
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range, parameters that bitsandbytes cannot take, and its absence.
+        """Refuse options out of range, and parameters that bitsandbytes cannot take.
 
         Raises:
             ImportError: If bitsandbytes is not installed.
@@ -144,7 +144,7 @@ _CODES: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _code(number: str, device: torch.device) -> Tensor:
-    """Return the 256 fractions of a moment on a device: with signs for the first, ``"1"``."""
+    """Return the 256 fractions of a moment on a device; those of the first, ``"1"``, have signs."""
     key = number, device
     if key not in _CODES:
         with torch.device("cpu"):  # bitsandbytes makes them on the default device

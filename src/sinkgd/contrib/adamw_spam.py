@@ -1,4 +1,4 @@
-"""AdamWSPAM: AMSGrad whose moments shrink when the gradient's norm spikes, and are reset.
+"""AdamWSPAM: AMSGrad with moments that shrink at spikes of the norm and are regularly reset.
 
 Letters, everywhere in this file:
     m, v: the first and the second moment of a parameter
@@ -40,11 +40,11 @@ SHARE_OF_M, SHARE_OF_V = 0.5, 0.1
 
 
 class AdamWSPAM(GroupedOptimizer):
-    r"""AdamW with AMSGrad and clipping, which shrinks its moments at a spike and resets them.
+    r"""AdamW with AMSGrad and clipping, whose moments shrink at spikes and are regularly reset.
 
     With N the l2 norm of all gradients of a parameter group, a step does in this order:
 
-    - clip entries of g to :math:`\pm\sqrt{\theta v}`, if ``theta`` is given (`SPAM`);
+    - clip entries of g to :math:`\pm\sqrt{\theta v}`, as `SPAM` does, if ``theta`` is given;
     - if :math:`N > \bar N + z s`, where :math:`\bar N` and s are the mean and the standard
       deviation of the norms of the last ``norm_window`` steps, set :math:`m \leftarrow m / 2` and
       :math:`v \leftarrow 0.9 v`;
@@ -56,8 +56,8 @@ class AdamWSPAM(GroupedOptimizer):
 
     This optimizer is the baseline in the ablation of `TemperedSinkGD`. It is not `SPAM`. Its
     published description leaves some points open. Here a norm is tested once there are 10 earlier
-    norms, and norms of spikes count among those. A reset also sets the maximum of v that AMSGrad
-    keeps to zero; a spike leaves that maximum unchanged. The bias corrections restart at the reset.
+    norms, and norms of spikes count among those. A reset also zeroes the maximum of v, which
+    AMSGrad keeps; a spike leaves that maximum unchanged. The bias corrections restart at the reset.
     The warm-up scales ``lr``, and with it the weight decay. The norm is that of one group. To use
     the norm of the model, put all parameters into one group, or clip before the step. If one
     gradient is not finite, the whole group is left unchanged, and the norm is not remembered.

@@ -23,14 +23,15 @@ _OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas
 
 
 class SCALE(MNGD):
-    r"""Step along the row-normalized gradient; the output head, along its row-normalized average.
+    r"""Step along the row-normalized gradient, or its average in the case of the output head.
 
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(D)^{-1} D
 
-    where D is the gradient G or, for the output head, its average B ← μB + (1 − μ)G. What the paper
-    calls columns are the weights of one output: rows of a linear weight as torch stores it, columns
-    of an embedding, which is stored transposed. State: one float32 per entry of the head, and two
+    where D is the gradient G or, for the output head, its average B ← μB + (1 − μ)G. D has n
+    columns, and Q(D) is the diagonal matrix of its row lengths. A column in the paper holds the
+    weights of one output. In torch that is a row of a linear weight, but a column of an embedding,
+    which is stored transposed. State: one float32 per entry of the head, and two
     per entry of vectors, which AdamW updates.
 
     Args:

@@ -145,7 +145,7 @@ def has_values(x: Tensor) -> bool:
 
 
 def all_have_values(xs: Iterable[Tensor]) -> bool:
-    """Whether `has_values` is True for all of many tensors, most of which are plain."""
+    """Whether `has_values` is True for every tensor; fast if most of them are plain."""
     if torch.compiler.is_compiling():
         return True
     return all(has_values(x) for x in xs if type(x) is not Tensor or x.is_meta)

@@ -32,8 +32,8 @@ _SINKGD = tuple(
 )
 # A name and its value in ``optim_args``. A value may be a tuple with commas.
 _PAIRS = re.compile(r"(\w+)\s*=\s*(\([^)]*\)|[^,\s]+)")
-# The choices of ``TrainingArguments.optim`` that leave the optimizer open: defaults of versions of
-# transformers, and what trainers call this one.
+# The values of ``TrainingArguments.optim`` that leave the choice of optimizer open: the defaults of
+# several versions of transformers, and the name that trainers give to SinkGD.
 _OPEN = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "sinkgd")
 # Arguments whose values are strings.
 _WORDS = {"backend", "nonfinite", "rounding"}
@@ -97,7 +97,7 @@ class SinkGDFactory:
             ValueError: If a string cannot be parsed as a value of its argument, `param_groups` or
                 `SinkGD` refuses a value, or ``training_args`` choose another optimizer.
         """
-        if model is None:  # a trainer calls what it takes for a class to get an instance
+        if model is None:  # a trainer that expects a class calls it to get an instance
             raise TypeError(
                 "SinkGDFactory() was called without a model. Give the trainer the class, without "
                 "parentheses: optimizer_cls_and_kwargs=(SinkGDFactory, {...})"
@@ -188,7 +188,7 @@ def _check_optim(training_args: Any) -> None:
     if name is not None and name not in _OPEN:
         raise ValueError(
             f"optim={name!r} of the trainer's arguments chooses another optimizer than SinkGD; "
-            "leave it out. For moments of AdamW's groups in 8 bits, pass state_bits=8"
+            "leave it out. To keep the moments of AdamW's groups in 8 bits, pass state_bits=8"
         )
 
 
@@ -209,7 +209,7 @@ def read_optim_args(text: str | None) -> dict[str, str]:
     if rest:
         raise ValueError(
             f"optim_args must be pairs such as 'lr=0.02,deflated_rank=0', got {text!r}: {rest!r} "
-            "is none"
+            "is not such a pair"
         )
     return dict(_PAIRS.findall(text or ""))
 

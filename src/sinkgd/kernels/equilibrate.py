@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sinkgd.kernels.backend import Scales
 
-# More than the factor by which deflation stretches an update. The factor goes into the scales.
+# An upper bound of the factor by which deflation stretches an update. The factor goes into the
+# scales.
 _STRETCH = 2.0**10
 
 
@@ -60,7 +61,7 @@ def _divide_rows_(x: Tensor, row: Tensor) -> Tensor:
 
 
 def _lift(x: Tensor) -> float:
-    """Return the largest power of two whose double is in the range of ``x``'s dtype."""
+    """Return the largest power of two that stays in the range of ``x``'s dtype when doubled."""
     return 1 / torch.finfo(x.dtype).tiny
 
 
@@ -68,10 +69,11 @@ def scales_of(row: Tensor, col: Tensor, dtype: torch.dtype) -> Scales:
     """Return scales in ``dtype``. If they are far from 1, multiply r and divide c by a factor.
 
     Only the product of row and column scales counts. The factor is the power of two that brings the
-    largest and the smallest of both nearest to 1. Then both are in the range of ``dtype``, and so
-    are ``row * grad`` and ``grad * col``. If the lengths of rows or columns differ by nearly the
-    whole range, in float32 by more than 2**240 / √(mn), the scales of the shortest are out of
-    range. These are clamped, and the update of such a row or column is shorter than that of others.
+    largest and the smallest entry of r and c nearest to 1. Then r and c are in the range of
+    ``dtype``, and so are ``row * grad`` and ``grad * col``. If the lengths of rows or columns
+    differ by nearly the whole range, in float32 by more than 2**240 / √(mn), the scales of the
+    shortest are out of range. These are clamped, and the update of such a row or column is shorter
+    than that of others.
 
     Args:
         row: r, ``(..., m, 1)``, float64; not negative.

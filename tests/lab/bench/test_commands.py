@@ -49,7 +49,7 @@ def test_every_measurement_explains_itself_and_has_an_example(capsys, measuremen
             "kernels, loop. See `sinkgd bench --help`",
         ),
         (["step", "--workloads", "lama-60m"], "workloads is 'lama-60m'; did you mean 'llama-60m'?"),
-        (["step", "--workloads", ","], "workloads is empty; give names of llama-60m,"),
+        (["step", "--workloads", ","], "workloads is empty; give one or more of llama-60m,"),
         (["step", "--dtypes", "bfloat"], "dtypes is 'bfloat'; did you mean 'bfloat16'?"),
         (["step", "--contenders", "moun"], "contenders is 'moun'; did you mean 'muon'?"),
         (["step", "--rounds", "0"], "rounds is 0; it must be at least 1"),

@@ -197,7 +197,7 @@ def test_a_file_without_text_is_named(tmp_path, name, content):
     [
         ("absent.txt", "nothing found at .*absent.txt"),
         ("*.txt", r"nothing found at .*\*\.txt"),
-        ("folder", r"folder .* holds no file ending in \.txt"),
+        ("folder", r"folder .* holds no file whose name ends in \.txt"),
         ("book.pdf", "book.pdf is of an unknown kind"),
         ("a\0b", "is not a path: it holds a NUL"),
     ],

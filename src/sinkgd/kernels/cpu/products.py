@@ -3,8 +3,8 @@
 `CpuProducts` multiplies updates X = row * grad * col by a few vectors, for deflation. `CpuSums`
 multiplies the squares of gradients by one vector of weights, for gradients that are sharded.
 
-Letters: see `sinkgd.kernels.cpu.tables`. A product "by rows" takes one number for each row in
-memory: X V, or Xᵀ Y if the layout is transposed. The other product is "by columns".
+Letters: see `sinkgd.kernels.cpu.tables`. A product "by rows" yields one number per vector
+for each row in memory: X V, or Xᵀ Y if the layout is transposed. The other product is "by columns".
 """
 
 from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ class CpuProducts:
 
 
 def low_rank_factors(correction: LowRank) -> tuple[Tensor, Tensor]:
-    """Return the factors of minus a matrix of low rank, which the loops add to rows in memory.
+    """Return the factors of a negated low-rank matrix, which the loops add to rows in memory.
 
     Returns:
         The left factor ``(..., P, k)``, and the right one as ``(..., Q/16, k, 16)``, padded with
@@ -184,7 +184,8 @@ def _stack_product(stack: Stack) -> _StackProduct | None:
     inputs = [readable(grad) for grad in stack.grads]
     usual = all(x.dtype == torch.float32 and x.is_contiguous() for own in stack.scales for x in own)
     kept = [source for source in inputs if source is not None]
-    # The copy of a gradient without dense rows or columns may have another order than the others.
+    # A gradient with neither dense rows nor dense columns was copied, and the copy may have another
+    # order in memory than the other gradients.
     alike = len({source.layout.transposed for source in kept}) == 1
     if not usual or not alike or len(kept) < len(inputs):
         return None

@@ -1,7 +1,7 @@
 """Find scales and update parameters, in a descent that reads a gradient once per iteration.
 
-A bucket is a set of matrices that one launch works on. It takes one launch for each iteration and
-one for the update. For a matrix that is transposed in memory, the update also finds the last column
+A bucket is a set of matrices that are launched together: once for each iteration, and once for the
+update. For a matrix that is transposed in memory, the update also finds the last column
 scales. Nothing waits for the device.
 
 Apart from addresses, launches depend only on the signature of the tensors. A later step of the same
@@ -45,7 +45,7 @@ class DescentTensors(NamedTuple):
     starts: Sequence[Tensor | None] = ()  # initial column scales
     params: Sequence[Tensor] = ()
     keys: Sequence[Tensor] = ()
-    sizes: tuple[int, ...] = ()  # number of gradients of each owner; empty without params
+    sizes: tuple[int, ...] = ()  # number of gradients of each parameter; empty without params
 
 
 class _Iterations(NamedTuple):
@@ -97,7 +97,8 @@ class PreparedDescents:
             tol: Stop iterating a matrix once its row scales change by no more than this.
             factors: Factors of the update.
             bucket_bytes: Bytes of gradients in a bucket.
-            if_prepared: Run only if this descent was prepared before, without checking anything.
+            if_prepared: Run only if a descent of this signature was prepared before. The tensors
+                need no check then: those of the earlier one were checked.
 
         Returns:
             The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite; None

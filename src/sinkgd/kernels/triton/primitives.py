@@ -34,7 +34,7 @@ def row_length(pointer, VECTOR: tl.constexpr):
 
 @triton.jit
 def matrix_at(address, offset, ld, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Return a pointer to a matrix's first entry, and ld; all three are read from tables.
+    """Return a pointer to a matrix's first entry, and ld, as integers of 64 bits.
 
     With ``VECTOR`` above 1 the compiler is told that loads of 16 bytes are aligned.
     """

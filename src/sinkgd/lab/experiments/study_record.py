@@ -1,8 +1,8 @@
 """`study.jsonl`: all results of a study, in a file small enough to commit.
 
 Its first line is the plan. Then follow a line for every finished run, and a line for every session
-(kind "sitting"). A session is one process's work on the study. Page and verdict are made from this
-file only.
+(kind "sitting"). A session is one process's work on the study. The study's page
+and verdict are made from this file only.
 
 Runs are thinned. The training curve has one step per evaluation, with the mean loss and the mean
 times since the previous evaluation. A model's statistics are reduced to their means over heads and
@@ -81,7 +81,7 @@ _ARM = ("overrides", "tuned", "value", "control")
 class Session:
     """One process's work on a study, with the times from which its overhead is computed."""
 
-    jobs: int
+    jobs: int  # number of runs that train at a time
     runs: int  # number of runs that ended in the session
     wall_seconds: float
     runs_wall_seconds: float  # sum over the session's runs, including those that a signal stopped
@@ -90,7 +90,7 @@ class Session:
 
     @property
     def overhead(self) -> float | None:
-        """Return the time of jobs outside of runs, as a fraction of the time of the runs."""
+        """Return the time that jobs spend outside of runs, as a fraction of the time of runs."""
         if self.runs_wall_seconds <= 0:
             return None
         held = self.jobs * self.wall_seconds - self.idle_seconds
@@ -189,7 +189,7 @@ def _check_plan(plan: Mapping[str, Any]) -> None:
 
 
 def _run_as_json(result: RunResult) -> dict[str, Any]:
-    """Return a run as JSON; tables are lists of rows, and sessions have the environment."""
+    """Return a run as JSON without its environment, which the session has; tables are lists."""
     run = result.run
     start = {key: value for key, value in asdict(run.start).items() if key != "environment"}
     return {

@@ -1,4 +1,4 @@
-"""An extra half step in front of the iterations, on the side of the last one.
+"""An extra half step before the iterations, on the side (row or column) with which they end.
 
 The iterations start from column scales of 1. If they start from the inverse column lengths of the
 gradient, that is a half step more, which normalizes columns: 2L + 1 half steps in all.
@@ -37,13 +37,17 @@ class ExtraHalfStep(Transform):
             raise ValueError(f"first must be None or one of {SIDES}, got {first!r}")
         if first == last and group["warm_start"]:
             raise ValueError(
-                f"warm_start=True begins from the scales of the last step, and first={first!r}"
-                f" with last={last!r} from the lengths of this one; leave one of them off"
+                f"warm_start=True begins from the scales of the last step, but first={first!r}"
+                f" with last={last!r} begins from the lengths of this gradient; leave one of them "
+                "off"
             )
 
     @computation
     def before(self, batch: Batch) -> Steps[Batch]:
-        """Start from the inverse column lengths, unless ``first`` is what it is anyhow."""
+        """Start from the inverse column lengths if ``first`` equals ``last``.
+
+        Any other ``first`` is the side with which the iterations begin anyway.
+        """
         if batch.group["first"] != batch.group["last"]:
             return batch
         starts = yield starts_after_half_step(batch.iterated, batch.backend)
@@ -56,16 +60,16 @@ def starts_after_half_step(
 ) -> Steps[list[Tensor]]:
     """Return column scales ``(..., 1, n)`` that bring the columns of each matrix to one length.
 
-    The largest is at most 1 and at least 1/√n, as `Backend.scales` requires. A column that is more
-    than 2**40 times shorter than the whole matrix gets the scale of a column that is 2**40 times
-    shorter. Reads the gradients once, and sends one message per process group.
+    The largest is at most 1 and at least 1/√n, as `Backend.scales` requires. A column shorter
+    than 2**-40 times the Frobenius norm of its matrix gets the scale of a column of that length.
+    Reads the gradients once, and sends one message per process group.
     """
     transposed = [matrix.mT for matrix in matrices]
     lengths = yield row_lengths(transposed, backend)  # (..., n, 1)
     sums = yield sum_over_rows([_squares_and_inverse_squares(own) for own in lengths], transposed)
     starts = []
     for matrix, length, own in zip(matrices, lengths, sums, strict=True):
-        total, inverse = own[..., :1].sqrt(), own[..., 1:].rsqrt()  # inverse: about the shortest
+        total, inverse = own[..., :1].sqrt(), own[..., 1:].rsqrt()  # inverse ≈ shortest length
         least = SMALLEST_START * total
         start = torch.maximum(inverse.where(inverse.isfinite(), 0), least) / length
         start = torch.where(length == 0, 1, start.clamp(max=1))

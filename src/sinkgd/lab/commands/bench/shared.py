@@ -45,7 +45,7 @@ def chosen(
         return ()
     found = tuple(name for part in value.split(",") if (name := part.strip()))
     if not found:
-        raise ConfigError(f"{option} is empty; give names of {', '.join(names)}")
+        raise ConfigError(f"{option} is empty; give one or more of {', '.join(names)}")
     for name in found:
         if name not in names:
             raise ConfigError(f"{option} is {name!r}; {suggest(name, names)}, all")

@@ -19,11 +19,12 @@ from sinkgd.lab.train.config import Device
 class Step:
     """Time one optimizer step on matrices with the shapes of real models.
 
-    SinkGD with each backend, AdamW (fused, foreach), SGD, Muon and the public SinkGD loop, plain
-    and compiled, are timed in turn on the same parameters and gradients, in an order that rotates.
-    Each optimizer is compared with fused AdamW in the same round, and with its floor: the time of
-    the passes over memory that it needs at least, at the bandwidth measured in the same rounds. The
-    targets of SinkGD are printed at the end. Run nothing else on the machine meanwhile.
+    SinkGD with each backend, AdamW (fused, foreach), SGD, Muon, and SinkGD as public code writes it
+    (a plain loop, and a compiled one) are timed in turn on the same parameters and gradients, in an
+    order that rotates. Each optimizer is compared with fused AdamW in the same round, and with its
+    floor: the time that its fewest possible passes over memory take, at the bandwidth measured in
+    the same rounds. At the end, SinkGD's times are compared with their targets. Run nothing else on
+    the machine meanwhile.
 
     For example:
       sinkgd bench step --out bench
@@ -32,8 +33,9 @@ class Step:
     """
 
     workloads: str = "all"
-    """Names separated by commas: llama-60m, llama-130m, llama-350m, llama-1b-layer, llama-1b,
-    llama-60m-hybrid (the whole model), many-small; first-call, accuracy, scratch; or all."""
+    """Workloads, names separated by commas: llama-60m, llama-130m, llama-350m, llama-1b-layer,
+    llama-1b, llama-60m-hybrid (the whole model), many-small; or the checks first-call, accuracy,
+    scratch; or all."""
 
     dtypes: str = "float32,bfloat16"
     """Types of parameters and gradients, names separated by commas."""
