@@ -1,4 +1,4 @@
-"""SR-Sinkhorn of sharded matrices: ranks add up vectors, and each updates its own shard.
+"""SR-Sinkhorn of sharded matrices: ranks add up vectors, and each rank updates its own shard.
 
 With S = G∘G an iteration is r² = n / (S c²), c² = m / (Sᵀ r²). A rank has its shard of G, and the
 scales of its own rows and columns. It lacks the sums over the other shards. So ranks exchange
