@@ -37,7 +37,7 @@ def float32_address(x: Tensor) -> int:
 
 
 class MatrixLayout(NamedTuple):
-    """The memory of a batch of matrices: rows in memory, in bytes."""
+    """How a batch of matrices is stored: rows in memory, with distances in bytes."""
 
     P: int  # rows in memory of one matrix
     Q: int  # entries of a row in memory
