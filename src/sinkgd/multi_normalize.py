@@ -35,9 +35,9 @@ def multi_normalize(
             differentiated.
         norms: The norms g₁ … g_K, in the order of their projections.
         num_iters: Iterations L, at least 1.
-        tol: Stop as soon as every residual of every matrix is at most ``tol``. To measure them
-            costs a projection on each norm per iteration, and a synchronization on a GPU. None
-            never stops early.
+        tol: Stop as soon as every residual of every matrix is at most ``tol``. Measuring the
+            residuals costs a projection on each norm per iteration, and a synchronization on a GPU.
+            None never stops early.
 
     Returns:
         The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if

@@ -128,8 +128,8 @@ def _state_by_name(
     elif not known:
         if len(groups) > 1:
             raise ValueError(
-                f"state_dict has {len(groups)} groups and no names; pass names, those of the "
-                "parameters in the order in which AdamW had them"
+                f"state_dict has {len(groups)} groups and no names; pass names, the names of "
+                "the parameters in the order in which AdamW had them"
             )
         trained = [without_wrappers(n) for n, p in model.named_parameters() if p.requires_grad]
         known = own if len(places) == len(own) else trained

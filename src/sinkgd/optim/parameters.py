@@ -2,9 +2,9 @@
 
 Trainers may replace parameters after the optimizer was created. accelerate replaces them by FSDP2's
 DTensors of the same shape, which works. DeepSpeed's ZeRO replaces all parameters of a group by one
-flat tensor, which has neither rows nor columns. Others keep the parameter and set its ``data`` to a
-flat tensor, or to another dtype. So every step looks for parameters that have changed since they
-were checked.
+flat tensor, which has neither rows nor columns. Other trainers keep the parameter and set its
+``data`` to a flat tensor, or to another dtype. So every step looks for parameters that have changed
+since they were checked.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -250,7 +250,7 @@ def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor])
 
 
 def misfit_of_state(param: Tensor, group: Group, state: Mapping[str, Any]) -> str | None:
-    """Return the name of a tensor in the state of a parameter that does not fit its shape.
+    """Return the name of a tensor in the state that does not fit the shape of the parameter.
 
     Args:
         param: The parameter.
