@@ -41,7 +41,7 @@ def main(*, child: bool = False) -> int:
 def begin() -> None:
     """Do what must come before torch is imported; `sinkgd.lab.cli` takes over from here."""
     _open_closed_streams()
-    # Python sets no handler if the parent process had this one ignore Ctrl-C.
+    # If the parent process made this one ignore Ctrl-C, the handler is SIG_IGN, which stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
 

@@ -27,8 +27,8 @@ def multi_normalize(
         X \leftarrow P_{g_K}(\dots P_{g_1}(X)), \qquad L \text{ times}
 
     The result is normalized in the last norm of the list, and in the others only in the limit;
-    `residuals` measures how far it is from that. With ``[RowNorm(), ColumnNorm()]`` this is
-    `sr_sinkhorn`, computed in a general and slower way.
+    `residuals` measures how far it is from being normalized in each of them. With
+    ``[RowNorm(), ColumnNorm()]`` this is `sr_sinkhorn`, computed in a general and slower way.
 
     Args:
         grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified, and not

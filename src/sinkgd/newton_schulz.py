@@ -44,8 +44,8 @@ def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
     so a singular matrix stays bounded. With k the shorter and l the longer side, a step costs
     ``4 * k**2 * l`` flops. If l is at least 2 k, the coupled iteration itself is run, five steps at
     a time, and five steps cost ``24 * k**3 + 4 * k**2 * l``. A singular value well below the
-    largest grows by a factor of 1.5 per step, so ``num_steps`` decides how small it may be and
-    still come close to 1.
+    largest grows by a factor of 1.5 per step. So ``num_steps`` decides how small a singular value
+    may be at first and still come close to 1.
 
     Args:
         x: ``(..., m, n)``, float32 or wider. Not modified, and not differentiated.

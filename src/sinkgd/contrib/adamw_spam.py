@@ -3,7 +3,7 @@
 Letters, everywhere in this file:
     m, v: the first and the second moment of a parameter
     N: the l2 norm of all gradients of a group
-    z: the threshold of a spike: N more than z standard deviations above the mean of earlier norms
+    z: the threshold; N is a spike if it is more than z standard deviations above the earlier mean
 """
 
 import math

@@ -234,7 +234,7 @@ def _temper_matrices(
     # The squares of float64 entries above 1e154 overflow. The clamp then shortens the update.
     own, now = squares.clamp(max=torch.finfo(torch.float64).max).unbind()
     factor = (own / torch.where(now == 0, 1, now)).sqrt()
-    # The factor may be out of the range of v's dtype, but both factors of it are in range.
+    # The factor may be out of the range of v's dtype, so v is multiplied by it in two parts.
     unit = torch.ones_like(factor).masked_fill_(factor > 1, 2.0**64)
     limit = torch.finfo(v.dtype).max
     return v.mul_((factor / unit).to(v.dtype)).mul_(unit.to(v.dtype)).clamp_(-limit, limit)

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise missing(__name__, "axolotl", error) from error
 
-# Options with rates for parts of a model. Only the groups that axolotl makes itself have them.
+# Options with rates for parts of a model. Only axolotl's own parameter groups use them.
 _RATES = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")
 
 

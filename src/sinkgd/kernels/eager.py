@@ -65,7 +65,7 @@ class EagerBackend(Backend):
         return EagerSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Compute and store updates, and return what multiplies them by vectors."""
+        """Compute and store updates, and return an object that multiplies them by vectors."""
         return eager_products(stacks)
 
     def update_(
@@ -222,7 +222,7 @@ def _tilt(r2: Tensor, c2: Tensor) -> Tensor:
 
 
 def eager_products(stacks: Sequence[Stack]) -> StoredProducts:
-    """Compute and store updates, and return what multiplies them by vectors."""
+    """Compute and store updates, and return an object that multiplies them by vectors."""
     return StoredProducts([_updates_of(*stack) for stack in stacks])
 
 

@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     Q: int
     ld: int
     transposed: bool  # a row in memory is a column of the matrix
-    offsets: tuple[int, ...]  # elements from the tensor's first entry to each matrix's
+    offsets: tuple[int, ...]  # elements from the first entry of the tensor to that of each matrix
 
 
 @lru_cache(maxsize=1024)

@@ -83,4 +83,4 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # zeros move in, not the sign
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # shifts in zeros, not the sign

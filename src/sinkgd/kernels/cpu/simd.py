@@ -73,7 +73,7 @@ def _call_intrinsic(builder: Any, name: str, result: Any, arguments: list[Any]) 
 
 @intrinsic
 def load(typing: Any, like: Any, address: Any, count: Any) -> Any:
-    """Read 16 numbers as float32. With ``count``, read that many and add zeros.
+    """Read 16 numbers as float32. With ``count``, read that many; the rest are zeros.
 
     ``like`` is a dummy number. Its type says what is stored: float32 for float32, int16 for
     bfloat16.

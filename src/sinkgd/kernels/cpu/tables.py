@@ -88,7 +88,7 @@ class Target(NamedTuple):
 
 
 class GradientTable:
-    """Gradients, to find their scales or to update parameters by them, or both.
+    """Gradients whose scales are to be found, or that are to update parameters, or both.
 
     Args:
         keep: The factor of the parameters.
@@ -170,7 +170,7 @@ class GradientTable:
 
 
 class SumsTable:
-    """Gradients whose squares are summed with weights, repeatedly: the table is kept.
+    """A table, built once and run repeatedly, of gradients whose squares are summed with weights.
 
     The buffers of weights and sums are float32, one matrix after the other.
     """

@@ -77,8 +77,8 @@ def tiles_per_program(count: int, tiles: int, side: int, entry_bytes: int) -> in
     """Return how many tiles of a line one program takes; there are ``count`` lines of ``tiles``.
 
     For each of its scales a program first reads ``tiles`` partial sums of 4 bytes. Each of its
-    tiles has ``side`` entries for each scale. It takes enough tiles for these entries to have eight
-    times as many bytes as the partial sums, or fewer if a whole GPU needs more programs.
+    tiles has ``side`` entries for each scale. The program takes enough tiles for these entries to
+    have eight times as many bytes as the partial sums, or fewer if a whole GPU needs more programs.
     """
     most = min(-(-tiles * 8 * 4 // (side * entry_bytes)), count * tiles // PROGRAMS)
     return max(1, most)
@@ -195,7 +195,7 @@ class Scratch(NamedTuple):
     moved: Tensor | None  # whether a row of each matrix moved, int32, a vector for each iteration
 
     def scales_of(self, iteration: int, num_iters: int) -> Tensor:
-        """Return the tensor for the scales of an iteration; the last one has the first tensor."""
+        """Return the tensor of an iteration's scales; the last iteration has the first tensor."""
         return self.scales[(num_iters - iteration) % 2]
 
     def moved_in(self, iteration: int, num_iters: int) -> Tensor:

@@ -229,7 +229,7 @@ class SkinnyProducts:
         return _in_order(dict(zip(self.order, parts, strict=True)))
 
     def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
-        """Return for each gradient, 0-dim, whether the flags of all its matrices are True."""
+        """Return a 0-dim flag for each gradient: whether the flags of all its matrices are True."""
         if self._tensors is not None:
             bad = (~flags).double()
             flags = torch.segment_reduce(bad, "sum", lengths=self._tensors, unsafe=True) == 0

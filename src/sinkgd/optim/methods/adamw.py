@@ -47,8 +47,8 @@ class AdamW(Method):
     As in torch, entries of the gradient must stay below 1e19, so that their squares are within
     float32's range; clip larger entries.
 
-    With ``cautious_decay``, torch does not update the parameter, but zeros in float32, for a part
-    of a parameter at a time. They become the step alone. Our own update then decays the parameter
+    With ``cautious_decay``, torch updates zeros in float32 instead of the parameter, for a part of
+    a parameter at a time. The zeros become the step alone. Our own update then decays the parameter
     by the signs of this step, and adds the step.
 
     With ``rounding="stochastic"``, bfloat16 weights and their moments are updated in float32 and
@@ -291,7 +291,7 @@ def _descend_in_float32_(
         descend([param], [grad[rows].to(torch.float32).contiguous()], [counted])
         step = counted["step"]
         for number, (name, part) in enumerate(parts.items()):
-            # The weights and each moment draw random bits from a range of entries of their own.
+            # The weights and each moment count as different entries, with different random bits.
             entry = number * slot.param.numel() + first + rows.start * row
             part.copy_(round_to_bfloat16(wide[name], key + entry))
     state["step"].copy_(step)

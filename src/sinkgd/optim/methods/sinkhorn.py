@@ -207,7 +207,7 @@ def _solve(batch: Batch) -> Computation[kernels.Descent]:
 
 @computation
 def _finish(transforms: Sequence[Transform], batch: Batch) -> Steps[Tensor]:
-    """Apply the hooks after the scales, update, and return which gradients were finite."""
+    """Apply the ``after`` hooks, update the parameters, and return which gradients are finite."""
     for after in _hooks("after", transforms):
         batch = yield after(batch)
     chunks = [slice(len(batch.slots))]
