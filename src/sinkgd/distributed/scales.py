@@ -81,7 +81,7 @@ def find_scales(
     A computation for `exchange`: every rank that holds a shard of a matrix must run it, with the
     same matrices in the same order. It costs ``num_iters`` messages per process group, whatever the
     number of matrices. It costs one more message if a group shards rows of some matrices and
-    columns of others, and no order of the groups suits both.
+    columns of others, and no order of the groups suits all of them.
 
     Args:
         grads: This rank's shards, ``(..., m, n)``; some may be empty.

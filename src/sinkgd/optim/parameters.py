@@ -230,7 +230,7 @@ def _unchecked(
 
 
 def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor]) -> None:
-    """Refuse parameters that replace others of another shape, or have another shape than before."""
+    """Refuse parameters that replace others of another shape, or whose own shape has changed."""
     current, earlier = {*params}, {*before.params}
     gone = [i for i, param in enumerate(before.params) if param not in current]
     rest = [param for param in params if param not in known and param not in earlier]

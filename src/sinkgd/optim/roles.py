@@ -139,7 +139,7 @@ class _Modules:
         yield from (child for child in composite if not self._ends_in_a_head(child))
 
     def _ends_in_a_head(self, child: _Place) -> bool:
-        """Whether a member of a list is an output head, such as Medusa's or DETR's for boxes.
+        """Whether a member of a list is an output head, as in Medusa, or in DETR for boxes.
 
         A head has no normalization, and no module of the model reads as many features as the last
         linear of the head returns.

@@ -50,7 +50,7 @@ def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Save options as text, and list the parameters that have no state.
 
     torch's ``set_optimizer_state_dict`` would consider the state of an unlisted parameter lost. If
-    no parameter will ever have state, all are listed before the first step, too: torch's helpers
+    no parameter will ever have state, all are listed even before the first step: torch's helpers
     create the entries of the state only if no parameter has a gradient, and a distributed
     checkpoint must have the same entries when it is saved and when it is loaded.
     """

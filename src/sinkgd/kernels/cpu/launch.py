@@ -3,8 +3,8 @@
 A second thread pool would compete with torch's threads, which spin for milliseconds after each
 operation. The loops therefore run on torch's OpenMP team. This module calls the runtime that torch
 is linked against, at the entry point that compilers use; the runtime then calls a compiled function
-on as many threads as torch would use. Several Python threads may do so at once, and a process may
-fork wherever torch allows it.
+on as many threads as torch would use. Several Python threads may do so at the same time, and a
+process may fork wherever torch allows it.
 
 A loop works on a table of int64 fields (`sinkgd.kernels.cpu.tables`).
 """

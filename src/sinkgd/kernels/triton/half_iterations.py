@@ -276,7 +276,7 @@ class LowRankSides(NamedTuple):
     rank: int
     left: tuple[int, ...]  # strides of the left side
     right: tuple[int, ...]  # strides of the right side
-    aligned: bool  # whether the first entries of both are aligned to 16 bytes
+    aligned: bool  # whether the first entries of both sides are aligned to 16 bytes
 
     @property
     def width(self) -> int:

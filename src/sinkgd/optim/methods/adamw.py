@@ -306,7 +306,7 @@ def _parts(x: Tensor) -> Iterator[slice]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 or wider, with dense rows: ``x`` itself if it has both."""
+    """Return ``x`` in float32 or wider, with dense rows: ``x`` itself if it has that form."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
