@@ -1,6 +1,6 @@
-"""The console script `sinkgd`: it answers Ctrl-C while torch is imported, for a second or two.
+"""The console script `sinkgd`: it answers Ctrl-C even in the second or two of importing torch.
 
-This module lies beside the package, as any module of the package imports torch before its own code.
+This module is not in the package: importing any module of the package first imports torch.
 """
 
 import os
@@ -8,8 +8,8 @@ import signal
 import sys
 from types import FrameType
 
-# OpenMP's threads spin for a while when they wait for each other. With libgomp's default count,
-# spinning threads first keep the cores from other processes, and then lose the cores to them.
+# OpenMP's threads spin for a while when they wait for each other. With libgomp's default count of
+# spins, they first keep other processes off the cores, and then lose the cores to those processes.
 # Beside two busy processes on two cores, 24 steps of llama-nano took 23 s with the default and 6 to
 # 11 s with this count; on an idle machine the count makes no difference. libgomp reads it once,
 # when torch is imported.
@@ -23,7 +23,8 @@ def main(*, child: bool = False) -> int:
     """Run the program; return the exit code.
 
     Args:
-        child: Whether another command of `sinkgd` started this process and controls its end.
+        child: Whether another command of `sinkgd` started this process. On Linux this process then
+            ends when that command does.
     """
     begin()
     if not _WAIT_POLICIES & os.environ.keys():
@@ -40,12 +41,13 @@ def main(*, child: bool = False) -> int:
 def begin() -> None:
     """Do what must come before torch is imported; `sinkgd.lab.cli` takes over from here."""
     _open_closed_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent ignores it
+    # If the parent process made this one ignore Ctrl-C, the handler is SIG_IGN, which stays.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
 
 
 def _open_closed_streams() -> None:
-    """Open the null device in place of streams that the shell closed, as by ``2>&-``.
+    """Open the null device in place of streams that the shell closed, for example by ``2>&-``.
 
     Otherwise the next file that is opened gets the stream's number, and output goes to this file.
     """

@@ -84,11 +84,12 @@ def run(asked: Computation[Result]) -> Result:
 def exchange(computations: Sequence[Computation[Result]]) -> list[Result]:
     """Run computations side by side, and return their results.
 
-    Without sums each one ends before the next begins, and torch.distributed is not imported. With
-    sums, all ranks of a group must pass the same computations over it in the same order.
+    Without sums, each computation ends before the next begins, and torch.distributed is not
+    imported. With sums, all ranks of a process group must pass the computations that sum over this
+    group in the same order.
     """
     results: list[Any] = [None] * len(computations)
-    # One function, so that torch.compile captures all of it or none.
+    # This is not split into functions, so that torch.compile captures all of it or none.
     ready: list[tuple[_Task, Any]] = []
     for i, own in reversed([*enumerate(computations)]):
         ready.append((_Task(own.function(*own.args, **own.kwargs), None, i), None))

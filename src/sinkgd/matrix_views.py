@@ -5,8 +5,8 @@ A layout is a plain string, so that a ``state_dict`` can contain it:
     transposed: stored as (in, out), such as the ``Conv1D`` of GPT-2 in ``transformers``
     flatten: (out, everything else), such as a convolution
 
-``split`` then cuts the rows into separate matrices, such as a fused query, key and value: a number
-of equal parts, or the sizes of the parts.
+``split`` then cuts the rows into separate matrices, such as the query, key and value of a fused
+weight. It is a number of equal parts, or the sizes of the parts.
 """
 
 from collections.abc import Sequence

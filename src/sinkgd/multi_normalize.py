@@ -27,17 +27,17 @@ def multi_normalize(
         X \leftarrow P_{g_K}(\dots P_{g_1}(X)), \qquad L \text{ times}
 
     The result is normalized in the last norm of the list, and in the others only in the limit;
-    `residuals` measures how far it is from that. With ``[RowNorm(), ColumnNorm()]`` this is
-    `sr_sinkhorn`, computed in a general and slower way.
+    `residuals` measures how far it is from being normalized in each of them. With
+    ``[RowNorm(), ColumnNorm()]`` this is `sr_sinkhorn`, computed in a general and slower way.
 
     Args:
         grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified, and not
             differentiated.
         norms: The norms g₁ … g_K, in the order of their projections.
         num_iters: Iterations L, at least 1.
-        tol: Stop as soon as every residual of every matrix is at most ``tol``. To measure them
-            costs a projection on each norm per iteration, and a synchronization on a GPU. None
-            never stops early.
+        tol: Stop as soon as every residual of every matrix is at most ``tol``. Measuring the
+            residuals costs a projection on each norm per iteration, and a synchronization on a GPU.
+            None never stops early.
 
     Returns:
         The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if

@@ -16,16 +16,16 @@ from torch import Tensor
 from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
-# If one side is at least twice the other, several steps are taken on the gram matrix at once. A
+# If one side is at least twice the other, several steps at a time are taken on the gram matrix. A
 # step costs 6 k³ flops on the gram matrix, and 4 k² max(m, n) on the matrix itself. The gram matrix
 # is cheaper if one side is at least 1.5 times the other; if one side is at least twice the other,
 # the gram matrix needs no more scratch, either.
 OBLONG = 2
 
-# How many steps are taken at once. The eigenvalues of the gram matrix are the squares of singular
-# values. The rounding error of the largest eigenvalue is also an error of every small one, and
-# grows as small singular values do, by a factor of 1.5 per step: five steps make it 8 times as
-# large. Then a new gram matrix is computed.
+# How many steps are taken at a time. The eigenvalues of the gram matrix are the squares of singular
+# values. The rounding error of the largest eigenvalue is also an error of every small one. This
+# error grows as small singular values do, by a factor of 1.5 per step: five steps make it 8 times
+# as large. Then a new gram matrix is computed.
 STEPS_AT_ONCE = 5
 
 
@@ -44,8 +44,8 @@ def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
     so a singular matrix stays bounded. With k the shorter and l the longer side, a step costs
     ``4 * k**2 * l`` flops. If l is at least 2 k, the coupled iteration itself is run, five steps at
     a time, and five steps cost ``24 * k**3 + 4 * k**2 * l``. A singular value well below the
-    largest grows by a factor of 1.5 per step, so ``num_steps`` decides how small it may be and
-    still come close to 1.
+    largest grows by a factor of 1.5 per step. So ``num_steps`` decides how small a singular value
+    may be at first and still come close to 1.
 
     Args:
         x: ``(..., m, n)``, float32 or wider. Not modified, and not differentiated.

@@ -1,10 +1,10 @@
 r"""The norms that a gradient can be normalized by, each defined by its projection.
 
-The projection of a norm :math:`g` sends ``x`` to the point of the unit ball of :math:`g` that
-points most along it, :math:`P_g(x) = \arg\max_{g(z) = 1} \langle x, z \rangle`. Each projection
-here is scaled so that its result has Frobenius norm :math:`\sqrt{mn}`, whatever ``x``: the entries
-of the result then have root-mean-square 1, and projections can alternate (Assumption 3.3 of the
-paper).
+The projection of a norm :math:`g` sends ``x`` to the point of the unit ball of :math:`g` that is
+farthest in the direction of ``x``, :math:`P_g(x) = \arg\max_{g(z) = 1} \langle x, z \rangle`. Each
+projection here is scaled so that its result has Frobenius norm :math:`\sqrt{mn}`, whatever ``x``
+is: the entries of the result then have root-mean-square 1, and projections can alternate
+(Assumption 3.3 of the paper).
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -175,8 +175,8 @@ class DeflatedNorm(_BuiltIn):
     r"""Lower the largest singular values: :math:`P(x) \propto` `deflate` of x, of length √(mn).
 
     The k leading singular values are lowered to the next one. This is not the projection of a norm,
-    but it is close to `SpectralNorm`'s and cheaper: it multiplies the matrix with k + 1 vectors,
-    about 10 (k + 1) flops per entry; whitening takes about 20 min(m, n).
+    but it is close to `SpectralNorm`'s and cheaper. It multiplies the matrix with k + 1 vectors,
+    which takes about 10 (k + 1) flops per entry; whitening takes about 20 min(m, n).
 
     Args:
         rank: Directions k, at least 1.

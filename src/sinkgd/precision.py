@@ -96,7 +96,8 @@ class _OldSetting:
 
 
 def _settings() -> tuple[Any, ...]:
-    # Once a new setting was written, torch refuses to read the old one; writing the old sets both.
+    # Once a new setting has been written, torch refuses to read the old one. Writing the old one
+    # sets both.
     backends: Any = torch.backends  # torch does not declare mkldnn.matmul
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         return backends.cuda.matmul, backends.mkldnn.matmul

@@ -1,4 +1,4 @@
-"""AdamW whose moments take one byte per entry, by the kernels of bitsandbytes.
+"""AdamW with moments of one byte per entry, computed by the kernels of bitsandbytes.
 
 It is a method for embeddings, the output head and other parameters that SinkGD leaves to AdamW:
 ``param_groups(model, state_bits=8)``.
@@ -25,13 +25,14 @@ from sinkgd.optim.apply import allowed, decay_factor, decays_cautiously, learnin
 from sinkgd.optim.method import Context, Group, Slot, are_finite
 from sinkgd.optim.methods.adamw import AdamW, check_averages
 
-# As bitsandbytes has them: the entries of a block, and the smallest tensor with 8-bit moments.
+# Sizes in bitsandbytes: the entries of a block, and those of the smallest tensor whose moments are
+# stored in 8 bits.
 BLOCK = 256
 MIN_8BIT_SIZE = 4096
 
-# The number of entries that are updated at once, if not all are. On a CPU bitsandbytes makes about
-# six float32 copies of these entries, 24 MiB. On every device, cautious decay needs two float32 for
-# each of them.
+# The number of entries that are updated at a time, unless a tensor is updated as a whole. On a CPU
+# bitsandbytes makes about six float32 copies of these entries, 24 MiB. On every device, cautious
+# decay needs two float32 numbers for each of them.
 CPU_ENTRIES = 1 << 20
 
 
@@ -125,10 +126,10 @@ class AdamW8bit(AdamW):
 
 
 def _functional() -> Any:
-    """Import bitsandbytes, half a second at the first call.
+    """Import bitsandbytes. The first call takes half a second.
 
     Raises:
-        ImportError: With the command that installs it.
+        ImportError: If the import fails. The message gives the command that installs bitsandbytes.
     """
     try:
         import bitsandbytes.functional  # noqa: PLC0415 - optional, and slow to import
@@ -147,7 +148,7 @@ def _code(number: str, device: torch.device) -> Tensor:
     """Return the 256 fractions of a moment on a device; those of the first, ``"1"``, have signs."""
     key = number, device
     if key not in _CODES:
-        with torch.device("cpu"):  # bitsandbytes makes them on the default device
+        with torch.device("cpu"):  # bitsandbytes makes the fractions on the default device
             code = _functional().create_dynamic_map(signed=number == "1")
         _CODES[key] = code.to(device)
     return _CODES[key]
@@ -161,7 +162,7 @@ def _descend_(
     loss_scale: Tensor | None,
 ) -> None:
     """Take a step of one parameter."""
-    state["step"] = state["step"].to("cpu") + 1  # a checkpoint may have been read on a device
+    state["step"] = state["step"].to("cpu") + 1  # reading a checkpoint may have moved it
     written = param.detach().contiguous()
     is_cautious = decays_cautiously(group)
     numbers = {
@@ -189,7 +190,7 @@ def _descend_(
 
 
 def _parts(param: Tensor, *, is_whole: bool) -> Iterator[tuple[slice, slice]]:
-    """Yield the entries that are updated at once, and their blocks."""
+    """Yield slices: the entries that are updated together, and their blocks."""
     size = param.numel() if is_whole else CPU_ENTRIES
     for start in range(0, param.numel(), size):
         end = min(start + size, param.numel())
@@ -204,7 +205,7 @@ def _update_entries_(
     blocks: slice,
     numbers: Mapping[str, Any],
 ) -> None:
-    """Call bitsandbytes for some entries of a parameter, whole blocks of them."""
+    """Call bitsandbytes for some entries of a parameter, which make up whole blocks."""
     functional = _functional()
     first, second = (state[name].view(-1)[entries] for name in ("state1", "state2"))
     if "absmax1" not in state:

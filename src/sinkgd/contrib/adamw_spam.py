@@ -3,7 +3,7 @@
 Letters, everywhere in this file:
     m, v: the first and the second moment of a parameter
     N: the l2 norm of all gradients of a group
-    z: how many standard deviations N lies above the mean of earlier norms
+    z: the threshold; N is a spike if it is more than z standard deviations above the earlier mean
 """
 
 import math
@@ -42,7 +42,7 @@ SHARE_OF_M, SHARE_OF_V = 0.5, 0.1
 class AdamWSPAM(GroupedOptimizer):
     r"""AdamW with AMSGrad and clipping, whose moments shrink at spikes and are regularly reset.
 
-    With N the l2 norm of all gradients of a parameter group, a step does in this order:
+    Let N be the l2 norm of all gradients of a parameter group. A step does the following, in order:
 
     - clip entries of g to :math:`\pm\sqrt{\theta v}`, as `SPAM` does, if ``theta`` is given;
     - if :math:`N > \bar N + z s`, where :math:`\bar N` and s are the mean and the standard
@@ -51,15 +51,15 @@ class AdamWSPAM(GroupedOptimizer):
     - set :math:`g \leftarrow g \min(1, N_{\max} / (N + 10^{-6}))`, as torch clips;
     - take a step of torch's AdamW with ``amsgrad=True``.
 
-    When the moments are ``reset_interval`` steps old they are reset to zero, and ``lr`` rises along
-    a half cosine for ``warmup_steps`` steps.
+    When the moments are ``reset_interval`` steps old, they are reset to zero, and ``lr`` rises
+    along a half cosine for ``warmup_steps`` steps.
 
-    This optimizer is the baseline in the ablation of `TemperedSinkGD`. It is not `SPAM`. Its
-    published description leaves some points open. Here a norm is tested once there are 10 earlier
-    norms, and norms of spikes count among those. A reset also zeroes the maximum of v, which
-    AMSGrad keeps; a spike leaves that maximum unchanged. The bias corrections restart at the reset.
-    The warm-up scales ``lr``, and with it the weight decay. The norm is that of one group. To use
-    the norm of the model, put all parameters into one group, or clip before the step. If one
+    This optimizer is the baseline in the ablation of `TemperedSinkGD`. It is not `SPAM`. The
+    published description of the baseline leaves some points open. Here a norm is tested once there
+    are 10 earlier norms, and norms of spikes count among those. A reset also zeroes the maximum of
+    v, which AMSGrad keeps; a spike leaves that maximum unchanged. The bias corrections restart at
+    the reset. The warm-up scales ``lr``, and with it the weight decay. N is the norm of one group.
+    To use the norm of the model, put all parameters into one group, or clip before the step. If one
     gradient is not finite, the whole group is left unchanged, and the norm is not remembered.
 
     State: three numbers per entry. The last norms are saved with the group. A step needs all
@@ -73,7 +73,7 @@ class AdamWSPAM(GroupedOptimizer):
         betas: Decay rates of the first and second moments per step, each in [0, 1).
         eps: Added to the root of the second moment, at least 0.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
-        max_norm: The norm to which a longer gradient is clipped, positive; infinity clips none.
+        max_norm: The norm to which a longer gradient is clipped, positive; infinity never clips.
         spike_z: z, positive: a norm is a spike if it is more than z standard deviations above the
             mean.
         norm_window: How many norms are remembered, at least 10.

@@ -1,6 +1,6 @@
-"""SAGE: the sign of a momentum, damped where a feature's gradient is larger than the others'.
+"""SAGE: the sign of a momentum, damped in columns whose gradients are larger than average.
 
-A method for embeddings and output heads, which SinkGD's authors leave to Adam.
+It is a method for embeddings and output heads, which SinkGD's authors leave to Adam.
 
 Letters, everywhere in this file:
     n: columns, the features of an embedding
@@ -25,9 +25,9 @@ from sinkgd.optim.methods.adamw import check_averages
 
 
 class Sage(Method):
-    r"""Lion's direction, and a factor of at most 1 for each column.
+    r"""Step along Lion's direction, with a factor of at most 1 for each column.
 
-    With β₁, β₂ of ``betas``, and root-mean-squares over the columns,
+    With β₁ and β₂ from ``betas``, and with root-mean-squares over the columns,
 
     .. math::
         H_j = \min\Bigl(\frac{\mathrm{rms}(\hat S)}{\hat S_j + \epsilon},
@@ -107,7 +107,7 @@ def _direction(
 
 
 def _between(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
-    # torch.lerp computes the difference of both, which may overflow.
+    # torch.lerp computes the difference grad - momentum, which may overflow.
     return (momentum * beta).add_(grad, alpha=1 - beta)
 
 
@@ -117,9 +117,9 @@ def _dampers(
     group: Group,
     flags: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Return H of each parameter, ``(n,)``. First average s into S, unless its flag is False.
+    """Return H of each parameter, ``(n,)``, after averaging s into S where the flag is not False.
 
-    ``sizes`` has the s of each parameter.
+    ``sizes`` holds the s of each parameter.
     """
     beta2, eps = group["betas"][1], group["eps"]
     dampers = []
@@ -127,7 +127,7 @@ def _dampers(
         for average, new in ((state["mean_size"], size), (state["weight_seen"], 1.0)):
             ahead = beta2 * average + (1 - beta2) * new
             average.copy_(ahead if flag is None else torch.where(flag, ahead, average))
-        average = state["mean_size"] / state["weight_seen"].clamp(min=1e-38)  # 0 if nothing went in
+        average = state["mean_size"] / state["weight_seen"].clamp(min=1e-38)  # 0 without gradients
         dampers.append(
             torch.minimum(_rms(average) / (average + eps), _rms(size) / (size + eps)).clamp(max=1)
         )

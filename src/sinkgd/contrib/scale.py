@@ -83,8 +83,8 @@ def scale_groups(
     embedding.
 
     Args:
-        model: The model, before or after FSDP2. Frozen parameters are left out, as by
-            `param_groups`.
+        model: The model, before or after FSDP2. Frozen parameters are left out, as `param_groups`
+            does.
         lr: Learning rate. The paper uses 1e-3 from 60M to 350M parameters.
         momentum: Decay rate μ of the head's average. The paper uses 0.9.
         weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.

@@ -46,7 +46,7 @@ class SPAM(GroupedOptimizer):
         g \leftarrow \operatorname{sign}(g) \sqrt{\theta v} \quad \text{where } g^2 > \theta v,
 
     and torch's AdamW steps along the result. When the moments m and v are ``reset_interval`` steps
-    old they are reset to zero, and ``lr`` rises along a half cosine for ``warmup_steps`` steps.
+    old, they are reset to zero, and ``lr`` rises along a half cosine for ``warmup_steps`` steps.
 
     The paper leaves some points open. Here the bias corrections restart at the reset, together with
     the moments. The warm-up scales ``lr``, and with it the weight decay. As in the authors' code,
@@ -222,7 +222,7 @@ def clip_spikes(grad: Tensor, state: Mapping[str, Any], group: Group) -> Tensor:
 
 
 def can_read_now(number: Tensor) -> bool:
-    """Whether a number can be read now: without waiting for a device, and not while compiling."""
+    """Whether Python can read a number now: it is on the CPU, and torch.compile is not tracing."""
     return number.is_cpu and not torch.compiler.is_compiling()
 
 

@@ -1,8 +1,8 @@
 r"""The tempered update: rows and columns divided by their sums in turn, then squashed by tanh.
 
-It resembles SR-Sinkhorn and is another method. It divides by sums of absolute values instead of
-lengths, applies a tanh, and gives the result the root-mean-square of the gradient: the step stays
-proportional to the gradient, as that of SGD does.
+It resembles SR-Sinkhorn but is a different method. It divides by sums of absolute values instead of
+lengths, applies a tanh, and gives the result the root-mean-square of the gradient. So the step is
+proportional to the gradient, as a step of SGD is.
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -50,10 +50,10 @@ class TemperedSinkGD(GroupedOptimizer):
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, T_\tau(G)
 
-    where T is `sinkgd.temper`. It is not the paper's method: it divides by sums of absolute values
-    instead of lengths, and the step stays proportional to the gradient, so that clipping and the
-    scale of the loss matter as they do to SGD. ``state`` stays empty. The step needs scratch memory
-    of twice the largest matrix. Ranks that share sharded parameters exchange two vectors per
+    where T is `sinkgd.temper`. T is not the iteration of the SinkGD paper: it divides by sums of
+    absolute values instead of lengths, and the step stays proportional to the gradient. So clipping
+    and the scale of the loss matter as for SGD. ``state`` stays empty. The step needs scratch
+    memory of twice the largest matrix. Ranks that share sharded parameters exchange two vectors per
     iteration and two numbers for each matrix, and need a float32 copy of all their shards.
 
     Args:
@@ -63,7 +63,8 @@ class TemperedSinkGD(GroupedOptimizer):
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.1.
         cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
         tau: Temperature τ, positive.
-        n_iter: Iterations, at least 0; 0 divides by the mean absolute value of the entries.
+        n_iter: Iterations, at least 0; with 0, the gradient is only divided by the mean absolute
+            value of its entries.
         eps: Floor on a sum of absolute values, at least 0.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
@@ -233,7 +234,7 @@ def _temper_matrices(
     # The squares of float64 entries above 1e154 overflow. The clamp then shortens the update.
     own, now = squares.clamp(max=torch.finfo(torch.float64).max).unbind()
     factor = (own / torch.where(now == 0, 1, now)).sqrt()
-    # The factor may be out of range.
+    # The factor may be out of the range of v's dtype, so v is multiplied by it in two parts.
     unit = torch.ones_like(factor).masked_fill_(factor > 1, 2.0**64)
     limit = torch.finfo(v.dtype).max
     return v.mul_((factor / unit).to(v.dtype)).mul_(unit.to(v.dtype)).clamp_(-limit, limit)

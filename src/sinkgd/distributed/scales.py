@@ -1,4 +1,4 @@
-"""SR-Sinkhorn of sharded matrices: ranks add up vectors, and each updates its own shard.
+"""SR-Sinkhorn of sharded matrices: ranks add up vectors, and each rank updates its own shard.
 
 With S = G∘G an iteration is r² = n / (S c²), c² = m / (Sᵀ r²). A rank has its shard of G, and the
 scales of its own rows and columns. It lacks the sums over the other shards. So ranks exchange
@@ -81,7 +81,7 @@ def find_scales(
     A computation for `exchange`: every rank that holds a shard of a matrix must run it, with the
     same matrices in the same order. It costs ``num_iters`` messages per process group, whatever the
     number of matrices. It costs one more message if a group shards rows of some matrices and
-    columns of others, and no order of the groups suits both.
+    columns of others, and no order of the groups suits all of them.
 
     Args:
         grads: This rank's shards, ``(..., m, n)``; some may be empty.

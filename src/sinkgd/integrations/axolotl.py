@@ -1,7 +1,7 @@
 """axolotl: a plugin that trains with SinkGD of this package.
 
-``optimizer: sinkgd`` without the plugin is axolotl's own implementation, which shares no code with
-this package.
+``optimizer: sinkgd`` without the plugin selects axolotl's own implementation, which shares no code
+with this package.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise missing(__name__, "axolotl", error) from error
 
-# Rates of parts of a model, which only axolotl's own groups have.
+# Options with rates for parts of a model. Only axolotl's own parameter groups use them.
 _RATES = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")
 
 
@@ -27,7 +27,8 @@ class SinkGDArguments(BaseModel):
 
     Attributes:
         sinkgd: Arguments of `SinkGDFactory` besides the model. axolotl's ``learning_rate``,
-            ``weight_decay`` and Adam options are taken as AdamW's unless these set others.
+            ``weight_decay`` and Adam options are read as settings for AdamW, unless these arguments
+            set the same options.
     """
 
     sinkgd: dict[str, Any] | None = None
@@ -51,7 +52,7 @@ class SinkGDPlugin(BasePlugin):
         return f"{__name__}.{SinkGDArguments.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Choose the optimizer of a trainer, which builds it when it begins to train.
+        """Choose the optimizer that a trainer will build when it begins to train.
 
         Args:
             cfg: axolotl's configuration.
@@ -80,7 +81,7 @@ class SinkGDPlugin(BasePlugin):
             )
 
         def build(model: nn.Module, *_: Any, **options: Any) -> SinkGD:
-            # axolotl passes its arguments too, which transformers does not.
+            # axolotl, unlike transformers, also passes its training arguments.
             return SinkGDFactory()(model, training_args, **options)
 
         trainer.optimizer_cls_and_kwargs = (lambda: build), dict(cfg.sinkgd or {})

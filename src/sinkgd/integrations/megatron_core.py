@@ -22,7 +22,7 @@ except ImportError as error:
     source = "megatron-core==0.19.2"  # 0.16.1, the newest for Python 3.11, has no such table
     raise missing(__name__, "megatron-core", error, source) from error
 
-# Keys that Megatron's groups have for its scheduler and its checkpoints, or may have.
+# Keys that Megatron's groups have, or may have, for its scheduler and its checkpoints.
 _KEYS = (
     *("is_expert_parallel", "default_config", "is_decoupled_lr", "optimizer"),
     *("wd_mult", "lr_mult", "start_wd", "end_wd"),
@@ -30,7 +30,7 @@ _KEYS = (
 
 
 class MegatronSinkGD(SinkGD):
-    """`SinkGD` of matrices in groups of Megatron, which keep their own keys.
+    """`SinkGD` of matrices in groups of Megatron, which keep the keys that Megatron gave them.
 
     Args:
         params: Groups of Megatron.
@@ -50,11 +50,11 @@ def register(matrix_lr: float, matrix_min_lr: float = 0.0, **options: Any) -> No
 
     All matrices except embeddings and the output layer go to SinkGD, routers included; a fused
     matrix counts as one. All other parameters go to Megatron's Adam at ``--lr``. The scheduler
-    takes the rates of matrices from here. Their weight decay is ``--weight-decay``, multiplied by
-    their rate.
+    takes the rates of matrices from the arguments of this function. The weight decay of matrices is
+    ``--weight-decay``, multiplied by their rate.
 
     Args:
-        matrix_lr: The largest rate of matrices. To fine-tune, 0.3 of AdamW's.
+        matrix_lr: The largest rate of matrices. To fine-tune, use 0.3 times AdamW's rate.
         matrix_min_lr: Their rate at the end of the schedule.
         **options: Arguments of `SinkGD`; ``deflated_rank`` is 15 by default, as in `param_groups`.
 

@@ -21,8 +21,8 @@ except ImportError as error:
 class SinkGDCallback(OptimizerCallback):
     """Builds the optimizer of `SinkGDFactory` for a trainer of ms-swift.
 
-    The trainer's ``learning_rate``, ``weight_decay`` and Adam options are taken as AdamW's unless
-    ``optim_args``, such as ``"deflated_rank=0,momentum=0.5"``, sets others.
+    The trainer's ``learning_rate``, ``weight_decay`` and Adam options are read as settings for
+    AdamW, unless ``optim_args``, such as ``"deflated_rank=0,momentum=0.5"``, sets the same options.
     """
 
     def create_optimizer(self, model: nn.Module | None = None) -> SinkGD:

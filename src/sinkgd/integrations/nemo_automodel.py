@@ -20,7 +20,7 @@ class SinkGDConfig(OptimizerConfig):
     """Builds the optimizer of `SinkGDFactory` for each part of a model.
 
     NeMo's scheduler writes the rate and the weight decay of every group. It takes both from the
-    first group, the matrices, and keeps the ratios of all other groups to it.
+    first group, the matrices, and keeps the ratio of every other group's values to these.
 
     Attributes:
         options: Arguments of `SinkGDFactory` besides the model, such as ``adamw_lr``.
@@ -42,10 +42,10 @@ class SinkGDConfig(OptimizerConfig):
     def build(
         self, model: nn.Module, *, device_mesh: Any = None, is_peft: bool = False
     ) -> list[Optimizer]:
-        """Return one optimizer for each of ``model.parts``, or for the model.
+        """Return one optimizer for each of ``model.parts``, or one for a model without parts.
 
         Args:
-            model: The model, or one with ``parts``, as pipeline parallelism makes.
+            model: The model, or an object with ``parts`` of it, as pipeline parallelism makes.
             device_mesh: Not used: parameters know their own mesh.
             is_peft: Not used: the optimizer gets only the parameters that are trained.
 

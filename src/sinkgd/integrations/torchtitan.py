@@ -17,11 +17,11 @@ except ImportError as error:
 
 
 class SinkGDContainer(OptimizersContainer):
-    """Builds one `SinkGD` for each part of a model, as ``Trainer.Config.optimizer`` asks for it.
+    """Builds one `SinkGD` for each part of a model, as ``Trainer.Config.optimizer`` requires.
 
     `param_groups` routes the parameters: torchtitan's own patterns do not see which parameters are
-    embeddings or heads. Checkpoints of torchtitan hold one entry a parameter, by name, so that they
-    can be read with another number of devices.
+    embeddings or heads. Checkpoints of torchtitan hold one entry per parameter, by name, so that
+    they can be read with another number of devices.
 
     Args:
         config: The configuration.

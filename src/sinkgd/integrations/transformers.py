@@ -40,14 +40,14 @@ _WORDS = {"backend", "nonfinite", "rounding"}
 
 
 class SinkGDFactory:
-    """Builds `SinkGD` for a model, as ``Trainer(optimizer_cls_and_kwargs=...)`` asks for it.
+    """Builds `SinkGD` for a model, as ``Trainer(optimizer_cls_and_kwargs=...)`` requires.
 
-    The trainer calls ``SinkGDFactory()(model, **kwargs)`` once the model is on the device it trains
-    on. The trainer's learning rate scheduler then scales every group. The trainer does not pass its
-    ``TrainingArguments``. Pass them as ``training_args``, as axolotl does, to fine-tune with the
-    settings for AdamW: their ``learning_rate`` is then the ``adamw_lr`` of `param_groups`, and
-    their weight decay, betas and epsilon are AdamW's. To pretrain, pass ``lr`` and
-    ``matrix_lr_scale`` here.
+    The trainer calls ``SinkGDFactory()(model, **kwargs)`` once the model is on the device on which
+    it trains. The trainer's learning rate scheduler then scales every group. The trainer does not
+    pass its ``TrainingArguments``. To fine-tune with settings for AdamW, pass these arguments as
+    ``training_args``, as axolotl does. Their ``learning_rate`` is then the ``adamw_lr`` of
+    `param_groups`, and their weight decay, betas and epsilon are read as AdamW's. To pretrain, pass
+    ``lr`` and ``matrix_lr_scale`` here.
 
     Examples:
         >>> from torch import nn
@@ -121,9 +121,9 @@ def attach(trainer: Any, **options: Any) -> None:
     """Make a trainer of transformers or TRL train with SinkGD. Call it before ``trainer.train()``.
 
     It serves trainers whose constructors take no ``optimizer_cls_and_kwargs``, such as TRL's for
-    DPO, KTO and GRPO. The trainer's ``learning_rate`` and Adam options are taken as AdamW's, unless
-    the options set others; see `SinkGDFactory`. Training does not begin if the trainer builds
-    another optimizer after all.
+    DPO, KTO and GRPO. The trainer's ``learning_rate`` and Adam options are read as settings for
+    AdamW, unless ``options`` sets the same ones; see `SinkGDFactory`. If the trainer builds another
+    optimizer nevertheless, an error is raised when training begins.
 
     Args:
         trainer: The trainer, which must not have its optimizer yet.
@@ -164,7 +164,7 @@ def attach(trainer: Any, **options: Any) -> None:
 
 
 def _check_of(trainer: Any) -> Any:
-    """Return a callback that refuses to train with another optimizer than SinkGD."""
+    """Return a callback that refuses to train with an optimizer other than SinkGD."""
     from transformers import TrainerCallback
 
     class OptimizerCheck(TrainerCallback):
@@ -196,10 +196,10 @@ def read_optim_args(text: str | None) -> dict[str, str]:
     """Return the arguments in ``optim_args`` of a trainer: ``"lr=0.02, betas=(0.9, 0.95)"``.
 
     Args:
-        text: Pairs of names and values, separated by commas; None for none.
+        text: Pairs of names and values, separated by commas; None if there are no arguments.
 
     Raises:
-        ValueError: If a part of the text is no such pair.
+        ValueError: If a part of the text is not such a pair.
 
     Examples:
         >>> read_optim_args("lr=0.02, betas=(0.9, 0.95)")

@@ -1,8 +1,8 @@
 """The contract of a backend of SR-Sinkhorn, and what every backend does by default.
 
 A backend finds the scales of a list of gradients, and updates a list of parameters from gradients
-and scales; or it does both at once. It receives whole lists, so that it may batch small matrices or
-run everything in one launch. `sinkgd.kernels.eager` defines the result.
+and scales; or it does both in one call. It receives whole lists, so that it may batch small
+matrices or run everything in one launch. `sinkgd.kernels.eager` defines the result.
 """
 
 from abc import ABC, abstractmethod
@@ -38,7 +38,7 @@ class CorrectedScales(NamedTuple):
 
     @property
     def mT(self) -> "CorrectedScales":  # noqa: N802 - named like `Tensor.mT`
-        """The same for the transposed matrix."""
+        """The corrected scales of the transposed matrix."""
         return CorrectedScales(self.col.mT, self.row.mT, self.correction.mT, self.factor)
 
 
@@ -156,7 +156,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sums(self, grads: Sequence[Tensor]) -> Sums:
-        """Return the sums of the squares of gradients. They may be shards, and empty."""
+        """Return the sums of the squares of gradients, which may be shards, and may be empty."""
 
     @abstractmethod
     def products(self, stacks: Sequence[Stack]) -> Products:
@@ -168,7 +168,7 @@ class Backend(ABC):
         scales: Sequence[Scales],  # noqa: ARG002
         shared: Shared,  # noqa: ARG002
     ) -> PackedProducts | None:
-        """Return the products of updates ``row * grad * col`` with vectors packed together.
+        """Return products of updates ``row * grad * col`` with vectors in one packed tensor.
 
         Returns None if the backend cannot do so for these gradients; `products` accepts all
         gradients.
@@ -200,13 +200,14 @@ class Backend(ABC):
         Args:
             params: Parameters ``(..., m, n)``.
             grads: Their gradients.
-            scales: Their scales. The class `CorrectedScales` defines its own update.
+            scales: Their scales. With `CorrectedScales`, the update is the one that this class
+                defines.
             keep: Factor of the parameter; `Cautious` for one that depends on the step's direction.
             step: Factor of the update.
             allowed: A 0-dim bool for each parameter, on its device. If it is False, the parameter
                 is left unchanged, whatever the gradient contains.
-            keys: A 0-dim int64 for each parameter, on its device. A bfloat16 parameter is then
-                rounded stochastically, by the bits of `sinkgd.kernels.rounding`.
+            keys: A 0-dim int64 for each parameter, on its device. If keys are given, bfloat16
+                parameters are rounded stochastically, by the bits of `sinkgd.kernels.rounding`.
         """
 
     def descend_(

@@ -65,7 +65,7 @@ class EagerBackend(Backend):
         return EagerSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Compute and store updates, and return what multiplies them by vectors."""
+        """Compute and store updates, and return an object that multiplies them by vectors."""
         return eager_products(stacks)
 
     def update_(
@@ -114,8 +114,9 @@ def sinkhorn(
     moving = torch.ones_like(r2[..., :1, :1], dtype=torch.bool)  # one per matrix
     for _ in range(num_iters - 1):
         # With zero rows or columns, each iteration multiplies r2 by a factor and c2 by its inverse.
-        # The tilt would give r2 and 1 / c2 the same size. Dividing c2 by it multiplies the next r2
-        # by it. So no product r2 * c2 changes, and both stay in range.
+        # The tilt is the factor that would give r2 * tilt and c2 / tilt the same size. Dividing c2
+        # by the tilt multiplies the next r2 by it. So no product r2 * c2 changes, and r2 and c2
+        # stay in range.
         tilt = _tilt(r2, c2)
         last = r2 * tilt * _drift(r2, c2)
         found = _iterate(S, c2 / tilt)
@@ -143,7 +144,7 @@ def apply_update_(
     Args:
         param: The parameter.
         update: The update, of the parameter's shape. Its memory is overwritten.
-        keep: Factor of the parameter. One that is `Cautious` takes a copy of the parameter in
+        keep: Factor of the parameter. A `Cautious` factor needs scratch of the parameter's size in
             float32.
         step: Factor of the update.
         allowed: A 0-dim bool on the parameter's device. False leaves ``param`` unchanged.
@@ -166,14 +167,15 @@ def apply_update_(
         wide.mul_(keep)
     wide.add_(moved)
     if key is not None and param.dtype == torch.bfloat16:
-        wide = round_to_bfloat16(wide, key)  # bfloat16 values do not change
+        wide = round_to_bfloat16(wide, key)  # a value of bfloat16 does not change
     if wide is not param:
         param.copy_(wide)
 
 
 def _where_toward_zero(param: Tensor, moved: Tensor, keep: float | Tensor) -> Tensor:
     """Return ``keep`` for each entry of ``param`` that ``moved`` moves toward zero, else 1."""
-    # A product of both could vanish in rounding. Which factor a zero gets does not matter.
+    # Signs are compared, since the product of param and moved could round to zero. Which factor an
+    # entry of zero gets does not matter.
     is_toward = ((moved > 0) == (param < 0)) & (moved != 0)
     factors = torch.ones_like(param)
     if isinstance(keep, Tensor):
@@ -213,14 +215,14 @@ def _drift(r2: Tensor, c2: Tensor) -> Tensor:
 
 
 def _tilt(r2: Tensor, c2: Tensor) -> Tensor:
-    """Return the factor that gives r2 and 1 / c2 the same size."""
+    """Return the factor for which factor * r2 and c2 / factor have the same largest entry."""
     row_peak, col_peak = r2.amax(-2, keepdim=True), c2.amax(-1, keepdim=True)
     # The quotient of the squares may be out of range.
     return torch.where(row_peak == 0, 1, col_peak.sqrt() / row_peak.sqrt())
 
 
 def eager_products(stacks: Sequence[Stack]) -> StoredProducts:
-    """Compute and store updates, and return what multiplies them by vectors."""
+    """Compute and store updates, and return an object that multiplies them by vectors."""
     return StoredProducts([_updates_of(*stack) for stack in stacks])
 
 
@@ -271,7 +273,7 @@ class EagerSums:
     float32 numbers, so that the sums of any shards can be added.
 
     A call takes a matrix–vector product for each gradient, with one float32 matrix of scratch at a
-    time; s and t are kept.
+    time; s and t are kept between calls.
 
     Args:
         grads: ``(..., m, n)``, on one device; m and n may be 0.
@@ -308,7 +310,7 @@ class EagerSums:
 
 
 def _equilibration(grad: Tensor) -> Equilibration:
-    """Return the powers of two that divide a gradient; ones if it is empty."""
+    """Return the powers of two by which a gradient is divided; ones if the gradient is empty."""
     *batch, m, n = grad.shape
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if grad.numel() == 0:

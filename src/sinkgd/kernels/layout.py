@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     Q: int
     ld: int
     transposed: bool  # a row in memory is a column of the matrix
-    offsets: tuple[int, ...]  # elements from the tensor's first entry to each matrix's
+    offsets: tuple[int, ...]  # elements from the first entry of the tensor to that of each matrix
 
 
 @lru_cache(maxsize=1024)
@@ -63,7 +63,7 @@ def aligned(x: Tensor, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def may_be_written(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether there is a layout in which no two entries share memory."""
+    """Whether a tensor has a `Layout`, and no two of its entries share memory."""
     layout = layout_of(shape, stride)
     if layout is None or (layout.ld < layout.Q and layout.P > 1):
         return False

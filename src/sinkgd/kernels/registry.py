@@ -1,4 +1,4 @@
-"""The backends, fastest first, the choice of one, and its form under ``torch.compile``.
+"""The backends, how one of them is chosen, and what ``torch.compile`` sees of it.
 
 A compiler cannot look into a backend's loops. It sees the operators ``torch.ops.sinkgd.scales`` and
 ``torch.ops.sinkgd.update_``, with the shapes of their results. The backend is chosen when they run.

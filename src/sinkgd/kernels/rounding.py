@@ -6,7 +6,7 @@ random bits are a function of a key and of the entry's index. They do not depend
 or the device, and a repeated step gives the same result.
 
 References:
-    The finalizer is "lowbias32" by Chris Wellons, the least biased one of a search:
+    The hash function is "lowbias32" by Chris Wellons, the least biased one that his search found:
     https://nullprogram.com/blog/2018/07/31/
 """
 
@@ -83,4 +83,4 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # without copies of the sign
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # shifts in zeros, not the sign

@@ -63,7 +63,7 @@ class UpdateWriter:
         apply_update_(
             param,
             update,
-            # Not in __init__: torch.compile makes a graph for each value of an attribute.
+            # Not computed in __init__: torch.compile makes a graph for each value of an attribute.
             keep=decay_factor(self._group),
             step=step_factor(self._group),
             allowed=self.may_write(i),
@@ -99,7 +99,7 @@ def step_factor(group: Group) -> float | Tensor:
 def allowed(finite: Tensor, context: Context) -> Tensor | None:
     """Return which parameters may be written, given which gradients are finite: ``(slots,)`` bool.
 
-    None if all may, and that is known without waiting for a device.
+    Return None if all may be written, and this is known without waiting for a device.
     """
     if context.overflow is not None:
         return finite & ~context.overflow

@@ -40,7 +40,7 @@ def from_adamw_state(
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or an option does not exist.
         ValueError: If another optimizer saved the state, the state lacks names, its parameters are
-            not the model's, or its groups differ in an option that is not given here.
+            not those of the model, or its groups differ in an option that is not given here.
 
     Examples:
         >>> import torch, sinkgd
@@ -128,8 +128,8 @@ def _state_by_name(
     elif not known:
         if len(groups) > 1:
             raise ValueError(
-                f"state_dict has {len(groups)} groups and no names; pass names, those of the "
-                "parameters in the order in which AdamW had them"
+                f"state_dict has {len(groups)} groups and no names; pass names=[...], the names of "
+                "the parameters in the order in which AdamW had them"
             )
         trained = [without_wrappers(n) for n, p in model.named_parameters() if p.requires_grad]
         known = own if len(places) == len(own) else trained

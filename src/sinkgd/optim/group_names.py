@@ -25,7 +25,7 @@ _BY_REASON = {EMBEDDING: "embeddings", HEAD: "head", ADAPTER: "adapters", ROUTER
 
 
 def name_groups(groups: Sequence[Group], roles: Mapping[Tensor, Role]) -> None:
-    """Give every group a ``name`` of its own, which begins with the name that an override set.
+    """Give every group a ``name`` of its own, which begins with the name from an override, if any.
 
     Args:
         groups: Groups of (name, parameter) pairs, no two with the same options.
@@ -86,7 +86,7 @@ def _value(group: Group, option: str) -> Any:
 
 
 def _suffixes(group: Group, options: Iterable[str]) -> Iterator[str]:
-    """Yield the options of a group as parts of its name, except those that are off."""
+    """Yield the options of a group as parts of its name, except those that have their defaults."""
     off = {**COMMON, "weight_decay": 0.0, **METHODS[group["algorithm"]].options}
     for option in options:
         if option == "algorithm":

@@ -184,7 +184,7 @@ class GroupedOptimizer(Optimizer):
         return value if was_passed else default
 
     def _own_lr(self, param_group: dict[str, Any]) -> None:
-        """Give a group its own tensor: a scheduler that writes in place would scale it twice."""
+        """Give a group its own tensor: a scheduler would scale a shared one twice, in place."""
         lr = param_group.get("lr", self.defaults["lr"])
         others = [group["lr"] for group in self.param_groups]
         if isinstance(lr, Tensor) and others:
@@ -213,7 +213,8 @@ class GroupedOptimizer(Optimizer):
         Raises:
             NonFiniteGradientError: If a gradient contains NaN or infinity and the group's policy is
                 ``"raise"``: at the end of the step on a CPU, at the next step elsewhere. The
-                parameter was left unchanged, or with AdamW its group; others were updated.
+                parameter, or with AdamW its whole group, was left unchanged; all others were
+                updated.
             TypeError: If a gradient is sparse, or a trainer has replaced a parameter by a flat
                 tensor.
         """
@@ -246,7 +247,8 @@ class GroupedOptimizer(Optimizer):
     def update(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Update some parameters: a part of a step, which `step` must end.
 
-        The first call of a step checks all parameters of the optimizer, later ones ``params``.
+        The first call of a step checks all parameters of the optimizer; later calls check
+        ``params`` only.
 
         Args:
             params: The parameters. Those that have no gradient or belong to no group are left

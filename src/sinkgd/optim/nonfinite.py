@@ -39,7 +39,7 @@ class NonFiniteGuard:
         elif not _capturing(flags.device):
             self._in_flight.append(_FlagsUnderWay(names, flags, policy))
 
-    @_disable_dynamo  # torch.compiler.disable would import the compiler at once
+    @_disable_dynamo  # torch.compiler.disable would import the compiler now
     def read_flags(self) -> None:
         """Read the flags of the previous step.
 

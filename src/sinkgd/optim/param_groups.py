@@ -104,18 +104,18 @@ def param_groups(
             benchmarks/deflation compares ranks. 0 is the paper's method, without deflation.
         weight_decay: Decoupled weight decay of all parameters except embeddings, the output head,
             vectors and scalars; with ``adamw_lr``, of all except vectors and scalars. Decay is
-            multiplied by the learning rate, which without ``adamw_lr`` is 40 times larger for
-            embeddings than for hidden matrices, and would shrink the rows of words that do not
-            occur. An override may set the decay of any parameter. The paper uses none.
+            multiplied by the learning rate. Without ``adamw_lr`` this rate is 40 times larger for
+            embeddings than for hidden matrices, and decay would shrink the rows of words that do
+            not occur. An override may set the decay of any parameter. The paper uses none.
         cautious_decay: The option of every group, which `SinkGD` describes: decay only entries that
             the update moves toward zero. If it is False, groups take the optimizer's argument.
         betas: AdamW's decay rates of the two moments. The default, (0.9, 0.95), is that of study
             table1.
         overrides: Maps regular expressions to an algorithm (``"adamw"``, ``"sinkgd"``,
             ``"normalize"`` …) or to group options such as
-            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. Each is searched in the parameter's
-            name, with and without prefixes of wrappers such as torch.compile. The first match
-            decides. ``"sinkgd-table"`` is meant for embeddings and output heads.
+            ``{"algorithm": "sinkgd", "split": 3, "lr": 1e-3}``. A parameter's name is searched for
+            each expression, with and without prefixes of wrappers such as torch.compile. The first
+            match decides. ``"sinkgd-table"`` is meant for embeddings and output heads.
         base_width: To transfer a rate tuned on a smaller model, pass that model's width. The rate
             of a hidden matrix with d_in in-features is multiplied by ``base_width / d_in``: muP's
             rule for updates of a given root-mean-square, which keeps the change of a layer's output
@@ -235,7 +235,7 @@ def _check_state_bits(state_bits: object) -> None:
 
 
 def _check_effects(running: Sequence[str], options: Mapping[str, object]) -> None:
-    """Refuse an option if no group runs an algorithm that it is for.
+    """Refuse an option if no group runs an algorithm to which the option applies.
 
     Args:
         running: The algorithms of the groups.
@@ -258,7 +258,7 @@ def _check_effects(running: Sequence[str], options: Mapping[str, object]) -> Non
 
 
 def _has_matrix_rate(running: Sequence[str]) -> bool:
-    """Whether a group runs another algorithm than AdamW, at the rate of matrices."""
+    """Whether a group runs an algorithm other than AdamW, at the rate of matrices."""
     return not {*running} <= {*_ADAMWS.values()}
 
 
@@ -267,8 +267,8 @@ def _warn_of_low_rate(lr: float, running: Sequence[str]) -> None:
     if 0 < lr < LOW_LR and _has_matrix_rate(running):
         warnings.warn(
             f"lr={lr:g} gives hidden matrices a rate of {MATRIX_LR_SCALE * lr:g}. If {lr:g} is the "
-            f"rate that AdamW would have, pass adamw_lr={lr:g} instead. If it is meant so, pass "
-            "matrix_lr_scale, too, and this warning ends",
+            f"rate that AdamW would have, pass adamw_lr={lr:g} instead. Otherwise pass "
+            "matrix_lr_scale, too, to silence this warning",
             stacklevel=4,
         )
 
@@ -339,7 +339,7 @@ def check_overrides(overrides: object) -> None:
     """Refuse overrides that do not map patterns to algorithms or options.
 
     Raises:
-        TypeError: If an entry does not; the message gives it.
+        TypeError: If an entry has another form; the message gives the entry.
         ValueError: If a pattern is not a regular expression, or an option is out of range.
     """
     if overrides is None:
@@ -402,7 +402,7 @@ def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, An
 def describe_param_groups(
     model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = None, **options: Any
 ) -> str:
-    """Return a table of which parameter is in which group, its algorithm, its rate, and why.
+    """Return a table of parameters: the group of each, its algorithm, its rate, and the reason.
 
     A group is shown by its ``name``, or by its number if it has none. Parameters whose names differ
     only by a number share a line with a count, ``×``. The last lines list the parameters that are

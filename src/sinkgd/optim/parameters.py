@@ -2,9 +2,9 @@
 
 Trainers may replace parameters after the optimizer was created. accelerate replaces them by FSDP2's
 DTensors of the same shape, which works. DeepSpeed's ZeRO replaces all parameters of a group by one
-flat tensor, which has neither rows nor columns. Others keep the parameter and set its ``data`` to a
-flat tensor, or to another dtype. So every step looks for parameters that have changed since they
-were checked.
+flat tensor, which has neither rows nor columns. Other trainers keep the parameter and set its
+``data`` to a flat tensor, or to another dtype. So every step looks for parameters that have changed
+since they were checked.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -230,7 +230,7 @@ def _unchecked(
 
 
 def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor]) -> None:
-    """Refuse parameters that replace others of another shape, or have another shape than before."""
+    """Refuse parameters that replace others of another shape, or whose own shape has changed."""
     current, earlier = {*params}, {*before.params}
     gone = [i for i, param in enumerate(before.params) if param not in current]
     rest = [param for param in params if param not in known and param not in earlier]
@@ -250,7 +250,7 @@ def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor])
 
 
 def misfit_of_state(param: Tensor, group: Group, state: Mapping[str, Any]) -> str | None:
-    """Return the name of a tensor in the state of a parameter that does not fit its shape.
+    """Return the name of a tensor in the state that does not fit the shape of the parameter.
 
     Args:
         param: The parameter.

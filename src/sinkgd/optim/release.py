@@ -34,11 +34,11 @@ class GradientRelease:
     """Let ``loss.backward()`` update the parameters of an optimizer, and free their gradients.
 
     The training loop does not change. ``optimizer.step()`` ends the step: it updates the
-    parameters whose gradients remain, frees these, and raises errors that were found. Learning
-    rates are read while backward runs, so a scheduler that steps after the optimizer works as
-    usual. The result is that of the ordinary step, bit for bit. A parameter with a non-finite
-    gradient is left unchanged; in an AdamW group, so are the parameters that are updated together
-    with it.
+    parameters whose gradients remain, frees these gradients, and raises the errors that were found
+    during the step. Learning rates are read while backward runs, so a scheduler that steps after
+    the optimizer works as usual. The result is that of the ordinary step, bit for bit. A parameter
+    with a non-finite gradient is left unchanged; in an AdamW group, so are the parameters that are
+    updated together with it.
 
     Parameters of the optimizer may be frozen or unfrozen at any time, and others may be added. A
     new parameter keeps its gradient until the first ``step()``; from then on, its gradient is

@@ -1,17 +1,18 @@
 """The role of each parameter of a model, read from the types and the places of its modules.
 
-Names of parameters are not used. A *block* is a module with children in a ``ModuleList``, in a
-``ModuleDict`` or, if another member has its type, in a ``Sequential``: the layers of a transformer,
-the stages of a ResNet. Linear weights inside blocks are the hidden matrices. Those outside are the
-model's input and output projections. A list of output heads is not a list of blocks.
+Names of parameters are not used. A *block* is a module that has children, and that is a member of a
+``ModuleList``, of a ``ModuleDict`` or, if another member has the same type, of a ``Sequential``:
+the layers of a transformer, the stages of a ResNet. Linear weights inside blocks are the hidden
+matrices. Those outside are the model's input and output projections. A list of output heads is not
+a list of blocks.
 
 Experts are hidden matrices: a list of modules, or one weight with the matrices of all experts. The
 router beside them, a linear module with one output for each expert, is not a hidden matrix: its
 outputs are scores that compete, like those of an output head.
 
 Wrappers (``torch.compile``, activation checkpointing, DDP, PEFT's layers, Lightning Fabric) and
-parametrizations are ignored: a parameter has the role that it would have without them. So are
-further names of a module, such as ``self.first = self.layers[0]``.
+parametrizations are ignored: a parameter has the role that it would have without them. Further
+names of a module, such as ``self.first = self.layers[0]``, are ignored, too.
 """
 
 import re
@@ -52,7 +53,7 @@ _NAME_PREFIXES = {
     *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
     *("_forward_module", "_original_module"),
 }
-# torch.nn.utils.parametrize keeps the tensors that a parameter is computed from below this child.
+# Below this child, torch.nn.utils.parametrize keeps the tensors from which it computes a parameter.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)$")
 
 
@@ -138,10 +139,10 @@ class _Modules:
         yield from (child for child in composite if not self._ends_in_a_head(child))
 
     def _ends_in_a_head(self, child: _Place) -> bool:
-        """Whether a member of a list is an output head, such as Medusa's or DETR's for boxes.
+        """Whether a member of a list is an output head, as in Medusa, or in DETR for boxes.
 
-        It has no normalization, and no module of the model reads as many features as its last
-        linear returns.
+        A head has no normalization, and no module of the model reads as many features as the last
+        linear of the head returns.
         """
         inside = [place.module for place in _places(child)]
         linears = [module for module in inside if hasattr(module, "out_features")]
@@ -231,7 +232,7 @@ def _wraps_base_layer(module: nn.Module) -> bool:
 
 
 def _unwrapped(place: _Place) -> list[_Place]:
-    """Return all copies of the module that a wrapper wraps; if it wraps nothing, return itself."""
+    """Return all copies of the module that a wrapper wraps; other modules are returned as is."""
     module = place.module
     children = dict(_named_children(module))
     for name in _WRAPPED:
@@ -367,7 +368,7 @@ def _is_stored_in_out(module: nn.Module) -> bool:
 
 
 def _is_batch(module: nn.Module, param: Tensor) -> bool:
-    """Whether three dimensions look like matrices one after the other, such as experts.
+    """Whether a parameter of three dimensions looks like a stack of matrices, such as experts.
 
     There are fewer experts than features, and all weights of a module have the same number of
     experts. So the weights of XLNet's attention are no batches: their shapes are (features, heads,

@@ -50,7 +50,7 @@ def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Save options as text, and list the parameters that have no state.
 
     torch's ``set_optimizer_state_dict`` would consider the state of an unlisted parameter lost. If
-    no parameter will ever have state, all are listed before the first step, too: torch's helpers
+    no parameter will ever have state, all are listed even before the first step: torch's helpers
     create the entries of the state only if no parameter has a gradient, and a distributed
     checkpoint must have the same entries when it is saved and when it is loaded.
     """
@@ -129,7 +129,7 @@ def _adopt(index: int, own: Group, saved: Group) -> Group:
 
 
 def check_is_adamw(index: int, saved: Group) -> None:
-    """Refuse a group that another optimizer than ``torch.optim.AdamW`` saved.
+    """Refuse a group that was saved by an optimizer other than ``torch.optim.AdamW``.
 
     torch.optim.Adam without weight decay is AdamW.
 
@@ -187,7 +187,7 @@ def _check_same_names(index: int, own: Sequence[str] | None, saved: Sequence[str
     if own is None or saved is None:
         return
     here, there = [*map(without_wrappers, own)], [*map(without_wrappers, saved)]
-    if len(here) == len(there):  # a parameter without a name may have one there
+    if len(here) == len(there):  # parameters without a name match any name
         pairs = [
             pair for pair in zip(here, there, strict=True) if not any(map(_UNNAMED.fullmatch, pair))
         ]
@@ -212,7 +212,7 @@ def check_state_shapes(
 ) -> None:
     """Refuse state of parameters that had another shape when it was saved.
 
-    Fused kernels do not compare the sizes of their inputs, and would read other memory.
+    Fused kernels do not compare the sizes of their inputs, and could read beyond the state.
 
     Args:
         own_groups: The optimizer's own groups.

@@ -36,9 +36,9 @@ class SWAN(GroupedOptimizer):
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter unchanged, and count it in `skipped`).
-        rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
-            down at random, so that small updates count in the mean), as are the
-            moments of AdamW's groups.
+        rounding: How bfloat16 parameters, and the bfloat16 moments of AdamW's groups, are rounded:
+            ``"nearest"``, or ``"stochastic"`` (up or down at random, so that small updates count
+            on average).
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.

@@ -4,7 +4,7 @@ The loops take float32 and bfloat16, in any mix, with dense rows or dense column
     gradients with other strides, or in another order in memory than their parameter: a copy is read
     float16 gradients: a float32 copy is read for the scales; `EagerBackend` updates
     float64, parameters of other types or strides, tensor subclasses, gradients that autograd
-        follows, empty ones: `EagerBackend`
+        follows, empty tensors: `EagerBackend`
     a matrix whose squares leave float32's range: a copy scaled by powers of two is read, as in
         `sinkgd.kernels.eager`; if that fails, too, as with a non-finite entry: `EagerBackend`
 """
@@ -149,8 +149,8 @@ class CpuBackend(EagerBackend):
     ) -> Descent:
         """Update a matrix as soon as its scales are known, while its gradient is in the cache.
 
-        That is possible if its parameter has no other matrix, and nothing else can forbid the
-        update.
+        This is possible if the matrix is the only one of its parameter, and nothing else can forbid
+        the update.
         """
         params, grads, ranges, starts, keys = matrices
         forbidden = overflow is not None and bool(overflow)
@@ -322,7 +322,7 @@ def _rescaled(
 ) -> Scales | None:
     """Run the loops on a copy scaled by powers of two; return None if that fails, too.
 
-    Powers of two change no rounding, so the bits are those that an unbounded float32 would give.
+    Powers of two change no rounding, so the bits are those of a float32 with unlimited range.
     """
     S = matrix.to(torch.float32, copy=True).abs_()
     divisors = equilibrate_(S)

@@ -3,8 +3,8 @@
 A second thread pool would compete with torch's threads, which spin for milliseconds after each
 operation. The loops therefore run on torch's OpenMP team. This module calls the runtime that torch
 is linked against, at the entry point that compilers use; the runtime then calls a compiled function
-on as many threads as torch would use. Several Python threads may do so at once, and a process may
-fork wherever torch allows it.
+on as many threads as torch would use. Several Python threads may do so at the same time, and a
+process may fork wherever torch allows it.
 
 A loop works on a table of int64 fields (`sinkgd.kernels.cpu.tables`).
 """
@@ -47,7 +47,7 @@ def launch(function: str, table: "array[int]", fields: int, entries: int, *more:
     """Run a compiled function on a table. An empty table is skipped.
 
     Args:
-        function: Its name, a key of `_LOOPS`.
+        function: The function's name, a key of `_LOOPS`.
         table: The table, row after row.
         fields: Number of fields of a row.
         entries: How many matrix entries are read in all.
@@ -103,7 +103,8 @@ def torch_openmp() -> OpenMP | None:
     """Return torch's OpenMP runtime, or None if it lacks a function."""
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_SUFFIX}"
     try:
-        # A library also resolves the symbols of what it is linked against: the OpenMP runtime.
+        # Symbols are also looked up in the libraries that this one is linked against, and so in the
+        # OpenMP runtime.
         return OpenMP(ctypes.CDLL(str(path)))
     except (OSError, AttributeError):
         return None

@@ -37,14 +37,14 @@ def float32_address(x: Tensor) -> int:
 
 
 class MatrixLayout(NamedTuple):
-    """The memory of a batch of matrices: rows in memory, in bytes."""
+    """How a batch of matrices is stored: rows in memory, with distances in bytes."""
 
     P: int  # rows in memory of one matrix
     Q: int  # entries of a row in memory
     ld: int  # bytes from one row in memory to the next
     dtype: int
     transposed: bool  # a row in memory is a column of the matrix
-    offsets: tuple[int, ...]  # bytes from the tensor's first entry to each matrix's
+    offsets: tuple[int, ...]  # bytes from the first entry of the tensor to that of each matrix
     may_be_written: bool  # no two entries share memory
     rows: int  # rows of all matrices together
     cols: int  # columns of all matrices together

@@ -32,8 +32,8 @@ from sinkgd.kernels.cpu.simd import (
     thread_num,
 )
 
-# Rows that are summed at once: enough accumulators to hide latency, and as many registers for the
-# weights of the rows.
+# Rows that are summed at a time. Sums of rows need as many accumulators, which is enough to hide
+# latency. Sums of columns need as many registers for the weights of the rows.
 ROWS = 8
 INTERLEAVED = 256  # columns after which row sums and column sums alternate
 # Blocks of rows that form one partial column sum: a longer sum in float32 would lose precision.

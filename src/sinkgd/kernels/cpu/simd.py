@@ -24,7 +24,7 @@ _I64, _I32, _I16, _I8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 _F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 
-# A call to a symbol that is not registered ends the process, so they are registered before linking.
+# A call to an unregistered symbol ends the process, so all symbols are registered before linking.
 _openmp = torch_openmp()
 if _openmp is None:
     raise ImportError("torch's OpenMP runtime has no GOMP_parallel")
@@ -73,7 +73,7 @@ def _call_intrinsic(builder: Any, name: str, result: Any, arguments: list[Any]) 
 
 @intrinsic
 def load(typing: Any, like: Any, address: Any, count: Any) -> Any:
-    """Read 16 numbers as float32. With ``count``, read that many and fill up with zeros.
+    """Read 16 numbers as float32. With ``count``, read that many; the rest are zeros.
 
     ``like`` is a dummy number. Its type says what is stored: float32 for float32, int16 for
     bfloat16.
@@ -289,8 +289,9 @@ def prefetch(typing: Any, address: Any) -> Any:
 def opaque(typing: Any, number: Any) -> Any:
     """Return ``number``, as a value that the compiler knows nothing about.
 
-    In a loop, expressions of it are then recomputed in each round instead of kept in registers. The
-    addresses of eight rows, ``ld`` bytes apart, would otherwise occupy a register each.
+    In a loop, the compiler then recomputes expressions of this value in each round, instead of
+    keeping them in registers. The addresses of eight rows, ``ld`` bytes apart, would otherwise
+    occupy a register each.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -1,12 +1,12 @@
 """Multiply updates by a few vectors: the job ``multiply``, and tiles for low-rank updates.
 
 An update X = U∘G∘V is computed tile by tile, 16 rows by 128 columns of float32, in scratch that
-stays in the L1 cache. One loop multiplies a tile by its rows or by its columns, or adds a matrix of
-low rank to it. The loop keeps eight sums of sixteen numbers in registers, and each number that it
-reads is added to all eight sums.
+stays in the L1 cache. One loop multiplies a tile or its transpose by vectors, or adds a matrix of
+low rank to a tile. The loop keeps eight sums of sixteen numbers in registers, and each vector of
+sixteen numbers that it reads goes into all eight sums.
 
-The job reads X once for X V, or for Xᵀ Y, or for both in sequence, Xᵀ X V, with blocks of sixteen
-vectors. Letters: see `sinkgd.kernels.cpu.tables`.
+The job reads X from memory once, whether it computes X V, or Xᵀ Y, or both in sequence: X V and
+Xᵀ X V. Vectors come in blocks of sixteen. Letters: see `sinkgd.kernels.cpu.tables`.
 """
 
 from numba import cfunc, float32, int16, int64, void

@@ -20,7 +20,7 @@ from sinkgd.kernels.cpu.launch import launch, scratch
 from sinkgd.kernels.cpu.layout import MatrixLayout
 from sinkgd.kernels.eager import no_movement
 
-# A gradient G, and a parameter W that is updated by it, or 0.
+# A gradient G, and the parameter W that it updates; W is 0 if there is none.
 #     DTYPE: `F32` or `BF16` of `sinkgd.kernels.cpu.layout`
 #     STARTED: the column scales, squared, are given
 #     FAILED: set by the loops if they found no scales
@@ -52,7 +52,8 @@ SUMS_FIELDS = 8
     MG, MP, MQ, MLD, MDTYPE, MU, MV, BLOCKS, COL_VECTORS, ROW_VECTORS, COL_PRODUCTS, SQUARES,
 ) = range(0, 96, 8)  # fmt: skip
 PRODUCTS_FIELDS = 12
-# The header of a job, read by all loops up to NEXT, the next row of the table to claim.
+# The header of a job. All loops read the fields up to NEXT, which is the next row of the table to
+# claim.
 #     FLOATS: address of four doubles: the factors of parameter and update, then the least and the
 #         largest quotient of squared scales that count as no movement (0: not tested)
 #     TILES: scratch of `TILE_BYTES` per thread
@@ -87,7 +88,7 @@ class Target(NamedTuple):
 
 
 class GradientTable:
-    """Gradients, to find their scales or to update parameters by them, or both.
+    """Gradients whose scales are to be found, or that are to update parameters, or both.
 
     Args:
         keep: The factor of the parameters.
@@ -169,7 +170,7 @@ class GradientTable:
 
 
 class SumsTable:
-    """Gradients whose squares are summed with weights. The table is kept and run again and again.
+    """A table, built once and run repeatedly, of gradients whose squares are summed with weights.
 
     The buffers of weights and sums are float32, one matrix after the other.
     """

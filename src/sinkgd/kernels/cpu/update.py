@@ -3,7 +3,7 @@
 A parameter W becomes ``keep * W + step * (U∘G∘V + LEFT @ RIGHT)``, rounded once. Letters: see
 `sinkgd.kernels.cpu.tables`.
 
-A function with an argument ``away`` is compiled twice: ``away`` is None, or the factor that
+A function with an argument ``away`` is compiled twice: once for None, and once for the factor that
 replaces ``keep`` in entries that do not move toward zero.
 """
 

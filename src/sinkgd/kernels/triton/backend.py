@@ -5,7 +5,7 @@ deflation, an update is neither stored nor copied, for up to 31 directions. All 
     gradients with other strides, or of another order in memory than their parameter: a copy is read
     more than 31 directions: the updates are computed and stored in float32
     float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
-        empty ones: `EagerBackend`
+        empty tensors: `EagerBackend`
 
 The speed of the kernels has not been measured.
 """
@@ -57,8 +57,9 @@ from sinkgd.kernels.triton.products import MAX_VECTORS, SkinnyProducts, StackPro
 from sinkgd.kernels.triton.shard_sums import TritonSums
 from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, capturing, operand_of
 
-# At 3 TB/s a GPU reads about this many bytes from its memory while the host prepares a launch, in
-# about 20 µs. Outside of a graph, a smaller bucket would wait for the host. Not measured.
+# At 3 TB/s a GPU reads about this many bytes from its memory while the host prepares a launch,
+# which takes about 20 µs. Outside of a graph, a smaller bucket would make the GPU wait for the
+# host. This has not been measured.
 LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
@@ -78,7 +79,8 @@ class TritonBackend(EagerBackend):
                 launch is one iteration and reads the gradient once. If not, or if rows are too
                 long, a launch is half an iteration.
             products_by_dot: Whether kernels multiply gradients by vectors, and subtract the leading
-                directions as they write a parameter. If not, torch does so on updates in float32.
+                directions as they write a parameter. If not, torch does both, on updates stored in
+                float32.
         """
         self.whole_rows = whole_rows
         self.products_by_dot = products_by_dot
@@ -416,7 +418,7 @@ def _factor(value: float | Tensor, device: torch.device) -> float | Tensor:
 
 
 def _in_memory(sides: Sequence[Tensor], *, transposed: bool) -> Sequence[Tensor]:
-    """Return the sides of a matrix in memory order: that of its rows in memory comes first."""
+    """Return the sides of a matrix in memory order: the side of its rows in memory comes first."""
     return sides[::-1] if transposed else sides
 
 

@@ -1,13 +1,13 @@
 """Find scales and update parameters, in a descent that reads a gradient once per iteration.
 
 A bucket is a set of matrices that are launched together: once for each iteration, and once for the
-update. For a matrix that is transposed in memory, the update also finds the last column
-scales. Nothing waits for the device.
+update. For a matrix that is transposed in memory, the update also finds the last column scales.
+Nothing waits for the device.
 
 Apart from addresses, launches depend only on the signature of the tensors. A later step of the same
 signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
-sends the addresses of all tensors if one has moved, and starts the launches. The signature is
-looked up in every step, for every tensor, so it has only what torch returns immediately.
+sends the addresses of all tensors if one has moved, and starts the launches. Every step computes
+the signature of every tensor, so it has only what torch returns immediately.
 """
 
 from collections import OrderedDict
@@ -247,7 +247,7 @@ def _finish(
     *,
     known: bool = False,
 ) -> PreparedLaunch:
-    """Read a bucket once more: find the last u of transposed matrices if needed, and write."""
+    """Read a bucket once more: find the last u of transposed matrices if needed, and update."""
     u_from = min(iterations.num_iters, SCALED) if bucket.kind.transposed and not known else GIVEN
     constants = finish_constants(bucket.kind, u_from, update, target)
     fixed = *_offsets(bucket), iterations.num_iters % 2
@@ -266,8 +266,8 @@ def iteration_constants(
 
     Args:
         kind: Kind of the bucket.
-        phase: 0 for the first iteration. For transposed matrices, 1 for the second and 2 for all
-            later iterations; for others, 1 for all later ones.
+        phase: 0 for the first iteration. For transposed matrices, 1 for the second iteration and 2
+            for all later ones; for other matrices, 1 for all iterations after the first.
         tol: Whether converged matrices are skipped.
         started: Whether some gradient has initial column scales.
         target: None for the interpreter.
@@ -277,7 +277,7 @@ def iteration_constants(
     panel, threads = kind.panel, kind.threads
     unscaled = UNSCALED in (u_from, v_from)
     if unscaled:
-        panel, threads = half_panel(panel, threads)  # it needs more registers
+        panel, threads = half_panel(panel, threads)  # unscaled entries need more registers
     lean = not unscaled and not tol and kind.dtype.itemsize == 2
     return {
         "DTYPE": kernels("primitives").DTYPES[kind.dtype],

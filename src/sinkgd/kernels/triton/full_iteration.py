@@ -232,7 +232,7 @@ def full_iteration(
     TRANSPOSED: tl.constexpr,  # a row in memory is a column of the matrix
     STARTED: tl.constexpr,  # whether some tensor has initial column scales
     TOL: tl.constexpr,  # whether converged matrices are skipped
-    CHUNK: tl.constexpr,  # columns whose partial sums are added up at once
+    CHUNK: tl.constexpr,  # columns whose partial sums are added up at a time
     VECTOR: tl.constexpr,  # entries in 16 bytes if loads are that wide, else 1
 ):
     """Find u from v, then v from u, and read the gradient once.

@@ -1,7 +1,7 @@
 """Half iterations and updates, tile by tile: tiles, the plan of a call, and its launches.
 
 A bucket has the matrices of one launch. They are of one kind, and few enough for their gradients to
-stay in the cache from one half iteration to the next. To find the scales of a bucket takes two
+stay in the cache from one half iteration to the next. Finding the scales of a bucket takes two
 launches per iteration and one more; an update takes one launch. Nothing waits for the device. The
 scales of a matrix have the same bits in any bucket. A plan depends only on shapes, strides, types
 and alignment, so steps share it.
@@ -42,7 +42,7 @@ PROGRAMS = 256  # about two for each processor of a large GPU
 
 
 class Tile(NamedTuple):
-    """The shape of tiles, which decides the bits of sums; it depends only on a matrix's shape."""
+    """The shape of a matrix's tiles, which decides the bits of sums; no other matrix affects it."""
 
     BM: int
     BN: int
@@ -76,9 +76,9 @@ def tile_of_product(P: int, Q: int, area: int) -> Tile:
 def tiles_per_program(count: int, tiles: int, side: int, entry_bytes: int) -> int:
     """Return how many tiles of a line one program takes; there are ``count`` lines of ``tiles``.
 
-    For each of its scales a program first reads ``tiles`` partial sums of 4 bytes. It then takes so
-    many tiles, each with ``side`` entries for each scale, that these have eight times as many
-    bytes, if that leaves enough programs for a whole GPU.
+    For each of its scales a program first reads ``tiles`` partial sums of 4 bytes. Each of its
+    tiles has ``side`` entries for each scale. The program takes enough tiles for these entries to
+    have eight times as many bytes as the partial sums, or fewer if a whole GPU needs more programs.
     """
     most = min(-(-tiles * 8 * 4 // (side * entry_bytes)), count * tiles // PROGRAMS)
     return max(1, most)
@@ -195,7 +195,7 @@ class Scratch(NamedTuple):
     moved: Tensor | None  # whether a row of each matrix moved, int32, a vector for each iteration
 
     def scales_of(self, iteration: int, num_iters: int) -> Tensor:
-        """Return the tensor for the scales of an iteration: for the last, the first tensor."""
+        """Return the tensor of an iteration's scales; the last iteration has the first tensor."""
         return self.scales[(num_iters - iteration) % 2]
 
     def moved_in(self, iteration: int, num_iters: int) -> Tensor:
@@ -276,7 +276,7 @@ class LowRankSides(NamedTuple):
     rank: int
     left: tuple[int, ...]  # strides of the left side
     right: tuple[int, ...]  # strides of the right side
-    aligned: bool  # whether the first entries of both are aligned to 16 bytes
+    aligned: bool  # whether the first entries of both sides are aligned to 16 bytes
 
     @property
     def width(self) -> int:
@@ -428,6 +428,6 @@ def options_of(
         threads *= 4 if first else 2  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // target.warp, "enable_fp_fusion": True}
     if target.backend == "cuda" and wide and not first:
-        # Two programs on one processor hide each other's latency, or three that have a product.
+        # Two programs on one processor hide each other's latency; with a product, three do.
         options["maxnreg"] = 168 if product else 128
     return options

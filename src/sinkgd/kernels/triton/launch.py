@@ -166,7 +166,7 @@ def argument_class(argument: object, *, is_general: bool) -> Hashable:
 
     Args:
         argument: A tensor or a number.
-        is_general: Whether triton is told not to specialize the kernel to its value.
+        is_general: Whether triton is told not to specialize the kernel to the argument's value.
     """
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0

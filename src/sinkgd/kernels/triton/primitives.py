@@ -34,9 +34,9 @@ def row_length(pointer, VECTOR: tl.constexpr):
 
 @triton.jit
 def matrix_at(address, offset, ld, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Return a pointer to a matrix's first entry, and ld, as integers of 64 bits.
+    """Return a pointer to a matrix's first entry, and ld as an integer of 64 bits.
 
-    With ``VECTOR`` above 1 the compiler is told that loads of 16 bytes are aligned.
+    With ``VECTOR`` above 1, the compiler is told that loads of 16 bytes are aligned.
     """
     base = tl.load(address).to(tl.pointer_type(DTYPE))
     first = tl.load(offset)

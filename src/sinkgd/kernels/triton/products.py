@@ -1,6 +1,6 @@
 """Products of updates X = row * grad * col with a few vectors, by the kernels of `skinny_matmul`.
 
-`SkinnyProducts` multiplies all matrices at once, with vectors in one tensor; `StackProducts` takes
+`SkinnyProducts` multiplies all matrices together, with vectors in one tensor; `StackProducts` takes
 and returns one tensor for each stack of gradients.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
@@ -183,7 +183,7 @@ class SkinnyProducts:
         return self._packed(cols, vectors.shape[-1], of_rows=False)
 
     def of_both(self, vectors: Tensor | None = None) -> tuple[Packed, Packed]:
-        """Return X V and Xᵀ X V of each matrix; None means the vectors that they share."""
+        """Return X V and Xᵀ X V of each matrix; None means the vectors that the matrices share."""
         shared = vectors is None
         given = self._shared if vectors is None else vectors
         assert given is not None, "there are none"
@@ -229,7 +229,7 @@ class SkinnyProducts:
         return _in_order(dict(zip(self.order, parts, strict=True)))
 
     def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
-        """Return, for each gradient, a 0-dim flag: whether those of all its matrices are True."""
+        """Return a 0-dim flag for each gradient: whether the flags of all its matrices are True."""
         if self._tensors is not None:
             bad = (~flags).double()
             flags = torch.segment_reduce(bad, "sum", lengths=self._tensors, unsafe=True) == 0
@@ -245,7 +245,7 @@ class SkinnyProducts:
     ) -> tuple[Tensor, Tensor]:
         """Multiply X by ``vectors`` if ``rows`` are asked for, else Xᵀ.
 
-        If both are asked for, Xᵀ is multiplied by the first product.
+        If both ``rows`` and ``cols`` are asked for, Xᵀ is then multiplied by the first product.
         """
         width = vectors.shape[-1]
         K = 16 if width <= 16 else MAX_VECTORS

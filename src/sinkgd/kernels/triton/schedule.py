@@ -33,8 +33,9 @@ from sinkgd.kernels.triton.tables import (
 LONGEST = 1 << 14  # entries of the longest row that a program keeps in registers
 FEWEST_THREADS, MOST_THREADS = 64, 512
 NARROWEST = 4  # columns of a tile
-# The least number of rows of a program. Its partial sums, of 5 bytes per column in the first launch
-# and of 4 in the others, then have an eighth or a tenth of the bytes of its entries in bfloat16.
+# The least number of rows of a program. In bfloat16, 20 rows have 40 bytes per column. The
+# program's partial sums have at most an eighth of that: 5 bytes per column in the first launch, and
+# 4 in the others.
 FEWEST_ROWS = 20
 FAN_IN = 8  # programs in a group, and groups in a larger group, whose sums one program adds up
 # Entries of a panel for each thread. There are half as many if loads are narrow, since their
@@ -98,7 +99,7 @@ def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
 
 
 def _is_wide(Q: int) -> bool:
-    """Whether loads of 16 bytes may divide a row; addresses of narrower loads fill registers."""
+    """Whether a row can consist of loads of 16 bytes; addresses of narrower ones fill registers."""
     return Q % 8 == 0
 
 
@@ -263,7 +264,7 @@ def _fill(found: Iterable[_Found], bucket_bytes: int) -> list[list[_Found]]:
 
 
 def _groups(programs: int) -> int:
-    """Return how many groups of up to `FAN_IN` programs or groups there are, on all levels."""
+    """Return the number of groups, each of up to `FAN_IN` programs or groups, on all levels."""
     groups = 0
     while True:
         programs = -(-programs // FAN_IN)

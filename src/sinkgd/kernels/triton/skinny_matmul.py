@@ -9,8 +9,8 @@ Letters: as in `sinkgd.kernels.triton.tables`, and
 and adds up all their terms, so no sum is shared or depends on the order of programs. The vectors
 are first multiplied by the scales of one side, and then the product by the scales of the other. For
 a bfloat16 gradient, a number of a vector is split into three bfloat16 numbers, 24 bits together.
-For others it is split into two tf32 numbers if products are computed in tf32, and stays float32
-otherwise. The product is float32.
+For other gradients it is split into two tf32 numbers if products are computed in tf32, and stays
+float32 otherwise. The product is float32.
 """
 
 import triton

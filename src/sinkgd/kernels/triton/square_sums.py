@@ -13,8 +13,9 @@ it squares them.
 
 `weighted_square_sums` works differently: its squares and sums are float64, whose range includes the
 squares of all float32 numbers, so the kernel needs no powers of two and reads a gradient once per
-call. One program adds up a whole line of a shard, so the bits of a sum depend only on that line. It
-needs 4 float64 instructions per entry: few for a data center's GPU, many for others; not measured.
+call. One program adds up a whole line of a shard, so the bits of a sum depend only on that line.
+The kernel needs 4 float64 instructions per entry: few for a data center's GPU, many for other GPUs.
+Its speed has not been measured.
 """
 
 import triton
@@ -48,7 +49,7 @@ _PROGRAM, _LINE = tl.constexpr(len(TileProgram._fields)), field(TileProgram, "li
 _FIRST, _END = field(TileProgram, "first"), field(TileProgram, "end")
 
 _HEADROOM = tl.constexpr(1 / 64)  # a tile's side is at most 2048: no sum of squares overflows
-_CHUNK = tl.constexpr(4096)  # partial sums that a program loads at once
+_CHUNK = tl.constexpr(4096)  # partial sums that a program loads at a time
 
 
 @triton.jit(do_not_specialize=["done", "low", "high"])
@@ -78,7 +79,7 @@ def half_iteration(
     TOL: tl.constexpr,  # whether converged matrices are skipped
     VECTOR: tl.constexpr,  # entries in 16 bytes if loads are that wide, else 1
 ):
-    """Find the scales of one side from the sums before, then sum squares for the other side.
+    """Find the scales of one side from the previous sums, then sum squares for the other side.
 
     ``found`` are the new scales: of columns if rows are summed, else of rows. A program has the
     scales of one line of tiles and goes along that line. Names with ``other_`` belong to the other

@@ -85,7 +85,7 @@ def writable(
     allowed: Tensor | None,
     key: Tensor | None,
 ) -> bool:
-    """Whether kernels can update a parameter: by ``scales``, or if None, by those they find."""
+    """Whether kernels can update a parameter by ``scales``; None means scales that they find."""
     pair = () if scales is None else (scales.row, scales.col)
     others = (grad, *pair, *(x for x in (allowed, key) if x is not None))
     return (

@@ -31,7 +31,7 @@ class HalfMatrix(NamedTuple):
     """A matrix of a gradient whose scales are found by half iterations."""
 
     tensor: int  # index of the gradient's address
-    offset: int  # from the tensor's first entry to the matrix's
+    offset: int  # from the first entry of the tensor to that of the matrix
     P: int
     Q: int
     ld: int
@@ -57,7 +57,7 @@ class UpdateMatrix(NamedTuple):
     """A matrix of a parameter to update."""
 
     tensor: int  # row of `UpdateAddresses`
-    offset: int  # from the parameter's first entry to the matrix's
+    offset: int  # from the first entry of the parameter to that of the matrix
     grad_offset: int
     P: int
     Q: int
@@ -96,7 +96,7 @@ class DescentMatrix(NamedTuple):
     """A matrix of a gradient, and of its parameter, to descend on."""
 
     tensor: int  # index of the addresses of the gradient and of the parameter
-    offset: int  # from the gradient's first entry to the matrix's
+    offset: int  # from the first entry of the gradient to that of the matrix
     P: int
     Q: int
     ld: int
@@ -137,7 +137,7 @@ class ProductMatrix(NamedTuple):
     """A matrix of an update that is multiplied by vectors. Offsets of vectors count rows."""
 
     tensor: int  # index of the gradient's address
-    offset: int  # from the tensor's first entry to the matrix's
+    offset: int  # from the first entry of the tensor to that of the matrix
     P: int
     Q: int
     ld: int
@@ -157,7 +157,7 @@ class ShardMatrix(NamedTuple):
     """A matrix of a gradient's shard whose squares are summed."""
 
     tensor: int  # index of the gradient's address
-    offset: int  # from the tensor's first entry to the matrix's
+    offset: int  # from the first entry of the tensor to that of the matrix
     ld: int
     P: int
     Q: int

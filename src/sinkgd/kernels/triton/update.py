@@ -120,7 +120,7 @@ _R_FIRST, _R_END = field(RowProgram, "first"), field(RowProgram, "end")
 @triton.jit(do_not_specialize=["keep", "step", "matrices", "programs", "count", "flip"])
 def finish(
     grads,  # addresses
-    weights,  # addresses of parameters; the dispatcher has a variable called params
+    weights,  # addresses of parameters; not called params, a name that the dispatcher uses
     keys,
     overflow,  # pointer to a bool that forbids all writing; not read unless OVERFLOW
     table,

@@ -1,4 +1,4 @@
-"""The table of methods: which one a group's ``algorithm`` names. `sinkgd.contrib` adds its own."""
+"""The table of methods, by the ``algorithm`` of a group. `sinkgd.contrib` adds methods to it."""
 
 from sinkgd.optim.method import Method
 from sinkgd.optim.methods.adamw import AdamW

@@ -30,9 +30,9 @@ from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
-# How many entries of a bfloat16 parameter are in float32 at once. With the random bits, each then
-# takes some 40 bytes. On a GPU there are more, since launching small kernels takes longer than
-# their work.
+# How many entries of a bfloat16 parameter are in float32 at a time. With the random bits, each then
+# takes some 40 bytes. The number is larger on a GPU, since launching small kernels takes longer
+# than their work.
 _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 22
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -47,8 +47,9 @@ class AdamW(Method):
     As in torch, entries of the gradient must stay below 1e19, so that their squares are within
     float32's range; clip larger entries.
 
-    With ``cautious_decay``, torch takes the step of zeros in float32, for a part of a parameter at
-    a time. The result is the step alone; our update then decays by its signs, and adds it.
+    With ``cautious_decay``, torch updates zeros in float32 instead of the parameter, for a part of
+    a parameter at a time. The zeros become the step alone. Our own update then decays the parameter
+    by the signs of this step, and adds the step.
 
     With ``rounding="stochastic"``, bfloat16 weights and their moments are updated in float32 and
     rounded at random. Rounding to the nearest would lose small updates of the weights, and all
@@ -184,7 +185,7 @@ def _decay_cautiously_(
     keep: Cautious,
     step: Callable[..., None],
 ) -> None:
-    """Compute the step of zeros in float32 or wider; then decay by its signs, and add it.
+    """Compute the step alone, in float32 or wider; then decay by its signs, and add it.
 
     Args:
         param: This rank's shard of the parameter.
@@ -221,7 +222,7 @@ def _step_(
     held_back: Tensor | None,
     grad_scale: Tensor | None,
 ) -> None:
-    """Take a step as `descend_by_adamw_` does, by torch alone.
+    """Take the step of `descend_by_adamw_` without cautious decay, by torch's function.
 
     The fused kernel ignores strides. So its inputs must be dense and have the memory order of the
     parameter. Other gradients and parameters are copied in every step, other moments only once.
@@ -290,14 +291,14 @@ def _descend_in_float32_(
         descend([param], [grad[rows].to(torch.float32).contiguous()], [counted])
         step = counted["step"]
         for number, (name, part) in enumerate(parts.items()):
-            # The weights and each moment draw from a stretch of their own.
+            # The weights and each moment count as different entries, with different random bits.
             entry = number * slot.param.numel() + first + rows.start * row
             part.copy_(round_to_bfloat16(wide[name], key + entry))
     state["step"].copy_(step)
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
-    """Yield the rows that are in float32 at once; a single empty slice if ``x`` is empty."""
+    """Yield the rows that are in float32 at a time; a single empty slice if ``x`` is empty."""
     chunk = _CPU_CHUNK if x.is_cpu else _CHUNK
     rows = max(1, chunk // max(1, x[:1].numel()))
     for begin in range(0, max(1, len(x)), rows):
@@ -305,7 +306,7 @@ def _parts(x: Tensor) -> Iterator[slice]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 or wider, with dense rows: ``x`` itself if it has both."""
+    """Return ``x`` in float32 or wider, with dense rows: ``x`` itself if it has that form."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
@@ -340,7 +341,8 @@ def init_moments(
 ) -> None:
     """Create the moments of a parameter, filled with zeros, if it has none.
 
-    If the parameter has changed its dtype, as by ``model.bfloat16()``, its moments are cast, too.
+    If the dtype of the parameter has changed, for example by ``model.bfloat16()``, its moments are
+    cast, too.
     """
     if state:
         for name in MOMENTS:

@@ -250,7 +250,7 @@ def _capacity(grad: Tensor) -> int:
 
 
 def _scale_rows_and_columns(norms: Sequence[Norm]) -> bool:
-    """Whether shards can be projected on all of these norms; subclasses of ours are not known."""
+    """Whether shards can be projected on all norms; subclasses of built-in norms do not count."""
     return all(type(norm) in _SCALING_NORMS for norm in norms)
 
 
@@ -258,7 +258,7 @@ def _scale_rows_and_columns(norms: Sequence[Norm]) -> bool:
 def _step_shards(
     slots: Sequence[Slot], norms: Sequence[Norm], group: Group, context: Context
 ) -> Steps[Tensor]:
-    """Check the gradients of sharded parameters; then scale and write all at once."""
+    """Check the gradients of sharded parameters; then scale and write all of them together."""
     backend = kernels.select("auto", slots[0].param.device)
     finite: Tensor = yield are_finite(slots)
     matrices, ranges = param_matrices(slots, layout=group["layout"], split=group["split"])

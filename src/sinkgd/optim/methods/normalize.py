@@ -1,7 +1,7 @@
 """Normalized gradient descent: each gradient is divided by its own l2 norm, with no state.
 
-The method for vectors and scalars if no state at all is wanted. A scalar moves by the sign of its
-gradient.
+This is the method for vectors and scalars if no state at all is wanted. A scalar moves by the sign
+of its gradient.
 """
 
 from collections.abc import Sequence

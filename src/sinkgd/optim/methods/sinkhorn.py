@@ -51,7 +51,7 @@ from sinkgd.optim.transforms.half_step import SIDES
 class Sinkhorn(Method):
     """SR-Sinkhorn for matrices, with no state, and with only the scratch memory of the backend.
 
-    Transforms may add to both.
+    Transforms may add state and scratch memory.
 
     Args:
         vectors: The method of parameters with fewer than two dimensions; None refuses them.
@@ -108,7 +108,7 @@ class Sinkhorn(Method):
         return any(any(own) for own in held)
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Update all parameters at once, with what transforms do around the step."""
+        """Update all parameters together, with what transforms do around the step."""
         step: Step = self._step
         for around in reversed(_hooks("around", _active(group))):
             step = partial(around, step)
@@ -207,7 +207,7 @@ def _solve(batch: Batch) -> Computation[kernels.Descent]:
 
 @computation
 def _finish(transforms: Sequence[Transform], batch: Batch) -> Steps[Tensor]:
-    """Apply the transforms after the scales, write, and return which parameters were finite."""
+    """Apply the ``after`` hooks, update the parameters, and return which gradients are finite."""
     for after in _hooks("after", transforms):
         batch = yield after(batch)
     chunks = [slice(len(batch.slots))]
