@@ -121,7 +121,7 @@ class Contender:
     build: Callable[[Problem], Optimizer]
     copies: int = 0  # memory besides parameters and gradients, in multiples of the parameters
     floor_bytes: Callable[[Problem], int] | None = None  # the fewest bytes that a step can move
-    streams: bool = False  # whether it moves only its floor, so that its time measures bandwidth
+    streams: bool = False  # whether it moves only floor_bytes, so that its time gives a bandwidth
     slow: bool = False  # whether it takes many times as long as AdamW
     absent: Callable[[], str | None] = lambda: None  # why it cannot run here, or None
 

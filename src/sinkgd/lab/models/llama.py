@@ -252,7 +252,7 @@ class Llama(LanguageModel):
         return hidden
 
     def tie(self) -> None:
-        """Tie the head to the embedding if the config says so; call it after replacing either."""
+        """Tie the head to the embedding if the config says so; call this after replacing either."""
         if self.config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 

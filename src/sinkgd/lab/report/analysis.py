@@ -183,7 +183,7 @@ class Comparison:
     time_fraction: Spread | None  # `seconds` as a fraction of all seconds of the baseline
     effective_tokens_per_second: Spread | None  # the baseline's tokens / `seconds`
     effective_speedup: float | None  # effective throughput / the baseline's tokens per second
-    level: bool  # whether the final losses are equal when printed, or their ranges overlap
+    level: bool  # whether final losses are equal as printed, or their ranges over seeds overlap
 
 
 @dataclass(frozen=True)
