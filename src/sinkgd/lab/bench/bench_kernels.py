@@ -1,7 +1,7 @@
 """`sinkgd bench kernels`: the two halves of a step, scales and update, in each backend.
 
-They are timed over many shapes and types, and compared with the bandwidth of the memory. This file
-also makes the tables, the charts and the page.
+Each half is timed over many shapes and types, and its speed is compared with the bandwidth of the
+memory. This file also makes the tables, the charts and the page.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class KernelTiming:
 
 @dataclass(frozen=True)
 class CaseTiming:
-    """All backends on matrices of one shape, in one type."""
+    """The timings of all backends on the matrices of one case, in one type."""
 
     case: str
     dtype: str
@@ -212,7 +212,7 @@ def kernels_page(record: KernelsRecord) -> str:
     absent = tuple((one.title, one.reason) for one in record.absent)
     details = [TextTable("Absent backends", "", ("backend", "why"), (), absent)] if absent else []
     content = PageContent(
-        headline="Backends over shapes, against the bandwidth of memory.",
+        headline="Speed of the backends on many shapes, compared with the bandwidth of memory.",
         cautions=kernels_warnings(record),
         charts=kernel_charts(record),
         tables=[case_table(case) for case in record.cases],
@@ -228,7 +228,7 @@ def kernels_page(record: KernelsRecord) -> str:
 
 
 def kernels_warnings(record: KernelsRecord) -> tuple[str, ...]:
-    """Return warnings about shares that may not hold; empty if all are reliable."""
+    """Return warnings about unreliable shares; empty if all are reliable."""
     wide = {
         f"{case.case}, {case.dtype}": [
             f"{one.backend}: {one.operation}" for one in case.timings if spreads_widely(one.share)
@@ -244,7 +244,7 @@ def case_table(case: CaseTiming) -> TextTable:
     rate = best.bytes_per_second.median / 1e9
     return TextTable(
         title=f"{case.case}, {case.dtype}",
-        note=f"Share: of {rate:.1f} GB/s, the fastest that was measured here ({best.name}).",
+        note=f"Share: fraction of {rate:.1f} GB/s, the highest measured here ({best.name}).",
         columns=("operation", "µs", "GB/s", "share"),
         rows=tuple(
             (

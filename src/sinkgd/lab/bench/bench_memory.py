@@ -1,11 +1,12 @@
 """`sinkgd bench memory`: state and scratch of each optimizer, and the peaks of training steps.
 
-Each measurement runs in a process of its own. To measure an optimizer without a model on a CPU, the
-profiler lists every allocation and release of torch's allocator in order. Three sizes follow:
-    state: the tensors in ``optimizer.state`` after two steps
-    held: what the first step allocated and never released, less the state; the compiled loops keep
-        their scratch in a torch tensor, so it counts here
-    transient: the highest sum of allocations less releases within the third step
+Each measurement runs in a process of its own. On a CPU, an optimizer without a model is measured
+with the profiler, which lists every allocation and release of torch's allocator in order. Three
+sizes follow:
+    state: the tensors in ``optimizer.state`` after three steps
+    held: what the first step allocated and did not release, minus the state; the compiled loops
+        keep their scratch in a torch tensor, so that scratch counts here
+    transient: the highest running sum of allocations minus releases within the third step
 Memory outside torch's allocator is not counted: code, Python objects, and the buffers that a
 library such as oneDNN takes from the C library. On CUDA the allocator's own counters are read.
 """
@@ -86,7 +87,7 @@ def bench_training(plan: TrainingPlan) -> TrainingMemory:
 
 
 def cases_of(plan: TrainingPlan) -> Iterator[Case]:
-    """Yield the cases, without release for recipes that need all gradients at once."""
+    """Yield the cases; recipes that need all gradients at once have no case with release."""
     for model in plan.models:
         for recipe in plan.recipes:
             for release in plan.releases:
@@ -118,7 +119,7 @@ def _bench_optimizers(plan: MemoryPlan) -> tuple[list[MemoryUse], list[NotMeasur
 
 @dataclass(frozen=True)
 class Subject:
-    """An optimizer to measure, by names that another process can look up."""
+    """An optimizer to measure, described by names that another process can look up."""
 
     contender: str
     workload: str
@@ -183,7 +184,7 @@ def measure(
 def scratch_limit(problem: Problem, threads: int) -> int:
     """Return the target for scratch: 1 MiB plus, for each thread, 4(m + n) bytes.
 
-    m and n are the sides of the matrix with the largest sum of them.
+    m and n are the sides of the matrix whose m + n is largest.
     """
     longest = max(sum(p.shape[-2:]) for p in problem.params if p.ndim > 1)
     return 2**20 + 4 * threads * longest
@@ -193,12 +194,12 @@ def scratch_limit(problem: Problem, threads: int) -> int:
 class Allocations:
     """What a call allocated, in bytes."""
 
-    kept: int  # still allocated at its end
-    peak: int  # the most that was allocated at once
+    kept: int  # bytes that are still allocated when the call ends
+    peak: int  # the most bytes that were allocated at the same time
 
 
 def allocations(call: Callable[[], object], device: torch.device) -> Allocations:
-    """Run ``call``, and count what the allocator of ``device`` gives out meanwhile."""
+    """Run ``call``, and count what it allocates from the allocator of ``device``."""
     if device.type == "cuda":
         return _cuda_allocations(call, device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -208,7 +209,7 @@ def allocations(call: Callable[[], object], device: torch.device) -> Allocations
 
 
 def running_sum(changes: Sequence[int]) -> Allocations:
-    """Add up allocations, positive, and releases, negative, in their order.
+    """Add up allocations (positive) and releases (negative) in their order.
 
     >>> running_sum([100, 20, -20, 50, -50])
     Allocations(kept=100, peak=150)

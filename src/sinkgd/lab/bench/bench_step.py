@@ -69,7 +69,7 @@ from sinkgd.lab.bench.workloads import (
 )
 from sinkgd.lab.report.console import Progress
 
-# Checks, measured besides the times of steps. A plan names them in its list of workloads.
+# The checks, which are not timings of steps. A plan names them in its list of workloads.
 FIRST_CALL, ACCURACY, SCRATCH = "first-call", "accuracy", "scratch"
 CHECKS = (FIRST_CALL, ACCURACY, SCRATCH)
 CHECKED_WORKLOADS = ("llama-60m", "llama-1b-layer")
@@ -157,7 +157,8 @@ def _time(
 
 
 def _weight(workload: Workload, dtype: str) -> float:
-    # Slow contenders take most of the time, which depends on the entries, not on the type.
+    # Slow contenders take most of the time. Their time depends on the number of entries, not on
+    # the type.
     entries = workload_bytes(workload, dtype) / DTYPES[dtype].itemsize
     return entries if workload.without_slow else 4 * entries
 
@@ -224,9 +225,9 @@ def time_workload(
 def _choose_participants(
     workload: Workload, device: torch.device, room: float, wanted: Callable[[str], bool]
 ) -> Participants:
-    """Choose contenders while memory lasts.
+    """Choose contenders as long as memory is left for them.
 
-    ``room`` is the memory that is left for them, as a multiple of the workload's bytes.
+    ``room`` is the memory for all contenders and probes, as a multiple of the workload's bytes.
     """
     participants = Participants([], [], [])
     for probe in probes(device):
@@ -370,9 +371,9 @@ def measure_accuracy(workload: Workload, backend: str, device: torch.device) -> 
 def relative_error(scales: Scales, exact: Scales) -> float:
     """Return the largest relative error of the products r·c, over all rows and columns.
 
-    Products are compared because a factor may have moved from r to c. No product is formed: with
-    ratios a of the rows and b of the columns, the ratios of the products lie between
-    min a · min b and max a · max b.
+    Products are compared because a factor may have moved from r to c. No product is formed: if a
+    and b are the ratios of the row and of the column scales to the exact ones, the ratios of the
+    products lie between min a · min b and max a · max b.
     """
     rows, cols = scales.row.double() / exact.row, scales.col.double() / exact.col
     ends = rows.min() * cols.min() - 1, rows.max() * cols.max() - 1

@@ -1,9 +1,9 @@
 """The optimizers whose time and memory `sinkgd bench` measures, each with its floor.
 
 A pass is one read or one write of all the matrices. A floor is the smallest number of passes that
-an optimizer needs. AdamW reads G, W, m, v and writes W, m, v. SGD reads G, W and writes W. SinkGD
-with L iterations reads G L times, then reads G and W, and writes W; with deflation it reads G two
-more times.
+an optimizer needs. AdamW reads the gradients G, the weights W and the moments m and v, and writes
+W, m, v. SGD reads G, W and writes W. SinkGD with L iterations reads G L times, then reads G and W,
+and writes W; with deflation it reads G two more times.
 
 SinkGD is also timed as public code writes it: the plain loop and the compiled one.
 
@@ -29,7 +29,7 @@ Update = Callable[[Tensor, Tensor, Tensor], None]  # (param, grad, lr)
 
 
 def naive_loop(grad: Tensor, num_iters: int) -> Tensor:
-    """Divide rows by their lengths, then columns by theirs, ``num_iters`` times, in plain torch.
+    """Scale rows to length √n, then columns to length √m, ``num_iters`` times, in plain torch.
 
     This is what the public optimizer classes do: ``torch.linalg.vector_norm`` along either axis,
     and a new matrix for every division.
@@ -106,8 +106,8 @@ def compiler_missing() -> str | None:
     return None
 
 
-ADAMW = "adamw-fused"  # what the others are compared with
-ITERATIONS = (5, 1)  # values of L for our rows; the public loops run with the first
+ADAMW = "adamw-fused"  # the optimizer with which all others are compared
+ITERATIONS = (5, 1)  # values of L for sinkgd's own rows; the public loops use the first
 LR = 1e-3
 _ADAMW_PASSES, _SGD_PASSES, _DEFLATION_PASSES = 7, 3, 2
 
@@ -119,9 +119,9 @@ class Contender:
     name: str
     title: str  # the name in tables and charts
     build: Callable[[Problem], Optimizer]
-    copies: int = 0  # memory that it needs beyond gradients, as a multiple of the parameters'
-    floor_bytes: Callable[[Problem], int] | None = None  # the fewest that a step can move
-    streams: bool = False  # whether it moves nothing beyond its floor, and so measures bandwidth
+    copies: int = 0  # memory besides parameters and gradients, in multiples of the parameters
+    floor_bytes: Callable[[Problem], int] | None = None  # the fewest bytes that a step can move
+    streams: bool = False  # whether it moves only floor_bytes, so that its time gives a bandwidth
     slow: bool = False  # whether it takes many times as long as AdamW
     absent: Callable[[], str | None] = lambda: None  # why it cannot run here, or None
 

@@ -4,10 +4,10 @@ Other load on the machine then affects all contenders alike. So does the state i
 contender leaves the caches. Ratios are taken within a round and summarized by their quartiles.
 
 A floor is a number of bytes divided by a bandwidth, so the bandwidth must be one that the machine
-reaches. Several operations that only stream the matrices, the probes, are timed in the same rounds,
-and the fastest counts. Most probes pass over one flat tensor, so that the overhead of calls does
-not count when there are many small matrices. A pass is one read or one write of all the matrices,
-whatever else the hardware does, such as reading a cache line before overwriting it.
+reaches. Probes are operations that only stream the matrices. They are timed in the same rounds, and
+the fastest one gives the bandwidth. Most probes pass over one flat tensor, so that the overhead of
+calls does not count when there are many small matrices. A pass is one read or one write of all the
+matrices, whatever else the hardware does, such as reading a cache line before overwriting it.
 """
 
 import math
@@ -96,10 +96,10 @@ def rounds_for(turn_seconds: float, pace: Pace) -> frozenset[int]:
 
 
 def williams_order(names: Sequence[str], round_number: int) -> list[str]:
-    """Return the order of one round. In a whole cycle each name has each position once.
+    """Return the order of one round; in a whole cycle of rounds, each name has each position once.
 
-    This is Williams' design: within a cycle (two, if the count of names is odd) every name also
-    follows every other equally often.
+    This is Williams' design: within a cycle (within two, if the count of names is odd), every name
+    also follows every other name equally often.
 
     >>> [williams_order("abcd", i) for i in range(4)]
     [['a', 'b', 'd', 'c'], ['b', 'c', 'a', 'd'], ['c', 'd', 'b', 'a'], ['d', 'a', 'c', 'b']]
@@ -173,7 +173,7 @@ class Probe:
     name: str
     passes: int
     build: Callable[[Problem], Call]
-    copies: int = 0  # memory that it allocates, as a multiple of all the matrices'
+    copies: int = 0  # memory that it allocates, as a multiple of the size of all matrices
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class MemoryUse:
     parameter_bytes: int
     state_bytes: int  # tensors in optimizer.state
     held_bytes: int  # other allocations of the first step that outlive it, e.g. kept scratch
-    transient_bytes: int  # the most that a later step has allocated at once and releases
+    transient_bytes: int  # the most that a later step has allocated at the same time
     limit_bytes: int  # the target for held and transient bytes together
 
     @property

@@ -1,7 +1,7 @@
 """What `sinkgd bench step` records, and whether it meets the targets of SinkGD.
 
-Times are in seconds and sizes in bytes. Ratios to AdamW compare with its fused step, in the same
-type and in the same round.
+Times are in seconds and sizes in bytes. A ratio to AdamW is the ratio to the fused AdamW step in
+the same type and in the same round.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Timing:
     step_seconds: Quartiles
     of_adamw: Quartiles  # ratio to fused AdamW in the same round
     of_floor: Quartiles | None  # ratio to its floor in the same round
-    floor_bytes: int | None  # the fewest that a step can move
+    floor_bytes: int | None  # the fewest bytes that a step can move
     floor_of_adamw: float | None  # median ratio of its floor to fused AdamW
 
 
@@ -172,7 +172,7 @@ def of_floor(workload: str, dtype: str) -> Measure:
 
 
 def hybrid(record: StepRecord) -> float | None:
-    """Measure a whole model's step, hidden matrices by SinkGD and the rest by AdamW.
+    """Measure a whole model's step: SinkGD updates hidden matrices, and AdamW the rest.
 
     The figure is the median ratio to fused AdamW for all parameters.
     """

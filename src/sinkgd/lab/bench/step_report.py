@@ -45,7 +45,7 @@ def step_page(record: StepRecord) -> str:
 
 
 def step_warnings(record: StepRecord) -> tuple[str, ...]:
-    """Return warnings about ratios that may not hold; empty if all are reliable."""
+    """Return warnings about unreliable ratios; empty if all are reliable."""
     wide = {
         f"{workload.title}, {workload.dtype}": [
             one.title for one in workload.timings if spreads_widely(one.of_adamw)
@@ -74,7 +74,7 @@ def _headline(record: StepRecord) -> str:
 
 
 def target_table(record: StepRecord) -> TextTable:
-    """Make the table of those targets for which everything needed was measured."""
+    """Make the table of the targets whose figures were measured."""
     judged = [result for result in record.targets if result.measured is not None]
     return TextTable(
         title="Targets",
@@ -102,8 +102,8 @@ def workload_table(workload: WorkloadTiming) -> TextTable:
     return TextTable(
         title=f"{workload.workload}, {workload.dtype}",
         note=f"{workload.title}: {workload.matrices:,} tensors, {workload.entries / 1e6:,.1f}M "
-        f"entries. Medians and quartiles. Floor: the time of the passes over memory that the "
-        f"method needs at least, at {rate:.1f} GB/s ({best.name}).",
+        f"entries. Medians and quartiles. Floor: the time that the fewest possible passes over "
+        f"memory take, at {rate:.1f} GB/s ({best.name}).",
         columns=(
             "optimizer",
             "ms",
@@ -140,7 +140,7 @@ def bandwidth_table(record: StepRecord) -> TextTable:
 
 
 def check_table(record: StepRecord) -> TextTable:
-    """Make the table of everything besides timings of steps, and of what was skipped."""
+    """Make the table of the checks, and of the workloads that were skipped."""
     rows = [
         (
             f"first call, {call.backend}",
@@ -168,7 +168,7 @@ def check_table(record: StepRecord) -> TextTable:
         for use in record.scratch
     ]
     return TextTable(
-        title="Besides",
+        title="Checks",
         note="",
         columns=("figure", "value", "what it is"),
         rows=tuple(rows),
@@ -242,8 +242,7 @@ def _chart(record: StepRecord, dtype: str) -> Chart | None:
         title=f"A step against fused AdamW, {dtype}",
         caption="Time of a step, divided by that of AdamW (fused) on the same workload in the same "
         "round; left is faster. Dots are medians, whiskers quartiles, strokes the floor: the "
-        "time of the passes over memory that the method needs at least, at the measured "
-        "bandwidth.",
+        "time that the fewest possible passes over memory take, at the measured bandwidth.",
         description=f"Ratios to fused AdamW. {described}.",
         figure=dots(
             list(rows),

@@ -45,7 +45,7 @@ _LR = 1e-3  # memory does not depend on the rate; a low one suits random tokens
 
 @dataclass(frozen=True)
 class Case:
-    """A training step to measure, by names that another process can look up."""
+    """A training step to measure, described by names that another process can look up."""
 
     model: str  # a preset
     recipe: str
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration of a run with this step, weights in bfloat16."""
+        """The configuration of a run with this step, with weights in bfloat16."""
         settings = self.settings
         return resolve(
             RunConfig(
@@ -147,7 +147,8 @@ def _random_batch(case: Case, vocab_size: int) -> Batch:
 
 
 # Bounds that follow from shapes only, about twice what is measured. With release, three copies of
-# the largest gradient exist at once: autograd adds up those of two chunks of the loss into a third.
+# the largest gradient exist at once: autograd adds the gradients of two chunks of the loss into a
+# third tensor.
 _GRADIENTS_AT_ONCE = 3
 # For each token and each feature of a block's hidden and inner vectors.
 _BYTES_PER_HIDDEN, _BYTES_PER_INNER = 96, 32
@@ -166,7 +167,7 @@ def why_no_room(case: Case) -> str | None:
 
 
 def needed_bytes(case: Case) -> int:
-    """Return an upper bound on the bytes that a case takes, before anything is allocated."""
+    """Return an upper bound on the bytes that a case takes, without allocating them."""
     model = model_on_meta(case)
     sizes = [param.nbytes for param in model.parameters()]
     gradients = _GRADIENTS_AT_ONCE * max(sizes) if case.release else sum(sizes)
@@ -182,7 +183,7 @@ def _state_bytes(model: LanguageModel, case: Case) -> int:
         for group in optimizer.param_groups:
             if "fused" in group:  # torch's optimizers: only their plain versions run on meta
                 group.update(fused=False, foreach=False)
-            elif "foreach" in group:  # pytorch-optimizer's plain versions read numbers back
+            elif "foreach" in group:  # pytorch-optimizer's plain versions read tensors' values
                 group["foreach"] = True
         for param in model.parameters():
             param.grad = torch.empty_like(param)

@@ -1,7 +1,7 @@
 """What is timed: matrices with the shapes of real models, and a few special sets of matrices.
 
 Shapes are those of the modules that the presets build, as the optimizer sees them. Gradients are
-random, with rows and columns of different sizes.
+random, with rows and columns of different magnitudes.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ class Problem:
     params: list[nn.Parameter]
     model: nn.Module | None = field(
         default=None, repr=False
-    )  # that has all of `params`, and no others
+    )  # a model that has exactly these parameters
 
     @property
     def grads(self) -> list[Tensor]:
@@ -146,7 +146,7 @@ def build_problem(workload: Workload, dtype: str, device: torch.device) -> Probl
 
 
 def random_problem(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Problem:
-    """Make parameters of these shapes, and gradients whose rows and columns differ in size."""
+    """Make parameters of these shapes; rows and columns of gradients differ in magnitude."""
     generator = torch.Generator(device).manual_seed(0)
     params = [
         nn.Parameter(

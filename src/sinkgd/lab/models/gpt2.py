@@ -65,7 +65,7 @@ class GPT2BaseConfig(ABC):
 
     @property
     def intermediate_size(self) -> int:
-        """Width inside the MLP, four times the residual stream's."""
+        """Width inside the MLP, four times the width of the residual stream."""
         return 4 * self.hidden_size
 
     @property
@@ -120,7 +120,10 @@ class GPT2Base(LanguageModel):
 
     @abstractmethod
     def make_block(self) -> nn.Module:
-        """Return a block: from hidden states ``(b, t, h)`` and `block_arguments` to new states."""
+        """Return a block, which maps hidden states ``(b, t, h)`` and `block_arguments` to new ones.
+
+        The new hidden states have the same shape.
+        """
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -224,9 +227,9 @@ class _Body(nn.Module):
 class Conv1D(nn.Module):
     """A linear layer with a bias, stored as GPT-2 was published: ``x @ weight + bias``.
 
-    Its name and ``nf`` are those of the class in `transformers`. `sinkgd.param_groups` recognizes
-    it by them: the weight is transposed, and a weight three times as wide as its input is a fused
-    query, key and value.
+    Its name and ``nf`` are those of the class in `transformers`. By them, `sinkgd.param_groups`
+    recognizes that the weight is transposed, and that a weight three times as wide as its input is
+    a fused query, key and value.
 
     Args:
         nf: Output features.

@@ -1,7 +1,7 @@
-"""The sizes in the ``config.json`` of a Hugging Face checkpoint, of a GPT-2 or a LLaMA.
+"""Read the sizes in the ``config.json`` of a Hugging Face checkpoint of a GPT-2 or a LLaMA.
 
-Every field of the file is read, compared with what our model computes, or known not to change the
-outputs of a model. Any other field is refused.
+A field of the file is either read, compared with what our model computes, or known not to change
+the outputs of a model. Any other field is refused.
 """
 
 import json
@@ -28,7 +28,7 @@ class HuggingFaceConfig:
     """What a ``config.json`` says."""
 
     sizes: Sizes
-    dropout: Mapping[str, Any]  # its fields of dropout that are not 0; our models have none
+    dropout: Mapping[str, Any]  # its dropout fields that are not 0; our models have no dropout
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Family:
     allowed: Callable[[Any], dict[str, tuple[Any, ...]]]
     dropout: frozenset[str]
     unused: frozenset[str]  # fields that do not change the outputs of the language model
-    # Reads `options`, under our names.
+    # Reads the fields in `options`, and returns their values under our names.
     read_options: Callable[[Fields, Path], dict[str, Any]] = lambda _fields, _path: {}
     options: frozenset[str] = frozenset()  # fields that may be absent or hold tables
 
@@ -74,7 +74,7 @@ def _allowed_by_llama(sizes: LlamaConfig) -> dict[str, tuple[Any, ...]]:
 
 
 def _llama_options(fields: Fields, path: Path) -> dict[str, Any]:
-    """Read heads, a tied head and rotary positions; what equals the default is left out."""
+    """Read heads, a tied head and rotary positions; values equal to the default are left out."""
     found = _rotary(fields, path)
     heads = _count("num_attention_heads", fields.get("num_attention_heads"), path)
     width = _count("hidden_size", fields.get("hidden_size"), path)
@@ -86,7 +86,7 @@ def _llama_options(fields: Fields, path: Path) -> dict[str, Any]:
     return found
 
 
-_ROTARY_TABLES = ("rope_parameters", "rope_scaling")  # of transformers 5, and before
+_ROTARY_TABLES = ("rope_parameters", "rope_scaling")  # in transformers 5, and in older versions
 _SCALING_COUNTS = ("original_max_position_embeddings",)
 _SCALING_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
 
@@ -256,7 +256,7 @@ def read_config(folder: Path) -> HuggingFaceConfig:
 
 
 def absent(path: Path) -> ModelError:
-    """Return the error of a file that is not there."""
+    """Return the error for a missing file."""
     return ModelError(f"there is no file {path}; download the whole checkpoint")
 
 
@@ -264,7 +264,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
     Raises:
-        ModelError: If it is missing, or holds none.
+        ModelError: If the file is missing, or does not hold a JSON object.
     """
     try:
         content = parse_json(path.read_bytes())
@@ -304,5 +304,5 @@ def _number(name: str, value: Any, path: Path) -> float:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as JSON has it."""
+    """Return a value as JSON writes it, cut to 80 characters."""
     return f"{json.dumps(value):.80}"

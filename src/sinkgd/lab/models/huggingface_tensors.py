@@ -49,11 +49,11 @@ _NAMES: Mapping[type, _Names] = {
 def load_tensors(folder: Path, model: LanguageModel) -> None:
     """Copy the tensors of a checkpoint into a model; adapters of the model stay as they are.
 
-    The tensors of one file are read one by one. Of a sharded weight, each rank keeps its shard.
+    The tensors of one file are read one by one. Each rank keeps only its shard of a sharded weight.
 
     Args:
-        folder: Of the checkpoint, whose ``config.json`` agrees with the model.
-        model: On its device, with all weights.
+        folder: The folder of the checkpoint; its ``config.json`` agrees with the model.
+        model: The model, on its device, with all its weights.
 
     Raises:
         ModelError: If a file is missing or damaged, or a tensor is missing, unknown or of another
@@ -73,7 +73,7 @@ def load_tensors(folder: Path, model: LanguageModel) -> None:
     unknown = [
         name
         for name, our in ours.items()
-        if (our not in weights or stored[our] != name)  # also a tensor's second name
+        if (our not in weights or stored[our] != name)  # or a second name of the same tensor
         and not names.derived.search(name)
         and not (tied and name == _HEAD)
     ]
@@ -111,7 +111,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         raise ModelError(
             f"{folder} holds neither {_WEIGHTS_FILE} nor {_INDEX_FILE}. If its weights have "
-            "another format, write them anew with transformers: "
+            "another format, save them again with transformers: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"
         )
     names = json_object(index).get("weight_map")
@@ -135,7 +135,7 @@ def content_sha256(folder: Path) -> str:
 
 
 def _our_name(name: str, weights: Mapping[str, Tensor], names: _Names) -> str:
-    """Return our name of a tensor; those of published GPT-2s lack the prefix."""
+    """Return our name of a tensor; the names in published GPT-2s lack the prefix."""
     return name if name in weights else f"{names.prefix}{name}"
 
 
@@ -177,7 +177,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _some(names: list[str]) -> str:
-    """Name the first few of many."""
+    """List the first three names, and say how many more there are."""
     more = len(names) - 3
     listed = ", ".join(names[:3]) or "none"
     return f"{listed} and {more} more" if more > 0 else listed

@@ -100,8 +100,8 @@ class LanguageModel(nn.Module, ABC):
                 default the logits, all at once.
 
         Returns:
-            Logits, ``(b, t, vocab_size)``; those at position i see tokens 0 to i. With ``readout``,
-            its result.
+            Logits, ``(b, t, vocab_size)``; those at position i see tokens 0 to i. If ``readout`` is
+            given, its result instead.
 
         Raises:
             ModelError: If ``tokens`` has another shape, or t exceeds ``max_sequence_length``.
@@ -164,8 +164,8 @@ _CHUNK = 1 << 22  # entries drawn at a time, a multiple of 16
 def draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill a weight with normal numbers of mean 0.
 
-    A bfloat16 weight gets the float32 draw, rounded. A sharded weight gets on each rank the shard
-    of the whole draw.
+    A bfloat16 weight gets the float32 draw, rounded. If the weight is sharded, each rank gets its
+    shard of the whole draw.
 
     Args:
         weight: Any shape, dtype and device; filled in place.
@@ -181,7 +181,7 @@ def draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 def set_weight(weight: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a weight; of a sharded weight, each rank copies its shard."""
+    """Copy a whole tensor into a weight; if the weight is sharded, each rank copies its shard."""
     if isinstance(weight, DTensor):
         layout = weight.device_mesh, weight.placements
         whole = distribute_tensor(whole.to(weight.dtype), *layout, src_data_rank=None)
@@ -191,9 +191,9 @@ def set_weight(weight: Tensor, whole: Tensor) -> None:
 
 def _draw_in_chunks(weight: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill a weight in float32 chunks of 16 MiB; the numbers equal those of a single draw."""
-    # torch draws sixteen numbers at a time. If their number is not a multiple of sixteen, it draws
-    # the last sixteen in another way. So a remainder below sixteen is joined to the chunk before
-    # it.
+    # torch draws sixteen numbers at a time. If the number of entries is not a multiple of sixteen,
+    # it draws the last sixteen in another way. So a remainder below sixteen is joined to the chunk
+    # before it.
     flat = weight.view(-1)
     starts = range(0, max(1, len(flat) - 15), _CHUNK)
     for start, end in zip(starts, (*starts[1:], len(flat)), strict=True):

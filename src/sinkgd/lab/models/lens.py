@@ -18,7 +18,7 @@ from sinkgd.lab.models.gpt2 import GPT2, GPT2Base, GPT2BaseConfig
 from sinkgd.lab.models.language_model import ModelError, Statistics
 from sinkgd.lab.models.lens_blocks import LensAttention, LensMLP
 
-_ROUTE_START = 2.2  # logit of the share of attention before annealing: 0.90
+_ROUTE_START = 2.2  # logit of the share of attention before annealing; the share is 0.90
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,11 @@ class _Block(nn.Module):
 def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
     """Build a Lens that starts from the weights of a GPT-2.
 
-    The maps to keys and values become the best approximations of their rank. GPT-2's key bias is
-    dropped: in standard attention it shifts all logits of a query equally. The value bias passes
-    through attention unchanged, so it is added to the output bias. The MLP's context map, the gates
-    and the directions start from random values.
+    The maps to keys and values become the best low-rank approximations of GPT-2's maps. GPT-2's key
+    bias is dropped: in standard attention it shifts all logits of a query equally. The value bias
+    passes through attention unchanged, so it is added to the output bias. All other weights of the
+    Lens keep their initial values: the context map of the MLP with its share, the gates and the
+    directions.
 
     Args:
         gpt2: An unsharded model, on any device.

@@ -105,7 +105,10 @@ class Factors(nn.Module):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: LAPACK's sums, and so a seed's weights, depend on the number of threads."""
+    """Use one thread, because LAPACK's sums depend on the number of threads.
+
+    Otherwise the weights of a seed would depend on it, too.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -114,7 +117,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# Of standard, reciprocity, discoverability: a softmax of 0.76, 0.15 and 0.09.
+# Initial gates of standard, reciprocity and discoverability; their softmax is 0.76, 0.15, 0.09.
 _GATES = (2.2, 0.6, 0.1)
 _KINDS = ("standard", "reciprocity", "discoverability")
 _DIRECTION_STD = 0.02
@@ -136,7 +139,7 @@ class LensAttention(nn.Module):
         self.key = Factors(h, h, rank, std, from_svd=True)
         self.value = Factors(h, h, rank, std, from_svd=True)
         self.c_proj = Conv1D(h, h, config.residual_std)
-        # vectors, so without weight decay; the standard gates of all heads come first
+        # Both are vectors, so they get no weight decay. The standard gates of all heads come first.
         self.gates = nn.Parameter(torch.empty(len(_GATES) * config.num_heads, dtype=torch.float32))
         self.direction = nn.Parameter(torch.empty(h, dtype=torch.float32))
 
@@ -211,9 +214,9 @@ class LensMLP(nn.Module):
         h = (1 - a)\, \mathrm{GELU}(W_1 y) + a\, W_u W_d\, \mathrm{stopgrad}(\text{attention}),
         \qquad \text{out} = W_2 h
 
-    a is learned, starts at 0.1 and is clamped to [0, 1]. Outside of these bounds its gradient is
-    zero, so if an optimizer moves a out of the bounds, a stays there. No gradient flows to
-    attention.
+    The share a is learned, starts at 0.1 and is clamped to [0, 1]. Outside of these bounds its
+    gradient is zero, so if an optimizer moves the share out of the bounds, it stays there. No
+    gradient flows to attention.
 
     Args:
         config: The sizes.
@@ -235,7 +238,7 @@ class LensMLP(nn.Module):
         self.context_share.fill_(_SHARE)
 
     def share(self) -> Tensor:
-        """Return a, ``(1,)``."""
+        """Return the share a, ``(1,)``."""
         return self.context_share.clamp(0.0, 1.0)
 
     def forward(self, y: Tensor, attention: Tensor) -> Tensor:

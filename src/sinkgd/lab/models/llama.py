@@ -1,7 +1,7 @@
 """LLaMA: pre-norm transformer blocks with RMSNorm, rotary positions and a SwiGLU MLP.
 
-By default it is that of the C4 benchmark, which is LLaMA 1. LLaMA 3 has fewer key-value heads than
-query heads, its small models have a tied head, and LLaMA 3.1 scales rotary positions.
+By default the model is the one of the C4 benchmark, which is LLaMA 1. LLaMA 3 has fewer key-value
+heads than query heads, its small models have a tied head, and LLaMA 3.1 scales rotary positions.
 
 Parameters carry Hugging Face's names, so ``model.state_dict()`` loads into `transformers`'
 ``LlamaForCausalLM`` as it is.
@@ -35,7 +35,7 @@ from sinkgd.lab.models.language_model import (
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    r"""Slower rotations, by which a model takes longer sequences than it was first trained on.
+    r"""Slower rotations, with which a model reads longer sequences than it was first trained on.
 
     The fields have the names of `transformers` with the rope type "llama3". A feature pair of
     frequency :math:`f` makes :math:`n = L f / 2\pi` turns within the first length :math:`L`. Its
@@ -54,8 +54,8 @@ class RotaryScaling:
     """
 
     factor: float  # by which the slowest rotations are divided
-    low_freq_factor: float  # turns, up to which rotations are divided by the whole factor
-    high_freq_factor: float  # turns, from which rotations stay as they are
+    low_freq_factor: float  # number of turns n up to which f is divided by the whole factor
+    high_freq_factor: float  # number of turns n from which f stays as it is
     original_max_position_embeddings: int  # L, tokens
 
     def __post_init__(self) -> None:
@@ -252,7 +252,7 @@ class Llama(LanguageModel):
         return hidden
 
     def tie(self) -> None:
-        """Make the head the embedding, if the config says so; after either has been replaced."""
+        """Tie the head to the embedding if the config says so; call this after replacing either."""
         if self.config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 

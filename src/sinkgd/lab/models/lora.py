@@ -57,7 +57,7 @@ def add_adapters(model: Model, rank: int) -> Model:
     """Freeze a model, and give each linear layer of its blocks an adapter, in place.
 
     Args:
-        model: On any device, also the meta device; the adapters are made there.
+        model: A model on any device, including meta; the adapters are made on the same device.
         rank: Rank of the adapters, at least 1.
 
     Raises:
@@ -92,7 +92,7 @@ def draw_adapters(model: LanguageModel, seed: int) -> None:
 
 
 def base_name(name: str) -> str | None:
-    """Return a parameter's name in the model without adapters; None for an adapter's own.
+    """Return a parameter's name in the model without adapters; None for a weight of an adapter.
 
     Examples:
         >>> base_name("model.layers.0.mlp.up_proj.base_layer.weight")

@@ -40,7 +40,7 @@ LLAMAS: dict[str, LlamaConfig] = {
     "llama-10b": _sizes(hidden=4096, intermediate=11008, layers=48, heads=32),
 }
 # GPT-2's vocabulary of 50,257 is rounded up to a multiple of 64, as is common.
-# A nano Lens has a sixth of its width as ranks, as lens-121m has.
+# The ranks of a nano Lens are a sixth of its width, as in lens-121m.
 PRESETS: dict[str, ModelSizes] = {
     **LLAMAS,
     "gpt2-nano": GPT2Config(vocab_size=50_304, hidden_size=128, num_layers=4, num_heads=4),

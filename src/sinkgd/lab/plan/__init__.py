@@ -1,4 +1,4 @@
-"""Estimates of the memory, messages, time and cost of training; the model need not fit here."""
+"""Estimates of memory, messages, time and cost of training, even of models that do not fit here."""
 
 from sinkgd.lab.devices import find_device as find_device
 from sinkgd.lab.plan.architecture import Architecture as Architecture

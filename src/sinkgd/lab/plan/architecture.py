@@ -53,7 +53,7 @@ class Architecture:
 
     @classmethod
     def of_config(cls, name: str, config: LlamaConfig) -> "Architecture":
-        """Return the architecture of a model of the lab, a preset or a checkpoint's."""
+        """Return the architecture of one of the lab's LLaMAs, a preset or a checkpoint."""
         return cls(
             name=name,
             vocab_size=config.vocab_size,

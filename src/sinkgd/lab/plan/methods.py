@@ -46,8 +46,8 @@ class Method:
     rest: float = 2.0  # numbers kept for each entry of other parameters, such as norms
     # Replaces `matrix`: numbers kept for a whole matrix, given its shorter side, longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
-    # Replaces `rest` for embeddings and head: numbers kept for a whole one, given its shorter and
-    # its longer side.
+    # Replaces `rest` for embeddings and head: numbers kept for a whole embedding or head, given its
+    # shorter and its longer side.
     embedding: Callable[[int, int], float] | None = None
     head_only: bool = False  # `embedding` applies only to the head; embeddings keep no state
     scalars: int = 0  # further numbers kept for each parameter
@@ -55,14 +55,14 @@ class Method:
     step_counters_of: Literal["all", "rest", "vectors", "none"] = "rest"
     counters: int = 1  # float32 counters of each such parameter
     eight_bit: Literal["all", "rest", "none"] = "none"  # the parameters whose moments take 8 bits
-    adapter_rank: int = 0  # of LoRA adapters; if there are some, nothing else is trained
+    adapter_rank: int = 0  # of LoRA adapters; above 0, only the adapters are trained
     can_release: bool = False  # whether gradients can be applied inside backward
     exchange: Exchange = "nothing"
     iterations: int = ITERATIONS  # exchanges of vectors in a step
     passes: int = 7  # reads and writes of a matrix in a step
     scratch: float = 0.0  # float32 copies of the largest matrix during its update
     batched: bool = False  # whether small matrices of one shape are updated together
-    directions: int = 0  # k; 0 without deflation, whose scratch is in `peak_memory`
+    directions: int = 0  # k; 0 without deflation; `peak_memory` computes deflation's scratch
     everywhere: bool = False  # whether embeddings and head are updated like matrices
     flops: Callable[[int, int], float] = lambda short, long: (
         0.0 * short * long
@@ -103,7 +103,7 @@ class Method:
         }[self.step_counters_of]
 
     def is_eight_bit(self, *, is_matrix: bool) -> bool:
-        """Whether the moments of such a parameter take 8 bits."""
+        """Whether the moments of a parameter of this kind take 8 bits."""
         return self.eight_bit == "all" or (self.eight_bit == "rest" and not is_matrix)
 
     def _size(self, itemsize: int) -> int:
@@ -387,7 +387,7 @@ BASELINES = (
         "apollo-mini",
         "APOLLO-Mini",
         "2·max(m, n), 2 per entry of the rest",
-        "the same, at rank 1",
+        "Zhu et al. 2024, https://arxiv.org/abs/2412.05270, at rank 1",
         low_rank=lambda short, long, r: 2.0 * long + 2 + 0 * r * short,
         exchange="projections",
         passes=5,

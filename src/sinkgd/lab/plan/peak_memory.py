@@ -31,7 +31,7 @@ from sinkgd.optim.transform import SCRATCH_BYTES, chunk_slices, vector_bytes, ve
 _FLOAT32 = 4
 # The measurements below are in tests/lab/plan/test_communication.py.
 # Bytes per row or column that the sums of a sharded step use at once, nearly all float64: 43 to 50
-# were measured on llama-9m over 16 ranks, and 4 more are kept.
+# were measured on llama-9m over 16 ranks, and 4 more bytes per row or column are kept.
 _SHARDED_SCALE = 54
 # The same for row norms only: 24 to 27 were measured on llama-9m over 16 ranks.
 _SHARDED_ROWS = 27
@@ -40,10 +40,10 @@ _SHARDED_ROWS = 27
 # llama-60m. On a GPU 20.3 were counted with triton's interpreter on a matrix of 1024 by 1024.
 _DIRECTION = {"cpu": 24, "cuda": 21}
 # The same on a mesh: 17.4 were measured on llama-60m over 16 ranks. The second number is what the
-# loops of a CPU keep if they have all matrices at once: 7.7 were measured.
+# loops of a CPU keep in addition if they process all matrices together: 7.7 were measured.
 _MESH_DIRECTION, _KEPT_DIRECTION = 18, 8
 # Bytes that bitsandbytes uses at once on a CPU for each entry that it updates: both moments, the
-# gradient, the weight, the denominator and its root in float32; of bfloat16 weights, as measured.
+# gradient, the weight, the denominator and its root in float32. Measured with bfloat16 weights.
 _EIGHT_BIT = 24
 _TOKEN = 8  # bytes of a token id, and of a target
 
@@ -60,7 +60,7 @@ class Memory:
     transit: int  # whole blocks and whole gradients that FSDP gathers and reduces
     scratch: int  # scratch of the update, the batch, and rotary tables
     moment: str  # the name of the moment of the peak
-    all_gradients: int  # gradients held when backward ends; only the largest with release
+    all_gradients: int  # gradients held when backward ends; with release, the largest gradient
 
     @property
     def peak(self) -> int:
@@ -94,7 +94,7 @@ def rank_memory(
         grid: The mesh.
         method: The optimizer.
         rank: Rank of projections; by default as in GaLore's benchmark.
-        device: Kind of device; on a GPU, SWAN for example updates more small matrices at once.
+        device: Kind of device; SWAN, for example, updates more small matrices at once on a GPU.
     """
     work = replace(work, adapter_rank=method.adapter_rank)
     weights = weights_of(work.architecture, grid, work.adapter_rank)
@@ -180,16 +180,16 @@ def update_scratch(
     """Return the bytes that the update allocates and gives back.
 
     SinkGD needs the scales of all matrices that it updates together. With deflation it also needs
-    the directions of a few matrices, and on a GPU with a mesh copies of these matrices. A method
-    that creates matrices needs memory for copies of the largest matrix, or, like SWAN, of a batch
-    of small matrices.
+    the directions of a few matrices and, on GPUs with a mesh, copies of these matrices. A method
+    that creates matrices needs memory for copies of the largest matrix or, like SWAN, for copies of
+    a batch of small matrices.
 
     Args:
         weights: Weights of the model that are trained.
         grid: The mesh.
         method: The optimizer.
         device: Kind of device.
-        per_matrix: Whether each matrix is updated by itself, as in release.
+        per_matrix: Whether each matrix is updated by itself, as it is when gradients are released.
     """
     coded = [prod(w.shard) for w in weights if method.is_eight_bit(is_matrix=w.is_matrix)]
     eight_bit = _EIGHT_BIT * min(CPU_ENTRIES, max(coded, default=0)) if device == "cpu" else 0
@@ -222,7 +222,7 @@ def _matrix_scratch(
             room = 0 if per_matrix else SCRATCH_BYTES
             found += _deflation_scratch(matrices, method.directions, room, device)
         return found
-    # These methods work on whole matrices, wherever the shards are.
+    # All other methods work on whole matrices, wherever the shards are.
     largest = max(w.count for w in matrices) * _FLOAT32
     batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
     batch = batch_bytes // MATRICES_IN_USE if method.batched else 0
@@ -235,7 +235,8 @@ def _deflation_scratch(
 ) -> int:
     """Return the bytes that deflation needs for the matrices that it processes together.
 
-    A CPU processes a few matrices at a time. A GPU processes as many as on a mesh, but copies none.
+    A CPU processes a few matrices at a time. A GPU processes as many together as it does on a mesh,
+    but copies none of them.
     """
     if device == "cuda":
         held = [vector_bytes(w.shard[0], w.shard[1], directions + 1) for w in matrices]
@@ -249,9 +250,9 @@ def _deflation_scratch(
 def _mesh_deflation_scratch(
     matrices: Sequence[Weight], directions: int, device: Literal["cpu", "cuda"], per_matrix: bool
 ) -> int:
-    """Return the same bytes on a mesh.
+    """Return the bytes that deflation needs on a mesh.
 
-    They are those of the vectors of consecutive matrices, and of copies of a few of these matrices.
+    They hold the vectors of consecutive matrices, and copies of a few of these matrices.
     """
     held = [vector_bytes(w.shard[0], w.shard[1], directions + 1) for w in matrices]
     runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else vector_chunks(held)

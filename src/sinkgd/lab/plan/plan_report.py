@@ -35,7 +35,7 @@ def plan_page(question: Question, answer: Answer, command: str) -> str:
 
 
 def headline(question: Question, answer: Answer) -> str:
-    """Return whether the optimizer fits, compared with AdamW, as a sentence."""
+    """Return a sentence that says whether the optimizer fits, compared with AdamW."""
     chosen, baseline = answer.of(question.method.name), answer.of(_BASELINE)
     what = f"{question.work.architecture.name} with {chosen.title} peaks at {_peak(chosen)}"
     ranks = question.grid.ranks
@@ -50,7 +50,11 @@ def headline(question: Question, answer: Answer) -> str:
 
 
 def answer_lines(question: Question, answer: Answer) -> tuple[str, ...]:
-    """Return whether it fits, on how many devices, with which methods, and how to make it fit."""
+    """Return sentences on whether the optimizer fits, and what fits.
+
+    They say on how many devices the optimizer fits, which methods fit on the given devices, how
+    many devices each method needs, and how to make the optimizer fit if it does not.
+    """
     chosen = answer.of(question.method.name)
     verb = "FITS" if chosen.fits else "DOES NOT FIT"
     devices = _devices(question)
@@ -194,7 +198,8 @@ def communication_table(question: Question, answer: Answer) -> TextTable:
     rows.sort(key=lambda row: not row[0].startswith("training"))
     return TextTable(
         title="Messages of a step",
-        note="Bytes are those of the whole tensors. A rank of a ring sends the last column.",
+        note="Bytes are those of the whole tensors. The last column is what a rank sends in a ring "
+        "of all ranks of the group.",
         columns=("what", "collective", "group", "messages", "bytes", "a rank sends"),
         rows=tuple(rows),
     )
@@ -276,11 +281,11 @@ def _described(question: Question) -> str:
     if work.micro_batches > 1:
         words.append(f"{work.micro_batches} micro-batches")
     if work.release:
-        words.append("gradients released if a method can")
+        words.append("gradients released if the method can release them")
     if work.recompute:
         words.append("blocks recomputed in backward")
     if work.loss_chunk_tokens is not None:
-        words.append(f"loss by {work.loss_chunk_tokens} tokens")
+        words.append(f"loss of {work.loss_chunk_tokens} tokens at a time")
     if grid.ranks > 1:
         words.append(f"{grid.dp_replicate} × {grid.dp_shard} × {grid.tp} ranks")
     return ", ".join(words)

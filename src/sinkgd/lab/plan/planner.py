@@ -58,7 +58,8 @@ class MethodPlan:
     tokens_per_day: float
     days: float  # for all tokens
     cost: float | None  # in the currency of the price
-    fewest_devices: int | None  # that it fits on, a power of two times tp; None if it never fits
+    # The fewest devices on which the method fits, a power of two times tp; None if it never fits.
+    fewest_devices: int | None
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _method_plan(question: Question, method: Method) -> MethodPlan:
 
 
 def _fewest_devices(question: Question, method: Method) -> int | None:
-    """Find the fewest devices on which the method fits, with powers of two as dp_shard."""
+    """Find the fewest devices on which the method fits, trying powers of two as dp_shard."""
     shards = 1
     while shards <= MOST_SHARDS:
         grid = replace(question.grid, dp_replicate=1, dp_shard=shards)

@@ -68,7 +68,7 @@ class Grid:
 
     @classmethod
     def of(cls, mesh: MeshConfig) -> "Grid":
-        """Return the sizes of a configuration; dp_shard is 1 if it is left open.
+        """Return the sizes of a configuration; dp_shard is 1 if the configuration does not set it.
 
         Raises:
             ConfigError: If a size is below 1.
@@ -90,7 +90,7 @@ class Grid:
         return self.dp_replicate * self.dp_shard
 
     def span(self, group: str) -> int:
-        """Return how many neighboring ranks a process group spans; those of tp are nearest."""
+        """Return how many neighboring ranks a process group spans; a tp group spans the fewest."""
         sizes = {"tp": self.tp, "dp_shard": self.tp * self.dp_shard, "dp_replicate": self.ranks}
         return sizes[group]
 
@@ -104,7 +104,7 @@ def weights_of(
     Args:
         architecture: The model's sizes.
         grid: The mesh.
-        adapter_rank: Rank of LoRA adapters, which alone are trained; 0 for a model without them.
+        adapter_rank: Rank of LoRA adapters; only they are trained. 0 for a model without adapters.
 
     Examples:
         >>> from sinkgd.lab.plan.architecture import find_architecture
@@ -283,7 +283,7 @@ class _DividedEmbedding(nn.Embedding):
 
 
 class _DividedHead(nn.Linear):
-    """The output head. It computes logits of this rank's tokens of the vocabulary, then gathers."""
+    """The output head: it computes this rank's part of the logits, and gathers all parts."""
 
     def __init__(self, width: int, rows: int, vocab_size: int) -> None:
         super().__init__(width, rows, bias=False, dtype=torch.float32)

@@ -2,9 +2,9 @@
 
 Bytes are those of the whole tensor that a collective gathers, reduces or sums. In a ring of p ranks
 a rank sends (p − 1)/p of them for a gather or a reduction, and twice that for a sum. Products run
-at an assumed fraction of the device's peak. Compute and FSDP's messages overlap; those of tensor
-parallelism and of the optimizer are waited for. Latency is left out, so times are estimates for
-large messages.
+at an assumed fraction of the device's peak. Compute and FSDP's messages overlap; a rank waits for
+the messages of tensor parallelism and of the optimizer. Latency is left out, so times are estimates
+for large messages.
 
 Letters:
     m, n: rows and columns of a matrix
@@ -120,9 +120,10 @@ def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
 
 
 def _deflation_length(weight: Weight, group: str, directions: int) -> int:
-    """Return the numbers that `sinkgd.deflation.find_leading` adds up for a matrix.
+    """Return how many numbers `sinkgd.deflation.find_leading` adds up over ranks for a matrix.
 
-    Here k is the number of directions that are followed, one more than the number that is lowered.
+    Here k is the number of directions that are followed, one more than the number of directions
+    whose singular values are lowered.
     Messages over columns have mk, kk + 1, mk and k numbers; messages over rows have nk + 1 and
     nk + kk.
     """
@@ -140,7 +141,7 @@ def vector_length(weight: Weight, grid: Grid, group: str) -> int:
     """Return how many numbers a group adds up for a matrix in one iteration.
 
     The message with the sums of n columns also has the number of nonzero rows and of rows that
-    still change; that with the sums of m rows has the number of columns, as in
+    still change. The message with the sums of m rows also has the number of nonzero columns. See
     `sinkgd.distributed.scales`.
 
     Args:
@@ -240,8 +241,8 @@ class StepTime:
 def flops_of(work: Work) -> float:
     """Return the floating-point operations of a step, including recomputed ones.
 
-    Each weight takes two per token in forward, and four in backward, or two if it is frozen.
-    Attention is over previous tokens. The embedding takes none.
+    Each weight takes two operations per token in forward, and four in backward, or two if it is
+    frozen. Attention is over previous tokens. The embedding takes no operations.
     """
     a = work.architecture
     weights = weights_of(a)

@@ -46,7 +46,7 @@ class Live:
         return self.activations + self.loss + self.gradients
 
     def extrapolate(self, other: "Live", times: int) -> "Live":
-        """Extrapolate linearly beyond ``other``, by ``times`` times the distance to it."""
+        """Extrapolate linearly beyond ``other``, by ``times`` times its distance from this one."""
         return Live(
             *(
                 getattr(other, f.name) + times * (getattr(other, f.name) - getattr(self, f.name))
@@ -140,7 +140,7 @@ class Work:
     recompute: bool = False
     loss_chunk_tokens: int | None = None
     tp: int = 1
-    adapter_rank: int = 0  # of LoRA adapters, which alone are trained; 0 trains all weights
+    adapter_rank: int = 0  # of LoRA adapters; above 0, only they are trained; at 0, all weights
 
 
 @lru_cache(maxsize=256)

@@ -98,7 +98,7 @@ def summarize(name: str, runs: Sequence[Run]) -> RecipeSummary:
     finished = [run for run in runs if run.finished]
     final = [run.evaluations[-1] for run in finished if run.evaluations]
     ends = [run.end for run in finished if run.end]
-    # Times in a damaged file may not be positive; no speed follows from such times.
+    # A damaged file may hold times that are not positive, from which no speed follows.
     stepped = [run for run in finished if run.steps and _median_step_seconds(run) > 0]
     return RecipeSummary(
         name=name,
@@ -183,7 +183,7 @@ class Comparison:
     time_fraction: Spread | None  # `seconds` as a fraction of all seconds of the baseline
     effective_tokens_per_second: Spread | None  # the baseline's tokens / `seconds`
     effective_speedup: float | None  # effective throughput / the baseline's tokens per second
-    level: bool  # whether the final losses are printed alike, or their ranges over seeds overlap
+    level: bool  # whether final losses are equal as printed, or their ranges over seeds overlap
 
 
 @dataclass(frozen=True)
@@ -308,8 +308,9 @@ class Reach:
 def first_reach(evaluations: Sequence[Evaluation], target: float) -> Reach | None:
     """Find the first point at which the validation loss is at or below ``target``.
 
-    The loss is interpolated linearly between two evaluations. If no finite evaluation precedes the
-    first one at or below the target, the result is that evaluation, which is an upper bound.
+    The loss is interpolated linearly between two evaluations. If no finite evaluation directly
+    precedes the first one at or below the target, the result is that first one, which is an upper
+    bound.
 
     Args:
         evaluations: Evaluations in the order of their steps.

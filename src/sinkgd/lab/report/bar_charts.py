@@ -1,6 +1,6 @@
 """Bar charts: tokens to reach the baseline's loss, throughput, memory, and the time of a step.
 
-Bars have the color of their recipe; parts that are only context have a paler tint of it.
+Bars have the color of their recipe; parts that are only context have a paler tint of that color.
 """
 
 from collections.abc import Callable, Sequence
@@ -252,7 +252,7 @@ def _bars(
 
 
 def _whiskers(spreads: Sequence[Spread | None]) -> Figure:
-    """Draw ranges, in percent, at the ends of the bars that have one."""
+    """Draw ranges, in percent, at the ends of the bars that have a range."""
     ranged = [(row, s) for row, s in enumerate(spreads) if s and s.low < s.high]
     return {
         "type": "scatter",

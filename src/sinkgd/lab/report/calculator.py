@@ -152,7 +152,7 @@ class CalculatorBlock:
     candidates: tuple[Candidate, ...]
     outcomes: tuple[Outcome, ...]
     memory: tuple[MemoryRow, ...]  # AdamW first
-    caution: str  # if the page's runs give no candidate, else empty
+    caution: str  # a warning if the page's runs give no candidate, else empty
     mfu: float = MFU
 
     # The template formats numbers with these functions, so that it needs no filters of the page.

@@ -143,7 +143,10 @@ def published_speed() -> SpeedSource:
 
 
 def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
-    """List methods to compare with the baseline: measured ones in order of time, then published."""
+    """List methods to compare with the baseline: measured, then published, then assumed ones.
+
+    Measured methods are in the order of the time that they need to reach the baseline's loss.
+    """
     paper = f"arXiv {SINKGD.arxiv}"
     against_adam = [one for one in reversed(SPEEDUPS) if one.against == "Adam"]
     published = [
@@ -248,7 +251,10 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
 
 
 def _matrix_share(run: Run) -> float:
-    """Return the fraction of parameters in hidden matrices, of the run's preset or llama-1b."""
+    """Return the fraction of parameters in hidden matrices, for the run's preset or for llama-1b.
+
+    The fraction for llama-1b is used if the preset is not a LLaMA.
+    """
     config = LLAMAS.get(preset_of(run), LLAMAS["llama-1b"])
     return config.linear_parameter_count / config.parameter_count
 

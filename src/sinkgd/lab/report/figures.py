@@ -1,8 +1,8 @@
 """The parts of every chart: figures as plain data, axes, rows with words, colors and markers.
 
-Figures are dicts in plotly.js's format. A color is the name of a role, such as ``"@ink"``, under a
-key that ends in ``color``; or a tint of a role over the card, such as ``"@ink:0.4"``. `page.css`
-gives each role a value for light and dark, and `page.js` inserts it when it draws a chart.
+Figures are dicts in plotly.js's format. The value of a key that ends in ``color`` is the name of a
+role, such as ``"@ink"``, or a tint of a role over the card, such as ``"@ink:0.4"``. `page.css`
+gives each role a color for light and dark, and `page.js` inserts the color when it draws a chart.
 
 A recipe has one color, one marker and one label everywhere on a page: its `Identity`.
 """

@@ -253,7 +253,7 @@ def mean_validation_curve(runs: Sequence[Run], axis: Axis) -> Curve:
 
 
 def training_curve(run: Run, axis: Axis) -> Curve:
-    """Smooth a run's training loss exponentially, correct the start, and drop most points."""
+    """Smooth a run's training loss exponentially, without bias at the start; drop most points."""
     smooth = _smoothed(run.steps)
     stride = max(1, math.ceil(len(smooth) / _MOST_POINTS))
     kept = list(zip(run.steps, smooth, strict=True))[::-1][::stride][::-1]  # keeps the last point

@@ -209,7 +209,7 @@ LONGER = (
 
 @dataclass(frozen=True)
 class Speedup:
-    """Steps of another method to the same loss, per step of SinkGD; the same ratio for tokens."""
+    """Steps of another method to the same loss, per step of SinkGD; tokens have the same ratio."""
 
     against: str
     size: str

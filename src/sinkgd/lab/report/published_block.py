@@ -126,7 +126,7 @@ def published_block(runs: Sequence[Run]) -> PublishedBlock:
 
 
 def _lowest(column: int) -> float:
-    """Return the lowest perplexity of a column, of those that are exact to their last digit."""
+    """Return the lowest perplexity of a column, among those that are exact to their last digit."""
     values = [value for row in ROWS if (value := row.values[column])]
     return min(one.perplexity for one in values if not (one.from_plot or one.at_most))
 
@@ -155,7 +155,7 @@ def _written(value: Value) -> str:
 
 
 def _size_of(run: Run) -> Size | None:
-    """Find the column of a run: same preset and same number of parameters."""
+    """Find the size with the preset of a run and, nearly, its number of parameters."""
     for size in SIZES:
         difference = run.start.parameters / size.config.parameter_count - 1
         if preset_of(run) == size.preset and abs(difference) < _SAME_MODEL:

@@ -146,7 +146,7 @@ def _pixels(point: _Point, view: tuple[float, float]) -> float:
 
 
 def spread_out(places: Sequence[float], least: float) -> list[float]:
-    """Move sorted positions apart, to at least the distance ``least``, each cluster at its mean.
+    """Move sorted positions apart, to at least the distance ``least``; clusters keep their means.
 
     >>> spread_out([0, 4, 100], 10)
     [-3.0, 7.0, 100.0]

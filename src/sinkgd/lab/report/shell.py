@@ -2,7 +2,7 @@
 
 The template extends ``shell.html`` and escapes every string. Figures and plotly.js are inlined, and
 a content security policy forbids the page to load anything. `from_cdn` replaces plotly.js by its
-address, for repositories and web sites; the page then has a twentieth of the size.
+address, for repositories and web sites; this makes the page twenty times smaller.
 """
 
 import base64
@@ -33,7 +33,7 @@ def render(
         template: A file that extends ``shell.html``, with the blocks ``main`` and ``footer``.
         title: Title of the page, plain text.
         charts: Charts to draw in the elements whose ids are the charts' keys.
-        filters: Functions by which the template formats values, by name.
+        filters: Functions with which the template formats values, by name.
         content: Values that the template shows, by name.
     """
     environment = jinja2.Environment(

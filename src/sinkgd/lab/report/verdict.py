@@ -167,7 +167,8 @@ def _baseline_got_worse(analysis: Analysis) -> list[str]:
             share = quantities.percent(point.tokens / run.end.tokens)
             return [
                 f"{run.start.name} first had its final loss after {share} of its tokens and was no "
-                "better at the end. Savings of others against its whole run are overstated."
+                "better at the end. Savings of other recipes, relative to its whole run, are "
+                "overstated."
             ]
     return []
 
@@ -185,7 +186,7 @@ def _unequal_conditions(analysis: Analysis) -> list[str]:
 
 
 def unequal_speed(analysis: Analysis) -> list[str]:
-    """Return a caution if times cannot be compared, else nothing.
+    """Return a caution if times cannot be compared, else an empty list.
 
     Forward and backward are the same for all recipes, so they should take equally long in all runs.
     """

@@ -1,6 +1,6 @@
 """What is counted: models, kinds of steps, and kinds of GPU; and the processes that count.
 
-A shape ``(..., m, n)`` is that of a parameter, whose leading dimensions are experts.
+A shape ``(..., m, n)`` is the shape of a parameter; its leading dimensions are experts.
 """
 
 import os
@@ -12,7 +12,8 @@ from typing import Any
 
 from sinkgd.lab.bench.workloads import Shape, matrix_shapes
 
-# An H100's L2 cache holds 50 MiB, and the backend keeps a bucket in half of it.
+# An H100's L2 cache holds 50 MiB. The backend keeps a bucket, which is a set of matrices that it
+# launches together, in half of that.
 CACHE_BYTES = 25 << 20
 
 LLAMAS = ("llama-60m", "llama-1b", "llama-7b")

@@ -3,7 +3,7 @@
 The optimizer, the backend ``triton`` and triton's launcher run as they do with a GPU. The device,
 the compiler and the driver are fakes: nothing touches the device's memory, and a launch does
 nothing. CPU tensors stand in for those of the device. The figures leave out CUDA's allocator,
-streams and driver: the number of calls of these does not depend on the number of matrices.
+streams and driver, because the number of calls to them does not depend on the number of matrices.
 
     python -m sinkgd.lab.bench.gpu.host_time
 """
@@ -150,18 +150,19 @@ def fake_gpu() -> Iterator[FakeGpu]:
 
 
 class Step:
-    """An optimizer's step on the matrices of a model, in bfloat16, with gradients that move."""
+    """A step on the matrices of a model, in bfloat16, whose gradients can move in memory."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
-        with catch_warnings():  # updates may be lost in rounding: these weights are uninitialized
+        # A warning says that rounding may lose updates. These weights are uninitialized anyway.
+        with catch_warnings():
             simplefilter("ignore")
             self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
 
     def move_gradients(self) -> None:
-        """Give gradients addresses that no earlier gradients had."""
+        """Give gradients addresses that no gradients of the last ``SPACES - 1`` steps had."""
         at = 8 * (self.taken % SPACES)
         self.taken += 1
         for param, memory in zip(self.params, self.memory, strict=True):
@@ -177,7 +178,7 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 
 
 def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
-    """Measure the steady steps of a model's matrices.
+    """Measure steps on a model's matrices, after three steps of warm-up.
 
     Args:
         model: A preset of `sinkgd.lab.models`.
@@ -241,7 +242,7 @@ class _BackendTime:
 
 
 def _python_calls(step: Callable[[], None]) -> int:
-    """Count the Python functions that a step calls, except the fake launch."""
+    """Count the calls of Python functions in a step, except calls of the fake launch."""
     count = 0
 
     def note(frame: Any, event: str, _: object) -> None:

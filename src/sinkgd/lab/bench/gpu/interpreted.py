@@ -1,7 +1,7 @@
 """What is counted while triton's interpreter runs the kernels on a CPU: readings, and errors.
 
-`main` is the program that counts, in a process of its own: whether kernels are interpreted is
-decided when triton is imported. It writes a line of JSON.
+`main` is the program that counts. It runs in a process of its own, because triton decides when it
+is imported whether kernels are interpreted. `main` writes a line of JSON.
 
 A reading is one read of one entry. Loads by kernels are counted by address, entry by entry.
 Readings by torch are counted from the arguments of its calls. Float32 copies of gradients are
@@ -30,7 +30,8 @@ from sinkgd.lab.bench.gpu.recorded import with_triton
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.lab.disk import parse_json
 
-# Near square, wide, tall, and llama-1b's number of columns that is not a multiple of 16 bytes.
+# Nearly square, wide, tall, and one with llama-1b's 5461 columns, where the size of a row is not a
+# multiple of 16 bytes.
 SHAPES: tuple[Shape, ...] = ((96, 128), (24, 688), (688, 24), (20, 5461))
 
 
@@ -39,7 +40,7 @@ class Interpreted:
     """What is counted in the interpreter."""
 
     readings: float  # per entry of a gradient in a plain step
-    deflated_readings: float  # the same in a deflated step, with readings of copies
+    deflated_readings: float  # the same in a deflated step, including readings of copies
     deflated_copies: float  # number of float32 copies per gradient that a deflated step makes
     relative_error: float  # error of r·c against float64, with float32 gradients
     deflated_error: float  # error of a deflated update against float64, relative to its RMS

@@ -76,7 +76,7 @@ def take_step(
     whole_rows: bool = True,
     **options: Any,
 ) -> None:
-    """Take a step along gradients that are allocated and never written, with the backend triton.
+    """Take a step with the backend triton; gradients are allocated, but never written.
 
     Args:
         shapes: Shapes of the parameters.
@@ -143,7 +143,7 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
-    """Count the calls of the second step, by name; the first one also makes state and tables."""
+    """Count the calls of the second step, by name; the first also creates state and tables."""
     with with_triton(), recorded_launches():
         optimizer = SinkGD([{"lr": 1e-3, "nonfinite": "skip", **group} for group in groups])
         for group in optimizer.param_groups:
@@ -171,7 +171,7 @@ def calls_per_further_matrix(**options: Any) -> float:
 
 
 def calls_of_model(preset: str, **options: Any) -> Counter[str]:
-    """Count the calls of a step of a whole model, matrices by SinkGD and the rest by AdamW.
+    """Count the calls of a whole model's step: SinkGD updates matrices, and AdamW the rest.
 
     Args:
         preset: A name in `sinkgd.lab.models.PRESETS`.

@@ -23,8 +23,8 @@ from sinkgd.lab.disk import parse_json
 from sinkgd.lab.report.console import Progress
 
 INTERPRETER, HOST, SCHEDULE, CODE = "interpreter", "host", "schedule", "code"
-# The parts, and about how many seconds each takes. CODE takes this long for each GPU that kernels
-# are compiled for.
+# The parts, and about how many seconds each takes. CODE takes that long for each GPU for
+# which kernels are compiled.
 PARTS = {INTERPRETER: 25.0, HOST: 5.0, SCHEDULE: 2.0, CODE: 30.0}
 _VARIANTS = 30  # about how many variants are compiled for a GPU
 
@@ -126,7 +126,7 @@ def interpreter_figures(found: Interpreted) -> list[Figure]:
         _figure(
             "relative error of r·c",
             found.relative_error,
-            "the largest against float64, float32 gradients in the interpreter",
+            "the largest error against float64, with float32 gradients in the interpreter",
         ),
         _figure(
             "error of deflated updates, relative to their RMS",

@@ -1,8 +1,8 @@
-"""Bytes that a step moves from and to a GPU's memory, and its scratch, from the step's schedule.
+"""Bytes that a step moves from and to a GPU's memory, and its scratch, found from its schedule.
 
-A bucket that fits into its part of the cache is read from memory once. A larger bucket is read in
-alternating directions, so a launch finds in the cache what the previous launch read last. Partial
-sums and scales stay in the cache.
+A bucket is a set of matrices that are launched together. A bucket that fits into its part of the
+cache is read from memory once. A larger bucket is read in alternating directions, so a launch finds
+in the cache what the previous launch read last. Partial sums and scales stay in the cache.
 """
 
 from math import prod
@@ -50,7 +50,8 @@ def _moved(bucket: Bucket, whole: Schedule, itemsize: int) -> int:
     size = sum(matrix.P * matrix.Q for matrix in matrices_in(bucket, whole)) * itemsize
     missed = max(0, size - CACHE_BYTES)  # bytes that a second reading does not find in the cache
     readings = ITERATIONS[0] + 1
-    again = size if bucket.waits else missed  # the update comes after all other buckets
+    # An update that waits comes after all other buckets, and finds nothing in the cache.
+    again = size if bucket.waits else missed
     return size + (readings - 2) * missed + again + 2 * size
 
 
@@ -72,7 +73,10 @@ def scratch_of_model(model: str, dtype: torch.dtype = torch.bfloat16) -> Scratch
 
 
 def _partial(matrix: DescentMatrix) -> int:
-    """Return the size of a matrix's partial sums, in floats: a float and a byte per column."""
+    """Return the size of a matrix's partial sums, in floats.
+
+    Each program writes a float and a byte per column.
+    """
     return -(-5 * matrix.programs * matrix.Q // 4)
 
 

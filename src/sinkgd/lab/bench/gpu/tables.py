@@ -14,7 +14,7 @@ class Figure:
 
     name: str
     value: float
-    target: float | None  # the most that it may be
+    target: float | None  # the largest value that meets the target
     how: str  # how it was counted
 
     @property

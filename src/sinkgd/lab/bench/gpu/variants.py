@@ -186,7 +186,8 @@ class MachineCode:
     """Counts from the compiled code of one kernel."""
 
     registers: int  # per thread
-    spilled: int  # instructions that use local memory; on AMD spilled registers and scratch bytes
+    # Instructions that use local memory; on AMD, the sum of spilled registers and scratch bytes.
+    spilled: int
     loads2: int  # instructions that load 2 bytes from global memory
     loads16: int  # instructions that load 16 bytes from global memory
     stores16: int  # instructions that store 16 bytes to global memory
