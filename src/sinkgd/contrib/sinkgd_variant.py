@@ -80,6 +80,7 @@ class SinkGDVariant(SinkGD):
         tiny_rows: str = "keep",
         tiny_row_threshold: float = 0.01,
         operator_norm: str | None = None,
+        weight_projection: bool = False,
         **options: Any,
     ) -> None:
         given = signature(SinkGD).bind(params, lr, sinkhorn_iterations, **options)
@@ -93,5 +94,6 @@ class SinkGDVariant(SinkGD):
             "tiny_rows": tiny_rows,
             "tiny_row_threshold": tiny_row_threshold,
             "operator_norm": operator_norm,
+            "weight_projection": weight_projection,
         }
         GroupedOptimizer.__init__(self, arguments.pop("params"), arguments)

@@ -10,6 +10,7 @@ from sinkgd.optim.transforms.momentum import Momentum
 from sinkgd.optim.transforms.operator_norm import OperatorNorm
 from sinkgd.optim.transforms.tiny_rows import TinyRows
 from sinkgd.optim.transforms.warm_start import WarmStart
+from sinkgd.optim.transforms.weight_projection import WeightProjection
 
 # In the order in which a step applies them.
 TRANSFORMS: tuple[Transform, ...] = (
@@ -18,5 +19,6 @@ TRANSFORMS: tuple[Transform, ...] = (
     ExtraHalfStep(),
     WarmStart(),
     Deflate(),
+    WeightProjection(),
     OperatorNorm(),
 )

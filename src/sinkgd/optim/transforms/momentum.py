@@ -107,7 +107,7 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
     buffers = [_buffer(states[slot.param], slot.param) for slot in slots]
     before = [local(b).clone() for b in buffers] if group["nesterov"] else None
     finite: Tensor = yield step(
-        [slot._replace(param=b) for slot, b in zip(slots, buffers, strict=True)],
+        [slot._replace(param=b, weight=slot.param) for slot, b in zip(slots, buffers, strict=True)],
         # With these options the step sets B to (1 − lr) B + lr X.
         {
             **group,
