@@ -81,6 +81,7 @@ class SinkGDVariant(SinkGD):
         tiny_row_threshold: float = 0.01,
         operator_norm: str | None = None,
         weight_projection: bool = False,
+        constant_norm: bool = False,
         **options: Any,
     ) -> None:
         given = signature(SinkGD).bind(params, lr, sinkhorn_iterations, **options)
@@ -95,5 +96,6 @@ class SinkGDVariant(SinkGD):
             "tiny_row_threshold": tiny_row_threshold,
             "operator_norm": operator_norm,
             "weight_projection": weight_projection,
+            "constant_norm": constant_norm,
         }
         GroupedOptimizer.__init__(self, arguments.pop("params"), arguments)

@@ -307,7 +307,7 @@ KINDS: Mapping[str, Check] = MappingProxyType(
         **dict.fromkeys(
             (
                 *("maximize", "cautious_decay", "nesterov"),
-                *("warm_start", "weight_projection"),
+                *("warm_start", "weight_projection", "constant_norm"),
             ),
             check_flag,
         ),

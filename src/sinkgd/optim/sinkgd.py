@@ -23,7 +23,7 @@ _OF_VARIANT = {
     for name in (
         *("warm_start", "momentum_place", "first", "last"),
         *("tiny_rows", "tiny_row_threshold", "operator_norm"),
-        "weight_projection",
+        *("weight_projection", "constant_norm"),
     )
 }
 

@@ -4,6 +4,7 @@
 """
 
 from sinkgd.optim.transform import Transform
+from sinkgd.optim.transforms.constant_norm import ConstantNorm
 from sinkgd.optim.transforms.deflate import Deflate
 from sinkgd.optim.transforms.half_step import ExtraHalfStep
 from sinkgd.optim.transforms.momentum import Momentum
@@ -21,4 +22,5 @@ TRANSFORMS: tuple[Transform, ...] = (
     Deflate(),
     WeightProjection(),
     OperatorNorm(),
+    ConstantNorm(),
 )

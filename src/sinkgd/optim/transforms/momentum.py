@@ -32,6 +32,7 @@ from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.apply import UpdateWriter, allowed
 from sinkgd.optim.method import Context, Group, Slot, are_finite
 from sinkgd.optim.transform import Scratch, Step, Transform, step_in_chunks
+from sinkgd.optim.transforms.constant_norm import hold_norms_
 
 MOMENTUM = "momentum_buffer"
 PLACES = ("before", "after")
@@ -62,9 +63,9 @@ class Momentum(Transform):
         _buffer(state, param.detach())
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold Nesterov's directions."""
+        """Hold directions."""
         del packs_vectors, sharded
-        return Scratch(copies=group["nesterov"])
+        return Scratch(copies=_copies(group))
 
     def around(
         self, step: Step, slots: Sequence[Slot], group: Group, context: Context
@@ -75,7 +76,7 @@ class Momentum(Transform):
         itself can write its update into B, as if B were the parameter.
         """
         take = _before if group["momentum_place"] == "before" else _after
-        if group["nesterov"]:
+        if _copies(group):
             return step_in_chunks(partial(take, step), slots, group, context)
         return take(step, slots, group, context)
 
@@ -117,20 +118,35 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
             "cautious_decay": False,
             "maximize": True,
             "rounding": "nearest",
+            "constant_norm": False,
         },
         context._replace(
             states={b: states[slot.param] for slot, b in zip(slots, buffers, strict=True)}
         ),
     )
-    writer = UpdateWriter(slots, finite, group, context)
-    for i, (slot, buffer) in enumerate(zip(slots, buffers, strict=True)):
+
+    def direction(i: int) -> Tensor:
         if before is None:
-            along = local(buffer).clone()
-        else:  # μB + (1 − μ)X, as X is (B − μ · B before) / (1 − μ)
-            along = before[i].mul_(-mu).add_(local(buffer), alpha=1 + mu)
+            return local(buffers[i]).clone()
+        # μB + (1 − μ)X, as X is (B − μ · B before) / (1 − μ)
+        return before[i].mul_(-mu).add_(local(buffers[i]), alpha=1 + mu)
+
+    held: list[Tensor] | None = None
+    if group.get("constant_norm"):
+        held = [direction(i) for i in range(len(slots))]
+        finite = yield hold_norms_(slots, held, finite, group, context)
+    writer = UpdateWriter(slots, finite, group, context)
+    for i, slot in enumerate(slots):
+        along = direction(i) if held is None else held[i]
         first = first_entry_of(slot.param, group.get("layout", "auto"))
         writer.write_(i, local(slot.param), along, first)
     return finite
+
+
+def _copies(group: Group) -> bool:
+    """Whether the directions of all parameters are held at once."""
+    holds = group.get("constant_norm", False) and group["momentum_place"] == "after"
+    return bool(group["nesterov"] or holds)
 
 
 def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
