@@ -63,7 +63,7 @@ def row_products(update: Tensor, weight: Tensor) -> Tensor:
     Any finite weight is in range: rows are divided by their l1 norms before they are multiplied.
     """
     wide = weight.to(update.dtype)
-    length = or_one(wide.abs().sum(-1, keepdim=True))
+    length = or_one(torch.linalg.vector_norm(wide, 1, dim=-1, keepdim=True))
     unit = wide / length
     length = length.double()
     pairs = ((update, update), (update, unit), (unit, unit))
