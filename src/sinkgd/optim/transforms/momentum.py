@@ -14,7 +14,8 @@ an update if updates disagree, and in the first steps, since it begins at zero.
 State: ``state[param]["momentum_buffer"]``, sharded like the parameter: float32, 4 bytes per entry
 (float64 for float64), since an average in bfloat16 would lose small gradients. Scratch: one
 parameter in float32 at a time; directions of Nesterov's rule, or averages of updates for
-``constant_norm``, are as large as the gradients, and computed in chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds a message per group.
+``constant_norm``, are as large as the gradients, and computed in chunks. A non-finite gradient
+leaves B unchanged. On a mesh ``"before"`` adds a message per group.
 """
 
 from collections.abc import MutableMapping, Sequence
