@@ -31,7 +31,9 @@ class Expected:
     tiny_rows: str = "keep"
     tiny_row_threshold: float = 0.01
     deflated_rank: int = 0
+    weight_projection: bool = False
     operator_norm: str | None = None
+    constant_norm: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
 
     def step(self, G: Tensor) -> Tensor:
@@ -39,10 +41,11 @@ class Expected:
         G = G.double()
         if self.momentum and self.momentum_place == "before":
             G = self._averaged(G)
-        X = self._pinned(self._deflated(self._normalized(self._masked(G))))
+        X = self._deflated(self._normalized(self._masked(G)))
+        X = self._pinned(self._projected(X))
         if self.momentum and self.momentum_place == "after":
             X = self._averaged(X)
-        self.weight = self.weight.double() - self.lr * X
+        self.weight = self._moved(self.weight.double(), X)
         return X
 
     def _averaged(self, x: Tensor) -> Tensor:
@@ -86,6 +89,29 @@ class Expected:
         kept = torch.tensor([min(1.0, level / b) if b else 1.0 for b in lengths[:k]])
         X = X - Q[:, :k] @ torch.diag(1 - kept.double()) @ B[:k]
         return X * (math.sqrt(m * n) / X.norm())
+
+    def _projected(self, X: Tensor) -> Tensor:
+        if not self.weight_projection:
+            return X
+        rows = []
+        for x, w in zip(X, self.weight.double(), strict=True):
+            # The projection off all of w is that on the complement of w in the orthogonal basis
+            # whose first vector is w.
+            basis = torch.linalg.qr(w.unsqueeze(1), mode="complete").Q[:, int(w.any()) :]
+            y = basis @ (basis.T @ x)
+            rows.append(y * (math.hypot(*x) / math.hypot(*y)) if y.any() else y)
+        return torch.stack(rows)
+
+    def _moved(self, W: Tensor, X: Tensor) -> Tensor:
+        """Return the weight after the step along ``X``."""
+        if not self.constant_norm:
+            return W - self.lr * X
+        R = self.kept.setdefault("R", math.hypot(*W.flatten().tolist()))
+        if R == 0 or not X.any():
+            return W - self.lr * X
+        # On the sphere of radius R, to where W - lr R X/|X| points.
+        toward = W / R - self.lr * X / math.hypot(*X.flatten().tolist())
+        return R * toward / math.hypot(*toward.flatten().tolist())
 
     def _pinned(self, X: Tensor) -> Tensor:
         if self.operator_norm is None:

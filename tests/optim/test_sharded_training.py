@@ -66,6 +66,9 @@ RECIPES = {
         operator_norm="muon",
         sinkhorn_iterations=2,
     ),
+    "held": lambda model: sinkgd.SinkGDVariant(
+        sinkgd.param_groups(model, lr=0.02), weight_projection=True, constant_norm=True
+    ),
 }
 
 KINDS = ("ddp", "fsdp", "hsdp", "fsdp-tp")

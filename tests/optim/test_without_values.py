@@ -17,6 +17,8 @@ PLACES = {
 OPTIONS = [
     {"warm_start": True},
     {"operator_norm": "unit", "deflated_rank": 2},
+    {"weight_projection": True},
+    {"constant_norm": True},
     {"tol": 0.1},
     {"rounding": "stochastic"},
 ]

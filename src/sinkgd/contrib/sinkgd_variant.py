@@ -16,17 +16,20 @@ class SinkGDVariant(SinkGD):
 
     Each option is also an option of groups: ``{"params": ..., "warm_start": True}`` works with
     `SinkGD`, too. Disabled options add no cost. A step applies them in this order: momentum of the
-    gradient, ``tiny_rows``, the half steps, ``deflated_rank``, ``operator_norm``, momentum of the
-    update. For vectors, only momentum has an effect.
+    gradient, ``tiny_rows``, the half steps, ``deflated_rank``, ``weight_projection``,
+    ``operator_norm``, momentum of the update, ``constant_norm``. For vectors, only momentum has an
+    effect.
 
     The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
     embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
     2L + 1 half steps from rows to rows. They multiply its learning rate by 0.18. To use it, write
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
-    On a mesh, ``tiny_rows``, an extra half step and ``operator_norm`` each add one message per
-    step; for a group that shards columns, ``operator_norm`` adds two. ``tiny_rows`` copies
-    gradients: it processes 256 MiB at a time and sends one set of messages per chunk.
+    On a mesh, ``tiny_rows``, an extra half step, ``operator_norm`` and ``constant_norm`` each add
+    one message per step. For a group that shards columns, ``operator_norm`` adds two, and
+    ``weight_projection`` adds one. ``tiny_rows`` copies gradients: it processes 256 MiB at a time
+    and sends one set of messages per chunk; so does ``constant_norm`` with momentum of the update.
+    ``weight_projection`` and ``constant_norm`` copy updates, 128 MiB at a time.
 
     Args:
         params: As in `SinkGD`.
@@ -50,6 +53,15 @@ class SinkGDVariant(SinkGD):
             value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
             longer a root-mean-square. With ``"muon"`` it is the largest change of an output for an
             input of root-mean-square 1. Keeps n float32 per matrix.
+        weight_projection: Project each row of the update, an out-feature, off the same row of the
+            weight, and give it back its length. Rows of the weight then turn, and grow only by the
+            square of ``lr``. Keeps no state; copies the updates of a few matrices at a time.
+        constant_norm: Give each matrix, after every step, the Frobenius norm that it had before the
+            first. ``lr`` is then relative to the weights: the root-mean-square change of a weight,
+            divided by the root-mean-square of the weights. The update only gives the direction. A
+            matrix that is zero before its first step is updated as without the option. Does not
+            combine with ``weight_decay``. Keeps a float32 per matrix; copies the updates of a few
+            matrices at a time.
         **options: All other arguments of `SinkGD`.
 
     Raises:
@@ -66,6 +78,10 @@ class SinkGDVariant(SinkGD):
         >>> optimizer.step()
         >>> [*optimizer.state[weight]]
         ['col_scale']
+
+    References:
+        Nora projects rows of a momentum off rows of the weight. https://arxiv.org/abs/2605.03769
+        Hyperball keeps the norm of each matrix. https://arxiv.org/abs/2606.16899
     """
 
     @suggest_names(passes_to=SinkGD)
@@ -83,6 +99,8 @@ class SinkGDVariant(SinkGD):
         tiny_rows: str = "keep",
         tiny_row_threshold: float = 0.01,
         operator_norm: str | None = None,
+        weight_projection: bool = False,
+        constant_norm: bool = False,
         **options: Any,
     ) -> None:
         given = signature(SinkGD).bind(params, lr, sinkhorn_iterations, **options)
@@ -97,5 +115,7 @@ class SinkGDVariant(SinkGD):
             "tiny_rows": tiny_rows,
             "tiny_row_threshold": tiny_row_threshold,
             "operator_norm": operator_norm,
+            "weight_projection": weight_projection,
+            "constant_norm": constant_norm,
         }
         GroupedOptimizer.__init__(self, arguments.pop("params"), arguments)

@@ -275,12 +275,12 @@ def from_local(param: Tensor, shard: Tensor) -> Tensor:
     )
 
 
-def shard_columns(param: Tensor, row_dim: int, numbers: Tensor) -> Tensor:
-    """Shard ``numbers`` like ``param``, except along dimension ``row_dim``.
+def shard_except(param: Tensor, whole_dims: Collection[int], numbers: Tensor) -> Tensor:
+    """Shard ``numbers`` like ``param``, except along the dimensions ``whole_dims``.
 
     Args:
         param: A tensor of as many dimensions as ``numbers``.
-        row_dim: The dimension of its rows, which stays whole.
+        whole_dims: The dimensions that stay whole, such as that of the rows.
         numbers: All numbers, the same on all ranks.
     """
     if not is_dtensor(param):
@@ -297,7 +297,7 @@ def shard_columns(param: Tensor, row_dim: int, numbers: Tensor) -> Tensor:
     order = sorted(dims, key=lambda i: (0, i) if isinstance(placements[i], Shard) else (1, -i))
     shard = numbers
     for i in order:
-        if dims[i] == row_dim:
+        if dims[i] in whole_dims:
             placements[i] = Replicate()
             continue
         size = shard.shape[dims[i]]

@@ -304,7 +304,13 @@ KINDS: Mapping[str, Check] = MappingProxyType(
             ),
             check_whole_number,
         ),
-        **dict.fromkeys(("maximize", "cautious_decay", "nesterov", "warm_start"), check_flag),
+        **dict.fromkeys(
+            (
+                *("maximize", "cautious_decay", "nesterov"),
+                *("warm_start", "weight_projection", "constant_norm"),
+            ),
+            check_flag,
+        ),
         "fused": _or_none(check_flag),
         "betas": check_betas,
         "norms": _norms,

@@ -23,6 +23,7 @@ _OF_VARIANT = {
     for name in (
         *("warm_start", "momentum_place", "momentum_bits", "first", "last"),
         *("tiny_rows", "tiny_row_threshold", "operator_norm"),
+        *("weight_projection", "constant_norm"),
     )
 }
 

@@ -40,6 +40,38 @@ def kept_after_a_step(options):
     return sum(tensor.nbytes for tensor in state_tensors(optimizer))
 
 
+# Options that no recipe has.
+VARIANTS = {
+    "sinkgd-projected": {"weight_projection": True},
+    "sinkgd-constant-norm": {"constant_norm": True},
+}
+
+
+def variant_after_a_step(name):
+    model = Llama(replace(PRESETS["llama-9m"], vocab_size=600, num_layers=2))
+    groups = sinkgd.param_groups(model, deflated_rank=0)
+    optimizer = sinkgd.SinkGDVariant(groups, **VARIANTS[name])
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_state_of_a_variant_is_what_it_keeps_after_a_step(name):
+    kept = sum(tensor.nbytes for tensor in state_tensors(variant_after_a_step(name)))
+    assert planned_state(name) == kept
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_scratch_of_a_variant_is_what_a_step_takes(name):
+    used = allocations(variant_after_a_step(name).step, torch.device("cpu")).peak
+    planned = update_scratch(
+        weights_of(SMALL), Grid(), find_method(name), device="cpu", per_matrix=False
+    )
+    assert planned == pytest.approx(used, rel=0.04)  # without three float64 of each row
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name in RECIPES])
 def test_state_is_what_the_recipe_keeps_after_a_step(name):
     assert planned_state(name) == kept_after_a_step(OptimizerConfig(recipe=name))
@@ -47,7 +79,8 @@ def test_state_is_what_the_recipe_keeps_after_a_step(name):
 
 def test_every_method_but_three_is_a_recipe_or_one_with_an_option():
     others = [name for name in METHODS if name not in RECIPES]
-    options = ["sinkgd-momentum", "sinkgd-momentum-8bit", "sinkgd-pinned", "sinkgd-table", "sron"]
+    options = ["sinkgd-momentum", "sinkgd-momentum-8bit", "sinkgd-pinned", *VARIANTS]
+    options += ["sinkgd-table", "sron"]
     assert others == ["sinkgd-8bit", *options, "adamw-8bit", "lora"]
 
 
@@ -176,6 +209,7 @@ def test_options_of_sinkgd_keep_float32_whatever_the_weights():
     for itemsize in (2, 4):
         assert find_method("sinkgd-momentum").state_bytes(4, 10, itemsize, 1) == 4 * 40
         assert find_method("sinkgd-pinned").state_bytes(4, 10, itemsize, 1) == 4 * 10
+        assert find_method("sinkgd-constant-norm").state_bytes(4, 10, itemsize, 1) == 4
         assert find_method("sron").state_bytes(4, 10, itemsize, 1) == 0
 
 

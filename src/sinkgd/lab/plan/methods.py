@@ -41,6 +41,7 @@ class Method:
     source: str
     matrix: float = 0.0  # numbers kept for each entry of a matrix
     column: float = 0.0  # float32 numbers kept for each column of a matrix
+    each: int = 0  # float32 numbers kept for each matrix
     # Whether numbers kept for matrices, embeddings and head are float32 for any type of weights.
     always_float32: bool = False
     rest: float = 2.0  # numbers kept for each entry of other parameters, such as norms
@@ -61,6 +62,7 @@ class Method:
     iterations: int = ITERATIONS  # exchanges of vectors in a step
     passes: int = 7  # reads and writes of a matrix in a step
     scratch: float = 0.0  # float32 copies of the largest matrix during its update
+    copies: int = 0  # float32 copies of all updates that are processed together
     batched: bool = False  # whether small matrices of one shape are updated together
     directions: int = 0  # k; 0 without deflation, whose scratch is in `peak_memory`
     everywhere: bool = False  # whether embeddings and head are updated like matrices
@@ -79,7 +81,7 @@ class Method:
         """
         if self.low_rank is not None:
             return itemsize * self.low_rank(min(m, n), max(m, n), r)
-        return self._size(itemsize) * self.matrix * m * n + _FLOAT32 * self.column * n
+        return self._size(itemsize) * self.matrix * m * n + _FLOAT32 * (self.column * n + self.each)
 
     def embedding_bytes(self, m: int, n: int, itemsize: int, *, is_head: bool) -> float:
         """Return the bytes of the state of an embedding or a head, from `embedding`."""
@@ -210,6 +212,29 @@ FAMILY = (
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 5,  # two products with a vector
+    ),
+    Method(
+        "sinkgd-projected",
+        "SinkGD, rows orthogonal to the weight",
+        "2 per entry of embedding, head, norms",
+        "sinkgd.SinkGDVariant(weight_projection=True), without deflation",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 25,  # 4 make the update, 13 its products, 5 project it
+        copies=1,
+        scratch=2.0,  # the weight's rows in units of their length, and a product
+    ),
+    Method(
+        "sinkgd-constant-norm",
+        "SinkGD, constant norm",
+        "1 float32 per matrix, 2 per entry of embedding, head, norms",
+        "sinkgd.SinkGDVariant(constant_norm=True), without deflation",
+        each=1,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 25,  # as "sinkgd-projected"
+        copies=1,
+        scratch=2.0,
     ),
     Method(
         "sinkgd-table",

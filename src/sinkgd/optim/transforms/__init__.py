@@ -4,12 +4,14 @@
 """
 
 from sinkgd.optim.transform import Transform
+from sinkgd.optim.transforms.constant_norm import ConstantNorm
 from sinkgd.optim.transforms.deflate import Deflate
 from sinkgd.optim.transforms.half_step import ExtraHalfStep
 from sinkgd.optim.transforms.momentum import Momentum
 from sinkgd.optim.transforms.operator_norm import OperatorNorm
 from sinkgd.optim.transforms.tiny_rows import TinyRows
 from sinkgd.optim.transforms.warm_start import WarmStart
+from sinkgd.optim.transforms.weight_projection import WeightProjection
 
 # In the order in which a step applies them.
 TRANSFORMS: tuple[Transform, ...] = (
@@ -18,5 +20,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     ExtraHalfStep(),
     WarmStart(),
     Deflate(),
+    WeightProjection(),
     OperatorNorm(),
+    ConstantNorm(),
 )

@@ -25,7 +25,7 @@ from sinkgd.deflation import (
     fixed_block,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, shard_columns
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
 from sinkgd.matrix_views import dims_of, rows_then_columns
@@ -103,7 +103,7 @@ def _make_block(param: Tensor, device: torch.device, layout: str, k: int) -> Ten
     dims = range(param.ndim)
     whole = in_order.view([sizes.get(dim, 1) for dim in dims])
     whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
-    piece = local(shard_columns(param, row_dim, whole.contiguous()))
+    piece = local(shard_except(param, (row_dim,), whole.contiguous()))
     view = rows_then_columns(piece, local(param), layout)
     return view.flatten(view.ndim - len(cols)).mT.contiguous()
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, local, param_matrices, shard_columns
+from sinkgd.distributed.shards import ParamMatrix, local, param_matrices, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
 from sinkgd.matrix_views import dims_of, rows_then_columns
@@ -83,7 +83,8 @@ class OperatorNorm(Transform):
         pinned = yield pin(matrices, scales, vectors, batch.group)
         batch = batch._replace(matrices=matrices, scales=pinned.scales).only_if(pinned.finite)
         for slot, state, own, flag in batch.owners():
-            _keep_vectors(state, slot.param, layout, [pinned.vectors[i] for i in own], flag)
+            found = [pinned.vectors[i] for i in own]
+            keep_parts(state[POWER_VECTOR], found, slot.param, layout, flag)
         return batch
 
 
@@ -96,7 +97,7 @@ def _init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, c
     (row_dim,), _ = dims_of(param.ndim, layout)
     shape = [count if dim == row_dim else size for dim, size in enumerate(param.shape)]
     places = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device=param.device)
-    state[POWER_VECTOR] = shard_columns(param, row_dim, places.sin().float().view(shape))
+    state[POWER_VECTOR] = shard_except(param, (row_dim,), places.sin().float().view(shape))
 
 
 def _vectors_of(
@@ -105,21 +106,28 @@ def _vectors_of(
     """Return v of each of the ``count`` matrices of a parameter: ``(..., 1, n)``."""
     if POWER_VECTOR not in state:
         _init_vectors(state, param, layout, count)
-    view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
+    return parts_of(state[POWER_VECTOR], param, layout)
+
+
+def parts_of(kept: Tensor, param: Tensor, layout: str) -> list[Tensor]:
+    """Return what was kept of each matrix of a parameter: ``(..., 1, n)``, or with one column.
+
+    Args:
+        kept: What the state keeps: one row for each matrix, in the layout of ``param``.
+        param: The parameter.
+        layout: The layout of its group.
+    """
+    view = rows_then_columns(local(kept), local(param), layout)
     _, cols = dims_of(param.ndim, layout)
     return list(torch.split(view.flatten(param.ndim - len(cols)), 1, dim=-2))
 
 
-def _keep_vectors(
-    state: MutableMapping[str, Any],
-    param: Tensor,
-    layout: str,
-    vectors: Sequence[Tensor],
-    allowed: Tensor | None,
+def keep_parts(
+    kept: Tensor, parts: Sequence[Tensor], param: Tensor, layout: str, allowed: Tensor | None
 ) -> None:
-    """Keep v of each matrix of a parameter for the next step, unless ``allowed`` is False."""
-    view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
-    found = torch.cat(list(vectors), dim=-2).view(view.shape)
+    """Write what `parts_of` reads, unless ``allowed`` is False."""
+    view = rows_then_columns(local(kept), local(param), layout)
+    found = torch.cat(list(parts), dim=-2).view(view.shape)
     view.copy_(found if allowed is None else torch.where(allowed, found, view))
 
 
