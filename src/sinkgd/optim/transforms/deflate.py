@@ -22,15 +22,14 @@ from sinkgd.deflation import (
     Products,
     find_leading,
     find_packed_leading,
-    fixed_block,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, shard_columns
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
-from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
+from sinkgd.optim.column_vectors import fixed_block_of, fixed_blocks
 from sinkgd.optim.method import Group
 from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
@@ -63,7 +62,8 @@ class Deflate(Transform):
         if batch.backend.packs_vectors and not is_dtensor(batch.slots[0].param):
             found = _deflate_packed(batch, matrices, scales)
         if found is None:
-            found = yield _deflate_stacks(matrices, scales, _blocks_of(batch), batch.backend)
+            blocks = fixed_blocks(batch, batch.group["deflated_rank"] + 1)
+            found = yield _deflate_stacks(matrices, scales, blocks, batch.backend)
         return batch._replace(matrices=matrices, scales=found.scales).only_if(found.finite)
 
 
@@ -72,40 +72,6 @@ def check_deflated_rank(rank: int) -> None:
     check_whole_number("deflated_rank", rank)
     if rank < 0:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
-
-
-def _blocks_of(batch: Batch) -> list[Tensor]:
-    """Return Ω of every matrix, ``(..., n, k + 1)`` float64; only its rows for this rank's columns.
-
-    Parameters of one shape, memory order and sharding share one Ω.
-    """
-    known: dict[tuple[object, ...], Tensor] = {}
-    blocks: list[Tensor] = []
-    for slot, own in zip(batch.slots, batch.ranges, strict=True):
-        param = slot.param
-        kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
-        if is_dtensor(param):
-            kind = (*kind, param.device_mesh, param.placements)
-        if kind not in known:
-            known[kind] = _make_block(
-                param, param.device, batch.group["layout"], batch.group["deflated_rank"] + 1
-            )
-        blocks += [known[kind]] * len(own)
-    return blocks
-
-
-def _make_block(param: Tensor, device: torch.device, layout: str, k: int) -> Tensor:
-    (row_dim,), cols = dims_of(param.ndim, layout)
-    # One block, k by n, is repeated for all matrices of a parameter, along the other dimensions.
-    sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
-    block = fixed_block(tuple(sizes.values()), device)
-    in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
-    dims = range(param.ndim)
-    whole = in_order.view([sizes.get(dim, 1) for dim in dims])
-    whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
-    piece = local(shard_columns(param, row_dim, whole.contiguous()))
-    view = rows_then_columns(piece, local(param), layout)
-    return view.flatten(view.ndim - len(cols)).mT.contiguous()
 
 
 class _BlockKey(NamedTuple):
@@ -125,7 +91,7 @@ def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
         if kind not in first:
             first[kind] = end
             probe = torch.empty_strided(kind.shape, kind.stride, dtype=torch.float32, device="meta")
-            block = _make_block(probe, torch.device("cpu"), kind.layout, k)
+            block = fixed_block_of(probe, kind.layout, k, torch.device("cpu"))
             blocks.append(block.view(-1, *block.shape[-2:])[0])  # the same for a whole batch
             end += block.shape[-2]
     return Shared(torch.cat(blocks)[:, :width].contiguous(), tuple(first[kind] for kind in kinds))
