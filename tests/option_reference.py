@@ -30,6 +30,7 @@ class Expected:
     tiny_rows: str = "keep"
     tiny_row_threshold: float = 0.01
     deflated_rank: int = 0
+    deflated_start: str = "fixed"
     operator_norm: str | None = None
     kept: dict[str, Any] = field(default_factory=dict)
 
@@ -72,12 +73,12 @@ class Expected:
         k = min(self.deflated_rank, m - 1, n - 1)
         if k < 1 or not X.any():
             return X
-        directions = self.deflated_rank + 1
-        angles = [0.6180339887498949 * t * t for t in range(1, directions * n + 1)]
-        block = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
-        Q, _ = torch.linalg.qr(X @ block.view(directions, n)[: k + 1].T)
+        start = self.kept.get("start", _fixed(self.deflated_rank + 1, n)[: k + 1].T)
+        Q, _ = torch.linalg.qr(X @ start)
         Q, _ = torch.linalg.qr(X @ (X.T @ Q))
         B = Q.T @ X
+        if self.deflated_start == "kept":
+            self.kept["start"] = B.T
         lengths = [float(row.norm()) for row in B]
         others = math.sqrt(max(X.norm() ** 2 - B[:k].norm() ** 2, 0) / (min(m, n) - k))
         level = max(lengths[k], others, 2.0**-6 * max(lengths))
@@ -97,3 +98,9 @@ class Expected:
         sigma = max(w.norm() / u.norm(), math.sqrt(m if self.last == "column" else n))
         self.kept["v"] = w / w.norm()
         return X * ((math.sqrt(m / n) if self.operator_norm == "muon" else 1.0) / sigma)
+
+
+def _fixed(k: int, n: int) -> Tensor:
+    """Return the k vectors of n entries with which a search for directions begins."""
+    angles = [0.6180339887498949 * t * t for t in range(1, k * n + 1)]
+    return torch.tensor([math.sin(a) for a in angles], dtype=torch.float64).view(k, n)

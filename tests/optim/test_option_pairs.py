@@ -26,6 +26,7 @@ OPTIONS = {
     "table": {"first": "row", "last": "row"},
     "mask": {"tiny_rows": "mask", "tiny_row_threshold": 0.8},
     "deflated": {"deflated_rank": 2},
+    "deflated, kept": {"deflated_rank": 2, "deflated_start": "kept"},
     "unit": {"operator_norm": "unit"},
     "muon": {"operator_norm": "muon"},
     "warm start": {"warm_start": True},
@@ -191,6 +192,7 @@ MORE_MESSAGES = {
     "table": (1, 1),
     "mask": (1, 1),
     "deflated": (2, 4),
+    "deflated, kept": (2, 4),
     "unit": (1, 2),
     "muon": (1, 2),
 }

@@ -25,6 +25,7 @@ OPTIONS = {
     "first row, which it is anyhow": {"first": "row"},
     "masked": {"tiny_rows": "mask", "tiny_row_threshold": 0.5},
     "deflated": {"deflated_rank": 2},
+    "deflated, kept": {"deflated_rank": 2, "deflated_start": "kept"},
     "unit": {"operator_norm": "unit"},
     "muon": {"operator_norm": "muon"},
 }
@@ -185,6 +186,7 @@ def test_init_state_makes_what_a_first_step_makes(name):
         ({"first": "rows"}, "first must be None or one of .*, got 'rows'"),
         ({"tiny_rows": "drop"}, "tiny_rows must be one of .*, got 'drop'"),
         ({"tiny_row_threshold": -1.0}, "tiny_row_threshold must be at least 0, got -1.0"),
+        ({"deflated_start": "last"}, "deflated_start must be one of .*, got 'last'"),
         ({"operator_norm": "spectral"}, "operator_norm must be one of .*, got 'spectral'"),
         ({"first": "column", "warm_start": True}, "warm_start=True begins .*leave one of them off"),
     ],

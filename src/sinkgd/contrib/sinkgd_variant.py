@@ -44,6 +44,9 @@ class SinkGDVariant(SinkGD):
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
             are left out, and not updated. Copies the gradients of a few matrices at a time.
         tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
+        deflated_start: Where the search for the directions that ``deflated_rank`` lowers starts:
+            ``"fixed"``, from the same vectors in every step, without state; or ``"kept"``, from the
+            right directions of the last step. Keeps (k + 1)·n float32 per matrix, with k the rank.
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
             value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
             longer a root-mean-square. With ``"muon"`` it is the largest change of an output for an
@@ -79,6 +82,7 @@ class SinkGDVariant(SinkGD):
         first: str | None = None,
         tiny_rows: str = "keep",
         tiny_row_threshold: float = 0.01,
+        deflated_start: str = "fixed",
         operator_norm: str | None = None,
         **options: Any,
     ) -> None:
@@ -92,6 +96,7 @@ class SinkGDVariant(SinkGD):
             "first": first,
             "tiny_rows": tiny_rows,
             "tiny_row_threshold": tiny_row_threshold,
+            "deflated_start": deflated_start,
             "operator_norm": operator_norm,
         }
         GroupedOptimizer.__init__(self, arguments.pop("params"), arguments)

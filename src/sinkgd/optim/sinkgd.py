@@ -22,7 +22,8 @@ _OF_VARIANT = {
     name: f"SinkGDVariant(params, {name}=...)"
     for name in (
         *("warm_start", "momentum_place", "first", "last"),
-        *("tiny_rows", "tiny_row_threshold", "operator_norm"),
+        *("tiny_rows", "tiny_row_threshold"),
+        *("deflated_start", "operator_norm"),
     )
 }
 

@@ -4,13 +4,21 @@ A backend multiplies the update X = r G c with k + 1 vectors; small matrices of 
 stacked. The result is a pair of scales that give root-mean-square 1, and k directions that are
 subtracted when the parameter is written. On a mesh ranks add up k + 1 numbers per row and column,
 never a matrix. All matrices share the messages, as far as the memory for their vectors allows.
+
+The search for the directions starts from a block Ω of k + 1 vectors. With ``deflated_start="kept"``
+Ω is the right directions of the last step, so that the search continues from step to step, as the
+power iteration of Spectra does (https://arxiv.org/abs/2602.11185). Its first step starts from the
+fixed block; so does a direction that the last update did not have.
+
+State, only if ``"kept"``: ``state[param]["leading_directions"]``, float32, (k + 1) n numbers per
+matrix, as `sinkgd.optim.column_vectors` shapes and shards them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,47 +32,72 @@ from sinkgd.deflation import (
     find_packed_leading,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, is_dtensor
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor, param_matrices
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
-from sinkgd.optim.column_vectors import fixed_block_of, fixed_blocks
-from sinkgd.optim.method import Group
+from sinkgd.optim.column_vectors import (
+    fixed_block_of,
+    fixed_blocks,
+    fixed_vectors,
+    read_vectors,
+    shape_of_vectors,
+    write_vectors_,
+)
+from sinkgd.optim.method import Group, Slot
 from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
 # A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
 # larger matrices would differ in their last bits from those of each by itself.
 STACKED_ENTRIES = 1 << 18
 
+DIRECTIONS = "leading_directions"
+STARTS = ("fixed", "kept")
+
 
 class Deflate(Transform):
     """Lower the k leading singular values of each update; k is ``deflated_rank``."""
 
-    options = MappingProxyType[str, object]({"deflated_rank": 0})
+    options = MappingProxyType[str, object]({"deflated_rank": 0, "deflated_start": "fixed"})
     switch = "deflated_rank"
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse a rank out of range."""
+        """Refuse a rank out of range, and an unknown start."""
         del name, param
         check_deflated_rank(group["deflated_rank"])
+        if group["deflated_start"] not in STARTS:
+            raise ValueError(
+                f"deflated_start must be one of {STARTS}, got {group['deflated_start']!r}"
+            )
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Create Ω of each matrix, if it is kept."""
+        if group["deflated_start"] == "kept":
+            slot = Slot("", 0, param.detach(), param.detach())
+            matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
+            _directions(state, slot.param, group, len(matrices))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
         """Hold k + 1 vectors; copies, too, if a backend multiplies whole matrices by copies."""
-        copies = not packs_vectors and not sharded
-        return Scratch(copies=copies, vectors=group["deflated_rank"] + 1)
+        copies, blocks = not packs_vectors and not sharded, 1 + (group["deflated_start"] == "kept")
+        return Scratch(copies=copies, vectors=blocks * (group["deflated_rank"] + 1))
 
     @computation
     def after(self, batch: Batch) -> Steps[Batch]:
         """Deflate the updates and bring them to root-mean-square 1."""
         matrices, scales = batch.without_corrections()
-        found = None
-        if batch.backend.packs_vectors and not is_dtensor(batch.slots[0].param):
+        is_kept, found = batch.group["deflated_start"] == "kept", None
+        if batch.backend.packs_vectors and not is_dtensor(batch.slots[0].param) and not is_kept:
             found = _deflate_packed(batch, matrices, scales)
         if found is None:
-            blocks = fixed_blocks(batch, batch.group["deflated_rank"] + 1)
-            found = yield _deflate_stacks(matrices, scales, blocks, batch.backend)
-        return batch._replace(matrices=matrices, scales=found.scales).only_if(found.finite)
+            fixed = fixed_blocks(batch, batch.group["deflated_rank"] + 1)
+            blocks, spare = (_kept_blocks(batch), fixed) if is_kept else (fixed, None)
+            found = yield _deflate_stacks(matrices, scales, blocks, batch.backend, spare)
+        batch = batch._replace(matrices=matrices, scales=found.scales).only_if(found.finite)
+        if is_kept:
+            _keep(batch, found.blocks)
+        return batch
 
 
 def check_deflated_rank(rank: int) -> None:
@@ -72,6 +105,32 @@ def check_deflated_rank(rank: int) -> None:
     check_whole_number("deflated_rank", rank)
     if rank < 0:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
+
+
+def _directions(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> Tensor:
+    """Return the kept vectors of a parameter; create them if absent, or if k has changed."""
+    k, layout = group["deflated_rank"] + 1, group["layout"]
+    kept: Tensor | None = state.get(DIRECTIONS)
+    if kept is None or [*kept.shape] != shape_of_vectors(param, layout, count * k):
+        kept = state[DIRECTIONS] = fixed_vectors(param, layout, k, count).float()
+    return kept
+
+
+def _kept_blocks(batch: Batch) -> list[Tensor]:
+    """Return Ω of every matrix, as `fixed_blocks` does."""
+    blocks: list[Tensor] = []
+    for slot, state, own, _ in batch.owners():
+        kept = _directions(state, slot.param, batch.group, len(own))
+        vectors = read_vectors(kept, slot.param, batch.group["layout"], len(own))
+        blocks += [x.double().mT.contiguous() for x in vectors]
+    return blocks
+
+
+def _keep(batch: Batch, blocks: Sequence[Tensor]) -> None:
+    """Keep Ω of every matrix for the next step."""
+    for slot, state, own, flag in batch.owners():
+        found = [blocks[i].mT.float() for i in own]
+        write_vectors_(state[DIRECTIONS], slot.param, batch.group["layout"], found, flag)
 
 
 class _BlockKey(NamedTuple):
@@ -102,6 +161,7 @@ class Deflated(NamedTuple):
 
     scales: list[Scales | CorrectedScales]
     finite: list[Tensor]  # 0-dim bool each: whether the update is finite; equal on all ranks
+    blocks: Sequence[Tensor] = ()  # Ω of the next step, if it is kept
 
 
 def _deflate_packed(
@@ -161,8 +221,18 @@ def _deflate_stacks(
     scales: Sequence[Scales],
     blocks: Sequence[Tensor],
     backend: Backend,
+    spare: Sequence[Tensor] | None = None,
 ) -> Steps[Deflated]:
-    """Deflate matrices that may be sharded, in stacks of one shape and memory order."""
+    """Deflate matrices that may be sharded, in stacks of one shape and memory order.
+
+    Args:
+        matrices: The matrices.
+        scales: Scales for which ``row * grad * col`` is normalized.
+        blocks: Ω of each matrix.
+        backend: The backend.
+        spare: If Ω is kept, vectors for the directions that an update does not have.
+    """
+    following = [*blocks]
     found: list[Scales | CorrectedScales] = [*scales]
     finite = [torch.ones((), dtype=torch.bool, device=matrices[0].grad.device)] * len(matrices)
     stacks = _stacks_of(matrices)
@@ -184,9 +254,18 @@ def _deflate_stacks(
     for own, first in zip(stacks, firsts, strict=True):
         leading = directions.pop(0)  # so that it is freed
         corrected, flags = _stretched([scales[i] for i in own], prod(first.shape), leading)
-        for i, one, flag in zip(own, corrected, flags.unbind(), strict=True):
+        for j, (i, one, flag) in enumerate(zip(own, corrected, flags.unbind(), strict=True)):
             found[i], finite[i] = one, flag
-    return Deflated(found, finite)
+            if spare is not None:
+                following[i] = _following(leading.right[j], leading.lengths[j], spare[i])
+    return Deflated(found, finite, following)
+
+
+def _following(right: Tensor, squares: Tensor, spare: Tensor) -> Tensor:
+    """Return the directions of one matrix at length 1, and ``spare`` for those that are missing."""
+    width = right.shape[-1]
+    unit = torch.where(squares == 0, spare[..., :width], right / or_one(squares).sqrt())
+    return torch.cat([unit, spare[..., width:]], dim=-1)
 
 
 def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
