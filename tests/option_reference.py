@@ -25,6 +25,8 @@ class Expected:
     momentum: float = 0.0
     nesterov: bool = False
     momentum_place: str = "before"
+    momentum_rank: int = 0
+    low_rank_momentum: float = 0.95
     last: str = "column"
     first: str | None = None
     tiny_rows: str = "keep"
@@ -39,6 +41,7 @@ class Expected:
         G = G.double()
         if self.momentum and self.momentum_place == "before":
             G = self._averaged(G)
+        G = self._with_memory(G)
         X = self._pinned(self._deflated(self._normalized(self._masked(G))))
         if self.momentum and self.momentum_place == "after":
             X = self._averaged(X)
@@ -49,6 +52,17 @@ class Expected:
         mu, B = self.momentum, self.kept.get("B", torch.zeros_like(x))
         self.kept["B"] = B = mu * B + (1 - mu) * x
         return mu * B + (1 - mu) * x if self.nesterov else B
+
+    def _with_memory(self, G: Tensor) -> Tensor:
+        r, mu = min(self.momentum_rank, *G.shape), self.low_rank_momentum
+        if r == 0:
+            return G
+        memory, start = self.kept.get("memory", (torch.zeros_like(G), _fixed(r, G.shape[1]).T))
+        M = mu * memory + (1 - mu) * G
+        if M.any():
+            P, _ = torch.linalg.qr(M @ start)
+            self.kept["memory"] = P @ (P.T @ M), M.T @ P
+        return M
 
     def _masked(self, D: Tensor) -> Tensor:
         if self.tiny_rows == "keep":

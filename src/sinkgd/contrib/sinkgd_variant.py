@@ -16,8 +16,8 @@ class SinkGDVariant(SinkGD):
 
     Each option is also an option of groups: ``{"params": ..., "warm_start": True}`` works with
     `SinkGD`, too. Disabled options add no cost. A step applies them in this order: momentum of the
-    gradient, ``tiny_rows``, the half steps, ``deflated_rank``, ``operator_norm``, momentum of the
-    update. For vectors, only momentum has an effect.
+    gradient, ``momentum_rank``, ``tiny_rows``, the half steps, ``deflated_rank``,
+    ``operator_norm``, momentum of the update. For vectors, only ``momentum`` has an effect.
 
     The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
     embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
@@ -25,8 +25,9 @@ class SinkGDVariant(SinkGD):
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh, ``tiny_rows``, an extra half step and ``operator_norm`` each add one message per
-    step; for a group that shards columns, ``operator_norm`` adds two. ``tiny_rows`` copies
-    gradients: it processes 256 MiB at a time and sends one set of messages per chunk.
+    step; for a group that shards columns, ``operator_norm`` adds two. ``momentum_rank`` adds two
+    messages, or one for a group that shards columns. ``tiny_rows`` and ``momentum_rank`` copy
+    gradients: they process 256 MiB at a time and send one set of messages per chunk.
 
     Args:
         params: As in `SinkGD`.
@@ -37,6 +38,12 @@ class SinkGDVariant(SinkGD):
         momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
             ``"after"``: B averages the normalized updates, and the step goes along B. The
             root-mean-square of the step is then below 1.
+        momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient is replaced
+            by μPQᵀ + (1 − μ)G, of which PQᵀ is the part of rank r that the last step kept. The
+            gradient itself keeps its full rank. Keeps (m + n)·r float32 per matrix, with r at most
+            min(m, n); 0 keeps nothing. Copies the gradients of a few matrices at a time.
+        low_rank_momentum: Decay rate μ of this memory, in [0, 1). Only used if ``momentum_rank`` is
+            above 0.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
             columns first. Only the lengths of the last side are exact.
         first: Side of the first half step. None means the side other than ``last``. The same side
@@ -78,6 +85,8 @@ class SinkGDVariant(SinkGD):
         *,
         warm_start: bool = False,
         momentum_place: str = "before",
+        momentum_rank: int = 0,
+        low_rank_momentum: float = 0.95,
         last: str = "column",
         first: str | None = None,
         tiny_rows: str = "keep",
@@ -92,6 +101,8 @@ class SinkGDVariant(SinkGD):
             **given.arguments,
             "warm_start": warm_start,
             "momentum_place": momentum_place,
+            "momentum_rank": momentum_rank,
+            "low_rank_momentum": low_rank_momentum,
             "last": last,
             "first": first,
             "tiny_rows": tiny_rows,

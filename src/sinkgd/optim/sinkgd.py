@@ -21,8 +21,8 @@ from sinkgd.optim.parameters import named
 _OF_VARIANT = {
     name: f"SinkGDVariant(params, {name}=...)"
     for name in (
-        *("warm_start", "momentum_place", "first", "last"),
-        *("tiny_rows", "tiny_row_threshold"),
+        *("warm_start", "momentum_place", "momentum_rank", "low_rank_momentum"),
+        *("first", "last", "tiny_rows", "tiny_row_threshold"),
         *("deflated_start", "operator_norm"),
     )
 }
