@@ -25,9 +25,9 @@ class SinkGDVariant(SinkGD):
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh, ``tiny_rows``, an extra half step and ``operator_norm`` each add one message per
-    step; for a group that shards columns, ``operator_norm`` adds two. ``momentum_rank`` adds two
-    messages, or one for a group that shards columns. ``tiny_rows`` and ``momentum_rank`` copy
-    gradients: they process 256 MiB at a time and send one set of messages per chunk.
+    step; for a group that shards columns, ``operator_norm`` adds two. ``momentum_rank`` adds two.
+    ``tiny_rows`` and ``momentum_rank`` copy gradients: they process 256 MiB at a time and send one
+    set of messages per chunk.
 
     Args:
         params: As in `SinkGD`.

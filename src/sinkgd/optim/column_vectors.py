@@ -18,6 +18,7 @@ from torch import Tensor
 from sinkgd.deflation import fixed_block
 from sinkgd.distributed.shards import is_dtensor, local, shard_vectors
 from sinkgd.matrix_views import dims_of, rows_then_columns
+from sinkgd.newton_schulz import or_one
 from sinkgd.optim.transform import Batch
 
 
@@ -95,3 +96,14 @@ def fixed_block_of(
     vectors = fixed_vectors(param, layout, k, device=device)
     (block,) = read_vectors(vectors, param, layout, 1)
     return block.mT.contiguous()
+
+
+def normalized_block(block: Tensor, size: Tensor, spare: Tensor) -> Tensor:
+    """Divide vectors by their sizes, and replace those of size 0.
+
+    Args:
+        block: ``(..., n, k)``, only its rows for this rank's columns.
+        size: Root-mean-square of each vector, over all ranks: ``(..., 1, k)``.
+        spare: Ω, of at least k vectors, the entries of which have nearly the same size.
+    """
+    return torch.where(size == 0, spare[..., : block.shape[-1]], block / or_one(size))

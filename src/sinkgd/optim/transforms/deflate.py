@@ -41,6 +41,7 @@ from sinkgd.optim.column_vectors import (
     fixed_block_of,
     fixed_blocks,
     fixed_vectors,
+    normalized_block,
     read_vectors,
     shape_of_vectors,
     write_vectors_,
@@ -257,15 +258,10 @@ def _deflate_stacks(
         for j, (i, one, flag) in enumerate(zip(own, corrected, flags.unbind(), strict=True)):
             found[i], finite[i] = one, flag
             if spare is not None:
-                following[i] = _following(leading.right[j], leading.lengths[j], spare[i])
+                size = (leading.lengths[j] / first.shape[1]).sqrt()
+                found_here = normalized_block(leading.right[j], size, spare[i])
+                following[i] = torch.cat([found_here, spare[i][..., size.shape[-1] :]], dim=-1)
     return Deflated(found, finite, following)
-
-
-def _following(right: Tensor, squares: Tensor, spare: Tensor) -> Tensor:
-    """Return the directions of one matrix at length 1, and ``spare`` for those that are missing."""
-    width = right.shape[-1]
-    unit = torch.where(squares == 0, spare[..., :width], right / or_one(squares).sqrt())
-    return torch.cat([unit, spare[..., width:]], dim=-1)
 
 
 def _together(blocks: Sequence[Tensor], width: int) -> Tensor:

@@ -1,13 +1,15 @@
 r"""Momentum whose memory has low rank: it is kept as a product of two thin factors.
 
 .. math::
-    M = \mu P Q^\top + (1 - \mu) G, \qquad
-    P \leftarrow \mathrm{orth}(M Q), \qquad Q \leftarrow M^\top P
+    M = \mu P Q^\top + (1 - \mu) G, \qquad U = \mathrm{orth}(M Q), \qquad
+    P Q^\top \leftarrow U U^\top M
 
 M is normalized instead of the gradient. Then the memory becomes the projection of M on the columns
-of P, which one step of a subspace iteration finds. The iteration continues from step to step,
-since it starts from the last Q. It follows a change of the leading directions with a delay. The
-memory is zero at first, and the first iteration starts from the fixed block Ω of
+of U, which one step of a subspace iteration finds. The iteration continues from step to step, since
+it starts from the last Q, and follows a change of the leading directions with a delay. The entries
+of each column of Q have root-mean-square 1; P has the size of M.
+
+The memory is zero at first, and the first iteration starts from the fixed block Ω of
 `sinkgd.deflation`. So does a direction that M did not have: its column of P is zero, and its column
 of Q is that of Ω.
 
@@ -15,16 +17,17 @@ M itself has full rank: only what is remembered of earlier gradients has low ran
 keeps the momentum itself as a product of two factors, so that its direction has low rank, too.
 PowerSGD iterates in the same way to compress gradients.
 
-State, float32, with r the least of ``momentum_rank``, the rows and the columns of a parameter:
-``state[param]["momentum_left"]``, P, has r numbers per row, and is sharded like the rows.
-``state[param]["momentum_right"]``, Q, has r numbers per column of each matrix, as
-`sinkgd.optim.column_vectors` shapes and shards them. On a mesh it costs two messages for a group
-that shards rows, and one for a group that shards columns. A non-finite gradient leaves both
-factors unchanged.
+State, float32 (float64 for float64), with r the least of ``momentum_rank``, the rows and the
+columns of a parameter: ``state[param]["momentum_left"]``, P, has r numbers per row, and is sharded
+like the rows. ``state[param]["momentum_right"]``, Q, has r numbers per column of each matrix, as
+`sinkgd.optim.column_vectors` shapes and shards them. A non-finite gradient leaves both unchanged.
+Scratch: M, for a few matrices at a time. On a mesh it costs two messages per group.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
+    r: the rank of the memory
     G: the gradient; M: what is normalized; μ: the decay rate ``low_rank_momentum``
+    P, Q: the factors of the memory, (..., m, r) and (..., n, r)
 
 References:
     LoRA-Pre. https://arxiv.org/abs/2602.24283
@@ -49,6 +52,7 @@ from sinkgd.number_check import check_decay_rate, check_whole_number
 from sinkgd.optim.column_vectors import (
     fixed_blocks,
     fixed_vectors,
+    normalized_block,
     read_vectors,
     shape_of_vectors,
     write_vectors_,
@@ -123,10 +127,11 @@ def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count
     shape = shape_of_vectors(param, layout, count * rank)
     if RIGHT in state and [*state[RIGHT].shape] == shape:
         return
-    state[RIGHT] = fixed_vectors(param, layout, rank, count).float()
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    state[RIGHT] = fixed_vectors(param, layout, rank, count).to(dtype)
     places = dict.fromkeys(cols, 1) | {cols[0]: rank}
     whole = [places.get(dim, size) for dim, size in enumerate(param.shape)]
-    zeros = torch.zeros(whole, dtype=torch.float32, device=param.device)
+    zeros = torch.zeros(whole, dtype=dtype, device=param.device)
     state[LEFT] = shard_vectors(param, cols, zeros)
 
 
@@ -164,25 +169,27 @@ def remembered(
     ahead = [product(M.grad, own.right) for M, own in zip(averages, memories, strict=True)]
     ahead = yield sum_over_columns(ahead, averages)
     grams = yield sum_over_rows([y.mT @ y for y in ahead], averages)
-    roots = at_once(_orthonormal, grams)
-    left = [(y @ root).float() for y, (root, _) in zip(ahead, roots, strict=True)]
-    right = [product(M.grad.mT, P) for M, P in zip(averages, left, strict=True)]
+    roots = [root for root, _ in at_once(_orthonormal, grams)]
+    U = [y @ root for y, root in zip(ahead, roots, strict=True)]
+    right = [product(M.grad.mT, u) for M, u in zip(averages, U, strict=True)]
     right = yield sum_over_rows(right, averages)
-    return [
-        LowRank(P, torch.where(is_known, Q, block[..., : Q.shape[-1]]))
-        for P, Q, block, (_, is_known) in zip(left, right, blocks, roots, strict=True)
-    ]
+    squares = [q.square().sum(-2, keepdim=True) for q in right]
+    squares = yield sum_over_columns(squares, averages)
+    found = []
+    for M, u, q, square, block in zip(averages, U, right, squares, blocks, strict=True):
+        size = (square / M.shape[1]).sqrt()
+        found.append(LowRank(u * size, normalized_block(q, size, block)))
+    return found
 
 
 def _orthonormal(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factor that makes vectors orthonormal, given their Gram matrix ``(..., r, r)``.
 
     Returns:
-        The factor, with zeros for vectors that add no direction; and which vectors add one,
-        ``(..., 1, r)``.
+        The factor, with zeros for vectors that add no direction, and the lengths of the vectors.
     """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     lengths = or_one((gram * eye).sum(-2, keepdim=True).sqrt())
-    # The lengths of the vectors are about the squares of singular values, so they differ much.
+    # The lengths are about those of singular values of M, so they may differ much.
     _, root = invert_root(gram / (lengths.mT * lengths), SHORTEST)
-    return root / lengths.mT, (root != 0).any(-2, keepdim=True)
+    return root / lengths.mT, lengths
