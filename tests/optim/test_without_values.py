@@ -17,6 +17,8 @@ PLACES = {
 OPTIONS = [
     {"warm_start": True},
     {"operator_norm": "unit", "deflated_rank": 2},
+    {"momentum_rank": 2, "low_rank_momentum": 0.5},
+    {"deflated_rank": 2, "deflated_start": "kept"},
     {"tol": 0.1},
     {"rounding": "stochastic"},
 ]
