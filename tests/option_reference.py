@@ -26,12 +26,15 @@ class Expected:
     nesterov: bool = False
     momentum_place: str = "before"
     momentum_bits: int = 32
+    momentum_rank: int = 0
+    low_rank_momentum: float = 0.95
     last: str = "column"
     first: str | None = None
     tiny_rows: str = "keep"
     tiny_row_threshold: float = 0.01
     deflated_rank: int = 0
     weight_projection: bool = False
+    deflated_start: str = "fixed"
     operator_norm: str | None = None
     constant_norm: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class Expected:
         G = G.double()
         if self.momentum and self.momentum_place == "before":
             G = self._averaged(G)
+        G = self._with_memory(G)
         X = self._deflated(self._normalized(self._masked(G)))
         X = self._pinned(self._projected(X))
         if self.momentum and self.momentum_place == "after":
@@ -53,6 +57,17 @@ class Expected:
         B = mu * B + (1 - mu) * x
         self.kept["B"] = _in_a_byte(B) if self.momentum_bits == 8 else B
         return mu * B + (1 - mu) * x if self.nesterov else B
+
+    def _with_memory(self, G: Tensor) -> Tensor:
+        r, mu = min(self.momentum_rank, *G.shape), self.low_rank_momentum
+        if r == 0:
+            return G
+        memory, start = self.kept.get("memory", (torch.zeros_like(G), _fixed(r, G.shape[1]).T))
+        M = mu * memory + (1 - mu) * G
+        if M.any():
+            P, _ = torch.linalg.qr(M @ start)
+            self.kept["memory"] = P @ (P.T @ M), M.T @ P
+        return M
 
     def _masked(self, D: Tensor) -> Tensor:
         if self.tiny_rows == "keep":
@@ -77,12 +92,12 @@ class Expected:
         k = min(self.deflated_rank, m - 1, n - 1)
         if k < 1 or not X.any():
             return X
-        directions = self.deflated_rank + 1
-        angles = [0.6180339887498949 * t * t for t in range(1, directions * n + 1)]
-        block = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
-        Q, _ = torch.linalg.qr(X @ block.view(directions, n)[: k + 1].T)
+        start = self.kept.get("start", _fixed(self.deflated_rank + 1, n)[: k + 1].T)
+        Q, _ = torch.linalg.qr(X @ start)
         Q, _ = torch.linalg.qr(X @ (X.T @ Q))
         B = Q.T @ X
+        if self.deflated_start == "kept":
+            self.kept["start"] = B.T
         lengths = [float(row.norm()) for row in B]
         others = math.sqrt(max(X.norm() ** 2 - B[:k].norm() ** 2, 0) / (min(m, n) - k))
         level = max(lengths[k], others, 2.0**-6 * max(lengths))
@@ -132,3 +147,9 @@ def _in_a_byte(B: Tensor) -> Tensor:
     levels = torch.tensor([4 * (k / 127) ** 2 for k in range(128)], dtype=torch.float64)
     halfway = torch.tensor([4 * ((k + 0.5) / 127) ** 2 for k in range(127)], dtype=torch.float64)
     return levels[torch.bucketize(B.abs(), halfway)] * B.sign()
+
+
+def _fixed(k: int, n: int) -> Tensor:
+    """Return the k vectors of n entries with which a search for directions begins."""
+    angles = [0.6180339887498949 * t * t for t in range(1, k * n + 1)]
+    return torch.tensor([math.sin(a) for a in angles], dtype=torch.float64).view(k, n)

@@ -108,6 +108,7 @@ def test_a_compiled_step_is_the_plain_step(kind):
                 {"backend": "eager"},
                 {"momentum": 0.9, "nesterov": True, "tiny_rows": "mask", "operator_norm": "muon"},
                 {"weight_projection": True, "constant_norm": True},
+                {"momentum_rank": 2, "deflated_rank": 2, "deflated_start": "kept"},
             )
         ),
     ],

@@ -22,11 +22,13 @@ OPTIONS = {
     "nesterov": {"momentum": 0.9, "nesterov": True},
     "after": {"momentum": 0.5, "momentum_place": "after"},
     "8 bits": {"momentum": 0.5, "momentum_place": "after", "momentum_bits": 8},
+    "low rank": {"momentum_rank": 2, "low_rank_momentum": 0.9},
     "last row": {"last": "row"},
     "first column": {"first": "column"},
     "table": {"first": "row", "last": "row"},
     "mask": {"tiny_rows": "mask", "tiny_row_threshold": 0.8},
     "deflated": {"deflated_rank": 2},
+    "deflated, kept": {"deflated_rank": 2, "deflated_start": "kept"},
     "unit": {"operator_norm": "unit"},
     "muon": {"operator_norm": "muon"},
     "projected": {"weight_projection": True},
@@ -128,7 +130,7 @@ def whole():
 
 
 def test_the_table_is_complete():
-    assert (len(OPTIONS), len(PAIRS)) == (20, 185)
+    assert (len(OPTIONS), len(PAIRS)) == (22, 226)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -198,11 +200,13 @@ MORE_MESSAGES = {
     "nesterov": (1, 1),
     "after": (0, 0),
     "8 bits": (0, 0),
+    "low rank": (2, 2),
     "last row": (0, 0),
     "first column": (1, 1),
     "table": (1, 1),
     "mask": (1, 1),
     "deflated": (2, 4),
+    "deflated, kept": (2, 4),
     "unit": (1, 2),
     "muon": (1, 2),
     "projected": (0, 1),

@@ -64,6 +64,8 @@ RECIPES = {
         ),
         momentum=0.9,
         operator_norm="muon",
+        momentum_rank=4,
+        deflated_start="kept",
         sinkhorn_iterations=2,
     ),
     "held": lambda model: sinkgd.SinkGDVariant(

@@ -16,9 +16,9 @@ class SinkGDVariant(SinkGD):
 
     Each option is also an option of groups: ``{"params": ..., "warm_start": True}`` works with
     `SinkGD`, too. Disabled options add no cost. A step applies them in this order: momentum of the
-    gradient, ``tiny_rows``, the half steps, ``deflated_rank``, ``weight_projection``,
-    ``operator_norm``, momentum of the update, ``constant_norm``. For vectors, only momentum has an
-    effect.
+    gradient, ``momentum_rank``, ``tiny_rows``, the half steps, ``deflated_rank``,
+    ``weight_projection``, ``operator_norm``, momentum of the update, ``constant_norm``. For
+    vectors, only ``momentum`` has an effect.
 
     The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
     embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
@@ -26,10 +26,11 @@ class SinkGDVariant(SinkGD):
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh, ``tiny_rows``, an extra half step, ``operator_norm`` and ``constant_norm`` each add
-    one message per step. For a group that shards columns, ``operator_norm`` adds two, and
-    ``weight_projection`` adds one. ``tiny_rows`` copies gradients: it processes 256 MiB at a time
-    and sends one set of messages per chunk; so does ``constant_norm`` with momentum of the update.
-    ``weight_projection`` and ``constant_norm`` copy updates, 128 MiB at a time.
+    one message per step, and ``momentum_rank`` adds two. For a group that shards columns,
+    ``operator_norm`` adds two, and ``weight_projection`` adds one. ``tiny_rows`` and
+    ``momentum_rank`` copy gradients: they process 256 MiB at a time and send one set of messages
+    per chunk; so does ``constant_norm`` with momentum of the update. ``weight_projection`` and
+    ``constant_norm`` copy updates, 128 MiB at a time.
 
     Args:
         params: As in `SinkGD`.
@@ -42,6 +43,12 @@ class SinkGDVariant(SinkGD):
             root-mean-square of the step is then below 1.
         momentum_bits: 32, or 8: B takes one byte per entry, if it averages updates. Copies B of a
             few matrices at a time in float32.
+        momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient is replaced
+            by μPQᵀ + (1 − μ)G, of which PQᵀ is the part of rank r that the last step kept. The
+            gradient itself keeps its full rank. Keeps (m + n)·r float32 per matrix, with r at most
+            min(m, n); 0 keeps nothing. Copies the gradients of a few matrices at a time.
+        low_rank_momentum: Decay rate μ of this memory, in [0, 1). Only used if ``momentum_rank`` is
+            above 0.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
             columns first. Only the lengths of the last side are exact.
         first: Side of the first half step. None means the side other than ``last``. The same side
@@ -49,6 +56,9 @@ class SinkGDVariant(SinkGD):
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
             are left out, and not updated. Copies the gradients of a few matrices at a time.
         tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
+        deflated_start: Where the search for the directions that ``deflated_rank`` lowers starts:
+            ``"fixed"``, from the same vectors in every step, without state; or ``"kept"``, from the
+            right directions of the last step. Keeps (k + 1)·n float32 per matrix, with k the rank.
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
             value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
             longer a root-mean-square. With ``"muon"`` it is the largest change of an output for an
@@ -94,10 +104,13 @@ class SinkGDVariant(SinkGD):
         warm_start: bool = False,
         momentum_place: str = "before",
         momentum_bits: int = 32,
+        momentum_rank: int = 0,
+        low_rank_momentum: float = 0.95,
         last: str = "column",
         first: str | None = None,
         tiny_rows: str = "keep",
         tiny_row_threshold: float = 0.01,
+        deflated_start: str = "fixed",
         operator_norm: str | None = None,
         weight_projection: bool = False,
         constant_norm: bool = False,
@@ -110,10 +123,13 @@ class SinkGDVariant(SinkGD):
             "warm_start": warm_start,
             "momentum_place": momentum_place,
             "momentum_bits": momentum_bits,
+            "momentum_rank": momentum_rank,
+            "low_rank_momentum": low_rank_momentum,
             "last": last,
             "first": first,
             "tiny_rows": tiny_rows,
             "tiny_row_threshold": tiny_row_threshold,
+            "deflated_start": deflated_start,
             "operator_norm": operator_norm,
             "weight_projection": weight_projection,
             "constant_norm": constant_norm,

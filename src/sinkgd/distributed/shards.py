@@ -280,7 +280,8 @@ def shard_except(param: Tensor, whole_dims: Collection[int], numbers: Tensor) ->
 
     Args:
         param: A tensor of as many dimensions as ``numbers``.
-        whole_dims: The dimensions that stay whole, such as that of the rows.
+        whole_dims: The dimensions that stay whole: its rows for vectors along columns, its columns
+            for vectors along rows.
         numbers: All numbers, the same on all ranks.
     """
     if not is_dtensor(param):
@@ -305,7 +306,7 @@ def shard_except(param: Tensor, whole_dims: Collection[int], numbers: Tensor) ->
         begin = min(size, mesh.get_local_rank(i) * length)
         shard = shard.narrow(dims[i], begin, min(size - begin, length))
     return DTensor.from_local(
-        shard.contiguous(),
+        shard.clone(memory_format=torch.contiguous_format),  # frees what other ranks keep
         mesh,
         placements,
         run_check=False,

@@ -38,9 +38,9 @@ from sinkgd.exchange import Steps, computation
 from sinkgd.matrix_views import dims_of
 from sinkgd.newton_schulz import or_one
 from sinkgd.optim.apply import step_factor
+from sinkgd.optim.column_vectors import read_vectors, write_vectors_
 from sinkgd.optim.method import Context, Group, Slot
 from sinkgd.optim.transform import Batch, Scratch, Transform
-from sinkgd.optim.transforms.operator_norm import keep_parts, parts_of
 from sinkgd.optim.transforms.weight_projection import row_products
 
 NORM = "norm"
@@ -131,7 +131,8 @@ def _hold_(batch: Batch, updates: Sequence[Tensor]) -> Steps[Batch]:
     matrices, layout = batch.matrices, batch.group["layout"]
     norms: list[Tensor] = []
     for slot, state, own, _ in batch.owners():
-        norms += parts_of(_norms_of(state, slot.param, layout, len(own)), slot.param, layout)
+        kept = _norms_of(state, slot.param, layout, len(own))
+        norms += read_vectors(kept, slot.param, layout, len(own))
     products = [
         row_products(x, matrix.param).sum(-2, keepdim=True)
         for x, matrix in zip(updates, matrices, strict=True)
@@ -143,7 +144,7 @@ def _hold_(batch: Batch, updates: Sequence[Tensor]) -> Steps[Batch]:
         _retract_(updates[i], matrices[i].param, own, norms[i], step_factor(batch.group))
     batch = batch.only_if([own.isfinite().all() for own in products])
     for slot, state, own, flag in batch.owners():
-        keep_parts(state[NORM], [norms[i] for i in own], slot.param, layout, flag)
+        write_vectors_(state[NORM], slot.param, layout, [norms[i] for i in own], flag)
     return batch
 
 
