@@ -110,6 +110,18 @@ OPTIMIZERS = [
         [*FEW, {"operator_norm": "unit"}],
         has_state=True,
     ),
+    Case(
+        "SinkGD-low-rank-momentum",
+        _with(_matrices, momentum_rank=2),
+        [*FEW, {"low_rank_momentum": 0.5}],
+        has_state=True,
+    ),
+    Case(
+        "SinkGD-deflated-kept",
+        _with(_matrices, deflated_rank=2, deflated_start="kept"),
+        FEW,
+        has_state=True,
+    ),
     Case("SinkGD-table", _in_groups(sinkgd.SinkGD, "sinkgd-table"), FEW, has_state=True),
     Case("SWAN", sinkgd.SWAN, [*COMMON, {"newton_schulz_steps": 10}, {"num_iters": 2}]),
     Case("SWAN-momentum", _with(sinkgd.SWAN, momentum=0.9), AVERAGES, has_state=True),

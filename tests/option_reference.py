@@ -26,12 +26,17 @@ class Expected:
     nesterov: bool = False
     momentum_place: str = "before"
     momentum_bits: int = 32
+    momentum_rank: int = 0
+    low_rank_momentum: float = 0.95
     last: str = "column"
     first: str | None = None
     tiny_rows: str = "keep"
     tiny_row_threshold: float = 0.01
     deflated_rank: int = 0
+    weight_projection: bool = False
+    deflated_start: str = "fixed"
     operator_norm: str | None = None
+    constant_norm: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
 
     def step(self, G: Tensor) -> Tensor:
@@ -39,10 +44,12 @@ class Expected:
         G = G.double()
         if self.momentum and self.momentum_place == "before":
             G = self._averaged(G)
-        X = self._pinned(self._deflated(self._normalized(self._masked(G))))
+        G = self._with_memory(G)
+        X = self._deflated(self._normalized(self._masked(G)))
+        X = self._pinned(self._projected(X))
         if self.momentum and self.momentum_place == "after":
             X = self._averaged(X)
-        self.weight = self.weight.double() - self.lr * X
+        self.weight = self._moved(self.weight.double(), X)
         return X
 
     def _averaged(self, x: Tensor) -> Tensor:
@@ -50,6 +57,17 @@ class Expected:
         B = mu * B + (1 - mu) * x
         self.kept["B"] = _in_a_byte(B) if self.momentum_bits == 8 else B
         return mu * B + (1 - mu) * x if self.nesterov else B
+
+    def _with_memory(self, G: Tensor) -> Tensor:
+        r, mu = min(self.momentum_rank, *G.shape), self.low_rank_momentum
+        if r == 0:
+            return G
+        memory, start = self.kept.get("memory", (torch.zeros_like(G), _fixed(r, G.shape[1]).T))
+        M = mu * memory + (1 - mu) * G
+        if M.any():
+            P, _ = torch.linalg.qr(M @ start)
+            self.kept["memory"] = P @ (P.T @ M), M.T @ P
+        return M
 
     def _masked(self, D: Tensor) -> Tensor:
         if self.tiny_rows == "keep":
@@ -74,18 +92,41 @@ class Expected:
         k = min(self.deflated_rank, m - 1, n - 1)
         if k < 1 or not X.any():
             return X
-        directions = self.deflated_rank + 1
-        angles = [0.6180339887498949 * t * t for t in range(1, directions * n + 1)]
-        block = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
-        Q, _ = torch.linalg.qr(X @ block.view(directions, n)[: k + 1].T)
+        start = self.kept.get("start", _fixed(self.deflated_rank + 1, n)[: k + 1].T)
+        Q, _ = torch.linalg.qr(X @ start)
         Q, _ = torch.linalg.qr(X @ (X.T @ Q))
         B = Q.T @ X
+        if self.deflated_start == "kept":
+            self.kept["start"] = B.T
         lengths = [float(row.norm()) for row in B]
         others = math.sqrt(max(X.norm() ** 2 - B[:k].norm() ** 2, 0) / (min(m, n) - k))
         level = max(lengths[k], others, 2.0**-6 * max(lengths))
         kept = torch.tensor([min(1.0, level / b) if b else 1.0 for b in lengths[:k]])
         X = X - Q[:, :k] @ torch.diag(1 - kept.double()) @ B[:k]
         return X * (math.sqrt(m * n) / X.norm())
+
+    def _projected(self, X: Tensor) -> Tensor:
+        if not self.weight_projection:
+            return X
+        rows = []
+        for x, w in zip(X, self.weight.double(), strict=True):
+            # The projection off all of w is that on the complement of w in the orthogonal basis
+            # whose first vector is w.
+            basis = torch.linalg.qr(w.unsqueeze(1), mode="complete").Q[:, int(w.any()) :]
+            y = basis @ (basis.T @ x)
+            rows.append(y * (math.hypot(*x) / math.hypot(*y)) if y.any() else y)
+        return torch.stack(rows)
+
+    def _moved(self, W: Tensor, X: Tensor) -> Tensor:
+        """Return the weight after the step along ``X``."""
+        if not self.constant_norm:
+            return W - self.lr * X
+        R = self.kept.setdefault("R", math.hypot(*W.flatten().tolist()))
+        if R == 0 or not X.any():
+            return W - self.lr * X
+        # On the sphere of radius R, to where W - lr R X/|X| points.
+        toward = W / R - self.lr * X / math.hypot(*X.flatten().tolist())
+        return R * toward / math.hypot(*toward.flatten().tolist())
 
     def _pinned(self, X: Tensor) -> Tensor:
         if self.operator_norm is None:
@@ -106,3 +147,9 @@ def _in_a_byte(B: Tensor) -> Tensor:
     levels = torch.tensor([4 * (k / 127) ** 2 for k in range(128)], dtype=torch.float64)
     halfway = torch.tensor([4 * ((k + 0.5) / 127) ** 2 for k in range(127)], dtype=torch.float64)
     return levels[torch.bucketize(B.abs(), halfway)] * B.sign()
+
+
+def _fixed(k: int, n: int) -> Tensor:
+    """Return the k vectors of n entries with which a search for directions begins."""
+    angles = [0.6180339887498949 * t * t for t in range(1, k * n + 1)]
+    return torch.tensor([math.sin(a) for a in angles], dtype=torch.float64).view(k, n)

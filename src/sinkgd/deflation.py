@@ -79,6 +79,8 @@ class Leading(NamedTuple):
 
     taken: LowRank  # float64
     square: Tensor  # square of the Frobenius norm of what remains, (..., 1, 1) float64
+    right: Tensor  # B, (..., n, k + 1) float64; a column is 0 where X has no further direction
+    lengths: Tensor  # b² of all columns, over all ranks, (..., 1, k + 1)
 
 
 class Packed(NamedTuple):
@@ -239,8 +241,8 @@ def deflate_(x: Tensor, rank: int) -> None:
     if k > 0:
         block = fixed_block((n, k + 1), x.device).expand(*x.shape[:-2], n, k + 1)
         products = StoredProducts([x])
-        ((taken, _),) = run(find_leading(products, [block], [(m, n)], immediate))
-        take_away_(x, taken)
+        (leading,) = run(find_leading(products, [block], [(m, n)], immediate))
+        take_away_(x, leading.taken)
 
 
 @computation
@@ -268,11 +270,11 @@ def find_leading(
     if over_columns is not None:
         grams, squares = _halves((yield over_columns([*grams, *squares])))
     # Vectors of many matrices need much memory, so none outlives its use.
-    basis = _times(ahead, [inverse for inverse, _ in _at_once(_root, grams)])
+    basis = _times(ahead, [inverse for inverse, _ in at_once(invert_root, grams)])
     rows, columns = yield _of_both(products, basis, over_columns)
     del basis
     columns, grams = _halves((yield over_rows([*columns, *(z.mT @ z for z in rows)])))
-    roots = _at_once(_root, grams)
+    roots = at_once(invert_root, grams)
     left = _times(rows, [inverse for inverse, _ in roots])
     right = _times(columns, [known for _, known in roots])
     lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
@@ -282,10 +284,10 @@ def find_leading(
         torch.full_like(square, min(shape) - length.shape[-1] + 1)
         for square, length, shape in zip(squares, lengths, shapes, strict=True)
     ]
-    lowered = _at_once(_lowering, lengths, squares, others)
+    lowered = at_once(_lowering, lengths, squares, others)
     return [
-        Leading(LowRank(q[..., :-1] * taken, b[..., :-1]), square)
-        for q, b, (taken, square) in zip(left, right, lowered, strict=True)
+        Leading(LowRank(q[..., :-1] * taken, b[..., :-1]), square, b, length)
+        for q, b, length, (taken, square) in zip(left, right, lengths, lowered, strict=True)
     ]
 
 
@@ -301,10 +303,10 @@ class PackedLeading(NamedTuple):
 def find_packed_leading(products: PackedProducts) -> PackedLeading:
     """Do what `find_leading` does, for whole matrices, with a fixed number of torch calls."""
     _, ahead = products.of_both()
-    inverse, _ = _root(ahead.grams())
+    inverse, _ = invert_root(ahead.grams())
     rows, columns = products.of_both(ahead.times(inverse).blocks.flatten(0, 1))
     del ahead
-    inverse, known = _root(rows.grams())
+    inverse, known = invert_root(rows.grams())
     right = columns.times(known)
     lengths = right._replace(blocks=right.blocks.square().sum(1, keepdim=True)).sums()
     others = products.shorter_side - (lengths.shape[-1] - 1)
@@ -353,7 +355,7 @@ def _halves(numbers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return halves
 
 
-def _at_once(
+def at_once(
     function: Callable[..., tuple[Tensor, Tensor]], *numbers: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Apply a function of small matrices to lists of them, with one call per width.
@@ -387,14 +389,15 @@ def _in_batches(x: Tensor, batch: torch.Size) -> Tensor:
     return x if len(batch) == 1 else x.view(*batch, *x.shape[-2:])
 
 
-def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
+def invert_root(gram: Tensor, shortest: float = _SHORTEST) -> tuple[Tensor, Tensor]:
     """Invert the upper Cholesky factor R of the Gram matrix ``(..., k, k)`` of k vectors.
 
     If the vectors span fewer than k directions, vectors divided by R are shorter than 1 along the
     others.
 
     Returns:
-        The inverse, and the same with zeros for directions no longer than rounding errors.
+        The inverse, and the same with zeros for directions no longer than ``shortest``, relative to
+        the Frobenius norm of the vectors.
     """
     # Products with it extract the diagonal; inductor warns about a view of the diagonal.
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -403,7 +406,7 @@ def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     lengths = (root * eye).sum(-2, keepdim=True)  # their squares add up to 1, or less
     inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=True)
     inverse = inverse / size.sqrt()
-    return inverse, inverse * (lengths > _SHORTEST)
+    return inverse, inverse * (lengths > shortest)
 
 
 def _lowering(lengths: Tensor, square: Tensor, others_count: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,8 @@ def test_a_compiled_step_is_the_plain_step(kind):
                 {"warm_start": True},
                 {"backend": "eager"},
                 {"momentum": 0.9, "nesterov": True, "tiny_rows": "mask", "operator_norm": "muon"},
+                {"weight_projection": True, "constant_norm": True},
+                {"momentum_rank": 2, "deflated_rank": 2, "deflated_start": "kept"},
             )
         ),
     ],

@@ -41,12 +41,17 @@ VALUES = {
     "nesterov": (False, True, None),
     "momentum_place": ("before", "after", "middle"),
     "momentum_bits": (32, 8, 16),
+    "momentum_rank": (2, 1, -1),
+    "low_rank_momentum": (0.25, 0.5, 1.5),
     "last": ("column", "row", "rows"),
     "first": (None, "row", "rows"),
     "tiny_rows": ("keep", "mask", "drop"),
     "tiny_row_threshold": (0.25, 0.5, -1.0),
     "deflated_rank": (2, 1, -1),
+    "deflated_start": ("fixed", "kept", "last"),
     "operator_norm": (None, "muon", "spectral"),
+    "weight_projection": (False, True, None),
+    "constant_norm": (False, True, None),
     "newton_schulz_steps": (3, 4, 0),
     "num_iters": (3, 4, 0),
     "norms": ((sinkgd.RowNorm(),), (sinkgd.SignNorm(),), ()),
@@ -302,11 +307,13 @@ FITS = {
     **dict.fromkeys(("tiny_row_threshold", "bucket_bytes"), NUMBER),
     **dict.fromkeys(("first", "operator_norm", "overrides"), OR_NONE),
     **dict.fromkeys(("maximize", "cautious_decay", "nesterov", "warm_start", "averaged"), FLAG),
+    **dict.fromkeys(("weight_projection", "constant_norm"), FLAG),
     **dict.fromkeys(("sinkhorn_iterations", "newton_schulz_steps", "num_iters"), WHOLE),
-    **dict.fromkeys(("n_iter", "seed", "clip_delay", "reset_interval"), WHOLE),
+    **dict.fromkeys(("n_iter", "seed", "clip_delay", "reset_interval", "momentum_rank"), WHOLE),
     "warmup_steps": WHOLE,
     "momentum_bits": set(),
     "momentum": {"a fraction"},
+    "low_rank_momentum": {"a fraction"},
     "base_width": WHOLE | OR_NONE,
     "state_bits": OR_NONE,
     "deflated_rank": WHOLE | OR_NONE,
@@ -428,7 +435,7 @@ def test_the_arguments_of_param_groups_alone_are_listed():
 
 def test_every_option_of_the_variant_is_refused_by_sinkgd_with_the_call_that_takes_it():
     moved = set(options_of(sinkgd.SinkGDVariant)) - set(options_of(sinkgd.SinkGD))
-    assert len(moved) == 8
+    assert len(moved) == 13
     for option in moved:
         with pytest.raises(TypeError, match=rf"write SinkGDVariant\(params, {option}=...\)"):
             sinkgd.SinkGD([matrix()], lr=0.1, **{option: VALUES[option][1]})

@@ -16,7 +16,12 @@ OPTIONS = {
     "deflated, eager": {"deflated_rank": 2, "backend": "eager"},
     "deflated rows": {"deflated_rank": 2, "last": "row", "rounding": "stochastic"},
     "deflated, pinned": {"deflated_rank": 2, "operator_norm": "muon"},
+    "deflated, kept": {"deflated_rank": 2, "deflated_start": "kept"},
     "deflated after momentum": {"deflated_rank": 2, "momentum": 0.5},
+    "deflated, projected": {"deflated_rank": 2, "weight_projection": True},
+    "projected, held": {"weight_projection": True, "constant_norm": True},
+    "held after momentum": {"momentum": 0.5, "momentum_place": "after", "constant_norm": True},
+    "low rank": {"momentum_rank": 2},
     "masked": {"tiny_rows": "mask", "tiny_row_threshold": 0.5},
     "nesterov": {"momentum": 0.9, "nesterov": True},
 }

@@ -218,3 +218,42 @@ def test_sums_that_overflow_are_not_written(case, dtype, size, shape):
     optimizer.step()
     assert param.isfinite().all()
     assert param.ne(before).any()
+
+
+def updates(grads, **options):
+    """Return the updates of one step after the other."""
+    param = nn.Parameter(torch.zeros_like(grads[0]))
+    optimizer = sinkgd.SinkGDVariant([param], lr=1.0, **{"deflated_rank": RANK, **options})
+    found = []
+    for grad in grads:
+        before, param.grad = param.detach().clone(), grad
+        optimizer.step()
+        found.append((before - param.detach()).double())
+    return found, optimizer.state[param]
+
+
+def lowered_exactly(grad):
+    """Return SR-Sinkhorn's update with its leading singular values lowered, and of size one."""
+    left, lengths, right = torch.linalg.svd(sinkgd.sr_sinkhorn(grad).double(), full_matrices=False)
+    x = left @ lengths.clamp(max=lengths[RANK]).diag() @ right
+    return x / x.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("shape", [(24, 17), (17, 24)], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_kept_directions_approach_the_singular_vectors(backend, shape):
+    grad = of_rank(shape, 9) + 0.3 * of_rank(shape, 17, seed=1)
+    (first, *_, last), _ = updates([grad] * 60, deflated_start="kept", backend=backend)
+    assert_close(first, update(grad), rtol=1e-4, atol=1e-4)
+    assert_close(last, lowered_exactly(grad), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, RANK, RANK + 1])
+def test_kept_directions_that_an_update_does_not_have_are_found_again(rank):
+    few = [of_rank((24, 17), rank, seed=2)] * 3
+    many = [of_rank((24, 17), 9) + 0.3 * of_rank((24, 17), 17, seed=1)] * 60
+    found, state = updates([*few, *many], deflated_start="kept")
+    assert_close(found[-1], lowered_exactly(many[0]), rtol=1e-3, atol=1e-3)
+    (kept,) = state.values()
+    assert kept.dtype == torch.float32
+    assert kept.shape == (RANK + 1, 17)

@@ -20,14 +20,19 @@ OPTIONS = {
     "after": {"momentum": 0.5, "momentum_place": "after"},
     "after, nesterov": {"momentum": 0.5, "momentum_place": "after", "nesterov": True},
     "8 bits": {"momentum": 0.5, "momentum_place": "after", "momentum_bits": 8},
+    "low rank": {"momentum_rank": 2},
+    "low rank, all of it": {"momentum_rank": 9, "low_rank_momentum": 0.5},
     "last row": {"last": "row"},
     "first column": {"first": "column"},
     "first and last row": {"first": "row", "last": "row"},
     "first row, which it is anyhow": {"first": "row"},
     "masked": {"tiny_rows": "mask", "tiny_row_threshold": 0.5},
     "deflated": {"deflated_rank": 2},
+    "deflated, kept": {"deflated_rank": 2, "deflated_start": "kept"},
     "unit": {"operator_norm": "unit"},
     "muon": {"operator_norm": "muon"},
+    "projected": {"weight_projection": True},
+    "held": {"constant_norm": True},
 }
 every = pytest.mark.parametrize("name", OPTIONS)
 
@@ -41,6 +46,7 @@ def test_steps_are_those_of_the_formula(every_backend, name, shape, iterations):
     for seed in range(STEPS):
         grad = heavy(seed, shape)
         update = update_along(grad, optimizer, weight).double()
+        expected.weight = torch.zeros(shape)  # as `update_along` does
         assert_close(update, expected.step(grad), rtol=2e-5, atol=2e-6)
 
 
@@ -74,8 +80,8 @@ def test_a_bad_gradient_leaves_weight_and_state_as_they_were(name):
     good, ill = nn.Parameter(torch.zeros(9, 14)), nn.Parameter(torch.zeros(9, 14))
     group = {"params": [("good", good), ("ill", ill)], "algorithm": "sinkgd", **OPTIONS[name]}
     optimizer = sinkgd.SinkGD([group], nonfinite="skip")
-    for bad in (None, torch.nan, torch.inf):
-        good.grad, ill.grad = heavy(0), heavy(1)
+    for seed, bad in enumerate((None, torch.nan, torch.inf)):
+        good.grad, ill.grad = heavy(seed), heavy(1)
         before = {key: value.clone() for key, value in optimizer.state[ill].items()}
         weight = ill.detach().clone()
         if bad is not None:
@@ -189,7 +195,14 @@ def test_init_state_makes_what_a_first_step_makes(name):
         ({"first": "rows"}, "first must be None or one of .*, got 'rows'"),
         ({"tiny_rows": "drop"}, "tiny_rows must be one of .*, got 'drop'"),
         ({"tiny_row_threshold": -1.0}, "tiny_row_threshold must be at least 0, got -1.0"),
+        ({"momentum_rank": -1}, "momentum_rank must be .* at least 0, got -1"),
+        ({"low_rank_momentum": 1.0}, r"low_rank_momentum must lie in \[0, 1\), got 1.0"),
+        ({"deflated_start": "last"}, "deflated_start must be one of .*, got 'last'"),
         ({"operator_norm": "spectral"}, "operator_norm must be one of .*, got 'spectral'"),
+        (
+            {"constant_norm": True, "weight_decay": 0.1},
+            "constant_norm=True keeps .*'parameter 0 of group 0', and weight_decay=0.1 would",
+        ),
         ({"first": "column", "warm_start": True}, "warm_start=True begins .*leave one of them off"),
     ],
 )

@@ -64,7 +64,12 @@ RECIPES = {
         ),
         momentum=0.9,
         operator_norm="muon",
+        momentum_rank=4,
+        deflated_start="kept",
         sinkhorn_iterations=2,
+    ),
+    "held": lambda model: sinkgd.SinkGDVariant(
+        sinkgd.param_groups(model, lr=0.02), weight_projection=True, constant_norm=True
     ),
 }
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkgd.contrib.tempered import SumGroups, _temper_shard
+from sinkgd.deflation import LowRank
 from sinkgd.distributed import scales
 from sinkgd.distributed.all_reduce import all_ranks_agree
 from sinkgd.distributed.scales import solve_sharded
@@ -22,6 +23,7 @@ from sinkgd.kernels.backend import take_steps
 from sinkgd.kernels.eager import EagerBackend
 from sinkgd.optim.transforms.deflate import _deflate_stacks
 from sinkgd.optim.transforms.half_step import starts_after_half_step
+from sinkgd.optim.transforms.low_rank_momentum import remembered
 from sinkgd.optim.transforms.operator_norm import pin
 from sinkgd.optim.transforms.tiny_rows import mask_tiny_rows
 
@@ -89,6 +91,16 @@ def deflated():
     return _deflate_stacks(sharded_matrices(), found_scales(), blocks, BACKEND)
 
 
+def deflated_and_kept():
+    blocks = [ones((6, 3)).double() for _ in SHARDINGS]
+    return _deflate_stacks(sharded_matrices(), found_scales(), blocks, BACKEND, blocks)
+
+
+def low_rank_momentum():
+    memories = [LowRank(ones((8, 2)), ones((6, 2))) for _ in SHARDINGS]
+    return remembered(sharded_matrices(), memories, [ones((6, 2)).double() for _ in SHARDINGS])
+
+
 def pinned():
     group = {"last": "column", "operator_norm": "muon"}
     return pin(sharded_matrices(), found_scales(), [ones((1, 6)) for _ in SHARDINGS], group)
@@ -106,6 +118,8 @@ STEPS = {
     "half_step": lambda: starts_after_half_step(sharded_matrices(), BACKEND),
     "tiny_rows": lambda: mask_tiny_rows(sharded_matrices(), 0.1, BACKEND, in_place=False),
     "deflated": deflated,
+    "deflated_and_kept": deflated_and_kept,
+    "low_rank_momentum": low_rank_momentum,
     "pinned": pinned,
     "tempered": tempered,
     "flags": lambda: all_ranks_agree(ones(3) == 1, [("a",), (), ("a", "b")]),

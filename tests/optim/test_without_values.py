@@ -17,6 +17,10 @@ PLACES = {
 OPTIONS = [
     {"warm_start": True},
     {"operator_norm": "unit", "deflated_rank": 2},
+    {"weight_projection": True},
+    {"constant_norm": True},
+    {"momentum_rank": 2, "low_rank_momentum": 0.5},
+    {"deflated_rank": 2, "deflated_start": "kept"},
     {"tol": 0.1},
     {"rounding": "stochastic"},
 ]

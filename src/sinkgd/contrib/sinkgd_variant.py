@@ -16,17 +16,21 @@ class SinkGDVariant(SinkGD):
 
     Each option is also an option of groups: ``{"params": ..., "warm_start": True}`` works with
     `SinkGD`, too. Disabled options add no cost. A step applies them in this order: momentum of the
-    gradient, ``tiny_rows``, the half steps, ``deflated_rank``, ``operator_norm``, momentum of the
-    update. For vectors, only momentum has an effect.
+    gradient, ``momentum_rank``, ``tiny_rows``, the half steps, ``deflated_rank``,
+    ``weight_projection``, ``operator_norm``, momentum of the update, ``constant_norm``. For
+    vectors, only ``momentum`` has an effect.
 
     The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
     embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
     2L + 1 half steps from rows to rows. They multiply its learning rate by 0.18. To use it, write
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
-    On a mesh, ``tiny_rows``, an extra half step and ``operator_norm`` each add one message per
-    step; for a group that shards columns, ``operator_norm`` adds two. ``tiny_rows`` copies
-    gradients: it processes 256 MiB at a time and sends one set of messages per chunk.
+    On a mesh, ``tiny_rows``, an extra half step, ``operator_norm`` and ``constant_norm`` each add
+    one message per step, and ``momentum_rank`` adds two. For a group that shards columns,
+    ``operator_norm`` adds two, and ``weight_projection`` adds one. ``tiny_rows`` and
+    ``momentum_rank`` copy gradients: they process 256 MiB at a time and send one set of messages
+    per chunk; so does ``constant_norm`` with momentum of the update. ``weight_projection`` and
+    ``constant_norm`` copy updates, 128 MiB at a time.
 
     Args:
         params: As in `SinkGD`.
@@ -39,6 +43,12 @@ class SinkGDVariant(SinkGD):
             root-mean-square of the step is then below 1.
         momentum_bits: 32, or 8: B takes one byte per entry, if it averages updates. Copies B of a
             few matrices at a time in float32.
+        momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient is replaced
+            by μPQᵀ + (1 − μ)G, of which PQᵀ is the part of rank r that the last step kept. The
+            gradient itself keeps its full rank. Keeps (m + n)·r float32 per matrix, with r at most
+            min(m, n); 0 keeps nothing. Copies the gradients of a few matrices at a time.
+        low_rank_momentum: Decay rate μ of this memory, in [0, 1). Only used if ``momentum_rank`` is
+            above 0.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
             columns first. Only the lengths of the last side are exact.
         first: Side of the first half step. None means the side other than ``last``. The same side
@@ -46,10 +56,22 @@ class SinkGDVariant(SinkGD):
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
             are left out, and not updated. Copies the gradients of a few matrices at a time.
         tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
+        deflated_start: Where the search for the directions that ``deflated_rank`` lowers starts:
+            ``"fixed"``, from the same vectors in every step, without state; or ``"kept"``, from the
+            right directions of the last step. Keeps (k + 1)·n float32 per matrix, with k the rank.
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
             value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
             longer a root-mean-square. With ``"muon"`` it is the largest change of an output for an
             input of root-mean-square 1. Keeps n float32 per matrix.
+        weight_projection: Project each row of the update, an out-feature, off the same row of the
+            weight, and give it back its length. Rows of the weight then turn, and grow only by the
+            square of ``lr``. Keeps no state; copies the updates of a few matrices at a time.
+        constant_norm: Give each matrix, after every step, the Frobenius norm that it had before the
+            first. ``lr`` is then relative to the weights: the root-mean-square change of a weight,
+            divided by the root-mean-square of the weights. The update only gives the direction. A
+            matrix that is zero before its first step is updated as without the option. Does not
+            combine with ``weight_decay``. Keeps a float32 per matrix; copies the updates of a few
+            matrices at a time.
         **options: All other arguments of `SinkGD`.
 
     Raises:
@@ -66,6 +88,10 @@ class SinkGDVariant(SinkGD):
         >>> optimizer.step()
         >>> [*optimizer.state[weight]]
         ['col_scale']
+
+    References:
+        Nora projects rows of a momentum off rows of the weight. https://arxiv.org/abs/2605.03769
+        Hyperball keeps the norm of each matrix. https://arxiv.org/abs/2606.16899
     """
 
     @suggest_names(passes_to=SinkGD)
@@ -78,11 +104,16 @@ class SinkGDVariant(SinkGD):
         warm_start: bool = False,
         momentum_place: str = "before",
         momentum_bits: int = 32,
+        momentum_rank: int = 0,
+        low_rank_momentum: float = 0.95,
         last: str = "column",
         first: str | None = None,
         tiny_rows: str = "keep",
         tiny_row_threshold: float = 0.01,
+        deflated_start: str = "fixed",
         operator_norm: str | None = None,
+        weight_projection: bool = False,
+        constant_norm: bool = False,
         **options: Any,
     ) -> None:
         given = signature(SinkGD).bind(params, lr, sinkhorn_iterations, **options)
@@ -92,10 +123,15 @@ class SinkGDVariant(SinkGD):
             "warm_start": warm_start,
             "momentum_place": momentum_place,
             "momentum_bits": momentum_bits,
+            "momentum_rank": momentum_rank,
+            "low_rank_momentum": low_rank_momentum,
             "last": last,
             "first": first,
             "tiny_rows": tiny_rows,
             "tiny_row_threshold": tiny_row_threshold,
+            "deflated_start": deflated_start,
             "operator_norm": operator_norm,
+            "weight_projection": weight_projection,
+            "constant_norm": constant_norm,
         }
         GroupedOptimizer.__init__(self, arguments.pop("params"), arguments)

@@ -275,12 +275,13 @@ def from_local(param: Tensor, shard: Tensor) -> Tensor:
     )
 
 
-def shard_columns(param: Tensor, row_dim: int, numbers: Tensor) -> Tensor:
-    """Shard ``numbers`` like ``param``, except along dimension ``row_dim``.
+def shard_except(param: Tensor, whole_dims: Collection[int], numbers: Tensor) -> Tensor:
+    """Shard ``numbers`` like ``param``, except along the dimensions ``whole_dims``.
 
     Args:
         param: A tensor of as many dimensions as ``numbers``.
-        row_dim: The dimension of its rows, which stays whole.
+        whole_dims: The dimensions that stay whole: its rows for vectors along columns, its columns
+            for vectors along rows.
         numbers: All numbers, the same on all ranks.
     """
     if not is_dtensor(param):
@@ -297,7 +298,7 @@ def shard_columns(param: Tensor, row_dim: int, numbers: Tensor) -> Tensor:
     order = sorted(dims, key=lambda i: (0, i) if isinstance(placements[i], Shard) else (1, -i))
     shard = numbers
     for i in order:
-        if dims[i] == row_dim:
+        if dims[i] in whole_dims:
             placements[i] = Replicate()
             continue
         size = shard.shape[dims[i]]
@@ -305,7 +306,7 @@ def shard_columns(param: Tensor, row_dim: int, numbers: Tensor) -> Tensor:
         begin = min(size, mesh.get_local_rank(i) * length)
         shard = shard.narrow(dims[i], begin, min(size - begin, length))
     return DTensor.from_local(
-        shard.contiguous(),
+        shard.clone(memory_format=torch.contiguous_format),  # frees what other ranks keep
         mesh,
         placements,
         run_check=False,

@@ -293,18 +293,28 @@ KINDS: Mapping[str, Check] = MappingProxyType(
     {
         **dict.fromkeys(("lr", "weight_decay"), _rate),
         **dict.fromkeys(
-            ("eps", "momentum", "tiny_row_threshold", "tau", "max_norm", "spike_z"), _number
+            (
+                *("eps", "momentum", "low_rank_momentum", "tiny_row_threshold"),
+                *("tau", "max_norm", "spike_z"),
+            ),
+            _number,
         ),
         **dict.fromkeys(("tol", "theta"), _or_none(_number)),
         **dict.fromkeys(
             (
                 *("sinkhorn_iterations", "newton_schulz_steps", "num_iters", "n_iter"),
-                *("deflated_rank", "seed", "momentum_bits"),
+                *("deflated_rank", "momentum_rank", "seed", "momentum_bits"),
                 *("clip_delay", "reset_interval", "warmup_steps", "norm_window"),
             ),
             check_whole_number,
         ),
-        **dict.fromkeys(("maximize", "cautious_decay", "nesterov", "warm_start"), check_flag),
+        **dict.fromkeys(
+            (
+                *("maximize", "cautious_decay", "nesterov"),
+                *("warm_start", "weight_projection", "constant_norm"),
+            ),
+            check_flag,
+        ),
         "fused": _or_none(check_flag),
         "betas": check_betas,
         "norms": _norms,

@@ -21,8 +21,9 @@ from sinkgd.optim.parameters import named
 _OF_VARIANT = {
     name: f"SinkGDVariant(params, {name}=...)"
     for name in (
-        *("warm_start", "momentum_place", "momentum_bits", "first", "last"),
-        *("tiny_rows", "tiny_row_threshold", "operator_norm"),
+        *("warm_start", "momentum_place", "momentum_bits", "momentum_rank", "low_rank_momentum"),
+        *("first", "last", "tiny_rows", "tiny_row_threshold"),
+        *("deflated_start", "operator_norm", "weight_projection", "constant_norm"),
     )
 }
 

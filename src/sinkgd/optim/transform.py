@@ -24,11 +24,12 @@ from sinkgd.distributed.shards import (
     is_dtensor,
     largest_shard_shape,
     largest_shard_size,
+    param_matrices,
 )
 from sinkgd.exchange import Computation, Steps, computation, immediate
 from sinkgd.kernels import Backend, CorrectedScales, Scales
 from sinkgd.kernels.backend import by_owner
-from sinkgd.kernels.eager import without_corrections
+from sinkgd.kernels.eager import update_of, without_corrections
 from sinkgd.matrix_views import dims_of
 from sinkgd.optim.apply import allowed
 from sinkgd.optim.method import Context, Group, Slot
@@ -78,6 +79,29 @@ class Batch(NamedTuple):
             return self.matrices, plain
         grads, plain = without_corrections([matrix.grad for matrix in self.matrices], self.scales)
         return [x._replace(grad=g) for x, g in zip(self.matrices, grads, strict=True)], plain
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weight of each matrix, also if the step writes an average of updates instead."""
+        weights = [x.param if x.weight is None else x.weight for x in self.slots]
+        given = [x._replace(param=w, grad=w) for x, w in zip(self.slots, weights, strict=True)]
+        layout, split = self.group["layout"], self.group["split"]
+        return [x.param for x in param_matrices(given, layout=layout, split=split).matrices]
+
+    def updates(self) -> list[Tensor]:
+        """Return a copy of the update of each matrix, in float32 or wider."""
+        pairs = zip(self.matrices, self.scales, strict=True)
+        return [update_of(matrix.grad, own) for matrix, own in pairs]
+
+    def with_updates(self, updates: Sequence[Tensor]) -> "Batch":
+        """Return the batch with other updates, which take the place of the gradients."""
+        pairs = [*zip(self.matrices, updates, strict=True)]
+        return self._replace(
+            matrices=[matrix._replace(grad=update) for matrix, update in pairs],
+            scales=[
+                Scales(torch.ones_like(own.row), torch.ones_like(own.col)) for own in self.scales
+            ],
+        )
 
     def owners(self) -> Iterator[tuple[Slot, MutableMapping[str, Any], range, Tensor | None]]:
         """Yield each slot, its state, the indices of its matrices, and whether it may change.

@@ -40,6 +40,38 @@ def kept_after_a_step(options):
     return sum(tensor.nbytes for tensor in state_tensors(optimizer))
 
 
+# Options that no recipe has.
+VARIANTS = {
+    "sinkgd-projected": {"weight_projection": True},
+    "sinkgd-constant-norm": {"constant_norm": True},
+}
+
+
+def variant_after_a_step(name):
+    model = Llama(replace(PRESETS["llama-9m"], vocab_size=600, num_layers=2))
+    groups = sinkgd.param_groups(model, deflated_rank=0)
+    optimizer = sinkgd.SinkGDVariant(groups, **VARIANTS[name])
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_state_of_a_variant_is_what_it_keeps_after_a_step(name):
+    kept = sum(tensor.nbytes for tensor in state_tensors(variant_after_a_step(name)))
+    assert planned_state(name) == kept
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_scratch_of_a_variant_is_what_a_step_takes(name):
+    used = allocations(variant_after_a_step(name).step, torch.device("cpu")).peak
+    planned = update_scratch(
+        weights_of(SMALL), Grid(), find_method(name), device="cpu", per_matrix=False
+    )
+    assert planned == pytest.approx(used, rel=0.04)  # without three float64 of each row
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name in RECIPES])
 def test_state_is_what_the_recipe_keeps_after_a_step(name):
     assert planned_state(name) == kept_after_a_step(OptimizerConfig(recipe=name))
@@ -47,7 +79,8 @@ def test_state_is_what_the_recipe_keeps_after_a_step(name):
 
 def test_every_method_but_three_is_a_recipe_or_one_with_an_option():
     others = [name for name in METHODS if name not in RECIPES]
-    options = ["sinkgd-momentum", "sinkgd-momentum-8bit", "sinkgd-pinned", "sinkgd-table", "sron"]
+    kept = ["sinkgd-momentum-8bit", "sinkgd-low-rank", "sinkgd-kept", "sinkgd-pinned", *VARIANTS]
+    options = ["sinkgd-momentum", *kept, "sinkgd-table", "sron"]
     assert others == ["sinkgd-8bit", *options, "adamw-8bit", "lora"]
 
 
@@ -130,6 +163,23 @@ def test_state_of_an_option_is_what_it_keeps_after_a_step(name, recipe, options)
 
 
 @pytest.mark.parametrize(
+    ("name", "rank", "options"),
+    [
+        ("sinkgd-low-rank", 0, {"momentum_rank": 16}),
+        ("sinkgd-kept", 15, {"deflated_start": "kept"}),
+    ],
+)
+def test_vectors_that_an_option_keeps_are_planned(name, rank, options):
+    model = Llama(replace(PRESETS["llama-9m"], vocab_size=600, num_layers=2))
+    groups = sinkgd.param_groups(model, deflated_rank=rank)
+    optimizer = sinkgd.SinkGDVariant(groups, **options)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert planned_state(name) == sum(tensor.nbytes for tensor in state_tensors(optimizer))
+
+
+@pytest.mark.parametrize(
     ("name", "options", "vocab_size"),
     [
         ("sron", {"recipe": "rows-only"}, 600),
@@ -176,6 +226,9 @@ def test_options_of_sinkgd_keep_float32_whatever_the_weights():
     for itemsize in (2, 4):
         assert find_method("sinkgd-momentum").state_bytes(4, 10, itemsize, 1) == 4 * 40
         assert find_method("sinkgd-pinned").state_bytes(4, 10, itemsize, 1) == 4 * 10
+        assert find_method("sinkgd-constant-norm").state_bytes(4, 10, itemsize, 1) == 4
+        assert find_method("sinkgd-kept").state_bytes(4, 10, itemsize, 1) == 4 * 16 * 10
+        assert find_method("sinkgd-low-rank").state_bytes(4, 10, itemsize, 1) == 4 * 16 * 14
         assert find_method("sron").state_bytes(4, 10, itemsize, 1) == 0
 
 
@@ -186,12 +239,15 @@ def test_eight_bit_adam_keeps_small_tensors_in_float32():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_mesh_divides_weights_and_state_evenly(name):
+def test_a_mesh_divides_weights_and_state_evenly_but_for_numbers_of_columns(name):
     method = find_method(name)
+    columns = sum(w.shape[1] for w in weights_of(NINE.architecture) if w.is_matrix)
+    undivided = 4 * method.column * columns
     whole = rank_memory(NINE, Grid(), method)
     part = rank_memory(NINE, Grid(dp_shard=8), method)
     assert part.weights == pytest.approx(whole.weights / 8, rel=1e-3)
-    assert part.state == pytest.approx(whole.state / 8, rel=1e-2, abs=64)
+    divided = (whole.state - undivided) / 8
+    assert part.state == pytest.approx(divided + undivided, rel=1e-2, abs=64)
     replicas = rank_memory(NINE, Grid(dp_replicate=2, dp_shard=8), method)
     assert replicas == part
 

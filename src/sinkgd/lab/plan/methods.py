@@ -23,6 +23,7 @@ from sinkgd.optim.param_groups import DEFLATED_RANK
 _FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 LORA_RANK = 8  # of adapters, the default of PEFT
+MOMENTUM_RANK = 16  # of a memory of low rank: as many directions as deflation follows
 
 # What ranks exchange about the matrices whose shards they hold. "rows": only sums of rows, once.
 Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
@@ -41,6 +42,8 @@ class Method:
     source: str
     matrix: float = 0.0  # numbers kept for each entry of a matrix
     column: float = 0.0  # float32 numbers kept for each column of a matrix
+    row: float = 0.0  # the same for each row
+    each: int = 0  # float32 numbers kept for each matrix
     # Whether numbers kept for matrices, embeddings and head are float32 for any type of weights.
     always_float32: bool = False
     rest: float = 2.0  # numbers kept for each entry of other parameters, such as norms
@@ -61,6 +64,7 @@ class Method:
     iterations: int = ITERATIONS  # exchanges of vectors in a step
     passes: int = 7  # reads and writes of a matrix in a step
     scratch: float = 0.0  # float32 copies of the largest matrix during its update
+    copies: int = 0  # float32 copies of all updates that are processed together
     batched: bool = False  # whether small matrices of one shape are updated together
     directions: int = 0  # k; 0 without deflation; `peak_memory` computes deflation's scratch
     everywhere: bool = False  # whether embeddings and head are updated like matrices
@@ -79,7 +83,8 @@ class Method:
         """
         if self.low_rank is not None:
             return itemsize * self.low_rank(min(m, n), max(m, n), r)
-        return self._size(itemsize) * self.matrix * m * n + _FLOAT32 * self.column * n
+        vectors = self.row * m + self.column * n + self.each
+        return self._size(itemsize) * self.matrix * m * n + _FLOAT32 * vectors
 
     def embedding_bytes(self, m: int, n: int, itemsize: int, *, is_head: bool) -> float:
         """Return the bytes of the state of an embedding or a head, from `embedding`."""
@@ -130,6 +135,10 @@ def _whitening(short: int, long: int) -> float:
 def _deflation(short: int, long: int) -> float:
     # As the docstring of `sinkgd.deflation.deflate` says.
     return 10.0 * (DEFLATED_RANK + 1) * short * long
+
+
+def _low_rank_momentum(short: int, long: int) -> float:
+    return 3 * 2.0 * MOMENTUM_RANK * short * long  # P Qᵀ, M Q and Mᵀ U
 
 
 FAMILY = (
@@ -202,6 +211,31 @@ FAMILY = (
         scratch=2.0,
     ),
     Method(
+        "sinkgd-low-rank",
+        "SinkGD, momentum of low rank",
+        f"{MOMENTUM_RANK}·(m + n) float32 per matrix, 2 per entry of embedding, head, norms",
+        f"sinkgd.SinkGDVariant(momentum_rank={MOMENTUM_RANK}), without deflation",
+        column=float(MOMENTUM_RANK),
+        row=float(MOMENTUM_RANK),
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 12,  # the gradient is checked, copied, averaged, and multiplied twice
+        scratch=1.0,
+        flops=_low_rank_momentum,
+    ),
+    Method(
+        "sinkgd-kept",
+        "SinkGD, directions kept",
+        f"{DEFLATED_RANK + 1}·n float32 per matrix, 2 per entry of embedding, head, norms",
+        f'sinkgd.SinkGDVariant(deflated_start="kept"), {DEFLATED_RANK} directions deflated',
+        column=float(DEFLATED_RANK + 1),
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 3 + 11,  # as "sinkgd"
+        directions=DEFLATED_RANK,
+        flops=_deflation,
+    ),
+    Method(
         "sinkgd-pinned",
         "SinkGD, operator norm",
         "n float32 per matrix, 2 per entry of embedding, head, norms",
@@ -210,6 +244,29 @@ FAMILY = (
         can_release=True,
         exchange="vectors",
         passes=ITERATIONS + 5,  # two products with a vector
+    ),
+    Method(
+        "sinkgd-projected",
+        "SinkGD, rows orthogonal to the weight",
+        "2 per entry of embedding, head, norms",
+        "sinkgd.SinkGDVariant(weight_projection=True), without deflation",
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 25,  # 4 make the update, 13 its products, 5 project it
+        copies=1,
+        scratch=2.0,  # the weight's rows in units of their length, and a product
+    ),
+    Method(
+        "sinkgd-constant-norm",
+        "SinkGD, constant norm",
+        "1 float32 per matrix, 2 per entry of embedding, head, norms",
+        "sinkgd.SinkGDVariant(constant_norm=True), without deflation",
+        each=1,
+        can_release=True,
+        exchange="vectors",
+        passes=ITERATIONS + 25,  # as "sinkgd-projected"
+        copies=1,
+        scratch=2.0,
     ),
     Method(
         "sinkgd-table",

@@ -222,6 +222,13 @@ def _matrix_scratch(
             room = 0 if per_matrix else SCRATCH_BYTES
             found += _deflation_scratch(matrices, method.directions, room, device)
         return found
+    if method.copies:
+        sizes = [_FLOAT32 * prod(w.shard) for w in matrices]
+        runs = chunk_slices(sizes, 0 if per_matrix else SCRATCH_BYTES)
+        if is_sharded and not per_matrix:
+            runs = vector_chunks(sizes)
+        held = max(sum(sizes[run]) + _FLOAT32 * sum(lengths[run]) for run in runs)
+        return round(method.copies * held + method.scratch * max(sizes))
     # All other methods work on whole matrices, wherever the shards are.
     largest = max(w.count for w in matrices) * _FLOAT32
     batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES

@@ -4,19 +4,25 @@
 """
 
 from sinkgd.optim.transform import Transform
+from sinkgd.optim.transforms.constant_norm import ConstantNorm
 from sinkgd.optim.transforms.deflate import Deflate
 from sinkgd.optim.transforms.half_step import ExtraHalfStep
+from sinkgd.optim.transforms.low_rank_momentum import LowRankMomentum
 from sinkgd.optim.transforms.momentum import Momentum
 from sinkgd.optim.transforms.operator_norm import OperatorNorm
 from sinkgd.optim.transforms.tiny_rows import TinyRows
 from sinkgd.optim.transforms.warm_start import WarmStart
+from sinkgd.optim.transforms.weight_projection import WeightProjection
 
 # In the order in which a step applies them.
 TRANSFORMS: tuple[Transform, ...] = (
     Momentum(),
+    LowRankMomentum(),
     TinyRows(),
     ExtraHalfStep(),
     WarmStart(),
     Deflate(),
+    WeightProjection(),
     OperatorNorm(),
+    ConstantNorm(),
 )

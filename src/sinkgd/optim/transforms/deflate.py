@@ -4,13 +4,21 @@ A backend multiplies the update X = r G c with k + 1 vectors; small matrices of 
 stacked. The result is a pair of scales that give root-mean-square 1, and k directions that are
 subtracted when the parameter is written. On a mesh ranks add up k + 1 numbers per row and column,
 never a matrix. All matrices share the messages, as far as the memory for their vectors allows.
+
+The search for the directions starts from a block Ω of k + 1 vectors. With ``deflated_start="kept"``
+Ω is the right directions of the last step, so that the search continues from step to step, as the
+power iteration of Spectra does (https://arxiv.org/abs/2602.11185). Its first step starts from the
+fixed block; so does a direction that the last update did not have.
+
+State, only if ``"kept"``: ``state[param]["leading_directions"]``, float32, (k + 1) n numbers per
+matrix, as `sinkgd.optim.column_vectors` shapes and shards them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,49 +30,75 @@ from sinkgd.deflation import (
     Products,
     find_leading,
     find_packed_leading,
-    fixed_block,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, shard_columns
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor, param_matrices
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
-from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
-from sinkgd.optim.method import Group
+from sinkgd.optim.column_vectors import (
+    fixed_block_of,
+    fixed_blocks,
+    fixed_vectors,
+    normalized_block,
+    read_vectors,
+    shape_of_vectors,
+    write_vectors_,
+)
+from sinkgd.optim.method import Group, Slot
 from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
 # A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
 # larger matrices would differ in their last bits from those of each by itself.
 STACKED_ENTRIES = 1 << 18
 
+DIRECTIONS = "leading_directions"
+STARTS = ("fixed", "kept")
+
 
 class Deflate(Transform):
     """Lower the k leading singular values of each update; k is ``deflated_rank``."""
 
-    options = MappingProxyType[str, object]({"deflated_rank": 0})
+    options = MappingProxyType[str, object]({"deflated_rank": 0, "deflated_start": "fixed"})
     switch = "deflated_rank"
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse a rank out of range."""
+        """Refuse a rank out of range, and an unknown start."""
         del name, param
         check_deflated_rank(group["deflated_rank"])
+        if group["deflated_start"] not in STARTS:
+            raise ValueError(
+                f"deflated_start must be one of {STARTS}, got {group['deflated_start']!r}"
+            )
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Create Ω of each matrix, if it is kept."""
+        if group["deflated_start"] == "kept":
+            slot = Slot("", 0, param.detach(), param.detach())
+            matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
+            _directions(state, slot.param, group, len(matrices))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
         """Hold k + 1 vectors; copies, too, if a backend multiplies whole matrices by copies."""
-        copies = not packs_vectors and not sharded
-        return Scratch(copies=copies, vectors=group["deflated_rank"] + 1)
+        copies, blocks = not packs_vectors and not sharded, 1 + (group["deflated_start"] == "kept")
+        return Scratch(copies=copies, vectors=blocks * (group["deflated_rank"] + 1))
 
     @computation
     def after(self, batch: Batch) -> Steps[Batch]:
         """Deflate the updates and bring them to root-mean-square 1."""
         matrices, scales = batch.without_corrections()
-        found = None
-        if batch.backend.packs_vectors and not is_dtensor(batch.slots[0].param):
+        is_kept, found = batch.group["deflated_start"] == "kept", None
+        if batch.backend.packs_vectors and not is_dtensor(batch.slots[0].param) and not is_kept:
             found = _deflate_packed(batch, matrices, scales)
         if found is None:
-            found = yield _deflate_stacks(matrices, scales, _blocks_of(batch), batch.backend)
-        return batch._replace(matrices=matrices, scales=found.scales).only_if(found.finite)
+            fixed = fixed_blocks(batch, batch.group["deflated_rank"] + 1)
+            blocks, spare = (_kept_blocks(batch), fixed) if is_kept else (fixed, None)
+            found = yield _deflate_stacks(matrices, scales, blocks, batch.backend, spare)
+        batch = batch._replace(matrices=matrices, scales=found.scales).only_if(found.finite)
+        if is_kept:
+            _keep(batch, found.blocks)
+        return batch
 
 
 def check_deflated_rank(rank: int) -> None:
@@ -74,38 +108,30 @@ def check_deflated_rank(rank: int) -> None:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
 
 
-def _blocks_of(batch: Batch) -> list[Tensor]:
-    """Return Ω of every matrix, ``(..., n, k + 1)`` float64; only its rows for this rank's columns.
+def _directions(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> Tensor:
+    """Return the kept vectors of a parameter; create them if absent, or if k has changed."""
+    k, layout = group["deflated_rank"] + 1, group["layout"]
+    kept: Tensor | None = state.get(DIRECTIONS)
+    if kept is None or [*kept.shape] != shape_of_vectors(param, layout, count * k):
+        kept = state[DIRECTIONS] = fixed_vectors(param, layout, k, count).float()
+    return kept
 
-    Parameters of one shape, memory order and sharding share one Ω.
-    """
-    known: dict[tuple[object, ...], Tensor] = {}
+
+def _kept_blocks(batch: Batch) -> list[Tensor]:
+    """Return Ω of every matrix, as `fixed_blocks` does."""
     blocks: list[Tensor] = []
-    for slot, own in zip(batch.slots, batch.ranges, strict=True):
-        param = slot.param
-        kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
-        if is_dtensor(param):
-            kind = (*kind, param.device_mesh, param.placements)
-        if kind not in known:
-            known[kind] = _make_block(
-                param, param.device, batch.group["layout"], batch.group["deflated_rank"] + 1
-            )
-        blocks += [known[kind]] * len(own)
+    for slot, state, own, _ in batch.owners():
+        kept = _directions(state, slot.param, batch.group, len(own))
+        vectors = read_vectors(kept, slot.param, batch.group["layout"], len(own))
+        blocks += [x.double().mT.contiguous() for x in vectors]
     return blocks
 
 
-def _make_block(param: Tensor, device: torch.device, layout: str, k: int) -> Tensor:
-    (row_dim,), cols = dims_of(param.ndim, layout)
-    # One block, k by n, is repeated for all matrices of a parameter, along the other dimensions.
-    sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
-    block = fixed_block(tuple(sizes.values()), device)
-    in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
-    dims = range(param.ndim)
-    whole = in_order.view([sizes.get(dim, 1) for dim in dims])
-    whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
-    piece = local(shard_columns(param, row_dim, whole.contiguous()))
-    view = rows_then_columns(piece, local(param), layout)
-    return view.flatten(view.ndim - len(cols)).mT.contiguous()
+def _keep(batch: Batch, blocks: Sequence[Tensor]) -> None:
+    """Keep Ω of every matrix for the next step."""
+    for slot, state, own, flag in batch.owners():
+        found = [blocks[i].mT.float() for i in own]
+        write_vectors_(state[DIRECTIONS], slot.param, batch.group["layout"], found, flag)
 
 
 class _BlockKey(NamedTuple):
@@ -125,7 +151,7 @@ def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
         if kind not in first:
             first[kind] = end
             probe = torch.empty_strided(kind.shape, kind.stride, dtype=torch.float32, device="meta")
-            block = _make_block(probe, torch.device("cpu"), kind.layout, k)
+            block = fixed_block_of(probe, kind.layout, k, torch.device("cpu"))
             blocks.append(block.view(-1, *block.shape[-2:])[0])  # the same for a whole batch
             end += block.shape[-2]
     return Shared(torch.cat(blocks)[:, :width].contiguous(), tuple(first[kind] for kind in kinds))
@@ -136,6 +162,7 @@ class Deflated(NamedTuple):
 
     scales: list[Scales | CorrectedScales]
     finite: list[Tensor]  # 0-dim bool each: whether the update is finite; equal on all ranks
+    blocks: Sequence[Tensor] = ()  # Ω of the next step, if it is kept
 
 
 def _deflate_packed(
@@ -195,8 +222,18 @@ def _deflate_stacks(
     scales: Sequence[Scales],
     blocks: Sequence[Tensor],
     backend: Backend,
+    spare: Sequence[Tensor] | None = None,
 ) -> Steps[Deflated]:
-    """Deflate matrices that may be sharded, in stacks of one shape and memory order."""
+    """Deflate matrices that may be sharded, in stacks of one shape and memory order.
+
+    Args:
+        matrices: The matrices.
+        scales: Scales for which ``row * grad * col`` is normalized.
+        blocks: Ω of each matrix.
+        backend: The backend.
+        spare: If Ω is kept, vectors for the directions that an update does not have.
+    """
+    following = [*blocks]
     found: list[Scales | CorrectedScales] = [*scales]
     finite = [torch.ones((), dtype=torch.bool, device=matrices[0].grad.device)] * len(matrices)
     stacks = _stacks_of(matrices)
@@ -218,9 +255,13 @@ def _deflate_stacks(
     for own, first in zip(stacks, firsts, strict=True):
         leading = directions.pop(0)  # so that it is freed
         corrected, flags = _stretched([scales[i] for i in own], prod(first.shape), leading)
-        for i, one, flag in zip(own, corrected, flags.unbind(), strict=True):
+        for j, (i, one, flag) in enumerate(zip(own, corrected, flags.unbind(), strict=True)):
             found[i], finite[i] = one, flag
-    return Deflated(found, finite)
+            if spare is not None:
+                size = (leading.lengths[j] / first.shape[1]).sqrt()
+                found_here = normalized_block(leading.right[j], size, spare[i])
+                following[i] = torch.cat([found_here, spare[i][..., size.shape[-1] :]], dim=-1)
+    return Deflated(found, finite, following)
 
 
 def _together(blocks: Sequence[Tensor], width: int) -> Tensor:

@@ -18,9 +18,9 @@ State: ``state[param]["momentum_buffer"]``, sharded like the parameter: float32,
 has a root-mean-square of at most 1; entries beyond ±4 become ±4. PowerStep keeps the momentum of
 another normalized update in int8.
 
-Scratch: one parameter in float32 at a time; Nesterov's directions, and averages decoded from 8
-bits, are as large as the gradients, and computed in chunks. A non-finite gradient leaves B
-unchanged. On a mesh ``"before"`` adds a message per group.
+Scratch: one parameter in float32 at a time. Directions of Nesterov's rule, averages of updates for
+``constant_norm``, and averages decoded from 8 bits are as large as the gradients, and computed in
+chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds a message per group.
 
 References:
     PowerStep: https://arxiv.org/abs/2605.10335
@@ -41,6 +41,7 @@ from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.apply import UpdateWriter, allowed
 from sinkgd.optim.method import Context, Group, Slot, are_finite
 from sinkgd.optim.transform import Scratch, Step, Transform, step_in_chunks
+from sinkgd.optim.transforms.constant_norm import hold_norms_
 
 MOMENTUM = "momentum_buffer"
 PLACES = ("before", "after")
@@ -80,7 +81,7 @@ class Momentum(Transform):
         _keep(state, param, _buffer(state, param.detach()), group)
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold Nesterov's directions, or averages decoded from 8 bits."""
+        """Hold directions, or averages decoded from 8 bits."""
         del packs_vectors, sharded
         return Scratch(copies=_copies(group))
 
@@ -96,10 +97,6 @@ class Momentum(Transform):
         if _copies(group):
             return step_in_chunks(partial(take, step), slots, group, context)
         return take(step, slots, group, context)
-
-
-def _copies(group: Group) -> bool:
-    return bool(group["nesterov"]) or group["momentum_bits"] == 8
 
 
 @computation
@@ -130,7 +127,7 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
     buffers = [_buffer(states[slot.param], slot.param) for slot in slots]
     before = [local(b).clone() for b in buffers] if group["nesterov"] else None
     finite: Tensor = yield step(
-        [slot._replace(param=b) for slot, b in zip(slots, buffers, strict=True)],
+        [slot._replace(param=b, weight=slot.param) for slot, b in zip(slots, buffers, strict=True)],
         # With these options the step sets B to (1 − lr) B + lr X.
         {
             **group,
@@ -140,6 +137,7 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
             "cautious_decay": False,
             "maximize": True,
             "rounding": "nearest",
+            "constant_norm": False,
         },
         context._replace(
             states={b: states[slot.param] for slot, b in zip(slots, buffers, strict=True)}
@@ -147,15 +145,29 @@ def _after(step: Step, slots: Sequence[Slot], group: Group, context: Context) ->
     )
     for slot, buffer in zip(slots, buffers, strict=True):
         _keep(states[slot.param], slot.param, buffer, group)
-    writer = UpdateWriter(slots, finite, group, context)
-    for i, (slot, buffer) in enumerate(zip(slots, buffers, strict=True)):
+
+    def direction(i: int) -> Tensor:
         if before is None:
-            along = local(buffer).clone()
-        else:  # μB + (1 − μ)X, as X is (B − μ · B before) / (1 − μ)
-            along = before[i].mul_(-mu).add_(local(buffer), alpha=1 + mu)
+            return local(buffers[i]).clone()
+        # μB + (1 − μ)X, as X is (B − μ · B before) / (1 − μ)
+        return before[i].mul_(-mu).add_(local(buffers[i]), alpha=1 + mu)
+
+    held: list[Tensor] | None = None
+    if group.get("constant_norm"):
+        held = [direction(i) for i in range(len(slots))]
+        finite = yield hold_norms_(slots, held, finite, group, context)
+    writer = UpdateWriter(slots, finite, group, context)
+    for i, slot in enumerate(slots):
+        along = direction(i) if held is None else held[i]
         first = first_entry_of(slot.param, group.get("layout", "auto"))
         writer.write_(i, local(slot.param), along, first)
     return finite
+
+
+def _copies(group: Group) -> bool:
+    """Whether the directions, or the decoded averages, of all parameters are held at once."""
+    holds = group.get("constant_norm", False) and group["momentum_place"] == "after"
+    return bool(group["nesterov"] or holds or group["momentum_bits"] == 8)
 
 
 def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ If the gradient changes, the estimate follows with a delay. X is not formed: the
 r G (c v) and c Gᵀ (r u). They read G twice. The factor that sets the operator norm is multiplied
 into r.
 
-State: ``state[param]["power_vector"]``, float32, n numbers per matrix. It has the parameter's
-shape, but its row dimension has one entry for each matrix of the parameter. It is sharded like the
-parameter, except along the row dimension, which is whole on every rank.
+State: ``state[param]["power_vector"]``, float32, n numbers per matrix, as
+`sinkgd.optim.column_vectors` shapes and shards them.
 
 Scratch: one float32 matrix if gradients are narrower, else none. On a mesh it costs at most two
 messages for a group that shards columns, one for a group that shards rows.
@@ -32,10 +31,11 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, local, param_matrices, shard_columns
+from sinkgd.distributed.shards import ParamMatrix, param_matrices, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
-from sinkgd.matrix_views import dims_of, rows_then_columns
+from sinkgd.matrix_views import dims_of
+from sinkgd.optim.column_vectors import read_vectors, shape_of_vectors, write_vectors_
 from sinkgd.optim.method import Group, Slot
 from sinkgd.optim.transform import Batch, Scratch, Transform
 
@@ -79,11 +79,14 @@ class OperatorNorm(Transform):
         matrices, scales = batch.without_corrections()
         vectors: list[Tensor] = []
         for slot, state, own, _ in batch.owners():
-            vectors += _vectors_of(state, slot.param, layout, len(own))
+            if POWER_VECTOR not in state:
+                _init_vectors(state, slot.param, layout, len(own))
+            vectors += read_vectors(state[POWER_VECTOR], slot.param, layout, len(own))
         pinned = yield pin(matrices, scales, vectors, batch.group)
         batch = batch._replace(matrices=matrices, scales=pinned.scales).only_if(pinned.finite)
         for slot, state, own, flag in batch.owners():
-            _keep_vectors(state, slot.param, layout, [pinned.vectors[i] for i in own], flag)
+            found = [pinned.vectors[i] for i in own]
+            write_vectors_(state[POWER_VECTOR], slot.param, layout, found, flag)
         return batch
 
 
@@ -94,33 +97,9 @@ def _init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, c
     orthogonal to every row of the gradient.
     """
     (row_dim,), _ = dims_of(param.ndim, layout)
-    shape = [count if dim == row_dim else size for dim, size in enumerate(param.shape)]
+    shape = shape_of_vectors(param, layout, count)
     places = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device=param.device)
-    state[POWER_VECTOR] = shard_columns(param, row_dim, places.sin().float().view(shape))
-
-
-def _vectors_of(
-    state: MutableMapping[str, Any], param: Tensor, layout: str, count: int
-) -> list[Tensor]:
-    """Return v of each of the ``count`` matrices of a parameter: ``(..., 1, n)``."""
-    if POWER_VECTOR not in state:
-        _init_vectors(state, param, layout, count)
-    view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
-    _, cols = dims_of(param.ndim, layout)
-    return list(torch.split(view.flatten(param.ndim - len(cols)), 1, dim=-2))
-
-
-def _keep_vectors(
-    state: MutableMapping[str, Any],
-    param: Tensor,
-    layout: str,
-    vectors: Sequence[Tensor],
-    allowed: Tensor | None,
-) -> None:
-    """Keep v of each matrix of a parameter for the next step, unless ``allowed`` is False."""
-    view = rows_then_columns(local(state[POWER_VECTOR]), local(param), layout)
-    found = torch.cat(list(vectors), dim=-2).view(view.shape)
-    view.copy_(found if allowed is None else torch.where(allowed, found, view))
+    state[POWER_VECTOR] = shard_except(param, [row_dim], places.sin().float().view(shape))
 
 
 class Pinned(NamedTuple):
@@ -151,9 +130,9 @@ def pin(
     """
     wide = [Scales(row.double(), col.double()) for row, col in scales]
     every = list(zip(matrices, wide, vectors, strict=True))
-    u = [s.row * _product(matrix.grad, (s.col * v).mT) for matrix, s, v in every]
+    u = [s.row * product(matrix.grad, (s.col * v).mT) for matrix, s, v in every]
     u = yield sum_over_columns(u, matrices)
-    w = [s.col * _product(p.grad.mT, s.row * x).mT for (p, s, _), x in zip(every, u, strict=True)]
+    w = [s.col * product(p.grad.mT, s.row * x).mT for (p, s, _), x in zip(every, u, strict=True)]
     # One message adds up both w and the squares of u.
     squares = [x.square().sum(-2, keepdim=True) for x in u]
     joined = [torch.cat([x, y], dim=-1) for x, y in zip(w, squares, strict=True)]
@@ -181,10 +160,11 @@ def _next(w: Tensor, squares: Tensor, v: Tensor, n: int) -> Tensor:
     return torch.where(unit.abs() < least, least.copysign(v), unit).float()
 
 
-def _product(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return ``matrix @ x`` for ``x`` ``(..., k, 1)`` in float64, whatever the size of either."""
+def product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Return ``matrix @ x`` for a few columns ``x`` in float64, whatever the size of either."""
     if x.numel() == 0 or matrix.numel() == 0:
-        return x.new_zeros(*matrix.shape[:-1], 1)
+        return x.new_zeros(*matrix.shape[:-1], x.shape[-1], dtype=torch.float64)
+    x = x.double()
     peak = x.abs().amax(dim=-2, keepdim=True)
     # The power of two is above the number of terms, so that their sum does not overflow.
     unit = torch.where(peak == 0, 1, peak) * 2.0 ** x.shape[-2].bit_length()

@@ -1,0 +1,195 @@
+r"""Momentum whose memory has low rank: it is kept as a product of two thin factors.
+
+.. math::
+    M = \mu P Q^\top + (1 - \mu) G, \qquad U = \mathrm{orth}(M Q), \qquad
+    P Q^\top \leftarrow U U^\top M
+
+M is normalized instead of the gradient. Then the memory becomes the projection of M on the columns
+of U, which one step of a subspace iteration finds. The iteration continues from step to step, since
+it starts from the last Q, and follows a change of the leading directions with a delay. The entries
+of each column of Q have root-mean-square 1; P has the size of M.
+
+The memory is zero at first, and the first iteration starts from the fixed block Ω of
+`sinkgd.deflation`. So does a direction that M did not have: its column of P is zero, and its column
+of Q is that of Ω.
+
+M itself has full rank: only what is remembered of earlier gradients has low rank. LoRA-Pre instead
+keeps the momentum itself as a product of two factors, so that its direction has low rank, too.
+PowerSGD iterates in the same way to compress gradients.
+
+State, float32 (float64 for float64), with r the least of ``momentum_rank``, the rows and the
+columns of a parameter: ``state[param]["momentum_left"]``, P, has r numbers per row, and is sharded
+like the rows. ``state[param]["momentum_right"]``, Q, has r numbers per column of each matrix, as
+`sinkgd.optim.column_vectors` shapes and shards them. A non-finite gradient leaves both unchanged.
+Scratch: M, for a few matrices at a time. On a mesh it costs two messages per group.
+
+Letters, everywhere in this file:
+    m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
+    r: the rank of the memory
+    G: the gradient; M: what is normalized; μ: the decay rate ``low_rank_momentum``
+    P, Q: the factors of the memory, (..., m, r) and (..., n, r)
+
+References:
+    LoRA-Pre. https://arxiv.org/abs/2602.24283
+    Vogels et al., PowerSGD, Algorithm 1. https://arxiv.org/abs/1905.13727
+"""
+
+from collections.abc import MutableMapping, Sequence
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkgd.deflation import LowRank, at_once, invert_root, take_away_
+from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
+from sinkgd.distributed.shards import ParamMatrix, local, param_matrices, shard_except
+from sinkgd.exchange import Steps, computation
+from sinkgd.matrix_views import dims_of, rows_then_columns
+from sinkgd.newton_schulz import matrix_buffer, or_one
+from sinkgd.number_check import check_decay_rate, check_whole_number
+from sinkgd.optim.column_vectors import (
+    fixed_blocks,
+    fixed_vectors,
+    normalized_block,
+    read_vectors,
+    shape_of_vectors,
+    write_vectors_,
+)
+from sinkgd.optim.method import Group, Slot, are_finite
+from sinkgd.optim.transform import Batch, Scratch, Transform
+from sinkgd.optim.transforms.operator_norm import product
+
+LEFT, RIGHT = "momentum_left", "momentum_right"
+
+# A column of M Q adds no direction if less than this fraction of it is orthogonal to those before
+# it. Products in float32 have errors of this size.
+SHORTEST = 2.0**-18
+
+
+class LowRankMomentum(Transform):
+    """An average of the gradients, of which earlier steps are remembered at low rank."""
+
+    options = MappingProxyType[str, object]({"momentum_rank": 0, "low_rank_momentum": 0.95})
+    switch = "momentum_rank"
+
+    def check(self, name: str, param: Tensor, group: Group) -> None:
+        """Refuse a rank or a decay rate out of range."""
+        del name, param
+        rank = group["momentum_rank"]
+        check_whole_number("momentum_rank", rank)
+        if rank < 0:
+            raise ValueError(f"momentum_rank must be a whole number of at least 0, got {rank!r}")
+        check_decay_rate("low_rank_momentum", group["low_rank_momentum"])
+
+    def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
+        """Create P, filled with zeros, and Q, filled with Ω."""
+        slot = Slot("", 0, param.detach(), param.detach())
+        matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
+        _prepare(state, slot.param, group, len(matrices))
+
+    def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
+        """Hold M of each matrix."""
+        del group, packs_vectors, sharded
+        return Scratch(copies=True)
+
+    @computation
+    def before(self, batch: Batch) -> Steps[Batch]:
+        """Average the gradients, and keep what is remembered of the averages."""
+        memories: list[LowRank] = []
+        for slot, state, own, _ in batch.owners():
+            _prepare(state, slot.param, batch.group, len(own))
+            left = _rows_of(state[LEFT], slot.param, batch, own)
+            right = read_vectors(state[RIGHT], slot.param, batch.group["layout"], len(own))
+            memories += [LowRank(p, q.mT) for p, q in zip(left, right, strict=True)]
+        pairs = zip(batch.matrices, memories, strict=True)
+        averages = [_averaged(matrix, memory, batch) for matrix, memory in pairs]
+        finite, found = yield [
+            are_finite(batch.slots),
+            remembered(averages, memories, fixed_blocks(batch, batch.group["momentum_rank"])),
+        ]
+        for slot, state, own, flag in batch._replace(finite=finite).owners():
+            for i, kept in zip(own, _rows_of(state[LEFT], slot.param, batch, own), strict=True):
+                new = found[i].left
+                kept.copy_(new if flag is None else torch.where(flag, new, kept))
+            right = [found[i].right.mT for i in own]
+            write_vectors_(state[RIGHT], slot.param, batch.group["layout"], right, flag)
+        return batch._replace(matrices=averages)
+
+
+def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> None:
+    """Create the factors of a parameter, if they are absent or have another rank."""
+    layout = group["layout"]
+    (row_dim,), cols = dims_of(param.ndim, layout)
+    columns = prod(param.shape[dim] for dim in cols)
+    rank = min(group["momentum_rank"], param.shape[row_dim], columns)
+    shape = shape_of_vectors(param, layout, count * rank)
+    if RIGHT in state and [*state[RIGHT].shape] == shape:
+        return
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    state[RIGHT] = fixed_vectors(param, layout, rank, count).to(dtype)
+    places = dict.fromkeys(cols, 1) | {cols[0]: rank}
+    whole = [places.get(dim, size) for dim, size in enumerate(param.shape)]
+    zeros = torch.zeros(whole, dtype=dtype, device=param.device)
+    state[LEFT] = shard_except(param, cols, zeros)
+
+
+def _rows_of(left: Tensor, param: Tensor, batch: Batch, own: range) -> Sequence[Tensor]:
+    """View P of a parameter as the factors of its matrices, this rank's rows: ``(..., m, r)``."""
+    view = rows_then_columns(local(left), local(param), batch.group["layout"])
+    _, cols = dims_of(param.ndim, batch.group["layout"])
+    sizes = [batch.matrices[i].grad.shape[-2] for i in own]
+    return torch.split(view.flatten(param.ndim - len(cols)), sizes, dim=-2)
+
+
+def _averaged(matrix: ParamMatrix, memory: LowRank, batch: Batch) -> ParamMatrix:
+    """Return M in float32 or wider, with G divided by the loss scale."""
+    mu: float = batch.group["low_rank_momentum"]
+    share: float | Tensor = 1 - mu
+    if batch.context.loss_scale is not None:
+        share = share / batch.context.loss_scale
+    dtype = torch.promote_types(matrix.grad.dtype, torch.float32)
+    average = matrix_buffer(matrix.grad, dtype).copy_(matrix.grad).mul_(share)
+    take_away_(average, memory._replace(left=-mu * memory.left))
+    return matrix._replace(grad=average)
+
+
+@computation
+def remembered(
+    averages: Sequence[ParamMatrix], memories: Sequence[LowRank], blocks: Sequence[Tensor]
+) -> Steps[list[LowRank]]:
+    """Return P and Q of the next step.
+
+    Args:
+        averages: Matrices whose gradients are M.
+        memories: P and Q of each matrix.
+        blocks: Ω of each matrix, ``(..., n, r)``.
+    """
+    ahead = [product(M.grad, own.right) for M, own in zip(averages, memories, strict=True)]
+    ahead = yield sum_over_columns(ahead, averages)
+    grams = yield sum_over_rows([y.mT @ y for y in ahead], averages)
+    roots = [root for root, _ in at_once(_orthonormal, grams)]
+    U = [y @ root for y, root in zip(ahead, roots, strict=True)]
+    right = [product(M.grad.mT, u) for M, u in zip(averages, U, strict=True)]
+    right = yield sum_over_rows(right, averages)
+    squares = [q.square().sum(-2, keepdim=True) for q in right]
+    squares = yield sum_over_columns(squares, averages)
+    found = []
+    for M, u, q, square, block in zip(averages, U, right, squares, blocks, strict=True):
+        size = (square / M.shape[1]).sqrt()
+        found.append(LowRank(u * size, normalized_block(q, size, block)))
+    return found
+
+
+def _orthonormal(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factor that makes vectors orthonormal, given their Gram matrix ``(..., r, r)``.
+
+    Returns:
+        The factor, with zeros for vectors that add no direction, and the lengths of the vectors.
+    """
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    lengths = or_one((gram * eye).sum(-2, keepdim=True).sqrt())
+    # The lengths are about those of singular values of M, so they may differ much.
+    _, root = invert_root(gram / (lengths.mT * lengths), SHORTEST)
+    return root / lengths.mT, lengths
