@@ -25,6 +25,7 @@ Adapters = Literal["adamw", "sinkgd"]
 MomentumPlace = Literal["before", "after"]
 Side = Literal["row", "column"]
 OperatorNorm = Literal["unit", "muon"]
+DeflatedStart = Literal["fixed", "kept"]
 Tables = Literal["adamw", "sinkgd", "sinkgd-table", "sage"]
 Whitened = Literal["all", "attention", "mlp"]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
@@ -104,6 +105,10 @@ class OptimizerConfig:
     """Where SinkGD's momentum averages: before the normalization, or after it."""
     momentum_bits: int | None = None
     """Bits of an entry of SinkGD's momentum after the normalization, 32 or 8."""
+    momentum_rank: int | None = None
+    """Rank at which SinkGD remembers earlier gradients, a count; 0 remembers none."""
+    low_rank_momentum: float | None = None
+    """Decay of this memory, fraction kept per step."""
     last: Side | None = None
     """Side that SR-Sinkhorn normalizes last: column, as in the paper, or row."""
     operator_norm: OperatorNorm | None = None
@@ -112,6 +117,13 @@ class OptimizerConfig:
     deflated_rank: int | None = None
     """Leading singular values of an update that are lowered to the next one, a count; 0 lowers
     none."""
+    deflated_start: DeflatedStart | None = None
+    """Where the search for these singular values starts: fixed (the same vectors in every step) or
+    kept (those of the last step)."""
+    weight_projection: bool | None = None
+    """Whether rows of SinkGD's update are projected off the rows of the weight."""
+    constant_norm: bool | None = None
+    """Whether SinkGD keeps the norm of each matrix; matrix_lr is then relative to its RMS."""
     base_width: int | None = None
     """In-features for which matrix_lr was tuned; the rate of wider matrices is lowered in
     proportion; by default all have the same rate."""

@@ -74,6 +74,11 @@ OTHERS = {
     "nesterov": True,
     "momentum_place": "after",
     "momentum_bits": 8,
+    "momentum_rank": 2,
+    "low_rank_momentum": 0.5,
+    "deflated_start": "kept",
+    "weight_projection": True,
+    "constant_norm": True,
     "last": "row",
     "deflated_rank": 3,
     "operator_norm": "muon",
@@ -94,6 +99,8 @@ WITH = {
     "cautious_decay": {"weight_decay": 0.5},
     "momentum_place": {"momentum": 0.5},
     "momentum_bits": {"momentum": 0.5, "momentum_place": "after"},
+    "low_rank_momentum": {"momentum_rank": 2},
+    "deflated_start": {"deflated_rank": 2},
 }
 
 

@@ -150,7 +150,10 @@ class _OneNorm:
 
 _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
 # None is the default of the library, as in runs that were recorded before there was the option.
-_NEWER = ("momentum_bits",)
+_NEWER = (
+    *("momentum_bits", "momentum_rank", "low_rank_momentum"),
+    *("deflated_start", "weight_projection", "constant_norm"),
+)
 _DECAY: dict[str, Any] = {"cautious_decay": None}
 _STATELESS: dict[str, Any] = {**_DECAY, "rounding": "nearest", "clip_norm": 0.0}
 _BEYOND_THE_PAPER: dict[str, Any] = {
