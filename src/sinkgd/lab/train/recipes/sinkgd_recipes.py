@@ -149,7 +149,8 @@ class _OneNorm:
 
 
 _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
-# None is the default of the library, as in runs that were recorded before there was the option.
+# Options for which None means the library's default, which also holds for runs that were recorded
+# before the option existed.
 _NEWER = ("momentum_bits",)
 _DECAY: dict[str, Any] = {"cautious_decay": None}
 _STATELESS: dict[str, Any] = {**_DECAY, "rounding": "nearest", "clip_norm": 0.0}
