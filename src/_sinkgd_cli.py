@@ -8,10 +8,10 @@ import signal
 import sys
 from types import FrameType
 
-# OpenMP's threads spin for a while when they wait for each other. With libgomp's default count of
-# spins, they first keep other processes off the cores, and then lose the cores to those processes.
+# OpenMP's threads spin for a while when they wait for each other. With libgomp's default number of
+# spins, waiting threads first keep the cores from other processes, and then lose the cores to them.
 # Beside two busy processes on two cores, 24 steps of llama-nano took 23 s with the default and 6 to
-# 11 s with this count; on an idle machine the count makes no difference. libgomp reads it once,
+# 11 s with this number; on an idle machine the number makes no difference. libgomp reads it once,
 # when torch is imported.
 _SPIN_COUNT = "30000"
 _WAIT_POLICIES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}
@@ -39,7 +39,7 @@ def main(*, child: bool = False) -> int:
 
 
 def begin() -> None:
-    """Do what must come before torch is imported; `sinkgd.lab.cli` takes over from here."""
+    """Do what must happen before torch is imported; `sinkgd.lab.cli` does the rest."""
     _open_closed_streams()
     # If the parent process made this one ignore Ctrl-C, the handler is SIG_IGN, which stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -1,4 +1,4 @@
-"""``python -m sinkgd.lab`` is the program `sinkgd`, and what torchrun starts."""
+"""``python -m sinkgd.lab`` runs the program `sinkgd`; torchrun starts it in this way, too."""
 
 import sys
 

@@ -218,7 +218,7 @@ def _memory_limit() -> int | None:
 
 
 def _first_unreadable(arguments: Sequence[str]) -> str | None:
-    """Return the first argument whose bytes are not text, and so cannot be stored in a record."""
+    """Return the first argument whose bytes are not text, so that no record can store it."""
     for argument in arguments:
         try:
             argument.encode("utf-8")
@@ -228,7 +228,7 @@ def _first_unreadable(arguments: Sequence[str]) -> str | None:
 
 
 def _first_empty(arguments: Sequence[str]) -> str | None:
-    """Describe the first empty value. No option accepts one: as a path it is the current folder."""
+    """Describe the first empty value. No option accepts one: as a path it means this folder."""
     before = ""
     for argument in arguments:
         option, sign, value = argument.partition("=")

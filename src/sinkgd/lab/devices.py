@@ -1,8 +1,8 @@
 """The table of accelerators, from their makers' data sheets; link rates are for one direction.
 
 Power is the board's maximum, without host, network and cooling. Memory is the maker's number of GB,
-read as GiB if the memory stacks are powers of two. Between nodes, each device has its own network
-card, as fast as those in the maker's servers.
+read as GiB if the sizes of the memory stacks are powers of two. Between nodes, each device has its
+own network card, as fast as those in the maker's servers.
 """
 
 from collections.abc import Mapping

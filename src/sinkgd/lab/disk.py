@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# There is no space: on the disk, in a quota, or in a file of the largest size that is allowed.
+# There is no space on the disk or in the quota, or the file has the largest size that is allowed.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Errors that do not occur with another path.
+# Errors that the user can avoid by giving another path.
 PATH_ERRORS = frozenset(
     {
         errno.EACCES,
@@ -94,7 +94,7 @@ def claim_folder(path: Path) -> None:
 
 
 def claim_file(path: Path) -> None:
-    """Create the folder of a file and check that it is writable, before long work.
+    """Create the folder of a file and check that the file can be written, before long work.
 
     Raises:
         OSError: If the file cannot be written.

@@ -31,7 +31,7 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
-    """Return the command that runs ``sinkgd`` with ``arguments``; under torchrun, with torchrun.
+    """Return the command that runs ``sinkgd`` with ``arguments``; under torchrun it calls torchrun.
 
     Args:
         arguments: Arguments after the program's name.
@@ -53,7 +53,7 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
 
 
 def leave(code: int) -> int:
-    """Return ``code``; under torchrun, flush the output and end the process with it at once.
+    """Return ``code``; under torchrun, flush the output and exit immediately with ``code``.
 
     Under torchrun, threads of torch's process groups outlive the main thread. They may release
     Python objects after the interpreter has shut down, which would abort a finished run.
@@ -113,9 +113,9 @@ _SAME_REQUEST_SECONDS = 1.0
 
 
 class Interrupt:
-    """While active, the first signal of `SIGNALS` is only stored; a later one acts at once.
+    """While this is active, the first signal of `SIGNALS` is only stored; a later one takes effect.
 
-    SIGHUP stays ignored if it is, as under nohup.
+    SIGHUP stays ignored if the process ignores it already, as under nohup.
 
     Args:
         forward: Called with the first signal, e.g. to send it to a child process.

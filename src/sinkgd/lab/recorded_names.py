@@ -1,4 +1,4 @@
-"""Translates recipes' names in files that were recorded before these were renamed.
+"""Translates names of recipes in files that were recorded before the recipes were renamed.
 
 Files without a field ``naming`` have naming 1: ``sinkgd`` was SinkGD as in the paper, and SinkGD
 with deflation was ``deflated``. In naming 2, ``sinkgd`` is ``SinkGD(param_groups(model))``, with
@@ -18,8 +18,8 @@ _RECIPES: Mapping[str, str] = {"sinkgd": "sinkgd-paper", "deflated": "sinkgd"}
 # Names that no recipe has any more, each with its present name.
 GONE: Mapping[str, str] = {"deflated": "sinkgd"}
 
-# Names of arms and runs begin with a recipe. In the study `alpha` of naming 1, those of ``sinkgd``
-# do not.
+# Names of arms and runs begin with a recipe. An exception is the study `alpha` of naming 1, where
+# arms and runs of ``sinkgd`` have names without a recipe.
 _PREFIXES = (
     (re.compile(r"^deflated(?=-|$)"), "sinkgd"),
     (re.compile(r"^sinkgd(?=-(batch|seed|tune)|$)"), "sinkgd-paper"),

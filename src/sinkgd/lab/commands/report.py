@@ -36,9 +36,9 @@ class Report:
     the same folder."""
 
     cdn: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let the page load plotly.js from cdn.plot.ly. The page then has 0.3 MB instead of 5, for
-    repositories and web sites. The browser checks the file's hash; without a network the page has
-    no charts."""
+    """Let the page load plotly.js from cdn.plot.ly. The page then takes 0.3 MB instead of 5 MB,
+    which suits repositories and web sites. The browser checks the file's hash; without a network
+    the page has no charts."""
 
     def run(self) -> int:
         """Run the command; return the exit code.
@@ -123,7 +123,7 @@ def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -
 
 
 def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
-    """Print the table and the verdict of a study, and write its page and the verdict beside it."""
+    """Print a study's table and verdict; write its page, and its verdict to the same folder."""
     from sinkgd.lab.experiments.studies import find_study
     from sinkgd.lab.experiments.study_report import (
         arms_table,
@@ -163,7 +163,7 @@ def show_fits(fits: "Sequence[Fit]", command: str, page: Path | None, *, cdn: bo
 
 
 def _write(path: Path, page: str, text: str, *, cdn: bool) -> None:
-    """Write the page, and its text into the same folder."""
+    """Write the page, and the Markdown ``text`` of the verdict to the same folder."""
     from rich.console import Console
 
     from sinkgd.lab.disk import write_whole

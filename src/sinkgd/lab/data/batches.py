@@ -4,11 +4,11 @@ Rows. A split's tokens are cut into rows of T tokens, the sequence length. A tar
 after its input, or ``IGNORE_INDEX``, which the loss ignores. There are two packings:
 
     concat   The documents follow one another, separated by eos; row k reads tokens kT … kT+T. No
-             position is wasted. Each token is a target once, except the first of all, and the last
-             ones that do not fill a row.
+             position is wasted. Each token is a target once, except the first token of the
+             split and the last ones, which do not fill a row.
     none     One document per row, including its eos, padded to T tokens. A longer document is cut
-             to its first T-1 tokens and its eos, as T5's tokenizer does. s tokens give s-1 targets,
-             so every row has at least one target.
+             to its first T-1 tokens and its eos, as T5's tokenizer does. A row of s tokens has
+             s-1 targets, so every row has at least one target.
 
 Order. The batch of a step is a pure function of (seed, step, rank, world size). The global batch of
 step s has B = batch_size rows; its row i is the p-th row drawn, p = s·B + i:
@@ -274,8 +274,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield the split's rows in order until ``max_tokens`` targets are scored.
 
-    The last batch may have fewer rows, and targets beyond the budget are masked: exactly
-    ``max_tokens`` targets are scored, or all of a smaller split. Each call yields the same batches.
+    The last batch may have fewer rows, and targets beyond the budget are masked. So exactly
+    ``max_tokens`` targets are scored, or all targets if the split has fewer. Each call yields the
+    same batches.
 
     Args:
         split: A result of `TokenDataset.split`.
@@ -349,8 +350,8 @@ def _check_enough(
 class VocabularyShift:
     """A sudden change of vocabulary: from one step on, token ids are permuted.
 
-    The text stays as predictable as before, but every row of the embedding and of the head is
-    wrong at once. The time to recover shows how long an optimizer remembers the past.
+    The text stays as predictable as before, but suddenly every row of the embedding and of the head
+    is wrong. The time to recover shows how long an optimizer remembers the past.
 
     Args:
         at_step: Number of steps with the original ids; the next step is the first with new ones.

@@ -47,7 +47,7 @@ class Corpus(Protocol):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where the text comes from, for the record."""
+        """Where the text comes from, as the manifest records it."""
         ...
 
     @property
@@ -277,7 +277,7 @@ def open_corpus(
 
 
 def _cut(text: str, fraction: float) -> int | None:
-    r"""Return where the last ``fraction`` of ``text`` begins, give or take half of its length.
+    r"""Return where the last ``fraction`` of ``text`` begins, give or take half of that part.
 
     A cut between paragraphs is preferred, then one between lines, then one between words. Returns
     None if a part would be blank.

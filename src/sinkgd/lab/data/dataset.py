@@ -171,7 +171,8 @@ def offsets_file(split: str) -> str:
     return f"{split}-offsets.bin"
 
 
-# Up to this size, opening reads every byte and compares its hash: a few tenths of a second.
+# Below this total size, opening a folder also compares the hash of every file, which takes a few
+# tenths of a second.
 _ALWAYS_VERIFIED_BYTES = 256 * 2**20
 
 

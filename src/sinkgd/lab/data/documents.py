@@ -101,7 +101,7 @@ def _refuse(error: OSError) -> None:
 
 
 def expanded(source: str) -> Path:
-    """Return ``source`` as a path, ``~`` replaced by the home folder.
+    """Return ``source`` as a path, with ``~`` replaced by the home folder.
 
     Raises:
         DataError: If ``source`` cannot be a path.

@@ -120,10 +120,10 @@ class ShardWriter:
     Args:
         out: The folder to make; if it exists, it must be empty.
         tokenizer: The tokenizer that makes the ids.
-        sources: The sources of the text, for the record.
+        sources: The sources of the text, which the manifest records.
         shard_tokens: Tokens in a full shard.
-        cut_fraction: Fraction of each document, at its end, that is validation text, for the
-            record; None if whole documents are.
+        cut_fraction: Fraction of each document, at its end, that is validation text; None if whole
+            documents are. The manifest records it.
 
     Raises:
         FolderTakenError: If ``out`` is not empty.

@@ -28,7 +28,7 @@ class Carried:
     """
 
     arm: str  # name of the other arm, which has a grid of its own
-    # Dotted names of fields, with what multiplies their values; other fields keep theirs.
+    # Dotted names of fields, with factors that multiply their values; other fields keep theirs.
     factors: Mapping[str, float] = field(default_factory=dict)
     # Multiples of the fields in ``factors`` to try. If there is only one, it is used without a
     # trial.

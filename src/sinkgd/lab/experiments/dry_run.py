@@ -1,8 +1,8 @@
 """A dry run of a study: build every arm without weights and without training.
 
 The model is built on the meta device and runs there forward and backward on one row; then the
-optimizer is built. Of ``model.weights`` only the sizes are read. Each arm also takes one real step
-with a nano model instead of its own model.
+optimizer is built. Only the sizes in ``model.weights`` are read. Each arm also takes one real
+step with a nano model instead of its own model.
 """
 
 from collections.abc import Mapping
@@ -89,7 +89,7 @@ def _dry_arm(plan: StudyPlan, task: Task, runs: int) -> DryArm:
 
 
 def _sizes(config: RunConfig) -> ModelSizes:
-    """Return the sizes of an arm's model, of a preset or of the folder ``model.weights``."""
+    """Return the sizes of an arm's model, from its preset or from the folder ``model.weights``."""
     model, length = config.model, config.training.sequence_length
     if model.preset is None:
         assert model.weights is not None, "resolve gives a preset to models without weights"

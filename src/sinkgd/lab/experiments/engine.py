@@ -116,7 +116,7 @@ class _Engine:
     scheduler: Scheduler
     texts: Mapping[DataConfig, str]  # hashes of the training texts
     writer: StudyWriter
-    reusable: ReusableRuns  # results of other studies, which need no training
+    reusable: ReusableRuns  # results of other studies, used instead of training
     folder: Path  # folder of the runs
     jobs: int
     say: Say
@@ -267,7 +267,7 @@ def _open(
 
 
 def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
-    """Read the study in ``folder``; None if there is none.
+    """Read the study in ``folder``; None if no study was begun there.
 
     Raises:
         ConfigError: If the study has another plan; the message names each field that differs.

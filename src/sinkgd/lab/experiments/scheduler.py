@@ -97,7 +97,7 @@ class Scheduler:
         return None
 
     def _grid(self, arm: Arm) -> list[Task] | None:
-        """List the runs of an arm's grid; None if its source has no best point (yet)."""
+        """List the runs of an arm's grid; None if the arm it depends on has no best point (yet)."""
         if not self.plan.tune or arm.carried is None:
             return self.plan.tuning_tasks(arm)
         source = self._source(arm.carried)

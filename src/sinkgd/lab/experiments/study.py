@@ -100,7 +100,7 @@ class StudyPlan:
 
         Args:
             arm: The arm.
-            best: For an arm that takes its values from another arm: the best point of that one.
+            best: The best point of the arm from which ``arm`` takes its values, if there is one.
         """
         if not self.tune:
             return []

@@ -119,7 +119,7 @@ def _dots(x: Sequence[float | None], y: Sequence[float], look: Identity) -> Figu
 def whiskers(
     means: Sequence[float | None], spread: Sequence[tuple[float, float]], look: Identity
 ) -> Figure:
-    """Make error bars of means, each from its lowest to its highest seed."""
+    """Make error bars of means, each from the lowest to the highest value of its seeds."""
     pairs = [(mean or 0.0, low, high) for mean, (low, high) in zip(means, spread, strict=True)]
     above = [high - mean for mean, _, high in pairs]
     below = [mean - low for mean, low, _ in pairs]

@@ -1,8 +1,8 @@
 """`study.jsonl`: all results of a study, in a file small enough to commit.
 
 Its first line is the plan. Then follow a line for every finished run, and a line for every session
-(kind "sitting"). A session is one process's work on the study. The study's page
-and verdict are made from this file only.
+(kind "sitting"). A session is one process's work on the study. The study's page and verdict are
+made from this file only.
 
 Runs are thinned. The training curve has one step per evaluation, with the mean loss and the mean
 times since the previous evaluation. A model's statistics are reduced to their means over heads and

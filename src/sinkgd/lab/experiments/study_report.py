@@ -144,7 +144,7 @@ def grid_table(results: StudyResults) -> TextTable:
 
 
 def sessions_table(record: StudyRecord) -> TextTable:
-    """Make the table of sessions: the time of each process, and its overhead besides the runs."""
+    """Make the table of sessions: the time of each process, and its overhead outside of runs."""
     return TextTable(
         title="Sessions",
         note="Overhead: time of jobs outside of training, as a share of the time of training. Jobs "

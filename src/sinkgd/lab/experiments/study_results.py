@@ -35,7 +35,7 @@ class Difference:
 
     @classmethod
     def of(cls, first: Mapping[int, float], second: Mapping[int, float]) -> Self:
-        """Compare losses by seed, over the seeds that both have.
+        """Compare losses by seed, over the seeds that both arms have.
 
         Examples:
             >>> d = Difference.of({0: 4.0, 1: 4.1, 2: 4.2}, {0: 4.2, 1: 4.3, 2: 4.5})
@@ -109,7 +109,7 @@ class ArmResults:
 
     @property
     def tried(self) -> Grid:
-        """The values of the grid; those of a carried arm are known from its runs."""
+        """The values of the grid; if the arm is carried, they are taken from its runs."""
         if self.arm.carried is None:
             return self.arm.tuned
         points = [result.point for result in self.grid]
@@ -142,12 +142,12 @@ class StudyResults:
 
     @property
     def candidates(self) -> tuple[ArmResults, ...]:
-        """The arms that the question is about, of those with a result."""
+        """The arms that the question is about and that have a result."""
         return tuple(one for one in self.arms if one.seeds and not one.arm.control)
 
     @property
     def controls(self) -> tuple[ArmResults, ...]:
-        """The controls, of those with a result; AdamW with one rate is last."""
+        """The controls that have a result; AdamW with one rate is last."""
         found = [one for one in self.arms if one.seeds and one.arm.control]
         return tuple(sorted(found, key=lambda one: one.arm.recipe == _ONE_RATE))
 

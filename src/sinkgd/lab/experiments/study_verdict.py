@@ -103,7 +103,7 @@ def fewest_tokens(
     Args:
         results: The study's results.
         control: The control whose loss is to be reached.
-        who: What the members have in common, after "those" or "method".
+        who: What the members have in common, in words that can follow "those" or "method".
         members: Names of arms.
     """
     found = [

@@ -2,7 +2,7 @@
 
 The files are those of `torch.distributed.checkpoint`. They are written to a folder with another
 name and forced to the disk; the folder is renamed when it is complete. A `Saver` writes checkpoints
-at once, or while training goes on.
+while training waits, or while it goes on.
 """
 
 import json
@@ -211,7 +211,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _remedy(error: BaseException) -> str:
-    """Return what to do about the first cause for which that is known."""
+    """Return the remedy of the first cause that has a known remedy."""
     causes = [cause for cause in (error, *_causes(error)) if isinstance(cause, OSError)]
     if not causes:  # torch's writer reports only that a file is too short
         return "make room there, or give another --out"

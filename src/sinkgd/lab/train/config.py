@@ -41,15 +41,15 @@ class ModelConfig:
 
     preset: str | None = None
     """Name of the model's sizes, e.g. llama-nano-48 (the smallest), llama-nano, llama-60m,
-    gpt2-124m, lens-121m; by default those of the model in weights, or llama-nano."""
+    gpt2-124m, lens-121m; by default the sizes of the model in weights, or llama-nano."""
     vocab_size: int | None = None
     """Rows of the embedding and of the head, tokens; by default the rows of the model in weights,
-    or the tokens of the tokenizer. Fewer suffice if the text uses no larger id: 32000 for T5's
-    32,100."""
+    or the tokens of the tokenizer. Fewer rows suffice if the text uses no larger id: 32000 for T5's
+    tokenizer, which has 32,100 tokens."""
     weights: str | None = None
-    """Folder of the weights that this run begins with, to fine-tune them: of a finished run, or of
-    a Hugging Face checkpoint of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors
-    files. The text must have its tokenizer. By default weights are drawn."""
+    """Folder of weights to fine-tune: the folder of a finished run, or of a Hugging Face checkpoint
+    of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors files. The text must have
+    the tokenizer of that model. By default weights are drawn at random."""
     lora_rank: int = 0
     """Rank of the LoRA adapters of all matrices in the blocks, a count; everything else is frozen
     then. 0 trains all weights, without adapters."""
@@ -86,7 +86,8 @@ class OptimizerConfig:
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight per step at learning rate 1."""
     cautious_decay: bool | None = None
-    """Whether an entry decays only if the update moves it toward zero; by default all decay."""
+    """Whether an entry decays only if the update moves it toward zero; by default every entry
+    decays."""
     beta1: float | None = None
     """Decay of Adam's (or Lion's) mean of gradients, fraction kept per step."""
     beta2: float | None = None
@@ -112,8 +113,8 @@ class OptimizerConfig:
     last: Side | None = None
     """Side that SR-Sinkhorn normalizes last: column, as in the paper, or row."""
     operator_norm: OperatorNorm | None = None
-    """What the largest singular value of SinkGD's update is pinned to: unit (1) or muon (the root
-    of out- over in-features); by default nothing."""
+    """Value to which the largest singular value of SinkGD's update is pinned: unit (1) or muon (the
+    root of out-features / in-features); by default it is not pinned."""
     deflated_rank: int | None = None
     """Leading singular values of an update that are lowered to the next one, a count; 0 lowers
     none."""
@@ -126,7 +127,7 @@ class OptimizerConfig:
     """Whether SinkGD keeps the norm of each matrix; matrix_lr is then relative to its RMS."""
     base_width: int | None = None
     """In-features for which matrix_lr was tuned; the rate of wider matrices is lowered in
-    proportion; by default all have the same rate."""
+    proportion; by default matrices of all widths have the same rate."""
     tables: Tables | None = None
     """Algorithm of embeddings and output head: adamw, sinkgd, sinkgd-table or sage."""
     tables_lr: float | None = None
@@ -134,9 +135,11 @@ class OptimizerConfig:
     adapters: Adapters | None = None
     """Algorithm of LoRA adapters: adamw or sinkgd."""
     tau: float | None = None
-    """Temperature of the tempered variant, parts of a row's sum; smaller is nearer to signs."""
+    """Temperature of the tempered variant, parts of a row's sum; a smaller one brings updates
+    nearer to signs."""
     n_iter: int | None = None
-    """Row and column sums divided out by the tempered variant, iterations; 0 divides by a mean."""
+    """Iterations in which the tempered variant divides by row and column sums, a count; 0 divides
+    by a mean."""
     rank: int | None = None
     """Rank of projected gradients, a count; 0 is a quarter of the matrix's shorter side."""
     projection_every_steps: int | None = None
@@ -172,9 +175,9 @@ class TrainingConfig:
     release_gradients: bool = False
     """Apply and free each gradient inside backward; the gradient cannot be clipped then."""
     recompute_activations: bool = False
-    """Keep the input of each block alone, and run the block again in backward."""
+    """Keep only the input of each block, and run the block again in backward."""
     loss_chunk_tokens: int | None = None
-    """Targets whose logits are held at once, tokens; by default all of a micro-batch."""
+    """Targets whose logits are in memory at once, tokens; by default all of a micro-batch."""
     one_batch: bool = False
     """Train on the first batch only, repeatedly: a check that the loss falls."""
     seed: int = 0
@@ -192,7 +195,8 @@ class MeshConfig:
     dp_replicate: int = 1
     """Groups of ranks that each hold all weights, a count; each has a part of the batch."""
     dp_shard: int | None = None
-    """Ranks among which weights and batch are divided (FSDP), a count; by default all there are."""
+    """Ranks among which weights and batch are divided (FSDP), a count; by default the number of
+    ranks divided by dp_replicate and tp."""
     tp: int = 1
     """Ranks among which each block's matrices and heads are divided, a count."""
 
@@ -206,11 +210,11 @@ class EvaluationConfig:
     tokens: int = 65_536
     """Targets to score each time, tokens; the same ones every time."""
     batch_size: int | None = None
-    """Sequences in each batch whose mean loss galore_perplexity averages, over all ranks; by
-    default a micro-batch, or a batch."""
+    """Sequences in a batch of the evaluation, over all ranks; galore_perplexity averages the mean
+    losses of these batches. By default micro_batch_size, or else batch_size, of the training."""
     other_corpus: str | None = None
-    """Another text with the same tokenizer whose held-out part is scored, too, such as the text
-    that the weights in model.weights were trained on: prepared shards, a folder."""
+    """Another text, a folder of prepared shards with the same tokenizer, whose held-out part is
+    scored, too. An example is the text that the weights in model.weights were trained on."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,8 @@ class CheckpointConfig:
     keep: int = 2
     """Checkpoints to keep, the latest ones, a count."""
     asynchronous: bool = False
-    """Write from a copy while training goes on; takes the memory of weights and state a second
-    time."""
+    """Write from a copy while training goes on; the copy takes the memory of weights and state a
+    second time."""
 
 
 @dataclass(frozen=True)
@@ -316,7 +320,7 @@ def read_tables(content: Mapping[str, Any], kind: type[Table], source: Path) -> 
     Args:
         content: From a TOML file or from `as_tables`.
         kind: `RunConfig`, or another dataclass whose fields are tables.
-        source: File that they were read from, for errors.
+        source: File that the tables were read from, for errors.
 
     Raises:
         ConfigError: If a key is unknown or of another type.
@@ -389,7 +393,7 @@ def _read_table(kind: type[Table], content: Mapping[str, Any], path: Path, prefi
 
 
 def _read_value(kind: Any, value: Any, path: Path, name: str) -> Any:
-    """Return ``value`` as ``kind``: a plain type, a Literal, a tuple of one, or one of these."""
+    """Return ``value`` as ``kind``: a plain type, a Literal, a tuple of these, or one or None."""
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_read_value(get_args(kind)[0], item, path, name) for item in value)
     if get_origin(kind) in (Union, UnionType):

@@ -52,8 +52,8 @@ def galore_mean(nats: Sequence[float], tokens: Sequence[int], rows: Sequence[int
     .. math::
         \frac{1}{n + 1} \sum_{i=1}^n \frac{s_i}{t_i}
 
-    That evaluator's batch counter starts at 1. A last batch with fewer rows, which never occurs
-    there, is weighted by its fraction of a batch in both the sum and the count.
+    The batch counter of GaLore's evaluator starts at 1. A last batch with fewer rows, which never
+    occurs in that evaluator, is weighted by its fraction of a batch in the sum and in the count.
 
     Args:
         nats: Summed loss of each batch.

@@ -38,7 +38,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The run's name: that of the folder, even if it is given as ``.`` or ``..``."""
+        """The run's name: that of the folder, even if the path is given as ``.`` or ``..``."""
         return (self.path if self.path.name not in ("", "..") else self.path.resolve()).name
 
     @property

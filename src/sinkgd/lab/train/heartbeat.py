@@ -2,7 +2,7 @@
 
 If a rank dies or hangs, the other ranks see only a broken connection, or nothing at all. Heartbeats
 identify that rank and end the other processes, so that no process waits forever. A rank that is
-merely slow keeps sending heartbeats, because a thread of its own does that.
+merely slow keeps sending heartbeats, because a separate thread sends them.
 """
 
 import os
@@ -112,7 +112,7 @@ class Heartbeat:
         self._thread.join()
 
     def wait_for_all(self) -> None:
-        """Wait until every rank has called this, after which no rank needs another.
+        """Wait until every rank has called this; from then on no rank needs the other ranks.
 
         A barrier of the process group is not enough: a rank that leaves first would break the
         connection on which another rank still waits.

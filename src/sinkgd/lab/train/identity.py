@@ -38,8 +38,8 @@ TOKENIZER, WEIGHTS = "tokenizer", "weights"
 _KINDS: Mapping[str, type[ModelSizes]] = {
     kind.__name__: kind for kind in (LlamaConfig, GPT2Config, LensConfig)
 }
-# Sizes that older runs did not record, and the values that give their models. A run records only
-# other values, so that it still equals those older runs.
+# Sizes that older runs did not record, with the values that those runs had. A run records such a
+# size only if its value is another one, so that it still equals an older run of the same model.
 _SIZES_ADDED_LATER: Mapping[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -48,7 +48,8 @@ _SIZES_ADDED_LATER: Mapping[str, Any] = {
 }
 # Parts of an environment that determine the last bits of losses.
 _LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
-# Names in a parameter group, and options that change how its step is computed but not the result.
+# Keys of a parameter group that are not compared as options: its parameters, names, and options
+# that change how its step is computed but not the result.
 _HOW = frozenset({"params", "param_names", "name", "foreach", "fused", "capturable", "backend"})
 
 
@@ -65,7 +66,7 @@ def check_unchanged(
             content.
 
     Raises:
-        ConfigError: If a field outside `CHANGEABLE_TABLES` differs, with its name.
+        ConfigError: If a field outside `CHANGEABLE_TABLES` differs; the message gives its name.
     """
     pair = with_absolute_paths(saved), with_absolute_paths(config)
     changes = [
@@ -96,9 +97,9 @@ def content_of(
     """Return the content by which runs are compared, as plain values.
 
     Args:
-        manifest: Of the text.
+        manifest: Manifest of the text.
         model: The model.
-        optimizer: Its optimizer.
+        optimizer: The model's optimizer.
         weights_sha256: Hash of the weights from which the run begins; None if they are drawn.
     """
     return {
@@ -163,13 +164,13 @@ def check_data(start: RunStart, manifest: Manifest, corpus: str) -> None:
         corpus: Name of the text in the configuration.
 
     Raises:
-        ConfigError: With both hashes.
+        ConfigError: If the text differs; the message gives both hashes.
     """
     check_sha256(start, manifest.content_sha256, corpus)
 
 
 def check_sha256(start: RunStart, now: str, corpus: str) -> None:
-    """As `check_data`, from the hash of the present text."""
+    """Do what `check_data` does, given only the hash of the present text."""
     before = start.inputs.get(DATA)
     if before is not None and before != now:
         raise ConfigError(
@@ -182,7 +183,7 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
     """Refuse to resume with a model or optimizer that differs from the run's.
 
     Raises:
-        ConfigError: With what differs, and both values.
+        ConfigError: If they differ; the message says what differs, and gives both values.
     """
     before, now = start.inputs.get(MODEL), content[MODEL]
     if before is not None and not isinstance(before, Mapping):

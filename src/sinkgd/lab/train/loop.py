@@ -28,8 +28,8 @@ def lr_factor(
 ) -> float:
     r"""Return the learning rate of the step that follows ``step`` steps, as a fraction of the peak.
 
-    With w = round(``warmup_fraction`` · ``steps``) and k = ``step`` + 1, step k has k/w during the
-    warm-up, so that no step has rate 0; then
+    With w = round(``warmup_fraction`` · ``steps``) and k = ``step`` + 1, the fraction of step k is
+    k/w during the warm-up, so that no step has rate 0. After the warm-up it is
 
     .. math::
         f + (1 - f) \frac{1 + \cos \pi t}{2}, \qquad t = \frac{k - w}{steps - w}
@@ -61,8 +61,9 @@ def schedule(optimizer: Optimizer, training: TrainingConfig, *, step: int = 0) -
     """Schedule the learning rate of every group, from the step that follows ``step`` steps.
 
     Args:
-        optimizer: Its groups hold their peak as ``initial_lr``, or, at step 0, as ``lr``.
-        training: Gives the number of steps and the fractions.
+        optimizer: The optimizer, whose groups hold their peak rates as ``initial_lr`` or, at step
+            0, as ``lr``.
+        training: The settings that give the number of steps and the fractions.
         step: Steps already taken; 0 before the first.
 
     Returns:
@@ -142,7 +143,7 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
 
 
 def _evaluate(job: Job, results: Recorder) -> None:
-    """Score the model after the steps taken, and record its own statistics."""
+    """Score the model after the steps taken so far, and record the model's statistics."""
     state, training = job.state, job.config.training
     state.model.at_step(state.step, training.steps)
     results.write(_evaluation(job))
@@ -155,7 +156,7 @@ def _evaluate(job: Job, results: Recorder) -> None:
 
 
 def _held_out(job: Job, text: TokenSplit) -> Iterator[Batch]:
-    """Yield the batches of held-out text, shifted as training is after the steps taken."""
+    """Yield the batches of held-out text, with the token ids that the last training step had."""
     training, evaluation = job.config.training, job.config.evaluation
     batches = evaluation_batches(
         text,

@@ -180,13 +180,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Make glibc, if it is in use, return freed gradients to the system at once.
+    """Make glibc, if it is in use, return freed gradients to the system immediately.
 
     By default glibc keeps freed blocks of up to 32 MiB, in fragments that the next gradient does
-    not fit into. In a step of llama-1b, this wasted memory of half the size of the weights. With
-    this setting, blocks of at least 1 MiB are returned at once. Keeping blocks of up to 4 MiB would
-    take 5 % more memory, because the inputs of transformer blocks fragment them. The cost of the
-    setting is that the system must supply cleared pages.
+    not fit into. In a step of llama-1b, this wasted half as much memory as the weights take. With
+    this setting, blocks of at least 1 MiB are returned immediately. Keeping blocks of up to 4 MiB
+    would take 5 % more memory, because the inputs of transformer blocks fragment them. The cost of
+    the setting is that the system must supply cleared pages.
     """
     _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BLOCK})
 

@@ -176,13 +176,13 @@ def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
             "lm_head": ColwiseParallel(output_layouts=Replicate()),
         },
     )
-    model.tie()  # embedding and head have got the same layout, each its own weight
+    model.tie()  # embedding and head now have the same layout, but two weights
     for layer in model.model.layers:
         parallelize_module(layer, ranks, _block())
 
 
 def _block() -> dict[str, ParallelStyle]:
-    """Return how to shard a block: matrices that read all tokens by rows, others by columns."""
+    """Return how to shard a block: by rows if a matrix reads all tokens, else by columns."""
     # If the ranks do not divide a width, such as 5461, only a DTensor keeps its true size.
     inner = ColwiseParallel(use_local_output=False)
     return {

@@ -126,8 +126,8 @@ def _check_adapters(config: RunConfig) -> None:
         )
     if rank and config.mesh.tp > 1:
         raise ConfigError(
-            f"model.lora_rank is {rank}, but mesh.tp is {config.mesh.tp}; adapters are not divided "
-            "so. Use mesh.tp 1 and mesh.dp_shard"
+            f"model.lora_rank is {rank}, but mesh.tp is {config.mesh.tp}, and tp cannot shard "
+            "adapters; use mesh.tp 1 and mesh.dp_shard"
         )
     if config.optimizer.adapters is not None and not rank:
         raise ConfigError(

@@ -88,7 +88,7 @@ def train(
                     echo(_where_results_are(folder))
                 return Outcome(config.training.steps)
             begun = world.from_first(folder.start) if admission is Admission.GO_ON else None
-            # A checkpoint holds all weights, so the folder that they began with may be gone.
+            # A checkpoint holds all weights, so the folder of the starting weights may be gone.
             restored = world.from_first(lambda: bool(checkpoints(folder.checkpoints)))
             job = set_up(config, echo, world, begun=begun, restored=restored)
             job.state.clock = started

@@ -100,7 +100,7 @@ def set_up(
     """Prepare the text, build the model and the optimizer; a collective call.
 
     Args:
-        config: Resolved.
+        config: The resolved configuration.
         echo: Called with messages about the preparation of a corpus.
         world: The ranks that train together; by default only this process.
         begun: First record of the run to resume, for comparison; None for a new run.
@@ -202,7 +202,7 @@ def _other_validation(
     """Open the held-out part of ``evaluation.other_corpus``, if there is one.
 
     Raises:
-        ConfigError: If it has another tokenizer than the text of the run.
+        ConfigError: If the tokenizer of that text is not the one of the run's text.
     """
     corpus = config.evaluation.other_corpus
     if corpus is None:
@@ -212,8 +212,8 @@ def _other_validation(
     if other.manifest.tokenizer_sha256 != manifest.tokenizer_sha256:
         raise ConfigError(
             f"evaluation.other_corpus is {corpus!r}, whose tokenizer differs from that of "
-            f"data.corpus {config.data.corpus!r}. Prepare one of them with the other's: "
-            "sinkgd prepare TEXT --tokenizer FOLDER/tokenizer.json --out SHARDS"
+            f"data.corpus {config.data.corpus!r}. Prepare one text with the tokenizer of the other "
+            "one: sinkgd prepare TEXT --tokenizer FOLDER/tokenizer.json --out SHARDS"
         )
     return other.split("validation")
 
@@ -266,7 +266,7 @@ def check_finished(folder: RunFolder, config: RunConfig, echo: Callable[[str], N
     If the text no longer exists, this is not checked.
 
     Raises:
-        ConfigError: With both hashes.
+        ConfigError: If the texts differ; the message gives both hashes.
     """
     start = folder.start()
     if not knows_its_text(start):

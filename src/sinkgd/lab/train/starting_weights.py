@@ -27,7 +27,7 @@ class StartingWeights:
     sizes: ModelSizes
     sha256: str  # of the weights, hex
     tokenizer_sha256: str | None  # None for a run that did not record it
-    tokenizer: str  # where it is
+    tokenizer: str  # path of the tokenizer
     checkpoint: Path | None = None  # of the last step of a run; None for a Hugging Face checkpoint
     notes: tuple[str, ...] = ()  # on parts of the folder that are not used
 
@@ -36,7 +36,7 @@ class StartingWeights:
         """Find the weights in a folder.
 
         Args:
-            folder: Of a finished run, or of a Hugging Face checkpoint.
+            folder: Folder of a finished run, or of a Hugging Face checkpoint.
             sequence_length: Tokens of the sequences to train on.
 
         Raises:
@@ -125,7 +125,7 @@ def sizes_in(folder: Path, sequence_length: int) -> ModelSizes:
     """Return the sizes of the model in a folder; its weights are not read and may be absent.
 
     Args:
-        folder: Of a finished run, or of a Hugging Face checkpoint.
+        folder: Folder of a finished run, or of a Hugging Face checkpoint.
         sequence_length: Tokens of the sequences to train on.
 
     Raises:

@@ -39,8 +39,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     content = optimizer.state_dict()
     return {
         "state": {names[i]: state for i, state in without_placeholders(content["state"]).items()},
-        # Without the names of groups, which follow from the routing, and which checkpoints of
-        # earlier versions lack.
+        # The names of groups are left out: they follow from the routing, and checkpoints of earlier
+        # versions lack them.
         "param_groups": [
             {
                 **{key: value for key, value in group.items() if key != "name"},
@@ -80,7 +80,7 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 class TrainingState:
     """The model, the optimizer and the progress of a run.
 
-    Of sharded weights, it has the shards of this rank.
+    If weights are sharded, it has the shards of this rank.
     """
 
     model: LanguageModel

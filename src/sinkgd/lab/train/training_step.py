@@ -1,7 +1,7 @@
 """One optimizer step on one global batch: loss, gradient, clipping or release, update.
 
-The batch is split into micro-batches. The loss is cross-entropy in nats, computed at once or in
-chunks of targets.
+The batch is split into micro-batches. The loss is cross-entropy in nats, computed for all
+targets together or in chunks of targets.
 
 Shapes:
     b: sequences in a batch
@@ -151,7 +151,7 @@ def joint_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
 
 
 def clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:
-    """Scale the gradient down to ``largest_norm`` if its norm is larger; return the norm before."""
+    """Scale the gradient down if its norm exceeds ``largest_norm``; return the norm before that."""
     params = [param for param in model.parameters() if param.grad is not None]
     gradients = [param.grad for param in params if param.grad is not None]
     if not any(map(is_dtensor, params)):

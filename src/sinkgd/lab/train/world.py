@@ -43,7 +43,7 @@ class World:
         return self.rank == 0
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """Call a function on the first rank; return its result, or raise its error, on all."""
+        """Call a function on the first rank; on all ranks, return its result or raise its error."""
         if self.group is None:
             return function()
         sent: list[Any] = [_outcome(function) if self.is_first else None]
@@ -58,7 +58,7 @@ class World:
         return made[0] if self.is_first else function()
 
     def from_each(self, function: Callable[[], T]) -> list[T]:
-        """Call a function on every rank; return all results, or raise the first error, on all."""
+        """Call a function on every rank; on each, return all results, or raise the first error."""
         if self.group is None:
             return [function()]
         sent: list[Any] = [None] * self.size

@@ -1,6 +1,6 @@
-"""`sinkgd bench`: measurements. Each is a file with a dataclass of its options."""
+"""`sinkgd bench`: measurements. Each has a file with a dataclass of its options."""
 
-# Each measurement's module is imported only when it is made.
+# A measurement's module is imported only when the measurement runs.
 COMMANDS = {
     "step": ("Step", "one optimizer step, compared with AdamW and with the bandwidth of memory"),
     "memory": (
@@ -26,7 +26,7 @@ options:
 examples:
   sinkgd bench step --out bench                             the targets, tables and a page
   sinkgd bench step --workloads llama-60m --dtypes float32  one workload, one type
-  sinkgd bench memory --workloads none --out bench          peaks of training, release × optimizer
+  sinkgd bench memory --workloads none --out bench          peak memory of training, per optimizer
   sinkgd bench gpu                                          counts for a GPU, and their targets
   sinkgd bench loop --optimizers sinkgd,swan --rounds 11    what the training loop costs
 """

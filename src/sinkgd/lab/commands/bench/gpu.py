@@ -15,10 +15,10 @@ class Gpu:
     whether it is met. No figure is a time on a GPU.
 
     There are four parts. `interpreter` runs the kernels on a CPU and counts how often they read a
-    gradient. `host` counts calls of torch and launches, and times the host's work. `schedule`
-    counts bytes and scratch for an H100. `code` compiles every kernel that steps of the models use,
-    for each GPU, and reads the machine code. The command needs triton, and takes two minutes on two
-    cores.
+    gradient. `host` counts calls of torch and launches of kernels, and times the host's work.
+    `schedule` counts bytes and scratch for an H100. `code` compiles, for each GPU, every kernel
+    that a step of one of the models uses, and reads the machine code. The command needs triton, and
+    takes two minutes on two cores.
 
     For example:
       sinkgd bench gpu --out bench

@@ -23,7 +23,7 @@ _RELEASE = {"on": True, "off": False}
 
 @dataclass(frozen=True)
 class TrainingSteps:
-    """Complete training steps, with weights in bfloat16, on random tokens."""
+    """Measure complete training steps, with weights in bfloat16, on random tokens."""
 
     models: str = "llama-60m,llama-130m,llama-350m,llama-1b"
     """Presets to train, names separated by commas; all, or none."""
@@ -45,7 +45,7 @@ class TrainingSteps:
 
     loss_chunk_tokens: int = 256
     """Number of target tokens whose logits are in memory at once. If a step has more than one such
-    chunk, gradients of the head are summed, and three of them exist at once."""
+    chunk, gradients of the head are summed, and three of them are in memory at once."""
 
     def plan(self, device: torch.device) -> "TrainingPlan | None":
         """Return the training steps to measure, or None if there is no model to train.

@@ -78,7 +78,7 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> str:
-    """Compare one candidate with the fair AdamW over all sizes."""
+    """Compare one candidate with the fair AdamW, the recipe ``adamw``, over all sizes."""
     standings = [
         (one.arm.value or 0.0, results.difference(one, control))
         for one in sizes

@@ -26,8 +26,8 @@ from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
 
 FIRST_STEPS = 20  # if the loss rises within these steps, that counts as a shock
 RANK = 8  # of the adapters
-WEIGHTS = "runs/gpt2-by-adamw"  # of the model; benchmarks/README.md has the command
-# Of a Hugging Face checkpoint at paper scale; --model.weights gives another folder.
+WEIGHTS = "runs/gpt2-by-adamw"  # trained model; benchmarks/README.md has the command that makes it
+# Folder of a Hugging Face checkpoint, for paper scale; --model.weights gives another folder.
 CHECKPOINT = "checkpoint"
 NEW_TEXT, OLD_TEXT = "speeches-2048", "eltec-2048"
 
@@ -80,7 +80,7 @@ def _first(run: Run) -> Evaluation:
 
 
 def largest_rise(run: Run) -> float:
-    """Return by how much the loss on the new text rose at most within the first steps, nats."""
+    """Return the largest rise of the loss on the new text within the first steps, nats."""
     early = [one.val_loss for one in run.evaluations if one.step <= FIRST_STEPS]
     return max(early) - _first(run).val_loss
 
@@ -112,7 +112,7 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def _words(one: ArmResults) -> str:
-    """Say how an arm ended on both texts, and whether its loss rose first."""
+    """Say how an arm ended on both texts, and whether its loss rose in the first steps."""
     if one.diverged or not (old := old_losses(one)):
         return f"{ended(one)}."
     starts = [_first(result.run) for result in one.seeds]
@@ -132,7 +132,7 @@ def _words(one: ArmResults) -> str:
 
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
-    """Draw the new text against the old one."""
+    """Draw the losses on the new text against those on the old text."""
     arms = [
         (one, old)
         for one in results.ranked
@@ -161,7 +161,7 @@ def _shared(weights: str, base: SharedConfig, preset: str | None) -> SharedConfi
     )
 
 
-# Factors of two.
+# Each rate is twice the previous one.
 FULL: Grid = {LR: (0.0005, 0.001, 0.002, 0.004, 0.008)}
 SGD: Grid = {LR: (0.1, 0.2, 0.4, 0.8, 1.6)}
 LORA: Grid = {LR: (0.002, 0.004, 0.008, 0.016, 0.032)}
@@ -174,7 +174,7 @@ PAPER_LORA: Grid = {LR: (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)}
 # Weights stay float32. In bfloat16, rounding to the nearest would lose most updates at these rates,
 # and not every arm can round at random.
 def _paper() -> SharedConfig:
-    """Return the settings for a model of billions of parameters, in a folder of the user's."""
+    """Return the settings for a model of billions of parameters that the user has in a folder."""
     small = _shared(CHECKPOINT, MACHINE, preset=None)
     return replace(
         small,

@@ -2,11 +2,11 @@
 
 Rules:
     tokens: 20 for each hidden weight, N; so the training takes C ∝ N² operations
-    batch: grows as the square root of the tokens, and the steps with it
+    batch: grows as the square root of the tokens; so does the number of steps
     rates: each arm is tuned at the two smallest sizes. Larger models take the best rate of the
-        second one. The rate of matrices shrinks as 1/d with the width d, as study `width` found
-        for SinkGD; Muon's does not, for its updates are scaled by the shape of the matrix. At the
-        largest size the carried rate, its half and its double are tried.
+        second smallest one. The rate of matrices shrinks as 1/d with the width d, as study `width`
+        found for SinkGD. Muon's rate does not shrink, because Muon scales its updates by the shape
+        of the matrix. At the largest size the carried rate, its half and its double are tried.
 
 Letters:
     N: hidden weights, those of the blocks' matrices
@@ -156,8 +156,8 @@ def fit(compute: Sequence[float], losses: NDArray[np.float64]) -> NDArray[np.flo
         losses: L, ``(sets, sizes)``.
 
     Returns:
-        a, b and c of each set, ``(sets, 3)``. b belongs to C divided by its first value.
-        a is at least 0, and c is the best of 400 values between 0.01 and 2.
+        a, b and c of each set, ``(sets, 3)``. b is the factor for C divided by its first
+        value. a is at least 0, and c is the best of 400 values between 0.01 and 2.
     """
     x = np.asarray(compute) / compute[0]
     best = np.full(len(losses), np.inf, dtype=np.float64)
@@ -177,10 +177,13 @@ def fit(compute: Sequence[float], losses: NDArray[np.float64]) -> NDArray[np.flo
 
 
 def _resampled(values: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """Draw means over seeds, with replacement: ``(RESAMPLES + 1, sizes)``; the first is the mean.
+    """Return means over seeds drawn with replacement, after a first row of plain means.
 
     Args:
         values: For each size, one value per seed.
+
+    Returns:
+        The means, ``(RESAMPLES + 1, sizes)``.
     """
     draw = np.random.default_rng(0)
     columns = [

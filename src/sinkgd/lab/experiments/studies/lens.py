@@ -1,6 +1,6 @@
-"""The model Lens L6 trained by the tempered variant at three temperatures (S1 to S3), or AdamWSPAM.
+"""The model Lens L6, trained by `TemperedSinkGD` at three temperatures (S1 to S3) or by AdamWSPAM.
 
-AdamWSPAM, the arm S0, is the control.
+AdamWSPAM, the arm S0, is the control. `TemperedSinkGD` is called the tempered variant.
 
 Letters:
     τ, n: temperature and iterations of the tempered variant
@@ -41,7 +41,7 @@ DECAY = 0.1  # weight decay of all four arms; each arm clips at 1, the control i
 CLIP = 1.0
 
 # Each grid has six points. The tempered step is proportional to the gradient, so it needs rates
-# like those of SGD; the original 6e-4 hardly moves a weight.
+# like those of SGD; at the original rate, 6e-4, weights hardly move.
 ADAM_GRID: Grid = {LR: (0.0006, 0.0012, 0.0025, 0.005, 0.01, 0.02)}
 TEMPERED_GRID: Grid = {LR: (0.0006, 0.03, 0.1, 0.3, 1.0, 3.0)}
 PAPER_ADAM_GRID: Grid = {LR: (0.00015, 0.0003, 0.0006, 0.0012, 0.0025, 0.005)}
@@ -95,7 +95,7 @@ def second_differences(values: Sequence[float]) -> list[float]:
 
 
 def is_stable(one: ArmResults) -> bool:
-    """Whether no seed diverged, and none ended above its loss after a tenth of the run."""
+    """Whether no seed diverged or ended above the loss that it had after a tenth of the run."""
     return not one.diverged and all(_came_down(result.run.evaluations) for result in one.seeds)
 
 

@@ -42,7 +42,7 @@ PAPER_AFTER_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 
 
 
 def arms_with(grid: Grid, after: Grid) -> tuple[Arm, ...]:
-    """Return the paper's SinkGD without momentum and with every kind of it."""
+    """Return the paper's SinkGD without momentum and with every kind of momentum."""
     return tuple(
         Arm(
             name,

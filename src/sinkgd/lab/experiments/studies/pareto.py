@@ -67,9 +67,9 @@ def state_bytes(one: ArmResults) -> int:
 def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]:
     """List the arms on the Pareto front.
 
-    For an arm on the front, no other arm is better in state or loss and at least as good in the
-    other. Losses count as different only if the difference over seeds is significant, so two arms
-    with level losses may both be on the front.
+    An arm is on the front unless another arm has less state and no higher loss, or a lower loss and
+    no more state. Losses count as different only if the difference over seeds is significant, so
+    two arms with level losses may both be on the front.
     """
 
     def beaten(one: ArmResults, other: ArmResults) -> bool:

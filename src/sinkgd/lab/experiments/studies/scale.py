@@ -61,13 +61,13 @@ TOKENS = 1e12  # number of tokens for which device-hours are given
 
 @dataclass(frozen=True)
 class Fit:
-    """A model and method on the fewest devices on which they fit."""
+    """A model and method, and the fewest devices on which a training step fits."""
 
     model: str
     method: str
     title: str
     parameters: int
-    ranks: int | None  # number of devices; None if it does not fit on the most that are tried
+    ranks: int | None  # number of devices; None if the largest number tried is too small
     peak_bytes: int  # per rank, on these devices or on the largest number tried
     step_seconds: float
     tokens_per_device_second: float

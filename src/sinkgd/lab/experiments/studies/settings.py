@@ -70,7 +70,7 @@ ONE_LR_GRID: Grid = {LR: (0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024)}
 PAPER_SINKGD_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)}
 PAPER_ADAMW_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)}
 PAPER_ONE_LR_GRID: Grid = {LR: (0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01)}
-# The best matrix rates of SWAN and Muon are higher, so their grids are, too.
+# The best matrix rates of SWAN and Muon are higher, so their grids have higher rates, too.
 SWAN_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 PAPER_SWAN_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)}
 MUON_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)}
@@ -78,7 +78,10 @@ PAPER_MUON_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00125, 0.0025, 0.005, 0.01, 
 
 
 def controls(adamw: Grid = ADAMW_GRID, one_lr: Grid = ONE_LR_GRID) -> tuple[Arm, ...]:
-    """Return the fair AdamW and the papers' AdamW, with grids of equal size."""
+    """Return the fair AdamW and the papers' AdamW, with grids of equal size.
+
+    The fair AdamW clips gradients and has a separate rate for embeddings and head.
+    """
     return (
         Arm("adamw", {"optimizer.recipe": "adamw"}, adamw, control=True),
         Arm("adamw-one-lr", {"optimizer.recipe": "adamw-one-lr"}, one_lr, control=True),

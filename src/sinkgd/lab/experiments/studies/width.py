@@ -29,7 +29,7 @@ PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 # of singular values.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
-TOLERANCE = 0.05  # nats above the lowest loss of the grid up to which a rate is good
+TOLERANCE = 0.05  # nats; a rate is good if its loss exceeds the grid's lowest by at most this
 
 
 def rules(base_width: int) -> Mapping[str, Mapping[str, Any]]:

@@ -2,8 +2,8 @@
 
 Schedulers, checkpoints and meters see a single optimizer. A resumed run needs data that some
 optimizers of pytorch-optimizer keep neither in the state nor in the groups: projections inside
-objects, or a step count. The wrappers here move such data there between steps, so that checkpoints
-hold all of it as tensors and numbers.
+objects, or a step count. Between steps the wrappers here move such data into the state or the
+groups, so that checkpoints hold all of it as tensors and numbers.
 """
 
 import importlib

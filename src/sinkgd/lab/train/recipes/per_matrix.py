@@ -79,16 +79,17 @@ _PRIME = 1_000_003  # seeds of different matrices differ for this many draws of 
 
 
 class Apollo(PerMatrixOptimizer):
-    r"""Descend along the gradient, each channel scaled as Adam scales its projection.
+    r"""Descend along the gradient, with each channel scaled as Adam scales its projection.
 
     .. math::
         R = P G, \quad \tilde R = \text{Adam}(R), \quad
         s_j = \frac{\lVert \tilde R_{:,j} \rVert}{\lVert R_{:,j} \rVert}, \quad
         W \leftarrow W - \eta \sqrt{\alpha}\, G\, \text{diag}(s)
 
-    P is an r×m matrix of independent N(0, 1/r), drawn anew every ``projection_every_steps``. The
-    norm of the update grows by at most a factor of 1.01 per step (Fira's limiter). The state is
-    both moments of R, and a norm; P is drawn again from its seed at every step.
+    P is an r×m matrix of independent entries from N(0, 1/r); it changes every
+    ``projection_every_steps`` steps. The norm of the update grows by at most a factor of 1.01 per
+    step (Fira's limiter). The state is both moments of R, and a norm. P is not stored: every step
+    draws it again from its seed.
 
     Args:
         params: Matrices: tensors, (name, tensor) pairs, or groups of them.
@@ -216,7 +217,7 @@ class Racs(PerMatrixOptimizer):
 
     Args:
         params: Matrices: tensors, (name, tensor) pairs, or groups of them.
-        lr: Learning rate η, the paper's α·η, at least 0.
+        lr: Learning rate η, at least 0; it is the paper's product α·η.
         beta: Decay of the running means.
         iterations: Number of fixed-point iterations, at least 1.
         eps: Floor of the scales, relative to the largest.

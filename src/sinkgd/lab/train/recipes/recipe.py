@@ -1,4 +1,4 @@
-"""Recipes: optimizers with their common settings, and how a recipe splits a model with AdamW."""
+"""Recipes: optimizers with their common settings, and how they share a model with AdamW."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.optim.param_groups import Overrides
 
-Options = Mapping[str, Any]  # resolved options by name, those in the recipe's defaults
+Options = Mapping[str, Any]  # by name, resolved values of the options in the recipe's defaults
 Groups = list[dict[str, Any]]
 
 PYTORCH_OPTIMIZER = "pytorch_optimizer"

@@ -102,5 +102,5 @@ def _check_ranges(options: OptimizerConfig) -> None:
     if options.cautious_decay and not options.weight_decay:
         raise ConfigError(
             "optimizer.cautious_decay is True, but optimizer.weight_decay is 0, so nothing decays; "
-            "give a weight_decay, or leave it out"
+            "give a weight_decay, or leave out cautious_decay"
         )

@@ -149,7 +149,8 @@ class _OneNorm:
 
 
 _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
-# None is the default of the library, as in runs that were recorded before there was the option.
+# Options for which None means the library's default, which also holds for runs that were recorded
+# before the option existed.
 _NEWER = (
     *("momentum_bits", "momentum_rank", "low_rank_momentum"),
     *("deflated_start", "weight_projection", "constant_norm"),
