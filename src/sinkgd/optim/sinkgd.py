@@ -67,9 +67,9 @@ class SinkGD(GroupedOptimizer):
         tol: Stop iterating a matrix when an iteration changes no row scale by more than ``tol``,
             relative to its previous value; at most ``sinkhorn_iterations`` are run. This changes
             the update by about ``tol``, relative to its size. None never stops early.
-        rounding: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"`` (up or
-            down at random, so that small updates count in the mean), as are the
-            moments of AdamW's groups.
+        rounding: How bfloat16 parameters, and the bfloat16 moments of AdamW's groups, are rounded:
+            ``"nearest"``, or ``"stochastic"`` (up or down at random, so that small updates count
+            on average).
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
