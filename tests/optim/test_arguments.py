@@ -71,6 +71,7 @@ NEEDS = {
     "nesterov": {"momentum": 0.5},
     "momentum_bits": {"momentum": 0.5, "momentum_place": "after"},
     "seed": {"rounding": "stochastic"},
+    "deflated_start": {"deflated_rank": 2},
 }
 
 

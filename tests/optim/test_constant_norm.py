@@ -75,7 +75,7 @@ def test_the_rate_is_the_relative_change_of_a_weight():
         ({"layout": "transposed"}, (1, 1), lambda x: [x.T]),
         ({"layout": "transposed", "split": 2}, (1, 2), lambda x: x.T.split(7)),
     ],
-    ids=str,
+    ids=["equal parts", "unequal parts", "transposed", "transposed parts"],
 )
 @pytest.mark.parametrize("more", [{}, {"momentum": 0.5, "momentum_place": "after"}], ids=str)
 def test_each_matrix_of_a_parameter_keeps_its_own_norm(options, shape, parts, more):

@@ -7,7 +7,7 @@ whole on every rank.
 Letters, everywhere in this file:
     n: columns of a matrix; ...: leading batch dimensions
     k: the number of vectors of each matrix
-    Ω: the fixed block of `sinkgd.deflation.fixed_block`
+    Ω: the fixed block, as `sinkgd.optim.transforms.deflate.fixed_blocks` returns it
 """
 
 from collections.abc import Sequence
@@ -15,33 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.deflation import fixed_block
-from sinkgd.distributed.shards import is_dtensor, local, shard_except
+from sinkgd.distributed.shards import local
 from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import or_one
-from sinkgd.optim.transform import Batch
 
 
 def shape_of_vectors(param: Tensor, layout: str, vectors: int) -> list[int]:
     """Return the shape of a tensor of ``vectors`` vectors, those of all matrices together."""
     (row_dim,), _ = dims_of(param.ndim, layout)
     return [vectors if dim == row_dim else size for dim, size in enumerate(param.shape)]
-
-
-def fixed_vectors(
-    param: Tensor, layout: str, k: int, count: int = 1, device: torch.device | None = None
-) -> Tensor:
-    """Return Ω of each of the ``count`` matrices of a parameter, the same for all, in float64."""
-    (row_dim,), cols = dims_of(param.ndim, layout)
-    # One block, k by n, is repeated for all matrices of a parameter, along the other dimensions.
-    sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
-    block = fixed_block(tuple(sizes.values()), device or param.device)
-    in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
-    dims = range(param.ndim)
-    whole = in_order.view([sizes.get(dim, 1) for dim in dims])
-    whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
-    repeats = [count if dim == row_dim else 1 for dim in dims]
-    return shard_except(param, [row_dim], whole.repeat(repeats))
 
 
 def read_vectors(vectors: Tensor, param: Tensor, layout: str, count: int) -> list[Tensor]:
@@ -69,33 +51,6 @@ def write_vectors_(
     view = rows_then_columns(local(vectors), local(param), layout)
     new = torch.cat(list(found), dim=-2).view(view.shape)
     view.copy_(new if allowed is None else torch.where(allowed, new, view))
-
-
-def fixed_blocks(batch: Batch, k: int) -> list[Tensor]:
-    """Return Ω of every matrix, ``(..., n, k)`` float64; only its rows for this rank's columns.
-
-    Parameters of one shape, memory order and sharding share one Ω.
-    """
-    known: dict[tuple[object, ...], Tensor] = {}
-    blocks: list[Tensor] = []
-    for slot, own in zip(batch.slots, batch.ranges, strict=True):
-        param = slot.param
-        kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
-        if is_dtensor(param):
-            kind = (*kind, param.device_mesh, param.placements)
-        if kind not in known:
-            known[kind] = fixed_block_of(param, batch.group["layout"], k)
-        blocks += [known[kind]] * len(own)
-    return blocks
-
-
-def fixed_block_of(
-    param: Tensor, layout: str, k: int, device: torch.device | None = None
-) -> Tensor:
-    """Return Ω of a matrix of a parameter, as `fixed_blocks` does."""
-    vectors = fixed_vectors(param, layout, k, device=device)
-    (block,) = read_vectors(vectors, param, layout, 1)
-    return block.mT.contiguous()
 
 
 def normalized_block(block: Tensor, size: Tensor, spare: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ State, only if ``"kept"``: ``state[param]["leading_directions"]``, float32, (k +
 matrix, as `sinkgd.optim.column_vectors` shapes and shards them.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
@@ -30,23 +30,23 @@ from sinkgd.deflation import (
     Products,
     find_leading,
     find_packed_leading,
+    fixed_block,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, is_dtensor, param_matrices
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, param_matrices, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
+from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
 from sinkgd.optim.column_vectors import (
-    fixed_block_of,
-    fixed_blocks,
-    fixed_vectors,
     normalized_block,
     read_vectors,
     shape_of_vectors,
     write_vectors_,
 )
 from sinkgd.optim.method import Group, Slot
+from sinkgd.optim.products_by_chunks import ProductsByChunks
 from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
 # A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
@@ -71,6 +71,8 @@ class Deflate(Transform):
             raise ValueError(
                 f"deflated_start must be one of {STARTS}, got {group['deflated_start']!r}"
             )
+        if group["deflated_start"] == "kept" and group["deflated_rank"] == 0:
+            raise ValueError("deflated_start='kept' needs a deflated_rank above 0, e.g. 15")
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create Ω of each matrix, if it is kept."""
@@ -106,6 +108,51 @@ def check_deflated_rank(rank: int) -> None:
     check_whole_number("deflated_rank", rank)
     if rank < 0:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
+
+
+def fixed_blocks(batch: Batch, k: int) -> list[Tensor]:
+    """Return Ω of every matrix, ``(..., n, k)`` float64; only its rows for this rank's columns.
+
+    Parameters of one shape, memory order and sharding share one Ω.
+    """
+    known: dict[tuple[object, ...], Tensor] = {}
+    blocks: list[Tensor] = []
+    for slot, own in zip(batch.slots, batch.ranges, strict=True):
+        param = slot.param
+        kind: tuple[object, ...] = (param.shape, local(param).stride(), param.device)
+        if is_dtensor(param):
+            kind = (*kind, param.device_mesh, param.placements)
+        if kind not in known:
+            known[kind] = fixed_block_of(param, batch.group["layout"], k)
+        blocks += [known[kind]] * len(own)
+    return blocks
+
+
+def fixed_block_of(
+    param: Tensor, layout: str, k: int, device: torch.device | None = None
+) -> Tensor:
+    """Return Ω of a matrix of a parameter, as `fixed_blocks` does."""
+    view = rows_then_columns(
+        local(fixed_vectors(param, layout, k, device=device)), local(param), layout
+    )
+    _, cols = dims_of(param.ndim, layout)
+    return view.flatten(param.ndim - len(cols)).mT.contiguous()
+
+
+def fixed_vectors(
+    param: Tensor, layout: str, k: int, count: int = 1, device: torch.device | None = None
+) -> Tensor:
+    """Return Ω of each of the ``count`` matrices of a parameter, the same for all, in float64."""
+    (row_dim,), cols = dims_of(param.ndim, layout)
+    # One block, k by n, is repeated for all matrices of a parameter, along the other dimensions.
+    sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
+    block = fixed_block(tuple(sizes.values()), device or param.device)
+    in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
+    dims = range(param.ndim)
+    whole = in_order.view([sizes.get(dim, 1) for dim in dims])
+    whole = whole.expand([sizes.get(dim, param.shape[dim]) for dim in dims])
+    repeats = [count if dim == row_dim else 1 for dim in dims]
+    return shard_except(param, [row_dim], whole.repeat(repeats))
 
 
 def _directions(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> Tensor:
@@ -281,74 +328,11 @@ def _products(backend: Backend, stacks: Sequence[Stack]) -> Products:
     chunks = copy_chunks(copied)
     if len(chunks) <= 1:
         return backend.products(stacks)
-    return _ProductsByChunks(backend, [stacks[chunk] for chunk in chunks])
+    return ProductsByChunks(backend, [stacks[chunk] for chunk in chunks])
 
 
 def _size(stack: Stack) -> int:
     return sum(grad.numel() for grad in stack.grads)
-
-
-class _ProductsByChunks:
-    """Products of one chunk of updates after the other; each product calls the backend again.
-
-    Args:
-        backend: The backend, which may copy what it multiplies.
-        chunks: Chunks of stacks.
-    """
-
-    def __init__(self, backend: Backend, chunks: Sequence[Sequence[Stack]]) -> None:
-        self._backend, self._chunks = backend, chunks
-        self._squares: list[Tensor] = []
-
-    def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return X V of each stack."""
-        return [
-            found
-            for chunk, own in zip(self._chunks, self._split(blocks), strict=True)
-            for found in self._backend.products(chunk).of_rows(own)
-        ]
-
-    def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Return Xᵀ Y of each stack."""
-        squares: list[Tensor] = []
-        found: list[Tensor] = []
-        for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
-            products = self._backend.products(chunk)
-            found += products.of_cols(own)
-            if not self._squares:  # known after one product of each kind
-                products.of_rows([_zeros(stack, y) for stack, y in zip(chunk, own, strict=True)])
-                squares += products.squares()
-        self._squares = self._squares or squares
-        return found
-
-    def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return X V and Xᵀ X V of each stack."""
-        rows: list[Tensor] = []
-        cols: list[Tensor] = []
-        squares: list[Tensor] = []
-        for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
-            products = self._backend.products(chunk)
-            both = products.of_both(own)
-            rows += both[0]
-            cols += both[1]
-            squares += products.squares()
-        self._squares = squares
-        return rows, cols
-
-    def squares(self) -> list[Tensor]:
-        """Return the square of each Frobenius norm."""
-        return self._squares
-
-    def _split(self, blocks: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-        first = 0
-        for chunk in self._chunks:
-            yield blocks[first : first + len(chunk)]
-            first += len(chunk)
-
-
-def _zeros(stack: Stack, y: Tensor) -> Tensor:
-    """Return zeros ``(..., n, k)`` by which X can be multiplied, given ``y`` for Xᵀ."""
-    return y.new_zeros(*y.shape[:-2], stack.grads[0].shape[-1], y.shape[-1])
 
 
 def _stretched(

@@ -50,8 +50,6 @@ from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import matrix_buffer, or_one
 from sinkgd.number_check import check_decay_rate, check_whole_number
 from sinkgd.optim.column_vectors import (
-    fixed_blocks,
-    fixed_vectors,
     normalized_block,
     read_vectors,
     shape_of_vectors,
@@ -59,6 +57,7 @@ from sinkgd.optim.column_vectors import (
 )
 from sinkgd.optim.method import Group, Slot, are_finite
 from sinkgd.optim.transform import Batch, Scratch, Transform
+from sinkgd.optim.transforms.deflate import fixed_blocks, fixed_vectors
 from sinkgd.optim.transforms.operator_norm import product
 
 LEFT, RIGHT = "momentum_left", "momentum_right"

@@ -18,6 +18,7 @@ from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes.baseline_recipes import FROM_PAPERS, FROM_TORCH
 from sinkgd.lab.train.recipes.recipe import Recipe
 from sinkgd.lab.train.recipes.sinkgd_recipes import FAMILY
+from sinkgd.optim.transforms.momentum import BITS
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {recipe.name: recipe for recipe in (*FAMILY, *FROM_TORCH, *FROM_PAPERS)}
@@ -93,12 +94,25 @@ def _check_ranges(options: OptimizerConfig) -> None:
         "reset_every_steps",
         "base_width",
     )
-    decays = ("beta1", "beta2", "momentum")
+    decays = ("beta1", "beta2", "momentum", "low_rank_momentum")
     check(positive, "positive", lambda value: value > 0)
-    nonnegative = ("weight_decay", "clip_norm", "n_iter", "rank", "deflated_rank")
+    nonnegative = (
+        *("weight_decay", "clip_norm", "n_iter", "rank"),
+        *("deflated_rank", "momentum_rank"),
+    )
     check(nonnegative, "at least 0", lambda value: value >= 0)
     check(decays, "at least 0 and less than 1", lambda value: 0 <= value < 1)
     check(counts, "at least 1", lambda value: value >= 1)
+    if options.momentum_bits is not None and options.momentum_bits not in BITS:
+        raise ConfigError(
+            f"optimizer.momentum_bits is {options.momentum_bits}; it must be one of {BITS}"
+        )
+    if options.low_rank_momentum is not None and not options.momentum_rank:
+        raise ConfigError(
+            f"optimizer.low_rank_momentum is {options.low_rank_momentum}, but "
+            "optimizer.momentum_rank is 0, so nothing is remembered; give a momentum_rank, or "
+            "leave out low_rank_momentum"
+        )
     if options.cautious_decay and not options.weight_decay:
         raise ConfigError(
             "optimizer.cautious_decay is True, but optimizer.weight_decay is 0, so nothing decays; "

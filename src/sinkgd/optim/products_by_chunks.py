@@ -1,0 +1,70 @@
+"""Products of updates that are too large to be copied at once, by one chunk after the other."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from sinkgd.kernels import Backend, Stack
+
+
+class ProductsByChunks:
+    """Products of one chunk of updates after the other; each product calls the backend again.
+
+    Args:
+        backend: The backend, which may copy what it multiplies.
+        chunks: Chunks of stacks.
+    """
+
+    def __init__(self, backend: Backend, chunks: Sequence[Sequence[Stack]]) -> None:
+        self._backend, self._chunks = backend, chunks
+        self._squares: list[Tensor] = []
+
+    def of_rows(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return X V of each stack."""
+        return [
+            found
+            for chunk, own in zip(self._chunks, self._split(blocks), strict=True)
+            for found in self._backend.products(chunk).of_rows(own)
+        ]
+
+    def of_cols(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return Xᵀ Y of each stack."""
+        squares: list[Tensor] = []
+        found: list[Tensor] = []
+        for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
+            products = self._backend.products(chunk)
+            found += products.of_cols(own)
+            if not self._squares:  # known after one product of each kind
+                products.of_rows([_zeros(stack, y) for stack, y in zip(chunk, own, strict=True)])
+                squares += products.squares()
+        self._squares = self._squares or squares
+        return found
+
+    def of_both(self, blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return X V and Xᵀ X V of each stack."""
+        rows: list[Tensor] = []
+        cols: list[Tensor] = []
+        squares: list[Tensor] = []
+        for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
+            products = self._backend.products(chunk)
+            both = products.of_both(own)
+            rows += both[0]
+            cols += both[1]
+            squares += products.squares()
+        self._squares = squares
+        return rows, cols
+
+    def squares(self) -> list[Tensor]:
+        """Return the square of each Frobenius norm."""
+        return self._squares
+
+    def _split(self, blocks: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        first = 0
+        for chunk in self._chunks:
+            yield blocks[first : first + len(chunk)]
+            first += len(chunk)
+
+
+def _zeros(stack: Stack, y: Tensor) -> Tensor:
+    """Return zeros ``(..., n, k)`` by which X can be multiplied, given ``y`` for Xᵀ."""
+    return y.new_zeros(*y.shape[:-2], stack.grads[0].shape[-1], y.shape[-1])
