@@ -7,8 +7,8 @@ never a matrix. All matrices share the messages, as far as the memory for their 
 
 The search for the directions starts from a block Ω of k + 1 vectors. With ``deflated_start="kept"``
 Ω is the right directions of the last step, so that the search continues from step to step, as the
-power iteration of Spectra does (https://arxiv.org/abs/2602.11185). Its first step starts from the
-fixed block; so does a direction that the last update did not have.
+power iteration of Spectra does (https://arxiv.org/abs/2602.11185). The first step starts from the
+fixed block, and so does the search for a direction that the last update did not have.
 
 State, only if ``"kept"``: ``state[param]["leading_directions"]``, float32, (k + 1) n numbers per
 matrix, as `sinkgd.optim.column_vectors` shapes and shards them.
@@ -49,8 +49,8 @@ from sinkgd.optim.column_vectors import (
 from sinkgd.optim.method import Group, Slot
 from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
-# A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
-# larger matrices would differ in their last bits from those of each by itself.
+# A larger matrix is not stacked: it keeps the threads busy by itself, and if it were stacked, its
+# products would differ in their last bits from the products of the matrix by itself.
 STACKED_ENTRIES = 1 << 18
 
 DIRECTIONS = "leading_directions"
@@ -80,7 +80,10 @@ class Deflate(Transform):
             _directions(state, slot.param, group, len(matrices))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold k + 1 vectors; copies, too, if a backend multiplies whole matrices by copies."""
+        """Hold k + 1 vectors, or twice as many if Ω is kept.
+
+        Matrices that are not sharded are also copied, unless the backend packs vectors.
+        """
         copies, blocks = not packs_vectors and not sharded, 1 + (group["deflated_start"] == "kept")
         return Scratch(copies=copies, vectors=blocks * (group["deflated_rank"] + 1))
 
@@ -179,7 +182,7 @@ def _deflate_packed(
     ]
     by_width: dict[int, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        if min(matrix.shape) > 1:  # there is nothing to lower in others
+        if min(matrix.shape) > 1:  # a single row or column has nothing to lower
             width = min(batch.group["deflated_rank"] + 1, *matrix.shape)
             by_width.setdefault(width, []).append(i)
     found: list[Scales | CorrectedScales] = [*plain]
@@ -347,7 +350,7 @@ class _ProductsByChunks:
 
 
 def _zeros(stack: Stack, y: Tensor) -> Tensor:
-    """Return zeros ``(..., n, k)`` by which X can be multiplied, given ``y`` for Xᵀ."""
+    """Return zeros ``(..., n, k)`` to multiply X by, given the ``y`` that multiplies Xᵀ."""
     return y.new_zeros(*y.shape[:-2], stack.grads[0].shape[-1], y.shape[-1])
 
 
