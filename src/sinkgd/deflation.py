@@ -44,7 +44,8 @@ from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
-# Returns a computation for `sinkgd.exchange` that adds up float64 tensors, in place or not.
+# Returns a computation for `sinkgd.exchange` that adds up float64 tensors over ranks, in place or
+# not.
 Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
 
 # No direction is lowered below this fraction of the longest one. Gradients in bfloat16 have
@@ -298,7 +299,7 @@ def find_leading(
 class PackedLeading(NamedTuple):
     """What deflation subtracts from many matrices, and the size of what remains."""
 
-    taken: Packed  # k + 1 vectors of each matrix; times ``factors`` they are the left side
+    taken: Packed  # k + 1 vectors of each matrix; multiplied by ``factors``, they are the left side
     factors: Tensor  # (matrices, k + 1, k + 1); the last column is zero
     right: Packed
     square: Tensor  # square of the Frobenius norm of what remains, (matrices, 1, 1)

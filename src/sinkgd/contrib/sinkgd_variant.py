@@ -51,8 +51,8 @@ class SinkGDVariant(SinkGD):
             time.
         low_rank_momentum: Decay rate μ of this memory, in [0, 1). Only used if ``momentum_rank`` is
             above 0.
-        last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
-            columns first. Only the lengths of the last side are exact.
+        last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, with which an
+            iteration normalizes columns before rows. Only the lengths of the last side are exact.
         first: Side of the first half step. None means the side other than ``last``. If ``first``
             equals ``last``, an extra half step comes in front: 2L + 1 in all.
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero

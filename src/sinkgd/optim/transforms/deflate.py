@@ -147,7 +147,7 @@ class _BlockKey(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
-    """Return the first ``width`` of k columns of Ω, on the host, for matrices of these kinds."""
+    """Return the first ``width`` of Ω's k columns, on the host, for matrices of these kinds."""
     first: dict[_BlockKey, int] = {}
     blocks, end = [], 0
     for kind in kinds:
