@@ -1,9 +1,9 @@
 """Fine-tune a tiny GPT-2 with SinkGD in a loop of accelerate.
 
 AdamW first trains the model on the oldest speeches of the text. SinkGD then fine-tunes it on the
-newest. The run accumulates gradients over two batches. It stops half way, saves by `save_state`,
+newest. The run accumulates gradients over two batches. It stops half way, saves with `save_state`,
 and goes on in new objects after `load_state`. It takes less than a minute on two cores; with
-several devices, start it by `accelerate launch`.
+several devices, start the script with `accelerate launch`.
 
     python examples/accelerate_loop.py
     accelerate launch --mixed_precision bf16 examples/accelerate_loop.py

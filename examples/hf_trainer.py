@@ -22,7 +22,7 @@ from small_gpt2 import Material, Result, StopAfter, parse, prepare, report
 
 
 class NamedRates(Trainer):
-    """Logs the rate of each group; the Trainer itself logs that of the matrices alone."""
+    """Logs the rate of each group; the Trainer itself logs only the rate of the matrices."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the rates of the next step."""

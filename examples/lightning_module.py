@@ -46,7 +46,7 @@ class FineTuning(lightning.LightningModule):
 
 
 def build(args: argparse.Namespace, epochs: int) -> lightning.Trainer:
-    """Return a trainer that stops after some epochs, of half of the steps each."""
+    """Return a trainer that stops after some epochs; each epoch has half of the steps."""
     folder = Path(args.out) / "lightning"
     return lightning.Trainer(
         max_epochs=epochs,
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     """Run the example."""
     args = parse(__doc__, argv)
     material = prepare(args)
-    # Checkpoints at the end of an epoch need no loader that can be resumed.
+    # A checkpoint at the end of an epoch needs no loader that can be resumed.
     half = max(1, args.steps // 2)
     rows = material.second.train
     sampler = RandomSampler(rows, num_samples=half * args.batch)

@@ -62,7 +62,7 @@ class Part(NamedTuple):
     held_out: Tensor
 
     def batch(self, size: int, step: int) -> Tensor:
-        """Return a random batch that depends on the step alone, so that a run can be resumed."""
+        """Return a random batch that depends only on the step, so that a run can be resumed."""
         generator = torch.Generator().manual_seed(step)
         return self.train[torch.randint(len(self.train), (size,), generator=generator)]
 

@@ -326,8 +326,8 @@ def test_two_ranks_train_as_one(trained, data, tmp_path):
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--trials", "-1"], "--trials must be at least 1, got -1"),
-        (["--matrix-lr", "nan"], "--matrix-lr must be a number from 0 on, got nan"),
-        (["--matrix-decay", "-0.1"], "--matrix-decay must be a number from 0 on, got -0.1"),
+        (["--matrix-lr", "nan"], "--matrix-lr must be finite and at least 0, got nan"),
+        (["--matrix-decay", "-0.1"], "--matrix-decay must be finite and at least 0, got -0.1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message, capsys):

@@ -1,27 +1,28 @@
-"""What SR-Sinkhorn and deflation do to the directions of real gradients, and which of them pay.
+"""What SR-Sinkhorn and deflation do to the directions of real gradients, and which directions help.
 
     python benchmarks/directions/directions.py RECORD CORPUS
     python benchmarks/directions/directions.py RECORD CORPUS --presets llama-nano --steps 480
 
-For each preset it trains a model by the recipe ``sinkgd`` in the setting of study table1, on one
-thread, and looks at every hidden matrix in some steps:
+For each preset, the script trains a model by the recipe ``sinkgd`` in the setting of study table1,
+on one thread, and looks at every hidden matrix in some steps:
 
-- G, the gradient of a batch, and S, that of `SIGNAL` other batches: G with far less noise;
+- G, the gradient of a batch, and S, the mean gradient of `SIGNAL` other batches, which has far less
+  noise;
 - X, the update by SR-Sinkhorn, of root-mean-square 1;
 - D, X after deflation, before it is brought back to root-mean-square 1, so that X - D is what
   deflation takes away.
 
 A line of the record is one matrix in one step: the singular values of G, X and D, where G has
-root-mean-square 1 too; for each direction (u, v) of X the part of G and the part of S along it,
+root-mean-square 1 too; for each direction (u, v) of X, the parts of G and S along this direction,
 uᵀGv and uᵀSv; and the cosines of G, X and D with S. A matrix of independent entries of variance 1
 has no singular value far above √m + √n: the directions of X above this edge stand out.
 
 Another line is the whole model in one step: the loss on other batches after a step along X - D,
-along D, and along X, for all hidden matrices at once. Each is brought to root-mean-square 1 in each
-matrix, so that a step of length 1 changes a weight by the present rate; `LENGTHS` are tried. Other
-parameters stay as they are.
+along D, and along X, in all hidden matrices together. Each of the three is scaled to
+root-mean-square 1 in each matrix, so that a step of length 1 changes a weight by the present rate;
+`LENGTHS` are tried. Other parameters stay as they are.
 
-The record grows by whole looks; the same command skips presets that it holds.
+A look is recorded when it is complete. The same command skips presets that the record holds.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from sinkgd.lab.train.training_step import loss_of
 from sinkgd.optim.param_groups import DEFLATED_RANK, LR, MATRIX_LR_SCALE
 
 PRESETS = ("llama-nano-48", "llama-nano-64", "llama-nano-96", "llama-nano", "llama-20m")
-SHARES = (0.02, 0.1, 0.3, 0.6, 1.0)  # of the steps: where to look
+SHARES = (0.02, 0.1, 0.3, 0.6, 1.0)  # shares of the steps at which to look
 SIGNAL = 64  # batches
 HELD_OUT = 8  # batches of the losses
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("record", type=Path, help="file of JSON lines")
     parser.add_argument("corpus", help="folder of prepared text")
     parser.add_argument("--presets", nargs="+", default=PRESETS, help="models (%(default)s)")
-    parser.add_argument("--steps", type=int, default=240, help="steps of each (%(default)s)")
+    parser.add_argument("--steps", type=int, default=240, help="steps of each model (%(default)s)")
     args = parser.parse_args(argv)
     args.record.parent.mkdir(parents=True, exist_ok=True)
     for preset in args.presets:
@@ -179,7 +180,7 @@ def losses_along(
     lengths: Sequence[float],
     batches: Sequence[Batch],
 ) -> list[float]:
-    """Return the mean loss after a step of each length; the weights come back to their bits."""
+    """Return the mean loss after a step of each length, and restore the weights bit for bit."""
     before = [param.clone() for param in params]
     found = []
     for length in lengths:
@@ -214,7 +215,7 @@ def write(record: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def finished(record: Path) -> set[str]:
-    """Return the presets that the record holds whole."""
+    """Return the presets whose runs are complete in the record."""
     if not record.exists():
         return set()
     lines = map(json.loads, record.read_text(encoding="utf-8").splitlines())

@@ -1,6 +1,6 @@
 """Write the verdict and the page of a record of `directions`.
 
-python benchmarks/directions/report.py RECORD.jsonl FOLDER
+python benchmarks/directions/directions_report.py RECORD.jsonl FOLDER
 """
 
 import argparse
@@ -35,7 +35,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Look:
-    """A model in one step."""
+    """A model at one step."""
 
     preset: str
     step: int
@@ -57,7 +57,7 @@ class Look:
         return self.median(lambda line: float(line["cosines"][name]))
 
     def changes(self, part: str) -> dict[float, float]:
-        """Return by how much the loss changes along a part, by the length of the step."""
+        """Return the change of the loss along a part, for each length of the step."""
         before = self.model["losses"]["before"]
         found = zip(self.model["lengths"], self.model["losses"][part], strict=True)
         return {length: loss - before for length, loss in found}
@@ -70,7 +70,7 @@ class Look:
 
 
 def looks_of(lines: Sequence[Line]) -> list[Look]:
-    """Return the looks of the presets that the record holds whole."""
+    """Return the looks of the presets whose runs are complete in the record."""
     whole = [line["preset"] for line in lines if line["kind"] == "end"]
     found = []
     for model in (line for line in lines if line["kind"] == "model" and line["preset"] in whole):
@@ -85,7 +85,7 @@ def looks_of(lines: Sequence[Line]) -> list[Look]:
 
 
 def edge(line: Line) -> float:
-    """Return the largest singular value of independent entries of variance 1, about."""
+    """Return about the largest singular value of a matrix of independent entries of variance 1."""
     m, n = line["shape"]
     return math.sqrt(m) + math.sqrt(n)
 
@@ -103,7 +103,7 @@ def leading_share(line: Line) -> float:
 
 
 def signal_share(line: Line, chosen: slice) -> float:
-    """Return which share of the gradient along some directions is no noise."""
+    """Return the share of the gradient along some directions that is not noise."""
     signal: list[float] = line["along signal"][chosen]
     gradient: list[float] = line["along gradient"][chosen]
     return sum(signal) / sum(gradient)
@@ -205,7 +205,7 @@ def verdict_of(looks: Sequence[Look]) -> Verdict:
 
 
 def lengths_chart(looks: Sequence[Look]) -> Chart:
-    """Draw the loss along each part, in the widest model and a middle step."""
+    """Draw the loss along each part, for the widest model at a middle step."""
     look = middle(looks)
     data: list[Figure] = [
         {

@@ -4,17 +4,17 @@
 
 trains llama-nano on the embedded corpus under torchrun, again and again, in a temporary folder:
 
-    killed     SIGKILL to a random rank at a random moment, KILLS times (20) in one run, each time
-               started again by hand
-    restarted  the same once, and torchrun starts the ranks again (--max-restarts)
+    killed     SIGKILL to a random rank at a random moment, KILLS times (default 20) in one run; the
+               script starts the run again each time
+    restarted  one such kill, after which torchrun starts the ranks again (--max-restarts)
     slow       a rank stands still for ten seconds, and goes on
     hung       a rank stands still forever
     full       files may not grow beyond 2 MiB, as on a full disk
     truncated  the last checkpoint of a stopped run has lost a byte of a rank's file
 
-Each line of OUT says what was done and what came of it; ``equal`` is whether the loss curve in the
-end is that of a run that nothing stopped, bit for bit. The ranks are the children of torchrun, as
-Linux lists them.
+Each line of OUT says what was done and what came of it. ``equal`` says whether the final loss curve
+equals, bit for bit, that of a run that nothing stopped. The script finds the ranks in Linux's list
+of torchrun's child processes.
 """
 
 import json
@@ -58,7 +58,7 @@ class Sitting:
         self.began = len(lines(out))
 
     def wait_for_steps(self, count: int) -> bool:
-        """Wait for so many steps of this sitting; return whether they came."""
+        """Wait for ``count`` steps of this sitting; return False if it ends before them."""
         while sum('"kind": "step"' in line for line in lines(self.out)[self.began :]) < count:
             if self.process.poll() is not None:
                 return False
@@ -75,7 +75,7 @@ class Sitting:
         raise RuntimeError(f"torchrun has no rank {number}")
 
     def end(self) -> tuple[int, float]:
-        """Return the exit code, and the seconds that were waited for it."""
+        """Wait for the end; return the exit code and the seconds of waiting."""
         began = time.monotonic()
         return self.process.wait(timeout=300), time.monotonic() - began
 
@@ -92,7 +92,7 @@ def lines(out: Path) -> list[str]:
 
 
 def curve(out: Path) -> list[tuple[float, ...]]:
-    """Return all that must repeat, of steps and evaluations."""
+    """Return the values of steps and evaluations that must be the same in every run."""
     run = Run.read(out / "run.jsonl")
     steps = [(s.step, s.loss, s.lr, s.gradient_norm) for s in run.steps]
     return steps + [(e.step, e.val_loss, e.eval_tokens) for e in run.evaluations]
@@ -105,14 +105,14 @@ def last_checkpoint(out: Path) -> int:
 
 
 def finish(out: Path) -> None:
-    """Go on to the last step."""
+    """Start or resume the run, and let it reach its last step."""
     code, _ = Sitting(out).end()
     if code != 0:
         raise RuntimeError(f"{out} did not finish; see {out.with_name('log')}")
 
 
 def resumed_at(out: Path) -> list[int]:
-    """Return the steps from which sittings went on."""
+    """Return the steps from which sittings resumed."""
     records = map(json.loads, lines(out))
     return [record["step"] for record in records if record["kind"] == "resume"]
 
@@ -203,7 +203,7 @@ FAULTS = (killed, restarted, slow, hung, full, truncated)
 
 
 def main() -> None:
-    """Commit all faults, each on a run of its own."""
+    """Inject all faults, each into a run of its own."""
     path, kills = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
     with tempfile.TemporaryDirectory() as folder, path.open("w", encoding="utf-8") as file:
 

@@ -1,10 +1,11 @@
-"""How many iterations real gradients need, cold and warm, and what fewer of them do to the loss.
+"""How many iterations real gradients need, cold and warm, and how fewer iterations affect the loss.
 
 Run ``python benchmarks/fewer_passes/iterations.py OUT.jsonl`` from the root of the repository, with
-``sinkgd[lab]`` installed. It trains the demo's SinkGD run once for each variant, one thread, and
-appends a line a variant: its final validation loss, and for the plain variant, at some steps, the
-iterations of every block matrix until no row is off its length by more than 1e-3, from ones and
-from the converged scales of the step before. Lines that are there already are not made again.
+``sinkgd[lab]`` installed. It trains the demo's SinkGD run once for each variant, on one thread, and
+appends one line per variant with the final validation loss. For the plain variant, the line also
+has, at some steps, the number of iterations of every block matrix until no row is off its length by
+more than 1e-3: from ones (cold), and from the converged scales of the step before (warm). Variants
+that OUT.jsonl already has are not run again.
 """
 
 import json
@@ -89,7 +90,7 @@ def run(options: dict[str, object], *, look: bool) -> dict[str, object]:
 
 
 def iterations(grad: torch.Tensor, start: torch.Tensor | None) -> int:
-    """Count the iterations after which rows and columns hold: no row is off by more than `TOL`."""
+    """Count the iterations until no row is off its length by more than `TOL`, relative."""
     backend = select("cpu", grad.device)
     for num_iters in range(1, MOST):
         if error(grad, num_iters, start, backend.name) <= TOL:
@@ -100,7 +101,7 @@ def iterations(grad: torch.Tensor, start: torch.Tensor | None) -> int:
 def error(
     grad: torch.Tensor, num_iters: int = 5, start: torch.Tensor | None = None, name: str = "cpu"
 ) -> float:
-    """How far the worst row of the update is from length √n, relative."""
+    """Return the largest relative difference between the length of an update's row and √n."""
     backend = select(name, grad.device)
     row, col = backend.scales([grad], num_iters, starts=[start])[0]
     lengths = (row * grad * col).norm(dim=1) / grad.shape[1] ** 0.5

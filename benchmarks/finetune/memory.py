@@ -1,7 +1,7 @@
-"""Measure the memory of fine-tuning steps, beside what `sinkgd plan` says.
+"""Measure the memory of fine-tuning steps, to compare it with what `sinkgd plan` says.
 
 Each line of the record is one method: the bytes of its state and the peak of the second step, both
-as measured and as planned for a CPU. Weights are bfloat16 and random, blocks are recomputed. The
+as measured and as planned for a CPU. Weights are bfloat16 and random; blocks are recomputed. The
 peak is the most that torch's allocator held at once, with weights, state and batch; the peak of the
 process is its largest resident size.
 

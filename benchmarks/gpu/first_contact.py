@@ -26,7 +26,7 @@ from contact.items import Rows, Section, Setting, run_items
 from contact.table import table
 from contact.watch import Watch, run_together, this_script
 
-BUDGET = 560.0  # seconds that the sections' shares are made for
+BUDGET = 560.0  # seconds; the sections' shares are meant for this budget
 TABLE_SECONDS = 4.0
 
 
@@ -54,9 +54,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
-    parser.add_argument("--tokens", type=Path, help="made by make_tokens.py; losses need it")
-    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections alone")
-    parser.add_argument("--section", help=argparse.SUPPRESS)  # what follows starts a part of a run
+    parser.add_argument("--tokens", type=Path, help="a file that make_tokens.py made, for losses")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="run only these sections")
+    parser.add_argument("--section", help=argparse.SUPPRESS)  # from here on: for a part of a run
     parser.add_argument("--span", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--under-ncu", help=argparse.SUPPRESS)
@@ -99,14 +99,14 @@ def whole(args: argparse.Namespace) -> int:
     for number, group in enumerate(filter(None, groups), start=1):
         left = end - time.monotonic()
         share = sum(section.seconds for section in group) * args.budget / BUDGET
-        last = number == sum(map(bool, groups))  # it takes what the others left
+        last = number == sum(map(bool, groups))  # the last one takes what the others left
         run_together(group, left if last else min(left, share), watch)
     found_rows = rows.read()
     code = 0
     try:
         text = table(found_rows)
     except Exception as error:  # noqa: BLE001 - the rows are there, and their place must be said
-        text = f"no table, by {type(error).__name__}: {error}; all rows are in {rows.path}"
+        text = f"no table: {type(error).__name__}: {error}; all rows are in {rows.path}"
         code = 1
     (args.out / "table.txt").write_text(text + "\n")
     sys.stdout.write(text + "\n")

@@ -2,7 +2,7 @@
 
 python benchmarks/gpu/make_tokens.py --train A.json.gz --validation B.json.gz --out tokens.npz
 
-Files hold one JSON object a line with a ``text``, as C4's do; a byte-level BPE is learned from the
+Each line of a file is a JSON object with a ``text``, as in C4. A byte-level BPE is learned from the
 training text.
 """
 

@@ -1,8 +1,9 @@
 """Follow one optimizer step through the source, and count what a reader has to open.
 
-For a plain, a deflated and a sharded step of one matrix on CPUs it prints the files and functions
-of ``sinkgd`` that the step calls, and how often the step returns to a file that it had left. It
-then counts files and lines for each folder. `--show` prints the calls in their order.
+For a plain, a deflated, a sharded, and a sharded and deflated step of one matrix on CPUs, the
+script prints the files and functions of ``sinkgd`` that the step calls, and how often the step
+returns to a file that it had left. The script then counts files and lines for each folder. `--show`
+prints the calls in their order.
 
     python benchmarks/house/walk.py
     PYTHONPATH=OTHER_CLONE/src python benchmarks/house/walk.py --show
@@ -60,14 +61,14 @@ class Walk:
 
 
 def follow(step: Callable[[], object]) -> Walk:
-    """Return the calls of functions of ``sinkgd`` in ``step``; its own work is done once."""
+    """Run ``step`` once, and return the calls of functions of ``sinkgd`` in it."""
     calls: list[tuple[str, str]] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
         path = Path(code.co_filename)
-        # Comprehensions and lambdas stand in the function that has them. A generator is entered
-        # again for each value: it counts once, where it begins.
+        # Comprehensions and lambdas count as part of the function that contains them. A generator
+        # is entered again for each value, and counts only where it begins.
         named = not code.co_name.startswith("<")
         begins = frame.f_lasti <= 0 or not code.co_flags & inspect.CO_GENERATOR
         if event == "call" and named and begins and path.is_relative_to(SOURCE):
@@ -123,7 +124,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def sizes() -> dict[str, tuple[int, int]]:
-    """Return the Python files and lines of each folder of the package, and of both halves."""
+    """Count the Python files and lines of each folder, of the library and of the laboratory."""
     files: Counter[str] = Counter()
     lines: Counter[str] = Counter()
     for path in SOURCE.rglob("*.py"):

@@ -1,8 +1,9 @@
-"""The grid behind the laboratory's default learning rates: the same number of runs a recipe.
+"""The grid behind the laboratory's default learning rates, with equally many runs per recipe.
 
 Run ``python benchmarks/learning_rates/grid.py FOLDER`` from the root of the repository, with
 ``sinkgd[lab]`` installed. It trains every point with ``sinkgd train``, two at a time with one
-thread each, prints a table and writes ``FOLDER/grid.jsonl``. Stopped, the same command goes on.
+thread each, prints a table and writes ``FOLDER/grid.jsonl``. If the command was stopped, the same
+command goes on.
 """
 
 import json
@@ -42,7 +43,7 @@ GRID: dict[str, list[tuple[float, float | None]]] = {
 
 
 def train(folder: Path, recipe: str, lr: float, matrix_lr: float | None) -> Path:
-    """Train one point, or go on with it; return its results file."""
+    """Train one point, or resume its run; return the results file."""
     out = folder / f"{recipe}-lr{lr:g}"
     options = ["--optimizer.recipe", recipe, "--optimizer.lr", str(lr)]
     if matrix_lr is not None:

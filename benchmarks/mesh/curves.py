@@ -4,9 +4,10 @@
 
 trains llama-nano on the embedded corpus, in float32 and with the demo's batches, for 40 steps with
 RECIPE (sinkgd): in one process, and under torchrun with FSDP2 (2 ranks), HSDP (2 × 2) and
-FSDP2 × tensor parallelism (2 × 2). Each run on a mesh is stopped by SIGTERM in its midst, and goes
-on from its checkpoint twice: in one process, and on another mesh. Each line of OUT has the largest
-distance, over all steps and evaluations, of a curve from that of one process, in nats.
+FSDP2 × tensor parallelism (2 × 2). Each run on a mesh is stopped by SIGTERM on its way, and resumed
+from its checkpoint three times: in one process, on another mesh, and on the same mesh. Each line of
+OUT has the largest distance, over all steps and evaluations, between a curve and that of one
+process, in nats.
 """
 
 import json
@@ -29,7 +30,7 @@ OPTIONS = [
     *("--training.threads", "1", "--evaluation.every-steps", "10"),
 ]
 HSDP, TENSOR = ["--mesh.dp-replicate", "2"], ["--mesh.tp", "2"]
-MESHES = {  # ranks and options, and those on which the run goes on
+MESHES = {  # ranks and options of the run, and of the other mesh on which it is resumed
     "FSDP2": ((2, []), (2, TENSOR)),
     "HSDP": ((4, HSDP), (2, [])),
     "FSDP2 × tp": ((4, TENSOR), (4, HSDP)),
@@ -73,7 +74,7 @@ def distance(out: Path, reference: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train everywhere."""
+    """Train in one process and on every mesh, and record the distances."""
     recipe = sys.argv[2] if len(sys.argv) > 2 else "sinkgd"
     with tempfile.TemporaryDirectory() as temporary, Path(sys.argv[1]).open("w") as file:
 

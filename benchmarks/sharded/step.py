@@ -1,4 +1,4 @@
-"""A sharded step against a chain of DTensor operations a matrix, on the matrices of llama-60m.
+"""Compare a sharded step with a chain of DTensor operations per matrix, for llama-60m's matrices.
 
 torchrun --nproc-per-node 2 benchmarks/sharded/step.py OUT.json
 """
@@ -65,14 +65,14 @@ def chain(params: list[nn.Parameter]) -> None:
 
 
 def measure(function: Callable[[], object]) -> dict[str, int]:
-    """Count the collectives of a step, and the bytes that our own are given."""
+    """Count the collectives of a step, and the bytes given to the library's own collectives."""
     with CommDebugMode() as seen, Sent() as sent:  # type: ignore[no-untyped-call]
         function()
     return {"collectives": seen.get_total_counts() or sent.collectives, "bytes": sent.bytes}
 
 
 def main() -> None:
-    """Measure in turns; rank 0 writes."""
+    """Time the two steps in turns; rank 0 writes the record."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -1,8 +1,8 @@
 """One Python file that repeats a run: the scripts of this folder, the library, and the arguments.
 
-The track asks for it: the text of a log up to the first line of equals signs must be a program that
-needs no optimizer library. The program writes the files that it holds to a temporary folder, and
-runs them from there.
+The track requires such a file: the text of a log up to the first line of equals signs must be a
+program that needs no optimizer library. The program writes the files that it holds to a temporary
+folder, and runs them from there.
 """
 
 from collections.abc import Sequence
@@ -64,5 +64,5 @@ def one_file(arguments: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return what a string between three single quotes must hold to be ``text``."""
+    """Return ``text`` escaped for a string literal between three single quotes."""
     return text.replace("\\", "\\\\").replace("'''", r"\'\'\'")

@@ -2,8 +2,9 @@
 
 The track fixes the text, the batch and the model, and asks for the fewest steps to a validation
 loss of 3.28 (https://github.com/KellerJordan/modded-nanogpt, records/track_3_optimization). The
-recipes differ only in the optimizer of the hidden matrices, their rates and the warmup; embedding,
-head and vectors are trained by AdamW as in the track's baseline. Call it with 1, 2, 4 or 8 GPUs:
+recipes differ only in the optimizer of the hidden matrices, its rate and weight decay, the number
+of steps and the warmup; embedding, head and vectors are trained by AdamW as in the track's
+baseline. Start the script with 1, 2, 4 or 8 GPUs:
 
     torchrun --standalone --nproc-per-node 8 benchmarks/speedrun/speedrun.py --data fineweb10B
 
@@ -92,7 +93,7 @@ class Log:
 
 
 def lr_factor(step: int, recipe: Recipe) -> float:
-    """Return by what the rates are multiplied in a step, counted from 0."""
+    """Return the factor of the rates in a step; steps are counted from 0."""
     cooldown = min(1.0, (1 - step / recipe.steps) / COOLDOWN)
     warmup = recipe.warmup * recipe.steps
     return cooldown * min(1.0, (step + 1) / warmup) if warmup else cooldown
@@ -206,11 +207,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/fineweb10B"), help="the folder of the shards")
     add("--recipe", choices=[*RECIPES], default="sinkgd", help="the optimizer; default: sinkgd")
-    add("--steps", type=int, help="instead of the recipe's")
+    add("--steps", type=int, help="number of steps, instead of the recipe's")
     add("--matrix-lr", type=float, help="rate of the hidden matrices, instead of the recipe's")
-    add("--matrix-decay", type=float, help="their weight decay, instead of the recipe's")
-    add("--trials", type=int, default=1, help="runs, each with the next seed")
-    add("--seed", type=int, default=0, help="of the weights of the first run")
+    add("--matrix-decay", type=float, help="weight decay of the matrices, instead of the recipe's")
+    add("--trials", type=int, default=1, help="number of runs, each with the next seed")
+    add("--seed", type=int, default=0, help="seed of the weights of the first run")
     add("--out", type=Path, default=Path("logs"), help="the folder of the log")
     add("--tiny", action="store_true", help="a tiny model and batch, to test the script")
     given = parser.parse_args(arguments)
@@ -224,7 +225,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(given, name.replace("-", "_"))
         if value is not None and not 0 <= value < math.inf:
             parser.error(
-                f"--{name} must be a number from 0 on, got {value}; leave it out or raise it"
+                f"--{name} must be finite and at least 0, got {value}; leave it out or change it"
             )
     if not given.tiny and not torch.cuda.is_available():
         parser.error("torch sees no GPU, and the track needs one; pass --tiny for a test on a CPU")
@@ -232,7 +233,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def joined(track: Track) -> Ranks:
-    """Join the ranks that torchrun started; without torchrun, be the only one."""
+    """Join the ranks that torchrun started; without torchrun, this process is the only rank."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     passes = track.batch_tokens // (track.row_tokens * track.rows)
     if passes % count:

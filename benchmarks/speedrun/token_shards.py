@@ -120,7 +120,7 @@ class TokenShards:
 def _count_batches(tokens: int, batch_tokens: int) -> int:
     """Return how many batches the track reads from a shard.
 
-    A batch that would end at the last token but one, or later, is not read; the targets of a batch
-    reach one token further than its inputs.
+    A batch whose inputs would end at the second-to-last token, or later, is not read. The targets
+    of a batch reach one token further than its inputs.
     """
     return max(0, tokens - 2) // batch_tokens

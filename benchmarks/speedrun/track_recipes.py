@@ -1,7 +1,7 @@
-"""The recipes of `speedrun`: who trains the hidden matrices, at which rate and for how many steps.
+"""The recipes of `speedrun`: what trains the hidden matrices, at which rate, for how many steps.
 
-Embedding, head, norms and biases are trained by AdamW in all of them, with the values of the
-track's baseline, its result 36.
+In all recipes, AdamW trains embedding, head, norms and biases with the values of the track's
+baseline, which is result 36 of the track.
 """
 
 import re
@@ -17,7 +17,7 @@ from track_model import GPT
 
 import sinkgd
 
-# Rates of what is no hidden matrix, by the names of parameters, and AdamW's options.
+# For parameters that are not hidden matrices: rates by name patterns, and AdamW's options.
 OTHER_RATES = {r"^embed\.weight$": 0.7, r"^head\.weight$": 0.004, r"norm\.weight$|bias$": 0.015}
 OTHERS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.001}
 
@@ -60,7 +60,7 @@ def sinkgd_optimizers(
 
 
 def adamw_optimizers(model: GPT, lr: float, decay: float) -> list[Optimizer]:
-    """Return torch's AdamW for the hidden matrices, and the one for the rest."""
+    """Return torch's AdamW for the hidden matrices, and another AdamW for the rest."""
     matrices, others = _split(model)
     own = AdamW(matrices, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=decay, fused=True)
     return [own, others]
@@ -102,9 +102,9 @@ def _split(model: GPT) -> tuple[list[Tensor], AdamW]:
     return matrices, AdamW(groups, **OTHERS, fused=True)
 
 
-# muon has the values of the track's result 36, and adamw those of its result 2. Those of SinkGD are
-# not tuned for this track: the paper's rate and warmup for 60M to 1.3B parameters, its lack of
-# decay, and AdamW's steps.
+# muon has the values of the track's result 36, and adamw those of its result 2. SinkGD's values are
+# not tuned for this track: rate and warmup are the paper's for 60M to 1.3B parameters, there is no
+# decay, as in the paper, and the number of steps is that of adamw.
 RECIPES: Mapping[str, Recipe] = {
     "sinkgd": Recipe(partial(sinkgd_optimizers, deflated_rank=15), 5625, 0.1, 0.001, 0.0),
     "sinkgd-paper": Recipe(partial(sinkgd_optimizers, deflated_rank=0), 5625, 0.1, 0.001, 0.0),

@@ -2,10 +2,10 @@
 
 The model is a run of ``sinkgd train`` or a Hugging Face checkpoint; the corpus is that of its first
 training, as ``sinkgd prepare`` writes it. An instruction names a task, such as to reverse some
-words, and gives three to five words; the loss counts the tokens of the answer alone. The result is
-the share of 256 new instructions that greedy decoding answers exactly, after warmup and a cosine,
-with clipping at 1. The record also has the loss on the first text, which says what was forgotten.
-`tuned_runs` says how rates are chosen.
+words, and gives three to five words; the loss counts only the tokens of the answer. The rate
+follows a warmup and a cosine, and gradients are clipped at 1. The result is the share of 256 new
+instructions that greedy decoding answers exactly. The record also has the loss on the first text,
+which says what was forgotten. `tuned_runs` says how rates are chosen.
 
     python benchmarks/tasks/instructions.py runs/gpt2-by-adamw eltec-2048 RECORD.jsonl
 """
@@ -34,10 +34,10 @@ from sinkgd.lab.train.world import World
 LENGTH = 128  # tokens that the model was trained with
 STEPS, WARMUP, BATCH = 200, 10, 32
 TESTED = 256  # new instructions
-IGNORED = -100  # by the loss
+IGNORED = -100  # a target that the loss ignores
 NUMBERS = ("three", "four", "five")
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # that AdamW gets, or would get
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # AdamW's; the rates of other arms follow from them
 GRIDS: Mapping[str, Sequence[float]] = dict.fromkeys(ARMS, RATES) | {
     "sgd": (0.025, 0.05, 0.1, 0.2, 0.4),
 }
@@ -63,10 +63,10 @@ class Instructions:
     """Rows of tokens, ``(count, length)``: an instruction, its answer, and padding.
 
     Args:
-        tokenizer: Of the model.
-        words: From which the instructions are made.
+        tokenizer: The tokenizer of the model.
+        words: The words from which instructions are made.
         count: Number of instructions.
-        seed: They are the same for the same seed.
+        seed: Equal seeds give equal instructions.
     """
 
     def __init__(self, tokenizer: Tokenizer, words: Sequence[str], count: int, seed: int) -> None:

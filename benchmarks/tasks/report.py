@@ -1,7 +1,7 @@
 """Write the verdict and the page of a record of `rewards` or `instructions`.
 
-Both say for each optimizer the rate that was chosen, the result of every seed, and the difference
-from AdamW with its 95 % interval over paired seeds.
+Verdict and page give, for each optimizer, the chosen rate, the result of every seed, and the
+difference from AdamW with its 95 % interval over paired seeds.
 
     python benchmarks/tasks/report.py rewards RECORD.jsonl FOLDER
 """

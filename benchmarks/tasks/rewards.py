@@ -1,12 +1,12 @@
 """Train a policy on verifiable rewards, with AdamW, SGD, Muon and SinkGD.
 
 A small LLaMA first learns from examples to add two numbers of two digits, until it answers a third
-of the sums. Then it learns from rewards alone: it samples eight answers to each of 32 sums, an
-answer gets 1 if it is right and 0 if not, and the policy gradient weighs each answer by its reward
-minus the mean of its sum's answers, divided by their standard deviation (GRPO, Shao et al.,
-https://arxiv.org/abs/2402.03300; one update for each sample, no penalty). A tenth of all sums is
-held out. The result is the share of them that greedy decoding answers, averaged over the last four
-evaluations.
+of the sums. Then it learns from rewards alone. It samples eight answers to each of 32 sums; the
+reward of an answer is 1 if it is right, and 0 otherwise. The policy gradient weights each answer by
+its reward minus the mean reward of all answers to the same sum, divided by the standard deviation
+of these rewards (GRPO, Shao et al., https://arxiv.org/abs/2402.03300; with one update for each
+sample, and no penalty). A tenth of all sums is held out. The result is the share of held-out sums
+that greedy decoding answers, averaged over the last four evaluations.
 
 Each line of the record is one run; `tuned_runs` says how rates are chosen. A seed draws the sums
 and the answers; all runs start from one model.
@@ -38,7 +38,7 @@ EXAMPLES = {"steps": 500, "batch": 128, "lr": 2e-3}  # of the supervised trainin
 REWARDS = {"steps": 300, "warmup": 10, "sums": 32, "answers": 8}
 EVALUATE_EVERY, AVERAGED = 25, 4  # steps, evaluations
 
-RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # that AdamW gets, or would get
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # AdamW's; the rates of other arms follow from them
 GRIDS: Mapping[str, Sequence[float]] = dict.fromkeys(ARMS, RATES) | {
     "sgd": (0.0025, 0.005, 0.01, 0.02, 0.04)
 }
@@ -60,7 +60,7 @@ def prompts(terms: Tensor) -> Tensor:
 
 
 def answers(terms: Tensor) -> Tensor:
-    """Write the right answers: the digits from the lowest on, and the end, ``(count, ANSWER)``."""
+    """Write the right answers, ``(count, ANSWER)``: the digits, the lowest first, and the end."""
     total = terms.sum(1)
     digits = torch.stack([total % 10, total // 10 % 10, total // 100], 1)
     return torch.cat([digits, torch.full_like(digits[:, :1], END)], 1)

@@ -19,7 +19,7 @@ from sinkgd.lab.train.config import OptimizerConfig
 from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 from sinkgd.optim.param_groups import ADAMW_UPDATE_SIZE
 
-# All have betas of 0.9 and 0.999 where they have AdamW's.
+# Arms that use AdamW have its betas of 0.9 and 0.999.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "adamw": {"recipe": "adamw-one-lr"},
     "sinkgd": {"recipe": "sinkgd-finetune"},

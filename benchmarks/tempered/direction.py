@@ -2,11 +2,14 @@
 
 Run ``python benchmarks/tempered/direction.py OUT.jsonl [CORPUS]`` from the root of the repository,
 with ``sinkgd[lab]`` installed; without a corpus it takes the embedded one. It trains the machine
-scale's Lens L6 with its control, AdamWSPAM, one thread, and writes at some steps for every matrix
-of the blocks: the cosine of the gradient and of each variant's update, those of the variants among
-each other, and the cosine of the gradient and of SinkGD's update; then sizes: the root-mean-square
-of an update beside that of the gradient, and of the gradient itself, whose spread over matrices and
-steps is that of the tempered steps, where SinkGD's all have root-mean-square 1.
+scale's Lens L6 with its control, AdamWSPAM, on one thread. At some steps it measures every matrix
+of the blocks, and writes the least, the median and the largest of each of these values:
+
+- the cosines between the gradient and each variant's update, between the updates of the variants,
+  and between the gradient and SinkGD's update;
+- the root-mean-square of each variant's update, relative to that of the gradient;
+- the root-mean-square of the gradient itself. The sizes of the tempered steps vary as much over
+  matrices and steps, while SinkGD's steps all have root-mean-square 1.
 """
 
 import json
@@ -33,7 +36,7 @@ LR = 0.0025  # within the control's grid
 
 
 def main(out: Path, corpus: str | None) -> None:
-    """Train the control once and write what the gradients of its matrices become."""
+    """Train the control once, and write how updates of its matrices compare with the gradients."""
     plan = plan_of(LENS, "machine")
     (arm,) = (arm for arm in plan.arms if arm.name == CONTROL)
     config = arm.config(plan.shared, {"optimizer.lr": LR}, seed=0)
@@ -66,7 +69,7 @@ def main(out: Path, corpus: str | None) -> None:
 
 
 def measure(grad: Tensor) -> dict[str, float]:
-    """Return cosines, and sizes beside the gradient's."""
+    """Return cosines, sizes relative to the gradient's, and the size of the gradient."""
     grad = grad.double()
     updates = {name: temper(grad, tau, n_iter) for name, (tau, n_iter) in VARIANTS.items()}
     found = {f"cos({name}, gradient)": cosine(update, grad) for name, update in updates.items()}

@@ -22,8 +22,8 @@ first k directions are lowered to the level ℓ of the next one:
 Each term has a reason:
 
 - :math:`b_{k+1}` keeps the order of the directions: no column of B becomes shorter than the next.
-- The second term is the mean square of the other singular values; the largest of them is never
-  smaller. It matters if Ω happens to miss the next direction.
+- The second term is the mean square of the other singular values, which is never more than the
+  square of the largest of them. This term matters if Ω happens to miss the next direction.
 - The third term matters if X has at most k directions. The other directions then consist of
   rounding errors, which must not be amplified.
 
@@ -44,7 +44,8 @@ from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
-# Returns a computation for `sinkgd.exchange` that adds up float64 tensors, in place or not.
+# Returns a computation for `sinkgd.exchange` that adds up float64 tensors over ranks, in place or
+# not.
 Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
 
 # No direction is lowered below this fraction of the longest one. Gradients in bfloat16 have
@@ -53,9 +54,9 @@ LEAST_LEVEL = 2.0**-6
 # Added to the Gram matrix of k vectors, relative to its trace, so that it always has a Cholesky
 # factor.
 _RIDGE = 2.0**-48
-# A direction of Z that is shorter than this fraction of Z's Frobenius norm counts as zero. It is
-# far below the least level, and with float32 products the error of its column of B is at best
-# 2^-24 · 2^9, relative to the longest column.
+# A direction of Z that is shorter than this fraction of Z's Frobenius norm counts as zero. Such a
+# direction is far below the least level. With float32 products, the error of its column of B is at
+# least 2^-24 · 2^9, relative to the longest column.
 _SHORTEST = 2.0**-9
 # The fractional part of the golden ratio is far from all simple fractions, so that the sines of its
 # multiples by the squares 1, 4, 9, … do not repeat.
@@ -156,7 +157,10 @@ class Products(Protocol):
         ...
 
     def squares(self) -> list[Tensor]:
-        """Return the square of each Frobenius norm, ``(..., 1, 1)``, known after both products."""
+        """Return the square of each Frobenius norm, ``(..., 1, 1)``.
+
+        Call it after `of_both`, or after both `of_rows` and `of_cols`.
+        """
         ...
 
 
@@ -232,9 +236,10 @@ def check_rank(rank: int) -> None:
 
 
 def deflate_(x: Tensor, rank: int) -> None:
-    """Lower the leading singular values of each matrix of ``(..., m, n)``, not empty, in place.
+    """Lower the leading singular values of each matrix of ``(..., m, n)`` in place.
 
-    The squares of its entries must be in range, and its memory layout that of `matrix_buffer`.
+    ``x`` must not be empty, the squares of its entries must be in range, and its memory layout must
+    be that of `matrix_buffer`.
     """
     m, n = x.shape[-2:]
     k = min(rank, m - 1, n - 1)
@@ -258,7 +263,7 @@ def find_leading(
     Args:
         products: Products of the matrices, or of this rank's shards of them. The squares of their
             entries must be in range.
-        blocks: Ω of each matrix, ``(..., n, k + 1)`` float64; only its rows for this rank's
+        blocks: Ω of each matrix, ``(..., n, k + 1)`` float64, where n counts only this rank's
             columns.
         shapes: m and n of the whole matrices; k is less than both.
         over_rows: Adds up, over ranks, sums along columns.
@@ -294,7 +299,7 @@ def find_leading(
 class PackedLeading(NamedTuple):
     """What deflation subtracts from many matrices, and the size of what remains."""
 
-    taken: Packed  # k + 1 vectors of each matrix; times ``factors`` they are the left side
+    taken: Packed  # k + 1 vectors of each matrix; multiplied by ``factors``, they are the left side
     factors: Tensor  # (matrices, k + 1, k + 1); the last column is zero
     right: Packed
     square: Tensor  # square of the Frobenius norm of what remains, (matrices, 1, 1)
@@ -361,7 +366,7 @@ def at_once(
     """Apply a function of small matrices to lists of them, with one call per width.
 
     Args:
-        function: Takes a tensor ``(..., a, b)`` of each list, and returns two of that form.
+        function: Takes one tensor ``(..., a, b)`` from each list, and returns two such tensors.
         numbers: Lists of equal length; the first one determines the width b.
     """
     kinds: dict[int, list[int]] = {}
@@ -392,8 +397,8 @@ def _in_batches(x: Tensor, batch: torch.Size) -> Tensor:
 def invert_root(gram: Tensor, shortest: float = _SHORTEST) -> tuple[Tensor, Tensor]:
     """Invert the upper Cholesky factor R of the Gram matrix ``(..., k, k)`` of k vectors.
 
-    If the vectors span fewer than k directions, vectors divided by R are shorter than 1 along the
-    others.
+    If the vectors span k directions, the vectors divided by R are orthonormal; otherwise, some of
+    the divided vectors are shorter than 1.
 
     Returns:
         The inverse, and the same with zeros for directions no longer than ``shortest``, relative to

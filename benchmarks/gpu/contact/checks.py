@@ -13,7 +13,7 @@ from sinkgd.kernels import select
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 ITERATIONS, RANK = 5, 15
-ROWS = 4096  # of a matrix that are looked at in float64 at a time
+ROWS = 4096  # rows of a matrix that are compared in float64 at a time
 
 
 def section(*, tiny: bool) -> Section:
@@ -36,7 +36,7 @@ def section(*, tiny: bool) -> Section:
 def reference_scales(grad: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
     """Return r ``(..., m, 1)`` and c ``(..., 1, n)`` in float64, by the two matrix products.
 
-    Every iteration sets r² = n / (S c²) and c² = m / (Sᵀ r²), S the squares of the gradient.
+    Every iteration sets r² = n / (S c²) and c² = m / (Sᵀ r²), where S is the squared gradient.
     """
     *batch, m, n = grad.shape
     c2 = torch.ones(*batch, 1, n, dtype=torch.float64, device=grad.device)
@@ -160,7 +160,7 @@ def deflated(setting: Setting) -> Iterator[Row]:
 
 
 def weighted_sums(setting: Setting) -> Iterator[Row]:
-    """Compare the row and column sums that ranks of a mesh exchange with those in float64."""
+    """Compare the row and column sums that ranks of a mesh exchange with float64 sums."""
     backend = select("auto", setting.device)
     for dtype in DTYPES:
         for name, lay in LAYOUTS.items():
@@ -187,7 +187,7 @@ def weighted_sums(setting: Setting) -> Iterator[Row]:
 
 
 def non_finite(setting: Setting) -> Iterator[Row]:
-    """One bad entry keeps its parameter as it was, and the next step hears of it."""
+    """One bad entry leaves its parameter unchanged, and `skipped` counts it."""
     for bad in (float("nan"), float("inf"), float("-inf")):
         for rank in (0, RANK):
             grad = _draw(setting, torch.bfloat16, _shapes(setting)[0])
@@ -209,7 +209,7 @@ def stochastic(setting: Setting) -> Iterator[Row]:
         bits = {"rounding": "stochastic", "seed": 7}
         one, other = (stepped(grad, backend, **bits) for backend in ("auto", "eager"))
         differing = int((one != other).sum())
-        # Scales differ by some 1e-7, so an entry in 1e5 may lie on the other side of its draw.
+        # Scales differ by about 1e-7, so one entry in 1e5 may lie on the other side of its draw.
         status = "ok" if differing <= 1e-4 * one.numel() else "wrong"
         yield {"status": status, "differing": differing, "entries": one.numel()}
 
@@ -230,7 +230,7 @@ def tf32(setting: Setting) -> Iterator[Row]:
 
 
 def autocast(setting: Setting) -> Iterator[Row]:
-    """A step inside autocast is that outside."""
+    """A step inside autocast equals one outside."""
     grad = _draw(setting, torch.float32, _shapes(setting)[0])
     for backend in ("auto", "eager"):
         for rank in (0, RANK):
@@ -242,7 +242,7 @@ def autocast(setting: Setting) -> Iterator[Row]:
 
 
 def side_stream(setting: Setting) -> Iterator[Row]:
-    """A step on another stream gives the same bits, also right after one on the first stream."""
+    """A step on another stream gives the same bits, even right after one on the first stream."""
     need_gpu(setting)
     grad = _draw(setting, torch.bfloat16, _shapes(setting)[-1])
     for rank in (0, RANK):

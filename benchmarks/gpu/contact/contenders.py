@@ -60,7 +60,7 @@ class Contender(NamedTuple):
 
     name: str
     build: Callable[[list[nn.Parameter], Setting], Step]
-    passes: float | None = None  # over the matrices, where they are streamed; None where unknown
+    passes: float | None = None  # over matrices that do not fit a cache; None if unknown
     captures: bool = True  # whether its step may go into a CUDA graph
 
 
@@ -80,7 +80,7 @@ def _ours(*, iterations: int = 5, rank: int = 0, backend: str = "auto") -> Calla
 
 
 def _former(way: str, *, rank: int = 0) -> Callable[..., Step]:
-    """Return what builds our step with a way of the backend's turned off, as it was before."""
+    """Return a function that builds our step with one fast path of the backend turned off."""
 
     def build(params: list[nn.Parameter], setting: Setting) -> Step:
         backend = next(one for one in backends() if isinstance(one, TritonBackend))
@@ -133,7 +133,7 @@ DEFLATED_COPIES = Contender("deflated copies", _former("products_by_dot", rank=1
 EAGER = Contender("sinkgd eager", _ours(backend="eager"))
 DEFLATED_EAGER = Contender("deflated eager", _ours(rank=15, backend="eager"))
 MUON = Contender("muon", _muon)
-PEER = Contender("peer triton", _peer, 33)  # a half step reads twice and writes
+PEER = Contender("peer triton", _peer, 33)  # each half step reads twice and writes once
 COMPILED = Contender("compiled loop", _loop(compiled_step), captures=False)
 NAIVE = Contender("naive loop", _loop(naive_step), 40)
 

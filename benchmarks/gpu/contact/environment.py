@@ -72,7 +72,7 @@ def _clocks() -> str:
 
 
 def _sizes(setting: Setting) -> list[int]:
-    """Return bytes of buffers that fit the L2 of a GPU, and of ones that do not."""
+    """Return the bytes of buffers, some of which fit the L2 cache of a GPU."""
     if setting.tiny:
         return [1 << 16, 1 << 18]
     return [4 << 20, 8 << 20, 16 << 20, 24 << 20, 1 << 30, 4 << 30]
@@ -89,7 +89,7 @@ def copy_rate(setting: Setting) -> Iterator[Row]:
 
 
 def read_rate(setting: Setting) -> Iterator[Row]:
-    """Add up one buffer; of small ones this reads the L2 again and again."""
+    """Add up one buffer; a small one is read from the L2 cache again and again."""
     for size in _sizes(setting):
         source = torch.randn(size // 4, dtype=torch.float32, device=setting.device)
         timing = time_each(lambda a=source: a.sum(), setting.device)  # type: ignore[misc]
@@ -111,7 +111,7 @@ def product_rate(setting: Setting) -> Iterator[Row]:
 
 
 def launch_cost(setting: Setting) -> Iterator[Row]:
-    """Launch a kernel of next to no work many times: by the host, and from a graph."""
+    """Launch a kernel that does next to nothing many times: by the host, and from a graph."""
     small = torch.zeros(32, dtype=torch.float32, device=setting.device)
     count = 20 if setting.tiny else 1000
 
@@ -131,7 +131,7 @@ def launch_cost(setting: Setting) -> Iterator[Row]:
 
 
 def backends(setting: Setting) -> Iterator[Row]:
-    """Say which backend ``auto`` takes, and why not the others."""
+    """Say which backend ``auto`` takes, and why it does not take the others."""
     from sinkgd.kernels import describe, select  # noqa: PLC0415 - its failure is this item's
 
     yield {

@@ -1,4 +1,4 @@
-"""What may go wrong on a GPU alone; each item has a process of its own."""
+"""What may go wrong only on a GPU; each item has a process of its own."""
 
 import tempfile
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def _optimizer(params: list[nn.Parameter], rank: int = 0, **options: Any) -> sin
 
 
 def _after(setting: Setting, steps: int, rank: int = 0) -> list[nn.Parameter]:
-    """Return parameters after so many ordinary steps."""
+    """Return parameters after ``steps`` ordinary steps."""
     params = _params(setting)
     optimizer = _optimizer(params, rank)
     for _ in range(steps):
@@ -67,7 +67,7 @@ def _after(setting: Setting, steps: int, rank: int = 0) -> list[nn.Parameter]:
 
 
 def _compared(found: list[nn.Parameter], expected: list[nn.Parameter], **values: object) -> Row:
-    """Return whether parameters agree, within float32."""
+    """Return a row that says whether parameters agree within the precision of float32."""
     error = max(
         float((a.detach() - b.detach()).norm() / b.detach().norm())
         for a, b in zip(found, expected, strict=True)
@@ -83,7 +83,7 @@ def _graph(optimizer: sinkgd.SinkGD, warm: int) -> torch.cuda.CUDAGraph:
             optimizer.step()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    optimizer.skipped()  # pending flags are another item's
+    optimizer.skipped()  # another item captures with pending flags
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
@@ -91,7 +91,7 @@ def _graph(optimizer: sinkgd.SinkGD, warm: int) -> torch.cuda.CUDAGraph:
 
 
 def two_graphs(setting: Setting) -> Iterator[Row]:
-    """Capture twice with the same addresses; replay in both orders, and without the first."""
+    """Capture two graphs with the same addresses; replay both in any order, or the second alone."""
     need_gpu(setting)
     for order in ("01", "10", "0110", "drop the first, 1"):
         params = _params(setting)
@@ -134,7 +134,7 @@ def deflated_capture(setting: Setting) -> Iterator[Row]:
 
 
 def no_synchronisation(setting: Setting) -> Iterator[Row]:
-    """Step while whatever waits for the device is an error."""
+    """Step while torch raises an error for whatever waits for the device."""
     need_gpu(setting)
     model = models.small_model(setting.device)
     models.loss_of(model, models.small_tokens(setting.device)).backward()  # type: ignore[no-untyped-call]
@@ -157,7 +157,7 @@ def no_synchronisation(setting: Setting) -> Iterator[Row]:
 
 
 def memory_stays(setting: Setting) -> Iterator[Row]:
-    """Step with gradients at new addresses; nothing piles up."""
+    """Step with gradients at new addresses; the memory in use does not grow."""
     need_gpu(setting)
     for rank in RANKS:
         params = _params(setting)
@@ -174,7 +174,7 @@ def memory_stays(setting: Setting) -> Iterator[Row]:
 
 
 def grad_scaler(setting: Setting) -> Iterator[Row]:
-    """An overflow is left out and halves the scale; the next step is as without a scaler."""
+    """A step with an overflow is skipped and halves the scale; the next equals an unscaled one."""
     for rank in RANKS:
         params = _params(setting)
         optimizer = _optimizer(params, rank)
@@ -199,7 +199,7 @@ def grad_scaler(setting: Setting) -> Iterator[Row]:
 
 
 def release(setting: Setting) -> Iterator[Row]:
-    """Steps inside backward are ordinary steps."""
+    """Steps inside backward give the same weights as ordinary steps."""
     tokens = models.small_tokens(setting.device)
     found, expected = models.small_model(setting.device), models.small_model(setting.device)
     for model, trainer in (
@@ -224,7 +224,7 @@ def _mesh(setting: Setting) -> DeviceMesh:
 
 
 def fsdp2(setting: Setting) -> Iterator[Row]:
-    """Shard a model on a mesh of one; steps are those of the model itself."""
+    """Shard a model on a mesh of one; its steps equal those of the unsharded model."""
     mesh = _mesh(setting)
     try:
         for name, make in (("plain", models.plain), ("deflated", models.deflated)):

@@ -44,7 +44,7 @@ class Item(NamedTuple):
 
 
 def patient(items: Iterable[Item]) -> tuple[Item, ...]:
-    """Give items the time to compile some dozens of kernels, several processes at once."""
+    """Give items the time to compile dozens of kernels while other processes do the same."""
     return tuple(item._replace(limit=120.0) for item in items)
 
 
@@ -52,10 +52,10 @@ class Section(NamedTuple):
     """Items that share a time budget."""
 
     name: str
-    seconds: float  # of a budget of `BUDGET`
+    seconds: float  # its share of a budget of `BUDGET` seconds
     items: tuple[Item, ...]
-    at_once: int = 1  # over 1: a process for each item, so many at a time
-    timed: bool = True  # False: sections that time nothing run beside each other, at first
+    at_once: int = 1  # above 1: each item has its own process, and this many run at a time
+    timed: bool = True  # False: it times nothing, and runs first, beside others of this kind
 
 
 class Skipped(Exception):  # noqa: N818 - not an error
@@ -73,7 +73,7 @@ def need_gpu(setting: Setting) -> None:
 
 
 class Rows:
-    """A file of JSON lines; each is written before the next thing happens."""
+    """A file of JSON lines; each is in the file when `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,7 +89,7 @@ class Rows:
             os.close(descriptor)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all rows; a line that a killed process left unfinished is passed over."""
+        """Return all rows; a line that a killed process left unfinished is marked unreadable."""
         if not self.path.exists():
             return []
         found = []
@@ -111,11 +111,11 @@ def run_items(
         first: Index of the first item to run.
         beyond: Index of the first item not to run.
         setting: Handed to every item.
-        say: Is told ``start N`` and ``end N``; whoever watches this process listens to it.
+        say: Called with ``start N`` and ``end N``, for the process that watches this one.
 
     Returns:
-        0, or `CONTEXT_LOST` where only a new process can go on: an error may have left a GPU, or
-        torch's view of it, in any state.
+        0, or `CONTEXT_LOST` if only a new process can go on, because an error may have left a GPU,
+        or torch's view of it, in any state.
     """
     rows = Rows(setting.out / "rows.jsonl")
     for index in range(first, beyond):
@@ -130,7 +130,7 @@ def run_items(
 
 
 def run_item(section: Section, item: Item, setting: Setting, rows: Rows) -> bool:
-    """Write the rows of one item, or a row of how it failed; return whether it did not fail."""
+    """Write the rows of one item, or a row that says how it failed; return False if it failed."""
     begin = time.monotonic()
     try:
         for row in item.run(setting):

@@ -1,4 +1,4 @@
-"""Each kernel of a step: its time, the bytes a second, and what ``ncu`` reads of it."""
+"""Each kernel of a step: its time, its bytes per second, and what ``ncu`` measures of it."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ def section(*, tiny: bool) -> Section:
 
 
 class _Profile:
-    """Profiles one step, and sets each kernel's time against a pass over the matrices."""
+    """Profiles one step, and compares each kernel's time with that of a pass over the matrices."""
 
     def __init__(self, workload: Workload, dtype: torch.dtype, contender: str) -> None:
         self.workload, self.dtype, self.contender = workload, dtype, contender
@@ -67,7 +67,7 @@ class _Profile:
 
 
 class _Ncu:
-    """Runs one step of a llama-1b layer under ``ncu``; its three slowest kernels are rows."""
+    """Runs one step of a llama-1b layer under ``ncu``; yields a row for each slow kernel."""
 
     def __init__(self, contender: str) -> None:
         self.contender = contender
@@ -88,9 +88,10 @@ class _Ncu:
 
 
 def ncu_command(ncu: str, contender: str) -> list[str]:
-    """Return the command that measures the kernels of one step, clocks and caches left as they are.
+    """Return the command that measures the kernels of one step with normal clocks and caches.
 
-    By default ``ncu`` empties the L2 before each kernel, and then no bucket would be found there.
+    By default ``ncu`` empties the L2 cache before each kernel, so that no kernel would find its
+    bucket there.
     """
     script = Path(__file__).parent.parent / "first_contact.py"
     return [
@@ -116,7 +117,7 @@ def step_under_ncu(contender: str) -> None:
 
 
 def read_ncu(text: str) -> list[dict[str, object]]:
-    """Return a row a kernel launch from the CSV that ``ncu`` prints between its remarks."""
+    """Return a row for each kernel launch from the CSV that ``ncu`` prints between its remarks."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     found: dict[str, dict[str, object]] = {}
     for cells in csv.DictReader(io.StringIO("\n".join(lines))):
@@ -131,7 +132,7 @@ def _number(text: str) -> float | None:
     try:
         return float(text.replace(",", ""))
     except ValueError:
-        return None  # "n/a" where the counter is not to be had
+        return None  # "n/a" if the counter is not available
 
 
 def slowest(rows: list[dict[str, object]], count: int) -> list[dict[str, object]]:

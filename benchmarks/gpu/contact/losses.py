@@ -1,4 +1,4 @@
-"""Losses: float32 steps of the nano model against the CPU's, and llama-9m on a text."""
+"""Losses: float32 steps of the nano model compared with a CPU's, and llama-9m on a text."""
 
 import math
 import time
@@ -21,8 +21,8 @@ ARMS: dict[str, Make] = {
     "deflated": models.deflated,
 }
 BATCH, TIME = 64, 256  # of llama-9m: 16,384 tokens a step
-WARM_UP, CHUNKS = 0.1, 10  # share of the steps; evaluations
-TRIAL_STEPS = (4, 8)  # of a trial of each arm's speed: to warm up, and timed
+WARM_UP, CHUNKS = 0.1, 10  # share of the steps for the warm-up; number of evaluations
+TRIAL_STEPS = (4, 8)  # steps that try each arm's speed: to warm up, and timed
 
 
 def nano_section(*, tiny: bool) -> Section:
@@ -44,7 +44,7 @@ class _AgainstCpu:
         self.preset, self.steps, self.make = preset, steps, make
 
     def __call__(self, setting: Setting) -> Iterator[Row]:
-        # The plain backend: the compiled one would take a while to compile.
+        # The CPU takes the eager backend, since the compiled one would take a while to compile.
         here = self._losses(torch.device("cpu"), "eager")
         there = self._losses(setting.device, "auto")
         worst = max(abs(a - b) for a, b in zip(here, there, strict=True))
@@ -86,7 +86,7 @@ def read_tokens(path: Path) -> tuple[Tensor, Tensor]:
 
 
 class _Arm:
-    """A model in training on the text, with its own time."""
+    """A model that trains on the text, and the seconds that its training has taken."""
 
     def __init__(self, name: str, make: Make, vocab: int, setting: Setting) -> None:
         preset = "llama-nano-64" if setting.tiny else "llama-9m"
@@ -99,7 +99,7 @@ class _Arm:
         self.seconds, self.step = 0.0, 0
 
     def train(self, batches: list[Tensor], steps: int) -> None:
-        """Step on each batch, by a cosine of ``steps``."""
+        """Take a step on each batch; rates follow a warm-up and a cosine over ``steps`` steps."""
         begin = time.perf_counter()
         for tokens in batches:
             warm = min(1.0, (self.step + 1) / max(1.0, WARM_UP * steps))
@@ -150,7 +150,7 @@ def on_text(setting: Setting) -> Iterator[Row]:
 
 
 def _steps(train: Tensor, vocab: int, setting: Setting) -> int:
-    """Return how many steps each arm may take, from the speed of a few."""
+    """Return how many steps each arm may take, estimated from the speed of a few steps."""
     if setting.tiny:
         return CHUNKS
     text = models.batches(train, BATCH, TIME, seed=2)

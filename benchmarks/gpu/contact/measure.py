@@ -1,6 +1,7 @@
 """Timers that mean the same on a GPU and a CPU, and counts of launches and bytes.
 
-On a GPU a duration is that between two CUDA events; on a CPU that of a clock.
+A duration is the time between two CUDA events on a GPU, and between two readings of a clock on a
+CPU.
 """
 
 import statistics
@@ -48,7 +49,7 @@ class Timing(NamedTuple):
     repeats: int
 
     def row(self, prefix: str = "") -> dict[str, float]:
-        """Return it as values of a row."""
+        """Return the timing as values of a row."""
         return {
             f"{prefix}ms": round(self.median, 5),
             f"{prefix}ms_fastest": round(self.fastest, 5),
@@ -83,10 +84,10 @@ def time_work(
 
 
 def time_each(work: Work, device: torch.device, *, calls: int = 20) -> Timing:
-    """Return how long the device takes for ``work`` where the host is not in its way.
+    """Return how long the device takes for ``work`` if it need not wait for the host.
 
-    On a GPU so many calls are one graph: work of a few microseconds ends before the host has
-    launched the next.
+    On a GPU, ``calls`` calls become one graph: otherwise, work of a few microseconds would end
+    before the host has launched the next call.
     """
     if device.type != "cuda":
         return time_work(work, device)
@@ -101,7 +102,7 @@ def time_each(work: Work, device: torch.device, *, calls: int = 20) -> Timing:
 
 
 def time_host(work: Work, device: torch.device, *, repeats: int = 5) -> Timing:
-    """Return how long the host is busy with ``work``; the device may still be at it afterwards."""
+    """Return how long the host is busy with ``work``; the device may still work afterwards."""
     durations = []
     for _ in range(repeats):
         synchronize(device)
@@ -113,7 +114,7 @@ def time_host(work: Work, device: torch.device, *, repeats: int = 5) -> Timing:
 
 
 def capture(work: Work, device: torch.device) -> torch.cuda.CUDAGraph:
-    """Return ``work`` as a CUDA graph; it runs once before, on the stream of the capture."""
+    """Return ``work`` as a CUDA graph; before, it runs once on the stream of the capture."""
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -130,7 +131,7 @@ def capture(work: Work, device: torch.device) -> torch.cuda.CUDAGraph:
 def settle(work: Work) -> None:
     """Let an optimizer of the library read the flags of its last step.
 
-    What a capture does while they are pending is an item of its own, among the hazards.
+    An item of `hazards` tries a capture while these flags are pending.
     """
     skipped = getattr(getattr(work, "__self__", None), "skipped", None)
     if skipped is not None:
@@ -146,7 +147,7 @@ class Launch(NamedTuple):
 
 
 def profile_kernels(work: Work, device: torch.device) -> list[Launch]:
-    """Return the kernels of ``work`` with their time, the slowest first; on a CPU its operators."""
+    """Return the kernels of ``work`` (operators, on a CPU) with their time, the slowest first."""
     _start_profiler(device)
     synchronize(device)
     on_gpu = device.type == "cuda"
@@ -166,7 +167,7 @@ def profile_kernels(work: Work, device: torch.device) -> list[Launch]:
 
 
 def _is_label(event: Any) -> bool:
-    """Whether it only names a range of others, as ``Optimizer.step`` does."""
+    """Whether an event only names a range of other events, as ``Optimizer.step`` does."""
     marked = bool(getattr(event, "is_user_annotation", False))
     return marked or event.name.startswith(("Optimizer.", "ProfilerStep"))
 
@@ -189,7 +190,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Return the bytes that tensors on a GPU hold, and start to look for a new peak."""
+    """Return the bytes that tensors on a GPU hold, and reset the peak."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)

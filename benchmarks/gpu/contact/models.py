@@ -9,13 +9,14 @@ from torch import Tensor, nn
 import sinkgd
 from sinkgd.lab.models import LanguageModel, build_model
 
-# Rates of the study table1: AdamW's at batches of this project's size, and the plain hybrid's.
+# From the study table1: AdamW's rate at batches of this project's size, and the ``matrix_lr_scale``
+# of SinkGD without deflation.
 ADAMW_LR, PLAIN_MATRIX_LR_SCALE = 6e-3, 0.05
 BETAS = (0.9, 0.95)
 
 
 def small_model(device: torch.device) -> LanguageModel:
-    """Return the smallest preset with a small vocabulary, of the same weights everywhere."""
+    """Return the smallest preset with a small vocabulary, and equal weights on every device."""
     return build_model("llama-nano-64", vocab_size=256, max_sequence_length=64).to(device)
 
 
@@ -28,7 +29,7 @@ def small_tokens(device: torch.device, seed: int = 0) -> Tensor:
 def random_model(
     preset: str, dtype: torch.dtype, device: torch.device, *, max_sequence_length: int
 ) -> LanguageModel:
-    """Return a model whose weights are drawn on the device: 7b in a moment."""
+    """Return a model whose weights are drawn on the device, which is fast even for 7b."""
     with torch.device("meta"):
         model = build_model(preset, max_sequence_length=max_sequence_length)
     model = model.to(dtype).to_empty(device=device)
@@ -43,7 +44,7 @@ def random_model(
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the mean loss of each next token, ``tokens`` of shape (batch, time + 1)."""
+    """Return the mean loss of each next token; ``tokens`` has shape (batch, time + 1)."""
     logits: Tensor = model(tokens[:, :-1])
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
@@ -55,7 +56,7 @@ class Trainer(NamedTuple):
     optimizers: tuple[torch.optim.Optimizer, ...]
 
     def set_factor(self, factor: float) -> None:
-        """Set every group's learning rate to ``factor`` times what it was at first."""
+        """Set every group's learning rate to ``factor`` times its first value."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("first_lr", group["lr"]) * factor
@@ -67,7 +68,7 @@ class Trainer(NamedTuple):
 
 
 def adamw(model: nn.Module, backend: str = "auto") -> Trainer:
-    """Return AdamW, fused, for all parameters; it knows no backends."""
+    """Return AdamW, fused, for all parameters; ``backend`` has no effect."""
     del backend
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=ADAMW_LR, betas=BETAS, weight_decay=0.0, fused=True

@@ -1,8 +1,8 @@
-"""SR-Sinkhorn as others write it: every half step writes the iterate back.
+"""SR-Sinkhorn as others write it: every half step writes the iterate back to memory.
 
-`peer_step` is a Triton loop of our own that does what axolotl's does: a scratch matrix in the
-gradient's dtype, read and written by each half step. `naive_step` is the textbook loop in torch,
-for ``torch.compile``. Neither shares code with the library.
+`peer_step` is a Triton loop of our own that works like axolotl's: each half step reads and writes a
+scratch matrix in the gradient's dtype. `naive_step` is the textbook loop in torch, for
+``torch.compile``. Neither shares code with the library.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-COLUMNS = 32  # columns of a program: a run of 64 bytes of bfloat16
+COLUMNS = 32  # columns per program: 64 consecutive bytes of bfloat16
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The table of steps: every contender on the matrices of LLaMAs, one in memory at a time."""
+"""The table of steps: contenders on the matrices of LLaMAs, one contender in memory at a time."""
 
 from collections.abc import Iterator
 
@@ -40,7 +40,7 @@ from contact.measure import (
 
 BF16, F32 = torch.bfloat16, torch.float32
 FEW = (ADAMW, PLAIN, HALVES, DEFLATED, PLAIN_1, PEER, MUON)
-# In the order of what is wanted most, as time may run out.
+# The most important measurements come first, as time may run out.
 PLAN: tuple[tuple[Workload, torch.dtype, tuple[Contender, ...]], ...] = (
     (LAYER, BF16, ALL),
     (B1, BF16, USUAL),
@@ -55,7 +55,7 @@ PLAN: tuple[tuple[Workload, torch.dtype, tuple[Contender, ...]], ...] = (
     (M130, F32, FEW),
 )
 MOST_FAILURES = 2  # after which a contender is left out
-GRAPH_BYTES = 8 << 30  # of gradients: larger steps hide their launches anyway
+GRAPH_BYTES = 8 << 30  # of gradients, at most; larger steps hide their launches anyway
 
 
 def section(*, tiny: bool) -> Section:

@@ -19,7 +19,7 @@ def section() -> Section:
 
 
 def files() -> list[str]:
-    """Return the test files with a test that is marked ``gpu``, those of the laboratory apart."""
+    """Return the test files with a test that is marked ``gpu``, except the laboratory's."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name = path.relative_to(ROOT).as_posix()
@@ -29,7 +29,7 @@ def files() -> list[str]:
 
 
 def command(names: list[str], *more: str) -> list[str]:
-    """Return the command; it needs none of the plugins that pyproject.toml names options of."""
+    """Return the command, which needs none of the plugins whose options pyproject.toml sets."""
     parallel = importlib.util.find_spec("xdist") is not None
     has_timeout = importlib.util.find_spec("pytest_timeout") is not None
     return [
@@ -44,7 +44,7 @@ def command(names: list[str], *more: str) -> list[str]:
 
 
 def run_tests(setting: Setting) -> Iterator[Row]:
-    """Run them, and return how many passed and which did not."""
+    """Run the tests, and return how many passed and which did not."""
     names = files()
     limit = max(5.0, setting.left())
     try:

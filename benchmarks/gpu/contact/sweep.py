@@ -47,7 +47,7 @@ def section(*, tiny: bool) -> Section:
 
 
 def compile_section(*, tiny: bool) -> Section:
-    """Return the section that compiles what others time; triton keeps it on disk."""
+    """Return the section that compiles what other sections time; triton keeps it on disk."""
     workloads = (TINY,) if tiny else (LAYER, M60)
     items = [
         Item(f"{name} {workload.name}: {contender.name}", _Compile(workload, dtype, contender), 150)
@@ -71,9 +71,9 @@ def triton_modules() -> dict[str, ModuleType]:
 
 @contextmanager
 def changed(**constants: int) -> Iterator[list[str]]:
-    """Set constants in every module of the backend that has them; yield where that was.
+    """Set constants in every module of the backend that has them; yield the names that were set.
 
-    Plans and compiler options that were kept are forgotten, before and after.
+    Cached plans and compiler options are cleared before and afterwards.
     """
     modules = triton_modules()
     with ExitStack() as stack:
@@ -98,7 +98,7 @@ def _tile(area: int, threads: int) -> dict[str, int]:
 
 @contextmanager
 def buckets_of(room: int) -> Iterator[list[str]]:
-    """Let a bucket hold ``room`` bytes of gradients; yield where that was set."""
+    """Let a bucket hold ``room`` bytes of gradients; yield the names that were set."""
     backend = triton_modules()["backend"]
     with ExitStack() as stack:
         found = []

@@ -10,7 +10,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def table(rows: Rows) -> str:
-    """Return the table; what did not go right comes first, as the end of it may be cut."""
+    """Return the table; failures come first, because the end of the table may be cut off."""
     parts = [
         [*_bad(rows, 12)],
         [*_environment(rows)],
@@ -76,7 +76,7 @@ def _counts(rows: Rows) -> Iterator[str]:
 
 
 def _steps(rows: Rows) -> Iterator[str]:
-    """Each workload's contenders as multiples of AdamW, by the device's time and in a graph."""
+    """Yield contenders' times as multiples of AdamW's for each workload, also in a graph."""
     by_workload: dict[str, dict[str, dict[str, Any]]] = {}
     for row in _of(rows, "steps"):
         name = f"{row['workload']} {row['dtype']}"

@@ -33,7 +33,7 @@ class Size(NamedTuple):
     recompute: bool = False
 
 
-# 7b goes before what is left, as its two steps settle whether it fits.
+# 7b comes before the remaining sizes, as its two steps show whether it fits.
 SIZES = (
     Size("llama-60m", 32, 512, 8, ("adamw", "plain", "deflated", "muon", "released")),
     Size("llama-1b", 8, 512, 6, ("adamw", "plain", "deflated", "released")),
@@ -55,7 +55,7 @@ def section(*, tiny: bool) -> Section:
 
 
 class _Train:
-    """Trains one model with one optimizer for some steps, after two that warm it up."""
+    """Trains one model with one optimizer, after two warm-up steps (none for 7b)."""
 
     def __init__(self, size: Size, trainer: str) -> None:
         self.size, self.trainer = size, trainer

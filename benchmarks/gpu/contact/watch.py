@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from contact.items import CONTEXT_LOST, Rows, Section
 
-SECONDS_TO_START = 60.0  # of a process, and between items
+SECONDS_TO_START = 60.0  # that a process may take to start, or between items
 GRACE = 2.0  # seconds that an item may run over its section's deadline
 
 
@@ -25,19 +25,19 @@ class Watch(NamedTuple):
     command: Sequence[str]  # starts this script again; the section's arguments follow
     rows: Rows
     log: Path  # what the processes print
-    patience: float = 1.0  # times the limit of an item
+    patience: float = 1.0  # factor on the time limit of an item
 
 
 class Ended(NamedTuple):
     """How a process ended."""
 
     beyond: int  # the first item that it did not begin
-    status: str | None  # of the row of the item that it died in; None: as it should
+    status: str | None  # status of the item in which it died; None if it ended as it should
     why: str = ""
 
 
 def run_section(section: Section, seconds: float, watch: Watch) -> None:
-    """Run all items of a section that ``seconds`` leave time for; what goes wrong is a row."""
+    """Run as many items of a section as ``seconds`` allow; every failure becomes a row."""
     begin = time.monotonic()
     deadline = begin + seconds
     if section.at_once > 1:
@@ -52,7 +52,7 @@ def run_section(section: Section, seconds: float, watch: Watch) -> None:
 
 
 def run_together(sections: Sequence[Section], seconds: float, watch: Watch) -> None:
-    """Run sections beside each other, all of them for ``seconds``."""
+    """Run sections side by side, with ``seconds`` for each of them."""
     with ThreadPoolExecutor(len(sections)) as pool:
         list(pool.map(lambda section: run_section(section, seconds, watch), sections))
 
@@ -74,7 +74,7 @@ def _run_span(section: Section, span: tuple[int, int], deadline: float, watch: W
 
 
 def _run_process(section: Section, span: tuple[int, int], deadline: float, watch: Watch) -> Ended:
-    """Run items ``span`` in a process of their own until it ends, hangs or is out of time."""
+    """Run items ``span`` in one process until the process ends, hangs or is out of time."""
     first, beyond = span
     arguments = ["--section", section.name, "--span", f"{first}:{beyond}"]
     arguments += ["--deadline", f"{deadline:.2f}"]  # a clock that all processes share
@@ -106,7 +106,7 @@ def _follow(
     process: "subprocess.Popen[str]",
     said: "queue.Queue[str | None]",
 ) -> Ended:
-    """Listen to what a process says of its items until it ends, or has to."""
+    """Listen to what a process says of its items until it ends, hangs or is out of time."""
     begun, running = first, False
     item_ends = time.monotonic() + SECONDS_TO_START
     while True:

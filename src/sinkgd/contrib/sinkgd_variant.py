@@ -22,56 +22,60 @@ class SinkGDVariant(SinkGD):
 
     The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
     embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
-    2L + 1 half steps from rows to rows. They multiply its learning rate by 0.18. To use it, write
+    and 2L + 1 half steps, which begin and end with rows. These sources also multiply its learning
+    rate by 0.18. To use it, write
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh, ``tiny_rows``, an extra half step, ``operator_norm`` and ``constant_norm`` each add
     one message per step, and ``momentum_rank`` adds two. For a group that shards columns,
     ``operator_norm`` adds two, and ``weight_projection`` adds one. ``tiny_rows`` and
     ``momentum_rank`` copy gradients: they process 256 MiB at a time and send one set of messages
-    per chunk; so does ``constant_norm`` with momentum of the update. ``weight_projection`` and
-    ``constant_norm`` copy updates, 128 MiB at a time.
+    per chunk. ``constant_norm`` does the same with momentum of the update. ``weight_projection``
+    and ``constant_norm`` copy updates, 128 MiB at a time.
 
     Args:
         params: As in `SinkGD`.
         lr: As in `SinkGD`.
         sinkhorn_iterations: As in `SinkGD`.
-        warm_start: Start from the column scales of the last step. Fewer iterations then come as
-            close to the fixed point. Keeps n float32 of state per matrix.
+        warm_start: Start from the column scales of the last step, so that fewer iterations are
+            needed to come equally close to the fixed point. Keeps n float32 of state per matrix.
         momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
             ``"after"``: B averages the normalized updates, and the step goes along B. The
             root-mean-square of the step is then below 1.
-        momentum_bits: 32, or 8: B takes one byte per entry, if it averages updates. Copies B of a
-            few matrices at a time in float32.
-        momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient is replaced
-            by μPQᵀ + (1 − μ)G, of which PQᵀ is the part of rank r that the last step kept. The
-            gradient itself keeps its full rank. Keeps (m + n)·r float32 per matrix, with r at most
-            min(m, n); 0 keeps nothing. Copies the gradients of a few matrices at a time.
+        momentum_bits: Bits per entry of B: 32; or 8, only with ``momentum_place="after"``. With 8
+            bits, a step copies B of a few matrices at a time to float32.
+        momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient G is
+            replaced by the sum μPQᵀ + (1 − μ)G, where PQᵀ is the part of rank r that the last step
+            kept of its own sum. G itself keeps its full rank. Keeps (m + n)·r float32 per matrix,
+            with r at most min(m, n); 0 keeps nothing. Copies the gradients of a few matrices at a
+            time.
         low_rank_momentum: Decay rate μ of this memory, in [0, 1). Only used if ``momentum_rank`` is
             above 0.
-        last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, which iterates
-            columns first. Only the lengths of the last side are exact.
-        first: Side of the first half step. None means the side other than ``last``. The same side
-            as ``last`` adds a half step in front, 2L + 1 in all.
+        last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, with which an
+            iteration normalizes columns before rows. Only the lengths of the last side are exact.
+        first: Side of the first half step. None means the side other than ``last``. If ``first``
+            equals ``last``, an extra half step comes in front: 2L + 1 in all.
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
-            are left out, and not updated. Copies the gradients of a few matrices at a time.
+            are set to zero, and not updated. Copies the gradients of a few matrices at a time.
         tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
-        deflated_start: Where the search for the directions that ``deflated_rank`` lowers starts:
-            ``"fixed"``, from the same vectors in every step, without state; or ``"kept"``, from the
-            right directions of the last step. Keeps (k + 1)·n float32 per matrix, with k the rank.
+        deflated_start: Vectors from which deflation starts to search for directions:
+            ``"fixed"``, the same in every step, without state; or ``"kept"``, the right directions
+            of the last step. ``"kept"`` keeps (k + 1)·n float32 per matrix, where k is
+            ``deflated_rank``.
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
             value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
             longer a root-mean-square. With ``"muon"`` it is the largest change of an output for an
             input of root-mean-square 1. Keeps n float32 per matrix.
         weight_projection: Project each row of the update, an out-feature, off the same row of the
-            weight, and give it back its length. Rows of the weight then turn, and grow only by the
-            square of ``lr``. Keeps no state; copies the updates of a few matrices at a time.
-        constant_norm: Give each matrix, after every step, the Frobenius norm that it had before the
-            first. ``lr`` is then relative to the weights: the root-mean-square change of a weight,
-            divided by the root-mean-square of the weights. The update only gives the direction. A
-            matrix that is zero before its first step is updated as without the option. Does not
-            combine with ``weight_decay``. Keeps a float32 per matrix; copies the updates of a few
-            matrices at a time.
+            weight, and rescale it to its former length. A step then turns the rows of the weight;
+            their lengths grow only to second order in ``lr``. Keeps no state; copies the updates of
+            a few matrices at a time.
+        constant_norm: After every step, rescale each matrix to the Frobenius norm that it had
+            before the first step. ``lr`` is then relative to the weights: the root-mean-square
+            change of a weight, divided by the root-mean-square of the weights. The update only
+            gives the direction. A matrix that is zero before its first step is updated as without
+            the option. Does not combine with ``weight_decay``. Keeps a float32 per matrix; copies
+            the updates of a few matrices at a time.
         **options: All other arguments of `SinkGD`.
 
     Raises:

@@ -136,7 +136,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether ``x`` has values, or will have them when the step that is being compiled runs.
+    """Whether ``x`` has values or, while a step is compiled, will have them in the compiled step.
 
     Meta and fake tensors have none.
     """
@@ -212,7 +212,7 @@ def check_shards(name: str, param: Tensor, *, layout: str, split: Split) -> None
 
     Raises:
         ValueError: If ``param`` has a Partial placement, or ``split`` cannot cut its rows; the
-            message gives its name.
+            message gives the parameter's name.
     """
     if not is_dtensor(param):
         return
@@ -280,8 +280,8 @@ def shard_except(param: Tensor, whole_dims: Collection[int], numbers: Tensor) ->
 
     Args:
         param: A tensor of as many dimensions as ``numbers``.
-        whole_dims: The dimensions that stay whole: its rows for vectors along columns, its columns
-            for vectors along rows.
+        whole_dims: The dimensions that stay whole: the row dimensions of ``param`` for vectors
+            along columns, its column dimensions for vectors along rows.
         numbers: All numbers, the same on all ranks.
     """
     if not is_dtensor(param):

@@ -5,8 +5,8 @@ The rules, for every optimizer of this package:
 - A group's own value comes first, then the constructor's argument, then the default.
 - An argument that no group uses is an error, unless it equals what the groups have.
 - A group that has an option which its method does not have is an error.
-- An unknown argument is refused, with the nearest name in the error; so is a value of the wrong
-  kind, with the name of its argument.
+- An unknown argument is refused, with the nearest name in the error.
+- A value of the wrong kind is refused, with the name of its argument in the error.
 """
 
 import difflib
@@ -36,7 +36,8 @@ T = TypeVar("T")
 Check = Callable[[str, Any], None]
 
 COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise", "cautious_decay": False}
-# Common options that older checkpoints lack, with the values that have the effect of that time.
+# Common options that older checkpoints lack, each with the value that keeps the behavior with
+# which these checkpoints were written.
 ADDED_LATER: Mapping[str, Any] = {"cautious_decay": False}
 _RATES = ("lr", "weight_decay")
 
@@ -142,7 +143,7 @@ def options_of(algorithm: str) -> set[str]:
 
 
 def passed_of(arguments: Mapping[str, Any], none_means: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that were passed: None means "not passed" for ``none_means``."""
+    """Return the passed arguments; None means "not passed" for the names in ``none_means``."""
     return {k: v for k, v in arguments.items() if k not in none_means or v is not None}
 
 
@@ -174,8 +175,8 @@ def defaults_of_groups(
     """Return the optimizer's defaults in agreement with its groups.
 
     If every group sets an option to the same value, that value becomes the default. If learning
-    rates or weight decays differ, the default becomes the largest: in `param_groups` the rate of
-    AdamW. Schedulers that read ``optimizer.defaults["lr"]`` then scale every group alike.
+    rates or weight decays differ, the default becomes the largest value: with `param_groups`, this
+    is AdamW's rate. Schedulers that read ``optimizer.defaults["lr"]`` then scale every group alike.
 
     Args:
         defaults: The defaults of all arguments.
@@ -287,8 +288,8 @@ def _split(name: str, value: Any) -> None:
         )
 
 
-# The check of the kind of value of each option. Options whose values are strings, such as
-# ``rounding``, are not listed: methods compare these values with the allowed ones.
+# For each option, the function that checks the kind of its value. Options whose values are strings,
+# such as ``rounding``, are not listed: methods compare these values with the allowed ones.
 KINDS: Mapping[str, Check] = MappingProxyType(
     {
         **dict.fromkeys(("lr", "weight_decay"), _rate),
@@ -360,7 +361,7 @@ def unknown_name(
 
 
 def _nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return which of ``names`` a misspelled name, or one word of a name, may stand for."""
+    """Return the one of ``names`` that a misspelled or shortened ``name`` may stand for, if any."""
     names = list(names)
     if _SYNONYMS.get(name) in names:
         return _SYNONYMS[name]

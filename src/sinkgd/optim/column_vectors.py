@@ -1,4 +1,4 @@
-"""Vectors along the columns of each matrix of a parameter, such as a transform keeps in the state.
+"""Vectors along the columns of each matrix of a parameter, which transforms keep in the state.
 
 A tensor of such vectors has the parameter's shape, but its row dimension has k entries for each
 matrix of the parameter. It is sharded like the parameter, except along the row dimension, which is
@@ -21,7 +21,7 @@ from sinkgd.newton_schulz import or_one
 
 
 def shape_of_vectors(param: Tensor, layout: str, vectors: int) -> list[int]:
-    """Return the shape of a tensor of ``vectors`` vectors, those of all matrices together."""
+    """Return the shape of the tensor of all matrices' vectors, ``vectors`` of them in total."""
     (row_dim,), _ = dims_of(param.ndim, layout)
     return [vectors if dim == row_dim else size for dim, size in enumerate(param.shape)]
 
@@ -57,8 +57,9 @@ def normalized_block(block: Tensor, size: Tensor, spare: Tensor) -> Tensor:
     """Divide vectors by their sizes, and replace those of size 0.
 
     Args:
-        block: ``(..., n, k)``, only its rows for this rank's columns.
+        block: ``(..., n, k)``, where n counts only this rank's columns.
         size: Root-mean-square of each vector, over all ranks: ``(..., 1, k)``.
-        spare: Ω, of at least k vectors, the entries of which have nearly the same size.
+        spare: Ω with at least k vectors, which replace the vectors of size 0. All vectors of Ω have
+            nearly the same size.
     """
     return torch.where(size == 0, spare[..., : block.shape[-1]], block / or_one(size))

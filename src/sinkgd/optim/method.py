@@ -72,7 +72,7 @@ class Method(ABC):
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Update the parameters of ``slots``, all of one group and on one device.
 
-        A computation for `sinkgd.exchange`: all groups of a step run side by side.
+        The step is a computation for `sinkgd.exchange`, which runs all groups side by side.
 
         Returns:
             ``(slots,)`` bool, on their device: whether each gradient is finite. Parameters with a

@@ -66,5 +66,5 @@ class ProductsByChunks:
 
 
 def _zeros(stack: Stack, y: Tensor) -> Tensor:
-    """Return zeros ``(..., n, k)`` by which X can be multiplied, given ``y`` for Xᵀ."""
+    """Return zeros ``(..., n, k)`` to multiply X by, given the ``y`` that multiplies Xᵀ."""
     return y.new_zeros(*y.shape[:-2], stack.grads[0].shape[-1], y.shape[-1])

@@ -40,9 +40,9 @@ class SinkGD(GroupedOptimizer):
     all: matrices are updated as above, and gradients of vectors and scalars are divided by their
     root-mean-square.
 
-    A group may set its own value of every option, and of those of `SinkGDVariant`; `param_groups`
-    sets ``deflated_rank``. Disabled options add no cost. Of the options that change the update,
-    vectors support only momentum.
+    A group may set its own value of every option, and of every option of `SinkGDVariant`;
+    `param_groups` sets ``deflated_rank``. Disabled options add no cost. Of the options that change
+    the update, vectors support only momentum.
 
     On a mesh of devices a step sends L messages to each process group. Momentum adds one message,
     ``deflated_rank`` adds two, or four for a group that shards columns. No matrix is sent.
@@ -56,10 +56,11 @@ class SinkGD(GroupedOptimizer):
             of one element. Default: 1e-3.
         sinkhorn_iterations: Iterations L, at least 1. The paper uses 5.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
-        cautious_decay: Decay only entries that the update moves toward zero, too: those whose
+        cautious_decay: Decay only entries that the update also moves toward zero: those whose
             weight and update have the same sign (opposite signs with ``maximize``). An entry whose
-            update is zero does not decay; in the paper, Chen et al. 2025, it does. AdamW's groups
-            compare with Adam's direction. Keeps no state, and costs no pass over the weights.
+            update is zero does not decay; in the paper (Chen et al. 2025) it does. In AdamW's
+            groups, Adam's direction is compared with the weight. Keeps no state, and costs no pass
+            over the weights.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter unchanged, and count it in `skipped`).
@@ -73,17 +74,17 @@ class SinkGD(GroupedOptimizer):
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
-        nesterov: Normalize μB + (1 − μ)G instead.
+        nesterov: Normalize μB + (1 − μ)G instead of B.
         deflated_rank: Number k of the update's leading singular values that are lowered to the next
-            one; 0 lowers none. This whitens the largest directions, for two more passes over the
-            gradient and about 10 k flops per entry. Keeps no state. The ``eager`` backend makes
-            float32 copies of the gradients, 64 MiB at a time unless a single gradient is larger; so
-            does ``triton`` for more than 31 directions. Groups of `param_groups` set their own
-            rank. Default: 0.
+            one; 0 lowers none. This whitens the largest directions, at the cost of two more passes
+            over the gradient and about 10 k flops per entry. Keeps no state. The ``eager`` backend
+            makes float32 copies of the gradients, 64 MiB at a time unless a single gradient is
+            larger. For more than 31 directions, ``triton`` does the same. Groups of `param_groups`
+            set their own rank. Default: 0.
 
     Raises:
         ValueError: If an option is out of range, does not fit a parameter, or has no effect because
-            every group sets it; the message names it.
+            every group sets it; the message names the option.
         TypeError: If ``params`` is a model, or a parameter is not real and floating.
         ImportError: If ``backend`` names a backend that is not installed.
 

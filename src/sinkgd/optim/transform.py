@@ -6,10 +6,10 @@ A step of SR-Sinkhorn applies the transforms that a group turns on, in the order
     slots → [around] → matrices → [before] → scales → [after] → update
 
 A transform sees whole lists: it reads all gradients at once and sends all its sums in one message.
-`Sinkhorn` cuts the lists into chunks where scratch memory asks for it. On a mesh every chunk sends
-its own messages. So that few chunks are enough, their size is limited only by what must stay in
-memory while messages are sent; a copy of a gradient that is needed only between two messages is
-created anew each time.
+`Sinkhorn` cuts the lists into chunks if transforms would need too much scratch memory. On a mesh
+every chunk sends its own messages. So that few chunks are enough, their size is limited only by
+what must stay in memory while messages are sent. A copy of a gradient that is needed only between
+two messages does not count: it is created anew each time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -49,7 +49,7 @@ VECTOR_BYTES = 18
 
 
 class Batch(NamedTuple):
-    """Matrices on their way from gradients to updates. All are shards, or none is."""
+    """Matrices on their way from gradients to updates. Either all are shards, or none is."""
 
     slots: Sequence[Slot]
     group: Group
@@ -58,14 +58,14 @@ class Batch(NamedTuple):
     matrices: Sequence[ParamMatrix]
     ranges: Sequence[range]  # for each slot, the indices of its matrices
     keys: Sequence[Tensor] | None  # for each matrix, its key of stochastic rounding
-    starts: Sequence[Tensor | None] | None = None  # for each of `iterated`, as `Backend.scales`
+    starts: Sequence[Tensor | None] | None = None  # for each of `iterated`; see `Backend.scales`
     # Known after the iterations. The update of a matrix is ``row * grad * col``, less a correction.
     scales: Sequence[Scales | CorrectedScales] = ()  # one for each matrix
     finite: Tensor | None = None  # (slots,) bool; equal on all ranks
 
     @property
     def iterated(self) -> list[ParamMatrix]:
-        """The matrices as the iterations see them, which always end with columns."""
+        """The matrices, transposed if needed, because the iterations always end with columns."""
         ends_with_rows = self.group["last"] == "row"
         return [matrix.mT if ends_with_rows else matrix for matrix in self.matrices]
 
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weight of each matrix, also if the step writes an average of updates instead."""
+        """The weight of each matrix, even if the step writes an average of updates instead."""
         weights = [x.param if x.weight is None else x.weight for x in self.slots]
         given = [x._replace(param=w, grad=w) for x, w in zip(self.slots, weights, strict=True)]
         layout, split = self.group["layout"], self.group["split"]
@@ -104,10 +104,10 @@ class Batch(NamedTuple):
         )
 
     def owners(self) -> Iterator[tuple[Slot, MutableMapping[str, Any], range, Tensor | None]]:
-        """Yield each slot, its state, the indices of its matrices, and whether it may change.
+        """Yield each slot, its state, the indices of its matrices, and whether the slot may change.
 
-        The last is a 0-dim bool, or None if that is known to be true. State and parameter stay as
-        they are if it is False. Before the scales are known it is always None.
+        The last is a flag: a 0-dim bool, or None if it is known to be True. If the flag is False,
+        state and parameter stay as they are. Before the scales are known, the flag is always None.
         """
         flags = None if self.finite is None else allowed(self.finite, self.context)
         for i, (slot, own) in enumerate(zip(self.slots, self.ranges, strict=True)):
@@ -119,7 +119,7 @@ class Batch(NamedTuple):
         return self._replace(finite=self.finite & by_owner(flags, self.ranges))
 
     def chunk(self, chunk: slice) -> "Batch":
-        """Return the batch of some slots, which must not have starts."""
+        """Return the part of this batch for some slots; the batch must not have starts."""
         ranges = self.ranges[chunk]
         first, end = ranges[0].start, ranges[-1].stop
         return self._replace(
@@ -135,11 +135,12 @@ class Batch(NamedTuple):
 class Scratch(NamedTuple):
     """What a transform holds for every parameter of a batch, in addition to the gradients."""
 
-    # Whether it is a copy of each gradient or update. The whole step then takes a few parameters
-    # at a time, with messages of their own.
+    # Whether the transform holds a copy of each gradient or update. The whole step then takes a few
+    # parameters at a time, with messages of their own.
     copies: bool = False
-    # What is held only after the iterations, whose messages all parameters then share: vectors, as
-    # a number for each row and column, and float32 copies of updates.
+    # What the transform holds only after the iterations, so that all parameters share the messages
+    # of the iterations: how many vectors with a number for each row and column, and how many
+    # float32 copies of updates.
     vectors: int = 0
     late_copies: int = 0
 
@@ -147,13 +148,13 @@ class Scratch(NamedTuple):
 class Transform:
     """What may stand before or after the scales of SR-Sinkhorn, or around a step of any method.
 
-    Hooks are pure but for ``context.states``: they return a new batch. A hook that adds up numbers
-    over ranks is a generator decorated by `sinkgd.exchange.computation`.
+    Except for ``context.states``, hooks are pure: they return a new batch. A hook that adds up
+    numbers over ranks is a generator decorated by `sinkgd.exchange.computation`.
     """
 
     # The group options of the transform, with the defaults at which it is off.
     options: ClassVar[Mapping[str, object]]
-    # The transform is on if this option has another value than its default.
+    # The transform is on if the value of this option differs from the default.
     switch: ClassVar[str]
     # Whether it also transforms parameters with fewer than two dimensions, by `around`.
     takes_vectors: ClassVar[bool] = False
@@ -252,7 +253,7 @@ def vector_chunks(sizes: Sequence[int], *, sharers: int = 1) -> list[slice]:
 
 
 def copy_chunks(sizes: Sequence[int]) -> list[slice]:
-    """Cut a sequence into chunks to copy at once between two messages, given the bytes of each."""
+    """Cut what is copied between two messages into chunks, given the bytes of each member."""
     return chunk_slices(sizes, SCRATCH_BYTES)
 
 

@@ -17,8 +17,8 @@ rounds it once.
 
 State: ``state[param]["norm"]``, float32, R of each matrix; -1 before the first step. It has the
 parameter's shape, but its row dimension has one entry for each matrix of the parameter, and its
-column dimensions have one. Scratch: as `sinkgd.optim.transforms.weight_projection`. On a mesh it
-costs one message.
+column dimensions have one. Scratch: the same as in `sinkgd.optim.transforms.weight_projection`. On
+a mesh the transform costs one message.
 
 References:
     Hyperball, https://arxiv.org/abs/2606.16899
@@ -89,7 +89,9 @@ def hold_norms_(
     group: Group,
     context: Context,
 ) -> Steps[Tensor]:
-    """Replace updates of whole parameters in place, such as averages; vectors stay as they are.
+    """Replace updates of whole parameters, such as averages, in place, and keep the norms.
+
+    Updates of vectors stay as they are.
 
     Args:
         slots: The parameters.
@@ -149,14 +151,14 @@ def _hold_(batch: Batch, updates: Sequence[Tensor]) -> Steps[Batch]:
 
 
 def _retract_(u: Tensor, W: Tensor, products: Tensor, norm: Tensor, step: float | Tensor) -> None:
-    """Overwrite u by the X for which ``W + step * X`` has the norm R; by u itself if R is 0.
+    """Overwrite u by the X for which ``W + step * X`` has the norm R; leave u if R is 0.
 
     Args:
         u: The update, ``(..., m, n)``.
         W: The weight.
         products: u·u, u·W and W·W: ``(..., 1, 3)``, float64.
         norm: R, ``(..., 1, 1)``.
-        step: As `sinkgd.optim.apply.step_factor`.
+        step: As `sinkgd.optim.apply.step_factor` returns it.
     """
     R = norm.double()
     uu, uW, WW = torch.split(products, 1, dim=-1)

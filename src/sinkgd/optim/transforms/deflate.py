@@ -7,8 +7,8 @@ never a matrix. All matrices share the messages, as far as the memory for their 
 
 The search for the directions starts from a block Ω of k + 1 vectors. With ``deflated_start="kept"``
 Ω is the right directions of the last step, so that the search continues from step to step, as the
-power iteration of Spectra does (https://arxiv.org/abs/2602.11185). Its first step starts from the
-fixed block; so does a direction that the last update did not have.
+power iteration of Spectra does (https://arxiv.org/abs/2602.11185). The first step starts from the
+fixed block, and so does the search for a direction that the last update did not have.
 
 State, only if ``"kept"``: ``state[param]["leading_directions"]``, float32, (k + 1) n numbers per
 matrix, as `sinkgd.optim.column_vectors` shapes and shards them.
@@ -49,8 +49,8 @@ from sinkgd.optim.method import Group, Slot
 from sinkgd.optim.products_by_chunks import ProductsByChunks
 from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
 
-# A larger matrix is not stacked: it keeps the threads busy by itself, and the products of stacked
-# larger matrices would differ in their last bits from those of each by itself.
+# A larger matrix is not stacked: it keeps the threads busy by itself, and if it were stacked, its
+# products would differ in their last bits from the products of the matrix by itself.
 STACKED_ENTRIES = 1 << 18
 
 DIRECTIONS = "leading_directions"
@@ -82,7 +82,10 @@ class Deflate(Transform):
             _directions(state, slot.param, group, len(matrices))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold k + 1 vectors; copies, too, if a backend multiplies whole matrices by copies."""
+        """Hold k + 1 vectors, or twice as many if Ω is kept.
+
+        Matrices that are not sharded are also copied, unless the backend packs vectors.
+        """
         copies, blocks = not packs_vectors and not sharded, 1 + (group["deflated_start"] == "kept")
         return Scratch(copies=copies, vectors=blocks * (group["deflated_rank"] + 1))
 
@@ -111,7 +114,7 @@ def check_deflated_rank(rank: int) -> None:
 
 
 def fixed_blocks(batch: Batch, k: int) -> list[Tensor]:
-    """Return Ω of every matrix, ``(..., n, k)`` float64; only its rows for this rank's columns.
+    """Return Ω of every matrix, ``(..., n, k)`` float64, where n counts only this rank's columns.
 
     Parameters of one shape, memory order and sharding share one Ω.
     """
@@ -191,7 +194,7 @@ class _BlockKey(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
-    """Return the first ``width`` of k columns of Ω, on the host, for matrices of these kinds."""
+    """Return the first ``width`` of Ω's k columns, on the host, for matrices of these kinds."""
     first: dict[_BlockKey, int] = {}
     blocks, end = [], 0
     for kind in kinds:
@@ -226,7 +229,7 @@ def _deflate_packed(
     ]
     by_width: dict[int, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        if min(matrix.shape) > 1:  # there is nothing to lower in others
+        if min(matrix.shape) > 1:  # a single row or column has nothing to lower
             width = min(batch.group["deflated_rank"] + 1, *matrix.shape)
             by_width.setdefault(width, []).append(i)
     found: list[Scales | CorrectedScales] = [*plain]

@@ -1,7 +1,7 @@
 """An extra half step before the iterations, on the side (row or column) with which they end.
 
-The iterations start from column scales of 1. If they start from the inverse column lengths of the
-gradient, that is a half step more, which normalizes columns: 2L + 1 half steps in all.
+The iterations usually start from column scales of 1. Starting from the inverse column lengths of
+the gradient instead is an extra half step, which normalizes columns: 2L + 1 half steps in all.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class ExtraHalfStep(Transform):
     switch = "first"
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse an unknown side, and two starts at once."""
+        """Refuse an unknown side, and an extra half step together with a warm start."""
         del name, param
         first, last = group["first"], group["last"]
         if first is not None and first not in SIDES:
@@ -79,7 +79,7 @@ def starts_after_half_step(
 
 
 def _squares_and_inverse_squares(lengths: Tensor) -> Tensor:
-    """Return the sums of squares and of inverse squares without zeros: ``(..., 1, 2)``."""
+    """Return the sums of squares and of inverse squares, ``(..., 1, 2)``; zeros are left out."""
     squares = lengths.square()
     inverse = torch.where(squares == 0, 0, 1 / squares)
     return torch.cat([squares, inverse], dim=-1).sum(-2, keepdim=True)

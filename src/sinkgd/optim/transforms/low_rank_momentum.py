@@ -62,13 +62,13 @@ from sinkgd.optim.transforms.operator_norm import product
 
 LEFT, RIGHT = "momentum_left", "momentum_right"
 
-# A column of M Q adds no direction if less than this fraction of it is orthogonal to those before
-# it. Products in float32 have errors of this size.
+# A column of M Q adds no direction if less than this fraction of it is orthogonal to the columns
+# before it. Products in float32 have errors of this size.
 SHORTEST = 2.0**-18
 
 
 class LowRankMomentum(Transform):
-    """An average of the gradients, of which earlier steps are remembered at low rank."""
+    """An average of the gradients that remembers earlier steps at low rank."""
 
     options = MappingProxyType[str, object]({"momentum_rank": 0, "low_rank_momentum": 0.95})
     switch = "momentum_rank"
@@ -189,6 +189,6 @@ def _orthonormal(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     lengths = or_one((gram * eye).sum(-2, keepdim=True).sqrt())
-    # The lengths are about those of singular values of M, so they may differ much.
+    # The lengths are roughly proportional to singular values of M, so they may differ much.
     _, root = invert_root(gram / (lengths.mT * lengths), SHORTEST)
     return root / lengths.mT, lengths

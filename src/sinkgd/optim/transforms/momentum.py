@@ -4,8 +4,8 @@ Letters, everywhere in this file:
     G: the gradient; X: the update of the method
     B: the average that is kept; μ: its decay rate
 
-The average is exponential, B ← μB + (1 − μ)G. A normalized step does not depend on a factor of its
-gradient, so before the normalization the average does the same as the usual sum μB + G.
+The average is exponential, B ← μB + (1 − μ)G. A normalized step does not depend on the scale of
+what is normalized, so normalizing this average gives the same step as the usual sum μB + G.
 
 ``"before"``: B averages the gradients, and B (with ``nesterov``, μB + (1 − μ)G) is normalized.
 ``"after"``: B averages the updates, and the step goes along B (or μB + (1 − μ)X). B is shorter than
@@ -59,7 +59,7 @@ class Momentum(Transform):
     takes_vectors = True
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse a decay rate or a place out of range."""
+        """Refuse options that are out of range or do not combine."""
         del name, param
         momentum, place = group["momentum"], group["momentum_place"]
         check_decay_rate("momentum", momentum)
@@ -88,7 +88,7 @@ class Momentum(Transform):
     def around(
         self, step: Step, slots: Sequence[Slot], group: Group, context: Context
     ) -> Computation[Tensor]:
-        """Take a step along B, or average the updates of a step into B and go along it.
+        """Take a step along B, or average the updates of a step into B and then go along B.
 
         Momentum needs this hook for two reasons: methods without scales use it, too, and the step
         itself can write its update into B, as if B were the parameter.
@@ -171,7 +171,7 @@ def _copies(group: Group) -> bool:
 
 
 def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
-    """Return B: zeros if absent, a copy if it is in 8 bits or lost the parameter's memory order."""
+    """Return B: zeros if absent, a copy if B is in 8 bits or lost the parameter's memory order."""
     kept: Tensor | None = state.get(MOMENTUM)
     here = local(param)
     dtype = torch.promote_types(param.dtype, torch.float32)

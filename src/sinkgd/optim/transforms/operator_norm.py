@@ -15,8 +15,9 @@ into r.
 State: ``state[param]["power_vector"]``, float32, n numbers per matrix, as
 `sinkgd.optim.column_vectors` shapes and shards them.
 
-Scratch: one float32 matrix if gradients are narrower, else none. On a mesh it costs at most two
-messages for a group that shards columns, one for a group that shards rows.
+Scratch: one float32 matrix if gradients are narrower than float32, else none. On a mesh the
+transform costs at most two messages for a group that shards columns, one for a group that shards
+rows.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
@@ -119,8 +120,9 @@ def pin(
 ) -> Steps[Pinned]:
     """Bring the operator norm of each update to 1, or to √(m/n).
 
-    The last half step gave every nonzero row or column one length, √n or √m, and σ is at least that
-    length. An estimate below it is raised to it, so the update stays finite for any v.
+    The last half step gave every nonzero row or column the same length, √n or √m, and σ is at least
+    that length. An estimate below that length is raised to it, so the update stays finite for any
+    v.
 
     Args:
         matrices: The matrices to update.
@@ -161,7 +163,7 @@ def _next(w: Tensor, squares: Tensor, v: Tensor, n: int) -> Tensor:
 
 
 def product(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return ``matrix @ x`` for a few columns ``x`` in float64, whatever the size of either."""
+    """Return ``matrix @ x`` in float64 for a few columns ``x``; entries may have any magnitude."""
     if x.numel() == 0 or matrix.numel() == 0:
         return x.new_zeros(*matrix.shape[:-1], x.shape[-1], dtype=torch.float64)
     x = x.double()

@@ -11,8 +11,8 @@ The step then turns a row of the weight and, to first order in the learning rate
 its length. A row of zeros in the weight leaves x as it is. A row x that is parallel to w, such as
 any row of a matrix with one column, becomes zero.
 
-No state. Scratch: a float32 copy of each update, and three of the matrix at hand. On a mesh it
-costs one message for a group that shards columns.
+There is no state. Scratch: a float32 copy of each update, and three more copies of one matrix at a
+time. On a mesh the transform costs one message for a group that shards columns.
 
 References:
     Nora, https://arxiv.org/abs/2605.03769. It projects the rows of a momentum. Here the rows of
