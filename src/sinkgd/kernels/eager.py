@@ -167,7 +167,7 @@ def apply_update_(
         wide.mul_(keep)
     wide.add_(moved)
     if key is not None and param.dtype == torch.bfloat16:
-        wide = round_to_bfloat16(wide, key)  # a value of bfloat16 does not change
+        wide = round_to_bfloat16(wide, key)  # what bfloat16 can represent does not change
     if wide is not param:
         param.copy_(wide)
 

@@ -28,7 +28,7 @@ Commands = Mapping[str, tuple[str | None, str]]
 COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
     "train": ("Train", "train one model, or resume a run that was stopped"),
-    "experiment": ("Experiment", "run a study: tune alike, repeat with seeds, judge, write a page"),
+    "experiment": ("Experiment", "run a study: tune its arms, repeat, judge, write a page"),
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
     "report": ("Report", "make the table and the page of runs that exist already"),
     "bench": (None, "measure speed and memory: optimizer steps, kernels, the training loop"),
@@ -163,7 +163,7 @@ def _run(name: str, kind: str, arguments: list[str]) -> int:
 
 def _code_of(error: Exception) -> int | None:
     """Return 2 for input that the user can correct, 1 for a failed run, None for a bug."""
-    if _lacks_memory(error):  # this check comes first, because it imports nothing
+    if _lacks_memory(error):  # first, because it imports nothing new
         return 1
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and cause.errno in FULL:
@@ -296,8 +296,8 @@ def _fail(message: str, *, code: int) -> int:
     return code
 
 
-# The two functions below are called only after an error, so that `sinkgd doctor` never imports the
-# lab.
+# The two functions below import much of the lab. They are called only after an error, so that
+# `sinkgd doctor` does without these modules.
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:

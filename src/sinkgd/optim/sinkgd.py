@@ -56,7 +56,7 @@ class SinkGD(GroupedOptimizer):
             of one element. Default: 1e-3.
         sinkhorn_iterations: Iterations L, at least 1. The paper uses 5.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
-        cautious_decay: Decay only entries that the update also moves toward zero: those whose
+        cautious_decay: Decay only entries that the update moves toward zero by itself: those whose
             weight and update have the same sign (opposite signs with ``maximize``). An entry whose
             update is zero does not decay; in the paper (Chen et al. 2025) it does. In AdamW's
             groups, Adam's direction is compared with the weight. Keeps no state, and costs no pass
@@ -77,7 +77,7 @@ class SinkGD(GroupedOptimizer):
         nesterov: Normalize μB + (1 − μ)G instead of B.
         deflated_rank: Number k of the update's leading singular values that are lowered to the next
             one; 0 lowers none. This whitens the largest directions, at the cost of two more passes
-            over the gradient and about 10 k flops per entry. Keeps no state. The ``eager`` backend
+            over the gradient and about 10·k flops per entry. Keeps no state. The ``eager`` backend
             makes float32 copies of the gradients, 64 MiB at a time unless a single gradient is
             larger. For more than 31 directions, ``triton`` does the same. Groups of `param_groups`
             set their own rank. Default: 0.

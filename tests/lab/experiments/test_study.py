@@ -110,7 +110,7 @@ def test_an_option_that_would_do_nothing_is_refused():
     arm = Arm("long", {"training.steps": 9})
     odd = replace(study, settings={"machine": replace(setting, arms=(arm,))})
     shared = replace(setting.shared, training=replace(setting.shared.training, steps=7))
-    with pytest.raises(ConfigError, match=r"training\.steps is 7, but the study gives it to long"):
+    with pytest.raises(ConfigError, match=r"training\.steps is 7, but the study sets it for long"):
         selected(odd, shared, axis={})
 
 

@@ -95,8 +95,8 @@ def _write_typed(g_dtype, g_size, entry, row, first, count, g, v, r, keep, step,
         at = w + 4 * first
         _write_nearest(float32(0), 4, g_dtype, g_size, at, g, v, r, keep, step, away, count)
     elif load_int(entry + t.KEYED) != 0:
-        # By how much the index of an entry in the parameter grows from one row in memory to the
-        # next, and from one entry of such a row to the next.
+        # The index of an entry in the parameter grows by `down` from one row in memory to the next,
+        # and by `along` from one entry of a row to the next.
         transposed = load_int(entry + t.TRANSPOSED) != 0
         down, along = (1, load_int(entry + t.P)) if transposed else (load_int(entry + t.Q), 1)
         index, key = load_int(entry + t.INDEX) + row * down + first * along, load_int(entry + t.KEY)

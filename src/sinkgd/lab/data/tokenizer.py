@@ -1,9 +1,9 @@
 """A tokenizer: text to token ids and back, with the ids of the special tokens.
 
-Documents are encoded without the special tokens that a tokenizer adds by itself. Instead, the data
-folder ends each document with one end-of-text token. Text that contains the spelling of a special
-token is encoded as ordinary characters, except by a unigram model with that spelling among its
-pieces, such as T5's.
+Documents are encoded without the special tokens that a tokenizer adds by itself. Instead, each
+document in the prepared data ends with one end-of-text token. Text that contains the spelling of a
+special token is encoded as ordinary characters, except by a unigram model with that spelling among
+its pieces, such as T5's.
 """
 
 import hashlib

@@ -149,7 +149,8 @@ def _check_effective(setting: Setting, shared: SharedConfig) -> None:
         owners = [arm.name for arm in setting.arms if name in arm.overrides]
         if owners:
             raise ConfigError(
-                f"{name} is {value!r}, but the study gives it to {', '.join(owners)}; leave it out"
+                f"{name} is {value!r}, but the study sets it for {', '.join(owners)}; leave out "
+                "the option"
             )
 
 

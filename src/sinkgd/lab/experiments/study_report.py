@@ -147,8 +147,8 @@ def sessions_table(record: StudyRecord) -> TextTable:
     """Make the table of sessions: the time of each process, and its overhead outside of runs."""
     return TextTable(
         title="Sessions",
-        note="Overhead: time of jobs outside of training, as a share of the time of training. Jobs "
-        f"without work while others ran are not counted.{_reuse_note(record)}",
+        note="Overhead: time of jobs outside of training, as a share of the time of training. Time "
+        f"in which a job had no work while others ran is not counted.{_reuse_note(record)}",
         columns=("session", "jobs", "runs", "wall time", "training, sum", "overhead"),
         rows=tuple(
             (

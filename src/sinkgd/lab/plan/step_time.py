@@ -1,10 +1,10 @@
 """What a rank sends in a step, and how long the step takes.
 
 Bytes are those of the whole tensor that a collective gathers, reduces or sums. In a ring of p ranks
-a rank sends (p − 1)/p of them for a gather or a reduction, and twice that for a sum. Products run
-at an assumed fraction of the device's peak. Compute and FSDP's messages overlap; a rank waits for
-the messages of tensor parallelism and of the optimizer. Latency is left out, so times are estimates
-for large messages.
+a rank sends (p − 1)/p of them for an all-gather or a reduce-scatter, and twice that for an
+all-reduce. Products run at an assumed fraction of the device's peak. Compute and FSDP's messages
+overlap; a rank waits for the messages of tensor parallelism and of the optimizer. Latency is left
+out, so times are estimates for large messages.
 
 Letters:
     m, n: rows and columns of a matrix

@@ -38,7 +38,7 @@ class _Point:
 
 
 def memory_charts() -> tuple[Chart, ...]:
-    """Draw one chart per size, of the methods whose memory the benchmark's formula gives."""
+    """Draw one chart per size, of the methods whose memory the C4 benchmark's formula gives."""
     return tuple(_chart(size, column) for column, size in enumerate(SIZES))
 
 

@@ -118,7 +118,7 @@ def with_triton(*, whole_rows: bool = True) -> Iterator[TritonBackend]:
 
 
 def launches_of_bucket() -> int:
-    """Return how many launches a bucket takes in a plain step."""
+    """Return how many launches a plain step takes for matrices that are launched together."""
     with recorded_launches() as launches:
         take_step([(2048, 2048)] * 2)
     return len(launches)

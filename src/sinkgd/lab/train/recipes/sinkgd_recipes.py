@@ -293,7 +293,8 @@ FAMILY = (
         "adamw-spam",
         "all parameters by AdamW with AMSGrad, clipped at 1; its moments shrink at a spike and "
         "are reset periodically",
-        "the control of the tempered variant's ablation (Lens L6): lr, decay and resets as there",
+        "the control in the ablation of the tempered variant with the model Lens L6, whose lr, "
+        "decay and resets these are",
         {
             "lr": 6e-4,
             "weight_decay": 0.1,
