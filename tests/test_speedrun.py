@@ -303,6 +303,7 @@ def test_the_model_compiles_to_one_graph():
     assert_close(model(*batch), expected)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(trained, data, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", "2", str(FOLDER / "speedrun.py"), *TRAINING]
