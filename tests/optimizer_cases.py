@@ -101,6 +101,13 @@ OPTIMIZERS = [
         takes_vectors=True,
         has_state=True,
     ),
+    Case(
+        "SinkGD-momentum-8bit",
+        _with(_stateless, momentum=0.5, momentum_place="after", momentum_bits=8),
+        FEW,
+        takes_vectors=True,
+        has_state=True,
+    ),
     Case("SinkGD-last-row", _with(_matrices, last="row"), [*FEW, {"sinkhorn_iterations": 1}]),
     Case("SinkGD-half-step-more", _with(_matrices, first="column"), [*FEW, {"last": "row"}]),
     Case("SinkGD-masked", _with(_matrices, tiny_rows="mask", tiny_row_threshold=0.5), FEW),
