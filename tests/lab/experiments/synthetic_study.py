@@ -70,7 +70,8 @@ def made_up_record(
         for seed, value in enumerate(losses[arm.name]):
             name = f"{arm.name}-seed{seed}"
             run = made_up_run(name, seed, value, recipe=recipe, step_seconds=pace)
-            data = asdict(plan.config(plan.seed_task(arm, {}, seed)).data)
+            point = next(iter(arm.points()), {})  # without it some arms are no configuration
+            data = asdict(plan.config(plan.seed_task(arm, point, seed)).data)
             run = replace(run, start=replace(run.start, config=run.start.config | {"data": data}))
             record.runs[name] = RunResult(arm.name, False, {}, run)
     record.sessions.append(SESSION)

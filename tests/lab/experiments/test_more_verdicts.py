@@ -257,6 +257,35 @@ def test_table1_says_who_needs_the_fewest_tokens_for_each_controls_loss():
     assert "No method at O(mn) cost reached adamw’s loss in every seed." in worse.sentences
 
 
+# Recipes ------------------------------------------------------------------------------------------
+
+
+def test_recipes_name_what_is_lower_than_the_default_and_who_needs_the_fewest_tokens():
+    losses = {
+        "default": near(4.0),
+        "rank-30": apart(4.0),
+        "8-bit-momentum": near(3.9),
+        "momentum": near(3.7),
+        "adamw": near(4.2),
+    }
+    verdict = judge("recipes", losses)
+    assert verdict.headline == (
+        "default ended at 4.000. Beyond the spread of seeds lower: momentum ended at 3.700, "
+        "8-bit-momentum ended at 3.900."
+    )
+    assert "8-bit-momentum ended 0.100 ± 0.000 lower than default." in verdict.sentences
+    needs = [s for s in verdict.sentences if "needs the fewest tokens" in s]
+    assert needs[0].startswith("Of those without matrix state, default needs the fewest tokens")
+    assert needs[1].startswith("Of those with at most a byte an entry, 8-bit-momentum needs the")
+
+
+def test_recipes_say_that_nothing_is_lower_or_that_the_default_is_missing():
+    nothing = judge("recipes", {"default": near(4.0), "rank-30": near(4.1)}).headline
+    assert nothing == "default ended at 4.000. Beyond the spread of seeds lower: nothing."
+    alone = judge("recipes", {"rank-30": near(4.1)}).headline
+    assert alone == "rank-30 ended at 4.100; there is nothing to compare it with."
+
+
 # Lens ---------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,146 @@
+"""What may be added to the default recipe, so that it needs fewer tokens."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from sinkgd.lab.experiments.arms import Arm, Grid
+from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
+from sinkgd.lab.experiments.study import Setting, Study
+from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_verdict import (
+    Verdict,
+    against_controls,
+    cautions,
+    compared,
+    ended,
+    fewest_tokens,
+    ranked,
+    unfinished,
+)
+
+DEFAULT = "default"
+WEIGHT_DECAY = "optimizer.weight_decay"
+
+# As `table1` for longer: 1.64M tokens in rows of 128, 32 in a step; about 4 minutes of one core.
+LONG = replace(
+    MACHINE,
+    training=replace(MACHINE.training, steps=400, batch_size=32),
+    evaluation=replace(MACHINE.evaluation, every_steps=20),
+)
+
+
+class Addition(NamedTuple):
+    """What an arm adds to the default recipe."""
+
+    options: Mapping[str, Any]
+    grid: Grid
+    paper_grid: Grid
+    bytes_per_entry: int = 0  # of state for an entry of a hidden matrix; vectors are not counted
+
+
+def _rates(*values: float) -> Grid:
+    return {LR: (0.08,), MATRIX_LR: values}
+
+
+def _paper_rates(*values: float) -> Grid:
+    return {LR: (0.02,), MATRIX_LR: values}
+
+
+USUAL, PAPER = _rates(0.002, 0.004, 0.008), _paper_rates(0.001, 0.002, 0.004)
+# An average of updates is about a third as long as an update, so its best rate is higher.
+AVERAGED, PAPER_AVERAGED = _rates(0.004, 0.008, 0.016), _paper_rates(0.002, 0.004, 0.008)
+
+ADDITIONS: Mapping[str, Addition] = {
+    DEFAULT: Addition({}, USUAL, PAPER),
+    "cautious-decay": Addition(
+        {"cautious_decay": True, "weight_decay": 0.1},
+        {LR: (0.08,), MATRIX_LR: (0.004,), WEIGHT_DECAY: (0.03, 0.1, 0.3)},
+        {LR: (0.02,), MATRIX_LR: (0.002,), WEIGHT_DECAY: (0.03, 0.1, 0.3)},
+    ),
+    "weight-projection": Addition({"weight_projection": True}, USUAL, PAPER),
+    # Its rate is relative to the root-mean-square of the weights, which begin at 0.02.
+    "constant-norm": Addition(
+        {"constant_norm": True}, _rates(0.05, 0.1, 0.2), _paper_rates(0.05, 0.1, 0.2)
+    ),
+    "kept-directions": Addition({"deflated_start": "kept"}, USUAL, PAPER),
+    "low-rank-momentum": Addition({"momentum_rank": 16}, USUAL, PAPER),
+    "rank-30": Addition({"deflated_rank": 30}, USUAL, PAPER),
+    "8-bit-momentum": Addition(
+        {"momentum": 0.9, "momentum_place": "after", "momentum_bits": 8},
+        AVERAGED,
+        PAPER_AVERAGED,
+        bytes_per_entry=1,
+    ),
+    "momentum": Addition({"momentum": 0.95, "nesterov": True}, USUAL, PAPER, bytes_per_entry=4),
+    "row-momentum": Addition(
+        {"recipe": "rows-only", "momentum": 0.95, "nesterov": True},
+        _rates(0.001, 0.002, 0.004),
+        _paper_rates(0.0005, 0.001, 0.002),
+        bytes_per_entry=4,
+    ),
+}
+CONTROLS: Mapping[str, tuple[Grid, Grid]] = {
+    "adamw": (_rates(0.003, 0.006, 0.012), _paper_rates(0.0005, 0.001, 0.003)),
+    "muon": (_rates(0.005, 0.01, 0.02), _paper_rates(0.001, 0.005, 0.01)),
+}
+
+
+def _arms(*, paper: bool) -> tuple[Arm, ...]:
+    candidates = [
+        Arm(
+            name,
+            {"optimizer.recipe": "sinkgd", **{f"optimizer.{k}": x for k, x in own.options.items()}},
+            own.paper_grid if paper else own.grid,
+        )
+        for name, own in ADDITIONS.items()
+    ]
+    controls = [
+        Arm(name, {"optimizer.recipe": name}, grids[paper], control=True)
+        for name, grids in CONTROLS.items()
+    ]
+    return (*candidates, *controls)
+
+
+def judge(results: StudyResults) -> Verdict:
+    """Compare each addition with the default, and say what the tokens of the controls come to."""
+    if (nothing := unfinished(results)) is not None:
+        return nothing
+    default = results.arm(DEFAULT)
+    others = ranked([one for one in results.candidates if one is not default])
+    if default is None or not others:
+        return Verdict(
+            f"{ended(ranked(results.candidates)[0])}; there is nothing to compare it with.", (), ()
+        )
+    kept = {name: own.bytes_per_entry for name, own in ADDITIONS.items()}
+    lower = [one for one in others if results.difference(one, default).lower]
+    headline = (
+        f"{ended(default)}. Beyond the spread of seeds lower: "
+        + (", ".join(map(ended, lower)) or "nothing")
+        + "."
+    )
+    sentences = [
+        fewest_tokens(results, control, who, [name for name in kept if kept[name] <= most])
+        for control in results.controls
+        for who, most in (("without matrix state", 0), ("with at most a byte an entry", 1))
+    ]
+    sentences += [
+        compared(one.arm.name, results.difference(one, default), DEFAULT) for one in others
+    ]
+    sentences += against_controls(results, ranked(results.candidates)[0])
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+RECIPES = Study(
+    name="recipes",
+    question="What, added to the default recipe, lets it need fewer tokens?",
+    background="Published additions to optimizers like SinkGD: cautious weight decay (Chen et al. "
+    "2025), updates without their part along the weight (Nora), weights of constant norm "
+    "(Hyperball), directions kept from step to step (Spectra), momentum of low rank (LoRA-Pre) or "
+    "in 8 bits (PowerStep), and rows of momentum (RMNP). Each is added to the default alone.",
+    settings={
+        "machine": Setting(LONG, _arms(paper=False)),
+        "paper": Setting(BENCHMARK["llama-60m"], _arms(paper=True), models=BENCHMARK),
+    },
+    judge=judge,
+)
