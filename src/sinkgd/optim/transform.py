@@ -193,6 +193,12 @@ class Transform:
         return immediate(batch)
 
 
+def matrices_of(param: Tensor, group: Group) -> Sequence[ParamMatrix]:
+    """Return the matrices of a parameter before the first step, with itself as the gradient."""
+    slot = Slot("", 0, param.detach(), param.detach())
+    return param_matrices([slot], layout=group["layout"], split=group["split"]).matrices
+
+
 def step_in_chunks(
     step: Step, slots: Sequence[Slot], group: Group, context: Context
 ) -> Computation[Tensor]:

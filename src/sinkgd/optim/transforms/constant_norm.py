@@ -40,7 +40,7 @@ from sinkgd.newton_schulz import or_one
 from sinkgd.optim.apply import step_factor
 from sinkgd.optim.column_vectors import read_vectors, write_vectors_
 from sinkgd.optim.method import Context, Group, Slot
-from sinkgd.optim.transform import Batch, Scratch, Transform
+from sinkgd.optim.transform import Batch, Scratch, Transform, matrices_of
 from sinkgd.optim.transforms.weight_projection import row_products
 
 NORM = "norm"
@@ -64,9 +64,7 @@ class ConstantNorm(Transform):
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create the norms, which the first step measures."""
-        slot = Slot("", 0, param.detach(), param.detach())
-        matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
-        _norms_of(state, slot.param, group["layout"], len(matrices))
+        _norms_of(state, param, group["layout"], len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
         """Copy the updates, and keep the copies until all messages have come."""

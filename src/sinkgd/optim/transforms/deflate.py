@@ -33,7 +33,7 @@ from sinkgd.deflation import (
     fixed_block,
 )
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, param_matrices, shard_except
+from sinkgd.distributed.shards import ParamMatrix, is_dtensor, local, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
 from sinkgd.matrix_views import dims_of, rows_then_columns
@@ -45,9 +45,9 @@ from sinkgd.optim.column_vectors import (
     shape_of_vectors,
     write_vectors_,
 )
-from sinkgd.optim.method import Group, Slot
+from sinkgd.optim.method import Group
 from sinkgd.optim.products_by_chunks import ProductsByChunks
-from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks
+from sinkgd.optim.transform import Batch, Scratch, Transform, copy_chunks, matrices_of
 
 # A larger matrix is not stacked: it keeps the threads busy by itself, and if it were stacked, its
 # products would differ in their last bits from the products of the matrix by itself.
@@ -77,9 +77,7 @@ class Deflate(Transform):
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create Ω of each matrix, if it is kept."""
         if group["deflated_start"] == "kept":
-            slot = Slot("", 0, param.detach(), param.detach())
-            matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
-            _directions(state, slot.param, group, len(matrices))
+            _directions(state, param, group, len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
         """Hold k + 1 vectors, or twice as many if Ω is kept.

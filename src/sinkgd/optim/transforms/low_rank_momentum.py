@@ -44,7 +44,7 @@ from torch import Tensor
 
 from sinkgd.deflation import LowRank, at_once, invert_root, take_away_
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, local, param_matrices, shard_except
+from sinkgd.distributed.shards import ParamMatrix, local, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import matrix_buffer, or_one
@@ -55,8 +55,8 @@ from sinkgd.optim.column_vectors import (
     shape_of_vectors,
     write_vectors_,
 )
-from sinkgd.optim.method import Group, Slot, are_finite
-from sinkgd.optim.transform import Batch, Scratch, Transform
+from sinkgd.optim.method import Group, are_finite
+from sinkgd.optim.transform import Batch, Scratch, Transform, matrices_of
 from sinkgd.optim.transforms.deflate import fixed_blocks, fixed_vectors
 from sinkgd.optim.transforms.operator_norm import product
 
@@ -84,9 +84,7 @@ class LowRankMomentum(Transform):
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create P, filled with zeros, and Q, filled with Ω."""
-        slot = Slot("", 0, param.detach(), param.detach())
-        matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
-        _prepare(state, slot.param, group, len(matrices))
+        _prepare(state, param, group, len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
         """Hold M of each matrix."""

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, param_matrices, shard_except
+from sinkgd.distributed.shards import ParamMatrix, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
 from sinkgd.matrix_views import dims_of
 from sinkgd.optim.column_vectors import read_vectors, shape_of_vectors, write_vectors_
-from sinkgd.optim.method import Group, Slot
-from sinkgd.optim.transform import Batch, Scratch, Transform
+from sinkgd.optim.method import Group
+from sinkgd.optim.transform import Batch, Scratch, Transform, matrices_of
 
 POWER_VECTOR = "power_vector"
 SIZES = (None, "unit", "muon")
@@ -63,9 +63,7 @@ class OperatorNorm(Transform):
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create v of each matrix."""
-        slot = Slot("", 0, param.detach(), param.detach())
-        matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
-        _init_vectors(state, slot.param, group["layout"], len(matrices))
+        _init_vectors(state, param, group["layout"], len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
         """Deflated updates are copied, and the copies are kept until all messages have come."""

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkgd.distributed.shards import is_dtensor, local, param_matrices, sharding_of
+from sinkgd.distributed.shards import is_dtensor, local, sharding_of
 from sinkgd.exchange import Computation, immediate
 from sinkgd.matrix_views import columns_from_memory, columns_to_memory, dims_of
-from sinkgd.optim.method import Group, Slot
-from sinkgd.optim.transform import Batch, Transform
+from sinkgd.optim.method import Group
+from sinkgd.optim.transform import Batch, Transform, matrices_of
 from sinkgd.optim.transforms.half_step import SMALLEST_START
 
 COL_SCALE = "col_scale"
@@ -47,10 +47,9 @@ class WarmStart(Transform):
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Start each matrix from ones, as without a warm start."""
-        slot = Slot("", 0, param.detach(), param.detach())
-        matrices, _ = param_matrices([slot], layout=group["layout"], split=group["split"])
+        grads = [matrix.grad for matrix in matrices_of(param, group)]
         ends_with_rows = group["last"] == "row"
-        shapes = [_start_shape(x.grad.mT if ends_with_rows else x.grad) for x in matrices]
+        shapes = [_start_shape(grad.mT if ends_with_rows else grad) for grad in grads]
         entries = sum(map(prod, shapes))
         state[COL_SCALE] = torch.ones(entries, dtype=torch.float32, device=param.device)
 
