@@ -71,7 +71,6 @@ NEEDS = {
     "nesterov": {"momentum": 0.5},
     "momentum_bits": {"momentum": 0.5, "momentum_place": "after"},
     "seed": {"rounding": "stochastic"},
-    "deflated_start": {"deflated_rank": 2},
 }
 
 

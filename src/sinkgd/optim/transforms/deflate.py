@@ -71,8 +71,6 @@ class Deflate(Transform):
             raise ValueError(
                 f"deflated_start must be one of {STARTS}, got {group['deflated_start']!r}"
             )
-        if group["deflated_start"] == "kept" and group["deflated_rank"] == 0:
-            raise ValueError("deflated_start='kept' needs a deflated_rank above 0, e.g. 15")
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create Ω of each matrix, if it is kept."""

@@ -145,10 +145,11 @@ def test_cautious_decay_is_refused_where_nothing_decays(model):
         ({"momentum_bits": 16}, r"momentum_bits is 16; it must be one of \(8, 32\)"),
         ({"low_rank_momentum": 0.9}, "low_rank_momentum is 0.9, but optimizer.momentum_rank is 0"),
         ({"low_rank_momentum": 1.0, "momentum_rank": 4}, "must be at least 0 and less than 1"),
+        ({"deflated_start": "kept", "deflated_rank": 0}, "deflated_start is 'kept', but"),
         ({"momentum_rank": -1}, "momentum_rank is -1; it must be at least 0"),
     ],
 )
-def test_momentum_out_of_range_or_without_effect_is_refused(options, message):
+def test_an_option_out_of_range_or_without_effect_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         resolve_optimizer(OptimizerConfig(recipe="sinkgd", **options))
 

@@ -113,6 +113,11 @@ def _check_ranges(options: OptimizerConfig) -> None:
             "optimizer.momentum_rank is 0, so nothing is remembered; give a momentum_rank, or "
             "leave out low_rank_momentum"
         )
+    if options.deflated_start == "kept" and not options.deflated_rank:
+        raise ConfigError(
+            "optimizer.deflated_start is 'kept', but optimizer.deflated_rank is 0, so nothing is "
+            "deflated; give a deflated_rank, or leave out deflated_start"
+        )
     if options.cautious_decay and not options.weight_decay:
         raise ConfigError(
             "optimizer.cautious_decay is True, but optimizer.weight_decay is 0, so nothing decays; "
