@@ -3,13 +3,14 @@
 import sinkgd
 from sinkgd.optim.grouped import GroupedOptimizer
 
+_VALUES = {name: getattr(sinkgd, name) for name in dir(sinkgd) if not name.startswith("_")}
 NAMES = {
     name
-    for name, value in vars(sinkgd).items()
-    if not name.startswith("_") and getattr(value, "__module__", "").startswith("sinkgd.")
+    for name, value in _VALUES.items()
+    if getattr(value, "__module__", "").startswith("sinkgd.")
 }
 OPTIMIZER_CLASSES = {
     name
     for name in NAMES
-    if isinstance(vars(sinkgd)[name], type) and issubclass(vars(sinkgd)[name], GroupedOptimizer)
+    if isinstance(_VALUES[name], type) and issubclass(_VALUES[name], GroupedOptimizer)
 }
