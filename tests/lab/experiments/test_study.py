@@ -39,8 +39,9 @@ def linear_work(preset, tokens):
 def test_a_machine_study_fits_forty_minutes_at_fifty_core_seconds_for_half_a_million_tokens():
     per_core_second = linear_work("llama-nano", 240 * 2048) / 50
     for study in STUDIES.values():
-        # A fit needs models of several sizes, and additions to the default need long runs.
-        if study.name in ("ladder", "recipes"):
+        # A fit needs models of several sizes, additions to the default need long runs, and the
+        # benchmark has 21 arms.
+        if study.name in ("ladder", "recipes", "table1"):
             continue
         plan, work = plan_of(study, "machine"), 0
         for arm, task in zip(plan.arms, plan.first_tasks(), strict=True):

@@ -219,8 +219,8 @@ class Experiment:
             write_report(outcome.record, folder / PAGE_FILE)
         if outcome.signal is not None:
             _echo(
-                f"stopped by {outcome.signal.name}; {outcome.left} of {plan.runs} runs are left. "
-                f"Everything is saved. Go on with: {self._command()}"
+                f"stopped by {outcome.signal.name}; {outcome.left} of {outcome.runs} runs are "
+                f"left. Everything is saved. Go on with: {self._command()}"
             )
             return exit_code(outcome.signal)
         return 0
@@ -302,7 +302,7 @@ def _studies_text() -> str:
     from sinkgd.lab.experiments.study import plan_of
 
     width = max(map(len, QUESTIONS))
-    runs = {name: f"{plan_of(study, 'machine').runs} runs" for name, study in STUDIES.items()}
+    runs = {name: plan_of(study, "machine").runs_in_words for name, study in STUDIES.items()}
     lines = [
         f"  {name:<{width}}  {question} ({runs.get(name, 'on paper: no runs')})"
         for name, question in QUESTIONS.items()

@@ -5,7 +5,7 @@ of values to try. It names recipes and presets, but builds nothing.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from types import MappingProxyType
@@ -71,6 +71,9 @@ class Arm:
     multiples: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     carried: Carried | None = None  # instead of a grid
     seeds: int | None = None  # how many of the study's seeds to run; default: all
+    # Whether the search goes on from the best point to its neighbors, until all neighbors of the
+    # best point are tried. Then no best value is at an edge.
+    widened: bool = False
 
     @property
     def efforts(self) -> int:
@@ -88,12 +91,26 @@ class Arm:
         """List the points of the grid; none if nothing is tuned."""
         if not self.tuned:
             return ()
-        points = (
-            dict(zip(self.tuned, values, strict=True)) for values in product(*self.tuned.values())
-        )
         return tuple(
-            point | {name: factor * point[of] for name, (of, factor) in self.multiples.items()}
-            for point in points
+            self._with_multiples(dict(zip(self.tuned, values, strict=True)))
+            for values in product(*self.tuned.values())
+        )
+
+    def neighbors(self, point: Point) -> tuple[dict[str, float], ...]:
+        """List the points that differ from ``point`` in one tuned field, by one place.
+
+        Beyond its ends a grid goes on by the ratio of its last two values, or by 2 if it has only
+        one value.
+
+        Examples:
+            >>> arm = Arm("sinkgd", {}, {"optimizer.lr": (0.1, 0.2, 0.6)})
+            >>> arm.neighbors({"optimizer.lr": 0.6})
+            ({'optimizer.lr': 0.2}, {'optimizer.lr': 1.8})
+        """
+        return tuple(
+            self._with_multiples({**point, name: value})
+            for name, values in self.tuned.items()
+            for value in _around(values, point[name])
         )
 
     def config(self, shared: SharedConfig, point: Point, seed: int) -> RunConfig:
@@ -110,16 +127,32 @@ class Arm:
         whole = RunConfig(**vars(shared))
         return override(whole, {**self.overrides, **point, "training.seed": seed})
 
+    def _with_multiples(self, point: dict[str, float]) -> dict[str, float]:
+        return point | {name: factor * point[of] for name, (of, factor) in self.multiples.items()}
+
+
+def _around(values: Sequence[float], value: float) -> tuple[float, float]:
+    """Return the values before and after ``value`` in a grid that goes on beyond both its ends."""
+    line = sorted(values)
+    down, up = (line[1] / line[0], line[-1] / line[-2]) if len(line) > 1 else (2.0, 2.0)
+    while value <= line[0]:
+        line.insert(0, float(f"{line[0] / down:.6g}"))
+    while value >= line[-1]:
+        line.append(float(f"{line[-1] * up:.6g}"))
+    place = line.index(value)
+    return line[place - 1], line[place + 1]
+
 
 def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
     """Check that names of arms are unique, and that arms are tuned alike.
 
     All arms at one position of the axis have the same number of points, and so do all arms without
-    a position. A carried arm takes its values from an arm with a grid.
+    a position. All tuned arms are widened, or none is. A carried arm takes its values from an arm
+    with a grid.
 
     Raises:
-        ConfigError: If names are not unique, grids differ in size, or a carried arm has no source;
-            the message names the arms.
+        ConfigError: If names are not unique, grids differ in size or only some are widened, or a
+            carried arm has no source; the message names the arms.
     """
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -132,6 +165,12 @@ def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
                 f"arm {arm.name!r} of study {study!r} carries its rates over from "
                 f"{arm.carried.arm!r}, which is not among the arms with a grid; keep that arm"
             )
+    tuned = [arm for arm in arms if arm.tuned]
+    if (odd := [arm.name for arm in tuned if not arm.widened]) and len(odd) < len(tuned):
+        raise ConfigError(
+            f"the arms of study {study!r} are not tuned alike: the grids of {', '.join(odd)} are "
+            "not widened, the others are; widen all or none"
+        )
     carries = any(arm.carried for arm in arms)
     for place in dict.fromkeys(arm.value if carries else None for arm in arms):
         efforts = {
@@ -219,6 +258,8 @@ def arm_as_json(arm: Arm) -> dict[str, Any]:
         "control": arm.control,
         "series": arm.series,
     }
+    if arm.widened:
+        content["widened"] = True
     if arm.multiples:
         content["multiples"] = {name: list(pair) for name, pair in arm.multiples.items()}
     if arm.carried is not None:
@@ -240,10 +281,13 @@ def arm_from_json(name: str, content: Mapping[str, Any]) -> Arm:
         name,
         content["overrides"],
         tuned,
-        content["value"],
-        content["control"],
-        content.get("series", ""),
-        {name: (of, factor) for name, (of, factor) in content.get("multiples", {}).items()},
-        carried and Carried(carried["arm"], carried["factors"], tuple(carried["tried"])),
-        content.get("seeds"),
+        widened=content.get("widened", False),
+        value=content["value"],
+        control=content["control"],
+        series=content.get("series", ""),
+        multiples={
+            name: (of, factor) for name, (of, factor) in content.get("multiples", {}).items()
+        },
+        carried=carried and Carried(carried["arm"], carried["factors"], tuple(carried["tried"])),
+        seeds=content.get("seeds"),
     )

@@ -158,7 +158,7 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
     arms = dry_run(plan)
     total = sum(arm.runs * arm.tokens for arm in arms)
     return TextTable(
-        title=f"{plan.study}, {plan.scale} scale: {plan.runs} runs",
+        title=f"{plan.study}, {plan.scale} scale: {plan.runs_in_words}",
         note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
         f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, from `sinkgd plan`; "
         f"{ABSENT} if `sinkgd plan` lacks the recipe.",

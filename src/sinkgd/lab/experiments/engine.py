@@ -56,6 +56,7 @@ class Outcome:
 
     record: StudyRecord
     left: int  # number of runs that are not finished
+    runs: int  # number of all runs
     signal: Signals | None = None
 
 
@@ -98,7 +99,9 @@ def run_study(
             session = engine.session(environment, time.perf_counter() - started)
             writer.add_session(session)
             record.sessions.append(session)
-    return Outcome(record, scheduler.left, interrupt.received if scheduler.left else None)
+    return Outcome(
+        record, scheduler.left, scheduler.runs, interrupt.received if scheduler.left else None
+    )
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class _Engine:
             one.process.join()
 
     def _count(self, task: Task) -> str:
-        return f"run {self.scheduler.begun} of {self.scheduler.plan.runs}: {task.name}"
+        return f"run {self.scheduler.begun} of {self.scheduler.runs}: {task.name}"
 
     def _eta(self) -> str:
         seconds = self.scheduler.mean_seconds

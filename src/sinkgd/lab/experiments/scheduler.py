@@ -1,9 +1,9 @@
 """Which run of a study is next, and which runs other studies have made already.
 
-The order is: first the points of every grid, then the seeds of arms whose grid is complete, then
-the grids of arms that carry their values over, which belong to large models. Runs in the study's
-record are done. Other runs are handed out, and continue from their checkpoints if a killed process
-has begun them.
+The order is: first the points of every grid, and the neighbors of the best points if grids are
+widened; then the seeds of arms whose grid is complete; then the grids of arms that carry their
+values over, which belong to large models. Runs in the study's record are done. Other runs are
+handed out, and continue from their checkpoints if a killed process has begun them.
 
 Runs of grids that neighboring studies have in common are trained once and reused. In one
 environment, a run's configuration determines its losses to the bit, and a grid needs only losses.
@@ -51,13 +51,22 @@ class Scheduler:
 
     @property
     def left(self) -> int:
-        """Number of runs that are not finished and can still finish."""
+        """Number of runs that are not finished and can still finish, as far as they are known."""
         done = Counter(result.arm for result in self.record.runs.values())
         return sum(
-            self.plan.runs_of(arm) - done[arm.name]
+            self._runs_of(arm) - done[arm.name]
             for arm in self.plan.arms
             if not (self._is_chosen(arm) and self._chosen(arm) is None)
         )
+
+    @property
+    def runs(self) -> int:
+        """Number of all runs, as far as they are known; a widened grid may yet add some."""
+        return sum(map(self._runs_of, self.plan.arms))
+
+    def _runs_of(self, arm: Arm) -> int:
+        points = len(self._grid(arm) or ()) if arm.widened else 0
+        return max(self.plan.runs_of(arm), points + len(self.plan.seeds_of(arm)))
 
     @property
     def mean_seconds(self) -> float | None:
@@ -99,10 +108,24 @@ class Scheduler:
     def _grid(self, arm: Arm) -> list[Task] | None:
         """List the runs of an arm's grid; None if the arm it depends on has no best point (yet)."""
         if not self.plan.tune or arm.carried is None:
-            return self.plan.tuning_tasks(arm)
+            grid = self.plan.tuning_tasks(arm)
+            return self._widened(arm, grid) if grid and arm.widened else grid
         source = self._source(arm.carried)
         best = self._chosen(source) if self._is_chosen(source) else None
         return None if best is None else self.plan.tuning_tasks(arm, best)
+
+    def _widened(self, arm: Arm, grid: list[Task]) -> list[Task]:
+        """Add the neighbors of the best point, until all neighbors of the best point are tried."""
+        while all(task.name in self.record.runs for task in grid):
+            best = self._best(grid)
+            tried = {task.name for task in grid}
+            around = [] if best is None else arm.neighbors(best)
+            tasks = [self.plan.tuning_task(arm, point) for point in around]
+            new = [task for task in tasks if task.name not in tried]
+            if not new:
+                break
+            grid = grid + new
+        return grid
 
     def _source(self, carried: Carried) -> Arm:
         return next(arm for arm in self.plan.arms if arm.name == carried.arm)
@@ -126,6 +149,9 @@ class Scheduler:
                 return EMPTY
             best = self._chosen(self._source(arm.carried))
             return None if best is None else arm.carried.points(best)[0]
+        return self._best(grid)
+
+    def _best(self, grid: Sequence[Task]) -> Point | None:
         losses = {
             self.record.runs[task.name].loss: task.point
             for task in reversed(grid)

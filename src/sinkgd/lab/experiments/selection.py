@@ -159,7 +159,7 @@ def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
     if LR in arm.tuned:
         if len(rates) == 1:
             overrides[LR] = rates[0]
-        return replace(arm, overrides=overrides, tuned={**arm.tuned, LR: rates})
+        return replace(arm, overrides=overrides, tuned={**arm.tuned, LR: rates}, widened=False)
     if len(rates) > 1:
         raise ConfigError(
             f"lr is {', '.join(f'{rate:g}' for rate in rates)}, but arm {arm.name!r} does not tune "

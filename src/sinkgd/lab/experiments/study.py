@@ -126,11 +126,17 @@ class StudyPlan:
 
     @property
     def runs(self) -> int:
-        """Number of all runs."""
+        """Number of all runs, without those that widened grids may add."""
         return sum(self.runs_of(arm) for arm in self.arms)
 
+    @property
+    def runs_in_words(self) -> str:
+        """Number of all runs, e.g. "at least 12 runs" if grids are widened."""
+        least = "at least " if self.tune and any(arm.widened for arm in self.arms) else ""
+        return f"{least}{self.runs} runs"
+
     def runs_of(self, arm: Arm) -> int:
-        """Return the number of an arm's runs."""
+        """Return the number of an arm's runs, without those that a widened grid may add."""
         return (arm.efforts if self.tune else 0) + len(self.seeds_of(arm))
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:

@@ -424,7 +424,13 @@ def rate_chart(
 
 
 def _losses_by_rate(one: ArmResults, field: str) -> list[tuple[float, float]]:
-    return sorted((r.point[field], r.loss) for r in one.grid if math.isfinite(r.loss))
+    """Return the rates and, for each, the lowest loss of its points."""
+    lowest: dict[float, float] = {}
+    for result in one.grid:
+        if math.isfinite(result.loss):
+            rate = result.point[field]
+            lowest[rate] = min(result.loss, lowest.get(rate, math.inf))
+    return sorted(lowest.items())
 
 
 def _rate_line(curve: Sequence[tuple[float, float]], look: Identity) -> Figure:

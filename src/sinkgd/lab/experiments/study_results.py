@@ -109,8 +109,8 @@ class ArmResults:
 
     @property
     def tried(self) -> Grid:
-        """The values of the grid; if the arm is carried, they are taken from its runs."""
-        if self.arm.carried is None:
+        """The values of the grid; if the arm is carried or widened, those of its runs."""
+        if self.arm.carried is None and not self.arm.widened:
             return self.arm.tuned
         points = [result.point for result in self.grid]
         names = points[0] if points else ()

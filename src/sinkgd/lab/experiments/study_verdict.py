@@ -227,7 +227,7 @@ def _unequal_effort(results: StudyResults) -> list[str]:
     fixed = [one for one in results.arms if not one.arm.tuned and not one.arm.carried]
     if not tuned or not fixed:
         return []
-    points = len(tuned[0].arm.points())
+    points = f"{'at least ' if tuned[0].arm.widened else ''}{len(tuned[0].arm.points())}"
     verb = "has" if len(fixed) == 1 else "have"
     return [
         f"{names(fixed)} {verb} rates that the question fixes; the other arms had {points} points "

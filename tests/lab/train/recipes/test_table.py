@@ -50,6 +50,16 @@ def test_a_recipe_describes_itself_and_takes_known_options(name):
     assert set(recipe.defaults) <= OPTIONS
 
 
+@pytest.mark.parametrize("name", ["scale", "stable-spam", "adafactor", "lion", "soap"])
+def test_matrices_may_have_a_rate_of_their_own(model, name):
+    one, two = (rates(built(model, name, lr=0.08, matrix_lr=rate)) for rate in (None, 0.005))
+    assert set(one.values()) == {0.08}
+    assert two == {
+        weight: 0.005 if "layers" in weight and model.get_parameter(weight).ndim == 2 else 0.08
+        for weight in two
+    }
+
+
 @recipes
 def test_every_parameter_is_in_one_group(model, name):
     optimizer = built(model, name)

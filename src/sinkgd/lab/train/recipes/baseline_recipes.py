@@ -24,6 +24,7 @@ from sinkgd.lab.train.recipes.recipe import (
     Groups,
     Options,
     Recipe,
+    at_one_or_two_rates,
     betas,
     split_by_role,
     trained,
@@ -214,10 +215,8 @@ def _racs(model: nn.Module, o: Options) -> Optimizer:
 def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
     return WithStepCount(
         from_pytorch_optimizer("StableSPAM")(
-            trained(model),
-            lr=o["lr"],
+            at_one_or_two_rates(model, o),
             betas=betas(o),
-            weight_decay=o["weight_decay"],
             update_proj_gap=int(o["reset_every_steps"]),
             foreach=_FOREACH,
         )
@@ -226,10 +225,8 @@ def _stable_spam(model: nn.Module, o: Options) -> Optimizer:
 
 def _adafactor(model: nn.Module, o: Options) -> Optimizer:
     return from_pytorch_optimizer("AdaFactor")(
-        trained(model),
-        lr=o["lr"],
+        at_one_or_two_rates(model, o),
         betas=(None, o["beta2"]),
-        weight_decay=o["weight_decay"],
         relative_step=False,
         scale_parameter=False,
         foreach=_FOREACH,
@@ -238,10 +235,8 @@ def _adafactor(model: nn.Module, o: Options) -> Optimizer:
 
 def _lion(model: nn.Module, o: Options) -> Optimizer:
     return from_pytorch_optimizer("Lion")(
-        trained(model),
-        lr=o["lr"],
+        at_one_or_two_rates(model, o),
         betas=betas(o),
-        weight_decay=o["weight_decay"],
         foreach=_FOREACH,
     )
 
@@ -340,7 +335,14 @@ FROM_PAPERS = (
         "0.999, resets every 1000 steps; but without the decay of beta1 and gamma1 over the "
         "run. pytorch-optimizer resets before a step; the authors' code steps once more with the "
         "old moments",
-        {"lr": 1e-3, "weight_decay": 0.0, **_ADAM, "reset_every_steps": 1000, "clip_norm": 0.0},
+        {
+            "lr": 1e-3,
+            "matrix_lr": None,
+            "weight_decay": 0.0,
+            **_ADAM,
+            "reset_every_steps": 1000,
+            "clip_norm": 0.0,
+        },
         _stable_spam,
         package=PYTORCH_OPTIMIZER,
     ),
@@ -351,7 +353,7 @@ FROM_PAPERS = (
         "Shazeer & Stern 2018, as in Zhao et al. 2024 (GaLore): no relative step, no scaling by "
         "the weights, clipping at RMS 1; the rate of adam. pytorch-optimizer caps the decay of the "
         "second moment, here at 0.999",
-        {"lr": 1e-3, "weight_decay": 0.0, "beta2": 0.999, "clip_norm": 0.0},
+        {"lr": 1e-3, "matrix_lr": None, "weight_decay": 0.0, "beta2": 0.999, "clip_norm": 0.0},
         _adafactor,
         package=PYTORCH_OPTIMIZER,
     ),
@@ -360,7 +362,14 @@ FROM_PAPERS = (
         "all parameters by the sign of a momentum",
         "Chen et al. 2023: betas of the paper; a tenth of the rate of adamw-one-lr, as the paper "
         "advises; not tuned",
-        {"lr": 3e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "clip_norm": 0.0},
+        {
+            "lr": 3e-4,
+            "matrix_lr": None,
+            "weight_decay": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "clip_norm": 0.0,
+        },
         _lion,
         package=PYTORCH_OPTIMIZER,
     ),
@@ -372,6 +381,7 @@ FROM_PAPERS = (
         "every 10 steps",
         {
             "lr": 3e-3,
+            "matrix_lr": None,
             "weight_decay": 0.01,
             "beta1": 0.95,
             "beta2": 0.95,

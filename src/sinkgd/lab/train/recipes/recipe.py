@@ -34,10 +34,11 @@ def family_groups(
     model: nn.Module, o: Options, algorithm: str, overrides: Overrides | None = None
 ) -> Groups:
     """Route by role: hidden matrices to an algorithm of the library, the rest to AdamW."""
+    matrix_lr = o["lr"] if o.get("matrix_lr") is None else o["matrix_lr"]
     return sinkgd.param_groups(
         model,
         lr=o["lr"],
-        matrix_lr_scale=o.get("matrix_lr", o["lr"]) / o["lr"],
+        matrix_lr_scale=matrix_lr / o["lr"],
         matrix_algorithm=algorithm,
         deflated_rank=int(o.get("deflated_rank", 0)),
         weight_decay=o.get("weight_decay", 0.0),
@@ -59,6 +60,17 @@ def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
         plain = {key: group[key] for key in ("params", "lr", "weight_decay")}
         (rest if group["algorithm"] == "adamw" else matrices).append(plain)
     return matrices, rest
+
+
+def at_one_or_two_rates(model: nn.Module, o: Options) -> Groups:
+    """Return one group of all parameters or, if there is a ``matrix_lr``, those of `split_by_role`.
+
+    They are for an optimizer that updates all parameters alike.
+    """
+    if o["matrix_lr"] is None:
+        return [{"params": trained(model), "lr": o["lr"], "weight_decay": o["weight_decay"]}]
+    matrices, rest = split_by_role(model, o)
+    return [*matrices, *rest]
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -102,6 +102,10 @@ def _scale(model: nn.Module, o: Options) -> Optimizer:
     groups = sinkgd.scale_groups(
         model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
     )
+    if o["matrix_lr"] is not None:
+        for group in groups:
+            if group["name"].startswith("matrices"):
+                group["lr"] = o["matrix_lr"]
     return sinkgd.SCALE(groups, cautious_decay=bool(o["cautious_decay"]), rounding=o["rounding"])
 
 
@@ -312,8 +316,15 @@ FAMILY = (
         "matrices, embeddings and head by row normalization, the head with momentum; vectors by "
         "AdamW",
         "Glentis et al. 2025, https://arxiv.org/abs/2506.16659: 1e-3, momentum .9; not tuned here",
-        {"lr": 1e-3, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "momentum": 0.9}
-        | _STATELESS,
+        {
+            "lr": 1e-3,
+            "matrix_lr": None,
+            "weight_decay": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "momentum": 0.9,
+            **_STATELESS,
+        },
         _scale,
         can_shard=True,
         can_release=True,
