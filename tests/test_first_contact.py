@@ -22,6 +22,7 @@ from contact import (  # noqa: E402
     environment,
     hazards,
     kernels,
+    ladder,
     steps,
     suite,
     sweep,
@@ -144,6 +145,35 @@ def test_the_table_has_at_most_sixty_lines_and_says_first_what_is_wrong():
     assert max(map(len, text.splitlines())) <= WIDTH
     assert text.startswith("! checks / c0: wrong")
     assert "sinkgd 1.00 (1.00); 3" in text
+
+
+def test_the_ladders_rows_give_the_share_of_adamws_tokens():
+    curves = {"adamw": (6.0, 5.0, 4.0), "sinkgd": (5.0, 4.5, 3.5), "muon": (6.0, 5.5, 5.0)}
+    rows = [
+        {"section": "ladder", "item": "llama-9m", "status": "ok", "arm": arm, "tokens": 100 * i}
+        | {"hidden_weights": 10, "val_loss": loss, "train_seconds": 1.0}
+        for arm, losses in curves.items()
+        for i, loss in enumerate(losses, start=1)
+    ]
+    said = table(rows)
+    assert "llama-9m (300 tokens, 30.0 a weight)" in said
+    assert "adamw 4.0000 · sinkgd 3.5000 (83%) · muon 5.0000" in said
+
+
+@pytest.mark.parametrize("left", [5.0, 79.0, 100.0, 550.0])
+def test_sizes_of_the_ladder_share_the_time_that_is_left(left):
+    spent, taken = 0.0, []
+    for place in range(len(ladder.SIZES)):
+        seconds = ladder.seconds_for(place, ladder.SIZES, left - spent)
+        if seconds is None:
+            break
+        spent += seconds
+        taken.append(seconds)
+    assert spent == pytest.approx(left)
+    assert len(taken) == {5.0: 1, 79.0: 1, 100.0: 2, 550.0: 4}[left]
+    assert left < 2 * ladder.LEAST_SECONDS or min(taken) >= ladder.LEAST_SECONDS
+    if left == 550.0:
+        assert taken == pytest.approx([55, 110, 165, 220])
 
 
 def test_a_table_that_cannot_be_made_is_said_and_the_rows_are_kept(tmp_path, monkeypatch, capsys):
@@ -403,7 +433,7 @@ def test_it_runs_to_its_end_on_a_machine_without_a_gpu(tmp_path):
     ran = [row for row in rows if row["status"] == "ok" and row["item"] != "section"]
     assert {row["section"] for row in ran} == {
         *("environment", "tests", "checks", "hazards", "steps", "kernels", "sweep"),
-        *("training", "nano", "text"),
+        *("training", "nano", "ladder"),
     }
     bad = {"error", "timeout", "crashed", "wrong"}
     assert [row for row in rows if row["status"] in bad] == []

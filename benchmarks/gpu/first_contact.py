@@ -16,6 +16,7 @@ from contact import (
     environment,
     hazards,
     kernels,
+    ladder,
     losses,
     steps,
     suite,
@@ -42,8 +43,8 @@ def sections(*, tiny: bool) -> tuple[Section, ...]:
         kernels.section(tiny=tiny),
         sweep.section(tiny=tiny),
         training.section(tiny=tiny),
-        losses.nano_section(tiny=tiny),
-        losses.text_section(),
+        losses.section(tiny=tiny),
+        ladder.section(tiny=tiny),
     )
 
 

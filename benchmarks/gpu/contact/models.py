@@ -116,6 +116,11 @@ def released(model: nn.Module) -> Trainer:
     return trainer
 
 
+def some(batches: Iterator[Tensor], count: int) -> list[Tensor]:
+    """Return the next batches."""
+    return [next(batches) for _ in range(count)]
+
+
 def batches(tokens: Tensor, batch: int, time: int, seed: int) -> Iterator[Tensor]:
     """Yield windows of a long text at random places, the same for equal seeds, without end."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ def table(rows: Rows) -> str:
         [*_steps(rows)],
         [*_training(rows)],
         [*_losses(rows)],
+        [*_ladder(rows)],
         [*_sweep(rows)],
         [*_kernels(rows)],
     ]
@@ -143,11 +144,35 @@ def _wrapped(name: str, cells: Sequence[str]) -> Iterator[str]:
 def _losses(rows: Rows) -> Iterator[str]:
     for row in _of(rows, "nano"):
         yield f"nano {row['item']}: worst difference from the CPU {row['worst_difference']:.2e}"
-    last: dict[str, dict[str, Any]] = {}
-    for row in _of(rows, "text"):
-        last[row["arm"]] = row
-    for arm, row in last.items():
-        yield (
-            f"llama-9m {arm}: {row['val_loss']} at {row['tokens']:,} tokens "
-            f"(step {row['step']} of {row['of']}), {row['train_seconds']} s"
-        )
+
+
+def _ladder(rows: Rows) -> Iterator[str]:
+    """Yield the final losses of each size, and the tokens to AdamW's loss as a share of AdamW's."""
+    sizes: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in _of(rows, "ladder"):
+        sizes.setdefault(row["item"], {}).setdefault(row["arm"], []).append(row)
+    if sizes:
+        yield "ladder, loss (tokens to AdamW's loss, as a share of AdamW's):"
+    for preset, arms in sizes.items():
+        last = arms["adamw"][-1] if "adamw" in arms else None
+        row = next(iter(arms.values()))[-1]
+        tokens = f"{row['tokens']:,} tokens, {row['tokens'] / row['hidden_weights']:.1f} a weight"
+        cells = []
+        for arm, curve in arms.items():
+            cell = f"{arm} {curve[-1]['val_loss']:.4f}"
+            reached = last and arm != "adamw" and tokens_to_reach(curve, last["val_loss"])
+            cells.append(f"{cell} ({reached / last['tokens']:.0%})" if last and reached else cell)
+        yield from _wrapped(f"{preset} ({tokens})", cells)
+
+
+def tokens_to_reach(curve: Rows, loss: float) -> float | None:
+    """Return the tokens after which a run first had a loss, interpolated; None if it never had."""
+    before: dict[str, Any] | None = None
+    for row in curve:
+        if row["val_loss"] <= loss:
+            if before is None:
+                return float(row["tokens"])
+            way = (before["val_loss"] - loss) / (before["val_loss"] - row["val_loss"])
+            return float(before["tokens"] + way * (row["tokens"] - before["tokens"]))
+        before = row
+    return None
