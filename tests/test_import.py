@@ -40,6 +40,10 @@ print(loaded(), "SPAM" in dir(sinkgd), loaded(), sinkgd.SPAM.__name__, loaded())
     assert run(code) == "False True False SPAM True"
 
 
+def test_contrib_is_an_attribute_of_the_package():
+    assert run("import sinkgd; print(sinkgd.contrib.__name__)") == "sinkgd.contrib"
+
+
 def test_a_group_may_name_a_method_of_contrib():
     code = """
 import torch, sinkgd

@@ -59,6 +59,8 @@ _METHODS.add_package("sinkgd.contrib")
 
 
 def __getattr__(name: str) -> object:
+    if name == "contrib":
+        return _importlib.import_module("sinkgd.contrib")
     if name not in _IN_CONTRIB:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(_importlib.import_module(f"sinkgd.contrib.{_IN_CONTRIB[name]}"), name)
@@ -67,4 +69,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_IN_CONTRIB})
+    return sorted({*globals(), *_IN_CONTRIB, "contrib"})
