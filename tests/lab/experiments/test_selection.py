@@ -54,3 +54,14 @@ def test_a_dry_run_shows_the_step(capsys):
     assert "S1" not in shown
     assert main(["experiment", "lens", "--optimizer.tau", ".12", "--dry-run"]) == 2
     assert "--step" in capsys.readouterr().err
+
+
+def test_seeds_that_are_asked_for_hold_for_all_arms(capsys):
+    """By itself `table1` has five seeds for some arms, and three for the others."""
+    for words, runs in (([], [8, 6]), (["--seeds", "4"], [7, 7])):
+        assert (
+            main(["experiment", "table1", "--optimizer", "sinkgd,racs", *words, "--dry-run"]) == 0
+        )
+        lines = capsys.readouterr().out.splitlines()
+        shown = {line.split()[0]: line.split()[1] for line in lines if len(line.split()) > 4}
+        assert [int(shown[name]) for name in ("sinkgd", "racs")] == runs

@@ -168,6 +168,8 @@ class Experiment:
             recipes=recipes,
         )
         arms = select_step(arms, self.step, self._step_options())
+        if self.seeds is not None:
+            arms = tuple(replace(arm, seeds=None) for arm in arms)  # the same number for all arms
         first = shared.training.seed
         count = study.settings[self.scale].seeds if self.seeds is None else self.seeds
         seeds = tuple(range(first, first + count))
