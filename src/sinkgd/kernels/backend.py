@@ -98,7 +98,7 @@ class Descent(NamedTuple):
 class Sums(Protocol):
     """Weighted sums of the squares of gradients ``(..., m, n)``, computed repeatedly.
 
-    Weights and sums are flat float64 tensors, one gradient after the other.
+    Weights and sums are flat float64 tensors, gradient by gradient.
     """
 
     def of_rows(self, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products of updates that are too large to be copied at once, by one chunk after the other."""
+"""Multiply updates by vectors chunk by chunk, if copies of all would take too much memory."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,9 @@ from sinkgd.kernels import Backend, Stack
 
 
 class ProductsByChunks:
-    """Products of one chunk of updates after the other; each product calls the backend again.
+    """The `sinkgd.deflation.Products` of updates, computed chunk by chunk.
+
+    Each product calls the backend anew for every chunk, so only one chunk is copied at a time.
 
     Args:
         backend: The backend, which may copy what it multiplies.
@@ -34,7 +36,7 @@ class ProductsByChunks:
         for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
             products = self._backend.products(chunk)
             found += products.of_cols(own)
-            if not self._squares:  # known after one product of each kind
+            if not self._squares:  # squares() needs both products: multiply zeros, too
                 products.of_rows([_zeros(stack, y) for stack, y in zip(chunk, own, strict=True)])
                 squares += products.squares()
         self._squares = self._squares or squares

@@ -62,7 +62,7 @@ class Role:
     """What a parameter is for.
 
     Attributes:
-        is_matrix: Whether it is a hidden matrix, which a matrix norm fits.
+        is_matrix: Whether it is a hidden matrix, which a matrix method updates.
         reason: Why, in words for a table.
         layout: How it is viewed as matrices; see `sinkgd.matrix_views`.
         split: Into how many matrices its rows are cut.
@@ -141,8 +141,8 @@ class _Modules:
     def _ends_in_a_head(self, child: _Place) -> bool:
         """Whether a member of a list is an output head, as in Medusa, or in DETR for boxes.
 
-        A head has no normalization, and no module of the model reads as many features as the last
-        linear of the head returns.
+        A head has no normalization, and the output width of its last linear is not the input width
+        of any module of the model.
         """
         inside = [place.module for place in _places(child)]
         linears = [module for module in inside if hasattr(module, "out_features")]
@@ -269,7 +269,7 @@ def _named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _places(place: _Place) -> Iterator[_Place]:
-    """Yield every module below ``place`` that is not a wrapper, each path once, in order."""
+    """Yield ``place`` and all modules below it, except wrappers, each path once, in order."""
     for inner in _unwrapped(place):
         yield inner
         for child in _children(inner):
@@ -279,7 +279,7 @@ def _places(place: _Place) -> Iterator[_Place]:
 def _routers(place: _Place) -> Iterator[nn.Module]:
     """Yield the linear modules beside experts that have one output for each expert.
 
-    Such a linear module may be the only one in a module of its own.
+    The router may also be inside a module beside the experts, as its only linear module.
     """
     children = [inner for child in _children(place) for inner in _unwrapped(child)]
     counts = {_count_of_experts(inner.module) for inner in (place, *children)} - {0, 1}
@@ -370,9 +370,9 @@ def _is_stored_in_out(module: nn.Module) -> bool:
 def _is_batch(module: nn.Module, param: Tensor) -> bool:
     """Whether a parameter of three dimensions looks like a stack of matrices, such as experts.
 
-    There are fewer experts than features, and all weights of a module have the same number of
-    experts. So the weights of XLNet's attention are no batches: their shapes are (features, heads,
-    features of a head) and (segments, heads, ...).
+    A stack has at most as many experts as features, and all weights of three dimensions in a module
+    have the same number of experts. So the weights of XLNet's attention are no stacks: their shapes
+    are (features, heads, features of a head) and (segments, heads, ...).
     """
     count, *sides = param.shape
     others = [own for own in module.parameters(recurse=False) if own.ndim == 3]

@@ -154,8 +154,7 @@ def test_width_names_the_rule_whose_rate_stays():
     best = {"raw-64": 3, "raw-256": 1, "pinned-64": 2, "pinned-256": 2}
     verdict = judge("width", losses, best=best)
     assert verdict.headline == (
-        "The largest good rate depends least on the width with pinned: lr ∝ d^0.00, "
-        "raw with d^-1.00."
+        "With pinned, the largest good rate depends least on the width: lr ∝ d^0.00 (raw: d^-1.00)."
     )
     assert verdict.sentences[0] == (
         "raw is good up to 0.004 at 64, 0.001 at 256: lr ∝ d^-1.00; best at 0.004, 0.001."
@@ -270,7 +269,7 @@ def test_recipes_name_what_is_lower_than_the_default_and_who_needs_the_fewest_to
     }
     verdict = judge("recipes", losses)
     assert verdict.headline == (
-        "default ended at 4.000. Beyond the spread of seeds lower: momentum ended at 3.700, "
+        "default ended at 4.000. Lower by more than the spread of seeds: momentum ended at 3.700, "
         "8-bit-momentum ended at 3.900."
     )
     assert "8-bit-momentum ended 0.100 ± 0.000 lower than default." in verdict.sentences
@@ -281,7 +280,7 @@ def test_recipes_name_what_is_lower_than_the_default_and_who_needs_the_fewest_to
 
 def test_recipes_say_that_nothing_is_lower_or_that_the_default_is_missing():
     nothing = judge("recipes", {"default": near(4.0), "rank-30": near(4.1)}).headline
-    assert nothing == "default ended at 4.000. Beyond the spread of seeds lower: nothing."
+    assert nothing == "default ended at 4.000. Lower by more than the spread of seeds: nothing."
     alone = judge("recipes", {"rank-30": near(4.1)}).headline
     assert alone == "rank-30 ended at 4.100; there is nothing to compare it with."
 

@@ -62,7 +62,9 @@ def test_keys_and_values_are_divided_by_heads():
 
 
 def test_ranks_that_do_not_divide_the_key_value_heads_are_refused():
-    words = "mesh.tp is 4, which does not divide the 2 key-value heads; use a divisor"
+    words = (
+        "mesh.tp is 4, which does not divide the 2 key-value heads; set mesh.tp to a divisor of 2"
+    )
     with pytest.raises(ConfigError, match=words):
         sharded(LLAMA_3, tp=4)
     assert sharded(replace(LLAMA_3, num_key_value_heads=None), tp=4)

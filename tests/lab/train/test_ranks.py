@@ -221,8 +221,8 @@ def test_each_rank_holds_and_writes_its_part(runs, alone, kind):
 @pytest.mark.parametrize(
     ("mesh", "ranks", "message"),
     [
-        (MeshConfig(dp_shard=4), 1, r"= 4 ranks, but 1 is here; .*torchrun --nproc-per-node 4"),
-        (MeshConfig(dp_replicate=2, tp=2), 6, "dp_shard 1 × tp 2 = 4 ranks, but 6 are here"),
+        (MeshConfig(dp_shard=4), 1, r"= 4 ranks, but 1 is running; .*torchrun --nproc-per-node 4"),
+        (MeshConfig(dp_replicate=2, tp=2), 6, "dp_shard 1 × tp 2 = 4 ranks, but 6 are running"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_ranks_is_refused(mesh, ranks, message):

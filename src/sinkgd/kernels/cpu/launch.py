@@ -40,7 +40,8 @@ _LOOPS = {
     "multiply": "skinny_matmul",
 }
 
-_local = threading.local()  # several Python threads may read gradients, as backward hooks do
+# Per Python thread, because several may run loops at the same time, for example in backward hooks.
+_local = threading.local()
 
 
 def launch(function: str, table: "array[int]", fields: int, entries: int, *more: int) -> None:
@@ -130,7 +131,7 @@ def _loops() -> dict[str, int]:
 
 @contextmanager
 def _cached_by_numba() -> Iterator[None]:
-    """Let numba keep the functions of modules imported here in `cache_folder`."""
+    """Make `cache_folder` numba's cache for modules that are imported in this context."""
     import numba  # noqa: PLC0415 - optional, and half a second to import
 
     before = numba.config.CACHE_DIR
@@ -154,11 +155,12 @@ def cache_is_shared() -> bool:
 
 @cache
 def cache_folder() -> Path:
-    """Return the first writable folder: numba's, the package's, the user's, or a temporary one.
+    """Return a writable folder for compiled functions.
 
-    The folder's name has a digest of all files that the loops are compiled from. numba itself would
-    only notice a change in the file of the cached function, not in the files of the functions that
-    it calls. The temporary folder is removed when the process ends.
+    It is in NUMBA_CACHE_DIR if that is set, else in the package's or the user's cache. Its name has
+    a digest of all files that the loops are compiled from. numba itself would only notice a change
+    in the file of the cached function, not in the files of the functions that it calls. If none of
+    these folders is writable, a temporary one is used, which is removed when the process ends.
     """
     here = Path(__file__).parent
     sources = [*sorted(here.glob("*.py")), here.parent / "rounding.py"]

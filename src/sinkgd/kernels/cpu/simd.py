@@ -1,9 +1,9 @@
 """The primitives of the compiled loops: vectors of sixteen floats, memory, and threads.
 
-Vectors have sixteen lanes on every machine, and the loops state the order of every sum. The order
-is never left to the compiler. Therefore float32 and bfloat16 gradients with the same values give
-the same bits, and NaN and infinity are preserved. An address is a plain integer. A thread receives
-only integers.
+Vectors have sixteen lanes on every machine, and the loops state the order of every sum. Fast-math
+is off, so the compiler neither reorders sums nor assumes that numbers are finite. Therefore float32
+and bfloat16 gradients with the same values give the same bits, and NaN and infinity are preserved.
+An address is a plain integer. A thread receives only integers.
 """
 
 from typing import Any
@@ -102,7 +102,7 @@ def load(typing: Any, like: Any, address: Any, count: Any) -> Any:
 def store(typing: Any, like: Any, address: Any, x: Any, count: Any) -> Any:
     """Write 16 numbers, or ``count`` of them; ``like`` is as for `load`.
 
-    Numbers are rounded to bfloat16 to nearest, ties to even.
+    For bfloat16, numbers are rounded to the nearest value, ties to even.
     """
     narrow = like == int16
     element, name, align = (_I16, "v16i16", 2) if narrow else (_F32, "v16f32", 4)

@@ -115,7 +115,7 @@ class GradientTable:
         Args:
             grad: Address of the gradient.
             layout: Layout of the gradient.
-            scales: Addresses of its row and column scales: float32, one matrix after the other.
+            scales: Addresses of its row and column scales: float32, matrix by matrix.
             target: The parameter that the gradient updates.
             started: Whether the column scales are already set to the first c².
         """
@@ -172,7 +172,7 @@ class GradientTable:
 class SumsTable:
     """A table, built once and run repeatedly, of gradients whose squares are summed with weights.
 
-    The buffers of weights and sums are float32, one matrix after the other.
+    The buffers of weights and sums are float32, matrix by matrix.
     """
 
     def __init__(self) -> None:

@@ -220,7 +220,7 @@ class TableRows(NamedTuple):
 
 
 class TableBuilder:
-    """Puts rows of int64, of any lengths, one after the other into one table."""
+    """Concatenates rows of int64, of any lengths, into one table."""
 
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []

@@ -44,7 +44,8 @@ class TrainingPlan:
 
     models: tuple[str, ...]  # presets
     recipes: tuple[str, ...]
-    releases: tuple[bool, ...]  # True is skipped for recipes that cannot release gradients
+    # Whether to free each gradient during backward; True is skipped for recipes that cannot.
+    releases: tuple[bool, ...]
     settings: StepSettings
     device: torch.device
 

@@ -73,7 +73,7 @@ from sinkgd.lab.report.console import Progress
 FIRST_CALL, ACCURACY, SCRATCH = "first-call", "accuracy", "scratch"
 CHECKS = (FIRST_CALL, ACCURACY, SCRATCH)
 CHECKED_WORKLOADS = ("llama-60m", "llama-1b-layer")
-_CHECK_WEIGHT = 60e6  # a check advances the progress as far as a workload of this many entries
+_CHECK_WEIGHT = 60e6  # weight of a check in the progress; `_weight` returns that of a workload
 _USABLE = 0.9  # fraction of the free memory that a workload may take
 
 

@@ -59,8 +59,8 @@ class Experiment:
     settings."""
 
     reuse: bool = True
-    """Reuse runs of grids from other studies in the parent folder of --out, if they were made on
-    this machine with the same configuration; otherwise every run is trained."""
+    """Reuse tuning runs of other studies in the parent folder of --out that were made on this
+    machine with the same configuration. With --no-reuse, every run is trained."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: build every arm's model without weights, and show sizes and memory. Problems
@@ -70,13 +70,13 @@ class Experiment:
     """Train nothing: make page and verdict again from the study.jsonl in the folder --out."""
 
     iterations: str | None = None
-    """For the study iterations: numbers of SR-Sinkhorn's iterations to try, separated by commas."""
+    """Only for the study `iterations`: iteration counts of SR-Sinkhorn, separated by commas."""
 
     alpha: str | None = None
-    """For the study alpha: values of α to try, separated by commas."""
+    """Only for the study `alpha`: values of α to try, separated by commas."""
 
     batch: str | None = None
-    """For the study batch: batch sizes to try, in sequences, separated by commas."""
+    """Only for the study `batch`: batch sizes to try, in sequences, separated by commas."""
 
     lr: str | None = None
     """Learning rates to try in every arm, separated by commas; a single one is not tuned."""
@@ -85,9 +85,9 @@ class Experiment:
     """Run only the arms of these recipes, names separated by commas."""
 
     step: str | None = None
-    """Run only the arm with this name, such as S2 of the study lens, and the controls. The options
-    --optimizer.tau, --optimizer.iterations and --optimizer.lr change this arm; a given rate is not
-    tuned."""
+    """Run only the arm with this name, such as S2 of the study `lens`, and the controls. The
+    options --optimizer.tau, --optimizer.iterations and --optimizer.lr change this arm; a given rate
+    is not tuned."""
 
     step_tau: Annotated[float | None, tyro.conf.arg(name="optimizer.tau")] = None
     """Temperature τ of the arm of --step."""
@@ -183,7 +183,7 @@ class Experiment:
         return {name: value for name, value in given.items() if value is not None}
 
     def _shared_config(self) -> SharedConfig:
-        """Return the settings that all arms share: the corpus of --data, and the cores per job."""
+        """Return the settings of all arms, with --data and the threads per job filled in."""
         shared = self.shared
         if self.data is not None:
             data = replace(shared.data, corpus=str(self.data))

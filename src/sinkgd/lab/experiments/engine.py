@@ -55,7 +55,7 @@ class Outcome:
     """How a session ended, and the results so far."""
 
     record: StudyRecord
-    left: int  # number of runs that are not finished
+    left: int  # number of runs without a result
     runs: int  # number of all runs
     signal: Signals | None = None
 
@@ -63,7 +63,7 @@ class Outcome:
 def run_study(
     plan: StudyPlan, folder: Path, *, jobs: int, command: str, say: Say, reuse: bool = True
 ) -> Outcome:
-    """Run the unfinished runs of a study.
+    """Train the runs of a study that have no result yet.
 
     Args:
         plan: The plan, after `StudyPlan.check`.
@@ -136,7 +136,7 @@ class _Engine:
                 _kill(pid, number)
 
     def work(self, interrupt: Interrupt) -> None:
-        """Keep all jobs busy until every run is finished or a signal arrives."""
+        """Keep all jobs busy until every run has ended or a signal arrives."""
         while True:
             while len(self.running) < self.jobs and interrupt.received is None:
                 task = self.scheduler.next_task()
@@ -294,7 +294,7 @@ def _prepare_text(plan: StudyPlan, say: Say) -> dict[DataConfig, str]:
 
 
 def _check_texts(record: StudyRecord, texts: Mapping[DataConfig, str]) -> None:
-    """Check that the finished runs were trained on the present text.
+    """Check that the recorded runs were trained on the present text.
 
     Raises:
         ConfigError: If the text differs; the message gives both hashes.

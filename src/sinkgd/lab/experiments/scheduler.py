@@ -46,12 +46,12 @@ class Scheduler:
 
     @property
     def begun(self) -> int:
-        """Number of runs that are finished or running."""
+        """Number of runs that have ended or are running."""
         return len(self._begun)
 
     @property
     def left(self) -> int:
-        """Number of runs that are not finished and can still finish, as far as they are known."""
+        """Number of runs without a result that can still get one, as far as they are known."""
         done = Counter(result.arm for result in self.record.runs.values())
         return sum(
             self._runs_of(arm) - done[arm.name]
@@ -70,7 +70,7 @@ class Scheduler:
 
     @property
     def mean_seconds(self) -> float | None:
-        """Mean wall time of the finished runs; None if no run is finished."""
+        """Mean wall time of the runs that ended; None if no run has ended."""
         ends = [result.run.end for result in self.record.runs.values()]
         seconds = [end.wall_seconds for end in ends if end]
         return statistics.fmean(seconds) if seconds else None
@@ -131,7 +131,7 @@ class Scheduler:
         return next(arm for arm in self.plan.arms if arm.name == carried.arm)
 
     def _is_chosen(self, arm: Arm) -> bool:
-        """Whether all runs on which an arm's point depends are finished."""
+        """Whether all runs on which an arm's point depends have ended."""
         if self.plan.tune and arm.carried and not self._is_chosen(self._source(arm.carried)):
             return False
         return all(task.name in self.record.runs for task in self._grid(arm) or ())

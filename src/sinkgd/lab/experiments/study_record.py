@@ -1,8 +1,8 @@
 """`study.jsonl`: all results of a study, in a file small enough to commit.
 
-Its first line is the plan. Then follow a line for every finished run, and a line for every session
-(kind "sitting"). A session is one process's work on the study. The study's page and verdict are
-made from this file only.
+Its first line is the plan. After it come a line for every run that ended, whether it finished or
+diverged, and a line for every session (kind "sitting"). A session is one process's work on the
+study. The study's page and verdict are made from this file only.
 
 Runs are thinned. The training curve has one step per evaluation, with the mean loss and the mean
 times since the previous evaluation. A model's statistics are reduced to their means over heads and
@@ -37,7 +37,7 @@ STUDY_FILE = "study.jsonl"  # in the study's folder
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that ended, finished or failed."""
+    """A run that ended: it finished or diverged."""
 
     arm: str
     tuning: bool
@@ -162,7 +162,7 @@ class StudyWriter:
         self._write({"kind": "plan", "naming": NAMING, "command": command, "plan": plan})
 
     def add_run(self, result: RunResult) -> None:
-        """Write a finished run."""
+        """Write a run that ended."""
         self._write(_run_as_json(result))
 
     def add_session(self, session: Session) -> None:
@@ -189,7 +189,10 @@ def _check_plan(plan: Mapping[str, Any]) -> None:
 
 
 def _run_as_json(result: RunResult) -> dict[str, Any]:
-    """Return a run as JSON without its environment, which the session has; tables are lists."""
+    """Return a run as JSON, without its environment, which is in the session.
+
+    Steps and evaluations are lists of values without names.
+    """
     run = result.run
     start = {key: value for key, value in asdict(run.start).items() if key != "environment"}
     return {
@@ -223,7 +226,7 @@ def _statistics_from_json(content: Mapping[str, Any]) -> list[ModelStatistics]:
 
 
 def _rounded(record: TrainStep | Evaluation) -> list[float | None]:
-    """Return the fields; all but losses are rounded to six digits, the precision of the clock."""
+    """Return the fields; floats, except losses, are rounded to six significant digits."""
     return [
         value
         if value is None or isinstance(value, int) or name.endswith("loss")

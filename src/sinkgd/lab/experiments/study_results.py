@@ -82,8 +82,8 @@ class ArmResults:
     """An arm with its runs."""
 
     arm: Arm
-    seeds: tuple[RunResult, ...]  # finished reported runs, by seed
-    grid: tuple[RunResult, ...]  # finished tuning runs
+    seeds: tuple[RunResult, ...]  # reported runs that ended, by seed
+    grid: tuple[RunResult, ...]  # tuning runs that ended
 
     @property
     def losses(self) -> dict[int, float]:

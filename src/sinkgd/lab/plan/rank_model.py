@@ -215,7 +215,7 @@ def _check_divisible(a: Architecture, tokens: int, tp: int) -> None:
         if size % tp:
             raise ConfigError(
                 f"mesh.tp is {tp}, which does not divide the {size} {what} of {a.name}; "
-                "use a divisor of it"
+                f"set mesh.tp to a divisor of {size}"
             )
 
 

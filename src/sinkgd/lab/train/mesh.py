@@ -59,7 +59,10 @@ class Mesh:
 
     @property
     def data(self) -> DeviceMesh:
-        """The ranks over which weights and batch are divided, including replicas."""
+        """The data-parallel ranks.
+
+        The batch is divided over all of them, the weights only over the ranks of each replica.
+        """
         assert self.grid is not None, "the process is alone"
         return (
             self.grid["dp_replicate", "dp_shard"]
@@ -114,8 +117,8 @@ def mesh_shape(config: MeshConfig, ranks: int) -> tuple[int, int, int]:
         asked = " × ".join(f"{name} {size}" for name, size in zip(DIMENSIONS, shape, strict=True))
         raise ConfigError(
             f"mesh is {asked} = {prod(shape)} ranks, but {ranks} "
-            f"{'is' if ranks == 1 else 'are'} here; change one of them, or start the run with "
-            f"`torchrun --nproc-per-node {prod(shape)} -m sinkgd.lab train ...`"
+            f"{'is' if ranks == 1 else 'are'} running; change a mesh dimension, or start the run "
+            f"with `torchrun --nproc-per-node {prod(shape)} -m sinkgd.lab train ...`"
         )
     return shape
 
@@ -157,7 +160,8 @@ def _check_divisible(model: Llama, ranks: int) -> None:
     ):
         if size % ranks:
             raise ConfigError(
-                f"mesh.tp is {ranks}, which does not divide the {size} {what}; use a divisor of it"
+                f"mesh.tp is {ranks}, which does not divide the {size} {what}; set mesh.tp to a "
+                f"divisor of {size}"
             )
 
 
@@ -182,7 +186,11 @@ def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
 
 
 def _block() -> dict[str, ParallelStyle]:
-    """Return how to shard a block: by rows if a matrix reads all tokens, else by columns."""
+    """Return how to shard a block.
+
+    Matrices that read the hidden states are divided by output features (`ColwiseParallel`), those
+    that write them by input features (`RowwiseParallel`).
+    """
     # If the ranks do not divide a width, such as 5461, only a DTensor keeps its true size.
     inner = ColwiseParallel(use_local_output=False)
     return {

@@ -1,4 +1,4 @@
-"""AdamW for the parameters that no matrix norm fits; the arithmetic is torch's own."""
+"""AdamW for the parameters that no matrix method updates; the arithmetic is torch's own."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial

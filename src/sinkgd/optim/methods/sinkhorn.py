@@ -175,7 +175,7 @@ def _step_by_parts(
     group: Group,
     context: Context,
 ) -> Steps[Tensor]:
-    """Update matrices by one transform after the other. All parameters are DTensors, or none is."""
+    """Update matrices, applying the transforms in turn. All parameters are DTensors, or none is."""
     matrices, ranges = param_matrices(slots, layout=group["layout"], split=group["split"])
     keys = draw_matrix_keys(slots, matrices, ranges, group)
     batch = Batch(slots, group, context, backend, matrices, ranges, keys)

@@ -4,9 +4,9 @@ r"""Steps that keep the Frobenius norm of each weight matrix: Hyperball.
     W \leftarrow R\, \frac{W - \eta R\, u / \lVert u \rVert}{\lVert W - \eta R\, u / \lVert u \rVert
     \rVert}
 
-where u is the update of all other options, η the learning rate, and R the norm of W before its
-first step. So the learning rate is relative: the root-mean-square change of a weight, divided by
-the root-mean-square of the weights. Weight decay has no effect, and is refused.
+where u is the update that all other options give, η the learning rate, and R the norm of W before
+its first step. So the learning rate is relative: the root-mean-square change of a weight, divided
+by the root-mean-square of the weights. Weight decay has no effect, and is refused.
 
 A matrix of zeros has no norm to keep. If W is zero before its first step, it gets the plain rule,
 W ← W − η u, in this and in all later steps. A matrix whose update is zero stays as it is.
@@ -67,13 +67,13 @@ class ConstantNorm(Transform):
         _norms_of(state, param, group["layout"], len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Copy the updates, and keep the copies until all messages have come."""
+        """Return what is held: copies of the updates, until all messages have come."""
         del group, packs_vectors
         return Scratch(copies=not sharded, late_copies=1)
 
     @computation
     def after(self, batch: Batch) -> Steps[Batch]:
-        """Replace the updates, and keep the norms."""
+        """Change the updates so that the weights keep their norms."""
         updates = batch.updates()
         batch = yield _hold_(batch, updates)
         return batch.with_updates(updates)
@@ -87,9 +87,10 @@ def hold_norms_(
     group: Group,
     context: Context,
 ) -> Steps[Tensor]:
-    """Replace updates of whole parameters, such as averages, in place, and keep the norms.
+    """Change updates in place so that the weights keep their norms.
 
-    Updates of vectors stay as they are.
+    Each update is that of a whole parameter, for example an average of earlier updates. Updates of
+    vectors stay as they are.
 
     Args:
         slots: The parameters.
@@ -127,7 +128,7 @@ def hold_norms_(
 
 @computation
 def _hold_(batch: Batch, updates: Sequence[Tensor]) -> Steps[Batch]:
-    """Replace the update of each matrix in place, and keep the norms."""
+    """Change the update of each matrix in place, and store the norms."""
     matrices, layout = batch.matrices, batch.group["layout"]
     norms: list[Tensor] = []
     for slot, state, own, _ in batch.owners():

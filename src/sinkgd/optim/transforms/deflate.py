@@ -1,14 +1,15 @@
-"""Lower the leading singular values of an update to the next one, with no state.
+"""Lower the k largest singular values of an update to the (k + 1)-th, by default without state.
 
 A backend multiplies the update X = r G c with k + 1 vectors; small matrices of one shape are
 stacked. The result is a pair of scales that give root-mean-square 1, and k directions that are
 subtracted when the parameter is written. On a mesh ranks add up k + 1 numbers per row and column,
 never a matrix. All matrices share the messages, as far as the memory for their vectors allows.
 
-The search for the directions starts from a block Ω of k + 1 vectors. With ``deflated_start="kept"``
-Ω is the right directions of the last step, so that the search continues from step to step, as the
-power iteration of Spectra does (https://arxiv.org/abs/2602.11185). The first step starts from the
-fixed block, and so does the search for a direction that the last update did not have.
+The search for the directions starts from a block Ω of k + 1 vectors. By default it is the same in
+every step: `sinkgd.deflation.fixed_block`. With ``deflated_start="kept"`` Ω is the right directions
+of the last step, so that the search continues from step to step, as the power iteration of Spectra
+does (https://arxiv.org/abs/2602.11185). The first step then starts from the fixed block, and
+vectors of this block replace directions that the last update lacked.
 
 State, only if ``"kept"``: ``state[param]["leading_directions"]``, float32, (k + 1) n numbers per
 matrix, as `sinkgd.optim.column_vectors` shapes and shards them.
@@ -78,9 +79,9 @@ class Deflate(Transform):
             _directions(state, param, group, len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold k + 1 vectors, or twice as many if Ω is kept.
+        """Return what is held: k + 1 vectors, or twice as many if Ω is kept.
 
-        Matrices that are not sharded are also copied, unless the backend packs vectors.
+        Also copies of matrices that are not sharded, unless the backend packs vectors.
         """
         copies, blocks = not packs_vectors and not sharded, 1 + (group["deflated_start"] == "kept")
         return Scratch(copies=copies, vectors=blocks * (group["deflated_rank"] + 1))
@@ -110,9 +111,9 @@ def check_deflated_rank(rank: int) -> None:
 
 
 def fixed_blocks(batch: Batch, k: int) -> list[Tensor]:
-    """Return Ω of every matrix, ``(..., n, k)`` float64, where n counts only this rank's columns.
+    """Return the fixed Ω of every matrix, of k vectors: ``(..., n, k)`` float64.
 
-    Parameters of one shape, memory order and sharding share one Ω.
+    n counts only this rank's columns. Parameters of one shape, memory order and sharding share Ω.
     """
     known: dict[tuple[object, ...], Tensor] = {}
     blocks: list[Tensor] = []
@@ -130,7 +131,7 @@ def fixed_blocks(batch: Batch, k: int) -> list[Tensor]:
 def fixed_block_of(
     param: Tensor, layout: str, k: int, device: torch.device | None = None
 ) -> Tensor:
-    """Return Ω of a matrix of a parameter, as `fixed_blocks` does."""
+    """Return the fixed Ω of a matrix of a parameter, as `fixed_blocks` does."""
     view = rows_then_columns(
         local(fixed_vectors(param, layout, k, device=device)), local(param), layout
     )
@@ -141,9 +142,10 @@ def fixed_block_of(
 def fixed_vectors(
     param: Tensor, layout: str, k: int, count: int = 1, device: torch.device | None = None
 ) -> Tensor:
-    """Return Ω of each of the ``count`` matrices of a parameter, the same for all, in float64."""
+    """Return the fixed Ω of each of ``count`` matrices of a parameter, float64; all are equal."""
     (row_dim,), cols = dims_of(param.ndim, layout)
-    # One block, k by n, is repeated for all matrices of a parameter, along the other dimensions.
+    # All matrices share one block, k by n: it is expanded over the batch dimensions, and repeated
+    # ``count`` times along the row dimension.
     sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
     block = fixed_block(tuple(sizes.values()), device or param.device)
     in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
@@ -155,7 +157,7 @@ def fixed_vectors(
 
 
 def _directions(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> Tensor:
-    """Return the kept vectors of a parameter; create them if absent, or if k has changed."""
+    """Return the kept vectors of a parameter; create them if absent or of another number."""
     k, layout = group["deflated_rank"] + 1, group["layout"]
     kept: Tensor | None = state.get(DIRECTIONS)
     if kept is None or [*kept.shape] != shape_of_vectors(param, layout, count * k):
@@ -164,7 +166,7 @@ def _directions(state: MutableMapping[str, Any], param: Tensor, group: Group, co
 
 
 def _kept_blocks(batch: Batch) -> list[Tensor]:
-    """Return Ω of every matrix, as `fixed_blocks` does."""
+    """Return the kept Ω of every matrix, in the format of `fixed_blocks`."""
     blocks: list[Tensor] = []
     for slot, state, own, _ in batch.owners():
         kept = _directions(state, slot.param, batch.group, len(own))
@@ -352,7 +354,7 @@ def _stretched(
     cols = cols * torch.where(fits, 1, factor)
     cols = cols.clamp(max=torch.finfo(cols.dtype).max)
     left = left.to(rows.dtype)
-    right = leading.taken.right.mT.to(rows.dtype).contiguous().mT  # one direction after the other
+    right = leading.taken.right.mT.to(rows.dtype).contiguous().mT  # each direction is contiguous
     flags = stretch.isfinite().flatten(1).all(-1)
     corrected = [
         CorrectedScales(row, col, LowRank(*pair))

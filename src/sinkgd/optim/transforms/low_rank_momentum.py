@@ -7,11 +7,11 @@ r"""Momentum whose memory has low rank: it is kept as a product of two thin fact
 M is normalized instead of the gradient. Then the memory becomes the projection of M on the columns
 of U, which one step of a subspace iteration finds. The iteration continues from step to step, since
 it starts from the last Q, and follows a change of the leading directions with a delay. The entries
-of each column of Q have root-mean-square 1; P has the size of M.
+of each column of Q have root-mean-square 1; P carries the magnitude of M.
 
 The memory is zero at first, and the first iteration starts from the fixed block Ω of
-`sinkgd.deflation`. So does a direction that M did not have: its column of P is zero, and its column
-of Q is that of Ω.
+`sinkgd.deflation`. If the rank of M is below r, the spare columns of P are zero, and those of Q are
+columns of Ω again.
 
 M itself has full rank: only what is remembered of earlier gradients has low rank. LoRA-Pre instead
 keeps the momentum itself as a product of two factors, so that its direction has low rank, too.
@@ -87,7 +87,7 @@ class LowRankMomentum(Transform):
         _prepare(state, param, group, len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold M of each matrix."""
+        """Return what is held: M of each matrix."""
         del group, packs_vectors, sharded
         return Scratch(copies=True)
 
@@ -133,7 +133,7 @@ def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count
 
 
 def _rows_of(left: Tensor, param: Tensor, batch: Batch, own: range) -> Sequence[Tensor]:
-    """View P of a parameter as the factors of its matrices, this rank's rows: ``(..., m, r)``."""
+    """View P of a parameter as one ``(..., m, r)`` per matrix; m counts only the rows here."""
     view = rows_then_columns(local(left), local(param), batch.group["layout"])
     _, cols = dims_of(param.ndim, batch.group["layout"])
     sizes = [batch.matrices[i].grad.shape[-2] for i in own]

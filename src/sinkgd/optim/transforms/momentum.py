@@ -81,7 +81,7 @@ class Momentum(Transform):
         _keep(state, param, _buffer(state, param.detach()), group)
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Hold directions, or averages decoded from 8 bits."""
+        """Return what is held: directions, or averages decoded from 8 bits."""
         del packs_vectors, sharded
         return Scratch(copies=_copies(group))
 

@@ -66,14 +66,14 @@ class OperatorNorm(Transform):
         _init_vectors(state, param, group["layout"], len(matrices_of(param, group)))
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Deflated updates are copied, and the copies are kept until all messages have come."""
+        """Return what is held: copies of deflated updates, until all messages have come."""
         del packs_vectors
         is_deflated = bool(group["deflated_rank"])
         return Scratch(copies=is_deflated and not sharded, late_copies=is_deflated)
 
     @computation
     def after(self, batch: Batch) -> Steps[Batch]:
-        """Scale the updates, and keep the vectors."""
+        """Scale the updates, and keep the vectors for the next step."""
         layout = batch.group["layout"]
         matrices, scales = batch.without_corrections()
         vectors: list[Tensor] = []

@@ -39,7 +39,7 @@ class TinyRows(Transform):
             )
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Copy the gradients."""
+        """Return what is held: copies of the gradients."""
         del group, packs_vectors, sharded
         return Scratch(copies=True)
 

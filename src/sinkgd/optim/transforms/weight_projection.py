@@ -42,7 +42,7 @@ class WeightProjection(Transform):
     switch = "weight_projection"
 
     def scratch(self, group: Group, *, packs_vectors: bool, sharded: bool) -> Scratch:
-        """Copy the updates, and keep the copies until all messages have come."""
+        """Return what is held: copies of the updates, until all messages have come."""
         del group, packs_vectors
         return Scratch(copies=not sharded, late_copies=1)
 

@@ -1,4 +1,4 @@
-"""`sinkgd bench gpu`: the targets of a step on a GPU, counted without a GPU."""
+"""`sinkgd bench gpu`: count what a step would do on a GPU, and compare it with targets."""
 
 from dataclasses import dataclass
 from pathlib import Path

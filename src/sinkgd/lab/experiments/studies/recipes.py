@@ -22,7 +22,8 @@ from sinkgd.lab.experiments.study_verdict import (
 DEFAULT = "default"
 WEIGHT_DECAY = "optimizer.weight_decay"
 
-# As `table1` for longer: 1.64M tokens in rows of 128, 32 in a step; about 4 minutes of one core.
+# Like the study `table1`, but longer: 1.64M tokens, 32 sequences of 128 tokens per step; about 4
+# minutes of one core.
 LONG = replace(
     MACHINE,
     training=replace(MACHINE.training, steps=400, batch_size=32),
@@ -36,7 +37,8 @@ class Addition(NamedTuple):
     options: Mapping[str, Any]
     grid: Grid
     paper_grid: Grid
-    bytes_per_entry: int = 0  # of state for an entry of a hidden matrix; vectors are not counted
+    # Bytes of state per entry of a hidden matrix; state per row or column is not counted.
+    bytes_per_entry: int = 0
 
 
 def _rates(*values: float) -> Grid:
@@ -103,7 +105,10 @@ def _arms(*, paper: bool) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Compare each addition with the default, and say what the tokens of the controls come to."""
+    """Compare each addition with the default, and the best arm with the controls.
+
+    For each control, also name the arm that reaches its final loss with the fewest tokens.
+    """
     if (nothing := unfinished(results)) is not None:
         return nothing
     default = results.arm(DEFAULT)
@@ -115,7 +120,7 @@ def judge(results: StudyResults) -> Verdict:
     kept = {name: own.bytes_per_entry for name, own in ADDITIONS.items()}
     lower = [one for one in others if results.difference(one, default).lower]
     headline = (
-        f"{ended(default)}. Beyond the spread of seeds lower: "
+        f"{ended(default)}. Lower by more than the spread of seeds: "
         + (", ".join(map(ended, lower)) or "nothing")
         + "."
     )
@@ -137,7 +142,9 @@ RECIPES = Study(
     background="Published additions to optimizers like SinkGD: cautious weight decay (Chen et al. "
     "2025), updates without their part along the weight (Nora), weights of constant norm "
     "(Hyperball), directions kept from step to step (Spectra), momentum of low rank (LoRA-Pre) or "
-    "in 8 bits (PowerStep), and rows of momentum (RMNP). Each is added to the default alone.",
+    "in 8 bits (PowerStep), and normalizing the rows of a momentum (RMNP). Each is added to the "
+    "default by itself, except RMNP, which replaces it. Plain momentum and a deflated rank of 30 "
+    "are tried, too.",
     settings={
         "machine": Setting(LONG, _arms(paper=False)),
         "paper": Setting(BENCHMARK["llama-60m"], _arms(paper=True), models=BENCHMARK),

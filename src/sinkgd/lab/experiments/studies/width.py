@@ -129,15 +129,15 @@ def judge(results: StudyResults) -> Verdict:
     least = min(abs(p) for p in exponents.values())
     stay = [rule for rule, p in exponents.items() if abs(p) == least]
     headline = (
-        f"The largest good rate depends least on the width with {' and '.join(stay)}: "
+        f"With {' and '.join(stay)}, the largest good rate depends least on the width: "
         f"lr ∝ d^{exponents[stay[0]]:.2f}"
     )
     if RAW in exponents and RAW not in stay:
-        headline += f", raw with d^{exponents[RAW]:.2f}"
+        headline += f" (raw: d^{exponents[RAW]:.2f})"
     sentences = [_rates(rule, arms, exponents.get(rule)) for rule, arms in found.items()]
     sentences.append(
-        f"Good is a rate that ends within {TOLERANCE:g} nats of the lowest of its grid; rates are "
-        "a factor of two apart."
+        f"A rate is good if its final loss is within {TOLERANCE:g} nats of the lowest in its grid; "
+        "rates are a factor of two apart."
     )
     sentences += _at_the_largest(results)
     return Verdict(f"{headline}.", tuple(sentences), tuple(cautions(results)))
