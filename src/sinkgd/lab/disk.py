@@ -29,7 +29,7 @@ PATH_ERRORS = frozenset(
 
 
 def remedy_of(error: OSError) -> str | None:
-    """Return what to do about an error of the system, or None if that depends on its cause.
+    """Return a remedy for an error of the system, or None if its errno alone suggests none.
 
     Examples:
         >>> remedy_of(FileExistsError(errno.EEXIST, "File exists", "runs"))
@@ -49,7 +49,7 @@ def remedy_of(error: OSError) -> str | None:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Parse JSON; a byte order mark is allowed.
+    """Parse JSON; bytes may begin with a byte order mark.
 
     Raises:
         ValueError: If ``content`` is not JSON, is not UTF-8, or is nested more deeply than Python

@@ -1,6 +1,6 @@
 """The role of each parameter of a model, read from the types and the places of its modules.
 
-Names of parameters are not used. A *block* is a module that has children, and that is a member of a
+The names that a model gives to its modules are not used. A *block* is a module that has children, and that is a member of a
 ``ModuleList``, of a ``ModuleDict`` or, if another member has the same type, of a ``Sequential``:
 the layers of a transformer, the stages of a ResNet. Linear weights inside blocks are the hidden
 matrices. Those outside are the model's input and output projections. A list of output heads is not
@@ -210,7 +210,7 @@ class _Modules:
         return any(self.modules[".".join(parts[:end])] in self.blocks for end in ends)
 
     def _is_adapter(self, path: str) -> bool:
-        # With any method, PEFT's layers keep their trained parameters next to the base layer.
+        # All of PEFT's methods, such as LoRA, keep the trained parameters next to the base layer.
         if _wraps_base_layer(self.modules[path]):
             return True
         parts = path.split(".")
@@ -405,7 +405,7 @@ def _of_convolution(module: nn.modules.conv._ConvNd, attribute: str) -> Role | N
 
 
 def _is_stock(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch.nn, or of a class derived from one."""
+    """Whether the class of a module is a layer of torch.nn, no container, or derives from one."""
     return any(
         kind.__module__.startswith("torch.nn.modules.") and not issubclass(kind, _CONTAINERS)
         for kind in type(module).__mro__

@@ -3,7 +3,7 @@
 Vectors have sixteen lanes on every machine, and the loops state the order of every sum. Fast-math
 is off, so the compiler neither reorders sums nor assumes that numbers are finite. Therefore float32
 and bfloat16 gradients with the same values give the same bits, and NaN and infinity are preserved.
-An address is a plain integer. A thread receives only integers.
+Threads receive addresses as plain integers, and no arrays.
 """
 
 from typing import Any

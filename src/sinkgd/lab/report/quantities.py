@@ -1,4 +1,4 @@
-"""Format quantities: short, in SI units, the same in the terminal and on the page.
+"""Format quantities briefly, and in the same way in the terminal and on the page.
 
 A no-break space joins a number and its unit, so that no line ends between them.
 """

@@ -18,7 +18,7 @@ rounds it once.
 State: ``state[param]["norm"]``, float32, R of each matrix; -1 before the first step. It has the
 parameter's shape, but its row dimension has one entry for each matrix of the parameter, and its
 column dimensions have one. Scratch: the same as in `sinkgd.optim.transforms.weight_projection`. On
-a mesh the transform costs one message.
+a mesh the transform costs one message, or two if both rows and columns are sharded.
 
 References:
     Hyperball, https://arxiv.org/abs/2606.16899

@@ -21,7 +21,8 @@ State, float32 (float64 for float64), with r the least of ``momentum_rank``, the
 columns of a parameter: ``state[param]["momentum_left"]``, P, has r numbers per row, and is sharded
 like the rows. ``state[param]["momentum_right"]``, Q, has r numbers per column of each matrix, as
 `sinkgd.optim.column_vectors` shapes and shards them. A non-finite gradient leaves both unchanged.
-Scratch: M, for a few matrices at a time. On a mesh it costs two messages per group.
+Scratch: M, for a few matrices at a time. On a mesh the transform costs two messages for every few
+matrices, or four if both rows and columns are sharded.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
