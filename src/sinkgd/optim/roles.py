@@ -1,10 +1,10 @@
 """The role of each parameter of a model, read from the types and the places of its modules.
 
-The names that a model gives to its modules are not used. A *block* is a module that has children, and that is a member of a
-``ModuleList``, of a ``ModuleDict`` or, if another member has the same type, of a ``Sequential``:
-the layers of a transformer, the stages of a ResNet. Linear weights inside blocks are the hidden
-matrices. Those outside are the model's input and output projections. A list of output heads is not
-a list of blocks.
+The names that a model gives to its modules are not used. A *block* is a module that has children,
+and that is a member of a ``ModuleList``, of a ``ModuleDict`` or, if another member has the same
+type, of a ``Sequential``: the layers of a transformer, the stages of a ResNet. Linear weights
+inside blocks are the hidden matrices. Those outside are the model's input and output projections. A
+list of output heads is not a list of blocks.
 
 Experts are hidden matrices: a list of modules, or one weight with the matrices of all experts. The
 router beside them, a linear module with one output for each expert, is not a hidden matrix: its

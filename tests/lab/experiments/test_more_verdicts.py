@@ -275,7 +275,8 @@ def test_recipes_name_what_is_lower_than_the_default_and_who_needs_the_fewest_to
     assert "8-bit-momentum ended 0.100 ± 0.000 lower than default." in verdict.sentences
     needs = [s for s in verdict.sentences if "needs the fewest tokens" in s]
     assert needs[0].startswith("Of those without matrix state, default needs the fewest tokens")
-    assert needs[1].startswith("Of those with at most a byte an entry, 8-bit-momentum needs the")
+    small = "Of those with at most one byte of state per matrix entry, 8-bit-momentum needs the"
+    assert needs[1].startswith(small)
 
 
 def test_recipes_say_that_nothing_is_lower_or_that_the_default_is_missing():

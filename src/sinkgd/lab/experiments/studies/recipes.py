@@ -127,7 +127,10 @@ def judge(results: StudyResults) -> Verdict:
     sentences = [
         fewest_tokens(results, control, who, [name for name in kept if kept[name] <= most])
         for control in results.controls
-        for who, most in (("without matrix state", 0), ("with at most one byte of state per matrix entry", 1))
+        for who, most in (
+            ("without matrix state", 0),
+            ("with at most one byte of state per matrix entry", 1),
+        )
     ]
     sentences += [
         compared(one.arm.name, results.difference(one, default), DEFAULT) for one in others
