@@ -264,7 +264,7 @@ def test_the_losses_of_the_readme_are_those_of_the_verdicts():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     quoted = {
         "table1": ["sinkgd", "swan", "adamw", "muon", "sinkgd-paper", "adamw-one-lr"],
-        "table1-long": ["sinkgd", "adamw"],
+        "recipes": ["default", "adamw"],
         "pareto": ["sinkgd", "sinkgd-stateless", "adamw-one-lr"],
     }
     for study, arms in quoted.items():

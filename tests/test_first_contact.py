@@ -150,30 +150,40 @@ def test_the_table_has_at_most_sixty_lines_and_says_first_what_is_wrong():
 def test_the_ladders_rows_give_the_share_of_adamws_tokens():
     curves = {"adamw": (6.0, 5.0, 4.0), "sinkgd": (5.0, 4.5, 3.5), "muon": (6.0, 5.5, 5.0)}
     rows = [
-        {"section": "ladder", "item": "llama-9m", "status": "ok", "arm": arm, "tokens": 100 * i}
-        | {"hidden_weights": 10, "val_loss": loss, "train_seconds": 1.0}
+        {"section": "ladder", "item": "sizes", "status": "ok", "arm": arm, "preset": "llama-9m"}
+        | {"tokens": 100 * i, "hidden_weights": 10, "val_loss": loss, "step": i, "of": 3}
         for arm, losses in curves.items()
         for i, loss in enumerate(losses, start=1)
     ]
     said = table(rows)
-    assert "llama-9m (300 tokens, 30.0 a weight)" in said
+    assert "llama-9m (300 tokens, 30.0 a weight): " in said
     assert "adamw 4.0000 · sinkgd 3.5000 (83%) · muon 5.0000" in said
+    assert "30.0 a weight, stopped at step 3 of 4" in table([row | {"of": 4} for row in rows])
 
 
-@pytest.mark.parametrize("left", [5.0, 79.0, 100.0, 550.0])
-def test_sizes_of_the_ladder_share_the_time_that_is_left(left):
-    spent, taken = 0.0, []
-    for place in range(len(ladder.SIZES)):
-        seconds = ladder.seconds_for(place, ladder.SIZES, left - spent)
-        if seconds is None:
-            break
-        spent += seconds
-        taken.append(seconds)
-    assert spent == pytest.approx(left)
-    assert len(taken) == {5.0: 1, 79.0: 1, 100.0: 2, 550.0: 4}[left]
-    assert left < 2 * ladder.LEAST_SECONDS or min(taken) >= ladder.LEAST_SECONDS
-    if left == 550.0:
-        assert taken == pytest.approx([55, 110, 165, 220])
+@pytest.mark.parametrize("seconds", [1.0, 20.0, 60.0, 200.0, 550.0, 5000.0])
+@pytest.mark.parametrize("slow", [0.5, 1.0, 8.0])
+def test_sizes_of_the_ladder_have_equal_tokens_a_weight_and_fit_into_the_time(seconds, slow):
+    costs = [
+        ladder.Cost(weights, slow * step, slow * 0.05)
+        for weights, step in ((8e5, 0.02), (3.2e6, 0.025), (1.1e7, 0.04), (2.5e7, 0.07))
+    ]
+    steps = ladder.steps_within(costs, seconds)
+    per_weight = [
+        own * ladder.BATCH * ladder.TIME / cost.weights
+        for own, cost in zip(steps, costs, strict=False)
+    ]
+    assert 1 <= len(steps) <= 4
+    assert max(per_weight) <= ladder.TOKENS_PER_WEIGHT
+    if steps != [ladder.CHUNKS]:  # else there is hardly any time
+        spent = sum(
+            own * cost.step + ladder.CHUNKS * cost.evaluation
+            for own, cost in zip(steps, costs, strict=False)
+        )
+        assert spent <= 0.9 * seconds + 1e-6
+    if len(steps) > 1:
+        assert min(per_weight) > 0.9 * ladder.LEAST_TOKENS
+        assert max(per_weight) < 1.1 * min(per_weight)
 
 
 def test_a_table_that_cannot_be_made_is_said_and_the_rows_are_kept(tmp_path, monkeypatch, capsys):

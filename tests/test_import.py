@@ -70,6 +70,10 @@ print(bool((weight != 1).all()))
     assert run(code) == "True"
 
 
+def test_a_star_imports_the_names_of_contrib_too():
+    assert run("from sinkgd import *; print(SinkGD.__name__, SPAM.__name__)") == "SinkGD SPAM"
+
+
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'SinkGDX'"):
         sinkgd.SinkGDX  # noqa: B018

@@ -44,7 +44,7 @@ def sections(*, tiny: bool) -> tuple[Section, ...]:
         sweep.section(tiny=tiny),
         training.section(tiny=tiny),
         losses.section(tiny=tiny),
-        ladder.section(tiny=tiny),
+        ladder.section(),
     )
 
 

@@ -58,15 +58,20 @@ _IN_CONTRIB = {
 _METHODS.add_package("sinkgd.contrib")
 
 
-def __getattr__(name: str) -> object:
-    if name == "contrib":
-        return _importlib.import_module("sinkgd.contrib")
-    if name not in _IN_CONTRIB:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_importlib.import_module(f"sinkgd.contrib.{_IN_CONTRIB[name]}"), name)
-    globals()[name] = value
-    return value
-
-
 def __dir__() -> list[str]:
     return sorted({*globals(), *_IN_CONTRIB, "contrib"})
+
+
+if not _TYPE_CHECKING:  # type checkers see the imports above, and would accept any name
+
+    def __getattr__(name: str) -> object:
+        if name == "contrib":
+            return _importlib.import_module("sinkgd.contrib")
+        if name not in _IN_CONTRIB:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_importlib.import_module(f"sinkgd.contrib.{_IN_CONTRIB[name]}"), name)
+        globals()[name] = value
+        return value
+
+    # Without it `from sinkgd import *` would leave out the names of `sinkgd.contrib`.
+    __all__ = [name for name in __dir__() if not name.startswith("_")]

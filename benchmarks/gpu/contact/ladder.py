@@ -1,7 +1,8 @@
 """Does the gain over AdamW grow with the model? Four sizes on a text, much as study `ladder` does.
 
 Rules:
-    tokens: 20 for each hidden weight, or as many as the time allows; equal for all arms of a size
+    tokens: the same number for each hidden weight at every size: 20, or as many as the time allows.
+        Below 5 the largest size is left out
     rates: of matrices those of `MATRIX_LR` at the width of llama-9m, and in inverse proportion to
         the width for larger models; Muon's does not depend on the width. All other parameters take
         AdamW at 0.08. Nothing is tuned here.
@@ -12,8 +13,9 @@ The batch does not grow with the model. There is one seed.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,17 +27,18 @@ from contact.items import Item, Row, Section, Setting, Skipped
 from contact.measure import synchronize
 from sinkgd.lab.models import LanguageModel, build_model
 
-# The sizes, and the shares of the time that they take if it is short.
-SIZES: Mapping[str, int] = {"llama-9m": 1, "llama-20m": 2, "llama-35m": 3, "llama-60m": 4}
-TINY_SIZES: Mapping[str, int] = {"llama-nano-48": 1, "llama-nano-64": 1}
-LEAST_SECONDS = 40.0  # for a size
-TOKENS_PER_WEIGHT = 20
+SIZES = ("llama-9m", "llama-20m", "llama-35m", "llama-60m")
+TINY_SIZES = ("llama-nano-48", "llama-nano-64")
+TOKENS_PER_WEIGHT, LEAST_TOKENS = 20.0, 5.0
+SECONDS_FOR_ANOTHER = 80.0  # with fewer left, a larger size is not tried
 BATCH, TIME = 64, 256  # 16,384 tokens a step
 WARM_UP, CHUNKS = 0.1, 20  # share of the steps for the warm-up; number of evaluations
+HELD_OUT = 8  # batches of an evaluation
 TRIAL_STEPS = (4, 8)  # steps that try each arm's speed: to warm up, and timed
 
 LR, WIDTH = 0.08, 128  # of embeddings, head and vectors; the width at which rates are given
-# The best rates in studies `table1-long` and `ladder`, on smaller batches.
+# The best rates of studies on smaller batches: `table1` for muon and sinkgd-paper (the largest of
+# its grid), `table1-long` for adamw, and `recipes` for sinkgd.
 MATRIX_LR: Mapping[str, float] = {
     "adamw": 0.006,
     "muon": 0.01,
@@ -45,21 +48,30 @@ MATRIX_LR: Mapping[str, float] = {
 LARGEST_NORM = 1.0  # to which AdamW's gradients are clipped
 
 
-def section(*, tiny: bool) -> Section:
+def section() -> Section:
     """Return the section; it takes whatever time is left."""
-    sizes = TINY_SIZES if tiny else SIZES
-    items = [Item(preset, _Size(place, sizes), 600) for place, preset in enumerate(sizes)]
-    return Section("ladder", 20, tuple(items))
+    return Section("ladder", 20, (Item("sizes", on_text, 600),))
 
 
-def seconds_for(place: int, sizes: Mapping[str, int], left: float) -> float | None:
-    """Return the seconds that a size may take of those left; None if they are too few."""
-    if place and left < LEAST_SECONDS:
-        return None
-    shares = list(sizes.values())[place:]
-    if left < 2 * LEAST_SECONDS:
-        return left
-    return max(LEAST_SECONDS, left * shares[0] / sum(shares))
+class Cost(NamedTuple):
+    """What a size costs, for all its arms together."""
+
+    weights: int  # hidden ones
+    step: float  # seconds
+    evaluation: float  # seconds
+
+
+def steps_within(costs: Sequence[Cost], seconds: float) -> list[int]:
+    """Return the steps of each size, by the module's rules; sizes at the end may be left out."""
+    for count in range(len(costs), 0, -1):
+        own = costs[:count]
+        wanted = [TOKENS_PER_WEIGHT * cost.weights / (BATCH * TIME) for cost in own]
+        training = sum(steps * cost.step for steps, cost in zip(wanted, own, strict=True))
+        evaluations = sum(CHUNKS * cost.evaluation for cost in own)
+        share = min(1.0, max(0.0, 0.9 * seconds - evaluations) / training)
+        if count == 1 or share * TOKENS_PER_WEIGHT >= LEAST_TOKENS:
+            break
+    return [max(CHUNKS, int(share * steps)) for steps in wanted]
 
 
 def read_tokens(path: Path) -> tuple[Tensor, Tensor]:
@@ -122,6 +134,7 @@ class _Arm:
         self.model: LanguageModel = build_model(
             preset, vocab_size=vocab, max_sequence_length=self.shape[1]
         ).to(setting.device)
+        self.hidden_weights: int = self.model.config.linear_parameter_count
         self.trainer = trainer_of(self.model, name)
         self.seconds, self.step = 0.0, 0
 
@@ -150,62 +163,65 @@ class _Arm:
         return sum(float(self._loss(tokens)) for tokens in batches) / len(batches)
 
 
-class _Size:
-    """Trains every arm of one size on the same tokens, in turns."""
+def on_text(setting: Setting) -> Iterator[Row]:
+    """Train every arm of every size on the same tokens, in turns."""
+    if setting.tokens is None:
+        raise Skipped("no --tokens; make_tokens.py makes them")
+    train, validation = (part.to(setting.device) for part in read_tokens(setting.tokens))
+    vocab = int(max(train.max(), validation.max())) + 1
+    shape = _shape(setting)
+    held_out = models.some(models.batches(validation, *shape, seed=1), HELD_OUT)
+    sizes: tuple[str, ...] = TINY_SIZES
+    steps = [CHUNKS] * len(sizes)
+    if not setting.tiny:
+        costs: list[Cost] = []
+        for preset in SIZES:
+            if costs and setting.left() < SECONDS_FOR_ANOTHER:
+                break
+            costs.append(_cost(preset, train, held_out, vocab, setting))
+        sizes, steps = SIZES, steps_within(costs, setting.left() - 2)
+    for preset, own in zip(sizes, steps, strict=False):
+        yield from _train(preset, own, train, held_out, vocab, setting)
 
-    def __init__(self, place: int, sizes: Mapping[str, int]) -> None:
-        self.place, self.sizes = place, sizes
-        self.preset = list(sizes)[place]
 
-    def __call__(self, setting: Setting) -> Iterator[Row]:
-        if setting.tokens is None:
-            raise Skipped("no --tokens; make_tokens.py makes them")
-        seconds = seconds_for(self.place, self.sizes, setting.left())
-        if seconds is None:
-            raise Skipped(f"fewer than {LEAST_SECONDS:g} s are left; try --only ladder")
-        begin = time.monotonic()
-        train, validation = (part.to(setting.device) for part in read_tokens(setting.tokens))
-        vocab = int(max(train.max(), validation.max())) + 1
-        arms = [_Arm(name, self.preset, vocab, setting) for name in MATRIX_LR]
-        weights = arms[0].model.config.linear_parameter_count
-        batch, length = _shape(setting)
-        steps = CHUNKS
-        if not setting.tiny:
-            wanted = TOKENS_PER_WEIGHT * weights // (batch * length)
-            spent = time.monotonic() - begin
-            per_step = self._seconds_per_step(train, vocab, setting)
-            # A tenth of the time goes into evaluations.
-            affordable = int(0.85 * (seconds - spent - 2) / per_step)
-            steps = max(CHUNKS, min(wanted, affordable))
-        text = models.batches(train, batch, length, seed=0)
-        held_out = models.some(models.batches(validation, batch, length, seed=1), 8)
-        done = 0
-        for chunk in range(1, CHUNKS + 1):
-            batches = models.some(text, steps * chunk // CHUNKS - done)
-            done += len(batches)
-            for arm in arms:
-                arm.train(batches, steps)
-                yield {
-                    "arm": arm.name,
-                    "step": done,
-                    "of": steps,
-                    "hidden_weights": weights,
-                    "tokens": done * batch * length,
-                    "val_loss": round(arm.evaluate(held_out), 4),
-                    "train_seconds": round(arm.seconds, 2),
-                }
+def _train(
+    preset: str, steps: int, train: Tensor, held_out: list[Tensor], vocab: int, setting: Setting
+) -> Iterator[Row]:
+    arms = [_Arm(name, preset, vocab, setting) for name in MATRIX_LR]
+    shape = _shape(setting)
+    text = models.batches(train, *shape, seed=0)
+    done = 0
+    for chunk in range(1, CHUNKS + 1):
+        batches = models.some(text, steps * chunk // CHUNKS - done)
+        done += len(batches)
+        for arm in arms:
+            arm.train(batches, steps)
+            yield {
+                "preset": preset,
+                "arm": arm.name,
+                "step": done,
+                "of": steps,
+                "hidden_weights": arm.hidden_weights,
+                "tokens": done * shape[0] * shape[1],
+                "val_loss": round(arm.evaluate(held_out), 4),
+                "train_seconds": round(arm.seconds, 2),
+            }
 
-    def _seconds_per_step(self, train: Tensor, vocab: int, setting: Setting) -> float:
-        """Return how long a step of all arms takes, estimated from a few steps of each."""
-        text = models.batches(train, BATCH, TIME, seed=2)
-        seconds = 0.0
-        for name in MATRIX_LR:
-            arm = _Arm(name, self.preset, vocab, setting)
-            for count in TRIAL_STEPS:
-                arm.seconds = 0.0
-                arm.train(models.some(text, count), sum(TRIAL_STEPS))
-            seconds += arm.seconds / TRIAL_STEPS[-1]
-        return seconds
+
+def _cost(preset: str, train: Tensor, held_out: list[Tensor], vocab: int, setting: Setting) -> Cost:
+    """Time a few steps and an evaluation of each arm."""
+    text = models.batches(train, *_shape(setting), seed=2)
+    step = evaluation = 0.0
+    for name in MATRIX_LR:
+        arm = _Arm(name, preset, vocab, setting)
+        for count in TRIAL_STEPS:
+            arm.seconds = 0.0
+            arm.train(models.some(text, count), sum(TRIAL_STEPS))
+        step += arm.seconds / TRIAL_STEPS[-1]
+        begin = time.perf_counter()
+        arm.evaluate(held_out)
+        evaluation += time.perf_counter() - begin
+    return Cost(arm.hidden_weights, step, evaluation)
 
 
 def _shape(setting: Setting) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The table at the end: what the rows say, in at most 60 lines."""
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -150,13 +151,15 @@ def _ladder(rows: Rows) -> Iterator[str]:
     """Yield the final losses of each size, and the tokens to AdamW's loss as a share of AdamW's."""
     sizes: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in _of(rows, "ladder"):
-        sizes.setdefault(row["item"], {}).setdefault(row["arm"], []).append(row)
+        sizes.setdefault(row["preset"], {}).setdefault(row["arm"], []).append(row)
     if sizes:
         yield "ladder, loss (tokens to AdamW's loss, as a share of AdamW's):"
     for preset, arms in sizes.items():
         last = arms["adamw"][-1] if "adamw" in arms else None
         row = next(iter(arms.values()))[-1]
         tokens = f"{row['tokens']:,} tokens, {row['tokens'] / row['hidden_weights']:.1f} a weight"
+        if row["step"] < row["of"]:
+            tokens += f", stopped at step {row['step']} of {row['of']}"
         cells = []
         for arm, curve in arms.items():
             cell = f"{arm} {curve[-1]['val_loss']:.4f}"
@@ -170,7 +173,7 @@ def tokens_to_reach(curve: Rows, loss: float) -> float | None:
     before: dict[str, Any] | None = None
     for row in curve:
         if row["val_loss"] <= loss:
-            if before is None:
+            if before is None or not math.isfinite(before["val_loss"]):
                 return float(row["tokens"])
             way = (before["val_loss"] - loss) / (before["val_loss"] - row["val_loss"])
             return float(before["tokens"] + way * (row["tokens"] - before["tokens"]))

@@ -5,6 +5,7 @@ import pytest
 from sinkgd.lab.cli import main
 from sinkgd.lab.experiments.selection import STEP_OPTIONS, select_step
 from sinkgd.lab.experiments.studies import find_study
+from sinkgd.lab.experiments.study import plan_of
 from sinkgd.lab.train.config import ConfigError
 
 LENS = find_study("lens").settings["machine"].arms
@@ -56,12 +57,29 @@ def test_a_dry_run_shows_the_step(capsys):
     assert "--step" in capsys.readouterr().err
 
 
+def runs_by_arm(shown):
+    rows = [line.split() for line in shown.splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 5 and row[1].isdigit()}
+
+
 def test_seeds_that_are_asked_for_hold_for_all_arms(capsys):
-    """By itself `table1` has five seeds for some arms, and three for the others."""
-    for words, runs in (([], [8, 6]), (["--seeds", "4"], [7, 7])):
-        assert (
-            main(["experiment", "table1", "--optimizer", "sinkgd,racs", *words, "--dry-run"]) == 0
-        )
-        lines = capsys.readouterr().out.splitlines()
-        shown = {line.split()[0]: line.split()[1] for line in lines if len(line.split()) > 4}
-        assert [int(shown[name]) for name in ("sinkgd", "racs")] == runs
+    """By itself `ladder` has three seeds at the small sizes, and two at the large ones."""
+    for words, runs in (([], [8, 5]), (["--seeds", "4"], [9, 7])):
+        assert main(["experiment", "ladder", "--optimizer", "adamw", *words, "--dry-run"]) == 0
+        shown = runs_by_arm(capsys.readouterr().out)
+        assert [shown[name] for name in ("adamw-nano-48", "adamw-nano")] == runs
+
+
+def test_an_arm_may_be_chosen_by_its_own_name(capsys):
+    words = ["--optimizer", "lion-one-lr", "--lr", "0.001,0.002", "--dry-run"]
+    assert main(["experiment", "table1", *words]) == 0
+    assert runs_by_arm(capsys.readouterr().out) == {"lion-one-lr": 2 + 5}
+    assert main(["experiment", "table1", "--optimizer", "lion", "--dry-run"]) == 0
+    assert list(runs_by_arm(capsys.readouterr().out)) == ["lion-one-lr", "lion"]
+
+
+def test_arms_of_table1_differ_without_tuning_too():
+    """Without a rate of their own for matrices, two arms of a recipe would be equal."""
+    plan = plan_of(find_study("table1"), "machine", tune=False)
+    configs = [plan.config(plan.seed_task(arm, {}, 0)) for arm in plan.arms]
+    assert all(one != other for i, one in enumerate(configs) for other in configs[:i])

@@ -136,6 +136,30 @@ def test_all_arms_of_a_study_are_widened_or_none():
         check_arms("made-up", (ARM, replace(ARM, name="other", widened=False)))
 
 
+@pytest.mark.parametrize("values", [(0.1, 0.1), (0.1, 0.2, 0.2), (0.1, 0.1000001), (0.0, 0.1)])
+def test_grids_that_cannot_go_on_are_refused(values):
+    with pytest.raises(ConfigError, match=r"arm 'sinkgd' .* cannot be widened; give values above"):
+        check_arms("made-up", (replace(ARM, tuned={LR: values}),))
+
+
+def test_page_and_search_choose_the_same_of_equal_points():
+    plan = plan_for(ARM)
+    record, _ = run_all(plan, lambda point: 1.0 if point[MATRIX_LR] > 0.0015 else 2.0)
+    results = list(record.runs.items())
+    backwards = StudyRecord(plan.as_json(), "sinkgd experiment", dict(reversed(results)))
+    chosen = [StudyResults.of(one).arms[0].chosen for one in (record, backwards)]
+    used = {tuple(r.point.items()) for r in record.runs.values() if not r.tuning}
+    assert chosen[0] == chosen[1]
+    assert used == {tuple(chosen[0].items())}
+
+
+def test_an_unfinished_search_is_at_no_edge():
+    plan = plan_for(ARM)
+    record = StudyRecord(plan.as_json(), "sinkgd experiment made-up")
+    run_on(Scheduler(plan, record), bowl(0.08, 0.032), 4)
+    assert StudyResults.of(record).arms[0].edges == []
+
+
 def test_rates_of_the_user_are_the_only_ones_that_are_tried():
     study = STUDIES["table1"]
     shared = study.settings["machine"].shared

@@ -82,7 +82,8 @@ class Experiment:
     """Learning rates to try in every arm, separated by commas; a single one is not tuned."""
 
     optimizer: str | None = None
-    """Run only the arms of these recipes, names separated by commas."""
+    """Run only the arms of these recipes, names separated by commas. The name of an arm is taken,
+    too, if no recipe has it."""
 
     step: str | None = None
     """Run only the arm with this name, such as S2 of the study `lens`, and the controls. The

@@ -5,9 +5,9 @@ of values to try. It names recipes and presets, but builds nothing.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import pairwise, product
 from types import MappingProxyType
 from typing import Any
 
@@ -143,16 +143,21 @@ def _around(values: Sequence[float], value: float) -> tuple[float, float]:
     return line[place - 1], line[place + 1]
 
 
+def _can_be_widened(values: Sequence[float]) -> bool:
+    line = sorted(values)
+    return line[0] > 0 and all(after >= 1.01 * before for before, after in pairwise(line))
+
+
 def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
     """Check that names of arms are unique, and that arms are tuned alike.
 
     All arms at one position of the axis have the same number of points, and so do all arms without
-    a position. All tuned arms are widened, or none is. A carried arm takes its values from an arm
-    with a grid.
+    a position. All tuned arms are widened, or none is. The values of a widened grid are above zero
+    and at least 1 % apart. A carried arm takes its values from an arm with a grid.
 
     Raises:
-        ConfigError: If names are not unique, grids differ in size or only some are widened, or a
-            carried arm has no source; the message names the arms.
+        ConfigError: If names are not unique, grids differ in size or only some are widened, a grid
+            cannot be widened, or a carried arm has no source; the message names the arms.
     """
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -171,6 +176,13 @@ def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
             f"the arms of study {study!r} are not tuned alike: the grids of {', '.join(odd)} are "
             "not widened, the others are; widen all or none"
         )
+    for arm in tuned:
+        for name, values in arm.tuned.items():
+            if arm.widened and not _can_be_widened(values):
+                raise ConfigError(
+                    f"arm {arm.name!r} of study {study!r} tries {values} for {name}, which cannot "
+                    "be widened; give values above 0 that are at least 1 % apart"
+                )
     carries = any(arm.carried for arm in arms)
     for place in dict.fromkeys(arm.value if carries else None for arm in arms):
         efforts = {
@@ -229,6 +241,19 @@ def point_words(point: Point) -> str:
     'lr 0.02, matrix_lr 1e-05'
     """
     return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in point.items())
+
+
+def best_point(losses: Iterable[tuple[float, Point]]) -> Point | None:
+    """Return the point with the lowest loss; None if no loss is finite.
+
+    Of points with equal losses it is the first, so that a search ends where losses are equal.
+
+    Examples:
+        >>> best_point([(4.0, {"lr": 0.2}), (3.9, {"lr": 0.4}), (3.9, {"lr": 0.1})])
+        {'lr': 0.4}
+    """
+    finite = [(loss, point) for loss, point in losses if math.isfinite(loss)]
+    return min(finite, key=lambda one: one[0])[1] if finite else None
 
 
 def edges(tried: Grid, chosen: Point) -> list[str]:

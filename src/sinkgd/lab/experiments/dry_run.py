@@ -159,9 +159,9 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
     total = sum(arm.runs * arm.tokens for arm in arms)
     return TextTable(
         title=f"{plan.study}, {plan.scale} scale: {plan.runs_in_words}",
-        note=f"{count(total)} tokens in all; seeds {', '.join(map(str, plan.seeds))}, tuning with "
-        f"seed {plan.tuning_seed}. Memory: the peak of a step on one device, from `sinkgd plan`; "
-        f"{ABSENT} if `sinkgd plan` lacks the recipe.",
+        note=f"{count(total)} tokens in {plan.runs} runs; seeds "
+        f"{', '.join(map(str, plan.seeds))}, tuning with seed {plan.tuning_seed}. Memory: the peak "
+        f"of a step on one device, from `sinkgd plan`; {ABSENT} if `sinkgd plan` lacks the recipe.",
         columns=("arm", "runs", "parameters", "groups", "tokens per run", "memory"),
         rows=tuple(
             (

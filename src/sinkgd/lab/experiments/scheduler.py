@@ -12,7 +12,6 @@ own reported runs.
 """
 
 import json
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from sinkgd.lab.experiments.arms import EMPTY, Arm, Carried, Point
+from sinkgd.lab.experiments.arms import EMPTY, Arm, Carried, Point, best_point
 from sinkgd.lab.experiments.studies.scale import is_on_paper
 from sinkgd.lab.experiments.study import StudyPlan, Task
 from sinkgd.lab.experiments.study_record import STUDY_FILE, RunResult, StudyRecord
@@ -137,7 +136,7 @@ class Scheduler:
         return all(task.name in self.record.runs for task in self._grid(arm) or ())
 
     def _chosen(self, arm: Arm) -> Point | None:
-        """Return the first of the points with the lowest loss; None if all points diverged.
+        """Return the point with the lowest loss; None if all points diverged.
 
         For an arm without a grid this is the empty point, or the one that it carries over.
         """
@@ -152,13 +151,8 @@ class Scheduler:
         return self._best(grid)
 
     def _best(self, grid: Sequence[Task]) -> Point | None:
-        losses = {
-            self.record.runs[task.name].loss: task.point
-            for task in reversed(grid)
-            if task.name in self.record.runs
-        }
-        best_loss = min(losses, default=math.inf)
-        return losses[best_loss] if math.isfinite(best_loss) else None
+        runs = self.record.runs
+        return best_point((runs[task.name].loss, task.point) for task in grid if task.name in runs)
 
 
 @dataclass(frozen=True)

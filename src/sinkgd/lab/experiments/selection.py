@@ -41,7 +41,8 @@ def select_arms(
         axis: For each option, positions that replace those on the study's axis; may be empty.
         rates: Values to try for ``optimizer.lr``. A matrix rate that the study fixes keeps its
             ratio to ``optimizer.lr``.
-        recipes: If given, keep only the arms with these recipes.
+        recipes: If given, keep only the arms with these recipes or, where no recipe has a name, the
+            arm of this name.
 
     Raises:
         ConfigError: If an option does not fit the study.
@@ -171,7 +172,8 @@ def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
 
 
 def _only(arms: tuple[Arm, ...], recipes: Sequence[str]) -> tuple[Arm, ...]:
-    known = dict.fromkeys(arm.recipe for arm in arms)
+    by_recipe = {arm.recipe for arm in arms}
+    known = dict.fromkeys(name for arm in arms for name in (arm.recipe, arm.name))
     for recipe in recipes:
         if recipe in GONE:
             raise ConfigError(f"optimizer is {recipe!r}; it is called {GONE[recipe]!r} now")
@@ -179,4 +181,5 @@ def _only(arms: tuple[Arm, ...], recipes: Sequence[str]) -> tuple[Arm, ...]:
             raise ConfigError(
                 f"optimizer is {recipe!r}, which no arm of the study has; {suggest(recipe, known)}"
             )
-    return tuple(arm for arm in arms if arm.recipe in recipes)
+    one = set(recipes) - by_recipe
+    return tuple(arm for arm in arms if arm.recipe in recipes or arm.name in one)

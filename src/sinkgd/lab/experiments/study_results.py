@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from sinkgd.lab.experiments.arms import Arm, Grid, Point, arm_from_json, edges
+from sinkgd.lab.experiments.arms import Arm, Grid, Point, arm_from_json, best_point, edges
 from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
 from sinkgd.lab.report.analysis import Analysis, Spread, analyze
 from sinkgd.lab.results import Evaluation, Run
@@ -103,9 +103,13 @@ class ArmResults:
 
     @property
     def chosen(self) -> Point | None:
-        """The point of the grid with the lowest loss; None if nothing was tuned."""
-        finite = [result for result in self.grid if math.isfinite(result.loss)]
-        return min(finite, key=lambda result: result.loss).point if finite else None
+        """The point of the grid with the lowest loss; None if nothing was tuned.
+
+        Reported runs, which have this point, decide between equal losses.
+        """
+        if self.grid and self.seeds and self.seeds[0].point:
+            return self.seeds[0].point
+        return best_point((result.loss, result.point) for result in self.grid)
 
     @property
     def tried(self) -> Grid:
@@ -118,8 +122,13 @@ class ArmResults:
 
     @property
     def edges(self) -> list[str]:
-        """The tuned fields whose best value is the smallest or largest that was tried."""
-        return edges(self.tried, self.chosen) if self.chosen else []
+        """The tuned fields whose best value is the smallest or largest that was tried.
+
+        None while a widened grid is still searched, which is until the first reported run.
+        """
+        if self.chosen is None or (self.arm.widened and not self.seeds):
+            return []
+        return edges(self.tried, self.chosen)
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,9 @@ class OptimizerConfig:
     """Peak learning rate of all parameters that matrix_lr does not cover, weight units per step of
     RMS 1."""
     matrix_lr: float | None = None
-    """Peak learning rate of the matrices inside the blocks, weight units per step of RMS 1; methods
-    that have one rate in their paper use lr by default."""
+    """Peak learning rate of the matrices inside the blocks, weight units per step of RMS 1. Methods
+    that have one rate in their paper use lr by default; with matrix_lr they decay only these
+    matrices."""
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight per step at learning rate 1."""
     cautious_decay: bool | None = None

@@ -60,6 +60,14 @@ def test_matrices_may_have_a_rate_of_their_own(model, name):
     }
 
 
+def test_a_rate_of_matrices_leaves_embeddings_out_that_are_normalized_like_them():
+    gpt2 = build_model("gpt2-nano", vocab_size=64, max_sequence_length=16)
+    found = rates(built(gpt2, "scale", lr=0.08, matrix_lr=0.005))
+    assert {name for name, rate in found.items() if rate == 0.005} == {
+        name for name, param in gpt2.named_parameters() if ".h." in name and param.ndim == 2
+    }
+
+
 @recipes
 def test_every_parameter_is_in_one_group(model, name):
     optimizer = built(model, name)

@@ -20,29 +20,30 @@ from sinkgd.lab.experiments.study_verdict import (
 CONTROLS = ("adamw-one-lr", "adamw", "muon")
 PINNED = "sinkgd-pinned"  # without deflation
 
-# Methods whose papers have one rate for all parameters get a second arm, in which embeddings, head
-# and vectors have a rate of their own, as they do in the fair AdamW.
-TWO_RATES = "-two-rates"
+# Methods whose papers have one rate for all parameters have two arms. The one with this ending is
+# the paper's; in the other one, embeddings, head and vectors have a rate of their own, as they have
+# in the fair AdamW.
+ONE_LR = "-one-lr"
 # Each grid starts with three points, and is widened until its best point is inside.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
     PINNED: {LR: (0.08,), MATRIX_LR: (0.08, 0.16, 0.32)},
     "swan": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.002, 0.004, 0.008)},
-    "scale": {LR: (0.0005, 0.001, 0.002)},
-    f"scale{TWO_RATES}": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
+    f"scale{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
+    "scale": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "racs": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "apollo-mini": {LR: (0.08,), MATRIX_LR: (0.0025, 0.005, 0.01)},
     "galore": {LR: (0.08,), MATRIX_LR: (0.01, 0.02, 0.04)},
     "fira": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02)},
-    "stable-spam": {LR: (0.002, 0.004, 0.008)},
-    f"stable-spam{TWO_RATES}": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
-    "adafactor": {LR: (0.001, 0.002, 0.004)},
-    f"adafactor{TWO_RATES}": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
-    "lion": {LR: (0.00025, 0.0005, 0.001)},
-    f"lion{TWO_RATES}": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    "soap": {LR: (0.004, 0.008, 0.016)},
-    f"soap{TWO_RATES}": {LR: (0.08,), MATRIX_LR: (0.004, 0.008, 0.016)},
+    f"stable-spam{ONE_LR}": {LR: (0.002, 0.004, 0.008)},
+    "stable-spam": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
+    f"adafactor{ONE_LR}": {LR: (0.001, 0.002, 0.004)},
+    "adafactor": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
+    f"lion{ONE_LR}": {LR: (0.00025, 0.0005, 0.001)},
+    "lion": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    f"soap{ONE_LR}": {LR: (0.004, 0.008, 0.016)},
+    "soap": {LR: (0.08,), MATRIX_LR: (0.004, 0.008, 0.016)},
     "adamw-one-lr": {LR: (0.00075, 0.0015, 0.003)},
     "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
     "muon": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02)},
@@ -54,26 +55,24 @@ PAPER_GRIDS: Mapping[str, Grid] = {
     PINNED: {LR: (0.02,), MATRIX_LR: (0.04, 0.08, 0.16)},
     "swan": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "sinkgd": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
-    "scale": {LR: (0.0005, 0.001, 0.002)},
-    f"scale{TWO_RATES}": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    f"scale{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
+    "scale": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "racs": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "apollo-mini": {LR: (0.01,), MATRIX_LR: (0.005, 0.01, 0.02)},
     "galore": {LR: (0.01,), MATRIX_LR: (0.005, 0.01, 0.02)},
     "fira": {LR: (0.01,), MATRIX_LR: (0.005, 0.01, 0.02)},
-    "stable-spam": {LR: (0.0005, 0.001, 0.002)},
-    f"stable-spam{TWO_RATES}": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    "adafactor": {LR: (0.0005, 0.001, 0.002)},
-    f"adafactor{TWO_RATES}": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    "lion": {LR: (0.0001, 0.0002, 0.0004)},
-    f"lion{TWO_RATES}": {LR: (0.02,), MATRIX_LR: (0.0002, 0.0004, 0.0008)},
-    "soap": {LR: (0.0015, 0.003, 0.006)},
-    f"soap{TWO_RATES}": {LR: (0.02,), MATRIX_LR: (0.0015, 0.003, 0.006)},
+    f"stable-spam{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
+    "stable-spam": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    f"adafactor{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
+    "adafactor": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    f"lion{ONE_LR}": {LR: (0.0001, 0.0002, 0.0004)},
+    "lion": {LR: (0.02,), MATRIX_LR: (0.0002, 0.0004, 0.0008)},
+    f"soap{ONE_LR}": {LR: (0.0015, 0.003, 0.006)},
+    "soap": {LR: (0.02,), MATRIX_LR: (0.0015, 0.003, 0.006)},
     "adamw-one-lr": {LR: (0.0005, 0.001, 0.002)},
     "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "muon": {LR: (0.02,), MATRIX_LR: (0.0025, 0.005, 0.01)},
 }
-# Arms with five seeds; the others have three.
-CLOSEST = ("sinkgd", PINNED, "swan", "adamw", "muon")
 # Methods that keep no state of the size of a hidden matrix.
 WITHOUT_STATE = (
     "sinkgd-paper",
@@ -81,7 +80,7 @@ WITHOUT_STATE = (
     "swan",
     "sinkgd",
     "scale",
-    f"scale{TWO_RATES}",
+    f"scale{ONE_LR}",
     "racs",
 )
 # Methods of WITHOUT_STATE that compute no matrix products, so that a matrix costs O(mn).
@@ -89,20 +88,22 @@ AT_MN = tuple(name for name in WITHOUT_STATE if name != "swan")
 
 
 def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
-    """Return one arm per method, including both AdamWs and Muon."""
+    """Return one or two arms per method, including both AdamWs and Muon."""
     return tuple(
-        Arm(
-            name,
-            {"optimizer.recipe": "sinkgd-paper", "optimizer.operator_norm": "muon"}
-            if name == PINNED
-            else {"optimizer.recipe": name.removesuffix(TWO_RATES)},
-            grid,
-            widened=True,
-            control=name in CONTROLS,
-            seeds=None if name in CLOSEST else 3,
-        )
+        Arm(name, _overrides(name, grid), grid, widened=True, control=name in CONTROLS)
         for name, grid in grids.items()
     )
+
+
+def _overrides(name: str, grid: Grid) -> dict[str, str | float]:
+    if name == PINNED:
+        return {"optimizer.recipe": "sinkgd-paper", "optimizer.operator_norm": "muon"}
+    if name in CONTROLS:
+        return {"optimizer.recipe": name}
+    if f"{name}{ONE_LR}" in GRIDS:  # by default the recipe has one rate
+        rates = {field: values[len(values) // 2] for field, values in grid.items()}
+        return {"optimizer.recipe": name, **rates}
+    return {"optimizer.recipe": name.removesuffix(ONE_LR)}
 
 
 def judge(results: StudyResults) -> Verdict:

@@ -9,7 +9,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sinkgd
-from sinkgd.lab.train.recipes.recipe import Options, Recipe, betas, family_groups, trained
+from sinkgd.lab.train.recipes.recipe import (
+    Options,
+    Recipe,
+    betas,
+    family_groups,
+    split_by_role,
+    trained,
+)
 from sinkgd.norms import Norm
 from sinkgd.optim.param_groups import (
     BETAS,
@@ -103,9 +110,14 @@ def _scale(model: nn.Module, o: Options) -> Optimizer:
         model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
     )
     if o["matrix_lr"] is not None:
-        for group in groups:
-            if group["name"].startswith("matrices"):
-                group["lr"] = o["matrix_lr"]
+        matrices, _ = split_by_role(model, o)
+        hidden = {name for group in matrices for name, _ in group["params"]}
+        groups = [
+            {**group, "params": params, **rate, "name": f"{group['name']}{i or ''}"}
+            for group in groups
+            for i, (inside, rate) in enumerate(((False, {}), (True, {"lr": o["matrix_lr"]})))
+            if (params := [(n, p) for n, p in group["params"] if (n in hidden) == inside])
+        ]
     return sinkgd.SCALE(groups, cautious_decay=bool(o["cautious_decay"]), rounding=o["rounding"])
 
 
