@@ -16,7 +16,7 @@ from sinkgd.contrib.tempered import Tempered
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.methods.sinkhorn import Sinkhorn
 
-METHODS.add(
+METHODS.update(
     {
         "sinkgd-table": Sinkhorn(
             presets={

@@ -36,7 +36,8 @@ class ProductsByChunks:
         for chunk, own in zip(self._chunks, self._split(blocks), strict=True):
             products = self._backend.products(chunk)
             found += products.of_cols(own)
-            if not self._squares:  # squares() needs both products: multiply zeros, too
+            if not self._squares:
+                # squares() is known only after of_cols and of_rows, so this one multiplies zeros.
                 products.of_rows([_zeros(stack, y) for stack, y in zip(chunk, own, strict=True)])
                 squares += products.squares()
         self._squares = self._squares or squares

@@ -405,7 +405,7 @@ def _of_convolution(module: nn.modules.conv._ConvNd, attribute: str) -> Role | N
 
 
 def _is_stock(module: nn.Module) -> bool:
-    """Whether the class of a module is a layer of torch.nn, no container, or derives from one."""
+    """Whether a module's class is, or derives from, a layer of torch.nn; containers are none."""
     return any(
         kind.__module__.startswith("torch.nn.modules.") and not issubclass(kind, _CONTAINERS)
         for kind in type(module).__mro__

@@ -31,8 +31,9 @@ _FLAGS = ("--tune", "--no-tune", "--reuse", "--no-reuse", "--dry-run", "--report
 class Experiment:
     """Run a study: tune every arm alike, train each with several seeds, judge, and write a page.
 
-    An arm is a recipe with its settings. Every run is a folder of `sinkgd train`. If the study is
-    stopped or killed, the same command resumes it. Page and verdict are made from study.jsonl only.
+    An arm is a recipe with its settings. Each run has a folder of its own, as `sinkgd train` writes
+    it. If the study is stopped or killed, the same command resumes it. Page and verdict are made
+    from study.jsonl only.
     """
 
     name: tyro.conf.Positional[str] = ""
@@ -82,8 +83,8 @@ class Experiment:
     """Learning rates to try in every arm, separated by commas; a single one is not tuned."""
 
     optimizer: str | None = None
-    """Run only the arms of these recipes, names separated by commas. The name of an arm is taken,
-    too, if no recipe has it."""
+    """Run only the arms of these recipes, names separated by commas. The name of an arm is also
+    accepted, if no recipe has this name."""
 
     step: str | None = None
     """Run only the arm with this name, such as S2 of the study `lens`, and the controls. The

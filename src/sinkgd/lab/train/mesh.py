@@ -1,9 +1,9 @@
 """The ranks as a grid, dp_replicate × dp_shard × tp, and a model sharded over it.
 
 Tensor parallelism is applied first, and FSDP2 then shards each rank's part. FSDP2 works for any
-model; tensor parallelism is implemented for the blocks of a LLaMA. Between blocks, each rank of a
-tp group holds the hidden states of t/tp of the tokens, so that the ranks share the work of norms
-and residual additions, too (Korthikanti et al., https://arxiv.org/abs/2205.05198).
+model; tensor parallelism works for a LLaMA only. Between blocks, each rank of a tp group holds the
+hidden states of t/tp of the tokens, so that the ranks share the work of norms and residual
+additions, too (Korthikanti et al., https://arxiv.org/abs/2205.05198).
 
 Shapes:
     b: sequences in the batch

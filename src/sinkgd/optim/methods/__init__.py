@@ -1,7 +1,7 @@
 """The table of methods, by the ``algorithm`` of a group. `sinkgd.contrib` adds methods to it."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 
 from sinkgd.optim.method import Method
 from sinkgd.optim.methods.adamw import AdamW
@@ -10,37 +10,54 @@ from sinkgd.optim.methods.normalize import Normalize
 from sinkgd.optim.methods.sinkhorn import Sinkhorn
 
 
-class MethodTable(Mapping[str, Method]):
+class MethodTable(dict[str, Method]):
     """Methods by name.
 
     A package that adds methods is imported when a name is not found, or when the names are listed.
-    So `import sinkgd` does not wait for methods that the program does not use.
+    So `import sinkgd` does not wait for methods that the program does not use. It is a dict, so
+    that a step finds its method as fast as in any dict.
     """
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
-        self._methods = dict(methods)
+        super().__init__(methods)
         self._packages: list[str] = []
-
-    def add(self, methods: Mapping[str, Method]) -> None:
-        """Add ``methods`` to the table."""
-        self._methods.update(methods)
 
     def add_package(self, name: str) -> None:
         """Let the package called ``name`` add its methods when they are needed."""
         self._packages.append(name)
 
-    def __getitem__(self, name: str) -> Method:
-        if name not in self._methods:
+    def __missing__(self, name: str) -> Method:
+        if name not in self:
+            raise KeyError(name)
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
             self._import_packages()
-        return self._methods[name]
+        return super().__contains__(name)
 
     def __iter__(self) -> Iterator[str]:
         self._import_packages()
-        return iter(self._methods)
+        return super().__iter__()
 
     def __len__(self) -> int:
         self._import_packages()
-        return len(self._methods)
+        return super().__len__()
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        """Return the names of all methods."""
+        self._import_packages()
+        return KeysView(self)
+
+    def values(self) -> ValuesView[Method]:  # type: ignore[override]
+        """Return all methods."""
+        self._import_packages()
+        return ValuesView(self)
+
+    def items(self) -> ItemsView[str, Method]:  # type: ignore[override]
+        """Return the names of all methods, and the methods."""
+        self._import_packages()
+        return ItemsView(self)
 
     def _import_packages(self) -> None:
         for name in self._packages:

@@ -63,8 +63,8 @@ from sinkgd.optim.transforms.operator_norm import product
 
 LEFT, RIGHT = "momentum_left", "momentum_right"
 
-# A column of M Q adds no direction if less than this fraction of it is orthogonal to the columns
-# before it. Products in float32 have errors of this size.
+# With the columns of M Q scaled to length 1, a column adds no direction if its part orthogonal to
+# the columns before it is shorter than this times √r. Products in float32 have errors of this size.
 SHORTEST = 2.0**-18
 
 

@@ -107,7 +107,8 @@ def _arms(*, paper: bool) -> tuple[Arm, ...]:
 def judge(results: StudyResults) -> Verdict:
     """Compare each addition with the default, and the best arm with the controls.
 
-    For each control, also name the arm that reaches its final loss with the fewest tokens.
+    For each control, also name the arm that needs the fewest tokens to reach the control's final
+    loss: once among arms without matrix state, and once among those with at most a byte per entry.
     """
     if (nothing := unfinished(results)) is not None:
         return nothing

@@ -20,30 +20,29 @@ from sinkgd.lab.experiments.study_verdict import (
 CONTROLS = ("adamw-one-lr", "adamw", "muon")
 PINNED = "sinkgd-pinned"  # without deflation
 
-# Methods whose papers have one rate for all parameters have two arms. The one with this ending is
-# the paper's; in the other one, embeddings, head and vectors have a rate of their own, as they have
-# in the fair AdamW.
-ONE_LR = "-one-lr"
+# Methods whose papers have one rate for all parameters have a second arm. In it embeddings, head
+# and vectors have a rate of their own, as they have in the fair AdamW.
+TWO_LRS = "-two-lrs"
 # Each grid starts with three points, and is widened until its best point is inside.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
     PINNED: {LR: (0.08,), MATRIX_LR: (0.08, 0.16, 0.32)},
     "swan": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.002, 0.004, 0.008)},
-    f"scale{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
-    "scale": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
+    "scale": {LR: (0.0005, 0.001, 0.002)},
+    f"scale{TWO_LRS}": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "racs": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "apollo-mini": {LR: (0.08,), MATRIX_LR: (0.0025, 0.005, 0.01)},
     "galore": {LR: (0.08,), MATRIX_LR: (0.01, 0.02, 0.04)},
     "fira": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02)},
-    f"stable-spam{ONE_LR}": {LR: (0.002, 0.004, 0.008)},
-    "stable-spam": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
-    f"adafactor{ONE_LR}": {LR: (0.001, 0.002, 0.004)},
-    "adafactor": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
-    f"lion{ONE_LR}": {LR: (0.00025, 0.0005, 0.001)},
-    "lion": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    f"soap{ONE_LR}": {LR: (0.004, 0.008, 0.016)},
-    "soap": {LR: (0.08,), MATRIX_LR: (0.004, 0.008, 0.016)},
+    "stable-spam": {LR: (0.002, 0.004, 0.008)},
+    f"stable-spam{TWO_LRS}": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
+    "adafactor": {LR: (0.001, 0.002, 0.004)},
+    f"adafactor{TWO_LRS}": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
+    "lion": {LR: (0.00025, 0.0005, 0.001)},
+    f"lion{TWO_LRS}": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "soap": {LR: (0.004, 0.008, 0.016)},
+    f"soap{TWO_LRS}": {LR: (0.08,), MATRIX_LR: (0.004, 0.008, 0.016)},
     "adamw-one-lr": {LR: (0.00075, 0.0015, 0.003)},
     "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006)},
     "muon": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02)},
@@ -55,20 +54,20 @@ PAPER_GRIDS: Mapping[str, Grid] = {
     PINNED: {LR: (0.02,), MATRIX_LR: (0.04, 0.08, 0.16)},
     "swan": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "sinkgd": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
-    f"scale{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
-    "scale": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "scale": {LR: (0.0005, 0.001, 0.002)},
+    f"scale{TWO_LRS}": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "racs": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "apollo-mini": {LR: (0.01,), MATRIX_LR: (0.005, 0.01, 0.02)},
     "galore": {LR: (0.01,), MATRIX_LR: (0.005, 0.01, 0.02)},
     "fira": {LR: (0.01,), MATRIX_LR: (0.005, 0.01, 0.02)},
-    f"stable-spam{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
-    "stable-spam": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    f"adafactor{ONE_LR}": {LR: (0.0005, 0.001, 0.002)},
-    "adafactor": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
-    f"lion{ONE_LR}": {LR: (0.0001, 0.0002, 0.0004)},
-    "lion": {LR: (0.02,), MATRIX_LR: (0.0002, 0.0004, 0.0008)},
-    f"soap{ONE_LR}": {LR: (0.0015, 0.003, 0.006)},
-    "soap": {LR: (0.02,), MATRIX_LR: (0.0015, 0.003, 0.006)},
+    "stable-spam": {LR: (0.0005, 0.001, 0.002)},
+    f"stable-spam{TWO_LRS}": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "adafactor": {LR: (0.0005, 0.001, 0.002)},
+    f"adafactor{TWO_LRS}": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "lion": {LR: (0.0001, 0.0002, 0.0004)},
+    f"lion{TWO_LRS}": {LR: (0.02,), MATRIX_LR: (0.0002, 0.0004, 0.0008)},
+    "soap": {LR: (0.0015, 0.003, 0.006)},
+    f"soap{TWO_LRS}": {LR: (0.02,), MATRIX_LR: (0.0015, 0.003, 0.006)},
     "adamw-one-lr": {LR: (0.0005, 0.001, 0.002)},
     "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "muon": {LR: (0.02,), MATRIX_LR: (0.0025, 0.005, 0.01)},
@@ -80,7 +79,7 @@ WITHOUT_STATE = (
     "swan",
     "sinkgd",
     "scale",
-    f"scale{ONE_LR}",
+    f"scale{TWO_LRS}",
     "racs",
 )
 # Methods of WITHOUT_STATE that compute no matrix products, so that a matrix costs O(mn).
@@ -98,12 +97,10 @@ def arms_of(grids: Mapping[str, Grid]) -> tuple[Arm, ...]:
 def _overrides(name: str, grid: Grid) -> dict[str, str | float]:
     if name == PINNED:
         return {"optimizer.recipe": "sinkgd-paper", "optimizer.operator_norm": "muon"}
-    if name in CONTROLS:
-        return {"optimizer.recipe": name}
-    if f"{name}{ONE_LR}" in GRIDS:  # by default the recipe has one rate
+    if name.endswith(TWO_LRS):  # by default these recipes have one rate
         rates = {field: values[len(values) // 2] for field, values in grid.items()}
-        return {"optimizer.recipe": name, **rates}
-    return {"optimizer.recipe": name.removesuffix(ONE_LR)}
+        return {"optimizer.recipe": name.removesuffix(TWO_LRS), **rates}
+    return {"optimizer.recipe": name}
 
 
 def judge(results: StudyResults) -> Verdict:

@@ -1,4 +1,6 @@
-"""How the best matrix rate depends on the width of the model, under four rules.
+"""How the best learning rate of matrices depends on the width of the model.
+
+There are four rules for the size of an update, those of `rules`.
 
 Below a certain rate the loss hardly depends on the rate; above it training breaks. The best rate of
 a grid is therefore partly chance, and the largest rate that is still good says more.
@@ -25,8 +27,8 @@ RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "sinkgd"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
 PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 
-# There are five rates, each twice the previous one. With a pinned operator norm, a rate is the
-# largest singular value of a step, so these rates are on another scale.
+# There are five rates, each twice the previous one. With a pinned operator norm, the largest
+# singular value of a step is the rate times √(d_out/d_in), so these rates are on another scale.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
 TOLERANCE = 0.05  # nats; a rate is good if its loss exceeds the grid's lowest by at most this
