@@ -99,7 +99,7 @@ class Arm:
     def neighbors(self, point: Point) -> tuple[dict[str, float], ...]:
         """List the points that differ from ``point`` in one tuned field, by one place.
 
-        Beyond its ends a grid goes on by the ratio of its last two values, or by 2 if it has only
+        Beyond each end a grid goes on by the ratio of the two values there, or by 2 if it has only
         one value.
 
         Examples:
