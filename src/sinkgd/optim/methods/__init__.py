@@ -15,7 +15,8 @@ class MethodTable(dict[str, Method]):
 
     A package that adds methods is imported when a name is not found, or when the names are listed.
     So `import sinkgd` does not wait for methods that the program does not use. It is a dict, so
-    that a step finds its method as fast as in any dict.
+    that a step finds its method as fast as in any dict. Its length counts the methods that are
+    imported so far: the guards of `torch.compile` read it.
     """
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
@@ -39,10 +40,6 @@ class MethodTable(dict[str, Method]):
     def __iter__(self) -> Iterator[str]:
         self._import_packages()
         return super().__iter__()
-
-    def __len__(self) -> int:
-        self._import_packages()
-        return super().__len__()
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
         """Return the names of all methods."""
