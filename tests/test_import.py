@@ -1,5 +1,7 @@
 """``import sinkgd`` is light: torch, and nothing that torch has not loaded already."""
 
+import inspect
+import re
 import subprocess
 import sys
 
@@ -38,6 +40,12 @@ def loaded(): return "sinkgd.contrib" in sys.modules
 print(loaded(), "SPAM" in dir(sinkgd), loaded(), sinkgd.SPAM.__name__, loaded())
 """
     assert run(code) == "False True False SPAM True"
+
+
+def test_type_checkers_see_the_names_that_programs_get():
+    source = inspect.getsource(sinkgd)
+    shown = re.findall(r"^    from sinkgd\.contrib\.(\w+) import (\w+) as \2$", source, re.M)
+    assert {name: module for module, name in shown} == sinkgd._IN_CONTRIB
 
 
 def test_contrib_is_an_attribute_of_the_package():

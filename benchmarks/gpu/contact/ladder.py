@@ -99,7 +99,7 @@ def trainer_of(model: LanguageModel, arm: str) -> models.Trainer:
     matrices = [_plain(group) for group in groups if group["algorithm"] != "adamw"]
     if arm == "muon":
         muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        return _both(muon, _adamw(rest))
+        return models.both(muon, _adamw(rest))
     adamw = _adamw([*matrices, *rest])
 
     def step() -> None:
@@ -117,22 +117,14 @@ def _adamw(groups: list[dict[str, object]]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=models.BETAS, weight_decay=0.0, fused=True)
 
 
-def _both(first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> models.Trainer:
-    def step() -> None:
-        first.step()
-        second.step()
-
-    return models.Trainer(step, (first, second))
-
-
 class _Arm:
     """A model that trains on the text, and the seconds that its training has taken."""
 
     def __init__(self, name: str, preset: str, vocab: int, setting: Setting) -> None:
         self.name, self.device = name, setting.device
-        self.shape = _shape(setting)
+        _, length = _shape(setting)
         self.model: LanguageModel = build_model(
-            preset, vocab_size=vocab, max_sequence_length=self.shape[1]
+            preset, vocab_size=vocab, max_sequence_length=length
         ).to(setting.device)
         self.hidden_weights: int = self.model.config.linear_parameter_count
         self.trainer = trainer_of(self.model, name)

@@ -100,8 +100,14 @@ def muon(model: nn.Module) -> Trainer:
     first = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     second = torch.optim.AdamW(rest, lr=ADAMW_LR, betas=BETAS, weight_decay=0.0, fused=True)
 
+    return both(first, second)
+
+
+def both(first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> Trainer:
+    """Return a trainer that steps with one optimizer after the other."""
+
     def step() -> None:
-        first.step()  # type: ignore[no-untyped-call]
+        first.step()
         second.step()
 
     return Trainer(step, (first, second))

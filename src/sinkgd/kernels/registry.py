@@ -25,7 +25,7 @@ ONLY_BY_NAME = frozenset({("triton", "cpu")})
 @cache
 def backends() -> tuple[Backend, ...]:
     """Return every backend, fastest first, always the same objects."""
-    # Imported by the first step, so that `import sinkgd` is short.
+    # Imported by the first step, so that `import sinkgd` takes little time.
     from sinkgd.kernels.cpu import CpuBackend
     from sinkgd.kernels.triton import TritonBackend
 

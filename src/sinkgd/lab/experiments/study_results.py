@@ -124,7 +124,8 @@ class ArmResults:
     def edges(self) -> list[str]:
         """The tuned fields whose best value is the smallest or largest that was tried.
 
-        None while a widened grid is still searched, which is until the first reported run.
+        The list is empty while a widened grid is still searched, that is, until the first reported
+        run.
         """
         if self.chosen is None or (self.arm.widened and not self.seeds):
             return []

@@ -1,7 +1,8 @@
 """The table of methods, by the ``algorithm`` of a group. `sinkgd.contrib` adds methods to it."""
 
 import importlib
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sinkgd.optim.method import Method
 from sinkgd.optim.methods.adamw import AdamW
@@ -41,20 +42,20 @@ class MethodTable(dict[str, Method]):
         self._import_packages()
         return super().__iter__()
 
-    def keys(self) -> KeysView[str]:  # type: ignore[override]
+    def keys(self) -> Any:
         """Return the names of all methods."""
         self._import_packages()
-        return KeysView(self)
+        return super().keys()
 
-    def values(self) -> ValuesView[Method]:  # type: ignore[override]
+    def values(self) -> Any:
         """Return all methods."""
         self._import_packages()
-        return ValuesView(self)
+        return super().values()
 
-    def items(self) -> ItemsView[str, Method]:  # type: ignore[override]
+    def items(self) -> Any:
         """Return the names of all methods, and the methods."""
         self._import_packages()
-        return ItemsView(self)
+        return super().items()
 
     def _import_packages(self) -> None:
         for name in self._packages:

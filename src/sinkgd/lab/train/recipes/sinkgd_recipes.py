@@ -106,18 +106,19 @@ def _swan(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _scale(model: nn.Module, o: Options) -> Optimizer:
-    groups = sinkgd.scale_groups(
-        model, o["lr"], o["momentum"], weight_decay=o["weight_decay"], betas=betas(o)
-    )
+    overrides: dict[str, Any] = {}
     if o["matrix_lr"] is not None:
         matrices, _ = split_by_role(model, o)
-        hidden = {name for group in matrices for name, _ in group["params"]}
-        groups = [
-            {**group, "params": params, **rate, "name": f"{group['name']}{i or ''}"}
-            for group in groups
-            for i, (inside, rate) in enumerate(((False, {}), (True, {"lr": o["matrix_lr"]})))
-            if (params := [(n, p) for n, p in group["params"] if (n in hidden) == inside])
-        ]
+        hidden = [name for group in matrices for name, _ in group["params"]]
+        overrides = {f"^{re.escape(name)}$": {"lr": o["matrix_lr"]} for name in hidden}
+    groups = sinkgd.scale_groups(
+        model,
+        o["lr"],
+        o["momentum"],
+        weight_decay=o["weight_decay"],
+        betas=betas(o),
+        overrides=overrides,
+    )
     return sinkgd.SCALE(groups, cautious_decay=bool(o["cautious_decay"]), rounding=o["rounding"])
 
 
