@@ -156,11 +156,11 @@ class Backend(ABC):
 
     @abstractmethod
     def sums(self, grads: Sequence[Tensor]) -> Sums:
-        """Return the sums of the squares of gradients, which may be shards, and may be empty."""
+        """Return an object that sums the squares of gradients, which may be shards or empty."""
 
     @abstractmethod
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Return the products of the updates ``row * grad * col`` of each stack."""
+        """Return an object that multiplies each stack's updates ``row * grad * col`` by vectors."""
 
     def packed_products(
         self,

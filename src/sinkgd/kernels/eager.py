@@ -2,8 +2,9 @@
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
-    s, t: powers of two at or below the largest entry of a row (s) or of a column (t)
-    S: the squares of the gradient divided by s and t, so that none overflows or vanishes
+    s, t: the powers of two by which `equilibrate_` divides rows (s) and columns (t)
+    S: the squares of the gradient divided by s and t, so that no square overflows and no nonzero
+        row or column vanishes
     r, c: row and column scales; r2, c2: their squares, in the units of S
 """
 
@@ -29,7 +30,7 @@ from sinkgd.newton_schulz import matrix_buffer
 
 
 class EagerBackend(Backend):
-    """Two matrix–vector products per iteration; one float32 matrix of scratch at a time."""
+    """Two matrix–vector products per iteration, on a float32 copy of one gradient at a time."""
 
     name = "eager"
     package = "torch"
@@ -139,11 +140,11 @@ def apply_update_(
     allowed: Tensor | None = None,
     key: Tensor | None = None,
 ) -> None:
-    """Set ``param`` to ``keep * param + step * update``, computed in float32 and rounded once.
+    """Set ``param`` to ``keep * param + step * update``, in float32 or wider, and round once.
 
     Args:
         param: The parameter.
-        update: The update, of the parameter's shape. Its memory is overwritten.
+        update: The update, of the parameter's shape. Its memory may be overwritten.
         keep: Factor of the parameter. A `Cautious` factor needs scratch of the parameter's size in
             float32.
         step: Factor of the update.

@@ -1,6 +1,7 @@
 """Scale the rows and columns of a matrix by powers of two, which changes no rounding.
 
-Afterwards the largest entry of each row and column is in [1, 2), as LAPACK's ``geequb`` does it.
+Afterwards the largest magnitude in each nonzero row and column is in [1, 2). LAPACK's ``geequb``
+scales similarly.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The memory layout of a tensor of matrices, as kernels read it: rows of stride one.
 
 Letters, everywhere in this file:
-    P, Q: the rows in memory of one matrix, and their length
+    P, Q: the number of rows in memory of one matrix, and their length
     ld: elements from one row in memory to the next
 """
 
@@ -51,7 +51,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor, like: Tensor) -> Tensor:
-    """Return ``x``, or a copy in which rows are dense if those of ``like`` are, else columns."""
+    """Return ``x``, copied if needed, with dense rows if ``like`` has them, else dense columns."""
     if x.stride() == like.stride():
         return x
     transposed = dense_layout(like).transposed
@@ -63,7 +63,10 @@ def aligned(x: Tensor, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def may_be_written(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether a tensor has a `Layout`, and no two of its entries share memory."""
+    """Whether a tensor has a `Layout` whose rows do not overlap and whose matrices lie apart.
+
+    False also if the rows of one matrix lie between those of another.
+    """
     layout = layout_of(shape, stride)
     if layout is None or (layout.ld < layout.Q and layout.P > 1):
         return False
@@ -73,7 +76,7 @@ def may_be_written(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 
 
 def check_scales(param: Tensor, row: Tensor, col: Tensor) -> None:
-    """Check the shapes of scales: kernels read them by the shape of ``param``.
+    """Check that scales have the shapes that kernels assume for ``param``.
 
     Raises:
         ValueError: If the shapes do not fit that of ``param``; the message gives them.
@@ -90,7 +93,7 @@ def check_start(grad: Tensor, start: Tensor | None) -> None:
     """Check the shape of initial column scales.
 
     Raises:
-        ValueError: If the shapes do not fit; the message gives them.
+        ValueError: If the shape does not fit that of ``grad``; the message gives both.
     """
     if start is not None and start.shape != (*grad.shape[:-2], 1, grad.shape[-1]):
         raise ValueError(

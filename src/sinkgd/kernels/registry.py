@@ -43,7 +43,8 @@ def select(name: str, device: torch.device) -> Backend:
 def find_backend(name: str, device: torch.device) -> Backend:
     """Return the backend called ``name``, or for ``"auto"`` the fastest that runs on ``device``.
 
-    If ``"auto"`` skips a backend that is installed for ``device``, a warning says why, once.
+    If a backend for ``device`` is installed but cannot run, ``"auto"`` skips it, and a warning says
+    why, once.
 
     Raises:
         ValueError: If no backend has this name, or the named backend does not run on ``device``.
@@ -66,7 +67,10 @@ def find_backend(name: str, device: torch.device) -> Backend:
 
 
 def describe(device: torch.device) -> list[tuple[str, bool, str]]:
-    """List every backend as (name, whether it can run on ``device``, why), fastest first."""
+    """List every backend, fastest first: name, whether ``"auto"`` may choose it, and a sentence.
+
+    The sentence says why the backend cannot run on ``device``, or else how it works.
+    """
     rows = []
     for backend in backends():
         reason = backend.missing()
@@ -216,7 +220,8 @@ def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
 ) -> None:
     """Update each parameter from its gradient and scales.
 
-    An empty list means that there are no flags or no keys. ``is_cautious`` is for `Cautious`.
+    An empty list stands for no ``allowed`` or no ``keys``. If ``is_cautious``, ``keep`` is the
+    factor of a `Cautious`.
     """
     chosen = find_backend(backend, params[0].device)
     pairs = [Scales(*pair) for pair in zip(rows, cols, strict=True)]

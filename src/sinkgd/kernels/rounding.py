@@ -1,9 +1,9 @@
 """Stochastic rounding to bfloat16: up or down at random, so that the mean is the number itself.
 
-A bfloat16 is the upper half of a float32. Sixteen random bits are added to the float32, and its
-lower half is cut off. The probability of rounding up is then the lower half, as a fraction. The
-random bits are a function of a key and of the entry's index. They do not depend on threads, blocks
-or the device, and a repeated step gives the same result.
+A bfloat16 is the upper half of a float32. The float32 is read as an integer, sixteen random bits
+are added, and the lower half is cut off. The probability of rounding up is then the lower half of
+the float32, as a fraction. The random bits are a function of a key and of the entry's index. They
+do not depend on threads, blocks or the device, and a repeated step gives the same result.
 
 References:
     The hash function is "lowbias32" by Chris Wellons, the least biased one that his search found:

@@ -2,7 +2,7 @@
 
 The loops take float32 and bfloat16, in any mix, with dense rows or dense columns. Other tensors:
     gradients with other strides, or in another order in memory than their parameter: a copy is read
-    float16 gradients: a float32 copy is read for the scales; `EagerBackend` updates
+    float16 gradients: a float32 copy is read; `update_` leaves them to `EagerBackend`
     float64, parameters of other types or strides, tensor subclasses, gradients that autograd
         follows, empty tensors: `EagerBackend`
     a matrix whose squares leave float32's range: a copy scaled by powers of two is read, as in
@@ -149,8 +149,9 @@ class CpuBackend(EagerBackend):
     ) -> Descent:
         """Update a matrix as soon as its scales are known, while its gradient is in the cache.
 
-        This is possible if the matrix is the only one of its parameter, and nothing else can forbid
-        the update.
+        This is possible if the matrix is the only one of its owner, and its gradient has the
+        parameter's order in memory. `update_` updates all other matrices at the end. If
+        ``overflow`` is True, nothing is updated.
         """
         params, grads, ranges, starts, keys = matrices
         forbidden = overflow is not None and bool(overflow)
@@ -190,7 +191,7 @@ class CpuBackend(EagerBackend):
         return CpuSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> CpuProducts:
-        """Return the products of updates, computed from the gradients."""
+        """Return an object that multiplies updates by vectors, and reads gradients each time."""
         return CpuProducts(stacks)
 
     def are_finite(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -288,7 +289,7 @@ class _Solver:
         return failed
 
     def _matrices(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield two indices for each of these matrices of the table.
+        """Yield two indices for each matrix whose number in the table is given.
 
         They are the index of its gradient, and the index of the matrix in this gradient.
         """

@@ -45,7 +45,7 @@ class MatrixLayout(NamedTuple):
     dtype: int
     transposed: bool  # a row in memory is a column of the matrix
     offsets: tuple[int, ...]  # bytes from the first entry of the tensor to that of each matrix
-    may_be_written: bool  # no two entries share memory
+    may_be_written: bool  # as `sinkgd.kernels.layout.may_be_written`
     rows: int  # rows of all matrices together
     cols: int  # columns of all matrices together
 

@@ -262,7 +262,7 @@ class CpuSums:
             narrow: The weights in float32.
             sums: The sums that the loops have computed.
             lengths: Numbers of weights and of sums of each gradient.
-            of: The method that sums a gradient in float64.
+            of: The method of `EagerSums` that sums a gradient.
         """
         read, written = lengths
         floor = _FLOOR * (1 + max(read, default=0)) * (1 + narrow.amax()) if len(narrow) else 0

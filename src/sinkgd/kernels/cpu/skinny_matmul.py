@@ -5,7 +5,7 @@ stays in the L1 cache. One loop multiplies a tile or its transpose by vectors, o
 low rank to a tile. The loop keeps eight sums of sixteen numbers in registers, and each vector of
 sixteen numbers that it reads goes into all eight sums.
 
-The job reads X from memory once, whether it computes X V, or Xᵀ Y, or both in sequence: X V and
+The job reads G from memory once, whether it computes X V, or Xᵀ Y, or both in sequence: X V and
 Xᵀ X V. Vectors come in blocks of sixteen. Letters: see `sinkgd.kernels.cpu.tables`.
 """
 

@@ -55,9 +55,9 @@ from sinkgd.kernels.cpu.simd import (
 )
 from sinkgd.kernels.cpu.update import update_rows
 
-# A sum may have lost n terms of up to 2^-126 (the smallest normal number, where torch flushes
-# denormals), each times its weight. If the sum is above this multiple of the summed weights, the
-# lost terms are below 2^-26 of it.
+# A sum may have lost n terms of up to 2^-126 (the smallest normal number, as torch may flush
+# denormals to zero), each times its weight. If the sum is above this multiple of the summed
+# weights, the lost terms are below 2^-26 of it.
 FLOOR = 2.0**-100
 SMALLEST = float32(2.0**-126)
 
@@ -125,7 +125,7 @@ def _invert_rows(
 ):
     """Write ``u`` of up to 8 rows one by one, if a row is zero or a number is out of range.
 
-    If ``iterated``, ``u`` holds the scales of the last iteration, which are zero for zero rows.
+    If ``iterated``, ``u`` holds the scales of the previous iteration, which are zero for zero rows.
     """
     store(float32(0), mine + EIGHT_SUMS, sums, None)
     for row in range(count):
@@ -140,12 +140,12 @@ def _invert_rows(
 def _sweep_rows(
     dtype, size, entry, mine, partial, first, end, rows, columns, forward, length, iterated, lo, hi
 ):
-    """Read the rows from ``first`` to ``end`` once: find their ``u``, then add them to the sums.
+    """Pass over the rows from ``first`` to ``end``: find their ``u``, then add to the column sums.
 
-    A block of rows is read twice: for its row sums, and for the column sums once its ``u`` is
-    known. The column sums of one block are taken together with the row sums of the next, so that
-    memory is always busy and the second read hits the cache. Passes alternate in direction, so that
-    each starts with the rows that the previous one left in the cache.
+    The pass reads a block of rows twice: for its row sums, and for the column sums once its ``u``
+    is known. The column sums of one block are computed together with the row sums of the next, so
+    that memory is always busy and the second read hits the cache. Passes alternate in direction, so
+    that each starts with the rows that the previous one left in the cache.
     """
     g, ld, Q = load_int(entry + t.G), load_int(entry + t.LD), load_int(entry + t.Q)
     u, v, sums = load_int(entry + t.U), load_int(entry + t.V), mine + SUMS

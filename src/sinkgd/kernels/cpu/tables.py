@@ -1,7 +1,7 @@
 """The tables that tell the compiled loops what to do, and the Python classes that fill them.
 
 A table has a row of int64 fields for each matrix. The constants below are the fields' offsets in
-bytes. A loop receives the address of the job's header, and finds the table in it.
+bytes. A loop receives the address of the job's header, which has the address of the table.
 
 Letters, everywhere in the loops. A matrix is seen as it is stored in memory:
     P, Q: its rows in memory and their length; the last stride is 1
@@ -52,8 +52,8 @@ SUMS_FIELDS = 8
     MG, MP, MQ, MLD, MDTYPE, MU, MV, BLOCKS, COL_VECTORS, ROW_VECTORS, COL_PRODUCTS, SQUARES,
 ) = range(0, 96, 8)  # fmt: skip
 PRODUCTS_FIELDS = 12
-# The header of a job. All loops read the fields up to NEXT, which is the next row of the table to
-# claim.
+# The header of a job. Every job has the fields up to NEXT, which is the number of the next matrix
+# or block to claim.
 #     FLOATS: address of four doubles: the factors of parameter and update, then the least and the
 #         largest quotient of squared scales that count as no movement (0: not tested)
 #     TILES: scratch of `TILE_BYTES` per thread

@@ -1,7 +1,7 @@
 """SR-Sinkhorn for GPUs in Triton.
 
 From top to bottom:
-    backend, support: which work and which tensors the kernels take
+    backend, support: which calls, devices and tensors the kernels accept
     descent, schedule: scales by whole iterations, and the update after them
     half_iterations: scales by half iterations, and updates, tile by tile
     products, product_plan: products of updates with a few vectors, for deflation

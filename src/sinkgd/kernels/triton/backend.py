@@ -3,7 +3,8 @@
 The kernels accept float32, bfloat16 and float16, in any mix, with dense rows or dense columns. With
 deflation, an update is neither stored nor copied, for up to 31 directions. All other cases:
     gradients with other strides, or of another order in memory than their parameter: a copy is read
-    more than 31 directions: the updates are computed and stored in float32
+    more than 31 directions: gradients are multiplied by 32 vectors at a time; above 32 directions,
+        the updates are also stored in float32 before they are applied
     float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
         empty tensors: `EagerBackend`
 
@@ -65,7 +66,7 @@ INTERPRETER_BYTES = 1 << 20
 
 
 class TritonBackend(EagerBackend):
-    """Kernels for CUDA and ROCm: one launch per iteration, whatever the number of matrices."""
+    """Kernels for CUDA and ROCm: one launch runs an iteration on many matrices."""
 
     name = "triton"
     package = "triton"
@@ -244,7 +245,7 @@ class TritonBackend(EagerBackend):
         return TritonSums(grads, self._tables)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
-        """Return the products of updates, by kernels that read gradients of any layout."""
+        """Return an object that multiplies updates by vectors, with kernels that read gradients."""
         if not self.products_by_dot:
             return super().products(stacks)
         return StackProducts(stacks, lambda stack: support.multiplied(*stack), self._products_of)
@@ -252,7 +253,10 @@ class TritonBackend(EagerBackend):
     def packed_products(
         self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared
     ) -> SkinnyProducts | None:
-        """Return the products of updates, or None unless the kernels can read all gradients."""
+        """Return the products of updates, or None if the kernels cannot compute them.
+
+        They need gradients that they can read, on one device, and at most `MAX_VECTORS` vectors.
+        """
         on_one_device = len({grad.device for grad in grads}) == 1
         fits = shared.vectors.shape[-1] <= MAX_VECTORS
         if not (
@@ -382,7 +386,7 @@ class _Write(NamedTuple):
 
 
 def _bucket_bytes(device: torch.device) -> int:
-    """Return how many bytes of gradients a bucket of half iterations has."""
+    """Return how many bytes of gradients a bucket of half iterations, updates or products has."""
     size = _cached_bytes(device)
     return size if device.type == "cpu" or capturing(device) else max(size, LAUNCH_BYTES)
 

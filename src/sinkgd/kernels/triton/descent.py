@@ -7,7 +7,7 @@ Nothing waits for the device.
 Apart from addresses, launches depend only on the signature of the tensors. A later step of the same
 signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
 sends the addresses of all tensors if one has moved, and starts the launches. Every step computes
-the signature of every tensor, so it has only what torch returns immediately.
+the signature of every tensor, so a signature has only what torch returns immediately.
 """
 
 from collections import OrderedDict
@@ -101,8 +101,9 @@ class PreparedDescents:
                 need no check then: those of the earlier one were checked.
 
         Returns:
-            The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite; None
-            if ``if_prepared`` is set and no such descent was prepared.
+            The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite. None
+            if ``if_prepared`` is set and no such descent was prepared, or if there is no gradient
+            or a tensor of a subclass.
         """
         grads, starts, params, keys, sizes = tensors
         filling = [None] * (len(grads) % 2)  # aligns each list of addresses to 16 bytes

@@ -12,10 +12,10 @@ column. Programs form groups of eight neighbors: the last one to arrive adds up 
 sums. Groups form groups of eight in the same way, and so on; the last program of all finds v. No
 program waits, and no sum depends on the order of arrival.
 
-When a scale is found for the first time, the gradient may have any size. The entries of a row or
-column are then divided by a power of two before they are squared. The powers of columns are stored
-next to the partial sums. Later, the rows or columns of y already have the right length, and their
-squares stay in range.
+When a scale is found for the first time, entries of the gradient may have any magnitude. Those of a
+row or column are then divided by a power of two before they are squared. The powers of columns are
+stored next to the partial sums. Later, the rows or columns of y already have the right length, and
+their squares stay in range.
 """
 
 import triton

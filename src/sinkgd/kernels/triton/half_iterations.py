@@ -74,7 +74,9 @@ def tile_of_product(P: int, Q: int, area: int) -> Tile:
 
 
 def tiles_per_program(count: int, tiles: int, side: int, entry_bytes: int) -> int:
-    """Return how many tiles of a line one program takes; there are ``count`` lines of ``tiles``.
+    """Return how many tiles of a line one program takes.
+
+    There are ``count`` lines of ``tiles`` tiles each.
 
     For each of its scales a program first reads ``tiles`` partial sums of 4 bytes. Each of its
     tiles has ``side`` entries for each scale. The program takes enough tiles for these entries to
@@ -128,7 +130,7 @@ class Plan(NamedTuple):
 def _fill(
     found: Iterable[tuple[Kind, int, Row]], bucket_bytes: int
 ) -> list[tuple[Kind, list[Row]]]:
-    """Put rows of one kind together, in order, until they exceed ``bucket_bytes``."""
+    """Put rows of one kind together, in order, up to ``bucket_bytes``."""
     buckets: list[tuple[Kind, list[Row]]] = []
     open_: dict[Kind, tuple[list[Row], int]] = {}
     for kind, size, row in found:

@@ -84,7 +84,7 @@ class PreparedLaunches:
     """Launches that are prepared once and started, in order, in every step.
 
     The first launch of a variant goes through the dispatcher, which compiles it. Once all variants
-    are known, nothing is looked up for a launch and its arguments are integers.
+    are known, nothing is looked up for a launch, and tensors are passed as addresses.
     """
 
     def __init__(self, launches: Sequence[PreparedLaunch], device: torch.device) -> None:
@@ -211,7 +211,7 @@ def _driver() -> Any:
 
 
 def is_direct() -> bool:
-    """Whether launchers are called directly; if that is not possible, a warning says so once."""
+    """Whether launchers are called directly. If it is not known how, a warning says so once."""
     return _passes_constants() is not None and not _is_hooked()
 
 

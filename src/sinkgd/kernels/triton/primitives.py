@@ -76,7 +76,7 @@ def inverse_power(power):
 
 @triton.jit
 def peak_powers(x, AXIS: tl.constexpr):
-    """Return the power of two at or below the largest entry along ``AXIS``.
+    """Return the power of two at or below the largest magnitude along ``AXIS``.
 
     NaN is ignored. For a line of only NaN, the power is undefined.
     """
@@ -100,7 +100,7 @@ def truncate_to_tf32(x):
 
 @triton.jit
 def dot_float32(left, right, TF32: tl.constexpr):
-    """Multiply float32 matrices to 21 bits: by three products in tf32, or by one in float32."""
+    """Multiply float32 matrices: by three products in tf32, to 21 bits, or by one in float32."""
     if TF32:
         upper, right_upper = round_to_tf32(left), round_to_tf32(right)
         lower, right_lower = left - upper, right - right_upper

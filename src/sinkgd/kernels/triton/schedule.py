@@ -165,7 +165,8 @@ def schedule_of(
 
     Args:
         grads: Gradients whose rows in memory fit in a panel.
-        params: Their parameters, in the same layout; ``grads`` again if only scales are wanted.
+        params: Their parameters, in the same order in memory; ``grads`` again if only scales are
+            wanted.
         shapes: Shapes of the gradients.
         owners: The owner of each gradient, from 0 in order.
         bucket_bytes: Bytes of gradients in a bucket.

@@ -63,9 +63,9 @@ def half_iteration(
     out,  # scales that are returned
     partial_sums,
     nonzero,  # how many row and column scales are not zero, a pair for each matrix
-    earlier,  # whether a row of each matrix moved in the iteration before the last one
-    now,  # whether a row of each matrix moved in the last iteration
-    coming,  # whether a row of each matrix moves in this iteration; written
+    earlier,  # whether a row of each matrix moved in iteration ``done - 1``
+    now,  # whether a row of each matrix moved in iteration ``done``
+    coming,  # whether a row of each matrix moves in this iteration, ``done + 1``; written
     done,  # number of iterations that are finished
     low,  # the least quotient of squared scales that counts as no movement
     high,  # the largest one
@@ -122,7 +122,7 @@ def half_iteration(
     converged = False
     if TOL:
         if ROWS:
-            # If no row moved in the iteration before the last, the matrix has converged.
+            # If no row moved in iteration `done - 1`, the final scales are already in `out`.
             if tl.load(earlier + number) == 0:
                 return
             converged = tl.load(now + number) == 0

@@ -1,8 +1,8 @@
 """What the kernels support: which devices, and which tensors.
 
 Gradients and parameters are float32, bfloat16 or float16, in any mix, with dense rows or dense
-columns; scales are contiguous float32. Kernels read memory, so they support no tensors of a
-subclass and no gradients that autograd follows.
+columns; scales are contiguous float32. Kernels read memory and record nothing for autograd, so they
+support no tensors of a subclass and no gradients that autograd follows.
 """
 
 import importlib.util

@@ -48,7 +48,7 @@ class TileProgram(NamedTuple):
     """The tiles of one program: some of a row of tiles, or of a column of tiles."""
 
     matrix: int  # row of the table of matrices
-    line: int  # index of the row of tiles if columns are summed, else of the column of tiles
+    line: int  # index of the column of tiles if rows are summed, else of the row of tiles
     first: int  # the first tile in that line
     end: int
 
@@ -107,7 +107,7 @@ class DescentMatrix(NamedTuple):
     nonfinite: int  # offset of its owner's flag: whether some entry is not finite
     param_offset: int
     param_ld: int
-    entry: int  # index of the parameter's first entry, in reading order
+    entry: int  # index of its first entry, in reading order over the parameter
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
     partial_sums: int = 0  # offset of the partial sums of its programs, a vector for each program
@@ -147,7 +147,7 @@ class ProductMatrix(NamedTuple):
     v_offset: int
     tall: int  # offset of its vectors with an entry for each row in memory
     wide: int  # offset of its vectors with an entry for each column
-    u_power: int  # index of the power of two that brings u to the size of v
+    u_power: int  # index of the power of two that multiplies u, to bring u and v to one size
     v_power: int
     tall_shared: int  # offset of its vectors among the vectors that matrices share
     wide_shared: int
@@ -252,7 +252,7 @@ class _Copy(NamedTuple):
 class DeviceTables:
     """Copies of tables on devices: copied without waiting, and kept for later calls.
 
-    A copy is found again by its content and by the stream that reads it.
+    A copy is found again by its values or its host tensor, and by the stream that reads it.
     """
 
     def __init__(self) -> None:
