@@ -21,6 +21,7 @@ from sinkgd.kernels.cpu import CpuBackend
 from sinkgd.kernels.rounding import keys_of_step, round_to_bfloat16
 from sinkgd.kernels.triton import TritonBackend
 from sinkgd.kernels.triton import support as triton_support
+from sinkgd.lab.plan.trace import LiveStorages
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -597,6 +598,46 @@ class TestStochasticRounding:
         )
         assert not torch.equal(params[0], before)
         assert torch.equal(params[1], before)
+
+
+class TestMemory:
+    """However many matrices there are, a backend holds float32 copies of few at a time."""
+
+    COUNT, SHAPE = 8, (160, 192)
+
+    def copies(self, known, call, *, vectors):
+        """How many float32 matrices live at most, beside ``known`` and some vectors a matrix."""
+        live = LiveStorages(known)
+        live.enter("call")
+        with live:
+            call()
+        entries = live.peaks["call"].total / 4 - self.COUNT * vectors * sum(self.SHAPE)
+        return entries / (self.SHAPE[0] * self.SHAPE[1])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_scales(self, backend, dtype):
+        grads = [normal(self.SHAPE, i, dtype) for i in range(self.COUNT)]
+        assert self.copies(grads, lambda: backend.scales(grads, 2), vectors=2) < 1.2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("rank", [0, 3, 33])  # 33 are more than triton's kernels subtract
+    def test_update(self, backend, rank, dtype):
+        grads, params = (
+            [normal(self.SHAPE, i + j, dtype) for i in range(self.COUNT)] for j in (0, 100)
+        )
+        scales, known = backend.scales(grads, 2), [*grads, *params]
+        if rank:
+            m, n = self.SHAPE
+            taken = [LowRank(normal((m, rank), i), normal((n, rank), i)) for i in range(self.COUNT)]
+            scales = [CorrectedScales(*own, away) for own, away in zip(scales, taken, strict=True)]
+            known += [x for own in taken for x in own]
+        known += [x for own in scales for x in (own.row, own.col)]
+        copies = self.copies(
+            known,
+            lambda: backend.update_(params, grads, scales, keep=0.9, step=-0.1),
+            vectors=rank,
+        )
+        assert copies < 2.2  # the update, and the parameter if it is not in float32
 
 
 class TestChoice:

@@ -107,7 +107,7 @@ def sinkhorn(
         return Scales(
             grad.new_ones(*batch, m, 1, dtype=dtype), grad.new_ones(*batch, 1, n, dtype=dtype)
         )
-    S = grad.to(dtype).abs()
+    S = grad.to(dtype, copy=True).abs_()
     divisors = equilibrate_(S)
     S *= S
     first = divisors.t if start is None else divisors.t * start
@@ -230,7 +230,7 @@ def eager_products(stacks: Sequence[Stack]) -> StoredProducts:
 def update_of(grad: Tensor, scales: Scales | CorrectedScales) -> Tensor:
     """Return the update of one gradient, in float32 or wider."""
     if not isinstance(scales, CorrectedScales):
-        return (grad.to(scales.row.dtype) * scales.row).mul_(scales.col)
+        return (grad * scales.row).mul_(scales.col)
     together = _updates_of([grad], [scales])
     take_away_(together, LowRank(*(x.unsqueeze(0) for x in scales.correction)))
     return together[0]
@@ -317,7 +317,7 @@ def _equilibration(grad: Tensor) -> Equilibration:
     if grad.numel() == 0:
         one = torch.ones((), dtype=dtype, device=grad.device)
         return Equilibration(one.expand(*batch, m, 1), one.expand(*batch, 1, n))
-    return equilibrate_(grad.to(dtype).abs())
+    return equilibrate_(grad.to(dtype, copy=True).abs_())
 
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

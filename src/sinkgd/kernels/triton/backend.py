@@ -33,7 +33,7 @@ from sinkgd.kernels.backend import (
     merge_descents,
     select_owners,
 )
-from sinkgd.kernels.eager import EagerBackend, without_corrections
+from sinkgd.kernels.eager import EagerBackend
 from sinkgd.kernels.layout import aligned, check_scales, check_start, dense, dense_layout
 from sinkgd.kernels.triton import support
 from sinkgd.kernels.triton.descent import (
@@ -294,13 +294,12 @@ class TritonBackend(EagerBackend):
         """Set each parameter to ``keep * param + step * row * grad * col``, rounded once."""
         for param, own in zip(params, scales, strict=True):
             check_scales(param, own.row, own.col)
-        grads, pairs = self._apply_corrections_if_needed(params, grads, scales)
         flags = [None] * len(params) if allowed is None else allowed
         bits = [None] * len(params) if keys is None else keys
         others: list[int] = []
         by_device: dict[torch.device, list[_Write]] = {}
-        for i, given in enumerate(zip(params, grads, pairs, flags, bits, strict=True)):
-            if support.writable(*given):
+        for i, given in enumerate(zip(params, grads, scales, flags, bits, strict=True)):
+            if support.writable(*given) and self._corrects(params[i], scales[i]):
                 by_device.setdefault(params[i].device, []).append(_Write(*given))
             else:
                 others.append(i)
@@ -312,33 +311,18 @@ class TritonBackend(EagerBackend):
             super().update_(
                 [params[i] for i in others],
                 [grads[i] for i in others],
-                [pairs[i] for i in others],
+                [scales[i] for i in others],
                 keep=keep,
                 step=step,
                 allowed=None if allowed is None else [allowed[i] for i in others],
                 keys=None if keys is None else [keys[i] for i in others],
             )
 
-    def _apply_corrections_if_needed(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        scales: Sequence[Scales | CorrectedScales],
-    ) -> tuple[list[Tensor], list[Scales | CorrectedScales]]:
-        """Return gradients and scales.
-
-        If the kernels cannot subtract the low-rank part of `CorrectedScales`, the update takes the
-        place of the gradient.
-        """
-        found_grads, found_scales = [*grads], [*scales]
-        for i, own in enumerate(scales):
-            if isinstance(own, CorrectedScales) and not (
-                self.products_by_dot
-                and support.native(params[i])
-                and support.subtracted(own, params[i].device)
-            ):
-                (found_grads[i],), (found_scales[i],) = without_corrections([grads[i]], [own])
-        return found_grads, found_scales
+    def _corrects(self, param: Tensor, scales: Scales | CorrectedScales) -> bool:
+        """Whether kernels can subtract the correction of an update, if it has one."""
+        return not isinstance(scales, CorrectedScales) or (
+            self.products_by_dot and support.subtracted(scales, param.device)
+        )
 
     def _update(
         self,
