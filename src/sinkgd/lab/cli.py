@@ -28,7 +28,7 @@ Commands = Mapping[str, tuple[str | None, str]]
 COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
     "train": ("Train", "train one model, or resume a run that was stopped"),
-    "experiment": ("Experiment", "run a study: tune its arms, repeat, judge, write a page"),
+    "experiment": ("Experiment", "run a study: tune its arms, train, write page and verdict"),
     "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
     "report": ("Report", "make the table and the page of runs that exist already"),
     "bench": (None, "measure speed and memory: optimizer steps, kernels, the training loop"),
@@ -51,10 +51,10 @@ options:
   --version        show the version
 
 examples:
-  sinkgd compare                                          the demo: SinkGD and AdamW on real text
+  sinkgd compare                                          SinkGD and AdamW on the same text
   sinkgd train --out runs/first --optimizer.recipe swan   one run
   sinkgd experiment iterations                            a study with its verdict
-  sinkgd report runs/demo                                 the page of runs made before
+  sinkgd report runs/demo                                 table and page of existing runs
   sinkgd plan --model llama-3-70b --mesh.dp-shard 8       what training would need
 """
 
@@ -111,7 +111,7 @@ def _run_and_report(arguments: list[str]) -> int:
 
 
 def _output_closed() -> int:
-    """Return the exit code when the reader of the output, such as `head`, has closed it."""
+    """Discard further output and return the exit code: the reader, such as `head`, is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
 
@@ -218,7 +218,7 @@ def _memory_limit() -> int | None:
 
 
 def _first_unreadable(arguments: Sequence[str]) -> str | None:
-    """Return the first argument whose bytes are not text, so that no record can store it."""
+    """Return the first argument whose bytes are not UTF-8 text; no record could store it."""
     for argument in arguments:
         try:
             argument.encode("utf-8")
@@ -228,7 +228,7 @@ def _first_unreadable(arguments: Sequence[str]) -> str | None:
 
 
 def _first_empty(arguments: Sequence[str]) -> str | None:
-    """Describe the first empty value. No option accepts one: as a path it means this folder."""
+    """Describe the first empty value. None is valid: an empty path means the current folder."""
     before = ""
     for argument in arguments:
         option, sign, value = argument.partition("=")

@@ -1,4 +1,4 @@
-"""Reading and writing files: atomic writes that survive a power cut, and errors with remedies."""
+"""Files: writes that a power cut cannot leave half done, and remedies for errors."""
 
 import errno
 import json
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# There is no space on the disk or in the quota, or the file has the largest size that is allowed.
+# The disk or the quota is full, or the file would become larger than the system allows.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Errors that the user can avoid by giving another path.
 PATH_ERRORS = frozenset(

@@ -72,7 +72,7 @@ def end_with_parent() -> None:
 
 
 def stop_with_parent() -> None:
-    """In a process of multiprocessing, send this process a SIGTERM when its parent is gone.
+    """In a process that multiprocessing started, send it a SIGTERM when its parent is gone.
 
     This also works if a fork server started the process; Linux then considers the fork server to
     be its parent.
@@ -113,8 +113,9 @@ _SAME_REQUEST_SECONDS = 1.0
 
 
 class Interrupt:
-    """While this is active, the first signal of `SIGNALS` is only stored; a later one takes effect.
+    """While this is active, the first signal of `SIGNALS` is only stored.
 
+    Another one takes effect if it comes at least a second later, and is ignored before that.
     SIGHUP stays ignored if the process ignores it already, as under nohup.
 
     Args:

@@ -1,4 +1,4 @@
-"""Checks of what a user gives to an option: mistyped names, and numbers that are too large."""
+"""Checks of what a user gives to an option: mistyped names, and unusable numbers."""
 
 import difflib
 import math
@@ -27,7 +27,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
 
 class NumberError(ValueError):
-    """A number that no computation can use, with its option and value."""
+    """A number that is too large or not finite; the message gives its option and value."""
 
 
 def check_numbers(options: Any, prefix: str = "") -> None:

@@ -1,10 +1,9 @@
 """The results of a run: plain records in an append-only JSONL file.
 
 One run is one file. Its first line is a `RunStart`. Then follow a `TrainStep` for every optimizer
-step, an `Evaluation` at intervals, with `ModelStatistics` if the model has some, a `Resume`
-whenever the run continued from a checkpoint, and one `RunEnd`. Every line is whole: an unfinished
-last line of a killed process is skipped when the file is read, and cut off when it is next opened
-for writing.
+step, an `Evaluation` at intervals, with `ModelStatistics` if the model has some, a `RunEnd`
+whenever the run finished, stopped or failed, and a `Resume` whenever it was resumed. A killed
+process may leave an unfinished last line. Readers skip this line, and the next writer cuts it off.
 
 Units are in the names. ``tokens`` and ``seconds`` count training alone, from the run's first step;
 evaluation, checkpoints and start-up are only in ``wall_seconds``.
@@ -27,7 +26,7 @@ RESULTS_FILE = "run.jsonl"  # in the run's folder
 
 
 class ResultsError(ValueError):
-    """A results file that cannot be read; the message gives the file and the line."""
+    """An unreadable results file; the message gives the file, and the line of a bad record."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class RunStart:
     environment: dict[str, Any]  # versions, commit, device, threads
     parameters: int  # trainable parameters, tied ones counted once
     tokens_per_step: int  # positions in a global batch, padding included
-    # Inputs besides the configuration: hashes of the data and of the optimizer's groups, and the
-    # model's sizes; empty in records of older versions.
+    # Inputs besides the configuration: the model's sizes, and hashes of the data, of the tokenizer,
+    # of the optimizer's groups and of given initial weights; empty in records of older versions.
     inputs: dict[str, Any] = field(default_factory=dict)
     naming: int = NAMING  # version of the recipes' names, see `sinkgd.lab.recorded_names`
 
@@ -61,7 +60,7 @@ class TrainStep:
     lr: float  # of the first parameter group
     gradient_norm: float  # global l2 norm, before clipping
     step_seconds: float
-    optimizer_seconds: float  # the part of step_seconds that optimizer.step() took
+    optimizer_seconds: float  # the part of step_seconds for updates, also inside backward
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,10 @@ class ModelStatistics:
 
 @dataclass(frozen=True)
 class Resume:
-    """The run continued from the checkpoint after ``step``; older records of later steps are void.
+    """The run was resumed from the checkpoint after ``step`` steps.
+
+    Records above this one are void if their step is later. Without a checkpoint, ``step`` is 0 and
+    all records above this one are void, except the start record.
 
     ``changed`` has the differences to the environment in the start record: by name, [then, now]. It
     is empty in records of older versions.
@@ -126,7 +128,7 @@ class RunEnd:
     step: int
     tokens: int
     seconds: float
-    wall_seconds: float  # of all processes that worked on the run, including start-up
+    wall_seconds: float  # including start-up; earlier processes count up to their last checkpoint
     memory: Memory
     message: str = ""  # the reason, if status is "failed"
 

@@ -1,6 +1,6 @@
 """Text for terminals that cannot show every character, and output for terminals that are gone.
 
-Characters that an encoding such as ASCII or cp1252 lacks, and names that are not UTF-8, are
+Characters that an encoding such as ASCII or cp1252 lacks, and file names that are not UTF-8, are
 replaced. If the terminal is closed, what is written to standard error is lost, but the process goes
 on.
 """

@@ -133,7 +133,7 @@ def test_a_manifest_that_counts_otherwise_than_the_files_is_noticed(folder):
 
 def test_another_version_of_the_format_is_named(folder):
     edited(folder, lambda fields: fields.update(format_version=3))
-    with pytest.raises(DataError, match="is of format 3, this sinkgd reads 2"):
+    with pytest.raises(DataError, match="is of format 3, but this sinkgd reads only 1 and 2"):
         TokenDataset.open(folder)
 
 

@@ -1,6 +1,6 @@
 """Measurements of speed and memory, each compared with a lower bound or with other optimizers.
 
-`bench_NAME`, or the package `gpu`, makes the measurement `sinkgd bench NAME`; `NAME_report` makes
-its tables and page. `interleaved` measures times, and `contenders` and `workloads` define what is
-timed.
+`bench_NAME`, or the package `gpu`, makes the measurement `sinkgd bench NAME`. `step_report` and
+`memory_report` make the tables and pages of two of them. `interleaved` measures times, and
+`contenders` and `workloads` define what is timed.
 """

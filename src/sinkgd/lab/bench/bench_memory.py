@@ -4,8 +4,8 @@ Each measurement runs in a process of its own. On a CPU, an optimizer without a 
 with the profiler, which lists every allocation and release of torch's allocator in order. Three
 sizes follow:
     state: the tensors in ``optimizer.state`` after three steps
-    held: what the first step allocated and did not release, minus the state; the compiled loops
-        keep their scratch in a torch tensor, so that scratch counts here
+    held: what the first step allocated and did not release, minus the state. This includes the
+        scratch of the compiled loops, which is a torch tensor
     transient: the highest running sum of allocations minus releases within the third step
 Memory outside torch's allocator is not counted: code, Python objects, and the buffers that a
 library such as oneDNN takes from the C library. On CUDA the allocator's own counters are read.

@@ -32,7 +32,7 @@ def naive_loop(grad: Tensor, num_iters: int) -> Tensor:
     """Scale rows to length √n, then columns to length √m, ``num_iters`` times, in plain torch.
 
     This is what the public optimizer classes do: ``torch.linalg.vector_norm`` along either axis,
-    and a new matrix for every division.
+    and a new matrix for every scaling.
     """
     m, n = grad.shape[-2:]
     x = grad
@@ -107,7 +107,7 @@ def compiler_missing() -> str | None:
 
 
 ADAMW = "adamw-fused"  # the optimizer with which all others are compared
-ITERATIONS = (5, 1)  # values of L for sinkgd's own rows; the public loops use the first
+ITERATIONS = (5, 1)  # values of L for rows of SinkGD; the public loops use the first
 LR = 1e-3
 _ADAMW_PASSES, _SGD_PASSES, _DEFLATION_PASSES = 7, 3, 2
 

@@ -1,1 +1,1 @@
-"""The commands of `sinkgd`. Each is a file with a dataclass of options that has a ``run()``."""
+"""The commands of `sinkgd`: dataclasses of options with a ``run()``, one in each file."""

@@ -80,7 +80,8 @@ class Compare:
     """Number of runs of each recipe; their seeds count up from training.seed."""
 
     baseline: str | None = None
-    """Name of the recipe that the others are compared with; by default adamw, else adamw-one-lr."""
+    """Name of the recipe that the others are compared with; by default adamw, else adamw-one-lr,
+    else none."""
 
     out: Path = Path("runs/compare")
     """Folder of the comparison: a folder for each run, and report.html."""

@@ -29,11 +29,11 @@ _FLAGS = ("--tune", "--no-tune", "--reuse", "--no-reuse", "--dry-run", "--report
 
 @dataclass(frozen=True)
 class Experiment:
-    """Run a study: tune every arm alike, train each with several seeds, judge, and write a page.
+    """Run a study: tune every arm alike, train each with several seeds, write a page and a verdict.
 
     An arm is a recipe with its settings. Each run has a folder of its own, as `sinkgd train` writes
-    it. If the study is stopped or killed, the same command resumes it. Page and verdict are made
-    from study.jsonl only.
+    it. If the study is stopped or killed, the same command resumes it. The page and the verdict are
+    made from study.jsonl only.
     """
 
     name: tyro.conf.Positional[str] = ""

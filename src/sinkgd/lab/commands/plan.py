@@ -16,8 +16,9 @@ class Plan:
     """Estimate, without training, what it takes to train a model: memory, messages, time and cost.
 
     Nothing is trained or sent. Weights are counted on the real module, which is built on the meta
-    device. Activations are counted by tracing a step with fake tensors. Methods are shown side by
-    side. Times are estimates at an assumed fraction of the device's peak.
+    device. Activations are counted by tracing a step with fake tensors. Methods, which are
+    optimizers and LoRA, are shown side by side. Times are estimates at an assumed fraction of the
+    device's peak.
 
     For example:
       sinkgd plan --model llama-7b --optimizer adamw
@@ -32,8 +33,8 @@ class Plan:
     Hugging Face config.json."""
 
     optimizer: str = "sinkgd"
-    """One of sinkgd, sinkgd-paper, sinkgd-8bit, sinkgd-stateless, swan, adamw, adamw-8bit, lora,
-    muon, galore, apollo, apollo-mini, sgd; the others are shown for comparison."""
+    """Method that the answer is about, such as sinkgd, sinkgd-paper, sinkgd-8bit, sinkgd-stateless,
+    swan, adamw, adamw-8bit, lora, muon, galore, apollo, apollo-mini, sgd."""
 
     device: str = "h100"
     """Device of every rank: h100, h200, b200, a100-80gb, rtx-4090, mi300x."""
@@ -53,7 +54,7 @@ class Plan:
     """Arithmetic: float32, bf16-autocast (weights stay float32) or bf16 (weights too)."""
 
     release_gradients: bool = False
-    """Apply and free each gradient inside backward, if the method can."""
+    """Apply and free each gradient inside backward. Only some methods can, among them sinkgd."""
 
     recompute_activations: bool = False
     """Keep only the input of each block, and run the block again in backward."""
@@ -79,7 +80,7 @@ class Plan:
     """Print one JSON object instead of tables."""
 
     all: bool = False
-    """Show every method that is known; by default six."""
+    """Show all methods; by default six, and that of --optimizer."""
 
     out: Path | None = None
     """Folder for plan.json and plan.html."""

@@ -21,11 +21,12 @@ PAGE_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """Print the table of a folder of runs and write its page."""
+    """Print the table of a folder of runs, or of a study, and write its page."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder that `sinkgd compare`, `train` or `experiment` wrote: */run.jsonl, run.jsonl or
-    study.jsonl; or a folder of such files with other names, as in benchmarks/demo."""
+    study.jsonl; or a folder of run.jsonl files with other names, such as
+    benchmarks/demo/2026-11-28; or one such file."""
 
     baseline: str | None = None
     """Name of the recipe that the others are compared with; by default adamw, else adamw-one-lr,

@@ -8,7 +8,7 @@ after its input, or ``IGNORE_INDEX``, which the loss ignores. There are two pack
              split and the last ones, which do not fill a row.
     none     One document per row, including its eos, padded to T tokens. A longer document is cut
              to its first T-1 tokens and its eos, as T5's tokenizer does. A row of s tokens has
-             s-1 targets, so every row has at least one target.
+             s-1 targets. This is at least one, because no document is empty.
 
 Order. The batch of a step is a pure function of (seed, step, rank, world size). The global batch of
 step s has B = batch_size rows; its row i is the p-th row drawn, p = s·B + i:
@@ -105,7 +105,7 @@ def rows_of(split: TokenSplit, sequence_length: int, packing: Packing) -> Rows:
     """Cut ``split`` into rows of ``sequence_length`` tokens.
 
     Raises:
-        DataError: If the length or the packing is not possible.
+        DataError: If the length is below 2 or the packing is unknown.
     """
     if sequence_length < 2:
         raise DataError(f"sequence_length must be at least 2, got {sequence_length}")
@@ -192,7 +192,9 @@ class Batch:
         return int((self.targets != IGNORE_INDEX).sum())
 
     def part(self, number: int, parts: int) -> "Batch":
-        """Return part ``number`` of ``parts`` equal parts; rows of padding are not scored.
+        """Return part ``number``, from 0, of ``parts`` parts of equal size.
+
+        Copies of the last row fill up the last parts; these copies are not scored.
 
         Examples:
             >>> rows = torch.tensor([[1, 2], [3, 4], [5, 6]])
@@ -350,8 +352,9 @@ def _check_enough(
 class VocabularyShift:
     """A sudden change of vocabulary: from one step on, token ids are permuted.
 
-    The text stays as predictable as before, but suddenly every row of the embedding and of the head
-    is wrong. The time to recover shows how long an optimizer remembers the past.
+    The text stays as predictable as before, but suddenly nearly every row of the embedding and of
+    the head belongs to another token. The time to recover shows how long an optimizer remembers the
+    past.
 
     Args:
         at_step: Number of steps with the original ids; the next step is the first with new ones.

@@ -181,7 +181,7 @@ class FileCorpus:
         )
 
     def fingerprint(self) -> str:
-        """Hash the names and the content of all files (hex sha256)."""
+        """Hash the names and the content of all files, and the held-out fraction (hex sha256)."""
         digest = hashlib.sha256(repr(self.validation_fraction).encode())
         for file in self.files:
             with file.open("rb") as stream:

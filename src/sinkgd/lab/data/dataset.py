@@ -3,9 +3,9 @@
 The folder holds
     manifest.json           what the folder contains; written last
     tokenizer.json          the tokenizer
-    train-00000.bin ...     token ids, little-endian uint16 (uint32 above 65,536 tokens). Every
-                            document ends with one eos. All shards of a split except the last hold
-                            ``shard_tokens`` tokens
+    train-00000.bin ...     token ids, little-endian uint16 (uint32 if the vocabulary has more than
+                            65,536 tokens). Every document ends with one eos. All shards of a split
+                            except the last hold ``shard_tokens`` tokens
     train-offsets.bin       the start of each document, and the end of the last one: documents + 1
                             numbers, int64
     validation-...          the same for validation
@@ -94,7 +94,8 @@ class Manifest:
     def content_sha256(self) -> str:
         """Hash of the tokens, the document offsets and the tokenizer, hex.
 
-        Shards that were moved, or prepared again from the same text, have the same hash.
+        Shards that were moved, or prepared again from the same text in the same way, have the same
+        hash.
         """
         about = {"sources", "largest_id", "format_version", "cut_fraction"}
         content = {key: value for key, value in asdict(self).items() if key not in about}
@@ -138,8 +139,8 @@ class Manifest:
             ) from error
         if manifest is None:
             raise DataError(
-                f"{path} is of format {version}, this sinkgd reads {FORMAT_VERSION}; "
-                "make the folder again with `sinkgd prepare`"
+                f"{path} is of format {version}, but this sinkgd reads only {_WITHOUT_LARGEST_ID} "
+                f"and {FORMAT_VERSION}; make the folder again with `sinkgd prepare`"
             )
         return manifest
 
@@ -157,7 +158,7 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest integer type that holds ``vocab_size`` ids."""
+    """Return the integer type of ids below ``vocab_size``: uint16 if it holds them, else uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 

@@ -48,7 +48,7 @@ def find_files(sources: Sequence[str]) -> FoundFiles:
     """List the files that ``sources`` stand for.
 
     Args:
-        sources: Files, folders (searched throughout), globs, or ``"sotu"``, the embedded corpus.
+        sources: Files, folders (with all subfolders), globs, or ``"sotu"``, the embedded corpus.
 
     Raises:
         DataError: If a source matches nothing, or a named file is of unknown kind or not a regular
@@ -270,7 +270,7 @@ def _rows(file: Path, text_field: str) -> Iterator[str]:
         raise
     except (ValueError, NotImplementedError, OSError) as error:
         # pyarrow raises these for a damaged file. An error of the system, such as a full disk or a
-        # missing file, has a number.
+        # missing file, has an errno.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = str(error).splitlines()[0]

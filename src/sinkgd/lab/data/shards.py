@@ -123,7 +123,7 @@ class ShardWriter:
         sources: The sources of the text, which the manifest records.
         shard_tokens: Tokens in a full shard.
         cut_fraction: Fraction of each document, at its end, that is validation text; None if whole
-            documents are. The manifest records it.
+            documents are held out. The manifest records it.
 
     Raises:
         FolderTakenError: If ``out`` is not empty.

@@ -30,7 +30,8 @@ _VARIANTS = 30  # about how many variants are compiled for a GPU
 
 COUNTED = "sm_90"  # the GPU whose instructions are counted
 
-# The largest value that each figure should have. Figures without an entry have no limit.
+# The targets of figures that `_figure` makes: the largest values that they should have. Without an
+# entry here, such a figure has no target.
 LIMITS: dict[str, float] = {
     "readings of G per entry and step, plain": 6,
     "readings of G per entry and step, deflated": 10,

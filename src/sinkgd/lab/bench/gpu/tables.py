@@ -25,10 +25,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Missed:
-    """A variant that misses a target."""
+    """A compiled variant of a kernel that misses a target."""
 
     variant: str
-    target: str  # the GPU
+    target: str  # the GPU, a name in cases.TARGETS
     steps: tuple[str, ...]  # the steps that use the variant
     why: str
 

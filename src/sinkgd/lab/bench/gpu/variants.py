@@ -1,8 +1,8 @@
 """Every variant of a kernel that steps of models use, compiled for a GPU that is not there.
 
 `main` is the program that compiles them, in a process of its own: triton's interpreter and its
-compiler cannot share a process. It writes a line of JSON for each variant. `machine_code` reads the
-compiled code: registers, spills, widths of loads, lengths of loops. Nothing is run; the
+compiler cannot share a process. `main` writes a line of JSON for each variant. `machine_code` reads
+the compiled code: registers, spills, widths of loads, lengths of loops. Nothing is run; the
 disassembler comes with triton.
 """
 

@@ -11,14 +11,14 @@ from sinkgd.lab.train.config import ConfigError
 class Gpu:
     """Count what a step would do on a GPU; a GPU is neither needed nor used.
 
-    The table has a row for each target: what was counted, its present value, the target, and
-    whether it is met. No figure is a time on a GPU.
+    The table has a row for each figure: what was counted, its present value, and, if it has a
+    target, the target and whether it is met. No figure is a time on a GPU.
 
-    There are four parts. `interpreter` runs the kernels on a CPU and counts how often they read a
-    gradient. `host` counts calls of torch and launches of kernels, and times the host's work.
-    `schedule` counts bytes and scratch for an H100. `code` compiles, for each GPU, every kernel
-    that a step of one of the models uses, and reads the machine code. The command needs triton, and
-    takes two minutes on two cores.
+    There are four parts. `interpreter` runs the kernels on a CPU, counts how often they read a
+    gradient, and measures their errors. `host` counts calls of torch and launches of kernels, and
+    times the host's work. `schedule` counts bytes and scratch for an H100. `code` compiles, for
+    each GPU, the kernels of the models' plain, deflated and stochastically rounded steps, and reads
+    the machine code. The command needs triton, and takes two minutes on two cores.
 
     For example:
       sinkgd bench gpu --out bench

@@ -86,8 +86,8 @@ class Memory:
     model that does not fit into free memory is listed with the memory that it needs.
 
     Each measurement runs in a process of its own. Bytes are counted from the allocator's events; on
-    CUDA the first part reads the allocator's counters instead. The peak of training is also
-    measured from outside the process.
+    CUDA the first part reads the allocator's counters instead. The peak of training is measured
+    again without the profiler: as resident memory, or on CUDA by the allocator's counter.
 
     For example:
       sinkgd bench memory --out bench

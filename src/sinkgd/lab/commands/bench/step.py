@@ -19,12 +19,12 @@ from sinkgd.lab.train.config import Device
 class Step:
     """Time one optimizer step on matrices with the shapes of real models.
 
-    SinkGD with each backend, AdamW (fused, foreach), SGD, Muon, and SinkGD as public code writes it
-    (a plain loop, and a compiled one) are timed in turn on the same parameters and gradients, in an
-    order that rotates. Each optimizer is compared with fused AdamW in the same round, and with its
-    floor: the time that its fewest possible passes over memory take, at the bandwidth measured in
-    the same rounds. At the end, SinkGD's times are compared with their targets. Run nothing else on
-    the machine meanwhile.
+    SinkGD with each backend, SinkGD with deflation, SWAN, AdamW (fused, foreach), SGD, Muon, and
+    SinkGD as public code writes it (a plain loop, and a compiled one) are timed in turn on the same
+    parameters and gradients, in an order that rotates. Each optimizer is compared with fused AdamW
+    in the same round. Most are also compared with their floor: the time that the fewest possible
+    passes over memory take, at the bandwidth measured in the same rounds. At the end, SinkGD's
+    times are compared with their targets. Run nothing else on the machine meanwhile.
 
     For example:
       sinkgd bench step --out bench
