@@ -24,7 +24,7 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 class Carried:
     """The best point of another arm, from which an arm takes its values.
 
-    So a large model needs no grid of its own: it uses the grid of a small model.
+    A large model then needs no grid of its own: it uses the best point of a small model.
     """
 
     arm: str  # name of the other arm, which has a grid of its own
@@ -72,7 +72,7 @@ class Arm:
     carried: Carried | None = None  # instead of a grid
     seeds: int | None = None  # how many of the study's seeds to run; default: all
     # Whether the search goes on from the best point to its neighbors, until all neighbors of the
-    # best point are tried. Then no best value is at an edge.
+    # best point are tried. In the end no best value is at an edge.
     widened: bool = False
 
     @property
@@ -151,9 +151,10 @@ def _can_be_widened(values: Sequence[float]) -> bool:
 def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
     """Check that names of arms are unique, and that arms are tuned alike.
 
-    All arms at one position of the axis have the same number of points, and so do all arms without
-    a position. All tuned arms are widened, or none is. The values of a widened grid are above zero
-    and at least 1 % apart. A carried arm takes its values from an arm with a grid.
+    All tuned arms have the same number of points. If some arms are carried, this holds only among
+    the arms at one position of the axis. All tuned arms are widened, or none is. The values of a
+    widened grid are above zero and at least 1 % apart. A carried arm takes its values from an arm
+    with a grid.
 
     Raises:
         ConfigError: If names are not unique, grids differ in size or only some are widened, a grid
@@ -257,9 +258,9 @@ def best_point(losses: Iterable[tuple[float, Point]]) -> Point | None:
 
 
 def edges(tried: Grid, chosen: Point) -> list[str]:
-    """Name the fields whose best value is the smallest or largest of at least three tried.
+    """List the fields whose best value is the smallest or largest of at least three tried.
 
-    If only two values were tried, the best is always at an edge, so this gives no information.
+    Fields with fewer values are left out, because their best value is always at an edge.
 
     Examples:
         >>> tried = {"optimizer.lr": (0.1, 0.2, 0.4)}

@@ -1,8 +1,8 @@
 """A dry run of a study: build every arm without weights and without training.
 
 The model is built on the meta device and runs there forward and backward on one row; then the
-optimizer is built. Only the sizes in ``model.weights`` are read. Each arm also takes one real
-step with a nano model instead of its own model.
+optimizer is built. Of a checkpoint in ``model.weights``, only the sizes are read. Each arm also
+takes one real step with a nano model instead of its own model.
 """
 
 from collections.abc import Mapping
@@ -50,10 +50,10 @@ class DryArm:
 
     name: str
     runs: int  # number of runs, for tuning and for seeds
-    parameters: int
+    parameters: int  # number of trained ones
     groups: int  # number of parameter groups of the optimizer
     tokens: int  # tokens of one run
-    memory_bytes: int | None  # at the peak of a step; None if `sinkgd plan` lacks the recipe
+    memory_bytes: int | None  # at the peak of a step; None if `sinkgd plan` cannot estimate it
 
 
 def dry_run(plan: StudyPlan) -> list[DryArm]:
@@ -161,7 +161,7 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
         title=f"{plan.study}, {plan.scale} scale: {plan.runs_in_words}",
         note=f"{count(total)} tokens in {plan.runs} runs; seeds "
         f"{', '.join(map(str, plan.seeds))}, tuning with seed {plan.tuning_seed}. Memory: the peak "
-        f"of a step on one device, from `sinkgd plan`; {ABSENT} if `sinkgd plan` lacks the recipe.",
+        f"of a step on one device, from `sinkgd plan`; {ABSENT} if it cannot estimate the arm.",
         columns=("arm", "runs", "parameters", "groups", "tokens per run", "memory"),
         rows=tuple(
             (

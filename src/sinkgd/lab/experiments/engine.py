@@ -70,11 +70,12 @@ def run_study(
         folder: Folder of the study.
         jobs: Number of trainings at a time.
         command: A command that repeats the study.
-        say: Called with one line for every run.
+        say: Called with a line for every run that starts or is reused, and with other messages.
         reuse: Reuse identical runs from the grids of studies in folders next to ``folder``.
 
     Raises:
-        ConfigError: If the study there has another plan; the message names each field that differs.
+        ConfigError: If the study there has another plan or was trained on another text; the message
+            says what differs.
         RunFolderError: If another process is running the study.
         StudyError: If a run fails for a reason other than divergence.
         DataError: If the text is missing, damaged or too small.

@@ -13,8 +13,8 @@ from sinkgd.lab.train.config import ConfigError, SharedConfig, differences
 from sinkgd.lab.train.recipes import find_recipe
 
 LR, MATRIX_LR = "optimizer.lr", "optimizer.matrix_lr"
-# For each option --optimizer.NAME, fields of the configuration: the option sets the first one that
-# the recipe of the arm has. --step names this arm.
+# For each option --optimizer.NAME, fields of the configuration. The option changes the arm that
+# --step names: it sets the first of the fields that the arm's recipe has.
 STEP_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"tau": ("tau",), "iterations": ("n_iter", "sinkhorn_iterations"), "lr": ("lr",)}
 )
@@ -41,8 +41,8 @@ def select_arms(
         axis: For each option, positions that replace those on the study's axis; may be empty.
         rates: Values to try for ``optimizer.lr``. A matrix rate that the study fixes keeps its
             ratio to ``optimizer.lr``.
-        recipes: If given, keep only the arms with these recipes or, where no recipe has a name, the
-            arm of this name.
+        recipes: If given, keep only the arms with these recipes. A name that is not an arm's recipe
+            selects the arm with this name.
 
     Raises:
         ConfigError: If an option does not fit the study.

@@ -28,7 +28,7 @@ class StudyError(RuntimeError):
 class Axis:
     """The number in which the arms of a study differ."""
 
-    option: str  # option of `sinkgd experiment`, e.g. "iterations"
+    option: str  # e.g. "iterations"; an option of `sinkgd experiment` if the setting has ``at``
     title: str  # title of the chart's axis
     log: bool = False
 
@@ -40,13 +40,17 @@ class Setting:
     shared: SharedConfig
     arms: tuple[Arm, ...]  # including controls, in the order of the page
     # Makes the arms at a position on the axis, for a shared configuration. If it is given, the user
-    # can choose another position and configuration, and ``arms`` are then made again.
+    # can choose other positions, and the arms with a position are always made by it.
     at: Callable[[float, SharedConfig], tuple[Arm, ...]] | None = None
     seeds: int = 3
-    models: Mapping[str, SharedConfig] = field(default_factory=dict)  # shared options of presets
+    # For each preset, the shared options that replace ``shared``.
+    models: Mapping[str, SharedConfig] = field(default_factory=dict)
 
     def of_model(self, preset: str | None) -> SharedConfig:
-        """Return the shared options for the model ``preset``, including its batch and steps."""
+        """Return the shared options for the model ``preset``, including its batch and steps.
+
+        They are ``shared`` unless ``models`` has the preset.
+        """
         return self.shared if preset is None else self.models.get(preset, self.shared)
 
 
@@ -55,7 +59,7 @@ class Study:
     """A question that runs can answer, and how to answer it.
 
     Raises:
-        ConfigError: If two arms share a name, or tuned arms have grids of unequal size.
+        ConfigError: If two arms share a name, or arms are not tuned alike; see `check_arms`.
     """
 
     name: str
@@ -80,7 +84,7 @@ class Task:
     arm: Arm
     point: Point
     seed: int
-    tuning: bool  # whether it is a run of the grid, whose loss is reported only with the grid
+    tuning: bool  # whether it is a run of the grid; such a loss is reported only with the grid
 
 
 @dataclass(frozen=True)
@@ -144,14 +148,15 @@ class StudyPlan:
         return self.seeds[: arm.seeds]
 
     def is_tuned(self, arm: Arm) -> bool:
-        """Whether a grid is searched for this arm."""
+        """Whether the arm has a grid of its own, which is searched."""
         return self.tune and bool(arm.tuned)
 
     def check(self) -> None:
-        """Resolve every configuration, so that errors appear now and not after hours.
+        """Check all arms and resolve their configurations, so that errors appear before the runs.
 
         Raises:
-            ConfigError: If there is nothing to run or an option is impossible.
+            ConfigError: If there is nothing to run, arms are not tuned alike, the tuning seed is
+                also reported, or an option is impossible.
         """
         if not self.arms:
             raise ConfigError(f"study {self.study!r} has no arms left; choose another --optimizer")
@@ -204,6 +209,8 @@ def plan_of(study: Study, scale: Scale, **options: Any) -> StudyPlan:
 
 def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: str) -> None:
     """Check that a study is continued with the options that it began with.
+
+    Only options of the mesh, of checkpoints and of logging may change.
 
     Args:
         saved: The plan in the study's file, a result of `StudyPlan.as_json`.

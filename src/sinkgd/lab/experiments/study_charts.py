@@ -31,7 +31,7 @@ from sinkgd.lab.report.quantities import loss, size
 _ROW = 54  # CSS pixels
 _BELOW = 0.16  # how far a row's marks lie below its middle, as a fraction of its height
 _MIB = 1024**2
-_RANGE_ABOVE = 0.3  # nats that `rate_chart` shows above the lowest loss of each grid
+_RANGE_ABOVE = 0.3  # nats that `rate_chart` shows above the highest of the grids' lowest losses
 
 
 def final_chart(results: StudyResults, study_axis: Axis | None, identities: Identities) -> Chart:

@@ -253,7 +253,7 @@ def _run_from_json(content: Mapping[str, Any], path: Path) -> RunResult:
 
 
 def without_kind(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a record."""
+    """Return the fields of a record, except its kind."""
     return {key: value for key, value in content.items() if key != "kind"}
 
 

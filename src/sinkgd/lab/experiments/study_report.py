@@ -232,7 +232,7 @@ def study_page(study: Study, record: StudyRecord, results: StudyResults, verdict
 
     Args:
         study: The study, for its question and charts.
-        record: The content of ``study.jsonl``; the page shows nothing else.
+        record: The content of ``study.jsonl``; the page shows no results from other files.
         results: The results in the record.
         verdict: The verdict on the results.
     """

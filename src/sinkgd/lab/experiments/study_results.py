@@ -103,7 +103,7 @@ class ArmResults:
 
     @property
     def chosen(self) -> Point | None:
-        """The point of the grid with the lowest loss; None if nothing was tuned.
+        """The point of the grid with the lowest loss; None if no point has a finite loss.
 
         Reported runs, which have this point, decide between equal losses.
         """
@@ -122,7 +122,7 @@ class ArmResults:
 
     @property
     def edges(self) -> list[str]:
-        """The tuned fields whose best value is the smallest or largest that was tried.
+        """The tuned fields whose best value is the smallest or largest of at least three tried.
 
         The list is empty while a widened grid is still searched, that is, until the first reported
         run.
@@ -194,7 +194,7 @@ class StudyResults:
 
     @property
     def equal_seconds(self) -> float | None:
-        """Mean training time of the fastest arm, which all arms have reached."""
+        """Mean training time of the fastest arm, in seconds; None if no run finished."""
         means = [
             statistics.fmean(ends)
             for one in self.arms

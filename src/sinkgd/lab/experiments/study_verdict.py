@@ -1,7 +1,7 @@
 """The verdict of a study: sentences made only from its numbers, and functions that judges share.
 
-Two arms differ if the 95 % interval of their difference over paired seeds excludes zero; otherwise
-they are level.
+Two arms differ if the 95 % interval of their difference over paired seeds excludes zero, and the
+difference is large enough to show in printed losses. Otherwise they are level.
 """
 
 import math
@@ -137,8 +137,8 @@ def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
 def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
     """Add to the headline the tokens and time that the best arm needed for its control's loss.
 
-    The control is the first one with the best arm's model size, batch and number of tokens. Without
-    such a control the headline does not change.
+    The control is the first one that did not diverge and has the best arm's model size, batch and
+    number of tokens. Without such a control the headline does not change.
 
     Args:
         results: The study's results.

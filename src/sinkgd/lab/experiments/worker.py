@@ -1,8 +1,8 @@
 """Run a training in its own process, forked from a server process that has imported all modules.
 
-Every run therefore has the memory, threads and random state of a fresh `sinkgd train`, to the bit,
-and torch is imported once per study. The server has computed nothing, so it has no torch threads
-that a fork would lose.
+Every run therefore starts with the memory, threads and random state of a fresh `sinkgd train`, and
+torch is imported once per study. The server has computed nothing, so it has no torch threads that a
+fork would lose.
 
 The server preloads this module. The module's imports are the memory that every run starts with.
 """

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, pre-norm blocks of full attention and a GELU MLP, and a tied head.
+"""GPT-2: learned positions, pre-norm blocks of causal attention and a GELU MLP, and a tied head.
 
 `GPT2Base` is GPT-2 without its blocks; `sinkgd.lab.models.lens` puts other blocks into it.
 

@@ -49,7 +49,7 @@ _NAMES: Mapping[type, _Names] = {
 def load_tensors(folder: Path, model: LanguageModel) -> None:
     """Copy the tensors of a checkpoint into a model; adapters of the model stay as they are.
 
-    The tensors of one file are read one by one. Each rank keeps only its shard of a sharded weight.
+    The tensors of a file are read one by one. Each rank keeps only its shard of a sharded weight.
 
     Args:
         folder: The folder of the checkpoint; its ``config.json`` agrees with the model.
@@ -102,7 +102,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor of a checkpoint.
 
     Raises:
-        ModelError: If there are no safetensors files, or one is missing or damaged.
+        ModelError: If there is neither a single safetensors file nor an index of several, or if
+            that file or the index is damaged. The files that an index names are not opened.
     """
     whole, index = folder / _WEIGHTS_FILE, folder / _INDEX_FILE
     if whole.is_file():

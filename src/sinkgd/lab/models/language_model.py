@@ -52,7 +52,7 @@ class Sizes(Protocol):
 
     @property
     def linear_parameter_count(self) -> int:
-        """Number of weights in the blocks' matrices, which a matrix method updates."""
+        """Number of weights in the blocks' matrices, which methods like SinkGD update."""
 
     @property
     def parameter_count(self) -> int:
@@ -63,7 +63,7 @@ class LanguageModel(nn.Module, ABC):
     """A decoder: embeddings, blocks, a last norm and a head over the vocabulary.
 
     A model made on the meta device has no weights until ``to_empty`` gives it a device and
-    `initialize` its weights. In between, it can be sharded over devices.
+    `initialize` its weights. Before ``to_empty``, it can be sharded over devices.
     """
 
     config: Sizes

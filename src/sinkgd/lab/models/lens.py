@@ -26,7 +26,8 @@ class LensConfig(GPT2BaseConfig):
     """The sizes of a Lens, and the schedule of its share of attention.
 
     Raises:
-        ModelError: If a rank exceeds the hidden size, or the schedule ends before it starts.
+        ModelError: If a size is impossible, as for `GPT2BaseConfig`; if a rank is below 1 or above
+            the hidden size; or if the schedule does not end after its start.
 
     Examples:
         >>> lens = LensConfig(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12)
@@ -102,7 +103,7 @@ class Lens(GPT2Base):
     Args:
         config: The sizes.
         seed: Seed of the weights. The maps to keys and values start as the best low-rank
-            approximations of the weights that GPT-2 would start with.
+            approximations of matrices that are drawn as GPT-2's are.
 
     Examples:
         >>> config = LensConfig(
@@ -148,7 +149,10 @@ class Lens(GPT2Base):
 
 
 class _Block(nn.Module):
-    """``x + g·attention + (1-g)·mlp``, where the MLP reads the norm of ``x + attention``."""
+    """``x + g·attention + (1-g)·mlp``.
+
+    The MLP reads the normalized ``x + attention``, and ``attention`` itself.
+    """
 
     def __init__(self, config: LensConfig) -> None:
         super().__init__()
@@ -172,9 +176,9 @@ def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
 
     The maps to keys and values become the best low-rank approximations of GPT-2's maps. GPT-2's key
     bias is dropped: in standard attention it shifts all logits of a query equally. The value bias
-    passes through attention unchanged, so it is added to the output bias. All other weights of the
-    Lens keep their initial values: the context map of the MLP with its share, the gates and the
-    directions.
+    passes through attention unchanged, so its product with the output map is added to the output
+    bias. All other weights of the Lens keep their initial values: the context map of the MLP with
+    its share, the gates and the directions.
 
     Args:
         gpt2: An unsharded model, on any device.

@@ -13,7 +13,7 @@ Discoverability, d, scores token j for all queries alike.
 
 Attention stays causal. For j ≤ i the transpose reads only the query of j and the key of i. The mean
 in d includes later tokens, but it is the same number for every j, and a softmax over j is invariant
-to it. So it is left out here; the rest is one product of wider queries and keys,
+to it. So this mean is left out here; the other terms are one product of wider queries and keys,
 
 .. math::
     \big[\, w_{std}\, q_i + \sqrt D\, w_{disc}\, u,\;\; w_{rec}\, k_i \,\big] \cdot
@@ -107,7 +107,7 @@ class Factors(nn.Module):
 def _one_thread() -> Iterator[None]:
     """Use one thread, because LAPACK's sums depend on the number of threads.
 
-    Otherwise the weights of a seed would depend on it, too.
+    Otherwise the weights of a seed would depend on this number, too.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -215,8 +215,8 @@ class LensMLP(nn.Module):
         \qquad \text{out} = W_2 h
 
     The share a is learned, starts at 0.1 and is clamped to [0, 1]. Outside of these bounds its
-    gradient is zero, so if an optimizer moves the share out of the bounds, it stays there. No
-    gradient flows to attention.
+    gradient is zero, so if an optimizer moves the share out of the bounds, no gradient brings it
+    back. No gradient flows through the map to attention.
 
     Args:
         config: The sizes.
@@ -246,7 +246,7 @@ class LensMLP(nn.Module):
 
         Args:
             y: Normalized hidden states, ``(b, t, h)``.
-            attention: The output of attention, ``(b, t, h)``; no gradient flows to it.
+            attention: The output of attention, ``(b, t, h)``; no gradient flows to this argument.
         """
         own = nn.functional.gelu(self.c_fc(y), approximate="tanh")
         context = self.context(attention.detach())

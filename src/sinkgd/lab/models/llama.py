@@ -81,8 +81,8 @@ class LlamaConfig:
     """The sizes of a LLaMA; the defaults are those of the C4 benchmark.
 
     Raises:
-        ModelError: If a size is not positive, the heads do not divide the hidden size evenly, or
-            the key-value heads do not divide the heads.
+        ModelError: If a size is not positive, the features of a head are not an even whole number,
+            or the key-value heads do not divide the heads.
 
     Examples:
         >>> llama_3_2_1b = LlamaConfig(
@@ -143,7 +143,7 @@ class LlamaConfig:
 
     @property
     def linear_parameter_count(self) -> int:
-        """Number of weights in the blocks' matrices, which the paper gives to SR-Sinkhorn."""
+        """Number of weights in the blocks' matrices, which SinkGD updates by SR-Sinkhorn."""
         h = self.hidden_size
         attention = 2 * h * self.head_size * (self.num_heads + self.key_value_heads)
         return self.num_layers * (attention + 3 * h * self.intermediate_size)
@@ -352,7 +352,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` of shape ``(..., size)`` normalised, in its own dtype."""
+        """Return ``x`` of shape ``(..., size)``, normalized and scaled.
+
+        The result has the dtype of ``x``, or the dtype of the weight if that is wider.
+        """
         wide = x.float()
         inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (wide * inverse_rms).to(x.dtype)
@@ -394,7 +397,7 @@ class _Rotation(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn queries or keys, ``(b, a or g, t, d)``; the tables are rounded to their dtype."""
+        """Turn queries or keys, ``(b, a or g, t, d)``, by tables rounded to the input's dtype."""
         t = x.shape[-2]
         cos, sin = self.cos[:t].to(x.dtype), self.sin[:t].to(x.dtype)
         first, second = x.chunk(2, dim=-1)

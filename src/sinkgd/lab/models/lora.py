@@ -1,4 +1,4 @@
-"""LoRA: a frozen model whose matrices each get a trained correction of low rank.
+"""LoRA: a frozen model, with a trained low-rank correction for each matrix of its blocks.
 
 The modules have PEFT's names, ``base_layer``, ``lora_A`` and ``lora_B``, by which
 `sinkgd.param_groups` recognizes adapters.

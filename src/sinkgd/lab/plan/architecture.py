@@ -1,4 +1,4 @@
-"""Architectures that a plan can take: our presets, published LLaMAs, a ``config.json``."""
+"""Architectures that a plan can take: our LLaMA presets, published LLaMAs, a ``config.json``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ class Architecture:
     """The sizes of a LLaMA, which may share keys and values among heads.
 
     Raises:
-        ModelError: If a size is not positive, or key-value heads do not divide the heads.
+        ModelError: If a size is not positive, key-value heads do not divide the heads, or
+            ``head_size`` is odd.
     """
 
     name: str
@@ -98,7 +99,7 @@ def find_architecture(model: str) -> Architecture:
     """Return the architecture that ``--model`` names.
 
     Args:
-        model: A preset, a published name, or the path of a ``config.json`` or of its folder.
+        model: A LLaMA preset, a published name, or the path of a ``config.json`` or of its folder.
 
     Raises:
         ModelError: If ``model`` is none of these, or the file cannot be read.

@@ -1,4 +1,4 @@
-"""The list of all methods, with what each costs: state, messages, passes over memory, products.
+"""The list of all methods and their costs: state, messages, passes over memory, matrix products.
 
 A pass is one read or one write of all entries of a matrix.
 
@@ -23,7 +23,7 @@ from sinkgd.optim.param_groups import DEFLATED_RANK
 _FLOAT32 = 4  # bytes
 ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 LORA_RANK = 8  # of adapters, the default of PEFT
-MOMENTUM_RANK = 16  # of a memory of low rank: as many directions as deflation follows
+MOMENTUM_RANK = 16  # of low-rank momentum: as many directions as deflation follows
 
 # What ranks exchange about the matrices whose shards they hold. "rows": only sums of rows, once.
 Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
@@ -76,7 +76,7 @@ class Method:
         """Return the bytes of a matrix's state; 8-bit Adam keeps `eight_bit_bytes` instead.
 
         Args:
-            m: Rows of the matrix, or of its shard if the state is kept by entry.
+            m: Rows of the matrix if `low_rank` is set, else of its shard.
             n: Columns.
             itemsize: Bytes of each weight.
             r: Rank of a projection.
@@ -433,7 +433,7 @@ BASELINES = (
     Method(
         "apollo",
         "APOLLO",
-        "2r·max(m, n), 2 per entry of the rest",
+        "2r·max(m, n) + 2, 2 per entry of the rest",
         "Zhu et al. 2024, https://arxiv.org/abs/2412.05270, table 1",
         low_rank=lambda short, long, r: 2.0 * r * long + 2 + 0 * short,
         exchange="projections",
@@ -443,7 +443,7 @@ BASELINES = (
     Method(
         "apollo-mini",
         "APOLLO-Mini",
-        "2·max(m, n), 2 per entry of the rest",
+        "2·max(m, n) + 2, 2 per entry of the rest",
         "Zhu et al. 2024, https://arxiv.org/abs/2412.05270, at rank 1",
         low_rank=lambda short, long, r: 2.0 * long + 2 + 0 * r * short,
         exchange="projections",

@@ -60,7 +60,9 @@ class Memory:
     transit: int  # whole blocks and whole gradients that FSDP gathers and reduces
     scratch: int  # scratch of the update, the batch, and rotary tables
     moment: str  # the name of the moment of the peak
-    all_gradients: int  # gradients held when backward ends; with release, the largest gradient
+    # Gradients held when backward ends. If the gradients of a single micro-batch are released, this
+    # is the largest gradient.
+    all_gradients: int
 
     @property
     def peak(self) -> int:
@@ -259,7 +261,7 @@ def _mesh_deflation_scratch(
 ) -> int:
     """Return the bytes that deflation needs on a mesh.
 
-    They hold the vectors of consecutive matrices, and copies of a few of these matrices.
+    They hold the vectors of consecutive matrices and, on a GPU, copies of a few of these matrices.
     """
     held = [vector_bytes(w.shard[0], w.shard[1], directions + 1) for w in matrices]
     runs = [slice(i, i + 1) for i in range(len(held))] if per_matrix else vector_chunks(held)

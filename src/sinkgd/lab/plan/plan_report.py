@@ -40,7 +40,7 @@ def headline(question: Question, answer: Answer) -> str:
     what = f"{question.work.architecture.name} with {chosen.title} peaks at {_peak(chosen)}"
     ranks = question.grid.ranks
     where = "per rank" if ranks > 1 else "in all"
-    device = f"the {size(answer.limit_bytes)} that an {question.device.title} has for training"
+    device = f"the {size(answer.limit_bytes)} that one {question.device.title} has for training"
     verb = "fits into" if chosen.fits else "does not fit into"
     sentence = f"{what} {where} and {verb} {device}"
     if chosen.name == _BASELINE:
@@ -167,8 +167,8 @@ def time_table(question: Question, answer: Answer) -> TextTable:
     )
     return TextTable(
         title=f"Time of a step, estimated, on {_devices(question)}",
-        note=f"Assumed: products at {percent(question.mfu)} of the peak, FSDP's messages hidden "
-        "behind compute if they are shorter, no latency. "
+        note=f"Assumed: matrix products at {percent(question.mfu)} of the peak, messages of data "
+        "parallelism hidden behind compute if they are shorter, no latency. "
         f"Days for {count(question.tokens)} tokens. "
         "The time does not say how many tokens a method needs.",
         columns=(
@@ -232,7 +232,7 @@ def assumption_table(question: Question) -> TextTable:
     device = question.device
     rows = (
         ("fraction of the device's memory for training", percent(question.usable)),
-        ("fraction of the peak that products reach", percent(question.mfu)),
+        ("fraction of the peak that matrix products reach", percent(question.mfu)),
         ("peak, dense bfloat16", f"{device.flops / 1e12:,.1f} Tflop/s"),
         ("memory", f"{size(device.memory_bytes)} at {device.memory_rate / 1e12:.2f} TB/s"),
         ("link in the node, one way", f"{device.node_rate / 1e9:.0f} GB/s"),

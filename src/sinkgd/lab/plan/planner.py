@@ -21,7 +21,7 @@ from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.report.cost import gpu_hours
 from sinkgd.lab.train.config import ConfigError
 
-# From small to large. For each method, the plan finds the first of these models that does not fit.
+# From small to large. For each method and each of these models, the plan computes the peak.
 LADDER = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llama-10b", *PUBLISHED)
 
 # Shown by default: SinkGD's variants and their usual baselines.
@@ -58,7 +58,8 @@ class MethodPlan:
     tokens_per_day: float
     days: float  # for all tokens
     cost: float | None  # in the currency of the price
-    # The fewest devices on which the method fits, a power of two times tp; None if it never fits.
+    # The fewest devices on which the method fits, a power of two times tp; None if it does not fit
+    # with `MOST_SHARDS` shards.
     fewest_devices: int | None
 
 
@@ -98,7 +99,7 @@ def make_plan(
 
     Args:
         question: The question to answer.
-        ladder: Models to try, to find the largest that fits with each method.
+        ladder: Other models, for which only the peak of each method is computed.
         methods: Names of the methods; the question's method and AdamW are always included.
         echo: Called with a line before each method and each model.
 

@@ -144,7 +144,7 @@ def trained(weights: Sequence[Weight]) -> tuple[Weight, ...]:
 
 
 def largest_block(weights: Sequence[Weight]) -> int:
-    """Return the number of entries of the largest block that a tensor-parallel rank holds."""
+    """Return how many entries of the largest block a tensor-parallel rank holds."""
     sizes: dict[int, int] = {}
     for weight in weights:
         if weight.block is not None:
@@ -231,7 +231,7 @@ def _gather_tokens(tp: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
 
 
 class _Attention(nn.Module):
-    """Causal attention of this rank's heads; a key-value head serves several query heads."""
+    """Causal attention of this rank's heads; a key-value head may serve several query heads."""
 
     def __init__(self, a: Architecture, tp: int) -> None:
         super().__init__()

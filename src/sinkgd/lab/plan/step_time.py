@@ -2,9 +2,9 @@
 
 Bytes are those of the whole tensor that a collective gathers, reduces or sums. In a ring of p ranks
 a rank sends (p − 1)/p of them for an all-gather or a reduce-scatter, and twice that for an
-all-reduce. Products run at an assumed fraction of the device's peak. Compute and FSDP's messages
-overlap; a rank waits for the messages of tensor parallelism and of the optimizer. Latency is left
-out, so times are estimates for large messages.
+all-reduce. Matrix products run at an assumed fraction of the device's peak. Compute and the
+messages of data parallelism overlap; a rank waits for the messages of tensor parallelism and of the
+optimizer. Latency is left out, so times are estimates for large messages.
 
 Letters:
     m, n: rows and columns of a matrix
@@ -195,9 +195,9 @@ def _fsdp(work: Work, grid: Grid, weights: Sequence[Weight]) -> list[Messages]:
 def _tensor_parallel(work: Work, grid: Grid) -> list[Messages]:
     """List the collectives of tensor parallelism.
 
-    Attention and MLP each gather the tokens and scatter their sums. Backward does the opposite, and
-    recomputed blocks repeat the collectives of forward. Embedding and last norm add one gather and
-    one scatter. The logits of the whole vocabulary are gathered on every rank.
+    In forward, attention and MLP each gather the tokens and scatter their sums; the embedding adds
+    a scatter, and the last norm a gather. Backward does the opposite, and recomputed blocks repeat
+    the collectives of forward. The logits of the whole vocabulary are gathered on every rank.
     """
     a, k, micro = work.architecture, grid.tp, work.micro_batches
     itemsize = 4 if work.precision == "float32" else 2
@@ -226,7 +226,7 @@ class StepTime:
     """Seconds of a step, by cause."""
 
     compute: float
-    sharding: float  # FSDP's messages, which overlap with compute
+    sharding: float  # messages of dp_shard and dp_replicate, which overlap with compute
     tensor_parallel: float
     update: float  # memory traffic of weights, gradients and state, and matrix products
     optimizer_messages: float

@@ -6,10 +6,10 @@ Memory changes linearly from block to block, so the maximum is at the first or t
 pass. Moments are therefore named from the end of the forward pass and from both ends of the
 backward pass.
 
-The steps run on fake tensors, which have shapes, types and a device, but no memory. A storage
-counts from the creation of its first tensor until its last tensor is freed. Operators choose the
-kernels of the device, so autograd saves the same tensors as in training. The only memory that is
-not counted is what a kernel allocates internally.
+The steps run on fake tensors, which have shapes, types and a device, here a CPU, but no memory. A
+storage counts from the creation of its first tensor until its last tensor is freed. Operators
+choose the kernels of a CPU, so autograd saves the same tensors as in training on a CPU. The only
+memory that is not counted is what a kernel allocates internally.
 """
 
 import weakref

@@ -1,15 +1,15 @@
 """How the gain over AdamW changes with the size of the model, at 20 tokens a weight.
 
-Rules:
-    tokens: 20 for each hidden weight, N; so the training takes C ∝ N² operations
-    batch: grows as the square root of the tokens; so does the number of steps
+Rules (at the paper's scale, tokens and batch are those of the benchmark):
+    tokens: 20 for each hidden weight, so that the training takes C ∝ N² operations
+    batch: grows as the square root of the tokens, and so does the number of steps
     rates: each arm is tuned at the two smallest sizes. Larger models take the best rate of the
         second smallest one. The rate of matrices shrinks as 1/d with the width d, as study `width`
         found for SinkGD. Muon's rate does not shrink, because Muon scales its updates by the shape
         of the matrix. At the largest size the carried rate, its half and its double are tried.
 
 Letters:
-    N: hidden weights, those of the blocks' matrices
+    N: number of hidden weights, which are those of the blocks' matrices
     C: operations of a training, 6 for each hidden weight and token
     L: final validation loss, nats per token; fitted as a + b C^(-c)
     q: tokens that an arm needs for AdamW's final loss, as a share of AdamW's tokens
@@ -46,7 +46,7 @@ from sinkgd.lab.train.config import SharedConfig
 TOKENS_PER_WEIGHT = 20
 SIZES = ("llama-nano-48", "llama-nano-64", "llama-nano-96", "llama-nano")
 PAPER_SIZES = ("llama-60m", "llama-130m", "llama-350m", "llama-1b")
-FAR_PRESET = "llama-60m"  # the model for which the trend is continued
+FAR_PRESET = "llama-60m"  # the model to which the trend is extrapolated
 SEEDS = (3, 3, 2, 2)  # by size
 CHECKED = (0.5, 1.0, 2.0)  # multiples of the carried rate that the largest size tries
 SMALLEST_BATCH = 16  # sequences at the smallest size
@@ -56,7 +56,7 @@ RECIPES = ("sinkgd", "sinkgd-paper", "adamw", "muon")
 CONTROL = "adamw"
 _NOT_BY_WIDTH = {"muon"}
 
-# Five rates of matrices at the smallest size, each twice the previous one.
+# Five rates of matrices at the two smallest sizes, each twice the previous one.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008, 0.016)},
     "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
@@ -139,7 +139,10 @@ def arms(sizes: Mapping[str, Mapping[str, Any]], grids: Mapping[str, Grid]) -> t
 
 @dataclass(frozen=True)
 class Fit:
-    """L = a + b C^(-c), with the 95 % interval of c by bootstrap over seeds."""
+    """L = a + b (C/C₁)^(-c), where C₁ is C at the smallest size.
+
+    The 95 % interval of c is by bootstrap over seeds.
+    """
 
     a: float
     b: float

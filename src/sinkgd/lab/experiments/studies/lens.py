@@ -105,7 +105,7 @@ def _came_down(evaluations: Sequence[Evaluation]) -> bool:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Check each condition of the ablation."""
+    """Check the three conditions that the variant's authors ask for, and compare the variants."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     control = results.arm(CONTROL)

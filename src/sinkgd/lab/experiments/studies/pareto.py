@@ -26,7 +26,7 @@ from sinkgd.lab.report.quantities import size
 
 L = "optimizer.sinkhorn_iterations"
 CONTROLS = ("adamw", "adamw-one-lr")
-# Each grid has six points. Those of sinkgd-paper are combinations of L and α.
+# Each grid has six points. Those of sinkgd-paper and sinkgd-stateless combine L with a rate.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
     "sinkgd-stateless": {L: (1, 5), LR: (0.001, 0.002, 0.004)},

@@ -61,7 +61,7 @@ ADDITIONS: Mapping[str, Addition] = {
         {LR: (0.02,), MATRIX_LR: (0.002,), WEIGHT_DECAY: (0.03, 0.1, 0.3)},
     ),
     "weight-projection": Addition({"weight_projection": True}, USUAL, PAPER),
-    # Its rate is relative to the root-mean-square of the weights, which begin at 0.02.
+    # Here a rate is relative to the root mean square of the weights, which begins at 0.02.
     "constant-norm": Addition(
         {"constant_norm": True}, _rates(0.05, 0.1, 0.2), _paper_rates(0.05, 0.1, 0.2)
     ),

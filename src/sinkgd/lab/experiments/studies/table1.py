@@ -82,7 +82,8 @@ WITHOUT_STATE = (
     f"scale{TWO_LRS}",
     "racs",
 )
-# Methods of WITHOUT_STATE that compute no matrix products, so that a matrix costs O(mn).
+# Methods of WITHOUT_STATE whose step costs O(mn) for a matrix: all except SWAN, which multiplies
+# large matrices.
 AT_MN = tuple(name for name in WITHOUT_STATE if name != "swan")
 
 
@@ -104,7 +105,10 @@ def _overrides(name: str, grid: Grid) -> dict[str, str | float]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Rank the methods, and state what each family needs to reach the controls' losses."""
+    """Rank the methods, and name those that reach the controls' losses with the fewest tokens.
+
+    One is named among the methods without matrix state, and one among those at O(mn) cost.
+    """
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]

@@ -23,7 +23,8 @@ from sinkgd.lab.experiments.study_verdict import (
 
 ADAM = "adamw-tables"
 RATE = "optimizer.tables_lr"
-# Each grid has six rates. Adam and SAGE move an entry by at most lr, the others by lr on average.
+# Each grid has six rates. Adam and SAGE move an entry by at most about lr. The others move entries
+# by lr in the root mean square.
 GRIDS: dict[str, Grid] = {
     "adamw": {RATE: (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)},
     "sinkgd": {RATE: (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)},
