@@ -128,7 +128,7 @@ def test_a_run_of_the_benchmark_stands_in_its_column(tmp_path):
     assert row.note == "2 seeds, 2.00k of 1.31B tokens of shards/c4"
     assert published_block(runs).absent == ()
     page = Parsed(build(runs, baseline=None)).text
-    assert "Only the framed rows were measured here." in page
+    assert "Only the highlighted rows were measured here." in page
     assert re.search(r"sinkgd\s+measured here", page)
 
 

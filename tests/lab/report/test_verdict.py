@@ -187,5 +187,5 @@ def test_other_threads_are_named_where_the_speed_is_unequal(tmp_path, resumed):
         slow.path.write_text("\n".join([first, resume, *rest, ""]), encoding="utf-8")
     [said] = [text for text in cautions([adamw, Run.read(slow.path)]) if "Do not compare" in text]
     changed = "sinkgd-seed0 went on after step 0 with threads 1 instead of 2. Do not compare"
-    assert (changed if resumed else "compute the same there: threads was 2 and 1.") in said
+    assert (changed if resumed else "compute the same in it: threads was 2 and 1.") in said
     assert not re.search("other work|commit", said)

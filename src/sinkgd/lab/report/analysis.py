@@ -1,10 +1,10 @@
-"""Compare every recipe with the baseline: tokens, time and throughput to the baseline's final loss.
+"""Compare every recipe with the baseline: the cost to reach its final loss, and the throughput.
 
 The runs come from a folder. Each has a results file, in the folder itself or one level below. A
 folder of records, such as `benchmarks/demo`, has results files with other names.
 
 A recipe's figures are means over its *finished* runs, with their spread over seeds. Runs that
-failed, were interrupted or are still running are counted and shown, but are in no mean.
+failed, were interrupted or are still running are counted and shown, but enter no mean.
 
 The target is the mean final validation loss of the baseline's finished runs. A run reaches the
 target at the first point where the run's validation loss is at or below the target (`first_reach`),
@@ -78,12 +78,12 @@ class RecipeSummary:
     seconds: Spread | None  # time of training in all
     tokens_per_second: Spread | None  # raw: in the median step of each run
     step_seconds: Spread | None  # mean over each run's steps
-    optimizer_share: Spread | None  # fraction of the time in steps
+    optimizer_share: Spread | None  # fraction of the time of steps that the optimizer takes
     memory: Memory | None  # each part is the largest among the runs
 
     @property
     def seeds(self) -> int:
-        """Number of different seeds that finished."""
+        """Number of different seeds of the finished runs."""
         return len({run.start.seed for run in self.finished})
 
 
@@ -169,9 +169,10 @@ _USUAL_BASELINES = ("adamw", "adamw-one-lr")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The cost of a recipe to reach the baseline's final loss; None if no run reached that loss.
+    """The cost of a recipe to reach the baseline's final loss.
 
-    Figures are over the runs that reached it: ``reached_runs`` of ``runs``.
+    Figures summarize the runs that reached this loss, ``reached_runs`` of ``runs``; without such
+    runs they are None.
     """
 
     runs: int  # number of finished runs
@@ -183,7 +184,7 @@ class Comparison:
     time_fraction: Spread | None  # `seconds` as a fraction of all seconds of the baseline
     effective_tokens_per_second: Spread | None  # the baseline's tokens / `seconds`
     effective_speedup: float | None  # effective throughput / the baseline's tokens per second
-    level: bool  # whether final losses are equal as printed, or their ranges over seeds overlap
+    level: bool  # whether mean final losses differ by < 0.0005, or ranges overlap
 
 
 @dataclass(frozen=True)
@@ -226,11 +227,11 @@ def analyze(
 
     Args:
         runs: The runs in any order, including unfinished and failed ones.
-        baseline: A recipe's name, or None for no comparison.
+        baseline: The name of a group, or None for no comparison.
         group: Returns the name of the group in which a run is averaged; by default its recipe.
 
     Raises:
-        ReportError: If there are no runs, or no run of the baseline's recipe.
+        ReportError: If there are no runs, or no run of the baseline.
     """
     if not runs:
         raise ReportError("there are no runs to report; `sinkgd compare` makes some")

@@ -33,7 +33,7 @@ def bar_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
     charts = []
     if analysis.comparisons and len(analysis.recipes) > 1:
         charts += [_tokens_to_reach(analysis, identities), _throughput(analysis, identities)]
-        # Both charts are next to each other, and one may have taller rows for words in two lines.
+        # These two charts are side by side, and one may have taller rows, for words in two lines.
         height = max(chart.figure["layout"]["height"] for chart in charts)
         for chart in charts:
             chart.figure["layout"]["height"] = height
@@ -131,8 +131,7 @@ def _memory(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="memory",
         title="Memory by part",
-        caption="Memory that training must hold. State is what the optimizer keeps between steps. "
-        f"{_REMADE}",
+        caption=f"Without activations. State is what the optimizer keeps between steps. {_REMADE}",
         description=_describe("Weights, gradients and state", recipes, words),
         figure={
             "data": [
@@ -188,8 +187,8 @@ def _step_time(analysis: Analysis, identities: Identities) -> Chart:
     return Chart(
         key="step-time",
         title="Time in a step",
-        caption="Mean over steps. The optimizer’s share is the time inside optimizer.step(); "
-        "the rest is forward, backward and reading the batch.",
+        caption="Mean over steps. The optimizer’s share is the time of optimizer.step() and of "
+        "updates inside backward. The rest is reading the batch, forward, backward and clipping.",
         description=_describe("The optimizer takes", recipes, words),
         figure={
             "data": [

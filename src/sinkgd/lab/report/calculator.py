@@ -131,7 +131,7 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The figures in the fields, in the units of `sinkgd.lab.report.cost`."""
+    """The figures that the fields show, in the units of `sinkgd.lab.report.cost`."""
 
     device: DeviceSheet
     machine: Machine
@@ -169,8 +169,8 @@ class CalculatorBlock:
         same = own.devices == first.devices
         other = ", as AdamW does" if same else f" instead of {first.devices:,}"
         return (
-            f"{own.rule.method} holds {amount(own.gib)} GiB instead of {amount(first.gib)} GiB and "
-            f"needs {own.devices:,} × {self.inputs.device.title}{other}."
+            f"{own.rule.method} holds {amount(own.gib)} GiB instead of AdamW’s {amount(first.gib)} "
+            f"GiB and needs {own.devices:,} × {self.inputs.device.title}{other}."
         )
 
     @staticmethod
@@ -192,9 +192,10 @@ class CalculatorBlock:
 def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
     """Fill in the calculator with measured figures, or else with published and assumed ones.
 
-    The candidate is the method that needed the fewest seconds to reach the baseline's loss. The
-    speed is measured only if the runs used a device in `sinkgd.lab.devices`; otherwise it follows
-    from an assumed fraction of the GPU's peak.
+    The candidate is the method whose tokens and speed give the shortest time to the baseline's
+    loss; if no method was measured, it is SinkGD as published at 1.3B. Speeds are measured only if
+    the runs used a device in `sinkgd.lab.devices`. Otherwise the baseline's speed follows from an
+    assumed fraction of the GPU's peak.
 
     Args:
         analysis: The comparison of the page's runs; None if there are no runs.

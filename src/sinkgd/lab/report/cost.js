@@ -133,7 +133,7 @@
     }
     const own = rows.find(({ row }) => row.dataset.memory === "SinkGD");
     form.querySelector('output[name="memory"]').textContent = valid
-      ? `SinkGD holds ${gib(own.bytes)} GiB instead of ${gib(whole)} GiB and needs ` +
+      ? `SinkGD holds ${gib(own.bytes)} GiB instead of AdamW’s ${gib(whole)} GiB and needs ` +
         `${own.devices.toLocaleString("en-US")} × ${device.title}` +
         (own.devices === rows[0].devices ? ", as AdamW does." : ` instead of ${rows[0].devices.toLocaleString("en-US")}.`)
       : "";

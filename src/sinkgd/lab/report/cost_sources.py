@@ -145,7 +145,7 @@ def published_speed() -> SpeedSource:
 def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
     """List methods to compare with the baseline: measured, then published, then assumed ones.
 
-    Measured methods are in the order of the time that they need to reach the baseline's loss.
+    Measured methods come in the order of the time to the baseline's loss, by tokens and speed.
     """
     paper = f"arXiv {SINKGD.arxiv}"
     against_adam = [one for one in reversed(SPEEDUPS) if one.against == "Adam"]
@@ -251,9 +251,9 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
 
 
 def _matrix_share(run: Run) -> float:
-    """Return the fraction of parameters in hidden matrices, for the run's preset or for llama-1b.
+    """Return the fraction of parameters in hidden matrices, for the run's preset.
 
-    The fraction for llama-1b is used if the preset is not a LLaMA.
+    If the preset is not a LLaMA, return the fraction for llama-1b.
     """
     config = LLAMAS.get(preset_of(run), LLAMAS["llama-1b"])
     return config.linear_parameter_count / config.parameter_count

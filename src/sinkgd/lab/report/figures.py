@@ -1,4 +1,4 @@
-"""The parts of every chart: figures as plain data, axes, rows with words, colors and markers.
+"""Elements that charts share: figures as plain data, axes, rows with words, colors and markers.
 
 Figures are dicts in plotly.js's format. The value of a key that ends in ``color`` is the name of a
 role, such as ``"@ink"``, or a tint of a role over the card, such as ``"@ink:0.4"``. `page.css`
@@ -18,7 +18,7 @@ from sinkgd.lab.report.analysis import Analysis, RecipeSummary
 
 Figure = dict[str, Any]
 
-SOFT = 0.38  # tint of the parts of a bar that are only context
+SOFT = 0.38  # strength of the color of parts of a bar that are only context
 CLEAR = "rgba(0,0,0,0)"
 _LETTERS = 36  # number of letters that fit in a row on a phone
 _SECOND_LINE = 24  # CSS pixels that a second line of words adds to the height of all rows

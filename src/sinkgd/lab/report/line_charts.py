@@ -48,7 +48,7 @@ class Curve:
 
 
 def loss_chart(analysis: Analysis, identities: Identities, along: Axis) -> Chart:
-    """Draw the losses of every run, the baseline's final loss, and where recipes reached it."""
+    """Draw the losses of the runs, the baseline's final loss, and where recipes reached it."""
     scale, unit = _x_unit(analysis, along)
     curves = _Traces(along, scale, means_only=_means_only(analysis))
     for recipe in analysis.recipes:
@@ -185,7 +185,7 @@ def _x_unit(analysis: Analysis, along: Axis) -> tuple[float, str]:
 
 
 def _view(curves: Sequence[Curve]) -> list[float] | None:
-    """Choose the range of y: all losses after the steep descent at the start."""
+    """Choose the range of y; it shows all losses after the steep descent at the start."""
     longest = max((curve.x[-1] for curve in curves if curve.x), default=0.0)
     seen = [
         y
@@ -218,7 +218,7 @@ def _caption(analysis: Analysis, along: Axis, *, comparable: bool) -> str:
     elif analysis.target is not None:
         crowd = len(_reached(analysis, along)) > _MOST_ARROWS
         who = f"the first {_MOST_ARROWS}" if crowd else "a recipe first"
-        parts.append(f"Arrows: where {who} reached the dotted level.")
+        parts.append(f"Arrows: where {who} reached the dotted line.")
     return " ".join(parts)
 
 

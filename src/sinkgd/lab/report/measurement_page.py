@@ -92,7 +92,7 @@ class Series:
     name: str
     color: int  # index of the series' color and symbol, the same in every chart
     points: Mapping[int, HasQuartiles]  # keys are rows
-    floors: Mapping[int, float] = field(default_factory=dict)  # keys are rows
+    floors: Mapping[int, float] = field(default_factory=dict)  # lower bounds; keys are rows
 
 
 def dots(rows: Sequence[str], series: Sequence[Series], *, unit: str, one: str) -> Figure:

@@ -96,7 +96,7 @@ class PublishedBlock:
     columns: tuple[Column, ...]
     rows: tuple[PublishedRow, ...]
     measured: tuple[MeasuredRow, ...]
-    absent: tuple[str, ...]  # reasons why runs of this page are in no column
+    absent: tuple[str, ...]  # for each model without a column, the reason
     against: tuple[str, ...]
     details: tuple[Detail, ...]
     charts: tuple[Chart, ...]

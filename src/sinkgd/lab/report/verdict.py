@@ -14,8 +14,8 @@ _ENDINGS = {"unfinished": "is unfinished", "interrupted": "was interrupted"}
 # A baseline that had its final loss before this fraction of its tokens got worse at the end.
 _EARLY = 0.98
 _MACHINE = ("device", "cpu", "cores", "threads")  # parts of an environment that speed depends on
-# Ratio of step times above which times are not comparable. On an idle machine the recorded demo's
-# runs differ by a factor of 1.16.
+# Ratio of step times without the optimizer, above which times are not comparable. On an idle
+# machine the recorded demo's runs differ by a factor of 1.16.
 _UNSTEADY = 1.3
 
 
@@ -186,9 +186,10 @@ def _unequal_conditions(analysis: Analysis) -> list[str]:
 
 
 def unequal_speed(analysis: Analysis) -> list[str]:
-    """Return a caution if times cannot be compared, else an empty list.
+    """Return a caution if the same work took unequal times, else an empty list.
 
     Forward and backward are the same for all recipes, so they should take equally long in all runs.
+    Runs with different models or batches get another caution.
     """
     finished = [run for run in analysis.runs if run.finished and run.steps]
     if len({(run.start.parameters, run.start.tokens_per_step) for run in finished}) > 1:
@@ -203,8 +204,8 @@ def unequal_speed(analysis: Analysis) -> list[str]:
     cause = "; ".join(_changes_of_machine(finished)) or "probably other work slowed the machine"
     return [
         f"A step without its optimizer took {low} in one run and {high} in another, though all "
-        f"compute the same there: {cause}. Do not compare times and tokens per second; losses and "
-        "tokens are not affected."
+        f"runs compute the same in it: {cause}. Do not compare times and tokens per second; losses "
+        "and tokens are not affected."
     ]
 
 
@@ -239,7 +240,7 @@ def _unfinished(runs: Sequence[Run]) -> list[str]:
 
 
 def _called(name: str) -> str:
-    """Name a recipe in the headline; the paper's SinkGD is marked as not the default."""
+    """Return a recipe's name for a sentence; the paper's SinkGD is marked as not the default."""
     return f"{name} (without deflation)" if name == "sinkgd-paper" else name
 
 

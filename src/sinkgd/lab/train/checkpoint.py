@@ -1,4 +1,4 @@
-"""Checkpoints: every rank writes its shards, and any other number of ranks can read them.
+"""Checkpoints: every rank writes its shards, and any number of ranks can read them.
 
 The files are those of `torch.distributed.checkpoint`. They are written to a folder with another
 name and forced to the disk; the folder is renamed when it is complete. A `Saver` writes checkpoints
@@ -153,7 +153,7 @@ def _write(content: Content, folder: Path, world: World) -> None:
         save(
             content,
             storage_writer=FileSystemWriter(folder, sync_files=True),
-            # Values that all ranks hold come from the first rank, whose clock is the run's.
+            # The first rank saves values that all ranks hold, since its clock measures the run.
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=world.group,
             no_dist=world.size == 1,
@@ -245,8 +245,8 @@ class Saver:
         folder: Folder of the checkpoints.
         world: The ranks that write.
         keep: Number of checkpoints to keep.
-        asynchronous: Whether to write a copy while training goes on. Leaving the context waits
-            until it is written.
+        asynchronous: Whether to write a copy while training goes on. Leaving the context without
+            an error waits until the copy is written.
     """
 
     def __init__(self, folder: Path, world: World, *, keep: int, asynchronous: bool) -> None:
@@ -277,7 +277,7 @@ class Saver:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for a checkpoint in progress, except after an error, when a rank may be lost."""
+        """Wait for a checkpoint in progress; do not wait after an error: a rank may be lost."""
         if error is None:
             self._wait()
 

@@ -4,9 +4,10 @@ A checkpoint is a folder such as ``step-00000100`` that was written under anothe
 when complete. Its ``checksums.json`` holds the SHA-256 of every other file, because a disk may
 damage files later.
 
-torch's own reader and planner unpickle a checkpoint's ``.metadata`` and its small values without
+torch's own reader and planner unpickle ``.metadata`` and all values that are not tensors without
 limits, so a checkpoint from somebody else could run any code. Here ``.metadata`` may name only the
-classes that torch's writer puts there, and every value is loaded with ``weights_only=True``.
+classes that torch's writer puts there, and dtypes. Every value is loaded with
+``weights_only=True``.
 """
 
 import errno
@@ -47,7 +48,7 @@ class ValidCheckpoint:
 
 
 def latest_valid(folder: Path) -> ValidCheckpoint | None:
-    """Return the latest checkpoint whose checksums match, or None if there is no checkpoint.
+    """Return the latest checkpoint whose checksums match; None if there is no checkpoint at all.
 
     Raises:
         CheckpointError: If there are checkpoints and all are damaged.
@@ -67,7 +68,7 @@ def latest_valid(folder: Path) -> ValidCheckpoint | None:
 
 
 def find_damage(path: Path) -> str | None:
-    """Compare every file of a checkpoint with its checksum; name the first that differs."""
+    """Compare files with their checksums; describe the first damage, or return None."""
     file = path / CHECKSUMS
     try:
         sums = parse_json(_regular_file(file).read_bytes())
@@ -101,7 +102,7 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _regular_file(path: Path) -> Path:
-    """Refuse a pipe or a device at ``path``: reading it may never end."""
+    """Return ``path``; refuse a pipe or a device there, because reading it may never end."""
     if is_special(path):
         raise OSError(errno.EINVAL, "it is not a regular file")
     return path
@@ -171,7 +172,7 @@ class SafeReader(FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """`DefaultLoadPlanner` that loads small values, too, with ``weights_only=True``."""
+    """`DefaultLoadPlanner` that loads values other than tensors with ``weights_only=True``."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put a value that is not a tensor into the state.
@@ -191,8 +192,8 @@ class SafePlanner(DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[name], loaded)
 
 
-# This is Python's implementation of pickle, because the one in C cannot refuse the opcode BUILD on
-# a class, which would change torch's own classes.
+# This is Python's implementation of pickle, because the one in C cannot refuse the opcode BUILD,
+# which could change torch's own classes.
 class _MetadataUnpickler(pickle._Unpickler):
     """Unpickles dtypes and the classes in `_ALLOWED`, and refuses every other name."""
 

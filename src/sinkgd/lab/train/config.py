@@ -1,7 +1,8 @@
 """The configuration of a run, and reading and writing it as TOML and as command-line options.
 
-Each table of the TOML file is a frozen dataclass, whose fields state their units. ``None`` means
-"decide for me"; `sinkgd.lab.train.resolve` decides, and checks every value.
+Each table of the TOML file is a frozen dataclass, whose fields state their units. ``None`` leaves
+a value open: `sinkgd.lab.train.resolve` fills in what follows from the other values, and the rest
+is decided when the machine and the text are known.
 """
 
 import argparse
@@ -51,8 +52,8 @@ class ModelConfig:
     of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors files. The text must have
     the tokenizer of that model. By default weights are drawn at random."""
     lora_rank: int = 0
-    """Rank of the LoRA adapters of all matrices in the blocks, a count; everything else is frozen
-    then. 0 trains all weights, without adapters."""
+    """Rank of the LoRA adapters of all matrices in the blocks, a count; with adapters, all other
+    weights are frozen. 0 trains all weights, without adapters."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class DataConfig:
     corpus: str = "sotu"
     """The embedded corpus 'sotu', text files (a file, folder or glob), or prepared shards."""
     vocab_size: int | None = None
-    """Largest vocabulary of a tokenizer to train, tokens; by default 8192. Prepared shards have
-    their own."""
+    """Largest vocabulary of a tokenizer to train, tokens; by default 8192. Prepared shards
+    keep theirs."""
     packing: Packing = "concat"
-    """Rows of a batch: concat (documents end to end) or none (one document, truncated and padded,
-    with its end-of-text token)."""
+    """Content of a row of a batch: concat (documents end to end) or none (one document, truncated
+    or padded, with its end-of-text token)."""
     shift_at_step: int | None = None
     """Optimizer steps after which token ids are permuted, to measure the recovery; by default
     never."""
@@ -79,39 +80,42 @@ class OptimizerConfig:
     recipe: str = "sinkgd"
     """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw or muon; see docs/recipes.md."""
     lr: float | None = None
-    """Peak learning rate of all parameters that matrix_lr does not cover, weight units per step of
-    RMS 1."""
+    """Peak learning rate of the parameters that matrix_lr and tables_lr do not cover, in weight
+    units for an update of RMS 1."""
     matrix_lr: float | None = None
-    """Peak learning rate of the matrices inside the blocks, weight units per step of RMS 1. Methods
-    that have one rate in their paper use lr by default; with matrix_lr they decay only these
-    matrices."""
+    """Peak learning rate of the matrices inside the blocks, in weight units for an update of RMS 1.
+    The recipes scale, stable-spam, adafactor, lion and soap use lr by default; with matrix_lr they
+    decay only these matrices."""
     weight_decay: float | None = None
-    """Decoupled weight decay, fraction of a weight per step at learning rate 1."""
+    """Decoupled weight decay, fraction of a weight per step at learning rate 1; sgd and
+    sgd-momentum add the decay to the gradient instead."""
     cautious_decay: bool | None = None
     """Whether an entry decays only if the update moves it toward zero; by default every entry
     decays."""
     beta1: float | None = None
-    """Decay of Adam's (or Lion's) mean of gradients, fraction kept per step."""
+    """Decay of Adam's mean of gradients, fraction kept per step; for Lion, the share of the
+    momentum in an update."""
     beta2: float | None = None
-    """Decay of Adam's mean of squared gradients, fraction kept per step."""
+    """Decay of Adam's mean of squared gradients, or of Lion's momentum, fraction kept per step."""
     sinkhorn_iterations: int | None = None
-    """Row and column normalizations of a matrix in a step, iterations."""
+    """Iterations in a step, a count; each normalizes the rows and the columns of a matrix."""
     newton_schulz_steps: int | None = None
     """Steps of the iteration that makes singular values equal (SWAN, Muon), a count."""
     whitened: Whitened | None = None
     """Block matrices that SWAN whitens: all, attention or mlp; SR-Sinkhorn updates the others."""
     momentum: float | None = None
-    """Decay of momentum (SGD, Muon, SCALE's head, SinkGD), fraction kept per step; 0 is none."""
+    """Decay of momentum (SGD, Muon, SCALE's head, SinkGD), fraction kept per step; 0 disables
+    momentum."""
     nesterov: bool | None = None
     """Whether SinkGD's momentum looks one step ahead, as Nesterov's does."""
     momentum_place: MomentumPlace | None = None
     """Where SinkGD's momentum averages: before the normalization, or after it."""
     momentum_bits: int | None = None
-    """Bits of an entry of SinkGD's momentum after the normalization, 32 or 8."""
+    """Bits of an entry of SinkGD's momentum, 32 or 8; 8 needs momentum_place after."""
     momentum_rank: int | None = None
     """Rank at which SinkGD remembers earlier gradients, a count; 0 remembers none."""
     low_rank_momentum: float | None = None
-    """Decay of this memory, fraction kept per step."""
+    """Decay of the memory that momentum_rank keeps, fraction kept per step."""
     last: Side | None = None
     """Side that SR-Sinkhorn normalizes last: column, as in the paper, or row."""
     operator_norm: OperatorNorm | None = None
@@ -124,12 +128,13 @@ class OptimizerConfig:
     """Where the search for these singular values starts: fixed (the same vectors in every step) or
     kept (those of the last step)."""
     weight_projection: bool | None = None
-    """Whether rows of SinkGD's update are projected off the rows of the weight."""
+    """Whether each row of SinkGD's update is made orthogonal to the same row of the weight."""
     constant_norm: bool | None = None
-    """Whether SinkGD keeps the norm of each matrix; matrix_lr is then relative to its RMS."""
+    """Whether SinkGD keeps the norm of each matrix; matrix_lr is then relative to the RMS of the
+    weights."""
     base_width: int | None = None
-    """In-features for which matrix_lr was tuned; the rate of wider matrices is lowered in
-    proportion; by default matrices of all widths have the same rate."""
+    """In-features for which matrix_lr was tuned, a count; the rate of each matrix is matrix_lr
+    times base_width / its in-features. By default all matrices have the same rate."""
     tables: Tables | None = None
     """Algorithm of embeddings and output head: adamw, sinkgd, sinkgd-table or sage."""
     tables_lr: float | None = None
@@ -137,21 +142,22 @@ class OptimizerConfig:
     adapters: Adapters | None = None
     """Algorithm of LoRA adapters: adamw or sinkgd."""
     tau: float | None = None
-    """Temperature of the tempered variant, parts of a row's sum; a smaller one brings updates
-    nearer to signs."""
+    """Temperature of the tempered variant's tanh, in units of its arguments, which are fractions of
+    a column's sum; a smaller one brings updates nearer to signs."""
     n_iter: int | None = None
     """Iterations in which the tempered variant divides by row and column sums, a count; 0 divides
-    by a mean."""
+    once, by the mean absolute value of the entries."""
     rank: int | None = None
-    """Rank of projected gradients, a count; 0 is a quarter of the matrix's shorter side."""
+    """Rank of projected gradients, a count; 0 means a quarter of the matrix's shorter side."""
     projection_every_steps: int | None = None
     """Steps between renewals of a projection (GaLore, Fira, APOLLO) or basis (SOAP), a count."""
     projection_scale: float | None = None
     """Factor of a projected update (GaLore, Fira); APOLLO takes its square root."""
     reset_every_steps: int | None = None
-    """Steps between resets of Adam's means (SPAM, Stable-SPAM), a count."""
+    """Steps between resets of Adam's means (spam, adamw-spam, stable-spam), a count."""
     rounding: Rounding | None = None
-    """Rounding of updates of bfloat16 weights that have no state: nearest or stochastic."""
+    """Rounding of updated bfloat16 weights, and of AdamW's moments in bfloat16: nearest or
+    stochastic."""
     clip_norm: float | None = None
     """Largest l2 norm of the whole gradient, gradient units; 0 disables clipping."""
 
@@ -165,7 +171,7 @@ class TrainingConfig:
     batch_size: int = 16
     """Global batch, sequences per step."""
     micro_batch_size: int | None = None
-    """Sequences in one forward pass; by default all that a rank has of a batch."""
+    """Sequences in one forward pass; by default a rank's whole part of the batch."""
     sequence_length: int = 256
     """Length of a row of the batch, tokens."""
     warmup_fraction: float = 0.1
@@ -175,7 +181,7 @@ class TrainingConfig:
     precision: Precision = "bf16-autocast"
     """Arithmetic: float32, bf16-autocast (weights stay float32) or bf16 (weights too)."""
     release_gradients: bool = False
-    """Apply and free each gradient inside backward; the gradient cannot be clipped then."""
+    """Apply and free each gradient inside backward; gradients then cannot be clipped."""
     recompute_activations: bool = False
     """Keep only the input of each block, and run the block again in backward."""
     loss_chunk_tokens: int | None = None
@@ -187,12 +193,13 @@ class TrainingConfig:
     device: Device = "auto"
     """Device to train on: cpu, cuda, or auto (cuda if available)."""
     threads: int | None = None
-    """CPU threads; by default torch's choice, one per core."""
+    """CPU threads of each rank; by default torch's choice: one per core, or a single one if
+    torchrun starts several ranks."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the ranks that torchrun starts share the work. May change when a run is resumed."""
+    """How the ranks that torchrun starts share the work. A resumed run may change it."""
 
     dp_replicate: int = 1
     """Groups of ranks that each hold all weights, a count; each has a part of the batch."""
@@ -200,7 +207,8 @@ class MeshConfig:
     """Ranks among which weights and batch are divided (FSDP), a count; by default the number of
     ranks divided by dp_replicate and tp."""
     tp: int = 1
-    """Ranks among which each block's matrices and heads are divided, a count."""
+    """Ranks among which all matrices, embedding and output head included, and the attention heads
+    are divided, a count."""
 
 
 @dataclass(frozen=True)
@@ -215,31 +223,31 @@ class EvaluationConfig:
     """Sequences in a batch of the evaluation, over all ranks; galore_perplexity averages the mean
     losses of these batches. By default micro_batch_size, or else batch_size, of the training."""
     other_corpus: str | None = None
-    """Another text, a folder of prepared shards with the same tokenizer, whose held-out part is
-    scored, too. An example is the text that the weights in model.weights were trained on."""
+    """Folder of prepared shards of another text, with the same tokenizer; its held-out part is also
+    scored. An example is the text that the weights in model.weights were trained on."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The checkpoints. May change when a run is resumed."""
+    """The checkpoints. A resumed run may change these settings."""
 
     every_steps: int = 100
     """Steps between checkpoints, optimizer steps; a checkpoint always follows the last step."""
     keep: int = 2
     """Checkpoints to keep, the latest ones, a count."""
     asynchronous: bool = False
-    """Write from a copy while training goes on; the copy takes the memory of weights and state a
-    second time."""
+    """Write from a copy while training goes on; the copy takes as much host memory as the weights
+    and the optimizer state."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is shown and where. May change when a run is resumed."""
+    """What is shown and where. A resumed run may change it."""
 
     print_every_steps: int = 10
-    """Steps between lines if the output is not a terminal, optimizer steps."""
+    """Steps between lines if standard error is not a terminal, optimizer steps."""
     sinks: tuple[SinkName, ...] = ()
-    """Where results go besides run.jsonl, names: tensorboard, wandb, trackio."""
+    """Programs that get the results besides run.jsonl: tensorboard, wandb, trackio."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +275,7 @@ class RunConfig(SharedConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-# Tables that do not affect the loss curve, so a run may be resumed with other values.
+# Tables that change at most the last bits of the losses, so a run may be resumed with other values.
 CHANGEABLE_TABLES = frozenset({"mesh", "checkpoint", "logging"})
 
 
@@ -282,8 +290,8 @@ def load_config(path: Path, kind: type[Table]) -> Table:
         kind: `RunConfig`, or another dataclass whose fields are tables.
 
     Raises:
-        ConfigError: If the file is missing, empty or not TOML, or a key is unknown or of another
-            type.
+        ConfigError: If the path is no file, or the file is empty or not TOML, or a key is unknown
+            or has a value that is not allowed.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -305,7 +313,7 @@ def load_defaults(arguments: Sequence[str], kind: type[Table]) -> Table:
     """Return the settings in the file of ``--config`` if it is given, else the defaults.
 
     Raises:
-        ConfigError: If the file is missing, or holds a key that ``kind`` does not have.
+        ConfigError: As for `load_config`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path)
@@ -325,7 +333,7 @@ def read_tables(content: Mapping[str, Any], kind: type[Table], source: Path) -> 
         source: File that the tables were read from, for errors.
 
     Raises:
-        ConfigError: If a key is unknown or of another type.
+        ConfigError: If a key is unknown or has a value that is not allowed.
     """
     return _read_table(kind, content, source, prefix="")
 
@@ -395,7 +403,7 @@ def _read_table(kind: type[Table], content: Mapping[str, Any], path: Path, prefi
 
 
 def _read_value(kind: Any, value: Any, path: Path, name: str) -> Any:
-    """Return ``value`` as ``kind``: a plain type, a Literal, a tuple of these, or one or None."""
+    """Return ``value`` as ``kind``: a plain type, a Literal, a tuple, or one of these or None."""
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_read_value(get_args(kind)[0], item, path, name) for item in value)
     if get_origin(kind) in (Union, UnionType):

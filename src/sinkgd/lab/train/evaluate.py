@@ -18,7 +18,7 @@ from sinkgd.lab.train.training_step import loss_of
 
 @dataclass(frozen=True)
 class Score:
-    """A model's loss on a fixed set of targets, by two evaluators."""
+    """A model's loss on a fixed set of targets: the mean, and as GaLore's evaluator computes it."""
 
     nats_per_token: float  # the mean over targets
     tokens: int  # number of targets that are scored, without padding
@@ -37,9 +37,10 @@ class Score:
     def bits_per_byte(self, tokens_per_byte: float) -> float:
         """Return the bits that the model spends on a byte of text.
 
+        Unlike nats per token, they are comparable between tokenizers.
+
         Args:
-            tokens_per_byte: Tokens per byte of the text, which depend on the tokenizer. Results for
-                different tokenizers are therefore comparable.
+            tokens_per_byte: Tokens per byte of the text, which depend on the tokenizer.
         """
         return self.nats_per_token / math.log(2) * tokens_per_byte
 
@@ -84,17 +85,17 @@ def evaluate(
     micro_batch_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> Score:
-    """Score the model on every target of ``batches``: the mean over tokens, not over batches.
+    """Score the model on every target of ``batches``.
 
     This is a collective call: each rank scores its rows of every batch.
 
     Args:
-        model: Maps tokens ``(b, t)`` to logits ``(b, t, v)``.
+        model: A model that takes tokens ``(b, t)`` and a ``readout``, like `Llama`.
         batches: The same batches on every rank, each with at least one target; `galore_mean`
             averages over these batches.
         precision: Precision of the model's arithmetic.
         mesh: The ranks of the model.
-        micro_batch_size: Sequences in one forward pass; None for all that a rank has of a batch.
+        micro_batch_size: Sequences in one forward pass; None for a rank's whole part of a batch.
         chunk_tokens: Number of target tokens whose logits are in memory at once; None for those of
             a micro-batch.
     """
@@ -150,4 +151,4 @@ def _exponential(nats: float) -> float:
 def _back_to_training(model: nn.Module) -> None:
     model.train()
     if isinstance(model, FSDPModule):
-        model.reshard()  # otherwise weights outside the blocks stay unsharded until backward
+        model.reshard()  # otherwise weights outside the blocks stay whole until the next backward

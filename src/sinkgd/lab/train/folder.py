@@ -19,7 +19,7 @@ ResumePolicy = Literal["auto", "never", "must"]
 
 
 class RunFolderError(ValueError):
-    """A run may not begin or resume in a folder; the message gives the remedy."""
+    """A run must not begin or resume in a folder; the message gives the remedy."""
 
 
 class Admission(Enum):
@@ -111,7 +111,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training here; the lock ends with the process.
+        """Keep other processes from training here, until the context or the process ends.
 
         Folders that are created for the lock are removed with it if they are still empty.
 

@@ -124,8 +124,8 @@ class Heartbeat:
     def explain(self, error: Exception) -> Exception:
         """Return the cause of an error: a lost rank if there is one, else the error itself.
 
-        After a broken connection this waits until the rank that caused it is known. Any other error
-        is this rank's own, and is reported to the other ranks.
+        After a broken connection this waits until the rank that caused it is known, for at most 34
+        seconds. Any other error is this rank's own, and is reported to the other ranks.
         """
         if error is self._explained:
             return error

@@ -1,9 +1,9 @@
 """Whether a resumed run is the same run: its data, model and recipe are compared by content.
 
-A corpus is a path and a model is the name of a preset, and either may mean something else tomorrow.
-So a run records hashes of its data and of what it built, and these are compared when the run
-resumes. If only versions or devices differ, the run resumes with a warning that its losses may
-differ in the last bits.
+A configuration names its text by a path and its model by a preset, and either name may mean
+something else tomorrow. So a run records the hashes of its text, starting weights and parameter
+groups, and the sizes of its model. These are compared when the run resumes. If only versions or
+devices differ, the run resumes with a warning that its losses may differ in the last bits.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def check_unchanged(
 
 
 def knows_its_text(start: RunStart) -> bool:
-    """Whether the run has recorded a hash of its text; runs of older versions have none."""
+    """Whether the run recorded a hash of its text; runs of older versions did not."""
     return DATA in start.inputs
 
 
@@ -146,7 +146,7 @@ def recorded_sizes(start: RunStart) -> ModelSizes:
 
 
 def changed_sizes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say in which sizes two models differ, from `model_content`; empty if they are equal."""
+    """Say in which sizes two results of `model_content` differ; empty if they are equal."""
     before, now = {**_SIZES_ADDED_LATER, **before}, {**_SIZES_ADDED_LATER, **now}
     return "; ".join(
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
@@ -180,10 +180,11 @@ def check_sha256(start: RunStart, now: str, corpus: str) -> None:
 
 
 def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
-    """Refuse to resume with a model or optimizer that differs from the run's.
+    """Refuse to resume with a model, starting weights or an optimizer that differ from the run's.
 
     Raises:
-        ConfigError: If they differ; the message says what differs, and gives both values.
+        ConfigError: If one of them differs, or the record of the model is damaged; the message
+            gives both values.
     """
     before, now = start.inputs.get(MODEL), content[MODEL]
     if before is not None and not isinstance(before, Mapping):
@@ -212,7 +213,9 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
 
 
 def environment_warnings(start: RunStart, environment: Mapping[str, Any]) -> list[str]:
-    """Return warnings about everything else that differs from when the run began.
+    """Return warnings about changes since the run began that may affect the last bits of losses.
+
+    A run that did not record its text gets another warning.
 
     Args:
         start: First record of the run.

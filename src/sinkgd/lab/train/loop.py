@@ -1,4 +1,4 @@
-"""The training loop: batches become steps, and steps become records, evaluations and checkpoints.
+"""The training loop: take steps, record each, and evaluate and save checkpoints at intervals.
 
 The learning rate warms up linearly to its peak and follows a cosine down to a fraction of it.
 """
@@ -29,7 +29,7 @@ def lr_factor(
     r"""Return the learning rate of the step that follows ``step`` steps, as a fraction of the peak.
 
     With w = round(``warmup_fraction`` · ``steps``) and k = ``step`` + 1, the fraction of step k is
-    k/w during the warm-up, so that no step has rate 0. After the warm-up it is
+    k/w during the warm-up, so that the first step has a rate above 0. After the warm-up it is
 
     .. math::
         f + (1 - f) \frac{1 + \cos \pi t}{2}, \qquad t = \frac{k - w}{steps - w}
@@ -40,7 +40,7 @@ def lr_factor(
         step: Steps already taken; 0 before the first.
         steps: Steps of the whole run.
         warmup_fraction: Share of the steps with a rising rate, 0 to 1.
-        final_lr_fraction: The last step's part of the peak, 0 to 1.
+        final_lr_fraction: Rate of the last step as a fraction of the peak, 0 to 1.
 
     Examples:
         >>> [round(lr_factor(step, steps=10, warmup_fraction=0.2), 3) for step in (0, 1, 5, 9)]

@@ -70,7 +70,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
-    """Return the type of the weights in a precision."""
+    """Return the dtype of the weights of a model that is trained in a precision."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -185,8 +185,8 @@ def return_freed_memory() -> None:
     By default glibc keeps freed blocks of up to 32 MiB, in fragments that the next gradient does
     not fit into. In a step of llama-1b, this wasted half as much memory as the weights take. With
     this setting, blocks of at least 1 MiB are returned immediately. Keeping blocks of up to 4 MiB
-    would take 5 % more memory, because the inputs of transformer blocks fragment them. The cost of
-    the setting is that the system must supply cleared pages.
+    would take 5 % more memory, because the inputs of transformer blocks fragment the kept memory.
+    The cost of the setting is that the system clears all pages before it supplies them again.
     """
     _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BLOCK})
 

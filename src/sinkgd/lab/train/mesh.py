@@ -186,12 +186,12 @@ def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
 
 
 def _block() -> dict[str, ParallelStyle]:
-    """Return how to shard a block.
+    """Return how to shard each module of a block.
 
     Matrices that read the hidden states are divided by output features (`ColwiseParallel`), those
     that write them by input features (`RowwiseParallel`).
     """
-    # If the ranks do not divide a width, such as 5461, only a DTensor keeps its true size.
+    # If the number of ranks does not divide a width, such as 5461, only a DTensor keeps the width.
     inner = ColwiseParallel(use_local_output=False)
     return {
         "input_layernorm": SequenceParallel(),
@@ -209,7 +209,7 @@ def _block() -> dict[str, ParallelStyle]:
 
 
 def _gather_tokens(inputs: int) -> PrepareModuleInput:
-    """Gather all tokens for a module; only its first input has tokens."""
+    """Gather all tokens for a module; only its first input is sharded over tokens."""
     others = (None,) * (inputs - 1)
     return PrepareModuleInput(
         input_layouts=(_TOKENS, *others), desired_input_layouts=(Replicate(), *others)

@@ -1,4 +1,7 @@
-"""Check a configuration and decide its open values; no later code checks them again."""
+"""Check a configuration, and decide the open values that follow from others.
+
+Checks that need the ranks, the text or the weights come later, in `sinkgd.lab.train.setup`.
+"""
 
 from dataclasses import replace
 
@@ -9,11 +12,12 @@ from sinkgd.lab.train.recipes import RECIPES, find_recipe, resolve_optimizer
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Check every value and fill in what follows from others.
+    """Check the values and fill in those that follow from others.
 
     Open options of the optimizer take the recipe's defaults. Values that depend on the machine
-    (device, threads, mesh) or on the text (vocabulary) stay open; the run's environment records
-    them. Without a preset the model is that of ``model.weights``, which is not read here.
+    (device, threads, mesh) or on the text (vocabulary) stay open; the first record of the run holds
+    them. A model with ``model.weights`` and without a preset has the sizes of these weights, which
+    are not read here. With neither, the preset is llama-nano.
 
     Raises:
         ConfigError: If a value is invalid; the message gives the field, the value and the remedy.
@@ -62,7 +66,7 @@ def check_shares(training: TrainingConfig, parts: int) -> None:
     """Refuse a batch that ``parts`` does not divide, or micro-batches that do not divide a part.
 
     Raises:
-        ConfigError: If a batch cannot be divided so; the message gives the sizes that are possible.
+        ConfigError: If a division leaves a remainder; the message gives the possible sizes.
     """
     whole, micro = training.batch_size, training.micro_batch_size
     if whole % parts:
@@ -104,7 +108,8 @@ def _check_release(optimizer: OptimizerConfig) -> None:
     if optimizer.clip_norm:
         raise ConfigError(
             f"optimizer.clip_norm is {optimizer.clip_norm}, but training.release_gradients frees a "
-            "gradient before the norm of all is known; set one of them to 0"
+            "gradient before the norm of all is known; set clip_norm to 0 or release_gradients to "
+            "false"
         )
 
 
@@ -121,7 +126,7 @@ def _check_adapters(config: RunConfig) -> None:
     if rank and config.model.weights is None:
         raise ConfigError(
             f"model.lora_rank is {rank}, but model.weights is not given: adapters cannot train a "
-            "model whose own weights were only drawn. Give the folder of a finished run, or of a "
+            "model whose own weights are random. Give the folder of a finished run, or of a "
             "Hugging Face checkpoint"
         )
     if rank and config.mesh.tp > 1:
@@ -140,7 +145,7 @@ def _check_schedule(training: TrainingConfig) -> None:
     if not 0 <= training.warmup_fraction < 1:
         raise ConfigError(
             f"training.warmup_fraction is {training.warmup_fraction}; it must be at least 0 and "
-            "less than 1, for the cosine needs steps too"
+            "less than 1, because the cosine needs steps, too"
         )
     if not 0 <= training.final_lr_fraction <= 1:
         raise ConfigError(

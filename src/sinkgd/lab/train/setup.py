@@ -101,7 +101,7 @@ def set_up(
 
     Args:
         config: The resolved configuration.
-        echo: Called with messages about the preparation of a corpus.
+        echo: Called with each line of messages for the user.
         world: The ranks that train together; by default only this process.
         begun: First record of the run to resume, for comparison; None for a new run.
         restored: Whether a checkpoint of that run will replace the weights, so that the folder of
@@ -250,7 +250,7 @@ def _compile_loops(optimizer: Optimizer, device: torch.device, echo: Callable[[s
     """
     if not isinstance(optimizer, GroupedOptimizer):
         return
-    # A group's options name its backend; groups without one check for NaN with "auto".
+    # A group names its backend; a group without one checks gradients for NaN with "auto".
     names = {group.get("backend", "auto") for group in optimizer.param_groups}
     if all(kernels.select(name, device).name != "cpu" for name in names):
         return
@@ -263,10 +263,12 @@ def _compile_loops(optimizer: Optimizer, device: torch.device, echo: Callable[[s
 def check_finished(folder: RunFolder, config: RunConfig, echo: Callable[[str], None]) -> None:
     """Refuse a configuration whose text differs from that of a finished run.
 
-    If the text no longer exists, this is not checked.
+    This is not checked if the run recorded no hash of its text, or if that text cannot be opened
+    any more.
 
     Raises:
         ConfigError: If the texts differ; the message gives both hashes.
+        DataError: If a text other than the run's is configured, and cannot be opened.
     """
     start = folder.start()
     if not knows_its_text(start):

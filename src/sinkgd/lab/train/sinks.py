@@ -28,7 +28,7 @@ def open_sinks(names: tuple[SinkName, ...], folder: Path, start: RunStart) -> It
 
     Args:
         names: Keys of `SINKS`.
-        folder: The run's folder, which TensorBoard also writes to.
+        folder: The run's folder, in which TensorBoard and Weights & Biases also write.
         start: First record of the run, with its name and configuration.
 
     Raises:
@@ -106,7 +106,7 @@ _RECENT_STEPS = 20
 
 
 class Meter(Protocol):
-    """Shows records; it is a context manager, because a bar must be removed at the end."""
+    """Shows records; it is a context manager, because a bar must be stopped at the end."""
 
     def __call__(self, record: Record) -> None:
         """Show one record."""
@@ -138,8 +138,8 @@ def make_meter(name: str, *, steps: int, print_every_steps: int) -> Meter:
 class StepRate:
     """Tokens per second and the seconds that are left, from the median of the last steps.
 
-    The median ignores the first step, which compiles and allocates and may take as long as fifty
-    others.
+    From the third step on, the median hides the first step, which compiles and allocates, and may
+    take as long as fifty others.
     """
 
     def __init__(self, steps: int) -> None:
@@ -182,7 +182,7 @@ def clock(seconds: float) -> str:
 
 
 class LineMeter:
-    """A line every few steps and at every evaluation."""
+    """A line every few steps, at every evaluation and when a run resumes."""
 
     def __init__(self, name: str, steps: int, every: int, stream: TextIO) -> None:
         self._name, self._every, self._stream = name, every, stream
@@ -215,7 +215,7 @@ class LineMeter:
 
 
 class BarMeter:
-    """A bar with the loss, the speed and the time left."""
+    """A bar with the losses, the speed and the time left."""
 
     def __init__(self, name: str, steps: int) -> None:
         from rich.console import Console

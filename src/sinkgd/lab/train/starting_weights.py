@@ -25,11 +25,11 @@ class StartingWeights:
 
     folder: Path
     sizes: ModelSizes
-    sha256: str  # of the weights, hex
+    sha256: str  # hex; of the weights, or of the checksums of the run's checkpoint
     tokenizer_sha256: str | None  # None for a run that did not record it
     tokenizer: str  # path of the tokenizer
     checkpoint: Path | None = None  # of the last step of a run; None for a Hugging Face checkpoint
-    notes: tuple[str, ...] = ()  # on parts of the folder that are not used
+    notes: tuple[str, ...] = ()  # on settings in the folder that are not used
 
     @classmethod
     def find(cls, folder: Path, sequence_length: int) -> "StartingWeights":
@@ -40,7 +40,8 @@ class StartingWeights:
             sequence_length: Tokens of the sequences to train on.
 
         Raises:
-            ConfigError: If the folder holds neither, or its model takes only shorter sequences.
+            ConfigError: If the folder holds neither, lacks the run's last checkpoint or Hugging
+                Face's tokenizer.json, or has a model that takes only shorter sequences.
             ModelError: If the laboratory does not have the model of a Hugging Face checkpoint.
             CheckpointError: If all checkpoints of the run are damaged.
         """

@@ -1,9 +1,9 @@
 """Everything that a run needs to resume exactly where it stopped.
 
 The state of an optimizer is keyed by parameter names, as in distributed checkpoints. If an
-optimizer has no state yet, torch's helpers create it by a step with zero gradients of all
-parameters. At every save, that takes as much memory as the weights. So the helpers are used only
-for torch's optimizers; those of this package create their state directly.
+optimizer has no state, torch's helpers create it by a step with zero gradients of all parameters.
+For a stateless optimizer they do so at every save, and need as much memory as the weights take. So
+the helpers are used only for torch's optimizers; those of this package create their state directly.
 """
 
 import time
@@ -80,14 +80,14 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 class TrainingState:
     """The model, the optimizer and the progress of a run.
 
-    If weights are sharded, it has the shards of this rank.
+    If weights are sharded, it holds this rank's shards.
     """
 
     model: LanguageModel
     optimizer: Optimizer
     step: int = 0  # steps taken
     seconds: float = 0.0  # time of training, without evaluations and checkpoints
-    wall_seconds: float = 0.0  # time of everything, up to the checkpoint
+    wall_seconds: float = 0.0  # time of the whole run, up to `clock`
     memory: Memory = field(default_factory=lambda: Memory(0, 0, 0, 0))  # maximum of each part
     clock: float = field(default_factory=time.perf_counter)  # time up to which wall_seconds counts
 
@@ -138,7 +138,7 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Memory:
-    """Count the bytes that this rank holds now, with the gradients that exist now."""
+    """Count the bytes of weights, gradients and state that this rank holds, and read its peak."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return Memory(

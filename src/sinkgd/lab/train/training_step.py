@@ -42,7 +42,7 @@ class StepResult:
 
     loss: float  # nats per token, the mean over the global batch before the update
     gradient_norm: float  # global l2 norm, before clipping
-    optimizer_seconds: float  # time in optimizer.step()
+    optimizer_seconds: float  # time in optimizer.step(), and in updates inside backward
 
 
 def take_step(
@@ -61,7 +61,7 @@ def take_step(
     gradient does not depend on how the batch is split or where its padding lies.
 
     Args:
-        model: Maps tokens ``(b, t)`` to logits ``(b, t, v)``.
+        model: A model that takes tokens ``(b, t)`` and a ``readout``, like `Llama`.
         optimizer: Optimizer of the model's parameters.
         batch: The global batch, or this rank's part of it.
         config: The resolved configuration; gives the micro-batch size, the precision and clipping.
@@ -72,7 +72,7 @@ def take_step(
 
     Raises:
         NonFiniteLossError: If loss or gradient is not finite. Weights are then unchanged. If
-            gradients are released, only weights with a non-finite gradient are unchanged.
+            gradients are released, weights with a finite gradient may already be updated.
     """
     optimizer.zero_grad()
     loss = _accumulate_gradient(model, batch, config, mesh, released)
@@ -126,7 +126,7 @@ _PIECE = 1 << 22  # number of entries whose norm is computed at once
 def norm_of(grad: Tensor) -> Tensor:
     """Return the l2 norm of this rank's shard in float32.
 
-    It is computed piece by piece, because torch copies its input.
+    It is computed piece by piece, because torch makes a float32 copy of its input.
     """
     parts = torch.split(local(grad).detach().flatten(), _PIECE)
     own = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
@@ -151,7 +151,7 @@ def joint_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
 
 
 def clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:
-    """Scale the gradient down if its norm exceeds ``largest_norm``; return the norm before that."""
+    """Scale the gradient down if its norm exceeds ``largest_norm``; return the norm before."""
     params = [param for param in model.parameters() if param.grad is not None]
     gradients = [param.grad for param in params if param.grad is not None]
     if not any(map(is_dtensor, params)):
@@ -167,7 +167,7 @@ def clip_gradient(model: nn.Module, largest_norm: float) -> Tensor:
 
 
 class ReleasedSteps:
-    """Applies and frees each gradient inside backward, after measuring it.
+    """Applies and frees each gradient inside backward, after measuring its norm.
 
     Args:
         optimizer: An optimizer that `sinkgd.GradientRelease` accepts.
@@ -197,7 +197,7 @@ class ReleasedSteps:
 
     def _before(self, param: Tensor) -> None:
         assert param.grad is not None, "it was just accumulated"
-        # With several micro-batches, the last one calls this with the whole gradient.
+        # Every micro-batch calls this; the last one has the whole gradient, and replaces the norm.
         self._norms[param] = norm_of(param.grad)
         self._started = time.perf_counter()
 
@@ -231,7 +231,7 @@ def loss_of(
 ) -> Tensor:
     """Return the summed loss of a model on tokens.
 
-    The loss is computed inside the model's forward, where a sharded model still has its whole head.
+    The loss is computed inside the model's forward, while FSDP2 holds the weights of the head.
 
     Args:
         model: A model that takes tokens and a ``readout``, like `Llama`.

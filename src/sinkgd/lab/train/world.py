@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class World:
-    """The ranks, and the number of this one.
+    """The ranks that train together, and the number of this rank.
 
     Args:
         rank: Number of this process, from 0.

@@ -84,7 +84,8 @@ FROM_TORCH = (
     Recipe(
         "adam",
         "Adam with one learning rate for all parameters: the benchmark's baseline",
-        "Zhao et al. 2024 (GaLore): 1e-3 was the best rate of their grid up to 350M; torch's betas",
+        "Zhao et al. 2024 (GaLore): 1e-3 was the best rate of their grid for models up to 350M; "
+        "torch's betas",
         {"lr": 1e-3, **_ADAM, "clip_norm": 0.0},
         _adam,
         can_shard=True,
@@ -116,8 +117,8 @@ FROM_TORCH = (
     Recipe(
         "sgd-momentum",
         "SGD with momentum and clipping",
-        "momentum 0.9, as is common; the rate is sgd's times 1 - 0.9, for equal total steps; not "
-        "tuned",
+        "momentum 0.9, as is common; the rate is sgd's times 1 - 0.9, because momentum makes steps "
+        "up to 1 / (1 - 0.9) times as long; not tuned",
         {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "clip_norm": 1.0},
         _sgd,
         can_shard=True,
@@ -125,8 +126,8 @@ FROM_TORCH = (
     Recipe(
         "muon",
         "hidden matrices by Muon with Nesterov momentum, the rest by AdamW",
-        "Jordan et al. 2024; scaled by 0.2·√max(m, n), to match the RMS of Adam's updates, as in "
-        "Liu et al. 2025; rates: the best of a few unrecorded trials",
+        "Jordan et al. 2024; updates are scaled by 0.2·√max(m, n), to match the RMS of Adam's, as "
+        "in Liu et al. 2025; rates: the best of a few unrecorded trials",
         {
             "lr": 0.02,
             "matrix_lr": 0.01,
@@ -150,8 +151,8 @@ def with_rank(groups: Groups, rank: int) -> Groups:
 
     Args:
         groups: Groups of (name, matrix) pairs.
-        rank: Rank for all matrices. 0 stands for a quarter of a matrix's shorter side, as in
-            GaLore's benchmark.
+        rank: Rank for all matrices. 0 means a quarter of a matrix's shorter side, as in GaLore's
+            benchmark.
     """
     divided: dict[tuple[int, int], dict[str, Any]] = {}
     for i, group in enumerate(groups):
@@ -291,8 +292,7 @@ FROM_PAPERS = (
         "limit on the growth of that part",
         "Chen et al. 2024, pre_training_c4/scripts: scale 0.25, rank a quarter of the hidden size. "
         "As in the authors' code, the scale also multiplies the projection that is subtracted from "
-        "the gradient. "
-        "pytorch-optimizer renews projections one step earlier",
+        "the gradient. pytorch-optimizer renews projections one step earlier than that code",
         {**_BENCHMARK, "rank": 0, "projection_scale": 0.25},
         _fira,
         package=PYTORCH_OPTIMIZER,
@@ -302,8 +302,8 @@ FROM_PAPERS = (
         "hidden matrices by their gradients, with each channel scaled as Adam would scale it in a "
         "random projection of the gradient; the rest by AdamW",
         "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. The "
-        "laboratory has its own code, because pytorch-optimizer projects the scaled gradient, so "
-        "that its steps have low rank",
+        "laboratory has its own code, because pytorch-optimizer projects the scaled gradient, "
+        "which gives steps of low rank",
         {**_BENCHMARK, "rank": 0, "projection_scale": 1.0},
         _apollo,
     ),
@@ -320,10 +320,9 @@ FROM_PAPERS = (
         "hidden matrices by gradients divided by running scales of rows and columns, the rest by "
         "AdamW",
         "Gong et al. 2025: beta 0.9, growth 1.01; the rates that the same authors use for SinkGD: "
-        "0.02, and 0.05 times that for matrices. The laboratory has its own "
-        "code, because pytorch-optimizer divides "
-        "by means of rows and columns, not by what RACS's iteration converges to, so that its "
-        "steps grow as gradients shrink",
+        "0.02, and 0.05 times that for matrices. The laboratory has its own code, because "
+        "pytorch-optimizer divides by means of rows and columns, not by what RACS's iteration "
+        "converges to, and takes larger steps as gradients shrink",
         {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _racs,
     ),

@@ -48,7 +48,7 @@ class ChainedOptimizer(Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Step with every part.
+        """Step with every optimizer.
 
         Args:
             closure: Computes the loss again and returns it; called once, before the steps.
@@ -65,12 +65,12 @@ class ChainedOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a result of ``state_dict``, and share it with the parts."""
+        """Load a result of ``state_dict``, and share it with the optimizers."""
         super().load_state_dict(state_dict)
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a group after construction, because no part would step with it.
+        """Refuse a group after construction, because no optimizer would step with it.
 
         Raises:
             TypeError: If this is called after construction.
@@ -83,7 +83,7 @@ class ChainedOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def _share(self) -> None:
-        """Give each part its groups, and all parts one state."""
+        """Give each optimizer its groups, and all of them one state."""
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict, self.state)
         first = 0
         for part in self.parts:
@@ -112,7 +112,7 @@ def from_pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
 
 
 class WithProjections(ChainedOptimizer):
-    """A GaLore or a Fira whose projections are tensors in the state, and so count as state.
+    """A GaLore or Fira whose projections are tensors in the state, so that they count as state.
 
     Args:
         part: The optimizer; gradients of groups with a ``rank`` are projected.

@@ -1,7 +1,7 @@
 """Optimizers that update one matrix at a time: APOLLO and RACS, with Fira's norm-growth limiter.
 
 Letters:
-    m, n: rows and columns of a matrix; in APOLLO the shorter side first, so that a tall matrix is
+    m, n: rows and columns of a matrix; in APOLLO m is the shorter side, since a tall matrix is
         transposed
     r: rank of APOLLO's projection
     q, s: RACS's scales of rows and of columns
@@ -75,7 +75,7 @@ class PerMatrixOptimizer(Optimizer):
         """Update one matrix; ``number`` counts all parameters from 1."""
 
 
-_PRIME = 1_000_003  # seeds of different matrices differ for this many draws of P
+_PRIME = 1_000_003  # two matrices get different seeds for this many draws of P
 
 
 class Apollo(PerMatrixOptimizer):
@@ -88,8 +88,8 @@ class Apollo(PerMatrixOptimizer):
 
     P is an r×m matrix of independent entries from N(0, 1/r); it changes every
     ``projection_every_steps`` steps. The norm of the update grows by at most a factor of 1.01 per
-    step (Fira's limiter). The state is both moments of R, and a norm. P is not stored: every step
-    draws it again from its seed.
+    step (Fira's limiter). The state is both moments of R, a step count and a norm. P is not stored:
+    every step draws it again from its seed.
 
     Args:
         params: Matrices: tensors, (name, tensor) pairs, or groups of them.
@@ -199,7 +199,7 @@ def _step_size(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> float:
 
 
 class Racs(PerMatrixOptimizer):
-    r"""Descend along the gradient divided by running scales of its rows and columns.
+    r"""Descend along the gradient divided by the roots of running scales of its rows and columns.
 
     .. math::
         s \leftarrow \frac{(G \circ G)^\top q}{\lVert q \rVert^2}, \quad
@@ -213,7 +213,7 @@ class Racs(PerMatrixOptimizer):
         \text{diag}(\bar q)^{-1/2}\, G\, \text{diag}(\bar s)^{-1/2}
 
     where γₜ ≤ 1 lets the norm of the update grow by at most a factor of 1.01 per step. The means
-    start at zero, without a bias correction. The state is m + n + 1 numbers.
+    start at zero, without a bias correction. The state has m + n + 1 numbers.
 
     Args:
         params: Matrices: tensors, (name, tensor) pairs, or groups of them.
@@ -281,9 +281,10 @@ class Racs(PerMatrixOptimizer):
 
 
 def rank_one(squares: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Return the best rank-one approximation q sᵀ of ``squares``, ``(m, n)``.
+    """Return q, ``(m,)``, and s, ``(n,)``, whose product q sᵀ approximates ``squares``, ``(m, n)``.
 
-    q is ``(m,)`` and s is ``(n,)``. For a matrix of zeros both are zero.
+    The product converges to the best approximation of rank one. For a matrix of zeros both q and s
+    are zero.
     """
     tiny = torch.finfo(squares.dtype).tiny
     largest = squares.max().clamp_min(tiny)

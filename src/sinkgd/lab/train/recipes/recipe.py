@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.optim.param_groups import Overrides
 
-Options = Mapping[str, Any]  # by name, resolved values of the options in the recipe's defaults
+Options = Mapping[str, Any]  # resolved values of the recipe's options, by name
 Groups = list[dict[str, Any]]
 
 PYTORCH_OPTIMIZER = "pytorch_optimizer"
@@ -23,7 +23,7 @@ class Recipe:
     name: str
     summary: str  # one line
     source: str  # the source of the defaults
-    defaults: Options  # the fields of `OptimizerConfig` that the recipe takes, with their values
+    defaults: Options  # fields of `OptimizerConfig` that the recipe takes: default values
     build: Callable[[nn.Module, Options], Optimizer]
     can_shard: bool = False  # whether weights may be sharded over ranks
     can_release: bool = False  # whether it can apply one gradient at a time, inside backward
@@ -33,7 +33,7 @@ class Recipe:
 def family_groups(
     model: nn.Module, o: Options, algorithm: str, overrides: Overrides | None = None
 ) -> Groups:
-    """Route by role: hidden matrices to an algorithm of the library, the rest to AdamW."""
+    """Return groups: hidden matrices run ``algorithm``, the other parameters run AdamW."""
     matrix_lr = o["lr"] if o.get("matrix_lr") is None else o["matrix_lr"]
     return sinkgd.param_groups(
         model,
@@ -49,7 +49,7 @@ def family_groups(
 
 
 def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
-    """Return groups for torch's optimizers: of hidden matrices, and of all other parameters.
+    """Return groups of hidden matrices, and groups of all other parameters, as torch takes them.
 
     Hidden matrices are those inside the blocks. The other parameters are embeddings, output head,
     norms and biases.
@@ -63,9 +63,9 @@ def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
 
 
 def at_one_or_two_rates(model: nn.Module, o: Options) -> Groups:
-    """Return one group of all parameters or, if there is a ``matrix_lr``, those of `split_by_role`.
+    """Return groups for an optimizer that updates all parameters alike.
 
-    They are for an optimizer that updates all parameters alike.
+    With a ``matrix_lr`` these are all groups of `split_by_role`, otherwise one group.
     """
     if o["matrix_lr"] is None:
         return [{"params": trained(model), "lr": o["lr"], "weight_decay": o["weight_decay"]}]

@@ -29,8 +29,8 @@ def resolve_optimizer(options: OptimizerConfig) -> OptimizerConfig:
     """Fill in the recipe's defaults and check every option.
 
     Raises:
-        ConfigError: If there is no such recipe, its package is not installed, it does not take an
-            option that was given, or an option is out of range.
+        ConfigError: If there is no such recipe, the recipe's package is not installed, the recipe
+            does not take an option that was given, or an option is out of range or has no effect.
     """
     recipe = find_recipe(options.recipe)
     if recipe.package is not None and find_spec(recipe.package) is None:
@@ -56,7 +56,8 @@ def find_recipe(name: str) -> Recipe:
     """Return the recipe called ``name``.
 
     Raises:
-        ConfigError: If there is no such recipe; the message gives the nearest name.
+        ConfigError: If there is no such recipe; the message gives the new name of a renamed recipe,
+            or else the names that exist.
     """
     if name in GONE:
         raise ConfigError(f"optimizer.recipe is {name!r}; it is called {GONE[name]!r} now")

@@ -65,7 +65,7 @@ def _sinkgd_finetune(model: nn.Module, o: Options) -> Optimizer:
 
 
 def _of_tables(model: nn.Module, o: Options) -> Overrides | None:
-    """Return overrides that give embeddings and output head the requested algorithm."""
+    """Return overrides that give embeddings and output head the requested algorithm and rate."""
     lr = o["lr"] if o["tables_lr"] is None else o["tables_lr"]
     if o["tables"] == "adamw" and lr == o["lr"]:
         return None
@@ -166,8 +166,8 @@ class _OneNorm:
 
 
 _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
-# Options for which None means the library's default, which also holds for runs that were recorded
-# before the option existed.
+# Options for which None means the library's default. Runs that were recorded before an option
+# existed had this default.
 _NEWER = (
     *("momentum_bits", "momentum_rank", "low_rank_momentum"),
     *("deflated_start", "weight_projection", "constant_norm"),
@@ -186,7 +186,7 @@ _BEYOND_THE_PAPER: dict[str, Any] = {
     "tables_lr": None,
     **dict.fromkeys(_NEWER),
 }
-# SinkGD as in the paper, without deflation.
+# Rates of SinkGD without deflation, from benchmarks/learning_rates; the paper's ``lr`` is 0.02.
 _PAPERS_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
 
 
@@ -195,7 +195,7 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
     return Recipe(
         name,
         f"hidden matrices by {summary}, the rest by AdamW",
-        "one projection, so that updates have RMS 1, as SinkGD's do; sinkgd-paper's rates",
+        "one normalization, so that updates have RMS 1, as SinkGD's do; sinkgd-paper's rates",
         {**_PAPERS_RATES, **dict.fromkeys(("momentum", "nesterov")), **_STATELESS},
         build,
         can_shard=True,
@@ -265,7 +265,8 @@ FAMILY = (
     Recipe(
         "swan",
         "hidden matrices by row norm and whitening, the rest by AdamW",
-        "one row norm, one whitening: Ma et al. 2024; rates: three runs, benchmarks/learning_rates",
+        "one row norm, one whitening: Ma et al. 2024; rates: from three runs, "
+        "benchmarks/learning_rates",
         {
             "lr": 0.08,
             "matrix_lr": 0.002,
@@ -292,7 +293,7 @@ FAMILY = (
         "spam",
         "all parameters by Adam, with spikes clipped and the moments reset periodically",
         "Huang et al. 2025, https://arxiv.org/abs/2501.06842: theta 5000, resets every 500 steps, "
-        "150 of warm-up after each; adam's rate; not tuned here",
+        "150 steps of warm-up after each; adam's rate; not tuned here",
         {
             "lr": 1e-3,
             "weight_decay": 0.0,
@@ -310,8 +311,8 @@ FAMILY = (
         "adamw-spam",
         "all parameters by AdamW with AMSGrad, clipped at 1; its moments shrink at a spike and "
         "are reset periodically",
-        "the control in the ablation of the tempered variant with the model Lens L6, whose lr, "
-        "decay and resets these are",
+        "lr, decay and resets of the control in the ablation of the tempered variant, with the "
+        "model Lens L6",
         {
             "lr": 6e-4,
             "weight_decay": 0.1,
