@@ -162,8 +162,10 @@ def test_a_device_that_is_not_in_the_table_is_not_taken_for_one(tmp_path, name):
 
 
 def test_a_speed_is_of_one_of_the_ranks(tmp_path):
-    mesh = {"mesh": {"dp_replicate": 2, "dp_shard": 2, "tp": 1}, "model": {"preset": "llama-60m"}}
-    run = write_run(tmp_path, "adamw", {20: 4.0}, config=mesh, **H100)
+    # The configuration leaves dp_shard open; the run records what it became.
+    asked = {"mesh": {"dp_replicate": 2, "tp": 1}, "model": {"preset": "llama-60m"}}
+    found = {**H100["environment"], "mesh": {"dp_replicate": 2, "dp_shard": 2, "tp": 1}}
+    run = write_run(tmp_path, "adamw", {20: 4.0}, config=asked, environment=found)
     assert calculator_block(analyze([run], "adamw")).inputs.speed.value == 25.0
 
 

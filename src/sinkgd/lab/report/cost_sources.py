@@ -1,5 +1,6 @@
 """The sources of the calculator's figures: the page's runs, papers, data sheets, assumptions."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -260,9 +261,5 @@ def _matrix_share(run: Run) -> float:
 
 
 def _ranks(run: Run) -> int:
-    """Return the number of ranks of a run; one if its configuration does not say."""
-    mesh = run.start.config.get("mesh", {})
-    ranks = 1
-    for dimension in ("dp_replicate", "dp_shard", "tp"):
-        ranks *= mesh.get(dimension) or 1
-    return ranks
+    """Return the number of ranks of a run; one if its record has no mesh."""
+    return math.prod(run.start.environment.get("mesh", {}).values())
