@@ -17,6 +17,7 @@ from sinkgd.lab.train.loop import training_steps
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.run import train
 from sinkgd.lab.train.setup import set_up
+from sinkgd.lab.train.starting_weights import _tokenizer_of
 from stopping import stopping_at
 
 
@@ -155,8 +156,34 @@ def test_another_model_or_tokenizer_is_refused(config, first, other_shards, tmp_
     alone = change(tuned(config, first, tmp_path / "shards"), "evaluation", other_corpus=None)
     rows = Run.read(first / "run.jsonl").start.inputs["model"]["vocab_size"]
     alone = change(alone, "model", vocab_size=rows)
-    with pytest.raises(ConfigError, match="Prepare the text with that tokenizer"):
+    with pytest.raises(ConfigError, match="Prepare the text with that tokenizer: sinkgd prep"):
         train(alone, tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("data", "tokenizer", "commands"),
+    [
+        (
+            {"corpus": "sotu", "vocab_size": None},
+            "of sotu",
+            "sinkgd prepare sotu --out FIRST, then sinkgd prepare TEXT --tokenizer "
+            "FIRST/tokenizer.json --out SHARDS",
+        ),
+        (
+            {"corpus": "books/*.txt", "vocab_size": 2048},
+            "of books/*.txt",
+            "sinkgd prepare 'books/*.txt' --out FIRST --vocab-size 2048, then sinkgd prepare TEXT "
+            "--tokenizer FIRST/tokenizer.json --out SHARDS",
+        ),
+        (
+            {"corpus": "shards/elsewhere"},
+            "shards/elsewhere/tokenizer.json",
+            "sinkgd prepare TEXT --tokenizer shards/elsewhere/tokenizer.json --out SHARDS",
+        ),
+    ],
+)
+def test_the_commands_that_prepare_another_text_exist(data, tokenizer, commands):
+    assert _tokenizer_of(data) == (tokenizer, commands)
 
 
 @pytest.mark.parametrize(

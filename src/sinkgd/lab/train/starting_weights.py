@@ -2,10 +2,14 @@
 
 import hashlib
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sinkgd.lab.data import Manifest
+from sinkgd.lab.data.dataset import TOKENIZER_FILE
+from sinkgd.lab.data.documents import EMBEDDED, expanded
 from sinkgd.lab.data.tokenizer import Tokenizer
 from sinkgd.lab.models import LanguageModel, LlamaConfig, ModelSizes
 from sinkgd.lab.models.huggingface import CONFIG_FILE, read_config
@@ -27,7 +31,8 @@ class StartingWeights:
     sizes: ModelSizes
     sha256: str  # hex; of the weights, or of the checksums of the run's checkpoint
     tokenizer_sha256: str | None  # None for a run that did not record it
-    tokenizer: str  # path of the tokenizer
+    tokenizer: str  # path of the tokenizer, or the text on which it was trained
+    make_shards: str  # the commands that prepare another text with it
     checkpoint: Path | None = None  # of the last step of a run; None for a Hugging Face checkpoint
     notes: tuple[str, ...] = ()  # on settings in the folder that are not used
 
@@ -57,18 +62,20 @@ class StartingWeights:
                 f"model.weights is {str(folder)!r}, which lacks the checkpoint of its last step: "
                 f"{why}"
             )
+        tokenizer, make_shards = _tokenizer_of(start.config["data"])
         return cls(
             folder,
             sizes,
             sha256=hashlib.sha256((found.path / CHECKSUMS).read_bytes()).hexdigest(),
             tokenizer_sha256=start.inputs.get(TOKENIZER),
-            tokenizer=f"{start.config['data']['corpus']}/tokenizer.json",
+            tokenizer=tokenizer,
+            make_shards=make_shards,
             checkpoint=found.path,
         )
 
     @classmethod
     def _huggingface(cls, folder: Path, sizes: ModelSizes) -> "StartingWeights":
-        tokenizer = folder / "tokenizer.json"
+        tokenizer = folder / TOKENIZER_FILE
         if not tokenizer.is_file():
             raise ConfigError(
                 f"model.weights is {str(folder)!r}, which holds no tokenizer.json to compare with "
@@ -85,6 +92,7 @@ class StartingWeights:
             sha256=content_sha256(folder),
             tokenizer_sha256=Tokenizer.from_file(tokenizer).sha256,
             tokenizer=str(tokenizer),
+            make_shards=_prepare_with(tokenizer),
             notes=(note,) if dropout else (),
         )
 
@@ -105,8 +113,8 @@ class StartingWeights:
             raise ConfigError(
                 f"{begin}which was trained with the tokenizer {self.tokenizer} (hash "
                 f"{self.tokenizer_sha256}), but the text has another one (hash "
-                f"{text.tokenizer_sha256}). Prepare the text with that tokenizer: sinkgd prepare "
-                f"TEXT --tokenizer {shlex.quote(self.tokenizer)} --out SHARDS"
+                f"{text.tokenizer_sha256}). Prepare the text with that tokenizer: "
+                f"{self.make_shards}"
             )
         if self.sizes.vocab_size < text.rows_needed:
             raise ConfigError(
@@ -120,6 +128,26 @@ class StartingWeights:
             load_tensors(self.folder, model)
         else:
             load_weights(self.checkpoint, model, world)
+
+
+def _tokenizer_of(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Name a run's tokenizer, and give the commands that prepare another text with it.
+
+    Args:
+        data: The table ``data`` of the run's configuration.
+    """
+    corpus = str(data["corpus"])
+    path = Path(corpus) / TOKENIZER_FILE
+    is_text = corpus == EMBEDDED or "*" in corpus or expanded(corpus).exists()
+    if not is_text or expanded(str(path)).exists():
+        return str(path), _prepare_with(path)
+    size = f" --vocab-size {data['vocab_size']}" if data.get("vocab_size") else ""
+    first = f"sinkgd prepare {shlex.quote(corpus)} --out FIRST{size}"
+    return f"of {corpus}", f"{first}, then {_prepare_with(Path('FIRST') / TOKENIZER_FILE)}"
+
+
+def _prepare_with(tokenizer: Path) -> str:
+    return f"sinkgd prepare TEXT --tokenizer {shlex.quote(str(tokenizer))} --out SHARDS"
 
 
 def sizes_in(folder: Path, sequence_length: int) -> ModelSizes:
