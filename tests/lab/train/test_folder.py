@@ -57,6 +57,9 @@ def test_never_refuses_a_run_that_is_there(finished):
 def test_must_asks_for_a_checkpoint(begun):
     with pytest.raises(RunFolderError, match="holds no checkpoint to go on from"):
         begun.admit(CONFIG, "must")
+    (begun.checkpoints / "step-00000001.partial").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="holds no checkpoint to go on from"):
+        begun.admit(CONFIG, "must")
     (begun.checkpoints / "step-00000001").mkdir(parents=True)
     assert begun.admit(CONFIG, "must") is Admission.GO_ON
 

@@ -34,8 +34,8 @@ class Train:
     """TOML file with defaults of the options below, e.g. the config.toml of another run."""
 
     resume: ResumePolicy = "auto"
-    """auto: resume if the folder holds a run; must: the folder must hold a run; never: the folder
-    must not hold a run."""
+    """auto: resume if the folder holds a run; must: the folder must hold a checkpoint; never: the
+    folder must not hold a run."""
 
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 

@@ -84,7 +84,7 @@ class RunFolder:
                 f"is no complete line in {self.results}. Put that file back, delete "
                 f"{self.checkpoints} to begin again, or give another --out"
             )
-        if resume == "must" and not (begun and self.checkpoints.exists()):
+        if resume == "must" and not (begun and checkpoints(self.checkpoints)):
             raise RunFolderError(
                 f"{self.path} holds no checkpoint to go on from; use --resume auto to begin"
             )
