@@ -202,7 +202,7 @@ def _absences(runs: Sequence[Run]) -> list[str]:
         preset, parameters = preset_of(run), quantities.count(run.start.parameters)
         if preset in presets:
             usual = quantities.count(presets[preset].config.parameter_count)
-            why = f"has {parameters} parameters, not the benchmark’s {usual}: its tokenizer differs"
+            why = f"has {parameters} parameters, not the benchmark’s {usual}"
         else:
             why = f"({parameters} parameters) is another model, with other data and tokens"
         reasons[f"{preset} {why}."] = None

@@ -29,12 +29,11 @@ class _Point:
     color: str
     memory: float  # GiB
     perplexity: float
-    from_plot: bool
+    caution: str  # "about " if the perplexity was read from a plot, "at most " for an upper bound
 
     @property
     def words(self) -> str:
-        about = "about " if self.from_plot else ""
-        return f"{self.label} {about}{self.perplexity:g} in {self.memory:.3g} GiB"
+        return f"{self.label} {self.caution}{self.perplexity:g} in {self.memory:.3g} GiB"
 
 
 def memory_charts() -> tuple[Chart, ...]:
@@ -101,7 +100,7 @@ def _point(row: Row, size: Size, column: int) -> _Point:
         _COLORS.get(row.key.partition("-")[0], "@soft"),
         memory_gib(size, state),
         value.perplexity,
-        value.from_plot or value.at_most,
+        "at most " if value.at_most else "about " if value.from_plot else "",
     )
 
 
@@ -117,7 +116,7 @@ def _marks(points: Sequence[_Point]) -> Figure:
         "marker": {
             "size": [12 if point.color == "@series-1" else 9 for point in points],
             "color": [point.color for point in points],
-            "symbol": ["circle-open" if point.from_plot else "circle" for point in points],
+            "symbol": ["circle-open" if point.caution else "circle" for point in points],
             "line": {"width": 2, "color": [point.color for point in points]},
         },
     }
