@@ -47,9 +47,15 @@ def check_numbers(options: Any, prefix: str = "") -> None:
             check_numbers(value, shown)
         elif type(value) is int:
             largest = LARGEST_SEED if field.name == "seed" else LARGEST_COUNT
-            if abs(value) > largest:
-                raise NumberError(f"{name} is {value}; it may be at most {largest}")
+            _check_within(name, value, largest, f"{largest}")
         elif type(value) is float and not math.isfinite(value):
             raise NumberError(f"{name} is {value}; give a finite number")
-        elif type(value) is float and abs(value) > LARGEST_VALUE:
-            raise NumberError(f"{name} is {value}; it may be at most {LARGEST_VALUE:g}")
+        elif type(value) is float:
+            _check_within(name, value, LARGEST_VALUE, f"{LARGEST_VALUE:g}")
+
+
+def _check_within(name: str, value: float, largest: float, words: str) -> None:
+    if value > largest:
+        raise NumberError(f"{name} is {value}; it may be at most {words}")
+    if value < -largest:
+        raise NumberError(f"{name} is {value}; it may be at least -{words}")

@@ -12,7 +12,7 @@ from sinkgd.lab.bench.workloads import WORKLOADS, Workload
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.bench import COMMANDS
 from sinkgd.lab.commands.bench.memory import Memory, TrainingSteps
-from sinkgd.lab.commands.bench.shared import command_of
+from sinkgd.lab.commands.bench.shared import chosen, command_of
 from sinkgd.lab.commands.bench.step import Step
 
 
@@ -50,6 +50,7 @@ def test_every_measurement_explains_itself_and_has_an_example(capsys, measuremen
         ),
         (["step", "--workloads", "lama-60m"], "workloads is 'lama-60m'; did you mean 'llama-60m'?"),
         (["step", "--workloads", ","], "workloads is empty; give one or more of llama-60m,"),
+        (["step", "--workloads", "all,lama-60m"], "workloads is 'lama-60m'; did you mean"),
         (["step", "--dtypes", "bfloat"], "dtypes is 'bfloat'; did you mean 'bfloat16'?"),
         (["step", "--contenders", "moun"], "contenders is 'moun'; did you mean 'muon'?"),
         (["step", "--rounds", "0"], "rounds is 0; it must be at least 1"),
@@ -133,3 +134,8 @@ def test_memory_writes_its_record_and_its_page(capsys, tmp_path):
     assert [use["dtype"] for use in record["uses"]] == ["float32"]
     assert [use["recipe"] for use in record["training"]["uses"]] == ["sgd"]
     assert (tmp_path / "memory.html").exists()
+
+
+def test_all_stands_for_every_name_alone_or_in_a_list():
+    for value in ("all", "one,all", "all, two"):
+        assert chosen("workloads", value, ["one", "two"]) == ("one", "two")

@@ -129,6 +129,11 @@ def test_an_option_that_does_not_fit_is_refused(options, message):
         selected(find_study("iterations"), **options)
 
 
+def test_no_axis_is_offered_that_is_not_an_option():
+    with pytest.raises(ConfigError, match="does not take --alpha; its positions are fixed"):
+        selected(find_study("width"), axis={"alpha": (0.1,)})
+
+
 def test_numbers_must_be_numbers():
     for text in ("a", "1,b", "0", "-1", ""):
         with pytest.raises(ConfigError, match="iterations is "):

@@ -31,7 +31,7 @@ def chosen(
 
     Args:
         option: Name of the option, for errors.
-        value: Names separated by commas, or ``all``.
+        value: Names separated by commas; ``all`` stands for all of them.
         allowed: The known names.
         none: Whether ``none`` may be chosen.
 
@@ -39,17 +39,15 @@ def chosen(
         ConfigError: If a name is unknown, or the value holds no name.
     """
     names = list(allowed)
-    if value == "all":
-        return tuple(names)
     if none and value == "none":
         return ()
     found = tuple(name for part in value.split(",") if (name := part.strip()))
     if not found:
         raise ConfigError(f"{option} is empty; give one or more of {', '.join(names)}")
     for name in found:
-        if name not in names:
+        if name not in (*names, "all"):
             raise ConfigError(f"{option} is {name!r}; {suggest(name, names)}, all")
-    return tuple(dict.fromkeys(found))
+    return tuple(names) if "all" in found else tuple(dict.fromkeys(found))
 
 
 def check_at_least_one(option: str, value: int) -> None:
