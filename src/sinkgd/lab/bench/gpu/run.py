@@ -68,6 +68,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
     Raises:
         RuntimeError: If kernels do not compile, or the interpreter fails.
     """
+    environment = environment_with_load(torch.device("cpu"))
     weights = {**PARTS, CODE: PARTS[CODE] * len(plan.targets)}
     progress = Progress(sum(weights[part] for part in plan.parts))
     figures: list[Figure] = []
@@ -87,7 +88,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
     progress.end()
     return GpuRecord(
         command=plan.command,
-        environment=environment_with_load(torch.device("cpu")),
+        environment=environment,
         triton=version("triton"),
         figures=tuple(figures),
         missed=tuple(missed(variants)),
