@@ -53,7 +53,7 @@ class Architecture:
             )
 
     @classmethod
-    def of_config(cls, name: str, config: LlamaConfig) -> "Architecture":
+    def of_config(cls, name: str, config: LlamaConfig, source: str = "") -> "Architecture":
         """Return the architecture of one of the lab's LLaMAs, a preset or a checkpoint."""
         return cls(
             name=name,
@@ -65,7 +65,7 @@ class Architecture:
             num_kv_heads=config.key_value_heads,
             head_size=config.head_size,
             tied=config.tied_head,
-            source="sinkgd.lab.models.PRESETS",
+            source=source,
         )
 
 
@@ -109,7 +109,7 @@ def find_architecture(model: str) -> Architecture:
         8
     """
     if model in LLAMAS:
-        return Architecture.of_config(model, LLAMAS[model])
+        return Architecture.of_config(model, LLAMAS[model], "sinkgd.lab.models.PRESETS")
     if model in PUBLISHED:
         return PUBLISHED[model]
     if model in PRESETS:
