@@ -1,7 +1,7 @@
 """Compare every recipe with the baseline: the cost to reach its final loss, and the throughput.
 
 The runs come from a folder. Each has a results file, in the folder itself or one level below. A
-folder of records, such as `benchmarks/demo`, has results files with other names.
+folder of records, such as `benchmarks/demo/2026-11-28`, has results files with other names.
 
 A recipe's figures are means over its *finished* runs, with their spread over seeds. Runs that
 failed, were interrupted or are still running are counted and shown, but enter no mean.

@@ -43,7 +43,7 @@ class Kernels:
     least 3."""
 
     threads: int | None = None
-    """CPU threads; by default torch's choice, one per core."""
+    """Number of CPU threads; torch's choice by default, one per core."""
 
     device: Device = "auto"
     """Device: cpu, cuda, or auto (cuda if available)."""

@@ -108,7 +108,7 @@ class Memory:
     training: TrainingSteps = TrainingSteps()
 
     threads: int | None = None
-    """CPU threads; by default torch's choice, one per core."""
+    """Number of CPU threads; torch's choice by default, one per core."""
 
     device: Device = "auto"
     """Device: cpu, cuda, or auto (cuda if available)."""
