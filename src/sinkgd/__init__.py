@@ -1,11 +1,12 @@
-"""Optimizers without state for hidden matrices: SinkGD and the multi-normalized family."""
+"""Optimizers that keep no state for hidden matrices: SinkGD, SWAN and MNGD."""
 
 import importlib as _importlib
 import sys as _sys
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)].startswith("sinkgd.lab"):
-    # `python -m sinkgd.lab` imports this package, and so torch, before the program's own code.
+    # `begin` must run before torch is imported, and `python -m sinkgd.lab` imports this package,
+    # and so torch, before the program's own code.
     from _sinkgd_cli import begin as _begin
 
     _begin()

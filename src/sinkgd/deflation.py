@@ -29,7 +29,7 @@ Each term has a reason:
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
-    k: the directions that are lowered, fewer than either side
+    k: the number of directions that are lowered, less than m and n
 """
 
 import math
@@ -58,8 +58,8 @@ _RIDGE = 2.0**-48
 # direction is far below the least level. With float32 products, the error of its column of B is at
 # least 2^-24 · 2^9, relative to the longest column.
 _SHORTEST = 2.0**-9
-# The fractional part of the golden ratio is far from all simple fractions, so that the sines of its
-# multiples by the squares 1, 4, 9, … do not repeat.
+# The fractional part of the golden ratio. No two of its products with 1, 4, 9, … differ by a
+# multiple of 2π, so that their sines do not repeat.
 _IRRATIONAL = 0.6180339887498949
 
 
@@ -117,7 +117,8 @@ class PackedProducts(Protocol):
         """Return X V and Xᵀ X V of each matrix.
 
         Args:
-            vectors: V, the blocks of all matrices; None for the vectors that matrices share.
+            vectors: V, the blocks of all matrices; None for the fixed block Ω, which matrices
+                share.
         """
         ...
 
@@ -197,8 +198,8 @@ class StoredProducts:
 def deflate(x: Tensor, rank: int) -> Tensor:
     """Lower the ``rank`` leading singular values of ``x`` to the one that follows them.
 
-    It takes about 10 kmn flops for k = ``rank`` + 1; whitening takes 4 min(m, n) mn for each
-    Newton–Schulz step.
+    It takes about 10 (k + 1) mn flops. For comparison, `sinkgd.newton_schulz.orthogonalize` takes
+    4 min(m, n) mn flops for each step.
 
     Args:
         x: ``(..., m, n)``, float32 or wider. Not modified, and not differentiated.
@@ -208,7 +209,8 @@ def deflate(x: Tensor, rank: int) -> Tensor:
     Returns:
         ``(..., m, n)``. No singular value grows. The level is at least 2^-6 of the longest column
         of B; singular values differ from these lengths as described at the top of this module. A
-        zero matrix stays zero. Needs scratch memory for two matrices.
+        zero matrix stays zero. Besides the result it needs scratch memory for a few blocks of k + 1
+        float64 vectors.
 
     Raises:
         ValueError: If ``rank`` is below 1.
@@ -282,7 +284,7 @@ def find_leading(
     roots = at_once(invert_root, grams)
     left = _times(rows, [inverse for inverse, _ in roots])
     right = _times(columns, [known for _, known in roots])
-    lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k)
+    lengths = [b.square().sum(-2, keepdim=True) for b in right]  # b², (..., 1, k + 1)
     if over_columns is not None:
         lengths = yield over_columns(lengths)
     others = [
@@ -336,7 +338,7 @@ def take_away_(x: Tensor, taken: LowRank) -> None:
 def _of_both(
     products: Products, blocks: Sequence[Tensor], over_columns: Sum | None
 ) -> Steps[tuple[list[Tensor], list[Tensor]]]:
-    """Return X V of this rank's rows, and its part of Xᵀ X V."""
+    """Return X V for this rank's rows, and what these rows add to Xᵀ X V."""
     if over_columns is None:
         return products.of_both(blocks)
     rows = yield over_columns(products.of_rows(blocks))

@@ -2,9 +2,9 @@
 
 A computation is a call of a generator function, which `exchange` runs. If it yields a `Sum`, it
 continues when the vector has been added up. If it yields another computation, or a list of
-computations to run side by side, it is sent their results. All vectors that wait for one group
-share one message, so the number of messages is that of the longest computation, not of all
-together.
+computations to run side by side, it is sent their results. All vectors of one dtype and device that
+wait for one group share one message, so the number of messages is that of the longest computation,
+not of all together.
 
 torch.compile captures computations that need no message. It does not support generators that
 outlive the function that made them, nor values of ``yield from``; hence `Computation` and

@@ -36,13 +36,13 @@ def multi_normalize(
         norms: The norms g₁ … g_K, in the order of their projections.
         num_iters: Iterations L, at least 1.
         tol: Stop as soon as every residual of every matrix is at most ``tol``. Measuring the
-            residuals costs a projection on each norm per iteration, and a synchronization on a GPU.
-            None never stops early.
+            residuals costs a projection on each norm per iteration. On a GPU, every iteration then
+            waits for the device. None never stops early.
 
     Returns:
         The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if
         ``grad`` is. Its root-mean-square is 1. Needs one matrix of scratch besides the result, two
-        with a `SpectralNorm`, and the memory that norms of your own need.
+        with a `SpectralNorm`, two more with ``tol``, and the memory that norms of your own need.
 
     Raises:
         TypeError: If ``grad`` is complex, integer or sparse.

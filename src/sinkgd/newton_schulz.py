@@ -2,10 +2,11 @@
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
-    b: the matrices of a batch, whatever its leading dimensions
+    b: the number of matrices in a batch, with all leading dimensions in one
     k: the shorter side, min(m, n)
     A: the gram matrix of the iterate X on its shorter side, (b, k, k): X Xᵀ or Xᵀ X
-    half: -A / 2, which is computed by one matrix product; a step is then X ← 1.5 X + half X
+    half: -A / 2, which is computed by one matrix product; a step is then X ← 1.5 X + half X, or
+        X ← 1.5 X + X half if X is tall
 """
 
 import math
@@ -126,7 +127,7 @@ def is_transposed(x: Tensor) -> bool:
 
 
 def largest_entry(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the largest absolute value along ``dim``, which is kept, without a copy of ``x``."""
+    """Return the largest absolute value along ``dim``, with keepdim=True, without copying ``x``."""
     return torch.maximum(x.amax(dim=dim, keepdim=True), x.amin(dim=dim, keepdim=True).neg_())
 
 

@@ -2,9 +2,9 @@ r"""The norms that a gradient can be normalized by, each defined by its projecti
 
 The projection of a norm :math:`g` sends ``x`` to the point of the unit ball of :math:`g` that is
 farthest in the direction of ``x``, :math:`P_g(x) = \arg\max_{g(z) = 1} \langle x, z \rangle`. Each
-projection here is scaled so that its result has Frobenius norm :math:`\sqrt{mn}`, whatever ``x``
-is: the entries of the result then have root-mean-square 1, and projections can alternate
-(Assumption 3.3 of the paper).
+projection here is scaled so that its result has Frobenius norm :math:`\sqrt{mn}`, whatever the
+scale of ``x``: the entries of the result then have root-mean-square 1, and projections can
+alternate (Assumption 3.3 of the paper).
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -13,8 +13,9 @@ Shapes, everywhere in this file:
 
 A zero row, column or matrix has no direction and stays zero; NaN and infinity become NaN.
 Projections compute in the dtype of their input; `multi_normalize` passes float32 or float64.
-Besides the result they need one matrix of scratch memory, or two for the spectral and the deflated
-norm. They are not differentiable: no gradient flows through them.
+Besides the result they need one matrix of scratch memory; the spectral norm needs up to two, and
+the deflated norm also a few blocks of vectors. They are not differentiable: no gradient flows
+through them.
 
 References:
     Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
@@ -44,11 +45,11 @@ from sinkgd.precision import in_full_precision
 
 @runtime_checkable
 class Norm(Protocol):
-    """The interface of a norm for `multi_normalize`; any class with this method is a norm.
+    """The interface of a norm for `multi_normalize`: any class with a method `project` is a norm.
 
     The optimizers stack matrices of one shape and project them together, so a norm treats leading
     dimensions as independent matrices: ``project(x)[i]`` is ``project(x[i])``. Count dimensions
-    from the end: ``dim=-1`` is along a row, ``dim=1`` is not.
+    from the end: in a stack, ``dim=-1`` is along a row, and ``dim=1`` is not.
 
     Examples:
         >>> class HeadNorm:

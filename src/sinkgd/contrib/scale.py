@@ -23,7 +23,7 @@ _OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas
 
 
 class SCALE(MNGD):
-    r"""Step along the row-normalized gradient, or its average in the case of the output head.
+    r"""Step along the row-normalized gradient; the output head's gradient is averaged first.
 
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(D)^{-1} D
@@ -31,8 +31,8 @@ class SCALE(MNGD):
     where D is the gradient G or, for the output head, its average B ← μB + (1 − μ)G. D has n
     columns, and Q(D) is the diagonal matrix of its row lengths. A column in the paper holds the
     weights of one output. In torch that is a row of a linear weight, but a column of an embedding,
-    which is stored transposed. State: one float32 per entry of the head, and two
-    per entry of vectors, which AdamW updates.
+    which is stored transposed. State: one float32 per entry of the head, and two numbers per entry
+    of the parameters that AdamW updates, such as vectors.
 
     Args:
         params: Groups from `scale_groups`; or matrices, as tensors or (name, tensor) pairs, which
@@ -83,8 +83,8 @@ def scale_groups(
     embedding.
 
     Args:
-        model: The model, before or after FSDP2. Frozen parameters are left out, as `param_groups`
-            does.
+        model: The model, before or after FSDP2. Frozen parameters are left out, as in
+            `param_groups`.
         lr: Learning rate. The paper uses 1e-3 from 60M to 350M parameters.
         momentum: Decay rate μ of the head's average. The paper uses 0.9.
         weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.

@@ -12,7 +12,7 @@ from sinkgd.optim.sinkgd import SinkGD
 
 
 class SinkGDVariant(SinkGD):
-    r"""`SinkGD` with options for ablations, which combine freely.
+    r"""`SinkGD` with options for ablations, which combine unless an error says otherwise.
 
     Each option is also an option of groups: ``{"params": ..., "warm_start": True}`` works with
     `SinkGD`, too. Disabled options add no cost. A step applies them in this order: momentum of the
@@ -27,8 +27,9 @@ class SinkGDVariant(SinkGD):
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh, ``tiny_rows``, an extra half step, ``operator_norm`` and ``constant_norm`` each add
-    one message per step, and ``momentum_rank`` adds two. For a group that shards columns,
-    ``operator_norm`` adds two, and ``weight_projection`` adds one. ``tiny_rows`` and
+    one message for a process group that shards rows, and ``momentum_rank`` adds two. They add as
+    many for a group that shards columns, except that ``operator_norm`` adds two; there
+    ``weight_projection`` adds one, too. A group that does both gets both. ``tiny_rows`` and
     ``momentum_rank`` copy gradients: they process 256 MiB at a time and send one set of messages
     per chunk. ``constant_norm`` does the same with momentum of the update. ``weight_projection``
     and ``constant_norm`` copy updates, 128 MiB at a time.
@@ -41,7 +42,7 @@ class SinkGDVariant(SinkGD):
             needed to come equally close to the fixed point. Keeps n float32 of state per matrix.
         momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
             ``"after"``: B averages the normalized updates, and the step goes along B. The
-            root-mean-square of the step is then below 1.
+            root-mean-square change of a weight is then below ``lr``.
         momentum_bits: Bits per entry of B: 32; or 8, only with ``momentum_place="after"``. With 8
             bits, a step copies B of a few matrices at a time to float32.
         momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient G is
@@ -64,8 +65,9 @@ class SinkGDVariant(SinkGD):
             ``deflated_rank``.
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
             value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
-            longer a root-mean-square. With ``"muon"`` it is the largest change of an output for an
-            input of root-mean-square 1. Keeps n float32 per matrix.
+            longer a root-mean-square change of a weight. With ``"muon"`` it is the largest
+            root-mean-square change of a layer's output for an input of root-mean-square 1. Keeps n
+            float32 per matrix.
         weight_projection: Project each row of the update, an out-feature, off the same row of the
             weight, and rescale it to its former length. A step then turns the rows of the weight;
             their lengths grow only to second order in ``lr``. Keeps no state; copies the updates of

@@ -18,7 +18,7 @@ class SRON(MNGD):
 
     where Q is the diagonal matrix of row lengths. This update is the first half step of
     SR-Sinkhorn, and equals that of `MNGD` with only a `RowNorm`. A zero row stays zero; the paper
-    adds an ε to the length instead. ``state`` stays empty.
+    adds an ε to the length instead. Without momentum ``state`` stays empty.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or

@@ -1,8 +1,8 @@
 r"""The tempered update: rows and columns divided by their sums in turn, then squashed by tanh.
 
 It resembles SR-Sinkhorn but is a different method. It divides by sums of absolute values instead of
-lengths, applies a tanh, and gives the result the root-mean-square of the gradient. So the step is
-proportional to the gradient, as a step of SGD is.
+lengths, applies a tanh, and gives the result the root-mean-square of the gradient. So the step of a
+matrix is as large as its gradient times the rate, as in SGD.
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -51,10 +51,11 @@ class TemperedSinkGD(GroupedOptimizer):
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, T_\tau(G)
 
     where T is `sinkgd.temper`. T is not the iteration of the SinkGD paper: it divides by sums of
-    absolute values instead of lengths, and the step stays proportional to the gradient. So clipping
-    and the scale of the loss matter as for SGD. ``state`` stays empty. The step needs scratch
-    memory of twice the largest matrix. Ranks that share sharded parameters exchange two vectors per
-    iteration and two numbers for each matrix, and need a float32 copy of all their shards.
+    absolute values instead of lengths, and T(G) has the root-mean-square of G if G is a matrix. So
+    clipping and the scale of the loss matter as for SGD. ``state`` stays empty. The step needs
+    scratch memory for up to five float32 copies of the largest matrix. Ranks that share sharded
+    parameters exchange two vectors per iteration and two numbers for each matrix, and need a
+    float32 copy of all their shards.
 
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them, of any shape; whole or sharded.
@@ -270,7 +271,8 @@ def _mean_size(v: Tensor) -> Generator[Sums, Tensor, Tensor]:
 class Tempered(Method):
     """The method ``tempered``: matrices, vectors and scalars by one rule, with no state.
 
-    The update is proportional to the gradient, so the gradient is divided by the loss scale first.
+    The size of the update depends on that of the gradient, which is divided by the loss scale
+    first.
     """
 
     options = MappingProxyType[str, object](

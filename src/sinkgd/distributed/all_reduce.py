@@ -92,7 +92,7 @@ def sum_over_rows(
 def row_lengths(matrices: Sequence[ParamMatrix], backend: Backend) -> Steps[list[Tensor]]:
     """Return the l2 norm of every row that this rank holds or shares: ``(..., m, 1)``, float64.
 
-    Reads the gradients once. Sends one message if columns are sharded.
+    Reads the gradients once. Sends one message to each process group that shards columns.
     """
     grads = [matrix.grad for matrix in matrices]
     columns = sum(prod(grad.shape[:-2]) * grad.shape[-1] for grad in grads)

@@ -9,9 +9,9 @@ Letters, everywhere in this file:
     live: how many rows or columns of a matrix are not zero, over all ranks
 
 Zero rows and columns have no scale. If they counted, the other scales would drift: r by a factor
-per iteration, c by its inverse. So m and n are counted without them; only the last half step of the
-last iteration uses the true m. All ranks of a matrix make the same decisions, since they decide by
-sums that all of them know.
+per iteration, c by its inverse. So m and n are counted without them, except in the first half step,
+which uses the true n, and in the last half step of each matrix, which uses the true m. All ranks of
+a matrix make the same decisions, since they decide by sums that all of them know.
 """
 
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ class ParamMatrix(NamedTuple):
 
     param: Tensor  # (..., m, n), a view
     grad: Tensor
-    first_entry: int  # the index of its first entry among all entries of the parameter
+    first_entry: int  # where its bits of stochastic rounding begin; see `first_entry_of`
     sharding: Sharding | None = None  # None for a plain tensor
 
     @property
@@ -280,8 +280,8 @@ def shard_except(param: Tensor, whole_dims: Collection[int], numbers: Tensor) ->
 
     Args:
         param: A tensor of as many dimensions as ``numbers``.
-        whole_dims: The dimensions that stay whole: the row dimensions of ``param`` for vectors
-            along columns, its column dimensions for vectors along rows.
+        whole_dims: The dimensions that stay whole: the row dimensions of ``param`` if there is a
+            number for each column, its column dimensions if there is a number for each row.
         numbers: All numbers, the same on all ranks.
     """
     if not is_dtensor(param):

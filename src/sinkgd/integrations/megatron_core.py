@@ -30,7 +30,7 @@ _KEYS = (
 
 
 class MegatronSinkGD(SinkGD):
-    """`SinkGD` of matrices in groups of Megatron, which keep the keys that Megatron gave them.
+    """`SinkGD` for Megatron's groups, which keep the keys that Megatron gave them.
 
     Args:
         params: Groups of Megatron.

@@ -84,8 +84,8 @@ class SinkGDFactory:
                 ``kwargs`` set the same option, they take precedence. ``learning_rate`` becomes
                 ``adamw_lr`` unless ``kwargs`` set a rate. ``weight_decay`` keeps its name,
                 ``adam_beta1`` and ``adam_beta2`` become ``betas``, and ``adam_epsilon`` becomes
-                ``eps``. ``optim`` may only name torch's AdamW, the trainer's default. Other fields
-                are not read.
+                ``eps``. ``optim`` may only be ``"sinkgd"`` or a default of transformers, such as
+                ``"adamw_torch"``. Other fields are not read.
             **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
                 ``weight_decay``, ``betas``, ``overrides``, ``base_width`` and ``state_bits`` of
                 `param_groups`; ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an

@@ -1,8 +1,8 @@
-"""The end of every step: W ← (1 − lr·λ) W − lr X, rounded once, if the gradient is finite.
+"""How an update X is written: W ← (1 − lr·λ) W − lr X, rounded once, if the gradient is finite.
 
 With ``cautious_decay``, λ applies only to entries of W that the step moves toward zero.
 
-An update X of a bfloat16 parameter is often smaller than half the distance to the next bfloat16.
+The change lr X of a bfloat16 weight is often smaller than half the distance to the next bfloat16.
 Rounding to the nearest loses it in every step; stochastic rounding keeps it on average.
 """
 

@@ -2,7 +2,8 @@
 
 The rules, for every optimizer of this package:
 
-- A group's own value comes first, then the constructor's argument, then the default.
+- A group's own value comes first, then the preset of its method, if any, then the constructor's
+  argument, then the default.
 - An argument that no group uses is an error, unless it equals what the groups have.
 - A group that has an option which its method does not have is an error.
 - An unknown argument is refused, with the nearest name in the error.

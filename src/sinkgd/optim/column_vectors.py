@@ -1,4 +1,4 @@
-"""Vectors along the columns of each matrix of a parameter, which transforms keep in the state.
+"""Vectors with one number for each column of a matrix, which transforms keep in the state.
 
 A tensor of such vectors has the parameter's shape, but its row dimension has k entries for each
 matrix of the parameter. It is sharded like the parameter, except along the row dimension, which is

@@ -34,7 +34,7 @@ def from_adamw_state(
         state_dict: The ``state_dict`` of ``torch.optim.AdamW``. Not modified.
         names: The names of the parameters in the order in which AdamW had them, group by group.
             Needed if AdamW had several groups and its state has no ``param_names``. A single
-            group is taken to be ``model.parameters()``.
+            group without names must be ``model.parameters()``, or those that require gradients.
         **options: Options of `param_groups`, which replace those of the state.
 
     Raises:

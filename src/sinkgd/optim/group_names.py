@@ -3,7 +3,8 @@
 A name says what is in a group: ``"matrices"``, ``"embeddings-head-vectors"``. If several groups
 would have the same name, each name also gives the options in which its group differs from the
 others, unless they are defaults: ``"matrices-split-3"``. Names have only letters, digits, ``_``,
-``-`` and ``.``, which TensorBoard and other logs accept unchanged.
+``-`` and ``.``, which TensorBoard and other logs accept unchanged. A ``name`` from an override may
+have other characters.
 """
 
 import re

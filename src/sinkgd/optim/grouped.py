@@ -139,7 +139,7 @@ class GroupedOptimizer(Optimizer):
 
         Raises:
             ValueError: If the algorithm is unknown, or an option or a parameter does not fit it.
-            TypeError: If a parameter is complex.
+            TypeError: If ``param_group``, an option or a parameter has the wrong type.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a group must be a dict, got {type(param_group).__name__}")
@@ -184,7 +184,7 @@ class GroupedOptimizer(Optimizer):
         return value if was_passed else default
 
     def _own_lr(self, param_group: dict[str, Any]) -> None:
-        """Give a group its own tensor: a scheduler would scale a shared one twice, in place."""
+        """Give a group its own rate: a scheduler would scale a shared tensor twice, in place."""
         lr = param_group.get("lr", self.defaults["lr"])
         others = [group["lr"] for group in self.param_groups]
         if isinstance(lr, Tensor) and others:

@@ -12,7 +12,7 @@ from sinkgd.optim.grouped import GroupedOptimizer
 
 
 class MNGD(GroupedOptimizer):
-    r"""Descend along the gradient normalized by several norms at once.
+    r"""Descend along the gradient normalized by several norms in turn.
 
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{MultiNorm}(G; g_1 \dots g_K, L)
@@ -21,7 +21,8 @@ class MNGD(GroupedOptimizer):
     step. Without momentum there is no state: ``state`` stays empty.
 
     Matrices may be sharded on a mesh of devices if all norms are row, column, Frobenius or sign
-    norms. Each projection then sends at most one message per process group, and one more message
+    norms. For each norm, a process group then gets at most one message, or two for a Frobenius norm
+    if the group shards rows of some matrices and columns of others. One more message per group
     tells which gradients are not finite. Other norms need whole matrices.
 
     Args:
@@ -46,12 +47,13 @@ class MNGD(GroupedOptimizer):
         nesterov: Normalize μB + (1 − μ)G instead.
         momentum_place: ``"before"``: B averages the gradients, as described for ``momentum``; or
             ``"after"``: B averages the normalized updates, and the step goes along B. The
-            root-mean-square of the step is then below 1.
+            root-mean-square change of a weight is then below ``lr``.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is not a matrix; the message names
             it.
-        TypeError: If a parameter is not real and floating, or a norm has no ``project``.
+        TypeError: If a parameter is not real and floating, a norm has no ``project``, or the norms
+            need whole matrices and a parameter is sharded.
 
     Examples:
         >>> import torch

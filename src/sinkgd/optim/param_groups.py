@@ -75,11 +75,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
 
-    Hidden matrices (linear and convolution weights inside the model's blocks) go to
-    ``matrix_algorithm`` at ``matrix_lr_scale * lr``; so do experts, as stacks of matrices.
-    Embeddings, the output head, routers of experts, norms, biases, depthwise convolutions, low-rank
-    adapters and modules of unknown types go to AdamW at ``lr``. Module types and places decide, not
-    names; tied weights count once. Print `describe_param_groups` to see the result.
+    Hidden matrices (linear and convolution weights inside the model's blocks, or anywhere if it has
+    no blocks) go to ``matrix_algorithm`` at ``matrix_lr_scale * lr``; so do experts, as stacks of
+    matrices. Everything else goes to AdamW at ``lr``: embeddings, the output head, routers of
+    experts, norms, biases, depthwise convolutions, low-rank adapters and modules of unknown types.
+    Module types and places decide, not names; tied weights count once. Print
+    `describe_param_groups` to see the result.
 
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out: one that is
@@ -127,7 +128,7 @@ def param_groups(
             float32. None keeps the type of the weights.
 
     Returns:
-        Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay``, the
+        Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay``, some
         options of its algorithm, and a ``name`` of its own for logs, such as ``"matrices"`` or
         ``"embeddings-head-vectors"``.
 
@@ -222,7 +223,7 @@ def _check_decays(cautious_decay: bool, groups: Iterable[Mapping[str, Any]]) -> 
     if cautious_decay and not any(group["weight_decay"] for group in groups):
         raise ValueError(
             "cautious_decay=True has no effect: no group has a weight_decay. Pass weight_decay, or "
-            "leave it out"
+            "leave out cautious_decay"
         )
 
 

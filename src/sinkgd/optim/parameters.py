@@ -49,8 +49,8 @@ class Listed(NamedTuple):
 class ParameterIndex:
     """Finds the parameters of an optimizer, and checks those that are new.
 
-    The index is built once per step, and again if a parameter is no longer in its place. Callers
-    pass the groups and the states with every call, as torch may replace both.
+    `find` builds the index once per step, and again if a parameter is no longer in its place.
+    Callers pass the groups and the states with every call, as torch may replace both.
     """
 
     def __init__(self, groups: Sequence[Group] = ()) -> None:
@@ -276,7 +276,7 @@ def has_state(group: Group) -> bool:
 
 
 def _fresh_state(param: Tensor, group: Group) -> dict[str, Any]:
-    """Return the state of a parameter before the first step, without values, in whole shapes."""
+    """Return the state of an unsharded parameter before the first step, without values."""
     state: dict[str, Any] = {}
     whole = torch.empty(param.shape, dtype=param.dtype, device="meta")
     METHODS[group["algorithm"]].init_state(whole, group, state)

@@ -110,7 +110,7 @@ class GradientRelease:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Only accumulate gradients inside: for every micro-batch of a step except the last."""
+        """Let backward only accumulate gradients: in every micro-batch of a step but the last."""
         before, self._accumulating = self._accumulating, True
         try:
             yield
@@ -269,7 +269,7 @@ class GradientRelease:
 
     @torch.no_grad()
     def _end_backward(self) -> None:
-        """Apply all remaining gradients: of early micro-batches, and of new parameters."""
+        """Apply all remaining gradients: waiting, accumulated, or of new parameters."""
         remaining = [p for _, p in self._optimizer.named_parameters() if p.grad is not None]
         for param in remaining:
             if param in self._applied:

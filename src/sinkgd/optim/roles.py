@@ -3,7 +3,8 @@
 The names that a model gives to its modules are not used. A *block* is a module that has children,
 and that is a member of a ``ModuleList``, of a ``ModuleDict`` or, if another member has the same
 type, of a ``Sequential``: the layers of a transformer, the stages of a ResNet. Linear weights
-inside blocks are the hidden matrices. Those outside are the model's input and output projections. A
+inside blocks are the hidden matrices. Those outside are the model's input and output projections.
+If a model has no blocks, all linear weights except those of the output head are hidden matrices. A
 list of output heads is not a list of blocks.
 
 Experts are hidden matrices: a list of modules, or one weight with the matrices of all experts. The
@@ -183,7 +184,7 @@ class _Modules:
     def _seen_through(
         self, path: str, module: nn.Module, attribute: str
     ) -> tuple[str, nn.Module, str, bool]:
-        """Return the module and attribute that a parameter stands for, and whether it is a gain.
+        """Return the path, module and attribute of a weight, and whether the parameter is its gain.
 
         A parametrized weight is computed from tensors in ``parametrizations.weight``: an original
         of the same shape or, with a weight norm, a gain and a direction. The older `weight_norm`

@@ -12,8 +12,8 @@ from sinkgd.optim.method import Group
 from sinkgd.optim.parameters import has_state, misfit_of_state, named
 from sinkgd.optim.roles import without_wrappers
 
-# Added to the state in a state dict that would have no tensor. To load a full state dict, torch
-# takes the device from a tensor in it: torch/distributed/checkpoint/state_dict.py,
+# Added to the state in a state dict that would have no tensor with dimensions. To load a full state
+# dict, torch reads the device of such a tensor: torch/distributed/checkpoint/state_dict.py,
 # _load_optim_state_dict.
 PLACEHOLDER = "no_state"
 
@@ -47,7 +47,7 @@ def saved_options(group: Group) -> Group:
 
 
 def to_saved_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Save options as text, and list the parameters that have no state.
+    """Save norms as text, and list the parameters that have no state.
 
     torch's ``set_optimizer_state_dict`` would consider the state of an unlisted parameter lost. If
     no parameter will ever have state, all are listed even before the first step: torch's helpers
@@ -129,13 +129,12 @@ def _adopt(index: int, own: Group, saved: Group) -> Group:
 
 
 def check_is_adamw(index: int, saved: Group) -> None:
-    """Refuse a group that was saved by an optimizer other than ``torch.optim.AdamW``.
+    """Refuse a group that was not saved by ``torch.optim.AdamW``, or was saved with AMSGrad.
 
     torch.optim.Adam without weight decay is AdamW.
 
     Raises:
-        ValueError: If another optimizer saved the group; the message gives the index of the group
-            and the remedy.
+        ValueError: If the group is refused; the message gives its index and the remedy.
     """
     if not {"lr", "betas", "eps", "weight_decay"} <= saved.keys():
         raise ValueError(

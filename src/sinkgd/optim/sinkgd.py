@@ -44,10 +44,11 @@ class SinkGD(GroupedOptimizer):
     `param_groups` sets ``deflated_rank``. Disabled options add no cost. Of the options that change
     the update, vectors support only momentum.
 
-    On a mesh of devices a step sends L messages to each process group. Momentum adds one message,
-    ``deflated_rank`` adds two, or four for a group that shards columns. No matrix is sent.
-    ``nesterov`` copies gradients: it processes 256 MiB at a time and sends one set of messages per
-    chunk. ``deflated_rank`` processes 128 MiB of vectors at a time.
+    On a mesh of devices a step sends L messages to each process group. Momentum adds one message.
+    ``deflated_rank`` adds two for a group that shards rows, four for one that shards columns, and
+    six for one that does both. No matrix is sent. ``nesterov`` copies gradients: it processes 256
+    MiB at a time and sends one set of messages per chunk. ``deflated_rank`` processes 128 MiB of
+    vectors at a time.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs. Groups may name any

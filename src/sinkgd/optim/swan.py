@@ -45,12 +45,12 @@ class SWAN(GroupedOptimizer):
         nesterov: Normalize μB + (1 − μ)G instead.
         momentum_place: ``"before"``: B averages the gradients, as described for ``momentum``; or
             ``"after"``: B averages the normalized updates, and the step goes along B. The
-            root-mean-square of the step is then below 1.
+            root-mean-square change of a weight is then below ``lr``.
 
     Raises:
         ValueError: If an option is out of range, or a parameter is not a matrix; the message names
             it.
-        TypeError: If a parameter is not real and floating.
+        TypeError: If a parameter is sharded, or is not real and floating.
 
     Examples:
         >>> import torch

@@ -5,7 +5,7 @@ A step of SR-Sinkhorn applies the transforms that a group turns on, in the order
 
     slots → [around] → matrices → [before] → scales → [after] → update
 
-A transform sees whole lists: it reads all gradients at once and sends all its sums in one message.
+A transform sees whole lists: it reads all gradients at once, and all parameters share its messages.
 `Sinkhorn` cuts the lists into chunks if transforms would need too much scratch memory. On a mesh
 every chunk sends its own messages. So that few chunks are enough, their size is limited only by
 what must stay in memory while messages are sent. A copy of a gradient that is needed only between
@@ -39,9 +39,10 @@ Step = Callable[[Sequence[Slot], Group, Context], Computation[Tensor]]  # as `Me
 # Scratch memory of a chunk, in addition to weights and gradients. A parameter that needs more is a
 # chunk by itself. Not measured.
 SCRATCH_BYTES = 64 << 20
-# The same on a mesh, where every chunk costs messages: for copies of gradients, and for vectors.
-# The groups of a step share these bytes.
+# The same on a mesh, where every chunk costs messages. The groups of a step share these bytes.
 MESH_SCRATCH_BYTES = 256 << 20
+# The same for what is held only after the iterations, such as vectors, with or without a mesh. On a
+# mesh, the groups of a step share these bytes.
 MESH_VECTOR_BYTES = 128 << 20
 # Bytes that each row or column of a shard uses at once for each vector, most of them float64.
 # tests/lab/plan/test_communication.py measured 17.4 for deflation.
@@ -146,10 +147,11 @@ class Scratch(NamedTuple):
 
 
 class Transform:
-    """What may stand before or after the scales of SR-Sinkhorn, or around a step of any method.
+    """An optional change: before or after the scales of SR-Sinkhorn, or around any method's step.
 
-    Except for ``context.states``, hooks are pure: they return a new batch. A hook that adds up
-    numbers over ranks is a generator decorated by `sinkgd.exchange.computation`.
+    `before` and `after` return a new batch. They change nothing in place but ``context.states`` and
+    gradients that are scratch. A hook that adds up numbers over ranks is a generator decorated by
+    `sinkgd.exchange.computation`.
     """
 
     # The group options of the transform, with the defaults at which it is off.

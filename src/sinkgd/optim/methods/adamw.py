@@ -30,9 +30,9 @@ from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 # _get_fused_kernels_supported_devices.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
-# How many entries of a bfloat16 parameter are in float32 at a time. With the random bits, each then
-# takes some 40 bytes. The number is larger on a GPU, since launching small kernels takes longer
-# than their work.
+# How many entries of a parameter stochastic rounding and cautious decay have in float32 at a time.
+# With random bits, each then takes some 40 bytes. The number is larger on a GPU, since launching
+# small kernels takes longer than their work.
 _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 22
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

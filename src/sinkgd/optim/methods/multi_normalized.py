@@ -2,9 +2,10 @@
 
 Whole matrices of one shape are stacked, since many small products cost more than a large one.
 
-Sharded matrices need norms whose projection scales rows and columns: row, column and Frobenius
-norms give an update of the form r G c, and the sign norm replaces G by sign(G). Ranks then exchange
-sums along rows and columns, one message per group and norm, and never a matrix.
+Sharded matrices need row, column, Frobenius or sign norms: the first three give an update of the
+form r G c, and the sign norm replaces G by sign(G). Ranks then exchange sums along rows and
+columns, and never a matrix. For each norm, a group gets at most one message, or two for a Frobenius
+norm if the group shards rows of some matrices and columns of others.
 
 Letters, everywhere in this file:
     m, n: rows and columns of a whole matrix; ...: leading batch dimensions
@@ -67,14 +68,14 @@ from sinkgd.optim.transforms.momentum import Momentum
 # On a CPU a batch saves calls and has to stay in cache. On one core of an Intel Xeon (2 MiB of L2)
 # a step of llama-60m was fastest with 4 to 16 MiB, and 10 to 90 % slower with 64 and 256.
 CPU_BATCH_BYTES = 8 << 20
-# Not measured: a GPU wants some hundred tiles of 128 x 128, so about twenty matrices of 512 x 512.
+# Not measured: a GPU needs a few hundred tiles of 128 x 128, so about twenty matrices of 512 x 512.
 BATCH_BYTES = 64 << 20
 
 # Memory that a batch uses for each of its matrices, as a number of matrices: one in the stack that
 # becomes the result, and two of scratch, the most that one of our norms needs.
 MATRICES_IN_USE = 3
 
-# Norms whose projection scales rows and columns.
+# Norms that shards can be projected on.
 _SCALING_NORMS = (RowNorm, ColumnNorm, FrobeniusNorm, SignNorm)
 
 
@@ -229,7 +230,7 @@ def _items(slots: Sequence[Slot], layout: str, split: Split) -> Iterator[BatchIt
 
 
 def _fitting(param: Tensor, grad: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Cut ``(..., m, n)``, in reading order, into ``(b, m, n)`` that fit into a batch."""
+    """Cut ``(..., m, n)``, in row-major order, into ``(b, m, n)`` that fit into a batch."""
     if param.ndim == 2:
         return [(param.unsqueeze(0), grad.unsqueeze(0))]
     if param.ndim == 3:

@@ -1,4 +1,4 @@
-"""Normalized gradient descent: each gradient is divided by its own l2 norm, with no state.
+"""Normalized gradient descent: each gradient is divided by its root-mean-square, with no state.
 
 This is the method for vectors and scalars if no state at all is wanted. A scalar moves by the sign
 of its gradient.

@@ -138,7 +138,7 @@ def _active(group: Group) -> list[Transform]:
 
 
 def _hooks(name: str, transforms: Sequence[Transform]) -> list[Callable[..., Computation[Any]]]:
-    """Return a hook of the transforms that have it."""
+    """Return the hook ``name`` of each transform that defines it."""
     default = getattr(Transform, name)
     return [getattr(own, name) for own in transforms if getattr(type(own), name) is not default]
 

@@ -1,4 +1,4 @@
-"""What may stand before or after the scales of SR-Sinkhorn: one class per file, off by default.
+"""Optional changes to a step of SR-Sinkhorn: one class per file, off by default.
 
 `sinkgd.optim.transform` is their contract, and `sinkgd.optim.methods.sinkhorn` runs them.
 """

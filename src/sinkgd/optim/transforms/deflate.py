@@ -157,7 +157,7 @@ def fixed_vectors(
 
 
 def _directions(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> Tensor:
-    """Return the kept vectors of a parameter; create them if absent or too few or many."""
+    """Return the kept vectors of a parameter; create them if absent or of another number."""
     k, layout = group["deflated_rank"] + 1, group["layout"]
     kept: Tensor | None = state.get(DIRECTIONS)
     if kept is None or [*kept.shape] != shape_of_vectors(param, layout, count * k):

@@ -60,9 +60,10 @@ def starts_after_half_step(
 ) -> Steps[list[Tensor]]:
     """Return column scales ``(..., 1, n)`` that bring the columns of each matrix to one length.
 
-    The largest is at most 1 and at least 1/√n, as `Backend.scales` requires. A column shorter
-    than 2**-40 times the Frobenius norm of its matrix gets the scale of a column of that length.
-    Reads the gradients once, and sends one message per process group.
+    They are at most 1, as `Backend.scales` requires, and the largest is at least 1/√n. A column
+    shorter than 2**-40 times the Frobenius norm of its matrix gets the scale of a column of that
+    length. Reads the gradients once. A process group gets one message if it shards rows, and one
+    if it shards columns.
     """
     transposed = [matrix.mT for matrix in matrices]
     lengths = yield row_lengths(transposed, backend)  # (..., n, 1)

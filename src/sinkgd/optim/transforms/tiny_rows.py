@@ -2,7 +2,7 @@
 
 Row normalization gives all rows of the gradient the same length, even the shortest. In an embedding
 or an output head most rows belong to tokens that a batch does not contain; the gradient of these
-rows is noise.
+rows is zero or hardly more than noise.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,9 @@ def mask_tiny_rows(
     """Set rows to zero if their l2 norm is below ``threshold`` times the mean over all rows.
 
     The update of these rows is then zero, and they do not affect the scales of others. Reads the
-    gradients once and, unless ``in_place``, copies them. Sends one message per process group. A
-    non-finite row is kept, so that later checks find it.
+    gradients once and, unless ``in_place``, copies them. A process group gets one message if it
+    shards rows, and one if it shards columns. A non-finite row is kept, so that later checks find
+    it.
     """
     lengths = yield row_lengths(matrices, backend)
     totals = yield sum_over_rows([own.sum(-2, keepdim=True) for own in lengths], matrices)

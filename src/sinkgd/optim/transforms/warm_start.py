@@ -41,8 +41,8 @@ class WarmStart(Transform):
         kept = sharding if side == "row" else sharding.mT
         if kept.row_groups:
             raise ValueError(
-                f"warm_start=True keeps the scales of whole {side}s, and those of {name!r} are "
-                f"sharded ({param.placements}); leave it off for this group"
+                f"warm_start=True needs whole {side}s, and those of {name!r} are sharded "
+                f"({param.placements}); leave it off for this group"
             )
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
