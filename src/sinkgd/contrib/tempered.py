@@ -22,6 +22,7 @@ from torch.optim.optimizer import ParamsT
 from sinkgd.distributed.shards import (
     ParamMatrix,
     check_shards,
+    first_entry_of,
     is_dtensor,
     local,
     param_matrices,
@@ -363,7 +364,8 @@ def _temper_shard(
 
 def _matrices_of(slot: Slot, group: Group) -> list[ParamMatrix]:
     if slot.param.ndim < 2:
-        return [ParamMatrix(local(slot.param), local(slot.grad), 0)]
+        first_entry = first_entry_of(slot.param, group["layout"])
+        return [ParamMatrix(local(slot.param), local(slot.grad), first_entry)]
     return param_matrices([slot], layout=group["layout"], split=group["split"]).matrices
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sinkgd.distributed.shards import ParamMatrix
+from sinkgd.distributed.shards import ParamMatrix, first_entry_of
 from sinkgd.kernels import Cautious, Keep
 from sinkgd.kernels.eager import apply_update_
 from sinkgd.kernels.rounding import keys_of_step
@@ -43,13 +43,13 @@ class UpdateWriter:
     ) -> None:
         self._flags = allowed(finite, context)
         self._keys = draw_keys(slots, group)
-        self._group = group
+        self._group, self._slots = group, slots
 
     def may_write(self, i: int) -> Tensor | None:
         """Return whether parameter ``i`` may be written, 0-dim bool; None if all may."""
         return None if self._flags is None else self._flags[i]
 
-    def write_(self, i: int, param: Tensor, update: Tensor, first_entry: int = 0) -> None:
+    def write_(self, i: int, param: Tensor, update: Tensor, first_entry: int | None = None) -> None:
         """Apply an update to parameter ``i``, or to a part of it.
 
         Args:
@@ -57,9 +57,11 @@ class UpdateWriter:
             param: This rank's entries of the parameter, or a view of some.
             update: X, of the same shape; overwritten.
             first_entry: The index of the first entry of ``param`` among all entries of the
-                parameter.
+                parameter, for stochastic rounding; None if ``param`` has all entries of this rank.
         """
         key = None if self._keys is None else self._keys[i]
+        if key is not None and first_entry is None:
+            first_entry = first_entry_of(self._slots[i].param, self._group.get("layout", "auto"))
         apply_update_(
             param,
             update,
