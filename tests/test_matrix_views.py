@@ -67,6 +67,8 @@ def test_split_and_transposed_compose():
         ({"layout": "columns"}, "layout must be one of auto, transposed, flatten; got 'columns'"),
         ({"split": 4}, r"'w' of shape \(6, 5\): split=4 does not divide 6 rows"),
         ({"split": (4, 3)}, r"split=\(4, 3\) adds up to 7, not to 6 rows"),
+        ({"split": (6, 0)}, r"split=\(6, 0\) has a part below 1; each needs at least one row"),
+        ({"split": (7, -1)}, r"split=\(7, -1\) has a part below 1; each needs at least one row"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(options, message):

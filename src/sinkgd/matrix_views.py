@@ -103,7 +103,9 @@ def sizes_of(rows: int, split: Split) -> list[int]:
         if split < 1 or rows % split:
             raise ValueError(f"split={split} does not divide {rows} rows into equal parts")
         return [rows // split] * split
-    if sum(split) != rows or min(split) < 1:
+    if min(split) < 1:
+        raise ValueError(f"split={tuple(split)} has a part below 1; each needs at least one row")
+    if sum(split) != rows:
         raise ValueError(f"split={tuple(split)} adds up to {sum(split)}, not to {rows} rows")
     return list(split)
 

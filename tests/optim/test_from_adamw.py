@@ -163,6 +163,7 @@ def changed(state_dict, **options):
 REFUSED = {
     "no state dict": (lambda s: {"state": {}}, "state_dict must be what"),
     "of this package": (lambda s: changed(s, algorithm="adamw"), "call its load_state_dict"),
+    "of Lion": (lambda s: s["param_groups"][0].pop("eps") and s, "has no eps and no algorithm"),
     "of SGD": (lambda s: s["param_groups"][0].pop("betas") and s, "has no betas and no algorithm"),
     "of Adam": (lambda s: changed(s, decoupled_weight_decay=False), "saved by torch.optim.Adam,"),
     "amsgrad": (lambda s: changed(s, amsgrad=True), "has amsgrad=True"),

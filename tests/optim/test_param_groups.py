@@ -283,6 +283,8 @@ def test_overrides_choose_algorithms_and_options_and_the_first_match_decides():
 
 
 def test_an_override_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"has no effect, because earlier overrides match all of"):
+        sinkgd.param_groups(Model(), overrides={"c": "adamw", "c.weight": "sinkgd"})
     with pytest.raises(ValueError, match=r"override 'lm_head' matches no parameter"):
         sinkgd.param_groups(Model(), overrides={"lm_head": "sinkgd"})
 

@@ -392,9 +392,14 @@ def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, An
                     {"algorithm": override} if isinstance(override, str) else dict(override)
                 )
                 break
-    if unmatched:
+    for pattern in unmatched:
+        if any(matches(pattern, name) for name in names):
+            raise ValueError(
+                f"override {pattern!r} has no effect, because earlier overrides match all of its "
+                "parameters; put it before them"
+            )
         raise ValueError(
-            f"override {next(iter(unmatched))!r} matches no parameter; "
+            f"override {pattern!r} matches no parameter; "
             "see the names in describe_param_groups(model)"
         )
     return options

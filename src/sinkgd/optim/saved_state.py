@@ -136,10 +136,11 @@ def check_is_adamw(index: int, saved: Group) -> None:
     Raises:
         ValueError: If the group is refused; the message gives its index and the remedy.
     """
-    if not {"lr", "betas", "eps", "weight_decay"} <= saved.keys():
+    lacking = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in saved]
+    if lacking:
         raise ValueError(
-            f"group {index} of the checkpoint has no betas and no algorithm, so neither AdamW nor "
-            "an optimizer of this package saved it; load only the model's weights"
+            f"group {index} of the checkpoint has no {', '.join(lacking)} and no algorithm, so "
+            "neither AdamW nor an optimizer of this package saved it; load only the model's weights"
         )
     if saved.get("amsgrad"):
         raise ValueError(
