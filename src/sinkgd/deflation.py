@@ -1,9 +1,10 @@
-r"""Lower a matrix's leading singular values to the next one, reading the matrix twice.
+r"""Lower a matrix's leading singular values to the next one, in two passes over the matrix.
 
 No singular value is computed. A block power iteration finds k + 1 orthonormal directions. The first
-reading computes :math:`X^\top X \Omega` for a fixed block Ω; an orthonormal basis of the result is
-V. The second reading computes :math:`Z = X V` and :math:`X^\top Z`. As :math:`B = X^\top Q` follows
-from :math:`X^\top Z`, no third reading is needed:
+pass computes :math:`X^\top X \Omega` for a fixed block Ω; an orthonormal basis of the result is V.
+The second pass computes :math:`Z = X V` and :math:`X^\top Z`. As :math:`B = X^\top Q` follows from
+:math:`X^\top Z`, no third pass is needed. A pass is a product with X and one with Xᵀ, for which
+kernels read the matrix once and torch reads it twice:
 
 .. math::
     V = \mathrm{orth}(X^\top X \Omega), \qquad Z = X V, \qquad C = X^\top Z, \qquad
@@ -48,15 +49,16 @@ from sinkgd.precision import in_full_precision
 # not.
 Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
 
-# No direction is lowered below this fraction of the longest one. Gradients in bfloat16 have
-# rounding errors of 2^-9 per entry, whose energy stays below 1 % of the update's at this level.
+# No direction is lowered below this fraction of the longest one. Entries of bfloat16 gradients have
+# relative rounding errors of 2^-9. With this limit, the sum of the squares of these errors stays
+# below 1 % of that of the result's entries.
 LEAST_LEVEL = 2.0**-6
 # Added to the Gram matrix of k vectors, relative to its trace, so that it always has a Cholesky
 # factor.
 _RIDGE = 2.0**-48
 # A direction of Z that is shorter than this fraction of Z's Frobenius norm counts as zero. Such a
-# direction is far below the least level. With float32 products, the error of its column of B is at
-# least 2^-24 · 2^9, relative to the longest column.
+# direction is below the least level. Its column of B is a column of C divided by its length, which
+# multiplies the rounding errors of float32 products, 2^-24 of the longest column, by 2^9 or more.
 _SHORTEST = 2.0**-9
 # The fractional part of the golden ratio. No two of its products with 1, 4, 9, … differ by a
 # multiple of 2π, so that their sines do not repeat.
@@ -268,8 +270,9 @@ def find_leading(
         blocks: Ω of each matrix, ``(..., n, k + 1)`` float64, where n counts only this rank's
             columns.
         shapes: m and n of the whole matrices; k is less than both.
-        over_rows: Adds up, over ranks, sums along columns.
-        over_columns: Adds up, over ranks, sums along rows; None if no row is sharded.
+        over_rows: Adds up the sums of ranks that hold different rows.
+        over_columns: Adds up the sums of ranks that hold different columns; None if no rank holds
+            only a part of a row.
     """
     _, ahead = yield _of_both(products, blocks, over_columns)
     ahead, squares = _halves((yield over_rows([*ahead, *products.squares()])))

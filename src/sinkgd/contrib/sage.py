@@ -35,8 +35,9 @@ class Sage(Method):
         W \leftarrow (1 - \eta\lambda) W - \eta\, \mathrm{sign}(\beta_1 M + (1 - \beta_1) G)\, H
 
     and then :math:`M \leftarrow \beta_2 M + (1 - \beta_2) G`. :math:`\hat S` is S corrected for its
-    start at zero. State: one number per entry, in the parameter's type, and n + 1 float32. Rows may
-    be sharded; ranks then exchange n numbers per parameter, in one message for all parameters.
+    start at zero. State: one number per entry, in the parameter's type, and n + 1 numbers in
+    float32 or wider. Rows may be sharded; ranks then exchange n numbers per parameter, in one
+    message for all parameters.
 
     References:
         Lee and Kim, SAGE: Sign-Adaptive Gradient for Memory-Efficient LLM Optimization.
@@ -127,7 +128,8 @@ def _dampers(
         for average, new in ((state["mean_size"], size), (state["weight_seen"], 1.0)):
             ahead = beta2 * average + (1 - beta2) * new
             average.copy_(ahead if flag is None else torch.where(flag, ahead, average))
-        average = state["mean_size"] / state["weight_seen"].clamp(min=1e-38)  # 0 without gradients
+        # Zero until the first finite gradient.
+        average = state["mean_size"] / state["weight_seen"].clamp(min=1e-38)
         dampers.append(
             torch.minimum(_rms(average) / (average + eps), _rms(size) / (size + eps)).clamp(max=1)
         )

@@ -22,7 +22,8 @@ class SinkGDCallback(OptimizerCallback):
     """Builds the optimizer of `SinkGDFactory` for a trainer of ms-swift.
 
     The trainer's ``learning_rate``, ``weight_decay`` and Adam options are read as settings for
-    AdamW, unless ``optim_args``, such as ``"deflated_rank=0,momentum=0.5"``, sets the same options.
+    AdamW, unless ``optim_args`` sets the same options. It also takes options that the trainer does
+    not have, as in ``"deflated_rank=0,momentum=0.5"``.
     """
 
     def create_optimizer(self, model: nn.Module | None = None) -> SinkGD:

@@ -239,9 +239,9 @@ def update_of(grad: Tensor, scales: Scales | CorrectedScales) -> Tensor:
 def without_corrections(
     grads: Sequence[Tensor], scales: Sequence[Scales | CorrectedScales]
 ) -> tuple[list[Tensor], list[Scales]]:
-    """Replace gradients with `CorrectedScales` by their updates, and the scales by ones.
+    """Apply corrections: return the update in place of each gradient whose scales have one.
 
-    Each of these updates is a copy in float32 or wider.
+    The scales of such an update are ones. It is a copy, in float32 or wider.
     """
     found_grads: list[Tensor] = []
     found_scales: list[Scales] = []

@@ -48,7 +48,8 @@ def find_backend(name: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: If no backend has this name, or the named backend does not run on ``device``.
-        ImportError: If the named backend is not installed; the message says how to install it.
+        ImportError: If the named backend is not installed, or cannot run here; the message gives
+            the reason, and says how to install it.
     """
     if name == "auto":
         return next(backend for backend in backends() if _takes(backend, device))
@@ -69,15 +70,17 @@ def find_backend(name: str, device: torch.device) -> Backend:
 def describe(device: torch.device) -> list[tuple[str, bool, str]]:
     """List every backend, fastest first: name, whether ``"auto"`` may choose it, and a sentence.
 
-    The sentence says why the backend cannot run on ``device``, or else how it works.
+    The sentence says why ``"auto"`` does not choose the backend, or else how the backend works.
     """
     rows = []
     for backend in backends():
         reason = backend.missing()
         if reason is not None:
             rows.append((backend.name, False, _with_remedy(backend, reason)))
-        elif not backend.supports(device) or (backend.name, device.type) in ONLY_BY_NAME:
+        elif not backend.supports(device):
             rows.append((backend.name, False, f"does not run on {device}"))
+        elif (backend.name, device.type) in ONLY_BY_NAME:
+            rows.append((backend.name, False, f"runs on {device} only if it is named"))
         else:
             rows.append((backend.name, True, str(backend.__class__.__doc__).splitlines()[0]))
     return rows

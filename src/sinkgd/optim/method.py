@@ -29,7 +29,8 @@ class Slot(NamedTuple):
     grad: Tensor
     finite: Tensor | None = None  # 0-dim bool: whether the gradient is finite, if that is known
     is_scratch: bool = False  # whether the step may overwrite the gradient
-    weight: Tensor | None = None  # the weight, if ``param`` is an average of its updates
+    # The weight, if ``param`` is not a weight but the average of a weight's updates.
+    weight: Tensor | None = None
 
 
 class Context(NamedTuple):

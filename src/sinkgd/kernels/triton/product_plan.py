@@ -40,7 +40,8 @@ class Plan(NamedTuple):
     """Where matrices and vectors are stored."""
 
     buckets: tuple[Bucket, ...]
-    # int64, on the host: the matrices, then the matrix of each block of rows and of columns
+    # int64, on the host: the numbers of every `ProductMatrix`; then, for each block of rows and
+    # each block of columns, the index of its matrix
     table: Tensor
     matrices: int
     first: tuple[int, ...]  # for each tensor, the index of its first matrix
@@ -69,8 +70,8 @@ def plan_of_products(
     Args:
         grads: The gradients.
         shapes: Shapes of the gradients.
-        shared: The offset of each gradient's vectors among the vectors that gradients share, which
-            have an entry for each column.
+        shared: For each gradient, where its vectors begin in the tensor of the vectors that several
+            gradients use. These have an entry for each column.
         bucket_bytes: Bytes of gradients in a bucket; a larger gradient has a bucket of its own.
     """
     filled = _fill(grads, shapes, bucket_bytes)
@@ -119,7 +120,7 @@ def plan_of_products(
 def _fill(
     grads: tuple[Operand, ...], shapes: tuple[torch.Size, ...], bucket_bytes: int
 ) -> list[tuple[Kind, list[int]]]:
-    """Put tensors of one kind together; buckets whose vectors are split alike are adjacent."""
+    """Put tensors of one kind together; the buckets of bfloat16 come first."""
     buckets: list[tuple[Kind, list[int]]] = []
     open_: dict[Kind, tuple[list[int], int]] = {}
     for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):

@@ -1,4 +1,6 @@
-"""Interleaved timing: every round times each contender once, in an order that rotates.
+"""Interleaved timing: in every round contenders take turns, in an order that rotates.
+
+Slow contenders are left out of some rounds.
 
 Other load on the machine then affects all contenders alike. So does the state in which the previous
 contender leaves the caches. Ratios are taken within a round and summarized by their quartiles.

@@ -34,8 +34,8 @@ from sinkgd.lab.report.published_charts import memory_charts
 from sinkgd.lab.results import Run
 
 _LAST_DIGIT = 0.1  # value of the last digit of perplexities that were read from a plot
-# Models count as the same if their numbers of parameters differ by at most this fraction, as with
-# T5's 32,100 tokens instead of 32,000.
+# Models count as the same if their numbers of parameters differ by at most this fraction. They
+# differ by less if the vocabulary has 32,100 entries, as T5's, instead of 32,000.
 _SAME_MODEL = 0.01
 
 
@@ -106,8 +106,8 @@ def published_block(runs: Sequence[Run]) -> PublishedBlock:
     """Collect the published figures, and the measurements of ``runs`` at the same sizes.
 
     Args:
-        runs: The page's runs. Runs of a model of the benchmark get a row in the table; for other
-            runs the block gives the reason why they have no row.
+        runs: The page's runs. Finished runs of the benchmark's models get a row for each recipe and
+            size. For runs of other models the block gives the reason why they have none.
 
     Examples:
         >>> [column.size for column in published_block([]).columns]
@@ -238,8 +238,8 @@ def _memory() -> Detail:
         title="Memory of weights and state",
         note="GiB, by the benchmark’s formula: two bytes per weight and per number of state. Adam "
         "updates embedding, head and norms, except with SCALE and SGD. Vectors of the length of a "
-        "row or column are not counted (below 0.3 %). The state of GaLore, Fira and APOLLO-SVD "
-        "depends on their rank.",
+        "row or column are not counted (below 0.3 %). GaLore, Fira and APOLLO-SVD are not "
+        "listed, because their state depends on a rank.",
         columns=("method", *(size.name for size in sizes)),
         rows=tuple(
             (name, *(f"{memory_gib(size, state):.3g}" for size in sizes))
@@ -256,7 +256,7 @@ def _speed() -> Detail:
         for one in SPEEDUPS
     )  # fmt: skip
     abstract = (
-        "SinkGD’s tokens to Adam’s perplexity",
+        "share of Adam’s tokens that SinkGD needs for Adam’s perplexity",
         quantities.ABSENT,
         quantities.percent(TOKEN_FRACTION),
     )
