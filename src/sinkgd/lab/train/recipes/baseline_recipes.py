@@ -302,8 +302,8 @@ FROM_PAPERS = (
         "hidden matrices by their gradients, with each channel scaled as Adam would scale it in a "
         "random projection of the gradient; the rest by AdamW",
         "Zhu et al. 2024, scripts/pretrain_c4: scale 1, rank a quarter of the hidden size. The "
-        "laboratory has its own code, because pytorch-optimizer projects the scaled gradient, "
-        "which gives steps of low rank",
+        "laboratory has its own code, because pytorch-optimizer scales only the projected "
+        "gradient, which gives steps of low rank",
         {**_BENCHMARK, "rank": 0, "projection_scale": 1.0},
         _apollo,
     ),
@@ -321,8 +321,8 @@ FROM_PAPERS = (
         "AdamW",
         "Gong et al. 2025: beta 0.9, growth 1.01; the rates that the same authors use for SinkGD: "
         "0.02, and 0.05 times that for matrices. The laboratory has its own code, because "
-        "pytorch-optimizer divides by means of rows and columns, not by what RACS's iteration "
-        "converges to, and takes larger steps as gradients shrink",
+        "pytorch-optimizer divides by averages over rows and columns, not by the scales to which "
+        "RACS's iteration converges, and takes larger steps as gradients shrink",
         {"lr": 0.02, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM, "clip_norm": 0.0},
         _racs,
     ),
