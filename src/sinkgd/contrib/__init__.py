@@ -1,6 +1,6 @@
-"""Optimizers for ablations and studies, one file each.
+"""More optimizers and methods, most of them for ablations and studies, one file each.
 
-Importing this package adds their methods to `sinkgd.optim.methods.METHODS`.
+Importing this package adds the methods to `sinkgd.optim.methods.METHODS`.
 
 ``sinkgd-table`` is SinkGD with other options. Secondary sources report it for the embedding and the
 head of DeepSeek-V4.1: Nesterov's momentum is applied first, tiny rows are left out, and the half

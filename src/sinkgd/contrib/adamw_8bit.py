@@ -3,10 +3,10 @@
 It is a method for embeddings, the output head and other parameters that SinkGD leaves to AdamW:
 ``param_groups(model, state_bits=8)``.
 
-A moment is stored in blocks of 256 entries, in row-major order. For each block its largest absolute
-value is stored in float32, and for each entry one of 256 fractions of that value. The fractions are
-closer together near zero. A step decodes both moments to float32, takes AdamW's step, and encodes
-them again.
+A moment of at least 4,096 entries is stored in blocks of 256, in row-major order. For each block
+its largest absolute value is stored in float32, and for each entry one of 256 fractions of that
+value. The fractions are closer together near zero. A step decodes both moments to float32, takes
+AdamW's step, and encodes them again.
 """
 
 import math
@@ -37,11 +37,13 @@ CPU_ENTRIES = 1 << 20
 
 
 class AdamW8bit(AdamW):
-    """The method ``adamw-8bit``: torch's AdamW with both moments in 8 bits.
+    """The method ``adamw-8bit``: AdamW with both moments in 8 bits.
 
     State: two bytes per entry, and two float32 per block of 256; as in bitsandbytes, tensors below
-    4,096 entries keep two float32 per entry. The step is that of ``bitsandbytes.optim.AdamW8bit``,
-    bit for bit. On a GPU it waits for the device, to read which gradients are finite.
+    4,096 entries keep two float32 per entry. Without ``cautious_decay``, the step is that of
+    ``bitsandbytes.optim.AdamW8bit``, bit for bit. On a GPU a step waits for the device, to read
+    which gradients are finite. Only parameters with a non-finite gradient are left unchanged, not
+    their whole group.
 
     Names in the state: ``state1`` and ``state2``, the moments; ``absmax1`` and ``absmax2``, the
     largest values of their blocks; ``step``. The first four are those of bitsandbytes.
@@ -145,7 +147,7 @@ _CODES: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _code(number: str, device: torch.device) -> Tensor:
-    """Return the 256 fractions of a moment on a device; those of the first, ``"1"``, have signs."""
+    """Return the 256 fractions of a moment on a device; those of moment ``"1"`` have signs."""
     key = number, device
     if key not in _CODES:
         with torch.device("cpu"):  # bitsandbytes makes the fractions on the default device
@@ -217,7 +219,7 @@ def _update_entries_(
         param,
         first,
         second,
-        beta3=0.0,  # other methods use this number and the next one
+        beta3=0.0,  # other optimizers of bitsandbytes use it and alpha
         alpha=0.0,
         qmap1=_code("1", param.device),
         qmap2=_code("2", param.device),

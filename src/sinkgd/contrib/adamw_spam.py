@@ -3,7 +3,8 @@
 Letters, everywhere in this file:
     m, v: the first and the second moment of a parameter
     N: the l2 norm of all gradients of a group
-    z: the threshold; N is a spike if it is more than z standard deviations above the earlier mean
+    z: the threshold; N is a spike if it is more than z standard deviations above the mean of
+        earlier norms
 """
 
 import math
@@ -42,13 +43,15 @@ SHARE_OF_M, SHARE_OF_V = 0.5, 0.1
 class AdamWSPAM(GroupedOptimizer):
     r"""AdamW with AMSGrad and clipping, whose moments shrink at spikes and are regularly reset.
 
-    Let N be the l2 norm of all gradients of a parameter group. A step does the following, in order:
+    Let N be the l2 norm of all gradients of a parameter group, after the clipping of entries. A
+    step does the following, in order:
 
     - clip entries of g to :math:`\pm\sqrt{\theta v}`, as `SPAM` does, if ``theta`` is given;
     - if :math:`N > \bar N + z s`, where :math:`\bar N` and s are the mean and the standard
       deviation of the norms of the last ``norm_window`` steps, set :math:`m \leftarrow m / 2` and
       :math:`v \leftarrow 0.9 v`;
-    - set :math:`g \leftarrow g \min(1, N_{\max} / (N + 10^{-6}))`, as torch clips;
+    - set :math:`g \leftarrow g \min(1, N_{\max} / (N + 10^{-6}))`, where :math:`N_{\max}` is
+      ``max_norm``, as torch clips;
     - take a step of torch's AdamW with ``amsgrad=True``.
 
     When the moments are ``reset_interval`` steps old, they are reset to zero, and ``lr`` rises
@@ -63,7 +66,7 @@ class AdamWSPAM(GroupedOptimizer):
     gradient is not finite, the whole group is left unchanged, and the norm is not remembered.
 
     State: three numbers per entry. The last norms are saved with the group. A step needs all
-    gradients of the group, so `GradientRelease` refuses it.
+    gradients of the group, so `GradientRelease` refuses this optimizer.
 
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them; of any shape, whole or sharded.

@@ -34,10 +34,11 @@ class Sage(Method):
         \frac{\mathrm{rms}(s)}{s_j + \epsilon}, 1\Bigr), \qquad
         W \leftarrow (1 - \eta\lambda) W - \eta\, \mathrm{sign}(\beta_1 M + (1 - \beta_1) G)\, H
 
-    and then :math:`M \leftarrow \beta_2 M + (1 - \beta_2) G`. :math:`\hat S` is S corrected for its
-    start at zero. State: one number per entry, in the parameter's type, and n + 1 numbers in
-    float32 or wider. Rows may be sharded; ranks then exchange n numbers per parameter, in one
-    message for all parameters.
+    and then :math:`M \leftarrow \beta_2 M + (1 - \beta_2) G`, where M is the momentum and G the
+    gradient. :math:`\hat S` is S corrected for its start at zero. State: one number per entry, in
+    the parameter's type, and n + 1 numbers in float32 or wider. Rows may be sharded; ranks then
+    exchange n numbers per parameter, in one message for all parameters. Another message tells which
+    gradients are finite.
 
     References:
         Lee and Kim, SAGE: Sign-Adaptive Gradient for Memory-Efficient LLM Optimization.

@@ -31,8 +31,9 @@ class SCALE(MNGD):
     where D is the gradient G or, for the output head, its average B ← μB + (1 − μ)G. D has n
     columns, and Q(D) is the diagonal matrix of its row lengths. A column in the paper holds the
     weights of one output. In torch that is a row of a linear weight, but a column of an embedding,
-    which is stored transposed. State: one float32 per entry of the head, and two numbers per entry
-    of the parameters that AdamW updates, such as vectors.
+    which is stored transposed. So `scale_groups` normalizes the columns of embeddings. State: one
+    float32 per entry of the head, and two numbers per entry of the parameters that AdamW updates,
+    such as vectors.
 
     Args:
         params: Groups from `scale_groups`; or matrices, as tensors or (name, tensor) pairs, which
@@ -42,9 +43,10 @@ class SCALE(MNGD):
         **options: The keyword options of `MNGD`.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is not a matrix; the
-            message names it.
-        TypeError: If a parameter is not real and floating.
+        ValueError: If an option is out of range or has no effect, or a parameter is not a matrix;
+            the message names the option or the parameter.
+        TypeError: If an option does not exist or has the wrong type, ``params`` is a model, or a
+            parameter is not real and floating.
 
     Examples:
         >>> import torch, sinkgd
@@ -79,15 +81,16 @@ def scale_groups(
     """Split a model's parameters into groups for `SCALE`.
 
     Hidden matrices, embeddings and the output head are normalized at ``lr``, the head with
-    ``momentum``; all other parameters go to AdamW at ``lr``. A tied embedding and head counts as an
-    embedding.
+    ``momentum``; all other parameters go to AdamW at ``lr``. A weight that is embedding and head
+    counts as the one that comes first in the model, usually the embedding.
 
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out, as in
             `param_groups`.
-        lr: Learning rate. The paper uses 1e-3 from 60M to 350M parameters.
+        lr: Learning rate. The paper uses 1e-3 for models of 60M to 350M parameters.
         momentum: Decay rate μ of the head's average. The paper uses 0.9.
-        weight_decay: As for `param_groups`: decays hidden matrices. The paper uses none.
+        weight_decay: As for `param_groups`: embeddings, the head, vectors and scalars do not decay.
+            The paper uses none.
         betas: AdamW's decay rates of the two moments.
         overrides: As for `param_groups`; they take precedence.
 

@@ -31,18 +31,21 @@ class SinkGDVariant(SinkGD):
     many for a group that shards columns, except that ``operator_norm`` adds two; there
     ``weight_projection`` adds one, too. A group that does both gets both. ``tiny_rows`` and
     ``momentum_rank`` copy gradients: they process 256 MiB at a time and send one set of messages
-    per chunk. ``constant_norm`` does the same with momentum of the update. ``weight_projection``
-    and ``constant_norm`` copy updates, 128 MiB at a time.
+    per chunk. ``momentum_bits=8`` does the same, and so does ``constant_norm`` with momentum of the
+    update. ``weight_projection``, ``constant_norm``, and ``operator_norm`` with ``deflated_rank``
+    copy updates, 128 MiB at a time.
 
     Args:
         params: As in `SinkGD`.
         lr: As in `SinkGD`.
         sinkhorn_iterations: As in `SinkGD`.
         warm_start: Start from the column scales of the last step, so that fewer iterations are
-            needed to come equally close to the fixed point. Keeps n float32 of state per matrix.
+            needed to come equally close to the fixed point. Keeps n float32 of state per matrix (m
+            with ``last="row"``).
         momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
-            ``"after"``: B averages the normalized updates, and the step goes along B. The
-            root-mean-square change of a weight is then below ``lr``.
+            ``"after"``: B averages the normalized updates X, and the step goes along B (with
+            ``nesterov``, along μB + (1 − μ)X). The root-mean-square change of a weight is then
+            below ``lr``.
         momentum_bits: Bits per entry of B: 32; or 8, only with ``momentum_place="after"``. With 8
             bits, a step copies B of a few matrices at a time to float32.
         momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient G is
@@ -53,12 +56,15 @@ class SinkGDVariant(SinkGD):
         low_rank_momentum: Decay rate μ of this memory, in [0, 1). Only used if ``momentum_rank`` is
             above 0.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, with which an
-            iteration normalizes columns before rows. Only the lengths of the last side are exact.
+            iteration normalizes columns before rows. Only the columns, or only the rows, then have
+            exactly equal lengths.
         first: Side of the first half step. None means the side other than ``last``. If ``first``
             equals ``last``, an extra half step comes in front: 2L + 1 in all.
         tiny_rows: ``"keep"``, or ``"mask"``: rows of the gradient (or of B) that are nearly zero
-            are set to zero, and not updated. Copies the gradients of a few matrices at a time.
-        tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean over all rows.
+            are set to zero, and so is their update. Copies the gradients of a few matrices at a
+            time.
+        tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean norm of all
+            rows.
         deflated_start: Vectors from which deflation starts to search for directions:
             ``"fixed"``, the same in every step, without state; or ``"kept"``, the right directions
             of the last step. ``"kept"`` keeps (k + 1)·n float32 per matrix, where k is

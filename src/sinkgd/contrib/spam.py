@@ -68,7 +68,7 @@ class SPAM(GroupedOptimizer):
         cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
-            parameter and its moments unchanged, and count it in `skipped`).
+            parameter unchanged, and count it in `skipped`).
 
     Raises:
         ValueError: If an option is out of range; the message names it.
@@ -186,6 +186,8 @@ def warmed_up_lr(state: Mapping[str, Any], group: Group) -> float | Tensor:
 
     .. math::
         \eta\, \frac{1 - \cos(\pi (t + 1) / (W + 1))}{2}, \qquad t < W
+
+    where W is ``warmup_steps``. The rate is η for larger t, and before the first reset.
     """
     lr, length, t = learning_rate(group), group["warmup_steps"], state["step"]
     # Kernels of accelerators take a learning rate in float32 only.

@@ -16,9 +16,10 @@ class SRON(MNGD):
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \sqrt{n}\, Q(G)^{-1} G
 
-    where Q is the diagonal matrix of row lengths. This update is the first half step of
-    SR-Sinkhorn, and equals that of `MNGD` with only a `RowNorm`. A zero row stays zero; the paper
-    adds an ε to the length instead. Without momentum ``state`` stays empty.
+    where n is the number of columns and Q the diagonal matrix of row lengths. This update is the
+    first half step of SR-Sinkhorn, and equals that of `MNGD` with only a `RowNorm`. A zero row
+    stays zero; the paper adds an ε to the length instead. Without momentum, no state is kept for
+    matrices.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or
@@ -29,9 +30,10 @@ class SRON(MNGD):
         **options: The keyword options of `MNGD`.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is not a matrix; the message names
-            it.
-        TypeError: If a parameter is not real and floating.
+        ValueError: If an option is out of range or has no effect, or a parameter is not a matrix;
+            the message names the option or the parameter.
+        TypeError: If an option does not exist or has the wrong type, ``params`` is a model, or a
+            parameter is not real and floating.
 
     Examples:
         >>> import torch

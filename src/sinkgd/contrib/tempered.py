@@ -52,11 +52,11 @@ class TemperedSinkGD(GroupedOptimizer):
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, T_\tau(G)
 
     where T is `sinkgd.temper`. T is not the iteration of the SinkGD paper: it divides by sums of
-    absolute values instead of lengths, and T(G) has the root-mean-square of G if G is a matrix. So
-    clipping and the scale of the loss matter as for SGD. ``state`` stays empty. The step needs
-    scratch memory for up to five float32 copies of the largest matrix. Ranks that share sharded
-    parameters exchange two vectors per iteration and two numbers for each matrix, and need a
-    float32 copy of all their shards.
+    absolute values instead of lengths, and T(G) has the root-mean-square of G if G is a matrix
+    and ``n_iter`` is not 0. So clipping and the scale of the loss matter as for SGD. ``state``
+    stays empty. The step needs scratch memory for up to five float32 copies of the largest matrix.
+    Ranks that share sharded parameters exchange, for each matrix, one vector per iteration (two if
+    both rows and columns are sharded) and two numbers, and need a float32 copy of all their shards.
 
     Args:
         params: Tensors or (name, tensor) pairs, or groups of them, of any shape; whole or sharded.
@@ -147,13 +147,15 @@ def temper(
             larger entries become almost equal.
         num_iters: Iterations, at least 0, 5 by default. For vectors and scalars, all numbers
             except 0 give the same result.
-        eps: Floor on a sum, so that zero rows and columns stay zero; at least 0, 1e-8 by default.
+        eps: Floor on a sum, at least 0, 1e-8 by default. Zero rows and columns stay zero in any
+            case.
 
     Returns:
         The update, of ``grad``'s shape and dtype; computed in float32, or in float64 for float64.
 
     Raises:
         ValueError: If an option is out of range.
+        TypeError: If an option has the wrong type.
 
     Examples:
         >>> temper(torch.tensor([[8.0, 1.0], [-1.0, 2.0]]))  # in so small a matrix all exceed tau

@@ -20,8 +20,9 @@ from sinkgd.optim.method import Context, Group, Slot
 
 ROUNDINGS = ("nearest", "stochastic")
 
-# ``rounding_step`` counts the steps of a group, on the device of its parameters. It is created here
-# and saved with the group, so that a resumed run draws the same bits as an uninterrupted one.
+# ``rounding_step`` counts the steps of a group, on the device of its parameters. `check_rounding`
+# creates it. It is saved with the group, so that a resumed run draws the same bits as an
+# uninterrupted one.
 ROUNDING_STEP = "rounding_step"
 ROUNDING_OPTIONS = MappingProxyType[str, object](
     {"rounding": "nearest", "seed": 0, ROUNDING_STEP: None}
@@ -46,7 +47,7 @@ class UpdateWriter:
         self._group, self._slots = group, slots
 
     def may_write(self, i: int) -> Tensor | None:
-        """Return whether parameter ``i`` may be written, 0-dim bool; None if all may."""
+        """Return whether parameter ``i`` may be written: a 0-dim bool, or None for yes."""
         return None if self._flags is None else self._flags[i]
 
     def write_(self, i: int, param: Tensor, update: Tensor, first_entry: int | None = None) -> None:
@@ -80,7 +81,7 @@ def learning_rate(group: Group) -> float | Tensor:
 
 
 def decay_factor(group: Group) -> Keep:
-    """Return the factor of a parameter under decoupled weight decay: 1 − lr·λ."""
+    """Return a parameter's factor under decoupled weight decay, 1 − lr·λ; `Cautious` on request."""
     if group["weight_decay"] == 0:
         return 1.0
     keep: float | Tensor = 1 - learning_rate(group) * group["weight_decay"]
@@ -110,7 +111,7 @@ def allowed(finite: Tensor, context: Context) -> Tensor | None:
 
 
 def check_rounding(name: str, param: Tensor, group: Group) -> None:
-    """Refuse options out of range, and start counting the steps.
+    """Refuse options out of range; for stochastic rounding, create the counter of steps.
 
     Raises:
         ValueError: If an option is out of range, or a float16 parameter would be rounded
@@ -159,6 +160,6 @@ def draw_matrix_keys(
 
 
 def count_step(group: Group) -> None:
-    """Count a step of the group; the next step draws other keys."""
+    """Count a step of a group that rounds stochastically: the next step draws other keys."""
     if group.get(ROUNDING_STEP) is not None:
         group[ROUNDING_STEP].add_(1)

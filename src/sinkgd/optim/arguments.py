@@ -49,7 +49,7 @@ _OTHER_KEYS = {
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
 }
 
-# Arguments that `param_groups` takes too.
+# Arguments of the optimizers that `param_groups` takes, too.
 _OF_PARAM_GROUPS = {"lr", "weight_decay", "cautious_decay", "betas", "deflated_rank"}
 
 
@@ -105,8 +105,8 @@ def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any
     matrix.
 
     Raises:
-        ValueError: If no group runs ``algorithm``; the message gives the call that gives matrices
-            to this method.
+        ValueError: If no group runs ``algorithm``, and one runs another method that is not
+            auxiliary; the message gives the call that gives matrices to ``algorithm``.
     """
     names = list(dict.fromkeys(str(group["algorithm"]) for group in groups))
     if algorithm not in names and not all(METHODS[name].is_auxiliary for name in names):
@@ -153,6 +153,8 @@ def resolve(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the defaults of an optimizer, and the arguments that were passed.
 
+    An argument that equals its documented default counts as not passed.
+
     Args:
         arguments: The arguments of the constructor.
         none_means: The defaults of the arguments for which None means "not passed".
@@ -182,7 +184,7 @@ def defaults_of_groups(
     Args:
         defaults: The defaults of all arguments.
         passed: The arguments that were passed.
-        own: The groups as the caller gave them.
+        own: The groups as the caller gave them, each with its algorithm.
 
     Raises:
         ValueError: If no group uses an argument that was passed; the message gives the argument,
@@ -249,7 +251,7 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
 
 
 def check_kinds(options: Mapping[str, Any]) -> None:
-    """Refuse options of the wrong kind; the methods check the range.
+    """Refuse options of the wrong kind, and rates out of range; methods check all other ranges.
 
     Raises:
         TypeError: If an option has the wrong kind; the message gives its name and its value.

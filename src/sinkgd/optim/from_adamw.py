@@ -34,13 +34,16 @@ def from_adamw_state(
         state_dict: The ``state_dict`` of ``torch.optim.AdamW``. Not modified.
         names: The names of the parameters in the order in which AdamW had them, group by group.
             Needed if AdamW had several groups and its state has no ``param_names``. A single
-            group without names must be ``model.parameters()``, or those that require gradients.
-        **options: Options of `param_groups`, which replace those of the state.
+            group without names must have been ``model.parameters()``, or those of them that require
+            gradients.
+        **options: Options of `param_groups` except ``lr`` and ``matrix_lr_scale``; they replace
+            those of the state.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or an option does not exist.
         ValueError: If another optimizer saved the state, the state lacks names, its parameters are
-            not those of the model, or its groups differ in an option that is not given here.
+            not those of the model, or its groups differ in an option that is not given here or in
+            the factor by which a scheduler has changed their rates.
 
     Examples:
         >>> import torch, sinkgd

@@ -1,7 +1,7 @@
 """One torch optimizer whose parameter groups each name their method.
 
-A step goes group by group: the method of a group updates its parameters. Parameters with a
-non-finite gradient are left unchanged and reported to the guard.
+In a step, each group's method updates the parameters of this group. Parameters with a non-finite
+gradient are left unchanged and reported to the guard.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,15 +48,15 @@ from sinkgd.precision import in_full_precision
 class GroupedOptimizer(Optimizer):
     """Base class of the optimizers of this package: all bookkeeping, and no arithmetic.
 
-    A constructor argument is the default of the groups that do not set the option. An argument that
-    was passed and that no group uses is an error, unless it equals what all groups have:
-    ``SinkGD(param_groups(model), lr=1e-3)`` is refused, since `param_groups` sets every rate.
-    A group may only have options of its own method.
+    A constructor argument is the default of the groups that do not set the option and whose method
+    has no preset for it. An argument that was passed and that no group uses is an error, unless it
+    equals what all groups have: ``SinkGD(param_groups(model), lr=1e-3)`` is refused, since
+    `param_groups` sets every rate. A group may only have options of its own method.
 
     ``defaults`` agrees with the groups. If every group sets ``lr``, ``defaults["lr"]`` is the
-    largest rate, so that schedulers which read it scale every group as they scale those of AdamW.
-    ``defaults`` has ``momentum`` only if the optimizer has momentum, since torch's OneCycleLR and
-    CyclicLR look for it there.
+    largest rate, so that schedulers which read it scale every group alike. ``defaults`` has
+    ``momentum`` only if the optimizer has momentum, since torch's OneCycleLR and CyclicLR look for
+    it there.
 
     Args:
         params: Tensors, (name, tensor) pairs, or groups of either, as in ``torch.optim``. A group
@@ -64,13 +64,15 @@ class GroupedOptimizer(Optimizer):
         arguments: The arguments of the constructor, by name.
 
     Raises:
-        TypeError: If ``params`` is a model or not iterable.
-        ValueError: If an argument or an option has no effect or is out of range, or no group runs
-            the optimizer's own method.
+        TypeError: If ``params`` is a model or not a list of parameters or groups, or an option or a
+            parameter has the wrong type.
+        ValueError: If an argument or an option has no effect or is out of range, a parameter does
+            not fit its method, or groups run matrix methods, but none the optimizer's own.
+        ImportError: If a group needs a package that is not installed.
     """
 
     default_algorithm: ClassVar[str]
-    # Whether the optimizer takes groups of any method; others need a group of their own method.
+    # Whether groups may run any methods; if not, `check_runs` asks for the optimizer's own method.
     takes_every_group: ClassVar[bool] = False
     # Arguments that param_groups sets, too, with their defaults. None means that an argument was
     # not passed.
@@ -119,7 +121,7 @@ class GroupedOptimizer(Optimizer):
             self._add_hooks()
 
     def _add_hooks(self) -> None:
-        """Change state dicts in hooks, so that users' hooks can run before and after these."""
+        """Change state dicts in hooks, ordered so that users' hooks see the form that is saved."""
         self._saved_hook = self.register_state_dict_post_hook(to_saved_form)
         kind: Any = type(self)  # torch passes the optimizer to a hook
         self._load_hooks = (
@@ -140,6 +142,7 @@ class GroupedOptimizer(Optimizer):
         Raises:
             ValueError: If the algorithm is unknown, or an option or a parameter does not fit it.
             TypeError: If ``param_group``, an option or a parameter has the wrong type.
+            ImportError: If the group needs a package that is not installed.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a group must be a dict, got {type(param_group).__name__}")
@@ -184,7 +187,7 @@ class GroupedOptimizer(Optimizer):
         return value if was_passed else default
 
     def _own_lr(self, param_group: dict[str, Any]) -> None:
-        """Give a group its own rate: a scheduler would scale a shared tensor twice, in place."""
+        """Copy a rate if it is another group's tensor: a scheduler would scale the tensor twice."""
         lr = param_group.get("lr", self.defaults["lr"])
         others = [group["lr"] for group in self.param_groups]
         if isinstance(lr, Tensor) and others:
@@ -208,7 +211,7 @@ class GroupedOptimizer(Optimizer):
             closure: Computes the loss again and returns it; called first.
 
         Returns:
-            What ``closure`` returned.
+            What ``closure`` returned; None without a closure.
 
         Raises:
             NonFiniteGradientError: If a gradient contains NaN or infinity and the group's policy is
@@ -217,6 +220,7 @@ class GroupedOptimizer(Optimizer):
                 updated.
             TypeError: If a gradient is sparse, or a trainer has replaced a parameter by a flat
                 tensor.
+            ValueError: If a scheduler has given momentum to a group that was built without it.
         """
         self._guard.read_flags()
         if closure is None and self.is_probed():
@@ -255,10 +259,12 @@ class GroupedOptimizer(Optimizer):
                 unchanged.
 
         Returns:
-            The parameters whose gradients were used.
+            The members of ``params`` that belong to a group and had a gradient, finite or not; and
+            all members without entries.
 
         Raises:
-            TypeError: If a group needs all its gradients at once.
+            TypeError: If a group needs all its gradients at once, or as in `step`.
+            ValueError: As in `step`.
         """
         only = {*params}
         if not self._parameters.is_built:
@@ -304,9 +310,9 @@ class GroupedOptimizer(Optimizer):
     def init_state(self) -> None:
         """Create the state that a first step would create, so that a checkpoint can be loaded.
 
-        Parameters that have state keep it. A parameter without state gets an empty entry in
-        ``state``, so that torch's helpers for distributed checkpoints do not probe again: a step
-        along zero gradients takes as much memory as all weights.
+        Parameters that have state keep it. A parameter whose method keeps no state gets an empty
+        entry in ``state``, so that torch's helpers for distributed checkpoints do not probe again:
+        the zero gradients of a probe take as much memory as all weights.
         """
         self._parameters.check(self.param_groups, self.state)
         for group in self.param_groups:
@@ -372,7 +378,7 @@ class GroupedOptimizer(Optimizer):
         return self._guard.skipped()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch does, but norms as text, so that no class is pickled."""
+        """Return the state as torch does, after `to_saved_form`, so that no class is pickled."""
         self._optimizer_state_dict_post_hooks.move_to_end(self._saved_hook.id, last=False)
         return super().state_dict()
 

@@ -29,7 +29,8 @@ class Slot(NamedTuple):
     grad: Tensor
     finite: Tensor | None = None  # 0-dim bool: whether the gradient is finite, if that is known
     is_scratch: bool = False  # whether the step may overwrite the gradient
-    # The weight, if ``param`` is not a weight but the average of a weight's updates.
+    # With momentum of updates, a step writes into the average of the updates, which is ``param``.
+    # Then this is the weight.
     weight: Tensor | None = None
 
 

@@ -17,13 +17,14 @@ class MNGD(GroupedOptimizer):
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{MultiNorm}(G; g_1 \dots g_K, L)
 
-    The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
-    step. Without momentum there is no state: ``state`` stays empty.
+    With the norms of this package, the update has root-mean-square 1 (less if rows, columns or
+    entries of the gradient are zero), so ``lr`` is the root-mean-square change of a weight in one
+    step. Without momentum, no state is kept for matrices.
 
     Matrices may be sharded on a mesh of devices if all norms are row, column, Frobenius or sign
-    norms. For each norm, a process group then gets at most one message, or two for a Frobenius norm
-    if the group shards rows of some matrices and columns of others. One more message per group
-    tells which gradients are not finite. Other norms need whole matrices.
+    norms. In each iteration, a process group then gets at most one message for each norm, or two
+    for a Frobenius norm if the group shards rows of some matrices and columns of others. One more
+    message per process group tells which gradients are not finite. Other norms need whole matrices.
 
     Args:
         params: Groups of ``param_groups(model, matrix_algorithm="mngd")``, or matrices: tensors or
@@ -44,16 +45,18 @@ class MNGD(GroupedOptimizer):
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
-        nesterov: Normalize μB + (1 − μ)G instead.
+        nesterov: Normalize μB + (1 − μ)G instead of B.
         momentum_place: ``"before"``: B averages the gradients, as described for ``momentum``; or
-            ``"after"``: B averages the normalized updates, and the step goes along B. The
-            root-mean-square change of a weight is then below ``lr``.
+            ``"after"``: B averages the normalized updates X, and the step goes along B (with
+            ``nesterov``, along μB + (1 − μ)X). The root-mean-square change of a weight is then
+            below ``lr``.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is not a matrix; the message names
-            it.
-        TypeError: If a parameter is not real and floating, a norm has no ``project``, or the norms
-            need whole matrices and a parameter is sharded.
+        ValueError: If an option is out of range or has no effect, or a parameter is not a matrix;
+            the message names the option or the parameter.
+        TypeError: If ``params`` is a model, an option has the wrong type, a parameter is not real
+            and floating, a norm has no ``project``, or the norms need whole matrices and a
+            parameter is sharded.
 
     Examples:
         >>> import torch

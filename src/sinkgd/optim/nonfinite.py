@@ -1,11 +1,11 @@
 """What happens to a gradient that contains NaN or infinity: it never reaches a weight.
 
 Under every policy its parameter is left unchanged, and others are updated; a group of AdamW is left
-unchanged as a whole, since one fused kernel writes all of it. On a CPU the flags are read at the
-end of the step, and ``"raise"`` raises there. On an accelerator the host does not wait: the flags
-are copied to it, and the next step raises. A step that ``torch.compile`` has compiled does the
-same. When a CUDA graph replays a step, the flags are not read: the parameter is left
-unchanged, and no error is raised.
+unchanged as a whole, since one fused kernel writes all of it. A step returns a flag for each
+gradient: whether it is finite. On a CPU the flags are read at the end of the step, and ``"raise"``
+raises there. On an accelerator the host does not wait: the flags are copied to it, and the next
+step raises. A step that ``torch.compile`` has compiled does the same. When a CUDA graph replays a
+step, the flags are not read: the parameter is left unchanged, and no error is raised.
 """
 
 from collections import Counter
@@ -25,12 +25,12 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Reads the flags of one optimizer, and counts the updates that it skipped."""
+    """Reads the flags of one optimizer's gradients; raises, or counts the updates skipped."""
 
     def __init__(self) -> None:
         self._skipped: Counter[str] = Counter()
         self._in_flight: list[_Flags] = []  # flags of this step
-        self._earlier: list[_Flags] = []  # flags of the previous step
+        self._earlier: list[_Flags] = []  # flags of earlier steps that have not been read
 
     def take(self, names: Sequence[str], flags: Tensor, policy: str) -> None:
         """Take the flags of parameters on one device: False if a gradient is not finite."""
@@ -53,7 +53,7 @@ class NonFiniteGuard:
         self._act_on(ready)
 
     def end_step(self) -> None:
-        """Read the flags on a CPU; leave those on a device or in a compiled step to the next step.
+        """Read flags on a CPU; leave those of an accelerator or a compiled step to the next step.
 
         Raises:
             NonFiniteGradientError: If the policy is ``"raise"`` and a gradient was non-finite.
@@ -70,7 +70,8 @@ class NonFiniteGuard:
         """Return how often each parameter had a non-finite gradient under the policy ``"skip"``.
 
         Raises:
-            NonFiniteGradientError: If a group with the policy ``"raise"`` had such a gradient.
+            NonFiniteGradientError: If flags that had not been read show such a gradient in a group
+                with the policy ``"raise"``.
         """
         self.read_flags()
         return dict(self._skipped)

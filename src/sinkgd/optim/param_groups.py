@@ -91,7 +91,7 @@ def param_groups(
         matrix_lr_scale: The paper's α: the root-mean-square change of a hidden weight in one step
             is ``matrix_lr_scale * lr``. The default, 0.025, gives 0.002, the best of four
             rates of the default recipe in the setting of study table1 (benchmarks/deflation). The
-            paper uses 0.05 with its ``lr`` of 0.02, which is 0.001. Wider models need smaller
+            paper uses 0.05 with its ``lr`` of 0.02, which gives 0.001. Wider models need smaller
             rates: with an earlier version of deflation, the largest good rate fell from 0.008 at
             width 64 to 0.002 at width 256 (study width, docs/experiments.md).
         adamw_lr: Instead of ``lr`` and ``matrix_lr_scale``: the rate at which AdamW would train the
@@ -133,11 +133,11 @@ def param_groups(
         ``"embeddings-head-vectors"``.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, or an option has the wrong type.
         ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
-            a rate is negative, ``adamw_lr`` is given together with ``lr`` or ``matrix_lr_scale``,
-            ``base_width`` is below 1, ``state_bits`` is neither 8 nor None, an override matches no
-            parameter, or an algorithm is unknown; and if an option has no effect:
+            an option is out of range, ``adamw_lr`` is given together with ``lr`` or
+            ``matrix_lr_scale``, an override matches no parameter or is no regular expression, or an
+            algorithm is unknown; and if an option has no effect:
             ``deflated_rank`` if no group runs ``"sinkgd"``, ``matrix_lr_scale`` and ``base_width``
             if every group runs AdamW, ``state_bits`` if no group runs ``"adamw-8bit"``, and
             ``cautious_decay`` if no group decays.
@@ -280,7 +280,8 @@ class _Rates(NamedTuple):
     lr: float | Tensor
     matrix_lr_scale: float
     betas: tuple[float, float]
-    is_adamws: bool = False  # whether all matrices, embeddings and the head decay alike
+    # Whether ``lr`` was given as ``adamw_lr``. Embeddings and the head then decay as matrices do.
+    is_adamws: bool = False
 
 
 def _rates(
@@ -292,7 +293,9 @@ def _rates(
     """Fill in the defaults of the rates.
 
     Raises:
-        ValueError: If ``adamw_lr`` is given together with a rate that it replaces.
+        ValueError: If ``adamw_lr`` is given together with a rate that it replaces, or a number is
+            out of range.
+        TypeError: If a rate or ``betas`` has the wrong type.
     """
     if adamw_lr is None:
         found = _Rates(
@@ -340,7 +343,7 @@ def check_overrides(overrides: object) -> None:
     """Refuse overrides that do not map patterns to algorithms or options.
 
     Raises:
-        TypeError: If an entry has another form; the message gives the entry.
+        TypeError: If an entry has another form, or an option the wrong type; the message gives it.
         ValueError: If a pattern is not a regular expression, or an option is out of range.
     """
     if overrides is None:
@@ -411,8 +414,8 @@ def describe_param_groups(
     """Return a table of parameters: the group of each, its algorithm, its rate, and the reason.
 
     A group is shown by its ``name``, or by its number if it has none. Parameters whose names differ
-    only by a number share a line with a count, ``×``. The last lines list the parameters that are
-    in no group, and say which groups the table shows.
+    only by a number share a line with a count, ``×``. The last lines name or count the parameters
+    that are in no group, and say which groups the table shows.
 
     Args:
         model: The model whose parameters the groups contain.
@@ -423,6 +426,7 @@ def describe_param_groups(
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, ``groups`` is not a list of groups, or both
             ``groups`` and ``options`` are given.
+        ValueError: If `param_groups` refuses the model or the options.
 
     Examples:
         >>> import torch, sinkgd

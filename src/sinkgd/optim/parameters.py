@@ -117,13 +117,16 @@ class ParameterIndex:
     ) -> list[tuple[int, list[Slot]]]:
         """List the parameters that have a gradient, as pairs: a group's index, and slots.
 
-        The slots of a pair are on one device.
+        The slots of a pair are on one device. Parameters without entries are omitted.
 
         Args:
             groups: The groups of the optimizer.
             states: The state of each parameter that has any.
             optimizer: The name of the optimizer for errors.
             some: Results of `find`; all parameters by default.
+
+        Raises:
+            TypeError: If a gradient is sparse, or a parameter has changed and no longer fits.
         """
         found: dict[tuple[int, torch.device], list[Slot]] = {}
         is_compiling = torch.compiler.is_compiling()
@@ -210,10 +213,11 @@ def _are_same(groups: Sequence[Group], checked: Sequence[Checked]) -> bool:
 def _unchecked(
     groups: Sequence[Group], checked: Sequence[Checked]
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield the parameters that have not been checked: index of the group, name and parameter.
+    """Yield parameters that are new or have changed: index of the group, name and parameter.
 
     Raises:
-        TypeError: If a parameter has another shape than the parameter that it replaces.
+        TypeError: If a parameter has another shape than before, or than the parameter that it
+            replaces. Elementwise methods accept any shape.
     """
     known = {
         param
@@ -250,7 +254,7 @@ def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor])
 
 
 def misfit_of_state(param: Tensor, group: Group, state: Mapping[str, Any]) -> str | None:
-    """Return the name of a tensor in the state that does not fit the shape of the parameter.
+    """Return the name of a state tensor that does not fit the parameter's shape; None if all do.
 
     Args:
         param: The parameter.
@@ -289,6 +293,7 @@ def check_group(group: Group, index: int, method: Method) -> None:
     Raises:
         ValueError: If an option is out of range, or a parameter does not fit; the message names it.
         TypeError: If an option or a parameter has the wrong type; the message names it.
+        ImportError: If the group needs a package that is not installed.
     """
     check_kinds(group)
     if group["nonfinite"] not in POLICIES:

@@ -1,8 +1,8 @@
 """The step inside backward: each gradient is applied as soon as it is complete, and freed.
 
-Memory then holds the weights, the activations and only the gradient that is being computed. A
-normalized step of a parameter only needs its own gradient: clipping by a global norm and loss
-scaling would not change it.
+By default, memory then holds only small gradients and the one that is being computed. A normalized
+step of a parameter needs no other gradients: clipping by a global norm and loss scaling would not
+change the step.
 """
 
 import threading
@@ -34,18 +34,19 @@ class GradientRelease:
     """Let ``loss.backward()`` update the parameters of an optimizer, and free their gradients.
 
     The training loop does not change. ``optimizer.step()`` ends the step: it updates the
-    parameters whose gradients remain, frees these gradients, and raises the errors that were found
-    during the step. Learning rates are read while backward runs, so a scheduler that steps after
-    the optimizer works as usual. The result is that of the ordinary step, bit for bit. A parameter
-    with a non-finite gradient is left unchanged; in an AdamW group, so are the parameters that are
-    updated together with it.
+    parameters whose gradients remain, frees these gradients, and reports non-finite gradients as an
+    ordinary step does. Learning rates are read while backward runs, so a scheduler that steps after
+    the optimizer works as usual. If all gradients are finite, the result is that of the ordinary
+    step, bit for bit. A parameter with a non-finite gradient is left unchanged; in an AdamW group,
+    so are the parameters that are updated together with it.
 
     Parameters of the optimizer may be frozen or unfrozen at any time, and others may be added. A
-    new parameter keeps its gradient until the first ``step()``; from then on, its gradient is
+    new parameter keeps its gradient until the next ``step()``; from then on, its gradient is
     released, too.
 
-    FSDP2 reduces gradients before they arrive here, so it works as well. On a mesh every bucket
-    sends its own messages; with larger buckets there are fewer messages.
+    FSDP2 reduces gradients before they arrive here, so it works as well. On a mesh the gradients
+    that are applied together (see ``bucket_bytes``) have messages of their own: the more are
+    applied together, the fewer messages are sent.
 
     Args:
         optimizer: An optimizer of this package. Groups of ``"adamw-spam"`` are refused, since their
@@ -60,7 +61,8 @@ class GradientRelease:
 
     Raises:
         TypeError: If ``optimizer`` is not an optimizer of this package, needs all gradients at
-            once, or has plain tensors on several ranks while ``averaged`` is False.
+            once, or has plain tensors on several ranks while ``averaged`` is False; or if another
+            argument has the wrong type.
         ValueError: If ``bucket_bytes`` is negative, or another `GradientRelease` already handles a
             parameter of ``optimizer``.
 
@@ -101,7 +103,7 @@ class GradientRelease:
         self._waiting_bytes = 0
         self._applied: set[Tensor] = set()  # parameters that were updated in this step
         self._running: set[int] = set()  # calls of backward that have applied a gradient
-        self._watched: set[int] = set()  # calls of backward whose end is reported
+        self._watched: set[int] = set()  # calls of backward that will report their end
         self._follow_parameters()
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
         # So that GradScaler.step is refused by `_before_step`, and not by an assertion of torch.
@@ -110,7 +112,7 @@ class GradientRelease:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Let backward only accumulate gradients: in every micro-batch of a step but the last."""
+        """Let backward only accumulate gradients; for every micro-batch of a step but the last."""
         before, self._accumulating = self._accumulating, True
         try:
             yield
@@ -206,7 +208,7 @@ class GradientRelease:
     def _watch_backward(self) -> int:
         """Ask to be called at the end of the current backward, and return its number.
 
-        There is no call after an exception.
+        After an exception in backward, the call does not come.
         """
         task = torch._C._current_graph_task_id()
         if task not in self._watched:

@@ -2,10 +2,10 @@
 
 The names that a model gives to its modules are not used. A *block* is a module that has children,
 and that is a member of a ``ModuleList``, of a ``ModuleDict`` or, if another member has the same
-type, of a ``Sequential``: the layers of a transformer, the stages of a ResNet. Linear weights
-inside blocks are the hidden matrices. Those outside are the model's input and output projections.
-If a model has no blocks, all linear weights except those of the output head are hidden matrices. A
-list of output heads is not a list of blocks.
+type, of a ``Sequential``: the layers of a transformer, the stages of a ResNet. Linear and
+convolution weights inside blocks are the hidden matrices. Those outside are the model's input and
+output projections. If a model has no blocks, all such weights except those of the output head are
+hidden matrices. A list of output heads is not a list of blocks.
 
 Experts are hidden matrices: a list of modules, or one weight with the matrices of all experts. The
 router beside them, a linear module with one output for each expert, is not a hidden matrix: its
@@ -152,7 +152,7 @@ class _Modules:
         return linears[-1].out_features not in self.read
 
     def _last_layer(self, places: list[_Place]) -> list[nn.Module]:
-        """Return the last of several layers, unless it is in a block."""
+        """Return the last linear or convolution of several, in a list; none if it is in a block."""
         layers = [
             place
             for place in places
@@ -406,7 +406,7 @@ def _of_convolution(module: nn.modules.conv._ConvNd, attribute: str) -> Role | N
 
 
 def _is_stock(module: nn.Module) -> bool:
-    """Whether a module's class is, or derives from, a layer of torch.nn; containers are none."""
+    """Whether a module's class is, or derives from, a class of torch.nn, except containers."""
     return any(
         kind.__module__.startswith("torch.nn.modules.") and not issubclass(kind, _CONTAINERS)
         for kind in type(module).__mro__

@@ -84,7 +84,7 @@ def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
 def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
     """Return the ``state`` of a state dict, with numbers, such as old torch's steps, as tensors.
 
-    Empty entries are left out: an entry would outlive its parameter if a trainer replaces it.
+    Empty entries are left out: if a trainer replaced a parameter, its empty entry would remain.
     """
     return {
         key: {
@@ -102,7 +102,8 @@ def adopt_adamw(own_groups: Sequence[Group], saved_groups: Sequence[Group]) -> l
     """Return the saved groups; turn those of ``torch.optim.AdamW`` into groups of ``"adamw"``.
 
     Raises:
-        ValueError: If another optimizer saved a group that this optimizer does not give to AdamW.
+        ValueError: If the saved groups name no algorithm, and one of them is not AdamW's, or this
+            optimizer does not have as many groups, all of ``"adamw"``.
     """
     if all("algorithm" in saved for saved in saved_groups):
         return [*saved_groups]
@@ -131,7 +132,7 @@ def _adopt(index: int, own: Group, saved: Group) -> Group:
 def check_is_adamw(index: int, saved: Group) -> None:
     """Refuse a group that was not saved by ``torch.optim.AdamW``, or was saved with AMSGrad.
 
-    torch.optim.Adam without weight decay is AdamW.
+    torch.optim.Adam without weight decay counts as AdamW.
 
     Raises:
         ValueError: If the group is refused; the message gives its index and the remedy.
@@ -165,8 +166,8 @@ def check_same_routing(
         saved_groups: ``param_groups`` of the ``state_dict`` to load.
 
     Raises:
-        ValueError: If the routing differs; the message gives the first parameter or option that
-            does.
+        ValueError: If the routing differs; the message gives the numbers of groups, or the first
+            parameter or option that differs.
     """
     if len(own_groups) != len(saved_groups):
         raise ValueError(
@@ -262,7 +263,8 @@ def restore_types(
             if not isinstance(saved, Tensor):
                 continue
             if key not in cast_by_torch:
-                # Counters lie where torch puts the step; other state lies with the parameter.
+                # Counters are on the device where torch puts the step, other state on the
+                # parameter's.
                 counts = saved.dim() == 0 < param.dim() and "step" in own
                 own[key] = saved.to((own["step"] if counts else param).device)
             if own[key] is saved and saved is not was.get(key):

@@ -34,21 +34,22 @@ class SinkGD(GroupedOptimizer):
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{SR-Sinkhorn}(G, L)
 
-    The update has root-mean-square 1, so ``lr`` is the root-mean-square change of a weight in one
-    step. Pass the groups of `param_groups` for the recommended recipe: hidden matrices are updated
-    as above, with deflation, and all other parameters by AdamW. Without groups no state is kept at
-    all: matrices are updated as above, and gradients of vectors and scalars are divided by their
-    root-mean-square.
+    The update has root-mean-square 1 (less if columns of the gradient are zero), so ``lr`` is the
+    root-mean-square change of a weight in one step. Pass the groups of `param_groups` for the
+    recommended recipe: hidden matrices are updated as above, with deflation, and all other
+    parameters by AdamW. Without groups and momentum, no state is kept at all: matrices are updated
+    as above, and gradients of vectors and scalars are divided by their root-mean-square.
 
     A group may set its own value of every option, and of every option of `SinkGDVariant`;
     `param_groups` sets ``deflated_rank``. Disabled options add no cost. Of the options that change
     the update, vectors support only momentum.
 
-    On a mesh of devices a step sends L messages to each process group. Momentum adds one message.
-    ``deflated_rank`` adds two for a group that shards rows, four for one that shards columns, and
-    six for one that does both. No matrix is sent. ``nesterov`` copies gradients: it processes 256
-    MiB at a time and sends one set of messages per chunk. ``deflated_rank`` processes 128 MiB of
-    vectors at a time.
+    On a mesh of devices a step sends L messages to each process group that shards rows or columns,
+    and sometimes one more to a group that shards rows of some matrices and columns of others.
+    Momentum adds one message. ``deflated_rank`` adds two for a group that shards rows, four for
+    one that shards columns, and six for one that does both. No matrix is sent. ``nesterov`` copies
+    gradients: it processes 256 MiB at a time and sends one set of messages per chunk.
+    ``deflated_rank`` does the same with 128 MiB of vectors.
 
     Args:
         params: Groups from `param_groups`, or tensors, or (name, tensor) pairs. Groups may name any
@@ -60,8 +61,8 @@ class SinkGD(GroupedOptimizer):
         cautious_decay: Decay only entries that the update moves toward zero by itself: those whose
             weight and update have the same sign (opposite signs with ``maximize``). An entry whose
             update is zero does not decay; in the paper (Chen et al. 2025) it does. In AdamW's
-            groups, Adam's direction is compared with the weight. Keeps no state, and costs no pass
-            over the weights.
+            groups, Adam's direction is compared with the weight. Keeps no state, and costs no
+            additional pass over the weights.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter unchanged, and count it in `skipped`).
@@ -80,13 +81,14 @@ class SinkGD(GroupedOptimizer):
             one; 0 lowers none. This whitens the largest directions, at the cost of two more passes
             over the gradient and about 10·k flops per entry. Keeps no state. The ``eager`` backend
             makes float32 copies of the gradients, 64 MiB at a time unless a single gradient is
-            larger. For more than 31 directions, ``triton`` does the same. Groups of `param_groups`
-            set their own rank. Default: 0.
+            larger. Above 32 directions, ``triton`` makes such copies one at a time. Groups of
+            `param_groups` set their own rank. Default: 0.
 
     Raises:
-        ValueError: If an option is out of range, does not fit a parameter, or has no effect because
-            every group sets it; the message names the option.
-        TypeError: If ``params`` is a model, or a parameter is not real and floating.
+        ValueError: If an option is out of range, does not fit a parameter, or has no effect on any
+            group; the message names the option.
+        TypeError: If ``params`` is a model, an option has the wrong type, or a parameter is not
+            real and floating.
         ImportError: If ``backend`` names a backend that is not installed.
 
     Examples:
@@ -148,8 +150,9 @@ class SinkGD(GroupedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `GroupedOptimizer.add_param_group` does.
 
-        It warns if the group has matrices and vectors but no algorithm, while other groups have
-        one. Lightning's ``BaseFinetuning.unfreeze_and_add_param_group`` adds such a group.
+        It warns if the group has matrices and vectors but no algorithm, and no other group runs
+        ``"stateless"``, the default. Lightning's ``BaseFinetuning.unfreeze_and_add_param_group``
+        adds such a group.
         """
         has_algorithm = "algorithm" in param_group
         super().add_param_group(param_group)

@@ -10,16 +10,17 @@ from sinkgd.optim.grouped import GroupedOptimizer
 
 
 class SWAN(GroupedOptimizer):
-    r"""Descend along the gradient with rows of equal length and, then, equal singular values.
+    r"""Descend along the gradient, normalized to rows of equal length and then whitened.
 
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, (\hat G \hat G^\top)^{-1/2} \hat G \sqrt{n},
         \qquad \hat G = \sqrt{n}\, Q(G)^{-1} G
 
-    for m ≤ n, where Q is the diagonal matrix of row lengths. If m > n, the whitening works on the
-    columns, the shorter side: :math:`\hat G (\hat G^\top \hat G)^{-1/2} \sqrt{m}`. SWAN is `MNGD`
-    with a `RowNorm` and a `SpectralNorm`. The update has root-mean-square 1. Without momentum
-    ``state`` stays empty. The whitening costs at most about
+    for m rows and n ≥ m columns, where Q is the diagonal matrix of row lengths. If m > n, the
+    whitening works on the columns, the shorter side:
+    :math:`\hat G (\hat G^\top \hat G)^{-1/2} \sqrt{m}`. SWAN is `MNGD` with a `RowNorm` and a
+    `SpectralNorm`. The update has root-mean-square 1. Without momentum, no state is kept for
+    matrices. A whitening costs at most about
     ``4 * newton_schulz_steps * min(m, n)**2 * max(m, n)`` flops per matrix. Matrices of one shape
     are whitened together.
 
@@ -42,15 +43,17 @@ class SWAN(GroupedOptimizer):
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
-        nesterov: Normalize μB + (1 − μ)G instead.
+        nesterov: Normalize μB + (1 − μ)G instead of B.
         momentum_place: ``"before"``: B averages the gradients, as described for ``momentum``; or
-            ``"after"``: B averages the normalized updates, and the step goes along B. The
-            root-mean-square change of a weight is then below ``lr``.
+            ``"after"``: B averages the normalized updates X, and the step goes along B (with
+            ``nesterov``, along μB + (1 − μ)X). The root-mean-square change of a weight is then
+            below ``lr``.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter is not a matrix; the message names
-            it.
-        TypeError: If a parameter is sharded, or is not real and floating.
+        ValueError: If an option is out of range or has no effect, or a parameter is not a matrix;
+            the message names the option or the parameter.
+        TypeError: If ``params`` is a model, an option has the wrong type, or a parameter is sharded
+            or is not real and floating.
 
     Examples:
         >>> import torch

@@ -50,7 +50,7 @@ VECTOR_BYTES = 18
 
 
 class Batch(NamedTuple):
-    """Matrices on their way from gradients to updates. Either all are shards, or none is."""
+    """Matrices on their way from gradients to updates, either all of DTensors or none."""
 
     slots: Sequence[Slot]
     group: Group
@@ -108,14 +108,14 @@ class Batch(NamedTuple):
         """Yield each slot, its state, the indices of its matrices, and whether the slot may change.
 
         The last is a flag: a 0-dim bool, or None if it is known to be True. If the flag is False,
-        state and parameter stay as they are. Before the scales are known, the flag is always None.
+        state and parameter stay as they are. As long as ``finite`` is None, all flags are None.
         """
         flags = None if self.finite is None else allowed(self.finite, self.context)
         for i, (slot, own) in enumerate(zip(self.slots, self.ranges, strict=True)):
             yield slot, self.context.states[slot.param], own, None if flags is None else flags[i]
 
     def only_if(self, flags: Sequence[Tensor]) -> "Batch":
-        """Change parameters only if the flags of all their matrices are True, each a 0-dim bool."""
+        """Return a batch whose slots change only if all 0-dim flags of their matrices are True."""
         assert self.finite is not None, "the iterations have not run"
         return self._replace(finite=self.finite & by_owner(flags, self.ranges))
 
@@ -164,7 +164,8 @@ class Transform:
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Raise if an option is out of range, or ``param``, called ``name``, cannot be handled.
 
-        Called whether the transform is on or off, after the layout and the shards were checked.
+        Called whether the transform is on or off. `Sinkhorn` checks the layout and the shards of a
+        matrix before.
         """
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
@@ -196,7 +197,7 @@ class Transform:
 
 
 def matrices_of(param: Tensor, group: Group) -> Sequence[ParamMatrix]:
-    """Return the matrices of a parameter before the first step, with itself as the gradient."""
+    """Return the matrices of a parameter, with the parameter itself in place of a gradient."""
     slot = Slot("", 0, param.detach(), param.detach())
     return param_matrices([slot], layout=group["layout"], split=group["split"]).matrices
 
@@ -233,7 +234,7 @@ def _in_sequence(
 
 
 def late_chunks(batch: Batch, scratch: Sequence[Scratch]) -> list[slice]:
-    """Cut a batch whose scales are known into the chunks that `Transform.after` takes."""
+    """Cut a batch whose scales are known into chunks, for each of which `Transform.after` runs."""
     if len(batch.slots) == 1:
         return [slice(1)]
     vectors = sum(own.vectors for own in scratch)

@@ -1,4 +1,4 @@
-"""AdamW for the parameters that no matrix method updates; the arithmetic is torch's own."""
+"""AdamW for the parameters that no matrix method updates; torch's own functions compute Adam."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
@@ -53,7 +53,7 @@ class AdamW(Method):
 
     With ``rounding="stochastic"``, bfloat16 weights and their moments are updated in float32 and
     rounded at random. Rounding to the nearest would lose small updates of the weights, and all
-    decay of the second moment where 1 - β₂ is below 2⁻⁹.
+    decay of the second moment if 1 - β₂ is below 2⁻⁹.
     """
 
     options = MappingProxyType[str, object]({**ADAMW_OPTIONS, **ROUNDING_OPTIONS})
@@ -155,7 +155,9 @@ def descend_by_adamw_(
     held_back: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """Take torch's AdamW step on this rank's shards, with AMSGrad if the states hold its maximum.
+    """Take torch's AdamW step on this rank's shards.
+
+    The step is AMSGrad's if the states contain ``max_exp_avg_sq``.
 
     Args:
         params: The parameters, updated in place.
@@ -229,7 +231,7 @@ def _step_(
     """
     fused = group["fused"]
     if not fused:
-        # Only the fused kernel applies these two on the device.
+        # Only the fused kernel applies ``held_back`` and ``grad_scale`` on the device.
         if held_back is not None and bool(held_back):
             return
         if grad_scale is not None:
@@ -270,7 +272,7 @@ def _step_(
 def _descend_in_float32_(
     slot: Slot, state: MutableMapping[str, Any], key: Tensor, descend: Callable[..., None]
 ) -> None:
-    """Take the step of a bfloat16 parameter in float32, and round what it stores stochastically.
+    """Take the step of a bfloat16 parameter in float32; round weights and moments stochastically.
 
     Args:
         slot: The parameter.

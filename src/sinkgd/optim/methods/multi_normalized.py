@@ -4,8 +4,8 @@ Whole matrices of one shape are stacked, since many small products cost more tha
 
 Sharded matrices need row, column, Frobenius or sign norms: the first three give an update of the
 form r G c, and the sign norm replaces G by sign(G). Ranks then exchange sums along rows and
-columns, and never a matrix. For each norm, a group gets at most one message, or two for a Frobenius
-norm if the group shards rows of some matrices and columns of others.
+columns, and never a matrix. In each iteration, a process group gets at most one message for each
+norm, or two for a Frobenius norm if the group shards rows of some matrices and columns of others.
 
 Letters, everywhere in this file:
     m, n: rows and columns of a whole matrix; ...: leading batch dimensions
@@ -97,7 +97,7 @@ class MultiNormalized(Method):
         self._norms = norms
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse vectors, objects that are not norms, and norms that cannot project shards."""
+        """Refuse options out of range, vectors, and shards if a norm needs whole matrices."""
         self._momentum.check(name, param, group)
         check_num_iters(group["num_iters"])
         if "newton_schulz_steps" in self.options:

@@ -1,7 +1,7 @@
 """Normalized gradient descent: each gradient is divided by its root-mean-square, with no state.
 
-This is the method for vectors and scalars if no state at all is wanted. A scalar moves by the sign
-of its gradient.
+This is the method for vectors and scalars if no state at all is wanted. A scalar moves by the
+learning rate, against the sign of its gradient.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Descent along SR-Sinkhorn: the methods ``sinkgd`` and ``stateless``.
 
-If no transform is on, the backend runs the whole step. Otherwise a step is
+If no transform is on, and the iterations end with columns, the backend runs the whole step; on a
+mesh, ranks add up vectors in between. Otherwise a step is
 
     slots → [around] → matrices → [before] → scales → [after] → update
 
@@ -78,7 +79,7 @@ class Sinkhorn(Method):
         self.presets = MappingProxyType(dict(presets))
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range, an unknown or absent backend, and non-matrix parameters."""
+        """Refuse options out of range, an absent backend, and vectors without a method."""
         is_vector = self._vectors is not None and param.ndim < 2
         if self._vectors is not None and is_vector:
             self._vectors.check(name, param, group)
@@ -115,7 +116,7 @@ class Sinkhorn(Method):
         return step(slots, group, context)
 
     def _step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Update vectors, sharded matrices and plain matrices, each kind by its own rule."""
+        """Update vectors and matrices, sharded and plain, each of these kinds in its own step."""
         vectors, transforms = self._vectors, _active(group)
         kinds = [(x.param.ndim < 2, is_dtensor(x.param)) for x in slots]
         if len(set(kinds)) > 1:

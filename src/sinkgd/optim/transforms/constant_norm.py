@@ -6,7 +6,7 @@ r"""Steps that keep the Frobenius norm of each weight matrix: Hyperball.
 
 where u is the update that all other options give, η the learning rate, and R the norm of W before
 its first step. So the learning rate is relative: the root-mean-square change of a weight, divided
-by the root-mean-square of the weights. Weight decay has no effect, and is refused.
+by the root-mean-square of the weights. Weight decay would have no effect, and is refused.
 
 A matrix of zeros has no norm to keep. If W is zero before its first step, it gets the plain rule,
 W ← W − η u, in this and in all later steps. A matrix whose update is zero stays as it is.
@@ -17,8 +17,9 @@ rounds it once.
 
 State: ``state[param]["norm"]``, float32, R of each matrix; -1 before the first step. It has the
 parameter's shape, but its row dimension has one entry for each matrix of the parameter, and its
-column dimensions have one. Scratch: the same as in `sinkgd.optim.transforms.weight_projection`. On
-a mesh the transform costs one message, or two if both rows and columns are sharded.
+column dimensions have one entry. Scratch: the same as in
+`sinkgd.optim.transforms.weight_projection`. On a mesh the transform costs one message, or two if
+both rows and columns are sharded.
 
 References:
     Hyperball, https://arxiv.org/abs/2606.16899
@@ -151,6 +152,8 @@ def _hold_(batch: Batch, updates: Sequence[Tensor]) -> Steps[Batch]:
 
 def _retract_(u: Tensor, W: Tensor, products: Tensor, norm: Tensor, step: float | Tensor) -> None:
     """Overwrite u by the X for which ``W + step * X`` has the norm R; leave u if R is 0.
+
+    X is 0 if u or ``step`` is 0, or if the step would end at 0.
 
     Args:
         u: The update, ``(..., m, n)``.

@@ -142,7 +142,7 @@ def fixed_block_of(
 def fixed_vectors(
     param: Tensor, layout: str, k: int, count: int = 1, device: torch.device | None = None
 ) -> Tensor:
-    """Return the fixed Ω of each of ``count`` matrices of a parameter, float64; all are equal."""
+    """Return the fixed Ω of ``count`` matrices, all equal, float64, as `read_vectors` takes it."""
     (row_dim,), cols = dims_of(param.ndim, layout)
     # All matrices share one block, k by n: it is expanded over the batch dimensions, and repeated
     # ``count`` times along the row dimension.
@@ -216,9 +216,9 @@ class Deflated(NamedTuple):
 def _deflate_packed(
     batch: Batch, matrices: Sequence[ParamMatrix], plain: Sequence[Scales]
 ) -> Deflated | None:
-    """Deflate whole matrices with the same number of torch calls, however many they are.
+    """Deflate whole matrices with few torch calls, however many matrices there are.
 
-    Returns None if the backend cannot multiply packed vectors.
+    Returns None if the backend cannot multiply these matrices by packed vectors.
     """
     kinds = [
         _BlockKey(slot.param.shape, slot.param.stride(), batch.group["layout"])
@@ -313,7 +313,7 @@ def _deflate_stacks(
 
 
 def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
-    """Return Ω of a stack; it is not copied if all matrices share it."""
+    """Return Ω of a stack; there is only one copy of it if all matrices share it."""
     first = blocks[0][..., :width].contiguous()
     if all(block is blocks[0] for block in blocks):
         return first.expand(len(blocks), *first.shape)

@@ -1,7 +1,8 @@
 """An extra half step before the iterations, on the side (row or column) with which they end.
 
 The iterations usually start from column scales of 1. Starting from the inverse column lengths of
-the gradient instead is an extra half step, which normalizes columns: 2L + 1 half steps in all.
+the gradient instead is an extra half step, which normalizes columns: 2L + 1 half steps in all. With
+``last="row"`` the iterations run on the transpose, so the extra half step normalizes rows.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from sinkgd.optim.method import Group
 from sinkgd.optim.transform import Batch, Transform
 
 SIDES = ("row", "column")
-# The smallest start, in units of the largest. Its square times the square of an entry is in the
-# range of float32.
+# The smallest column scale to start from, in units of the largest. Its square times the square of
+# an entry is in the range of float32.
 SMALLEST_START = 2.0**-40
 
 

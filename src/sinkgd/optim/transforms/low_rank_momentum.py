@@ -4,25 +4,25 @@ r"""Momentum whose memory has low rank: it is kept as a product of two thin fact
     M = \mu P Q^\top + (1 - \mu) G, \qquad U = \mathrm{orth}(M Q), \qquad
     P Q^\top \leftarrow U U^\top M
 
-M is normalized instead of the gradient. Then the memory becomes the projection of M on the columns
-of U, which one step of a subspace iteration finds. The iteration continues from step to step, since
-it starts from the last Q, and follows a change of the leading directions with a delay. The entries
-of each column of Q have root-mean-square 1; P carries the magnitude of M.
+M is normalized instead of the gradient. The new memory is the projection of M on the columns of U,
+and one step of a subspace iteration finds U. The iteration starts from the last Q, so that it
+continues from step to step, and follows a change of the leading directions with a delay. The
+entries of each column of Q that is in use have root-mean-square 1; P carries the magnitude of M.
 
 The memory is zero at first, and the first iteration starts from the fixed block Ω of
 `sinkgd.deflation`. If the rank of M is below r, the spare columns of P are zero, and those of Q are
 columns of Ω again.
 
-M itself has full rank: only what is remembered of earlier gradients has low rank. LoRA-Pre instead
-keeps the momentum itself as a product of two factors, so that its direction has low rank, too.
+The rank of M is not limited: only what is remembered of earlier gradients has low rank. LoRA-Pre
+instead keeps the momentum itself as a product of two factors, so that the momentum has low rank.
 PowerSGD iterates in the same way to compress gradients.
 
 State, float32 (float64 for float64), with r the least of ``momentum_rank``, the rows and the
 columns of a parameter: ``state[param]["momentum_left"]``, P, has r numbers per row, and is sharded
 like the rows. ``state[param]["momentum_right"]``, Q, has r numbers per column of each matrix, as
-`sinkgd.optim.column_vectors` shapes and shards them. A non-finite gradient leaves both unchanged.
-Scratch: M, for a few matrices at a time. On a mesh the transform costs two messages for every few
-matrices, or four if both rows and columns are sharded.
+`sinkgd.optim.column_vectors` shapes and shards them. A non-finite gradient leaves P and Q as they
+are. Scratch: M, for a few matrices at a time. On a mesh these few share two messages, or four if
+both rows and columns are sharded.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
@@ -134,7 +134,7 @@ def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count
 
 
 def _rows_of(left: Tensor, param: Tensor, batch: Batch, own: range) -> Sequence[Tensor]:
-    """View P of a parameter as one ``(..., m, r)`` per matrix; m counts only the rows here."""
+    """View P of a parameter as one ``(..., m, r)`` per matrix; m counts only this rank's rows."""
     view = rows_then_columns(local(left), local(param), batch.group["layout"])
     _, cols = dims_of(param.ndim, batch.group["layout"])
     sizes = [batch.matrices[i].grad.shape[-2] for i in own]
@@ -142,7 +142,7 @@ def _rows_of(left: Tensor, param: Tensor, batch: Batch, own: range) -> Sequence[
 
 
 def _averaged(matrix: ParamMatrix, memory: LowRank, batch: Batch) -> ParamMatrix:
-    """Return M in float32 or wider, with G divided by the loss scale."""
+    """Return the matrix with M as its gradient, in float32 or wider; M has no loss scale."""
     mu: float = batch.group["low_rank_momentum"]
     share: float | Tensor = 1 - mu
     if batch.context.loss_scale is not None:
@@ -162,7 +162,7 @@ def remembered(
     Args:
         averages: Matrices whose gradients are M.
         memories: P and Q of each matrix.
-        blocks: Ω of each matrix, ``(..., n, r)``.
+        blocks: Ω of each matrix, ``(..., n, k)`` with k at least r.
     """
     ahead = [product(M.grad, own.right) for M, own in zip(averages, memories, strict=True)]
     ahead = yield sum_over_columns(ahead, averages)

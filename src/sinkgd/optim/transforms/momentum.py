@@ -1,4 +1,4 @@
-"""Momentum for any method: an average of gradients before they are normalized, or of updates.
+"""Momentum for methods that normalize: gradients are averaged before, or updates after.
 
 Letters, everywhere in this file:
     G: the gradient; X: the update of the method
@@ -13,14 +13,15 @@ an update if updates disagree, and in the first steps, since it begins at zero.
 
 State: ``state[param]["momentum_buffer"]``, sharded like the parameter: float32, 4 bytes per entry
 (float64 for float64), since an average in bfloat16 would lose small gradients. With
-``momentum_bits=8``, ``"after"`` keeps one byte per entry instead: the nearest integer to
-±127 √(|b|/4), so that steps are finer near zero. It needs no scales, since an average of updates
-has a root-mean-square of at most 1; entries beyond ±4 become ±4. PowerStep keeps the momentum of
-another normalized update in int8.
+``momentum_bits=8``, ``"after"`` keeps one byte for each entry b of B instead: the nearest integer
+to ±127 √(|b|/4), so that codes are closer together near zero. No scales are kept with the bytes,
+since an average of updates has a root-mean-square of at most 1; entries beyond ±4 become ±4.
+PowerStep keeps the momentum of another normalized update in int8.
 
 Scratch: one parameter in float32 at a time. Directions of Nesterov's rule, averages of updates for
 ``constant_norm``, and averages decoded from 8 bits are as large as the gradients, and computed in
-chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds a message per group.
+chunks. A non-finite gradient leaves B unchanged. On a mesh ``"before"`` adds one message to each
+process group.
 
 References:
     PowerStep: https://arxiv.org/abs/2605.10335

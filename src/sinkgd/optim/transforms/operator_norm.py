@@ -15,9 +15,9 @@ into r.
 State: ``state[param]["power_vector"]``, float32, n numbers per matrix, as
 `sinkgd.optim.column_vectors` shapes and shards them.
 
-Scratch: one float32 matrix if gradients are narrower than float32, else none. On a mesh the
-transform costs at most two messages for a group that shards columns, one for a group that shards
-rows.
+Scratch: one float32 matrix if gradients are narrower than float32, else none; with
+``deflated_rank``, also a float32 copy of each update. On a mesh the transform costs at most two
+messages for a process group that shards columns, and one for a process group that shards rows.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
@@ -49,7 +49,7 @@ SMALLEST_SHARE = 2.0**-16
 
 
 class OperatorNorm(Transform):
-    """Bring the operator norm of each update to 1, or to √(m/n)."""
+    """Bring the estimated operator norm of each update to 1, or to √(m/n)."""
 
     options = MappingProxyType[str, object]({"operator_norm": None})
     switch = "operator_norm"
@@ -102,7 +102,7 @@ def _init_vectors(state: MutableMapping[str, Any], param: Tensor, layout: str, c
 
 
 class Pinned(NamedTuple):
-    """Updates with the requested operator norm."""
+    """Scales of updates whose estimated operator norm is the requested one."""
 
     scales: list[Scales]
     vectors: list[Tensor]  # v of the next step
@@ -116,11 +116,11 @@ def pin(
     vectors: Sequence[Tensor],
     group: Group,
 ) -> Steps[Pinned]:
-    """Bring the operator norm of each update to 1, or to √(m/n).
+    """Bring the estimated operator norm of each update to 1, or to √(m/n).
 
-    The last half step gave every nonzero row or column the same length, √n or √m, and σ is at least
-    that length. An estimate below that length is raised to it, so the update stays finite for any
-    v.
+    The last half step gave every nonzero row the length √n, or every nonzero column the length √m,
+    so σ is at least that length. Deflation does not change this. An estimate below that length is
+    raised to it, so the update stays finite for any v.
 
     Args:
         matrices: The matrices to update.
@@ -161,7 +161,7 @@ def _next(w: Tensor, squares: Tensor, v: Tensor, n: int) -> Tensor:
 
 
 def product(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return ``matrix @ x`` in float64 for a few columns ``x``; entries may have any magnitude."""
+    """Return ``matrix @ x`` as float64, computed in float32 or wider; no sum overflows."""
     if x.numel() == 0 or matrix.numel() == 0:
         return x.new_zeros(*matrix.shape[:-1], x.shape[-1], dtype=torch.float64)
     x = x.double()

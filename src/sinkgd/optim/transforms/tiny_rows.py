@@ -1,4 +1,4 @@
-"""Mask the rows of a gradient that are nearly zero, so that they are not updated.
+"""Mask the rows of a gradient that are nearly zero, so that their update is zero.
 
 Row normalization gives all rows of the gradient the same length, even the shortest. In an embedding
 or an output head most rows belong to tokens that a batch does not contain; the gradient of these
@@ -21,10 +21,10 @@ TREATMENTS = ("keep", "mask")
 
 
 class TinyRows(Transform):
-    """Mask rows whose l2 norm is below a share of the mean over all rows."""
+    """Mask rows whose l2 norm is below ``tiny_row_threshold`` times the mean norm of all rows."""
 
-    # The threshold is ours: no source gives one. Rows a hundred times shorter than the mean are
-    # noise.
+    # The threshold is ours: no source gives one. Rows a hundred times shorter than the mean count
+    # as noise.
     options = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
     switch = "tiny_rows"
 
@@ -59,7 +59,7 @@ class TinyRows(Transform):
 def mask_tiny_rows(
     matrices: Sequence[ParamMatrix], threshold: float, backend: Backend, *, in_place: bool
 ) -> Steps[list[ParamMatrix]]:
-    """Set rows to zero if their l2 norm is below ``threshold`` times the mean over all rows.
+    """Set rows to zero if their l2 norm is below ``threshold`` times the mean norm of all rows.
 
     The update of these rows is then zero, and they do not affect the scales of others. Reads the
     gradients once and, unless ``in_place``, copies them. A process group gets one message if it

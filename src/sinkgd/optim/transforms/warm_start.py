@@ -81,7 +81,7 @@ def _start_shape(grad: Tensor) -> tuple[int, ...]:
 
 
 def _kept_starts(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the starts that a parameter has kept for its matrices: ``(..., 1, n)``, or None."""
+    """Return a start ``(..., 1, n)`` for each matrix of a parameter; None if none is kept."""
     if COL_SCALE not in state:
         return [None] * len(grads)
     shapes = [_start_shape(grad) for grad in grads]
@@ -105,4 +105,4 @@ def _keep(state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tens
 def _start(col: Tensor) -> Tensor:
     """Return column scales relative to the largest, in (0, 1]; 1 for a zero column."""
     unit = col.float() / col.amax(dim=-1, keepdim=True).float()
-    return torch.where(unit > 0, unit.clamp(min=SMALLEST_START), 1)  # NaN if all scales are zero
+    return torch.where(unit > 0, unit.clamp(min=SMALLEST_START), 1)  # unit is NaN if all are zero

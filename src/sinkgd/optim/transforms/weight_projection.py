@@ -12,7 +12,7 @@ its length. A row of zeros in the weight leaves x as it is. A row x that is para
 any row of a matrix with one column, becomes zero.
 
 There is no state. Scratch: a float32 copy of each update, and three more copies of one matrix at a
-time. On a mesh the transform costs one message for a group that shards columns.
+time. On a mesh the transform costs one message for a process group that shards columns.
 
 References:
     Nora, https://arxiv.org/abs/2605.03769. It projects the rows of a momentum. Here the rows of
@@ -60,7 +60,8 @@ class WeightProjection(Transform):
 def row_products(update: Tensor, weight: Tensor) -> Tensor:
     """Return x·x, x·w and w·w of each row of two matrices ``(..., m, n)``: float64 ``(..., m, 3)``.
 
-    Any finite weight is in range: rows are divided by their l1 norms before they are multiplied.
+    Weights may be nearly as small or as large as float32 allows: rows of the weight are divided by
+    their l1 norms before they are multiplied.
     """
     wide = weight.to(update.dtype)
     length = or_one(torch.linalg.vector_norm(wide, 1, dim=-1, keepdim=True))
