@@ -1,4 +1,4 @@
-"""Optimizers that keep no state for hidden matrices: SinkGD, SWAN and MNGD."""
+"""Optimizers that by default keep no state for hidden matrices: SinkGD, SWAN and MNGD."""
 
 import importlib as _importlib
 import sys as _sys
@@ -44,8 +44,8 @@ if _TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Names of `sinkgd.contrib`, which is imported when a program asks for one of them, or when a group
-# names one of its methods.
+# Names of `sinkgd.contrib`. This package is imported when a program asks for one of the names, or
+# when a parameter group names an algorithm that is not in `_METHODS` yet.
 _IN_CONTRIB = {
     "AdamWSPAM": "adamw_spam",
     "SCALE": "scale",
@@ -74,5 +74,5 @@ if not _TYPE_CHECKING:  # type checkers see the imports above, and would accept 
         globals()[name] = value
         return value
 
-    # Without it `from sinkgd import *` would leave out the names of `sinkgd.contrib`.
+    # Without `__all__`, `from sinkgd import *` would leave out the names of `sinkgd.contrib`.
     __all__ = [name for name in __dir__() if not name.startswith("_")]

@@ -2,9 +2,10 @@ r"""Lower a matrix's leading singular values to the next one, in two passes over
 
 No singular value is computed. A block power iteration finds k + 1 orthonormal directions. The first
 pass computes :math:`X^\top X \Omega` for a fixed block Ω; an orthonormal basis of the result is V.
-The second pass computes :math:`Z = X V` and :math:`X^\top Z`. As :math:`B = X^\top Q` follows from
-:math:`X^\top Z`, no third pass is needed. A pass is a product with X and one with Xᵀ, for which
-kernels read the matrix once and torch reads it twice:
+The second pass computes :math:`Z = X V` and :math:`X^\top Z`. With :math:`Z = Q R`, where Q has
+orthonormal columns and R is triangular, :math:`B = X^\top Q` follows from :math:`X^\top Z`, and no
+third pass is needed. A pass is a product with X and one with Xᵀ. For both, compiled kernels can
+read the matrix once, and plain torch reads it twice:
 
 .. math::
     V = \mathrm{orth}(X^\top X \Omega), \qquad Z = X V, \qquad C = X^\top Z, \qquad
@@ -22,10 +23,10 @@ first k directions are lowered to the level ℓ of the next one:
 
 Each term has a reason:
 
-- :math:`b_{k+1}` keeps the order of the directions: no column of B becomes shorter than the next.
+- :math:`b_{k+1}` keeps the order of the directions: none is lowered below direction k + 1.
 - The second term is the mean square of the other singular values, which is never more than the
   square of the largest of them. This term matters if Ω happens to miss the next direction.
-- The third term matters if X has at most k directions. The other directions then consist of
+- The third term matters if the rank of X is at most k. The other directions then consist of
   rounding errors, which must not be amplified.
 
 Letters, everywhere in this file:
@@ -45,20 +46,21 @@ from sinkgd.newton_schulz import largest_entry, matrix_buffer, or_one
 from sinkgd.number_check import check_whole_number
 from sinkgd.precision import in_full_precision
 
-# Returns a computation for `sinkgd.exchange` that adds up float64 tensors over ranks, in place or
-# not.
+# A function that returns a computation for `sinkgd.exchange`. The computation adds up float64
+# tensors over ranks, in place or not.
 Sum = Callable[[list[Tensor]], Computation[list[Tensor]]]
 
 # No direction is lowered below this fraction of the longest one. Entries of bfloat16 gradients have
-# relative rounding errors of 2^-9. With this limit, the sum of the squares of these errors stays
-# below 1 % of that of the result's entries.
+# relative rounding errors of up to 2^-9. With this limit, the sum of the squares of these errors
+# stays below 1 % of the sum of the squares of the result's entries.
 LEAST_LEVEL = 2.0**-6
 # Added to the Gram matrix of k vectors, relative to its trace, so that it always has a Cholesky
 # factor.
 _RIDGE = 2.0**-48
-# A direction of Z that is shorter than this fraction of Z's Frobenius norm counts as zero. Such a
-# direction is below the least level. Its column of B is a column of C divided by its length, which
-# multiplies the rounding errors of float32 products, 2^-24 of the longest column, by 2^9 or more.
+# A direction of Z that is shorter than this fraction of Z's Frobenius norm counts as zero. For
+# k < 63, such a direction is below the least level. Its column of B would be a column of C divided
+# by the direction's length. This division would multiply the rounding errors of float32 products,
+# 2^-24 of the longest column, by 2^9 or more.
 _SHORTEST = 2.0**-9
 # The fractional part of the golden ratio. No two of its products with 1, 4, 9, … differ by a
 # multiple of 2π, so that their sines do not repeat.
@@ -82,8 +84,8 @@ class Leading(NamedTuple):
 
     taken: LowRank  # float64
     square: Tensor  # square of the Frobenius norm of what remains, (..., 1, 1) float64
-    right: Tensor  # B, (..., n, k + 1) float64; a column is 0 where X has no further direction
-    lengths: Tensor  # b² of all columns, over all ranks, (..., 1, k + 1)
+    right: Tensor  # B, (..., n, k + 1) float64; 0 in columns of directions that count as zero
+    lengths: Tensor  # b² of each column of B, added up over all ranks, (..., 1, k + 1)
 
 
 class Packed(NamedTuple):
@@ -97,7 +99,7 @@ class Packed(NamedTuple):
     counts: Tensor  # (matrices,) int64: the number of blocks of each matrix
 
     def times(self, factors: Tensor) -> "Packed":
-        """Multiply the vectors of each matrix by its factor of ``(matrices, k, l)``."""
+        """Multiply the vectors of matrix i by ``factors[i]``, of shape ``(k, l)``."""
         return self._replace(blocks=self.blocks @ factors[self.owners])
 
     def grams(self) -> Tensor:
@@ -119,8 +121,8 @@ class PackedProducts(Protocol):
         """Return X V and Xᵀ X V of each matrix.
 
         Args:
-            vectors: V, the blocks of all matrices; None for the fixed block Ω, which matrices
-                share.
+            vectors: V, the blocks of all matrices; None for the fixed block Ω, which all
+                matrices share.
         """
         ...
 
@@ -129,7 +131,7 @@ class PackedProducts(Protocol):
         ...
 
     def by_tensor(self, vectors: Tensor, *, of_rows: bool) -> list[Tensor]:
-        """Return the vectors of each tensor: ``(..., m, k)``, or ``(..., n, k)`` for columns."""
+        """Group vectors by tensor: ``(..., m, k)`` each if ``of_rows``, else ``(..., n, k)``."""
         ...
 
     def numbers_by_tensor(self, numbers: Tensor) -> list[Tensor]:
@@ -137,7 +139,7 @@ class PackedProducts(Protocol):
         ...
 
     def all_by_tensor(self, flags: Tensor) -> list[Tensor]:
-        """Return for each tensor, 0-dim, whether the flags of all its matrices are True."""
+        """Return a 0-dim bool for each tensor: whether the flags of all its matrices are True."""
         ...
 
 
@@ -198,9 +200,9 @@ class StoredProducts:
 
 @in_full_precision
 def deflate(x: Tensor, rank: int) -> Tensor:
-    """Lower the ``rank`` leading singular values of ``x`` to the one that follows them.
+    """Lower the ``rank`` leading singular values of ``x`` to about the next singular value.
 
-    It takes about 10 (k + 1) mn flops. For comparison, `sinkgd.newton_schulz.orthogonalize` takes
+    This takes about 10 (k + 1) mn flops. For comparison, `sinkgd.newton_schulz.orthogonalize` takes
     4 min(m, n) mn flops for each step.
 
     Args:
@@ -210,11 +212,12 @@ def deflate(x: Tensor, rank: int) -> Tensor:
 
     Returns:
         ``(..., m, n)``. No singular value grows. The level is at least 2^-6 of the longest column
-        of B; singular values differ from these lengths as described at the top of this module. A
-        zero matrix stays zero. Besides the result it needs scratch memory for a few blocks of k + 1
-        float64 vectors.
+        of B. The length of this column approximates the largest singular value, as described at the
+        top of this module. A zero matrix stays zero. Needs scratch memory, besides the result, for
+        a few blocks of k + 1 float64 vectors.
 
     Raises:
+        TypeError: If ``rank`` is not an integer.
         ValueError: If ``rank`` is below 1.
 
     Examples:
@@ -302,9 +305,12 @@ def find_leading(
 
 
 class PackedLeading(NamedTuple):
-    """What deflation subtracts from many matrices, and the size of what remains."""
+    """What deflation subtracts from many matrices, and the size of what remains.
 
-    taken: Packed  # k + 1 vectors of each matrix; multiplied by ``factors``, they are the left side
+    From each matrix, ``taken @ factors @ right.mT`` is subtracted.
+    """
+
+    taken: Packed  # k + 1 vectors of each matrix
     factors: Tensor  # (matrices, k + 1, k + 1); the last column is zero
     right: Packed
     square: Tensor  # square of the Frobenius norm of what remains, (matrices, 1, 1)
@@ -331,7 +337,7 @@ def fixed_block(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def take_away_(x: Tensor, taken: LowRank) -> None:
-    """Subtract a low-rank matrix from ``(..., m, n)``, laid out like a `matrix_buffer`."""
+    """Subtract a low-rank matrix from ``x``, which is laid out like a `matrix_buffer`."""
     left, right = (y.to(x.dtype) for y in taken)
     own, left, right = (y.unsqueeze(0).flatten(0, -3) for y in (x, left, right))
     own.baddbmm_(left, right.mT, alpha=-1)
@@ -402,11 +408,11 @@ def _in_batches(x: Tensor, batch: torch.Size) -> Tensor:
 def invert_root(gram: Tensor, shortest: float = _SHORTEST) -> tuple[Tensor, Tensor]:
     """Invert the upper Cholesky factor R of the Gram matrix ``(..., k, k)`` of k vectors.
 
-    If the vectors span k directions, the vectors divided by R are orthonormal; otherwise, some of
-    the divided vectors are shorter than 1.
+    If the vectors span k directions, the vectors times R⁻¹ are orthonormal; otherwise, some of the
+    products are shorter than 1.
 
     Returns:
-        The inverse, and the same with zeros for directions no longer than ``shortest``, relative to
+        R⁻¹, and a copy of R⁻¹ with zero columns for directions no longer than ``shortest`` times
         the Frobenius norm of the vectors.
     """
     # Products with it extract the diagonal; inductor warns about a view of the diagonal.

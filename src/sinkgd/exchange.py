@@ -3,12 +3,12 @@
 A computation is a call of a generator function, which `exchange` runs. If it yields a `Sum`, it
 continues when the vector has been added up. If it yields another computation, or a list of
 computations to run side by side, it is sent their results. All vectors of one dtype and device that
-wait for one group share one message, so the number of messages is that of the longest computation,
-not of all together.
+wait for one group share one message. So a group sends about as many messages as the computation
+with the most sums needs, not as many as all computations need together.
 
 torch.compile captures computations that need no message. It does not support generators that
-outlive the function that made them, nor values of ``yield from``; hence `Computation` and
-``yield``.
+outlive the function that made them, nor values of ``yield from``. So `exchange` itself
+calls the generator function of a `Computation`, and results are passed by ``yield``.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -138,7 +138,7 @@ class _Task:
 def _send_next(waiting: list[tuple[_Task, Sum]]) -> list[_Task]:
     """Add up the vectors that wait for one group, and return the tasks that can continue.
 
-    A group for which more vectors will arrive soon waits for them.
+    A group for which more vectors will arrive soon waits for them, unless all groups would wait.
     """
     then = {group for _, asked in waiting for group in asked.then}
     asked_for = dict.fromkeys(asked.group for _, asked in waiting)

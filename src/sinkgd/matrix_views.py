@@ -69,7 +69,7 @@ def rows_then_columns(x: Tensor, param: Tensor, layout: str) -> Tensor:
 
 
 def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None:
-    """Refuse a layout that is unknown or does not fit the parameter ``name``."""
+    """Refuse a layout that is unknown, or a layout or split that does not fit the parameter."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if param.ndim < 2:

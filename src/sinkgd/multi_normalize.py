@@ -1,4 +1,4 @@
-"""Multi-normalization: project on several norms in turn, until all of them are satisfied.
+"""Multi-normalization: normalize in several norms at once, by projecting on them in turn.
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -41,11 +41,13 @@ def multi_normalize(
 
     Returns:
         The update, ``(..., m, n)``, in ``grad``'s dtype; computed in float32, or float64 if
-        ``grad`` is. Its root-mean-square is 1. Needs one matrix of scratch besides the result, two
-        with a `SpectralNorm`, two more with ``tol``, and the memory that norms of your own need.
+        ``grad`` is. Its root-mean-square is 1, or less if ``grad`` has zeros. Needs one matrix of
+        scratch besides the result, two with a `SpectralNorm`, two more with ``tol``, and the memory
+        that norms of your own need.
 
     Raises:
-        TypeError: If ``grad`` is complex, integer or sparse.
+        TypeError: If ``grad`` is complex, integer or sparse, or another argument has the wrong
+            type.
         ValueError: If ``grad`` has fewer than two dimensions, ``norms`` is empty, ``num_iters`` is
             below 1, or ``tol`` below 0.
 
@@ -118,8 +120,8 @@ def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
         norms: The norms to check.
 
     Returns:
-        One tensor ``(...,)`` per norm: the root-mean-square of what its projection would change. It
-        is 0 if ``x`` is normalized in this norm.
+        One tensor ``(...,)`` per norm: the root-mean-square of the difference between ``x`` and its
+        projection. It is 0 if ``x`` is normalized in this norm.
 
     Examples:
         >>> from sinkgd import ColumnNorm, RowNorm

@@ -1,4 +1,4 @@
-"""The nearest (semi-)orthogonal matrix by matrix products only: a Newton–Schulz iteration.
+"""Approximate the nearest (semi-)orthogonal matrix by matrix products: Newton–Schulz steps.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
@@ -25,28 +25,28 @@ OBLONG = 2
 
 # How many steps are taken at a time. The eigenvalues of the gram matrix are the squares of singular
 # values. The rounding error of the largest eigenvalue is also an error of every small one. This
-# error grows as small singular values do, by a factor of 1.5 per step: five steps make it 8 times
-# as large. Then a new gram matrix is computed.
+# error grows as small singular values do, by a factor of 1.5 per step: five steps make it about
+# 8 times as large. Then a new gram matrix is computed.
 STEPS_AT_ONCE = 5
 
 
 @in_full_precision
 def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
-    r"""Push every singular value of ``x`` towards 1 and keep its singular vectors.
+    r"""Push every nonzero singular value of ``x`` towards 1, and keep the singular vectors.
 
-    From :math:`X_0 = x / \sqrt{\lVert x x^\top \rVert_F}`, ``num_steps`` times:
+    Start from :math:`X_0 = x / \sqrt{\lVert x x^\top \rVert_F}`, and repeat ``num_steps`` times:
 
     .. math::
         X \leftarrow \tfrac12 (3I - X X^\top) X
 
     The limit is the polar factor :math:`(x x^\top)^{-1/2} x` for a wide matrix and
     :math:`x (x^\top x)^{-1/2}` for a tall one. In exact arithmetic these are the iterates of the
-    coupled iteration that SWAN runs on :math:`x x^\top`; this form takes no inverse square root,
-    so a singular matrix stays bounded. With k the shorter and l the longer side, a step costs
-    ``4 * k**2 * l`` flops. If l is at least 2 k, the coupled iteration itself is run, five steps at
-    a time, and five steps cost ``24 * k**3 + 4 * k**2 * l``. A singular value well below the
-    largest grows by a factor of 1.5 per step. So ``num_steps`` decides how small a singular value
-    may be at first and still come close to 1.
+    coupled iteration that SWAN runs on :math:`x x^\top`; this form computes no inverse square root,
+    so the iterates stay bounded even if ``x`` is singular. With k the shorter and l the longer
+    side, a step costs ``4 * k**2 * l`` flops. If l is at least 2 k, the coupled iteration itself is
+    run, five steps at a time, and five steps cost ``24 * k**3 + 4 * k**2 * l``. A singular value
+    well below the largest grows by a factor of 1.5 per step. So ``num_steps`` decides how small a
+    singular value may be at first and still come close to 1.
 
     Args:
         x: ``(..., m, n)``, float32 or wider. Not modified, and not differentiated.
@@ -54,9 +54,10 @@ def orthogonalize(x: Tensor, num_steps: int = 5) -> Tensor:
 
     Returns:
         ``(..., m, n)``, with singular values in [0, 1]. A zero matrix stays zero. Needs at most two
-        matrices of scratch.
+        matrices of scratch besides the result.
 
     Raises:
+        TypeError: If ``num_steps`` is not an integer.
         ValueError: If ``num_steps`` is below 1.
 
     Examples:
@@ -138,7 +139,8 @@ def or_one(x: Tensor) -> Tensor:
 
 def sum_of_matrix(x: Tensor) -> Tensor:
     """Return the sum over each matrix, ``(..., 1, 1)``, with the same bits in any batch."""
-    # Torch divides a sum among its threads only if the result is a single number.
+    # Torch divides a sum among its threads only if the result is a single number. A direct sum
+    # would be divided for one matrix and not for a batch.
     return x.sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True)
 
 

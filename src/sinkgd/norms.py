@@ -11,11 +11,11 @@ Shapes, everywhere in this file:
     n: columns, its in_features
     ...: leading batch dimensions, one independent matrix each
 
-A zero row, column or matrix has no direction and stays zero; NaN and infinity become NaN.
-Projections compute in the dtype of their input; `multi_normalize` passes float32 or float64.
-Besides the result they need one matrix of scratch memory; the spectral norm needs up to two, and
-the deflated norm also a few blocks of vectors. They are not differentiable: no gradient flows
-through them.
+A zero row, column or matrix has no direction and stays zero, so the result can be shorter than
+√(mn). NaN and infinity become NaN. Projections compute in the dtype of their input;
+`multi_normalize` passes float32 or float64. Besides the result they need one matrix of scratch
+memory; the spectral norm needs up to two, and the deflated norm also a few blocks of vectors. They
+are not differentiable: no gradient flows through them.
 
 References:
     Scetbon et al., Gradient Multi-Normalization for Stateless and Scalable LLM Training,
@@ -47,9 +47,9 @@ from sinkgd.precision import in_full_precision
 class Norm(Protocol):
     """The interface of a norm for `multi_normalize`: any class with a method `project` is a norm.
 
-    The optimizers stack matrices of one shape and project them together, so a norm treats leading
-    dimensions as independent matrices: ``project(x)[i]`` is ``project(x[i])``. Count dimensions
-    from the end: in a stack, ``dim=-1`` is along a row, and ``dim=1`` is not.
+    The optimizers stack matrices of one shape and project them together, so a norm must treat
+    leading dimensions as independent matrices: ``project(x)[i]`` is ``project(x[i])``. Count
+    dimensions from the end: in a stack, ``dim=-1`` is along a row, and ``dim=1`` is not.
 
     Examples:
         >>> class HeadNorm:
@@ -148,9 +148,10 @@ class SignNorm(_BuiltIn):
 class SpectralNorm(_BuiltIn):
     r"""Equal singular values: :math:`P(x) = \sqrt{\max(m, n)}\, U V^\top` for x = USVᵀ.
 
-    The polar factor comes from `orthogonalize`, on the shorter side of the matrix, and the result
-    is scaled to Frobenius norm √(mn). For a matrix of full rank and with enough steps, this scaling
-    changes nothing. Otherwise it keeps the size of the update, and so the meaning of ``lr``.
+    The polar factor :math:`U V^\top` comes from `orthogonalize`, and is scaled to Frobenius norm
+    √(mn). For a matrix of full rank and with enough steps, it is multiplied by √max(m, n).
+    Otherwise the multiplier is larger, so that the size of the update, and with it the meaning of
+    ``lr``, does not change.
 
     Args:
         num_steps: Newton–Schulz steps, at least 1. More steps bring smaller singular values to 1.
@@ -166,7 +167,8 @@ class SpectralNorm(_BuiltIn):
     def project_into(self, x: Tensor, result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
         """Whiten every matrix."""
         result, spare = orthogonalize_into(x, self.num_steps, result, spare)
-        # The largest singular value is at least m^(-1/4): no square that matters is out of range.
+        # The largest singular value is at least min(m, n)^(-1/4): no square that matters is out of
+        # range.
         _stretch(result, (-2, -1), spare)
         return result, spare
 
@@ -176,8 +178,9 @@ class DeflatedNorm(_BuiltIn):
     r"""Lower the largest singular values: :math:`P(x) \propto` `deflate` of x, of length √(mn).
 
     The k leading singular values are lowered to the next one. This is not the projection of a norm,
-    but it is close to `SpectralNorm`'s and cheaper. It multiplies the matrix with k + 1 vectors,
-    which takes about 10 (k + 1) flops per entry; whitening takes about 20 min(m, n).
+    but its result is close to `SpectralNorm`'s, at a lower cost. The products of the matrix with
+    k + 1 vectors take about 10 (k + 1) flops per entry; whitening in five steps takes up to
+    20 min(m, n).
 
     Args:
         rank: Directions k, at least 1.
@@ -196,10 +199,10 @@ class DeflatedNorm(_BuiltIn):
 
 
 def as_norms(norms: object) -> tuple[Any, ...]:
-    """Return the members of a list of norms, without checking them.
+    """Return the members of a list or other iterable of norms, without checking them.
 
     Raises:
-        TypeError: If ``norms`` is not a list.
+        TypeError: If ``norms`` is not iterable, or is a string, a tensor or a mapping.
     """
     if isinstance(norms, str | Tensor | Mapping) or not isinstance(norms, Iterable):
         raise TypeError(f"norms must be a list of norms such as [RowNorm()], got {norms!r}")
@@ -210,7 +213,7 @@ def check_norms(norms: object) -> None:
     """Refuse anything but a list of norms.
 
     Raises:
-        TypeError: If ``norms`` is not a list, or a member is not a norm.
+        TypeError: If ``norms`` is not a list or other iterable, or a member is not a norm.
         ValueError: If the list is empty.
     """
     found = as_norms(norms)
@@ -222,7 +225,7 @@ def check_norms(norms: object) -> None:
 
 
 def is_built_in(norm: Norm) -> TypeGuard[_BuiltIn]:
-    """Whether ``norm`` can `project_into` memory; a subclass may have its own ``project``."""
+    """Whether `project_into` may replace `project`: not for subclasses, which may override it."""
     return type(norm) in _BUILT_IN
 
 
@@ -230,7 +233,7 @@ _BUILT_IN = (RowNorm, ColumnNorm, FrobeniusNorm, SignNorm, SpectralNorm, Deflate
 
 
 def _scale(x: Tensor, dim: tuple[int, ...], result: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-    # Dividing by the largest entry first keeps the squares in range from 1e-38 to 1e+38.
+    # Dividing by the largest entry first keeps squares in range if this entry is in [1e-38, 1e+38].
     torch.div(x, or_one(largest_entry(x, dim)), out=result)
     _stretch(result, dim, spare)
     return result, spare

@@ -30,7 +30,8 @@ def check_number(name: str, value: Any, *, least: float | None = 0.0) -> None:
 
     Raises:
         TypeError: If ``value`` is not a number; the message gives the argument's name and value.
-        ValueError: If ``value`` is below ``least``, or a tensor of several elements.
+        ValueError: If ``value`` is NaN or below ``least``, or a tensor of several elements. If
+            ``least`` is None, every number is accepted.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -78,7 +79,7 @@ def check_betas(name: str, value: Any) -> None:
     Raises:
         TypeError: If ``value`` is not a pair of numbers; the message gives the argument's name and
             value.
-        ValueError: If one of the numbers is not in [0, 1).
+        ValueError: If one of the numbers is not in [0, 1), or is a tensor of several elements.
     """
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of numbers such as (0.9, 0.95), got {value!r}")
@@ -91,13 +92,13 @@ def check_betas(name: str, value: Any) -> None:
 
 
 def check_num_iters(num_iters: int, argument: str = "num_iters") -> None:
-    """Refuse fewer than one iteration; ``argument`` is the caller's name for ``num_iters``."""
+    """Refuse all but integers from 1 on; ``argument`` is the caller's name for ``num_iters``."""
     check_whole_number(argument, num_iters)
     if num_iters < 1:
         raise ValueError(f"{argument} must be at least 1, got {num_iters}")
 
 
 def check_tol(tol: float | None) -> None:
-    """Refuse a tolerance below 0."""
+    """Refuse a tolerance that is neither None nor a number of at least 0."""
     if tol is not None:
         check_number("tol", tol)

@@ -61,7 +61,11 @@ class _MatmulPrecision:
         self._saved: list[tuple[Any, str]] = []
 
     def enter(self) -> bool:
-        """Raise the precision. If it was full, return False; `leave` must then not be called."""
+        """Raise the precision, or keep it raised.
+
+        Returns:
+            False if the user's setting is full precision; `leave` must then not be called.
+        """
         with self._lock:
             if self._entered == 0:
                 self._saved = _reduced()

@@ -1,4 +1,4 @@
-"""Square-root Sinkhorn: normalize rows and columns in turn until both have their lengths.
+"""Square-root Sinkhorn: normalize rows to length √n and columns to length √m, in turn.
 
 Shapes, everywhere in this file:
     m: rows, the out_features of an ``nn.Linear`` weight
@@ -46,10 +46,11 @@ def sinkhorn_scales(
         column is 0. A non-finite entry makes scales of its matrix non-finite.
 
     Raises:
-        TypeError: If ``grad`` is complex, integer or sparse.
+        TypeError: If ``grad`` is complex, integer or sparse, or another argument has the wrong
+            type.
         ValueError: If ``grad`` has fewer than two dimensions, ``num_iters`` is below 1, ``tol`` is
-            below 0, or ``backend`` is unknown.
-        ImportError: If ``backend`` names a backend that is not installed.
+            below 0, or ``backend`` is unknown or does not run on ``grad``'s device.
+        ImportError: If ``backend`` names a backend that is not installed or cannot run here.
 
     Examples:
         >>> import torch
@@ -76,8 +77,8 @@ def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> T
 
     where :math:`Q(X)` and :math:`R(X)` are the diagonal matrices of row and column lengths. The
     entrywise squares of the iterates are the classic Sinkhorn iterates of ``grad**2``, so a matrix
-    without zeros converges to rows of length √n *and* columns of length √m. The update has
-    root-mean-square 1, as a sign update has, whatever the scale of ``grad``.
+    without zeros converges to rows of length √n *and* columns of length √m. Unless a column is
+    zero, the update has root-mean-square 1, as a sign update has, whatever the scale of ``grad``.
 
     Args:
         grad: Gradient, ``(..., m, n)``, any real floating dtype. Not modified.
@@ -90,9 +91,10 @@ def sr_sinkhorn(grad: Tensor, num_iters: int = 5, *, backend: str = "auto") -> T
         rows and columns stay zero.
 
     Raises:
-        TypeError: If ``grad`` is complex, integer or sparse.
-        ValueError: If ``grad`` has fewer than two dimensions, or ``num_iters`` is below 1.
-        ImportError: If ``backend`` names a backend that is not installed.
+        TypeError: If ``grad`` is complex, integer or sparse, or ``num_iters`` is not an integer.
+        ValueError: If ``grad`` has fewer than two dimensions, ``num_iters`` is below 1, or
+            ``backend`` is unknown or does not run on ``grad``'s device.
+        ImportError: If ``backend`` names a backend that is not installed or cannot run here.
 
     Examples:
         >>> import torch

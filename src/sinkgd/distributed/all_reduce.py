@@ -1,8 +1,8 @@
 """Sums over the ranks that share a parameter.
 
-All functions return computations for `sinkgd.exchange`, which sends one message per process group
-for all computations that run side by side. Numbers that no group shares need no message. If there
-are only such numbers, torch.distributed is not imported.
+All functions return computations for `sinkgd.exchange`. Computations that run side by side share
+the messages of a process group. Numbers that no group shares need no message. If there are only
+such numbers, torch.distributed is not imported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from sinkgd.kernels import Backend
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    Groups = Sequence[Sequence[ProcessGroup]]  # for each number or tensor
+    Groups = Sequence[Sequence[ProcessGroup]]  # those of each number or tensor
 
 
 def all_reduce(numbers: Tensor, groups: "Groups") -> Computation[Tensor]:
@@ -90,9 +90,10 @@ def sum_over_rows(
 
 @computation
 def row_lengths(matrices: Sequence[ParamMatrix], backend: Backend) -> Steps[list[Tensor]]:
-    """Return the l2 norm of every row that this rank holds or shares: ``(..., m, 1)``, float64.
+    """Return the l2 norms of the whole rows of which this rank holds entries, float64.
 
-    Reads the gradients once. Sends one message to each process group that shards columns.
+    Each tensor has shape ``(..., m, 1)``. Compiled backends read the gradients once. Sends one
+    message to each process group that shards columns.
     """
     grads = [matrix.grad for matrix in matrices]
     columns = sum(prod(grad.shape[:-2]) * grad.shape[-1] for grad in grads)

@@ -1,4 +1,4 @@
-"""SR-Sinkhorn of sharded matrices: ranks add up vectors, and each rank updates its own shard.
+"""SR-Sinkhorn of sharded matrices: ranks add up vectors, and each finds its shard's scales.
 
 With S = G∘G an iteration is r² = n / (S c²), c² = m / (Sᵀ r²). A rank has its shard of G, and the
 scales of its own rows and columns. It lacks the sums over the other shards. So ranks exchange
@@ -8,7 +8,7 @@ Letters, everywhere in this file:
     r2, c2: the squares of the scales of this rank's rows and columns, float64, of all matrices
     live: how many rows or columns of a matrix are not zero, over all ranks
 
-Zero rows and columns have no scale. If they counted, the other scales would drift: r by a factor
+Zero rows and columns have the scale 0. If they counted, the other scales would drift: r by a factor
 per iteration, c by its inverse. So m and n are counted without them, except in the first half step,
 which uses the true n, and in the last half step of each matrix, which uses the true m. All ranks of
 a matrix make the same decisions, since they decide by sums that all of them know.
@@ -43,7 +43,7 @@ def solve_sharded(
     A computation for `exchange`.
 
     Args:
-        backend: The backend that adds up this rank's shards.
+        backend: The backend that computes the sums of this rank's shards.
         shardings: How the matrices are sharded, in the order of the matrices.
         matrices: As for `Backend.descend_`. Parameters are not written.
         num_iters: Iterations L.
@@ -63,7 +63,7 @@ class Found(NamedTuple):
     """The result of the iterations for some matrices."""
 
     scales: list[Scales]  # of this rank's rows and columns
-    finite: Tensor  # (matrices,) bool: whether their gradients are finite on every rank
+    finite: Tensor  # (matrices,) bool: whether gradients are finite on all ranks that share them
 
 
 @computation
@@ -79,14 +79,14 @@ def find_scales(
     """Find the scales of sharded matrices.
 
     A computation for `exchange`: every rank that holds a shard of a matrix must run it, with the
-    same matrices in the same order. It costs ``num_iters`` messages per process group, whatever the
-    number of matrices. It costs one more message if a group shards rows of some matrices and
-    columns of others, and no order of the groups suits all of them.
+    same matrices in the same order. It costs ``num_iters`` messages per process group, or fewer if
+    ``tol`` stops it, whatever the number of matrices. It costs one more message if a group shards
+    rows of some matrices and columns of others, and no order of the groups suits all of them.
 
     Args:
         grads: This rank's shards, ``(..., m, n)``; some may be empty.
         shardings: How the matrices are sharded.
-        backend: The backend that adds up this rank's shards.
+        backend: The backend that computes the sums of this rank's shards.
         num_iters: Iterations L.
         tol: As in `sinkgd.kernels.Backend.scales`. Each iteration then waits for the device.
         starts: As in `sinkgd.kernels.Backend.scales`, for this rank's shards.
@@ -163,7 +163,7 @@ def _iterate(
 def _scales_of(
     rows: Sequence[Tensor], cols: Sequence[Tensor], dtypes: Sequence[torch.dtype]
 ) -> list[Scales]:
-    """Call `scales_of` for each gradient, with one call per shape and dtype."""
+    """Call `scales_of` once for all gradients of one shape and dtype."""
     alike: dict[object, list[int]] = {}
     for i, (row, col) in enumerate(zip(rows, cols, strict=True)):
         alike.setdefault((row.shape, col.shape, dtypes[i]), []).append(i)
@@ -189,7 +189,7 @@ def _initial_c2(cols: "_Vectors", starts: Sequence[Tensor | None]) -> Tensor:
 
 
 class _Vectors:
-    """The row vectors, or the column vectors, of all matrices in one flat tensor.
+    """One number per row, or per column, of all matrices, in one flat tensor.
 
     Args:
         shapes: The shape of each batch of vectors, ``(..., m, 1)`` or ``(..., 1, n)``.
@@ -219,7 +219,7 @@ class _Vectors:
         return numbers.index_select(0, self._owners)
 
     def count(self, flat: Tensor) -> Tensor:
-        """Add up the entries of each matrix."""
+        """Add up the entries of each matrix's vector."""
         total = torch.zeros(sum(self.counts), dtype=torch.float64, device=flat.device)
         return total.index_add_(0, self._owners, flat.double())
 
@@ -230,9 +230,9 @@ class _Vectors:
         return torch.stack([own.all() for own in torch.split(flags, self.counts)])
 
 
-# Indices are computed on the host and copied to a device once, so that no step waits for the copy.
-# They take four bytes per row or column. Every step, or every flush of GradientRelease, needs the
-# same indices.
+# Indices are computed on the host and copied to a device once, so that later steps do not wait for
+# a copy. They take four bytes per row or column. Every step, or every flush of GradientRelease,
+# needs the same indices.
 @lru_cache(maxsize=32)
 def _owners(lengths: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the index of the matrix of each entry, given each vector's length and batch size.

@@ -58,7 +58,7 @@ class Sharding(NamedTuple):
 
     @property
     def sum_groups(self) -> "tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]":
-        """The row groups and column groups. Matrices with the same groups share their messages."""
+        """The row groups and column groups. Matrices with the same groups iterate together."""
         return self.row_groups, self.col_groups
 
     @property
@@ -247,7 +247,7 @@ def check_unsharded(name: str, param: Tensor, what_needs: str) -> None:
 
 
 def first_entry_of(param: Tensor, layout: str) -> int:
-    """Return the index of the first entry of this rank's shard, for stochastic rounding.
+    """Return the index that stochastic rounding gives to the first entry of this rank's shard.
 
     The random bits of an entry depend on its index; see `sinkgd.kernels.rounding`.
     """
@@ -380,7 +380,7 @@ def _begin(x: "DTensor", mesh_dim: int, dim: int) -> int:
 def _first_entry(
     x: "DTensor", row_dims: Sequence[int], sharding: Sharding, begin: int | None
 ) -> int:
-    """Return the index of the first entry of this rank's shard, for stochastic rounding.
+    """Return the index that stochastic rounding gives to the first entry of this rank's shard.
 
     If the shard is a contiguous range of the parameter's entries, its random bits are those that
     the unsharded parameter would get. Otherwise the bits of two shards only have to differ.

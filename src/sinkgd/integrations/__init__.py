@@ -7,10 +7,10 @@ def missing(
     """Return the error of an integration whose framework is absent or broken.
 
     Args:
-        module: The integration.
-        package: The name of the framework's distribution, as pip takes it.
+        module: The name of the integration's module.
+        package: The name of the framework's package on PyPI.
         error: What the import raised.
-        source: What pip installs; the package by default.
+        source: What to give to ``pip install``; the package by default.
     """
     return ImportError(
         f"{module} needs the package {package}, which cannot be imported ({error}); run: "

@@ -1,4 +1,4 @@
-"""axolotl: a plugin that trains with SinkGD of this package.
+"""axolotl: a plugin that trains with this package's SinkGD.
 
 ``optimizer: sinkgd`` without the plugin selects axolotl's own implementation, which shares no code
 with this package.
@@ -59,8 +59,8 @@ class SinkGDPlugin(BasePlugin):
             trainer: The trainer.
 
         Raises:
-            ValueError: If the configuration chooses another custom optimizer, ``optim_args``, or a
-                rate for a part of the model.
+            ValueError: If the configuration chooses another custom optimizer, or sets
+                ``optim_args`` or a rate for a part of the model.
         """
         if trainer.optimizer_cls_and_kwargs is not None:
             raise ValueError(

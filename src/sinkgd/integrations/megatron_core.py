@@ -1,4 +1,4 @@
-"""megatron-core: adds SinkGD to Megatron's table of "emerging" optimizers, beside its Muon."""
+"""megatron-core: `register` adds SinkGD to Megatron's table of "emerging" optimizers."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,6 +1,6 @@
 """ms-swift: importing this module adds the optimizer "sinkgd" to ms-swift's table of optimizers.
 
-``--external_plugins`` takes a file. Write one that holds a single line,
+``--external_plugins`` takes a Python file. Pass one with the single line
 ``import sinkgd.integrations.ms_swift``, and choose ``--optimizer sinkgd``.
 """
 
@@ -22,8 +22,8 @@ class SinkGDCallback(OptimizerCallback):
     """Builds the optimizer of `SinkGDFactory` for a trainer of ms-swift.
 
     The trainer's ``learning_rate``, ``weight_decay`` and Adam options are read as settings for
-    AdamW, unless ``optim_args`` sets the same options. It also takes options that the trainer does
-    not have, as in ``"deflated_rank=0,momentum=0.5"``.
+    AdamW, unless ``optim_args`` sets the same options. ``optim_args`` may also set options that
+    the trainer does not have, as in ``"deflated_rank=0,momentum=0.5"``.
     """
 
     def create_optimizer(self, model: nn.Module | None = None) -> SinkGD:

@@ -52,7 +52,7 @@ class SinkGDContainer(OptimizersContainer):
                 raise ValueError(
                     f"{name}={value!r} has no effect in SinkGDContainer.Config, which routes "
                     "parameters by itself; leave it out, and pass "
-                    "options={'overrides': {pattern: 'adamw'}} to choose for some of them"
+                    "options={'overrides': {pattern: 'adamw'}} to give some of them to AdamW"
                 )
         self.model_parts = model_parts
         self.optimizers = [_build(part, config.options) for part in model_parts]

@@ -1,6 +1,7 @@
-"""A factory of SinkGD for the trainers of Hugging Face Transformers, TRL and axolotl.
+"""A factory of SinkGD for the trainers of Hugging Face Transformers and TRL.
 
-It groups the parameters of a model and builds the optimizer.
+It groups the parameters of a model and builds the optimizer. The other integrations, except
+megatron-core, use it, too.
 """
 
 import ast
@@ -43,11 +44,11 @@ class SinkGDFactory:
     """Builds `SinkGD` for a model, as ``Trainer(optimizer_cls_and_kwargs=...)`` requires.
 
     The trainer calls ``SinkGDFactory()(model, **kwargs)`` once the model is on the device on which
-    it trains. The trainer's learning rate scheduler then scales every group. The trainer does not
-    pass its ``TrainingArguments``. To fine-tune with settings for AdamW, pass these arguments as
-    ``training_args``, as axolotl does. Their ``learning_rate`` is then the ``adamw_lr`` of
-    `param_groups`, and their weight decay, betas and epsilon are read as AdamW's. To pretrain, pass
-    ``lr`` and ``matrix_lr_scale`` here.
+    it trains. The trainer's learning rate scheduler then scales the rate of every group. The
+    trainer does not pass its ``TrainingArguments``. To fine-tune with settings for AdamW, pass
+    these arguments as ``training_args``, as axolotl does. Their ``learning_rate`` is then the
+    ``adamw_lr`` of `param_groups`, and their weight decay, betas and epsilon are read as AdamW's.
+    To pretrain, pass ``lr`` and ``matrix_lr_scale`` instead.
 
     Examples:
         >>> from torch import nn
@@ -82,10 +83,10 @@ class SinkGDFactory:
             model: The model to train.
             training_args: ``TrainingArguments``, or any object with the same attributes. If
                 ``kwargs`` set the same option, they take precedence. ``learning_rate`` becomes
-                ``adamw_lr`` unless ``kwargs`` set a rate. ``weight_decay`` keeps its name,
-                ``adam_beta1`` and ``adam_beta2`` become ``betas``, and ``adam_epsilon`` becomes
-                ``eps``. ``optim`` may only be ``"sinkgd"`` or a default of transformers, such as
-                ``"adamw_torch"``. Other fields are not read.
+                ``adamw_lr`` unless ``kwargs`` set ``lr``, ``matrix_lr_scale`` or ``adamw_lr``.
+                ``weight_decay`` keeps its name, ``adam_beta1`` and ``adam_beta2`` become ``betas``,
+                and ``adam_epsilon`` becomes ``eps``. ``optim`` may only be ``"sinkgd"`` or a
+                default of transformers, such as ``"adamw_torch"``. Other fields are not read.
             **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
                 ``weight_decay``, ``betas``, ``overrides``, ``base_width`` and ``state_bits`` of
                 `param_groups`; ``eps`` of AdamW's groups; all others are of `SinkGD`. None for an
@@ -95,7 +96,8 @@ class SinkGDFactory:
         Raises:
             TypeError: If an argument does not exist, or ``model`` is absent or not a model.
             ValueError: If a string cannot be parsed as a value of its argument, `param_groups` or
-                `SinkGD` refuses a value, or ``training_args`` choose another optimizer.
+                `SinkGD` refuses a value, ``eps`` is given and no group runs AdamW, or
+                ``training_args`` choose another optimizer.
         """
         if model is None:  # a trainer that expects a class calls it to get an instance
             raise TypeError(
@@ -121,9 +123,9 @@ def attach(trainer: Any, **options: Any) -> None:
     """Make a trainer of transformers or TRL train with SinkGD. Call it before ``trainer.train()``.
 
     It serves trainers whose constructors take no ``optimizer_cls_and_kwargs``, such as TRL's for
-    DPO, KTO and GRPO. The trainer's ``learning_rate`` and Adam options are read as settings for
-    AdamW, unless ``options`` sets the same ones; see `SinkGDFactory`. If the trainer builds another
-    optimizer nevertheless, an error is raised when training begins.
+    DPO, KTO and GRPO. The trainer's ``learning_rate``, ``weight_decay`` and Adam options are read
+    as settings for AdamW, unless ``options`` sets the same ones; see `SinkGDFactory`. If the
+    trainer builds another optimizer nevertheless, an error is raised when training begins.
 
     Args:
         trainer: The trainer, which must not have its optimizer yet.
@@ -255,7 +257,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _from_training_args(training_args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, and those that only the training arguments set."""
+    """Return the options, plus those that only the training arguments set."""
     taken = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
     fields = {name: getattr(training_args, name) for name in taken if hasattr(training_args, name)}
     found: dict[str, Any] = {}
@@ -271,7 +273,7 @@ def _from_training_args(training_args: Any, options: Mapping[str, Any]) -> dict[
 
 
 def _set_eps(groups: list[dict[str, Any]], eps: float, *, must_apply: bool) -> None:
-    """Give ``eps`` to the groups of AdamW.
+    """Give ``eps`` to the groups of AdamW that have none.
 
     Raises:
         ValueError: If ``must_apply`` is set and no group runs AdamW.

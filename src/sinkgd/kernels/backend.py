@@ -200,8 +200,8 @@ class Backend(ABC):
         Args:
             params: Parameters ``(..., m, n)``.
             grads: Their gradients.
-            scales: Their scales. With `CorrectedScales`, the update is the one that this class
-                defines.
+            scales: Their scales. `CorrectedScales` replace ``row * grad * col`` by the update that
+                they define.
             keep: Factor of the parameter; `Cautious` for one that depends on the step's direction.
             step: Factor of the update.
             allowed: A 0-dim bool for each parameter, on its device. If it is False, the parameter
@@ -243,7 +243,10 @@ def take_steps(
     step: float | Tensor,
     overflow: Tensor | None = None,
 ) -> None:
-    """Update parameters by known scales. Owners with a gradient that is not finite are skipped."""
+    """Update parameters by known scales. Skip owners with a gradient that is not finite.
+
+    If ``overflow`` is True, skip all owners.
+    """
     allowed = finite if overflow is None else finite & ~overflow
     all_allowed = overflow is None and _known_to_be_all(finite)
     backend.update_(

@@ -30,7 +30,7 @@ from sinkgd.newton_schulz import matrix_buffer
 
 
 class EagerBackend(Backend):
-    """Two matrix–vector products per iteration, on a float32 copy of one gradient at a time."""
+    """Two matrix–vector products per iteration, on a float32 or wider copy of each gradient."""
 
     name = "eager"
     package = "torch"
@@ -146,7 +146,7 @@ def apply_update_(
         param: The parameter.
         update: The update, of the parameter's shape. Its memory may be overwritten.
         keep: Factor of the parameter. A `Cautious` factor needs scratch of the parameter's size in
-            float32.
+            float32 or wider.
         step: Factor of the update.
         allowed: A 0-dim bool on the parameter's device. False leaves ``param`` unchanged.
         key: The key for stochastic rounding of a bfloat16 parameter.
@@ -174,7 +174,7 @@ def apply_update_(
 
 
 def _where_toward_zero(param: Tensor, moved: Tensor, keep: float | Tensor) -> Tensor:
-    """Return ``keep`` for each entry of ``param`` that ``moved`` moves toward zero, else 1."""
+    """Return ``keep`` where adding ``moved`` brings ``param`` toward zero, and 1 elsewhere."""
     # Signs are compared, since the product of param and moved could round to zero. Which factor an
     # entry of zero gets does not matter.
     is_toward = ((moved > 0) == (param < 0)) & (moved != 0)
@@ -207,7 +207,7 @@ def no_movement(tol: float) -> tuple[float, float]:
 
 
 def _drift(r2: Tensor, c2: Tensor) -> Tensor:
-    """Return the factor by which an iteration multiplies all r2 if rows or columns are zero."""
+    """Return the factor by which an iteration multiplies all r2 if a row or column is zero."""
     rows, cols = (
         (r2 != 0).double().mean(-2, keepdim=True),
         (c2 != 0).double().mean(-1, keepdim=True),
@@ -239,9 +239,9 @@ def update_of(grad: Tensor, scales: Scales | CorrectedScales) -> Tensor:
 def without_corrections(
     grads: Sequence[Tensor], scales: Sequence[Scales | CorrectedScales]
 ) -> tuple[list[Tensor], list[Scales]]:
-    """Apply corrections: return the update in place of each gradient whose scales have one.
+    """Return the update instead of the gradient if the scales are `CorrectedScales`.
 
-    The scales of such an update are ones. It is a copy, in float32 or wider.
+    The scales of such an update are ones. The update is a copy, in float32 or wider.
     """
     found_grads: list[Tensor] = []
     found_scales: list[Scales] = []
@@ -267,14 +267,14 @@ def _updates_of(grads: Sequence[Tensor], scales: Sequence[Scales | CorrectedScal
 
 
 class EagerSums:
-    """Weighted sums of squares, for scales that are found together with other devices.
+    """Weighted sums of squares, such as those for scales that several devices find together.
 
     A device that holds a shard of a matrix returns the sums of its shard. The totals over all
     devices give the scales. Weights and sums are float64, whose range includes the squares of all
     float32 numbers, so that the sums of any shards can be added.
 
-    A call takes a matrix–vector product for each gradient, with one float32 matrix of scratch at a
-    time; s and t are kept between calls.
+    A call takes a matrix–vector product for each gradient, with one matrix of scratch at a time, in
+    float32 or wider; s and t are kept between calls.
 
     Args:
         grads: ``(..., m, n)``, on one device; m and n may be 0.

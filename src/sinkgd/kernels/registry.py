@@ -117,7 +117,7 @@ def _with_remedy(backend: Backend, reason: str) -> str:
 class CompiledBackend(EagerBackend):
     """Calls the operators, which run the backend called ``name``.
 
-    The compiler traces all other methods.
+    The compiler traces all other methods, which are those of `EagerBackend`.
     """
 
     def __init__(self, name: str) -> None:
@@ -189,7 +189,7 @@ def scales(
     chosen = find_backend(backend, grads[0].device)
     run = in_full_precision(chosen.scales)
     found = run(grads, num_iters, tol=tol, starts=starts)
-    return [scale.clone() for pair in found for scale in pair]  # results may not share memory
+    return [scale.clone() for pair in found for scale in pair]  # results must not share memory
 
 
 @scales.register_fake

@@ -3,8 +3,8 @@
 The loops take float32 and bfloat16, in any mix, with dense rows or dense columns. Other tensors:
     gradients with other strides, or in another order in memory than their parameter: a copy is read
     float16 gradients: a float32 copy is read; `update_` leaves them to `EagerBackend`
-    float64, parameters of other types or strides, tensor subclasses, gradients that autograd
-        follows, empty tensors: `EagerBackend`
+    float64, parameters of other types or strides, tensor subclasses, tensors that autograd follows,
+        empty tensors: `EagerBackend`
     a matrix whose squares leave float32's range: a copy scaled by powers of two is read, as in
         `sinkgd.kernels.eager`; if that fails, too, as with a non-finite entry: `EagerBackend`
 """
@@ -47,14 +47,14 @@ from sinkgd.kernels.layout import check_scales, check_start, dense, matrix_of
 
 
 class CpuBackend(EagerBackend):
-    """Compiled loops on torch's own threads: one pass over a gradient per iteration, no copy."""
+    """Compiled loops on torch's own threads: one pass over a gradient per iteration, few copies."""
 
     name = "cpu"
     package = "numba"
     install = "pip install 'sinkgd[cpu]'"
 
     def missing(self) -> str | None:
-        """Return what is missing: numba, or functions of torch's OpenMP runtime."""
+        """Return what is missing, numba or torch's OpenMP runtime; None if the backend can run."""
         if importlib.util.find_spec("numba") is None:
             return "numba is not installed"
         if torch_openmp() is None:
@@ -149,9 +149,9 @@ class CpuBackend(EagerBackend):
     ) -> Descent:
         """Update a matrix as soon as its scales are known, while its gradient is in the cache.
 
-        This is possible if the matrix is the only one of its owner, and its gradient has the
-        parameter's order in memory. `update_` updates all other matrices at the end. If
-        ``overflow`` is True, nothing is updated.
+        This is possible if the loops can write the parameter, the matrix is the only one of its
+        owner, and its gradient has the parameter's order in memory. `update_` updates all other
+        matrices at the end. If ``overflow`` is True, nothing is updated.
         """
         params, grads, ranges, starts, keys = matrices
         forbidden = overflow is not None and bool(overflow)
@@ -238,7 +238,7 @@ class _Solver:
 
     Args:
         grads: Gradients of any kind.
-        starts: The column scales from which the iterations of each gradient begin.
+        starts: The column scales from which the iterations of each gradient begin; None for ones.
     """
 
     def __init__(self, grads: Sequence[Tensor], starts: Sequence[Tensor | None] | None) -> None:
@@ -261,7 +261,7 @@ class _Solver:
         """Find all scales, and update the parameters in ``targets``.
 
         Returns:
-            The indices of the gradients that the loops could not process as they are. The
+            The indices of the gradients for which the loops found no scales without rescaling. The
             parameters of these gradients are not updated.
         """
         targets = targets or {}

@@ -3,8 +3,8 @@
 A second thread pool would compete with torch's threads, which spin for milliseconds after each
 operation. The loops therefore run on torch's OpenMP team. This module calls the runtime that torch
 is linked against, at the entry point that compilers use; the runtime then calls a compiled function
-on as many threads as torch would use. Several Python threads may do so at the same time, and a
-process may fork wherever torch allows it.
+on as many threads as torch would use, or on one if there is little work. Several Python threads may
+run loops at the same time, and a process may fork wherever torch allows it.
 
 A loop works on a table of int64 fields (`sinkgd.kernels.cpu.tables`).
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 
 # Below this many entries in all, waking other threads takes longer than the work.
 ONE_THREAD = 1 << 14
-# Fields of a job's header, the counter of the barrier included.
+# Number of fields of a job's header, including the counter of the barrier.
 HEADER_FIELDS = 48
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
@@ -67,7 +67,10 @@ def launch(function: str, table: "array[int]", fields: int, entries: int, *more:
 
 
 def scratch(size: int) -> int:
-    """Return the address of ``size`` bytes, aligned to 128. Each Python thread keeps a buffer."""
+    """Return the address of ``size`` bytes, aligned to 128, in a buffer of this Python thread.
+
+    The thread's next call may return the same memory.
+    """
     held: Tensor | None = getattr(_local, "scratch", None)
     if held is None or held.numel() < size:
         held = _local.scratch = torch.empty(size + 128, dtype=torch.uint8, device="cpu")
@@ -101,7 +104,7 @@ def _address(entry: object) -> int:
 
 @cache
 def torch_openmp() -> OpenMP | None:
-    """Return torch's OpenMP runtime, or None if it lacks a function."""
+    """Return torch's OpenMP runtime, or None if it is not found or lacks a function."""
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_SUFFIX}"
     try:
         # Symbols are also looked up in the libraries that this one is linked against, and so in the
@@ -143,7 +146,7 @@ def _cached_by_numba() -> Iterator[None]:
 
 
 def loops_are_compiled() -> bool:
-    """Whether the cache contains the loops, so that `compile_loops` only reads them."""
+    """Whether the cache contains compiled loops, so that `compile_loops` has little to compile."""
     return any(cache_folder().rglob("*.nbc"))
 
 

@@ -42,7 +42,7 @@ class MatrixLayout(NamedTuple):
     P: int  # rows in memory of one matrix
     Q: int  # entries of a row in memory
     ld: int  # bytes from one row in memory to the next
-    dtype: int
+    dtype: int  # a value of `DTYPES`
     transposed: bool  # a row in memory is a column of the matrix
     offsets: tuple[int, ...]  # bytes from the first entry of the tensor to that of each matrix
     may_be_written: bool  # as `sinkgd.kernels.layout.may_be_written`

@@ -1,7 +1,8 @@
 """Products of gradients with vectors, by the compiled loops.
 
 `CpuProducts` multiplies updates X = row * grad * col by a few vectors, for deflation. `CpuSums`
-multiplies the squares of gradients by one vector of weights, for gradients that are sharded.
+multiplies the squares of gradients by one vector of weights, for sharded gradients and lengths of
+rows.
 
 Letters: see `sinkgd.kernels.cpu.tables`. A product "by rows" yields one number per vector
 for each row in memory: X V, or Xᵀ Y if the layout is transposed. The other product is "by columns".
@@ -26,7 +27,7 @@ _SMALLEST = 2.0**-126
 class CpuProducts:
     """Products of updates, each by one pass over the gradients.
 
-    Both products together also take one pass, or two if the gradients are transposed.
+    `of_both` also takes one pass, or two if the gradients are transposed.
 
     Args:
         stacks: Stacks of any kind. If the loops cannot read the gradients of a stack, its updates
@@ -137,7 +138,8 @@ class _StackProduct:
             table: The table.
             by_rows: Whether products by rows are computed, with the vectors given to `put`.
             by_columns: Whether products by columns are computed.
-            again: Whether products by rows use the products by columns as their vectors instead.
+            again: Whether products by rows use the products by columns as their vectors, instead
+                of those given to `put`.
         """
         given = self.col_products if again else self.col_vectors
         P, Q, width = self.layout.P, self.layout.Q, self.row_vectors.shape[-1]

@@ -69,7 +69,7 @@ def _add_to_row_sums(dtype, g, ld, c, count, a0, a1, a2, a3, a4, a5, a6, a7):
 
 @inlined
 def _add_to_col_sums(dtype, g, ld, sums, count, r0, r1, r2, r3, r4, r5, r6, r7):
-    """Add the squares of 8 rows and 16 columns, weighted with ``u``, to the 16 column sums.
+    """Add the squares of 8 rows and 16 columns, weighted with r0 to r7, to the 16 column sums.
 
     Two chains of sums run in parallel.
     """
@@ -154,7 +154,7 @@ def column_sums(dtype, size, g, ld, Q, u, sums, ahead):
 
 @inlined
 def both_sums(dtype, size, g, ld, Q, u, sums, v, step, ahead):
-    """Add 8 rows to the column sums, and return the row sums of the 8 rows ``step`` bytes further.
+    """Add 8 rows to the column sums, and return the row sums of the 8 rows ``step`` bytes away.
 
     The two sums alternate after a few hundred columns. If the two sums were computed together,
     sixteen rows would be in use at once. Rows whose addresses are a power of two apart share one
@@ -267,8 +267,8 @@ def _sum_matrix(dtype, size, entry, partial):
 def weighted_sums(job):
     """Sum the squares of a table of gradients, as one thread of a team.
 
-    A gradient is summed by the one thread that claims it, so the bits of its sums depend only on
-    this gradient.
+    A matrix is summed by the one thread that claims it, so the bits of its sums depend only on this
+    matrix and its weights.
     """
     table, count = load_int(job + t.TABLE), load_int(job + t.COUNT)
     partial = load_int(job + t.SCRATCH) + int64(thread_num()) * load_int(job + t.STRIDE)

@@ -225,9 +225,9 @@ def _reduce(sums, stride, workers, result, low, high):
 
 @compiled
 def _multiply_shared(job, entry, first, team, scratch, tile):
-    """Multiply as worker ``first``, ``first + team``, …, with sums of its own in the scratch.
+    """Multiply as worker ``first``, ``first + team``, …, each with its own sums in the scratch.
 
-    Returns whether the scratch was used: other threads may still read it.
+    Returns whether the scratch was used. If so, other threads may still read it.
     """
     P, workers, stride = load_int(entry + t.MP), load_int(job + t.WORKERS), load_int(job + t.STRIDE)
     result = load_int(entry + t.COL_PRODUCTS)

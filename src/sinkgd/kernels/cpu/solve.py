@@ -4,12 +4,13 @@ With S = G∘G, an iteration is u = Q / (S v) and v = P / (Sᵀ u). Here u and v
 scales. A parameter is updated as soon as its scales are known, while the gradient is in the cache.
 Letters: see `sinkgd.kernels.cpu.tables`.
 
-If the columns of a matrix are rows in memory, there is one difference: an iteration finds v first.
-After the iterations, a last half pass finds u.
+If the columns of a matrix are rows in memory, an iteration finds v first, and after the iterations
+a last half pass finds u.
 
 Zero rows and columns have scales of zero. If P and Q counted them, each iteration would multiply u
-by a factor and v by its inverse. So P and Q are the numbers of nonzero rows and columns. Only the
-last half iteration, which sets the norm of the result, counts all rows or columns.
+by a factor and v by its inverse. So P and Q are the numbers of nonzero rows and columns. Two half
+iterations count all rows or columns: the first, since zero ones are not known yet, and the last,
+which sets the norm of the result.
 """
 
 import math
@@ -56,8 +57,8 @@ from sinkgd.kernels.cpu.simd import (
 from sinkgd.kernels.cpu.update import update_rows
 
 # A sum may have lost n terms of up to 2^-126 (the smallest normal number, as torch may flush
-# denormals to zero), each times its weight. If the sum is above this multiple of the summed
-# weights, the lost terms are below 2^-26 of it.
+# denormals to zero), each times its weight. If the sum is above this multiple of n plus the
+# summed weights, the lost terms are below 2^-26 of it.
 FLOOR = 2.0**-100
 SMALLEST = float32(2.0**-126)
 
@@ -76,7 +77,8 @@ _ROW = 8 * t.GRADIENT_FIELDS
 def _invert(sums, address, count, length, floor, tested, low, high):
     """Write the scales ``length / sums``. Return whether they are valid, and whether one changed.
 
-    If a sum is below ``floor`` or a scale is subnormal, nothing is written.
+    If a sum is below ``floor``, or a scale is subnormal or NaN, nothing is written. Without
+    ``tested``, scales count as changed.
     """
     scales = div(splat(length), sums)
     if any_below(sums, splat(floor), count) or any_below(scales, splat(SMALLEST), count):
@@ -94,8 +96,8 @@ def _invert(sums, address, count, length, floor, tested, low, high):
 def _invert_one(flags, address, value, length, floor, tested, low, high, zero):
     """Write one scale. A sum of zero is valid if the row or column is ``zero``.
 
-    ``flags`` is the address of a count of zeros. Two flags follow: whether a scale changed, and
-    whether one is out of range.
+    ``flags`` is the address of the count of zero rows or columns. Two flags follow: whether a scale
+    changed, and whether one is out of range.
     """
     if value == 0 and zero:
         store_float(address, float32(0))
@@ -123,7 +125,7 @@ def _is_zero(dtype, size, g, step, count):
 def _invert_rows(
     dtype, size, g, ld, Q, u, sums, count, mine, length, floor, iterated, tested, lo, hi
 ):
-    """Write ``u`` of up to 8 rows one by one, if a row is zero or a number is out of range.
+    """Write ``u`` of up to 8 rows one by one; rows may be zero, and numbers out of range.
 
     If ``iterated``, ``u`` holds the scales of the previous iteration, which are zero for zero rows.
     """
@@ -358,7 +360,7 @@ def _iterate(job, entry, first, team, workers, scratch, alone):
 
 @compiled
 def _solve(job, entry, first, team, workers, scratch, alone):
-    """Find the scales of one matrix, and update its parameter."""
+    """Find the scales of one matrix, and update its parameter if it has one."""
     _begin(entry, first, team, workers)
     _wait(job, team, alone)
     passes = _iterate(job, entry, first, team, workers, scratch, alone)

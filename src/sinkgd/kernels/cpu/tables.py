@@ -1,7 +1,8 @@
 """The tables that tell the compiled loops what to do, and the Python classes that fill them.
 
-A table has a row of int64 fields for each matrix. The constants below are the fields' offsets in
-bytes. A loop receives the address of the job's header, which has the address of the table.
+A table has a row of int64 fields for each matrix or tensor. The constants below are the fields'
+offsets in bytes. A loop receives the address of the job's header, which has the address of the
+table.
 
 Letters, everywhere in the loops. A matrix is seen as it is stored in memory:
     P, Q: its rows in memory and their length; the last stride is 1
@@ -43,7 +44,7 @@ FINITE_FIELDS = 4
 # columns.
 (SG, SP, SQ, SLD, SDTYPE, ALONG, WEIGHTS, SUMS) = range(0, 64, 8)
 SUMS_FIELDS = 8
-# An update X = U∘G∘V to multiply with BLOCKS of sixteen vectors.
+# An update X = U∘G∘V to multiply with BLOCKS blocks of sixteen vectors.
 #     COL_VECTORS: (Q, 16·BLOCKS), or 0 if ROW_VECTORS is given
 #     ROW_VECTORS: (P, 16·BLOCKS), given, or receives X @ COL_VECTORS
 #     COL_PRODUCTS: (Q, 16·BLOCKS), receives Xᵀ @ ROW_VECTORS, or 0
@@ -92,7 +93,7 @@ class GradientTable:
 
     Args:
         keep: The factor of the parameters.
-        step: The factor of ``row * grad * col``, which is added.
+        step: The factor of the updates, which are added to the parameters.
     """
 
     def __init__(self, keep: float = 1.0, step: float = 0.0) -> None:
@@ -143,12 +144,12 @@ class GradientTable:
         self.entries += index
 
     def find_scales(self, num_iters: int, tol: float | None = None) -> list[int]:
-        """Find the scales. Then update the parameters whose gradients have scales.
+        """Find the scales, and update the targets of the matrices whose scales were found.
 
         Returns:
             The indices of the matrices for which no scales were found, in the order of `add`.
         """
-        # Two vectors per thread, each after the thread's flags. No two threads share a cache line.
+        # Two vectors per thread, each after 128 bytes for flags. No two threads share a cache line.
         stride = 2 * 128 * (4 * self.longest // 128 + 2)
         buffer = scratch(torch.get_num_threads() * stride)
         quotients = (0.0, 0.0) if tol is None else no_movement(tol)
@@ -212,7 +213,7 @@ class SumsTable:
 class Vectors(NamedTuple):
     """Addresses of the vectors that a matrix is multiplied with, and of the products; 0 if absent.
 
-    The letters P and Q, and the content of each buffer, are as in the table of products above.
+    Shapes and contents of the buffers are as in the table of products above.
     """
 
     blocks: int  # of sixteen vectors each
@@ -240,7 +241,7 @@ class ProductsTable:
             layout: Layout of the gradient.
             scales: Addresses of the row and column scales of this matrix, float32.
             vectors: What the matrix is multiplied with, and the products.
-            i: Which matrix of the gradient it is.
+            i: The index of the matrix in the gradient.
         """
         P, Q, ld, dtype, transposed, offsets = layout[:6]
         u, v = (scales[1], scales[0]) if transposed else scales
