@@ -86,7 +86,7 @@ class KernelsRecord:
     environment: dict[str, Any]
     rounds: int
     cases: tuple[CaseTiming, ...]
-    absent: tuple[Absent, ...]  # backends
+    absent: tuple[Absent, ...]  # backends that were not timed
 
 
 SQUARES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -158,7 +158,7 @@ def bench_kernels(plan: KernelsPlan, show: Callable[[CaseTiming], None]) -> Kern
 def time_case(
     case: str, dtype: str, plan: KernelsPlan, progress: Callable[[float], None]
 ) -> CaseTiming:
-    """Time every operation of every backend that runs here on one case."""
+    """Time every operation on one case, with every backend that runs here."""
     problem = random_problem(CASES[case], DTYPES[dtype], plan.device)
     found = probes(plan.device)
     entries: dict[tuple[str, str], Callable[[], object]] = {
@@ -244,7 +244,8 @@ def case_table(case: CaseTiming) -> TextTable:
     rate = best.bytes_per_second.median / 1e9
     return TextTable(
         title=f"{case.case}, {case.dtype}",
-        note=f"Share: fraction of {rate:.1f} GB/s, the highest measured here ({best.name}).",
+        note=f"Share: fraction of what {best.name} reached in the same round; its median is "
+        f"{rate:.1f} GB/s.",
         columns=("operation", "µs", "GB/s", "share"),
         rows=tuple(
             (

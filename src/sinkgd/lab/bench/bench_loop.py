@@ -1,7 +1,8 @@
 """`sinkgd bench loop`: the training loop against a bare one with the same model and fused AdamW.
 
 All loops run in one process. They are timed in turn, a block of steps each, in an order that
-rotates, so that other load on the machine affects them alike. Figures are medians over the rounds.
+rotates, so that other load on the machine affects them alike. Speeds and ratios are medians over
+the rounds; the speeds of the slowest and of the fastest round are given, too.
 """
 
 import io
@@ -69,14 +70,16 @@ def bench_loop(
 
     Args:
         config: Model, text and batch; its optimizer and number of steps are ignored.
-        recipes: Names of optimizers.
-        rounds: Blocks of each loop; one more is run first as a warm-up.
+        recipes: Recipes of `sinkgd train`, by name.
+        rounds: Number of timed blocks of each loop; one more is run first as a warm-up.
         steps_per_block: Optimizer steps in a block.
         echo: Called with lines of text about the progress.
 
     Raises:
         ConfigError: If the configuration cannot run.
         DataError: If the text is missing, damaged or too small.
+        ModelError: If there is no such preset.
+        NonFiniteLossError: If a loss or gradient of the training loop is not finite.
     """
     environment = environment_with_load(select_device(config.training.device))
     steps = (rounds + 1) * steps_per_block

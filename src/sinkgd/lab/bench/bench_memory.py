@@ -1,14 +1,15 @@
 """`sinkgd bench memory`: state and scratch of each optimizer, and the peaks of training steps.
 
-Each measurement runs in a process of its own. On a CPU, an optimizer without a model is measured
-with the profiler, which lists every allocation and release of torch's allocator in order. Three
-sizes follow:
+Each measurement runs in a process of its own; `training_memory` makes those of training steps. An
+optimizer's own steps, without forward and backward, are measured on a CPU with the profiler, which
+lists every allocation and release of torch's allocator in order. Three sizes follow:
     state: the tensors in ``optimizer.state`` after three steps
     held: what the first step allocated and did not release, minus the state. This includes the
         scratch of the compiled loops, which is a torch tensor
     transient: the highest running sum of allocations minus releases within the third step
 Memory outside torch's allocator is not counted: code, Python objects, and the buffers that a
-library such as oneDNN takes from the C library. On CUDA the allocator's own counters are read.
+library such as oneDNN takes from the C library. On CUDA the allocator's counters are read
+instead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,11 +53,11 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What to measure: optimizers on matrices without a model, and training steps."""
+    """What to measure: steps of optimizers alone, and training steps."""
 
     workloads: tuple[str, ...]  # names in WORKLOADS
     dtypes: tuple[str, ...]  # names in DTYPES
-    contenders: tuple[str, ...]  # names; empty for all
+    contenders: tuple[str, ...]  # names of optimizers; empty for all
     device: torch.device
     command: str  # the command that repeats the measurement
     training: TrainingPlan | None = None
@@ -71,7 +72,7 @@ def bench_memory(plan: MemoryPlan) -> MemoryRecord:
 
 
 def bench_training(plan: TrainingPlan) -> TrainingMemory:
-    """Measure every case of the plan; list, but do not begin, those that do not fit into memory."""
+    """Measure every case of the plan; cases that do not fit into memory are listed, not run."""
     cases = list(cases_of(plan))
     progress = Progress(sum(_weight(case) for case in cases))
     uses: list[TrainingUse] = []

@@ -6,7 +6,7 @@ from the bandwidth of memory.
 There are also three checks. The accuracy check compares the scales with those of the definition,
 `sinkgd.kernels.eager`, on the gradient in float64. The scratch check measures what a step
 allocates. The first-call check times the first call in a fresh process, to show what compiling
-costs. It keeps compiled code in an empty temporary folder, so it neither uses nor changes the
+costs. It keeps compiled code in a new temporary folder, so it neither uses nor changes the
 user's cache. Importing torch and sinkgd is not counted; the backend's own imports are.
 """
 
@@ -83,7 +83,7 @@ class StepPlan:
 
     workloads: tuple[str, ...]  # names in WORKLOADS and CHECKS
     dtypes: tuple[str, ...]  # names in DTYPES
-    contenders: tuple[str, ...]  # names; empty for all
+    contenders: tuple[str, ...]  # names of optimizers; empty for all
     pace: Pace
     device: torch.device
     command: str  # the command that repeats the measurement
@@ -179,12 +179,15 @@ def workload_bytes(workload: Workload, dtype: str) -> int:
 
 
 def why_no_room(workload: Workload, dtype: str, device: torch.device) -> str | None:
-    """Return why a workload does not fit into memory, or None if it does."""
+    """Return why a workload, with AdamW's state, does not fit into memory, or None if it does."""
     free = available_bytes(device)
     needed = 4 * workload_bytes(workload, dtype)  # parameters, gradients, AdamW's state
     if free is None or needed <= _USABLE * free:
         return None
-    return f"AdamW needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free"
+    return (
+        f"AdamW needs {needed / 2**30:.1f} GiB, more than {_USABLE:.0%} of the "
+        f"{free / 2**30:.1f} GiB that are free"
+    )
 
 
 def time_workload(
@@ -196,7 +199,10 @@ def time_workload(
     wanted: Callable[[str], bool],
     progress: Callable[[float], None],
 ) -> WorkloadTiming:
-    """Time every optimizer that runs here on a workload.
+    """Time the wanted optimizers on a workload.
+
+    An optimizer is left out, and listed with the reason, if it cannot run here, if memory is short,
+    or if it is slow and the workload leaves out slow ones.
 
     Args:
         workload: The parameters to update.
@@ -225,9 +231,9 @@ def time_workload(
 def _choose_participants(
     workload: Workload, device: torch.device, room: float, wanted: Callable[[str], bool]
 ) -> Participants:
-    """Choose contenders as long as memory is left for them.
+    """Choose optimizers and probes as long as memory is left for them.
 
-    ``room`` is the memory for all contenders and probes, as a multiple of the workload's bytes.
+    ``room`` is the memory for all optimizers and probes, as a multiple of the workload's bytes.
     """
     participants = Participants([], [], [])
     for probe in probes(device):

@@ -1,9 +1,9 @@
-"""The optimizers whose time and memory `sinkgd bench` measures, each with its floor.
+"""The optimizers whose time and memory `sinkgd bench` measures, most with a floor.
 
 A pass is one read or one write of all the matrices. A floor is the smallest number of passes that
-an optimizer needs. AdamW reads the gradients G, the weights W and the moments m and v, and writes
-W, m, v. SGD reads G, W and writes W. SinkGD with L iterations reads G L times, then reads G and W,
-and writes W; with deflation it reads G two more times.
+an optimizer needs. AdamW reads the gradients G, the weights W and two moments, and writes W
+and both moments. SGD reads G and W, and writes W. SinkGD with L iterations reads G L times, then
+reads G and W, and writes W; with deflation it reads G two more times.
 
 SinkGD is also timed as public code writes it: the plain loop and the compiled one.
 
@@ -107,7 +107,7 @@ def compiler_missing() -> str | None:
 
 
 ADAMW = "adamw-fused"  # the optimizer with which all others are compared
-ITERATIONS = (5, 1)  # values of L for rows of SinkGD; the public loops use the first
+ITERATIONS = (5, 1)  # values of L with which SinkGD is timed; the public loops use the first
 LR = 1e-3
 _ADAMW_PASSES, _SGD_PASSES, _DEFLATION_PASSES = 7, 3, 2
 
@@ -120,10 +120,10 @@ class Contender:
     title: str  # the name in tables and charts
     build: Callable[[Problem], Optimizer]
     copies: int = 0  # memory besides parameters and gradients, in multiples of the parameters
-    floor_bytes: Callable[[Problem], int] | None = None  # the fewest bytes that a step can move
+    floor_bytes: Callable[[Problem], int] | None = None  # fewest bytes that a step moves, if known
     streams: bool = False  # whether it moves only floor_bytes, so that its time gives a bandwidth
     slow: bool = False  # whether it takes many times as long as AdamW
-    absent: Callable[[], str | None] = lambda: None  # why it cannot run here, or None
+    absent: Callable[[], str | None] = lambda: None  # returns why it cannot run here, or None
 
 
 def contenders(workload: Workload, device: torch.device) -> list[Contender]:
@@ -168,7 +168,7 @@ def contenders(workload: Workload, device: torch.device) -> list[Contender]:
 
 
 def our_name(backend: str, iterations: int) -> str:
-    """Return the name of SinkGD's row.
+    """Return the name of SinkGD with a backend and a number of iterations.
 
     >>> our_name("cpu", 5), our_name("cpu", 1)
     ('sinkgd-cpu', 'sinkgd-cpu-L1')
@@ -178,7 +178,7 @@ def our_name(backend: str, iterations: int) -> str:
 
 
 def hybrid_name(backend: str) -> str:
-    """Return the name of the row in which SinkGD updates hidden matrices, and AdamW the rest."""
+    """Return the name of the hybrid: SinkGD updates hidden matrices, and AdamW the rest."""
     return f"hybrid-{backend}"
 
 
@@ -248,7 +248,7 @@ def _hybrids(device: torch.device) -> Iterator[Contender]:
 
 
 def backends(device: torch.device) -> list[tuple[str, str | None]]:
-    """List every backend with the reason why it does not run on ``device``, or None if it does."""
+    """List every backend with the reason why ``"auto"`` cannot choose it on ``device``, or None."""
     return [(name, None if runs else reason) for name, runs, reason in kernels.describe(device)]
 
 

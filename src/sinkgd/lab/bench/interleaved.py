@@ -1,15 +1,16 @@
 """Interleaved timing: in every round contenders take turns, in an order that rotates.
 
-Slow contenders are left out of some rounds.
+A contender is a function to time. Slow contenders are left out of some rounds.
 
 Other load on the machine then affects all contenders alike. So does the state in which the previous
 contender leaves the caches. Ratios are taken within a round and summarized by their quartiles.
 
-A floor is a number of bytes divided by a bandwidth, so the bandwidth must be one that the machine
-reaches. Probes are operations that only stream the matrices. They are timed in the same rounds, and
-the fastest one gives the bandwidth. Most probes pass over one flat tensor, so that the overhead of
-calls does not count when there are many small matrices. A pass is one read or one write of all the
-matrices, whatever else the hardware does, such as reading a cache line before overwriting it.
+A floor is a lower bound on a time: a number of bytes divided by a bandwidth, which must be one that
+the machine reaches. Probes are operations that only stream the matrices. They are timed in the same
+rounds, and the fastest of them, or of the optimizers that only stream, gives the bandwidth. Most
+probes pass over one flat tensor, so that the overhead of calls does not count when there are many
+small matrices. A pass is one read or one write of all the matrices, whatever else the hardware
+does, such as reading a cache line before overwriting it.
 """
 
 import math
@@ -30,7 +31,7 @@ from sinkgd.lab.train.machine import describe_environment, synchronize
 
 Call = Callable[[], object]
 RoundSeconds = Sequence[float | None]  # per call, one for each round; None in rounds left out
-MIN_TURNS = 3  # the fewest rounds in which a contender is timed, however slow it is
+MIN_TURNS = 3  # rounds in which even a slow contender is timed, unless there are fewer in all
 INTERLEAVED_NOTE = (
     "Contenders took turns; ratios are medians over rounds of the ratios within a round."
 )
@@ -39,11 +40,11 @@ _WARM_UPS = 3  # calls, of which the fastest counts: the first allocates, and an
 
 @dataclass(frozen=True)
 class Pace:
-    """How many rounds there are, and how long they last."""
+    """How many rounds there are, and how much time contenders may take."""
 
     rounds: int
-    seconds: float  # time to spend on each contender; slow ones are timed in fewer rounds
-    min_turn_seconds: float = 0.0  # faster calls are repeated within a round, and averaged
+    seconds: float  # time for each contender; one that needs more is timed in fewer rounds
+    min_turn_seconds: float = 0.0  # calls that take less are repeated within a round, and averaged
 
 
 def time_interleaved(
@@ -98,10 +99,10 @@ def rounds_for(turn_seconds: float, pace: Pace) -> frozenset[int]:
 
 
 def williams_order(names: Sequence[str], round_number: int) -> list[str]:
-    """Return the order of one round; in a whole cycle of rounds, each name has each position once.
+    """Return the order of one round; in n rounds, each of n names has each position once.
 
-    This is Williams' design: within a cycle (within two, if the count of names is odd), every name
-    also follows every other name equally often.
+    This is Williams' design: in n rounds (in 2n, if n is odd), every name also follows every other
+    name equally often.
 
     >>> [williams_order("abcd", i) for i in range(4)]
     [['a', 'b', 'd', 'c'], ['b', 'c', 'a', 'd'], ['c', 'd', 'b', 'a'], ['d', 'a', 'c', 'b']]
@@ -225,7 +226,7 @@ def summarize_bandwidth(name: str, moved_bytes: int, seconds: RoundSeconds) -> B
 
 
 def fastest(candidates: Sequence[Bandwidth]) -> Bandwidth:
-    """Return the candidate with the highest median."""
+    """Return the candidate with the highest median bandwidth."""
     return max(candidates, key=lambda candidate: candidate.bytes_per_second.median)
 
 
@@ -259,7 +260,7 @@ _LOADED = 0.5  # runnable processes per core above which the machine counts as b
 
 
 def environment_with_load(device: torch.device) -> dict[str, Any]:
-    """Describe the machine and its load, before the measurement itself adds to the load."""
+    """Describe the machine and its load; call it before the measurement itself adds to the load."""
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     return {**describe_environment(device), LOAD: round(load, 2)}
 
@@ -278,7 +279,7 @@ def is_loaded(environment: Mapping[str, Any]) -> bool:
 def reliability_warnings(
     environment: Mapping[str, Any], wide: Mapping[str, list[str]]
 ) -> tuple[str, ...]:
-    """Warn of a busy machine and of figures that spread widely.
+    """Return warnings of a busy machine and of figures that spread widely.
 
     Args:
         environment: A result of `environment_with_load`.

@@ -67,7 +67,7 @@ class TrainingUse:
     activations_bytes: int  # saved by forward for backward, alive at the peak
     kept_activations_bytes: int  # everything that forward saved for backward
     peak_bytes: int  # the most that torch's allocator had given out at once
-    outside_bytes: int  # the peak as the system sees it, from the initialization of weights on
+    outside_bytes: int  # by how much building and training the model raise the peak of a process
 
     @property
     def title(self) -> str:
@@ -236,9 +236,9 @@ def _training_table(memory: TrainingMemory, model: str) -> TextTable:
     return TextTable(
         title=f"Peak of a training step of {model}, bfloat16{weights}",
         note=f"{settings_in_words(memory.settings)}. Gradients and activations: those alive at the "
-        "peak; activations are what forward leaves allocated for backward. Rest: scratch, and "
-        "what is computed again. × weights: the peak less activations, divided by the weights. "
-        "Outside: the peak as the system sees it, from the initialization of the weights on.",
+        "peak; activations are what forward leaves allocated for backward. Rest: scratch, logits, "
+        "and what is computed again. × weights: the peak less activations, divided by the weights. "
+        "Outside: by how much building and training the model raise the peak of a process.",
         columns=(
             "optimizer",
             "state",

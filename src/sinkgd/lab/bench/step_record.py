@@ -1,4 +1,4 @@
-"""What `sinkgd bench step` records, and whether it meets the targets of SinkGD.
+"""What `sinkgd bench step` records, and the targets that SinkGD's figures should meet.
 
 Times are in seconds and sizes in bytes. A ratio to AdamW is the ratio to the fused AdamW step in
 the same type and in the same round.
@@ -43,7 +43,7 @@ class WorkloadTiming:
     workload: str
     title: str
     dtype: str
-    matrices: int
+    matrices: int  # number of parameters, including vectors
     entries: int
     timings: tuple[Timing, ...]  # fused AdamW first
     absent: tuple[Absent, ...]
@@ -51,13 +51,13 @@ class WorkloadTiming:
     bandwidth: str  # the name of the fastest of them, from which floors are computed
 
     def timing(self, name: str) -> Timing | None:
-        """Return an optimizer's row, if it has one."""
+        """Return an optimizer's timing, or None if it was not timed."""
         return next((timing for timing in self.timings if timing.name == name), None)
 
 
 @dataclass(frozen=True)
 class FirstCall:
-    """A backend's first call of `sinkgd.sinkhorn_scales` in a fresh process, with compilation."""
+    """How long a backend's first call of `sinkgd.sinkhorn_scales` takes in a fresh process."""
 
     backend: str
     cold_seconds: float  # time with an empty cache of compiled code
@@ -67,7 +67,7 @@ class FirstCall:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The largest relative error of r·c over a workload's float32 gradients, against float64."""
+    """The largest relative error of r·c, against float64, over a float32 gradient of each shape."""
 
     backend: str
     workload: str
@@ -83,7 +83,7 @@ class TargetResult:
     unit: str  # "×" for ratios
     at_least: bool  # whether the target is a lower bound
     target: float
-    stretch: float | None
+    stretch: float | None  # a harder target, if there is one
     measured: float | None  # None if the figure was not measured
     met: bool | None
     stretch_met: bool | None
@@ -135,7 +135,7 @@ def _ours(record: StepRecord, workload: str, dtype: str, iterations: int) -> Tim
 
 
 def of_adamw(workload: str, dtype: str, iterations: int = _FULL) -> Measure:
-    """Return a function that measures the median ratio to fused AdamW."""
+    """Return a function that measures the median ratio of SinkGD's step to fused AdamW's."""
 
     def measure(record: StepRecord) -> float | None:
         timing = _ours(record, workload, dtype, iterations)
@@ -145,7 +145,7 @@ def of_adamw(workload: str, dtype: str, iterations: int = _FULL) -> Measure:
 
 
 def faster_than_naive(workload: str, dtype: str) -> Measure:
-    """Return a function that measures the public loop's time as a multiple of our step's time.
+    """Return a function that measures the public loop's time as a multiple of SinkGD's.
 
     The public loop is `sinkgd.lab.bench.contenders.naive_loop`.
     """
@@ -159,7 +159,7 @@ def faster_than_naive(workload: str, dtype: str) -> Measure:
 
 
 def of_floor(workload: str, dtype: str) -> Measure:
-    """Return a function that measures the median ratio to the floor.
+    """Return a function that measures the median ratio of SinkGD's step to its floor.
 
     The floor is the time of L + 3 passes over the matrices at the bandwidth of the same round.
     """
@@ -197,7 +197,7 @@ def small_matrix_microseconds(record: StepRecord) -> float | None:
 def scratch(record: StepRecord) -> float | None:
     """Measure scratch as a fraction of its limit, and return the largest fraction.
 
-    The limit is 1 MiB plus 4(m + n) bytes for each thread.
+    The limit is 1 MiB plus, for each thread, 4(m + n) bytes of the matrix with the largest m + n.
     """
     ours = our_name(record.ours, _FULL)
     shares = [use.scratch_bytes / use.limit_bytes for use in record.scratch if use.name == ours]
@@ -211,7 +211,7 @@ def relative_error(record: StepRecord) -> float | None:
 
 
 def first_call(record: StepRecord) -> float | None:
-    """Measure the slowest first call with a warm cache."""
+    """Measure the slowest first call with a warm cache, in seconds."""
     calls = [call.warm_seconds for call in record.first_calls if call.backend == record.ours]
     return max(map(max, calls), default=None)
 

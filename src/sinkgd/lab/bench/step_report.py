@@ -162,8 +162,8 @@ def check_table(record: StepRecord) -> TextTable:
         (
             f"scratch, {use.name}, {use.workload} {use.dtype}",
             f"{use.scratch_bytes / 1024:,.0f} KiB",
-            f"of at most {use.limit_bytes / 1024:,.0f} KiB; {use.held_bytes / 1024:,.0f} KiB of "
-            "the scratch is kept between steps",
+            f"target: at most {use.limit_bytes / 1024:,.0f} KiB; {use.held_bytes / 1024:,.0f} KiB "
+            "of the scratch is kept between steps",
         )
         for use in record.scratch
     ]

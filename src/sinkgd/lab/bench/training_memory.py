@@ -49,7 +49,7 @@ class Case:
 
     model: str  # a preset
     recipe: str
-    release: bool
+    release: bool  # whether gradients are freed inside backward
     settings: StepSettings
     device: str
     threads: int
@@ -104,7 +104,7 @@ class Trainee:
 
 
 def model_on_meta(case: Case) -> LanguageModel:
-    """Return the model on the meta device, in the type of its weights."""
+    """Return the model on the meta device, with weights in the type in which they are trained."""
     training = case.config.training
     with torch.device("meta"):
         model = build_model(
@@ -146,16 +146,16 @@ def _random_batch(case: Case, vocab_size: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
-# Bounds that follow from shapes only, about twice what is measured. With release, three copies of
-# the largest gradient exist at once: autograd adds the gradients of two chunks of the loss into a
-# third tensor.
+# Bounds that follow from shapes only, about twice what is measured. With release, three tensors
+# of the largest gradient's size exist at once: autograd adds the gradients of two chunks of the
+# loss into a third tensor.
 _GRADIENTS_AT_ONCE = 3
-# For each token and each feature of a block's hidden and inner vectors.
+# Bytes for each token and each feature of a block's hidden and inner vectors.
 _BYTES_PER_HIDDEN, _BYTES_PER_INNER = 96, 32
-# The logit in bfloat16 and in float32, its softmax, and the gradients of both.
+# The logit in bfloat16 and in float32, its softmax, and the gradients of all three.
 _BYTES_PER_LOGIT = 20
 _PROCESS = 1 << 30  # bytes for code, and for scratch of optimizers, such as batches of matrices
-_SPARE = 1.05  # factor on the sum of all other parts
+_SPARE = 1.05  # factor on the sum of all parts but _PROCESS
 
 
 def why_no_room(case: Case) -> str | None:
@@ -237,7 +237,7 @@ class Peak:
 
 @dataclass
 class _Block:
-    begin: int  # index of the event
+    begin: int  # index of the event that allocates it
     end: int
     bytes: int
     gradient: bool = False

@@ -1,6 +1,6 @@
-"""What is timed: matrices with the shapes of real models, and a few special sets of matrices.
+"""What is timed: matrices of real models, all parameters of one model, and many small matrices.
 
-Shapes are those of the modules that the presets build, as the optimizer sees them. Gradients are
+The shapes of a model's parameters are those of the module that its preset builds. Gradients are
 random, with rows and columns of different magnitudes.
 """
 
@@ -30,7 +30,7 @@ class Workload:
     shapes: Callable[[], tuple[Shape, ...]]
     model: str | None = None  # the preset, if the workload is all parameters of a model
     dtypes: tuple[str, ...] = tuple(DTYPES)  # the types in which it is timed
-    without_slow: str | None = None  # why slow contenders are left out, if they are
+    without_slow: str | None = None  # why slow optimizers are left out; None if they are not
 
 
 @cache
@@ -106,7 +106,7 @@ class Problem:
     params: list[nn.Parameter]
     model: nn.Module | None = field(
         default=None, repr=False
-    )  # a model that has exactly these parameters
+    )  # a model that has exactly these parameters; None if they belong to no model
 
     @property
     def grads(self) -> list[Tensor]:
@@ -130,7 +130,7 @@ class Problem:
 
 
 def build_problem(workload: Workload, dtype: str, device: torch.device) -> Problem:
-    """Make the parameters and gradients of a workload; the same workload gives the same tensors.
+    """Make the parameters and gradients of a workload; the same arguments give the same tensors.
 
     Args:
         workload: The workload.
@@ -146,7 +146,7 @@ def build_problem(workload: Workload, dtype: str, device: torch.device) -> Probl
 
 
 def random_problem(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> Problem:
-    """Make parameters of these shapes; rows and columns of gradients differ in magnitude."""
+    """Make parameters of these shapes; their gradients' rows and columns differ in magnitude."""
     generator = torch.Generator(device).manual_seed(0)
     params = [
         nn.Parameter(

@@ -39,14 +39,14 @@ class _Family:
     example: str  # a published checkpoint that can be read
     architecture: str  # the class of `transformers`
     counts: Mapping[str, str]  # fields that must be given, and our names for them
-    numbers: Mapping[str, str]  # fields with the same defaults as ours, and our names for them
+    numbers: Mapping[str, str]  # optional fields with our defaults, and our names for them
     # Returns the values that a field may have if it is given.
     allowed: Callable[[Any], dict[str, tuple[Any, ...]]]
     dropout: frozenset[str]
     unused: frozenset[str]  # fields that do not change the outputs of the language model
     # Reads the fields in `options`, and returns their values under our names.
     read_options: Callable[[Fields, Path], dict[str, Any]] = lambda _fields, _path: {}
-    options: frozenset[str] = frozenset()  # fields that may be absent or hold tables
+    options: frozenset[str] = frozenset()  # fields for `read_options`; some hold tables
 
 
 def _allowed_by_gpt2(sizes: GPT2Config) -> dict[str, tuple[Any, ...]]:
@@ -74,7 +74,10 @@ def _allowed_by_llama(sizes: LlamaConfig) -> dict[str, tuple[Any, ...]]:
 
 
 def _llama_options(fields: Fields, path: Path) -> dict[str, Any]:
-    """Read heads, a tied head and rotary positions; values equal to the default are left out."""
+    """Read key-value heads, head size, a tied head and rotary positions.
+
+    A number of key-value heads and a head size that equal the default are left out.
+    """
     found = _rotary(fields, path)
     heads = _count("num_attention_heads", fields.get("num_attention_heads"), path)
     width = _count("hidden_size", fields.get("hidden_size"), path)
@@ -214,11 +217,12 @@ _FOR_ALL: Mapping[str, tuple[Any, ...]] = {
 def read_config(folder: Path) -> HuggingFaceConfig:
     """Read the ``config.json`` of a checkpoint.
 
-    A field that is null counts as absent, and an absent field has the default of `transformers`.
+    A field that is null counts as absent. An absent field has the default of `transformers`, except
+    for sizes that must be given.
 
     Raises:
-        ModelError: If the file is missing or not a JSON object, lacks a size, or has a field that
-            our models do not have; the message gives field and value.
+        ModelError: If the file is missing or not a JSON object, lacks a size, or has a field or
+            a value that our models do not have; the message gives field and value.
     """
     path = folder / CONFIG_FILE
     fields = {key: value for key, value in json_object(path).items() if value is not None}

@@ -56,8 +56,8 @@ def load_tensors(folder: Path, model: LanguageModel) -> None:
         model: The model, on its device, with all its weights.
 
     Raises:
-        ModelError: If a file is missing or damaged, or a tensor is missing, unknown or of another
-            shape or type.
+        ModelError: If a file is missing or damaged; if a tensor is missing, unknown or of another
+            shape or type; or if a stored head differs from the embedding that it is tied to.
     """
     names = _NAMES[type(model.config)]
     weights = {
@@ -124,7 +124,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def content_sha256(folder: Path) -> str:
-    """Return a hash of ``config.json`` and of all files of tensors, hex."""
+    """Return a hash of ``config.json`` and of all files of tensors, hex.
+
+    Raises:
+        ModelError: If a file is missing, or `tensor_files` refuses the folder.
+    """
     digest = hashlib.sha256()
     for path in [folder / CONFIG_FILE, *sorted({*tensor_files(folder).values()})]:
         try:

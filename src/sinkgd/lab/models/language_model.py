@@ -20,7 +20,7 @@ Readout = Callable[[Tensor, nn.Module], Tensor]
 
 
 class ModelError(ValueError):
-    """A model that cannot be built, or cannot run on the given tokens."""
+    """A model that cannot be built or read, or cannot run on the given tokens."""
 
 
 class Sizes(Protocol):
@@ -63,7 +63,7 @@ class LanguageModel(nn.Module, ABC):
     """A decoder: embeddings, blocks, a last norm and a head over the vocabulary.
 
     A model made on the meta device has no weights until ``to_empty`` gives it a device and
-    `initialize` its weights. Before ``to_empty``, it can be sharded over devices.
+    `initialize` draws them. Before ``to_empty``, it can be sharded over devices.
     """
 
     config: Sizes
@@ -168,7 +168,7 @@ def draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
     shard of the whole draw.
 
     Args:
-        weight: Any shape, dtype and device; filled in place.
+        weight: Contiguous or sharded, of any shape, dtype and device; filled in place.
         std: Standard deviation.
         generator: A generator on the CPU.
     """

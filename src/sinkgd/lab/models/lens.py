@@ -27,7 +27,8 @@ class LensConfig(GPT2BaseConfig):
 
     Raises:
         ModelError: If a size is impossible, as for `GPT2BaseConfig`; if a rank is below 1 or above
-            the hidden size; or if the schedule does not end after its start.
+            the hidden size; or if the schedule starts before the run or does not end after its
+            start.
 
     Examples:
         >>> lens = LensConfig(vocab_size=50_304, hidden_size=768, num_layers=12, num_heads=12)
@@ -174,14 +175,14 @@ class _Block(nn.Module):
 def lens_from_gpt2(gpt2: GPT2, config: LensConfig, *, seed: int = 0) -> Lens:
     """Build a Lens that starts from the weights of a GPT-2.
 
-    The maps to keys and values become the best low-rank approximations of GPT-2's maps. GPT-2's key
-    bias is dropped: in standard attention it shifts all logits of a query equally. The value bias
-    passes through attention unchanged, so its product with the output map is added to the output
-    bias. All other weights of the Lens keep their initial values: the context map of the MLP with
-    its share, the gates and the directions.
+    Weights that both models have are copied. The maps to keys and values become the best low-rank
+    approximations of GPT-2's maps. GPT-2's key bias is dropped: in standard attention it shifts all
+    logits of a query equally. The value bias passes through attention unchanged, so its product
+    with the output map is added to the output bias. Weights that only a Lens has keep their initial
+    values: the context map of the MLP with its share, the gates and the directions.
 
     Args:
-        gpt2: An unsharded model, on any device.
+        gpt2: An unsharded model, on the default device.
         config: Sizes with GPT-2's vocabulary, width, depth, heads and length.
         seed: Seed of the weights that GPT-2 does not have.
 

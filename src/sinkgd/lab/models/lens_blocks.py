@@ -1,4 +1,4 @@
-r"""The blocks of a Lens: attention with mixed logits, factored weights, and the MLP.
+r"""The parts of a Lens block: attention with mixed logits, factored weights, and the MLP.
 
 Attention's logits are a mixture of three terms, with separate gates for each head. With
 :math:`S = QK^\top/\sqrt D` over all tokens, before the causal mask, the logits of a head are
@@ -9,11 +9,12 @@ Attention's logits are a mixture of three terms, with separate gates for each he
 
 where :math:`w` is the softmax of three learned gates and u is a learned direction. Reciprocity,
 :math:`S^\top_{ij} = q_j \cdot k_i/\sqrt D`, scores token i by the query of token j.
-Discoverability, d, scores token j for all queries alike.
+Discoverability, :math:`d_j`, scores token j for all queries alike.
 
 Attention stays causal. For j ≤ i the transpose reads only the query of j and the key of i. The mean
-in d includes later tokens, but it is the same number for every j, and a softmax over j is invariant
-to it. So this mean is left out here; the other terms are one product of wider queries and keys,
+in :math:`d_j` includes later tokens, but it is the same number for every j, and a softmax over j is
+invariant to it. So this mean is left out here; the other terms are one product of wider queries and
+keys,
 
 .. math::
     \big[\, w_{std}\, q_i + \sqrt D\, w_{disc}\, u,\;\; w_{rec}\, k_i \,\big] \cdot
@@ -139,7 +140,8 @@ class LensAttention(nn.Module):
         self.key = Factors(h, h, rank, std, from_svd=True)
         self.value = Factors(h, h, rank, std, from_svd=True)
         self.c_proj = Conv1D(h, h, config.residual_std)
-        # Both are vectors, so they get no weight decay. The standard gates of all heads come first.
+        # Gates and directions are vectors, so they get no weight decay. The standard gates of all
+        # heads come first.
         self.gates = nn.Parameter(torch.empty(len(_GATES) * config.num_heads, dtype=torch.float32))
         self.direction = nn.Parameter(torch.empty(h, dtype=torch.float32))
 
@@ -188,7 +190,7 @@ class LensAttention(nn.Module):
         }
 
     def _widened(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys ``(b, a, t, 2d)`` whose products are the mixed logits times √d.
+        """Return queries and keys ``(b, a, t, 2d)`` whose products are √d times the mixed logits.
 
         Args:
             q: Queries, ``(b, a, t, d)``.
@@ -211,10 +213,10 @@ class LensMLP(nn.Module):
     r"""A GELU MLP that also reads the output of attention, through a low-rank map.
 
     .. math::
-        h = (1 - a)\, \mathrm{GELU}(W_1 y) + a\, W_u W_d\, \mathrm{stopgrad}(\text{attention}),
-        \qquad \text{out} = W_2 h
+        z = (1 - s)\, \mathrm{GELU}(W_1 y) + s\, W_u W_d\, \mathrm{stopgrad}(\text{attention}),
+        \qquad \text{out} = W_2 z
 
-    The share a is learned, starts at 0.1 and is clamped to [0, 1]. Outside of these bounds its
+    The share s is learned, starts at 0.1 and is clamped to [0, 1]. Outside of these bounds its
     gradient is zero, so if an optimizer moves the share out of the bounds, no gradient brings it
     back. No gradient flows through the map to attention.
 
@@ -238,7 +240,7 @@ class LensMLP(nn.Module):
         self.context_share.fill_(_SHARE)
 
     def share(self) -> Tensor:
-        """Return the share a, ``(1,)``."""
+        """Return the share s, ``(1,)``."""
         return self.context_share.clamp(0.0, 1.0)
 
     def forward(self, y: Tensor, attention: Tensor) -> Tensor:

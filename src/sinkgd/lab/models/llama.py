@@ -43,7 +43,7 @@ class RotaryScaling:
 
     .. math::
         \left(s + \frac{1 - s}{\text{factor}}\right) f, \qquad
-        s = \frac{n - \text{low}}{\text{high} - \text{low}} \text{ between 0 and 1}
+        s = \frac{n - \text{low}}{\text{high} - \text{low}} \text{ clamped to } [0, 1]
 
     Raises:
         ModelError: If a number is not positive, ``factor`` is below 1, or ``high_freq_factor`` does

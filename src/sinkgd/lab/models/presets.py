@@ -1,4 +1,4 @@
-"""Presets: the LLaMA sizes of the C4 benchmark, GPT-2, Lens, and nano ones for a laptop."""
+"""Presets: the LLaMA sizes of the C4 benchmark, GPT-2, Lens, and nano models for a laptop."""
 
 from dataclasses import replace
 
@@ -117,7 +117,7 @@ def build_model(
 
 
 def model_of(sizes: ModelSizes, *, seed: int = 0) -> LanguageModel:
-    """Build a model of some sizes in float32 on the default device."""
+    """Build a model of the given sizes in float32 on the default device."""
     match sizes:
         case LlamaConfig():
             return Llama(sizes, seed=seed)

@@ -10,7 +10,7 @@ from sinkgd.lab.disk import parse_json
 from sinkgd.lab.models import LLAMAS, PRESETS, LlamaConfig, ModelError
 from sinkgd.lab.options import LARGEST_COUNT, suggest
 
-_MOST_LAYERS = 10_000  # a plan builds every layer, without weights
+_MOST_LAYERS = 10_000  # a limit, because a plan builds every layer, though without weights
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
 # and value projections have biases: transformers/models/{llama,mistral,qwen2}.
 _FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
@@ -34,8 +34,8 @@ class Architecture:
     num_kv_heads: int  # heads of keys and values; each serves the same number of query heads
     head_size: int  # features of a head, even
     tied: bool = False  # whether the output head is the embedding
-    qkv_bias: bool = False
-    source: str = ""
+    qkv_bias: bool = False  # whether the maps to queries, keys and values have biases
+    source: str = ""  # where the sizes come from
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -102,7 +102,7 @@ def find_architecture(model: str) -> Architecture:
         model: A LLaMA preset, a published name, or the path of a ``config.json`` or of its folder.
 
     Raises:
-        ModelError: If ``model`` is none of these, or the file cannot be read.
+        ModelError: If ``model`` is none of these, or `read_config` refuses the file.
 
     Examples:
         >>> find_architecture("llama-3-70b").num_kv_heads
@@ -135,9 +135,12 @@ def find_architecture(model: str) -> Architecture:
 def read_config(path: Path) -> Architecture:
     """Read a Hugging Face ``config.json`` of a LLaMA-like model.
 
+    Without ``num_key_value_heads`` there are as many as heads; without ``head_dim`` the heads share
+    the hidden size equally.
+
     Raises:
-        ModelError: If the file is not a JSON object, is of another family, lacks a size, or has
-            parts that a plan does not support; nothing is guessed.
+        ModelError: If the file is not a JSON object, is of another family, lacks a size, has an
+            impossible one, or sets ``attention_bias`` or ``mlp_bias``.
     """
     try:
         config = parse_json(path.read_bytes())

@@ -1,6 +1,6 @@
 """The list of all methods and their costs: state, messages, passes over memory, matrix products.
 
-A pass is one read or one write of all entries of a matrix.
+A method is an optimizer, or LoRA. A pass is one read or one write of all entries of a matrix.
 
 Letters:
     m, n: rows and columns of a matrix
@@ -25,13 +25,14 @@ ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 LORA_RANK = 8  # of adapters, the default of PEFT
 MOMENTUM_RANK = 16  # of low-rank momentum: as many directions as deflation follows
 
-# What ranks exchange about the matrices whose shards they hold. "rows": only sums of rows, once.
+# What ranks exchange about the matrices whose shards they hold. "vectors": sums of rows and columns
+# in each iteration; "rows": only sums of rows, once; "projections": matrices of low rank.
 Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer's costs for hidden matrices and for all other parameters.
+    """A method's costs for hidden matrices and for all other parameters.
 
     By default the other parameters cost what they cost with AdamW.
     """
@@ -47,7 +48,8 @@ class Method:
     # Whether numbers kept for matrices, embeddings and head are float32 for any type of weights.
     always_float32: bool = False
     rest: float = 2.0  # numbers kept for each entry of other parameters, such as norms
-    # Replaces `matrix`: numbers kept for a whole matrix, given its shorter side, longer side and r.
+    # Replaces the four fields from `matrix` to `each`: numbers kept for a whole matrix, given its
+    # shorter side, longer side and r.
     low_rank: Callable[[int, int, int], float] | None = None
     # Replaces `rest` for embeddings and head: numbers kept for a whole embedding or head, given its
     # shorter and its longer side.
@@ -64,7 +66,7 @@ class Method:
     iterations: int = ITERATIONS  # exchanges of vectors in a step
     passes: int = 7  # reads and writes of a matrix in a step
     scratch: float = 0.0  # float32 copies of the largest matrix during its update
-    copies: int = 0  # float32 copies of all updates that are processed together
+    copies: int = 0  # number of float32 copies of all updates that are processed together
     batched: bool = False  # whether small matrices of one shape are updated together
     directions: int = 0  # k; 0 without deflation; `peak_memory` computes deflation's scratch
     everywhere: bool = False  # whether embeddings and head are updated like matrices
@@ -149,7 +151,8 @@ FAMILY = (
         f"sinkgd.SinkGD(param_groups(model)), {DEFLATED_RANK} directions deflated; no paper",
         can_release=True,
         exchange="vectors",
-        # Deflation adds 11: making X takes 4, its length 1, four products 4, and lowering 2.
+        # Deflation adds 11: storing the update takes 4, its norm 1, four products with it 4, and
+        # lowering its directions 2.
         passes=ITERATIONS + 3 + 11,
         directions=DEFLATED_RANK,
         flops=_deflation,
@@ -544,7 +547,8 @@ def find_method(name: str) -> Method:
     """Return the method called ``name``.
 
     Raises:
-        ConfigError: If there is no such method; the message gives the nearest name.
+        ConfigError: If there is no such method; the message gives the nearest name, or
+            the new name of a renamed method.
     """
     if name in GONE:
         raise ConfigError(f"optimizer is {name!r}; it is called {GONE[name]!r} now")

@@ -1,7 +1,8 @@
 """Memory of the first rank at the peak of a step, in bytes, by part.
 
-The first rank holds the largest shards. What a step holds besides weights and state is found by
-running a step on fake tensors. What FSDP holds while it gathers and reduces follows from a formula.
+The first rank holds the largest shards. What forward and backward hold besides weights is found by
+running them on fake tensors. The state, the scratch of the update, and what FSDP holds while it
+gathers and reduces follow from formulas.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from sinkgd.optim.methods.multi_normalized import (
 from sinkgd.optim.transform import SCRATCH_BYTES, chunk_slices, vector_bytes, vector_chunks
 
 _FLOAT32 = 4
-# The measurements below are in tests/lab/plan/test_communication.py.
+# Tests in tests/lab/plan compare these constants with what a step allocates.
 # Bytes per row or column that the sums of a sharded step use at once, nearly all float64: 43 to 50
 # were measured on llama-9m over 16 ranks, and 4 more bytes per row or column are kept.
 _SHARDED_SCALE = 54
@@ -57,7 +58,7 @@ class Memory:
     gradients: int  # held at the peak
     activations: int
     loss: int  # logits, and everything computed from them
-    transit: int  # whole blocks and whole gradients that FSDP gathers and reduces
+    transit: int  # unsharded weights and gradients that FSDP gathers and reduces
     scratch: int  # scratch of the update, the batch, and rotary tables
     moment: str  # the name of the moment of the peak
     # Gradients held when backward ends. If the gradients of a single micro-batch are released, this
@@ -89,14 +90,17 @@ def rank_memory(
     rank: int | None = None,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> Memory:
-    """Return the memory of the first rank.
+    """Return the memory of the first rank at the peak of a step.
 
     Args:
         work: The rank's computation; gradients are released only if the method can do so.
         grid: The mesh.
         method: The optimizer.
-        rank: Rank of projections; by default as in GaLore's benchmark.
+        rank: Rank r of projections; by default as in GaLore's benchmark.
         device: Kind of device; SWAN, for example, updates more small matrices at once on a GPU.
+
+    Raises:
+        ConfigError: If the mesh cannot divide the model.
     """
     work = replace(work, adapter_rank=method.adapter_rank)
     weights = weights_of(work.architecture, grid, work.adapter_rank)
@@ -147,7 +151,8 @@ def state_bytes(
         grid: The mesh.
         method: The optimizer.
         itemsize: Bytes of each weight.
-        rank: Rank of projections, whose state is divided evenly among the ranks.
+        rank: Rank r of projections. Their state is divided evenly among the ranks that
+            shard the weights.
     """
     total = 0.0
     for weight in weights:
@@ -231,7 +236,7 @@ def _matrix_scratch(
             runs = vector_chunks(sizes)
         held = max(sum(sizes[run]) + _FLOAT32 * sum(lengths[run]) for run in runs)
         return round(method.copies * held + method.scratch * max(sizes))
-    # All other methods work on whole matrices, wherever the shards are.
+    # For all other methods whole matrices are assumed, even if a rank holds only a shard.
     largest = max(w.count for w in matrices) * _FLOAT32
     batch_bytes = CPU_BATCH_BYTES if device == "cpu" else BATCH_BYTES
     batch = batch_bytes // MATRICES_IN_USE if method.batched else 0

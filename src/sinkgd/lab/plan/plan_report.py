@@ -256,7 +256,7 @@ def gib(count_bytes: float) -> str:
 
 
 def seconds(value: float) -> str:
-    r"""Write a time, in milliseconds if it is short.
+    r"""Write a time, in milliseconds if it is below one second.
 
     >>> seconds(0.0023), seconds(84.2)
     ('2.3\xa0ms', '84.2\xa0s')

@@ -26,7 +26,7 @@ LADDER = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llam
 
 # Shown by default: SinkGD's variants and their usual baselines.
 USUAL_METHODS = ("sinkgd", "sinkgd-paper", "sinkgd-stateless", "adamw", "adamw-8bit", "muon")
-MOST_SHARDS = 1024  # the most that are tried in the search for the fewest devices
+MOST_SHARDS = 1024  # the largest dp_shard that is tried in the search for the fewest devices
 
 _DAY = 86_400  # seconds
 
@@ -104,7 +104,8 @@ def make_plan(
         echo: Called with a line before each method and each model.
 
     Raises:
-        ConfigError: If the mesh cannot divide the model, or the method cannot release gradients.
+        ConfigError: If the mesh cannot divide the model, or if the question releases gradients and
+            its method cannot.
     """
     if question.work.release and not question.method.can_release:
         able = ", ".join(name for name, method in METHODS.items() if method.can_release)

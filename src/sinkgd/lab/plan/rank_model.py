@@ -1,15 +1,16 @@
 """The weights of a model that the first rank of a mesh holds, and the module that they belong to.
 
 The module is the lab's own `Llama` on the meta device. Modules of its blocks are replaced if tensor
-parallelism divides the matrices, or if queries, keys and values have biases. Collectives are
-replaced by functions that only change shapes: nothing is sent.
+parallelism divides the matrices, or if queries, keys and values have biases. Tensor parallelism
+also replaces embedding and head. Functions that only change shapes take the place of collectives:
+nothing is sent.
 
 Letters:
     m, n: rows and columns of a matrix, its out- and in-features
     b: sequences in a batch
     t: tokens in a sequence; between blocks a rank holds t/tp of them
     h: hidden size
-    tp: ranks that divide each block's matrices and heads
+    tp: number of ranks that divide the matrices and the attention heads
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class Weight:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is an embedding or an output head, which a plan treats alike."""
+        """Whether it is an embedding or an output head."""
         return len(self.shape) == 2 and not self.is_matrix
 
     @property

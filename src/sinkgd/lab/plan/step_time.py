@@ -9,7 +9,7 @@ optimizer. Latency is left out, so times are estimates for large messages.
 Letters:
     m, n: rows and columns of a matrix
     L: iterations of SR-Sinkhorn
-    k: number of directions that are deflated
+    k: number of directions that deflation follows, one more than it lowers
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Messages:
     count: int
     bytes: int  # of all these collectives together
     ranks: int  # number of ranks in the group
-    optimizer: bool = False
+    optimizer: bool = False  # whether the optimizer sends them, not forward or backward
 
     @property
     def sent(self) -> float:
@@ -111,7 +111,7 @@ def _of_vectors(
 
 
 def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
-    """Return the number and bytes of messages for one sum of rows.
+    """Return the number of messages for one sum of rows, and their bytes.
 
     A first message says whether the shards are finite.
     """
@@ -122,8 +122,6 @@ def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
 def _deflation_length(weight: Weight, group: str, directions: int) -> int:
     """Return how many numbers `sinkgd.deflation.find_leading` adds up over ranks for a matrix.
 
-    Here k is the number of directions that are followed, one more than the number of directions
-    whose singular values are lowered.
     Messages over columns have mk, kk + 1, mk and k numbers; messages over rows have nk + 1 and
     nk + kk.
     """
@@ -197,7 +195,8 @@ def _tensor_parallel(work: Work, grid: Grid) -> list[Messages]:
 
     In forward, attention and MLP each gather the tokens and scatter their sums; the embedding adds
     a scatter, and the last norm a gather. Backward does the opposite, and recomputed blocks repeat
-    the collectives of forward. The logits of the whole vocabulary are gathered on every rank.
+    the collectives of forward. The logits of the whole vocabulary are gathered on every rank,
+    and again in backward if the loss is computed in chunks.
     """
     a, k, micro = work.architecture, grid.tp, work.micro_batches
     itemsize = 4 if work.precision == "float32" else 2
@@ -239,7 +238,7 @@ class StepTime:
 
 
 def flops_of(work: Work) -> float:
-    """Return the floating-point operations of a step, including recomputed ones.
+    """Return the floating-point operations of a tp group in a step, including recomputed ones.
 
     Each weight takes two operations per token in forward, and four in backward, or two if it is
     frozen. Attention is over previous tokens. The embedding takes no operations.

@@ -1,15 +1,15 @@
 """The memory that a training step holds at each moment, for any number of blocks.
 
 Blocks are identical, so each further block adds a fixed number of bytes at each moment. Therefore
-two steps are run, with `FEW` blocks and with one more, and the results are extrapolated linearly.
+steps are run with `FEW` blocks and with one more, and extrapolated linearly to deeper models.
 Memory changes linearly from block to block, so the maximum is at the first or the last blocks of a
 pass. Moments are therefore named from the end of the forward pass and from both ends of the
 backward pass.
 
 The steps run on fake tensors, which have shapes, types and a device, here a CPU, but no memory. A
 storage counts from the creation of its first tensor until its last tensor is freed. Operators
-choose the kernels of a CPU, so autograd saves the same tensors as in training on a CPU. The only
-memory that is not counted is what a kernel allocates internally.
+choose the kernels of a CPU, so autograd saves the same tensors as in training on a CPU. Weights,
+optimizer state and what a kernel allocates internally are not counted.
 """
 
 import weakref
@@ -46,7 +46,7 @@ class Live:
         return self.activations + self.loss + self.gradients
 
     def extrapolate(self, other: "Live", times: int) -> "Live":
-        """Extrapolate linearly beyond ``other``, by ``times`` times its distance from this one."""
+        """Return ``other`` plus ``times`` times the difference between ``other`` and this one."""
         return Live(
             *(
                 getattr(other, f.name) + times * (getattr(other, f.name) - getattr(self, f.name))
@@ -137,9 +137,9 @@ class Work:
     sequence_length: int = 2048  # tokens
     precision: Precision = "bf16"
     release: bool = False  # whether the last micro-batch frees each gradient once it is complete
-    recompute: bool = False
-    loss_chunk_tokens: int | None = None
-    tp: int = 1
+    recompute: bool = False  # whether blocks run again in backward
+    loss_chunk_tokens: int | None = None  # targets whose logits exist at once; None for all
+    tp: int = 1  # ranks of a tensor-parallel group
     adapter_rank: int = 0  # of LoRA adapters; above 0, only they are trained; at 0, all weights
 
 
@@ -180,7 +180,7 @@ def run_on_fake_tensors(work: Work, layers: int) -> dict[str, Live]:
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace weights on the meta device by fake CPU tensors; tied weights stay tied."""
+    """Replace weights and buffers on the meta device by fake CPU tensors; ties are kept."""
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):

@@ -52,6 +52,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "float32 weights": {"param_dtype": "float32"},
     "half iterations": {"whole_rows": False},
 }
+# The steps whose kernels `sinkgd bench gpu` compiles.
 USUAL = ("plain", "deflated", "stochastic")
 
 
@@ -109,7 +110,7 @@ def environment(*, interprets: bool) -> dict[str, str]:
 
 
 def output_of(module: str, function: str, *, interprets: bool) -> str:
-    """Call a function without arguments in a new process, and return what it wrote.
+    """Call a function in a new process, without arguments, and return its standard output.
 
     Raises:
         RuntimeError: If the process fails; the message is its standard error.

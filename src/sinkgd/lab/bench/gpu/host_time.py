@@ -2,8 +2,8 @@
 
 The optimizer, the backend ``triton`` and triton's launcher run as they do with a GPU. The device,
 the compiler and the driver are fakes: nothing touches the device's memory, and a launch does
-nothing. CPU tensors stand in for those of the device. The figures leave out CUDA's allocator,
-streams and driver, because the number of calls to them does not depend on the number of matrices.
+nothing. CPU tensors stand in for those of the device. The figures leave out the time in CUDA's
+allocator, streams and driver, which are called for each step or launch, not for each matrix.
 
     python -m sinkgd.lab.bench.gpu.host_time
 """
@@ -32,7 +32,7 @@ from sinkgd.lab.bench.gpu.recorded import TorchCalls
 from sinkgd.lab.bench.workloads import matrix_shapes
 
 TARGET = TARGETS["sm_90"]
-SPACES = 64  # number of addresses that gradients may have, 16 bytes apart
+SPACES = 64  # number of addresses that a gradient may have, 16 bytes apart
 
 
 class HostTime(NamedTuple):
@@ -156,7 +156,7 @@ class Step:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
-        # A warning says that rounding may lose updates. These weights are uninitialized anyway.
+        # The ignored warning says that rounding may lose updates; these weights are uninitialized.
         with catch_warnings():
             simplefilter("ignore")
             self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
@@ -181,8 +181,8 @@ def measure(model: str, steps: int = 21, layers: int | None = None) -> HostTime:
     """Measure steps on a model's matrices, after three steps of warm-up.
 
     Args:
-        model: A preset of `sinkgd.lab.models`.
-        steps: Number of steps.
+        model: A LLaMA in `sinkgd.lab.models.PRESETS`.
+        steps: Number of timed steps.
         layers: Number of the model's layers to take; all by default.
     """
     shapes = matrix_shapes(model, layers)

@@ -1,7 +1,7 @@
 """What is counted while triton's interpreter runs the kernels on a CPU: readings, and errors.
 
-`main` is the program that counts. It runs in a process of its own, because triton decides when it
-is imported whether kernels are interpreted. `main` writes a line of JSON.
+`main` is the program that counts. It runs in a process of its own, because triton decides at its
+import whether kernels are interpreted. `main` writes a line of JSON.
 
 A reading is one read of one entry. Loads by kernels are counted by address, entry by entry.
 Readings by torch are counted from the arguments of its calls. Float32 copies of gradients are

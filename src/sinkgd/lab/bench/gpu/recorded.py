@@ -1,7 +1,7 @@
 """Steps whose launches are recorded instead of started, and the calls of torch in a step.
 
-The calls of torch are work of the host that must not grow with the number of matrices. Launches do
-nothing while these calls are counted, so sizes do not matter.
+The calls of torch are work of the host that should not grow with the number of matrices. Launches
+do nothing while these calls are counted, so sizes do not matter.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ class Launch:
 
 @contextmanager
 def recorded_launches(target: Target | None = None) -> Iterator[list[Launch]]:
-    """Record launches; nothing that kernels would write is written.
+    """Record launches instead of starting them, so that kernels write nothing.
 
     Args:
         target: The GPU whose compiler options the launches get; by default they get none.
@@ -143,7 +143,7 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
-    """Count the calls of the second step, by name; the first also creates state and tables."""
+    """Count the calls of torch in the second step; the first also creates state and tables."""
     with with_triton(), recorded_launches():
         optimizer = SinkGD([{"lr": 1e-3, "nonfinite": "skip", **group} for group in groups])
         for group in optimizer.param_groups:
@@ -157,7 +157,7 @@ def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
 
 
 def calls_of_matrices(shapes: Sequence[Shape], **options: Any) -> Counter[str]:
-    """Count the calls of a step on matrices of these shapes."""
+    """Count the calls of torch in a step of SinkGD on matrices of these shapes."""
     params = [_ones(shape) for shape in shapes]
     return calls_of_step([{"params": params, "algorithm": "sinkgd", **options}])
 
@@ -184,7 +184,7 @@ _SMALLER = 64  # divisor of the sides of a model's parameters
 
 
 def small_groups(preset: str, **options: Any) -> list[dict[str, Any]]:
-    """Return the groups of a model with smaller parameters."""
+    """Return the groups of a model, with the sides of all parameters divided by 64."""
     with torch.device("meta"):
         model = build_model(preset)
     groups = [dict(group) for group in param_groups(model)]

@@ -1,4 +1,4 @@
-"""`sinkgd bench gpu`: the targets of a step on a GPU, and the figures that are counted for each."""
+"""`sinkgd bench gpu`: the figures that are counted for a step on a GPU, and their targets."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +66,7 @@ def bench_gpu(plan: Plan) -> GpuRecord:
     """Count what the plan lists.
 
     Raises:
-        RuntimeError: If kernels do not compile, or the interpreter fails.
+        RuntimeError: If kernels do not compile, or a process that counts fails.
     """
     environment = environment_with_load(torch.device("cpu"))
     weights = {**PARTS, CODE: PARTS[CODE] * len(plan.targets)}

@@ -1,8 +1,9 @@
 """Bytes that a step moves from and to a GPU's memory, and its scratch, found from its schedule.
 
-A bucket is a set of matrices that are launched together. A bucket that fits into its part of the
-cache is read from memory once. A larger bucket is read in alternating directions, so a launch finds
-in the cache what the previous launch read last. Partial sums and scales stay in the cache.
+A bucket is a set of matrices that are launched together. A bucket that fits into half of the cache
+is read from memory once, and once more if its update waits for other buckets. A larger bucket is
+read in alternating directions, so a launch finds in the cache what the previous launch read last.
+Partial sums and scales stay in the cache.
 """
 
 from math import prod
@@ -56,7 +57,7 @@ def _moved(bucket: Bucket, whole: Schedule, itemsize: int) -> int:
 
 
 def scratch_of_model(model: str, dtype: torch.dtype = torch.bfloat16) -> Scratch:
-    """Return the memory that a plain step allocates, besides gradients and parameters."""
+    """Return the memory that a plain step allocates, as fractions of the gradients' bytes."""
     found = schedule_of_model(model, dtype)
     shares = []
     total = 0

@@ -52,8 +52,8 @@ def figure_table(record: GpuRecord) -> TextTable:
     """Return the table of targets."""
     return TextTable(
         title="A step on a GPU, counted without a GPU",
-        note=f"Nothing here is a time on a GPU. L = 5, bfloat16, triton {record.triton}; gpu.json "
-        "says how each figure is counted.",
+        note=f"Nothing here is a time on a GPU. L = 5, triton {record.triton}, bfloat16 except "
+        "for errors and calls of torch; gpu.json says how each figure is counted.",
         columns=("counted", "now", "target", "met"),
         rows=tuple(
             (one.name, _number(one.value), _bound(one.target), _verdict(one.met))
@@ -67,7 +67,7 @@ def missed_table(record: GpuRecord) -> TextTable:
     counts = Counter((one.target, _short(one.variant), one.why) for one in record.missed)
     return TextTable(
         title="Kernels that miss a target",
-        note=f"Of {len(record.variants)} variants; gpu.json has the steps that use each.",
+        note=f"There are {len(record.variants)} variants; gpu.json has the steps that use each.",
         columns=("kernel, columns of its panel", "GPU", "variants", "why"),
         rows=tuple(
             (kernel, target, str(count), why)

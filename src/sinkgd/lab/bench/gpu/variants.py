@@ -2,8 +2,10 @@
 
 `main` is the program that compiles them, in a process of its own: triton's interpreter and its
 compiler cannot share a process. `main` writes a line of JSON for each variant. `machine_code` reads
-the compiled code: registers, spills, widths of loads, lengths of loops. Nothing is run; the
+the compiled code: registers, spills, widths of loads, lengths of loops. No kernel runs; the
 disassembler comes with triton.
+
+A panel is the part of a matrix that a program holds at once.
 """
 
 import json
@@ -34,7 +36,7 @@ class Variant:
     columns: int  # columns of the panel, including those beyond the matrix
     bytes: int  # bytes per entry of the gradient
     shared: int  # bytes of shared memory
-    registers: int
+    registers: int  # this and the following: see `MachineCode`
     spilled: int
     loads2: int
     loads16: int
@@ -43,7 +45,10 @@ class Variant:
 
     @property
     def loop(self) -> int:
-        """Instructions in the loop over panels: the first loop that is not part of a division."""
+        """Instructions in the loop over panels; 0 if there is none.
+
+        It is the first loop that is too long to be part of a division.
+        """
         return next((loop for loop in self.loops if loop > 3 * self.entries), 0)
 
     @property
@@ -113,7 +118,7 @@ def _variant_of(line: str) -> Variant:
 
 
 def compile_all(name: str, models: Sequence[str], steps: Sequence[str]) -> Iterator[Variant]:
-    """Compile each variant once, and say which steps use it."""
+    """Compile each variant once, and yield it with the steps that use it."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
