@@ -123,7 +123,7 @@ class ArmResults:
 
     @property
     def edges(self) -> list[str]:
-        """The tuned fields whose best value is at an end of three or more tried, as "field = value".
+        """Tuned fields whose best value is at an end of three or more tried, as "field = value".
 
         The list is empty while a widened grid is still searched, that is, until the first reported
         run.
