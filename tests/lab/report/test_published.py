@@ -139,7 +139,7 @@ def test_a_run_of_another_model_stands_nowhere_and_the_page_says_why(tmp_path):
     block = published_block([nano, other])
     assert block.measured == ()
     assert block.absent == (
-        "llama-nano (1.00k parameters) is another model, with other data and tokens.",
+        "llama-nano (1.00k parameters) is another model.",
         "llama-60m has 33.7M parameters, not the benchmark’s 58.1M.",
     )
     page = Parsed(build([nano])).text

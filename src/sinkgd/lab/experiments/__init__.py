@@ -1,1 +1,1 @@
-"""Studies: each has a question, equally tuned arms, several seeds, a verdict and a page."""
+"""Studies: each compares several ways to train, its arms, and gives a verdict and a page."""

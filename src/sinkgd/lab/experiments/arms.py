@@ -1,7 +1,7 @@
 """Arms: the ways to train that a study compares, and the grids that tune them.
 
 An arm is plain data: the values of a configuration in which it differs from other arms, and a grid
-of values to try. It names recipes and presets, but builds nothing.
+of values to try. It names a recipe and a preset, but builds nothing.
 """
 
 import math
@@ -97,7 +97,7 @@ class Arm:
         )
 
     def neighbors(self, point: Point) -> tuple[dict[str, float], ...]:
-        """List the points that differ from ``point`` in one tuned field, by one place.
+        """List the points that differ from ``point`` in one tuned field, by one place in its grid.
 
         Beyond each end a grid goes on by the ratio of the two values there, or by 2 if it has only
         one value.
@@ -247,7 +247,8 @@ def point_words(point: Point) -> str:
 def best_point(losses: Iterable[tuple[float, Point]]) -> Point | None:
     """Return the point with the lowest loss; None if no loss is finite.
 
-    Of points with equal losses it is the first, so that a search ends where losses are equal.
+    If several points have this loss, it is the first of them. A widened search therefore does not
+    move on to a neighbor with an equal loss.
 
     Examples:
         >>> best_point([(4.0, {"lr": 0.2}), (3.9, {"lr": 0.4}), (3.9, {"lr": 0.1})])
@@ -258,7 +259,7 @@ def best_point(losses: Iterable[tuple[float, Point]]) -> Point | None:
 
 
 def edges(tried: Grid, chosen: Point) -> list[str]:
-    """List the fields whose best value is the smallest or largest of at least three tried.
+    """Return "field = value" for each field whose best value is at an end of three or more tried.
 
     Fields with fewer values are left out, because their best value is always at an edge.
 

@@ -1,8 +1,8 @@
-"""A dry run of a study: build every arm without weights and without training.
+"""A dry run of a study: build every arm's model without weights, and do not train it.
 
 The model is built on the meta device and runs there forward and backward on one row; then the
-optimizer is built. Of a checkpoint in ``model.weights``, only the sizes are read. Each arm also
-takes one real step with a nano model instead of its own model.
+optimizer is built. Only the sizes of a model in ``model.weights`` are read, not its weights. Each
+arm also takes one real step with a nano model instead of its own model.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ class DryArm:
 
     name: str
     runs: int  # number of runs, for tuning and for seeds
-    parameters: int  # number of trained ones
+    parameters: int  # number of trained parameters
     groups: int  # number of parameter groups of the optimizer
     tokens: int  # tokens of one run
     memory_bytes: int | None  # at the peak of a step; None if `sinkgd plan` cannot estimate it
@@ -60,7 +60,7 @@ def dry_run(plan: StudyPlan) -> list[DryArm]:
     """Build every arm of a study.
 
     Raises:
-        ConfigError: If an option is impossible.
+        ConfigError: If an option is impossible, or the folder ``model.weights`` holds no model.
         ModelError: If there is no such model.
     """
     arms = []
@@ -114,7 +114,7 @@ def _run_on_meta(
 
 
 def _take_a_small_step(config: RunConfig, sizes: ModelSizes) -> None:
-    """Take one real step of the arm's optimizer on the smallest model of the family."""
+    """Take one real step of the arm's optimizer on a nano model of the same family."""
     small = preset_config(_NANO[type(sizes)], **_SMALL)
     if isinstance(small, LlamaConfig) and isinstance(sizes, LlamaConfig):
         small = replace(small, tied_head=sizes.tied_head)

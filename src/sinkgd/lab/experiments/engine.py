@@ -74,9 +74,10 @@ def run_study(
         reuse: Reuse identical runs from the grids of studies in folders next to ``folder``.
 
     Raises:
-        ConfigError: If the study there has another plan or was trained on another text; the message
-            says what differs.
-        RunFolderError: If another process is running the study.
+        ConfigError: If the study or a run there has another configuration or was trained on another
+            text; the message says what differs.
+        RunFolderError: If another process is running the study, or the folder of a run is damaged.
+        ResultsError: If the study's file or the results of a run are damaged.
         StudyError: If a run fails for a reason other than divergence.
         DataError: If the text is missing, damaged or too small.
     """
@@ -137,7 +138,7 @@ class _Engine:
                 _kill(pid, number)
 
     def work(self, interrupt: Interrupt) -> None:
-        """Keep all jobs busy until every run has ended or a signal arrives."""
+        """Keep all jobs busy until every run has ended; after a signal, begin no more runs."""
         while True:
             while len(self.running) < self.jobs and interrupt.received is None:
                 task = self.scheduler.next_task()
@@ -286,7 +287,7 @@ def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
 
 
 def _prepare_text(plan: StudyPlan, say: Say) -> dict[DataConfig, str]:
-    """Prepare the shards once, before any run needs them, and return their hashes."""
+    """Prepare each text once, before any run needs it, and return the hashes of the texts."""
     configs = [plan.config(task) for task in plan.first_tasks()]
     return {
         data: open_dataset(data, say).manifest.content_sha256

@@ -1,9 +1,9 @@
 """Which run of a study is next, and which runs other studies have made already.
 
 The order is: first the points of every grid, and the neighbors of the best points if grids are
-widened; then the seeds of arms whose grid is complete; then the grids of arms that carry their
-values over, which belong to large models. Runs in the study's record are done. Other runs are
-handed out, and continue from their checkpoints if a killed process has begun them.
+widened; then the seeds of arms whose grid is complete; then the grids of arms that take their
+values from another arm, which belong to large models. Runs in the study's record are done. Other
+runs are handed out, and continue from their checkpoints if a killed process has begun them.
 
 Runs of grids that neighboring studies have in common are trained once and reused. In one
 environment, a run's configuration determines its losses to the bit, and a grid needs only losses.
@@ -165,10 +165,10 @@ class ReusableRuns:
     def collect(
         cls, folder: Path, environment: Mapping[str, Any], say: Callable[[str], None]
     ) -> Self:
-        """Collect the runs of studies in the folders next to a study's.
+        """Collect the finished grid runs of neighboring studies that had the same environment.
 
         Args:
-            folder: Folder of the study.
+            folder: Folder of the study; neighboring studies are in the folders next to it.
             environment: This process's environment, from `describe_environment`.
             say: Called with a line about each neighboring study that cannot be read.
         """
@@ -229,6 +229,6 @@ def _text(result: RunResult) -> str:
 
 
 def _key(tables: Mapping[str, Any], text_sha256: str) -> str:
-    """Return the key of a configuration; it has the text's hash instead of the text's path."""
+    """Return a configuration as a key, with the text's hash in place of the text's path."""
     data = {**tables["data"], "corpus": text_sha256}
     return json.dumps({**tables, "data": data}, sort_keys=True)

@@ -39,8 +39,9 @@ def select_arms(
         scale: The scale to run it at.
         shared: The configuration from the options.
         axis: For each option, positions that replace those on the study's axis; may be empty.
-        rates: Values to try for ``optimizer.lr``. A matrix rate that the study fixes keeps its
-            ratio to ``optimizer.lr``.
+        rates: Values to try for ``optimizer.lr``; an arm that does not tune this rate takes only
+            one. Where the study fixes both rates, ``optimizer.matrix_lr`` keeps its ratio to
+            ``optimizer.lr``.
         recipes: If given, keep only the arms with these recipes. A name that is not an arm's recipe
             selects the arm with this name.
 
@@ -73,7 +74,7 @@ def select_step(
         options: New values for the arm, with keys of `STEP_OPTIONS`.
 
     Raises:
-        ConfigError: If there is no such arm, if it does not have one of the options, or if options
+        ConfigError: If there is no such arm, if its recipe lacks one of the options, or if options
             are given without a step.
     """
     if step is None:
@@ -109,8 +110,8 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
     """Parse comma-separated numbers; None gives no numbers.
 
     Raises:
-        ConfigError: If a value is not a number, is not above 0 or is too large, or if the option
-            takes whole numbers and the value is not one.
+        ConfigError: If there is no value, if a value is not a number, is not above 0 or is too
+            large, or if the option takes whole numbers and a value is not one.
 
     Examples:
         >>> numbers("lr", "0.01,0.02")

@@ -1,7 +1,8 @@
-"""What a study is, and its plan, which names every run and resolves its configuration beforehand.
+"""Studies, and their plans, which name all runs and resolve the configuration of each.
 
-A study asks a question. Its arms differ in one thing, are tuned with equally large grids and run
-with the same seeds. A function, the study's judge, turns the results into a verdict.
+A study asks a question. It compares ways to train, the arms. Those that are tuned have equally
+large grids, and all run with the same seeds. A function, the study's judge, turns the results into
+a verdict.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -84,7 +85,7 @@ class Task:
     arm: Arm
     point: Point
     seed: int
-    tuning: bool  # whether it is a run of the grid; such a loss is reported only with the grid
+    tuning: bool  # whether the run belongs to a grid; its loss is then shown only with the grid
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class StudyPlan:
     tuning_seed: int = TUNING_SEED
 
     def tuning_tasks(self, arm: Arm, best: Point = EMPTY) -> list[Task]:
-        """List the runs of an arm's grid.
+        """List the runs of an arm's grid, without those that widening adds.
 
         Args:
             arm: The arm.
@@ -155,8 +156,8 @@ class StudyPlan:
         """Check all arms and resolve their configurations, so that errors appear before the runs.
 
         Raises:
-            ConfigError: If there is nothing to run, arms are not tuned alike, the tuning seed is
-                also reported, or an option is impossible.
+            ConfigError: If there is nothing to run, `check_arms` refuses the arms, the tuning seed
+                is also reported, or an option is impossible.
         """
         if not self.arms:
             raise ConfigError(f"study {self.study!r} has no arms left; choose another --optimizer")
@@ -173,7 +174,7 @@ class StudyPlan:
                 self.config(task)
 
     def first_tasks(self) -> list[Task]:
-        """List one run per arm, at the first or only point of the arm's grid."""
+        """List one run per arm: the first of its grid, or of its seeds if it is not tuned."""
         return [
             self.tuning_tasks(arm)[0]
             if self.is_tuned(arm)

@@ -35,7 +35,10 @@ _RANGE_ABOVE = 0.3  # nats that `rate_chart` shows above the highest of the grid
 
 
 def final_chart(results: StudyResults, study_axis: Axis | None, identities: Identities) -> Chart:
-    """Draw the final losses: along the study's axis if there is one, else one row per arm."""
+    """Draw the final losses: along the study's axis if there is one, else one row per arm.
+
+    Arms with a diverged seed are left out.
+    """
     arms = [one for one in results.ranked if one.seeds and not one.diverged]
     figure = _along_axis(arms, study_axis, identities) if study_axis else _by_arm(arms, identities)
     by = study_axis.title if study_axis else "arm"
@@ -193,7 +196,7 @@ def _seeds_and_mean(y: float, values: Sequence[float], look: Identity) -> list[F
 
 
 def grid_chart(results: StudyResults, identities: Identities) -> Chart | None:
-    """Draw every point of the grids, one row per arm; None if nothing was tuned."""
+    """Draw every finite loss of the grids, one row per arm; None if there is none."""
     arms = [one for one in results.ranked if one.chosen is not None]
     if not arms:
         return None
@@ -392,8 +395,8 @@ def rate_chart(
 
     Args:
         series: The common name of the arms.
-        arms: Arms with at least one tuned point.
-        field: The rate's option, which was tuned.
+        arms: Arms with at least one point of the grid that did not diverge.
+        field: Dotted name of the rate, e.g. ``"optimizer.matrix_lr"``.
         identities: Colors and markers of the arms.
     """
     curves = {one.arm.name: _losses_by_rate(one, field) for one in arms}

@@ -1,8 +1,8 @@
 """`study.jsonl`: all results of a study, in a file small enough to commit.
 
 Its first line is the plan. After it come a line for every run that ended, whether it finished or
-diverged, and a line for every session (kind "sitting"). A session is one process's work on the
-study. The study's page and verdict are made from this file only.
+diverged, and a line (kind "sitting") for every session in which a run ended. A session is one
+process's work on the study. The study's page and verdict are made from this file only.
 
 Runs are thinned. The training curve has one step per evaluation, with the mean loss and the mean
 times since the previous evaluation. A model's statistics are reduced to their means over heads and
@@ -90,7 +90,10 @@ class Session:
 
     @property
     def overhead(self) -> float | None:
-        """Return the time that jobs spend outside of runs, as a fraction of the time of runs."""
+        """Return the time that jobs spend outside of runs, as a fraction of the time of runs.
+
+        None if no run took time.
+        """
         if self.runs_wall_seconds <= 0:
             return None
         held = self.jobs * self.wall_seconds - self.idle_seconds
@@ -111,7 +114,8 @@ class StudyRecord:
         """Read a study's file; an unfinished last line of a killed process is skipped.
 
         Raises:
-            ResultsError: If the file is missing, or has a line that is not a record.
+            ResultsError: If the file is missing, empty or not UTF-8 text, or has a line that is not
+                a record.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -146,7 +150,7 @@ class StudyRecord:
 
 
 class StudyWriter:
-    """Appends to a study's file; each line is complete and on the disk before the next run begins.
+    """Appends to a study's file; a write ends when its line is complete and on the disk.
 
     Args:
         path: The file. An unfinished last line of a killed process is cut off.
@@ -210,7 +214,7 @@ def _run_as_json(result: RunResult) -> dict[str, Any]:
 
 
 def _statistics_as_json(records: Sequence[ModelStatistics]) -> dict[str, Any]:
-    """Return a model's statistics as names, and a row of step and values for each record."""
+    """Return the names of a model's statistics, and for each record a row: step and values."""
     return {
         "names": list(records[0].values),
         "rows": [[one.step, *one.values.values()] for one in records],

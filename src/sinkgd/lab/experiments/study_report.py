@@ -28,7 +28,7 @@ _TEMPLATE = Path(__file__).parent / "study.html"
 
 
 def arms_table(results: StudyResults) -> TextTable:
-    """Make the table of arms: final losses at equal tokens and at equal seconds, speed, memory."""
+    """Make the table of arms: losses at the end and at equal seconds, speed, memory."""
     seconds = results.equal_seconds
     after = f"loss after {duration(seconds)}" if seconds else "loss at equal seconds"
     return TextTable(
@@ -88,7 +88,7 @@ def _arm_row(results: StudyResults, one: ArmResults, seconds: float | None) -> t
 
 
 def reach_tables(results: StudyResults) -> list[TextTable]:
-    """Make a table for each control: the cost of every arm to reach the control's final loss."""
+    """Make a table for each control that did not diverge: the others' cost to reach its loss."""
     return [_reach_table(results, control) for control in results.controls if not control.diverged]
 
 
@@ -144,12 +144,12 @@ def grid_table(results: StudyResults) -> TextTable:
 
 
 def sessions_table(record: StudyRecord) -> TextTable:
-    """Make the table of sessions: the time of each process, and its overhead outside of runs."""
+    """Make the table of sessions: the wall time of each, and its overhead outside of runs."""
     return TextTable(
         title="Sessions",
-        note="Overhead: time of jobs outside of training, as a share of the time of training. Time "
-        f"in which a job had no work while others ran is not counted.{_reuse_note(record)}",
-        columns=("session", "jobs", "runs", "wall time", "training, sum", "overhead"),
+        note="Overhead: time of jobs outside of runs, as a share of the time of runs. Time in "
+        f"which a job had no work while others ran is not counted.{_reuse_note(record)}",
+        columns=("session", "jobs", "runs", "wall time", "runs, sum", "overhead"),
         rows=tuple(
             (
                 str(i),
@@ -165,7 +165,7 @@ def sessions_table(record: StudyRecord) -> TextTable:
 
 
 def _reuse_note(record: StudyRecord) -> str:
-    """Say which runs come from other studies."""
+    """Say how many runs come from which other studies; empty if none do."""
     counts = Counter(result.study for result in record.runs.values() if result.study)
     if not counts:
         return ""
@@ -292,7 +292,10 @@ def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
 
 
 def _analysis(results: StudyResults) -> Analysis | None:
-    """Compare the arms with the first control that did not diverge; None if there is no run."""
+    """Compare the arms with the first control that did not diverge, or with none if all diverged.
+
+    The result is None if there is no reported run.
+    """
     if not results.runs:
         return None
     baseline = next((one.arm.name for one in results.controls if not one.diverged), None)

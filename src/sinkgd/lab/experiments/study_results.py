@@ -1,11 +1,11 @@
 """The results of a study by arm: losses by seed, the grid behind them, and differences of arms.
 
-Arms are compared seed by seed: with the same seed, both started from the same weights and saw the
-same text in the same order.
+Arms are compared seed by seed. With the same seed, arms of the same model and batch start from the
+same weights and see the same text in the same order.
 
 Letters, in `Difference`:
-    d: the differences of the final losses, one for each seed
-    k: number of seeds that both arms have
+    d: the differences of the final losses, one for each seed that both arms have
+    k: number of these seeds
 """
 
 import math
@@ -29,8 +29,9 @@ _NO_DIFFERENCE = 0.0005  # nats; smaller differences do not show in printed loss
 class Difference:
     """The first arm's loss minus the second's: mean(d) ± t · stdev(d) / √k, at 95 %."""
 
-    mean: float  # nats per token
-    half_width: float  # half the width of the interval; infinite for a single seed
+    mean: float  # nats per token; infinite if a run of only one arm diverged, NaN if k is 0
+    # Half the width of the interval; infinite if k is below 2, but 0 if ``mean`` is infinite.
+    half_width: float
     count: int  # k
 
     @classmethod
@@ -73,7 +74,7 @@ def _minus(first: float, second: float) -> float:
     return 0.0 if first == second else first - second
 
 
-# The weaker AdamW, with one rate for all parameters. It is never the first control.
+# The weaker AdamW, with one rate for all parameters. It comes after all other controls.
 _ONE_RATE = "adamw-one-lr"
 
 
@@ -92,7 +93,7 @@ class ArmResults:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss over seeds; infinite if a seed diverged, None if there is no run."""
+        """Mean loss over seeds; infinite if a seed diverged, None if there is no reported run."""
         losses = self.losses.values()
         return statistics.fmean(losses) if losses else None
 
@@ -105,7 +106,7 @@ class ArmResults:
     def chosen(self) -> Point | None:
         """The point of the grid with the lowest loss; None if no point has a finite loss.
 
-        Reported runs, which have this point, decide between equal losses.
+        If there are reported runs, the result is their point, even if another has the same loss.
         """
         if self.grid and self.seeds and self.seeds[0].point:
             return self.seeds[0].point
@@ -113,7 +114,7 @@ class ArmResults:
 
     @property
     def tried(self) -> Grid:
-        """The values of the grid; if the arm is carried or widened, those of its runs."""
+        """The values of the grid; if the arm is carried or widened, those that its runs tried."""
         if self.arm.carried is None and not self.arm.widened:
             return self.arm.tuned
         points = [result.point for result in self.grid]
@@ -122,7 +123,7 @@ class ArmResults:
 
     @property
     def edges(self) -> list[str]:
-        """The tuned fields whose best value is the smallest or largest of at least three tried.
+        """Tuned fields whose best value is at an end of three or more tried, as "field = value".
 
         The list is empty while a widened grid is still searched, that is, until the first reported
         run.
@@ -163,7 +164,7 @@ class StudyResults:
 
     @property
     def ranked(self) -> tuple[ArmResults, ...]:
-        """All arms by mean loss, lowest first; diverged arms and arms without a run are last."""
+        """All arms by mean loss, lowest first; those that diverged or have no loss yet are last."""
         return tuple(sorted(self.arms, key=lambda one: math.inf if one.loss is None else one.loss))
 
     def arm(self, name: str) -> ArmResults | None:
@@ -209,7 +210,10 @@ class StudyResults:
 
 
 def _loss_after(evaluations: Sequence[Evaluation], seconds: float) -> float | None:
-    """Interpolate between two evaluations; after the last evaluation, return its loss."""
+    """Interpolate between two evaluations.
+
+    Before the first evaluation the result is None, after the last it is the loss of the last.
+    """
     before: Evaluation | None = None
     for after in evaluations:
         if after.seconds >= seconds:

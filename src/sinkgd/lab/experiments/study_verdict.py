@@ -39,7 +39,7 @@ def ranked(arms: Sequence[ArmResults]) -> list[ArmResults]:
 def level_with(
     results: StudyResults, one: ArmResults, arms: Sequence[ArmResults]
 ) -> list[ArmResults]:
-    """List the arms in ``arms`` that do not differ significantly from ``one``."""
+    """List the other arms in ``arms`` that do not differ significantly from ``one``."""
     return [other for other in arms if other is not one and results.difference(other, one).level]
 
 
@@ -98,13 +98,13 @@ def against_controls(results: StudyResults, one: ArmResults) -> list[str]:
 def fewest_tokens(
     results: StudyResults, control: ArmResults, who: str, members: Collection[str]
 ) -> str:
-    """Name the arm, among ``members``, that needs the fewest tokens for a control's final loss.
+    """Name the arm that needs the fewest tokens to reach a control's final loss in every seed.
 
     Args:
         results: The study's results.
         control: The control whose loss is to be reached.
         who: What the members have in common, in words that can follow "those" or "method".
-        members: Names of arms.
+        members: Names of the arms to choose from.
     """
     found = [
         (comparison.token_fraction.mean, name, comparison)
@@ -138,7 +138,8 @@ def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
     """Add to the headline the tokens and time that the best arm needed for its control's loss.
 
     The control is the first one that did not diverge and has the best arm's model size, batch and
-    number of tokens. Without such a control the headline does not change.
+    number of tokens. The headline does not change without such a control, or if the best arm
+    diverged.
 
     Args:
         results: The study's results.
@@ -185,7 +186,7 @@ def names(arms: Sequence[ArmResults]) -> str:
 
 
 def cautions(results: StudyResults) -> list[str]:
-    """List the cautions that apply to every question."""
+    """List the cautions that do not depend on the question."""
     return [
         *_small_scale(results),
         *_few_seeds(results),

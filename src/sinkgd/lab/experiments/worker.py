@@ -1,10 +1,10 @@
-"""Run a training in its own process, forked from a server process that has imported all modules.
+"""Run a training in its own process, forked from a server process that has imported torch.
 
 Every run therefore starts with the memory, threads and random state of a fresh `sinkgd train`, and
 torch is imported once per study. The server has computed nothing, so it has no torch threads that a
 fork would lose.
 
-The server preloads this module. The module's imports are the memory that every run starts with.
+The server preloads this module. What this module imports takes memory in every run.
 """
 
 import multiprocessing
@@ -30,7 +30,8 @@ from sinkgd.lab.train import (
 )
 
 DIVERGED = 3  # exit code of a run whose loss or gradient was not finite
-# multiprocessing's exit code if the fork server also died, e.g. of a SIGTERM to the whole group.
+# multiprocessing's exit code for a process whose fork server died before reporting the real code,
+# e.g. of a SIGTERM to the whole process group.
 UNTOLD = 255
 _STOPPED = set(map(exit_code, SIGNALS))
 _PATIENCE_SECONDS = 30.0
@@ -52,7 +53,7 @@ def start_training(config: RunConfig, folder: Path, *, plain: bool) -> ForkServe
 
 
 def was_stopped(code: int | None) -> bool:
-    """Whether an exit code means that a signal stopped the run."""
+    """Whether an exit code means that one of `SIGNALS`, not e.g. SIGKILL, stopped the run."""
     return code in _STOPPED or -(code or 0) in SIGNALS
 
 
@@ -68,7 +69,7 @@ def _train(config: RunConfig, folder: Path) -> int:
     try:
         wait_until_free(RunFolder(folder))
         outcome = train(config, folder, name_next_command=False)
-    except KeyboardInterrupt:  # before the first step
+    except KeyboardInterrupt:  # before the first step, or at a second Ctrl-C
         return exit_code(signal.SIGINT)
     except (NonFiniteLossError, NonFiniteGradientError) as error:
         sys.stderr.write(f"{folder.name} diverged: {error}\n")

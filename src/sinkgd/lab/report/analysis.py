@@ -1,4 +1,4 @@
-"""Compare every recipe with the baseline: the cost to reach its final loss, and the throughput.
+"""Compare each recipe with the baseline: the cost to reach the baseline's loss, and throughput.
 
 The runs come from a folder. Each has a results file, in the folder itself or one level below. A
 folder of records, such as `benchmarks/demo/2026-11-28`, has results files with other names.
@@ -65,7 +65,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """The runs of one recipe, and the figures of the finished runs; None if no run finished."""
+    """The runs of one recipe, and figures of its finished runs; None if no finished run has one."""
 
     name: str
     runs: tuple[Run, ...]  # sorted by seed
@@ -183,7 +183,7 @@ class Comparison:
     token_fraction: Spread | None  # `tokens` as a fraction of all tokens of the baseline
     time_fraction: Spread | None  # `seconds` as a fraction of all seconds of the baseline
     effective_tokens_per_second: Spread | None  # the baseline's tokens / `seconds`
-    effective_speedup: float | None  # effective throughput / the baseline's tokens per second
+    effective_speedup: float | None  # effective tokens/s / (the baseline's tokens / its seconds)
     level: bool  # whether mean final losses differ by < 0.0005, or ranges overlap
 
 
@@ -208,7 +208,7 @@ class Analysis:
 
 
 def preset_of(run: Run) -> str:
-    """Return the preset of a run's model, or the folder of the weights that it begins with."""
+    """Return the preset of a run's model, or a phrase that names the folder of its weights."""
     model = run.start.config.get("model", {})
     if "preset" not in model and model.get("weights"):
         return f"the model in {Path(str(model['weights'])).name}"
@@ -299,7 +299,7 @@ def _level(recipe: RecipeSummary, baseline: RecipeSummary) -> bool:
 
 @dataclass(frozen=True)
 class Reach:
-    """A point of a run, between its evaluations."""
+    """A point of a run: at an evaluation, or interpolated between two."""
 
     step: float
     tokens: float

@@ -1,4 +1,4 @@
-"""The cost calculator as a block of a page: its fields with their sources, and their results.
+"""The cost calculator as a block of a page: its fields with their sources, and the results.
 
 A badge at each field says whether its figure is measured on the page, published, assumed, or the
 reader's own. The initial results are computed here; the browser updates them when a field changes.
@@ -52,7 +52,9 @@ Unit = Literal["h", "GPU-h", "USD", "kWh"]
 
 
 def amount(value: float) -> str:
-    """Format a number with three digits, at most four decimals, and commas, as `cost.js` does.
+    """Format a number with three significant digits and commas, as `cost.js` does.
+
+    There are at most four decimals.
 
     >>> amount(0.012345), amount(123456.0), amount(2.0), amount(-1225), amount(-0.00001)
     ('0.0123', '123,000', '2', '−1,230', '0')
@@ -75,7 +77,7 @@ def signed(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """Format a number for a field: six digits, without an exponent.
+    """Format a number for a field: six significant digits, without an exponent.
 
     >>> plain(0.4), plain(1339.08), plain(1e15)
     ('0.4', '1339.08', '1000000000000000')
@@ -84,7 +86,7 @@ def plain(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Format a ratio for a field: four digits.
+    """Format a ratio for a field: four significant digits.
 
     >>> short(100 / 2.8), short(49256.4)
     ('35.71', '49260')
@@ -104,7 +106,7 @@ def words_of(kind: Kind) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row of the result."""
+    """A row of the table of costs."""
 
     key: str  # name of a field of `Cost`
     title: str
@@ -152,7 +154,7 @@ class CalculatorBlock:
     candidates: tuple[Candidate, ...]
     outcomes: tuple[Outcome, ...]
     memory: tuple[MemoryRow, ...]  # AdamW first
-    caution: str  # a warning if the page's runs give no candidate, else empty
+    caution: str  # a warning if recipes were compared but none is a candidate, else empty
     mfu: float = MFU
 
     # The template formats numbers with these functions, so that it needs no filters of the page.
@@ -180,7 +182,7 @@ class CalculatorBlock:
 
     @property
     def sentence(self) -> str:
-        """The candidate's time and money, in words."""
+        """Time and money of the candidate and of the baseline, in words."""
         time, _, money, _ = self.outcomes
         name = self.inputs.candidate.name
         return (
@@ -192,10 +194,10 @@ class CalculatorBlock:
 def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
     """Fill in the calculator with measured figures, or else with published and assumed ones.
 
-    The candidate is the method whose tokens and speed give the shortest time to the baseline's
-    loss; if no method was measured, it is SinkGD as published at 1.3B. Speeds are measured only if
-    the runs used a device in `sinkgd.lab.devices`. Otherwise the baseline's speed follows from an
-    assumed fraction of the GPU's peak.
+    The candidate is the measured method whose tokens and speed give the shortest time to the
+    baseline's loss; if no method was measured, it is SinkGD as published at 1.3B. Measured speeds
+    are used only if the baseline ran on a device in `sinkgd.lab.devices`. Otherwise the baseline's
+    speed follows from an assumed fraction of the GPU's peak.
 
     Args:
         analysis: The comparison of the page's runs; None if there are no runs.

@@ -51,7 +51,7 @@ def terminal_table(table: TextTable) -> Table:
 
 
 def fitting_tables(table: TextTable, width: int) -> list[Table]:
-    """Split a table into groups of columns that fit the terminal; each group repeats the names.
+    """Split a table into groups of columns that fit the terminal; each repeats the first column.
 
     Args:
         table: The table; its note is below the last group.

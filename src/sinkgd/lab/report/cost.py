@@ -1,4 +1,4 @@
-"""The cost of a training run: hours, money and energy, from its tokens and the speed of a GPU.
+"""The cost of a training run: hours, money and energy, and the devices that its memory needs.
 
 Letters, everywhere in this file:
     N: number of parameters
@@ -59,7 +59,8 @@ class StateRule:
             matrix_share: s, from 0 to 1.
 
         Raises:
-            ValueError: If there are no parameters, or the share is not between 0 and 1.
+            ValueError: If ``parameters`` is not positive and finite, or the share is not between 0
+                and 1.
 
         Examples:
             >>> StateRule("AdamW", 2, 2).memory_bytes(1e9, 0.8)

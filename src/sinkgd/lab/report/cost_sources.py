@@ -85,7 +85,7 @@ class Candidate:
 
 
 def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
-    """List the page's own model, if there is one, and the LLaMA presets."""
+    """List the model of the baseline's finished runs, if any, and the larger LLaMA presets."""
     published = {size.preset: size for size in (*SIZES, LARGEST)}
     choices = []
     own = _baseline_run(analysis)
@@ -103,7 +103,7 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
         else:
             tokens, kind = _TOKENS_PER_PARAMETER * count, _ASSUMED
             note = f"{_TOKENS_PER_PARAMETER} tokens per parameter"
-        if not name.startswith("llama-nano"):  # its parameter count depends on the vocabulary
+        if not name.startswith("llama-nano"):  # their size depends on the text's vocabulary
             choices.append(ModelChoice(name, name, count, tokens, share, _PUBLISHED, kind, note))
     return tuple(choices)
 
@@ -236,7 +236,7 @@ def _caveat(recipe: RecipeSummary, comparison: Comparison, *, with_speed: bool) 
 
 
 def device_of(analysis: Analysis | None) -> DeviceSheet | None:
-    """Find the device of the baseline's runs in `sinkgd.lab.devices`, by torch's name for it."""
+    """Find the device of the baseline's first finished run in `DEVICES`, by torch's name for it."""
     run = _baseline_run(analysis)
     name = str(run.start.environment.get("device", "")) if run else ""
     words = set(name.upper().replace("-", " ").split())

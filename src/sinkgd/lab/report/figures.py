@@ -1,7 +1,7 @@
 """Elements that charts share: figures as plain data, axes, rows with words, colors and markers.
 
-Figures are dicts in plotly.js's format. The value of a key that ends in ``color`` is the name of a
-role, such as ``"@ink"``, or a tint of a role over the card, such as ``"@ink:0.4"``. `page.css`
+Figures are dicts in plotly.js's format. The value of a key that ends in ``color`` may be the name
+of a role, such as ``"@ink"``, or a tint of a role over the card, such as ``"@ink:0.4"``. `page.css`
 gives each role a color for light and dark, and `page.js` inserts the color when it draws a chart.
 
 A recipe has one color, one marker and one label everywhere on a page: its `Identity`.
@@ -30,7 +30,7 @@ class Chart:
 
     key: str  # the id of its HTML element
     title: str
-    caption: str  # definitions, in one line
+    caption: str  # what the marks mean, in a few sentences
     description: str  # the content in words, for readers who cannot see the chart
     figure: Figure
     share: int = 2  # number of charts of this width that share a row on a wide screen
@@ -54,7 +54,7 @@ def layout(height: int, **options: Any) -> Figure:
     """Make a layout in the page's style: transparent, legend below.
 
     Args:
-        height: Height in CSS pixels; the width is the page's.
+        height: Height in CSS pixels; the chart is as wide as its HTML element.
         options: Options of plotly's layout that override the defaults.
     """
     return {
@@ -111,7 +111,7 @@ def dotted_line(y: float | None, *, color: str, width: float) -> Figure:
 
 
 def rows_axis(rows: int) -> Figure:
-    """Make an axis with rows 0, 1, ... from top to bottom; it has words above marks, not ticks."""
+    """Make an invisible axis with rows 0, 1, ... from top to bottom; `row_words` name the rows."""
     return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)
 
 
@@ -178,7 +178,7 @@ Identities = Mapping[str, Identity]  # keys are recipes, or arms of a study
 def identify(analysis: Analysis) -> dict[str, Identity]:
     """Assign colors and markers: the eight best candidates get a color each, the others are gray.
 
-    No two of up to 25 recipes look alike.
+    No two of up to 25 recipes, including a baseline, look alike.
 
     Returns:
         Identities by recipe name, in the order of ``analysis.recipes``.

@@ -41,7 +41,7 @@ _STATISTIC_HEIGHT = 300
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y); y is None if a loss is not finite, which leaves a gap."""
+    """Points (x, y); y is None if a value is not finite, which leaves a gap."""
 
     x: tuple[float, ...]
     y: tuple[float | None, ...]
@@ -174,7 +174,7 @@ def _hover(who: str, curve: Curve) -> list[str]:
 
 
 def _x_unit(analysis: Analysis, along: Axis) -> tuple[float, str]:
-    """Choose the unit of the x axis, and its name."""
+    """Return the size of the x axis's unit, in tokens or seconds, and the title of the axis."""
     if along == "tokens":
         return 1.0, "training tokens"
     longest = max((run.steps[-1].seconds for run in analysis.runs if run.steps), default=0.0)
@@ -253,7 +253,7 @@ def mean_validation_curve(runs: Sequence[Run], axis: Axis) -> Curve:
 
 
 def training_curve(run: Run, axis: Axis) -> Curve:
-    """Smooth a run's training loss exponentially, without bias at the start; drop most points."""
+    """Smooth a run's training loss, without bias at the start; keep at most 200 points."""
     smooth = _smoothed(run.steps)
     stride = max(1, math.ceil(len(smooth) / _MOST_POINTS))
     kept = list(zip(run.steps, smooth, strict=True))[::-1][::stride][::-1]  # keeps the last point
@@ -338,7 +338,7 @@ def _target_labels(
 
 
 def _arrow(words: str, color: str, x: float, y: float, tail: float) -> Figure:
-    """Point down at (x, y), from ``tail`` on the same axis."""
+    """Point down at (x, y), from the loss ``tail`` on the y axis."""
     return {
         "text": words,
         "x": x,

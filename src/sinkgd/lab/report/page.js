@@ -9,7 +9,7 @@
   const config = { displayModeBar: false, displaylogo: false, responsive: true, showTips: false };
 
   // A role such as "@ink" is the custom property --ink; a hidden element makes the browser resolve
-  // it. "@ink:0.4" is the color mixed with 0.6 of the card's, opaque, so that it hides grid lines.
+  // it. "@ink:0.4" is 0.4 of the color and 0.6 of the card's, opaque, so that it hides grid lines.
   const probe = document.body.appendChild(document.createElement("i"));
   probe.hidden = true;
   const channelsOf = (name) => {

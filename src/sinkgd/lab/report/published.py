@@ -94,7 +94,7 @@ LARGEST = Size("7B", "llama-7b", 150_000)
 class State(Enum):
     """State of a method: numbers per parameter of the M, of the other N − M, and of the head.
 
-    The numbers of the head are added to those of the other N − M parameters.
+    The head is among the other N − M parameters, so the third number is added to the second there.
 
     Vectors of the length of a row or column are not counted; they are below 0.3 % of the total.
     """

@@ -33,9 +33,9 @@ from sinkgd.lab.report.published import (
 from sinkgd.lab.report.published_charts import memory_charts
 from sinkgd.lab.results import Run
 
-_LAST_DIGIT = 0.1  # value of the last digit of perplexities that were read from a plot
-# Models count as the same if their numbers of parameters differ by at most this fraction. They
-# differ by less if the vocabulary has 32,100 entries, as T5's, instead of 32,000.
+_LAST_DIGIT = 0.1  # unit of the last digit of perplexities that were read from a plot
+# Models of one preset count as the same if their numbers of parameters differ by less than this
+# fraction. They do if the vocabulary has 32,100 entries, as T5's, instead of 32,000.
 _SAME_MODEL = 0.01
 
 
@@ -155,7 +155,7 @@ def _written(value: Value) -> str:
 
 
 def _size_of(run: Run) -> Size | None:
-    """Find the size with the preset of a run and, nearly, its number of parameters."""
+    """Find the size that has the run's preset and nearly the run's number of parameters."""
     for size in SIZES:
         difference = run.start.parameters / size.config.parameter_count - 1
         if preset_of(run) == size.preset and abs(difference) < _SAME_MODEL:
@@ -204,7 +204,7 @@ def _absences(runs: Sequence[Run]) -> list[str]:
             usual = quantities.count(presets[preset].config.parameter_count)
             why = f"has {parameters} parameters, not the benchmark’s {usual}"
         else:
-            why = f"({parameters} parameters) is another model, with other data and tokens"
+            why = f"({parameters} parameters) is another model"
         reasons[f"{preset} {why}."] = None
     return list(reasons)
 

@@ -10,7 +10,7 @@ from sinkgd.lab.report.figures import Chart, Figure, axis, layout
 from sinkgd.lab.report.published import ROWS, SIZES, Row, Size, State, memory_gib
 
 _HEIGHT = 340  # CSS pixels
-_INSIDE = 262  # CSS pixels between the ends of the axis
+_INSIDE = 262  # CSS pixels between the ends of the y axis
 _LINE = 16  # CSS pixels of a label's line
 _LABELS = {
     "adam-sinkgd": "Adam",

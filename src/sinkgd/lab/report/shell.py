@@ -2,7 +2,7 @@
 
 The template extends ``shell.html`` and escapes every string. Figures and plotly.js are inlined, and
 a content security policy forbids the page to load anything. `from_cdn` replaces plotly.js by its
-address, for repositories and web sites; this makes the page twenty times smaller.
+address, for repositories and web sites; a page then takes 0.1 to 0.5 MB instead of 5 MB.
 """
 
 import base64
@@ -69,7 +69,7 @@ def from_cdn(page: str) -> str:
     """Replace the text of plotly.js by its address at the publisher's CDN.
 
     The browser accepts the file only if it has the same SHA-384 as the text. The page's policy
-    allows only this address.
+    allows no other address.
 
     Args:
         page: HTML made by `render`.

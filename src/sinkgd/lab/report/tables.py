@@ -14,7 +14,7 @@ from sinkgd.lab.report.quantities import ABSENT
 from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Memory
 
-_GAP = 3  # characters between columns of a terminal
+_GAP = 3  # characters between columns of the table in a terminal
 
 Cell = Callable[[RecipeSummary, Comparison | None], str]
 

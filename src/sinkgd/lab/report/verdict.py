@@ -11,7 +11,7 @@ from sinkgd.lab.results import Run
 
 _MOST_NAMES = 3  # longer lists are given as a number
 _ENDINGS = {"unfinished": "is unfinished", "interrupted": "was interrupted"}
-# A baseline that had its final loss before this fraction of its tokens got worse at the end.
+# A baseline that had its final loss before this fraction of its tokens was no better at the end.
 _EARLY = 0.98
 _MACHINE = ("device", "cpu", "cores", "threads")  # parts of an environment that speed depends on
 # Ratio of step times without the optimizer, above which times are not comparable. On an idle

@@ -43,7 +43,7 @@ _TABLE = (
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})
 
-# The questions of all studies, including the one on paper.
+# The questions of all studies, including `scale`, which has no runs.
 QUESTIONS: Mapping[str, str] = MappingProxyType(
     {**{study.name: study.question for study in _TABLE}, NAME: QUESTION}
 )

@@ -32,7 +32,7 @@ def arms_with(grid: Grid) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Say whether normalizing rows and columns beats every other normalization."""
+    """Name the normalization with the lowest loss, and compare the others with rows and columns."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]

@@ -33,7 +33,7 @@ PAPER_GRIDS: dict[str, Grid] = {
 
 
 def arms_at(size: float, shared: SharedConfig, grids: dict[str, Grid]) -> tuple[Arm, ...]:
-    """Return the arms with a batch of ``size`` sequences and the same number of tokens.
+    """Return the arms with a batch of ``size`` sequences and about as many tokens as ``shared``.
 
     ``adamw-one-lr`` is included only if ``size`` is the batch size of ``shared``.
     """

@@ -1,4 +1,4 @@
-"""How SinkGD fine-tunes a trained model, compared with AdamW and others, and what it forgets."""
+"""How SinkGD and other methods fine-tune a trained model, and how much the model forgets."""
 
 import statistics
 from collections.abc import Mapping

@@ -1,17 +1,18 @@
-"""How the gain over AdamW changes with the size of the model, at 20 tokens a weight.
+"""How the gain over AdamW changes with the size of the model.
 
-Rules (at the paper's scale, tokens and batch are those of the benchmark):
+Rules (at the paper's scale, tokens and batch are instead those of the benchmark):
     tokens: 20 for each hidden weight, so that the training takes C ∝ N² operations
     batch: grows as the square root of the tokens, and so does the number of steps
     rates: each arm is tuned at the two smallest sizes. Larger models take the best rate of the
         second smallest one. The rate of matrices shrinks as 1/d with the width d, as study `width`
-        found for SinkGD. Muon's rate does not shrink, because Muon scales its updates by the shape
-        of the matrix. At the largest size the carried rate, its half and its double are tried.
+        found for SinkGD with deflation. Muon's rate does not shrink, because Muon scales its
+        updates by the shape of the matrix. At the largest size, this rate, its half and its double
+        are tried.
 
 Letters:
     N: number of hidden weights, which are those of the blocks' matrices
     C: operations of a training, 6 for each hidden weight and token
-    L: final validation loss, nats per token; fitted as a + b C^(-c)
+    L: final validation loss, nats per token; fitted as a + b (C/C₁)^(-c), see `Fit`
     q: tokens that an arm needs for AdamW's final loss, as a share of AdamW's tokens
 """
 
@@ -94,7 +95,10 @@ def machine_sizes(presets: Sequence[str], shared: SharedConfig) -> dict[str, dic
 
 
 def paper_sizes(presets: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return each preset's steps and batches in the benchmark, about 20 tokens a weight."""
+    """Return each preset's steps and batches in the benchmark.
+
+    The benchmark has about 20 tokens for each weight of a model, but only 10 for llama-1b.
+    """
     return {
         preset: {
             "training.steps": one.training.steps,
@@ -155,12 +159,12 @@ def fit(compute: Sequence[float], losses: NDArray[np.float64]) -> NDArray[np.flo
     """Fit a, b and c by least squares, for many sets of losses at once.
 
     Args:
-        compute: C at each size, at least 3.
+        compute: C at each of 3 or more sizes, the smallest size first.
         losses: L, ``(sets, sizes)``.
 
     Returns:
-        a, b and c of each set, ``(sets, 3)``. b is the factor for C divided by its first
-        value. a is at least 0, and c is the best of 400 values between 0.01 and 2.
+        a, b and c of each set, ``(sets, 3)``, for L = a + b (C/C₁)^(-c), where C₁ is the first C.
+        a is at least 0, and c is the best of 400 values between 0.01 and 2.
     """
     x = np.asarray(compute) / compute[0]
     best = np.full(len(losses), np.inf, dtype=np.float64)

@@ -1,6 +1,7 @@
 """The model Lens L6, trained by `TemperedSinkGD` at three temperatures (S1 to S3) or by AdamWSPAM.
 
-AdamWSPAM, the arm S0, is the control. `TemperedSinkGD` is called the tempered variant.
+AdamWSPAM, the arm S0, is the control of the verdict; both AdamWs are controls, too.
+`TemperedSinkGD` is called the tempered variant.
 
 Letters:
     τ, n: temperature and iterations of the tempered variant
@@ -40,8 +41,8 @@ VARIANTS: Mapping[str, tuple[float, int]] = {"S1": (0.1, 5), "S2": (0.05, 10), "
 DECAY = 0.1  # weight decay of all four arms; each arm clips at 1, the control inside its own step
 CLIP = 1.0
 
-# Each grid has six points. The tempered step is proportional to the gradient, so it needs rates
-# like those of SGD; at the original rate, 6e-4, weights hardly move.
+# Each grid has six points. The tempered step is as large as the gradient, so it needs rates like
+# those of SGD; at the original rate, 6e-4, weights hardly move.
 ADAM_GRID: Grid = {LR: (0.0006, 0.0012, 0.0025, 0.005, 0.01, 0.02)}
 TEMPERED_GRID: Grid = {LR: (0.0006, 0.03, 0.1, 0.3, 1.0, 3.0)}
 PAPER_ADAM_GRID: Grid = {LR: (0.00015, 0.0003, 0.0006, 0.0012, 0.0025, 0.005)}

@@ -69,7 +69,8 @@ def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]
 
     An arm is on the front unless another arm has less state and no higher loss, or a lower loss and
     no more state. Losses count as different only if the difference over seeds is significant, so
-    two arms with level losses may both be on the front.
+    of two arms with level losses, only the one with less state can be on the front. Diverged arms
+    are left out.
     """
 
     def beaten(one: ArmResults, other: ArmResults) -> bool:

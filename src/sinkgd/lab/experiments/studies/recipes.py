@@ -1,4 +1,4 @@
-"""What may be added to the default recipe, so that it needs fewer tokens."""
+"""Which additions to the default recipe reduce the number of tokens that it needs."""
 
 from collections.abc import Mapping
 from dataclasses import replace

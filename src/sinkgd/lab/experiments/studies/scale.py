@@ -1,6 +1,6 @@
 """The study `scale`: estimates for models that are too large to train here.
 
-For each model and method it finds the fewest devices on which a training step fits. As in
+For each model and method it finds the fewest devices, a power of two, on which a step fits. As in
 `sinkgd plan`, memory comes from a pass on fake tensors, and time from an assumed fraction of the
 peak. There are no runs, so nothing is tuned and nothing is said about the loss.
 """
@@ -88,7 +88,7 @@ def fewest_devices(model: str, method: str, ranks: Sequence[int] = RANKS) -> Fit
 
     Raises:
         ModelError: If there is no such model.
-        ConfigError: If there is no such method, or ranks cannot divide the model.
+        ConfigError: If there is no such method, or the model cannot be divided among the devices.
     """
     architecture, known = find_architecture(model), find_method(method)
     work = Work(
@@ -190,7 +190,7 @@ def fits_table(model: str, fits: Sequence[Fit]) -> TextTable:
 
 
 def write_fits(folder: Path, fits: Sequence[Fit], command: str) -> None:
-    """Write ``study.jsonl`` atomically: the question, then a line for every model and method."""
+    """Write ``study.jsonl`` atomically: the assumptions, then a line per model and method."""
     asked: dict[str, Any] = {"kind": "paper", "study": NAME, "naming": NAMING}
     asked["command"] = command
     asked |= {"device": asdict(find_device(DEVICE)), "usable": USABLE, "mfu": MFU, "tokens": TOKENS}
@@ -216,7 +216,7 @@ def read_fits(path: Path) -> tuple[str, list[Fit]]:
     """Read the command and the fits that `write_fits` wrote.
 
     Raises:
-        ResultsError: If the file is missing, or has a line that is not a record.
+        ResultsError: If the file is missing or empty, or has a line that is not a record.
     """
     try:
         asked, *lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,7 +1,7 @@
 """The two scales of the studies, and their controls with grids of equal size.
 
 The paper's scale is the benchmark of Zhao et al. 2024 (GaLore), which Scetbon et al. 2025 use, too:
-C4, rows of 256 tokens that are cut or padded, 512 rows per step, weights in bfloat16.
+C4, documents cut or padded to rows of 256 tokens, 512 rows per step, weights in bfloat16.
 """
 
 from sinkgd.lab.experiments.arms import Arm, Grid
@@ -65,8 +65,8 @@ SINKGD_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.0
 ADAMW_GRID: Grid = {LR: (0.08,), MATRIX_LR: (0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024)}
 ONE_LR_GRID: Grid = {LR: (0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024)}
 
-# The published rates are 0.02, and 0.001 for matrices; the benchmark's own grid for AdamW is from
-# 1e-4 to 1e-2 (Zhao et al. 2024, appendix C).
+# SinkGD's published rates are 0.02, and 0.001 for matrices; the benchmark's own grid for AdamW is
+# from 1e-4 to 1e-2 (Zhao et al. 2024, appendix C).
 PAPER_SINKGD_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)}
 PAPER_ADAMW_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)}
 PAPER_ONE_LR_GRID: Grid = {LR: (0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01)}
@@ -80,7 +80,7 @@ PAPER_MUON_GRID: Grid = {LR: (0.02,), MATRIX_LR: (0.00125, 0.0025, 0.005, 0.01, 
 def controls(adamw: Grid = ADAMW_GRID, one_lr: Grid = ONE_LR_GRID) -> tuple[Arm, ...]:
     """Return the fair AdamW and the papers' AdamW, with grids of equal size.
 
-    The fair AdamW clips gradients and has a separate rate for embeddings and head.
+    The fair AdamW clips gradients and has a separate rate for hidden matrices.
     """
     return (
         Arm("adamw", {"optimizer.recipe": "adamw"}, adamw, control=True),

@@ -1,4 +1,4 @@
-"""How fast each method recovers when all token ids are permuted in the middle of training."""
+"""How fast each method recovers when nearly all token ids are permuted during training."""
 
 from dataclasses import replace
 
@@ -55,10 +55,11 @@ def shifted(shared: SharedConfig) -> SharedConfig:
 
 
 def recovery(run: Run) -> float | None:
-    """Return after how many tokens the loss is back at its value before the change.
+    """Return the number of tokens until the validation loss is back at its value before the change.
 
     Returns:
-        The number of tokens, or None if the loss does not recover.
+        The tokens after the last evaluation before the change, interpolated between evaluations;
+        None if the loss is not back by the end.
     """
     at = int(run.start.config["data"]["shift_at_step"])
     before = [e for e in run.evaluations if e.step <= at]

@@ -98,7 +98,7 @@ def judge(results: StudyResults) -> Verdict:
 
 
 def _optimizer_seconds(one: ArmResults) -> float:
-    """Return the median time of the optimizer's step over all seeds."""
+    """Return the median time of the optimizer in a step, over all seeds; infinite without steps."""
     steps = [s.optimizer_seconds for result in one.seeds for s in result.run.steps]
     return sorted(steps)[len(steps) // 2] if steps else float("inf")
 

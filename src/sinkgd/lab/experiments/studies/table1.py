@@ -20,8 +20,8 @@ from sinkgd.lab.experiments.study_verdict import (
 CONTROLS = ("adamw-one-lr", "adamw", "muon")
 PINNED = "sinkgd-pinned"  # without deflation
 
-# Methods whose papers have one rate for all parameters have a second arm. In it embeddings, head
-# and vectors have a rate of their own, as they have in the fair AdamW.
+# Methods whose papers have one rate for all parameters have a second arm. In this arm embeddings,
+# head and vectors have a rate of their own, as they have in the fair AdamW.
 TWO_LRS = "-two-lrs"
 # Each grid starts with three points, and is widened until its best point is inside.
 GRIDS: Mapping[str, Grid] = {

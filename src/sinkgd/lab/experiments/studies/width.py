@@ -27,8 +27,8 @@ RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "sinkgd"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
 PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 
-# There are five rates, each twice the previous one. With a pinned operator norm, the largest
-# singular value of a step is the rate times √(d_out/d_in), so these rates are on another scale.
+# Each grid has five rates, each twice the previous one. With a pinned operator norm, the largest
+# singular value of a step is the rate times √(d_out/d_in), so PINNED_RATES are on another scale.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
 TOLERANCE = 0.05  # nats; a rate is good if its loss exceeds the grid's lowest by at most this
