@@ -247,5 +247,5 @@ def test_what_a_mesh_cannot_divide_is_refused_by_every_rank(shards, tmp_path):
     ]
     first, second = on_ranks(2, refused, configs, tmp_path)
     assert first == second
-    assert "batch_size is 3, which 2 parts of the mesh cannot share" in first[0]
+    assert "batch_size is 3, which cannot be divided into 2 equal parts" in first[0]
     assert "mesh.tp is 2, which does not divide the 15 tokens of a sequence" in first[1]

@@ -49,7 +49,7 @@ def test_errors_name_field_and_value(change, message):
 @pytest.mark.parametrize(
     ("micro_batch_size", "parts", "message"),
     [
-        (None, 4, "batch_size is 6, which 4 parts of the mesh cannot share; use a multiple of 4"),
+        (None, 4, "batch_size is 6, which cannot be divided into 4 equal parts .* multiple of 4"),
         (
             2,
             2,

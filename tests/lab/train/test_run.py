@@ -324,7 +324,7 @@ def test_a_text_that_is_shorter_than_asked_is_said(config, steps, tokens):
     job = setup.set_up(resolve(config), pytest.fail)
     notes = list(run._text_notes(job))
     passes = [note for note in notes if "reads its text" in note]
-    scored = [note for note in notes if f"all {job.validation.tokens:,} tokens" in note]
+    scored = [note for note in notes if f"text has {job.validation.tokens:,} tokens" in note]
     assert (len(passes), len(scored)) == (steps == 400, tokens == 10**6)
     assert len(passes) + len(scored) == len(notes)
 

@@ -1,8 +1,8 @@
 """Checkpoints: every rank writes its shards, and any number of ranks can read them.
 
-The files are those of `torch.distributed.checkpoint`. They are written to a folder with another
-name and forced to the disk; the folder is renamed when it is complete. A `Saver` writes checkpoints
-while training waits, or while it goes on.
+The files are those of `torch.distributed.checkpoint`. They are written to a folder whose
+name ends in ``.partial``, and forced to the disk; the complete folder is then renamed. A `Saver`
+writes checkpoints while training waits, or while training goes on.
 """
 
 import json
@@ -44,7 +44,7 @@ from sinkgd.lab.train.checkpoint_validation import (
 from sinkgd.lab.train.state import TrainingState
 from sinkgd.lab.train.world import World
 
-Content = dict[str, Any]  # a result of `TrainingState.as_dict`
+Content = dict[str, Any]  # a result of `TrainingState.as_dict`, or its "model" alone
 _PARTIAL = ".partial"  # suffix of a folder that is being written
 
 
@@ -80,7 +80,8 @@ def load_checkpoint(path: Path, state: TrainingState, world: World | None = None
     """Read a valid checkpoint into ``state``; a collective call.
 
     Raises:
-        CheckpointError: If the checkpoint belongs to another model or optimizer.
+        CheckpointError: If the checkpoint belongs to another model or optimizer, or its metadata
+            cannot be read.
         UnsafeCheckpointError: If loading the checkpoint could run code.
     """
     with _fitting(path):
@@ -93,7 +94,7 @@ def load_weights(path: Path, model: nn.Module, world: World) -> None:
     A collective call. Adapters stay as they are.
 
     Raises:
-        CheckpointError: If the checkpoint belongs to another model.
+        CheckpointError: If the checkpoint belongs to another model, or its metadata cannot be read.
         UnsafeCheckpointError: If loading it could run code.
     """
     own = get_model_state_dict(model)
@@ -121,7 +122,7 @@ def _read(content: Content, path: Path, world: World) -> Content:
 
 @contextmanager
 def _fitting(path: Path) -> Iterator[None]:
-    """Explain why a checkpoint cannot be loaded."""
+    """Raise errors of loading a checkpoint as `CheckpointError`, with reason and remedy."""
     try:
         yield
     except CheckpointError:

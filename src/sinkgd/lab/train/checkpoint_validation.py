@@ -130,7 +130,7 @@ _ALLOWED = frozenset(
         ("torch", "Size"),
     }
 )
-# Classes of the path of the folder that was written to; it is only stored, never opened.
+# Classes of a path: torch's writer stores the path of its folder, which is never opened here.
 _PATHS = frozenset(
     (module, name)
     for module in ("pathlib", "pathlib._local")
@@ -139,11 +139,11 @@ _PATHS = frozenset(
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint contains something other than tensors and plain values."""
+    """A checkpoint contains more than tensors and plain values, or names a file outside it."""
 
 
 class SafeReader(FileSystemReader):
-    """`FileSystemReader` that refuses metadata with classes other than torch's own.
+    """`FileSystemReader` that refuses metadata with unknown classes or files outside its folder.
 
     Args:
         path: The checkpoint's folder.
@@ -157,8 +157,8 @@ class SafeReader(FileSystemReader):
         """Return the checkpoint's description of its tensors and files.
 
         Raises:
-            UnsafeCheckpointError: If the description names a class outside the allow-list, or a
-                file outside the checkpoint.
+            UnsafeCheckpointError: If the description is not torch's `Metadata`, or names a class
+                outside the allow-list or a file outside the checkpoint.
             CheckpointError: If the description cannot be read.
         """
         path = self._folder / METADATA
@@ -195,7 +195,7 @@ class SafePlanner(DefaultLoadPlanner):
 # This is Python's implementation of pickle, because the one in C cannot refuse the opcode BUILD,
 # which could change torch's own classes.
 class _MetadataUnpickler(pickle._Unpickler):
-    """Unpickles dtypes and the classes in `_ALLOWED`, and refuses every other name."""
+    """Unpickles dtypes, paths and the classes in `_ALLOWED`, and refuses every other name."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 

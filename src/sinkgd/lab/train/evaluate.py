@@ -1,4 +1,8 @@
-"""The model's loss on held-out text: nats per token, perplexity, bits per byte, GaLore's figure."""
+"""The model's statistics and its loss on held-out text.
+
+The loss is given in nats per token, as perplexity, in bits per byte, and as the perplexity that
+GaLore's evaluator computes.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +26,7 @@ class Score:
 
     nats_per_token: float  # the mean over targets
     tokens: int  # number of targets that are scored, without padding
-    galore_nats: float  # the result of `galore_mean`, which is not the mean of anything
+    galore_nats: float  # the result of `galore_mean`: the sum of n batch means, divided by n + 1
 
     @property
     def perplexity(self) -> float:
@@ -31,7 +35,11 @@ class Score:
 
     @property
     def galore_perplexity(self) -> float:
-        """Return the perplexity that the C4 benchmark prints, 0.6 to 3 % below the true one."""
+        """Return the perplexity that GaLore's evaluator would print.
+
+        In the C4 benchmark it is 0.6 to 3 % below the true one; with fewer batches the
+        difference is larger.
+        """
         return _exponential(self.galore_nats)
 
     def bits_per_byte(self, tokens_per_byte: float) -> float:

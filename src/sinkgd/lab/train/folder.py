@@ -59,18 +59,21 @@ class RunFolder:
     def admit(self, config: RunConfig, resume: ResumePolicy) -> Admission:
         """Decide what a run with ``config`` has to do here.
 
-        The text may be at another path, because `sinkgd.lab.train.identity` compares its content.
+        If the run recorded a hash of its text, the text may be at another path, because
+        `sinkgd.lab.train.identity` compares the hashes.
 
         Args:
             config: The resolved configuration.
-            resume: ``"auto"`` resumes a run that has begun, ``"must"`` requires a checkpoint,
-                ``"never"`` requires a folder without a run.
+            resume: ``"auto"`` resumes a run that has begun, or else begins one; ``"must"`` requires
+                a checkpoint, ``"never"`` a folder without a run.
 
         Raises:
             RunFolderError: If ``resume`` forbids what the folder holds, or the folder holds
-                checkpoints without results, or a file instead of the folder of checkpoints.
+                checkpoints without results, a file instead of the folder of checkpoints, or
+                results that are not a regular file.
             ConfigError: If the run there has another configuration; the message gives each changed
                 field.
+            ResultsError: If the results are damaged.
         """
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise RunFolderError(
@@ -105,7 +108,7 @@ class RunFolder:
         return Run.read(self.results).start
 
     def last_step(self) -> int:
-        """Return the last step with results, or 0."""
+        """Return the last step that the results hold, or 0 if they hold none."""
         steps = Run.read(self.results).steps
         return steps[-1].step if steps else 0
 

@@ -1,8 +1,9 @@
 """Heartbeats between ranks, to detect ranks that are lost.
 
-If a rank dies or hangs, the other ranks see only a broken connection, or nothing at all. Heartbeats
-identify that rank and end the other processes, so that no process waits forever. A rank that is
-merely slow keeps sending heartbeats, because a separate thread sends them.
+If a rank dies or is suspended, the other ranks see only a broken connection, or nothing at all.
+Heartbeats identify the lost rank and end the other processes, so that none waits for it forever. A
+separate thread sends them, so a rank does not count as lost if it is merely slow, or if only its
+main thread hangs.
 """
 
 import os
@@ -33,7 +34,7 @@ _LEAVING = "leaving"
 
 
 class LostRankError(RuntimeError):
-    """Another rank died, hangs or failed; the message names the rank and gives the remedy."""
+    """Another rank died, is suspended or failed; the message names it and gives the remedy."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Rank:
 
 
 class Heartbeat:
-    """Detects lost ranks from a thread of its own, and ends this process if it cannot go on.
+    """Detects lost or failed ranks in a separate thread, and then ends this process.
+
+    The process first has 5 seconds to end by itself.
 
     Args:
         store: Holds the heartbeats, one key per rank; each rank has written its first heartbeat.
@@ -124,8 +127,9 @@ class Heartbeat:
     def explain(self, error: Exception) -> Exception:
         """Return the cause of an error: a lost rank if there is one, else the error itself.
 
-        After a broken connection this waits until the rank that caused it is known, for at most 34
-        seconds. Any other error is this rank's own, and is reported to the other ranks.
+        A plain RuntimeError or a DistError may come from a broken connection: this then waits until
+        the lost rank is known, for at most 34 seconds. Any other error is this rank's own, and is
+        reported to the other ranks.
         """
         if error is self._explained:
             return error

@@ -39,7 +39,8 @@ _KINDS: Mapping[str, type[ModelSizes]] = {
     kind.__name__: kind for kind in (LlamaConfig, GPT2Config, LensConfig)
 }
 # Sizes that older runs did not record, with the values that those runs had. A run records such a
-# size only if its value is another one, so that it still equals an older run of the same model.
+# size only if its value is another one, so that its record equals that of an older run of the same
+# model.
 _SIZES_ADDED_LATER: Mapping[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -159,7 +160,8 @@ def check_data(start: RunStart, manifest: Manifest, corpus: str) -> None:
     """Refuse to resume with text that differs from the run's.
 
     Args:
-        start: First record of the run; runs of older versions record no text and are not checked.
+        start: First record of the run. Runs of older versions recorded no hash of their text, and
+            are not checked.
         manifest: Manifest of the present text.
         corpus: Name of the text in the configuration.
 
@@ -215,11 +217,11 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
 def environment_warnings(start: RunStart, environment: Mapping[str, Any]) -> list[str]:
     """Return warnings about changes since the run began that may affect the last bits of losses.
 
-    A run that did not record its text gets another warning.
+    If the run did not record a hash of its text, a warning says so.
 
     Args:
         start: First record of the run.
-        environment: From `describe_environment`, in this process.
+        environment: From `describe_environment` in this process, with the ``mesh`` added.
     """
     notes = []
     if not knows_its_text(start):

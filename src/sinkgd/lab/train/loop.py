@@ -34,7 +34,7 @@ def lr_factor(
     .. math::
         f + (1 - f) \frac{1 + \cos \pi t}{2}, \qquad t = \frac{k - w}{steps - w}
 
-    with f = ``final_lr_fraction``, which step number ``steps`` reaches exactly.
+    with f = ``final_lr_fraction``, which step number ``steps`` reaches exactly if w < ``steps``.
 
     Args:
         step: Steps already taken; 0 before the first.
@@ -81,10 +81,11 @@ def schedule(optimizer: Optimizer, training: TrainingConfig, *, step: int = 0) -
 def run_loop(job: Job, saver: Saver, results: Recorder, interrupt: Interrupt) -> Signals | None:
     """Train to the last step, or to the end of the step in which any rank is interrupted.
 
-    Records go to ``results`` and checkpoints to ``saver``; a checkpoint always comes last.
+    Records go to ``results`` and checkpoints to ``saver``; a checkpoint follows the last step.
 
     Returns:
-        The signal that stopped the run on every rank, or None.
+        The signal that stopped the run, the same on every rank, or None. A signal that came during
+        the last step of the run is returned, too.
     """
     config, world = job.config, job.mesh.world
     if config.model.weights is not None and job.state.step == 0:
@@ -143,7 +144,7 @@ def training_steps(job: Job) -> Iterator[TrainStep]:
 
 
 def _evaluate(job: Job, results: Recorder) -> None:
-    """Score the model after the steps taken so far, and record the model's statistics."""
+    """Record the scores and the statistics of the model, after the steps taken so far."""
     state, training = job.state, job.config.training
     state.model.at_step(state.step, training.steps)
     results.write(_evaluation(job))

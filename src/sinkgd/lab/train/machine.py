@@ -64,13 +64,13 @@ def check_threads(threads: int | None, *, option: str = "training.threads") -> N
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use ``threads`` CPU threads; None keeps its own choice."""
+    """Let torch use ``threads`` CPU threads; None keeps torch's choice."""
     if threads is not None:
         torch.set_num_threads(threads)
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
-    """Return the dtype of the weights of a model that is trained in a precision."""
+    """Return the dtype of the weights of a model that is trained in ``precision``."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -131,7 +131,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of this package's source, with ``-dirty`` if it was changed.
+    """Return the commit of this package's repository, with ``-dirty`` if tracked files differ.
 
     None if the package is not run from its repository, or there is no git.
     """
@@ -162,8 +162,8 @@ _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 
 _NEVER = (1 << 31) - 1  # a threshold that is never reached; mallopt takes an int
-_GROWTH = 64 << 20  # bytes
-_KEPT_BLOCK = 1 << 20  # bytes
+_GROWTH = 64 << 20  # bytes requested from the system beyond what is needed
+_KEPT_BLOCK = 1 << 20  # bytes; only smaller blocks are kept
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -180,13 +180,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Make glibc, if it is in use, return freed gradients to the system immediately.
+    """Make glibc, if it is in use, return freed blocks of at least 1 MiB to the system immediately.
 
     By default glibc keeps freed blocks of up to 32 MiB, in fragments that the next gradient does
-    not fit into. In a step of llama-1b, this wasted half as much memory as the weights take. With
-    this setting, blocks of at least 1 MiB are returned immediately. Keeping blocks of up to 4 MiB
-    would take 5 % more memory, because the inputs of transformer blocks fragment the kept memory.
-    The cost of the setting is that the system clears all pages before it supplies them again.
+    not fit into. In a step of llama-1b, this wasted half as much memory as the weights take. If
+    blocks of up to 4 MiB were kept, a step would take 5 % more memory, because the inputs of
+    transformer blocks fragment the kept memory. The cost of the setting is that the system clears
+    returned pages before it supplies them again.
     """
     _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BLOCK})
 

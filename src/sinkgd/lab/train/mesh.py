@@ -77,7 +77,7 @@ class Mesh:
         return dict(zip(DIMENSIONS, sizes, strict=True))
 
     def total(self, *numbers: float) -> list[float]:
-        """Return sums over the parts of the batch; a collective call."""
+        """Return the sum of each number over the parts of the batch; a collective call."""
         counts = self.grid is None or self._coordinate[2] == 0  # one rank of each tp group counts
         return self.world.total(*(number if counts else 0.0 for number in numbers))
 
@@ -180,7 +180,7 @@ def _shard_matrices(model: Llama, ranks: DeviceMesh) -> None:
             "lm_head": ColwiseParallel(output_layouts=Replicate()),
         },
     )
-    model.tie()  # embedding and head now have the same layout, but two weights
+    model.tie()  # a weight that embedding and head shared has become two, of the same layout
     for layer in model.model.layers:
         parallelize_module(layer, ranks, _block())
 

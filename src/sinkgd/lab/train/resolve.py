@@ -16,11 +16,12 @@ def resolve(config: RunConfig) -> RunConfig:
 
     Open options of the optimizer take the recipe's defaults. Values that depend on the machine
     (device, threads, mesh) or on the text (vocabulary) stay open; the first record of the run holds
-    them. A model with ``model.weights`` and without a preset has the sizes of these weights, which
-    are not read here. With neither, the preset is llama-nano.
+    the values that were used. A model with ``model.weights`` and without a preset has the sizes of
+    these weights, which are not read here. With neither, the preset is llama-nano.
 
     Raises:
-        ConfigError: If a value is invalid; the message gives the field, the value and the remedy.
+        ConfigError: If a value is invalid, or the recipe needs a package that is not installed; the
+            message gives the field, the value and the remedy.
         ModelError: If there is no such preset.
     """
     training = config.training
@@ -71,8 +72,8 @@ def check_shares(training: TrainingConfig, parts: int) -> None:
     whole, micro = training.batch_size, training.micro_batch_size
     if whole % parts:
         raise ConfigError(
-            f"training.batch_size is {whole}, which {parts} parts of the mesh cannot share; "
-            f"use a multiple of {parts}"
+            f"training.batch_size is {whole}, which cannot be divided into {parts} equal parts "
+            f"(mesh.dp_replicate × mesh.dp_shard); use a multiple of {parts}"
         )
     part = whole // parts
     if micro is not None and part % min(micro, part):
@@ -88,13 +89,14 @@ def check_ranks(optimizer: OptimizerConfig, ranks: int) -> None:
     """Refuse several ranks if the recipe cannot shard weights.
 
     Raises:
-        ConfigError: If the recipe cannot shard weights; the message gives the recipes that can.
+        ConfigError: If ``ranks`` is above 1 and the recipe cannot shard weights; the message gives
+            the recipes that can.
     """
     if ranks > 1 and not find_recipe(optimizer.recipe).can_shard:
         able = ", ".join(name for name, recipe in RECIPES.items() if recipe.can_shard)
         raise ConfigError(
             f"optimizer.recipe is {optimizer.recipe!r}, which needs every weight in one piece, but "
-            f"{ranks} ranks would share them; start one process, or use one of {able}"
+            f"{ranks} ranks would divide it; start one process, or use one of {able}"
         )
 
 

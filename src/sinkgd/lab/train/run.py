@@ -31,7 +31,7 @@ from sinkgd.lab.train.world import join_world
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a session ended: after the last step, or by a signal."""
+    """How `train` ended: after the last step of the run, or earlier by a signal."""
 
     step: int
     signal: Signals | None = None
@@ -53,24 +53,29 @@ def train(
 ) -> Outcome:
     """Train a model in a folder of its own, or resume a run that was stopped there.
 
-    Under torchrun all processes train together; the first one writes results and messages.
+    A finished run is left as it is. Under torchrun all processes train together; the first one
+    writes results and messages.
 
     Args:
         config: The run's configuration; it is resolved and saved with the run.
         path: The run's folder, which gives the run its name.
-        resume: What to do if a run has begun, see `RunFolder.admit`.
+        resume: What to do if a run has begun there, see `RunFolder.admit`.
         echo: Called with each line of messages for the user.
         name_next_command: Whether to name the command that shows the results or resumes the run;
             False for runs that another command started.
 
     Raises:
-        ConfigError: If the configuration cannot run, or the configuration, text or model of the
-            run there differs.
-        RunFolderError: If ``resume`` forbids what the folder holds, or the folder is in use.
+        ConfigError: If the configuration cannot run, or the run in ``path`` began with another
+            configuration, text, model, recipe or starting weights.
+        RunFolderError: If ``resume`` forbids what the folder holds, the folder is in use, or its
+            results and checkpoints do not fit together.
+        ResultsError: If the results in the folder are damaged.
         DataError: If the text is missing, damaged or too small.
-        CheckpointError: If a checkpoint cannot be written, or none can be read.
-        NonFiniteLossError: If the loss becomes NaN or infinite.
-        LostRankError: If another process died, hangs or failed.
+        ModelError: If there is no such preset, or a Hugging Face checkpoint cannot be read.
+        CheckpointError: If a checkpoint cannot be written, or checkpoints exist and none can
+            be loaded.
+        NonFiniteLossError: If the loss or the gradient becomes NaN or infinite.
+        LostRankError: If another process died, is suspended or failed.
     """
     started = time.perf_counter()
     config = resolve(config)
@@ -116,8 +121,8 @@ def _text_notes(job: Job) -> Iterator[str]:
             yield f"note: the run reads its text {passes:.1f} times"
     if job.config.data.packing == "concat" and job.validation.tokens < asked:
         yield (
-            f"note: evaluations score all {job.validation.tokens:,} tokens of held-out text, fewer "
-            f"than evaluation.tokens ({asked:,})"
+            f"note: the held-out text has {job.validation.tokens:,} tokens, fewer than "
+            f"evaluation.tokens ({asked:,}); evaluations score all its rows"
         )
 
 
@@ -136,7 +141,7 @@ def _run(job: Job, folder: RunFolder, admission: Admission) -> Outcome:
 
 @contextmanager
 def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator[ResultsWriter]:
-    """Open all sinks of results, and write the first record."""
+    """Open the results and all sinks, save the configuration, and record the start or resume."""
     start = _describe(job, folder)
     with ExitStack() as stack:
         sinks = stack.enter_context(open_sinks(job.config.logging.sinks, folder.path, start))
@@ -199,7 +204,7 @@ def _environment(job: Job) -> dict[str, Any]:
 
 
 def _restore(job: Job, folder: RunFolder, echo: Callable[[str], None]) -> None:
-    """Load the latest valid checkpoint; without one the run begins again at step 0."""
+    """Load the latest valid checkpoint; if there is no checkpoint at all, begin again at step 0."""
     world = job.mesh.world
     found = world.from_first(lambda: latest_valid(folder.checkpoints))
     if found is None:

@@ -108,9 +108,11 @@ def set_up(
             ``model.weights`` is not needed.
 
     Raises:
-        ConfigError: If text, model and mesh do not match, the device is absent, or the run to
-            resume had another text, model or recipe.
+        ConfigError: If text, model, mesh, recipe and ``model.weights`` do not match, the device is
+            absent, or the run to resume had another text, model, recipe or starting weights.
         DataError: If the corpus is missing, damaged or too small.
+        ModelError: If a Hugging Face checkpoint in ``model.weights`` cannot be read.
+        CheckpointError: If all checkpoints in ``model.weights`` are damaged.
     """
     training = config.training
     set_threads(training.threads)
@@ -192,7 +194,7 @@ def _model_sizes(
         assert begun is not None, "a run without preset and weights has a checkpoint"
         sizes = recorded_sizes(begun)
     if model.vocab_size is not None:
-        sizes = replace(sizes, vocab_size=model.vocab_size)  # refused if the weights differ
+        sizes = replace(sizes, vocab_size=model.vocab_size)  # refused later if the weights differ
     return sizes
 
 
@@ -246,7 +248,7 @@ def _initialized_model(
 def _compile_loops(optimizer: Optimizer, device: torch.device, echo: Callable[[str], None]) -> None:
     """Compile the CPU backend's loops now, if the optimizer uses them.
 
-    Otherwise the first step would compile them, and that would count as training time.
+    Without this call the first step would compile them, which would count as training time.
     """
     if not isinstance(optimizer, GroupedOptimizer):
         return
@@ -287,7 +289,7 @@ def open_dataset(data: DataConfig, echo: Callable[[str], None]) -> TokenDataset:
 
     Raises:
         ConfigError: If the given vocabulary size differs from that of prepared shards.
-        DataError: If the corpus is missing or damaged.
+        DataError: If the corpus is missing, damaged or too short.
     """
     reported: set[str] = set()
 

@@ -39,7 +39,10 @@ def open_sinks(names: tuple[SinkName, ...], folder: Path, start: RunStart) -> It
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """Return a record's figures, named ``train/…``, ``validation/…`` or ``model/…``."""
+    """Return the figures of a record by name, ``train/…``, ``validation/…`` or ``model/…``.
+
+    Records of a start, a resumption or an end have none.
+    """
     if isinstance(record, ModelStatistics):
         return {f"model/{name}": value for name, value in record.values.items()}
     prefix = {TrainStep: "train", Evaluation: "validation"}.get(type(record))
@@ -136,7 +139,7 @@ def make_meter(name: str, *, steps: int, print_every_steps: int) -> Meter:
 
 
 class StepRate:
-    """Tokens per second and the seconds that are left, from the median of the last steps.
+    """Tokens per second and the seconds that are left, from the median time of the last 20 steps.
 
     From the third step on, the median hides the first step, which compiles and allocates, and may
     take as long as fifty others.
@@ -158,7 +161,7 @@ class StepRate:
         return self._tokens_per_step / self._step_seconds() if self._recent else 0.0
 
     def seconds_left(self, step: int) -> float:
-        """Return the seconds of training after ``step``."""
+        """Return the expected seconds of training after ``step``; 0 before the first step."""
         return (self.steps - step) * self._step_seconds() if self._recent else 0.0
 
     def _step_seconds(self) -> float:

@@ -25,14 +25,14 @@ from sinkgd.lab.train.world import World
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """Trained weights in a folder, and what they were trained with."""
+    """Trained weights in a folder, with the sizes and the tokenizer of their model."""
 
     folder: Path
     sizes: ModelSizes
-    sha256: str  # hex; of the weights, or of the checksums of the run's checkpoint
+    sha256: str  # hex; of config.json and tensors, or of the checksums of a run's checkpoint
     tokenizer_sha256: str | None  # None for a run that did not record it
     tokenizer: str  # path of the tokenizer, or the text on which it was trained
-    make_shards: str  # the commands that prepare another text with it
+    make_shards: str  # the commands that prepare another text with this tokenizer
     checkpoint: Path | None = None  # of the last step of a run; None for a Hugging Face checkpoint
     notes: tuple[str, ...] = ()  # on settings in the folder that are not used
 
@@ -45,9 +45,11 @@ class StartingWeights:
             sequence_length: Tokens of the sequences to train on.
 
         Raises:
-            ConfigError: If the folder holds neither, lacks the run's last checkpoint or Hugging
-                Face's tokenizer.json, or has a model that takes only shorter sequences.
-            ModelError: If the laboratory does not have the model of a Hugging Face checkpoint.
+            ConfigError: If the folder holds neither a finished run nor a Hugging Face checkpoint;
+                if the run's last checkpoint is missing or damaged, or the Hugging Face checkpoint
+                has no tokenizer.json; or if the model takes only shorter sequences.
+            ModelError: If the laboratory does not have the model of a Hugging Face checkpoint, or
+                a file of the checkpoint is missing or damaged.
             CheckpointError: If all checkpoints of the run are damaged.
         """
         sizes = sizes_in(folder, sequence_length)
@@ -100,13 +102,14 @@ class StartingWeights:
         """Check that the weights fit a model and a text.
 
         Raises:
-            ConfigError: If the model has other sizes, or the text another tokenizer.
+            ConfigError: If the model has other sizes, or the text has another tokenizer, or ids
+                without a row in the embedding.
         """
         begin = f"model.weights is {str(self.folder)!r}, "
         if changed := changed_sizes(model_content(self.sizes), model_content(model)):
             raise ConfigError(
                 f"{begin}whose model has other sizes: {changed}. Leave out model.preset and "
-                "model.vocab_size, so that the sizes are taken from there, and give the "
+                "model.vocab_size, so that the sizes are read from that folder, and give the "
                 "training.sequence_length of that model"
             )
         if self.tokenizer_sha256 != text.tokenizer_sha256:
@@ -158,8 +161,10 @@ def sizes_in(folder: Path, sequence_length: int) -> ModelSizes:
         sequence_length: Tokens of the sequences to train on.
 
     Raises:
-        ConfigError: If the folder holds neither, or its model takes only shorter sequences.
-        ModelError: If the laboratory does not have the model of a Hugging Face checkpoint.
+        ConfigError: If the folder holds neither a finished run nor a Hugging Face checkpoint, or
+            its model takes only shorter sequences.
+        ModelError: If the laboratory does not have the model of a Hugging Face checkpoint, or its
+            config.json is damaged.
     """
     huggingface = _is_huggingface(folder)
     sizes: ModelSizes
@@ -170,7 +175,7 @@ def sizes_in(folder: Path, sequence_length: int) -> ModelSizes:
     if sequence_length > sizes.max_sequence_length:
         raise ConfigError(
             f"training.sequence_length is {sequence_length}, but the model in model.weights "
-            f"{str(folder)!r} takes at most {sizes.max_sequence_length} tokens; give at most these"
+            f"{str(folder)!r} takes at most {sizes.max_sequence_length} tokens; give no more"
         )
     if huggingface and isinstance(sizes, LlamaConfig):  # rotary positions have no weights
         sizes = replace(sizes, max_sequence_length=sequence_length)

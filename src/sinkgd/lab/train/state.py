@@ -3,7 +3,7 @@
 The state of an optimizer is keyed by parameter names, as in distributed checkpoints. If an
 optimizer has no state, torch's helpers create it by a step with zero gradients of all parameters.
 For a stateless optimizer they do so at every save, and need as much memory as the weights take. So
-the helpers are used only for torch's optimizers; those of this package create their state directly.
+the helpers are not used for a `GroupedOptimizer`, which creates its state directly.
 """
 
 import time
@@ -87,7 +87,7 @@ class TrainingState:
     optimizer: Optimizer
     step: int = 0  # steps taken
     seconds: float = 0.0  # time of training, without evaluations and checkpoints
-    wall_seconds: float = 0.0  # time of the whole run, up to `clock`
+    wall_seconds: float = 0.0  # time of the run with start-up and evaluations, up to `clock`
     memory: Memory = field(default_factory=lambda: Memory(0, 0, 0, 0))  # maximum of each part
     clock: float = field(default_factory=time.perf_counter)  # time up to which wall_seconds counts
 
@@ -138,7 +138,7 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def measure_memory(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Memory:
-    """Count the bytes of weights, gradients and state that this rank holds, and read its peak."""
+    """Count this rank's bytes of weights, gradients and state, and read its peak of memory."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return Memory(

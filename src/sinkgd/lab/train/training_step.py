@@ -1,7 +1,7 @@
 """One optimizer step on one global batch: loss, gradient, clipping or release, update.
 
 The batch is split into micro-batches. The loss is cross-entropy in nats, computed for all
-targets together or in chunks of targets.
+targets of a micro-batch together or in chunks of targets.
 
 Shapes:
     b: sequences in a batch
@@ -71,8 +71,8 @@ def take_step(
             ends the step.
 
     Raises:
-        NonFiniteLossError: If loss or gradient is not finite. Weights are then unchanged. If
-            gradients are released, weights with a finite gradient may already be updated.
+        NonFiniteLossError: If loss or gradient is not finite. Weights are then unchanged, unless
+            gradients are released: weights with a finite gradient may then be updated already.
     """
     optimizer.zero_grad()
     loss = _accumulate_gradient(model, batch, config, mesh, released)
@@ -85,7 +85,7 @@ def take_step(
     if not (math.isfinite(result_loss) and math.isfinite(result_norm)):
         raise NonFiniteLossError(
             f"step {number} has loss {result_loss} and gradient norm {result_norm}; training "
-            "cannot go on. Start anew in another --out with a lower --optimizer.lr, a longer "
+            "cannot go on. Start anew in another --out with a lower --optimizer.lr, a larger "
             "--training.warmup-fraction, or --training.precision float32"
         )
     synchronize(mesh.device)
@@ -115,7 +115,7 @@ def _accumulate_gradient(
         loss = summed / scored
         last = rows + size >= len(inputs)
         with nullcontext() if released is None or last else released.accumulate():
-            torch.autograd.backward(loss * mesh.parts)  # FSDP2 averages over parts
+            torch.autograd.backward(loss * mesh.parts)  # FSDP2 divides by mesh.parts
         total += loss.detach()
     return total
 
@@ -124,9 +124,9 @@ _PIECE = 1 << 22  # number of entries whose norm is computed at once
 
 
 def norm_of(grad: Tensor) -> Tensor:
-    """Return the l2 norm of this rank's shard in float32.
+    """Return the l2 norm of this rank's shard of a gradient, in float32.
 
-    It is computed piece by piece, because torch makes a float32 copy of its input.
+    The norm is computed piece by piece, so that torch makes a float32 copy of one piece only.
     """
     parts = torch.split(local(grad).detach().flatten(), _PIECE)
     own = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
@@ -137,7 +137,7 @@ def norm_of(grad: Tensor) -> Tensor:
 def joint_norm(norms: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     """Return the l2 norm of all gradients from the norms of this rank's shards.
 
-    This is a collective call.
+    This is a collective call if a parameter is sharded.
 
     Args:
         norms: Results of `norm_of`.
@@ -183,7 +183,7 @@ class ReleasedSteps:
         _hook(params, self._after)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Return a context in which gradients accumulate."""
+        """Return a context in which gradients accumulate, and none is applied."""
         return self._release.accumulate()
 
     def measured(self) -> tuple[Tensor, float]:
@@ -231,7 +231,7 @@ def loss_of(
 ) -> Tensor:
     """Return the summed loss of a model on tokens.
 
-    The loss is computed inside the model's forward, while FSDP2 holds the weights of the head.
+    The loss is computed inside the model's forward, where FSDP2 has gathered the head's weights.
 
     Args:
         model: A model that takes tokens and a ``readout``, like `Llama`.

@@ -1,7 +1,7 @@
 """The processes that train together, and the small messages they exchange besides tensors.
 
-Messages travel over gloo. All calls are collective: every rank makes the same calls in the same
-order.
+Messages travel over gloo. Every method of `World` that sends messages is collective: all ranks
+make the same calls in the same order.
 """
 
 import os
@@ -25,7 +25,7 @@ class World:
         rank: Number of this process, from 0.
         size: Number of ranks.
         group: Process group of all ranks, over gloo; None for a single process.
-        heartbeat: Detects lost ranks.
+        heartbeat: Detects lost ranks; None for a single process.
     """
 
     def __init__(
@@ -52,7 +52,10 @@ class World:
         return result
 
     def first_before_others(self, function: Callable[[], T]) -> T:
-        """Call a function on the first rank, then on the others, which can use what it made."""
+        """Call a function on the first rank, then on the others; return each rank's own result.
+
+        The later calls can use what the first call made, such as files.
+        """
         made: list[T] = []
         self.from_first(lambda: made.append(function()))
         return made[0] if self.is_first else function()

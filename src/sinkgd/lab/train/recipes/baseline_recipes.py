@@ -1,8 +1,9 @@
 """Recipes of the optimizers that SinkGD is compared with: torch's, and published methods.
 
-Most published methods come from pytorch-optimizer. APOLLO and RACS are written here, because that
-package deviates from the papers. If a method of pytorch-optimizer 4.1.0, or one written here,
-differs from its paper or from its authors' code, its row says so.
+Most published methods come from pytorch-optimizer. The laboratory has its own APOLLO and RACS,
+because those of that package deviate from the papers. If the code of a published method (that of
+pytorch-optimizer 4.1.0, or ours) differs from the paper or from its authors' code, the recipe says
+so.
 """
 
 from typing import Any
@@ -310,8 +311,8 @@ FROM_PAPERS = (
     Recipe(
         "apollo-mini",
         "APOLLO of rank 1 with one scale for each matrix",
-        "Zhu et al. 2024, scripts/pretrain_c4: rank 1; updates are multiplied by √128. Written "
-        "here, like apollo",
+        "Zhu et al. 2024, scripts/pretrain_c4: rank 1; updates are multiplied by √128. The "
+        "laboratory has its own code, as for apollo",
         {**_BENCHMARK, "projection_scale": 128.0},
         _apollo_mini,
     ),

@@ -1,9 +1,9 @@
 """Several optimizers that step as one, and wrappers for optimizers of pytorch-optimizer.
 
 Schedulers, checkpoints and meters see a single optimizer. A resumed run needs data that some
-optimizers of pytorch-optimizer keep neither in the state nor in the groups: projections inside
-objects, or a step count. Between steps the wrappers here move such data into the state or the
-groups, so that checkpoints hold all of it as tensors and numbers.
+optimizers of pytorch-optimizer do not keep as tensors or numbers in the state or the groups: they
+keep projections inside objects, or a step count as an attribute. Between steps the wrappers here
+move such data into the state or the groups, so that checkpoints hold all of it.
 """
 
 import importlib
@@ -54,7 +54,7 @@ class ChainedOptimizer(Optimizer):
             closure: Computes the loss again and returns it; called once, before the steps.
 
         Returns:
-            The result of ``closure``.
+            The result of ``closure``, or None without one.
         """
         loss = None
         if closure is not None:
@@ -112,7 +112,9 @@ def from_pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
 
 
 class WithProjections(ChainedOptimizer):
-    """A GaLore or Fira whose projections are tensors in the state, so that they count as state.
+    """A GaLore or Fira that keeps its projections as tensors in the state.
+
+    So checkpoints need not pickle objects, and measurements of memory count the projections.
 
     Args:
         part: The optimizer; gradients of groups with a ``rank`` are projected.

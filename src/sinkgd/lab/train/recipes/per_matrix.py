@@ -2,7 +2,7 @@
 
 Letters:
     m, n: rows and columns of a matrix; in APOLLO m is the shorter side, since a tall matrix is
-        transposed
+        transposed, and a column is a channel
     r: rank of APOLLO's projection
     q, s: RACS's scales of rows and of columns
 
@@ -205,8 +205,8 @@ class Racs(PerMatrixOptimizer):
         s \leftarrow \frac{(G \circ G)^\top q}{\lVert q \rVert^2}, \quad
         q \leftarrow \frac{(G \circ G)\, s}{\lVert s \rVert^2}
 
-    These two steps are repeated five times, beginning with q = 1. They find the best rank-one
-    approximation q sᵀ of G∘G. Running means of s and q give
+    These two steps are repeated ``iterations`` times, beginning with q = 1. The product q sᵀ
+    converges to the best rank-one approximation of G∘G. Running means of s and q give
 
     .. math::
         W \leftarrow W - \eta\, \gamma_t\,
@@ -288,7 +288,7 @@ def rank_one(squares: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """
     tiny = torch.finfo(squares.dtype).tiny
     largest = squares.max().clamp_min(tiny)
-    squares = squares / largest  # so that no square of a square vanishes
+    squares = squares / largest  # so that the squares of q and s do not underflow
     q = squares.new_ones(squares.shape[0])
     s = squares.new_zeros(squares.shape[1])
     for _ in range(iterations):

@@ -33,7 +33,10 @@ class Recipe:
 def family_groups(
     model: nn.Module, o: Options, algorithm: str, overrides: Overrides | None = None
 ) -> Groups:
-    """Return groups: hidden matrices run ``algorithm``, the other parameters run AdamW."""
+    """Return groups: hidden matrices run ``algorithm``, the other parameters run AdamW.
+
+    ``overrides`` may give some parameters another algorithm, as in `sinkgd.param_groups`.
+    """
     matrix_lr = o["lr"] if o.get("matrix_lr") is None else o["matrix_lr"]
     return sinkgd.param_groups(
         model,
@@ -51,8 +54,8 @@ def family_groups(
 def split_by_role(model: nn.Module, o: Options) -> tuple[Groups, Groups]:
     """Return groups of hidden matrices, and groups of all other parameters, as torch takes them.
 
-    Hidden matrices are those inside the blocks. The other parameters are embeddings, output head,
-    norms and biases.
+    Hidden matrices are those inside the blocks, except LoRA adapters. The other parameters are
+    adapters, embeddings, output head, norms and biases.
     """
     matrices: Groups = []
     rest: Groups = []

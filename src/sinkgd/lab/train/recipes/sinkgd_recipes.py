@@ -186,7 +186,7 @@ _BEYOND_THE_PAPER: dict[str, Any] = {
     "tables_lr": None,
     **dict.fromkeys(_NEWER),
 }
-# Rates of SinkGD without deflation, from benchmarks/learning_rates; the paper's ``lr`` is 0.02.
+# Rates of the recipe sinkgd-paper, from benchmarks/learning_rates; the paper's own ``lr`` is 0.02.
 _PAPERS_RATES = {"lr": 0.08, "matrix_lr": 0.001, "weight_decay": 0.0, **_ADAM}
 
 
@@ -207,7 +207,7 @@ FAMILY = (
     Recipe(
         "sinkgd",
         "hidden matrices by SR-Sinkhorn with deflation, the rest by AdamW: the default",
-        "SinkGD(param_groups(model)), its defaults; rates: benchmarks/deflation",
+        "the defaults of SinkGD(param_groups(model)); rates: benchmarks/deflation",
         {
             "lr": LR,
             "matrix_lr": MATRIX_LR_SCALE * LR,
@@ -235,7 +235,7 @@ FAMILY = (
     Recipe(
         "sinkgd-finetune",
         "SinkGD to fine-tune a trained model, at rates derived from the one that AdamW would get",
-        "SinkGD(param_groups(model, adamw_lr=lr)), its defaults; rate: 1e-5, common for billions "
+        "the defaults of SinkGD(param_groups(model, adamw_lr=lr)); rate: 1e-5, common for billions "
         "of weights and far too low for small models; clipping at 1, as is common",
         {
             "lr": 1e-5,
