@@ -111,7 +111,7 @@ def test_an_unknown_command_has_a_nearest_name(capsys):
         (
             ["--training.steps", "-3000000000"],
             2,
-            "steps is -3000000000; it may be at least -2",
+            "steps is -3000000000; it must be at least -2",
         ),
         (["--training.micro-batch-size", "3"], 2, "micro_batch_size is 3, which does not divide"),
         (["--config", "none.toml"], 2, "there is no configuration file none.toml"),

@@ -1,4 +1,4 @@
-"""``python -m sinkgd.lab`` runs the program `sinkgd`; torchrun starts it in this way, too."""
+"""``python -m sinkgd.lab`` runs the program `sinkgd`; torchrun starts the program in this way."""
 
 import sys
 

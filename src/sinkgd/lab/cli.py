@@ -1,4 +1,4 @@
-"""`sinkgd`: the program. It finds the command, parses its options, runs it, and reports errors.
+"""The program `sinkgd`: find the command, parse its options, run it, and report errors.
 
 A command is a frozen dataclass in `sinkgd.lab.commands` whose fields are its options and whose
 ``run()`` returns the exit code. A command may have a class method ``defaults(arguments)``. It gives
@@ -22,15 +22,16 @@ from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
 from sinkgd.lab.options import NumberError, check_numbers, suggest
 from sinkgd.lab.terminal import keep_stderr, make_readable
 
-# Each command's module is imported only when the command runs; `sinkgd --help` imports none. A
-# command without a class is a package with its own commands, and has COMMANDS and USAGE like these.
+# For each command, its class and a summary. A command's module is imported only when the command
+# runs; `sinkgd --help` imports none. A command without a class is a package with commands of its
+# own, which are listed in its COMMANDS and described in its USAGE.
 Commands = Mapping[str, tuple[str | None, str]]
 COMMANDS: Commands = {
     "compare": ("Compare", "train the same model with several optimizers; table and page"),
     "train": ("Train", "train one model, or resume a run that was stopped"),
     "experiment": ("Experiment", "run a study: tune its arms, train, write page and verdict"),
-    "prepare": ("Prepare", "make token shards from texts, jsonl files or C4"),
-    "report": ("Report", "make the table and the page of runs that exist already"),
+    "prepare": ("Prepare", "make token shards from text, jsonl or Parquet files, or C4"),
+    "report": ("Report", "make the table and the page of existing runs or of a study"),
     "bench": (None, "measure speed and memory: optimizer steps, kernels, the training loop"),
     "plan": ("Plan", "estimate the memory, messages, time and cost of training, without training"),
     "doctor": ("Doctor", "show what is installed, and which kernels will run and why"),
@@ -228,7 +229,10 @@ def _first_unreadable(arguments: Sequence[str]) -> str | None:
 
 
 def _first_empty(arguments: Sequence[str]) -> str | None:
-    """Describe the first empty value. None is valid: an empty path means the current folder."""
+    """Describe the first empty argument or value, or return None if there is none.
+
+    An empty value is never accepted, because as a path it would mean the current folder.
+    """
     before = ""
     for argument in arguments:
         option, sign, value = argument.partition("=")
@@ -247,7 +251,7 @@ def _encoding() -> str:
 def _parse(name: str, kind: str, arguments: list[str]) -> Command:
     import tyro
 
-    if os.environ.get("NO_COLOR"):  # tyro ignores it
+    if os.environ.get("NO_COLOR"):  # tyro ignores this variable
         tyro._experimental_options["ansi_codes"] = False
     command = getattr(import_module(f"sinkgd.lab.commands.{name.replace(' ', '.')}"), kind)
     default = command.defaults(arguments) if hasattr(command, "defaults") else None

@@ -24,7 +24,7 @@ class DeviceSheet:
     flops: float  # FLOP/s, dense, bfloat16 with float32 accumulation
     memory_bytes: int
     memory_rate: float  # bytes per second
-    node_rate: float  # bytes per second to a neighbor in the node, one direction
+    node_rate: float  # bytes per second to the node's other devices together, one direction
     network_rate: float  # bytes per second to another node, one direction
     watts: float
     node: int = 8  # devices in a node

@@ -96,8 +96,10 @@ def claim_folder(path: Path) -> None:
 def claim_file(path: Path) -> None:
     """Create the folder of a file and check that the file can be written, before long work.
 
+    A device or a pipe is not checked.
+
     Raises:
-        OSError: If the file cannot be written.
+        OSError: If ``path`` is a folder, or the folder cannot be created or is not writable.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -1,6 +1,7 @@
 """Processes: how a command is started, how it is asked to stop, and how it ends.
 
-Ctrl-C, SIGTERM and SIGHUP are checked for between steps, so that no step is cut short.
+The first Ctrl-C, SIGTERM or SIGHUP is only stored. A run checks for it between steps, so that no
+step is cut short.
 """
 
 import ctypes
@@ -31,7 +32,9 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
-    """Return the command that runs ``sinkgd`` with ``arguments``; under torchrun it calls torchrun.
+    """Return the command that runs ``sinkgd`` with ``arguments`` in as many processes as now.
+
+    If torchrun started several processes, the command calls torchrun.
 
     Args:
         arguments: Arguments after the program's name.
@@ -53,10 +56,11 @@ def launch_command(arguments: Sequence[str], environment: Mapping[str, str] = os
 
 
 def leave(code: int) -> int:
-    """Return ``code``; under torchrun, flush the output and exit immediately with ``code``.
+    """Return ``code``; if torchrun started several processes, exit immediately with ``code``.
 
-    Under torchrun, threads of torch's process groups outlive the main thread. They may release
-    Python objects after the interpreter has shut down, which would abort a finished run.
+    Threads of torch's process groups outlive the main thread. They may release Python objects after
+    the interpreter has shut down, which would abort a finished run. The output is flushed before
+    the exit.
     """
     if launched_ranks() > 1:
         sys.stdout.flush()
@@ -72,7 +76,7 @@ def end_with_parent() -> None:
 
 
 def stop_with_parent() -> None:
-    """In a process that multiprocessing started, send it a SIGTERM when its parent is gone.
+    """Send this process a SIGTERM when its parent is gone, if multiprocessing started this process.
 
     This also works if a fork server started the process; Linux then considers the fork server to
     be its parent.
@@ -90,6 +94,8 @@ def stop_with_parent() -> None:
 
 def in_fresh_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
     """Call a top-level function of a module in a new process, and re-raise its exception here.
+
+    What the process writes to standard error is discarded.
 
     Raises:
         BrokenProcessPool: If the process was killed.

@@ -27,18 +27,19 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
 
 class NumberError(ValueError):
-    """A number that is too large or not finite; the message gives its option and value."""
+    """A number that is out of range or not finite; the message gives its option and value."""
 
 
 def check_numbers(options: Any, prefix: str = "") -> None:
-    """Refuse numbers that are not finite or too large, in every field of a dataclass.
+    """Refuse numbers that are not finite or too far from 0, in every field of a dataclass.
 
     Args:
         options: A dataclass, whose fields may be dataclasses too.
-        prefix: Prefix of the fields' names, ending in a dot.
+        prefix: Prefix of the fields' names, empty or ending in a dot.
 
     Raises:
-        NumberError: If a number is not finite or too large; the message gives its field and value.
+        NumberError: If a number is not finite or too far from 0; the message gives its field and
+            value.
     """
     for field in fields(options):
         value, name = getattr(options, field.name), prefix + field.name
@@ -56,6 +57,6 @@ def check_numbers(options: Any, prefix: str = "") -> None:
 
 def _check_within(name: str, value: float, largest: float, words: str) -> None:
     if value > largest:
-        raise NumberError(f"{name} is {value}; it may be at most {words}")
+        raise NumberError(f"{name} is {value}; it must be at most {words}")
     if value < -largest:
-        raise NumberError(f"{name} is {value}; it may be at least -{words}")
+        raise NumberError(f"{name} is {value}; it must be at least -{words}")

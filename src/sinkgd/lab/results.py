@@ -5,8 +5,8 @@ step, an `Evaluation` at intervals, with `ModelStatistics` if the model has some
 whenever the run finished, stopped or failed, and a `Resume` whenever it was resumed. A killed
 process may leave an unfinished last line. Readers skip this line, and the next writer cuts it off.
 
-Units are in the names. ``tokens`` and ``seconds`` count training alone, from the run's first step;
-evaluation, checkpoints and start-up are only in ``wall_seconds``.
+Units are in names or comments. ``tokens`` and ``seconds`` count training alone, from the run's
+first step; evaluation, checkpoints and start-up are only in ``wall_seconds``.
 """
 
 import json
@@ -50,7 +50,7 @@ class RunStart:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimizer step; ``loss`` is the mean over the batch before the step."""
+    """One optimizer step; ``loss`` is the mean over the global batch, before the update."""
 
     kind: ClassVar[str] = "step"
     step: int  # 1 for the first
@@ -92,8 +92,8 @@ class ModelStatistics:
 class Resume:
     """The run was resumed from the checkpoint after ``step`` steps.
 
-    Records above this one are void if their step is later. Without a checkpoint, ``step`` is 0 and
-    all records above this one are void, except the start record.
+    Records above this one are void if their step is later, and so is every `RunEnd`. Without a
+    checkpoint, ``step`` is 0 and all records above this one are void, except the start record.
 
     ``changed`` has the differences to the environment in the start record: by name, [then, now]. It
     is empty in records of older versions.
@@ -166,7 +166,8 @@ class Run:
         """Read a results file.
 
         Raises:
-            ResultsError: If the file is missing, empty, or has a line that is not a record.
+            ResultsError: If the file is missing or not UTF-8 text, does not begin with a start
+                record, has a second one, or has a line that is not a record.
         """
         records = _read_records(path)
         if not records or not isinstance(records[0], RunStart):
@@ -265,7 +266,7 @@ def _check_changes(values: dict[str, Any]) -> None:
 
 
 def _check_tables(values: dict[str, Any]) -> None:
-    """Check that the tables of the configuration in a start record are tables."""
+    """Check that the configuration in a start record has dicts where reports expect tables."""
     config = values.get("config")
     if not isinstance(config, dict):
         return  # `checked` raises

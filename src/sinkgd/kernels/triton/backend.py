@@ -5,8 +5,8 @@ deflation, an update is neither stored nor copied, for up to 31 directions. All 
     gradients with other strides, or of another order in memory than their parameter: a copy is read
     more than 31 directions: gradients are multiplied by 32 vectors at a time; above 32 directions,
         the updates are also stored in float32 before they are applied
-    float64, parameters with other strides, tensor subclasses, gradients that autograd follows,
-        empty tensors: `EagerBackend`
+    float64, parameters with other strides, tensor subclasses, tensors that autograd follows, empty
+        tensors: `EagerBackend`
 
 The speed of the kernels has not been measured.
 """
@@ -59,18 +59,18 @@ from sinkgd.kernels.triton.shard_sums import TritonSums
 from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, capturing, operand_of
 
 # At 3 TB/s a GPU reads about this many bytes from its memory while the host prepares a launch,
-# which takes about 20 µs. Outside of a graph, a smaller bucket would make the GPU wait for the
+# which takes about 20 µs. Outside of a CUDA graph, a smaller bucket would make the GPU wait for the
 # host. This has not been measured.
 LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
 
 class TritonBackend(EagerBackend):
-    """Kernels for CUDA and ROCm: one launch runs an iteration on many matrices."""
+    """Kernels for CUDA and ROCm: one launch runs an iteration, or half of one, on many matrices."""
 
     name = "triton"
     package = "triton"
-    install = "pip install triton"  # on CUDA and ROCm it comes with torch
+    install = "pip install triton"  # torch's Linux wheels for CUDA and ROCm install it, too
 
     def __init__(self, *, whole_rows: bool = True, products_by_dot: bool = True) -> None:
         """Choose how gradients are read.
@@ -95,7 +95,7 @@ class TritonBackend(EagerBackend):
         return self.products_by_dot
 
     def missing(self) -> str | None:
-        """Return what is missing: triton, which comes with torch on GPUs, or a C compiler."""
+        """Return what is missing: triton or a C compiler; None if nothing is."""
         return support.missing()
 
     def supports(self, device: torch.device) -> bool:
@@ -189,7 +189,7 @@ class TritonBackend(EagerBackend):
         tol: float | None = None,
         overflow: Tensor | None = None,
     ) -> Descent:
-        """Find all scales and take all steps, bucket by bucket."""
+        """Find all scales and take all steps, bucket by bucket where the kernels can."""
         device = matrices.grads[0].device if matrices.grads else torch.device("cpu")
         factors = _factors(keep, step, device)._replace(overflow=overflow)
         tensors = DescentTensors(
@@ -241,7 +241,7 @@ class TritonBackend(EagerBackend):
         )
 
     def sums(self, grads: Sequence[Tensor]) -> TritonSums:
-        """Return the sums of the squares of gradients: one launch for each kind of matrix."""
+        """Return an object that sums the squares of gradients, a launch for each kind of matrix."""
         return TritonSums(grads, self._tables)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
@@ -253,9 +253,10 @@ class TritonBackend(EagerBackend):
     def packed_products(
         self, grads: Sequence[Tensor], scales: Sequence[Scales], shared: Shared
     ) -> SkinnyProducts | None:
-        """Return the products of updates, or None if the kernels cannot compute them.
+        """Return the products of updates with vectors, or None if no kernel computes them.
 
-        They need gradients that they can read, on one device, and at most `MAX_VECTORS` vectors.
+        The kernels need gradients that they can read, on one device, and at most `MAX_VECTORS`
+        vectors; ``products_by_dot`` must be set.
         """
         on_one_device = len({grad.device for grad in grads}) == 1
         fits = shared.vectors.shape[-1] <= MAX_VECTORS
@@ -319,7 +320,7 @@ class TritonBackend(EagerBackend):
             )
 
     def _corrects(self, param: Tensor, scales: Scales | CorrectedScales) -> bool:
-        """Whether kernels can subtract the correction of an update, if it has one."""
+        """Whether an update has no correction, or one that the kernels can subtract."""
         return not isinstance(scales, CorrectedScales) or (
             self.products_by_dot and support.subtracted(scales, param.device)
         )
@@ -370,19 +371,22 @@ class _Write(NamedTuple):
 
 
 def _bucket_bytes(device: torch.device) -> int:
-    """Return how many bytes of gradients a bucket of half iterations, updates or products has."""
+    """Return the most bytes of gradients in a bucket of half iterations, updates or products."""
     size = _cached_bytes(device)
     return size if device.type == "cpu" or capturing(device) else max(size, LAUNCH_BYTES)
 
 
 def _cached_bytes(device: torch.device) -> int:
-    """Return how many bytes of gradients a bucket of whole rows has."""
+    """Return the most bytes of gradients in a bucket of whole rows."""
     return INTERPRETER_BYTES if device.type == "cpu" else _half_of_cache(device)
 
 
 @cache
 def _half_of_cache(device: torch.device) -> int:
-    """Return half the size of the L2 cache, or two tiles for every processor if that is more."""
+    """Return half the size of the L2 cache, in bytes.
+
+    If two tiles of bfloat16 for every processor are larger, return their size instead.
+    """
     properties = torch.cuda.get_device_properties(device)
     tiles = 2 * properties.multi_processor_count
     return max(properties.L2_cache_size // 2, tiles * AREA * 2)

@@ -1,13 +1,15 @@
 """Find scales and update parameters, in a descent that reads a gradient once per iteration.
 
 A bucket is a set of matrices that are launched together: once for each iteration, and once for the
-update. For a matrix that is transposed in memory, the update also finds the last column scales.
-Nothing waits for the device.
+update. For matrices that are transposed in memory, the update also finds the last column scales. If
+there is no update, or if it waits for other buckets, one more launch finds them. Nothing waits for
+the device.
 
-Apart from addresses, launches depend only on the signature of the tensors. A later step of the same
-signature allocates the scales of all matrices, the partial sums of a bucket and some counters,
-sends the addresses of all tensors if one has moved, and starts the launches. Every step computes
-the signature of every tensor, so a signature has only what torch returns immediately.
+Apart from addresses, launches depend only on the signature of the tensors: shapes, strides, types,
+devices and alignments. A later step of the same signature allocates the scales of all matrices, the
+partial sums of a bucket and some counters, sends the addresses of all tensors if one has moved, and
+starts the launches. Every step computes the signature of every tensor, so a signature has only what
+torch returns immediately.
 """
 
 from collections import OrderedDict
@@ -45,7 +47,8 @@ class DescentTensors(NamedTuple):
     starts: Sequence[Tensor | None] = ()  # initial column scales
     params: Sequence[Tensor] = ()
     keys: Sequence[Tensor] = ()
-    sizes: tuple[int, ...] = ()  # number of gradients of each parameter; empty without params
+    # Number of gradients of each owner, a parameter of the user; empty without params
+    sizes: tuple[int, ...] = ()
 
 
 class _Iterations(NamedTuple):
@@ -94,7 +97,8 @@ class PreparedDescents:
         Args:
             tensors: Tensors on one device, of dtypes and layouts that the kernels accept.
             num_iters: Iterations, at least 1.
-            tol: Stop iterating a matrix once its row scales change by no more than this.
+            tol: Stop iterating a matrix once no row scale changes by more than this fraction; None
+                to run all iterations.
             factors: Factors of the update.
             bucket_bytes: Bytes of gradients in a bucket.
             if_prepared: Run only if a descent of this signature was prepared before. The tensors
@@ -103,7 +107,7 @@ class PreparedDescents:
         Returns:
             The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite. None
             if ``if_prepared`` is set and no such descent was prepared, or if there is no gradient
-            or a tensor of a subclass.
+            or a tensor of a subclass other than Parameter.
         """
         grads, starts, params, keys, sizes = tensors
         filling = [None] * (len(grads) % 2)  # aligns each list of addresses to 16 bytes
@@ -169,7 +173,7 @@ def _signature_of(
 ) -> tuple[tuple[Hashable, ...], list[int]] | None:
     """Return the signature of tensors, and their addresses, 0 for None.
 
-    Return None if one of the tensors is an instance of a subclass, which may have no address.
+    Return None if one of them is of a subclass other than Parameter, which may have no address.
     """
     signature: list[Hashable] = [torch.is_grad_enabled()]
     addresses = []
@@ -248,7 +252,10 @@ def _finish(
     *,
     known: bool = False,
 ) -> PreparedLaunch:
-    """Read a bucket once more: find the last u of transposed matrices if needed, and update."""
+    """Read a bucket once more: find the last u of transposed matrices unless ``known``, and update.
+
+    Without ``update``, no parameter is written.
+    """
     u_from = min(iterations.num_iters, SCALED) if bucket.kind.transposed and not known else GIVEN
     constants = finish_constants(bucket.kind, u_from, update, target)
     fixed = *_offsets(bucket), iterations.num_iters % 2
@@ -298,7 +305,7 @@ def iteration_constants(
 def finish_constants(
     kind: Kind, u_from: int, update: _Update | None, target: GpuTarget | None
 ) -> dict[str, object]:
-    """Return the last launch's compile-time constants; without an update nothing is written."""
+    """Return the compile-time constants of `finish`; without ``update``, it writes only scales."""
     dtypes = kernels("primitives").DTYPES
     overflow, keep, step, rounding, is_cautious = update or (False,) * 5
     return {
@@ -333,7 +340,7 @@ def options_of(
         wide: Whether loads are of 16 bytes; narrow loads need more registers for their addresses.
         unscaled: Whether the kernel is an iteration that finds scales from the unscaled gradient.
         lean: Whether the kernel needs few registers, as most iterations on entries of 2 bytes do.
-            It may then take 128, or 168 if few threads work on a panel.
+            A thread may then take 128 registers, or 168 if few threads work on a panel.
     """
     if target is None:
         return {}
@@ -360,7 +367,7 @@ class FlatScales(Sequence[Scales]):
         rows: Sequence[int],
         cols: Sequence[int],
     ) -> None:
-        """Take the offsets of the row scales and of the column scales of each matrix."""
+        """Take the offsets in ``flat`` of the row and column scales of each matrix or batch."""
         self._flat, self._shapes, self._rows, self._cols = flat, shapes, rows, cols
 
     def __len__(self) -> int:

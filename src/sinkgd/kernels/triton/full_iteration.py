@@ -8,9 +8,9 @@ Letters: as in `sinkgd.kernels.triton.tables` and `sinkgd.kernels.triton.schedul
 One launch of `full_iteration` is one iteration. A program keeps whole rows in registers: it sums
 their squares, finds u from the sums, and sums the columns of the same squares, scaled by the new u.
 It does so for some panels of rows, one after the other, and then stores one partial sum for each
-column. Programs form groups of eight neighbors: the last one to arrive adds up the eight partial
-sums. Groups form groups of eight in the same way, and so on; the last program of all finds v. No
-program waits, and no sum depends on the order of arrival.
+column. Programs form groups of up to eight neighbors: the last one to arrive adds up the partial
+sums of its group. Groups form groups of eight in the same way, and so on; the last program of all
+finds v. No program waits, and no sum depends on the order of arrival.
 
 When a scale is found for the first time, entries of the gradient may have any magnitude. Those of a
 row or column are then divided by a power of two before they are squared. The powers of columns are
@@ -101,7 +101,8 @@ def find_u(
     """Find u of a panel.
 
     Returns:
-        u; the squares of y with the previous u, for both tiles; f; the sums of the rows.
+        u; the squares of y, for both tiles; f; the sums of these squares along rows. In these y, u
+        is the previous one, or an inverse power of two if u is found for the first time.
     """
     if FROM == _UNSCALED:
         yA, yB = gA, gB
@@ -146,7 +147,10 @@ def find_u(
 
 @triton.jit
 def _add_unscaled(g, u, sums, powers):
-    """Add the column sums of the squares of u * g to ``sums``, in units of squared ``powers``."""
+    """Add the column sums of the squares of u * g to ``sums``, in units of squared ``powers``.
+
+    Returns the new sums and the new powers.
+    """
     y = g * u[:, None]
     higher = tl.maximum(powers, peak_powers(y, 0))
     quotient = powers * inverse_power(higher)
@@ -175,7 +179,7 @@ def _store_partial_sums(partial_sums, exponents, cols, Q, sums, powers, FROM: tl
 def _group_total(
     partial_sums, exponents, stride, size, cols, Q, FROM: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Add up the partial sums of at most eight programs; return the sums and their powers."""
+    """Add up the partial sums of at most eight programs or groups; return sums and powers."""
     k = tl.arange(0, _FAN_IN)
     at = k.to(tl.int64)[:, None] * stride + cols[None, :]
     read = (k < size)[:, None] & (cols < Q)[None, :]
@@ -335,7 +339,7 @@ def full_iteration(
 
     arrivals = counters + tl.load(matrix + _ARRIVALS)
     nonfinite = counters + tl.load(matrix + _NONFINITE)
-    node = number
+    node = number  # a program, and on higher levels a group
     nodes = matrix_programs
     node_stride = stride.to(tl.int64)  # from the sums of a node to those of its neighbor
     level = 0  # where the arrivals of this level begin
@@ -390,7 +394,7 @@ def _find_v(
     TOL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Find v from the last partial sums; store whether it is finite and whether rows moved."""
+    """Find v from the last partial sums; store whether it is finite and has converged."""
     moved = tl.load(state + _MOVED, cache_modifier=".cg")
     target = P.to(tl.float32)
     share = 1.0

@@ -1,10 +1,10 @@
 """Half iterations and updates, tile by tile: tiles, the plan of a call, and its launches.
 
-A bucket has the matrices of one launch. They are of one kind, and few enough for their gradients to
-stay in the cache from one half iteration to the next. Finding the scales of a bucket takes two
-launches per iteration and one more; an update takes one launch. Nothing waits for the device. The
-scales of a matrix have the same bits in any bucket. A plan depends only on shapes, strides, types
-and alignment, so steps share it.
+A bucket has the matrices that are launched together. They are of one kind. If their gradients are
+small enough, they stay in the cache from one half iteration to the next. Finding the scales of a
+bucket takes two launches per iteration and one more; an update takes one launch. Nothing waits for
+the device. The scales of a matrix have the same bits in any bucket. A plan depends only on shapes,
+strides, types and alignment, so steps share it.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
 """
@@ -33,8 +33,8 @@ from sinkgd.kernels.triton.tables import (
 
 Row = TypeVar("Row")
 
-# Entries of a tile in an iteration; each thread has 64 of them in float32. A tile of an update is
-# half as large, since an update loads both the gradient and the parameter.
+# The most entries of a tile in an iteration; each thread has 64 of them in float32. A tile of an
+# update is at most half as large, since an update loads both the gradient and the parameter.
 AREA = 1 << 14
 THREADS = 256
 NARROWEST_DOT = 16  # the least side of a tile that is a product of matrices
@@ -74,13 +74,14 @@ def tile_of_product(P: int, Q: int, area: int) -> Tile:
 
 
 def tiles_per_program(count: int, tiles: int, side: int, entry_bytes: int) -> int:
-    """Return how many tiles of a line one program takes.
+    """Return how many tiles of a line, a row or column of tiles, one program processes.
 
     There are ``count`` lines of ``tiles`` tiles each.
 
     For each of its scales a program first reads ``tiles`` partial sums of 4 bytes. Each of its
-    tiles has ``side`` entries for each scale. The program takes enough tiles for these entries to
-    have eight times as many bytes as the partial sums, or fewer if a whole GPU needs more programs.
+    tiles has ``side`` entries for each scale. The program processes enough tiles for these entries
+    to have eight times as many bytes as the partial sums, or fewer if a whole GPU needs more
+    programs.
     """
     most = min(-(-tiles * 8 * 4 // (side * entry_bytes)), count * tiles // PROGRAMS)
     return max(1, most)
@@ -123,14 +124,14 @@ class Plan(NamedTuple):
     rows: tuple[int, ...] = ()  # for each tensor, the offset of its row scales among all scales
     cols: tuple[int, ...] = ()  # the same for its column scales
     scales: int = 0  # entries of all scales
-    sums: int = 0  # entries of the partial sums of one bucket
-    matrices: int = 0
+    sums: int = 0  # entries of the partial sums of the largest bucket
+    matrices: int = 0  # number of matrices
 
 
 def _fill(
     found: Iterable[tuple[Kind, int, Row]], bucket_bytes: int
 ) -> list[tuple[Kind, list[Row]]]:
-    """Put rows of one kind together, in order, up to ``bucket_bytes``."""
+    """Put table rows of one kind together, in order, up to ``bucket_bytes`` of gradients."""
     buckets: list[tuple[Kind, list[Row]]] = []
     open_: dict[Kind, tuple[list[Row], int]] = {}
     for kind, size, row in found:
@@ -152,7 +153,7 @@ def _area(vector: int) -> int:
 def plan_of_scales(
     grads: tuple[Operand, ...], shapes: tuple[torch.Size, ...], bucket_bytes: int
 ) -> Plan:
-    """Plan the half iterations on gradients of ``shapes``, in buckets of ``bucket_bytes``."""
+    """Plan half iterations, in buckets of up to ``bucket_bytes`` of gradients."""
     rows, cols, entries = scale_offsets(shapes)
     found: list[tuple[Kind, int, HalfMatrix]] = []
     for tensor, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
@@ -194,14 +195,15 @@ class Scratch(NamedTuple):
     scales: tuple[Tensor, Tensor]  # float32, used alternately; the first has the result
     sums: Tensor  # partial sums of one bucket, float32
     nonzero: Tensor  # how many row and column scales of each matrix are not zero, int32
-    moved: Tensor | None  # whether a row of each matrix moved, int32, a vector for each iteration
+    # Whether a row scale of each matrix moved, int32, a vector for each iteration; None without tol
+    moved: Tensor | None
 
     def scales_of(self, iteration: int, num_iters: int) -> Tensor:
         """Return the tensor of an iteration's scales; the last iteration has the first tensor."""
         return self.scales[(num_iters - iteration) % 2]
 
     def moved_in(self, iteration: int, num_iters: int) -> Tensor:
-        """Return whether rows moved in an iteration."""
+        """Return whether row scales moved in an iteration; without ``tol``, an unused tensor."""
         if self.moved is None:
             return self.nonzero  # not read
         return self.moved[min(max(iteration, 0), num_iters)]
@@ -236,7 +238,8 @@ def find_scales(
         table: The table of the plan, on the device.
         addresses: Addresses of the gradients, and of their initial column scales or 0.
         num_iters: Iterations, at least 1.
-        tol: Stop iterating a matrix once its row scales change by no more than this.
+        tol: Stop iterating a matrix once no row scale changes by more than this fraction; None to
+            run all iterations.
     """
     square_sums = kernels("square_sums")
     target = launch.target_of(table.device)
@@ -314,7 +317,7 @@ class UpdateOperands(NamedTuple):
 def plan_of_update(
     updates: tuple[UpdateOperands, ...], shapes: tuple[torch.Size, ...], bucket_bytes: int
 ) -> Plan:
-    """Plan the update of parameters of ``shapes``, in buckets of ``bucket_bytes`` of gradients."""
+    """Plan the update of parameters, in buckets of up to ``bucket_bytes`` of gradients."""
     found: list[tuple[Kind, int, UpdateMatrix]] = []
     for tensor, (to, shape) in enumerate(zip(updates, shapes, strict=True)):
         P, Q, ld, transposed, offsets = to.param.layout
@@ -348,7 +351,7 @@ def plan_of_update(
 def _low_rank_fields(
     sides: LowRankSides, shape: torch.Size, number: int, *, transposed: bool
 ) -> dict[str, int]:
-    """Return the fields of the ``number``-th matrix that say what is subtracted from it."""
+    """Return the fields of matrix ``number`` that say what is subtracted from its update."""
     rest = number
     index: list[int] = []
     for size in reversed(shape[:-2]):
@@ -376,13 +379,14 @@ def update_parameters(
     *,
     rounding: bool,
 ) -> None:
-    """Set the parameters of a bucket to ``keep * param + step * row * grad * col``.
+    """Update the parameters of a bucket, as `sinkgd.kernels.backend.Backend.update_` defines.
 
     Args:
         bucket: Matrices of one kind.
         table: The table of the plan, on the device.
         addresses: Rows of `UpdateAddresses`, one for each parameter.
-        factors: Factors of the update; tensors on the device are read there.
+        factors: Factors of the update; tensors on the device are read there. ``overflow`` is not
+            read.
         rounding: Whether bfloat16 is rounded at random, by the keys in ``addresses``.
     """
     dtypes = kernels("primitives").DTYPES
@@ -430,6 +434,7 @@ def options_of(
         threads *= 4 if first else 2  # so that scalar registers hold the masks of all loads
     options: dict[str, object] = {"num_warps": threads // target.warp, "enable_fp_fusion": True}
     if target.backend == "cuda" and wide and not first:
-        # Two programs on one processor hide each other's latency; with a product, three do.
+        # With these limits, two programs share a processor and hide each other's latency; with a
+        # product, three do.
         options["maxnreg"] = 168 if product else 128
     return options

@@ -5,9 +5,9 @@ specialize the kernel to, looks up the compiled kernel and calls its launcher. `
 does this once for each `Variant`; later launches only call the launcher, as the dispatcher would.
 
 How the dispatcher calls a launcher is not a public interface: triton 3.2 leaves the constants out,
-later versions pass them. So the dispatcher's source is compared with `_CALLS`. If no entry matches,
-`is_direct` warns once, and every launch goes through the dispatcher. Launches also go through it if
-a profiler has set a hook.
+later versions pass them. So the dispatcher's source is compared with `_CALLS`. Unless exactly one
+entry matches, `is_direct` warns once, and every launch goes through the dispatcher. Launches also
+go through it if a profiler has set a hook.
 """
 
 import inspect
@@ -61,12 +61,12 @@ def target_of(device: torch.device) -> GpuTarget | None:
 
 
 def multiplies_tf32(target: GpuTarget | None) -> bool:
-    """Whether a product of float32 matrices must be computed as three products of tf32."""
+    """Whether a product of float32 matrices is computed as three products of tf32."""
     return target is None or target.backend == "cuda"
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current device, to which launches go."""
+    """Make a GPU the current device, to which launches go; on a CPU, do nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -190,7 +190,7 @@ def _variant_of(kernel: Any, compiled: Any, constants: Mapping[str, object]) -> 
     Args:
         kernel: The kernel as written, a ``JITFunction``.
         compiled: The compiled kernel, which the dispatcher returned.
-        constants: The keyword arguments of that launch.
+        constants: The keyword arguments of the launch that returned it.
     """
     names = [param.name for param in kernel.params if param.is_constexpr]
     assert names == [param.name for param in kernel.params][-len(names) :], "constants come last"

@@ -50,7 +50,7 @@ def matrix_at(address, offset, ld, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def load_tile(base, ld, rows, cols, inside):
-    """Return a tile in float32; 0 where there is no entry."""
+    """Return a tile in float32; 0 where ``inside`` is False."""
     pointers = base + (rows.to(tl.int64) * ld)[:, None] + cols[None, :]
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 

@@ -29,7 +29,10 @@ class Kind(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Matrices whose gradients stay in the cache from one product to the other."""
+    """Matrices that are multiplied together.
+
+    If their gradients are small enough, these stay in the cache from one product to the other.
+    """
 
     kind: Kind
     rows: range  # blocks of vectors with an entry for each row
@@ -65,14 +68,14 @@ def plan_of_products(
     shared: tuple[int, ...],
     bucket_bytes: int,
 ) -> Plan:
-    """Plan products with gradients of ``shapes``, in buckets of ``bucket_bytes``.
+    """Plan products with gradients of ``shapes``, in buckets of up to ``bucket_bytes``.
 
     Args:
         grads: The gradients.
         shapes: Shapes of the gradients.
         shared: For each gradient, where its vectors begin in the tensor of the vectors that several
             gradients use. These have an entry for each column.
-        bucket_bytes: Bytes of gradients in a bucket; a larger gradient has a bucket of its own.
+        bucket_bytes: Most bytes of gradients in a bucket; a larger gradient has its own bucket.
     """
     filled = _fill(grads, shapes, bucket_bytes)
     number = row_end = col_end = 0
@@ -120,7 +123,10 @@ def plan_of_products(
 def _fill(
     grads: tuple[Operand, ...], shapes: tuple[torch.Size, ...], bucket_bytes: int
 ) -> list[tuple[Kind, list[int]]]:
-    """Put tensors of one kind together; the buckets of bfloat16 come first."""
+    """Put tensors of one kind together.
+
+    The buckets of bfloat16 come first, so that few launches scale the vectors of all buckets.
+    """
     buckets: list[tuple[Kind, list[int]]] = []
     open_: dict[Kind, tuple[list[int], int]] = {}
     for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):

@@ -24,11 +24,11 @@ MAX_VECTORS = 32  # vectors by which one launch multiplies
 
 
 class StackProducts:
-    """Products of updates, a tensor for each stack. Kernels compute them if they can read a stack.
+    """Products of updates with vectors, a tensor for each stack.
 
     Args:
-        stacks: Stacks of any kind. If the kernels cannot read a stack, its updates are computed and
-            stored.
+        stacks: Stacks of any kind. Kernels multiply those that they can read. The updates of all
+            others are stored, and multiplied by torch.
         readable: Whether the kernels can read a stack.
         build: Builds the `SkinnyProducts` of gradients, given these and their scales.
     """
@@ -382,6 +382,6 @@ def options_of(target: GpuTarget | None, *, wide: bool = True) -> dict[str, obje
     stages = 3 if target.backend == "cuda" else 2
     options: dict[str, object] = {"num_warps": threads // target.warp, "num_stages": stages}
     if target.backend == "cuda" and not wide:
-        # Without a limit, the compiler used 126 registers for one of the kernels, and spilled.
+        # Without this option, the compiler used 126 registers for one of the kernels, and spilled.
         options["maxnreg"] = 255
     return {**options, "enable_fp_fusion": True}

@@ -1,10 +1,10 @@
 """The schedule of a descent: how matrices are cut into panels of rows, and put into buckets.
 
-A bucket has the matrices of one launch. They have one type and one shape of panel, and are few
-enough for their gradients to stay in the cache from the first launch to the update. All iterations
-and the update of a bucket run before the next bucket begins. A matrix that does not fit into the
-cache has a bucket of its own. The matrices of one parameter are written together, so they
-share a bucket, or their update waits until all scales are found.
+A bucket has the matrices that are launched together. They are of one `Kind`, and few enough for
+their gradients to stay in the cache from the first launch to the update. A matrix that does not fit
+into the cache has a bucket of its own. All iterations of a bucket run before the next bucket
+begins. So does the update, unless it waits: the matrices of one parameter are written together, so
+if they do not share a bucket, their update waits until all scales are found.
 
 A schedule depends only on shapes, strides, types and alignment, so steps share it.
 
@@ -39,13 +39,13 @@ NARROWEST = 4  # columns of a tile
 FEWEST_ROWS = 20
 FAN_IN = 8  # programs in a group, and groups in a larger group, whose sums one program adds up
 # Entries of a panel for each thread. There are half as many if loads are narrow, since their
-# addresses take registers, and in panels of few rows, where scales and sums of columns take nearly
-# as many registers.
+# addresses take registers, and in panels of fewer than FEW_ROWS rows, where scales and sums of
+# columns take nearly as many registers as the entries.
 ENTRIES, FEW_ROWS = 64, 4
 
 
 class Panel(NamedTuple):
-    """BM whole rows in memory, in two tiles.
+    """BM whole rows in memory, in one tile or two adjacent ones.
 
     A panel depends only on the shape of a matrix, since the panel decides the bits of sums.
     """
@@ -63,7 +63,8 @@ def panel_of(P: int, Q: int) -> Panel:
         B = max(NARROWEST, A // 16, _next_power_of_two(Q - A))
     if B >= A:
         A, B = 2 * A, 0
-    area = AREA if B == 0 and _is_wide(Q) else AREA // 2  # two tiles take more registers
+    # Two tiles, or narrow loads, take more registers.
+    area = AREA if B == 0 and _is_wide(Q) else AREA // 2
     BM = _next_power_of_two(area // (A + B) + 1) // 2
     return Panel(max(1, min(BM, _next_power_of_two(P))), A, B)
 
@@ -78,7 +79,7 @@ def threads_of(panel: Panel, Q: int) -> int:
 def half_panel(panel: Panel, threads: int) -> tuple[Panel, int]:
     """Return half a panel and half its threads, so that each thread can have more registers.
 
-    A panel with the least number of threads is returned as it is.
+    A panel with the least number of threads is returned as it is. A panel of one row keeps the row.
     """
     if threads <= FEWEST_THREADS:
         return panel, threads
@@ -86,7 +87,7 @@ def half_panel(panel: Panel, threads: int) -> tuple[Panel, int]:
 
 
 def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
-    """Divide the rows of a matrix among programs: rows of `RowProgram`.
+    """Divide the rows of a matrix among programs; return the fields of each `RowProgram`.
 
     A program has enough rows to make its partial sums small compared with its entries. A large
     matrix has enough programs for a whole GPU; a small one shares the GPU with others.
@@ -99,7 +100,10 @@ def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
 
 
 def _is_wide(Q: int) -> bool:
-    """Whether a row can consist of loads of 16 bytes; addresses of narrower ones fill registers."""
+    """Whether a row of any of the types can consist of loads of 16 bytes.
+
+    Narrower loads need more registers for their addresses.
+    """
     return Q % 8 == 0
 
 
@@ -139,8 +143,8 @@ class Schedule(NamedTuple):
     rows: tuple[int, ...]  # for each tensor, the offset of its row scales among all scales
     cols: tuple[int, ...]  # the same for its column scales
     scales: int  # entries of all scales
-    partial_sums: int  # entries of the partial sums of one bucket
-    counters: int  # int32: states, flags and numbers of arrivals
+    partial_sums: int  # entries of the partial sums of the largest bucket
+    counters: int  # number of int32 counters: states, flags and numbers of arrivals
     nonfinite: tuple[int, int]  # where the owners' flags begin and end among the counters
 
 
@@ -161,15 +165,16 @@ def schedule_of(
     owners: tuple[int, ...],
     bucket_bytes: int,
 ) -> Schedule:
-    """Schedule a descent, in buckets of ``bucket_bytes`` of gradients.
+    """Schedule a descent, in buckets of up to ``bucket_bytes`` of gradients.
 
     Args:
         grads: Gradients whose rows in memory fit in a panel.
         params: Their parameters, in the same order in memory; ``grads`` again if only scales are
             wanted.
         shapes: Shapes of the gradients.
-        owners: The owner of each gradient, from 0 in order.
-        bucket_bytes: Bytes of gradients in a bucket.
+        owners: For each gradient, the number of its owner, which is a parameter of the user;
+            ascending from 0.
+        bucket_bytes: Most bytes of gradients in a bucket; a larger matrix has a bucket of its own.
     """
     rows, cols, entries = scale_offsets(shapes)
     flags = len(DescentState._fields) * sum(len(grad.layout.offsets) for grad in grads)

@@ -1,6 +1,6 @@
 """Sums of the squares of gradients that are sharded, on a GPU: a launch for each kind of matrix.
 
-`EagerSums` takes the gradients that the kernel does not read: those in float64, those with neither
+`EagerSums` sums the gradients that the kernel does not read: those in float64, those with neither
 dense rows nor dense columns, and empty ones.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
@@ -44,11 +44,11 @@ class _Launch(NamedTuple):
 
 
 class TritonSums:
-    """Sums by kernels that read each gradient once per call.
+    """Sums by kernels that read each gradient once per call, or by `EagerSums`.
 
     Args:
         grads: ``(..., m, n)``, on one device.
-        tables: The tables on that device.
+        tables: Copies of tables on devices.
     """
 
     def __init__(self, grads: Sequence[Tensor], tables: DeviceTables) -> None:
@@ -130,7 +130,7 @@ def _operand_of(grad: Tensor) -> Operand | None:
 def _plan(
     grads: tuple[Operand | None, ...], rows: tuple[int, ...], cols: tuple[int, ...]
 ) -> list[_Launch]:
-    """List the launches of a call, one for each variant of the compiled kernel."""
+    """List the launches of a call, one for each `Kind`."""
     found: dict[Kind, list[ShardMatrix]] = {}
     row_offset = col_offset = 0
     for i, grad in enumerate(grads):

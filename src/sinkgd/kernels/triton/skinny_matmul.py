@@ -59,7 +59,7 @@ def balance_scales(
 ):
     """Find the powers of two that bring the scales of both sides of a matrix to the same size.
 
-    Then neither vectors nor their products with unscaled entries of the gradient overflow.
+    As a result, neither vectors nor their products with unscaled entries of the gradient overflow.
     """
     matrix = matrices + tl.program_id(0) * _MATRIX
     u, P = _scales(addresses, matrix, _U, _U_OFFSET), tl.load(matrix + _P).to(tl.int32)
@@ -135,7 +135,7 @@ def matmul(
     scaled,  # wide vectors times their scales
     result,  # float32, K entries per row
     scaled_result,
-    squares,  # float32, the sum of squares of each row of X
+    squares,  # float32, the sum of squares of each row in memory of X
     first,  # index of the first block
     one,
     DTYPE: tl.constexpr,
@@ -263,7 +263,10 @@ def _scales(addresses, matrix, FIELD: tl.constexpr, OFFSET: tl.constexpr):
 
 @triton.jit
 def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Return ``g`` or its transpose times vectors; add the smallest products first."""
+    """Return ``g`` or its transpose times vectors; add the smallest products first.
+
+    If TRANSPOSED and SPLITS is not 3, return the transpose of the product.
+    """
     high = _load(scaled, at, SPLITS, K)
     if SPLITS == 3:
         low, middle = _load(scaled + 2 * K, at, SPLITS, K), _load(scaled + K, at, SPLITS, K)
@@ -309,7 +312,7 @@ def _load(scaled, at, SPLITS: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _store_scaled(x, scales, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr):
-    """Store vectors times their scales, split into numbers that are K apart."""
+    """Store vectors times their scales, split into numbers that are K entries apart."""
     x = x * scales[:, None]
     if SPLITS == 3:
         high = x.to(tl.bfloat16)

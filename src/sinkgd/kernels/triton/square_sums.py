@@ -7,7 +7,7 @@ Half an iteration sums the squares of y along the rows or the columns of its til
 partial sums; the next launch adds them up, in order, and finds the scales that it needs. No sum
 depends on the order in which programs run. From the second iteration on, y is scaled by the latest
 scales, so its rows or columns already have the right length, and their squares stay in range; new
-scales are the old ones times a factor. In the first iteration the gradient is not scaled yet. The
+scales are the old ones times a factor. In the first iteration y is scaled on one side at most. The
 kernel then writes lengths instead of sums of squares, and divides entries by a power of two before
 it squares them.
 
@@ -48,7 +48,8 @@ _NUMBER = field(HalfMatrix, "number")
 _PROGRAM, _LINE = tl.constexpr(len(TileProgram._fields)), field(TileProgram, "line")
 _FIRST, _END = field(TileProgram, "first"), field(TileProgram, "end")
 
-_HEADROOM = tl.constexpr(1 / 64)  # a tile's side is at most 2048: no sum of squares overflows
+# Lengths are stored times this number, so that none overflows: a tile's side is at most 2048.
+_HEADROOM = tl.constexpr(1 / 64)
 _CHUNK = tl.constexpr(4096)  # partial sums that a program loads at a time
 
 
@@ -63,9 +64,9 @@ def half_iteration(
     out,  # scales that are returned
     partial_sums,
     nonzero,  # how many row and column scales are not zero, a pair for each matrix
-    earlier,  # whether a row of each matrix moved in iteration ``done - 1``
-    now,  # whether a row of each matrix moved in iteration ``done``
-    coming,  # whether a row of each matrix moves in this iteration, ``done + 1``; written
+    earlier,  # whether a row scale of each matrix moved in iteration ``done - 1``
+    now,  # whether a row scale of each matrix moved in iteration ``done``
+    coming,  # whether a row scale of each matrix moves in this iteration, ``done + 1``; written
     done,  # number of iterations that are finished
     low,  # the least quotient of squared scales that counts as no movement
     high,  # the largest one
@@ -122,7 +123,7 @@ def half_iteration(
     converged = False
     if TOL:
         if ROWS:
-            # If no row moved in iteration `done - 1`, the final scales are already in `out`.
+            # If no row scale moved in iteration `done - 1`, `out` already has the final scales.
             if tl.load(earlier + number) == 0:
                 return
             converged = tl.load(now + number) == 0

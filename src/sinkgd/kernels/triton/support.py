@@ -2,7 +2,7 @@
 
 Gradients and parameters are float32, bfloat16 or float16, in any mix, with dense rows or dense
 columns; scales are contiguous float32. Kernels read memory and record nothing for autograd, so they
-support no tensors of a subclass and no gradients that autograd follows.
+support no tensors of a subclass and no tensors that autograd follows.
 """
 
 import importlib.util
@@ -47,9 +47,9 @@ def _has_compiler(named: str | None, path: str | None) -> bool:
 
 
 def supports(device: torch.device) -> bool:
-    """Whether kernels run on a device: CUDA from compute capability 8.0, ROCm.
+    """Whether kernels run on a device: CUDA from compute capability 8.0, or ROCm.
 
-    Under triton's interpreter they run on CPUs, for tests.
+    Under triton's interpreter, which serves tests, they run on CPUs only.
     """
     if interpreting():
         return device.type == "cpu"
@@ -71,7 +71,7 @@ def _native(kind: type, dtype: torch.dtype, shape: torch.Size) -> bool:
 
 
 def readable(grad: Tensor, start: Tensor | None) -> bool:
-    """Whether kernels can find the scales of a gradient, from its initial column scales."""
+    """Whether kernels can find the scales of a gradient, from ``start`` if it is given."""
     return native(grad) and (
         start is None
         or (start.dtype == torch.float32 and start.is_contiguous() and start.device == grad.device)
@@ -85,7 +85,10 @@ def writable(
     allowed: Tensor | None,
     key: Tensor | None,
 ) -> bool:
-    """Whether kernels can update a parameter by ``scales``; None means scales that they find."""
+    """Whether kernels can update a parameter by ``scales``; None means scales that they find.
+
+    `subtracted` checks the correction of `CorrectedScales`.
+    """
     pair = () if scales is None else (scales.row, scales.col)
     others = (grad, *pair, *(x for x in (allowed, key) if x is not None))
     return (
@@ -119,7 +122,7 @@ def subtracted(scales: CorrectedScales, device: torch.device) -> bool:
 
 
 def rows_fit(grad: Tensor) -> bool:
-    """Whether whole rows in memory fit into a program's registers."""
+    """Whether a gradient has dense rows in memory, each short enough for a program's registers."""
     layout = layout_of(grad.shape, grad.stride())
     return layout is not None and layout.Q <= LONGEST
 

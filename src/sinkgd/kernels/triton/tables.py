@@ -5,7 +5,8 @@ All entries are int64. Offsets and strides count elements, unless stated otherwi
 Letters, everywhere in this package:
     P, Q: the number of rows in memory of one matrix, and their length
     ld: elements from one row in memory to the next
-    u, v: the P and Q scales; r and c, or c and r for a matrix that is transposed in memory
+    u, v: the scales of the P rows and of the Q columns in memory: r and c, or c and r for a matrix
+        that is transposed in memory
     BM, BN: rows and columns in memory of a tile
 """
 
@@ -22,8 +23,8 @@ from sinkgd.kernels.layout import Layout, dense_layout
 
 ALIGNED_FLOATS = 4  # floats in 16 bytes; vectors of scales and sums begin at multiples of this
 
-# What the scales of one side are found from: they are given, or found from the unscaled gradient,
-# or found from the previous scales.
+# Where the scales of one side come from: they are given, or found from the unscaled gradient, or
+# found from the gradient with its previous scales.
 GIVEN, UNSCALED, SCALED = 0, 1, 2
 
 
@@ -65,7 +66,7 @@ class UpdateMatrix(NamedTuple):
     grad_ld: int
     u: int  # offset of its scales in their tensors
     v: int
-    entry: int  # index of its first entry, in reading order over the parameter
+    entry: int  # index of its first entry, counted row by row over the parameter
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
     rank: int = 0  # rank of the matrix that is subtracted, tall @ wide.T
@@ -79,7 +80,7 @@ class UpdateMatrix(NamedTuple):
 
 
 class UpdateAddresses(NamedTuple):
-    """The addresses of one parameter's update; 0 if there is no such tensor."""
+    """The addresses of the tensors of one parameter's update; 0 for an absent tensor."""
 
     param: int
     grad: int
@@ -103,11 +104,11 @@ class DescentMatrix(NamedTuple):
     u: int  # offset of its scales among the scales of all matrices
     v: int
     start: int  # offset of its initial column scales in the tensor that gives them
-    state: int  # offset of its `DescentState`
-    nonfinite: int  # offset of its owner's flag: whether some entry is not finite
+    state: int  # offset of its `DescentState` among the counters
+    nonfinite: int  # offset of its owner's flag there: whether some gradient entry is not finite
     param_offset: int
     param_ld: int
-    entry: int  # index of its first entry, in reading order over the parameter
+    entry: int  # index of its first entry, counted row by row over the parameter
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
     partial_sums: int = 0  # offset of the partial sums of its programs, a vector for each program
@@ -161,7 +162,9 @@ class ShardMatrix(NamedTuple):
     ld: int
     P: int
     Q: int
-    rows: int  # offset of its rows in memory among the rows of all gradients, in sums and weights
+    # Offset of its rows in memory in the sums and weights of rows, or of columns if the matrix is
+    # transposed in memory
+    rows: int
     cols: int
 
 
@@ -215,8 +218,8 @@ def scale_offsets(shapes: Iterable[torch.Size]) -> tuple[tuple[int, ...], tuple[
 class TableRows(NamedTuple):
     """Consecutive rows of a plan's table."""
 
-    offset: int
-    rows: int
+    offset: int  # entries of the table before the first row
+    rows: int  # number of rows
 
 
 class TableBuilder:
@@ -240,7 +243,8 @@ class TableBuilder:
         return torch.cat(self._pieces)
 
 
-# Tables of addresses change if gradients are freed after each step; few of them recur.
+# The most copies that are kept, except those that graphs read. If gradients are freed after each
+# step, their addresses change, and few tables of addresses recur.
 MAX_COPIES = 1024
 
 
@@ -257,7 +261,8 @@ class DeviceTables:
 
     def __init__(self) -> None:
         self._recent: OrderedDict[tuple[Hashable, ...], _Copy] = OrderedDict()
-        # A graph reads its tables at every replay, and nothing tells when the graph is deleted.
+        # A graph reads its tables at every replay. Nothing tells when the graph is deleted, so its
+        # copies are kept for good.
         self._captured: list[_Copy] = []
 
     def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -286,7 +291,7 @@ class DeviceTables:
         return copy.on_device
 
     def _copied_before_capture(self, key: tuple[Hashable, ...]) -> Tensor | None:
-        """Return a copy from another stream; the capture has waited for that stream."""
+        """Return a copy from another stream, or None; the capture has waited for that stream."""
         for (*content, _), copy in self._recent.items():
             if content == [*key[:-1]]:
                 self._captured.append(copy)

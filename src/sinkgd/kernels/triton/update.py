@@ -64,12 +64,12 @@ def update(
     STEP_IS_STORED: tl.constexpr,
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
     CAUTIOUS: tl.constexpr,  # keep applies only to entries that move toward zero
-    VECTOR: tl.constexpr,  # as for `half_iteration`, of the parameter and the gradient
+    VECTOR: tl.constexpr,  # the narrower type's entries in 16 bytes if loads are that wide, else 1
     K: tl.constexpr,  # at least the rank of the matrix that is subtracted; 0 if there is none
     DENSE: tl.constexpr,  # whether its sides have dense rows of K, aligned to 16 bytes
     TF32: tl.constexpr,  # whether a product of float32 is computed as three products of tf32
 ):
-    """Set a tile of a parameter to ``keep * param + step * y``, rounded once.
+    """Set a tile of a parameter to ``keep * param + step * y``, rounded once, if this is allowed.
 
     If K > 0, y is u * grad * v times a factor, less a matrix of low rank.
     """
@@ -144,9 +144,12 @@ def finish(
     STEP_IS_STORED: tl.constexpr,
     ROUND: tl.constexpr,  # bfloat16 is rounded stochastically
     CAUTIOUS: tl.constexpr,  # keep applies only to entries that move toward zero
-    VECTOR: tl.constexpr,  # as for `full_iteration`, of the parameter and the gradient
+    VECTOR: tl.constexpr,  # the narrower type's entries in 16 bytes if loads are that wide, else 1
 ):
-    """Find u from v unless it is known, and write ``keep * param + step * u * grad * v``."""
+    """Find u from v unless it is known; if WRITE, set ``param`` to ``keep * param + step * y``.
+
+    Parameters are left unchanged if a gradient of their owner is not finite, or on overflow.
+    """
     program, matrix = program_and_matrix(table, matrices, programs, count, flip)
     may = WRITE
     if WRITE:
@@ -214,7 +217,7 @@ def finish(
 
 @triton.jit
 def _random_word(index, key):
-    """Return the bits of `sinkgd.kernels.rounding`, uint32."""
+    """Return the hash of `sinkgd.kernels.rounding`, uint32; its upper half has the random bits."""
     word = (index + key.to(tl.uint32)) ^ (key >> 32).to(tl.uint32)
     word = (word ^ (word >> 16)) * 0x7FEB352D
     word = (word ^ (word >> 15)) * 0x846CA68B

@@ -100,7 +100,9 @@ class Compare:
         """Run the command; return the exit code.
 
         Raises:
-            ConfigError: If an option is invalid, or an existing run has another configuration.
+            ConfigError: If an option is invalid, or an existing run has another configuration or
+                was trained on another text.
+            DataError: If the text is needed but absent.
         """
         started = time.perf_counter()
         runs = self._plan()
@@ -158,7 +160,8 @@ class Compare:
 
         Raises:
             ConfigError: If the texts differ; the message gives the hashes of both.
-            DataError: If the text is absent, and there are runs to train.
+            DataError: If the text is absent, and there are runs to train or a run names another
+                corpus.
         """
         from sinkgd.lab.data import DataError
         from sinkgd.lab.train.identity import check_data, knows_its_text

@@ -10,7 +10,7 @@ import torch
 import sinkgd
 from sinkgd import kernels
 
-# Each extra of the package: the modules that it installs, and what they are for.
+# Each extra of the package: modules that it installs, and what they are for.
 EXTRAS = {
     "cpu": (("numba",), "compiled kernels on CPUs"),
     "8bit": (("bitsandbytes",), "AdamW's state in 8 bits"),

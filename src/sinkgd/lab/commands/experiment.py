@@ -106,7 +106,8 @@ class Experiment:
     def defaults(cls, arguments: Sequence[str]) -> Self:
         """Return the defaults of the options.
 
-        These are the settings of the study, at the scale and for the model that the arguments give.
+        If the arguments name a study, these are the study's settings, at the scale and for the
+        model that the arguments give.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--scale", default="machine")
@@ -126,7 +127,7 @@ class Experiment:
         Raises:
             ConfigError: If an option is invalid, or the study in the folder has another plan.
             StudyError: If a run fails.
-            ResultsError: If there is no study to report.
+            ResultsError: If there is no study to report, or a results file is damaged.
         """
         if not self.name:
             sys.stdout.write(_studies_text())

@@ -45,7 +45,7 @@ class Plan:
     """Sequences in one forward pass of a rank or tp group."""
 
     micro_batches: int = 1
-    """Number of such batches whose gradients are accumulated in a step."""
+    """Number of forward passes in a step, whose gradients are accumulated."""
 
     sequence_length: int = 2048
     """Length of a sequence, tokens."""

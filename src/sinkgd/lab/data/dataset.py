@@ -242,7 +242,11 @@ class TokenDataset:
         return dataset
 
     def split(self, name: str) -> TokenSplit:
-        """Map one split's files into memory; ``name`` is ``"train"`` or ``"validation"``."""
+        """Map one split's files into memory; ``name`` is ``"train"`` or ``"validation"``.
+
+        Raises:
+            DataError: If there is no such split, or a file is shorter than it should be.
+        """
         manifest = self.manifest
         if name not in manifest.splits:
             raise DataError(f"{self.folder} has no split {name!r}, only {list(manifest.splits)}")

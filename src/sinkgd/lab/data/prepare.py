@@ -41,7 +41,7 @@ def ignore(_message: str) -> None:
 def train_tokenizer(
     corpus: Corpus, vocab_size: int = VOCAB_SIZE, *, progress: ProgressCallback | None = None
 ) -> Tokenizer:
-    """Train a byte-level BPE on the first training documents: at most some 268M characters."""
+    """Train a byte-level BPE on the first training documents, up to about 268M characters."""
     documents = _reported(corpus, "tokenizer", progress)
     texts = (document.text for document in documents if document.split == "train")
     return Tokenizer.train(_first_characters(texts, _TOKENIZER_CHARACTERS), vocab_size)
@@ -60,7 +60,8 @@ def prepare(
     Documents without a single token are skipped.
 
     Args:
-        corpus: The documents. They are read once, a few megabytes of text at a time.
+        corpus: The documents. A few megabytes of text are in memory at a time, or one document if
+            it is longer.
         out: The folder to make; it must be absent or empty.
         tokenizer: A result of `train_tokenizer` or `load_tokenizer`.
         shard_tokens: Tokens in a full shard.
@@ -68,7 +69,7 @@ def prepare(
 
     Raises:
         DataError: If a document cannot be read, a split gets no document, or the disk is full.
-        FolderTakenError: If ``out`` is not empty.
+        FolderTakenError: If ``out`` exists and is not an empty folder.
     """
     with ShardWriter(
         out,
@@ -97,7 +98,7 @@ def prepared_corpus(
     """Return a folder of shards for ``source``, made on first use and cached.
 
     The cache is in ``$SINKGD_CACHE``, else ``$XDG_CACHE_HOME/sinkgd``, else ``~/.cache/sinkgd``.
-    A folder's name hashes the files' names and content, the vocabulary size and the format.
+    A folder's name has a hash of the files' names and content, the vocabulary size and the format.
     If two processes make the same folder at the same time, both do the work and one folder remains.
 
     Args:

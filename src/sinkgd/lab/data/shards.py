@@ -1,8 +1,8 @@
 """Write token shards: a whole folder, or nothing.
 
 The files go to a folder next to the final one, ``NAME.partial-*``. Once they are on the disk, the
-folder is renamed in one step. A killed process leaves a folder under the partial name, which is
-never taken for data; it can be deleted.
+folder is renamed in one step. A killed process leaves a folder under the partial name. It is never
+read, and can be deleted.
 """
 
 import errno
@@ -35,11 +35,11 @@ SHARD_TOKENS = 2**27  # tokens in a full shard: 256 MiB of uint16
 
 
 class FolderTakenError(DataError):
-    """The folder to write already exists and is not empty."""
+    """The path of the folder to write exists already, and is not an empty folder."""
 
 
 class _HashedFile:
-    """A new file that knows its size and sha256 when it is closed."""
+    """A new file whose size and sha256 are known when it is finished."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -126,7 +126,8 @@ class ShardWriter:
             documents are held out. The manifest records it.
 
     Raises:
-        FolderTakenError: If ``out`` is not empty.
+        DataError: If ``shard_tokens`` is below 1.
+        FolderTakenError: If ``out`` exists and is not an empty folder.
     """
 
     def __init__(
@@ -158,6 +159,9 @@ class ShardWriter:
             split: ``"train"`` or ``"validation"``.
             ids: One or more token ids, (tokens,), each below the tokenizer's ``vocab_size``.
             text_bytes: Length of the text in UTF-8.
+
+        Raises:
+            DataError: If ``ids`` is empty, or an id is out of range.
         """
         vocab_size = self._tokenizer.vocab_size
         if not ids.size:
@@ -177,6 +181,7 @@ class ShardWriter:
         """Write what is left, force everything to the disk, and rename the folder.
 
         Raises:
+            DataError: If a split has no document.
             FolderTakenError: If another process made the folder in the meantime.
         """
         for split in SPLITS:

@@ -78,6 +78,9 @@ class Tokenizer:
             texts: Texts to train on. They are read once; memory grows with the number of different
                 words in them.
             vocab_size: Number of tokens to make, at least 258. A short text gives fewer.
+
+        Raises:
+            DataError: If ``vocab_size`` is below 258.
         """
         if vocab_size < SMALLEST_VOCAB:
             raise DataError(
@@ -113,7 +116,7 @@ class Tokenizer:
 
     @classmethod
     def from_hub(cls, name: str) -> Self:
-        """Download a tokenizer from the Hugging Face hub, or take it from its local cache."""
+        """Download a tokenizer from the Hugging Face hub, or read it from the hub's local cache."""
         try:
             backend = tokenizers.Tokenizer.from_pretrained(name)
         except Exception as error:  # the library raises no narrower type

@@ -1,13 +1,13 @@
 """`sinkgd bench`: measurements. Each has a file with a dataclass of its options."""
 
-# A measurement's module is imported only when the measurement runs.
+# For each measurement, its class and a summary. Its module is imported only when it runs.
 COMMANDS = {
     "step": ("Step", "one optimizer step, compared with AdamW and with the bandwidth of memory"),
     "memory": (
         "Memory",
         "what optimizers keep and allocate, and the peaks of whole training steps",
     ),
-    "gpu": ("Gpu", "what a step would do on a GPU, counted without a GPU, and targets for it"),
+    "gpu": ("Gpu", "what a step would do on a GPU, counted without a GPU, and target values"),
     "kernels": ("Kernels", "every backend over shapes and types, in bytes per second"),
     "loop": ("Loop", "the training loop compared with a bare loop, in tokens per second"),
 }

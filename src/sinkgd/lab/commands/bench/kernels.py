@@ -19,9 +19,9 @@ from sinkgd.lab.train.config import Device
 class Kernels:
     """Time the two halves of a step, scales and update, of each backend over shapes and types.
 
-    Backends and streaming operations are timed in turn on the same matrices, in an order that
-    rotates. Figures are bytes per second, absolute and as a share of the fastest streaming
-    operation in the same round. Run nothing else on the machine meanwhile.
+    Backends and streaming operations, such as a copy, are timed in turn on the same matrices, in an
+    order that rotates. Figures are bytes per second, absolute and as a share of the fastest
+    streaming operation in the same round. Run nothing else on the machine meanwhile.
 
     For example:
       sinkgd bench kernels --out bench

@@ -61,7 +61,7 @@ def check_at_least_one(option: str, value: int) -> None:
 
 
 def check_positive(option: str, value: float) -> None:
-    """Refuse times that are not above 0.
+    """Refuse numbers that are not above 0.
 
     Raises:
         ConfigError: If ``value`` is not above 0.
