@@ -182,6 +182,21 @@ def test_adapters_get_the_algorithm_that_is_asked_for(given, algorithm):
 
 
 @recipes
+def test_adapters_are_trained_or_refused_with_another_recipe(name):
+    model = add_adapters(build_model("gpt2-nano", vocab_size=64, max_sequence_length=16), 2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    try:
+        optimizer = built(model, name, **FASTER.get(name, {}))
+    except ConfigError as error:
+        assert "give optimizer.recipe sinkgd-finetune" in str(error)  # noqa: PT017
+        assert name not in ("sinkgd-finetune", "adamw-one-lr")
+        return
+    train(model, optimizer, 2)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@recipes
 def test_frozen_weights_are_left_out(name):
     model = tiny_model()
     frozen = next(model.parameters()).requires_grad_(False)

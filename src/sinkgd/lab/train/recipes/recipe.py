@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sinkgd
+from sinkgd.lab.models.lora import base_name
+from sinkgd.lab.train.config import ConfigError
 from sinkgd.optim.param_groups import Overrides
 
 Options = Mapping[str, Any]  # resolved values of the recipe's options, by name
@@ -36,7 +38,11 @@ def family_groups(
     """Return groups: hidden matrices run ``algorithm``, the other parameters run AdamW.
 
     ``overrides`` may give some parameters another algorithm, as in `sinkgd.param_groups`.
+
+    Raises:
+        ConfigError: If only LoRA adapters are trained.
     """
+    check_trains_matrices(model)
     matrix_lr = o["lr"] if o.get("matrix_lr") is None else o["matrix_lr"]
     return sinkgd.param_groups(
         model,
@@ -79,6 +85,20 @@ def at_one_or_two_rates(model: nn.Module, o: Options) -> Groups:
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that are trained, with their names; frozen ones get no gradient."""
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
+def check_trains_matrices(model: nn.Module) -> None:
+    """Refuse a model of which only LoRA adapters are trained, since they would all get AdamW.
+
+    Raises:
+        ConfigError: If it is such a model; the message names recipes that train adapters.
+    """
+    if all(base_name(name) is None for name, _ in trained(model)):
+        raise ConfigError(
+            "optimizer.recipe has a method for hidden matrices, but with model.lora_rank only "
+            "adapters are trained; give optimizer.recipe sinkgd-finetune, or a recipe with one "
+            "method for all parameters, such as adamw-one-lr"
+        )
 
 
 def betas(o: Options) -> tuple[float, float]:

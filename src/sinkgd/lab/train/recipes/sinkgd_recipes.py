@@ -13,6 +13,7 @@ from sinkgd.lab.train.recipes.recipe import (
     Options,
     Recipe,
     betas,
+    check_trains_matrices,
     family_groups,
     split_by_role,
     trained,
@@ -111,6 +112,7 @@ def _scale(model: nn.Module, o: Options) -> Optimizer:
         matrices, _ = split_by_role(model, o)
         hidden = [name for group in matrices for name, _ in group["params"]]
         overrides = {f"^{re.escape(name)}$": {"lr": o["matrix_lr"]} for name in hidden}
+    check_trains_matrices(model)
     groups = sinkgd.scale_groups(
         model,
         o["lr"],
