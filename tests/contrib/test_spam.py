@@ -157,6 +157,21 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_cut(kind, dtype, first):
 
 
 @both
+def test_a_reset_that_is_due_waits_for_a_good_gradient(kind):
+    params = weights(torch.float32)
+    optimizer = kind(params, nonfinite="skip", **{**COMMON, "reset_interval": 5})
+    walk(optimizer, params, range(5))
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    for param in params:
+        param.grad = torch.full_like(param, math.nan)
+    optimizer.step()
+    for now, then in zip(optimizer.state_dict()["state"].values(), before.values(), strict=True):
+        assert all(torch.equal(now[key], then[key]) for key in then)
+    walk(optimizer, params, range(5, 6))
+    assert all(state["resets"] == 1 for state in optimizer.state_dict()["state"].values())
+
+
+@both
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_bad_gradient_leaves_weights_moments_and_norms_as_they_were(kind, bad, fused):

@@ -204,11 +204,11 @@ class AdamWSpam(Method):
         """Compute the norm of all gradients, then update the parameters one by one."""
         finite: Tensor = yield are_finite(slots)
         flags = allowed(finite, context)
+        may_write = None if flags is None else flags.all()
         for slot in slots:
             init_resets(context.states[slot.param], slot.param, group, amsgrad=True)
-            reset_(context.states[slot.param], group)
+            reset_(context.states[slot.param], group, may_write)
         norm = yield _joint_norm(slots, group, context)
-        may_write = None if flags is None else flags.all()
         spike = _is_spike_(group[NORM_HISTORY], norm, group["spike_z"], may_write)
         # The same factor as in torch.nn.utils.clip_grads_with_norm_.
         share = (group["max_norm"] / (norm + 1e-6)).clamp(max=1.0)

@@ -169,9 +169,17 @@ def init_resets(
         state[RESETS] = torch.zeros_like(state["step"])
 
 
-def reset_(state: MutableMapping[str, Any], group: Group) -> None:
-    """Reset the moments and their bias corrections once they are ``reset_interval`` steps old."""
+def reset_(state: MutableMapping[str, Any], group: Group, may_write: Tensor | None) -> None:
+    """Reset the moments and their bias corrections once they are ``reset_interval`` steps old.
+
+    Args:
+        state: The state of a parameter.
+        group: Its group.
+        may_write: 0-dim bool: whether this step may change the state; None if it may.
+    """
     due = state["step"] >= group["reset_interval"]
+    if may_write is not None:
+        due = due & may_write.to(due.device)
     if can_read_now(due) and not bool(due):
         return
     state[RESETS].add_(due)
@@ -254,7 +262,7 @@ class Spam(Method):
         for i, slot in enumerate(slots):
             state = context.states[slot.param]
             init_resets(state, slot.param, group)
-            reset_(state, group)
+            reset_(state, group, None if flags is None else flags[i])
             grad = local(slot.grad)
             if context.loss_scale is not None:
                 grad = grad / context.loss_scale
