@@ -105,7 +105,10 @@ class TestItIsAlgorithm1:
 
     def test_any_sequence_of_norms_will_do(self):
         grad = normal((7, 11))
-        assert torch.equal(multi_normalize(grad, tuple(SINKHORN)), multi_normalize(grad, SINKHORN))
+        expected = multi_normalize(grad, SINKHORN)
+        for norms in (tuple(SINKHORN), iter(SINKHORN)):
+            assert torch.equal(multi_normalize(grad, norms), expected)
+        assert residuals(grad, iter(SINKHORN)) == residuals(grad, SINKHORN)
 
 
 class TestSWAN:

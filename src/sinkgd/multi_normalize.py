@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sinkgd.newton_schulz import matrix_buffer
-from sinkgd.norms import Norm, check_norms, is_built_in
+from sinkgd.norms import Norm, checked_norms, is_built_in
 from sinkgd.number_check import check_num_iters, check_tol
 from sinkgd.precision import in_full_precision
 
@@ -64,7 +64,7 @@ def multi_normalize(
     """
     check_matrix("multi_normalize", grad)
     check_num_iters(num_iters)
-    check_norms(norms)
+    norms = checked_norms(norms)
     check_tol(tol)
     wide = torch.promote_types(grad.dtype, torch.float32)
     x = grad.detach()
@@ -130,7 +130,7 @@ def residuals(x: Tensor, norms: Sequence[Norm]) -> tuple[Tensor, ...]:
         (tensor(0.2611), tensor(0.))
     """
     check_matrix("residuals", x)
-    check_norms(norms)
+    norms = checked_norms(norms)
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     return tuple(_root_mean_square_(norm.project(x) - x) for norm in norms)
 

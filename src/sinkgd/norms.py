@@ -209,8 +209,8 @@ def as_norms(norms: object) -> tuple[Any, ...]:
     return tuple(norms)
 
 
-def check_norms(norms: object) -> None:
-    """Refuse anything but a list of norms.
+def checked_norms(norms: object) -> tuple[Norm, ...]:
+    """Return the members of a list or other iterable of norms.
 
     Raises:
         TypeError: If ``norms`` is not a list or other iterable, or a member is not a norm.
@@ -222,6 +222,7 @@ def check_norms(norms: object) -> None:
     for norm in found:
         if not isinstance(norm, Norm):
             raise TypeError(f"norms must each have a method project(x); {norm!r} has none")
+    return found
 
 
 def is_built_in(norm: Norm) -> TypeGuard[_BuiltIn]:

@@ -50,7 +50,7 @@ from sinkgd.norms import (
     RowNorm,
     SignNorm,
     SpectralNorm,
-    check_norms,
+    checked_norms,
 )
 from sinkgd.number_check import check_num_iters
 from sinkgd.optim.apply import (
@@ -103,7 +103,7 @@ class MultiNormalized(Method):
         if "newton_schulz_steps" in self.options:
             check_num_iters(group["newton_schulz_steps"], "newton_schulz_steps")
         norms = self._norms(group)
-        check_norms(norms)
+        checked_norms(norms)
         check_layout(name, param, layout=group["layout"], split=group["split"])
         if is_dtensor(param) and _scale_rows_and_columns(norms):
             check_shards(name, param, layout=group["layout"], split=group["split"])
