@@ -45,9 +45,11 @@ def lr_factor(
     Examples:
         >>> [round(lr_factor(step, steps=10, warmup_fraction=0.2), 3) for step in (0, 1, 5, 9)]
         [0.5, 1.0, 0.55, 0.1]
+        >>> [round(lr_factor(step, steps=3, warmup_fraction=0.9), 3) for step in range(3)]
+        [0.5, 1.0, 0.1]
     """
     number = step + 1
-    warmup = round(warmup_fraction * steps)
+    warmup = min(round(warmup_fraction * steps), steps - 1)  # the last step ends the cosine
     if number <= warmup:
         return number / warmup
     if number >= steps:
