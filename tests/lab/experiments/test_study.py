@@ -9,6 +9,7 @@ from sinkgd.lab.experiments.selection import numbers, select_arms
 from sinkgd.lab.experiments.studies import STUDIES, find_study
 from sinkgd.lab.experiments.study import plan_of
 from sinkgd.lab.experiments.study_results import Difference
+from sinkgd.lab.experiments.study_verdict import compared
 from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.train import RECIPES, ConfigError, RunConfig
 
@@ -158,3 +159,13 @@ def test_a_difference_is_students_interval_over_pairs():
     assert Difference.of({0: inf, 1: 2.0}, {0: 1.0, 1: 1.0}).higher
     assert Difference.of({0: 1.0, 1: 1.0}, {0: 1.0, 1: inf}).lower
     assert Difference.of({0: inf, 1: inf}, {0: inf, 1: inf}).level
+
+
+def test_arms_that_cannot_be_compared_are_said_to_be_so():
+    inf = float("inf")
+    each = Difference.of({0: inf, 1: 4.0}, {0: 4.0, 1: inf})
+    assert not each.lower
+    assert not each.higher
+    assert compared("a", each, "b") == "a and b diverged in different seeds."
+    nothing = Difference.of({0: 4.0}, {1: 4.0})
+    assert compared("a", nothing, "b") == "a and b have no seed in common."

@@ -29,7 +29,9 @@ _NO_DIFFERENCE = 0.0005  # nats; smaller differences do not show in printed loss
 class Difference:
     """The first arm's loss minus the second's: mean(d) ± t · stdev(d) / √k, at 95 %."""
 
-    mean: float  # nats per token; infinite if a run of only one arm diverged, NaN if k is 0
+    # Nats per token. Infinite if only one arm diverged; NaN if k is 0, or if each arm diverged in a
+    # seed in which the other did not.
+    mean: float
     # Half the width of the interval; infinite if k is below 2, but 0 if ``mean`` is infinite.
     half_width: float
     count: int  # k
@@ -47,7 +49,8 @@ class Difference:
         k = len(differences)
         if k == 0:
             return cls(math.nan, math.inf, 0)
-        mean = statistics.fmean(differences)
+        each_diverged = {math.inf, -math.inf} <= set(differences)  # in another seed than the other
+        mean = math.nan if each_diverged else statistics.fmean(differences)
         if k == 1 or not math.isfinite(mean):
             return cls(mean, math.inf if math.isfinite(mean) else 0.0, k)
         t = _T[k - 2] if k - 2 < len(_T) else _T_NORMAL

@@ -72,6 +72,10 @@ def compared(name: str, difference: Difference, other: str) -> str:
     >>> compared("L5", Difference(-0.02, 0.05, 3), "adamw")
     'L5 is level with adamw: the difference is -0.020 ± 0.050.'
     """
+    if difference.count == 0:
+        return f"{name} and {other} have no seed in common."
+    if math.isnan(difference.mean):
+        return f"{name} and {other} diverged in different seeds."
     if not math.isfinite(difference.mean):
         better = difference.mean < 0
         return f"{other if better else name} diverged and {name if better else other} did not."
