@@ -75,6 +75,20 @@ def test_a_config_has_the_weights_of_the_module_of_transformers(tmp_path, family
     assert {w.name: w.shape for w in weights_of(find_architecture(path))} == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [("llama", {}), ("mistral", {}), ("qwen2", {}), ("llama", {"num_key_value_heads": None})],
+)
+def test_the_heads_that_a_config_does_not_give_are_those_of_transformers(tmp_path, family, given):
+    sizes = {"hidden_size": 512, "num_attention_heads": 64, "intermediate_size": 64}
+    sizes |= {"vocab_size": 32, "num_hidden_layers": 1, **given}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": family, **sizes}), encoding="utf-8")
+    theirs = transformers.AutoConfig.for_model(family, **sizes)
+    expected = theirs.num_key_value_heads or theirs.num_attention_heads
+    assert find_architecture(str(path)).num_kv_heads == expected
+
+
 @pytest.mark.parametrize("fields", [LLAMA_3_2_1B, LLAMA_3_8B], ids=["3.2-1B", "3-8B"])
 def test_the_plan_of_a_checkpoint_to_train_is_that_of_its_file(tmp_path, fields):
     path = tmp_path / "config.json"

@@ -14,6 +14,8 @@ _MOST_LAYERS = 10_000  # a limit, because a plan builds every layer, though with
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
 # and value projections have biases: transformers/models/{llama,mistral,qwen2}.
 _FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
+# Number of key-value heads if the configuration does not mention it; else that of all heads.
+_KV_HEADS = MappingProxyType({"mistral": 8, "qwen2": 32})
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ def find_architecture(model: str) -> Architecture:
 def read_config(path: Path) -> Architecture:
     """Read a Hugging Face ``config.json`` of a LLaMA-like model.
 
-    Without ``num_key_value_heads`` there are as many as heads; without ``head_dim`` the heads share
-    the hidden size equally.
+    What is absent has transformers' defaults: as many key-value heads as heads, except 8 in a
+    Mistral and 32 in a Qwen2; and heads that share the hidden size equally.
 
     Raises:
         ModelError: If the file is not a JSON object, is of another family, lacks a size, has an
@@ -169,7 +171,12 @@ def read_config(path: Path) -> Architecture:
         intermediate_size=_size(config, "intermediate_size", path),
         num_layers=_size(config, "num_hidden_layers", path, most=_MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=_size(config, "num_key_value_heads", path, default=heads),
+        num_kv_heads=_size(
+            {"num_key_value_heads": _KV_HEADS.get(family), **config},
+            "num_key_value_heads",
+            path,
+            default=heads,
+        ),
         head_size=_size(config, "head_dim", path, default=hidden // heads),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=_FAMILIES[family],
