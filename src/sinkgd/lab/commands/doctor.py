@@ -17,6 +17,7 @@ EXTRAS = {
     "lab": (
         (
             "jinja2",
+            "numba",
             "numpy",
             "plotly",
             "rich",
@@ -36,7 +37,7 @@ EXTRAS = {
     "tensorboard": (("tensorboard",), "results in TensorBoard"),
     "wandb": (("wandb",), "results in Weights & Biases"),
     "trackio": (("trackio",), "results in trackio"),
-    "docs": (("material", "mkdocs", "mkdocstrings"), "building the documentation"),
+    "docs": (("latex2mathml", "material", "mkdocs", "mkdocstrings"), "building the documentation"),
 }
 
 Rows = Sequence[tuple[str, ...]]
