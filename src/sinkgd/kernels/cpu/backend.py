@@ -58,7 +58,7 @@ class CpuBackend(EagerBackend):
         if importlib.util.find_spec("numba") is None:
             return "numba is not installed"
         if torch_openmp() is None:
-            return "torch's OpenMP runtime has no GOMP_parallel; use 'eager'"
+            return "torch's OpenMP runtime lacks GOMP_parallel, or is not found; use 'eager'"
         return None
 
     def supports(self, device: torch.device) -> bool:

@@ -27,7 +27,7 @@ _VECTOR = ir.VectorType(_F32, LANES)
 # A call to an unregistered symbol ends the process, so all symbols are registered before linking.
 _openmp = torch_openmp()
 if _openmp is None:
-    raise ImportError("torch's OpenMP runtime has no GOMP_parallel")
+    raise ImportError("torch's OpenMP runtime lacks GOMP_parallel, or is not found")
 for _name, _address in _openmp.symbols.items():
     add_symbol(_name, _address)
 

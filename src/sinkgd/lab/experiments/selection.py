@@ -126,7 +126,10 @@ def numbers(option: str, text: str | None) -> tuple[float, ...]:
     counts = option in _COUNTS
     kind = "whole numbers" if counts else "numbers"
     if not values or not all(0 < value <= LARGEST_COUNT for value in values):
-        raise ConfigError(f"{option} is {text!r}; give {kind} above 0, with commas between them")
+        raise ConfigError(
+            f"{option} is {text!r}; give {kind} above 0 and up to {LARGEST_COUNT}, with commas "
+            "between them"
+        )
     if counts and not all(value.is_integer() for value in values):
         raise ConfigError(f"{option} is {text!r}; give {kind}, with commas between them")
     return values

@@ -245,8 +245,8 @@ def _caution(analysis: Analysis | None, found: tuple[Candidate, ...]) -> str:
     compared = analysis is not None and analysis.baseline is not None and analysis.candidates
     if compared and not any(one.tokens_kind == "measured" for one in found):
         return (
-            "No recipe on this page reached the baseline’s loss, so none is offered as a "
-            "candidate. The candidate below is published and was not measured here."
+            "No recipe on this page is offered as a candidate, because none reached the baseline’s "
+            "loss at a measured speed. The candidate below is published and was not measured here."
         )
     return ""
 
