@@ -38,16 +38,17 @@ NARROWEST = 4  # columns of a tile
 # 4 in the others.
 FEWEST_ROWS = 20
 FAN_IN = 8  # programs in a group, and groups in a larger group, whose sums one program adds up
-# Entries of a panel for each thread. There are half as many if loads are narrow, since their
-# addresses take registers, and in panels of fewer than FEW_ROWS rows, where scales and sums of
-# columns take nearly as many registers as the entries.
+# Entries of a panel for each thread. There are half as many in two cases: if loads are narrow, since
+# their addresses take registers; and if a panel has fewer than FEW_ROWS rows, since the scales and
+# sums of its columns then take nearly as many registers as its entries.
 ENTRIES, FEW_ROWS = 64, 4
 
 
 class Panel(NamedTuple):
     """BM whole rows in memory, in one tile or two adjacent ones.
 
-    A panel depends only on the shape of a matrix, since the panel decides the bits of sums.
+    The panel decides the order in which numbers are added, and so the last bits of sums. It depends
+    only on the shape of the matrix, so that equal matrices get equal sums.
     """
 
     BM: int
@@ -100,7 +101,7 @@ def row_programs(matrix: int, P: int, panel: Panel) -> Tensor:
 
 
 def _is_wide(Q: int) -> bool:
-    """Whether a row of any of the types can consist of loads of 16 bytes.
+    """Whether rows of Q entries can be read in loads of 16 bytes, whatever their dtype.
 
     Narrower loads need more registers for their addresses.
     """

@@ -25,7 +25,7 @@ class Report:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder that `sinkgd compare`, `train` or `experiment` wrote: */run.jsonl, run.jsonl or
-    study.jsonl; or a folder of run.jsonl files with other names, such as
+    study.jsonl; or a folder with copies of such files, each under a name of its own, such as
     benchmarks/demo/2026-11-28; or the file of one run."""
 
     baseline: str | None = None

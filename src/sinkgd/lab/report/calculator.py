@@ -195,7 +195,7 @@ def calculator_block(analysis: Analysis | None = None) -> CalculatorBlock:
     """Fill in the calculator with measured figures, or else with published and assumed ones.
 
     The candidate is the measured method whose tokens and speed give the shortest time to the
-    baseline's loss; if no method was measured, it is SinkGD as published at 1.3B. Measured speeds
+    baseline's loss; if there is none, it is SinkGD as published at 1.3B. Measured speeds
     are used only if the baseline ran on a device in `sinkgd.lab.devices`. Otherwise the baseline's
     speed follows from an assumed fraction of the GPU's peak.
 

@@ -1,7 +1,8 @@
 """The configuration of a run: read from TOML, and written as TOML or as command-line options.
 
 Each table of the TOML file is a frozen dataclass, whose fields state their units. ``None`` means
-that no value is given; the docstring of the field says what is used instead.
+that no value is given; the docstring of the field or of its class says what is used
+instead.
 `sinkgd.lab.train.resolve` fills in the default preset and the recipe's defaults.
 """
 
@@ -83,8 +84,8 @@ class OptimizerConfig:
     """Peak learning rate of the parameters that matrix_lr and tables_lr do not cover: the RMS
     change of a weight per step, for an update of RMS 1."""
     matrix_lr: float | None = None
-    """Peak learning rate of the matrices inside the blocks, in the unit of lr. The recipes scale,
-    stable-spam, adafactor, lion and soap use lr by default. The recipes stable-spam, adafactor and
+    """Peak learning rate of the matrices inside the blocks, in the unit of lr. The recipes
+    stable-spam, adafactor, lion, soap and scale use lr by default. The recipes stable-spam, adafactor and
     lion decay all parameters; with matrix_lr they decay only these matrices."""
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight per step at learning rate 1; sgd and
@@ -143,8 +144,8 @@ class OptimizerConfig:
     adapters: Adapters | None = None
     """Algorithm of LoRA adapters: adamw or sinkgd."""
     tau: float | None = None
-    """Temperature of the tempered variant's tanh, in units of its arguments, which are fractions of
-    a column's sum; a smaller one brings updates nearer to signs."""
+    """Temperature of the tempered variant, which replaces each entry v by tanh(v / tau), where v is
+    the entry as a fraction of its column's sum. A smaller tau brings updates nearer to signs."""
     n_iter: int | None = None
     """Iterations in which the tempered variant divides by row and column sums, a count; 0 divides
     once, by the mean absolute value of the entries."""

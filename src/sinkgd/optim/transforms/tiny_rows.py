@@ -23,8 +23,8 @@ TREATMENTS = ("keep", "mask")
 class TinyRows(Transform):
     """Mask rows whose l2 norm is below ``tiny_row_threshold`` times the mean norm of all rows."""
 
-    # The threshold is ours: no source gives one. Rows a hundred times shorter than the mean count
-    # as noise.
+    # The threshold is ours: no source gives one. A row is taken for noise if its norm is less
+    # than a hundredth of the mean norm.
     options = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
     switch = "tiny_rows"
 
