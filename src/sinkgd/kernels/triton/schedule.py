@@ -38,9 +38,9 @@ NARROWEST = 4  # columns of a tile
 # 4 in the others.
 FEWEST_ROWS = 20
 FAN_IN = 8  # programs in a group, and groups in a larger group, whose sums one program adds up
-# Entries of a panel for each thread. There are half as many in two cases: if loads are narrow, since
-# their addresses take registers; and if a panel has fewer than FEW_ROWS rows, since the scales and
-# sums of its columns then take nearly as many registers as its entries.
+# Entries of a panel for each thread. There are half as many in two cases: if loads are narrow,
+# since their addresses take registers; and if a panel has fewer than FEW_ROWS rows, since the
+# scales and sums of its columns then take nearly as many registers as its entries.
 ENTRIES, FEW_ROWS = 64, 4
 
 

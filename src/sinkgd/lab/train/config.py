@@ -1,8 +1,7 @@
 """The configuration of a run: read from TOML, and written as TOML or as command-line options.
 
 Each table of the TOML file is a frozen dataclass, whose fields state their units. ``None`` means
-that no value is given; the docstring of the field or of its class says what is used
-instead.
+that no value is given; the docstring of the field or of its class says what is used instead.
 `sinkgd.lab.train.resolve` fills in the default preset and the recipe's defaults.
 """
 
@@ -85,8 +84,8 @@ class OptimizerConfig:
     change of a weight per step, for an update of RMS 1."""
     matrix_lr: float | None = None
     """Peak learning rate of the matrices inside the blocks, in the unit of lr. The recipes
-    stable-spam, adafactor, lion, soap and scale use lr by default. The recipes stable-spam, adafactor and
-    lion decay all parameters; with matrix_lr they decay only these matrices."""
+    stable-spam, adafactor, lion, soap and scale use lr by default. The recipes stable-spam,
+    adafactor and lion decay all parameters; with matrix_lr they decay only these matrices."""
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight per step at learning rate 1; sgd and
     sgd-momentum add the decay to the gradient instead."""
