@@ -117,7 +117,7 @@ class Backend(ABC):
     package: str  # the package that it runs on
     install: str  # the command that installs the package
     # Whether the backend implements `packed_products`. It then applies `CorrectedScales` without
-    # copying gradients.
+    # copying the gradients that its kernels can read.
     packs_vectors: bool = False
 
     @abstractmethod

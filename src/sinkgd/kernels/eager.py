@@ -3,8 +3,8 @@
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
     s, t: the powers of two by which `equilibrate_` divides rows (s) and columns (t)
-    S: the squares of the gradient divided by s and t, so that no square overflows and no nonzero
-        row or column vanishes
+    S: the squares of the gradient's entries, which are first divided by s and t, so that no square
+        overflows and no nonzero row or column vanishes
     r, c: row and column scales; r2, c2: their squares, in the units of S
 """
 
@@ -62,7 +62,7 @@ class EagerBackend(Backend):
         ]
 
     def sums(self, grads: Sequence[Tensor]) -> Sums:
-        """Return the sums of the squares of gradients."""
+        """Return an object that sums the squares of gradients."""
         return EagerSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> Products:
@@ -98,7 +98,7 @@ def sinkhorn(
 ) -> Scales:
     """Return the scales of one gradient, or batch of gradients, ``(..., m, n)``.
 
-    On a GPU, ``tol`` makes every iteration wait for the device.
+    On a GPU, ``tol`` makes every iteration after the first wait for the device.
     """
     m, n = grad.shape[-2:]
     dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -267,7 +267,7 @@ def _updates_of(grads: Sequence[Tensor], scales: Sequence[Scales | CorrectedScal
 
 
 class EagerSums:
-    """Weighted sums of squares, such as those for scales that several devices find together.
+    """Weighted sums of squares, for example to find the scales of a matrix that devices share.
 
     A device that holds a shard of a matrix returns the sums of its shard. The totals over all
     devices give the scales. Weights and sums are float64, whose range includes the squares of all

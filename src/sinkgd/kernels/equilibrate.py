@@ -72,9 +72,9 @@ def scales_of(row: Tensor, col: Tensor, dtype: torch.dtype) -> Scales:
     Only the product of row and column scales counts. The factor is the power of two that brings the
     largest and the smallest entry of r and c nearest to 1. Then r and c are in the range of
     ``dtype``, and so are ``row * grad`` and ``grad * col``. If the lengths of rows or columns
-    differ by nearly the whole range, in float32 by more than 2**240 / √(mn), the scales of the
-    shortest are out of range. These are clamped, and the update of such a row or column is shorter
-    than that of others.
+    differ by a factor of nearly the whole range (in float32, by a factor above 2**240 / √(mn)), the
+    scales of the shortest are out of range. These are clamped, and the update of such a row or
+    column is shorter than that of others.
 
     Args:
         row: r, ``(..., m, 1)``, float64; not negative.

@@ -1,8 +1,8 @@
 """The backends, how one of them is chosen, and what ``torch.compile`` sees of it.
 
 A compiler cannot look into a backend's loops. It sees the operators ``torch.ops.sinkgd.scales`` and
-``torch.ops.sinkgd.update_``, with the shapes of their results. The backend is chosen when they run.
-Learning rates are tensors in the graph, so that a new rate needs no new graph.
+``torch.ops.sinkgd.update_``, with the shapes of their results. Each operator chooses the backend
+when it runs. Learning rates are tensors in the graph, so that a new rate needs no new graph.
 """
 
 import importlib.util
@@ -48,8 +48,8 @@ def find_backend(name: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: If no backend has this name, or the named backend does not run on ``device``.
-        ImportError: If the named backend is not installed, or cannot run here; the message gives
-            the reason, and says how to install it.
+        ImportError: If the named backend is not installed, or cannot run here. The message gives
+            the reason; if the backend is not installed, it also says how to install it.
     """
     if name == "auto":
         return next(backend for backend in backends() if _takes(backend, device))
@@ -70,7 +70,8 @@ def find_backend(name: str, device: torch.device) -> Backend:
 def describe(device: torch.device) -> list[tuple[str, bool, str]]:
     """List every backend, fastest first: name, whether ``"auto"`` may choose it, and a sentence.
 
-    The sentence says why ``"auto"`` does not choose the backend, or else how the backend works.
+    If ``"auto"`` cannot choose the backend, the sentence says why. Otherwise, it says how the
+    backend works.
     """
     rows = []
     for backend in backends():

@@ -187,7 +187,7 @@ class CpuBackend(EagerBackend):
         return Descent(finite, solver.scales)
 
     def sums(self, grads: Sequence[Tensor]) -> CpuSums:
-        """Return the sums of the squares of gradients."""
+        """Return an object that sums the squares of gradients."""
         return CpuSums(grads)
 
     def products(self, stacks: Sequence[Stack]) -> CpuProducts:

@@ -160,10 +160,12 @@ def cache_is_shared() -> bool:
 def cache_folder() -> Path:
     """Return a writable folder for compiled functions.
 
-    It is in NUMBA_CACHE_DIR if that is set, else in the package's or the user's cache. Its name has
-    a digest of all files that the loops are compiled from. numba itself would only notice a change
-    in the file of the cached function, not in the files of the functions that it calls. If none of
-    these folders is writable, a temporary one is used, which is removed when the process ends.
+    It is in NUMBA_CACHE_DIR if that is set, else in the package's or the user's cache. If none of
+    these is writable, a temporary folder is used, which is removed when the process ends.
+
+    The folder's name has a digest of all files that the loops are compiled from. numba itself would
+    only notice a change in the file of the cached function, not in the files of the functions that
+    it calls.
     """
     here = Path(__file__).parent
     sources = [*sorted(here.glob("*.py")), here.parent / "rounding.py"]

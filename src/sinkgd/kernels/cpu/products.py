@@ -70,7 +70,7 @@ class CpuProducts:
         )
 
     def squares(self) -> list[Tensor]:
-        """Return the square of each Frobenius norm, which products by rows also compute."""
+        """Return the square of each Frobenius norm, as an earlier product by rows computed it."""
         found = {i: own.square() for i, own in self._read.items()}
         return self._with_stored(found, lambda _, stored: stored.squares()[0])
 

@@ -3,7 +3,8 @@
 Here the sum of a row is the sum of the squares of its entries, each times the weight ``v`` of its
 column. The sum of a column is the same with the weight ``u`` of each row. The functions sum eight
 rows at a time, and the remaining rows one by one. `sinkgd.kernels.cpu.solve` finds the scales with
-them; the jobs here are `weighted_sums` and `isfinite`. Letters: see `sinkgd.kernels.cpu.tables`.
+these functions; the jobs here are `weighted_sums` and `isfinite`. Letters: see
+`sinkgd.kernels.cpu.tables`.
 """
 
 from numba import cfunc, float32, int16, int64, void
@@ -157,8 +158,8 @@ def both_sums(dtype, size, g, ld, Q, u, sums, v, step, ahead):
     """Add 8 rows to the column sums, and return the row sums of the 8 rows ``step`` bytes away.
 
     The two sums alternate after a few hundred columns. If the two sums were computed together,
-    sixteen rows would be in use at once. Rows whose addresses are a power of two apart share one
-    set of the L1 cache, which has only eight ways. 8 rows at ``ahead`` are prefetched.
+    sixteen rows would be in use at once. Rows whose addresses are a large power of two apart share
+    one set of the L1 cache, which has only eight ways. 8 rows at ``ahead`` are prefetched.
     """
     full = Q - Q % LANES
     r0, r1, r2, r3, r4, r5, r6, r7 = _splat_eight(u)

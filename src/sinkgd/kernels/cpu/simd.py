@@ -273,7 +273,7 @@ def select_toward_zero(typing: Any, w: Any, moved: Any, one: Any, other: Any) ->
 def prefetch(typing: Any, address: Any) -> Any:
     """Fetch a cache line into L2. The address may lie beyond the matrix.
 
-    L1 would evict rows that are a power of two apart before they are read.
+    L1 would evict rows that are a large power of two apart before they are read.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -384,7 +384,8 @@ def load_atomic(typing: Any, address: Any) -> Any:
 def share_begin(count, worker, workers, unit):
     """Return where a worker's share of ``count`` begins.
 
-    Shares consist of whole units, and differ by at most one unit.
+    Shares consist of whole units, of which the very last may be incomplete. They differ by at most
+    one unit.
     """
     units = (count + unit - 1) // unit
     return min(count, unit * (units * worker // workers))

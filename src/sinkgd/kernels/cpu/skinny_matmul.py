@@ -44,8 +44,8 @@ SUMS = 8  # sums that are computed at a time
 _ROW = 8 * t.PRODUCTS_FIELDS
 
 
-# `make_tile` and the functions that multiply a tile are not inlined: in a loop over tiles, LLVM 22
-# made the innermost loop of `add_low_rank` endless.
+# `make_tile` and the functions that multiply a tile are not inlined: when they were inlined in a
+# loop over tiles, LLVM 22 made the innermost loop of `add_low_rank` endless.
 @compiled
 def make_tile(dtype, size, g, ld, rows, columns, u, v, tile, squares, ahead):
     """Write a tile of X, padded with zeros to whole vectors.

@@ -7,10 +7,10 @@ Letters: see `sinkgd.kernels.cpu.tables`.
 If the columns of a matrix are rows in memory, an iteration finds v first, and after the iterations
 a last half pass finds u.
 
-Zero rows and columns have scales of zero. If P and Q counted them, each iteration would multiply u
-by a factor and v by its inverse. So P and Q are the numbers of nonzero rows and columns. Two half
-iterations count all rows or columns: the first, since zero ones are not known yet, and the last,
-which sets the norm of the result.
+Zero rows and columns have scales of zero. If the numerators P and Q counted them, each iteration
+would multiply u by a factor and v by its inverse. So these numerators are the numbers of nonzero
+rows and columns. Two half iterations count all rows or columns: the first, since zero ones are not
+known yet, and the last, which sets the norm of the result.
 """
 
 import math
@@ -57,8 +57,8 @@ from sinkgd.kernels.cpu.simd import (
 from sinkgd.kernels.cpu.update import update_rows
 
 # A sum may have lost n terms of up to 2^-126 (the smallest normal number, as torch may flush
-# denormals to zero), each times its weight. If the sum is above this multiple of n plus the
-# summed weights, the lost terms are below 2^-26 of it.
+# denormals to zero), each times its weight. If the sum is above FLOOR * (n + the sum of all
+# weights), the lost terms are below 2^-26 of it.
 FLOOR = 2.0**-100
 SMALLEST = float32(2.0**-126)
 

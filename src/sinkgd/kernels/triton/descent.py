@@ -5,11 +5,11 @@ update. For matrices that are transposed in memory, the update also finds the la
 there is no update, or if it waits for other buckets, one more launch finds them. Nothing waits for
 the device.
 
-Apart from addresses, launches depend only on the signature of the tensors: shapes, strides, types,
-devices and alignments. A later step of the same signature allocates the scales of all matrices, the
-partial sums of a bucket and some counters, sends the addresses of all tensors if one has moved, and
-starts the launches. Every step computes the signature of every tensor, so a signature has only what
-torch returns immediately.
+Apart from addresses and the options of the descent, launches depend only on the signature of the
+tensors: shapes, strides, types, devices and alignments. A later step of the same signature and
+options allocates the scales of all matrices, the partial sums of a bucket and some counters, sends
+the addresses of all tensors if one has moved, and starts the launches. Every step computes the
+signature of every tensor, so a signature has only what torch returns immediately.
 """
 
 from collections import OrderedDict
@@ -106,8 +106,8 @@ class PreparedDescents:
 
         Returns:
             The scales, and ``(owners,)`` bool, whether the gradients of each owner are finite. None
-            if ``if_prepared`` is set and no such descent was prepared, or if there is no gradient
-            or a tensor of a subclass other than Parameter.
+            if ``if_prepared`` is set and no such descent was prepared, if there is no gradient, or
+            if a tensor is of a subclass other than Parameter.
         """
         grads, starts, params, keys, sizes = tensors
         filling = [None] * (len(grads) % 2)  # aligns each list of addresses to 16 bytes

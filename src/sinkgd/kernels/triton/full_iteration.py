@@ -87,7 +87,7 @@ def _first_scale(total, inverse, target):
 def _next_scale(before, total, target):
     """Return the scale that brings a sum of squares to ``target``, and how the squares grow.
 
-    The squares were scaled by ``before``.
+    The scale ``before`` is a factor of the entries that were squared.
     """
     f = tl.div_rn(target, total)
     f = tl.where(total == 0, 0.0, f)

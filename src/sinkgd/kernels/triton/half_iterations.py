@@ -74,9 +74,9 @@ def tile_of_product(P: int, Q: int, area: int) -> Tile:
 
 
 def tiles_per_program(count: int, tiles: int, side: int, entry_bytes: int) -> int:
-    """Return how many tiles of a line, a row or column of tiles, one program processes.
+    """Return how many tiles of a line one program processes.
 
-    There are ``count`` lines of ``tiles`` tiles each.
+    A line is a row or a column of tiles. There are ``count`` lines of ``tiles`` tiles each.
 
     For each of its scales a program first reads ``tiles`` partial sums of 4 bytes. Each of its
     tiles has ``side`` entries for each scale. The program processes enough tiles for these entries
@@ -195,7 +195,8 @@ class Scratch(NamedTuple):
     scales: tuple[Tensor, Tensor]  # float32, used alternately; the first has the result
     sums: Tensor  # partial sums of one bucket, float32
     nonzero: Tensor  # how many row and column scales of each matrix are not zero, int32
-    # Whether a row scale of each matrix moved, int32, a vector for each iteration; None without tol
+    # For each iteration an int32 vector: for each matrix, whether some row scale moved. None
+    # without tol
     moved: Tensor | None
 
     def scales_of(self, iteration: int, num_iters: int) -> Tensor:
@@ -203,7 +204,7 @@ class Scratch(NamedTuple):
         return self.scales[(num_iters - iteration) % 2]
 
     def moved_in(self, iteration: int, num_iters: int) -> Tensor:
-        """Return whether row scales moved in an iteration; without ``tol``, an unused tensor."""
+        """Return whether row scales moved in an iteration; ignore the result without ``tol``."""
         if self.moved is None:
             return self.nonzero  # not read
         return self.moved[min(max(iteration, 0), num_iters)]

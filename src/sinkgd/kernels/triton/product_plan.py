@@ -1,8 +1,8 @@
 """The plan of products of updates with a few vectors: where matrices and their vectors are stored.
 
 The vectors of all matrices are stored in two tensors: one for vectors with an entry for each row of
-a matrix, one for those with an entry for each column. A matrix fills whole blocks of 128 rows of
-these tensors; zeros follow its own entries. A plan depends only on shapes, strides, types and
+a matrix, one for those with an entry for each column. The vectors of a matrix fill whole blocks of
+128 rows of these tensors, padded with zeros. A plan depends only on shapes, strides, types and
 alignment, so steps share it.
 
 Letters: as in `sinkgd.kernels.triton.tables`.
@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Matrices that are multiplied together.
+    """Matrices that are multiplied by vectors in the same launches.
 
     If their gradients are small enough, these stay in the cache from one product to the other.
     """

@@ -1,6 +1,6 @@
 """Products of updates X = row * grad * col with a few vectors, by the kernels of `skinny_matmul`.
 
-`SkinnyProducts` multiplies all matrices together, with vectors in one tensor; `StackProducts` takes
+`SkinnyProducts` takes and returns the vectors of all matrices in one tensor; `StackProducts` takes
 and returns one tensor for each stack of gradients.
 
 Letters: as in `sinkgd.kernels.triton.tables`.

@@ -33,9 +33,9 @@ from sinkgd.kernels.triton.tables import (
 LONGEST = 1 << 14  # entries of the longest row that a program keeps in registers
 FEWEST_THREADS, MOST_THREADS = 64, 512
 NARROWEST = 4  # columns of a tile
-# The least number of rows of a program. In bfloat16, 20 rows have 40 bytes per column. The
-# program's partial sums have at most an eighth of that: 5 bytes per column in the first launch, and
-# 4 in the others.
+# The least number of rows of a program, except the last program of a matrix. In bfloat16, 20 rows
+# have 40 bytes per column. The program's partial sums have at most an eighth of that: 5 bytes per
+# column in the first launch, and 4 in the others.
 FEWEST_ROWS = 20
 FAN_IN = 8  # programs in a group, and groups in a larger group, whose sums one program adds up
 # Entries of a panel for each thread. There are half as many in two cases: if loads are narrow,

@@ -64,9 +64,9 @@ def half_iteration(
     out,  # scales that are returned
     partial_sums,
     nonzero,  # how many row and column scales are not zero, a pair for each matrix
-    earlier,  # whether a row scale of each matrix moved in iteration ``done - 1``
-    now,  # whether a row scale of each matrix moved in iteration ``done``
-    coming,  # whether a row scale of each matrix moves in this iteration, ``done + 1``; written
+    earlier,  # for each matrix, whether some row scale moved in iteration ``done - 1``
+    now,  # for each matrix, whether some row scale moved in iteration ``done``
+    coming,  # the same for this iteration, ``done + 1``; written
     done,  # number of iterations that are finished
     low,  # the least quotient of squared scales that counts as no movement
     high,  # the largest one

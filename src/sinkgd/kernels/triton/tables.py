@@ -162,8 +162,8 @@ class ShardMatrix(NamedTuple):
     ld: int
     P: int
     Q: int
-    # Offset of its rows in memory in the sums and weights of rows, or of columns if the matrix is
-    # transposed in memory
+    # Where its P entries begin in the sums and weights of rows, or in those of columns if the
+    # matrix is transposed in memory
     rows: int
     cols: int
 
@@ -274,7 +274,7 @@ class DeviceTables:
         return self._copy(key, torch.frombuffer(array("q", values), dtype=torch.int64), device)
 
     def table(self, host: Tensor, device: torch.device) -> Tensor:
-        """Return a copy of ``host``, which does not change, on ``device``."""
+        """Return a copy on ``device`` of ``host``, a tensor that must never change."""
         key = id(host), *_stream(device)  # the copy keeps ``host``, so no other tensor has its id
         found = self._find(key, device)
         return self._copy(key, host, device) if found is None else found
