@@ -1,6 +1,7 @@
 """Every backend gives the paper's scales and the same step, row by row of one table."""
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -598,6 +599,22 @@ class TestStochasticRounding:
         )
         assert not torch.equal(params[0], before)
         assert torch.equal(params[1], before)
+
+
+class TestForbidden:
+    @dtypes
+    @pytest.mark.parametrize("step", [-0.1, math.inf, math.nan])
+    @pytest.mark.parametrize("keep", [1.0, 0.9])
+    def test_what_may_not_be_written_keeps_its_bits(self, backend, dtype, step, keep):
+        param, grad = normal((37, 53), 1, dtype), normal((37, 53), 0, dtype)
+        param[0, :3] = torch.tensor([-0.0, 0.0, math.nan])
+        before = param.clone()
+        scales = backend.scales([grad], 1)
+        backend.update_(
+            [param], [grad], scales, keep=keep, step=step, allowed=[torch.tensor(False)]
+        )
+        ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        assert torch.equal(param.view(ints), before.view(ints))
 
 
 class TestMemory:

@@ -157,11 +157,12 @@ def apply_update_(
             wide_dtype = torch.promote_types(param.dtype, torch.float32)
             keep = torch.full_like(allowed, keep, dtype=wide_dtype)
         keep = torch.where(allowed, keep, 1.0)
-        update = torch.where(allowed, update, 0.0)
     wide = param.to(
         torch.promote_types(param.dtype, torch.float32)
     )  # param itself, if it has that dtype
     moved = update.mul_(step)
+    if allowed is not None:
+        moved = torch.where(allowed, moved, -0.0)  # to add 0.0 would change -0.0
     if is_cautious:
         wide.mul_(_where_toward_zero(wide, moved, keep))
     elif isinstance(keep, Tensor) or keep != 1:
