@@ -85,8 +85,8 @@ class OptimizerConfig:
     change of a weight per step, for an update of RMS 1."""
     matrix_lr: float | None = None
     """Peak learning rate of the matrices inside the blocks, in the unit of lr. The recipes
-    stable-spam, adafactor, lion, soap and scale use lr by default. The recipes stable-spam, adafactor and
-    lion decay all parameters; with matrix_lr they decay only these matrices."""
+    stable-spam, adafactor, lion, soap and scale use lr by default. The recipes stable-spam,
+    adafactor and lion decay all parameters; with matrix_lr they decay only these matrices."""
     weight_decay: float | None = None
     """Decoupled weight decay, fraction of a weight per step at learning rate 1; sgd and
     sgd-momentum add the decay to the gradient instead."""
@@ -154,7 +154,7 @@ class OptimizerConfig:
     projection_every_steps: int | None = None
     """Steps between renewals of a projection (GaLore, Fira, APOLLO) or basis (SOAP), a count."""
     projection_scale: float | None = None
-    """Factor s of updates: s for projected ones (GaLore, Fira), √s for those of APOLLO."""
+    """Scale s of updates: the factor is s for projected ones (GaLore, Fira), √s for APOLLO's."""
     reset_every_steps: int | None = None
     """Steps between resets of Adam's means (spam, adamw-spam, stable-spam), a count."""
     rounding: Rounding | None = None
