@@ -67,7 +67,7 @@ class Arm:
     value: float | None = None  # position on the study's axis
     control: bool = False  # whether other arms are compared with this one
     series: str = ""  # arms of one series are joined along the axis; default: the recipe
-    # Fields that are a multiple of a tuned one at every point: (tuned field, factor).
+    # For each field that is a multiple of a tuned one at every point: (tuned field, factor).
     multiples: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     carried: Carried | None = None  # instead of a grid
     seeds: int | None = None  # how many of the study's seeds to run; default: all
@@ -77,7 +77,7 @@ class Arm:
 
     @property
     def efforts(self) -> int:
-        """Number of points to try."""
+        """Number of points to try, without those that widening adds."""
         if self.carried is not None:
             return len(self.carried.tried) if len(self.carried.tried) > 1 else 0
         return len(self.points())
@@ -194,8 +194,8 @@ def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
         if len(set(efforts.values())) > 1:
             listed = ", ".join(f"{name} {effort}" for name, effort in efforts.items())
             raise ConfigError(
-                f"the arms of study {study!r} are not tuned alike: points of their grids are "
-                f"{listed}; give each the same number of points"
+                f"the arms of study {study!r} are not tuned alike: the numbers of points in "
+                f"their grids are {listed}; give each the same number of points"
             )
 
 

@@ -1,9 +1,9 @@
 """Which run of a study is next, and which runs other studies have made already.
 
-The order is: first the points of every grid, and the neighbors of the best points if grids are
-widened; then the seeds of arms whose grid is complete; then the grids of arms that take their
-values from another arm, which belong to large models. Runs in the study's record are done. Other
-runs are handed out, and continue from their checkpoints if a killed process has begun them.
+The order is: first the points of every arm's own grid, and the neighbors of the best points if
+grids are widened; then the seeds of arms whose grid is complete; then the grids of arms that take
+their values from another arm, as the arms of large models do. Runs in the study's record are done.
+Other runs are handed out, and continue from their checkpoints if a killed process has begun them.
 
 Runs of grids that neighboring studies have in common are trained once and reused. In one
 environment, a run's configuration determines its losses to the bit, and a grid needs only losses.

@@ -1,8 +1,9 @@
 """Studies, and their plans, which name all runs and resolve the configuration of each.
 
-A study asks a question. It compares ways to train, the arms. Those that are tuned have equally
-large grids, and all run with the same seeds. A function, the study's judge, turns the results into
-a verdict.
+A study asks a question. It compares ways to train, the arms. Those that are tuned start with
+equally large grids; if some arms take their values from others, this holds only among the arms at
+one position of the axis. All arms run with the same seeds, or with the first few of them. A
+function, the study's judge, turns the results into a verdict.
 """
 
 from collections.abc import Callable, Iterator, Mapping

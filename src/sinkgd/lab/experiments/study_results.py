@@ -32,7 +32,8 @@ class Difference:
     # Nats per token. Infinite if only one arm diverged; NaN if k is 0, or if each arm diverged in a
     # seed in which the other did not.
     mean: float
-    # Half the width of the interval; infinite if k is below 2, but 0 if ``mean`` is infinite.
+    # Half the width of the interval. It is infinite if k is 0, or if k is 1 and ``mean`` is finite;
+    # it is 0 if k is above 0 and ``mean`` is not finite.
     half_width: float
     count: int  # k
 
@@ -49,7 +50,7 @@ class Difference:
         k = len(differences)
         if k == 0:
             return cls(math.nan, math.inf, 0)
-        each_diverged = {math.inf, -math.inf} <= set(differences)  # in another seed than the other
+        each_diverged = {math.inf, -math.inf} <= set(differences)  # in different seeds
         mean = math.nan if each_diverged else statistics.fmean(differences)
         if k == 1 or not math.isfinite(mean):
             return cls(mean, math.inf if math.isfinite(mean) else 0.0, k)

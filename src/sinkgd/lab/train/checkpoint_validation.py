@@ -4,9 +4,9 @@ A checkpoint is a folder such as ``step-00000100`` that was written under anothe
 when complete. Its ``checksums.json`` holds the SHA-256 of every other file, because a disk may
 damage files later.
 
-torch's own reader and planner unpickle ``.metadata`` and all values that are not tensors without
-limits, so a checkpoint from somebody else could run any code. Here ``.metadata`` may name only the
-classes that torch's writer puts there, and dtypes. Every value is loaded with
+torch's own reader and planner unpickle ``.metadata`` and all values that are not tensors, and
+allow every class there, so a checkpoint from somebody else could run any code. Here ``.metadata``
+may name only the classes that torch's writer puts there, and dtypes. Every value is loaded with
 ``weights_only=True``.
 """
 

@@ -153,7 +153,7 @@ class OptimizerConfig:
     projection_every_steps: int | None = None
     """Steps between renewals of a projection (GaLore, Fira, APOLLO) or basis (SOAP), a count."""
     projection_scale: float | None = None
-    """Factor s of updates: s for projected ones (GaLore, Fira), √s for those of APOLLO."""
+    """Scale s of updates: the factor is s for projected ones (GaLore, Fira), √s for APOLLO's."""
     reset_every_steps: int | None = None
     """Steps between resets of Adam's means (spam, adamw-spam, stable-spam), a count."""
     rounding: Rounding | None = None

@@ -127,9 +127,9 @@ class Heartbeat:
     def explain(self, error: Exception) -> Exception:
         """Return the cause of an error: a lost rank if there is one, else the error itself.
 
-        A plain RuntimeError or a DistError may come from a broken connection: this then waits until
-        the lost rank is known, for at most 34 seconds. Any other error is this rank's own, and is
-        reported to the other ranks.
+        A plain RuntimeError or a DistError may come from a broken connection, so for such an
+        error this method waits until the lost rank is known, for at most 34 seconds. Any other
+        error is this rank's own, and is reported to the other ranks.
         """
         if error is self._explained:
             return error

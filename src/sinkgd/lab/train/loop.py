@@ -28,13 +28,14 @@ def lr_factor(
 ) -> float:
     r"""Return the learning rate of the step that follows ``step`` steps, as a fraction of the peak.
 
-    With w = round(``warmup_fraction`` · ``steps``) and k = ``step`` + 1, the fraction of step k is
-    k/w during the warm-up, so that the first step has a rate above 0. After the warm-up it is
+    With w = min(round(``warmup_fraction`` · ``steps``), ``steps`` - 1) and k = ``step`` + 1, the
+    fraction of step k is k/w during the warm-up, so that the first step has a rate above 0. After
+    the warm-up it is
 
     .. math::
         f + (1 - f) \frac{1 + \cos \pi t}{2}, \qquad t = \frac{k - w}{steps - w}
 
-    with f = ``final_lr_fraction``, which step number ``steps`` reaches exactly if w < ``steps``.
+    with f = ``final_lr_fraction``, which step number ``steps`` reaches exactly.
 
     Args:
         step: Steps already taken; 0 before the first.

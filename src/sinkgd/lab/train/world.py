@@ -69,7 +69,7 @@ class World:
         return [_unwrap(outcome) for outcome in sent]
 
     def total(self, *numbers: float) -> list[float]:
-        """Return the sum over all ranks of each number, in float64."""
+        """Return the sum of each number over all ranks, in float64."""
         return self._reduce(numbers, dist.ReduceOp.SUM)
 
     def highest(self, number: int) -> int:

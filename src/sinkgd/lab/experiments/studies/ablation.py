@@ -32,7 +32,7 @@ def arms_with(grid: Grid) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Name the normalization with the lowest loss, and compare the others with rows and columns."""
+    """Name the normalization with the lowest loss, and compare the others with `BOTH`."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     best = ranked(results.candidates)[0]

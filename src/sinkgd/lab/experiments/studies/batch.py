@@ -61,7 +61,7 @@ def arms_at(size: float, shared: SharedConfig, grids: dict[str, Grid]) -> tuple[
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Compare the arms at every size, and say at which sizes a candidate is better or worse."""
+    """Compare the arms at every size, and say where a candidate differs from the fair AdamW."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     sentences = [

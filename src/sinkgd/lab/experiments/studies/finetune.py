@@ -86,13 +86,13 @@ def largest_rise(run: Run) -> float:
 
 
 def old_losses(one: ArmResults) -> list[float]:
-    """Return the final losses on the old text, one for each seed."""
+    """Return the final losses on the old text, one for each seed that recorded it."""
     found = [result.run.evaluations[-1].other_val_loss for result in one.seeds]
     return [value for value in found if value is not None]
 
 
 def judge(results: StudyResults) -> Verdict:
-    """Compare SinkGD with AdamW on the new text, and all arms on the old one."""
+    """Compare each candidate with AdamW on the new text; state every arm's losses on both texts."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     adamw, lora = results.arm("adamw"), results.arm("lora-adamw")

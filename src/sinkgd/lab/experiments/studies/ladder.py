@@ -3,11 +3,11 @@
 Rules (at the paper's scale, tokens and batch are instead those of the benchmark):
     tokens: 20 for each hidden weight, so that the training takes C ∝ N² operations
     batch: grows as the square root of the tokens, and so does the number of steps
-    rates: each arm is tuned at the two smallest sizes. Larger models take the best rate of the
-        second smallest one. The rate of matrices shrinks as 1/d with the width d, as study `width`
-        found for SinkGD with deflation. Muon's rate does not shrink, because Muon scales its
-        updates by the shape of the matrix. At the largest size, this rate, its half and its double
-        are tried.
+    rates: each method is tuned at the two smallest sizes. Larger models take the method's best
+        rates at the second smallest size. Among these, the rate of matrices then shrinks as 1/d
+        with the width d, as study `width` found for SinkGD with deflation. Muon's rate does not
+        shrink, because Muon scales its updates by the shape of the matrix. At the largest size, the
+        resulting rate of matrices, its half and its double are tried.
 
 Letters:
     N: number of hidden weights, which are those of the blocks' matrices

@@ -23,7 +23,7 @@ DEFAULT = "default"
 WEIGHT_DECAY = "optimizer.weight_decay"
 
 # Like the study `table1`, but longer: 1.64M tokens, 32 sequences of 128 tokens per step; about 4
-# minutes of one core.
+# minutes of one core per run.
 LONG = replace(
     MACHINE,
     training=replace(MACHINE.training, steps=400, batch_size=32),

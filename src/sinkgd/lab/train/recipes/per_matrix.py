@@ -1,8 +1,8 @@
 """Optimizers that update one matrix at a time: APOLLO and RACS, with Fira's norm-growth limiter.
 
 Letters:
-    m, n: rows and columns of a matrix; in APOLLO m is the shorter side, since a tall matrix is
-        transposed, and a column is a channel
+    m, n: rows and columns of a matrix. APOLLO transposes tall and square matrices, so that m is
+        the shorter side, and then calls each column a channel
     r: rank of APOLLO's projection
     q, s: RACS's scales of rows and of columns
 

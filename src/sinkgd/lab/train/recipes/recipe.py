@@ -25,7 +25,7 @@ class Recipe:
     name: str
     summary: str  # one line
     source: str  # the source of the defaults
-    defaults: Options  # fields of `OptimizerConfig` that the recipe takes: default values
+    defaults: Options  # fields of `OptimizerConfig` that the recipe takes, with default values
     build: Callable[[nn.Module, Options], Optimizer]
     can_shard: bool = False  # whether weights may be sharded over ranks
     can_release: bool = False  # whether it can apply one gradient at a time, inside backward
