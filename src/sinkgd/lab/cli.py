@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for input that the user can correct, 129 after
-        SIGHUP, 130 after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
+        The exit code: 0 for success, 1 for a run that failed, 2 for input that the user can
+        correct, 129 after SIGHUP, 130 after Ctrl-C, 141 if nobody reads the output any more, 143
+        after SIGTERM.
     """
     try:
         hand_over_ctrl_c()
@@ -219,7 +220,7 @@ def _memory_limit() -> int | None:
 
 
 def _first_unreadable(arguments: Sequence[str]) -> str | None:
-    """Return the first argument whose bytes are not UTF-8 text; no record could store it."""
+    """Return the first argument that the locale could not decode; no record could store it."""
     for argument in arguments:
         try:
             argument.encode("utf-8")

@@ -78,7 +78,7 @@ def naming_path(path: Path) -> Iterator[None]:
 
 
 def is_special(path: Path) -> bool:
-    """Whether ``path`` exists and is not a regular file; reading a FIFO may never end."""
+    """Whether ``path`` exists and is not a regular file, e.g. a FIFO, which may block a reader."""
     return path.exists() and not path.is_file()
 
 

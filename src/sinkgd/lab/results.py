@@ -60,7 +60,7 @@ class TrainStep:
     lr: float  # of the first parameter group
     gradient_norm: float  # global l2 norm, before clipping
     step_seconds: float
-    optimizer_seconds: float  # the part of step_seconds for updates, also inside backward
+    optimizer_seconds: float  # the part of step_seconds for updates, even if inside backward
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ModelStatistics:
 
     kind: ClassVar[str] = "statistics"
     step: int
-    values: dict[str, float]  # by the model's names, e.g. "attention_entropy/mean", nats
+    values: dict[str, float]  # by the model's names, e.g. "attention_entropy/mean" in nats
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class RunEnd:
     message: str = ""  # the reason, if status is "failed"
 
 
-# The tables of a configuration that reports read.
+# Reports read these tables of a configuration.
 _TABLES = ("model", "data", "training", "mesh", "optimizer")
 
 Checked = TypeVar("Checked")
@@ -236,7 +236,7 @@ def checked(record: Checked) -> Checked:
     """Check that a record's fields have the types of its class, and return the record.
 
     Raises:
-        TypeError: If not; the message gives the first such field.
+        TypeError: If a field has another type; the message gives the first such field.
 
     Examples:
         >>> checked(Resume("three"))

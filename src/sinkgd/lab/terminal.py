@@ -12,7 +12,7 @@ import unicodedata
 from typing import Any, TextIO
 
 ERRORS = "sinkgd.readable"
-# Characters of pages and tables beyond ASCII that have a plain equivalent.
+# Characters beyond ASCII in pages and tables, each with a plain equivalent.
 _PLAIN = {
     "×": "x",
     "·": "*",

@@ -64,4 +64,4 @@ def test_the_terminal_has_the_same_figures(record, capsys):
     shown = capsys.readouterr().out
     assert "public, compiled: no compiler <b>" in shown
     assert "≤ 1.15" in shown.replace("\N{NO-BREAK SPACE}", " ")
-    assert "slowest of 2 processes; 11.00 s with an empty cache" in shown
+    assert "slowest of 2 processes with a warm cache; 11.00 s with an empty cache" in shown

@@ -244,8 +244,8 @@ def case_table(case: CaseTiming) -> TextTable:
     rate = best.bytes_per_second.median / 1e9
     return TextTable(
         title=f"{case.case}, {case.dtype}",
-        note=f"Share: fraction of what {best.name} reached in the same round; its median is "
-        f"{rate:.1f} GB/s.",
+        note=f"Share: fraction of the bandwidth that {best.name} reached in the same round. The "
+        f"median of this bandwidth is {rate:.1f} GB/s.",
         columns=("operation", "µs", "GB/s", "share"),
         rows=tuple(
             (

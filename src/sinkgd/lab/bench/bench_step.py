@@ -208,7 +208,7 @@ def time_workload(
         workload: The parameters to update.
         dtype: The type of parameters and gradients, a name in `DTYPES`.
         device: The device to run on.
-        pace: Number and length of the rounds.
+        pace: Number of rounds, and time for each contender.
         wanted: Says, given an optimizer's name, whether to time it; fused AdamW is always timed.
         progress: Called with the fraction of the work that is done, 0 to 1.
     """

@@ -1,9 +1,9 @@
 """The optimizers whose time and memory `sinkgd bench` measures, most with a floor.
 
-A pass is one read or one write of all the matrices. A floor is the smallest number of passes that
-an optimizer needs. AdamW reads the gradients G, the weights W and two moments, and writes W
-and both moments. SGD reads G and W, and writes W. SinkGD with L iterations reads G L times, then
-reads G and W, and writes W; with deflation it reads G two more times.
+A pass is one read or one write of all the matrices. A floor is the time of the smallest number of
+passes that an optimizer needs. AdamW reads the gradients G, the weights W and two moments, and
+writes W and both moments. SGD reads G and W, and writes W. SinkGD reads G once in each of L
+iterations, then reads G and W, and writes W; with deflation it reads G two more times.
 
 SinkGD is also timed as public code writes it: the plain loop and the compiled one.
 

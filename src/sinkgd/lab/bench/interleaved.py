@@ -2,15 +2,16 @@
 
 A contender is a function to time. Slow contenders are left out of some rounds.
 
-Other load on the machine then affects all contenders alike. So does the state in which the previous
-contender leaves the caches. Ratios are taken within a round and summarized by their quartiles.
+Because contenders take turns, other load on the machine affects all of them alike. So does the
+state in which the previous contender leaves the caches. Ratios are taken within a round and
+summarized by their quartiles.
 
 A floor is a lower bound on a time: a number of bytes divided by a bandwidth, which must be one that
 the machine reaches. Probes are operations that only stream the matrices. They are timed in the same
-rounds, and the fastest of them, or of the optimizers that only stream, gives the bandwidth. Most
-probes pass over one flat tensor, so that the overhead of calls does not count when there are many
-small matrices. A pass is one read or one write of all the matrices, whatever else the hardware
-does, such as reading a cache line before overwriting it.
+rounds. The fastest operation among the probes and the optimizers that only stream gives the
+bandwidth. Most probes pass over one flat tensor, so that the overhead of calls does not count when
+there are many small matrices. A pass is one read or one write of all the matrices, whatever else
+the hardware does, such as reading a cache line before overwriting it.
 """
 
 import math
@@ -59,7 +60,7 @@ def time_interleaved(
 
     Args:
         contenders: The functions to call, by name.
-        pace: Number and length of the rounds.
+        pace: Number of rounds, and time for each contender.
         device: Synchronized before a clock is read.
         progress: Called after every timing with the fraction of the work that is done, 0 to 1.
         reference: A contender to time in every round, however slow it is.

@@ -171,7 +171,7 @@ def _optimizer_table(record: MemoryRecord, workload: str, dtype: str) -> TextTab
         note = (
             f"Parameters: {size(uses[0].parameter_bytes)}. Kept: allocated by the first step and "
             "not released, less the state. In a step: the most that a later step has allocated at "
-            f"once. The target for the sum of kept and in a step: {size(uses[0].limit_bytes)}."
+            f"once. Target for kept + in a step: {size(uses[0].limit_bytes)}."
         )
     return TextTable(
         title=f"{workload}, {dtype}",

@@ -43,7 +43,7 @@ class WorkloadTiming:
     workload: str
     title: str
     dtype: str
-    matrices: int  # number of parameters, including vectors
+    matrices: int  # number of parameter tensors, including vectors
     entries: int
     timings: tuple[Timing, ...]  # fused AdamW first
     absent: tuple[Absent, ...]

@@ -80,7 +80,7 @@ def target_table(record: StepRecord) -> TextTable:
         title="Targets",
         note=f"SinkGD with the backend {record.ours}. This run measured {len(judged)} of "
         f"{len(record.targets)} targets.",
-        columns=("target", "measured", "target", "met", "stretch", "met"),
+        columns=("figure", "measured", "target", "met", "stretch", "met"),
         rows=tuple(
             (
                 result.name,
@@ -145,8 +145,8 @@ def check_table(record: StepRecord) -> TextTable:
         (
             f"first call, {call.backend}",
             f"{max(call.warm_seconds):.2f} s",
-            f"slowest of {len(call.warm_seconds)} processes; {call.cold_seconds:.2f} s with an "
-            "empty cache",
+            f"slowest of {len(call.warm_seconds)} processes with a warm cache; "
+            f"{call.cold_seconds:.2f} s with an empty cache",
         )
         for call in record.first_calls
     ]

@@ -46,7 +46,7 @@ class Experiment:
     """Corpus: prepared shards, text files or files in C4's layout; by default the study's own."""
 
     out: Path | None = None
-    """Folder of the study; by default runs/NAME, or runs/NAME-paper."""
+    """Folder of the study; by default runs/NAME, at paper scale runs/NAME-paper."""
 
     seeds: int | None = None
     """Number of reported runs of each arm; their seeds count up from training.seed."""
@@ -56,8 +56,8 @@ class Experiment:
     at machine scale, else one."""
 
     tune: bool = True
-    """Search each arm's grid first, with a seed that no reported run has; otherwise arms keep their
-    settings."""
+    """Search each arm's grid first, with a seed that no reported run has. With --no-tune, arms keep
+    their settings."""
 
     reuse: bool = True
     """Reuse tuning runs of other studies in the parent folder of --out that were made on this

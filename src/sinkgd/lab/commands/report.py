@@ -24,9 +24,9 @@ class Report:
     """Print the table of a folder of runs, or of a study, and write its page."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder that `sinkgd compare`, `train` or `experiment` wrote: */run.jsonl, run.jsonl or
-    study.jsonl; or a folder with copies of such files, each under a name of its own, such as
-    benchmarks/demo/2026-11-28; or the file of one run."""
+    """Folder that `sinkgd compare`, `train` or `experiment` wrote: it holds */run.jsonl, run.jsonl
+    or study.jsonl. Or a folder, such as benchmarks/demo/2026-11-28, with copies of the run.jsonl of
+    several runs, each copy under a name of its own that ends in .jsonl. Or the file of one run."""
 
     baseline: str | None = None
     """Name of the recipe that the others are compared with; by default adamw, else adamw-one-lr,

@@ -19,9 +19,9 @@ An epoch therefore draws each row once, and resuming needs no state except the s
 ranks takes rows r·B/w … (r+1)·B/w - 1; the global batch is the same for every w.
 
 The permutation of 0 … n-1 needs no memory. A Feistel network permutes numbers of b bits, where 2^b
-is the smallest power of two ≥ n. A result of n or more goes through the network again until it is
-below n ("cycle walking"); the map remains a bijection. This takes fewer than two passes on average,
-since 2^b < 2n.
+is the smallest power of two ≥ n (b = 1 if n = 1). A result of n or more goes through the network
+again until it is below n ("cycle walking"); the map remains a bijection. This takes at most two
+passes on average, since 2^b ≤ 2n.
 
     one round:  (left, right) → (right, left ⊕ F(right))    F: splitmix64's mixer, keyed
 

@@ -30,7 +30,7 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 VALIDATION_FRACTION = 0.05
 _SMALLEST_FRACTION = 1e-9
-_NAMED = 5  # the most files that a note names
+_NAMED = 5  # a note names at most this many files
 # Where a document may be cut, best first: after a paragraph, a line, a word.
 _BORDERS = tuple(map(re.compile, (r"\n[^\S\n]*\n\s*", r"\n\s*", r"\s+")))
 
@@ -178,7 +178,7 @@ class FileCorpus:
             return f"the text is one document; its {last} are for validation"
         return (
             f"the text has {len(self._cuts)} documents, too few to hold one out; the {last} of "
-            "each are for validation"
+            "each that is long enough are for validation"
         )
 
     def fingerprint(self) -> str:

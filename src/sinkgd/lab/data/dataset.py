@@ -118,7 +118,7 @@ class Manifest:
         """Read the manifest of ``folder``.
 
         Raises:
-            DataError: If the manifest is missing, damaged or of another version of the format.
+            DataError: If the manifest is missing, damaged or of a format that cannot be read.
         """
         path = folder / MANIFEST_FILE
         try:

@@ -156,8 +156,8 @@ def read_documents(file: Path, text_field: str = TEXT_FIELD) -> Iterator[str]:
 
     Raises:
         DataError: If the file holds no document, is damaged, is not UTF-8, or has a line or row
-            without text (the message gives its number); or if the package that reads it is not
-            installed.
+            whose text is absent or not a string (the message gives its number); or if the package
+            that reads it is not installed.
     """
     empty = True
     for text in _texts(file, text_field):

@@ -156,7 +156,8 @@ class Step:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
-        # The ignored warning says that rounding may lose updates; these weights are uninitialized.
+        # The ignored warning says that rounding may lose updates. That does not matter here: the
+        # weights are uninitialized.
         with catch_warnings():
             simplefilter("ignore")
             self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")

@@ -141,7 +141,7 @@ def interpreter_figures(found: Interpreted) -> list[Figure]:
 def host_figures() -> list[Figure]:
     """Count the work of the host in a step."""
     how = "calls of torch's dispatcher; launches do nothing"
-    whole = "calls of torch's dispatcher for all parameters, except those of AdamW itself"
+    whole = "calls of torch's dispatcher for all parameters, without AdamW's own calls"
     more, model = "torch calls for each further matrix", "torch calls of a hybrid step, llama-1b"
     plain, deflated = ({"deflated_rank": rank} for rank in (0, RANK))
     return [
@@ -172,7 +172,10 @@ def schedule_figures() -> list[Figure]:
     """Return the figures that follow from the schedule of a step on an H100, in bfloat16."""
     bucket = "partial sums and scales / gradients, the worst bucket that is more than half full"
     whole = "bytes of all that a step allocates, divided by the gradients' bytes"
-    moved = "buckets of up to half of an H100's L2 cache are read from memory once"
+    moved = (
+        "buckets of up to half of an H100's L2 cache are read from memory once, or twice if their "
+        "update waits for other buckets"
+    )
     scratch = {model: scratch_of_model(model) for model in LLAMAS}
     return [
         *(

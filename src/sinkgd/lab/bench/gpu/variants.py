@@ -47,7 +47,8 @@ class Variant:
     def loop(self) -> int:
         """Instructions in the loop over panels; 0 if there is none.
 
-        It is the first loop that is too long to be part of a division.
+        The loop over panels is the first one with more than three instructions per entry. A shorter
+        one may be part of a division.
         """
         return next((loop for loop in self.loops if loop > 3 * self.entries), 0)
 
