@@ -157,11 +157,12 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
     """Make the table of a dry run."""
     arms = dry_run(plan)
     total = sum(arm.runs * arm.tokens for arm in arms)
+    tuning = f", tuning with seed {plan.tuning_seed}" if plan.tune else ""
     return TextTable(
         title=f"{plan.study}, {plan.scale} scale: {plan.runs_in_words}",
         note=f"{count(total)} tokens in {plan.runs} runs; seeds "
-        f"{', '.join(map(str, plan.seeds))}, tuning with seed {plan.tuning_seed}. Memory: the peak "
-        f"of a step on one device, from `sinkgd plan`; {ABSENT} if it cannot estimate the arm.",
+        f"{', '.join(map(str, plan.seeds))}{tuning}. Memory: the peak of a step on one device, from "
+        f"`sinkgd plan`; {ABSENT} if it cannot estimate the arm.",
         columns=("arm", "runs", "parameters", "groups", "tokens per run", "memory"),
         rows=tuple(
             (

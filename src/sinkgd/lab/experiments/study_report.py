@@ -316,12 +316,13 @@ def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Cha
 
 def _schedule(plan: Mapping[str, Any]) -> str:
     training = plan["shared"]["training"]
+    tuning = f"; tuning with seed {plan['tuning_seed']}" if plan["tune"] else ""
     return (
         f"{training['steps']} steps of {training['batch_size']} × {training['sequence_length']} "
         f"tokens unless an arm says otherwise; warm-up over {training['warmup_fraction']:.0%} of "
         f"the steps, then a cosine to {training['final_lr_fraction']:.0%}. Seeds "
-        f"{', '.join(map(str, plan['seeds']))}: the same text, order and weights for every arm; "
-        f"tuning with seed {plan['tuning_seed']}."
+        f"{', '.join(map(str, plan['seeds']))}: the same text, order and weights for every "
+        f"arm{tuning}."
     )
 
 

@@ -64,7 +64,9 @@ def judge(results: StudyResults) -> Verdict:
     ways = ranked([one for one in results.candidates if one is not none])
     if none is None or not ways:
         best = ranked(results.candidates)[0]
-        return Verdict(f"{ended(best)}; there is nothing to compare it with.", (), ())
+        return Verdict(
+            f"{ended(best)}; there is nothing to compare it with.", (), tuple(cautions(results))
+        )
     best, gain = ways[0], results.difference(ways[0], none)
     if gain.lower:
         headline = f"Momentum helps: {ended(best)}; without momentum the loss was {none.loss:.3f}."

@@ -116,7 +116,9 @@ def judge(results: StudyResults) -> Verdict:
     others = ranked([one for one in results.candidates if one is not default])
     if default is None or not others:
         return Verdict(
-            f"{ended(ranked(results.candidates)[0])}; there is nothing to compare it with.", (), ()
+            f"{ended(ranked(results.candidates)[0])}; there is nothing to compare it with.",
+            (),
+            tuple(cautions(results)),
         )
     kept = {name: own.bytes_per_entry for name, own in ADDITIONS.items()}
     lower = [one for one in others if results.difference(one, default).lower]

@@ -223,7 +223,7 @@ def read_fits(path: Path) -> tuple[str, list[Fit]]:
         naming = asked.get("naming", 1)
         command = command_now(asked["command"], naming)
         return command, [_fit_now(without_kind(line), naming) for line in lines]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ResultsError(f"no study at {path}; `sinkgd experiment {NAME}` makes one") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ResultsError(f"{path} is not a study on paper of this version: {error!r}") from error

@@ -75,7 +75,11 @@ def judge(results: StudyResults) -> Verdict:
     none, whole = results.arm(NONE), results.arm(WHOLE)
     if none is None or whole is None:
         best = ranked(results.candidates)[0]
-        return Verdict(f"{ended(best)}; {NONE} and {WHOLE} do not both have results.", (), ())
+        return Verdict(
+            f"{ended(best)}; {NONE} and {WHOLE} do not both have results.",
+            (),
+            tuple(cautions(results)),
+        )
     gain = results.difference(whole, none)
     if not gain.lower:
         headline = f"There is no gain to keep: {ended(whole)}, and {ended(none)}."
