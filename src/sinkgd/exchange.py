@@ -28,7 +28,7 @@ Steps = Generator[Any, Any, Result]
 
 
 class Computation(NamedTuple, Generic[Result]):
-    """A call of a generator function that `exchange` will make."""
+    """A call of a generator function; the call is made later, by `exchange`."""
 
     function: Callable[..., Steps[Result]]
     args: Sequence[Any]

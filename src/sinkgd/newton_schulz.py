@@ -19,8 +19,8 @@ from sinkgd.precision import in_full_precision
 
 # If one side is at least twice the other, several steps at a time are taken on the gram matrix. A
 # step costs 6 k³ flops on the gram matrix, and 4 k² max(m, n) on the matrix itself. The gram matrix
-# is cheaper if one side is at least 1.5 times the other; if one side is at least twice the other,
-# the gram matrix needs no more scratch, either.
+# is cheaper if one side is more than 1.5 times the other. If one side is at least twice the other,
+# the scratch also stays within the two matrices that `orthogonalize` promises.
 OBLONG = 2
 
 # How many steps are taken at a time. The eigenvalues of the gram matrix are the squares of singular

@@ -46,7 +46,8 @@ class AdamW8bit(AdamW):
     their whole group.
 
     Names in the state: ``state1`` and ``state2``, the moments; ``absmax1`` and ``absmax2``, the
-    largest values of their blocks; ``step``. The first four are those of bitsandbytes.
+    largest absolute values in their blocks; ``step``. The first four names are those of
+    bitsandbytes.
 
     References:
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization.
@@ -60,7 +61,7 @@ class AdamW8bit(AdamW):
 
         Raises:
             ImportError: If bitsandbytes is not installed.
-            TypeError: If the parameter is sharded, or is not float32, bfloat16 or float16.
+            TypeError: If the parameter is a DTensor, or is not float32, bfloat16 or float16.
             ValueError: If an option is out of range.
         """
         check_averages(group)

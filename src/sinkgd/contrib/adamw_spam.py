@@ -35,7 +35,7 @@ from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
 from sinkgd.optim.methods.adamw import descend_by_adamw_
 
 NORM_HISTORY = "norm_history"
-FEWEST_NORMS = 10  # a norm is tested once there are this many earlier norms
+FEWEST_NORMS = 10  # a norm is tested only if there are this many earlier norms
 # A spike shrinks m and v by these fractions.
 SHARE_OF_M, SHARE_OF_V = 0.5, 0.1
 
@@ -58,12 +58,13 @@ class AdamWSPAM(GroupedOptimizer):
     along a half cosine for ``warmup_steps`` steps.
 
     This optimizer is the baseline in the ablation of `TemperedSinkGD`. It is not `SPAM`. The
-    published description of the baseline leaves some points open. Here a norm is tested once there
-    are 10 earlier norms, and norms of spikes count among those. A reset also zeroes the maximum of
-    v, which AMSGrad keeps; a spike leaves that maximum unchanged. The bias corrections restart at
-    the reset. The warm-up scales ``lr``, and with it the weight decay. N is the norm of one group.
-    To use the norm of the model, put all parameters into one group, or clip before the step. If one
-    gradient is not finite, the whole group is left unchanged, and the norm is not remembered.
+    published description of the baseline leaves some points open. Here a norm is tested only if
+    there are at least 10 earlier norms and these are not all equal. Earlier spikes count among
+    them. A reset also zeroes the maximum of v, which AMSGrad keeps; a spike leaves that maximum
+    unchanged. The bias corrections restart at the reset. The warm-up scales ``lr``, and with it the
+    weight decay. N is the norm of one group. To use the norm of the model, put all parameters into
+    one group, or clip before the step. If one gradient is not finite, the whole group is left
+    unchanged, and the norm is not remembered.
 
     State: three numbers per entry. The last norms are saved with the group. A step needs all
     gradients of the group, so `GradientRelease` refuses this optimizer.

@@ -129,7 +129,7 @@ def _dampers(
         for average, new in ((state["mean_size"], size), (state["weight_seen"], 1.0)):
             ahead = beta2 * average + (1 - beta2) * new
             average.copy_(ahead if flag is None else torch.where(flag, ahead, average))
-        # Zero until the first finite gradient.
+        # Both numbers in the state are zero until the first finite gradient.
         average = state["mean_size"] / state["weight_seen"].clamp(min=1e-38)
         dampers.append(
             torch.minimum(_rms(average) / (average + eps), _rms(size) / (size + eps)).clamp(max=1)

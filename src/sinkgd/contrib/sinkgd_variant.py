@@ -39,9 +39,9 @@ class SinkGDVariant(SinkGD):
         params: As in `SinkGD`.
         lr: As in `SinkGD`.
         sinkhorn_iterations: As in `SinkGD`.
-        warm_start: Start from the column scales of the last step, so that fewer iterations are
-            needed to come equally close to the fixed point. Keeps n float32 of state per matrix (m
-            with ``last="row"``).
+        warm_start: Start from the column scales of the last step (with ``last="row"``, from its row
+            scales), so that fewer iterations are needed to come equally close to the fixed point.
+            Keeps n float32 of state per matrix (m with ``last="row"``).
         momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
             ``"after"``: B averages the normalized updates X, and the step goes along B (with
             ``nesterov``, along μB + (1 − μ)X). The root-mean-square change of a weight is then
@@ -74,10 +74,10 @@ class SinkGDVariant(SinkGD):
             longer a root-mean-square change of a weight. With ``"muon"`` it is the largest
             root-mean-square change of a layer's output for an input of root-mean-square 1. Keeps n
             float32 per matrix.
-        weight_projection: Project each row of the update, an out-feature, off the same row of the
-            weight, and rescale it to its former length. A step then turns the rows of the weight;
-            their lengths grow only to second order in ``lr``. Keeps no state; copies the updates of
-            a few matrices at a time.
+        weight_projection: Remove from each row of the update, an out-feature, its component along
+            the same row of the weight, and restore the length of the update's row. A step then
+            turns the rows of the weight; their lengths grow only to second order in ``lr``. Keeps
+            no state; copies the updates of a few matrices at a time.
         constant_norm: After every step, rescale each matrix to the Frobenius norm that it had
             before the first step. ``lr`` is then relative to the weights: the root-mean-square
             change of a weight, divided by the root-mean-square of the weights. The update only

@@ -19,7 +19,7 @@ from sinkgd.kernels import Backend
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    Groups = Sequence[Sequence[ProcessGroup]]  # those of each number or tensor
+    Groups = Sequence[Sequence[ProcessGroup]]  # the groups of each number or tensor
 
 
 def all_reduce(numbers: Tensor, groups: "Groups") -> Computation[Tensor]:

@@ -2,8 +2,8 @@
 
 A mesh dimension that shards the rows cuts every column, so column sums are added up over its
 process group. Likewise, row sums are added up over the process group of a mesh dimension that
-shards the columns. A sum does not depend on which rows a rank has, nor on mesh dimensions that
-replicate or that shard a batch dimension.
+shards the columns. A sum over a process group does not depend on which rows each of its ranks has,
+nor on mesh dimensions that replicate or that shard a batch dimension.
 
 ``split`` cuts the rows of a parameter into matrices; the cuts do not depend on where its shards
 end. A rank that has no row of a matrix has an empty shard of it, so that all ranks list the same

@@ -66,6 +66,6 @@ class SinkGDConfig(OptimizerConfig):
             if not decays[0] and any(decays):
                 raise ValueError(
                     f"the first group has weight_decay={decays[0]!r}, and NeMo's scheduler takes "
-                    "the decay of all groups from it; give the first group a decay, or no group"
+                    "the decay of all groups from it; give a decay to the first group, or to none"
                 )
         return [*optimizers]
