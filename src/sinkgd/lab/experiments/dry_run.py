@@ -161,8 +161,8 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
     return TextTable(
         title=f"{plan.study}, {plan.scale} scale: {plan.runs_in_words}",
         note=f"{count(total)} tokens in {plan.runs} runs; seeds "
-        f"{', '.join(map(str, plan.seeds))}{tuning}. Memory: the peak of a step on one device, from "
-        f"`sinkgd plan`; {ABSENT} if it cannot estimate the arm.",
+        f"{', '.join(map(str, plan.seeds))}{tuning}. Memory: the peak of a step on one device, "
+        f"from `sinkgd plan`; {ABSENT} if it cannot estimate the arm.",
         columns=("arm", "runs", "parameters", "groups", "tokens per run", "memory"),
         rows=tuple(
             (
