@@ -47,7 +47,7 @@ def test_parameters_in_no_group_are_counted():
     model = Tied()
     assert not any("in no group" in line for line in lines_of(model))
     model.blocks[1].requires_grad_(False)
-    found = "4 frozen parameters are in no group: to train after unfreezing, add them"
+    found = "4 frozen parameters are in no group: after unfreezing, such a parameter trains"
     assert any(found in line for line in lines_of(model))
     groups = sinkgd.param_groups(model)
     model.blocks[1][0].weight.requires_grad_(True)

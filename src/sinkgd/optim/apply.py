@@ -81,7 +81,7 @@ def learning_rate(group: Group) -> float | Tensor:
 
 
 def decay_factor(group: Group) -> Keep:
-    """Return a parameter's factor under decoupled weight decay, 1 − lr·λ; `Cautious` on request."""
+    """Return the factor of a decayed parameter, 1 − lr·λ; with cautious decay, a `Cautious`."""
     if group["weight_decay"] == 0:
         return 1.0
     keep: float | Tensor = 1 - learning_rate(group) * group["weight_decay"]

@@ -153,7 +153,8 @@ def resolve(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the defaults of an optimizer, and the arguments that were passed.
 
-    An argument that equals its documented default counts as not passed.
+    An argument of ``none_means`` counts as not passed if it is None, any other argument if it
+    equals its documented default.
 
     Args:
         arguments: The arguments of the constructor.
@@ -251,7 +252,9 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
 
 
 def check_kinds(options: Mapping[str, Any]) -> None:
-    """Refuse options of the wrong kind, and rates out of range; methods check all other ranges.
+    """Refuse options of the wrong kind, and rates and betas out of range.
+
+    Methods check all other ranges.
 
     Raises:
         TypeError: If an option has the wrong kind; the message gives its name and its value.

@@ -36,8 +36,8 @@ def from_adamw_state(
             Needed if AdamW had several groups and its state has no ``param_names``. A single
             group without names must have been ``model.parameters()``, or those of them that require
             gradients.
-        **options: Options of `param_groups` except ``lr`` and ``matrix_lr_scale``; they replace
-            those of the state.
+        **options: Options of `param_groups` except ``lr`` and ``matrix_lr_scale``. An option given
+            here replaces that of the state.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or an option does not exist.

@@ -67,12 +67,13 @@ class GroupedOptimizer(Optimizer):
         TypeError: If ``params`` is a model or not a list of parameters or groups, or an option or a
             parameter has the wrong type.
         ValueError: If an argument or an option has no effect or is out of range, a parameter does
-            not fit its method, or groups run matrix methods, but none the optimizer's own.
+            not fit its method, or groups run matrix methods, but none runs the optimizer's own.
         ImportError: If a group needs a package that is not installed.
     """
 
     default_algorithm: ClassVar[str]
-    # Whether groups may run any methods; if not, `check_runs` asks for the optimizer's own method.
+    # Whether the optimizer takes groups of which none runs its own method. If not, `check_runs`
+    # refuses such groups, unless all of them run auxiliary methods.
     takes_every_group: ClassVar[bool] = False
     # Arguments that param_groups sets, too, with their defaults. None means that an argument was
     # not passed.

@@ -17,7 +17,7 @@ class MNGD(GroupedOptimizer):
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{MultiNorm}(G; g_1 \dots g_K, L)
 
-    With the norms of this package, the update has root-mean-square 1 (less if rows, columns or
+    With the norms of this package, the update has root-mean-square 1 (or less if rows, columns or
     entries of the gradient are zero), so ``lr`` is the root-mean-square change of a weight in one
     step. Without momentum, no state is kept for matrices.
 

@@ -124,8 +124,8 @@ def param_groups(
             widths d of 64 to 256 the largest good rate fell as d^-1.5 without the rule and as
             d^-0.5 with it (docs/experiments.md, `width`).
         state_bits: 8 keeps the moments of AdamW's groups in 8 bits, by bitsandbytes (``pip install
-            'sinkgd[8bit]'``): their algorithm is ``"adamw-8bit"``. Tensors below 4,096 entries keep
-            float32. None keeps the type of the weights.
+            'sinkgd[8bit]'``): their algorithm is ``"adamw-8bit"``. The moments of tensors below
+            4,096 entries stay in float32. None gives moments the type of the weights.
 
     Returns:
         Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay``, some
@@ -134,7 +134,7 @@ def param_groups(
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or an option has the wrong type.
-        ValueError: If the model has no trainable parameter, or a lazy module that has not run; if
+        ValueError: If the model has a lazy module that has not run, or no trainable parameter; if
             an option is out of range, ``adamw_lr`` is given together with ``lr`` or
             ``matrix_lr_scale``, an override matches no parameter or is no regular expression, or an
             algorithm is unknown; and if an option has no effect:
@@ -551,7 +551,7 @@ def _left_out(names: Mapping[Tensor, Sequence[str]], in_groups: set[Tensor]) -> 
     if frozen:
         are = "parameter is" if len(frozen) == 1 else "parameters are"
         lines.append(
-            f"{len(frozen)} frozen {are} in no group: to train after unfreezing, add them with "
-            "optimizer.add_param_group."
+            f"{len(frozen)} frozen {are} in no group: after unfreezing, such a parameter trains "
+            "only if optimizer.add_param_group adds it."
         )
     return lines

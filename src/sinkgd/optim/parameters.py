@@ -65,7 +65,7 @@ class ParameterIndex:
         return self._index is not None
 
     def begin_step(self, groups: Sequence[Group], states: States) -> None:
-        """Forget the places of parameters, so that `find` looks again, and check new ones."""
+        """Check new parameters, and forget the places of all, so that `find` looks again."""
         self._index = None
         self.check(groups, states)
 

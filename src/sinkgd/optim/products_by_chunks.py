@@ -37,7 +37,8 @@ class ProductsByChunks:
             products = self._backend.products(chunk)
             found += products.of_cols(own)
             if not self._squares:
-                # squares() needs both of_cols and of_rows. Only the call counts, so it gets zeros.
+                # squares() needs a call of of_rows, too. No result of this call is used, so it gets
+                # zeros.
                 products.of_rows([_zeros(stack, y) for stack, y in zip(chunk, own, strict=True)])
                 squares += products.squares()
         self._squares = self._squares or squares

@@ -54,10 +54,11 @@ class GradientRelease:
         bucket_bytes: Gradients wait until their bytes reach this number, and are then applied
             together; the last gradients wait for ``step()``. Under FSDP2 the largest shard on any
             rank counts. With 0, every gradient is applied immediately, except those below 64 KiB:
-            they wait for the next larger gradient, until there are 64 KiB of them, or until
-            backward ends.
+            they wait for the next gradient of 64 KiB or more, until there are 64 KiB of them, or
+            until backward ends.
         averaged: Whether plain tensors have the same gradient on all ranks as soon as backward has
-            computed it, as under tensor parallelism. DistributedDataParallel averages them later.
+            computed it, as under tensor parallelism. DistributedDataParallel averages gradients
+            later.
 
     Raises:
         TypeError: If ``optimizer`` is not an optimizer of this package, needs all gradients at
@@ -102,7 +103,7 @@ class GradientRelease:
         self._waiting: dict[Tensor, None] = {}  # in the order in which gradients arrived
         self._waiting_bytes = 0
         self._applied: set[Tensor] = set()  # parameters that were updated in this step
-        self._running: set[int] = set()  # calls of backward that have applied a gradient
+        self._running: set[int] = set()  # calls that applied a gradient and have not ended
         self._watched: set[int] = set()  # calls of backward that will report their end
         self._follow_parameters()
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
@@ -181,7 +182,7 @@ class GradientRelease:
             )
         if _ranks() > 1 and not self._averaged and not is_dtensor(param):
             raise TypeError(
-                f"{name!r} is a plain tensor on one of {_ranks()} ranks; "
+                f"{name!r} is a plain tensor, and there are {_ranks()} ranks; "
                 "DistributedDataParallel averages its gradient only after it would be "
                 "applied here. Use fully_shard (FSDP2), or pass averaged=True if every "
                 "rank has the same gradient, as under tensor parallelism"

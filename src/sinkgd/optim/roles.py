@@ -152,7 +152,7 @@ class _Modules:
         return linears[-1].out_features not in self.read
 
     def _last_layer(self, places: list[_Place]) -> list[nn.Module]:
-        """Return the last linear or convolution of several, in a list; none if it is in a block."""
+        """List the last linear or convolution; nothing if it is the only one, or is in a block."""
         layers = [
             place
             for place in places

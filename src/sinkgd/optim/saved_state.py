@@ -84,7 +84,7 @@ def without_placeholders(state: dict[Any, Any]) -> dict[Any, Any]:
 def from_saved_form(state: dict[Any, Any]) -> dict[Any, Any]:
     """Return the ``state`` of a state dict, with numbers, such as old torch's steps, as tensors.
 
-    Empty entries are left out: if a trainer replaced a parameter, its empty entry would remain.
+    Empty entries are left out: the entry of a parameter that a trainer replaces would remain.
     """
     return {
         key: {
@@ -199,10 +199,12 @@ def _check_same_names(index: int, own: Sequence[str] | None, saved: Sequence[str
     if not moved:
         raise ValueError(f"group {index} of the checkpoint lists its parameters in another order")
     name = moved[0]
-    where = "this optimizer" if name in here else "the checkpoint"
+    where, other = "this optimizer", "the checkpoint"
+    if name not in here:
+        where, other = other, where
     raise ValueError(
-        f"{name!r} is only in group {index} of {where}; build the optimizer with the same "
-        "param_groups() arguments as when it was saved"
+        f"{name!r} is in group {index} of {where}, but not in group {index} of {other}; build the "
+        "optimizer with the same param_groups() arguments as when it was saved"
     )
 
 
@@ -249,8 +251,9 @@ def restore_types(
     Args:
         optimizer: The optimizer, after torch has loaded ``state_dict``.
         state_dict: The state dict that was loaded.
-        before: The optimizer's state before loading. Tensors that were filled in place are kept;
-            all others are copied, so that two optimizers never share state.
+        before: The optimizer's state before loading. A loaded tensor that was in it already, as
+            after loading in place, is kept; all others are copied, so that two optimizers never
+            share state.
     """
     saved_params = [i for group in state_dict["param_groups"] for i in group["params"]]
     own_params = [param for group in optimizer.param_groups for param in group["params"]]

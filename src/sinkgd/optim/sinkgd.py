@@ -34,8 +34,8 @@ class SinkGD(GroupedOptimizer):
     .. math::
         W \leftarrow (1 - \eta\lambda)\, W - \eta\, \text{SR-Sinkhorn}(G, L)
 
-    The update has root-mean-square 1 (less if columns of the gradient are zero), so ``lr`` is the
-    root-mean-square change of a weight in one step. Pass the groups of `param_groups` for the
+    The update has root-mean-square 1 (or less if columns of the gradient are zero), so ``lr`` is
+    the root-mean-square change of a weight in one step. Pass the groups of `param_groups` for the
     recommended recipe: hidden matrices are updated as above, with deflation, and all other
     parameters by AdamW. Without groups and momentum, no state is kept at all: matrices are updated
     as above, and gradients of vectors and scalars are divided by their root-mean-square.
@@ -207,11 +207,11 @@ class SinkGD(GroupedOptimizer):
         name, lr = type(self).__name__, self.none_means["lr"]
         warnings.warn(
             f"{name} got matrices and vectors without an algorithm or lr, and trains all of "
-            f"them without state at lr={lr}, embeddings and output head included. In study pareto "
-            "this ended at a higher loss than AdamW. For the recommended recipe write "
-            f"{name}(sinkgd.param_groups(model)); with the Hugging Face Trainer, "
-            "optimizer_cls_and_kwargs=(sinkgd.integrations.transformers.SinkGDFactory, {}). To "
-            "train without state, pass lr",
+            f"them without state at lr={lr}, embeddings and output head included. In the study "
+            "pareto (docs/experiments.md) this ended at a higher loss than AdamW. For the "
+            f"recommended recipe write {name}(sinkgd.param_groups(model)); with the Hugging Face "
+            "Trainer, optimizer_cls_and_kwargs=(sinkgd.integrations.transformers.SinkGDFactory, "
+            "{}). To train without state, pass lr",
             UserWarning,
             stacklevel=_stacklevel_of_caller(),
         )

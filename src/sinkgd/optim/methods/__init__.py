@@ -16,8 +16,9 @@ class MethodTable(dict[str, Method]):
 
     A package that adds methods is imported when a name is not found, or when the names are listed.
     So `import sinkgd` does not wait for methods that the program does not use. The table is a
-    dict, so that a step finds its method as fast as in any dict. Its length counts the methods
-    that are imported so far: the guards of `torch.compile` read it.
+    dict, so that a step finds its method as fast as in any dict. Its length is that of the dict,
+    and so counts only the methods that are imported so far: the guards of `torch.compile` read the
+    dict's length, too.
     """
 
     def __init__(self, methods: Mapping[str, Method]) -> None:

@@ -161,7 +161,8 @@ def descend_by_adamw_(
 
     Args:
         params: The parameters, updated in place.
-        grads: Gradients in the parameters' dtype; not modified.
+        grads: Gradients in the parameters' dtype. Not modified, except that the fused kernel may
+            divide them by ``grad_scale`` in place.
         states: The states of the parameters, created by `init_moments`.
         group: Sets ``betas``, ``eps``, ``weight_decay``, ``cautious_decay``, ``maximize`` and
             ``fused``.

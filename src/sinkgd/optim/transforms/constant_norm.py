@@ -6,7 +6,7 @@ r"""Steps that keep the Frobenius norm of each weight matrix: Hyperball.
 
 where u is the update that all other options give, η the learning rate, and R the norm of W before
 its first step. So the learning rate is relative: the root-mean-square change of a weight, divided
-by the root-mean-square of the weights. Weight decay would have no effect, and is refused.
+by the root-mean-square of the weights. Weight decay could not shrink W, and is refused.
 
 A matrix of zeros has no norm to keep. If W is zero before its first step, it gets the plain rule,
 W ← W − η u, in this and in all later steps. A matrix whose update is zero stays as it is.
@@ -59,8 +59,8 @@ class ConstantNorm(Transform):
         del param
         if group["constant_norm"] and group["weight_decay"] != 0:
             raise ValueError(
-                f"constant_norm=True keeps the norm of {name!r}, and weight_decay="
-                f"{group['weight_decay']} would have no effect; set weight_decay=0 for this group"
+                f"constant_norm=True keeps the norm of {name!r}, so weight_decay="
+                f"{group['weight_decay']} could not shrink it; set weight_decay=0 for this group"
             )
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:

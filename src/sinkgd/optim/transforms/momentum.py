@@ -91,8 +91,8 @@ class Momentum(Transform):
     ) -> Computation[Tensor]:
         """Take a step along B, or average the updates of a step into B and then go along B.
 
-        Momentum needs this hook for two reasons: methods without scales use it, too, and the step
-        itself can write its update into B, as if B were the parameter.
+        Momentum needs this hook for two reasons: methods without scales take momentum, too, and
+        the step itself can write its update into B, as if B were the parameter.
         """
         take = _before if group["momentum_place"] == "before" else _after
         if _copies(group):
