@@ -120,8 +120,8 @@ def test_away_from_a_terminal_lines_are_printed_now_and_then(c4_folder, out, cap
     monkeypatch.setattr(prepare, "_LINE_EVERY_SECONDS", 0.0)
     parse(c4_folder, "--out", out, "--vocab-size", 260).run()
     said = capsys.readouterr().out
-    assert "Reading for the tokenizer: 5 documents, 0 MB\n" in said
-    assert "Tokenizing: 5 documents, 0 MB\n" in said
+    assert "Reading for the tokenizer: 5 documents, 0M characters\n" in said
+    assert "Tokenizing: 5 documents, 0M characters\n" in said
 
 
 def test_on_a_terminal_a_bar_is_drawn(c4_folder, out, capsys, monkeypatch):

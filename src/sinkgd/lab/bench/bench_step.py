@@ -58,6 +58,7 @@ from sinkgd.lab.bench.step_record import (
     Timing,
     WorkloadTiming,
     evaluate,
+    worst_of,
 )
 from sinkgd.lab.bench.workloads import (
     DTYPES,
@@ -366,12 +367,12 @@ def measure_accuracy(workload: Workload, backend: str, device: torch.device) -> 
     problem = build_problem(workload, "float32", device)
     iterations = ITERATIONS[0]
     found = kernels.select(backend, device)
-    worst = 0.0
+    errors = []
     for grad in _one_of_each_shape(problem.grads):
         (scales,) = found.scales([grad], iterations)
         (exact,) = kernels.select("eager", device).scales([grad.double()], iterations)
-        worst = max(worst, relative_error(scales, exact))
-    return Accuracy(backend, workload.name, iterations, worst)
+        errors.append(relative_error(scales, exact))
+    return Accuracy(backend, workload.name, iterations, worst_of(errors))
 
 
 def relative_error(scales: Scales, exact: Scales) -> float:
@@ -383,7 +384,7 @@ def relative_error(scales: Scales, exact: Scales) -> float:
     """
     rows, cols = scales.row.double() / exact.row, scales.col.double() / exact.col
     ends = rows.min() * cols.min() - 1, rows.max() * cols.max() - 1
-    return max(abs(end.item()) for end in ends)
+    return worst_of(abs(end.item()) for end in ends)
 
 
 def _one_of_each_shape(grads: list[Tensor]) -> Iterator[Tensor]:

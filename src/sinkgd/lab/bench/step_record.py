@@ -4,7 +4,8 @@ Times are in seconds and sizes in bytes. A ratio to AdamW is the ratio to the fu
 the same type and in the same round.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +208,17 @@ def scratch(record: StepRecord) -> float | None:
 def relative_error(record: StepRecord) -> float | None:
     """Measure the largest relative error of float32 scales."""
     errors = [row.relative_error for row in record.accuracies if row.backend == record.ours]
-    return max(errors, default=None)
+    return worst_of(errors) if errors else None
+
+
+def worst_of(errors: Iterable[float]) -> float:
+    """Return the largest error; NaN if one is NaN, which ``max`` can lose.
+
+    >>> worst_of([0.0, float("nan"), 1.0])
+    nan
+    """
+    found = [*errors]
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def first_call(record: StepRecord) -> float | None:

@@ -144,7 +144,9 @@ def _reporting(console: Console) -> Iterator[ProgressCallback]:
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
-        bars.TextColumn("{task.completed:,.0f} documents, {task.fields[megabytes]:,.0f} MB"),
+        bars.TextColumn(
+            "{task.completed:,.0f} documents, {task.fields[millions]:,.0f}M characters"
+        ),
         bars.TimeElapsedColumn(),
     )
     with bars.Progress(*columns, console=console, transient=True) as display:
@@ -153,12 +155,12 @@ def _reporting(console: Console) -> Iterator[ProgressCallback]:
         def draw(state: Progress) -> None:
             if state.stage not in tasks:
                 name = _STAGES[state.stage]
-                tasks[state.stage] = display.add_task(name, total=None, megabytes=0.0)
+                tasks[state.stage] = display.add_task(name, total=None, millions=0.0)
             display.update(
                 tasks[state.stage],
                 completed=state.documents,
                 total=state.total_documents,
-                megabytes=state.characters / 1e6,
+                millions=state.characters / 1e6,
             )
 
         yield draw
@@ -178,6 +180,6 @@ class _PlainLines:
         sys.stdout.write(
             f"{_STAGES[state.stage]}: {state.documents:,}{total} "
             f"{_documents(state.total_documents or state.documents)}, "
-            f"{state.characters / 1e6:,.0f} MB\n"
+            f"{state.characters / 1e6:,.0f}M characters\n"
         )
         sys.stdout.flush()

@@ -27,6 +27,7 @@ from sinkgd.lab.bench.bench_step import relative_error
 from sinkgd.lab.bench.contenders import ITERATIONS
 from sinkgd.lab.bench.gpu.cases import RANK, output_of
 from sinkgd.lab.bench.gpu.recorded import with_triton
+from sinkgd.lab.bench.step_record import worst_of
 from sinkgd.lab.bench.workloads import Shape
 from sinkgd.lab.disk import parse_json
 
@@ -96,7 +97,7 @@ def largest_error(shapes: tuple[Shape, ...] = SHAPES) -> float:
         found = backend.scales(grads, ITERATIONS[0])
     eager = kernels.select("eager", torch.device("cpu"))
     exact = eager.scales([grad.double() for grad in grads], ITERATIONS[0])
-    return max(map(relative_error, found, exact))
+    return worst_of(map(relative_error, found, exact))
 
 
 def largest_deflated_error(shapes: tuple[Shape, ...] = SHAPES) -> float:
@@ -114,7 +115,7 @@ def largest_deflated_error(shapes: tuple[Shape, ...] = SHAPES) -> float:
             SinkGD(made, lr=1.0, deflated_rank=RANK).step()
         updates.append([param.detach().double() for param in made])
     pairs = zip(*updates, strict=True)
-    return max(float((x - y).abs().max() / y.square().mean().sqrt()) for x, y in pairs)
+    return worst_of(float((x - y).abs().max() / y.square().mean().sqrt()) for x, y in pairs)
 
 
 def _params(shapes: tuple[Shape, ...], dtype: torch.dtype) -> list[torch.nn.Parameter]:

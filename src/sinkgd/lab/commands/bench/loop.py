@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
-from sinkgd.lab.commands.bench.shared import check_at_least_one, print_warnings, write_record
+from sinkgd.lab.commands.bench.shared import (
+    check_at_least_one,
+    chosen,
+    print_warnings,
+    write_record,
+)
 from sinkgd.lab.train.config import RunConfig, SharedConfig, load_defaults
 
 if TYPE_CHECKING:
@@ -56,6 +61,7 @@ class Loop:
         """
         from sinkgd.lab.bench.bench_loop import bench_loop
         from sinkgd.lab.disk import claim_file
+        from sinkgd.lab.train.recipes import RECIPES
         from sinkgd.lab.train.run import print_to_stderr
 
         for name in ("rounds", "steps_per_block"):
@@ -64,7 +70,7 @@ class Loop:
             claim_file(self.out)
         result = bench_loop(
             replace(RunConfig(), **vars(self.shared)),
-            [name.strip() for name in self.optimizers.split(",")],
+            list(chosen("optimizers", self.optimizers, RECIPES)),
             rounds=self.rounds,
             steps_per_block=self.steps_per_block,
             echo=print_to_stderr,
