@@ -94,6 +94,7 @@ def test_convolutions_flatten_and_depthwise_ones_go_to_adamw():
             self.full = nn.Conv2d(8, 8, 3)
             self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
             self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+            self.of_one_channel = nn.Conv2d(1, 8, 3)
 
     model = nn.Sequential(nn.Conv2d(3, 8, 7), Stage(), Stage())
     groups = sinkgd.param_groups(model)
@@ -104,6 +105,7 @@ def test_convolutions_flatten_and_depthwise_ones_go_to_adamw():
     assert options["1.full.weight"] == ("sinkgd", "flatten", 1)
     assert options["1.grouped.weight"] == ("sinkgd", "flatten", 2)
     assert options["2.depthwise.weight"][0] == "adamw"
+    assert options["1.of_one_channel.weight"] == ("sinkgd", "flatten", 1)
     sinkgd.SinkGD(groups)
 
 

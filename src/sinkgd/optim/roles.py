@@ -400,7 +400,7 @@ def _of_recurrent(module: nn.RNNBase, attribute: str) -> Role | None:
 def _of_convolution(module: nn.modules.conv._ConvNd, attribute: str) -> Role | None:
     if attribute != "weight":
         return None
-    if module.in_channels == module.groups:
+    if module.in_channels == module.groups > 1:
         return Role(is_matrix=False, reason="depthwise convolution")
     return Role(is_matrix=True, reason="convolution", layout="flatten", split=module.groups)
 
