@@ -16,7 +16,8 @@ from sinkgd.optim.arguments import unknown_name
 from sinkgd.optim.param_groups import param_groups
 from sinkgd.optim.sinkgd import SinkGD
 
-# The arguments that go to param_groups; all others are SinkGD's.
+# The arguments that go to param_groups. The others go to SinkGD, except eps, which goes to AdamW's
+# groups.
 _ROUTING = (
     "lr",
     "matrix_lr_scale",

@@ -149,8 +149,8 @@ class CpuBackend(EagerBackend):
     ) -> Descent:
         """Update a matrix as soon as its scales are known, while its gradient is in the cache.
 
-        This is possible if the loops can write the parameter, the matrix is the only one of its
-        owner, and its gradient has the parameter's order in memory. `update_` updates all other
+        This is possible if the loops can write the parameter, the user's parameter has only this
+        matrix, and the gradient has the parameter's order in memory. `update_` updates all other
         matrices at the end. If ``overflow`` is True, nothing is updated.
         """
         params, grads, ranges, starts, keys = matrices
@@ -261,8 +261,8 @@ class _Solver:
         """Find all scales, and update the parameters in ``targets``.
 
         Returns:
-            The indices of the gradients for which the loops found no scales without rescaling. The
-            parameters of these gradients are not updated.
+            The indices of the gradients whose scales the loops did not find, or found only for a
+            rescaled copy. The parameters of these gradients are not updated.
         """
         targets = targets or {}
         table = GradientTable(*factors)

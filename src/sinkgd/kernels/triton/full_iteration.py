@@ -101,8 +101,9 @@ def find_u(
     """Find u of a panel.
 
     Returns:
-        u; the squares of y, for both tiles; f; the sums of these squares along rows. In these y, u
-        is the previous one, or an inverse power of two if u is found for the first time.
+        The new u; the squares of y = u * g * v with the previous u, for both tiles; f; the sums of
+        these squares along rows. If there is no previous u, an inverse power of two takes its place
+        in y.
     """
     if FROM == _UNSCALED:
         yA, yB = gA, gB
@@ -222,7 +223,7 @@ def full_iteration(
     matrices,  # where the matrices of this launch begin in the table
     programs,  # where the programs of this launch begin in the table
     count,  # number of programs
-    flip,  # whether programs take the rows in reverse order
+    flip,  # whether the first program takes the last rows, the second the rows before, and so on
     iteration,  # number of the iteration whose v this launch finds, from 1
     last,  # whether this iteration is the last
     low,  # the least quotient of squared scales that counts as no movement

@@ -70,7 +70,7 @@ class UpdateMatrix(NamedTuple):
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
     rank: int = 0  # rank of the matrix that is subtracted, tall @ wide.T
-    factor: int = 0  # offset of the factor of the scaled gradient in its tensor
+    factor: int = 0  # offset, in the tensor of factors, of the one of the scaled gradient
     tall: int = 0  # offset of the P by ``rank`` numbers in their tensor
     tall_ld: int = 0  # from one of its rows to the next
     tall_col_step: int = 0  # from one of its columns to the next
@@ -105,7 +105,9 @@ class DescentMatrix(NamedTuple):
     v: int
     start: int  # offset of its initial column scales in the tensor that gives them
     state: int  # offset of its `DescentState` among the counters
-    nonfinite: int  # offset of its owner's flag there: whether some gradient entry is not finite
+    # Offset, among the counters, of the flag of the user's parameter: whether some entry of its
+    # gradient is not finite.
+    nonfinite: int
     param_offset: int
     param_ld: int
     entry: int  # index of its first entry, counted row by row over the parameter
@@ -135,7 +137,10 @@ class RowProgram(NamedTuple):
 
 
 class ProductMatrix(NamedTuple):
-    """A matrix of an update that is multiplied by vectors. Offsets of vectors count rows."""
+    """A matrix of an update that is multiplied by vectors.
+
+    Vectors are the columns of a matrix in memory; their offsets count rows of it, not entries.
+    """
 
     tensor: int  # index of the gradient's address
     offset: int  # from the first entry of the tensor to that of the matrix

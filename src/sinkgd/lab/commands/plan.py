@@ -29,8 +29,8 @@ class Plan:
     """
 
     model: str = "llama-7b"
-    """A preset such as llama-7b, llama-10b; llama-3-8b, llama-3-70b, llama-3-405b; or the path of a
-    Hugging Face config.json."""
+    """A preset, such as llama-7b or llama-10b; a published model: llama-3-8b, llama-3-70b or
+    llama-3-405b; or the path of a Hugging Face config.json."""
 
     optimizer: str = "sinkgd"
     """Method that the answer is about, such as sinkgd, sinkgd-paper, sinkgd-8bit, sinkgd-stateless,
@@ -71,7 +71,8 @@ class Plan:
     assumption."""
 
     tokens: float | None = None
-    """Tokens to train on, for days and cost; by default 20 per parameter (Hoffmann et al. 2022)."""
+    """Number of training tokens, from which days and cost follow; by default 20 per parameter
+    (Hoffmann et al. 2022)."""
 
     price_per_gpu_hour: float | None = None
     """Price of a device per hour, in any currency; without it no cost is shown."""

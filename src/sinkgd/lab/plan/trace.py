@@ -3,8 +3,8 @@
 Blocks are identical, so each further block adds a fixed number of bytes at each moment. Therefore
 steps are run with `FEW` blocks and with one more, and extrapolated linearly to deeper models.
 Memory changes linearly from block to block, so the maximum is at the first or the last blocks of a
-pass. Moments are therefore named from the end of the forward pass and from both ends of the
-backward pass.
+pass. In the forward pass it only grows. So moments are named from the end of the forward pass, and
+from both ends of the backward pass.
 
 The steps run on fake tensors, which have shapes, types and a device, here a CPU, but no memory. A
 storage counts from the creation of its first tensor until its last tensor is freed. Operators
@@ -171,8 +171,9 @@ def run_on_fake_tensors(work: Work, layers: int) -> dict[str, Live]:
         live = LiveStorages([*model.parameters(), *model.buffers(), tokens])
         step = _Step(model, live, work)
         with live:
-            # All micro-batches from the second on hold the same memory, so two are enough.
-            for number in range(min(work.micro_batches, 2), 0, -1):
+            # All micro-batches from the second on hold the same memory, except that the last one
+            # frees gradients if they are released.
+            for number in range(min(work.micro_batches, 3 if work.release else 2), 0, -1):
                 step.last = number == 1
                 step.forward_and_backward(tokens)
             live.enter(UPDATE)

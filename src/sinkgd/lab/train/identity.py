@@ -185,8 +185,8 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
     """Refuse to resume with a model, starting weights or an optimizer that differ from the run's.
 
     Raises:
-        ConfigError: If one of them differs, or the record of the model is damaged; the message
-            gives both values.
+        ConfigError: If one of them differs; the message gives both values. Also if the record of
+            the model is damaged.
     """
     before, now = start.inputs.get(MODEL), content[MODEL]
     if before is not None and not isinstance(before, Mapping):
@@ -270,7 +270,7 @@ def _absolute(path: str) -> str:
 
 
 def _remedy(start: RunStart) -> str:
-    version = start.environment.get("commit") or start.environment.get("sinkgd", "of then")
+    version = start.environment.get("commit") or start.environment.get("sinkgd", "version unknown")
     return f"Go on with the sinkgd that began it ({version}), or give another --out"
 
 

@@ -110,8 +110,8 @@ def check_deflated_rank(rank: int) -> None:
         raise ValueError(f"deflated_rank must be a whole number of at least 0, got {rank!r}")
 
 
-def fixed_blocks(batch: Batch, k: int) -> list[Tensor]:
-    """Return the fixed Ω of every matrix, of k vectors: ``(..., n, k)`` float64.
+def fixed_blocks(batch: Batch, width: int) -> list[Tensor]:
+    """Return the fixed Ω of every matrix, of ``width`` vectors: ``(..., n, width)`` float64.
 
     n counts only this rank's columns. Parameters of one shape, memory order and sharding share Ω.
     """
@@ -123,30 +123,30 @@ def fixed_blocks(batch: Batch, k: int) -> list[Tensor]:
         if is_dtensor(param):
             kind = (*kind, param.device_mesh, param.placements)
         if kind not in known:
-            known[kind] = fixed_block_of(param, batch.group["layout"], k)
+            known[kind] = fixed_block_of(param, batch.group["layout"], width)
         blocks += [known[kind]] * len(own)
     return blocks
 
 
 def fixed_block_of(
-    param: Tensor, layout: str, k: int, device: torch.device | None = None
+    param: Tensor, layout: str, width: int, device: torch.device | None = None
 ) -> Tensor:
     """Return the fixed Ω of a matrix of a parameter, as `fixed_blocks` does."""
     view = rows_then_columns(
-        local(fixed_vectors(param, layout, k, device=device)), local(param), layout
+        local(fixed_vectors(param, layout, width, device=device)), local(param), layout
     )
     _, cols = dims_of(param.ndim, layout)
     return view.flatten(param.ndim - len(cols)).mT.contiguous()
 
 
 def fixed_vectors(
-    param: Tensor, layout: str, k: int, count: int = 1, device: torch.device | None = None
+    param: Tensor, layout: str, width: int, count: int = 1, device: torch.device | None = None
 ) -> Tensor:
     """Return the fixed Ω of ``count`` matrices, all equal, float64, as `read_vectors` takes it."""
     (row_dim,), cols = dims_of(param.ndim, layout)
-    # All matrices share one block, k by n: it is expanded over the batch dimensions, and repeated
-    # ``count`` times along the row dimension.
-    sizes = {row_dim: k, **{dim: param.shape[dim] for dim in cols}}
+    # All matrices share one block, ``width`` by n: it is expanded over the batch dimensions, and
+    # repeated ``count`` times along the row dimension.
+    sizes = {row_dim: width, **{dim: param.shape[dim] for dim in cols}}
     block = fixed_block(tuple(sizes.values()), device or param.device)
     in_order = block.permute(sorted(range(block.ndim), key=list(sizes).__getitem__))
     dims = range(param.ndim)
@@ -158,10 +158,10 @@ def fixed_vectors(
 
 def _directions(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> Tensor:
     """Return the kept vectors of a parameter; create them if absent or of another number."""
-    k, layout = group["deflated_rank"] + 1, group["layout"]
+    width, layout = group["deflated_rank"] + 1, group["layout"]
     kept: Tensor | None = state.get(DIRECTIONS)
-    if kept is None or [*kept.shape] != shape_of_vectors(param, layout, count * k):
-        kept = state[DIRECTIONS] = fixed_vectors(param, layout, k, count).float()
+    if kept is None or [*kept.shape] != shape_of_vectors(param, layout, count * width):
+        kept = state[DIRECTIONS] = fixed_vectors(param, layout, width, count).float()
     return kept
 
 
@@ -191,15 +191,15 @@ class _BlockKey(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _shared_blocks(kinds: tuple[_BlockKey, ...], k: int, width: int) -> Shared:
-    """Return the first ``width`` of Ω's k columns, on the host, for matrices of these kinds."""
+def _shared_blocks(kinds: tuple[_BlockKey, ...], whole: int, width: int) -> Shared:
+    """Return the first ``width`` of Ω's ``whole`` columns, on the host, for these kinds."""
     first: dict[_BlockKey, int] = {}
     blocks, end = [], 0
     for kind in kinds:
         if kind not in first:
             first[kind] = end
             probe = torch.empty_strided(kind.shape, kind.stride, dtype=torch.float32, device="meta")
-            block = fixed_block_of(probe, kind.layout, k, torch.device("cpu"))
+            block = fixed_block_of(probe, kind.layout, whole, torch.device("cpu"))
             blocks.append(block.view(-1, *block.shape[-2:])[0])  # the same for a whole batch
             end += block.shape[-2]
     return Shared(torch.cat(blocks)[:, :width].contiguous(), tuple(first[kind] for kind in kinds))
@@ -321,7 +321,7 @@ def _together(blocks: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _products(backend: Backend, stacks: Sequence[Stack]) -> Products:
-    """Return the products of updates; the backend copies few of them at a time."""
+    """Return the products of updates. If the backend copies gradients, it copies few at a time."""
     copied = [
         0 if backend.packs_vectors and stack.grads[0].dtype != torch.float64 else 4 * _size(stack)
         for stack in stacks
