@@ -90,7 +90,7 @@ def test_a_single_run_is_no_comparison(adamw):
 
 def test_nothing_finished_is_said(tmp_path):
     runs = [write_run(tmp_path, "adamw", {20: 4.0}, status=None)]
-    assert headline(runs) == "adamw, the baseline, has no finished run to compare with"
+    assert headline(runs) == "adamw, the baseline, has no finite final loss to compare with"
     assert headline(runs, None) == "No run has finished yet"
     assert judge(analyze(runs, None)).sentences["adamw"] == "No result: unfinished."
 

@@ -1,4 +1,4 @@
-"""Language models in plain torch, and presets; LLaMA and GPT-2 have Hugging Face's names."""
+"""Language models in plain torch, and presets; LLaMA and GPT-2 use Hugging Face's weight names."""
 
 from sinkgd.lab.models.gpt2 import GPT2 as GPT2
 from sinkgd.lab.models.gpt2 import GPT2Config as GPT2Config

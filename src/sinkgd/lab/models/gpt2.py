@@ -120,9 +120,9 @@ class GPT2Base(LanguageModel):
 
     @abstractmethod
     def make_block(self) -> nn.Module:
-        """Return a block, which maps hidden states ``(b, t, h)`` and `block_arguments` to new ones.
+        """Return a block.
 
-        The new hidden states have the same shape.
+        It maps hidden states ``(b, t, h)`` and `block_arguments` to hidden states of that shape.
         """
 
     @property

@@ -1,8 +1,8 @@
 """The weights of a Hugging Face checkpoint, in safetensors files.
 
 Our models have the names and layouts of `transformers`: GPT-2's matrices are transposed, its query,
-key and value are one matrix, and rotary positions pair feature i with feature i + d/2. So tensors
-are copied as they are.
+key and value are one matrix, and rotary positions pair feature i of a head of d features with
+feature i + d/2. So tensors are copied as they are.
 """
 
 import hashlib

@@ -38,7 +38,7 @@ class RotaryScaling:
     r"""Slower rotations, with which a model reads longer sequences than it was first trained on.
 
     The fields have the names of `transformers` with the rope type "llama3". A feature pair of
-    frequency :math:`f` makes :math:`n = L f / 2\pi` turns within the first length :math:`L`. Its
+    frequency :math:`f` makes :math:`n = L f / 2\pi` turns within the original length :math:`L`. Its
     new frequency is
 
     .. math::

@@ -14,7 +14,8 @@ _MOST_LAYERS = 10_000  # a limit, because a plan builds every layer, though with
 # Families of Hugging Face configurations with the blocks of a LLaMA, and whether their query, key
 # and value projections have biases: transformers/models/{llama,mistral,qwen2}.
 _FAMILIES = MappingProxyType({"llama": False, "mistral": False, "qwen2": True})
-# Number of key-value heads if the configuration does not mention it; else that of all heads.
+# Number of key-value heads in these families if the configuration does not mention it. In the other
+# families it is then the number of all heads.
 _KV_HEADS = MappingProxyType({"mistral": 8, "qwen2": 32})
 
 
@@ -137,8 +138,8 @@ def find_architecture(model: str) -> Architecture:
 def read_config(path: Path) -> Architecture:
     """Read a Hugging Face ``config.json`` of a LLaMA-like model.
 
-    What is absent has transformers' defaults: as many key-value heads as heads, except 8 in a
-    Mistral and 32 in a Qwen2; and heads that share the hidden size equally.
+    Fields that may be absent have transformers' defaults: as many key-value heads as heads, except
+    8 in a Mistral and 32 in a Qwen2; and heads that share the hidden size equally.
 
     Raises:
         ModelError: If the file is not a JSON object, is of another family, lacks a size, has an

@@ -45,7 +45,7 @@ class Method:
     column: float = 0.0  # float32 numbers kept for each column of a matrix
     row: float = 0.0  # the same for each row
     each: int = 0  # float32 numbers kept for each matrix
-    # Whether numbers kept for matrices, embeddings and head are float32 for any type of weights.
+    # Whether numbers kept for matrices, embeddings and head are float32 for weights of every type.
     always_float32: bool = False
     rest: float = 2.0  # numbers kept for each entry of other parameters, such as norms
     # Replaces the four fields from `matrix` to `each`: numbers kept for a whole matrix, given its
@@ -204,7 +204,7 @@ FAMILY = (
     Method(
         "sinkgd-momentum-8bit",
         "SinkGD, 8-bit momentum",
-        "1 byte per entry of matrices, 2 numbers of embedding, head, norms",
+        "1 byte per entry of matrices, 2 numbers per entry of embedding, head, norms",
         'sinkgd.SinkGDVariant(momentum_place="after", momentum_bits=8), without deflation',
         matrix=0.25,
         always_float32=True,
@@ -255,7 +255,7 @@ FAMILY = (
         "sinkgd.SinkGDVariant(weight_projection=True), without deflation",
         can_release=True,
         exchange="vectors",
-        passes=ITERATIONS + 25,  # 4 make the update, 13 its products, 5 project it
+        passes=ITERATIONS + 25,  # 3 as for SGD, 4 make the update, 13 its products, 5 project it
         copies=1,
         scratch=2.0,  # the weight's rows in units of their length, and a product
     ),

@@ -84,7 +84,7 @@ def _fewest(one: MethodPlan, question: Question) -> str:
 
 
 def _remedy(question: Question, chosen: MethodPlan) -> str:
-    """Return a sentence that names unused options that lower the peak."""
+    """Name the unused options that lower the peak, in a sentence or two."""
     work, grid, memory = question.work, question.grid, chosen.memory
     unused = {
         "--recompute-activations": not work.recompute,

@@ -99,7 +99,7 @@ def make_plan(
 
     Args:
         question: The question to answer.
-        ladder: Other models, for which only the peak of each method is computed.
+        ladder: Models for which only the peak of each method is computed.
         methods: Names of the methods; the question's method and AdamW are always included.
         echo: Called with a line before each method and each model.
 

@@ -39,7 +39,7 @@ class Weight:
     shape: Shape  # the whole parameter's, (m, n) or (m,)
     divided: Shape  # the part of the first rank of a tensor-parallel group
     shard: Shape  # the shard of that part under FSDP, which divides rows
-    is_matrix: bool  # whether it is a hidden matrix; AdamW updates other parameters by default
+    is_matrix: bool  # whether `sinkgd.param_groups` gives it to SinkGD, not to AdamW
     block: int | None  # index of its block, if it is in one; FSDP gathers a block at a time
     is_trained: bool = True
 
@@ -50,7 +50,7 @@ class Weight:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is an embedding or an output head."""
+        """Whether it is an embedding, an output head, or any matrix of a model with adapters."""
         return len(self.shape) == 2 and not self.is_matrix
 
     @property

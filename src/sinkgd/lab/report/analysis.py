@@ -65,7 +65,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """The runs of one recipe, and figures of its finished runs; None if no finished run has one."""
+    """The runs of one recipe, and figures of its finished runs.
+
+    A figure is None if no finished run has it.
+    """
 
     name: str
     runs: tuple[Run, ...]  # sorted by seed
@@ -78,7 +81,7 @@ class RecipeSummary:
     seconds: Spread | None  # time of training in all
     tokens_per_second: Spread | None  # raw: in the median step of each run
     step_seconds: Spread | None  # mean over each run's steps
-    optimizer_share: Spread | None  # fraction of the time of steps that the optimizer takes
+    optimizer_share: Spread | None  # fraction of the steps' time that the optimizer takes
     memory: Memory | None  # each part is the largest among the runs
 
     @property
@@ -208,7 +211,7 @@ class Analysis:
 
 
 def preset_of(run: Run) -> str:
-    """Return the preset of a run's model, or a phrase that names the folder of its weights."""
+    """Return the preset of a run's model, or a phrase if the configuration gives none."""
     model = run.start.config.get("model", {})
     if "preset" not in model and model.get("weights"):
         return f"the model in {Path(str(model['weights'])).name}"

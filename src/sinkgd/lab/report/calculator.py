@@ -122,7 +122,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """The memory of a method without activations, and the number of devices that it needs."""
+    """The memory that a method needs, without activations, and the number of devices for it."""
 
     rule: StateRule
     gib: float  # weights, gradients and state

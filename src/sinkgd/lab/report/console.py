@@ -1,4 +1,4 @@
-"""Output on the terminal besides single lines: tables of text, and a line of progress.
+"""Output on the terminal: tables of text, and a line that shows the progress of a measurement.
 
 A `TextTable` is shown on pages, too, with the same figures.
 """

@@ -36,7 +36,7 @@ class Machine:
         for name in ("price", "watts"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; give a number that is not negative")
+                raise ValueError(f"{name} is {value}; give a finite number that is not negative")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class StateRule:
 
         .. math:: 2 N (2 + a s + b (1 - s))
 
-        with a and b the numbers inside and outside, and s the share of hidden matrices.
+        with a and b the numbers inside and outside, and s the share of the parameters that are in
+        hidden matrices.
 
         Args:
             parameters: N.
@@ -210,4 +211,4 @@ def changed_cost(machine: Machine, tokens: float, speed: float, change: Change) 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}; give a positive number")
+            raise ValueError(f"{name} is {value}; give a positive, finite number")

@@ -85,7 +85,7 @@ class Candidate:
 
 
 def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
-    """List the model of the baseline's finished runs, if any, and the larger LLaMA presets."""
+    """List the model of the baseline's finished runs, if any, and all LLaMAs except the nanos."""
     published = {size.preset: size for size in (*SIZES, LARGEST)}
     choices = []
     own = _baseline_run(analysis)
@@ -109,7 +109,7 @@ def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
 
 
 def usual_model(models: tuple[ModelChoice, ...], analysis: Analysis | None) -> ModelChoice:
-    """Choose the initial model: the page's model if its device is known, else llama-1b."""
+    """Choose the initial model: the page's if the baseline's device is known, else llama-1b."""
     if models[0].key == "page" and device_of(analysis) is not None:
         return models[0]
     return next(model for model in models if model.key == "llama-1b")
@@ -146,7 +146,7 @@ def published_speed() -> SpeedSource:
 def candidates(analysis: Analysis | None) -> tuple[Candidate, ...]:
     """List methods to compare with the baseline: measured, then published, then assumed ones.
 
-    Measured methods come in the order of the time to the baseline's loss, by tokens and speed.
+    Measured methods are sorted by the time to the baseline's loss, computed from tokens and speed.
     """
     paper = f"arXiv {SINKGD.arxiv}"
     against_adam = [one for one in reversed(SPEEDUPS) if one.against == "Adam"]

@@ -21,7 +21,7 @@ Figure = dict[str, Any]
 SOFT = 0.38  # strength of the color of parts of a bar that are only context
 CLEAR = "rgba(0,0,0,0)"
 _LETTERS = 36  # number of letters that fit in a row on a phone
-_SECOND_LINE = 24  # CSS pixels that a second line of words adds to the height of all rows
+_SECOND_LINE = 24  # CSS pixels that are added to each row if a row has a second line of words
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def dotted_line(y: float | None, *, color: str, width: float) -> Figure:
 
 
 def rows_axis(rows: int) -> Figure:
-    """Make an invisible axis with rows 0, 1, ... from top to bottom; `row_words` name the rows."""
+    """Make an invisible axis with rows 0, 1, ... from the top; `row_words` shows their names."""
     return axis(range=[rows - 0.5, -0.5], fixedrange=True, visible=False)
 
 
@@ -152,7 +152,7 @@ def row_height(height: int, words: Sequence[Figure]) -> int:
 
 
 _SERIES = 8  # number of colors in page.css; series-0 is the baseline's gray
-_OTHERS = 9  # number of the paler gray, for every recipe that has no color of its own
+_OTHERS = 9  # series-9 is the paler gray of all recipes that have no color of their own
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
 _GRAY_SYMBOLS = (*_SYMBOLS, *(f"{symbol}-open" for symbol in _SYMBOLS))
 _LONGEST_LABEL = 22

@@ -362,7 +362,7 @@ def _fraction(analysis: Analysis, recipe: str, along: Axis) -> Spread | None:
 
 
 def statistics_charts(analysis: Analysis, identities: Identities) -> list[Chart]:
-    """Draw the mean of every statistic of the models against tokens.
+    """Draw the means of the models' statistics over heads and blocks, against tokens.
 
     Args:
         analysis: The comparison of the runs.

@@ -36,7 +36,7 @@
     if (!window.Plotly) {
       for (const key of Object.keys(figures)) {
         document.getElementById(key).textContent =
-          "This chart needs plotly.js from cdn.plot.ly, which could not be loaded. The tables have its numbers; " +
+          "This chart needs plotly.js from cdn.plot.ly, which could not be loaded. The tables have the same numbers; " +
           "sinkgd report, without --cdn, makes a page that needs no network.";
       }
       return;

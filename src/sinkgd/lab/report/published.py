@@ -92,7 +92,7 @@ LARGEST = Size("7B", "llama-7b", 150_000)
 
 
 class State(Enum):
-    """State of a method: numbers per parameter of the M, of the other N − M, and of the head.
+    """State of a method, in numbers per parameter: for the M, for the other N − M, for the head.
 
     The head is among the other N − M parameters, so the third number is added to the second there.
 

@@ -35,7 +35,7 @@ from sinkgd.lab.results import Run
 
 _LAST_DIGIT = 0.1  # unit of the last digit of perplexities that were read from a plot
 # Models of one preset count as the same if their numbers of parameters differ by less than this
-# fraction. They do if the vocabulary has 32,100 entries, as T5's, instead of 32,000.
+# fraction. A vocabulary of 32,100 entries, as T5's, instead of 32,000 makes a smaller difference.
 _SAME_MODEL = 0.01
 
 

@@ -11,7 +11,7 @@ from sinkgd.lab.results import Run
 
 _MOST_NAMES = 3  # longer lists are given as a number
 _ENDINGS = {"unfinished": "is unfinished", "interrupted": "was interrupted"}
-# A baseline that had its final loss before this fraction of its tokens was no better at the end.
+# A caution follows if the baseline reached its final loss before this fraction of its tokens.
 _EARLY = 0.98
 _MACHINE = ("device", "cpu", "cores", "threads")  # parts of an environment that speed depends on
 # Ratio of step times without the optimizer, above which times are not comparable. On an idle
@@ -51,7 +51,7 @@ def _headline(analysis: Analysis, *, with_times: bool) -> str:
     if baseline is None:
         return _ranking(analysis.recipes)
     if target is None:
-        return f"{baseline.name}, the baseline, has no finished run to compare with"
+        return f"{baseline.name}, the baseline, has no finite final loss to compare with"
     outcomes = [(one, analysis.comparisons[one.name]) for one in analysis.candidates]
     outcomes = [(one, comparison) for one, comparison in outcomes if one.val_loss is not None]
     if not outcomes:
