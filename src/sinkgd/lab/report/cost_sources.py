@@ -85,7 +85,7 @@ class Candidate:
 
 
 def model_choices(analysis: Analysis | None) -> tuple[ModelChoice, ...]:
-    """List the model of the baseline's finished runs, if any, and the LLaMAs except the nanos."""
+    """List the model of the baseline's finished runs, if any, and all LLaMAs except the nanos."""
     published = {size.preset: size for size in (*SIZES, LARGEST)}
     choices = []
     own = _baseline_run(analysis)
