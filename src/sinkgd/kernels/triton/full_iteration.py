@@ -242,8 +242,8 @@ def full_iteration(
 ):
     """Find u from v, then v from u, and read the gradient once.
 
-    The v of a transposed matrix are its row scales. Its first launch is given u, and the last
-    launch of a descent, `finish`, finds the last u.
+    The v of a transposed matrix are its row scales. For such a matrix the first launch is given u,
+    and the last u is found after all iterations, by `finish`.
     """
     program, matrix = program_and_matrix(table, matrices, programs, count, flip)
     state = counters + tl.load(matrix + _STATE)

@@ -124,7 +124,7 @@ class DescentState(NamedTuple):
     nonzero_u: int  # how many scales are not zero
     nonzero_v: int
     moved: int  # whether a row scale moved in this iteration
-    converged: int  # whether no row scale moved in some iteration
+    converged: int  # whether there was an iteration in which no row scale moved
 
 
 class RowProgram(NamedTuple):
@@ -139,7 +139,7 @@ class RowProgram(NamedTuple):
 class ProductMatrix(NamedTuple):
     """A matrix of an update that is multiplied by vectors.
 
-    Vectors are the columns of a matrix in memory; their offsets count rows of it, not entries.
+    Vectors are the columns of a buffer. Their offsets count rows of this buffer.
     """
 
     tensor: int  # index of the gradient's address
@@ -153,7 +153,7 @@ class ProductMatrix(NamedTuple):
     v_offset: int
     tall: int  # offset of its vectors with an entry for each row in memory
     wide: int  # offset of its vectors with an entry for each column
-    u_power: int  # index of the power of two that multiplies u, to bring u and v to one size
+    u_power: int  # index of a power of two that multiplies u, so that u and v are of similar size
     v_power: int
     tall_shared: int  # offset of its vectors among the vectors that matrices share
     wide_shared: int

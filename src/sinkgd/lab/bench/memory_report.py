@@ -67,7 +67,8 @@ class TrainingUse:
     activations_bytes: int  # saved by forward for backward, alive at the peak
     kept_activations_bytes: int  # everything that forward saved for backward
     peak_bytes: int  # the most that torch's allocator had given out at once
-    outside_bytes: int  # by how much building and training the model raise the peak of a process
+    # How far the peak of a process, seen from outside, rises when it builds and trains the model.
+    outside_bytes: int
 
     @property
     def title(self) -> str:
@@ -238,7 +239,7 @@ def _training_table(memory: TrainingMemory, model: str) -> TextTable:
         note=f"{settings_in_words(memory.settings)}. Gradients and activations: those alive at the "
         "peak; activations are what forward leaves allocated for backward. Rest: scratch, logits, "
         "and what is computed again. × weights: the peak less activations, divided by the weights. "
-        "Outside: by how much building and training the model raise the peak of a process.",
+        "Outside: how far the peak of a process rises when it builds and trains the model.",
         columns=(
             "optimizer",
             "state",

@@ -166,7 +166,7 @@ def _train_and_record_the_end(job: Job, folder: RunFolder, results: Recorder) ->
     config, world = job.config.checkpoint, job.mesh.world
     if world.heartbeat is not None:
         world.heartbeat.before_exit = lambda reason: results.write(_end(job, "failed", reason))
-    # A signal may also come while the end is recorded: torchrun sends one when a rank is lost.
+    # A signal may also come while a failure is recorded: torchrun sends one when a rank is lost.
     with Interrupt() as interrupt:
         try:
             with Saver(

@@ -170,7 +170,7 @@ def host_time_figures() -> list[Figure]:
 
 def schedule_figures() -> list[Figure]:
     """Return the figures that follow from the schedule of a step on an H100, in bfloat16."""
-    bucket = "partial sums and scales / gradients, the worst bucket that is more than half full"
+    bucket = "partial sums and scales, divided by gradients, in the worst bucket over half full"
     whole = "bytes of all that a step allocates, divided by the gradients' bytes"
     moved = (
         "buckets of up to half of an H100's L2 cache are read from memory once, or twice if their "
@@ -203,7 +203,7 @@ def code_figures(variants: Sequence[Variant], targets: Sequence[str]) -> list[Fi
         _figure(
             f"SASS instructions per entry and step, {shape[-1]} columns",
             instructions_per_entry(ours, "plain", "llama-1b", shape),
-            "instructions in the loops over panels / entries of a thread; bf16, L = 5, sm_90",
+            "instructions in loops over panels, divided by entries of a thread; bf16, L = 5, sm_90",
         )
         for shape in ((2048, 2048), (2048, 5461))
         if is_there
