@@ -186,10 +186,11 @@ def test_a_recipe_keeps_its_color_in_every_chart(runs):
             assert [c.split(":")[0] for c in trace["marker"]["color"]] == ["@series-0", "@series-1"]
 
 
-def test_no_two_of_sixteen_recipes_look_alike(tmp_path):
-    runs = [write_run(tmp_path, f"recipe-{i:02}", {2: 4.0}) for i in range(16)]
-    looks = identify(analyze(runs, None)).values()
-    assert len({(look.series, look.symbol) for look in looks}) == 16
+@pytest.mark.parametrize("baseline", [None, "recipe-00"])
+def test_no_two_of_up_to_25_recipes_look_alike(tmp_path, baseline):
+    runs = [write_run(tmp_path, f"recipe-{i:02}", {2: 4.0}) for i in range(25 if baseline else 24)]
+    looks = identify(analyze(runs, baseline)).values()
+    assert len({(look.series, look.symbol) for look in looks}) == len(runs)
 
 
 def test_settings_are_sorted_by_whether_all_share_them(runs):

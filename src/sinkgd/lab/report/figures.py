@@ -8,6 +8,7 @@ A recipe has one color, one marker and one label everywhere on a page: its `Iden
 """
 
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,7 @@ def row_height(height: int, words: Sequence[Figure]) -> int:
 _SERIES = 8  # number of colors in page.css; series-0 is the baseline's gray
 _OTHERS = 9  # number of the paler gray, for every recipe that has no color of its own
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
+_GRAY_SYMBOLS = (*_SYMBOLS, *(f"{symbol}-open" for symbol in _SYMBOLS))
 _LONGEST_LABEL = 22
 
 
@@ -176,6 +178,8 @@ Identities = Mapping[str, Identity]  # keys are recipes, or arms of a study
 def identify(analysis: Analysis) -> dict[str, Identity]:
     """Assign colors and markers: the eight best candidates get a color each, the others are gray.
 
+    No two of up to 25 recipes look alike.
+
     Returns:
         Identities by recipe name, in the order of ``analysis.recipes``.
     """
@@ -184,11 +188,14 @@ def identify(analysis: Analysis) -> dict[str, Identity]:
         name = analysis.baseline.name
         identities[name] = Identity(0, _SYMBOLS[0], plotly_label(name))
     best = {one.name for one in sorted(analysis.candidates, key=_final_loss)[:_SERIES]}
-    colors = iter(range(1, _SERIES + 1))
-    for i, recipe in enumerate(analysis.candidates):
-        symbol = _SYMBOLS[(i + 1 + i // _SERIES) % len(_SYMBOLS)]
-        series = next(colors) if recipe.name in best else _OTHERS
-        identities[recipe.name] = Identity(series, symbol, plotly_label(recipe.name))
+    colors, grays = itertools.count(1), itertools.cycle(_GRAY_SYMBOLS)
+    for name in (recipe.name for recipe in analysis.candidates):
+        if name in best:
+            series = next(colors)
+            symbol = _SYMBOLS[series % len(_SYMBOLS)]
+        else:
+            series, symbol = _OTHERS, next(grays)
+        identities[name] = Identity(series, symbol, plotly_label(name))
     return identities
 
 
