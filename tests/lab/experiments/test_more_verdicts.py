@@ -286,6 +286,33 @@ def test_recipes_say_that_nothing_is_lower_or_that_the_default_is_missing():
     assert alone == "rank-30 ended at 4.100; there is nothing to compare it with."
 
 
+# Rank ---------------------------------------------------------------------------------------------
+
+
+def test_ranks_are_compared_at_each_width():
+    losses = {
+        "width-128-rank-7": near(4.5),
+        "width-128-rank-15": apart(4.52),
+        "width-256-rank-15": near(4.4),
+        "width-256-rank-31": near(4.3),
+        "width-128-adamw": near(4.6),
+        "width-256-adamw": near(4.2),
+    }
+    verdict = judge("rank", losses)
+    assert verdict.headline == (
+        "The best rank is 7 at width 128 (6.2\xa0% of it) and 31 at width 256 (12\xa0% of it)."
+    )
+    expected = (
+        "width-128-rank-15 is level with width-128-rank-7: the difference is",
+        "width-128-rank-7 ended 0.100 ± 0.000 lower than width-128-adamw.",
+        "width-256-rank-15 ended 0.100 ± 0.000 higher than width-256-rank-31.",
+        "width-256-rank-31 ended 0.100 ± 0.000 higher than width-256-adamw.",
+    )
+    for words in expected:
+        assert any(sentence.startswith(words) for sentence in verdict.sentences), words
+    assert not any("128" in s and "256" in s for s in verdict.sentences)
+
+
 # Lens ---------------------------------------------------------------------------------------------
 
 

@@ -40,9 +40,9 @@ def linear_work(preset, tokens):
 def test_a_machine_study_fits_forty_minutes_at_fifty_core_seconds_for_half_a_million_tokens():
     per_core_second = linear_work("llama-nano", 240 * 2048) / 50
     for study in STUDIES.values():
-        # A fit needs models of several sizes, additions to the default need long runs, and the
-        # benchmark has 21 arms.
-        if study.name in ("ladder", "recipes", "table1"):
+        # A fit needs models of several sizes, additions to the default need long runs, ranks are
+        # compared at two widths, and the benchmark has 21 arms.
+        if study.name in ("ladder", "rank", "recipes", "table1"):
             continue
         plan, work = plan_of(study, "machine"), 0
         for arm, task in zip(plan.arms, plan.first_tasks(), strict=True):
@@ -58,7 +58,7 @@ def test_both_adamws_are_among_the_controls():
         expected = {"adamw", "adamw-one-lr"}
         if study.name == "finetune":  # those who fine-tune give AdamW one rate for all weights
             expected = {"adamw-one-lr"}
-        if study.name in ("ladder", "recipes"):  # they ask about the gain over the fair AdamW
+        if study.name in ("ladder", "rank", "recipes"):  # these ask for the gain over the fair one
             expected = {"adamw"}
         for setting in study.settings.values():
             recipes = {arm.overrides["optimizer.recipe"] for arm in setting.arms if arm.control}

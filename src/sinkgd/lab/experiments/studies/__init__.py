@@ -12,6 +12,7 @@ from sinkgd.lab.experiments.studies.ladder import LADDER
 from sinkgd.lab.experiments.studies.lens import LENS
 from sinkgd.lab.experiments.studies.momentum import MOMENTUM
 from sinkgd.lab.experiments.studies.pareto import PARETO
+from sinkgd.lab.experiments.studies.rank import RANKS
 from sinkgd.lab.experiments.studies.recipes import RECIPES
 from sinkgd.lab.experiments.studies.scale import NAME, QUESTION
 from sinkgd.lab.experiments.studies.shift import SHIFT
@@ -39,6 +40,7 @@ _TABLE = (
     FINETUNE,
     LADDER,
     RECIPES,
+    RANKS,
 )
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})

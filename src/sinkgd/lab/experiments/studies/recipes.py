@@ -52,6 +52,8 @@ def _paper_rates(*values: float) -> Grid:
 USUAL, PAPER = _rates(0.002, 0.004, 0.008), _paper_rates(0.001, 0.002, 0.004)
 # An average of updates is about a third as long as an update, so its best rate is higher.
 AVERAGED, PAPER_AVERAGED = _rates(0.004, 0.008, 0.016), _paper_rates(0.002, 0.004, 0.008)
+# Decay of 0.3 was the best of three by itself.
+RANK_AND_DECAY = {"deflated_rank": 30, "cautious_decay": True, "weight_decay": 0.3}
 
 ADDITIONS: Mapping[str, Addition] = {
     DEFAULT: Addition({}, USUAL, PAPER),
@@ -68,6 +70,9 @@ ADDITIONS: Mapping[str, Addition] = {
     "kept-directions": Addition({"deflated_start": "kept"}, USUAL, PAPER),
     "low-rank-momentum": Addition({"momentum_rank": 16}, USUAL, PAPER),
     "rank-30": Addition({"deflated_rank": 30}, USUAL, PAPER),
+    # The best two and the best three by themselves, together.
+    "rank-30-cautious": Addition(RANK_AND_DECAY, USUAL, PAPER),
+    "rank-30-cautious-kept": Addition({**RANK_AND_DECAY, "deflated_start": "kept"}, USUAL, PAPER),
     "8-bit-momentum": Addition(
         {"momentum": 0.9, "momentum_place": "after", "momentum_bits": 8},
         AVERAGED,
@@ -94,11 +99,12 @@ def _arms(*, paper: bool) -> tuple[Arm, ...]:
             name,
             {"optimizer.recipe": "sinkgd", **{f"optimizer.{k}": x for k, x in own.options.items()}},
             own.paper_grid if paper else own.grid,
+            widened=True,
         )
         for name, own in ADDITIONS.items()
     ]
     controls = [
-        Arm(name, {"optimizer.recipe": name}, grids[paper], control=True)
+        Arm(name, {"optimizer.recipe": name}, grids[paper], control=True, widened=True)
         for name, grids in CONTROLS.items()
     ]
     return (*candidates, *controls)
@@ -150,7 +156,7 @@ RECIPES = Study(
     "(Hyperball), directions kept from step to step (Spectra), momentum of low rank (LoRA-Pre) or "
     "in 8 bits (PowerStep), and normalizing the rows of a momentum (RMNP). Each is added to the "
     "default by itself, except RMNP, which replaces it. Plain momentum and a deflated rank of 30 "
-    "are tried, too.",
+    "are tried, too, and the two and three that were best by themselves together.",
     settings={
         "machine": Setting(LONG, _arms(paper=False)),
         "paper": Setting(BENCHMARK["llama-60m"], _arms(paper=True), models=BENCHMARK),
