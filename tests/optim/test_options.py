@@ -201,7 +201,7 @@ def test_init_state_makes_what_a_first_step_makes(name):
         ({"operator_norm": "spectral"}, "operator_norm must be one of .*, got 'spectral'"),
         (
             {"constant_norm": True, "weight_decay": 0.1},
-            "constant_norm=True keeps .*'parameter 0 of group 0', and weight_decay=0.1 would",
+            "constant_norm=True keeps .*'parameter 0 of group 0', so weight_decay=0.1 could",
         ),
         ({"first": "column", "warm_start": True}, "warm_start=True begins .*leave one of them off"),
     ],
