@@ -219,7 +219,7 @@ def full_iteration(
     table,
     scales,
     all_partial_sums,
-    counters,  # int32: `DescentState` of matrices, flags of owners, arrivals of programs
+    counters,  # int32: `DescentState` of matrices, flags of parameters, arrivals of programs
     matrices,  # where the matrices of this launch begin in the table
     programs,  # where the programs of this launch begin in the table
     count,  # number of programs

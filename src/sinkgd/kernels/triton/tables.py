@@ -70,7 +70,7 @@ class UpdateMatrix(NamedTuple):
     entry_row_step: int  # what one row in memory adds to the index
     entry_col_step: int
     rank: int = 0  # rank of the matrix that is subtracted, tall @ wide.T
-    factor: int = 0  # offset, in the tensor of factors, of the one of the scaled gradient
+    factor: int = 0  # offset, among the factors, of the one that multiplies the scaled gradient
     tall: int = 0  # offset of the P by ``rank`` numbers in their tensor
     tall_ld: int = 0  # from one of its rows to the next
     tall_col_step: int = 0  # from one of its columns to the next

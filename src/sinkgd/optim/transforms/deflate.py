@@ -192,7 +192,7 @@ class _BlockKey(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _shared_blocks(kinds: tuple[_BlockKey, ...], whole: int, width: int) -> Shared:
-    """Return the first ``width`` of Ω's ``whole`` columns, on the host, for these kinds."""
+    """Return Ω of these kinds, on the host: ``width`` of the ``whole`` columns that it has."""
     first: dict[_BlockKey, int] = {}
     blocks, end = [], 0
     for kind in kinds:
