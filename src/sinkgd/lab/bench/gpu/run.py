@@ -170,9 +170,7 @@ def host_time_figures() -> list[Figure]:
 
 def schedule_figures() -> list[Figure]:
     """Return the figures that follow from the schedule of a step on an H100, in bfloat16."""
-    bucket = (
-        "partial sums and scales, divided by gradients: the worst bucket above half full"
-    )
+    bucket = "partial sums and scales, divided by gradients: the worst bucket above half full"
     whole = "bytes of all that a step allocates, divided by the gradients' bytes"
     moved = (
         "buckets of up to half of an H100's L2 cache are read from memory once, or twice if their "
