@@ -18,6 +18,7 @@ from sinkgd.lab.experiments.study_verdict import (
     ranked,
     unfinished,
 )
+from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.report.quantities import percent
 
 RANK = "optimizer.deflated_rank"
@@ -92,8 +93,12 @@ def _by_width(results: StudyResults) -> dict[int, list[ArmResults]]:
     """Return the deflated arms that have results, by width."""
     found: dict[int, list[ArmResults]] = {}
     for one in results.candidates:
-        found.setdefault(int(one.arm.series.removeprefix("width ")), []).append(one)
+        found.setdefault(_width(one), []).append(one)
     return found
+
+
+def _width(one: ArmResults) -> int:
+    return preset_config(one.arm.overrides["model.preset"]).hidden_size
 
 
 def _rank(one: ArmResults) -> int:
@@ -120,7 +125,7 @@ def judge(results: StudyResults) -> Verdict:
         sentences += [
             compared(one.arm.name, results.difference(one, control), control.arm.name)
             for control in results.controls
-            if control.arm.name.startswith(f"width-{width}-")
+            if _width(control) == width
         ]
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
