@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sinkgd.lab.data import Manifest
+from sinkgd.lab.data import Manifest, shards_at
 from sinkgd.lab.data.dataset import TOKENIZER_FILE
 from sinkgd.lab.data.documents import EMBEDDED, expanded
 from sinkgd.lab.data.tokenizer import Tokenizer
@@ -140,9 +140,9 @@ def _tokenizer_of(data: Mapping[str, Any]) -> tuple[str, str]:
         data: The table ``data`` of the run's configuration.
     """
     corpus = str(data["corpus"])
-    path = Path(corpus) / TOKENIZER_FILE
-    is_text = corpus == EMBEDDED or "*" in corpus or expanded(corpus).exists()
-    if not is_text or expanded(str(path)).exists():
+    is_there = corpus == EMBEDDED or "*" in corpus or expanded(corpus).exists()
+    if shards_at(corpus) is not None or not is_there:
+        path = Path(corpus) / TOKENIZER_FILE
         return str(path), _prepare_with(path)
     size = f" --vocab-size {data['vocab_size']}" if data.get("vocab_size") else ""
     first = f"sinkgd prepare {shlex.quote(corpus)} --out FIRST{size}"
