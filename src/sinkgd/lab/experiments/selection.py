@@ -140,9 +140,10 @@ def _places(study: Study, setting: Setting, axis: Mapping[str, Sequence[float]])
     asked = {option: values for option, values in axis.items() if values}
     for option in asked:
         if study.axis is None or study.axis.option != option or setting.at is None:
-            has = "its positions are fixed" if study.axis else "it has no axis of numbers"
-            if study.axis is not None and setting.at is not None:
-                has = f"its axis is --{study.axis.option}"
+            has = "it has no axis of numbers"
+            if study.axis is not None:
+                fixed = setting.at is None
+                has = "its positions are fixed" if fixed else f"its axis is --{study.axis.option}"
             raise ConfigError(f"study {study.name!r} does not take --{option}; {has}")
     own = dict.fromkeys(arm.value for arm in setting.arms if arm.value is not None)
     return next(iter(asked.values()), list(own))
