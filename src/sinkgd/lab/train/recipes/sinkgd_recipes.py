@@ -313,8 +313,8 @@ FAMILY = (
         "adamw-spam",
         "all parameters by AdamW with AMSGrad, clipped at 1; its moments shrink at a spike and "
         "are reset periodically",
-        "lr, decay and resets of the control in the ablation of the tempered variant, with the "
-        "model Lens L6",
+        "lr, decay and resets are those of the baseline in the ablation of TemperedSinkGD, on "
+        "the model Lens L6",
         {
             "lr": 6e-4,
             "weight_decay": 0.1,
