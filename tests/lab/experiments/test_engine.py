@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -159,6 +160,25 @@ def test_a_run_that_fails_ends_the_study_with_its_name(shards, tmp_path):
     arm = Arm("odd", {"optimizer.recipe": "sinkgd", "training.sequence_length": 100_000})
     with pytest.raises(StudyError, match="run odd-seed0 ended with exit code 1"):
         run(small_plan(shards, arms=(arm,), seeds=(0,)), tmp_path, jobs=1)
+
+
+def test_a_run_that_fails_while_the_study_is_stopping_is_left_for_the_next_time(
+    shards, tmp_path, monkeypatch
+):
+    # Ctrl-C twice in the set-up of a run, or the death of the fork server, also ends in such a code.
+    arm = Arm("odd", {"optimizer.recipe": "sinkgd", "training.sequence_length": 100_000})
+    wait = engine.wait
+
+    def stop_and_wait(sentinels):
+        signal.raise_signal(signal.SIGINT)
+        return wait(sentinels)
+
+    monkeypatch.setattr(engine, "_kill", lambda pid, number: None)
+    monkeypatch.setattr(engine, "wait", stop_and_wait)
+    outcome = run(small_plan(shards, arms=(arm,), seeds=(0,)), tmp_path, jobs=1)
+    assert outcome.signal is signal.SIGINT
+    assert outcome.left == 1
+    assert outcome.record.runs == {}
 
 
 def test_a_run_that_diverges_is_a_result(shards, tmp_path):

@@ -28,13 +28,7 @@ from sinkgd.lab.experiments.study_record import (
     StudyWriter,
     thinned,
 )
-from sinkgd.lab.experiments.worker import (
-    DIVERGED,
-    UNTOLD,
-    start_training,
-    wait_until_free,
-    was_stopped,
-)
+from sinkgd.lab.experiments.worker import DIVERGED, start_training, wait_until_free, was_stopped
 from sinkgd.lab.launch import Interrupt
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import RunFolder, RunFolderError
@@ -176,7 +170,10 @@ class _Engine:
         one.process.join()
         code = one.process.exitcode
         folder = RunFolder(self.folder / one.task.name)
-        if was_stopped(code) or (stopping and code == UNTOLD):
+        # A run that is asked to stop while it is being set up may also end with another code: 1 if
+        # Ctrl-C arrives twice, from the terminal and from `send`, and 255 if the fork server ended
+        # before it could report the code.
+        if was_stopped(code) or (stopping and code not in (0, DIVERGED)):
             wait_until_free(folder)
             self.runs_seconds += time.perf_counter() - one.began  # the checkpoint keeps this work
             return

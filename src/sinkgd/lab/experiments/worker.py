@@ -30,9 +30,6 @@ from sinkgd.lab.train import (
 )
 
 DIVERGED = 3  # exit code of a run whose loss or gradient was not finite
-# multiprocessing's exit code for a process whose fork server died, e.g. of a SIGTERM to the whole
-# process group, before it could report the real code.
-UNTOLD = 255
 _STOPPED = set(map(exit_code, SIGNALS))
 _PATIENCE_SECONDS = 30.0
 
