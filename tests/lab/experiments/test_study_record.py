@@ -6,10 +6,12 @@ import pytest
 
 from lab.experiments.synthetic_study import made_up_record
 from lab.report.synthetic_runs import write_run
+from sinkgd.lab.devices import DEVICES
 from sinkgd.lab.experiments.studies import find_study
-from sinkgd.lab.experiments.study_record import StudyRecord, StudyWriter, thinned
+from sinkgd.lab.experiments.study_record import Session, StudyRecord, StudyWriter, thinned
 from sinkgd.lab.experiments.study_report import study_page
 from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.report import cost_sources
 from sinkgd.lab.results import ModelStatistics
 
 
@@ -62,3 +64,29 @@ def test_statistics_are_in_the_record_and_drawn_on_the_page(run, tmp_path):
     results = StudyResults.of(again)
     page = study_page(study, again, results, study.judge(results))
     assert 'id="inner-gate"' in page
+
+
+@pytest.mark.parametrize(
+    ("devices", "device"),
+    [
+        (["NVIDIA H100 80GB HBM3"] * 2, "NVIDIA H100 80GB HBM3"),
+        (["NVIDIA H100 80GB HBM3", "NVIDIA L4"], None),
+        ([], None),
+    ],
+)
+def test_the_calculator_of_a_page_knows_the_device_of_all_sessions(devices, device, tmp_path):
+    record = made_up_record(find_study("table1"), {"sinkgd": (4.0,), "adamw": (4.1,)})
+    path = tmp_path / "study.jsonl"
+    writer = StudyWriter(path)
+    writer.begin(record.plan, record.command)
+    for result in record.runs.values():
+        writer.add_run(result)
+    for one in devices:
+        writer.add_session(Session(1, 1, 1.0, 1.0, 0.0, {"device": one, "threads": 2}))
+    writer.close()
+    again = StudyRecord.read(path)
+    for result in again.runs.values():
+        assert result.run.start.environment.get("device") == device
+        assert result.run.start.environment.get("threads") == (2 if devices else None)
+    sheet = cost_sources.device_of(StudyResults.of(again).analysis("adamw"))
+    assert sheet is (DEVICES["h100"] if device else None)

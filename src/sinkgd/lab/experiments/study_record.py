@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -146,7 +146,20 @@ class StudyRecord:
                 ) from error
         if record is None:
             raise ResultsError(f"{path} is empty; delete it and run the study again")
+        record._add_environment()
         return record
+
+    def _add_environment(self) -> None:
+        """Give every run what the environments of all sessions have in common."""
+        environments = [session.environment for session in self.sessions]
+        common = {
+            name: value
+            for name, value in (environments[0] if environments else {}).items()
+            if all(name in one and one[name] == value for one in environments)
+        }
+        for name, result in self.runs.items():
+            start = replace(result.run.start, environment=common)
+            self.runs[name] = replace(result, run=replace(result.run, start=start))
 
 
 class StudyWriter:
