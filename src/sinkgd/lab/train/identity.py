@@ -31,6 +31,7 @@ from sinkgd.lab.models import (
 )
 from sinkgd.lab.results import RunStart
 from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, differences
+from sinkgd.lab.train.machine import PACKAGES
 from sinkgd.optim.arguments import ADDED_LATER
 
 DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
@@ -47,8 +48,9 @@ _SIZES_ADDED_LATER: Mapping[str, Any] = {
     "rope_scaling": None,
     "tied_head": False,
 }
-# Parts of an environment that determine the last bits of losses.
-_LAST_BITS = ("sinkgd", "commit", "torch", "cpu", "threads", "device", "mesh")
+# Parts of an environment that determine the last bits of losses. numba chooses the backend: a step
+# on a CPU without it is taken by ``eager``.
+_LAST_BITS = ("sinkgd", "commit", "torch", "numba", "cpu", "threads", "device", "mesh")
 # Keys of a parameter group that are not compared as options: its parameters, names, and options
 # that change how its step is computed but not the result.
 _HOW = frozenset({"params", "param_names", "name", "foreach", "fused", "capturable", "backend"})
@@ -231,7 +233,7 @@ def environment_warnings(start: RunStart, environment: Mapping[str, Any]) -> lis
         )
     changes = environment_changes(start, environment)
     changed = [
-        f"{name} was {changes[name][0]} and is now {changes[name][1]}"
+        "{} was {} and is now {}".format(name, *(_in_words(name, v) for v in changes[name]))
         for name in _LAST_BITS
         if name in changes
     ]
@@ -244,13 +246,22 @@ def environment_warnings(start: RunStart, environment: Mapping[str, Any]) -> lis
 
 
 def environment_changes(start: RunStart, environment: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return what differs from when the run began, as name: [then, now]."""
-    now = _plain(environment)
+    """Return what differs from when the run began, as name: [then, now].
+
+    A package that is not installed has the version None.
+    """
+    then, now = start.environment, _plain(environment)
     return {
-        name: [then, now.get(name)]
-        for name, then in start.environment.items()
-        if then != now.get(name)
+        name: [then.get(name), now.get(name)]
+        for name in dict.fromkeys((*then, *PACKAGES))
+        if then.get(name) != now.get(name)
     }
+
+
+def _in_words(name: str, value: Any) -> Any:
+    if value is not None:
+        return value
+    return "not installed" if name in PACKAGES else "unknown"
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
