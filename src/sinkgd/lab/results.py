@@ -93,8 +93,8 @@ class Resume:
     """The run was resumed from the checkpoint after ``step`` steps.
 
     Records above this one are void if their step is later; so is every `RunEnd`, and every `Resume`
-    of the same step. Without a
-    checkpoint, ``step`` is 0 and all records above this one are void, except the start record.
+    of the same step. Without a checkpoint, ``step`` is 0 and all records above this one are void,
+    except the start record.
 
     ``changed`` has the differences to the environment in the start record: by name, [then, now]. It
     is empty in records of older versions.

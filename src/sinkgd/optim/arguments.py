@@ -37,8 +37,9 @@ T = TypeVar("T")
 Check = Callable[[str, Any], None]
 
 COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise", "cautious_decay": False}
-# Common options that older checkpoints lack, each with the value that keeps the behavior with
-# which these checkpoints were written.
+# Options that optimizers of older versions lack, each with the value that keeps the behavior of
+# these versions. A new option of an existing method belongs here: an older pickled optimizer then
+# gets it, and a run of the laboratory that was begun without it can be resumed.
 ADDED_LATER: Mapping[str, Any] = {"cautious_decay": False}
 _RATES = ("lr", "weight_decay")
 

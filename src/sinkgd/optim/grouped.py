@@ -112,9 +112,11 @@ class GroupedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled optimizer; torch calls it at the end of loading, too."""
         super().__setstate__(state)
-        for options in (self.defaults, *self.param_groups):
-            for option, value in ADDED_LATER.items():
-                options.setdefault(option, value)
+        for option, value in ADDED_LATER.items():
+            self.defaults.setdefault(option, value)
+            for group in self.param_groups:
+                if option in COMMON or option in METHODS[group["algorithm"]].options:
+                    group.setdefault(option, value)
         self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
         if "_guard" not in self.__dict__:
             self._guard = NonFiniteGuard()

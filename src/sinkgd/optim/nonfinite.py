@@ -6,6 +6,12 @@ gradient: whether it is finite. On a CPU the flags are read at the end of the st
 raises there. On an accelerator the host does not wait: the flags are copied to it, and the next
 step raises. A step that ``torch.compile`` has compiled does the same. When a CUDA graph replays a
 step, the flags are not read: the parameter is left unchanged, and no error is raised.
+
+This file reads the flags and acts on them. They come from the scales of SR-Sinkhorn, which a
+non-finite entry makes non-finite (``finite_of`` in ``kernels/backend.py``), and in other methods
+from ``are_finite`` in ``optim/method.py``. The functions that write a weight or a state get a flag
+as ``allowed`` and write nothing without it (``take_steps`` in ``kernels/backend.py``,
+``UpdateWriter`` in ``optim/apply.py``).
 """
 
 from collections import Counter

@@ -12,6 +12,8 @@ import pytest
 
 from sinkgd.lab.cli import main
 from sinkgd.lab.data import Manifest, Tokenizer, open_corpus, prepare, train_tokenizer
+from sinkgd.lab.experiments.studies import find_study
+from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.models import PRESETS, RotaryScaling, build_model
 from sinkgd.lab.results import Run, RunStart
 from sinkgd.lab.train import identity
@@ -20,6 +22,8 @@ from sinkgd.lab.train.machine import describe_environment
 from sinkgd.lab.train.recipes import RECIPES, build_optimizer, resolve_optimizer
 from sinkgd.lab.train.run import train
 from stopping import stopping_at
+
+ROOT = Path(__file__).parents[3]
 
 VOCAB_SIZE = 280
 
@@ -217,6 +221,21 @@ def test_what_changes_the_last_bits_is_said(config, here, monkeypatch, name):
     assert resume.changed == {name: [before, "another"]}
 
 
+@pytest.mark.parametrize("then", ["0.1", None])
+@pytest.mark.parametrize("now", ["0.2", None])
+def test_a_package_that_was_added_or_removed_is_said(then, now):
+    def environment(version):
+        return {"sinkgd": "1"} | ({"numba": version} if version else {})
+
+    start = replace(recorded(RECORDED), environment=environment(then))
+    notes = identity.environment_warnings(start, environment(now))
+    words = [version or "not installed" for version in (then, now)]
+    said = f"numba was {words[0]} and is now {words[1]}. The losses from here on"
+    assert any(said in note for note in notes) == (then != now)
+    changes = identity.environment_changes(start, environment(now))
+    assert changes == ({} if then == now else {"numba": [then, now]})
+
+
 def test_nothing_is_said_where_nothing_changed(config, here):
     config = stopped(with_corpus(config, "shards"), here / "run")
     said: list[str] = []
@@ -292,6 +311,27 @@ def test_every_recipe_is_equal_to_itself_and_to_no_other(shards, contents, recip
     alike = {name for name in RECIPES if contents[name] == first}
     # Fira's and GaLore's groups are alike; the names of the recipes tell them apart.
     assert alike <= ({"galore", "fira"} if recipe in ("galore", "fira") else {recipe})
+
+
+@pytest.fixture(scope="module")
+def recorded_runs():
+    """One run of each arm of the study `table1`, as recorded on 30 November 2026."""
+    record = StudyRecord.read(ROOT / "benchmarks/studies/table1/study.jsonl")
+    return {result.arm: result.run.start for result in record.runs.values()}
+
+
+@pytest.mark.parametrize("arm", [arm.name for arm in find_study("table1").settings["machine"].arms])
+def test_model_and_parameter_groups_are_those_of_recorded_runs(shards, recorded_runs, arm):
+    """Otherwise a run that an older version began could not be resumed.
+
+    If this fails because a method has a new option, add the option to `ADDED_LATER`.
+    """
+    start = recorded_runs[arm]
+    model = build_model("llama-nano", vocab_size=2048, max_sequence_length=128)
+    taken = resolve_optimizer(OptimizerConfig(**start.config["optimizer"]))
+    now = identity.content_of(Manifest.read(shards), model, build_optimizer(model, taken))
+    for part in ("model", "optimizer"):
+        assert now[part] == start.inputs[part]
 
 
 # What a run of llama-nano recorded before LLaMA 3 was known.

@@ -1,9 +1,8 @@
 """Start the iterations of SR-Sinkhorn from the column scales of the step before.
 
-These are close to the scales of this step, so that fewer iterations are enough. Unlike
-momentum, this does not mix the gradients of several steps: with enough iterations, every start
-leads to the same update. With ``last="row"`` the
-iterations run on the transpose, whose columns are the rows.
+These are close to the scales of this step, so that fewer iterations are enough. Unlike momentum,
+this does not mix the gradients of several steps: with enough iterations, every start leads to the
+same update. With ``last="row"`` the iterations run on the transpose, whose columns are the rows.
 
 State: ``state[param]["col_scale"]``, float32: the n column scales of each matrix of the parameter,
 matrix after matrix. The columns are in the order of the parameter's dimensions, even if its memory
