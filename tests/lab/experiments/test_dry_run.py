@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import tyro
 
+from lab.experiments.conftest import small_plan
 from lab.models.test_huggingface import LLAMA_3_2_1B, LLAMA_3_8B
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.experiment import Experiment
+from sinkgd.lab.data import Manifest
+from sinkgd.lab.experiments.dry_run import dry_run
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.settings import paper
+from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import SharedConfig, load_config
 
 BENCHMARK_FILES = Path(__file__).parents[3] / "benchmarks" / "c4"
@@ -191,3 +195,17 @@ def test_the_command_on_the_page_repeats_the_study(options):
     assert words[:3] == ["sinkgd", "experiment", "batch"]
     again = tyro.cli(Experiment, args=words[2:], default=Experiment.defaults(words[2:]))
     assert again == given
+
+
+def test_models_have_the_vocabulary_of_the_given_shards(shards):
+    plan = small_plan(shards)
+    vocab_size = Manifest.read(shards).vocab_size
+    for arm in dry_run(plan):
+        model = build_model("llama-nano", vocab_size=vocab_size)
+        assert arm.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_shards_that_are_not_there_yet_leave_the_vocabulary_of_the_preset(tmp_path):
+    plan = small_plan(tmp_path / "absent")
+    model = build_model("llama-nano")
+    assert {arm.parameters for arm in dry_run(plan)} == {sum(p.numel() for p in model.parameters())}

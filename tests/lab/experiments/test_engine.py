@@ -165,7 +165,7 @@ def test_a_run_that_fails_ends_the_study_with_its_name(shards, tmp_path):
 def test_a_run_that_fails_while_the_study_is_stopping_is_left_for_the_next_time(
     shards, tmp_path, monkeypatch
 ):
-    # Ctrl-C twice in the set-up of a run, or the death of the fork server, also ends in such a code.
+    # A second Ctrl-C while a run is set up, or the end of the fork server, gives such codes, too.
     arm = Arm("odd", {"optimizer.recipe": "sinkgd", "training.sequence_length": 100_000})
     wait = engine.wait
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from sinkgd.lab.data import Manifest, shards_at
 from sinkgd.lab.data.documents import expanded
 from sinkgd.lab.experiments.study import StudyPlan, Task
 from sinkgd.lab.models import (
@@ -28,7 +29,7 @@ from sinkgd.lab.plan import METHODS, Architecture, Grid, Work
 from sinkgd.lab.plan.peak_memory import rank_memory
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.quantities import ABSENT, count, size
-from sinkgd.lab.train.config import Precision, RunConfig
+from sinkgd.lab.train.config import DataConfig, Precision, RunConfig
 from sinkgd.lab.train.machine import weight_dtype
 from sinkgd.lab.train.recipes import build_optimizer
 from sinkgd.lab.train.starting_weights import sizes_in
@@ -94,8 +95,15 @@ def _sizes(config: RunConfig) -> ModelSizes:
     if model.preset is None:
         assert model.weights is not None, "resolve gives a preset to models without weights"
         return sizes_in(expanded(model.weights), length)
-    vocab_size = model.vocab_size or config.data.vocab_size
+    vocab_size = model.vocab_size or _vocab_size(config.data)
     return preset_config(model.preset, vocab_size=vocab_size, max_sequence_length=length)
+
+
+def _vocab_size(data: DataConfig) -> int | None:
+    """Return the vocabulary of a text; None if the text is to be shards that are not there yet."""
+    if (shards := shards_at(data.corpus)) is not None:
+        return Manifest.read(shards).vocab_size
+    return data.vocab_size
 
 
 @lru_cache(maxsize=8)
