@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sinkgd
+from norm_cases import NORMS
 from optim.test_option_pairs import OPTIONS
 from optimizer_cases import OPTIMIZERS
 from sinkgd.deflation import deflate
@@ -30,14 +31,6 @@ MORE_OPTIONS = {
     "cautious": {"weight_decay": 0.1, "cautious_decay": True},
     "deflated at random": {"rounding": "stochastic", "deflated_rank": 2},
 }
-NORMS = [
-    sinkgd.RowNorm(),
-    sinkgd.ColumnNorm(),
-    sinkgd.SignNorm(),
-    sinkgd.FrobeniusNorm(),
-    sinkgd.SpectralNorm(),
-    sinkgd.DeflatedNorm(2),
-]
 COUNTED = ["SinkGD-adamw", "SinkGD-sage", "SPAM", "AdamWSPAM"]
 
 Walk = Callable[[], list[Tensor]]
@@ -110,12 +103,12 @@ def functions() -> Iterator[tuple[str, Walk]]:
             update = partial(sinkgd.sr_sinkhorn, x, backend=backend)
             yield f"sr_sinkhorn {backend} {dtype}", lambda update=update: [update()]
         yield f"temper {dtype}", lambda x=x: [sinkgd.temper(x)]
-        for norms in ([norm] for norm in NORMS):
+        for norms in ([norm] for norm in NORMS.values()):
             made = partial(sinkgd.multi_normalize, x, norms, num_iters=2)
             yield f"multi_normalize {norms} {dtype}", lambda made=made: [made()]
             found = partial(sinkgd.residuals, x, norms)
             yield f"residuals {norms} {dtype}", lambda found=found: list(found())
-    for norm in NORMS:
+    for norm in NORMS.values():
         yield f"project {norm}", lambda norm=norm: [norm.project(normal((40, 24), 1))]
     for shape in ((40, 24), (96, 24), (3, 24, 40)):
         yield f"orthogonalize {shape}", lambda shape=shape: [orthogonalize(normal(shape, 1))]

@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import norm_cases
 import reference
-from sinkgd import ColumnNorm, FrobeniusNorm, Norm, RowNorm, SignNorm, SpectralNorm
+import sinkgd
+from sinkgd import ColumnNorm, FrobeniusNorm, Norm, RowNorm, SignNorm, SpectralNorm, norms
+from sinkgd.optim.methods import multi_normalized
 
 STEPS = 60  # enough for Newton-Schulz to converge on the matrices of this file
 
@@ -56,8 +59,14 @@ def normal(shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def test_there_are_five_norms():
-    assert len(NORMS) == 5
+def test_every_norm_is_tried():
+    classes = [value for value in vars(sinkgd).values() if isinstance(value, type)]
+    exported = {one for one in classes if issubclass(one, norms._BuiltIn)}
+    assert {*norms._BUILT_IN} == exported
+    assert {type(norm) for norm in norm_cases.NORMS.values()} == exported
+    assert {type(norm) for norm, *_ in NORMS.values()} == exported - {sinkgd.DeflatedNorm}
+    scaling = {type(NORMS[name][0]) for name in SCALINGS}
+    assert scaling == {*multi_normalized._SCALING_NORMS} - {SignNorm}
     assert all(isinstance(norm, Norm) for norm, *_ in NORMS.values())
 
 

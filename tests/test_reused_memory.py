@@ -5,25 +5,16 @@ import torch
 from torch.testing import assert_close
 
 from allocations import peak_bytes
+from norm_cases import NORMS
 from sinkgd import (
     ColumnNorm,
     DeflatedNorm,
-    FrobeniusNorm,
     RowNorm,
-    SignNorm,
     SpectralNorm,
     multi_normalize,
     residuals,
 )
 
-NORMS = {
-    "row": RowNorm(),
-    "column": ColumnNorm(),
-    "frobenius": FrobeniusNorm(),
-    "sign": SignNorm(),
-    "spectral": SpectralNorm(),
-    "deflated": DeflatedNorm(2),
-}
 LISTS = {
     **{name: [norm] for name, norm in NORMS.items()},
     "row-column": [RowNorm(), ColumnNorm()],

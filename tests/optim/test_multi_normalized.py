@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import sinkgd
 from allocations import peak_bytes
+from norm_cases import NORMS
 from sinkgd.optim.methods import multi_normalized as batching
 
 CASES = {
@@ -17,17 +18,7 @@ CASES = {
         params, lr=0.1, norms=[sinkgd.RowNorm(), sinkgd.ColumnNorm()], **options
     ),
     "all-norms": lambda params, **options: sinkgd.MNGD(
-        params,
-        lr=0.1,
-        norms=[
-            sinkgd.SpectralNorm(),
-            sinkgd.DeflatedNorm(2),
-            sinkgd.FrobeniusNorm(),
-            sinkgd.RowNorm(),
-            sinkgd.ColumnNorm(),
-            sinkgd.SignNorm(),
-        ],
-        **options,
+        params, lr=0.1, norms=[*NORMS.values()], **options
     ),
 }
 every = pytest.mark.parametrize("build", CASES.values(), ids=CASES)

@@ -540,6 +540,8 @@ PROJECTIONS = {
 def test_every_norm_that_takes_shards_is_among_them():
     found = {type(norm) for norm, _ in PROJECTIONS.values()}
     assert found == {*multi_normalized._SCALING_NORMS}
+    assert PROJECTIONS.keys() <= {*TURNS}
+    assert {*TURNS} == TURN_MESSAGES.keys()
 
 
 TURNS = ["row", "column", "frobenius", "sign", "row column", "sign row", "column frobenius"]

@@ -71,7 +71,7 @@ class Sage(Method):
         wide = torch.promote_types(param.dtype, torch.float32)
         state["mean_size"] = torch.zeros(param.shape[-1], dtype=wide, device=device)
         # 1 - β₂ᵗ after t steps
-        state["weight_seen"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["weight_seen"] = torch.zeros((), dtype=wide, device=device)
 
     @computation
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Tensor]:
