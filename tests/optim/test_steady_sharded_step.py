@@ -108,7 +108,7 @@ def pinned():
 
 def tempered():
     grad = torch.empty(8, 6, dtype=torch.bfloat16, device="meta")
-    groups = SumGroups(*BOTH.sum_groups, (*BOTH.row_groups, *BOTH.col_groups))
+    groups = SumGroups(*BOTH.sum_groups, (*BOTH.groups_over_cols, *BOTH.groups_over_rows))
     return _temper_shard(grad, groups, 0.1, 3, eps=1e-8)
 
 

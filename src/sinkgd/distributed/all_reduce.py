@@ -78,14 +78,18 @@ def sum_over_columns(
         numbers: A float64 tensor of any shape for each matrix. Their memory is reused.
         matrices: The matrices, which say how they are sharded.
     """
-    return _sum_if_shared(numbers, [x.sharding.row_groups if x.sharding else () for x in matrices])
+    return _sum_if_shared(
+        numbers, [x.sharding.groups_over_cols if x.sharding else () for x in matrices]
+    )
 
 
 def sum_over_rows(
     numbers: Sequence[Tensor], matrices: Sequence[ParamMatrix]
 ) -> Computation[list[Tensor]]:
     """Return sums along whole columns, given the sums over each rank's own rows."""
-    return _sum_if_shared(numbers, [x.sharding.col_groups if x.sharding else () for x in matrices])
+    return _sum_if_shared(
+        numbers, [x.sharding.groups_over_rows if x.sharding else () for x in matrices]
+    )
 
 
 @computation

@@ -126,7 +126,7 @@ def _iterate(
     tol: float | None,
 ) -> Steps[Found]:
     """Find the scales of matrices whose sums are added up over the same groups."""
-    row_groups, col_groups = shardings[0].sum_groups
+    groups_over_cols, groups_over_rows = shardings[0].sum_groups
     sums = backend.sums(grads)
     device = grads[0].device
     rows = _Vectors([(*grad.shape[:-1], 1) for grad in grads], device)
@@ -139,14 +139,14 @@ def _iterate(
     moving = torch.ones_like(m, dtype=torch.bool)
     for number in range(num_iters):
         row_sums = torch.cat([sums.of_rows(c2), live_cols])
-        yield from sums_in_turn(row_sums, row_groups, col_groups)
+        yield from sums_in_turn(row_sums, groups_over_cols, groups_over_rows)
         row_sums, counted = torch.split(row_sums, [rows.length, len(m)])
         last, new = r2, _inverse(rows.spread(counted if number else n), row_sums)
         moved = rows.count(~((new >= low * last) & (new <= high * last)))
         r2 = new if tol is None else torch.where(rows.spread(moving), new, last)
         live_rows = rows.count((r2 != 0) + 0 * r2)  # the count is not finite if a scale is not
         col_sums = torch.cat([sums.of_cols(r2), live_rows, moved])
-        yield from sums_in_turn(col_sums, col_groups)
+        yield from sums_in_turn(col_sums, groups_over_rows)
         col_sums, live_rows, moved = torch.split(col_sums, [cols.length, len(m), len(m)])
         converged = (moved == 0) & (tol is not None and number > 0)
         length = m if number == num_iters - 1 else torch.where(converged, m, live_rows)

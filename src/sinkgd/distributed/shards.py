@@ -52,19 +52,21 @@ class Sharding(NamedTuple):
 
     rows: int  # of the whole matrix
     cols: int
-    row_groups: "tuple[ProcessGroup, ...]"  # row sums are added up over these
-    col_groups: "tuple[ProcessGroup, ...]"
+    groups_over_cols: "tuple[ProcessGroup, ...]"  # their ranks hold other columns of the same rows
+    groups_over_rows: "tuple[ProcessGroup, ...]"  # their ranks hold other rows of the same columns
     batch_groups: "tuple[ProcessGroup, ...]"  # their ranks hold other matrices of the batch
 
     @property
     def sum_groups(self) -> "tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]":
-        """The row groups and column groups. Matrices with the same groups iterate together."""
-        return self.row_groups, self.col_groups
+        """Groups of the row sums and of the column sums. Matrices with equal ones iterate together."""
+        return self.groups_over_cols, self.groups_over_rows
 
     @property
     def mT(self) -> "Sharding":  # noqa: N802 - named like `Tensor.mT`
         """The sharding of the transpose."""
-        return Sharding(self.cols, self.rows, self.col_groups, self.row_groups, self.batch_groups)
+        return Sharding(
+            self.cols, self.rows, self.groups_over_rows, self.groups_over_cols, self.batch_groups
+        )
 
 
 class ParamMatrix(NamedTuple):
@@ -183,8 +185,8 @@ def sharding_of(x: "DTensor", row_dims: Collection[int], col_dims: Collection[in
     return Sharding(
         rows=prod(x.shape[dim] for dim in row_dims),
         cols=prod(x.shape[dim] for dim in col_dims),
-        row_groups=_groups_of(x, [i for i, dim in dims.items() if dim in col_dims]),
-        col_groups=_groups_of(x, [i for i, dim in dims.items() if dim in row_dims]),
+        groups_over_cols=_groups_of(x, [i for i, dim in dims.items() if dim in col_dims]),
+        groups_over_rows=_groups_of(x, [i for i, dim in dims.items() if dim in row_dims]),
         batch_groups=_groups_of(x, [i for i, dim in dims.items() if dim not in of_matrix]),
     )
 

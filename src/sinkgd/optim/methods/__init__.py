@@ -63,6 +63,7 @@ class MethodTable(dict[str, Method]):
             importlib.import_module(name)
 
 
+# "sinkgd" deflates only if the group has a ``deflated_rank``, as the groups of `param_groups` have.
 METHODS = MethodTable(
     {
         "sinkgd": Sinkhorn(),

@@ -286,7 +286,7 @@ def _deflate_stacks(
     finite = [torch.ones((), dtype=torch.bool, device=matrices[0].grad.device)] * len(matrices)
     stacks = _stacks_of(matrices)
     firsts = [matrices[own[0]] for own in stacks]
-    is_whole = not any(x.sharding and x.sharding.row_groups for x in firsts)
+    is_whole = not any(x.sharding and x.sharding.groups_over_cols for x in firsts)
     directions = yield find_leading(
         _products(
             backend,

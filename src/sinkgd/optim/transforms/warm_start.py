@@ -40,7 +40,7 @@ class WarmStart(Transform):
         sharding = sharding_of(param, *dims_of(param.ndim, group["layout"]))
         side = "row" if group["last"] == "column" else "column"
         kept = sharding if side == "row" else sharding.mT
-        if kept.row_groups:
+        if kept.groups_over_cols:
             raise ValueError(
                 f"warm_start=True needs whole {side}s, and those of {name!r} are sharded "
                 f"({param.placements}); leave it off for this group"
