@@ -58,7 +58,7 @@ class Sharding(NamedTuple):
 
     @property
     def sum_groups(self) -> "tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]":
-        """Groups of the row sums and of the column sums. Matrices with equal ones iterate together."""
+        """The groups of row sums and of column sums. Matrices with equal ones iterate together."""
         return self.groups_over_cols, self.groups_over_rows
 
     @property
