@@ -67,14 +67,15 @@ def test_statistics_are_in_the_record_and_drawn_on_the_page(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("devices", "device"),
+    ("devices", "jobs", "device"),
     [
-        (["NVIDIA H100 80GB HBM3"] * 2, "NVIDIA H100 80GB HBM3"),
-        (["NVIDIA H100 80GB HBM3", "NVIDIA L4"], None),
-        ([], None),
+        (["NVIDIA H100 80GB HBM3"] * 2, 1, "NVIDIA H100 80GB HBM3"),
+        (["NVIDIA H100 80GB HBM3"] * 2, 2, None),
+        (["NVIDIA H100 80GB HBM3", "NVIDIA L4"], 1, None),
+        ([], 1, None),
     ],
 )
-def test_the_calculator_of_a_page_knows_the_device_of_all_sessions(devices, device, tmp_path):
+def test_the_calculator_of_a_page_knows_the_device_of_all_sessions(devices, jobs, device, tmp_path):
     record = made_up_record(find_study("table1"), {"sinkgd": (4.0,), "adamw": (4.1,)})
     path = tmp_path / "study.jsonl"
     writer = StudyWriter(path)
@@ -82,7 +83,7 @@ def test_the_calculator_of_a_page_knows_the_device_of_all_sessions(devices, devi
     for result in record.runs.values():
         writer.add_run(result)
     for one in devices:
-        writer.add_session(Session(1, 1, 1.0, 1.0, 0.0, {"device": one, "threads": 2}))
+        writer.add_session(Session(jobs, 1, 1.0, 1.0, 0.0, {"device": one, "threads": 2}))
     writer.close()
     again = StudyRecord.read(path)
     for result in again.runs.values():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import tyro
 
-from sinkgd.lab.commands.report import PAGE_FILE, report_study, show_fits, write_report
+from sinkgd.lab.commands.report import PAGE_FILE, report_study, show_fits
 from sinkgd.lab.experiments.selection import STEP_OPTIONS, numbers, select_arms, select_step
 from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
@@ -221,7 +221,7 @@ class Experiment:
             reuse=self.reuse,
         )
         if outcome.record.runs:
-            write_report(outcome.record, folder / PAGE_FILE)
+            report_study(folder)
         if outcome.signal is not None:
             _echo(
                 f"stopped by {outcome.signal.name}; {outcome.left} of {outcome.runs} runs are "

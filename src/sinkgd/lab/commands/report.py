@@ -119,11 +119,11 @@ def report_study(folder: Path, page: Path | None = None, *, cdn: bool = False) -
         command, fits = read_fits(path)
         show_fits(fits, command, page, cdn=cdn)
     else:
-        write_report(StudyRecord.read(path), page, cdn=cdn)
+        _write_study(StudyRecord.read(path), page, cdn=cdn)
     return 0
 
 
-def write_report(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
+def _write_study(record: "StudyRecord", page: Path, *, cdn: bool = False) -> None:
     """Print a study's table and verdict; write its page, and its verdict to the same folder."""
     from sinkgd.lab.experiments.studies import find_study
     from sinkgd.lab.experiments.study_report import (

@@ -150,8 +150,13 @@ class StudyRecord:
         return record
 
     def _add_environment(self) -> None:
-        """Give every run what the environments of all sessions have in common."""
-        environments = [session.environment for session in self.sessions]
+        """Give every run what the environments of all sessions have in common.
+
+        The device is left out if runs shared it, since their speed is then not that of the device.
+        """
+        environments = [dict(session.environment) for session in self.sessions]
+        if any(session.jobs > 1 for session in self.sessions):
+            environments[0].pop("device", None)
         common = {
             name: value
             for name, value in (environments[0] if environments else {}).items()
