@@ -197,7 +197,7 @@ def _one_norm(name: str, summary: str, norm: Norm) -> Recipe:
     return Recipe(
         name,
         f"hidden matrices by {summary}, the rest by AdamW",
-        "one normalization, so that updates have RMS 1, as SinkGD's do; sinkgd-paper's rates",
+        "the rates of sinkgd-paper, because updates have the same RMS, 1; not tuned here",
         {**_PAPERS_RATES, **dict.fromkeys(("momentum", "nesterov")), **_STATELESS},
         build,
         can_shard=True,
@@ -283,8 +283,8 @@ FAMILY = (
     ),
     Recipe(
         "tempered",
-        "all parameters by TemperedSinkGD: rows and columns divided by their sums in turn, a "
-        "tanh, and steps of the gradient's own size",
+        "all parameters by TemperedSinkGD: divides rows and columns in turn by the sums of their "
+        "absolute values, applies a tanh, and gives the result the size of the gradient",
         "TemperedSinkGD's default arguments; not tuned here",
         {"lr": 3e-4, "weight_decay": 0.1, "tau": 0.1, "n_iter": 5, **_STATELESS},
         _tempered,
