@@ -313,6 +313,29 @@ def test_ranks_are_compared_at_each_width():
     assert not any("128" in s and "256" in s for s in verdict.sentences)
 
 
+# Beta1 --------------------------------------------------------------------------------------------
+
+
+def test_the_best_sinkgd_is_compared_with_the_best_adamw_and_muon():
+    losses = {
+        "adamw-0.5": near(4.5),
+        "adamw-0.9": near(4.6),
+        "muon-0.8": near(4.7),
+        "muon-0.95": near(4.55),
+        "sinkgd-0.5": apart(4.51),
+        "sinkgd-0.9": near(4.49),
+    }
+    verdict = judge("beta1", losses)
+    assert verdict.headline == (
+        "sinkgd-0.9 ended 0.010 ± 0.000 lower than adamw-0.5. "
+        "sinkgd-0.9 ended 0.060 ± 0.000 lower than muon-0.95."
+    )
+    assert "adamw-0.5 ended 0.100 ± 0.000 lower than adamw-0.9." in verdict.sentences
+    assert not any("muon-0.8" in sentence for sentence in verdict.sentences)
+    alone = judge("beta1", {"sinkgd-0.9": near(4.49)})
+    assert alone.headline == "SinkGD or both methods with momentum have no result yet."
+
+
 # Lens ---------------------------------------------------------------------------------------------
 
 

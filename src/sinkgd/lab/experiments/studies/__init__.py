@@ -6,6 +6,7 @@ from types import MappingProxyType
 from sinkgd.lab.experiments.studies.ablation import ABLATION
 from sinkgd.lab.experiments.studies.alpha import ALPHA
 from sinkgd.lab.experiments.studies.batch import BATCH
+from sinkgd.lab.experiments.studies.beta1 import BETA1S
 from sinkgd.lab.experiments.studies.finetune import FINETUNE
 from sinkgd.lab.experiments.studies.iterations import ITERATIONS
 from sinkgd.lab.experiments.studies.ladder import LADDER
@@ -41,6 +42,7 @@ _TABLE = (
     LADDER,
     RECIPES,
     RANKS,
+    BETA1S,
 )
 
 STUDIES: Mapping[str, Study] = MappingProxyType({study.name: study for study in _TABLE})
