@@ -18,8 +18,8 @@ from sinkgd.lab.experiments.study_verdict import (
 )
 
 BETA1, MOMENTUM = "optimizer.beta1", "optimizer.momentum"
-# The option of each recipe that is varied, and its values. SinkGD's beta1 is that of embeddings, head
-# and vectors, which AdamW trains.
+# The option of each recipe that is varied, and its values. SinkGD's beta1 is that of embeddings,
+# head and vectors, which AdamW trains.
 VARIED = {
     "adamw": (BETA1, (0.0, 0.5, 0.8, 0.9)),
     "muon": (MOMENTUM, (0.5, 0.8, 0.95)),
