@@ -10,11 +10,14 @@ from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.ladder import (
     GRIDS,
     PAPER_GRIDS,
+    SEEDS,
     TOKENS_PER_WEIGHT,
     fit,
     fit_of,
     hidden_weights,
+    missed,
     shares,
+    trend,
     trend_of,
 )
 from sinkgd.lab.experiments.study import plan_of
@@ -63,16 +66,30 @@ def test_rates_of_matrices_shrink_as_the_width_except_muons(scale):
 def test_the_fit_finds_the_curve_that_made_the_losses(a, b, c):
     compute = np.array([1e12, 4e12, 2e13, 9e13])
     losses = a + b * (compute / compute[0]) ** -c
-    ((found_a, found_b, found_c),) = fit(compute, losses[None])
-    assert found_c == pytest.approx(c, rel=0.02)
-    assert found_a + found_b == pytest.approx(a + b, abs=2e-3)
-    curve = found_a + found_b * (compute / compute[0]) ** -found_c
+    found = fit(compute, losses)
+    assert found.c == pytest.approx(c, rel=0.02)
+    assert found.a + found.b == pytest.approx(a + b, abs=2e-3)
+    curve = found.a + found.b * (compute / compute[0]) ** -found.c
     assert curve == pytest.approx(losses, abs=2e-3)
 
 
 def test_the_fit_keeps_the_limit_at_or_above_zero():
-    ((a, _, _),) = fit([1.0, 10.0, 100.0, 1000.0], np.array([[4.0, 3.0, 2.0, 1.0]]))
-    assert a == 0
+    assert fit([1.0, 10.0, 100.0, 1000.0], [4.0, 3.0, 2.0, 1.0]).a == 0
+
+
+def test_intervals_hold_the_truth_in_some_95_of_100_studies():
+    draw = np.random.default_rng(1)
+    weights = np.repeat([hidden_weights(f"llama-{size}") for size in SIZES], SEEDS).astype(float)
+    truth, slope, studies, held = 0.15, -0.05, 400, [0, 0]
+    x = np.log2(weights)
+    for _ in range(studies):
+        noise = draw.normal(size=(2, len(weights)))
+        found = trend(x, slope * x + 0.05 * noise[0])
+        held[0] += found.doubling_low <= np.exp(slope) <= found.doubling_high
+        compute = (weights / weights[0]) ** 2
+        exponent = fit(compute, 3.2 + 1.1 * compute**-truth + 0.015 * noise[1])
+        held[1] += exponent.c_low <= truth <= exponent.c_high
+    assert all(0.92 * studies <= number <= 0.99 * studies for number in held), held
 
 
 def results_of(gains):
@@ -95,8 +112,15 @@ def test_shares_of_tokens_come_from_the_curves_seed_by_seed():
         assert found[size] == pytest.approx([share, share])
 
 
-def test_sizes_at_which_a_seed_does_not_arrive_are_left_out():
-    assert len(shares(results_of((0.2, -0.1, 0.4, 0.0)), "sinkgd")) == 3
+def test_a_seed_that_does_not_arrive_is_counted_and_there_is_no_trend():
+    results = results_of((0.2, -0.1, 0.4, 0.0))
+    second = hidden_weights(f"llama-{SIZES[1]}")
+    assert shares(results, "sinkgd")[second] == []
+    assert missed(results, "sinkgd") == {second: 2}
+    assert trend_of(results, "sinkgd") is None
+    headline = LADDER.judge(results).headline
+    assert "not reached at" in headline
+    assert headline.endswith("no trend yet.")
 
 
 def test_the_trend_is_a_line_through_the_shares():
@@ -117,7 +141,7 @@ def test_the_trend_is_a_line_through_the_shares():
         ((0.3, 0.2, 0.1, 0.0), "rises as the model grows: 69 % at"),
         ((0.1, 0.1, 0.1, 0.1), "does not change with the size: 88 % at"),
         ((-1, -1, -1, -1), "did not reach adamw’s final loss at any finished size"),
-        ((0.1, -1, -1, -1), "88 % at 113k hidden weights; no trend yet"),
+        ((0.1, -1, -1, -1), "88 % at 113k, not reached at"),
     ],
 )
 def test_the_verdict_says_which_way_the_share_moves(gains, words):

@@ -25,6 +25,15 @@ _T_NORMAL = 1.96
 _NO_DIFFERENCE = 0.0005  # nats; smaller differences do not show in printed losses
 
 
+def t_quantile(freedom: int) -> float:
+    """Return Student's t at 97.5 %, for a number of degrees of freedom of 1 or more.
+
+    >>> t_quantile(2)
+    4.303
+    """
+    return _T[freedom - 1] if freedom <= len(_T) else _T_NORMAL
+
+
 @dataclass(frozen=True)
 class Difference:
     """The first arm's loss minus the second's: mean(d) ± t · stdev(d) / √k, at 95 %."""
@@ -54,8 +63,7 @@ class Difference:
         mean = math.nan if each_diverged else statistics.fmean(differences)
         if k == 1 or not math.isfinite(mean):
             return cls(mean, math.inf if math.isfinite(mean) else 0.0, k)
-        t = _T[k - 2] if k - 2 < len(_T) else _T_NORMAL
-        return cls(mean, t * statistics.stdev(differences) / math.sqrt(k), k)
+        return cls(mean, t_quantile(k - 1) * statistics.stdev(differences) / math.sqrt(k), k)
 
     @property
     def lower(self) -> bool:

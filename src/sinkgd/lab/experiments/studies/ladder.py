@@ -22,13 +22,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sinkgd.lab.experiments.arms import Arm, Carried, Grid
 from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Axis, Setting, Study
 from sinkgd.lab.experiments.study_charts import whiskers
-from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults, t_quantile
 from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
 from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.report.analysis import first_reach
@@ -51,7 +50,6 @@ FAR_PRESET = "llama-60m"  # the model to which the trend is extrapolated
 SEEDS = (3, 3, 2, 2)  # by size
 CHECKED = (0.5, 1.0, 2.0)  # multiples of the carried rate that the largest size tries
 SMALLEST_BATCH = 16  # sequences at the smallest size
-RESAMPLES = 2000
 
 RECIPES = ("sinkgd", "sinkgd-paper", "adamw", "muon")
 CONTROL = "adamw"
@@ -143,10 +141,7 @@ def arms(sizes: Mapping[str, Mapping[str, Any]], grids: Mapping[str, Grid]) -> t
 
 @dataclass(frozen=True)
 class Fit:
-    """L = a + b (C/C₁)^(-c), where C₁ is C at the smallest size.
-
-    The 95 % interval of c is by bootstrap over seeds.
-    """
+    """L = a + b (C/C₁)^(-c), where C₁ is C at the smallest size, with the 95 % interval of c."""
 
     a: float
     b: float
@@ -155,52 +150,35 @@ class Fit:
     c_high: float
 
 
-def fit(compute: Sequence[float], losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Fit a, b and c by least squares, for many sets of losses at once.
+def fit(compute: Sequence[float], losses: Sequence[float]) -> Fit:
+    """Fit a, b and c by least squares to the losses of all seeds and sizes.
+
+    The interval has every c whose sum of squares is at most 1 + t²/(k - 3) times the least one,
+    with t the 97.5 % quantile of Student's t: the profile of the sum of squares. A bootstrap over
+    two or three seeds would be too narrow.
 
     Args:
-        compute: C at each of 3 or more sizes, the smallest size first.
-        losses: L, ``(sets, sizes)``.
+        compute: C of each of k runs, more than 3, at 3 or more different values.
+        losses: L of each run.
 
     Returns:
-        a, b and c of each set, ``(sets, 3)``, for L = a + b (C/C₁)^(-c), where C₁ is the first C.
-        a is at least 0, and c is the best of 400 values between 0.01 and 2.
+        The fit. a is at least 0, and c is one of 400 values between 0.01 and 2.
     """
-    x = np.asarray(compute) / compute[0]
-    best = np.full(len(losses), np.inf, dtype=np.float64)
-    found = np.zeros((len(losses), 3), dtype=np.float64)
+    x, y = np.asarray(compute) / min(compute), np.asarray(losses)
+    tried = []
     for c in np.geomspace(0.01, 2, 400):
         powers = x**-c
         spread = powers - powers.mean()
-        b = (losses - losses.mean(1, keepdims=True)) @ spread / (spread @ spread)
-        a = losses.mean(1) - b * powers.mean()
-        through_zero = losses @ powers / (powers @ powers)
-        a, b = np.where(a < 0, 0.0, a), np.where(a < 0, through_zero, b)
-        error = ((losses - a[:, None] - b[:, None] * powers) ** 2).sum(1)
-        better = error < best
-        best = np.where(better, error, best)
-        found[better] = np.stack([a, b, np.full_like(a, c)], 1)[better]
-    return found
-
-
-def _resampled(values: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """Return means over seeds drawn with replacement, after a first row of plain means.
-
-    Args:
-        values: For each size, one value per seed.
-
-    Returns:
-        The means, ``(RESAMPLES + 1, sizes)``.
-    """
-    draw = np.random.default_rng(0)
-    columns = [
-        np.append(
-            np.mean(own),
-            np.asarray(own)[draw.integers(len(own), size=(RESAMPLES, len(own)))].mean(1),
-        )
-        for own in values
-    ]
-    return np.stack(columns, 1)
+        b = (y - y.mean()) @ spread / (spread @ spread)
+        a = y.mean() - b * powers.mean()
+        if a < 0:
+            a, b = 0.0, y @ powers / (powers @ powers)
+        tried.append((float(((y - a - b * powers) ** 2).sum()), float(a), float(b), float(c)))
+    least, a, b, c = min(tried)
+    freedom = len(y) - 3
+    bound = least * (1 + t_quantile(freedom) ** 2 / freedom)
+    near = [one[3] for one in tried if one[0] <= bound]
+    return Fit(a, b, c, min(near), max(near))
 
 
 def _finished(results: StudyResults, recipe: str) -> list[ArmResults]:
@@ -219,15 +197,12 @@ def fit_of(results: StudyResults, recipe: str) -> Fit | None:
     sizes = _finished(results, recipe)
     if len(sizes) < 4:
         return None
-    losses = _resampled([list(one.losses.values()) for one in sizes])
-    found = fit([_compute(one) for one in sizes], losses)
-    low, high = np.quantile(found[1:, 2], [0.025, 0.975])
-    a, b, c = (float(x) for x in found[0])
-    return Fit(a, b, c, float(low), float(high))
+    runs = [(_compute(one), loss) for one in sizes for loss in one.losses.values()]
+    return fit([compute for compute, _ in runs], [loss for _, loss in runs])
 
 
 def shares(results: StudyResults, recipe: str) -> dict[float, list[float]]:
-    """Return q of every seed by N; sizes at which a seed did not reach the loss are left out."""
+    """Return q of every seed that reached AdamW's loss, by N; an empty list if none did."""
     control = {one.arm.value: one for one in _finished(results, CONTROL)}
     found = {}
     for one in _finished(results, recipe):
@@ -239,15 +214,23 @@ def shares(results: StudyResults, recipe: str) -> dict[float, list[float]]:
             for r in one.seeds
             if r.seed in goals
         ]
-        own = [reach.tokens / tokens for reach, tokens in reached if reach is not None]
-        if own and len(own) == len(reached):
-            found[one.arm.value] = own
+        if reached:
+            found[one.arm.value] = [
+                reach.tokens / tokens for reach, tokens in reached if reach is not None
+            ]
     return found
+
+
+def missed(results: StudyResults, recipe: str) -> dict[float, int]:
+    """Return the number of seeds that did not reach AdamW's loss, by N, where there are any."""
+    seeds = {one.arm.value: len(one.seeds) for one in _finished(results, recipe)}
+    short = {n: seeds[n] - len(own) for n, own in shares(results, recipe).items()}
+    return {n: number for n, number in short.items() if number}
 
 
 @dataclass(frozen=True)
 class Trend:
-    """log q as a line over log₂ N, with 95 % intervals by bootstrap over seeds."""
+    """log q as a line over log₂ N, with 95 % intervals by Student's t."""
 
     doubling: float  # the factor of q when N doubles
     doubling_low: float
@@ -258,18 +241,32 @@ class Trend:
 
 
 def trend_of(results: StudyResults, recipe: str) -> Trend | None:
-    """Fit the trend of a method's q; None below 3 sizes."""
+    """Fit the trend of a method's q over all seeds and sizes.
+
+    None below 3 sizes, and if a seed did not reach AdamW's loss: without that seed the trend would
+    be biased in favor of the method.
+    """
     found = shares(results, recipe)
-    if len(found) < 3:
+    if len(found) < 3 or missed(results, recipe):
         return None
-    x = np.log2(list(found))
-    y = np.log(_resampled(list(found.values())))
+    points = [(math.log2(n), math.log(q)) for n, own in found.items() for q in own]
+    return trend([x for x, _ in points], [y for _, y in points])
+
+
+def trend(sizes: Sequence[float], values: Sequence[float]) -> Trend:
+    """Fit a line to log q over log₂ N, with one pair for each run, more than 2 in all."""
+    x, y = np.asarray(sizes), np.asarray(values)
     spread = x - x.mean()
-    slope = y @ spread / (spread @ spread)
-    far = y.mean(1) + slope * (math.log2(hidden_weights(FAR_PRESET)) - x.mean())
-    values = np.exp(np.stack([slope, far], 1))
-    low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
-    return Trend(*(float(v) for i in (0, 1) for v in (values[0, i], low[i], high[i])))
+    slope = float(y @ spread / (spread @ spread))
+    freedom = len(y) - 2
+    rest = float(((y - y.mean() - slope * spread) ** 2).sum() / freedom)
+    away = math.log2(hidden_weights(FAR_PRESET)) - x.mean()
+    far = float(y.mean() + slope * away)
+    t = t_quantile(freedom)
+    of_slope = t * math.sqrt(rest / (spread @ spread))
+    of_far = t * math.sqrt(rest * (1 / len(y) + away**2 / (spread @ spread)))
+    ends = (slope, slope - of_slope, slope + of_slope, far, far - of_far, far + of_far)
+    return Trend(*map(math.exp, ends))
 
 
 def judge(results: StudyResults) -> Verdict:
@@ -277,7 +274,9 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     lines = {recipe: shares(results, recipe) for recipe in RECIPES if recipe != CONTROL}
-    sentences = [_shares_in_words(recipe, own) for recipe, own in lines.items()]
+    sentences = [
+        _shares_in_words(recipe, own, missed(results, recipe)) for recipe, own in lines.items()
+    ]
     sentences += [
         words for recipe in lines if (words := _trend_in_words(recipe, trend_of(results, recipe)))
     ]
@@ -288,7 +287,7 @@ def judge(results: StudyResults) -> Verdict:
         if (found := fit_of(results, recipe)) is not None
     ]
     sentences.append(
-        "Intervals are 95 %, by bootstrap over two or three seeds, and say nothing about the "
+        "Intervals are 95 %, by Student’s t over all seeds and sizes, and say nothing about the "
         "choice of rates. Shares of tokens are read from losses during training, when the "
         "schedule was not over yet."
     )
@@ -298,10 +297,8 @@ def judge(results: StudyResults) -> Verdict:
 def _headline(results: StudyResults) -> str:
     own, trend = shares(results, "sinkgd"), trend_of(results, "sinkgd")
     if trend is None:
-        if not own:
-            return "sinkgd did not reach adamw’s final loss at any finished size."
-        sizes = ", ".join(f"{percent(float(np.mean(q)))} at {count(n)}" for n, q in own.items())
-        return f"sinkgd needs this share of adamw’s tokens: {sizes} hidden weights; no trend yet."
+        words = _shares_in_words("sinkgd", own, missed(results, "sinkgd"))
+        return words if not any(own.values()) else f"{words.removesuffix('.')}; no trend yet."
     first, last = (float(np.mean(own[n])) for n in (min(own), max(own)))
     moves = "does not change with the size"
     if trend.doubling_high < 1:
@@ -314,11 +311,17 @@ def _headline(results: StudyResults) -> str:
     )
 
 
-def _shares_in_words(recipe: str, own: Mapping[float, Sequence[float]]) -> str:
-    if not own:
-        return f"{recipe} did not reach adamw’s final loss with all seeds at any size."
-    sizes = ", ".join(f"{percent(float(np.mean(q)))} at {count(n)}" for n, q in own.items())
-    return f"{recipe} needs this share of adamw’s tokens: {sizes} hidden weights."
+def _shares_in_words(
+    recipe: str, own: Mapping[float, Sequence[float]], missed: Mapping[float, int]
+) -> str:
+    if not any(own.values()):
+        return f"{recipe} did not reach adamw’s final loss at any finished size."
+    sizes = [
+        f"{percent(float(np.mean(q))) if q else 'not reached'} at {count(n)}"
+        + (f" (without {missed[n]} of {len(q) + missed[n]} seeds)" if q and n in missed else "")
+        for n, q in own.items()
+    ]
+    return f"{recipe} needs this share of adamw’s tokens: {', '.join(sizes)} hidden weights."
 
 
 def _trend_in_words(recipe: str, trend: Trend | None) -> str | None:
@@ -335,7 +338,11 @@ def _trend_in_words(recipe: str, trend: Trend | None) -> str | None:
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw the share of AdamW's tokens over the size, one line per method."""
     lines = {recipe: shares(results, recipe) for recipe in RECIPES if recipe != CONTROL}
-    lines = {recipe: own for recipe, own in lines.items() if own}
+    lines = {
+        recipe: {n: q for n, q in own.items() if q}
+        for recipe, own in lines.items()
+        if any(own.values())
+    }
     if not lines:
         return []
     sizes = sorted({n for own in lines.values() for n in own})
@@ -346,8 +353,11 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
             title="Tokens to AdamW’s final loss, by size",
             caption="Tokens that an arm needs for the final loss of AdamW at the same size and "
             "with the same seed, as a share of AdamW’s tokens: mean and range over seeds. Lower "
-            "is better. Sizes at which a seed did not reach the loss are left out.",
-            description="; ".join(_shares_in_words(recipe, own) for recipe, own in lines.items()),
+            "is better. Seeds that did not reach the loss are left out.",
+            description="; ".join(
+                _shares_in_words(recipe, own, missed(results, recipe))
+                for recipe, own in lines.items()
+            ),
             figure={
                 "data": [_share_line(r, own, looks[r]) for r, own in lines.items()],
                 "layout": layout(
