@@ -29,8 +29,8 @@ SIZES = ("nano-48", "nano-64", "nano-96", "nano")
 MATRIX_LR = "optimizer.matrix_lr"
 
 
-def of(arms, recipe):
-    return [arm for arm in arms if arm.recipe == recipe]
+def of(arms, method):
+    return [arm for arm in arms if arm.series == method]
 
 
 def test_a_run_takes_twenty_tokens_a_hidden_weight_in_batches_of_the_square_root():
@@ -92,13 +92,18 @@ def test_intervals_hold_the_truth_in_some_95_of_100_studies():
     assert all(0.92 * studies <= number <= 0.99 * studies for number in held), held
 
 
-def results_of(gains):
-    """AdamW's losses fall with the size; SinkGD's are lower by the gain of each size."""
+def results_of(gains, better=()):
+    """AdamW's losses fall with the size; SinkGD's are lower by the gain of each size.
+
+    Those of AdamW with a beta1 of 0.5 are lower by what is given in ``better``.
+    """
     losses = {}
     for place, (size, gain) in enumerate(zip(SIZES, gains, strict=True)):
         base = 5.0 - 0.4 * place
         losses[f"adamw-{size}"] = [base, base + 0.01]
         losses[f"sinkgd-{size}"] = [base - gain, base + 0.01 - gain]
+        if better:
+            losses[f"adamw-0.5-{size}"] = [base - better[place], base + 0.01 - better[place]]
     return made_up(LADDER, losses)
 
 
@@ -110,6 +115,13 @@ def test_shares_of_tokens_come_from_the_curves_seed_by_seed():
     assert list(found) == sizes
     for size, share in zip(sizes, by_size, strict=True):
         assert found[size] == pytest.approx([share, share])
+
+
+def test_the_better_adamw_of_each_size_counts():
+    results = results_of((0.2, 0.2, 0.2, 0.2), better=(0.0, 0.1, 0.2, -0.1))
+    found = list(shares(results, "sinkgd").values())
+    for shown, expected in zip(found, (0.75, 0.875, 1.0, 0.75), strict=True):
+        assert shown == pytest.approx([expected] * 2)
 
 
 def test_a_seed_that_does_not_arrive_is_counted_and_there_is_no_trend():

@@ -13,7 +13,8 @@ Letters:
     N: number of hidden weights, which are those of the blocks' matrices
     C: operations of a training, 6 for each hidden weight and token
     L: final validation loss, nats per token; fitted as a + b (C/C₁)^(-c), see `Fit`
-    q: tokens that an arm needs for AdamW's final loss, as a share of AdamW's tokens
+    q: tokens that an arm needs for AdamW's final loss, as a share of AdamW's tokens. There are two
+        AdamWs, with a beta1 of 0.9 and of 0.5; the one with the lower mean loss at a size counts.
 """
 
 import math
@@ -28,7 +29,7 @@ from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATR
 from sinkgd.lab.experiments.study import Axis, Setting, Study
 from sinkgd.lab.experiments.study_charts import whiskers
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults, t_quantile
-from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
+from sinkgd.lab.experiments.study_verdict import Verdict, cautions, ranked, unfinished
 from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.report.analysis import first_reach
 from sinkgd.lab.report.figures import (
@@ -51,8 +52,16 @@ SEEDS = (3, 3, 2, 2)  # by size
 CHECKED = (0.5, 1.0, 2.0)  # multiples of the carried rate that the largest size tries
 SMALLEST_BATCH = 16  # sequences at the smallest size
 
-RECIPES = ("sinkgd", "sinkgd-paper", "adamw", "muon")
-CONTROL = "adamw"
+# The recipe of each method, and what else defines it.
+METHODS: Mapping[str, Mapping[str, str | float]] = {
+    "sinkgd": {"optimizer.recipe": "sinkgd"},
+    "sinkgd-paper": {"optimizer.recipe": "sinkgd-paper"},
+    "adamw": {"optimizer.recipe": "adamw"},
+    "adamw-0.5": {"optimizer.recipe": "adamw", "optimizer.beta1": 0.5},
+    "muon": {"optimizer.recipe": "muon"},
+}
+ADAMWS = ("adamw", "adamw-0.5")
+COMPARED = tuple(method for method in METHODS if method not in ADAMWS)  # with the better AdamW
 _NOT_BY_WIDTH = {"muon"}
 
 # Five rates of matrices at the two smallest sizes, each twice the previous one.
@@ -60,12 +69,14 @@ GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008, 0.016)},
     "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
     "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
+    "adamw-0.5": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
     "muon": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02, 0.04, 0.08)},
 }
 PAPER_GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004)},
     "sinkgd-paper": {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004)},
     "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
+    "adamw-0.5": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
     "muon": {LR: (0.02,), MATRIX_LR: (0.0025, 0.005, 0.01, 0.02, 0.04)},
 }
 
@@ -114,22 +125,22 @@ def arms(sizes: Mapping[str, Mapping[str, Any]], grids: Mapping[str, Grid]) -> t
     tuned = presets[1]  # the size whose rates larger ones take
     found = []
     for place, preset in enumerate(presets):
-        for recipe in RECIPES:
+        for method, overrides in METHODS.items():
             narrower = preset_config(tuned).hidden_size / preset_config(preset).hidden_size
-            factor = 1.0 if recipe in _NOT_BY_WIDTH else narrower
+            factor = 1.0 if method in _NOT_BY_WIDTH else narrower
             last = place == len(presets) - 1
             found.append(
                 Arm(
-                    f"{recipe}-{preset.removeprefix('llama-')}",
-                    {"model.preset": preset, "optimizer.recipe": recipe, **sizes[preset]},
-                    grids[recipe] if place < 2 else {},
+                    f"{method}-{preset.removeprefix('llama-')}",
+                    {"model.preset": preset, **overrides, **sizes[preset]},
+                    grids[method] if place < 2 else {},
                     value=float(hidden_weights(preset)),
-                    control=recipe not in ("sinkgd", "sinkgd-paper"),
-                    series=recipe,
+                    control=method not in ("sinkgd", "sinkgd-paper"),
+                    series=method,
                     carried=None
                     if place < 2
                     else Carried(
-                        f"{recipe}-{tuned.removeprefix('llama-')}",
+                        f"{method}-{tuned.removeprefix('llama-')}",
                         {MATRIX_LR: factor},
                         CHECKED if last else (1.0,),
                     ),
@@ -181,10 +192,16 @@ def fit(compute: Sequence[float], losses: Sequence[float]) -> Fit:
     return Fit(a, b, c, min(near), max(near))
 
 
-def _finished(results: StudyResults, recipe: str) -> list[ArmResults]:
+def _finished(results: StudyResults, method: str) -> list[ArmResults]:
     """Return a method's arms with finite losses, from the smallest size to the largest."""
-    own = [one for one in results.arms if one.arm.recipe == recipe and one.seeds]
+    own = [one for one in results.arms if one.arm.series == method and one.seeds]
     return sorted((one for one in own if not one.diverged), key=lambda one: one.arm.value or 0.0)
+
+
+def _better_adamw(results: StudyResults) -> dict[float | None, ArmResults]:
+    """Return the AdamW with the lower mean loss at each size."""
+    both = [one for method in ADAMWS for one in _finished(results, method)]
+    return {one.arm.value: one for one in reversed(ranked(both))}
 
 
 def _compute(one: ArmResults) -> float:
@@ -192,20 +209,20 @@ def _compute(one: ArmResults) -> float:
     return 6 * (one.arm.value or 0.0) * (end.tokens if end else math.nan)
 
 
-def fit_of(results: StudyResults, recipe: str) -> Fit | None:
+def fit_of(results: StudyResults, method: str) -> Fit | None:
     """Fit the losses of a method over sizes; None below 4 sizes."""
-    sizes = _finished(results, recipe)
+    sizes = _finished(results, method)
     if len(sizes) < 4:
         return None
     runs = [(_compute(one), loss) for one in sizes for loss in one.losses.values()]
     return fit([compute for compute, _ in runs], [loss for _, loss in runs])
 
 
-def shares(results: StudyResults, recipe: str) -> dict[float, list[float]]:
+def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
     """Return q of every seed that reached AdamW's loss, by N; an empty list if none did."""
-    control = {one.arm.value: one for one in _finished(results, CONTROL)}
+    control = _better_adamw(results)
     found = {}
-    for one in _finished(results, recipe):
+    for one in _finished(results, method):
         if one.arm.value is None or (other := control.get(one.arm.value)) is None:
             continue
         goals = {r.seed: (r.loss, r.run.end.tokens) for r in other.seeds if r.run.end}
@@ -221,10 +238,10 @@ def shares(results: StudyResults, recipe: str) -> dict[float, list[float]]:
     return found
 
 
-def missed(results: StudyResults, recipe: str) -> dict[float, int]:
+def missed(results: StudyResults, method: str) -> dict[float, int]:
     """Return the number of seeds that did not reach AdamW's loss, by N, where there are any."""
-    seeds = {one.arm.value: len(one.seeds) for one in _finished(results, recipe)}
-    short = {n: seeds[n] - len(own) for n, own in shares(results, recipe).items()}
+    seeds = {one.arm.value: len(one.seeds) for one in _finished(results, method)}
+    short = {n: seeds[n] - len(own) for n, own in shares(results, method).items()}
     return {n: number for n, number in short.items() if number}
 
 
@@ -240,14 +257,14 @@ class Trend:
     far_high: float
 
 
-def trend_of(results: StudyResults, recipe: str) -> Trend | None:
+def trend_of(results: StudyResults, method: str) -> Trend | None:
     """Fit the trend of a method's q over all seeds and sizes.
 
     None below 3 sizes, and if a seed did not reach AdamW's loss: without that seed the trend would
     be biased in favor of the method.
     """
-    found = shares(results, recipe)
-    if len(found) < 3 or missed(results, recipe):
+    found = shares(results, method)
+    if len(found) < 3 or missed(results, method):
         return None
     points = [(math.log2(n), math.log(q)) for n, own in found.items() for q in own]
     return trend([x for x, _ in points], [y for _, y in points])
@@ -273,18 +290,18 @@ def judge(results: StudyResults) -> Verdict:
     """State q at every size, its trend, and the fits."""
     if (nothing := unfinished(results)) is not None:
         return nothing
-    lines = {recipe: shares(results, recipe) for recipe in RECIPES if recipe != CONTROL}
+    lines = {method: shares(results, method) for method in COMPARED}
     sentences = [
-        _shares_in_words(recipe, own, missed(results, recipe)) for recipe, own in lines.items()
+        _shares_in_words(method, own, missed(results, method)) for method, own in lines.items()
     ]
     sentences += [
-        words for recipe in lines if (words := _trend_in_words(recipe, trend_of(results, recipe)))
+        words for method in lines if (words := _trend_in_words(method, trend_of(results, method)))
     ]
     sentences += [
-        f"{recipe}: L = {found.a:.2f} + {found.b:.2f} (C/C₁)^-{found.c:.3f}, exponent between "
+        f"{method}: L = {found.a:.2f} + {found.b:.2f} (C/C₁)^-{found.c:.3f}, exponent between "
         f"{found.c_low:.3f} and {found.c_high:.3f}."
-        for recipe in RECIPES
-        if (found := fit_of(results, recipe)) is not None
+        for method in METHODS
+        if (found := fit_of(results, method)) is not None
     ]
     sentences.append(
         "Intervals are 95 %, by Student’s t over all seeds and sizes, and say nothing about the "
@@ -312,23 +329,23 @@ def _headline(results: StudyResults) -> str:
 
 
 def _shares_in_words(
-    recipe: str, own: Mapping[float, Sequence[float]], missed: Mapping[float, int]
+    method: str, own: Mapping[float, Sequence[float]], missed: Mapping[float, int]
 ) -> str:
     if not any(own.values()):
-        return f"{recipe} did not reach adamw’s final loss at any finished size."
+        return f"{method} did not reach adamw’s final loss at any finished size."
     sizes = [
         f"{percent(float(np.mean(q))) if q else 'not reached'} at {count(n)}"
         + (f" (without {missed[n]} of {len(q) + missed[n]} seeds)" if q and n in missed else "")
         for n, q in own.items()
     ]
-    return f"{recipe} needs this share of adamw’s tokens: {', '.join(sizes)} hidden weights."
+    return f"{method} needs this share of adamw’s tokens: {', '.join(sizes)} hidden weights."
 
 
-def _trend_in_words(recipe: str, trend: Trend | None) -> str | None:
+def _trend_in_words(method: str, trend: Trend | None) -> str | None:
     if trend is None:
         return None
     return (
-        f"With each doubling of the weights {recipe}’s share changes by a factor of "
+        f"With each doubling of the weights {method}’s share changes by a factor of "
         f"{trend.doubling:.3f} ({trend.doubling_low:.3f} to {trend.doubling_high:.3f}). If that "
         f"held up to {FAR_PRESET}, it would be {percent(trend.far)} ({percent(trend.far_low)} to "
         f"{percent(trend.far_high)})."
@@ -337,26 +354,26 @@ def _trend_in_words(recipe: str, trend: Trend | None) -> str | None:
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw the share of AdamW's tokens over the size, one line per method."""
-    lines = {recipe: shares(results, recipe) for recipe in RECIPES if recipe != CONTROL}
+    lines = {method: shares(results, method) for method in COMPARED}
     lines = {
-        recipe: {n: q for n, q in own.items() if q}
-        for recipe, own in lines.items()
+        method: {n: q for n, q in own.items() if q}
+        for method, own in lines.items()
         if any(own.values())
     }
     if not lines:
         return []
     sizes = sorted({n for own in lines.values() for n in own})
-    looks = {recipe: identities[_finished(results, recipe)[-1].arm.name] for recipe in lines}
+    looks = {method: identities[_finished(results, method)[-1].arm.name] for method in lines}
     return [
         Chart(
             key="share-by-size",
             title="Tokens to AdamW’s final loss, by size",
-            caption="Tokens that an arm needs for the final loss of AdamW at the same size and "
-            "with the same seed, as a share of AdamW’s tokens: mean and range over seeds. Lower "
-            "is better. Seeds that did not reach the loss are left out.",
+            caption="Tokens that an arm needs for the final loss of the better AdamW at the "
+            "same size and with the same seed, as a share of AdamW’s tokens: mean and range over "
+            "seeds. Lower is better. Seeds that did not reach the loss are left out.",
             description="; ".join(
-                _shares_in_words(recipe, own, missed(results, recipe))
-                for recipe, own in lines.items()
+                _shares_in_words(method, own, missed(results, method))
+                for method, own in lines.items()
             ),
             figure={
                 "data": [_share_line(r, own, looks[r]) for r, own in lines.items()],
@@ -378,18 +395,18 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     ]
 
 
-def _share_line(recipe: str, own: Mapping[float, Sequence[float]], look: Identity) -> Figure:
+def _share_line(method: str, own: Mapping[float, Sequence[float]], look: Identity) -> Figure:
     means = [float(np.mean(q)) for q in own.values()]
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": recipe,
+        "name": method,
         "x": list(own),
         "y": means,
         "line": {"color": look.color, "width": 2.2},
         "marker": {"color": look.color, "symbol": look.symbol, "size": 9},
         "error_y": whiskers(means, [(min(q), max(q)) for q in own.values()], look),
-        "hovertemplate": f"{recipe} at %{{x:.3s}}: %{{y:.0%}}<extra></extra>",
+        "hovertemplate": f"{method} at %{{x:.3s}}: %{{y:.0%}}<extra></extra>",
     }
 
 
