@@ -80,6 +80,7 @@ ADDITIONS: Mapping[str, Addition] = {
         bytes_per_entry=1,
     ),
     "momentum": Addition({"momentum": 0.95, "nesterov": True}, USUAL, PAPER, bytes_per_entry=4),
+    "momentum-0.5": Addition({"momentum": 0.5}, USUAL, PAPER, bytes_per_entry=4),
     "row-momentum": Addition(
         {"recipe": "rows-only", "momentum": 0.95, "nesterov": True},
         _rates(0.001, 0.002, 0.004),
@@ -87,9 +88,15 @@ ADDITIONS: Mapping[str, Addition] = {
         bytes_per_entry=4,
     ),
 }
-CONTROLS: Mapping[str, tuple[Grid, Grid]] = {
-    "adamw": (_rates(0.003, 0.006, 0.012), _paper_rates(0.0005, 0.001, 0.003)),
-    "muon": (_rates(0.005, 0.01, 0.02), _paper_rates(0.001, 0.005, 0.01)),
+_OF_ADAMW = _rates(0.003, 0.006, 0.012), _paper_rates(0.0005, 0.001, 0.003)
+# What defines each control, and its grids.
+CONTROLS: Mapping[str, tuple[Mapping[str, str | float], tuple[Grid, Grid]]] = {
+    "adamw": ({"optimizer.recipe": "adamw"}, _OF_ADAMW),
+    "adamw-0.5": ({"optimizer.recipe": "adamw", "optimizer.beta1": 0.5}, _OF_ADAMW),
+    "muon": (
+        {"optimizer.recipe": "muon"},
+        (_rates(0.005, 0.01, 0.02), _paper_rates(0.001, 0.005, 0.01)),
+    ),
 }
 
 
@@ -104,8 +111,8 @@ def _arms(*, paper: bool) -> tuple[Arm, ...]:
         for name, own in ADDITIONS.items()
     ]
     controls = [
-        Arm(name, {"optimizer.recipe": name}, grids[paper], control=True, widened=True)
-        for name, grids in CONTROLS.items()
+        Arm(name, overrides, grids[paper], control=True, widened=True)
+        for name, (overrides, grids) in CONTROLS.items()
     ]
     return (*candidates, *controls)
 
@@ -156,7 +163,8 @@ RECIPES = Study(
     "(Hyperball), directions kept from step to step (Spectra), momentum of low rank (LoRA-Pre) or "
     "in 8 bits (PowerStep), and normalizing the rows of a momentum (RMNP). Each is added to the "
     "default by itself, except RMNP, which replaces it. Plain momentum and a deflated rank of 30 "
-    "are tried, too, and the two and three that were best by themselves together.",
+    "are tried, too, and the two and three that were best by themselves together. Two AdamWs are "
+    "controls, with a beta1 of 0.9 and of 0.5.",
     settings={
         "machine": Setting(LONG, _arms(paper=False)),
         "paper": Setting(BENCHMARK["llama-60m"], _arms(paper=True), models=BENCHMARK),
