@@ -100,5 +100,5 @@ BETA1S = Study(
         "paper": Setting(BENCHMARK["llama-60m"], arms_of(PAPER_GRIDS)),
     },
     judge=judge,
-    axis=Axis("beta1", "beta1 of AdamW and SinkGD, momentum of Muon"),
+    axis=Axis("beta1", "beta1; Muon’s momentum"),
 )
