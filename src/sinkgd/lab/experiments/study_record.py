@@ -154,14 +154,16 @@ class StudyRecord:
 
         The device is left out if runs shared it, since their speed is then not that of the device.
         """
-        environments = [dict(session.environment) for session in self.sessions]
-        if any(session.jobs > 1 for session in self.sessions):
-            environments[0].pop("device", None)
+        if not self.sessions:
+            return
+        environments = [session.environment for session in self.sessions]
         common = {
             name: value
-            for name, value in (environments[0] if environments else {}).items()
+            for name, value in environments[0].items()
             if all(name in one and one[name] == value for one in environments)
         }
+        if any(session.jobs > 1 for session in self.sessions):
+            common.pop("device", None)
         for name, result in self.runs.items():
             start = replace(result.run.start, environment=common)
             self.runs[name] = replace(result, run=replace(result.run, start=start))
