@@ -15,7 +15,6 @@ from sinkgd.lab.experiments.studies.ladder import (
     fit,
     fit_of,
     hidden_weights,
-    missed,
     shares,
     trend,
     trend_of,
@@ -107,6 +106,10 @@ def results_of(gains, better=()):
     return made_up(LADDER, losses)
 
 
+def plain(words):
+    return words.replace("\N{NO-BREAK SPACE}", " ")
+
+
 def test_shares_of_tokens_come_from_the_curves_seed_by_seed():
     # A run falls by 0.4 from half to three quarters of its tokens, and by 0.2 in the last quarter.
     found = shares(results_of((0.2, 0.1, 0.4, 0.0)), "sinkgd")
@@ -124,15 +127,61 @@ def test_the_better_adamw_of_each_size_counts():
         assert shown == pytest.approx([expected] * 2)
 
 
-def test_a_seed_that_does_not_arrive_is_counted_and_there_is_no_trend():
-    results = results_of((0.2, -0.1, 0.4, 0.0))
-    second = hidden_weights(f"llama-{SIZES[1]}")
-    assert shares(results, "sinkgd")[second] == []
-    assert missed(results, "sinkgd") == {second: 2}
+def changed(results, arm, change):
+    """Return the results with ``change`` applied to those of one arm."""
+    arms = tuple(change(one) if one.arm.name == arm else one for one in results.arms)
+    return replace(results, arms=arms)
+
+
+def failed(result):
+    """The same run, but it diverged after its last evaluation."""
+    return replace(result, run=replace(result.run, end=replace(result.run.end, status="failed")))
+
+
+def higher(result):
+    """The same run, with higher losses than AdamW's."""
+    losses = [replace(one, val_loss=one.val_loss + 1) for one in result.run.evaluations]
+    return replace(result, run=replace(result.run, evaluations=losses))
+
+
+@pytest.mark.parametrize("loses", [failed, higher])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_seed_that_does_not_arrive_is_counted_and_there_is_no_trend(loses, size):
+    results = changed(
+        results_of((0.1, 0.1, 0.1, 0.1)),
+        f"sinkgd-{size}",
+        lambda one: replace(one, seeds=(one.seeds[0], loses(one.seeds[1]))),
+    )
+    found = shares(results, "sinkgd")
+    assert list(found) == [hidden_weights(f"llama-{size}") for size in SIZES]
+    for n, own in found.items():
+        assert np.isinf(own).tolist() == [False, n == hidden_weights(f"llama-{size}")]
     assert trend_of(results, "sinkgd") is None
     headline = LADDER.judge(results).headline
-    assert "not reached at" in headline
-    assert headline.endswith("no trend yet.")
+    assert headline.count("(not reached in 1 of 2 seeds)") == 1
+    assert headline.endswith("no trend, for it would leave out these seeds.")
+
+
+def test_a_method_that_diverged_at_every_rate_of_a_grid_is_not_left_out():
+    results = changed(
+        results_of((0.1, 0.1, 0.1, 0.1)),
+        f"sinkgd-{SIZES[0]}",
+        lambda one: replace(one, seeds=(), grid=tuple(map(failed, one.grid))),
+    )
+    assert np.isinf(shares(results, "sinkgd")[hidden_weights(f"llama-{SIZES[0]}")]).all()
+    assert trend_of(results, "sinkgd") is None
+    assert "adamw’s tokens: not reached at 113k" in plain(LADDER.judge(results).headline)
+
+
+@pytest.mark.parametrize("without", [lambda seeds: seeds[:1], lambda s: (s[0], failed(s[1]))])
+def test_a_seed_in_which_adamw_diverged_or_has_no_run_counts_for_nobody(without):
+    results = changed(
+        results_of((0.1, 0.1, 0.1, 0.1)),
+        f"adamw-{SIZES[0]}",
+        lambda one: replace(one, seeds=without(one.seeds)),
+    )
+    assert [len(own) for own in shares(results, "sinkgd").values()] == [1, 2, 2, 2]
+    assert trend_of(results, "sinkgd") is not None
 
 
 def test_the_trend_is_a_line_through_the_shares():
@@ -159,7 +208,7 @@ def test_the_trend_is_a_line_through_the_shares():
 def test_the_verdict_says_which_way_the_share_moves(gains, words):
     results = results_of(gains)
     verdict = LADDER.judge(results)
-    assert words in verdict.headline.replace("\N{NO-BREAK SPACE}", " ")
+    assert words in plain(verdict.headline)
     charts = LADDER.charts(results, identify(results.analysis(None)))
     assert len(charts) == (0 if set(gains) == {-1} else 1)
 

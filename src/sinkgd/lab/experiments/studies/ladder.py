@@ -28,6 +28,7 @@ from sinkgd.lab.experiments.arms import Arm, Carried, Grid
 from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Axis, Setting, Study
 from sinkgd.lab.experiments.study_charts import whiskers
+from sinkgd.lab.experiments.study_record import RunResult
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults, t_quantile
 from sinkgd.lab.experiments.study_verdict import Verdict, cautions, ranked, unfinished
 from sinkgd.lab.models.presets import preset_config
@@ -192,15 +193,15 @@ def fit(compute: Sequence[float], losses: Sequence[float]) -> Fit:
     return Fit(a, b, c, min(near), max(near))
 
 
-def _finished(results: StudyResults, method: str) -> list[ArmResults]:
-    """Return a method's arms with finite losses, from the smallest size to the largest."""
+def _sizes(results: StudyResults, method: str) -> list[ArmResults]:
+    """Return a method's arms that have reported runs, from the smallest size to the largest."""
     own = [one for one in results.arms if one.arm.series == method and one.seeds]
-    return sorted((one for one in own if not one.diverged), key=lambda one: one.arm.value or 0.0)
+    return sorted(own, key=lambda one: one.arm.value or 0.0)
 
 
 def _better_adamw(results: StudyResults) -> dict[float | None, ArmResults]:
     """Return the AdamW with the lower mean loss at each size."""
-    both = [one for method in ADAMWS for one in _finished(results, method)]
+    both = [one for method in ADAMWS for one in _sizes(results, method)]
     return {one.arm.value: one for one in reversed(ranked(both))}
 
 
@@ -210,8 +211,8 @@ def _compute(one: ArmResults) -> float:
 
 
 def fit_of(results: StudyResults, method: str) -> Fit | None:
-    """Fit the losses of a method over sizes; None below 4 sizes."""
-    sizes = _finished(results, method)
+    """Fit the losses of a method over sizes; None below 4 sizes at which no seed diverged."""
+    sizes = [one for one in _sizes(results, method) if not one.diverged]
     if len(sizes) < 4:
         return None
     runs = [(_compute(one), loss) for one in sizes for loss in one.losses.values()]
@@ -219,30 +220,38 @@ def fit_of(results: StudyResults, method: str) -> Fit | None:
 
 
 def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
-    """Return q of every seed that reached AdamW's loss, by N; an empty list if none did."""
+    """Return q by N, one for each seed in which AdamW has a finite loss.
+
+    q is infinite for a seed that diverged or did not reach this loss, and for all seeds of a method
+    that diverged at every rate of its grid.
+    """
     control = _better_adamw(results)
     found = {}
-    for one in _finished(results, method):
-        if one.arm.value is None or (other := control.get(one.arm.value)) is None:
+    for one in results.arms:
+        if one.arm.series != method or (other := control.get(one.arm.value)) is None:
             continue
-        goals = {r.seed: (r.loss, r.run.end.tokens) for r in other.seeds if r.run.end}
-        reached = [
-            (first_reach(r.run.evaluations, goals[r.seed][0]), goals[r.seed][1])
-            for r in one.seeds
-            if r.seed in goals
-        ]
-        if reached:
-            found[one.arm.value] = [
-                reach.tokens / tokens for reach, tokens in reached if reach is not None
-            ]
-    return found
+        goals = {r.seed: r for r in other.seeds if math.isfinite(r.loss)}
+        if one.grid and one.chosen is None:
+            own = [math.inf] * len(goals)
+        else:
+            own = [_share(r, goals[r.seed]) for r in one.seeds if r.seed in goals]
+        if own:
+            found[one.arm.value or math.nan] = own
+    return dict(sorted(found.items()))
 
 
-def missed(results: StudyResults, method: str) -> dict[float, int]:
-    """Return the number of seeds that did not reach AdamW's loss, by N, where there are any."""
-    seeds = {one.arm.value: len(one.seeds) for one in _finished(results, method)}
-    short = {n: seeds[n] - len(own) for n, own in shares(results, method).items()}
-    return {n: number for n, number in short.items() if number}
+def _share(one: RunResult, control: RunResult) -> float:
+    reach, end = first_reach(one.run.evaluations, control.loss), control.run.end
+    return reach.tokens / end.tokens if reach and end and math.isfinite(one.loss) else math.inf
+
+
+def _reached(own: Sequence[float]) -> list[float]:
+    return [q for q in own if math.isfinite(q)]
+
+
+def _lost(own: Mapping[float, Sequence[float]]) -> bool:
+    """Whether a seed of any size did not reach AdamW's loss."""
+    return any(len(_reached(values)) < len(values) for values in own.values())
 
 
 @dataclass(frozen=True)
@@ -264,7 +273,7 @@ def trend_of(results: StudyResults, method: str) -> Trend | None:
     be biased in favor of the method.
     """
     found = shares(results, method)
-    if len(found) < 3 or missed(results, method):
+    if len(found) < 3 or _lost(found):
         return None
     points = [(math.log2(n), math.log(q)) for n, own in found.items() for q in own]
     return trend([x for x, _ in points], [y for _, y in points])
@@ -291,9 +300,7 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     lines = {method: shares(results, method) for method in COMPARED}
-    sentences = [
-        _shares_in_words(method, own, missed(results, method)) for method, own in lines.items()
-    ]
+    sentences = [_shares_in_words(method, own) for method, own in lines.items()]
     sentences += [
         words for method in lines if (words := _trend_in_words(method, trend_of(results, method)))
     ]
@@ -314,8 +321,11 @@ def judge(results: StudyResults) -> Verdict:
 def _headline(results: StudyResults) -> str:
     own, trend = shares(results, "sinkgd"), trend_of(results, "sinkgd")
     if trend is None:
-        words = _shares_in_words("sinkgd", own, missed(results, "sinkgd"))
-        return words if not any(own.values()) else f"{words.removesuffix('.')}; no trend yet."
+        words = _shares_in_words("sinkgd", own)
+        if not any(map(_reached, own.values())):
+            return words
+        ends = "no trend, for it would leave out these seeds" if _lost(own) else "no trend yet"
+        return f"{words.removesuffix('.')}; {ends}."
     first, last = (float(np.mean(own[n])) for n in (min(own), max(own)))
     moves = "does not change with the size"
     if trend.doubling_high < 1:
@@ -328,17 +338,24 @@ def _headline(results: StudyResults) -> str:
     )
 
 
-def _shares_in_words(
-    method: str, own: Mapping[float, Sequence[float]], missed: Mapping[float, int]
-) -> str:
-    if not any(own.values()):
+def _shares_in_words(method: str, own: Mapping[float, Sequence[float]]) -> str:
+    if not any(map(_reached, own.values())):
         return f"{method} did not reach adamw’s final loss at any finished size."
-    sizes = [
-        f"{percent(float(np.mean(q))) if q else 'not reached'} at {count(n)}"
-        + (f" (without {missed[n]} of {len(q) + missed[n]} seeds)" if q and n in missed else "")
-        for n, q in own.items()
-    ]
+    sizes = [f"{_mean_in_words(values)} at {count(n)}" for n, values in own.items()]
     return f"{method} needs this share of adamw’s tokens: {', '.join(sizes)} hidden weights."
+
+
+def _mean_in_words(own: Sequence[float]) -> str:
+    """Return the mean over the seeds that arrived, and the number of those that did not.
+
+    >>> _mean_in_words([0.5, 0.7, math.inf])
+    '60\N{NO-BREAK SPACE}% (not reached in 1 of 3 seeds)'
+    """
+    reached = _reached(own)
+    if not reached:
+        return "not reached"
+    words, lost = percent(float(np.mean(reached))), len(own) - len(reached)
+    return words + (f" (not reached in {lost} of {len(own)} seeds)" if lost else "")
 
 
 def _trend_in_words(method: str, trend: Trend | None) -> str | None:
@@ -354,16 +371,16 @@ def _trend_in_words(method: str, trend: Trend | None) -> str | None:
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw the share of AdamW's tokens over the size, one line per method."""
-    lines = {method: shares(results, method) for method in COMPARED}
+    shown = {method: shares(results, method) for method in COMPARED}
     lines = {
-        method: {n: q for n, q in own.items() if q}
-        for method, own in lines.items()
-        if any(own.values())
+        method: {n: _reached(own[n]) for n in own if _reached(own[n])}
+        for method, own in shown.items()
+        if any(map(_reached, own.values()))
     }
     if not lines:
         return []
     sizes = sorted({n for own in lines.values() for n in own})
-    looks = {method: identities[_finished(results, method)[-1].arm.name] for method in lines}
+    looks = {method: identities[_sizes(results, method)[-1].arm.name] for method in lines}
     return [
         Chart(
             key="share-by-size",
@@ -371,10 +388,7 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
             caption="Tokens that an arm needs for the final loss of the better AdamW at the "
             "same size and with the same seed, as a share of AdamW’s tokens: mean and range over "
             "seeds. Lower is better. Seeds that did not reach the loss are left out.",
-            description="; ".join(
-                _shares_in_words(method, own, missed(results, method))
-                for method, own in lines.items()
-            ),
+            description="; ".join(_shares_in_words(method, shown[method]) for method in lines),
             figure={
                 "data": [_share_line(r, own, looks[r]) for r, own in lines.items()],
                 "layout": layout(
