@@ -170,7 +170,7 @@ def test_a_method_that_diverged_at_every_rate_of_a_grid_is_not_left_out():
     )
     assert np.isinf(shares(results, "sinkgd")[hidden_weights(f"llama-{SIZES[0]}")]).all()
     assert trend_of(results, "sinkgd") is None
-    assert "adamw’s tokens: not reached at 113k" in plain(LADDER.judge(results).headline)
+    assert "AdamW’s tokens: not reached at 113k" in plain(LADDER.judge(results).headline)
 
 
 @pytest.mark.parametrize("without", [lambda seeds: seeds[:1], lambda s: (s[0], failed(s[1]))])
@@ -201,7 +201,7 @@ def test_the_trend_is_a_line_through_the_shares():
         ((0.0, 0.1, 0.2, 0.3), "falls as the model grows: 100 % at"),
         ((0.3, 0.2, 0.1, 0.0), "rises as the model grows: 69 % at"),
         ((0.1, 0.1, 0.1, 0.1), "does not change with the size: 88 % at"),
-        ((-1, -1, -1, -1), "did not reach adamw’s final loss at any finished size"),
+        ((-1, -1, -1, -1), "did not reach the better AdamW’s final loss at any finished size"),
         ((0.1, -1, -1, -1), "88 % at 113k, not reached at"),
     ],
 )
