@@ -159,7 +159,7 @@ def test_a_seed_that_does_not_arrive_is_counted_and_there_is_no_trend(loses, siz
     assert trend_of(results, "sinkgd") is None
     headline = LADDER.judge(results).headline
     assert headline.count("(not reached in 1 of 2 seeds)") == 1
-    assert headline.endswith("no trend, for it would leave out these seeds.")
+    assert headline.endswith("no trend, because not every seed reached this loss.")
 
 
 def test_a_method_that_diverged_at_every_rate_of_a_grid_is_not_left_out():
@@ -200,7 +200,7 @@ def test_the_trend_is_a_line_through_the_shares():
     [
         ((0.0, 0.1, 0.2, 0.3), "falls as the model grows: 100 % at"),
         ((0.3, 0.2, 0.1, 0.0), "rises as the model grows: 69 % at"),
-        ((0.1, 0.1, 0.1, 0.1), "does not change with the size: 88 % at"),
+        ((0.1, 0.1, 0.1, 0.1), "does not change measurably with the size: 88 % at"),
         ((-1, -1, -1, -1), "did not reach the better AdamW’s final loss at any finished size"),
         ((0.1, -1, -1, -1), "88 % at 113k, not reached at"),
     ],
@@ -211,6 +211,22 @@ def test_the_verdict_says_which_way_the_share_moves(gains, words):
     assert words in plain(verdict.headline)
     charts = LADDER.charts(results, identify(results.analysis(None)))
     assert len(charts) == (0 if set(gains) == {-1} else 1)
+
+
+def test_only_a_trend_of_smaller_models_is_extrapolated():
+    results = results_of((0.1, 0.1, 0.1, 0.1))
+    assert any("held up to llama-60m" in words for words in LADDER.judge(results).sentences)
+    larger = [replace(one, arm=replace(one.arm, value=1e3 * one.arm.value)) for one in results.arms]
+    sentences = LADDER.judge(replace(results, arms=tuple(larger))).sentences
+    assert any(words.startswith("With each doubling") for words in sentences)
+    assert not any("held up to" in words for words in sentences)
+
+
+def test_nothing_is_said_of_a_method_before_both_have_a_run():
+    results = results_of((0.1, 0.1, 0.1, 0.1))
+    first = replace(results, arms=tuple(a for a in results.arms if a.arm.series == "sinkgd")[:1])
+    headline = LADDER.judge(first).headline
+    assert headline == "sinkgd and AdamW have no results at the same size yet."
 
 
 def test_an_exponent_needs_four_sizes():

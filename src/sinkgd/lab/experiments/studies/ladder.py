@@ -48,7 +48,7 @@ from sinkgd.lab.train.config import SharedConfig
 TOKENS_PER_WEIGHT = 20
 SIZES = ("llama-nano-48", "llama-nano-64", "llama-nano-96", "llama-nano")
 PAPER_SIZES = ("llama-60m", "llama-130m", "llama-350m", "llama-1b")
-FAR_PRESET = "llama-60m"  # the model to which the trend is extrapolated
+FAR_PRESET = "llama-60m"  # the model to which the trend of smaller ones is extrapolated
 SEEDS = (3, 3, 2, 2)  # by size
 CHECKED = (0.5, 1.0, 2.0)  # multiples of the carried rate that the largest size tries
 SMALLEST_BATCH = 16  # sequences at the smallest size
@@ -88,7 +88,7 @@ def hidden_weights(preset: str) -> int:
 
 
 def machine_sizes(presets: Sequence[str], shared: SharedConfig) -> dict[str, dict[str, Any]]:
-    """Return each preset's batch, steps and evaluations by the rules above."""
+    """Return each preset's batch and steps by the rules above, with some 20 evaluations."""
     length, least = shared.training.sequence_length, hidden_weights(presets[0])
     found = {}
     for preset in presets:
@@ -211,7 +211,10 @@ def _compute(one: ArmResults) -> float:
 
 
 def fit_of(results: StudyResults, method: str) -> Fit | None:
-    """Fit the losses of a method over sizes; None below 4 sizes at which no seed diverged."""
+    """Fit the losses of a method over sizes, without sizes at which a seed diverged.
+
+    None if fewer than 4 sizes are left.
+    """
     sizes = [one for one in _sizes(results, method) if not one.diverged]
     if len(sizes) < 4:
         return None
@@ -220,10 +223,10 @@ def fit_of(results: StudyResults, method: str) -> Fit | None:
 
 
 def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
-    """Return q by N, one for each seed in which AdamW has a finite loss.
+    """Return q by N, one for each seed that the method ran and in which AdamW has a finite loss.
 
-    q is infinite for a seed that diverged or did not reach this loss, and for all seeds of a method
-    that diverged at every rate of its grid.
+    q is infinite for a seed that diverged or did not reach this loss, and for all of AdamW's seeds
+    if the method diverged at every rate of its grid.
     """
     control = _better_adamw(results)
     found = {}
@@ -231,7 +234,7 @@ def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
         if one.arm.series != method or (other := control.get(one.arm.value)) is None:
             continue
         goals = {r.seed: r for r in other.seeds if math.isfinite(r.loss)}
-        if one.grid and one.chosen is None:
+        if one.chosen is None and len(one.grid) >= one.arm.efforts > 0:
             own = [math.inf] * len(goals)
         else:
             own = [_share(r, goals[r.seed]) for r in one.seeds if r.seed in goals]
@@ -302,7 +305,9 @@ def judge(results: StudyResults) -> Verdict:
     lines = {method: shares(results, method) for method in COMPARED}
     sentences = [_shares_in_words(method, own) for method, own in lines.items()]
     sentences += [
-        words for method in lines if (words := _trend_in_words(method, trend_of(results, method)))
+        _trend_in_words(method, trend, max(own))
+        for method, own in lines.items()
+        if (trend := trend_of(results, method)) is not None
     ]
     sentences += [
         f"{method}: L = {found.a:.2f} + {found.b:.2f} (C/C₁)^-{found.c:.3f}, exponent between "
@@ -311,7 +316,7 @@ def judge(results: StudyResults) -> Verdict:
         if (found := fit_of(results, method)) is not None
     ]
     sentences.append(
-        "The better AdamW is the one of adamw and adamw-0.5 with the lower loss at a size. "
+        "At each size, the better AdamW is the one of adamw and adamw-0.5 with the lower loss. "
         "Intervals are 95 %, by Student’s t over all seeds and sizes, and say nothing about the "
         "choice of rates. Shares of tokens are read from losses during training, when the "
         "schedule was not over yet."
@@ -325,10 +330,12 @@ def _headline(results: StudyResults) -> str:
         words = _shares_in_words("sinkgd", own)
         if not any(map(_reached, own.values())):
             return words
-        ends = "no trend, for it would leave out these seeds" if _lost(own) else "no trend yet"
+        ends = (
+            "no trend, because not every seed reached this loss" if _lost(own) else "no trend yet"
+        )
         return f"{words.removesuffix('.')}; {ends}."
     first, last = (float(np.mean(own[n])) for n in (min(own), max(own)))
-    moves = "does not change with the size"
+    moves = "does not change measurably with the size"
     if trend.doubling_high < 1:
         moves = "falls as the model grows"
     elif trend.doubling_low > 1:
@@ -340,6 +347,8 @@ def _headline(results: StudyResults) -> str:
 
 
 def _shares_in_words(method: str, own: Mapping[float, Sequence[float]]) -> str:
+    if not own:
+        return f"{method} and AdamW have no results at the same size yet."
     if not any(map(_reached, own.values())):
         return f"{method} did not reach the better AdamW’s final loss at any finished size."
     words = ", ".join(f"{_mean_in_words(values)} at {count(n)}" for n, values in own.items())
@@ -359,14 +368,16 @@ def _mean_in_words(own: Sequence[float]) -> str:
     return words + (f" (not reached in {lost} of {len(own)} seeds)" if lost else "")
 
 
-def _trend_in_words(method: str, trend: Trend | None) -> str | None:
-    if trend is None:
-        return None
-    return (
+def _trend_in_words(method: str, trend: Trend, largest: float) -> str:
+    words = (
         f"With each doubling of the weights {method}’s share changes by a factor of "
-        f"{trend.doubling:.3f} ({trend.doubling_low:.3f} to {trend.doubling_high:.3f}). If that "
-        f"held up to {FAR_PRESET}, it would be {percent(trend.far)} ({percent(trend.far_low)} to "
-        f"{percent(trend.far_high)})."
+        f"{trend.doubling:.3f} ({trend.doubling_low:.3f} to {trend.doubling_high:.3f})."
+    )
+    if largest >= hidden_weights(FAR_PRESET):  # at the paper's scale
+        return words
+    return (
+        f"{words} If that held up to {FAR_PRESET}, it would be {percent(trend.far)} "
+        f"({percent(trend.far_low)} to {percent(trend.far_high)})."
     )
 
 
