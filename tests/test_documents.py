@@ -22,6 +22,11 @@ RECORDED = ROOT / "benchmarks/demo/2026-11-28/sinkgd-seed0.jsonl"
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
+def prose_of(page):
+    """Return a page's text on one line, so that it does not matter how lines are wrapped."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
 def commands():
     """List the `sinkgd` command lines of all pages, in blocks and in running text."""
     lines = []
@@ -203,7 +208,7 @@ def of_fused_adamw(record, contender):
 
 
 def test_the_speeds_of_the_readme_are_the_recorded_ones():
-    assert f"(benchmarks/step/{STEPS}.json)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(benchmarks/step/{STEPS}.json)" in prose_of("README.md")
     table = table_after("README.md", "| × fused AdamW")
     assert len(table) == len(ROWS) + 1
     for row, contender in ROWS.items():
@@ -261,7 +266,7 @@ def timings_of(record):
 
 
 def test_the_losses_of_the_readme_are_those_of_the_verdicts():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = prose_of("README.md")
     quoted = {
         "table1": ["sinkgd", "swan", "adamw", "muon", "sinkgd-paper", "adamw-one-lr"],
         "recipes": ["default", "adamw"],
@@ -286,14 +291,14 @@ def test_the_rule_of_deflation_is_quoted_as_recorded():
         losses.append(run.evaluations[-1].val_loss)
     quoted = f"{mean(losses):.3f} ± {(max(losses) - min(losses)) / 2:.3f}"
     pages = ["README.md", "docs/choose.md", "docs/experiments.md"]
-    assert all(quoted in (ROOT / page).read_text(encoding="utf-8") for page in pages)
+    assert all(quoted in prose_of(page) for page in pages)
 
 
 def test_the_large_model_of_the_readme_is_the_recorded_one():
     record = ROOT / "benchmarks/large/2026-11-25-llama-7b.jsonl"
     run = import_module("sinkgd.lab.results").Run.read(record)
     seconds = [step.seconds for step in run.steps]
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = prose_of("README.md")
     memory = run.end.memory
     weights, peak = (size / 2**30 for size in (memory.weights_bytes, memory.peak_bytes))
     step = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
@@ -314,11 +319,11 @@ def test_the_messages_of_the_default_are_those_of_the_plan(capsys):
         sent[name] = f"{own['count']:,}", own["bytes"]
     gib, mib = sent["sinkgd"][1] / 2**30, sent["sinkgd-paper"][1] / 2**20
     for page in ("README.md", "docs/use.md"):
-        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        text = prose_of(page)
         assert f"{sent['sinkgd'][0]} all-reduces with {gib:.2f} GiB in total" in text
         assert f"{sent['sinkgd-paper'][0]} with {mib:.0f} MiB in total" in text
     for page in ("docs/many-devices.md", "docs/how-it-works.md"):
-        assert sent["sinkgd"][0] in (ROOT / page).read_text(encoding="utf-8")
+        assert sent["sinkgd"][0] in prose_of(page)
 
 
 def test_the_reference_has_every_exported_name():
@@ -354,7 +359,7 @@ def test_the_table_of_fine_tuning_is_the_study():
         begin = one.seeds[0].run.evaluations[0].other_val_loss
         rate = f"{one.chosen['optimizer.lr']:g}"
         assert table[rows[one.arm.name]] == [rate, f"{one.loss:.3f}", f"{mean(ends) - begin:+.3f}"]
-    page = " ".join((ROOT / "docs/from-adamw.md").read_text(encoding="utf-8").split())
+    page = prose_of("docs/from-adamw.md")
     at_adamws = {
         name: next(
             (f"{run.val_loss:.3f}", f"{run.other_val_loss:.3f}")
@@ -391,7 +396,7 @@ def gib(size):
 def test_the_memory_of_a_full_fine_tune_is_the_planned_one():
     plan = import_module("sinkgd.lab.plan")
     commands = import_module("sinkgd.lab.commands.plan")
-    page = " ".join((ROOT / "docs/from-adamw.md").read_text(encoding="utf-8").split())
+    page = prose_of("docs/from-adamw.md")
     kept, released = (
         commands.Plan(recompute_activations=True, release_gradients=release, all=True)
         for release in (False, True)
