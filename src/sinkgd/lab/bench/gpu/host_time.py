@@ -18,7 +18,6 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
-from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from sinkgd.kernels import registry
 from sinkgd.kernels.triton import TritonBackend, backend, launch, support
 from sinkgd.kernels.triton.tables import DeviceTables
 from sinkgd.lab.bench.gpu.cases import CACHE_BYTES, LLAMAS, TARGETS
-from sinkgd.lab.bench.gpu.recorded import TorchCalls
+from sinkgd.lab.bench.gpu.recorded import TorchCalls, uninitialized_weights
 from sinkgd.lab.bench.workloads import matrix_shapes
 
 TARGET = TARGETS["sm_90"]
@@ -156,10 +155,7 @@ class Step:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
-        # The ignored warning says that rounding may lose updates. That does not matter here: the
-        # weights are uninitialized.
-        with catch_warnings():
-            simplefilter("ignore")
+        with uninitialized_weights():
             self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
 
     def move_gradients(self) -> None:

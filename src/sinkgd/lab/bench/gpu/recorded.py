@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
-from warnings import catch_warnings, simplefilter
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +96,7 @@ def take_step(
         param.grad = _empty(shape, dtype, transposed=transposed)
     lr = torch.tensor(1e-3, dtype=torch.float32, device="cpu") if on_device else 1e-3
     with with_triton(whole_rows=whole_rows):
-        with catch_warnings():
-            simplefilter("ignore")  # uninitialized weights may have any size
+        with uninitialized_weights():
             optimizer = SinkGDVariant(params, lr=lr, nonfinite="skip", **options)
         optimizer.step()
 
@@ -107,6 +106,14 @@ def _empty(shape: Shape, dtype: str, *, transposed: bool) -> Tensor:
     own = (*batch, n, m) if transposed else shape
     made = torch.empty(own, dtype=getattr(torch, dtype), device="cpu")
     return made.mT if transposed else made
+
+
+@contextmanager
+def uninitialized_weights() -> Iterator[None]:
+    """Ignore the warning that rounding loses updates, for uninitialized weights have any size."""
+    with catch_warnings():
+        filterwarnings("ignore", ".*rounding to the nearest loses", UserWarning)
+        yield
 
 
 @contextmanager
@@ -149,8 +156,7 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
     """Count the calls of torch in the second step; the first also creates state and tables."""
     with with_triton(), recorded_launches():
-        with catch_warnings():
-            simplefilter("ignore")  # uninitialized weights may have any size
+        with uninitialized_weights():
             optimizer = SinkGD([{"lr": 1e-3, "nonfinite": "skip", **group} for group in groups])
         for group in optimizer.param_groups:
             for param in group["params"]:
