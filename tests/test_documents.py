@@ -231,6 +231,17 @@ SPEEDS = {
 NOT_MEASURED_RATIOS = ("AdamW, fused: milliseconds", "floor of L = 5")
 
 
+def test_the_share_of_a_training_step_is_the_recorded_one():
+    run = import_module("sinkgd.lab.results").Run.read(ROOT / "benchmarks/share/2026-11-30.jsonl")
+    shares = [100 * one.optimizer_seconds / one.step_seconds for one in run.steps[2:]]
+    speed, evidence = prose_of("docs/speed.md"), prose_of("docs/evidence.md")
+    assert f"{run.start.tokens_per_step:,} tokens per step" in speed
+    assert f"the default takes {median(shares):.2f} % of a step on one thread" in speed
+    assert f"of {len(shares)} steps, which lie between {min(shares):.2f} and" in speed
+    assert f" and {max(shares):.2f} % (`sinkgd train" in speed
+    assert f"in the demo and {median(shares):.2f} % with [8,192 tokens" in evidence
+
+
 def test_the_quartiles_of_the_page_on_speed_are_the_recorded_ones():
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     sections = text.split("| × fused AdamW, median (quartiles)")
