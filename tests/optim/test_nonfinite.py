@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import sinkgd
-from optimizer_cases import optimizer_of
+from optimizer_cases import ABSENT, optimizer_of
 from sinkgd.optim import nonfinite
+from sinkgd.optim.methods import METHODS
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
-ALGORITHMS = pytest.mark.parametrize("algorithm", ["sinkgd", "swan", "mngd", "normalize", "adamw"])
+ALGORITHMS = pytest.mark.parametrize("algorithm", sorted({*METHODS} - ABSENT))
 
 
 def a_pair(algorithm, bad, policy):

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import sinkgd
+from optimizer_cases import OPTIMIZERS
 from sinkgd.kernels.rounding import keys_of_step
 from sinkgd.lab.models.llama import Llama, LlamaConfig
 from sinkgd.optim import release as releases
@@ -101,6 +102,29 @@ def test_it_is_the_ordinary_step_bit_for_bit(recipe, accumulation, bucket_bytes)
     options = {"accumulation": accumulation, "bucket_bytes": bucket_bytes}
     assert train(released, recipe, released=True, **options) == losses
     assert same_weights(ordinary, released)
+
+
+# AdamWSPAM needs the norm of all gradients, and is refused.
+ONE_BY_ONE = [case for case in OPTIMIZERS if case.name != "AdamWSPAM"]
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("case", ONE_BY_ONE, ids=str)
+def test_it_is_the_ordinary_step_with_every_method(case, bucket_bytes):
+    ends = []
+    for released in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(*shape, bias=False) for shape in ((6, 8), (8, 8), (8, 4))]
+        model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+        optimizer = case.build([*model.named_parameters()])
+        if released:
+            sinkgd.GradientRelease(optimizer, bucket_bytes=bucket_bytes)
+        for _ in range(STEPS):
+            model(torch.randn(5, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model)
+    assert same_weights(*ends)
 
 
 def test_no_gradient_is_left_after_backward():

@@ -10,8 +10,9 @@ from torch import nn
 import sinkgd
 from optimizer_cases import optimizer_of
 from sinkgd.kernels.rounding import keys_of_step, random_bits, round_to_bfloat16
+from sinkgd.optim.methods import METHODS
 
-ALGORITHMS = ["sinkgd", "swan", "mngd", "normalize", "stateless", "adamw"]
+ALGORITHMS = [name for name, method in METHODS.items() if "rounding" in method.options]
 every = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import sinkgd
+from exports import OPTIMIZER_CLASSES
 from spawn import on_ranks
 
 
@@ -22,9 +23,17 @@ RECIPES = {
     "stateless": (sinkgd.SinkGD, {"lr": 0.01}),
     "momentum": (sinkgd.SinkGD, {"lr": 0.01, "momentum": 0.9}),
     "hybrid": (sinkgd.SinkGD, {}),
+    "variant": (sinkgd.SinkGDVariant, {"lr": 0.01, "deflated_rank": 2}),
+    "swan": (sinkgd.SWAN, {"lr": 0.01}),
+    "mngd": (sinkgd.MNGD, {"lr": 0.01, "norms": [sinkgd.RowNorm(), sinkgd.ColumnNorm()]}),
+    "sron": (sinkgd.SRON, {"lr": 0.01}),
+    "scale": (sinkgd.SCALE, {"lr": 0.01, "momentum": 0.9}),
     "tempered": (sinkgd.TemperedSinkGD, {}),
     "spam": (sinkgd.SPAM, {}),
+    # Each rank would clip by the norm of its own parameters.
+    "adamw-spam": (sinkgd.AdamWSPAM, {"max_norm": float("inf")}),
 }
+OF_MATRICES = {"swan", "mngd", "sron", "scale"}  # these train matrices only
 
 
 def model():
@@ -36,7 +45,10 @@ def params_of(made, recipe, with_names):
     if recipe == "hybrid":
         groups = sinkgd.param_groups(made)
     else:
-        groups = [{"params": [*made.named_parameters()]}]
+        named = made.named_parameters()
+        if recipe in OF_MATRICES:
+            named = ((name, param) for name, param in named if param.ndim == 2)
+        groups = [{"params": [*named]}]
     if with_names:
         return groups
     return [{**group, "params": [param for _, param in group["params"]]} for group in groups]
@@ -88,6 +100,11 @@ def said_of_names(recipe):
     except (AttributeError, TypeError) as error:
         return str(error)
     return "taken"
+
+
+def test_every_optimizer_is_tried():
+    ours = {getattr(sinkgd, name) for name in OPTIMIZER_CLASSES}
+    assert {kind for kind, _ in RECIPES.values()} == {torch.optim.SGD, *ours}
 
 
 def test_ranks_that_share_the_parameters_train_as_one():

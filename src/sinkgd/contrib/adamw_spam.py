@@ -63,8 +63,9 @@ class AdamWSPAM(GroupedOptimizer):
     them. A reset also zeroes the maximum of v, which AMSGrad keeps; a spike leaves that maximum
     unchanged. The bias corrections restart at the reset. The warm-up scales ``lr``, and with it the
     weight decay. N is the norm of one group. To use the norm of the model, put all parameters into
-    one group, or clip before the step. If one gradient is not finite, the whole group is left
-    unchanged, and the norm is not remembered.
+    one group, or clip before the step. Under torch's ZeroRedundancyOptimizer, which gives each rank
+    some of the parameters, N is the norm of those. If one gradient is not finite, the whole group
+    is left unchanged, and the norm is not remembered.
 
     State: three numbers per entry. The last norms are saved with the group. A step needs all
     gradients of the group, so `GradientRelease` refuses this optimizer.
