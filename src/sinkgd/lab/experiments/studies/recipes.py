@@ -79,6 +79,12 @@ ADDITIONS: Mapping[str, Addition] = {
         PAPER_AVERAGED,
         bytes_per_entry=1,
     ),
+    "8-bit-momentum-0.5": Addition(
+        {"momentum": 0.5, "momentum_place": "after", "momentum_bits": 8},
+        USUAL,
+        PAPER,
+        bytes_per_entry=1,
+    ),
     "momentum": Addition({"momentum": 0.95, "nesterov": True}, USUAL, PAPER, bytes_per_entry=4),
     "momentum-0.5": Addition({"momentum": 0.5}, USUAL, PAPER, bytes_per_entry=4),
     "row-momentum": Addition(
@@ -89,14 +95,13 @@ ADDITIONS: Mapping[str, Addition] = {
     ),
 }
 _OF_ADAMW = _rates(0.003, 0.006, 0.012), _paper_rates(0.0005, 0.001, 0.003)
-# What defines each control, and its grids.
+_OF_MUON = _rates(0.005, 0.01, 0.02), _paper_rates(0.001, 0.005, 0.01)
+# What defines each control, and its grids. "-0.5" is a lower beta1 of AdamW, or momentum of Muon.
 CONTROLS: Mapping[str, tuple[Mapping[str, str | float], tuple[Grid, Grid]]] = {
     "adamw": ({"optimizer.recipe": "adamw"}, _OF_ADAMW),
     "adamw-0.5": ({"optimizer.recipe": "adamw", "optimizer.beta1": 0.5}, _OF_ADAMW),
-    "muon": (
-        {"optimizer.recipe": "muon"},
-        (_rates(0.005, 0.01, 0.02), _paper_rates(0.001, 0.005, 0.01)),
-    ),
+    "muon": ({"optimizer.recipe": "muon"}, _OF_MUON),
+    "muon-0.5": ({"optimizer.recipe": "muon", "optimizer.momentum": 0.5}, _OF_MUON),
 }
 
 
@@ -162,9 +167,9 @@ RECIPES = Study(
     "2025), updates without their part along the weight (Nora), weights of constant norm "
     "(Hyperball), directions kept from step to step (Spectra), momentum of low rank (LoRA-Pre) or "
     "in 8 bits (PowerStep), and normalizing the rows of a momentum (RMNP). Each is added to the "
-    "default by itself, except RMNP, which replaces it. Plain momentum and a deflated rank of 30 "
-    "are tried, too, and the two and three that were best by themselves together. Two AdamWs are "
-    "controls, with a beta1 of 0.9 and of 0.5.",
+    "default by itself, except RMNP, which replaces it. Momentum of 0.95 and of 0.5 and a deflated "
+    "rank of 30 are tried, too, and the two and three that were best by themselves together. "
+    "AdamW and Muon are controls, each also with a momentum of 0.5.",
     settings={
         "machine": Setting(LONG, _arms(paper=False)),
         "paper": Setting(BENCHMARK["llama-60m"], _arms(paper=True), models=BENCHMARK),
