@@ -24,7 +24,7 @@ from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.report.figures import identify
 
 LADDER = STUDIES["ladder"]
-SIZES = ("nano-48", "nano-64", "nano-96", "nano")
+SIZES = ("nano-32", "nano-48", "nano-64", "nano-96")
 MATRIX_LR = "optimizer.matrix_lr"
 
 
@@ -51,6 +51,7 @@ def test_rates_of_matrices_shrink_as_the_width_except_muons(scale):
         own = of(plan.arms, recipe)
         assert [bool(arm.tuned) for arm in own] == [True, True, False, False]
         assert own[0].tuned == own[1].tuned == grids[recipe]
+        assert [arm.widened for arm in own] == [True, True, False, False]
         width = preset_config(own[1].overrides["model.preset"]).hidden_size
         for arm in own[2:]:
             here = preset_config(arm.overrides["model.preset"]).hidden_size
@@ -170,7 +171,7 @@ def test_a_method_that_diverged_at_every_rate_of_a_grid_is_not_left_out():
     )
     assert np.isinf(shares(results, "sinkgd")[hidden_weights(f"llama-{SIZES[0]}")]).all()
     assert trend_of(results, "sinkgd") is None
-    assert "AdamW’s tokens: not reached at 113k" in plain(LADDER.judge(results).headline)
+    assert "AdamW’s tokens: not reached at 50.2k" in plain(LADDER.judge(results).headline)
 
 
 @pytest.mark.parametrize("without", [lambda seeds: seeds[:1], lambda s: (s[0], failed(s[1]))])
@@ -202,7 +203,7 @@ def test_the_trend_is_a_line_through_the_shares():
         ((0.3, 0.2, 0.1, 0.0), "rises as the model grows: 69 % at"),
         ((0.1, 0.1, 0.1, 0.1), "does not change measurably with the size: 88 % at"),
         ((-1, -1, -1, -1), "did not reach the better AdamW’s final loss at any finished size"),
-        ((0.1, -1, -1, -1), "88 % at 113k, not reached at"),
+        ((0.1, -1, -1, -1), "88 % at 50.2k, not reached at"),
     ],
 )
 def test_the_verdict_says_which_way_the_share_moves(gains, words):

@@ -64,10 +64,10 @@ def runs_by_arm(shown):
 
 def test_seeds_that_are_asked_for_hold_for_all_arms(capsys):
     """By itself `ladder` has three seeds at the small sizes, and two at the large ones."""
-    for words, runs in (([], [8, 5]), (["--seeds", "4"], [9, 7])):
+    for words, runs in (([], [6, 5]), (["--seeds", "4"], [7, 7])):
         assert main(["experiment", "ladder", "--optimizer", "adamw", *words, "--dry-run"]) == 0
         shown = runs_by_arm(capsys.readouterr().out)
-        assert [shown[name] for name in ("adamw-nano-48", "adamw-nano")] == runs
+        assert [shown[name] for name in ("adamw-nano-32", "adamw-nano-96")] == runs
 
 
 def test_an_arm_may_be_chosen_by_its_own_name(capsys):

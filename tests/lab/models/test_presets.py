@@ -22,8 +22,8 @@ def meta_model(preset):
         return build_model(preset)
 
 
-def test_there_are_thirteen_llamas_three_gpt2_and_two_lenses():
-    assert len(LLAMAS) == 13
+def test_there_are_fourteen_llamas_three_gpt2_and_two_lenses():
+    assert len(LLAMAS) == 14
     others = set(PRESETS) - set(LLAMAS)
     assert others == {"gpt2-nano", "gpt2-nano-256", "gpt2-124m", "lens-nano", "lens-121m"}
     assert preset_config("llama-10b").parameter_count == 9_976_549_376

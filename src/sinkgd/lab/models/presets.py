@@ -25,6 +25,7 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConf
 # llama-10b is llama-7b with one and a half times as many blocks.
 # llama-nano has the blocks of llama-9m; it is meant for data with a small vocabulary.
 LLAMAS: dict[str, LlamaConfig] = {
+    "llama-nano-32": _sizes(hidden=32, intermediate=88, layers=4, heads=4),
     "llama-nano-48": _sizes(hidden=48, intermediate=132, layers=4, heads=4),
     "llama-nano-64": _sizes(hidden=64, intermediate=176, layers=4, heads=4),
     "llama-nano-96": _sizes(hidden=96, intermediate=264, layers=4, heads=4),

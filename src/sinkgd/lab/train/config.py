@@ -41,7 +41,7 @@ class ModelConfig:
     """The model."""
 
     preset: str | None = None
-    """Name of the model's sizes, e.g. llama-nano-48 (the smallest), llama-nano, llama-60m,
+    """Name of the model's sizes, e.g. llama-nano-32 (the smallest), llama-nano, llama-60m,
     gpt2-124m, lens-121m; by default the sizes of model.weights if given, else llama-nano."""
     vocab_size: int | None = None
     """Rows of the embedding and of the head, tokens; by default the tokens of the tokenizer, or the

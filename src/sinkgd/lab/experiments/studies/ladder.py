@@ -3,7 +3,8 @@
 Rules (at the paper's scale, tokens and batch are instead those of the benchmark):
     tokens: 20 for each hidden weight, so that the training takes C ∝ N² operations
     batch: grows as the square root of the tokens, and so does the number of steps
-    rates: each method is tuned at the two smallest sizes. Larger models take the method's best
+    rates: each method is tuned at the two smallest sizes, on grids that grow until their best point
+        is inside. Larger models take the method's best
         rates at the second smallest size, but the rate of matrices shrinks as 1/d with the width d,
         as study `width` found for SinkGD with deflation. Muon's rate does not shrink, because Muon
         scales its updates by the shape of the matrix. At the largest size, the resulting rate of
@@ -46,7 +47,7 @@ from sinkgd.lab.report.quantities import count, percent
 from sinkgd.lab.train.config import SharedConfig
 
 TOKENS_PER_WEIGHT = 20
-SIZES = ("llama-nano-48", "llama-nano-64", "llama-nano-96", "llama-nano")
+SIZES = ("llama-nano-32", "llama-nano-48", "llama-nano-64", "llama-nano-96")
 PAPER_SIZES = ("llama-60m", "llama-130m", "llama-350m", "llama-1b")
 FAR_PRESET = "llama-60m"  # the model to which the trend of smaller ones is extrapolated
 SEEDS = (3, 3, 2, 2)  # by size
@@ -65,20 +66,20 @@ ADAMWS = ("adamw", "adamw-0.5")
 COMPARED = tuple(method for method in METHODS if method not in ADAMWS)  # with the better AdamW
 _NOT_BY_WIDTH = {"muon"}
 
-# Five rates of matrices at the two smallest sizes, each twice the previous one.
+# Three rates of matrices at the two smallest sizes, each twice the previous one; the grids grow.
 GRIDS: Mapping[str, Grid] = {
-    "sinkgd": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004, 0.008, 0.016)},
-    "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
-    "adamw": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
-    "adamw-0.5": {LR: (0.08,), MATRIX_LR: (0.0015, 0.003, 0.006, 0.012, 0.024)},
-    "muon": {LR: (0.08,), MATRIX_LR: (0.005, 0.01, 0.02, 0.04, 0.08)},
+    "sinkgd": {LR: (0.08,), MATRIX_LR: (0.002, 0.004, 0.008)},
+    "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
+    "adamw": {LR: (0.08,), MATRIX_LR: (0.003, 0.006, 0.012)},
+    "adamw-0.5": {LR: (0.08,), MATRIX_LR: (0.003, 0.006, 0.012)},
+    "muon": {LR: (0.08,), MATRIX_LR: (0.01, 0.02, 0.04)},
 }
 PAPER_GRIDS: Mapping[str, Grid] = {
-    "sinkgd": {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004)},
-    "sinkgd-paper": {LR: (0.02,), MATRIX_LR: (0.00025, 0.0005, 0.001, 0.002, 0.004)},
-    "adamw": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
-    "adamw-0.5": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002, 0.004, 0.008)},
-    "muon": {LR: (0.02,), MATRIX_LR: (0.0025, 0.005, 0.01, 0.02, 0.04)},
+    "sinkgd": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "sinkgd-paper": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
+    "adamw": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
+    "adamw-0.5": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
+    "muon": {LR: (0.02,), MATRIX_LR: (0.005, 0.01, 0.02)},
 }
 
 
@@ -138,6 +139,7 @@ def arms(sizes: Mapping[str, Mapping[str, Any]], grids: Mapping[str, Grid]) -> t
                     value=float(hidden_weights(preset)),
                     control=method not in ("sinkgd", "sinkgd-paper"),
                     series=method,
+                    widened=place < 2,
                     carried=None
                     if place < 2
                     else Carried(
