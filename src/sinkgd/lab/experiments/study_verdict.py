@@ -141,9 +141,9 @@ def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
 def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
     """Add to the headline the tokens and time that the best arm needed for its control's loss.
 
-    The control is the first one that did not diverge and has the best arm's model size, batch and
-    number of tokens. The headline does not change without such a control, or if the best arm
-    diverged.
+    A control counts if it did not diverge and has the best arm's model size, batch and number of
+    tokens. Of several with the recipe of the first one, such as two AdamWs, the one with the lowest
+    loss is named. The headline does not change without such a control, or if the best arm diverged.
 
     Args:
         results: The study's results.
@@ -152,10 +152,10 @@ def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
     best = next(iter(ranked(results.candidates)), None)
     if best is None or best.loss is None or best.diverged:
         return verdict
-    alike = (one for one in results.controls if not one.diverged and _alike(one, best))
-    control = next(alike, None)
-    if control is None:
+    alike = [one for one in results.controls if not one.diverged and _alike(one, best)]
+    if not alike:
         return verdict
+    control = ranked([one for one in alike if one.arm.recipe == alike[0].arm.recipe])[0]
     return replace(verdict, headline=f"{verdict.headline} {_needed(results, best, control)}")
 
 
@@ -205,14 +205,17 @@ def _small_scale(results: StudyResults) -> list[str]:
     if results.plan["scale"] != "machine" or not results.runs:
         return []
     run = results.runs[0]
-    tokens = run.end.tokens if run.end else 0
+    tokens = sorted({one.end.tokens for one in results.runs if one.end}) or [0]
     sizes = sorted({one.start.parameters for one in results.runs})
     preset = results.plan["shared"]["model"]["preset"] or preset_of(run)
     models = f"{preset} with {count(sizes[0])} parameters"
     if count(sizes[0]) != count(sizes[-1]):
         models = f"models of {count(sizes[0])} to {count(sizes[-1])} parameters"
+    trained = count(tokens[-1])
+    if count(tokens[0]) != trained:
+        trained = f"{count(tokens[0])} to {trained}"
     return [
-        f"Machine scale: {models} on {count(tokens)} tokens. It shows that the comparison works, "
+        f"Machine scale: {models} on {trained} tokens. It shows that the comparison works, "
         "and a direction; it does not show what happens at 60M and above."
     ]
 
