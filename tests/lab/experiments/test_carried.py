@@ -81,6 +81,32 @@ def test_carried_arms_start_from_the_best_point_and_run_after_the_seeds_of_small
     assert StudyResults.of(record).arm("middle").edges == []
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_carried_arms_wait_until_the_grid_of_their_source_has_grown_enough(at_once):
+    plan = plan_for(replace(SMALL, widened=True), MIDDLE, LARGE)
+    record, order, running = StudyRecord(plan.as_json(), "sinkgd experiment made-up"), [], []
+    scheduler = Scheduler(plan, record)
+
+    def loss(point):  # lowest at 0.16 and 0.016, both outside the grid
+        return 4 + abs(math.log2(point[LR] / 0.16)) + abs(math.log2(point[MATRIX_LR] / 0.016))
+
+    while True:
+        while len(running) < at_once and (task := scheduler.next_task()) is not None:
+            running.append(task)
+        if not running:
+            break
+        task = running.pop(0)
+        order.append(task)
+        run = made_up_run(task.name, task.seed, loss(task.point))
+        scheduler.finish(RunResult(task.arm.name, task.tuning, task.point, run))
+    assert scheduler.left == 0
+    first = next(place for place, task in enumerate(order) if task.arm.name != "small")
+    assert not any(task.arm.name == "small" and task.tuning for task in order[first:])
+    best = {"small": 0.016, "middle": 0.008, "large": 0.008}  # the largest of 0.002, 0.004, 0.008
+    for name, rate in best.items():
+        assert StudyResults.of(record).arm(name).seeds[0].point == {LR: 0.16, MATRIX_LR: rate}
+
+
 def test_a_study_is_continued_from_its_record():
     plan = plan_for(SMALL, MIDDLE, LARGE)
     record, order, _ = run_all(plan, lambda task: 4.0)

@@ -4,9 +4,9 @@ Rules (at the paper's scale, tokens and batch are instead those of the benchmark
     tokens: 20 for each hidden weight, so that the training takes C ∝ N² operations
     batch: grows as the square root of the tokens, and so does the number of steps
     rates: each method is tuned at the two smallest sizes, on grids that grow until their best point
-        is inside. Larger models take the method's best
-        rates at the second smallest size, but the rate of matrices shrinks as 1/d with the width d,
-        as study `width` found for SinkGD with deflation. Muon's rate does not shrink, because Muon
+        is inside. Larger models take the method's best rates at the second smallest size, but the
+        rate of matrices shrinks as 1/d with the width d, as the largest good rate of SinkGD does in
+        study `width`; for AdamW this is an assumption. Muon's rate does not shrink, because Muon
         scales its updates by the shape of the matrix. At the largest size, the resulting rate of
         matrices, its half and its double are tried.
 
@@ -14,13 +14,19 @@ Letters:
     N: number of hidden weights, which are those of the blocks' matrices
     C: operations of a training, 6 for each hidden weight and token
     L: final validation loss, nats per token; fitted as a + b (C/C₁)^(-c), see `Fit`
-    q: tokens that an arm needs for AdamW's final loss, as a share of AdamW's tokens. There are two
-        AdamWs, with a beta1 of 0.9 and of 0.5; the one with the lower mean loss at a size counts.
+    q: tokens that an arm needs for the final loss of the better AdamW, as a share of all tokens.
+        An arm that ends above this loss has q = 1/p instead, where p is the share of the tokens
+        with which AdamW reaches the arm's final loss. So q is below 1 if the arm needs fewer tokens
+        than AdamW, and above 1 if it needs more.
+
+There are two AdamWs, with a beta1 of 0.9 and of 0.5. The better one has the lower mean loss at a
+size.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -31,7 +37,7 @@ from sinkgd.lab.experiments.study import Axis, Setting, Study
 from sinkgd.lab.experiments.study_charts import whiskers
 from sinkgd.lab.experiments.study_record import RunResult
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults, t_quantile
-from sinkgd.lab.experiments.study_verdict import Verdict, cautions, ranked, unfinished
+from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
 from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.report.analysis import first_reach
 from sinkgd.lab.report.figures import (
@@ -66,7 +72,8 @@ ADAMWS = ("adamw", "adamw-0.5")
 COMPARED = tuple(method for method in METHODS if method not in ADAMWS)  # with the better AdamW
 _NOT_BY_WIDTH = {"muon"}
 
-# Three rates of matrices at the two smallest sizes, each twice the previous one; the grids grow.
+# Three rates of matrices at the two smallest sizes, each twice the previous one. As the grids grow,
+# they get other rates of embeddings and head, too.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.08,), MATRIX_LR: (0.002, 0.004, 0.008)},
     "sinkgd-paper": {LR: (0.08,), MATRIX_LR: (0.001, 0.002, 0.004)},
@@ -202,9 +209,16 @@ def _sizes(results: StudyResults, method: str) -> list[ArmResults]:
 
 
 def _better_adamw(results: StudyResults) -> dict[float | None, ArmResults]:
-    """Return the AdamW with the lower mean loss at each size."""
-    both = [one for method in ADAMWS for one in _sizes(results, method)]
-    return {one.arm.value: one for one in reversed(ranked(both))}
+    """Return the AdamW with the lower mean loss at each size, over the seeds that both have."""
+    both: dict[float | None, list[ArmResults]] = {}
+    for method in ADAMWS:
+        for one in _sizes(results, method):
+            both.setdefault(one.arm.value, []).append(one)
+    found = {}
+    for value, arms in both.items():
+        common = set.intersection(*(set(one.losses) for one in arms))
+        found[value] = min(arms, key=lambda one: sum(one.losses[seed] for seed in common))
+    return found
 
 
 def _compute(one: ArmResults) -> float:
@@ -227,8 +241,8 @@ def fit_of(results: StudyResults, method: str) -> Fit | None:
 def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
     """Return q by N, one for each seed that the method ran and in which AdamW has a finite loss.
 
-    q is infinite for a seed that diverged or did not reach this loss, and for all of AdamW's seeds
-    if the method diverged at every rate of its grid.
+    q is infinite for a seed that diverged, and for all of AdamW's seeds if the method diverged at
+    every rate of its grid.
     """
     control = _better_adamw(results)
     found = {}
@@ -245,18 +259,22 @@ def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
     return dict(sorted(found.items()))
 
 
-def _share(one: RunResult, control: RunResult) -> float:
-    reach, end = first_reach(one.run.evaluations, control.loss), control.run.end
-    return reach.tokens / end.tokens if reach and end and math.isfinite(one.loss) else math.inf
+def _share(one: RunResult, adamw: RunResult) -> float:
+    if not math.isfinite(one.loss):
+        return math.inf
+    if one.loss > adamw.loss:
+        return 1 / _share(adamw, one)
+    reach, end = first_reach(one.run.evaluations, adamw.loss), one.run.end
+    return reach.tokens / end.tokens if reach and end else math.inf
 
 
-def _reached(own: Sequence[float]) -> list[float]:
+def _finite(own: Sequence[float]) -> list[float]:
     return [q for q in own if math.isfinite(q)]
 
 
-def _lost(own: Mapping[float, Sequence[float]]) -> bool:
-    """Whether a seed of any size did not reach AdamW's loss."""
-    return any(len(_reached(values)) < len(values) for values in own.values())
+def _diverged(own: Mapping[float, Sequence[float]]) -> bool:
+    """Whether a method diverged in a seed of any size."""
+    return any(len(_finite(values)) < len(values) for values in own.values())
 
 
 @dataclass(frozen=True)
@@ -274,11 +292,11 @@ class Trend:
 def trend_of(results: StudyResults, method: str) -> Trend | None:
     """Fit the trend of a method's q over all seeds and sizes.
 
-    None below 3 sizes, and if a seed did not reach AdamW's loss: without that seed the trend would
-    be biased in favor of the method.
+    None below 3 sizes, and if a seed diverged: without that seed the trend would be biased in favor
+    of the method.
     """
     found = shares(results, method)
-    if len(found) < 3 or _lost(found):
+    if len(found) < 3 or _diverged(found):
         return None
     points = [(math.log2(n), math.log(q)) for n, own in found.items() for q in own]
     return trend([x for x, _ in points], [y for _, y in points])
@@ -318,10 +336,13 @@ def judge(results: StudyResults) -> Verdict:
         if (found := fit_of(results, method)) is not None
     ]
     sentences.append(
-        "At each size, the better AdamW is the one of adamw and adamw-0.5 with the lower loss. "
-        "Intervals are 95 %, by Student’s t over all seeds and sizes, and say nothing about the "
-        "choice of rates. Shares of tokens are read from losses during training, when the "
-        "schedule was not over yet."
+        "At each size, the better AdamW is the one of adamw and adamw-0.5 with the lower loss. A "
+        "share above 100 % is the inverse of the share with which this AdamW reaches the other "
+        "method’s loss. Shares are read from losses during training, when the schedule was not "
+        "over yet. Intervals are 95 %, by Student’s t over all seeds and sizes. They say nothing "
+        "about the choice of rates, nor about what else grows with the model: the number of "
+        "steps, the batch, and the part of the parameters that are hidden weights. Exponents were "
+        "searched between 0.01 and 2."
     )
     return Verdict(_headline(results), tuple(sentences), tuple(cautions(results)))
 
@@ -330,13 +351,11 @@ def _headline(results: StudyResults) -> str:
     own, trend = shares(results, "sinkgd"), trend_of(results, "sinkgd")
     if trend is None:
         words = _shares_in_words("sinkgd", own)
-        if not any(map(_reached, own.values())):
+        if not any(map(_finite, own.values())):
             return words
-        ends = (
-            "no trend, because not every seed reached this loss" if _lost(own) else "no trend yet"
-        )
+        ends = "no trend, because not every seed ended" if _diverged(own) else "no trend yet"
         return f"{words.removesuffix('.')}; {ends}."
-    first, last = (float(np.mean(own[n])) for n in (min(own), max(own)))
+    first, last = (geometric_mean(own[n]) for n in (min(own), max(own)))
     moves = "does not change measurably with the size"
     if trend.doubling_high < 1:
         moves = "falls as the model grows"
@@ -351,23 +370,26 @@ def _headline(results: StudyResults) -> str:
 def _shares_in_words(method: str, own: Mapping[float, Sequence[float]]) -> str:
     if not own:
         return f"{method} and AdamW have no results at the same size yet."
-    if not any(map(_reached, own.values())):
-        return f"{method} did not reach the better AdamW’s final loss at any finished size."
+    if not any(map(_finite, own.values())):
+        return f"{method} diverged at every finished size."
     words = ", ".join(f"{_mean_in_words(values)} at {count(n)}" for n, values in own.items())
-    return f"{method} needs this share of the better AdamW’s tokens: {words} hidden weights."
+    return (
+        f"For the final loss of the better AdamW, {method} needs this share of its tokens: {words} "
+        "hidden weights."
+    )
 
 
 def _mean_in_words(own: Sequence[float]) -> str:
-    """Return the mean over the seeds that arrived, and the number of those that did not.
+    """Return the geometric mean over the seeds that ended, and the number of those that diverged.
 
     >>> _mean_in_words([0.5, 0.7, math.inf])
-    '60\N{NO-BREAK SPACE}% (not reached in 1 of 3 seeds)'
+    '59\N{NO-BREAK SPACE}% (1 of 3 seeds diverged)'
     """
-    reached = _reached(own)
-    if not reached:
-        return "not reached"
-    words, lost = percent(float(np.mean(reached))), len(own) - len(reached)
-    return words + (f" (not reached in {lost} of {len(own)} seeds)" if lost else "")
+    ended = _finite(own)
+    if not ended:
+        return "diverged"
+    words, lost = percent(geometric_mean(ended)), len(own) - len(ended)
+    return words + (f" ({lost} of {len(own)} seeds diverged)" if lost else "")
 
 
 def _trend_in_words(method: str, trend: Trend, largest: float) -> str:
@@ -378,7 +400,7 @@ def _trend_in_words(method: str, trend: Trend, largest: float) -> str:
     if largest >= hidden_weights(FAR_PRESET):  # at the paper's scale
         return words
     return (
-        f"{words} If that held up to {FAR_PRESET}, it would be {percent(trend.far)} "
+        f"{words} If this held up to {FAR_PRESET}, the share would be {percent(trend.far)} "
         f"({percent(trend.far_low)} to {percent(trend.far_high)})."
     )
 
@@ -387,9 +409,9 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw the share of AdamW's tokens over the size, one line per method."""
     shown = {method: shares(results, method) for method in COMPARED}
     lines = {
-        method: {n: _reached(own[n]) for n in own if _reached(own[n])}
+        method: {n: _finite(own[n]) for n in own if _finite(own[n])}
         for method, own in shown.items()
-        if any(map(_reached, own.values()))
+        if any(map(_finite, own.values()))
     }
     if not lines:
         return []
@@ -400,8 +422,9 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
             key="share-by-size",
             title="Tokens to AdamW’s final loss, by size",
             caption="Tokens that an arm needs for the final loss of the better AdamW at the "
-            "same size and with the same seed, as a share of AdamW’s tokens: mean and range over "
-            "seeds. Lower is better. Seeds that did not reach the loss are left out.",
+            "same size and with the same seed, as a share of AdamW’s tokens: geometric mean and "
+            "range over seeds. Lower is better. Above 100 % AdamW reaches the arm’s loss earlier; "
+            "the share is then the inverse of AdamW’s. Seeds that diverged are left out.",
             description="; ".join(_shares_in_words(method, shown[method]) for method in lines),
             figure={
                 "data": [_share_line(r, own, looks[r]) for r, own in lines.items()],
@@ -424,7 +447,7 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
 
 
 def _share_line(method: str, own: Mapping[float, Sequence[float]], look: Identity) -> Figure:
-    means = [float(np.mean(q)) for q in own.values()]
+    means = [geometric_mean(q) for q in own.values()]
     return {
         "type": "scatter",
         "mode": "lines+markers",
