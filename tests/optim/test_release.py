@@ -108,9 +108,9 @@ def test_it_is_the_ordinary_step_bit_for_bit(recipe, accumulation, bucket_bytes)
 ONE_BY_ONE = [case for case in OPTIMIZERS if case.name != "AdamWSPAM"]
 
 
-@pytest.mark.parametrize("bucket_bytes", [0, 1 << 30])
+@pytest.mark.parametrize(("bucket_bytes", "updated"), [(1, [1, 1, 1]), (1 << 30, [3])])
 @pytest.mark.parametrize("case", ONE_BY_ONE, ids=str)
-def test_it_is_the_ordinary_step_with_every_method(case, bucket_bytes):
+def test_it_is_the_ordinary_step_with_every_method(case, bucket_bytes, updated, monkeypatch):
     ends = []
     for released in (False, True):
         torch.manual_seed(0)
@@ -119,11 +119,13 @@ def test_it_is_the_ordinary_step_with_every_method(case, bucket_bytes):
         optimizer = case.build([*model.named_parameters()])
         if released:
             sinkgd.GradientRelease(optimizer, bucket_bytes=bucket_bytes)
+            calls = calls_of(optimizer, monkeypatch)
         for _ in range(STEPS):
             model(torch.randn(5, 6)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         ends.append(model)
+    assert [len(call) for call in calls] == updated * STEPS
     assert same_weights(*ends)
 
 

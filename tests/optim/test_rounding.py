@@ -32,6 +32,10 @@ def walk(weight, optimizer, steps, first=0):
     return weight
 
 
+def test_only_methods_that_leave_the_step_to_others_have_no_rounding():
+    assert {*METHODS} - {*ALGORITHMS} == {"spam", "adamw-spam", "adamw-8bit"}
+
+
 class TestBits:
     def test_the_mean_over_many_draws_is_the_number(self):
         draws = 1 << 20
