@@ -27,7 +27,7 @@ from sinkgd.kernels import registry
 from sinkgd.kernels.triton import TritonBackend, backend, launch, support
 from sinkgd.kernels.triton.tables import DeviceTables
 from sinkgd.lab.bench.gpu.cases import CACHE_BYTES, LLAMAS, TARGETS
-from sinkgd.lab.bench.gpu.recorded import TorchCalls, uninitialized_weights
+from sinkgd.lab.bench.gpu.recorded import TorchCalls, lost_updates_allowed
 from sinkgd.lab.bench.workloads import matrix_shapes
 
 TARGET = TARGETS["sm_90"]
@@ -155,7 +155,7 @@ class Step:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
-        with uninitialized_weights():
+        with lost_updates_allowed():
             self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
 
     def move_gradients(self) -> None:

@@ -96,7 +96,7 @@ def take_step(
         param.grad = _empty(shape, dtype, transposed=transposed)
     lr = torch.tensor(1e-3, dtype=torch.float32, device="cpu") if on_device else 1e-3
     with with_triton(whole_rows=whole_rows):
-        with uninitialized_weights():
+        with lost_updates_allowed():
             optimizer = SinkGDVariant(params, lr=lr, nonfinite="skip", **options)
         optimizer.step()
 
@@ -109,8 +109,8 @@ def _empty(shape: Shape, dtype: str, *, transposed: bool) -> Tensor:
 
 
 @contextmanager
-def uninitialized_weights() -> Iterator[None]:
-    """Ignore the warning that rounding loses updates, for uninitialized weights have any size."""
+def lost_updates_allowed() -> Iterator[None]:
+    """Ignore the warning of lost updates: weights are uninitialized here, and may have any size."""
     with catch_warnings():
         filterwarnings("ignore", ".*rounding to the nearest loses", UserWarning)
         yield
@@ -156,8 +156,7 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def calls_of_step(groups: Sequence[dict[str, Any]]) -> Counter[str]:
     """Count the calls of torch in the second step; the first also creates state and tables."""
     with with_triton(), recorded_launches():
-        with uninitialized_weights():
-            optimizer = SinkGD([{"lr": 1e-3, "nonfinite": "skip", **group} for group in groups])
+        optimizer = SinkGD([{"lr": 1e-3, "nonfinite": "skip", **group} for group in groups])
         for group in optimizer.param_groups:
             for param in group["params"]:
                 param.grad = torch.ones_like(param)
