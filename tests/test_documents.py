@@ -236,10 +236,11 @@ def test_the_share_of_a_training_step_is_the_recorded_one():
     shares = [100 * one.optimizer_seconds / one.step_seconds for one in run.steps[2:]]
     speed, evidence = prose_of("docs/speed.md"), prose_of("docs/evidence.md")
     assert f"{run.start.tokens_per_step:,} tokens per step" in speed
+    assert run.start.environment["threads"] == 1
     assert f"the default takes {median(shares):.2f} % of a step on one thread" in speed
-    assert f"of {len(shares)} steps, which lie between {min(shares):.2f} and" in speed
+    assert f"of the last {len(shares)} steps, which lie between {min(shares):.2f} and" in speed
     assert f" and {max(shares):.2f} % (`sinkgd train" in speed
-    assert f"in the demo and {median(shares):.2f} % with [8,192 tokens" in evidence
+    assert f"in float32 on one idle thread, it is {median(shares):.2f} % for a" in evidence
 
 
 def test_the_quartiles_of_the_page_on_speed_are_the_recorded_ones():

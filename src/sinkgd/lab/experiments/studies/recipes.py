@@ -96,7 +96,8 @@ ADDITIONS: Mapping[str, Addition] = {
 }
 _OF_ADAMW = _rates(0.003, 0.006, 0.012), _paper_rates(0.0005, 0.001, 0.003)
 _OF_MUON = _rates(0.005, 0.01, 0.02), _paper_rates(0.001, 0.005, 0.01)
-# What defines each control, and its grids. "-0.5" is a lower beta1 of AdamW, or momentum of Muon.
+# What defines each control, and its grids. "-0.5" means 0.5 for the beta1 of AdamW, or for the
+# momentum of Muon.
 CONTROLS: Mapping[str, tuple[Mapping[str, str | float], tuple[Grid, Grid]]] = {
     "adamw": ({"optimizer.recipe": "adamw"}, _OF_ADAMW),
     "adamw-0.5": ({"optimizer.recipe": "adamw", "optimizer.beta1": 0.5}, _OF_ADAMW),
@@ -168,7 +169,7 @@ RECIPES = Study(
     "(Hyperball), directions kept from step to step (Spectra), momentum of low rank (LoRA-Pre) or "
     "in 8 bits (PowerStep), and normalizing the rows of a momentum (RMNP). Each is added to the "
     "default by itself, except RMNP, which replaces it. Momentum of 0.95 and of 0.5 and a deflated "
-    "rank of 30 are tried, too, and the two and three that were best by themselves together. "
+    "rank of 30 are tried, too, and so are the best two together, and the best three. "
     "AdamW and Muon are controls, each also with a momentum of 0.5.",
     settings={
         "machine": Setting(LONG, _arms(paper=False)),
