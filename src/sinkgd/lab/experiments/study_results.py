@@ -37,15 +37,12 @@ def t_quantile(freedom: int) -> float:
     """
     if freedom <= len(_T):
         return _T[freedom - 1]
-    z = _NORMAL
-    terms = (
-        z**3 + z,
-        5 * z**5 + 16 * z**3 + 3 * z,
-        3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z,
-    )
-    return z + sum(
-        term / (scale * freedom**power)
-        for power, (term, scale) in enumerate(zip(terms, (4, 96, 384), strict=True), 1)
+    z, freed = _NORMAL, float(freedom)
+    return (
+        z
+        + (z**3 + z) / (4 * freed)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freed**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freed**3)
     )
 
 
