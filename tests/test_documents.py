@@ -281,7 +281,7 @@ def test_the_losses_of_the_readme_are_those_of_the_verdicts():
     readme = prose_of("README.md")
     quoted = {
         "table1": ["sinkgd", "swan", "adamw", "muon", "sinkgd-paper", "adamw-one-lr"],
-        "recipes": ["default", "adamw"],
+        "recipes-momentum": ["default", "adamw", "adamw-0.5", "muon"],
         "pareto": ["sinkgd", "sinkgd-stateless", "adamw-one-lr"],
     }
     for study, arms in quoted.items():
