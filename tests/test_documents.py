@@ -243,6 +243,13 @@ def test_the_share_of_a_training_step_is_the_recorded_one():
     assert f"in float32 on one idle thread, it is {median(shares):.2f} % for a" in evidence
 
 
+def test_the_run_of_muon_with_less_momentum_is_the_recorded_one():
+    read = import_module("sinkgd.lab.results").Run.read
+    run = read(ROOT / "benchmarks/muon/2026-11-30-momentum-0.5.jsonl")
+    evidence = prose_of("docs/evidence.md")
+    assert f"with one seed, it reached {run.evaluations[-1].val_loss:.3f} (" in evidence
+
+
 def test_the_quartiles_of_the_page_on_speed_are_the_recorded_ones():
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     sections = text.split("| × fused AdamW, median (quartiles)")
