@@ -144,6 +144,24 @@ def test_a_study_with_other_options_is_refused(finished, plan, changed, field):
     assert field in str(error.value)
 
 
+def test_arms_may_be_added_later_and_finished_runs_stay(shards, tmp_path):
+    less, more = small_plan(shards, arms=ARMS[1:]), small_plan(shards)
+    run(less, tmp_path)
+    first = StudyRecord.read(tmp_path / "study.jsonl")
+    run_study(more, tmp_path, jobs=2, command="sinkgd experiment again", say=said.append)
+    record = StudyRecord.read(tmp_path / "study.jsonl")
+    assert list(record.plan["arms"]) == [arm.name for arm in ARMS]
+    assert record.command == "sinkgd experiment again"
+    assert set(record.runs) - set(first.runs) == {
+        name for name in record.runs if name.startswith(ARMS[0].name)
+    }
+    assert {name: record.runs[name].run.end for name in first.runs} == {
+        name: result.run.end for name, result in first.runs.items()
+    }
+    with pytest.raises(ConfigError, match="has other options"):
+        run(less, tmp_path)
+
+
 def test_what_leaves_the_losses_alone_may_change(finished, plan):
     logging = replace(plan.shared.logging, print_every_steps=1)
     assert run(replace(plan, shared=replace(plan.shared, logging=logging)), finished).left == 0

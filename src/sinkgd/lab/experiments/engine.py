@@ -19,7 +19,13 @@ from signal import SIGTERM, Signals
 from typing import Any
 
 from sinkgd.lab.experiments.scheduler import ReusableRuns, Scheduler
-from sinkgd.lab.experiments.study import StudyError, StudyPlan, Task, check_same_plan
+from sinkgd.lab.experiments.study import (
+    StudyError,
+    StudyPlan,
+    Task,
+    added_arms,
+    check_same_plan,
+)
 from sinkgd.lab.experiments.study_record import (
     STUDY_FILE,
     RunResult,
@@ -258,13 +264,16 @@ def _lock(folder: Path) -> Iterator[None]:
 def _open(
     plan: StudyPlan, folder: Path, command: str, stack: ExitStack
 ) -> tuple[StudyRecord, StudyWriter]:
-    """Open the study's file, or begin a new one."""
-    record = read_begun(plan, folder)
+    """Open the study's file, or begin a new one; add the plan's new arms to the file."""
+    record, now = read_begun(plan, folder), plan.as_json()
     writer = StudyWriter(folder / STUDY_FILE)
     stack.callback(writer.close)
     if record is None:
-        record = StudyRecord(plan.as_json(), command)
-        writer.begin(plan.as_json(), command)
+        record = StudyRecord(now, command)
+        writer.begin(now, command)
+    elif added_arms(record.plan, now):
+        record.plan, record.command = now, command
+        writer.begin(now, command)
     return record, writer
 
 

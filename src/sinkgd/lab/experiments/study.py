@@ -212,7 +212,7 @@ def plan_of(study: Study, scale: Scale, **options: Any) -> StudyPlan:
 def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: str) -> None:
     """Check that a study is continued with the options that it began with.
 
-    Only options of the mesh, of checkpoints and of logging may change.
+    Only options of the mesh, of checkpoints and of logging may change, and arms may be added.
 
     Args:
         saved: The plan in the study's file, a result of `StudyPlan.as_json`.
@@ -223,7 +223,7 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
         ConfigError: If the options differ; the message gives each field that differs, with both
             values.
     """
-    before, now = dict(_flat(saved)), dict(_flat(plan))
+    before, now = dict(_flat(saved)), dict(_flat({**plan, "arms": _known(saved, plan)}))
     names = [
         name
         for name in dict.fromkeys([*before, *now])
@@ -238,6 +238,15 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
             f"the study in {where} has other options: {listed}. "
             "Give the same options, or another --out"
         )
+
+
+def added_arms(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arms that only the second of two plans has."""
+    return [name for name in plan["arms"] if name not in saved["arms"]]
+
+
+def _known(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arm for name, arm in plan["arms"].items() if name in saved["arms"]}
 
 
 def _may_change(name: str) -> bool:

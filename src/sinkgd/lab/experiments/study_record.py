@@ -2,7 +2,8 @@
 
 Its first line is the plan. After it come a line for every run that ended, whether it finished or
 diverged, and a line (kind "sitting") for every session in which a run ended. A session is one
-process's work on the study. The study's page and verdict are made from this file only.
+process's work on the study. If arms are added later, the new plan follows, and replaces the first
+one. The study's page and verdict are made from this file only.
 
 Runs are thinned. The training curve has one step per evaluation, with the mean loss and the mean
 times since the previous evaluation. A model's statistics are reduced to their means over heads and
@@ -105,7 +106,7 @@ class StudyRecord:
     """The content of a study's file."""
 
     plan: dict[str, Any]  # a result of `StudyPlan.as_json`
-    command: str  # the command that began the study
+    command: str  # the command that began the study, or that added arms
     runs: dict[str, RunResult] = field(default_factory=dict)  # keys are names of runs
     sessions: list[Session] = field(default_factory=list)
 
@@ -130,11 +131,12 @@ class StudyRecord:
         for i, line in enumerate(whole, start=1):
             try:
                 content = parse_json(line)
-                if record is None:
+                if record is None or content["kind"] == "plan":
                     _check_plan(content["plan"])
                     naming = content.get("naming", 1)
-                    plan = plan_now(content["plan"], naming)
-                    record = cls(plan, command_now(content["command"], naming))
+                    record = record or cls({}, "")
+                    record.plan = plan_now(content["plan"], naming)
+                    record.command = command_now(content["command"], naming)
                 elif content["kind"] == "run":
                     result = _run_from_json(content, path)
                     record.runs[result.name] = result
@@ -182,7 +184,7 @@ class StudyWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def begin(self, plan: Mapping[str, Any], command: str) -> None:
-        """Write the first line."""
+        """Write the plan: the first line, or a line that replaces it if arms are added."""
         self._write({"kind": "plan", "naming": NAMING, "command": command, "plan": plan})
 
     def add_run(self, result: RunResult) -> None:
