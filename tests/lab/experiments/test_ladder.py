@@ -1,4 +1,4 @@
-"""The study `ladder`: its rules, its fits of known curves, and its verdict."""
+"""The study `ladder`: its rules and its verdict."""
 
 from dataclasses import replace
 
@@ -8,16 +8,12 @@ import pytest
 from lab.experiments.synthetic_study import made_up
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.ladder import (
-    FAR_PRESET,
     GRIDS,
     PAPER_GRIDS,
-    SEEDS,
     TOKENS_PER_WEIGHT,
-    fit,
     fit_of,
     hidden_weights,
     shares,
-    trend,
     trend_of,
 )
 from sinkgd.lab.experiments.study import plan_of
@@ -62,38 +58,6 @@ def test_rates_of_matrices_shrink_as_the_width_except_muons(scale):
             assert arm.carried.factors == {MATRIX_LR: expected}
         assert own[2].carried.tried == (1.0,)
         assert own[3].carried.tried == (0.5, 1.0, 2.0)
-
-
-@pytest.mark.parametrize(("a", "b", "c"), [(2.0, 1.5, 0.3), (0.0, 5.0, 0.07), (1.0, 0.2, 1.1)])
-def test_the_fit_finds_the_curve_that_made_the_losses(a, b, c):
-    compute = np.array([1e12, 4e12, 2e13, 9e13])
-    losses = a + b * (compute / compute[0]) ** -c
-    found = fit(compute, losses)
-    assert found.c == pytest.approx(c, rel=0.02)
-    assert found.a + found.b == pytest.approx(a + b, abs=2e-3)
-    curve = found.a + found.b * (compute / compute[0]) ** -found.c
-    assert curve == pytest.approx(losses, abs=2e-3)
-
-
-def test_the_fit_keeps_the_limit_at_or_above_zero():
-    assert fit([1.0, 10.0, 100.0, 1000.0], [4.0, 3.0, 2.0, 1.0]).a == 0
-
-
-def test_intervals_hold_the_truth_in_some_95_of_100_studies():
-    draw = np.random.default_rng(1)
-    weights = np.repeat([hidden_weights(f"llama-{size}") for size in SIZES], SEEDS).astype(float)
-    truth, slope, studies, held = 0.15, -0.05, 400, [0, 0, 0]
-    x = np.log2(weights)
-    far = np.exp(slope * np.log2(hidden_weights(FAR_PRESET)))
-    for _ in range(studies):
-        noise = draw.normal(size=(2, len(weights)))
-        found = trend(x, slope * x + 0.05 * noise[0])
-        held[0] += found.doubling_low <= np.exp(slope) <= found.doubling_high
-        held[1] += found.far_low <= far <= found.far_high
-        compute = (weights / weights[0]) ** 2
-        exponent = fit(compute, 3.2 + 1.1 * compute**-truth + 0.015 * noise[1])
-        held[2] += exponent.c_low <= truth <= exponent.c_high
-    assert all(0.92 * studies <= number <= 0.99 * studies for number in held), held
 
 
 def results_of(gains, better=()):

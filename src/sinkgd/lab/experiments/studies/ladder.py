@@ -13,7 +13,7 @@ Rules (at the paper's scale, tokens and batch are instead those of the benchmark
 Letters:
     N: number of hidden weights, which are those of the blocks' matrices
     C: operations of a training, 6 for each hidden weight and token
-    L: final validation loss, nats per token; fitted as a + b (C/C₁)^(-c), see `Fit`
+    L: final validation loss, nats per token; fitted as a + b (C/C₁)^(-c), see `PowerLaw`
     q: tokens that an arm needs for the final loss of the better AdamW, as a share of all tokens.
         An arm that ends above this loss has q = 1/p instead, where p is the share of the tokens
         with which AdamW reaches the arm's final loss. So q is below 1 if the arm needs fewer tokens
@@ -25,18 +25,17 @@ size.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import geometric_mean
 from typing import Any
 
-import numpy as np
-
 from sinkgd.lab.experiments.arms import Arm, Carried, Grid
+from sinkgd.lab.experiments.fits import PowerLaw, Trend, fit_power_law, fit_trend
 from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Axis, Setting, Study
 from sinkgd.lab.experiments.study_charts import whiskers
 from sinkgd.lab.experiments.study_record import RunResult
-from sinkgd.lab.experiments.study_results import ArmResults, StudyResults, t_quantile
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
 from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.report.analysis import first_reach
@@ -160,48 +159,6 @@ def arms(sizes: Mapping[str, Mapping[str, Any]], grids: Mapping[str, Grid]) -> t
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """L = a + b (C/C₁)^(-c), where C₁ is C at the smallest size, with the 95 % interval of c."""
-
-    a: float
-    b: float
-    c: float
-    c_low: float
-    c_high: float
-
-
-def fit(compute: Sequence[float], losses: Sequence[float]) -> Fit:
-    """Fit a, b and c by least squares to the losses of all seeds and sizes.
-
-    The interval comes from the profile of the sum of squares: it has every c whose sum of squares
-    is at most 1 + t²/(k - 3) times the least one, where k is the number of runs and t the 97.5 %
-    quantile of Student's t. A bootstrap over two or three seeds would be too narrow.
-
-    Args:
-        compute: C of each of k runs, more than 3, at 3 or more different values.
-        losses: L of each run.
-
-    Returns:
-        The fit. a is at least 0, and c is one of 400 values between 0.01 and 2.
-    """
-    x, y = np.asarray(compute) / min(compute), np.asarray(losses)
-    tried = []
-    for c in np.geomspace(0.01, 2, 400):
-        powers = x**-c
-        spread = powers - powers.mean()
-        b = (y - y.mean()) @ spread / (spread @ spread)
-        a = y.mean() - b * powers.mean()
-        if a < 0:
-            a, b = 0.0, y @ powers / (powers @ powers)
-        tried.append((float(((y - a - b * powers) ** 2).sum()), float(a), float(b), float(c)))
-    least, a, b, c = min(tried)
-    freedom = len(y) - 3
-    bound = least * (1 + t_quantile(freedom) ** 2 / freedom)
-    near = [one[3] for one in tried if one[0] <= bound]
-    return Fit(a, b, c, min(near), max(near))
-
-
 def _sizes(results: StudyResults, method: str) -> list[ArmResults]:
     """Return a method's arms that have reported runs, from the smallest size to the largest."""
     own = [one for one in results.arms if one.arm.series == method and one.seeds]
@@ -226,7 +183,7 @@ def _compute(one: ArmResults) -> float:
     return 6 * (one.arm.value or 0.0) * (end.tokens if end else math.nan)
 
 
-def fit_of(results: StudyResults, method: str) -> Fit | None:
+def fit_of(results: StudyResults, method: str) -> PowerLaw | None:
     """Fit the losses of a method over sizes, without sizes at which a seed diverged.
 
     None if fewer than 4 sizes are left.
@@ -235,7 +192,7 @@ def fit_of(results: StudyResults, method: str) -> Fit | None:
     if len(sizes) < 4:
         return None
     runs = [(_compute(one), loss) for one in sizes for loss in one.losses.values()]
-    return fit([compute for compute, _ in runs], [loss for _, loss in runs])
+    return fit_power_law([compute for compute, _ in runs], [loss for _, loss in runs])
 
 
 def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
@@ -277,18 +234,6 @@ def _diverged(own: Mapping[float, Sequence[float]]) -> bool:
     return any(len(_finite(values)) < len(values) for values in own.values())
 
 
-@dataclass(frozen=True)
-class Trend:
-    """log q as a line over log₂ N, with 95 % intervals by Student's t."""
-
-    doubling: float  # the factor of q when N doubles
-    doubling_low: float
-    doubling_high: float
-    far: float  # q at the hidden weights of `FAR_PRESET`, if the trend held
-    far_low: float
-    far_high: float
-
-
 def trend_of(results: StudyResults, method: str) -> Trend | None:
     """Fit the trend of a method's q over all seeds and sizes.
 
@@ -298,24 +243,9 @@ def trend_of(results: StudyResults, method: str) -> Trend | None:
     found = shares(results, method)
     if len(found) < 3 or _diverged(found):
         return None
-    points = [(math.log2(n), math.log(q)) for n, own in found.items() for q in own]
-    return trend([x for x, _ in points], [y for _, y in points])
-
-
-def trend(sizes: Sequence[float], values: Sequence[float]) -> Trend:
-    """Fit a line to log q over log₂ N, with one pair for each run, more than 2 in all."""
-    x, y = np.asarray(sizes), np.asarray(values)
-    spread = x - x.mean()
-    slope = float(y @ spread / (spread @ spread))
-    freedom = len(y) - 2
-    rest = float(((y - y.mean() - slope * spread) ** 2).sum() / freedom)
-    away = math.log2(hidden_weights(FAR_PRESET)) - x.mean()
-    far = float(y.mean() + slope * away)
-    t = t_quantile(freedom)
-    of_slope = t * math.sqrt(rest / (spread @ spread))
-    of_far = t * math.sqrt(rest * (1 / len(y) + away**2 / (spread @ spread)))
-    ends = (slope, slope - of_slope, slope + of_slope, far, far - of_far, far + of_far)
-    return Trend(*map(math.exp, ends))
+    points = [(n, q) for n, own in found.items() for q in own]
+    far = hidden_weights(FAR_PRESET)
+    return fit_trend([n for n, _ in points], [q for _, q in points], far=far)
 
 
 def judge(results: StudyResults) -> Verdict:
