@@ -20,7 +20,7 @@ Letters:
         than AdamW, and above 1 if it needs more.
 
 There are two AdamWs, with a beta1 of 0.9 and of 0.5. The better one has the lower mean loss at a
-size.
+size. There are two Muons, too, with a momentum of 0.95 and of 0.5.
 """
 
 import math
@@ -66,10 +66,11 @@ METHODS: Mapping[str, Mapping[str, str | float]] = {
     "adamw": {"optimizer.recipe": "adamw"},
     "adamw-0.5": {"optimizer.recipe": "adamw", "optimizer.beta1": 0.5},
     "muon": {"optimizer.recipe": "muon"},
+    "muon-0.5": {"optimizer.recipe": "muon", "optimizer.momentum": 0.5},
 }
 ADAMWS = ("adamw", "adamw-0.5")
 COMPARED = tuple(method for method in METHODS if method not in ADAMWS)  # with the better AdamW
-_NOT_BY_WIDTH = {"muon"}
+_NOT_BY_WIDTH = {"muon", "muon-0.5"}
 
 # Three rates of matrices at the two smallest sizes, each twice the previous one. As the grids grow,
 # they get other rates of embeddings and head, too.
@@ -79,6 +80,7 @@ GRIDS: Mapping[str, Grid] = {
     "adamw": {LR: (0.08,), MATRIX_LR: (0.003, 0.006, 0.012)},
     "adamw-0.5": {LR: (0.08,), MATRIX_LR: (0.003, 0.006, 0.012)},
     "muon": {LR: (0.08,), MATRIX_LR: (0.01, 0.02, 0.04)},
+    "muon-0.5": {LR: (0.08,), MATRIX_LR: (0.01, 0.02, 0.04)},
 }
 PAPER_GRIDS: Mapping[str, Grid] = {
     "sinkgd": {LR: (0.02,), MATRIX_LR: (0.0005, 0.001, 0.002)},
@@ -86,6 +88,7 @@ PAPER_GRIDS: Mapping[str, Grid] = {
     "adamw": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "adamw-0.5": {LR: (0.02,), MATRIX_LR: (0.001, 0.002, 0.004)},
     "muon": {LR: (0.02,), MATRIX_LR: (0.005, 0.01, 0.02)},
+    "muon-0.5": {LR: (0.02,), MATRIX_LR: (0.005, 0.01, 0.02)},
 }
 
 
