@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 import sinkgd
@@ -17,6 +18,21 @@ def test_versions_device_and_threads_are_there():
     assert found["threads"] == torch.get_num_threads()
     assert found["device"] == "cpu"
     assert found["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "further"),
+    [("avx2 fma", ""), ("avx512f avx512_bf16 amx_tile amx_bf16", ", avx512_bf16, amx_bf16")],
+)
+def test_processors_of_one_name_are_told_apart_by_their_instructions(
+    monkeypatch, tmp_path, flags, further
+):
+    (tmp_path / "cpuinfo").write_text(
+        f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert machine.cpu_name() == f"AMD EPYC, {capability}{further}"
 
 
 def test_an_absent_package_has_no_version():
