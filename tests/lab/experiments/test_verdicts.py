@@ -1,9 +1,12 @@
 """Each judge on made-up results: every outcome has its words."""
 
+from dataclasses import replace
+
 import pytest
 
-from lab.experiments.synthetic_study import made_up
+from lab.experiments.synthetic_study import SESSION, made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
+from sinkgd.lab.experiments.study_results import StudyResults
 
 INF = float("inf")
 NOISE = (0.000, 0.004, -0.003)
@@ -205,6 +208,19 @@ def test_few_seeds_no_tuning_divergence_and_missing_seeds_are_cautions():
     assert "L1 diverged in 1 of 3 seeds." in cautions({"L1": [4.0, INF, 4.1], "L5": near(4.0)})
     assert "Not finished: L5 has not run every seed" in cautions({"L1": near(4.0), "L5": [4.0]})
     assert "Machine scale: llama-nano" in cautions({"L1": near(4.0)})
+
+
+@pytest.mark.parametrize(
+    ("processors", "warned"),
+    [([], False), (["A", "A"], False), (["A", "B", "A"], True), ([None, "A"], False)],
+)
+def test_sessions_on_different_processors_are_a_caution(processors, warned):
+    study = STUDIES["iterations"]
+    record = made_up_record(study, {"L1": near(4.1), "L5": near(4.0)})
+    environments = [{} if cpu is None else {"cpu": cpu} for cpu in processors]
+    record.sessions = [replace(SESSION, environment=one) for one in environments]
+    said = " ".join(study.judge(StudyResults.of(record)).cautions)
+    assert ("ran on different processors (A; B): the times" in said) == warned
 
 
 def test_an_arm_that_diverged_is_not_the_best():

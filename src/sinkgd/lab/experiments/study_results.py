@@ -163,6 +163,7 @@ class StudyResults:
 
     plan: Mapping[str, Any]  # a result of `StudyPlan.as_json`
     arms: tuple[ArmResults, ...]  # in the study's order
+    processors: tuple[str, ...] = ()  # those of all sessions
 
     @classmethod
     def of(cls, record: StudyRecord) -> "StudyResults":
@@ -173,7 +174,8 @@ class StudyResults:
             seeds = sorted((r for r in own if not r.tuning), key=lambda r: r.seed)
             grid = tuple(result for result in own if result.tuning)
             arms.append(ArmResults(arm_from_json(name, content), tuple(seeds), grid))
-        return cls(record.plan, tuple(arms))
+        found = [str(session.environment.get("cpu", "")) for session in record.sessions]
+        return cls(record.plan, tuple(arms), tuple(dict.fromkeys(filter(None, found))))
 
     @property
     def candidates(self) -> tuple[ArmResults, ...]:

@@ -194,6 +194,7 @@ def cautions(results: StudyResults) -> list[str]:
     return [
         *_small_scale(results),
         *_few_seeds(results),
+        *_several_processors(results),
         *_unequal_effort(results),
         *_edges(results),
         *_diverged(results),
@@ -226,6 +227,15 @@ def _few_seeds(results: StudyResults) -> list[str]:
         return []
     what = "A single seed" if seeds == 1 else "Two seeds"
     return [f"{what} cannot tell a small difference from chance; use --seeds 3 or more."]
+
+
+def _several_processors(results: StudyResults) -> list[str]:
+    if len(results.processors) < 2:
+        return []
+    return [
+        f"The study ran on different processors ({'; '.join(results.processors)}): the times of "
+        "its arms cannot be compared, and losses differ in their last bits between processors."
+    ]
 
 
 def _unequal_effort(results: StudyResults) -> list[str]:
