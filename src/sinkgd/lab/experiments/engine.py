@@ -265,13 +265,11 @@ def _open(
     plan: StudyPlan, folder: Path, command: str, stack: ExitStack
 ) -> tuple[StudyRecord, StudyWriter]:
     """Open the study's file, or begin a new one; add the plan's new arms to the file."""
-    record, now = read_begun(plan, folder), plan.as_json()
+    begun, now = read_begun(plan, folder), plan.as_json()
     writer = StudyWriter(folder / STUDY_FILE)
     stack.callback(writer.close)
-    if record is None:
-        record = StudyRecord(now, command)
-        writer.begin(now, command)
-    elif added_arms(record.plan, now):
+    record = begun or StudyRecord(now, command)
+    if begun is None or added_arms(begun.plan, now):
         record.plan, record.command = now, command
         writer.begin(now, command)
     return record, writer

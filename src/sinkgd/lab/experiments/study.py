@@ -223,7 +223,8 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
         ConfigError: If the options differ; the message gives each field that differs, with both
             values.
     """
-    before, now = dict(_flat(saved)), dict(_flat({**plan, "arms": _known(saved, plan)}))
+    known = {name: arm for name, arm in plan["arms"].items() if name in saved["arms"]}
+    before, now = dict(_flat(saved)), dict(_flat({**plan, "arms": known}))
     names = [
         name
         for name in dict.fromkeys([*before, *now])
@@ -243,10 +244,6 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
 def added_arms(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     """Return the names of the arms that only the second of two plans has."""
     return [name for name in plan["arms"] if name not in saved["arms"]]
-
-
-def _known(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: arm for name, arm in plan["arms"].items() if name in saved["arms"]}
 
 
 def _may_change(name: str) -> bool:
