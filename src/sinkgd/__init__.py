@@ -20,11 +20,11 @@ from sinkgd.norms import Norm as Norm
 from sinkgd.norms import RowNorm as RowNorm
 from sinkgd.norms import SignNorm as SignNorm
 from sinkgd.norms import SpectralNorm as SpectralNorm
+from sinkgd.optim.describe_groups import describe_param_groups as describe_param_groups
 from sinkgd.optim.from_adamw import from_adamw_state as from_adamw_state
 from sinkgd.optim.methods import METHODS as _METHODS
 from sinkgd.optim.mngd import MNGD as MNGD
 from sinkgd.optim.nonfinite import NonFiniteGradientError as NonFiniteGradientError
-from sinkgd.optim.param_groups import describe_param_groups as describe_param_groups
 from sinkgd.optim.param_groups import param_groups as param_groups
 from sinkgd.optim.release import GradientRelease as GradientRelease
 from sinkgd.optim.sinkgd import SinkGD as SinkGD
