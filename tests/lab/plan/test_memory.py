@@ -10,7 +10,7 @@ from sinkgd.lab.bench.bench_memory import allocations
 from sinkgd.lab.models.llama import Llama
 from sinkgd.lab.models.presets import PRESETS
 from sinkgd.lab.plan import METHODS, Grid, Work, find_architecture, find_method, rank_memory
-from sinkgd.lab.plan.methods import eight_bit_bytes
+from sinkgd.lab.plan.method import eight_bit_bytes
 from sinkgd.lab.plan.peak_memory import update_scratch
 from sinkgd.lab.plan.rank_model import weights_of
 from sinkgd.lab.plan.step_time import flops_of

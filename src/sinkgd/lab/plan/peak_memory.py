@@ -11,7 +11,7 @@ from math import prod
 from typing import Literal
 
 from sinkgd.contrib.adamw_8bit import CPU_ENTRIES
-from sinkgd.lab.plan.methods import Method, eight_bit_bytes, usual_rank
+from sinkgd.lab.plan.method import Method, eight_bit_bytes, usual_rank
 from sinkgd.lab.plan.rank_model import (
     Grid,
     Weight,

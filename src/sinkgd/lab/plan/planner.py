@@ -7,7 +7,8 @@ from typing import Any
 
 from sinkgd.lab.devices import DeviceSheet
 from sinkgd.lab.plan.architecture import PUBLISHED, Architecture, find_architecture
-from sinkgd.lab.plan.methods import METHODS, Method
+from sinkgd.lab.plan.method import Method
+from sinkgd.lab.plan.methods import METHODS
 from sinkgd.lab.plan.peak_memory import Memory, rank_memory
 from sinkgd.lab.plan.rank_model import Grid, weights_of
 from sinkgd.lab.plan.step_time import (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from sinkgd.lab.devices import DeviceSheet
-from sinkgd.lab.plan.methods import Method, usual_rank
+from sinkgd.lab.plan.method import Method, usual_rank
 from sinkgd.lab.plan.rank_model import Grid, Weight, trained, weights_of
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.train.machine import weight_dtype
