@@ -263,7 +263,7 @@ class TestUpdate:
 
     @layouts
     @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=LAYOUT_IDS)
-    @pytest.mark.parametrize("shape", [(37, 53), (3, 20, 30)], ids=str)
+    @pytest.mark.parametrize("shape", [(37, 53), (3, 20, 30), (1, 6), (8, 1, 4)], ids=str)
     def test_strides_change_nothing(self, backend, layout, grad_layout, shape):
         param, grad = normal(shape, 1), normal(shape)
         scales = backend.scales([grad], 5)

@@ -47,6 +47,14 @@ KERNEL = [contiguous, channels_last]
 LAYOUTS = [
     *(((6, 5), param, grad, contiguous) for param in MATRIX for grad in [*MATRIX, expanded]),
     *(((6, 5), param, contiguous, saved) for param in MATRIX for saved in MATRIX[1:]),
+    # One row, alone and in a batch: only gaps between its entries tell rows from columns. An odd
+    # number of signs never adds up to zero, which would make the power iteration of "pinned" blind.
+    *(
+        (shape, param, grad, contiguous)
+        for shape in [(1, 7), (3, 1, 5)]
+        for param in MATRIX
+        for grad in MATRIX
+    ),
     *(((6, 4, 3, 3), *three) for three in product(KERNEL, repeat=3)),
     ((6, 4, 3, 3), contiguous, expanded, contiguous),
     ((6, 4, 3, 3), channels_last, expanded, contiguous),

@@ -51,14 +51,19 @@ def dense(x: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor, like: Tensor) -> Tensor:
-    """Return ``x``, copied if needed, with dense rows if ``like`` has them, else dense columns."""
+    """Return ``x``, copied if needed, with a layout that is transposed if that of ``like`` is."""
     if x.stride() == like.stride():
         return x
     transposed = dense_layout(like).transposed
     layout = layout_of(x.shape, x.stride())
     if layout is not None and layout.transposed == transposed:
         return x
-    return x.mT.contiguous().mT if transposed else x.contiguous()
+    if not transposed:
+        return x.contiguous()
+    if x.shape[-2] == 1:  # a single row counts as transposed only if there are gaps between entries
+        gapped = x.new_empty((*x.shape[:-2], x.shape[-1], 2))[..., :1]
+        return gapped.copy_(x.mT).mT
+    return x.mT.contiguous().mT
 
 
 @lru_cache(maxsize=1024)
