@@ -101,9 +101,7 @@ class ParamMatrices(NamedTuple):
 def param_matrices(slots: Sequence[NamedGradient], *, layout: str, split: Split) -> ParamMatrices:
     """List the matrices of parameters. Either all parameters are DTensors, or none is.
 
-    Raises:
-        TypeError: If a gradient is not sharded like its parameter.
-        ValueError: If a gradient has a Partial placement, a reduction that is still pending.
+    Gradients have the placements of their parameters, as `placed_as` returns them.
     """
     matrices: list[ParamMatrix] = []
     ranges: list[range] = []
@@ -135,6 +133,34 @@ def is_sharded(x: Tensor) -> bool:
 def local(x: Tensor) -> Tensor:
     """Return this rank's shard of ``x``, or ``x`` itself if it is not a DTensor."""
     return x.to_local() if is_dtensor(x) else x
+
+
+def placed_as(param: Tensor, grad: Tensor, name: str) -> Tensor:
+    """Return a gradient with the placements of its parameter, redistributed if they differ.
+
+    They differ if a replicated bias is added to a sharded activation, for example. To redistribute
+    is a collective call.
+
+    Raises:
+        TypeError: If only one of the two is a DTensor, or if their meshes differ; the message names
+            the parameter.
+    """
+    if is_dtensor(param) != is_dtensor(grad):
+        kinds = [type(x.data).__name__ for x in (param, grad)]
+        raise TypeError(
+            f"{name!r} is a {kinds[0]}, but its gradient is a {kinds[1]}; both must be DTensors, "
+            "or none"
+        )
+    if not (is_dtensor(param) and is_dtensor(grad)):
+        return grad
+    if grad.device_mesh != param.device_mesh:
+        raise TypeError(
+            f"{name!r} is on {param.device_mesh}, but its gradient is on {grad.device_mesh}; "
+            "both must be on one mesh"
+        )
+    if grad.placements == param.placements:
+        return grad
+    return grad.redistribute(param.device_mesh, param.placements)
 
 
 def has_values(x: Tensor) -> bool:
@@ -321,21 +347,9 @@ def _matrices_of_shard(
     slot: NamedGradient, param: "DTensor", *, layout: str, split: Split
 ) -> list[ParamMatrix]:
     """View this rank's shard of a parameter as matrices."""
-    grad = slot.grad
-    if not is_dtensor(grad):
-        raise TypeError(f"{slot.name!r} is a DTensor, but its gradient is {type(grad).__name__}")
-    try:
-        sharded_dims(grad)
-    except ValueError as error:
-        raise ValueError(f"the gradient of {slot.name!r}: {error}") from None
-    if grad.device_mesh != param.device_mesh or grad.placements != param.placements:
-        raise TypeError(
-            f"{slot.name!r} has placements {param.placements}, its gradient {grad.placements}; "
-            "redistribute the gradient"
-        )
     row_dims, col_dims = dims_of(param.ndim, layout)
     sharding = sharding_of(param, row_dims, col_dims)
-    ((own, own_grad),) = matrices_of(param.to_local(), grad.to_local(), layout=layout, split=1)
+    ((own, own_grad),) = matrices_of(local(param), local(slot.grad), layout=layout, split=1)
     sizes = sizes_of(sharding.rows, split)
     begin = _first_row(param, row_dims)
     if len(sizes) == 1:

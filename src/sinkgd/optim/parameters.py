@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sinkgd.distributed.shards import is_dtensor
+from sinkgd.distributed.shards import is_dtensor, placed_as
 from sinkgd.optim.arguments import check_kinds
 from sinkgd.optim.method import Group, Method, Slot
 from sinkgd.optim.methods import METHODS
@@ -126,7 +126,8 @@ class ParameterIndex:
             some: Results of `find`; all parameters by default.
 
         Raises:
-            TypeError: If a gradient is sparse, or a parameter has changed and no longer fits.
+            TypeError: If a gradient is sparse or on another mesh than its parameter, or a parameter
+                has changed and no longer fits.
         """
         found: dict[tuple[int, torch.device], list[Slot]] = {}
         is_compiling = torch.compiler.is_compiling()
@@ -143,7 +144,7 @@ class ParameterIndex:
                     f"{name!r} has a sparse gradient, which {optimizer} cannot normalize; make it "
                     "dense, e.g. Embedding(sparse=False)"
                 )
-            slot = Slot(name, number, param, grad)
+            slot = Slot(name, number, param, placed_as(param, grad, name))
             found.setdefault((index, param.device), []).append(slot)
         return [(index, slots) for (index, _), slots in found.items()]
 
