@@ -314,9 +314,9 @@ FITS = {
     "momentum_bits": set(),
     "momentum": {"a fraction"},
     "low_rank_momentum": {"a fraction"},
-    "base_width": WHOLE | OR_NONE,
+    **dict.fromkeys(("base_width", "deflated_rank"), WHOLE | OR_NONE),
+    "only": OR_NONE,
     "state_bits": OR_NONE,
-    "deflated_rank": WHOLE | OR_NONE,
 }
 NOT_OPTIONAL = {("param_groups", name) for name in ("weight_decay", "deflated_rank")}
 NOT_OPTIONAL |= {("scale_groups", name) for name in ("lr", "weight_decay")}
@@ -464,11 +464,14 @@ def test_a_whole_model_at_the_default_rate_warns_of_its_price():
 def test_a_group_without_algorithm_that_is_added_to_groups_with_one_warns():
     """As Lightning's BaseFinetuning.unfreeze_and_add_param_group adds it."""
     optimizer = sinkgd.SinkGD(sinkgd.param_groups(nn.Linear(4, 3)))
-    with pytest.warns(UserWarning, match=r"add the groups of sinkgd.param_groups\(module\)") as one:
+    with pytest.warns(
+        UserWarning, match=r"add the groups of sinkgd.param_groups\(model, only="
+    ) as one:
         optimizer.add_param_group({"params": nn.Linear(3, 2).parameters(), "lr": 1e-3})
     assert len(one) == 1
     assert one[0].filename == __file__
-    optimizer.add_param_group({"params": nn.Linear(3, 2).parameters(), "algorithm": "stateless"})
+    later = {"params": nn.Linear(3, 2).parameters(), "algorithm": "stateless", "lr": 1e-3}
+    optimizer.add_param_group(later)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 2))]})
 
 

@@ -429,6 +429,63 @@ def test_a_width_counts_the_inputs_of_a_transposed_linear():
     assert rates["blocks.0.1.weight"] == pytest.approx(8 / 5)
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_close_rates_stay_apart(kind):
+    model = nn.Sequential(nn.Linear(768, 8), nn.Linear(8, 1024), nn.Linear(1024, 8))
+    overrides = {"0.weight": {"lr": kind(0.00312)}, "1.weight": {"lr": kind(0.00308)}}
+    groups = sinkgd.param_groups(model, lr=kind(0.02), matrix_lr_scale=0.05, overrides=overrides)
+    rates = {name: float(group["lr"]) for group in groups for name, _ in group["params"]}
+    assert rates["0.weight"] == pytest.approx(0.00312)
+    assert rates["1.weight"] == pytest.approx(0.00308)
+
+
+class TestOnly:
+    """Groups of some parameters, as the whole model decides them."""
+
+    @pytest.mark.parametrize("part", ["b.1", "b.1.y", "c", "a"])
+    def test_they_are_the_groups_that_the_whole_model_gives(self, part):
+        model = Model()
+        whole, params = where(model), {*model.get_submodule(part).parameters()}
+        named = {name for name, param in model.named_parameters() if param in params}
+        assert where(model, only=params) == {name: whole[name] for name in named}
+
+    def test_they_are_added_to_an_optimizer(self):
+        model = Model()
+        model.b[1].requires_grad_(False)
+        optimizer = sinkgd.SinkGD(sinkgd.param_groups(model))
+        model.b[1].requires_grad_(True)
+        for group in sinkgd.param_groups(model, only=model.b[1].parameters()):
+            optimizer.add_param_group(group)
+        assert "In no group" not in sinkgd.describe_param_groups(model, optimizer.param_groups)
+        rates = {group["algorithm"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == {"sinkgd": 0.002, "adamw": 0.08}
+
+    def test_options_have_an_effect_if_they_have_one_on_the_whole_model(self):
+        model = Model()
+        (group,) = sinkgd.param_groups(model, deflated_rank=3, only=[model.a.weight])
+        assert group["algorithm"] == "adamw"
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_other_tensors_are_refused(self, frozen):
+        model = Model()
+        model.a.requires_grad_(False)
+        tensor = model.a.weight if frozen else torch.ones(32, 8)
+        with pytest.raises(ValueError, match=r"only has 1 tensors .*shape \(32, 8\).*unfreeze"):
+            sinkgd.param_groups(model, only=[tensor])
+
+
+def test_a_matrix_that_is_added_without_a_rate_is_refused_if_rates_differ():
+    optimizer = sinkgd.SinkGD(sinkgd.param_groups(Model()))
+    before = len(optimizer.param_groups)
+    for group in ({}, {"algorithm": "sinkgd"}):
+        new = {"params": [nn.Parameter(torch.ones(4, 3))], **group}
+        with pytest.raises(ValueError, match=r"no lr, .*0\.002 and 0\.08; .*only=parameters"):
+            optimizer.add_param_group(new)
+    assert len(optimizer.param_groups) == before
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4))], "algorithm": "adamw"})
+    assert optimizer.param_groups[-1]["lr"] == 0.08
+
+
 def test_a_width_below_one_is_refused():
     with pytest.raises(ValueError, match="base_width must be at least 1, got 0"):
         sinkgd.param_groups(nn.Linear(2, 2), base_width=0)

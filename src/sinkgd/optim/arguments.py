@@ -336,7 +336,7 @@ OF_PARAM_GROUPS: Mapping[str, str] = MappingProxyType(
         name: f"param_groups(model, {name}=...)"
         for name in (
             *("matrix_lr_scale", "adamw_lr", "matrix_algorithm"),
-            *("betas", "overrides", "base_width", "state_bits"),
+            *("betas", "overrides", "base_width", "state_bits", "only"),
         )
     }
 )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sinkgd.distributed.shards import all_have_values, is_dtensor
 from sinkgd.exchange import Computation, exchange, run
-from sinkgd.optim.apply import count_step
+from sinkgd.optim.apply import count_step, init_counter
 from sinkgd.optim.arguments import (
     ADDED_LATER,
     COMMON,
@@ -25,6 +25,7 @@ from sinkgd.optim.arguments import (
     defaults_of_groups,
     equal,
     find_method,
+    list_names,
     passed_of,
     resolve,
 )
@@ -43,6 +44,9 @@ from sinkgd.optim.saved_state import (
     to_saved_form,
 )
 from sinkgd.precision import in_full_precision
+
+# Options that loading keeps: those that are not saved, and those of the program and the machine.
+_KEPT = ("norms", "param_names", "backend", "nonfinite")
 
 
 class GroupedOptimizer(Optimizer):
@@ -81,7 +85,7 @@ class GroupedOptimizer(Optimizer):
 
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         self._guard = NonFiniteGuard()
-        self._has_momentum: list[bool] = []
+        self._without_momentum: list[dict[str, Any]] = []  # groups
         self._parameters = ParameterIndex()
         name = type(self).__name__
         own_algorithm = None if self.takes_every_group else self.default_algorithm
@@ -117,7 +121,7 @@ class GroupedOptimizer(Optimizer):
             for group in self.param_groups:
                 if option in COMMON or option in METHODS[group["algorithm"]].options:
                     group.setdefault(option, value)
-        self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
+        self._without_momentum = [own for own in self.param_groups if not own.get("momentum")]
         if "_guard" not in self.__dict__:
             self._guard = NonFiniteGuard()
             self._parameters = ParameterIndex(self.param_groups)
@@ -155,8 +159,9 @@ class GroupedOptimizer(Optimizer):
             param_group.setdefault(option, value)
         for option, default in method.options.items():
             param_group.setdefault(option, self._default(option, default))
+        self._check_has_rate(param_group)
         foreign = self.defaults.keys() - param_group.keys() - COMMON.keys() - {"lr", "weight_decay"}
-        self._own_lr(param_group)
+        self._own_tensors(param_group)
         if "name" in param_group:
             taken = [group.get("name") for group in self.param_groups]
             param_group["name"] = unique_name(param_group["name"], taken)
@@ -173,8 +178,30 @@ class GroupedOptimizer(Optimizer):
         if asks_for_fused:
             # On the instance, as torch does: Lightning refuses to clip if it is True.
             self._step_supports_amp_scaling = True
-        self._has_momentum.append(bool(param_group.get("momentum")))
+        if not param_group.get("momentum"):
+            self._without_momentum.append(param_group)
         self._parameters.add(param_group, len(self.param_groups) - 1)
+
+    def _check_has_rate(self, new: Mapping[str, Any]) -> None:
+        """Refuse a later group of matrices without a rate if its default is that of other methods.
+
+        If every group sets its rate, the default is the largest one: that of embeddings and head.
+        """
+        if "lr" in new or "_saved_hook" not in self.__dict__:  # still in the constructor
+            return
+        rates = {float(group["lr"]) for group in self.param_groups}
+        of_matrices = {
+            float(group.get("initial_lr", group["lr"]))
+            for group in self.param_groups
+            if not METHODS[group["algorithm"]].is_auxiliary
+        }
+        is_matrices = not METHODS[new["algorithm"]].is_auxiliary
+        if is_matrices and len(rates) > 1 and float(self.defaults["lr"]) not in of_matrices:
+            raise ValueError(
+                "the new group has no lr, and the other groups have the rates "
+                f"{list_names([f'{rate:g}' for rate in sorted(rates)])}; give it one, or make it "
+                "with param_groups(model, only=parameters)"
+            )
 
     def _default(self, option: str, default: Any) -> Any:
         """Return the value of an option that a group does not set.
@@ -189,13 +216,20 @@ class GroupedOptimizer(Optimizer):
         was_passed = option not in documented or not equal(value, documented[option])
         return value if was_passed else default
 
-    def _own_lr(self, param_group: dict[str, Any]) -> None:
-        """Copy a rate if it is another group's tensor: a scheduler would scale the tensor twice."""
-        lr = param_group.get("lr", self.defaults["lr"])
-        others = [group["lr"] for group in self.param_groups]
-        if isinstance(lr, Tensor) and others:
-            shared = any(lr is other for other in (*others, self.defaults["lr"]))
-            param_group["lr"] = lr.clone() if shared else lr
+    def _own_tensors(self, param_group: dict[str, Any]) -> None:
+        """Copy rates and counters that are tensors, so that no two groups have the same tensor.
+
+        A scheduler would scale a shared rate twice, and a step would count twice. Only the rate of
+        a single group stays the caller's tensor, as in torch.
+        """
+        lr = param_group.setdefault("lr", self.defaults["lr"])
+        if isinstance(lr, Tensor) and self.param_groups:
+            for group in (*self.param_groups, param_group):
+                if group["lr"] is lr:
+                    group["lr"] = lr.clone()
+        for option in METHODS[param_group["algorithm"]].counters:
+            if isinstance(param_group.get(option), Tensor):
+                param_group[option] = param_group[option].clone()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -225,6 +259,15 @@ class GroupedOptimizer(Optimizer):
                 tensor.
             ValueError: If a scheduler has given momentum to a group that was built without it.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # torch.amp.GradScaler deletes them only after a step that returns.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         self._guard.read_flags()
         if closure is None and self.is_probed():
             self.init_state()
@@ -233,9 +276,11 @@ class GroupedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Set by torch.amp.GradScaler for the length of this call.
+        # Set by torch.amp.GradScaler for the length of this call. ``found_inf`` is the number 0 if
+        # no parameter has a gradient.
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        overflow: Tensor | None = getattr(self, "found_inf", None)
+        found = getattr(self, "found_inf", None)
+        overflow: Tensor | None = found if isinstance(found, Tensor) else None
         if overflow is not None and overflow.device.type == "cpu":
             if bool(overflow):
                 return loss
@@ -341,8 +386,10 @@ class GroupedOptimizer(Optimizer):
             if not all_have_values([slot.grad for slot in slots]):
                 self._init_state_of(slots, group)
                 continue
-            flag = None if overflow is None else overflow.to(slots[0].param.device) != 0
-            context = Context(self.state, scale, flag, sharers)
+            device = slots[0].param.device
+            flag = None if overflow is None else overflow.to(device) != 0
+            own_scale = None if scale is None else scale.to(device)
+            context = Context(self.state, own_scale, flag, sharers)
             steps.append(METHODS[group["algorithm"]].step(slots, group, context))
             taken.append((slots, group, flag))
         flags = []
@@ -388,8 +435,9 @@ class GroupedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
 
-        If every group has ``algorithm="adamw"``, the state of ``torch.optim.AdamW`` can be loaded,
-        too.
+        The options of the groups are loaded, too, as torch does, except ``backend`` and
+        ``nonfinite``. If every group has ``algorithm="adamw"``, the state of ``torch.optim.AdamW``
+        can be loaded.
 
         Raises:
             ValueError: If the state was saved with another routing, or by an optimizer whose state
@@ -398,7 +446,10 @@ class GroupedOptimizer(Optimizer):
         before, after = self._load_hooks
         self._optimizer_load_state_dict_pre_hooks.move_to_end(before.id)
         self._optimizer_load_state_dict_post_hooks.move_to_end(after.id, last=False)
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self.__dict__.pop("_loading", None)  # torch may refuse what `_before_load` accepts
 
     def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check and complete a state dict, after users' hooks have changed it."""
@@ -414,17 +465,16 @@ class GroupedOptimizer(Optimizer):
     def _after_load(self) -> None:
         """Restore options that the saved state lacks, and those that are not loaded."""
         loaded, own_groups, own_state = self._loading
-        del self._loading
         for group, own in zip(self.param_groups, own_groups, strict=True):
             for option, value in own.items():
                 group.setdefault(option, value)
-            for option in ("norms", "param_names"):
+            for option in _KEPT:
                 if option in own:
                     group[option] = own[option]
             for option in METHODS[group["algorithm"]].counters:
                 if group.get(option) is not None and group["params"]:
                     group[option] = group[option].to(group["params"][0].device)
-        self._has_momentum = [bool(group.get("momentum")) for group in self.param_groups]
+        self._without_momentum = [own for own in self.param_groups if not own.get("momentum")]
         restore_types(self, loaded, own_state)
         for param, own in own_state.items():
             if not own:  # as `init_state` left it
@@ -433,6 +483,8 @@ class GroupedOptimizer(Optimizer):
     def _begin_step(self) -> None:
         """Check what may have changed since the last step."""
         self._check_momentum()
+        for group in self.param_groups:
+            init_counter(group)
         self._parameters.begin_step(self.param_groups, self.state)
 
     def _check_momentum(self) -> None:
@@ -445,12 +497,10 @@ class GroupedOptimizer(Optimizer):
             ValueError: If a group that was built without momentum has momentum; the message gives
                 the group and the remedy.
         """
-        for index, (group, had_it) in enumerate(
-            zip(self.param_groups, self._has_momentum, strict=False)
-        ):
+        for index, group in enumerate(self.param_groups):
             if "momentum" in group and "betas" in group:
                 group["betas"] = (group.pop("momentum"), group["betas"][1])
-            elif group.get("momentum") and not had_it:
+            elif group.get("momentum") and any(group is own for own in self._without_momentum):
                 raise ValueError(
                     f"group {index} was built without momentum and now has momentum="
                     f"{group['momentum']}; give the scheduler cycle_momentum=False, or build the "

@@ -67,6 +67,7 @@ def param_groups(
     overrides: Overrides | None = None,
     base_width: int | None = None,
     state_bits: int | None = None,
+    only: Iterable[Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into groups for `SinkGD`, `SWAN` or `MNGD`.
 
@@ -79,7 +80,8 @@ def param_groups(
 
     Args:
         model: The model, before or after FSDP2. Frozen parameters are left out: one that is
-            unfrozen later does not train unless ``optimizer.add_param_group`` adds it.
+            unfrozen later does not train unless ``optimizer.add_param_group`` adds it; see
+            ``only``.
         lr: Learning rate of AdamW, a float or a tensor of one element. The default, 0.08, is that
             of study table1, in which a model of 1.3M parameters and width 128 was trained from
             scratch. The paper uses 0.02 for models of 60M to 1.3B parameters.
@@ -121,6 +123,8 @@ def param_groups(
         state_bits: 8 keeps the moments of AdamW's groups in 8 bits, by bitsandbytes (``pip install
             'sinkgd[8bit]'``): their algorithm is ``"adamw-8bit"``. The moments of tensors below
             4,096 entries stay in float32. None gives moments the type of the weights.
+        only: Make groups for these parameters alone, such as those that were unfrozen after the
+            optimizer was created. Their places in the whole model decide their groups.
 
     Returns:
         Groups of (name, parameter) pairs. A group has ``algorithm``, ``lr``, ``weight_decay``, some
@@ -128,11 +132,13 @@ def param_groups(
         ``"embeddings-head-vectors"``.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or an option has the wrong type.
+        TypeError: If ``model`` is not an ``nn.Module``, ``only`` is no iterable of tensors, or an
+            option has the wrong type.
         ValueError: If the model has a lazy module that has not run, or no trainable parameter; if
             an option is out of range, ``adamw_lr`` is given together with ``lr`` or
             ``matrix_lr_scale``, an override matches no parameter or is no regular expression, or an
-            algorithm is unknown; and if an option has no effect:
+            algorithm is unknown; if ``only`` has a tensor that is no trainable parameter of the
+            model; and if an option has no effect:
             ``deflated_rank`` if no group runs ``"sinkgd"``, ``matrix_lr_scale`` and ``base_width``
             if every group runs AdamW, ``state_bits`` if no group runs ``"adamw-8bit"``, and
             ``cautious_decay`` if no group decays.
@@ -183,7 +189,7 @@ def param_groups(
             options["deflated_rank"] = deflated_rank
         decay = _decay(param, role, algorithm, weight_decay, rates)
         options |= {"weight_decay": decay, **common, **given[name]}
-        group = groups.setdefault(repr(sorted(options.items())), {"params": [], **options})
+        group = groups.setdefault(_key(options), {"params": [], **_with_own_rate(options)})
         group["params"].append((name, param))
     running = _algorithms(groups.values())
     _check_effects(
@@ -198,9 +204,50 @@ def param_groups(
     _check_decays(cautious_decay, groups.values())
     if matrix_lr_scale is None and isinstance(lr, float):
         _warn_of_low_rate(lr, running)
-    ordered = sorted(groups.values(), key=lambda group: group["algorithm"] in _ADAMWS.values())
+    selected = [*groups.values()] if only is None else _only(groups.values(), only)
+    ordered = sorted(selected, key=lambda group: group["algorithm"] in _ADAMWS.values())
     name_groups(ordered, {param: role for _, param, role in found})
     return ordered
+
+
+def _only(groups: Iterable[dict[str, Any]], only: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Return the groups with only these parameters, without empty groups.
+
+    Raises:
+        TypeError: If ``only`` is no iterable of tensors.
+        ValueError: If a parameter is in no group; the message gives its shape.
+    """
+    members = [only] if isinstance(only, Tensor) or not isinstance(only, Iterable) else [*only]
+    if members == [only] or not all(isinstance(member, Tensor) for member in members):
+        raise TypeError(f"only must be parameters, such as module.parameters(), got {only!r:.80}")
+    params = {*members}
+    found = [
+        {**group, "params": [pair for pair in group["params"] if pair[1] in params]}
+        for group in groups
+    ]
+    left = params - {param for group in found for _, param in group["params"]}
+    if left:
+        raise ValueError(
+            f"only has {len(left)} tensors that are no trainable parameters of the model, one of "
+            f"shape {tuple(next(iter(left)).shape)}; pass parameters of the model, and unfreeze "
+            "them first"
+        )
+    return [group for group in found if group["params"]]
+
+
+def _with_own_rate(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a rate that is a tensor: the caller's own would drive only some of the groups."""
+    lr = options["lr"]
+    return {**options, "lr": lr.clone() if isinstance(lr, Tensor) else lr}
+
+
+def _key(options: Mapping[str, Any]) -> str:
+    """Return a string that is equal for equal options; a tensor's ``repr`` has only four digits."""
+    plain = {
+        name: float(value) if isinstance(value, Tensor) else value
+        for name, value in options.items()
+    }
+    return repr(sorted(plain.items()))
 
 
 def _decay(

@@ -164,7 +164,8 @@ class SinkGD(GroupedOptimizer):
             warnings.warn(
                 "a group without an algorithm was added to an optimizer whose groups have one: all "
                 "of its parameters are trained without state, embeddings and output head included. "
-                "For the recommended recipe add the groups of sinkgd.param_groups(module). To "
+                "For the recommended recipe add the groups of sinkgd.param_groups(model, "
+                "only=module.parameters()). To "
                 f"train without state, give the group algorithm={self.default_algorithm!r}",
                 UserWarning,
                 stacklevel=_stacklevel_of_caller(),
