@@ -233,6 +233,16 @@ def test_parameters_can_be_added_to_the_list_and_taken_from_it():
     assert torch.equal(params[0], before)
 
 
+def test_a_parameter_can_be_taken_from_the_list_while_another_changes_its_dtype():
+    kept, gone = with_grads(weights(2))
+    optimizer = sinkgd.SinkGD([kept, gone], lr=0.1)
+    del optimizer.param_groups[0]["params"][1]
+    kept.data = kept.data.bfloat16()
+    kept.grad = torch.ones_like(kept)
+    optimizer.step()
+    assert kept.ne(weights(2)[0].bfloat16()).all()
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: x], ids=["copied", "itself"])
 def test_groups_can_be_removed_and_optimizers_copied(twin):
     params = with_grads(weights())

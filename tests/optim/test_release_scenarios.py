@@ -343,6 +343,7 @@ def test_a_real_scaler_is_refused(unscale_first):
         scaler.unscale_(optimizer)
     with pytest.raises(TypeError, match="a GradScaler looks at all gradients after backward"):
         scaler.step(optimizer)
+    optimizer.step()  # a later step without the scaler is not refused
     release.remove()
 
 

@@ -161,6 +161,27 @@ def test_adamw_draws_the_same_bits_in_parts(shape, monkeypatch):
     assert optimizer.state[whole]["step"] == 3
 
 
+@every
+def test_it_can_be_chosen_later(algorithm):
+    group = {"seed": 3, "lr": 2.0**-9}
+    late = a_weight()
+    optimizer = build([late], algorithm, **{**group, "rounding": "nearest"})
+    optimizer.param_groups[0]["rounding"] = "stochastic"
+    early = a_weight()
+    walk(late, optimizer, 2)
+    walk(early, build([early], algorithm, **group), 2)
+    assert torch.equal(late, early)
+
+
+def test_a_group_made_from_another_counts_its_own_steps():
+    weights = [a_weight(seed) for seed in range(2)]
+    first = {"params": [weights[0]], "algorithm": "sinkgd", "rounding": "stochastic", "lr": 0.1}
+    optimizer = sinkgd.SinkGD([first])
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": [weights[1]]})
+    walk(weights[0], optimizer, 3)
+    assert [int(group["rounding_step"]) for group in optimizer.param_groups] == [3, 3]
+
+
 def test_a_copy_counts_its_own_steps():
     weight = a_weight()
     optimizer = build([weight], "sinkgd")

@@ -160,6 +160,9 @@ def test_defaults_agree_with_the_groups(name):
         assert optimizer.defaults[option] == largest
 
 
+VECTORS = {"algorithm": "adamw"}
+
+
 def lr_in_a_tensor(name):
     lr = torch.tensor(0.5)
     if name == "from param_groups":
@@ -173,9 +176,11 @@ def lr_in_a_tensor(name):
 @pytest.mark.parametrize("name", ["from param_groups", "in every group", "an argument"])
 def test_groups_never_share_a_tensor_of_the_rate(name):
     optimizer, lr = lr_in_a_tensor(name)
-    optimizer.add_param_group({"params": [("v", nn.Parameter(torch.ones(4, 3)))]})
+    optimizer.add_param_group({"params": [("v", nn.Parameter(torch.ones(4)))], **VECTORS})
     optimizer.add_param_group({"params": [("x", nn.Parameter(torch.ones(4, 3)))], "lr": lr})
     before = [float(group["lr"]) for group in optimizer.param_groups]
+    lr.fill_(7.0)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == before
     for group in optimizer.param_groups:
         assert isinstance(group["lr"], torch.Tensor)
         group["lr"].mul_(0.5)
@@ -265,6 +270,21 @@ def test_momentum_set_after_construction_is_refused_at_the_step(name, is_copied)
     with pytest.raises(ValueError, match=rf"group {index} was built without .*=0.75.*cycle_momen"):
         optimizer.step()
     assert not any("momentum_buffer" in state for state in optimizer.state.values())
+
+
+def test_a_group_keeps_its_momentum_when_another_is_deleted():
+    first, second = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    optimizer = sinkgd.SinkGD(
+        [
+            {"params": [first], "algorithm": "adamw"},
+            {"params": [second], "algorithm": "sinkgd", "momentum": 0.5},
+        ],
+        lr=0.125,
+    )
+    del optimizer.param_groups[0]
+    second.grad = torch.ones(4, 3)
+    optimizer.step()
+    assert "momentum_buffer" in optimizer.state[second]
 
 
 def test_momentum_that_a_state_dict_brings_is_taken():

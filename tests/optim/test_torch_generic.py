@@ -467,6 +467,30 @@ def test_grad_scaler_skips_an_overflow(case, unscale_first, in_step):
     assert optimizer.skipped() == {}
 
 
+def test_grad_scaler_may_find_no_gradient_at_all():
+    used, unused = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    group = {"params": [unused], "algorithm": "adamw", "fused": True}
+    optimizers = [sinkgd.SinkGD([used], lr=0.1), sinkgd.SinkGD([group], lr=0.1)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(used.sum()).backward()
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert used.ne(1).all()
+    assert unused.eq(1).all()
+
+
+@pytest.mark.parametrize("attributes", [{"found_inf": 0}, {"grad_scale": torch.ones(())}])
+def test_what_grad_scaler_sets_does_not_outlive_a_step_that_fails(attributes):
+    weight = nn.Parameter(torch.ones(4, 3))
+    optimizer = sinkgd.SinkGD([weight], lr=0.1)
+    weight.grad = torch.full((4, 3), math.nan)
+    vars(optimizer).update(attributes)
+    with pytest.raises(sinkgd.NonFiniteGradientError):
+        optimizer.step()
+    assert not vars(optimizer).keys() & {"found_inf", "grad_scale"}
+
+
 # What torch.amp.GradScaler and Lightning look at --------------------------------------------------
 
 

@@ -243,6 +243,25 @@ def test_an_optimizer_without_state_is_loaded_where_gradients_exist(options):
     assert other.param_groups[0]["lr"] == 1e-3
 
 
+def test_loading_keeps_the_options_of_the_machine_and_loads_the_others():
+    saved = sinkgd.SinkGD([nn.Parameter(torch.ones(4, 3))], lr=0.5, momentum=0.25).state_dict()
+    own = {"backend": "eager", "nonfinite": "skip"}
+    optimizer = sinkgd.SinkGD([nn.Parameter(torch.ones(4, 3))], lr=0.125, momentum=0.5, **own)
+    optimizer.load_state_dict(saved)
+    expected = {**own, "lr": 0.5, "momentum": 0.25}
+    assert {key: optimizer.param_groups[0][key] for key in expected} == expected
+
+
+def test_a_state_dict_that_is_refused_is_not_kept():
+    optimizer = sinkgd.SinkGD([nn.Parameter(torch.ones(4, 3))], lr=0.5)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["params"] = [0, 1]  # torch counts them
+    before = {*vars(optimizer)}
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(saved)
+    assert {*vars(optimizer)} == before
+
+
 def test_empty_entries_that_were_loaded_do_not_outlive_their_parameters():
     """accelerate loads an optimizer's own state, and then replaces the parameters for FSDP2."""
     model = a_model()

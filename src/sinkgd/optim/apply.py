@@ -8,6 +8,7 @@ Rounding to the nearest loses it in every step; stochastic rounding keeps it on 
 
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,13 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
     step = group[ROUNDING_STEP]
     if step is None or (step.is_meta and not param.is_meta):
         group[ROUNDING_STEP] = torch.zeros((), dtype=torch.int64, device=param.device)
+
+
+def init_counter(group: dict[str, Any]) -> None:
+    """Create the counter of a group that was built to round to the nearest, if it now does not."""
+    if group.get("rounding") == "stochastic" and group[ROUNDING_STEP] is None and group["params"]:
+        device = group["params"][0].device
+        group[ROUNDING_STEP] = torch.zeros((), dtype=torch.int64, device=device)
 
 
 def draw_keys(slots: Sequence[Slot], group: Group) -> Sequence[Tensor] | None:

@@ -241,8 +241,10 @@ def _check_shapes(params: Sequence[Tensor], before: Checked, known: set[Tensor])
     rest = [param for param in params if param not in known and param not in earlier]
     pairs = [(i, param) for i, param in enumerate(before.params) if param in current]
     for place, i in enumerate(gone):
-        in_place = len(params) == len(before.params) and params[i] not in known
-        pairs.append((i, params[i] if in_place else rest[min(place, len(rest) - 1)]))
+        if len(params) == len(before.params) and params[i] not in known:
+            pairs.append((i, params[i]))
+        elif rest:  # else the parameter was removed
+            pairs.append((i, rest[min(place, len(rest) - 1)]))
     for i, new in sorted(pairs, key=lambda pair: pair[0]):
         if new.shape != before.shapes[i]:
             raise TypeError(

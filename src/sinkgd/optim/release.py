@@ -243,6 +243,8 @@ class GradientRelease:
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if hasattr(optimizer, "found_inf") or getattr(optimizer, "grad_scale", None) is not None:
+            optimizer.__dict__.pop("found_inf", None)  # else later steps would be refused, too
+            optimizer.__dict__.pop("grad_scale", None)
             raise TypeError(
                 "a GradScaler looks at all gradients after backward, when they are already freed; "
                 "train in bfloat16, or without GradientRelease"
