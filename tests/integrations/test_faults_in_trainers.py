@@ -547,7 +547,7 @@ def test_lightnings_unfreezing_without_an_algorithm_warns_and_trains(tmp_path):
         default_root_dir=tmp_path,
         callbacks=[Unfreeze()],
     )
-    with pytest.warns(UserWarning, match=r"add the groups of sinkgd.param_groups\(module\)"):
+    with pytest.warns(UserWarning, match=r"groups of sinkgd.param_groups\(model, only="):
         trainer.fit(module, torch.utils.data.DataLoader(rows(), batch_size=8))
     pairs = zip(module.network.parameters(), before.parameters(), strict=True)
     assert not any(torch.equal(one, other) for one, other in pairs)

@@ -155,7 +155,8 @@ def test_the_monitor_knows_groups_that_a_callback_unfreezes(tmp_path):
         def finetune_function(self, module, epoch, optimizer):
             if epoch == 1:
                 self.make_trainable(module.network[1])
-                for group in sinkgd.param_groups(module.network[1], adamw_lr=1e-2):
+                part = module.network[1].parameters()
+                for group in sinkgd.param_groups(module, adamw_lr=1e-2, only=part):
                     optimizer.add_param_group(group)
 
     class Plain(Module):

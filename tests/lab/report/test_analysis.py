@@ -88,10 +88,10 @@ def test_seeds_are_averaged_with_their_range(tmp_path):
         write_run(tmp_path, "adamw", {10: 5.0, 20: loss}, seed=seed)
         for seed, loss in enumerate([3.9, 4.0, 4.1])
     ]
-    # Through 4.0 at 1000, 1500 and, for the third, never.
+    # Through 4.0 at 1000, 1500 and 2000.
     sinkgd = [
         write_run(tmp_path, "sinkgd", losses, seed=seed)
-        for seed, losses in enumerate([{10: 4.0, 20: 3.5}, {10: 5.0, 20: 3.0}, {20: 4.5}])
+        for seed, losses in enumerate([{10: 4.0, 20: 3.5}, {10: 5.0, 20: 3.0}, {20: 4.0}])
     ]
     analysis = analyze([*sinkgd, *adamw], "adamw")
     assert [recipe.name for recipe in analysis.recipes] == ["adamw", "sinkgd"]
@@ -100,9 +100,24 @@ def test_seeds_are_averaged_with_their_range(tmp_path):
     loss = analysis.recipes[0].val_loss
     assert (loss.low, loss.high, loss.count) == (3.9, 4.1, 3)
     comparison = analysis.comparisons["sinkgd"]
+    assert (comparison.reached_runs, comparison.runs) == (3, 3)
+    assert comparison.tokens.mean == pytest.approx(1500)
+    assert (comparison.tokens.low, comparison.tokens.high) == pytest.approx((1000, 2000))
+
+
+@pytest.mark.parametrize("third", [{"losses": {20: 4.5}}, {"losses": {}, "status": "failed"}])
+def test_a_cost_is_given_only_if_all_runs_reached_the_loss(tmp_path, third):
+    runs = [write_run(tmp_path, "adamw", {10: 5.0, 20: 4.0})]
+    for seed, one in enumerate([{"losses": {20: 3.9}}, {"losses": {20: 3.9}}, third]):
+        losses = one["losses"]
+        runs.append(
+            write_run(tmp_path, "sinkgd", losses, seed=seed, status=one.get("status", "finished"))
+        )
+    comparison = analyze(runs, "adamw").comparisons["sinkgd"]
     assert (comparison.reached_runs, comparison.runs) == (2, 3)
-    assert comparison.tokens.mean == pytest.approx(1250)
-    assert (comparison.tokens.low, comparison.tokens.high) == pytest.approx((1000, 1500))
+    assert comparison.tokens is comparison.token_fraction is comparison.time_fraction is None
+    assert comparison.effective_tokens_per_second is comparison.effective_speedup is None
+    assert comparison.shortfall == "reached in 2 of 3 runs"
 
 
 @pytest.mark.parametrize(

@@ -302,10 +302,11 @@ def test_bars_have_the_unit_of_their_words(runs, scale, unit):
     assert figures["step-time"]["layout"]["xaxis"]["title"]["text"] == "seconds"
 
 
-def test_a_mean_over_some_of_the_runs_says_so(tmp_path):
+def test_tokens_have_no_bar_if_only_some_runs_reached_the_loss(tmp_path):
     runs = [write_run(tmp_path, "adamw", {10: 5.0, 20: 4.0}, seed=seed) for seed in (0, 1)]
     runs += [write_run(tmp_path, "sinkgd", {10: 4.5, 20: end}, seed=i)
              for i, end in enumerate((3.9, 4.1))]  # fmt: skip
     analysis = analyze(runs, "adamw")
     chart = bar_charts(analysis, identify(analysis))[0]
-    assert chart.description.endswith(", 1 of 2 runs.")
+    assert chart.description.endswith("sinkgd reached in 1 of 2 runs.")
+    assert chart.figure["data"][0]["x"] == [100.0, 0.0]
