@@ -43,3 +43,14 @@ def test_options_out_of_range_are_named(options, message):
     group = {"params": [nn.Parameter(torch.ones(2))], "algorithm": "adamw", **options}
     with pytest.raises(ValueError, match=message):
         sinkgd.SinkGD([group])
+
+
+def test_a_gradient_of_another_dtype_is_refused_by_name():
+    weight = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
+    weight.grad_dtype = None  # any
+    weight.grad = torch.ones(4, 3)
+    groups = [{"params": [("w", weight)], "algorithm": "adamw"}]
+    with pytest.raises(TypeError, match=r"'w' is torch\.bfloat16 and its gradient torch\.float32"):
+        sinkgd.SinkGD(groups, lr=0.1).step()
+    sinkgd.SinkGD([{**groups[0], "rounding": "stochastic"}], lr=0.1).step()
+    assert weight.ne(1).all()

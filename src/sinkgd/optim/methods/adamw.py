@@ -120,6 +120,7 @@ class AdamW(Method):
         together: list[tuple[Slot, MutableMapping[str, Any]]] = []
         for slot, state, key in zip(slots, states, keys, strict=True):
             if key is None or slot.param.dtype != torch.bfloat16:
+                _check_one_dtype(slot)
                 together.append((slot, state))
             else:
                 _descend_in_float32_(slot, state, key, descend)
@@ -129,6 +130,19 @@ class AdamW(Method):
                 [local(slot.grad) for slot, _ in together],
                 [state for _, state in together],
             )
+
+
+def _check_one_dtype(slot: Slot) -> None:
+    """Refuse a gradient of another dtype, which torch's functions do not take.
+
+    Raises:
+        TypeError: If the dtypes differ; the message names the parameter.
+    """
+    if slot.grad.dtype != slot.param.dtype:
+        raise TypeError(
+            f"{slot.name!r} is {slot.param.dtype} and its gradient {slot.grad.dtype}; AdamW needs "
+            "one dtype. Cast the gradient, or use rounding='stochastic' for bfloat16 parameters"
+        )
 
 
 def check_adamw(param: Tensor, group: Group) -> None:
