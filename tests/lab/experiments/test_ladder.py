@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lab.experiments.synthetic_study import made_up
+from lab.experiments.synthetic_study import made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.ladder import (
     GRIDS,
@@ -17,6 +17,8 @@ from sinkgd.lab.experiments.studies.ladder import (
     trend_of,
 )
 from sinkgd.lab.experiments.study import plan_of
+from sinkgd.lab.experiments.study_report import study_page
+from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.experiments.study_verdict import with_cost
 from sinkgd.lab.models.presets import preset_config
 from sinkgd.lab.report.figures import identify
@@ -225,3 +227,12 @@ def test_an_exponent_needs_four_sizes():
     assert fit_of(results, "adamw") is not None
     assert fit_of(replace(results, arms=results.arms[:6]), "adamw") is None
     assert fit_of(results, "muon") is None
+
+
+def test_an_arm_without_a_result_takes_no_chart_from_the_page():
+    losses = {"adamw-nano-32": [5.0, 5.1], "sinkgd-nano-32": [4.8, 4.9], "muon-nano-32": []}
+    record = made_up_record(LADDER, losses)
+    results = StudyResults.of(record)
+    page = study_page(LADDER, record, results, LADDER.judge(results))
+    assert "share-by-size" in page
+    assert 'id="grids"' in page

@@ -36,13 +36,13 @@ def with_runs(results, change):
     [
         (
             near(3.9),
-            "Momentum helps: before-0.9 ended at 3.900; without momentum the loss was 4.000.",
+            "Momentum helps: before-0.9 ended at 3.900, and none ended at 4.000.",
         ),
         (near(4.1), "Momentum harms: every kind of momentum ended higher than none."),
         (
             apart(4.0),
-            "Momentum does not help measurably: before-0.9 ended at 4.000; without momentum the "
-            "loss was 4.000.",
+            "Momentum does not help measurably: before-0.9 ended at 4.000, and none ended at "
+            "4.000.",
         ),
     ],
 )
@@ -78,7 +78,7 @@ def test_tables_name_the_best_rule_and_who_is_level_with_it():
 # Spectral -----------------------------------------------------------------------------------------
 
 
-def test_what_is_kept_of_whitenings_gain_is_a_part_of_it():
+def test_the_cheapest_that_is_level_with_whitening_is_named():
     losses = {
         "sinkgd-paper": near(4.0),
         "swan-5": near(3.8),
@@ -89,15 +89,22 @@ def test_what_is_kept_of_whitenings_gain_is_a_part_of_it():
     pace = {"swan-5": 3.0, "swan-2": 2.0}
     verdict = judge("spectral", losses, step_seconds=pace)
     assert verdict.headline == (
-        "Whitening lowers the loss by 0.200 ± 0.000; swan-2 keeps all of it at the least cost."
+        "Whitening lowers the loss by 0.200 ± 0.000. Not measurably worse than swan-5: swan-2; "
+        "swan-2 costs the least."
     )
-    kept = next(s for s in verdict.sentences if s.startswith("What is kept"))
-    assert kept == (
-        "What is kept of the gain: swan-2 100\xa0%, pinned 50\xa0%, rows-only -25\xa0%."
-    )
+    gains = next(s for s in verdict.sentences if s.startswith("Differences from sinkgd-paper"))
+    assert "pinned -0.100 ± 0.000, rows-only +0.050 ± 0.000." in gains
     costs = next(s for s in verdict.sentences if s.startswith("Milliseconds"))
     assert "sinkgd-paper 200.0" in costs  # a fifth of a second
-    assert "swan-5 600.0" in costs
+    assert "swan-5 2200.0" in costs
+    del losses["swan-2"]
+    headline = judge("spectral", losses, step_seconds={"swan-5": 3.0}).headline
+    assert headline.endswith("No other arm is level with swan-5.")
+
+
+def test_one_seed_keeps_no_part_of_whitening():
+    losses = {"sinkgd-paper": near(4.0), "swan-5": near(3.8), "pinned": [3.99]}
+    assert judge("spectral", losses).headline.endswith("No other arm is level with swan-5.")
 
 
 def test_without_a_gain_there_is_nothing_to_keep():
@@ -161,7 +168,16 @@ def test_width_names_the_rule_whose_rate_stays():
     )
     assert "Final losses at 256: raw 4.000, pinned 4.000." in verdict.sentences
     alone = judge("width", {"raw-64": near(4.0)})
-    assert alone.headline == "No rule has rates at two widths yet."
+    assert alone.headline == "No rule has a fit over two widths."
+
+
+def test_a_rule_whose_largest_rate_is_good_at_a_width_has_no_fit():
+    losses = {f"{rule}-{width}": near(4.0) for rule in ("raw", "sinkgd") for width in (64, 256)}
+    best = {"raw-64": 3, "raw-256": 1, "sinkgd-64": 4, "sinkgd-256": 2}  # the last of five at 64
+    verdict = judge("width", losses, best=best)
+    assert verdict.headline.startswith("With raw, the largest good rate depends least on the width")
+    expected = "sinkgd is good up to at least 0.008 at 64, 0.002 at 256; best at 0.008, 0.002."
+    assert expected in verdict.sentences
 
 
 # Shift --------------------------------------------------------------------------------------------
@@ -202,12 +218,13 @@ def test_shift_ranks_by_recovery_and_says_who_did_not_come_back():
         with_runs(results, lambda arm, run: curve(BEFORE + after[arm])(run))
     )
     assert verdict.headline == (
-        "swan is the first to be back at the loss before the change, after 1.50k tokens."
+        "swan is the first to be back at its loss before the change, after 1.50k tokens."
     )
     assert "adamw did not come back." in verdict.sentences
+    assert any("swan 5.000, sinkgd 5.000, adamw 5.000." in said for said in verdict.sentences)
     nobody = with_runs(results, lambda arm, run: curve([*BEFORE, 7.0, 6.5])(run))
     headline = STUDIES["shift"].judge(nobody).headline
-    assert headline == "No method is back at the loss before the change in every seed."
+    assert headline == "No method is back at its loss before the change in every seed."
 
 
 # Pareto -------------------------------------------------------------------------------------------
@@ -239,7 +256,59 @@ def test_the_front_has_whom_none_beats_in_memory_or_loss():
     assert any(one.startswith("The best L × α of sinkgd-paper: L = 1") for one in verdict.sentences)
 
 
+def test_an_arm_is_beaten_only_by_arms_on_the_front():
+    losses = {
+        "sinkgd-stateless": near(4.06),
+        "sinkgd": apart(4.04),  # level with the one before, which has less state
+        "muon": near(4.0),  # level with `sinkgd`, and below `sinkgd-stateless`
+    }
+    sizes = {"sinkgd-stateless": 0, "sinkgd": 100, "muon": 200}
+    results = with_runs(made_up(STUDIES["pareto"], losses), weighed(sizes))
+    stateless, sinkgd, muon = (results.arm(name) for name in sizes)
+    assert results.difference(muon, sinkgd).level
+    assert results.difference(muon, stateless).lower
+    found = [one.arm.name for one in front(results, results.candidates)]
+    assert found == ["sinkgd-stateless", "muon"]
+
+
+def test_if_all_diverged_no_front_is_named():
+    losses = {"sinkgd": [math.inf] * 3, "muon": [math.inf] * 3}
+    verdict = judge("pareto", losses)
+    assert verdict.headline == "Every arm diverged in a seed."
+    assert not any("is off it" in sentence for sentence in verdict.sentences)
+
+
 # Table 1 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "headline"),
+    [
+        ({"sinkgd": near(4.0)}, "sinkgd ended at 4.000."),
+        ({"sinkgd": [math.inf] * 3, "swan": [math.inf, 4.0, 4.0]},
+         "Every arm that the question is about diverged in a seed."),
+        ({"sinkgd": near(4.0), "swan": near(4.1), "muon": near(3.5), "adamw": near(4.3)},
+         "sinkgd ended at 4.000, the lowest except for muon (3.500) beyond the spread of seeds."),
+        ({"sinkgd": [4.0], "swan": [5.0]},
+         "sinkgd ended at 4.000, the lowest. One seed cannot tell which arms are level with it."),
+    ],
+)  # fmt: skip
+def test_the_lowest_is_named_with_what_limits_the_claim(losses, headline):
+    assert judge("table1", losses).headline == headline
+
+
+def test_no_tokens_are_counted_to_the_loss_of_a_control_that_diverged():
+    losses = {"sinkgd": near(4.0), "adamw": [math.inf, 4.1, 4.1], "muon": near(4.2)}
+    sentences = judge("table1", losses).sentences
+    assert sum("so there is no loss of it to reach" in said for said in sentences) == 2
+    assert any("needs the fewest tokens for muon’s" in said for said in sentences)
+
+
+def test_an_arm_that_diverged_in_a_seed_does_not_need_the_fewest_tokens():
+    losses = {"sinkgd": [math.inf, 3.0, 3.0], "swan": near(4.0), "adamw": near(4.1)}
+    needs = [s for s in judge("table1", losses).sentences if "needs the fewest" in s]
+    assert all(said.startswith("Of those without matrix state, swan") for said in needs)
+    assert needs
 
 
 def test_table1_says_who_needs_the_fewest_tokens_for_each_controls_loss():
@@ -274,8 +343,9 @@ def test_recipes_name_what_is_lower_than_the_default_and_who_needs_the_fewest_to
     )
     assert "8-bit-momentum ended 0.100 ± 0.000 lower than default." in verdict.sentences
     needs = [s for s in verdict.sentences if "needs the fewest tokens" in s]
-    assert needs[0].startswith("Of those without matrix state, default needs the fewest tokens")
-    small = "Of those with at most one byte of state per matrix entry, 8-bit-momentum needs the"
+    none = "Of those without state for each matrix entry, default needs the fewest tokens"
+    assert needs[0].startswith(none)
+    small = "Of those with at most one byte of state for each matrix entry, 8-bit-momentum needs"
     assert needs[1].startswith(small)
 
 
@@ -300,7 +370,8 @@ def test_ranks_are_compared_at_each_width():
     }
     verdict = judge("rank", losses)
     assert verdict.headline == (
-        "The best rank is 7 at width 128 (6.2\xa0% of it) and 31 at width 256 (12\xa0% of it)."
+        "The lowest loss is at rank 7 at width 128 (6.2\xa0% of it), level with 15; "
+        "31 at width 256 (12\xa0% of it)."
     )
     expected = (
         "width-128-rank-15 is level with width-128-rank-7: the difference is",

@@ -158,7 +158,22 @@ def test_a_difference_is_students_interval_over_pairs():
     inf = float("inf")
     assert Difference.of({0: inf, 1: 2.0}, {0: 1.0, 1: 1.0}).higher
     assert Difference.of({0: 1.0, 1: 1.0}, {0: 1.0, 1: inf}).lower
-    assert Difference.of({0: inf, 1: inf}, {0: inf, 1: inf}).level
+    both = Difference.of({0: inf, 1: inf}, {0: inf, 1: inf})
+    assert both.unknown
+    assert both.diverged == (2, 2)
+
+
+def test_seeds_in_which_both_diverged_do_not_count_as_equal():
+    inf = float("inf")
+    found = Difference.of({0: inf, 1: 2.0, 2: 2.1}, {0: inf, 1: 2.2, 2: 2.3})
+    alone = Difference.of({1: 2.0, 2: 2.1}, {1: 2.2, 2: 2.3})
+    assert (found.mean, found.half_width, found.count) == (alone.mean, alone.half_width, 2)
+
+
+def test_one_seed_is_never_level():
+    single = Difference.of({0: 4.0}, {0: 5.0})
+    assert single.unknown
+    assert not single.level
 
 
 def test_arms_that_cannot_be_compared_are_said_to_be_so():
@@ -166,6 +181,9 @@ def test_arms_that_cannot_be_compared_are_said_to_be_so():
     each = Difference.of({0: inf, 1: 4.0}, {0: 4.0, 1: inf})
     assert not each.lower
     assert not each.higher
-    assert compared("a", each, "b") == "a and b diverged in different seeds."
+    assert compared("a", each, "b") == "a diverged in 1 of 2 seeds, b in 1."
+    some = Difference.of({0: inf, 1: inf, 2: 3.0}, {0: inf, 1: 4.0, 2: 4.0})
+    assert some.higher
+    assert compared("a", some, "b") == "a diverged in 2 of 3 seeds, b in 1."
     nothing = Difference.of({0: 4.0}, {1: 4.0})
     assert compared("a", nothing, "b") == "a and b have no seed in common."

@@ -1,16 +1,18 @@
 """Order, colors and headline of the arms on the page, in all studies."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from lab.experiments.synthetic_study import made_up, made_up_record
+from lab.experiments.synthetic_study import SESSION, made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.study_report import arms_table, grid_table, reach_tables, study_page
 from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict, with_cost
 from sinkgd.lab.report.bar_charts import bar_charts
 from sinkgd.lab.report.figures import identify
+from sinkgd.lab.report.quantities import ABSENT
 
 GRAYS = (0, 9)  # the baseline, and those without a color
 PLAIN = Verdict("It is so.", (), ())
@@ -71,13 +73,47 @@ def test_a_diverged_arm_is_last_and_has_no_color_before_others():
         (3.9, 1.0, "reached adamw’s final loss with 87 % of its tokens and 87 % of its time."),
         (3.8, 2.0, "reached adamw’s final loss with 75 % of its tokens but 150 % of its time."),
         (4.1, 1.0, "did not reach adamw’s final loss."),
+        ((3.9, 4.05), 1.0, None),  # level
+        (4.0, 1.0, None),
     ],
 )
 def test_the_headline_says_tokens_and_time(loss, pace, words):
-    losses = {"sinkgd": [loss] * 2, "adamw": [4.0] * 2, "adamw-one-lr": [5.0] * 2}
+    own = list(loss) if isinstance(loss, tuple) else [loss] * 2
+    losses = {"sinkgd": own, "adamw": [4.0] * 2, "adamw-one-lr": [5.0] * 2}
     results = made_up(STUDIES["table1"], losses, step_seconds={"sinkgd": pace})
     said = with_cost(results, PLAIN).headline.replace("\N{NO-BREAK SPACE}", " ")
-    assert said == f"It is so. sinkgd {words}"
+    assert said == (f"It is so. sinkgd {words}" if words else PLAIN.headline)
+
+
+def test_an_arm_of_which_one_seed_falls_short_has_no_share():
+    losses = {"sinkgd": [3.90, 3.91, 4.02], "adamw": [4.0, 4.01, 4.10], "adamw-one-lr": [5.0] * 3}
+    said = with_cost(made_up(STUDIES["table1"], losses), PLAIN).headline
+    assert "% of its tokens" in said
+    losses["sinkgd"][2] = 4.05
+    said = with_cost(made_up(STUDIES["table1"], losses), PLAIN).headline
+    assert said == "It is so. sinkgd reached adamw’s final loss in 2 of 3 seeds."
+
+
+@pytest.mark.parametrize("change", ["slower", "other jobs", "other processors"])
+def test_times_that_cannot_be_compared_are_nowhere(change):
+    study = STUDIES["table1"]
+    record = made_up_record(study, {"sinkgd": [3.8] * 2, "adamw": [4.0] * 2})
+    if change == "slower":
+        run = record.runs["sinkgd-seed0"].run
+        run.steps[:] = [replace(step, step_seconds=3 * step.step_seconds) for step in run.steps]
+    elif change == "other jobs":
+        record.sessions.append(replace(SESSION, jobs=SESSION.jobs + 1))
+    else:
+        environments = [{**SESSION.environment, "cpu": cpu} for cpu in ("one", "another")]
+        record.sessions[:] = [replace(SESSION, environment=one) for one in environments]
+    results = StudyResults.of(record)
+    verdict = with_cost(results, study.judge(results))
+    said = " ".join([verdict.headline, *verdict.sentences])
+    assert "of its tokens." in said
+    assert not any(word in said for word in ("time", "seconds", "throughput"))
+    assert any("times" in caution for caution in verdict.cautions)
+    assert {row[3] for row in arms_table(results).rows} == {ABSENT}
+    assert {row[3:] for table in reach_tables(results) for row in table.rows} == {(ABSENT,) * 3}
 
 
 def test_the_headline_compares_like_with_like_alone():

@@ -43,11 +43,13 @@ def final_chart(results: StudyResults, study_axis: Axis | None, identities: Iden
     figure = _along_axis(arms, study_axis, identities) if study_axis else _by_arm(arms, identities)
     by = study_axis.title if study_axis else "arm"
     words = [f"{one.arm.name} {loss(one.loss)}" for one in arms if one.loss is not None]
+    lost = [one.arm.name for one in results.ranked if one.diverged]
+    absent = f" Not shown, because a seed diverged: {', '.join(lost)}." if lost else ""
     return Chart(
         key="final",
         title=f"Final loss by {by}",
         caption="Validation loss at the end, nats per token: every seed, and the mean and range of "
-        "the seeds. Lower is better.",
+        f"the seeds. Lower is better.{absent}",
         description=f"Final losses: {', '.join(words) or 'none yet'}.",
         figure=figure,
         share=1,
@@ -63,7 +65,7 @@ def _along_axis(arms: Sequence[ArmResults], study_axis: Axis, identities: Identi
             lines.setdefault(series, []).append(one)
     data = [trace for recipe, line in lines.items() for trace in _line(recipe, line, identities)]
     levels = [one for one in arms if one.arm.value is None and one.loss is not None]
-    values = sorted({one.arm.value for line in lines.values() for one in line if one.arm.value})
+    values = sorted({one.arm.value for one in arms if one.arm.value is not None})
     options: dict[str, Any] = {"tickvals": values, "ticktext": [f"{v:g}" for v in values]}
     if study_axis.log and values:
         ends = math.log10(values[0]), math.log10(values[-1])

@@ -34,7 +34,8 @@ def arms_table(results: StudyResults) -> TextTable:
     return TextTable(
         title="Arms",
         note="Losses are validation losses in nats per token, ± half the range over seeds. Equal "
-        "seconds are those of the fastest arm; the schedules of slower ones were not over by then. "
+        "seconds are those of the fastest arm, if times can be compared; the schedules of slower "
+        "arms were not over by then. "
         "The tables on reaching a control’s final loss give the effective tokens per second.",
         columns=(
             "arm",
@@ -101,27 +102,28 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
         if comparison is None or recipe.name == name:
             continue
         if comparison.tokens is None or comparison.seconds is None:
-            rows.append((recipe.name, "not reached", *([ABSENT] * 5)))
+            rows.append((recipe.name, comparison.shortfall or ABSENT, *([ABSENT] * 4)))
             continue
         fraction, time = comparison.token_fraction, comparison.time_fraction
         effective = comparison.effective_tokens_per_second
+        timed = results.times_comparable
         rows.append(
             (
                 recipe.name,
                 count(comparison.tokens.mean),
                 percent(fraction.mean) if fraction else ABSENT,
-                duration(comparison.seconds.mean),
-                percent(time.mean) if time else ABSENT,
-                count(effective.mean) if effective else ABSENT,
-                f"{comparison.reached_runs} of {comparison.runs}",
+                duration(comparison.seconds.mean) if timed else ABSENT,
+                percent(time.mean) if time and timed else ABSENT,
+                count(effective.mean) if effective and timed else ABSENT,
             )
         )
     target = ABSENT if analysis.target is None else loss(analysis.target)
     return TextTable(
         title=f"To reach {name}’s final loss, {target}",
-        note=f"Percentages are relative to the whole run of {name}. Effective: all tokens of "
-        f"{name}, divided by the seconds that an arm needs to reach this loss.",
-        columns=("arm", "tokens", "of all", "time", "of all", "effective tokens/s", "runs"),
+        note=f"Means over all seeds, if all reached this loss. Percentages are relative to the "
+        f"whole run of {name}. Effective: all tokens of {name}, divided by the seconds that an arm "
+        "needs to reach this loss.",
+        columns=("arm", "tokens", "of all", "time", "of all", "effective tokens/s"),
         rows=tuple(rows),
     )
 
@@ -303,12 +305,9 @@ def _analysis(results: StudyResults) -> Analysis | None:
 
 
 def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Chart]:
-    everyone = {one.arm.name for one in results.arms}
-    identities = identify(analysis)
+    identities = identify(analysis, [one.arm.name for one in results.arms])
     final = final_chart(results, study.axis, identities)
     measured = measured_charts(analysis, identities)
-    if not everyone <= set(identities):  # an arm with only a grid has no color yet
-        return [final, *measured]
     own = study.charts(results, identities) if study.charts else []
     grids = grid_chart(results, identities)
     return [*own, final, *measured, *([grids] if grids else [])]

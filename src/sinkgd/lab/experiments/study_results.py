@@ -17,6 +17,7 @@ from typing import Any, Self
 from sinkgd.lab.experiments.arms import Arm, Grid, Point, arm_from_json, best_point, edges
 from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
 from sinkgd.lab.report.analysis import Analysis, Spread, analyze
+from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Evaluation, Run
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom.
@@ -53,10 +54,12 @@ class Difference:
     # Nats per token. Infinite if only one arm diverged; NaN if k is 0, or if each arm diverged in a
     # seed in which the other did not.
     mean: float
-    # Half the width of the interval. It is infinite if k is 0, or if k is 1 and ``mean`` is finite;
-    # it is 0 if k is above 0 and ``mean`` is not finite.
+    # Half the width of the interval. It is infinite if k is below 2 and ``mean`` is not infinite,
+    # and 0 if ``mean`` is infinite.
     half_width: float
     count: int  # k
+    seeds: int = 0  # number of seeds that both arms have
+    diverged: tuple[int, int] = (0, 0)  # number of these seeds in which each arm diverged
 
     @classmethod
     def of(cls, first: Mapping[int, float], second: Mapping[int, float]) -> Self:
@@ -67,15 +70,26 @@ class Difference:
             >>> f"{d.mean:.3f} ± {d.half_width:.3f}", d.lower, d.higher
             ('-0.233 ± 0.143', True, False)
         """
-        differences = [_minus(first[seed], second[seed]) for seed in first if seed in second]
-        k = len(differences)
-        if k == 0:
-            return cls(math.nan, math.inf, 0)
-        each_diverged = {math.inf, -math.inf} <= set(differences)  # in different seeds
-        mean = math.nan if each_diverged else statistics.fmean(differences)
-        if k == 1 or not math.isfinite(mean):
-            return cls(mean, math.inf if math.isfinite(mean) else 0.0, k)
-        return cls(mean, t_quantile(k - 1) * statistics.stdev(differences) / math.sqrt(k), k)
+        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+        diverged = (
+            sum(not math.isfinite(one) for one, _ in pairs),
+            sum(not math.isfinite(other) for _, other in pairs),
+        )
+        ended = [one - other for one, other in pairs if math.isfinite(one) and math.isfinite(other)]
+        k = len(ended)
+        # The signs of the seeds in which only one of the two diverged.
+        signs = {
+            math.copysign(1.0, one - other)
+            for one, other in pairs
+            if math.isfinite(one) != math.isfinite(other)
+        }
+        if len(signs) == 1:
+            return cls(math.inf * signs.pop(), 0.0, k, len(pairs), diverged)
+        mean = statistics.fmean(ended) if ended and not signs else math.nan
+        half_width = math.inf
+        if k > 1 and not signs:
+            half_width = t_quantile(k - 1) * statistics.stdev(ended) / math.sqrt(k)
+        return cls(mean, half_width, k, len(pairs), diverged)
 
     @property
     def lower(self) -> bool:
@@ -89,13 +103,13 @@ class Difference:
 
     @property
     def level(self) -> bool:
-        """Whether there is no significant difference."""
-        return not self.lower and not self.higher
+        """Whether two seeds or more show no significant difference."""
+        return math.isfinite(self.half_width) and not self.lower and not self.higher
 
-
-def _minus(first: float, second: float) -> float:
-    """Subtract; the difference of two diverged losses is zero."""
-    return 0.0 if first == second else first - second
+    @property
+    def unknown(self) -> bool:
+        """Whether there are too few seeds to tell."""
+        return not (self.lower or self.higher or self.level)
 
 
 # The weaker AdamW, with one rate for all parameters. It comes after all other controls.
@@ -164,6 +178,7 @@ class StudyResults:
     plan: Mapping[str, Any]  # a result of `StudyPlan.as_json`
     arms: tuple[ArmResults, ...]  # in the study's order
     processors: tuple[str, ...] = ()  # those of all sessions
+    jobs: frozenset[int] = frozenset()  # numbers of runs at a time, of all sessions
 
     @classmethod
     def of(cls, record: StudyRecord) -> "StudyResults":
@@ -175,7 +190,9 @@ class StudyResults:
             grid = tuple(result for result in own if result.tuning)
             arms.append(ArmResults(arm_from_json(name, content), tuple(seeds), grid))
         found = [str(session.environment.get("cpu", "")) for session in record.sessions]
-        return cls(record.plan, tuple(arms), tuple(dict.fromkeys(filter(None, found))))
+        processors = tuple(dict.fromkeys(filter(None, found)))
+        jobs = frozenset(session.jobs for session in record.sessions)
+        return cls(record.plan, tuple(arms), processors, jobs)
 
     @property
     def candidates(self) -> tuple[ArmResults, ...]:
@@ -220,8 +237,19 @@ class StudyResults:
         return replace(found, recipes=tuple(recipes))
 
     @property
+    def times_comparable(self) -> bool:
+        """Whether all runs had the same processor, with as many other runs, and none was slowed."""
+        alike = len(self.processors) < 2 and len(self.jobs) < 2
+        return alike and not (self.runs and unequal_speed(self.analysis(None)))
+
+    @property
     def equal_seconds(self) -> float | None:
-        """Mean training time of the fastest arm, in seconds; None if no run finished."""
+        """Mean training time of the fastest arm, in seconds.
+
+        None if no run finished, if times are not comparable, or if arms differ in the model's size.
+        """
+        if not self.times_comparable or len({run.start.parameters for run in self.runs}) > 1:
+            return None
         means = [
             statistics.fmean(ends)
             for one in self.arms
@@ -230,7 +258,12 @@ class StudyResults:
         return min(means, default=None)
 
     def loss_after(self, one: ArmResults, seconds: float) -> Spread | None:
-        """Interpolate an arm's validation loss after ``seconds`` of training."""
+        """Interpolate an arm's validation loss after ``seconds`` of training.
+
+        None if a seed diverged.
+        """
+        if one.diverged:
+            return None
         losses = [_loss_after(result.run.evaluations, seconds) for result in one.seeds]
         return Spread.of(loss for loss in losses if loss is not None)
 

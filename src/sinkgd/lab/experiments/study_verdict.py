@@ -1,7 +1,8 @@
 """The verdict of a study: sentences made only from its numbers, and functions that judges share.
 
 Two arms differ if the 95 % interval of their difference over paired seeds excludes zero, and the
-difference is large enough to show in printed losses. Otherwise they are level.
+difference is large enough to show in printed losses. Otherwise they are level, or unknown if they
+have fewer than two seeds in common.
 """
 
 import math
@@ -12,6 +13,8 @@ from sinkgd.lab.experiments.study_results import ArmResults, Difference, StudyRe
 from sinkgd.lab.report.analysis import preset_of
 from sinkgd.lab.report.quantities import count, duration, loss, percent
 
+_MANY = 3  # arms, from which their number is worth a caution
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -20,6 +23,7 @@ class Verdict:
     headline: str
     sentences: tuple[str, ...]
     cautions: tuple[str, ...]
+    with_cost: bool = True  # whether `with_cost` may name the best arm's cost
 
 
 def unfinished(results: StudyResults) -> Verdict | None:
@@ -55,30 +59,41 @@ def ended(one: ArmResults) -> str:
 def lowest(results: StudyResults, best: ArmResults, *, alone: str = ".") -> str:
     """Return the headline that names the lowest candidate and the candidates level with it.
 
+    Controls with a lower loss are named, too.
+
     Args:
         results: The study's results.
         best: The candidate with the lowest mean loss.
-        alone: The end of the headline if no other candidate is level.
+        alone: The end of the headline if all other candidates are significantly higher.
     """
-    level = level_with(results, best, results.candidates)
-    return f"{ended(best)}, the lowest" + (f"; level with it: {names(level)}." if level else alone)
+    others = [one for one in results.candidates if one is not best]
+    if not others:
+        return f"{ended(best)}."
+    if best.loss is None or best.diverged:
+        return "Every arm that the question is about diverged in a seed."
+    below = [one for one in ranked(results.controls) if (one.loss or 0.0) < best.loss]
+    words = f"{ended(best)}, the lowest"
+    if below:
+        words += f" except for {_list([f'{c.arm.name} ({loss(c.loss or 0.0)})' for c in below])}"
+    if any(results.difference(one, best).unknown for one in others):
+        return f"{words}. One seed cannot tell which arms are level with it."
+    level = level_with(results, best, others)
+    return words + (f"; level with it: {names(level)}." if level else alone)
 
 
 def compared(name: str, difference: Difference, other: str) -> str:
     """Return a sentence that compares two arms.
 
-    >>> compared("L5", Difference(-0.02, 0.01, 3), "adamw")
+    >>> compared("L5", Difference(-0.02, 0.01, 3, seeds=3), "adamw")
     'L5 ended 0.020 ± 0.010 lower than adamw.'
-    >>> compared("L5", Difference(-0.02, 0.05, 3), "adamw")
+    >>> compared("L5", Difference(-0.02, 0.05, 3, seeds=3), "adamw")
     'L5 is level with adamw: the difference is -0.020 ± 0.050.'
     """
-    if difference.count == 0:
+    if difference.seeds == 0:
         return f"{name} and {other} have no seed in common."
-    if math.isnan(difference.mean):
-        return f"{name} and {other} diverged in different seeds."
-    if not math.isfinite(difference.mean):
-        better = difference.mean < 0
-        return f"{other if better else name} diverged and {name if better else other} did not."
+    if any(difference.diverged):
+        first, second = difference.diverged
+        return f"{name} diverged in {first} of {difference.seeds} seeds, {other} in {second}."
     if difference.count == 1:
         return f"{name} ended {difference.mean:+.3f} from {other}, on a single seed."
     size = f"{abs(difference.mean):.3f} ± {difference.half_width:.3f}"
@@ -110,18 +125,20 @@ def fewest_tokens(
         who: What the members have in common, in words that can follow "those" or "method".
         members: Names of the arms to choose from.
     """
+    if control.diverged:
+        return f"{ended(control)}, so there is no loss of it to reach."
     found = [
         (comparison.token_fraction.mean, name, comparison)
         for name, comparison in results.analysis(control.arm.name).comparisons.items()
-        if name in members
-        and comparison.token_fraction is not None
-        and comparison.reached_runs == comparison.runs
+        if name in members and comparison.token_fraction is not None
     ]
     if not found:
         return f"No method {who} reached {control.arm.name}’s loss in every seed."
     fraction, name, comparison = min(found, key=lambda row: row[:2])
     speed = comparison.effective_speedup
-    effective = f", effective throughput {speed:.2f} ×" if speed else ""
+    effective = f", effective throughput {speed:.2f} ×"
+    if not speed or not results.times_comparable:
+        effective = ""
     return (
         f"Of those {who}, {name} needs the fewest tokens for {control.arm.name}’s final loss: "
         f"{percent(fraction)} of them{effective}."
@@ -130,7 +147,7 @@ def fewest_tokens(
 
 def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
     seconds = results.equal_seconds
-    if seconds is None or not results.controls:
+    if seconds is None or not results.controls or not results.times_comparable:
         return []
     found = [(a, results.loss_after(a, seconds)) for a in (one, *results.controls)]
     words = [f"{arm.arm.name} {loss(spread.mean)}" for arm, spread in found if spread]
@@ -143,19 +160,22 @@ def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
 
     A control counts if it did not diverge and has the best arm's model size, batch and number of
     tokens. Of several with the recipe of the first one, such as two AdamWs, the one with the lowest
-    loss is named. The headline does not change without such a control, or if the best arm diverged.
+    loss is named. The headline does not change without such a control, if the best arm diverged, or
+    if the two are level.
 
     Args:
         results: The study's results.
         verdict: The verdict of the study's judge.
     """
     best = next(iter(ranked(results.candidates)), None)
-    if best is None or best.loss is None or best.diverged:
+    if not verdict.with_cost or best is None or best.loss is None or best.diverged:
         return verdict
     alike = [one for one in results.controls if not one.diverged and _alike(one, best)]
     if not alike:
         return verdict
     control = ranked([one for one in alike if one.arm.recipe == alike[0].arm.recipe])[0]
+    if results.difference(best, control).level:  # the tokens of level arms differ by chance
+        return verdict
     return replace(verdict, headline=f"{verdict.headline} {_needed(results, best, control)}")
 
 
@@ -173,19 +193,22 @@ def _needed(results: StudyResults, best: ArmResults, control: ArmResults) -> str
     name, goal = best.arm.name, f"{control.arm.name}’s final loss"
     found = results.analysis(control.arm.name).comparisons[name]
     if found.token_fraction is None or found.time_fraction is None:
-        return f"{name} did not reach {goal}."
+        runs = f" in {found.reached_runs} of {found.runs} seeds" if found.reached_runs else ""
+        return f"{name} reached {goal}{runs}." if runs else f"{name} did not reach {goal}."
     tokens, time = found.token_fraction.mean, found.time_fraction.mean
-    joint = "but" if time > 1 >= tokens else "and"
-    seeds = f", in {found.reached_runs} of {found.runs} seeds"
-    return (
-        f"{name} reached {goal} with {percent(tokens)} of its tokens {joint} {percent(time)} of "
-        f"its time{seeds if found.reached_runs < found.runs else ''}."
-    )
+    words = f"{name} reached {goal} with {percent(tokens)} of its tokens"
+    if results.times_comparable:
+        joint = "but" if time > 1 >= tokens else "and"
+        words += f" {joint} {percent(time)} of its time"
+    return f"{words}."
 
 
 def names(arms: Sequence[ArmResults]) -> str:
     """List all arms by name, however many there are; the table has a row for each."""
-    words = [one.arm.name for one in arms]
+    return _list([one.arm.name for one in arms])
+
+
+def _list(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
@@ -194,7 +217,9 @@ def cautions(results: StudyResults) -> list[str]:
     return [
         *_small_scale(results),
         *_few_seeds(results),
+        *_many_arms(results),
         *_several_processors(results),
+        *_unequal_times(results),
         *_unequal_effort(results),
         *_edges(results),
         *_diverged(results),
@@ -227,6 +252,23 @@ def _few_seeds(results: StudyResults) -> list[str]:
         return []
     what = "A single seed" if seeds == 1 else "Two seeds"
     return [f"{what} cannot tell a small difference from chance; use --seeds 3 or more."]
+
+
+def _many_arms(results: StudyResults) -> list[str]:
+    """Warn that the best of many arms looks better than it is."""
+    arms = [one for one in results.arms if one.seeds]
+    if len(arms) < _MANY or len(results.plan["seeds"]) < 2:
+        return []
+    return [
+        f"Each interval is a 95 % interval by itself. Of {len(arms)} arms, the one that happens to "
+        "be the lowest looks better than it is, and one comparison in twenty differs by chance."
+    ]
+
+
+def _unequal_times(results: StudyResults) -> list[str]:
+    if results.times_comparable or len(results.processors) > 1:
+        return []
+    return ["Not all runs had an equal share of the machine, so no times are compared."]
 
 
 def _several_processors(results: StudyResults) -> list[str]:

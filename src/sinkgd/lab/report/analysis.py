@@ -9,6 +9,8 @@ failed, were interrupted or are still running are counted and shown, but enter n
 The target is the mean final validation loss of the baseline's finished runs. A run reaches the
 target at the first point where the run's validation loss is at or below the target (`first_reach`),
 interpolated linearly between evaluations. By definition, the baseline itself needs all its tokens.
+A mean over those runs alone that reach the target would flatter a recipe, so its cost is given only
+if all its runs reach the target.
 """
 
 import difflib
@@ -174,11 +176,10 @@ _USUAL_BASELINES = ("adamw", "adamw-one-lr")
 class Comparison:
     """The cost of a recipe to reach the baseline's final loss.
 
-    Figures summarize the runs that reached this loss, ``reached_runs`` of ``runs``; without such
-    runs they are None.
+    Figures are None unless all of the recipe's ``runs`` reached this loss.
     """
 
-    runs: int  # number of finished runs
+    runs: int  # number of runs that finished or diverged
     reached_runs: int
     steps: Spread | None
     tokens: Spread | None
@@ -188,6 +189,15 @@ class Comparison:
     effective_tokens_per_second: Spread | None  # the baseline's tokens / `seconds`
     effective_speedup: float | None  # effective tokens/s / (the baseline's tokens / its seconds)
     level: bool  # whether mean final losses differ by < 0.0005, or ranges overlap
+
+    @property
+    def shortfall(self) -> str:
+        """Say how many runs reached the loss, if not all did; else an empty string."""
+        if self.reached_runs == self.runs:
+            return ""
+        if self.reached_runs == 0:
+            return "not reached"
+        return f"reached in {self.reached_runs} of {self.runs} runs"
 
 
 @dataclass(frozen=True)
@@ -265,11 +275,14 @@ def default_baseline(runs: Sequence[Run]) -> str | None:
 
 
 def _compare(recipe: RecipeSummary, baseline: RecipeSummary, target: float) -> Comparison:
+    ended = [run for run in recipe.runs if state_of(run) in ("finished", "failed")]
     if recipe is baseline:
-        points = [Reach(e.step, e.tokens, e.seconds) for e in (r.end for r in recipe.finished) if e]
+        ended = list(recipe.finished)
+        reached = [Reach(e.step, e.tokens, e.seconds) for e in (r.end for r in ended) if e]
     else:
         found = [first_reach(run.evaluations, target) for run in recipe.finished]
-        points = [point for point in found if point is not None]
+        reached = [point for point in found if point is not None]
+    points = reached if len(reached) == len(ended) else []
     tokens = Spread.of(point.tokens for point in points)
     seconds = Spread.of(point.seconds for point in points)
     all_tokens = baseline.tokens.mean if baseline.tokens else 0.0
@@ -278,8 +291,8 @@ def _compare(recipe: RecipeSummary, baseline: RecipeSummary, target: float) -> C
     # diverged.
     effective = Spread.of(all_tokens / point.seconds for point in points if point.seconds > 0)
     return Comparison(
-        runs=len(recipe.finished),
-        reached_runs=len(points),
+        runs=len(ended),
+        reached_runs=len(reached),
         steps=Spread.of(point.step for point in points),
         tokens=tokens,
         seconds=seconds,

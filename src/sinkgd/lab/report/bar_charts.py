@@ -48,7 +48,10 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
     recipes = [one for one in analysis.recipes if one.finished]
     spreads = [analysis.comparisons[one.name].token_fraction for one in recipes]
     means = [100 * spread.mean if spread else 0.0 for spread in spreads]
-    words = [_reached(*pair) for pair in zip(recipes, spreads, strict=True)]
+    words = [
+        quantities.percent(spread.mean) if spread else analysis.comparisons[one.name].shortfall
+        for one, spread in zip(recipes, spreads, strict=True)
+    ]
     colors = [identities[recipe.name].color for recipe in recipes]
     seeds = any(spread.count > 1 for spread in spreads if spread)
     longest = max(100 * spread.high if spread else 0.0 for spread in spreads)
@@ -56,7 +59,7 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
         key="tokens-to-reach",
         title="Tokens to reach the baseline’s loss",
         caption="Tokens until the validation loss first equals the baseline’s final loss, in % of "
-        "the baseline’s tokens. Shorter is better."
+        "the baseline’s tokens. Shorter is better; without a bar, not all runs reached it."
         + (" Whiskers: the range over seeds. " if seeds else " ")
         + _REMADE,
         description=_describe("Tokens needed", recipes, words),
@@ -70,22 +73,14 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
     )
 
 
-def _reached(recipe: RecipeSummary, spread: Spread | None) -> str:
-    if spread is None:
-        return "not reached"
-    runs = len(recipe.finished)
-    some = "" if spread.count == runs else f", {spread.count} of {runs} runs"
-    return quantities.percent(spread.mean) + some
-
-
 def _throughput(analysis: Analysis, identities: Identities) -> Chart:
     recipes = [one for one in analysis.recipes if one.finished]
     raw = [one.tokens_per_second.mean if one.tokens_per_second else 0.0 for one in recipes]
     spreads = [analysis.comparisons[one.name].effective_tokens_per_second for one in recipes]
     effective = [spread.mean if spread else 0.0 for spread in spreads]
     words = [
-        f"{quantities.count(speed)} raw, {_effective_words(spread)}"
-        for speed, spread in zip(raw, spreads, strict=True)
+        f"{quantities.count(speed)} raw, {_effective_words(spread, one, analysis)}"
+        for one, speed, spread in zip(recipes, raw, spreads, strict=True)
     ]
     colors = [identities[recipe.name].color for recipe in recipes]
     half = _THICKNESS / 2
@@ -112,8 +107,10 @@ def _throughput(analysis: Analysis, identities: Identities) -> Chart:
     )
 
 
-def _effective_words(spread: Spread | None) -> str:
-    return f"{quantities.count(spread.mean)} effective" if spread else "loss not reached"
+def _effective_words(spread: Spread | None, recipe: RecipeSummary, analysis: Analysis) -> str:
+    if spread:
+        return f"{quantities.count(spread.mean)} effective"
+    return f"loss {analysis.comparisons[recipe.name].shortfall}"
 
 
 def _memory(analysis: Analysis, identities: Identities) -> Chart:

@@ -223,12 +223,7 @@ def _caveat(recipe: RecipeSummary, comparison: Comparison, *, with_speed: bool) 
     """Describe the evidence for a measured gain."""
     run = recipe.finished[0]
     words = [f"at {quantities.count(run.start.parameters)} parameters"]
-    if comparison.reached_runs < comparison.runs:
-        words.append(f"in {comparison.reached_runs} of {comparison.runs} runs")
-    elif comparison.runs > 1:
-        words.append(f"{comparison.runs} runs")
-    else:
-        words.append("a single run")
+    words.append(f"{comparison.runs} runs" if comparison.runs > 1 else "a single run")
     if comparison.level:
         words.append("level at the end")
     speed = "" if with_speed else "; equal speed assumed"
@@ -252,12 +247,15 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
 
 
 def _matrix_share(run: Run) -> float:
-    """Return the fraction of parameters in hidden matrices, for the run's preset.
+    """Return the fraction of the run's parameters in hidden matrices.
 
     If the preset is not a LLaMA, return the fraction for llama-1b.
     """
-    config = LLAMAS.get(preset_of(run), LLAMAS["llama-1b"])
-    return config.linear_parameter_count / config.parameter_count
+    config = LLAMAS.get(preset_of(run))
+    if config is None:
+        config = LLAMAS["llama-1b"]
+        return config.linear_parameter_count / config.parameter_count
+    return config.linear_parameter_count / run.start.parameters  # the run has its own vocabulary
 
 
 def _ranks(run: Run) -> int:

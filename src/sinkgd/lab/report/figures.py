@@ -175,10 +175,14 @@ class Identity:
 Identities = Mapping[str, Identity]  # keys are recipes, or arms of a study
 
 
-def identify(analysis: Analysis) -> dict[str, Identity]:
+def identify(analysis: Analysis, others: Sequence[str] = ()) -> dict[str, Identity]:
     """Assign colors and markers: the eight best candidates get a color each, the others are gray.
 
     No two of up to 25 recipes, including a baseline, look alike.
+
+    Args:
+        analysis: The recipes.
+        others: Names without a finished run, which are gray, too.
 
     Returns:
         Identities by recipe name, in the order of ``analysis.recipes``.
@@ -189,7 +193,10 @@ def identify(analysis: Analysis) -> dict[str, Identity]:
         identities[name] = Identity(0, _SYMBOLS[0], plotly_label(name))
     best = {one.name for one in sorted(analysis.candidates, key=_final_loss)[:_SERIES]}
     colors, grays = itertools.count(1), itertools.cycle(_GRAY_SYMBOLS)
-    for name in (recipe.name for recipe in analysis.candidates):
+    named = dict.fromkeys([*(recipe.name for recipe in analysis.candidates), *others])
+    for name in named:
+        if name in identities:
+            continue
         if name in best:
             series = next(colors)
             symbol = _SYMBOLS[series % len(_SYMBOLS)]

@@ -127,13 +127,13 @@ def _figures(
         return []
     if comparison.token_fraction and comparison.time_fraction:
         figures = [
-            _needed("Tokens needed", comparison, comparison.token_fraction),
-            _needed("Time needed", comparison, comparison.time_fraction)
+            _needed("Tokens needed", comparison.token_fraction),
+            _needed("Time needed", comparison.time_fraction)
             if times_comparable
             else KeyFigure("Time needed", ABSENT, "not comparable"),
         ]
     else:
-        figures = _fell_short(recipe.val_loss, analysis.baseline)
+        figures = _fell_short(comparison, recipe.val_loss, analysis.baseline)
     return [
         *figures,
         _speed(comparison, times_comparable=times_comparable),
@@ -156,17 +156,15 @@ def _absolute(recipe: RecipeSummary) -> list[KeyFigure]:
     return figures
 
 
-def _needed(name: str, comparison: Comparison, fraction: Spread) -> KeyFigure:
+def _needed(name: str, fraction: Spread) -> KeyFigure:
     note = "of the baseline’s"
-    if comparison.reached_runs < comparison.runs:
-        note += f", in {comparison.reached_runs} of {comparison.runs} runs"
-    elif fraction.count > 1:
+    if fraction.count > 1:
         note += f", seeds {100 * fraction.low:.0f} to {quantities.percent(fraction.high)}"
     return KeyFigure(name, quantities.percent(fraction.mean), note)
 
 
-def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[KeyFigure]:
-    figures = [KeyFigure("Tokens needed", ABSENT, "not reached")]
+def _fell_short(comparison: Comparison, loss: Spread, baseline: RecipeSummary) -> list[KeyFigure]:
+    figures = [KeyFigure("Tokens needed", ABSENT, comparison.shortfall)]
     if baseline.val_loss:
         gap = loss.mean - baseline.val_loss.mean
         figures.append(
@@ -178,7 +176,7 @@ def _fell_short(loss: Spread, baseline: RecipeSummary) -> list[KeyFigure]:
 def _speed(comparison: Comparison, *, times_comparable: bool) -> KeyFigure:
     name = "Effective throughput"
     if comparison.effective_speedup is None:
-        return KeyFigure(name, ABSENT, "not reached")
+        return KeyFigure(name, ABSENT, comparison.shortfall)
     if not times_comparable:
         return KeyFigure(name, ABSENT, "not comparable")
     return KeyFigure(name, quantities.ratio(comparison.effective_speedup), "the baseline’s")

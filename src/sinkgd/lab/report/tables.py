@@ -112,11 +112,9 @@ def _needed(
             return ABSENT
         needed, share = amount(comparison), fraction(comparison)
         if needed is None:
-            return "not reached"
-        notes = [quantities.percent(share.mean)] if share else []
-        if comparison.reached_runs < comparison.runs:
-            notes.append(f"{comparison.reached_runs} of {comparison.runs} runs")
-        return f"{write(needed.mean)} ({', '.join(notes)})" if notes else write(needed.mean)
+            return comparison.shortfall or ABSENT
+        percent = f" ({quantities.percent(share.mean)})" if share else ""
+        return f"{write(needed.mean)}{percent}"
 
     return cell
 

@@ -74,13 +74,19 @@ def _standings(
         for one, comparison in outcomes
         if (fraction := comparison.token_fraction) and not comparison.level
     ]
-    lost = [one.name for one, c in outcomes if not c.token_fraction and not c.level]
+    rest = [(one, c) for one, c in outcomes if not c.token_fraction and not c.level]
+    lost = [one.name for one, comparison in rest if comparison.reached_runs == 0]
     clauses = []
     if won:
         clauses.append(_reached(sorted(won, key=lambda row: row[:2]), goal, with_times=with_times))
     if level:
         with_whom = "" if won else f" with {baseline.name} at {quantities.loss(target)}"
         clauses.append(f"{_names(level)} ended level{with_whom}")
+    for one, comparison in rest:
+        if comparison.reached_runs:
+            it = "it" if won else goal
+            runs = f"{comparison.reached_runs} of {comparison.runs} runs"
+            clauses.append(f"{_called(one.name)} reached {it} only in {runs}")
     if lost:
         clauses.append(f"{_names(lost)} did not reach {'it' if clauses else goal}")
     return "; ".join(clauses)
@@ -97,9 +103,6 @@ def _reached(won: Sequence[tuple[float, str, Comparison]], goal: str, *, with_ti
         slower = all(time > 1 >= fraction for time, fraction in pairs)
         took = _list([quantities.percent(time) for time in times])
         clause += f"{' but' if slower else ' and' if len(won) == 1 else ', and'} {took} of its time"
-    _, _, comparison = won[0]
-    if len(won) == 1 and comparison.reached_runs < comparison.runs:
-        clause += f", in {comparison.reached_runs} of {comparison.runs} runs"
     return clause
 
 

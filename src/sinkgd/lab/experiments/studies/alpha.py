@@ -57,7 +57,7 @@ def _beside_the_published(results: StudyResults, own: Sequence[ArmResults]) -> l
     if published is None:
         return []
     if published is own[0]:
-        return [f"The best α of {published.arm.recipe} is the published value."]
+        return [f"The lowest loss of {published.arm.recipe} is at the published α."]
     return [compared(published.arm.name, results.difference(published, own[0]), own[0].arm.name)]
 
 

@@ -82,7 +82,8 @@ def judge(results: StudyResults) -> Verdict:
         for control in results.controls
         if control is not other and _recipe(control) == _recipe(other)
     ]
-    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+    # The best arm and the controls are all forms of the baselines, whose cost is not the question.
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)), with_cost=False)
 
 
 def _recipe(one: ArmResults) -> object:

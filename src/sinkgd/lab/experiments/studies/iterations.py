@@ -53,6 +53,9 @@ def judge(results: StudyResults) -> Verdict:
 def _headline(results: StudyResults, best: ArmResults) -> str:
     if len(results.candidates) == 1:
         return f"{ended(best)}; no other number of iterations has a result."
+    others = [one for one in results.candidates if one is not best]
+    if any(results.difference(one, best).unknown for one in others):
+        return f"{ended(best)}, the lowest, but one seed cannot tell which others are level."
     level = level_with(results, best, results.candidates)
     if not level:
         return f"{ended(best)}, lower than every other number of iterations."

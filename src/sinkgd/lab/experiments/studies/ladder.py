@@ -5,10 +5,11 @@ Rules (at the paper's scale, tokens and batch are instead those of the benchmark
     batch: grows as the square root of the tokens, and so does the number of steps
     rates: each method is tuned at the two smallest sizes, on grids that grow until their best point
         is inside. Larger models take the method's best rates at the second smallest size, but the
-        rate of matrices shrinks as 1/d with the width d, as the largest good rate of SinkGD does in
-        study `width`; for AdamW this is an assumption. Muon's rate does not shrink, because Muon
-        scales its updates by the shape of the matrix. At the largest size, the resulting rate of
-        matrices, its half and its double are tried.
+        rate of matrices shrinks as 1/d with the width d. That is a compromise: in study `width` the
+        largest good rate falls about as 1/d with deflation and as d^-1.5 without, and AdamW's is
+        unknown. Muon's rate does not shrink, because Muon scales its updates by the shape of the
+        matrix. At the largest size, the resulting rate of matrices, its half and its double are
+        tried.
 
 Letters:
     N: number of hidden weights, which are those of the blocks' matrices
@@ -238,7 +239,7 @@ def _diverged(own: Mapping[float, Sequence[float]]) -> bool:
 
 
 def trend_of(results: StudyResults, method: str) -> Trend | None:
-    """Fit the trend of a method's q over all seeds and sizes.
+    """Fit the trend of a method's q over the sizes.
 
     None below 3 sizes, and if a seed diverged: without that seed the trend would be biased in favor
     of the method.
@@ -272,10 +273,11 @@ def judge(results: StudyResults) -> Verdict:
         "At each size, the better AdamW is the one of adamw and adamw-0.5 with the lower loss. A "
         "share above 100 % is the inverse of the share with which this AdamW reaches the other "
         "method’s loss. Shares are read from losses during training, when the schedule was not "
-        "over yet. Intervals are 95 %, by Student’s t over all seeds and sizes. They say nothing "
-        "about the choice of rates, nor about what else grows with the model: the number of "
-        "steps, the batch, and the part of the parameters that are hidden weights. Exponents were "
-        "searched between 0.01 and 2."
+        "over yet. Intervals are 95 %, by Student’s t: those of trends over the means of the "
+        "sizes, those of exponents over all runs, which leaves out the choice of rates. None says "
+        "anything about what else grows with the model: the number of steps, the batch, and the "
+        "part of the parameters that are hidden weights. Exponents were searched between 0.01 and "
+        "2."
     )
     return Verdict(_headline(results), tuple(sentences), tuple(cautions(results)))
 

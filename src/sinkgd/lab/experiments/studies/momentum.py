@@ -69,14 +69,11 @@ def judge(results: StudyResults) -> Verdict:
         )
     best, gain = ways[0], results.difference(ways[0], none)
     if gain.lower:
-        headline = f"Momentum helps: {ended(best)}; without momentum the loss was {none.loss:.3f}."
+        headline = f"Momentum helps: {ended(best)}, and {ended(none)}."
     elif gain.higher:
         headline = "Momentum harms: every kind of momentum ended higher than none."
     else:
-        headline = (
-            f"Momentum does not help measurably: {ended(best)}; without momentum the loss was "
-            f"{none.loss:.3f}."
-        )
+        headline = f"Momentum does not help measurably: {ended(best)}, and {ended(none)}."
     sentences = [compared(one.arm.name, results.difference(one, none), NONE) for one in ways]
     sentences.append("Every kind of momentum keeps one number for each entry of a hidden matrix.")
     sentences += against_controls(results, best if gain.lower else none)

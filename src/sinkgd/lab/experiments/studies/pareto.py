@@ -65,22 +65,24 @@ def state_bytes(one: ArmResults) -> int:
 
 
 def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]:
-    """List the arms on the Pareto front.
+    """List the arms on the Pareto front, from the least state to the most.
 
-    An arm is on the front unless another arm has less state and no higher loss, or a lower loss and
-    no more state. Losses count as different only if the difference over seeds is significant, so
-    of two arms with level losses, only the one with less state can be on the front. Diverged arms
-    are left out.
+    An arm is on the front unless an arm that is on it has less state and no higher loss, or a lower
+    loss and no more state. Losses count as different only if the difference over seeds is
+    significant, so of two arms with level losses, only the one with less state can be on the front.
+    Diverged arms are left out.
     """
 
     def beaten(one: ArmResults, other: ArmResults) -> bool:
         difference = results.difference(other, one)
-        less = state_bytes(other) < state_bytes(one)
-        no_more = state_bytes(other) <= state_bytes(one)
-        return (difference.lower and no_more) or (difference.level and less)
+        return difference.lower or (difference.level and state_bytes(other) < state_bytes(one))
 
-    whole = [one for one in arms if not one.diverged]
-    return [one for one in whole if not any(beaten(one, other) for other in whole)]
+    found: list[ArmResults] = []
+    whole = [one for one in ranked(arms) if one.seeds and not one.diverged]
+    for one in sorted(whole, key=state_bytes):  # the sort is stable: of equal states, by loss
+        if not any(beaten(one, other) for other in found):
+            found.append(one)
+    return found
 
 
 def judge(results: StudyResults) -> Verdict:
@@ -88,10 +90,12 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     arms = [*results.candidates, *results.controls]
-    best = sorted(front(results, arms), key=state_bytes)
+    best = front(results, arms)
     words = [f"{one.arm.name} ({_size(one)})" for one in best]
     headline = f"On the front of state against loss: {', '.join(words)}."
-    off = [one for one in ranked(arms) if one not in best and one.loss is not None]
+    if not best:
+        headline = "Every arm diverged in a seed."
+    off = [one for one in ranked(arms) if one not in best and not one.diverged]
     sentences = [f"{one.arm.name} is off it: {_size(one)}." for one in off]
     paper = results.arm("sinkgd-paper")
     if paper is not None and paper.chosen is not None and MATRIX_LR in paper.chosen:
@@ -107,7 +111,7 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw state against loss for the arms without divergence."""
     arms = [one for one in results.ranked if one.seeds and not one.diverged]
     bytes_by_arm = {one.arm.name: state_bytes(one) for one in arms}
-    best = sorted(front(results, arms), key=state_bytes)
+    best = front(results, arms)
     return [state_chart(arms, bytes_by_arm, best, identities)]
 
 

@@ -5,7 +5,7 @@ Letters:
     k: the rank, the number of leading singular values that deflation lowers
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sinkgd.lab.experiments.arms import Arm, Grid
 from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
@@ -111,11 +111,8 @@ def judge(results: StudyResults) -> Verdict:
         return nothing
     widths = _by_width(results)
     best = {width: ranked(arms)[0] for width, arms in widths.items()}
-    words = [
-        f"{_rank(one)} at width {width} ({percent((_rank(one) + 1) / width)} of it)"
-        for width, one in best.items()
-    ]
-    headline = f"The best rank is {' and '.join(words)}."
+    words = [_best_in_words(results, width, one, widths[width]) for width, one in best.items()]
+    headline = f"The lowest loss is at rank {'; '.join(words)}."
     sentences = ["The percentages count the next direction, too, to which the others are lowered."]
     for width, one in best.items():
         sentences += [
@@ -128,6 +125,16 @@ def judge(results: StudyResults) -> Verdict:
             if _width(control) == width
         ]
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _best_in_words(
+    results: StudyResults, width: int, best: ArmResults, arms: Sequence[ArmResults]
+) -> str:
+    """Name the rank with the lowest loss at a width, and those that do not differ from it."""
+    words = f"{_rank(best)} at width {width} ({percent((_rank(best) + 1) / width)} of it)"
+    differing = [one for one in arms if results.difference(one, best).higher]
+    alike = [one for one in ranked(arms)[1:] if one not in differing]
+    return words + (f", level with {', '.join(str(_rank(x)) for x in alike)}" if alike else "")
 
 
 RANKS = Study(

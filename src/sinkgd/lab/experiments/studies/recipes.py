@@ -127,7 +127,8 @@ def judge(results: StudyResults) -> Verdict:
     """Compare each addition with the default, and the best arm with the controls.
 
     For each control, also name the arm that needs the fewest tokens to reach the control's final
-    loss: once among arms without matrix state, and once among those with at most a byte per entry.
+    loss: once among arms without state for each matrix entry, and once among those with at most a
+    byte.
     """
     if (nothing := unfinished(results)) is not None:
         return nothing
@@ -150,8 +151,8 @@ def judge(results: StudyResults) -> Verdict:
         fewest_tokens(results, control, who, [name for name in kept if kept[name] <= most])
         for control in results.controls
         for who, most in (
-            ("without matrix state", 0),
-            ("with at most one byte of state per matrix entry", 1),
+            ("without state for each matrix entry", 0),
+            ("with at most one byte of state for each matrix entry", 1),
         )
     ]
     sentences += [

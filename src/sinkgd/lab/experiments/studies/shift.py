@@ -1,5 +1,8 @@
 """How fast each method recovers when nearly all token ids are permuted during training."""
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sinkgd.lab.experiments.arms import Arm, Grid
@@ -32,7 +35,7 @@ from sinkgd.lab.experiments.study_verdict import (
 )
 from sinkgd.lab.report import Spread, first_reach
 from sinkgd.lab.report.figures import Chart, Identities
-from sinkgd.lab.report.quantities import count
+from sinkgd.lab.report.quantities import count, loss
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig
 
@@ -86,15 +89,37 @@ def judge(results: StudyResults) -> Verdict:
     best = ranked(results.candidates)[0]
     if order and (fastest := means[order[0].arm.name]):
         headline = (
-            f"{order[0].arm.name} is the first to be back at the loss before the change, "
+            f"{order[0].arm.name} is the first to be back at its loss before the change, "
             f"after {count(round(fastest.mean))} tokens."
         )
     else:
-        headline = "No method is back at the loss before the change in every seed."
+        headline = "No method is back at its loss before the change in every seed."
     sentences = [_words(one) for one in (*order, *(one for one in arms if one not in whole))]
+    sentences.append(_targets(arms))
     sentences += [f"{ended(best)}, the lowest of {names(results.candidates)}."]
     sentences += against_controls(results, best)
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+
+
+def _targets(arms: Sequence[ArmResults]) -> str:
+    """Give the mean loss before the change, to which each arm has to come back."""
+    losses = [(one.arm.name, [_before(r.run) for r in one.seeds]) for one in arms]
+    words = [
+        f"{name} {loss(statistics.fmean(found))}"
+        for name, own in losses
+        if (found := [value for value in own if value is not None])
+    ]
+    return (
+        "Each method has to come back to its own loss before the change, and a higher one is "
+        f"easier to reach: {', '.join(words)}."
+    )
+
+
+def _before(run: Run) -> float | None:
+    """Return the last validation loss before the change."""
+    at = int(run.start.config["data"]["shift_at_step"])
+    losses = [e.val_loss for e in run.evaluations if e.step <= at]
+    return losses[-1] if losses and math.isfinite(losses[-1]) else None
 
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:

@@ -20,10 +20,10 @@ from sinkgd.lab.experiments.study_verdict import (
     cautions,
     compared,
     ended,
+    names,
     ranked,
     unfinished,
 )
-from sinkgd.lab.report.quantities import percent
 
 NONE, WHOLE = "sinkgd-paper", "swan-5"
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -69,7 +69,7 @@ def setting(lr: float) -> tuple[Arm, ...]:
 
 
 def judge(results: StudyResults) -> Verdict:
-    """State the fraction of SWAN's gain over SinkGD that each arm keeps, and its cost."""
+    """Name the cheapest arm that is level with SWAN, and give the gain and the cost of each."""
     if (nothing := unfinished(results)) is not None:
         return nothing
     none, whole = results.arm(NONE), results.arm(WHOLE)
@@ -85,13 +85,21 @@ def judge(results: StudyResults) -> Verdict:
         headline = f"There is no gain to keep: {ended(whole)}, and {ended(none)}."
         return Verdict(headline, tuple(_costs(results)), tuple(cautions(results)))
     others = [one for one in ranked(results.candidates) if one not in (none, whole)]
-    parts = [(one, results.difference(one, none).mean / gain.mean) for one in others]
-    enough = [one for one, _ in parts if not results.difference(one, whole).higher]
-    cheapest = min([*enough, whole], key=_optimizer_seconds)
-    headline = f"Whitening lowers the loss by {-gain.mean:.3f} ± {gain.half_width:.3f}"
-    headline += f"; {cheapest.arm.name} keeps all of it at the least cost."
-    kept = [f"{one.arm.name} {percent(part)}" for one, part in parts]
-    sentences = [f"What is kept of the gain: {', '.join(kept)}.", *_costs(results)]
+    alike = [
+        one
+        for one in others
+        if (difference := results.difference(one, whole)).level or difference.lower
+    ]
+    cheapest = min([*alike, whole], key=_optimizer_seconds)
+    headline = f"Whitening lowers the loss by {-gain.mean:.3f} ± {gain.half_width:.3f}. "
+    headline += (
+        f"Not measurably worse than {WHOLE}: {names(alike)}; {cheapest.arm.name} costs the least."
+        if alike
+        else f"No other arm is level with {WHOLE}."
+    )
+    own = [(one, results.difference(one, none)) for one in others]
+    gains = [f"{one.arm.name} {d.mean:+.3f} ± {d.half_width:.3f}" for one, d in own]
+    sentences = [f"Differences from {NONE}: {', '.join(gains)}.", *_costs(results)]
     sentences += [
         compared(one.arm.name, difference, WHOLE)
         for one in others

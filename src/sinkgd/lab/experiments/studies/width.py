@@ -97,6 +97,11 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
     return round(covariance / sum((a - mean_x) ** 2 for a in x), 12)
 
 
+def is_censored(one: ArmResults) -> bool:
+    """Whether the largest rate that was tried is good: higher ones may be good, too."""
+    return good_up_to(one) == max(result.point[MATRIX_LR] for result in one.grid)
+
+
 def good_up_to(one: ArmResults) -> float | None:
     """Return the largest good rate that was tried; None if no loss is finite."""
     losses = {result.point[MATRIX_LR]: result.loss for result in one.grid}
@@ -124,10 +129,11 @@ def judge(results: StudyResults) -> Verdict:
     fits = {
         rule: exponent([(one.arm.value or 0.0, good_up_to(one) or 0.0) for one in arms])
         for rule, arms in found.items()
+        if not any(map(is_censored, arms))
     }
     exponents = {rule: p for rule, p in fits.items() if p is not None}
     if not exponents:
-        return Verdict("No rule has rates at two widths yet.", (), tuple(cautions(results)))
+        return Verdict("No rule has a fit over two widths.", (), tuple(cautions(results)))
     least = min(abs(p) for p in exponents.values())
     stay = [rule for rule, p in exponents.items() if abs(p) == least]
     headline = (
@@ -139,7 +145,8 @@ def judge(results: StudyResults) -> Verdict:
     sentences = [_rates(rule, arms, exponents.get(rule)) for rule, arms in found.items()]
     sentences.append(
         f"A rate is good if its final loss is within {TOLERANCE:g} nats of the lowest in its grid; "
-        "rates are a factor of two apart."
+        "rates are a factor of two apart. “At least” marks the largest rate of a grid: higher ones "
+        "may be good, too, so the rule has no fit."
     )
     sentences += _at_the_largest(results)
     return Verdict(f"{headline}.", tuple(sentences), tuple(cautions(results)))
@@ -153,7 +160,10 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
 
 
 def _rates(rule: str, arms: Sequence[ArmResults], p: float | None) -> str:
-    good = ", ".join(f"{good_up_to(one):g} at {one.arm.value:g}" for one in arms)
+    good = ", ".join(
+        f"{'at least ' if is_censored(one) else ''}{good_up_to(one):g} at {one.arm.value:g}"
+        for one in arms
+    )
     best = ", ".join(f"{one.chosen[MATRIX_LR]:g}" for one in arms if one.chosen)
     fit = f": lr ∝ d^{p:.2f}" if p is not None else ""
     return f"{rule} is good up to {good}{fit}; best at {best}."
