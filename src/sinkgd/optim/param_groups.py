@@ -89,8 +89,8 @@ def param_groups(
             is ``matrix_lr_scale * lr``. The default, 0.025, gives 0.002, the best of four
             rates of the default recipe in the setting of study table1 (benchmarks/deflation). The
             paper uses 0.05 with its ``lr`` of 0.02, which gives 0.001. Wider models need smaller
-            rates: with an earlier version of deflation, the largest good rate fell from at least 0.008 at
-            width 64 to 0.002 at width 256 (study width, docs/experiments.md).
+            rates: with an earlier version of deflation, the largest good rate fell from 0.004 at
+            width 128 to 0.002 at width 256 (study width, docs/experiments.md).
         adamw_lr: Instead of ``lr`` and ``matrix_lr_scale``: the rate at which AdamW would train the
             whole model, for fine-tuning and whenever such a rate is known. AdamW's groups get this
             rate. Hidden matrices get 0.3 times this rate, so that an update is as large as AdamW's

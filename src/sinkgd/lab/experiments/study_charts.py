@@ -1,13 +1,11 @@
-"""The charts of a study: final losses along its axis or by arm, and the grids behind them.
+"""Charts of every study: final losses along its axis or by arm, and the grids behind them.
 
-Four more charts serve single studies: state against loss, new text against old text, loss by
-rate, and recovery.
+Studies that draw charts of their own find whiskers, dots and rows of arms here.
 """
 
 import html
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sinkgd.lab.experiments.arms import Point, point_words
@@ -26,12 +24,10 @@ from sinkgd.lab.report.figures import (
     row_words,
     rows_axis,
 )
-from sinkgd.lab.report.quantities import loss, size
+from sinkgd.lab.report.quantities import loss
 
 _ROW = 54  # CSS pixels
 _BELOW = 0.16  # how far a row's marks lie below its middle, as a fraction of its height
-_MIB = 1024**2
-_RANGE_ABOVE = 0.3  # nats that `rate_chart` shows above the highest of the grids' lowest losses
 
 
 def final_chart(results: StudyResults, study_axis: Axis | None, identities: Identities) -> Chart:
@@ -105,11 +101,12 @@ def _line(recipe: str, line: Sequence[ArmResults], identities: Identities) -> li
             "hovertext": [f"{html.escape(one.arm.name)}<br>{loss(one.loss or 0)}" for one in line],
             "hoverinfo": "text",
         },
-        _dots([x for x, _ in seeds], [y for _, y in seeds], look),
+        seed_dots([x for x, _ in seeds], [y for _, y in seeds], look),
     ]
 
 
-def _dots(x: Sequence[float | None], y: Sequence[float], look: Identity) -> Figure:
+def seed_dots(x: Sequence[float | None], y: Sequence[float], look: Identity) -> Figure:
+    """Make a small dot for each seed."""
     return {
         "type": "scatter",
         "mode": "markers",
@@ -183,7 +180,7 @@ def rows_figure(
 def _seeds_and_mean(y: float, values: Sequence[float], look: Identity) -> list[Figure]:
     mean = sum(values) / len(values)
     return [
-        _dots(values, [y] * len(values), look),
+        seed_dots(values, [y] * len(values), look),
         {
             "type": "scatter",
             "mode": "markers",
@@ -250,224 +247,3 @@ def _grid_row(row: int, one: ArmResults, look: Identity) -> Figure:
         ],
         "hoverinfo": "text",
     }
-
-
-def state_chart(
-    arms: Sequence[ArmResults],
-    state_bytes: Mapping[str, int],
-    front: Sequence[ArmResults],
-    identities: Identities,
-) -> Chart:
-    """Draw the final loss of every arm against its optimizer state, and the Pareto front.
-
-    Args:
-        arms: Arms with seeds, none of them diverged.
-        state_bytes: Bytes of optimizer state, by arm.
-        front: The arms on the front, from the least state to the most.
-        identities: Colors and markers of the arms.
-    """
-    words = [
-        f"{one.arm.name} {size(state_bytes[one.arm.name])}, {loss(one.loss or 0)}" for one in arms
-    ]
-    names = ", ".join(one.arm.name for one in front)
-    return Chart(
-        key="state-loss",
-        title="State against final loss",
-        caption="Optimizer state between steps against the validation loss at the end, mean and "
-        "range over seeds. Lower and further left is better; the line is the Pareto front.",
-        description=f"{'; '.join(words)}. On the front: {names}.",
-        figure={
-            "data": [
-                _front_line(front, state_bytes),
-                *(_state_mark(one, state_bytes[one.arm.name], identities) for one in arms),
-            ],
-            "layout": layout(
-                460,
-                xaxis=axis("MiB of optimizer state", rangemode="tozero"),
-                yaxis=axis("nats per token"),
-                hovermode="closest",
-            ),
-        },
-        share=1,
-    )
-
-
-def _front_line(front: Sequence[ArmResults], state_bytes: Mapping[str, int]) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "front",
-        "x": [state_bytes[one.arm.name] / _MIB for one in front],
-        "y": [one.loss for one in front],
-        "line": {"color": "@soft", "width": 1.4, "dash": "dot", "shape": "hv"},
-        "hoverinfo": "skip",
-    }
-
-
-def _state_mark(one: ArmResults, state_bytes: int, identities: Identities) -> Figure:
-    look, ends = identities[one.arm.name], list(one.losses.values())
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": look.label,
-        "x": [state_bytes / _MIB],
-        "y": [one.loss],
-        "marker": {"color": look.color, "symbol": look.symbol, "size": 12},
-        "error_y": whiskers([one.loss], [(min(ends), max(ends))], look),
-        "cliponaxis": False,
-        "hovertemplate": f"{look.label}<br>{size(state_bytes)}<br>{loss(one.loss or 0)}"
-        "<extra></extra>",
-    }
-
-
-def forgetting_chart(
-    arms: Sequence[tuple[ArmResults, Sequence[float]]], before: float, identities: Identities
-) -> Chart:
-    """Draw the loss on the new text against that on the old text, for every arm.
-
-    Args:
-        arms: Arms with seeds, none of them diverged, each with its final losses on the old text,
-            one for each seed, nats per token.
-        before: Loss on the old text before the first step, nats per token.
-        identities: Colors and markers of the arms.
-    """
-    words = [
-        f"{one.arm.name} new {loss(one.loss or 0)}, old {loss(statistics.fmean(old))}"
-        for one, old in arms
-    ]
-    return Chart(
-        key="forgetting",
-        title="New text against old text",
-        caption="Final validation loss on the new text against that on the text of the first "
-        "training, for every seed, and their mean with its range. Lower and further left is "
-        "better. The line is the loss on the old text before fine-tuning.",
-        description="; ".join(words) or "No arm has a result yet.",
-        figure={
-            "data": [
-                trace
-                for one, old in arms
-                for trace in _two_losses(one, old, identities[one.arm.name])
-            ],
-            "layout": layout(
-                460,
-                xaxis=axis("old text, nats per token"),
-                yaxis=axis("new text, nats per token"),
-                shapes=[
-                    {
-                        "type": "line",
-                        "yref": "paper",
-                        "x0": before,
-                        "x1": before,
-                        "y0": 0,
-                        "y1": 1,
-                        "line": {"color": "@soft", "width": 1.4, "dash": "dot"},
-                    }
-                ],
-                hovermode="closest",
-            ),
-        },
-        share=1,
-    )
-
-
-def _two_losses(one: ArmResults, old: Sequence[float], look: Identity) -> list[Figure]:
-    new = list(one.losses.values())
-    mean = statistics.fmean(old)
-    return [
-        _dots(old, new, look),
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": look.label,
-            "x": [mean],
-            "y": [one.loss],
-            "marker": {"color": look.color, "symbol": look.symbol, "size": 12},
-            "error_x": whiskers([mean], [(min(old), max(old))], look),
-            "error_y": whiskers([one.loss], [(min(new), max(new))], look),
-            "cliponaxis": False,
-            "hovertemplate": f"{look.label}<br>old %{{x:.4~g}}<br>new %{{y:.4~g}}<extra></extra>",
-        },
-    ]
-
-
-def rate_chart(
-    series: str, arms: Sequence[ArmResults], field: str, identities: Identities
-) -> Chart:
-    """Draw the final losses of grids against the learning rate, one line per arm.
-
-    Args:
-        series: The common name of the arms.
-        arms: Arms with at least one point of the grid that did not diverge.
-        field: Dotted name of the rate, e.g. ``"optimizer.matrix_lr"``.
-        identities: Colors and markers of the arms.
-    """
-    curves = {one.arm.name: _losses_by_rate(one, field) for one in arms}
-    lowest = [min(value for _, value in curve) for curve in curves.values()]
-    words = [
-        f"{name}: {', '.join(f'{rate:g} {loss(value)}' for rate, value in curve)}"
-        for name, curve in curves.items()
-    ]
-    option, rates = field.rpartition(".")[2], sorted({r for v in curves.values() for r, _ in v})
-    return Chart(
-        key=f"loss-by-rate-{series}",
-        title=f"Loss by rate: {series}",
-        caption=f"Final loss of every point of the grid against {option}, one run each. Points "
-        "far above the others are not shown.",
-        description=f"{'; '.join(words)}.",
-        figure={
-            "data": [_rate_line(curve, identities[name]) for name, curve in curves.items()],
-            "layout": layout(
-                380,
-                xaxis=axis(option, type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]),
-                yaxis=axis(
-                    "nats per token", range=[min(lowest) - 0.02, max(lowest) + _RANGE_ABOVE]
-                ),
-                hovermode="closest",
-            ),
-        },
-    )
-
-
-def _losses_by_rate(one: ArmResults, field: str) -> list[tuple[float, float]]:
-    """Return the rates and, for each, the lowest loss of its points."""
-    lowest: dict[float, float] = {}
-    for result in one.grid:
-        if math.isfinite(result.loss):
-            rate = result.point[field]
-            lowest[rate] = min(result.loss, lowest.get(rate, math.inf))
-    return sorted(lowest.items())
-
-
-def _rate_line(curve: Sequence[tuple[float, float]], look: Identity) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": look.label,
-        "x": [rate for rate, _ in curve],
-        "y": [value for _, value in curve],
-        "line": {"color": look.color, "width": 2.2},
-        "marker": {"color": look.color, "symbol": look.symbol, "size": 8},
-        "hovertemplate": f"{look.label} at %{{x:g}}: %{{y:.3f}}<extra></extra>",
-    }
-
-
-def recovery_chart(
-    rows: Sequence[tuple[str, Sequence[float], str]], identities: Identities
-) -> Chart:
-    """Draw the tokens that each arm needed to recover from a change of vocabulary, one row per arm.
-
-    Args:
-        rows: For each arm its name, the tokens of every seed that recovered, and a label.
-        identities: Colors and markers of the arms.
-    """
-    tokens = axis("tokens after the change", rangemode="tozero", tickformat="~s", fixedrange=True)
-    return Chart(
-        key="recovery",
-        title="Tokens until the loss is back",
-        caption="Tokens from the change of vocabulary until the validation loss is back at its "
-        "last value before the change: every seed that recovered, and the mean and range of these "
-        "seeds.",
-        description=f"{'; '.join(f'{name}: {words}' for name, _, words in rows)}.",
-        figure=rows_figure(rows, tokens, identities),
-        share=1,
-    )

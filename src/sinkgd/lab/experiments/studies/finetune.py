@@ -1,14 +1,14 @@
 """How SinkGD and other methods fine-tune a trained model, and how much the model forgets."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sinkgd.lab.experiments.arms import Arm, Grid
 from sinkgd.lab.experiments.studies.settings import LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Setting, Study
-from sinkgd.lab.experiments.study_charts import forgetting_chart
+from sinkgd.lab.experiments.study_charts import seed_dots, whiskers
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import (
     Verdict,
@@ -18,7 +18,7 @@ from sinkgd.lab.experiments.study_verdict import (
     ranked,
     unfinished,
 )
-from sinkgd.lab.report.figures import Chart, Identities
+from sinkgd.lab.report.figures import Chart, Figure, Identities, Identity, axis, layout
 from sinkgd.lab.report.quantities import loss
 from sinkgd.lab.results import Evaluation, Run
 from sinkgd.lab.train.config import EvaluationConfig, SharedConfig
@@ -141,7 +141,77 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     if not arms:
         return []
     before = _first(arms[0][0].seeds[0].run).other_val_loss or 0.0
-    return [forgetting_chart(arms, before, identities)]
+    return [_forgetting_chart(arms, before, identities)]
+
+
+def _forgetting_chart(
+    arms: Sequence[tuple[ArmResults, Sequence[float]]], before: float, identities: Identities
+) -> Chart:
+    """Draw the loss on the new text against that on the old text, for every arm.
+
+    Args:
+        arms: Arms with seeds, none of them diverged, each with its final losses on the old text,
+            one for each seed, nats per token.
+        before: Loss on the old text before the first step, nats per token.
+        identities: Colors and markers of the arms.
+    """
+    words = [
+        f"{one.arm.name} new {loss(one.loss or 0)}, old {loss(statistics.fmean(old))}"
+        for one, old in arms
+    ]
+    return Chart(
+        key="forgetting",
+        title="New text against old text",
+        caption="Final validation loss on the new text against that on the text of the first "
+        "training, for every seed, and their mean with its range. Lower and further left is "
+        "better. The line is the loss on the old text before fine-tuning.",
+        description="; ".join(words) or "No arm has a result yet.",
+        figure={
+            "data": [
+                trace
+                for one, old in arms
+                for trace in _two_losses(one, old, identities[one.arm.name])
+            ],
+            "layout": layout(
+                460,
+                xaxis=axis("old text, nats per token"),
+                yaxis=axis("new text, nats per token"),
+                shapes=[
+                    {
+                        "type": "line",
+                        "yref": "paper",
+                        "x0": before,
+                        "x1": before,
+                        "y0": 0,
+                        "y1": 1,
+                        "line": {"color": "@soft", "width": 1.4, "dash": "dot"},
+                    }
+                ],
+                hovermode="closest",
+            ),
+        },
+        share=1,
+    )
+
+
+def _two_losses(one: ArmResults, old: Sequence[float], look: Identity) -> list[Figure]:
+    new = list(one.losses.values())
+    mean = statistics.fmean(old)
+    return [
+        seed_dots(old, new, look),
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": look.label,
+            "x": [mean],
+            "y": [one.loss],
+            "marker": {"color": look.color, "symbol": look.symbol, "size": 12},
+            "error_x": whiskers([mean], [(min(old), max(old))], look),
+            "error_y": whiskers([one.loss], [(min(new), max(new))], look),
+            "cliponaxis": False,
+            "hovertemplate": f"{look.label}<br>old %{{x:.4~g}}<br>new %{{y:.4~g}}<extra></extra>",
+        },
+    ]
 
 
 def _shared(weights: str, base: SharedConfig, preset: str | None) -> SharedConfig:

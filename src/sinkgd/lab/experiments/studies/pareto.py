@@ -18,14 +18,15 @@ from sinkgd.lab.experiments.studies.settings import (
     SWAN_GRID,
 )
 from sinkgd.lab.experiments.study import Setting, Study
-from sinkgd.lab.experiments.study_charts import state_chart
+from sinkgd.lab.experiments.study_charts import whiskers
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict, cautions, ranked, unfinished
-from sinkgd.lab.report.figures import Chart, Identities
-from sinkgd.lab.report.quantities import size
+from sinkgd.lab.report.figures import Chart, Figure, Identities, axis, layout
+from sinkgd.lab.report.quantities import loss, size
 
 L = "optimizer.sinkhorn_iterations"
 CONTROLS = ("adamw", "adamw-one-lr")
+_MIB = 1024**2
 # Each grid has six points. Those of sinkgd-paper and sinkgd-stateless combine L with a rate.
 GRIDS: Mapping[str, Grid] = {
     "sinkgd-paper": {L: (1, 5), LR: (0.08,), MATRIX_LR: (0.0005, 0.001, 0.002)},
@@ -112,7 +113,75 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     arms = [one for one in results.ranked if one.seeds and not one.diverged]
     bytes_by_arm = {one.arm.name: state_bytes(one) for one in arms}
     best = front(results, arms)
-    return [state_chart(arms, bytes_by_arm, best, identities)]
+    return [_state_chart(arms, bytes_by_arm, best, identities)]
+
+
+def _state_chart(
+    arms: Sequence[ArmResults],
+    state_bytes: Mapping[str, int],
+    front: Sequence[ArmResults],
+    identities: Identities,
+) -> Chart:
+    """Draw the final loss of every arm against its optimizer state, and the Pareto front.
+
+    Args:
+        arms: Arms with seeds, none of them diverged.
+        state_bytes: Bytes of optimizer state, by arm.
+        front: The arms on the front, from the least state to the most.
+        identities: Colors and markers of the arms.
+    """
+    words = [
+        f"{one.arm.name} {size(state_bytes[one.arm.name])}, {loss(one.loss or 0)}" for one in arms
+    ]
+    names = ", ".join(one.arm.name for one in front)
+    return Chart(
+        key="state-loss",
+        title="State against final loss",
+        caption="Optimizer state between steps against the validation loss at the end, mean and "
+        "range over seeds. Lower and further left is better; the line is the Pareto front.",
+        description=f"{'; '.join(words)}. On the front: {names}.",
+        figure={
+            "data": [
+                _front_line(front, state_bytes),
+                *(_state_mark(one, state_bytes[one.arm.name], identities) for one in arms),
+            ],
+            "layout": layout(
+                460,
+                xaxis=axis("MiB of optimizer state", rangemode="tozero"),
+                yaxis=axis("nats per token"),
+                hovermode="closest",
+            ),
+        },
+        share=1,
+    )
+
+
+def _front_line(front: Sequence[ArmResults], state_bytes: Mapping[str, int]) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "front",
+        "x": [state_bytes[one.arm.name] / _MIB for one in front],
+        "y": [one.loss for one in front],
+        "line": {"color": "@soft", "width": 1.4, "dash": "dot", "shape": "hv"},
+        "hoverinfo": "skip",
+    }
+
+
+def _state_mark(one: ArmResults, state_bytes: int, identities: Identities) -> Figure:
+    look, ends = identities[one.arm.name], list(one.losses.values())
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": look.label,
+        "x": [state_bytes / _MIB],
+        "y": [one.loss],
+        "marker": {"color": look.color, "symbol": look.symbol, "size": 12},
+        "error_y": whiskers([one.loss], [(min(ends), max(ends))], look),
+        "cliponaxis": False,
+        "hovertemplate": f"{look.label}<br>{size(state_bytes)}<br>{loss(one.loss or 0)}"
+        "<extra></extra>",
+    }
 
 
 def _size(one: ArmResults) -> str:

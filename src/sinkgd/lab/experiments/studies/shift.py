@@ -22,7 +22,7 @@ from sinkgd.lab.experiments.studies.settings import (
     muon,
 )
 from sinkgd.lab.experiments.study import Setting, Study
-from sinkgd.lab.experiments.study_charts import recovery_chart
+from sinkgd.lab.experiments.study_charts import rows_figure
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import (
     Verdict,
@@ -34,7 +34,7 @@ from sinkgd.lab.experiments.study_verdict import (
     unfinished,
 )
 from sinkgd.lab.report import Spread, first_reach
-from sinkgd.lab.report.figures import Chart, Identities
+from sinkgd.lab.report.figures import Chart, Identities, axis
 from sinkgd.lab.report.quantities import count, loss
 from sinkgd.lab.results import Run
 from sinkgd.lab.train.config import SharedConfig
@@ -126,7 +126,29 @@ def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw every arm's recovery."""
     arms = [one for one in (*results.candidates, *results.controls) if one.seeds]
     rows = [(one.arm.name, _recoveries(one), _in_short(one)) for one in arms]
-    return [recovery_chart(rows, identities)]
+    return [_recovery_chart(rows, identities)]
+
+
+def _recovery_chart(
+    rows: Sequence[tuple[str, Sequence[float], str]], identities: Identities
+) -> Chart:
+    """Draw the tokens that each arm needed to recover from a change of vocabulary, one row per arm.
+
+    Args:
+        rows: For each arm its name, the tokens of every seed that recovered, and a label.
+        identities: Colors and markers of the arms.
+    """
+    tokens = axis("tokens after the change", rangemode="tozero", tickformat="~s", fixedrange=True)
+    return Chart(
+        key="recovery",
+        title="Tokens until the loss is back",
+        caption="Tokens from the change of vocabulary until the validation loss is back at its "
+        "last value before the change: every seed that recovered, and the mean and range of these "
+        "seeds.",
+        description=f"{'; '.join(f'{name}: {words}' for name, _, words in rows)}.",
+        figure=rows_figure(rows, tokens, identities),
+        share=1,
+    )
 
 
 def _in_short(one: ArmResults) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 from sinkgd.lab.experiments.arms import Arm, Grid
 from sinkgd.lab.experiments.studies.settings import BENCHMARK, LR, MACHINE, MATRIX_LR
 from sinkgd.lab.experiments.study import Axis, Setting, Study
-from sinkgd.lab.experiments.study_charts import rate_chart
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict, cautions, unfinished
-from sinkgd.lab.report.figures import Chart, Identities
+from sinkgd.lab.report.figures import Chart, Figure, Identities, Identity, axis, layout
+from sinkgd.lab.report.quantities import loss
 
 RAW, BY_WIDTH, PINNED, DEFLATED = "raw", "by-width", "pinned", "sinkgd"
 WIDTHS = {"llama-nano-64": 64, "llama-nano": 128, "llama-20m": 256}
@@ -31,6 +31,7 @@ PAPER_WIDTHS = {"llama-60m": 512, "llama-130m": 768, "llama-350m": 1024}
 # singular value of a step is the rate times √(d_out/d_in), so PINNED_RATES are on another scale.
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PINNED_RATES = (0.02, 0.04, 0.08, 0.16, 0.32)
+_RANGE_ABOVE = 0.3  # nats that a chart shows above the highest of the grids' lowest losses
 TOLERANCE = 0.05  # nats; a rate is good if its loss exceeds the grid's lowest by at most this
 
 
@@ -155,8 +156,69 @@ def judge(results: StudyResults) -> Verdict:
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
     """Draw loss against rate at every width, one chart per rule."""
     return [
-        rate_chart(rule, arms, MATRIX_LR, identities) for rule, arms in _by_rule(results).items()
+        _rate_chart(rule, arms, MATRIX_LR, identities) for rule, arms in _by_rule(results).items()
     ]
+
+
+def _rate_chart(
+    series: str, arms: Sequence[ArmResults], field: str, identities: Identities
+) -> Chart:
+    """Draw the final losses of grids against the learning rate, one line per arm.
+
+    Args:
+        series: The common name of the arms.
+        arms: Arms with at least one point of the grid that did not diverge.
+        field: Dotted name of the rate, e.g. ``"optimizer.matrix_lr"``.
+        identities: Colors and markers of the arms.
+    """
+    curves = {one.arm.name: _losses_by_rate(one, field) for one in arms}
+    lowest = [min(value for _, value in curve) for curve in curves.values()]
+    words = [
+        f"{name}: {', '.join(f'{rate:g} {loss(value)}' for rate, value in curve)}"
+        for name, curve in curves.items()
+    ]
+    option, rates = field.rpartition(".")[2], sorted({r for v in curves.values() for r, _ in v})
+    return Chart(
+        key=f"loss-by-rate-{series}",
+        title=f"Loss by rate: {series}",
+        caption=f"Final loss of every point of the grid against {option}, one run each. Points "
+        "far above the others are not shown.",
+        description=f"{'; '.join(words)}.",
+        figure={
+            "data": [_rate_line(curve, identities[name]) for name, curve in curves.items()],
+            "layout": layout(
+                380,
+                xaxis=axis(option, type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]),
+                yaxis=axis(
+                    "nats per token", range=[min(lowest) - 0.02, max(lowest) + _RANGE_ABOVE]
+                ),
+                hovermode="closest",
+            ),
+        },
+    )
+
+
+def _losses_by_rate(one: ArmResults, field: str) -> list[tuple[float, float]]:
+    """Return the rates and, for each, the lowest loss of its points."""
+    lowest: dict[float, float] = {}
+    for result in one.grid:
+        if math.isfinite(result.loss):
+            rate = result.point[field]
+            lowest[rate] = min(result.loss, lowest.get(rate, math.inf))
+    return sorted(lowest.items())
+
+
+def _rate_line(curve: Sequence[tuple[float, float]], look: Identity) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": look.label,
+        "x": [rate for rate, _ in curve],
+        "y": [value for _, value in curve],
+        "line": {"color": look.color, "width": 2.2},
+        "marker": {"color": look.color, "symbol": look.symbol, "size": 8},
+        "hovertemplate": f"{look.label} at %{{x:g}}: %{{y:.3f}}<extra></extra>",
+    }
 
 
 def _rates(rule: str, arms: Sequence[ArmResults], p: float | None) -> str:
