@@ -58,8 +58,10 @@ def test_both_adamws_are_among_the_controls():
         expected = {"adamw", "adamw-one-lr"}
         if study.name == "finetune":  # those who fine-tune give AdamW one rate for all weights
             expected = {"adamw-one-lr"}
-        if study.name in ("beta1", "ladder", "rank", "recipes"):  # these ask about the fair one
+        if study.name in ("beta1", "ladder", "recipes"):  # these ask about the fair one
             expected = {"adamw"}
+        if study.name == "rank":  # this compares ranks with each other
+            expected = set()
         for setting in study.settings.values():
             recipes = {arm.overrides["optimizer.recipe"] for arm in setting.arms if arm.control}
             assert recipes >= expected, study.name
