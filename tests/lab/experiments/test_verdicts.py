@@ -205,6 +205,15 @@ def test_a_best_point_at_the_edge_of_its_grid_is_a_caution():
     assert "edge" not in cautions(losses)  # a rate with one value was not searched
 
 
+def test_grids_that_grew_to_different_numbers_of_points_are_a_caution():
+    study, losses = STUDIES["table1"], {"sinkgd": near(4.0), "adamw": near(4.1)}
+    record = made_up_record(study, losses)
+    assert "Grids grew" not in " ".join(study.judge(StudyResults.of(record)).cautions)
+    del record.runs[next(name for name in record.runs if name.startswith("adamw-tune"))]
+    said = " ".join(study.judge(StudyResults.of(record)).cautions)
+    assert "Grids grew to 2 to 3 points, of one run each." in said
+
+
 def test_few_seeds_no_tuning_divergence_and_missing_seeds_are_cautions():
     assert "A single seed" in cautions({"L1": [4.0], "L5": [4.1]})
     assert "Two seeds" in cautions({"L1": [4.0, 4.1]})

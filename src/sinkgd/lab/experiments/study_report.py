@@ -89,17 +89,25 @@ def _arm_row(results: StudyResults, one: ArmResults, seconds: float | None) -> t
 
 
 def reach_tables(results: StudyResults) -> list[TextTable]:
-    """Make a table for each control that did not diverge: the others' cost to reach its loss."""
-    return [_reach_table(results, control) for control in results.controls if not control.diverged]
+    """Make a table for each control that did not diverge: the others' cost to reach its loss.
+
+    Arms whose models have another size are not compared with it.
+    """
+    tables = [
+        _reach_table(results, control) for control in results.controls if not control.diverged
+    ]
+    return [table for table in tables if table.rows]
 
 
 def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
     name = control.arm.name
     analysis = results.analysis(name)
+    size = _parameters(control)
+    alike = {one.arm.name for one in results.arms if one.seeds and _parameters(one) == size}
     rows = []
     for recipe in analysis.recipes:
         comparison = analysis.comparisons.get(recipe.name)
-        if comparison is None or recipe.name == name:
+        if comparison is None or recipe.name == name or recipe.name not in alike:
             continue
         if comparison.tokens is None or comparison.seconds is None:
             rows.append((recipe.name, comparison.shortfall or ABSENT, *([ABSENT] * 4)))
@@ -294,14 +302,22 @@ def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
 
 
 def _analysis(results: StudyResults) -> Analysis | None:
-    """Compare the arms with the first control that did not diverge, or with none if all diverged.
+    """Compare the arms with the first control that did not diverge, if there is one.
 
-    The result is None if there is no reported run.
+    Arms with models of several sizes are not compared. The result is None if there is no reported
+    run.
     """
     if not results.runs:
         return None
+    if len({run.start.parameters for run in results.runs}) > 1:
+        return results.analysis(None)
     baseline = next((one.arm.name for one in results.controls if not one.diverged), None)
     return results.analysis(baseline)
+
+
+def _parameters(one: ArmResults) -> int:
+    """Return the number of parameters of an arm's model."""
+    return one.seeds[0].run.start.parameters
 
 
 def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Chart]:

@@ -285,14 +285,21 @@ def _unequal_effort(results: StudyResults) -> list[str]:
         return ["Nothing was tuned (--no-tune): every arm ran at its own default rates."]
     tuned = [one for one in results.arms if one.arm.tuned]
     fixed = [one for one in results.arms if not one.arm.tuned and not one.arm.carried]
-    if not tuned or not fixed:
-        return []
-    points = f"{'at least ' if tuned[0].arm.widened else ''}{len(tuned[0].arm.points())}"
-    verb = "has" if len(fixed) == 1 else "have"
-    return [
-        f"{names(fixed)} {verb} rates that the question fixes; the other arms had {points} points "
-        "tuned each."
-    ]
+    found = []
+    if tuned and fixed:
+        points = f"{'at least ' if tuned[0].arm.widened else ''}{len(tuned[0].arm.points())}"
+        verb = "has" if len(fixed) == 1 else "have"
+        found.append(
+            f"{names(fixed)} {verb} rates that the question fixes; the other arms had {points} "
+            "points tuned each."
+        )
+    efforts = [len(one.grid) for one in tuned if one.arm.widened and one.seeds]
+    if efforts and min(efforts) < max(efforts):
+        found.append(
+            f"Grids grew to {min(efforts)} to {max(efforts)} points, of one run each. An arm with "
+            "more points has more chances of a low loss."
+        )
+    return found
 
 
 def _edges(results: StudyResults) -> list[str]:
