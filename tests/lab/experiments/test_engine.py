@@ -1,5 +1,6 @@
 """The engine on a study of seconds: arms tuned alike, nothing done twice, nothing forgotten."""
 
+import errno
 import fcntl
 import json
 import shutil
@@ -15,7 +16,7 @@ from sinkgd.lab.experiments.arms import Arm
 from sinkgd.lab.experiments.engine import run_study
 from sinkgd.lab.experiments.studies import find_study
 from sinkgd.lab.experiments.study import StudyError
-from sinkgd.lab.experiments.study_record import StudyRecord
+from sinkgd.lab.experiments.study_record import StudyRecord, StudyWriter
 from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import ConfigError, RunFolderError, train
@@ -199,6 +200,59 @@ def test_a_run_that_fails_while_the_study_is_stopping_is_left_for_the_next_time(
     assert outcome.record.runs == {}
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """The processes of the trainings, as they begin."""
+    processes = []
+    start = engine.start_training
+
+    def noted(*args, **options):
+        processes.append(start(*args, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(engine, "start_training", noted)
+    return processes
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """The folder of a study without neighbors, whose runs it could reuse."""
+    return tmp_path / "studies" / "study"
+
+
+def test_a_session_is_in_the_record_before_its_first_run_ends(shards, alone, monkeypatch):
+    """A kill at any moment leaves the record of this moment."""
+    moments = []
+    wait = engine.wait
+
+    def look_and_wait(sentinels):
+        moments.append(StudyRecord.read(alone / "study.jsonl"))
+        return wait(sentinels)
+
+    monkeypatch.setattr(engine, "wait", look_and_wait)
+    run(small_plan(shards, arms=ARMS[1:], tune=False), alone, jobs=1)
+    for moment in moments:
+        (session,) = moment.sessions
+        assert session.environment["cpu"]
+        assert session.runs == len(moment.runs)
+        assert StudyResults.of(moment).processors == (session.environment["cpu"],)
+    assert moments[0].runs == {}
+
+
+def test_an_error_stops_all_trainings_and_leaves_the_session(plan, alone, monkeypatch, started):
+    def full(self, result):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StudyWriter, "add_run", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(plan, alone)
+    assert len(started) == 2
+    assert not any(process.is_alive() for process in started)
+    (session,) = StudyRecord.read(alone / "study.jsonl").sessions
+    assert session.runs == 1
+    assert session.runs_wall_seconds > 0
+
+
 def test_a_run_that_diverges_is_a_result(shards, tmp_path):
     grid = {"optimizer.lr": (0.01, 1e30)}
     arm = Arm("wild", {"optimizer.recipe": "sgd", "optimizer.clip_norm": 0.0}, grid)
@@ -209,4 +263,4 @@ def test_a_run_that_diverges_is_a_result(shards, tmp_path):
     again = StudyRecord.read(tmp_path / "study.jsonl")
     assert again.runs["wild-tune-lr1e+30"].loss == float("inf")
     lines = (tmp_path / "study.jsonl").read_text(encoding="utf-8").splitlines()
-    assert all(json.loads(line)["kind"] in ("plan", "run", "sitting") for line in lines)
+    assert all(json.loads(line)["kind"] in ("plan", "run", "session") for line in lines)

@@ -106,12 +106,12 @@ def test_nothing_is_taken_over_from_another_environment(first, name):
     assert not shelf_beside(first.parent / "new", other).results
 
 
-def test_a_study_that_was_killed_lends_nothing(first):
-    """Nothing says in which environment its runs ran."""
+def test_a_study_without_a_session_lends_nothing(first):
+    """Nothing says in which environment its runs ran: an older version was killed."""
     path = first / "study.jsonl"
     environment = StudyRecord.read(path).sessions[0].environment
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["kind"] != "sitting"]
+    kept = [line for line in lines if json.loads(line)["kind"] != "session"]
     path.write_text("".join(kept), encoding="utf-8")
     assert not shelf_beside(first.parent / "new", environment).results
 
@@ -179,7 +179,8 @@ def test_a_neighbour_that_did_not_record_its_text_is_not_used(shards, first, tra
 def test_a_study_does_not_go_on_with_another_text(shards, first, trained, tmp_path):
     lines = (first / "study.jsonl").read_text("utf-8").splitlines(keepends=True)
     other = write_text_again(shards, tmp_path / "other")
-    left = "".join(lines[:-2]).replace(str(shards), str(other))  # one run and the session are gone
+    kept = [line for line in lines if '"name":"sinkgd-L2-seed1"' not in line]  # one run is gone
+    left = "".join(kept).replace(str(shards), str(other))
     (first / "study.jsonl").write_text(left, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"trained on data with the hash .* now has the hash"):
         run(small_plan(other, arms=ARMS[:1]), first)

@@ -94,13 +94,22 @@ def run_study(
         reusable = ReusableRuns({})
         if scheduler.left and reuse:
             reusable = ReusableRuns.collect(folder, environment, say)
-        engine = _Engine(scheduler, texts, writer, reusable, folder / RUNS_FOLDER, jobs, say)
+        engine = _Engine(
+            scheduler,
+            texts,
+            writer,
+            reusable,
+            folder / RUNS_FOLDER,
+            jobs=jobs,
+            say=say,
+            environment=environment,
+            started=started,
+        )
         with Interrupt(forward=engine.send) as interrupt:
-            engine.work(interrupt)
-        if engine.ended:
-            session = engine.session(environment, time.perf_counter() - started)
-            writer.add_session(session)
-            record.sessions.append(session)
+            try:
+                engine.work(interrupt)
+            finally:
+                engine.close()
     return Outcome(
         record, scheduler.left, scheduler.runs, interrupt.received if scheduler.left else None
     )
@@ -125,10 +134,13 @@ class _Engine:
     folder: Path  # folder of the runs
     jobs: int
     say: Say
+    environment: dict[str, Any]
+    started: float  # when the session began, by `time.perf_counter`
     running: list[_Running] = field(default_factory=list)
     ended: int = 0
-    runs_seconds: float = 0.0
+    runs_seconds: float = 0.0  # of trainings that ended
     idle_seconds: float = 0.0
+    number: int | None = None  # of the session in the record; None until a training begins
 
     def send(self, number: Signals) -> None:
         """Forward a signal to every training."""
@@ -164,9 +176,10 @@ class _Engine:
         folder = RunFolder(self.folder / task.name)
         if folder.admit(config, "auto") is Admission.NOTHING:  # finished, but not yet recorded
             check_sha256(folder.start(), text, config.data.corpus)
-            self._record_result(task, folder)
+            self._record_result(task, folder, Run.read(folder.results))
             return
         self.say(f"{self._count(task)}{self._eta()}")
+        self._begin_session()
         fresh = not folder.results.exists()
         process = start_training(config, folder.path, plain=self.jobs > 1)
         self.running.append(_Running(task, process, time.perf_counter(), fresh))
@@ -176,40 +189,72 @@ class _Engine:
         one.process.join()
         code = one.process.exitcode
         folder = RunFolder(self.folder / one.task.name)
+        elapsed = time.perf_counter() - one.began
+        if code in (0, DIVERGED):
+            self._record_ended(one, folder, elapsed)
+            return
+        self.runs_seconds += elapsed  # the checkpoint keeps this work
         # A run that is asked to stop while it is being set up may also end with another code: 1 if
         # Ctrl-C arrives twice, from the terminal and from `send`, and 255 if the fork server ended
         # before it could report the code.
-        if was_stopped(code) or (stopping and code not in (0, DIVERGED)):
+        if stopping or was_stopped(code):
             wait_until_free(folder)
-            self.runs_seconds += time.perf_counter() - one.began  # the checkpoint keeps this work
             return
-        if code not in (0, DIVERGED):
-            self._stop_others()
-            raise StudyError(
-                f"run {one.task.name} ended with exit code {code}; see its messages above. "
-                "Finished runs are kept, and the same command continues the study"
-            )
-        result = self._record_result(one.task, folder)
-        self.ended += 1
-        end = result.run.end
-        bare = end.wall_seconds if end and one.fresh else time.perf_counter() - one.began
-        self.runs_seconds += bare
+        raise StudyError(
+            f"run {one.task.name} ended with exit code {code}; see its messages above. "
+            "Finished runs are kept, and the same command continues the study"
+        )
 
-    def _record_result(self, task: Task, folder: RunFolder) -> RunResult:
-        run = thinned(Run.read(folder.results))
-        result = RunResult(task.arm.name, task.tuning, task.point, run)
-        self._keep(result)
+    def _record_ended(self, one: _Running, folder: RunFolder, elapsed: float) -> None:
+        run = Run.read(folder.results)
+        self.runs_seconds += run.end.wall_seconds if run.end and one.fresh else elapsed
+        self.ended += 1
+        # If the process is killed between these two lines, the next session records the run, and
+        # does not count it again.
+        self._update_session()
+        self._record_result(one.task, folder, run)
+
+    def _record_result(self, task: Task, folder: RunFolder, run: Run) -> None:
+        self._keep(RunResult(task.arm.name, task.tuning, task.point, thinned(run)))
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        return result
 
     def _keep(self, result: RunResult) -> None:
         self.writer.add_run(result)
         self.scheduler.finish(result)
 
-    def _stop_others(self) -> None:
+    def close(self) -> None:
+        """Stop the trainings that still run, wait for them, and write the session's times."""
         self.send(SIGTERM)
         for one in self.running:
             one.process.join()
+            self.runs_seconds += time.perf_counter() - one.began
+        self.running.clear()
+        self._update_session()
+
+    def _begin_session(self) -> None:
+        """Write the session's environment before its first training begins."""
+        sessions = self.scheduler.record.sessions
+        if self.number is None:
+            sessions.append(self._session())
+            self.number = len(sessions)
+            self.writer.begin_session(self.number, sessions[-1])
+
+    def _update_session(self) -> None:
+        if self.number is not None:
+            session = self.scheduler.record.sessions[self.number - 1] = self._session()
+            self.writer.update_session(self.number, session)
+
+    def _session(self) -> Session:
+        """Return the record of this process's work so far."""
+        now = time.perf_counter()
+        return Session(
+            jobs=self.jobs,
+            runs=self.ended,
+            wall_seconds=now - self.started,
+            runs_wall_seconds=self.runs_seconds + sum(now - one.began for one in self.running),
+            idle_seconds=self.idle_seconds,
+            environment=self.environment,
+        )
 
     def _count(self, task: Task) -> str:
         return f"run {self.scheduler.begun} of {self.scheduler.runs}: {task.name}"
@@ -219,17 +264,6 @@ class _Engine:
         if seconds is None:
             return ""
         return f", about {clock(seconds * self.scheduler.left / self.jobs)} left"
-
-    def session(self, environment: dict[str, Any], wall_seconds: float) -> Session:
-        """Return the record of this process's work."""
-        return Session(
-            jobs=self.jobs,
-            runs=self.ended,
-            wall_seconds=wall_seconds,
-            runs_wall_seconds=self.runs_seconds,
-            idle_seconds=self.idle_seconds,
-            environment=environment,
-        )
 
 
 def _environment(plan: StudyPlan) -> dict[str, Any]:

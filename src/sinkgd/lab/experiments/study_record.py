@@ -1,9 +1,13 @@
 """`study.jsonl`: all results of a study, in a file small enough to commit.
 
 Its first line is the plan. After it come a line for every run that ended, whether it finished or
-diverged, and a line (kind "sitting") for every session in which a run ended. A session is one
-process's work on the study. If arms are added later, the new plan follows, and replaces the first
-one. The study's page and verdict are made from this file only.
+diverged, and lines (kind "session") for every session in which a training began. A session is one
+process's work on the study. Its first line has its environment, and is written when its first
+training begins; further lines have the number of its runs and its times, and are written whenever
+a run ends and when the session ends. The last value counts, so a killed session has the times of
+its last run that ended. Older versions wrote one line (kind "sitting") at the end of a session in
+which a run ended, and none if the session was killed. If arms are added later, the new plan
+follows, and replaces the first one. The study's page and verdict are made from this file only.
 
 Runs are thinned. The training curve has one step per evaluation, with the mean loss and the mean
 times since the previous evaluation. A model's statistics are reduced to their means over heads and
@@ -85,7 +89,7 @@ class Session:
     jobs: int  # number of runs that train at a time
     runs: int  # number of runs that ended in the session
     wall_seconds: float
-    runs_wall_seconds: float  # sum over the session's runs, including those that a signal stopped
+    runs_wall_seconds: float  # sum over the session's trainings, including unfinished ones
     idle_seconds: float  # sum over jobs of the time without work while other jobs ran
     environment: Mapping[str, Any]
 
@@ -99,6 +103,10 @@ class Session:
             return None
         held = self.jobs * self.wall_seconds - self.idle_seconds
         return held / self.runs_wall_seconds - 1
+
+
+# The fields of a session that change while it lasts.
+_PROGRESS = ("runs", "wall_seconds", "runs_wall_seconds", "idle_seconds")
 
 
 @dataclass
@@ -140,6 +148,8 @@ class StudyRecord:
                 elif content["kind"] == "run":
                     result = _run_from_json(content, path)
                     record.runs[result.name] = result
+                elif content["kind"] == "session":
+                    record._add_session(**without_kind(content))
                 else:
                     record.sessions.append(Session(**without_kind(content)))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -150,6 +160,15 @@ class StudyRecord:
             raise ResultsError(f"{path} is empty; delete it and run the study again")
         record._add_environment()
         return record
+
+    def _add_session(self, number: int, **values: Any) -> None:
+        """Add a session, or replace values of one; ``number`` counts the sessions from 1."""
+        if number == len(self.sessions) + 1:
+            self.sessions.append(Session(**values))
+        elif 1 <= number <= len(self.sessions):
+            self.sessions[number - 1] = replace(self.sessions[number - 1], **values)
+        else:
+            raise ValueError(f"session {number} follows {len(self.sessions)} sessions")
 
     def _add_environment(self) -> None:
         """Give every run what the environments of all sessions have in common.
@@ -191,9 +210,14 @@ class StudyWriter:
         """Write a run that ended."""
         self._write(_run_as_json(result))
 
-    def add_session(self, session: Session) -> None:
-        """Write the times of this process's work."""
-        self._write({"kind": "sitting", **asdict(session)})
+    def begin_session(self, number: int, session: Session) -> None:
+        """Write all that is known of a session; ``number`` counts the study's sessions from 1."""
+        self._write({"kind": "session", "number": number, **asdict(session)})
+
+    def update_session(self, number: int, session: Session) -> None:
+        """Write a session's number of runs and times, which replace those of its earlier lines."""
+        progress = {name: getattr(session, name) for name in _PROGRESS}
+        self._write({"kind": "session", "number": number, **progress})
 
     def close(self) -> None:
         """Close the file."""
