@@ -239,6 +239,28 @@ def test_a_session_is_in_the_record_before_its_first_run_ends(shards, alone, mon
     assert moments[0].runs == {}
 
 
+@pytest.mark.parametrize("stops", [2, 3])
+def test_a_run_that_others_stop_is_resumed_twice(shards, alone, monkeypatch, started, stops):
+    wait = engine.wait
+
+    def stop_and_wait(sentinels):
+        if len(started) <= stops:
+            started[-1].terminate()  # with SIGTERM, as e.g. a limit on the time of processes does
+        return wait(sentinels)
+
+    monkeypatch.setattr(engine, "wait", stop_and_wait)
+    plan = small_plan(shards, arms=ARMS[1:], seeds=(0,), tune=False)
+    if stops > 2:
+        with pytest.raises(StudyError, match="run adamw-seed0 was stopped 3 times by a signal"):
+            run(plan, alone, jobs=1)
+        assert StudyRecord.read(alone / "study.jsonl").runs == {}
+        return
+    outcome = run(plan, alone, jobs=1)
+    assert (outcome.left, outcome.signal, len(started)) == (0, None, 3)
+    assert said[-2].startswith("run adamw-seed0 was stopped by a signal that the study did not")
+    assert outcome.record.runs["adamw-seed0"].run.finished
+
+
 def test_an_error_stops_all_trainings_and_leaves_the_session(plan, alone, monkeypatch, started):
     def full(self, result):
         raise OSError(errno.ENOSPC, "No space left on device")

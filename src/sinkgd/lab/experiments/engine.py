@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,7 @@ from sinkgd.lab.train.machine import describe_environment, select_device
 from sinkgd.lab.train.setup import open_dataset
 from sinkgd.lab.train.sinks import clock
 
+_MOST_STOPS = 2  # how often a run that others stopped is resumed in a session
 RUNS_FOLDER = "runs"  # in the study's folder, with a folder for each run
 
 Say = Callable[[str], None]
@@ -78,7 +80,7 @@ def run_study(
             text; the message says what differs.
         RunFolderError: If another process is running the study, or the folder of a run is damaged.
         ResultsError: If the study's file or the results of a run are damaged.
-        StudyError: If a run fails for a reason other than divergence.
+        StudyError: If a run fails for a reason other than divergence, or others stop it repeatedly.
         DataError: If the text is missing, damaged or too small.
     """
     started = time.perf_counter()
@@ -140,6 +142,7 @@ class _Engine:
     ended: int = 0
     runs_seconds: float = 0.0  # of trainings that ended
     idle_seconds: float = 0.0
+    stops: Counter[str] = field(default_factory=Counter)  # by run, without those of the study
     number: int | None = None  # of the session in the record; None until a training begins
 
     def send(self, number: Signals) -> None:
@@ -199,11 +202,29 @@ class _Engine:
         # before it could report the code.
         if stopping or was_stopped(code):
             wait_until_free(folder)
+            if not stopping:
+                self._put_back(one.task)
             return
         raise StudyError(
             f"run {one.task.name} ended with exit code {code}; see its messages above. "
             "Finished runs are kept, and the same command continues the study"
         )
+
+    def _put_back(self, task: Task) -> None:
+        """Let a run go on that was stopped, although nobody stopped the study.
+
+        Raises:
+            StudyError: If this has happened too often.
+        """
+        self.stops[task.name] += 1
+        if self.stops[task.name] > _MOST_STOPS:
+            raise StudyError(
+                f"run {task.name} was stopped {self.stops[task.name]} times by a signal that the "
+                "study did not send; find out what sends it. Finished runs are kept, and the same "
+                "command continues the study"
+            )
+        self.say(f"run {task.name} was stopped by a signal that the study did not send; resuming")
+        self.scheduler.put_back(task)
 
     def _record_ended(self, one: _Running, folder: RunFolder, elapsed: float) -> None:
         run = Run.read(folder.results)

@@ -85,6 +85,10 @@ class Scheduler:
             self._begun.add(task.name)
         return task
 
+    def put_back(self, task: Task) -> None:
+        """Hand out a run again that was stopped before its end."""
+        self._begun.remove(task.name)
+
     def finish(self, result: RunResult) -> None:
         """Record the result of a run that was handed out."""
         self.record.runs[result.name] = result
