@@ -98,12 +98,22 @@ def test_nothing_is_taken_over_where_that_is_not_asked(shards, first, trained):
     assert len(trained) == 3
 
 
-@pytest.mark.parametrize("name", ["torch", "cpu", "threads", "device", "sinkgd"])
+@pytest.mark.parametrize("name", ["torch", "numba", "cpu", "threads", "device", "sinkgd", "source"])
 def test_nothing_is_taken_over_from_another_environment(first, name):
     session = StudyRecord.read(first / "study.jsonl").sessions[0]
     other = {**session.environment, name: "another"}
     assert len(shelf_beside(first.parent / "new").results) == 2
     assert not shelf_beside(first.parent / "new", other).results
+
+
+def test_nothing_is_taken_over_from_a_version_that_recorded_no_source(first):
+    path = first / "study.jsonl"
+    environment = StudyRecord.read(path).sessions[0].environment
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row.get("environment", {}).pop("source", None)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert not shelf_beside(first.parent / "new", environment).results
 
 
 def test_a_study_without_a_session_lends_nothing(first):

@@ -208,7 +208,9 @@ def test_another_recipe_under_the_same_name_is_refused(config, here, monkeypatch
         train(config, here / "run")
 
 
-@pytest.mark.parametrize("name", ["torch", "sinkgd", "commit", "threads", "cpu", "device"])
+@pytest.mark.parametrize(
+    "name", ["torch", "sinkgd", "commit", "source", "threads", "cpu", "device"]
+)
 def test_what_changes_the_last_bits_is_said(config, here, monkeypatch, name):
     config = stopped(with_corpus(config, "shards"), here / "run")
     before = Run.read(here / "run" / "run.jsonl").start.environment[name]

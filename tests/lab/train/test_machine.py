@@ -8,7 +8,7 @@ import torch
 
 import sinkgd
 from sinkgd.lab.train import machine
-from sinkgd.lab.train.machine import commit, describe_environment, installed_version
+from sinkgd.lab.train.machine import commit, describe_environment, installed_version, source_hash
 
 
 def test_versions_device_and_threads_are_there():
@@ -37,6 +37,28 @@ def test_processors_of_one_name_are_told_apart_by_their_instructions(
 
 def test_an_absent_package_has_no_version():
     assert installed_version("no-such-package-anywhere") is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "differs"),
+    [
+        ("optim/step.py", True),
+        ("lab/train/loop.py", True),
+        ("lab/report/page.py", False),
+        ("lab/experiments/studies/one.py", False),
+    ],
+)
+def test_the_hash_of_the_source_is_of_what_decides_the_losses(tmp_path, changed, differs):
+    before, after = tmp_path / "before", tmp_path / "after"
+    for folder in (before, after):
+        for name in ("optim/step.py", "lab/train/loop.py", "lab/report/page.py"):
+            path = folder / name
+            path.parent.mkdir(parents=True)
+            path.write_text("x = 1\n", encoding="utf-8")
+    (after / changed).parent.mkdir(parents=True, exist_ok=True)
+    (after / changed).write_text("x = 2\n", encoding="utf-8")
+    assert (source_hash(before) != source_hash(after)) == differs
+    assert describe_environment(torch.device("cpu"))["source"] == source_hash()
 
 
 def use_source(monkeypatch, folder: Path) -> Path:

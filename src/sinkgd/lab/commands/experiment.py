@@ -60,8 +60,8 @@ class Experiment:
     their settings."""
 
     reuse: bool = True
-    """Reuse tuning runs of other studies in the parent folder of --out that were made on this
-    machine with the same configuration. With --no-reuse, every run is trained."""
+    """Reuse tuning runs of other studies in the parent folder of --out that were made with the same
+    configuration, code, versions and processor. With --no-reuse, every run is trained."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train nothing: build every arm's model without weights, and show sizes and memory. Problems

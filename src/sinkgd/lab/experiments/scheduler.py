@@ -7,8 +7,9 @@ Other runs are handed out, and continue from their checkpoints if a killed proce
 
 Runs of grids that neighboring studies have in common are trained once and reused. In one
 environment, a run's configuration determines its losses to the bit, and a grid needs only losses.
-Reported runs also have times, which depend on other work on the machine, so every study trains its
-own reported runs.
+Environments are equal if they have the same source code, packages, processor, threads and device;
+records of versions that recorded no hash of their source code are not reused. Reported runs also
+have times, which depend on other work on the machine, so every study trains its own reported runs.
 """
 
 import json
@@ -27,7 +28,9 @@ from sinkgd.lab.results import ResultsError
 from sinkgd.lab.train.config import RunConfig, as_tables
 from sinkgd.lab.train.identity import DATA, knows_its_text
 
-_EQUAL = ("sinkgd", "torch", "cpu", "threads", "device")  # parts of an environment to compare
+# Parts of an environment to compare. numba chooses the backend: a step on a CPU without it is taken
+# by ``eager``.
+_EQUAL = ("sinkgd", "source", "torch", "numba", "cpu", "threads", "device")
 
 
 class Scheduler:

@@ -50,7 +50,7 @@ _SIZES_ADDED_LATER: Mapping[str, Any] = {
 }
 # Parts of an environment that determine the last bits of losses. numba chooses the backend: a step
 # on a CPU without it is taken by ``eager``.
-_LAST_BITS = ("sinkgd", "commit", "torch", "numba", "cpu", "threads", "device", "mesh")
+_LAST_BITS = ("sinkgd", "commit", "source", "torch", "numba", "cpu", "threads", "device", "mesh")
 # Keys of a parameter group that are not compared as options: its parameters, names, and options
 # that change how its step is computed but not the result.
 _HOW = frozenset({"params", "param_names", "name", "foreach", "fused", "capturable", "backend"})

@@ -1,6 +1,7 @@
 """The machine that a run uses: device, threads, precision, memory of the process, environment."""
 
 import ctypes
+import hashlib
 import os
 import platform
 import resource
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ import sinkgd
 from sinkgd.lab.train.config import ConfigError, Device, Precision
 
 _MOST_THREADS_PER_CORE = 16
+# Folders of the package whose code cannot change the losses of a run with a given configuration.
+_NOT_OF_RUNS = (
+    *(f"lab/{name}" for name in ("bench", "commands", "experiments", "plan", "report")),
+    "integrations",
+)
 _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # as /proc/cpuinfo lists them
 
 
@@ -96,6 +103,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return {
         "sinkgd": sinkgd.__version__,
         "commit": commit(),
+        "source": source_hash(),
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := installed_version(name)) is not None},
         "platform": platform.platform(),
@@ -148,6 +156,25 @@ def commit() -> str | None:
     if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
         return None
     return _git(source.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+@cache
+def source_hash(package: Path | None = None) -> str:
+    """Return a hash of the code on which the losses of a run depend, 12 hexadecimal digits.
+
+    Unlike a commit, it also tells two changed working trees apart, and stays the same if only
+    documents, tests or the code of reports and studies change.
+
+    Args:
+        package: Folder of the package; by default the one that is running.
+    """
+    root = package or Path(sinkgd.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(tuple(f"{folder}/" for folder in _NOT_OF_RUNS)):
+            found.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
