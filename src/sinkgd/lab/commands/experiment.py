@@ -52,8 +52,9 @@ class Experiment:
     """Number of reported runs of each arm; their seeds count up from training.seed."""
 
     jobs: int | None = None
-    """Number of runs that are trained at a time; they share the cores. By default one for each core
-    at machine scale, else one."""
+    """Number of runs that are trained at a time. By default one for each core at machine scale,
+    else one. Without --training.threads, each run gets its share of the cores; a study that is
+    continued keeps its number of threads."""
 
     tune: bool = True
     """Search each arm's grid first, with a seed that no reported run has. With --no-tune, arms keep
@@ -193,10 +194,30 @@ class Experiment:
             if (self.data / "manifest.json").exists():  # shards have a vocabulary of their own
                 data = replace(data, vocab_size=None)
             shared = replace(shared, data=data)
-        if shared.training.threads is None and self._jobs() > 1:
-            threads = max(1, (os.cpu_count() or 1) // self._jobs())
-            shared = replace(shared, training=replace(shared.training, threads=threads))
+        if shared.training.threads is None:
+            shared = replace(shared, training=replace(shared.training, threads=self._threads()))
         return shared
+
+    def _threads(self) -> int | None:
+        """Return the CPU threads of each run; None leaves them to torch.
+
+        They are those with which the study began, or else a job's share of the cores.
+        """
+        from sinkgd.lab.experiments.engine import recorded_plan
+
+        jobs = self._jobs()
+        chosen = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+        begun = recorded_plan(self._folder())
+        if begun is None:
+            return chosen
+        kept: int | None = begun["shared"]["training"].get("threads")
+        if kept != chosen:
+            _echo(
+                f"note: the study in {self._folder()} began with {_threads_in_words(kept)} for "
+                f"each run, which it keeps; a new study with --jobs {jobs} would have "
+                f"{_threads_in_words(chosen)}"
+            )
+        return kept
 
     def _jobs(self) -> int:
         if self.jobs is not None:
@@ -295,6 +316,12 @@ def _dry_run(plan: "StudyPlan", folder: Path) -> int:
     read_begun(plan, folder)  # raises the same errors as the study itself
     Console().print(terminal_table(dry_run_table(plan)))
     return 0
+
+
+def _threads_in_words(threads: int | None) -> str:
+    if threads is None:
+        return "torch's number of threads"
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def _echo(message: str) -> None:

@@ -337,12 +337,27 @@ def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
         ConfigError: If the study has another plan; the message names each field that differs.
         ResultsError: If the study's file is damaged.
     """
+    record = _read_record(folder)
+    if record is not None:
+        check_same_plan(record.plan, plan.as_json(), str(folder))
+    return record
+
+
+def recorded_plan(folder: Path) -> Mapping[str, Any] | None:
+    """Return the plan of the study in ``folder``; None if no study was begun there.
+
+    Raises:
+        ResultsError: If the study's file is damaged.
+    """
+    record = _read_record(folder)
+    return None if record is None else record.plan
+
+
+def _read_record(folder: Path) -> StudyRecord | None:
     path = folder / STUDY_FILE
     if not path.exists() or b"\n" not in path.read_bytes():
         return None
-    record = StudyRecord.read(path)
-    check_same_plan(record.plan, plan.as_json(), str(folder))
-    return record
+    return StudyRecord.read(path)
 
 
 def _prepare_text(plan: StudyPlan, say: Say) -> dict[DataConfig, str]:
