@@ -1,5 +1,6 @@
 """A study is continued by the same command: with other jobs or cores, and by a later version."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 
 from sinkgd.lab.commands.experiment import Experiment
 from sinkgd.lab.experiments.engine import read_begun
+from sinkgd.lab.experiments.study import check_same_plan
 from sinkgd.lab.experiments.study_record import StudyWriter
 from sinkgd.lab.train.config import ConfigError
 
@@ -58,3 +60,30 @@ def test_other_threads_that_are_asked_for_are_refused(tmp_path):
     plan = command(tmp_path, 2, threads=2)._plan()
     with pytest.raises(ConfigError, match=r"training\.threads was 1 and is now 2"):
         read_begun(plan, tmp_path)
+
+
+def saved_by_an_older_version(plan):
+    """Return a plan without an option, a table of options and a property of arms."""
+    saved = json.loads(json.dumps(plan.as_json()))
+    del saved["shared"]["model"]["lora_rank"]
+    del saved["shared"]["mesh"]
+    for arm in saved["arms"].values():
+        del arm["series"]
+    return saved
+
+
+def test_an_option_that_was_added_later_is_no_difference(tmp_path):
+    plan = command(tmp_path, 1)._plan()
+    saved = saved_by_an_older_version(plan)
+    check_same_plan(saved, plan.as_json(), "runs/old")
+    del saved["shared"]["training"]["steps"]  # whose default is not that of the study
+    with pytest.raises(ConfigError, match=r"options: training\.steps was 400 and is now "):
+        check_same_plan(saved, plan.as_json(), "runs/old")
+
+
+def test_an_option_that_was_added_later_and_is_now_given_is_a_difference(tmp_path):
+    plan = command(tmp_path, 1)._plan()
+    model = replace(plan.shared.model, lora_rank=8)
+    now = replace(plan, shared=replace(plan.shared, model=model)).as_json()
+    with pytest.raises(ConfigError, match=r"options: model\.lora_rank was 0 and is now 8\."):
+        check_same_plan(saved_by_an_older_version(plan), now, "runs/old")

@@ -135,7 +135,7 @@ def test_checkpoints_of_finished_runs_are_gone(finished):
             lambda p: replace(
                 p, shared=replace(p.shared, training=replace(p.shared.training, steps=7))
             ),
-            "shared.training.steps was 6 and is now 7",
+            "options: training.steps was 6 and is now 7",
         ),
     ],
 )

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from sinkgd.lab.experiments.arms import EMPTY, Arm, Point, arm_as_json, check_arms, point_name
+from sinkgd.lab.experiments.arms import (
+    EMPTY,
+    Arm,
+    Point,
+    arm_as_json,
+    arm_from_json,
+    check_arms,
+    point_name,
+)
 from sinkgd.lab.experiments.study_results import StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.report.figures import Chart, Identities
@@ -212,7 +220,8 @@ def plan_of(study: Study, scale: Scale, **options: Any) -> StudyPlan:
 def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: str) -> None:
     """Check that a study is continued with the options that it began with.
 
-    Only options of the mesh, of checkpoints and of logging may change, and arms may be added.
+    Only options of the mesh, of checkpoints and of logging may change, and arms may be added. An
+    option that the saved plan lacks, because it was added later, had its default.
 
     Args:
         saved: The plan in the study's file, a result of `StudyPlan.as_json`.
@@ -224,7 +233,7 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
             values.
     """
     known = {name: arm for name, arm in plan["arms"].items() if name in saved["arms"]}
-    before, now = dict(_flat(saved)), dict(_flat({**plan, "arms": known}))
+    before, now = dict(_flat(_with_defaults(saved))), dict(_flat({**plan, "arms": known}))
     names = [
         name
         for name in dict.fromkeys([*before, *now])
@@ -232,13 +241,24 @@ def check_same_plan(saved: Mapping[str, Any], plan: Mapping[str, Any], where: st
     ]
     if names:
         listed = "; ".join(
-            f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
+            f"{name.removeprefix('shared.')} was {before.get(name, 'absent')!r} and is now "
+            f"{now.get(name, 'absent')!r}"
             for name in names
         )
         raise ConfigError(
             f"the study in {where} has other options: {listed}. "
             "Give the same options, or another --out"
         )
+
+
+def _with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved plan with the defaults of options that it lacks."""
+    shared = {
+        table: {**options, **saved["shared"].get(table, {})}
+        for table, options in asdict(SharedConfig()).items()
+    }
+    arms = {name: arm_as_json(arm_from_json(name, arm)) for name, arm in saved["arms"].items()}
+    return {**saved, "shared": {**saved["shared"], **shared}, "arms": arms}
 
 
 def added_arms(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
