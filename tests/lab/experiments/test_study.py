@@ -119,6 +119,16 @@ def test_an_option_that_would_do_nothing_is_refused():
         selected(odd, shared, axis={})
 
 
+@pytest.mark.parametrize(("scale", "preset"), [("machine", None), ("paper", "llama-1b")])
+def test_an_option_that_the_arms_of_an_axis_set_is_refused(scale, preset):
+    study = find_study("batch")
+    shared = study.settings[scale].of_model(preset)
+    select_arms(study, scale, shared, axis={})  # the settings of the model itself are no options
+    rarely = replace(shared, evaluation=replace(shared.evaluation, every_steps=5))
+    with pytest.raises(ConfigError, match=r"evaluation\.every_steps is 5, but the study sets it"):
+        select_arms(study, scale, rarely, axis={})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

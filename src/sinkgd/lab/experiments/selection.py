@@ -50,12 +50,8 @@ def select_arms(
     """
     setting = study.settings[scale]
     places = _places(study, setting, axis)
-    arms = setting.arms
-    if setting.at is not None:
-        off_axis = tuple(arm for arm in arms if arm.value is None)
-        arms = (*(arm for place in places for arm in setting.at(place, shared)), *off_axis)
-    else:
-        _check_effective(setting, shared)
+    arms = _arms_at(places, setting, shared)
+    _check_effective(arms, places, setting, shared)
     if rates:
         arms = tuple(_with_rates(arm, tuple(rates)) for arm in arms)
     if recipes:
@@ -149,15 +145,34 @@ def _places(study: Study, setting: Setting, axis: Mapping[str, Sequence[float]])
     return next(iter(asked.values()), list(own))
 
 
-def _check_effective(setting: Setting, shared: SharedConfig) -> None:
-    """Check that no arm overrides an option of the user, which would then have no effect."""
-    for name, _, value in differences(setting.shared, shared):
-        owners = [arm.name for arm in setting.arms if name in arm.overrides]
-        if owners:
+def _arms_at(places: Sequence[float], setting: Setting, shared: SharedConfig) -> tuple[Arm, ...]:
+    """Return the arms at positions on the axis, and those without a position."""
+    if setting.at is None:
+        return setting.arms
+    off_axis = (arm for arm in setting.arms if arm.value is None)
+    return (*(arm for place in places for arm in setting.at(place, shared)), *off_axis)
+
+
+def _check_effective(
+    arms: tuple[Arm, ...], places: Sequence[float], setting: Setting, shared: SharedConfig
+) -> None:
+    """Check that no arm overrides an option of the user, which would then have no effect.
+
+    The option has an effect if other values of it make other arms.
+    """
+    usual = setting.of_model(shared.model.preset)
+    for name, old, value in differences(usual, shared):
+        owners = [arm.name for arm in arms if name in arm.overrides]
+        if owners and arms == _arms_at(places, setting, _with_option(shared, name, old)):
             raise ConfigError(
                 f"{name} is {value!r}, but the study sets it for {', '.join(owners)}; leave out "
                 "the option"
             )
+
+
+def _with_option(shared: SharedConfig, name: str, value: Any) -> SharedConfig:
+    table, _, key = name.partition(".")
+    return replace(shared, **{table: replace(getattr(shared, table), **{key: value})})
 
 
 def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
