@@ -160,9 +160,32 @@ def test_an_unfinished_search_is_at_no_edge():
     assert StudyResults.of(record).arms[0].edges == []
 
 
-def test_rates_of_the_user_are_the_only_ones_that_are_tried():
+def table1_arm(*rates):
     study = STUDIES["table1"]
     shared = study.settings["machine"].shared
-    (arm, *_) = select_arms(study, "machine", shared, axis={}, rates=(0.08,), recipes=["sinkgd"])
+    (arm, *_) = select_arms(study, "machine", shared, axis={}, rates=rates, recipes=["sinkgd"])
+    return arm
+
+
+def test_rates_of_the_user_are_the_only_ones_that_are_tried():
+    arm = table1_arm(0.04, 0.08)
     assert not arm.widened
-    assert arm.tuned[LR] == (0.08,)
+    assert arm.tuned[LR] == (0.04, 0.08)
+
+
+def test_beside_one_rate_of_the_user_the_other_is_still_widened():
+    arm = table1_arm(0.05)
+    assert arm.widened
+    assert list(arm.tuned) == [MATRIX_LR]
+    record, _ = run_all(plan_for(arm), lambda point: abs(math.log2(point[MATRIX_LR] / 0.032)))
+    (one,) = StudyResults.of(record).arms
+    assert one.chosen == {MATRIX_LR: pytest.approx(0.032)}
+    assert arm.overrides[LR] == 0.05
+
+
+def test_one_rate_for_arms_with_and_without_another_names_the_sizes_of_the_grids():
+    study = STUDIES["table1"]
+    shared = study.settings["machine"].shared
+    arms = select_arms(study, "machine", shared, axis={}, rates=(0.08,))
+    with pytest.raises(ConfigError, match=r"numbers of points .* sinkgd 3.* adamw-one-lr 1"):
+        check_arms("table1", arms)

@@ -172,11 +172,6 @@ def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
                 f"{arm.carried.arm!r}, which is not among the arms with a grid; keep that arm"
             )
     tuned = [arm for arm in arms if arm.tuned]
-    if (odd := [arm.name for arm in tuned if not arm.widened]) and len(odd) < len(tuned):
-        raise ConfigError(
-            f"the arms of study {study!r} are not tuned alike: the grids of {', '.join(odd)} are "
-            "not widened, the others are; widen all or none"
-        )
     for arm in tuned:
         for name, values in arm.tuned.items():
             if arm.widened and not _can_be_widened(values):
@@ -197,6 +192,11 @@ def check_arms(study: str, arms: tuple[Arm, ...]) -> None:
                 f"the arms of study {study!r} are not tuned alike: the numbers of points in "
                 f"their grids are {listed}; give each the same number of points"
             )
+    if (odd := [arm.name for arm in tuned if not arm.widened]) and len(odd) < len(tuned):
+        raise ConfigError(
+            f"the arms of study {study!r} are not tuned alike: the grids of {', '.join(odd)} are "
+            "not widened, the others are; widen all or none"
+        )
 
 
 def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:

@@ -41,7 +41,8 @@ def select_arms(
         axis: For each option, positions that replace those on the study's axis; may be empty.
         rates: Values to try for ``optimizer.lr``; an arm that does not tune this rate takes only
             one. Where the study fixes both rates, ``optimizer.matrix_lr`` keeps its ratio to
-            ``optimizer.lr``.
+            ``optimizer.lr``. Widened grids are widened only in other options, and only if a single
+            value is given.
         recipes: If given, keep only the arms with these recipes. A name that is not an arm's recipe
             selects the arm with this name.
 
@@ -180,6 +181,9 @@ def _with_rates(arm: Arm, rates: tuple[float, ...]) -> Arm:
     if LR in arm.tuned:
         if len(rates) == 1:
             overrides[LR] = rates[0]
+            if arm.widened and len(arm.tuned) > 1:  # the search for the other rates goes on
+                others = {name: values for name, values in arm.tuned.items() if name != LR}
+                return replace(arm, overrides=overrides, tuned=others)
         return replace(arm, overrides=overrides, tuned={**arm.tuned, LR: rates}, widened=False)
     if len(rates) > 1:
         raise ConfigError(
