@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from sinkgd.lab.cli import main
+from sinkgd.lab.experiments.study_record import STUDY_FILE
 from sinkgd.lab.results import Memory, ResultsError, ResultsWriter, RunEnd, RunStart
 from sinkgd.lab.train.config import ConfigError, RunConfig, TrainingConfig, save_config
-from sinkgd.lab.train.folder import Admission, RunFolder, RunFolderError
+from sinkgd.lab.train.folder import Admission, RunFolder, RunFolderError, check_kind
 
 CONFIG = RunConfig()
 START = RunStart("r", "sgd", 0, "sinkgd train", {}, {}, parameters=1, tokens_per_step=1)
@@ -155,3 +157,26 @@ def test_a_lock_on_a_file_that_was_just_removed_is_taken_anew(folder, monkeypatc
     with folder.lock():
         assert len(taken) == 2
         assert (folder.path / ".lock").exists()
+
+
+HELD = {"run": "run.jsonl", "comparison": "adamw-seed0/run.jsonl", "study": STUDY_FILE}
+COMMANDS = {
+    "run": ["train"],
+    "comparison": ["compare"],
+    "study": ["experiment", "iterations", "--dry-run"],
+}
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("held", HELD)
+def test_a_folder_is_of_one_kind(tmp_path, capsys, held, kind):
+    path = tmp_path / HELD[held]
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    if held == kind:
+        check_kind(tmp_path, kind)
+        return
+    assert main([*COMMANDS[kind], "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"holds a {held} ({path}), so a {kind} cannot be written there; give another" in said
+    assert [file for file in tmp_path.rglob("[!.]*") if file.is_file()] == [path]

@@ -23,7 +23,7 @@ from sinkgd.lab.train.config import (
     command_line,
     load_defaults,
 )
-from sinkgd.lab.train.folder import Admission, RunFolder
+from sinkgd.lab.train.folder import Admission, RunFolder, check_kind
 from sinkgd.lab.train.resolve import resolve
 
 _PROGRAM = "from _sinkgd_cli import main; raise SystemExit(main(child=True))"
@@ -103,9 +103,11 @@ class Compare:
             ConfigError: If an option is invalid, or an existing run has another configuration or
                 was trained on another text.
             DataError: If the text is needed but absent.
+            RunFolderError: If the folder holds a single run or a study.
         """
         started = time.perf_counter()
         runs = self._plan()
+        check_kind(self.out, "comparison")
         open_runs = [name for name, config in runs.items() if not self._is_finished(name, config)]
         begun_before = any(RunFolder(self.out / name).has_begun() for name in runs)
         if not open_runs:

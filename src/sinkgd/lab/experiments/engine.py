@@ -40,7 +40,7 @@ from sinkgd.lab.launch import Interrupt
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import RunFolder, RunFolderError
 from sinkgd.lab.train.config import DataConfig
-from sinkgd.lab.train.folder import Admission
+from sinkgd.lab.train.folder import Admission, check_kind
 from sinkgd.lab.train.identity import check_sha256, knows_its_text
 from sinkgd.lab.train.machine import describe_environment, select_device
 from sinkgd.lab.train.setup import open_dataset
@@ -78,7 +78,8 @@ def run_study(
     Raises:
         ConfigError: If the study or a run there has another configuration or was trained on another
             text; the message says what differs.
-        RunFolderError: If another process is running the study, or the folder of a run is damaged.
+        RunFolderError: If another process is running the study, the folder of a run is damaged, or
+            the study's folder holds a single run or a comparison.
         ResultsError: If the study's file or the results of a run are damaged.
         StudyError: If a run fails for a reason other than divergence, or others stop it repeatedly.
         DataError: If the text is missing, damaged or too small.
@@ -336,7 +337,9 @@ def read_begun(plan: StudyPlan, folder: Path) -> StudyRecord | None:
     Raises:
         ConfigError: If the study has another plan; the message names each field that differs.
         ResultsError: If the study's file is damaged.
+        RunFolderError: If the folder holds a single run or a comparison.
     """
+    check_kind(folder, "study")
     record = _read_record(folder)
     if record is not None:
         check_same_plan(record.plan, plan.as_json(), str(folder))

@@ -15,11 +15,37 @@ from sinkgd.lab.train.checkpoint_validation import checkpoints
 from sinkgd.lab.train.config import RunConfig, read_tables
 from sinkgd.lab.train.identity import check_unchanged, knows_its_text
 
+_STUDY_FILE = "study.jsonl"  # the STUDY_FILE of `sinkgd.lab.experiments.study_record`
+
 ResumePolicy = Literal["auto", "never", "must"]
 
 
 class RunFolderError(ValueError):
     """A run must not begin or resume in a folder; the message gives the remedy."""
+
+
+def check_kind(folder: Path, kind: Literal["run", "comparison", "study"]) -> None:
+    """Refuse a folder with results of another kind, which reports would mix with new ones.
+
+    Args:
+        folder: The folder; it need not exist.
+        kind: What is to be written there: ``run.jsonl``, folders with a ``run.jsonl`` each, or
+            ``study.jsonl``.
+
+    Raises:
+        RunFolderError: If the folder holds results of another kind.
+    """
+    held = {
+        "run": [folder / RESULTS_FILE],
+        "comparison": sorted(folder.glob(f"*/{RESULTS_FILE}")),
+        "study": [folder / _STUDY_FILE],
+    }
+    for other, paths in held.items():
+        if other != kind and any(path.exists() for path in paths):
+            raise RunFolderError(
+                f"{folder} holds a {other} ({paths[0]}), so a {kind} cannot be written there; "
+                "give another --out"
+            )
 
 
 class Admission(Enum):
@@ -69,8 +95,8 @@ class RunFolder:
 
         Raises:
             RunFolderError: If ``resume`` forbids what the folder holds, or the folder holds
-                checkpoints without results, a file instead of the folder of checkpoints, or
-                results that are not a regular file.
+                checkpoints without results, a file instead of the folder of checkpoints,
+                results that are not a regular file, or a comparison or study.
             ConfigError: If the run there has another configuration; the message gives each changed
                 field.
             ResultsError: If the results are damaged.
@@ -81,6 +107,8 @@ class RunFolder:
                 "away, or give another --out"
             )
         begun = self.has_begun()
+        if not begun:
+            check_kind(self.path, "run")
         if not begun and checkpoints(self.checkpoints):
             raise RunFolderError(
                 f"{self.checkpoints} holds checkpoints of a run whose results are missing: there "
