@@ -17,7 +17,9 @@ import pytest
 
 import sinkgd
 from sinkgd.lab.cli import COMMANDS, main
+from sinkgd.lab.commands.train import Train
 from sinkgd.lab.results import Run
+from stopping import stopping_at
 
 WORDS = ("the", "of", "and", "to", "in", "a", "state", "union", "people", "law", "year", "war")
 
@@ -219,6 +221,21 @@ def test_ctrl_c_outside_training_has_its_exit_code(capsys, monkeypatch, tmp_path
     monkeypatch.setattr("sinkgd.lab.train.run.set_up", interrupt)
     assert main(["train", "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
+def test_a_second_ctrl_c_after_the_message_of_a_stopped_run_adds_no_line(
+    capsys, monkeypatch, small, tmp_path
+):
+    finish = Train.run
+
+    def run_and_interrupt(self: Train) -> int:
+        finish(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Train, "run", run_and_interrupt)
+    with stopping_at(2, signal.SIGINT):
+        assert main(["train", "--out", str(tmp_path / "run"), *small]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped by SIGINT after step 2 of")
 
 
 def test_doctor_names_the_kernels_and_what_is_absent(capsys, monkeypatch):

@@ -19,6 +19,7 @@ from typing import Protocol
 import sinkgd
 from _sinkgd_cli import hand_over_ctrl_c
 from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
+from sinkgd.lab.launch import StopReport
 from sinkgd.lab.options import NumberError, check_numbers, suggest
 from sinkgd.lab.terminal import keep_stderr, make_readable
 
@@ -79,13 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         correct, 129 after SIGHUP, 130 after Ctrl-C, 141 if nobody reads the output any more, 143
         after SIGTERM.
     """
+    StopReport.made = False
     try:
         hand_over_ctrl_c()
         keep_stderr()
         make_readable()
         return _run_and_report(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C", code=130)
+        return 130 if StopReport.made else _fail("stopped by Ctrl-C", code=130)
 
 
 def _run_and_report(arguments: list[str]) -> int:

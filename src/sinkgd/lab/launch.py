@@ -163,6 +163,15 @@ class Interrupt:
             signal.raise_signal(number)
 
 
+class StopReport:
+    """Whether the user has been told that the command was stopped, and how to go on.
+
+    A further Ctrl-C while the process ends is then no news.
+    """
+
+    made = False
+
+
 def exit_code(received: signal.Signals) -> int:
     """Return the exit code of a program that a signal ended: 130 for Ctrl-C."""
     return 128 + received

@@ -13,7 +13,14 @@ from typing import Annotated, Self
 
 import tyro
 
-from sinkgd.lab.launch import SIGNALS, STARTED_BY, Interrupt, exit_code, launched_ranks
+from sinkgd.lab.launch import (
+    SIGNALS,
+    STARTED_BY,
+    Interrupt,
+    StopReport,
+    exit_code,
+    launched_ranks,
+)
 from sinkgd.lab.options import suggest
 from sinkgd.lab.train.config import (
     ConfigError,
@@ -120,6 +127,7 @@ class Compare:
             code = self._train(name, config)
             if code in STOPPED:
                 print(f"Go on with: {self._command()}", flush=True)  # noqa: T201
+                StopReport.made = True
             if code != 0:
                 return code
         minutes = f"{(time.perf_counter() - started) / 60:.1f} minutes"

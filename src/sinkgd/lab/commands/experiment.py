@@ -16,7 +16,7 @@ from sinkgd.lab.experiments.selection import STEP_OPTIONS, numbers, select_arms,
 from sinkgd.lab.experiments.studies import QUESTIONS, STUDIES, find_study
 from sinkgd.lab.experiments.studies.scale import NAME as ON_PAPER
 from sinkgd.lab.experiments.study import Scale, Study
-from sinkgd.lab.launch import launched_ranks
+from sinkgd.lab.launch import StopReport, exit_code, launched_ranks
 from sinkgd.lab.train.config import ConfigError, SharedConfig, command_line, differences
 
 if TYPE_CHECKING:
@@ -230,7 +230,6 @@ class Experiment:
 
     def _train(self, plan: "StudyPlan") -> int:
         from sinkgd.lab.experiments.engine import run_study
-        from sinkgd.lab.launch import exit_code
 
         folder = self._folder()
         outcome = run_study(
@@ -248,6 +247,7 @@ class Experiment:
                 f"stopped by {outcome.signal.name}; {outcome.left} of {outcome.runs} runs are "
                 f"left. Everything is saved. Go on with: {self._command()}"
             )
+            StopReport.made = True
             return exit_code(outcome.signal)
         return 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from sinkgd.lab.launch import Interrupt, launch_command
+from sinkgd.lab.launch import Interrupt, StopReport, launch_command
 from sinkgd.lab.results import NoRecords, Recorder, ResultsWriter, Resume, RunEnd, RunStart
 from sinkgd.lab.train.checkpoint import Saver, load_checkpoint
 from sinkgd.lab.train.checkpoint_validation import checkpoints, latest_valid
@@ -107,6 +107,7 @@ def train(
             outcome = _run(job, folder, admission)
             for words in _how_it_ended(outcome, job, folder, name_next_command):
                 echo(words)
+            StopReport.made = outcome.signal is not None
             return outcome
         except Exception as error:  # noqa: BLE001  it or its cause is raised again
             raise world.explain(error) from error.__cause__
