@@ -115,6 +115,14 @@ def test_a_changed_field_is_named_with_both_values(tmp_path):
         check_unchanged(UNUSUAL, changed, tmp_path, text_by_content=False)
 
 
+def test_the_text_is_named_beside_another_change(tmp_path):
+    training = replace(UNUSUAL.training, seed=3)
+    other = replace(UNUSUAL, data=replace(UNUSUAL.data, corpus="other"), training=training)
+    words = r"data\.corpus was '.*' and is now '.*other'; training\.seed was 0 and is now 3"
+    with pytest.raises(ConfigError, match=words):
+        check_unchanged(UNUSUAL, other, tmp_path, text_by_content=True)
+
+
 def test_logging_and_checkpoints_may_change(tmp_path):
     changed = replace(UNUSUAL, logging=LoggingConfig(), checkpoint=CheckpointConfig(keep=9))
     check_unchanged(UNUSUAL, changed, tmp_path, text_by_content=False)

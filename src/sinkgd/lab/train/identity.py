@@ -65,22 +65,22 @@ def check_unchanged(
         saved: Configuration with which the run began.
         config: Configuration that is asked for now.
         folder: Folder of the run.
-        text_by_content: Whether to ignore the path of the text, because `check_data` compares its
-            content.
+        text_by_content: Whether another path of the text alone is no change, because `check_data`
+            compares its content.
 
     Raises:
-        ConfigError: If a field outside `CHANGEABLE_TABLES` differs; the message gives its name.
+        ConfigError: If a field outside `CHANGEABLE_TABLES` differs; the message gives the names of
+            all such fields.
     """
     pair = with_absolute_paths(saved), with_absolute_paths(config)
-    changes = [
-        f"{name} was {old!r} and is now {new!r}"
+    changes = {
+        name: f"{name} was {old!r} and is now {new!r}"
         for name, old, new in differences(*pair)
         if name.partition(".")[0] not in CHANGEABLE_TABLES
-        and not (text_by_content and name == "data.corpus")
-    ]
-    if changes:
+    }
+    if changes.keys() - ({"data.corpus"} if text_by_content else set()):
         raise ConfigError(
-            f"the run in {folder} has another configuration: {'; '.join(changes)}. "
+            f"the run in {folder} has another configuration: {'; '.join(changes.values())}. "
             "Give the former values, or another --out"
         )
 
