@@ -223,6 +223,16 @@ def test_what_changes_the_last_bits_is_said(config, here, monkeypatch, name):
     assert resume.changed == {name: [before, "another"]}
 
 
+def test_a_run_goes_on_with_other_threads_and_says_so(config, here):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    training = replace(config.training, threads=2, device="cpu")
+    said: list[str] = []
+    assert train(replace(config, training=training), here / "run", echo=said.append).step == 12
+    assert any("threads was 1 and is now 2. The losses from here on may differ" in s for s in said)
+    [resume] = Run.read(here / "run" / "run.jsonl").resumes
+    assert resume.changed == {"threads": [1, 2]}
+
+
 @pytest.mark.parametrize("then", ["0.1", None])
 @pytest.mark.parametrize("now", ["0.2", None])
 def test_a_package_that_was_added_or_removed_is_said(then, now):

@@ -193,10 +193,10 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the weights and of the order of the text, a whole number from 0."""
     device: Device = "auto"
-    """Device to train on: cpu, cuda, or auto (cuda if available)."""
+    """Device to train on: cpu, cuda, or auto (cuda if available). A resumed run may change it."""
     threads: int | None = None
     """CPU threads of each rank; by default torch's choice: one per core, or a single one if
-    torchrun starts several ranks."""
+    torchrun starts several ranks. A resumed run may change it."""
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,15 @@ class RunConfig(SharedConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-# Tables that change at most the last bits of the losses, so a run may be resumed with other values.
+# Tables and options that change at most the last bits of the losses, so a run may be resumed with
+# other values.
 CHANGEABLE_TABLES = frozenset({"mesh", "checkpoint", "logging"})
+_CHANGEABLE_OPTIONS = frozenset({"training.device", "training.threads"})
+
+
+def may_change(name: str) -> bool:
+    """Whether a run may be resumed with another value of the option ``table.field``."""
+    return name.partition(".")[0] in CHANGEABLE_TABLES or name in _CHANGEABLE_OPTIONS
 
 
 Table = TypeVar("Table")

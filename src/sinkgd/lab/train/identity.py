@@ -2,8 +2,9 @@
 
 A configuration names its text by a path and its model by a preset, and either name may mean
 something else tomorrow. So a run records the hashes of its text, starting weights and parameter
-groups, and the sizes of its model. These are compared when the run resumes. If only versions or
-devices differ, the run resumes with a warning that its losses may differ in the last bits.
+groups, and the sizes of its model. These are compared when the run resumes. If only versions,
+devices, threads or meshes differ, the run resumes with a warning that its losses may differ in the
+last bits.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from sinkgd.lab.models import (
     Sizes,
 )
 from sinkgd.lab.results import RunStart
-from sinkgd.lab.train.config import CHANGEABLE_TABLES, ConfigError, RunConfig, differences
+from sinkgd.lab.train.config import ConfigError, RunConfig, differences, may_change
 from sinkgd.lab.train.machine import PACKAGES
 from sinkgd.optim.arguments import ADDED_LATER
 
@@ -69,14 +70,14 @@ def check_unchanged(
             compares its content.
 
     Raises:
-        ConfigError: If a field outside `CHANGEABLE_TABLES` differs; the message gives the names of
-            all such fields.
+        ConfigError: If a field differs, other than those that `may_change`; the message gives all
+            their names.
     """
     pair = with_absolute_paths(saved), with_absolute_paths(config)
     changes = {
         name: f"{name} was {old!r} and is now {new!r}"
         for name, old, new in differences(*pair)
-        if name.partition(".")[0] not in CHANGEABLE_TABLES
+        if not may_change(name)
     }
     if changes.keys() - ({"data.corpus"} if text_by_content else set()):
         raise ConfigError(
