@@ -214,6 +214,24 @@ def test_each_error_of_the_system_has_its_own_remedy(
     assert ("make room" in line) == (code == errno.ENOSPC)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --optimizer.lr abc", "optimizer.lr must be a number, got 'abc'. See"),
+        ("train --training.steps 1.5", "training.steps must be a whole number, got '1.5'. See"),
+        ("train --training.threads two", "training.threads must be a whole number, got 'two'. See"),
+        ("prepare --validation-fraction x", "validation-fraction must be a number, got 'x'. See"),
+        (
+            "train --training.precision fp8",
+            "training.precision must be one of 'float32', 'bf16-autocast', 'bf16'; got 'fp8'. See",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_plain_words(capsys, arguments, message):
+    assert main(arguments.split()) == 2
+    assert f"error: {message} `sinkgd" in capsys.readouterr().err
+
+
 def test_ctrl_c_outside_training_has_its_exit_code(capsys, monkeypatch, tmp_path):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

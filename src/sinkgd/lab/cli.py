@@ -20,7 +20,7 @@ import sinkgd
 from _sinkgd_cli import hand_over_ctrl_c
 from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
 from sinkgd.lab.launch import StopReport
-from sinkgd.lab.options import NumberError, check_numbers, suggest
+from sinkgd.lab.options import NumberError, check_numbers, plain, suggest
 from sinkgd.lab.terminal import keep_stderr, make_readable
 
 # For each command, its class and a summary. A command's module is imported only when the command
@@ -269,18 +269,19 @@ def _parse(name: str, kind: str, arguments: list[str]) -> Command:
             )
     except SystemExit:
         if wrong := _parser_message(shown.getvalue()):
-            sys.stderr.write(f"error: {wrong} See `sinkgd {name} --help`\n")
+            end = "" if wrong.endswith((".", "?")) else "."
+            sys.stderr.write(f"error: {wrong}{end} See `sinkgd {name} --help`\n")
         raise
     return parsed
 
 
 def _parser_message(box: str) -> str:
     """Return the parser's boxed message in one line: the error and the nearest option."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│ ") for line in plain.splitlines()]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ ") for line in text.splitlines()]
     # The top of the frame holds the title. Without a frame, the title and a rule have a line each.
-    lines = lines[1:] if plain.startswith("╭") else lines[2:]
-    wrong = " ".join(takewhile(lambda line: line.strip("─-"), lines))
+    lines = lines[1:] if text.startswith("╭") else lines[2:]
+    wrong = plain(" ".join(takewhile(lambda line: line.strip("─-"), lines)))
     if "Perhaps you meant:" not in lines:
         return wrong
     after = lines[lines.index("Perhaps you meant:") :]

@@ -1,7 +1,8 @@
-"""Checks of what a user gives to an option: mistyped names, and unusable numbers."""
+"""Checks of what a user gives to an option: mistyped names, and unusable values."""
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -24,6 +25,44 @@ def suggest(name: str, names: Iterable[str]) -> str:
     listed = ", ".join(known)
     alike = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     return f"did you mean {alike[0]!r}? There are {listed}" if alike else f"there are {listed}"
+
+
+# The parser's messages about a value of a wrong type, and a plain word for the type.
+_KINDS = {
+    "FLOAT": "a number",
+    "INT": "a whole number",
+    "could not convert string to float": "a number",
+    "invalid literal for int() with base 10": "a whole number",
+}
+_WRONG_TYPE = (
+    re.compile(
+        r"Error parsing --(?P<option>\S+): no type matching (\{None\}\|)?(?P<kind>FLOAT|INT) could "
+        r"be instantiated from \[(?P<value>.*)\]\.?"
+    ),
+    re.compile(
+        r"Error parsing --(?P<option>\S+): (?P<kind>could not convert string to float|invalid "
+        r"literal for int\(\) with base 10): (?P<value>.*)"
+    ),
+)
+_WRONG_CHOICE = re.compile(
+    r"invalid choice (?P<value>.*) for argument '--(?P<option>\S+)'\. Expected one of "
+    r"\((?P<choices>.*)\)\."
+)
+
+
+def plain(message: str) -> str:
+    """Return the parser's message about a wrong value in plain words; other messages as they are.
+
+    Examples:
+        >>> plain("Error parsing --seeds: invalid literal for int() with base 10: 'two'")
+        "seeds must be a whole number, got 'two'"
+    """
+    for pattern in _WRONG_TYPE:
+        if found := pattern.fullmatch(message):
+            return f"{found['option']} must be {_KINDS[found['kind']]}, got {found['value']}"
+    if found := _WRONG_CHOICE.fullmatch(message):
+        return f"{found['option']} must be one of {found['choices']}; got {found['value']}"
+    return message
 
 
 class NumberError(ValueError):
