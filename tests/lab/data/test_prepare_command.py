@@ -12,7 +12,7 @@ import tyro
 from sinkgd.lab.commands import prepare
 from sinkgd.lab.commands.compare import Compare
 from sinkgd.lab.commands.prepare import Prepare
-from sinkgd.lab.data import DataError, FolderTakenError, Manifest
+from sinkgd.lab.data import Batches, DataError, FolderTakenError, Manifest, TokenDataset
 
 
 def parse(*arguments):
@@ -35,9 +35,41 @@ def test_a_folder_in_c4s_layout_is_prepared_and_summed_up(c4_folder, out, capsys
     rows = str(manifest.rows_needed)
     assert said[2].split()[:3] == ["vocabulary", str(manifest.vocab_size), "tokens,"]
     assert said[2].split()[3:] == [rows, "rows", "needed"]
-    assert said[-1] == f"Next:    sinkgd compare --data.corpus '{out}'"
-    suggested = tyro.cli(Compare, args=shlex.split(said[-1])[3:])
+
+
+def words(folder, count):
+    """Write documents of 100 words of five letters, which 258 tokens spell letter by letter."""
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:03d}.txt").write_text("words " * 100, encoding="utf-8")
+    return folder
+
+
+def test_the_next_command_is_named_if_the_text_suffices_for_a_step_of_it(tmp_path, out, capsys):
+    enough = words(tmp_path / "enough", 20)
+    assert parse(enough, "--out", out, "--vocab-size", 258).run() == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    last = shown.out.splitlines()[-1]
+    assert last == f"Next:    sinkgd compare --data.corpus '{out}'"
+    suggested = tyro.cli(Compare, args=shlex.split(last)[3:])
     assert suggested.shared.data.corpus == str(out)
+    training = suggested.shared.training
+    Batches(
+        TokenDataset.open(out).split("train"),
+        sequence_length=training.sequence_length,
+        batch_size=training.batch_size,
+        seed=0,
+    )
+
+
+def test_too_little_text_for_a_step_is_said_with_what_it_needs(tmp_path, out, capsys):
+    little = words(tmp_path / "little", 3)
+    assert parse(little, "--out", out, "--vocab-size", 258).run() == 0
+    shown = capsys.readouterr()
+    assert "Next:" not in shown.out
+    tokens = Manifest.read(out).splits["train"].tokens
+    assert f"train has {tokens:,} tokens and needs 4,097; validation has" in shown.err
 
 
 def test_verify_passes_on_whole_shards_and_names_damaged_ones(c4_folder, out, capsys):
@@ -64,11 +96,11 @@ def test_the_text_may_have_another_name(tmp_path, out, field):
 def test_what_a_folder_has_besides_is_named(c4_folder, out, capsys):
     (c4_folder / "README.md").touch()
     assert parse(c4_folder, "--out", out, "--vocab-size", 260).run() == 0
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(
         "left out, because their names end in none of .txt, .jsonl, .json, .parquet:"
     )
-    assert said.endswith(f"{c4_folder / 'README.md'}\n")
+    assert said.endswith(f"{c4_folder / 'README.md'}")
 
 
 def test_c4_has_its_own_field(out):

@@ -93,7 +93,10 @@ class Prepare:
             manifest = prepare(corpus, self.out, tokenizer, progress=report)
         _summarize(console, manifest)
         console.print(f"Written: {self.out}")
-        console.print(f"Next:    sinkgd compare --data.corpus {shlex.quote(str(self.out))}")
+        if (warning := _warning_of_little_text(manifest)) is not None:
+            sys.stderr.write(f"{warning}\n")
+        else:
+            console.print(f"Next:    sinkgd compare --data.corpus {shlex.quote(str(self.out))}")
         return 0
 
     def _corpus(self) -> Corpus:
@@ -128,6 +131,27 @@ def _summarize(console: Console, manifest: Manifest) -> None:
         )
     console.print(
         f"vocabulary {manifest.vocab_size:>12,} tokens, {manifest.rows_needed:,} rows needed"
+    )
+
+
+def _warning_of_little_text(manifest: Manifest) -> str | None:
+    """Say that the text is too short for the default options of a training; None if it is not."""
+    from sinkgd.lab.train.config import TrainingConfig
+
+    options = TrainingConfig()
+    row = options.sequence_length
+    needed = {"train": options.batch_size * row + 1, "validation": row + 1}
+    lacking = [
+        f"{name} has {manifest.splits[name].tokens:,} tokens and needs {least:,}"
+        for name, least in needed.items()
+        if manifest.splits[name].tokens < least
+    ]
+    if not lacking:
+        return None
+    return (
+        f"warning: too little text for one step with the default options of `sinkgd compare`: "
+        f"{'; '.join(lacking)}. Prepare more text, or train with a smaller "
+        "--training.sequence-length and --training.batch-size"
     )
 
 
