@@ -12,7 +12,8 @@ from lab.models.test_huggingface import LLAMA_3_2_1B, LLAMA_3_8B
 from sinkgd.lab.cli import main
 from sinkgd.lab.commands.experiment import Experiment
 from sinkgd.lab.data import Manifest
-from sinkgd.lab.experiments.dry_run import dry_run
+from sinkgd.lab.experiments.arms import Arm
+from sinkgd.lab.experiments.dry_run import dry_run, dry_run_table
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.studies.settings import paper
 from sinkgd.lab.models import build_model
@@ -195,6 +196,16 @@ def test_the_command_on_the_page_repeats_the_study(options):
     assert words[:3] == ["sinkgd", "experiment", "batch"]
     again = tyro.cli(Experiment, args=words[2:], default=Experiment.defaults(words[2:]))
     assert again == given
+
+
+@pytest.mark.parametrize("recipe", ["sinkgd", "rows-only"])
+def test_a_dash_for_an_unknown_memory_is_explained_where_it_occurs(shards, recipe):
+    arm = Arm("one", {"optimizer.recipe": recipe})
+    table = dry_run_table(small_plan(shards, arms=(arm,), tune=False))
+    ((*_, memory),) = table.rows
+    words = "A dash (–) in the column memory means that it has no estimate for the arm."
+    assert (memory == "–") == (recipe == "rows-only")
+    assert (words in table.note) == (recipe == "rows-only")
 
 
 def test_models_have_the_vocabulary_of_the_given_shards(shards):

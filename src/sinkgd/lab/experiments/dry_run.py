@@ -166,11 +166,16 @@ def dry_run_table(plan: StudyPlan) -> TextTable:
     arms = dry_run(plan)
     total = sum(arm.runs * arm.tokens for arm in arms)
     tuning = f", tuning with seed {plan.tuning_seed}" if plan.tune else ""
+    unknown = (
+        f" A dash ({ABSENT}) in the column memory means that it has no estimate for the arm."
+        if any(arm.memory_bytes is None for arm in arms)
+        else ""
+    )
     return TextTable(
         title=f"{plan.study}, {plan.scale} scale: {plan.runs_in_words}",
         note=f"{count(total)} tokens in {plan.runs} runs; seeds "
         f"{', '.join(map(str, plan.seeds))}{tuning}. Memory: the peak of a step on one device, "
-        f"from `sinkgd plan`; {ABSENT} if it cannot estimate the arm.",
+        f"as `sinkgd plan` estimates it.{unknown}",
         columns=("arm", "runs", "parameters", "groups", "tokens per run", "memory"),
         rows=tuple(
             (
