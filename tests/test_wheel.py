@@ -74,5 +74,5 @@ def test_the_command_says_what_is_missing(empty_environment):
         check=False,
     )
     assert done.returncode != 0
-    assert "pip install 'sinkgd[lab]'" in done.stderr
+    assert "in a clone of the repository, run: pip install '.[lab]'" in done.stderr
     assert "Traceback" not in done.stderr

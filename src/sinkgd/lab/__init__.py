@@ -1,1 +1,1 @@
-"""The laboratory: trains, measures and reports with the library (``pip install sinkgd[lab]``)."""
+"""The laboratory: trains, measures and reports with the library (``pip install '.[lab]'``)."""

@@ -20,7 +20,7 @@ import sinkgd
 from _sinkgd_cli import hand_over_ctrl_c
 from sinkgd.lab.disk import FULL, PATH_ERRORS, remedy_of
 from sinkgd.lab.launch import StopReport
-from sinkgd.lab.options import NumberError, check_numbers, plain, suggest
+from sinkgd.lab.options import NumberError, check_numbers, how_to_install, plain, suggest
 from sinkgd.lab.terminal import keep_stderr, make_readable
 
 # For each command, its class and a summary. A command's module is imported only when the command
@@ -105,7 +105,7 @@ def _run_and_report(arguments: list[str]) -> int:
         if str(error.name).startswith("sinkgd"):
             raise
         extra = "experiments" if error.name in _EXPERIMENTS else "lab"
-        return _fail(f"{error.name} is not installed; run: pip install 'sinkgd[{extra}]'", code=2)
+        return _fail(f"{error.name} is not installed; {how_to_install(extra)}", code=2)
     except Exception as error:  # unexpected errors are raised again
         failed = _code_of(error)
         if failed is None:

@@ -1,4 +1,4 @@
-"""Checks of what a user gives to an option: mistyped names, and unusable values."""
+"""Checks of what a user gives to an option, and the words of remedies."""
 
 import difflib
 import math
@@ -63,6 +63,15 @@ def plain(message: str) -> str:
     if found := _WRONG_CHOICE.fullmatch(message):
         return f"{found['option']} must be one of {found['choices']}; got {found['value']}"
     return message
+
+
+def how_to_install(extra: str) -> str:
+    """Say how to install an extra of this package, which is not on PyPI.
+
+    >>> how_to_install("wandb")
+    "in a clone of the repository, run: pip install '.[wandb]'"
+    """
+    return f"in a clone of the repository, run: pip install '.[{extra}]'"
 
 
 class NumberError(ValueError):

@@ -104,7 +104,7 @@ def test_c4_is_streamed_by_split(monkeypatch):
 
 def test_c4_without_datasets_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'sinkgd\[c4\]'"):
+    with pytest.raises(DataError, match=r"pip install '\.\[c4\]'"):
         list(C4Corpus(1))
 
 

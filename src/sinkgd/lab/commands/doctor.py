@@ -70,7 +70,7 @@ class Doctor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         yield "Here", _machine(device)
         yield f"Kernels on {device}", _kernels(device)
-        yield "Extras", _extras()
+        yield "Extras, installed in a clone of the repository", _extras()
 
 
 def _machine(device: torch.device) -> Rows:
@@ -105,6 +105,6 @@ def _extras() -> Rows:
     rows = []
     for extra, (modules, use) in EXTRAS.items():
         absent = [name for name in modules if importlib.util.find_spec(name) is None]
-        state = f"absent; pip install 'sinkgd[{extra}]'" if absent else "installed"
+        state = f"absent; pip install '.[{extra}]'" if absent else "installed"
         rows.append((extra, use, state))
     return rows

@@ -25,6 +25,7 @@ from sinkgd.lab.data.documents import (
     kind_of,
     read_documents,
 )
+from sinkgd.lab.options import how_to_install
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -248,7 +249,7 @@ class C4Corpus:
             from datasets import load_dataset
         except ImportError as error:
             raise DataError(
-                "streaming C4 needs the package datasets; `pip install 'sinkgd[c4]'`"
+                f"streaming C4 needs the package datasets; {how_to_install('c4')}"
             ) from error
         return iter(load_dataset("allenai/c4", "en", split=split, streaming=True))
 

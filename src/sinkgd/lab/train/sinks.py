@@ -15,6 +15,7 @@ from statistics import median
 from types import MappingProxyType, ModuleType, TracebackType
 from typing import Any, Protocol, Self, TextIO
 
+from sinkgd.lab.options import how_to_install
 from sinkgd.lab.results import Evaluation, ModelStatistics, Record, Resume, RunStart, TrainStep
 from sinkgd.lab.train.config import ConfigError, SinkName
 
@@ -95,8 +96,7 @@ def _require(module: str, extra: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"logging.sinks asks for {extra}, which is not installed; "
-            f"run `pip install 'sinkgd[{extra}]'`"
+            f"logging.sinks asks for {extra}, which is not installed; {how_to_install(extra)}"
         ) from error
 
 

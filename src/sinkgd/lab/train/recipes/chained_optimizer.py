@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.lab.options import how_to_install
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.recipes.recipe import PYTORCH_OPTIMIZER
 
@@ -105,7 +106,7 @@ def from_pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
     except ImportError as error:
         raise ConfigError(
             f"{name} is from pytorch-optimizer, which cannot be imported ({error}); "
-            "install it with: pip install 'sinkgd[experiments]'"
+            f"{how_to_install('experiments')}"
         ) from error
     found: Callable[..., Optimizer] = getattr(module, name)
     return found

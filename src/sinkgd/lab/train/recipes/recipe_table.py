@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sinkgd.lab.options import suggest
+from sinkgd.lab.options import how_to_install, suggest
 from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
 from sinkgd.lab.train.recipes.baseline_recipes import FROM_PAPERS, FROM_TORCH
@@ -36,7 +36,7 @@ def resolve_optimizer(options: OptimizerConfig) -> OptimizerConfig:
     if recipe.package is not None and find_spec(recipe.package) is None:
         raise ConfigError(
             f"optimizer.recipe is {recipe.name!r}, which needs the package {recipe.package}; "
-            "install it with: pip install 'sinkgd[experiments]'"
+            f"{how_to_install('experiments')}"
         )
     for option in fields(options)[1:]:
         if getattr(options, option.name) is not None and option.name not in recipe.defaults:
