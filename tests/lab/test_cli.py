@@ -268,6 +268,18 @@ def test_doctor_names_the_kernels_and_what_is_absent(capsys, monkeypatch):
     assert shown.count("absent") == 1
 
 
+def test_doctor_says_where_prepared_texts_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("SINKGD_CACHE", str(tmp_path / "cache"))
+    for made in (False, True):
+        if made:
+            (tmp_path / "cache").mkdir()
+        assert main(["doctor"]) == 0
+        (line,) = [s for s in capsys.readouterr().out.splitlines() if "prepared texts" in s]
+        assert str(tmp_path / "cache") in line
+        assert ("made when a text is first prepared" in line) == (not made)
+
+
 def test_bench_writes_its_figures(capsys, tmp_path, small):
     out = tmp_path / "loop.json"
     options = ["--rounds", "2", "--steps-per-block", "1", "--out", str(out), "--optimizers", "sgd"]

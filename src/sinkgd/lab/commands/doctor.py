@@ -4,6 +4,7 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -85,8 +86,13 @@ def _machine(device: torch.device) -> Rows:
         ("processor", cpu_name()),
         ("threads", str(torch.get_num_threads())),
         ("device", device_name(device)),
-        ("cache", str(cache_folder())),
+        ("prepared texts", _cache(cache_folder())),
     ]
+
+
+def _cache(folder: Path) -> str:
+    """Say where `sinkgd train` and its like keep the texts that they prepare."""
+    return str(folder) if folder.exists() else f"{folder} (made when a text is first prepared)"
 
 
 def _kernels(device: torch.device) -> Rows:
