@@ -139,7 +139,8 @@ def _functional() -> Any:
     except ImportError as error:
         raise ImportError(
             "the algorithm 'adamw-8bit' (state_bits=8) runs on bitsandbytes, which cannot be "
-            f"imported ({error}); pip install 'sinkgd[8bit]', or leave out state_bits=8"
+            f"imported ({error}); in a clone of the repository, run: pip install '.[8bit]', or "
+            "leave out state_bits=8"
         ) from error
     return bitsandbytes.functional
 

@@ -120,9 +120,10 @@ def param_groups(
             independent of the width. None changes no rate, as in the paper. For plain SinkGD at
             widths d of 64 to 256 the largest good rate fell as d^-1.5 without the rule and as
             d^-0.5 with it (docs/experiments.md, `width`).
-        state_bits: 8 keeps the moments of AdamW's groups in 8 bits, by bitsandbytes (``pip install
-            'sinkgd[8bit]'``): their algorithm is ``"adamw-8bit"``. The moments of tensors below
-            4,096 entries stay in float32. None gives moments the type of the weights.
+        state_bits: 8 keeps the moments of AdamW's groups in 8 bits, by bitsandbytes (in a clone of
+            the repository, ``pip install '.[8bit]'``): their algorithm is ``"adamw-8bit"``. The
+            moments of tensors below 4,096 entries stay in float32. None gives moments the type of
+            the weights.
         only: Make groups for these parameters alone, such as those that were unfrozen after the
             optimizer was created. Their places in the whole model decide their groups.
 

@@ -51,7 +51,7 @@ class CpuBackend(EagerBackend):
 
     name = "cpu"
     package = "numba"
-    install = "pip install 'sinkgd[cpu]'"
+    install = "in a clone of the repository, run: pip install '.[cpu]'"
 
     def missing(self) -> str | None:
         """Return what is missing, numba or torch's OpenMP runtime; None if the backend can run."""
