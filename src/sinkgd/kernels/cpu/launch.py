@@ -63,7 +63,7 @@ def launch(function: str, table: "array[int]", fields: int, entries: int, *more:
     openmp = torch_openmp()
     assert openmp is not None, "the backend is missing here"
     threads = workers if entries > ONE_THREAD else 1
-    openmp.run(_loops()[function], header.buffer_info()[0], threads)
+    openmp.run(_announced_loops()[function], header.buffer_info()[0], threads)
 
 
 def scratch(size: int) -> int:
@@ -117,9 +117,22 @@ def torch_openmp() -> OpenMP | None:
 def compile_loops() -> None:
     """Compile the loops or read them from the cache, as the first launch would do.
 
-    Compiling takes a minute.
+    Compiling takes a minute or two of processor time. Unlike the first launch, this function does
+    not announce it.
     """
     _loops()
+
+
+@cache
+def _announced_loops() -> dict[str, int]:
+    """Return the loops; if they have to be compiled, say so on standard error."""
+    if not loops_are_compiled():
+        kept = f"once; they are kept in {cache_folder()}"
+        if not cache_is_shared():
+            kept = "in every process; set NUMBA_CACHE_DIR to a writable folder to keep them"
+        sys.stderr.write(f"sinkgd: compiling the CPU loops, which takes a minute or two, {kept}\n")
+        sys.stderr.flush()
+    return _loops()
 
 
 @cache
