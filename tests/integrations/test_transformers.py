@@ -2,13 +2,14 @@
 
 import inspect
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import sinkgd
 from same_state import differences
-from sinkgd.integrations.transformers import SinkGDFactory
+from sinkgd.integrations.transformers import SinkGDFactory, attach
 
 transformers = pytest.importorskip("transformers", reason="pip install sinkgd[transformers]")
 
@@ -271,10 +272,54 @@ def test_training_arguments_are_those_of_adamw(tmp_path, is_keyword):
         assert (group["betas"], group["eps"]) == ((0.5, 0.75), 0.125)
     assert build().defaults["lr"] == 0.5
     assert rates(build(adamw_lr=0.125)) == {"sinkgd": 0.3 * 0.125, "adamw": 0.125}
-    assert rates(build(lr=0.125)) == {"sinkgd": 0.025 * 0.125, "adamw": 0.125}
+    assert rates(build(lr=None, matrix_lr_scale="none")) == {"sinkgd": 0.3 * 0.5, "adamw": 0.5}
     assert {group["weight_decay"] for group in build(weight_decay=0.0).param_groups} == {0.0}
     assert build(betas=(0.8, 0.9)).param_groups[-1]["betas"] == (0.8, 0.9)
     assert build(eps=1e-6).param_groups[-1]["eps"] == 1e-6
+
+
+def attached(args, **options):
+    """What `attach` makes the trainer build."""
+    trainer = transformers.Trainer(llama(), args, train_dataset=Rows())
+    attach(trainer, **options)
+    return trainer.create_optimizer()
+
+
+WAYS = {
+    "factory": lambda args, **options: SinkGDFactory()(llama(), training_args=args, **options),
+    "by place": lambda args, **options: SinkGDFactory()(llama(), args, **options),
+    "attach": attached,
+}
+OF_NEW_MODELS = {"lr": 0.04, "matrix_lr_scale": 0.1}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+@ways
+@pytest.mark.parametrize("option", OF_NEW_MODELS)
+@pytest.mark.parametrize("kind", [float, str])
+def test_a_rate_of_a_new_model_is_refused_beside_learning_rate(tmp_path, way, option, kind):
+    args, value = arguments(tmp_path, learning_rate=2e-5), OF_NEW_MODELS[option]
+    remedy = rf"Leave out {option}; .*new model .*leave out training_args: .*{option!r}: {value}"
+    with pytest.raises(ValueError, match=rf"learning_rate=2e-05 .*{option}={value} .*{remedy}"):
+        WAYS[way](args, **{option: kind(value)})
+
+
+def test_a_rate_of_a_new_model_is_taken_where_nothing_else_sets_it():
+    assert rates(SinkGDFactory()(llama(), lr=0.5)) == {"sinkgd": 0.025 * 0.5, "adamw": 0.5}
+    betas = SimpleNamespace(adam_beta1=0.5, adam_beta2=0.75)
+    optimizer = SinkGDFactory()(llama(), training_args=betas, matrix_lr_scale=0.5)
+    assert rates(optimizer) == {"sinkgd": 0.5 * 0.08, "adamw": 0.08}
+    assert optimizer.param_groups[-1]["betas"] == (0.5, 0.75)
+
+
+def test_training_arguments_of_none_are_refused(tmp_path):
+    for build in (
+        lambda: SinkGDFactory()(llama(), training_args=None),
+        lambda: SinkGDFactory()(llama(), None),
+        lambda: attached(arguments(tmp_path), training_args=None),
+    ):
+        with pytest.raises(TypeError, match=r"pass the arguments .*\{'training_args': args\}"):
+            build()
 
 
 def test_the_log_of_the_trainer_tells_the_rates_of_groups_apart(tmp_path):

@@ -39,6 +39,8 @@ _PAIRS = re.compile(r"(\w+)\s*=\s*(\([^)]*\)|[^,\s]+)")
 _OPEN = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "sinkgd")
 # Arguments whose values are strings.
 _WORDS = {"backend", "nonfinite", "rounding"}
+# Stands for ``training_args`` that were not passed, since None is refused.
+_NOT_PASSED: Any = object()
 
 
 class SinkGDFactory:
@@ -46,10 +48,14 @@ class SinkGDFactory:
 
     The trainer calls ``SinkGDFactory()(model, **kwargs)`` once the model is on the device on which
     it trains. The trainer's learning rate scheduler then scales the rate of every group. The
-    trainer does not pass its ``TrainingArguments``. To fine-tune with settings for AdamW, pass
-    these arguments as ``training_args``, as axolotl does. Their ``learning_rate`` is then the
-    ``adamw_lr`` of `param_groups`, and their weight decay, betas and epsilon are read as AdamW's.
-    To pretrain, pass ``lr`` and ``matrix_lr_scale`` instead.
+    trainer does not pass its ``TrainingArguments``, so there are two ways to set the rates:
+
+    - To fine-tune with settings for AdamW, pass these arguments as ``training_args``, as axolotl
+      does. Their ``learning_rate`` is then the ``adamw_lr`` of `param_groups`, and their weight
+      decay, betas and epsilon are read as AdamW's.
+    - To train a new model, leave ``training_args`` out. The rates are then those of
+      ``param_groups(model)``, far above AdamW's, or follow from ``lr`` and ``matrix_lr_scale``.
+      ``learning_rate`` has no effect.
 
     Examples:
         >>> from torch import nn
@@ -61,32 +67,32 @@ class SinkGDFactory:
         sinkgd 0.0005
         adamw 0.02
 
-        With the trainer::
+        To fine-tune with the trainer's own ``learning_rate`` and ``weight_decay``::
 
             trainer = Trainer(
                 model,
                 args,
                 train_dataset=dataset,
-                optimizer_cls_and_kwargs=(SinkGDFactory, {"lr": 0.02, "matrix_lr_scale": 0.05}),
+                optimizer_cls_and_kwargs=(SinkGDFactory, {"training_args": args}),
             )
 
-        To fine-tune with the trainer's own ``learning_rate`` and ``weight_decay``::
+        To train a new model::
 
-            optimizer_cls_and_kwargs=(SinkGDFactory, {"training_args": args})
+            optimizer_cls_and_kwargs=(SinkGDFactory, {"lr": 0.02, "matrix_lr_scale": 0.05})
     """
 
     def __call__(
-        self, model: nn.Module | None = None, training_args: Any = None, **kwargs: Any
+        self, model: nn.Module | None = None, training_args: Any = _NOT_PASSED, **kwargs: Any
     ) -> SinkGD:
         """Return the optimizer.
 
         Args:
             model: The model to train.
-            training_args: ``TrainingArguments``, or any object with the same attributes. If
-                ``kwargs`` set the same option, they take precedence. ``learning_rate`` becomes
-                ``adamw_lr`` unless ``kwargs`` set ``lr``, ``matrix_lr_scale`` or ``adamw_lr``.
-                ``weight_decay`` keeps its name, ``adam_beta1`` and ``adam_beta2`` become ``betas``,
-                and ``adam_epsilon`` becomes ``eps``. ``optim`` may only be ``"sinkgd"`` or a
+            training_args: ``TrainingArguments``, or any object with the same attributes; not None.
+                ``learning_rate`` becomes ``adamw_lr``, ``weight_decay`` keeps its name,
+                ``adam_beta1`` and ``adam_beta2`` become ``betas``, and ``adam_epsilon`` becomes
+                ``eps``. If ``kwargs`` set the same option, they take precedence. ``lr`` and
+                ``matrix_lr_scale`` are then refused. ``optim`` may only be ``"sinkgd"`` or a
                 default of transformers, such as ``"adamw_torch"``. Other fields are not read.
             **kwargs: ``lr``, ``matrix_lr_scale``, ``adamw_lr``, ``deflated_rank``,
                 ``weight_decay``, ``betas``, ``overrides``, ``base_width`` and ``state_bits`` of
@@ -95,10 +101,11 @@ class SinkGDFactory:
                 has them: "0.02", "none", "true", "(0.9, 0.95)".
 
         Raises:
-            TypeError: If an argument does not exist, or ``model`` is absent or not a model.
+            TypeError: If an argument does not exist, ``model`` is absent or not a model, or
+                ``training_args`` is None.
             ValueError: If a string cannot be parsed as a value of its argument, `param_groups` or
                 `SinkGD` refuses a value, ``eps`` is given and no group runs AdamW, or
-                ``training_args`` choose another optimizer.
+                ``training_args`` choose another optimizer, or set the rates that ``kwargs`` set.
         """
         if model is None:  # a trainer that expects a class calls it to get an instance
             raise TypeError(
@@ -106,12 +113,9 @@ class SinkGDFactory:
                 "parentheses: optimizer_cls_and_kwargs=(SinkGDFactory, {...})"
             )
         _check_names(kwargs)
-        _check_optim(training_args)
-        options = {name: _parsed(name, value) for name, value in kwargs.items()}
-        for name in _ROUTING:
-            if options.get(name, ...) is None:
-                del options[name]
-        if training_args is not None:
+        options = _given(kwargs)
+        if training_args is not _NOT_PASSED:
+            _check_training_args(training_args, options)
             options = _from_training_args(training_args, options)
         routing = {name: options.pop(name) for name in _ROUTING if name in options}
         groups = param_groups(model, **routing)
@@ -125,8 +129,9 @@ def attach(trainer: Any, **options: Any) -> None:
 
     It serves trainers whose constructors take no ``optimizer_cls_and_kwargs``, such as TRL's for
     DPO, KTO and GRPO. The trainer's ``learning_rate``, ``weight_decay`` and Adam options are read
-    as settings for AdamW, unless ``options`` sets the same ones; see `SinkGDFactory`. If the
-    trainer builds another optimizer nevertheless, an error is raised when training begins.
+    as settings for AdamW, unless ``options`` sets the same ones; see `SinkGDFactory`. ``lr`` and
+    ``matrix_lr_scale`` are refused, since ``learning_rate`` sets all rates. If the trainer builds
+    another optimizer nevertheless, an error is raised when training begins.
 
     Args:
         trainer: The trainer, which must not have its optimizer yet.
@@ -134,8 +139,9 @@ def attach(trainer: Any, **options: Any) -> None:
 
     Raises:
         TypeError: If ``trainer`` is not such a trainer, or an option does not exist.
-        ValueError: If the trainer has its optimizer already, or its arguments choose or configure
-            another one: ``optim``, ``optim_args`` or ``optim_target_modules``.
+        ValueError: If the trainer has its optimizer already, its arguments choose or configure
+            another one (``optim``, ``optim_args`` or ``optim_target_modules``), or ``options`` set
+            ``lr`` or ``matrix_lr_scale``.
 
     Examples:
         A trainer of TRL, fine-tuning at the rate of its configuration::
@@ -144,7 +150,9 @@ def attach(trainer: Any, **options: Any) -> None:
             attach(trainer)
             trainer.train()
     """
-    _check_names({name: value for name, value in options.items() if name != "training_args"})
+    given = {"training_args": getattr(trainer, "args", None), **options}
+    own = {name: value for name, value in given.items() if name != "training_args"}
+    _check_names(own)
     if not hasattr(trainer, "optimizer_cls_and_kwargs") or not hasattr(trainer, "args"):
         raise TypeError(
             f"trainer must be a Trainer of transformers or TRL, got {type(trainer).__name__}; with "
@@ -161,8 +169,8 @@ def attach(trainer: Any, **options: Any) -> None:
                 f"{name}={value!r} of the trainer's arguments has no effect with SinkGD; leave it "
                 "out, and give options to attach: attach(trainer, deflated_rank=0)"
             )
-    _check_optim(trainer.args)
-    trainer.optimizer_cls_and_kwargs = SinkGDFactory, {"training_args": trainer.args, **options}
+    _check_training_args(given["training_args"], _given(own))
+    trainer.optimizer_cls_and_kwargs = SinkGDFactory, given
     trainer.add_callback(_check_of(trainer))
 
 
@@ -182,6 +190,32 @@ def _check_of(trainer: Any) -> Any:
                 )
 
     return OptimizerCheck()
+
+
+def _check_training_args(training_args: Any, options: Mapping[str, Any]) -> None:
+    """Refuse training arguments that choose another optimizer, or rates that options set, too.
+
+    Raises:
+        TypeError: If ``training_args`` is None.
+        ValueError: If the arguments choose another optimizer, which would be ignored, or they have
+            a ``learning_rate`` and an option sets the same rates.
+    """
+    if training_args is None:
+        raise TypeError(
+            "training_args is None; pass the arguments of the trainer, {'training_args': args}, "
+            "or leave training_args out to train a new model at the rates of param_groups(model)"
+        )
+    _check_optim(training_args)
+    learning_rate = getattr(training_args, "learning_rate", None)
+    for name in ("lr", "matrix_lr_scale"):
+        if name in options and learning_rate is not None:
+            raise ValueError(
+                f"learning_rate={learning_rate!r} of the trainer's arguments is AdamW's rate and "
+                f"sets all rates, and {name}={options[name]!r} would set them again. Leave out "
+                f"{name}; to change the rates, set learning_rate, or overrides for a part of the "
+                "model. To train a new model by lr and matrix_lr_scale, leave out training_args: "
+                f"optimizer_cls_and_kwargs=(SinkGDFactory, {{{name!r}: {options[name]!r}}})"
+            )
 
 
 def _check_optim(training_args: Any) -> None:
@@ -241,6 +275,12 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
             raise TypeError(unknown_name("SinkGDFactory", name, known, {}))
 
 
+def _given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of arguments, without options of `param_groups` that are None."""
+    options = {name: _parsed(name, value) for name, value in kwargs.items()}
+    return {k: v for k, v in options.items() if v is not None or k not in _ROUTING}
+
+
 def _parsed(name: str, value: Any) -> Any:
     """Return the value that a string stands for."""
     if not isinstance(value, str):
@@ -262,7 +302,7 @@ def _from_training_args(training_args: Any, options: Mapping[str, Any]) -> dict[
     taken = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
     fields = {name: getattr(training_args, name) for name in taken if hasattr(training_args, name)}
     found: dict[str, Any] = {}
-    if "learning_rate" in fields and not {"lr", "matrix_lr_scale", "adamw_lr"} & options.keys():
+    if "learning_rate" in fields:
         found["adamw_lr"] = fields["learning_rate"]
     if "weight_decay" in fields:
         found["weight_decay"] = fields["weight_decay"]
