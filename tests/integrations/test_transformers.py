@@ -1,6 +1,7 @@
 """The real Trainer trains real LLaMA and GPT-2 models with the factory."""
 
 import inspect
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -229,8 +230,16 @@ def test_the_trainer_that_builds_the_optimizer_without_the_factory_warns(tmp_pat
 
     with pytest.warns(UserWarning, match=r"SinkGD\(sinkgd.param_groups\(model\)\)") as caught:
         trainer().create_optimizer()
-    assert len(caught) == 1
-    assert "transformers" in caught[0].filename  # what called the optimizer
+    (own,) = [one for one in caught if "sinkgd" in str(one.message)]  # the trainer may warn, too
+    assert "transformers" in own.filename  # what called the optimizer
+    # The remedy takes the learning_rate that the trainer was given, and not a rate of its own.
+    remedy = re.search(r"optimizer_cls_and_kwargs=\((?:\w+\.)*(\w+), (\{.*?\})\)", str(own.message))
+    args = arguments(tmp_path, learning_rate=2e-5)
+    kwargs = {
+        name: {"args": args}[value] for name, value in re.findall(r'"(\w+)": (\w+)', remedy[2])
+    }
+    factory = getattr(sinkgd.integrations.transformers, remedy[1])
+    assert rates(factory()(llama(), **kwargs)) == {"sinkgd": 0.3 * 2e-5, "adamw": 2e-5}
     trainer(lr=1e-3).create_optimizer()
 
 

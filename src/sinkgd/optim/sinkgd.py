@@ -210,9 +210,11 @@ class SinkGD(GroupedOptimizer):
             f"{name} got matrices and vectors without an algorithm or lr, and trains all of "
             f"them without state at lr={lr}, embeddings and output head included. In the study "
             "pareto (docs/experiments.md) this ended at a higher loss than AdamW. For the "
-            f"recommended recipe write {name}(sinkgd.param_groups(model)); with the Hugging Face "
-            "Trainer, optimizer_cls_and_kwargs=(sinkgd.integrations.transformers.SinkGDFactory, "
-            "{}). To train without state, pass lr",
+            f"recommended recipe write {name}(sinkgd.param_groups(model)) to train a new model, or "
+            f"{name}(sinkgd.param_groups(model, adamw_lr=...)) to fine-tune at the rate that AdamW "
+            "would have. With the Hugging Face Trainer, write optimizer_cls_and_kwargs=("
+            'sinkgd.integrations.transformers.SinkGDFactory, {"training_args": args}), where '
+            "args.learning_rate is that rate. To train without state, pass lr",
             UserWarning,
             stacklevel=_stacklevel_of_caller(),
         )
