@@ -425,11 +425,10 @@ def test_a_checkpoint_of_the_trainers_adamw_continues(tmp_path):
     state_dict = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")
     with pytest.raises(ValueError, match="2 groups and no names; pass names"):
         sinkgd.from_adamw_state(model, state_dict)
-    decayed = trainer.get_decay_parameter_names(model)
-    every = [name for name, _ in model.named_parameters()]
-    names = [name for name in every if name in decayed]
-    names += [name for name in every if name not in decayed]
-    optimizer = sinkgd.from_adamw_state(model, state_dict, names)
+    decayed = trainer.get_decay_parameter_names(model)  # as in docs/from-adamw.md
+    names = sorted(dict(model.named_parameters()), key=lambda name: name not in decayed)
+    with pytest.warns(UserWarning, match=r"rate in state_dict is 0 .*: 0\.001\).*Pass adamw_lr"):
+        optimizer = sinkgd.from_adamw_state(model, state_dict, names)
     moments = {name: trainer.optimizer.state[p] for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):

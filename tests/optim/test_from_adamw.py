@@ -1,6 +1,7 @@
 """A run of AdamW continues with SinkGD: moments and rates are AdamW's, matrices have no state."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -94,6 +95,9 @@ def test_rates_decay_betas_and_eps_are_adamws():
         assert group.get("eps", 1e-5) == 1e-5
 
 
+RATE_OF_0 = r"AdamW's rate in state_dict is 0 .*schedule: 0\.001\).*Pass adamw_lr"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_a_scheduler_continues_its_curve(share):
     model = a_model()
@@ -102,12 +106,39 @@ def test_a_scheduler_continues_its_curve(share):
     for _ in range(2):
         adamw.step()
         schedule.step()
-    optimizer = sinkgd.from_adamw_state(model, adamw.state_dict())
+    expected = nullcontext() if share else pytest.warns(UserWarning, match=RATE_OF_0)
+    with expected:
+        optimizer = sinkgd.from_adamw_state(model, adamw.state_dict())
     rates = {group["algorithm"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"sinkgd": 3e-4 * share, "adamw": 1e-3 * share})
     LambdaLR(optimizer, lambda step: 1 / (1 + step), last_epoch=2)
     rates = {group["algorithm"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"sinkgd": 3e-4 / 4, "adamw": 1e-3 / 4})
+
+
+@pytest.mark.parametrize("passed", [None, 4e-3])
+@pytest.mark.parametrize("is_scheduled", [False, True])
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.25, 0.25), (0.25, 0.5)], ids=str)
+def test_a_rate_that_is_passed_replaces_those_of_the_state(passed, is_scheduled, shares):
+    model = a_model()
+    adamw = torch.optim.AdamW(two_groups(model), lr=1e-3)
+    for group, share in zip(adamw.param_groups, shares, strict=True):
+        group["lr"] = 1e-3 * share
+        if is_scheduled:
+            group["initial_lr"] = 1e-3
+    if passed is None:
+        if shares == (0.0, 0.0):
+            with pytest.warns(UserWarning, match="Pass adamw_lr to from_adamw_state"):
+                sinkgd.from_adamw_state(model, adamw.state_dict(), adamw_lr=None)
+        elif shares[0] != shares[1]:
+            with pytest.raises(ValueError, match="pass adamw_lr"):
+                sinkgd.from_adamw_state(model, adamw.state_dict(), adamw_lr=None)
+        return
+    optimizer = sinkgd.from_adamw_state(model, adamw.state_dict(), adamw_lr=passed)
+    expected = pytest.approx({"sinkgd": 0.3 * passed, "adamw": passed})
+    for key in ("lr", "initial_lr") if is_scheduled else ("lr",):
+        assert {group["algorithm"]: group[key] for group in optimizer.param_groups} == expected
+    assert all(("initial_lr" in group) == is_scheduled for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -1,5 +1,6 @@
 """Continue a run of AdamW with SinkGD: convert its rates, and keep the moments that AdamW needs."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +26,13 @@ def from_adamw_state(
 
     Embeddings, the output head, norms and biases stay with AdamW and keep their moments and steps.
     Hidden matrices go to SinkGD; their moments are dropped. The groups are those of
-    ``param_groups(model, adamw_lr=...)`` at AdamW's present rate, with its weight decay, betas and
-    eps. If AdamW had a scheduler, ``initial_lr`` is converted as well, so that a scheduler with
-    the same ``last_epoch`` continues its curve.
+    ``param_groups(model, adamw_lr=...)``, with AdamW's weight decay, betas and eps.
+
+    If AdamW had a scheduler, its state has two rates: ``lr``, the present one, and ``initial_lr``,
+    the peak. Each is converted and keeps its name, so that a scheduler with the same ``last_epoch``
+    continues the curve. At the end of many schedules the present rate is 0, which warns. An
+    ``adamw_lr`` that is passed replaces both: pass it to continue at another rate than the present
+    one, or with a new scheduler.
 
     Args:
         model: The model with its trained weights.
@@ -37,13 +42,13 @@ def from_adamw_state(
             group without names must have been ``model.parameters()``, or those of them that require
             gradients.
         **options: Options of `param_groups` except ``lr`` and ``matrix_lr_scale``. An option given
-            here replaces that of the state.
+            here replaces that of the state; ``adamw_lr`` replaces both ``lr`` and ``initial_lr``.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or an option does not exist.
         ValueError: If another optimizer saved the state, the state lacks names, its parameters are
-            not those of the model, or its groups differ in an option that is not given here or in
-            the factor by which a scheduler has changed their rates.
+            not those of the model, or its groups differ in an option that is not given here or,
+            without ``adamw_lr``, in the factor by which a scheduler has changed their rates.
 
     Examples:
         >>> import torch, sinkgd
@@ -62,20 +67,25 @@ def from_adamw_state(
     check_model(model, "from_adamw_state")
     groups = _groups_of(state_dict)
     saved = _state_by_name(model, state_dict, groups, names)
-    peak = "initial_lr" if all("initial_lr" in group for group in groups) else "lr"
+    is_scheduled = all("initial_lr" in group for group in groups)
+    has_rate = options.get("adamw_lr") is not None
+    share = _share(groups) if is_scheduled and not has_rate else 1.0
+    peak = "initial_lr" if is_scheduled else "lr"
     taken = {"adamw_lr": peak, "betas": "betas", "weight_decay": "weight_decay"}
     found = {
         option: _common(groups, name, option)
         for option, name in taken.items()
-        if option not in options
+        if options.get(option) is None
     }
-    routed = param_groups(model, **found, **options)
+    routed = param_groups(model, **{**options, **found})
     for group in routed:
         if isinstance(METHODS[group["algorithm"]], AdamW):
             group.setdefault("eps", _common(groups, "eps", "overrides"))
-        if peak == "initial_lr":
+        if is_scheduled:
             group["initial_lr"] = group["lr"]
-            group["lr"] = group["lr"] * _share(groups)
+            group["lr"] = group["lr"] * share
+    if not has_rate:
+        _warn_if_zero(routed, peak=float(found["adamw_lr"]))
     optimizer = SinkGD(routed)
     for group in optimizer.param_groups:
         method = METHODS[group["algorithm"]]
@@ -152,10 +162,24 @@ def _share(groups: Sequence[Group]) -> float:
     shares = {float(group["lr"]) / (float(group["initial_lr"]) or 1.0) for group in groups}
     if max(shares) - min(shares) > 1e-6 * max(shares):
         raise ValueError(
-            f"the scheduler of AdamW has scaled its groups differently, by {sorted(shares)}; "
-            "delete initial_lr from the groups of state_dict, and pass adamw_lr"
+            f"the scheduler of AdamW has scaled its groups differently, by {sorted(shares)}; pass "
+            "adamw_lr, the rate at which to continue"
         )
     return max(shares)
+
+
+def _warn_if_zero(groups: Sequence[Group], peak: float) -> None:
+    """Warn if the rate is 0 in all groups, so that a step changes no weight."""
+    if any(float(group["lr"]) for group in groups):
+        return
+    of_schedule = f" (at the peak of its schedule: {peak:g})" if peak else ""
+    warnings.warn(
+        f"AdamW's rate in state_dict is 0{of_schedule}, and so is the rate of every group of "
+        "SinkGD: no weight changes until a scheduler sets another rate. Pass adamw_lr to "
+        "from_adamw_state, the rate at which to continue",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _take_moments(
