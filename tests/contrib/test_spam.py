@@ -21,6 +21,12 @@ COMMON = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, **
 both = pytest.mark.parametrize("kind", [sinkgd.SPAM, sinkgd.AdamWSPAM])
 
 
+def with_threshold(theta):
+    """Common options and a threshold; without one, a delay of clipping is refused."""
+    options = {**COMMON, "theta": theta}
+    return {k: v for k, v in options.items() if theta is not None or k != "clip_delay"}
+
+
 def weights(dtype=torch.float64, shapes=SHAPES):
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -74,7 +80,7 @@ def test_spam_is_adam_with_cut_spikes_resets_and_warm_ups(theta, fused):
     params = weights()
     expected = restated(Reference, params, theta)
     groups = [{"params": params, "fused": fused}]
-    optimizer = sinkgd.SPAM(groups, theta=theta, **COMMON)
+    optimizer = sinkgd.SPAM(groups, **with_threshold(theta))
     for step in range(STEPS):
         walk(optimizer, params, [step])
         expected.spam(flat(gradients(step)))
@@ -88,7 +94,7 @@ def test_adamw_spam_is_its_description(theta, fused, max_norm, window):
     params = weights()
     expected = restated(SpikeReference, params, theta, max_norm=max_norm, z=2.0, window=window)
     groups = [{"params": params, "fused": fused}]
-    options = {"theta": theta, "max_norm": max_norm, "norm_window": window, **COMMON}
+    options = {"max_norm": max_norm, "norm_window": window, **with_threshold(theta)}
     optimizer = sinkgd.AdamWSPAM(groups, **options)
     for step in range(STEPS):
         walk(optimizer, params, [step])
@@ -142,7 +148,7 @@ def test_without_spikes_and_before_a_reset_they_are_torch_bit_for_bit(fused):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", [3, 15, 17, 33])  # young, at a reset, warming up, anew
 def test_a_run_that_goes_on_is_the_run_that_was_not_cut(kind, dtype, first):
-    options = {**COMMON, "theta": 3.0}
+    options = with_threshold(3.0)
     whole, part = weights(dtype), weights(dtype)
     walk(kind(whole, **options), whole)
     optimizer = kind(part, **options)
@@ -159,7 +165,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_cut(kind, dtype, first):
 @both
 def test_a_reset_that_is_due_waits_for_a_good_gradient(kind):
     params = weights(torch.float32)
-    optimizer = kind(params, nonfinite="skip", **{**COMMON, "reset_interval": 5})
+    optimizer = kind(params, nonfinite="skip", **{**with_threshold(3.0), "reset_interval": 5})
     walk(optimizer, params, range(5))
     before = copy.deepcopy(optimizer.state_dict()["state"])
     for param in params:
@@ -177,7 +183,7 @@ def test_a_reset_that_is_due_waits_for_a_good_gradient(kind):
 def test_a_bad_gradient_leaves_weights_moments_and_norms_as_they_were(kind, bad, fused):
     params = weights(torch.float32)
     groups = [{"params": params, "fused": fused}]
-    optimizer = kind(groups, nonfinite="skip", **COMMON)
+    optimizer = kind(groups, nonfinite="skip", **with_threshold(3.0))
     walk(optimizer, params, range(12))
     before = copy.deepcopy((params, optimizer.state_dict()))
     for param, grad in zip(params, gradients(12), strict=True):
@@ -205,7 +211,7 @@ def test_a_bad_gradient_leaves_weights_moments_and_norms_as_they_were(kind, bad,
 def test_an_overflow_of_scaled_gradients_is_no_step(kind):
     def run(steps):
         params = weights(torch.float32)
-        optimizer = kind(params, theta=3.0, **COMMON)
+        optimizer = kind(params, **with_threshold(3.0))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         for step in steps:
             scale = scaler.get_scale()
@@ -225,7 +231,7 @@ def test_an_overflow_of_scaled_gradients_is_no_step(kind):
 
 def test_a_flag_of_overflow_on_the_device_holds_everything_back():
     params = weights(torch.float32)
-    optimizer = sinkgd.AdamWSPAM(params, **COMMON)
+    optimizer = sinkgd.AdamWSPAM(params, **with_threshold(None))
     walk(optimizer, params, range(3))
     before = copy.deepcopy((params, optimizer.state_dict()))
     for param, grad in zip(params, gradients(3), strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 
 import pytest
 import torch
@@ -69,8 +70,25 @@ VALUES = {
 }
 NEEDS = {
     "nesterov": {"momentum": 0.5},
+    "momentum_place": {"momentum": 0.5},
     "momentum_bits": {"momentum": 0.5, "momentum_place": "after"},
+    "low_rank_momentum": {"momentum_rank": 2},
+    "tiny_row_threshold": {"tiny_rows": "mask"},
+    "deflated_start": {"deflated_rank": 2},
+    "clip_delay": {"theta": 30.0},
+    "cautious_decay": {"weight_decay": 0.5},
     "seed": {"rounding": "stochastic"},
+}
+# What disables an option that another one needs.
+OFF = {
+    **{key: {"momentum": 0.0} for key in ("nesterov", "momentum_place", "momentum_bits")},
+    "low_rank_momentum": {"momentum_rank": 0},
+    "tiny_row_threshold": {"tiny_rows": "keep"},
+    "deflated_start": {"deflated_rank": 0},
+    "clip_delay": {"theta": None},
+    "norm_window": {"spike_z": math.inf},
+    "tau": {"n_iter": 0},
+    "cautious_decay": {"weight_decay": 0.0},
 }
 
 
@@ -143,6 +161,60 @@ def test_an_argument_reaches_the_groups_that_do_not_set_it(name, option):
     assert optimizer.param_groups[2][option] == passed
 
 
+DEPENDENT = pytest.mark.parametrize(("name", "option"), [c for c in CASES if c[1] in OFF])
+
+
+def test_the_table_has_every_option_that_needs_another():
+    found = {option: need for method in METHODS.values() for option, need in method.needs.items()}
+    assert {*found, "cautious_decay"} == set(OFF)
+    assert all(OFF[option] == {need.switch: need.off} for option, need in found.items())
+    assert all(need.switch in need.remedy for need in found.values())
+
+
+@DEPENDENT
+def test_an_option_without_the_one_that_it_needs_is_refused(name, option):
+    ((switch, off),), value = OFF[option].items(), VALUES[option][1]
+    message = rf"{option}={value!r} needs .*\b{switch}\b.*; without it, leave out {option}"
+    with pytest.raises(ValueError, match=message):
+        build(name, [matrix()], **{switch: off, option: value})
+    off_groups = [{"params": [matrix()], switch: off} for _ in range(2)]
+    with pytest.raises(ValueError, match=message):
+        build(name, off_groups, **{option: value})
+    if option == "cautious_decay":  # param_groups sets it in all groups, whether they decay or not
+        return
+    group = {"params": [matrix()], switch: off, option: value}
+    needed = NEEDS.get(option, {})
+    with pytest.raises(ValueError, match=message):
+        build(name, [{"params": [matrix()]}, dict(group)], **needed)
+    optimizer = build(name, [matrix()], **needed)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(dict(group))
+    assert len(optimizer.param_groups) == 1
+
+
+@DEPENDENT
+def test_an_option_is_taken_if_a_group_has_the_one_that_it_needs(name, option):
+    value, needed = VALUES[option][1], NEEDS.get(option, {})
+    groups = [{"params": [matrix()], **OFF[option]}, {"params": [matrix()], **needed}]
+    optimizer = build(name, groups, **{option: value})
+    assert [group[option] for group in optimizer.param_groups] == [value, value]
+
+
+@DEPENDENT
+def test_an_option_at_its_default_needs_nothing(name, option):
+    default = options_of(CLASSES[name])[option]
+    build(name, [matrix()], **OFF[option], **{option: default})
+    build(name, [{"params": [matrix()], **OFF[option], option: default}])
+
+
+def test_an_argument_may_be_meant_for_some_of_the_groups():
+    groups = sinkgd.param_groups(Model(), overrides={"head.weight": "sinkgd-table"})
+    variant = sinkgd.SinkGDVariant(groups, tiny_row_threshold=0.1, deflated_start="kept")
+    found = {group["algorithm"]: group for group in variant.param_groups}
+    assert found["sinkgd-table"]["tiny_row_threshold"] == 0.1
+    assert found["sinkgd"]["deflated_start"] == "kept"
+
+
 @every_option
 def test_an_argument_that_every_group_sets_is_refused_with_the_remedy(name, option):
     own, passed, _ = VALUES[option]
@@ -165,6 +237,8 @@ def test_an_argument_that_all_groups_agree_with_is_taken(name, option):
 def test_an_option_that_no_group_takes_is_refused(name, option):
     groups = [{"params": [matrix()], "algorithm": "adamw"}]
     options = {option: VALUES[option][1]}
+    if option == "cautious_decay":
+        options |= NEEDS[option]
     adamws = {"lr", "weight_decay", "cautious_decay", "maximize", "nonfinite", "eps", "betas"}
     adamws |= {"rounding", "seed"}
     if name == "MNGD" and option != "norms":

@@ -189,7 +189,7 @@ def test_init_state_makes_what_a_first_step_makes(name):
         ({"nesterov": True}, r"nesterov=True needs a momentum above 0"),
         ({"momentum": 0.5, "momentum_place": "middle"}, "momentum_place must be one of .*'middle'"),
         ({"momentum_bits": 16}, r"momentum_bits must be one of \(8, 32\), got 16"),
-        ({"momentum_bits": 8}, "momentum_bits=8 needs an average of updates"),
+        ({"momentum_bits": 8}, "momentum_bits=8 needs a momentum above 0"),
         ({"momentum": 0.5, "momentum_bits": 8}, "momentum_bits=8 needs an average of updates"),
         ({"last": "rows"}, "last must be one of .*, got 'rows'"),
         ({"first": "rows"}, "first must be None or one of .*, got 'rows'"),

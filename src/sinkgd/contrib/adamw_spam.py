@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.contrib.spam import (
+    NEEDS_OF_CLIPPING,
     can_read_now,
     check_resets,
     clip_spikes,
@@ -31,7 +32,7 @@ from sinkgd.exchange import Steps, computation
 from sinkgd.optim.apply import allowed
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
+from sinkgd.optim.method import Context, Group, Method, Need, Slot, are_finite
 from sinkgd.optim.methods.adamw import descend_by_adamw_
 
 NORM_HISTORY = "norm_history"
@@ -81,9 +82,10 @@ class AdamWSPAM(GroupedOptimizer):
         max_norm: The norm to which a longer gradient is clipped, positive; infinity never clips.
         spike_z: z, positive: a norm is a spike if it is more than z standard deviations above the
             mean.
-        norm_window: How many norms are remembered, at least 10.
+        norm_window: How many norms are remembered, at least 10. Needs a finite ``spike_z``.
         theta: Threshold θ of single entries, positive, in units of v; None clips nothing.
         clip_delay: Steps after a start or a reset in which no entry is clipped, at least 0.
+            Needs ``theta``.
         reset_interval: Steps between resets, at least 1.
         warmup_steps: Steps in which ``lr`` rises after a reset, at least 0.
         cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
@@ -172,6 +174,12 @@ class AdamWSpam(Method):
             "spike_z": 2.0,
             "norm_window": 100,
             NORM_HISTORY: None,
+        }
+    )
+    needs = MappingProxyType(
+        {
+            **NEEDS_OF_CLIPPING,
+            "norm_window": Need("spike_z", math.inf, "a finite spike_z, e.g. spike_z=2.0"),
         }
     )
 

@@ -45,7 +45,7 @@ class SinkGDVariant(SinkGD):
         momentum_place: ``"before"``: the momentum B averages the gradients, as in `SinkGD`; or
             ``"after"``: B averages the normalized updates X, and the step goes along B (with
             ``nesterov``, along μB + (1 − μ)X). The root-mean-square change of a weight is then
-            below ``lr``.
+            below ``lr``. Needs ``momentum``.
         momentum_bits: Bits per entry of B: 32; or 8, only with ``momentum_place="after"``. With 8
             bits, a step copies B of a few matrices at a time to float32.
         momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient G is
@@ -53,8 +53,7 @@ class SinkGDVariant(SinkGD):
             kept of its own sum. G itself keeps its full rank. Keeps (m + n)·r float32 per matrix,
             with r at most min(m, n); 0 keeps nothing. Copies the gradients of a few matrices at a
             time.
-        low_rank_momentum: Decay rate μ of this memory, in [0, 1). Only used if ``momentum_rank`` is
-            above 0.
+        low_rank_momentum: Decay rate μ of this memory, in [0, 1). Needs ``momentum_rank``.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, with which an
             iteration normalizes columns before rows. Only the columns, or only the rows, then have
             exactly equal lengths.
@@ -64,11 +63,11 @@ class SinkGDVariant(SinkGD):
             are set to zero, and so is their update. Copies the gradients of a few matrices at a
             time.
         tiny_row_threshold: τ: a row is tiny if its l2 norm is below τ times the mean norm of all
-            rows.
+            rows. Needs ``tiny_rows="mask"``.
         deflated_start: Vectors from which deflation starts to search for directions:
             ``"fixed"``, the same in every step, without state; or ``"kept"``, the right directions
             of the last step. ``"kept"`` keeps (k + 1)·n float32 per matrix, where k is
-            ``deflated_rank``.
+            ``deflated_rank``, which it needs.
         operator_norm: None, ``"unit"`` or ``"muon"``: scale the update so that its largest singular
             value, estimated by one power iteration per step, is 1 or √(m/n). ``lr`` is then no
             longer a root-mean-square change of a weight. With ``"muon"`` it is the largest
@@ -87,7 +86,8 @@ class SinkGDVariant(SinkGD):
         **options: All other arguments of `SinkGD`.
 
     Raises:
-        ValueError: If an option is out of range or has no effect, as in `SinkGD`.
+        ValueError: If an option is out of range or has no effect, as in `SinkGD`. An option that
+            needs another one, as said above, has an effect in the groups that have both.
         TypeError: If an option does not exist; otherwise as in `SinkGD`.
         ImportError: If ``backend`` names a backend that is not installed.
 

@@ -24,7 +24,7 @@ from sinkgd.exchange import Steps, computation
 from sinkgd.optim.apply import allowed, learning_rate
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
+from sinkgd.optim.method import Context, Group, Method, Need, Slot, are_finite
 from sinkgd.optim.methods.adamw import (
     ADAMW_OPTIONS,
     MOMENTS,
@@ -62,7 +62,8 @@ class SPAM(GroupedOptimizer):
         eps: Added to the root of the second moment, at least 0.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.
         theta: Threshold θ, positive, in units of v; None clips nothing.
-        clip_delay: Steps after a start or a reset in which nothing is clipped, at least 0.
+        clip_delay: Steps after a start or a reset in which nothing is clipped, at least 0. Needs
+            ``theta``.
         reset_interval: Steps between resets, at least 1.
         warmup_steps: Steps in which ``lr`` rises after a reset, at least 0.
         cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
@@ -141,6 +142,12 @@ def options_with_resets(
             "warmup_steps": warmup_steps,
         }
     )
+
+
+# Without a threshold no spike is clipped, from the first step on.
+NEEDS_OF_CLIPPING = MappingProxyType(
+    {"clip_delay": Need("theta", None, "theta, e.g. theta=5000.0")}
+)
 
 
 def check_resets(param: Tensor, group: Group) -> None:
@@ -244,6 +251,7 @@ class Spam(Method):
 
     is_elementwise = True
     options = options_with_resets(theta=5000.0, reset_interval=500, warmup_steps=150)
+    needs = NEEDS_OF_CLIPPING
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range. Parameters of any shape are accepted, whole or sharded."""

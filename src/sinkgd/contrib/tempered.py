@@ -34,7 +34,7 @@ from sinkgd.number_check import check_number, check_whole_number
 from sinkgd.optim.apply import ROUNDING_OPTIONS, UpdateWriter, check_rounding
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
-from sinkgd.optim.method import Context, Group, Method, Slot, are_finite
+from sinkgd.optim.method import Context, Group, Method, Need, Slot, are_finite
 from sinkgd.precision import in_full_precision
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class TemperedSinkGD(GroupedOptimizer):
             of one element. Default: 3e-4.
         weight_decay: Decoupled weight decay λ, at least 0, multiplied by ``lr``. Default: 0.1.
         cautious_decay: Decay only entries that the update moves toward zero; see `SinkGD`.
-        tau: Temperature τ, positive.
+        tau: Temperature τ, positive. Needs an ``n_iter`` above 0.
         n_iter: Iterations, at least 0; with 0, the gradient is only divided by the mean absolute
             value of its entries.
         eps: Floor on a sum of absolute values, at least 0.
@@ -288,6 +288,7 @@ class Tempered(Method):
             **ROUNDING_OPTIONS,
         }
     )
+    needs = MappingProxyType({"tau": Need("n_iter", 0, "an n_iter above 0, e.g. n_iter=5")})
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range, and shards that cannot be seen as matrices."""

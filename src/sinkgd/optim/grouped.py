@@ -29,6 +29,7 @@ from sinkgd.optim.arguments import (
     passed_of,
     resolve,
 )
+from sinkgd.optim.dependent_options import check_own_options, check_passed_options
 from sinkgd.optim.group_names import unique_name
 from sinkgd.optim.method import Context, Group, Slot, are_zero
 from sinkgd.optim.methods import METHODS
@@ -98,6 +99,7 @@ class GroupedOptimizer(Optimizer):
         if own_algorithm is not None:
             check_runs(name, own_algorithm, own)
         self.defaults = defaults_of_groups(defaults, passed, own)
+        check_passed_options(passed, self.param_groups)
         self._check_routing(given, passed)
         if isinstance(self.defaults["lr"], Tensor):
             self.defaults["lr"] = self.defaults["lr"].clone()
@@ -155,6 +157,7 @@ class GroupedOptimizer(Optimizer):
             raise TypeError(f"a group must be a dict, got {type(param_group).__name__}")
         method = find_method(param_group.setdefault("algorithm", self.default_algorithm))
         check_keys(param_group, len(self.param_groups))
+        given = dict(param_group)
         for option, value in method.presets.items():
             param_group.setdefault(option, value)
         for option, default in method.options.items():
@@ -172,6 +175,7 @@ class GroupedOptimizer(Optimizer):
             del param_group[option]
         try:
             check_group(param_group, len(self.param_groups) - 1, method)
+            check_own_options(given, param_group)
         except (ImportError, TypeError, ValueError):
             self.param_groups.pop()
             raise

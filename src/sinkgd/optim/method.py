@@ -43,6 +43,14 @@ class Context(NamedTuple):
     sharers: int = 1  # the number of sharded groups in this step that share the scratch memory
 
 
+class Need(NamedTuple):
+    """What an option needs to have an effect: another option of the group that is not off."""
+
+    switch: str
+    off: object  # the value of ``switch`` that disables it
+    remedy: str  # how to enable it: "a momentum above 0, e.g. momentum=0.95"
+
+
 class Method(ABC):
     """How the parameters of a group are updated."""
 
@@ -50,6 +58,8 @@ class Method(ABC):
     options: Mapping[str, Any]
     # Defaults of groups of this method, which take precedence over the optimizer's arguments.
     presets: Mapping[str, Any] = MappingProxyType({})
+    # What some options need; `sinkgd.optim.dependent_options` refuses them without it.
+    needs: Mapping[str, Need] = MappingProxyType({})
     # Options in which the method counts or remembers something; they are saved with the group.
     # Users do not set them.
     counters: ClassVar[frozenset[str]] = frozenset({"rounding_step"})

@@ -45,11 +45,11 @@ class MNGD(GroupedOptimizer):
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
-        nesterov: Normalize μB + (1 − μ)G instead of B.
+        nesterov: Normalize μB + (1 − μ)G instead of B. Needs ``momentum``.
         momentum_place: ``"before"``: B averages the gradients, as described for ``momentum``; or
             ``"after"``: B averages the normalized updates X, and the step goes along B (with
             ``nesterov``, along μB + (1 − μ)X). The root-mean-square change of a weight is then
-            below ``lr``.
+            below ``lr``. Needs ``momentum``.
 
     Raises:
         ValueError: If an option is out of range or has no effect, or a parameter is not a matrix;

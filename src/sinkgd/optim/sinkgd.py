@@ -62,7 +62,7 @@ class SinkGD(GroupedOptimizer):
             weight and update have the same sign (opposite signs with ``maximize``). An entry whose
             update is zero does not decay; in the paper (Chen et al. 2025) it does. In AdamW's
             groups, Adam's direction is compared with the weight. Keeps no state, and costs no
-            additional pass over the weights.
+            additional pass over the weights. Needs a ``weight_decay`` in some group.
         maximize: Ascend instead.
         nonfinite: What a gradient with NaN or infinity does: ``"raise"`` or ``"skip"`` (leave the
             parameter unchanged, and count it in `skipped`).
@@ -76,7 +76,7 @@ class SinkGD(GroupedOptimizer):
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
             normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
-        nesterov: Normalize μB + (1 − μ)G instead of B.
+        nesterov: Normalize μB + (1 − μ)G instead of B. Needs ``momentum``.
         deflated_rank: Number k of the update's leading singular values that are lowered to the next
             one; 0 lowers none. This whitens the largest directions, at the cost of two more passes
             over the gradient and about 10·k flops per entry. Keeps no state. The ``eager`` backend

@@ -32,7 +32,7 @@ from sinkgd.kernels.backend import by_owner
 from sinkgd.kernels.eager import update_of, without_corrections
 from sinkgd.matrix_views import dims_of
 from sinkgd.optim.apply import allowed
-from sinkgd.optim.method import Context, Group, Slot
+from sinkgd.optim.method import Context, Group, Need, Slot
 
 Step = Callable[[Sequence[Slot], Group, Context], Computation[Tensor]]  # as `Method.step`
 
@@ -156,10 +156,18 @@ class Transform:
 
     # The group options of the transform, with the defaults at which it is off.
     options: ClassVar[Mapping[str, object]]
-    # The transform is on if the value of this option differs from the default.
+    # The transform is on if the value of this option differs from the default. Its other options
+    # have no effect if it is off.
     switch: ClassVar[str]
+    # How to turn it on, for errors; only for a transform with several options.
+    remedy: ClassVar[str] = ""
     # Whether it also transforms parameters with fewer than two dimensions, by `around`.
     takes_vectors: ClassVar[bool] = False
+
+    def needs(self) -> dict[str, Need]:
+        """Return what each option except the switch needs: that the transform is on."""
+        need = Need(self.switch, self.options[self.switch], self.remedy)
+        return {option: need for option in self.options if option != self.switch}
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Raise if an option is out of range, or ``param``, called ``name``, cannot be handled.

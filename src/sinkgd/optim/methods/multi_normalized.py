@@ -94,6 +94,7 @@ class MultiNormalized(Method):
         own = {**options, "layout": "auto", "split": 1}
         self._momentum = Momentum()
         self.options = MappingProxyType({**own, **ROUNDING_OPTIONS, **self._momentum.options})
+        self.needs = MappingProxyType(self._momentum.needs())
         self._norms = norms
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
@@ -118,7 +119,7 @@ class MultiNormalized(Method):
 
     def needs_scratch(self, group: Group) -> bool:
         """Whether Nesterov's directions are kept in addition to the gradients."""
-        return bool(group["nesterov"])
+        return bool(group["momentum"] and group["nesterov"])
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Step along the normalized gradients, with momentum if the group has it."""

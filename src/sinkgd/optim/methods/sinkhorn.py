@@ -71,6 +71,7 @@ class Sinkhorn(Method):
             **ROUNDING_OPTIONS,
         }
     )
+    needs = MappingProxyType({k: need for own in TRANSFORMS for k, need in own.needs().items()})
 
     def __init__(
         self, vectors: Method | None = None, presets: Mapping[str, Any] = MappingProxyType({})

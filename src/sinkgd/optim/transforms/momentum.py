@@ -57,6 +57,7 @@ class Momentum(Transform):
         {"momentum": 0.0, "nesterov": False, "momentum_place": "before", "momentum_bits": 32}
     )
     switch = "momentum"
+    remedy = "a momentum above 0, e.g. momentum=0.95"
     takes_vectors = True
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
@@ -66,16 +67,11 @@ class Momentum(Transform):
         check_decay_rate("momentum", momentum)
         if place not in PLACES:
             raise ValueError(f"momentum_place must be one of {PLACES}, got {place!r}")
-        if group["nesterov"] and momentum == 0:
-            raise ValueError("nesterov=True needs a momentum above 0, e.g. momentum=0.95")
         bits = group["momentum_bits"]
         if bits not in BITS:
             raise ValueError(f"momentum_bits must be one of {BITS}, got {bits!r}")
-        if bits == 8 and (momentum == 0 or place == "before"):
-            raise ValueError(
-                "momentum_bits=8 needs an average of updates: momentum_place='after' and a "
-                "momentum above 0, e.g. momentum=0.95"
-            )
+        if bits == 8 and momentum and place == "before":
+            raise ValueError("momentum_bits=8 needs an average of updates: momentum_place='after'")
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create B, filled with zeros."""

@@ -27,6 +27,7 @@ class TinyRows(Transform):
     # than a hundredth of the mean norm.
     options = MappingProxyType[str, object]({"tiny_rows": "keep", "tiny_row_threshold": 0.01})
     switch = "tiny_rows"
+    remedy = "tiny_rows='mask'"
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range."""

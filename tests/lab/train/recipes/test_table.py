@@ -157,6 +157,30 @@ def test_cautious_decay_is_refused_where_nothing_decays(model):
         built(model, "sinkgd", cautious_decay=True)
 
 
+# What disables the option that another one needs.
+OFF = {
+    "tau": {"n_iter": 0},
+    **{option: dict.fromkeys(needed, 0) for option, needed in WITH.items()},
+}
+OFF["momentum_bits"] = {"momentum": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, o)
+        for name, o in taken()
+        if o in OFF and OFF[o].keys() <= RECIPES[name].defaults.keys()
+    ],
+)
+def test_an_option_without_the_one_that_it_needs_is_refused(name, option):
+    """What the optimizer would refuse is refused when the configuration is read."""
+    ((needed, off),) = OFF[option].items()
+    options = {option: OTHERS[option], needed: off}
+    with pytest.raises(ConfigError, match=rf"{option} is {OTHERS[option]!r}, but .*{needed} is 0"):
+        resolve_optimizer(OptimizerConfig(recipe=name, **options))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sinkgd.contrib.tempered import TAU
 from sinkgd.lab.options import how_to_install, suggest
 from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError, OptimizerConfig
@@ -22,6 +23,18 @@ from sinkgd.optim.transforms.momentum import BITS
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {recipe.name: recipe for recipe in (*FAMILY, *FROM_TORCH, *FROM_PAPERS)}
+)
+
+# Options that need another one: the option, its value that needs nothing, and the other option. The
+# last entry says what happens if the other option is 0.
+_NEEDS = (
+    ("nesterov", False, "momentum", "nothing is averaged"),
+    ("momentum_place", "before", "momentum", "nothing is averaged"),
+    ("momentum_bits", 32, "momentum", "nothing is averaged"),
+    ("low_rank_momentum", None, "momentum_rank", "nothing is remembered"),
+    ("deflated_start", "fixed", "deflated_rank", "nothing is deflated"),
+    ("cautious_decay", False, "weight_decay", "nothing decays"),
+    ("tau", TAU, "n_iter", "no entry is tempered"),
 )
 
 
@@ -108,19 +121,16 @@ def _check_ranges(options: OptimizerConfig) -> None:
         raise ConfigError(
             f"optimizer.momentum_bits is {options.momentum_bits}; it must be one of {BITS}"
         )
-    if options.low_rank_momentum is not None and not options.momentum_rank:
+    _check_needs(options)
+
+
+def _check_needs(options: OptimizerConfig) -> None:
+    """Refuse an option that has no effect without another one."""
+    for name, without_effect, needed, reason in _NEEDS:
+        value = getattr(options, name)
+        if value in (None, without_effect) or getattr(options, needed):
+            continue
         raise ConfigError(
-            f"optimizer.low_rank_momentum is {options.low_rank_momentum}, but "
-            "optimizer.momentum_rank is 0, so nothing is remembered; give a momentum_rank, or "
-            "leave out low_rank_momentum"
-        )
-    if options.deflated_start == "kept" and not options.deflated_rank:
-        raise ConfigError(
-            "optimizer.deflated_start is 'kept', but optimizer.deflated_rank is 0, so nothing is "
-            "deflated; give a deflated_rank, or leave out deflated_start"
-        )
-    if options.cautious_decay and not options.weight_decay:
-        raise ConfigError(
-            "optimizer.cautious_decay is True, but optimizer.weight_decay is 0, so nothing decays; "
-            "give a weight_decay, or leave out cautious_decay"
+            f"optimizer.{name} is {value!r}, but optimizer.{needed} is 0, so {reason}; set "
+            f"{needed}, or leave out {name}"
         )
