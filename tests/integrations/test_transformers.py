@@ -345,7 +345,7 @@ def test_the_log_of_the_trainer_tells_the_rates_of_groups_apart(tmp_path):
             tmp_path,
             max_steps=2,
             logging_steps=1,
-            lr_scheduler_type="constant",
+            lr_scheduler_type="linear",
             save_strategy="no",
             dataloader_pin_memory=False,
         ),
@@ -354,13 +354,16 @@ def test_the_log_of_the_trainer_tells_the_rates_of_groups_apart(tmp_path):
     )
     trainer.train()
     prefix = "learning_rate/"
+    rows = [row for row in trainer.state.log_history if "loss" in row]
     logged = [
         {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
-        for row in trainer.state.log_history
-        if "loss" in row
+        for row in rows
     ]
-    expected = {"matrices": pytest.approx(3e-3), "embeddings-head": 1e-2, "vectors": 1e-2}
-    assert logged == [expected, expected]
+    expected = {"matrices": 3e-3, "embeddings-head": 1e-2, "vectors": 1e-2}
+    after = [pytest.approx({k: x * share for k, x in expected.items()}) for share in (0.5, 0)]
+    assert logged == after
+    # The rate of the matrices in the step that was taken, which is in the line before.
+    assert [row["learning_rate"] for row in rows] == pytest.approx([3e-3, logged[0]["matrices"]])
     names = [group["name"] for group in trainer.optimizer.state_dict()["param_groups"]]
     assert names == [*expected]
 
