@@ -81,8 +81,9 @@ class SinkGD(GroupedOptimizer):
             one; 0 lowers none. This whitens the largest directions, at the cost of two more passes
             over the gradient and about 10·k flops per entry. Keeps no state. The ``eager`` backend
             makes float32 copies of the gradients, 64 MiB at a time unless a single gradient is
-            larger. Above 32 directions, ``triton`` makes such copies one at a time. Groups of
-            `param_groups` set their own rank. Default: 0.
+            larger. Above 32 directions, ``triton`` makes such copies one at a time. Only for
+            parameters without groups: groups of `param_groups` set their own rank, so pass it
+            there. Default: 0.
 
     Raises:
         ValueError: If an option is out of range, does not fit a parameter, or has no effect on any
