@@ -34,7 +34,7 @@ class EagerBackend(Backend):
 
     name = "eager"
     package = "torch"
-    install = "pip install sinkgd"
+    install = "pip install torch"
 
     def missing(self) -> str | None:
         """Return None: plain torch is always available."""
