@@ -10,13 +10,8 @@ from sinkgd.norms import RowNorm
 from sinkgd.number_check import check_betas, check_decay_rate, check_number
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.mngd import MNGD
-from sinkgd.optim.param_groups import (
-    Overrides,
-    check_model,
-    check_overrides,
-    matches,
-    param_groups,
-)
+from sinkgd.optim.overrides import Overrides, check_overrides, matches
+from sinkgd.optim.param_groups import check_model, param_groups
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 
 _OF_SCALE_GROUPS = {name: f"scale_groups(model, {name}=...)" for name in ("betas", "overrides")}

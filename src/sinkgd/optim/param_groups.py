@@ -1,6 +1,5 @@
 """Which parameter gets which method: the default recipe as parameter groups."""
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from math import prod
@@ -10,19 +9,12 @@ from torch import Tensor, nn
 
 from sinkgd.matrix_views import dims_of
 from sinkgd.number_check import check_betas, check_flag, check_number
-from sinkgd.optim.arguments import (
-    COMMON,
-    check_kinds,
-    find_method,
-    options_of,
-    suggest_names,
-)
+from sinkgd.optim.arguments import COMMON, find_method, options_of, suggest_names
 from sinkgd.optim.group_names import name_groups
+from sinkgd.optim.overrides import Overrides, check_overrides, match
 from sinkgd.optim.parameters import check_initialized
-from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles, without_wrappers
+from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.transforms.deflate import check_deflated_rank
-
-Overrides = Mapping[str, str | Mapping[str, Any]]
 
 # The default recipe, measured in the setting of study table1 on a LLaMA of 1.3M parameters:
 # benchmarks/deflation has the runs. 0.002 was the best rate of matrices among 0.001 to 0.004.
@@ -174,7 +166,7 @@ def param_groups(
     found = roles(model)
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
-    given = _match(overrides or {}, [name for name, _, _ in found])
+    given = match(overrides or {}, [name for name, _, _ in found])
     common = {"cautious_decay": True} if cautious_decay else {}
     groups: dict[str, dict[str, Any]] = {}
     for name, param, role in found:
@@ -382,31 +374,6 @@ def check_model(model: object, function: str) -> None:
         check_initialized(name, param)
 
 
-def check_overrides(overrides: object) -> None:
-    """Refuse overrides that do not map patterns to algorithms or options.
-
-    Raises:
-        TypeError: If an entry has another form, or an option the wrong type; the message gives it.
-        ValueError: If a pattern is not a regular expression, or an option is out of range.
-    """
-    if overrides is None:
-        return
-    form = "overrides must map patterns to algorithms or options, such as {'head': 'sinkgd'}"
-    if not isinstance(overrides, Mapping):
-        raise TypeError(f"{form}; got {overrides!r}")
-    for pattern, override in overrides.items():
-        if not isinstance(pattern, str) or not isinstance(override, str | Mapping):
-            raise TypeError(f"{form}; got {{{pattern!r}: {override!r}}}")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"overrides: {pattern!r} is not a regular expression: {error}"
-            ) from None
-        if isinstance(override, Mapping):
-            check_kinds(override)
-
-
 def _layout(role: Role, taken: Set[str]) -> dict[str, Any]:
     """Return how the parameter is viewed as matrices, if the algorithm takes these options."""
     seen = {"layout": role.layout, "split": role.split}
@@ -420,32 +387,3 @@ def _algorithms(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 def _in_features(param: Tensor, role: Role) -> int:
     _, cols = dims_of(param.ndim, role.layout)
     return prod(param.shape[dim] for dim in cols)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether an override matches a parameter, whose name may have prefixes of wrappers."""
-    return any(re.search(pattern, own) for own in (name, without_wrappers(name)))
-
-
-def _match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    options: dict[str, dict[str, Any]] = {name: {} for name in names}
-    unmatched = dict.fromkeys(overrides)
-    for name in names:
-        for pattern, override in overrides.items():
-            if matches(pattern, name):
-                unmatched.pop(pattern, None)
-                options[name] = (
-                    {"algorithm": override} if isinstance(override, str) else dict(override)
-                )
-                break
-    for pattern in unmatched:
-        if any(matches(pattern, name) for name in names):
-            raise ValueError(
-                f"override {pattern!r} has no effect, because earlier overrides match all of its "
-                "parameters; put it before them"
-            )
-        raise ValueError(
-            f"override {pattern!r} matches no parameter; "
-            "see the names in describe_param_groups(model)"
-        )
-    return options

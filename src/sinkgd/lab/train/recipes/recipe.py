@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 import sinkgd
 from sinkgd.lab.models.lora import base_name
 from sinkgd.lab.train.config import ConfigError
-from sinkgd.optim.param_groups import Overrides
+from sinkgd.optim.overrides import Overrides
 
 Options = Mapping[str, Any]  # resolved values of the recipe's options, by name
 Groups = list[dict[str, Any]]

@@ -19,13 +19,8 @@ from sinkgd.lab.train.recipes.recipe import (
     trained,
 )
 from sinkgd.norms import Norm
-from sinkgd.optim.param_groups import (
-    BETAS,
-    DEFLATED_RANK,
-    LR,
-    MATRIX_LR_SCALE,
-    Overrides,
-)
+from sinkgd.optim.overrides import Overrides
+from sinkgd.optim.param_groups import BETAS, DEFLATED_RANK, LR, MATRIX_LR_SCALE
 from sinkgd.optim.roles import EMBEDDING, HEAD, roles
 from sinkgd.optim.transforms import TRANSFORMS
 
