@@ -1,5 +1,7 @@
 """Who goes where is read from the modules, not from their names."""
 
+import ast
+import re
 import warnings
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from torch import nn
 
 import sinkgd
+from optimizer_cases import ABSENT
+from sinkgd.optim.methods import METHODS
 from sinkgd.optim.roles import roles
 
 
@@ -289,6 +293,55 @@ def test_an_override_that_matches_nothing_is_refused():
         sinkgd.param_groups(Model(), overrides={"c": "adamw", "c.weight": "sinkgd"})
     with pytest.raises(ValueError, match=r"override 'lm_head' matches no parameter"):
         sinkgd.param_groups(Model(), overrides={"lm_head": "sinkgd"})
+
+
+class Gated(nn.Module):
+    """A matrix, a vector and a scalar below one name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.layers[0].gate = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("algorithm", METHODS)
+@pytest.mark.parametrize(("pattern", "shape"), [("0.gate", "()"), ("layers.*bias", "(4,)")])
+def test_an_override_that_gives_a_parameter_to_an_algorithm_for_larger_ones_is_refused(
+    algorithm, pattern, shape
+):
+    """All that the optimizer would refuse is refused where the override is known."""
+    model = Gated()
+    overrides = {pattern: algorithm}
+    param = next(p for name, p in model.named_parameters() if re.search(pattern, name))
+    if param.ndim >= METHODS[algorithm].least_dims:
+        group = {"params": [param], "algorithm": algorithm}
+        if algorithm not in ABSENT:
+            sinkgd.SinkGD([group])
+        sinkgd.param_groups(model, overrides=overrides)
+        return
+    with pytest.raises(
+        ValueError, match=rf"override '{re.escape(pattern)}' gives 'layers"
+    ) as caught:
+        sinkgd.param_groups(model, overrides=overrides)
+    assert f"of shape {shape}, to {algorithm!r}, which updates matrices" in str(caught.value)
+    remedy = ast.literal_eval(re.search(r"\{.*\}", str(caught.value))[0])
+    with pytest.raises(ValueError, match=r"earlier overrides match all|gives 'layers\.1\.bias'"):
+        sinkgd.param_groups(model, overrides={**remedy, **overrides})
+    sinkgd.param_groups(model, overrides={r"layers.*weight$": "sinkgd"})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"algo": "adamw"}, "sets algo='adamw', .*; did you mean 'algorithm'"),
+        ({"sinkhorn_iteration": 3}, ".*did you mean 'sinkhorn_iterations'"),
+        ({"betas": (0.5, 0.5)}, "which algorithm 'sinkgd' does not take; its options are"),
+    ],
+    ids=str,
+)
+def test_an_override_with_an_option_that_its_algorithm_lacks_is_refused(override, said):
+    with pytest.raises(ValueError, match=rf"^override 'x', which matches 'b.0.x.weight', .*{said}"):
+        sinkgd.param_groups(Model(), overrides={"x": override})
 
 
 @pytest.mark.parametrize("argument", ["lr", "matrix_lr_scale", "weight_decay"])

@@ -48,6 +48,8 @@ class Sage(Method):
     is_auxiliary = True
     options = MappingProxyType[str, Any]({"betas": (0.9, 0.99), "eps": 1e-8, **ROUNDING_OPTIONS})
 
+    least_dims = 1
+
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options out of range, and scalars, which have no columns."""
         check_averages(group)

@@ -118,8 +118,12 @@ def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any
         )
 
 
-def check_keys(group: Mapping[str, Any], index: int) -> None:
+def check_keys(group: Mapping[str, Any], source: str) -> None:
     """Refuse keys of a group that its method does not have.
+
+    Args:
+        group: The options of the group, with its algorithm.
+        source: What set them, such as "group 3".
 
     Raises:
         ValueError: If the method does not have a key; the message gives the key, its value and the
@@ -130,12 +134,12 @@ def check_keys(group: Mapping[str, Any], index: int) -> None:
     for key in group:
         if key in _OTHER_KEYS or key in taken or key == "algorithm":
             continue
-        close = difflib.get_close_matches(key, taken, n=1)
+        close = difflib.get_close_matches(key, ["algorithm", *taken], n=1)
         shown = ", ".join(sorted(option for option in taken if option not in counters))
         hint = f"did you mean {close[0]!r}?" if close else f"its options are {shown}"
         raise ValueError(
-            f"group {index} sets {key}={group[key]!r}, which algorithm {group['algorithm']!r} does "
-            f"not take; {hint}"
+            f"{source} sets {key}={group[key]!r}, which algorithm {group['algorithm']!r} does not "
+            f"take; {hint}"
         )
 
 

@@ -156,7 +156,7 @@ class GroupedOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a group must be a dict, got {type(param_group).__name__}")
         method = find_method(param_group.setdefault("algorithm", self.default_algorithm))
-        check_keys(param_group, len(self.param_groups))
+        check_keys(param_group, f"group {len(self.param_groups)}")
         given = dict(param_group)
         for option, value in method.presets.items():
             param_group.setdefault(option, value)

@@ -63,6 +63,8 @@ class Method(ABC):
     # Options in which the method counts or remembers something; they are saved with the group.
     # Users do not set them.
     counters: ClassVar[frozenset[str]] = frozenset({"rounding_step"})
+    # How many dimensions a parameter must have: 2 if the method is for matrices only.
+    least_dims: int = 0
     # Whether the method treats every entry by itself; it then also works on flattened parameters.
     is_elementwise: ClassVar[bool] = False
     # Whether the method is for parameters that are not hidden matrices; no optimizer is named after

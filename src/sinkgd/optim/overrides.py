@@ -1,10 +1,12 @@
 """Overrides of `param_groups`: patterns of names, and the algorithm or options that they set."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from sinkgd.optim.arguments import check_kinds
+from torch import Tensor
+
+from sinkgd.optim.arguments import check_keys, check_kinds, find_method
 from sinkgd.optim.roles import without_wrappers
 
 Overrides = Mapping[str, str | Mapping[str, Any]]
@@ -40,15 +42,19 @@ def matches(pattern: str, name: str) -> bool:
     return any(re.search(pattern, own) for own in (name, without_wrappers(name)))
 
 
-def match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def match(overrides: Overrides, params: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Return the options that overrides set, by the name of the parameter.
+
+    Args:
+        overrides: The overrides.
+        params: The parameters that are trained, each by the name that counts.
 
     Raises:
         ValueError: If an override matches no parameter, or only such that an earlier one matches.
     """
-    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    options: dict[str, dict[str, Any]] = {name: {} for name in params}
     unmatched = dict.fromkeys(overrides)
-    for name in names:
+    for name in params:
         for pattern, override in overrides.items():
             if matches(pattern, name):
                 unmatched.pop(pattern, None)
@@ -57,7 +63,7 @@ def match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any
                 )
                 break
     for pattern in unmatched:
-        if any(matches(pattern, name) for name in names):
+        if any(matches(pattern, name) for name in params):
             raise ValueError(
                 f"override {pattern!r} has no effect, because earlier overrides match all of its "
                 "parameters; put it before them"
@@ -67,3 +73,34 @@ def match(overrides: Overrides, names: Sequence[str]) -> dict[str, dict[str, Any
             "see the names in describe_param_groups(model)"
         )
     return options
+
+
+def check_fits(overrides: Overrides, name: str, param: Tensor, options: Mapping[str, Any]) -> None:
+    """Refuse an override that gives a parameter an algorithm or an option that does not fit.
+
+    Args:
+        overrides: All overrides.
+        name: The name of a parameter.
+        param: The parameter.
+        options: What the override sets, and the parameter's algorithm.
+
+    Raises:
+        ValueError: If the algorithm does not exist, does not take an option, or needs more
+            dimensions than the parameter has; the message gives the override and the parameter.
+    """
+    pattern = next((own for own in overrides if matches(own, name)), None)
+    if pattern is None:
+        return
+    algorithm = options["algorithm"]
+    least = find_method(algorithm).least_dims
+    check_keys(options, f"override {pattern!r}, which matches {name!r},")
+    if param.ndim < least:
+        kind = "matrices" if least == 2 else "matrices and vectors"
+        own = f"^{re.escape(without_wrappers(name))}$"
+        remedy = f"put the override {{{own!r}: 'adamw'}} before it"
+        if not name.endswith("weight"):
+            remedy = f"end the expression in 'weight$', or {remedy}"
+        raise ValueError(
+            f"override {pattern!r} gives {name!r}, of shape {tuple(param.shape)}, to "
+            f"{algorithm!r}, which updates {kind}; {remedy}"
+        )

@@ -11,7 +11,7 @@ from sinkgd.matrix_views import dims_of
 from sinkgd.number_check import check_betas, check_flag, check_number
 from sinkgd.optim.arguments import COMMON, find_method, options_of, suggest_names
 from sinkgd.optim.group_names import name_groups
-from sinkgd.optim.overrides import Overrides, check_overrides, match
+from sinkgd.optim.overrides import Overrides, check_fits, check_overrides, match
 from sinkgd.optim.parameters import check_initialized
 from sinkgd.optim.roles import EMBEDDING, HEAD, Role, roles
 from sinkgd.optim.transforms.deflate import check_deflated_rank
@@ -129,9 +129,9 @@ def param_groups(
             option has the wrong type.
         ValueError: If the model has a lazy module that has not run, or no trainable parameter; if
             an option is out of range, ``adamw_lr`` is given together with ``lr`` or
-            ``matrix_lr_scale``, an override matches no parameter or is no regular expression, or an
-            algorithm is unknown; if ``only`` has a tensor that is no trainable parameter of the
-            model; and if an option has no effect:
+            ``matrix_lr_scale``, an override matches no parameter, does not fit one or is no regular
+            expression, or an algorithm is unknown; if ``only`` has a tensor that is no trainable
+            parameter of the model; and if an option has no effect:
             ``deflated_rank`` if no group runs ``"sinkgd"``, ``matrix_lr_scale`` and ``base_width``
             if every group runs AdamW, ``state_bits`` if no group runs ``"adamw-8bit"``, and
             ``cautious_decay`` if no group decays.
@@ -166,12 +166,13 @@ def param_groups(
     found = roles(model)
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
-    given = match(overrides or {}, [name for name, _, _ in found])
+    given = match(overrides or {}, {name: param for name, param, _ in found})
     common = {"cautious_decay": True} if cautious_decay else {}
     groups: dict[str, dict[str, Any]] = {}
     for name, param, role in found:
         usual = matrix_algorithm if role.is_matrix else _ADAMWS[state_bits]
         algorithm = given[name].get("algorithm", usual)
+        check_fits(overrides or {}, name, param, {"algorithm": algorithm, **given[name]})
         options = {"algorithm": algorithm, "lr": rates.lr, "betas": rates.betas}
         if algorithm not in _ADAMWS.values():
             options = {"algorithm": algorithm, "lr": rates.matrix_lr_scale * rates.lr}

@@ -88,6 +88,8 @@ class MultiNormalized(Method):
         norms: Returns the norms of a group.
     """
 
+    least_dims = 2
+
     def __init__(
         self, options: Mapping[str, Any], norms: Callable[[Group], Sequence[Norm]]
     ) -> None:

@@ -77,6 +77,7 @@ class Sinkhorn(Method):
         self, vectors: Method | None = None, presets: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
         self._vectors = vectors
+        self.least_dims = 2 if vectors is None else 0
         self.presets = MappingProxyType(dict(presets))
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
