@@ -344,6 +344,19 @@ def test_an_override_with_an_option_that_its_algorithm_lacks_is_refused(override
         sinkgd.param_groups(Model(), overrides={"x": override})
 
 
+def test_an_override_of_a_tied_weight_by_its_other_name_is_told_the_one_that_counts():
+    model = nn.Sequential()
+    model.add_module("tok", nn.Embedding(7, 4))
+    model.add_module("head", nn.Linear(4, 7, bias=False))
+    model.head.weight = model.tok.weight
+    said = r"override '\^head' matches no parameter; 'head\.weight' is 'tok\.weight', a tied weight"
+    for wrapped in (model, nn.DataParallel(model)):
+        with pytest.raises(ValueError, match=said):
+            sinkgd.param_groups(wrapped, overrides={"^head": "sinkgd"})
+    groups = sinkgd.param_groups(model, overrides={"^tok": "sinkgd"})
+    assert [group["algorithm"] for group in groups] == ["sinkgd"]
+
+
 @pytest.mark.parametrize("argument", ["lr", "matrix_lr_scale", "weight_decay"])
 def test_negative_rates_are_refused(argument):
     with pytest.raises(ValueError, match=f"{argument} must be at least 0, got -1"):

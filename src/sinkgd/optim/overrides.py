@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkgd.optim.arguments import check_keys, check_kinds, find_method
 from sinkgd.optim.roles import without_wrappers
@@ -42,11 +42,14 @@ def matches(pattern: str, name: str) -> bool:
     return any(re.search(pattern, own) for own in (name, without_wrappers(name)))
 
 
-def match(overrides: Overrides, params: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def match(
+    overrides: Overrides, model: nn.Module, params: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
     """Return the options that overrides set, by the name of the parameter.
 
     Args:
         overrides: The overrides.
+        model: The model.
         params: The parameters that are trained, each by the name that counts.
 
     Raises:
@@ -69,10 +72,22 @@ def match(overrides: Overrides, params: Mapping[str, Tensor]) -> dict[str, dict[
                 "parameters; put it before them"
             )
         raise ValueError(
-            f"override {pattern!r} matches no parameter; "
-            "see the names in describe_param_groups(model)"
+            f"override {pattern!r} matches no parameter; {_hint(pattern, model, params)}"
         )
     return options
+
+
+def _hint(pattern: str, model: nn.Module, params: Mapping[str, Tensor]) -> str:
+    """Return what may have been meant by an expression that matches no parameter."""
+    names = {param: name for name, param in params.items()}
+    for other, param in model.named_parameters(remove_duplicate=False):
+        if param in names and matches(pattern, other):
+            one, counted = without_wrappers(other), without_wrappers(names[param])
+            return (
+                f"{one!r} is {counted!r}, a tied weight, which counts under that name; write an "
+                "expression that matches it"
+            )
+    return "see the names in describe_param_groups(model)"
 
 
 def check_fits(overrides: Overrides, name: str, param: Tensor, options: Mapping[str, Any]) -> None:

@@ -166,7 +166,7 @@ def param_groups(
     found = roles(model)
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; nothing to optimize")
-    given = match(overrides or {}, {name: param for name, param, _ in found})
+    given = match(overrides or {}, model, {name: param for name, param, _ in found})
     common = {"cautious_decay": True} if cautious_decay else {}
     groups: dict[str, dict[str, Any]] = {}
     for name, param, role in found:
