@@ -74,8 +74,8 @@ def check_layout(name: str, param: Tensor, *, layout: str, split: Split) -> None
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if param.ndim < 2:
         raise ValueError(
-            f"matrix norms update matrices; {name!r} has shape {tuple(param.shape)}. "
-            "Use param_groups(model) to give it to AdamW"
+            f"matrix norms update matrices; {name!r} has shape {tuple(param.shape)}. Give it to "
+            "another algorithm, such as 'adamw'"
         )
     try:
         probe = torch.empty_strided(

@@ -481,8 +481,8 @@ def test_a_trainer_that_builds_another_optimizer_after_all_is_refused(tmp_path):
 
 
 REFUSED = {
-    sinkgd.SWAN: "matrix norms update matrices",
-    sinkgd.SCALE: "matrix norms update matrices",
+    sinkgd.SWAN: "'swan' updates matrices",
+    sinkgd.SCALE: "'mngd' updates matrices",
     sinkgd.MNGD: "norms must name at least one norm",
     sinkgd.SinkGD: "weight_decay=0.1 has no effect",
     sinkgd.SPAM: "weight_decay=0.1 has no effect",

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -278,10 +279,37 @@ def test_an_argument_of_param_groups_is_named_in_the_remedy(name):
         build(name, groups, lr=0.001)
 
 
+# The call that gives a model to each class.
+CALL_FOR_A_MODEL = {
+    "SinkGD": "SinkGD(param_groups(model))",
+    "SinkGDVariant": "SinkGDVariant(param_groups(model))",
+    "SWAN": "SWAN(param_groups(model, matrix_algorithm='swan'))",
+    "MNGD": "MNGD(param_groups(model, matrix_algorithm='mngd'), norms=[...])",
+    "SRON": "SRON(param_groups(model, matrix_algorithm='mngd'))",
+    "SCALE": "SCALE(scale_groups(model))",
+    "TemperedSinkGD": "TemperedSinkGD(model.parameters())",
+    "SPAM": "SPAM(model.parameters())",
+    "AdamWSPAM": "AdamWSPAM(model.parameters())",
+}
+
+
 @every_class
-def test_a_model_is_refused_with_the_right_call(name):
-    with pytest.raises(TypeError, match=rf"params is a model, Model; write {name}\(param_groups\("):
+def test_a_model_and_its_parameters_are_taken_or_refused_with_the_right_call(name):
+    call = CALL_FOR_A_MODEL[name]
+    with pytest.raises(TypeError, match=rf"params is a model, Model; write {re.escape(call)}$"):
         build(name, Model())
+    given = {"model": Model(), **vars(sinkgd), "norms": NORMS}
+    optimizer = eval(call.replace("[...]", "norms"), given)  # the remedy is one
+    assert type(optimizer) is CLASSES[name]
+    if name.startswith("SinkGD"):  # the group of the default algorithm takes all shapes
+        vectors = [{"params": Model().parameters(), "algorithm": "sinkgd"}]
+    elif "param_groups" in call or "scale_groups" in call:
+        vectors = Model().parameters()
+    else:
+        build(name, Model().parameters())
+        return
+    with pytest.raises(ValueError, match=rf"has shape \(8,\)\. Write {re.escape(call)}, or give"):
+        build(name, vectors)
 
 
 @every_class
@@ -300,8 +328,8 @@ def test_parameters_instead_of_a_model_are_refused_with_the_right_call(function)
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if not CLASSES[name].takes_every_group])
 def test_groups_of_another_algorithm_are_refused_with_the_right_call(name):
-    algorithm = CLASSES[name].default_algorithm
-    with pytest.raises(ValueError, match=rf"{name} would .*matrix_algorithm='{algorithm}'"):
+    algorithm, call = CLASSES[name].default_algorithm, re.escape(CALL_FOR_A_MODEL[name])
+    with pytest.raises(ValueError, match=rf"{name} would .* 'sinkgd' and 'adamw'\. Write {call}"):
         build(name, sinkgd.param_groups(Model()))
     build(name, sinkgd.param_groups(Model(), matrix_algorithm=algorithm))
 

@@ -114,6 +114,7 @@ class AdamWSPAM(GroupedOptimizer):
     """
 
     default_algorithm = "adamw-spam"
+    usual_call = "AdamWSPAM(model.parameters())"
 
     @suggest_names({})
     def __init__(

@@ -48,13 +48,11 @@ class Sage(Method):
     is_auxiliary = True
     options = MappingProxyType[str, Any]({"betas": (0.9, 0.99), "eps": 1e-8, **ROUNDING_OPTIONS})
 
-    least_dims = 1
+    least_dims = 1  # a scalar has no columns
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
-        """Refuse options out of range, and scalars, which have no columns."""
+        """Refuse options out of range, and columns that are sharded."""
         check_averages(group)
-        if param.ndim == 0:
-            raise ValueError(f"SAGE compares columns, and {name!r} is a scalar; give it to 'adamw'")
         last = {-1, param.ndim - 1}
         if is_dtensor(param) and any(getattr(p, "dim", None) in last for p in param.placements):
             raise TypeError(

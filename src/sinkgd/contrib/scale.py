@@ -58,6 +58,8 @@ class SCALE(MNGD):
         https://arxiv.org/abs/2506.16659
     """
 
+    usual_call = "SCALE(scale_groups(model))"
+
     @suggest_names(_OF_SCALE_GROUPS, passes_to=MNGD)
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
         super().__init__(params, lr, [RowNorm()], 1, **options)

@@ -106,6 +106,8 @@ class SinkGDVariant(SinkGD):
         Hyperball keeps the norm of each matrix. https://arxiv.org/abs/2606.16899
     """
 
+    usual_call = "SinkGDVariant(param_groups(model))"
+
     @suggest_names(passes_to=SinkGD)
     def __init__(
         self,

@@ -95,6 +95,7 @@ class SPAM(GroupedOptimizer):
     """
 
     default_algorithm = "spam"
+    usual_call = "SPAM(model.parameters())"
 
     @suggest_names({})
     def __init__(

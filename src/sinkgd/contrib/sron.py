@@ -50,6 +50,8 @@ class SRON(MNGD):
         https://openreview.net/forum?id=BtQLBWr6zI
     """
 
+    usual_call = "SRON(param_groups(model, matrix_algorithm='mngd'))"
+
     @suggest_names(passes_to=MNGD)
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **options: Any) -> None:
         super().__init__(params, lr, [RowNorm()], 1, **options)

@@ -90,6 +90,7 @@ class TemperedSinkGD(GroupedOptimizer):
     """
 
     default_algorithm = "tempered"
+    usual_call = "TemperedSinkGD(model.parameters())"
     none_means = MappingProxyType({"lr": 3e-4, "weight_decay": 0.1})
 
     @suggest_names({})

@@ -70,22 +70,17 @@ def find_method(name: object, argument: str = "algorithm") -> Method:
     return METHODS[name]
 
 
-def as_groups(params: Any, optimizer: str, algorithm: str | None) -> list[dict[str, Any]]:
+def as_groups(params: Any, call: str) -> list[dict[str, Any]]:
     """Return ``params`` as a list of groups.
 
     Args:
         params: What the optimizer was given.
-        optimizer: The name of its class.
-        algorithm: The ``matrix_algorithm`` of groups for this optimizer; None if it takes any
-            group.
+        call: The right call for a model.
 
     Raises:
         TypeError: If ``params`` is not an iterable of tensors, pairs or groups; the message gives
             the right call.
     """
-    call = f"{optimizer}(param_groups(model))"
-    if algorithm is not None:
-        call = f"{optimizer}(param_groups(model, matrix_algorithm={algorithm!r}), ...)"
     if isinstance(params, nn.Module):
         raise TypeError(f"params is a model, {type(params).__name__}; write {call}")
     if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
@@ -99,7 +94,9 @@ def as_groups(params: Any, optimizer: str, algorithm: str | None) -> list[dict[s
     return groups
 
 
-def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any]]) -> None:
+def check_runs(
+    optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any]], call: str
+) -> None:
     """Refuse groups if none of them runs the optimizer's own method.
 
     If all groups run auxiliary methods, such as AdamW, they are allowed: a model may have no hidden
@@ -107,14 +104,14 @@ def check_runs(optimizer: str, algorithm: str, groups: Sequence[Mapping[str, Any
 
     Raises:
         ValueError: If no group runs ``algorithm``, and one runs another method that is not
-            auxiliary; the message gives the call that gives matrices to ``algorithm``.
+            auxiliary; the message gives ``call``, the right call for a model.
     """
     names = list(dict.fromkeys(str(group["algorithm"]) for group in groups))
     if algorithm not in names and not all(METHODS[name].is_auxiliary for name in names):
         raise ValueError(
-            f"{optimizer} would update no parameter by its own algorithm: the groups name "
-            f"{_quoted(names)}. Make them with param_groups(model, matrix_algorithm="
-            f"{algorithm!r}), or use SinkGD, which takes groups of every algorithm"
+            f"{optimizer} would update no parameter by its own algorithm, {algorithm!r}: the "
+            f"groups name {_quoted(names)}. Write {call}, or use SinkGD, which takes groups of "
+            "every algorithm"
         )
 
 

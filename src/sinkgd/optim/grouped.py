@@ -77,6 +77,8 @@ class GroupedOptimizer(Optimizer):
     """
 
     default_algorithm: ClassVar[str]
+    # How a model is usually given to the optimizer, for errors.
+    usual_call: ClassVar[str]
     # Whether the optimizer takes groups of which none runs its own method. If not, `check_runs`
     # refuses such groups, unless all of them run auxiliary methods.
     takes_every_group: ClassVar[bool] = False
@@ -90,14 +92,14 @@ class GroupedOptimizer(Optimizer):
         self._parameters = ParameterIndex()
         name = type(self).__name__
         own_algorithm = None if self.takes_every_group else self.default_algorithm
-        groups = as_groups(params, name, own_algorithm)
+        groups = as_groups(params, self.usual_call)
         given = [dict(group) for group in groups if isinstance(group, dict)]  # torch refuses others
         own = [{"algorithm": self.default_algorithm, **group} for group in given]
         check_kinds(passed_of(arguments, self.none_means))
         defaults, passed = resolve(arguments, self.none_means, self.default_algorithm)
         super().__init__(groups, defaults)
         if own_algorithm is not None:
-            check_runs(name, own_algorithm, own)
+            check_runs(name, own_algorithm, own, self.usual_call)
         self.defaults = defaults_of_groups(defaults, passed, own)
         check_passed_options(passed, self.param_groups)
         self._check_routing(given, passed)
@@ -174,7 +176,7 @@ class GroupedOptimizer(Optimizer):
         for option in foreign:  # options of other methods, which torch copied from the defaults
             del param_group[option]
         try:
-            check_group(param_group, len(self.param_groups) - 1, method)
+            check_group(param_group, len(self.param_groups) - 1, method, self.usual_call)
             check_own_options(given, param_group)
         except (ImportError, TypeError, ValueError):
             self.param_groups.pop()

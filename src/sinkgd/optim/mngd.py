@@ -74,6 +74,7 @@ class MNGD(GroupedOptimizer):
     """
 
     default_algorithm = "mngd"
+    usual_call = "MNGD(param_groups(model, matrix_algorithm='mngd'), norms=[...])"
 
     @suggest_names()
     def __init__(

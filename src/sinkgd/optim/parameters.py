@@ -290,8 +290,14 @@ def _fresh_state(param: Tensor, group: Group) -> dict[str, Any]:
     return state
 
 
-def check_group(group: Group, index: int, method: Method) -> None:
+def check_group(group: Group, index: int, method: Method, call: str) -> None:
     """Refuse options out of range, and parameters that do not fit the method of group ``index``.
+
+    Args:
+        group: The group.
+        index: Its index.
+        method: Its method.
+        call: The right call for a model, for errors.
 
     Raises:
         ValueError: If an option is out of range, or a parameter does not fit; the message names it.
@@ -302,11 +308,20 @@ def check_group(group: Group, index: int, method: Method) -> None:
     if group["nonfinite"] not in POLICIES:
         raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
     for name, param in named(group, index):
-        check_param(name, param, group, method)
+        check_param(name, param, group, method, call)
 
 
-def check_param(name: str, param: Tensor, group: Group, method: Method) -> None:
+def check_param(
+    name: str, param: Tensor, group: Group, method: Method, call: str | None = None
+) -> None:
     """Refuse a parameter that does not fit the method of its group.
+
+    Args:
+        name: The name of the parameter.
+        param: The parameter.
+        group: Its group.
+        method: The method of the group.
+        call: The right call for a model, for errors.
 
     Raises:
         ValueError: If the parameter or an option of its group does not fit; the message names it.
@@ -322,6 +337,13 @@ def check_param(name: str, param: Tensor, group: Group, method: Method) -> None:
         raise TypeError(
             f"{name!r} was flattened by FullyShardedDataParallel or DeepSpeed ZeRO, and so has "
             "neither rows nor columns; shard the model with fully_shard (FSDP2)"
+        )
+    if param.ndim < method.least_dims:
+        kind = "matrices" if method.least_dims == 2 else "matrices and vectors"
+        remedy = f"Write {call}, or give" if call else "Give"
+        raise ValueError(
+            f"{group['algorithm']!r} updates {kind}; {name!r} has shape {tuple(param.shape)}. "
+            f"{remedy} it to another algorithm, such as 'adamw'"
         )
     method.check(name, param, group)
 

@@ -109,6 +109,7 @@ class SinkGD(GroupedOptimizer):
     """
 
     default_algorithm = "stateless"
+    usual_call = "SinkGD(param_groups(model))"
     takes_every_group = True
     none_means = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0, "deflated_rank": 0})
 

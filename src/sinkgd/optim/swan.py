@@ -72,6 +72,7 @@ class SWAN(GroupedOptimizer):
     """
 
     default_algorithm = "swan"
+    usual_call = "SWAN(param_groups(model, matrix_algorithm='swan'))"
 
     @suggest_names()
     def __init__(
