@@ -141,8 +141,8 @@ class ParameterIndex:
                 continue
             if grad.is_sparse:
                 raise TypeError(
-                    f"{name!r} has a sparse gradient, which {optimizer} cannot normalize; make it "
-                    "dense, e.g. Embedding(sparse=False)"
+                    f"{name!r} has a sparse gradient, and {optimizer} needs dense ones, whichever "
+                    "algorithm its group runs; make it dense, e.g. Embedding(sparse=False)"
                 )
             slot = Slot(name, number, param, placed_as(param, grad, name))
             found.setdefault((index, param.device), []).append(slot)
