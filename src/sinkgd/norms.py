@@ -213,13 +213,18 @@ def checked_norms(norms: object) -> tuple[Norm, ...]:
     """Return the members of a list or other iterable of norms.
 
     Raises:
-        TypeError: If ``norms`` is not a list or other iterable, or a member is not a norm.
+        TypeError: If ``norms`` is not a list or other iterable, or a member is not a norm, such as
+            a class of norms without parentheses.
         ValueError: If the list is empty.
     """
     found = as_norms(norms)
     if not found:
         raise ValueError("norms must name at least one norm, got none; e.g. [RowNorm()]")
     for norm in found:
+        if isinstance(norm, type):
+            raise TypeError(
+                f"norms must be instances, and {norm.__name__} is a class; write {norm.__name__}()"
+            )
         if not isinstance(norm, Norm):
             raise TypeError(f"norms must each have a method project(x); {norm!r} has none")
     return found

@@ -273,3 +273,18 @@ class TestBatches:
         monkeypatch.setattr(batching, "CPU_BATCH_BYTES", 6 * matrix)
         optimizer = CASES["swan"](parameters([(32, 64, 64)]))
         assert peak_bytes(optimizer.step) <= 1.1 * 6 * matrix
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_a_class_instead_of_a_norm_is_refused_before_the_first_step(norm):
+    kind, weight = type(norm), nn.Parameter(torch.ones(4, 3))
+    for build in (
+        lambda: sinkgd.MNGD([weight], norms=[sinkgd.RowNorm(), kind]),
+        lambda: sinkgd.SinkGD([{"params": [weight], "algorithm": "mngd", "norms": (kind,)}]),
+        lambda: sinkgd.multi_normalize(weight, [kind], 3),
+        lambda: sinkgd.residuals(weight, [kind]),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"{kind.__name__} is a class; write {kind.__name__}\(\)"
+        ):
+            build()
