@@ -11,7 +11,7 @@ from torch import nn
 
 import sinkgd
 from exports import OPTIMIZER_CLASSES
-from sinkgd.optim.arguments import COMMON, KINDS, OF_PARAM_GROUPS
+from sinkgd.optim.arguments import COMMON, KINDS, OF_GROUPS, OF_PARAM_GROUPS
 from sinkgd.optim.methods import METHODS
 
 NORMS = (sinkgd.RowNorm(),)
@@ -528,6 +528,32 @@ def test_an_unknown_argument_is_refused_with_the_remedy(name, argument, remedy):
     with pytest.raises(TypeError) as caught:
         CALLS[name](**{argument: 1})
     assert f"{name} has no argument '{argument}'; {remedy}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, o) for name in CALLS for o in sorted(OF_GROUPS) if (name, o) not in ARGUMENTS],
+)
+def test_an_option_of_groups_alone_is_refused_with_its_place(name, option):
+    with pytest.raises(
+        TypeError, match=rf"{name} has no argument '{option}'; it is an option of g"
+    ):
+        CALLS[name](**{option: True})
+
+
+def test_the_place_of_fused_is_a_group():
+    groups = sinkgd.param_groups(Model(), overrides={"bias": {"fused": True}})
+    assert True in [group.get("fused") for group in sinkgd.SinkGD(groups).param_groups]
+    groups = sinkgd.param_groups(Model())
+    groups[-1]["fused"] = False
+    assert sinkgd.SinkGD(groups).param_groups[-1]["fused"] is False
+
+
+def test_the_options_of_groups_alone_are_listed():
+    taken = {option for _, option in CASES}
+    kept = {"rounding_step", "norm_history"}
+    every = {option for method in METHODS.values() for option in method.options} - kept
+    assert every - taken == OF_GROUPS - {"eps"}  # SPAM takes eps
 
 
 def test_the_arguments_of_param_groups_alone_are_listed():

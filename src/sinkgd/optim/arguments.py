@@ -342,6 +342,9 @@ OF_PARAM_GROUPS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+# Options of groups that no constructor takes, or only some do.
+OF_GROUPS = frozenset({"fused", "layout", "split", "eps"})
+
 # What other optimizers call an argument.
 _SYNONYMS = MappingProxyType({"learning_rate": "lr", "wd": "weight_decay"})
 
@@ -361,6 +364,11 @@ def unknown_name(
     said = f"{caller} has no argument {name!r}"
     if name in elsewhere:
         return f"{said}; write {elsewhere[name]}"
+    if name in OF_GROUPS:
+        return (
+            f"{said}; it is an option of groups: set group[{name!r}] where the algorithm takes it, "
+            f"or pass overrides={{pattern: {{{name!r}: ...}}}} to param_groups"
+        )
     if close := _nearest(name, names):
         return f"{said}; did you mean {close!r}?"
     if other := _nearest(name, elsewhere):
