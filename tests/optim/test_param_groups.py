@@ -142,7 +142,7 @@ def test_expert_weights_are_batches_and_unknown_parameters_go_to_adamw():
     found = where(model)
     assert found["0.up"] == "sinkgd"
     assert found["0.table"] == "adamw"
-    assert "Experts is unknown; see overrides" in sinkgd.describe_param_groups(model)
+    assert "Experts is no known layer; see overrides" in sinkgd.describe_param_groups(model)
 
 
 @pytest.mark.parametrize(

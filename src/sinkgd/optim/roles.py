@@ -333,7 +333,7 @@ def _hidden_matrix(module: nn.Module, attribute: str, param: Tensor) -> Role:
     role = _by_type(module, attribute, param)
     if role is None:
         kind = type(module).__name__
-        return Role(is_matrix=False, reason=f"{kind} is unknown; see overrides")
+        return Role(is_matrix=False, reason=f"{kind} is no known layer; see overrides")
     if role.is_matrix and param.ndim == 2 and 1 in param.shape:
         return Role(is_matrix=False, reason="a single row or column")
     return role
