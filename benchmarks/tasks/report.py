@@ -146,6 +146,8 @@ def compared(arm: Arm, control: Arm, subject: Subject) -> str:
     ends += f"{points(control.mean(subject))} %"
     if found.level:
         return f"{ends}, which is level: the difference is {in_points(found)} points."
+    if found.unknown:
+        return f"{ends}; one seed cannot tell the two apart."
     size = f"{100 * abs(found.mean):.1f} ± {100 * found.half_width:.1f}"
     return f"{ends}: {size} points {'fewer' if found.lower else 'more'}."
 

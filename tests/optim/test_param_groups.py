@@ -536,7 +536,7 @@ class TestOnly:
         model = Model()
         model.a.requires_grad_(False)
         tensor = model.a.weight if frozen else torch.ones(32, 8)
-        with pytest.raises(ValueError, match=r"only has 1 tensors .*shape \(32, 8\).*unfreeze"):
+        with pytest.raises(ValueError, match=r"contains a tensor of shape \(32, 8\) .*unfreeze"):
             sinkgd.param_groups(model, only=[tensor])
 
 
@@ -550,6 +550,23 @@ def test_a_matrix_that_is_added_without_a_rate_is_refused_if_rates_differ():
     assert len(optimizer.param_groups) == before
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4))], "algorithm": "adamw"})
     assert optimizer.param_groups[-1]["lr"] == 0.08
+
+
+def test_a_rate_is_asked_for_during_a_warmup_too():
+    optimizer = sinkgd.SinkGD(sinkgd.param_groups(Model()))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0}
+    with pytest.raises(ValueError, match=r"no lr, .*0\.002 and 0\.08"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 3))]})
+
+
+def test_a_rate_that_was_passed_is_taken_by_later_groups():
+    one, two, three = (nn.Parameter(torch.ones(4, 3)) for _ in range(3))
+    optimizer = sinkgd.SinkGD([{"params": [one], "lr": 1e-3}, {"params": [two]}], lr=1e-2)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    optimizer.add_param_group({"params": [three]})
+    assert optimizer.param_groups[-1]["lr"] == 1e-2
 
 
 def test_a_width_below_one_is_refused():

@@ -720,6 +720,11 @@ def test_a_gradient_may_have_other_placements_than_its_parameter(found):
 def refusals():
     mesh = init_device_mesh("cpu", (2,))
 
+    def a_pending_sum_at_a_rate_of_zero():  # as in the first step of a warmup
+        param = sharded(mesh, (ALL,), torch.ones(4, 4), torch.ones(4, 4))
+        param.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+        sinkgd.SinkGD([("w", param)], lr=0.0).step()
+
     def with_a_gradient_on_another_mesh():
         param = sharded(mesh, (ROWS,), torch.ones(4, 4), torch.ones(4, 4))
         other = init_device_mesh("cpu", (2, 1))
@@ -749,6 +754,7 @@ def refusals():
     return {
         build.__name__: error_of(build)
         for build in (
+            a_pending_sum_at_a_rate_of_zero,
             with_a_gradient_on_another_mesh,
             with_a_plain_gradient,
             in_flat_pieces,
@@ -762,6 +768,7 @@ def refusals():
 @pytest.mark.parametrize(
     ("what", "said"),
     [
+        ("a_pending_sum_at_a_rate_of_zero", "nothing"),
         ("with_a_gradient_on_another_mesh", "TypeError: 'w' is on .* one mesh"),
         ("with_a_plain_gradient", "TypeError: 'w' is a DTensor, but its gradient is a Tensor"),
         ("in_flat_pieces", "TypeError: 'w' was flattened by .*FSDP2"),

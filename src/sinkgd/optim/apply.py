@@ -136,7 +136,7 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
 
 
 def init_counter(group: dict[str, Any]) -> None:
-    """Create the counter of a group that was built to round to the nearest, if it now does not."""
+    """Create the counter of steps if stochastic rounding was chosen after construction."""
     if group.get("rounding") == "stochastic" and group[ROUNDING_STEP] is None and group["params"]:
         device = group["params"][0].device
         group[ROUNDING_STEP] = torch.zeros((), dtype=torch.int64, device=device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sinkgd.distributed.shards import all_have_values, is_dtensor
+from sinkgd.distributed.shards import all_have_values, is_dtensor, placed_as
 from sinkgd.exchange import Computation, exchange, run
 from sinkgd.optim.apply import count_step, init_counter
 from sinkgd.optim.arguments import (
@@ -89,6 +89,7 @@ class GroupedOptimizer(Optimizer):
     def __init__(self, params: Iterable[Any], arguments: dict[str, Any]) -> None:
         self._guard = NonFiniteGuard()
         self._without_momentum: list[dict[str, Any]] = []  # groups
+        self._rates_are_of_groups = False  # whether every group of the constructor had a rate
         self._parameters = ParameterIndex()
         name = type(self).__name__
         own_algorithm = None if self.takes_every_group else self.default_algorithm
@@ -101,6 +102,7 @@ class GroupedOptimizer(Optimizer):
         if own_algorithm is not None:
             check_runs(name, own_algorithm, own, self.usual_call)
         self.defaults = defaults_of_groups(defaults, passed, own)
+        self._rates_are_of_groups = all("lr" in group for group in own)
         check_passed_options(passed, self.param_groups)
         self._check_routing(given, passed)
         if isinstance(self.defaults["lr"], Tensor):
@@ -127,6 +129,8 @@ class GroupedOptimizer(Optimizer):
                     group.setdefault(option, value)
         self._without_momentum = [own for own in self.param_groups if not own.get("momentum")]
         if "_guard" not in self.__dict__:
+            # torch does not copy it. Several rates mean that the groups had their own.
+            self._rates_are_of_groups = True
             self._guard = NonFiniteGuard()
             self._parameters = ParameterIndex(self.param_groups)
             self._add_hooks()
@@ -177,7 +181,8 @@ class GroupedOptimizer(Optimizer):
             del param_group[option]
         try:
             check_group(param_group, len(self.param_groups) - 1, method, self.usual_call)
-            check_own_options(given, param_group)
+            own = {k: v for k, v in given.items() if not equal(v, self.defaults.get(k))}
+            check_own_options(own, param_group)
         except (ImportError, TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -193,16 +198,10 @@ class GroupedOptimizer(Optimizer):
 
         If every group sets its rate, the default is the largest one: that of embeddings and head.
         """
-        if "lr" in new or "_saved_hook" not in self.__dict__:  # still in the constructor
+        if "lr" in new or not self._rates_are_of_groups:
             return
-        rates = {float(group["lr"]) for group in self.param_groups}
-        of_matrices = {
-            float(group.get("initial_lr", group["lr"]))
-            for group in self.param_groups
-            if not METHODS[group["algorithm"]].is_auxiliary
-        }
-        is_matrices = not METHODS[new["algorithm"]].is_auxiliary
-        if is_matrices and len(rates) > 1 and float(self.defaults["lr"]) not in of_matrices:
+        rates = {float(group.get("initial_lr", group["lr"])) for group in self.param_groups}
+        if len(rates) > 1 and not METHODS[new["algorithm"]].is_auxiliary:
             raise ValueError(
                 "the new group has no lr, and the other groups have the rates "
                 f"{list_names([f'{rate:g}' for rate in sorted(rates)])}; give it one, or make it "
@@ -354,8 +353,8 @@ class GroupedOptimizer(Optimizer):
             return False
         if not all(_is_known_to_be_zero(group["lr"]) for group in self.param_groups):
             return False
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        grads = [param.grad for param in params if param.grad is not None]
+        params = [(name, own) for name, own in self.named_parameters() if own.requires_grad]
+        grads = [placed_as(own, own.grad, name) for name, own in params if own.grad is not None]
         if not 0 < len(grads) == len(params) or not all_have_values(grads):
             return False
         return run(are_zero(grads))

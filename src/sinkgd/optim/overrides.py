@@ -69,7 +69,7 @@ def match(
         if any(matches(pattern, name) for name in params):
             raise ValueError(
                 f"override {pattern!r} has no effect, because earlier overrides match all of its "
-                "parameters; put it before them"
+                "parameters; put it before them, or leave it out"
             )
         raise ValueError(
             f"override {pattern!r} matches no parameter; {_hint(pattern, model, params)}"

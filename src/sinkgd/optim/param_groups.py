@@ -125,12 +125,12 @@ def param_groups(
         ``"embeddings-head-vectors"``.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, ``only`` is no iterable of tensors, or an
-            option has the wrong type.
+        TypeError: If ``model`` is not an ``nn.Module``, ``only`` is not an iterable of tensors, or
+            an option has the wrong type.
         ValueError: If the model has a lazy module that has not run, or no trainable parameter; if
             an option is out of range, ``adamw_lr`` is given together with ``lr`` or
             ``matrix_lr_scale``, an override matches no parameter, does not fit one or is no regular
-            expression, or an algorithm is unknown; if ``only`` has a tensor that is no trainable
+            expression, or an algorithm is unknown; if ``only`` has a tensor that is not a trainable
             parameter of the model; and if an option has no effect:
             ``deflated_rank`` if no group runs ``"sinkgd"``, ``matrix_lr_scale`` and ``base_width``
             if every group runs AdamW, ``state_bits`` if no group runs ``"adamw-8bit"``, and
@@ -208,7 +208,7 @@ def _only(groups: Iterable[dict[str, Any]], only: Iterable[Tensor]) -> list[dict
     """Return the groups with only these parameters, without empty groups.
 
     Raises:
-        TypeError: If ``only`` is no iterable of tensors.
+        TypeError: If ``only`` is not an iterable of tensors.
         ValueError: If a parameter is in no group; the message gives its shape.
     """
     members = [only] if isinstance(only, Tensor) or not isinstance(only, Iterable) else [*only]
@@ -222,9 +222,9 @@ def _only(groups: Iterable[dict[str, Any]], only: Iterable[Tensor]) -> list[dict
     left = params - {param for group in found for _, param in group["params"]}
     if left:
         raise ValueError(
-            f"only has {len(left)} tensors that are no trainable parameters of the model, one of "
-            f"shape {tuple(next(iter(left)).shape)}; pass parameters of the model, and unfreeze "
-            "them first"
+            f"only contains a tensor of shape {tuple(next(iter(left)).shape)} that is not a "
+            "trainable parameter of the model; pass parameters of the model, and unfreeze them "
+            "first"
         )
     return [group for group in found if group["params"]]
 

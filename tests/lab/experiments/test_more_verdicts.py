@@ -99,12 +99,14 @@ def test_the_cheapest_that_is_level_with_whitening_is_named():
     assert "swan-5 2200.0" in costs
     del losses["swan-2"]
     headline = judge("spectral", losses, step_seconds={"swan-5": 3.0}).headline
-    assert headline.endswith("No other arm is level with swan-5.")
+    assert headline.endswith("No other arm is known to be level with swan-5.")
 
 
 def test_one_seed_keeps_no_part_of_whitening():
     losses = {"sinkgd-paper": near(4.0), "swan-5": near(3.8), "pinned": [3.99]}
-    assert judge("spectral", losses).headline.endswith("No other arm is level with swan-5.")
+    assert judge("spectral", losses).headline.endswith(
+        "No other arm is known to be level with swan-5."
+    )
 
 
 def test_without_a_gain_there_is_nothing_to_keep():
@@ -161,7 +163,7 @@ def test_width_names_the_rule_whose_rate_stays():
     best = {"raw-64": 3, "raw-256": 1, "pinned-64": 2, "pinned-256": 2}
     verdict = judge("width", losses, best=best)
     assert verdict.headline == (
-        "With pinned, the largest good rate depends least on the width: lr ∝ d^0.00 (raw: d^-1.00)."
+        "The largest good rate depends least on the width with pinned: lr ∝ d^0.00 (raw: d^-1.00)."
     )
     assert verdict.sentences[0] == (
         "raw is good up to 0.004 at 64, 0.001 at 256: lr ∝ d^-1.00; best at 0.004, 0.001."
@@ -175,7 +177,9 @@ def test_a_rule_whose_largest_rate_is_good_at_a_width_has_no_fit():
     losses = {f"{rule}-{width}": near(4.0) for rule in ("raw", "sinkgd") for width in (64, 256)}
     best = {"raw-64": 3, "raw-256": 1, "sinkgd-64": 4, "sinkgd-256": 2}  # the last of five at 64
     verdict = judge("width", losses, best=best)
-    assert verdict.headline.startswith("With raw, the largest good rate depends least on the width")
+    assert verdict.headline.startswith(
+        "Of the rules with a fit, the largest good rate depends least"
+    )
     expected = "sinkgd is good up to at least 0.008 at 64, 0.002 at 256; best at 0.008, 0.002."
     assert expected in verdict.sentences
 
@@ -288,9 +292,9 @@ def test_if_all_diverged_no_front_is_named():
         ({"sinkgd": [math.inf] * 3, "swan": [math.inf, 4.0, 4.0]},
          "Every arm that the question is about diverged in a seed."),
         ({"sinkgd": near(4.0), "swan": near(4.1), "muon": near(3.5), "adamw": near(4.3)},
-         "sinkgd ended at 4.000, the lowest except for muon (3.500) beyond the spread of seeds."),
+         "sinkgd ended at 4.000, the lowest beyond the spread of seeds. muon ended lower."),
         ({"sinkgd": [4.0], "swan": [5.0]},
-         "sinkgd ended at 4.000, the lowest. One seed cannot tell which arms are level with it."),
+         "sinkgd ended at 4.000, the lowest; swan has too few seeds for a comparison."),
     ],
 )  # fmt: skip
 def test_the_lowest_is_named_with_what_limits_the_claim(losses, headline):
@@ -368,8 +372,8 @@ def test_ranks_are_compared_at_each_width():
     }
     verdict = judge("rank", losses)
     assert verdict.headline == (
-        "The lowest loss is at rank 7 at width 128 (6.2\xa0% of it), level with 15; "
-        "31 at width 256 (12\xa0% of it)."
+        "At width 128 rank 7 ends lowest (6.2\xa0% of the width), level with 15. At width 256 rank "
+        "31 ends lowest (12\xa0% of the width), beyond the spread of seeds."
     )
     expected = (
         "width-128-rank-15 is level with width-128-rank-7: the difference is",

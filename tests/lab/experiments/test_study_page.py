@@ -141,7 +141,8 @@ def test_models_of_other_sizes_are_not_compared():
     record = made_up_record(study, losses)
     for name, result in record.runs.items():
         if result.arm == "sinkgd-nano-48":
-            start = replace(result.run.start, parameters=2000)
+            model = {"model": {"preset": "llama-nano-48"}}
+            start = replace(result.run.start, config=result.run.start.config | model)
             record.runs[name] = replace(result, run=replace(result.run, start=start))
     results = StudyResults.of(record)
     (table,) = reach_tables(results)

@@ -7,6 +7,7 @@ import pytest
 from lab.experiments.synthetic_study import SESSION, made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
 from sinkgd.lab.experiments.study_results import StudyResults
+from sinkgd.lab.experiments.study_verdict import with_cost
 
 INF = float("inf")
 NOISE = (0.000, 0.004, -0.003)
@@ -29,7 +30,7 @@ def judge(name, losses, **options):
 ITERATIONS = [
     (
         {"L1": [5.0], "L5": [4.0]},
-        "L5 ended at 4.000, the lowest, but one seed cannot tell which others are level.",
+        "L5 ended at 4.000, the lowest; more seeds are needed to compare the others with it.",
     ),
     (
         {"L1": near(4.30), "L3": near(4.20), "L5": near(4.10)},
@@ -234,6 +235,17 @@ def test_sessions_on_different_processors_are_a_caution(processors, warned):
     record.sessions = [replace(SESSION, environment=one) for one in environments]
     said = " ".join(study.judge(StudyResults.of(record)).cautions)
     assert ("ran on different processors (A; B): the times" in said) == warned
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_one_seed_calls_no_two_arms_level_or_different(name):
+    study = STUDIES[name]
+    arms = study.settings["machine"].arms
+    results = made_up(study, {arm.name: [5 - 0.05 * i] for i, arm in enumerate(arms)})
+    verdict = with_cost(results, study.judge(results))
+    said = " ".join([verdict.headline, *verdict.sentences])
+    for words in ("is level with", "level with it:", "are level", "helps", "harms", "of its time"):
+        assert words not in said, said
 
 
 def test_an_arm_that_diverged_is_not_the_best():

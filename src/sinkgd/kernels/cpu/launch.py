@@ -159,8 +159,9 @@ def _cached_by_numba() -> Iterator[None]:
 
 
 def loops_are_compiled() -> bool:
-    """Whether the cache contains compiled loops, so that `compile_loops` has little to compile."""
-    return any(cache_folder().rglob("*.nbc"))
+    """Whether the cache contains every loop, so that `compile_loops` has little to compile."""
+    found = {path.name.partition("-")[0] for path in cache_folder().rglob("*.nbc")}
+    return found >= {f"{module}.{loop}" for loop, module in _LOOPS.items()}
 
 
 def cache_is_shared() -> bool:

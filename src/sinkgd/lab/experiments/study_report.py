@@ -16,7 +16,7 @@ from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.report import calculator_block, published_block
-from sinkgd.lab.report.analysis import Analysis, Spread, summarize
+from sinkgd.lab.report.analysis import Analysis, Spread, preset_of, summarize
 from sinkgd.lab.report.console import TextTable
 from sinkgd.lab.report.figures import Chart, identify
 from sinkgd.lab.report.page import measured_charts
@@ -91,7 +91,7 @@ def _arm_row(results: StudyResults, one: ArmResults, seconds: float | None) -> t
 def reach_tables(results: StudyResults) -> list[TextTable]:
     """Make a table for each control that did not diverge: the others' cost to reach its loss.
 
-    Arms whose models have another size are not compared with it.
+    Arms with another model are not compared with it.
     """
     tables = [
         _reach_table(results, control) for control in results.controls if not control.diverged
@@ -102,8 +102,8 @@ def reach_tables(results: StudyResults) -> list[TextTable]:
 def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
     name = control.arm.name
     analysis = results.analysis(name)
-    size = _parameters(control)
-    alike = {one.arm.name for one in results.arms if one.seeds and _parameters(one) == size}
+    model, timed = _model(control), results.times_comparable
+    alike = {one.arm.name for one in results.arms if one.seeds and _model(one) == model}
     rows = []
     for recipe in analysis.recipes:
         comparison = analysis.comparisons.get(recipe.name)
@@ -114,7 +114,6 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
             continue
         fraction, time = comparison.token_fraction, comparison.time_fraction
         effective = comparison.effective_tokens_per_second
-        timed = results.times_comparable
         rows.append(
             (
                 recipe.name,
@@ -304,20 +303,20 @@ def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
 def _analysis(results: StudyResults) -> Analysis | None:
     """Compare the arms with the first control that did not diverge, if there is one.
 
-    Arms with models of several sizes are not compared. The result is None if there is no reported
+    Arms with several models are not compared. The result is None if there is no reported
     run.
     """
     if not results.runs:
         return None
-    if len({run.start.parameters for run in results.runs}) > 1:
+    if len(set(map(preset_of, results.runs))) > 1:
         return results.analysis(None)
     baseline = next((one.arm.name for one in results.controls if not one.diverged), None)
     return results.analysis(baseline)
 
 
-def _parameters(one: ArmResults) -> int:
-    """Return the number of parameters of an arm's model."""
-    return one.seeds[0].run.start.parameters
+def _model(one: ArmResults) -> str:
+    """Return the preset of an arm's model; adapters do not change it."""
+    return preset_of(one.seeds[0].run)
 
 
 def _charts(study: Study, results: StudyResults, analysis: Analysis) -> list[Chart]:

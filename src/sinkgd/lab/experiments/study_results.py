@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from sinkgd.lab.experiments.arms import Arm, Grid, Point, arm_from_json, best_point, edges
 from sinkgd.lab.experiments.study_record import RunResult, StudyRecord
-from sinkgd.lab.report.analysis import Analysis, Spread, analyze
+from sinkgd.lab.report.analysis import Analysis, Spread, analyze, preset_of
 from sinkgd.lab.report.verdict import unequal_speed
 from sinkgd.lab.results import Evaluation, Run
 
@@ -246,9 +246,9 @@ class StudyResults:
     def equal_seconds(self) -> float | None:
         """Mean training time of the fastest arm, in seconds.
 
-        None if no run finished, if times are not comparable, or if arms differ in the model's size.
+        None if no run finished, if times are not comparable, or if arms have different models.
         """
-        if not self.times_comparable or len({run.start.parameters for run in self.runs}) > 1:
+        if not self.times_comparable or len(set(map(preset_of, self.runs))) > 1:
             return None
         means = [
             statistics.fmean(ends)

@@ -59,26 +59,31 @@ def ended(one: ArmResults) -> str:
 def lowest(results: StudyResults, best: ArmResults, *, alone: str = ".") -> str:
     """Return the headline that names the lowest candidate and the candidates level with it.
 
-    Controls with a lower loss are named, too.
+    Controls that are significantly lower are named, too.
 
     Args:
         results: The study's results.
         best: The candidate with the lowest mean loss.
-        alone: The end of the headline if all other candidates are significantly higher.
+        alone: The end of the first sentence if all other candidates are significantly higher.
     """
     others = [one for one in results.candidates if one is not best]
     if not others:
         return f"{ended(best)}."
     if best.loss is None or best.diverged:
         return "Every arm that the question is about diverged in a seed."
-    below = [one for one in ranked(results.controls) if (one.loss or 0.0) < best.loss]
-    words = f"{ended(best)}, the lowest"
-    if below:
-        words += f" except for {_list([f'{c.arm.name} ({loss(c.loss or 0.0)})' for c in below])}"
-    if any(results.difference(one, best).unknown for one in others):
-        return f"{words}. One seed cannot tell which arms are level with it."
+    unknown = [one for one in others if results.difference(one, best).unknown]
     level = level_with(results, best, others)
-    return words + (f"; level with it: {names(level)}." if level else alone)
+    words = f"{ended(best)}, the lowest"
+    if unknown:
+        words += f"; {names(unknown)} {_have(unknown)} too few seeds for a comparison."
+    else:
+        words += f"; level with it: {names(level)}." if level else alone
+    below = [one for one in results.controls if results.difference(one, best).lower]
+    return f"{words} {names(below)} ended lower." if below else words
+
+
+def _have(arms: Sequence[ArmResults]) -> str:
+    return "has" if len(arms) == 1 else "have"
 
 
 def compared(name: str, difference: Difference, other: str) -> str:
@@ -147,7 +152,7 @@ def fewest_tokens(
 
 def _at_equal_seconds(results: StudyResults, one: ArmResults) -> list[str]:
     seconds = results.equal_seconds
-    if seconds is None or not results.controls or not results.times_comparable:
+    if seconds is None or not results.controls:
         return []
     found = [(a, results.loss_after(a, seconds)) for a in (one, *results.controls)]
     words = [f"{arm.arm.name} {loss(spread.mean)}" for arm, spread in found if spread]
@@ -161,7 +166,7 @@ def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
     A control counts if it did not diverge and has the best arm's model size, batch and number of
     tokens. Of several with the recipe of the first one, such as two AdamWs, the one with the lowest
     loss is named. The headline does not change without such a control, if the best arm diverged, or
-    if the two are level.
+    if the two do not differ significantly.
 
     Args:
         results: The study's results.
@@ -174,7 +179,8 @@ def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
     if not alike:
         return verdict
     control = ranked([one for one in alike if one.arm.recipe == alike[0].arm.recipe])[0]
-    if results.difference(best, control).level:  # the tokens of level arms differ by chance
+    difference = results.difference(best, control)
+    if not (difference.lower or difference.higher):  # else tokens may differ by chance
         return verdict
     return replace(verdict, headline=f"{verdict.headline} {_needed(results, best, control)}")
 
@@ -261,7 +267,8 @@ def _many_arms(results: StudyResults) -> list[str]:
         return []
     return [
         f"Each interval is a 95 % interval by itself. Of {len(arms)} arms, the one that happens to "
-        "be the lowest looks better than it is, and one comparison in twenty differs by chance."
+        "be the lowest looks better than it is. Of comparisons between arms that do not differ, "
+        "about one in twenty shows a difference."
     ]
 
 

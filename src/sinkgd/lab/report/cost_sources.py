@@ -247,15 +247,16 @@ def _baseline_run(analysis: Analysis | None) -> Run | None:
 
 
 def _matrix_share(run: Run) -> float:
-    """Return the fraction of the run's parameters in hidden matrices.
+    """Return the fraction of the parameters in hidden matrices, for the run's preset.
 
     If the preset is not a LLaMA, return the fraction for llama-1b.
     """
     config = LLAMAS.get(preset_of(run))
     if config is None:
         config = LLAMAS["llama-1b"]
-        return config.linear_parameter_count / config.parameter_count
-    return config.linear_parameter_count / run.start.parameters  # the run has its own vocabulary
+    elif run.start.parameters > config.linear_parameter_count:  # not only adapters are trained
+        return config.linear_parameter_count / run.start.parameters  # with the run's vocabulary
+    return config.linear_parameter_count / config.parameter_count
 
 
 def _ranks(run: Run) -> int:

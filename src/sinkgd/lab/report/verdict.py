@@ -191,24 +191,23 @@ def _unequal_conditions(analysis: Analysis) -> list[str]:
 def unequal_speed(analysis: Analysis) -> list[str]:
     """Return a caution if the same work took unequal times, else an empty list.
 
-    Forward and backward are the same for all recipes, so they should take equally long in all runs.
-    Runs with different models or batches get another caution.
+    Forward and backward are the same for all recipes, so they should take equally long in all runs
+    with one number of trained parameters and one batch.
     """
     finished = [run for run in analysis.runs if run.finished and run.steps]
-    if len({(run.start.parameters, run.start.tokens_per_step) for run in finished}) > 1:
+    passes: dict[tuple[int, int], list[float]] = {}
+    for run in finished:
+        seconds = statistics.fmean(row.step_seconds - row.optimizer_seconds for row in run.steps)
+        passes.setdefault((run.start.parameters, run.start.tokens_per_step), []).append(seconds)
+    unequal = [own for own in passes.values() if max(own) > _UNSTEADY * min(own)]
+    if not unequal:
         return []
-    passes = [
-        statistics.fmean(row.step_seconds - row.optimizer_seconds for row in run.steps)
-        for run in finished
-    ]
-    if not passes or max(passes) <= _UNSTEADY * min(passes):
-        return []
-    low, high = quantities.duration(min(passes)), quantities.duration(max(passes))
+    low, high = (quantities.duration(pick(unequal[0])) for pick in (min, max))
     cause = "; ".join(_changes_of_machine(finished)) or "probably other work slowed the machine"
     return [
-        f"A step without its optimizer took {low} in one run and {high} in another, though all "
-        f"runs compute the same in it: {cause}. Do not compare times and tokens per second; losses "
-        "and tokens are not affected."
+        f"A step without its optimizer took {low} in one run and {high} in another, though both "
+        f"compute the same in it: {cause}. Do not compare times and tokens per second; losses and "
+        "tokens are not affected."
     ]
 
 

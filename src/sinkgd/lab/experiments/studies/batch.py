@@ -89,6 +89,10 @@ def _standing(results: StudyResults, name: str, sizes: Sequence[ArmResults]) -> 
         return f"{name} and the fair AdamW have no results at the same batch yet."
     lower = [f"{size:g}" for size, difference in standings if difference.lower]
     higher = [f"{size:g}" for size, difference in standings if difference.higher]
+    unknown = [f"{size:g}" for size, difference in standings if difference.unknown]
+    if unknown:
+        listed = ", ".join(unknown)
+        return f"More seeds are needed to compare {name} and the fair AdamW at a batch of {listed}."
     if not lower and not higher:
         return f"{name} and the fair AdamW are level at every batch that has results."
     parts = [

@@ -55,7 +55,7 @@ def _headline(results: StudyResults, best: ArmResults) -> str:
         return f"{ended(best)}; no other number of iterations has a result."
     others = [one for one in results.candidates if one is not best]
     if any(results.difference(one, best).unknown for one in others):
-        return f"{ended(best)}, the lowest, but one seed cannot tell which others are level."
+        return f"{ended(best)}, the lowest; more seeds are needed to compare the others with it."
     level = level_with(results, best, results.candidates)
     if not level:
         return f"{ended(best)}, lower than every other number of iterations."

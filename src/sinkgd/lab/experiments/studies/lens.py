@@ -173,6 +173,8 @@ def _sharpness(results: StudyResults) -> str:
 
 def _standing(results: StudyResults, one: ArmResults, middle: ArmResults) -> str:
     difference = results.difference(one, middle)
+    if difference.unknown:
+        return "cannot be told apart from it with one seed"
     if difference.level:
         return "makes no difference"
     return "helps" if difference.lower else "harms"

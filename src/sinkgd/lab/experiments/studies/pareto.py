@@ -71,11 +71,13 @@ def front(results: StudyResults, arms: Sequence[ArmResults]) -> list[ArmResults]
     An arm is on the front unless an arm that is on it has less state and no higher loss, or a lower
     loss and no more state. Losses count as different only if the difference over seeds is
     significant, so of two arms with level losses, only the one with less state can be on the front.
-    Diverged arms are left out.
+    With one seed in common, the losses themselves decide. Diverged arms are left out.
     """
 
     def beaten(one: ArmResults, other: ArmResults) -> bool:
         difference = results.difference(other, one)
+        if difference.unknown:
+            return difference.mean <= 0
         return difference.lower or (difference.level and state_bytes(other) < state_bytes(one))
 
     found: list[ArmResults] = []

@@ -15,6 +15,7 @@ from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     cautions,
     compared,
+    level_with,
     ranked,
     unfinished,
 )
@@ -90,8 +91,10 @@ def judge(results: StudyResults) -> Verdict:
     widths = _by_width(results)
     best = {width: ranked(arms)[0] for width, arms in widths.items()}
     words = [_best_in_words(results, width, one, widths[width]) for width, one in best.items()]
-    headline = f"The lowest loss is at rank {'; '.join(words)}."
-    sentences = ["The percentages count the next direction, too, to which the others are lowered."]
+    headline = " ".join(words)
+    sentences = [
+        "The shares of the width count the next direction, too, to which the others are lowered."
+    ]
     for width, one in best.items():
         sentences += [
             compared(other.arm.name, results.difference(other, one), one.arm.name)
@@ -103,11 +106,16 @@ def judge(results: StudyResults) -> Verdict:
 def _best_in_words(
     results: StudyResults, width: int, best: ArmResults, arms: Sequence[ArmResults]
 ) -> str:
-    """Name the rank with the lowest loss at a width, and those that do not differ from it."""
-    words = f"{_rank(best)} at width {width} ({percent((_rank(best) + 1) / width)} of it)"
-    differing = [one for one in arms if results.difference(one, best).higher]
-    alike = [one for one in ranked(arms)[1:] if one not in differing]
-    return words + (f", level with {', '.join(str(_rank(x)) for x in alike)}" if alike else "")
+    """Name the rank with the lowest loss at a width, and those that are level with it."""
+    if best.diverged:
+        return f"At width {width} every rank diverged in a seed."
+    share = percent((_rank(best) + 1) / width)
+    words = f"At width {width} rank {_rank(best)} ends lowest ({share} of the width"
+    others = [one for one in ranked(arms) if one is not best]
+    if any(results.difference(one, best).unknown for one in others):
+        return f"{words}); more seeds are needed to compare the other ranks with it."
+    level = ", ".join(str(_rank(one)) for one in level_with(results, best, others))
+    return f"{words}), level with {level}." if level else f"{words}), beyond the spread of seeds."
 
 
 RANKS = Study(

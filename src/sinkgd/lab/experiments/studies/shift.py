@@ -109,6 +109,8 @@ def _targets(arms: Sequence[ArmResults]) -> str:
         for name, own in losses
         if (found := [value for value in own if value is not None])
     ]
+    if not words:
+        return "No method has a loss before the change."
     return (
         "Each method has to come back to its own loss before the change, and a higher one is "
         f"easier to reach: {', '.join(words)}."

@@ -90,13 +90,15 @@ def judge(results: StudyResults) -> Verdict:
         for one in others
         if (difference := results.difference(one, whole)).level or difference.lower
     ]
-    cheapest = min([*alike, whole], key=_optimizer_seconds)
     headline = f"Whitening lowers the loss by {-gain.mean:.3f} ± {gain.half_width:.3f}. "
     headline += (
-        f"Not measurably worse than {WHOLE}: {names(alike)}; {cheapest.arm.name} costs the least."
+        f"Not measurably worse than {WHOLE}: {names(alike)}."
         if alike
-        else f"No other arm is level with {WHOLE}."
+        else f"No other arm is known to be level with {WHOLE}."
     )
+    if alike and results.times_comparable:
+        cheapest = min([*alike, whole], key=_optimizer_seconds)
+        headline = f"{headline.removesuffix('.')}; {cheapest.arm.name} costs the least."
     own = [(one, results.difference(one, none)) for one in others]
     gains = [f"{one.arm.name} {d.mean:+.3f} ± {d.half_width:.3f}" for one, d in own]
     sentences = [f"Differences from {NONE}: {', '.join(gains)}.", *_costs(results)]
@@ -116,6 +118,8 @@ def _optimizer_seconds(one: ArmResults) -> float:
 
 
 def _costs(results: StudyResults) -> list[str]:
+    if not results.times_comparable:
+        return []
     costs = [
         f"{one.arm.name} {1000 * seconds:.1f}"
         for one in results.candidates

@@ -137,8 +137,9 @@ def judge(results: StudyResults) -> Verdict:
         return Verdict("No rule has a fit over two widths.", (), tuple(cautions(results)))
     least = min(abs(p) for p in exponents.values())
     stay = [rule for rule, p in exponents.items() if abs(p) == least]
+    of_all = "Of the rules with a fit, the" if len(exponents) < len(found) else "The"
     headline = (
-        f"With {' and '.join(stay)}, the largest good rate depends least on the width: "
+        f"{of_all} largest good rate depends least on the width with {' and '.join(stay)}: "
         f"lr ∝ d^{exponents[stay[0]]:.2f}"
     )
     if RAW in exponents and RAW not in stay:
