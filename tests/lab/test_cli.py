@@ -149,8 +149,8 @@ def test_compare_is_no_rank_of_torchrun(capsys, tmp_path, monkeypatch):
     ("options", "words"),
     [
         (["--training.step", "3"], "--training.step, 3; did you mean --training.steps?"),
-        (["--optimizer.lr", "abc"], "parsing --optimizer.lr: no type .* from ['abc']."),
-        (["--resume", "maybe"], "one of ('auto', 'never', 'must')."),
+        (["--optimizer.lr", "abc"], "optimizer.lr must be a number, got 'abc'."),
+        (["--resume", "maybe"], "resume must be one of 'auto', 'never', 'must'; got 'maybe'."),
         (["--training.steps"], "Missing value for argument '--training.steps'."),
     ],
 )
