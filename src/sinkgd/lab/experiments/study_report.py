@@ -303,12 +303,11 @@ def paper_page(fits: Sequence[Fit], verdict: Verdict, command: str) -> str:
 def _analysis(results: StudyResults) -> Analysis | None:
     """Compare the arms with the first control that did not diverge, if there is one.
 
-    Arms with several models are not compared. The result is None if there is no reported
-    run.
+    Arms with different models are not compared. The result is None if there is no reported run.
     """
     if not results.runs:
         return None
-    if len(set(map(preset_of, results.runs))) > 1:
+    if results.has_several_models:
         return results.analysis(None)
     baseline = next((one.arm.name for one in results.controls if not one.diverged), None)
     return results.analysis(baseline)

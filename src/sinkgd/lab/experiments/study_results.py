@@ -237,6 +237,11 @@ class StudyResults:
         return replace(found, recipes=tuple(recipes))
 
     @property
+    def has_several_models(self) -> bool:
+        """Whether arms train different presets; adapters do not count."""
+        return len(set(map(preset_of, self.runs))) > 1
+
+    @property
     def times_comparable(self) -> bool:
         """Whether all runs had the same processor, with as many other runs, and none was slowed."""
         alike = len(self.processors) < 2 and len(self.jobs) < 2
@@ -248,7 +253,7 @@ class StudyResults:
 
         None if no run finished, if times are not comparable, or if arms have different models.
         """
-        if not self.times_comparable or len(set(map(preset_of, self.runs))) > 1:
+        if not self.times_comparable or self.has_several_models:
             return None
         means = [
             statistics.fmean(ends)

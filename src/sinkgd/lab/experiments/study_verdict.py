@@ -23,7 +23,7 @@ class Verdict:
     headline: str
     sentences: tuple[str, ...]
     cautions: tuple[str, ...]
-    with_cost: bool = True  # whether `with_cost` may name the best arm's cost
+    may_name_cost: bool = True  # whether `with_cost` may add the best arm's cost to the headline
 
 
 def unfinished(results: StudyResults) -> Verdict | None:
@@ -173,7 +173,7 @@ def with_cost(results: StudyResults, verdict: Verdict) -> Verdict:
         verdict: The verdict of the study's judge.
     """
     best = next(iter(ranked(results.candidates)), None)
-    if not verdict.with_cost or best is None or best.loss is None or best.diverged:
+    if not verdict.may_name_cost or best is None or best.loss is None or best.diverged:
         return verdict
     alike = [one for one in results.controls if not one.diverged and _alike(one, best)]
     if not alike:
@@ -199,8 +199,9 @@ def _needed(results: StudyResults, best: ArmResults, control: ArmResults) -> str
     name, goal = best.arm.name, f"{control.arm.name}’s final loss"
     found = results.analysis(control.arm.name).comparisons[name]
     if found.token_fraction is None or found.time_fraction is None:
-        runs = f" in {found.reached_runs} of {found.runs} seeds" if found.reached_runs else ""
-        return f"{name} reached {goal}{runs}." if runs else f"{name} did not reach {goal}."
+        if not found.reached_runs:
+            return f"{name} did not reach {goal}."
+        return f"{name} reached {goal} in {found.reached_runs} of {found.runs} seeds."
     tokens, time = found.token_fraction.mean, found.time_fraction.mean
     words = f"{name} reached {goal} with {percent(tokens)} of its tokens"
     if results.times_comparable:
@@ -211,10 +212,7 @@ def _needed(results: StudyResults, best: ArmResults, control: ArmResults) -> str
 
 def names(arms: Sequence[ArmResults]) -> str:
     """List all arms by name, however many there are; the table has a row for each."""
-    return _list([one.arm.name for one in arms])
-
-
-def _list(words: Sequence[str]) -> str:
+    words = [one.arm.name for one in arms]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
@@ -295,10 +293,9 @@ def _unequal_effort(results: StudyResults) -> list[str]:
     found = []
     if tuned and fixed:
         points = f"{'at least ' if tuned[0].arm.widened else ''}{len(tuned[0].arm.points())}"
-        verb = "has" if len(fixed) == 1 else "have"
         found.append(
-            f"{names(fixed)} {verb} rates that the question fixes; the other arms had {points} "
-            "points tuned each."
+            f"{names(fixed)} {_have(fixed)} rates that the question fixes; the other arms had "
+            f"{points} points tuned each."
         )
     efforts = [len(one.grid) for one in tuned if one.arm.widened and one.seeds]
     if efforts and min(efforts) < max(efforts):
@@ -331,8 +328,8 @@ def _diverged(results: StudyResults) -> list[str]:
 
 def _missing(results: StudyResults) -> list[str]:
     seeds = results.plan["seeds"]
-    missing = [one.arm.name for one in results.arms if len(one.seeds) < len(seeds[: one.arm.seeds])]
+    missing = [one for one in results.arms if len(one.seeds) < len(seeds[: one.arm.seeds])]
     if not missing:
         return []
-    verb = "has" if len(missing) == 1 else "have"
-    return [f"Not finished: {', '.join(missing)} {verb} not run every seed yet."]
+    listed = ", ".join(one.arm.name for one in missing)
+    return [f"Not finished: {listed} {_have(missing)} not run every seed yet."]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, RecipeSummary, Spread
+from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, Spread
 from sinkgd.lab.report.figures import (
     SOFT,
     Chart,
@@ -76,11 +76,12 @@ def _tokens_to_reach(analysis: Analysis, identities: Identities) -> Chart:
 def _throughput(analysis: Analysis, identities: Identities) -> Chart:
     recipes = [one for one in analysis.recipes if one.finished]
     raw = [one.tokens_per_second.mean if one.tokens_per_second else 0.0 for one in recipes]
-    spreads = [analysis.comparisons[one.name].effective_tokens_per_second for one in recipes]
+    comparisons = [analysis.comparisons[one.name] for one in recipes]
+    spreads = [one.effective_tokens_per_second for one in comparisons]
     effective = [spread.mean if spread else 0.0 for spread in spreads]
     words = [
-        f"{quantities.count(speed)} raw, {_effective_words(spread, one, analysis)}"
-        for one, speed, spread in zip(recipes, raw, spreads, strict=True)
+        f"{quantities.count(speed)} raw, {_effective_words(one)}"
+        for speed, one in zip(raw, comparisons, strict=True)
     ]
     colors = [identities[recipe.name].color for recipe in recipes]
     half = _THICKNESS / 2
@@ -107,10 +108,11 @@ def _throughput(analysis: Analysis, identities: Identities) -> Chart:
     )
 
 
-def _effective_words(spread: Spread | None, recipe: RecipeSummary, analysis: Analysis) -> str:
+def _effective_words(comparison: Comparison) -> str:
+    spread = comparison.effective_tokens_per_second
     if spread:
         return f"{quantities.count(spread.mean)} effective"
-    return f"loss {analysis.comparisons[recipe.name].shortfall}"
+    return f"loss {comparison.shortfall}"
 
 
 def _memory(analysis: Analysis, identities: Identities) -> Chart:

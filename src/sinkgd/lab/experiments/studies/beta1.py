@@ -83,7 +83,7 @@ def judge(results: StudyResults) -> Verdict:
         if control is not other and _recipe(control) == _recipe(other)
     ]
     # The best arm and the controls are all forms of the baselines, whose cost is not the question.
-    return Verdict(headline, tuple(sentences), tuple(cautions(results)), with_cost=False)
+    return Verdict(headline, tuple(sentences), tuple(cautions(results)), may_name_cost=False)
 
 
 def _recipe(one: ArmResults) -> object:
