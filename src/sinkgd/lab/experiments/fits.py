@@ -78,7 +78,7 @@ def fit_trend(sizes: Sequence[float], values: Sequence[float], *, far: float) ->
     by_size: dict[float, list[float]] = {}
     for size, value in zip(sizes, values, strict=True):
         by_size.setdefault(size, []).append(math.log(value))
-    x, y = np.log2(list(by_size)), np.array([np.mean(logs) for logs in by_size.values()])
+    x, y = np.log2(list(by_size)), np.asarray([np.mean(logs) for logs in by_size.values()])
     spread = x - x.mean()
     slope = float(y @ spread / (spread @ spread))
     freedom = len(y) - 2
