@@ -115,7 +115,8 @@ class TestEveryMethod:
         found = []
         for own in ({"cautious_decay": True}, {}):
             weight = nn.Parameter(normal(9, dtype=dtype))
-            optimizer = optimizer_of([weight], algorithm, lr=LR, **{"weight_decay": 0.0, **own})
+            group = {"params": [weight], **own}
+            optimizer = optimizer_of([group], algorithm, lr=LR, weight_decay=0.0)
             for seed in range(STEPS):
                 weight.grad = gradient(seed, dtype=dtype)
                 optimizer.step()
