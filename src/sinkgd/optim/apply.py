@@ -136,8 +136,8 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
 
 
 def init_counter(group: dict[str, Any]) -> None:
-    """Create the counter of steps if stochastic rounding was chosen after construction."""
-    if group.get("rounding") == "stochastic" and group[ROUNDING_STEP] is None and group["params"]:
+    """Create the counter of steps of a group whose rounding became stochastic later."""
+    if group[ROUNDING_STEP] is None and group["params"]:
         device = group["params"][0].device
         group[ROUNDING_STEP] = torch.zeros((), dtype=torch.int64, device=device)
 

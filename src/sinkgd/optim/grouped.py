@@ -489,7 +489,8 @@ class GroupedOptimizer(Optimizer):
         """Check what may have changed since the last step."""
         self._check_momentum()
         for group in self.param_groups:
-            init_counter(group)
+            if group.get("rounding") == "stochastic":
+                init_counter(group)
         self._parameters.begin_step(self.param_groups, self.state)
 
     def _check_momentum(self) -> None:
