@@ -46,6 +46,7 @@ class FakeGpu(TorchFunctionMode):
         self.hides = True  # whether the host may not read the device's memory
         self.stream = 1
         self.pinned = 0  # tensors in pinned memory that were allocated
+        self._pinned = []  # these tensors
         self.sent = []  # tensors that were filled from the host while a graph was captured
         self.launched = Counter()
         self._hosts = []  # tensors on the CPU, kept so that no other one has their ids
@@ -58,7 +59,8 @@ class FakeGpu(TorchFunctionMode):
         if name in PLACES:
             return PLACES[name](self.is_host(args[0]))
         kwargs = dict(kwargs or {})
-        self.pinned += bool(kwargs.pop("pin_memory", False))
+        pins = bool(kwargs.pop("pin_memory", False))
+        self.pinned += pins
         tensors = [x for x in args if isinstance(x, Tensor)]
         from_host = all(map(self.is_host, tensors))
         places = [torch.device(x) for x in (kwargs.get("device"), *args) if is_place(x)]
@@ -69,11 +71,19 @@ class FakeGpu(TorchFunctionMode):
             kwargs["device"] = CPU
         args = [CPU if isinstance(x, torch.device) else x for x in args]
         result = func(*args, **kwargs)
+        if pins:
+            self._pinned.append(result)
         if to_host and isinstance(result, Tensor):
             self.keep(result)
         elif name == "torch.Tensor.to" and from_host:
             result = self._sent(result, waits=not kwargs.get("non_blocking"))
         return result
+
+    def _is_pinned(self, x):
+        """Whether a tensor, as torch itself sees it, lies in pinned memory."""
+        with torch._C.DisableTorchFunction():
+            at = x.untyped_storage().data_ptr()
+            return any(own.untyped_storage().data_ptr() == at for own in self._pinned)
 
     def keep(self, x):
         """Remember that a tensor is on the host, and return it."""
@@ -85,6 +95,7 @@ class FakeGpu(TorchFunctionMode):
         if not self.capturing:
             return x.clone()
         assert not waits, "to wait for a copy would end the capture"
+        assert self._is_pinned(x), "torch captures no copy from memory that is not pinned"
         self.sent.append(x.clone())
         return self.sent[-1]
 

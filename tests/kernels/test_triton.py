@@ -146,6 +146,7 @@ class TestTablesOfGraphs:
         copy = DeviceTables._copy
         monkeypatch.setattr(DeviceTables, "_copy", lambda *args: copied.append(args) or copy(*args))
         kept, host = DeviceTables(), torch.tensor([1, 2])
+        kept._reserved = torch.empty(64, dtype=torch.uint8)
         for made in (1, 2):
             capture(True)
             self.ask(kept, kind, host)
@@ -165,6 +166,21 @@ class TestTablesOfGraphs:
         capture(False)
         self.ask(kept, kind, torch.tensor([3, 4]))
         assert any(copy.on_device is before for copy in kept._captured)
+
+    def test_a_graph_reads_memory_that_no_other_copy_takes(self, capture):
+        kept, memory = DeviceTables(), torch.empty(64, dtype=torch.uint8)
+        kept._reserved = memory
+        capture(True)
+        for values in ((1, 2, 3), (4, 5)):
+            kept.addresses(values, self.CPU)
+        assert memory.view(torch.int64)[[0, 1, 2, 4, 5]].tolist() == [1, 2, 3, 4, 5]
+        with pytest.raises(RuntimeError, match=r"needs 24 bytes of pinned memory, and 16 are left"):
+            kept.addresses((6, 7, 8), self.CPU)
+
+    def test_a_capture_needs_a_step_before_it(self, capture):
+        capture(True)
+        with pytest.raises(RuntimeError, match="at least one step before the capture"):
+            DeviceTables().addresses((1, 2), self.CPU)
 
 
 class TestNumbers:

@@ -10,7 +10,7 @@ from torch import nn
 import sinkgd
 from fake_gpu import DEVICE, HostReadsError, fake_gpu
 from sinkgd import kernels
-from sinkgd.kernels.triton import TritonBackend
+from sinkgd.kernels.triton import TritonBackend, tables
 
 # Said by torch of itself, on importing its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
@@ -129,6 +129,20 @@ def test_two_captures_own_their_tables(gpu):
     assert filled[0]
     assert filled[1]
     assert not filled[0] & filled[1]
+
+
+def test_many_captures_find_pinned_memory_if_steps_lie_between_them(gpu, monkeypatch):
+    monkeypatch.setattr(tables, "RESERVED", 4096)
+    optimizer, params = hybrid(gpu, KINDS["plain"])
+    for seed in range(40):
+        kept = [param.grad for param in params]
+        give_gradients(params, seed)
+        gpu.capturing = seed % 2 == 1
+        optimizer.step()
+        gpu.capturing = False
+        assert seed == 0 or kept
+    own = gpu.backend._tables
+    assert len({copy.host.untyped_storage().data_ptr() for copy in own._captured}) > 1
 
 
 def test_flags_of_a_captured_step_are_left_where_they_are(gpu):

@@ -56,11 +56,11 @@ from sinkgd.kernels.triton.launch import on
 from sinkgd.kernels.triton.product_plan import plan_of_products
 from sinkgd.kernels.triton.products import MAX_VECTORS, SkinnyProducts, StackProducts
 from sinkgd.kernels.triton.shard_sums import TritonSums
-from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, capturing, operand_of
+from sinkgd.kernels.triton.tables import DeviceTables, UpdateAddresses, operand_of
 
 # At 3 TB/s a GPU reads about this many bytes from its memory while the host prepares a launch,
-# which takes about 20 µs. Outside of a CUDA graph, a smaller bucket would make the GPU wait for the
-# host. This has not been measured.
+# which takes about 20 µs. A smaller bucket would make the GPU wait for the host. This has not been
+# measured.
 LAUNCH_BYTES = 1 << 26
 INTERPRETER_BYTES = 1 << 20
 
@@ -371,9 +371,12 @@ class _Write(NamedTuple):
 
 
 def _bucket_bytes(device: torch.device) -> int:
-    """Return the most bytes of gradients in a bucket of half iterations, updates or products."""
+    """Return the most bytes of gradients in a bucket of half iterations, updates or products.
+
+    It is the same while a graph is captured, so that the capture finds the tables of earlier steps.
+    """
     size = _cached_bytes(device)
-    return size if device.type == "cpu" or capturing(device) else max(size, LAUNCH_BYTES)
+    return size if device.type == "cpu" else max(size, LAUNCH_BYTES)
 
 
 def _cached_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ Letters, everywhere in this package:
     BM, BN: rows and columns in memory of a tile
 """
 
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
@@ -258,10 +259,16 @@ class _Copy(NamedTuple):
     host: Tensor  # a graph that has captured the copy reads this at every replay
 
 
+# Bytes of pinned memory that wait for captures. A capture of a model of 7 billion weights takes
+# about 60 KB, unless all its gradients were at the same addresses in an earlier step.
+RESERVED = 1 << 22
+
+
 class DeviceTables:
     """Copies of tables on devices: copied without waiting, and kept for later calls.
 
-    A copy is found again by its values or its host tensor, and by the stream that reads it.
+    A copy is found again by its values or its host tensor, and by the stream that reads it. The
+    device must be the current one. Several threads may ask at once.
     """
 
     def __init__(self) -> None:
@@ -269,20 +276,34 @@ class DeviceTables:
         # A graph reads its tables at every replay. Nothing tells when the graph is deleted, so its
         # copies are kept for good.
         self._captured: list[_Copy] = []
+        self._reserved: Tensor | None = None
+        self._taken = 0  # bytes of `_reserved` that graphs read
+        self._lock = threading.RLock()
 
     def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return ``values`` on ``device``."""
+        """Return ``values`` on ``device``.
+
+        Raises:
+            RuntimeError: As in `table`.
+        """
         key = values, *_stream(device)
-        found = self._find(key, device)
-        if found is not None:
-            return found
-        return self._copy(key, torch.frombuffer(array("q", values), dtype=torch.int64), device)
+        with self._lock:
+            found = self._find(key, device)
+            if found is not None:
+                return found
+            return self._copy(key, torch.frombuffer(array("q", values), dtype=torch.int64), device)
 
     def table(self, host: Tensor, device: torch.device) -> Tensor:
-        """Return a copy on ``device`` of ``host``, a tensor that must never change."""
+        """Return a copy on ``device`` of ``host``, a tensor that must never change.
+
+        Raises:
+            RuntimeError: If a graph is captured, ``host`` was not copied before, and no pinned
+                memory is left for it.
+        """
         key = id(host), *_stream(device)  # the copy keeps ``host``, so no other tensor has its id
-        found = self._find(key, device)
-        return self._copy(key, host, device) if found is None else found
+        with self._lock:
+            found = self._find(key, device)
+            return self._copy(key, host, device) if found is None else found
 
     def _find(self, key: tuple[Hashable, ...], device: torch.device) -> Tensor | None:
         # A copy made during a capture is filled only when the graph is replayed, so `_recent` does
@@ -304,19 +325,48 @@ class DeviceTables:
         return None
 
     def _copy(self, key: tuple[Hashable, ...], host: Tensor, device: torch.device) -> Tensor:
-        # While a graph is captured no pinned memory may be allocated, and none is needed:
-        # https://github.com/pytorch/pytorch/pull/146924,
-        # https://github.com/pytorch/pytorch/pull/166765
-        pins = device.type != "cpu" and not capturing(device)
-        source = torch.empty_like(host, pin_memory=True).copy_(host) if pins else host
-        copy = _Copy(source.to(device, non_blocking=True), host)
         if capturing(device):
+            source = self._pinned_before(host)
+            copy = _Copy(source.to(device, non_blocking=True), source)
             self._captured.append(copy)
-        else:
-            self._recent[key] = copy
-            if len(self._recent) > MAX_COPIES:
-                self._recent.popitem(last=False)
+            return copy.on_device
+        source = host
+        if device.type != "cpu":
+            self._reserve()
+            source = torch.empty_like(host, pin_memory=True).copy_(host)
+        copy = _Copy(source.to(device, non_blocking=True), host)
+        self._recent[key] = copy
+        if len(self._recent) > MAX_COPIES:
+            self._recent.popitem(last=False)
         return copy.on_device
+
+    def _reserve(self) -> None:
+        """Allocate pinned memory for captures, during which none may be allocated."""
+        if self._reserved is None or 2 * self._taken > self._reserved.numel():
+            self._reserved = torch.empty(RESERVED, dtype=torch.uint8, device="cpu", pin_memory=True)
+            self._taken = 0  # graphs keep the older memory
+
+    def _pinned_before(self, host: Tensor) -> Tensor:
+        """Copy ``host`` to pinned memory that was allocated before the capture.
+
+        torch refuses to capture a copy from other memory:
+        https://github.com/pytorch/pytorch/pull/172156
+        """
+        if self._reserved is None:
+            raise RuntimeError(
+                "a CUDA graph captures the first step; take at least one step before the capture"
+            )
+        begin = self._taken
+        end = begin + host.nbytes
+        if end > self._reserved.numel():
+            raise RuntimeError(
+                f"a CUDA graph needs {host.nbytes} bytes of pinned memory, and "
+                f"{self._reserved.numel() - begin} are left; take a step with new gradients "
+                "between two captures, or capture a step whose gradients are where they were in an "
+                "earlier one"
+            )
+        self._taken = -(-end // 16) * 16
+        return self._reserved[begin:end].view(host.dtype).copy_(host)
 
 
 def capturing(device: torch.device) -> bool:
