@@ -40,6 +40,10 @@ class TestOperators:
         checks = opcheck(scales, (GRADS, 3, every_backend, tol, starts))
         assert checks == dict.fromkeys(ALL, "SUCCESS")
 
+    @pytest.mark.parametrize("operator", [torch.ops.sinkgd.scales, torch.ops.sinkgd.update_])
+    def test_no_graph_of_torch_compile_captures_an_operator(self, operator):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+
     @pytest.mark.parametrize("with_flags", [False, True])
     def test_update_is_a_proper_operator(self, every_backend, with_flags):
         params = [torch.randn_like(grad) for grad in GRADS]

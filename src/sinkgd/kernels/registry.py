@@ -9,6 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,7 +179,14 @@ def _as_number(value: Tensor) -> float | Tensor:
     return float(value) if value.device.type == "cpu" else value  # do not wait for a device
 
 
-@torch.library.custom_op("sinkgd::scales", mutates_args=())
+# The operators copy tables to the device, which a CUDA graph that torch.compile captures would read
+# again at every replay. With this tag they run between such graphs; older torch has no tag for it.
+_OPTIONS: dict[str, Any] = (
+    {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("sinkgd::scales", mutates_args=(), **_OPTIONS)
 def scales(
     grads: list[Tensor],
     num_iters: int,
@@ -209,7 +217,7 @@ def _(
     return shapes
 
 
-@torch.library.custom_op("sinkgd::update_", mutates_args={"params"})
+@torch.library.custom_op("sinkgd::update_", mutates_args={"params"}, **_OPTIONS)
 def update_(  # noqa: PLR0913, PLR0917 - the operator's signature is flat
     params: list[Tensor],
     grads: list[Tensor],
