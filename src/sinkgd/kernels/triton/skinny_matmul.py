@@ -307,7 +307,7 @@ def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.co
 
 @triton.jit
 def _load(scaled, at, SPLITS: tl.constexpr, K: tl.constexpr):
-    return tl.load(scaled + at[:, None] * (SPLITS * K) + tl.arange(0, K)[None, :])
+    return tl.load(scaled + at.to(tl.int64)[:, None] * (SPLITS * K) + tl.arange(0, K)[None, :])
 
 
 @triton.jit
