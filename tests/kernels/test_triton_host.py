@@ -30,6 +30,12 @@ def test_a_steady_step_goes_past_the_dispatcher(found):
         assert one["compiled"] == 0, one
 
 
+def test_a_steady_deflated_step_goes_past_it_too(found):
+    assert found["deflated"]["launches"] > 20
+    assert found["deflated"]["dispatched"] == 0
+    assert found["deflated"]["compiled"] == 0
+
+
 def test_addresses_travel_in_one_copy(found):
     assert {one["copies"] for one in found["models"]} == {1}
 
@@ -118,8 +124,14 @@ def count():
         unknown["warnings"] = len(heard)
         launch._CALLS.update(calls)
         launch._passes_constants.cache_clear()
+        lowered = Step([(64, 96), (96, 64), (64, 160), (160, 64)], deflated_rank=4)
+        # Nothing fills the scales, which may hold anything.
+        lowered.optimizer.param_groups[0]["nonfinite"] = "skip"
+        counts(lowered)
+        counts(lowered)
         found = {
             "models": models,
+            "deflated": counts(lowered),
             "first": first,
             "shifted": shifted,
             "hooked": hooked,
@@ -177,8 +189,12 @@ def unbound():
 def kernels():
     from sinkgd.kernels.triton import launch
 
-    updates = launch.kernels("update")
+    updates, products = launch.kernels("update"), launch.kernels("skinny_matmul")
     return (
+        products.balance_scales,
+        products.scale_vectors,
+        products.matmul,
+        products.matmul_transposed,
         launch.kernels("full_iteration").full_iteration,
         updates.finish,
         launch.kernels("square_sums").half_iteration,

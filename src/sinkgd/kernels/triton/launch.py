@@ -1,8 +1,9 @@
-"""Starts kernels: through triton's dispatcher, or directly if a launch is prepared.
+"""Starts kernels: through triton's dispatcher, or directly if they were compiled before.
 
 The dispatcher, ``JITFunction.run``, binds the arguments of every launch, finds out what they
-specialize the kernel to, looks up the compiled kernel and calls its launcher. `PreparedLaunches`
-does this once for each `Variant`; later launches only call the launcher, as the dispatcher would.
+specialize the kernel to, looks up the compiled kernel and calls its launcher. It is used once for
+each `Variant`. Later, `launch` looks the variant up and calls the launcher itself, as the
+dispatcher would; `PreparedLaunches` does not even look it up.
 
 How the dispatcher calls a launcher is not a public interface: triton 3.2 leaves the constants out,
 later versions pass them. So the dispatcher's source is compared with `_CALLS`. Unless exactly one
@@ -39,8 +40,23 @@ def kernels(module: str) -> ModuleType:
     return import_module(f"sinkgd.kernels.triton.{module}")
 
 
-def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> Any:
-    """Start ``programs`` programs of ``kernel`` with the dispatcher; return the compiled kernel."""
+def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
+    """Start ``programs`` programs of ``kernel`` on the current device.
+
+    Args:
+        kernel: A ``JITFunction``.
+        programs: Number of programs.
+        arguments: Tensors and numbers.
+        constants: Compile-time constants and the compiler's options.
+    """
+    if kernels("primitives").IS_INTERPRETED or not is_direct():
+        dispatch(kernel, programs, *arguments, **constants)
+    else:
+        start_variant(kernel, programs, arguments, constants)
+
+
+def dispatch(kernel: Any, programs: int, *arguments: object, **constants: object) -> Any:
+    """Start a kernel with the dispatcher, and return the compiled kernel."""
     return kernel[(programs,)](*arguments, **constants)
 
 
@@ -118,18 +134,7 @@ class PreparedLaunches:
     def _first(self, one: PreparedLaunch, given: Sequence[Sequence[object]]) -> "_DirectLaunch":
         """Start a launch, and return how to start it again."""
         arguments = (*given[one.arguments], *one.fixed)
-        own = specialization(one.kernel, arguments)
-        key = id(one.kernel), self.device, tuple(one.constants.items()), own
-        variant = _variants.get(key)
-        if variant is None:
-            compiled = launch(one.kernel, one.programs, *arguments, **one.constants)
-            variant = _variants[key] = _variant_of(one.kernel, compiled, one.constants)
-        else:
-            run, function, metadata, constants = variant
-            run(
-                one.programs, 1, 1, _current_stream(), function, metadata, None, None, None,
-                *_without_tensors(arguments), *constants,
-            )  # fmt: skip
+        variant = start_variant(one.kernel, one.programs, arguments, one.constants)
         return variant, one.programs, one.arguments, one.fixed
 
 
@@ -146,6 +151,28 @@ class Variant(NamedTuple):
 _DirectLaunch = tuple[Variant, int, int, tuple[object, ...]]
 
 _variants: dict[Hashable, Variant] = {}  # by kernel, device, constants and specialization
+
+
+def start_variant(
+    kernel: Any, programs: int, arguments: Sequence[object], constants: Mapping[str, object]
+) -> Variant:
+    """Start a kernel directly, or with the dispatcher if it must be compiled; return the variant.
+
+    The arguments are those of `launch`.
+    """
+    device = _driver().active.get_current_device()
+    key = id(kernel), device, tuple(constants.items()), specialization(kernel, arguments)
+    variant = _variants.get(key)
+    if variant is None:
+        compiled = dispatch(kernel, programs, *arguments, **constants)
+        variant = _variants[key] = _variant_of(kernel, compiled, constants)
+    else:
+        run, function, metadata, compiled_in = variant
+        run(
+            programs, 1, 1, _current_stream(), function, metadata, None, None, None,
+            *_without_tensors(arguments), *compiled_in,
+        )  # fmt: skip
+    return variant
 
 
 def specialization(kernel: Any, arguments: Sequence[object]) -> tuple[Hashable, ...]:
@@ -193,7 +220,8 @@ def _variant_of(kernel: Any, compiled: Any, constants: Mapping[str, object]) -> 
         constants: The keyword arguments of the launch that returned it.
     """
     names = [param.name for param in kernel.params if param.is_constexpr]
-    assert names == [param.name for param in kernel.params][-len(names) :], "constants come last"
+    others = [param.name for param in kernel.params if not param.is_constexpr]
+    assert [*others, *names] == [param.name for param in kernel.params], "constants come last"
     tail = tuple(constants[name] for name in names) if _passes_constants() else ()
     return Variant(compiled.run, compiled.function, compiled.packed_metadata, tail)
 

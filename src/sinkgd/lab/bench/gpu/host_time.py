@@ -114,22 +114,22 @@ def fake_gpu() -> Iterator[FakeGpu]:
 
     def dispatched(kernel: Any, *arguments: Any, **constants: Any) -> Any:
         gpu.dispatched += 1
-        return dispatch(kernel, *arguments, **constants)
+        return through_dispatcher(kernel, *arguments, **constants)
 
     def copied(own: DeviceTables, *arguments: Any) -> Tensor:
         gpu.copies += 1
         return copy(own, *arguments)
 
-    dispatch, copy = launch.launch, DeviceTables._copy
+    through_dispatcher, copy = launch.dispatch, DeviceTables._copy
     kernels = {
         id(value): value
-        for module in ("full_iteration", "square_sums", "update")
+        for module in launch.KERNEL_MODULES
         for value in vars(launch.kernels(module)).values()
         if hasattr(value, "create_binder")
     }
     own_target = launch.GpuTarget(TARGET.backend, TARGET.warp)
     replaced: list[tuple[Any, str, Any]] = [
-        (launch, "launch", dispatched),
+        (launch, "dispatch", dispatched),
         (launch, "_variants", {}),
         (launch, "target_of", lambda _: own_target),
         (backend, "_cached_bytes", lambda _: CACHE_BYTES),
@@ -151,12 +151,14 @@ def fake_gpu() -> Iterator[FakeGpu]:
 class Step:
     """A step on the matrices of a model, in bfloat16, whose gradients can move in memory."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], deflated_rank: int = 0) -> None:
         self.params = [nn.Parameter(_empty(shape)) for shape in shapes]
         self.memory = [_empty((param.numel() + 8 * SPACES,)) for param in self.params]
         self.taken = 0
         with lost_updates_allowed():
-            self.optimizer = SinkGD(self.params, lr=1e-3, deflated_rank=0, backend="triton")
+            self.optimizer = SinkGD(
+                self.params, lr=1e-3, deflated_rank=deflated_rank, backend="triton"
+            )
 
     def move_gradients(self) -> None:
         """Give gradients addresses that no gradients of the last ``SPACES - 1`` steps had."""
