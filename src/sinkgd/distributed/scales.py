@@ -233,7 +233,7 @@ class _Vectors:
 # Indices are computed on the host and copied to a device once, so that later steps do not wait for
 # a copy. They take four bytes per row or column. Every step, or every flush of GradientRelease,
 # needs the same indices.
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def _owners(lengths: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the index of the matrix of each entry, given each vector's length and batch size.
 
@@ -246,7 +246,7 @@ def _owners(lengths: tuple[int, ...], counts: tuple[int, ...], device: torch.dev
     return places.repeat_interleave(repeats, output_size=sum(whole)).to(device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def _repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Repeat each number as often as its count says, as float64."""
     flat = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
