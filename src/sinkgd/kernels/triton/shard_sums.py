@@ -59,7 +59,8 @@ class TritonSums:
         self._others = {i: EagerSums([grad]) for i, grad in enumerate(grads) if operands[i] is None}
         self._grads = grads  # their memory is read later
         self._launches = _plan(operands, tuple(self._rows), tuple(self._cols))
-        self._addresses = tables.addresses(tuple(x.data_ptr() for x in grads), self._device)
+        with launch.on(self._device):
+            self._addresses = tables.addresses(tuple(x.data_ptr() for x in grads), self._device)
         self._tables = tables
 
     def of_rows(self, weights: Tensor) -> Tensor:
