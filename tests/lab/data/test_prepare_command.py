@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from types import SimpleNamespace
@@ -119,6 +120,21 @@ def test_a_taken_folder_is_refused_before_any_work(c4_folder, out, monkeypatch):
     monkeypatch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(FolderTakenError, match="exists already"):
         parse(c4_folder, "--out", out).run()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    c4_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file"):
+        parse(c4_folder, "--out", tmp_path / "file" / "folder" / "out").run()
+    target = tmp_path / "closed" / "real"
+    target.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(target)
+    monkeypatch.setattr(os, "access", lambda path, _: path != target.parent)
+    with pytest.raises(PermissionError, match="closed"):
+        parse(c4_folder, "--out", tmp_path / "link").run()
 
 
 def test_no_sources_means_the_embedded_corpus():

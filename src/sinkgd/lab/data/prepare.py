@@ -62,14 +62,14 @@ def prepare(
     Args:
         corpus: The documents. A few megabytes of text are in memory at a time, or one document if
             it is longer.
-        out: The folder to make; it must be absent or empty.
+        out: The folder to make. If it exists, it must be empty; a link is followed.
         tokenizer: A result of `train_tokenizer` or `load_tokenizer`.
         shard_tokens: Tokens in a full shard.
         progress: Called after every document.
 
     Raises:
         DataError: If a document cannot be read, a split gets no document, or the disk is full.
-        FolderTakenError: If ``out`` exists and is not an empty folder.
+        FolderTakenError: If ``out`` exists and is not an empty folder that can be replaced.
     """
     with ShardWriter(
         out,

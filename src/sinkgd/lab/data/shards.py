@@ -2,12 +2,13 @@
 
 The files go to a folder next to the final one, ``NAME.partial-*``. Once they are on the disk, the
 folder is renamed in one step. A killed process leaves a folder under the partial name. It is never
-read, and can be deleted.
+read, and can be deleted. If only the renaming fails, the complete folder stays under that name.
 """
 
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -35,7 +36,7 @@ SHARD_TOKENS = 2**27  # tokens in a full shard: 256 MiB of uint16
 
 
 class FolderTakenError(DataError):
-    """The path of the folder to write exists already, and is not an empty folder."""
+    """The folder to write exists already, and is not empty or cannot be replaced."""
 
 
 class _HashedFile:
@@ -118,7 +119,7 @@ class ShardWriter:
     Leaving the block without `commit`, by an exception or not, removes what was written.
 
     Args:
-        out: The folder to make; if it exists, it must be empty.
+        out: The folder to make. If it exists, it must be empty; a link is followed.
         tokenizer: The tokenizer that makes the ids.
         sources: The sources of the text, which the manifest records.
         shard_tokens: Tokens in a full shard.
@@ -127,7 +128,7 @@ class ShardWriter:
 
     Raises:
         DataError: If ``shard_tokens`` is below 1.
-        FolderTakenError: If ``out`` exists and is not an empty folder.
+        FolderTakenError: If ``out`` exists and is not an empty folder that can be replaced.
     """
 
     def __init__(
@@ -142,9 +143,11 @@ class ShardWriter:
         if shard_tokens < 1:
             raise DataError(f"shard_tokens must be at least 1, got {shard_tokens}")
         refuse_taken(out)
+        out = out.resolve()  # a folder cannot be renamed to a link
         self._out, self._tokenizer, self._sources = out, tokenizer, sources
         self._shard_tokens, self._cut_fraction = shard_tokens, cut_fraction
         self._largest_id = tokenizer.eos_id
+        self._is_complete = False
         out.parent.mkdir(parents=True, exist_ok=True)
         self._partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
         dtype = token_dtype(tokenizer.vocab_size)
@@ -181,7 +184,8 @@ class ShardWriter:
         """Write what is left, force everything to the disk, and rename the folder.
 
         Raises:
-            DataError: If a split has no document.
+            DataError: If a split has no document; or if the folder cannot be renamed, which then
+                stays under the name that the message gives.
             FolderTakenError: If another process made the folder in the meantime.
         """
         for split in SPLITS:
@@ -223,14 +227,18 @@ class ShardWriter:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 refuse_taken(self._out)
-            raise
+            self._is_complete = True
+            raise DataError(
+                f"cannot rename {self._partial} to {self._out}: {error.strerror}. The first folder "
+                "is complete; use it as it is, or move it yourself"
+            ) from error
         sync_folder(self._out.parent)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self._partial.exists():  # the folder was not renamed
+        if self._partial.exists() and not self._is_complete:
             for writer in self._splits.values():
                 writer.discard()
             shutil.rmtree(self._partial)
@@ -242,11 +250,25 @@ class ShardWriter:
 
 
 def refuse_taken(out: Path) -> None:
-    """Raise `FolderTakenError` unless ``out`` is absent or an empty folder."""
-    if out.is_dir() and not any(out.iterdir()):
+    """Raise `FolderTakenError` unless ``out`` is absent, or an empty folder that can be replaced.
+
+    A link stands for its target.
+    """
+    real = Path(os.path.realpath(out))
+    if not (real.is_dir() and not any(real.iterdir())):
+        if os.path.lexists(real):  # includes links that point at each other
+            raise FolderTakenError(f"{out} exists already; remove it or choose another folder")
         return
-    if out.exists():
-        raise FolderTakenError(f"{out} exists already; remove it or choose another folder")
+    why = None
+    if real.is_mount():
+        why = "a mount point"
+    elif real.samefile(Path.cwd()):
+        why = "the working folder"
+    if why is not None:
+        raise FolderTakenError(
+            f"{out} is {why}, which the finished folder cannot replace; give a folder in it, such "
+            f"as --out {shlex.quote(str(out / 'shards'))}"
+        )
 
 
 def _umask() -> int:
