@@ -132,6 +132,19 @@ def test_what_holds_no_finished_run_is_refused(config, first, other_shards):
         train(tuned(config, first, other_shards), first.parent / "second")
 
 
+def test_a_run_that_trained_adapters_is_refused_with_the_weights_it_began_with(
+    config, first, other_shards
+):
+    adapted = first.parent / "adapted"
+    train(tuned(config, first, other_shards, lora_rank=2), adapted)
+    for rank in (0, 2):
+        with pytest.raises(
+            ConfigError, match=rf"adapted'.*model\.lora_rank 2\).*Give the folder .*'{first}'"
+        ):
+            train(tuned(config, adapted, other_shards, lora_rank=rank), first.parent / "second")
+    assert not (first.parent / "second").exists()
+
+
 @pytest.mark.parametrize("model", [None, {"kind": "Odd"}, {"kind": "LlamaConfig", "width": 3}])
 def test_a_run_with_a_damaged_record_of_its_model_is_refused(config, first, other_shards, model):
     path = first / "run.jsonl"

@@ -46,8 +46,9 @@ class StartingWeights:
 
         Raises:
             ConfigError: If the folder holds neither a finished run nor a Hugging Face checkpoint;
-                if the run's last checkpoint is missing or damaged, or the Hugging Face checkpoint
-                has no tokenizer.json; or if the model takes only shorter sequences.
+                if the run trained adapters, or its last checkpoint is missing or damaged; if the
+                Hugging Face checkpoint has no tokenizer.json; or if the model takes only shorter
+                sequences.
             ModelError: If the laboratory does not have the model of a Hugging Face checkpoint, or
                 a file of the checkpoint is missing or damaged.
             CheckpointError: If all checkpoints of the run are damaged.
@@ -161,8 +162,8 @@ def sizes_in(folder: Path, sequence_length: int) -> ModelSizes:
         sequence_length: Tokens of the sequences to train on.
 
     Raises:
-        ConfigError: If the folder holds neither a finished run nor a Hugging Face checkpoint, or
-            its model takes only shorter sequences.
+        ConfigError: If the folder holds neither a finished run nor a Hugging Face checkpoint, the
+            run trained adapters, or the model takes only shorter sequences.
         ModelError: If the laboratory does not have the model of a Hugging Face checkpoint, or its
             config.json is damaged.
     """
@@ -190,7 +191,7 @@ def _finished_run(folder: Path) -> Run:
     """Read the run in a folder.
 
     Raises:
-        ConfigError: If the folder holds no finished run.
+        ConfigError: If the folder holds no finished run, or one that trained adapters.
     """
     run_folder = RunFolder(folder)
     begin = f"model.weights is {str(folder)!r}, which"
@@ -205,5 +206,13 @@ def _finished_run(folder: Path) -> Run:
         raise ConfigError(
             f"{begin} holds a run that has not finished. Go on with it first: "
             f"sinkgd train --config {run_folder.config} --out {folder}"
+        )
+    model = run.start.config.get("model", {})
+    if rank := model.get("lora_rank"):
+        raise ConfigError(
+            f"{begin} holds a run that trained adapters (model.lora_rank {rank}). A run cannot "
+            "begin with them, since they are not merged into the weights. Give the folder with "
+            f"which that run began, {str(model.get('weights'))!r}, or that of a run without "
+            "adapters"
         )
     return run
