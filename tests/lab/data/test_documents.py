@@ -92,6 +92,24 @@ def test_a_folder_gives_its_known_files_in_order(tmp_path):
     assert found.left_out == [tmp_path / "README.md", tmp_path / "notes"]
 
 
+def test_hidden_folders_are_ignored_and_links_are_followed_once(tmp_path):
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    kept = [corpus / "a.txt", corpus / "deep" / "b.txt", elsewhere / "part" / "c.txt"]
+    for file in (*kept, corpus / ".ipynb_checkpoints" / "a.txt", elsewhere / ".git" / "d.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (corpus / "0-other").symlink_to(elsewhere)
+    (corpus / "1-same").symlink_to(corpus / "deep")
+    (corpus / "deep" / "loop").symlink_to(corpus)
+    (elsewhere / "loop").symlink_to(corpus)
+    expected = [corpus / "0-other" / "part" / "c.txt", corpus / "a.txt", corpus / "deep" / "b.txt"]
+    assert find_files([str(corpus)]).files == expected
+    assert find_files([str(corpus / "**" / "*.txt")]).files == expected
+    # a folder that is named is read, whatever its name
+    assert len(find_files([str(corpus / ".ipynb_checkpoints")]).files) == 1
+    assert corpus / "1-same" / "b.txt" in find_files([str(corpus / "1-same")]).files
+
+
 def test_a_file_named_by_several_sources_is_read_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.txt", "a.txt", "c.jsonl"):

@@ -49,7 +49,8 @@ def find_files(sources: Sequence[str]) -> FoundFiles:
     """List the files that ``sources`` stand for.
 
     Args:
-        sources: Files, folders (with all subfolders), globs, or ``"sotu"``, the embedded corpus.
+        sources: Files, folders (with all subfolders that are not hidden), globs, or ``"sotu"``, the
+            embedded corpus. Links to folders are followed.
 
     Raises:
         DataError: If a source matches nothing, or a named file is of unknown kind or not a regular
@@ -88,12 +89,32 @@ def _files_of(source: str) -> FoundFiles:
 
 
 def _files_in(folder: Path, source: str) -> FoundFiles:
-    every = (Path(at) / name for at, _, names in os.walk(folder, onerror=_refuse) for name in names)
+    every = (at / name for at, names in _folders_in(folder) for name in names)
     files = sorted(file for file in every if not file.name.startswith(".") and file.is_file())
     known = [file for file in files if kind_of(file) is not None]
     if not known:
         raise DataError(f"the folder {source} holds no file whose name ends in {KINDS}")
     return FoundFiles(known, [file for file in files if kind_of(file) is None])
+
+
+def _folders_in(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and all its subfolders that are not hidden, with the names of their files.
+
+    Links are followed. A folder that several paths lead to is yielded once, by a path without
+    links if there is one.
+    """
+    tops, seen = [folder], set[tuple[int, int]]()
+    for top in tops:
+        for at, folders, names in os.walk(top, onerror=_refuse):
+            here = Path(at)
+            status = here.stat()
+            folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            tops += [here / name for name in folders if (here / name).is_symlink()]
+            yield here, names
 
 
 def _refuse(error: OSError) -> None:
@@ -118,8 +139,30 @@ def expanded(source: str) -> Path:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207 -- Path.glob refuses "/..."
-    return sorted(path for path in map(Path, names) if path.is_file())
+    """List the files that match a glob; a file in a folder that several paths lead to, once."""
+    found: dict[tuple[str, str], list[Path]] = {}
+    for path in sorted(path for path in _matching(Path(), pattern.parts) if path.is_file()):
+        found.setdefault((os.path.realpath(path.parent), path.name), []).append(path)
+
+    def preference(path: Path) -> tuple[bool, int]:
+        through_links = os.path.realpath(path.parent) != str(path.parent.absolute())
+        return through_links, len(path.parts)
+
+    return sorted(min(paths, key=preference) for paths in found.values())
+
+
+def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield what matches the parts of a glob; ``**`` stands for any subfolders."""
+    if "**" not in parts:
+        # Path.glob refuses absolute patterns.
+        yield from (folder / x for x in glob.glob(str(Path(*parts)), root_dir=folder))  # noqa: PTH207
+        return
+    place = parts.index("**")
+    above = _matching(folder, parts[:place]) if place else [folder]
+    for top in above:
+        if top.is_dir():
+            for at, _ in _folders_in(top):  # glob's own ** would never end in a cycle of links
+                yield from _matching(at, parts[place + 1 :] or ("*",))
 
 
 def kind_of(file: Path) -> str | None:
