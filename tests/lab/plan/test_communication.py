@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sinkgd
 from sinkgd.kernels.triton import launch
 from sinkgd.lab.bench.bench_memory import allocations
-from sinkgd.lab.plan import Grid, Work, find_architecture, find_method, peak_memory
+from sinkgd.lab.plan import (
+    Grid,
+    Work,
+    find_architecture,
+    find_method,
+    peak_memory,
+    step_time,
+)
+from sinkgd.lab.plan.methods import FAMILY
 from sinkgd.lab.plan.peak_memory import update_scratch
 from sinkgd.lab.plan.rank_model import weights_of
 from sinkgd.lab.plan.step_time import Messages, optimizer_communication, training_communication
@@ -93,11 +101,32 @@ def step_on_a_mesh(architecture, shape, make):
     return make(params)
 
 
+def variant(**options):
+    return lambda params: sinkgd.SinkGDVariant(params, lr=1e-3, **options)
+
+
+# Every method of the family whose messages the plan counts.
 MADE_BY = {
     "sinkgd-paper": lambda params: sinkgd.SinkGD(params, lr=1e-3),
+    "sinkgd-stateless": lambda params: sinkgd.SinkGD(params, lr=1e-3),
     "sinkgd": lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15),
+    "sinkgd-8bit": lambda params: sinkgd.SinkGD(params, lr=1e-3, deflated_rank=15),
+    "sinkgd-table": lambda params: sinkgd.SinkGD(params, lr=1e-3),
+    "sinkgd-momentum": lambda params: sinkgd.SinkGD(params, lr=1e-3, momentum=0.9),
+    "sinkgd-momentum-8bit": variant(momentum=0.9, momentum_place="after", momentum_bits=8),
+    "sinkgd-low-rank": variant(momentum_rank=16),
+    "sinkgd-kept": variant(deflated_rank=15, deflated_start="kept"),
+    "sinkgd-pinned": variant(operator_norm="unit"),
+    "sinkgd-projected": variant(weight_projection=True),
+    "sinkgd-constant-norm": variant(constant_norm=True),
     "sron": lambda params: sinkgd.SRON(params, lr=1e-3),
+    "scale": lambda params: sinkgd.SCALE(params, lr=1e-3),
 }
+
+
+def test_the_messages_of_every_method_of_the_family_are_compared():
+    exchanging = {own.name for own in FAMILY if own.exchange not in ("nothing", "matrices")}
+    assert set(MADE_BY) == exchanging
 
 
 @pytest.mark.usefixtures("sixteen_ranks")
@@ -105,6 +134,8 @@ MADE_BY = {
 @pytest.mark.parametrize("name", MADE_BY)
 def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
     monkeypatch.setattr(transform, "MESH_VECTOR_BYTES", 300_000)  # several runs
+    for module in (transform, step_time):
+        monkeypatch.setattr(module, "MESH_SCRATCH_BYTES", 50_000)
     nine = replace(find_architecture("llama-9m"), num_heads=16, num_kv_heads=16, head_size=8)
     grid, method = Grid(*shape), find_method(name)
     optimizer = step_on_a_mesh(nine, shape, MADE_BY[name])
@@ -113,8 +144,11 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
     planned = vectors(nine, grid, method)
     assert len(sent.calls) == sum(one.count for one in planned)
     assert sum(sent.calls) == sum(one.bytes for one in planned)
-    if name == "sinkgd":
+    if method.directions:
         assert len(sent.calls) > 5 * len(planned) + 6
+    if method.in_parts:
+        assert len(sent.calls) > 10 * len(planned)
+    if name not in ("sinkgd-paper", "sron"):
         return
     scratch = update_scratch(weights_of(nine, grid), grid, method, device="cpu", per_matrix=False)
     used = allocations(optimizer.step, torch.device("cpu")).peak

@@ -11,7 +11,7 @@ Letters:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sinkgd.contrib.adamw_8bit import BLOCK, MIN_8BIT_SIZE
 
@@ -21,6 +21,22 @@ ITERATIONS = 5  # L: Scetbon et al., algorithm 4
 # What ranks exchange about the matrices whose shards they hold. "vectors": sums of rows and columns
 # in each iteration; "rows": only sums of rows, once; "projections": matrices of low rank.
 Exchange = Literal["nothing", "vectors", "rows", "matrices", "projections"]
+
+
+class Sides(NamedTuple):
+    """The part of a matrix that a rank holds."""
+
+    m: int
+    n: int
+    r: int  # `Method.memory_rank`, but at most the sides of the whole matrix
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Numbers of each matrix that a message adds up, besides those of the iterations."""
+
+    over: Literal["columns", "rows"]  # over ranks that hold other columns, or other rows
+    numbers: Callable[[Sides], int]
 
 
 @dataclass(frozen=True)
@@ -57,11 +73,18 @@ class Method:
     can_release: bool = False  # whether gradients can be applied inside backward
     exchange: Exchange = "nothing"
     iterations: int = ITERATIONS  # exchanges of vectors in a step
+    sums: tuple[Sums, ...] = ()  # further messages of a step that exchanges vectors, in order
+    # How flags for non-finite gradients, one for each matrix, are sent before the iterations: in a
+    # message of their own, or in the first of `sums`.
+    flags: Literal["none", "alone", "shared"] = "none"
+    in_parts: bool = False  # whether a few matrices at a time take the step, with own messages
+    memory_rank: int = 0  # r of `Sides`
     passes: int = 7  # reads and writes of a matrix in a step
     scratch: float = 0.0  # float32 copies of the largest matrix during its update
     copies: int = 0  # number of float32 copies of all updates that are processed together
     batched: bool = False  # whether small matrices of one shape are updated together
     directions: int = 0  # k; 0 without deflation; `peak_memory` computes deflation's scratch
+    keeps_directions: bool = False  # whether deflation starts from directions of the last step
     everywhere: bool = False  # whether embeddings and head are updated like matrices
     flops: Callable[[int, int], float] = lambda short, long: (
         0.0 * short * long

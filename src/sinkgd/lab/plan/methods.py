@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from sinkgd.lab.options import suggest
-from sinkgd.lab.plan.method import ITERATIONS, Method
+from sinkgd.lab.plan.method import ITERATIONS, Method, Sums
 from sinkgd.lab.recorded_names import GONE
 from sinkgd.lab.train.config import ConfigError
 from sinkgd.optim.param_groups import DEFLATED_RANK
@@ -28,6 +28,22 @@ def _deflation(short: int, long: int) -> float:
 def _low_rank_momentum(short: int, long: int) -> float:
     return 3 * 2.0 * MOMENTUM_RANK * short * long  # P Qᵀ, M Q and Mᵀ U
 
+
+# Of `sinkgd.optim.transforms.low_rank_momentum`: M Q, its Gram matrix, Mᵀ U, and the squares of the
+# lengths of its columns.
+_LOW_RANK_SUMS = (
+    Sums("columns", lambda x: x.m * x.r),
+    Sums("rows", lambda x: x.r * x.r),
+    Sums("rows", lambda x: x.n * x.r),
+    Sums("columns", lambda x: x.r),
+)
+
+# Of `sinkgd.optim.transforms.operator_norm`: X v; Xᵀ u and the square of u; the square of Xᵀ u.
+_OPERATOR_NORM_SUMS = (
+    Sums("columns", lambda x: x.m),
+    Sums("rows", lambda x: x.n + 1),
+    Sums("columns", lambda _: 1),
+)
 
 FAMILY = (
     Method(
@@ -84,6 +100,7 @@ FAMILY = (
         always_float32=True,
         can_release=True,
         exchange="vectors",
+        flags="alone",
         passes=ITERATIONS + 9,  # the gradient is checked, copied and averaged
         scratch=1.0,
     ),
@@ -96,6 +113,7 @@ FAMILY = (
         always_float32=True,
         can_release=True,
         exchange="vectors",
+        in_parts=True,
         passes=ITERATIONS + 7,  # the average is decoded, updated, copied and encoded
         scratch=2.0,
     ),
@@ -108,6 +126,10 @@ FAMILY = (
         row=float(MOMENTUM_RANK),
         can_release=True,
         exchange="vectors",
+        sums=_LOW_RANK_SUMS,
+        flags="shared",
+        in_parts=True,
+        memory_rank=MOMENTUM_RANK,
         passes=ITERATIONS + 12,  # the gradient is checked, copied, averaged, and multiplied twice
         scratch=1.0,
         flops=_low_rank_momentum,
@@ -122,6 +144,7 @@ FAMILY = (
         exchange="vectors",
         passes=ITERATIONS + 3 + 11,  # as "sinkgd"
         directions=DEFLATED_RANK,
+        keeps_directions=True,
         flops=_deflation,
     ),
     Method(
@@ -132,6 +155,7 @@ FAMILY = (
         column=1.0,
         can_release=True,
         exchange="vectors",
+        sums=_OPERATOR_NORM_SUMS,
         passes=ITERATIONS + 5,  # two products with a vector
     ),
     Method(
@@ -141,6 +165,7 @@ FAMILY = (
         "sinkgd.SinkGDVariant(weight_projection=True), without deflation",
         can_release=True,
         exchange="vectors",
+        sums=(Sums("columns", lambda x: 3 * x.m),),  # three products of each row
         passes=ITERATIONS + 25,  # 3 as for SGD, 4 make the update, 13 its products, 5 project it
         copies=1,
         scratch=2.0,  # the weight's rows in units of their length, and a product
@@ -153,6 +178,8 @@ FAMILY = (
         each=1,
         can_release=True,
         exchange="vectors",
+        # Three products of each matrix, added up over one side after the other.
+        sums=(Sums("columns", lambda _: 3), Sums("rows", lambda _: 3)),
         passes=ITERATIONS + 25,  # as "sinkgd-projected"
         copies=1,
         scratch=2.0,

@@ -17,13 +17,18 @@ from dataclasses import dataclass
 from math import prod
 
 from sinkgd.lab.devices import DeviceSheet
-from sinkgd.lab.plan.method import Method, usual_rank
+from sinkgd.lab.plan.method import Method, Sides, usual_rank
 from sinkgd.lab.plan.rank_model import Grid, Weight, trained, weights_of
 from sinkgd.lab.plan.trace import Work
 from sinkgd.lab.train.machine import weight_dtype
-from sinkgd.optim.transform import vector_bytes, vector_chunks
+from sinkgd.optim.transform import (
+    MESH_SCRATCH_BYTES,
+    chunk_slices,
+    vector_bytes,
+    vector_chunks,
+)
 
-_FLOAT64 = 8
+_FLOAT32, _FLOAT64 = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -99,15 +104,37 @@ def _of_vectors(
     """Return the number of messages of a group for sums of rows and columns, and their bytes."""
     if method.exchange == "rows":
         return _of_rows(weights, group)
-    count = method.iterations
+    parts = [slice(len(weights))]
+    if method.in_parts:
+        parts = chunk_slices([_FLOAT32 * prod(w.shard) for w in weights], MESH_SCRATCH_BYTES)
+    count = method.iterations * len(parts)
     numbers = method.iterations * sum(vector_length(w, grid, group) for w in weights)
     if method.directions:
-        held = [vector_bytes(w.shard[0], w.shard[1], method.directions + 1) for w in weights]
+        vectors = (method.directions + 1) * (2 if method.keeps_directions else 1)
+        held = [vector_bytes(w.shard[0], w.shard[1], vectors) for w in weights]
         for some in map(weights.__getitem__, vector_chunks(held)):
             ways = {_is_cut_by_columns(w, group) for w in some}
             count += 2 * (False in ways) + 4 * (True in ways)
             numbers += sum(_deflation_length(w, group, method.directions) for w in some)
+    if method.copies:
+        parts = vector_chunks([_FLOAT32 * method.copies * prod(w.shard) for w in weights])
+    for some in map(weights.__getitem__, parts):
+        own_count, own_numbers = _of_sums(some, method, group)
+        count, numbers = count + own_count, numbers + own_numbers
     return count, _FLOAT64 * numbers
+
+
+def _of_sums(weights: Sequence[Weight], method: Method, group: str) -> tuple[int, int]:
+    """Return the messages of a group for `Method.sums` and `Method.flags`, and their numbers."""
+    lengths = []
+    for sums in method.sums:
+        cut = [w for w in weights if _is_cut_by_columns(w, group) == (sums.over == "columns")]
+        sides = [Sides(w.shard[0], w.divided[1], min(method.memory_rank, *w.shape)) for w in cut]
+        lengths.append(sum(map(sums.numbers, sides)))
+    count, numbers = len([length for length in lengths if length]), sum(lengths)
+    if method.flags != "none":
+        count, numbers = count + (method.flags == "alone"), numbers + len(weights)
+    return count, numbers
 
 
 def _of_rows(weights: Sequence[Weight], group: str) -> tuple[int, int]:
@@ -305,8 +332,9 @@ def _update_seconds(
     weights = trained(weights_of(work.architecture, grid, work.adapter_rank))
     itemsize = weight_dtype(work.precision).itemsize
     rest = _ADAMW_PASSES if method.rest else _SGD_PASSES
-    moved = sum(
-        itemsize * prod(w.shard) * (method.passes if w.is_matrix else rest) for w in weights
-    )
+    moved = 0
+    for w in weights:
+        is_alike = w.is_matrix or (method.everywhere and w.is_embedding)
+        moved += itemsize * prod(w.shard) * (method.passes if is_alike else rest)
     flops = sum(method.flops(min(w.shape), max(w.shape)) for w in weights if w.is_matrix)
     return moved / device.memory_rate + flops / (grid.dp_shard * grid.tp) / rate
