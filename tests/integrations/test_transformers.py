@@ -331,6 +331,19 @@ def test_training_arguments_of_none_are_refused(tmp_path):
             build()
 
 
+def test_a_trainer_with_a_factory_of_its_own_is_not_attached(tmp_path):
+    chosen = (SinkGDFactory, {"lr": 0.04})
+    trainer = transformers.Trainer(
+        llama(), arguments(tmp_path), train_dataset=Rows(), optimizer_cls_and_kwargs=chosen
+    )
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"optimizer_cls_and_kwargs=.*'lr': 0\.04.*leave it out"
+        ):
+            attach(trainer)
+    assert trainer.optimizer_cls_and_kwargs == chosen
+
+
 def test_the_log_of_the_trainer_tells_the_rates_of_groups_apart(tmp_path):
     class NamedRates(transformers.Trainer):  # as in docs/trainers.md
         def log(self, logs, *args, **kwargs):

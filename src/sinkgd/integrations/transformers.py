@@ -134,14 +134,14 @@ def attach(trainer: Any, **options: Any) -> None:
     another optimizer nevertheless, an error is raised when training begins.
 
     Args:
-        trainer: The trainer, which must not have its optimizer yet.
+        trainer: The trainer, which must have neither its optimizer nor a choice of one yet.
         **options: Arguments of `SinkGDFactory` besides the model.
 
     Raises:
         TypeError: If ``trainer`` is not such a trainer, or an option does not exist.
-        ValueError: If the trainer has its optimizer already, its arguments choose or configure
-            another one (``optim``, ``optim_args`` or ``optim_target_modules``), or ``options`` set
-            ``lr`` or ``matrix_lr_scale``.
+        ValueError: If the trainer has its optimizer or ``optimizer_cls_and_kwargs`` already, its
+            arguments choose or configure another optimizer (``optim``, ``optim_args`` or
+            ``optim_target_modules``), or ``options`` set ``lr`` or ``matrix_lr_scale``.
 
     Examples:
         A trainer of TRL, fine-tuning at the rate of its configuration::
@@ -162,6 +162,11 @@ def attach(trainer: Any, **options: Any) -> None:
         raise ValueError(
             f"the trainer has an optimizer already, {type(trainer.optimizer).__name__}; leave out "
             "optimizers=, and call attach before trainer.train()"
+        )
+    if (chosen := trainer.optimizer_cls_and_kwargs) is not None:
+        raise ValueError(
+            f"optimizer_cls_and_kwargs={chosen!r} of the trainer chooses another optimizer, or "
+            "other options, than attach; leave it out, or do not call attach"
         )
     for name in ("optim_args", "optim_target_modules"):
         if (value := getattr(trainer.args, name, None)) is not None:
