@@ -103,6 +103,25 @@ def test_adamw_spam_is_its_description(theta, fused, max_norm, window):
     assert expected.spikes  # the claim is not empty
 
 
+def test_a_window_that_is_changed_holds_from_the_next_step_on():
+    params = weights()
+    expected = restated(SpikeReference, params, None, max_norm=1.0, z=2.0, window=20)
+    optimizer = sinkgd.AdamWSPAM(params, norm_window=20, **with_threshold(None))
+    for step in range(STEPS):
+        if step == STEPS // 3:
+            optimizer.param_groups[0]["norm_window"] = expected.window = 11
+        if step == STEPS // 2:
+            # The norms that were forgotten stay so.
+            expected.norms = expected.norms[-11:]
+            optimizer.param_groups[0]["norm_window"] = expected.window = 30
+        walk(optimizer, params, [step])
+        expected.adamw_spam(flat(gradients(step)))
+        assert_weights(params, expected.weights, rtol=1e-10, atol=1e-10)
+    assert any(spike >= STEPS // 3 for spike in expected.spikes)
+    history = optimizer.param_groups[0]["norm_history"]
+    assert history[history.isfinite()].tolist() == pytest.approx(expected.norms[-30:])
+
+
 def test_until_the_first_reset_spam_is_that_of_pytorch_optimizer():
     # Theirs resets one step earlier, leaves bias corrections as they were, warms up from 1 %, and
     # divides by eps before the correction; and where v is zero it cuts to zero. So: 28 steps of 30,

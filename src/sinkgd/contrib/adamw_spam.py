@@ -162,7 +162,8 @@ class AdamWSpam(Method):
     """
 
     # ``norm_history`` holds the last norms, the newest at its end, and NaN for norms to come.
-    # `check` creates it, and it is saved with the group, so that a resumed run knows the norms.
+    # `check` creates it, and `step` resizes it if ``norm_window`` was changed. It is saved with the
+    # group, so that a resumed run knows the norms.
     counters = frozenset({NORM_HISTORY})
     needs_all_gradients = (
         "the norm of all gradients of the group, and here they come one by one; use "
@@ -220,7 +221,7 @@ class AdamWSpam(Method):
             init_resets(context.states[slot.param], slot.param, group, amsgrad=True)
             reset_(context.states[slot.param], group, may_write)
         norm = yield _joint_norm(slots, group, context)
-        spike = _is_spike_(group[NORM_HISTORY], norm, group["spike_z"], may_write)
+        spike = _is_spike_(_history_of(group), norm, group["spike_z"], may_write)
         # The same factor as in torch.nn.utils.clip_grads_with_norm_.
         share = (group["max_norm"] / (norm + 1e-6)).clamp(max=1.0)
         for slot in slots:
@@ -260,6 +261,16 @@ def _joint_norm(slots: Sequence[Slot], group: Group, context: Context) -> Steps[
     if any(groups):
         squares = yield all_reduce(squares, groups)
     return squares.sum().sqrt()
+
+
+def _history_of(group: Group) -> Tensor:
+    """Return the last norms of a group; keep the newest if ``norm_window`` was changed."""
+    history: Tensor = group[NORM_HISTORY]
+    if len(history) != group["norm_window"]:
+        newest = history[-group["norm_window"] :]
+        missing = newest.new_full((group["norm_window"] - len(newest),), math.nan)
+        history = group[NORM_HISTORY] = torch.cat([missing, newest])
+    return history
 
 
 def _is_spike_(history: Tensor, norm: Tensor, z: float, may_write: Tensor | None) -> Tensor:
