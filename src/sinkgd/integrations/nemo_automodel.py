@@ -20,7 +20,8 @@ class SinkGDConfig(OptimizerConfig):
     """Builds the optimizer of `SinkGDFactory` for each part of a model.
 
     NeMo's scheduler writes the rate and the weight decay of every group. It takes both from the
-    first group, the matrices, and keeps the ratio of every other group's values to the first's.
+    first group, and keeps the ratio of every other group's values to the first's. The first group
+    is that of the matrices, or AdamW's if only adapters are trained.
 
     Attributes:
         options: Arguments of `SinkGDFactory` besides the model, such as ``adamw_lr``.
