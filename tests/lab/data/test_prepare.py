@@ -23,6 +23,7 @@ from sinkgd.lab.data import (
     train_tokenizer,
 )
 from sinkgd.lab.data.prepare import _batched, _first_characters, cache_folder
+from sinkgd.lab.data.shards import refuse_taken
 
 
 def texts_of(folder: Path, split: str) -> list[str]:
@@ -150,6 +151,20 @@ def test_losing_the_race_gives_the_winners_folder(poems, cache, monkeypatch):
         return prepare(corpus, out, tokenizer)
 
     monkeypatch.setattr(sys.modules[prepare.__module__], "prepare", beaten)
+    folder = prepared_corpus(poems, vocab_size=280)
+    assert [*cache.iterdir()] == [folder]
+    assert TokenDataset.open(folder).split("train").documents == 19
+
+
+def test_a_folder_that_another_process_ends_before_the_first_check_is_taken(
+    poems, cache, monkeypatch
+):
+    def beaten(folder):
+        corpus = open_corpus([str(poems)])
+        prepare(corpus, folder, train_tokenizer(corpus, 280))
+        refuse_taken(folder)
+
+    monkeypatch.setattr(sys.modules[prepare.__module__], "refuse_taken", beaten)
     folder = prepared_corpus(poems, vocab_size=280)
     assert [*cache.iterdir()] == [folder]
     assert TokenDataset.open(folder).split("train").documents == 19

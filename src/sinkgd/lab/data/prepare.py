@@ -123,11 +123,11 @@ def prepared_corpus(
     folder = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / MANIFEST_FILE).exists():
         _claim_cache(folder.parent)
-        refuse_taken(folder)
-        if (note := corpus.note_on_cuts()) is not None:
-            say(note)
-        tokenizer = train_tokenizer(corpus, vocab_size, progress=progress)
         try:
+            refuse_taken(folder)
+            if (note := corpus.note_on_cuts()) is not None:
+                say(note)
+            tokenizer = train_tokenizer(corpus, vocab_size, progress=progress)
             prepare(corpus, folder, tokenizer, progress=progress)
         except FolderTakenError:
             if not (folder / MANIFEST_FILE).exists():
